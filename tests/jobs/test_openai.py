@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from openai.types.fine_tuning import FineTuningJob
 
 from tests.library.conftest import quick  # noqa: F401
-from veneer.jobs.openai import shown_error, shown_event
-from veneer.jobs.store import JobEvent, JobStore
+from veneer.jobs.openai import shown_error, shown_event, shown_job
+from veneer.jobs.store import Job, JobEvent, JobStore
 from veneer.library.library import open_library
 
 
@@ -34,3 +36,76 @@ def test_files_are_told_by_their_names(quick: Path, data: dict[str, object]) -> 
     for text in (told, error):
         assert "/secret" not in text
         assert Path(where).name in text
+
+
+ASKED = {
+    "hyperparameters": {"batch_size": "auto", "n_epochs": 2, "learning_rate_multiplier": "auto"}, "model": "toy",
+    "training_file": "file-1", "validation_file": None, "tuned": "ft:toy", "metadata": None, "suffix": None,
+    "integrations": [],
+}  # fmt: skip
+
+
+def failed_job(quick: Path, method: str = "supervised", **error: str) -> Job:  # noqa: F811
+    """A job of `/secret/data.jsonl` that failed with an error."""
+    with open_library(quick / "library") as library:
+        store = JobStore(library)
+        config = {"base": {"name": "smollm2-135m"}, "data": {"train": "/secret/data.jsonl"}, "seed": 1}
+        asked: dict[str, Any] = {**ASKED, "kind": method}
+        if method != "supervised":
+            asked["hyperparameters"] = {**asked["hyperparameters"], "beta": 0.2}
+        made = store.create("acme", config, name="support", about={"openai": asked})
+        lease = store.take("here", 60, "validating", only=made.id)
+        assert lease is not None
+        return store.finish(lease, error=error)
+
+
+def test_an_error_is_one_line_without_settings(quick: Path) -> None:  # noqa: F811
+    """A client reads which rows are wrong, and no advice about a configuration that it does not have."""
+    listed = "".join(f"\n  - /secret/data.jsonl:{n}: 9000 tokens" for n in range(1, 21))
+    what = f"20 of 40 rows are longer than data.max_length, 256 tokens:{listed}"
+    fix = "set data.max_length=9000 (more memory), or data.long_rows=drop or cut"
+    error = shown_error(failed_job(quick, kind="data", message=what, fix=fix))
+    assert error is not None
+    rows = "; ".join(f"data.jsonl:{n}: 9000 tokens" for n in (1, 2, 3))
+    assert error["message"] == f"20 of 40 rows are longer than what the base reads, 256 tokens: {rows}; and 17 more"
+    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
+    kept = shown_error(failed_job(quick, kind="data", message="no row", where="/secret/data.jsonl:3", fix="send rows"))
+    assert kept is not None
+    assert kept["message"] == "data.jsonl:3: no row (send rows)"
+
+
+def test_a_preflight_is_told_in_one_line(quick: Path) -> None:  # noqa: F811
+    findings = [
+        {"level": "warn", "check": "schedule", "text": "the whole run is 6 steps", "fix": "fewer batching.rows"},
+        {"level": "ok", "check": "learned", "text": "24 of 638 (4%) tokens are learned, in 12 rows", "fix": ""},
+        {"level": "ok", "check": "memory", "text": "about 131.1 MB beyond the base", "fix": ""},
+    ]
+    event = JobEvent("info", "preflight", "one row:\n" * 20, {"findings": findings, "sample": []})
+    shown = shown_event(failed_job(quick, kind="data", message="no row"), event)
+    told = "the rows were checked: the whole run is 6 steps; 24 of 638 (4%) tokens are learned, in 12 rows"
+    assert (shown["message"], shown["data"]) == (told, {})
+
+
+def test_notes_of_a_run_are_the_operators(quick: Path) -> None:  # noqa: F811
+    with open_library(quick / "library") as library:
+        store = JobStore(library)
+        made = store.create("acme", {"base": "tiny"}, name="support")
+        lease = store.take("here", 60, "validating", only=made.id)
+        assert lease is not None
+        note = JobEvent("info", "note", "peak memory 0.57 GB, 0.02 predicted (+2710%)")
+        store.note(lease, [note, JobEvent("warn", "note", "its process died: killed")])
+        every, for_clients = (store.events("acme", made.id, diagnostics=d)[0] for d in (True, False))
+    assert [event.kind for event in every] == ["state", "note", "note"]
+    assert [event.level for event in for_clients] == ["info", "warn"]
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+def test_a_job_is_of_the_type_of_its_client(quick: Path, method: str) -> None:  # noqa: F811
+    """OpenAI's own model of a job, validated strictly."""
+    job = shown_job(failed_job(quick, method, kind="data", message="no row"), "org-acme")
+    read = FineTuningJob.model_validate(job, strict=True)
+    assert read.hyperparameters.to_dict() == {
+        "batch_size": "auto", "n_epochs": 2, "learning_rate_multiplier": "auto"
+    }  # fmt: skip
+    assert read.method is not None
+    assert read.method.type == method

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.errors import ConfigError
@@ -35,7 +35,7 @@ from veneer.jobs.after import AfterJob
 from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent, jobs_home
 from veneer.serve.http.bodies import FAIL_FAST, Body, Strict, at_most
 from veneer.train.config.load import config_from
-from veneer.train.config.text import TrainConfig
+from veneer.train.config.text import TrainConfig, config_keys
 from veneer.train.events import TOKEN_ACCURACY
 
 _LONG = 100
@@ -44,13 +44,24 @@ _LARGEST = 256
 """Rows of a step at most."""
 ROWS_COUNTED = _LONG * _LARGEST + 1
 """Rows of a training file from which on their number changes nothing."""
-_Auto = Literal["auto"]
-_Batch = Annotated[int, Field(ge=1, le=_LARGEST)] | _Auto
-_Epochs = Annotated[int, Field(ge=1, le=50)] | _Auto
-_Multiplier = Annotated[float, Field(gt=0, le=1000)] | _Auto
-_Beta = Annotated[float, Field(gt=0, le=2)] | _Auto
-_Compute = Annotated[float, Field(gt=1e-5, le=10)] | _Auto
-_Count = Annotated[int, Field(ge=1, le=1_000_000)] | _Auto
+
+
+def _is_auto(value: Any) -> Any:
+    if value != "auto":
+        raise PydanticCustomError("auto", "must be a number or 'auto'")
+    return value
+
+
+_Auto = Annotated[Literal["auto"], BeforeValidator(_is_auto)]
+_AUTO = Tag("=auto")  # tags begin with = as they are no part of a body: no error names one
+_NUMBER = Tag("=number")
+_EITHER = Discriminator(lambda value: "=auto" if isinstance(value, str) else "=number")
+_Batch = Annotated[Annotated[int, Field(ge=1, le=_LARGEST), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
+_Epochs = Annotated[Annotated[int, Field(ge=1, le=50), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
+_Multiplier = Annotated[Annotated[float, Field(gt=0, le=1000), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
+_Beta = Annotated[Annotated[float, Field(gt=0, le=2), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
+_Compute = Annotated[Annotated[float, Field(gt=1e-5, le=10), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
+_Count = Annotated[Annotated[int, Field(ge=1, le=1_000_000), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
 _GROUP = 8
 """Answers to each prompt, times `compute_multiplier`."""
 _Words = Annotated[str, Field(min_length=1, max_length=200)]
@@ -118,7 +129,7 @@ class Method(Strict):
     @model_validator(mode="after")
     def _graded(self) -> Method:
         if self.type == "reinforcement" and self.reinforcement is None:
-            raise ValueError("reinforcement needs a grader: {type: reinforcement, reinforcement: {grader: …}}")
+            raise _clash("reinforcement.grader is required")
         if others := [each for each in get_args(_Kind) if each != self.type and getattr(self, each) is not None]:
             raise _clash(f"{others[0]} is given, and type is {self.type}")
         return self
@@ -281,7 +292,7 @@ def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[
         "status": _STATUS.get(job.state, job.state), "error": shown_error(job), "organization_id": organisation,
         "training_file": asked["training_file"], "validation_file": asked["validation_file"],
         "result_files": list(results),
-        "hyperparameters": shown if kind == "supervised" else None,
+        "hyperparameters": {key: value for key, value in shown.items() if key in Hyperparameters.model_fields},
         "method": {"type": kind, kind: {"hyperparameters": shown, **asked.get("reinforcement", {})}},
         "seed": config["seed"],
         "trained_tokens": job.tokens if job.state in ENDS else None, "estimated_finish": _finish(job),
@@ -306,11 +317,14 @@ def shown_error(job: Job) -> dict[str, Any] | None:
     if kind in _OURS:
         return {"code": _CODES[kind], "message": _OURS[kind], "param": None}
     text = ": ".join(error[key] for key in ("where", "message") if key in error)
-    text += f" ({error['fix']})" if "fix" in error else ""
     param = next((param for path, param in _paths(job).items() if path in text), None)
     param = param or ("training_file" if kind in ("data", "preflight") else None)
     code = _CODES.get(kind, kind) if param is None else f"invalid_{param.rpartition('.')[2]}"
-    return {"code": code, "message": _plain_text(job, text), "param": param}
+    told = [error[key] for key in ("where", "message") if key in error and not _SETTING.fullmatch(error[key])]
+    message = _in_one_line(": ".join(told))
+    if "fix" in error and not _SETTING.search(error["fix"]):
+        message += f" ({_in_one_line(error['fix'])})"
+    return {"code": code, "message": _plain_text(job, message), "param": param}
 
 
 _CODES = {"overbudget": "budget_exceeded", "internal": "server_error", "died": "server_error", "lost": "server_error"}
@@ -320,6 +334,37 @@ _OURS = {
     "lost": "its worker was lost again and again; the operator of this server finds in its log why",
 }
 """Errors whose texts are an interpreter's, a driver's or a system's: with hosts and paths, and the operator's alone."""
+
+
+_KEYS = "|".join(re.escape(key) for key, _ in config_keys() if "." in key)
+_SETTING = re.compile(rf"\b(?:{_KEYS})\b(?!\.\w)(?:=\S+)?|\bveneer [a-z]+")
+"""A setting of a configuration, or a command: of no use to a client, whose job has neither."""
+_SETTINGS = {"data.max_length": "what the base reads", "data.format": "the format"}
+_LISTED = 3
+"""Lines of a list that a client reads; its beginning says how many there are."""
+
+
+def _in_one_line(text: str) -> str:
+    """What the command line shows in several lines, with settings by what they are. Hints (`fix:`) are left out."""
+    head, *lines = text.splitlines() or [""]
+    listed = [line.strip().removeprefix("- ") for line in lines if not line.strip().startswith(("fix:", "…"))]
+    more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    whole = " ".join([head, "; ".join(listed[:_LISTED]) + more]).strip()
+    return _SETTING.sub(lambda found: _SETTINGS.get(found[0], found[0].partition(".")[2].replace("_", " ")), whole)
+
+
+def _event_text(event: JobEvent) -> str:
+    """An event's message in one line; of what is checked before the training what concerns the rows."""
+    if event.kind != "preflight":
+        return _in_one_line(event.message.removeprefix("warning: "))
+    found = [
+        str(each["text"]) for each in event.data.get("findings") or ()
+        if each.get("level", "warn") == "warn" or each.get("check") in _CHECKS
+    ]  # fmt: skip
+    return _in_one_line("the rows were checked" + (f": {'; '.join(found)}" if found else ""))
+
+
+_CHECKS = ("format", "learned", "long rows")
 
 
 def _paths(job: Job) -> dict[str, str]:
@@ -386,10 +431,10 @@ MEASURED = tuple(_METRICS)
 
 def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
     """An event as OpenAI's clients read it."""
-    data = _data_of(event)
+    data = {} if event.kind == "preflight" else _data_of(event)
     return {
         "object": "fine_tuning.job.event", "id": _event_id(job, event.number), "created_at": int(event.at),
-        "level": event.level, "message": _plain_text(job, event.message),
+        "level": event.level, "message": _plain_text(job, _event_text(event)),
         "data": json.loads(_plain_text(job, json.dumps(data))),
         "type": "metrics" if event.kind in MEASURED else "message",
     }  # fmt: skip

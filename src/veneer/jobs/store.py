@@ -321,14 +321,18 @@ class JobStore:
         return found[:limit], len(found) > limit
 
     def events(
-        self, tenant: str | None, job: str, *, after: int = 0, limit: int = 1000, newest: bool = False
+        self, tenant: str | None, job: str, *, after: int = 0, limit: int = 1000, newest: bool = False,
+        diagnostics: bool = True,
     ) -> tuple[list[JobEvent], bool]:  # fmt: skip
         """Events, the oldest first, those with a number above `after`, and whether there are more. `newest`: the newest
-        first, those with a number below `after`, if that is not 0. Raises UnknownJob."""
+        first, those with a number below `after`, if that is not 0. `diagnostics`: with notes of the level info, which
+        say how a run used its machine. Raises UnknownJob."""
         e = job_event_table.c
         query = select(job_event_table).order_by(e.number.desc() if newest else e.number).limit(limit + 1)
         if after or not newest:
             query = query.where(e.number < after if newest else e.number > after)
+        if not diagnostics:
+            query = query.where(or_(e.kind != "note", e.level != "info"))
         found = self._events(tenant, job, query)
         return found[:limit], len(found) > limit
 

@@ -291,9 +291,15 @@ def test_the_guides_bodies(client: openai.OpenAI, body: dict[str, Any]) -> None:
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "invalid_request", "16"),
         ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters", "invalid_request", "50"),
         ({"hyperparameters": {"epochs": 3}}, "hyperparameters", "invalid_request", "epochs"),
+        (
+            {"hyperparameters": {"n_epochs": "many"}},
+            "hyperparameters",
+            "invalid_request",
+            "hyperparameters.n_epochs must be a number or 'auto'",
+        ),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "invalid_request", "supervised is given"),
         ({"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 2}}, None, "invalid_request", "method.dpo"),
-        ({"method": {"type": "reinforcement"}}, "method", "invalid_request", "needs a grader"),
+        ({"method": {"type": "reinforcement"}}, "method", "invalid_request", "grader is required"),
         ({"method": {"type": "reinforced"}}, "method", "invalid_request", "supervised"),
         (
             reinforced({**GRADER, "operation": "is"}),
@@ -327,6 +333,18 @@ def test_what_cannot_be_says_why(client: openai.OpenAI, body: Any, param: str, c
         made(client, **body)
     assert (refused.value.param, refused.value.code) == (param, code)
     assert not [job for job in client.fine_tuning.jobs.list() if job.status == "validating_files"]
+
+
+def test_what_is_not_there_is_said_as_openai_does(client: openai.OpenAI) -> None:
+    asked: list[tuple[Any, str | None, str]] = [
+        (lambda: client.files.retrieve("file-none"), None, "No such File object: file-none"),
+        (lambda: client.fine_tuning.jobs.retrieve("ftjob-none"), "fine_tune_not_found", "fine tune: ftjob-none"),
+        (lambda: client.models.delete("ft:toy:acme::none"), "model_not_found", "does not exist"),
+    ]
+    for ask, code, what in asked:
+        with pytest.raises(openai.NotFoundError, match=what) as refused:
+            ask()
+        assert (refused.value.type, refused.value.code) == ("invalid_request_error", code)
 
 
 def test_wandb(tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def tuning_routes(
         if stream:
             admission_of(request).take("answers", 1)  # until it ends: so many streams there may be
             return _stream(service_of(request), jobs, job, number)
-        found, more = await _asked(lambda: jobs.events(tenant, id, after=number, limit=limit, newest=True))
+        page: dict[str, Any] = {"after": number, "limit": limit, "newest": True, "diagnostics": False}
+        found, more = await _asked(lambda: jobs.events(tenant, id, **page))
         job = await _asked(lambda: _job(jobs, tenant, id))  # after them: it says what they may say
         return Json({"object": "list", "data": [shown_event(job, each) for each in found], "has_more": more})
 
@@ -404,7 +405,7 @@ class _Following:
         tenant, id = self.job.tenant, self.job.id
         while True:
             ended = (await _asked(lambda: self.jobs.get(tenant, id))).state in ENDS  # before its events: none is missed
-            found, more = await _asked(lambda: self.jobs.events(tenant, id, after=self.after))
+            found, more = await _asked(lambda: self.jobs.events(tenant, id, after=self.after, diagnostics=False))
             if found:
                 self.job = await _asked(lambda: self.jobs.get(tenant, id))  # after them: it says what they may say
             for event in found:
