@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     emptied(args.output)
     with Watch() as watch:
         run = veneer.train_text(args.config, f"base={args.base}", f"output={args.output}", base=base, on_event=watch)
-    line(f"{run.steps} steps; of {run.tokens:,} tokens read, {run.trained_tokens:,} were learned: the answers")
+    line(f"{run.steps} steps; of {run.tokens:,} tokens read, {run.learned_tokens:,} were learned: the answers")
 
     step(3, f"Evaluation: {args.tickets} tickets that share no sentence with those")
     mixes = {"base": [], "adapter": [run.adapter]}

@@ -45,7 +45,7 @@ def test_json_is_the_last_thing_on_stdout_and_the_rest_is_elsewhere(
     result = json.loads(out)
     assert result["adapter"] == str(tmp_path / "out")
     assert result["steps"] == 4
-    for key in ("digest", "tokens", "trained_tokens", "tokens_per_second", "peak_memory_bytes", "loss", "validation"):
+    for key in ("digest", "tokens", "learned_tokens", "tokens_per_second", "peak_memory_bytes", "loss", "validation"):
         assert result[key], key
     assert re.search(r"adapter\.rank +3 +override `adapter\.rank=3`", err)
     assert re.search(r"output\.directory .*override", err)

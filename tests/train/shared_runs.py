@@ -82,7 +82,7 @@ def numbers(events: list[Event]) -> dict[str, Any]:
         "norms": [e.gradient_norm for e in events if isinstance(e, Stepped)],
         "tokens": [e.tokens for e in events if isinstance(e, Stepped)],
         "extra": [e.extra for e in events if isinstance(e, Stepped)],
-        "validation": [[e.loss, e.rows, e.trained_tokens, e.extra] for e in events if isinstance(e, Evaluated)],
+        "validation": [[e.loss, e.rows, e.learned_tokens, e.extra] for e in events if isinstance(e, Evaluated)],
         "notes": [e.text for e in events if isinstance(e, Note)],
     }
 

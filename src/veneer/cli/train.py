@@ -147,7 +147,7 @@ def _say(result: Any, config: Any) -> None:
     pictures = hasattr(result, "pictures")
     if result.dry_run:
         counted = f"{result.pictures:,} pictures" if pictures else f"{result.tokens:,} tokens, "
-        counted += "" if pictures else f"{result.trained_tokens:,} of them learned"
+        counted += "" if pictures else f"{result.learned_tokens:,} of them learned"
         seen = f"; what the model would see is in {result.sheet}" if pictures else ""
         print(f"dry run: {result.steps:,} steps, {counted}; nothing was written{seen}", file=sys.stderr)
         return

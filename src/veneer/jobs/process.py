@@ -412,9 +412,9 @@ def main(arguments: list[str]) -> int:
     (path,) = [word for word in arguments if word != "--tied"]
     if "--tied" in arguments:
         tied(lambda: os._exit(75))
-    validation = os.environ.pop(VALIDATION, None)
     try:
         tokens = taken_over(Path(path))
+        validation = os.environ.pop(VALIDATION, None)
         with open_library() as library:
             if validation is not None:
                 given = json.loads(validation)

@@ -55,10 +55,10 @@ class Probed(Event):
 
 @dataclass(frozen=True)
 class Stepped(Event):
-    """One optimizer step is done. `loss`: nats per trained token. `tokens`, `trained_tokens`: of this step alone.
-    `seconds`: of this step alone. `gradient_norm`: global, before clipping. `memory_bytes`: the peak until now, of the
-    first device. `extra`: what else the loss has measured, such as the rewards of preferences, whose `loss` is a mean
-    over pairs."""
+    """One optimizer step is done. `loss`: nats per learned token. `tokens`, and `learned_tokens`, those with a loss: of
+    this step. `seconds`: of this step alone. `gradient_norm`: global, before clipping. `memory_bytes`: the peak until
+    now, of the first device. `extra`: what else the loss has measured, such as the rewards of preferences, whose `loss`
+    is a mean over pairs."""
 
     step: int
     steps: int
@@ -67,7 +67,7 @@ class Stepped(Event):
     learning_rate: float
     gradient_norm: float
     tokens: int
-    trained_tokens: int
+    learned_tokens: int
     seconds: float
     memory_bytes: int
     extra: dict[str, float] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Evaluated(Event):
     loss: float
     perplexity: float | None
     rows: int
-    trained_tokens: int
+    learned_tokens: int
     seconds: float
     best: bool
     worse: bool = False

@@ -458,7 +458,7 @@ def _one_step(loop: _Loop, step: Step, due: bool) -> Stepping[None]:
     loop.tell(
         Stepped(
             step=number, steps=len(loop.plan.steps), epoch=step.epoch, loss=total / step.counted, learning_rate=rate,
-            gradient_norm=norm, tokens=step.tokens, trained_tokens=step.trained, seconds=seconds,
+            gradient_norm=norm, tokens=step.tokens, learned_tokens=step.trained, seconds=seconds,
             memory_bytes=peak_memory_bytes(device_of(loop.learner)),
             extra=Means.total([share.means for share in done]).values(),
         )
@@ -562,7 +562,7 @@ def _evaluate_if_due(loop: _Loop) -> bool:
     loop.tell(
         Evaluated(
             step=progress.step, loss=score.loss, perplexity=score.perplexity if score.likelihood else None,
-            rows=score.rows, trained_tokens=score.trained, seconds=time.perf_counter() - began, best=improved,
+            rows=score.rows, learned_tokens=score.trained, seconds=time.perf_counter() - began, best=improved,
             worse=progress.first_loss is not None and score.loss > progress.first_loss, extra=score.measures,
         )
     )  # fmt: skip

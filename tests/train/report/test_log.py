@@ -131,10 +131,16 @@ def test_the_terminal_shows_settings_with_sources_and_what_was_checked() -> None
 
 
 def test_an_evaluation_above_the_first_one_is_called_worse_and_never_best() -> None:
-    worse = Evaluated(step=4, loss=20.4, perplexity=None, rows=8, trained_tokens=9, seconds=0.1, best=False, worse=True)
+    worse = Evaluated(step=4, loss=20.4, perplexity=None, rows=8, learned_tokens=9, seconds=0.1, best=False, worse=True)
     text = _shown([worse], terminal=False)
     assert "worse than before training" in text
     assert "best" not in text
+
+
+def test_a_log_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """It called the tokens with a loss trained ones, which OpenAI's jobs have as all that were read."""
+    (tmp_path / "log.jsonl").write_text('{"event": "stepped", "step": 1, "tokens": 9, "trained_tokens": 4}\n')
+    assert read_log(tmp_path / "log.jsonl") == [{"event": "stepped", "step": 1, "tokens": 9, "learned_tokens": 4}]
 
 
 def test_many_steps_are_few_lines_in_a_pipe() -> None:

@@ -97,7 +97,7 @@ def test_a_sound_run_passes_without_a_warning(run: Run) -> None:
     assert [f.text for f in report.findings if f.level != "ok"] == []
     numbers = report.numbers
     assert numbers["rows_kept"] == numbers["rows_with_end"] == 40
-    assert 0 < numbers["trained_share"] < 1
+    assert 0 < numbers["learned_share"] < 1
     assert numbers["matched"] == {"all-linear": 14}
     assert numbers["template_rows_checked"] == 40
     assert numbers["template_rows_differ"] == 0

@@ -112,11 +112,11 @@ def test_it_learns_and_says_what_came_out(whole: tuple[Path, RunResult, list[Eve
     steps = [e for e in seen if isinstance(e, Stepped)]
     assert [e.step for e in steps] == list(range(1, 11))
     assert result.tokens == sum(e.tokens for e in steps)
-    assert result.trained_tokens == sum(e.trained_tokens for e in steps)
+    assert result.learned_tokens == sum(e.learned_tokens for e in steps)
     assert result.tokens_per_second > 0
     assert result.peak_memory_bytes > 50e6
     wanted = {
-        "adapter", "digest", "steps", "tokens", "trained_tokens", "tokens_per_second", "peak_memory_bytes", "loss",
+        "adapter", "digest", "steps", "tokens", "learned_tokens", "tokens_per_second", "peak_memory_bytes", "loss",
         "validation",
     }  # fmt: skip
     assert wanted <= result.to_dict().keys()

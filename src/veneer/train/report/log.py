@@ -73,7 +73,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError:
             continue
-    return [record for record in records if isinstance(record, dict)]
+    found = [record for record in records if isinstance(record, dict)]
+    for record in found:
+        if "trained_tokens" in record:  # as logs of earlier versions call them
+            record["learned_tokens"] = record.pop("trained_tokens")
+    return found
 
 
 def _before(record: dict[str, Any], progress: Progress) -> bool:

@@ -153,7 +153,7 @@ def _charts(
 
     def over_steps(name: str, title: str) -> _Chart:
         own, held = points_of(name, steps), points_of(name, scores)
-        weights = [r["trained_tokens"] for r in steps] if name == "loss" else [1.0] * len(own)
+        weights = [r["learned_tokens"] for r in steps] if name == "loss" else [1.0] * len(own)
         lines = [Series("training, each step", own, "faint"), Series("training, smoothed", smooth(own, weights))]
         return (
             title,

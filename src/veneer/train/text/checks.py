@@ -55,7 +55,7 @@ def _something_is_learned(s: TextSubject) -> Iterator[Finding]:
     """Failure class 1 of the field: the loss is masked to nothing and the run "succeeds"."""
     c = s.encoded.counts
     s.numbers.update(rows=c.rows, rows_kept=c.kept, rows_untrained=c.untrained, tokens=c.tokens)
-    s.numbers.update(trained_tokens=c.trained_tokens, trained_share=c.trained_tokens / c.tokens if c.tokens else 0.0)
+    s.numbers.update(learned_tokens=c.trained_tokens, learned_share=c.trained_tokens / c.tokens if c.tokens else 0.0)
     where = ", ".join(c.places.get("untrained", ()))
     fix = "check roles, weights and data.train_on; the learned part is what assistant turns say"
     if c.kept == 0 or c.trained_tokens == 0:

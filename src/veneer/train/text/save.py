@@ -36,7 +36,7 @@ class RunResult(Outcome):
     of the adapter that was kept; `measured_before`: before the first step."""
 
     tokens: int = 0
-    trained_tokens: int = 0
+    learned_tokens: int = 0
     tokens_per_second: float = 0.0
     measured: dict[str, float] = field(default_factory=dict)
     measured_before: dict[str, float] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class RunResult(Outcome):
 def text_metrics(result: RunResult) -> dict[str, Any]:
     """What the card keeps of it."""
     return result.metrics(
-        tokens=result.tokens, trained_tokens=result.trained_tokens, measured=result.measured or None,
+        tokens=result.tokens, learned_tokens=result.learned_tokens, measured=result.measured or None,
         tokens_per_second=round(result.tokens_per_second, 1),
     )  # fmt: skip
 
@@ -90,13 +90,13 @@ def text_report(
     predicted = result.preflight.get("numbers", {}).get("predicted_seconds")
     remark = f"{result.tokens:,} tokens in {duration(seconds)}"
     remark += "" if predicted is None else f" · {duration(predicted)} predicted"
-    share = f"{result.trained_tokens / max(1, result.tokens):.0%} of all"
+    share = f"{result.learned_tokens / max(1, result.tokens):.0%} of all"
     parts = ReportParts(
         base=base.name, weights=folder / TENSOR_FILE, facts=base_facts(base), usage=_usage(folder, base),
         cards=[
             *_preference_cards(result), ("Steps", f"{result.steps:,}", result.stopped),
             ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", remark),
-            ("Trained tokens", f"{result.trained_tokens:,}", share),
+            ("Learned tokens", f"{result.learned_tokens:,}", share),
         ],
         files={
             TENSOR_FILE: "the weights, in PEFT's format",

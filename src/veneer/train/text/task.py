@@ -520,7 +520,7 @@ class AttachedText(AttachedTask[RunResult]):
 
     def facts(self, outcome: Outcome, progress: Progress) -> RunResult:
         return RunResult(
-            **vars(outcome), tokens=progress.tokens, trained_tokens=progress.trained_tokens,
+            **vars(outcome), tokens=progress.tokens, learned_tokens=progress.trained_tokens,
             tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         )  # fmt: skip
 
