@@ -124,6 +124,7 @@ def outlives(item):
     def away():
         os.setsid()
         if os.fork() == 0:
+            libc.prctl(15, item["called"].encode())  # PR_SET_NAME
             time.sleep(600)
     forked(away)
     os.wait()
@@ -245,38 +246,49 @@ def test_the_parent_cannot_be_reached(function: LimitedFunction) -> None:
 
 def test_a_fork_bomb_stays_small_and_is_gone_after_it(sandbox: Sandbox, function: LimitedFunction) -> None:
     """And with less memory than its processes need it is over sooner."""
-    before = set(sleepers())
+    before = children()
     with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20, memory=4e9) as roomy:
         count = attack(roomy, "bomb").value
         assert count is not None
         assert 10 < count < 40
-        assert set(sleepers()) == before
+        assert children() == before
     assert attack(function, "bomb").error == "its processes held more than 0.1 GB together"
     assert attack(function, "well").value == 1
 
 
-def sleepers() -> list[int]:
-    return [p.pid for p in psutil.process_iter(["cmdline"]) if "limited_child.py" in " ".join(p.info["cmdline"] or [])]
+def children() -> set[int]:
+    """All processes below this one."""
+    return {process.pid for process in psutil.Process().children(recursive=True)}
+
+
+def works(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def named(name: str) -> list[int]:
+    return [process.pid for process in psutil.process_iter(["name"]) if process.info["name"] == name]
 
 
 def test_no_process_outlives_its_call_or_the_close(sandbox: Sandbox) -> None:
-    before = set(sleepers())
+    before, name = children(), f"away-{os.getpid()}"
     with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20) as function:
         assert attack(function, "well").value == 1
-        assert set(sleepers()) > before
-        assert attack(function, "outlives").value == 1
-        assert set(sleepers()) == before
+        assert children() > before
+        assert attack(function, "outlives", called=name).value == 1
+        assert (children(), named(name)) == (before, [])
         assert attack(function, "well").value == 1
-    assert set(sleepers()) == before
+    assert children() == before
 
 
 def test_a_source_that_leaves_a_process_is_refused(sandbox: Sandbox) -> None:
     source = "import os, time\nif os.fork() == 0:\n    time.sleep(600)\ndef score(sample, item):\n    return 1\n"
-    before = set(sleepers())
+    before = children()
     with LimitedFunction("score", source=source, sandbox=sandbox) as function:
         with pytest.raises(ConfigError, match="leaves other processes running"):
             function.score([({}, {})])
-        assert set(sleepers()) == before
+        assert children() == before
 
 
 @pytest.mark.parametrize("way", ["together", "shared", "files"])
@@ -286,6 +298,14 @@ def test_memory_is_limited_over_all_processes_and_files(function: LimitedFunctio
     assert found.error == "its processes held more than 0.1 GB together"
     assert time.monotonic() - began < 15
     assert attack(function, "well").value == 1
+
+
+def test_a_reward_of_a_client_runs_in_the_sandbox(sandbox: Sandbox) -> None:
+    source = "import os\ndef grade(sample, item):\n    return os.getuid()\n"
+    grader = {"type": "python", "name": "mine", "source": source}
+    with rewards_of([GraderReward(kind="grader", grader=grader, sandbox=True)]) as rewards:
+        (value,) = rewards.judge([Answer([], "x", {})]).values
+    assert value not in (0, os.getuid())
 
 
 def test_it_does_not_work_between_calls(sandbox: Sandbox) -> None:
@@ -325,18 +345,17 @@ def test_the_sandbox_ends_with_a_server_that_is_killed(sandbox: Sandbox) -> None
     print("ready", flush=True)
     function.score([({}, {})])
     """
-    before = set(sleepers())
     server = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
     end = time.monotonic() + 20
-    while not set(sleepers()) > before:
+    while len(found := psutil.Process(server.pid).children(recursive=True)) < 3:  # bubblewrap, its init, the function
         assert time.monotonic() < end
         time.sleep(0.05)
     server.kill()
     server.wait()
     server.stdout.close()
-    while set(sleepers()) > before:
+    while any(works(process) for process in found):
         assert time.monotonic() < end
         time.sleep(0.05)
 
