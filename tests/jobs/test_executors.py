@@ -72,7 +72,7 @@ def test_what_is_handed_over_is_read_once(library: Library, store: JobStore, mon
     monkeypatch.setenv("VENEER_TEST_HANDED", "")
     *_, file = hand_over([JobLease(planned(store, 1 << 30), "token")], {"VENEER_TEST_HANDED": "a secret"})
     (job,) = [job.id for job in store.jobs(None)[0]]
-    assert taken_over(Path(file)) == {job: "token"}
+    assert taken_over(Path(file)) == ({job: "token"}, None)
     assert os.environ["VENEER_TEST_HANDED"] == "a secret"
     assert not Path(file).exists()
     with pytest.raises(ConfigError, match=r"no leases for this process(.|\n)*a veneer home that all machines"):

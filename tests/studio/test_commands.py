@@ -207,7 +207,8 @@ def test_the_commands_of_doctor_run(studio: Served, shell: Shell) -> None:
     (first,) = commands_in(httpx.get(f"{studio.address}/studio/doctor").text)
     shell.run(first.replace("FILE", str(file)))
     at = f"{studio.address}/studio/api/v1/adapter_inspections"
-    sent = httpx.post(at, params={"filename": str(file)}, content=file.read_bytes(), timeout=60)
+    head = {"content-type": "application/octet-stream"}
+    sent = httpx.post(at, params={"filename": str(file)}, content=file.read_bytes(), headers=head, timeout=60)
     with opened(f"{studio.address}/studio/doctor?file={sent.json()['id']}") as window:
         assert shell.run_new(window) == ["veneer library add style.safetensors style"]
     shell.run("veneer library remove style@1")

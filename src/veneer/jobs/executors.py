@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from veneer.errors import ConfigError
 from veneer.files.atomic import as_veneer_errors, replace_file
@@ -30,8 +30,6 @@ from veneer.plan.tables import Device
 _LOG = 16 << 20
 """Bytes of the log of processes that train several jobs, after which a new one is begun."""
 
-VALIDATION = "VENEER_VALIDATION"
-"""Environment variable of a process that validates its job: JSON, the `device` to plan for and its `room` in bytes."""
 _VALIDATION_NICE = 10
 
 
@@ -56,33 +54,37 @@ class Executor(Protocol):
         """Ask it to save its state and end, as SIGTERM does, and return; `hard`: it ends as SIGKILL has it."""
 
 
-def hand_over(leases: Sequence[JobLease], environment: Mapping[str, str]) -> list[str]:
+def hand_over(
+    leases: Sequence[JobLease], environment: Mapping[str, str], validation: Mapping[str, Any] | None = None
+) -> list[str]:
     """The command that Python runs for these leases, wherever veneer is installed. Their tokens and the variables, some
     of which have passwords in them, are neither in the command nor in what a cluster shows of it: they are in a file of
-    the first job's folder, for this user only, which the process reads once and removes. Raises ResourceError and
+    the first job's folder, for this user only, which the process reads once and removes. `validation`: of a
+    process that only validates its job, the `device` to plan for and its `room` in bytes. Raises ResourceError and
     AdapterError."""
     job = leases[0].job
     path = job.make_folder() / f"{_HANDOVER}-{job.attempt}.json"
-    given = {"leases": {lease.job.id: lease.token for lease in leases}, "environment": dict(environment)}
+    tokens = {lease.job.id: lease.token for lease in leases}
+    given = {"leases": tokens, "environment": dict(environment), "validation": validation}
     with as_veneer_errors(path):
         replace_file(path, [json.dumps(given).encode()], mode=0o600)
     return ["-m", "veneer.jobs.process", str(path)]
 
 
-def taken_over(path: Path) -> dict[str, str]:
-    """The tokens of the jobs in such a file, which is gone afterwards; its variables are set. Raises ConfigError if it
-    is not there: it was read before, or this machine has another veneer home."""
+def taken_over(path: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """The tokens of the jobs in such a file, and its `validation`. The file is removed, and its variables are set.
+    Raises ConfigError if it is not there: it was read before, or this machine has another veneer home."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
-        if VALIDATION in given["environment"]:
+        if given["validation"] is not None:
             with contextlib.suppress(OSError):  # a job that is refused leaves no folder
                 path.parent.rmdir()
     except FileNotFoundError as error:
         what = "there are no leases for this process"
         raise ConfigError(what, where=str(path), fix="a veneer home that all machines of the queue share") from error
     os.environ.update(given["environment"])
-    return dict(given["leases"])
+    return given["leases"], given["validation"]
 
 
 def drop_handover(job: Job) -> None:
@@ -136,9 +138,9 @@ class LocalExecutor(Executor):
         """Start a process that validates a new job for `device`; it is killed if it takes more than `room` bytes.
 
         The process writes where this process does: a job that is refused leaves no folder."""
-        given = {VALIDATION: json.dumps({"device": asdict(device), "room": room})}
+        validation = {"device": asdict(device), "room": room}
         return self._process(
-            f"{lease.job.id}-validation", [lease], None, {**environment, **given}, room, _VALIDATION_NICE
+            f"{lease.job.id}-validation", [lease], None, environment, room, _VALIDATION_NICE, validation
         )
 
     def _started(
@@ -151,9 +153,9 @@ class LocalExecutor(Executor):
 
     def _process(
         self, name: str, leases: Sequence[JobLease], log: IO[bytes] | None, environment: Mapping[str, str], room: int,
-        nice: int = 0,
+        nice: int = 0, validation: Mapping[str, Any] | None = None,
     ) -> str:  # fmt: skip
-        command = [sys.executable, *hand_over(leases, environment), "--tied"]
+        command = [sys.executable, *hand_over(leases, environment, validation), "--tied"]
         if (nice := max(nice, self.nice)) and os.name == "posix":
             command = ["nice", "-n", str(nice), *command]
         child = subprocess.Popen(

@@ -30,7 +30,6 @@ Of the seconds that pass each job is counted a share, by the tokens of its steps
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -44,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import CheckpointError, Interrupted, VeneerError
 from veneer.jobs.canary import compare_job, place_job
-from veneer.jobs.executors import VALIDATION, taken_over
+from veneer.jobs.executors import taken_over
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost, with_shares
 from veneer.jobs.validate import is_compared, job_config, may_pass, terms_of, told, validated
 from veneer.library.library import Library, open_library
@@ -67,7 +66,7 @@ _AGAIN = 2.0
 """Seconds after which a database that was away is tried again."""
 
 
-def validate_job(library: Library, job: str, token: str, device: Device, room: int) -> int:
+def _validate_job(library: Library, job: str, token: str, device: Device, room: int) -> int:
     """Validate one job in this process; return 0, or 75 if the job stays as it is, to be validated again."""
     store = JobStore(library)
     try:
@@ -413,13 +412,11 @@ def main(arguments: list[str]) -> int:
     if "--tied" in arguments:
         tied(lambda: os._exit(75))
     try:
-        tokens = taken_over(Path(path))
-        validation = os.environ.pop(VALIDATION, None)
+        tokens, validation = taken_over(Path(path))
         with open_library() as library:
             if validation is not None:
-                given = json.loads(validation)
                 ((job, token),) = tokens.items()
-                return validate_job(library, job, token, Device(**given["device"]), given["room"])
+                return _validate_job(library, job, token, Device(**validation["device"]), validation["room"])
             return carry_out_jobs(library, tokens)
     except VeneerError as error:  # a library or a database that is away
         print(error, file=sys.stderr)

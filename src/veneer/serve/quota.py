@@ -30,7 +30,7 @@ from veneer.serve.request import Refused
 from veneer.serve.settings import QuotaLimits
 from veneer.serve.tenancy.limits import Window
 
-Resource = Literal["memory", "disk", "files", "descriptors", "requests"]
+_Resource = Literal["memory", "disk", "files", "descriptors", "requests"]
 
 _WORDS = {
     "memory": "bytes in memory", "disk": "bytes on disk", "files": "files", "descriptors": "open files",
@@ -51,7 +51,7 @@ class Quotas:
         self._helpers: dict[str, Window] = {}
 
     def take(self, owner: str, **amounts: int) -> QuotaHold:
-        """Reserve amounts of `Resource`s for an owner: all of them, or Refused and none. With `requests`, the owner
+        """Reserve amounts of `_Resource`s for an owner: all of them, or Refused and none. With `requests`, the owner
         must have seconds of helpers left too."""
         hold = QuotaHold(self, owner)
         hold.add(**amounts)
@@ -62,7 +62,7 @@ class Quotas:
         with self._lock:
             return self._refusal(owner, amounts, amounts) is None
 
-    def used(self, owner: str, resource: Resource) -> int:
+    def used(self, owner: str, resource: _Resource) -> int:
         with self._lock:
             return self._used.get(owner, Counter())[resource]
 

@@ -14,7 +14,6 @@ from veneer.library.describe import card_prompt, gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
 from veneer.serve.http.surfaces.adapters import AdapterChange, change_adapter, remove_adapter
-from veneer.serve.request import Refused
 from veneer.studio.commands import command, command_base
 from veneer.studio.frame import NothingHere, ViewPage
 from veneer.studio.library import LibraryCard, card_of, routes_of
@@ -164,12 +163,12 @@ def _ask_both(page: ViewPage, version: Version) -> None:
             column |= {"text": await answer_of(page, messages, reference), "done": True}
             answers.show(columns=columns)
 
-    button("Ask both", ask)
+    button("Ask both", permit("infer", ask))
     answers = Fragment("answers_two.html.j2", columns=[])
 
 
 def _use(page: ViewPage, version: Version) -> str:
-    stated = version.base if page.caller.admin else version.base.rstrip("/").rpartition("/")[2]
+    stated = version.base if page.caller.can("operate") else version.base.rstrip("/").rpartition("/")[2]
     own = page.studio.service.catalog.fingerprint == version.fingerprint
     base = command_base(page) if own else stated or "BASE"
     if version.kind == "image":

@@ -29,4 +29,4 @@ def command(*words: str | int, **options: object) -> str:
 
 def command_base(page: ViewPage) -> str:
     """The base of this server as a command finds it. Of a base in a folder only the operator is told the path."""
-    return str(page.studio.service.catalog.shelf.base.name) if page.caller.admin else page.studio.base
+    return str(page.studio.service.catalog.shelf.base.name) if page.caller.can("operate") else page.studio.base

@@ -146,7 +146,7 @@ class _Texts(Board):
             except (AdapterError, ConfigError):  # an adapter that was loaded, or a route
                 continue
             caller = self.page.caller
-            if not (caller.admin or caller.sees(name) or caller.sees(version.reference)):
+            if not caller.can_see(name, version.reference):
                 continue
             system, text = opening(card_prompt(version.card))
             if text:

@@ -83,7 +83,7 @@ async def answer_of(
 ) -> str:  # fmt: skip
     """What the base (reference "") or an adapter answers, with the likeliest tokens; `told` hears it as it comes."""
     mix = [(reference, 1.0)] if reference else []
-    said, text = AskedTexts([*messages], mix, max_tokens=most), ""
+    said, text = AskedTexts([dict(message) for message in messages], mix, max_tokens=most), ""
     async for _, event in ask_texts(page.studio.service, page.caller, said):
         if isinstance(event, Token | Finished):
             text += event.text
@@ -110,7 +110,7 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
             hint="Something that it should have learned",
         )  # fmt: skip
         told_first = form_field(
-            "System prompt", page.query.get("s"), lambda text: page.keep(s=text), kind="area",
+            "System prompt", page.query.get("s"), permit("read", lambda text: page.keep(s=text)), kind="area",
             hint="What its rows say before the question",
         )  # fmt: skip
         with box("div", "row"):

@@ -26,7 +26,7 @@ from veneer.errors import ConfigError, MissingExtraError
 from veneer.serve.engine.admission import AdmittedRequest, FairPool
 from veneer.serve.http.answers import TextAnswer, TextJob, run, total
 from veneer.serve.http.bodies import Body, BodyRoute
-from veneer.serve.http.errors import Json, in_thread, json_bytes
+from veneer.serve.http.errors import in_thread, json_bytes
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.principal import Principal

@@ -19,7 +19,6 @@ import ast
 import inspect
 import math
 import operator
-import re
 import subprocess
 import sys
 from collections import Counter
