@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.core.peft_twin import gradients, twin
 from tests.families import FAMILIES
-from veneer.core import Adapter, LoraSpec, Pair, attach, create, merged_state, resolve_targets
+from veneer.core import Adapter, LoraSpec, Pair, TokenRows, attach, create, merged_state, resolve_targets
 from veneer.ops import linear
 
 RTOL = 1e-5
@@ -175,6 +175,29 @@ def test_token_rows(family: str) -> None:
     hit = tuple(sorted({int(i) for i in ids().flatten()[:3]} | {159}))
     adapter = noisy(create(model, LoraSpec(rank=3, targets=("q_proj",), token_rows={"embed_tokens": hit}), seed=0))
     compare(model, adapter, logits)
+
+
+def test_token_rows_reach_every_module_tied_to_them() -> None:
+    """T5 ties three embeddings and the head; PEFT names the first."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).double().eval().requires_grad_(False)
+    rows = torch.randn(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    own = {"input_ids": ids(vocabulary=60), "decoder_input_ids": ids(2, 5, 60)}
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules=["q"], trainable_token_indices=[4, 9])
+    )
+    for name, parameter in theirs.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data.copy_(rows)
+    with torch.no_grad():
+        want = theirs.eval()(**own).logits
+        with attach(model) as attachment:
+            attachment.add("a", Adapter(token_rows={"shared": TokenRows((4, 9), rows)}))
+            attachment.use("a")
+            close(model(**own).logits, want)
 
 
 def test_token_rows_alone() -> None:

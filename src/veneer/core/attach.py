@@ -247,13 +247,16 @@ class Attachment:
         return _touched(adapter) | heads
 
     def _wrap(self, names: set[str]) -> None:
-        embeddings = {id(m.weight): n for n, m in self._base_modules.items() if isinstance(m, nn.Embedding)}
+        embeddings: dict[int, list[str]] = {}
+        for name, module in self._base_modules.items():
+            if isinstance(module, nn.Embedding):
+                embeddings.setdefault(id(module.weight), []).append(name)
         slots = _slots(self.model)
         for name in sorted(names - set(self._layers)):
             base = self._base_modules[name]
             cls = LoraExperts if expert_parameters(base) else _LAYERS.get(kind_of(base), FullModule)
-            rows = name if isinstance(base, nn.Embedding) else embeddings.get(id(base._parameters.get("weight")))
-            self._layers[name] = layer = cls(base, name, self, rows)
+            sharing = embeddings.get(id(base._parameters.get("weight")), [])
+            self._layers[name] = layer = cls(base, name, self, sorted(sharing, key=lambda other: other != name))
             self._wrapped[name] = base
             for parent, key in slots[id(base)]:
                 parent._modules[key] = layer

@@ -56,14 +56,15 @@ class Owner(Protocol):
 
 
 class Layer(nn.Module):
-    """Stands where `base` stood. `rows_name`: the embedding whose replaced token rows act here too, if any."""
+    """Stands where `base` stood. `embeddings`: those that use this module's weight, the module itself
+    among them if it is one; token rows that replace rows of any of them act here too (T5 ties three and the head)."""
 
     is_veneer_layer = True
     base: Any  # an nn.Module, read by attributes that its class alone knows
 
-    def __init__(self, base: nn.Module, name: str, owner: Owner, rows_name: str | None = None) -> None:
+    def __init__(self, base: nn.Module, name: str, owner: Owner, embeddings: Sequence[str] = ()) -> None:
         super().__init__()
-        self.base, self.name, self.owner, self.rows_name = base, name, owner, rows_name
+        self.base, self.name, self.owner, self.embeddings = base, name, owner, tuple(embeddings)
         self.training = base.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +106,7 @@ class Layer(nn.Module):
     def acts(self, adapter: Adapter) -> bool:
         """Whether an adapter changes anything in this module."""
         name = self.name
-        if name in adapter.modules or name in adapter.pairs or self.rows_name in adapter.token_rows:
+        if name in adapter.modules or name in adapter.pairs or self.own_rows(adapter) is not None:
             return True
         return bool(adapter.deltas) and any(f"{name}.{key}" in adapter.deltas for key in self.base._parameters)
 
@@ -126,8 +127,13 @@ class Layer(nn.Module):
         return [(k, d[f"{self.name}.{k}"], s) for d, s in having for k in keys if f"{self.name}.{k}" in d]
 
     def rows(self, mix: Sequence[tuple[Adapter, float]]) -> list[tuple[TokenRows, float]]:
-        key = self.rows_name
-        return [(a.token_rows[key], s) for a, s in mix if key in a.token_rows] if key is not None else []
+        return [(rows, s) for a, s in mix if (rows := self.own_rows(a)) is not None]
+
+    def own_rows(self, adapter: Adapter) -> TokenRows | None:
+        """The token rows of an adapter that act here."""
+        if not adapter.token_rows:
+            return None
+        return next((adapter.token_rows[name] for name in self.embeddings if name in adapter.token_rows), None)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The base's, under the base's own names: an attached model saves as the base."""
@@ -209,7 +215,7 @@ class _Lora(Layer):
         own = self._modules["base"].__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or (cached.drops and self.training):
             return False
-        if self.rows_name is not None and self.rows(mix):
+        if self.rows(mix):
             return False
         return x.dtype == cached.dtype and not torch.is_autocast_enabled(x.device.type)
 
@@ -301,7 +307,7 @@ class _Lora(Layer):
                 at = rows.index(share.rows, len(x), x.device)
                 for change in self.changes(x.index_select(0, at), y.index_select(0, at), share.adapter):
                     out = _added(out, at, change * rows.strengths(share, change), own=out is not y)
-        for mix, own in rows.segments(lambda adapter: self.rows_name in adapter.token_rows):
+        for mix, own in rows.segments(lambda adapter: self.own_rows(adapter) is not None):
             if mix:
                 at = rows.index(own, len(x), x.device)
                 own_x, own_y, own_out = (t.index_select(0, at) for t in (x, y, out))
