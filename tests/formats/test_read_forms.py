@@ -182,6 +182,19 @@ def test_split_qkv_files_have_their_right_strength(told: str) -> None:
     assert any("nothing says" in n for n in found.notes) is (told == "not")
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_split_qkv_alpha_of_the_stored_rank_is_left_alone(plain: bool) -> None:
+    """A converter multiplied alpha by the number of parts, and the file does not keep the trained alpha."""
+    layout = Layout(metadata={"ss_network_args": json.dumps({"split_qkv": "True"})})
+    trained = 1.0 if plain else 2.0  # without other modules to compare with, alpha that equals the rank tells it
+    for text, places, _, _ in flux(QKV, LINEAR1):
+        blocks(text, places, layout, rank=2, alpha=trained * len(places), scale=trained / 2)
+    if plain:
+        for text, places, out, into in flux("double_blocks.0.img_attn.proj", "single_blocks.37.linear2"):
+            layout.lora(text, places, (out, into), alpha=trained)
+    check(layout, "kohya", "flux1")
+
+
 def test_an_ordinary_fused_pair_is_not_taken_for_blocks() -> None:
     layout = Layout(metadata={"ss_network_args": json.dumps({"split_qkv": "True"}), "ss_network_alpha": "1.0"})
     for text, places, out, into in flux(QKV, LINEAR1):

@@ -193,8 +193,8 @@ def _alphas_of_blocks(
             continue
         value, rank = float(alpha), down.shape[0]
         kept = _number(metadata.get("ss_network_alpha"))
-        unscaled = kept is None or kept == value
-        if (said and unscaled) or (value, rank // n) in plain:
+        whole = value == rank or (value / n, rank // n) in plain  # alpha is for the stored rank already
+        if (value, rank // n) in plain or (said and (kept == value or (kept is None and not whole))):
             out[text] = value * n
         elif not said and value != rank and not plain:
             unclear.append(text)
