@@ -173,6 +173,8 @@ def test_tinkers_names_of_gpt_oss_attention_are_transformers(tmp_path: Path) -> 
     pairs = pairs_of({"model.layers.0.attn.q_proj": (32, 32), "model.layers.0.attn.o_proj": (32, 32)})
     got = read(tinker(tmp_path / "a", pairs), base=model("gpt_oss")).adapter
     assert set(got.pairs) == {n.replace("attn", "self_attn") for n in pairs}
+    settings = {"peft_type": "LORA", "target_modules": ["q_proj", "o_proj"]}
+    assert set(read(tinker(tmp_path / "b", pairs, **settings)).adapter.pairs) == set(pairs)  # PEFT's own names
 
 
 def test_tinkers_cut_projection_of_qwen_3_5_is_joined(tmp_path: Path) -> None:

@@ -503,9 +503,9 @@ class _Reader:
                 continue
             # PEFT keeps an entry that matches no parameter, as long as the adapter has another target.
             others = bool(self.pairs) if self.base.detailed else bool(parameters)
-            unused = others and not any(cfg.is_or_ends(name, [entry]) for name in self.base.shapes)
+            without = others and not any(cfg.is_or_ends(name, [entry]) for name in self.base.shapes)
             told = f"target_parameters names {entry!r}, and there are no tensors for it"
-            self.notes.append(f"{told}: it has no effect") if unused else self.problems.append(told)
+            self.notes.append(f"{told}: it has no effect") if without else self.problems.append(told)
         if self.base.detailed:
             self._check_expected()
 

@@ -27,8 +27,11 @@ from veneer.formats import peft_config as cfg
 
 _PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+_OWN = re.compile(r"model\.unembed_tokens")
+_EXPERTS = re.compile(r"model\.layers\.\d+\.mlp\.experts\.w[123]")
+"""Names by which a file of Tinker's is known."""
 _TINKER = (
-    (re.compile(r"model\.unembed_tokens"), "lm_head"),
+    (_OWN, "lm_head"),
     (re.compile(r"(model\.layers\.\d+)\.attn\.([qkvo]_proj)"), r"\1.self_attn.\2"),  # gpt-oss
 )
 """Tinker's names of modules, and transformers'."""
@@ -52,7 +55,8 @@ def translated(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tran
     if pairs or "fine_tune_type" in config:
         return _from_mlx(config, tensors)
     modules = {key: _tinker_module(key) for key in tensors if key.startswith(_PREFIX) and ".lora_" in key}
-    own = any(_renamed(module) != module or _CUT.fullmatch(module) for module in modules.values())
+    own = any(_OWN.fullmatch(module) or _CUT.fullmatch(module) for module in modules.values())
+    own |= any(_EXPERTS.fullmatch(module) and tensors[key].ndim == 3 for key, module in modules.items())
     bare = "peft_type" not in config and {"r", "lora_alpha"} <= set(config) and modules.keys() == tensors.keys()
     return _from_tinker(config, tensors) if tensors and (own or bare) else None
 
