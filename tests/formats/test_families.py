@@ -263,3 +263,28 @@ def test_flux_1_lite_has_eight_double_blocks(start) -> None:
     found = look(pairs({name(own): shape for own, shape in shapes.items()}, "kohya" if start else "peft"))
     assert found.family == "flux1"
     assert len(found.adapter.pairs) == 8 * 3 + 38
+
+
+OTHER_MODELS = {
+    "LTX-Video 13B": ("LTXVideoTransformer3DModel", {"num_layers": 48, "attention_head_dim": 128}),
+    "Cosmos-Predict2 14B": ("CosmosTransformer3DModel", {"num_layers": 36, "num_attention_heads": 40}),
+    "CogVideoX-5B": ("CogVideoXTransformer3DModel", {"num_layers": 42, "num_attention_heads": 48}),
+    "Ideogram 4": ("Ideogram4Transformer2DModel", {}),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {}),
+}
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("case", OTHER_MODELS)
+def test_other_models_in_diffusers_names_are_read_under_their_own(case: str, some: bool) -> None:
+    """All linears of diffusers' class, or those of its attention alone."""
+    diffusers = pytest.importorskip("diffusers")
+    kind, settings = OTHER_MODELS[case]
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**settings)
+    linear = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    shapes = {f"transformer.{n}": s for n, s in linear.items() if not some or n.endswith(("to_q", "to_k", "to_v"))}
+    found = look(pairs(shapes))
+    assert found.family is None
+    assert set(found.adapter.pairs) == set(shapes)
+    assert found.adapter.card.kind == "image"

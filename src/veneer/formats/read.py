@@ -34,7 +34,7 @@ from veneer.formats.numbered import TOKEN_EMBEDDING, is_list, list_modules, list
 from veneer.formats.reading import Reading
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors
-from veneer.formats.topology import Family, ModulePlace, families
+from veneer.formats.topology import DENOISERS, Family, ModulePlace, families
 
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
 
@@ -410,6 +410,8 @@ def read_state_dict(
     else:
         choice = choose_family(shapes, family_in_metadata(metadata), family)
         places = {text: choice.lookup(text) for text in groups}
+        if fmt in ("peft", "diffusers") and _is_other_model(places):
+            choice = _of_no_family(choice, places)
         if choice.family is None and not choice.fitting and fmt in ("peft", "diffusers"):
             places = {text: (ModulePlace(text.removeprefix("base_model.model.")),) for text in groups}
             notes.append("no adapter_config.json: alpha is taken for the rank, as nothing says another")
@@ -450,6 +452,22 @@ def read_state_dict(
     name = choice.family.name if choice.family else None
     notes += problems
     return Reading(adapter, fmt, reasons, name, placer.used, sorted(unused), unpaired, notes, dict(metadata))
+
+
+def _is_other_model(places: Mapping[str, Sequence[ModulePlace] | None]) -> bool:
+    """Whether modules are named as in diffusers' classes, and the known family lacks some of them: the file is of
+    another model, whose modules have the names that the file says."""
+    own = {text: text.removeprefix("base_model.model.") for text in places}
+    dotted = all(name.partition(".")[0] in DENOISERS for name in own.values())
+    same = any(found is not None and tuple(found) == (ModulePlace(own[text]),) for text, found in places.items())
+    return dotted and same and None in places.values()
+
+
+def _of_no_family(choice: FamilyChoice, places: Mapping[str, Sequence[ModulePlace] | None]) -> FamilyChoice:
+    lacking = sorted(text for text, found in places.items() if found is None)
+    label = choice.family.label if choice.family else " or ".join(choice.near) or "any family known here"
+    said = f"{len(lacking)} module names are none of {label} ({lacking[0]}): read under the file's own names"
+    return FamilyChoice(None, choice.covered, (*choice.reasons, said))
 
 
 def _swapped(leaf: Leaf, metadata: Mapping[str, str]) -> str | None:
