@@ -91,3 +91,21 @@ def test_clients_have_what_jobs_left_and_do_not_pass_each_other_by(store: JobSto
     billed(tenants, trained_name("acme/tinker-c-0"), 2)  # by another server
     assert not took(0)
     assert ClientBudget(store, None).take("", UNIT, UNIT) is None
+
+
+@in_sqlite
+def test_a_job_sees_what_clients_took_and_is_not_in_the_ledger(store: JobStore, tenants: Store) -> None:
+    """Of 9 clients took 6, on two servers, before the ledger has any of it: a job of 4 is one too many, one of 3 is
+    not, and then clients have nothing left."""
+    for budget in (ClientBudget(store, tenants), ClientBudget(JobStore(store.library), tenants)):
+        budget.take("acme", 3 * UNIT, 9 * UNIT)
+    store.create("acme", {}, name="support")
+    lease = taken(store, state="validating")
+    plan = {**PLAN, "tokens": UNIT}
+    with pytest.raises(OverBudget, match=r"of this month's budget of 9\.00 3\.00 are left"):
+        store.queue(lease, plan, price=4 * UNIT, budget=9 * UNIT, spent=0)
+    assert store.queue(lease, plan, price=3 * UNIT, budget=9 * UNIT, spent=0).state == "queued"
+    with pytest.raises(OverBudget):
+        budget.take("acme", 1, 9 * UNIT)
+    budget.give_back("acme", UNIT)
+    budget.take("acme", UNIT, 9 * UNIT)

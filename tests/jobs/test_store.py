@@ -293,6 +293,7 @@ def test_measures_of_jobs_that_ended_long_ago_go_and_nothing_else(store: JobStor
     if earlier:
         with write_transaction(store.engine) as c:
             c.execute(text("UPDATE job_version SET version_num = '0001'"))
+            c.execute(text("DROP TABLE job_reservations"))
             if store.engine.dialect.name == "postgresql":
                 c.execute(text("DROP TRIGGER job_events_fixed ON job_events"))
                 c.execute(text("DROP FUNCTION job_events_fixed"))

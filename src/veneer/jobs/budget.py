@@ -9,10 +9,9 @@ billed by the ledger, one by one, under the name that `trained_name` gives. Mone
 
 from __future__ import annotations
 
-import threading
 import time
 
-from veneer.jobs.store import JobStore, OverBudget, money
+from veneer.jobs.store import JobStore
 from veneer.library.database import reading
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Store
@@ -35,31 +34,19 @@ def spent_by_clients(tenants: Store | None, tenant: str) -> int:
 
 
 class ClientBudget:
-    """As one server's clients spend it. Thread-safe. A request counts from the moment that it is taken, not from when
-    the ledger has it: many that are sent at once do not pass each other by."""
+    """As clients spend it. Thread-safe. A request counts from the moment that it is taken, in the database of jobs, not
+    from when the ledger has it: many that are sent at once, and jobs, do not pass each other by."""
 
     def __init__(self, jobs: JobStore, tenants: Store | None) -> None:
         self.jobs, self.tenants = jobs, tenants
-        self._lock = threading.Lock()
-        self._spent: dict[tuple[str, str], int] = {}  # what was in the ledger, and what was taken here since
 
     def take(self, tenant: str, cost: int, most: int) -> None:
         """Raises OverBudget where there is no room for so much."""
-        posted, key = spent_by_clients(self.tenants, tenant), (tenant, _month())
-        by_jobs = self.jobs.committed(tenant)
-        with self._lock:
-            spent = max(posted, self._spent.get(key, 0))  # other servers' come with the ledger
-            if by_jobs + spent + cost > most:
-                left = money(max(0, most - by_jobs - spent))
-                what = f"this request costs {money(cost)}, and of this month's budget of training {left} are left"
-                raise OverBudget(what, where="budget", fix="a larger budget, or next month")
-            self._spent = {key: spent for key, spent in self._spent.items() if key[1] == _month()}
-            self._spent[key] = spent + cost
+        self.jobs.reserve(tenant, cost, most, spent_by_clients(self.tenants, tenant))
 
     def give_back(self, tenant: str, cost: int) -> None:
-        with self._lock:
-            key = tenant, _month()
-            self._spent[key] = max(0, self._spent.get(key, 0) - cost)
+        if cost:
+            self.jobs.unreserve(tenant, cost)
 
 
 def _month() -> str:

@@ -50,7 +50,14 @@ from sqlalchemy import ColumnElement, Connection, Select, case, delete, exists, 
 
 from veneer.errors import ConfigError, VeneerError, counted, one_of, quoted, shown
 from veneer.files.rights import private_folder
-from veneer.jobs.tables import JOB_SCHEMA, job_bill_table, job_checkpoint_table, job_event_table, job_table
+from veneer.jobs.tables import (
+    JOB_SCHEMA,
+    job_bill_table,
+    job_checkpoint_table,
+    job_event_table,
+    job_reservation_table,
+    job_table,
+)
 from veneer.library.database import database_clock, reading, write_transaction
 from veneer.library.library import Library
 from veneer.library.migrate import bring_up
@@ -362,10 +369,27 @@ class JobStore:
             row = c.execute(select(job_bill_table).where(job_bill_table.c.job == job)).first()
         return None if row is None else JobBill(**row._mapping)
 
-    def committed(self, tenant: str) -> int:
-        """What a tenant's jobs cost it this month (UTC), with what those that wait and run are going to; millionths."""
-        with reading(self.engine) as c:
-            return _committed(c, tenant, self._now(c))
+    def reserve(self, tenant: str, cost: int, budget: int, posted: int) -> None:
+        """Take `cost` of a tenant's budget of this month (UTC) for training that is no job, in one transaction with the
+        check, so that jobs and clients see each other. `posted`: what the ledger has of such training. In millionths.
+        Raises OverBudget."""
+        r = job_reservation_table.c
+        with self._writing() as (c, now):
+            jobs, spent = _committed(c, tenant, now), max(posted, _reserved(c, tenant, now))
+            if jobs + spent + cost > budget:
+                left = money(max(0, budget - jobs - spent))
+                what = f"this request costs {money(cost)}, and of this month's budget of training {left} are left"
+                raise OverBudget(what, where="budget", fix="a larger budget, or next month")
+            c.execute(delete(job_reservation_table).where(r.tenant == tenant))
+            row = {"tenant": tenant, "month": _day(now)[:7], "spent": spent + cost}
+            c.execute(insert(job_reservation_table), row)
+
+    def unreserve(self, tenant: str, cost: int) -> None:
+        """Give back what `reserve` took this month."""
+        r = job_reservation_table.c
+        with self._writing() as (c, now):
+            left = max(0, _reserved(c, tenant, now) - cost)
+            c.execute(update(job_reservation_table).where(r.tenant == tenant).values(spent=left))
 
     def bills(self, since: str = "", until: str = "") -> list[JobBill]:
         """Every tenant's, of jobs that ended on these days, both included; the oldest first. For the operator."""
@@ -547,13 +571,14 @@ class JobStore:
         self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None, spent: int = 0
     ) -> Job:  # fmt: skip
         """A validated job waits to be trained, and nobody has it any more. `plan`: with `tokens` and `steps`. `price`:
-        for a million tokens; `budget`: of the tenant in a month (UTC); `spent`: what of it went to training that is no
-        job; all in millionths.
+        for a million tokens; `budget`: of the tenant in a month (UTC); `spent`: what of it the ledger has of training
+        that is no job; all in millionths.
 
         Raises OverBudget where this job, what waits and runs, and what was spent this month are together more than the
         budget; LeaseLost."""
         with self._working(lease) as (c, now, job):
             planned = cost_of(int(plan["tokens"]), price)
+            spent = max(spent, _reserved(c, job.tenant, now))
             if budget is not None and planned + (taken := spent + _committed(c, job.tenant, now)) > budget:
                 raise OverBudget(
                     f"this job is planned to cost {money(planned)}, and of this month's budget of "
@@ -695,6 +720,11 @@ def _committed(c: Connection, tenant: str, now: float) -> int:
     j = job_table.c
     planned = select(func.sum(j.planned)).where(j.tenant == tenant, j.state.not_in(ENDS))  # 0 while one is validated
     return int(c.scalar(planned) or 0) + _spent(c, tenant, _day(now)[:8] + "01")
+
+
+def _reserved(c: Connection, tenant: str, now: float) -> int:
+    r = job_reservation_table.c
+    return int(c.scalar(select(r.spent).where(r.tenant == tenant, r.month == _day(now)[:7])) or 0)
 
 
 def _lost(job: str) -> LeaseLost:

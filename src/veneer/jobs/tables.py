@@ -69,6 +69,14 @@ job_bill_table = Table(
     Index("job_bills_of_tenant", "tenant", "day"),
 )
 
+job_reservation_table = Table(
+    "job_reservations",
+    _TABLES,
+    Column("tenant", Key(), primary_key=True),
+    Column("month", Key(), primary_key=True),  # 2026-11, in UTC
+    *_columns(BigInteger, "spent"),  # of its budget, by clients that train step by step: billed, or about to be
+)
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 _COUNTED = BigInteger().with_variant(Integer, "sqlite")

@@ -45,7 +45,7 @@ from veneer.serve.access import Bill, Served
 from veneer.serve.http.answers import TextAnswer, TextJob, run
 from veneer.serve.http.bodies import BodyRoute, Strict, read_body
 from veneer.serve.http.downloads import file_response
-from veneer.serve.http.errors import Json, as_refused, in_thread, message_of
+from veneer.serve.http.errors import Json, as_refused, in_thread, log, message_of
 from veneer.serve.http.guard import needs
 from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.service import Service, caller_of, service_of
@@ -426,7 +426,7 @@ async def _submit(
         service.tried(found)
         taken = await _take_budget(own, http, caller, tokens)
         async with AsyncExitStack() as undo:
-            undo.callback(own.budget.give_back, caller.tenant, taken)
+            undo.push_async_callback(_give_back, own, caller.tenant, taken)
             admission = await undo.enter_async_context(AsyncExitStack())
             bill: Bill | None = None
             if tokens:
@@ -477,7 +477,7 @@ def _bill(
             if bill is not None:
                 await bill.used(Usage(tokens if answer.kind != "failed" else 0, 0, 0))
             if answer.kind == "failed":
-                own.budget.give_back(found.tenant, taken)
+                await _give_back(own, found.tenant, taken)
             if not shown.done():
                 shown.set_result(answer)
         except Exception as error:  # whoever waits for the result is told
@@ -998,6 +998,14 @@ async def _take_budget(own: TinkerRoutes, http: Service, caller: Principal, toke
 
     await _asked(take)
     return cost
+
+
+async def _give_back(own: TinkerRoutes, tenant: str, taken: int) -> None:
+    """What a request took of the budget and came to nothing. A database that is away keeps it taken this month."""
+    try:
+        await _asked(lambda: own.budget.give_back(tenant, taken))
+    except Refused as error:
+        log.warning("%d millionths of the budget of tenant %r could not be given back: %s", taken, tenant, error.what)
 
 
 async def _asked(do: Callable[[], T]) -> T:

@@ -1,0 +1,20 @@
+"""What clients that train step by step took of their tenant's budget."""
+
+from __future__ import annotations
+
+from alembic import op
+from sqlalchemy import BigInteger, Column
+
+from veneer.library.database import Key
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    op.create_table(
+        "job_reservations",
+        Column("tenant", Key(), primary_key=True),
+        Column("month", Key(), primary_key=True),
+        Column("spent", BigInteger, nullable=False),
+    )
