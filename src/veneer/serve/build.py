@@ -218,7 +218,9 @@ def _application(
 
     operator = operator_routes(settings, service.tenancy, service.catalog)
     own = [adapter_routes(library, staging, service.tenancy)]
-    own += [feedback_routes(service.tenancy.answers)] if isinstance(service.tenancy, Tenants) else []
+    if isinstance(service.tenancy, Tenants):
+        service.tenancy.answers.quotas = service.quotas
+        own.append(feedback_routes(service.tenancy.answers))
     large = {**adapter_bodies(staging), **more.large}
     app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=more.unguarded, large=large)
     more.mount(app)

@@ -19,9 +19,9 @@ class QuotaLimits:
     """What one owner (a tenant, or everybody on a server without tenants) may use at a time; see `serve.quota`.
 
     memory: bytes of requests that wait, of results that wait to be fetched, and of what is unpacked
-    disk: bytes of training clients' states and checkpoints, and, counted apart, of answers kept for feedback
-    files: sessions, runs, samplers and checkpoints of training clients, and, counted apart, answers kept for feedback
-    descriptors: files and database cursors that downloads keep open
+    disk: bytes of training clients' states and checkpoints, and of answers kept for feedback
+    files: sessions, runs, samplers and checkpoints of training clients, and answers kept for feedback
+    descriptors: archives that are downloaded
     requests: requests of Tinker's samples and graders that run, wait or have a result to fetch
     helper_seconds: seconds of graders in ten minutes
     helpers: graders that run at a time, of all owners; `helper_share`: of them, one owner's

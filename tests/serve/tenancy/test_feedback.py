@@ -13,7 +13,9 @@ from veneer.errors import ConfigError
 from veneer.library.database import reading
 from veneer.serve.access import Served
 from veneer.serve.principal import Principal
+from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused
+from veneer.serve.settings import QuotaLimits
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.feedback import AnswerFeedback, feedback_counts, feedback_rows
 from veneer.serve.tenancy.store import FeedbackTerms
@@ -67,6 +69,27 @@ def test_many_are_kept_counted_exported_in_their_order_and_removed(tenants: Tena
     manage.remove_tenant(tenants.store, "acme", who="me")
     with pytest.raises(Refused, match="no answer 'a-0' is kept"):
         tenants.answers.give("acme", AnswerFeedback("a-0", up=True))
+
+
+def test_answers_over_a_tenants_quota_are_not_kept(tenants: Tenants) -> None:
+    for name in ("acme", "best"):
+        manage.add_tenant(tenants.store, name, who="me")
+        manage.set_feedback(tenants.store, name, FeedbackTerms(30.0), who="me")
+    tenants.store.look()
+    tenants.answers.quotas = Quotas(QuotaLimits(files=3))
+
+    def kept(tenant: str) -> int:
+        tenants.answers.flush()
+        with reading(tenants.store.engine) as c:
+            return feedback_counts(c, tenant, NOW)["answers"]
+
+    for n in range(5):
+        keep(tenants, f"a-{n}", f"u-{n}", "well")
+    keep(tenants, "b-0", "u", "well", tenant="best")
+    assert (kept("acme"), kept("best")) == (3, 1)
+    assert tenants.answers.forget("acme", user="u-0") == 1
+    keep(tenants, "a-9", "u", "well")
+    assert kept("acme") == 3
 
 
 def test_a_kind_of_rows_that_is_none(tenants: Tenants) -> None:

@@ -668,7 +668,9 @@ async def _sample(
     count, most = body.num_samples, _most_samples(http)
     try:
         job = await asyncio.to_thread(_job, http, caller, sampler, body)
-        memory = _SAMPLE + count * job.sampling.max_tokens * (_ANSWER_TOKEN + _TOP_TOKEN * (job.sampling.logprobs or 0))
+        memory = _SAMPLE + count * (job.sampling.max_tokens or http.reader.context) * (
+            _ANSWER_TOKEN + _TOP_TOKEN * (job.sampling.logprobs or 0)
+        )
         mine = own.open[caller.tenant]
         async with own.turn:  # half of the queue is for all that wait for samples, and each has its share of it
             await own.turn.wait_for(lambda: not mine.drawing or (mine.drawing + count) * len(own.open) <= most)

@@ -14,8 +14,9 @@ Nothing is kept of a tenant that has no `FeedbackTerms`. What is kept has the ti
 nobody's, and the next sweep removes it. Of the request's `user` a hash is kept, by which all answers of a user, those
 without feedback too, are removed; answers that were asked for before that and have not come yet are not kept either.
 
-While the database is away, feedback is 503, and answers wait on the disk, up to a bound; beyond it they are
-answered and not kept, which the log says.
+While the database is away, feedback is 503, and answers wait on the disk, up to a bound, of which a tenant has half;
+what a tenant has in the database is bounded too (`files` and `disk` of QuotaLimits). Beyond these answers are given and
+not kept, which the log says.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import re
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -42,6 +44,7 @@ from veneer.library.names import name_of
 from veneer.serve.access import KeepAnswer, Served, shadow_id
 from veneer.serve.outage import is_outage
 from veneer.serve.principal import Principal
+from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.outbox import Writer
 from veneer.serve.tenancy.store import Store, answer_table, feedback_table, forgotten_table
@@ -57,8 +60,10 @@ _LOCK = 0x66656564  # "feed": the key of PostgreSQL's advisory lock
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _LARGEST = 1 << 20
 """Characters of JSON of an answer with its request; a larger one is not kept."""
-_MOST = 100
+_MOST, _PAGE = 100, 20
 """Answers in one transaction, and feedback that is read at once."""
+_MEASURED = 60.0
+"""Seconds after which it is measured again what a tenant has in the database."""
 _REMEMBERED = 400 * 86400.0
 """Seconds for which it is remembered what was forgotten: for answers that wait somewhere."""
 
@@ -73,6 +78,9 @@ class KeptAnswers:
         self.store, self.wall, self.path = store, wall, folder / "answers.sqlite"
         self._wake, self._closing, self._said = threading.Event(), False, -10.0
         self._draining = threading.Lock()
+        self.quotas = Quotas()
+        self._holds: dict[str, tuple[QuotaHold, float]] = {}
+        self._spooled: Counter[str] = Counter()  # bytes of each tenant that wait here
         self._writer: Writer[sqlite3.Connection] = Writer(self._spool, "veneer-answers")
         self._sender = threading.Thread(target=self._send, name="veneer-answers-sent", daemon=True)
         self._sender.start()
@@ -91,7 +99,8 @@ class KeptAnswers:
         row |= {"name": served.name, "adapters": names}
 
         def keep(asked: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
-            self._writer.put(lambda c: _wait(c, {**row, "asked": asked, "choices": choices})).add_done_callback(written)
+            whole = {**row, "asked": asked, "choices": choices}
+            self._writer.put(lambda c: self._wait(c, whole)).add_done_callback(written)
 
         def written(future: Future[Any]) -> None:
             if (error := future.exception()) is None:
@@ -160,10 +169,41 @@ class KeptAnswers:
                 waiting = c.execute("SELECT number, row FROM answers ORDER BY number LIMIT ?", (_MOST,)).fetchall()
             if not waiting:
                 return False
-            self._put([json.loads(row) for _, row in waiting])
+            rows = [json.loads(row) for _, row in waiting]
+            self._put([row for row, (_, text) in zip(rows, waiting, strict=True) if self._fits(row, len(text))])
             with self._spool() as c:
                 c.executemany("DELETE FROM answers WHERE number = ?", [(number,) for number, _ in waiting])
+            for row, (_, text) in zip(rows, waiting, strict=True):
+                self._spooled[row["tenant"]] = max(0, self._spooled[row["tenant"]] - len(text))
         return True
+
+    def _fits(self, row: Mapping[str, Any], size: int) -> bool:
+        """Whether its tenant's quota has room for an answer. What is in the database is measured again after a while:
+        other servers add and remove there too."""
+        tenant = row["tenant"]
+        hold, until = self._holds.get(tenant) or (self.quotas.take(tenant), 0.0)
+        if time.monotonic() >= until:
+            a = answer_table.c
+            taken = select(func.count(), func.coalesce(func.sum(func.length(a.asked) + func.length(a.choices)), 0))
+            with reading(self.store.engine) as c:
+                files, disk = c.execute(taken.where(a.tenant == tenant)).one()
+            hold.set(files=int(files), disk=int(disk))
+            self._holds[tenant] = hold, time.monotonic() + _MEASURED
+        try:
+            hold.add(files=1, disk=size)
+        except Refused as error:
+            _log.error("answer %s is not kept for feedback: %s", row["id"], error.what)
+            return False
+        return True
+
+    def _wait(self, c: sqlite3.Connection, row: Mapping[str, Any]) -> None:
+        text, tenant = json.dumps(row), row["tenant"]
+        if len(text) > _LARGEST:
+            raise ValueError(f"{row['id']} has {len(text):,} characters with its request; {_LARGEST:,} are kept")
+        if self._spooled[tenant] + len(text) > _ROOM // 2:
+            raise ValueError(f"{self._spooled[tenant]:,} bytes of {tenant or 'this server'} wait for the database")
+        c.execute("INSERT INTO answers (row) VALUES (?)", (text,))
+        self._spooled[tenant] += len(text)
 
     def _put(self, rows: Sequence[dict[str, Any]]) -> None:
         """All in one transaction; where one of them cannot be kept, the others without it."""
@@ -184,9 +224,7 @@ class KeptAnswers:
     def give(self, tenant: str, feedback: AnswerFeedback) -> dict[str, Any]:
         """Keeps what is said of an answer; what was said before of what is said again is gone. Returns what holds.
         Raises Refused: not_found (404) for an answer that is not kept, whatever the reason; 400."""
-        self._find(tenant, feedback.id)  # its answer may have come a moment ago
-        for other, _ in feedback.rejected or ():
-            self._find(tenant, other)
+        self._find(tenant, {feedback.id, *(other for other, _ in feedback.rejected or ())})
         with write_transaction(self.store.engine, _LOCK) as c:
             given = self._choice(c, tenant, feedback.id, feedback.choice, "choice")
             for other, choice in feedback.rejected or ():
@@ -206,15 +244,17 @@ class KeptAnswers:
         said = {"thumb": thumb, "corrected": json.loads(row.corrected or "null"), "rejected": rejected}
         return {"object": "feedback", "id": feedback.id, "choice": feedback.choice, **said}
 
-    def _find(self, tenant: str, answer: str) -> None:
-        """Sees to it that an answer that has come is in the database. Raises Refused where there can be none."""
-        if not _ID.fullmatch(answer):
-            raise self._unknown(tenant, answer)
+    def _find(self, tenant: str, answers: set[str]) -> None:
+        """Sees to it that answers that have come, maybe a moment ago, are in the database. Raises Refused where there
+        can be none."""
+        for answer in answers:
+            if not _ID.fullmatch(answer):
+                raise self._unknown(tenant, answer)
         a = answer_table.c
         with reading(self.store.engine) as c:
-            if c.scalar(select(a.id).where(a.tenant == tenant, a.id == answer)) is not None:
-                return
-        self.flush()
+            known = {*c.scalars(select(a.id).where(a.tenant == tenant, a.id.in_(answers)))}
+        if known != answers:  # once for all of them
+            self.flush()
 
     def _choice(self, c: Connection, tenant: str, answer: str, choice: int, param: str) -> tuple[Any, Any]:
         """(what was asked, the answer)."""
@@ -246,7 +286,10 @@ class KeptAnswers:
         with contextlib.suppress(OSError, sqlite3.Error):  # else they are left out when they come
             self.flush()
         with write_transaction(self.store.engine, _LOCK) as c:
-            return forget_answers(c, tenant, what, self.wall())
+            gone = forget_answers(c, tenant, what, self.wall())
+        if tenant in self._holds:
+            self._holds[tenant] = self._holds[tenant][0], 0.0
+        return gone
 
     def sweep(self) -> int:
         """Removes what has been kept for its time. Returns how many answers went."""
@@ -288,13 +331,6 @@ def _erase(c: Connection) -> None:
     """What is deleted on this connection is overwritten in its file."""
     if c.dialect.name == "sqlite":
         c.exec_driver_sql("PRAGMA secure_delete = ON")
-
-
-def _wait(c: sqlite3.Connection, row: Mapping[str, Any]) -> None:
-    text = json.dumps(row)
-    if len(text) > _LARGEST:
-        raise ValueError(f"{row['id']} has {len(text):,} characters with its request; {_LARGEST:,} are kept")
-    c.execute("INSERT INTO answers (row) VALUES (?)", (text,))
 
 
 def _add(c: Connection, rows: Sequence[dict[str, Any]]) -> None:
@@ -382,17 +418,19 @@ def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: floa
         .join(answer_table, (a.tenant == f.tenant) & (a.id == f.answer))
         .where(f.tenant == tenant, a.expires > now)
         .order_by(*order)
-        .limit(_MOST)
+        .limit(_PAGE)
     )
     after: tuple[Any, ...] | None = None
     while True:
         with reading(engine) as c:
             found = c.execute(query if after is None else query.where(tuple_(*order) > tuple_(*after))).all()
-            others = _answers(c, tenant, [other for r in found for other, _ in json.loads(r.rejected or "[]")], now)
         for r in found:
             if adapter is None or adapter in {n for each in (r.name, *json.loads(r.adapters)) for n in _names(each)}:
+                rejected = [other for other, _ in json.loads(r.rejected or "[]")] if kind == "preference" else []
+                with reading(engine) as c:  # of one row at a time: an answer may have a megabyte
+                    others = _answers(c, tenant, rejected, now)
                 yield from _rows_of(kind, r, others)
-        if len(found) < _MOST:
+        if len(found) < _PAGE:
             return
         after = (found[-1].at, found[-1].answer, found[-1].choice)
 

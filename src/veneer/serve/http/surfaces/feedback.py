@@ -16,7 +16,7 @@ from veneer.library.database import reading
 from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, Strict, at_most, checked
 from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.guard import needs
-from veneer.serve.http.service import caller_of
+from veneer.serve.http.service import admission_of, caller_of
 from veneer.serve.http.surfaces.openai import Message
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.feedback import AnswerFeedback, FeedbackKind, KeptAnswers, feedback_counts, feedback_rows
@@ -96,6 +96,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
         adapter: Annotated[str | None, Query(max_length=512)] = None,
     ) -> Response:
         tenant = _tenant(request, store)
+        admission_of(request).take("answers", 1)  # until all was sent: a tenant has its share of these
         found = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
         first = await in_thread(_DATABASE, lambda: next(found, None))  # so that an outage has its own status
 
