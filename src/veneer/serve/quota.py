@@ -51,7 +51,7 @@ class Quotas:
         self._helpers: dict[str, Window] = {}
 
     def take(self, owner: str, **amounts: int) -> QuotaHold:
-        """Reserve amounts of `_Resource`s for an owner: all of them, or Refused and none. With `requests`, the owner
+        """Reserve amounts of resources for an owner: all of them, or Refused and none. With `requests`, the owner
         must have seconds of helpers left too."""
         hold = QuotaHold(self, owner)
         hold.add(**amounts)
