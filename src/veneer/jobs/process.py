@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import CheckpointError, Interrupted, VeneerError
 from veneer.jobs.canary import compare_job, place_job
-from veneer.jobs.executors import VALIDATE, taken_over
+from veneer.jobs.executors import taken_over
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost, with_shares
 from veneer.jobs.validate import is_compared, job_config, may_pass, terms_of, told, validated
 from veneer.library.library import Library, open_library

@@ -88,7 +88,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     (place / "adapters").mkdir()
     tenants = str(place / "tenants.sqlite")
     store, keys = Store(tenants), {}
-    for name in ("acme", "globex", "idle"):
+    for name in ("acme", "globex", "idle", "late"):
         manage.add_tenant(store, name, who="test")
         keys[name] = manage.make_tenant_key(store, name, who="test")[1]
     tokens = sum(len(row) - 1 for row in ROWS)
@@ -404,6 +404,19 @@ def test_a_budget_of_training_holds_and_the_ledger_has_its_lines(client: Any) ->
         time.sleep(0.05)
     assert answer.status_code == 402
     assert "budget" in answer.json()["error"]["message"]
+
+
+def test_an_old_session_trains_no_more_once_training_is_off(world: SimpleNamespace, client: Any) -> None:
+    """What it has trained until then it may still save and download."""
+    late = client("late")
+    model = late.model("tiny-base", 2)
+    assert late.result(late.forward(model).json()).status_code == 200
+    manage.set_training(world.store, "late", TrainingTerms(jobs=0), who="test")
+    try:
+        answer = late.forward(model)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+    finally:
+        manage.set_training(world.store, "late", TrainingTerms(), who="test")
 
 
 def test_a_session_that_its_client_ended_is_gone(client: Any) -> None:

@@ -309,6 +309,7 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
     @router.post("/create_model", summary="A training client of a LoRA.")
     async def create_model(request: HttpRequest, body: ModelBody) -> Response:
         caller, service, http = caller_of(request), await own.service(), service_of(request)
+        _check_trainable(http, caller)
         _check_base(http, body.base_model)
         named = body.base_model
         await _asked(lambda: service.session(caller.tenant, body.session_id).keep_base_name(named))
@@ -403,6 +404,8 @@ async def _create_from(own: TinkerRoutes, request: HttpRequest, body: Mapping[st
         _check_base(http, str(body["base_model"]))
     _check_adam(body.get("optimizer_config") or {"type": "adamw"})
 
+    _check_trainable(http, caller)
+
     def create() -> TrainingRun:
         if caller.tenant:
             http.tenancy.let_see_own(caller.tenant)
@@ -423,6 +426,8 @@ async def _submit(
     number = f"{found.id}:{seq}"
     known = await _asked(lambda: service.answer(found, seq))
     if known is None and seq > found.applied:
+        if not kind.startswith("save_"):  # what a tenant has trained until now it may keep
+            _check_trainable(http, caller)
         service.tried(found)
         taken = await _take_budget(own, http, caller, tokens)
         async with AsyncExitStack() as undo:
