@@ -24,7 +24,6 @@ tells that memory ran out. Imports nothing of veneer.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -155,9 +154,36 @@ class MissingExtraError(VeneerError):
     """Raised when an optional dependency is missing; `fix` is the command that installs it."""
 
 
+_MOST_EDITS = 3
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The up to `n` entries of `known` that look most like `name`, best first, for "did you mean" hints."""
-    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.4)
+    """The up to `n` entries of `known` that `name` can be a typing error for, nearest first: within one edit for every
+    three characters, and three in all. Every "did you mean" hint is found here."""
+    found = []
+    for each in dict.fromkeys(known):
+        most = min(_MOST_EDITS, max(len(name), len(each)) // 3)
+        if abs(len(name) - len(each)) <= most and (edits := _edits(name.casefold(), each.casefold(), most)) <= most:
+            found.append((edits, each))
+    return [each for _, each in sorted(found, key=lambda pair: pair[0])[:n]]
+
+
+def _edits(a: str, b: str, most: int) -> int:
+    """How many letters are put in, left out, changed or swapped with their neighbor to make `b` of `a` (optimal string
+    alignment); any number above `most` where it takes more."""
+    far = [most + 1] * (len(b) + 1)  # what is further from the diagonal than `most` takes more edits than that
+    before, row = far, list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, before, row = before, row, far.copy()
+        row[0] = i
+        for j in range(max(1, i - most), min(len(b), i + most) + 1):
+            edits = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != b[j - 1]))
+            if i > 1 and j > 1 and x == b[j - 2] and b[j - 1] == a[i - 2]:
+                edits = min(edits, last[j - 2] + 1)
+            row[j] = edits
+        if min(row) > most and min(before) > most:
+            return most + 1
+    return row[-1]
 
 
 def one_of(value: str, known: Iterable[str], what: str, where: str) -> None:

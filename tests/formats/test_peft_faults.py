@@ -253,7 +253,8 @@ def test_folders_that_are_no_adapter(folder, make: Callable[[Path], Any], kind, 
 
 
 def test_a_folder_that_is_not_there_names_the_nearest(folder):
-    refused(folder.parent / "ab", "no such adapter folder", "nearest: a")
+    shutil.copytree(folder, folder.parent / "tickets")
+    refused(folder.parent / "tickts", "no such adapter folder", "nearest: tickets")
     shutil.copytree(folder, folder.parent / "run" / "inner")
     refused(folder.parent / "run", "has no adapter_config.json", "inner")
 

@@ -132,7 +132,7 @@ def test_kohyas_list_goes_to_its_blocks() -> None:
     assert found["unet.down_blocks.1.attentions.0.proj_in"] == 0.0  # IN04
 
 
-@pytest.mark.parametrize(("key", "near"), [("dwon", "down"), ("txt", "text"), ("mid_blok", "mid"), ("down.7", "down.")])
+@pytest.mark.parametrize(("key", "near"), [("dwon", "down"), ("txt", "text"), ("mid_blok", "mid"), ("down.7", "down")])
 def test_an_unknown_block_names_the_nearest(key: str, near: str) -> None:
     with pytest.raises(ConfigError, match="no block") as caught:
         factors_by_module(Strength(blocks=((key, 1.0),)), SDXL)

@@ -82,7 +82,8 @@ HELD: dict[str, Any] = {"evaluate": {}}
 @pytest.mark.parametrize(
     ("after", "said"),
     [
-        ({"rout": {"name": "x"}}, "did you mean route"), ({"route": {"name": "x", "wait": 0.1}}, "did you mean weight"),
+        ({"rout": {"name": "x"}}, "did you mean route"),
+        ({"route": {"name": "x", "wight": 0.1}}, "did you mean weight"),
         ({"route": {"name": "x", "weight": 1.5}}, "`after.route.weight`"),
         ({"route": {"weight": 0.1}}, "`after.route.name`"),
         ({"route": {"name": "x", "weight": True}}, "`after.route.weight`"), ([1], "cannot be read"),
@@ -141,7 +142,7 @@ def test_overrides_reach_what_comes_after(tmp_path: Path, monkeypatch: pytest.Mo
             "alias": None,
         }  # fmt: skip
     for wrong, said in {
-        "after.route.wait=1": "did you mean weight", "after.route.weight=2": "`after.route.weight`",
+        "after.route.wight=1": "did you mean weight", "after.route.weight=2": "`after.route.weight`",
         "after.promote.now=1": "is no section", "after.route": "not an override",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError) as error:

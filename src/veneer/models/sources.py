@@ -94,7 +94,7 @@ def short_name(name: str) -> str:
 def _from_hub(name: str, say: Callable[[str], None] | None, *, weights: bool = True) -> Path:
     if say is not None:
         say(f"looking for {name} on the hub")
-    hints = nearest(name, [k.name for k in known_bases()])
+    hints = nearest(name.rpartition("/")[2], [k.name for k in known_bases()])
     copy = next((f"{b.name} is veneer's own copy of it. " for b in BUILTIN.values() if b.hub_id == name), "")
     ways = copy or (f"did you mean {' or '.join(hints)}? " if hints else "")
     ways += f"Without a hub: {_WAYS}"

@@ -18,7 +18,6 @@ given twice is an error. Does not know models, data or torch.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import json
 import os
@@ -297,16 +296,12 @@ def _unknown(kind: _Kind, loc: list[str]) -> str:
     name, last = ".".join(loc), loc[-1]
     own = list(kind.sections[loc[0]].model_fields) if len(loc) > 1 else list(kind.config.model_fields)
     prefix = f"{loc[0]}." if len(loc) > 1 else ""
-    candidates = {f"{prefix}{key}": _likeness(last, key) + 0.1 for key in own}
+    named = {key: f"{prefix}{key}" for key in own}
     for other, _ in config_keys(kind.config):  # the right key in the wrong place
-        candidates.setdefault(other, _likeness(last, other.rpartition(".")[2]))
-    best = max(candidates, key=lambda c: candidates[c])
-    hint = f"did you mean `{best}`?" if candidates[best] >= 0.6 else f"known here: {', '.join(own)}"
+        named.setdefault(other.rpartition(".")[2], other)
+    near = nearest(last, named, 1)
+    hint = f"did you mean `{named[near[0]]}`?" if near else f"known here: {', '.join(own)}"
     return f"unknown key `{name}`; {hint}"
-
-
-def _likeness(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w\[\]:%+-]+)?")
