@@ -21,10 +21,14 @@ if TYPE_CHECKING:
         load_base,
         load_image_base,
         merge,
+        mix,
         open_jobs,
+        open_library,
         save_adapter,
+        submit,
         train_image,
         train_text,
+        train_together,
     )
     from veneer.core.adapter import Adapter, Card, LoraSpec, Pair
     from veneer.core.attach import attach
@@ -48,10 +52,14 @@ __all__ = [
     "load_base",
     "load_image_base",
     "merge",
+    "mix",
     "open_jobs",
+    "open_library",
     "save_adapter",
+    "submit",
     "train_image",
     "train_text",
+    "train_together",
 ]
 
 _HOMES = {

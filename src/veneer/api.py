@@ -6,6 +6,8 @@
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
+    mix(["support:0.6", "polite:0.4"], "runs/both")
+    with open_library() as library: library.add(run.adapter, "support")
     train_image("examples/images/config.yaml", "preset=style")
     with open_jobs() as jobs: submit(jobs, "support.yaml", name="support", tenant="acme")
     image(load_image_base("catalogue-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
@@ -24,8 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.adapters.merge import merge
+from veneer.adapters.mix import mix_adapters as mix
 from veneer.adapters.use import AdapterSpec, attach_adapters, load_adapter, parse_spec
 from veneer.formats import peft
+from veneer.library.library import open_library
 from veneer.models.image.base import load_image as load_image_base
 from veneer.models.text.base import TextBase
 from veneer.models.text.base import load_text as load_base
@@ -56,7 +60,9 @@ __all__ = [
     "load_base",
     "load_image_base",
     "merge",
+    "mix",
     "open_jobs",
+    "open_library",
     "save_adapter",
     "submit",
     "train_image",
@@ -194,7 +200,6 @@ def open_jobs(location: str | os.PathLike[str] | None = None, index: str | None 
     `location`, `index`: of the library, by default that of the veneer home. `submit` puts a run into it; what it gives
     (`jobs`, `get`, `events`, `checkpoints`, `pause`, `resume`, `cancel`) takes the tenant first (jobs.store)."""
     from veneer.jobs.store import JobStore
-    from veneer.library.library import open_library
 
     with open_library(location, index) as library:  # type: ignore[arg-type]
         yield JobStore(library)
@@ -241,15 +246,27 @@ def generate(
     adapters: str | os.PathLike[str] | Sequence[AdapterSpec] = (),
     system: str | None = None,
     raw: bool = False,
-    **settings: Any,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    batch_size: int = 8,
+    on_token: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Answers to `prompts`, with `adapters` acting together for the length of the call.
 
     A text is what a user says, and goes through the base's chat template (with `raw`, or on a base without a template,
     it is continued as it is); a list of messages is used as it is. `system`: put before each text.
-    `settings`: max_new_tokens, temperature, top_p, seed, batch_size, on_token (models.text.generate.complete)."""
+    `temperature` 0 takes the likeliest token each time; above 0, tokens are drawn from the `top_k` likeliest (0: all)
+    that have the probability `top_p` together, repeatably by `seed`. `on_token(index, piece)` gets the text as it
+    comes. Raises ConfigError for a value out of range."""
+    texts = [_messages(base, p, system, raw) for p in _several(prompts)]
     with _acting(base, _several(adapters)):
-        found = complete(base, [_messages(base, p, system, raw) for p in _several(prompts)], **settings)
+        found = complete(
+            base, texts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+            batch_size=batch_size, on_token=on_token,
+        )  # fmt: skip
     return [completion.text for completion in found]
 
 

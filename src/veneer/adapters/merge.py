@@ -73,7 +73,7 @@ class MergeReport:
     rounding: str = "nearest"
     seen: str = ""
     requantised: str = ""
-    difference: dict[str, Any] = field(default_factory=dict)
+    difference: dict[str, Any] = field(default_factory=dict, repr=False)
     bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:

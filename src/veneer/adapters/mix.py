@@ -56,8 +56,8 @@ class MixReport:
     bytes: int = 0
     norm: float = 0.0
     error: float = 0.0
-    ranks: dict[str, int] = field(default_factory=dict)
-    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict, repr=False)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     left: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -97,6 +97,10 @@ class Pair:
     magnitude: Tensor | None = None
     origin: tuple[Tensor, Tensor] | None = None
 
+    def __repr__(self) -> str:
+        sizes = f"A {tuple(self.A.shape)}, B {tuple(self.B.shape)}"
+        return f"Pair({self.kind}, {sizes}, scale {self.scale:g}{', magnitude' * (self.magnitude is not None)})"
+
     @property
     def rank(self) -> int:
         return self.A.shape[1] if self.kind == "experts" else self.A.shape[0]
@@ -223,6 +227,14 @@ class Adapter:
     dropout: float = 0.0
     deltas: dict[str, Delta] = field(default_factory=dict)
     new_tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        counts = {"pair": self.pairs, "full copy": self.modules, "module with token rows": self.token_rows}
+        counts |= {"delta": self.deltas, "module with new tokens": self.new_tokens}
+        said = [f"{len(each):,} × {name}" for name, each in counts.items() if each]
+        card = self.card
+        said += [f"base {card.base!r}"] * bool(card.base) + [f"rank {card.rank}"] * bool(card.rank)
+        return f"Adapter({', '.join(said)})"
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under a stable name, sorted."""

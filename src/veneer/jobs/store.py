@@ -123,9 +123,9 @@ class Job:
     tenant: str
     name: str
     state: _JobState
-    config: dict[str, Any]
-    about: dict[str, Any]
-    plan: dict[str, Any] | None
+    config: dict[str, Any] = field(repr=False)
+    about: dict[str, Any] = field(repr=False)
+    plan: dict[str, Any] | None = field(repr=False)
     error: dict[str, Any] | None
     result: dict[str, Any] | None
     created: float

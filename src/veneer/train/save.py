@@ -42,7 +42,7 @@ class Outcome:
     stopped: str = ""
     report: str = ""
     dry_run: bool = False
-    preflight: dict[str, Any] = field(default_factory=dict)
+    preflight: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The object of `--json`; the preflight's findings only for a dry run, where there is nothing else."""

@@ -53,8 +53,8 @@ class ImageBase:
 
     name: str
     family: str
-    model: nn.Module
-    parts: dict[str, Any]
+    model: nn.Module = field(repr=False)
+    parts: dict[str, Any] = field(repr=False)
     directory: Path
     fingerprint: str
     dtype: torch.dtype
@@ -62,9 +62,9 @@ class ImageBase:
     dtype_reason: str
     prediction: Literal["epsilon", "v", "flow"]
     size: int
-    pipelines: dict[str, str] = field(default_factory=dict)
+    pipelines: dict[str, str] = field(default_factory=dict, repr=False)
     """kind -> class of the pipelines that this base has: its family's, but for those its directory names itself."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
     """Arguments of pipelines that the directory's index states."""
     notes: tuple[str, ...] = ()
     quantised: str | None = None

@@ -77,7 +77,7 @@ class Scores:
     reward_margin: float | None = None
     trained_tokens: int = 0
     seconds: float = 0.0
-    answers: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list, repr=False)
 
     def to_dict(self, *, answers: bool = False) -> dict[str, Any]:
         """All fields as plain values; the answers themselves only when they are asked for."""
