@@ -12,7 +12,7 @@ import typer
 
 from veneer.cli.options import AsJson, is_config
 from veneer.cli.output import say
-from veneer.errors import ConfigError, Interrupted, one_of
+from veneer.errors import ConfigError, Interrupted, gigabytes, one_of
 
 if TYPE_CHECKING:
     from veneer.plan.plan import GroupPlan, Plan
@@ -211,6 +211,12 @@ def plan(
         raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
     if not as_json:
         print(plan_text(made), flush=True)  # before a trace, which takes minutes
+        if device.kind == "cpu":
+            import torch
+
+            from veneer.train.preflight import free_memory
+
+            print(f"free now  {gigabytes(free_memory(torch.device('cpu')))} of this machine's memory", flush=True)
     steps, stopped = _traced(made, fields, not as_json) if trace else ({}, None)
     if as_json:
         print(json.dumps(made.to_dict() | {name: step and step.to_dict() for name, step in steps.items()}))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Pair
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, counted
 from veneer.formats.structure import Structure
 
 _LEAF = "gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3"
@@ -128,9 +128,11 @@ def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], l
             del out[name]
         out |= {f"{module}.{parameter}": pair for parameter, pair in made.items()}
     left = sum(bool(_ONE.fullmatch(name)) for name in out) if not base.kinds else 0
-    notes = [f"{count} pairs of single experts are read onto fused expert weights"] if count else []
+    notes = [f"{counted(count, 'pair')} of single experts read onto fused expert weights"] if count else []
     if left:
-        notes.append(f"{left} pairs of single experts: on a base that fuses its experts they are fused in reading")
+        notes.append(
+            f"{counted(left, 'pair')} of single experts: on a base that fuses its experts they are fused in reading"
+        )
     return out, notes, problems
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, counted
 from veneer.formats.comparison import Refusals
 from veneer.formats.leaves import Leaf
 from veneer.formats.names import component_of
@@ -134,7 +134,7 @@ def tgi_notes(adapter: Adapter, filled: int) -> list[str]:
     rank = next(p.rank for p in adapter.pairs.values())
     notes = [f"rank {rank}: TGI scales it right on up to {rank // 8} GPUs"]
     if filled:
-        notes.append(f"{filled} pairs of zeros: TGI drops a kind of module that any layer lacks")
+        notes.append(f"{counted(filled, 'pair')} of zeros: TGI drops a kind of module that any layer lacks")
     return notes
 
 

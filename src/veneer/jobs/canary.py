@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, Interrupted
+from veneer.errors import ConfigError, Interrupted, counted
 from veneer.files.atomic import atomic_write
 from veneer.jobs.after import AfterJob, CanaryRoute, HeldOut, held_out_rows, serving_of
 from veneer.jobs.store import Job, JobEvent, JobLease, JobStore, LeaseLost, WrongState
@@ -158,7 +158,7 @@ def _text(data: Mapping[str, Any]) -> str:
         values = {shown: scores[name][metric] for name, shown in columns.items()}
         each = (f"{shown} {'not measured' if v is None else f'{v:.4g}'}" for shown, v in values.items())
         parts.append(f"{metric}: {', '.join(each)}")
-    return f"on {data['rows']:,} held-out rows: {'; '.join(parts)}"
+    return f"on {counted(data['rows'], 'held-out row')}: {'; '.join(parts)}"
 
 
 def _on_card(folder: Path, data: Mapping[str, Any]) -> None:

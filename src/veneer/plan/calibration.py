@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, ResourceError
+from veneer.errors import ConfigError, ResourceError, counted
 from veneer.files.atomic import replace_file
 from veneer.models.device import thread_count
 from veneer.models.home import veneer_home
@@ -105,7 +105,7 @@ def cpu_device(*, native: bool = True, low_rank: bool | None = None, tiles: bool
         total,
         cores * 1e12,
         20e9,
-        f"this CPU, {cores} threads",
+        f"this CPU, {counted(cores, 'thread')}",
         None,
         1,
         native,

@@ -191,7 +191,7 @@ def with_teacher(plan: Plan, shape: TextShape, load: Load, device: Device, draws
     `beside`: bytes of a teacher that is another base; the plan is of what they leave free."""
     each = (draws.prompt + draws.answer) / max(1, load.tokens)
     seconds = draws.total * each * plan.rates.seconds(reading_work(shape, load, device), device.count)
-    told = f"reads {draws.total:,} answers: {seconds:,.0f} s"
+    told = f"reads {counted(draws.total, 'answer')}: {seconds:,.0f} s"
     if beside:
         told += f"; a base of its own, {shape.parameters:,} parameters: {gigabytes(beside)}"
     planned = plan.planned_memory
@@ -230,7 +230,7 @@ def text_plan(
         quantise = load.quantise if planned is None else planned[0].quantise
         served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantise=quantise)
     trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
-    times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)} times"
+    times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them learned"
     form = _form(PairForm.of(load.spec))
     facts = (
@@ -328,7 +328,7 @@ def image_plan(
     facts = [
         ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantise or load.dtype}"),
         ("adapter", f"{_form(load.form)}rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
-        ("data", f"{counted(job.rows, 'picture')}, {_times(job.passes)} times: {steps} of {job.batch}"),
+        ("data", f"{counted(job.rows, 'picture')}, {_times(job.passes)}: {steps} of {job.batch}"),
         ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_kept(load)}"),
     ]
     if c.encoders:
@@ -343,8 +343,10 @@ def image_plan(
 
 
 def _times(passes: float) -> str:
-    """Of a short run with decimals: 0.5, 3, 1,000."""
-    return f"{passes:,.0f}" if passes >= 100 else f"{passes:.3g}"
+    """Of a short run with decimals: 0.5 times, once, 3 times, 1,000 times."""
+    if passes == 1:
+        return "once"
+    return f"{passes:,.0f} times" if passes >= 100 else f"{passes:.3g} times"
 
 
 def _form(form: PairForm) -> str:

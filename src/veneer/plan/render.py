@@ -117,12 +117,12 @@ def _serving(plan: Plan) -> Iterator[str]:
     yield ""
     yield f"served on {devices}, {t.together} requests at once of {t.prompt} + {t.answer} tokens"
     beside = f"the base and {gigabytes(s.cache_bytes)} of keys and values"
-    yield f"  {s.adapters:,} adapters of {gigabytes(s.adapter_bytes)} fit beside {beside}"
+    yield f"  {counted(s.adapters, 'adapter')} of {gigabytes(s.adapter_bytes)} fit beside {beside}"
     yield f"  {s.tokens_per_second:,.0f} tokens/s, {s.requests_per_second:,.1f} requests/s at best"
     if s.cents is not None and s.shared is not None and s.dedicated is not None:
         yield f"  {s.cents:,.2f} cents per thousand requests at full load"
         yield (
-            f"  {t.tenants} tenants: ${s.shared:,.2f} an hour on one shared base, "
+            f"  {counted(t.tenants, 'tenant')}: ${s.shared:,.2f} an hour on one shared base, "
             f"${s.dedicated:,.2f} with a model of their own each"
         )
 

@@ -16,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
-from veneer.errors import ConfigError, VeneerError, counted
+from veneer.errors import ConfigError, VeneerError, counted, gigabytes
 from veneer.jobs.openai import shown_error
 from veneer.jobs.store import Job
 from veneer.jobs.validate import device_of, submitted
@@ -32,6 +32,7 @@ from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig, config_from, load_config
 from veneer.train.config.sentence import Sentence, read_sentence, sentence_of
 from veneer.train.image.captions import write_caption
+from veneer.train.preflight import free_memory
 from veneer.train.preview import (
     VERDICTS,
     Preview,
@@ -314,11 +315,14 @@ def _short_path(path: str) -> str:
 
 def _says(plan: Plan) -> dict[str, str]:
     """The plan's figures in words."""
+    import torch  # late: a page without a plan needs no device
+
     cost = plan.cost
     return {
         "time": "not known" if plan.seconds is None else rough_duration(plan.seconds),
         "cost": "" if cost is None else f"${cost:,.2f}" if cost >= 0.01 else f"{cost * 100:.2g} cents",
         "steps": counted(plan.job.total_steps, "step"),
+        "free": gigabytes(free_memory(torch.device(plan.device.kind))),
     }
 
 

@@ -176,7 +176,7 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
         fix = "more schedule.steps" if steps is not None else "fewer batching.rows, or more schedule.epochs"
         yield Finding("warn", "schedule", text, fix)
     elif total:
-        passes = f"{total / s.steps_per_epoch:.3g} times over the data" if s.steps_per_epoch else ""
+        passes = _over_the_data(total / s.steps_per_epoch) if s.steps_per_epoch else ""
         largest = f"the largest micro-batch is {counted(s.largest_micro, s.unit)}"
         yield Finding("ok", "schedule", f"{counted(total, 'step')}, {passes}; {largest}")
 
@@ -299,6 +299,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _over_the_data(passes: float) -> str:
+    return "once over the data" if passes == 1 else f"{passes:.3g} times over the data"
 
 
 def available_memory(config: RunConfig, device: torch.device, free: int | None = None) -> int:

@@ -15,7 +15,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -135,7 +135,8 @@ def preview_of(config: RunConfig, device: Device, *, rows: int = 200) -> Preview
         return _unread(error)
     data, looked = look.data, look.looked
     report = Report()
-    report.add(*look.findings)
+    bounded = total is None or looked < (config.data.limit or total)
+    report.add(*(_of_the_first(finding, looked) if bounded else finding for finding in look.findings))
     if not data.train.items:
         return Preview(None, tuple(report.findings), look.sample, total, looked)
     whole = total is not None and (config.data.limit or total) <= looked
@@ -149,6 +150,11 @@ def preview_of(config: RunConfig, device: Device, *, rows: int = 200) -> Preview
     return Preview(
         plan, tuple(report.findings), look.sample, total, looked, tuple(_guesses(config, plan, whole, total, looked))
     )
+
+
+def _of_the_first(finding: Finding, looked: int) -> Finding:
+    """A finding whose counts are those of the rows that were looked at, and not of all."""
+    return replace(finding, text=f"of the first {counted(looked, 'row')}: {finding.text}")
 
 
 def _unread(error: DataError) -> Preview:

@@ -71,7 +71,9 @@ def _something_is_learned(s: TextSubject) -> Iterator[Finding]:
         yield Finding(
             "warn", "learned", f"{share(c.untrained, c.rows)} rows are left out, with no token to learn: {where}", fix
         )
-    yield Finding("ok", "learned", f"{share(c.trained_tokens, c.tokens)} tokens are learned, in {c.kept:,} rows")
+    yield Finding(
+        "ok", "learned", f"{share(c.trained_tokens, c.tokens)} tokens are learned, in {counted(c.kept, 'row')}"
+    )
 
 
 def long_rows(s: TextSubject) -> Iterator[Finding]:
@@ -193,7 +195,9 @@ def _inference_agrees(s: TextSubject) -> Iterator[Finding]:
         yield Finding(level, "template", text, fix)
     elif seen:
         yield Finding(
-            "ok", "template", f"inference shows the same prompt as training, token for token ({seen} rows checked)"
+            "ok",
+            "template",
+            f"inference shows the same prompt as training, token for token ({counted(seen, 'row')} checked)",
         )
 
 
@@ -225,9 +229,8 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
     else:
         good, bad = (sum(i.answers[k].learned for i in items) / len(items) for k in (0, 1))
         s.numbers.update(preference_pairs=len(items), chosen_tokens=good, rejected_tokens=bad)
-        text = (
-            f"{len(items):,} pairs, two rows each; chosen answers have {good:.1f} tokens on average, rejected {bad:.1f}"
-        )
+        text = f"{counted(len(items), 'pair')}, two rows each; "
+        text += f"chosen answers have {good:.1f} tokens on average, rejected {bad:.1f}"
         yield Finding("ok", "preferences", text)
     if c.partners:
         where = ", ".join(c.places["partners"])
@@ -329,7 +332,7 @@ def _judged(s: TextSubject, items: Sequence[Item]) -> Iterator[Finding]:
     bad = len(items) - good
     weights = s.config.preference
     s.numbers.update(desirable=good, undesirable=bad)
-    text = f"{len(items):,} answers, {good:,} desirable and {bad:,} not"
+    text = f"{counted(len(items), 'answer')}, {good:,} desirable and {bad:,} not"
     if not good or not bad:
         yield Finding("stop", "preferences", f"{text}: there is nothing to tell apart", "give answers of both kinds")
         return
@@ -349,7 +352,7 @@ def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
     """Held-out rows that are also trained on make the validation loss a lie."""
     about = s.data.about
     if about is not None:
-        yield Finding("ok", "format", f"{about.rows:,} rows in `{about.format}` format: {about.why}")
+        yield Finding("ok", "format", f"{counted(about.rows, 'row')} in `{about.format}` format: {about.why}")
         if about.unused:
             text = f"columns that nothing uses: {', '.join(about.unused)}"
             yield Finding("warn", "columns", text, "data.columns names the ones to use, as {prompt: question}")
@@ -379,7 +382,7 @@ def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
         others = "are also trained on" if s.config.drawn else "also occur in training, with other answers"
         yield Finding("warn", "held out", f"{share(leak.same_prompt, total)} held-out prompts {others}: {pairs}")
     if not leak.identical and not leak.same_prompt:
-        yield Finding("ok", "held out", f"{total:,} held-out rows, none of them trained on")
+        yield Finding("ok", "held out", f"{counted(total, 'held-out row')}, none of them trained on")
 
 
 _Checks = tuple[Callable[[TextSubject], Iterator[Finding]], ...]

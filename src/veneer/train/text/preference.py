@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from veneer.errors import counted
 from veneer.models.shard import CallWithWeights, call_whole
 from veneer.models.swap import without_dropout
 from veneer.models.text.loss import row_logps
@@ -372,7 +373,7 @@ def cached_logps(
     # Long ones first, so that what does not fit shows at once, and like with like.
     order = sorted(missing.items(), key=lambda item: (-item[1].tokens, item[0]))
     total = len(set(names))
-    say(f"reference: log-probabilities of {total:,} answers, {total - len(order):,} of them known already")
+    say(f"reference: log-probabilities of {counted(total, 'answer')}, {total - len(order):,} of them known already")
     for at in range(0, len(order), chunk):
         part = order[at : at + chunk]
         lines = list(zip((name for name, _ in part), compute([e for _, e in part]), strict=True))
