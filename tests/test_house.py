@@ -257,10 +257,10 @@ def test_only_the_front_doors_list_their_names() -> None:
     assert doors == {"__init__.py", "api.py", "core/__init__.py"}
 
 
-def test_the_public_surface_is_about_a_dozen_names() -> None:
+def test_the_public_surface_is_small() -> None:
     import veneer
 
-    assert 8 <= len(veneer.__all__) <= 18
+    assert 8 <= len(veneer.__all__) <= 22
     assert set(veneer.__all__) <= set(dir(veneer))
     for name in veneer.__all__:
         assert getattr(veneer, name).__doc__, f"veneer.{name} has no docstring"

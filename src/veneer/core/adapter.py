@@ -229,9 +229,9 @@ class Adapter:
     new_tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        counts = {"pair": self.pairs, "full copy": self.modules, "module with token rows": self.token_rows}
-        counts |= {"delta": self.deltas, "module with new tokens": self.new_tokens}
-        said = [f"{len(each):,} × {name}" for name, each in counts.items() if each]
+        counts = {"pair": len(self.pairs), "full copy": len(self.modules), "delta": len(self.deltas)}
+        counts |= {"module with token rows": len(self.token_rows), "module with new tokens": len(self.new_tokens)}
+        said = [f"{count:,} × {name}" for name, count in counts.items() if count]
         card = self.card
         said += [f"base {card.base!r}"] * bool(card.base) + [f"rank {card.rank}"] * bool(card.rank)
         return f"Adapter({', '.join(said)})"

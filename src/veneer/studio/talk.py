@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from veneer.errors import ConfigError, VeneerError
@@ -78,7 +78,7 @@ def prompt_messages(prompt: str, system: str) -> list[dict[str, Any]]:
 
 
 async def answer_of(
-    page: ViewPage, messages: Sequence[Mapping[str, Any]], reference: str, told: Callable[[str], None] | None = None,
+    page: ViewPage, messages: Sequence[dict[str, Any]], reference: str, told: Callable[[str], None] | None = None,
     *, most: int = _WORDS,
 ) -> str:  # fmt: skip
     """What the base (reference "") or an adapter answers, with the likeliest tokens; `told` hears it as it comes."""
