@@ -31,6 +31,7 @@ from veneer.serve.engine.admission import SharedQuantity
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.guard import HERE, check_host, check_origin, needs
 from veneer.serve.principal import Principal
+from veneer.serve.quota import current_owner
 from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 from veneer.train.report.page import escaping, palette
@@ -177,6 +178,7 @@ class Gate:
             what = f"{_PAGES} pages of this key are open, or were within the last minute"
             raise Refused(what, status=429, code="overloaded", retry_after=5.0, fix="close some")
         caller = visitor.caller
+        current_owner.set(caller.tenant)
         self.pages.take(caller.tenant, caller.weight, 1)
         try:
             async with self.drawing:

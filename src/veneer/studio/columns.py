@@ -13,6 +13,7 @@ from veneer.adapters.mix import keep_mix
 from veneer.core.adapter import mix_text
 from veneer.errors import ConfigError, VeneerError
 from veneer.formats.strengths import split_strength
+from veneer.serve.http.surfaces.adapters import note_added
 from veneer.serve.request import Refused
 from veneer.studio import parts
 from veneer.studio.commands import command
@@ -303,8 +304,14 @@ class Board:
                 parts.show(busy, True)
                 alias = str(pointed.value or "").strip() or None
                 library, name = self.page.studio.library, str(named.value or "").strip()
+
+                def mix() -> Any:
+                    added, made = keep_mix(library, specs, name, alias=alias)
+                    note_added(self.page.studio.service.tenancy, self.page.caller, added.version)
+                    return added, made
+
                 try:
-                    added, made = await asyncio.to_thread(keep_mix, library, specs, name, alias=alias)
+                    added, made = await asyncio.to_thread(mix)
                 except VeneerError as error:
                     put(problem, f"{error.what}. {error.fix or ''}")
                     return

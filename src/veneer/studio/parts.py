@@ -33,6 +33,7 @@ from nicegui import Client, ui
 
 from veneer.errors import VeneerError, shown
 from veneer.serve.principal import Permission
+from veneer.serve.quota import current_owner
 from veneer.studio.access import VISITORS
 from veneer.train.report.log import duration, size
 from veneer.train.report.page import escaping
@@ -80,6 +81,7 @@ def heard(handler: Handler) -> Callable[[Any], Any]:
         try:
             principal = await VISITORS[event.client].again()
             principal.require(handler.permission if isinstance(handler, Handler) else None)
+            current_owner.set(principal.tenant)
             await _done(handler.does, event.args)
         except VeneerError as error:  # the page says it; NiceGUI would write a stack trace into the log, too
             event.client.handle_exception(error)

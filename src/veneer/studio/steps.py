@@ -11,6 +11,7 @@ from veneer.jobs.steps import fork_config, kept_step
 from veneer.jobs.store import Job, JobCheckpoint
 from veneer.library.library import NotInLibrary
 from veneer.library.queries import Version
+from veneer.serve.http.surfaces.adapters import note_added
 from veneer.studio import parts
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
@@ -93,9 +94,13 @@ async def steps_view(page: ViewPage) -> None:
 
             async def do() -> None:
                 name = str(alias.value or "").strip()
-                version = await asyncio.to_thread(
-                    kept_step, page.studio.jobs, job.id, int(step), alias=name, tenant=page.caller.owner
-                )
+
+                def keep() -> Version:
+                    kept = kept_step(page.studio.jobs, job.id, int(step), alias=name, tenant=page.caller.owner)
+                    note_added(page.studio.service.tenancy, page.caller, kept)
+                    return kept
+
+                version = await asyncio.to_thread(keep)
                 parts.closed(window)
                 await fill()
                 page.say(f"{version.name}{f'@{name}' if name else ''} is step {step} now")

@@ -314,9 +314,14 @@ def keep_staged(
         added.version = library.alias(added.version.reference, alias)
     if caller.tenant:
         tenancy.let_see_own(caller.tenant)
-    after = {"digest": added.version.digest}
-    tenancy.note(caller.actor, "adapter.add", added.version.reference, None, after)
+    note_added(tenancy, caller, added.version)
     return added
+
+
+def note_added(tenancy: Tenancy, caller: Principal, version: Version) -> None:
+    """The audit line of a version that came into the library. Blocks."""
+    after = {"digest": version.digest, "aliases": version.aliases}
+    tenancy.note(caller.actor, "adapter.add", version.reference, None, after)
 
 
 def change_adapter(
