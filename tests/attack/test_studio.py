@@ -1,0 +1,82 @@
+"""The Studio's page under attack: sockets and slow forms of strangers, and many pages of one tenant at once."""
+
+from __future__ import annotations
+
+import http.client
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+from websockets.sync.client import connect
+
+from tests.attack.harness import SOON, Server, target
+from tests.serve.whole import Shop
+from tests.studio.windows import Window
+
+MOST = 60
+SOCKET = "GET /studio/_nicegui_ws/socket.io/?EIO=4&transport=websocket&client_id={n} HTTP/1.1\r\nhost: here\r\n"
+UPGRADE = "upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\n"
+KEY = "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with target(shop, tmp_path_factory.mktemp("home"), "--studio", "--max-connections", str(MOST)) as made:
+        yield made
+
+
+def signed_in(server: Server, tenant: str) -> float:
+    """Seconds that a sign-in takes."""
+    began = time.monotonic()
+    answer = httpx.post(f"{server.url}/studio/enter", data={"key": server.keys[tenant]})
+    assert (answer.status_code, "veneer_studio" in answer.headers.get("set-cookie", "")) == (303, True)
+    return time.monotonic() - began
+
+
+def test_sockets_of_strangers_are_refused_and_keep_nobody_out(server: Server) -> None:
+    with ExitStack() as strangers:
+        for n in range(3 * MOST):
+            made = strangers.enter_context(server.raw((SOCKET.format(n=n) + UPGRADE + KEY).encode()))
+            if n % MOST == 0:
+                assert b" 403 " in made.recv(1 << 12).partition(b"\r\n")[0]
+        assert server.get("/health", None).status == 200
+        assert signed_in(server, "b") < SOON
+
+
+def test_sockets_are_the_first_to_be_closed(server: Server) -> None:
+    """More sockets of signed-in pages than there may be connections: requests are answered all the same."""
+    with ExitStack() as held:
+        for _ in range(MOST // 2):
+            window = Window(f"{server.url}/studio/", server.keys["a"])
+            for _ in range(4):
+                held.enter_context(connect(window.place, proxy=None, additional_headers=window.cookies))
+        for _ in range(20):
+            assert server.get("/health", None).status == 200
+        server.wait(lambda: len(server.sockets()) <= MOST, 10)
+
+
+def test_slow_forms_of_strangers_keep_nobody_from_signing_in(server: Server) -> None:
+    head = b"POST /studio/enter HTTP/1.1\r\nhost: here\r\ncontent-type: application/x-www-form-urlencoded\r\n"
+    with ExitStack() as slow:
+        for _ in range(40):
+            slow.enter_context(server.raw(head + b"content-length: 4000\r\n\r\nkey="))
+        assert signed_in(server, "b") < SOON
+    assert httpx.post(f"{server.url}/studio/enter", data={"key": "x" * 5000}).status_code == 413
+
+
+def test_many_pages_at_once_keep_health_and_others_streams(server: Server) -> None:
+    def page(_: Any = None) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("GET", "/studio/doctor", headers={"cookie": f"veneer_studio={server.keys['a']}"})
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        return answer.status
+
+    with server.watched() as b:
+        statuses = server.together([page] * 100)
+    assert set(statuses) == {200, 429}
+    assert b.health < SOON
