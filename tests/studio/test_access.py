@@ -187,6 +187,19 @@ def test_a_socket_needs_an_open_page_of_its_key(shared: tuple[Served, dict[str, 
             pass
 
 
+def test_the_pages_api_path_leads_to_no_page_and_no_socket(shared: tuple[Served, dict[str, str]]) -> None:
+    served, keys = shared
+    window = Window(f"{served.address}/studio/", keys["acme"])
+    nested = window.place.replace("/studio/_nicegui_ws", "/studio/api/studio/_nicegui_ws")
+    for cookies in ({}, window.cookies):
+        with pytest.raises(InvalidStatus), connect(nested, proxy=None, additional_headers=cookies):
+            pass
+        for path in ("/studio/api/studio/", "/studio/api/studio/_nicegui_ws/socket.io/?EIO=4&transport=polling"):
+            assert httpx.get(served.address + path, headers=cookies).status_code == 404
+        polling = httpx.get(f"{served.address}/studio/_nicegui_ws/socket.io/?EIO=4&transport=polling", headers=cookies)
+        assert polling.status_code == 403
+
+
 def test_one_key_cannot_open_pages_without_bound() -> None:
     """Nor does it keep another from a page."""
     pages = []

@@ -44,7 +44,7 @@ _WAITING, _AT_ONCE = 32, 2
 """Pages that may wait to be drawn, and that are drawn at once."""
 _PAGES, _SOCKETS = 200, 4
 """Pages that one key may have open, and sockets of a page: it connects anew before the old socket has ended."""
-_ASSETS = f"{ROOT}/_nicegui/"
+_ASSETS, _SOCKET = f"{ROOT}/_nicegui/", f"{ROOT}/_nicegui_ws"
 _FOR_EVER = "public, max-age=31536000, immutable"
 _UNUSED = ("/fonts.css", "/quasar.unimportant.prod.css", "/quasar.important.prod.css")
 """Looks of widgets that no view has: a quarter of a megabyte that a browser would read before it paints anything."""
@@ -152,11 +152,16 @@ class Gate:
             await _turn_away(error, scope, receive, send)
 
     async def _enter(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        if path.startswith(f"{ROOT}/api/"):
-            key = None if self.tenancy.keyless else HTTPConnection(scope).cookies.get(_COOKIE)
-            await self.app(_with_key(scope, path.removeprefix(f"{ROOT}/api"), key), receive, send)
-        elif scope["type"] == "websocket":
+        if scope["type"] == "websocket":
             await self._socket(scope, receive, send)
+        elif path.startswith(_SOCKET):
+            raise Refused("pages connect by websocket only", status=403, code="forbidden")
+        elif path.startswith(f"{ROOT}/api/"):
+            inner = path.removeprefix(f"{ROOT}/api")
+            if f"{inner}/".startswith(f"{ROOT}/"):
+                raise Refused(f"the API has no routes under {ROOT}", status=404, code="not_found")
+            key = None if self.tenancy.keyless else HTTPConnection(scope).cookies.get(_COOKIE)
+            await self.app(_with_key(scope, inner, key), receive, send)
         elif path.startswith(_ASSETS):
             if await _visitor_of(self.tenancy, HTTPConnection(scope)) is None:
                 raise Refused("sign in first", status=401, code="unauthorized")
@@ -187,7 +192,10 @@ class Gate:
             self.pages.give(caller.tenant, 1)
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises Refused (403) for a socket that is not an open page's of the same key, or is one too many of it."""
+        """Serve a page's socket.
+
+        Raises Refused (403) for a socket of no open page, of another key than its page, or beyond the page's limit.
+        """
         query = parse_qs(scope["query_string"].decode("latin-1"))
         id = query.get("client_id", [""])[0]
         page = next((each for client, each in VISITORS.items() if getattr(client, "id", None) == id), None)
