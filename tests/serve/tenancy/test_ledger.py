@@ -76,6 +76,15 @@ def test_a_part_of_a_mix_costs_its_own_price_whatever_stands_beside_it(tenants: 
     assert apart == {"big@1": (2, 10, 16000), "small@2": (1, 5, 8), "tiny": (1, 5, 8)}
 
 
+def test_nobody_else_on_the_machine_reads_the_outboxes(tmp_path: Path) -> None:
+    folder = tmp_path / "outboxes"
+    tenants = Tenants(str(tmp_path / "tenants.sqlite"), ledger=LedgerSettings(folder=folder), watch=False)
+    try:
+        assert folder.stat().st_mode & 0o077 == 0
+    finally:
+        tenants.close()
+
+
 def test_limits_of_an_adapter_count_it_in_a_mix_by_the_operators_name(tenants: Tenants) -> None:
     manage.set_limit(tenants.store, "", "big", {"requests_per_minute": 2}, who="me")
     tenants.store.look()

@@ -40,6 +40,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from veneer.errors import ResourceError
 from veneer.files.locks import take_lock
+from veneer.files.rights import private_folder
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Usage
 from veneer.serve.tenancy.store import Price
@@ -234,7 +235,7 @@ class Outbox:
         self.path = folder / f"{server}.sqlite"
         self._mutex = threading.RLock()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            private_folder(folder)
             self.connection = _connect(self.path, wait=5.0)
             self._make(synced, room)
         except (OSError, sqlite3.Error) as error:
