@@ -12,6 +12,7 @@ from veneer.errors import counted
 from veneer.jobs.checkpoints import STEPS_TAG, job_of_tag
 from veneer.library.describe import card_picture, card_sample, gain_of
 from veneer.library.queries import Shelfful, Version
+from veneer.serve.http.surfaces.adapters import facet_of_bases
 from veneer.serve.tenancy.store import ALL
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
@@ -182,7 +183,7 @@ async def library_view(page: ViewPage) -> None:
             leafed(k // _SOME, cards[k : k + _SOME])
         narrow = asked.text or any(asked.picks.values())
         put(count, f"{counted(found.total, 'adapter')}{' that fit' if narrow else ''}" if found.total else "")
-        _offer(picks, asked, found)
+        _offer(page, picks, asked, found)
         ended(found.total)
         show(pages, bool(cards))
         show(empty, not cards)
@@ -230,10 +231,12 @@ async def library_view(page: ViewPage) -> None:
     on_change(studio.library_mark, 1.0, fill)
 
 
-def _offer(picks: Mapping[str, Any], asked: _Asked, found: Shelfful) -> None:
+def _offer(page: ViewPage, picks: Mapping[str, Any], asked: _Asked, found: Shelfful) -> None:
     """Each choice has what there is, with how many, and stays away where there is nothing to choose."""
     for name, choice in picks.items():
         there = found.facets[name]
+        if name == "base":
+            there = facet_of_bases(there, page.caller)
         told = {value: _told(name, value) for value in list(there)[:100] if value and not job_of_tag(value)}
         chosen = asked.picks[name]
         options = {"": "any"} | {value: f"{words} ({there[value]:,})" for value, words in told.items()}

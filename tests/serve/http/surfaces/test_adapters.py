@@ -107,6 +107,21 @@ def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_only_an_operator_learns_where_a_base_is(served: Served, tmp_path: Path) -> None:
+    pair = Pair(torch.ones(2, 3), torch.ones(4, 2), 1.0)
+    card = Card(base="/srv/bases/toy-of-here", rank=2, alpha=2.0)
+    peft.write_folder(Adapter({"model.layers.0.self_attn.q_proj": pair}, card=card), tmp_path)
+    where = "/v1/adapters?name=acme/placed&filename=run.zip"
+    assert served.told("POST", where, "acme", content=zipped(tmp_path))["base"] == "toy-of-here"
+    for key, base in (("acme", "toy-of-here"), ("key", "toy-of-here"), ("admin", "/srv/bases/toy-of-here")):
+        found = served.told("GET", "/v1/adapters?name=acme/placed", key)
+        shown = served.told("GET", "/v1/adapters/acme/placed", key)
+        assert ([a["base"] for a in found["data"]], found["facets"]["base"], shown["base"]) == ([base], {base: 1}, base)
+        assert served.told("GET", f"/v1/adapters?base={base}", key)["total"] == 1
+        assert key == "admin" or "/srv" not in str((found, shown))
+    assert served.ask("DELETE", "/v1/adapters/acme/placed@1", "acme").status_code == 200
+
+
 def test_an_adapter_is_added_found_shown_changed_and_removed(served: Served, tmp_path: Path) -> None:
     metrics = {"validation_loss_before": 2.0, "validation_loss": 1.0}
     sample = {"prompt": "p", "base": "b", "adapter": "a"}

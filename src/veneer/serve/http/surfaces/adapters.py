@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -138,9 +140,10 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
             parent=parent, all_versions=all_versions, order=order, limit=limit, offset=offset,
             sees=None if caller.can("operate") else caller.sees,
         ))  # fmt: skip
-        data = [_shown(v, caller.can_change(v.name)) for v in found.versions]
+        data = [_shown(v, caller) for v in found.versions]
         more = offset + len(data) < found.total
-        return Json({"object": "list", "data": data, "total": found.total, "has_more": more, "facets": found.facets})
+        facets = {**found.facets, "base": facet_of_bases(found.facets["base"], caller)}
+        return Json({"object": "list", "data": data, "total": found.total, "has_more": more, "facets": facets})
 
     @router.post(
         "/v1/adapters",
@@ -170,7 +173,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     async def kept(caller: Principal, staged: StagedAdapter, name: str, tags: Sequence[str], alias: str) -> Any:
         def add() -> dict[str, Any]:
             added = keep_staged(library, tenancy, caller, staged, name, tags=tags, alias=alias)
-            return {**_shown(added.version, True), "new": added.new, "left_out": added.left_out}
+            return {**_shown(added.version, caller), "new": added.new, "left_out": added.left_out}
 
         return await worked(caller, staged.size, add)
 
@@ -183,7 +186,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
             own = caller.can_change(version.name)
             relatives = _seen(library.family(version.reference), caller)
             known = {"checks": library.checks(version.reference), "files": _files(library, version)} if own else {}
-            return {**_shown(version, own), "family": relatives, **known}
+            return {**_shown(version, caller), "family": relatives, **known}
 
         return Json(await in_thread("the library", lambda: _told(look)))
 
@@ -194,7 +197,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         caller = caller_of(request)
 
         def change() -> dict[str, Any]:
-            return _shown(change_adapter(library, tenancy, caller, reference, body), True)
+            return _shown(change_adapter(library, tenancy, caller, reference, body), caller)
 
         return Json(await in_thread("the library", lambda: _told(change)), headers=body.headers)
 
@@ -422,18 +425,31 @@ def _told(do: Callable[[], T]) -> T:
 # -- what is shown and sent --------------------------------------------------------------------------------------------
 
 
-def _shown(v: Version, own: bool) -> dict[str, Any]:
-    gain = gain_of(v.card)
+def base_for(base: str, caller: Principal) -> str:
+    """What a caller is told of an adapter's base: only an operator learns where the base's folder is on this server."""
+    return base if caller.can("operate") or not os.path.isabs(base) else os.path.basename(base.rstrip("/"))
+
+
+def facet_of_bases(counts: Mapping[str, int], caller: Principal) -> dict[str, int]:
+    """The library's counts by base, under the names that `base_for` gives the bases."""
+    merged: Counter[str] = Counter()
+    for base, count in counts.items():
+        merged[base_for(base, caller)] += count
+    return dict(merged.most_common())
+
+
+def _shown(v: Version, caller: Principal) -> dict[str, Any]:
+    gain, base = gain_of(v.card), base_for(v.base, caller)
     shown = {
         "id": v.reference, "object": "adapter", "name": v.name, "version": v.version, "aliases": v.aliases,
-        "base": v.base, "base_fingerprint": v.fingerprint, "kind": v.kind, "rank": v.rank, "format": v.format,
+        "base": base, "base_fingerprint": v.fingerprint, "kind": v.kind, "rank": v.rank, "format": v.format,
         "digest": v.digest, "bytes": v.size, "added": v.added, "created": v.created, "licence": v.licence,
         "tags": v.tags, "trigger_words": v.trigger_words, "health": v.health, "sample": card_sample(v.card),
         "prompt": card_prompt(v.card),
         "gain": gain and {"before": gain.before, "after": gain.after, "share": gain.share},
         "preview": f"/v1/adapter_previews/{v.reference}" if card_picture(v.card) else None,
     }  # fmt: skip
-    return {**shown, "card": v.card, "source": v.source} if own else shown
+    return {**shown, "card": {**v.card, "base": base}, "source": v.source} if caller.can_change(v.name) else shown
 
 
 def _bounded(value: Any) -> Any:
