@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -198,6 +199,26 @@ def test_the_pages_api_path_leads_to_no_page_and_no_socket(shared: tuple[Served,
             assert httpx.get(served.address + path, headers=cookies).status_code == 404
         polling = httpx.get(f"{served.address}/studio/_nicegui_ws/socket.io/?EIO=4&transport=polling", headers=cookies)
         assert polling.status_code == 403
+
+
+def test_messages_of_a_page_write_nothing_into_the_log(shared: tuple[Served, dict[str, str]]) -> None:
+    served, keys = shared
+    before = served.log.stat().st_size
+    with opened(f"{served.address}/studio/", keys["acme"]) as window:
+        id = {"client_id": window.query["client_id"]}
+        forged = {**id, "level": "error", "message": "2026-01-01 ERROR veneer: forged"}
+        messages: list[list[Any]] = [["log", forged], ["event", {}], ["event", {**id, "id": 1, "listener_id": "x"}]]
+        messages += [
+            ["event", 5],
+            ["handshake", id],
+            ["ack", {**id, "next_message_id": "x"}],
+            ["javascript_response", id],
+        ]
+        for each in messages:
+            window.socket.send("42" + json.dumps(each))
+        window.type("tone")
+        window.until("acme/tone")
+    assert served.log.read_text()[before:] == ""
 
 
 def test_one_key_cannot_open_pages_without_bound() -> None:

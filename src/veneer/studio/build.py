@@ -7,7 +7,10 @@ has one application a process, so there is one Studio a process.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from veneer.serve.build import Extension
     from veneer.serve.http.service import Service
     from veneer.studio.frame import Studio
+
+_log = logging.getLogger("veneer.studio")
 
 _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M4 7h24v4H4z" fill="#b4612c"/>'
@@ -106,6 +111,8 @@ def _mount(app: FastAPI, studio: Studio) -> None:
     own.config.quasar_config["loadingBar"]["skipHijack"] = True  # its bar over the page for each upload
     ui.add_head_html(head_html(), shared=True)
 
+    _guard_messages()
+
     @ui.page("/{path:path}", title="veneer", response_timeout=60)
     async def page(request: HttpRequest, path: str) -> Response | None:
         visitor = request.scope.get("veneer.visitor")
@@ -122,3 +129,24 @@ def _mount(app: FastAPI, studio: Studio) -> None:
         binding_refresh_interval=None, reconnect_timeout=_KEPT, gzip_middleware_factory=None,
         show_welcome_message=False,
     )  # fmt: skip
+
+
+def _guard_messages() -> None:
+    """Keep what a browser sends out of the server's log: its own log lines, and tracebacks for malformed messages."""
+    from nicegui import core
+
+    def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
+        async def handle(*args: Any) -> Any:
+            try:
+                answer = handler(*args)
+                return await answer if inspect.isawaitable(answer) else answer
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                _log.debug("a page sent a malformed message: %r", error)
+                return None
+
+        return handle
+
+    handlers = core.sio.handlers["/"]
+    for name in ("handshake", "event", "javascript_response", "ack"):
+        handlers[name] = guarded(handlers[name])
+    handlers["log"] = guarded(lambda *_: None)

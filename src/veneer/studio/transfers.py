@@ -63,7 +63,7 @@ def _answer(came: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The JSON of a route, and what of it is an error's message."""
     try:
         answer = json.loads(came["text"])
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = {}
     error = answer.get("error") if isinstance(answer, dict) else None
     return answer, str(error.get("message") or "") if isinstance(error, dict) else ""
