@@ -489,7 +489,7 @@ def _bill(
             if not shown.done():
                 shown.set_exception(error if isinstance(error, Refused) else fault("the request", error))
                 shown.exception()  # nobody may wait for it
-                own.budget.give_back(found.tenant, taken)
+                await _give_back(own, found.tenant, taken)
         finally:
             await admission.aclose()
             loop.call_later(_KEPT, own.billed.pop, number, None)
