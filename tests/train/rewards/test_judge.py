@@ -20,6 +20,7 @@ from veneer.train.config.rewards import JudgeReward
 from veneer.train.rewards.build import rewards_of
 from veneer.train.rewards.judge import Question, Reply, ServerJudge
 from veneer.train.rewards.reward import Answer, RewardScore
+from veneer.train.rewards.template import FILLED
 
 Says = Callable[[dict[str, Any], int], tuple[int, Any]]
 
@@ -321,3 +322,12 @@ def test_a_model_of_this_process_is_asked_by_a_function() -> None:
     assert {q.model for q in asked} == {"polite"}
     with pytest.raises(ConfigError, match="nothing here answers"):
         judged(None, "x")
+
+
+def test_a_prompt_that_an_answer_makes_too_long_has_no_score() -> None:
+    def ask(questions: Sequence[Question]) -> list[Reply]:
+        return [Reply("3") for _ in questions]
+
+    long, short = judged(None, "x" * (FILLED + 1), "x", ask=ask)
+    assert (long.value, short.value) == (None, 0.3)
+    assert "characters" in long.error

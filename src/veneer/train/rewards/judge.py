@@ -29,7 +29,7 @@ from veneer.train.config.rewards import JudgeReward
 from veneer.train.rewards.compared import as_json
 from veneer.train.rewards.reward import Answer, Reward, RewardScore
 from veneer.train.rewards.server import AwaitedServer, Unanswered
-from veneer.train.rewards.template import NoValue, filled, sample_of
+from veneer.train.rewards.template import NoValue, TextTooLong, filled, sample_of
 
 _SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
 _USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
@@ -229,14 +229,14 @@ def _refused_setting(answer: Any) -> str:
 
 
 def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:
-    """A judge's reward. A column that its prompt names and a row lacks has no score."""
+    """A judge's reward. No score for a row that lacks a column of the prompt, or that makes the prompt too long."""
     low, high = section.range
     told, form = score_form(low, high)
 
     def question(answer: Answer) -> Question | str:
         try:
             text = filled(section.prompt, sample_of(answer), answer.row)
-        except NoValue as error:
+        except (NoValue, TextTooLong) as error:
             return str(error)
         return Question([{"role": "user", "content": f"{text}\n\n{told}"}], section.model, section.tokens, form=form)
 

@@ -61,8 +61,9 @@ def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], mo
     parts: list[str] = []
     size = 0
     for text, path in _split(template):
-        parts += [text] if path is None else [text, _value(path, sample, item)]
-        size += sum(map(len, parts[-2:])) if path is not None else len(text)
+        value = "" if path is None else _value(path, sample, item)
+        parts += [text, value]
+        size += len(text) + len(value)
         if size > most:
             raise TextTooLong(f"the filled template has more than {most:,} characters")
     return "".join(parts)
