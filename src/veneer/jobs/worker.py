@@ -54,10 +54,11 @@ _SHORTEST, _LONGEST, _RATE = 180.0, 1800.0, 50_000
 
 @dataclass
 class _Running:
-    """A process. `leases`: of its jobs, as far as they are this worker's; `jobs`: how many there were. `sure`: until
-    when they are, by this machine's clock. `stopping`: since when it is to end. `validation`: set if the process
-    validates its one job."""
+    """A process of `executor`. `leases`: of its jobs, as far as they are this worker's; `jobs`: how many there were.
+    `sure`: until when they are, by this machine's clock. `stopping`: since when it is to end. `validation`: set if the
+    process validates its one job."""
 
+    executor: Executor
     leases: list[JobLease]
     place: str
     sure: float
@@ -153,7 +154,7 @@ class Worker:
         self.device = self.device or device_of()
         place = self._local.start_validation(lease, self.environment, self.device, room)
         bounds = _Validation(large, seconds, begun + seconds, room)
-        self._running.append(_Running([lease], place, begun + self.lease, 1, validation=bounds))
+        self._running.append(_Running(self._local, [lease], place, begun + self.lease, 1, validation=bounds))
 
     def _validation_ended(self, lease: JobLease, bounds: _Validation, ended: Ended, stopping: bool) -> None:
         """Settle the job of a validation that has ended: nothing is left to do if it ended by itself. If the database
@@ -218,7 +219,7 @@ class Worker:
                 with suppress(LeaseLost):
                     self.store.release(each, f"could not be started: {error.what}")
             raise
-        self._running.append(_Running(leases, place, sure, len(leases)))
+        self._running.append(_Running(self.executor, leases, place, sure, len(leases)))
         for each in leases:
             self.say(f"{each.job.id} of {each.job.tenant or 'nobody'}: {place}")
             with suppress(LeaseLost):
@@ -242,8 +243,7 @@ class Worker:
 
     def _watch(self, running: _Running) -> None:
         now = time.monotonic()
-        executor = self.executor if running.validation is None else self._local
-        ended = executor.look(running.place)
+        ended = running.executor.look(running.place)
         if ended is not None:
             self._running.remove(running)
             for lease in running.leases:
@@ -253,11 +253,11 @@ class Worker:
                 self._let_go(lease)
             return
         if running.validation is not None and now > running.validation.deadline:
-            executor.stop(running.place, hard=True)
+            running.executor.stop(running.place, hard=True)
         self._keep(running, now)
         if running.stopping is not None and not running.killed and now - running.stopping > self.grace:
             running.killed = True
-            executor.stop(running.place, hard=True)
+            running.executor.stop(running.place, hard=True)
 
     def _process_ended(self, running: _Running, lease: JobLease, ended: Ended) -> None:
         """What becomes of a job whose process has ended."""
@@ -308,7 +308,7 @@ class Worker:
     def _ask_to_end(self, running: _Running) -> None:
         if running.stopping is None:
             running.stopping = time.monotonic()
-            (self.executor if running.validation is None else self._local).stop(running.place)
+            running.executor.stop(running.place)
 
     def _end_all(self) -> None:
         """Everything that runs saves its state and is given back."""
