@@ -89,4 +89,3 @@ class Principal:
 
 
 STRANGER = Principal("stranger")
-OPERATOR = Principal("operator")
