@@ -25,7 +25,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -53,15 +53,17 @@ def _is_auto(value: Any) -> Any:
 
 
 _Auto = Annotated[Literal["auto"], BeforeValidator(_is_auto)]
-_AUTO = Tag("=auto")  # tags begin with = as they are no part of a body: no error names one
-_NUMBER = Tag("=number")
-_EITHER = Discriminator(lambda value: "=auto" if isinstance(value, str) else "=number")
-_Batch = Annotated[Annotated[int, Field(ge=1, le=_LARGEST), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
-_Epochs = Annotated[Annotated[int, Field(ge=1, le=50), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
-_Multiplier = Annotated[Annotated[float, Field(gt=0, le=1000), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
-_Beta = Annotated[Annotated[float, Field(gt=0, le=2), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
-_Compute = Annotated[Annotated[float, Field(gt=1e-5, le=10), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
-_Count = Annotated[Annotated[int, Field(ge=1, le=1_000_000), _NUMBER] | Annotated[_Auto, _AUTO], _EITHER]
+_Number = TypeVar("_Number")
+_OrAuto = Annotated[
+    Annotated[_Number, Tag("=number")] | Annotated[_Auto, Tag("=auto")],  # = as no part of a body: no error names it
+    Discriminator(lambda value: "=auto" if isinstance(value, str) else "=number"),
+]
+_Batch = _OrAuto[Annotated[int, Field(ge=1, le=_LARGEST)]]
+_Epochs = _OrAuto[Annotated[int, Field(ge=1, le=50)]]
+_Multiplier = _OrAuto[Annotated[float, Field(gt=0, le=1000)]]
+_Beta = _OrAuto[Annotated[float, Field(gt=0, le=2)]]
+_Compute = _OrAuto[Annotated[float, Field(gt=1e-5, le=10)]]
+_Count = _OrAuto[Annotated[int, Field(ge=1, le=1_000_000)]]
 _GROUP = 8
 """Answers to each prompt, times `compute_multiplier`."""
 _Words = Annotated[str, Field(min_length=1, max_length=200)]
