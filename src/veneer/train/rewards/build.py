@@ -23,7 +23,7 @@ from veneer.train.config.rewards import (
     VerifiersReward,
 )
 from veneer.train.rewards import rules
-from veneer.train.rewards.graders import Grade, GraderRun, PythonGrader, grader_models, parse_grader, single_graders
+from veneer.train.rewards.graders import Grade, GraderRun, grader_models, has_python, parse_grader
 from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
 from veneer.train.rewards.limited import LimitedFunction, working_sandbox
 from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, RewardScore
@@ -73,8 +73,7 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
     if isinstance(section, GraderReward):
         grader = _grader(section)
         own = _asked(section, ask, opened) if grader_models(grader) else None
-        python = any(isinstance(each, PythonGrader) for each in single_graders(grader).values())
-        sandbox = working_sandbox() if section.sandbox and python else None
+        sandbox = working_sandbox() if section.sandbox and has_python(section.grader) else None
         return _by_grader(opened.enter_context(GraderRun(grader, ask=own, sandbox=sandbox)))
     if isinstance(section, VerifiersReward):
         return verifiers_reward(section)
