@@ -5,7 +5,8 @@
     quotas.spend("acme", 2.5)                              seconds that a helper worked for the owner
 
 An owner is a tenant's name, or "" for the operator and for everybody on a server without tenants. The limits are those
-of `QuotaLimits`, the same for every owner. `take` raises Refused and takes nothing where a limit would be passed:
+of `QuotaLimits`, the same for every owner. `take` raises Refused and takes nothing where a limit would be passed, and
+`check_helpers` raises the last of these:
 
     413 too_large         the amount alone is over the limit: it can never be taken
     400 storage_full      no room on disk: the owner has to remove something
@@ -51,8 +52,7 @@ class Quotas:
         self._helpers: dict[str, Window] = {}
 
     def take(self, owner: str, **amounts: int) -> QuotaHold:
-        """Reserve amounts of resources for an owner: all of them, or Refused and none. With `requests`, the owner
-        must have seconds of helpers left too."""
+        """Reserve amounts of resources for an owner: all of them, or Refused and none."""
         hold = QuotaHold(self, owner)
         hold.add(**amounts)
         return hold

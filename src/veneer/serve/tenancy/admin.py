@@ -343,7 +343,7 @@ def _records(router: APIRouter, store: Store) -> None:
 
 
 class AdminRoute(BodyRoute):
-    """A route of the operator's; errors end here, in one shape, whatever app the router is part of."""
+    """A route of the operator's, whose errors all have one shape."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         inner = super().get_route_handler()
@@ -389,7 +389,7 @@ def _unknown(place: str, known: set[str]) -> str:
 
 def _error(error: Refused) -> JSONResponse:
     status, message = error.status, f"{error.what} ({error.fix})" if error.fix else error.what
-    kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"
+    kind = "invalid_request_error" if status < 500 else "server_error"
     headers = {"Retry-After": "2"} if status == 503 else None
     body = {"message": message, "type": kind, "param": error.param, "code": error.code}
     return JSONResponse({"error": body}, status, headers)
