@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,38 @@ def test_a_new_folder_whatever_the_umask(tmp_path: Path, umask: int, wanted: int
         assert rights(private_folder(tmp_path / "a" / "b")) == wanted
     finally:
         os.umask(before)
+
+
+PRIVATE = """
+import ctypes, os, sys, time
+from veneer.files.rights import forbid_inspection
+
+if os.geteuid() == 0:  # root reads everything
+    os.setresuid(61183, 61183, 61183)
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+
+def readable(before):
+    ready, done = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before()
+        os.write(done, b"1")
+        time.sleep(60)
+    os.read(ready, 1)
+    try:
+        with open(f"/proc/{child}/environ", "rb") as opened:
+            return opened.read() != b""
+    except PermissionError:
+        return False
+    finally:
+        os.kill(child, 9)
+        os.wait()
+
+print(readable(lambda: None), readable(forbid_inspection))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_no_process_of_the_same_user_reads_a_private_one() -> None:
+    done = subprocess.run([sys.executable, "-c", PRIVATE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

@@ -73,12 +73,12 @@ def worker(
 
     Any number of workers may share a queue. One that is killed loses nothing: another goes on from the last
     checkpoint."""
+    from veneer.files.rights import forbid_inspection
     from veneer.jobs.process import tied
     from veneer.jobs.validate import device_of
     from veneer.jobs.worker import Worker
     from veneer.library.library import open_library
     from veneer.serve.tenancy.store import tenants_at
-    from veneer.train.rewards.sandbox import forbid_inspection
 
     forbid_inspection()
     one_of(executor, ("local", "ray", "kubernetes"), "a place where jobs run", "--executor")

@@ -1,9 +1,11 @@
-"""Who else on this machine may read what is kept here: what people wrote is its owner's."""
+"""Who else on this machine may read what is kept here, in files and in memory: what people wrote is its owner's."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import stat
+import sys
 from pathlib import Path
 
 
@@ -20,3 +22,13 @@ def private_folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     make_private(path)
     return path
+
+
+def forbid_inspection() -> None:
+    """Makes this process's memory, environment and descriptors unreadable to other processes of its user (on Linux, and
+    not to root's), and leaves no core dump of them. A process that this one starts has to do it again."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+_PR_SET_DUMPABLE = 4

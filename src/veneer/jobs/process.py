@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import CheckpointError, Interrupted, VeneerError
+from veneer.files.rights import forbid_inspection
 from veneer.jobs.canary import compare_job, place_job
 from veneer.jobs.executors import taken_over
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost, with_shares
@@ -54,7 +55,6 @@ from veneer.train import checkpoint
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import TOKEN_ACCURACY, Checked, Event, Note, Saved, measure_text, to_record
 from veneer.train.report.log import read_log
-from veneer.train.rewards.sandbox import forbid_inspection
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase

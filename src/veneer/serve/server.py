@@ -25,12 +25,12 @@ from starlette.responses import HTMLResponse
 from starlette.types import Receive, Scope, Send
 
 from veneer.errors import ResourceError
+from veneer.files.rights import forbid_inspection
 from veneer.serve.checks import Opened, check_settings
 from veneer.serve.http.connection import many_files, protocols_of
 from veneer.serve.http.errors import Json, answer_error
 from veneer.serve.request import Refused
 from veneer.serve.settings import ServeSettings
-from veneer.train.rewards.sandbox import forbid_inspection
 
 if TYPE_CHECKING:
     from veneer.serve.build import Application, Extend

@@ -18,6 +18,7 @@ import pytest
 from tests.sandboxes import sandbox_or_skip
 from veneer.cli import worker
 from veneer.errors import ConfigError, ResourceError, VeneerError
+from veneer.files import rights
 from veneer.jobs import process
 from veneer.serve import server
 from veneer.serve.settings import ServeSettings
@@ -443,45 +444,10 @@ def test_a_sandbox_that_does_not_hold_is_refused(
         working_sandbox()
 
 
-PRIVATE = """
-import ctypes, os, sys, time
-from veneer.train.rewards.sandbox import forbid_inspection
-
-if os.geteuid() == 0:  # root reads everything
-    os.setresuid(61183, 61183, 61183)
-    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
-
-def readable(before):
-    ready, done = os.pipe()
-    child = os.fork()
-    if child == 0:
-        before()
-        os.write(done, b"1")
-        time.sleep(60)
-    os.read(ready, 1)
-    try:
-        with open(f"/proc/{child}/environ", "rb") as opened:
-            return opened.read() != b""
-    except PermissionError:
-        return False
-    finally:
-        os.kill(child, 9)
-        os.wait()
-
-print(readable(lambda: None), readable(forbid_inspection))
-"""
-
-
-@linux
-def test_no_process_of_the_same_user_reads_a_private_one() -> None:
-    done = subprocess.run([sys.executable, "-c", PRIVATE], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
-
-
 @pytest.mark.parametrize("kind", ["server", "worker", "job"])
 def test_processes_with_keys_are_private(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[str] = []
-    for module in (sandboxes, server, process):
+    for module in (rights, server, process):
         monkeypatch.setattr(module, "forbid_inspection", lambda: calls.append(kind))
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     begun = {

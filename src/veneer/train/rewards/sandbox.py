@@ -18,7 +18,6 @@ it. Inside the sandbox:
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import platform
@@ -153,16 +152,6 @@ def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
 def _starter(process: int) -> ThreadPoolExecutor:
     """The thread that starts sandboxes. `process`: this one's ID, since a fork does not inherit threads."""
     return ThreadPoolExecutor(1, "sandbox")
-
-
-def forbid_inspection() -> None:
-    """Makes this process's memory, environment and descriptors unreadable to other processes of its user (on Linux, and
-    not to root's), and leaves no core dump of them. A process that this one starts has to do it again."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-
-
-_PR_SET_DUMPABLE = 4
 
 
 # -- what a sandbox holds ----------------------------------------------------------------------------------------------
