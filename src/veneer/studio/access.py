@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, quote
 from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
@@ -29,7 +29,7 @@ from veneer.errors import ConfigError
 from veneer.serve.access import Tenancy
 from veneer.serve.engine.admission import SharedQuantity
 from veneer.serve.http.bodies import BodyRoute
-from veneer.serve.http.guard import HERE, check_host, check_origin, needs
+from veneer.serve.http.guard import HERE, check_source, needs
 from veneer.serve.principal import Principal
 from veneer.serve.quota import current_owner
 from veneer.serve.request import Refused
@@ -143,10 +143,7 @@ class Gate:
         if scope["type"] not in ("http", "websocket") or not f"{path}/".startswith(f"{ROOT}/"):
             return await self.app(scope, receive, send)
         try:
-            headers = Headers(scope=scope)
-            if self.tenancy.keyless:
-                check_host(headers, {*HERE, *self.settings.allowed_hosts})
-            check_origin(scope, headers, self.settings.allowed_origins)
+            check_source(scope, self.settings, self.tenancy.keyless)
             await self._enter(path, scope, receive, send)
         except Refused as error:
             await _turn_away(error, scope, receive, send)

@@ -28,7 +28,7 @@ from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import ClientLeft
 from veneer.serve.http.bodies import LARGE_BODY, BodyRoute, body_error, check_guarded, keys_of_bodies
 from veneer.serve.http.errors import Json, answer_error, as_refused
-from veneer.serve.http.guard import EXEMPT, HERE, check_content_type, check_host, check_origin, needs
+from veneer.serve.http.guard import check_content_type, check_source, needs
 from veneer.serve.http.service import Service, client_key, service_of
 from veneer.serve.http.surfaces.llama_cpp import llama_cpp_routes
 from veneer.serve.http.surfaces.openai import openai_routes
@@ -123,7 +123,9 @@ class Door:
         request = HttpRequest(scope)
         scope["veneer.principal"] = STRANGER
         try:
-            self._check_source(request)
+            check_source(scope, self.service.settings, self.service.tenancy.keyless)
+            if not self._needs_no_key(request.url.path):
+                check_content_type(scope, request.headers)
             await self._enter(request)
         except Exception as error:
             surface = self.surfaces.get(request.url.path, "OpenAI")
@@ -151,15 +153,6 @@ class Door:
         if request.method != "POST":
             return None
         return next((most for path, most in self.large if path.fullmatch(request.url.path)), None)
-
-    def _check_source(self, request: HttpRequest) -> None:
-        """Raises Refused (421, 403, 415) for a request that a page of another site may have sent."""
-        scope, headers, settings = request.scope, request.headers, self.service.settings
-        if self.service.tenancy.keyless and request.url.path not in EXEMPT:
-            check_host(headers, {*HERE, *settings.allowed_hosts})
-        check_origin(scope, headers, settings.allowed_origins)
-        if not self._needs_no_key(request.url.path):
-            check_content_type(scope, headers)
 
     def _needs_no_key(self, path: str) -> bool:
         return path in (*OPEN, *self.unguarded) or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded))

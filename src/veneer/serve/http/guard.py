@@ -24,9 +24,10 @@ from starlette.types import Scope
 
 from veneer.serve.principal import Permission, Principal
 from veneer.serve.request import Refused
+from veneer.serve.settings import HttpSettings
 
 HERE = ("localhost", "127.0.0.1", "::1")
-EXEMPT = ("/health", "/ping", "/ready", "/metrics")
+_EXEMPT = ("/health", "/ping", "/ready", "/metrics")
 """Paths that answer under any Host: probes and scrapers call by IP."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _UNASKED = ("", "text/plain", "application/x-www-form-urlencoded")
@@ -60,7 +61,15 @@ def principal_of(scope: Scope) -> Principal:
     return principal
 
 
-def check_host(headers: Headers, allowed: Collection[str]) -> None:
+def check_source(scope: Scope, settings: HttpSettings, keyless: bool) -> None:
+    """Raises Refused (421, 403) for a request that a page of another site may have sent. `keyless`: of the Tenancy."""
+    headers = Headers(scope=scope)
+    if keyless and scope["path"] not in _EXEMPT:
+        _check_host(headers, {*HERE, *settings.allowed_hosts})
+    _check_origin(scope, headers, settings.allowed_origins)
+
+
+def _check_host(headers: Headers, allowed: Collection[str]) -> None:
     """Raises Refused (421) for a Host that is none of `allowed`, of a server that needs no key."""
     if _hostname(headers.get("host", "")) not in allowed:
         raise Refused(
@@ -69,7 +78,7 @@ def check_host(headers: Headers, allowed: Collection[str]) -> None:
         )  # fmt: skip
 
 
-def check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:
+def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:
     """Raises Refused (403) for what could change something, or carries a cookie, and comes from another site's page."""
     origin = headers.get("origin")
     if origin is None or _same_origin(origin, headers.get("host", "")) or origin in allowed:
