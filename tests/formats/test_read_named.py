@@ -128,7 +128,11 @@ def test_the_options_reach_the_reader_from_the_command_line(tmp_path, capsys):
     seen = run(capsys, "adapter", "inspect", str(path))
     assert seen.code == 2
     assert "holds 2 adapters" in seen.out + seen.err
-    for command in (("inspect",), ("verify",), ("convert", "--to", "peft", "-o", str(tmp_path / "out"))):
+    for command in (
+        ("inspect",),
+        ("verify",),
+        ("convert", "--to", "peft", "--alpha", "2", "-o", str(tmp_path / "out")),
+    ):
         seen = run(capsys, "adapter", command[0], str(path), *command[1:], "--adapter-name", "a")
         assert seen.code == 0, seen.out + seen.err
     folder(tmp_path / "p", pair(0), "adapter_model.bin")

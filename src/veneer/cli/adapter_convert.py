@@ -41,6 +41,10 @@ def convert_command(
     from_pickle: FromPickle = False,
     moe_layout: MoeLayout = "",
     adapter_name: AdapterName = "",
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="The alpha that the adapter was trained with, if the file does not state it."),
+    ] = None,
     without_words: Annotated[
         bool,
         typer.Option("--without-words", help="Leave learned words (textual inversion) out, which few layouts hold."),
@@ -59,6 +63,7 @@ def convert_command(
     converted = convert_adapter(
         adapter_path(name), output, to, family=family, base=base, dtype=dtype, allow_partial=allow_partial,
         without_words=without_words, say=say, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name,
+        alpha=alpha,
     )  # fmt: skip
     reading, done, words = converted.reading, converted.written, converted.words
     left = [*reading.unused, *reading.unpaired]

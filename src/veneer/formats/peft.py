@@ -59,6 +59,8 @@ from veneer.formats.tensors import check_finite, read_adapter_tensors
 from veneer.formats.translated import translated
 from veneer.formats.wrappers import Renaming, renaming
 
+CONFIG_KEY = "veneer.adapter_config"
+"""Of a written tensor file's metadata: the configuration, so that the file alone tells its scale."""
 PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -101,13 +103,14 @@ def load_folder(folder: str | Path, base: BaseLike = None) -> PeftAdapter:
 @dataclass(frozen=True)
 class PeftFolder:
     """What is in a PEFT folder, uninterpreted. `format`: mlx or tinker where another tool wrote it, and both are
-    translated; `reason`: how that is known."""
+    translated; `reason`: how that is known. `in_file`: the configuration is from the tensor file's metadata."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     card: Card | None
     format: str = "peft"
     reason: str = ""
+    in_file: bool = False
 
 
 def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bool = False) -> PeftFolder:
@@ -819,7 +822,8 @@ def write_folder(
     name = base_name or adapter.card.base
     done = _encode(adapter, base_name=name, base=base, task_type=task_type, where=str(folder))
     config = json.dumps(done.config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-    tensors = encode_tensors(done.tensors, {"format": "pt"})
+    stated = json.dumps(done.config, sort_keys=True, ensure_ascii=False)
+    tensors = encode_tensors(done.tensors, {"format": "pt", CONFIG_KEY: stated})
     card = adapter.card
     if not card.rank and adapter.pairs:
         card = replace(card, rank=done.config["r"], alpha=float(done.config["lora_alpha"]))

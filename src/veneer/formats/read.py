@@ -247,6 +247,7 @@ class ReadOptions(TypedDict, total=False):
     from_pickle: bool
     moe_layout: str
     adapter_name: str
+    alpha: float | None
 
 
 def read(
@@ -258,6 +259,7 @@ def read(
     family: str | None = None,
     moe_layout: str = "",
     adapter_name: str = "",
+    alpha: float | None = None,
 ) -> Reading:
     """The adapter in a file or folder, whatever wrote it.
 
@@ -279,8 +281,13 @@ def read(
         if opened.format != "peft" or any(key.startswith("base_model.model.") for key in opened.tensors):
             return _from_peft(opened, path, base, family, moe_layout, adapter_name)
     tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle)
+    if isinstance(config := json_value(metadata, peft.CONFIG_KEY), dict):
+        opened = peft.PeftFolder(config, dict(tensors), None, in_file=True)
+        return _from_peft(opened, path, base, family, moe_layout, adapter_name)
     tensors = one_adapter(tensors, adapter_name, where=str(path))
-    return read_state_dict(tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family)
+    return read_state_dict(
+        tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family, alpha=alpha
+    )
 
 
 def _from_gguf(path: Path, base: peft.BaseLike) -> Reading:
@@ -322,6 +329,7 @@ def _from_peft(
     own_base = None if placed else base
     loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card, moe_layout=moe_layout)
     beside = "a folder with" if path.is_dir() else "a file in PEFT's names beside"
+    beside = "a file of veneer's, which holds its" if opened.in_file else beside
     reasons = [f"{beside} {CONFIG_FILE}", *([opened.reason] if opened.reason else [])]
     if not placed:
         used: dict[str, list[str]] = defaultdict(list)
@@ -367,8 +375,10 @@ def read_state_dict(
     allow_partial: bool = False,
     base: peft.BaseLike = None,
     family: str | None = None,
+    alpha: float | None = None,
 ) -> Reading:
-    """The adapter that tensors by name and metadata are, of any layout but a PEFT folder and GGUF. Raises as `read`."""
+    """The adapter that tensors by name and metadata are, of any layout but a PEFT folder and GGUF. `alpha`: of modules
+    whose alpha the file does not state. Raises as `read`."""
     fmt, reasons = detect_format(tensors, metadata)
     tensors, notes = widened(tensors)
     if unreal := sorted(key for key, t in tensors.items() if t.is_complex()):
@@ -414,7 +424,6 @@ def read_state_dict(
             choice = _of_no_family(choice, places)
         if choice.family is None and not choice.fitting and fmt in ("peft", "diffusers"):
             places = {text: (ModulePlace(text.removeprefix("base_model.model.")),) for text in groups}
-            notes.append("no adapter_config.json: alpha is taken for the rank, as nothing says another")
     placer = _Placer(choice.family, _canonical_structure(base, choice.family))
     unknown = {text for text, found in places.items() if found is None}
     unused += [key for text in sorted(unknown) for key in groups[text].values()]
@@ -423,12 +432,17 @@ def read_state_dict(
     known = {text: {s: tensors[k] for s, k in own.items()} for text, own in groups.items() if text not in unknown}
     blocks = _alphas_of_blocks(known, places, metadata, notes)
     unpaired: list[str] = []
+    assumed: list[str] = []
     for text, suffixes in known.items():
         found, keys = places[text], sorted(groups[text].values())
         assert found is not None
         try:
-            alpha, rslora = _settings(configs, found[0].module, suffixes, blocks.get(text))
-            leaf = read_leaf(suffixes, alpha=alpha, rslora=rslora, where=text)
+            own_alpha, rslora = _settings(configs, found[0].module, suffixes, blocks.get(text))
+            if own_alpha is None and "alpha" not in suffixes and any(s.startswith("lora_") for s in suffixes):
+                own_alpha = alpha
+                if fmt == "peft" and alpha is None:
+                    assumed.append(text)
+            leaf = read_leaf(suffixes, alpha=own_alpha, rslora=rslora, where=text)
             if base is None and not configs and (swapped := _swapped(leaf, metadata)):
                 raise AdapterError(swapped)
             wrong = placer.place(text, leaf, found, keys, blocks=text in blocks)
@@ -450,8 +464,10 @@ def read_state_dict(
     _fill_card(adapter, text=choice.family is None and not has_image_names(groups))
     reasons = [*reasons, *choice.reasons]
     name = choice.family.name if choice.family else None
+    if assumed:
+        notes.append(f"the file does not state the scale of {len(assumed)} modules: alpha is taken for the rank")
     notes += problems
-    return Reading(adapter, fmt, reasons, name, placer.used, sorted(unused), unpaired, notes, dict(metadata))
+    return Reading(adapter, fmt, reasons, name, placer.used, sorted(unused), unpaired, notes, dict(metadata), assumed)
 
 
 def _is_other_model(places: Mapping[str, Sequence[ModulePlace] | None]) -> bool:

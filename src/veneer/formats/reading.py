@@ -29,7 +29,8 @@ class Reading:
     """What reading an adapter gives.
 
     `used`: canonical module -> the keys of the file it came from. `unused`: keys whose module no family knows, or
-    that no layout has. `unpaired`: keys of modules that could not be read, each with why in `notes`."""
+    that no layout has. `unpaired`: keys of modules that could not be read, each with why in `notes`. `assumed_scale`:
+    modules whose scale the file does not state, taken for 1 (PEFT's names without a configuration)."""
 
     adapter: Adapter
     format: str
@@ -40,6 +41,7 @@ class Reading:
     unpaired: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
+    assumed_scale: list[str] = field(default_factory=list)
 
 
 def summary(
@@ -60,6 +62,7 @@ def summary(
             "use": refusal is None,
             "why": refusal.what if refusal else "",
             "fix": (refusal.fix or "") if refusal else "",
+            "assumed_scale": len(reading.assumed_scale),
         },
         "format": reading.format,
         "reasons": reading.reasons,

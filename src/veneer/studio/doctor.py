@@ -105,7 +105,8 @@ def _family(name: str) -> str:
 
 def _words(report: dict[str, Any]) -> dict[str, Any]:
     verdict = report["verdict"]
-    return {"use": verdict["use"], "why": verdict["why"], "fix": verdict["fix"], "notes": report["notes"][:_FEW]}
+    own = {key: verdict[key] for key in ("use", "why", "fix", "assumed_scale")}
+    return {**own, "notes": report["notes"][:_FEW]}
 
 
 def _tool(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: dict[str, Any]) -> None:
