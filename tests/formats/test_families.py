@@ -6,6 +6,7 @@ The names are those of diffusers' classes and converters, of OneTrainer, musubi-
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
 from veneer.formats.convert import encode
+from veneer.formats.names import choose_family
 from veneer.formats.read import read, read_state_dict
 from veneer.formats.reading import Reading
 from veneer.formats.topology import families
@@ -115,6 +117,7 @@ STRANGERS = {
     "lumina 2": {f"layers.{i}.{n}": s for i in range(26) for n, s in LUMINA.items()},
     "lumina 2, qkv": {f"layers.{i}.attention.qkv": (3840, 2304) for i in range(26)},
     "lumina 2, mlp": {f"layers.{i}.feed_forward.w1": (9216, 2304) for i in range(26)},
+    "lumina 2, refiner": {f"noise_refiner.{i}.feed_forward.w1": (9216, 2304) for i in range(2)},
     "hunyuan, single": {f"single_blocks.{i}.linear1": (21504, 3072) for i in range(40)},
     "hunyuan, double": {f"double_blocks.{i}.img_attn.qkv": (9216, 3072) for i in range(20)},
 }
@@ -139,6 +142,74 @@ def test_official_widths_and_depths_are_still_their_families() -> None:
     }
     for family, shapes in real.items():
         assert look(pairs(shapes, "kohya")).family == family
+
+
+SD3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "qk_norm": "rms_norm"}
+FLUX_2 = {"joint_attention_dim": 7680, "guidance_embeds": False}
+SDXL = {
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+}
+OFFICIAL = {
+    "FLUX.1": ("flux1", "FluxTransformer2DModel", {"guidance_embeds": True}),
+    "FLUX.2 dev": ("flux2", "Flux2Transformer2DModel", {}),
+    "FLUX.2 klein 9B": (
+        "flux2",
+        "Flux2Transformer2DModel",
+        FLUX_2 | {"num_single_layers": 24, "num_attention_heads": 32},
+    ),
+    "FLUX.2 klein 4B": (
+        "flux2",
+        "Flux2Transformer2DModel",
+        FLUX_2 | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24},
+    ),
+    "Qwen-Image": ("qwen-image", "QwenImageTransformer2DModel", {}),
+    "Z-Image": ("z-image", "ZImageTransformer2DModel", {}),
+    "Krea 2": ("krea2", "Krea2Transformer2DModel", {}),
+    "Anima": ("anima", "CosmosTransformer3DModel", {"num_attention_heads": 16}),
+    "SD 3.5 medium": ("sd3", "SD3Transformer2DModel", SD3 | {"dual_attention_layers": tuple(range(13))}),
+    "SD 3.5 large": (
+        "sd3-large",
+        "SD3Transformer2DModel",
+        SD3 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
+    ),
+    "SD 1.5": ("sd15", "UNet2DConditionModel", {"cross_attention_dim": 768}),
+    "SD 2": ("sd2", "UNet2DConditionModel", {"cross_attention_dim": 1024, "use_linear_projection": True}),
+    "SDXL": ("sdxl", "UNet2DConditionModel", SDXL),
+}
+"""The models' own configurations, for diffusers' classes, whose defaults are official where nothing is given."""
+
+
+@pytest.mark.parametrize("case", OFFICIAL)
+def test_official_widths_are_refused_in_no_group_of_blocks(case: str) -> None:
+    """All linears at once, and each group of blocks alone (refiners, text fusion), in diffusers' and original names."""
+    diffusers = pytest.importorskip("diffusers")
+    name, kind, settings = OFFICIAL[case]
+    family = families()[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**settings)
+    shapes = {
+        f"{family.denoiser}.{n}": (m.out_features, m.in_features)
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    }
+    assert set(shapes) <= set(family.modules)
+    fused = {}
+    for original, places in family.originals.items():
+        if all(p.module in shapes for p in places):
+            fused[original] = (sum(shapes[p.module][0] for p in places), shapes[places[0].module][1])
+    for own in (shapes, fused):
+        found = choose_family(own)
+        assert found.family is family, found.reasons
+        for group in {re.split(r"\.\d+\.", n)[0] for n in own}:
+            some = {n: s for n, s in own.items() if n.startswith(group)}
+            found = choose_family(some, wanted=name)
+            assert found.family is family, (group, found.reasons)
 
 
 # -- layouts of known families -----------------------------------------------------------------------------------------

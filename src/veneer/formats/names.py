@@ -208,9 +208,11 @@ _HIDDEN = {
     **{"sd3": {1536}, "sd3-large": {2432}, "anima": {2048}},
     **{"hunyuan-video": {3072}, "ltx-video": {2048}},
 }
+_TEXT_FUSION = 2560
+"""The width of Krea 2's text_fusion blocks, which the other blocks do not share."""
 _CROSS = {"anima": 1024, "ltx-video": 2048}
 _HIDDEN_INPUTS = re.compile(
-    r"^transformer\..*(blocks|layers)\.\d+\.((attn\d?|attention)\.(to_[qkv]|add_[qkv]_proj)|"
+    r"^transformer\..*(blocks|layers|refiner)\.\d+\.((attn\d?|attention)\.(to_[qkv]|add_[qkv]_proj)|"
     r"ff(_context)?\.net\.0\.proj|feed_forward\.w[13])$"
 )
 """Modules whose inputs are a transformer's hidden states."""
@@ -366,6 +368,8 @@ def _width(name: str, module: str, shape: _Shape | None) -> bool | None:
     if name in _CROSS and re.search(r"^transformer\..*\.attn2\.to_[kv]$", module):
         return shape[1] == _CROSS[name]
     if _HIDDEN_INPUTS.search(module):
+        if module.startswith("transformer.text_fusion."):
+            return shape[1] == _TEXT_FUSION
         return name in _HIDDEN and shape[1] in _HIDDEN[name]
     return None
 
