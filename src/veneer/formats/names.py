@@ -232,10 +232,10 @@ def choose_family(
     """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says. `wanted`: the
     family of the base that the adapter is to act on.
 
-    A family is claimed only if most of the names are its own and nothing known of its widths and depth speaks against
-    it. Names that several have are of the one family whose shapes and depth alone are the file's; else of the one that
-    the metadata claims, or the base is; else no family is claimed, and the result says which are near. A toy, whose
-    widths are no model's, is of the family that it fills most, or the more common one."""
+    A family is claimed only if at least half of the names are its own and nothing known of its widths and depth speaks
+    against it. Names that several have are of the one family whose shapes and depth alone are the file's; else of the
+    one that the metadata claims, or the base is; else no family is claimed, and the result says which are near. A toy,
+    whose widths are no model's, is of the family that it fills most, or the more common one."""
     found = {
         name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
         for name, family in _all().items()
@@ -329,9 +329,9 @@ def _fits(
     wide: Mapping[str, _Shape | None],
     shapes: Mapping[str, _Shape | None],
 ) -> bool:
-    """Whether most names are the family's, and nothing known of its shapes speaks against it, nor more blocks than it
-    has. `wide`: those of `shapes` whose widths count."""
-    if 2 * len(found) <= len(shapes) or _deeper(name, found, shapes):
+    """Whether at least half of the names are the family's, and nothing known of its shapes speaks against it, nor more
+    blocks than it has. `wide`: those of `shapes` whose widths count."""
+    if 2 * len(found) < len(shapes) or _deeper(name, found, shapes):
         return False
     known = [_width(name, places[0].module, wide.get(text)) for text, places in found.items()]
     widths = [ok for ok in known if ok is not None]

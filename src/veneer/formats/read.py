@@ -516,7 +516,7 @@ def _unknown(key: str, tensor: Tensor, choice: FamilyChoice) -> str:
     if parts is None:
         return f"{key} {tuple(tensor.shape)}: its ending is not that of an adapter's tensor"
     if choice.near:
-        differ = "differ in this name" if choice.fitting else "have other widths, or fewer blocks"
+        differ = "differ in this name" if choice.fitting else "have other names, other widths or fewer blocks"
         return f"{key} {tuple(tensor.shape)}: unknown family; near: {', '.join(choice.near)}, which {differ}"
     label = family.label if family else "any family known here"
     return f"{key} {tuple(tensor.shape)}: no module of {label}" + (f"; nearest: {hint}" if hint else "")
