@@ -14,12 +14,15 @@ from tests.formats.twins import linear_pairs, our_outputs, random_adapter
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.adapters.convert import convert_adapter
 from veneer.adapters.inspect import inspect
+from veneer.adapters.mix import mix_adapters
+from veneer.adapters.use import load_adapter, read_adapter
 from veneer.core.adapter import LoraSpec
 from veneer.core.init import create
 from veneer.errors import AdapterError
 from veneer.formats import peft
 from veneer.formats.read import read
 from veneer.library.describe import describe_adapter
+from veneer.serve.fleet.folders import servable
 
 
 @pytest.mark.parametrize("to", ["tgi", "vllm"])
@@ -53,16 +56,64 @@ def test_our_tensor_file_alone_keeps_its_scale(tmp_path: Path) -> None:
     assert read(tmp_path / "alone.safetensors").adapter.digest() == adapter.digest()
 
 
-def test_a_scale_that_no_file_states_is_asked_for(tmp_path: Path) -> None:
+def without_scale(folder: Path) -> Path:
+    """The tensors of a PEFT folder in a file of their own: names and shapes, and nothing of alpha."""
     adapter = linear_pairs(["model.layers.0.self_attn.q_proj"], rank=2, scale=2.0)
-    peft.write_folder(adapter, tmp_path / "a")
-    alone = tmp_path / "alone.safetensors"
-    save_file(load_file(tmp_path / "a/adapter_model.safetensors"), alone)  # without metadata
-    assert read(alone).assumed_scale
-    assert inspect(str(alone))["verdict"]["assumed_scale"] == 1
-    with pytest.raises(AdapterError, match="does not state the scale of 1 modules"):
-        describe_adapter(alone)  # as the library adds it
-    with pytest.raises(AdapterError, match="does not state the scale of 1 modules"):
+    peft.write_folder(adapter, folder / "a")
+    save_file(load_file(folder / "a/adapter_model.safetensors"), folder / "alone.safetensors")
+    return folder / "alone.safetensors"
+
+
+def test_a_scale_that_no_file_states_is_asked_for(tmp_path: Path) -> None:
+    alone = without_scale(tmp_path)
+    with pytest.raises(AdapterError, match=r"does not state the scale .* of 1 module,") as caught:
         convert_adapter(alone, tmp_path / "out", "peft")
+    assert "veneer adapter convert FILE --alpha N --to peft -o FOLDER" in str(caught.value)
     convert_adapter(alone, tmp_path / "out", "peft", alpha=4.0)
-    assert read(tmp_path / "out").adapter.digest() == adapter.digest()
+    assert read(tmp_path / "out").adapter.digest() == read(tmp_path / "a").adapter.digest()
+    with pytest.raises(AdapterError, match="alpha 4 is given, and the adapter's files state their own"):
+        convert_adapter(tmp_path / "a", tmp_path / "again", "kohya", alpha=4.0)
+
+
+def test_partial_reading_assumes_no_scale(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="does not state the scale"):
+        convert_adapter(without_scale(tmp_path), tmp_path / "out", "peft", allow_partial=True)
+
+
+def test_every_use_refuses_a_scale_that_no_file_states(tmp_path: Path) -> None:
+    alone = str(without_scale(tmp_path))
+    uses = (
+        lambda: describe_adapter(Path(alone)),  # as the library adds it
+        lambda: read_adapter(alone),
+        lambda: mix_adapters([alone], tmp_path / "mixed"),
+        lambda: load_adapter(Bare(), alone),
+        lambda: servable([(Path(alone), 1.0)], "a", tmp_path / "served"),
+    )
+    for use in uses:
+        with pytest.raises(AdapterError, match="does not state the scale"):
+            use()
+    assert load_adapter(Bare(), alone, alpha=4.0).digest() == read_adapter(tmp_path / "a").adapter.digest()
+
+
+class Bare:
+    """A base with one linear, under the name that the adapter has."""
+
+    name = short_name = "bare"
+    fingerprint = ""
+    family = "llama"
+    model = torch.nn.Module()
+
+
+def test_names_without_a_prefix_do_not_state_a_scale_either(tmp_path: Path) -> None:
+    named = {k.removeprefix("base_model.model."): t for k, t in load_file(without_scale(tmp_path)).items()}
+    save_file(named, tmp_path / "bare.safetensors")
+    with pytest.raises(AdapterError, match="does not state the scale"):
+        read(tmp_path / "bare.safetensors")
+
+
+def test_inspect_reads_a_file_without_scale_and_says_so(tmp_path: Path) -> None:
+    found = inspect(str(without_scale(tmp_path)))
+    assert (found["verdict"]["use"], found["assumed_scale"], found["pairs"]) == (False, 1, 1)
+    assert "--alpha" in found["verdict"]["fix"]
+    given = inspect(str(tmp_path / "alone.safetensors"), alpha=4.0)
+    assert (given["verdict"]["use"], given["scales"]) == (True, {"2": 1})

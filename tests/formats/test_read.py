@@ -312,9 +312,12 @@ def test_a_peft_folder_of_a_language_model_keeps_its_names(tmp_path) -> None:
     assert_same(changes(found.adapter), layout.want)
     assert list(found.used) == [name]
     (tmp_path / "adapter_config.json").unlink()
-    bare = read(tmp_path)
+    with pytest.raises(AdapterError, match="does not state the scale"):
+        read(tmp_path)
+    assert_same(changes(read(tmp_path, alpha=8).adapter), layout.want)
+    bare = read(tmp_path, assume_scale=True)
+    assert bare.assumed_scale == [f"base_model.model.{name}"]
     assert_same(changes(bare.adapter), {n: c / 4 for n, c in layout.want.items()})
-    assert "alpha is taken for the rank" in " ".join(bare.notes)
 
 
 @pytest.mark.parametrize("name", list(families()))

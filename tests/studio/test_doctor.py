@@ -8,12 +8,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.formats.image_adapters import random_adapter
 from tests.studio.conftest import HOSTILE, Served
 from veneer.core.adapter import Card
 from veneer.formats import convert
 from veneer.formats.topology import families
+from veneer.library.library import open_library
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,23 @@ def test_a_file_is_told_what_it_is_and_what_others_would_make_of_it(studio: Serv
     assert "&lt;img src=x onerror=alert(1)&gt;" in shell
     assert "<img src=x" not in shell
     assert "\u202e" not in shell
+
+
+def test_a_file_without_its_scale_is_amber_and_asks_for_alpha(studio: Served, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.safetensors"
+    with open_library(studio.library) as library:
+        save_file(load_file(library.resolve("support@1") / "adapter_model.safetensors"), alone)  # without metadata
+    with httpx.Client(base_url=studio.address, timeout=60) as client:
+        id = sent(client, alone, "alone.safetensors").json()["id"]
+        said = html.unescape(whole(client, f"/studio/doctor?file={id}", "In other tools").text)
+        head = {"content-type": "application/octet-stream"}
+        kept = client.post("/studio/api/v1/adapters", params={"name": "x/y"}, content=alone.read_bytes(), headers=head)
+    assert '<b class="warn">It is read whole, but its scale is not in the file.</b>' in said
+    assert "veneer adapter convert alone.safetensors --alpha N --to peft --output NEW" in said
+    for words in ("It is refused", "can be used", "exactly", "Download for"):
+        assert words not in said, words
+    assert kept.status_code == 400
+    assert "--alpha" in kept.text
 
 
 def test_what_is_not_here_is_not_here_and_a_pickle_is_refused_with_the_reason(studio: Served, kohya: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import ConfigError
 from veneer.formats.convert import write
 from veneer.formats.read import ReadOptions, read
 
@@ -48,12 +48,6 @@ def convert_adapter(
             "the output is the adapter itself, which is not written over", where=str(output), fix="another -o"
         )
     reading = read(place, allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
-    if reading.assumed_scale:
-        raise AdapterError(
-            f"the file does not state the scale of {len(reading.assumed_scale)} modules, and has no "
-            "adapter_config.json beside it",
-            where=str(place), fix="put adapter_config.json beside the file, or give the trained alpha: --alpha",
-        )  # fmt: skip
     words = [word for own in reading.adapter.new_tokens.values() for word in own] if without_words else []
     adapter = replace(reading.adapter, new_tokens={}) if words else reading.adapter
     head_dim = layers = None

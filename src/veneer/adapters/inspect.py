@@ -44,7 +44,8 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
     `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is shown
     as far as it can be read. `format`, `reasons`: which format it is and why. `coverage`: tensors of the file that are
     used, that nothing understands, and that lack their partner; where there are any of the last two, reading it for use
-    is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes and ‖ΔW‖
+    is refused. `assumed_scale`: how many modules' scale the file does not state; alpha is taken for the rank in all that is
+    shown, and reading it for use is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes and ‖ΔW‖
     (Frobenius, over all of them; without DoRA's magnitude, which needs the base). `deltas`: changes that are not pairs,
     by form, with the bytes it takes and those of the ΔW that it stands for, one at a time of which is made in use.
     `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. `tools`: with what others
@@ -58,8 +59,10 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
 def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:
     """As it is read for use; or what can be read of it, and why it is refused. Raises the refusal where that is
     nothing."""
+    how = {**how, "assume_scale": True}
     try:
-        return reader.read(path, **how), None
+        found = reader.read(path, **how)
+        return found, reader.scale_error(found, path) if found.assumed_scale else None
     except UnsafeFileError:
         raise
     except AdapterError as error:

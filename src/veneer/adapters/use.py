@@ -185,7 +185,7 @@ def load_adapter(
         raise
     except AdapterError as error:
         with contextlib.suppress(AdapterError):  # what it is by itself, whatever the base
-            _refuse_other_family(base, name, path, reader.read(path), _first_lines(error.what, 3))
+            _refuse_other_family(base, name, path, reader.read(path, assume_scale=True), _first_lines(error.what, 3))
         card = read_card(path).card if (path / CARD_FILE).is_file() else None
         if card is None or card.base_fingerprint in ("", base.fingerprint):
             raise

@@ -12,7 +12,7 @@ import typer
 from veneer.cli import adapter_mix
 from veneer.cli.adapter_convert import convert_command
 from veneer.cli.adapter_merge import merge_command
-from veneer.cli.options import AdapterArgument, AdapterName, AsJson, FromPickle, MoeLayout, ShowAll
+from veneer.cli.options import AdapterArgument, AdapterName, Alpha, AsJson, FromPickle, MoeLayout, ShowAll
 from veneer.cli.output import cut_list, everything, field, print_json, print_table, say
 from veneer.errors import BaseError
 
@@ -25,6 +25,7 @@ def inspect(
     from_pickle: FromPickle = False,
     moe_layout: MoeLayout = "",
     adapter_name: AdapterName = "",
+    alpha: Alpha = None,
     elsewhere: Annotated[
         bool, typer.Option("--elsewhere", help="Also say what other tools would do wrong with it, and what is right.")
     ] = False,
@@ -38,11 +39,18 @@ def inspect(
     from veneer.formats.plain import inspect_plain
 
     everything(show_all)
-    found = inspect_plain(Path(name)) if not (adapter_name or elsewhere) else None
+    found = inspect_plain(Path(name)) if not (adapter_name or elsewhere or alpha is not None) else None
     if found is None:
         from veneer.adapters.inspect import inspect as look
 
-        found = look(name, tools=elsewhere, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
+        found = look(
+            name,
+            tools=elsewhere,
+            from_pickle=from_pickle,
+            moe_layout=moe_layout,
+            adapter_name=adapter_name,
+            alpha=alpha,
+        )
     if as_json:
         print_json(found)
     else:
@@ -111,7 +119,8 @@ def _show(found: dict[str, Any]) -> None:
         for line in tool["why"]:
             print(f"  {field(line)}")
         if tool["verdict"] != "fine":
-            print(f"  right for it: veneer adapter convert {field(found['adapter'])} --to {tool['to']} -o NEW")
+            alpha = " --alpha N" if found["assumed_scale"] else ""
+            print(f"  right for it: veneer adapter convert {field(found['adapter'])}{alpha} --to {tool['to']} -o NEW")
     told = set(verdict["why"].splitlines())
     for note in cut_list([n for n in found["notes"] if f"  - {n}" not in told]):
         print(f"note: {note}")
@@ -151,6 +160,7 @@ def verify(
     from_pickle: FromPickle = False,
     moe_layout: MoeLayout = "",
     adapter_name: AdapterName = "",
+    alpha: Alpha = None,
     show_all: ShowAll = False,
     as_json: AsJson = False,
 ) -> None:
@@ -173,7 +183,7 @@ def verify(
             )
             raise BaseError("this is an image base, and effects are measured on texts", where=str(place), fix=fix)
         loaded = load_text(base, say=say)
-    checks = check(name, loaded, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
+    checks = check(name, loaded, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name, alpha=alpha)
     good = all(c.ok is not False for c in checks)
     if as_json:
         rows = [{"check": c.name, "ok": c.ok, "detail": c.detail} for c in checks]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veneer.cli.options import AdapterName, AsJson, FromPickle, MoeLayout, ShowAll, WrittenDtype
+from veneer.cli.options import AdapterName, Alpha, AsJson, FromPickle, MoeLayout, ShowAll, WrittenDtype
 from veneer.cli.output import cut_list, everything, print_json, say
 
 if TYPE_CHECKING:
@@ -41,10 +41,7 @@ def convert_command(
     from_pickle: FromPickle = False,
     moe_layout: MoeLayout = "",
     adapter_name: AdapterName = "",
-    alpha: Annotated[
-        float | None,
-        typer.Option("--alpha", help="The alpha that the adapter was trained with, if the file does not state it."),
-    ] = None,
+    alpha: Alpha = None,
     without_words: Annotated[
         bool,
         typer.Option("--without-words", help="Leave learned words (textual inversion) out, which few layouts hold."),

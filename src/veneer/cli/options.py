@@ -24,6 +24,12 @@ MoeLayout = Annotated[
     typer.Option("--moe-layout", help="rank_major or grouped_by_expert: of experts' B, where Unsloth's file asks."),
 ]
 AdapterName = Annotated[str, typer.Option("--adapter-name", help="The one to take of several adapters in one file.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha", help="The alpha it was trained with, where the file does not state it; of rsLoRA alpha × √rank."
+    ),
+]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape fits.")
 ]

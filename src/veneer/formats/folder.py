@@ -9,6 +9,8 @@ from veneer.errors import AdapterError, UnsafeFileError
 from veneer.files.safetensors import PICKLE_SUFFIXES
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_KEY = "veneer.adapter_config"
+"""Metadata of our own tensor files: the configuration, so that the file alone states its scale."""
 MLX_FILE = "adapters.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PREFERRED = (TENSOR_FILE, "pytorch_lora_weights.safetensors")

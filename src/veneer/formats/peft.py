@@ -45,7 +45,7 @@ from veneer.formats import card as cards
 from veneer.formats import moe
 from veneer.formats import peft_config as cfg
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE, tensor_file
+from veneer.formats.folder import CONFIG_FILE, CONFIG_KEY, TENSOR_FILE, tensor_file
 from veneer.formats.peft_config import (
     DUMMY_TARGETS,
     RANK_MAJOR,
@@ -59,8 +59,6 @@ from veneer.formats.tensors import check_finite, read_adapter_tensors
 from veneer.formats.translated import translated
 from veneer.formats.wrappers import Renaming, renaming
 
-CONFIG_KEY = "veneer.adapter_config"
-"""Of a written tensor file's metadata: the configuration, so that the file alone tells its scale."""
 PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -21,7 +21,7 @@ from veneer.errors import AdapterError
 from veneer.files.safetensors import HeaderEntry, read_header
 from veneer.formats import peft_config as cfg
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
+from veneer.formats.folder import CONFIG_FILE, CONFIG_KEY, TENSOR_FILE
 from veneer.formats.keys import ROLES, detect_format, named_adapters, split_key
 from veneer.formats.metadata import card_from_metadata, family_in_metadata
 from veneer.formats.names import choose_family, has_image_names, lookup
@@ -120,7 +120,9 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> Reading | No
         if parts is None or role not in ("A", "B", "alpha") or role in groups[parts[0]] or ":" in key:
             return None
         groups[parts[0]][role] = key
-    if metadata.get("lora_adapter_metadata") or not all({"A", "B"} <= set(own) for own in groups.values()):
+    if {CONFIG_KEY, "lora_adapter_metadata"} & set(metadata) or not all(
+        {"A", "B"} <= set(own) for own in groups.values()
+    ):
         return None
     if any(stored[own[ab]].ndim < 2 for own in groups.values() for ab in "AB"):
         return None
@@ -146,6 +148,8 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> Reading | No
     if card.rank not in ranks:
         card.rank = ranks.pop() if len(ranks) == 1 else 0
     format_, reasons = detect_format(stored, metadata)
+    if format_ == "peft" and not all("alpha" in own for own in groups.values()):
+        return None  # its scale is not stated
     return Reading(Adapter(pairs, card=card), format_, [*reasons, *choice.reasons], family.name, used)
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
-from veneer.errors import AdapterError, bullets
+from veneer.errors import AdapterError, bullets, counted
 from veneer.formats import peft
 from veneer.formats import peft_config as cfg
-from veneer.formats.folder import CONFIG_FILE, tensor_file
+from veneer.formats.folder import CONFIG_FILE, CONFIG_KEY, tensor_file
 from veneer.formats.fused import split, swap_halves
 from veneer.formats.keys import detect_format, one_adapter, split_key
 from veneer.formats.leaves import Leaf, fitted, leaves_of, read_leaf, widened
@@ -36,6 +36,8 @@ from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors
 from veneer.formats.topology import DENOISERS, Family, ModulePlace, families
 
+_SCALED = re.compile(r"lora[_.]|hada_|lokr_|down|up")
+"""Beginnings of the suffixes of changes that alpha scales."""
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
 
 
@@ -248,6 +250,7 @@ class ReadOptions(TypedDict, total=False):
     moe_layout: str
     adapter_name: str
     alpha: float | None
+    assume_scale: bool
 
 
 def read(
@@ -260,39 +263,74 @@ def read(
     moe_layout: str = "",
     adapter_name: str = "",
     alpha: float | None = None,
+    assume_scale: bool = False,
 ) -> Reading:
     """The adapter in a file or folder, whatever wrote it.
 
     `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their shapes.
     `family`: the base's, taken where the names are those of several families alike. `moe_layout`: how expert pairs' B
     is laid out, where a file does not say (formats/peft.py). `adapter_name`: the one to take of several in one
-    file. A file in PEFT's names with an adapter_config.json beside it is read by that.
+    file. A file in PEFT's names with an adapter_config.json beside it is read by that; without one, its scale is
+    `alpha`'s. `alpha`: the trained one, of modules whose alpha the file does not state. `assume_scale`: take alpha for
+    the rank there and list the modules in `Reading.assumed_scale`; for reports, never to use the adapter.
     Pickles are read only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
-    understood, or lands where another has; UnsafeFileError for pickles and headers that lie."""
+    understood, or lands where another has; one for a scale that is neither in the file nor given; UnsafeFileError for
+    pickles and headers that lie."""
     path = Path(path)
+    found = _read(path, allow_partial, from_pickle, base, family, moe_layout, adapter_name, alpha)
+    if found.assumed_scale and not assume_scale:
+        raise scale_error(found, path)
+    return found
+
+
+def scale_error(reading: Reading, path: Path) -> AdapterError:
+    """The refusal of an adapter whose file does not state its scale."""
+    count = counted(len(reading.assumed_scale), "module")
+    return AdapterError(
+        f"the file does not state the scale (alpha) of {count}, and no {CONFIG_FILE} does",
+        where=str(path),
+        fix=f"put its {CONFIG_FILE} beside it; or write a folder with the alpha it was trained with, and use that: "
+        "veneer adapter convert FILE --alpha N --to peft -o FOLDER",
+    )
+
+
+def _read(
+    path: Path, allow_partial: bool, from_pickle: bool, base: peft.BaseLike, family: str | None, moe_layout: str,
+    adapter_name: str, alpha: float | None,
+) -> Reading:  # fmt: skip
+    """As `read`, which refuses a scale that is assumed."""
     if path.is_dir() and (path / CONFIG_FILE).is_file():
         opened = peft.open_folder(path, from_pickle=from_pickle)
-        return _from_peft(opened, path, base, family, moe_layout, adapter_name)
+        return _from_peft(opened, path, base, family, moe_layout, adapter_name, alpha)
     path = tensor_file(path, from_pickle)
     if path.suffix.lower() == ".gguf":
-        return _from_gguf(path, base)
+        return _from_gguf(path, base, alpha)
     if (path.parent / CONFIG_FILE).is_file():
         opened = peft.open_folder(path.parent, file=path, from_pickle=from_pickle)
         if opened.format != "peft" or any(key.startswith("base_model.model.") for key in opened.tensors):
-            return _from_peft(opened, path, base, family, moe_layout, adapter_name)
+            return _from_peft(opened, path, base, family, moe_layout, adapter_name, alpha)
     tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle)
-    if isinstance(config := json_value(metadata, peft.CONFIG_KEY), dict):
+    if isinstance(config := json_value(metadata, CONFIG_KEY), dict):
         opened = peft.PeftFolder(config, dict(tensors), None, in_file=True)
-        return _from_peft(opened, path, base, family, moe_layout, adapter_name)
+        return _from_peft(opened, path, base, family, moe_layout, adapter_name, alpha)
     tensors = one_adapter(tensors, adapter_name, where=str(path))
     return read_state_dict(
         tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family, alpha=alpha
     )
 
 
-def _from_gguf(path: Path, base: peft.BaseLike) -> Reading:
+def _refuse_alpha(alpha: float | None, where: str) -> None:
+    """Raises AdapterError for an alpha that is given although the files state their own."""
+    if alpha is not None:
+        raise AdapterError(
+            f"alpha {alpha:g} is given, and the adapter's files state their own", where=where, fix="leave out --alpha"
+        )
+
+
+def _from_gguf(path: Path, base: peft.BaseLike, alpha: float | None) -> Reading:
     from veneer.formats.gguf import read_gguf
 
+    _refuse_alpha(alpha, str(path))
     found = read_gguf(path, head_dim=_head_dim(base))
     metadata = {key: str(value) for key, value in found.fields.items() if isinstance(value, str | int | float)}
     reasons = [f"a GGUF file of type adapter for {found.architecture}"]
@@ -311,11 +349,13 @@ def _head_dim(base: peft.BaseLike) -> int | None:
 
 
 def _from_peft(
-    opened: peft.PeftFolder, path: Path, base: peft.BaseLike, wanted: str | None, moe_layout: str, adapter_name: str
-) -> Reading:
+    opened: peft.PeftFolder, path: Path, base: peft.BaseLike, wanted: str | None, moe_layout: str, adapter_name: str,
+    alpha: float | None,
+) -> Reading:  # fmt: skip
     """A PEFT folder: by PEFT's rules; and, where its names are those of an image family's denoiser, under canonical
     names."""
     where = str(path)
+    _refuse_alpha(alpha, where)
     tensors = one_adapter(opened.tensors, adapter_name, where=where)
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for key in sorted(tensors):
@@ -432,16 +472,15 @@ def read_state_dict(
     known = {text: {s: tensors[k] for s, k in own.items()} for text, own in groups.items() if text not in unknown}
     blocks = _alphas_of_blocks(known, places, metadata, notes)
     unpaired: list[str] = []
-    assumed: list[str] = []
+    unstated: list[str] = []
     for text, suffixes in known.items():
         found, keys = places[text], sorted(groups[text].values())
         assert found is not None
         try:
             own_alpha, rslora = _settings(configs, found[0].module, suffixes, blocks.get(text))
-            if own_alpha is None and "alpha" not in suffixes and any(s.startswith("lora_") for s in suffixes):
+            if own_alpha is None and "alpha" not in suffixes and any(_SCALED.match(s) for s in suffixes):
                 own_alpha = alpha
-                if fmt == "peft" and alpha is None:
-                    assumed.append(text)
+                unstated.append(text)
             leaf = read_leaf(suffixes, alpha=own_alpha, rslora=rslora, where=text)
             if base is None and not configs and (swapped := _swapped(leaf, metadata)):
                 raise AdapterError(swapped)
@@ -464,8 +503,15 @@ def read_state_dict(
     _fill_card(adapter, text=choice.family is None and not has_image_names(groups))
     reasons = [*reasons, *choice.reasons]
     name = choice.family.name if choice.family else None
+    if not unstated:
+        _refuse_alpha(alpha, where)
+    image = choice.family is not None or bool(choice.fitting) or has_image_names(groups)
+    peft_names = any(text.startswith(peft.PREFIX) for text in groups) or (fmt == "diffusers" and not image)
+    assumed = unstated if peft_names and alpha is None else []
     if assumed:
-        notes.append(f"the file does not state the scale of {len(assumed)} modules: alpha is taken for the rank")
+        notes.append(
+            f"the file does not state the scale of {counted(len(assumed), 'module')}: alpha is taken for the rank"
+        )
     notes += problems
     return Reading(adapter, fmt, reasons, name, placer.used, sorted(unused), unpaired, notes, dict(metadata), assumed)
 

@@ -162,14 +162,6 @@ def describe_adapter(path: Path) -> AdapterDescription:
     from veneer.formats.read import read
 
     reading = read(path)
-    if reading.assumed_scale:
-        raise AdapterError(
-            f"the file does not state the scale of {len(reading.assumed_scale)} modules, and has no "
-            "adapter_config.json beside it",
-            where=str(path),
-            fix="put adapter_config.json beside the file; or write a folder that states it and add that: "
-            "veneer adapter convert FILE --to peft --alpha ALPHA -o FOLDER",
-        )
     return AdapterDescription(reading.adapter.digest(), reading.format, reading.adapter.card.to_dict())
 
 

@@ -65,7 +65,13 @@ def _show(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None
         with box("div"):
             Fragment("diagnosis.html.j2", facts=_facts(report), coverage=report["coverage"], few=_FEW, **_words(report))
             heading("In other tools")
-            line("The file as it is now; and the same adapter, exactly, written as that tool reads it.", "soft small")
+            if _is_assumed(report):
+                line("The file as it is now. It can be written for a tool once the alpha it was trained with is known:")
+                Command(command("adapter", "convert", staged.name, alpha="N", to="peft", output="NEW"))
+            else:
+                line(
+                    "The file as it is now; and the same adapter, exactly, written as that tool reads it.", "soft small"
+                )
             for each in report["elsewhere"]:
                 _tool(page, staged, report, each)
             if report["targets"]:
@@ -105,13 +111,21 @@ def _family(name: str) -> str:
 
 def _words(report: dict[str, Any]) -> dict[str, Any]:
     verdict = report["verdict"]
-    own = {key: verdict[key] for key in ("use", "why", "fix", "assumed_scale")}
-    return {**own, "notes": report["notes"][:_FEW]}
+    own = {key: verdict[key] for key in ("use", "why", "fix")}
+    return {**own, "assumed": _is_assumed(report), "notes": report["notes"][:_FEW]}
+
+
+def _is_assumed(report: dict[str, Any]) -> bool:
+    """Whether nothing but the scale is unknown of the adapter."""
+    coverage = report["coverage"]
+    return bool(report["assumed_scale"]) and not (coverage["unused"] or coverage["unpaired"])
 
 
 def _tool(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: dict[str, Any]) -> None:
     with box("section", "panel"):
         Fragment("tool.html.j2", tool=said)
+        if _is_assumed(report):
+            return
         with box("div", "row") as place:
             _offer(page, staged, report, said, place)
 

@@ -168,6 +168,16 @@ def test_another_base(make: Make, base: TextBase, folder: Path, tmp_path: Path) 
     untouched(catalog)
 
 
+def test_a_file_without_its_scale_is_refused_with_the_fix(make: Make, base: TextBase, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved(base, folder / "a")
+    save_file(load_file(folder / "a" / "adapter_model.safetensors"), folder / "alone.safetensors")  # without metadata
+    error = refused(lambda: make().load("x", "alone.safetensors"))
+    assert reason(error) == "unstated_scale"
+    assert "veneer adapter convert FILE --alpha N" in str(error.fix)
+
+
 def test_not_finite(make: Make, base: TextBase, folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -14,6 +14,7 @@ What cannot be served is Refused(adapter_unusable) whose message begins with a r
     | unsafe_file                  | 400    | a pickle, a header that lies, a link that leads out of its folder        |
     | corrupt                      | 400    | half a file, no adapter, settings that contradict its tensors            |
     | not_finite                   | 400    | NaN or infinity                                                          |
+    | unstated_scale               | 400    | a file in PEFT's names without its configuration                         |
     | too_large                    | 400    | more bytes than the limit                                                |
     | dora_unsupported             | 400    | as the runner says, whose words follow                                   |
     | modules_to_save_unsupported  | 400    | the same: full copies of modules, rows of tokens                         |
@@ -263,6 +264,8 @@ class Shelf:
             reason = "wrong_base"
         elif "NaN" in what or "not finite" in what:
             reason = "not_finite"
+        elif isinstance(error, AdapterError) and "does not state the scale" in what:
+            return unusable("unstated_scale", f"{place.root}: {what}", fix=error.fix)
         else:
             reason = "shape_mismatch" if self._sound(place) else "corrupt"
         return unusable(reason, f"{place.root}: {what}")
