@@ -44,11 +44,11 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
     `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is shown
     as far as it can be read. `format`, `reasons`: which format it is and why. `coverage`: tensors of the file that are
     used, that nothing understands, and that lack their partner; where there are any of the last two, reading it for use
-    is refused. `assumed_scale`: how many modules' scale the file does not state; alpha is taken for the rank in all that
-    is shown, and reading it for use is refused. `targets`: for each last part of a module's name the count, ranks,
+    is refused. `assumed_scale`: how many modules' scale the file does not state; alpha is taken for the rank in all
+    that is shown, and reading it for use is refused. `targets`: for each last part of a module's name the count, ranks,
     alphas, scales, shapes and ‖ΔW‖ (Frobenius, over all of them; without DoRA's magnitude, which needs the base).
-    `deltas`: changes that are not pairs, by form, with the bytes it takes and those of the ΔW that it stands for, one at
-    a time of which is made in use.
+    `deltas`: changes that are not pairs, by form, with the bytes it takes and those of the ΔW that it stands for, one
+    at a time of which is made in use.
     `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. `tools`: with what others
     would do with it, as `elsewhere`. Raises what reading raises for a file that is not an adapter."""
     path = using.adapter_path(name)
