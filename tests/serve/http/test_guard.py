@@ -48,6 +48,7 @@ def asked(**headers: str) -> dict[str, Any]:
         ("localhost.evil.example", 421),
         ("localhost@evil.example", 421),
         ("10.0.0.7", 421),
+        ("evil.example/health?", 421),
         ("[", 421),
     ],
 )

@@ -97,7 +97,10 @@ def create_app(
 
 
 class Door:
-    """ASGI middleware. What it establishes is in the scope: `veneer.id`, `veneer.principal` and `veneer.place`."""
+    """ASGI middleware. What it establishes is in the scope: `veneer.id`, `veneer.principal` and `veneer.place`.
+
+    It decides by the scope's path, as the router does: `request.url` of older Starlettes is made from the Host header,
+    which can hold a path of its own."""
 
     def __init__(
         self,
@@ -124,11 +127,11 @@ class Door:
         scope["veneer.principal"] = STRANGER
         try:
             check_source(scope, self.service.settings, self.service.tenancy.keyless)
-            if not self._needs_no_key(request.url.path):
+            if not self._needs_no_key(scope["path"]):
                 check_content_type(scope, request.headers)
             await self._enter(request)
         except Exception as error:
-            surface = self.surfaces.get(request.url.path, "OpenAI")
+            surface = self.surfaces.get(request.scope["path"], "OpenAI")
             refused = as_refused(error)
             if (place := scope.get("veneer.place")) is not None:
                 place.leave()
@@ -148,17 +151,17 @@ class Door:
     def _large(self, request: HttpRequest) -> int | None:
         """Bytes a body may have that is not counted among those in memory: it goes to the disk, or is a stranger's.
         None for one that is."""
-        if self._needs_no_key(request.url.path):
+        if self._needs_no_key(request.scope["path"]):
             return _STRANGERS_BODY
         if request.method != "POST":
             return None
-        return next((most for path, most in self.large if path.fullmatch(request.url.path)), None)
+        return next((most for path, most in self.large if path.fullmatch(request.scope["path"])), None)
 
     def _needs_no_key(self, path: str) -> bool:
         return path in (*OPEN, *self.unguarded) or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded))
 
     async def _enter(self, request: HttpRequest) -> None:
-        path, service = request.url.path, self.service
+        path, service = request.scope["path"], self.service
         length = request.headers.get("content-length", "0")
         size = int(length) if length.isdigit() and len(length) < 16 else 0
         large = self._large(request)
@@ -218,7 +221,7 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_reques
 def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
     def tell(request: HttpRequest, error: Refused) -> Response:
         service_of(request).metrics.refused.labels(error.code).inc()
-        return answer_error(error, surfaces.get(request.url.path, "OpenAI"))
+        return answer_error(error, surfaces.get(request.scope["path"], "OpenAI"))
 
     async def refused(request: HttpRequest, error: Any) -> Response:
         return tell(request, error)
@@ -227,9 +230,8 @@ def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
         return tell(request, body_error(error.errors(), keys_of_bodies(request.scope.get("endpoint"))))
 
     async def http(request: HttpRequest, error: Any) -> Response:
-        what = (
-            f"there is no route {request.method} {request.url.path[:200]}" if error.status_code == 404 else error.detail
-        )
+        path = request.scope["path"][:200]
+        what = f"there is no route {request.method} {path}" if error.status_code == 404 else error.detail
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
         answer = tell(request, Refused(str(what), status=error.status_code, code=code))
         answer.headers.update(error.headers or {})
