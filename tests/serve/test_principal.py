@@ -16,7 +16,7 @@ from veneer.jobs.http.canary import canary_routes
 from veneer.jobs.http.files import file_routes
 from veneer.jobs.http.graders import grader_routes
 from veneer.jobs.http.samples import sample_routes
-from veneer.jobs.http.tinker import tinker_routes
+from veneer.jobs.http.tinker import signed_routes, tinker_routes
 from veneer.jobs.http.tuning import tuning_routes
 from veneer.serve.access import OpenAccess
 from veneer.serve.http.bodies import BodyRoute
@@ -44,7 +44,7 @@ TRAIN = ("/v1/files", "/v1/uploads", "/v1/fine_tuning/", "/v1/jobs/", "/api/v1/"
 
 def permission_of(method: str, path: str) -> Permission:
     """What the documentation says that a route needs."""
-    if path in PUBLIC:
+    if path in PUBLIC or "{signature}" in path:
         return "public"
     if path == "/metrics":
         return "metrics"
@@ -86,6 +86,7 @@ def app() -> Iterator[FastAPI]:
         sample_routes(nothing),
         grader_routes(),
         tinker_routes(nothing),
+        signed_routes(nothing),
         key_routes(ByName()),
         images_routes,
     ]

@@ -38,7 +38,7 @@ def training(
     from veneer.jobs.http.files import file_routes, large_bodies
     from veneer.jobs.http.graders import grader_routes
     from veneer.jobs.http.samples import sample_routes
-    from veneer.jobs.http.tinker import FILES, TinkerRoutes, tinker_routes
+    from veneer.jobs.http.tinker import FILES, TinkerRoutes, signed_routes, tinker_routes
     from veneer.jobs.http.tuning import tuning_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
@@ -65,7 +65,7 @@ def training(
 
     routers = [file_routes(files), tuning_routes(jobs, files, tenants, python_graders=python_graders)]
     routers += [sample_routes(jobs), grader_routes(service.settings.quotas, sandbox=sandbox)]
-    routers.append(tinker_routes(tinker))
+    routers += [tinker_routes(tinker), signed_routes(tinker)]
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))
     return Extension(routers, large_bodies(files), (FILES,), start, stop)

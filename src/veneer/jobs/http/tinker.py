@@ -228,12 +228,29 @@ class _Sampled:
 
 
 def tinker_routes(own: TinkerRoutes) -> APIRouter:
-    """All of them."""
+    """All but the signed ones."""
     router = APIRouter(prefix="/api/v1", tags=["Tinker"], route_class=BodyRoute, dependencies=[needs("train")])
     _plain(router, own)
     _sequenced(router, own)
     _sampling(router, own)
     _saved(router, own)
+    return router
+
+
+def signed_routes(own: TinkerRoutes) -> APIRouter:
+    """Files by signed URLs, which need no key."""
+    router = APIRouter(prefix="/api/v1", tags=["Tinker"], route_class=BodyRoute, dependencies=[needs("public")])
+
+    @router.get("/files/{reference:path}/{ends}/{signature}/{name}", summary="One of them.")
+    async def file(reference: str, ends: int, signature: str, name: str) -> Response:
+        right = hmac.compare_digest(signature.encode(), _sign(own, reference, ends).encode())
+        if not right or ends < time.time():
+            raise Refused("this URL is not valid, or not any more", status=403, code="forbidden")
+        folder = await _asked(lambda: own.library.resolve(reference))
+        if name not in {path.name for path in folder.iterdir()}:
+            raise Refused("there is no such file", status=404, code="not_found")
+        return FileResponse(folder / name)
+
     return router
 
 
@@ -870,16 +887,6 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
             for path in sorted(folder.iterdir()) if path.is_file()
         }  # fmt: skip
         return Json({"urls": made, "expires": datetime.fromtimestamp(ends, UTC).isoformat()})
-
-    @router.get("/files/{reference:path}/{ends}/{signature}/{name}", summary="One of them.")
-    async def file(reference: str, ends: int, signature: str, name: str) -> Response:
-        right = hmac.compare_digest(signature.encode(), _sign(own, reference, ends).encode())
-        if not right or ends < time.time():
-            raise Refused("this URL is not valid, or not any more", status=403, code="forbidden")
-        folder = await _asked(lambda: own.library.resolve(reference))
-        if name not in {path.name for path in folder.iterdir()}:
-            raise Refused("there is no such file", status=404, code="not_found")
-        return FileResponse(folder / name)
 
     @router.put("/training_runs/{id}/checkpoints/{kind}/{name}/ttl", summary="How long one is kept.")
     async def ttl(request: HttpRequest, id: str, kind: str, name: str, body: TtlBody) -> Response:
