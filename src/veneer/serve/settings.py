@@ -48,8 +48,7 @@ class HttpSettings:
     `queue`: answers that may run or wait at once, of all tenants. In seconds: `head_time` and `body_time`, in which a
     request's head and its body have to come; `idle`, how long a connection is kept for the next one; `stall`, how long
     an answer may be unread before it ends. `connections`: how many there may be before the one that was idle longest
-    is closed for another. `max_pixels`: of a picture that is sent; `max_pictures`: asked for at once. `waiting_tokens`:
-    of a tenant's prompts that wait to be answered by samples (Tinker's routes); one prompt may be longer.
+    is closed for another. `max_pixels`: of a picture that is sent; `max_pictures`: asked for at once.
     `metric_adapters`: those with series of their own. `allowed_origins`: whose pages may use this server from a
     browser, "*" for every one where keys are needed. `allowed_hosts`: values of Host, beside localhost, that a server
     without keys answers to. `quotas`: what each owner may use."""
@@ -63,7 +62,6 @@ class HttpSettings:
     max_best_of: int = 8
     max_pixels: int = 1 << 24
     max_pictures: int = 10
-    waiting_tokens: int = 1 << 24
     queue: int = 1024
     connections: int = 2000
     head_time: float = 20.0

@@ -27,7 +27,6 @@ from tests.tiny_base import tiny_base_dir
 from veneer.jobs.build import training
 from veneer.jobs.tinker.service import SessionOver, TinkerService, TrainingRun
 from veneer.library.library import open_library
-from veneer.serve.settings import HttpSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store, TrainingTerms
 
@@ -98,7 +97,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     with pytest.MonkeyPatch.context() as patch, open_library(place / "library") as library:
         patch.setenv("VENEER_HOME", str(home_with_kernels(place / "home")))
         shop = SimpleNamespace(base_dir=base, adapters=place / "adapters", library=library)
-        settings: dict[str, Any] = {"tenants": tenants, "queue": 16, "http": HttpSettings(waiting_tokens=200)}
+        settings: dict[str, Any] = {"tenants": tenants, "queue": 16}
         with served(shop, extend=training, **settings) as whole:  # type: ignore[arg-type]
             yield SimpleNamespace(url=whole.url, base=str(base), keys=keys, store=store, whole=whole, tokens=tokens)
     store.close()
@@ -300,30 +299,18 @@ def test_who_waits_for_many_samples_leaves_others_their_share(client: Any) -> No
     assert acme.result(many[-1]).headers["content-type"] == "application/x-protobuf"
 
 
-def test_prompts_that_wait_are_bounded_for_each_tenant(client: Any) -> None:
-    """A prompt alone is let in however long it is; the next one when there is room again."""
-
-    def asks(tenant: Tinker) -> Callable[..., httpx.Response]:
-        named = {"session_id": tenant.session, "sampling_session_seq_id": 0, "base_model": "tiny-base"}
-        session = tenant.post("create_sampling_session", **named)["sampling_session_id"]
-
-        def asked(seq: int, tokens: int, answer: int) -> httpx.Response:
-            prompt, params = {"chunks": [{"tokens": ROWS[0][:1] * tokens}]}, {"max_tokens": answer, "stop": []}
-            body = {"sampling_session_id": session, "num_samples": 32, "prompt": prompt, "sampling_params": params}
-            return tenant.http.post("/asample", json={"seq_id": seq, **body})
-
-        return asked
-
-    tenants = [client(name) for name in ("acme", "globex")]
-    acme, globex = map(asks, tenants)
-    first = acme(0, 210, 40)
-    refused = acme(1, 1, 1)
-    assert first.status_code == globex(0, 1, 1).status_code == 200
+def test_prompts_that_wait_are_bounded_for_each_tenant(world: SimpleNamespace, client: Any) -> None:
+    late, globex, quotas = client("late"), client("globex"), world.whole.built.service.quotas
+    asked = [{"seq_id": 0, **_asked(sampler(tenant))} for tenant in (late, globex)]
+    full = quotas.take("late")
+    full.set(memory=quotas.limits.memory - quotas.used("late", "memory") - 1000)
+    refused = late.http.post("/asample", json=asked[0])
     assert refused.status_code == 429
-    assert "210 tokens of prompts wait" in refused.text
+    assert "limit (memory)" in refused.text
     assert float(refused.headers["retry-after"]) > 0
-    assert tenants[0].result(first.json()).headers["content-type"] == "application/x-protobuf"
-    assert acme(1, 1, 1).status_code == 200
+    assert globex.http.post("/asample", json=asked[1]).status_code == 200
+    full.release()
+    assert late.http.post("/asample", json=asked[0]).status_code == 200
 
 
 def sampler(client: Tinker) -> str:

@@ -207,11 +207,9 @@ class TinkerRoutes:
 
 @dataclass
 class _Open:
-    """Of a tenant: requests that have no result yet, tokens of their prompts, and its samples that are in the
-    engine."""
+    """Of a tenant: requests that have no result yet, and its samples that are in the engine."""
 
     requests: int = 0
-    tokens: int = 0
     drawing: int = 0
 
 
@@ -631,16 +629,10 @@ def _sampling(router: APIRouter, own: TinkerRoutes) -> None:
             if not tokens:
                 raise invalid("the prompt has no tokens", "prompt")
             if number not in own.samples:
-                mine = own.open.get(caller.tenant) or _Open()
-                if mine.tokens and mine.tokens + tokens > http.settings.waiting_tokens:
-                    what = f"{mine.tokens:,} tokens of prompts wait, and at most {http.settings.waiting_tokens:,} do"
-                    what += " (waiting_tokens)"
-                    raise Refused(what, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
                 hold = _room_for_sample(own, http.quotas, caller.tenant, _SAMPLE + _PROMPT_TOKEN * tokens)
-                own.open[caller.tenant] = mine
-                mine.requests, mine.tokens = mine.requests + 1, mine.tokens + tokens
+                own.open.setdefault(caller.tenant, _Open()).requests += 1
                 task = asyncio.create_task(_sample(own, http, caller, found, body, hold))
-                task.add_done_callback(lambda _: _close(own, caller.tenant, tokens, number))
+                task.add_done_callback(lambda _: _close(own, caller.tenant, number))
                 own.samples[number] = _Sampled(caller.tenant, task, body.num_samples, hold)
         known = own.samples[number]
         if known.tenant != caller.tenant:
@@ -664,10 +656,10 @@ def _room_for_sample(own: TinkerRoutes, quotas: Quotas, tenant: str, memory: int
     return quotas.take(tenant, requests=1, memory=memory)
 
 
-def _close(own: TinkerRoutes, tenant: str, tokens: int, number: str) -> None:
+def _close(own: TinkerRoutes, tenant: str, number: str) -> None:
     """A sample is done, and its result is kept for a while."""
     mine = own.open[tenant]
-    mine.requests, mine.tokens = mine.requests - 1, mine.tokens - tokens
+    mine.requests -= 1
     if not mine.requests:
         del own.open[tenant]
     sample = own.samples[number]
