@@ -209,8 +209,8 @@ def test_merge_warns_of_rounding_and_asks_where_it_takes_half(capsys, made, base
         return ran.out + ran.err
 
     warned = merge("a", "0.01")
-    assert "warning: rounding to bfloat16 leaves the change" in warned
-    assert "--dtype float32 keeps it, --stochastic 0 keeps it on average" in warned
+    assert "warning: rounding to bfloat16 gives the merged change" in warned
+    assert "--dtype float32 keeps it exactly, --stochastic 0 on average" in warned
     refused = merge("b", "0.0005", code=2)
     assert "nothing was written" in refused
     assert "--dtype float32, --stochastic 0, or --accept-loss" in refused

@@ -36,7 +36,7 @@ def test_a_fault_is_named_first_with_its_fix(
     monkeypatch.setattr(compiled, "kernels", lambda: None)
     ran = run(capsys, "doctor")
     first, *lines = unwrapped(ran.out)
-    assert (ran.code, first) == (1, "2 faults: home, compiler")
+    assert (ran.code, first) == (1, "2 problems: home, compiler")
     assert any(line.startswith("home ") and "set VENEER_HOME" in line for line in lines)
 
 
@@ -46,7 +46,7 @@ def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     except OSError:  # whoever has it
         holder = socket.socket()
     with holder:
-        assert "8000 is in use: name another by --port" in " ".join(run(capsys, "doctor").out.split())
+        assert "8000 is in use: choose another with --port" in " ".join(run(capsys, "doctor").out.split())
 
 
 def test_what_is_said_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,7 @@ def test_clients_have_what_jobs_left_and_do_not_pass_each_other_by(store: JobSto
         try:
             budget.take("acme", UNIT, 9 * UNIT)
         except OverBudget as error:
-            return "this request costs 1.00, and of this month's budget of training 0.00 are left" not in error.what
+            return "this request costs 1.00, but only 0.00 of this month's training budget is left" not in error.what
         return True
 
     with ThreadPoolExecutor(6) as pool:

@@ -37,6 +37,6 @@ def test_a_checkpoint_that_is_left_out_is_said_with_the_reason(tmp_path: Path) -
     found = publish_checkpoints(library, "job", tmp_path / "run", tmp_path / "adapter", told.append)
     assert found == {1: "job@1"}
     lacking, more, other = told
-    assert f"step 2 is not in the library: it lacks {first}" in lacking
-    assert "step 3 is not in the library: it has more" in more
-    assert f"step 4 is not in the library: {first} is (5, 5) in it" in other
+    assert f"step 2 was not added to the library: the checkpoint lacks {first}" in lacking
+    assert "step 3 was not added to the library: the checkpoint has more" in more
+    assert f"step 4 was not added to the library: {first} is (5, 5) in the checkpoint" in other

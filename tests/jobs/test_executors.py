@@ -75,7 +75,7 @@ def test_what_is_handed_over_is_read_once(library: Library, store: JobStore, mon
     assert taken_over(Path(file)) == ({job: "token"}, None)
     assert os.environ["VENEER_TEST_HANDED"] == "a secret"
     assert not Path(file).exists()
-    with pytest.raises(ConfigError, match=r"no leases for this process(.|\n)*a veneer home that all machines"):
+    with pytest.raises(ConfigError, match=r"this process has no leases(.|\n)*one veneer home that all machines"):
         taken_over(Path(file))
 
 

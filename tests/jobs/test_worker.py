@@ -137,7 +137,7 @@ def test_a_validation_that_takes_too_long_fails(
         clock[0] = 3601.0
         until(lambda: state(store, job) == "failed")
     assert executor.asked[0] == (f"validation of {job.id}", True)
-    assert "takes longer than the 30 minutes" in str(store.get(None, job.id).error)
+    assert "takes longer than the limit of 30 minutes" in str(store.get(None, job.id).error)
 
 
 def test_a_validation_that_takes_too_much_memory_fails(library: Library, store: JobStore) -> None:
@@ -146,7 +146,7 @@ def test_a_validation_that_takes_too_much_memory_fails(library: Library, store: 
         until(lambda: executor.validating)
         executor.over[f"validation of {job.id}"] = Ended("it held 9 GB", memory=True)
         until(lambda: state(store, job) == "failed")
-    assert "of memory that it may" in str(store.get(None, job.id).error)
+    assert "reading the rows takes more than the limit of" in str(store.get(None, job.id).error)
 
 
 def test_a_worker_that_ends_leaves_new_jobs_to_another(library: Library, store: JobStore) -> None:

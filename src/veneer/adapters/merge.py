@@ -89,7 +89,7 @@ class MergeReport:
         """How far rounding to the nearest left the change from what was asked for; "" for a few percent or less."""
         if self.rounding != "nearest" or self.delta_error < _WARN:
             return ""
-        return f"rounding to {self.dtype} leaves the change {self.delta_error:.0%} off what was asked for"
+        return f"rounding to {self.dtype} gives the merged change a relative error of {self.delta_error:.0%}"
 
     def check(self, accept_loss: bool, fix: str) -> None:
         """Raises AdapterError if rounding leaves half of the change or more off, unless the caller accepts that."""
@@ -508,7 +508,7 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names:
             if shared and not rows:
                 others = ", ".join(other for other in shared if other != weight)
                 problems.append(
-                    f"{name}: {others} shares this weight and the change is not for both; load it and merge"
+                    f"{name}: {others} shares this weight, but the change is for only one; merge the loaded base"
                 )
                 continue
             if tensor is None:

@@ -46,7 +46,7 @@ def merge_command(
         bool,
         typer.Option(
             "--accept-loss",
-            help="Write the --requantise result, or a merge of which rounding leaves half of the change or more off.",
+            help="Write the result of --requantise, or a merge where rounding loses half of the change or more.",
         ),
     ] = False,
     allow_other_base: Annotated[
@@ -56,7 +56,8 @@ def merge_command(
         bool, typer.Option("--by-shard", help="BASE is a model folder, diffusers' too: one weight at a time, unloaded.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option("--stochastic", metavar="SEED", help="Round by chance, unbiased, with this seed.")
+        int | None,
+        typer.Option("--stochastic", metavar="SEED", help="Round stochastically (unbiased), with this seed."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -189,12 +190,14 @@ def _merge_shards(
     if loads or output is None:
         raise ConfigError("--check and --requantise load the model", fix="leave out --by-shard, and give -o")
     report = merge_shards(base, adapters, output, seed=seed, seen=seen, accept_loss=accept_loss)
-    _say_merged(report, as_json, "--stochastic 0 keeps it on average, --dtype float32 without --by-shard whole")
+    _say_merged(
+        report, as_json, "--stochastic 0 keeps it on average; --dtype float32 without --by-shard keeps it exactly"
+    )
 
 
 def _say_merged(report: MergeReport, as_json: bool, fix: str = "") -> None:
     if report.warning:
-        say(f"warning: {report.warning}; {fix or '--dtype float32 keeps it, --stochastic 0 keeps it on average'}")
+        say(f"warning: {report.warning}; {fix or '--dtype float32 keeps it exactly, --stochastic 0 on average'}")
     if as_json:
         print_json(report.to_dict())
         return

@@ -1,4 +1,4 @@
-"""`veneer doctor`: whether all is well on this machine; with `--ops`, which implementation of each op runs and why."""
+"""`veneer doctor`: check this machine; with `--ops`, show which implementation of each op runs and why."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ import typer
 
 
 def command(
-    ops: Annotated[bool, typer.Option("--ops", help="Which implementation of each op runs, why, and a probe.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="With --ops: without the two-second probe.")] = False,
-    measured: Annotated[bool, typer.Option("--measured", help="With --ops: each measurement, and its times.")] = False,
+    ops: Annotated[bool, typer.Option("--ops", help="Show which implementation of each op runs; run a probe.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="With --ops: skip the two-second probe.")] = False,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="With --ops: show each measurement with its times.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say whether all is well: home, disk, compiler, extras, hub and port. Exits with 1 if something has to be mended.
+    """Check home, disk, compiler, extras, hub and port. Exits with 1 if a check finds a problem.
 
-    With --ops: which implementation of each op runs and why, and how far from its floor a short probe gets."""
+    With --ops: show which implementation of each op runs and why, and how close to its limit a short probe gets."""
     checks = list(_checks())
     bad = [check for check in checks if check.ok is False]
     if ops or measured:
@@ -40,7 +42,7 @@ def command(
 
 @dataclass(frozen=True)
 class _Check:
-    """One finding. `ok`: None for a fact that is no fault. `fix`: what to do about a fault."""
+    """One finding. `ok`: None for information that is not a problem. `fix`: how to solve a problem."""
 
     name: str
     ok: bool | None
@@ -63,12 +65,12 @@ def _checks() -> Iterator[_Check]:
     there = next(folder for folder in (home, *home.parents) if folder.exists())
     writable = there.is_dir() and os.access(there, os.W_OK)
     fix = "" if writable else "make it writable, or set VENEER_HOME to another folder"
-    yield _Check("home", writable, f"{home}{'' if home.exists() else ', made when it is first needed'}", fix)
+    yield _Check("home", writable, f"{home}{'' if home.exists() else ', created when first needed'}", fix)
     free = shutil.disk_usage(there).free
-    fix = "" if free >= _LEAST_DISK else "a base and its runs need a few GB: free some, or set VENEER_HOME"
-    yield _Check("disk", free >= _LEAST_DISK, f"{gigabytes(free)} are free there", fix)
+    fix = "" if free >= _LEAST_DISK else "a base and its runs need a few GB: free some disk space, or set VENEER_HOME"
+    yield _Check("disk", free >= _LEAST_DISK, f"{gigabytes(free)} free", fix)
     made = compiled.kernels() is not None
-    fix = "" if made else "training on the CPU is several times slower without: apt install gcc, or clang"
+    fix = "" if made else "without a compiler, training on the CPU is several times slower: apt install gcc, or clang"
     yield _Check("compiler", made, compiled.status(), fix)
     yield from _cards()
     yield _extras()
@@ -80,23 +82,23 @@ def _cards() -> Iterator[_Check]:
     import torch
 
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield _Check("card", None, ", ".join(cards) or "none that torch can use: the CPU is used")
+    yield _Check("card", None, ", ".join(cards) or "none that torch can use; veneer uses the CPU")
 
 
 def _extras() -> _Check:
-    """Which optional parts are installed: an extra is here if all that it asks for is."""
+    """Which extras are installed: an extra counts if all of its packages are installed."""
     try:
         about = metadata.metadata("veneer")
     except metadata.PackageNotFoundError:
-        return _Check("extras", None, "not known: veneer was not installed as a package")
+        return _Check("extras", None, "unknown: veneer was not installed as a package")
     wanted = metadata.requires("veneer") or []
     here, missing = list[str](), list[str]()
     for extra in {*(about.get_all("Provides-Extra") or [])} - _FOR_DEVELOPERS:
         asked = [line for line in wanted if f"extra == '{extra}'" in line.replace('"', "'")]
         names = [re.split(r"[^\w.-]", line)[0] for line in asked if not line.startswith("veneer[")]
         (here if all(map(_installed, names)) else missing).append(extra)
-    text = f"here: {', '.join(sorted(here)) or 'none'}"
-    text += f"; not here: {', '.join(sorted(missing))} (pip install 'veneer[NAME]')" if missing else ""
+    text = f"installed: {', '.join(sorted(here)) or 'none'}"
+    text += f"; missing: {', '.join(sorted(missing))} (pip install 'veneer[NAME]')" if missing else ""
     return _Check("extras", None, text)
 
 
@@ -109,7 +111,7 @@ def _installed(package: str) -> bool:
 
 
 def _hub() -> _Check:
-    """Whether the hub answers within two seconds. Without it built-in bases and what is cached are still there."""
+    """Whether the hub answers within two seconds. Without the hub, built-in and cached bases still work."""
     if util.find_spec("huggingface_hub") is None:
         return _Check("hub", None, "huggingface_hub is not installed")
     from urllib.parse import urlsplit
@@ -117,28 +119,28 @@ def _hub() -> _Check:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return _Check("hub", None, "not asked: HF_HUB_OFFLINE is set")
+        return _Check("hub", None, "not checked: HF_HUB_OFFLINE is set")
     place = urlsplit(constants.ENDPOINT)
     try:
         with socket.create_connection((place.hostname or "", place.port or 443), timeout=2):
-            return _Check("hub", True, f"{constants.ENDPOINT} can be reached")
+            return _Check("hub", True, f"{constants.ENDPOINT} is reachable")
     except OSError as error:
-        text = f"{constants.ENDPOINT} cannot be reached ({error.strerror or error}): built-in bases and folders work"
+        text = f"{constants.ENDPOINT} is unreachable ({error.strerror or error}); built-in bases and folders work"
         return _Check("hub", None, text)
 
 
 def _port() -> _Check:
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", _PORT)) == 0
-    return _Check("port", None, f"{_PORT} is {'in use: name another by --port' if taken else 'free'}")
+    return _Check("port", None, f"{_PORT} is {'in use: choose another with --port' if taken else 'free'}")
 
 
 def _check_lines(checks: list[_Check], bad: list[_Check]) -> list[str]:
     from veneer.errors import counted
 
-    lines = ["all is well" if not bad else f"{counted(len(bad), 'fault')}: {', '.join(c.name for c in bad)}"]
+    lines = ["all is well" if not bad else f"{counted(len(bad), 'problem')}: {', '.join(c.name for c in bad)}"]
     for check in checks:
-        mark = "FAULT " if check.ok is False else ""
+        mark = "PROBLEM " if check.ok is False else ""
         lines.append(f"{check.name:<{_INDENT}}{mark}{check.text}{f'; {check.fix}' if check.fix else ''}")
     return [_wrapped(line) for line in lines]
 

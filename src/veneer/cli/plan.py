@@ -216,7 +216,7 @@ def plan(
 
             from veneer.train.preflight import free_memory
 
-            print(f"free now  {gigabytes(free_memory(torch.device('cpu')))} of this machine's memory", flush=True)
+            print(f"free now  {gigabytes(free_memory(torch.device('cpu')))} of memory on this machine", flush=True)
     steps, stopped = _traced(made, fields, not as_json) if trace else ({}, None)
     if as_json:
         print(json.dumps(made.to_dict() | {name: step and step.to_dict() for name, step in steps.items()}))

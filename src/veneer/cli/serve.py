@@ -159,14 +159,14 @@ def serve(
         list[str] | None,
         typer.Option(
             "--allowed-origin",
-            help="An origin whose web pages may use this server; any number of times, or * with keys.",
+            help="An origin whose web pages can use this server. Repeatable; * needs keys.",
         ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
             "--allowed-host",
-            help="Without keys: a further Host to answer to, beside localhost and --host; any number of times.",
+            help="Without keys: another Host to accept, besides localhost and --host. Repeatable.",
         ),
     ] = None,
     queue: Annotated[
@@ -197,7 +197,7 @@ def serve(
     python_graders: Annotated[
         bool,
         typer.Option(
-            "--python-graders", help="With --train: run clients' Python as graders, in a sandbox (Linux, bubblewrap)."
+            "--python-graders", help="With --train: run Python graders from clients in a sandbox (Linux, bubblewrap)."
         ),
     ] = False,
     session_days: Annotated[
@@ -288,12 +288,12 @@ def serve(
         raise ConfigError("--python-graders is about training jobs", where="--python-graders", fix="add --train")
     if train and settings.keys and admin_key is None:
         raise ConfigError(
-            "nobody could train: a key of --api-keys changes nothing", where="--train --api-keys", fix="add --admin-key"
+            "nobody could train: keys from --api-keys are read-only", where="--train --api-keys", fix="add --admin-key"
         )
     if python_graders:
         from veneer.train.rewards.limited import working_sandbox
 
-        working_sandbox()  # before the base is loaded: without one the server does not start
+        working_sandbox()  # checked before the base is loaded: the server does not start without a sandbox
     serve_with(settings, train=train, python_graders=python_graders, session_days=session_days, studio=studio)
 
 

@@ -79,7 +79,7 @@ def publish_checkpoints(
         made = whole.mapped(torch.clone)
         tensors = dict(made.tensors())
         if why := _difference({k: t.shape for k, t in tensors.items()}, {k: t.shape for k, t in state.items()}):
-            note(f"warning: the checkpoint of step {step} is not in the library: {why}")
+            note(f"warning: the checkpoint of step {step} was not added to the library: {why}")
             continue
         for key, tensor in tensors.items():
             tensor.copy_(state[key])
@@ -97,9 +97,9 @@ def _difference(adapter: Mapping[str, torch.Size], state: Mapping[str, torch.Siz
     """How a checkpoint's tensors differ from the adapter's; "" where they have the same names and shapes."""
     for key in sorted(adapter.keys() | state.keys()):
         if key not in state:
-            return f"it lacks {key}, which the adapter has"
+            return f"the checkpoint lacks {key}, which the adapter has"
         if key not in adapter:
-            return f"it has {key}, which the adapter lacks"
+            return f"the checkpoint has {key}, which the adapter lacks"
         if adapter[key] != state[key]:
-            return f"{key} is {tuple(state[key])} in it and {tuple(adapter[key])} in the adapter"
+            return f"{key} is {tuple(state[key])} in the checkpoint and {tuple(adapter[key])} in the adapter"
     return ""

@@ -81,8 +81,10 @@ def taken_over(path: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
             with contextlib.suppress(OSError):  # a job that is refused leaves no folder
                 path.parent.rmdir()
     except FileNotFoundError as error:
-        what = "there are no leases for this process"
-        raise ConfigError(what, where=str(path), fix="a veneer home that all machines of the queue share") from error
+        what = "this process has no leases"
+        raise ConfigError(
+            what, where=str(path), fix="use one veneer home that all machines of the queue share"
+        ) from error
     os.environ.update(given["environment"])
     return given["leases"], given["validation"]
 

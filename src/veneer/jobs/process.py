@@ -79,7 +79,7 @@ def _validate_job(library: Library, job: str, token: str, device: Device, room: 
     except Exception as error:
         if not may_pass(error):
             raise
-        print(f"{job} is validated again later: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{job} will be validated again: {type(error).__name__}: {error}", file=sys.stderr)
     return 75
 
 

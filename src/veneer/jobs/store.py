@@ -378,8 +378,8 @@ class JobStore:
             jobs, spent = _committed(c, tenant, now), max(posted, _reserved(c, tenant, now))
             if jobs + spent + cost > budget:
                 left = money(max(0, budget - jobs - spent))
-                what = f"this request costs {money(cost)}, and of this month's budget of training {left} are left"
-                raise OverBudget(what, where="budget", fix="a larger budget, or next month")
+                what = f"this request costs {money(cost)}, but only {left} of this month's training budget is left"
+                raise OverBudget(what, where="budget", fix="raise the budget, or wait until next month")
             c.execute(delete(job_reservation_table).where(r.tenant == tenant))
             row = {"tenant": tenant, "month": _day(now)[:7], "spent": spent + cost}
             c.execute(insert(job_reservation_table), row)

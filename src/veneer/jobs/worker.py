@@ -161,11 +161,11 @@ class Worker:
         or a disk was away the lease runs out, and the job is validated again."""
         error = {"kind": "preflight", "where": "data.train"}
         if ended.memory:
-            what = f"to read the rows takes more than the {gigabytes(bounds.room)} of memory that it may"
-            self.store.finish(lease, error={**error, "message": what, "fix": "fewer or shorter rows"})
+            what = f"reading the rows takes more than the limit of {gigabytes(bounds.room)} of memory"
+            self.store.finish(lease, error={**error, "message": what, "fix": "use fewer or shorter rows"})
         elif time.monotonic() > bounds.deadline:
-            what = f"to read the rows takes longer than the {counted(round(bounds.seconds / 60), 'minute')} that it may"
-            fix = "fewer rows, or fewer messages in a row: each answer is read with all that comes before it"
+            what = f"reading the rows takes longer than the limit of {counted(round(bounds.seconds / 60), 'minute')}"
+            fix = "use fewer rows, or fewer messages per row: each answer is read with all messages before it"
             self.store.finish(lease, error={**error, "message": what, "fix": fix})
         elif stopping:
             self.store.release(lease, "")

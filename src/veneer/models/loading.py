@@ -128,14 +128,14 @@ def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] |
     names = list(names)
     if scales := [name for name in names if _SCALES.fullmatch(name)]:
         raise BaseError(
-            f"{counted(len(scales), 'scale')} of quantised weights would be ignored: {first_few(scales, 6)}",
+            f"{counted(len(scales), 'scale')} of quantized weights would be ignored: {first_few(scales, 6)}",
             where=str(path),
             fix="use the 16-bit weights of this base",
         )
     if harmless is not None and (wrong := [name for name in names if not harmless.fullmatch(name)]):
         raise BaseError(
-            f"{counted(len(wrong), 'stored tensor')} without a place in the model: {first_few(wrong, 6)}",
+            f"{counted(len(wrong), 'stored tensor')} with no matching parameter in the model: {first_few(wrong, 6)}",
             where=str(path),
-            fix="the weights may be another model's or quantised in a way that veneer does not read; use config and "
-            "weights of one model, in 16 bits",
+            fix="the weights may belong to another model, or be quantized in a way that veneer cannot read; use the "
+            "config and 16-bit weights of one model",
         )

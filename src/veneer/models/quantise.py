@@ -339,16 +339,14 @@ def _scaled_values(weight: StoredTensor, scale: StoredTensor, about: StoredTenso
         rows = (scale.shape or (1,))[0]
         if scale.elements not in (1, weight.shape[0]) or rows != scale.elements:
             raise BaseError(
-                f"a weight of shape {weight.shape} has scales of shape {scale.shape}; veneer reads one number, or one "
-                "for each row",
+                f"a weight of shape {weight.shape} has scales of shape {scale.shape}; veneer reads one scale for the "
+                "weight, or one for each row",
                 where=where, fix=_PLAIN_FIX,
             )  # fmt: skip
         if about is not None:
             kind = json.loads(bytes(read_values(about).tolist())).get("format")
             if kind not in ("float8_e4m3fn", "float8_e5m2"):
-                raise BaseError(
-                    f"a weight in the format {kind!r}, which veneer does not read", where=where, fix=_PLAIN_FIX
-                )
+                raise BaseError(f"veneer cannot read weights in the format {kind!r}", where=where, fix=_PLAIN_FIX)
         factor = read_values(scale).float().reshape(-1, *[1] * (len(weight.shape) - 1))
         return (read_values(weight).float() * factor).view(weight.shape)
 

@@ -135,7 +135,7 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None], opened: Op
     engine = TextEngine(base, shelf.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     if ran := what_ran():
-        say(f"what multiplies, as measured here (veneer doctor --ops): {ran}")
+        say(f"op implementations in use, as measured on this machine (veneer doctor --ops): {ran}")
     if (graphs := engine.runner.graphs) is not None:
         say(f"decoding: {f'without CUDA graphs ({graphs.problem})' if graphs.problem else 'by CUDA graphs'}")
     catalog = Catalog(shelf, engine.problems, engine.residents, routes=tenancy.routes)

@@ -77,7 +77,9 @@ def check_settings(settings: ServeSettings) -> Opened:
         if not _ORIGIN.fullmatch(origin):
             what = f"{quoted(origin)} is not an origin of pages"
             raise ConfigError(
-                what, where="--allowed-origin", fix="as https://app.example.com, without a path; or * for every one"
+                what,
+                where="--allowed-origin",
+                fix="give an origin such as https://app.example.com, without a path, or * for any",
             )
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)

@@ -39,12 +39,12 @@ PERMISSIONS: dict[_Kind, frozenset[Permission]] = {
     "operator": _ALL,
 }
 _DENIED: dict[Permission, tuple[str, str]] = {
-    "metrics": ("metrics count the requests of all tenants", "use the admin key"),
+    "metrics": ("metrics cover the requests of all tenants", "use the admin key"),
     "feedback": ("this key may not give feedback", "use a tenant's key or the admin key"),
     "write": ("this key may not change adapters", "use a tenant's key or the admin key"),
     "train": ("this key may not train", "use a tenant's key or the admin key"),
-    "operate": ("this changes or shows the server for everybody", "use the admin key"),
-    "administer": ("tenants are managed by the operator", "use the admin key"),
+    "operate": ("admin key required", "use the admin key"),
+    "administer": ("only the operator manages tenants", "use the admin key"),
 }
 
 

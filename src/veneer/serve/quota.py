@@ -82,9 +82,9 @@ class Quotas:
             for idle in [other for other, each in self._helpers.items() if not each.used(now)]:
                 del self._helpers[idle]
         if over >= 0:
-            what = f"{_owner(owner)} has used its {self.limits.helper_seconds:,.0f} seconds of helpers"
+            what = f"{_owner(owner)} has used its {self.limits.helper_seconds:,.0f} helper seconds"
             raise Refused(
-                f"{what} (helper_seconds) of the last {_WINDOW / 60:.0f} minutes", status=429, code="rate_limited",
+                f"{what} (helper_seconds) in the last {_WINDOW / 60:.0f} minutes", status=429, code="rate_limited",
                 retry_after=wait,
             )  # fmt: skip
 
@@ -95,14 +95,14 @@ class Quotas:
             most: int = getattr(self.limits, name)
             if whole[name] > most:
                 return Refused(
-                    f"{whole[name]:,} {_WORDS[name]} are needed, and the limit ({name}) is {most:,}", status=413,
-                    code="too_large", fix="send less at once",
+                    f"the request needs {whole[name]:,} {_WORDS[name]}; the limit ({name}) is {most:,}", status=413,
+                    code="too_large", fix="send less per request",
                 )  # fmt: skip
             if amount > 0 and used[name] + amount > most:
-                what = f"{_owner(owner)} has {used[name]:,} {_WORDS[name]}, and with {amount:,} more would have over "
-                what += f"{most:,}, the limit ({name})"
+                what = f"{_owner(owner)} has {used[name]:,} {_WORDS[name]}; {amount:,} more would exceed the limit "
+                what += f"({name}) of {most:,}"
                 if name in _STORED:
-                    fix = "delete what is not needed any more"
+                    fix = "delete files that are no longer needed"
                     return Refused(what, status=400, code="storage_full", fix=fix)
                 return Refused(what, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
         return None

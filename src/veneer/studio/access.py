@@ -177,8 +177,8 @@ class Gate:
         if visitor is None:
             return await _sign_in(scope)(scope, receive, send)
         if sum(visitor.same_as(other) for other in VISITORS.values()) >= _PAGES:
-            what = f"{_PAGES} pages of this key are open, or were within the last minute"
-            raise Refused(what, status=429, code="overloaded", retry_after=5.0, fix="close some")
+            what = f"this key has {_PAGES} pages open, or had them open within the last minute"
+            raise Refused(what, status=429, code="overloaded", retry_after=5.0, fix="close some pages")
         caller = visitor.caller
         current_owner.set(caller.tenant)
         self.pages.take(caller.tenant, caller.weight, 1)
@@ -198,7 +198,7 @@ class Gate:
         page = next((each for client, each in VISITORS.items() if getattr(client, "id", None) == id), None)
         visitor = await _visitor_of(self.tenancy, HTTPConnection(scope))
         if page is None or visitor is None or not visitor.same_as(page) or page.sockets >= _SOCKETS:
-            raise Refused("a socket needs a page that is open and signed in", status=403, code="forbidden")
+            raise Refused("a socket needs an open, signed-in page", status=403, code="forbidden")
         page.sockets += 1
         try:
             await self.app(scope, receive, send)

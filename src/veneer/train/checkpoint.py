@@ -221,7 +221,7 @@ def restore(
         progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
         here = environment(devices) | dict(beside or {})
         notes = [
-            f"{key} was {value!r} and is {here.get(key)!r}: the run goes on, but may differ in the last bits"
+            f"{key} was {value!r} and is {here.get(key)!r}: the run continues, but results can differ in the last bits"
             for key, value in ({"devices": 1} | state["environment"]).items()
             if here.get(key) != value
         ]
@@ -231,7 +231,7 @@ def restore(
         raise CheckpointError(
             f"the checkpoint cannot be restored: {type(error).__name__}: {error}",
             where=str(path),
-            fix=f"delete {path} and resume from the one before it",
+            fix=f"delete {path} and resume from the previous checkpoint",
         ) from error
     optimizer.load_state_dict(optimizer_state)
     _put(tensors, parameters)

@@ -309,7 +309,7 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
     if devices.first or devices.lockstep:
         tell(Note(task.prove()))
     if ran := what_ran():
-        tell(Note(f"which ran, as measured here (veneer doctor --ops): {ran}"))
+        tell(Note(f"op implementations used, as measured on this machine (veneer doctor --ops): {ran}"))
     predicted = was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds)
     if predicted and not run.group:  # of a run by itself
         tell(Note(predicted))

@@ -178,7 +178,9 @@ def test_only_harmless_tensors_of_a_file_may_have_no_place(family: str, bases: P
     )
     unknown = f"{prefix}time_embed.9.weight"
     save_file({**own, **more, unknown: torch.zeros(3, 5)}, tmp_path / "more.safetensors")
-    with pytest.raises(BaseError, match=f"1 stored tensor without a place in the model: {re.escape(unknown)}"):
+    with pytest.raises(
+        BaseError, match=f"1 stored tensor with no matching parameter in the model: {re.escape(unknown)}"
+    ):
         load_image(str(tmp_path / "more.safetensors"), config=folder)
 
 
@@ -247,8 +249,8 @@ def test_scales_that_cannot_be_applied_are_refused(bases: Path, tmp_path: Path) 
     weight = name.removesuffix("_scale")
     for more, said in (
         ({name: torch.ones(2, 2)}, r"scales of shape \(2, 2\)"),
-        ({weight: stored[weight].view(torch.int8)}, "1 scale of quantised weights would be ignored"),
-        ({f"{weight}_2": torch.ones(1), f"{weight}_scale_2": torch.ones(1)}, "1 scale of quantised weights would"),
+        ({weight: stored[weight].view(torch.int8)}, "1 scale of quantized weights would be ignored"),
+        ({f"{weight}_2": torch.ones(1), f"{weight}_scale_2": torch.ones(1)}, "1 scale of quantized weights would"),
     ):
         save_file({**stored, **more}, tmp_path / "one.safetensors")
         with pytest.raises(BaseError, match=said):
@@ -259,7 +261,7 @@ def test_a_file_that_predicts_v_wants_a_scheduler_that_does(bases: Path, tmp_pat
     folder = Path(shutil.copytree(tiny_image_base(bases, "sd15", full=True), tmp_path / "base"))
     state = original(load_image(str(folder)), True)
     save_file({**state, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "one.safetensors")
-    with pytest.raises(BaseError, match="the file says that the model predicts v"):
+    with pytest.raises(BaseError, match="the file marks a v-prediction model"):
         load_image(str(tmp_path / "one.safetensors"), config=folder)
     place = folder / "scheduler" / "scheduler_config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"prediction_type": "v_prediction"}))

@@ -86,7 +86,7 @@ def test_any_origin_is_for_servers_with_keys_and_never_for_cookies() -> None:
     settings, key = HttpSettings(allowed_origins=("*",)), {"authorization": f"Bearer {KEY}"}
     requests = [asked(origin=EVIL, **key), asked(origin=EVIL, cookie="a=b", **key)]
     assert statuses(requests, KeyAccess([KEY]), settings) == [200, 403]
-    with pytest.raises(ConfigError, match="every web page could use this server"):
+    with pytest.raises(ConfigError, match="any web page could use this server"):
         statuses([], OpenAccess(), settings)
 
 

@@ -72,7 +72,7 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         ("optimizers: {learning_rate: 1}", "unknown key `optimizers`; did you mean `optimizer`?"),
         ("learning_rate: 1", "unknown key `learning_rate`; did you mean `optimizer.learning_rate`?"),
         ("optimizer: {rank: 4}", "unknown key `optimizer.rank`; did you mean `adapter.rank`?"),
-        ("adapter: {zzz: 4}", "unknown key `adapter.zzz`; known here: rank, alpha"),
+        ("adapter: {zzz: 4}", "unknown key `adapter.zzz`; valid keys: rank, alpha"),
         ("adapter: {factor: 4}", "`adapter.factor` belongs to `adapter.kind: lokr`"),
         ("adapter: {kind: loha, dora: true}", "`adapter.dora` is not for `adapter.kind: loha`"),
         ("adapter: {kind: loha, factor: 8}", "`adapter.factor` belongs to `adapter.kind: lokr`"),

@@ -418,7 +418,7 @@ def test_blocks_leave_before_memory_is_looked_at(shared: Path, tmp_path: Path, b
     task, own = ImageTask(config, base), Run(config, tmp_path / "out", ALONE, seen.append, [], dry_run=True)
     with task.attach(own, task.read(own), Report()):
         notes = [e.text if isinstance(e, Note) else type(e).__name__ for e in seen]
-    assert notes.index("Checked") > next(i for i, note in enumerate(notes) if "wait on the CPU" in note)
+    assert notes.index("Checked") > next(i for i, note in enumerate(notes) if "stay on the CPU" in note)
 
 
 def test_a_run_does_not_write_among_its_pictures(shared: Path, tmp_path: Path, base: ImageBase) -> None:

@@ -92,7 +92,7 @@ def test_sources_of_a_multi_grader_have_one_limit() -> None:
     parse_grader(python)
     with pytest.raises(ConfigError, match="262,144 characters together"):
         parse_grader({"type": "multi", "name": "m", "graders": {"a": python, "b": python}, "calculate_output": "a"})
-    with pytest.raises(ConfigError, match="no Python: line 2"):
+    with pytest.raises(ConfigError, match="not valid Python: line 2"):
         parse_grader(python | {"source": "#" * 100_000 + "\ndef grade(:"})
 
 

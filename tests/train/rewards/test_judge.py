@@ -133,7 +133,7 @@ def test_a_cut_reply_is_no_score() -> None:
     (here,) = judged(None, "x", ask=lambda questions: [Reply("The answer is 1", cut=True)])
     for score in (served, here):
         assert score.value is None
-        assert "cut at its limit" in score.error
+        assert "truncated at its token limit" in score.error
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_question_refused_for_itself_changes_no_other_question() -> None:
 @pytest.mark.parametrize(
     ("said", "error"),
     [
-        (completion("fine"), "no number"), (completion("11"), "not from 0 to 10"), (completion("-1"), "not from 0"),
+        (completion("fine"), "no number"), (completion("11"), "outside 0 to 10"), (completion("-1"), "outside 0 to 10"),
         (completion(None, "I will not"), "I will not"), (completion(""), "said nothing"), ((200, {"x": 1}), "no chat"),
         ((400, {"error": {"message": "too long", "param": "messages"}}), "too long"),
     ],

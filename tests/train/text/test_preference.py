@@ -267,7 +267,7 @@ def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
     assert (result.digest, result.loss, result.measured) == tuple(
         getattr(whole[loss][1], k) for k in ("digest", "loss", "measured")
     )
-    assert any(isinstance(e, Note) and "48 answers, 48 of them known" in e.text for e in seen)
+    assert any(isinstance(e, Note) and "48 answers, 48 already computed" in e.text for e in seen)
 
 
 KILL = """
@@ -312,7 +312,7 @@ def test_a_stop_while_the_reference_is_computed_keeps_what_is_done(
         train(shared, tmp_path / "out", "dpo", base, on_event=press)
     seen: list[Event] = []
     train(shared, tmp_path / "out", "dpo", base, resume=True, on_event=seen.append)
-    assert any(isinstance(e, Note) and "48 answers, 20 of them known" in e.text for e in seen)
+    assert any(isinstance(e, Note) and "48 answers, 20 already computed" in e.text for e in seen)
 
 
 def test_a_dry_run_computes_no_reference_and_writes_nothing(shared: Path, base: TextBase, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_going_on_from_an_adapter_that_is_then_the_reference(
     assert result.validation < first.loss
     text = next(e.text for e in seen if isinstance(e, Checked))
     assert f"compared with: {tuned} as it is now" in text
-    assert "goes on from" in text
+    assert "starts from" in text
     card = read_card(tmp_path / "out").card
     start = peft.read_folder(tuned, base.model)
     assert card.parents == [start.digest()]

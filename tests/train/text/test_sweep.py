@@ -99,7 +99,7 @@ def test_seeds_are_compared_on_the_same_held_out_rows(config: Path, base: TextBa
         (["preference.loss=dpo", "adapter.start=a,b"], "adapter.start: 'a' in"),
         (["data.train_on=assistant,all"], "data.train_on: "), (["data.split_seed=0,1"], "data.split_seed: 0 in"),
         (["data.max_length=64,128"], "data.max_length: "), (["evaluation.rows=2,4"], "evaluation.rows: "),
-        (["data.limit=20,24"], "give data.validation"), (["data.validation=a.jsonl,b.jsonl", "data.split=null"], "b"),
+        (["data.limit=20,24"], "set data.validation"), (["data.validation=a.jsonl,b.jsonl", "data.split=null"], "b"),
     ],
 )  # fmt: skip
 def test_runs_whose_losses_measure_different_things_are_refused(config: Path, settings: list[str], says: str) -> None:

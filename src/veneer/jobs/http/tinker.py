@@ -491,8 +491,10 @@ def _bill(
         try:
             future = await _asked(lambda: service.answer(found, seq))
             if future is None:
-                what = f"the result of {quoted(number)} is kept no more"
-                raise Refused(what, status=410, code="gone", fix="it was done; its effect is in the state")
+                what = f"the result of {quoted(number)} has expired"
+                raise Refused(
+                    what, status=410, code="gone", fix="the request was applied; its effect is in the training state"
+                )
             answer = await asyncio.wrap_future(future)
             if bill is not None:
                 await bill.used(Usage(tokens if answer.kind != "failed" else 0, 0, 0))
@@ -544,8 +546,10 @@ async def _result(own: TinkerRoutes, request: HttpRequest, number: str) -> Futur
         if future is None and seq > owner.applied:
             raise missing
         if future is None:
-            what = f"the result of {quoted(number)} is kept no more"
-            raise Refused(what, status=410, code="gone", fix="it was done; its effect is in the state")
+            what = f"the result of {quoted(number)} has expired"
+            raise Refused(
+                what, status=410, code="gone", fix="the request was applied; its effect is in the training state"
+            )
         if seq not in owner.unbilled:
             return await _waited(service_of(request), asyncio.wrap_future(future))
         await _bill_late(own, request, service, owner, seq)

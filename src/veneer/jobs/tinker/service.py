@@ -262,8 +262,8 @@ class TinkerService:
         most = self.quotas.limits.metadata
         if metadata and len(json.dumps(metadata)) > most:
             raise Refused(
-                f"user_metadata has more than {most:,} bytes of JSON (metadata)", status=413, code="too_large",
-                param="user_metadata", fix="send less of it",
+                f"user_metadata is over {most:,} bytes of JSON (metadata)", status=413, code="too_large",
+                param="user_metadata", fix="send less metadata",
             )  # fmt: skip
         return json.dumps(content).encode()
 
@@ -550,7 +550,7 @@ class TinkerService:
                 self._put_away(run)
             except Exception:  # the other runs are put away all the same
                 _log.exception(
-                    "the state of %s could not be written; its requests since the last one are done again", run.id
+                    "the state of %s could not be written; requests since its last state will be replayed", run.id
                 )
         if self._trainer is not None:
             self._trainer.close()
@@ -841,7 +841,7 @@ class TinkerService:
             try:
                 self._sweep_session(session)
             except Exception:  # the others are swept all the same
-                _log.exception("what is left of the session %s could not be removed", session.id)
+                _log.exception("the files of session %s could not be removed", session.id)
 
     def _sweep_session(self, session: Session) -> None:
         """Decides by its files: a session that nobody asks for is not read for this."""

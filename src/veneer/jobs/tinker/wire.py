@@ -123,7 +123,7 @@ def _head(body: memoryview) -> ForwardHead:
 def _too_large(most: str) -> Refused:
     return Refused(
         f"the forward_backward request has more than {most}", status=413, code="too_large", param="data",
-        fix="send fewer rows at once",
+        fix="send fewer rows per request",
     )  # fmt: skip
 
 
@@ -330,7 +330,7 @@ def _sizes(value: memoryview | int) -> list[int]:
     if isinstance(value, int):
         return [value]
     if len(value) > _SIZES:
-        raise ValueError("a tensor of too many dimensions")
+        raise ValueError("a tensor has too many dimensions")
     out, at = [], 0
     while at < len(value):
         size, at = _read_varint(value, at)

@@ -604,9 +604,9 @@ def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None
     said = scheduler.config.get("prediction_type")
     if "v_pred" in unused and said != "v_prediction":
         raise BaseError(
-            f"the file says that the model predicts v (v_pred), its scheduler's config says {said!r}",
+            f"the file marks a v-prediction model (v_pred), but the scheduler's config says {said!r}",
             where=str(path),
-            fix='config= a directory whose scheduler/scheduler_config.json has "prediction_type": "v_prediction"',
+            fix='set config= to a directory whose scheduler_config.json has "prediction_type": "v_prediction"',
         )
 
 

@@ -77,8 +77,8 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
             raise
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
-            f"transformers makes no model of this configuration: {why:.300}", where=f"a {config.model_type} model",
-            fix="take the base's own config.json again",
+            f"transformers cannot build a model from this configuration: {why:.300}",
+            where=f"a {config.model_type} model", fix="take the base's own config.json again",
         ) from error  # fmt: skip
 
 
@@ -109,7 +109,9 @@ def tied_weights(folder: Path) -> list[list[str]]:
             model = built._from_config(config) if hasattr(built, "_from_config") else built.from_config(config)
     except Exception as error:  # of any kind: each class reads its fields by itself
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BaseError(f"transformers makes no model of this configuration: {why:.300}", where=str(file)) from error
+        raise BaseError(
+            f"transformers cannot build a model from this configuration: {why:.300}", where=str(file)
+        ) from error
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)

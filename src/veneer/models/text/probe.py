@@ -159,7 +159,7 @@ def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
     weight = getattr(module, "weight", None)
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor):
-        raise OtherKind("it has no weight or no ε")
+        raise OtherKind("the norm has no weight or no ε")
     own = weight.detach()
     return (own if not plus else own.to(torch.promote_types(own.dtype, torch.float32)) + plus), eps
 
@@ -169,7 +169,7 @@ def norm_of(module: nn.Module) -> float:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
-        raise OtherKind("it has no weight or no ε")
+        raise OtherKind("the norm has no weight or no ε")
     if [name for name, _ in module.named_parameters()] != ["weight"]:
         raise OtherKind("it has more than a weight")
     generator = torch.Generator().manual_seed(0)

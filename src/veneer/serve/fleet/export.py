@@ -88,8 +88,10 @@ def _served_base(base: str) -> tuple[str, list[str]]:
         return base, []
     place = builtin_place(builtin)
     if not (place / "base.json").exists():
-        return builtin.hub_id, [f"{builtin.hub_id} is the original of {base}, whose weights were quantized once"]
-    return str(place), [f"on another machine the base is {builtin.hub_id}, or the folder copied from here"]
+        return builtin.hub_id, [
+            f"{builtin.hub_id} is the original of {base}, which holds a quantized copy of its weights"
+        ]
+    return str(place), [f"on another machine, use {builtin.hub_id} as the base, or copy this folder there"]
 
 
 def _layers(base: str, say: Callable[[str], None] | None) -> int:
@@ -122,8 +124,8 @@ def _merged(
     report = merge(loaded, [adapter], out, dtype=want)
     place = shlex.quote(str(out.absolute()))
     command = f"vllm serve {place}" if server == "vllm" else f"text-generation-launcher --model-id {place}"
-    kept = f"{report.delta_kept:.1%} of the change is left after rounding to {report.dtype}"
-    notes = [f"warning: {report.warning}; --dtype float32 keeps it" if report.warning else kept]
+    kept = f"rounding to {report.dtype} keeps {report.delta_kept:.1%} of the change"
+    notes = [f"warning: {report.warning}; --dtype float32 keeps it exactly" if report.warning else kept]
     done = Exported(out, server, base, out.name, str(report.adapters[0]["digest"]), command, {}, notes)
     _describe(done)
     return done

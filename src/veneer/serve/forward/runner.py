@@ -432,7 +432,7 @@ class Runner:
     def _put_together(self, weights: Callable[[tuple[str, ...]], PackedWeight]) -> None:
         embedding = self.model.get_input_embeddings().weight.detach()
         if len(self.pages) > 1:
-            raise NotImplementedError("its layers have heads of different sizes")
+            raise NotImplementedError("the base's layers have heads of different sizes")
         self.llama = llama_forward(self.base, self.layout, weights, embedding, self.context, self.pages[0])
 
     def _lay_codes(self) -> bool:

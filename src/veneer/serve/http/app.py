@@ -66,8 +66,8 @@ def create_app(
     bytes that may be; they see to it that not too many come at once."""
     origins = service.settings.allowed_origins
     if service.tenancy.keyless and "*" in origins:
-        what = "every web page could use this server, as it needs no key"
-        raise ConfigError(what, where="--allowed-origin *", fix="name the origins, or --api-keys or --tenants")
+        what = "any web page could use this server, because the server needs no key"
+        raise ConfigError(what, where="--allowed-origin *", fix="name the origins, or add --api-keys or --tenants")
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service = service
     surfaces: dict[str, str] = {}
@@ -261,7 +261,7 @@ def _health() -> APIRouter:
     @router.get(
         "/health",
         dependencies=public,
-        summary="The engine works; 503 where it is stuck, has ended, or fails at everything.",
+        summary="Whether the engine works; 503 if the engine is stuck, has ended, or fails every request.",
     )
     @router.get("/ping", dependencies=public, include_in_schema=False)
     async def health(request: HttpRequest) -> Response:
@@ -272,7 +272,9 @@ def _health() -> APIRouter:
     async def version() -> Response:
         return Json({"version": __version__})
 
-    @router.get("/ready", dependencies=public, summary="Requests are taken; 503 while loading or draining.")
+    @router.get(
+        "/ready", dependencies=public, summary="Whether the server accepts requests; 503 while loading or draining."
+    )
     async def ready(request: HttpRequest) -> Response:
         service = service_of(request)
         if service.phase == "ready" and (wrong := service.trouble()):
@@ -280,7 +282,9 @@ def _health() -> APIRouter:
         return Json({"status": service.phase}, status_code=200 if service.phase == "ready" else 503)
 
     @router.get(
-        "/metrics", dependencies=[needs("metrics")], summary="For Prometheus; with tenants, the admin key is needed."
+        "/metrics",
+        dependencies=[needs("metrics")],
+        summary="Prometheus metrics; needs the admin key if there are tenants.",
     )
     async def metrics(request: HttpRequest) -> Response:
         return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

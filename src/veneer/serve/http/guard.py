@@ -73,8 +73,8 @@ def _check_host(headers: Headers, allowed: Collection[str]) -> None:
     """Raises Refused (421) for a Host that is none of `allowed`, of a server that needs no key."""
     if _hostname(headers.get("host", "")) not in allowed:
         raise Refused(
-            f"this server needs no key, so it answers only to the Host {', '.join(sorted(filter(None, allowed)))}",
-            status=421, code="misdirected", fix="veneer serve --allowed-host NAME, or --api-keys",
+            f"a server without keys answers only to the Host {', '.join(sorted(filter(None, allowed)))}",
+            status=421, code="misdirected", fix="start veneer serve with --allowed-host NAME, or with --api-keys",
         )  # fmt: skip
 
 
@@ -87,8 +87,8 @@ def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> N
     changes = scope["type"] == "websocket" or scope["method"] not in _SAFE
     if cookie or (changes and "*" not in allowed):
         raise Refused(
-            "this came from a page of another site", status=403, code="forbidden",
-            fix="veneer serve --allowed-origin, if that page may use this server",
+            "the request came from another site's page", status=403, code="forbidden",
+            fix="to allow that page, start veneer serve with --allowed-origin",
         )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
     if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _UNASKED:
         raise Refused(
             f"unsupported Content-Type {kind}" if kind else "the body has no Content-Type", status=415,
-            code="unsupported_media_type", fix="application/json for JSON, application/octet-stream for a file",
+            code="unsupported_media_type", fix="use application/json for JSON, application/octet-stream for a file",
         )  # fmt: skip
 
 

@@ -199,9 +199,11 @@ class KeptAnswers:
     def _wait(self, c: sqlite3.Connection, row: Mapping[str, Any]) -> None:
         text, tenant = json.dumps(row), row["tenant"]
         if len(text) > _LARGEST:
-            raise ValueError(f"{row['id']} has {len(text):,} characters with its request; {_LARGEST:,} are kept")
+            raise ValueError(f"{row['id']} has {len(text):,} characters with its request; the limit is {_LARGEST:,}")
         if self._spooled[tenant] + len(text) > _ROOM // 2:
-            raise ValueError(f"{self._spooled[tenant]:,} bytes of {tenant or 'this server'} wait for the database")
+            raise ValueError(
+                f"{self._spooled[tenant]:,} bytes of {tenant or 'this server'} are already waiting for the database"
+            )
         c.execute("INSERT INTO answers (row) VALUES (?)", (text,))
         self._spooled[tenant] += len(text)
 

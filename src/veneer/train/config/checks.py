@@ -21,7 +21,7 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
         yield "`data.train` is an empty list: name at least one file"
     yield from _held_out(config, "rows")
     if config.data.split_seed is not None and (config.data.validation is not None or config.data.split == 0):
-        yield "`data.split_seed` chooses the rows that `data.split` holds out, and it holds none out"
+        yield "`data.split_seed` chooses the rows that `data.split` holds out, but `data.split` holds out none"
     yield from _batching(config, given)
     yield from _preference(config)
     yield from _reinforcement(config)

@@ -300,7 +300,7 @@ def _unknown(kind: _Kind, loc: list[str]) -> str:
     for other, _ in config_keys(kind.config):  # the right key in the wrong place
         named.setdefault(other.rpartition(".")[2], other)
     near = nearest(last, named, 1)
-    hint = f"did you mean `{named[near[0]]}`?" if near else f"known here: {', '.join(own)}"
+    hint = f"did you mean `{named[near[0]]}`?" if near else f"valid keys: {', '.join(own)}"
     return f"unknown key `{name}`; {hint}"
 
 

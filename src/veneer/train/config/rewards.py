@@ -152,7 +152,7 @@ class JudgeReward(AskedModelReward):
     )
     model: str = setting(BASE_MODEL, "base, an adapter by name or folder, or with `url` a model of that server")
     range: tuple[float, float] = setting((0.0, 10.0), "lowest and highest number that it may give")
-    tokens: int = setting(512, "most tokens of its answer; an answer that is cut there has no score", gt=0)
+    tokens: int = setting(512, "maximum tokens of its reply; a truncated reply has no score", gt=0)
 
     def problem(self) -> str:
         return super().problem() or ("" if self.range[0] < self.range[1] else "`range` has its lowest number first")
@@ -176,7 +176,7 @@ class GraderReward(AskedModelReward):
 
     kind: Literal["grader"]
     grader: dict[str, Any] = setting(..., "string_check, text_similarity, score_model, python or multi")
-    sandbox: bool = setting(False, "run its Python in a sandbox, or not at all; jobs of OpenAI's routes always do")
+    sandbox: bool = setting(False, "run its Python only in a sandbox; jobs of OpenAI's routes always do")
 
 
 class VerifiersReward(RewardSection):

@@ -132,7 +132,10 @@ class DataSection(Section):
         ge=0,
     )
     split_seed: int | None = setting(
-        None, "which rows `split` holds out: runs with one number hold out the same ones", "`seed`", ge=0
+        None,
+        "seed that chooses the rows `split` holds out; runs with the same value hold out the same rows",
+        "`seed`",
+        ge=0,
     )
     format: Literal[
         "auto",
@@ -331,8 +334,8 @@ class EvaluationSection(Section):
     keep: Literal["best", "last"] = setting("best", "save the adapter of the lowest held-out loss, or the last one")
     sample: int | None = setting(
         None,
-        "tokens of the answers to one held-out prompt, the base's and the adapter's, that the card keeps with the "
-        "prompt; 0: no prompt either. Of one device",
+        "maximum tokens of the base's and the adapter's answers to one held-out prompt, saved with the prompt in the "
+        "card; 0: save neither. Needs a run on one device",
         f"{_SAMPLE_TOKENS} for runs of {_SAMPLE_FROM} steps or more, else none",
         ge=0,
     )

@@ -281,8 +281,8 @@ def _devices(s: RunSubject) -> Iterator[Finding]:
         text = "memory.offload_blocks moves blocks between the CPU's memory and a GPU's, and this run is on the CPU"
         yield Finding("stop", "offload", text, "leave it out: everything is in the CPU's memory already")
     elif config.memory.offload_blocks and s.base.quantised:
-        text = f"memory.offload_blocks moves plain weights, and this base is saved in {s.base.quantised}"
-        yield Finding("stop", "offload", text, "leave it out, or use the 16-bit weights of this base")
+        text = f"memory.offload_blocks moves unquantized weights, but this base is saved in {s.base.quantised}"
+        yield Finding("stop", "offload", text, "remove memory.offload_blocks, or use the 16-bit weights of this base")
     if getattr(s.base, "quantised", None):
         yield Finding("ok", "quantised", f"the frozen denoiser is held in {s.base.quantised}; pairs are float32")
 

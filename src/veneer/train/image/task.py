@@ -191,7 +191,7 @@ class ImageTask(Task[ImageData, ImageResult]):
                 run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
             if config.memory.offload_blocks:  # before memory is looked at: what is free then is what the run has
                 moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
-                run.note(f"{moved / 1e9:.2f} GB of frozen weights wait on the CPU for their turn")
+                run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
             loss = self.loss(data, attachment)
             memory = self._measured(run, data, loss, report, memory)
             run.say(report, self._settled(data, memory))
@@ -388,16 +388,14 @@ class AttachedPictures(AttachedTask[ImageResult]):
             error, zero = self.image_loss.base_error(row, _TIMES_LOOKED_AT)
         if error <= _WORSE_THAN_ZERO * zero:  # false for NaN
             return
-        what = (
-            f"the base predicts the pictures worse than zeros would: its error is {error:.3g}, that of zeros {zero:.3g}"
-        )
+        what = f"the base predicts the pictures worse than zeros would: error {error:.3g}, against {zero:.3g} for zeros"
         if self.run.force:
             self.run.note(f"warning: {what}")
             return
         raise PreflightError(
             what, where=self.base.name,
-            fix="its weights may be damaged, another base's, or scaled in a way that was not read; `veneer generate` "
-            "shows what it draws; --force trains all the same",
+            fix="the base's weights may be damaged, belong to another base, or have scales that veneer did not read; "
+            "check its pictures with `veneer generate`, or train anyway with --force",
         )  # fmt: skip
 
     def begin(self, progress: Progress, tell: Listener) -> None:

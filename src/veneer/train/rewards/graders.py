@@ -152,7 +152,7 @@ def _source_problem(source: str) -> str:
         names = {getattr(statement, "name", "") for statement in ast.parse(source).body}
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         at = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
-        return f"the source is no Python: {at}{getattr(error, 'msg', error)}"
+        return f"the source is not valid Python: {at}{getattr(error, 'msg', error)}"
     return "" if "grade" in names else "the source defines no function grade(sample, item)"
 
 

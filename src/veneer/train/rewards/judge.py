@@ -188,7 +188,7 @@ def reply_score(reply: Reply, low: float, high: float) -> float | str:
     if reply.error:
         return reply.error
     if reply.cut:
-        return f"the judge's reply was cut at its limit of tokens: {shown(reply.text)[-100:]!r}"
+        return f"the judge's reply was truncated at its token limit: {shown(reply.text)[-100:]!r}"
     text, found = reply.text, as_json(_braced(reply.text))
     if isinstance(found, dict) and "result" in found:
         result = found["result"]
@@ -199,7 +199,7 @@ def reply_score(reply: Reply, low: float, high: float) -> float | str:
     for match in _NUMBER.finditer(text):
         most = 100.0 if match["percent"] else float(match["m"] or high)
         if most != high:
-            return f"the judge gave {shown(match[0])!r}, and its range ends at {high:g}"
+            return f"the judge gave {shown(match[0])!r}, but its range ends at {high:g}"
         values.setdefault(float(match["n"].replace("\u2212", "-")), match["n"])
     if not values:
         return f"the judge gave no number: {shown(reply.text)[-100:]!r}"
@@ -211,7 +211,7 @@ def reply_score(reply: Reply, low: float, high: float) -> float | str:
 
 def _in_range(value: float, said: str, low: float, high: float) -> float | str:
     if not low <= value <= high:  # NaN is not
-        return f"the judge gave {said[:50]}, which is not from {low:g} to {high:g}"
+        return f"the judge gave {said[:50]}, which is outside {low:g} to {high:g}"
     return float(value)
 
 

@@ -216,7 +216,7 @@ class _Process:
             self.end()
             raise ConfigError(f"{what} cannot be loaded: {error}", where=where)
         if self._running is None:
-            raise ConfigError(f"{what} cannot be loaded: its source leaves other processes running", where=where)
+            raise ConfigError(f"{what} cannot be loaded: its source left other processes running", where=where)
 
     def _told(self, message: Mapping[str, Any], seconds: float, late: str) -> Any:
         """What the process says to a message."""
@@ -303,7 +303,7 @@ class _Running:
         """The next message. Raises EOFError at the end, TimeoutError, ValueError for what is no JSON."""
         size = struct.unpack(">I", self._received(4, ends))[0]
         if size > _ANSWER:
-            raise _Ended("the function's process answered more than may be read")
+            raise _Ended("the function's answer is over the size limit")
         return json.loads(self._received(size, ends))
 
     def _received(self, count: int, ends: float) -> bytes:
@@ -335,7 +335,7 @@ class _Running:
             if self._init is not None and self.sender is not None:
                 held = sandbox_memory(descendants(self.process.pid), self.sender)
                 if held > self._memory:
-                    raise _Ended(f"its processes held more than {self._memory / 1e9:g} GB together")
+                    raise _Ended(f"its processes used more than {self._memory / 1e9:g} GB in total")
 
     def resume(self) -> None:
         if self._function is not None:
@@ -444,11 +444,12 @@ def working_sandbox() -> Sandbox:
         "it runs as the server's user": found["user"] in (0, os.getuid()) and os.getuid() != NOBODY,
         f"it sees {', '.join(found['seen'][:3])}": found["seen"],
         f"it can write to {', '.join(found['written'])}": found["written"],
-        "it has a network": found["network"],
-        "it has variables of the server": set(found["variables"]) & (os.environ.keys() - SANDBOX_VARIABLES.keys()),
+        "it has network access": found["network"],
+        "it has the server's environment variables": set(found["variables"])
+        & (os.environ.keys() - SANDBOX_VARIABLES.keys()),
     }
     if found_leaks := [what for what, leaks_here in leaks.items() if leaks_here]:
-        raise no_sandbox(f"the sandbox does not hold: {'; '.join(found_leaks)}")
+        raise no_sandbox(f"the sandbox leaks: {'; '.join(found_leaks)}")
     return sandbox
 
 

@@ -50,7 +50,7 @@ _USERS = range(61184, 65520)
 """User IDs that no account has: systemd reserves them for services that get a user only while they run."""
 _FIX = (
     "install bubblewrap (apt install bubblewrap) and allow user namespaces, which most container runtimes forbid; "
-    "or leave graders of Python off"
+    "or leave Python graders off"
 )
 
 

@@ -95,7 +95,7 @@ def template_problem(template: str) -> str:
     """What is wrong with a template whatever the rows; "" where nothing is."""
     for text, given in _split(template):
         if given is None:
-            return "a {{ has no }} behind it" if "{{" in text else ""
+            return "a {{ has no matching }}" if "{{" in text else ""
         inner = given.strip()
         path = _PATH.fullmatch(given)
         if path is None:

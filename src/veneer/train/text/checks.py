@@ -197,7 +197,7 @@ def _inference_agrees(s: TextSubject) -> Iterator[Finding]:
         yield Finding(
             "ok",
             "template",
-            f"inference shows the same prompt as training, token for token ({counted(seen, 'row')} checked)",
+            f"prompts at inference match training token for token ({counted(seen, 'row')} checked)",
         )
 
 
@@ -269,7 +269,7 @@ def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
     yield Finding("ok", "prompts", text)
     if c.kept < max(s.config.batching.rows, _FEW_PROMPTS):
         every = "every step draws the same one" if c.kept == 1 else "steps draw the same ones again and again"
-        fix = f"give more prompts (a few hundred at least), or a lower batching.rows ({s.config.batching.rows} here)"
+        fix = f"add prompts (a few hundred at least), or lower batching.rows ({s.config.batching.rows} here)"
         yield Finding("warn", "prompts", f"only {counted(c.kept, 'prompt')} to train on: {every}", fix)
     yield from _is_taught(r) if isinstance(r, DistillationSection) else _is_rewarded(s, r)
 

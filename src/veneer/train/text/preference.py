@@ -373,7 +373,7 @@ def cached_logps(
     # Long ones first, so that what does not fit shows at once, and like with like.
     order = sorted(missing.items(), key=lambda item: (-item[1].tokens, item[0]))
     total = len(set(names))
-    say(f"reference: log-probabilities of {counted(total, 'answer')}, {total - len(order):,} of them known already")
+    say(f"reference: log-probabilities of {counted(total, 'answer')}, {total - len(order):,} already computed")
     for at in range(0, len(order), chunk):
         part = order[at : at + chunk]
         lines = list(zip((name for name, _ in part), compute([e for _, e in part]), strict=True))

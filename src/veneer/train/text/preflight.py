@@ -130,7 +130,7 @@ def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
         kinds = ", ".join(sorted(wrong))
         text = f"adapter.start holds deltas that are not pairs ({kinds}), which cannot be trained"
         yield Finding("stop", "targets", text, "go on from a LoRA, LoHa or LoKr")
-    text = f"goes on from {s.config.adapter.start}: {counted(len(start.pairs), 'pair')}; "
+    text = f"starts from {s.config.adapter.start}: {counted(len(start.pairs), 'pair')}; "
     text += f"trainable: {share(count, total)} parameters"
     yield Finding("ok", "targets", f"{text}, a file of {gigabytes(size)}")
 

@@ -204,11 +204,11 @@ def _check_comparable(configs: Sequence[RunConfig], names: Sequence[str]) -> Non
     }  # fmt: skip
     if problems:
         beside = problems.keys() & {"data.train", "data.limit"} and configs[0].data.validation is None
-        own = "give data.validation, which all runs are scored on; or " if beside else ""
+        own = "set data.validation to score all runs on the same rows; or " if beside else ""
         raise ConfigError(
-            f"a sweep compares its runs by their held-out losses, and these settings make them losses of different "
+            f"a sweep compares held-out losses, and with these settings the losses measure different "
             f"things:\n{bullets(list(problems.values()))}",
-            fix=f"{own}train them without a sweep (veneer train A.yaml B.yaml) and compare the adapters: veneer eval",
+            fix=f"{own}train without a sweep (veneer train A.yaml B.yaml) and compare the adapters with veneer eval",
         )
 
 

@@ -148,7 +148,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     @router.post(
         "/v1/adapters",
         dependencies=[needs("write")],
-        summary="Keep the posted file, or an inspected one, under a name.",
+        summary="Save the posted file, or an inspected file, under a name.",
         openapi_extra=_BYTES,
     )
     async def add(
@@ -191,7 +191,9 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         return Json(await in_thread("the library", lambda: _told(look)))
 
     @router.patch(
-        "/v1/adapters/{reference:path}", dependencies=[needs("write")], summary="Aliases and tags of a version."
+        "/v1/adapters/{reference:path}",
+        dependencies=[needs("write")],
+        summary="Change the aliases and tags of a version.",
     )
     async def change(request: HttpRequest, reference: str, body: AdapterChange) -> Response:
         caller = caller_of(request)
@@ -204,7 +206,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     @router.delete(
         "/v1/adapters/{reference:path}",
         dependencies=[needs("write")],
-        summary="Remove a name with its versions, one version, an alias.",
+        summary="Remove a name with all its versions, one version, or an alias.",
     )
     async def remove(request: HttpRequest, reference: str, with_aliases: bool = False) -> Response:
         caller = caller_of(request)
@@ -360,7 +362,7 @@ def remove_adapter(
     except NotInLibrary:
         raise
     except AdapterError as error:
-        raise invalid(error.what, "with_aliases", "move them first, or with_aliases=true") from None
+        raise invalid(error.what, "with_aliases", "move them first, or set with_aliases=true") from None
     tenancy.note(caller.actor, "adapter.remove", reference, gone, None)
     return gone
 

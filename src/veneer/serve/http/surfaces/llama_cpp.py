@@ -269,7 +269,7 @@ async def lora_adapters(request: HttpRequest) -> Response:
 @llama_cpp_routes.post(
     "/lora-adapters",
     dependencies=[needs("operate")],
-    summary="Set all global scales; an adapter that is not in the list gets 0.",
+    summary="Set all global scales; adapters missing from the list get 0.",
 )
 async def set_lora_adapters(
     request: HttpRequest, body: Annotated[list[LoraScale], FAIL_FAST, at_most(1024)]

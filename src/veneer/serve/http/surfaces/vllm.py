@@ -48,7 +48,7 @@ class Unload(Body):
 @vllm_routes.post(
     "/v1/load_lora_adapter",
     dependencies=[needs("operate")],
-    summary="Make an adapter of the library servable under a name.",
+    summary="Serve an adapter from the library under a name.",
 )
 async def load(request: HttpRequest, body: Load) -> Response:
     try:
@@ -66,7 +66,7 @@ async def load(request: HttpRequest, body: Load) -> Response:
 @vllm_routes.post(
     "/v1/unload_lora_adapter",
     dependencies=[needs("operate")],
-    summary="Forget a name; running requests end as they began.",
+    summary="Stop serving a name; running requests finish unchanged.",
 )
 async def unload(request: HttpRequest, body: Unload) -> Response:
     await _unload(request, body, invalid("'lora_name' must be provided.", "lora_name"))
