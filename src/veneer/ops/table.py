@@ -25,8 +25,8 @@ implementations of its own, each for what it takes. Which one runs:
   and a resumed run goes on with that; serving measures two (`packed_product`, `weight_order`) as it lays weights out.
 
 `VENEER_OPS` decides instead: `listed` (nothing is measured), `torch` (references alone), `op=name` of the columns below
-(`rms_norm=torch`), several with commas between them. `veneer doctor --ops` says what runs on this machine, and why; a
-run says it at its end, `veneer plan --calibrate` where it has measured.
+(`rms_norm=torch`), several separated by commas. `veneer doctor --ops` shows which implementation runs on this machine,
+and why; a run reports its implementations at its end, and `veneer plan --calibrate` after measuring.
 """
 
 
