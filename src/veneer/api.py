@@ -258,9 +258,9 @@ def generate(
 
     A text is what a user says, and goes through the base's chat template (with `raw`, or on a base without a template,
     it is continued as it is); a list of messages is used as it is. `system`: put before each text.
-    `temperature` 0 takes the likeliest token each time; above 0, tokens are drawn from the `top_k` likeliest (0: all)
-    that have the probability `top_p` together, repeatably by `seed`. `on_token(index, piece)` gets the text as it
-    comes. Raises ConfigError for a value out of range."""
+    `temperature` 0 picks the likeliest token each time; above 0, tokens are sampled from the `top_k` likeliest (0: all)
+    within a total probability of `top_p`, reproducibly for a `seed`. `on_token(index, piece)` is called with each new
+    piece of text. Raises ConfigError for a value out of range."""
     texts = [_messages(base, p, system, raw) for p in _several(prompts)]
     with _acting(base, _several(adapters)):
         found = complete(

@@ -158,8 +158,10 @@ _MOST_EDITS = 3
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The up to `n` entries of `known` that `name` can be a typing error for, nearest first: within one edit for every
-    three characters, and three in all. Every "did you mean" hint is found here."""
+    """Return up to `n` entries of `known` that `name` may be a typing error for, nearest first.
+
+    Entries are within one edit per three characters, and within three edits in total. All "did you mean" hints come
+    from this function."""
     found = []
     for each in dict.fromkeys(known):
         most = min(_MOST_EDITS, max(len(name), len(each)) // 3)
@@ -169,9 +171,10 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
 
 
 def _edits(a: str, b: str, most: int) -> int:
-    """How many letters are put in, left out, changed or swapped with their neighbor to make `b` of `a` (optimal string
-    alignment); any number above `most` where it takes more."""
-    far = [most + 1] * (len(b) + 1)  # what is further from the diagonal than `most` takes more edits than that
+    """Return the edit distance of `a` and `b` (optimal string alignment); any number above `most` if it exceeds `most`.
+
+    An edit inserts, deletes or replaces a character, or swaps two neighbors."""
+    far = [most + 1] * (len(b) + 1)  # cells farther than `most` from the diagonal need more than `most` edits
     before, row = far, list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         last, before, row = before, row, far.copy()

@@ -61,7 +61,7 @@ def convert_adapter(
 
 
 def _of_base(name: str, say: Callable[[str], None] | None) -> tuple[str, int | None, int]:
-    """llama.cpp's architecture, the rows of a head (None if layers differ), and the number of layers, of a base."""
+    """Return a base's llama.cpp architecture, rows per attention head (None if layers differ), and layer count."""
     from veneer.models.config import layer_heads
     from veneer.models.sources import find_base
     from veneer.models.text.base import read_base_config

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _MERGE_FILE = "merge.json"
 _WARN, _ASK = 0.05, 0.5
-"""`delta_error` of rounding to the nearest from which a merge warns, and from which it is written only on request."""
+"""Thresholds of `delta_error` when rounding to the nearest: a merge warns, and needs `accept_loss`."""
 
 
 @dataclass
@@ -86,13 +86,13 @@ class MergeReport:
 
     @property
     def warning(self) -> str:
-        """How far rounding to the nearest left the change from what was asked for; "" for a few percent or less."""
+        """A warning if rounding to the nearest gave the change a large relative error; else ""."""
         if self.rounding != "nearest" or self.delta_error < _WARN:
             return ""
         return f"rounding to {self.dtype} gives the merged change a relative error of {self.delta_error:.0%}"
 
     def check(self, accept_loss: bool, fix: str) -> None:
-        """Raises AdapterError if rounding leaves half of the change or more off, unless the caller accepts that."""
+        """Raises AdapterError if rounding loses half of the change or more, unless the caller accepts the loss."""
         if not accept_loss and self.warning and self.delta_error >= _ASK:
             raise AdapterError(
                 f"{self.warning}; nothing was written", fix=f"{fix}, or --accept-loss (accept_loss=True) to write it"
@@ -123,11 +123,11 @@ def merge(
     what is written is W' = W̃ + ΔW in full, W̃ the dequantised weight, which is what an adapter trained over that base
     has seen. `dtype`: float32, bfloat16 or float16; by default the one the base is loaded in. `requantise`: nf4 or fp4
     puts the merged weights into 4 bits, as a checkpoint of bitsandbytes; most of a small ΔW is lost there
-    (`compare_merges` shows how much). `difference`: what `compare_merges` found, for the report. `seed`: round by
-    chance without bias (core.rounding), with this seed. `accept_loss`: False refuses to write a merge of which rounding
-    leaves half of the change or more off. The folder appears whole or not at all. Raises ConfigError for no adapters, a
-    folder that is not empty, or a base that was loaded in another 16-bit dtype; and what reading the adapters
-    raises."""
+    (`compare_merges` shows how much). `difference`: what `compare_merges` found, for the report. `seed`: round
+    stochastically without bias (core.rounding), with this seed. `accept_loss`: if False, refuse to write a merge where
+    rounding loses half of the change or more. The folder appears whole or not at all. Raises ConfigError for no
+    adapters, a folder that is not empty, or a base that was loaded in another 16-bit dtype; and what reading the
+    adapters raises."""
     folder = Path(folder)
     target = _target(base, dtype)
     _check_request(adapters, folder)
@@ -229,8 +229,8 @@ def compare_merges(
     """How each way to merge differs from not merging, on held-out rows as tokens.
 
     "seen": ΔW on the weights of `base` as it is loaded, dequantised where it is quantised. "original": on those of
-    `original`, the same base in 16 bits. And each of the kinds of `requantise`: "seen" put into 4 bits. `seed`: as
-    `merge`. Both models are in memory, one row is computed at a time."""
+    `original`, the same base in 16 bits. And each of the kinds of `requantise`: "seen" put into 4 bits. `seed`: as in
+    `merge`. Both models are in memory; rows are computed one at a time."""
     found: dict[str, Difference] = {}
     rows = [row for row in rows if any(row.trained)]
     if not rows:
@@ -315,13 +315,14 @@ def merged_model(
     report: MergeReport | None = None,
     seed: int | None = None,
 ) -> Any:
-    """A new model of `model`'s class with the mix folded in, in `dtype`. Shares every tensor that it can with `model`,
-    whose own weights stay as they are; fills in `report`. `seed`: as `merge`. Raises AdapterError where a weight leaves
-    `dtype`'s range."""
+    """Return a new model of `model`'s class in `dtype` with the mix folded in; fill in `report`.
+
+    The new model shares unchanged tensors with `model`, whose weights stay as they are. `seed`: as in `merge`. Raises
+    AdapterError if a merged weight is outside `dtype`'s range."""
     report = report or MergeReport()
     report.rounding = _rounding_name(seed)
     own = model.state_dict()
-    first: dict[tuple[int, torch.Size], str] = {}  # tied weights are rounded alike
+    first: dict[tuple[int, torch.Size], str] = {}  # tied weights get the same rounding
     rounding, new, bad = Rounding(), {}, []
     for name, before, exact in exact_weights(model, mix):
         if seed is None:
@@ -368,7 +369,7 @@ def merged_model(
 
 
 def _place(t: Tensor) -> tuple[int, torch.Size]:
-    """Where a tensor's values lie: the same of two tied weights."""
+    """Return the address and shape of a tensor's data, which are equal for tied weights."""
     return t.data_ptr(), t.shape
 
 
@@ -398,13 +399,13 @@ def merge_shards(
     touch keeps its bytes; all other files are copied. One weight is in memory at a time, in float32. `base`: a folder
     of transformers' or diffusers' (where the first part of an adapter's name is a component's folder). `names`:
     parameter name of an adapter -> tensor name of a component, where they differ by more than a prefix. `seed`: round
-    by chance without bias (core.rounding), with this seed. `accept_loss`: as `merge`. `seen`: nf4, fp4 or int8 for
-    adapters trained over such weights: all of those are written as they come out of quantising, with the mix folded in.
-    The folder appears whole or not at all.
+    stochastically without bias (core.rounding), with this seed. `accept_loss`: as in `merge`. `seen`: nf4, fp4 or int8
+    for adapters trained over such weights: every quantizable weight is written in its dequantized form, with the mix
+    folded in. The folder appears whole or not at all.
 
-    Raises ConfigError for the request; AdapterError listing every change that meets no weight, a weight of another
-    shape or dtype, one of two tied weights (token rows change both); BaseError for a base that is no
-    folder of safetensors."""
+    Raises ConfigError for an invalid request; AdapterError listing every change without a matching weight, for a
+    weight of another shape or dtype, or for only one of two tied weights (token rows change both); BaseError for a
+    base that is not a folder of safetensors."""
     base, folder = Path(base), Path(folder)
     _check_request(adapters, folder)
     if not base.is_dir():
@@ -470,7 +471,7 @@ Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
 
 
 def _as_stored(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
-    """The mix with expert pairs laid out as a language model's files store the experts."""
+    """Return the mix with expert pairs in the layout in which a language model's files store the experts."""
     if (part := parts.get("")) is None:
         return mix
     config = _config(part.path)
@@ -480,10 +481,10 @@ def _as_stored(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -
 
 
 def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names: Callable[[str], str]) -> Plan:
-    """Where every change goes, all checked on the meta device before a byte is written.
+    """Return where every change goes; check all changes on the meta device before anything is written.
 
-    Of two modules that share a weight, an attached adapter changes the one it names; only token rows change both. The
-    files hold such a weight once, so any other change of it is a problem."""
+    If two modules share a weight, an attached adapter changes only the module it names; token rows change both. The
+    files store the shared weight once, so any change other than token rows is a problem."""
     plan: Plan = {component: {} for component in parts}
     problems: list[str] = []
     configs = {component: _config(part.path) for component, part in parts.items()}
@@ -523,7 +524,7 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names:
             elif problem := change_problem(shape_only, entry.shape):
                 problems.append(f"{name}: {problem}")
             else:
-                for each in {tensor, *filter(None, shared.values())}:  # token rows reach the head's own copy too
+                for each in {tensor, *filter(None, shared.values())}:  # token rows also change a head stored separately
                     plan[component].setdefault(each, []).append((make, strength))
     if problems:
         raise AdapterError(

@@ -587,8 +587,10 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
-    """What a route is checked by before it moves where no server is asked: the library has the adapter, and could read
-    it; or the name is that of a base, as a built-in one or as adapters in the library state it."""
+    """Return the check of a route's target that needs no server; None with `force`.
+
+    The target must be a readable adapter in the library, a built-in base, or a base that adapters in the library
+    belong to."""
     from veneer.errors import AdapterError, ConfigError
     from veneer.library.library import library_place, open_library
     from veneer.models.builtin import BUILTIN, PACKAGED
@@ -604,7 +606,7 @@ def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
         with open_library(where) as library:
             try:
                 found = library.find(name)
-            except (AdapterError, ConfigError) as error:  # a base's name need not be one that an adapter may have
+            except (AdapterError, ConfigError) as error:  # a base's name can be invalid as an adapter's name
                 if name in BUILTIN or name in PACKAGED or library.knows_base(name):
                     return
                 raise AdapterError(error.what, fix=f"{error.fix}; {fix}") from error

@@ -172,7 +172,7 @@ _HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def hub_id(base: str) -> str:
-    """The id under which hubs and other tools know a base: that of a built-in base, else the name itself."""
+    """Return the ID by which hubs and other tools know a base: a built-in base's hub ID, else the name itself."""
     return _HUB_IDS.get(base, base)
 
 

@@ -166,7 +166,8 @@ class Attachment:
                 raise AdapterError(f"{name!r} cannot act on a part of the tokens: {why}", fix="run it by itself")
             if bare := [n for n in adapter.pairs if not isinstance(self._layers[n], LoraLinear)]:
                 raise AdapterError(
-                    f"{name!r} cannot act on a part of the tokens: {bare[0]} is no linear layer", fix="run it by itself"
+                    f"{name!r} cannot act on a part of the tokens: {bare[0]} is not a linear layer",
+                    fix="run it by itself",
                 )
         self.selection = Selection(spans=SpanAdapters(adapters, spans))
 

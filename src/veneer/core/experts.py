@@ -134,7 +134,7 @@ def _has_grouped(x: Tensor) -> bool:
 
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """`_by_expert` by the device's own product, whose rows have to begin at multiples of 16 bytes: of 8 values."""
-    # What the device's product gives for rows of no expert, and as their gradient, is whatever was in memory.
+    # For rows without an expert, the device's product and its gradient contain uninitialized memory.
     known = (torch.arange(len(x), device=x.device) < offsets[-1])[:, None]
     x = torch.where(known, x, 0)
     short, narrow = -x.shape[-1] % 8, -weight.shape[-1] % 8

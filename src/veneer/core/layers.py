@@ -56,8 +56,9 @@ class Owner(Protocol):
 
 
 class Layer(nn.Module):
-    """Stands where `base` stood. `embeddings`: those that use this module's weight, the module itself
-    among them if it is one; token rows that replace rows of any of them act here too (T5 ties three and the head)."""
+    """A replacement for the module `base`. `embeddings`: names of embeddings that share this module's weight, including
+    the module itself if it is an embedding; token rows for any of these names apply here (T5 ties three embeddings and
+    the head)."""
 
     is_veneer_layer = True
     base: Any  # an nn.Module, read by attributes that its class alone knows
@@ -130,7 +131,7 @@ class Layer(nn.Module):
         return [(rows, s) for a, s in mix if (rows := self.own_rows(a)) is not None]
 
     def own_rows(self, adapter: Adapter) -> TokenRows | None:
-        """The token rows of an adapter that act here."""
+        """Return the adapter's token rows that apply to this layer."""
         if not adapter.token_rows:
             return None
         return next((adapter.token_rows[name] for name in self.embeddings if name in adapter.token_rows), None)
@@ -178,7 +179,7 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -
 
 
 class FullModule(Layer):
-    """A module that is no layer of ours: a norm or a router, most often. Deltas of its parameters, and pairs of its
+    """A module that no other layer class covers, usually a norm or a router. Deltas of its parameters, and pairs on its
     `weight`, are added in float32 and rounded once."""
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +189,7 @@ class FullModule(Layer):
         return _stand_in(self.base, sums)(*args, **kwargs) if sums else self.base(*args, **kwargs)
 
     def _changes(self, mix: Sequence[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, float]]:
-        """(parameter, ΔW, strength) of everything in the mix that changes a parameter of this module."""
+        """Yield (parameter, ΔW, strength) for each change that the mix makes to this module's parameters."""
         for key, delta, strength in self.deltas(mix):
             yield key, parameter_delta(self.base, key, delta), strength
         for pair, strength, _ in self.pairs(mix):
@@ -196,7 +197,7 @@ class FullModule(Layer):
 
 
 def _wide(t: Tensor) -> Tensor:
-    """`t` in the dtype in which sums are taken."""
+    """Return `t` in the dtype used for sums."""
     return t if t.dtype == torch.float64 else t.float()
 
 

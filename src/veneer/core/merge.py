@@ -194,7 +194,7 @@ def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor]
 
 
 def pair_change(pair: Pair, weight: Tensor) -> Tensor:
-    """ΔW of `pair` on `weight`, in its dtype and shape: a linear's (out, in), an embedding's (rows, dim)."""
+    """Return ΔW of `pair` in `weight`'s dtype and shape: (out, in) for a linear, (rows, dim) for an embedding."""
     out = pair_matrix(pair).to(weight.dtype)
     if pair.kind == "embedding":
         out = out.t()

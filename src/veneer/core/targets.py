@@ -6,10 +6,10 @@
 | `re:REGEX`   | every name that the expression matches in full                                                       |
 | `all-linear` | every linear module, quantised ones too, and every fused expert parameter, but not the output head   |
 
-A fused expert parameter is named `module.parameter`. No pattern selects a router: those of transformers are bare
-parameters or return two tensors, and a pair on them changes which expert is asked. A file can have a pair for one
-(`has_bare_weight`). Knows modules by their class and attributes; does not know about pairs' tensors, adapters or
-transformers.
+A fused expert parameter is named `module.parameter`. No pattern selects a router: transformers' routers are bare
+parameters or return two tensors, and a pair on a router changes which expert is chosen. A file can still contain a
+pair for a router (`has_bare_weight`). This module knows modules by their class and attributes; it does not know about
+pairs' tensors, adapters or transformers.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def kind_of(module: nn.Module) -> PairKind | None:
 
 
 def has_bare_weight(module: nn.Module) -> bool:
-    """Whether `module` is no linear layer and still has a 2-d `weight`, as transformers' routers do.
+    """Whether `module` is not a linear layer but has a 2-d `weight`, like transformers' routers.
 
-    A linear pair that a file names can change such a weight; no target spec selects it."""
+    A linear pair named in a file can change this weight; no target spec selects the module."""
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or kind_of(module) is not None:
         return False

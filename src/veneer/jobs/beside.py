@@ -29,7 +29,10 @@ def worker_beside(
     """`library`, `tenants`: as the server was given them."""
     command = [sys.executable, "-m", "veneer.cli.main", "worker", "--tied", "--nice", str(_NICE)]
     command += ["--at-once", str(at_once)]
-    given = {"VENEER_LIBRARY": library, "VENEER_TENANTS": tenants}  # a database's URL has its password in it
+    given = {
+        "VENEER_LIBRARY": library,
+        "VENEER_TENANTS": tenants,
+    }  # in the environment: a database URL contains a password
     environment = {**os.environ, **{name: value for name, value in given.items() if value is not None}}
     stopping, children = threading.Event(), list[subprocess.Popen[bytes]]()
 

@@ -34,8 +34,10 @@ def spent_by_clients(tenants: Store | None, tenant: str) -> int:
 
 
 class ClientBudget:
-    """As clients spend it. Thread-safe. A request counts from the moment that it is taken, in the database of jobs, not
-    from when the ledger has it: many that are sent at once, and jobs, do not pass each other by."""
+    """A tenant's budget as Tinker clients spend it. Thread-safe.
+
+    A request is charged in the jobs database when it is accepted, before the ledger records it, so that simultaneous
+    requests and jobs see each other's charges."""
 
     def __init__(self, jobs: JobStore, tenants: Store | None) -> None:
         self.jobs, self.tenants = jobs, tenants

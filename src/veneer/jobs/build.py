@@ -30,8 +30,9 @@ _EVERY = 300.0
 def training(
     service: Service, library: Library, *, python_graders: bool = False, session_days: float = 30.0
 ) -> Extension:
-    """The extension of a server over its own library. `python_graders`: run clients' Python as graders, in a sandbox.
-    `session_days`: how long a session of Tinker's is kept that nobody uses. Raises ResourceError without a sandbox."""
+    """The training extension of a server with its own library. `python_graders`: run Python graders from clients in a
+    sandbox. `session_days`: days after which unused Tinker sessions are removed. Raises ResourceError if
+    `python_graders` is set and no sandbox works."""
     from veneer.jobs.budget import ClientBudget
     from veneer.jobs.files import open_files
     from veneer.jobs.http.canary import canary_routes

@@ -63,10 +63,12 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
 def publish_checkpoints(
     library: Library, name: str, run: Path, adapter: Path, note: Callable[[str], None]
 ) -> dict[int, str]:  # fmt: skip
-    """The references of those that the run wished for and its folder still has, by step. `adapter`: what the run made,
-    whose tensors each has in another state. A version that is there stays: after a kill the card's times are others,
-    and the same checkpoint would come a second time, as the newest. `note`: is told of each checkpoint that is left
-    out, and why: its tensors are not the adapter's."""
+    """Add the run's requested checkpoints that still exist to the library; return their references by step.
+
+    `adapter`: the run's final adapter, with the same tensor names and shapes as each checkpoint. A version that is
+    already in the library stays: after a kill the card's times differ, so the same checkpoint would be added again, as
+    the newest version. `note`: called with the reason for each checkpoint that is left out because its tensors differ
+    from the adapter's."""
     whole = load_folder(adapter).adapter
     out: dict[int, str] = {}
     there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
@@ -94,7 +96,7 @@ def publish_checkpoints(
 
 
 def _difference(adapter: Mapping[str, torch.Size], state: Mapping[str, torch.Size]) -> str:
-    """How a checkpoint's tensors differ from the adapter's; "" where they have the same names and shapes."""
+    """Return how a checkpoint's tensors differ from the adapter's; "" if names and shapes are equal."""
     for key in sorted(adapter.keys() | state.keys()):
         if key not in state:
             return f"the checkpoint lacks {key}, which the adapter has"

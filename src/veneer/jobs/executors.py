@@ -57,11 +57,12 @@ class Executor(Protocol):
 def hand_over(
     leases: Sequence[JobLease], environment: Mapping[str, str], validation: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """The command that Python runs for these leases, wherever veneer is installed. Their tokens and the variables, some
-    of which have passwords in them, are neither in the command nor in what a cluster shows of it: they are in a file of
-    the first job's folder, for this user only, which the process reads once and removes. `validation`: of a
-    process that only validates its job, the `device` to plan for and its `room` in bytes. Raises ResourceError and
-    AdapterError."""
+    """Write the handover file for these leases; return the arguments for Python to run their process.
+
+    The file holds the leases' tokens and the environment variables, which can contain passwords, so that neither
+    appears in the command or in a cluster's dashboard. The file is in the first job's folder and readable by this user
+    only; the process reads the file once and removes it. `validation`: for a process that only validates its job, the
+    `device` to plan for and its `room` in bytes. Raises ResourceError and AdapterError."""
     job = leases[0].job
     path = job.make_folder() / f"{_HANDOVER}-{job.attempt}.json"
     tokens = {lease.job.id: lease.token for lease in leases}
@@ -72,13 +73,14 @@ def hand_over(
 
 
 def taken_over(path: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """The tokens of the jobs in such a file, and its `validation`. The file is removed, and its variables are set.
-    Raises ConfigError if it is not there: it was read before, or this machine has another veneer home."""
+    """Read a file of `hand_over`: remove the file, set its variables, and return the jobs' tokens and `validation`.
+
+    Raises ConfigError if the file does not exist: it was read already, or this machine has another veneer home."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
         if given["validation"] is not None:
-            with contextlib.suppress(OSError):  # a job that is refused leaves no folder
+            with contextlib.suppress(OSError):  # a refused job leaves no folder
                 path.parent.rmdir()
     except FileNotFoundError as error:
         what = "this process has no leases"
@@ -90,7 +92,7 @@ def taken_over(path: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
 
 
 def drop_handover(job: Job) -> None:
-    """Removes what no process has read, once the job's process has ended."""
+    """Remove handover files that no process has read, once the job's process has ended."""
     for path in job.folder.glob(f"{_HANDOVER}-*.json"):
         path.unlink(missing_ok=True)
 
@@ -137,9 +139,9 @@ class LocalExecutor(Executor):
         return self._started(name, leases, log, environment, _room_of(planned))
 
     def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
-        """Start a process that validates a new job for `device`; it is killed if it takes more than `room` bytes.
+        """Start a process that validates a new job for `device`; kill the process if it uses more than `room` bytes.
 
-        The process writes where this process does: a job that is refused leaves no folder."""
+        The process writes its log to this process's output, so that a refused job leaves no folder."""
         validation = {"device": asdict(device), "room": room}
         return self._process(
             f"{lease.job.id}-validation", [lease], None, environment, room, _VALIDATION_NICE, validation

@@ -48,9 +48,9 @@ _LOCK = 0x66696C6573  # "files": the key of PostgreSQL's advisory lock
 _GRACE = 3600.0
 """Seconds for which bytes without a row are let be: their row may be on its way."""
 _BATCH = 500
-"""Rows of one statement, and of one transaction that removes some: databases bound how many values a statement has."""
+"""Rows per statement and per removing transaction: databases limit the number of values in a statement."""
 _HOLD = 0.25
-"""Seconds for which bytes are removed while others wait for the lock."""
+"""Seconds for which one batch may remove bytes while holding the lock."""
 _REMEMBERED = 30 * 86400.0
 """Seconds for which an upload that ended is still told of."""
 
@@ -316,9 +316,10 @@ class Files:
     # -- upkeep --------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> int:
-        """Removes files and uploads that have expired, what is left of killed processes, and uploads that ended long
-        ago. Returns how many there were. Safe beside everything else, and to be killed: rows and bytes go in batches,
-        each in a short transaction."""
+        """Remove expired files and uploads, leftovers of killed processes, and uploads that ended long ago.
+
+        Return how many were removed. Safe to run concurrently with other work and to kill: rows and bytes are removed
+        in batches, each in a short transaction."""
         now, u = self.clock(), job_upload_table.c
         count = self._drop(job_file_table, job_file_table.c.expires <= now)
         with self._change() as c:
@@ -335,11 +336,11 @@ class Files:
         return count
 
     def _drop_parts(self, upload: str) -> None:
-        """The parts of an upload that has ended."""
+        """Remove the parts of an upload that has ended."""
         self._drop(job_part_table, job_part_table.c.upload == upload)
 
     def _drop(self, table: Table, which: ColumnElement[bool]) -> int:
-        """Deletes those rows of files or parts, and the bytes that no row has then. Returns how many rows went."""
+        """Delete the selected rows of files or parts, and bytes left without a row. Return the number of rows."""
         count, t = 0, table.c
         while True:
             with self._change() as c:
@@ -353,7 +354,7 @@ class Files:
     def _release(self, contents: Iterable[tuple[str, str]]) -> int:
         """Removes those of some bytes, by tenant and sha256, that no row has. Returns how many."""
         count, wanted = 0, sorted(set(contents))
-        with reading(self.engine) as c:  # most have a row, and need not wait for the lock
+        with reading(self.engine) as c:  # most contents still have a row and need no lock
             kept = _with_rows(c, wanted)
         left = [content for content in wanted if content not in kept]
         while left:
@@ -424,7 +425,7 @@ def _columns() -> list[Column[Any]]:
 
 
 def _with_rows(c: Connection, contents: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Those of some bytes, by tenant and sha256, that a file or a part has."""
+    """Return which of these contents (tenant, sha256) a file or a part still uses."""
     found: set[tuple[str, str]] = set()
     for tenant in {tenant for tenant, _ in contents}:
         hashes = [sha256 for owner, sha256 in contents if owner == tenant]

@@ -34,7 +34,7 @@ def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
 
 
 def input_bytes(job: Job) -> int | None:
-    """Return the bytes of the files that validating a job reads; None if one of them is no file of this machine."""
+    """Return the total size of the files that validating a job reads; None if one is not a file on this machine."""
     data, after = job.config.get("data"), job.about.get("after") or {}
     sections: list[Any] = [data, after.get("evaluate")]
     names: list[Any] = []

@@ -3,9 +3,9 @@
     KubernetesExecutor(image="registry/veneer:1.0", namespace="training", claim="veneer-home", secret="veneer")
 
 `image`: with veneer in it. `claim`: a volume that all nodes may write to, with the veneer home; it is mounted where the
-veneer home of the worker is. A job's process finds its lease and the addresses of the queue there; its Job has neither.
-`secret`: its keys become variables of the environment; VENEER_LIBRARY_INDEX, and VENEER_TENANTS if that is a URL,
-are then taken from it. By the official client, with the worker's own service account, or whatever kubeconfig says.
+worker's veneer home is. A job's process reads its lease and the queue's addresses from a file there; its Job has
+neither. `secret`: its keys become environment variables; VENEER_LIBRARY_INDEX, and VENEER_TENANTS if it is a URL,
+then come from the secret. Uses the official client, with the worker's service account or the kubeconfig.
 """
 
 from __future__ import annotations

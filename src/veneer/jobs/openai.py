@@ -340,14 +340,14 @@ _OURS = {
 
 _KEYS = "|".join(re.escape(key) for key, _ in config_keys() if "." in key)
 _SETTING = re.compile(rf"\b(?:{_KEYS})\b(?!\.\w)(?:=\S+)?|\bveneer [a-z]+")
-"""A setting of a configuration, or a command: of no use to a client, whose job has neither."""
+"""A configuration setting or a command, neither of which an API client can use."""
 _SETTINGS = {"data.max_length": "what the base reads", "data.format": "the format"}
 _LISTED = 3
-"""Lines of a list that a client reads; its beginning says how many there are."""
+"""Most lines of a list that a client sees; the text before the list gives their number."""
 
 
 def _in_one_line(text: str) -> str:
-    """What the command line shows in several lines, with settings by what they are. Hints (`fix:`) are left out."""
+    """Join a message for the command line into one line; describe settings in words and drop hints (`fix:`)."""
     head, *lines = text.splitlines() or [""]
     listed = [line.strip().removeprefix("- ") for line in lines if not line.strip().startswith(("fix:", "…"))]
     more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
@@ -356,7 +356,7 @@ def _in_one_line(text: str) -> str:
 
 
 def _event_text(event: JobEvent) -> str:
-    """An event's message in one line; of what is checked before the training what concerns the rows."""
+    """Return an event's message in one line; for preflight events, only findings about the rows."""
     if event.kind != "preflight":
         return _in_one_line(event.message.removeprefix("warning: "))
     found = [

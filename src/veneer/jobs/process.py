@@ -2,9 +2,9 @@
 
     python -m veneer.jobs.process FILE [--tied]
 
-Whoever starts it (`executors`) has the lease, and renews it; this process writes under its token. `FILE`: from
-`executors.hand_over`, with the jobs' tokens and where the queue is. `--tied`: it ends at once when its standard input
-does, that is with whoever started it.
+The starting process (`executors`) holds and renews the lease; this process writes under the lease's token. `FILE`: from
+`executors.hand_over`, with the jobs' tokens and the queue's addresses. `--tied`: end as soon as standard input ends,
+which happens when the starting process ends.
 
 Each lease has a folder of its own, `attempt-N`, into which the one before it is renamed with its checkpoints. So a
 process that was taken for dead and is not can write, but never where its successor does. The run goes on from its last
@@ -67,7 +67,7 @@ _AGAIN = 2.0
 
 
 def _validate_job(library: Library, job: str, token: str, device: Device, room: int) -> int:
-    """Validate one job in this process; return 0, or 75 if the job stays as it is, to be validated again."""
+    """Validate one job in this process; return 0, or 75 if the job has to be validated again."""
     store = JobStore(library)
     try:
         lease = store.held(job, token)

@@ -3,7 +3,7 @@
     RayExecutor("http://head:8265", gpus=1)
 
 The machines of the cluster need veneer, the base, and the same veneer home, on a file system that all share. A job's
-process finds its lease and the addresses of the queue there: Ray's dashboard shows neither.
+process reads its lease and the queue's addresses from a file there; Ray's dashboard shows neither.
 """
 
 from __future__ import annotations

@@ -332,8 +332,8 @@ class JobStore:
         diagnostics: bool = True,
     ) -> tuple[list[JobEvent], bool]:  # fmt: skip
         """Events, the oldest first, those with a number above `after`, and whether there are more. `newest`: the newest
-        first, those with a number below `after`, if that is not 0. `diagnostics`: with notes of the level info, which
-        say how a run used its machine. Raises UnknownJob."""
+        first, those with a number below `after`, if that is not 0. `diagnostics`: include notes of level info, which
+        describe how a run used its machine. Raises UnknownJob."""
         e = job_event_table.c
         query = select(job_event_table).order_by(e.number.desc() if newest else e.number).limit(limit + 1)
         if after or not newest:
@@ -370,9 +370,10 @@ class JobStore:
         return None if row is None else JobBill(**row._mapping)
 
     def reserve(self, tenant: str, cost: int, budget: int, posted: int) -> None:
-        """Take `cost` of a tenant's budget of this month (UTC) for training that is no job, in one transaction with the
-        check, so that jobs and clients see each other. `posted`: what the ledger has of such training. In millionths.
-        Raises OverBudget."""
+        """Take `cost` from a tenant's budget for this month (UTC), for training by a Tinker client.
+
+        Check and reservation are one transaction, so that jobs and clients see each other's costs. `posted`: the cost
+        of such training that the ledger already has. All amounts are in millionths. Raises OverBudget."""
         r = job_reservation_table.c
         with self._writing() as (c, now):
             jobs, spent = _committed(c, tenant, now), max(posted, _reserved(c, tenant, now))
@@ -455,11 +456,11 @@ class JobStore:
     ) -> JobLease | None:  # fmt: skip
         """A lease, for so many seconds, of a job to validate or to train; None where nothing is to be done.
 
-        First those whose lease ran out; else the oldest job of the tenant that has the fewest running, and of those the
-        lowest `order`. `at_once`: how many a tenant may have running, None for any number. While jobs are validated,
-        those that are being validated count as running. `only`: this job or none. A job that lost its worker too
-        often fails here. Those that one process trained are there again when the last of them is, or when who asks
-        has taken the others up already (`beside`)."""
+        Jobs with an expired lease come first; then the oldest job of the tenant with the fewest running jobs, and among
+        equal tenants the tenant with the lowest `order`. `at_once`: how many running jobs a tenant may have, None for
+        any number. For `validating`, jobs being validated count as running. `only`: this job or none. A job that lost
+        its worker too often fails here. Jobs trained in one process become available together, once every lease of the
+        group has expired or the caller holds the others' leases (`beside`)."""
 
         def next_ones(c: Connection, now: float) -> list[Job]:
             chosen = [_parted(now, beside)] + ([] if only is None else [job_table.c.id == only])
@@ -496,7 +497,7 @@ class JobStore:
         self, at_once: Callable[[str], int | None] = lambda tenant: None, *, beside: Sequence[JobLease] = (),
         state: Literal["validating", "queued"] = "queued", order: Callable[[str], float] = lambda tenant: 0.0,
     ) -> list[Job]:  # fmt: skip
-        """Jobs that `take` would give to be trained, or validated, one after the other; the first hundred."""
+        """Return the jobs that `take` would return to train or validate, in order; at most a hundred."""
         with reading(self.engine) as c:
             now = self._now(c)
             return self._waiting(c, state, now, at_once, [_parted(now, beside)], 100, order)
@@ -505,9 +506,10 @@ class JobStore:
         self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None],
         chosen: Sequence[ColumnElement[bool]], limit: int, order: Callable[[str], float],
     ) -> list[Job]:  # fmt: skip
-        """Those whose lease ran out before those that wait; of these the first of every tenant before the second of
-        any, what it has running counted, and as many as it may have; of tenants that are equal in this the one with
-        the lowest `order`, and then the oldest job."""
+        """Return the next jobs: jobs with an expired lease first, then waiting jobs.
+
+        Among waiting jobs, every tenant's first job comes before any tenant's second; running jobs count, and no tenant
+        exceeds `at_once`. Ties go to the tenant with the lowest `order`, then to the oldest job."""
         j = job_table.c
         held = "running" if state == "queued" else state
         late = select(job_table).where(j.state == held, j.until <= now, *chosen).order_by(j.number).limit(limit)
@@ -571,8 +573,8 @@ class JobStore:
         self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None, spent: int = 0
     ) -> Job:  # fmt: skip
         """A validated job waits to be trained, and nobody has it any more. `plan`: with `tokens` and `steps`. `price`:
-        for a million tokens; `budget`: of the tenant in a month (UTC); `spent`: what of it the ledger has of training
-        that is no job; all in millionths.
+        for a million tokens; `budget`: the tenant's for a month (UTC); `spent`: the part that the ledger has recorded
+        for training by Tinker clients; all in millionths.
 
         Raises OverBudget where this job, what waits and runs, and what was spent this month are together more than the
         budget; LeaseLost."""
@@ -592,8 +594,8 @@ class JobStore:
             return self._move(c, job, "queued", now, what)
 
     def release(self, lease: JobLease, why: str) -> Job:
-        """Gives a job that is trained back to the queue, to go on from its last checkpoint; one that is validated is to
-        be validated again. Raises LeaseLost."""
+        """Return a job in training to the queue, to resume from its last checkpoint; a job in validation will be
+        validated again. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             c.execute(update(job_table).where(job_table.c.id == job.id).values(**_LEFT))
             if job.state == "validating":

@@ -74,7 +74,7 @@ job_reservation_table = Table(
     _TABLES,
     Column("tenant", Key(), primary_key=True),
     Column("month", Key(), primary_key=True),  # 2026-11, in UTC
-    *_columns(BigInteger, "spent"),  # of its budget, by clients that train step by step: billed, or about to be
+    *_columns(BigInteger, "spent"),  # budget used by Tinker clients, billed or about to be billed
 )
 
 # -- files -------------------------------------------------------------------------------------------------------------

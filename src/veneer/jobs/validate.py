@@ -86,8 +86,9 @@ def validated(
     room: int | None = None,
 ) -> Job:  # fmt: skip
     """Looks at a job and queues it, or ends it as failed. `tenants`: whose ledger has what else was trained of the
-    budget. `room`: bytes that this process may hold; by default all that are free here. Raises LeaseLost, and what is
-    nobody's fault who asked (a disk or a database that is away): then the job stays as it is, to be looked at again."""
+    budget. `room`: bytes of memory that this process may use; by default, all free memory. Raises LeaseLost. Also
+    raises errors that the job did not cause (a disk or database outage); the job then stays as it is, to be validated
+    again."""
     try:
         if terms.jobs == 0:
             raise ConfigError(
@@ -210,7 +211,7 @@ bytes a row, where it is 37 times as much."""
 
 
 def _check_size(config: TrainConfig, held: HeldOut | None, room: int | None) -> None:
-    """Raises PreflightError for rows that `room` bytes, or the free memory of this machine, cannot hold."""
+    """Raises PreflightError if the rows do not fit into `room` bytes or this machine's free memory."""
     import psutil
 
     names = [*config.data.files("train"), *config.data.files("validation"), *(held.files if held is not None else ())]

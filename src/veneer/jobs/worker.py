@@ -7,9 +7,9 @@ from the last checkpoint of each. Asked to end, it has its jobs' processes save 
 looks all the time whether a job is still its own: one that was paused or cancelled is not, and its process is stopped.
 While the database is away jobs go on as long as their leases are sure to be its own.
 
-New jobs are validated in processes of their own on this machine, while others are trained. Such a process is bounded
-in memory and time, it stops when its job is cancelled, no tenant has more than one, and the tenant that waited longest
-is next. One of these processes is kept for jobs with small files, so that large files never delay them.
+New jobs are validated in separate processes on this machine, while other jobs are trained. A validation has limits on
+memory and time and stops if its job is cancelled. No tenant has more than one validation at a time, and the tenant that
+has waited longest is next. One slot is reserved for jobs with small files, so that large files never delay them.
 
 On this machine (LocalExecutor) jobs that wait and share a base are trained by one process where that pays (`joining`).
 Each has its lease and is looked after by itself: one that is paused or cancelled leaves, and the process goes on with
@@ -45,11 +45,11 @@ from veneer.train.signals import heard
 _SWEEP = 3600.0
 """Seconds between two looks at what is left of jobs that ended."""
 _VALIDATIONS = 2
-"""Jobs that are validated at once, of which one may have large files."""
+"""Jobs validated at once, of which one can have large files."""
 _SMALL = 4 << 20
-"""Bytes of files from which on they are large."""
+"""Total bytes from which a job's files count as large."""
 _SHORTEST, _LONGEST, _RATE = 180.0, 1800.0, 50_000
-"""Seconds that a validation may take: at least, at most, and for so many bytes of files one more than at least."""
+"""Time limit of a validation in seconds: minimum, maximum, and bytes of files per second added to the minimum."""
 
 
 @dataclass
@@ -71,8 +71,8 @@ class _Running:
 
 @dataclass(frozen=True)
 class _Validation:
-    """What bounds a validation. `large`: its files are large. `seconds`: how long it may take, `deadline` on the
-    monotonic clock. `room`: bytes of memory."""
+    """The limits of a validation. `large`: its files are large. `seconds`: its time limit; `deadline`: when the limit
+    ends on the monotonic clock. `room`: bytes of memory."""
 
     large: bool
     seconds: float
@@ -103,7 +103,7 @@ class Worker:
         self._running: list[_Running] = []
         self._local = executor if isinstance(executor, LocalExecutor) else LocalExecutor()
         self._served: dict[str, float] = {}
-        """Tenant -> when this worker last began to validate one of its jobs."""
+        """When this worker last started to validate a job, by tenant."""
         self._stop = threading.Event()
         self._away = False
 
@@ -127,7 +127,7 @@ class Worker:
     # -- new jobs ------------------------------------------------------------------------------------------------------
 
     def _validate_next(self) -> bool:
-        """Start to validate one more job if there is a free place for it; return whether one was started."""
+        """Start to validate one more job if there is a free slot; return whether a validation was started."""
         now = [each.validation for each in self._running if each.validation is not None]
         if len(now) >= _VALIDATIONS:
             return False
@@ -157,8 +157,9 @@ class Worker:
         self._running.append(_Running(self._local, [lease], place, begun + self.lease, 1, validation=bounds))
 
     def _validation_ended(self, lease: JobLease, bounds: _Validation, ended: Ended, stopping: bool) -> None:
-        """Settle the job of a validation that has ended: nothing is left to do if it ended by itself. If the database
-        or a disk was away the lease runs out, and the job is validated again."""
+        """Settle the job of a validation that has ended; nothing is left to do if the process ended by itself.
+
+        If the database or a disk was unavailable, the lease expires and the job is validated again."""
         error = {"kind": "preflight", "where": "data.train"}
         if ended.memory:
             what = f"reading the rows takes more than the limit of {gigabytes(bounds.room)} of memory"
@@ -173,8 +174,9 @@ class Worker:
     # -- jobs that are trained -----------------------------------------------------------------------------------------
 
     def _round(self, *, validate_first: bool = False) -> bool:
-        """Looks after all that runs, and takes one more job if there is room; whether it did. `validate_first`: trains
-        nothing new as long as jobs are validated."""
+        """Watch all running jobs, and start one more if there is room; return whether a job was started.
+
+        `validate_first`: do not start training while jobs are being validated."""
         with self._outlasting():
             for running in [*self._running]:
                 self._watch(running)
@@ -263,7 +265,9 @@ class Worker:
         """What becomes of a job whose process has ended."""
         if running.validation is not None:
             self._validation_ended(lease, running.validation, ended, running.stopping is not None)
-        elif ended.memory and running.jobs > 1:  # whoever took it: each goes on by itself, and is held to its own plan
+        elif (
+            ended.memory and running.jobs > 1
+        ):  # any of them may have used the memory: train each alone, within its plan
             self.store.note(lease, place="")
             self.store.release(lease, "its process was ended, to go on by itself from its last checkpoint")
         elif ended.memory:

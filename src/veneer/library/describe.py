@@ -20,15 +20,15 @@ from veneer.formats.card import sample_messages
 from veneer.formats.folder import MLX_FILE
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", MLX_FILE, "veneer.json", "README.md")
-"""What a folder with an adapter's configuration has of it."""
+"""The files of an adapter's folder that the library keeps."""
 _MAX_WORDS = 20_000
 _PICTURE = re.compile(r"data:(image/(?:jpeg|png|webp));base64,([A-Za-z0-9+/=]+)")
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What an adapter has gained over its base on held-out data: the loss before, and of what was kept. `rewarded`: of
-    reinforcement, whose loss is minus the mean reward."""
+    """An adapter's gain over its base on held-out data: the loss before training and of the saved adapter. `rewarded`:
+    from reinforcement, where the loss is minus the mean reward."""
 
     before: float
     after: float
@@ -69,8 +69,9 @@ def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
 
 
 def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
-    """`prompt`, `base` and `adapter`: what both said to a held-out prompt once the adapter was trained; None where the
-    card has no such sample. All that came before the answer is in `card_prompt`."""
+    """Return the answers of `base` and `adapter` to a held-out `prompt` after training; None if the card has no sample.
+
+    `prompt` is the last message only; `card_prompt` returns all messages."""
     extra = card.get("extra")
     sample = extra.get("sample") if isinstance(extra, dict) else None
     keys = ("prompt", "base", "adapter")
@@ -80,7 +81,7 @@ def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The messages of the prompt that the card keeps, with the system message of its row; [] if it keeps none."""
+    """Return the messages of the card's prompt, with the row's system message; [] if the card has no prompt."""
     extra = card.get("extra")
     return sample_messages(extra) if isinstance(extra, dict) else []
 
@@ -151,7 +152,7 @@ def content_of(path: Path) -> Content:
         raise AdapterError(f"the folder has no {PEFT_FILES[0]}", where=str(path), fix=fix)
     own = [n for n in PEFT_FILES if (here / n).is_file()]
     if "adapter_model.safetensors" in own and MLX_FILE in own:
-        own.remove(MLX_FILE)  # not the file that is read
+        own.remove(MLX_FILE)  # PEFT's file is the one that is read
     left = sorted(p.name for p in here.iterdir() if p.name not in own)
     return Content(here, {n: here / n for n in own}, left)
 

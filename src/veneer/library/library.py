@@ -124,7 +124,7 @@ class Library:
         return NotInLibrary(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
     def knows_base(self, name: str) -> bool:
-        """Whether an adapter here belongs to a base of this name, or of a path that ends in it."""
+        """Whether an adapter in this library belongs to a base with this name, or to a path that ends with the name."""
         return bool(self.search(base=name, limit=1))
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:

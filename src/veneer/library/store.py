@@ -35,7 +35,7 @@ _WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory
 """fsspec protocols whose files appear whole: elsewhere a file is written under another name and moved."""
 
 S3_SECONDS = 10.0
-"""Seconds after which S3 that sends nothing counts as away, for each attempt."""
+"""Seconds without a reply from S3 after which an attempt fails."""
 
 
 def blob_path(sha256: str) -> str:
@@ -81,8 +81,8 @@ def open_store(location: str) -> LocalStore | RemoteStore:
 
 
 def open_remote(location: str) -> tuple[Any, str]:
-    """Return the file system of an fsspec URL, and the path in it. S3 that stops answering fails after four attempts of
-    `S3_SECONDS`; its client's own defaults are 25 attempts of a minute. Raises what fsspec does."""
+    """Return the file system of an fsspec URL, and the path in it. If S3 stops answering, a call fails after four
+    attempts of `S3_SECONDS` each; the client's defaults are 25 attempts of a minute. Raises fsspec's errors."""
     import fsspec  # type: ignore[import-untyped]
 
     options: dict[str, Any] = {"use_listings_cache": False}

@@ -1,10 +1,10 @@
-"""The fields of a config that say what a model computes, by name, with the values that they have if nobody sets them.
+"""The config fields that decide what a model computes, with their default values.
 
     python -m veneer.models.architecture > architecture.json && mv architecture.json src/veneer/models/
 
-A fingerprint leaves out fields at their defaults. Defaults of transformers and diffusers change with their versions, so
-those are the ones written down in architecture.json: by model type, and by class for diffusers. A row that is there is
-never changed, as adapters remember fingerprints made with it; the command adds rows for types that have none.
+A fingerprint omits fields at their defaults. The defaults of transformers and diffusers change between versions, so
+architecture.json records them: by model type, and by class for diffusers. Existing rows never change, because adapters
+store fingerprints computed with these rows; the command only adds rows for new types.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# What a config holds besides the model's shape: provenance, storage, generation, heads for other tasks, training.
+# Fields that are not the model's shape: provenance, storage, generation, heads for other tasks, training.
 NOT_SHAPE = {
     "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_model_name_or_path", "_name_or_path",
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
@@ -39,8 +39,8 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def usual_fields(kind: str, installed: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of a model type or of a class of diffusers. `installed`: those of the library that is installed,
-    which hold for fields and kinds that are not in the table."""
+    """Return the defaults of a model type or a diffusers class. `installed`: the installed library's defaults, used for
+    fields and kinds that are not in the table."""
     return _over(installed, _table().get(kind, {}))
 
 
@@ -54,7 +54,7 @@ def _over(installed: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str,
 
 
 def _named_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that a fingerprint counts, as JSON values."""
+    """Return the fields that count for a fingerprint, as JSON values."""
     return {name: plain_value(value) for name, value in fields.items() if name not in NOT_SHAPE}
 
 
@@ -70,7 +70,7 @@ def plain_value(value: Any) -> Any:
 
 
 def _rows() -> dict[str, dict[str, Any]]:
-    """The table, with rows for types that the installed libraries have and it has not."""
+    """Return the table, extended by rows for types that only the installed libraries have."""
     import diffusers
     import transformers
 

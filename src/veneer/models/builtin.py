@@ -42,7 +42,7 @@ class Builtin:
 
     @property
     def hub_id(self) -> str:
-        """What hubs call the model that this is a copy of."""
+        """The hub ID of the model that this base is a copy of."""
         return hub_id(self.name)
 
 

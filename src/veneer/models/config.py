@@ -3,7 +3,7 @@
     fields = read_config_json(folder / "config.json")     the file's object, checked
     check_config(fields, where)                      the same of one that was read
     check_words(fields, where)                       activations and rotary scalings, which transformers alone knows
-    layer_heads(config)                              the attention heads of each layer, of transformers' config
+    layer_heads(config)                              the attention heads of each layer, from transformers' config
 
 Of the families and denoisers that are named here; others are transformers' and diffusers' business. A key that is null
 counts as missing. `check_config` needs neither torch nor transformers.
@@ -92,9 +92,9 @@ def check_config(fields: _Fields, where: str) -> None:
 
 
 def layer_heads(config: Any) -> list[tuple[int, int, int]]:
-    """(heads, key and value heads, size of a head) of each layer, from transformers' config of a language model.
+    """Return (heads, key and value heads, size of a head) for each layer, from a language model's transformers config.
 
-    Layers can differ (Gemma 4's full attention has wider heads), which the config says layer by layer."""
+    Layers can differ (Gemma 4's full attention has wider heads); the config then lists each layer's values."""
     found = []
     for layer in config.per_layer_config:
         heads = getattr(layer, "num_attention_heads", None) or 1

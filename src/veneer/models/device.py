@@ -48,9 +48,10 @@ def check_device_name(device: str, where: str) -> None:
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device of that name; for "auto" a CUDA device, or the CPU if there is none. A CUDA device has its number, as
-    the tensors on it have: without one it is torch's current device. Raises ConfigError for a device that this machine
-    does not have."""
+    """Return the device with this name; for "auto", a CUDA device, or the CPU if there is none.
+
+    A CUDA device has an index, like the devices of tensors; "cuda" means torch's current device. Raises ConfigError for
+    a device that this machine does not have."""
     import torch
 
     if device == "auto":
@@ -108,8 +109,8 @@ def _bf16_hardware(device: torch.device) -> str:
 
 
 def free_on_gpu(device: torch.device) -> int:
-    """Bytes that this process can still take on a CUDA device: what is free there, and what torch's allocator keeps
-    for the next tensors."""
+    """Return the bytes that this process can still allocate on a CUDA device: free memory plus the memory that torch's
+    allocator keeps for reuse."""
     import torch
 
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

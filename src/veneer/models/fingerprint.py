@@ -3,8 +3,8 @@
     fingerprint = sha256( config fields that shape the model  ‖  name, dtype, shape, sha256(bytes) of every weight )
 
 Tensors go in by name, so resharding a base, saving it again or editing its card leaves the fingerprint alone; a changed
-weight or a changed rope base does not. Fields at their defaults do not count, whatever the installed transformers has
-for a default (see architecture), nor do token ids and other settings of generation.
+weight or a changed rope base does not. Fields at their defaults do not count, and the defaults do not depend on the
+installed transformers (see architecture). Token ids and other settings of generation do not count either.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def file_sha256(file: Path) -> str:
 
 
 def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a config that decide what the model computes, without those at their defaults (see architecture).
+    """Return the config fields that decide what the model computes, except fields at their defaults (see architecture).
 
     Numbers are rounded to six digits, because a GGUF stores 1e-5 as the nearest float32."""
     mine = config.to_dict()

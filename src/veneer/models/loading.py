@@ -99,16 +99,15 @@ def _unfilter(added: Any) -> None:
 
 
 _SCALES = re.compile(r"(.*\.)?(scale_weight|weight_scale(_inv|_2)?|scaled_fp8|comfy_quant)")
-"""Tensors that quantised weights are nothing without."""
+"""Tensors that quantized weights cannot be read without."""
 
 
 def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] | None = None) -> tuple[str, ...]:
-    """Notes on tensors of the files that the model has no place for. `info`: what transformers and diffusers return
-    with output_loading_info. `harmless`: the only names that may have no place; by default all but the scales of
-    weights.
+    """Return notes on stored tensors that the model does not use.
 
-    Raises BaseError for missing tensors, for those of another shape and for those with no place that are not
-    harmless."""
+    `info`: the result of output_loading_info in transformers or diffusers. `harmless`: names of tensors that can be
+    ignored; by default, all except scales of weights. Raises BaseError for missing tensors, tensors of another shape,
+    and unused tensors that are not harmless."""
     problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
     problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
     if problems:
@@ -123,8 +122,7 @@ def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] 
 
 
 def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] | None = None) -> None:
-    """Raises BaseError for tensors that the model has no place for and that change what it computes. `harmless`: as
-    `check_loaded` has it."""
+    """Raises BaseError for unused tensors that are not harmless. `harmless`: as in `check_loaded`."""
     names = list(names)
     if scales := [name for name in names if _SCALES.fullmatch(name)]:
         raise BaseError(

@@ -285,8 +285,8 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
 
 
 def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
-    """Every weight by name, read when it is indexed; the parts of a quantised weight are joined, and weights in 8-bit
-    floats come multiplied by their scales, in float32."""
+    """Return every weight by name, read when indexed. The parts of a quantized weight are joined, and scaled 8-bit
+    float weights are multiplied by their scales, in float32."""
     by_name = {t.name: t for t in table}
     scaled = scaled_weights(table)
     extra: set[str] = {name for name in by_name if scaled and name.rpartition(".")[2] == _SCALED_MARKER}
@@ -315,12 +315,13 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALED_MARKER = "scaled_fp8"
 _SCALED_FORMAT = "comfy_quant"
 _SCALED_EXTRAS = ("scale_input", "input_scale", _SCALED_FORMAT)
-"""Stored beside a scaled weight: the range of its inputs, which 8-bit products need and ours do not, and the format."""
+"""Tensors stored next to a scaled weight: the range of its inputs, used only by 8-bit products, and the format."""
 
 
 def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
-    """Weight -> its scale, for weights in 8-bit floats: w = stored · scale. ComfyUI writes `scale_weight` beside a
-    `scaled_fp8` marker, and since 2025 `weight_scale` beside `comfy_quant`."""
+    """Return the scale of each scaled 8-bit float weight, by weight name: w = stored · scale.
+
+    ComfyUI writes `scale_weight` with a `scaled_fp8` marker, or `weight_scale` with `comfy_quant`."""
     by_name = {t.name: t for t in table}
     found = {}
     for name, stored in by_name.items():
@@ -332,7 +333,8 @@ def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _scaled_values(weight: StoredTensor, scale: StoredTensor, about: StoredTensor | None) -> Callable[[], Tensor]:
-    """Reads stored · scale, rounded once to float32. The scale is one number, or one for each row."""
+    """Return a function that reads stored · scale, rounded once to float32. The scale is a scalar or has one value per
+    row."""
 
     def read() -> Tensor:
         where = f"{weight.file}: {weight.name}"

@@ -34,8 +34,8 @@ _FILES = (".gguf", ".safetensors")
 
 @dataclass(frozen=True)
 class KnownBase:
-    """A base that can be named without a path. `path`: where it is or will be. `here`: whether it exists. `hub_id`: of
-    the model that it is a copy of, if a hub has it."""
+    """A base that can be named without a path. `path`: where it is or will be. `here`: whether it exists. `hub_id`: the
+    hub ID of the model that the base is a copy of, if a hub has the model."""
 
     name: str
     path: Path

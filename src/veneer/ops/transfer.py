@@ -43,7 +43,7 @@ def put_numbers(device: torch.device, *lists: Sequence[int]) -> list[Tensor]:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """A tensor in float64, with its gradient: on its own device, or on the CPU if that has no float64 (MPS)."""
+    """Return `tensor` in float64, keeping gradients: on its device, or on the CPU if the device lacks float64 (MPS)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 

@@ -59,7 +59,7 @@ def image_settings(load: ImageLoad) -> Iterator[tuple[ImageLoad, tuple[str, ...]
     """Ways to train the same pictures in less and less memory, the faster ones first, with the keys that say them."""
     kinds = (None, "int8", "nf4")
     ways: list[tuple[str | None, bool, int]] = [(kind, again, 0) for kind in kinds for again in (False, True)]
-    ways += [(None, True, count) for count in shares_of_blocks(load.blocks)]  # quantised blocks stay on the card
+    ways += [(None, True, count) for count in shares_of_blocks(load.blocks)]  # quantized blocks stay on the card
     for rank in sorted({load.rank, min(load.rank, 4)}, reverse=True):
         for kind, again, count in ways:
             said = [f"base.quantise={kind}"] if kind else []

@@ -34,7 +34,7 @@ _MARGIN = 0.03
 @dataclass(frozen=True)
 class Change:
     """Settings to change together. `slower`: seconds per token over those of the run as it was given. `settings`:
-    `section.key=value`; of more devices, which no key says, words."""
+    `section.key=value`, or a description for more devices, which have no key."""
 
     names: tuple[str, ...]
     settings: tuple[str, ...]
@@ -125,7 +125,7 @@ def _four_bits(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _offload(load: AnyLoad, device: Device) -> Iterator[Step]:
-    """Of pictures, where blocks are recomputed and not quantised: what memory.offload_blocks needs."""
+    """Steps with memory.offload_blocks, for image loads with recomputed, unquantized blocks on a GPU."""
     if device.kind == "cuda" and isinstance(load, ImageLoad) and load.checkpointing and load.quantise is None:
         for count in shares_of_blocks(load.blocks):
             if count > load.offload:
@@ -133,7 +133,7 @@ def _offload(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def shares_of_blocks(blocks: int) -> list[int]:
-    """A quarter, a half, three quarters and all of so many blocks."""
+    """Return a quarter, a half, three quarters and all of this number of blocks."""
     return sorted({-(-blocks * quarters // 4) for quarters in (1, 2, 3, 4)} - {0})
 
 

@@ -45,9 +45,9 @@ _TARGET_ENDINGS = {
 @dataclass(frozen=True)
 class ImageLoad:
     """Pictures in a micro-batch, and how they are trained. `targets`: a key of TARGET_ENDINGS. `offload`: how many of
-    the denoiser's `blocks` wait in the CPU's memory, the last ones. `stays`: text encoders and VAE stay in memory.
-    `bare`: forwards of the base alone in a step, beside the one that learns. `before`: pictures that each is an edit
-    of, of its size. `form`: what stands beside a weight, of `rank`."""
+    the denoiser's `blocks`, counted from the last, stay in CPU memory until needed. `stays`: text encoders and VAE stay
+    in memory. `bare`: forwards of the base alone per step, besides the trained forward. `before`: source images per
+    picture (editing), of the picture's size. `form`: the adapter's form, of `rank`."""
 
     pictures: int = 1
     height: int = 1024
@@ -72,9 +72,9 @@ class ImageCounts:
     base's dtype kept for the backward pass, `kept32`: bytes of float32 beside them; `inputs`: values that recomputing
     keeps; `block`: values of the largest block. `products`, `attention`, `low_rank`: operations, forward and backward.
     `encoders`: parameters of text encoders and VAE. `text`: tokens of a caption. `buffers`: values that are no
-    parameters and stand in memory as they do. `made`: float32 values made of an adapter's parts, beside its
-    pictures. `pictures`: whose tokens go through together: what is learned, and what is before it.
-    `blocks`: parameters of each block, which memory.offload_blocks counts."""
+    parameters and stand in memory as they do. `made`: float32 values computed from an adapter's parts, besides its
+    pictures. `pictures`: pictures whose tokens are processed together: the trained picture and its source images.
+    `blocks`: parameters of each block that memory.offload_blocks can move."""
 
     targets: frozenset[str]
     rank: int
@@ -587,7 +587,7 @@ def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, proces
     moving = kept + working
     away = _away(counts, load)
     host = e * sum(away)
-    weights += e * max(away, default=0) - host  # the block whose turn it is
+    weights += e * max(away, default=0) - host  # the block in use
     gradients = 4 * counts.trainable if load.micros > 1 else max(0.0, 4 * counts.trainable - moving)
     dequantised = counts.largest * e if load.quantise else 0
     cuda = device.kind == "cuda"
@@ -600,7 +600,7 @@ def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, proces
 
 
 def _away(counts: ImageCounts, load: ImageLoad) -> list[int]:
-    """Parameters of each block that waits in the CPU's memory."""
+    """Return the parameters of each block that stays in CPU memory until needed."""
     return counts.blocks[-load.offload :] if load.offload else []
 
 

@@ -66,8 +66,8 @@ CPU_ROUNDING = 0.04
 class Load:
     """What a run puts through a base. `lengths`: tokens of each row in the largest micro-batch; `trained`: the share
     of them with a loss. `micros`: micro-batches in a step. `dtype`: of the base. `quantise`: nf4, fp4, int8 or None;
-    `double`: its constants are quantised too. `inputs_on_host`: inputs of recomputed layers wait in the CPU's memory.
-    `kept`: bytes of layers that stay dequantised. `whole`: parameters trained beside the pairs (full copies, token
+    `double`: its constants are quantized too. `inputs_on_host`: inputs of recomputed layers stay in CPU memory.
+    `kept`: bytes of layers that stay dequantized. `whole`: parameters trained besides the pairs (full copies, token
     rows). `compared`: each token's distribution is compared with another model's."""
 
     lengths: tuple[int, ...]

@@ -343,7 +343,7 @@ def image_plan(
 
 
 def _times(passes: float) -> str:
-    """Of a short run with decimals: 0.5 times, once, 3 times, 1,000 times."""
+    """Return the number of passes in words, with decimals below 100: 0.5 times, once, 3 times, 1,000 times."""
     if passes == 1:
         return "once"
     return f"{passes:,.0f} times" if passes >= 100 else f"{passes:.3g} times"

@@ -341,8 +341,8 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts")
 def module_shape(model: Any) -> TextShape:
     """The shape of a built language model, attached or not: exact in its parameters, whatever its family.
 
-    How it attends is read off its config; a layer that names its matrices unlike Llama has each as its own product.
-    Weights outside the layers (Gemma 4's embeddings for each layer) count with the first layer."""
+    The config gives the attention; in a layer whose matrices are not named like Llama's, each matrix is a separate
+    product. Weights outside the layers (Gemma 4's embeddings for each layer) count with the first layer."""
     from veneer.core.targets import base_modules, expert_parameters, kind_of
 
     config = model.config.get_text_config()

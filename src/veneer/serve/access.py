@@ -1,4 +1,4 @@
-"""What every surface asks first: which principal sent a request, what a name means to it, what it may use.
+"""Access checks for every surface: the principal of a request, the meaning of a name, and the limits.
 
     caller = await tenancy.caller(key)                        401 for an unknown key
     served = catalog.resolve(model, caller)                   404 for what is not there or not theirs: never the base
@@ -22,7 +22,7 @@ from veneer.serve.request import DigestMix, Refused, Usage
 from veneer.serve.tenancy.keys import admin_hash, same
 
 SHADOWS = Principal("operator", weight=0.1)
-"""The principal of shadow requests: the ledger books them on the operator, and they use no tenant's share."""
+"""The principal of shadow requests: they are billed to the operator and use no tenant's share."""
 BEHIND = "~shadows"
 """Pseudo-tenant that shadow requests are scheduled under, so they never use a real tenant's share."""
 
@@ -130,8 +130,8 @@ class LedgerState:
 
 
 class Tenancy(Protocol):
-    """Who may ask for what, and what it costs them. Tenancies derive from it, for its defaults: no ledger, no logs, no
-    routes. `keyless`: requests without a key are served too, as principals of kind "open"."""
+    """Access and billing. Tenancies derive from this class for its defaults: no ledger, no logs, no routes. `keyless`:
+    requests without a key are accepted, as principals of kind "open"."""
 
     keyless: bool = False
 
@@ -210,7 +210,7 @@ class OpenAccess(Tenancy):
 
 
 class KeyAccess(OpenAccess):
-    """Keys that see everything and change nothing, and one admin key, given as itself or by its hash; no limits, no
+    """Read-only keys that see everything, and one admin key, given as plain text or as its hash. No limits, no
     ledger."""
 
     keyless = False

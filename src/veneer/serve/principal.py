@@ -1,17 +1,17 @@
-"""Who sent a request, and what that principal may do.
+"""Principals: who sent a request, and with which permissions.
 
     principal = await tenancy.caller(key)      once per request, in `serve.http.app.Door`
     principal.require("train")                 403 without that permission
-    principal.can_change("acme/support")       whether an adapter of that name is the principal's to change
+    principal.can_change("acme/support")       whether the principal can change an adapter with this name
 
-Each route of the server and each handler of the Studio names the permission it needs: `needs` in `serve.http.guard`,
-`permit` in `studio.parts`. A route or handler that names none is refused.
+Each route of the server and each handler of the Studio declares the permission it needs: `needs` in `serve.http.guard`,
+`permit` in `studio.parts`. A route or handler without a permission is refused.
 
     kind        who                                         permissions
     stranger    sent no key, on a path that needs none      public
-    key         a key of --api-keys                         public, infer, read, metrics
+    key         a key from --api-keys                       public, infer, read, metrics
     tenant      a tenant's key                              public, infer, read, feedback, write, train
-    open        anybody, on a server without keys           all but administer
+    open        anyone, on a server without keys            all except administer
     operator    the admin key; the server itself            all
 """
 
@@ -24,10 +24,10 @@ from typing import Literal, get_args
 from veneer.serve.request import Refused
 
 Permission = Literal["public", "infer", "read", "metrics", "feedback", "write", "train", "operate", "administer"]
-"""public: health, sign in. infer: ask the base and visible adapters. read: browse what is visible of the library.
-metrics: /metrics. feedback: rate answers. write: add, change and remove adapters of one's own. train: one's own files,
-jobs, graders and Tinker sessions. operate: change the server for everybody, read the server's own files. administer:
-tenants, keys, limits, prices and the audit log."""
+"""public: health, sign in. infer: use the base and visible adapters. read: browse visible adapters in the library.
+metrics: /metrics. feedback: rate answers. write: add, change and remove the principal's own adapters. train: the
+principal's own files, jobs, graders and Tinker sessions. operate: change the server for everybody, read the server's
+own files. administer: tenants, keys, limits, prices and the audit log."""
 _Kind = Literal["stranger", "key", "tenant", "open", "operator"]
 
 _ALL = frozenset(get_args(Permission))
@@ -50,8 +50,8 @@ _DENIED: dict[Permission, tuple[str, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class Principal:
-    """`tenant`: "" for every kind but tenant. `sees(name)`: whether an adapter or a route of that name is visible.
-    `user`: the client's own word for its end user, to which routes stick. `weight`: share of the engine."""
+    """The sender of a request. `tenant`: "" except for kind "tenant". `sees(name)`: whether an adapter or route of this
+    name is visible. `user`: the client's ID for its end user; routes stick to it. `weight`: share of the engine."""
 
     kind: _Kind
     tenant: str = ""
@@ -64,27 +64,27 @@ class Principal:
         return permission in PERMISSIONS[self.kind]
 
     def require(self, permission: Permission | None) -> None:
-        """Raises Refused (403) without the permission, and for None: a route or handler that names no permission."""
+        """Raises Refused (403) without the permission, or if `permission` is None (none was declared)."""
         if permission is None or not self.can(permission):
             what, fix = _DENIED.get(permission, ("this is not allowed", "use the admin key"))  # type: ignore[arg-type]
             raise Refused(what, status=403, code="forbidden", fix=fix)
 
     def can_change(self, name: str) -> bool:
-        """Whether an adapter of this name is theirs: a tenant's are those of its namespace, an operator's are all."""
+        """Whether the principal can change an adapter of this name: a tenant in its namespace, an operator anywhere."""
         return self.can("operate") or (self.can("write") and name.startswith(f"{self.tenant}/"))
 
     def can_see(self, *names: str) -> bool:
-        """Whether any of these names of an adapter is visible."""
+        """Whether any of an adapter's `names` is visible to the principal."""
         return self.can("operate") or any(map(self.sees, names))
 
     @property
     def owner(self) -> str | None:
-        """Whose jobs this principal sees: None for everybody's."""
+        """The tenant whose jobs this principal sees; None for the jobs of all tenants."""
         return None if self.can("operate") else self.tenant
 
     @property
     def actor(self) -> str:
-        """What the audit log calls this principal."""
+        """The principal's name in the audit log."""
         return self.tenant or "operator"
 
 

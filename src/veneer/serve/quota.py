@@ -1,19 +1,19 @@
-"""Quotas: what one owner may use of a server at a time.
+"""Quotas: limits on the resources that one owner uses at a time.
 
     with quotas.take("acme", memory=size, requests=1):     before a body is unpacked, a file is stored, work is begun
         ...
     quotas.spend("acme", 2.5)                              seconds that a helper worked for the owner
 
-An owner is a tenant's name, or "" for the operator and for everybody on a server without tenants. The limits are those
-of `QuotaLimits`, the same for every owner. `take` raises Refused and takes nothing where a limit would be passed, and
+An owner is a tenant's name, or "" for the operator and for everyone on a server without tenants. `QuotaLimits` sets the
+same limits for every owner. `take` raises Refused and takes nothing if a limit would be exceeded, and
 `check_helpers` raises the last of these:
 
     413 too_large         the amount alone is over the limit: it can never be taken
     400 storage_full      no room on disk: the owner has to remove something
     429 overloaded        memory, requests or open files that other requests of the owner give back
-    429 rate_limited      the seconds of helpers of the last ten minutes are used up
+    429 rate_limited      the helper seconds of the last ten minutes are used up
 
-Threads are shared too: `FairThreads` is the executor in which a server does everything that blocks, whoever asked.
+Threads are shared too: the server runs all blocking work in the executor `FairThreads`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _WORDS = {
 }  # fmt: skip
 _STORED = ("disk", "files")
 _WINDOW = 600.0
-"""Seconds over which the seconds of helpers are counted."""
+"""Length in seconds of the window in which helper seconds are counted."""
 
 
 class Quotas:
-    """The quotas of one server. Thread-safe; nothing here waits. `clock`: seconds that only grow."""
+    """The quotas of one server. Thread-safe; no method waits. `clock`: a monotonic clock in seconds."""
 
     def __init__(self, limits: QuotaLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits, self.clock = limits or QuotaLimits(), clock
@@ -52,7 +52,7 @@ class Quotas:
         self._helpers: dict[str, Window] = {}
 
     def take(self, owner: str, **amounts: int) -> QuotaHold:
-        """Reserve amounts of resources for an owner: all of them, or Refused and none."""
+        """Reserve amounts of resources for an owner: all of them, or none with Refused."""
         hold = QuotaHold(self, owner)
         hold.add(**amounts)
         return hold
@@ -73,7 +73,7 @@ class Quotas:
             window.add(self.clock(), round(seconds * 1000))
 
     def check_helpers(self, owner: str) -> None:
-        """Raises Refused (429 rate_limited) where the owner has no seconds of helpers left."""
+        """Raises Refused (429 rate_limited) if the owner has no helper seconds left."""
         most = round(self.limits.helper_seconds * 1000)
         with self._lock:
             window, now = self._helpers.get(owner), self.clock()
@@ -89,7 +89,7 @@ class Quotas:
             )  # fmt: skip
 
     def _refusal(self, owner: str, amounts: dict[str, int], whole: dict[str, int]) -> Refused | None:
-        """Of taking `amounts`, so that a hold has `whole`."""
+        """Return the error of raising a hold by `amounts` to `whole`; None if the quota allows it."""
         used = self._used.get(owner, Counter())
         for name, amount in amounts.items():
             most: int = getattr(self.limits, name)
@@ -108,7 +108,7 @@ class Quotas:
         return None
 
     def _change(self, owner: str, amounts: dict[str, int], whole: dict[str, int] | None) -> None:
-        """`whole`: as `_refusal` has it; None for a change that is never refused."""
+        """Add amounts. `whole`: as in `_refusal`; None for a change that is never refused."""
         with self._lock:
             if whole is not None and (refusal := self._refusal(owner, amounts, whole)) is not None:
                 raise refusal
@@ -119,7 +119,7 @@ class Quotas:
 
 
 class QuotaHold:
-    """What one request, or one thing that is kept, holds of its owner's quota. A context manager that releases it."""
+    """The part of an owner's quota that one request or stored object uses. A context manager that releases it."""
 
     def __init__(self, quotas: Quotas, owner: str) -> None:
         self._quotas, self.owner = quotas, owner
@@ -133,20 +133,20 @@ class QuotaHold:
         self.release()
 
     def add(self, **amounts: int) -> None:
-        """Hold more. Raises Refused, and holds then what it held before."""
+        """Hold more. Raises Refused and then leaves the hold unchanged."""
         with self._lock:
             self._quotas._change(self.owner, amounts, amounts)
             self._held.update(amounts)
 
     def change(self, **amounts: int) -> None:
-        """Hold these amounts of the resources named. Raises Refused, and holds then what it held before."""
+        """Set the named resources to these amounts. Raises Refused and then leaves the hold unchanged."""
         with self._lock:
             more = {name: amount - self._held[name] for name, amount in amounts.items()}
             self._quotas._change(self.owner, more, amounts)
             self._held.update(more)
 
     def set(self, **amounts: int) -> None:
-        """Hold these amounts of the resources named, as they were measured. Never refused: what is there counts."""
+        """Set the named resources to measured amounts. Never refused, because the resources are already in use."""
         with self._lock:
             more = {name: amount - self._held[name] for name, amount in amounts.items()}
             self._quotas._change(self.owner, more, None)
@@ -160,12 +160,12 @@ class QuotaHold:
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 current_owner: ContextVar[str] = ContextVar("current_owner", default="")
-"""For whom the running task works: set where a request's key is checked."""
+"""The tenant that the current task works for; set when a request's key is checked."""
 
 
 class FairThreads(ThreadPoolExecutor):
-    """An event loop's default executor, of whose threads each tenant can have `share` at a time. Work for "" (the
-    server, the operator) can have all of them."""
+    """An event loop's default executor in which each tenant can use `share` threads at a time. Work for "" (the server,
+    the operator) can use all threads."""
 
     def __init__(self, threads: int, share: int) -> None:
         super().__init__(threads, thread_name_prefix="veneer-work")
@@ -194,7 +194,7 @@ class FairThreads(ThreadPoolExecutor):
             self._running[owner] += 1
         try:
             super().submit(self._run, owner, future, work)
-        except RuntimeError as error:  # the server ends
+        except RuntimeError as error:  # the server is shutting down
             future.set_exception(error)
 
     def _run(self, owner: str, future: Future[Any], work: Callable[[], Any]) -> None:

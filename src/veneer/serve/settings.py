@@ -16,17 +16,17 @@ from veneer.formats.strengths import split_strength
 
 @dataclass(frozen=True)
 class QuotaLimits:
-    """What one owner (a tenant, or everybody on a server without tenants) may use at a time; see `serve.quota`.
+    """Limits for one owner (a tenant, or everyone on a server without tenants); see `serve.quota`.
 
-    memory: bytes of requests that wait, of results that wait to be fetched, and of what is unpacked
+    memory: bytes of waiting requests, of results to be fetched, and of unpacked requests
     disk: bytes of training clients' states and checkpoints, and of answers kept for feedback
     files: sessions, runs, samplers and checkpoints of training clients, and answers kept for feedback
-    descriptors: archives that are downloaded
-    requests: requests of Tinker's samples and graders that run, wait or have a result to fetch
+    descriptors: archive downloads at once
+    requests: requests for Tinker samples and graders that run, wait, or have a result to fetch
     helper_seconds: seconds of graders in ten minutes
-    helpers: graders that run at a time, of all owners; `helper_share`: of them, one owner's
-    threads: threads for what blocks (databases, disks), of all owners; `thread_share`: of them, one tenant's
-    metadata: bytes of JSON that a client may attach to a session, a run or a checkpoint
+    helpers: graders running at once for all owners; `helper_share`: for one owner
+    threads: threads for blocking work (databases, disks) for all owners; `thread_share`: for one tenant
+    metadata: bytes of JSON that a client can attach to a session, a run or a checkpoint
     """
 
     memory: int = 1 << 30
@@ -49,9 +49,9 @@ class HttpSettings:
     request's head and its body have to come; `idle`, how long a connection is kept for the next one; `stall`, how long
     an answer may be unread before it ends. `connections`: how many there may be before the one that was idle longest
     is closed for another. `max_pixels`: of a picture that is sent; `max_pictures`: asked for at once.
-    `metric_adapters`: those with series of their own. `allowed_origins`: whose pages may use this server from a
-    browser, "*" for every one where keys are needed. `allowed_hosts`: values of Host, beside localhost, that a server
-    without keys answers to. `quotas`: what each owner may use."""
+    `metric_adapters`: most adapters with separate metric series. `allowed_origins`: origins whose pages can use this
+    server from a browser; "*" (any) needs keys. `allowed_hosts`: values of Host, besides localhost, that a server
+    without keys accepts. `quotas`: limits for each owner."""
 
     max_body: int = 8 << 20
     max_adapter: int = 2 << 30

@@ -88,7 +88,7 @@ class IncomingAdapter:
 
 @dataclass
 class Staging:
-    """`most`: bytes of one adapter, unpacked. `clock`: seconds since 1970. Thread-safe."""
+    """Staged adapters. Thread-safe. `most`: bytes of one adapter, unpacked. `clock`: seconds since 1970."""
 
     most: int
     clock: Callable[[], float] = time.time

@@ -1,13 +1,13 @@
-"""Who looks at a page, and what may come in with it.
+"""Sign-in and access control of the Studio.
 
-    without keys         on this machine alone (serve.http.guard says under which Hosts)
-    keys or tenants      a form asks for a key, which is kept in a cookie that scripts cannot read and that goes to
-                         /studio alone; nothing is kept here. The key is asked for again at each thing that a page does,
-                         so that one that is revoked opens nothing any more
+    without keys         only from this machine (serve.http.guard defines the accepted Hosts)
+    keys or tenants      a form asks for a key and stores it in a cookie that scripts cannot read and that the browser
+                         sends only to /studio; the server stores nothing. Each action on a page checks the key again,
+                         so that a revoked key stops working at once
 
-`Gate` stands outside of the server's door. Without a key there is only the form, as static HTML: no page and no socket,
-as a socket belongs to an open page of the same key. A page's own pictures, downloads and uploads ask the API by
-/studio/api/…, where the gate turns the cookie into the key that a client would send: the API reads no cookies.
+`Gate` runs before the server's `Door`. Without a key, the only answer is the sign-in form, as static HTML: no page, and
+no socket, because a socket needs an open page of the same key. A page's pictures, downloads and uploads go through
+/studio/api/…, where the gate converts the cookie to an API key: the API reads no cookies.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _COOKIE = "veneer_studio"
 _WRONG = 1.0
 """Seconds that a wrong key waits for its answer."""
 _WAITING, _AT_ONCE = 32, 2
-"""Pages that may wait to be drawn, and that are drawn at once."""
+"""Most pages waiting to be rendered, and most pages rendered at once."""
 _PAGES, _SOCKETS = 200, 4
-"""Pages that one key may have open, and sockets of a page: it connects anew before the old socket has ended."""
+"""Most open pages per key, and most sockets per page: a page reconnects before its old socket has closed."""
 _ASSETS, _SOCKET = f"{ROOT}/_nicegui/", f"{ROOT}/_nicegui_ws"
 _FOR_EVER = "public, max-age=31536000, immutable"
 _UNUSED = ("/fonts.css", "/quasar.unimportant.prod.css", "/quasar.important.prod.css")
@@ -58,7 +58,7 @@ _POLICY = (
 
 @dataclass(eq=False)
 class Visitor:
-    """Who looks at one page. `caller`: as they were when they last did something. `sockets`: that the page has open."""
+    """The visitor of one page. `caller`: the principal at the last action. `sockets`: open sockets of the page."""
 
     tenancy: Tenancy
     key: str | None
@@ -66,7 +66,7 @@ class Visitor:
     sockets: int = 0
 
     def same_as(self, other: Visitor) -> bool:
-        """Whether both are one tenant, or have one key."""
+        """Whether both visitors are the same tenant, or have the same key."""
         mine, theirs = self.caller.tenant, other.caller.tenant
         return mine == theirs if mine or theirs else self.key == other.key
 
@@ -132,7 +132,7 @@ def key_routes(tenancy: Tenancy) -> APIRouter:
 
 
 class Gate:
-    """ASGI middleware before everything, the door too. `settings`: whose Hosts and Origins are let in."""
+    """ASGI middleware that runs before all others, including `Door`. `settings`: the accepted Hosts and Origins."""
 
     def __init__(self, app: ASGIApp, tenancy: Tenancy, settings: HttpSettings) -> None:
         self.app, self.tenancy, self.settings = app, tenancy, settings
@@ -172,7 +172,7 @@ class Gate:
             await self._page(scope, receive, _guarded(send, path))
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Draw a page, a few at a time: each keeps the event loop for tens of milliseconds."""
+        """Render a page, a few at a time, because each blocks the event loop for tens of milliseconds."""
         visitor = await _visitor_of(self.tenancy, HTTPConnection(scope))
         if visitor is None:
             return await _sign_in(scope)(scope, receive, send)
@@ -189,10 +189,7 @@ class Gate:
             self.pages.give(caller.tenant, 1)
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a page's socket.
-
-        Raises Refused (403) for a socket of no open page, of another key than its page, or beyond the page's limit.
-        """
+        """Accept a socket. Raises Refused (403) if no open page of the same key has its ID, or above `_SOCKETS`."""
         query = parse_qs(scope["query_string"].decode("latin-1"))
         id = query.get("client_id", [""])[0]
         page = next((each for client, each in VISITORS.items() if getattr(client, "id", None) == id), None)
@@ -214,14 +211,14 @@ def _guarded(send: Send, path: str) -> Send:
             given["x-content-type-options"] = "nosniff"
             given["referrer-policy"] = "same-origin"
             if path.startswith(_ASSETS) and message["status"] == 200 and "/dynamic_resources/" not in path:
-                given["cache-control"] = _FOR_EVER  # their version is in their path
+                given["cache-control"] = _FOR_EVER  # assets have their version in the path
         await send(message)
 
     return guarded
 
 
 def _sign_in(scope: Scope) -> Response:
-    """The form for a key, as static HTML: it costs nothing, and leaves nothing behind."""
+    """Return the sign-in form as static HTML, which needs no page or other state on the server."""
     path, query = scope["path"], scope["query_string"].decode("latin-1")
     wrong = "wrong" in parse_qs(query, keep_blank_values=True)
     then = path + (f"?{query}" if query and not wrong else "")
@@ -233,7 +230,7 @@ def _sign_in(scope: Scope) -> Response:
 
 
 def head_html() -> str:
-    """The end of the head of every page: the theme before the first paint, colors and styles."""
+    """Return the end of every page's <head>: a script that sets the theme before the first paint, colors, styles."""
     css = palette() + (files("veneer.studio") / "studio.css").read_text(encoding="utf-8")
     theme = 'document.documentElement.dataset.theme = localStorage.getItem("veneer-theme") || "";'
     return f"<script>{theme}</script>\n<style>{css}</style>"

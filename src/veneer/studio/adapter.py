@@ -138,7 +138,7 @@ def _content(page: ViewPage, version: Version, card: LibraryCard) -> None:
 
 
 def _asked(version: Version) -> None:
-    """The prompt that the card keeps, with the system message of its row."""
+    """Show the card's prompt, with the row's system message."""
     heading("It was asked")
     for message in card_prompt(version.card):
         with box("section", "panel"):
@@ -148,7 +148,7 @@ def _asked(version: Version) -> None:
 
 
 def _ask_both(page: ViewPage, version: Version) -> None:
-    """The base's answer and the adapter's to the prompt of a card that keeps no answers, if this server can ask it."""
+    """Offer to ask base and adapter the card's prompt, if the card has no answers and this server can answer."""
     studio, messages = page.studio, card_prompt(version.card)
     if not messages or studio.service.engine.makes != "texts":
         return

@@ -98,7 +98,7 @@ class Board:
         raise NotImplementedError
 
     async def added(self, name: str) -> None:
-        """What else happens when an adapter of this name comes into a column."""
+        """Called after an adapter with this name is added to a column."""
 
     # -- drawing
 
@@ -125,7 +125,7 @@ class Board:
         )
 
     def _command(self, column: Column) -> str:
-        """The command that asks a column's prompt; "" as long as there is none."""
+        """Return the command equivalent to asking a column; "" without a prompt."""
         return self.same_command(column) if str(self.prompt.value or "").strip() else ""
 
     def draw_all(self) -> None:

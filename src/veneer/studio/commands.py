@@ -28,5 +28,5 @@ def command(*words: str | int, **options: object) -> str:
 
 
 def command_base(page: ViewPage) -> str:
-    """The base of this server as a command finds it. Of a base in a folder only the operator is told the path."""
+    """Return this server's base as a command accepts it; only the operator sees the path of a base in a folder."""
     return str(page.studio.service.catalog.shelf.base.name) if page.caller.can("operate") else page.studio.base

@@ -135,15 +135,15 @@ class _Texts(Board):
                 shown.end(i, f"No answer: {message_of(error)}")
 
     async def offer(self, names: Iterable[str]) -> None:
-        """If nothing is asked yet, the prompt that the first of these adapters keeps in its card, with the system
-        message of its row."""
+        """If there is no prompt yet, fill in the card's prompt of the first of these adapters, with its system
+        message."""
         query, library = self.page.query, self.page.studio.library
         if query.get("p") or query.get("s"):
             return
         for name in names:
             try:
                 version = await asyncio.to_thread(library.find, name)
-            except (AdapterError, ConfigError):  # an adapter that was loaded, or a route
+            except (AdapterError, ConfigError):  # a loaded adapter or a route, not in the library
                 continue
             caller = self.page.caller
             if not caller.can_see(name, version.reference):

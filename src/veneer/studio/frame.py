@@ -10,13 +10,13 @@ A view is an async function in a file of its own, at most 400 lines, that draws 
         Command(command("generate", prompt))
         page.task(ask())                                   goes on beside the page; ends when it is left
 
-and a row of `views` in build.py: its path, its title, the letter that `g` goes to it by, the permission it needs.
+and a row of `views` in build.py: path, title, shortcut letter after `g`, and required permission.
 
     parts         parts.py alone (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …): never
                   `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test holds that
-    who looks     `page.caller`, a Principal: established anew at each handler. Jobs are asked for by
-                  `page.caller.owner` (None for everybody's). What is not visible raises `NothingHere`, in the
-                  same words as what does not exist
+    principal     `page.caller`, determined again before each handler. Query jobs by `page.caller.owner` (None for
+                  all tenants). An object that is not visible raises `NothingHere`, with the same message as an
+                  object that does not exist
     slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the page goes out as
                   far as it is, and the rest is drawn when it comes
     state         none but the link: `page.keep(q="sty")` changes it without a load (None or "" takes a key out);
@@ -76,7 +76,7 @@ class NothingHere(VeneerError):
 @dataclass(frozen=True)
 class StudioView:
     """`path`: after /studio/. `key`: the letter after g; "": it is not in the list of views, where it stands `under`
-    another. `draw`: draws it. `needs`: the permission without which it is not found."""
+    another. `draw`: draws the view. `needs`: the permission; without it, the view is not found."""
 
     path: str
     title: str
@@ -354,7 +354,7 @@ class Frame:
         if not isinstance(error, VeneerError):
             _log.error("the Studio failed", exc_info=error)
         status = known.status if isinstance(known, Refused) else 400
-        if not self.visitor.caller.can("operate"):  # where on the server something is, is not theirs to know
+        if not self.visitor.caller.can("operate"):  # hide paths on the server
             known = VeneerError(message_of(known))
         self.trouble.show(
             error=known, title="That did not work" if isinstance(error, VeneerError) else "veneer's fault"

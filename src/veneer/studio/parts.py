@@ -8,14 +8,14 @@ a page as markup or as code: texts are text nodes, attributes are properties und
         button("Add", permit("write", add), key="a", kind="filled")      add() or add(event), sync or async
         name = form_field("Name", "", permit("read", typed))             name.value; name.put("…") sets it
     acts = {"open": permit("read", opened)}
-    cards = Fragment("cards.html.j2", acts=acts, versions=found)     many things: one element
-    cards.show(versions=others)                                      drawn anew where it is another, and only there
+    cards = Fragment("cards.html.j2", acts=acts, versions=found)     many items in one element
+    cards.show(versions=others)                                      redraws only the parts that changed
 
-Handlers: each names the permission that it needs by `permit`, whether or not its button is shown: any browser can send
-any event. Before each call the principal is established again (`Visitor.again`), so that `page.caller` is true inside,
-and asked for the permission; a handler that names none is refused. Handlers may be async. What they raise is shown on
-the page: a VeneerError as what · where · fix. Whatever takes more than a millisecond goes into
-`await asyncio.to_thread(…)`: the engine's own loop runs all pages.
+Handlers: `permit` declares the permission that a handler needs, even if its button is hidden, because a browser can
+send any event. Before each call, the principal is determined again (`Visitor.again`), so that `page.caller` is current,
+and the permission is checked; a handler without a permission is refused. Handlers can be async. Errors that they raise
+are shown on the page: a VeneerError as what · where · fix. Work that takes more than a millisecond belongs in
+`await asyncio.to_thread(…)`, because all pages run on the engine's event loop.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ Does = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Handler:
-    """A handler of an event, and the permission that the page's principal needs for it."""
+    """An event handler with the permission that it needs."""
 
     permission: Permission
     does: Does
 
 
 def permit(permission: Permission, does: Does) -> Handler:
-    """A handler for principals with this permission."""
+    """Return a handler for principals with this permission."""
     return Handler(permission, does)
 
 
@@ -75,7 +75,7 @@ _ENV.filters |= {
 
 
 def heard(handler: Handler) -> Callable[[Any], Any]:
-    """The handler for NiceGUI: its principal is asked first; it gets what came if it takes something."""
+    """Wrap a handler for NiceGUI: check the permission first, then pass the event if the handler takes an argument."""
 
     async def hear(event: Any) -> None:
         try:
@@ -98,7 +98,7 @@ async def _done(does: Does, came: Any) -> None:
 
 
 def once(handler: Handler) -> Handler:
-    """The handler, but not again while it runs, for a double click or a key that is held down."""
+    """Wrap a handler to ignore calls while it runs, such as double clicks and repeated keys."""
     going = False
 
     async def do(came: Any) -> None:

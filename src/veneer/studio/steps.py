@@ -24,8 +24,8 @@ from veneer.train.events import mean_rewards
 
 _WORDS = 60
 _KNOWN: dict[tuple[str, str, str, str], str] = {}
-"""Answers that were given: (the adapter's reference or the base, job, system prompt, prompt) -> text, the oldest first.
-What is asked greedily is asked once."""
+"""Cache of greedy answers, the oldest first: (the adapter's reference or the base, job, system prompt, prompt) ->
+text."""
 _MOST = 4000
 
 
@@ -203,7 +203,7 @@ class _StepAnswers:
         self._again()
 
     def told(self, system: str) -> None:
-        """Another system prompt: every step is asked anew."""
+        """Set another system prompt and ask every step again."""
         self.page.keep(s=system)
         self._again()
 

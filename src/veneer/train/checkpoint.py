@@ -414,7 +414,7 @@ def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> No
 
 
 def _read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors of `parameters`. Raises CheckpointError where names, shapes or dtypes differ."""
+    """Return the checkpoint's tensors for `parameters`. Raises CheckpointError if names, shapes or dtypes differ."""
     tensors = _load(path / "adapter.safetensors")
     wrong = [f"{name}: not in the run" for name in sorted(tensors.keys() - parameters.keys())]
     wrong += [f"{name}: not in the checkpoint" for name in sorted(parameters.keys() - tensors.keys())]
@@ -465,7 +465,7 @@ def _optimizer_state(
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `optimizer.load_state_dict` takes. Raises CheckpointError for another optimizer or other groups."""
+    """Return a state for `optimizer.load_state_dict`. Raises CheckpointError for another optimizer or other groups."""
     by_id = {id(p): name for name, p in parameters.items()}
     here = [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     if scalars["kind"] != type(optimizer).__name__ or [g["names"] for g in scalars["groups"]] != here:

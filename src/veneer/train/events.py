@@ -55,10 +55,10 @@ class Probed(Event):
 
 @dataclass(frozen=True)
 class Stepped(Event):
-    """One optimizer step is done. `loss`: nats per learned token. `tokens`, and `learned_tokens`, those with a loss: of
-    this step. `seconds`: of this step alone. `gradient_norm`: global, before clipping. `memory_bytes`: the peak until
-    now, of the first device. `extra`: what else the loss has measured, such as the rewards of preferences, whose `loss`
-    is a mean over pairs."""
+    """One optimizer step is done. `loss`: nats per learned token. `tokens`: tokens of this step; `learned_tokens`:
+    those with a loss. `seconds`: of this step alone. `gradient_norm`: global, before clipping. `memory_bytes`: the peak
+    so far, on the first device. `extra`: other measurements of the loss, such as preference rewards; a preference
+    `loss` is a mean over pairs."""
 
     step: int
     steps: int
@@ -136,15 +136,15 @@ def to_record(event: Event) -> dict[str, Any]:
 
 
 def loss_text(loss: float) -> str:
-    """Four decimals, and a zero without a sign."""
+    """Format a loss with four decimals, and zero without a sign."""
     return f"{round(loss, 4) + 0.0:.4f}"
 
 
 def mean_rewards(extra: Mapping[str, float]) -> dict[str, float] | None:
-    """The means that a reinforcement step or evaluation is judged by: `reward`, then each reward and its parts.
+    """Return the mean rewards of a reinforcement step or evaluation: `reward`, then each reward and its parts.
 
-    Empty where no answer could be judged; None for what has no rewards of drawn answers. A single reward that is the
-    sum itself is not repeated."""
+    {} if no answer could be scored; None for steps and evaluations without rewards of sampled answers. A single reward
+    that equals the sum is not repeated."""
     if "reward_failed" not in extra:
         return None
     found = {
@@ -156,7 +156,7 @@ def mean_rewards(extra: Mapping[str, float]) -> dict[str, float] | None:
 
 
 def measure_text(loss: float, extra: Mapping[str, float]) -> str:
-    """What a step or an evaluation came to: its loss, or the mean reward and what that is made of."""
+    """Return the result of a step or an evaluation as text: the loss, or the mean reward with its parts."""
     rewards = mean_rewards(extra)
     if rewards is None:
         return f"loss {loss_text(loss)}"
@@ -165,12 +165,12 @@ def measure_text(loss: float, extra: Mapping[str, float]) -> str:
 
 
 def parts_text(rewards: Mapping[str, float]) -> str:
-    """Rewards beside their sum, as `exact_match 0.500, length 0.731`."""
+    """Format all rewards except their sum, as `exact_match 0.500, length 0.731`."""
     return ", ".join(f"{name} {value:.3f}" for name, value in rewards.items() if name != "reward")
 
 
 def validation_text(loss: float, rewarded: bool) -> str:
-    """A validation loss in words; of reinforcement, whose loss is minus it, the mean reward."""
+    """Format a validation loss; with `rewarded`, the mean reward, which is minus the loss."""
     return f"validation reward {0.0 - loss:.3f}" if rewarded else f"validation loss {loss_text(loss)}"
 
 

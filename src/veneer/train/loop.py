@@ -350,7 +350,7 @@ class StepWanted:
         return _batch(self.loop, micros[index], [micros[i] for i in later], self.number)
 
     def done(self, nlls: Mapping[int, float], seconds: float, means: Means | None = None) -> StepDone:
-        """`nlls`: Σ NLL of each micro-batch that went forward and backward here, by `read_losses`."""
+        """Return the step's result. `nlls`: Σ NLL of each micro-batch processed here, from `read_losses`."""
         parameters = self.learner.parameters.values()
         reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
         means = _measured(self.learner) if means is None else means
@@ -363,7 +363,7 @@ signal came before it was whole: nothing of it is kept then."""
 
 
 def read_losses(nlls: Mapping[int, Tensor]) -> dict[int, float]:
-    """The losses as numbers. Waits for the device, so a step's clock is read after this."""
+    """Return the losses as numbers. Waits for the device, so read a step's clock afterwards."""
     values = torch.stack(list(nlls.values())).tolist() if nlls else []
     return dict(zip(nlls, values, strict=True))
 
@@ -654,13 +654,13 @@ def memory_errors(micro: Micro) -> Iterator[None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held for `device` since `forget_peaks`: what torch allocated on a CUDA
-    device, resident memory for any other."""
+    """Return this process's peak memory for `device` since `forget_peaks`: torch's allocations on a CUDA device,
+    resident memory for any other device."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident()
 
 
 def forget_peaks() -> None:
-    """Makes what is held now the peak, for a run that is not the first one of its process."""
+    """Reset the peaks to the current memory, for runs after the first in a process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
@@ -668,7 +668,7 @@ def forget_peaks() -> None:
 
 
 def device_of(learner: Learner) -> torch.device:
-    """Where its parameters are."""
+    """Return the device of the learner's parameters."""
     return next(iter(learner.parameters.values())).device
 
 

@@ -153,7 +153,7 @@ def preview_of(config: RunConfig, device: Device, *, rows: int = 200) -> Preview
 
 
 def _of_the_first(finding: Finding, looked: int) -> Finding:
-    """A finding whose counts are those of the rows that were looked at, and not of all."""
+    """Return the finding with a note that its counts cover only the first `looked` rows."""
     return replace(finding, text=f"of the first {counted(looked, 'row')}: {finding.text}")
 
 

@@ -102,7 +102,7 @@ class AttachedTask(Learner, Protocol[_R]):
 
     @property
     def rewarded(self) -> bool:
-        """Whether its held-out loss is minus a mean reward."""
+        """Whether the held-out loss is minus a mean reward."""
         return False
 
     @property

@@ -158,8 +158,8 @@ def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
 
 
 def _reward_cards(result: Outcome, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """The rewards of the adapter that was kept, beside those before training, and of the last draws; nothing where no
-    answers were rewarded."""
+    """Return report cards with the saved adapter's rewards against those before training, and the mean rewards of the
+    last steps; [] without rewards."""
     scores = {r["step"]: mean_rewards(r["extra"]) or {} for r in records if r.get("event") == "evaluated"}
     first, kept = scores.get(0, {}), scores.get(result.kept_step, {})
     where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""

@@ -3,7 +3,7 @@
     POST /v1/fine_tuning/alpha/graders/validate   {grader}                        -> {grader}
     POST /v1/fine_tuning/alpha/graders/run        {grader, model_sample, item?}   -> {reward, metadata, sub_rewards, …}
 
-Graders are parsed and run in threads of their own, of which a tenant has a share; the seconds count against its quota.
+Graders are parsed and run in separate threads, of which each tenant has a share; their seconds count against its quota.
 `score_model` asks a model of this server as its caller may ask it: admitted, within its limits, and billed as any other
 request. `python` runs in a sandbox, and only if the operator allows it (`veneer serve --train --python-graders`).
 """
@@ -47,7 +47,7 @@ from veneer.train.rewards.sandbox import Sandbox
 from veneer.train.rewards.template import sample_of
 
 _SECONDS = 60.0
-"""How long the python graders of one request may take together."""
+"""Seconds that all python graders of one request may take together."""
 _ERRORS = (
     "formula_parse_error", "sample_parse_error", "truncated_observation_error", "unresponsive_reward_error",
     "invalid_variable_error", "other_error", "python_grader_server_error", "python_grader_runtime_error",
@@ -65,8 +65,8 @@ class GraderRunBody(GraderBody):
 
 
 def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
-    """A grader that a client gave. Blocks for as long as it takes to parse. Raises Refused for one that is none, and
-    for python where that is off, before any source is parsed."""
+    """Parse a client's grader. Blocks while parsing. Raises Refused for an invalid grader, and for a python grader if
+    python graders are off, before any source is parsed."""
     if not python and has_python(given):
         raise Refused(
             "graders of Python are off on this server", status=403, code="grader_not_allowed", param=f"{param}.type",
@@ -79,15 +79,15 @@ def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
 
 
 def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None = None) -> APIRouter:
-    """`limits`: how many graders run at a time. `sandbox`: where graders of Python run; without one they are
-    refused."""
+    """The routes. `limits`: how many graders run at a time. `sandbox`: where python graders run; if None, python
+    graders are refused."""
     python = sandbox is not None
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute, dependencies=[needs("train")])
     limits = limits or QuotaLimits()
     helpers = FairPool(limits.helpers, "veneer-graders", limits.helper_share)
 
     async def helped(request: HttpRequest, do: Callable[[], bytes]) -> Response:
-        """The answer that `do` makes in a thread of the caller's share."""
+        """Return the response with the bytes that `do` returns, run in a thread of the caller's share."""
         caller, quotas = caller_of(request), service_of(request).quotas
         size = len(await request.body())
         with quotas.take(caller.tenant, requests=1, memory=size):
@@ -114,7 +114,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
             with _Timed(request) as timed:
 
                 def ask(questions: Sequence[Question]) -> list[Reply]:
-                    """The engine is asked on the server's loop."""
+                    """Ask the engine on the server's event loop."""
                     asked = _asked(service, caller, number, questions, place)
                     with timed.waiting():
                         return asyncio.run_coroutine_threadsafe(asked, loop).result()
@@ -137,8 +137,9 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
 
 
 class _Timed:
-    """Counts the seconds of its block as a helper's, without those in which an answer of the engine was waited for.
-    Raises Refused (429) at the beginning where the caller has none left."""
+    """Counts the seconds of its block as helper seconds, except those spent waiting for the engine.
+
+    Raises Refused (429) at the beginning if the caller has no helper seconds left."""
 
     def __init__(self, request: HttpRequest) -> None:
         self._owner, self._quotas, self._waited = caller_of(request).tenant, service_of(request).quotas, 0.0

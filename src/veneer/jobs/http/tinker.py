@@ -65,8 +65,8 @@ _WAIT = 20.0
 _KEPT = 600.0
 """Seconds that the result of a sample is kept."""
 _SAMPLE, _PROMPT_TOKEN, _ANSWER_TOKEN, _TOP_TOKEN = 2048, 64, 400, 100
-"""Bytes in memory of a sample that waits, of each token of its prompt, of each that is drawn, and of each of the most
-likely ones that are asked for with it."""
+"""Bytes in memory of a waiting sample, of each prompt token, of each sampled token, and of each requested top-k
+logprob."""
 _SIGNED = 3600.0
 _TOP = 20
 _NUMBERS = 10**9
@@ -215,8 +215,8 @@ class _Open:
 
 @dataclass(eq=False)
 class _Sampled:
-    """Samples of one prompt that were asked for. `hold`: what they, and then their result, take of the tenant's quota.
-    `fetched`: whether their result was."""
+    """Requested samples of one prompt. `hold`: the tenant's quota used by the samples, and later by their result.
+    `fetched`: whether the client has fetched the result."""
 
     tenant: str
     task: asyncio.Task[FutureResult]
@@ -441,7 +441,7 @@ async def _submit(
     number = f"{found.id}:{seq}"
     known = await _asked(lambda: service.answer(found, seq))
     if known is None and seq > found.applied:
-        if not kind.startswith("save_"):  # what a tenant has trained until now it may keep
+        if not kind.startswith("save_"):  # a tenant can still save what it has trained
             _check_trainable(http, caller)
         service.tried(found)
         taken = await _take_budget(own, http, caller, tokens)
@@ -645,12 +645,12 @@ def _sampling(router: APIRouter, own: TinkerRoutes) -> None:
 
 
 def _most_samples(http: Service) -> int:
-    """Half of the queue is for those that wait for samples."""
+    """Return the most samples per request: half of the queue, which is reserved for samples."""
     return max(1, http.settings.queue // 2)
 
 
 def _room_for_sample(own: TinkerRoutes, quotas: Quotas, tenant: str, memory: int) -> QuotaHold:
-    """Results that were fetched go first, the oldest before the others. Raises Refused (429, 413)."""
+    """Take quota for a sample; if needed, forget fetched results first, the oldest first. Raises Refused (429, 413)."""
     if not quotas.fits(tenant, requests=1, memory=memory):
         fetched = [number for number, each in own.samples.items() if each.tenant == tenant and each.fetched]
         for number in fetched:
@@ -661,7 +661,7 @@ def _room_for_sample(own: TinkerRoutes, quotas: Quotas, tenant: str, memory: int
 
 
 def _close(own: TinkerRoutes, tenant: str, number: str) -> None:
-    """A sample is done, and its result is kept for a while."""
+    """Account for a finished sample and keep its result for `_KEPT` seconds."""
     mine = own.open[tenant]
     mine.requests -= 1
     if not mine.requests:
@@ -673,7 +673,7 @@ def _close(own: TinkerRoutes, tenant: str, number: str) -> None:
 
 
 def _forget(own: TinkerRoutes, number: str, sample: _Sampled | None = None) -> None:
-    """A sample's result is kept no more. `sample`: if it is still this one."""
+    """Drop a sample's result. `sample`: drop the result only if it still belongs to this sample."""
     if sample is None or own.samples.get(number) is sample:
         own.samples.pop(number).hold.release()
 
@@ -917,7 +917,7 @@ def _shown_run(run: TrainingRun, service: TinkerService, http: Service, caller: 
 
 
 class _Tar:
-    """The files of a folder as an archive that is made while it is read. `size`: of the archive."""
+    """A folder's files as a tar archive that is generated while it is read. `size`: bytes of the archive."""
 
     def __init__(self, folder: Path) -> None:
         self._files = [(path, path.stat()) for path in sorted(folder.iterdir())]
@@ -926,7 +926,7 @@ class _Tar:
         self._parts = self._made()
 
     def read(self, size: int) -> bytes:
-        """The next part, of whatever size; none at the end."""
+        """Return the next part, of any size (`size` is ignored); b"" at the end."""
         return next(self._parts, b"")
 
     def close(self) -> None:
@@ -962,8 +962,9 @@ def _future(number: str, model: str | None, sequences: list[str] | None = None) 
 def _model_name(
     service: TinkerService, http: Service, caller: Principal | None = None, session: str | None = None
 ) -> str:
-    """The name by which a client can load the base's tokenizer: a hub's ID, or what the client itself called it. The
-    folder on this machine is only for the operator, who has it; everybody else gets the name that is served."""
+    """Return the name by which a client can load the base's tokenizer: a hub ID, or the client's own name for the base.
+
+    Only the operator gets the folder on this machine; other clients get the served name."""
     name = service.base.name.partition("@")[0]
     if "/" in name and not Path(name).expanduser().exists():
         return name
@@ -1011,7 +1012,7 @@ async def _take_budget(own: TinkerRoutes, http: Service, caller: Principal, toke
 
 
 async def _give_back(own: TinkerRoutes, tenant: str, taken: int) -> None:
-    """What a request took of the budget and came to nothing. A database that is away keeps it taken this month."""
+    """Give back the budget that a failed request took. If the database is unavailable, the budget stays taken."""
     try:
         await _asked(lambda: own.budget.give_back(tenant, taken))
     except Refused as error:

@@ -10,8 +10,8 @@ numbers. So whoever opens this again has all that is needed to be where the proc
 and not computed again, and a request is never carried out twice. What was written outlives the process, as the system
 has it; a loss of power may take the last seconds.
 
-Bodies and answers are read from the file when they are needed, and no file stays open: a client that waits takes
-neither memory for them nor a descriptor.
+Bodies and answers are read from the file when needed, and no file stays open, so that a waiting client uses neither
+memory for them nor a descriptor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FutureResult:
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A request or an answer: `seq`, its number among those of its client; its bytes are from `at` of the file on."""
+    """A request or an answer. `seq`: the request's number within its client. `at`: the offset of its bytes."""
 
     seq: int
     kind: Any
@@ -49,8 +49,8 @@ class JournalEntry:
 
 
 class Journal:
-    """`requests`: since the last state, by number. `answers`: the newest. `last`: the greatest number that came.
-    `bytes`: of requests since the last state. Thread-safe."""
+    """The journal of one training client. Thread-safe. `requests`: those since the last state, by number. `answers`:
+    the newest answers, by number. `last`: the highest number received. `bytes`: size of `requests`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,12 +89,12 @@ class Journal:
         self._write("told", seq, answer.kind, answer.data)
 
     def body(self, seq: int) -> bytes:
-        """Of a request that is in `requests`."""
+        """Return the body of a request in `requests`."""
         with self._lock:
             return self._read(self.requests[seq])
 
     def answer(self, seq: int) -> FutureResult | None:
-        """None where it is kept no more, or did not come."""
+        """Return the answer to a request; None if there is no answer yet, or if the answer has expired."""
         with self._lock:
             found = self.answers.get(seq)
             return None if found is None else FutureResult(found.kind, self._read(found))
@@ -147,7 +147,7 @@ def _head(what: str, seq: int, kind: str, size: int) -> bytes:
 
 
 def _records(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole record's head, and where its bytes begin."""
+    """Yield the head of each complete record, and the offset of the record's bytes."""
     end = file.seek(0, 2)
     at = file.seek(0)
     while (line := file.readline()).endswith(b"\n"):

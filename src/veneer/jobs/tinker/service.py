@@ -81,11 +81,11 @@ _SWEEP, _ENDED = 3600.0, 3600.0
 _GAP, _AHEAD = 400.0, 10_000
 """Seconds that requests wait for one before them that does not come, and how far a number may be ahead of it."""
 _LOADED = 64
-"""Runs of one tenant in memory, beyond which those that wait for nothing leave it: their files say all of them."""
+"""Most runs of one tenant in memory; idle runs beyond this number are unloaded, since their files hold everything."""
 _SESSION, _NUMBER = "(s[0-9a-f]{12})", "(0|[1-9][0-9]{0,8})"
 """Ids as they are made here: another text of the same number would be a second client of one folder."""
 _BASE_NAME = "base-name"
-"""A session's file with what its client calls the base."""
+"""The file of a session that holds the client's name for the base."""
 _OVER = "over"
 """The file that says that a session was ended, or that of a run only its checkpoints are there."""
 
@@ -104,8 +104,8 @@ class SessionOver(ConfigError):
 
 @dataclass(eq=False)
 class Session:
-    """All that one ServiceClient of a tenant made. `made`: seconds since 1970. `runs`: the numbers of its training
-    clients. `hold`: its files and its samplers'."""
+    """Everything that one ServiceClient of a tenant created. `made`: seconds since 1970. `runs`: quota holds of its
+    training clients, by number. `hold`: quota of the session's files and its samplers' files."""
 
     id: str
     tenant: str
@@ -117,7 +117,7 @@ class Session:
 
     @property
     def metadata(self) -> dict[str, Any] | None:
-        """Read from the disk: sessions are many, and few are asked for."""
+        """The client's metadata, read from disk: there are many sessions, but few reads."""
         found: dict[str, Any] | None = json.loads((self.folder / "session.json").read_text(encoding="utf-8"))[
             "metadata"
         ]
@@ -137,14 +137,14 @@ class Session:
 
     @property
     def base_name(self) -> str:
-        """What the client last called the base, if that was a path of its own or a hub's ID; else ""."""
+        """The client's last name for the base, if the name was a path or a hub ID; else ""."""
         try:
             return (self.folder / _BASE_NAME).read_text(encoding="utf-8")
         except FileNotFoundError:
             return ""
 
     def keep_base_name(self, name: str) -> None:
-        """Keeps what the client calls the base; up to 1,000 characters."""
+        """Save the client's name for the base, up to 1,000 characters, if the name is a path or a hub ID."""
         if "/" in name and name[:1000] != self.base_name:
             atomic_write(self.folder / _BASE_NAME, [name[:1000].encode()])
 
@@ -170,7 +170,7 @@ class TrainingRun:
     """A training client, as the server has it. `applied`: the last request whose effect its state has. `unbilled`:
     requests that came to a process before this one, and were not done there. `came`: when the client last sent one,
     taken or not; `used`: when it last asked for anything. `over`: its state is gone, and nothing but what it saved is
-    left. `hold`: its files, and its requests that wait."""
+    left. `hold`: quota of its files and waiting requests."""
 
     id: str
     session: str
@@ -199,19 +199,19 @@ class TrainingRun:
 
     @property
     def following(self) -> JournalEntry | None:
-        """The next request, where it has come."""
+        """The next request to apply; None if it has not arrived."""
         return self.journal.requests.get(self.applied + 1)
 
     @property
     def waits(self) -> bool:
-        """Whether somebody waits for it, or it has something to do."""
+        """Whether a client waits for this run, or the run has requests to process."""
         return self.following is not None or bool(self.futures) or bool(self.unbilled)
 
 
 class TinkerService:
-    """`room`: bytes that the states of training clients may take in memory. `folder`: its own. `days`: that a session
-    is kept which nobody uses. `quotas`: what each tenant may have here; what is in the folder counts from the start.
-    Close it at the end."""
+    """The Tinker sessions, runs and samplers of a server. Close it at the end. `room`: bytes of memory for the states
+    of training clients. `folder`: this service's own folder. `days`: days after which unused sessions are removed.
+    `quotas`: limits per tenant; existing files in the folder count from the start."""
 
     def __init__(
         self, base: TextBase, library: Library, folder: Path, *, room: int = 4 << 30, days: float = 30.0,
@@ -247,7 +247,7 @@ class TinkerService:
     # -- sessions ------------------------------------------------------------------------------------------------------
 
     def create_session(self, tenant: str, metadata: dict[str, Any] | None, name: str | None = None) -> Session:
-        """Raises Refused where a quota has no room for it."""
+        """Create a session. Raises Refused if a quota has no room."""
         id, made = f"s{secrets.token_hex(6)}", time.time()
         data = self._json({"tenant": tenant, "metadata": metadata, "name": name, "made": made}, metadata)
         session = Session(id, tenant, self.folder / id, made, self.quotas.take(tenant, files=1, disk=len(data)), name)
@@ -258,7 +258,7 @@ class TinkerService:
         return session
 
     def _json(self, content: Mapping[str, Any], metadata: Any) -> bytes:
-        """A file's content. Raises Refused (413) where a client's metadata in it is over its limit."""
+        """Return a file's content as JSON. Raises Refused (413) if the client's metadata is over the limit."""
         most = self.quotas.limits.metadata
         if metadata and len(json.dumps(metadata)) > most:
             raise Refused(
@@ -302,8 +302,10 @@ class TinkerService:
     def create_run(
         self, tenant: str, session: str, number: int, lora: Lora, metadata: dict[str, Any] | None, weight: float = 1.0
     ) -> TrainingRun:
-        """The same for the same number of a session. Raises NotHere, SessionOver, ConfigError for what the base does
-        not have, and Refused where a quota has no room for it."""
+        """Create a run, or return the existing run with this number in the session.
+
+        Raises NotHere, SessionOver, ConfigError for modules that the base does not have, and Refused if a quota has no
+        room."""
         owner = self.session(tenant, session)
         owner.seen()
         id = f"{owner.id}:train:{number}"
@@ -318,7 +320,7 @@ class TinkerService:
         self, owner: Session, number: int, lora: Lora, metadata: dict[str, Any] | None, weight: float,
         source: SavedWeights | None = None, state: Path | None = None, optimizer: bool = False,
     ) -> None:  # fmt: skip
-        """A run's folder, where there is none yet; it begins with `state`, that of `source`."""
+        """Create a run's folder, if it does not exist; the run starts from `state`, the saved state of `source`."""
         folder = owner.folder / f"train-{number}"
         data = {"lora": asdict(lora), "metadata": metadata, "weight": weight, "made": time.time()}
         content = self._json(data, metadata)
@@ -329,7 +331,7 @@ class TinkerService:
             hold = self.quotas.take(owner.tenant, files=1, disk=len(content) + more)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                if source is not None and state is not None:  # its own, whatever becomes of the checkpoint
+                if source is not None and state is not None:  # a copy, because the checkpoint can be removed
                     start = folder / "start"
                     shutil.rmtree(start, ignore_errors=True)
                     shutil.copytree(state, start)
@@ -362,7 +364,7 @@ class TinkerService:
         return self.described(tenant, run)
 
     def described(self, tenant: str, id: str) -> TrainingRun:
-        """A run, with its journal where it is in memory: enough for what it is and what it saved. Raises NotHere."""
+        """Return a run's description and checkpoints; with its journal only if the run is in memory. Raises NotHere."""
         with self._changed:
             found = self.runs.get(id)
         if found is not None and found.tenant == tenant:
@@ -386,7 +388,7 @@ class TinkerService:
         )  # fmt: skip
 
     def run(self, tenant: str, id: str) -> TrainingRun:
-        """From memory, or from the disk. Raises NotHere."""
+        """Return a run, loaded from disk if it is not in memory. Raises NotHere."""
         made = self.described(tenant, id)
         with self._changed:
             if id in self.runs:
@@ -405,7 +407,7 @@ class TinkerService:
         return made
 
     def _unload(self, tenant: str) -> None:
-        """Makes room for a run in memory. Its journal and its state say all of one that waits for nothing."""
+        """Unload a tenant's idle runs to make room for one; an idle run's files hold everything."""
         own = [run for run in self.runs.values() if run.tenant == tenant]
         idle = [run for run in own if run.learner is None and run.work is None and not run.waits]
         for run in sorted(idle, key=lambda run: run.used)[: max(0, len(own) + 1 - _LOADED)]:
@@ -424,7 +426,7 @@ class TinkerService:
     def submit(self, run: TrainingRun, seq: int, kind: str, body: bytes) -> bool:
         """Whether it is new; it is done once all before it are. One of the kind `refused` fails with what its body
         says, so that its number is not missed. Raises ConfigError for a number that another kind of request has or
-        that cannot be, SessionOver, and Refused where a quota has no room for it."""
+        that cannot be, SessionOver, and Refused if a quota has no room."""
         if not 1 <= seq <= run.applied + _AHEAD:
             raise ConfigError(f"seq_id is {seq}", where="seq_id", fix="from 1 on, one more for each request")
         with self._changed:
@@ -518,7 +520,7 @@ class TinkerService:
         return found
 
     def remove(self, run: TrainingRun, id: str) -> None:
-        """A checkpoint goes. Raises ConfigError where it is not there."""
+        """Remove a checkpoint. Raises ConfigError if it does not exist."""
         run.checkpoints.remove(id)
         self._measure(run.hold, run.folder, run.checkpoints)
 
@@ -548,7 +550,7 @@ class TinkerService:
         for run in list(self.runs.values()):
             try:
                 self._put_away(run)
-            except Exception:  # the other runs are put away all the same
+            except Exception:  # the other runs are still written
                 _log.exception(
                     "the state of %s could not be written; requests since its last state will be replayed", run.id
                 )
@@ -594,7 +596,7 @@ class TinkerService:
             self._pass(training)
 
     def _begin(self, run: TrainingRun, request: JournalEntry) -> bool:
-        """Whether there is memory for its rows: others of its tenant may have to be done first."""
+        """Whether there is memory to unpack the request; if not, other requests of the tenant finish first."""
         body = run.journal.body(request.seq)
         memory = read_head(body).memory
         others = any(other.unpacked is not None and other.tenant == run.tenant for other in self.runs.values())
@@ -772,7 +774,7 @@ class TinkerService:
 
     @contextmanager
     def _storing(self, run: TrainingRun, **amounts: int) -> Iterator[None]:
-        """About to write so much into a run's folder. Raises Refused where its quota has no room for it."""
+        """Hold quota while these amounts are written to a run's folder. Raises Refused if the quota has no room."""
         run.checkpoints.sweep()
         self._measure(run.hold, run.folder, run.checkpoints)
         run.hold.add(**amounts)
@@ -782,7 +784,7 @@ class TinkerService:
             self._measure(run.hold, run.folder, run.checkpoints)
 
     def _measure(self, hold: QuotaHold, folder: Path, checkpoints: Checkpoints) -> None:
-        """What a run has on the disk, its adapters in the library among it."""
+        """Set the quota hold to a run's files on disk, including its adapters in the library."""
         saved = checkpoints.all()
         hold.set(files=1 + len(saved), disk=_size(folder.rglob("*")) + sum(each.bytes for each in saved))
 
@@ -892,7 +894,7 @@ class TinkerService:
         run.hold.set(requests=0)
 
     def _clear(self, folder: Path, checkpoints: Checkpoints) -> bool:
-        """Nothing but what a run saved is left of it. Whether something is."""
+        """Remove all files of a run except its checkpoints. Return whether any checkpoints are left."""
         if not checkpoints.all():
             shutil.rmtree(folder)
             return False
@@ -921,7 +923,7 @@ class TinkerService:
         trainer = self._ready_trainer()
         if not (run.folder / "states").is_dir():
             self._measure(run.hold, run.folder, run.checkpoints)
-            run.hold.add(disk=self._bytes(run.lora))  # of the state that is going to be written
+            run.hold.add(disk=self._bytes(run.lora))  # for the state that will be written
         self._make_room(run)
         learner = run.learner = trainer.create(run.id, run.lora)
         try:
@@ -1051,7 +1053,7 @@ def _number(folder: Path) -> str:
 
 
 def _size(paths: Iterable[Path]) -> int:
-    """Bytes of those that are files, and are there."""
+    """Return the total size of the paths that are existing files."""
     size = 0
     for path in paths:
         with suppress(FileNotFoundError):

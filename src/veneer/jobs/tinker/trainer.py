@@ -113,8 +113,8 @@ _BOUNDS = {
     "learning_rate": (0.0, 1.0), "beta1": (0.0, 0.999999), "beta2": (0.0, 0.999999), "eps": (1e-30, 1.0),
     "weight_decay": (0.0, 1.0), "clip": (-_LARGEST, _LARGEST),
 }  # fmt: skip
-"""Within these a step of AdamW keeps weights finite: it is learning_rate * m / (√v + eps), and eps must not be 0 in
-float32, where a parameter without a gradient has 0 / eps."""
+"""Bounds that keep weights finite in an AdamW step, learning_rate * m / (√v + eps). eps must not round to 0 in float32:
+for a parameter without a gradient, the step is 0 / eps."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
     given = row.inputs["target_tokens"]
     if given.dtype.kind != "i" or given.ndim not in (1, 2) or len(given) != count or not given.size:
         raise wrong(f"target_tokens has the shape {given.shape}", f"integers, ({count},) or ({count}, k)")
-    for name, values in row.inputs.items():  # before the first is copied
+    for name, values in row.inputs.items():  # check all shapes before copying any values
         if name in known and values.shape != given.shape:
             raise wrong(f"{name} has the shape {values.shape}, target_tokens {given.shape}")
     targets = torch.tensor(given)

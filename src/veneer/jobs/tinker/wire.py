@@ -1,7 +1,7 @@
 """What Tinker's SDK sends and expects as protobuf (docs/notes/tinker.md): rows in, log-probabilities and samples out.
 
-    head = read_head(body)                     ForwardHead: whose, which of its requests, what unpacking it takes
-    asked = read_forward(body)                 ForwardAsked: rows and loss too
+    head = read_head(body)                     ForwardHead: model, request number, memory needed to unpack
+    asked = read_forward(body)                 ForwardAsked: also rows and loss
     forward_bytes(outputs, metrics)            what its future gives back
     sample_bytes(sequences, …)                 that of a sampling future
 
@@ -29,11 +29,11 @@ _FLOAT = 1
 _LARGEST = 1 << 28
 """Bytes of tensors in one request: those that are mostly zeros take next to nothing on the wire."""
 _FIELDS = 1 << 18
-"""Fields of a message, those of the messages in it among them: an empty one has two bytes, and a row in memory 500."""
+"""Most fields of a message, counting nested messages: an empty row has 2 bytes on the wire but 500 in memory."""
 _ROW, _COPIES = 512, 3
-"""Bytes that a row takes in memory beside its tensors, and how often its tensors are there while they are checked."""
+"""Bytes of memory per row besides its tensors; number of copies of the tensors during the checks."""
 _SIZES = 64
-"""Bytes of the sizes of a tensor."""
+"""Most bytes of a tensor's packed shape."""
 _ABSENT = -99999.0
 """The log-probability of a token that is not there, in a table of the most likely ones."""
 
@@ -61,8 +61,8 @@ class ForwardAsked:
 
 @dataclass(frozen=True)
 class ForwardHead:
-    """What is known of a request before its tensors are made. `tokens`: of all rows. `memory`: bytes that unpacking and
-    checking it takes."""
+    """The part of a request that can be read without creating tensors. `tokens`: of all rows. `memory`: bytes needed to
+    unpack and check the request."""
 
     model: str
     seq: int
@@ -71,14 +71,14 @@ class ForwardHead:
 
 
 def read_head(body: bytes) -> ForwardHead:
-    """Reads sizes, and makes no tensor. Raises Refused: 413 for one with tensors or fields over a limit, 400 for bytes
-    that are no such message."""
+    """Read a request's sizes without creating tensors. Raises Refused: 413 for tensors or fields over a limit, 400 for
+    bytes that are not a forward_backward message."""
     with _wire_errors():
         return _head(memoryview(body))
 
 
 def read_forward(body: bytes) -> ForwardAsked:
-    """Raises Refused as `read_head` does, before a tensor is made."""
+    """Read a whole request. Raises Refused like `read_head`, before any tensor is created."""
     read_head(body)
     with _wire_errors():
         return _forward(memoryview(body))
@@ -128,7 +128,7 @@ def _too_large(most: str) -> Refused:
 
 
 def _tensor_bytes(data: memoryview, fields: Callable[[memoryview], Iterator[tuple[int, Any]]]) -> int:
-    """Bytes of `_tensor`."""
+    """Return the number of bytes that `_tensor` would allocate."""
     found = list(fields(data))
     kind = dict(found).get(3, _FLOAT)
     if all(number != 2 for number, _ in found):
@@ -326,7 +326,7 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _sizes(value: memoryview | int) -> list[int]:
-    """The sizes of a tensor, packed or one by one."""
+    """Return a tensor's shape from a packed or unpacked field."""
     if isinstance(value, int):
         return [value]
     if len(value) > _SIZES:

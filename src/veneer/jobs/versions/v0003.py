@@ -1,4 +1,4 @@
-"""What clients that train step by step took of their tenant's budget."""
+"""Add the budget that Tinker clients have reserved, by tenant."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class ImageBase:
     `family`: as formats.topology calls it; `row` is its row of families.py. `model`: what adapters attach to, under
     canonical names. `parts`: diffusers' components by their names there; `model` and every pipeline share them.
     `prediction`: what the denoiser predicts. `size`: the default side of a picture in pixels. `notes`: what a person
-    should know about the loading, one sentence each. `quantised`: what the denoiser's weights are in, if they are."""
+    should know about the loading, one sentence each. `quantised`: the format of quantized denoiser weights, or None."""
 
     name: str
     family: str
@@ -217,7 +217,7 @@ def _base(name: str, path: Path, read: LoadedParts, quantise: str | None) -> Ima
 
 
 def _quantised_as(denoiser: nn.Module) -> str | None:
-    """What the denoiser's weights were quantised as before they were saved; None for a plain one."""
+    """Return the format in which the denoiser was saved, if its weights are quantized; else None."""
     return next((p.stored.kind for p in denoiser.parameters() if isinstance(p, Quantised)), None)
 
 
@@ -279,8 +279,10 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
 
 
 def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_ControlNet] = ()) -> Any:
-    """diffusers' pipeline of that kind over the base's parts, made once for each kind; with ControlNets the last few
-    lists of them are kept, and what they hold.
+    """Return diffusers' pipeline of this kind over the base's parts.
+
+    Pipelines are cached by kind; with ControlNets, only the few most recently used pipelines are cached, with their
+    ControlNets.
 
     Nothing is copied: an adapter attached to `base.model` acts in every pipeline. They also share one
     scheduler; set `pipe.scheduler` to use another. Raises BaseError if diffusers has no such pipeline for the family,
@@ -289,7 +291,7 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
 
     key = "|".join([kind, *(str(id(c)) for c in controls)])
     if key in base._made:
-        base._made[key] = base._made.pop(key)  # the last one asked for stands last
+        base._made[key] = base._made.pop(key)  # most recently used last
         return base._made[key]
     table = base.row.controlled if controls else base.pipelines
     if kind not in table:
@@ -320,7 +322,7 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
 
 
 _CONTROLLED_KEPT = 4
-"""Pipelines with ControlNets that are kept: each holds its ControlNets."""
+"""Most cached pipelines with ControlNets; each keeps its ControlNets in memory."""
 
 
 def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:

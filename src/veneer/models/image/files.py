@@ -467,7 +467,7 @@ def read_single_file(
 
 
 def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The file's tensors by name, its scaled weights as the numbers that they stand for, in `dtype`."""
+    """Return the file's tensors by name, floats in `dtype` and scaled weights multiplied by their scales."""
     from safetensors.torch import load_file
 
     if not scaled_weights(table):
@@ -478,7 +478,7 @@ def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict
 
 
 def _denoiser_of(state: Mapping[str, Tensor], cls: Any, name: str, options: Mapping[str, Any]) -> Any:
-    """The denoiser of a family whose pipeline diffusers does not read from one file, though it reads its denoiser."""
+    """Load the denoiser of a family for which diffusers can read only the denoiser, not the pipeline, from one file."""
     plain = {n.removeprefix("model.diffusion_model."): tensor for n, tensor in state.items()}
     return cls.from_single_file(plain, subfolder=name, **options)
 
@@ -486,7 +486,7 @@ def _denoiser_of(state: Mapping[str, Tensor], cls: Any, name: str, options: Mapp
 def _flux(
     path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
-    """FLUX.1's denoiser by the shapes of the file, and in which numbers the directory's is another."""
+    """Return FLUX.1's denoiser, sized by the shapes in the file, and notes where the directory's config differs."""
     made = _flux_model(state, config, dtype, str(path))
     other = [
         f"{key} is {made.config[key]} ({config[key]} there)"
@@ -583,24 +583,24 @@ _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "cond
 _HARMLESS = re.compile(
     r"(.*\.)?(position_ids|inv_freq|logit_scale|attn_mask|num_batches_tracked|text_projection(\.weight)?)"
     r"|(.*\.)?(spiece_model|tekken_model)"  # a tokenizer, as bytes
-    r"|model_ema\..*"  # an average of the weights, which themselves are in the file
+    r"|model_ema\..*"  # an average of weights that are also in the file
     r"|(first_stage_model|vae)\.(loss|model_ema)\..*"
-    r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # SD2 draws with the layer before the last
+    r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # SD2 uses the second-to-last layer
     r"|betas|(\w+_)?alphas_cumprod(_prev)?|posterior_\w+|logvar|denoiser\.sigmas|model_sampling\..*"  # noise schedule
     r"|v_pred|ztsnr"  # see `_check_prediction`
 )
-"""Names of tensors that a picture does not need. Any other that no component takes is an error: what a file says and
-nobody reads may change every picture, as the scales of 8-bit weights do."""
+"""Names of tensors that do not affect a picture. Any other unused tensor is an error, because an ignored tensor can
+change every picture, such as the scales of 8-bit weights."""
 
 
 def _of_others(unused: Iterable[str], held: set[str]) -> set[str]:
-    """Tensors of components that are read from the directory, although the file has them too."""
+    """Return the unused tensors of components that are read from the directory instead of the file."""
     prefixes = tuple(prefix for prefix, parts in _HELD.items() if not parts & held)
     return {name for name in unused if name.startswith(prefixes)}
 
 
 def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None:
-    """Raises BaseError where the file marks a model that predicts v and the configs say that it does not."""
+    """Raises BaseError if the file marks a v-prediction model and the scheduler's config says otherwise."""
     said = scheduler.config.get("prediction_type")
     if "v_pred" in unused and said != "v_prediction":
         raise BaseError(

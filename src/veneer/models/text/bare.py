@@ -3,7 +3,7 @@
 model = bare_text(config, dtype=torch.bfloat16, quantise="nf4", device="cuda")      as load_text would leave it
 how = twin(config, dtype)                 what `fast` does with a small model of the same config, tried for real
 with fast(model, like=how): …             the same on the one that has no values to try it with
-groups = tied_weights(folder)             the parameters of a model folder that share one weight
+groups = tied_weights(folder)             groups of parameters of a model folder that share one weight
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:  # of any kind: each class reads its fields by itself
+    except Exception as error:  # any type of error: each class parses its own fields
         if lacks_memory(error):
             raise
         why = " ".join(f"{type(error).__name__}: {error}".split())
@@ -83,12 +83,12 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
 
 def tied_weights(folder: Path) -> list[list[str]]:
-    """Groups of parameters that share one weight in the transformers model saved in `folder`.
+    """Return groups of parameters that share one weight in the transformers model saved in `folder`.
 
-    The model's class decides, also where config.json says nothing of `tie_word_embeddings`; the model is built without
-    weights. [] for a folder without a config.json of transformers. For a family that transformers does not know, the
-    only stored matrix with a row for every token is taken to be shared with the head, unless config.json says that it
-    is not."""
+    The model's class decides, even if config.json has no `tie_word_embeddings`; the model is built without weights.
+    Returns [] for a folder without a transformers config.json. If transformers does not know the family and only one
+    stored matrix has a row for every token, this matrix counts as shared with the head unless config.json says
+    otherwise."""
     import transformers
 
     file = folder / "config.json"
@@ -107,7 +107,7 @@ def tied_weights(folder: Path) -> list[list[str]]:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with loading(), torch.device("meta"):
             model = built._from_config(config) if hasattr(built, "_from_config") else built.from_config(config)
-    except Exception as error:  # of any kind: each class reads its fields by itself
+    except Exception as error:  # any type of error: each class parses its own fields
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise BaseError(
             f"transformers cannot build a model from this configuration: {why:.300}", where=str(file)
@@ -146,7 +146,7 @@ _NARROW = {
     "num_experts": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _NARROW_LAYER = {"head_dim": 32, "num_key_value_heads": 1}
-"""What layers have that differ from the rest (`per_layer_config`)."""
+"""Values of layers that differ from the other layers (`per_layer_config`)."""
 _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
@@ -165,7 +165,7 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
     layers = max((seen.index(kind) + 1 for kind in set(seen)), default=2)
     layers = max(2, layers, own.get("decoder_sparse_step") or 1, own.get("interleave_moe_layer_step") or 1)
     chosen = list(range(min(layers, config.num_hidden_layers)))
-    if own.get("num_kv_shared_layers"):  # the same layers once more, reading the first ones' keys and values
+    if own.get("num_kv_shared_layers"):  # add a second copy of the layers that shares the first copy's keys and values
         out["num_kv_shared_layers"] = len(chosen)
         chosen *= 2
     out["num_hidden_layers"] = len(chosen)

@@ -229,21 +229,22 @@ _dequantize = gguf.dequantize
 
 @contextmanager
 def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
-    """transformers takes these from gguf and its own modules whenever it reads a file. Ours give the same and are this
-    thread's alone: others get what was there, and other loads wait (`loading`). `vocabulary`: for reading a tokenizer.
-    """
+    """Replace the functions with which transformers reads GGUF headers by faster ones with the same results.
+
+    Only this thread gets the replacements; other threads get the originals, and other loads wait (`loading`).
+    `vocabulary`: for reading a tokenizer."""
     with loading(), ExitStack() as undo:
         ours: dict[str, Callable[..., Any]] = {
             "gguf.GGUFReader": partial(GgufReader, long_arrays=False),
             "gguf.dequantize": dequantise,
-            "gguf.get_tensor_name_map": lru_cache(2)(gguf.get_tensor_name_map),  # asked for each module of a model
-            # drawn with tqdm itself, which transformers' own switch for progress bars does not reach
+            "gguf.get_tensor_name_map": lru_cache(2)(gguf.get_tensor_name_map),  # called for each module of a model
+            # uses tqdm directly, so transformers' switch for progress bars has no effect
             "transformers.modeling_gguf_pytorch_utils.tqdm": lambda items, **_: items,
             **(_OF_A_VOCABULARY if vocabulary else dict[str, Callable[..., Any]]()),
         }
         for name, function in ours.items():
             if name.startswith("transformers."):
-                TRANSFORMERS(name)  # says so where there is none
+                TRANSFORMERS(name)  # raises if the name does not exist
             module, _, last = name.rpartition(".")
             holder = importlib.import_module(module)
             theirs = getattr(holder, last)
@@ -253,7 +254,7 @@ def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
 
 
 def _for_this_thread(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """`ours` in the thread that asks now, `theirs` in every other."""
+    """Return a function that calls `ours` in the current thread and `theirs` in every other thread."""
     me = threading.get_ident()
     return lambda *args, **named: (ours if threading.get_ident() == me else theirs)(*args, **named)
 

@@ -154,8 +154,8 @@ class OtherKind(Exception):
 
 
 def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
-    """(w, ε) of an RMS norm: its weight, or `plus` it in at least float32, as 16 bits are too few for 1 + w.
-    Raises OtherKind for a norm without a weight."""
+    """Return (w, ε) of an RMS norm. w is the weight, or `plus` + weight in at least float32, because 16 bits are too
+    few for 1 + w. Raises OtherKind for a norm without a weight."""
     weight = getattr(module, "weight", None)
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor):

@@ -30,8 +30,8 @@ _SET_BY_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMA
 
 
 def _c_function(name: str) -> Any:
-    """A function of the C library that this process runs on; None if it has none of that name, as on Windows, where
-    the process's own symbols cannot be opened either."""
+    """Return a function of the process's C library; None if it has no such function, or if the library cannot be opened
+    (Windows)."""
     try:
         return getattr(ctypes.CDLL(None), name, None)
     except (OSError, TypeError):
@@ -39,16 +39,17 @@ def _c_function(name: str) -> Any:
 
 
 def give_back() -> None:
-    """Gives freed memory back to the system, if the C library can do that."""
+    """Return freed memory to the system, if the C library supports it."""
     if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
 
 
 @contextmanager
 def _allocator(setting: dict[int, int]) -> Iterator[None]:
-    """Sets glibc's malloc for the length of a with-block, in which another may lie: the latest still open holds. malloc
-    is the whole process's, so nothing is set if the environment sets it (MALLOC_…, GLIBC_TUNABLES), nor where the C
-    library has no mallopt."""
+    """Configure glibc's malloc for a with-block. Blocks can overlap; the latest open block's settings apply.
+
+    malloc belongs to the whole process, so settings from the environment (MALLOC_…, GLIBC_TUNABLES) win. Does nothing
+    if the C library has no mallopt."""
     mallopt, trim = _c_function("mallopt"), _c_function("malloc_trim")
     said = any(name in os.environ for name in _SET_BY_USERS) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if mallopt is None or trim is None or said:
@@ -108,7 +109,7 @@ def peak_resident() -> int:
 
 
 def forget_peak_resident() -> None:
-    """Makes what is resident now the peak. Does nothing where the system cannot: off Linux, or without the right."""
+    """Reset the peak to the currently resident memory. Does nothing outside Linux, or without permission."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 

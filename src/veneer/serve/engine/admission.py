@@ -65,8 +65,9 @@ class _Work:
 
 class FairPool:
     """A pool of threads that tenants share fairly: a thread that becomes free takes work of the tenant that has been
-    given least so far, by weight. A tenant that waits for nothing earns nothing. `share`: the threads that one tenant
-    can have at a time, where work may be so long that the others must not wait for it; by default all."""
+    given least so far, by weight. A tenant that waits for nothing earns nothing. `share`: the most
+    threads that one tenant can use at a time, for long-running work that must not block other tenants; by default
+    all."""
 
     def __init__(self, threads: int, name: str, share: int | None = None) -> None:
         self.threads, self.share, self._busy = threads, share or threads, 0

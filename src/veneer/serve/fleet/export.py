@@ -81,7 +81,7 @@ def export(
 
 
 def _served_base(base: str) -> tuple[str, list[str]]:
-    """What another server loads for `base`, and notes: of a built-in base its folder here, else its id on the hub."""
+    """Return what another server loads for `base`, with notes: a built-in base's folder here, else its hub ID."""
     from veneer.models.builtin import BUILTIN, builtin_place
 
     if (builtin := BUILTIN.get(base)) is None:

@@ -81,7 +81,7 @@ PACK_BYTES = 4 << 30
 
 
 def block_bytes(base: TextBase) -> int:
-    """Bytes of a block of the cache: the keys and values of BLOCK tokens in every layer."""
+    """Return the bytes of a cache block: the keys and values of BLOCK tokens in every layer."""
     heads = layer_heads(base.model.config.get_text_config())
     return sum(Pages.bytes_of_a_block(1, kv, d, base.dtype) for _, kv, d in heads)
 
@@ -103,7 +103,7 @@ class Runner:
     for one that has no values to try it with. `capture`: how a step of single tokens is recorded (see graphs.py); by
     default as a CUDA graph where there is CUDA. `how` and `why`: the way that was taken. `llama`: the base as tensors
     where that is "fused", else None. `pages`: keys and values, one `Pages` for each
-    size of heads that the layers have. `shares`: whether sequences can share blocks. Close it to put a base with dense
+    size of attention heads. `shares`: whether sequences can share blocks. Close it to put a base with dense
     weights back as it was."""
 
     def __init__(

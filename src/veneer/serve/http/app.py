@@ -1,9 +1,8 @@
 """The application: one door for all requests, errors in each surface's own form, and the routes of every surface.
 
-The door comes before everything: it numbers the request, checks its Host, Origin and Content-Type (421, 403, 415),
-establishes its principal (401), turns new work away while the server is loading or draining (503), and takes the body
-in: no more of it than there is room for (413, 429), and no slower than it may come (408). What the request holds of the
-server's room it gives back at the end.
+`Door` handles each request before any route. It assigns a request ID, checks Host, Origin and Content-Type (421, 403,
+415), determines the principal (401), refuses new work while the server is loading or draining (503), and receives the
+body, within limits on size and memory (413, 429) and time (408). At the end it releases the resources of the request.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 
 _STRANGERS = "?"
-"""Pseudo-tenant of requests that need no key, where room is shared out; no tenant can have this name."""
+"""Pseudo-tenant for resource shares of requests that need no key; no tenant can have this name."""
 _STRANGERS_BODY = 4 << 10
-"""Bytes of a body on a path that needs no key, such as the form to sign in. They are not counted among the bodies, so
-that strangers whose bodies come slowly keep nobody out."""
+"""Most bytes of a body on a path that needs no key, such as the sign-in form. These bodies do not count against the
+shared limit, so that slow bodies from strangers block nobody."""
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
 
@@ -97,7 +96,7 @@ def create_app(
 
 
 class Door:
-    """ASGI middleware. What it establishes is in the scope: `veneer.id`, `veneer.principal` and `veneer.place`.
+    """ASGI middleware that sets `veneer.id`, `veneer.principal` and `veneer.place` in the scope.
 
     It decides by the scope's path, as the router does: `request.url` of older Starlettes is made from the Host header,
     which can hold a path of its own."""
@@ -149,8 +148,9 @@ class Door:
                 self.service.tidy()
 
     def _large(self, request: HttpRequest) -> int | None:
-        """Bytes a body may have that is not counted among those in memory: it goes to the disk, or is a stranger's.
-        None for one that is."""
+        """Return the size limit of a body that does not count against memory: spooled to disk, or a stranger's.
+
+        None for a body that counts."""
         if self._needs_no_key(request.scope["path"]):
             return _STRANGERS_BODY
         if request.method != "POST":

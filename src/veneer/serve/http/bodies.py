@@ -138,7 +138,7 @@ async def read_body(request: Request) -> Any:
 
 
 class BodyRoute(APIRoute):
-    """A route that asks for the permission it `needs`, then reads its JSON body by `read_body`."""
+    """A route that checks its permission (`needs`), then reads its JSON body with `read_body`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -155,7 +155,7 @@ class BodyRoute(APIRoute):
 
 
 def check_guarded(router: APIRouter) -> None:
-    """Raises ValueError for a route that names no permission, or does not ask for it before it reads a body."""
+    """Raises ValueError for a route that declares no permission, or that reads a body before checking permission."""
     for route in router.routes:
         if not isinstance(route, BodyRoute) or not permissions_of(route.dependencies):
             raise ValueError(f"the route {getattr(route, 'path', route)} names no permission")
@@ -293,11 +293,11 @@ _PLAIN = [
     (re.compile(r"^(Input|Value|String|List|Tuple|Set|Dictionary) should (?=be|have|match)"), "must "),
     (re.compile(r"^Field required$"), "is required"),
 ]
-"""What of pydantic's texts is its own, and what is said instead."""
+"""Parts of pydantic's messages, and their replacements."""
 
 
 def problem_text(where: str, problem: Mapping[str, Any]) -> str:
-    """One of pydantic's problems in a client's words. `where`: the key; "" for the whole."""
+    """Return one of pydantic's validation errors in plain words. `where`: the key; "" for the whole body."""
     text = str(problem["msg"])
     for pattern, instead in _PLAIN:
         text = pattern.sub(instead, text)

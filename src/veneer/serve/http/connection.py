@@ -4,7 +4,7 @@
     body      see app.Door; what is still sent after an answer has to end within `body_time`
     idle      a connection is kept for `idle` seconds after an answer
     unread    a client that reads nothing for `stall` seconds is cut off, and what still runs for it is cancelled
-    many      beyond `connections` the oldest WebSockets are closed for the new ones, which reconnect by themselves, and
+    many      above `connections`, the server closes the oldest WebSockets first (pages reconnect automatically), and
               then the connections that have waited longest for a request
 
 An event loop's timers are cheap: each connection has one, for whichever of these it is in.
@@ -30,7 +30,7 @@ _BEYOND = 256
 
 
 def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol] | str]:
-    """uvicorn's protocols with these limits, for its Config's `http` and `ws`. `sockets`: whether there are any."""
+    """Return uvicorn's protocols with these limits, for `http` and `ws` of its Config. `sockets`: allow WebSockets."""
     all = _All()
     http = type("Connection", (_Connection,), {"settings": settings, "all": all})
     if not sockets:
@@ -63,8 +63,8 @@ def many_files(wanted: int) -> None:
 
 @dataclass
 class _All:
-    """`waiting`: the connections that wait for a request, with the time since when, the longest first. `sockets`: the
-    WebSockets, the oldest first. `look`: the timer at whose end there is room to be made."""
+    """All open connections. `waiting`: connections waiting for a request -> start of the wait, the longest wait first.
+    `sockets`: the WebSockets, the oldest first. `look`: the timer after which surplus connections are closed."""
 
     waiting: dict[_Connection, float] = field(default_factory=dict)
     sockets: dict[Any, None] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class _Connection(H11Protocol):
             connection._close()
 
     def _close_sockets(self, most: int) -> int:
-        """Close the oldest WebSockets; returns how many."""
+        """Close up to `most` of the oldest WebSockets; return how many were closed."""
         oldest = list(self.all.sockets)[: max(0, most)]
         for socket in oldest:
             self.all.sockets.pop(socket, None)

@@ -33,7 +33,7 @@ def file_response(
 
 
 class _Download(StreamingResponse):
-    """Calls `end` also where the client left before the first chunk was asked for."""
+    """A response that calls `end` even if the client disconnects before the first chunk."""
 
     def __init__(
         self, chunks: AsyncIterator[bytes], end: Callable[[], Awaitable[None]], headers: Mapping[str, str], kind: str

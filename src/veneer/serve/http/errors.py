@@ -124,7 +124,7 @@ def error_body(error: Refused, surface: str) -> tuple[int, Any]:
     """(status, body) of an error as a surface tells it; an unknown surface tells it as OpenAI does."""
     status, body = _FORMS.get(surface, _openai)(error)
     if surface.startswith("OpenAI") and (error.status, error.code) == (404, "not_found"):
-        body["error"]["code"] = None  # it has codes for models and jobs alone
+        body["error"]["code"] = None  # OpenAI has codes only for models and jobs
     return status, body
 
 

@@ -1,13 +1,13 @@
-"""What a request must have before a route sees any of it: a permission, this server's Host, its own Origin.
+"""Checks before a route handles a request: its permission, Host, Origin and Content-Type.
 
     router = APIRouter(route_class=BodyRoute, dependencies=[needs("train")])      for all routes of a router
     @router.get("/metrics", dependencies=[needs("metrics")])                      for one of them
 
-`BodyRoute` (bodies.py) asks for the permission before the body is read, and refuses a route that names none.
+`BodyRoute` (bodies.py) checks the permission before the body is read, and refuses a route that declares none.
 
-A browser sends requests of any page that a user visits: to servers on the user's machine, and under a name of that
-page's own that resolves to this machine (DNS rebinding). So a server without keys answers to the hosts it is told, and
-whatever could change something or carries a cookie must come from the server's own pages or from `--allowed-origin`.
+Any page that a user visits can make the browser send requests to servers on the user's machine, also through a domain
+of the attacker that resolves to this machine (DNS rebinding). So a server without keys accepts only known hosts, and a
+request that could change something or carries a cookie must come from the server's own pages or an `--allowed-origin`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _EXEMPT = ("/health", "/ping", "/ready", "/metrics")
 """Paths that answer under any Host: probes and scrapers call by IP."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _UNASKED = ("", "text/plain", "application/x-www-form-urlencoded")
-"""Types that a browser sends across sites without a preflight. So is multipart/form-data, which has its own routes."""
+"""Types that browsers send across sites without a preflight. multipart/form-data is another, with its own routes."""
 _PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
 class Need:
-    """The dependency that `needs` makes."""
+    """The dependency that `needs` returns."""
 
     permission: Permission
 
@@ -46,23 +46,23 @@ class Need:
 
 
 def needs(permission: Permission) -> Any:
-    """A FastAPI dependency: the permission that a route needs. All that are named have to be there."""
+    """Return a FastAPI dependency that requires a permission. A route with several dependencies requires them all."""
     return Depends(Need(permission))
 
 
 def permissions_of(dependencies: Iterable[Any]) -> list[Permission]:
-    """The permissions that a route's or a router's dependencies name."""
+    """Return the permissions that the dependencies of a route or router require."""
     return [each.dependency.permission for each in dependencies if isinstance(each.dependency, Need)]
 
 
 def principal_of(scope: Scope) -> Principal:
-    """Who sent the request, as `serve.http.app.Door` established it."""
+    """Return the principal that sent the request, as set by `serve.http.app.Door`."""
     principal: Principal = scope["veneer.principal"]
     return principal
 
 
 def check_source(scope: Scope, settings: HttpSettings, keyless: bool) -> None:
-    """Raises Refused (421, 403) for a request that a page of another site may have sent. `keyless`: of the Tenancy."""
+    """Raises Refused (421, 403) for a request that another site's page may have sent. `keyless`: of the Tenancy."""
     headers = Headers(scope=scope)
     if keyless and scope["path"] not in _EXEMPT:
         _check_host(headers, {*HERE, *settings.allowed_hosts})
@@ -70,7 +70,7 @@ def check_source(scope: Scope, settings: HttpSettings, keyless: bool) -> None:
 
 
 def _check_host(headers: Headers, allowed: Collection[str]) -> None:
-    """Raises Refused (421) for a Host that is none of `allowed`, of a server that needs no key."""
+    """Raises Refused (421) if the Host is not in `allowed`. For servers without keys."""
     if _hostname(headers.get("host", "")) not in allowed:
         raise Refused(
             f"a server without keys answers only to the Host {', '.join(sorted(filter(None, allowed)))}",
@@ -79,7 +79,7 @@ def _check_host(headers: Headers, allowed: Collection[str]) -> None:
 
 
 def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:
-    """Raises Refused (403) for what could change something, or carries a cookie, and comes from another site's page."""
+    """Raises Refused (403) if another site's page sent a request that carries a cookie or could change something."""
     origin = headers.get("origin")
     if origin is None or _same_origin(origin, headers.get("host", "")) or origin in allowed:
         return
@@ -93,7 +93,7 @@ def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> N
 
 
 def check_content_type(scope: Scope, headers: Headers) -> None:
-    """Raises Refused (415) for a body of a type that any page's form or script may send anywhere without asking."""
+    """Raises Refused (415) for a body type that a page on any site can send without a preflight."""
     has_body = headers.get("transfer-encoding") is not None or headers.get("content-length", "0") != "0"
     if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _UNASKED:
         raise Refused(
@@ -103,7 +103,7 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
 
 
 def media_type(headers: Headers) -> str:
-    """The Content-Type without its parameters, in lower case."""
+    """Return the Content-Type without parameters, in lower case."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 

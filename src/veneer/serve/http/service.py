@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Service:
     """`reader`: how the base reads prompts. `phase`: ready, unless the server is not; who drains it sets it. `inside`:
-    requests that are being answered. `fine_tunes`: whether POST /v1/fine_tuning/jobs takes its models."""
+    requests that are being answered. `fine_tunes`: whether POST /v1/fine_tuning/jobs accepts this server's models."""
 
     engine: Engine[Any, Any]
     catalog: Catalog

@@ -47,7 +47,7 @@ from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import Refused
 
 MOST_PLACES = 4096
-"""Places of adapters that a shelf remembers for requests that run; the library has most of them anyway."""
+"""Most adapter locations that a shelf remembers for running requests; most of them are in the library anyway."""
 
 Problems = Callable[[Adapter], list[str]]
 """Why an adapter cannot be served with its full effect, one line each: the engine's to say."""
@@ -90,7 +90,7 @@ class Shelf:
         self.names = None if library is None else Snapshot(library)
         self._kept: dict[str, AdapterPlace] = {}
         self._recent: dict[str, AdapterPlace] = {}
-        """The places that were remembered last, the newest at the end."""
+        """Recently used locations, the newest last."""
         self._lock = threading.Lock()
         self._listed: tuple[object, list[NamedVersion]] = (None, [])
 
@@ -170,8 +170,9 @@ class Shelf:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def remember(self, digest: str, place: AdapterPlace) -> None:
-        """Read the adapter of that digest from there, for the requests that run: the oldest of `MOST_PLACES` is
-        forgotten. A place in the library is preferred to a path."""
+        """Read the adapter with this digest from `place` for running requests; keep the newest `MOST_PLACES`.
+
+        A location in the library is preferred to a path."""
         with self._lock:
             old = self._recent.pop(digest, place)
             self._recent[digest] = old if old.reference and not place.reference else place
@@ -179,12 +180,12 @@ class Shelf:
                 del self._recent[next(iter(self._recent))]
 
     def keep(self, digest: str, place: AdapterPlace) -> None:
-        """Read the adapter of that digest from there until `release`: a name that was loaded means it."""
+        """Read the adapter with this digest from `place` until `release`, because a loaded name refers to it."""
         with self._lock:
             self._kept[digest] = place
 
     def release(self, digest: str) -> None:
-        """No loaded name means this adapter any more; requests that run still find it."""
+        """No loaded name refers to this adapter any more; running requests still find its location."""
         with self._lock:
             place = self._kept.pop(digest, None)
         if place is not None:

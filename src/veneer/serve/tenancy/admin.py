@@ -343,7 +343,7 @@ def _records(router: APIRouter, store: Store) -> None:
 
 
 class AdminRoute(BodyRoute):
-    """A route of the operator's, whose errors all have one shape."""
+    """A route for the operator that returns all errors in one format."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         inner = super().get_route_handler()

@@ -14,9 +14,9 @@ Nothing is kept of a tenant that has no `FeedbackTerms`. What is kept has the ti
 nobody's, and the next sweep removes it. Of the request's `user` a hash is kept, by which all answers of a user, those
 without feedback too, are removed; answers that were asked for before that and have not come yet are not kept either.
 
-While the database is away, feedback is 503, and answers wait on the disk, up to a bound, of which a tenant has half;
-what a tenant has in the database is bounded too (`files` and `disk` of QuotaLimits). Beyond these answers are given and
-not kept, which the log says.
+While the database is unavailable, feedback returns 503 and answers are spooled to disk, up to a limit of which one
+tenant can use half. A tenant's rows in the database are limited too (`files` and `disk` of QuotaLimits). Over a limit,
+answers are sent but not kept, with an entry in the log.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _LARGEST = 1 << 20
 _MOST, _PAGE = 100, 20
 """Answers in one transaction, and feedback that is read at once."""
 _MEASURED = 60.0
-"""Seconds after which it is measured again what a tenant has in the database."""
+"""Seconds after which a tenant's rows in the database are measured again."""
 _REMEMBERED = 400 * 86400.0
 """Seconds for which it is remembered what was forgotten: for answers that wait somewhere."""
 
@@ -80,7 +80,7 @@ class KeptAnswers:
         self._draining = threading.Lock()
         self.quotas = Quotas()
         self._holds: dict[str, tuple[QuotaHold, float]] = {}
-        self._spooled: Counter[str] = Counter()  # bytes of each tenant that wait here
+        self._spooled: Counter[str] = Counter()  # spooled bytes, by tenant
         self._writer: Writer[sqlite3.Connection] = Writer(self._spool, "veneer-answers")
         self._sender = threading.Thread(target=self._send, name="veneer-answers-sent", daemon=True)
         self._sender.start()
@@ -178,8 +178,8 @@ class KeptAnswers:
         return True
 
     def _fits(self, row: Mapping[str, Any], size: int) -> bool:
-        """Whether its tenant's quota has room for an answer. What is in the database is measured again after a while:
-        other servers add and remove there too."""
+        """Whether the tenant's quota has room for an answer. Usage of the database is measured again after a while,
+        because other servers add and remove rows too."""
         tenant = row["tenant"]
         hold, until = self._holds.get(tenant) or (self.quotas.take(tenant), 0.0)
         if time.monotonic() >= until:
@@ -247,15 +247,14 @@ class KeptAnswers:
         return {"object": "feedback", "id": feedback.id, "choice": feedback.choice, **said}
 
     def _find(self, tenant: str, answers: set[str]) -> None:
-        """Sees to it that answers that have come, maybe a moment ago, are in the database. Raises Refused where there
-        can be none."""
+        """Make sure that recent answers are in the database. Raises Refused for answers that cannot exist."""
         for answer in answers:
             if not _ID.fullmatch(answer):
                 raise self._unknown(tenant, answer)
         a = answer_table.c
         with reading(self.store.engine) as c:
             known = {*c.scalars(select(a.id).where(a.tenant == tenant, a.id.in_(answers)))}
-        if known != answers:  # once for all of them
+        if known != answers:  # one check for all answers
             self.flush()
 
     def _choice(self, c: Connection, tenant: str, answer: str, choice: int, param: str) -> tuple[Any, Any]:
@@ -429,7 +428,7 @@ def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: floa
         for r in found:
             if adapter is None or adapter in {n for each in (r.name, *json.loads(r.adapters)) for n in _names(each)}:
                 rejected = [other for other, _ in json.loads(r.rejected or "[]")] if kind == "preference" else []
-                with reading(engine) as c:  # of one row at a time: an answer may have a megabyte
+                with reading(engine) as c:  # one row at a time: an answer can be a megabyte
                     others = _answers(c, tenant, rejected, now)
                 yield from _rows_of(kind, r, others)
         if len(found) < _PAGE:

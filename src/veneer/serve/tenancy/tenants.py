@@ -241,8 +241,8 @@ class Tenants(Tenancy):
 
 
 class OpenTenants(Tenants):
-    """Tenants, and requests without a key, which see everything, as the server listens to this machine alone. So there
-    are routes, shadows, feedback and a ledger before there is any tenant."""
+    """Tenants on a server that listens only to this machine: requests without a key are accepted and see everything, so
+    routes, shadows, feedback and the ledger work before any tenant exists."""
 
     keyless = True
 

@@ -213,7 +213,7 @@ class PreferenceSection(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether answers are compared with the base, or with `adapter.start` as it was."""
+        """Whether the loss compares answers with the base, or with the unchanged `adapter.start`."""
         return self.loss in ("dpo", "ipo", "kto")
 
     def settled(self) -> PreferenceSection:
@@ -442,7 +442,7 @@ class TrainConfig(Section):
 
     @property
     def split_seed(self) -> int:
-        """What chooses the rows that are held out."""
+        """The seed that chooses the held-out rows."""
         return self.seed if self.data.split_seed is None else self.data.split_seed
 
     @property

@@ -248,8 +248,8 @@ class ImageLoss:
 
     @torch.no_grad()
     def base_error(self, row: PlannedRow, times: int) -> tuple[float, float]:
-        """(mean squared error of what the base predicts of a row, that of predicting 0), over so many times in the
-        middle of equal parts of the range."""
+        """Return the mean squared errors of the base's prediction for a row and of predicting 0, averaged over `times`
+        timesteps in the middles of equal parts of the range."""
         base, batch = self.base, self.encoders.batch([row])
         text = self.encoders.text([row.caption], [row])
         sizes = sent(batch.sizes, base.device) if base.row.time_ids else None

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 _TIMES_LOOKED_AT = 4
 _WORSE_THAN_ZERO = 1.5
-"""Times the error of predicting 0: bases with random weights have about 1.2, trained ones less than 1."""
+"""Limit as a multiple of the error of predicting 0. Random weights have about 1.2, trained bases less than 1."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class ImageTask(Task[ImageData, ImageResult]):
             undo.enter_context(training_layers(base, True))
             if not config.memory.offload_blocks:  # the fast paths hold on to weights
                 run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-            if config.memory.offload_blocks:  # before memory is looked at: what is free then is what the run has
+            if config.memory.offload_blocks:  # before free memory is measured, so that the run can use it all
                 moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
                 run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
             loss = self.loss(data, attachment)
@@ -381,8 +381,8 @@ class AttachedPictures(AttachedTask[ImageResult]):
         }
 
     def check_base(self) -> None:
-        """Raises PreflightError if the base is clearly worse than one that predicts 0 at every time, or predicts
-        numbers that are not finite: training against it teaches nothing. A warning with `force`."""
+        """Raises PreflightError if the base's error is clearly above that of predicting 0, or is not finite, because
+        training on such a base is useless. Only warns with `force`."""
         row = next(planned_rows(self.data.steps))
         with training_layers(self.base, False), loop.memory_errors(loop.Micro(1, 0, (0,), lambda: None)):
             error, zero = self.image_loss.base_error(row, _TIMES_LOOKED_AT)

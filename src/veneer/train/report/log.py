@@ -75,7 +75,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             continue
     found = [record for record in records if isinstance(record, dict)]
     for record in found:
-        if "trained_tokens" in record:  # as logs of earlier versions call them
+        if "trained_tokens" in record:  # the name in logs of earlier versions
             record["learned_tokens"] = record.pop("trained_tokens")
     return found
 
@@ -89,7 +89,7 @@ def _before(record: dict[str, Any], progress: Progress) -> bool:
 
 
 def _headline(event: Stepped) -> str:
-    """A step's loss or mean reward, as short as a progress bar needs it."""
+    """Return a step's loss or mean reward, short enough for a progress bar."""
     return measure_text(event.loss, {k: v for k, v in event.extra.items() if k in ("reward", "reward_failed")})
 
 

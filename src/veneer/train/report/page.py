@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _Point = tuple[float, float]
 _Chart = tuple[str, "list[Series]", _Point | None]
-"""Title, lines, and the point that a ring is around."""
+"""Title, lines, and the point to mark with a ring."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def render_page(page: Page) -> str:
 
 
 def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Mapping[str, Any], list[str]]]]:
-    """What an evaluation is judged by, and of each its record and these values: loss and perplexity, or rewards."""
+    """Return the metric names of evaluations (loss and perplexity, or rewards), and each record with its values."""
     rewards = [mean_rewards(r.get("extra", {})) for r in scores]
     if any(each is not None for each in rewards):
         heads = list(dict.fromkeys(name for each in rewards for name in each or ()))
@@ -141,7 +141,7 @@ def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[t
 def _charts(
     steps: list[dict[str, Any]], scores: list[dict[str, Any]], page: Page
 ) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(title, SVG, legend) of each chart; first that of the loss, or where answers are rewarded of the rewards."""
+    """Return (title, SVG, legend) of each chart; the first chart shows the loss, or the rewards if there are any."""
     if not steps:
         return []
     rewarded = any(mean_rewards(r.get("extra", {})) is not None for r in steps)

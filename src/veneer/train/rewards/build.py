@@ -37,8 +37,9 @@ _RULES: dict[str, Callable[[Any], Reward]] = {
 
 
 def rewards_of(sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1) -> Rewards:
-    """Raises ConfigError for a schema, a grader or a file that is none, and for a judge that nobody answers for;
-    MissingExtraError for a package that a kind needs; ResourceError if a grader wants a sandbox and none works here."""
+    """Build the rewards of a configuration. Raises ConfigError for an invalid schema, grader or file, and for a judge
+    without a model to ask; MissingExtraError for a missing package; ResourceError if a grader needs a sandbox and none
+    works on this machine."""
     with ExitStack() as opened:
         made = [NamedReward(each.called, _reward(each, ask, opened), each.weight) for each in sections]
         return Rewards(made, most_failed=most_failed, close=opened.pop_all().close)

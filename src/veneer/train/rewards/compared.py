@@ -1,6 +1,6 @@
 """Two texts compared: an answer and what was wanted.
 
-same_text     equal, white space at both ends aside; JSON as values: the order of keys is nothing, and 12.0 is 12
+same_text     equal, ignoring white space at both ends; JSON by value: key order is ignored, and 12.0 equals 12
 bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1        (extra `metrics`)
 fuzzy         2·LCS(a, b) / (|a| + |b|), rapidfuzz's ratio, from 0 to 1
 """
@@ -15,7 +15,7 @@ from typing import Any
 from veneer.errors import MissingExtraError
 
 _FREQUENT = 8
-"""Occurrences from which an item's mask is kept."""
+"""Number of occurrences from which an item's mask is cached."""
 
 
 def as_json(text: str) -> Any:
@@ -27,7 +27,7 @@ def as_json(text: str) -> Any:
 
 
 def _equal_json(a: Any, b: Any) -> bool:
-    """Equal as JSON values: 12.0 is 12, and true is not 1. Values may be nested deeper than Python recurses."""
+    """Whether two JSON values are equal: 12.0 equals 12, true does not equal 1. No recursion, so any depth works."""
     pairs = [(a, b)]
     while pairs:
         a, b = pairs.pop()
@@ -45,7 +45,7 @@ def _equal_json(a: Any, b: Any) -> bool:
 
 
 def same_text(answer: str, wanted: Any) -> bool:
-    """`wanted`: a text, or any other value of JSON. Texts that are bare numbers are compared as texts."""
+    """Whether an answer equals `wanted`: a text or another JSON value. Bare numbers in texts are compared as text."""
     text = wanted if isinstance(wanted, str) else json.dumps(wanted, ensure_ascii=False)
     if answer.strip() == text.strip():
         return True
@@ -77,7 +77,7 @@ def rouge(answer: str, wanted: str, measure: str = "rougeL") -> float:
         raise _missing("ROUGE", "rouge-score") from error
     if measure != "rougeL":
         return float(_scorer(RougeScorer, measure).score(wanted, answer)[measure].fmeasure)
-    words = DefaultTokenizer(use_stemmer=False)  # rouge-score's own rougeL fills a table of len(a) * len(b) numbers
+    words = DefaultTokenizer(use_stemmer=False)  # rouge-score's rougeL needs a table of len(a) * len(b)
     a, b = words.tokenize(answer), words.tokenize(wanted)
     return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
 
@@ -92,7 +92,7 @@ def _missing(what: str, package: str) -> MissingExtraError:
 
 
 def fuzzy(a: str, b: str) -> float:
-    """The share of both that a longest common subsequence covers; two empty texts are equal."""
+    """Return the share of both texts in their longest common subsequence; 1 for two empty texts."""
     return 2 * _common(a, b) / (len(a) + len(b)) if a or b else 1.0
 
 
@@ -100,8 +100,8 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
     """The length of a longest common subsequence.
 
     Hyyrö's bit vectors ("Bit-parallel LCS-length computation revisited", 2004): bit i of `row` is 0 where the length of
-    the LCS grows at a's item i. A step is a few operations on one whole number of |a| bits. Masks are kept of frequent
-    items alone, of which there are few: |a| masks of |a| bits would be quadratic in memory."""
+    the LCS grows at a's item i. A step is a few operations on one integer of |a| bits. Masks are cached only for the
+    few frequent items: |a| masks of |a| bits would need quadratic memory."""
     places: dict[str, list[int]] = {}
     for i, item in enumerate(a):
         places.setdefault(item, []).append(i)

@@ -3,7 +3,7 @@
     string_check      1 where input and reference are eq, ne, like (the reference is in the input) or ilike, else 0
     text_similarity   fuzzy_match, bleu, gleu, meteor or rouge_1 … rouge_l of input and reference, from 0 to 1
     score_model       the number that a model gives, within `range`
-    python            `grade(sample, item)` of the grader's source, in a process of its own (`limited`), or in a sandbox
+    python            `grade(sample, item)` of the grader's source, in a separate process (`limited`) or a sandbox
     multi             a formula of other graders' values: + - * / ^, min max abs floor ceil exp sqrt log
 
     with GraderRun(parse_grader({"type": "string_check", …})) as run:
@@ -39,17 +39,17 @@ from veneer.train.rewards.sandbox import Sandbox
 from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem
 
 _SOURCE = 256 << 10
-"""Bytes of a python grader's source, as at OpenAI; of the sources of a multi grader together."""
+"""Most bytes of a python grader's source, as at OpenAI, and of all sources of a multi grader together."""
 _PARSED_HERE = 8 << 10
-"""Characters of a source up to which this process parses it: `ast.parse` keeps the interpreter's lock until it is done,
-and takes 0.2 s for the largest source."""
+"""Most characters of a source that this process parses itself: `ast.parse` holds the GIL, for 0.2 s with the largest
+source."""
 _PARSE_SECONDS = 20.0
 _COMPARED = 64 << 10
-"""Characters of each of two texts that a metric compares."""
+"""Most characters of each text that a metric compares."""
 TOO_LARGE = "too_large"
-"""The error of a text that is over a limit: not one of OpenAI's, and neither the model's doing nor the row's."""
+"""The error for a text over a limit. OpenAI has no such error; neither the model nor the row is at fault."""
 _MEMORY = 2e9
-"""Bytes that all python graders of a grader can hold together."""
+"""Bytes of memory that all python graders of one grader share."""
 _Text = Annotated[str, Field(max_length=100_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=100)]
 
@@ -139,7 +139,7 @@ class PythonGrader(_Grader):
     @pydantic.field_validator("source")
     @classmethod
     def _has_grade(cls, source: str) -> str:
-        """The source is parsed, and not run."""
+        """Check the source by parsing it, without running it."""
         problem = _source_problem(source) if len(source) <= _PARSED_HERE else _problem_by_child(source)
         if problem:
             raise ValueError(problem)
@@ -147,7 +147,7 @@ class PythonGrader(_Grader):
 
 
 def _source_problem(source: str) -> str:
-    """What is wrong with a grader's source; "" where nothing is."""
+    """Return what is wrong with a grader's source; "" if nothing is."""
     try:
         names = {getattr(statement, "name", "") for statement in ast.parse(source).body}
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -157,7 +157,7 @@ def _source_problem(source: str) -> str:
 
 
 def _problem_by_child(source: str) -> str:
-    """The same, found by a process of its own."""
+    """Return the result of `_source_problem`, computed in a separate process."""
     code = f"import ast, sys\n{inspect.getsource(_source_problem)}\n"
     code += "sys.stdout.buffer.write(_source_problem(sys.stdin.buffer.read().decode()).encode())"
     try:
@@ -190,7 +190,7 @@ class MultiGrader(_Grader):
     @pydantic.field_validator("graders", mode="before")
     @classmethod
     def _sources_fit(cls, given: Any) -> Any:
-        """Sources are counted before one of them is parsed."""
+        """Check the total size of the sources before parsing any of them."""
         singles = given.values() if isinstance(given, Mapping) else ()
         sources = [each.get("source") for each in singles if isinstance(each, Mapping)]
         if sum(len(source) for source in sources if isinstance(source, str)) > _SOURCE:
@@ -230,7 +230,7 @@ def parse_grader(given: Any, where: str = "grader") -> Any:
 
 
 def has_python(given: Any) -> bool:
-    """Whether a grader of JSON is of Python, or has one that is: known before anything in it is parsed."""
+    """Whether an unparsed JSON grader is a python grader or contains one."""
     inner = given.get("graders") if isinstance(given, Mapping) else None
     found = [given, inner, *(inner.values() if isinstance(inner, Mapping) else ())]
     return any(isinstance(each, Mapping) and each.get("type") == "python" for each in found)
@@ -311,9 +311,9 @@ class Grade:
 
 
 class GraderRun:
-    """A grader made ready. `ask`: who answers for score_model. `timeout`: seconds that a function may take. `sandbox`:
-    where its Python runs; without one it has this process's rights. Raises ConfigError where there is nobody to ask,
-    MissingExtraError for what a metric needs."""
+    """A grader that is ready to run. `ask`: asks the model of score_model. `timeout`: seconds for a python function.
+    `sandbox`: where Python runs; if None, with this process's rights. Raises ConfigError if score_model has no model to
+    ask, and MissingExtraError if a metric's package is missing."""
 
     def __init__(
         self, grader: Any, *, ask: AskModel | None = None, timeout: float = 120.0, sandbox: Sandbox | None = None
@@ -382,8 +382,8 @@ class GraderRun:
 
 
 def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Question:
-    """The grader's messages, and behind them in what form to answer: the formula of a grade is its `result`. Raises
-    NoValue, TextTooLong."""
+    """Return the question: the grader's filled messages, followed by the required form of the answer, whose `result` is
+    the grade. Raises NoValue, TextTooLong."""
     low, high = grader.range or (0.0, 1.0)
     messages: list[dict[str, str]] = []
     left = FILLED

@@ -2,8 +2,8 @@
 
     judge    score = (n − low) / (high − low), where n is the number in the judge's reply and `range` = (low, high)
 
-Every question asks for JSON, `{"steps": [...], "result": n}`, and carries its schema, so that a judge that can decode
-under a grammar does. `reply_score` reads the reply; a reply that could mean two numbers, or was cut, has no score.
+Every question asks for JSON, `{"steps": [...], "result": n}`, and includes the schema for judges that support
+constrained decoding. `reply_score` reads the reply; a truncated or ambiguous reply has no score.
 
 Who is asked is a function of many questions at once, `AskModel`: the engine of this process, handed in by whoever has
 one, or a server that speaks OpenAI's chat completions:
@@ -38,13 +38,13 @@ _NUMBER = re.compile(
     rf"(?<![\w.])(?P<n>[-+\u2212]?{_N})(?![\w]|\.\d)"
     rf"(?:[*`\s]*(?:(?P<percent>%)|(?:/|\b(?:out\s+)?of\b)[*`\s]*(?P<m>{_N})(?![\w]|\.\d)))?"
 )
-"""A number in text, and what it is out of: `8`, `8/10`, `**8** out of 10`, `8 of 10`, `80%`."""
+"""A number in text with its maximum, if any: `8`, `8/10`, `**8** out of 10`, `8 of 10`, `80%`."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """`model`: by the name that whoever is asked knows. `tokens`: most of the answer. `form`: the JSON schema that the
-    answer has to match, enforced where the model can decode under a grammar."""
+    """A question to a model. `model`: the model's name at the server or engine that answers. `tokens`: maximum tokens
+    of the answer. `form`: JSON schema of the answer, enforced if constrained decoding is supported."""
 
     messages: Sequence[Mapping[str, Any]]
     model: str
@@ -57,15 +57,15 @@ class Question:
 
     @property
     def grammar(self) -> tuple[Literal["json_schema"], str] | None:
-        """`form` as the engine's samplers take it, without the white space that small models repeat for ever."""
+        """`form` for the engine's sampler, without optional white space, which small models repeat endlessly."""
         compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         return None if self.form is None else ("json_schema", json.dumps({**self.form, "x-guidance": compact}))
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`error`: why there is no text; `refused`: because the model would not. `usage`: as OpenAI has it, of tokens.
-    `cut`: the reply ended at its limit of tokens."""
+    """A model's reply. `error`: why there is no text; `refused`: the model refused to answer. `usage`: tokens, in
+    OpenAI's form. `cut`: the reply was truncated at its token limit."""
 
     text: str = ""
     usage: Mapping[str, int] = field(default_factory=dict)
@@ -100,8 +100,8 @@ class ServerJudge:
         return self._server.each(self._ask, questions) or []
 
     def _ask(self, question: Question) -> Reply:
-        """A setting that the server names as one its model does not take is left out, now and from now on. A question
-        refused without a name is asked once more without `response_format`, which many servers do not know."""
+        """Ask a question. If the server's error names an unsupported setting, omit the setting now and in all later
+        questions. If the error names none, ask once more without `response_format`, which many servers lack."""
         formless = False
         try:
             while True:
@@ -163,7 +163,7 @@ def ask_once(ask: AskModel, questions: Sequence[Question]) -> list[Reply]:
 
 
 def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
-    """What a judge is told about the form of its answer, and the JSON schema of that form."""
+    """Return the instruction about the form of a judge's answer, and the JSON schema of this form."""
     told = (
         'Answer with a JSON object alone: {"steps": [what you considered, in short sentences], '
         f'"result": a number from {low:g} to {high:g}}}.'
@@ -181,10 +181,11 @@ def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
 
 
 def reply_score(reply: Reply, low: float, high: float) -> float | str:
-    """The score that a judge's reply gives, from `low` to `high`; or why the reply has none.
+    """Return the score in a judge's reply, from `low` to `high`; or the reason why the reply has no score.
 
-    A JSON object with `result`, fenced or among words, gives that. Any other text gives its number if it has exactly
-    one value: `n/m`, `n out of m` and `n%` count as n where m (or 100) is `high`, and have no score otherwise."""
+    A JSON object with `result`, even fenced or inside other text, gives its `result`. Any other text gives a score if
+    all its numbers have the same value: `n/m`, `n out of m` and `n%` count as n if m (or 100) equals `high`, and give
+    no score otherwise."""
     if reply.error:
         return reply.error
     if reply.cut:
@@ -210,18 +211,18 @@ def reply_score(reply: Reply, low: float, high: float) -> float | str:
 
 
 def _in_range(value: float, said: str, low: float, high: float) -> float | str:
-    if not low <= value <= high:  # NaN is not
+    if not low <= value <= high:  # also true for NaN
         return f"the judge gave {said[:50]}, which is outside {low:g} to {high:g}"
     return float(value)
 
 
 def _braced(text: str) -> str:
-    """From the first brace to the last: models put words and fences around their JSON."""
+    """Return the text from the first brace to the last, because models put words and fences around JSON."""
     return text[text.find("{") : text.rfind("}") + 1] if "{" in text else text
 
 
 def _refused_setting(answer: Any) -> str:
-    """The setting that a server's error names, as OpenAI's do in `param`; "" where it names none."""
+    """Return the setting that a server's error names, in `param` as at OpenAI; "" if it names none."""
     try:
         return str(answer.json()["error"]["param"] or "").partition(".")[0]
     except (ValueError, LookupError, TypeError):

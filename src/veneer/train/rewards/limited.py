@@ -3,19 +3,19 @@
     with LimitedFunction("score", file="score.py", timeout=10, memory=2e9) as function:
         (score,) = function.score([(sample, item)])
 
-The process is started at the first call, killed with its process group where an answer takes longer than `timeout`, and
-started again for the next. It may import what is installed here, and what lies beside its file. Its prints go nowhere,
-its random numbers are seeded by what it is asked, so that the same answer gets the same score.
+The process starts at the first call. If an answer takes longer than `timeout`, the process is killed with its process
+group and started again for the next answer. The function can import installed packages and modules next to its file.
+Its output is discarded. Its random numbers are seeded by the question, so that the same answer gets the same score.
 
-That is a limit for the operator's own functions, and no protection: the process has this one's rights on the machine,
-and `bare`, which leaves the environment's variables out, changes nothing about that. Python that a client sent runs in
-a `sandbox` (see `sandbox.py` and `working_sandbox`). Then `memory` is for all its processes together, a process that is
-left when an answer comes ends the sandbox, and between two calls the sandbox is stopped.
+These limits are for the operator's own functions and do not protect against malice: the process has the rights of the
+parent process, even with `bare`, which removes environment variables. Python from clients runs in a `sandbox` (see
+`sandbox.py` and `working_sandbox`). There, `memory` is for all processes together, leftover processes at an answer end
+the sandbox, and the sandbox is stopped between calls.
 
-Only the process itself can answer: the kernel says which process sent a message (on Linux), messages of others are
-dropped, and an answer repeats the token of its question.
+Only the function's own process can answer: on Linux, the kernel identifies the sender of each message, messages from
+other processes are dropped, and an answer repeats the token of its question.
 
-Raises ConfigError where the file cannot be read or loaded, or has no such function.
+Raises ConfigError if the file cannot be read or loaded, or lacks the function.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ _ANSWER = 1 << 20
 _GIVES_UP = 5
 """Failures of one call, one after the other, after which the rest of its answers are not asked about."""
 _WATCH = 0.02
-"""Seconds between two looks at the memory of a sandbox that is working."""
+"""Seconds between memory checks of a running sandbox."""
 _CREDENTIALS = struct.Struct("3i")
-"""What the kernel says of a message's sender: process, user, group."""
+"""A message's sender as the kernel reports it: process, user, group."""
 
 Asked = tuple[Mapping[str, Any], Mapping[str, Any]]
 """(sample, item), as OpenAI's graders have them."""
@@ -84,7 +84,9 @@ class LimitedFunction:
         memory: float = 2e9, at_once: int = 1, bare: bool = False, sandbox: Sandbox | None = None,
     ) -> None:  # fmt: skip
         assert (file is None) != (source is None)
-        assert sandbox is None or source is not None, "a file of this machine is the operator's"
+        assert sandbox is None or source is not None, (
+            "files on this machine are the operator's and run without a sandbox"
+        )
         if file is not None and not Path(file).is_file():
             raise ConfigError(
                 f"the file of the function {function} does not exist", where=file, fix="give a Python file"
@@ -219,12 +221,12 @@ class _Process:
             raise ConfigError(f"{what} cannot be loaded: its source left other processes running", where=where)
 
     def _told(self, message: Mapping[str, Any], seconds: float, late: str) -> Any:
-        """What the process says to a message."""
+        """Send a message and return the process's answer."""
         assert self._running is not None
         ends, token = time.monotonic() + seconds, secrets.token_hex(16)
         try:
             self._running.resume()
-            # Larger than a socket holds: the process reads it whole before it does anything.
+            # A message can exceed the socket's buffer: the process reads all of it before it runs anything.
             self._running.send({**message, "token": token}, ends)
             answer = self._running.receive(ends)
             if not isinstance(answer, dict) or answer.pop("token", None) != token:
@@ -249,7 +251,7 @@ class _Process:
 
 
 class _Running:
-    """A child process, and the one end of the socket by which it is asked. Raises _Ended where it does not start."""
+    """A child process and this side's end of its socket. Raises _Ended if the process does not start."""
 
     def __init__(self, sandbox: Sandbox | None, memory: int, bare: bool) -> None:
         self._sandboxed, self._memory = sandbox is not None, memory
@@ -258,9 +260,9 @@ class _Running:
         if _says_who():
             self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._init: int | None = None
-        """A descriptor of the sandbox's first process, with which all others end."""
+        """A pidfd of the sandbox's first process; all other processes end with it."""
         self._function: int | None = None
-        """A descriptor of the process that runs the function in a sandbox."""
+        """A pidfd of the process that runs the function in a sandbox."""
         with other, tempfile.TemporaryFile() as errors:
             try:
                 if sandbox is None:
@@ -279,7 +281,7 @@ class _Running:
                 raise
 
     def _began(self, errors: IO[bytes]) -> None:
-        """Waits until the child's own script runs: what comes first is from it, and not yet from the function."""
+        """Wait for the first message, which comes from the child's own script, before any code of the function."""
         try:
             self.receive(time.monotonic() + _LOADING)
             if self._sandboxed and self.sender is not None:
@@ -300,15 +302,16 @@ class _Running:
                 rest = rest[self._channel.send(rest) :]
 
     def receive(self, ends: float) -> Any:
-        """The next message. Raises EOFError at the end, TimeoutError, ValueError for what is no JSON."""
+        """Return the next message. Raises EOFError at the end, TimeoutError, and ValueError for invalid JSON."""
         size = struct.unpack(">I", self._received(4, ends))[0]
         if size > _ANSWER:
             raise _Ended("the function's answer is over the size limit")
         return json.loads(self._received(size, ends))
 
     def _received(self, count: int, ends: float) -> bytes:
-        """Bytes of the process that runs the function; what others wrote, which hold its descriptors, is dropped. The
-        kernel puts bytes of two senders into no common part."""
+        """Return bytes from the function's process; drop bytes from other processes that hold its descriptors.
+
+        The kernel never combines bytes of two senders in one part."""
         found = bytearray()
         while len(found) < count:
             self._await(select.POLLIN, ends)
@@ -323,8 +326,9 @@ class _Running:
         return bytes(found)
 
     def _await(self, event: int, ends: float) -> None:
-        """Until the socket is ready (poll, since a server has more descriptors than select takes). Raises TimeoutError,
-        and _Ended for a sandbox that holds too much."""
+        """Wait until the socket is ready (with poll, because a server can have more descriptors than select supports).
+
+        Raises TimeoutError, and _Ended for a sandbox over its memory limit."""
         waiting = select.poll()
         waiting.register(self._channel, event)
         while not waiting.poll(
@@ -342,7 +346,7 @@ class _Running:
             signal.pidfd_send_signal(self._function, signal.SIGCONT)
 
     def suspend(self) -> bool:
-        """Stops a sandbox until the next call. False if other processes than the function's are left in it."""
+        """Stop a sandbox until the next call. Return False if processes other than the function's are left."""
         if self._function is None:
             return True
         if descendants(self.process.pid)[1:] != [self.sender]:
@@ -351,13 +355,13 @@ class _Running:
         return True
 
     def code(self) -> int | None:
-        """How a process ended that has closed its socket."""
+        """Return the exit code of a process that has closed its socket; None if the process is still running."""
         with suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=1)
         return None
 
     def end(self) -> None:
-        """Kills the process with its group, and a sandbox with everything in it; returns when that is gone."""
+        """Kill the process with its group, or all processes of a sandbox, and wait until they are gone."""
         for descriptor in (self._init, self._function):
             if descriptor is not None:
                 with suppress(ProcessLookupError):
@@ -386,12 +390,12 @@ def _plain(channel: socket.socket, bare: bool) -> subprocess.Popen[bytes]:
 
 
 def _says_who() -> bool:
-    """Whether the kernel says which process sent a message."""
+    """Whether the kernel reports the sender of a message."""
     return sys.platform == "linux"
 
 
 def _sender(about: Sequence[tuple[int, int, bytes]]) -> int | None:
-    """The process that a message is from; None where the kernel does not say."""
+    """Return the ID of the process that sent a message; None if the kernel does not report it."""
     for level, kind, data in about:
         if _says_who() and (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
             return int(_CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0])
@@ -427,12 +431,13 @@ def look(sample, item):
 
 @functools.cache
 def working_sandbox() -> Sandbox:
-    """The sandbox of this machine, once a function in it has looked for what it must not find. Raises ResourceError
-    with the reason if there is none. What was found holds until this process ends."""
+    """Return this machine's sandbox, after a function in the sandbox has probed for leaks. The result is cached.
+
+    Raises ResourceError with the reason if no sandbox works."""
     sandbox = bubblewrap(_CHILD)
     with tempfile.TemporaryDirectory() as folder:
         hidden = [folder, "/proc/self", "/etc/passwd", *_private(sandbox)]
-        # no limit of memory: without a sandbox the files of the machine's /tmp would count
+        # no memory limit: if the sandbox does not isolate /tmp, files in the machine's /tmp would count
         with LimitedFunction("look", source=_TRIAL, sandbox=sandbox, timeout=30, memory=1e15) as function:
             try:
                 (found,) = function.call([({"hidden": hidden}, {})])
@@ -454,7 +459,7 @@ def working_sandbox() -> Sandbox:
 
 
 def _private(sandbox: Sandbox) -> list[str]:
-    """What the user's home and the veneer home hold, as far as no package of Python is in it."""
+    """Return the entries of the user's home and the veneer home that contain no Python packages."""
     entries: list[str] = []
     for folder in (Path("~").expanduser(), veneer_home()):
         with suppress(OSError):

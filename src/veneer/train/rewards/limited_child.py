@@ -2,15 +2,15 @@
 
     limited_child.py [--user ID] [--confined]
 
-Messages are JSON, each behind its length in 4 bytes (big-endian), on the socket that was descriptor 0; in place of
-descriptors 0 to 2 the function finds an empty input and an output that goes nowhere. Every message carries a token that
-its answer repeats, so nothing that was written earlier can be taken for an answer.
+Messages are JSON, each after its length in 4 bytes (big-endian), on the socket that was descriptor 0. For the function,
+descriptors 0 to 2 are an empty input and a discarded output. Every message has a token that its answer repeats, so that
+data written earlier cannot pass for an answer.
 
     at its start                                                                         -> {}
     first     {"file" or "source", "function", "memory" (bytes), "timeout" (seconds)}    -> {} or {"error"}
     then      {"sample", "item", "seed"}                                                 -> {"value"} or {"error"}
 
-`--user`: become this user first, for good. `--confined`: the process is in a sandbox, so its limits are final.
+`--user`: switch to this user first, permanently. `--confined`: the process is in a sandbox, so its limits are final.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import types
 from typing import Any, BinaryIO
 
 _PROCESSES, _FILES = 32, 64
-"""Processes and threads of a sandbox, and open files of each of its processes, at most."""
+"""Most processes and threads of a sandbox, and most open files of each process."""
 
 
 def _main(arguments: list[str]) -> None:
@@ -48,14 +48,14 @@ def _main(arguments: list[str]) -> None:
         _limit(resource.RLIMIT_NPROC, _PROCESSES, final=True)
         _limit(resource.RLIMIT_NOFILE, _FILES, final=True)
         os.nice(19)
-    else:  # in a sandbox nothing can outlive its parent
+    else:  # not needed in a sandbox, where no process outlives its parent
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _write(sink, "{}", own)
     first = _read(source)
     assert first is not None
     function, found = None, dict[str, Any]()
     try:
-        # private memory, mapped or not: what numpy reserves is not used
+        # limits private memory, which excludes address space that numpy only reserves
         _limit(resource.RLIMIT_DATA, first["memory"], final=confined)
         _limit(resource.RLIMIT_CORE, 0, final=confined)
         function = _loaded(first)
@@ -82,7 +82,7 @@ def _end_with(parent: int) -> None:
 
 
 def _limit(which: int, most: int, *, final: bool = False) -> None:
-    """`final`: the function cannot raise it again."""
+    """Set a resource limit. `final`: the function cannot raise the limit again."""
     hard = resource.getrlimit(which)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(which, (most, most if final else hard))
@@ -133,7 +133,7 @@ def _read(source: BinaryIO) -> Any:
 
 
 def _write(sink: BinaryIO, text: str, own: int) -> None:
-    """`own`: the process that is asked. A fork of the user's that went on ends here: its answers are not read."""
+    """Write a message. `own`: the ID of the process that has to answer; a fork of the user's function exits here."""
     if os.getpid() != own:
         os._exit(0)
     data = text.encode()

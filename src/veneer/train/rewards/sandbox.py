@@ -1,18 +1,18 @@
-"""A sandbox for Python that a client sent: bubblewrap, a system call filter, and a limit on memory held together.
+"""A sandbox for Python from clients: bubblewrap, a system call filter, and a limit on total memory.
 
     sandbox = bubblewrap(Path("child.py"))
     process = sandbox.start([sys.executable, "child.py"], channel, errors)
 
-`limited` runs functions in a sandbox, and `limited.working_sandbox` tries one on this machine before anything relies on
-it. Inside the sandbox:
+`limited` runs functions in a sandbox, and `limited.working_sandbox` tests the sandbox of this machine before its first
+use. Inside the sandbox:
 
 | what | how |
 | --- | --- |
 | files | system libraries and Python's packages, read-only; an empty /tmp of 64 MiB in memory; no /proc, no home |
 | network | none: an empty network namespace, and `socket` is refused |
-| processes | a process namespace of its own: nothing outside it can be seen or signaled, and nothing outlives its end |
+| processes | a separate process namespace: outside processes cannot be seen or signaled, and no process outlives it |
 | user | not the server's (see `Sandbox.arguments`), with no capabilities and no way to gain any |
-| kernel | the system calls in `_REFUSED` fail; they are attack surface, or memory that no process is charged for |
+| kernel | the system calls in `_REFUSED` fail: they are attack surface, or use memory that no process is charged for |
 | memory | `sandbox_memory` adds up every process and file of the sandbox; `limited` ends a sandbox over its limit |
 """
 
@@ -39,7 +39,7 @@ from veneer.models.home import veneer_home
 _TMP = 64 << 20
 """Bytes that files in the sandbox's /tmp can hold."""
 _INODE = 1 << 10
-"""Bytes of kernel memory that an empty file in /tmp costs, about."""
+"""Approximate bytes of kernel memory for an empty file in /tmp."""
 NOBODY = 65534
 SANDBOX_VARIABLES = {
     "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "PWD": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
@@ -47,7 +47,7 @@ SANDBOX_VARIABLES = {
 }  # fmt: skip
 """The whole environment in a sandbox."""
 _USERS = range(61184, 65520)
-"""User IDs that no account has: systemd reserves them for services that get a user only while they run."""
+"""User IDs without accounts: systemd reserves them for services with temporary users."""
 _FIX = (
     "install bubblewrap (apt install bubblewrap) and allow user namespaces, which most container runtimes forbid; "
     "or leave Python graders off"
@@ -55,24 +55,24 @@ _FIX = (
 
 
 def no_sandbox(reason: str) -> ResourceError:
-    """The error for a machine on which no sandbox works."""
+    """Return the error for a machine where no sandbox works."""
     return ResourceError(f"Python from clients cannot run here: {reason}", where="the sandbox", fix=_FIX)
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """`command`: bubblewrap's path. `paths`: what is bound read-only. `hidden`: folders below them that are emptied."""
+    """`command`: bubblewrap's path. `paths`: visible paths, read-only. `hidden`: folders below them shown as empty."""
 
     command: str
     paths: tuple[str, ...]
     hidden: tuple[str, ...] = ()
 
     def arguments(self) -> tuple[list[str], list[str]]:
-        """bubblewrap's arguments, and those that the child script needs to give up what it has left.
+        """Return bubblewrap's arguments, and the arguments with which the child script drops its remaining rights.
 
-        A server that runs as root needs no user namespace: the child takes a user ID that no account has, and another
-        one each time. An ordinary user cannot become somebody else. Its sandbox is a user namespace in which it is
-        `nobody`; the kernel still accounts it to the server's user, and the namespaces keep the two apart."""
+        If the server runs as root, no user namespace is needed: each child switches to a random user ID without an
+        account. An ordinary user cannot switch users; its sandbox is a user namespace with the user `nobody`. The
+        kernel still accounts this sandbox to the server's user, and the namespaces isolate the two."""
         if os.geteuid() == 0:
             user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             inside = ["--user", str(secrets.choice(_USERS))]
@@ -90,10 +90,10 @@ class Sandbox:
         return made, [*inside, "--confined"]
 
     def start(self, command: Sequence[str], channel: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-        """The command in a new sandbox, with `channel` as its standard input. `errors`: gets what bubblewrap says.
+        """Start a command in a new sandbox with `channel` as standard input. `errors`: receives bubblewrap's messages.
 
-        bubblewrap dies with the thread that started it, so all are started by one thread that lives as long as this
-        process does."""
+        bubblewrap ends with the thread that started it, so one thread that lives as long as this process starts all
+        sandboxes."""
         outside, inside = self.arguments()
         filters = os.memfd_create("seccomp")
         try:
@@ -113,8 +113,8 @@ class Sandbox:
 
 
 def bubblewrap(script: Path) -> Sandbox:
-    """bubblewrap as this machine has it, not tried yet. `script`: a file that is visible too. Raises ResourceError
-    with the reason if there is none."""
+    """Return this machine's sandbox without testing it. `script`: another visible file. Raises ResourceError with the
+    reason if there is none."""
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         raise no_sandbox(f"the sandbox needs Linux on {' or '.join(_MACHINES)}")
     command = shutil.which("bwrap")
@@ -134,14 +134,15 @@ def bubblewrap(script: Path) -> Sandbox:
 
 
 def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
-    """Folders come before what is inside them, so that a deeper mount always stays visible; those above a mount are
-    made first, since bubblewrap would make them for their owner only."""
+    """Return bubblewrap's arguments for the mounts: outer folders first, so that deeper mounts stay visible.
+
+    Parent folders of mounts are created explicitly, because bubblewrap would make them readable only by their owner."""
     above = {str(folder) for path in paths for folder in Path(path).parents} - {"/", "/tmp"}
     made = [word for folder in sorted(above) for word in ("--perms", "0755", "--dir", folder)]
     for path in sorted({*paths, *hidden}, key=lambda each: (each.count("/"), each)):
         if path in hidden:
             made += ["--perms", "0555", "--size", "4096", "--tmpfs", path]
-        elif os.path.islink(path) and path.count("/") == 1:  # /lib, which is usr/lib on most systems
+        elif os.path.islink(path) and path.count("/") == 1:  # such as /lib, a link to usr/lib on most systems
             made += ["--symlink", os.readlink(path), path]
         else:
             made += ["--ro-bind", path, path]
@@ -150,7 +151,8 @@ def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
 
 @functools.cache
 def _starter(process: int) -> ThreadPoolExecutor:
-    """The thread that starts sandboxes. `process`: this one's ID, since a fork does not inherit threads."""
+    """Return the thread that starts sandboxes. `process`: this process's ID, because a fork does not inherit
+    threads."""
     return ThreadPoolExecutor(1, "sandbox")
 
 
@@ -158,8 +160,9 @@ def _starter(process: int) -> ThreadPoolExecutor:
 
 
 def descendants(process: int) -> list[int]:
-    """IDs of all processes below one, parents first. Below a sandbox's first process none can be missing for long: a
-    process whose parent ends becomes a child of the sandbox's own init."""
+    """Return the IDs of all descendants of a process, parents first.
+
+    In a sandbox no process can escape the list: if its parent ends, it becomes a child of the sandbox's init."""
     found: list[int] = []
     waiting = [process]
     while waiting:
@@ -167,7 +170,7 @@ def descendants(process: int) -> list[int]:
         try:
             threads = os.listdir(f"/proc/{parent}/task")
             children = " ".join(Path(f"/proc/{parent}/task/{thread}/children").read_text() for thread in threads)
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         waiting += [int(child) for child in children.split()]
         found += [int(child) for child in children.split()]
@@ -175,8 +178,8 @@ def descendants(process: int) -> list[int]:
 
 
 def sandbox_memory(processes: Sequence[int], inside: int) -> int:
-    """Bytes that processes of a sandbox hold together: their private and shared memory, swapped or not, their page
-    tables, and the files in the sandbox's /tmp. A page that a fork shares with its parent counts for both. `inside`: a
+    """Return the bytes that a sandbox uses: its processes' private and shared memory, swapped or not, their page
+    tables, and the files in the sandbox's /tmp. Pages that a fork shares with its parent count for both. `inside`: a
     process that sees the sandbox's files."""
     total = 0
     for process in processes:
@@ -198,14 +201,14 @@ _HELD = frozenset({"RssAnon", "RssShmem", "VmSwap", "VmPTE", "HugetlbPages"})
 # -- the system call filter --------------------------------------------------------------------------------------------
 
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""Machine -> how the kernel's audit interface calls its system calls (linux/audit.h)."""
+"""Machine -> its architecture in the kernel's audit interface (linux/audit.h)."""
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
 _NAMESPACES = 0x7E020000
 """The flags of clone for new namespaces (linux/sched.h): NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
 # fmt: off
 _REFUSED = {  # name: (x86_64, aarch64); -1 if the machine has no such call
-    # other processes, and descriptors of theirs
+    # other processes and their descriptors
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
     "pidfd_getfd": (438, 438), "process_madvise": (440, 440),
     # namespaces and mounts
@@ -213,12 +216,12 @@ _REFUSED = {  # name: (x86_64, aarch64); -1 if the machine has no such call
     "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
     "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
-    # memory that belongs to no process and is in no file of /tmp
+    # memory that is neither a process's nor a file's in /tmp
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
     "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "vmsplice": (278, 75),
-    # the network: some families of sockets know no namespaces (vsock), others are attack surface (netlink, alg)
-    "socket": (41, 198), "setsockopt": (54, 208),  # pairs of sockets keep their small buffers
-    # the rest of the kernel that no grader needs
+    # the network: some socket families ignore namespaces (vsock), others are attack surface (netlink, alg)
+    "socket": (41, 198), "setsockopt": (54, 208),  # setsockopt could enlarge the buffers of socket pairs
+    # other parts of the kernel that no grader needs
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "kexec_load": (246, 104),
@@ -234,9 +237,9 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 
 
 def _syscall_filter() -> bytes:
-    """The filter as `bwrap --seccomp` reads it: instructions of 8 bytes (code: u16, jump if true and if false: u8 each,
-    operand: u32). The data it reads (struct seccomp_data) has the call's number at 0, its machine at 4, and the low
-    half of its first argument at 16."""
+    """Return the filter in the format of `bwrap --seccomp`: instructions of 8 bytes (code: u16, jumps if true and if
+    false: u8 each, operand: u32). The filter's input (struct seccomp_data) has the call's number at offset 0, its
+    machine at 4, and the low half of its first argument at 16."""
     machine = platform.machine()
     column = list(_MACHINES).index(machine)
 
@@ -244,12 +247,14 @@ def _syscall_filter() -> bytes:
         return struct.pack("<HBBI", code, true, false, operand)
 
     made = one(_LOAD, 4) + one(_EQUAL, _MACHINES[machine], 1, 0) + one(_RETURN, _KILL) + one(_LOAD, 0)
-    if machine == "x86_64":  # the same calls by other numbers (x32)
+    if machine == "x86_64":  # refuse the x32 numbers of the same calls
         made += one(_AT_LEAST, 0x40000000, 0, 1) + one(_RETURN, _ERROR | _ENOSYS)
     for numbers in _REFUSED.values():
         if numbers[column] >= 0:
             made += one(_EQUAL, numbers[column], 0, 1) + one(_RETURN, _ERROR | _EPERM)
-    made += one(_EQUAL, _CLONE3, 0, 1) + one(_RETURN, _ERROR | _ENOSYS)  # its flags cannot be seen; libc takes clone
+    made += one(_EQUAL, _CLONE3, 0, 1) + one(
+        _RETURN, _ERROR | _ENOSYS
+    )  # its flags cannot be checked; libc falls back to clone
     made += one(_EQUAL, _CLONE[machine], 0, 3)
     made += one(_LOAD, 16) + one(_ANY_BIT, _NAMESPACES, 0, 1) + one(_RETURN, _ERROR | _EPERM)
     return made + one(_RETURN, _ALLOW)

@@ -23,14 +23,14 @@ from veneer.errors import nearest, quoted
 from veneer.train.rewards.reward import Answer
 
 FILLED = 1 << 20
-"""Characters that a template may have once its paths are put in: a path to a long text can stand in it many times."""
+"""Most characters of a filled template: a path to a long text can occur many times."""
 _PATH = re.compile(r"\s*(sample|item)((?:\.[\w-]+|\[\d+\])+)\s*")
 _STEP = re.compile(r"[\w-]+")
 _SAMPLE = ("output_text", "output_json", "output_tools", "choices", "input_text")
 
 
 class TextTooLong(Exception):
-    """A template that has more than `FILLED` characters once it is filled, or texts too long to be compared."""
+    """A filled template is over `FILLED` characters, or texts are too long to compare."""
 
 
 class NoValue(Exception):
@@ -56,8 +56,8 @@ def sample_of(answer: Answer) -> dict[str, Any]:
 
 
 def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], most: int = FILLED) -> str:
-    """The template with a text in place of each path. Raises NoValue, and TextTooLong beyond `most` characters, before
-    the text is made."""
+    """Return the template with each path replaced by its text. Raises NoValue; raises TextTooLong above `most`
+    characters, before the text is built."""
     parts: list[str] = []
     size = 0
     for text, path in _split(template):
@@ -82,8 +82,9 @@ def _value(path: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str
 
 
 def _split(template: str) -> Iterator[tuple[str, str | None]]:
-    """Pairs of a text and the path in braces behind it; the last path is None. Takes time linear in the template: a
-    regular expression looks for the end of each {{ that has none again."""
+    """Yield pairs of a text and the path in the braces after it; the last path is None.
+
+    Linear time: a regular expression would search to the end again for each {{ without }}."""
     at = 0
     while (start := template.find("{{", at)) >= 0 and (end := template.find("}}", start + 2)) >= 0:
         yield template[at:start], template[start + 2 : end]

@@ -248,7 +248,7 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
 
 
 _FEW_PROMPTS = 8
-"""Fewer prompts than these are a slip, however few a step takes."""
+"""Fewer prompts than this cause a warning, even if a step takes fewer."""
 
 
 def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:

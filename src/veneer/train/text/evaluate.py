@@ -5,7 +5,7 @@
 
     loss         Σ −log p(trained token) / trained tokens, over the rows' trained tokens as in training
     exact_match  share of rows whose greedy answer is the wanted one, white space at both ends aside;
-                 JSON answers are compared as values: the order of keys is nothing, 12.0 is 12
+                 JSON answers are compared by value: key order is ignored, 12.0 equals 12
     valid_json   share of rows whose answer is a JSON object or array
     json_fields  for each key of the wanted JSON objects: share of rows where the answer has an equal value there
     likelier     of pairs: share whose chosen answer has a higher log p than the rejected one

@@ -33,7 +33,7 @@ class Gap:
     worst: float = 0.0
 
     def add(self, trainer: Tensor, sampler: Tensor) -> None:
-        """Log-probabilities of the same tokens, on any devices; the sampler's in float64."""
+        """Add log-probabilities of the same tokens, from any devices; the sampler's are in float64."""
         own = in_float64(trainer.detach())
         gap = (own - sampler.to(own.device)).abs()
         self.worst = max(self.worst, float(gap.max()))

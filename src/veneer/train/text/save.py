@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 _PROMPT = 1000
-"""Characters of the user's last text that a card shows."""
+"""Most characters of the user's last message in a card's `prompt`."""
 _LONGEST = 50_000
-"""Characters of the longest prompt that a card keeps."""
+"""Most characters of a prompt that is saved in a card."""
 
 
 @dataclass
@@ -58,8 +58,8 @@ def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
 
 
 def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
-    """The prompt of the first row that is a conversation of texts: `messages`, all that comes before the row's answer,
-    and `prompt`, the beginning of the last message. {} if no row is one."""
+    """Return the prompt of the first row that is a text conversation: `messages`, all messages before the row's answer,
+    and `prompt`, the beginning of the last message. {} if there is no such row."""
     for row in rows:
         turns = [{"role": m.get("role"), "content": m.get("content")} for m in row.messages]
         asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
@@ -73,7 +73,7 @@ def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
 def sample_answers(
     base: TextBase, attachment: Attachment, name: str, messages: Sequence[Mapping[str, str]], tokens: int
 ) -> dict[str, str]:  # fmt: skip
-    """The greedy answers to `messages` of the `base` and of the `adapter` with this name, of at most `tokens` tokens.
+    """Return greedy answers to `messages` of at most `tokens` tokens: `base` and `adapter` (the one called `name`).
 
     Raises BaseError, DataError."""
     said = {}

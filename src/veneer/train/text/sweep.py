@@ -6,8 +6,8 @@ Every setting with commas outside of brackets is swept, the others hold for all.
 output, `rank=8,learning_rate=1e-4`, as if it were trained alone; `sweep.html` and `sweep.json` beside them compare what
 came out, the lowest validation loss first.
 
-Losses are compared only if they measure the same: all runs hold out the same rows, also those with other seeds
-(`data.split_seed`), and settings that change what the loss is are refused.
+Losses are compared only if they measure the same thing: all runs hold out the same rows, even with different seeds
+(`data.split_seed`), and settings that change what the loss measures are refused.
 
 Early halving: of n runs of T steps the better half stays at the first evaluation from T/2^r on, r = ⌊log2 n⌋, half of
 those from 2T/2^r on, … until one is left at T/2. It is successive halving (arXiv 1502.07943), with
@@ -155,8 +155,8 @@ def run_sweep(
 ) -> Sweep:
     """Trains every combination of `grid` on the configuration `file`. `listener`: who hears the run of a name.
 
-    Raises ConfigError for a grid that is none and for runs whose losses cannot be compared, and what `run_texts`
-    raises; a run that fails is a row of the report."""
+    Raises ConfigError for an invalid grid and for runs whose losses cannot be compared, and the errors of `run_texts`;
+    a failed run is a row of the report."""
     combinations = grid(overrides)
     held = [o for o in overrides if o.partition("=")[0] not in combinations[0].swept]
     common = load_config(file, held)[0]
@@ -190,7 +190,7 @@ def run_sweep(
 
 
 def _splits_by_seed(config: RunConfig) -> bool:
-    """Whether the run's seed chooses the rows that it holds out."""
+    """Whether the run's `seed` chooses its held-out rows."""
     data = config.data
     return isinstance(data, DataSection) and data.validation is None and data.split != 0 and data.split_seed is None
 
@@ -213,7 +213,7 @@ def _check_comparable(configs: Sequence[RunConfig], names: Sequence[str]) -> Non
 
 
 def _measure(config: TrainConfig) -> dict[str, Any]:
-    """The settings that say what a held-out loss is: of which rows, which of their tokens, by which formula."""
+    """Return the settings that define a held-out loss: its rows, its tokens and its formula."""
     data = config.data.model_dump(mode="json") | {"split_seed": config.split_seed}
     if config.data.validation is not None:
         data = {key: value for key, value in data.items() if key not in ("train", "limit", "split_seed")}

@@ -532,8 +532,10 @@ class AttachedText(AttachedTask[RunResult]):
         return replace(result, adapter=str(self.run.folder), digest=digest)
 
     def _answers(self, sample: Mapping[str, Any], tell: Listener) -> dict[str, str]:
-        """The answers to the card's prompt, if it keeps any. A base that is spread over devices would need all of them
-        to answer, and training rows say nothing of what was learned from them."""
+        """Return the answers to the card's prompt, or {} if the card should have none.
+
+        A base split over devices would need all devices to answer, and answers to training rows do not show what was
+        learned."""
         tokens = self.config.evaluation.sampled(len(self.steps))
         if not tokens or self.run.devices.count > 1 or not sample_prompt(self.data.held.rows):
             return {}

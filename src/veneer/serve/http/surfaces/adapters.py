@@ -6,12 +6,12 @@
     POST /v1/adapter_inspections         what a file is, and what other tools would make of it; kept for an hour
     GET /v1/adapter_inspections/{id}, …/{id}/file?to=comfyui
 
-A tenant finds what it sees (`Principal.can_see`); it adds, changes, removes and downloads only in the namespace of its
-name. An operator does so everywhere. An adapter that is not visible is not found (404). Files, recipes and sources are
-shown to principals who may change the adapter, not to all who may use it.
+A tenant finds adapters visible to it (`Principal.can_see`), and can add, change, remove and download adapters in its
+own namespace; an operator can do so everywhere. An adapter that is not visible is a 404. Files, recipes and sources
+are shown only to principals that can change the adapter.
 
 `keep_staged`, `change_adapter` and `remove_adapter` are the only ways to change the library, here and in the Studio:
-they ask the principal and write the audit line.
+they check the principal and write the audit entry.
 """
 
 from __future__ import annotations
@@ -324,7 +324,7 @@ def keep_staged(
 
 
 def note_added(tenancy: Tenancy, caller: Principal, version: Version) -> None:
-    """The audit line of a version that came into the library. Blocks."""
+    """Write the audit entry of a version that was added to the library. Blocks."""
     after = {"digest": version.digest, "aliases": version.aliases}
     tenancy.note(caller.actor, "adapter.add", version.reference, None, after)
 
@@ -332,8 +332,8 @@ def note_added(tenancy: Tenancy, caller: Principal, version: Version) -> None:
 def change_adapter(
     library: Library, tenancy: Tenancy, caller: Principal, reference: str, wanted: AdapterChange
 ) -> Version:
-    """Change aliases and tags of a version. Blocks. Raises Refused (404, 403, and 400 for an alias to take away that
-    does not point to it), and what the library raises."""
+    """Change aliases and tags of a version. Blocks. Raises Refused (404, 403, and 400 if an alias to remove does not
+    point to the version), and the library's errors."""
     before = _own(library, caller, reference)
     if missing := sorted(set(wanted.remove_aliases) - set(before.aliases)):
         raise invalid(f"no alias {missing[0]!r} points to {before.reference}", "remove_aliases")
@@ -354,8 +354,8 @@ def change_adapter(
 def remove_adapter(
     library: Library, tenancy: Tenancy, caller: Principal, reference: str, *, with_aliases: bool = False
 ) -> list[str]:
-    """Remove a name with its versions, one version, or an alias; returns what is gone. Blocks. Raises Refused (404,
-    403, and 400 where an alias still points to it)."""
+    """Remove a name with its versions, one version, or an alias; return the removed references. Blocks. Raises Refused
+    (404, 403, and 400 if an alias still points to a removed version)."""
     _own(library, caller, reference)
     try:
         gone = library.remove(reference, with_aliases=with_aliases)

@@ -96,7 +96,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
         adapter: Annotated[str | None, Query(max_length=512)] = None,
     ) -> Response:
         tenant = _tenant(request, store)
-        admission_of(request).take("answers", 1)  # until all was sent: a tenant has its share of these
+        admission_of(request).take("answers", 1)  # held until all rows are sent; each tenant has a share
         found = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
         first = await in_thread(_DATABASE, lambda: next(found, None))  # so that an outage has its own status
 
