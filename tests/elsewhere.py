@@ -1,4 +1,4 @@
-"""Tensors that say they are on a device which is not here."""
+"""Tensors that claim to be on a device that this machine lacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class OnMps(Tensor):
-    """Refuses float64, as MPS does. `cpu()` gives the plain tensor."""
+    """A tensor that refuses float64, like MPS. `cpu()` returns the plain tensor."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]

@@ -152,8 +152,8 @@ def gemma2(**changes: Any) -> PreTrainedModel:
 
 
 def gemma4(**changes: Any) -> PreTrainedModel:
-    """Layers of two kinds, with heads of two sizes, and an embedding for each layer; layers 2 and 3 read the keys and
-    values of layers 0 and 1."""
+    """A model with two kinds of layers, heads of two sizes, and an embedding for each layer; layers 2 and 3 reuse the
+    keys and values of layers 0 and 1."""
     own = {
         "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 2, "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,

@@ -1,4 +1,4 @@
-"""What messages are made with."""
+"""Helpers for error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.errors import nearest
 @pytest.mark.parametrize(
     ("typed", "known", "meant"),
     [
-        ("rnak", ["rows", "rank"], ["rank"]),  # two neighbors swapped are one edit
+        ("rnak", ["rows", "rank"], ["rank"]),  # swapping two neighbors is one edit
         ("suport@1", ["support@1", "support@2", "tone@1"], ["support@1", "support@2"]),
         ("Learning_Rte", ["learning_rate"], ["learning_rate"]),
         ("desk.jsonl", ["tests"], []),

@@ -1,4 +1,4 @@
-"""An adapter in another tool's layout, with what the layout needs to know of the base."""
+"""Conversion of adapters to other tools' layouts, with facts about the base that a layout needs."""
 
 from __future__ import annotations
 

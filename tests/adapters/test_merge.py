@@ -142,7 +142,7 @@ def test_the_files_merged_one_weight_at_a_time_are_those_of_the_merged_model(sav
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
 def test_expert_pairs_merge_into_files_as_the_base_stores_them(tmp_path, name):
-    """By single experts, in Mixtral's names too; fused, also stored (experts, in, out). With a router."""
+    """Stored per expert, also under Mixtral's names; and fused, also as (experts, in, out). With a router."""
     net = model(name, torch.float32, **({"intermediate_size": 32} if name == "gpt_oss" else {}))  # square
     adapter = random_adapter(create(net, LoraSpec(rank=2, alpha=4), seed=0))
     router = "model.layers.1." + {"gpt_oss": "mlp.router", "llama4": "feed_forward.router"}.get(name, "mlp.gate")
@@ -190,8 +190,8 @@ def test_stochastic_rounding_keeps_a_small_delta_on_the_whole_and_is_seeded(save
 
 
 @pytest.mark.parametrize("case", ["llama", "token rows, tied"])
-def test_stochastic_rounding_of_a_loaded_model_is_that_of_its_files(saved, tmp_path, case):
-    """Weights that are tied stay so."""
+def test_loaded_models_and_files_get_the_same_stochastic_rounding(saved, tmp_path, case):
+    """Tied weights stay tied."""
     net, adapter = saved(case)
     merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out", seed=3)
     report = MergeReport()
@@ -204,7 +204,7 @@ def test_stochastic_rounding_of_a_loaded_model_is_that_of_its_files(saved, tmp_p
     assert not all(torch.equal(t, nearest[n]) for n, t in state.items())
 
 
-def test_a_merge_that_rounding_mostly_undoes_is_written_on_request_alone(saved, tmp_path):
+def test_a_merge_mostly_lost_to_rounding_needs_accept_loss(saved, tmp_path):
     saved("llama")
     small, out = [f"{tmp_path / 'a'}:1e-4"], tmp_path / "out"
     with pytest.raises(
@@ -268,7 +268,7 @@ def test_by_shard_refuses_a_change_of_one_tied_weight(tmp_path, spec, stated):
     net = model("gemma3", torch.float32)
     net.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base/config.json").read_text(encoding="utf-8"))
-    if not stated:  # the class's default is to tie
+    if not stated:  # the class ties by default
         del config["tie_word_embeddings"]
         (tmp_path / "base/config.json").write_text(json.dumps(config), encoding="utf-8")
     peft.write_folder(random_adapter(create(net, specs[spec], seed=0)), tmp_path / "a", base=net)
@@ -276,7 +276,7 @@ def test_by_shard_refuses_a_change_of_one_tied_weight(tmp_path, spec, stated):
         merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
 
 
-def test_by_shard_token_rows_reach_a_stored_copy_of_the_head(tmp_path):
+def test_by_shard_token_rows_change_a_stored_head_too(tmp_path):
     net = model("llama3", torch.float32)
     net.save_pretrained(tmp_path / "base")
     state = {n: t.clone() for n, t in net.state_dict().items()}

@@ -32,6 +32,6 @@ def server(one_server: Server) -> Server:
 
 @pytest.fixture(scope="session")
 def trainer(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that trains too."""
+    """A server that also trains."""
     with target(shop, tmp_path_factory.mktemp("training"), "--train") as made:
         yield made

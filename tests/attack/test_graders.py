@@ -1,4 +1,4 @@
-"""Graders that cost much to read or to compute: bounded, in threads of their tenant's share, and nobody else waits."""
+"""Graders that are expensive to parse or run have limits, use only their tenant's threads, and delay nobody else."""
 
 from __future__ import annotations
 

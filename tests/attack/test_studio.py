@@ -1,4 +1,4 @@
-"""The Studio's page under attack: sockets and slow forms of strangers, and many pages of one tenant at once."""
+"""The Studio under attack: sockets and slow forms from strangers, and many pages of one tenant at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def signed_in(server: Server, tenant: str) -> float:
-    """Seconds that a sign-in takes."""
+    """Return the seconds that a sign-in takes."""
     began = time.monotonic()
     answer = httpx.post(f"{server.url}/studio/enter", data={"key": server.keys[tenant]})
     assert (answer.status_code, "veneer_studio" in answer.headers.get("set-cookie", "")) == (303, True)
@@ -47,7 +47,7 @@ def test_sockets_of_strangers_are_refused_and_keep_nobody_out(server: Server) ->
 
 
 def test_sockets_are_the_first_to_be_closed(server: Server) -> None:
-    """More sockets of signed-in pages than there may be connections: requests are answered all the same."""
+    """With more sockets of signed-in pages than allowed connections, requests are still answered."""
     with ExitStack() as held:
         for _ in range(MOST // 2):
             window = Window(f"{server.url}/studio/", server.keys["a"])

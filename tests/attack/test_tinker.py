@@ -1,4 +1,4 @@
-"""Tinker's routes, asked for more than one tenant may have: each limit is named, and memory and descriptors stay."""
+"""Tinker requests over a tenant's limits: errors name the limit, and memory and descriptors stay bounded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(server: Server, owner: str, number: int = 0) -> str:
 
 
 def zeros(run: str, seq: int, rows: int, width: int, times: int = 1) -> bytes:
-    """A forward_backward of one row of three tokens, with sparse tensors that have no value."""
+    """Return a forward_backward of one row of three tokens, with sparse tensors without values."""
     starts = part(2, bytes(8 * (rows + 1)))
     sparse = part(2, starts) + b"\x18\x02" + part(4, varint(rows) + varint(width))
     tokens = part(1, part(1, part(1, np.array([1, 2, 3], "<i4").tobytes())))
@@ -36,7 +36,7 @@ def zeros(run: str, seq: int, rows: int, width: int, times: int = 1) -> bytes:
 
 @pytest.fixture
 def peak(trainer: Server) -> Any:
-    """The most bytes of memory that the server has, from here to the call."""
+    """Return a function that returns the server's peak memory in bytes since this fixture."""
     ends, most = threading.Event(), [trainer.memory()]
 
     def watch() -> None:
@@ -56,8 +56,8 @@ def peak(trainer: Server) -> Any:
 
 
 def test_tensors_of_zeros_do_not_take_the_memory(trainer: Server, peak: Any) -> None:
-    """Three requests of 7 MB with 25 tensors of 268 MB each are refused by their sizes; as much as may be unpacked is
-    unpacked for one request after another."""
+    """Three requests of 7 MB with 25 tensors of 268 MB each are refused by their sizes; requests within the limit are
+    unpacked one at a time."""
     run, before = model(trainer, session(trainer)), trainer.memory()
     headers = trainer.headers("a") | {"content-type": "application/x-protobuf"}
 
@@ -74,7 +74,7 @@ def test_tensors_of_zeros_do_not_take_the_memory(trainer: Server, peak: Any) -> 
         while (told := trainer.post(f"{API}/retrieve_future", {"request_id": f"{run}:3"})).status == 408:
             pass
     assert "target_tokens has the shape" in told.body.decode()
-    assert peak() - before < 512 << 20  # 266 MB of one request, and what the first one loads
+    assert peak() - before < 512 << 20  # 266 MB of one request, and modules loaded by the first
     assert trainer.settled(before) < MEMORY
 
 

@@ -43,7 +43,7 @@ def test_a_fault_is_named_first_with_its_fix(
 def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         holder = socket.create_server(("127.0.0.1", 8000))
-    except OSError:  # whoever has it
+    except OSError:  # another process has the port
         holder = socket.socket()
     with holder:
         assert "8000 is in use: choose another with --port" in " ".join(run(capsys, "doctor").out.split())

@@ -178,7 +178,7 @@ def test_token_rows(family: str) -> None:
 
 
 def test_token_rows_reach_every_module_tied_to_them() -> None:
-    """T5 ties three embeddings and the head; PEFT names the first."""
+    """T5 ties three embeddings and the head; PEFT names the first embedding."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)

@@ -412,7 +412,7 @@ def test_two_threads_read_one_selection(model: PreTrainedModel, attachment: Atta
 
 
 def test_a_router_takes_a_linear_pair() -> None:
-    """It acts, merges, learns and comes off again; on a part of the tokens it cannot act."""
+    """The pair acts, merges, trains and detaches; it cannot act on only some tokens."""
     model = FAMILIES["mixtral"]()
     witness = Witness(model)
     g = torch.Generator().manual_seed(2)

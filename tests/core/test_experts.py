@@ -50,7 +50,7 @@ def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
 
 
 def test_rows_of_no_expert_are_zero_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's product leaves what was in memory in rows after the last offset, and in their gradients."""
+    """A GPU's product leaves uninitialized memory in rows after the last offset, and in their gradients."""
 
     def product(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
         x, weight, ends = x.as_subclass(Tensor), weight.as_subclass(Tensor), offs.as_subclass(Tensor).tolist()
@@ -58,7 +58,7 @@ def test_rows_of_no_expert_are_zero_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch
         return torch.cat([*parts, x[ends[-1] :] @ weight[0] * float("nan")])
 
     arange = torch.arange
-    monkeypatch.setattr("torch.arange", lambda n, device=None: arange(n))  # that device is not here
+    monkeypatch.setattr("torch.arange", lambda n, device=None: arange(n))  # this machine lacks the device
     monkeypatch.setattr("torch.nn.functional.grouped_mm", product, raising=False)
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(6, 16, generator=g).bfloat16(), torch.randn(2, 16, 8, generator=g).bfloat16()

@@ -303,7 +303,7 @@ def test_krea_2_and_anima_are_written_and_come_back(name, to) -> None:
         torch.testing.assert_close(delta(back.adapter, module), delta(adapter, module), rtol=1e-6, atol=1e-6)
 
 
-def test_flux_2_in_names_cut_by_diffusers_lands_where_diffusers_puts_it() -> None:
+def test_flux_2_truncated_names_map_as_in_diffusers() -> None:
     conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
     names = [f"sformer_blocks.{i}.attn.{p}" for i in range(8) for p in ("to_q", "add_k_proj", "to_out.0")]
     tensors = random_pairs([f"diffusion_model.{n}" for n in [*names, "single_blocks.0.linear2"]], (8, 8), "peft")

@@ -225,7 +225,7 @@ def test_the_readme_asks_with_the_system_message_of_the_rows(tmp_path):
     assert "````\nAnswer with\n```json\n\n````" in text
 
 
-def test_other_tools_are_told_the_hub_id_of_a_built_in_base(tmp_path):
+def test_other_tools_get_a_built_in_bases_hub_id(tmp_path):
     card = Card(base="smollm2-135m", kind="text")
     peft.write_folder(replace(linear_pairs(NAMES), card=card), tmp_path / "a", base_name="smollm2-135m")
     config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())

@@ -51,7 +51,7 @@ TERMS = TrainingTerms(price=4_000_000, budget=10**9)
 
 
 class Here(LocalExecutor):
-    """Jobs are validated and carried out in the worker's own process, which waits for them."""
+    """An executor that validates and trains jobs in the worker's process and waits for them."""
 
     def __init__(self, store: JobStore) -> None:
         super().__init__()

@@ -28,8 +28,8 @@ def queued(store: JobStore, tenant: str = "acme", *, about: Any = None, plan: An
 
 
 class Pretended(LocalExecutor):
-    """Processes that run until a test says how they ended. `stubborn`: only a kill ends them; `refuse`: none starts.
-    `validating`: place -> the lease of each validation that was started."""
+    """An executor whose processes run until a test ends them. `stubborn`: only a kill ends a process; `refuse`: no
+    process starts. `validating`: place -> lease, for each started validation."""
 
     def __init__(self) -> None:
         super().__init__()

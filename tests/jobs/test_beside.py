@@ -1,4 +1,4 @@
-"""A worker beside a server: what others of the machine can see of it."""
+"""A worker next to a server: what other users of the machine can see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def test_a_worker_s_arguments_have_no_password(monkeypatch: pytest.MonkeyPatch, 
         while not (found := [each for each in psutil.Process().children() if each not in before]):
             assert time.monotonic() < end
             time.sleep(0.01)
-        while "veneer.cli.main" not in (arguments := found[0].cmdline()):  # a fork of this process at first
+        while "veneer.cli.main" not in (
+            arguments := found[0].cmdline()
+        ):  # until exec, the child is a fork of this process
             assert time.monotonic() < end
             time.sleep(0.01)
         variables = found[0].environ()

@@ -94,9 +94,9 @@ def test_clients_have_what_jobs_left_and_do_not_pass_each_other_by(store: JobSto
 
 
 @in_sqlite
-def test_a_job_sees_what_clients_took_and_is_not_in_the_ledger(store: JobStore, tenants: Store) -> None:
-    """Of 9 clients took 6, on two servers, before the ledger has any of it: a job of 4 is one too many, one of 3 is
-    not, and then clients have nothing left."""
+def test_jobs_see_client_budget_that_the_ledger_lacks(store: JobStore, tenants: Store) -> None:
+    """Clients on two servers take 6 of 9 before the ledger records anything: a job costing 4 is refused, a job costing
+    3 is accepted, and then clients have nothing left."""
     for budget in (ClientBudget(store, tenants), ClientBudget(JobStore(store.library), tenants)):
         budget.take("acme", 3 * UNIT, 9 * UNIT)
     store.create("acme", {}, name="support")

@@ -1,4 +1,4 @@
-"""Checkpoints of a job in the library: each is there, or it is said why not."""
+"""Checkpoints of a job in the library: each is added, or a warning gives the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.library.library import open_library
 from veneer.models.text.base import load_text
 
 
-def test_a_checkpoint_that_is_left_out_is_said_with_the_reason(tmp_path: Path) -> None:
+def test_a_warning_gives_the_reason_for_an_omitted_checkpoint(tmp_path: Path) -> None:
     base = load_text(str(tiny_base_dir(tmp_path)))
     made = create(base.model, LoraSpec(rank=2, targets="q_proj"), seed=0)
     peft.write_folder(made, tmp_path / "adapter")

@@ -57,7 +57,7 @@ def test_a_process_that_holds_more_than_its_plan_is_ended(
 
 
 def test_a_process_s_arguments_have_no_lease(library: Library, store: JobStore) -> None:
-    """Everybody on the machine sees them."""
+    """Every user of the machine can see a process's arguments."""
     executor, job = LocalExecutor(), planned(store, 1 << 30)
     place = executor.start(JobLease(job, "token-of-the-lease"), {"VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d"})
     arguments = " ".join(psutil.Process(int(place.split()[-1])).cmdline())

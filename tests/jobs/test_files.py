@@ -225,7 +225,7 @@ def test_a_file_expires_when_it_was_said_to(files: Files) -> None:
 
 
 def test_many_files_expire_in_few_transactions(files: Files) -> None:
-    """More than a statement may have values, each with bytes of its own."""
+    """More files, each with separate bytes, than a statement can have values."""
     files.limits, now, count = replace(files.limits, files=100_000, room=100_000), files.clock(), 1200
     whole = b"".join(b"%04d" % n for n in range(count))
     rows: list[dict[str, object]] = []

@@ -46,7 +46,7 @@ ASKED = {
 
 
 def failed_job(quick: Path, method: str = "supervised", **error: str) -> Job:  # noqa: F811
-    """A job of `/secret/data.jsonl` that failed with an error."""
+    """Return a job with `/secret/data.jsonl` that failed with an error."""
     with open_library(quick / "library") as library:
         store = JobStore(library)
         config = {"base": {"name": "smollm2-135m"}, "data": {"train": "/secret/data.jsonl"}, "seed": 1}
@@ -60,7 +60,7 @@ def failed_job(quick: Path, method: str = "supervised", **error: str) -> Job:  #
 
 
 def test_an_error_is_one_line_without_settings(quick: Path) -> None:  # noqa: F811
-    """A client reads which rows are wrong, and no advice about a configuration that it does not have."""
+    """The error names the wrong rows, without advice about a configuration that the client does not have."""
     listed = "".join(f"\n  - /secret/data.jsonl:{n}: 9000 tokens" for n in range(1, 21))
     what = f"20 of 40 rows are longer than data.max_length, 256 tokens:{listed}"
     fix = "set data.max_length=9000 (more memory), or data.long_rows=drop or cut"
@@ -101,7 +101,7 @@ def test_notes_of_a_run_are_the_operators(quick: Path) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
 def test_a_job_is_of_the_type_of_its_client(quick: Path, method: str) -> None:  # noqa: F811
-    """OpenAI's own model of a job, validated strictly."""
+    """The job validates strictly against OpenAI's own type."""
     job = shown_job(failed_job(quick, method, kind="data", message="no row"), "org-acme")
     read = FineTuningJob.model_validate(job, strict=True)
     assert read.hyperparameters.to_dict() == {

@@ -1,5 +1,5 @@
-"""What Ray is told of a job; and a job on a real Ray: started for the test, with one job that is trained and one that
-is stopped."""
+"""Jobs on Ray: what Ray receives about a job; and on a real Ray started for the test, one job that is trained and one
+that is stopped."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_a_tenant_has_one_validation_at_a_time(library: Library, store: JobStore
 
 
 def test_tenants_take_turns_at_validation(library: Library, store: JobStore, tmp_path: Path) -> None:
-    """A tenant with a long queue delays another one by its one validation, not by its queue."""
+    """A tenant with a long queue delays another tenant by one validation, not by its queue."""
     executor, file = Pretended(), small_file(tmp_path)
     for _ in range(4):
         new_job(store, "acme", file)
@@ -162,7 +162,7 @@ def test_a_worker_that_ends_leaves_new_jobs_to_another(library: Library, store: 
 
 @pytest.mark.slow
 def test_a_hostile_row_delays_nobody_and_can_be_cancelled(library: Library, store: JobStore, tmp_path: Path) -> None:
-    """A row of twenty thousand messages takes twenty minutes to read."""
+    """The row has twenty thousand messages and takes twenty minutes to read."""
     config = small_config(tmp_path)
     turns = [{"role": role, "content": "hello"} for role in ("user", "assistant")] * 10_000
     (tmp_path / "hostile.jsonl").write_text(json.dumps({"messages": turns}) + "\n")

@@ -62,7 +62,7 @@ def test_a_sample_is_whole_or_none() -> None:
         assert card_sample({"extra": {"sample": sample}}) is None
 
 
-def test_a_prompt_is_its_row_s_messages_and_of_old_cards_the_text() -> None:
+def test_a_card_prompt_is_messages_or_the_old_text() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
     assert card_prompt({"extra": {"sample": {"prompt": "Where?", "messages": messages}}}) == messages
     assert card_prompt({"extra": {"sample": {"prompt": "Where?", "base": "b"}}}) == messages[1:]
@@ -76,8 +76,8 @@ def test_a_free_search_looks_through_no_picture() -> None:
     assert words["words"].split() == ["org/b"]
 
 
-def test_the_tensors_of_mlx_lms_folder_are_part_of_the_adapter(tmp_path: Path) -> None:
-    """Beside PEFT's file they are not what is read, and left out."""
+def test_the_library_keeps_the_tensors_of_mlx_lm_folders(tmp_path: Path) -> None:
+    """If PEFT's file is there too, it is the file that is read, and mlx-lm's file is left out."""
     for name in ("adapter_config.json", "adapters.safetensors", "0000100_adapters.safetensors"):
         (tmp_path / name).write_text("{}")
     found = content_of(tmp_path)

@@ -1,4 +1,4 @@
-"""The store: what becomes of one that does not answer."""
+"""Stores that do not answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.library.library import open_library
 
 @pytest.fixture
 def silent_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An S3 whose process was stopped: the system takes connections, and nothing answers."""
+    """An S3 server whose process is stopped: the system accepts connections, and nothing answers."""
     pytest.importorskip("s3fs", reason="pip install s3fs")
     server = socket.create_server(("127.0.0.1", 0), backlog=128)
     url = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -29,7 +29,7 @@ def silent_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_s3_that_does_not_answer_is_an_outage(silent_s3: None, tmp_path: Path) -> None:
-    """Without a deadline of its own its client waits for 25 minutes."""
+    """By default, the S3 client waits for 25 minutes."""
     begun = time.monotonic()
     with pytest.raises(UnavailableError, match="cannot be used now"):
         store.open_store("s3://bucket/library").size("library.json")

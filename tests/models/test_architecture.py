@@ -1,4 +1,4 @@
-"""Defaults of architecture fields are those written down, whatever the installed libraries have."""
+"""Defaults of architecture fields are the recorded ones, independent of the installed libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from veneer.models.fingerprint import shaping_fields
 
 
 class LaterLlama(LlamaConfig):
-    """As a later transformers could have it: another default, and a field more."""
+    """A config class as in a later transformers: one default changed, one field added."""
 
     rms_norm_eps: float = 1e-5
     head_gain: float = 2.0
@@ -25,7 +25,7 @@ def test_a_changed_default_changes_no_fingerprint() -> None:
     assert shaping_fields(LaterLlama(**said, head_gain=3.0))["head_gain"] == 3
 
 
-def test_fields_and_kinds_that_are_not_written_down_have_the_installed_defaults() -> None:
+def test_unrecorded_fields_and_kinds_have_installed_defaults() -> None:
     later = {"latent_channels": 99, "later": 5}
     assert usual_fields("AutoencoderKL", later)["latent_channels"] == 4
     assert usual_fields("AutoencoderKL", later)["later"] == 5

@@ -65,7 +65,7 @@ def test_the_nearest_name_is_offered(home: Path) -> None:
         find_base("smolm2-135")
 
 
-def test_the_hub_id_of_a_built_in_base_names_our_copy_where_no_hub_is(home: Path) -> None:
+def test_without_a_hub_the_error_names_our_built_in_copy(home: Path) -> None:
     with pytest.raises(BaseError) as caught:
         find_base("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert "smollm2-135m is veneer's own copy of it" in (caught.value.fix or "")

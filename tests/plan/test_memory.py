@@ -264,7 +264,7 @@ def test_runs_in_one_pass_have_one_base_and_a_state_each() -> None:
 
 
 def test_offloading_moves_blocks_and_leaves_room_for_one() -> None:
-    """FLUX.1's single blocks have 141,607,936 parameters each: 3,072² · 15 in products, with biases and two norms."""
+    """Each of FLUX.1's single blocks has 141,607,936 parameters: 3,072² · 15 in products, plus biases and two norms."""
     card, counts = device_named("h100-80gb"), image_counts(base_config("flux.1-dev"), height=512, width=512)
     assert len(counts.blocks) == 19 + 38
     single = 3072 * (3 * 3072 + 3 * 3072 + 4 * 3072 + 5 * 3072) + 3072 * (3 + 3 + 4 + 1) + 2 * 128

@@ -1,4 +1,4 @@
-"""Who may call what: every route of the server, by every kind of principal."""
+"""Permissions: every route of the server, called by every kind of principal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TRAIN = ("/v1/files", "/v1/uploads", "/v1/fine_tuning/", "/v1/jobs/", "/api/v1/"
 
 
 def permission_of(method: str, path: str) -> Permission:
-    """What the documentation says that a route needs."""
+    """Return the permission that the documentation gives for a route."""
     if path in PUBLIC or "{signature}" in path:
         return "public"
     if path == "/metrics":
@@ -63,7 +63,7 @@ def permission_of(method: str, path: str) -> Permission:
 
 
 class ByName(OpenAccess):
-    """A key is the name of a principal."""
+    """A tenancy whose keys are the names of principals."""
 
     keyless = False
 
@@ -75,7 +75,7 @@ class ByName(OpenAccess):
 
 @pytest.fixture(scope="module")
 def app() -> Iterator[FastAPI]:
-    staging, nothing = Staging(1 << 20), MagicMock()  # no denied request gets as far as what these routes work with
+    staging, nothing = Staging(1 << 20), MagicMock()  # denied requests never use these objects
     routers = [
         adapter_routes(nothing, staging, ByName()),
         feedback_routes(nothing),
@@ -117,7 +117,7 @@ def test_every_route_names_the_documented_permission(app: FastAPI) -> None:
 
 @pytest.mark.parametrize("name", [*KINDS, None])
 def test_a_route_is_closed_without_its_permission(app: FastAPI, name: str | None) -> None:
-    """Before its body is read: no denied route of a body that is no JSON says anything of that."""
+    """The permission is checked before the body is read: a denied request with invalid JSON gets no error about it."""
     principal = STRANGER if name is None else KINDS[name]
 
     async def ask() -> None:

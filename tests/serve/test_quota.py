@@ -1,4 +1,4 @@
-"""Quotas of owners: amounts that are taken and given back, and errors that name the limit."""
+"""Quotas of owners: taking and releasing amounts, and errors that name the limit."""
 
 from __future__ import annotations
 

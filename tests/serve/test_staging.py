@@ -129,7 +129,7 @@ def test_archives_that_are_no_adapters_are_refused_and_leave_nothing(staging: St
 
 
 def test_threads_send_at_the_same_time(staging: Staging) -> None:
-    """Each finds what it sent: there is one folder, and no upload fails because of another one."""
+    """Each thread finds its upload: there is one folder, and no upload fails because of another upload."""
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

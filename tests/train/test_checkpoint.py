@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_is_refused_and_named(file: str, damage: str, tmp_p
 
 @pytest.mark.parametrize("part", ["optimizer", "progress", "random"])
 def test_a_checkpoint_that_is_refused_changes_nothing(part: str, tmp_path: Path) -> None:
-    """Whatever of it is refused, and however late that is found."""
+    """Independent of which part is refused, and how late the fault is found."""
     a = _parameters()
     optimizer = make_optimizer(a, learning_rate=0.1)
     _move(a, optimizer, 1)

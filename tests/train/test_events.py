@@ -1,4 +1,4 @@
-"""What is said of a step or an evaluation: a loss, or the rewards of drawn answers."""
+"""Text for a step or an evaluation: a loss, or the rewards of sampled answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from veneer.train.events import measure_text, validation_text
 
 def test_a_loss_is_said_where_no_answers_are_rewarded() -> None:
     assert measure_text(-1e-9, {}) == "loss 0.0000"
-    assert measure_text(1.25, {"reward_accuracy": 0.5, "reward_margin": 1.0}) == "loss 1.2500"  # of preferences
+    assert (
+        measure_text(1.25, {"reward_accuracy": 0.5, "reward_margin": 1.0}) == "loss 1.2500"
+    )  # rewards of preference learning
     assert validation_text(1.25, False) == "validation loss 1.2500"
 
 

@@ -83,7 +83,7 @@ class Other(Problem):
 
 
 class _OnABusyDevice(torch.Tensor):
-    """A value that is there 0.2 s after it is asked for, as one that a GPU still computes."""
+    """A value that is available 0.2 s after it is requested, like a value that a GPU still computes."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

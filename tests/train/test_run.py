@@ -105,7 +105,7 @@ def test_a_third_task_is_a_whole_run(tmp_path: Path) -> None:
 
 
 def test_the_peak_is_of_this_run_and_of_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.ones(75_000_000)  # 300 MB, held before the run alone
+    torch.ones(75_000_000)  # 300 MB, used only before the run
     before = peak_resident()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)

@@ -118,7 +118,8 @@ def client(world: SimpleNamespace) -> Iterator[Callable[[str], Tinker]]:
 
 
 def test_the_server_s_folders_are_told_to_no_tenant(world: SimpleNamespace, client: Any) -> None:
-    """A client's own folder comes back, since its SDK loads the tokenizer by what it hears."""
+    """The server returns the client's own folder, because the client's SDK loads the tokenizer from the returned
+    name."""
     acme = client("acme")
     model = acme.model("tiny-base", 2)
     for answer in (acme.post("get_info", model_id=model), acme.http.get("/training_runs").json()):
@@ -250,8 +251,8 @@ def stand_in(made: Callable[[], Tinker]) -> SimpleNamespace:
 def test_the_page(
     world: SimpleNamespace, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """docs/how-to/tinker.md: its Python as it is, but for the base, which a tenant names by its own folder; the SDK
-    itself is in test_tinker_peers."""
+    """The Python in docs/how-to/tinker.md runs, with the base named by the tenant's own folder. test_tinker_peers tests
+    the SDK itself."""
     (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
     monkeypatch.setitem(sys.modules, "tinker", stand_in(lambda: client("acme")))
     exec(compile(code.replace('"smollm2-135m"', repr(world.base)), "tinker.md", "exec"), {})
@@ -335,7 +336,7 @@ def test_samples_that_can_never_be_drawn_are_not_kept(
 
 
 def test_fetched_results_make_room_for_others(world: SimpleNamespace, client: Any) -> None:
-    """Results count until they are forgotten; those that were fetched go first, and then nothing more is taken."""
+    """Results count until they are removed; fetched results are removed first, then new samples are refused."""
     globex, quotas = client("globex"), world.whole.built.service.quotas
     session = sampler(globex)
     promises = [globex.post("asample", seq_id=i, **_asked(session)) for i in range(8)]
@@ -394,7 +395,7 @@ def test_a_budget_of_training_holds_and_the_ledger_has_its_lines(client: Any) ->
 
 
 def test_an_old_session_trains_no_more_once_training_is_off(world: SimpleNamespace, client: Any) -> None:
-    """What it has trained until then it may still save and download."""
+    """The session can still save and download what it trained before."""
     late = client("late")
     model = late.model("tiny-base", 2)
     assert late.result(late.forward(model).json()).status_code == 200
@@ -470,14 +471,14 @@ def test_a_samples_mistake_is_its_result(client: Any) -> None:
 def test_a_request_of_a_session_that_ends_is_answered(
     world: SimpleNamespace, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its client is told, and does not wait for ever."""
+    """The client gets an error instead of waiting forever."""
     acme = client("acme")
     model = acme.model(world.base, 2)
     answer, asked = TinkerService.answer, list[int]()
 
     def over(self: TinkerService, run: TrainingRun, seq: int) -> Any:
         asked.append(seq)
-        if len(asked) == 2:  # after the request was taken
+        if len(asked) == 2:  # after the request was accepted
             raise SessionOver("the session is over", where="model_id")
         return answer(self, run, seq)
 

@@ -94,7 +94,7 @@ def small_quotas(**limits: int) -> Quotas:
 
 
 def test_requests_that_wait_have_a_limit(tmp_path: Path) -> None:
-    """A tenant's, of all its clients; what is done makes room."""
+    """The limit covers all clients of a tenant; finished requests make room."""
     with small_service(tmp_path, quotas=small_quotas(requests=3)) as service:
         run, second, other = begun(service), begun(service), begun(service, "globex")
         for each, seq in ((run, 2), (run, 3), (second, 2)):
@@ -104,7 +104,9 @@ def test_requests_that_wait_have_a_limit(tmp_path: Path) -> None:
                 service.submit(each, seq, "optim_step", STEP)
             assert error.value.status == 429
         told(service, other, 1, "optim_step", STEP)
-    with small_service(tmp_path, quotas=small_quotas(requests=4)) as service:  # they count after a restart too
+    with small_service(
+        tmp_path, quotas=small_quotas(requests=4)
+    ) as service:  # waiting requests still count after a restart
         run = service.run("acme", run.id)
         told(service, service.run("acme", second.id), 1, "optim_step", STEP)
         told(service, run, 1, "optim_step", STEP)
@@ -112,7 +114,7 @@ def test_requests_that_wait_have_a_limit(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_counts_as_files_and_bytes(tmp_path: Path) -> None:
-    """Sessions, clients, samplers and checkpoints, also those of the process before; what is removed makes room."""
+    """Sessions, clients, samplers and checkpoints count, including those from before a restart; removals make room."""
     with small_service(tmp_path, quotas=small_quotas(files=5)) as service:
         run = begun(service)
         service.create_sampler("acme", run.session, 0, None)
@@ -147,7 +149,7 @@ def test_a_full_disk_quota_refuses_requests_and_states(tmp_path: Path) -> None:
         with pytest.raises(Refused, match=r"limit \(disk\)"):
             service.submit(run, 1, "forward", bytes(20_001))
         answer = told(service, run, 1, "forward", forward_body(run.id, 1, ROWS))
-        assert "limit (disk)" in json.loads(answer.data)["error"]  # no room for the state that a first pass makes
+        assert "limit (disk)" in json.loads(answer.data)["error"]  # no room for the state created by a first pass
         assert told(service, run, 2, "refused", b"no room").kind == "failed"
 
 
@@ -217,7 +219,7 @@ def _cut(journal: Path, seq: int) -> None:
         at = end
 
 
-def test_a_state_that_cannot_be_written_at_the_end_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_closing_logs_states_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with small_service(tmp_path) as service:
         first, second = begun(service), begun(service)
         whole = steps(service, first, 1, 5)

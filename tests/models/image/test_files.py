@@ -185,7 +185,7 @@ def test_only_harmless_tensors_of_a_file_may_have_no_place(family: str, bases: P
 
 
 def _in_fp8(state: dict[str, torch.Tensor], scale: str, per_row: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the file with its matrices in 8-bit floats and their scales, the numbers that it stands for)."""
+    """Return (the file with its matrices in 8-bit floats and their scales, the values that it represents)."""
     stored, plain = dict(state), dict(state)
     for name, weight in state.items():
         if weight.ndim == 2 and name.endswith("weight"):

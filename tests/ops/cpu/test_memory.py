@@ -1,4 +1,4 @@
-"""Memory of the process where the C library is another, or where somebody else has set it."""
+"""Process memory with another C library, or with an allocator configured by the environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.ops.cpu import memory
 
 
 def test_nothing_of_it_needs_a_c_library_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows: the symbols of the process itself cannot be opened."""
+    """As on Windows, where the process's own symbols cannot be opened."""
 
     def refused(name: Any) -> Any:
         raise TypeError("bad argument type for built-in operation")

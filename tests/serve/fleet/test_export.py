@@ -172,9 +172,7 @@ def test_the_command_prints_the_line_that_serves_it(tmp_path, capsys):
     assert "vllm or tgi" in ran.err
 
 
-def test_an_export_serves_a_built_in_base_by_its_folder_or_its_hub_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exports_serve_built_in_bases_by_folder_or_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     _, adapter = saved(tmp_path, made(model("llama3", torch.float32), STABLE))
     elsewhere = export(str(adapter), "vllm", tmp_path / "a", base="smollm2-135m")

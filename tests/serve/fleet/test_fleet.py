@@ -149,7 +149,7 @@ def test_what_cannot_be_loaded_is_refused_and_never_answered_by_the_base(shelf, 
 
 
 def test_a_refusal_is_forgotten_after_its_time(shelf, tmp_path, monkeypatch):
-    """Mixes that clients make up, and that no replica takes, do not add up."""
+    """Refusals of mixes that clients invent, and that no replica serves, do not accumulate."""
     fake = FakeVLLM(load_refusal="LoRA rank 64 is greater than max_lora_rank 16.")
     clock, passed = time.monotonic, [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])

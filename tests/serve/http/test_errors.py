@@ -1,4 +1,4 @@
-"""What a client reads of an error."""
+"""Errors as clients see them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that a page of another site makes a browser send."""
+"""Requests that another site's page makes a browser send."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVIL = "https://evil.example"
 def statuses(
     requests: list[dict[str, Any]], tenancy: Tenancy | None = None, settings: HttpSettings | None = None
 ) -> list[int]:
-    """Each request: method, path, headers and httpx's options."""
+    """Return the responses to requests, each given as method, path, headers and httpx's options."""
     app = toy_app(ToyEngine(ToyText()), ToyCatalog(), tenancy or OpenAccess(), settings)
 
     async def ask() -> list[int]:
@@ -82,7 +82,7 @@ def test_changes_need_the_servers_own_origin(tenancy: Tenancy) -> None:
     assert statuses(requests, tenancy, settings) == [200, 200, 200, 403, 403, 403, 403, 200, 403, 200]
 
 
-def test_any_origin_is_for_servers_with_keys_and_never_for_cookies() -> None:
+def test_any_origin_needs_keys_and_never_allows_cookies() -> None:
     settings, key = HttpSettings(allowed_origins=("*",)), {"authorization": f"Bearer {KEY}"}
     requests = [asked(origin=EVIL, **key), asked(origin=EVIL, cookie="a=b", **key)]
     assert statuses(requests, KeyAccess([KEY]), settings) == [200, 403]

@@ -258,17 +258,17 @@ def test_a_file_that_is_written_to_later_does_not_change_what_is_served(
     assert adapter.digest() == digest
 
 
-def test_what_is_loaded_is_found_however_much_else_was_asked_for(make: Make, base: TextBase, folder: Path) -> None:
+def test_loaded_adapters_are_found_after_many_other_requests(make: Make, base: TextBase, folder: Path) -> None:
     digest = saved(base, folder / "a")
     catalog = make()
     catalog.load("x", "a")
     for n in range(MOST_PLACES + 10):
         catalog.shelf.remember(f"sha256:{n}", AdapterPlace("other", path=folder / "a"))
     assert catalog.shelf.files(digest) == folder / "a"
-    assert refused(lambda: catalog.shelf.files("sha256:0")).status == 404  # the oldest is forgotten
+    assert refused(lambda: catalog.shelf.files("sha256:0")).status == 404  # the oldest location is forgotten
     assert catalog.shelf.files(f"sha256:{MOST_PLACES}") == folder / "a"
     catalog.unload("x")
-    assert catalog.shelf.files(digest) == folder / "a"  # a request that runs may still read it
+    assert catalog.shelf.files(digest) == folder / "a"  # a running request can still read the adapter
     for n in range(MOST_PLACES):
         catalog.shelf.remember(f"sha256:{n}", AdapterPlace("other", path=folder / "a"))
     assert refused(lambda: catalog.shelf.files(digest)).status == 404

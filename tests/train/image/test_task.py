@@ -394,7 +394,7 @@ def test_preflight_stops_before_anything_is_trained(
     assert not (tmp_path / "out").exists(), "the same command can be run again"
 
 
-def test_blocks_of_a_base_saved_in_four_bits_stay_and_it_says_so(tmp_path: Path) -> None:
+def test_offloading_blocks_of_a_four_bit_base_is_refused(tmp_path: Path) -> None:
     folder = tiny_image_base(tmp_path, "flux1")
     saved = load_image(str(folder), dtype="bfloat16", quantise="nf4").denoiser.state_dict()
     place = folder / "transformer"

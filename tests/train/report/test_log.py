@@ -138,7 +138,7 @@ def test_an_evaluation_above_the_first_one_is_called_worse_and_never_best() -> N
 
 
 def test_a_log_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """It called the tokens with a loss trained ones, which OpenAI's jobs have as all that were read."""
+    """In old logs, `trained_tokens` are the tokens with a loss; in OpenAI's jobs they are all tokens."""
     (tmp_path / "log.jsonl").write_text('{"event": "stepped", "step": 1, "tokens": 9, "trained_tokens": 4}\n')
     assert read_log(tmp_path / "log.jsonl") == [{"event": "stepped", "step": 1, "tokens": 9, "learned_tokens": 4}]
 

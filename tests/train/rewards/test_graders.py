@@ -67,7 +67,7 @@ def test_text_similarity_is_what_the_packages_say(text: str, want: str) -> None:
 
 
 def test_long_texts_are_compared_in_little_memory() -> None:
-    """16,000 words each: a table of their product would have 256 million numbers."""
+    """Each text has 16,000 words: a table for every pair of words would have 256 million numbers."""
     text, want = (" ".join(f"w{i * step % 16_001}" for i in range(9000)) for step in (1, 2))
     tracemalloc.start()
     assert 0 < (grade(similar("rouge_l"), text, {"want": want}).value or 0) < 1

@@ -34,7 +34,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print what went wrong here, unless it is only that a client gave up waiting, as some tests make it do."""
+        """Print server errors, except disconnects of clients that stopped waiting, which some tests cause."""
         if not isinstance(sys.exception(), BrokenPipeError | ConnectionResetError):
             super().handle_error(request, client_address)
 
@@ -118,7 +118,7 @@ def test_one_number_is_a_score_and_several_are_none(said: str, value: float | No
     assert bool(score.error) == (value is None)
 
 
-def test_a_share_is_read_where_the_range_ends_at_its_whole() -> None:
+def test_a_fraction_counts_if_its_denominator_ends_the_range() -> None:
     def score(said: str, *range: float) -> float | None:
         return judged(None, "x", ask=lambda questions: [Reply(said)], range=range)[0].value
 

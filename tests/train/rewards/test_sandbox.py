@@ -1,4 +1,4 @@
-"""Python from clients: what a hostile author of a grader can reach, and what is said where no sandbox works."""
+"""Python from clients: what a hostile grader can reach, and the errors if no sandbox works."""
 
 from __future__ import annotations
 
@@ -241,12 +241,12 @@ def test_nothing_but_tmp_can_be_written(function: LimitedFunction) -> None:
 
 def test_the_parent_cannot_be_reached(function: LimitedFunction) -> None:
     assert attack(function, "kills", processes=[os.getpid(), os.getppid()]).value == 0
-    attack(function, "stops_the_init")  # the kernel ignores it, or the sandbox ends
+    attack(function, "stops_the_init")  # the kernel ignores the signal, or the sandbox ends
     assert attack(function, "well").value == 1
 
 
 def test_a_fork_bomb_stays_small_and_is_gone_after_it(sandbox: Sandbox, function: LimitedFunction) -> None:
-    """And with less memory than its processes need it is over sooner."""
+    """With less memory than its processes need, the fork bomb ends sooner."""
     before = children()
     with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20, memory=4e9) as roomy:
         count = attack(roomy, "bomb").value
@@ -258,7 +258,7 @@ def test_a_fork_bomb_stays_small_and_is_gone_after_it(sandbox: Sandbox, function
 
 
 def children() -> set[int]:
-    """All processes below this one."""
+    """Return all descendants of this process."""
     return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
@@ -394,7 +394,7 @@ def test_an_answer_of_a_fork_is_dropped(either: LimitedFunction) -> None:
 
 @pytest.fixture
 def untried() -> Iterator[None]:
-    """What was found of this machine is found again, now and after the test."""
+    """Clear the cached test of this machine's sandbox, before and after the test."""
     working_sandbox.cache_clear()
     yield
     working_sandbox.cache_clear()
@@ -407,7 +407,7 @@ def test_without_bubblewrap_the_reason_is_said(untried: None, monkeypatch: pytes
     assert "apt install bubblewrap" in str(caught.value)
 
 
-def test_a_job_s_grader_runs_in_a_sandbox_or_not_at_all(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "def grade(sample, item):\n    return 1\n"
     grader = {"type": "python", "name": "mine", "source": source}
     answer = Answer([], "x", {})
@@ -432,7 +432,7 @@ def test_what_bubblewrap_says_is_the_reason(untried: None, monkeypatch: pytest.M
 def test_a_sandbox_that_does_not_hold_is_refused(
     untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A bwrap that runs its command as it is, outside of any sandbox."""
+    """Use a fake bwrap that runs its command without a sandbox."""
     command = "sys.argv[sys.argv.index('--') + 1 :]"
     fake = f"#!{sys.executable}\nimport subprocess, sys\ngiven = {command}\n"
     fake += "if '--user' in given:\n    del given[given.index('--user') : given.index('--user') + 2]\n"

@@ -56,7 +56,7 @@ def test_what_is_no_path_is_said_before_any_row(template: str, said: str) -> Non
 
 
 def test_braces_without_an_end_take_linear_time() -> None:
-    """A hundred thousand of them: quadratic, this took minutes."""
+    """With a hundred thousand braces, quadratic time would be minutes."""
     began = time.process_time()
     assert "no matching }}" in template_problem("{{" * 50_000)
     assert time.process_time() - began < 1

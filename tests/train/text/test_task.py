@@ -592,7 +592,7 @@ def test_a_base_that_predicts_worse_than_chance_is_not_trained(shared: Path, tmp
 def test_activations_leave_the_card_that_the_base_is_on(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One card, which no launcher named: the run's device is then `auto`."""
+    """One card without a launcher: the run's device is `auto`."""
     streams: list[Any] = []
     monkeypatch.setattr("torch.cuda.Stream", streams.append)
     base = load_text(str(shared / "tiny-base"))
@@ -601,7 +601,7 @@ def test_activations_leave_the_card_that_the_base_is_on(
     )
     assert isinstance(config, TrainConfig)
     own = Run(config, tmp_path, ALONE, lambda event: None, [])
-    assert TextTask(config, base).host_store(own) is None  # a CPU has no other memory
+    assert TextTask(config, base).host_store(own) is None  # on a CPU, there is no other memory to offload to
     base.unread, base.device = object(), torch.device("cuda", 1)  # type: ignore[assignment]
     assert isinstance(TextTask(config, base).host_store(own), HostStore)
     assert streams == [torch.device("cuda", 1)]
