@@ -429,7 +429,7 @@ def test_a_router_takes_a_linear_pair() -> None:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attachment.parameters("a").values())
         merged = attachment.merged("a")
         torch.testing.assert_close(merged[f"{name}.weight"], by_hand.get_parameter(f"{name}.weight").data)
-        with pytest.raises(AdapterError, match=f"{name} is no linear layer"):
+        with pytest.raises(AdapterError, match=f"{name} is not a linear layer"):
             attachment.use_spans(["a"], Spans((20,), (20,), [torch.Generator()], sizes=(20, 20)))
         with pytest.raises(AdapterError, match="MixtralTopKRouter"):
             attachment.add("b", Adapter({name: Pair(pair.A, pair.B, 1.0, "embedding")}))
