@@ -84,7 +84,7 @@ def test_no_line_is_wider_than_the_terminal_or_a_hundred(
     monkeypatch.setattr(compiled, "status", lambda: "a reason " * 40)
     out = run(capsys, "doctor", "--ops", "--quick").out
     assert max(map(len, out.splitlines())) <= min(columns, 100)
-    assert all(line[:12].strip() or line.startswith(" " * 12) for line in out.splitlines())
+    assert all(line[:12].strip() or line.startswith(" " * 12) for line in out.splitlines() if line)
 
 
 @pytest.mark.parametrize(("threads", "said"), [(1, "; 1 thread; "), (2, "; 2 threads; ")])

@@ -129,10 +129,11 @@ folder = Path(sys.argv[1])
 config, table = read_base_config(folder), tensor_table(folder)
 small = Path(sys.argv[2])
 load_quantised(small, read_base_config(small), tensor_table(small), "nf4", torch.bfloat16)  # its own imports
-before = peak_memory_bytes()
+cpu = torch.device("cpu")
+before = peak_memory_bytes(cpu)
 model, _ = load_quantised(folder, config, table, "nf4", torch.bfloat16)
 weights = sum(p.bytes if isinstance(p, Quantised) else p.nbytes for p in model.parameters())
-print(json.dumps({"took": peak_memory_bytes() - before, "weights": weights}))
+print(json.dumps({"took": peak_memory_bytes(cpu) - before, "weights": weights}))
 """
 
 

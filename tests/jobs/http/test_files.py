@@ -193,8 +193,9 @@ def test_large_files_come_where_other_bodies_may_not(client: openai.OpenAI, serv
     with pytest.raises(openai.APIStatusError) as refused:
         sent(client, bytes(2 * LARGE))
     assert refused.value.status_code == 413
+    head = {"authorization": "Bearer acme", "content-type": "application/json"}
     for path in ("/v1/uploads", "/v1/uploads/x/complete", "/v1/chat/completions"):
-        answer = server.client.post(path, content=bytes(2 << 20), headers={"authorization": "Bearer acme"})
+        answer = server.client.post(path, content=bytes(2 << 20), headers=head)
         assert answer.status_code == 413, path
 
 

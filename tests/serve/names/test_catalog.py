@@ -19,9 +19,11 @@ from veneer.formats import peft
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.serve.names.resident import Lease
-from veneer.serve.principal import OPERATOR, Principal
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.store import seeing
+
+OPERATOR = Principal("operator")
 
 # -- names -----------------------------------------------------------------------------------------------------------
 

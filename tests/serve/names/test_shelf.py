@@ -22,7 +22,9 @@ from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.serve.names.catalog import Catalog
 from veneer.serve.names.shelf import MOST_PLACES, AdapterPlace
-from veneer.serve.principal import OPERATOR
+from veneer.serve.principal import Principal
+
+OPERATOR = Principal("operator")
 
 
 def untouched(catalog: Catalog) -> None:

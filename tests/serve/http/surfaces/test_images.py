@@ -34,9 +34,11 @@ from veneer.imaging.make import Ask, Options, make
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.access import NoWait, OpenAccess, Served
 from veneer.serve.pictures.engine import PictureEngine
-from veneer.serve.principal import OPERATOR, Principal
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import HttpSettings
+
+OPERATOR = Principal("operator")
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +432,7 @@ def test_what_has_no_effect_here_is_said_in_notes(client: openai.OpenAI) -> None
         ({"*": 1e5}, "mix.0.blocks.* must be less than or equal to 10000"),
         (["x"], "mix.0.blocks.0 must be a valid number"),
         (7, "mix.0.blocks: a JSON object is expected"),
-        ({"steps": 1}, "'steps' names no block of this base: did you mean text?"),
+        ({"tex": 1}, "'tex' names no block of this base: did you mean text?"),
     ],
 )
 def test_bad_blocks_are_told_in_the_clients_words(url: str, blocks: Any, says: str) -> None:
