@@ -21,19 +21,20 @@ def parcel_rows(folder: Path) -> Path:
 
 def told_lesson(
     store: JobStore, base: Path, rows: Path, home: Path, *, tenant: str = "", of: str = "support@1",
-    rewards: dict[str, float] | None = None,
+    rewards: dict[str, float] | None = None, made: str = "",
 ) -> Job:  # fmt: skip
     """A job on whose way is what a run tells: two steps, of which the second can be asked as `of`, and a sheet of
-    pictures. `home`: its server's. `rewards`: what its steps and evaluations measured beside the loss."""
+    pictures. `home`: its server's. `rewards`: what its steps and evaluations measured beside the loss. `made`: the
+    adapter that the job made, if it has succeeded."""
     config = {
         "base": {"name": str(base)}, "data": {"train": str(rows)}, "checkpoint": {"adapters": True},
         "schedule": {"steps": 4},
     }  # fmt: skip
-    made = store.create(tenant, config, name="lesson")
-    looked = store.take("here", 3600, "validating", only=made.id)
+    job = store.create(tenant, config, name="lesson")
+    looked = store.take("here", 3600, "validating", only=job.id)
     assert looked is not None
     store.queue(looked, {"tokens": 100, "steps": 4})
-    lease = store.take("here", 3600, only=made.id)
+    lease = store.take("here", 3600, only=job.id)
     assert lease is not None
     measured = {"steps": 4, "tokens": 20, "seconds": 0.5, "memory_bytes": 5 * 10**8, "tokens_per_second": 40.0}
     events = [
@@ -55,7 +56,9 @@ def told_lesson(
     ]
     points = [JobCheckpoint(1, {"loss": 2.0}), JobCheckpoint(2, {"loss": 1.0}, reference=of)]
     store.note(lease, events, points, trained=(2, 4, 40))
-    folder = home / "jobs" / made.id / "attempt-1" / "samples"
+    folder = home / "jobs" / job.id / "attempt-1" / "samples"
     folder.mkdir(parents=True)
     Image.new("RGB", (40, 20), "red").save(folder / "step-2.png")
-    return made
+    if made:
+        store.finish(lease, result={"reference": made})
+    return job

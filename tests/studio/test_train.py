@@ -183,6 +183,20 @@ def test_talk_asks_with_the_system_message_of_the_rows(studio: Served, told: Job
         window.until("--system &#39;Answer in JSON.&#39;")
 
 
+def test_talk_selects_the_adapter_that_the_run_made(
+    studio: Served, tiny: tuple[Path, Path], tmp_path: Path, store: JobStore
+) -> None:
+    job = told_lesson(store, tiny[0], parcel_rows(tmp_path), tmp_path, made="support@2")
+    address = f"{studio.address}/studio/run?job={job.id}"
+    with opened(address) as window:
+        assert "made" in window.values("value")
+        window.press("Ask")
+        window.until("--adapter support@2")
+    with opened(f"{address}&step=2") as window:
+        window.press("Ask")
+        window.until("--adapter support@1")
+
+
 def test_sample_pictures_come_by_job_and_step_and_by_no_path(studio: Served, lesson: Job) -> None:
     found = httpx.get(f"{studio.address}/v1/jobs/{lesson.id}/samples/2")
     assert found.headers["content-type"] == "image/png"

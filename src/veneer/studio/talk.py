@@ -132,15 +132,19 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
 
     async def fill() -> None:
         found, now = await asyncio.to_thread(points), await job_of(page)
-        fresh = {str(step): f"step {step:,}" for step, _ in found}
-        known.clear()
-        known.update({str(step): reference for step, reference in found})
+        found, now = await asyncio.to_thread(points), await job_of(page)
         made = (now.result or {}).get("reference")
-        if made:
-            known["made"], fresh = str(made), {"made": "what it made", **fresh}
-        which.offer(fresh or {"": "no step yet"})
-        if which.value not in known:
-            which.put(next(iter(known), ""))
+        choices = {"made": "the adapter it made"} if made else {}
+        choices |= {str(step): f"step {step:,}" for step, _ in found}
+        known.clear()
+        known.update({str(step): reference for step, reference in found} | ({"made": str(made)} if made else {}))
+        which.offer(choices or {"": "no step yet"})
+        chosen = page.query.get("step")  # what the user chose
+        if chosen not in known:
+            newest = str(found[0][0]) if found else ""
+            chosen = "made" if made else str(which.value) if which.value in known else newest
+        if which.value != chosen:
+            which.put(chosen)
         says = why or ("" if known else "As soon as its first checkpoint is saved, it can be asked here.")
         if not known and not (job.config.get("checkpoint") or {}).get("adapters"):
             says = why or "It was not asked to publish its checkpoints: it can be asked once it is done."
