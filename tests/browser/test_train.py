@@ -105,3 +105,23 @@ def test_from_a_sentence_to_an_adapter_in_use(window: Window, training: Served, 
     page.locator("dialog[open]").get_by_role("button", name="Stop", exact=True).click()
     page.locator(".chip.on", has_text="cancelled").wait_for()
     assert page.locator("img[src='x']").count() == 0
+
+
+def test_from_a_dropped_file_to_a_run(window: Window, tmp_path: Path, jobs: JobStore) -> None:
+    file = tmp_path / "doors.csv"
+    file.write_text("question,says\n" + "".join(f"Where is door {n}?,Left {n}.\n" for n in range(30)))
+    page = window.at("train").page
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Upload a file…").click()
+    chooser.value.set_files(str(file))
+    page.get_by_label("Answer (completion)").select_option("says")
+    row = page.locator(".examples tbody tr").first
+    row.wait_for()
+    assert row.locator("mark").inner_text() == "Left 0."
+    page.get_by_label("Name of the adapter").fill("doors")
+    page.get_by_label("Rank").fill("2")
+    page.get_by_role("button", name="Train", exact=True).click()
+    page.wait_for_function("document.querySelector('h1')?.textContent.includes('doors')")
+    job = newest(jobs)
+    assert job.config["data"]["columns"] == {"completion": "says"}
+    assert job.config["adapter"]["rank"] == 2

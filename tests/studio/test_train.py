@@ -47,14 +47,14 @@ def test_a_sentence_is_read_as_it_is_typed_then_planned_and_its_rows_looked_at(
 ) -> None:
     sentence = f"teach {tiny[0]} from {rows}, rank 2, 4 steps"
     with opened(f"{studio.address}/studio/train") as window:
-        window.type(f"{sentence}, rnak 3", "area")
+        window.fill("What to teach", f"{sentence}, rnak 3")
         window.until("rnak 3", "did you mean `rank N`?")
-        window.type(sentence, "area")
+        window.fill("What to teach", sentence)
         heard = window.until("rows.jsonl:31", "<code>prompt</code> is empty", "veneer jobs submit")
         assert "this run cannot begin" not in heard
         lines = rows.read_text().splitlines(keepends=True)
         rows.write_text("".join(lines[:-1]))
-        window.type(f"{sentence}, seed 1", "area")
+        window.fill("What to teach", f"{sentence}, seed 1")
         heard = window.until(
             "is learned in", "<mark>Shelf", "read as prompt-completion", "learned 28", ESCAPED, "are free now"
         )
@@ -69,7 +69,7 @@ def test_it_is_queued_with_what_lets_its_steps_be_asked(
     with opened(f"{studio.address}/studio/train") as window:
         window.press("Start")
         window.until("this run cannot begin yet")
-        window.type(f"teach {tiny[0]} from {file}, 40 steps, call it asked", "area")
+        window.fill("What to teach", f"teach {tiny[0]} from {file}, 40 steps, call it asked")
         window.until("read as prompt-completion")
         for _ in range(3):  # whoever is in a hurry
             window.press("Start")
@@ -90,7 +90,7 @@ def test_a_caption_is_changed_where_it_stands(studio: Served, tmp_path: Path) ->
         (pictures / f"{n}.txt").write_text(f"a {colour} cat")
     base = tiny_image_base(tmp_path, "flux1")
     with opened(f"{studio.address}/studio/train") as window:
-        window.type(f"teach {base} from folder {pictures}, rank 2, 4 steps, 32 pixels", "area")
+        window.fill("What to teach", f"teach {base} from folder {pictures}, rank 2, 4 steps, 32 pixels")
         sheet = window.until('data-act=\\"caption\\"', "a red cat", "a blue cat", "learned at 32")
         (red,) = re.findall(r'data-act=\\"caption\\" data-id=\\"([^"\\]+)\\"[^>]*>a red cat', sheet)[-1:]
         window.act("caption", id=red)

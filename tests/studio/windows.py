@@ -38,6 +38,10 @@ class Window:
         id, field = next((i, e) for i, e in self.elements.items() if e.get("props", {}).get("kind") == kind)
         self._send(id, field, "changed", [json.dumps(text)])
 
+    def fill(self, label: str, value: Any) -> None:
+        """Another value in the field with this label, whether or not it is one that the browser offers."""
+        self.tell(lambda e: e.get("props", {}).get("label") == label, "changed", value)
+
     def press(self, text: str) -> None:
         """The button that says this."""
         id, found = next((i, e) for i, e in self.elements.items() if e["tag"] == "button" and e.get("text") == text)

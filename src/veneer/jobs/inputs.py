@@ -9,16 +9,68 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.errors import DataError
 from veneer.files.rights import private_folder
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.store import UNFINISHED, Job, JobStore, jobs_home
+from veneer.train.records import read_data_files
+from veneer.train.text.rows import About, Row, UnusableRow, look_at_rows
 
 _GRACE = 3600.0
 """Seconds for which a folder without a job is let be: its job may be on its way."""
+
+
+LINE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv")
+"""Endings of files with about a row on each line: the first rows can be read without the rest."""
+_BEGINNING, _QUOTED_LINES = 256 << 10, 200
+"""Bytes that a look at a file reads, and lines of it that may be dropped to end it outside of a quoted cell."""
+
+
+@dataclass(frozen=True)
+class FileBeginning:
+    """The first rows of an uploaded file. `whole`: whether there are no more. `problem`: why the rows cannot be read;
+    then `about` is None."""
+
+    columns: tuple[str, ...] = ()
+    rows: tuple[Row | UnusableRow, ...] = ()
+    whole: bool = False
+    about: About | None = None
+    problem: str = ""
+
+
+def look_at_file(files: Files, file: UploadedFile, format: str, columns: Mapping[str, str], most: int) -> FileBeginning:
+    """Read up to `most` rows from the first 256 KiB of a file, in a format and with columns as `look_at_rows` has
+    them. Blocks."""
+    if not file.filename.lower().endswith(LINE_FILES):
+        return FileBeginning(problem=f"Rows are read from {', '.join(LINE_FILES)} files. Paste rows of another kind.")
+    with files.open(file) as source:
+        data = source.read(_BEGINNING + 1)
+    if cut := len(data) > _BEGINNING:
+        data = data[: data.rfind(b"\n", 0, _BEGINNING) + 1]
+        for _ in range(_QUOTED_LINES if file.filename.lower().endswith((".csv", ".tsv")) else 0):
+            if data.count(b'"') % 2 == 0:
+                break
+            data = data[: data.rfind(b"\n", 0, len(data) - 1) + 1]
+    if not data:
+        return FileBeginning(problem=f"The first row has more than {_BEGINNING >> 10} KiB.")
+    with tempfile.TemporaryDirectory(prefix="veneer-rows-") as folder:
+        path, found = Path(folder) / file.filename.lstrip("."), tuple[str, ...]()
+        path.write_bytes(data)
+        try:
+            records, _ = read_data_files([str(path)], most)
+            found = tuple(dict.fromkeys(str(name) for record in records for name in record.values))
+            rows, about = look_at_rows([str(path)], format=format, columns=columns, limit=most)
+        except DataError as error:
+            where = f"{error.where}: " if error.where else ""
+            return FileBeginning(found, problem=f"{where}{error.what}".replace(f"{folder}/", ""))
+    return FileBeginning(found, tuple(rows), not cut and len(rows) < most, about)
 
 
 def _inputs() -> Path:

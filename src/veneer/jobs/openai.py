@@ -204,6 +204,15 @@ class TuningBody(Body):
         return self
 
 
+class FormSettings(Strict):
+    """What the Studio's form can say beyond OpenAI's body: how rows are read, and the adapter's numbers."""
+
+    format: _Words = "auto"
+    columns: Annotated[dict[_Words, _Words], at_most(16)] = Field(default_factory=dict)
+    rank: int | None = Field(default=None, ge=1, le=256)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+
+
 def suffix_of(text: str | None) -> str:
     """A suffix as it can stand in a name: letters and digits in lower case, and dashes between them."""
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")
@@ -211,7 +220,7 @@ def suffix_of(text: str | None) -> str:
 
 def tuning_config(
     asked: TuningBody, *, base: str, train: Path, validation: Path | None, rows: int, context: int, seed: int,
-    start: str | None = None,
+    start: str | None = None, settings: FormSettings | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The configuration that a request means, every number in it. `base`: as `veneer train` takes it; `start`: the
     adapter to go on training; `rows`: of the training file, or ROWS_COUNTED; `context`: the longest row. Raises
@@ -240,6 +249,10 @@ def tuning_config(
         config["preference"] = {"loss": "dpo", "beta": 0.1 if numbers.beta == "auto" else numbers.beta}
     if asked.reinforced is not None:
         _reinforce(config, asked.reinforced)
+    if settings is not None:
+        config["data"] |= {"format": settings.format, "columns": settings.columns}
+        if settings.rank is not None:
+            config["adapter"] = {"rank": settings.rank}
     for each in asked.integrations or []:
         wandb = each.wandb
         project = f"{wandb.entity}/{wandb.project}" if wandb.entity else wandb.project
@@ -249,7 +262,8 @@ def tuning_config(
     plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
     assert isinstance(plain, TrainConfig)
     config["base"]["name"] = plain.base.name  # a folder's path is absolute there
-    config["optimizer"] = {"learning_rate": plain.optimizer.learning_rate * times}
+    own = None if settings is None else settings.learning_rate
+    config["optimizer"] = {"learning_rate": own or plain.optimizer.learning_rate * times}
     return config
 
 

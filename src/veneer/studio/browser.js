@@ -225,7 +225,7 @@ export default {
       this.files = files;
       if (files.length) this.$emit("dropped", files.map((file) => file.name));
     },
-    send(n, url) {
+    send(n, url, fields) {
       const file = this.files[n];
       const request = new XMLHttpRequest();
       request.upload.onprogress = (e) => (this.share = e.total ? e.loaded / e.total : 0);
@@ -234,8 +234,11 @@ export default {
       this.share = 0;
       this.sending = file.name;
       request.open("POST", url);
-      request.setRequestHeader("content-type", "application/octet-stream");
-      request.send(file);
+      if (!fields) request.setRequestHeader("content-type", "application/octet-stream");
+      const form = new FormData();
+      for (const [name, value] of Object.entries(fields || {})) form.append(name, value);
+      form.append("file", file);
+      request.send(fields ? form : file);
     },
     ended(n, status, text) {
       this.sending = "";

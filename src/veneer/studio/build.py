@@ -48,9 +48,12 @@ def check_studio() -> None:
 
 def studio_of(service: Service, library: Library, *, host: str, trains: bool = False) -> Extension:
     """The extension of a server that listens at `host`. `trains`: whether jobs are carried out beside it."""
+    from veneer.jobs.files import open_files
     from veneer.jobs.http.samples import sample_routes
+    from veneer.jobs.http.tuning import TuningQueue
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
+    from veneer.serve.tenancy.tenants import Tenants
     from veneer.studio.adapter import adapter_view
     from veneer.studio.compare import compare_view
     from veneer.studio.doctor import doctor_view
@@ -73,7 +76,11 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
         StudioView("doctor", "Doctor", "d", doctor_view, "read"),
     )
     jobs = JobStore(library)
-    made = Studio(service, library, jobs, views, finds, trains)
+    queue = None
+    if trains and service.engine.makes == "texts":
+        tenancy = service.tenancy
+        queue = TuningQueue(jobs, open_files(library), tenancy.store if isinstance(tenancy, Tenants) else None)
+    made = Studio(service, library, jobs, views, finds, trains, queue)
     life: list[AbstractAsyncContextManager[Any]] = []
 
     def mount(app: FastAPI) -> None:
@@ -118,7 +125,9 @@ def _mount(app: FastAPI, studio: Studio) -> None:
         visitor = request.scope.get("veneer.visitor")
         if visitor is None:  # an asset that does not exist
             return PlainTextResponse("not found", 404)
-        frame = Frame(studio, visitor, request.scope.get("root_path", ""))
+        frame = Frame(
+            studio, visitor, request.scope.get("root_path", ""), f"{request.url.scheme}://{request.url.netloc}"
+        )
         query = query_of(request.query_params.multi_items())
         frame.client.status_code = await frame.visit(path.strip("/"), query)
         add_still(frame.client)

@@ -49,6 +49,7 @@ from urllib.parse import parse_qsl, urlencode
 from nicegui import background_tasks, ui
 
 from veneer.errors import VeneerError
+from veneer.jobs.http.tuning import TuningQueue
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library, NotInLibrary
 from veneer.library.names import likely_name
@@ -89,7 +90,7 @@ class StudioView:
 @dataclass(frozen=True, eq=False)
 class Studio:
     """What all pages of one server work with. `jobs`: the queue, whether or not this server trains (`trains`). `finds`:
-    what one field for everything finds (finder.py)."""
+    what one field for everything finds (finder.py). `queue`: trains on uploaded rows, if this server can."""
 
     service: Service
     library: Library
@@ -97,6 +98,7 @@ class Studio:
     views: Sequence[StudioView]
     finds: Callable[[ViewPage, str], Awaitable[list[dict[str, str]]]]
     trains: bool = False
+    queue: TuningQueue | None = None
 
     @property
     def base(self) -> str:
@@ -181,10 +183,14 @@ class ViewPage:
         """The browser's window for files; what is picked is as if it were dropped."""
         self.frame.tell("pick")
 
-    def drops(self, words: str, to: Callable[[str], str], done: Callable[[dict[str, Any]], Any]) -> None:
+    def drops(
+        self, words: str, to: Callable[[str], str], done: Callable[[dict[str, Any]], Any],
+        form: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         """What becomes of files that are dropped on this view, instead of the library's. `words`: said over the page
-        meanwhile. `to(filename)`: where it is posted, made by `api`. `done(answer)`: with that route's JSON."""
-        self.frame.files.take(words, to, done)
+        meanwhile. `to(filename)`: where it is posted, made by `api`. `done(answer)`: with that route's JSON. `form`:
+        fields that are posted with the file."""
+        self.frame.files.take(words, to, done, form)
 
     def fetch(self, url: str, done: Callable[[str], Any]) -> None:
         """Download what a route (made by `api`) makes when it is asked. `done`: with "", or with why there is none."""
@@ -215,8 +221,9 @@ class Browser(ui.element, component="browser.js"):
 class Frame:
     """The page round the views of one browser's window: nav, errors, keys. One view at a time is in it."""
 
-    def __init__(self, studio: Studio, visitor: Visitor, root: str) -> None:
-        self.studio, self.visitor, self.root = studio, visitor, root
+    def __init__(self, studio: Studio, visitor: Visitor, root: str, address: str) -> None:
+        """`address`: of this server, as the browser has it."""
+        self.studio, self.visitor, self.root, self.address = studio, visitor, root, address
         self.page: ViewPage | None = None
         self.client = ui.context.client
         VISITORS[self.client] = visitor

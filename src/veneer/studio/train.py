@@ -25,8 +25,22 @@ from veneer.plan.render import rough_duration
 from veneer.plan.tables import Device
 from veneer.studio import parts
 from veneer.studio.commands import command
+from veneer.studio.form import train_form
 from veneer.studio.frame import Studio, ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, dialog, enable, form_field, line, permit, progress, show
+from veneer.studio.parts import (
+    Command,
+    Fragment,
+    box,
+    button,
+    dialog,
+    enable,
+    form_field,
+    heading,
+    line,
+    permit,
+    progress,
+    show,
+)
 from veneer.studio.watch import on_change
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig, config_from, load_config
@@ -95,11 +109,16 @@ def _configured(sentence: Sentence, more: list[str]) -> RunConfig:
 
 async def train_view(page: ViewPage) -> None:
     studio = page.studio
-    page.title("Train", "Say what to teach in one sentence. What you leave out has a default, with a reason.")
+    page.title("Train", "Bring rows with questions and answers, look at them, and start a run.")
+    if studio.queue is not None:
+        await train_form(page, studio.queue)
+    elif not page.caller.can("operate"):
+        line("This server does not train on rows; its operator can start it with --train.", "soft")
     if not page.caller.can("operate"):
-        line("Rows of your own come by POST /v1/files and POST /v1/fine_tuning/jobs; their runs are below.", "soft")
         await _runs(page)
         return
+    heading("In one sentence")
+    line("Say what to teach. What you leave out has a default, with a reason.", "soft")
     draft = _Draft(read_sentence(page.query.get("q")))
     asks = "Draw with" if studio.service.engine.makes == "pictures" else "Ask"
     with box("div", "split asking"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from veneer.errors import VeneerError
@@ -19,10 +19,12 @@ _FILES = 50
 
 
 class Transfers:
-    """Of one window. `browser`: its browser.js. `count`: how many came together last. `to`, `done`: see `take`."""
+    """Of one window. `browser`: its browser.js. `count`: how many came together last. `to`, `done`, `form`: see
+    `take`."""
 
     def __init__(self, browser: Any, tell: Callable[..., None]) -> None:
         self.browser, self.tell, self.count = browser, tell, 0
+        self.form: Mapping[str, str] | None = None
         self.to: Callable[[str], str]
         self.done: Callable[[dict[str, Any]], Any]
         self.fetched: dict[str, Callable[[str], Any]] = {}
@@ -30,10 +32,14 @@ class Transfers:
         browser.on("sent", parts.heard(parts.permit("read", self._sent)))
         browser.on("fetched", parts.heard(parts.permit("read", self._fetched)))
 
-    def take(self, words: str, to: Callable[[str], str], done: Callable[[dict[str, Any]], Any]) -> None:
+    def take(
+        self, words: str, to: Callable[[str], str], done: Callable[[dict[str, Any]], Any],
+        form: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         """What becomes of dropped files from now on. `words`: said over the page meanwhile. `to(filename)`: where it is
-        posted. `done(answer)`: with that route's JSON."""
-        self.to, self.done = to, done
+        posted. `done(answer)`: with that route's JSON. `form`: the fields of the form that the file is posted in, for a
+        route that wants a form."""
+        self.to, self.done, self.form = to, done, form
         parts.mark(self.browser, words=words)
 
     def fetch(self, url: str, done: Callable[[str], Any]) -> None:
@@ -44,7 +50,7 @@ class Transfers:
     def _dropped(self, names: list[str]) -> None:
         self.count = len(names)
         for n, name in enumerate(names[:_FILES]):
-            self.tell("send", n, self.to(str(name)[-200:]))
+            self.tell("send", n, self.to(str(name)[-200:]), self.form)
 
     async def _sent(self, came: dict[str, Any]) -> None:
         answer, told = _answer(came)

@@ -29,10 +29,11 @@ from veneer.jobs.after import AfterJob, check_after
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import page_shown
 from veneer.jobs.http.graders import grader_of
-from veneer.jobs.inputs import drop_inputs, put_input
+from veneer.jobs.inputs import LINE_FILES, drop_inputs, put_input
 from veneer.jobs.openai import (
     MEASURED,
     ROWS_COUNTED,
+    FormSettings,
     TuningBody,
     checkpoint_id,
     event_number,
@@ -65,6 +66,7 @@ T = TypeVar("T")
 _LOOK = 0.5
 """Seconds between two looks at a job whose events are streamed."""
 _PAGE = 100
+_LINES = (".jsonl",)
 _HELD_OUT, _HELD_ROWS, _HELD_TOKENS = 16, 1000, 1024
 """Files, rows, and tokens of an answer, that a job is evaluated on at most; more is the operator's to ask for."""
 
@@ -78,23 +80,12 @@ def tuning_routes(
     """The routes over a queue, the files that its jobs read, and the tenants whose routes they move. `python_graders`:
     see `grader_routes`."""
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute, dependencies=[needs("train")])
-    copying = FairPool(1, "veneer-inputs")  # what a job reads may be gigabytes, and in a store elsewhere
+    queue = TuningQueue(jobs, files, tenants, python_graders=python_graders)
 
     @router.post("/v1/fine_tuning/jobs", summary="Fine-tune a base, or what was tuned before, on an uploaded file.")
     async def create(request: HttpRequest, body: TuningBody) -> Response:
-        service, caller = service_of(request), caller_of(request)
-        start = _start(service, caller, body.model)
-        if body.integrations:
-            _check_wandb(caller)
-
-        def do() -> Job:
-            grader = None
-            if body.reinforced is not None:
-                grader = _graded_here(service, caller, body.reinforced.grader, python_graders)
-            return _create(service, caller, jobs, files, tenants, body, start, grader)
-
-        made = await _asked(do, lambda work: copying.run(caller.tenant, caller.weight, 1, work))
-        return _answer(made, caller, body.headers)
+        caller = caller_of(request)
+        return _answer(await queue.create(service_of(request), caller, body), caller, body.headers)
 
     @router.get("/v1/fine_tuning/jobs", summary="The caller's jobs, the newest first.")
     async def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Response:
@@ -176,6 +167,33 @@ def tuning_routes(
     return router
 
 
+class TuningQueue:
+    """Queues the jobs that clients request: by OpenAI's route, and by the Studio's form."""
+
+    def __init__(
+        self, jobs: JobStore, files: Files, tenants: Store | None = None, *, python_graders: bool = False
+    ) -> None:
+        self.jobs, self.files, self.tenants, self.python_graders = jobs, files, tenants, python_graders
+        self.copying = FairPool(1, "veneer-inputs")  # what a job reads may be gigabytes, and in a store elsewhere
+        self.looking = FairPool(1, "veneer-rows")  # reads the beginnings of files
+
+    async def create(
+        self, service: Service, caller: Principal, body: TuningBody, settings: FormSettings | None = None
+    ) -> Job:
+        """Queue a job on the caller's own uploaded files. `settings`: the form's. Raises Refused."""
+        start = _start(service, caller, body.model)
+        if body.integrations:
+            _check_wandb(caller)
+
+        def do() -> Job:
+            grader = None
+            if body.reinforced is not None:
+                grader = _graded_here(service, caller, body.reinforced.grader, self.python_graders)
+            return _create(service, caller, self, body, start, grader, settings)
+
+        return await _asked(do, lambda work: self.copying.run(caller.tenant, caller.weight, 1, work))
+
+
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
@@ -221,11 +239,11 @@ def _check_wandb(caller: Principal) -> None:
 
 
 def _create(
-    service: Service, caller: Principal, jobs: JobStore, files: Files, tenants: Store | None, body: TuningBody,
-    start: str | None, grader: dict[str, Any] | None,
+    service: Service, caller: Principal, queue: TuningQueue, body: TuningBody, start: str | None,
+    grader: dict[str, Any] | None, settings: FormSettings | None,
 ) -> Job:  # fmt: skip
-    tenant = caller.tenant
-    training = _file(files, tenant, body.training_file, "training_file")
+    tenant, jobs, files, tenants = caller.tenant, queue.jobs, queue.files, queue.tenants
+    training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
     held = _held_out(files, tenant, body.after)
     size = sum(file.bytes for file in (training, validation, *held) if file)
@@ -247,7 +265,7 @@ def _create(
             body.reinforced.grader = grader
         config = tuning_config(
             body, base=service.reader.name, train=train, validation=valid, rows=count_lines(train, ROWS_COUNTED),
-            context=service.reader.context, seed=seed, start=start,
+            context=service.reader.context, seed=seed, start=start, settings=settings,
         )  # fmt: skip
         about: dict[str, Any] = {"openai": asked, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
         if body.after is not None:
@@ -300,7 +318,7 @@ def _after(files: Files, id: str, asked: AfterJob, found: Sequence[UploadedFile]
     return asked.on([str(put_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(found)])
 
 
-def _file(files: Files, tenant: str, id: str, param: str) -> UploadedFile:
+def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ...] = _LINES) -> UploadedFile:
     try:
         found = files.get(tenant, id)
     except Refused as error:
@@ -310,7 +328,7 @@ def _file(files: Files, tenant: str, id: str, param: str) -> UploadedFile:
             f"invalid {param}: there is no file {quoted(id)}", status=400, code="file_not_found", param=param,
             fix="upload it first: POST /v1/files",
         ) from error  # fmt: skip
-    if found.purpose != "fine-tune" or not found.filename.lower().endswith(".jsonl"):
+    if found.purpose != "fine-tune" or not found.filename.lower().endswith(endings):
         raise Refused(
             f"invalid {param}: {quoted(found.filename)} is no file of training data", status=400,
             code="invalid_file_format", param=param, fix="a .jsonl file, a JSON object on each line",

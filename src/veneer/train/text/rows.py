@@ -215,6 +215,26 @@ def look_at_rows(
     return rows, About(chosen, why, len(usable), files, unused, len(usable) - len({r.key for r in usable}))
 
 
+def format_columns(format: str) -> tuple[str, ...]:
+    """The columns of a format: those that it needs, then those that it can have."""
+    needed, optional, _ = _FORMATS[format]
+    return (*needed, *optional)
+
+
+def question_and_answer(row: Row) -> tuple[str, str, str]:
+    """What a row asks, the answer that is learned, and the rejected answer of a preference row; "" for none."""
+
+    def said(messages: Sequence[Mapping[str, Any]]) -> str:
+        texts = [m.get("content") or json.dumps(m.get("tool_calls") or "", ensure_ascii=False) for m in messages]
+        texts = [text if isinstance(text, str) else json.dumps(text, ensure_ascii=False) for text in texts]
+        if len(messages) == 1:
+            return texts[0]
+        return "\n".join(f"{m['role']}: {text}" for m, text in zip(messages, texts, strict=True))
+
+    at = row.shared() if row.rejected else row.last_assistant()
+    return said(row.messages[:at]), row.text or said(row.messages[at:]), said(row.rejected[at:])
+
+
 def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> tuple[list[Row], list[Row]]:
     """(train, held out), as `hold_out` chooses them. None: 5% but at most 500 rows; none below 20 rows."""
     default = min(500, max(1, round(0.05 * len(rows)))) if len(rows) >= 20 else 0
@@ -270,7 +290,7 @@ def _choose(
             )
     fits = []
     for name, (needed, _, words) in _FORMATS.items():
-        mapping = {c: columns.get(c) or _present(c, seen, set(columns.values())) for c in needed}
+        mapping = {c: columns.get(c) or present_column(c, seen, set(columns.values())) for c in needed}
         wanted = name in formats if format == "auto" else name == format
         if all(mapping.values()) and wanted and set(columns) <= {*needed, *_FORMATS[name][1]}:
             fits.append((name, {**columns, **{k: v for k, v in mapping.items() if v}}, words))
@@ -298,7 +318,8 @@ def _choose(
     return name, mapping, why
 
 
-def _present(column: str, seen: Sequence[str], taken: set[str]) -> str:
+def present_column(column: str, seen: Sequence[str], taken: Collection[str] = ()) -> str:
+    """The name that one of our columns has among `seen`, by its own name or a usual other one; "" if it is absent."""
     for name in (column, *_ALIASES.get(column, ())):
         if name in seen and name not in taken:
             return name
