@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,6 +22,7 @@ from veneer.jobs.store import money
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import ALL, EACH, Price, Store
+from veneer.studio.route import request_texts
 
 
 @pytest.fixture
@@ -81,6 +88,53 @@ def test_who_used_what_for_how_much_and_what_is_in_memory(studio: Served, store:
     assert "live: parcels 10 %" in cards, "of the newest version, which a card is of"
     manage.set_price(store, ALL, ALL, None, who="test")
     manage.set_limit(store, EACH, ALL, {"requests_per_minute": None}, who="test")
+
+
+def by_tenant(store: Store) -> dict[str, int]:
+    with store.engine.connect() as c:
+        return {row["tenant"]: row["requests"] for row in usage(c, by=("tenant",))}
+
+
+def test_trials_are_booked_apart_from_clients(studio: Served, store: Store) -> None:
+    routes.set_route(store, "parcels", [("support@2", 1)], shadow="support@1", who="test")
+    wait_for(lambda: "support@1 answers 100 % of requests too" in live(studio))
+    before = by_tenant(store)
+    with opened(f"{studio.address}/studio/compare?c=parcels&p=Where&m=2") as window:
+        window.press("Ask")
+        window.until("support@2 · 2 tokens")
+    wait_for(lambda: by_tenant(store).get("~studio", 0) == before.get("~studio", 0) + 2)
+    assert by_tenant(store).get("", 0) == before.get("", 0)
+    assert "trials in the Studio" in live(studio)
+    with store.engine.connect() as c:
+        assert not routes.shadow_log(c), "a trial has no shadow"
+
+
+def copied(page: str) -> list[str]:
+    """What the copy buttons of a page copy, as the browser has it."""
+    return [html.unescape(text) for text in re.findall(r'data-copy="([^"]*)" data-id="copy', page, re.DOTALL)]
+
+
+def test_requests_to_copy_are_answered(studio: Served, store: Store) -> None:
+    pytest.importorskip("openai")
+    curl, client = copied(live(studio))
+    assert curl.startswith(f"curl {studio.address}/v1/chat/completions")
+    answer = json.loads(subprocess.run(["sh", "-c", f"{curl} -sS"], capture_output=True, check=True).stdout)
+    assert answer["model"] == "parcels"
+    said = subprocess.run([sys.executable, "-c", client], capture_output=True, check=True, text=True).stdout
+    assert said.strip()
+
+
+def test_a_request_to_copy_names_the_key_by_its_variable() -> None:
+    frame = SimpleNamespace(address="https://veneer.example", visitor=SimpleNamespace(key="secret"))
+    service = SimpleNamespace(engine=SimpleNamespace(makes="pictures"))
+    curl, client = request_texts(SimpleNamespace(frame=frame, studio=SimpleNamespace(service=service)), "it's")  # type: ignore[arg-type]
+    assert shlex.split(curl) == [
+        "curl", "https://veneer.example/v1/images/generations", "-H", "Content-Type: application/json",
+        "-H", "Authorization: Bearer $VENEER_API_KEY", "-d", json.dumps({"model": "it's", "prompt": "A red apple"}),
+    ]  # fmt: skip
+    compile(client, "client", "exec")
+    assert 'api_key=os.environ["VENEER_API_KEY"]' in client
+    assert "secret" not in curl + client
 
 
 def live(studio: Served) -> str:

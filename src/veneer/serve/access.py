@@ -14,7 +14,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from veneer.serve.principal import Principal
@@ -25,6 +25,8 @@ SHADOWS = Principal("operator", weight=0.1)
 """The principal of shadow requests: they are billed to the operator and use no tenant's share."""
 BEHIND = "~shadows"
 """Pseudo-tenant that shadow requests are scheduled under, so they never use a real tenant's share."""
+TRIALS = "~studio"
+"""Pseudo-tenant that the ledger books the operator's trials in the Studio on, apart from the use of clients."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Served:
     cannot be. `adapters`: what the operator calls each part of `mix`, in its order, whatever the client called it: the
     name that was loaded, or the library's with its version. Limits, prices and the ledger know a request by these.
     `meant`: the digest that each name of a mix came to, in the client's order, "" for the base. `trained`: it is not
-    asked but trained, which has a price of its own."""
+    asked but trained, which has a price of its own. `trial`: asked on a page of the Studio, by no client; it has no
+    shadow, and a trial of the operator is booked on TRIALS."""
 
     mix: DigestMix
     name: str
@@ -43,6 +46,11 @@ class Served:
     adapters: tuple[str, ...] = ()
     meant: tuple[str, ...] = ()
     trained: bool = False
+    trial: bool = False
+
+    def as_trial(self) -> Served:
+        """The same, asked on a page of the Studio."""
+        return replace(self, trial=True, shadow=None)
 
     def parts(self) -> list[tuple[str, str, float]]:
         """(digest, the operator's name, strength) of each part; of the base alone ("", its name, 1)."""

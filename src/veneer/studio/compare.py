@@ -14,6 +14,7 @@ from typing import Any
 from veneer.errors import AdapterError, ConfigError, VeneerError, counted
 from veneer.formats.card import opening
 from veneer.library.describe import card_prompt
+from veneer.serve.access import Served
 from veneer.serve.http.asking import AskedTexts, ask_texts
 from veneer.serve.http.errors import message_of
 from veneer.serve.request import Finished, Refused, Token
@@ -104,7 +105,11 @@ class _Texts(Board):
         shown.begin(n)
         waiting: list[tuple[int, SpokenToken]] = []
         begun = sent = time.perf_counter()
-        first = 0.0
+        first, by = 0.0, ""
+
+        def answering(served: Served) -> None:
+            nonlocal by
+            by = " + ".join(name for name in served.adapters if self.page.caller.can_see(name))
 
         def send() -> None:
             nonlocal sent
@@ -114,7 +119,8 @@ class _Texts(Board):
             sent = time.perf_counter()
 
         try:
-            async with aclosing(ask_texts(self.page.studio.service, self.page.caller, asked)) as events:
+            events_of = ask_texts(self.page.studio.service, self.page.caller, asked, answering)
+            async with aclosing(events_of) as events:
                 async for i, event in events:
                     if isinstance(event, Token):
                         first = first or time.perf_counter() - begun
@@ -129,7 +135,7 @@ class _Texts(Board):
                         if event.text:
                             waiting.append((i, (event.text, None, [])))
                         send()
-                        shown.end(i, _note(event, first, time.perf_counter() - begun))
+                        shown.end(i, _note(event, first, time.perf_counter() - begun, by))
         except Refused as error:
             for i in range(n):
                 shown.end(i, f"No answer: {message_of(error)}")
@@ -210,8 +216,9 @@ class _Texts(Board):
         return ""
 
 
-def _note(event: Finished, first: float, whole: float) -> str:
+def _note(event: Finished, first: float, whole: float, by: str) -> str:
+    """`by`: the versions that answered."""
     count = event.usage.completion
     pace = f"{(count - 1) / (whole - first):.0f} tokens a second" if count > 1 and whole > first else ""
     why = {"length": "cut at the limit", "stop": ""}.get(event.reason, "broken off")
-    return " · ".join(part for part in (counted(count, "token"), f"first after {first:.2f} s", pace, why) if part)
+    return " · ".join(part for part in (by, counted(count, "token"), f"first after {first:.2f} s", pace, why) if part)

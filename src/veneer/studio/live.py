@@ -12,7 +12,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.jobs.store import money
 from veneer.library.database import reading
-from veneer.serve.access import shadow_id
+from veneer.serve.access import TRIALS, shadow_id
 from veneer.serve.tenancy import routes
 from veneer.serve.tenancy.feedback import AnswerFeedback, kept_answers
 from veneer.serve.tenancy.ledger import usage
@@ -173,7 +173,7 @@ class _Live:
 
 
 def _whose(tenant: str) -> str:
-    return {ALL: "whoever asks", EACH: "each tenant"}.get(tenant, tenant)
+    return {ALL: "whoever asks", EACH: "each tenant", TRIALS: "trials in the Studio"}.get(tenant, tenant)
 
 
 def _limits(limit: Limit) -> str:

@@ -139,7 +139,7 @@ class _Pictures(Board):
         service = self.page.studio.service
         try:
             asked = checked_image_body(ImageBody, self._fields(column), service.settings.max_pictures)
-            plan, events = await ask_pictures(service, self.page.caller, asked, f"image-{uuid.uuid4().hex}")
+            plan, events = await ask_pictures(service, self.page.caller, asked, f"image-{uuid.uuid4().hex}", trial=True)
             self._begin(column, [request.seed for request in plan.requests], plan.width, plan.height)
             async with aclosing(events):
                 async for i, event in events:

@@ -4,6 +4,8 @@ now and the way back; and a new one, with a canary from its first user on."""
 from __future__ import annotations
 
 import asyncio
+import json
+import shlex
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +30,7 @@ from veneer.studio.parts import (
     form_field,
     heading,
     line,
+    link,
     mark,
     permit,
     place_at,
@@ -243,6 +246,7 @@ class RoutePanel(_Shares):
                 if route.tenant:
                     line(f"of {route.tenant}", "chip", "span")
                 with box("div", "row far"):
+                    link("Try it", moves.page.link("compare", c=route.name), "button word")
                     self.back = button(
                         "Roll back", permit("operate", lambda: moves.back(self.route)), kind="word", key="r"
                     )
@@ -272,6 +276,10 @@ class RoutePanel(_Shares):
                         high=100,
                         step=1,
                     )
+            with box("details", "how"):
+                line("A request to copy", tag="summary")
+                curl, client = request_texts(moves.page, route.name)
+                Fragment("request.html.j2", requests=[("curl", curl), ("OpenAI's Python client", client)])
             with box("details", "how") as self.before:
                 line("What it led to before", tag="summary")
                 self.history = Fragment("route_moves.html.j2", moves=[])
@@ -348,6 +356,30 @@ class RoutePanel(_Shares):
         put(self.sentence, routes.route_change(route, wanted) if moved else unseen)
         self.same.show(_set_command(wanted, self.moves) if moved else "")
         show(self.does, moved)
+
+
+def request_texts(page: ViewPage, model: str) -> tuple[str, str]:
+    """A request to this server for a model: as a curl command, and in OpenAI's Python client."""
+    address, key = page.frame.address, page.frame.visitor.key is not None
+    if page.studio.service.engine.makes == "pictures":
+        path, method, body = "images/generations", "images.generate", {"model": model, "prompt": "A red apple"}
+        told = "data[0].b64_json"
+    else:
+        path, method, told = "chat/completions", "chat.completions.create", "choices[0].message.content"
+        body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
+    head = ' -H "Authorization: Bearer $VENEER_API_KEY"' if key else ""
+    given = shlex.quote(json.dumps(body, ensure_ascii=False))
+    curl = f"curl {shlex.quote(f'{address}/v1/{path}')} -H 'Content-Type: application/json'{head} -d {given}"
+    given_key = 'os.environ["VENEER_API_KEY"]' if key else '"none"'
+    client = "\n".join(
+        [
+            *(["import os", ""] if key else []), "from openai import OpenAI", "",
+            f"client = OpenAI(base_url={json.dumps(f'{address}/v1')}, api_key={given_key})",
+            f"answer = client.{method}({', '.join(f'{name}={value!r}' for name, value in body.items())})",
+            f"print(answer.{told})",
+        ]
+    )  # fmt: skip
+    return curl, client
 
 
 def _set_command(route: Route, moves: RouteMoves) -> str:

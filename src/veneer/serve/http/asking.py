@@ -11,7 +11,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from veneer.serve.access import Served, shadow_id
@@ -95,9 +95,12 @@ class AskedTexts:
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
 
 
-async def ask_texts(service: Service, caller: Principal, asked: AskedTexts) -> AsyncGenerator[IndexedEvent, None]:
+async def ask_texts(
+    service: Service, caller: Principal, asked: AskedTexts, served: Callable[[Served], None] | None = None
+) -> AsyncGenerator[IndexedEvent, None]:
     """(index, event) of `n` answers, until all have finished, as a chat completion of the same caller would be
-    answered; closing it cancels what still runs. On the server's own loop. Raises Refused."""
+    answered, but as a trial (see `Served`); closing it cancels what still runs. `served`: called with what the names
+    mean now, before the first event. On the server's own loop. Raises Refused."""
     if service.phase != "ready":
         raise Refused(f"the server is {service.phase}", status=503, code="shutting_down", retry_after=5.0)
     most = service.settings.max_choices
@@ -116,6 +119,9 @@ async def ask_texts(service: Service, caller: Principal, asked: AskedTexts) -> A
             )  # fmt: skip
 
         chosen = _chosen(service, caller, asked.mix)
+        chosen = replace(chosen, served=chosen.served.as_trial())
+        if served is not None:
+            served(chosen.served)
         chat = AskedChat(chosen, asked.messages, sampling, asked.n)
         async with aclosing(run(service, await chat_job(service, caller, chat, place, asked.id))) as events:
             async for event in events:

@@ -69,13 +69,15 @@ _STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
 
 
 async def ask_pictures(
-    service: Service, caller: Principal, asked: ImageBody, number: str
+    service: Service, caller: Principal, asked: ImageBody, number: str, *, trial: bool = False
 ) -> tuple[DrawingPlan, AsyncGenerator[IndexedPicture, None]]:
     """What will be drawn, and its events, which begin when they are first asked for; closing them cancels what still
-    runs. `number`: the request's id. Raises Refused."""
+    runs. `number`: the request's id. `trial`: see `Served`. Raises Refused."""
     if service.engine.makes != "pictures":
         raise invalid("this server answers in text", fix="ask /v1/chat/completions")
     chosen, labels, factors = _chosen(service, asked, caller)
+    if trial:
+        chosen = replace(chosen, served=chosen.served.as_trial())
     engine = cast(PictureEngine, service.engine)
     most = service.settings.max_pixels
     plan = await asyncio.to_thread(_planned, engine, asked, caller, chosen, labels, factors, most)

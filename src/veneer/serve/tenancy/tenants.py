@@ -30,7 +30,7 @@ from veneer.errors import ResourceError
 from veneer.library.database import shown_url
 from veneer.library.names import name_of
 from veneer.models.home import veneer_home
-from veneer.serve.access import KeepAnswer, LedgerState, Served, ShadowAnswer, Tenancy
+from veneer.serve.access import TRIALS, KeepAnswer, LedgerState, Served, ShadowAnswer, Tenancy
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
@@ -166,7 +166,8 @@ class Tenants(Tenancy):
         )
         names = [name_of(line.adapter) for line in lines]
         held = self.limits.take(settings.limits, caller.tenant, names, prompt_tokens, max_tokens)
-        entry = LedgerEntry(request, caller.tenant, served.name, self._wall(), prompt_tokens, max_tokens, lines)
+        tenant = TRIALS if served.trial and not caller.tenant else caller.tenant
+        entry = LedgerEntry(request, tenant, served.name, self._wall(), prompt_tokens, max_tokens, lines)
         opened = self.ledger.open(entry)
         bill = _Bill(self.ledger, held, request)
         try:
