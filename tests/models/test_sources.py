@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +142,31 @@ def test_of_an_image_base_the_hub_is_asked_for_what_is_loaded(
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert find_base("some/sdxl") == home / "snap"
     assert got == {"model_index.json", "unet/config.json", "tokenizer/vocab.json", remote[2]}
+
+
+def test_a_download_says_its_size_and_progress(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo: str, *, allow_patterns: list[str], dry_run: bool = False, **_: object) -> object:
+        if dry_run:
+            sizes = {"config.json": (2000, False), "model.safetensors": (2_500_000_000, True)}
+            return [SimpleNamespace(file_size=size, will_download=wanted) for size, wanted in sizes.values()]
+        (home / "snap").mkdir(parents=True, exist_ok=True)
+        (home / "snap" / "config.json").write_text("{}")
+        if any("safetensors" in pattern for pattern in allow_patterns):
+            os.truncate(blobs / "model.incomplete", 1_250_000_000)
+            time.sleep(1.3)
+        return str(home / "snap")
+
+    blobs = home / "cache" / "models--some--base" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "model.incomplete").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "cache"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    said: list[str] = []
+    find_base("some/base", say=said.append)
+    assert said == [
+        "looking for some/base on the hub", "getting some/base (2,500 MB) from the hub",
+        "getting some/base: 50% of 2,500 MB",
+    ]  # fmt: skip
 
 
 def test_directories_that_are_no_base_say_what_they_are(home: Path) -> None:

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -16,9 +18,10 @@ import pytest
 
 from tests.cli.run import run
 from tests.serve.http.toy import free_port
+from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError, ResourceError
 from veneer.serve.build import Application
-from veneer.serve.server import listen, serve
+from veneer.serve.server import WebPage, listen, serve
 from veneer.serve.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +94,43 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
         for pipe in (process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
+
+
+def test_the_page_says_what_is_downloaded_while_the_base_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, seen = threading.Event(), threading.Event()
+
+    def build(settings: ServeSettings, say: Callable[[str], None], *_: object) -> None:
+        say("getting some-base (93 MB, <MIT>) from the Python package index")
+        said.set()
+        seen.wait(60)
+        raise BaseError("seen")
+
+    monkeypatch.setattr("veneer.serve.build.build", build)
+    ended: list[BaseException] = []
+
+    def run(host: str) -> None:
+        try:
+            settings = ServeSettings(str(tiny_base_dir(tmp_path)), host=host, port=port, library=str(tmp_path / "lib"))
+            serve(settings, lambda text: None, page=WebPage("/studio", lambda address: None, "Then Train is here."))
+        except BaseException as error:
+            ended.append(error)
+
+    for host, told in (("127.0.0.1", True), ("0.0.0.0", False)):
+        port = free_port()
+        for event in (said, seen):
+            event.clear()
+        thread = threading.Thread(target=run, args=(host,))
+        thread.start()
+        try:
+            assert said.wait(60)
+            text = httpx.get(f"http://127.0.0.1:{port}/studio/").text
+            assert ("getting some-base (93 MB, &lt;MIT&gt;)" in text) == told
+            assert "since the start" in text
+            assert "Then Train is here." in text
+        finally:
+            seen.set()
+            thread.join(60)
+        assert str(ended.pop()) == "seen"
 
 
 def test_a_server_that_cannot_be_built_says_why() -> None:

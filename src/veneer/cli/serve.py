@@ -324,7 +324,8 @@ def serve_with(
 
             check_studio()
             extends.append(partial(studio_of, host=settings.host, trains=train))
-            page = server.WebPage(ROOT, show)
+            offers = "A base is downloaded once. Then the library, Compare, Train, Live and Doctor are here."
+            page = server.WebPage(ROOT, show, offers)
 
         def extend(service: Service, library: Library) -> Extension:
             from veneer.serve.build import together  # late: torch comes with it

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from veneer.errors import BaseError
 
@@ -13,13 +17,16 @@ _VARIANTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.ema.*"]
 _NOT_DRAWN = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*"]
 
 
-def hub_snapshot(name: str, *, looked: str, ways: str, weights: bool = True) -> Path:
+def hub_snapshot(
+    name: str, *, looked: str, ways: str, weights: bool = True, say: Callable[[str], None] | None = None
+) -> Path:
     """The directory of the snapshot of `org/name[@revision]` in the hub client's cache. Without a connection the cached
     copy is enough.
 
     `weights` False: only what is small, by which a base is known. Of an image base the variants (fp16, EMA) are fetched
     only if there is nothing else. Raises BaseError if the hub does not have it or cannot be reached; `looked`: where
-    the base was looked for before, `ways`: how to get one otherwise."""
+    the base was looked for before, `ways`: how to get one otherwise. `say`: called with what is downloaded and how
+    large it is, and with each further tenth of it."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -34,7 +41,8 @@ def hub_snapshot(name: str, *, looked: str, ways: str, weights: bool = True) -> 
         allow, ignore = _FILES, _NOT
         if (Path(found) / "model_index.json").exists():  # no single file at the top, nor what no picture needs
             allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_NOT_DRAWN]
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
+        with _progress(repo, say, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore):
+            found = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
         if allow is not _FILES and not any(Path(found).glob("*/*.safetensors")):  # there are variants alone
             found = snapshot_download(
                 repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_NOT, *_NOT_DRAWN]
@@ -57,3 +65,53 @@ def hub_snapshot(name: str, *, looked: str, ways: str, weights: bool = True) -> 
             fix=f"{ways}. (The hub client said: {reason[:160]})",
         ) from error
     return Path(found)
+
+
+@contextmanager
+def _progress(repo: str, say: Callable[[str], None] | None, **wanted: Any) -> Iterator[None]:
+    """Say how many bytes of a snapshot are missing, and how many have come while the context lasts."""
+    total = _missing_bytes(repo, **wanted) if say is not None else 0
+    if say is None or not total:
+        yield
+        return
+    from huggingface_hub import constants
+
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
+    before, done = _folder_bytes(blobs), threading.Event()
+    say(f"getting {repo} ({total / 1e6:,.0f} MB) from the hub")
+
+    def watch() -> None:
+        tenths = 0
+        while not done.wait(1.0):
+            if (now := int(10 * (_folder_bytes(blobs) - before) / total)) > tenths:
+                tenths = now
+                say(f"getting {repo}: {min(now, 10)}0% of {total / 1e6:,.0f} MB")
+
+    watcher = threading.Thread(target=watch, name="veneer-hub", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _missing_bytes(repo: str, **wanted: Any) -> int:
+    """Bytes that a snapshot still has to download; 0 if the hub does not say."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return sum(each.file_size for each in snapshot_download(repo, dry_run=True, **wanted) if each.will_download)
+    except Exception:  # the download itself says what is wrong
+        return 0
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Bytes on the disk of the files in a folder, which may change meanwhile."""
+    total = 0
+    for path in folder.glob("*"):
+        try:
+            total += path.stat().st_size
+        except OSError:  # renamed
+            continue
+    return total

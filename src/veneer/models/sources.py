@@ -99,7 +99,7 @@ def _from_hub(name: str, say: Callable[[str], None] | None, *, weights: bool = T
     ways = copy or (f"did you mean {' or '.join(hints)}? " if hints else "")
     ways += f"Without a hub: {_WAYS}"
     looked = f"{Path(name).absolute()}, {bases_home() / name}"
-    return _local(hub_snapshot(name, looked=looked, ways=ways, weights=weights))
+    return _local(hub_snapshot(name, looked=looked, ways=ways, weights=weights, say=say))
 
 
 def _base_here(name: str) -> Path | None:

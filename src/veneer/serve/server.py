@@ -15,7 +15,8 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,12 @@ import uvicorn
 from starlette.responses import HTMLResponse
 from starlette.types import Receive, Scope, Send
 
-from veneer.errors import ResourceError
+from veneer.errors import ResourceError, counted
 from veneer.files.rights import forbid_inspection
 from veneer.serve.checks import Opened, check_settings
 from veneer.serve.http.connection import many_files, protocols_of
 from veneer.serve.http.errors import Json, answer_error
+from veneer.serve.http.guard import HERE
 from veneer.serve.request import Refused
 from veneer.serve.settings import ServeSettings
 
@@ -44,28 +46,35 @@ up and takes it back at each of its operations; at the usual 5 ms it would wait 
 
 _WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="1">
 <meta name="viewport" content="width=device-width"><title>veneer</title>
-<style>:root { color-scheme: light dark } body { margin: 30vh auto; max-width: 30em; padding: 0 24px;
-  font: 15px/1.55 system-ui, sans-serif; background: light-dark(#faf9f7, #16130f); color: light-dark(#211d19, #ece6df) }
-</style><p role="status">%s</p></html>
+<style>:root {{ color-scheme: light dark }} body {{ margin: 30vh auto; max-width: 30em; padding: 0 24px;
+  font: 15px/1.55 system-ui, sans-serif; background: light-dark(#faf9f7, #16130f); color: light-dark(#211d19, #ece6df);
+  overflow-wrap: anywhere }} p:not([role]) {{ color: light-dark(#6b625a, #a89d92) }}
+</style><p role="status">{what}</p><p>{now}</p><p>{after}</p></html>
 """
-"""What a person sees who comes before the base is loaded; it asks again by itself."""
+"""What a person sees before the base is loaded; the page reloads by itself. {{ and }} are braces."""
 
 
 @dataclass(frozen=True)
 class WebPage:
     """An extension's page for people: it gets WebSockets, and something to look at while the base loads. `path`: where
-    it is. `show`: called with its address as soon as the server listens."""
+    it is. `show`: called with its address as soon as the server listens. `offers`: what the page will have, said while
+    the base loads."""
 
     path: str
     show: Callable[[str], object]
+    offers: str = ""
 
 
 class _Front:
-    """The ASGI application that listens from the first moment: until the real one is built it says so. `page`: the path
-    of a page for people, "" where there is none; `base`: what loads, for them."""
+    """The ASGI application that listens from the first moment: until the real one is built it says so. `page`: a page
+    for people, if there is one; `base`: what loads, for them; `steps`: what loading has said so far, if visitors can
+    read that."""
 
-    def __init__(self, make: Callable[[], Application], page: str = "", base: str = "") -> None:
-        self.make, self.page, self.base = make, page, base
+    def __init__(
+        self, make: Callable[[], Application], page: WebPage | None = None, base: str = "", steps: Sequence[str] = ()
+    ) -> None:
+        self.make, self.page, self.base, self.steps = make, page, base, steps
+        self.began = time.monotonic()
         self.built: Application | None = None
         self.failure: Exception | None = None
         self.draining = False
@@ -94,15 +103,21 @@ class _Front:
                 await Json({"status": "ok"})(scope, receive, send)
             elif scope["path"] == "/ready":
                 await Json({"status": phase}, status_code=503)(scope, receive, send)
-            elif self.page and scope["method"] == "GET" and f"{scope['path']}/".startswith(f"{self.page}/"):
-                what = f"veneer is loading {self.base} …" if phase == "loading" else "veneer is ending."
-                page = HTMLResponse(
-                    _WAITING % html.escape(what), 503, {"retry-after": "1", "cache-control": "no-store"}
-                )
+            elif self.page and scope["method"] == "GET" and f"{scope['path']}/".startswith(f"{self.page.path}/"):
+                page = HTMLResponse(self._waiting(phase), 503, {"retry-after": "1", "cache-control": "no-store"})
                 await page(scope, receive, send)
             else:
                 error = Refused(f"the server is {phase}", status=503, code="shutting_down", retry_after=5.0)
                 await answer_error(error, "OpenAI")(scope, receive, send)
+
+    def _waiting(self, phase: str) -> str:
+        """The page for people until the base is loaded."""
+        texts = {"what": "veneer is ending.", "now": "", "after": ""}
+        if phase == "loading" and self.page:
+            seconds = counted(round(time.monotonic() - self.began), "second")
+            now = f"{self.steps[-1]} ({seconds} since the start)" if self.steps else f"{seconds} since the start"
+            texts = {"what": f"veneer is loading {self.base} …", "now": now, "after": self.page.offers}
+        return _WAITING.format(**{name: html.escape(text) for name, text in texts.items()})
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -173,17 +188,25 @@ def serve(
     the settings before it listens, and what kept the server from being built."""
     forbid_inspection()
     opened = check_settings(settings) if make is None else None
+    steps: list[str] = []
+
+    def step(text: str) -> None:
+        steps.append(text)
+        say(text)
+
     try:
-        _serve(settings, say, make or (lambda: _build(settings, say, opened, extend)), page)
+        _serve(settings, say, make or (lambda: _build(settings, step, opened, extend)), page, steps)
     finally:
         if opened is not None:
             opened.close()
 
 
 def _serve(
-    settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application], page: WebPage | None
-) -> None:
-    front = _Front(make, page.path if page else "", settings.base.rstrip("/").rpartition("/")[2])
+    settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application], page: WebPage | None,
+    steps: Sequence[str],
+) -> None:  # fmt: skip
+    shown = steps if settings.host in HERE else ()  # they name paths and databases of this machine
+    front = _Front(make, page, settings.base.rstrip("/").rpartition("/")[2], shown)
     http, ws = protocols_of(settings.http, sockets=page is not None)
     config = uvicorn.Config(
         front, host=settings.host, port=settings.port, log_level="warning",
