@@ -72,7 +72,7 @@ class _TrainForm:
                     )  # fmt: skip
                     button("Use these rows", permit("train", self.paste))
                 self.format = form_field("Format", "auto", permit("train", train), kind="choice", options=_FORMATS)
-                with box("div", "row foot columns"):
+                with box("div", "row foot mapping"):
                     self.columns = {
                         name: form_field(
                             f"{_WORDS.get(name, name.capitalize())} (`{name}`)".replace("`", ""), "",
