@@ -361,9 +361,9 @@ class RoutePanel(_Shares):
 def request_texts(page: ViewPage, model: str) -> tuple[str, str]:
     """A request to this server for a model: as a curl command, and in OpenAI's Python client."""
     address, key = page.frame.address, page.frame.visitor.key is not None
+    body: dict[str, Any] = {"model": model, "prompt": "A red apple"}
     if page.studio.service.engine.makes == "pictures":
-        path, method, body = "images/generations", "images.generate", {"model": model, "prompt": "A red apple"}
-        told = "data[0].b64_json"
+        path, method, told = "images/generations", "images.generate", "data[0].b64_json"
     else:
         path, method, told = "chat/completions", "chat.completions.create", "choices[0].message.content"
         body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
