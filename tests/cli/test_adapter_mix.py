@@ -68,7 +68,6 @@ def test_what_is_wrong_is_said_without_a_traceback(here, capsys):
         (["mix", "runs/style", "-o", "m", "--method", "mean"], "there is no method"),
         (["resize", "runs/style", "-o", "m"], "a resize needs a size"),
         (["strength", "runs/style", "--blocks", "down=1"], "fits no module"),
-        (["merge", "runs/style", "--base", "base-model", "-o", "m", "--stochastic", "1"], "--by-shard"),
     ):
         ran = run(capsys, "adapter", *arguments)
         assert ran.code == 2
