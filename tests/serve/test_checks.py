@@ -77,6 +77,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (["--allowed-origin", "app.example.com"], "'app.example.com' is not an origin of pages"),
         (["--allowed-origin", "https://*.example.com"], "'https://*.example.com' is not an origin of pages"),
+        (["--allowed-origin", "*"], "any web page could use this server | --api-keys"),
+        (["--studio", "--host", "0.0.0.0"], "it needs a key | --api-keys or --tenants"),
         (["--admin-key", "sha256:12"], "the admin key's hash is not a SHA-256 digest"),
         (["--api-keys", "no-such-file"], "cannot read the keys"),
         (["--idle-seconds", "nan"], "Invalid value for '--idle-seconds'"),
@@ -161,7 +163,9 @@ def test_what_is_well_passes_and_what_is_not_known_yet_too(home: Path) -> None:
         ServeSettings("smollm2-135m", quantise="keep"),  # not made yet
         ServeSettings(base, dtype="bf16", device="cpu"),
         ServeSettings(base, preload=(Preload("mine", "an-adapter"),), folders=(str(home),)),
-        ServeSettings(base, http=HttpSettings(allowed_origins=("null", "http://localhost:3000", "*"))),
+        ServeSettings(
+            base, keys=("a-key-of-the-test",), http=HttpSettings(allowed_origins=("null", "http://localhost:3000", "*"))
+        ),
     ):
         check_settings(each).close()
     with pytest.raises(VeneerError):

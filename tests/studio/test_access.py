@@ -21,14 +21,14 @@ from websockets.sync.client import connect
 import veneer
 from tests.studio.conftest import HOSTILE, Served
 from tests.studio.windows import Window, opened
-from veneer.errors import ConfigError, VeneerError
-from veneer.serve.access import KeyAccess, OpenAccess
+from veneer.errors import VeneerError
+from veneer.serve.access import OpenAccess
 from veneer.serve.principal import Permission, Principal
 from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.studio.access import VISITORS, Gate, Visitor, check_reach
+from veneer.studio.access import VISITORS, Gate, Visitor
 from veneer.studio.parts import box, heard, link, permit
 
 _REBOUND = {"host": "evil.example:8000"}
@@ -78,13 +78,6 @@ def test_a_page_of_another_site_writes_nothing(studio: Served) -> None:
         assert client.post("/studio/api/v1/completions", json=asked, headers=_ELSEWHERE).status_code == 403
         own = {"origin": studio.address}
         assert client.post("/studio/api/v1/completions", json=asked, headers=own).status_code == 200
-
-
-def test_a_page_that_others_can_reach_needs_a_key() -> None:
-    check_reach(OpenAccess(), "127.0.0.1")
-    check_reach(KeyAccess(["a-key-of-the-test"]), "0.0.0.0")
-    with pytest.raises(ConfigError, match="it needs a key"):
-        check_reach(OpenAccess(), "0.0.0.0")
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------

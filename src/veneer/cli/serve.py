@@ -323,7 +323,7 @@ def serve_with(
             from veneer.studio.build import check_studio, studio_of
 
             check_studio()
-            extends.append(partial(studio_of, host=settings.host, trains=train))
+            extends.append(partial(studio_of, trains=train))
             offers = "A base is downloaded once. Then the library, Compare, Train, Live and Doctor are here."
             page = server.WebPage(ROOT, show, offers)
 

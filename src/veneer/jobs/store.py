@@ -327,6 +327,12 @@ class JobStore:
             found = [_job(row) for row in c.execute(query)]
         return found[:limit], len(found) > limit
 
+    def unfinished(self, tenant: str) -> int:
+        """How many of a tenant's jobs have not ended."""
+        query = select(func.count()).where(job_table.c.tenant == tenant, job_table.c.state.in_(UNFINISHED))
+        with reading(self.engine) as c:
+            return int(c.execute(query).scalar_one())
+
     def events(
         self, tenant: str | None, job: str, *, after: int = 0, limit: int = 1000, newest: bool = False,
         diagnostics: bool = True,

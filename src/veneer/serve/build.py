@@ -17,7 +17,7 @@ from fastapi import APIRouter, FastAPI
 from veneer.library.library import Library
 from veneer.ops.choice import what_ran
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
-from veneer.serve.checks import Opened, ServerKind, open_stores, refuse_idle, refuse_ledger
+from veneer.serve.checks import Opened, ServerKind, needs_no_key, open_stores, refuse_idle, refuse_ledger
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
@@ -238,14 +238,14 @@ def tenancy_of(settings: ServeSettings, say: Callable[[str], None], store: Store
     """Who may ask. `store`: the tenants', where there are any."""
     if store is None:
         refuse_ledger(settings.ledger)
-        if not settings.keys and (settings.open or settings.admin_key is None):
+        if needs_no_key(settings, store):
             if not settings.here:
                 at = f"{settings.host}:{settings.port}"
                 say(f"note: whoever can reach {at} may ask and load adapters; --api-keys or --tenants closes that")
             return OpenAccess()
         return KeyAccess(settings.keys, settings.admin_key)
     none_yet = not store.settings.tenants
-    if settings.here and (settings.open or (none_yet and settings.tenants is None and settings.admin_key is None)):
+    if needs_no_key(settings, store):
         say(f"open to this machine, without a key; routes and ledger: {store.where}")
         return OpenTenants(store, admin_key=settings.admin_key, ledger=settings.ledger)
     if settings.tenants is None:

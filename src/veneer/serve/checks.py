@@ -57,6 +57,14 @@ def open_stores(settings: ServeSettings) -> Opened:
         raise
 
 
+def needs_no_key(settings: ServeSettings, store: Store | None) -> bool:
+    """Whether the server takes requests without a key. `store`: of the tenants, if there are any."""
+    if store is None:
+        return not settings.keys and (settings.open or settings.admin_key is None)
+    nobody = settings.tenants is None and settings.admin_key is None and not store.settings.tenants
+    return settings.here and (settings.open or nobody)
+
+
 def _tenants_place(settings: ServeSettings) -> str | None:
     """The tenants' database: the one that was named, or the usual one, where it is there and nothing else says who may
     ask."""
@@ -65,9 +73,10 @@ def _tenants_place(settings: ServeSettings) -> str | None:
     return database_here()
 
 
-def check_settings(settings: ServeSettings) -> Opened:
-    """What the settings are about, opened. Raises ConfigError, BaseError or AdapterError for settings with which no
-    server can be built, and what `open_stores` raises."""
+def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
+    """Check the settings and return the stores that the server keeps its things in, opened. `page`: the server has the
+    Studio. Raises ConfigError, BaseError or AdapterError for settings with which no server can be built, and what
+    `open_stores` raises."""
     one_of(settings.engine.weights, get_args(WeightKind), "a kind of weights", "--weights")
     if settings.quantise is not None:
         one_of(settings.quantise, get_args(QuantiseKind), "a quantisation", "--quantise")
@@ -96,6 +105,7 @@ def check_settings(settings: ServeSettings) -> Opened:
     _check_names(settings)
     opened = open_stores(settings)
     try:
+        _check_keyless(settings, opened.store, page)
         for each in settings.preload:
             if not any((Path(folder).expanduser() / each.reference).exists() for folder in settings.folders):
                 _find(opened.library, each, settings.folders)
@@ -103,6 +113,19 @@ def check_settings(settings: ServeSettings) -> Opened:
         opened.close()
         raise
     return opened
+
+
+def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> None:
+    """Raises ConfigError for a server without keys that any web page, or anybody's browser, could use."""
+    if not needs_no_key(settings, store):
+        return
+    fix = "--api-keys or --tenants"
+    if "*" in settings.http.allowed_origins:
+        what = "any web page could use this server, because the server needs no key"
+        raise ConfigError(what, where="--allowed-origin *", fix=f"name the origins, or {fix}")
+    if page and not settings.here:
+        what = "the Studio trains and removes adapters, so where others can reach it, it needs a key"
+        raise ConfigError(what, where=f"--host {settings.host}", fix=f"{fix}; or leave --host out")
 
 
 def _kind_here(settings: ServeSettings) -> ServerKind | None:

@@ -187,7 +187,7 @@ def serve(
     """Serve until a signal says to stop. `extend`: what a room above adds, `page` among it. Raises what is wrong with
     the settings before it listens, and what kept the server from being built."""
     forbid_inspection()
-    opened = check_settings(settings) if make is None else None
+    opened = check_settings(settings, page=page is not None) if make is None else None
     steps: list[str] = []
 
     def step(text: str) -> None:

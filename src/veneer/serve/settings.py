@@ -26,6 +26,7 @@ class QuotaLimits:
     helper_seconds: seconds of graders in ten minutes
     helpers: graders running at once for all owners; `helper_share`: for one owner
     threads: threads for blocking work (databases, disks) for all owners; `thread_share`: for one tenant
+    jobs: training jobs that are not finished, queued by clients
     metadata: bytes of JSON that a client can attach to a session, a run or a checkpoint
     """
 
@@ -39,6 +40,7 @@ class QuotaLimits:
     helper_share: int = 2
     threads: int = 32
     thread_share: int = 8
+    jobs: int = 1000
     metadata: int = 64 << 10
 
 

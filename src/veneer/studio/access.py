@@ -25,11 +25,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from veneer.errors import ConfigError
 from veneer.serve.access import Tenancy
 from veneer.serve.engine.admission import SharedQuantity
 from veneer.serve.http.bodies import BodyRoute
-from veneer.serve.http.guard import HERE, check_source, needs
+from veneer.serve.http.guard import check_source, needs
 from veneer.serve.principal import Principal
 from veneer.serve.quota import current_owner
 from veneer.serve.request import Refused
@@ -88,13 +87,6 @@ async def _caller_with(tenancy: Tenancy, key: str | None) -> Principal | None:
         if error.status != 401:
             raise
         return None
-
-
-def check_reach(tenancy: Tenancy, host: str) -> None:
-    """Raises ConfigError where others could reach a page that needs no key."""
-    if host not in HERE and tenancy.keyless:
-        what = "the Studio trains and removes adapters, so where others can reach it, it needs a key"
-        raise ConfigError(what, where=f"--host {host}", fix="--api-keys or --tenants; or leave --host out")
 
 
 async def _visitor_of(tenancy: Tenancy, request: HTTPConnection) -> Visitor | None:

@@ -1,7 +1,7 @@
 """What a server gets that has a Studio: the page under /studio. The only file that knows how NiceGUI is put on an
 application and begun.
 
-`serve(settings, say, extend=partial(studio_of, host=…), page=WebPage(ROOT, …))`: see `serve.build.Extension`. NiceGUI
+`serve(settings, say, extend=studio_of, page=WebPage(ROOT, …))`: see `serve.build.Extension`. NiceGUI
 has one application a process, so there is one Studio a process.
 """
 
@@ -19,7 +19,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from veneer.errors import ConfigError, MissingExtraError
-from veneer.studio.access import ROOT, Gate, check_reach, head_html, key_routes
+from veneer.studio.access import ROOT, Gate, head_html, key_routes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -46,8 +46,8 @@ def check_studio() -> None:
         raise MissingExtraError("the Studio needs NiceGUI", fix='pip install "veneer[studio]"')
 
 
-def studio_of(service: Service, library: Library, *, host: str, trains: bool = False) -> Extension:
-    """The extension of a server that listens at `host`. `trains`: whether jobs are carried out beside it."""
+def studio_of(service: Service, library: Library, *, trains: bool = False) -> Extension:
+    """The extension of a server. `trains`: whether jobs are carried out beside it."""
     from veneer.jobs.files import open_files
     from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.http.tuning import TuningQueue
@@ -89,7 +89,6 @@ def studio_of(service: Service, library: Library, *, host: str, trains: bool = F
         life.append(app.router.lifespan_context(app))
 
     async def start() -> None:
-        check_reach(service.tenancy, host)
         with warnings.catch_warnings():  # NiceGUI looks at every object there is, one of torch's warns at that
             warnings.simplefilter("ignore", FutureWarning)
             await life[0].__aenter__()

@@ -532,6 +532,20 @@ def test_nobody_reaches_the_jobs_of_others(jobs: Jobs, client: openai.OpenAI) ->
     assert client.fine_tuning.jobs.retrieve(id).status == "validating_files"
 
 
+def test_unfinished_jobs_of_a_tenant_are_bounded(
+    jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = jobs.server.app.state.service
+    limits = replace(service.settings.quotas, jobs=jobs.store.unfinished("acme") + 2)
+    monkeypatch.setattr(service, "settings", replace(service.settings, quotas=limits))
+    first = made(client)
+    made(client)
+    with pytest.raises(openai.RateLimitError, match=r"which is the limit \(jobs\)"):
+        client.with_options(max_retries=0).fine_tuning.jobs.create(model="toy", training_file=sent(client))
+    client.fine_tuning.jobs.cancel(first.id)
+    assert made(client).id
+
+
 def test_an_event_that_cannot_be_is_none(jobs: Jobs, client: openai.OpenAI) -> None:
     """Whatever its number: SQL's have an end."""
     id = made(client).id

@@ -506,7 +506,8 @@ def _bill(
             if not shown.done():
                 shown.set_exception(error if isinstance(error, Refused) else fault("the request", error))
                 shown.exception()  # nobody may wait for it
-                await _give_back(own, found.tenant, taken)
+                if seq > found.applied:  # what was trained is paid for, whatever became of its result
+                    await _give_back(own, found.tenant, taken)
         finally:
             await admission.aclose()
             loop.call_later(_KEPT, own.billed.pop, number, None)

@@ -243,6 +243,11 @@ def _create(
     grader: dict[str, Any] | None, settings: FormSettings | None,
 ) -> Job:  # fmt: skip
     tenant, jobs, files, tenants = caller.tenant, queue.jobs, queue.files, queue.tenants
+    if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
+        raise Refused(
+            f"{most:,} jobs are not finished, which is the limit (jobs)", status=429, code="rate_limit_exceeded",
+            retry_after=60.0, fix="wait until some have ended, or cancel them",
+        )  # fmt: skip
     training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
     held = _held_out(files, tenant, body.after)

@@ -22,7 +22,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
-from veneer.errors import ConfigError
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import ClientLeft
 from veneer.serve.http.bodies import LARGE_BODY, BodyRoute, body_error, check_guarded, keys_of_bodies
@@ -64,9 +63,6 @@ def create_app(
     `large`: whole paths, as regular expressions, whose routes put what is posted on the disk as it comes, and how many
     bytes that may be; they see to it that not too many come at once."""
     origins = service.settings.allowed_origins
-    if service.tenancy.keyless and "*" in origins:
-        what = "any web page could use this server, because the server needs no key"
-        raise ConfigError(what, where="--allowed-origin *", fix="name the origins, or add --api-keys or --tenants")
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service = service
     surfaces: dict[str, str] = {}
