@@ -17,6 +17,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 import veneer
 from tests.studio.conftest import HOSTILE, Served
@@ -258,6 +259,40 @@ def keyed(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     (folder / "keys").write_text(f"{key}\n")
     with Served(folder, *tiny, "--train", "--api-keys", str(folder / "keys"), "--admin-key", admin) as served:
         yield served, key, admin
+
+
+VIEWS = {
+    "": "key tenant open operator",
+    "compare": "key tenant open operator",
+    "doctor": "key tenant open operator",
+    "train": "tenant open operator",
+    "live": "open operator",
+}
+
+
+def test_every_view_is_found_only_with_its_permission(
+    studio: Served, shared: tuple[Served, dict[str, str]], keyed: tuple[Served, str, str]
+) -> None:
+    with_tenants, keys = shared
+    with_keys, key, admin = keyed
+    visitors = [
+        ("key", with_keys, key), ("operator", with_keys, admin), ("tenant", with_tenants, keys["acme"]),
+        ("tenant", with_tenants, keys["globex"]), ("operator", with_tenants, keys["operator"]), ("open", studio, ""),
+    ]  # fmt: skip
+    for kind, served, key in visitors:
+        with entered(served, key) as client:
+            for view, kinds in VIEWS.items():
+                status = 200 if kind in kinds.split() else 404
+                assert client.get(f"/studio/{view}").status_code == status, (kind, view)
+
+
+def test_a_socket_of_another_sites_page_is_refused(studio: Served) -> None:
+    window = Window(f"{studio.address}/studio/")
+    for origin in ("https://evil.example", "null"):
+        with pytest.raises(InvalidStatus), connect(window.place, proxy=None, origin=Origin(origin)):
+            pass
+    with connect(window.place, proxy=None, origin=Origin(studio.address)) as socket:
+        assert str(socket.recv())[0] == "0"
 
 
 def test_a_plain_key_changes_nothing(keyed: tuple[Served, str, str]) -> None:
