@@ -242,6 +242,7 @@ FILLS = """
 import asyncio, contextlib, json, os, resource, signal, sqlite3, sys
 from pathlib import Path
 from veneer.serve.access import Served
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.tenants import Tenants
