@@ -34,10 +34,16 @@ def hostile(tmp_path: Path) -> list[Path]:
         "veneer.card": json.dumps({"base": EVIL, "trigger_words": [EVIL], "licence": EVIL, "created": EVIL}),
     }  # fmt: skip
     pair = {f"{TO_Q}.lora_down.weight": torch.ones(2, 6), f"{TO_Q}.lora_up.weight": torch.ones(4, 2)}
+    most = {  # a family is claimed by at least half of the names
+        f"lora_unet_{block}_1_transformer_blocks_0_attn1_{to}.lora_{side}.weight": torch.ones(*shape)
+        for block in [*(f"input_blocks_{n}" for n in (1, 2, 4, 5, 7, 8)), *(f"output_blocks_{n}" for n in range(3, 12))]
+        for to in ("to_q", "to_k", "to_v")
+        for side, shape in (("down", (2, 6)), ("up", (6, 2)))
+    }
     stray = {f"\u202e\x9b31m{i}.lora_down.weight": torch.ones(2, 6) for i in range(40)}
     good, bad, folder = tmp_path / "good.safetensors", tmp_path / "bad.safetensors", tmp_path / "folder"
     good.write_bytes(b"".join(encode_tensors(pair, metadata)))
-    bad.write_bytes(b"".join(encode_tensors(pair | stray, metadata)))
+    bad.write_bytes(b"".join(encode_tensors(most | stray, metadata)))
     peft.write_folder(linear_pairs(["a.q_proj"]), folder)
     config = json.loads((folder / peft.CONFIG_FILE).read_text())
     (folder / peft.CONFIG_FILE).write_text(json.dumps(config | {EVIL: EVIL, "base_model_name_or_path": EVIL}))

@@ -59,8 +59,9 @@ def test_a_name_is_diffusers_class_with_the_bases_settings(tmp_path_factory: pyt
 
 
 def test_unknown_names_and_those_of_the_other_kind(base: ImageBase) -> None:
-    with pytest.raises(ConfigError, match="no scheduler 'eulr'") as caught:
-        make_scheduler(base, "eulr")
+    wrong = "flow-eulr" if base.prediction == "flow" else "eulr"
+    with pytest.raises(ConfigError, match=f"no scheduler '{wrong}'") as caught:
+        make_scheduler(base, wrong)
     assert "did you mean" in (caught.value.fix or "")
     if base.prediction == "flow":
         assert type(make_scheduler(base, "euler")).__name__ == "FlowMatchEulerDiscreteScheduler"

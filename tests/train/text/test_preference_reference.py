@@ -63,7 +63,7 @@ def test_a_stop_keeps_what_is_done_also_in_the_middle_of_a_line(tmp_path: Path) 
     path.write_text(path.read_text()[:-9])  # the kill came while the fourth line was written
     said: list[str] = []
     assert cached_logps(EXAMPLES, path, "base", model, said.append, chunk=2) == wanted(EXAMPLES)
-    assert "7 answers, 3 of them known" in said[0]
+    assert "7 answers, 3 already computed" in said[0]
     assert len(model.asked) == 4 + 4
     cached_logps(EXAMPLES, path, "base", model)
     assert len(model.asked) == 8

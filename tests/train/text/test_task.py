@@ -256,7 +256,7 @@ def test_resumed_with_other_micro_batches_it_says_that_bits_may_differ(
     with pytest.raises(Interrupted):
         _train(shared, tmp_path / "cut", base, on_event=press, **short)
     _train(shared, tmp_path / "cut", base, resume=True, on_event=seen.append, batching={"micro_tokens": 64}, **short)
-    said = "tokens of a micro-batch was 2048 and is 64: the run goes on, but may differ in the last bits"
+    said = "tokens of a micro-batch was 2048 and is 64: the run continues, but results can differ in the last bits"
     assert Note(said) in seen
 
 
