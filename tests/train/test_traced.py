@@ -136,6 +136,6 @@ def test_at_its_end_a_step_reads_its_losses_and_its_norm_and_no_more(micros: int
     found = traced_training(FAMILIES["llama3"]().config.to_dict(), Load((24, 17), rank=4, micros=micros), GPU)
     assert sum(found.trace.waits.values()) == micros + 1, found.trace.waits
     assert not found.waits
-    place = next(place for place in found.trace.waits if place.endswith(" done"))
+    place = next(place for place in found.trace.waits if place.endswith(" read_losses"))
     found.trace.waits[place] += 1
     assert list(found.waits) == [place]

@@ -160,7 +160,8 @@ def _twice(steps: list[Step]) -> TrainingPlan:
 
 def _ends(*loads: Load | ImageLoad) -> dict[str, int]:
     """What the loop reads at the end of each run's step: the losses of its micro-batches, and the gradient's norm."""
-    return {"veneer/train/loop.py read_losses": len(loads), "veneer/train/loop.py _one_step": len(loads)}
+    losses = sum(min(load.micros, 2) for load in loads)
+    return {"veneer/train/loop.py read_losses": losses, "veneer/train/loop.py _one_step": len(loads)}
 
 
 def _name(trace: Trace, parameters: Mapping[str, nn.Parameter]) -> None:
