@@ -67,8 +67,7 @@ def entered(window: Window, key: str, path: str) -> None:
     """By keys alone, to where the link led."""
     window.page.goto(f"{window.address}/studio/{path}")
     window.until("Sign in")
-    window.page.keyboard.press("Tab")
-    window.page.keyboard.type(key)
+    window.page.keyboard.type(key)  # the field has the focus
     window.page.keyboard.press("Enter")
     window.page.wait_for_function("window.did_handshake === true && !document.getElementById('shell')")
 

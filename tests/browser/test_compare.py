@@ -64,7 +64,7 @@ def window(chromium: Any, talking: Served) -> Iterator[Window]:
 
 def test_asked_by_a_key_judged_by_a_number_and_the_link_has_it_all(window: Window, talking: Served) -> None:
     page = window.at(LINK).page
-    page.get_by_label("Prompt").focus()
+    page.get_by_label("Prompt", exact=True).focus()
     page.keyboard.press("Control+Enter")
     page.wait_for_function(WHOLE, arg=6)
     answers = page.locator("section.column .answer")
@@ -88,7 +88,7 @@ def test_asked_by_a_key_judged_by_a_number_and_the_link_has_it_all(window: Windo
     page.reload()
     page.locator("section.column").nth(2).wait_for()
     assert page.locator("section.column").count() == 3
-    assert page.get_by_label("Prompt").input_value() == "Where is my parcel?"
+    assert page.get_by_label("Prompt", exact=True).input_value() == "Where is my parcel?"
 
 
 def test_several_answers_of_a_column_are_those_that_a_client_gets(window: Window, talking: Served) -> None:
@@ -120,7 +120,7 @@ def test_several_answers_of_a_column_are_those_that_a_client_gets(window: Window
 
 def test_an_answer_is_corrected_and_two_adapters_are_mixed_with_the_mouse(window: Window, talking: Served) -> None:
     page = window.at("compare?m=4").page
-    page.get_by_label("Prompt").fill(f"Say {HOSTILE}")
+    page.get_by_label("Prompt", exact=True).fill(f"Say {HOSTILE}")
     page.get_by_role("button", name="support@2").click()
     page.wait_for_function("document.querySelectorAll('section.column').length === 2")
     page.get_by_label("It goes into").select_option("1")

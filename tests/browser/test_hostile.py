@@ -41,7 +41,7 @@ def test_in_rows_in_a_prompt_and_in_a_file_s_name(window: Window, served: Served
     page.locator(".rows", has_text=SAID).first.wait_for()
     harmless(window)
     window.at("compare?c=support%401&m=2")
-    page.get_by_label("Prompt").fill(HOSTILE)
+    page.get_by_label("Prompt", exact=True).fill(HOSTILE)
     page.keyboard.press("Control+Enter")
     page.wait_for_function("document.querySelectorAll('.spoken .chip').length >= 4")
     harmless(window)

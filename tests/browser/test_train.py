@@ -66,7 +66,7 @@ def test_from_a_sentence_to_an_adapter_in_use(window: Window, training: Served, 
     page.wait_for_function(f"was => {CURVE} !== was", arg=drawn)
 
     page.wait_for_function("/^[0-9]+$/.test(document.querySelector('.talk select').value)")
-    page.locator(".talk").get_by_label("Prompt").fill("Where is parcel 3?")
+    page.locator(".talk").get_by_label("Prompt", exact=True).fill("Where is parcel 3?")
     page.get_by_role("button", name="Ask", exact=True).click()
     page.wait_for_function(ASKED)
     assert newest(jobs).state == "running", "it was asked while it trained"

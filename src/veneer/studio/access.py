@@ -216,9 +216,8 @@ def _sign_in(scope: Scope) -> Response:
     then = path + (f"?{query}" if query and not wrong else "")
     form = escaping("veneer.studio", "templates").get_template("enter.html.j2")
     text = form.render(action=f"{ROOT}/enter", then=then, wrong=wrong)
-    return HTMLResponse(
-        f'<!doctype html><html lang="en">{head_html()}{text}</html>', 401, {"cache-control": "no-store"}
-    )
+    page = f'<!doctype html><html lang="en">{head_html()}{text}</html>'
+    return HTMLResponse(page, headers={"cache-control": "no-store"})
 
 
 def head_html() -> str:
