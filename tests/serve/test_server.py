@@ -110,7 +110,9 @@ def test_the_page_says_what_is_downloaded_while_the_base_loads(tmp_path: Path, m
 
     def run(host: str) -> None:
         try:
-            settings = ServeSettings(str(tiny_base_dir(tmp_path)), host=host, port=port, library=str(tmp_path / "lib"))
+            keys = () if host == "127.0.0.1" else ("a-key-of-the-test",)
+            base, library = str(tiny_base_dir(tmp_path)), str(tmp_path / "lib")
+            settings = ServeSettings(base, host=host, port=port, library=library, keys=keys)
             serve(settings, lambda text: None, page=WebPage("/studio", lambda address: None, "Then Train is here."))
         except BaseException as error:
             ended.append(error)

@@ -60,9 +60,9 @@ def test_each_column_answers_as_the_api_does_and_judgements_become_rows(studio: 
         window.tell(lambda e: e.get("props", {}).get("label") == "Strength", "changed", -0.5)
         assert said_in(window, 1) == [content(studio, {"support@1": -0.5})], "another strength is asked at once, alone"
         window.tell(lambda e: e.get("props", {}).get("place") == 2, "corrected", [0, "By noon."])
-        window.until("Corrected: row 1 of")
+        window.until("Corrected: row ")  # of a file that other tests of this server may have begun
     (file,) = studio.home.glob("judged/*/corrections.jsonl")
-    assert [json.loads(line) for line in file.read_text().splitlines()] == [corrected_row(ASKED, "By noon.")]
+    assert json.loads(file.read_text().splitlines()[-1]) == corrected_row(ASKED, "By noon.")
     assert read_rows([str(file)])[1].format == "messages"
 
 
@@ -91,7 +91,8 @@ def test_an_adapter_brings_the_prompt_of_its_card(studio: Served, tiny: tuple[Pa
         assert command in httpx.get(f"{studio.address}/studio/compare?c=doors").text
         assert command not in httpx.get(f"{studio.address}/studio/compare?c=doors&p=Where%3F").text
         with opened(f"{studio.address}/studio/compare") as window:
-            window.until("data-ref")
+            if "data-ref" not in str(window.elements):  # the adapters may have been found before the page went out
+                window.until("data-ref")
             window.act("add", ref="doors@1")
             window.until("Read door 5.", "Answer in JSON.")
     finally:

@@ -22,11 +22,12 @@ def cards(studio: Served, narrowed: str) -> set[str]:
 
 def test_a_link_narrows_the_cards(studio: Served) -> None:
     everything = {"support@2", "acme/tone@1", "globex/tone@1"}
-    assert cards(studio, "rank=4") == cards(studio, "health=unknown") == cards(studio, "kind=text") == everything
+    for narrow in ("rank=4", "health=unknown", "kind=text"):
+        assert everything <= cards(studio, narrow), narrow  # other tests of this server keep adapters too
     assert cards(studio, "rank=64") == set()
     assert "Nothing fits" in page_of(studio, "?rank=64")
     for rank in ("9" * 23, "²", "-1"):
-        assert cards(studio, f"rank={rank}") == everything, "what is no rank narrows nothing"
+        assert everything <= cards(studio, f"rank={rank}"), "what is no rank narrows nothing"
     with open_library(studio.library) as library:
         library.tag("acme/tone@1", "tickets")
         wait_for(lambda: cards(studio, "tag=tickets") == {"acme/tone@1"})
