@@ -30,7 +30,6 @@ from veneer.files.rights import forbid_inspection
 from veneer.serve.checks import Opened, check_settings
 from veneer.serve.http.connection import many_files, protocols_of
 from veneer.serve.http.errors import Json, answer_error
-from veneer.serve.http.guard import HERE
 from veneer.serve.request import Refused
 from veneer.serve.settings import ServeSettings
 
@@ -205,7 +204,7 @@ def _serve(
     settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application], page: WebPage | None,
     steps: Sequence[str],
 ) -> None:  # fmt: skip
-    shown = steps if settings.host in HERE else ()  # they name paths and databases of this machine
+    shown = steps if settings.here else ()  # they name paths and databases of this machine
     front = _Front(make, page, settings.base.rstrip("/").rpartition("/")[2], shown)
     http, ws = protocols_of(settings.http, sockets=page is not None)
     config = uvicorn.Config(

@@ -13,6 +13,9 @@ from typing import Literal
 from veneer.errors import ConfigError, quoted
 from veneer.formats.strengths import split_strength
 
+HERE = ("localhost", "127.0.0.1", "::1")
+"""Hosts by which only this machine can reach a server."""
+
 
 @dataclass(frozen=True)
 class QuotaLimits:
@@ -166,7 +169,7 @@ class ServeSettings:
     @property
     def here(self) -> bool:
         """Whether this machine alone can reach the server."""
-        return self.host in ("127.0.0.1", "localhost", "::1")
+        return self.host in HERE
 
 
 # -- as people write them ----------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ async def library_view(page: ViewPage) -> None:
         if why and why != told_empty:
             _say_empty(page, empty, bool(narrow))
         told_empty = why or told_empty
-        for each in (teach, find, order):  # where there is nothing yet, the page offers the one thing to do
+        for each in (find, order):  # where there is nothing yet, the page offers the one thing to do
             show(each, bool(cards) or bool(narrow))
         show(teach, page.caller.can("train") and (bool(cards) or bool(narrow)))
         show(more, shown < min(found.total, _MOST))

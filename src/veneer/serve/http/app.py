@@ -105,7 +105,8 @@ class Door:
         unguarded: tuple[str, ...],
         large: Mapping[str, int],
     ) -> None:
-        self.app, self.service, self.surfaces, self.unguarded = app, service, surfaces, unguarded
+        self.app, self.service, self.surfaces = app, service, surfaces
+        self.keyless, self.prefixes = {*OPEN, *unguarded}, tuple(f"{prefix}/" for prefix in unguarded)
         self.large = [(re.compile(path), most) for path, most in large.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,7 +155,7 @@ class Door:
         return next((most for path, most in self.large if path.fullmatch(request.scope["path"])), None)
 
     def _needs_no_key(self, path: str) -> bool:
-        return path in (*OPEN, *self.unguarded) or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded))
+        return path in self.keyless or path.startswith(self.prefixes)
 
     async def _enter(self, request: HttpRequest) -> None:
         path, service = request.scope["path"], self.service

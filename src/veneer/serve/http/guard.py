@@ -24,9 +24,8 @@ from starlette.types import Scope
 
 from veneer.serve.principal import Permission, Principal
 from veneer.serve.request import Refused
-from veneer.serve.settings import HttpSettings
+from veneer.serve.settings import HERE, HttpSettings
 
-HERE = ("localhost", "127.0.0.1", "::1")
 _EXEMPT = ("/health", "/ping", "/ready", "/metrics")
 """Paths that answer under any Host: probes and scrapers call by IP."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
