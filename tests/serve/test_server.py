@@ -11,13 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.cli.run import run
-from tests.serve.http.toy import free_port
+from tests.serve.http.toy import free_port, wait_for
 from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError, ResourceError
 from veneer.serve.build import Application
@@ -96,6 +98,12 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
                 pipe.close()
 
 
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
 def test_the_page_says_what_is_downloaded_while_the_base_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said, seen = threading.Event(), threading.Event()
 
@@ -125,6 +133,7 @@ def test_the_page_says_what_is_downloaded_while_the_base_loads(tmp_path: Path, m
         thread.start()
         try:
             assert said.wait(60)
+            wait_for(partial(listens, port), 20)  # building begins a moment before the server listens
             text = httpx.get(f"http://127.0.0.1:{port}/studio/").text
             assert ("getting some-base (93 MB, &lt;MIT&gt;)" in text) == told
             assert "since the start" in text
