@@ -75,16 +75,37 @@ _TINY = {
     "max_position_embeddings": 256,
 }  # fmt: skip
 DRY = Sizes(
-    device="cpu", text=_TINY, large={**_TINY, "num_hidden_layers": 3}, rows=2, length=16, large_row=12,
-    large_tokens=24, recomputes=True, picture=64, steps=2, square=64, copied=1 << 16, requests=4, prompt=6, new=3,
-    many=6, cache=1 << 22,
+    device="cpu",
+    text=_TINY,
+    large={**_TINY, "num_hidden_layers": 3},
+    rows=2,
+    length=16,
+    large_row=12,
+    large_tokens=24,
+    recomputes=True,
+    picture=64,
+    steps=2,
+    square=64,
+    copied=1 << 16,
+    requests=4,
+    prompt=6,
+    new=3,
+    many=6,
+    cache=1 << 22,
     denoiser={
-        "model_type": "flux", "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-        "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "in_channels": 16,
-        "guidance_embeds": True, "text_tokens": 8,
+        "model_type": "flux",
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 16,
+        "in_channels": 16,
+        "guidance_embeds": True,
+        "text_tokens": 8,
     },
     more={"axes_dims_rope": (4, 6, 6)},
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -144,8 +165,9 @@ def probe(task: Task) -> dict[str, Any]:
     target = torch.empty_like(source)
     bandwidth = 2 * s.copied / min(_seconds(lambda: target.copy_(source), s.device, 10, warm=3))
     figures = [
-        Figure("bfloat16 product", rate / 1e12, "TFLOP/s"), Figure("memory bandwidth", bandwidth / 1e9, "GB/s"),
-    ]  # fmt: skip
+        Figure("bfloat16 product", rate / 1e12, "TFLOP/s"),
+        Figure("memory bandwidth", bandwidth / 1e9, "GB/s"),
+    ]
     return _result(figures) | {"probe": {"operations": rate, "bandwidth": bandwidth}, "card": card}
 
 
@@ -226,9 +248,13 @@ def gpu_tests(task: Task) -> dict[str, Any]:
     with said.open("wb") as out:
         try:
             code = subprocess.run(
-                [*command, *files], cwd=where, env=env, stdout=out, stderr=subprocess.STDOUT,
+                [*command, *files],
+                cwd=where,
+                env=env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
                 timeout=max(task.limit - _LAST, 1.0) if task.limit else None,
-            ).returncode  # fmt: skip
+            ).returncode
         except subprocess.TimeoutExpired:
             return ended_tests(said.read_text(encoding="utf-8", errors="replace"), task.limit)
     if code not in (0, 1) or not report.exists():
@@ -237,13 +263,16 @@ def gpu_tests(task: Task) -> dict[str, Any]:
     count = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
     bad = [
         f"{case.get('classname')}.{case.get('name')}: {' '.join(str(found.get('message')).split())[:200]}"
-        for case in suite.iter("testcase") for found in case if found.tag in ("failure", "error")
-    ]  # fmt: skip
+        for case in suite.iter("testcase")
+        for found in case
+        if found.tag in ("failure", "error")
+    ]
     failed = count["failures"] + count["errors"]
     figures = [
-        Figure("passed", count["tests"] - failed - count["skipped"], "tests"), Figure("failed", failed, "tests"),
+        Figure("passed", count["tests"] - failed - count["skipped"], "tests"),
+        Figure("failed", failed, "tests"),
         Figure("skipped", count["skipped"], "tests"),
-    ]  # fmt: skip
+    ]
     return _result(figures, *bad)
 
 
@@ -259,9 +288,10 @@ def ended_tests(said: str, limit: float) -> dict[str, Any]:
     bad = [f"{name}: {word.lower()}" for name, word in ended if word in ("FAILED", "ERROR")]
     last = f" after {ended[-1][0]}" if ended else ""
     figures = [
-        Figure("passed", count["PASSED"], "tests"), Figure("failed", len(bad), "tests"),
+        Figure("passed", count["PASSED"], "tests"),
+        Figure("failed", len(bad), "tests"),
         Figure("skipped", count["SKIPPED"], "tests"),
-    ]  # fmt: skip
+    ]
     return _result(figures, f"stopped{last}: {limit:.0f} s were given; make test-gpu runs them all", *bad)
 
 
@@ -411,12 +441,22 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
         one = took(load.lengths)
         work, memory = text_work(shape, load, device), text_memory(shape, load, device)
         figures = [
-            Figure("training", load.tokens / one, "tokens/s", _scaled(load.tokens, _at_most(work, probed)),
-                   load.tokens / rates.seconds(work)),
-            Figure("arithmetic", work.operations / one / 1e12, "TFLOP/s",
-                   None if probed is None else probed.operations / 1e12, rates.operations / 1e12),
+            Figure(
+                "training",
+                load.tokens / one,
+                "tokens/s",
+                _scaled(load.tokens, _at_most(work, probed)),
+                load.tokens / rates.seconds(work),
+            ),
+            Figure(
+                "arithmetic",
+                work.operations / one / 1e12,
+                "TFLOP/s",
+                None if probed is None else probed.operations / 1e12,
+                rates.operations / 1e12,
+            ),
             _peak(where, memory),
-        ]  # fmt: skip
+        ]
         notes = [_described(plan, load), how.summary()]
         tell(_result(figures, *notes))
         for lengths in others:
@@ -481,7 +521,7 @@ def _traced(task: Task, base: Any, load: Any) -> dict[str, Any]:
         Figure("peak memory, traced", found.trace.peak / 1e9, "GB", planned=found.counted_peak / 1e9),
         Figure("operations begun", found.trace.operations, "launches"),
         Figure("waits of the host", sum(found.waits.values()), "waits"),
-    ]  # fmt: skip
+    ]
     return _result(figures, _described(plan, load), found.ways)
 
 
@@ -513,8 +553,9 @@ def _peer_steps(task: Task, model: Any, *notes: str) -> dict[str, Any]:
     one = statistics.median(_seconds(step, s.device, s.steps, warm=min(2, s.steps)))
     peak = torch.cuda.max_memory_allocated() if s.device == "cuda" else peak_bytes()
     figures = [
-        Figure("training", s.rows * s.length / one, "tokens/s"), Figure("peak memory", peak / 1e9, "GB"),
-    ]  # fmt: skip
+        Figure("training", s.rows * s.length / one, "tokens/s"),
+        Figure("peak memory", peak / 1e9, "GB"),
+    ]
     return _result(figures, *notes)
 
 
@@ -529,9 +570,13 @@ def bitsandbytes_peft(task: Task) -> dict[str, Any]:
     for name, module in blocks.items():
         owner, _, key = name.rpartition(".")
         four = bitsandbytes.nn.Linear4bit(
-            module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
             device="meta",
-        )  # fmt: skip
+        )
         setattr(model.get_submodule(owner), key, four)
 
     def four_bits(name: str, weight: Any) -> Any:
@@ -569,9 +614,13 @@ def unsloth(task: Task) -> dict[str, Any]:
     torch.cuda.empty_cache()
     model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=s.length, load_in_4bit=True)
     model = FastLanguageModel.get_peft_model(
-        model, r=RANK, lora_alpha=int(ALPHA), lora_dropout=0, target_modules=list(LINEARS),
+        model,
+        r=RANK,
+        lora_alpha=int(ALPHA),
+        lora_dropout=0,
+        target_modules=list(LINEARS),
         use_gradient_checkpointing="unsloth",
-    )  # fmt: skip
+    )
     return _peer_steps(task, model, "use_gradient_checkpointing='unsloth', as its notebooks have it")
 
 
@@ -667,9 +716,16 @@ def serve(task: Task) -> dict[str, Any]:
     many = {f"{100 + i:064x}": first.mapped(lambda t, i=i: t * (1 + i / s.many)) for i in range(s.many)}
     shelf = {**eight, **many}
     base = TextBase(
-        "random", model, _Numbers(), Path(task.work), "", torch.bfloat16, where, "as asked for",  # type: ignore[arg-type]
+        "random",
+        model,
+        _Numbers(),
+        Path(task.work),
+        "",
+        torch.bfloat16,
+        where,
+        "as asked for",  # type: ignore[arg-type]
         context=_config(s.text)["max_position_embeddings"],
-    )  # fmt: skip
+    )
     settings = EngineSettings(rows=s.requests, budget=8192, cache_bytes=s.cache, adapter_bytes=2 * shelves)
     sampling = Sampling(max_tokens=s.new, temperature=0.0, ignore_eos=True)
 
@@ -697,7 +753,7 @@ def serve(task: Task) -> dict[str, Any]:
         said = [
             None if r is None else serving(shape, device, r, traffic, rank=rank).tokens_per_second
             for r in (probed, rates)
-        ]  # fmt: skip
+        ]
         return Figure(metric, value, "tokens/s", *said)
 
     n, names = s.requests, list(eight)
@@ -753,10 +809,18 @@ def vllm(task: Task) -> dict[str, Any]:
     del model
     torch.cuda.empty_cache()
     engine = LLM(
-        str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=s.requests,
-        max_model_len=s.prompt + s.new + 16, enable_lora=True, max_loras=8, max_cpu_loras=8, max_lora_rank=RANK,
+        str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_num_seqs=s.requests,
+        max_model_len=s.prompt + s.new + 16,
+        enable_lora=True,
+        max_loras=8,
+        max_cpu_loras=8,
+        max_lora_rank=RANK,
         enable_prefix_caching=False,
-    )  # fmt: skip
+    )
     sampling = SamplingParams(max_tokens=s.new, temperature=0, ignore_eos=True, detokenize=False)
     prompts: Any = [{"prompt_token_ids": list(p)} for p in _prompts(task)]
     under = [LoRARequest(f"a{i % 8}", i % 8 + 1, str(folder / f"a{i % 8}")) for i in range(s.requests)]

@@ -47,22 +47,35 @@ def denoiser(name: str, seed: int = 0) -> Any:
         model = cls.from_pretrained(folder, torch_dtype=torch.float32)
     elif is_flux(name):
         model = diffusers.FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=s["layers"][0], num_single_layers=s["layers"][1],
-            attention_head_dim=s["width"], num_attention_heads=s["heads"], joint_attention_dim=s["joint"],
-            pooled_projection_dim=s["pooled"], guidance_embeds=True, axes_dims_rope=s["axes"],
-        )  # fmt: skip
+            patch_size=1,
+            in_channels=16,
+            num_layers=s["layers"][0],
+            num_single_layers=s["layers"][1],
+            attention_head_dim=s["width"],
+            num_attention_heads=s["heads"],
+            joint_attention_dim=s["joint"],
+            pooled_projection_dim=s["pooled"],
+            guidance_embeds=True,
+            axes_dims_rope=s["axes"],
+        )
     else:
         without = max(0, len(s["channels"]) - 2)  # levels without transformers
         with_ = len(s["channels"]) - without
         model = diffusers.UNet2DConditionModel(
-            sample_size=s.get("side", 16), block_out_channels=s["channels"], layers_per_block=s.get("layers", 2),
+            sample_size=s.get("side", 16),
+            block_out_channels=s["channels"],
+            layers_per_block=s.get("layers", 2),
             down_block_types=("DownBlock2D",) * without + ("CrossAttnDownBlock2D",) * with_,
             up_block_types=("CrossAttnUpBlock2D",) * with_ + ("UpBlock2D",) * without,
-            mid_block_type="UNetMidBlock2DCrossAttn" if without else None, cross_attention_dim=s["cross"],
-            transformer_layers_per_block=s.get("depths", (1, 1, 2)), attention_head_dim=s["heads"],
-            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=32,
+            mid_block_type="UNetMidBlock2DCrossAttn" if without else None,
+            cross_attention_dim=s["cross"],
+            transformer_layers_per_block=s.get("depths", (1, 1, 2)),
+            attention_head_dim=s["heads"],
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=32,
             projection_class_embeddings_input_dim=s["pooled"] + 6 * 32,
-        )  # fmt: skip
+        )
     return model.eval().requires_grad_(False)
 
 

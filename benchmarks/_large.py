@@ -41,10 +41,11 @@ def write_large(size: str, folder: Path) -> None:
         shards.setdefault(f"model-{part}.safetensors", {})[name] = shape
     for file, own in shards.items():
         tensors = {
-            n: torch.ones(shape).bfloat16() if len(shape) == 1
+            n: torch.ones(shape).bfloat16()
+            if len(shape) == 1
             else torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
             for n, shape in own.items()
-        }  # fmt: skip
+        }
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {n: file for file, own in shards.items() for n in own}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

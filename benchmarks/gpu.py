@@ -155,9 +155,16 @@ def in_a_process(pythons: Mapping[str, str]) -> Callable[[Side, Task, float], Ou
 
 
 def run(
-    sides: Iterable[Side], launch: Callable[[Side, Task, float], Outcome], work: Path, *, dry: bool, minutes: float,
-    command: str, say: Callable[[str], None], keep: Callable[[dict[str, Outcome]], None] = lambda done: None,
-) -> dict[str, Outcome]:  # fmt: skip
+    sides: Iterable[Side],
+    launch: Callable[[Side, Task, float], Outcome],
+    work: Path,
+    *,
+    dry: bool,
+    minutes: float,
+    command: str,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Outcome]], None] = lambda done: None,
+) -> dict[str, Outcome]:
     """Every side's outcome, by its key; the probe's first. Whatever becomes of one, the others have their turn, but
     where the run is stopped. `keep` is given all outcomes so far after each of them."""
     end = time.monotonic() + 60 * minutes
@@ -210,8 +217,10 @@ def result_of(done: Mapping[str, Outcome], about: Mapping[str, Any]) -> dict[str
         for f in outcome.figures:
             rows.append(row(key, f["metric"], f["value"], f["unit"]))
             rows += [row(key, f"{f['metric']}: {k}", f[k], f["unit"]) for k in ("roofline", "planned") if f[k]]
-    return {**report(rows, bars_of(done, str(about.get("card", ""))), dict(about)),
-            "sides": {key: asdict(outcome) for key, outcome in done.items()}}  # fmt: skip
+    return {
+        **report(rows, bars_of(done, str(about.get("card", ""))), dict(about)),
+        "sides": {key: asdict(outcome) for key, outcome in done.items()},
+    }
 
 
 def bars_of(done: Mapping[str, Outcome], card: str) -> list[dict[str, Any]]:
@@ -378,10 +387,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory() as folder, stoppable():
         done = run(
-            [s for s in SIDES if s.part in wanted], in_a_process(pythons), Path(folder), dry=args.dry,
-            minutes=args.minutes, command=command, say=lambda line: print(line, file=sys.stderr, flush=True),
+            [s for s in SIDES if s.part in wanted],
+            in_a_process(pythons),
+            Path(folder),
+            dry=args.dry,
+            minutes=args.minutes,
+            command=command,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
             keep=keep,
-        )  # fmt: skip
+        )
     result = result_of(done, about_of(done))
     if out is not None:
         where, result = written(result, out)

@@ -281,8 +281,9 @@ class Proof:
         for label, pictures in (
             ("the base", self.drawn(self.words(**ALL))),
             ("the base, scenes in their own words", self.drawn(self.words())),
-            ("the stack", self.drawn(self.words(**ALL), stack)), ("true pictures", truths),
-        ):  # fmt: skip
+            ("the stack", self.drawn(self.words(**ALL), stack)),
+            ("true pictures", truths),
+        ):
             sets = np.split(pictures, len(pictures) // len(self.shots))
             lines = [self.lines(each).mean((1, 2)) for each in sets]
             features = [judge(self.judge, each).features for each in sets]
@@ -294,9 +295,11 @@ class Proof:
             self.add(f"consistency: {label}", found[label])
         for measure in ("spread", "product"):
             self.bar(
-                f"consistency: {measure} of the stack, of the base's", 0.7,
-                found["the stack"][measure] / found["the base"][measure], at_least=False,
-            )  # fmt: skip
+                f"consistency: {measure} of the stack, of the base's",
+                0.7,
+                found["the stack"][measure] / found["the base"][measure],
+                at_least=False,
+            )
 
     # -- a style that is not of our making -----------------------------------------------------------------------------
 

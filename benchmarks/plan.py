@@ -190,9 +190,11 @@ def _image(run: dict[str, Any]) -> dict[str, Any]:
         x = torch.randn(n, side * side, model.config.in_channels).bfloat16()
         given = {
             "encoder_hidden_states": torch.randn(n, TEXT_TOKENS, shape["joint"]).bfloat16(),
-            "pooled_projections": torch.randn(n, shape["pooled"]).bfloat16(), "img_ids": ids.view(-1, 3).bfloat16(),
-            "txt_ids": torch.zeros(TEXT_TOKENS, 3).bfloat16(), "guidance": torch.ones(n).bfloat16(),
-        }  # fmt: skip
+            "pooled_projections": torch.randn(n, shape["pooled"]).bfloat16(),
+            "img_ids": ids.view(-1, 3).bfloat16(),
+            "txt_ids": torch.zeros(TEXT_TOKENS, 3).bfloat16(),
+            "guidance": torch.ones(n).bfloat16(),
+        }
     else:
         x = torch.randn(n, model.config.in_channels, run["size"] // SCALE, run["size"] // SCALE).bfloat16()
         cond = {"text_embeds": torch.randn(n, shape["pooled"]).bfloat16(), "time_ids": torch.zeros(n, 6).bfloat16()}
@@ -268,9 +270,14 @@ def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
         return memory.peak, rates.seconds(image_work(counts, load, device))
     shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **WIDTHS[run["base"]]})
     one = Load(
-        tuple(lengths_of(run)), run["trained"], rank=run["rank"], dtype=run.get("dtype", "bfloat16"),
-        quantise=run.get("quantise"), checkpointing=run.get("checkpointing", False), spec=spec_of(run),
-    )  # fmt: skip
+        tuple(lengths_of(run)),
+        run["trained"],
+        rank=run["rank"],
+        dtype=run.get("dtype", "bfloat16"),
+        quantise=run.get("quantise"),
+        checkpointing=run.get("checkpointing", False),
+        spec=spec_of(run),
+    )
     memory = text_memory(shape, one, device, process=record.process)
     return memory.peak, rates.seconds(text_work(shape, one, device))
 
@@ -294,10 +301,13 @@ def compare(runs: list[dict[str, Any]], say: Callable[[str], None], memory_alone
         peak, seconds = predicted(run, records[run.get("dtype", "bfloat16")])
         off = {"peak": peak / found["peak"] - 1, "time": seconds / found["seconds"] - 1}
         rows += [
-            row(name, "peak, predicted", peak / 1e9, "GB"), row(name, "peak, measured", found["peak"] / 1e9, "GB"),
-            row(name, "peak, off by", 100 * off["peak"], "%"), row(name, "step, predicted", seconds, "s"),
-            row(name, "step, measured", found["seconds"], "s"), row(name, "step, off by", 100 * off["time"], "%"),
-        ]  # fmt: skip
+            row(name, "peak, predicted", peak / 1e9, "GB"),
+            row(name, "peak, measured", found["peak"] / 1e9, "GB"),
+            row(name, "peak, off by", 100 * off["peak"], "%"),
+            row(name, "step, predicted", seconds, "s"),
+            row(name, "step, measured", found["seconds"], "s"),
+            row(name, "step, off by", 100 * off["time"], "%"),
+        ]
         worst = {k: max(worst[k], abs(v)) for k, v in off.items()}
         inside = {k: inside[k] + (abs(off[k]) <= limit) for k, limit in (("peak", MEMORY), ("time", TIME))}
         say(

@@ -153,9 +153,13 @@ def _parts(size: str, kind: str, process: int) -> Any:
     from veneer.plan.tables import Device
 
     load = Load(
-        (TOKENS,), 0.25, rank=RANK, dtype="bfloat16", quantise="nf4" if kind.startswith("nf4") else None,
+        (TOKENS,),
+        0.25,
+        rank=RANK,
+        dtype="bfloat16",
+        quantise="nf4" if kind.startswith("nf4") else None,
         checkpointing=kind.endswith("checkpointing"),
-    )  # fmt: skip
+    )
     shape = text_shape({"model_type": "llama", **LARGE[size]})
     return text_memory(shape, load, Device("cpu", "cpu", 0, 0.0, 0.0, native=True), process=process)
 
@@ -180,10 +184,14 @@ def large(sizes: list[str], say: Callable[[str], None]) -> dict[str, Any]:
             rows += [
                 row(label, metric, got[key] / 1e9, "GB")
                 for metric, key in {
-                    "weights": "weights_bytes", "adapter": "adapter_bytes", "gradients": "gradient_bytes",
-                    "optimizer": "optimizer_bytes", "peak after loading": "loaded_bytes", "peak": "peak_bytes",
+                    "weights": "weights_bytes",
+                    "adapter": "adapter_bytes",
+                    "gradients": "gradient_bytes",
+                    "optimizer": "optimizer_bytes",
+                    "peak after loading": "loaded_bytes",
+                    "peak": "peak_bytes",
                 }.items()
-            ]  # fmt: skip
+            ]
             parts = _parts(size, kind, process)
             rows += [row(label, f"part: {part}", value / 1e9, "GB") for part, value in parts.parts.items() if value]
             rows.append(row(label, "sum of the parts", parts.peak / 1e9, "GB"))

@@ -44,9 +44,10 @@ def speeds(tokens: list[float], ends: list[tuple[float, float]]) -> dict[str, fl
     clock, processor = (last - first for first, last in zip(ends[0], ends[-1], strict=True))
     drawn = sum(tokens[1:])
     return {
-        "tokens_per_second": drawn / clock, "tokens_per_processor_second": drawn / processor,
+        "tokens_per_second": drawn / clock,
+        "tokens_per_processor_second": drawn / processor,
         "processor_seconds_a_step": processor / (len(ends) - 1),
-    }  # fmt: skip
+    }
 
 
 def rows() -> list[dict[str, str]]:
@@ -68,15 +69,23 @@ def of_veneer(folder: Path, steps: int, seed: int, dtype: str) -> dict[str, Any]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
     base = veneer.load_base("smollm2-135m", dtype=dtype, device="cpu")
     config = {
-        "base": {"name": "smollm2-135m", "dtype": dtype}, "data": {"train": str(folder / "rows.jsonl"), "split": 0},
-        "adapter": {"rank": RANK, "alpha": 2 * RANK}, "batching": {"rows": PROMPTS}, "seed": seed,
-        "optimizer": {"learning_rate": RATE}, "schedule": {"name": "constant", "warmup": 0, "steps": steps},
-        "evaluation": {"keep": "last"}, "output": str(folder / "run"),
+        "base": {"name": "smollm2-135m", "dtype": dtype},
+        "data": {"train": str(folder / "rows.jsonl"), "split": 0},
+        "adapter": {"rank": RANK, "alpha": 2 * RANK},
+        "batching": {"rows": PROMPTS},
+        "seed": seed,
+        "optimizer": {"learning_rate": RATE},
+        "schedule": {"name": "constant", "warmup": 0, "steps": steps},
+        "evaluation": {"keep": "last"},
+        "output": str(folder / "run"),
         "reinforcement": {
-            "loss": "dr-grpo", "group": GROUP, "max_tokens": MOST, "rows": PROMPTS * GROUP,
+            "loss": "dr-grpo",
+            "group": GROUP,
+            "max_tokens": MOST,
+            "rows": PROMPTS * GROUP,
             "rewards": [{"kind": "regex", "name": "question", "pattern": ASKED}],
         },
-    }  # fmt: skip
+    }
     veneer.train_text(config, base=base, on_event=stepped)
     speed = speeds([e.extra["drawn_tokens"] for e in found], ends)
     return speed | {"rewards": [e.extra["reward"] for e in found], "gap": max(e.extra["gap_max"] for e in found)}
@@ -106,16 +115,38 @@ def of_trl(folder: Path, steps: int, seed: int, dtype: str) -> dict[str, Any]:
 
     data = Dataset.from_list([{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows()])
     settings = GRPOConfig(
-        output_dir=str(folder / "trl"), loss_type="dr_grpo", scale_rewards="none", num_generations=GROUP, beta=0.0,
-        per_device_train_batch_size=PROMPTS * GROUP, max_completion_length=MOST, learning_rate=RATE, max_steps=steps,
-        lr_scheduler_type="constant", warmup_steps=0, temperature=1.0, seed=seed, logging_steps=1, report_to=[],
-        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", max_grad_norm=1.0, adam_beta2=0.999,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        num_generations=GROUP,
+        beta=0.0,
+        per_device_train_batch_size=PROMPTS * GROUP,
+        max_completion_length=MOST,
+        learning_rate=RATE,
+        max_steps=steps,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        temperature=1.0,
+        seed=seed,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        max_grad_norm=1.0,
+        adam_beta2=0.999,
+    )
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = GRPOTrainer(
-        model, reward_funcs=reward, args=settings, train_dataset=data, peft_config=lora,
-        processing_class=AutoTokenizer.from_pretrained(directory), callbacks=[Clock()],
-    )  # fmt: skip
+        model,
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=data,
+        peft_config=lora,
+        processing_class=AutoTokenizer.from_pretrained(directory),
+        callbacks=[Clock()],
+    )
     trainer.train()
     curve = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     return speeds(tokens, ends) | {"rewards": curve}

@@ -76,9 +76,15 @@ def _trained(task: str, seed: int, folder: Path, base: Any, settings: list[str])
         start = [f"adapter.start={place}" for place in _begins(task, folder)]
         keep = ["checkpoint.every=20", "checkpoint.keep=99", "evaluation.keep=last"]
         veneer.train_text(
-            EXAMPLES / "reinforcement" / f"{task}.yaml", f"seed={seed}", f"output={out}", *start, *keep, *settings,
-            base=base, resume=(out / "checkpoints").is_dir(),
-        )  # fmt: skip
+            EXAMPLES / "reinforcement" / f"{task}.yaml",
+            f"seed={seed}",
+            f"output={out}",
+            *start,
+            *keep,
+            *settings,
+            base=base,
+            resume=(out / "checkpoints").is_dir(),
+        )
     return out
 
 

@@ -280,9 +280,14 @@ def side_peft(work: Path, quick: bool) -> dict[str, Any]:
     def speed(m: Any, rows: int, **more: Any) -> float:
         start = time.perf_counter()
         m.generate(
-            input_ids=ids[:rows], attention_mask=torch.ones_like(ids[:rows]), max_new_tokens=NEW, min_new_tokens=NEW,
-            do_sample=False, pad_token_id=2, **more,
-        )  # fmt: skip
+            input_ids=ids[:rows],
+            attention_mask=torch.ones_like(ids[:rows]),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=2,
+            **more,
+        )
         return rows * NEW / (time.perf_counter() - start)
 
     with torch.inference_mode():
@@ -356,8 +361,11 @@ def run_vllm(python: Path, work: Path, adapters: int, quick: bool) -> dict[str, 
 
 
 SIDES: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
-    "veneer": side_veneer, "peft": side_peft, "continuous": side_continuous, "large": side_large,
-}  # fmt: skip
+    "veneer": side_veneer,
+    "peft": side_peft,
+    "continuous": side_continuous,
+    "large": side_large,
+}
 
 
 def run_side(side: str, work: Path, quick: bool) -> dict[str, Any]:

@@ -58,9 +58,16 @@ def make_base(work: Path, quick: bool) -> str:
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>").save_pretrained(work / "base")
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(work / "base")
     return str(work / "base")
 
@@ -154,9 +161,14 @@ def plan(rate: float, n: int, models: Sequence[str], seed: int) -> list[Asked]:
         at += dice.expovariate(rate)
         prompt = " ".join(dice.choices(TEXT.split(), k=dice.choice(WORDS)))
         body = {
-            "model": models[i % len(models)], "prompt": f"{i} {prompt}", "max_tokens": dice.choice(TOKENS),
-            "temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
-        }  # fmt: skip
+            "model": models[i % len(models)],
+            "prompt": f"{i} {prompt}",
+            "max_tokens": dice.choice(TOKENS),
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         out.append(Asked(at, body))
     return out
 

@@ -126,9 +126,11 @@ def side_peft(work: Path, mode: str) -> dict[str, Any]:
     if mode == "nf4":
         options["device_map"] = {"": "cpu"}
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
+        )
     model: Any = AutoModelForCausalLM.from_pretrained(base_path, dtype=dtype, attn_implementation="sdpa", **options)
     model = PeftModel.from_pretrained(model, str(work / "start"), is_trainable=True)
     if mode.endswith("checkpointing"):
@@ -182,14 +184,21 @@ def side_trl(work: Path) -> dict[str, Any]:
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.bfloat16),
         args=SFTConfig(
-            tempfile.mkdtemp(dir=work), max_steps=len(ids), per_device_train_batch_size=ROWS, max_length=LENGTH,
-            use_cpu=True, report_to=[], save_strategy="no", logging_steps=1, learning_rate=RATE,
+            tempfile.mkdtemp(dir=work),
+            max_steps=len(ids),
+            per_device_train_batch_size=ROWS,
+            max_length=LENGTH,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            learning_rate=RATE,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS),
         callbacks=[Clock()],
-    )  # fmt: skip
+    )
     trainer.train()
     rate = ROWS * LENGTH / statistics.median(seconds[1:])
     return {"tokens_per_second": rate, "seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}

@@ -56,11 +56,17 @@ def config(folder: Path, customer: int, args: argparse.Namespace) -> Any:
         "base": {"name": args.base, "dtype": args.dtype, "device": args.device},
         "output": str(folder / f"out-{customer}"),
         "data": {
-            "train": str(folder / f"{customer}.jsonl"), "split": 0, "max_length": args.tokens, "long_rows": "cut",
+            "train": str(folder / f"{customer}.jsonl"),
+            "split": 0,
+            "max_length": args.tokens,
+            "long_rows": "cut",
         },
-        "adapter": {"rank": args.rank}, "batching": {"rows": args.rows}, "schedule": {"steps": args.steps},
-        "checkpoint": {"every": args.steps}, "seed": customer,
-    }  # fmt: skip
+        "adapter": {"rank": args.rank},
+        "batching": {"rows": args.rows},
+        "schedule": {"steps": args.steps},
+        "checkpoint": {"every": args.steps},
+        "seed": customer,
+    }
     return config_from(values)[0]
 
 
@@ -172,11 +178,13 @@ def trace(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any
         """Of a step on a base of so many layers: milliseconds, GB, and how many kernels there are."""
         one = traced_together({**fields, "num_hidden_layers": kept}, [load] * runs, device, say).trace
         return {
-            "the device alone": 1e3 * one.seconds(rates), "the host alone": 1e3 * one.begun_seconds,
+            "the device alone": 1e3 * one.seconds(rates),
+            "the host alone": 1e3 * one.begun_seconds,
             "bytes alone": 1e3 * sum(n * size for (_, size), n in one.work.items()) / rates.bandwidth,
             "products alone": 1e3 * sum(n * each for (each, _), n in one.work.items()) / rates.operations,
-            "weights read": one.weights / 1e9, "kernels": one.kernels,
-        }  # fmt: skip
+            "weights read": one.weights / 1e9,
+            "kernels": one.kernels,
+        }
 
     units = {"weights read": "GB", "kernels": ""}
     rows, bars = [], []
@@ -195,10 +203,13 @@ def trace(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any
         what = f"{quantise or '16 bits'}: {args.customers} together over {SIDES[1]}"
         bars.append(bar(what, 2.5, apart["step"] / together["step"]))
     about = {
-        "traced, not run": device.label or device.name, "rates": rates.source,
-        "the host": f"{1e6 * KERNEL_BEGUN:g} µs a kernel, assumed", "base": args.base, "customers": args.customers,
+        "traced, not run": device.label or device.name,
+        "rates": rates.source,
+        "the host": f"{1e6 * KERNEL_BEGUN:g} µs a kernel, assumed",
+        "base": args.base,
+        "customers": args.customers,
         "a step of each": f"{args.rows} × {args.tokens} tokens",
-    }  # fmt: skip
+    }
     return report(rows, bars, about)
 
 

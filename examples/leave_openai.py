@@ -51,9 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
             ]
             if given.train and job.id not in moved.known:
                 made = here.fine_tuning.jobs.create(
-                    model=given.train, training_file=files[0], validation_file=files[1] if files[1:] else None,
-                    seed=job.seed, suffix=suffix_of(job), metadata=job.metadata, method=method_of(job),
-                )  # fmt: skip
+                    model=given.train,
+                    training_file=files[0],
+                    validation_file=files[1] if files[1:] else None,
+                    seed=job.seed,
+                    suffix=suffix_of(job),
+                    metadata=job.metadata,
+                    method=method_of(job),
+                )
                 moved.note(job.id, made.id)
                 print(f"{job.id} -> {made.id}")
         except (Unreadable, openai.APIStatusError) as error:

@@ -145,9 +145,13 @@ def phi3(**changes: Any) -> PreTrainedModel:
 def gemma2(**changes: Any) -> PreTrainedModel:
     """Scores and logits are capped: c·tanh(s/c)."""
     own = {
-        "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 3.0, "layer_types": ["sliding_attention", "full_attention"],
-    }  # fmt: skip
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 16,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     return build(Gemma2Config(**(COMMON | own | changes)))
 
 
@@ -155,30 +159,46 @@ def gemma4(**changes: Any) -> PreTrainedModel:
     """A model with two kinds of layers, heads of two sizes, and an embedding for each layer; layers 2 and 3 reuse the
     keys and values of layers 0 and 1."""
     own = {
-        "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 2, "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": changes.get("vocab_size", VOCAB), "final_logit_softcapping": 30.0,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": changes.get("vocab_size", VOCAB),
+        "final_logit_softcapping": 30.0,
         "initializer_range": 0.05,
-    }  # fmt: skip
+    }
     return build(Gemma4TextConfig(**(COMMON | own | changes)))
 
 
 def gpt_oss(**changes: Any) -> PreTrainedModel:
     """Attention sinks, biases, experts with a clipped gate."""
     own = {
-        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"],
-    }  # fmt: skip
+    }
     return build(GptOssConfig(**(COMMON | own | changes)))
 
 
 def qwen3_next(**changes: Any) -> PreTrainedModel:
     """Layer 0: a gated delta rule, with a state that runs through the row. Layer 1: gated attention. Norms 1 + w."""
     own = {
-        "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
-    }  # fmt: skip
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+    }
     return build(Qwen3NextConfig(**(COMMON | own | changes)))
 
 
@@ -190,9 +210,12 @@ def phi(**changes: Any) -> PreTrainedModel:
 def ministral3(**changes: Any) -> PreTrainedModel:
     """Mistral Small's text model: heads wider than hidden / heads, queries scaled by their place from 16 tokens on."""
     rope = {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
         "llama_4_scaling_beta": 0.5,
-    }  # fmt: skip
+    }
     return build(
         Ministral3Config(**(COMMON | {"head_dim": 16, "sliding_window": None, "rope_parameters": rope} | changes))
     )
@@ -201,10 +224,19 @@ def ministral3(**changes: Any) -> PreTrainedModel:
 def deepseek_v3(**changes: Any) -> PreTrainedModel:
     """Latent attention, keys wider than values. Layer 0: dense. Layer 1: experts beside a shared one."""
     own = {
-        "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
-        "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-        "moe_intermediate_size": 24, "first_k_dense_replace": 1,
-    }  # fmt: skip
+        "num_key_value_heads": 4,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+    }
     return build(DeepseekV3Config(**(COMMON | own | changes)))
 
 

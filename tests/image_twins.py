@@ -148,11 +148,20 @@ def original_vae(vae: nn.Module, prefix: str = "first_stage_model.") -> Weights:
             tensor = tensor[:, :, None, None]
         name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
         for ours, theirs in {
-            "down_blocks.": "down.", "samplers.0.conv": "sample.conv", "mid_block.resnets.0": "mid.block_1",
-            "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1", "resnets.": "block.",
-            "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_out.0": "proj_out",
-            "to_q": "q", "to_k": "k", "to_v": "v",
-        }.items():  # fmt: skip
+            "down_blocks.": "down.",
+            "samplers.0.conv": "sample.conv",
+            "mid_block.resnets.0": "mid.block_1",
+            "mid_block.resnets.1": "mid.block_2",
+            "mid_block.attentions.0": "mid.attn_1",
+            "resnets.": "block.",
+            "conv_norm_out": "norm_out",
+            "conv_shortcut": "nin_shortcut",
+            "group_norm": "norm",
+            "to_out.0": "proj_out",
+            "to_q": "q",
+            "to_k": "k",
+            "to_v": "v",
+        }.items():
             name = name.replace(ours, theirs)
         out[prefix + name] = tensor.clone()
     return out

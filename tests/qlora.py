@@ -20,8 +20,11 @@ def qlora_run(folder: Path) -> tuple[Path, str, Path]:
             file.write(json.dumps({"messages": [asked, answer]}) + "\n")
     values = {
         "base": {"name": str(base), "quantise": "nf4", "dtype": "float32"},
-        "data": {"train": str(folder / "rows.jsonl"), "split": 4}, "output": str(folder / "run"),
-        "optimizer": {"learning_rate": 1e-2}, "schedule": {"steps": 12}, "batching": {"rows": 8},
-    }  # fmt: skip
+        "data": {"train": str(folder / "rows.jsonl"), "split": 4},
+        "output": str(folder / "run"),
+        "optimizer": {"learning_rate": 1e-2},
+        "schedule": {"steps": 12},
+        "batching": {"rows": 8},
+    }
     run_text(config_from(values)[0], on_event=lambda event: None)
     return base, str(folder / "run"), folder / "rows.jsonl"

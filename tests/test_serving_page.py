@@ -48,9 +48,12 @@ class Place:
         program.chmod(0o755)
         self.port = free_port()
         self.env = {
-            **os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT / "src"), "VENEER_LIBRARY": str(folder / "library"),
-        }  # fmt: skip
+            **os.environ,
+            "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT / "src"),
+            "VENEER_LIBRARY": str(folder / "library"),
+        }
 
     def here(self, text: str) -> str:
         text = re.sub(r"--base smollm2-135m\b", "--base ./smollm2-135m", text)

@@ -65,9 +65,13 @@ def tiny_model(**more: Any) -> PreTrainedModel:
     from tests.families import llama3  # late: whoever wants the tokenizer alone need not wait for torch
 
     model = llama3(
-        vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=2, architectures=["LlamaForCausalLM"],
+        vocab_size=VOCAB_SIZE,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        architectures=["LlamaForCausalLM"],
         **more,
-    )  # fmt: skip
+    )
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     return model
 

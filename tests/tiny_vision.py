@@ -43,9 +43,12 @@ def tiny_vision(folder: Path, family: str = "llava") -> Path:
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tiny_tokenizer().backend_tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>",
-        pad_token="<|im_end|>", extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
+        tokenizer_object=tiny_tokenizer().backend_tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
 
 
 def _llava() -> tuple[Any, Any]:
@@ -60,9 +63,13 @@ def _llava() -> tuple[Any, Any]:
     model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = transformers.LlavaProcessor(
-        image_processor=pictures, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default",
-        chat_template=_CHAT, num_additional_image_tokens=1,
-    )  # fmt: skip
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=_CHAT,
+        num_additional_image_tokens=1,
+    )
     return model, processor
 
 
@@ -80,15 +87,32 @@ def _florence() -> tuple[Any, Any]:
     """An encoder and a decoder, asked by a task's name."""
     tokenizer = _tokenizer()
     vision = {
-        "embed_dim": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "num_groups": [1, 1, 2, 2], "depths": [1, 1, 1, 1],
-        "window_size": 4, "projection_dim": 16, "max_temporal_embeddings": 4, "max_position_embeddings": 8,
-    }  # fmt: skip
+        "embed_dim": [8, 8, 16, 16],
+        "num_heads": [1, 1, 2, 2],
+        "num_groups": [1, 1, 2, 2],
+        "depths": [1, 1, 1, 1],
+        "window_size": 4,
+        "projection_dim": 16,
+        "max_temporal_embeddings": 4,
+        "max_position_embeddings": 8,
+    }
     text = {
-        "model_type": "bart", "d_model": 16, "vocab_size": len(tokenizer), "encoder_layers": 1, "decoder_layers": 1,
-        "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-        "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-        "decoder_start_token_id": 2, "forced_eos_token_id": 2,
-    }  # fmt: skip
+        "model_type": "bart",
+        "d_model": 16,
+        "vocab_size": len(tokenizer),
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+    }
     config = transformers.Florence2Config(
         vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>")
     )

@@ -94,9 +94,15 @@ def train_text(
     if not isinstance(chosen, TrainConfig):
         raise ConfigError("this configuration is for pictures (it has data.pictures)", fix="veneer.train_image")
     return run_text(
-        chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources,
+        chosen,
+        resume=resume,
+        dry_run=dry_run,
+        force=force,
+        on_event=on_event,
+        base=base,
+        sources=sources,
         sampler=live_sampler,
-    )  # fmt: skip
+    )
 
 
 def train_together(
@@ -127,9 +133,15 @@ def train_together(
         for place, name in enumerate(names)
     ]
     return run_texts(
-        chosen, names=names, resume=resume, dry_run=dry_run, force=force, listeners=listeners, base=base,
+        chosen,
+        names=names,
+        resume=resume,
+        dry_run=dry_run,
+        force=force,
+        listeners=listeners,
+        base=base,
         sources=[sources for _, sources in loaded],
-    )  # fmt: skip
+    )
 
 
 def train_image(
@@ -264,9 +276,16 @@ def generate(
     texts = [_messages(base, p, system, raw) for p in _several(prompts)]
     with _acting(base, _several(adapters)):
         found = complete(
-            base, texts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-            batch_size=batch_size, on_token=on_token,
-        )  # fmt: skip
+            base,
+            texts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            batch_size=batch_size,
+            on_token=on_token,
+        )
     return [completion.text for completion in found]
 
 

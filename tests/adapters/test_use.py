@@ -114,8 +114,12 @@ def test_adapters_are_found_as_paths_in_runs_and_in_the_library(
         library.add("second", "kept")
         library.alias("kept@1", "prod")
     for name, wanted in {
-        "kept": other, "kept@1": adapter, "kept@prod": adapter, adapter.digest()[:15]: adapter, "kept@latest": other
-    }.items():  # fmt: skip
+        "kept": other,
+        "kept@1": adapter,
+        "kept@prod": adapter,
+        adapter.digest()[:15]: adapter,
+        "kept@latest": other,
+    }.items():
         assert load_adapter(base, name).digest() == wanted.digest(), name
     (tmp_path / "kept").mkdir()
     assert adapter_path("kept") == Path("kept"), "what is here by that path goes first"

@@ -295,9 +295,15 @@ def asked(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
     """A completion of exactly `n` tokens, each with a text."""
     bias = {str(i): -100 for i in range(3)}
     return {
-        "model": "", "prompt": list(ids), "max_tokens": n, "temperature": 0, "logprobs": 0, "logit_bias": bias,
-        "ignore_eos": True, **more,
-    }  # fmt: skip
+        "model": "",
+        "prompt": list(ids),
+        "max_tokens": n,
+        "temperature": 0,
+        "logprobs": 0,
+        "logit_bias": bias,
+        "ignore_eos": True,
+        **more,
+    }
 
 
 def tenants_of(url: str, weights: dict[str, float]) -> dict[str, str]:
@@ -320,14 +326,33 @@ def target(
     keys = tenants_of(database, tenants or {"a": 1.0, "b": 1.0})
     port = free_port()
     env = {
-        **os.environ, "PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(home)),
-        "OMP_NUM_THREADS": str(threads), "VENEER_ADMIN_KEY": ADMIN, "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "VENEER_HOME": str(home_with_kernels(home)),
+        "OMP_NUM_THREADS": str(threads),
+        "VENEER_ADMIN_KEY": ADMIN,
+        "PYTHONUNBUFFERED": "1",
+    }
     command = [
-        "-c", "from veneer.cli.main import main; main()", "serve",
-        "--base", str(shop.base_dir), "--port", str(port), "--library", shop.library.location, "--tenants", database,
-        "--cache-memory", "64M", "--dtype", "float32", "--device", "cpu", *options,
-    ]  # fmt: skip
+        "-c",
+        "from veneer.cli.main import main; main()",
+        "serve",
+        "--base",
+        str(shop.base_dir),
+        "--port",
+        str(port),
+        "--library",
+        shop.library.location,
+        "--tenants",
+        database,
+        "--cache-memory",
+        "64M",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        *options,
+    ]
     process = Forked(command, env=env, log=home / "log")
     server = Server(process, port, keys, home, shop, database)
     try:

@@ -78,8 +78,12 @@ def test_every_side_of_ours_runs_and_no_peer_does(gpu: Any, dry: dict[str, Any])
 
 def test_each_speed_stands_beside_what_the_card_allows_and_what_the_plan_says(dry: dict[str, Any]) -> None:
     for key, metric in {
-        "train": "training", "qlora": "training", "large": "training", "serve": "8 adapters", "flux": "training",
-    }.items():  # fmt: skip
+        "train": "training",
+        "qlora": "training",
+        "large": "training",
+        "serve": "8 adapters",
+        "flux": "training",
+    }.items():
         figures = next(o.figures for k, o in dry.items() if k.startswith(f"{key}: veneer"))
         speed = next(f for f in figures if f["metric"] == metric)
         assert speed["value"] > 0
@@ -298,10 +302,13 @@ def test_the_whole_command_with_a_side_in_its_own_process(gpu: Any, tmp_path: Pa
 
 def test_bars_are_of_what_ran(gpu: Any) -> None:
     done = {
-        "tests: marked gpu": ran(gpu, 0, "failed"), "train: veneer, Llama 3 8B, bf16": ran(gpu, 13_000),
-        "qlora: veneer, Llama 3 8B, nf4": ran(gpu, 9000), "qlora: Unsloth": ran(gpu, 8000),
-        "serve: veneer, Llama 3 8B": ran(gpu, 5000, "8 adapters"), "serve: vLLM": gpu.Outcome("not installed"),
-    }  # fmt: skip
+        "tests: marked gpu": ran(gpu, 0, "failed"),
+        "train: veneer, Llama 3 8B, bf16": ran(gpu, 13_000),
+        "qlora: veneer, Llama 3 8B, nf4": ran(gpu, 9000),
+        "qlora: Unsloth": ran(gpu, 8000),
+        "serve: veneer, Llama 3 8B": ran(gpu, 5000, "8 adapters"),
+        "serve: vLLM": gpu.Outcome("not installed"),
+    }
     bars = {b["name"]: (b["want"], b["ok"]) for b in gpu.bars_of(done, "NVIDIA H100 80GB HBM3")}
     assert bars == {
         "gpu tests that fail": ("≤ 0", True),
@@ -381,9 +388,13 @@ def test_the_makefile_and_the_page_know_every_part(gpu: Any) -> None:
     ],
 )
 def test_what_is_asked_wrongly_is_said_before_any_work(
-    gpu: Any, arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    gpu: Any,
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(gpu, "run", lambda *_, **__: pytest.fail("work has begun"))
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(SystemExit) as end:

@@ -36,9 +36,12 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.mark.parametrize("only", [PARTS[:1], pytest.param(PARTS, marks=pytest.mark.slow)], ids=["one", "all"])
 def test_what_is_asked_for_is_measured_and_drawn(
-    only: tuple[str, ...], benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    only: tuple[str, ...],
+    benchmark: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     from diffusers import AutoencoderKL
     from judge import Judge
 

@@ -22,9 +22,15 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_both_sides_train_every_customer_on_rows_of_the_length(bench: Any, tmp_path: Path) -> None:
     args = argparse.Namespace(
-        customers=3, rows=1, tokens=96, steps=4, rank=2, base=str(tiny_base_dir(tmp_path)), dtype="float32",
+        customers=3,
+        rows=1,
+        tokens=96,
+        steps=4,
+        rank=2,
+        base=str(tiny_base_dir(tmp_path)),
+        dtype="float32",
         device="cpu",
-    )  # fmt: skip
+    )
     for name in bench.SIDES[:2]:
         folder = tmp_path / name
         folder.mkdir()

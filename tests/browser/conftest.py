@@ -199,8 +199,11 @@ class Window:
         if not self.page.evaluate("'axe' in window"):
             self.page.evaluate(pytest.importorskip("axe_playwright_python.base").AXE_SCRIPT)
         found = self.page.evaluate("axe.run()")["violations"]
-        bad = [f"{v['id']}: {v['help']}: {[n['html'][:200] for n in v['nodes'][:3]]}" for v in found
-               if v["impact"] in ("serious", "critical")]  # fmt: skip
+        bad = [
+            f"{v['id']}: {v['help']}: {[n['html'][:200] for n in v['nodes'][:3]]}"
+            for v in found
+            if v["impact"] in ("serious", "critical")
+        ]
         assert not bad, "\n".join(bad)
         wide = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{wide} pixels are cut off"

@@ -75,12 +75,15 @@ def entered(window: Window, key: str, path: str) -> None:
 def test_another_s_links_lead_where_those_to_nothing_do(chromium: Any, shared: Shared) -> None:
     job, file, no = shared.job, shared.file, "ftjob-" + "x" * 24
     theirs = {
-        "adapter?ref=globex/tone": "adapter?ref=globex/none", "adapter?ref=support@1": "adapter?ref=none@1",
+        "adapter?ref=globex/tone": "adapter?ref=globex/none",
+        "adapter?ref=support@1": "adapter?ref=none@1",
         "compare?c=globex/tone%401": "compare?c=globex/none%401",
         "compare?c=acme/tone%401%2Bsupport%401": "compare?c=acme/tone%401%2Bnone%401",
-        f"run?job={job}": f"run?job={no}", f"steps?job={job}": f"steps?job={no}",
-        f"doctor?file={file}": "doctor?file=none", "live": "none",
-    }  # fmt: skip
+        f"run?job={job}": f"run?job={no}",
+        f"steps?job={job}": f"steps?job={no}",
+        f"doctor?file={file}": "doctor?file=none",
+        "live": "none",
+    }
     with seen_in(chromium, shared.served.address) as window:
         entered(window, shared.key, "adapter?ref=acme/tone")
         window.heading("acme/tone@1")

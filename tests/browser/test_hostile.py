@@ -12,11 +12,19 @@ from tests.studio.lessons import parcel_rows
 SAID = "onerror=alert(1)"
 ENDLESS = "x" * 1500
 LINKS = [
-    f"?q={quote(HOSTILE)}", "adapter?ref=acme/tone", f"adapter?ref={LONG}", f"compare?c={LONG}%401&p={quote(HOSTILE)}",
-    f"compare?c=acme/tone%401&p={ENDLESS}", f"train?q={quote(f'teach {HOSTILE}')}", f"train?q=teach%20{ENDLESS}",
-    "run?job={job}&p=" + quote(HOSTILE), "steps?job={job}&p=" + quote(HOSTILE) + f"&p={ENDLESS}", "live",
-    f"doctor?file={quote(HOSTILE)}", quote(HOSTILE),
-]  # fmt: skip
+    f"?q={quote(HOSTILE)}",
+    "adapter?ref=acme/tone",
+    f"adapter?ref={LONG}",
+    f"compare?c={LONG}%401&p={quote(HOSTILE)}",
+    f"compare?c=acme/tone%401&p={ENDLESS}",
+    f"train?q={quote(f'teach {HOSTILE}')}",
+    f"train?q=teach%20{ENDLESS}",
+    "run?job={job}&p=" + quote(HOSTILE),
+    "steps?job={job}&p=" + quote(HOSTILE) + f"&p={ENDLESS}",
+    "live",
+    f"doctor?file={quote(HOSTILE)}",
+    quote(HOSTILE),
+]
 
 
 def harmless(window: Window) -> None:

@@ -18,9 +18,7 @@ def test_from_nothing_to_a_canary(chromium: Any, kept: tuple[Path, Path], tmp_pa
     here.mkdir()
     rows = [{"prompt": f"Where is parcel {i}?", "completion": f"On shelf {i % 7}."} for i in range(24)]
     (here / "parcels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    served = Served(
-        tmp_path, kept[0], tmp_path / "library", "--open", "--train", "--tenants", str(database), cwd=here
-    )  # fmt: skip
+    served = Served(tmp_path, kept[0], tmp_path / "library", "--open", "--train", "--tenants", str(database), cwd=here)
     context = chromium.new_context(viewport={"width": 1280, "height": 800})
     try:
         served.wait()

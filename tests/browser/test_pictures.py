@@ -108,9 +108,12 @@ def test_a_control_picture_says_where_things_are(chromium: Any, drawing: Served,
         held = drawn(alone)
         assert "--control canny=PICTURE:1" in page.locator("section.column .command code").inner_text()
         body = {
-            "prompt": "a red suitcase", "seed": 3, "num_inference_steps": 2, "response_format": "b64_json",
+            "prompt": "a red suitcase",
+            "seed": 3,
+            "num_inference_steps": 2,
+            "response_format": "b64_json",
             "control": [{"type": "canny", "image": given.get_attribute("src")}],
-        }  # fmt: skip
+        }
         asked = httpx.post(f"{drawing.address}/v1/images/generations", json=body, timeout=120).json()["data"][0]
         wanted = pixels(f",{asked['b64_json']}")
         assert np.abs(pixels(held) - wanted).mean() < 4, "what a client draws by it, but for what webp loses"

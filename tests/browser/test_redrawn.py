@@ -133,13 +133,17 @@ def test_whatever_is_drawn_in_place_of_whatever_is_there_afterwards(window: Wind
     page.add_script_tag(content=source.read_text().partition("export default")[0])
     pairs = [(tree(random.Random(n)), tree(random.Random(1000 + n))) for n in range(300)]
     pairs += [(before, before.replace("<div", "<div title='x'", 1)) for before, _ in pairs]
-    assert page.evaluate(
-        """pairs => pairs.filter(([before, after]) => {
+    assert (
+        page.evaluate(
+            """pairs => pairs.filter(([before, after]) => {
           const at = document.createElement("div"), said = document.createElement("div");
           const then = document.createElement("template");
           at.innerHTML = before;
           then.innerHTML = said.innerHTML = after;
           fill(at, then.content);
           return !at.isEqualNode(said);
-        })""", pairs,
-    ) == []  # fmt: skip
+        })""",
+            pairs,
+        )
+        == []
+    )

@@ -71,9 +71,19 @@ def test_adapters_of_different_precisions_merge_into_the_weights_before_quantisi
     merged = merge("--into", "original", "-o", str(tmp_path / "m"), "--dtype", "float32")
     assert merged.code == 0, merged.err
     twice = run(
-        capsys, "adapter", "merge", f"{adapter}:1.5", "--base", str(folder), "--into", "original", "-o",
-        str(tmp_path / "t"), "--dtype", "float32",
-    )  # fmt: skip
+        capsys,
+        "adapter",
+        "merge",
+        f"{adapter}:1.5",
+        "--base",
+        str(folder),
+        "--into",
+        "original",
+        "-o",
+        str(tmp_path / "t"),
+        "--dtype",
+        "float32",
+    )
     assert twice.code == 0, twice.err
     one, other = (load_text(str(tmp_path / name), dtype="float32").model.state_dict() for name in "mt")
     for name, tensor in one.items():

@@ -23,8 +23,9 @@ def test_caption_writes_what_training_reads(capsys: Any, tmp_path: Path) -> None
     assert (one["picture"], one["file"], told["had"], told["failed"]) == ("a.png", str(folder / "a.txt"), 1, [])
     assert one["caption"].startswith("sks, ")
     assert {p.name: p.caption for p in read_pictures(settings(folder))[0]} == {
-        "a.png": one["caption"], "b.png": "my own",
-    }  # fmt: skip
+        "a.png": one["caption"],
+        "b.png": "my own",
+    }
     before = (folder / "a.txt").read_bytes()
     again = run(capsys, *command)
     assert (again.code, again.out) == (0, "0 captions written, 2 were there\n")

@@ -40,9 +40,19 @@ def call(*arguments: str) -> int:
 def test_json_has_base_and_each_mix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine, held = str(folder / "mine"), str(folder / "held.jsonl")
     code = call(
-        "--base", str(folder / "tiny-base"), "--adapter", mine, "--adapter", f"{mine}:0.5", "--data", held, "-n", "4",
-        "--json", "--answers",
-    )  # fmt: skip
+        "--base",
+        str(folder / "tiny-base"),
+        "--adapter",
+        mine,
+        "--adapter",
+        f"{mine}:0.5",
+        "--data",
+        held,
+        "-n",
+        "4",
+        "--json",
+        "--answers",
+    )
     out, err = capsys.readouterr()
     assert code == 0, err
     result = json.loads(out)
@@ -88,9 +98,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_fingerprints(
     ("arguments", "message"),
     [([], "no base"), (["--base", "x"], "nothing to evaluate on"), (["--base", "x", "--data", "no.jsonl"], "no.jsonl")],
 )
-def test_what_is_missing_is_said(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+def test_what_is_missing_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*arguments) == 2
     assert message in capsys.readouterr().err
 

@@ -148,9 +148,20 @@ def test_from_a_picture_with_a_control_and_a_long_prompt(capsys: Any, place: Pat
     control = tiny_control(folder, "sdxl")
     Image.effect_noise((64, 64), 90).convert("RGB").save("in.png")
     ran = image(
-        capsys, place, "a cat in the house " * 9, "-i", "in.png", "--denoise", "0.5", "--steps", "4",
-        "-c", f"canny@{control}=in.png:0.6", "-o", "a.png",
-    )  # fmt: skip
+        capsys,
+        place,
+        "a cat in the house " * 9,
+        "-i",
+        "in.png",
+        "--denoise",
+        "0.5",
+        "--steps",
+        "4",
+        "-c",
+        f"canny@{control}=in.png:0.6",
+        "-o",
+        "a.png",
+    )
     assert ran.code == 0, ran.err
     assert "picture was resized from 64×64 to 32×32" in ran.err
     assert "edges were found" in ran.err

@@ -29,10 +29,15 @@ TO_Q = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 def hostile(tmp_path: Path) -> list[Path]:
     """A file that is read, one that is refused, and a folder, each with texts that act on a terminal."""
     metadata = {
-        "modelspec.title": EVIL, "modelspec.trigger_phrase": EVIL, "modelspec.license": EVIL, "ss_output_name": EVIL,
-        "ss_base_model_version": EVIL, "ss_network_module": EVIL, "modelspec.architecture": EVIL,
+        "modelspec.title": EVIL,
+        "modelspec.trigger_phrase": EVIL,
+        "modelspec.license": EVIL,
+        "ss_output_name": EVIL,
+        "ss_base_model_version": EVIL,
+        "ss_network_module": EVIL,
+        "modelspec.architecture": EVIL,
         "veneer.card": json.dumps({"base": EVIL, "trigger_words": [EVIL], "licence": EVIL, "created": EVIL}),
-    }  # fmt: skip
+    }
     pair = {f"{TO_Q}.lora_down.weight": torch.ones(2, 6), f"{TO_Q}.lora_up.weight": torch.ones(4, 2)}
     most = {  # a family is claimed by at least half of the names
         f"lora_unet_{block}_1_transformer_blocks_0_attn1_{to}.lora_{side}.weight": torch.ones(*shape)
@@ -63,9 +68,12 @@ def test_a_hostile_file_through_every_command_that_reads_it(hostile, tmp_path, c
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     for path in hostile:
         for command in (
-            ["adapter", "inspect"], ["adapter", "inspect", "--json"], ["adapter", "verify"],
-            ["adapter", "convert", "--to", "comfyui", "-o", str(tmp_path / "out.safetensors")], ["library", "add"],
-        ):  # fmt: skip
+            ["adapter", "inspect"],
+            ["adapter", "inspect", "--json"],
+            ["adapter", "verify"],
+            ["adapter", "convert", "--to", "comfyui", "-o", str(tmp_path / "out.safetensors")],
+            ["library", "add"],
+        ):
             ran = run(capsys, *command, str(path))
             checked([*command, str(path)], ran.code, ran.out, ran.err)
 

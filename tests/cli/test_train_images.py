@@ -32,9 +32,7 @@ def call(*arguments: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_json_on_stdout_the_rest_elsewhere(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+def test_json_on_stdout_the_rest_elsewhere(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", str(config), f"output={tmp_path / 'out'}", "--json") == 0
     out, err = capsys.readouterr()
     result = json.loads(out)

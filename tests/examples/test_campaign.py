@@ -53,9 +53,12 @@ def test_what_is_not_of_an_earlier_call_is_never_removed(campaign: ModuleType, t
 
 @pytest.mark.parametrize("family", ["flux1", "sdxl"])
 def test_it_runs_from_pictures_to_a_sheet_with_the_truth(
-    family: str, campaign: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    family: str,
+    campaign: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     import teach
 
     monkeypatch.chdir(tmp_path)

@@ -30,16 +30,34 @@ def test_the_example_trains_and_its_file_edits_and_is_made_again(
     start = tmp_path / "start.png"
     Image.open(pairs / "1.png").resize((48, 32)).save(start)
     result = veneer.train_image(
-        EXAMPLE, f"base={place}", f"data.pictures={pairs}", f"output={tmp_path / 'out'}", "schedule.steps=2",
-        "samples.every=2", "samples.steps=1", f"samples.before=[{start}]", on_event=lambda event: None,
-    )  # fmt: skip
+        EXAMPLE,
+        f"base={place}",
+        f"data.pictures={pairs}",
+        f"output={tmp_path / 'out'}",
+        "schedule.steps=2",
+        "samples.every=2",
+        "samples.steps=1",
+        f"samples.before=[{start}]",
+        on_event=lambda event: None,
+    )
     assert read(Path(result.adapter)).adapter.digest() == result.digest
     assert (result.validation is not None, len(result.samples)) == (True, 2)
     out = tmp_path / "edited.png"
     done = run(
-        capsys, "image", "--base", str(place), "-a", result.adapter, "--reference", str(start), "--steps", "2",
-        "-o", str(out), "invert it",
-    )  # fmt: skip
+        capsys,
+        "image",
+        "--base",
+        str(place),
+        "-a",
+        result.adapter,
+        "--reference",
+        str(start),
+        "--steps",
+        "2",
+        "-o",
+        str(out),
+        "invert it",
+    )
     assert done.code == 0, done.err
     with Image.open(out) as made:
         made.load()

@@ -42,11 +42,16 @@ def pairs(*modules: str) -> Adapter:
     ("tensors", "why"),
     [
         ({f"{KOHYA_Q}.lora_down.weight": torch.ones(2, 4)}, "without its partner"),
-        ({"lora_unet_nowhere.lora_down.weight": torch.ones(2, 4), "lora_unet_nowhere.lora_up.weight": torch.ones(4, 2)},
-         "no module of"),
+        (
+            {
+                "lora_unet_nowhere.lora_down.weight": torch.ones(2, 4),
+                "lora_unet_nowhere.lora_up.weight": torch.ones(4, 2),
+            },
+            "no module of",
+        ),
         ({f"{KOHYA_Q}.oft_blocks": torch.ones(2, 2, 2)}, "OFT"),
     ],
-)  # fmt: skip
+)
 def test_inspect_says_what_convert_knows(tmp_path, capsys, tensors, why):
     write_tensors(tmp_path / "x.safetensors", tensors)
     told = []

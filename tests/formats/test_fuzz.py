@@ -74,31 +74,105 @@ MADE: dict[str, Callable[[], tuple[dict[str, Tensor], dict[str, str]]]] = {
 
 deep = "[" * 100_000
 texts = st.sampled_from(
-    ["", "{", "null", "[]", "{}", "1e999", "NaN", "None", "-1", "0", deep, '{"a":' * 50_000, '{"split_qkv": "True"}',
-     "\x1b]0;x\x07", "\u202e", '"\\ud800"', "9" * 5000,
-    '{"unet.r": {}}', '{".": 1}', '{"unet.r": "x"}', "true", "[[1]]",
-     '["a"]', '[{"subsets": 3}]']
-) | st.text(max_size=12)  # fmt: skip
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "{}",
+        "1e999",
+        "NaN",
+        "None",
+        "-1",
+        "0",
+        deep,
+        '{"a":' * 50_000,
+        '{"split_qkv": "True"}',
+        "\x1b]0;x\x07",
+        "\u202e",
+        '"\\ud800"',
+        "9" * 5000,
+        '{"unet.r": {}}',
+        '{".": 1}',
+        '{"unet.r": "x"}',
+        "true",
+        "[[1]]",
+        '["a"]',
+        '[{"subsets": 3}]',
+    ]
+) | st.text(max_size=12)
 KEYS = st.sampled_from(
-    ["ss_network_args", "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "modelspec.architecture",
-     "ss_v2",
-     "ss_datasets", "ss_tag_frequency", "ss_dataset_dirs", "veneer.card", "ss_training_finished_at", "unet", "<word>",
-     "modelspec.trigger_phrase", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256",
-     "ss_base_model_version"]
-)  # fmt: skip
+    [
+        "ss_network_args",
+        "ss_network_dim",
+        "ss_network_alpha",
+        "lora_adapter_metadata",
+        "modelspec.architecture",
+        "ss_v2",
+        "ss_datasets",
+        "ss_tag_frequency",
+        "ss_dataset_dirs",
+        "veneer.card",
+        "ss_training_finished_at",
+        "unet",
+        "<word>",
+        "modelspec.trigger_phrase",
+        "sshs_model_hash",
+        "sshs_legacy_hash",
+        "modelspec.hash_sha256",
+        "ss_base_model_version",
+    ]
+)
 SHAPES = st.sampled_from(
     [(), (1,), (2,), (0,), (1, 1), (2, 4), (4, 2), (2, 2, 1, 1), (2, 4, 3, 3), (0, 4), (1, 2, 3, 4, 5)]
 )
 DTYPES = st.sampled_from(
-    [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool,
-     torch.complex64, torch.uint8]
-)  # fmt: skip
+    [
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+        torch.uint8,
+    ]
+)
 SUFFIXES = st.sampled_from(
-    ["alpha", "lora_down.weight", "lora_up.weight", "lora_mid.weight", "lora_A.weight", "lora_B.weight", "lora_B.bias",
-     "dora_scale", "lora_magnitude_vector", "hada_w1_a", "hada_t1", "lokr_w1", "lokr_w2_a", "lokr_t2", "diff", "diff_b",
-     "w_norm", "weight", "on_input", "scale", "bias_indices", "bias_values", "bias_size", "lora_embedding_A", "scalar",
-     "reshape_weight", "set_weight", "lora_A.default.weight", "token_adapter.trainable_tokens_delta", "base_layer.bias"]
-)  # fmt: skip
+    [
+        "alpha",
+        "lora_down.weight",
+        "lora_up.weight",
+        "lora_mid.weight",
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_B.bias",
+        "dora_scale",
+        "lora_magnitude_vector",
+        "hada_w1_a",
+        "hada_t1",
+        "lokr_w1",
+        "lokr_w2_a",
+        "lokr_t2",
+        "diff",
+        "diff_b",
+        "w_norm",
+        "weight",
+        "on_input",
+        "scale",
+        "bias_indices",
+        "bias_values",
+        "bias_size",
+        "lora_embedding_A",
+        "scalar",
+        "reshape_weight",
+        "set_weight",
+        "lora_A.default.weight",
+        "token_adapter.trainable_tokens_delta",
+        "base_layer.bias",
+    ]
+)
 CHANGES = st.lists(
     st.one_of(
         st.tuples(st.just("shape"), st.integers(0, 99), SHAPES),
@@ -179,10 +253,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 99), st.floats(), st.text("qv_proj.*(+[", max_size=9),
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 99),
+    st.floats(),
+    st.text("qv_proj.*(+[", max_size=9),
     st.lists(st.text("qv_proj.", max_size=7) | st.integers(-1, 4), max_size=3),
     st.dictionaries(st.text("qv_proj.*(", max_size=7), st.integers(-1, 9) | st.text(max_size=3), max_size=2),
-)  # fmt: skip
+)
 
 
 @fuzzing
@@ -278,6 +356,9 @@ def test_long(tmp_path):
 
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:randomly", "--hypothesis-profile=fresh"],
-        env=os.environ | {"VENEER_FUZZ": "40"}, capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        env=os.environ | {"VENEER_FUZZ": "40"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert ran.returncode == 0, ran.stdout[-4000:]

@@ -208,9 +208,11 @@ def test_the_readme_has_front_matter_and_is_replaced_only_if_it_is_ours(tmp_path
 
 def test_the_readme_asks_with_the_system_message_of_the_rows(tmp_path):
     messages = [
-        {"role": "system", "content": "Answer with\n```json\n"}, {"role": "user", "content": "It's open"},
-        {"role": "assistant", "content": "{}"}, {"role": "user", "content": "And now?"},
-    ]  # fmt: skip
+        {"role": "system", "content": "Answer with\n```json\n"},
+        {"role": "user", "content": "It's open"},
+        {"role": "assistant", "content": "{}"},
+        {"role": "user", "content": "And now?"},
+    ]
     card = Card(base="org/base", kind="text", extra={"sample": {"messages": messages}})
     peft.write_folder(replace(linear_pairs(NAMES), card=card), tmp_path / "a")
     text = (tmp_path / "a" / README_FILE).read_text()

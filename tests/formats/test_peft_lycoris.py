@@ -71,9 +71,13 @@ def test_what_peft_saved_is_read_to_the_same_effect(way: str, cores: bool, tmp_p
     model, spec, given = Sums(), dict(WAYS[way]), inputs(torch.float32)
     both, factor = spec.get("decompose_both", False), spec.get("factor") or -1
     common: dict[str, Any] = {
-        "r": spec["rank"], "alpha": 3, "target_modules": list(NAMES), "use_effective_conv2d": cores,
-        "init_weights": False, "alpha_pattern": {"conv": 5}
-    }  # fmt: skip
+        "r": spec["rank"],
+        "alpha": 3,
+        "target_modules": list(NAMES),
+        "use_effective_conv2d": cores,
+        "init_weights": False,
+        "alpha_pattern": {"conv": 5},
+    }
     config = (
         peft.LoHaConfig(**common)
         if spec["kind"] == "loha"

@@ -162,8 +162,12 @@ def test_a_role_may_be_in_the_plain_sum_and_is_where_the_base_lacks_its_blocks(m
     from veneer.formats import campaign
 
     asked = Strength(0.5, campaign="lens")
-    for text, other, meant in (("", "double=1", "0.5"), ("steps=0.4-1", "", "0.5@steps=0.4-1"),
-                               ("single=1", "", "0.5"), ("", "single=1", "0.5")):  # fmt: skip
+    for text, other, meant in (
+        ("", "double=1", "0.5"),
+        ("steps=0.4-1", "", "0.5@steps=0.4-1"),
+        ("single=1", "", "0.5"),
+        ("", "single=1", "0.5"),
+    ):
         monkeypatch.setitem(campaign.CAMPAIGN, "flow", {"product": other, "brand": "", "lens": text})
         assert str(in_campaign(asked, "flow", list(families()["sd3"].modules))) == meant
 

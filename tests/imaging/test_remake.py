@@ -174,9 +174,15 @@ def test_a_text_of_a1111_is_taken_over(base: ImageBase, tmp_path: Path) -> None:
     with Mixer(base) as mixer:
         right = mixer.add("brand.safetensors").autov3
     fields = {
-        "Steps": "3", "Sampler": "Euler a", "CFG scale": "4", "Seed": "77", "Size": "32x32", "Model hash": "0123456789",
-        "Clip skip": "2", "Lora hashes": f"brand: {right}",
-    }  # fmt: skip
+        "Steps": "3",
+        "Sampler": "Euler a",
+        "CFG scale": "4",
+        "Seed": "77",
+        "Size": "32x32",
+        "Model hash": "0123456789",
+        "Clip skip": "2",
+        "Lora hashes": f"brand: {right}",
+    }
     text = Infotext("a cat (red:1.2) <lora:brand:0.5:0.8>", "blue", fields)
 
     def saved(info: Infotext) -> Path:

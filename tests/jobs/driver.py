@@ -43,8 +43,10 @@ from veneer.serve.tenancy.store import TrainingTerms, tenants_at
 KERNELS = (veneer_home() / "kernels").resolve()
 LEASE = 0.05
 AFTER = {
-    "evaluate": {"metrics": ["loss"]}, "route": {"name": "support", "weight": 0.1}, "promote": "loss <= base + 1",
-}  # fmt: skip
+    "evaluate": {"metrics": ["loss"]},
+    "route": {"name": "support", "weight": 0.1},
+    "promote": "loss <= base + 1",
+}
 Outcome = tuple[tuple[bool, bool], list[bytes]]
 """Whether it was always with the same others, and with any; and the files of all states."""
 TERMS = TrainingTerms(price=4_000_000, budget=10**9)

@@ -44,8 +44,9 @@ def test_units_and_sides(rule: str, holds: bool | None) -> None:
     """None: something was not measured, and nothing is decided."""
     scores: Any = {
         "new": {"loss": 1.5, "exact_match": 0.5, "bleu": 32.0, "rouge_l": None},
-        "serving": {"loss": 2.0, "bleu": 30.0}, "base": {"loss": 2.0},
-    }  # fmt: skip
+        "serving": {"loss": 2.0, "bleu": 30.0},
+        "base": {"loss": 2.0},
+    }
     assert parse_rule(rule).holds(scores) is holds
 
 
@@ -136,15 +137,22 @@ def test_overrides_reach_what_comes_after(tmp_path: Path, monkeypatch: pytest.Mo
         assert (run.adapter.rank, load_job_config(tmp_path / "b.yaml")[1]) == (3, None)
         assert after is not None
         assert after.model_dump() == {
-            "evaluate": {"data": [str(tmp_path / "here" / "held.jsonl")], "metrics": ["loss"], "limit": None,
-                         "max_new_tokens": 256},
-            "route": {"name": name, "weight": 0.25, "shadow": False}, "promote": "loss <= serving - 2 %",
+            "evaluate": {
+                "data": [str(tmp_path / "here" / "held.jsonl")],
+                "metrics": ["loss"],
+                "limit": None,
+                "max_new_tokens": 256,
+            },
+            "route": {"name": name, "weight": 0.25, "shadow": False},
+            "promote": "loss <= serving - 2 %",
             "alias": None,
-        }  # fmt: skip
+        }
     for wrong, said in {
-        "after.route.wight=1": "did you mean weight", "after.route.weight=2": "`after.route.weight`",
-        "after.promote.now=1": "is no section", "after.route": "not an override",
-    }.items():  # fmt: skip
+        "after.route.wight=1": "did you mean weight",
+        "after.route.weight=2": "`after.route.weight`",
+        "after.promote.now=1": "is no section",
+        "after.route": "not an override",
+    }.items():
         with pytest.raises(ConfigError) as error:
             load_job_config(tmp_path / "a.yaml", [rule, wrong])
         assert said in f"{error.value}", wrong

@@ -45,10 +45,12 @@ def test_a_job_has_what_clients_left_of_the_budget(store: JobStore, tenants: Sto
     """Of 9, clients spent 4: a job of 6 is one too many, of 5 it is not. What was asked, what is another's and what was
     trained before this month does not count."""
     for adapter, units, tenant, ago in (
-        (trained_name("acme/tinker-a-0"), 3, "acme", 0.0), (trained_name("acme/tinker-b-0"), 1, "acme", 0.0),
-        ("acme/tinker-a-0@1", 50, "acme", 0.0), (trained_name("best/tinker-a-0"), 60, "best", 0.0),
+        (trained_name("acme/tinker-a-0"), 3, "acme", 0.0),
+        (trained_name("acme/tinker-b-0"), 1, "acme", 0.0),
+        ("acme/tinker-a-0@1", 50, "acme", 0.0),
+        (trained_name("best/tinker-a-0"), 60, "best", 0.0),
         (trained_name("acme/tinker-a-0"), 70, "acme", 32 * 86400.0),
-    ):  # fmt: skip
+    ):
         billed(tenants, adapter, units, tenant, ago)
     assert spent_by_clients(tenants, "acme") == 4 * UNIT
     manage.add_tenant(tenants, "acme", who="test")

@@ -49,9 +49,14 @@ class Shop:
         given = small_config(self.folder, **sections) | {"output": str(self.folder / "out")}
         config, _ = config_from(given)
         return submitted(
-            self.jobs, config, tenant="acme", name="support", after=after_from(after, self.folder),
-            tenants=self.tenants, device=device_of("h100-80gb"),
-        )  # fmt: skip
+            self.jobs,
+            config,
+            tenant="acme",
+            name="support",
+            after=after_from(after, self.folder),
+            tenants=self.tenants,
+            device=device_of("h100-80gb"),
+        )
 
     def work(self) -> Job:
         lease = taken(self.jobs, 600)
@@ -60,7 +65,7 @@ class Shop:
 
     def placed(
         self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any], serving: int | None = None
-    ) -> Job:  # fmt: skip
+    ) -> Job:
         """A job that has made `reference`, by pretence, and was measured so, beside a version that serves."""
         job = queued(self.jobs, about={"after": after_from(after, self.folder).model_dump()})
         lease = taken(self.jobs)
@@ -170,9 +175,10 @@ def test_a_job_is_compared_with_what_serves_then(shop: Shop, monkeypatch: pytest
     small_config(shop.folder)
     held.write_text("".join((shop.folder / "rows.jsonl").read_text().splitlines(keepends=True)[:3]))
     after = {
-        "evaluate": {"data": "held.jsonl", "metrics": ["loss"]}, "route": {"name": "support"},
+        "evaluate": {"data": "held.jsonl", "metrics": ["loss"]},
+        "route": {"name": "support"},
         "promote": "loss < serving",
-    }  # fmt: skip
+    }
     first = shop.submit(after)
     assert first.state == "queued", first.error
     with pytest.raises(WrongState, match="is queued"):

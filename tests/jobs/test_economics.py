@@ -63,9 +63,22 @@ def test_the_table_is_what_pen_and_paper_say(store: JobStore, tenants: Store) ->
     # acme: 72 for 4 requests, 18 each; it pays 30 each: 12 more. 2 h of training at 32 are 64, 4 of them paid: 60/12.
     # One hour alone costs 1: 24 a day, as much as 24/18 requests that are shared.
     acme = EconomicsRow(
-        "acme", "acme/support", 2, 7200.0, 64 * UNIT, 4 * UNIT, 4, 120.0, 72 * UNIT, 120 * UNIT, 48 * UNIT,
-        18_000 * UNIT, 12_000 * UNIT, 2, 5,
-    )  # fmt: skip
+        "acme",
+        "acme/support",
+        2,
+        7200.0,
+        64 * UNIT,
+        4 * UNIT,
+        4,
+        120.0,
+        72 * UNIT,
+        120 * UNIT,
+        48 * UNIT,
+        18_000 * UNIT,
+        12_000 * UNIT,
+        2,
+        5,
+    )
     # globex's one request costs 24 and brings 20; nothing of its training is open, for the draft was never asked.
     base = EconomicsRow(
         "globex", "base", 0, 0.0, 0, 0, 1, 40.0, 24 * UNIT, 20 * UNIT, 48 * UNIT, 24_000 * UNIT, 48_000 * UNIT, 1, 0

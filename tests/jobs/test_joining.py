@@ -31,7 +31,7 @@ CALM = {"optimizer": {"name": "sgd", "learning_rate": 0.1}}
 
 def queued(
     store: JobStore, folder: Path, tenant: str = "acme", steps: int = 3, name: str = "support", **sections: Any
-) -> Job:  # fmt: skip
+) -> Job:
     config = small_config(folder, steps, **sections)
     made = store.create(tenant, config, name=name, about={"publish": "checkpoints"})
     lease = store.take("v", 600, "validating")

@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
     "cases",
     [
         ["12:acme", "20:acme,globex"],
-        pytest.param(["1:acme"], marks=pytest.mark.slow), pytest.param(["1:acme,globex"], marks=pytest.mark.slow),
+        pytest.param(["1:acme"], marks=pytest.mark.slow),
+        pytest.param(["1:acme,globex"], marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_a_kill_at_every_commit_of_jobs(quick: Path, cases: list[str]) -> None:  # noqa: F811
     """From the first look at them to the place on a route and the bill: at a commit one machine dies, and another goes
     on; of one job, and of two that are trained in one process. By default at some of the commits; the slow tests have

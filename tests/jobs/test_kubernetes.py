@@ -43,8 +43,10 @@ DONE = {
     "conditions": [{"type": "SuccessCriteriaMet", **REACHED}, {"type": "Complete", **REACHED}],
 }  # fmt: skip
 FAILED = {
-    "failed": 1, "startTime": "2026-11-28T12:00:00Z", "conditions": [{"type": "Failed", "status": "True", **LIMIT}],
-}  # fmt: skip
+    "failed": 1,
+    "startTime": "2026-11-28T12:00:00Z",
+    "conditions": [{"type": "Failed", "status": "True", **LIMIT}],
+}
 
 
 class Cluster:

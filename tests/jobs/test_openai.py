@@ -104,8 +104,6 @@ def test_a_job_is_of_the_type_of_its_client(quick: Path, method: str) -> None:  
     """The job validates strictly against OpenAI's own type."""
     job = shown_job(failed_job(quick, method, kind="data", message="no row"), "org-acme")
     read = FineTuningJob.model_validate(job, strict=True)
-    assert read.hyperparameters.to_dict() == {
-        "batch_size": "auto", "n_epochs": 2, "learning_rate_multiplier": "auto"
-    }  # fmt: skip
+    assert read.hyperparameters.to_dict() == {"batch_size": "auto", "n_epochs": 2, "learning_rate_multiplier": "auto"}
     assert read.method is not None
     assert read.method.type == method

@@ -41,9 +41,18 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     place = Path("/tmp") / f"ray-{os.getpid()}"  # sockets want a short path
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     command = [
-        *ray, "start", "--head", "--block", "--port=0", "--num-cpus=2", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={port}", "--disable-usage-stats", f"--temp-dir={place}", "--object-store-memory=80000000",
-    ]  # fmt: skip
+        *ray,
+        "start",
+        "--head",
+        "--block",
+        "--port=0",
+        "--num-cpus=2",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={port}",
+        "--disable-usage-stats",
+        f"--temp-dir={place}",
+        "--object-store-memory=80000000",
+    ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "RAY_DISABLE_MEMORY_MONITOR": "1"}
     with open(tmp_path_factory.mktemp("ray") / "log", "wb") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)

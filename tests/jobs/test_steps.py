@@ -57,9 +57,12 @@ def trained(store: JobStore) -> Job:
 
 
 def test_a_step_is_in_the_library_while_the_next_one_trains_and_can_be_gone_on_from(
-    store: JobStore, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    store: JobStore,
+    device: Device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     values = small_config(tmp_path, checkpoint={"every": 1, "adapters": True, "keep": 2})
     asked(store, device, values)
     add, away = store.library.add, [UnavailableError("the store is away")]
@@ -120,9 +123,13 @@ def test_a_step_is_in_the_library_while_the_next_one_trains_and_can_be_gone_on_f
 
 def test_pictures_are_seen_as_it_draws_them(store: JobStore, device: Device, tmp_path: Path) -> None:
     values = image_values(
-        tmp_path, tmp_path / "support", samples={"prompts": ["sks, a house"], "every": 2, "steps": 2, "size": 32},
-        checkpoint={"every": 2, "adapters": True}, schedule={"steps": 4}, data={"trigger": "sks", "split": 0},
-    )  # fmt: skip
+        tmp_path,
+        tmp_path / "support",
+        samples={"prompts": ["sks, a house"], "every": 2, "steps": 2, "size": 32},
+        checkpoint={"every": 2, "adapters": True},
+        schedule={"steps": 4},
+        data={"trigger": "sks", "split": 0},
+    )
     asked(store, device, values)
     job = trained(store)
     drawn = [event.data["step"] for event in store.events_of(None, job.id, "sample")]

@@ -49,8 +49,15 @@ def test_a_preview_is_a_picture_of_a_kind_that_pages_may_show() -> None:
 
     assert preview(f"data:image/jpeg;base64,{text}") == ("image/jpeg", data)
     assert preview(f"data:image/png;base64,{text}") == ("image/png", data)
-    for other in (f"data:image/svg+xml;base64,{text}", f"data:text/html;base64,{text}", "https://there/x.png", None, 7,
-                  f"data:image/png;base64,{text}!", "data:image/png;base64,A"):  # fmt: skip
+    for other in (
+        f"data:image/svg+xml;base64,{text}",
+        f"data:text/html;base64,{text}",
+        "https://there/x.png",
+        None,
+        7,
+        f"data:image/png;base64,{text}!",
+        "data:image/png;base64,A",
+    ):
         assert preview(other) is None
     assert card_picture({"extra": []}) is None
 

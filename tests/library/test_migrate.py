@@ -118,9 +118,11 @@ def test_a_library_of_an_earlier_veneer_opens_and_is_used(tmp_path: Path) -> Non
 
 def test_what_shelves_are_ordered_by_is_read_out_of_old_cards(where: str) -> None:
     card = {
-        "base": "org/B", "rank": 8, "metrics": {"validation_loss_before": 2.0, "validation_loss": 1.5},
+        "base": "org/B",
+        "rank": 8,
+        "metrics": {"validation_loss_before": 2.0, "validation_loss": 1.5},
         "extra": {"thumbnail": "data:image/png;base64,QUJD"},
-    }  # fmt: skip
+    }
     empty = ", ".join(["''"] * 6)
     held = f"INSERT INTO library_entries VALUES ('e', 'm', '', 'peft', {empty}, 0, '{json.dumps(card)}', 'data:image')"
     engine = made(where, "index-7555cba", SAYS["index"], "INSERT INTO library_objects VALUES ('m', 1, 0, 'g')", held)

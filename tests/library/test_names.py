@@ -132,8 +132,10 @@ def test_a_name_in_a_namespace_is_another_name_and_lives_as_any(library: Library
     rebuild(library.location, str(library.engine.url.render_as_string(hide_password=False)))
     assert {r: library.find(r).entry for r in entries} == entries
     assert library.remove("acme/support", with_aliases=True) == [
-        "acme/support@prod", "acme/support@1", "acme/support@2"
-    ]  # fmt: skip
+        "acme/support@prod",
+        "acme/support@1",
+        "acme/support@2",
+    ]
     assert library.find("support").entry == entries["support"]
 
 

@@ -39,9 +39,12 @@ def test_what_is_browsed_is_what_python_finds_among_all(library: Library, tmp_pa
     every = library.search(all_versions=True)
     latest = {v.name: v for v in every}.values()
     facets = {
-        "base": lambda v: [v.base], "kind": lambda v: [v.kind], "rank": lambda v: [str(v.rank)],
-        "tag": lambda v: v.tags, "health": lambda v: [v.health],
-    }  # fmt: skip
+        "base": lambda v: [v.base],
+        "kind": lambda v: [v.kind],
+        "rank": lambda v: [str(v.rank)],
+        "tag": lambda v: v.tags,
+        "health": lambda v: [v.health],
+    }
     orders = {
         "name": lambda v: (),
         "gain": lambda v: (v.gain is None, v.gain or 0),
@@ -49,10 +52,19 @@ def test_what_is_browsed_is_what_python_finds_among_all(library: Library, tmp_pa
         "rank": lambda v: -v.rank,
     }
     asked: list[dict[str, Any]] = [
-        {}, {"all_versions": True}, {"base": "small"}, {"kind": "image", "rank": 16}, {"tags": ["a", "b"]},
-        {"base": "org/large", "tags": ["c"]}, {"rank": 0, "kind": "text"}, {"health": "unknown"}, {"health": "faulty"},
-        {"name": "acme/", "kind": "text"}, {"without": "a"}, {"without": "b", "kind": "text"},
-    ]  # fmt: skip
+        {},
+        {"all_versions": True},
+        {"base": "small"},
+        {"kind": "image", "rank": 16},
+        {"tags": ["a", "b"]},
+        {"base": "org/large", "tags": ["c"]},
+        {"rank": 0, "kind": "text"},
+        {"health": "unknown"},
+        {"health": "faulty"},
+        {"name": "acme/", "kind": "text"},
+        {"without": "a"},
+        {"without": "b", "kind": "text"},
+    ]
 
     def fits(v: Version, wanted: dict[str, Any], but: str = "") -> bool:
         of = {k: w for k, w in wanted.items() if k not in ("all_versions", but)}
@@ -116,9 +128,11 @@ def test_a_family_is_found_by_the_digests_in_cards(library: Library, tmp_path: P
     other = library.add(made(tmp_path / "3", 3), "child", describe=read_made).version
     family = library.family("child@1").names()
     assert family == {
-        "parents": [parent.reference], "unknown_parents": [gone], "children": [],
+        "parents": [parent.reference],
+        "unknown_parents": [gone],
+        "children": [],
         "versions": [other.reference, child.reference],
-    }  # fmt: skip
+    }
     assert library.family("parent").names()["children"] == ["child@1"]
 
 

@@ -81,9 +81,15 @@ def draw(pipeline: Any, prompt: str, steps: int = 12, **more: Any) -> torch.Tens
         more["max_sequence_length"] = pipeline.tokenizer_2.model_max_length
     generator = torch.Generator().manual_seed(3)
     out = pipeline(
-        prompt, height=128, width=128, num_inference_steps=steps, guidance_scale=3.0, generator=generator,
-        output_type="pt", **more,
-    )  # fmt: skip
+        prompt,
+        height=128,
+        width=128,
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        generator=generator,
+        output_type="pt",
+        **more,
+    )
     return out.images[0].float()
 
 

@@ -29,14 +29,32 @@ from veneer.plan.time import rates_of
 GPU = device_named("h100-80gb")
 TEXTS = {str(base_config(name).get("model_type")): base_config(name) for name in base_names()}
 BASES = [config for kind, config in sorted(TEXTS.items())]
-KEYS = sorted({key for config in BASES for key in [*config, *config.get("text_config", {})]} | {
-    "head_dim", "hidden_act", "rope_scaling", "rope_parameters", "layer_types", "mlp_only_layers", "moe_layers",
-    "num_key_value_heads", "text_config", "vae", "encoders", "_class_name",
-})  # fmt: skip
+KEYS = sorted(
+    {key for config in BASES for key in [*config, *config.get("text_config", {})]}
+    | {
+        "head_dim",
+        "hidden_act",
+        "rope_scaling",
+        "rope_parameters",
+        "layer_types",
+        "mlp_only_layers",
+        "moe_layers",
+        "num_key_value_heads",
+        "text_config",
+        "vae",
+        "encoders",
+        "_class_name",
+    }
+)
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-3, 130), st.floats(), st.text(max_size=8),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-3, 130),
+    st.floats(),
+    st.text(max_size=8),
     st.sampled_from(["big", "", "4096", 1e308, float("nan"), 1 << 80, [], {}, [1], [-1], ["x"], {"factor": "x"}, [[]]]),
-)  # fmt: skip
+)
 
 
 def planned(config: dict[str, Any]) -> str:

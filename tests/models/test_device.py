@@ -45,9 +45,7 @@ def test_auto_takes_bf16_where_hardware_has_it_and_nothing_is_lost(
 def test_a_cuda_device_has_the_number_its_tensors_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [choose_device(name) for name in ("auto", "cuda", "cuda:1")] == [
-        torch.device("cuda", n) for n in (0, 0, 1)
-    ]  # fmt: skip
+    assert [choose_device(name) for name in ("auto", "cuda", "cuda:1")] == [torch.device("cuda", n) for n in (0, 0, 1)]
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
     assert choose_device("cuda") == torch.device("cuda", 1)

@@ -143,9 +143,14 @@ def test_loading_takes_the_quantised_model_and_one_weight(tmp_path: Path, folder
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
-        vocab_size=512, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=512,
+        tie_word_embeddings=True,
+    )
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in LlamaForCausalLM(config).named_parameters()}
@@ -189,9 +194,11 @@ def test_a_checkpoint_that_bitsandbytes_saved_is_the_same_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     asked = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
+    )
     theirs: Any = AutoModelForCausalLM.from_pretrained(
         wide, quantization_config=asked, dtype=torch.float32, device_map={"": "cpu"}
     )

@@ -164,9 +164,10 @@ def test_a_download_says_its_size_and_progress(home: Path, monkeypatch: pytest.M
     said: list[str] = []
     find_base("some/base", say=said.append)
     assert said == [
-        "looking for some/base on the hub", "getting some/base (2,500 MB) from the hub",
+        "looking for some/base on the hub",
+        "getting some/base (2,500 MB) from the hub",
         "getting some/base: 50% of 2,500 MB",
-    ]  # fmt: skip
+    ]
 
 
 def test_directories_that_are_no_base_say_what_they_are(home: Path) -> None:

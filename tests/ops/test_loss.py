@@ -112,9 +112,13 @@ def test_simpo_is_trl_s(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> No
 
     w, l = torch.tensor([-0.5, -2.0, -0.1]), torch.tensor([-1.5, -0.4, -0.11])
     trainer = SimpleNamespace(
-        alpha=0.0, beta=2.0, loss_type="simpo", simpo_gamma=1.0, label_smoothing=smoothing,
+        alpha=0.0,
+        beta=2.0,
+        loss_type="simpo",
+        simpo_gamma=1.0,
+        label_smoothing=smoothing,
         accelerator=SimpleNamespace(device="cpu"),
-    )  # fmt: skip
+    )
     wanted, reward, _ = CPOTrainer.cpo_loss(trainer, w, l)
     torch.testing.assert_close(simpo(w, l, beta=2.0, gamma=1.0, smoothing=smoothing), wanted)
     torch.testing.assert_close(2.0 * w, reward)

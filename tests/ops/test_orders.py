@@ -29,10 +29,13 @@ has_panels = pytest.mark.skipif(not compiled.has("panel_product"), reason="no ke
 @pytest.mark.parametrize(
     "pack",
     [
-        Dense, Reordered.of, Int8.of, Int4.of,
+        Dense,
+        Reordered.of,
+        Int8.of,
+        Int4.of,
         *(pytest.param(of, marks=has_panels) for of in (Panels.of, Panels.int8, Panels.int4)),
     ],
-)  # fmt: skip
+)
 def test_products_are_those_of_the_dense_weight(pack: Callable[[Tensor], Any], rows: int) -> None:
     if pack == Reordered.of and not reorders(torch.bfloat16):
         pytest.skip("this torch packs no weights")

@@ -75,9 +75,12 @@ def test_the_8_bit_map_has_a_decade_and_the_bits_it_leaves() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    kind=st.sampled_from(FOUR), dtype=st.sampled_from(DTYPES), rows=st.integers(1, 70), columns=st.integers(1, 200),
+    kind=st.sampled_from(FOUR),
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 200),
     seed=st.integers(0, 9),
-)  # fmt: skip
+)
 def test_each_weight_gets_the_nearest_value_of_its_block(
     kind: str, dtype: torch.dtype, rows: int, columns: int, seed: int
 ) -> None:
@@ -163,9 +166,7 @@ def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -
         assert torch.equal(code.absmax, state.absmax)
         assert torch.equal(mine.dense(), bnb.dequantize_4bit(packed, state))
         packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type=kind, compress_statistics=True)
-        theirs = Blocks4(
-            kind, tuple(shape), packed.flatten(), state.absmax, state.state2.absmax, state.offset, 64, 256
-        )  # fmt: skip
+        theirs = Blocks4(kind, tuple(shape), packed.flatten(), state.absmax, state.state2.absmax, state.offset, 64, 256)
         assert torch.equal(Quantised(theirs, dtype).dense(), bnb.dequantize_4bit(packed, state))
         code = quantise(w, kind).stored
         assert isinstance(code, Blocks4)
@@ -266,19 +267,32 @@ def test_views_by_rows_stay_quantised_and_all_else_is_computed(kind: str) -> Non
     q = quantise(weight(4, 32, 128, dtype=torch.bfloat16), kind)
     dense = q.dense()
     views: list[tuple[Any, Tensor]] = [
-        (q[2], dense[2]), (q[1:3], dense[1:3]), (q[-1], dense[-1]), (q.transpose(1, 2), dense.transpose(1, 2)),
-        (q[3].t(), dense[3].t()), (q[1][4:9], dense[1][4:9]), *zip(q.split(2), dense.split(2), strict=True),
-        *zip(q.unbind(0), dense.unbind(0), strict=True), (q.mT, dense.mT), (q.detach(), dense),
-    ]  # fmt: skip
+        (q[2], dense[2]),
+        (q[1:3], dense[1:3]),
+        (q[-1], dense[-1]),
+        (q.transpose(1, 2), dense.transpose(1, 2)),
+        (q[3].t(), dense[3].t()),
+        (q[1][4:9], dense[1][4:9]),
+        *zip(q.split(2), dense.split(2), strict=True),
+        *zip(q.unbind(0), dense.unbind(0), strict=True),
+        (q.mT, dense.mT),
+        (q.detach(), dense),
+    ]
     for got, want in views:
         assert isinstance(got, Quantised), want.shape
         assert got.shape == want.shape
         assert torch.equal(got.dense(), want)
     plain: list[tuple[Any, Tensor]] = [
-        (q + 1, dense + 1), (q[:, 3], dense[:, 3]), (q.reshape(-1), dense.reshape(-1)), (q.sum(), dense.sum()),
-        (q[[0, 2]], dense[[0, 2]]), (torch.cat([q, q]), torch.cat([dense, dense])), (q[..., ::2], dense[..., ::2]),
-        (torch.where(q > 0, q, 0), torch.where(dense > 0, dense, 0)), (q[0] @ q[1].t(), dense[0] @ dense[1].t()),
-    ]  # fmt: skip
+        (q + 1, dense + 1),
+        (q[:, 3], dense[:, 3]),
+        (q.reshape(-1), dense.reshape(-1)),
+        (q.sum(), dense.sum()),
+        (q[[0, 2]], dense[[0, 2]]),
+        (torch.cat([q, q]), torch.cat([dense, dense])),
+        (q[..., ::2], dense[..., ::2]),
+        (torch.where(q > 0, q, 0), torch.where(dense > 0, dense, 0)),
+        (q[0] @ q[1].t(), dense[0] @ dense[1].t()),
+    ]
     for got, want in plain:
         assert not isinstance(got, Quantised)
         assert torch.equal(got, want)
@@ -344,11 +358,20 @@ def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
     want = q.dense().clone()
     other = torch.zeros(4, 32, 64, dtype=torch.bfloat16)
     writes: list[Any] = [
-        lambda: q.add_(1), lambda: q.zero_(), lambda: q.copy_(other), lambda: q[1].fill_(2), lambda: q[1:3].mul_(2),
-        lambda: q.__setitem__(0, 1.0), lambda: q.mT.add_(1), lambda: nn.init.normal_(q), lambda: q.clamp_(max=0),
-        lambda: torch.add(other, 1, out=q), lambda: torch._foreach_mul_([other, q], 2.0),
-        lambda: q.index_fill_(0, torch.tensor([1]), 3.0), lambda: q.detach().sub_(1),
-    ]  # fmt: skip
+        lambda: q.add_(1),
+        lambda: q.zero_(),
+        lambda: q.copy_(other),
+        lambda: q[1].fill_(2),
+        lambda: q[1:3].mul_(2),
+        lambda: q.__setitem__(0, 1.0),
+        lambda: q.mT.add_(1),
+        lambda: nn.init.normal_(q),
+        lambda: q.clamp_(max=0),
+        lambda: torch.add(other, 1, out=q),
+        lambda: torch._foreach_mul_([other, q], 2.0),
+        lambda: q.index_fill_(0, torch.tensor([1]), 3.0),
+        lambda: q.detach().sub_(1),
+    ]
     with torch.no_grad():
         for write in writes:
             with pytest.raises(BaseError, match=f"write to a weight in {kind}"):

@@ -33,15 +33,17 @@ def test_each_span_is_what_it_is_by_itself() -> None:
     spans = Spans(TOKENS, (1, 1, 1), [generator(span) for span in range(3)], sizes=(len(x), 4))
     maps = [
         LinearMap(
-            weight, None,
+            weight,
+            None,
             tuple(
                 LowRank(*own[span, at], 0.5 + span, DROPS[span], span=span)
-                for span, own in enumerate(pairs) if (span, at) in own
+                for span, own in enumerate(pairs)
+                if (span, at) in own
             ),
             spans=spans,
         )
         for at, weight in enumerate(weights)
-    ]  # fmt: skip
+    ]
     leaves = [x, *(t for own in pairs for pair in own.values() for t in pair)]
     y = linear(x, join_maps(maps))
     found = torch.autograd.grad(y, leaves, g)
@@ -52,11 +54,12 @@ def test_each_span_is_what_it_is_by_itself() -> None:
         torch.set_rng_state(generator(span).get_state())
         own_maps = [
             LinearMap(
-                w, None,
+                w,
+                None,
                 tuple(LowRank(*pair, 0.5 + span, DROPS[span]) for (_, own), pair in pairs[span].items() if own == at),
             )
             for at, w in enumerate(weights)
-        ]  # fmt: skip
+        ]
         own_x = x[first : first + n].detach().requires_grad_()
         own_y = linear(own_x, join_maps(own_maps))
         own_leaves = [own_x, *(t for pair in pairs[span].values() for t in pair)]

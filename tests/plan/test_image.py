@@ -34,11 +34,14 @@ def given(name: str, size: int) -> dict[str, Any]:
         return {"sample": x, "timestep": torch.ones(n), "encoder_hidden_states": text, "added_cond_kwargs": cond}
     places = (size // 16) ** 2
     return {
-        "hidden_states": torch.randn(n, places, 64).bfloat16(), "timestep": torch.rand(n).bfloat16(),
+        "hidden_states": torch.randn(n, places, 64).bfloat16(),
+        "timestep": torch.rand(n).bfloat16(),
         "encoder_hidden_states": torch.randn(n, TEXT, 128).bfloat16(),
-        "pooled_projections": torch.randn(n, 96).bfloat16(), "img_ids": torch.zeros(places, 3),
-        "txt_ids": torch.zeros(TEXT, 3), "guidance": torch.ones(n).bfloat16(),
-    }  # fmt: skip
+        "pooled_projections": torch.randn(n, 96).bfloat16(),
+        "img_ids": torch.zeros(places, 3),
+        "txt_ids": torch.zeros(TEXT, 3),
+        "guidance": torch.ones(n).bfloat16(),
+    }
 
 
 def denoiser(name: str) -> tuple[Any, dict[str, Any]]:

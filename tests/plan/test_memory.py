@@ -38,8 +38,14 @@ from veneer.train.text.policy_losses import divergences
 
 CPU = Device("cpu", "cpu", 16 << 30, 1e12, 2e10)
 LLAMA = text_shape(base_config("meta-llama/Llama-3.1-8B"))
-SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
 loads = st.builds(
     Load,
     st.lists(st.integers(2, 700), min_size=1, max_size=4).map(tuple),
@@ -110,8 +116,9 @@ def test_packed_weights_are_two_copies_of_all_but_what_needs_no_gradient() -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_weights_are_what_a_step_keeps_and_change_nothing_else(dtype: torch.dtype) -> None:
     """Of a model large enough for copies; those are gone after the block."""
-    config = LlamaConfig(**{**SMALL, "hidden_size": 256, "intermediate_size": 288, "vocab_size": 300},
-                         bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = LlamaConfig(
+        **{**SMALL, "hidden_size": 256, "intermediate_size": 288, "vocab_size": 300}, bos_token_id=1, eos_token_id=2
+    )
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     adapter, ids = create(model, LoraSpec(rank=4), seed=0), torch.randint(3, 300, (40,))

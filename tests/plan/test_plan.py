@@ -191,9 +191,14 @@ def test_a_plan_for_a_card_says_what_is_assumed() -> None:
     assert "its allocator cannot place are assumed" in said
     assert "from the CPU's memory, assumed" not in said
     pictures = image_plan(
-        "flux.1-dev", base_config("flux.1-dev"), ImageLoad(checkpointing=True), device, rates_of(device),
-        TrainingJob(20, 1, 35, 1), room=20 * 10**9,
-    )  # fmt: skip
+        "flux.1-dev",
+        base_config("flux.1-dev"),
+        ImageLoad(checkpointing=True),
+        device,
+        rates_of(device),
+        TrainingJob(20, 1, 35, 1),
+        room=20 * 10**9,
+    )
     assert any("memory.offload_blocks=" in change.text for change in pictures.changes)
     assert "from the CPU's memory, assumed" in plan_text(pictures)
     own = Rates(1e12, 1e12, "measured here", measured=True)

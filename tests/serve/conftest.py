@@ -67,9 +67,11 @@ def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
         places |= {k: options.pop(k) for k in ("library", "folders", "max_bytes") if k in options}
         shelf, problems = Shelf(base, **places), servable or (lambda a: fit_problems(base.model, a))
         residents: Residents[Ready] = Residents(
-            lambda digest: shelf.read(digest, problems), lambda a, digest: Ready(a, a.size_bytes()),
-            limit_bytes=limit, threads=1,
-        )  # fmt: skip
+            lambda digest: shelf.read(digest, problems),
+            lambda a, digest: Ready(a, a.size_bytes()),
+            limit_bytes=limit,
+            threads=1,
+        )
         catalog = Prompt(shelf, problems, residents, **{"name": "tiny", **options})
         catalogs.append(catalog)
         made.append(residents)

@@ -19,9 +19,11 @@ def test_an_amount_over_a_limit_names_the_limit() -> None:
     quotas = Quotas(SMALL)
     with quotas.take("a", memory=60):
         for amounts, status, code in (
-            ({"memory": 101}, 413, "too_large"), ({"memory": 41}, 429, "overloaded"),
-            ({"disk": 1001}, 413, "too_large"), ({"requests": 3}, 413, "too_large"),
-        ):  # fmt: skip
+            ({"memory": 101}, 413, "too_large"),
+            ({"memory": 41}, 429, "overloaded"),
+            ({"disk": 1001}, 413, "too_large"),
+            ({"requests": 3}, 413, "too_large"),
+        ):
             with pytest.raises(Refused, match=rf"limit \({next(iter(amounts))}\)") as error:
                 quotas.take("a", **amounts)
             assert (error.value.status, error.value.code) == (status, code)

@@ -51,9 +51,7 @@ def test_decoding_that_is_recorded_gives_what_it_gives_otherwise() -> None:
     for runner, out in ((recorded, got), (plain, want)):
         ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
         for turn in range(3):  # another mix for each row, over the same pages
-            work = [
-                (p, [(ready[n], s) for n, s in mixes[(i + turn) % 3]]) for i, p in enumerate(ids)
-            ]  # fmt: skip
+            work = [(p, [(ready[n], s) for n, s in mixes[(i + turn) % 3]]) for i, p in enumerate(ids)]
             out += serve(runner, work, [4, 1, 1, 1, 1, 1])
     assert recorded.graphs is not None
     assert recorded.graphs.problem == ""

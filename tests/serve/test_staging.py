@@ -96,10 +96,16 @@ def test_what_is_not_called_as_an_adapter_is_refused(staging: Staging, name: str
 
 
 def test_an_archive_gives_an_adapters_files_and_writes_nowhere_else(staging: Staging) -> None:
-    staged = sent(staging, "a.zip", packed(
-        ("../../adapter_config.json", b"{}"), ("/etc/adapter_model.safetensors", b"w"), ("run/evil.py", b"x"),
-        ("run/README.md/", b""),
-    ))  # fmt: skip
+    staged = sent(
+        staging,
+        "a.zip",
+        packed(
+            ("../../adapter_config.json", b"{}"),
+            ("/etc/adapter_model.safetensors", b"w"),
+            ("run/evil.py", b"x"),
+            ("run/README.md/", b""),
+        ),
+    )
     assert {p.name: p.read_bytes() for p in staged.path.iterdir()} == {
         "adapter_config.json": b"{}",
         "adapter_model.safetensors": b"w",

@@ -33,9 +33,14 @@ def test_a_step_reads_the_chosen_tokens_and_waits_for_nothing_else(family: str, 
 
 def test_what_comes_beside_the_base_is_as_it_is_counted() -> None:
     narrow = {
-        "num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
-        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 32000,
-    }  # fmt: skip
+        "num_hidden_layers": 6,
+        "hidden_size": 512,
+        "intermediate_size": 1792,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 32000,
+    }
     traffic = Traffic(prompt=600, answer=100, together=16, tenants=8)
     found = traced_serving({**base_config("meta-llama/Llama-3.1-8B"), **narrow}, traffic)
     assert found.counted is not None

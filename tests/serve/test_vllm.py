@@ -114,9 +114,13 @@ def made(base: TextBase, spec: LoraSpec, seed: int) -> Adapter:
 def start(model: Path, port: int, core: int, log: Path, **more: str) -> subprocess.Popen[bytes]:
     """A server on one core: two threads that wait for each other are slower than one where others work too."""
     settings = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
-    }  # fmt: skip
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": str(core),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT / "src"),
+    }
     flags = (
         "--served-model-name base --dtype float32 --max-model-len 512 --enforce-eager --enable-lora --max-loras 4 "
         "--max-cpu-loras 8 --max-lora-rank 64 --max-num-seqs 8 --host 127.0.0.1"

@@ -85,8 +85,11 @@ def test_from_one_adapter_to_another_and_back(whole: Whole, shop: Shop) -> None:
 def test_chat_streams_what_it_answers_whole(whole: Whole) -> None:
     asked: dict[str, Any] = {
         "messages": [{"role": "user", "content": "The link has expired."}],
-        "model": "patterns", "max_tokens": 30, "temperature": 0, "extra_body": {"ignore_eos": True},
-    }  # fmt: skip
+        "model": "patterns",
+        "max_tokens": 30,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
     answer = whole.client.chat.completions.create(**asked)
     chunks = list(whole.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == answer.choices[0].message.content

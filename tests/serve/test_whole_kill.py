@@ -67,10 +67,26 @@ def process(shop: Shop, url: str, home: Path) -> Iterator[tuple[Forked, str]]:
     port = free_port()
     own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(home)), "OMP_NUM_THREADS": "1"}
     command = [
-        "-c", "from veneer.cli.main import main; main()", "serve",
-        "--base", str(shop.base_dir), "--port", str(port), "--library", shop.library.location, "--tenants", url,
-        "--cache-memory", "16M", "--dtype", "float32", "--device", "cpu", "--drain-seconds", "120",
-    ]  # fmt: skip
+        "-c",
+        "from veneer.cli.main import main; main()",
+        "serve",
+        "--base",
+        str(shop.base_dir),
+        "--port",
+        str(port),
+        "--library",
+        shop.library.location,
+        "--tenants",
+        url,
+        "--cache-memory",
+        "16M",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--drain-seconds",
+        "120",
+    ]
     server = Forked(command, env=os.environ | own, log=home / "log")
     address = f"http://127.0.0.1:{port}"
     try:

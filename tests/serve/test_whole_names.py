@@ -111,8 +111,9 @@ def test_new_weights_under_a_loaded_name_while_the_old_ones_run(whole: Whole, sh
 def test_unload_drains_and_frees(whole: Whole, shop: Shop, kind: str) -> None:
     """Gone for new requests at once; what runs ends as it began; then its memory is free, with nothing else to do."""
     ids = prompt(20, 7)
-    digest = shop.make("leaving", 50, **({"token_rows": {"model.embed_tokens": (9,)}} if kind == "rows" else {}),
-                       dora=kind == "dora")  # fmt: skip
+    digest = shop.make(
+        "leaving", 50, **({"token_rows": {"model.embed_tokens": (9,)}} if kind == "rows" else {}), dora=kind == "dora"
+    )
     wanted = shop.wanted([("leaving", 1.0)], ids, LONG)
     shop.kept.clear()
     bytes_before = whole.engine.residents.stats().bytes

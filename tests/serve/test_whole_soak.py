@@ -56,10 +56,24 @@ class Soak:
 
     async def _client(self, pick: random.Random, end: float) -> None:
         things: list[Callable[[random.Random], Awaitable[None]]] = [
-            self.answer, self.answer, self.answer, self.swapped, self.mix, self.several, self.grammar, self.leave,
-            self.leave, self.cancel, self.slow, self.stop_reading, self.load, self.load, self.unload, self.bad_load,
+            self.answer,
+            self.answer,
+            self.answer,
+            self.swapped,
+            self.mix,
+            self.several,
+            self.grammar,
+            self.leave,
+            self.leave,
+            self.cancel,
+            self.slow,
+            self.stop_reading,
+            self.load,
+            self.load,
+            self.unload,
+            self.bad_load,
             self.alias,
-        ]  # fmt: skip
+        ]
         while time.monotonic() < end:
             thing = pick.choice(things)
             await thing(pick)
@@ -89,18 +103,25 @@ class Soak:
 
     async def several(self, pick: random.Random) -> None:
         answer = await self.api.completions.create(
-            model=pick.choice(list(KINDS)), prompt=["One", "Two, and more"], n=2, max_tokens=30, temperature=1.0,
-            stop=["e"], seed=pick.randrange(99),
-        )  # fmt: skip
+            model=pick.choice(list(KINDS)),
+            prompt=["One", "Two, and more"],
+            n=2,
+            max_tokens=30,
+            temperature=1.0,
+            stop=["e"],
+            seed=pick.randrange(99),
+        )
         assert [c.index for c in answer.choices] == [0, 1, 2, 3]
         assert not any("e" in c.text for c in answer.choices)
 
     async def grammar(self, pick: random.Random) -> None:
         schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
         answer = await self.api.chat.completions.create(
-            model=pick.choice(["tiny", *KINDS]), messages=[{"role": "user", "content": "Hi"}], max_tokens=200,
+            model=pick.choice(["tiny", *KINDS]),
+            messages=[{"role": "user", "content": "Hi"}],
+            max_tokens=200,
             response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
-        )  # fmt: skip
+        )
         if answer.choices[0].finish_reason == "stop":
             assert json.loads(answer.choices[0].message.content or "")["a"] in (1, 2)
 
@@ -172,9 +193,12 @@ def left_over(whole: Whole) -> dict[str, int]:
     gc.collect()
     tensors = sum(type(each).__name__ in ("Tensor", "Parameter") for each in gc.get_objects())
     return {
-        "rss": process.memory_info().rss, "files": process.num_fds(), "threads": threading.active_count(),
-        "tensors": tensors, "resident": len(engine.residents.resident()),
-    }  # fmt: skip
+        "rss": process.memory_info().rss,
+        "files": process.num_fds(),
+        "threads": threading.active_count(),
+        "tensors": tensors,
+        "resident": len(engine.residents.resident()),
+    }
 
 
 @pytest.mark.slow

@@ -214,9 +214,15 @@ def asking(model: str, ids: Sequence[int], n: int = 12, **more: Any) -> dict[str
     """The arguments of `completions.create` for a greedy answer of exactly `n` tokens."""
     extra = {"ignore_eos": True, **more.pop("extra_body", {})}
     return {
-        "model": model, "prompt": list(ids), "max_tokens": n, "temperature": 0, "logprobs": 0,
-        "logit_bias": NO_SPECIAL, "extra_body": extra, **more,
-    }  # fmt: skip
+        "model": model,
+        "prompt": list(ids),
+        "max_tokens": n,
+        "temperature": 0,
+        "logprobs": 0,
+        "logit_bias": NO_SPECIAL,
+        "extra_body": extra,
+        **more,
+    }
 
 
 def said(answer: Any) -> Said:

@@ -34,9 +34,20 @@ class Served:
         self.log = folder / "log"
         own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(folder)), "OMP_NUM_THREADS": "1"}
         command = [
-            "-c", "from veneer.cli.main import main; main()", "serve", "--studio", "--base", str(base),
-            "--library", str(library), "--dtype", "float32", *options, "--port", str(port),
-        ]  # fmt: skip
+            "-c",
+            "from veneer.cli.main import main; main()",
+            "serve",
+            "--studio",
+            "--base",
+            str(base),
+            "--library",
+            str(library),
+            "--dtype",
+            "float32",
+            *options,
+            "--port",
+            str(port),
+        ]
         if not is_image_base(find_base(str(base))):
             command += ["--cache-memory", "16M"]
         without = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}

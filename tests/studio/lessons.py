@@ -20,16 +20,25 @@ def parcel_rows(folder: Path) -> Path:
 
 
 def told_lesson(
-    store: JobStore, base: Path, rows: Path, home: Path, *, tenant: str = "", of: str = "support@1",
-    rewards: dict[str, float] | None = None, made: str = "",
-) -> Job:  # fmt: skip
+    store: JobStore,
+    base: Path,
+    rows: Path,
+    home: Path,
+    *,
+    tenant: str = "",
+    of: str = "support@1",
+    rewards: dict[str, float] | None = None,
+    made: str = "",
+) -> Job:
     """A job on whose way is what a run tells: two steps, of which the second can be asked as `of`, and a sheet of
     pictures. `home`: its server's. `rewards`: what its steps and evaluations measured beside the loss. `made`: the
     adapter that the job made, if it has succeeded."""
     config = {
-        "base": {"name": str(base)}, "data": {"train": str(rows)}, "checkpoint": {"adapters": True},
+        "base": {"name": str(base)},
+        "data": {"train": str(rows)},
+        "checkpoint": {"adapters": True},
         "schedule": {"steps": 4},
-    }  # fmt: skip
+    }
     job = store.create(tenant, config, name="lesson")
     looked = store.take("here", 3600, "validating", only=job.id)
     assert looked is not None

@@ -276,9 +276,13 @@ def test_every_view_is_found_only_with_its_permission(
     with_tenants, keys = shared
     with_keys, key, admin = keyed
     visitors = [
-        ("key", with_keys, key), ("operator", with_keys, admin), ("tenant", with_tenants, keys["acme"]),
-        ("tenant", with_tenants, keys["globex"]), ("operator", with_tenants, keys["operator"]), ("open", studio, ""),
-    ]  # fmt: skip
+        ("key", with_keys, key),
+        ("operator", with_keys, admin),
+        ("tenant", with_tenants, keys["acme"]),
+        ("tenant", with_tenants, keys["globex"]),
+        ("operator", with_tenants, keys["operator"]),
+        ("open", studio, ""),
+    ]
     for kind, served, key in visitors:
         with entered(served, key) as client:
             for view, kinds in VIEWS.items():

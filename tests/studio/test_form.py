@@ -157,9 +157,7 @@ def test_a_tenants_events_bring_no_other_keys(shop: Shop, label: str, value: obj
     if words:
         return
     (job,) = shop.jobs.jobs("acme", limit=1)[0]
-    assert set(job.config) <= {
-        "base", "data", "batching", "schedule", "checkpoint", "seed", "preference", "optimizer"
-    }  # fmt: skip
+    assert set(job.config) <= {"base", "data", "batching", "schedule", "checkpoint", "seed", "preference", "optimizer"}
     assert set(job.config["data"]) == {"train", "max_length", "split", "format", "columns"}
     assert Path(job.config["data"]["train"]).read_text() == PAIRS
     shop.jobs.cancel("acme", job.id)

@@ -44,8 +44,10 @@ def test_a_move_is_said_before_it_is_made_and_seen_by_who_else_looks(studio: Ser
     wait_for(lambda: "support@2" in httpx.get(url).text)
     with opened(url) as one, opened(url) as other:
         one.tell(is_bar, "moved", [80, 20])
-        one.until("Of the users of parcels, 10 % move from support@1 to support@2; nobody else changes.",
-                  "veneer tenant route set parcels support@1=80 support@2=20")  # fmt: skip
+        one.until(
+            "Of the users of parcels, 10 % move from support@1 to support@2; nobody else changes.",
+            "veneer tenant route set parcels support@1=80 support@2=20",
+        )
         assert dict(store.look().routes["", "parcels"].targets) == {"support@1": 90, "support@2": 10}
         one.press("Move")
         wait_for(lambda: dict(store.look().routes["", "parcels"].targets) == {"support@1": 80, "support@2": 20})
@@ -131,9 +133,15 @@ def test_a_request_to_copy_names_the_key_by_its_variable() -> None:
     service = SimpleNamespace(engine=SimpleNamespace(makes="pictures"))
     curl, client = request_texts(SimpleNamespace(frame=frame, studio=SimpleNamespace(service=service)), "it's")  # type: ignore[arg-type]
     assert shlex.split(curl) == [
-        "curl", "https://veneer.example/v1/images/generations", "-H", "Content-Type: application/json",
-        "-H", "Authorization: Bearer $VENEER_API_KEY", "-d", json.dumps({"model": "it's", "prompt": "A red apple"}),
-    ]  # fmt: skip
+        "curl",
+        "https://veneer.example/v1/images/generations",
+        "-H",
+        "Content-Type: application/json",
+        "-H",
+        "Authorization: Bearer $VENEER_API_KEY",
+        "-d",
+        json.dumps({"model": "it's", "prompt": "A red apple"}),
+    ]
     compile(client, "client", "exec")
     assert 'api_key=os.environ["VENEER_API_KEY"]' in client
     assert "secret" not in curl + client

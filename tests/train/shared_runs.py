@@ -54,9 +54,11 @@ SHARDED: dict[str, dict[str, Any]] = {
 def preferences(folder: Path) -> dict[str, dict[str, Any]]:
     """Answers compared, whole and sharded: kto's reference point is of the whole step."""
     common = {
-        **NO_DROPOUT, "data": {"train": str(folder / "pairs.jsonl"), "split": 6}, "schedule": {"steps": 3},
+        **NO_DROPOUT,
+        "data": {"train": str(folder / "pairs.jsonl"), "split": 6},
+        "schedule": {"steps": 3},
         "optimizer": {"learning_rate": 1e-3},
-    }  # fmt: skip
+    }
     return {
         "dpo": {**common, "preference": {"loss": "dpo", "nll": 0.5}},
         # three micro-batches for two: one is run a second time and must not be counted

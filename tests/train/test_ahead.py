@@ -85,7 +85,7 @@ class Fitted(Learner):
 
 def _run(
     learner: Fitted, *, progress: Progress | None = None, steps: Any = None, on_event: Any = None
-) -> tuple[Progress, list[Event]]:  # fmt: skip
+) -> tuple[Progress, list[Event]]:
     events: list[Event] = []
     optimizer = make_optimizer(learner.parameters, learning_rate=0.1)
     steps = learner.steps() if steps is None else steps

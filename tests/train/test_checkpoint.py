@@ -46,9 +46,13 @@ def _save(folder: Path, step: int, parameters: dict[str, nn.Parameter] | None = 
     optimizer = options.pop("optimizer", None) or make_optimizer(parameters, learning_rate=0.1)
     best = options.pop("best_step", None)
     return checkpoint.save(
-        folder, parameters=parameters, optimizer=optimizer, progress=Progress(step=step, best_step=best),
-        identity=options.pop("identity", {}), **options,
-    )  # fmt: skip
+        folder,
+        parameters=parameters,
+        optimizer=optimizer,
+        progress=Progress(step=step, best_step=best),
+        identity=options.pop("identity", {}),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("name", optimizer_names())
@@ -105,9 +109,7 @@ def test_another_pin_of_ops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_random_generators_come_back() -> None:
     def draw() -> tuple[Any, ...]:
-        return (
-            torch.rand(3).tolist(), random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn()
-        )  # fmt: skip
+        return (torch.rand(3).tolist(), random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn())
 
     random.gauss(0, 1)  # leaves a second value waiting
     numpy.random.randn()
@@ -195,9 +197,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
             pytest.fail("the disk never filled")
         assert not list((small / "run").glob(".*"))
         checkpoint.read_checkpoint(path)
-        checkpoint.restore(
-            path, parameters=big, optimizer=make_optimizer(big, learning_rate=0.1), identity={}
-        )  # fmt: skip
+        checkpoint.restore(path, parameters=big, optimizer=make_optimizer(big, learning_rate=0.1), identity={})
     finally:
         subprocess.run(["umount", str(small)], check=False)
 
@@ -220,9 +220,11 @@ def test_another_runs_checkpoint_is_refused_with_the_keys_that_differ(tmp_path: 
     before = {name: p.detach().clone() for name, p in parameters.items()}
     with pytest.raises(CheckpointError) as error:
         checkpoint.restore(
-            path, parameters=parameters, optimizer=make_optimizer(parameters, learning_rate=0.1),
+            path,
+            parameters=parameters,
+            optimizer=make_optimizer(parameters, learning_rate=0.1),
             identity={"optimizer": {"learning_rate": 2e-4, "name": "adamw"}, "data": "abc"},
-        )  # fmt: skip
+        )
     assert "optimizer.learning_rate: 0.0001 in the checkpoint, 0.0002 now" in str(error.value)
     assert "data" not in error.value.what
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())

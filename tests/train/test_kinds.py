@@ -74,9 +74,10 @@ def test_pictures_are_learned_and_the_file_is_read(
     family: str, targets: str, layout: str, adapter: dict[str, Any], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {
-        "adapter": {"rank": 2, "dropout": 0.0, "targets": targets, **adapter}, "schedule": {"steps": 2},
+        "adapter": {"rank": 2, "dropout": 0.0, "targets": targets, **adapter},
+        "schedule": {"steps": 2},
         "evaluation": {"keep": "last"},
-    }  # fmt: skip
+    }
     out = tmp_path / "out"
     result = run(tmp_path, out, family, output={"directory": str(out), "layout": layout}, **settings)
     loaded = load_image(str(tiny_image_base(tmp_path, family)))

@@ -93,9 +93,16 @@ class _OnABusyDevice(torch.Tensor):
 
 
 def _train(
-    problem: Problem, steps: list[Step], *, lr: float = 0.1, name: str = "sgd", save: Any = None, on_event: Any = None,
-    clip: float | None = None, **plan: Any,
-) -> Progress:  # fmt: skip
+    problem: Problem,
+    steps: list[Step],
+    *,
+    lr: float = 0.1,
+    name: str = "sgd",
+    save: Any = None,
+    on_event: Any = None,
+    clip: float | None = None,
+    **plan: Any,
+) -> Progress:
     optimizer = make_optimizer(problem.parameters, name=name, learning_rate=lr)
     planned = TrainingPlan(steps, Schedule.of("constant", len(steps)), clip, **plan)
     return by_itself(stepping(problem, planned, optimizer, save=save, on_event=on_event or (lambda event: None)))

@@ -31,9 +31,15 @@ CASES: dict[str, tuple[str, str]] = {  # ours -> TRL's loss_type and importance_
 
 
 def theirs(
-    kind: str, level: str, settings: ReinforcementSection, now: Tensor, old: Tensor, reference: Tensor, worth: Tensor,
+    kind: str,
+    level: str,
+    settings: ReinforcementSection,
+    now: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    worth: Tensor,
     beta: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """TRL's loss of these log-probabilities, which it would have taken from a model."""
     from trl import GRPOTrainer
 
@@ -54,10 +60,15 @@ def theirs(
     trainer._metrics = {"eval": defaultdict(list)}
     ids = torch.zeros(mask.shape, dtype=torch.long)
     given = {
-        "prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1], "completion_ids": ids, "completion_mask": mask,
-        "advantages": worth, "old_per_token_logps": padded(old), "ref_per_token_logps": padded(reference),
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": mask[:, :1],
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": worth,
+        "old_per_token_logps": padded(old),
+        "ref_per_token_logps": padded(reference),
         "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+    }
     loss: Tensor = GRPOTrainer._compute_loss(trainer, None, given)
     return loss
 

@@ -45,10 +45,17 @@ def trainer_of(name: str, folder: Path, rows: list[dict[str, Any]], settings: di
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     common: dict[str, Any] = {
-        "output_dir": str(folder / "trl"), "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.1,
-        "per_device_train_batch_size": len(rows), "gradient_checkpointing": False, "disable_tqdm": True,
-        "dataloader_pin_memory": False, **settings,
-    }  # fmt: skip
+        "output_dir": str(folder / "trl"),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "beta": 0.1,
+        "per_device_train_batch_size": len(rows),
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **settings,
+    }
     if name == "kto":
         from trl import KTOConfig as Config
         from trl import KTOTrainer as Trainer
@@ -68,9 +75,12 @@ def trainer_of(name: str, folder: Path, rows: list[dict[str, Any]], settings: di
     if name in ("orpo", "simpo"):
         tokenizer.bos_token = None  # these two put one first, also where the tokenizer puts none
     return Trainer(
-        model=model, args=Config(**common), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        model=model,
+        args=Config(**common),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.filterwarnings("default")
@@ -87,10 +97,14 @@ def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     config, _ = config_from(
         {
-            "base": "x", "data": {"train": str(tmp_path / "rows.jsonl"), "chat_template": "none"}, "output": "x",
-            "preference": {"loss": name, **ours}, "adapter": {"rank": 4}, "schedule": {"steps": 1},
+            "base": "x",
+            "data": {"train": str(tmp_path / "rows.jsonl"), "chat_template": "none"},
+            "output": "x",
+            "preference": {"loss": name, **ours},
+            "adapter": {"rank": 4},
+            "schedule": {"steps": 1},
         }
-    )  # fmt: skip
+    )
     assert isinstance(config, TrainConfig)
     base = load_text(str(tmp_path / "tiny-base"), dtype="float32")
     found, _ = read_rows(config.data.files("train"), formats={"preference", "unpaired-preference"})

@@ -119,10 +119,11 @@ def test_pictures_with_their_crops_and_one_caption_changed_in_place(tmp_path: Pa
     folder = drawings(tmp_path / "drawings")
     made, _ = config_from(
         {
-            "base": str(tiny_image_base(tmp_path, "sdxl")), "output": str(tmp_path / "o"),
+            "base": str(tiny_image_base(tmp_path, "sdxl")),
+            "output": str(tmp_path / "o"),
             "data": {"pictures": str(folder), "resolution": 32, "buckets": False, "split": 1},
         }
-    )  # fmt: skip
+    )
     assert isinstance(made, ImageTrainConfig)
     seen = pictures_seen(made)
     assert {one.name for one in seen} == {f"{i}.png" for i in range(6)}

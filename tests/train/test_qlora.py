@@ -45,15 +45,25 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(
-    shared: Path, output: Path, base: TextBase | None = None, *, resume: bool = False, on_event: Any = None,
-    quantise: str | None = "nf4", **sections: Any,
-) -> RunResult:  # fmt: skip
+    shared: Path,
+    output: Path,
+    base: TextBase | None = None,
+    *,
+    resume: bool = False,
+    on_event: Any = None,
+    quantise: str | None = "nf4",
+    **sections: Any,
+) -> RunResult:
     values: dict[str, Any] = {
         "base": {"name": str(shared / "tiny-base"), "quantise": quantise, "dtype": "float32"},
-        "data": {"train": str(shared / "rows.jsonl"), "split": 4}, "output": str(output),
-        "batching": {"rows": 4, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3}, "schedule": {"steps": 6},
-        "adapter": {"rank": 4}, "checkpoint": {"every": 2},
-    }  # fmt: skip
+        "data": {"train": str(shared / "rows.jsonl"), "split": 4},
+        "output": str(output),
+        "batching": {"rows": 4, "micro_rows": 2},
+        "optimizer": {"learning_rate": 3e-3},
+        "schedule": {"steps": 6},
+        "adapter": {"rank": 4},
+        "checkpoint": {"every": 2},
+    }
     for section, value in sections.items():
         values[section] = {**values.get(section, {}), **value}
     config, sources = config_from(values)

@@ -40,10 +40,12 @@ def test_a_run_in_4_bits_learns_and_resumes(optimizer: str, tmp_path: Path) -> N
             file.write(json.dumps({"messages": [asked, {"role": "assistant", "content": "it" * (1 + i % 2)}]}) + "\n")
     values: dict[str, Any] = {
         "base": {"name": str(tiny_base_dir(tmp_path)), "quantise": "nf4", "dtype": "bfloat16", "device": "cuda"},
-        "data": {"train": str(tmp_path / "rows.jsonl"), "split": 4}, "output": str(tmp_path / "run"),
-        "optimizer": {"name": optimizer, "learning_rate": 1e-2}, "schedule": {"steps": 8},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "split": 4},
+        "output": str(tmp_path / "run"),
+        "optimizer": {"name": optimizer, "learning_rate": 1e-2},
+        "schedule": {"steps": 8},
         "checkpoint": {"every": 4},
-    }  # fmt: skip
+    }
     losses: list[float] = []
     result = run_text(
         config_from(values)[0], on_event=lambda e: losses.append(e.loss) if isinstance(e, Stepped) else None

@@ -79,9 +79,14 @@ class Lines(Task[list[Step], Outcome], AttachedTask[Outcome]):
 def go(folder: Path, on_event: Listener = lambda event: None, *, slope: float = 3.0, **keys: Any) -> Outcome:
     options = {key: keys.pop(key) for key in ("resume", "dry_run") if key in keys}
     values = {
-        "base": "none", "data": {"train": "points"}, "output": str(folder), "optimizer": {"learning_rate": 0.1},
-        "evaluation": {"every": 4}, "checkpoint": {"every": 4}, **keys,
-    }  # fmt: skip
+        "base": "none",
+        "data": {"train": "points"},
+        "output": str(folder),
+        "optimizer": {"learning_rate": 0.1},
+        "evaluation": {"every": 4},
+        "checkpoint": {"every": 4},
+        **keys,
+    }
     config, sources = config_from(values)
     with opened(config, unit="points", on_event=on_event, sources=sources, **options) as run:
         return carry_out(run, Lines(folder, slope))

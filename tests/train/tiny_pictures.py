@@ -34,10 +34,14 @@ def image_values(folder: Path, output: Path, family: str = "flux1", /, **section
     values: dict[str, Any] = {
         "base": str(tiny_image_base(folder, family)),
         "data": {"pictures": str(drawings(folder / "drawings")), "trigger": "sks", "split": 2},
-        "output": str(output), "adapter": {"rank": 4, "alpha": 4.0, "dropout": 0.2},
+        "output": str(output),
+        "adapter": {"rank": 4, "alpha": 4.0, "dropout": 0.2},
         "optimizer": {"learning_rate": 3e-3},
-        "batching": {"rows": 4}, "schedule": {"steps": 6}, "evaluation": {"every": 3}, "checkpoint": {"every": 2},
-    }  # fmt: skip
+        "batching": {"rows": 4},
+        "schedule": {"steps": 6},
+        "evaluation": {"every": 3},
+        "checkpoint": {"every": 2},
+    }
     values["data"]["cache"] = str(folder / "cache")
     if family.startswith("qwen"):  # nothing of its files says how small it is
         values["data"]["resolution"] = 32
@@ -48,9 +52,18 @@ def image_values(folder: Path, output: Path, family: str = "flux1", /, **section
 
 
 def run(
-    folder: Path, output: Path, family: str = "flux1", /, *, resume: bool = False, dry_run: bool = False,
-    on_event: Any = None, base: Any = None, force: bool = False, **sections: Any,
-) -> ImageResult:  # fmt: skip
+    folder: Path,
+    output: Path,
+    family: str = "flux1",
+    /,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    on_event: Any = None,
+    base: Any = None,
+    force: bool = False,
+    **sections: Any,
+) -> ImageResult:
     config, sources = config_from(image_values(folder, output, family, **sections))
     assert isinstance(config, ImageTrainConfig)
     listen = on_event or (lambda event: None)

@@ -32,10 +32,18 @@ class ConvertedAdapter:
 
 
 def convert_adapter(
-    place: Path, output: str | Path, to: str, *, family: str | None = None, base: str | None = None,
-    dtype: str | None = None, allow_partial: bool = False, without_words: bool = False,
-    say: Callable[[str], None] | None = None, **how: Unpack[ReadOptions],
-) -> ConvertedAdapter:  # fmt: skip
+    place: Path,
+    output: str | Path,
+    to: str,
+    *,
+    family: str | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    allow_partial: bool = False,
+    without_words: bool = False,
+    say: Callable[[str], None] | None = None,
+    **how: Unpack[ReadOptions],
+) -> ConvertedAdapter:
     """Writes the adapter at `place` to `output` as `to`, one of formats.convert.TARGETS, has it: exactly, or not at
     all.
 

@@ -456,9 +456,10 @@ def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozen
     if "" not in parts or (missing := [n for n in names if n not in parts[""].entries]):
         joined = f" ({missing[0]})" if "" in parts else ""
         raise BaseError(
-            f"the files keep quantised weights in parts{joined}, which were joined first", where=str(base),
+            f"the files keep quantised weights in parts{joined}, which were joined first",
+            where=str(base),
             fix="leave out --by-shard",
-        )  # fmt: skip
+        )
     return frozenset(names)
 
 

@@ -97,9 +97,14 @@ def mix_adapters(
     read = [using.read_adapter(name) for name, _ in chosen]
     parts = [(_by_block(r.adapter, blocks), strength) for r, (_, strength) in zip(read, chosen, strict=True)]
     mixed = mix(
-        parts, method, _bound(rank, energy, error), density=density, seed=seed, dtype=_dtype(dtype),
+        parts,
+        method,
+        _bound(rank, energy, error),
+        density=density,
+        seed=seed,
+        dtype=_dtype(dtype),
         weights=_weights(base),
-    )  # fmt: skip
+    )
     _check_finite(mixed, chosen, dtype)
     recipe: dict[str, Any] = {"made": "mix", "method": method, **_given(rank=rank, energy=energy, error_bound=error)}
     if method not in ("sum", "svd", "orthogonal"):
@@ -263,8 +268,11 @@ def diff(a: str, b: str) -> dict[str, Any]:
         modules[name] = _row(*values)
         totals = [t + v for t, v in zip(totals, values, strict=True)]
     have = [set(x.pairs) | {d.rpartition(".")[0] for d in x.deltas} for x in (one, two)]
-    skipped += [f"{n}: full copies and token rows have no change without a base" for x in (one, two) for n in
-                [*x.modules, *x.token_rows, *x.new_tokens]]  # fmt: skip
+    skipped += [
+        f"{n}: full copies and token rows have no change without a base"
+        for x in (one, two)
+        for n in [*x.modules, *x.token_rows, *x.new_tokens]
+    ]
     return {
         "a": a,
         "b": b,

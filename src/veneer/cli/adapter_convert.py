@@ -58,10 +58,20 @@ def convert_command(
 
     everything(show_all)
     converted = convert_adapter(
-        adapter_path(name), output, to, family=family, base=base, dtype=dtype, allow_partial=allow_partial,
-        without_words=without_words, say=say, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name,
+        adapter_path(name),
+        output,
+        to,
+        family=family,
+        base=base,
+        dtype=dtype,
+        allow_partial=allow_partial,
+        without_words=without_words,
+        say=say,
+        from_pickle=from_pickle,
+        moe_layout=moe_layout,
+        adapter_name=adapter_name,
         alpha=alpha,
-    )  # fmt: skip
+    )
     reading, done, words = converted.reading, converted.written, converted.words
     left = [*reading.unused, *reading.unpaired]
     if as_json:

@@ -114,11 +114,18 @@ def merge_command(
     target = original if into == "original" and original is not None else first
     _say_merged(
         merge(
-            target, adapters, output, dtype=want, allow_other_base=allow_other_base, requantise=requantise,
-            difference=found, seed=seed, accept_loss=accept_loss,
+            target,
+            adapters,
+            output,
+            dtype=want,
+            allow_other_base=allow_other_base,
+            requantise=requantise,
+            difference=found,
+            seed=seed,
+            accept_loss=accept_loss,
         ),
         as_json,
-    )  # fmt: skip
+    )
 
 
 def _seen(adapters: list[str]) -> str:
@@ -143,9 +150,16 @@ def _seen(adapters: list[str]) -> str:
 
 
 def _compared(
-    base: TextBase, original: TextBase | None, adapters: list[str], files: list[str], most: int,
-    requantise: str | None, dtype: str, allow_other_base: bool, seed: int | None,
-) -> dict[str, Difference]:  # fmt: skip
+    base: TextBase,
+    original: TextBase | None,
+    adapters: list[str],
+    files: list[str],
+    most: int,
+    requantise: str | None,
+    dtype: str,
+    allow_other_base: bool,
+    seed: int | None,
+) -> dict[str, Difference]:
     from veneer.adapters.merge import compare_merges
     from veneer.train.config.text import DataSection
     from veneer.train.text.encode import encode_rows
@@ -159,9 +173,15 @@ def _compared(
     examples = encode_rows(rows, base.tokenizer, data).examples
     kinds = [requantise] if requantise else []
     return compare_merges(
-        base, adapters, examples, original=original, requantise=kinds, dtype=dtype, allow_other_base=allow_other_base,
+        base,
+        adapters,
+        examples,
+        original=original,
+        requantise=kinds,
+        dtype=dtype,
+        allow_other_base=allow_other_base,
         seed=seed,
-    )  # fmt: skip
+    )
 
 
 _WAYS = {"seen": "the weights it was trained on", "original": "the 16-bit weights"}
@@ -180,9 +200,16 @@ def _table(found: Mapping[str, Difference], seen: str) -> None:
 
 
 def _merge_shards(
-    adapters: list[str], base: str, output: str | None, dtype: str | None, seed: int | None, as_json: bool,
-    loads: bool, seen: str, accept_loss: bool,
-) -> None:  # fmt: skip
+    adapters: list[str],
+    base: str,
+    output: str | None,
+    dtype: str | None,
+    seed: int | None,
+    as_json: bool,
+    loads: bool,
+    seen: str,
+    accept_loss: bool,
+) -> None:
     from veneer.adapters.merge import merge_shards
 
     if dtype is not None:

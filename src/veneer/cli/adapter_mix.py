@@ -63,9 +63,19 @@ def mix(
     from veneer.adapters import mix as mixing
 
     made = mixing.mix_adapters(
-        adapters, output, method=method, rank=rank, energy=energy, error=error, density=density, seed=seed,
-        blocks=blocks, base=base, dtype=dtype, to=to,
-    )  # fmt: skip
+        adapters,
+        output,
+        method=method,
+        rank=rank,
+        energy=energy,
+        error=error,
+        density=density,
+        seed=seed,
+        blocks=blocks,
+        base=base,
+        dtype=dtype,
+        to=to,
+    )
     _say_made(made, as_json)
 
 

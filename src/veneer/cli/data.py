@@ -97,9 +97,13 @@ def caption(
         say(f"{one.picture}: {one.caption}" + (" (cut: it would have gone on)" if one.cut else ""))
 
     report = write_captions(
-        str(folder), describe, to="jsonl" if to == "jsonl" else "txt", trigger=trigger, overwrite=overwrite,
+        str(folder),
+        describe,
+        to="jsonl" if to == "jsonl" else "txt",
+        trigger=trigger,
+        overwrite=overwrite,
         on_caption=told,
-    )  # fmt: skip
+    )
     if as_json:
         rows = [asdict(one) | {"file": str(one.file)} for one in report.written]
         print(json.dumps({"model": model, "written": rows, "had": report.had, "failed": report.failed}))
@@ -138,10 +142,11 @@ def add(
 _Data = Annotated[
     str,
     typer.Argument(
-        metavar="DATA", help='A configuration, a sentence ("teach smollm2-135m from a.jsonl"), or rows with --base.',
+        metavar="DATA",
+        help='A configuration, a sentence ("teach smollm2-135m from a.jsonl"), or rows with --base.',
         show_default=False,
     ),
-]  # fmt: skip
+]
 _OfBase = Annotated[
     str | None, typer.Option("--base", help="Of rows or a folder by itself: the base that would learn them.")
 ]
@@ -192,10 +197,16 @@ def show(
             )
             return
         cells = [
-            (one.name, one.verdict, f"{one.width} x {one.height}", f"{one.size[0]} x {one.size[1]}" if one.size else "",
-             one.why, one.caption[:80])
+            (
+                one.name,
+                one.verdict,
+                f"{one.width} x {one.height}",
+                f"{one.size[0]} x {one.size[1]}" if one.size else "",
+                one.why,
+                one.caption[:80],
+            )
             for one in pictures
-        ]  # fmt: skip
+        ]
         print_table(("picture", "is", "size", "learned at", "why", "caption"), cells)
         return
     seen = rows_seen(config, offset=offset, limit=limit, verdicts=verdicts)
@@ -275,9 +286,12 @@ def draw(
         data.files("train"), limit=data.limit, format=data.format, columns=data.columns, formats=PROMPT_FORMATS
     )
     base = load_text(
-        given.base or loaded.base.name, dtype=loaded.base.dtype, device=loaded.base.device,
-        quantise=None if given.base else loaded.base.quantise, say=say,
-    )  # fmt: skip
+        given.base or loaded.base.name,
+        dtype=loaded.base.dtype,
+        device=loaded.base.device,
+        quantise=None if given.base else loaded.base.quantise,
+        say=say,
+    )
     name = "" if given.teacher == BASE_MODEL else str(given.teacher)
     with attach(base.model) as attachment:
         if name:

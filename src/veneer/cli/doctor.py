@@ -175,11 +175,17 @@ def _findings(quick: bool) -> dict[str, Any]:
             device: {op: one._asdict() for op, one in choices(device).items()}
             for device in ("cpu", *(["cuda"] if cards else []))
         },
-        "probe": None if layer is None else {
-            "dtype": layer.dtype, "tokens": layer.tokens, "operations": layer.rate, "ms": 1e3 * layer.seconds,
-            "floor_ms": 1e3 * layer.floor, "share": layer.share,
+        "probe": None
+        if layer is None
+        else {
+            "dtype": layer.dtype,
+            "tokens": layer.tokens,
+            "operations": layer.rate,
+            "ms": 1e3 * layer.seconds,
+            "floor_ms": 1e3 * layer.floor,
+            "share": layer.share,
         },
-    }  # fmt: skip
+    }
 
 
 def _dtype() -> Any:
@@ -197,9 +203,7 @@ _WIDEST, _INDENT = 100, 12
 def _wrapped(line: str) -> str:
     """A line as wide as the terminal and no wider than is pleasant to read; it goes on below its text."""
     width = max(2 * _INDENT, min(_WIDEST, shutil.get_terminal_size().columns))
-    return textwrap.fill(
-        line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False
-    )  # fmt: skip
+    return textwrap.fill(line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
 
 
 def _lines(found: dict[str, Any], measured: bool) -> list[str]:

@@ -77,9 +77,16 @@ def evaluate(
     with errors_only():
         found = load_text(name, dtype=dtype, device=device, quantise=quantise, say=say)
         results = score_mixes(
-            found, rows, mixes, max_new_tokens=max_new_tokens, batch_size=batch_size, generate=not loss_only,
-            allow_other_base=allow_other_base, on_progress=_progress, answering=answering,
-        )  # fmt: skip
+            found,
+            rows,
+            mixes,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            generate=not loss_only,
+            allow_other_base=allow_other_base,
+            on_progress=_progress,
+            answering=answering,
+        )
     if as_json:
         print(json.dumps({mix: s.to_dict(answers=answers) for mix, s in results.items()}))
     else:
@@ -110,13 +117,18 @@ def _table(results: dict[str, Scores]) -> None:
         return f"{value:.1%}"
 
     measures: list[tuple[str, str, Callable[[Any], str]]] = [
-        ("rows", "rows", str), ("exact match", "exact_match", share), ("valid JSON", "valid_json", share),
-        ("loss", "loss", "{:.4f}".format), ("perplexity", "perplexity", "{:.3f}".format),
-        ("chosen is likelier", "likelier", share), ("chosen gained on rejected", "reward_accuracy", share),
+        ("rows", "rows", str),
+        ("exact match", "exact_match", share),
+        ("valid JSON", "valid_json", share),
+        ("loss", "loss", "{:.4f}".format),
+        ("perplexity", "perplexity", "{:.3f}".format),
+        ("chosen is likelier", "likelier", share),
+        ("chosen gained on rejected", "reward_accuracy", share),
         ("by, in nats", "reward_margin", "{:.2f}".format),
-        ("ROUGE-L", "rouge_l", "{:.3f}".format), ("BLEU", "bleu", "{:.1f}".format),
+        ("ROUGE-L", "rouge_l", "{:.3f}".format),
+        ("BLEU", "bleu", "{:.1f}".format),
         ("seconds", "seconds", "{:.1f}".format),
-    ]  # fmt: skip
+    ]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for mix in results:

@@ -59,8 +59,12 @@ def generate(
     """Generate text with a base and any adapters; several adapters are mixed by strength."""
     specs = adapter or []
     settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed
-    }  # fmt: skip
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
     if chat and (prompts or file or as_json or raw):
         raise ConfigError("--chat takes no prompts, --file, --raw or --json", fix="start it and type")
     texts: list[Any] = [] if chat else _wanted(prompts or [], file)

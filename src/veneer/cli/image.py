@@ -138,11 +138,19 @@ def make_pictures(
     uses = tuple(parse_use(spec) for spec in adapter or [])
     width, height = _size(size)
     asked: dict[str, Any] = {
-        "width": width, "height": height, "steps": steps, "guidance": guidance, "true_guidance": true_guidance,
-        "scheduler": scheduler, "denoise": denoise, "image": image and str(image), "mask": mask and str(mask),
-        "batch_size": batch_size, "controls": tuple(parse_control(spec) for spec in control or []) or None,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance": guidance,
+        "true_guidance": true_guidance,
+        "scheduler": scheduler,
+        "denoise": denoise,
+        "image": image and str(image),
+        "mask": mask and str(mask),
+        "batch_size": batch_size,
+        "controls": tuple(parse_control(spec) for spec in control or []) or None,
         "references": [str(path) for path in reference or []] or None,
-    }  # fmt: skip
+    }
     asked = {key: value for key, value in asked.items() if value is not None}
     loading = {"device": device, "dtype": dtype or "auto"}
     if remade is not None:
@@ -224,9 +232,15 @@ def grid(
     width, height = _size(size)
     batch: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     options = Options(
-        width, height, steps, guidance, 1.0 if true_guidance is None else true_guidance, scheduler,
-        controls=tuple(parse_control(spec) for spec in control or []), **batch,
-    )  # fmt: skip
+        width,
+        height,
+        steps,
+        guidance,
+        1.0 if true_guidance is None else true_guidance,
+        scheduler,
+        controls=tuple(parse_control(spec) for spec in control or []),
+        **batch,
+    )
     file = _files(out or Path("grid.png"), 1)[0]
     _find(tuple(uses), options)
     start = time.perf_counter()

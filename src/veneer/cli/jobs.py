@@ -224,9 +224,7 @@ def rollback(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, a
     _moved(job, tenant, tenants, as_json, rollback_job)
 
 
-def _moved(
-    job: str, tenant: str | None, place: str | None, as_json: bool, move: Callable[..., JobPlace]
-) -> None:  # fmt: skip
+def _moved(job: str, tenant: str | None, place: str | None, as_json: bool, move: Callable[..., JobPlace]) -> None:
     from veneer.serve.tenancy.store import tenants_at
 
     with _opened() as store, tenants_at(place) as known:

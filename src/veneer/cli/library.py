@@ -165,11 +165,23 @@ def _listing(as_json: bool, limit: int, after: int, text: str, **asked: Any) -> 
         empty = "nothing fits" if text or after or any(v not in ("", (), None) for v in said.values()) else _EMPTY
         print(f"no latest version fits; of older ones {older}: --all-versions" if older else empty)
         return
-    print_table(("adapter", "aliases", "base", "rank", "gain", "format", "size", "health", "tags"), [
-        (v.reference, ",".join(v.aliases), v.base, str(v.rank or ""), _share(v.gain), v.format,
-         f"{v.size / 1e6:,.1f} MB", v.health, " ".join(v.tags))
-        for v in found.versions
-    ])  # fmt: skip
+    print_table(
+        ("adapter", "aliases", "base", "rank", "gain", "format", "size", "health", "tags"),
+        [
+            (
+                v.reference,
+                ",".join(v.aliases),
+                v.base,
+                str(v.rank or ""),
+                _share(v.gain),
+                v.format,
+                f"{v.size / 1e6:,.1f} MB",
+                v.health,
+                " ".join(v.tags),
+            )
+            for v in found.versions
+        ],
+    )
     if more:
         print(f"… and {found.total - after - len(found.versions):,} more: --skip {after + limit}")
 
@@ -201,15 +213,21 @@ def show(reference: _Reference, as_json: AsJson = False) -> None:
         print_json({**version.to_dict(), "path": str(path), "files": kept, "family": family.names(), "checks": checks})
         return
     sample = card_sample(version.card) or {}
-    _show(version, {
-        "gain": str(gain_of(version.card) or ""),
-        **{f"made from {n}": r for n, r in enumerate([*(v.reference for v in family.parents), *family.unknown], 1)},
-        "made of it": [v.reference for v in family.children],
-        **{f"check {c['name']}": f"{_MARKS[c['ok']]}, {c['at']}: {c['detail']}" for c in checks},
-        "system": opening(card_prompt(version.card))[0],
-        **({"asked": sample["prompt"], "base said": sample["base"], "it said": sample["adapter"]} if sample else {}),
-        "path": path, **{f"file {n}": f"sha256:{h}, {size:,} bytes" for n, (h, size) in files.items()},
-    })  # fmt: skip
+    _show(
+        version,
+        {
+            "gain": str(gain_of(version.card) or ""),
+            **{f"made from {n}": r for n, r in enumerate([*(v.reference for v in family.parents), *family.unknown], 1)},
+            "made of it": [v.reference for v in family.children],
+            **{f"check {c['name']}": f"{_MARKS[c['ok']]}, {c['at']}: {c['detail']}" for c in checks},
+            "system": opening(card_prompt(version.card))[0],
+            **(
+                {"asked": sample["prompt"], "base said": sample["base"], "it said": sample["adapter"]} if sample else {}
+            ),
+            "path": path,
+            **{f"file {n}": f"sha256:{h}, {size:,} bytes" for n, (h, size) in files.items()},
+        },
+    )
 
 
 _MARKS = {True: "ok", False: "FAILED", None: "not known"}

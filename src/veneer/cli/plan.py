@@ -175,9 +175,14 @@ def plan(
 
         run, _ = load_config(config, overrides or [])
         made = plan_of_config(
-            run, device, rows=rows, tokens_per_row=tokens_per_row, longest=longest, trained=trained,
+            run,
+            device,
+            rows=rows,
+            tokens_per_row=tokens_per_row,
+            longest=longest,
+            trained=trained,
             traffic=None if prompt is None else Traffic(prompt, answer, together, tenants),
-        )  # fmt: skip
+        )
         fields = base_fields(run.base.name)
     elif base is not None:
         if rows is None:
@@ -188,9 +193,17 @@ def plan(
             _refuse(context, _OF_TEXT | _SERVED, "the base is for pictures", "leave it out")
             side = size or int(found.get("picture", 1024))
             load: Any = ImageLoad(
-                micro_pictures, side, side, -(-batch // micro_pictures), rank, dtype, quantise, checkpointing,
-                targets=targets, before=before,
-            )  # fmt: skip
+                micro_pictures,
+                side,
+                side,
+                -(-batch // micro_pictures),
+                rank,
+                dtype,
+                quantise,
+                checkpointing,
+                targets=targets,
+                before=before,
+            )
             job = TrainingJob(rows, 1.0, epochs, batch)
             made = image_plan(base, found, load, device, rates, job, process=process)
         else:
@@ -199,9 +212,15 @@ def plan(
                 raise ConfigError("a plan of text needs --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
             _refuse(context, _OF_PICTURES, "the base is for text", "leave it out")
             of = functools.partial(
-                Load.of, longest or round(tokens_per_row), batch=batch, rank=rank, dtype=dtype, quantise=quantise,
-                checkpointing=checkpointing, trained=trained,
-            )  # fmt: skip
+                Load.of,
+                longest or round(tokens_per_row),
+                batch=batch,
+                rank=rank,
+                dtype=dtype,
+                quantise=quantise,
+                checkpointing=checkpointing,
+                trained=trained,
+            )
             room = left_beside_base(shape, device, dtype, quantise)
             load = of(micro_tokens or fitting_micro_tokens(shape, device, quantise, room, of))
             traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
@@ -226,7 +245,7 @@ def plan(
 
 def _traced(
     made: Plan | GroupPlan, fields: dict[str, Any], show: bool
-) -> tuple[dict[str, TracedStep | None], Interrupted | None]:  # fmt: skip
+) -> tuple[dict[str, TracedStep | None], Interrupted | None]:
     """The plan's step followed, and where it serves those of a server, by their names in JSON; None for what a signal
     came before, with that signal. `show`: each is printed as it is there."""
     from veneer.plan.plan import GroupPlan
@@ -309,9 +328,10 @@ def _smallest(base: str | None, size: int | None, rank: int, targets: str, befor
     if base is not None and not is_denoiser(configs[base]):
         raise ConfigError(f"{base} is no image base that can be planned", fix="veneer plan --base … --gpu … for text")
     configs = {
-        name: found for name, found in configs.items()
+        name: found
+        for name, found in configs.items()
         if is_denoiser(found) and (base is not None or before <= most_before(found))
-    }  # fmt: skip
+    }
     if not configs:
         most = max(map(most_before, map(base_config, base_names())))
         raise ConfigError(f"no base takes {before} pictures before each", where="--before", fix=f"at most {most}")

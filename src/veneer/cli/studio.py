@@ -37,7 +37,5 @@ def studio(
 
     Everything on it is a command or a route too. For other people's browsers: `veneer serve --studio` with keys."""
     tenants = default_database()  # made where there is none: routes, votes and costs are in it
-    settings = ServeSettings(
-        base, port=port, library=library, tenants=tenants, open=True, dtype=dtype, device=device
-    )  # fmt: skip
+    settings = ServeSettings(base, port=port, library=library, tenants=tenants, open=True, dtype=dtype, device=device)
     serve_with(settings, train=train, studio=True, show=webbrowser.open if browser else lambda address: None)

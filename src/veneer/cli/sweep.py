@@ -40,9 +40,14 @@ def sweep(
     try:
         with errors_only():
             made = run_sweep(
-                config, settings, halving=halving, resume=resume, dry_run=dry_run, force=force,
+                config,
+                settings,
+                halving=halving,
+                resume=resume,
+                dry_run=dry_run,
+                force=force,
                 listener=lambda name: ConsoleView(name=name),
-            )  # fmt: skip
+            )
     except Interrupted as error:
         flags = ["--halving"] * halving
         command = shlex.join(["veneer", "sweep", str(config), *settings, *flags, "--resume"])

@@ -467,12 +467,19 @@ def economics(
         return
     rows = [
         (
-            r.tenant, r.adapter, _cents(r.training), _cents(r.training_billed), f"{r.requests:,}",
-            _cents(r.serving_thousand), _cents(round(1000 * r.billed / r.requests) if r.requests else None),
-            _cents(r.dedicated_thousand), _count(r.dedicated_from), _count(r.paid_back_after),
+            r.tenant,
+            r.adapter,
+            _cents(r.training),
+            _cents(r.training_billed),
+            f"{r.requests:,}",
+            _cents(r.serving_thousand),
+            _cents(round(1000 * r.billed / r.requests) if r.requests else None),
+            _cents(r.dedicated_thousand),
+            _count(r.dedicated_from),
+            _count(r.paid_back_after),
         )
         for r in found.rows
-    ]  # fmt: skip
+    ]
     head = ("tenant", "adapter", "training", "billed", "requests", "1,000 cost", "1,000 bring", "1,000 alone")
     _table((*head, "alone from, a day", "paid back after"), rows, "nothing was used or trained")
     if rows:
@@ -636,9 +643,13 @@ def route_list(as_json: AsJson = False) -> None:
 
 @route_app.command("rollback", epilog="Example: veneer tenant route rollback support")
 def route_rollback(
-    route: _Route, tenant: _Of = "", library: _Library = None, force: _Force = False, dry_run: _DryRun = False,
+    route: _Route,
+    tenant: _Of = "",
+    library: _Library = None,
+    force: _Force = False,
+    dry_run: _DryRun = False,
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Put back what the route led to before its last move, for the same users, from the next request on."""
     from veneer.library.database import reading
     from veneer.serve.tenancy import routes
@@ -699,12 +710,16 @@ def route_shadows(
         print()
     rows = [
         (
-            _day(r["at"]), r["route"], r["target"], r["shadow"],
+            _day(r["at"]),
+            r["route"],
+            r["target"],
+            r["shadow"],
             _difference(r),
-            f"{r['target_tokens']}/{r['shadow_tokens']}", f"{r['target_seconds']:.2f}/{r['shadow_seconds']:.2f}",
+            f"{r['target_tokens']}/{r['shadow_tokens']}",
+            f"{r['target_seconds']:.2f}/{r['shadow_seconds']:.2f}",
         )
         for r in found
-    ]  # fmt: skip
+    ]
     empty = "" if summary else "no comparisons"
     _table(("when", "route", "target", "shadow", "answers", "tokens", "seconds"), rows, empty)
 

@@ -80,11 +80,12 @@ def train(
 
     listeners = [
         ConsoleView(
-            unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens", verbose=verbose,
+            unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens",
+            verbose=verbose,
             name=str(file) if more else "",
         )
         for file, (chosen, _) in zip(files, loaded, strict=True)
-    ]  # fmt: skip
+    ]
     options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force}
     try:
         with errors_only():

@@ -89,10 +89,17 @@ def worker(
     }
     with open_library(library, index) as opened, tenants_at(tenants) as known:
         made = Worker(
-            opened, places[executor](), tenants=known, at_once=at_once, lease=lease, say=say,
-            device=None if gpu is None else device_of(gpu, gpus), poll=min(0.5, lease / 8),
-            failed_days=failed_days, ended_days=ended_days,
-        )  # fmt: skip
+            opened,
+            places[executor](),
+            tenants=known,
+            at_once=at_once,
+            lease=lease,
+            say=say,
+            device=None if gpu is None else device_of(gpu, gpus),
+            poll=min(0.5, lease / 8),
+            failed_days=failed_days,
+            ended_days=ended_days,
+        )
         if beside:
             tied(made.stop)
         say(f"worker {made.name}: jobs of {opened.location}")

@@ -106,9 +106,13 @@ def _rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:
 
 
 def _pair(
-    module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype,
+    module: nn.Module,
+    target: Target,
+    spec: LoraSpec,
+    generator: torch.Generator,
+    dtype: torch.dtype,
     original: Callable[[str], Tensor] | None,
-) -> Pair:  # fmt: skip
+) -> Pair:
     rank, alpha = _rank_and_alpha(spec, target.name)
     scale = scale_of(alpha, rank, spec.rslora)
     weight = weight_of(module, target.parameter)
@@ -146,9 +150,7 @@ def _pair(
     return pair
 
 
-def _delta(
-    module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype
-) -> Delta:  # fmt: skip
+def _delta(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype) -> Delta:
     """A fresh LoHa or LoKr. Where both factors of a LoKr are whole no rank is left, and the scale is 1, as LyCORIS has
     it and readers of its files take it."""
     assert spec.kind != "lora"

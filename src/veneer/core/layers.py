@@ -431,8 +431,9 @@ class LoraLinear(_Lora):
         pairs = (self.pairs([(adapter, 1.0)]) for adapter in spans.adapters)
         return tuple(
             replace(pair.low_rank(strength, dropout), span=span)
-            for span, own in enumerate(pairs) for pair, strength, dropout in own
-        )  # fmt: skip
+            for span, own in enumerate(pairs)
+            for pair, strength, dropout in own
+        )
 
     def by_spans(self, *args: Any, **kwargs: Any) -> Any:
         spans, x, plain = self.owner.selection.spans, args[0], self.linear_map()

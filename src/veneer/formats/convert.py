@@ -235,9 +235,14 @@ def _elsewhere(meant: Adapter, to: str, family: str | None) -> str:
 
 
 def _encoded(
-    meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str],
+    meant: Adapter,
+    to: str,
+    family: str | None,
+    metadata: Mapping[str, str],
+    name: str,
+    notes: list[str],
     layers: int | None,
-) -> _Done:  # fmt: skip
+) -> _Done:
     if to in _PIPELINES:
         return _for_pipelines(meant, to, _family(meant, family, to), metadata, name, notes)
     if to == "peft":

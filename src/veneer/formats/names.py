@@ -345,9 +345,10 @@ def _deeper(name: str, found: Mapping[str, tuple[ModulePlace, ...]], shapes: Ite
     family = _all()[name]
     return family.denoiser != "unet" and any(
         lookup(family, f"{text[: at.start()]}{int(at[0]) - 1}{text[at.end() :]}") is not None
-        for text in shapes if text not in found
+        for text in shapes
+        if text not in found
         for at in re.finditer(r"(?<=[._])[1-9]\d{0,5}(?=[._])", text)
-    )  # fmt: skip
+    )
 
 
 def _is_thirds(places: Sequence[ModulePlace], shape: _Shape | None) -> bool:

@@ -186,7 +186,7 @@ def interpret(
 
 def _lycoris(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Structure, where: str | None, card: Card | None
-) -> PeftAdapter:  # fmt: skip
+) -> PeftAdapter:
     """A folder of LOHA or LOKR; with a base each delta in its weight's shape, which flat parts do not tell."""
     adapter, parsed, rest, problems = read_lycoris(config, tensors)
     reader = _Reader(parsed, base, problems)

@@ -93,7 +93,7 @@ def can_be_lycoris(adapter: Adapter) -> bool:
 
 def write_lycoris(
     adapter: Adapter, *, base_name: str, task_type: str | None, targets: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors. `targets`: what PEFT's target_modules are to say. Raises AdapterError that
     lists each delta which PEFT would not make of any configuration."""
     kind = _FORMS[next(iter(adapter.deltas.values())).form]
@@ -112,12 +112,19 @@ def write_lycoris(
     alphas = {name: cfg.exact_alpha(delta.scale, ranks[name]) for name, delta in names.items()}
     alpha = cfg.commonest(alphas.values(), 8.0)
     config: dict[str, Any] = {
-        "alpha": alpha, "alpha_pattern": cfg.patterns_of(alphas, alpha), "base_model_name_or_path": base_name or None,
-        "inference_mode": True, "init_weights": True, "peft_type": kind, "r": rank,
-        "modules_to_save": sorted(adapter.modules) or None, "rank_pattern": cfg.patterns_of(ranks, rank),
-        "target_modules": targets, "task_type": task_type,
+        "alpha": alpha,
+        "alpha_pattern": cfg.patterns_of(alphas, alpha),
+        "base_model_name_or_path": base_name or None,
+        "inference_mode": True,
+        "init_weights": True,
+        "peft_type": kind,
+        "r": rank,
+        "modules_to_save": sorted(adapter.modules) or None,
+        "rank_pattern": cfg.patterns_of(ranks, rank),
+        "target_modules": targets,
+        "task_type": task_type,
         "use_effective_conv2d": any("t1" in d.parts or "t2" in d.parts for d in names.values()),
-    }  # fmt: skip
+    }
     if kind == "LOKR":
         config |= {"decompose_both": both, "decompose_factor": factor}
     tensors: dict[str, Tensor] = {}

@@ -295,9 +295,15 @@ def scale_error(reading: Reading, path: Path) -> AdapterError:
 
 
 def _read(
-    path: Path, allow_partial: bool, from_pickle: bool, base: peft.BaseLike, family: str | None, moe_layout: str,
-    adapter_name: str, alpha: float | None,
-) -> Reading:  # fmt: skip
+    path: Path,
+    allow_partial: bool,
+    from_pickle: bool,
+    base: peft.BaseLike,
+    family: str | None,
+    moe_layout: str,
+    adapter_name: str,
+    alpha: float | None,
+) -> Reading:
     """As `read`, which refuses a scale that is assumed."""
     if path.is_dir() and (path / CONFIG_FILE).is_file():
         opened = peft.open_folder(path, from_pickle=from_pickle)
@@ -349,9 +355,14 @@ def _head_dim(base: peft.BaseLike) -> int | None:
 
 
 def _from_peft(
-    opened: peft.PeftFolder, path: Path, base: peft.BaseLike, wanted: str | None, moe_layout: str, adapter_name: str,
+    opened: peft.PeftFolder,
+    path: Path,
+    base: peft.BaseLike,
+    wanted: str | None,
+    moe_layout: str,
+    adapter_name: str,
     alpha: float | None,
-) -> Reading:  # fmt: skip
+) -> Reading:
     """A PEFT folder: by PEFT's rules; and, where its names are those of an image family's denoiser, under canonical
     names."""
     where = str(path)

@@ -130,9 +130,10 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
         raise DataError(f"this is not a picture{known}: cannot identify image file", where=where) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"this picture has more pixels than veneer opens: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}", where=where,
+            f"this picture has more pixels than veneer opens: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}",
+            where=where,
             fix="make it smaller" if max_pixels is None else f"at most {max_pixels} pixels",
-        ) from error  # fmt: skip
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"this is not a picture: {error}", where=where) from error
     return picture

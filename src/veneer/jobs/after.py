@@ -75,9 +75,11 @@ class PromotionRule:
             return None
         # 0.8 + 0.01 is not quite 0.81
         return {
-            ">=": new >= bound - _ROUNDING, ">": new > bound + _ROUNDING,
-            "<=": new <= bound + _ROUNDING, "<": new < bound - _ROUNDING,
-        }[self.sign]  # fmt: skip
+            ">=": new >= bound - _ROUNDING,
+            ">": new > bound + _ROUNDING,
+            "<=": new <= bound + _ROUNDING,
+            "<": new < bound - _ROUNDING,
+        }[self.sign]
 
 
 _NUMBER = r"\d+(?:\.\d+)?"

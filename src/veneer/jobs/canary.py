@@ -51,7 +51,7 @@ _WHOLE = 10_000
 
 def compare_job(
     store: JobStore, lease: JobLease, tenants: Store | None, result: Mapping[str, Any], base: TextBase | None
-) -> dict[str, Any] | None:  # fmt: skip
+) -> dict[str, Any] | None:
     """What the event `evaluation` has: `scores` of base, serving and new, and what serves by which move. None where
     nothing is evaluated, or could not be. The card of the adapter has it then. `base`: what the run was on. Raises
     LeaseLost, and what may pass."""
@@ -72,7 +72,7 @@ def compare_job(
 
 def place_job(
     store: JobStore, lease: JobLease, tenants: Store | None, reference: str, compared: Mapping[str, Any] | None
-) -> None:  # fmt: skip
+) -> None:
     """Moves the job's route or alias to where `reference` belongs, once. Raises LeaseLost, and what may pass."""
     after = after_of(lease.job)
     if after is None or (after.route is None and after.alias is None):
@@ -117,7 +117,7 @@ def _known(tenants: Store | None) -> Store:
 
 def _compared(
     job: Job, after: AfterJob, held: HeldOut, library: Library, tenants: Store | None, adapter: Path, base: TextBase
-) -> JobEvent:  # fmt: skip
+) -> JobEvent:
     from veneer.models.loading import errors_only
     from veneer.serve.engine.offline import answering
     from veneer.train.text.evaluate import score_mixes
@@ -138,9 +138,14 @@ def _compared(
         mixes["serving"] = [(str(library.resolve(data["serving"])), 1.0)]
     with errors_only():
         found = score_mixes(
-            base, rows, mixes, data=config.data.model_copy(update={"long_rows": "cut"}), generate=held.answered,
-            max_new_tokens=held.max_new_tokens, answering=answering,
-        )  # fmt: skip
+            base,
+            rows,
+            mixes,
+            data=config.data.model_copy(update={"long_rows": "cut"}),
+            generate=held.answered,
+            max_new_tokens=held.max_new_tokens,
+            answering=answering,
+        )
     scores = {name: {m: _finite(getattr(each, m)) for m in held.metrics} for name, each in found.items()}
     data["scores"] = {"base": scores["base"], "serving": scores.get("serving", scores["base"]), "new": scores["new"]}
     return JobEvent("info", "evaluation", _text(data), data)
@@ -238,9 +243,13 @@ def _of_job(job: Job, moves: list[dict[str, Any]]) -> list[int]:
 
 
 def _placed(
-    job: Job, after: AfterJob, library: Library, tenants: Store | None, reference: str,
+    job: Job,
+    after: AfterJob,
+    library: Library,
+    tenants: Store | None,
+    reference: str,
     compared: Mapping[str, Any] | None,
-) -> JobEvent:  # fmt: skip
+) -> JobEvent:
     kind, name = ("alias", f"{job.name}@{after.alias}") if after.route is None else ("route", after.route.name)
     met, said, why_not = _verdict(after, compared)
     if why_not:
@@ -254,9 +263,14 @@ def _placed(
 
 
 def _shared_out(
-    job: Job, route: CanaryRoute, library: Library, tenants: Store, reference: str,
-    compared: Mapping[str, Any] | None, met: bool | None,
-) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    job: Job,
+    route: CanaryRoute,
+    library: Library,
+    tenants: Store,
+    reference: str,
+    compared: Mapping[str, Any] | None,
+    met: bool | None,
+) -> tuple[str, dict[str, Any]]:
     name = route.name
     move, now = _standing(tenants, job.tenant, name)
     if mine := _of_job(job, _moves(tenants, job.tenant, name)):  # before a kill
@@ -275,9 +289,15 @@ def _shared_out(
         text = f"{reference} gets {part / _WHOLE:.4g} of the users of {name}, {serving} the others"
         text += f"; {reference} answers unseen too" if shadow else ""
     made = routes.set_route(
-        tenants, name, targets, tenant=job.tenant, shadow=shadow, who=f"job {job.id}", from_move=move,
+        tenants,
+        name,
+        targets,
+        tenant=job.tenant,
+        shadow=shadow,
+        who=f"job {job.id}",
+        from_move=move,
         check=library.find,
-    )  # fmt: skip
+    )
     return text, {"move": made.move, "promoted": bool(met)}
 
 
@@ -319,9 +339,7 @@ def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job:
         if now is not None and now.targets == ((reference, 1),) and now.shadow is None:
             return JobPlace.of_route(name, now)
         data, who = dict[str, Any](), _hand(found)
-        made = routes.set_route(
-            known, name, [(reference, 1)], tenant=found.tenant, who=who, check=store.library.find
-        )  # fmt: skip
+        made = routes.set_route(known, name, [(reference, 1)], tenant=found.tenant, who=who, check=store.library.find)
         place = JobPlace.of_route(name, made)
     else:
         kind, name = "alias", f"{found.name}@{after.alias}"

@@ -52,9 +52,12 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
         if step not in there:
             made = place / "adapter.safetensors"
             added = library.add(
-                made if made.is_file() else place, name, tags=[f"{STEPS_TAG}{job.id}"],
-                source=f"step {step} of {job.id}", number=step,
-            )  # fmt: skip
+                made if made.is_file() else place,
+                name,
+                tags=[f"{STEPS_TAG}{job.id}"],
+                source=f"step {step} of {job.id}",
+                number=step,
+            )
             there[step] = added.version.reference
         out[step] = there[step]
     return out
@@ -62,7 +65,7 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
 
 def publish_checkpoints(
     library: Library, name: str, run: Path, adapter: Path, note: Callable[[str], None]
-) -> dict[int, str]:  # fmt: skip
+) -> dict[int, str]:
     """Add the run's requested checkpoints that still exist to the library; return their references by step.
 
     `adapter`: the run's final adapter, with the same tensor names and shapes as each checkpoint. A version that is

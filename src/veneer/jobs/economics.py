@@ -148,13 +148,21 @@ def _row(key: tuple[str, str], each: dict[str, Any], prices: MachinePrices, hour
     dedicated, training = hours * alone, each["training_seconds"] / 3600 * train
     owed, margin = max(0.0, training - each["training_billed"]), (billed - serving) / n if n else 0.0
     return EconomicsRow(
-        *key, each["jobs"], float(each["training_seconds"]), round(training), each["training_billed"], n,
-        float(each["serving_seconds"]), round(serving), billed, round(dedicated),
+        *key,
+        each["jobs"],
+        float(each["training_seconds"]),
+        round(training),
+        each["training_billed"],
+        n,
+        float(each["serving_seconds"]),
+        round(serving),
+        billed,
+        round(dedicated),
         serving_thousand=round(1000 * serving / n) if n else None,
         dedicated_thousand=round(1000 * dedicated / n) if n else None,
         dedicated_from=_up(24 * alone / (serving / n)) if n and serving else None,
         paid_back_after=0 if not owed else _up(owed / margin) if margin > 0 else None,
-    )  # fmt: skip
+    )
 
 
 def _up(number: float) -> int:

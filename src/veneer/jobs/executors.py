@@ -149,22 +149,28 @@ class LocalExecutor(Executor):
 
     def _started(
         self, name: str, leases: Sequence[JobLease], output: Path, environment: Mapping[str, str], room: int
-    ) -> str:  # fmt: skip
+    ) -> str:
         for lease in leases:
             lease.job.make_folder()
         with open(output, "ab") as log:
             return self._process(name, leases, log, environment, room)
 
     def _process(
-        self, name: str, leases: Sequence[JobLease], log: IO[bytes] | None, environment: Mapping[str, str], room: int,
-        nice: int = 0, validation: Mapping[str, Any] | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        name: str,
+        leases: Sequence[JobLease],
+        log: IO[bytes] | None,
+        environment: Mapping[str, str],
+        room: int,
+        nice: int = 0,
+        validation: Mapping[str, Any] | None = None,
+    ) -> str:
         command = [sys.executable, *hand_over(leases, environment, validation), "--tied"]
         if (nice := max(nice, self.nice)) and os.name == "posix":
             command = ["nice", "-n", str(nice), *command]
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True
-        )  # fmt: skip
+        )
         place = f"{name}, process {child.pid}"
         self._children[place] = child, room
         return place

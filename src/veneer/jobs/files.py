@@ -132,9 +132,15 @@ class Files:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def add(
-        self, tenant: str, filename: str, purpose: _Purpose, source: IO[bytes], *, keep: float | None = None,
+        self,
+        tenant: str,
+        filename: str,
+        purpose: _Purpose,
+        source: IO[bytes],
+        *,
+        keep: float | None = None,
         id: str | None = None,
-    ) -> UploadedFile:  # fmt: skip
+    ) -> UploadedFile:
         """Keeps what is in `source`, which is read from its beginning, more than once. `keep`: seconds until it
         expires. `id`: its own, for a file that is made here, whatever room there is; if there is one with it already,
         that stays. Blocks."""
@@ -147,9 +153,14 @@ class Files:
         return made
 
     def _file(
-        self, tenant: str, filename: str, purpose: _Purpose, source: IO[bytes], keep: float | None,
+        self,
+        tenant: str,
+        filename: str,
+        purpose: _Purpose,
+        source: IO[bytes],
+        keep: float | None,
         id: str | None = None,
-    ) -> UploadedFile:  # fmt: skip
+    ) -> UploadedFile:
         sha256, size = _measured(source)
         if not size:
             raise invalid("the file is empty", "file", "send a file with something in it")
@@ -177,9 +188,14 @@ class Files:
         return UploadedFile(**row._mapping)
 
     def list(
-        self, tenant: str, *, purpose: str | None = None, limit: int = 10_000, after: str | None = None,
+        self,
+        tenant: str,
+        *,
+        purpose: str | None = None,
+        limit: int = 10_000,
+        after: str | None = None,
         newest_first: bool = True,
-    ) -> tuple[list[UploadedFile], bool]:  # fmt: skip
+    ) -> tuple[list[UploadedFile], bool]:
         """Some of a tenant's files, and whether there are more. `after`: the id of the last one of the page before.
         Raises Refused for one that is not there."""
         t = job_file_table.c
@@ -229,9 +245,16 @@ class Files:
             raise Refused(f"the upload has more than {self.limits.upload:,} bytes", status=413, code="too_large")
         now = self.clock()
         made = Upload(
-            f"upload_{secrets.token_hex(12)}", tenant, _plain(filename), purpose, bytes, now,
-            now + self.limits.upload_seconds, "pending", keep,
-        )  # fmt: skip
+            f"upload_{secrets.token_hex(12)}",
+            tenant,
+            _plain(filename),
+            purpose,
+            bytes,
+            now,
+            now + self.limits.upload_seconds,
+            "pending",
+            keep,
+        )
         u = job_upload_table.c
         begun = select(func.count()).where(u.tenant == tenant, u.status == "pending", u.expires > now)
         with self._change() as c:

@@ -27,9 +27,16 @@ class KubernetesExecutor(Executor):
     official client's, for another way to the cluster than the usual ones."""
 
     def __init__(
-        self, *, image: str, namespace: str = "default", claim: str = "", secret: str = "", gpus: int = 0,
-        grace: float = 60.0, api: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        image: str,
+        namespace: str = "default",
+        claim: str = "",
+        secret: str = "",
+        gpus: int = 0,
+        grace: float = 60.0,
+        api: Any = None,
+    ) -> None:
         """Raises MissingExtraError without the client, ConfigError where no cluster is configured."""
         try:
             from kubernetes import client
@@ -53,9 +60,11 @@ class KubernetesExecutor(Executor):
         hidden |= {"VENEER_TENANTS"} if self.secret and "://" in environment.get("VENEER_TENANTS", "") else set()
         given = {name: value for name, value in environment.items() if name not in hidden}
         container: dict[str, Any] = {
-            "name": "train", "image": self.image, "command": ["python", *hand_over([lease], given)],
+            "name": "train",
+            "image": self.image,
+            "command": ["python", *hand_over([lease], given)],
             "resources": {"limits": {}, "requests": {}},
-        }  # fmt: skip
+        }
         if memory := memory_of(lease.job):
             container["resources"] = {"limits": {"memory": str(memory)}, "requests": {"memory": str(memory)}}
         if self.gpus:
@@ -63,20 +72,25 @@ class KubernetesExecutor(Executor):
         if self.secret:
             container["envFrom"] = [{"secretRef": {"name": self.secret}}]
         pod: dict[str, Any] = {
-            "restartPolicy": "Never", "terminationGracePeriodSeconds": round(self.grace), "containers": [container],
-        }  # fmt: skip
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": round(self.grace),
+            "containers": [container],
+        }
         if self.claim:
             container["volumeMounts"] = [{"name": "home", "mountPath": environment["VENEER_HOME"]}]
             pod["volumes"] = [{"name": "home", "persistentVolumeClaim": {"claimName": self.claim}}]
         labels = {_LABEL: lease.job.id}
         return {
-            "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": place, "labels": labels},
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": place, "labels": labels},
             # one try: whether there is another is the queue's to say
             "spec": {
-                "backoffLimit": 0, "ttlSecondsAfterFinished": _KEPT_SECONDS,
+                "backoffLimit": 0,
+                "ttlSecondsAfterFinished": _KEPT_SECONDS,
                 "template": {"metadata": {"labels": labels}, "spec": pod},
             },
-        }  # fmt: skip
+        }
 
     def look(self, place: str) -> Ended | None:
         found = self._ask(self._jobs.read_namespaced_job_status, place, self.namespace, also=404)

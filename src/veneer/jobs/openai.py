@@ -143,8 +143,10 @@ class Method(Strict):
 
 
 _PLAIN: dict[str, type[Hyperparameters]] = {
-    "supervised": Hyperparameters, "dpo": DpoHyperparameters, "reinforcement": ReinforcementHyperparameters
-}  # fmt: skip
+    "supervised": Hyperparameters,
+    "dpo": DpoHyperparameters,
+    "reinforcement": ReinforcementHyperparameters,
+}
 
 
 def _clash(text: str) -> PydanticCustomError:
@@ -219,9 +221,17 @@ def suffix_of(text: str | None) -> str:
 
 
 def tuning_config(
-    asked: TuningBody, *, base: str, train: Path, validation: Path | None, rows: int, context: int, seed: int,
-    start: str | None = None, settings: FormSettings | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    asked: TuningBody,
+    *,
+    base: str,
+    train: Path,
+    validation: Path | None,
+    rows: int,
+    context: int,
+    seed: int,
+    start: str | None = None,
+    settings: FormSettings | None = None,
+) -> dict[str, Any]:
     """The configuration that a request means, every number in it. `base`: as `veneer train` takes it; `start`: the
     adapter to go on training; `rows`: of the training file, or ROWS_COUNTED; `context`: the longest row. Raises
     ConfigError."""
@@ -302,20 +312,27 @@ def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[
         shown = {key: found[key] if value == "auto" else value for key, value in shown.items()}
     kind = asked["kind"]
     return {
-        "object": "fine_tuning.job", "id": job.id, "created_at": int(job.created),
-        "model": asked["model"], "fine_tuned_model": asked["tuned"] if job.state == "succeeded" else None,
+        "object": "fine_tuning.job",
+        "id": job.id,
+        "created_at": int(job.created),
+        "model": asked["model"],
+        "fine_tuned_model": asked["tuned"] if job.state == "succeeded" else None,
         "finished_at": None if job.ended is None else int(job.ended),
-        "status": _STATUS.get(job.state, job.state), "error": shown_error(job), "organization_id": organisation,
-        "training_file": asked["training_file"], "validation_file": asked["validation_file"],
+        "status": _STATUS.get(job.state, job.state),
+        "error": shown_error(job),
+        "organization_id": organisation,
+        "training_file": asked["training_file"],
+        "validation_file": asked["validation_file"],
         "result_files": list(results),
         "hyperparameters": {key: value for key, value in shown.items() if key in Hyperparameters.model_fields},
         "method": {"type": kind, kind: {"hyperparameters": shown, **asked.get("reinforcement", {})}},
         "seed": config["seed"],
-        "trained_tokens": job.tokens if job.state in ENDS else None, "estimated_finish": _finish(job),
+        "trained_tokens": job.tokens if job.state in ENDS else None,
+        "estimated_finish": _finish(job),
         "integrations": [{**each, "wandb": {**each["wandb"], "run_id": job.id}} for each in asked["integrations"]],
         "metadata": asked["metadata"],
         "user_provided_suffix": asked["suffix"],
-    } | ({"after": asked["after"]} if asked.get("after") else {})  # fmt: skip
+    } | ({"after": asked["after"]} if asked.get("after") else {})
 
 
 def _finish(job: Job) -> int | None:
@@ -374,9 +391,10 @@ def _event_text(event: JobEvent) -> str:
     if event.kind != "preflight":
         return _in_one_line(event.message.removeprefix("warning: "))
     found = [
-        str(each["text"]) for each in event.data.get("findings") or ()
+        str(each["text"])
+        for each in event.data.get("findings") or ()
         if each.get("level", "warn") == "warn" or each.get("check") in _CHECKS
-    ]  # fmt: skip
+    ]
     return _in_one_line("the rows were checked" + (f": {'; '.join(found)}" if found else ""))
 
 
@@ -432,13 +450,15 @@ def event_number(job: Job, id: str) -> int | None:
 
 _METRICS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "metrics": {
-        "loss": ["train_loss"], TOKEN_ACCURACY: ["train_mean_token_accuracy"], "steps": ["total_steps"],
+        "loss": ["train_loss"],
+        TOKEN_ACCURACY: ["train_mean_token_accuracy"],
+        "steps": ["total_steps"],
     },
     "validation": {
         "validation_loss": ["valid_loss", "full_valid_loss"],
         TOKEN_ACCURACY: ["valid_mean_token_accuracy", "full_valid_mean_token_accuracy"],
     },
-}  # fmt: skip
+}
 """Kind of an event -> what it has -> what OpenAI calls that: all held-out rows are scored each time, so that what is
 theirs is the full one too."""
 MEASURED = tuple(_METRICS)
@@ -449,11 +469,14 @@ def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
     """An event as OpenAI's clients read it."""
     data = {} if event.kind == "preflight" else _data_of(event)
     return {
-        "object": "fine_tuning.job.event", "id": _event_id(job, event.number), "created_at": int(event.at),
-        "level": event.level, "message": _plain_text(job, _event_text(event)),
+        "object": "fine_tuning.job.event",
+        "id": _event_id(job, event.number),
+        "created_at": int(event.at),
+        "level": event.level,
+        "message": _plain_text(job, _event_text(event)),
         "data": json.loads(_plain_text(job, json.dumps(data))),
         "type": "metrics" if event.kind in MEASURED else "message",
-    }  # fmt: skip
+    }
 
 
 def _data_of(event: JobEvent) -> dict[str, Any]:
@@ -490,8 +513,11 @@ def shown_checkpoint(job: Job, point: JobCheckpoint) -> dict[str, Any]:
         own[f"{which}_loss"] = found.get("validation_loss")
         own[f"{which}_mean_token_accuracy"] = found.get(f"validation_{TOKEN_ACCURACY}")
     return {
-        "object": "fine_tuning.job.checkpoint", "id": checkpoint_id(job, point.step), "created_at": int(point.at),
+        "object": "fine_tuning.job.checkpoint",
+        "id": checkpoint_id(job, point.step),
+        "created_at": int(point.at),
         "fine_tuned_model_checkpoint": f"{job.about['openai']['tuned']}:ckpt-step-{point.step}",
-        "fine_tuning_job_id": job.id, "step_number": point.step,
+        "fine_tuning_job_id": job.id,
+        "step_number": point.step,
         "metrics": {key: value for key, value in own.items() if value is not None},
-    }  # fmt: skip
+    }

@@ -151,10 +151,13 @@ def _trained_together(tellers: Sequence[_Teller], ended: Callable[[int, RunResul
     with errors_only():
         run_texts(
             [job_config(job, folder) for job, folder in zip(jobs, folders, strict=True)],
-            names=[job.id for job in jobs], called=[job.id for job in jobs], listeners=tellers, ended=ended,
+            names=[job.id for job in jobs],
+            called=[job.id for job in jobs],
+            listeners=tellers,
+            ended=ended,
             resume=any(folder.is_dir() for folder in folders),
             leave=lambda running: {place: None for place in running if tellers[place].lost},
-        )  # fmt: skip
+        )
 
 
 _Trained = tuple[dict[str, Any], "TextBase | None"]
@@ -177,9 +180,12 @@ def _carried_out(teller: _Teller, train: Callable[[], _Trained], *, alone: bool 
 
             left_out: list[JobEvent] = []
             points = publish_checkpoints(
-                library, lease.job.name, _folder(lease.job), Path(result["adapter"]),
+                library,
+                lease.job.name,
+                _folder(lease.job),
+                Path(result["adapter"]),
                 lambda text: left_out.append(JobEvent("warn", "note", text)),
-            )  # fmt: skip
+            )
             store.note(lease, left_out, [JobCheckpoint(step, reference=at) for step, at in points.items()])
         store.finish(lease, result={**result, "reference": reference})
         return 0

@@ -44,11 +44,14 @@ class RayExecutor(Executor):
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(self.grace))}
         try:
             self._dashboard.submit_job(
-                entrypoint=shlex.join([self.python, *command]), submission_id=place,
-                runtime_env={"env_vars": variables}, metadata={"tenant": job.tenant, "adapter": job.name},
-                entrypoint_num_cpus=self.cpus, entrypoint_num_gpus=self.gpus or None,
+                entrypoint=shlex.join([self.python, *command]),
+                submission_id=place,
+                runtime_env={"env_vars": variables},
+                metadata={"tenant": job.tenant, "adapter": job.name},
+                entrypoint_num_cpus=self.cpus,
+                entrypoint_num_gpus=self.gpus or None,
                 entrypoint_memory=memory_of(job) or None,
-            )  # fmt: skip
+            )
         except (RuntimeError, OSError) as error:
             if "already exists" not in str(error):
                 raise self._away(error) from error
@@ -78,5 +81,6 @@ class RayExecutor(Executor):
     def _away(self, error: object) -> UnavailableError:
         return UnavailableError(
             f"Ray does not answer: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}",
-            where=self.address, fix="the address of its dashboard, as http://head:8265; is the cluster up?",
-        )  # fmt: skip
+            where=self.address,
+            fix="the address of its dashboard, as http://head:8265; is the cluster up?",
+        )

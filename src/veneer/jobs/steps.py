@@ -60,9 +60,16 @@ def fork_config(store: JobStore, job: Job, step: int | None, overrides: Sequence
 
 
 def forked(
-    store: JobStore, job: str, step: int | None = None, overrides: Sequence[str] = (), *, tenant: str | None = None,
-    name: str = "", tenants: Store | None = None, device: Device | None = None,
-) -> Job:  # fmt: skip
+    store: JobStore,
+    job: str,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    tenant: str | None = None,
+    name: str = "",
+    tenants: Store | None = None,
+    device: Device | None = None,
+) -> Job:
     """A new job of the same rows that begins with the adapter of a step of `job`, looked at and queued, or failed.
     `tenant`: whose `job` is, None for anybody's. `name`: of its adapter, by default the same, as its next version.
     Raises UnknownJob, ConfigError, and what `submitted` does."""
@@ -72,14 +79,12 @@ def forked(
     about: dict[str, Any] = {"fork": {"job": found.id, "step": step}}
     if "input" in found.about:  # what it reads stays as long as one of the two has not ended
         about["input"] = found.about["input"]
-    return submitted(
-        store, config, tenant=found.tenant, name=name or own, tenants=tenants, device=device, about=about
-    )  # fmt: skip
+    return submitted(store, config, tenant=found.tenant, name=name or own, tenants=tenants, device=device, about=about)
 
 
 def kept_step(
     store: JobStore, job: str, step: int | None = None, *, alias: str = "", tenant: str | None = None
-) -> Version:  # fmt: skip
+) -> Version:
     """The adapter of a step as the newest version of the job's name, under an `alias` where one is given. Raises
     UnknownJob, ConfigError."""
     found = store.get(tenant, job)
@@ -105,8 +110,10 @@ def sample_file(store: JobStore, job: Job, step: int) -> Path:
     if found is None:
         have = counted(len(drawn), "sheet")
         raise ConfigError(
-            f"there are no sample pictures of step {step} of {job.id}", where="step",
-            fix=f"it has drawn {have}: after steps {', '.join(map(str, sorted(drawn)))}" if drawn else
-            "samples.prompts and samples.every say what is drawn, and when",
-        )  # fmt: skip
+            f"there are no sample pictures of step {step} of {job.id}",
+            where="step",
+            fix=f"it has drawn {have}: after steps {', '.join(map(str, sorted(drawn)))}"
+            if drawn
+            else "samples.prompts and samples.every say what is drawn, and when",
+        )
     return found

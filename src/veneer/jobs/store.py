@@ -272,7 +272,7 @@ class JobStore:
 
     def create(
         self, tenant: str, config: Mapping[str, Any], *, name: str, about: Mapping[str, Any] | None = None
-    ) -> Job:  # fmt: skip
+    ) -> Job:
         """A new job, to be validated. `config`: as `veneer train` reads it, with absolute paths; where its output goes
         is the job's own affair. `name`: of the adapter to come, which is the library's `tenant/name`. `about`: see Job.
 
@@ -282,24 +282,40 @@ class JobStore:
         full = f"{tenant}/{name}" if tenant else name
         if tenant and "/" in name:
             raise ConfigError(
-                f"{quoted(name)} cannot name an adapter of {tenant}", where="name",
+                f"{quoted(name)} cannot name an adapter of {tenant}",
+                where="name",
                 fix=f"one without a slash: {tenant}/ is put in front of it",
-            )  # fmt: skip
+            )
         check_name(full)
         given = {key: value for key, value in config.items() if key != "output"}
         with self._writing() as (c, now):
             unfinished = job_table.c.tenant == tenant, job_table.c.state.not_in(ENDS)
             if (c.scalar(select(func.count()).select_from(job_table).where(*unfinished)) or 0) >= _WAITING:
                 raise ConfigError(
-                    f"{_WAITING:,} jobs of {tenant or 'this machine'} have not ended", where="jobs",
+                    f"{_WAITING:,} jobs of {tenant or 'this machine'} have not ended",
+                    where="jobs",
                     fix="wait for some of them, or cancel those that nobody needs",
-                )  # fmt: skip
+                )
             number = (c.scalar(select(func.max(job_table.c.number))) or 0) + 1
             made = {
-                "id": _new_id(), "number": number, "tenant": tenant, "name": full, "state": "validating",
-                "config": _json(given), "about": _json(dict(about or {})), "created": now, "step": 0, "steps": 0,
-                "tokens": 0, "price": 0, "planned": 0, "seconds": 0.0, "attempt": 0, "faults": 0, "place": "",
-            }  # fmt: skip
+                "id": _new_id(),
+                "number": number,
+                "tenant": tenant,
+                "name": full,
+                "state": "validating",
+                "config": _json(given),
+                "about": _json(dict(about or {})),
+                "created": now,
+                "step": 0,
+                "steps": 0,
+                "tokens": 0,
+                "price": 0,
+                "planned": 0,
+                "seconds": 0.0,
+                "attempt": 0,
+                "faults": 0,
+                "place": "",
+            }
             c.execute(insert(job_table), made)
             job = self._row(c, tenant, str(made["id"]))
             _tell(c, job, now, JobEvent("info", "state", f"created {job.id}", {"state": "validating"}))
@@ -312,7 +328,7 @@ class JobStore:
 
     def jobs(
         self, tenant: str | None, *, after: str | None = None, limit: int = 20, states: Iterable[str] = ()
-    ) -> tuple[list[Job], bool]:  # fmt: skip
+    ) -> tuple[list[Job], bool]:
         """Jobs, the newest first, and whether there are more. `after`: the id of the last one of the page before.
         Raises UnknownJob for an `after` that the tenant does not have, ConfigError for a state that is none."""
         query = _of(tenant).order_by(job_table.c.number.desc()).limit(limit + 1)
@@ -334,9 +350,15 @@ class JobStore:
             return int(c.execute(query).scalar_one())
 
     def events(
-        self, tenant: str | None, job: str, *, after: int = 0, limit: int = 1000, newest: bool = False,
+        self,
+        tenant: str | None,
+        job: str,
+        *,
+        after: int = 0,
+        limit: int = 1000,
+        newest: bool = False,
         diagnostics: bool = True,
-    ) -> tuple[list[JobEvent], bool]:  # fmt: skip
+    ) -> tuple[list[JobEvent], bool]:
         """Events, the oldest first, those with a number above `after`, and whether there are more. `newest`: the newest
         first, those with a number below `after`, if that is not 0. `diagnostics`: include notes of level info, which
         describe how a run used its machine. Raises UnknownJob."""
@@ -456,10 +478,15 @@ class JobStore:
     # -- whoever works on them -----------------------------------------------------------------------------------------
 
     def take(
-        self, worker: str, seconds: float, state: Literal["validating", "queued"] = "queued",
-        at_once: Callable[[str], int | None] = lambda tenant: None, only: str | None = None,
-        beside: Sequence[JobLease] = (), order: Callable[[str], float] = lambda tenant: 0.0,
-    ) -> JobLease | None:  # fmt: skip
+        self,
+        worker: str,
+        seconds: float,
+        state: Literal["validating", "queued"] = "queued",
+        at_once: Callable[[str], int | None] = lambda tenant: None,
+        only: str | None = None,
+        beside: Sequence[JobLease] = (),
+        order: Callable[[str], float] = lambda tenant: 0.0,
+    ) -> JobLease | None:
         """A lease, for so many seconds, of a job to validate or to train; None where nothing is to be done.
 
         Jobs with an expired lease come first; then the oldest job of the tenant with the fewest running jobs, and among
@@ -500,18 +527,28 @@ class JobStore:
                 return JobLease(self._row(c, None, found.id), values["token"])
 
     def waiting(
-        self, at_once: Callable[[str], int | None] = lambda tenant: None, *, beside: Sequence[JobLease] = (),
-        state: Literal["validating", "queued"] = "queued", order: Callable[[str], float] = lambda tenant: 0.0,
-    ) -> list[Job]:  # fmt: skip
+        self,
+        at_once: Callable[[str], int | None] = lambda tenant: None,
+        *,
+        beside: Sequence[JobLease] = (),
+        state: Literal["validating", "queued"] = "queued",
+        order: Callable[[str], float] = lambda tenant: 0.0,
+    ) -> list[Job]:
         """Return the jobs that `take` would return to train or validate, in order; at most a hundred."""
         with reading(self.engine) as c:
             now = self._now(c)
             return self._waiting(c, state, now, at_once, [_parted(now, beside)], 100, order)
 
     def _waiting(
-        self, c: Connection, state: str, now: float, at_once: Callable[[str], int | None],
-        chosen: Sequence[ColumnElement[bool]], limit: int, order: Callable[[str], float],
-    ) -> list[Job]:  # fmt: skip
+        self,
+        c: Connection,
+        state: str,
+        now: float,
+        at_once: Callable[[str], int | None],
+        chosen: Sequence[ColumnElement[bool]],
+        limit: int,
+        order: Callable[[str], float],
+    ) -> list[Job]:
         """Return the next jobs: jobs with an expired lease first, then waiting jobs.
 
         Among waiting jobs, every tenant's first job comes before any tenant's second; running jobs count, and no tenant
@@ -550,9 +587,14 @@ class JobStore:
         return job
 
     def note(
-        self, lease: JobLease, events: Sequence[JobEvent] = (), checkpoints: Sequence[JobCheckpoint] = (), *,
-        trained: tuple[int, int, int] | None = None, place: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        lease: JobLease,
+        events: Sequence[JobEvent] = (),
+        checkpoints: Sequence[JobCheckpoint] = (),
+        *,
+        trained: tuple[int, int, int] | None = None,
+        place: str | None = None,
+    ) -> None:
         """Adds what happened, in one transaction. `trained`: (step, steps, tokens of all steps to there). What is not
         beyond the furthest step that was noted is left out, of `trained` and of events of kind metrics; a checkpoint
         that is there already too. `place`: see Job. Raises LeaseLost."""
@@ -577,7 +619,7 @@ class JobStore:
 
     def queue(
         self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None, spent: int = 0
-    ) -> Job:  # fmt: skip
+    ) -> Job:
         """A validated job waits to be trained, and nobody has it any more. `plan`: with `tokens` and `steps`. `price`:
         for a million tokens; `budget`: the tenant's for a month (UTC); `spent`: the part that the ledger has recorded
         for training by Tinker clients; all in millionths.
@@ -591,8 +633,9 @@ class JobStore:
                 raise OverBudget(
                     f"this job is planned to cost {money(planned)}, and of this month's budget of "
                     f"{money(budget)} {money(max(0, budget - taken))} are left",
-                    where="budget", fix="fewer rows or epochs, a larger budget, or next month",
-                )  # fmt: skip
+                    where="budget",
+                    fix="fewer rows or epochs, a larger budget, or next month",
+                )
             values = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": int(plan["steps"])}
             c.execute(update(job_table).where(job_table.c.id == job.id).values(**values, queued=now, faults=0, **_LEFT))
             cost = f", {money(planned)}" if planned else ""
@@ -621,7 +664,7 @@ class JobStore:
 
     def finish(
         self, lease: JobLease, *, result: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
-    ) -> Job:  # fmt: skip
+    ) -> Job:
         """Ends a job: succeeded with a `result`, or failed with an `error`, both as Job has them. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             return self._end(c, job, "succeeded" if error is None else "failed", now, result=result, error=error)
@@ -667,16 +710,30 @@ class JobStore:
             c.execute(
                 insert(job_bill_table),
                 {
-                    "job": job.id, "tenant": job.tenant, "name": job.name, "day": _day(now), "state": state, "at": now,
-                    "seconds": ended.seconds, "tokens": ended.tokens, "price": ended.price, "cost": cost,
+                    "job": job.id,
+                    "tenant": job.tenant,
+                    "name": job.name,
+                    "day": _day(now),
+                    "state": state,
+                    "at": now,
+                    "seconds": ended.seconds,
+                    "tokens": ended.tokens,
+                    "price": ended.price,
+                    "cost": cost,
                 },
-            )  # fmt: skip
+            )
         return self._row(c, None, job.id)
 
     def _end(
-        self, c: Connection, job: Job, state: _JobState, now: float, *, result: Mapping[str, Any] | None = None,
+        self,
+        c: Connection,
+        job: Job,
+        state: _JobState,
+        now: float,
+        *,
+        result: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
-    ) -> Job:  # fmt: skip
+    ) -> Job:
         c.execute(update(job_table).where(job_table.c.id == job.id).values(result=_json(result), error=_json(error)))
         text = str((error or {}).get("message") or (result or {}).get("reference") or "done")
         return self._move(c, job, state, now, f"{state}: {text}", "info" if error is None else "error")
@@ -707,9 +764,10 @@ def _allowed(job: Job, state: _JobState, only: str | None = None) -> None:
     asked = {"paused": "paused", "queued": "resumed", "cancelled": "cancelled"}.get(state, state)
     froms = [only] if only else [name for name, following in TRANSITIONS.items() if state in following]
     raise WrongState(
-        f"job {job.id} is {job.state} and cannot be {asked}", where="job",
+        f"job {job.id} is {job.state} and cannot be {asked}",
+        where="job",
         fix=f"only one that is {' or '.join(froms)} can" if job.state not in ENDS else "it has ended: submit a new one",
-    )  # fmt: skip
+    )
 
 
 def _tell(c: Connection, job: Job, now: float, event: JobEvent) -> None:

@@ -82,9 +82,14 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
 
 
 def validated(
-    store: JobStore, lease: JobLease, terms: TrainingTerms, device: Device, tenants: Store | None = None, *,
+    store: JobStore,
+    lease: JobLease,
+    terms: TrainingTerms,
+    device: Device,
+    tenants: Store | None = None,
+    *,
     room: int | None = None,
-) -> Job:  # fmt: skip
+) -> Job:
     """Looks at a job and queues it, or ends it as failed. `tenants`: whose ledger has what else was trained of the
     budget. `room`: bytes of memory that this process may use; by default, all free memory. Raises LeaseLost. Also
     raises errors that the job did not cause (a disk or database outage); the job then stays as it is, to be validated
@@ -93,9 +98,10 @@ def validated(
         if terms.jobs == 0:
             raise ConfigError(
                 f"{lease.job.tenant or 'this machine'} may have no training jobs: there is no such tenant, it is shut "
-                "out, or may have none at once", where="tenant",
+                "out, or may have none at once",
+                where="tenant",
                 fix="see veneer tenant list, and veneer tenant training",
-            )  # fmt: skip
+            )
         plan = _plan_of_job(lease.job, device, room)
         spent = 0 if terms.budget is None else spent_by_clients(tenants, lease.job.tenant)
         return store.queue(lease, plan, price=terms.price, budget=terms.budget, spent=spent)
@@ -108,9 +114,16 @@ def validated(
 
 
 def submitted(
-    store: JobStore, config: RunConfig, *, tenant: str = "", name: str = "", after: AfterJob | None = None,
-    tenants: Store | None = None, device: Device | None = None, about: Mapping[str, Any] | None = None,
-) -> Job:  # fmt: skip
+    store: JobStore,
+    config: RunConfig,
+    *,
+    tenant: str = "",
+    name: str = "",
+    after: AfterJob | None = None,
+    tenants: Store | None = None,
+    device: Device | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Job:
     """A new job that has been looked at: queued, or failed. `name`: by default that of the output folder. `after`: what
     it does once it is trained. `tenants`: with their terms and routes. `about`: what else it keeps. Raises what
     `JobStore.create` and `check_after` do."""
@@ -184,8 +197,10 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
     if peak > plan.room:
         raise PreflightError(
             f"answers to the held-out rows do not fit: they need about {gigabytes(peak)}, and {gigabytes(plan.room)} "
-            "may be used", where="after.evaluate", fix="metrics that need no answers: evaluate: {metrics: [loss]}",
-        )  # fmt: skip
+            "may be used",
+            where="after.evaluate",
+            fix="metrics that need no answers: evaluate: {metrics: [loss]}",
+        )
     return peak
 
 
@@ -225,8 +240,9 @@ def _check_size(config: TrainConfig, held: HeldOut | None, room: int | None) -> 
         raise PreflightError(
             f"the rows have {gigabytes(size)}, to read them takes about {gigabytes(needed)}, and {gigabytes(free)} "
             "are free",
-            where=str(files[0]), fix="fewer rows, or a machine with more memory",
-        )  # fmt: skip
+            where=str(files[0]),
+            fix="fewer rows, or a machine with more memory",
+        )
 
 
 def _refuse(plan: Plan) -> None:

@@ -88,10 +88,21 @@ class Worker:
     them. `say`: hears what it does, in sentences."""
 
     def __init__(
-        self, library: Library, executor: Executor, *, tenants: Store | None = None, name: str = "", at_once: int = 1,
-        device: Device | None = None, lease: float = 60.0, poll: float = 0.5, grace: float = 60.0,
-        failed_days: float = 30.0, ended_days: float = 365.0, say: Callable[[str], None] = lambda text: None,
-    ) -> None:  # fmt: skip
+        self,
+        library: Library,
+        executor: Executor,
+        *,
+        tenants: Store | None = None,
+        name: str = "",
+        at_once: int = 1,
+        device: Device | None = None,
+        lease: float = 60.0,
+        poll: float = 0.5,
+        grace: float = 60.0,
+        failed_days: float = 30.0,
+        ended_days: float = 365.0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.library, self.executor, self.say = library, executor, say
         self.store, self.tenants, self.terms = JobStore(library), tenants, terms_of(tenants)
         self.environment = environment_of(library, None if tenants is None else tenants.where)

@@ -235,9 +235,12 @@ def browse(
     tags_found = connection.execute(tagged.where(*conditions).group_by(t.tag)).all()
     facets["tag"].update({row.tag: row.many for row in tags_found})
     first = {
-        "name": (), "added": (v.added.desc(),), "gain": (f.gain.is_(None), f.gain), "size": (e.size.desc(),),
+        "name": (),
+        "added": (v.added.desc(),),
+        "gain": (f.gain.is_(None), f.gain),
+        "size": (e.size.desc(),),
         "rank": (f.rank.desc(),),
-    }[order]  # fmt: skip
+    }[order]
     keys = _with_content(select(v.name, v.version)).where(*conditions).order_by(*first, v.name, v.version)
     keys = keys.limit(limit).offset(offset)
     page = [tuple(row) for row in connection.execute(keys)]

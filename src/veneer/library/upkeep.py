@@ -360,7 +360,7 @@ def _restore(library: Library, connection: Connection, found: dict[str, Any], ou
     following = max([found["next"], *(k + 1 for k in kept)])
     connection.execute(
         update(ix.names).where(ix.names.c.name == name).values(latest=max(kept, default=None), next=following)
-    )  # fmt: skip
+    )
     for alias, number in sorted(found["aliases"].items()):
         if number in kept:
             connection.execute(ix.name_aliases.insert(), {"name": name, "alias": alias, "version": number})

@@ -60,9 +60,10 @@ _DENOISER_SIZES = (
     "patch_size", "out_channels", "n_refiner_layers",
 )  # fmt: skip
 _LEVELS: tuple[tuple[str, type, str], ...] = (
-    ("transformer_layers_per_block", int, "[1, 2, 10]"), ("attention_head_dim", int, "[5, 10, 20]"),
+    ("transformer_layers_per_block", int, "[1, 2, 10]"),
+    ("attention_head_dim", int, "[5, 10, 20]"),
     ("down_block_types", str, '["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]'),
-)  # fmt: skip
+)
 """Of a U-Net: a value for each level."""
 
 
@@ -161,9 +162,10 @@ class _Check:
             return
         if "model_type" not in self.fields and get("addition_embed_type") not in ("text_time", None):
             raise ConfigError(
-                "this U-Net is neither SD1.5's nor SDXL's, and of U-Nets those alone can be planned", where=self.where,
+                "this U-Net is neither SD1.5's nor SDXL's, and of U-Nets those alone can be planned",
+                where=self.where,
                 fix="--base sdxl, flux.1-dev, or another of `veneer plan --list`",
-            )  # fmt: skip
+            )
         widths = get("block_out_channels")
         self.list_of("block_out_channels", int, "a width for each level, as [320, 640, 1280]", least=1, some=True)
         for key, kind_of_it, example in _LEVELS:
@@ -178,9 +180,10 @@ class _Check:
         text = json.dumps(self.fields[key] if value is None else value, ensure_ascii=False, default=str)
         text = text if len(text) <= 60 else text[:60] + "…"
         raise ConfigError(
-            f"{key} is {text}, where {wanted} is wanted", where=f"{self.where}: {key}",
+            f"{key} is {text}, where {wanted} is wanted",
+            where=f"{self.where}: {key}",
             fix="correct the file, or take the base's own config.json again",
-        )  # fmt: skip
+        )
 
     def size(self, key: str, most: int = _MOST, least: int = 1) -> None:
         if key in self.fields and not _is_size(self.fields[key], least, most):

@@ -119,9 +119,7 @@ def _cached_digests(table: list[StoredTensor], places: list[Path]) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     found = digests(table)
-    record = {
-        "version": _VERSION, "files": state, "tensors": {t.name: d for t, d in zip(table, found, strict=True)}
-    }  # fmt: skip
+    record = {"version": _VERSION, "files": state, "tensors": {t.name: d for t, d in zip(table, found, strict=True)}}
     for place in places:
         # a cache that cannot be written costs time, not correctness
         with contextlib.suppress(OSError):

@@ -33,9 +33,7 @@ def hub_snapshot(
     repo, _, revision = name.partition("@")
     where = f"{looked}, and the hub {constants.ENDPOINT} (cache: {constants.HF_HUB_CACHE})"
     try:
-        found = snapshot_download(
-            repo, revision=revision or None, allow_patterns=_JSON, ignore_patterns=_NOT
-        )  # fmt: skip
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=_JSON, ignore_patterns=_NOT)
         if not weights:
             return Path(found)
         allow, ignore = _FILES, _NOT

@@ -93,9 +93,13 @@ class LazyTensor:
 
 
 def load_quantised(
-    path: Path, config: PreTrainedConfig, table: list[StoredTensor], kind: str, dtype: torch.dtype,
+    path: Path,
+    config: PreTrainedConfig,
+    table: list[StoredTensor],
+    kind: str,
+    dtype: torch.dtype,
     device: torch.device | None = None,
-) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the model of a base directory with its linear weights as `kind`, computing in `dtype`; transformers' loading
     info). `kind`: one of ops.quantisation_formats.KINDS, or "" for a checkpoint that is quantised already and kept as
     it is. `device`: where each weight goes as it is read, and is quantised; the CPU by default."""
@@ -111,17 +115,26 @@ def load_quantised(
 
 
 def load_state(
-    cls: Any, config: PreTrainedConfig, state: Mapping[str, LazyTensor], kind: str, dtype: torch.dtype,
+    cls: Any,
+    config: PreTrainedConfig,
+    state: Mapping[str, LazyTensor],
+    kind: str,
+    dtype: torch.dtype,
     device: torch.device | None = None,
-) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(a model of transformers' class `cls` with these tensors, transformers' loading info). Those of
     `quantised_weights` are quantised as `kind`; "": they come as they are to be, quantised or not. `device`: as
     `load_quantised` has it."""
     with loading(), memory.returned_memory():
         model, info = cls.from_pretrained(
-            None, config=config, state_dict=dict(state), dtype=dtype, quantization_config=_quantiser(kind),
-            output_loading_info=True, device_map=straight_to(device),
-        )  # fmt: skip
+            None,
+            config=config,
+            state_dict=dict(state),
+            dtype=dtype,
+            quantization_config=_quantiser(kind),
+            output_loading_info=True,
+            device_map=straight_to(device),
+        )
     forget_quantiser(model)
     loop_over_experts(model, device)
     return model, info
@@ -343,8 +356,9 @@ def _scaled_values(weight: StoredTensor, scale: StoredTensor, about: StoredTenso
             raise BaseError(
                 f"a weight of shape {weight.shape} has scales of shape {scale.shape}; veneer reads one scale for the "
                 "weight, or one for each row",
-                where=where, fix=_PLAIN_FIX,
-            )  # fmt: skip
+                where=where,
+                fix=_PLAIN_FIX,
+            )
         if about is not None:
             kind = json.loads(bytes(read_values(about).tolist())).get("format")
             if kind not in ("float8_e4m3fn", "float8_e5m2"):
@@ -382,9 +396,15 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
             raise BaseError("the constants are quantised with a map that is not bitsandbytes' own", where=where)
         mean = torch.tensor(float(about["nested_offset"])) if nested is not None else None
         code = Blocks4(
-            kind, tuple(about["shape"]), read_values(packed).flatten(), found["absmax"], found.get("nested_absmax"),
-            mean, int(about["blocksize"]), int(about.get("nested_blocksize") or 256),
-        )  # fmt: skip
+            kind,
+            tuple(about["shape"]),
+            read_values(packed).flatten(),
+            found["absmax"],
+            found.get("nested_absmax"),
+            mean,
+            int(about["blocksize"]),
+            int(about.get("nested_blocksize") or 256),
+        )
         return Quantised(code, torch.bfloat16)
 
     return read
@@ -399,10 +419,14 @@ def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out[name] = weight
             continue
         about = {
-            "quant_type": code.kind, "blocksize": code.block, "dtype": str(weight.dtype).removeprefix("torch."),
-            "shape": list(code.shape), "nested_blocksize": code.nested, "nested_dtype": "float32",
+            "quant_type": code.kind,
+            "blocksize": code.block,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "shape": list(code.shape),
+            "nested_blocksize": code.nested,
+            "nested_dtype": "float32",
             "nested_offset": float(code.mean),
-        }  # fmt: skip
+        }
         out |= {
             name: code.packed[:, None],
             f"{name}.absmax": code.absmax,
@@ -420,10 +444,14 @@ def saved_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
     if kind not in SAVED_KINDS:
         raise ConfigError(f"{kind!r} cannot be saved as a checkpoint of bitsandbytes", fix=" or ".join(SAVED_KINDS))
     return {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
-        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-    }  # fmt: skip
+    }
 
 
 def check_kind(kind: str) -> None:

@@ -102,9 +102,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(
-    model: nn.Module, parts: Sequence[nn.Module], device: torch.device, unread: Unread | None = None,
+    model: nn.Module,
+    parts: Sequence[nn.Module],
+    device: torch.device,
+    unread: Unread | None = None,
     together: Sequence[Sequence[nn.Module]] = (),
-) -> Sharded:  # fmt: skip
+) -> Sharded:
     """Splits every parameter of `model` along its first dimension and moves the parts to `device`, block by block, so
     that no device ever holds the whole. Returns the function through which everything that uses the model is called.
 

@@ -86,9 +86,7 @@ class Unread:
         stored = self.stored[name]
         return self._cast(self._values(name, 0, stored.elements).view(stored.shape).to(device))
 
-    def part(
-        self, names: Sequence[str], weight: Tensor, rank: int, count: int, device: torch.device
-    ) -> list[Tensor]:  # fmt: skip
+    def part(self, names: Sequence[str], weight: Tensor, rank: int, count: int, device: torch.device) -> list[Tensor]:
         """This process's part of a weight on `device`; of a quantised one, that of each of its tensors, in order.
         `names`: of the weights in the files that lie below one another in it, of a quantised one it alone. `weight`:
         the one on the meta device. All processes ask for the same weights in the same order: in 4 bits they wait for

@@ -73,9 +73,14 @@ class VisionModel:
             with errors_only(), torch.no_grad():
                 inputs = self._inputs(picture, instruction).to(self.device, self.dtype)
                 made = self.model.generate(
-                    **inputs, max_new_tokens=max_tokens, do_sample=False, num_beams=1, temperature=None, top_p=None,
+                    **inputs,
+                    max_new_tokens=max_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
                     top_k=None,
-                )[0].tolist()  # fmt: skip
+                )[0].tolist()
                 asked = inputs["input_ids"][0].tolist() if "input_ids" in inputs else []
                 new = made[len(asked) :] if made[: len(asked)] == asked else made
                 text = self.processor.decode(new, skip_special_tokens=True)
@@ -144,12 +149,18 @@ def load_vision(
     check_memory(path, sum(t.elements * kind.itemsize for t in table), kind, where)
     with loading():
         model, info = _read(
-            "model", path,
+            "model",
+            path,
             lambda: AutoModelForImageTextToText.from_pretrained(
-                path, config=config, dtype=kind, use_safetensors=True, output_loading_info=True,
-                device_map=straight_to(where), **_HERE,
+                path,
+                config=config,
+                dtype=kind,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=straight_to(where),
+                **_HERE,
             ),
-        )  # fmt: skip
+        )
     check_loaded(path, info)
     model.to(where).eval().requires_grad_(False)
     return VisionModel(name, model, processor, kind, where, reason)

@@ -93,9 +93,14 @@ class RowLayout:
     keep: Tensor | None = None
 
     def __init__(
-        self, lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25, step: int = 1,
-        idle: int = 0, shared: SharedRows | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        waste: float = 0.25,
+        step: int = 1,
+        idle: int = 0,
+        shared: SharedRows | None = None,
+    ) -> None:
         self.lengths, self.idle = list(lengths), idle
         self.attended: set[int] = set()
         self.device, self._waste, self._step = torch.device(device), waste, step
@@ -270,9 +275,16 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, layout: RowLayout,
-        scale: float, window: int | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        run: Any,
+        qkv: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        kv: int,
+        layout: RowLayout,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
         out, lse = run.forward(qkv, cos, sin, layout.starts, kv, scale, window)
         ctx.save_for_backward(qkv, cos, sin, out, lse)
         ctx.run, ctx.how = run, (layout.starts, kv, scale, window)
@@ -362,9 +374,15 @@ class HeadNorms(NamedTuple):
 
 
 def rotary_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None = None,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv: int,
+    layout: RowLayout,
+    scale: float,
+    window: int | None = None,
     norms: HeadNorms | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention of [q | k | v] heads with rotary positions in q and k. qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
 
     cos, sin: (N, dim/2). `window`: a query sees itself and the window − 1 tokens before it; None: all before it.
@@ -398,9 +416,15 @@ def normed_heads(qkv: Tensor, kv: int, norms: HeadNorms) -> Tensor:
 
 
 def row_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None = None, cap: float = 0.0,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: RowLayout,
+    scale: float,
+    window: int | None = None,
+    cap: float = 0.0,
     sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The same without rotation. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim).
 
     `cap`: scores are cap·tanh(score/cap), 0 leaves them. sinks: (heads,), a score of each head that takes its share of
@@ -456,9 +480,15 @@ class _Taken(torch.autograd.Function):
 
 
 def _attended(
-    q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None, cap: float = 0.0,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: RowLayout,
+    scale: float,
+    window: int | None,
+    cap: float = 0.0,
     sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """By the device's own kernel, which knows nothing of idle tokens."""
     run = chosen("attend_rows", q, k, v, sinks)
     assert run is not None
@@ -469,9 +499,15 @@ def _attended(
 
 
 def scored_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None, cap: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: RowLayout,
+    scale: float,
+    window: int | None,
+    cap: float,
     sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`row_attention` line by line, a row at a time."""
     per, out = q.shape[1] // k.shape[1], [q.new_zeros(layout.idle, *q.shape[1:])]
     lengths = [*layout.lengths, layout.idle]
@@ -576,9 +612,17 @@ def _attend_all(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Te
 
 
 def _attend_all_backward(
-    g: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, p: Tensor | None,
-    dq: Tensor, dk: Tensor, dv: Tensor,
-) -> None:  # fmt: skip
+    g: Tensor,
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor | None,
+    p: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
     """Gradients of `_attend_all` into dq, dk, dv. g, out: (n, S, heads·d)."""
     n, _, heads, d = q.shape
     g, out = g.unflatten(2, (heads, d)), out.unflatten(2, (heads, d))

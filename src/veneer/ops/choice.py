@@ -400,9 +400,14 @@ def _name_of(state: _State, op: str, able: list[Implementation], first: Tensor, 
 
 
 def _measure(
-    state: _State, key: str, op: str, able: list[Implementation], trial: Trial, dtype: torch.dtype,
+    state: _State,
+    key: str,
+    op: str,
+    able: list[Implementation],
+    trial: Trial,
+    dtype: torch.dtype,
     kind: tuple[int, ...],
-) -> Measured:  # fmt: skip
+) -> Measured:
     """What is kept, or else measured now: by one thread of one process at a time, so that all agree."""
     names, kept = (*(one.name for one in able), REFERENCE), state.kept()
 
@@ -418,8 +423,14 @@ def _measure(
 
 
 def _measure_now(
-    state: _State, key: str, op: str, names: tuple[str, ...], trial: Trial, dtype: torch.dtype, kind: tuple[int, ...],
-) -> Measured:  # fmt: skip
+    state: _State,
+    key: str,
+    op: str,
+    names: tuple[str, ...],
+    trial: Trial,
+    dtype: torch.dtype,
+    kind: tuple[int, ...],
+) -> Measured:
     def tried(name: str) -> Callable[[], object]:
         made: list[Callable[[], object]] = []
 

@@ -81,8 +81,9 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
         own = slice(first, last)
         products = tuple(
             replace(p, B=p.B[max(first - p.first, 0) : last - p.first], first=max(p.first - first, 0))
-            for p in linear_map.products if p.first < last and p.last > first
-        )  # fmt: skip
+            for p in linear_map.products
+            if p.first < last and p.last > first
+        )
         bias, gain = (None if t is None else t[own] for t in (linear_map.bias, linear_map.gain))
         return LinearMap(linear_map.weight[own], bias, products, gain, spans=linear_map.spans)
 

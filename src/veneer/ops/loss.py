@@ -33,9 +33,14 @@ _CERTAIN = -1e-7  # the largest mean log p that float32 can tell from 0, whose o
 class _TokenNll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, copies: PackedCopies | None,
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        copies: PackedCopies | None,
         right: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden), chunk):
@@ -95,9 +100,13 @@ def likeliest(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_nll(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, copies: PackedCopies | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None = None,
+    copies: PackedCopies | None = None,
     right: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.
 
     A target of −100 is none: 0, and no gradient. Raises IndexError for any other that is no token (on a GPU, an error

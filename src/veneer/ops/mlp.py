@@ -154,9 +154,15 @@ def gelu_tanh(x: Tensor) -> Tensor:
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate_up: LinearMap, down: LinearMap, act: str, gain: Tensor | None,
-        gain_down: Tensor | None, *flat: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        gate_up: LinearMap,
+        down: LinearMap,
+        act: str,
+        gain: Tensor | None,
+        gain_down: Tensor | None,
+        *flat: Tensor,
+    ) -> Tensor:
         one = linear_forward(x, gate_up)
         two = linear_forward(gated(one.y, act), down)
         again = gain is not None and not gate_up.dropout  # [gate | up] is then a gain and a bias away from `plain`

@@ -48,8 +48,12 @@ def probe_layer(
 ) -> LayerProbe:
     """Steps of one layer for about `seconds`, and products of its shapes between them."""
     n, wide = rows * length, (_HEADS + 2 * _KV) * _DIM
-    sizes = {"qkv": (wide, _HIDDEN), "out": (_HIDDEN, _HEADS * _DIM), "gate_up": (2 * _WIDTH, _HIDDEN),
-             "down": (_HIDDEN, _WIDTH)}  # fmt: skip
+    sizes = {
+        "qkv": (wide, _HIDDEN),
+        "out": (_HIDDEN, _HEADS * _DIM),
+        "gate_up": (2 * _WIDTH, _HIDDEN),
+        "down": (_HIDDEN, _WIDTH),
+    }
     maps = {name: _with_pair(dtype, *size) for name, size in sizes.items()}
     layout, weight = RowLayout([length] * rows), random_like(dtype, _HIDDEN)
     angles = random_like(torch.float32, n, _DIM // 2)

@@ -327,10 +327,13 @@ def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> Quant
         return Rows8(tuple(shape), codes, torch.empty(n // columns, device=device))
     blocks = -(-n // BLOCK)
     return Blocks4(
-        kind, tuple(shape), torch.empty((n + 1) // 2, dtype=torch.uint8, device=device),
-        torch.empty(blocks, dtype=torch.uint8, device=device), torch.empty(-(-blocks // NESTED), device=device),
+        kind,
+        tuple(shape),
+        torch.empty((n + 1) // 2, dtype=torch.uint8, device=device),
+        torch.empty(blocks, dtype=torch.uint8, device=device),
+        torch.empty(-(-blocks // NESTED), device=device),
         torch.empty((), device=device),
-    )  # fmt: skip
+    )
 
 
 # -- blocks of a GGUF file ---------------------------------------------------------------------------------------------

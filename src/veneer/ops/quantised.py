@@ -43,9 +43,15 @@ class Quantised(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls: type[Quantised], stored: QuantisationFormat, dtype: torch.dtype, shape: Sequence[int] | None = None,
-        first: int = 0, last: int | None = None, turned: bool = False, kept: Tensor | None = None,
-    ) -> Quantised:  # fmt: skip
+        cls: type[Quantised],
+        stored: QuantisationFormat,
+        dtype: torch.dtype,
+        shape: Sequence[int] | None = None,
+        first: int = 0,
+        last: int | None = None,
+        turned: bool = False,
+        kept: Tensor | None = None,
+    ) -> Quantised:
         size = list(stored.shape if shape is None else shape)
         if turned:
             size[-2:] = size[:-3:-1]
@@ -54,9 +60,15 @@ class Quantised(torch.Tensor):
         return cast("Quantised", make(cls, size, dtype=dtype, device=device, requires_grad=False))
 
     def __init__(
-        self, stored: QuantisationFormat, dtype: torch.dtype, shape: Sequence[int] | None = None, first: int = 0,
-        last: int | None = None, turned: bool = False, kept: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        stored: QuantisationFormat,
+        dtype: torch.dtype,
+        shape: Sequence[int] | None = None,
+        first: int = 0,
+        last: int | None = None,
+        turned: bool = False,
+        kept: Tensor | None = None,
+    ) -> None:
         self.stored, self.first, self.turned, self.kept = stored, first, turned, kept
         self.last = row_count(stored) if last is None else last
 
@@ -255,11 +267,22 @@ def _addmm(bias: Any, x: Any, w: Any, **kwargs: Any) -> Any:
 
 _aten = torch.ops.aten
 _OWN: dict[Any, Callable[..., Any]] = {
-    _aten.detach: _same, _aten.alias: _same, _aten.lift_fresh: _same, _aten.t: _turn, _aten.transpose: _turn,
-    _aten.select: _select, _aten.slice: _slice, _aten.split: _split, _aten.split_with_sizes: _split,
+    _aten.detach: _same,
+    _aten.alias: _same,
+    _aten.lift_fresh: _same,
+    _aten.t: _turn,
+    _aten.transpose: _turn,
+    _aten.select: _select,
+    _aten.slice: _slice,
+    _aten.split: _split,
+    _aten.split_with_sizes: _split,
     _aten.unbind: _unbind,
-    _aten.mm: _mm, _aten.addmm: _addmm, _aten._to_copy: _to_copy, _aten.clone: _clone, _aten.embedding: _embedding,
-}  # fmt: skip
+    _aten.mm: _mm,
+    _aten.addmm: _addmm,
+    _aten._to_copy: _to_copy,
+    _aten.clone: _clone,
+    _aten.embedding: _embedding,
+}
 
 
 def quantise(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dtype | None = None) -> Quantised:

@@ -46,10 +46,11 @@ class Calibration:
 
     def rates(self) -> Rates:
         return Rates(
-            self.operations, self.bandwidth,
+            self.operations,
+            self.bandwidth,
             f"{self.operations / 1e9:,.0f} GFLOP/s, {self.bandwidth / 1e9:,.1f} GB/s, measured here with {self.base}",
             True,
-        )  # fmt: skip
+        )
 
 
 def _file() -> Path:
@@ -165,8 +166,12 @@ def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float
 
 
 def calibrate(
-    name: str, *, dtype: str = "auto", rank: int = 16, say: Callable[[str], None] = lambda line: None,
-) -> Calibration:  # fmt: skip
+    name: str,
+    *,
+    dtype: str = "auto",
+    rank: int = 16,
+    say: Callable[[str], None] = lambda line: None,
+) -> Calibration:
     """Takes short training steps of two sizes on the device that training would choose, and measures them.
 
     Raises what loading the base raises, and ResourceError where there is no memory for 1,024 tokens."""

@@ -49,10 +49,14 @@ class CardFit:
         """As JSON values, in gigabytes as cards are sold and in bytes."""
         smaller = None if self.lacking is None else {"card_gb": self.lacking[0], "needs_bytes": self.lacking[1]}
         return {
-            "card_gb": self.card, "gpu": self.device.name, "settings": list(self.settings),
-            "training_bytes": self.training, "loading_bytes": self.loading, "room_bytes": self.room,
+            "card_gb": self.card,
+            "gpu": self.device.name,
+            "settings": list(self.settings),
+            "training_bytes": self.training,
+            "loading_bytes": self.loading,
+            "room_bytes": self.room,
             "next_smaller": smaller,
-        }  # fmt: skip
+        }
 
 
 def image_settings(load: ImageLoad) -> Iterator[tuple[ImageLoad, tuple[str, ...]]]:

@@ -48,14 +48,25 @@ def fake_cuda(*, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
             switch(1)
             undo.callback(switch, 0)
         about = SimpleNamespace(
-            name="fake", major=capability[0], minor=capability[1], multi_processor_count=132, warp_size=32,
-            total_memory=80 << 30, shared_memory_per_block_optin=232448, max_threads_per_multi_processor=2048,
-        )  # fmt: skip
+            name="fake",
+            major=capability[0],
+            minor=capability[1],
+            multi_processor_count=132,
+            warp_size=32,
+            total_memory=80 << 30,
+            shared_memory_per_block_optin=232448,
+            max_threads_per_multi_processor=2048,
+        )
         answers: dict[str, Any] = {
-            "get_device_capability": capability, "get_device_properties": about, "current_device": 0,
-            "get_device_name": "fake", "is_bf16_supported": True, "mem_get_info": (80 << 30, 80 << 30),
-            "memory_reserved": 0, "memory_allocated": 0,
-        }  # fmt: skip
+            "get_device_capability": capability,
+            "get_device_properties": about,
+            "current_device": 0,
+            "get_device_name": "fake",
+            "is_bf16_supported": True,
+            "mem_get_info": (80 << 30, 80 << 30),
+            "memory_reserved": 0,
+            "memory_allocated": 0,
+        }
         for name, answer in answers.items():
             undo.enter_context(mock.patch.object(torch.cuda, name, lambda *_, _a=answer, **__: _a))
         # the thread that a device has in a backward pass would not be within this block
@@ -71,9 +82,15 @@ _own_attention = F.scaled_dot_product_attention
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """What torch runs on a GPU, where a build without CUDA would take the formula: flash attention for 16 bits without
     a mask, the memory-efficient one with a mask (which has no grouped heads), the formula for the rest."""
     aten: Any = torch.ops.aten

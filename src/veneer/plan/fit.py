@@ -62,11 +62,13 @@ def fitting_micro_tokens(
     many and so on, but not below MICRO_TOKENS, until `load` of them takes nine tenths of the `room` beside the base."""
     products = [parts for layer in shape.layers for parts in layer.products.values()]
     tokens = micro_tokens(
-        device.kind, device.flops / device.bandwidth, weights=shape.matrices,
+        device.kind,
+        device.flops / device.bandwidth,
+        weights=shape.matrices,
         operations=sum(linear.multiplied for parts in products for linear in parts),
         values=sum(parts[0].active * parts[0].inputs + sum(p.active * p.outputs for p in parts) for parts in products),
         code_bytes=None if quantise is None else 1.0 if quantise == "int8" else 0.5,
-    )  # fmt: skip
+    )
     while tokens > MICRO_TOKENS and text_memory(shape, load(tokens), device).beyond_base > 0.9 * room:
         tokens //= 2
     return tokens
@@ -145,9 +147,14 @@ def _devices(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 _KINDS: Mapping[str, Callable[[AnyLoad, Device], Iterator[Step]]] = {
-    "checkpointing": _checkpointing, "batch": _batch, "length": _length, "rank": _rank, "4 bits": _four_bits,
-    "offload": _offload, "devices": _devices,
-}  # fmt: skip
+    "checkpointing": _checkpointing,
+    "batch": _batch,
+    "length": _length,
+    "rank": _rank,
+    "4 bits": _four_bits,
+    "offload": _offload,
+    "devices": _devices,
+}
 
 
 def cheapest(load: AnyLoad, device: Device, peak: _PeakOf, seconds: _SecondsOf, limit: int) -> list[Change]:

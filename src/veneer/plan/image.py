@@ -198,9 +198,16 @@ def encoded_pixels(config: Config, load: ImageLoad) -> int:
 
 
 def image_counts(
-    config: Config, *, height: int = 1024, width: int = 1024, rank: int = 16, targets: str = "attention",
-    text_tokens: int | None = None, before: int = 0, form: PairForm = PAIRS,
-) -> ImageCounts:  # fmt: skip
+    config: Config,
+    *,
+    height: int = 1024,
+    width: int = 1024,
+    rank: int = 16,
+    targets: str = "attention",
+    text_tokens: int | None = None,
+    before: int = 0,
+    form: PairForm = PAIRS,
+) -> ImageCounts:
     """The counts of one picture, and of `before` others that it is an edit of. config: the denoiser's, with a
     `model_type` of IMAGE_FAMILIES or diffusers' class.
 
@@ -431,8 +438,10 @@ def _z_image(counts: ImageCounts, config: Config, height: int, width: int, text:
     counts.linear("embedder", 1, 1024, time)
     refiners = config.get("n_refiner_layers", 2)
     for tokens, blocks, modulated in (
-        (places, refiners, True), (words, refiners, False), (places + words, config["n_layers"], True)
-    ):  # fmt: skip
+        (places, refiners, True),
+        (words, refiners, False),
+        (places + words, config["n_layers"], True),
+    ):
         for _ in range(blocks):
             counts.starts_block()
             counts.small(4 * d + 2 * (d // heads))
@@ -565,8 +574,13 @@ def _around(counts: ImageCounts, name: str, n: int, d: int, flat: bool) -> None:
 
 
 IMAGE_FAMILIES: dict[str, Callable[[ImageCounts, Config, int, int, int], None]] = {
-    "flux": _flux, "flux2": _flux2, "qwen-image": _qwen_image, "sd3": _sd3, "sdxl": _unet, "z-image": _z_image
-}  # fmt: skip
+    "flux": _flux,
+    "flux2": _flux2,
+    "qwen-image": _qwen_image,
+    "sd3": _sd3,
+    "sdxl": _unet,
+    "z-image": _z_image,
+}
 
 
 # -- memory and time ---------------------------------------------------------------------------------------------------
@@ -594,9 +608,19 @@ def image_memory(counts: ImageCounts, load: ImageLoad, device: Device, *, proces
     context = CUDA_CONTEXT if cuda else _DIFFUSERS_BYTES + (CPU_PROCESS if process is None else process)
     share = CUDA_ROUNDING if cuda else CPU_ROUNDING
     return Memory(
-        round(weights), constants, 4 * counts.trainable, round(gradients), 8 * counts.trainable, round(kept), 0,
-        round(working), dequantised, context, round(share * moving), host=host,
-    )  # fmt: skip
+        round(weights),
+        constants,
+        4 * counts.trainable,
+        round(gradients),
+        8 * counts.trainable,
+        round(kept),
+        0,
+        round(working),
+        dequantised,
+        context,
+        round(share * moving),
+        host=host,
+    )
 
 
 def _away(counts: ImageCounts, load: ImageLoad) -> list[int]:
@@ -620,6 +644,11 @@ def image_work(counts: ImageCounts, load: ImageLoad, device: Device) -> Work:
     moved = 4.0 * n * (e * counts.kept + counts.kept32) + reads * e * counts.parameters
     dequantised = reads * e * counts.matrices if load.quantise else 0
     return Work(
-        n * counts.products * again, n * counts.attention * (1 + forwards / 3), n * counts.low_rank, 0.0, moved,
-        dequantised, float(reads * e * sum(_away(counts, load))),
-    )  # fmt: skip
+        n * counts.products * again,
+        n * counts.attention * (1 + forwards / 3),
+        n * counts.low_rank,
+        0.0,
+        moved,
+        dequantised,
+        float(reads * e * sum(_away(counts, load))),
+    )

@@ -232,14 +232,24 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
     else:
         context, share = CUDA_CONTEXT, CUDA_ROUNDING
     return Memory(
-        weights, constants, adapter, gradients, states, kept, logits, working, dequantised, context,
-        round(share * (moving + dequantised)), host=host,
-    )  # fmt: skip
+        weights,
+        constants,
+        adapter,
+        gradients,
+        states,
+        kept,
+        logits,
+        working,
+        dequantised,
+        context,
+        round(share * (moving + dequantised)),
+        host=host,
+    )
 
 
 def memory_together(
     shape: TextShape, loads: Sequence[Load], device: Device, most: int, *, process: int | None = None
-) -> tuple[Memory, int]:  # fmt: skip
+) -> tuple[Memory, int]:
     """Bytes by part of runs that are trained in one pass, and the tokens of its largest pass: the base once, the
     largest micro-batches of as many runs as make at most `most` tokens, and the adapter, gradients and optimizer of
     each."""
@@ -251,9 +261,11 @@ def memory_together(
     shared = replace(widest, lengths=lengths, trained=max(load.trained for load in loads))
     each = [text_memory(shape, replace(load, micros=2), device, process=process) for load in loads]
     together = replace(
-        text_memory(shape, shared, device, process=process), adapter=sum(own.adapter for own in each),
-        gradients=sum(own.gradients for own in each), optimizer=sum(own.optimizer for own in each),
-    )  # fmt: skip
+        text_memory(shape, shared, device, process=process),
+        adapter=sum(own.adapter for own in each),
+        gradients=sum(own.gradients for own in each),
+        optimizer=sum(own.optimizer for own in each),
+    )
     return together, sum(lengths)
 
 
@@ -406,10 +418,13 @@ class _LayerMemory:
         d_h, d_gate, d_up and act(gate) ⊙ up."""
         m, d, e = self.after, self.hidden, dtype_bytes(self.load.dtype)
         widest = max(
-            (sum(p.outputs * max(p.active, 1) for p in parts) for name, parts in self.layer.products.items()
-             if name.endswith("gate_up")),
+            (
+                sum(p.outputs * max(p.active, 1) for p in parts)
+                for name, parts in self.layer.products.items()
+                if name.endswith("gate_up")
+            ),
             default=0,
-        )  # fmt: skip
+        )
         copies = 2.0 if self.device.native and e == 2 else 3.0
         if self.load.spec is not None and self.load.spec.dora:  # outputs with their gains, and gradients without
             copies += 2

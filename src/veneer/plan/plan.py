@@ -125,22 +125,39 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values; in bytes, seconds and dollars."""
         return {
-            "base": self.base, "parameters": self.parameters, "fits": self.fits, "peak_bytes": self.peak,
-            "room_bytes": self.room, "memory": {**self.memory.parts, "host": self.memory.host},
+            "base": self.base,
+            "parameters": self.parameters,
+            "fits": self.fits,
+            "peak_bytes": self.peak,
+            "room_bytes": self.room,
+            "memory": {**self.memory.parts, "host": self.memory.host},
             "planned_memory": None if self.planned_memory is None else self.planned_memory.parts,
             "changes": [
-                {"names": list(c.names), "settings": list(c.settings), "peak_bytes": c.peak,
-                 "slower": round(c.slower, 3)} for c in self.changes
+                {
+                    "names": list(c.names),
+                    "settings": list(c.settings),
+                    "peak_bytes": c.peak,
+                    "slower": round(c.slower, 3),
+                }
+                for c in self.changes
             ],
-            "kept_dequantised_bytes": self.keeps, "kept_packed_bytes": self.packs,
-            "seconds": self.seconds, "cost": self.cost,
-            "tokens": self.job.tokens, "steps": self.job.total_steps,
+            "kept_dequantised_bytes": self.keeps,
+            "kept_packed_bytes": self.packs,
+            "seconds": self.seconds,
+            "cost": self.cost,
+            "tokens": self.job.tokens,
+            "steps": self.job.total_steps,
             "device": {"name": self.device.name, "count": self.device.count, "price": self.device.price},
-            "rates": {"operations": self.rates.operations, "bandwidth": self.rates.bandwidth,
-                      "source": self.rates.source},
-            "trainable": self.trainable, "adapter_bytes": self.adapter_bytes,
-            "serving": None if self.serving is None else asdict(self.serving), "facts": dict(self.facts),
-        }  # fmt: skip
+            "rates": {
+                "operations": self.rates.operations,
+                "bandwidth": self.rates.bandwidth,
+                "source": self.rates.source,
+            },
+            "trainable": self.trainable,
+            "adapter_bytes": self.adapter_bytes,
+            "serving": None if self.serving is None else asdict(self.serving),
+            "facts": dict(self.facts),
+        }
 
 
 _MemoryOf = Callable[[Any, Device], Memory]
@@ -148,9 +165,14 @@ _WorkOf = Callable[[Any, Device], Work]
 
 
 def _fitted(
-    load: AnyLoad, device: Device, rates: Rates, limit: int, memory_of: _MemoryOf, work_of: _WorkOf,
+    load: AnyLoad,
+    device: Device,
+    rates: Rates,
+    limit: int,
+    memory_of: _MemoryOf,
+    work_of: _WorkOf,
     units: Callable[[Any], int],
-) -> tuple[Memory, int, tuple[Change, ...], tuple[Any, Device] | None, Memory | None]:  # fmt: skip
+) -> tuple[Memory, int, tuple[Change, ...], tuple[Any, Device] | None, Memory | None]:
     """(memory, peak, changes, planned, planned_memory), as a Plan has them. `units`: tokens or pictures of a load."""
     memory = memory_of(load, device)
     peak = each_holds(memory, device)
@@ -180,10 +202,14 @@ def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: 
     seconds = draws.total / each.requests_per_second
     told = f"{draws.total:,} drawn, {draws.together} at once: {gigabytes(cache)} of keys and values, {seconds:,.0f} s"
     return replace(
-        plan, memory=replace(plan.memory, cache=cache), peak=plan.peak + cache, room=plan.room + cache,
+        plan,
+        memory=replace(plan.memory, cache=cache),
+        peak=plan.peak + cache,
+        room=plan.room + cache,
         planned_memory=None if planned is None else replace(planned, cache=cache),
-        facts=(*plan.facts, ("answers", told)), seconds=None if plan.seconds is None else plan.seconds + seconds,
-    )  # fmt: skip
+        facts=(*plan.facts, ("answers", told)),
+        seconds=None if plan.seconds is None else plan.seconds + seconds,
+    )
 
 
 def with_teacher(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws, beside: int) -> Plan:
@@ -196,31 +222,55 @@ def with_teacher(plan: Plan, shape: TextShape, load: Load, device: Device, draws
         told += f"; a base of its own, {shape.parameters:,} parameters: {gigabytes(beside)}"
     planned = plan.planned_memory
     return replace(
-        plan, memory=replace(plan.memory, teacher=beside), peak=plan.peak + beside, room=plan.room + beside,
+        plan,
+        memory=replace(plan.memory, teacher=beside),
+        peak=plan.peak + beside,
+        room=plan.room + beside,
         planned_memory=None if planned is None else replace(planned, teacher=beside),
-        facts=(*plan.facts, ("teacher", told)), seconds=None if plan.seconds is None else plan.seconds + seconds,
-    )  # fmt: skip
+        facts=(*plan.facts, ("teacher", told)),
+        seconds=None if plan.seconds is None else plan.seconds + seconds,
+    )
 
 
 def text_plan(
-    base: str, shape: TextShape, load: Load, device: Device, rates: Rates, job: TrainingJob, *,
-    process: int | None = None, room: int | None = None, traffic: Traffic | None = None, notes: tuple[str, ...] = (),
-) -> Plan:  # fmt: skip
+    base: str,
+    shape: TextShape,
+    load: Load,
+    device: Device,
+    rates: Rates,
+    job: TrainingJob,
+    *,
+    process: int | None = None,
+    room: int | None = None,
+    traffic: Traffic | None = None,
+    notes: tuple[str, ...] = (),
+) -> Plan:
     """The plan of a run on text. `room`: bytes that may be used of each device, by default what is usable of it.
     `process`: bytes of the process, as calibrated."""
     limit = usable_memory(device) if room is None else room
     memory, peak, changes, planned, planned_memory = _fitted(
-        load, device, rates, limit, lambda load, device: text_memory(shape, load, device, process=process),
-        lambda load, device: text_work(shape, load, device), lambda load: load.tokens,
-    )  # fmt: skip
+        load,
+        device,
+        rates,
+        limit,
+        lambda load, device: text_memory(shape, load, device, process=process),
+        lambda load, device: text_work(shape, load, device),
+        lambda load: load.tokens,
+    )
     rank = load.spec.rank if load.spec is not None else load.rank
     seconds = served = None
     keeps = packs = 0
     if planned is not None and planned_memory is not None:
         seconds = run_seconds(
-            shape, *planned, rates, rows=job.rows, epochs=job.passes, held_out=job.held_out,
-            tokens_per_row=min(job.tokens_per_row, planned[0].longest), evaluations=job.evaluations,
-        )  # fmt: skip
+            shape,
+            *planned,
+            rates,
+            rows=job.rows,
+            epochs=job.passes,
+            held_out=job.held_out,
+            tokens_per_row=min(job.tokens_per_row, planned[0].longest),
+            evaluations=job.evaluations,
+        )
         if planned[0].quantise:
             keeps = kept_dequantised(shape, planned_memory, limit)
         elif planned[1].kind == "cpu":
@@ -242,9 +292,25 @@ def text_plan(
         *(("note", note) for note in notes),
     )
     return Plan(
-        base, shape.parameters, trainable, device, job, memory, peak, limit, changes, planned,
-        planned_memory, seconds, rates, facts, keeps, packs, served, traffic,
-    )  # fmt: skip
+        base,
+        shape.parameters,
+        trainable,
+        device,
+        job,
+        memory,
+        peak,
+        limit,
+        changes,
+        planned,
+        planned_memory,
+        seconds,
+        rates,
+        facts,
+        keeps,
+        packs,
+        served,
+        traffic,
+    )
 
 
 @dataclass(frozen=True)
@@ -271,15 +337,17 @@ class GroupPlan:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "fits": self.fits, "peak_bytes": self.memory.peak, "room_bytes": self.room, "memory": self.memory.parts,
-            "tokens_of_a_pass": self.tokens, "seconds_one_after_another": self.seconds,
+            "fits": self.fits,
+            "peak_bytes": self.memory.peak,
+            "room_bytes": self.room,
+            "memory": self.memory.parts,
+            "tokens_of_a_pass": self.tokens,
+            "seconds_one_after_another": self.seconds,
             "runs": [plan.to_dict() for plan in self.plans],
-        }  # fmt: skip
+        }
 
 
-def plan_together(
-    shape: TextShape, plans: Sequence[Plan], most: int, *, process: int | None = None
-) -> GroupPlan:  # fmt: skip
+def plan_together(shape: TextShape, plans: Sequence[Plan], most: int, *, process: int | None = None) -> GroupPlan:
     """The plan of runs on one base in passes of at most `most` tokens. Raises ConfigError where one does not fit by
     itself."""
     loads = []
@@ -294,28 +362,47 @@ def plan_together(
 
 
 def image_plan(
-    base: str, config: Mapping[str, Any], load: ImageLoad, device: Device, rates: Rates, job: TrainingJob, *,
-    process: int | None = None, room: int | None = None, text_tokens: int | None = None,
+    base: str,
+    config: Mapping[str, Any],
+    load: ImageLoad,
+    device: Device,
+    rates: Rates,
+    job: TrainingJob,
+    *,
+    process: int | None = None,
+    room: int | None = None,
+    text_tokens: int | None = None,
     notes: tuple[str, ...] = (),
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The plan of a run on pictures: `job.rows` of them. `config`: of the denoiser, see `image_counts`."""
     limit = usable_memory(device) if room is None else room
 
     @functools.cache
     def counts(height: int, width: int, rank: int) -> ImageCounts:
         return image_counts(
-            config, height=height, width=width, rank=rank, targets=load.targets, text_tokens=text_tokens,
-            before=load.before, form=load.form,
-        )  # fmt: skip
+            config,
+            height=height,
+            width=width,
+            rank=rank,
+            targets=load.targets,
+            text_tokens=text_tokens,
+            before=load.before,
+            form=load.form,
+        )
 
     def of(load: ImageLoad) -> ImageCounts:
         return counts(load.height, load.width, load.rank)
 
     load = replace(load, blocks=len(of(load).blocks))
     memory, peak, changes, planned, planned_memory = _fitted(
-        load, device, rates, limit, lambda load, device: image_memory(of(load), load, device, process=process),
-        lambda load, device: image_work(of(load), load, device), lambda load: load.pictures,
-    )  # fmt: skip
+        load,
+        device,
+        rates,
+        limit,
+        lambda load, device: image_memory(of(load), load, device, process=process),
+        lambda load, device: image_work(of(load), load, device),
+        lambda load: load.pictures,
+    )
     seconds = None
     if planned is not None:
         own, where = planned
@@ -337,9 +424,21 @@ def image_plan(
         facts.append(("note", text))
     facts += [("note", note) for note in notes]
     return Plan(
-        base, c.parameters, c.trainable, device, job, memory, peak, limit, changes, planned,
-        planned_memory, seconds, rates, tuple(facts),
-    )  # fmt: skip
+        base,
+        c.parameters,
+        c.trainable,
+        device,
+        job,
+        memory,
+        peak,
+        limit,
+        changes,
+        planned,
+        planned_memory,
+        seconds,
+        rates,
+        tuple(facts),
+    )
 
 
 def _times(passes: float) -> str:

@@ -51,9 +51,15 @@ def cache_bytes(shape: TextShape, dtype: str) -> int:
 
 
 def serving(
-    shape: TextShape, device: Device, rates: Rates, traffic: Traffic, *, rank: int = 16, dtype: str = "bfloat16",
+    shape: TextShape,
+    device: Device,
+    rates: Rates,
+    traffic: Traffic,
+    *,
+    rank: int = 16,
+    dtype: str = "bfloat16",
     quantise: str | None = None,
-) -> Serving:  # fmt: skip
+) -> Serving:
     """The figures by the roofline above. `devices` of the result: as many as the base needs to be served at all;
     dedicated models need as many each."""
     e = dtype_bytes(dtype)
@@ -69,9 +75,11 @@ def serving(
     devices = max(device.count, -(-int(fixed + adapter) // int(max(1, usable))))
     adapters = max(0, int((devices * usable - fixed) // adapter))
     rank_share = adapter / e / max(1, shape.parameters)
-    read = _read(shape, e, weights + constants, traffic.together) + each * (traffic.prompt + traffic.answer / 2) * (
-        traffic.together
-    ) + adapter * min(traffic.together, traffic.tenants)  # fmt: skip
+    read = (
+        _read(shape, e, weights + constants, traffic.together)
+        + each * (traffic.prompt + traffic.answer / 2) * (traffic.together)
+        + adapter * min(traffic.together, traffic.tenants)
+    )
     operations = 2 * shape.active_parameters * (1 + rank_share) * traffic.together
     step = max(read / rates.bandwidth, operations / rates.operations) / devices
     prompt = 2 * shape.active_parameters * (1 + rank_share) * traffic.prompt / rates.operations / devices
@@ -80,9 +88,7 @@ def serving(
     cents = None if price is None else 100 * 1000 * seconds * devices * price / 3600
     shared = None if price is None else devices * price
     dedicated = None if shared is None else traffic.tenants * shared
-    return Serving(
-        adapter, cache, adapters, traffic.answer / seconds, 1 / seconds, cents, shared, dedicated, devices
-    )  # fmt: skip
+    return Serving(adapter, cache, adapters, traffic.answer / seconds, 1 / seconds, cents, shared, dedicated, devices)
 
 
 _PAGE = 16
@@ -94,9 +100,14 @@ _SAMPLED = 38
 
 
 def serving_memory(
-    shape: TextShape, traffic: Traffic, *, rank: int = 16, dtype: str = "bfloat16", quantise: str | None = None,
+    shape: TextShape,
+    traffic: Traffic,
+    *,
+    rank: int = 16,
+    dtype: str = "bfloat16",
+    quantise: str | None = None,
     budget: int = 512,
-) -> Memory:  # fmt: skip
+) -> Memory:
     """Bytes of a server on a GPU at the peak of a step of `budget` tokens, by part: keys and values of all requests
     that are served together, and an adapter of its own for each as far as there are tenants. Nothing of a layer
     outlives it, so the most is in the widest one, beside its weights where they are dequantised, or after all of them
@@ -114,9 +125,16 @@ def serving_memory(
     else:
         logits = 0
     return Memory(
-        weights, constants, adapters, activations=layer, logits=logits, dequantised=dequantised, context=CUDA_CONTEXT,
-        cache=cache, recordings=recorded_bytes(shape, traffic, dtype=dtype, quantise=quantise),
-    )  # fmt: skip
+        weights,
+        constants,
+        adapters,
+        activations=layer,
+        logits=logits,
+        dequantised=dequantised,
+        context=CUDA_CONTEXT,
+        cache=cache,
+        recordings=recorded_bytes(shape, traffic, dtype=dtype, quantise=quantise),
+    )
 
 
 def recorded_sizes(traffic: Traffic) -> list[tuple[int, int, int]]:

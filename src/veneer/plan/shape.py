@@ -197,9 +197,14 @@ def text_shape(config: Config, where: str = "config.json") -> TextShape:
         if family == "gemma3_text":
             values = {**_GEMMA, **values}
         return TextShape(
-            family, values["hidden_size"], values["vocab_size"], layers, tied,
-            values.get("max_position_embeddings"), keeps=family in PRE_NORM_LAYERS,
-        )  # fmt: skip
+            family,
+            values["hidden_size"],
+            values["vocab_size"],
+            layers,
+            tied,
+            values.get("max_position_embeddings"),
+            keeps=family in PRE_NORM_LAYERS,
+        )
     except KeyError as error:
         raise ConfigError(
             f"the config of this {family} has no {error.args[0]!r}", where=where, fix="give the whole config.json"
@@ -211,9 +216,11 @@ def _attention(c: Config, *, biases: bool = False, head_norms: bool = False, win
     kv, dim = c.get("num_key_value_heads", heads), c.get("head_dim") or c["hidden_size"] // heads
     q, k = heads * dim, kv * dim
     linears = (
-        LinearShape("self_attn.q_proj", hidden, q, "qkv"), LinearShape("self_attn.k_proj", hidden, k, "qkv"),
-        LinearShape("self_attn.v_proj", hidden, k, "qkv"), LinearShape("self_attn.o_proj", q, hidden, "o"),
-    )  # fmt: skip
+        LinearShape("self_attn.q_proj", hidden, q, "qkv"),
+        LinearShape("self_attn.k_proj", hidden, k, "qkv"),
+        LinearShape("self_attn.v_proj", hidden, k, "qkv"),
+        LinearShape("self_attn.o_proj", q, hidden, "o"),
+    )
     small = 2 * hidden + (q + 2 * k if biases else 0) + (2 * dim if head_norms else 0)
     return LayerShape(linears, small, heads, kv, dim, head_norms=head_norms, window=window)
 
@@ -223,7 +230,7 @@ def _with_mlp(layer: LayerShape, hidden: int, width: int, at: str = "mlp") -> La
         LinearShape(f"{at}.gate_proj", hidden, width, "gate_up"),
         LinearShape(f"{at}.up_proj", hidden, width, "gate_up"),
         LinearShape(f"{at}.down_proj", width, hidden, "down"),
-    )  # fmt: skip
+    )
     return replace(layer, linears=(*layer.linears, *mlp))
 
 
@@ -306,17 +313,25 @@ def _phi3(c: Config) -> tuple[LayerShape, ...]:
     layer, hidden, width = _attention(c), c["hidden_size"], c["intermediate_size"]
     joined = sum(linear.outputs for linear in layer.product("qkv"))
     linears = (
-        LinearShape("self_attn.qkv_proj", hidden, joined, "qkv"), *layer.product("o"),
+        LinearShape("self_attn.qkv_proj", hidden, joined, "qkv"),
+        *layer.product("o"),
         LinearShape("mlp.gate_up_proj", hidden, 2 * width, "gate_up"),
         LinearShape("mlp.down_proj", width, hidden, "down"),
-    )  # fmt: skip
+    )
     return (replace(layer, linears=linears),) * int(c["num_hidden_layers"])
 
 
 TEXT_FAMILIES: dict[str, Callable[[Config], tuple[LayerShape, ...]]] = {
-    "gemma3_text": _gemma3, "llama": _llama, "llama4_text": _llama4, "mistral": _llama, "mixtral": _mixtral,
-    "phi3": _phi3, "qwen2": _llama, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe,
-}  # fmt: skip
+    "gemma3_text": _gemma3,
+    "llama": _llama,
+    "llama4_text": _llama4,
+    "mistral": _llama,
+    "mixtral": _mixtral,
+    "phi3": _phi3,
+    "qwen2": _llama,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+}
 """transformers' model_type -> the layers of its config."""
 
 
@@ -385,6 +400,11 @@ def module_shape(model: Any) -> TextShape:
     )
     tied = head is None or head.weight is embedding.weight
     return TextShape(
-        str(config.model_type), hidden, rows, built, tied, getattr(config, "max_position_embeddings", None),
+        str(config.model_type),
+        hidden,
+        rows,
+        built,
+        tied,
+        getattr(config, "max_position_embeddings", None),
         keeps=str(config.model_type) in PRE_NORM_LAYERS,
-    )  # fmt: skip
+    )

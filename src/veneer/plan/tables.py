@@ -172,7 +172,14 @@ def _key(name: str) -> str:
 
 def _device(name: str, row: Mapping[str, Any], count: int, price: float | None) -> Device:
     return Device(
-        name, "cuda", int(row["memory_mib"] * _MIB), row["bf16_tflops"] * 1e12, row["bandwidth_gb"] * 1e9,
-        row.get("label", name), row.get("price") if price is None else price, count,
-        native=True, tiles=True,
-    )  # fmt: skip
+        name,
+        "cuda",
+        int(row["memory_mib"] * _MIB),
+        row["bf16_tflops"] * 1e12,
+        row["bandwidth_gb"] * 1e9,
+        row.get("label", name),
+        row.get("price") if price is None else price,
+        count,
+        native=True,
+        tiles=True,
+    )

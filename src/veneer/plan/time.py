@@ -124,9 +124,17 @@ def reading_work(shape: TextShape, load: Load, device: Device) -> Work:
 
 
 def run_seconds(
-    shape: TextShape, load: Load, device: Device, rates: Rates, *, rows: int, tokens_per_row: float, epochs: float,
-    held_out: int = 0, evaluations: int = 0,
-) -> float:  # fmt: skip
+    shape: TextShape,
+    load: Load,
+    device: Device,
+    rates: Rates,
+    *,
+    rows: int,
+    tokens_per_row: float,
+    epochs: float,
+    held_out: int = 0,
+    evaluations: int = 0,
+) -> float:
     """Seconds of a whole run: its micro-batches, and the forward passes that score held-out rows."""
     one = rates.seconds(text_work(shape, load, device), device.count)
     micros = math.ceil(rows * tokens_per_row / max(1, load.tokens)) * epochs

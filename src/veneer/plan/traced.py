@@ -63,12 +63,18 @@ class TracedStep:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, in bytes."""
         return {
-            "peak_bytes": self.trace.peak, "parts": self.trace.at_peak, "counted_bytes": self.counted_peak,
+            "peak_bytes": self.trace.peak,
+            "parts": self.trace.at_peak,
+            "counted_bytes": self.counted_peak,
             "recordings_bytes": 0 if self.counted is None else self.counted.recordings,
-            "waits": self.waits, "float32": self.trace.wide, "casts": dict(self.trace.casts),
-            "operations": self.trace.operations, "ways": self.ways, "kernels": self.trace.kernels,
+            "waits": self.waits,
+            "float32": self.trace.wide,
+            "casts": dict(self.trace.casts),
+            "operations": self.trace.operations,
+            "ways": self.ways,
+            "kernels": self.trace.kernels,
             "weights_read_bytes": self.trace.weights,
-        }  # fmt: skip
+        }
 
     def text(self) -> str:
         """As `veneer plan --trace` prints it."""

@@ -125,9 +125,7 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None], opened: Op
     from veneer.serve.engine.engine import TextEngine
 
     tenancy, library = tenancy_of(settings, say, opened.store), opened.library
-    base = load_text(
-        settings.base, dtype=settings.dtype, device=settings.device, quantise=settings.quantise, say=say
-    )  # fmt: skip
+    base = load_text(settings.base, dtype=settings.dtype, device=settings.device, quantise=settings.quantise, say=say)
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         say(f"note: {note}")
@@ -172,11 +170,14 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None], opened: Op
     base = text_without_weights(settings.base, say=say)
     shelf = Shelf(base, library=library)
     fleet = Fleet(
-        settings.fleet.upstreams, files=shelf.files, cache=veneer_home() / "cache" / "served",
+        settings.fleet.upstreams,
+        files=shelf.files,
+        cache=veneer_home() / "cache" / "served",
         key=settings.fleet.key,
-        mixes=settings.fleet.mixes, cache_bytes=settings.fleet.mix_bytes,
+        mixes=settings.fleet.mixes,
+        cache_bytes=settings.fleet.mix_bytes,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
-    )  # fmt: skip
+    )
     catalog = Catalog(shelf, vllm_problems, FleetAdapters(fleet), routes=tenancy.routes)
     reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
     return Service(fleet, catalog, tenancy, reader, settings.http)

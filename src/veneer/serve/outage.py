@@ -26,9 +26,19 @@ _KINDS: tuple[type[BaseException], ...] = (UnavailableError, ResourceError, Memo
 _KINDS += (OperationalError, InterfaceError, PoolTimeout)
 _KINDS += (ConnectionError, TimeoutError, PermissionError)
 _ERRNO = {
-    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
-    errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EBUSY,
-}  # fmt: skip
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.EBUSY,
+}
 
 
 def is_outage(error: BaseException | None) -> bool:
@@ -49,8 +59,11 @@ def outage(what: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Re
     number = _logged(what, error)
     return Refused(
         f"{what} cannot be used at the moment",
-        status=503, code="unavailable", retry_after=retry_after, fix=f"try again; the server's log has {number}",
-    )  # fmt: skip
+        status=503,
+        code="unavailable",
+        retry_after=retry_after,
+        fix=f"try again; the server's log has {number}",
+    )
 
 
 def fault(what: str, error: BaseException) -> Refused:

@@ -84,9 +84,11 @@ class Quotas:
         if over >= 0:
             what = f"{_owner(owner)} has used its {self.limits.helper_seconds:,.0f} helper seconds"
             raise Refused(
-                f"{what} (helper_seconds) in the last {_WINDOW / 60:.0f} minutes", status=429, code="rate_limited",
+                f"{what} (helper_seconds) in the last {_WINDOW / 60:.0f} minutes",
+                status=429,
+                code="rate_limited",
                 retry_after=wait,
-            )  # fmt: skip
+            )
 
     def _refusal(self, owner: str, amounts: dict[str, int], whole: dict[str, int]) -> Refused | None:
         """Return the error of raising a hold by `amounts` to `whole`; None if the quota allows it."""
@@ -95,9 +97,11 @@ class Quotas:
             most: int = getattr(self.limits, name)
             if whole[name] > most:
                 return Refused(
-                    f"the request needs {whole[name]:,} {_WORDS[name]}; the limit ({name}) is {most:,}", status=413,
-                    code="too_large", fix="send less per request",
-                )  # fmt: skip
+                    f"the request needs {whole[name]:,} {_WORDS[name]}; the limit ({name}) is {most:,}",
+                    status=413,
+                    code="too_large",
+                    fix="send less per request",
+                )
             if amount > 0 and used[name] + amount > most:
                 what = f"{_owner(owner)} has {used[name]:,} {_WORDS[name]}; {amount:,} more would exceed the limit "
                 what += f"({name}) of {most:,}"

@@ -63,9 +63,16 @@ class Refused(VeneerError):
     storage_full (400), too_slow (408), shutting_down (503), internal (500)."""
 
     def __init__(
-        self, what: str, *, status: int, code: str, param: str | None = None, retry_after: float | None = None,
-        where: str | None = None, fix: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        what: str,
+        *,
+        status: int,
+        code: str,
+        param: str | None = None,
+        retry_after: float | None = None,
+        where: str | None = None,
+        fix: str | None = None,
+    ) -> None:
         super().__init__(what, where=where, fix=fix)
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 

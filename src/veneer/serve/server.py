@@ -201,18 +201,28 @@ def serve(
 
 
 def _serve(
-    settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application], page: WebPage | None,
+    settings: ServeSettings,
+    say: Callable[[str], None],
+    make: Callable[[], Application],
+    page: WebPage | None,
     steps: Sequence[str],
-) -> None:  # fmt: skip
+) -> None:
     shown = steps if settings.here else ()  # they name paths and databases of this machine
     front = _Front(make, page, settings.base.rstrip("/").rpartition("/")[2], shown)
     http, ws = protocols_of(settings.http, sockets=page is not None)
     config = uvicorn.Config(
-        front, host=settings.host, port=settings.port, log_level="warning",
-        ws=ws, lifespan="on",
-        timeout_graceful_shutdown=2, timeout_keep_alive=ceil(settings.http.idle), http=http,
-        backlog=1024, use_colors=False,
-    )  # fmt: skip
+        front,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        ws=ws,
+        lifespan="on",
+        timeout_graceful_shutdown=2,
+        timeout_keep_alive=ceil(settings.http.idle),
+        http=http,
+        backlog=1024,
+        use_colors=False,
+    )
     if not logging.getLogger().handlers:  # else the process that serves has its own way to log
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("veneer").setLevel(logging.INFO)

@@ -55,9 +55,14 @@ def traced_traffic(made: Plan, fields: Mapping[str, Any], say: Callable[[str], N
 
 
 def traced_serving(
-    fields: Mapping[str, Any], traffic: Traffic, *, rank: int = 16, dtype: str = "bfloat16",
-    quantise: str | None = None, say: Callable[[str], None] = lambda line: None,
-) -> TracedStep:  # fmt: skip
+    fields: Mapping[str, Any],
+    traffic: Traffic,
+    *,
+    rank: int = 16,
+    dtype: str = "bfloat16",
+    quantise: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> TracedStep:
     """Two steps of a server of a base of this config.json. Raises ConfigError for a family that is not known or whose
     sequences run alone, and what torch raises where two devices meet."""
     config = config_of(fields)

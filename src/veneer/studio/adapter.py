@@ -185,8 +185,12 @@ def _relatives(page: ViewPage, seen: _Seen) -> dict[str, Any]:
         return [each for each in all if page.caller.can_see(each.reference)]
 
     unknown = family.unknown if page.caller.can("operate") else []
-    shown = {"parents": those(family.parents), "unknown": unknown, "children": those(family.children),
-             "versions": those(family.versions)}  # fmt: skip
+    shown = {
+        "parents": those(family.parents),
+        "unknown": unknown,
+        "children": those(family.children),
+        "versions": those(family.versions),
+    }
     return {"family": shown, "own": seen.version.reference, "link": page.link}
 
 
@@ -200,25 +204,31 @@ def _names(page: ViewPage, seen: _Seen, own: bool, refill: Callable[[], Awaitabl
     async def change(said: str, **wanted: list[str]) -> None:
         studio = page.studio
         await asyncio.to_thread(
-            change_adapter, studio.library, studio.service.tenancy, page.caller, version.reference,
+            change_adapter,
+            studio.library,
+            studio.service.tenancy,
+            page.caller,
+            version.reference,
             AdapterChange(**wanted),
-        )  # fmt: skip
+        )
         await refill()
         page.say(said)
 
     with box("section", "panel stack"):
         heading("Names", 2)
         names = Fragment(
-            "names.html.j2", own=own, **_named(version),
+            "names.html.j2",
+            own=own,
+            **_named(version),
             acts={
-                "unalias": permit("write", lambda data: change(
-                    f"{data['word']} is no alias any more", remove_aliases=[data["word"]]
-                )),
-                "untag": permit("write", lambda data: change(
-                    f"The tag {data['word']} is off", remove_tags=[data["word"]]
-                )),
+                "unalias": permit(
+                    "write", lambda data: change(f"{data['word']} is no alias any more", remove_aliases=[data["word"]])
+                ),
+                "untag": permit(
+                    "write", lambda data: change(f"The tag {data['word']} is off", remove_tags=[data["word"]])
+                ),
             },
-        )  # fmt: skip
+        )
         if not own:
             return names
         new, fields = {"alias": "", "tag": ""}, dict[str, Field]()
@@ -305,9 +315,11 @@ def _remove(page: ViewPage, version: Version) -> None:
         confirm(
             f"Remove {version.reference}?",
             f"Its name goes now.{pointed} Its files go with the next clean-up, unless another name has them.",
-            permit("write", remove), button_text="Remove", danger=True,
+            permit("write", remove),
+            button_text="Remove",
+            danger=True,
             command=command("library", "remove", version.reference, with_aliases=bool(aliases)),
-        )  # fmt: skip
+        )
 
     with box("div", "apart"):
         button("Remove…", permit("write", asked), kind="danger")

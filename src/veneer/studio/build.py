@@ -133,10 +133,18 @@ def _mount(app: FastAPI, studio: Studio) -> None:
         return None
 
     ui.run_with(
-        app, mount_path=ROOT, title="veneer", favicon=_ICON, dark=None, language="en-US", tailwind=False,
-        binding_refresh_interval=None, reconnect_timeout=_KEPT, gzip_middleware_factory=None,
+        app,
+        mount_path=ROOT,
+        title="veneer",
+        favicon=_ICON,
+        dark=None,
+        language="en-US",
+        tailwind=False,
+        binding_refresh_interval=None,
+        reconnect_timeout=_KEPT,
+        gzip_middleware_factory=None,
         show_welcome_message=False,
-    )  # fmt: skip
+    )
 
 
 def _guard_messages() -> None:

@@ -148,9 +148,11 @@ class Board:
                     heading(name, 2)
                     if place:
                         button(
-                            "Leave out", permit("read", lambda: self.leave_out(column)), kind="word",
+                            "Leave out",
+                            permit("read", lambda: self.leave_out(column)),
+                            kind="word",
                             aria_label=f"Leave {name} out",
-                        )  # fmt: skip
+                        )
                 if not place:
                     line("The base alone, to compare the others with.", "soft small")
                 for k, (part, strength) in enumerate(column.mix):
@@ -166,15 +168,22 @@ class Board:
         alone = len(column.mix) == 1
         with box("div", "part"):
             parts.form_field(
-                "Strength" if alone else part, strength, permit("infer", lambda to: self.stronger(column, k, to)),
+                "Strength" if alone else part,
+                strength,
+                permit("infer", lambda to: self.stronger(column, k, to)),
                 kind="range",
-                low=-reach, high=reach, step=0.05, wait=0.05,
-            )  # fmt: skip
+                low=-reach,
+                high=reach,
+                step=0.05,
+                wait=0.05,
+            )
             if not alone:
                 button(
-                    "Take out", permit("infer", lambda: self.without(column, k)), kind="word",
+                    "Take out",
+                    permit("infer", lambda: self.without(column, k)),
+                    kind="word",
                     aria_label=f"Take {part} out",
-                )  # fmt: skip
+                )
 
     # -- what is compared
 

@@ -71,17 +71,24 @@ class _Texts(Board):
 
     def draw_answers(self, place: int, column: Column) -> None:
         column.shown = Answers(
-            column.named(self.page.studio.base), place + 1, leads=not place,
+            column.named(self.page.studio.base),
+            place + 1,
+            leads=not place,
             better=permit("feedback", lambda i: self.better(column, i)) if len(self.columns) > 1 else None,
             corrected=permit("feedback", lambda said: self.corrected(column, said)),
-        )  # fmt: skip
+        )
 
     def same_command(self, column: Column) -> str:
         return command(
-            "generate", str(self.prompt.value), base=command_base(self.page), adapter=column.specs(),
-            system=self.system.value, temperature=self.temperature.value or None,
-            seed=int(self.seed.value or 0) or None, max_new_tokens=self.most,
-        )  # fmt: skip
+            "generate",
+            str(self.prompt.value),
+            base=command_base(self.page),
+            adapter=column.specs(),
+            system=self.system.value,
+            temperature=self.temperature.value or None,
+            seed=int(self.seed.value or 0) or None,
+            max_new_tokens=self.most,
+        )
 
     # -- asking
 
@@ -98,9 +105,14 @@ class _Texts(Board):
         shown: Answers = column.shown
         n = max(1, min(_SAMPLES, int(self.n.value or 1)))
         asked = AskedTexts(
-            self.messages, tuple(column.mix), n, seed=int(self.seed.value or 0),
-            temperature=float(self.temperature.value or 0), max_tokens=self.most, logprobs=4,
-        )  # fmt: skip
+            self.messages,
+            tuple(column.mix),
+            n,
+            seed=int(self.seed.value or 0),
+            temperature=float(self.temperature.value or 0),
+            max_tokens=self.most,
+            logprobs=4,
+        )
         column.id, column.answers = asked.id, [""] * n
         shown.begin(n)
         waiting: list[tuple[int, SpokenToken]] = []
@@ -169,9 +181,10 @@ class _Texts(Board):
     async def better(self, column: Column, i: int) -> None:
         """A vote: this answer was better than those of the same number in the other columns."""
         others = [
-            other for other in self.columns
+            other
+            for other in self.columns
             if other is not column and i < len(other.answers) and other.answers[i].strip() != column.answers[i].strip()
-        ]  # fmt: skip
+        ]
         if not others:
             raise VeneerError("every column says the same, so none is better", fix="another prompt, or a temperature")
         rejected = tuple((other.id, i) for other in others)

@@ -93,14 +93,20 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     dropped = f", dropout {report['dropout']:g}" if report["dropout"] else ""
     dtypes = ", ".join(report["dtypes"])
     facts = [
-        ("format", report["format"]), ("because", "; ".join(report["reasons"][:4])),
+        ("format", report["format"]),
+        ("because", "; ".join(report["reasons"][:4])),
         ("family", _family(report["family"])),
-        ("base", report["base"] or "not said"), ("kind", ", ".join(report["variants"]) + dropped),
+        ("base", report["base"] or "not said"),
+        ("kind", ", ".join(report["variants"]) + dropped),
         ("holds", f"{counted(report['pairs'], 'pair')}, {report['parameters']:,} numbers in {dtypes}"),
-        ("rank", several(report["ranks"])), ("alpha", several(report["alphas"])), ("scale", several(report["scales"])),
-        ("trigger words", ", ".join(report["trigger_words"][:_FEW])), ("licence", str(card.get("licence", ""))),
-        ("digest", report["digest"]), ("sha256", str(report["hashes"]["sha256"])),
-    ]  # fmt: skip
+        ("rank", several(report["ranks"])),
+        ("alpha", several(report["alphas"])),
+        ("scale", several(report["scales"])),
+        ("trigger words", ", ".join(report["trigger_words"][:_FEW])),
+        ("licence", str(card.get("licence", ""))),
+        ("digest", report["digest"]),
+        ("sha256", str(report["hashes"]["sha256"])),
+    ]
     return [(name, value) for name, value in facts if value]
 
 

@@ -28,12 +28,19 @@ def _kept(page: ViewPage, text: str, words: list[str]) -> list[dict[str, str]]:
     out = [{"title": v.reference, "what": "adapter", "to": page.link("adapter", ref=v.reference)} for v in found]
     jobs = studio.jobs.jobs(caller.owner, limit=100)[0] if caller.can("train") else []
     named = [job for job in jobs if _has(f"{job.name} {job.id}", words)][:_EACH]
-    out += [{"title": job.name or job.id, "what": f"run · {job.state}", "to": page.link("run", job=job.id)}
-            for job in named]  # fmt: skip
+    out += [
+        {"title": job.name or job.id, "what": f"run · {job.state}", "to": page.link("run", job=job.id)} for job in named
+    ]
     if studio.tenants is not None and caller.can("operate"):
         routes = [each for each in studio.tenants.settings.routes.values() if _has(each.name, words)][:_EACH]
-        out += [{"title": each.name, "what": "route" + ("" if each.tenant == ALL else f" of {each.tenant}"),
-                 "to": page.link("live", route=each.name)} for each in routes]  # fmt: skip
+        out += [
+            {
+                "title": each.name,
+                "what": "route" + ("" if each.tenant == ALL else f" of {each.tenant}"),
+                "to": page.link("live", route=each.name),
+            }
+            for each in routes
+        ]
     return out
 
 

@@ -67,19 +67,26 @@ class _TrainForm:
                 with box("details", "how"):
                     line("Paste rows", tag="summary")
                     self.pasted = form_field(
-                        "Rows to paste", "", permit("train", lambda _: None), kind="area", most=_PASTED + 1,
+                        "Rows to paste",
+                        "",
+                        permit("train", lambda _: None),
+                        kind="area",
+                        most=_PASTED + 1,
                         hint='{"prompt": "Where is my parcel?", "completion": "On its way."}',
-                    )  # fmt: skip
+                    )
                     button("Use these rows", permit("train", self.paste))
                 self.format = form_field("Format", "auto", permit("train", train), kind="choice", options=_FORMATS)
                 with box("div", "row foot mapping"):
                     self.columns = {
                         name: form_field(
-                            f"{_WORDS.get(name, name.capitalize())} (`{name}`)".replace("`", ""), "",
-                            permit("train", train), kind="choice", options={"": name},
+                            f"{_WORDS.get(name, name.capitalize())} (`{name}`)".replace("`", ""),
+                            "",
+                            permit("train", train),
+                            kind="choice",
+                            options={"": name},
                         )
                         for name in _COLUMNS
-                    }  # fmt: skip
+                    }
                 self.preview = Fragment("form_rows.html.j2", said="", problem="", rows=())
             with box("aside", "stack panel"):
                 heading("Run", 2)
@@ -146,10 +153,11 @@ class _TrainForm:
         format = str(self.format.value)
         names = () if format not in _FORMATS or format == "auto" else format_columns(format)
         given = {
-            "format": format if format in _FORMATS else "auto", "rank": self.rank.value,
+            "format": format if format in _FORMATS else "auto",
+            "rank": self.rank.value,
             "columns": {name: column for name, column in columns.items() if name in names},
             "learning_rate": self.rate.value,
-        }  # fmt: skip
+        }
         found: FormSettings = checked(FormSettings, given, "form")
         return found
 
@@ -182,10 +190,11 @@ class _TrainForm:
             found = present_column(name, look.columns)
             field.offer({"": f"{found} (recognized)" if found else "choose a column"} | {c: c for c in look.columns})
         rows = [
-            (row.where.rpartition(":")[2], "", "", "", row.why) if isinstance(row, UnusableRow)
+            (row.where.rpartition(":")[2], "", "", "", row.why)
+            if isinstance(row, UnusableRow)
             else (row.where.rpartition(":")[2], *(text[:_LETTERS] for text in question_and_answer(row)), "")
             for row in look.rows
-        ]  # fmt: skip
+        ]
         bad = [row for row in rows if row[4]]
         said = problem = ""
         if look.about is not None:
@@ -215,10 +224,11 @@ class _TrainForm:
         kind = _kind(about)
         numbers = {"n_epochs": "auto" if self.epochs.value is None else self.epochs.value}
         given = {
-            "model": self.page.studio.base, "training_file": str(self.file.value),
+            "model": self.page.studio.base,
+            "training_file": str(self.file.value),
             "suffix": str(self.name.value or "").strip() or None,
             "method": {"type": kind, kind: {"hyperparameters": numbers}},
-        }  # fmt: skip
+        }
         body: TuningBody = checked(TuningBody, given, "form")
         settings = settings.model_copy(update={"format": about.format})
         job = await self.queue.create(self.page.studio.service, caller, body, settings)

@@ -184,9 +184,12 @@ class ViewPage:
         self.frame.tell("pick")
 
     def drops(
-        self, words: str, to: Callable[[str], str], done: Callable[[dict[str, Any]], Any],
+        self,
+        words: str,
+        to: Callable[[str], str],
+        done: Callable[[dict[str, Any]], Any],
         form: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """What becomes of files that are dropped on this view, instead of the library's. `words`: said over the page
         meanwhile. `to(filename)`: where it is posted, made by `api`. `done(answer)`: with that route's JSON. `form`:
         fields that are posted with the file."""

@@ -133,11 +133,14 @@ async def library_view(page: ViewPage) -> None:
     with box("div", "picks", role="group", aria_label="Narrow and order") as order:
         picks = {
             name: form_field(
-                label, asked.picks[name], permit("read", lambda value, name=name: narrowed(**{name: value})),
-                kind="choice", options={"": "any"},
+                label,
+                asked.picks[name],
+                permit("read", lambda value, name=name: narrowed(**{name: value})),
+                kind="choice",
+                options={"": "any"},
             )
             for name, label in _PICKS.items()
-        }  # fmt: skip
+        }
         form_field(
             "Order",
             asked.order,

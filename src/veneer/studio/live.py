@@ -188,7 +188,10 @@ def _pair(row: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
     said = [each.choices[0].get("content", "") if each else "" for each in (sent, unseen)]
     questions = [str(m.get("content", "")) for m in sent.messages if m.get("role") == "user"] if sent else []
     return row | {
-        "asked": questions[-1] if questions else "", "sent": said[0], "unseen": said[1],
-        "both": sent is not None and unseen is not None, "first": row["first_difference"] or 0,
+        "asked": questions[-1] if questions else "",
+        "sent": said[0],
+        "unseen": said[1],
+        "both": sent is not None and unseen is not None,
+        "first": row["first_difference"] or 0,
         "other": shadow_id(row["request"]),
-    }  # fmt: skip
+    }

@@ -19,9 +19,14 @@ class Answers(ui.element, component="answers.js"):
     `corrected([i, text])` are what somebody says of its i-th answer; `better` is None where there is one column."""
 
     def __init__(
-        self, label: str, place: int, *, leads: bool, better: parts.Handler | None,
+        self,
+        label: str,
+        place: int,
+        *,
+        leads: bool,
+        better: parts.Handler | None,
         corrected: parts.Handler,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         given = {"label": label, "leads": leads, "place": place, "votes": better is not None}
         for name, value in given.items():

@@ -68,10 +68,13 @@ def _foldable(text: Any) -> Markup:
 _HASH = re.compile(r"((?:sha256:)?[0-9a-f]{12})[0-9a-f]{20,}")
 _ENV = escaping("veneer.studio", "templates")
 _ENV.filters |= {
-    "size": size, "duration": duration, "brief": lambda text: _HASH.sub(r"\1…", str(text)),
-    "moment": lambda at: datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M"), "coded": _coded,
+    "size": size,
+    "duration": duration,
+    "brief": lambda text: _HASH.sub(r"\1…", str(text)),
+    "moment": lambda at: datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M"),
+    "coded": _coded,
     "foldable": _foldable,
-}  # fmt: skip
+}
 
 
 def heard(handler: Handler) -> Callable[[Any], Any]:
@@ -215,11 +218,23 @@ _FieldKind = Literal["text", "search", "number", "area", "choice", "range", "che
 
 
 def form_field(
-    label: str, value: Any = "", changed: Handler | None = None, *, kind: _FieldKind = "text", hint: str = "",
-    options: Mapping[str, str] | Sequence[str] = (), low: float | None = None, high: float | None = None,
-    step: float | None = None, wait: float = 0.15, most: int = 20_000, entered: Handler | None = None, key: str = "",
-    look: str = "", hidden_label: bool = False,
-) -> Field:  # fmt: skip
+    label: str,
+    value: Any = "",
+    changed: Handler | None = None,
+    *,
+    kind: _FieldKind = "text",
+    hint: str = "",
+    options: Mapping[str, str] | Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+    step: float | None = None,
+    wait: float = 0.15,
+    most: int = 20_000,
+    entered: Handler | None = None,
+    key: str = "",
+    look: str = "",
+    hidden_label: bool = False,
+) -> Field:
     """A field with its name above it (`hidden_label`: for who hears the page alone). `changed(value)`: after `wait`
     seconds in which nothing else was typed; of a range while it moves, at most each `wait`. `entered(value)`: Enter, in
     an area Ctrl+Enter. `hint`: what it looks like while empty. `options`: value -> text, of a choice. `most`:
@@ -229,10 +244,20 @@ def form_field(
     element.value = value
     element.classes(f"field {look}")
     given: dict[str, Any] = {
-        "label": _plain(label), "value": value, "kind": kind, "hint": _plain(hint), "wait": wait, "most": most,
-        "options": _options(options), "low": low, "high": high, "step": step, "shortcut": key, "hides": hidden_label,
+        "label": _plain(label),
+        "value": value,
+        "kind": kind,
+        "hint": _plain(hint),
+        "wait": wait,
+        "most": most,
+        "options": _options(options),
+        "low": low,
+        "high": high,
+        "step": step,
+        "shortcut": key,
+        "hides": hidden_label,
         "turn": 0,
-    }  # fmt: skip
+    }
     for name, each in given.items():
         element.props[name] = each
 

@@ -103,11 +103,19 @@ class _Pictures(Board):
     def same_command(self, column: Column) -> str:
         kind = self.kind.value if self.kind is not None and self.sketch else None
         return command(
-            "image", str(self.prompt.value), base=command_base(self.page), adapter=column.specs(),
-            seed=int(self.seed.value or 0), count=int(self.n.value or 1), steps=int(self.steps.value or 1),
-            guidance=self.guidance.value, size=self.size.value, negative=self.negative.value,
-            control=f"{kind}=PICTURE:{self.hold.value:g}" if kind else None, out="picture.png",
-        )  # fmt: skip
+            "image",
+            str(self.prompt.value),
+            base=command_base(self.page),
+            adapter=column.specs(),
+            seed=int(self.seed.value or 0),
+            count=int(self.n.value or 1),
+            steps=int(self.steps.value or 1),
+            guidance=self.guidance.value,
+            size=self.size.value,
+            negative=self.negative.value,
+            control=f"{kind}=PICTURE:{self.hold.value:g}" if kind else None,
+            out="picture.png",
+        )
 
     def spread(self, column: Column) -> None:
         """One adapter in steps of its strength: a column each."""
@@ -124,12 +132,15 @@ class _Pictures(Board):
     def _fields(self, column: Column) -> dict[str, Any]:
         """As a client's body has them."""
         fields: dict[str, Any] = {
-            "prompt": str(self.prompt.value), "negative_prompt": str(self.negative.value or ""),
+            "prompt": str(self.prompt.value),
+            "negative_prompt": str(self.negative.value or ""),
             "mix": [{"adapter": name, "strength": strength} for name, strength in column.mix],
-            "n": max(1, min(_SEEDS, int(self.n.value or 1))), "seed": int(self.seed.value or 0),
-            "num_inference_steps": int(self.steps.value or 1), "guidance_scale": self.guidance.value,
+            "n": max(1, min(_SEEDS, int(self.n.value or 1))),
+            "seed": int(self.seed.value or 0),
+            "num_inference_steps": int(self.steps.value or 1),
+            "guidance_scale": self.guidance.value,
             "size": str(self.size.value or "auto").lower().replace("×", "x"),
-        }  # fmt: skip
+        }
         if self.sketch and self.kind is not None:
             fields["control"] = [{"type": self.kind.value, "image": self.sketch, "strength": self.hold.value}]
         return fields

@@ -79,9 +79,17 @@ class RouteMoves:
     async def set(self, wanted: Route, from_move: int) -> None:
         """Raises RouteMoved where somebody else made a move meanwhile, ConfigError."""
         await asyncio.to_thread(
-            routes.set_route, self.store, wanted.name, wanted.targets, tenant=wanted.tenant, shadow=wanted.shadow,
-            fraction=wanted.fraction, who=WHO, check=self.page.studio.service.catalog.check, from_move=from_move,
-        )  # fmt: skip
+            routes.set_route,
+            self.store,
+            wanted.name,
+            wanted.targets,
+            tenant=wanted.tenant,
+            shadow=wanted.shadow,
+            fraction=wanted.fraction,
+            who=WHO,
+            check=self.page.studio.service.catalog.check,
+            from_move=from_move,
+        )
         self.page.keep(ref=None)
         await self.again()
 
@@ -100,9 +108,14 @@ class RouteMoves:
 
         async def do() -> None:
             await asyncio.to_thread(
-                routes.rollback_route, self.store, route.name, tenant=route.tenant, who=WHO, check=check,
+                routes.rollback_route,
+                self.store,
+                route.name,
+                tenant=route.tenant,
+                who=WHO,
+                check=check,
                 moves=[now.move],
-            )  # fmt: skip
+            )
             await self.again()
             self.page.say(f"{route.name} is as it was before")
 
@@ -251,9 +264,11 @@ class RoutePanel(_Shares):
                         "Roll back", permit("operate", lambda: moves.back(self.route)), kind="word", key="r"
                     )
                     button(
-                        "Remove", permit("operate", lambda: moves.ended(self.route)), kind="word",
+                        "Remove",
+                        permit("operate", lambda: moves.ended(self.route)),
+                        kind="word",
                         aria_label=f"Remove {route.name}",
-                    )  # fmt: skip
+                    )
             self.bar = WeightBar([], permit("operate", self.dragged))
             acts = {
                 "promote": permit("operate", lambda data: self._promote(data["name"])),
@@ -348,9 +363,13 @@ class RoutePanel(_Shares):
         fraction = min(100.0, max(0.0, float(self.fraction.value or 0))) / 100
         shadow = str(self.shadow.value or "") or None
         wanted = self.wanted = routes.planned_route(
-            route, route.name, self.weights(), tenant=route.tenant, shadow=shadow,
+            route,
+            route.name,
+            self.weights(),
+            tenant=route.tenant,
+            shadow=shadow,
             fraction=fraction if shadow else 1.0,
-        )  # fmt: skip
+        )
         moved = (wanted.runs, wanted.shadow, wanted.fraction) != (route.runs, route.shadow, route.fraction)
         unseen = f"{route.shadow} answers {route.fraction * 100:.4g} % of requests too, unseen." if route.shadow else ""
         put(self.sentence, routes.route_change(route, wanted) if moved else unseen)
@@ -373,12 +392,14 @@ def request_texts(page: ViewPage, model: str) -> tuple[str, str]:
     given_key = 'os.environ["VENEER_API_KEY"]' if key else '"none"'
     client = "\n".join(
         [
-            *(["import os", ""] if key else []), "from openai import OpenAI", "",
+            *(["import os", ""] if key else []),
+            "from openai import OpenAI",
+            "",
             f"client = OpenAI(base_url={json.dumps(f'{address}/v1')}, api_key={given_key})",
             f"answer = client.{method}({', '.join(f'{name}={value!r}' for name, value in body.items())})",
             f"print(answer.{told})",
         ]
-    )  # fmt: skip
+    )
     return curl, client
 
 
@@ -386,9 +407,16 @@ def _set_command(route: Route, moves: RouteMoves) -> str:
     targets = [f"{name}={weight}" if len(route.targets) > 1 else name for name, weight in route.targets]
     fraction = f"{route.fraction:g}" if route.shadow and route.fraction != 1 else None
     return command(
-        "tenant", "route", "set", route.name, *targets, tenant=route.tenant, shadow=route.shadow, fraction=fraction,
+        "tenant",
+        "route",
+        "set",
+        route.name,
+        *targets,
+        tenant=route.tenant,
+        shadow=route.shadow,
+        fraction=fraction,
         force=moves.force and moves.base in dict(route.targets),
-    )  # fmt: skip
+    )
 
 
 def _or_none(none: str, names: Sequence[str]) -> dict[str, str]:

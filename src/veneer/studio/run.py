@@ -92,9 +92,11 @@ class _Heard:
         out = [(title, both, legend)]
         unit = "Pictures" if pictures else "Tokens"
         for name, key, scale in (
-            (f"{unit} a second", "tokens_per_second", 1.0), ("Memory, GB", "memory_bytes", 1e-9),
-            ("Learning rate", "learning_rate", 1.0), ("Share of tokens guessed right", "token_accuracy", 1.0),
-        ):  # fmt: skip
+            (f"{unit} a second", "tokens_per_second", 1.0),
+            ("Memory, GB", "memory_bytes", 1e-9),
+            ("Learning rate", "learning_rate", 1.0),
+            ("Share of tokens guessed right", "token_accuracy", 1.0),
+        ):
             points = [(float(each["step"]), scale * float(each[key])) for each in self.steps if key in each]
             if points:
                 drawn = chart([Series(name, points)], wide=False, label=name, from_zero=key != "learning_rate")
@@ -200,9 +202,13 @@ async def run_view(page: ViewPage) -> None:
             await fill()
 
         confirm(
-            f"Stop {job.name}?", "It ends for good and makes no adapter. Steps that can be asked stay in the library.",
-            permit("train", do), button_text="Stop", command=command("jobs", "cancel", job.id), danger=True,
-        )  # fmt: skip
+            f"Stop {job.name}?",
+            "It ends for good and makes no adapter. Steps that can be asked stay in the library.",
+            permit("train", do),
+            button_text="Stop",
+            command=command("jobs", "cancel", job.id),
+            danger=True,
+        )
 
     await fill()  # before anything is followed: with the first timer the page goes out
     on_change(lambda: (jobs.get(page.caller.owner, job.id), _newest(page, job.id)), _LOOK, fill)

@@ -70,17 +70,29 @@ async def steps_view(page: ViewPage) -> None:
         best = min(known, key=lambda step: known[step]) if known else None
         before = scores[0].get(key) if 0 in scores else None
         return {
-            "job": now, "points": found, "best": best, "before": before, "samples": samples, "rewarded": rewarded,
-        }  # fmt: skip
+            "job": now,
+            "points": found,
+            "best": best,
+            "before": before,
+            "samples": samples,
+            "rewarded": rewarded,
+        }
 
     async def fill() -> None:
         found = await asyncio.to_thread(read)
         used = await asyncio.to_thread(_used, page, job)
         table.show(
-            points=found["points"], best=found["best"], used=used, link=page.link, job=found["job"],
-            pictures=pictures, before=found["before"], rewarded=found["rewarded"],
-            forks=not page.caller.tenant, live=page.caller.can("operate") and page.studio.tenants is not None,
-        )  # fmt: skip
+            points=found["points"],
+            best=found["best"],
+            used=used,
+            link=page.link,
+            job=found["job"],
+            pictures=pictures,
+            before=found["before"],
+            rewarded=found["rewarded"],
+            forks=not page.caller.tenant,
+            live=page.caller.can("operate") and page.studio.tenants is not None,
+        )
         if pictures:
             sheets.show(samples=found["samples"][::-1], job=job, api=page.api)
         elif grid is not None:

@@ -60,9 +60,12 @@ def own_prompts(job: Job) -> tuple[str, list[str]]:
         data = config.data
         formats = None if config.preference.loss is None else preference_formats(config.preference.loss)
         rows, _ = read_rows(
-            data.files("train"), limit=200, format=data.format, columns=data.columns,
+            data.files("train"),
+            limit=200,
+            format=data.format,
+            columns=data.columns,
             formats=PROMPT_FORMATS if config.drawn is not None else formats,
-        )  # fmt: skip
+        )
         held = split_rows(rows, data.split, seed=config.split_seed)[1] or rows
     except VeneerError:
         return "", []
@@ -78,9 +81,13 @@ def prompt_messages(prompt: str, system: str) -> list[dict[str, Any]]:
 
 
 async def answer_of(
-    page: ViewPage, messages: Sequence[dict[str, Any]], reference: str, told: Callable[[str], None] | None = None,
-    *, most: int = _WORDS,
-) -> str:  # fmt: skip
+    page: ViewPage,
+    messages: Sequence[dict[str, Any]],
+    reference: str,
+    told: Callable[[str], None] | None = None,
+    *,
+    most: int = _WORDS,
+) -> str:
     """What the base (reference "") or an adapter answers, with the likeliest tokens; `told` hears it as it comes."""
     mix = [(reference, 1.0)] if reference else []
     said, text = AskedTexts([dict(message) for message in messages], mix, max_tokens=most), ""
@@ -101,18 +108,27 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
     with box("section", "stack talk"):
         hint = line("", "soft")
         which = form_field(
-            "Step", page.query.get("step"), permit("read", lambda step: page.keep(step=step)), kind="choice",
+            "Step",
+            page.query.get("step"),
+            permit("read", lambda step: page.keep(step=step)),
+            kind="choice",
             options={"": "no step yet"},
-        )  # fmt: skip
+        )
         prompt = form_field(
-            "Prompt", page.query.get("p"), permit("read", lambda text: page.keep(p=text)), kind="area",
+            "Prompt",
+            page.query.get("p"),
+            permit("read", lambda text: page.keep(p=text)),
+            kind="area",
             entered=permit("infer", lambda text: ask()),
             hint="Something that it should have learned",
-        )  # fmt: skip
+        )
         told_first = form_field(
-            "System prompt", page.query.get("s"), permit("read", lambda text: page.keep(s=text)), kind="area",
+            "System prompt",
+            page.query.get("s"),
+            permit("read", lambda text: page.keep(s=text)),
+            kind="area",
             hint="What its rows say before the question",
-        )  # fmt: skip
+        )
         with box("div", "row"):
             asking = button("Ask", permit("infer", lambda: ask()), key="ctrl+enter")
         answers = Fragment("answers_two.html.j2", columns=[])

@@ -143,21 +143,29 @@ async def train_view(page: ViewPage) -> None:
             with box("div", "row"):
                 start = button("Start", permit("operate", lambda: started()), kind="filled", key="ctrl+enter")
                 talk = form_field(
-                    f"{asks} its steps while it trains", page.query.get("talk") != "no",
-                    permit("operate", lambda on: asking(on)), kind="check",
-                )  # fmt: skip
+                    f"{asks} its steps while it trains",
+                    page.query.get("talk") != "no",
+                    permit("operate", lambda on: asking(on)),
+                    kind="check",
+                )
             same = Command()
         plan = Fragment("plan.html.j2", look="side", look_at=None, plan=None, says=_says, busy=False, guesses=())
         with box("div", "under"):
             bar = progress("Looking at the rows")
             found = Fragment("findings.html.j2", findings=(), sample=())
     table = Fragment(
-        "rows.html.j2", acts={
+        "rows.html.j2",
+        acts={
             "only": permit("operate", lambda data: only(data["verdict"])),
             "page": permit("operate", lambda data: turned(data["offset"])),
         },
-        seen=None, verdicts=VERDICTS, verdict="", offset=0, some=_ROWS, said="",
-    )  # fmt: skip
+        seen=None,
+        verdicts=VERDICTS,
+        verdict="",
+        offset=0,
+        some=_ROWS,
+        said="",
+    )
     sheet = Fragment(
         "sheet.html.j2", acts={"caption": permit("operate", lambda data: captioned(data))}, pictures=(), more=0
     )
@@ -188,9 +196,12 @@ async def train_view(page: ViewPage) -> None:
             why = "what was found has to be mended first"
         enable(start, not why and look is not None, why or "the rows are being looked at")
         plan.show(
-            look_at=look, plan=None if look is None else look.plan, says=_says, busy=busy,
+            look_at=look,
+            plan=None if look is None else look.plan,
+            says=_says,
+            busy=busy,
             guesses=() if look is None else look.guesses,
-        )  # fmt: skip
+        )
         found.show(findings=() if look is None else look.findings, sample=() if look is None else look.sample)
         show(bar, busy)
         more = draft.overrides(bool(talk.value))
@@ -242,9 +253,13 @@ async def train_view(page: ViewPage) -> None:
                 rows = await asyncio.to_thread(look)
                 if number == draft.number:
                     table.show(
-                        seen=rows, verdicts=VERDICTS, verdict=draft.verdict, offset=draft.offset, some=_ROWS,
+                        seen=rows,
+                        verdicts=VERDICTS,
+                        verdict=draft.verdict,
+                        offset=draft.offset,
+                        some=_ROWS,
                         said=_rows_said(rows),
-                    )  # fmt: skip
+                    )
         except VeneerError:
             return  # it stands among the findings
         if number == draft.number:
@@ -300,10 +315,14 @@ def _reading(page: ViewPage, draft: _Draft, wrong: VeneerError | None = None) ->
     if not sentence.text.strip():
         begins = beginnings(page.studio)
     return {
-        "read": sentence.read, "unread": sentence.unread, "wrong": wrong,
-        "missing": sentence.missing if sentence.text.strip() else (), "here": _short_path(os.getcwd()),
-        "begins": begins, "empty": not sentence.text.strip(),
-    }  # fmt: skip
+        "read": sentence.read,
+        "unread": sentence.unread,
+        "wrong": wrong,
+        "missing": sentence.missing if sentence.text.strip() else (),
+        "here": _short_path(os.getcwd()),
+        "begins": begins,
+        "empty": not sentence.text.strip(),
+    }
 
 
 def beginnings(studio: Studio) -> list[tuple[str, str]]:
@@ -372,10 +391,12 @@ def _thumbnail(path: Path, id: str) -> str:
 async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainConfig, done: Callable[[], Any]) -> None:
     with dialog(picture.name) as window:
         text = form_field(
-            "What is to be seen", picture.caption,
-            permit("operate", lambda now: same.show(command("data", "caption", str(picture.path), now))), kind="area",
+            "What is to be seen",
+            picture.caption,
+            permit("operate", lambda now: same.show(command("data", "caption", str(picture.path), now))),
+            kind="area",
             most=2000,
-        )  # fmt: skip
+        )
         line("It is written where the run reads it: beside the picture, or in the folder's metadata.", "soft small")
         same = Command(command("data", "caption", str(picture.path), picture.caption))
 

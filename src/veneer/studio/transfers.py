@@ -33,9 +33,12 @@ class Transfers:
         browser.on("fetched", parts.heard(parts.permit("read", self._fetched)))
 
     def take(
-        self, words: str, to: Callable[[str], str], done: Callable[[dict[str, Any]], Any],
+        self,
+        words: str,
+        to: Callable[[str], str],
+        done: Callable[[dict[str, Any]], Any],
         form: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """What becomes of dropped files from now on. `words`: said over the page meanwhile. `to(filename)`: where it is
         posted. `done(answer)`: with that route's JSON. `form`: the fields of the form that the file is posted in, for a
         route that wants a form."""

@@ -249,10 +249,14 @@ def launch(count: int, command: Sequence[str]) -> int:
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     settings = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # fmt: skip
+    }
     settings.setdefault("OMP_NUM_THREADS", str(max(1, processors.thread_count() // count)))
     processes: list[subprocess.Popen[bytes]] = []
 

@@ -148,9 +148,10 @@ def mean_rewards(extra: Mapping[str, float]) -> dict[str, float] | None:
     if "reward_failed" not in extra:
         return None
     found = {
-        name.removeprefix("reward_"): value for name, value in extra.items()
+        name.removeprefix("reward_"): value
+        for name, value in extra.items()
         if name.startswith("reward_") and name != "reward_failed"
-    }  # fmt: skip
+    }
     total = {"reward": extra["reward"]} if "reward" in extra else {}
     return total if list(found.values()) == list(total.values()) else total | found
 

@@ -457,12 +457,19 @@ def _one_step(loop: _Loop, step: Step, due: bool) -> Stepping[None]:
     progress.recent = [*progress.recent, (total, step.counted)][-_RECENT:]
     loop.tell(
         Stepped(
-            step=number, steps=len(loop.plan.steps), epoch=step.epoch, loss=total / step.counted, learning_rate=rate,
-            gradient_norm=norm, tokens=step.tokens, learned_tokens=step.trained, seconds=seconds,
+            step=number,
+            steps=len(loop.plan.steps),
+            epoch=step.epoch,
+            loss=total / step.counted,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=step.tokens,
+            learned_tokens=step.trained,
+            seconds=seconds,
             memory_bytes=peak_memory_bytes(device_of(loop.learner)),
             extra=Means.total([share.means for share in done]).values(),
         )
-    )  # fmt: skip
+    )
     loop.learner.end_step(number)
 
 
@@ -561,11 +568,17 @@ def _evaluate_if_due(loop: _Loop) -> bool:
         progress.waited += 1
     loop.tell(
         Evaluated(
-            step=progress.step, loss=score.loss, perplexity=score.perplexity if score.likelihood else None,
-            rows=score.rows, learned_tokens=score.trained, seconds=time.perf_counter() - began, best=improved,
-            worse=progress.first_loss is not None and score.loss > progress.first_loss, extra=score.measures,
+            step=progress.step,
+            loss=score.loss,
+            perplexity=score.perplexity if score.likelihood else None,
+            rows=score.rows,
+            learned_tokens=score.trained,
+            seconds=time.perf_counter() - began,
+            best=improved,
+            worse=progress.first_loss is not None and score.loss > progress.first_loss,
+            extra=score.measures,
         )
-    )  # fmt: skip
+    )
     return improved
 
 

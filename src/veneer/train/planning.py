@@ -61,12 +61,19 @@ def load_of(
     steps = plan_steps(list(lengths), config.batching, seed=config.seed, epoch=0)
     micros = [[lengths[i] for i in micro] for step in steps for micro in step]
     return Load(
-        tuple(max(micros, key=sum, default=[1])), trained, max((len(step) for step in steps), default=1),
-        config.adapter.rank, _special_pairs(config), dtype, config.base.quantise, checkpointing=checkpointing,
-        optimizer=config.optimizer.name, whole=whole,
+        tuple(max(micros, key=sum, default=[1])),
+        trained,
+        max((len(step) for step in steps), default=1),
+        config.adapter.rank,
+        _special_pairs(config),
+        dtype,
+        config.base.quantise,
+        checkpointing=checkpointing,
+        optimizer=config.optimizer.name,
+        whole=whole,
         inputs_on_host=checkpointing and config.memory.offload_activations,
         compared=config.distillation.teacher is not None and config.distillation.url is None,
-    )  # fmt: skip
+    )
 
 
 def _special_pairs(config: TrainConfig) -> LoraSpec | None:
@@ -111,9 +118,15 @@ def _micro_tokens_of(
 
 
 def plan_of_run(
-    config: TrainConfig, base: Any, items: Sequence[Any], *, trainable: int, held_out: int, checkpointing: bool,
+    config: TrainConfig,
+    base: Any,
+    items: Sequence[Any],
+    *,
+    trainable: int,
+    held_out: int,
+    checkpointing: bool,
     room: int,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The plan of a run about to start. `items`: what a step is made of. `trainable`: parameters. `held_out`: rows.
     `room`: bytes that are free beside what is in memory already."""
     from veneer.plan.calibration import device_here, rates_here
@@ -129,9 +142,13 @@ def plan_of_run(
     dtype = str(kind).removeprefix("torch.")
     pairs = pair_parameters(shape, _special_pairs(config), rank=config.adapter.rank)
     load = load_of(
-        config, lengths, trained=sum(item.learned for item in items) / max(1, tokens), checkpointing=checkpointing,
-        dtype=dtype, whole=max(0, trainable - pairs),
-    )  # fmt: skip
+        config,
+        lengths,
+        trained=sum(item.learned for item in items) / max(1, tokens),
+        checkpointing=checkpointing,
+        dtype=dtype,
+        whole=max(0, trainable - pairs),
+    )
     job = _job(config, len(items), tokens / max(1, len(items)), held_out)
     rates, process = rates_here(device, dtype)
     if device.kind == "cpu":  # libraries and rows are in memory already: what they take is known
@@ -184,7 +201,7 @@ def _beside(draws: Draws | None, teacher: _Teacher, shape: TextShape, dtype: str
 
 def _with_draws(
     plan: Plan, draws: Draws | None, shape: TextShape, load: Load, device: Device, teacher: _Teacher
-) -> Plan:  # fmt: skip
+) -> Plan:
     if draws is None:
         return plan
     plan = with_draws(plan, shape, load, device, draws)
@@ -247,9 +264,15 @@ def to_be_set(plan: Plan) -> str:
 
 
 def plan_of_config(
-    config: RunConfig, device: Device, *, rows: int | None = None, tokens_per_row: float | None = None,
-    longest: int | None = None, trained: float = 1.0, traffic: Traffic | None = None,
-) -> Plan:  # fmt: skip
+    config: RunConfig,
+    device: Device,
+    *,
+    rows: int | None = None,
+    tokens_per_row: float | None = None,
+    longest: int | None = None,
+    trained: float = 1.0,
+    traffic: Traffic | None = None,
+) -> Plan:
     """The plan of a configuration whose base need not be here. What is not given is counted in the data's files, four
     characters for a token.
 
@@ -260,9 +283,14 @@ def plan_of_config(
 
 
 def _plan_of_text(
-    config: TrainConfig, device: Device, rows: int | None = None, tokens_per_row: float | None = None,
-    longest: int | None = None, trained: float = 1.0, traffic: Traffic | None = None,
-) -> Plan:  # fmt: skip
+    config: TrainConfig,
+    device: Device,
+    rows: int | None = None,
+    tokens_per_row: float | None = None,
+    longest: int | None = None,
+    trained: float = 1.0,
+    traffic: Traffic | None = None,
+) -> Plan:
     from veneer.plan.calibration import rates_here
 
     shape = text_shape(base_fields(config.base.name), config.base.name)
@@ -301,14 +329,16 @@ def rows_as_planned(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]
     answer = 0 if config.drawn is None else config.drawn.max_tokens
     lengths, tokens = [item.tokens - answer for item in items], sum(item.tokens for item in items)
     return {
-        "rows": len(lengths), "tokens_per_row": sum(lengths) / len(lengths), "longest": max(lengths),
+        "rows": len(lengths),
+        "tokens_per_row": sum(lengths) / len(lengths),
+        "longest": max(lengths),
         "trained": max(0.001, sum(item.learned for item in items) / tokens),
-    }  # fmt: skip
+    }
 
 
 def plan_of_texts(
     configs: Sequence[RunConfig], names: Sequence[str], device: Device, given: Sequence[Mapping[str, Any]]
-) -> GroupPlan:  # fmt: skip
+) -> GroupPlan:
     """The plan of configurations that are trained in one pass. `names`: what errors call them. `given`: of each, as
     `plan_of_config` has it. Raises ConfigError for those that cannot be, with names and keys."""
     from veneer.plan.calibration import rates_here
@@ -360,12 +390,20 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     rates, process = rates_here(device, dtype)
     words = config.adapter.targets if isinstance(config.adapter.targets, str) else "attention"
     load = ImageLoad(
-        at_once, side, side, signs * -(-batch // at_once), config.adapter.rank,
-        dtype, config.base.quantise,
-        config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
-        bare=bare, before=before, form=PairForm.of(config.adapter.spec()),
+        at_once,
+        side,
+        side,
+        signs * -(-batch // at_once),
+        config.adapter.rank,
+        dtype,
+        config.base.quantise,
+        config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0,
+        targets=words,
+        bare=bare,
+        before=before,
+        form=PairForm.of(config.adapter.spec()),
         offload=config.memory.offload_blocks if device.kind == "cuda" else 0,
-    )  # fmt: skip
+    )
     job = TrainingJob(rows, 1.0, signs * float(config.schedule.epochs or 1), signs * batch, config.steps)
     return image_plan(config.base.name, found, load, device, rates, job, process=process, notes=notes)
 
@@ -386,9 +424,12 @@ def _counted(config: TrainConfig) -> list[int]:
 
     try:
         rows, _ = read_rows(
-            config.data.files("train"), format=config.data.format, columns=config.data.columns, limit=config.data.limit,
+            config.data.files("train"),
+            format=config.data.format,
+            columns=config.data.columns,
+            limit=config.data.limit,
             formats=None if config.drawn is None else PROMPT_FORMATS,
-        )  # fmt: skip
+        )
     except DataError as error:
         raise DataError(error.what, where=error.where, fix="or give --rows and --tokens-per-row") from None
 

@@ -75,8 +75,10 @@ class Preview:
             "plan": None if self.plan is None else self.plan.to_dict(),
             "findings": [finding.__dict__ for finding in self.findings],
             "sample": [{"text": text, "learned": learned} for text, learned in self.sample],
-            "rows": self.rows, "looked": self.looked, "guesses": list(self.guesses),
-        }  # fmt: skip
+            "rows": self.rows,
+            "looked": self.looked,
+            "guesses": list(self.guesses),
+        }
 
 
 @dataclass(frozen=True)
@@ -244,9 +246,13 @@ def _bounded(config: TrainConfig, rows: int) -> Any:
 
 
 def rows_seen(
-    config: TrainConfig, *, offset: int = 0, limit: int = 50, verdicts: Sequence[RowVerdict] = (),
+    config: TrainConfig,
+    *,
+    offset: int = 0,
+    limit: int = 50,
+    verdicts: Sequence[RowVerdict] = (),
     most: int = _MOST_ROWS,
-) -> SeenRows:  # fmt: skip
+) -> SeenRows:
     """Rows in the order of their files, and what becomes of each. `verdicts`: those of these alone. `most`: rows that
     are looked at. Raises DataError for files that cannot be read, ConfigError and BaseError for the base."""
     look = _table(*_key(config, most))
@@ -282,9 +288,14 @@ class _Table:
         pieces = [piece for example in own for piece in marked_pieces(example, tokenizer)]
         said = found.text or " → ".join(str(message["content"]) for message in found.messages)
         return SeenRow(
-            found.where, verdict, why, _beginning(said), sum(one.tokens for one in own),
-            sum(one.learned for one in own), tuple(pieces),
-        )  # fmt: skip
+            found.where,
+            verdict,
+            why,
+            _beginning(said),
+            sum(one.tokens for one in own),
+            sum(one.learned for one in own),
+            tuple(pieces),
+        )
 
 
 def _beginning(text: str) -> str:
@@ -302,9 +313,13 @@ def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
     data, loss, draws = config.data, config.preference.loss, config.drawn is not None
     formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
     found, about = look_at_rows(
-        data.files("train"), format=data.format, columns=data.columns, limit=min(most, data.limit or most),
-        formats=formats, values=draws,
-    )  # fmt: skip
+        data.files("train"),
+        format=data.format,
+        columns=data.columns,
+        limit=min(most, data.limit or most),
+        formats=formats,
+        values=draws,
+    )
     usable = [(i, row) for i, row in enumerate(found) if isinstance(row, Row)]
     held = set[int]()
     if data.validation is None and usable:
@@ -423,13 +438,14 @@ def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:
 
 
 def _seen(
-    picture: TrainingPicture, verdict: RowVerdict, why: str,
-    crop: tuple[float, float, float, float] | None = None, size: tuple[int, int] | None = None,
-) -> SeenPicture:  # fmt: skip
+    picture: TrainingPicture,
+    verdict: RowVerdict,
+    why: str,
+    crop: tuple[float, float, float, float] | None = None,
+    size: tuple[int, int] | None = None,
+) -> SeenPicture:
     digest = picture.digest.rpartition(":")[2][:24]
-    return SeenPicture(
-        digest, picture.name, picture.path, picture.caption, *picture.size, verdict, why, crop, size
-    )  # fmt: skip
+    return SeenPicture(digest, picture.name, picture.path, picture.caption, *picture.size, verdict, why, crop, size)
 
 
 def picture_of(config: ImageTrainConfig, id: str) -> SeenPicture:

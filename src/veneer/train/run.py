@@ -188,7 +188,7 @@ class Task(Protocol[D, _R]):
 @contextmanager
 def opened(
     config: RunConfig, *, unit: str, on_event: Listener | None, lockstep: bool = False, **options: Any
-) -> Iterator[Run]:  # fmt: skip
+) -> Iterator[Run]:
     """Around a whole run: its processes, who is told what happens, and random generators as before at the end, after
     any error too. Without `on_event` the run is shown in the terminal, speed in `unit`s a second. An interruption says
     how to go on. `lockstep`: as Devices has it; `options`: sources, resume, dry_run and force of the Run."""
@@ -268,9 +268,16 @@ def steps_of_run(
     config, devices = run.config, run.devices
     o, e, total = config.optimizer, config.evaluation, len(task.steps)
     optimizer = make_optimizer(
-        task.parameters, name=o.name, learning_rate=o.learning_rate, betas=o.betas, eps=o.eps, momentum=o.momentum,
-        weight_decay=o.weight_decay, loraplus_ratio=o.loraplus_ratio, rates=task.rates,
-    )  # fmt: skip
+        task.parameters,
+        name=o.name,
+        learning_rate=o.learning_rate,
+        betas=o.betas,
+        eps=o.eps,
+        momentum=o.momentum,
+        weight_decay=o.weight_decay,
+        loraplus_ratio=o.loraplus_ratio,
+        rates=task.rates,
+    )
     identity = {**task.identity(), "seed": config.seed, "steps": total}
     progress = _restored(run, task, optimizer, identity, newest) if newest is not None else Progress()
     devices.agree("settings, data and base", digest_of({}, config.recipe(), identity, progress.step))
@@ -279,16 +286,26 @@ def steps_of_run(
     if newest is None:  # else what the checkpoint has recorded is followed already
         follow(devices.gather(known())[0])
     plan = TrainingPlan(
-        task.steps, Schedule.of(config.schedule.name, total, config.schedule.warmup, config.schedule.floor), o.clip,
-        due(e.every, task.ends, total, start=e.at_start) if task.scored else None, e.patience or 0,
-        due(config.checkpoint.every, task.ends, total, start=False), config.seed,
-    )  # fmt: skip
+        task.steps,
+        Schedule.of(config.schedule.name, total, config.schedule.warmup, config.schedule.floor),
+        o.clip,
+        due(e.every, task.ends, total, start=e.at_start) if task.scored else None,
+        e.patience or 0,
+        due(config.checkpoint.every, task.ends, total, start=False),
+        config.seed,
+    )
     with _logged(run, progress if newest is not None else None) as tell:
         task.begin(progress, tell)
         progress = yield from loop.stepping(
-            task, plan, optimizer, progress=progress, save=lambda p: _save(run, task, optimizer, identity, p, plan),
-            on_event=tell, devices=devices, asked=asked,
-        )  # fmt: skip
+            task,
+            plan,
+            optimizer,
+            progress=progress,
+            save=lambda p: _save(run, task, optimizer, identity, p, plan),
+            on_event=tell,
+            devices=devices,
+            asked=asked,
+        )
         task.end(tell)
         return _finished(run, task, report, progress, tell)
 
@@ -298,10 +315,15 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
     devices = run.devices
     kept, validation = _put_kept(run, task, progress, tell)
     outcome = Outcome(
-        steps=progress.step, peak_memory_bytes=loop.peak_memory_bytes(loop.device_of(task)),
-        loss=progress.loss, validation=validation,
-        validation_before=progress.first_loss, kept_step=kept, stopped=progress.stopped, preflight=report.to_dict(),
-    )  # fmt: skip
+        steps=progress.step,
+        peak_memory_bytes=loop.peak_memory_bytes(loop.device_of(task)),
+        loss=progress.loss,
+        validation=validation,
+        validation_before=progress.first_loss,
+        kept_step=kept,
+        stopped=progress.stopped,
+        preflight=report.to_dict(),
+    )
     result = task.facts(outcome, progress)
     if devices.first:
         result = task.save(result, progress, tell)
@@ -331,9 +353,13 @@ def _restored(
     run: Run, task: AttachedTask[Any], optimizer: Optimizer, identity: Mapping[str, Any], newest: Path
 ) -> Progress:
     restored = checkpoint.restore(
-        newest, parameters=task.state, optimizer=optimizer, identity=identity, devices=run.devices.count,
+        newest,
+        parameters=task.state,
+        optimizer=optimizer,
+        identity=identity,
+        devices=run.devices.count,
         beside=task.environment,
-    )  # fmt: skip
+    )
     follow(restored.choices)
     task.restore(restored.about.get("kept", {}))
     run.note(f"resuming after step {restored.progress.step} of {len(task.steps)}")
@@ -394,22 +420,32 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _save(
-    run: Run, task: AttachedTask[Any], optimizer: Optimizer, identity: Mapping[str, Any], progress: Progress,
+    run: Run,
+    task: AttachedTask[Any],
+    optimizer: Optimizer,
+    identity: Mapping[str, Any],
+    progress: Progress,
     plan: TrainingPlan,
-) -> Path:  # fmt: skip
+) -> Path:
     """The checkpoint of `progress`, there when this returns; what it holds is the same on all devices."""
     _agree(run, task)
     place = run.folder / "checkpoints"
     wanted = progress.stopped or progress.step in plan.save_at or progress.step == progress.best_step
     if run.devices.first:
         checkpoint.save(
-            place, parameters=task.state, optimizer=optimizer, progress=progress, identity=identity,
-            keep=run.config.checkpoint.keep, newest=2 if run.group else 1, extra=bool(run.group) and not wanted,
+            place,
+            parameters=task.state,
+            optimizer=optimizer,
+            progress=progress,
+            identity=identity,
+            keep=run.config.checkpoint.keep,
+            newest=2 if run.group else 1,
+            extra=bool(run.group) and not wanted,
             devices=run.devices.count,
             about={"recipe": run.config.recipe(), "together": [*run.group], "kept": task.kept(progress.step)},
             beside=task.environment,
             fill=(lambda folder: task.write(folder / "adapter", progress)) if run.config.checkpoint.adapters else None,
-        )  # fmt: skip
+        )
     run.devices.gather(None)
     return checkpoint.at_step(place, progress.step)
 
@@ -435,10 +471,11 @@ def _put_kept(run: Run, task: AttachedTask[Any], progress: Progress, tell: Liste
     if best is None and worse:
         beyond = "above" if task.rewarded else "below"
         raise NoGain(
-            f"nothing was learned that holds: {worse}, and never {beyond} that", where=str(run.folder),
+            f"nothing was learned that holds: {worse}, and never {beyond} that",
+            where=str(run.folder),
             fix=f"lower optimizer.learning_rate ({run.config.optimizer.learning_rate:g} here), or look at the "
             "data; to have the last adapter all the same: --resume evaluation.keep=last",
-        )  # fmt: skip
+        )
     if best is None or best == progress.step:
         return progress.step, last
     checkpoint.read_parameters(checkpoint.at_step(run.folder / "checkpoints", best), task.state)
@@ -453,9 +490,7 @@ def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> se
     return after | {0} if start else after
 
 
-def resolved(
-    config: RunConfig, sources: Mapping[str, Any] | None, settled: Iterable[tuple[str, Any, str]]
-) -> Resolved:  # fmt: skip
+def resolved(config: RunConfig, sources: Mapping[str, Any] | None, settled: Iterable[tuple[str, Any, str]]) -> Resolved:
     """Every setting with its value in this run and where that came from.
 
     `settled`: (key, value, why) for what was left open, as `auto`, and is decided now."""

@@ -54,17 +54,26 @@ class Outcome:
     def metrics(self, **counted: Any) -> dict[str, Any]:
         """What the card keeps of it, with what the task has `counted`; None is left out."""
         common = {
-            "training_loss": self.loss, "validation_loss": self.validation,
-            "validation_loss_before": self.validation_before, "kept_step": self.kept_step, "steps": self.steps,
+            "training_loss": self.loss,
+            "validation_loss": self.validation,
+            "validation_loss_before": self.validation_before,
+            "kept_step": self.kept_step,
+            "steps": self.steps,
             "peak_memory_bytes": self.peak_memory_bytes,
-        }  # fmt: skip
+        }
         return {key: value for key, value in {**common, **counted}.items() if value is not None}
 
 
 def prove(
-    attachment: Attachment, name: str, saved: Adapter, outputs: Callable[[], Tensor], *, path: Path, what: str,
+    attachment: Attachment,
+    name: str,
+    saved: Adapter,
+    outputs: Callable[[], Tensor],
+    *,
+    path: Path,
+    what: str,
     rounding: float,
-) -> str:  # fmt: skip
+) -> str:
     """Attaches what was read back, and compares the `outputs` under it with those under the trained adapter `name`.
 
     `what` they are, in a word: logits. Equal bit for bit is expected; they may differ by `rounding`, as a share of the
@@ -115,12 +124,20 @@ def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
     resolved = next(record for record in reversed(records) if record.get("event") == "resolved")
     headline = _reward_cards(result, records) or _loss_cards(result)
     page = Page(
-        title=folder.resolve().name, subtitle=f"A LoRA adapter for {parts.base}, {_today()}", records=records,
+        title=folder.resolve().name,
+        subtitle=f"A LoRA adapter for {parts.base}, {_today()}",
+        records=records,
         cards=[*headline, *parts.cards, *_size_cards(result, parts.weights)],
-        settings=resolved["settings"], sources=resolved["sources"], checks=result.preflight,
-        facts=[("adapter", result.adapter), ("digest", result.digest), *parts.facts], usage=list(parts.usage),
-        files=_files(folder, parts.files), unit=parts.unit, loss=parts.loss, sheets=list(parts.sheets),
-    )  # fmt: skip
+        settings=resolved["settings"],
+        sources=resolved["sources"],
+        checks=result.preflight,
+        facts=[("adapter", result.adapter), ("digest", result.digest), *parts.facts],
+        usage=list(parts.usage),
+        files=_files(folder, parts.files),
+        unit=parts.unit,
+        loss=parts.loss,
+        sheets=list(parts.sheets),
+    )
     path = folder / "report.html"
     write_page(path, page)
     return path
@@ -165,11 +182,12 @@ def _reward_cards(result: Outcome, records: Sequence[Mapping[str, Any]]) -> list
     where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
     cards = [
         (
-            "Validation reward" if name == "reward" else f"Validation, {name}", f"{value:.3f}",
+            "Validation reward" if name == "reward" else f"Validation, {name}",
+            f"{value:.3f}",
             (f"{first[name]:.3f} before training" if name in first else "") + where * (name == "reward"),
         )
         for name, value in kept.items()
-    ]  # fmt: skip
+    ]
     drawn = [mean_rewards(r["extra"]) for r in records if r.get("event") == "stepped"]
     values = [each["reward"] for each in drawn if each and "reward" in each][-20:]
     if values:

@@ -24,9 +24,14 @@ def _sha256(text: bytes) -> bytes:
 
 
 def hold_out(
-    items: Sequence[_AnyKeyed], split: int | float | None, *, seed: int, default: int, what: str = "rows",
+    items: Sequence[_AnyKeyed],
+    split: int | float | None,
+    *,
+    seed: int,
+    default: int,
+    what: str = "rows",
     order: Callable[[bytes], bytes] = _sha256,
-) -> tuple[list[_AnyKeyed], list[_AnyKeyed]]:  # fmt: skip
+) -> tuple[list[_AnyKeyed], list[_AnyKeyed]]:
     """(to learn from, held out). `split`: how many (int), a share of them (float; one at least), None for `default`.
 
     Chosen by a seeded hash of each one's content, `order`: neither the order of the files nor their names decide, and

@@ -99,7 +99,7 @@ def traced_training(fields: Mapping[str, Any], load: Load, device: Device, say: 
 
 def traced_together(
     fields: Mapping[str, Any], loads: Sequence[Load], device: Device, say: _Say = _unsaid
-) -> TracedStep:  # fmt: skip
+) -> TracedStep:
     """One step of a run for each of `loads` on one base, whose dtype, codes and memory the first has, their rows in one
     pass as `veneer train` of several configurations makes it. Raises as `traced_training`."""
     config, load, most = config_of(fields), loads[0], sum(own.tokens for own in loads)
@@ -195,14 +195,23 @@ def traced_pictures(fields: Mapping[str, Any], load: ImageLoad, device: Device, 
     """One step of `load` on a denoiser of this config, with cached latents and texts. Raises as `traced_training`."""
     dtype: torch.dtype = getattr(torch, load.dtype)
     counts = image_counts(
-        fields, height=load.height, width=load.width, rank=load.rank, targets=load.targets, before=load.before,
+        fields,
+        height=load.height,
+        width=load.width,
+        rank=load.rank,
+        targets=load.targets,
+        before=load.before,
         form=load.form,
-    )  # fmt: skip
+    )
     form = {"kind": load.form.kind, "factor": load.form.factor, "decompose_both": load.form.both}
-    config, _ = config_from({
-        "base": "traced", "data": {"pictures": "."}, "output": {"directory": "traced", "layout": "kohya"},
-        "adapter": {"rank": load.rank, "targets": load.targets, **form},
-    })  # fmt: skip
+    config, _ = config_from(
+        {
+            "base": "traced",
+            "data": {"pictures": "."},
+            "output": {"directory": "traced", "layout": "kohya"},
+            "adapter": {"rank": load.rank, "targets": load.targets, **form},
+        }
+    )
     assert isinstance(config, ImageTrainConfig)
     say("a small denoiser of this family is tried, to know what runs")
     how = twin_denoiser(fields, dtype)
@@ -246,9 +255,14 @@ def _pictures(base: ImageBase, load: ImageLoad) -> Micro:
 
 class _Traced(Learner):
     def __init__(
-        self, loss: Callable[[Any], Tensor], parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer, trace: Trace, say: _Say, last: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        loss: Callable[[Any], Tensor],
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        trace: Trace,
+        say: _Say,
+        last: bool = True,
+    ) -> None:
         self._loss, self.parameters, self.optimizer, self.trace, self._say = loss, parameters, optimizer, trace, say
         self._step, self._micros, self._at, self._last = 0, 1, 0, last
 

@@ -100,9 +100,7 @@ def test_an_upload_by_the_client(client: openai.OpenAI, tmp_path: Path) -> None:
     data = ROWS * 3000
     path = tmp_path / "large.jsonl"
     path.write_bytes(data)
-    done = client.uploads.upload_file_chunked(
-        file=path, mime_type="text/jsonl", purpose="fine-tune", part_size=100_000
-    )  # fmt: skip
+    done = client.uploads.upload_file_chunked(file=path, mime_type="text/jsonl", purpose="fine-tune", part_size=100_000)
     assert done.status == "completed"
     assert done.file is not None
     assert client.files.content(done.file.id).read() == data
@@ -239,8 +237,10 @@ def test_a_client_that_leaves_or_dawdles_leaves_nothing(server: Live, files: Fil
     assert (answer.status_code, answer.json()["error"]["code"]) == (408, "too_slow")
     wait_for(lambda: not server.service.inside)
     good = httpx.post(
-        f"{server.url}/v1/files", files={"file": ("a", io.BytesIO(ROWS))}, data={"purpose": "fine-tune"},
+        f"{server.url}/v1/files",
+        files={"file": ("a", io.BytesIO(ROWS))},
+        data={"purpose": "fine-tune"},
         headers={"authorization": "Bearer acme"},
-    )  # fmt: skip
+    )
     assert good.status_code == 200
     assert len(files.list("acme")[0]) == 1

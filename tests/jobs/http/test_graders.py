@@ -27,9 +27,12 @@ PYTHON: dict[str, Any] = {
 def score(says: str, model: str = "toy") -> dict[str, Any]:
     """The toy says what the last line of its prompt asks it to."""
     return {
-        "type": "score_model", "name": "taste", "model": model, "range": [0, 10],
+        "type": "score_model",
+        "name": "taste",
+        "model": model,
+        "range": [0, 10],
         "input": [{"role": "user", "content": f"{{{{ sample.output_text }}}}\nSAY:{says}"}],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["python", "no-python"])

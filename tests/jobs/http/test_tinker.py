@@ -56,9 +56,14 @@ class Tinker:
     def model(self, base: str, rank: int, seed: int = 1) -> str:
         config = {"rank": rank, "seed": seed, "train_unembed": True, "train_mlp": True, "train_attn": True}
         promise = self.post(
-            "create_model", session_id=self.session, model_seq_id=0, base_model=base, lora_config=config,
-            optimizer_config={"type": "adamw"}, type="create_model",
-        )  # fmt: skip
+            "create_model",
+            session_id=self.session,
+            model_seq_id=0,
+            base_model=base,
+            lora_config=config,
+            optimizer_config={"type": "adamw"},
+            type="create_model",
+        )
         return str(self.result(promise).json()["model_id"])
 
     def forward(self, model: str, only: bool = False) -> httpx.Response:
@@ -206,9 +211,12 @@ def stand_in(made: Callable[[], Tinker]) -> SimpleNamespace:
             targets = row.loss_fn_inputs["target_tokens"]
             self.own.seq += 1
             body = forward_body(
-                self.model, self.own.seq, [[*row.model_input, targets[-1]]], loss,
+                self.model,
+                self.own.seq,
+                [[*row.model_input, targets[-1]]],
+                loss,
                 weights=lambda targets: row.loss_fn_inputs["weights"],
-            )  # fmt: skip
+            )
             promise = self.own.http.post(
                 "/forward_backward", content=body, headers={"Content-Type": "application/x-protobuf"}
             )
@@ -225,9 +233,13 @@ def stand_in(made: Callable[[], Tinker]) -> SimpleNamespace:
 
         def sample(self, session: str, prompt: list[int], count: int, params: Any) -> Any:
             promise = self.own.post(
-                "asample", sampling_session_id=session, seq_id=0, prompt={"chunks": [{"tokens": prompt}]},
-                num_samples=count, sampling_params=params,
-            )  # fmt: skip
+                "asample",
+                sampling_session_id=session,
+                seq_id=0,
+                prompt={"chunks": [{"tokens": prompt}]},
+                num_samples=count,
+                sampling_params=params,
+            )
             found = [dict(fields(value)) for n, value in fields(self.own.result(promise).content) if n == 1]
             tokens = [np.frombuffer(each[2], "<i4").tolist() for each in found]
             return future(SimpleNamespace(sequences=[SimpleNamespace(tokens=each) for each in tokens]))
@@ -272,9 +284,11 @@ def test_what_is_another_tenants_is_not_there(world: SimpleNamespace, client: An
     model = acme.model("tiny-base", 2)
     assert acme.result(acme.forward(model).json()).status_code == 200
     for path, body in (
-        ("get_info", {"model_id": model}), ("optim_step", {"model_id": model, "seq_id": 2, **STEP}),
-        ("session_heartbeat", {"session_id": acme.session}), ("retrieve_future", {"request_id": f"{model}:1"}),
-    ):  # fmt: skip
+        ("get_info", {"model_id": model}),
+        ("optim_step", {"model_id": model, "seq_id": 2, **STEP}),
+        ("session_heartbeat", {"session_id": acme.session}),
+        ("retrieve_future", {"request_id": f"{model}:1"}),
+    ):
         assert globex.http.post(f"/{path}", json=body).status_code == 404, path
     assert httpx.post(f"{world.url}/api/v1/get_info", json={"model_id": model}).status_code == 401
     assert client("acme").http.get("/sessions").json()["sessions"][-1] != globex.session

@@ -243,9 +243,13 @@ def test_a_recipe_for_some_steps(recipe: str, process: Process, tmp_path: Path) 
     words = [*RECIPES[recipe], f"model_name={MODEL}", f"log_path={log}", "max_steps=2"]
     words += ["renderer_name=role_colon"] if recipe in _ROLE_COLON else []
     ran = subprocess.run(
-        [PYTHON, "-m", f"tinker_cookbook.{recipe}", *words], env=process.env(process.keys["globex"]),
-        cwd=process.client_folder, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        [PYTHON, "-m", f"tinker_cookbook.{recipe}", *words],
+        env=process.env(process.keys["globex"]),
+        cwd=process.client_folder,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
     saved = [json.loads(line) for line in (log / "checkpoints.jsonl").read_text().splitlines()]
     assert saved[-1]["state_path"].startswith("tinker://")
@@ -474,9 +478,13 @@ def test_the_page(process: Process, tmp_path: Path) -> None:
     """docs/how-to/tinker.md: its Python, as it is but for the base's name."""
     (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
     ran = subprocess.run(
-        [PYTHON, "-c", code.replace('"smollm2-135m"', f'"{MODEL}"')], capture_output=True, text=True,
-        env=process.env(process.keys["acme"]), cwd=tmp_path, timeout=600,
-    )  # fmt: skip
+        [PYTHON, "-c", code.replace('"smollm2-135m"', f'"{MODEL}"')],
+        capture_output=True,
+        text=True,
+        env=process.env(process.keys["acme"]),
+        cwd=tmp_path,
+        timeout=600,
+    )
     assert ran.returncode == 0, ran.stderr[-5000:]
     first, *_, last = [float(line.split()[1]) for line in ran.stdout.splitlines() if line[:1].isdigit()]
     assert last < first

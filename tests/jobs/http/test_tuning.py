@@ -116,7 +116,7 @@ def test_the_life_of_a_job(jobs: Jobs, client: openai.OpenAI) -> None:
     file = sent(client)
     job = client.fine_tuning.jobs.create(
         model="toy", training_file=file, suffix="My support!", seed=7, metadata={"team": "help"}
-    )  # fmt: skip
+    )
     assert (job.object, job.status, job.model, job.seed) == ("fine_tuning.job", "validating_files", "toy", 7)
     assert (job.training_file, job.validation_file, job.metadata) == (file, None, {"team": "help"})
     assert job.fine_tuned_model is job.error is job.finished_at is job.trained_tokens is None
@@ -168,8 +168,12 @@ def test_the_life_of_a_job(jobs: Jobs, client: openai.OpenAI) -> None:
     assert [event.message for event in events][-1].startswith("created")
     found, metrics = (event.data for event in events if event.type == "metrics")
     assert metrics == {
-        "step": 4, "total_steps": 9, "tokens": 400, "train_loss": 1.25, "train_mean_token_accuracy": 0.75
-    }  # fmt: skip
+        "step": 4,
+        "total_steps": 9,
+        "tokens": 400,
+        "train_loss": 1.25,
+        "train_mean_token_accuracy": 0.75,
+    }
     full = {"full_valid_loss": 1.5, "full_valid_mean_token_accuracy": 0.5}
     assert found == {"step": 4, "valid_loss": 1.5, "valid_mean_token_accuracy": 0.5, **full}
 
@@ -208,9 +212,11 @@ def reinforced(grader: Any = GRADER, **more: Any) -> dict[str, Any]:
 
 def test_reinforcement(jobs: Jobs, client: openai.OpenAI) -> None:
     both = {
-        "type": "multi", "name": "both", "graders": {"a": GRADER, "b": SCORED, "c": {**SCORED, "model": "sql"}},
+        "type": "multi",
+        "name": "both",
+        "graders": {"a": GRADER, "b": SCORED, "c": {**SCORED, "model": "sql"}},
         "calculate_output": "a + b",
-    }  # fmt: skip
+    }
     schema = {"type": "object", "properties": {"total": {"type": "number"}}}
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     numbers = {
@@ -353,9 +359,7 @@ def test_wandb(tmp_path: Path) -> None:
     wandb = {"project": "my-wandb-project", "name": "ft-run-display-name", "tags": ["first-experiment", "v2"]}
     body = {"model": "toy", "training_file": "x", "integrations": [{"type": "wandb", "wandb": wandb}]}
     asked = TuningBody.model_validate(body)
-    made = tuning_config(
-        asked, base="toy", train=tmp_path / "rows.jsonl", validation=None, rows=1, context=64, seed=1
-    )  # fmt: skip
+    made = tuning_config(asked, base="toy", train=tmp_path / "rows.jsonl", validation=None, rows=1, context=64, seed=1)
     config, _ = config_from({**made, "output": "o"})
     assert config.report.trackers == ("wandb",)
     assert (config.report.project, config.report.name) == ("my-wandb-project", "ft-run-display-name")
@@ -388,8 +392,9 @@ def test_what_a_job_does_once_it_is_trained(jobs: Jobs, client: openai.OpenAI) -
     """Sent with the job, told with it, and kept on a copy of the file of held-out rows."""
     section = {
         "evaluate": {"data": sent(client, name="held.jsonl"), "metrics": ["exact_match"]},
-        "route": {"name": "support", "weight": 0.2}, "promote": "exact_match >= serving + 1 point",
-    }  # fmt: skip
+        "route": {"name": "support", "weight": 0.2},
+        "promote": "exact_match >= serving + 1 point",
+    }
     job = made(client, **after(**section))
     client.files.delete(section["evaluate"]["data"])
     assert job.to_dict()["after"] == section
@@ -514,9 +519,13 @@ def test_nobody_reaches_the_jobs_of_others(jobs: Jobs, client: openai.OpenAI) ->
     with jobs.client("admin") as other:
         own = sent(other)
         attacks: list[Any] = [
-            other.fine_tuning.jobs.retrieve, other.fine_tuning.jobs.cancel, other.fine_tuning.jobs.pause,
-            other.fine_tuning.jobs.resume, other.fine_tuning.jobs.list_events, other.fine_tuning.jobs.checkpoints.list,
-        ]  # fmt: skip
+            other.fine_tuning.jobs.retrieve,
+            other.fine_tuning.jobs.cancel,
+            other.fine_tuning.jobs.pause,
+            other.fine_tuning.jobs.resume,
+            other.fine_tuning.jobs.list_events,
+            other.fine_tuning.jobs.checkpoints.list,
+        ]
         for attack in attacks:
             with pytest.raises(openai.NotFoundError) as refused:
                 attack(id)
@@ -603,9 +612,13 @@ def test_no_request_makes_the_routes_fail(jobs: Jobs) -> None:
     from schemathesis import GenerationMode
 
     limits = settings(
-        max_examples=10, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
+        max_examples=10,
+        deadline=None,
+        phases=[Phase.generate],
+        derandomize=True,
+        database=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     statuses: dict[str, set[int]] = {}
     with jobs.client() as client:
         file = sent(client)

@@ -64,9 +64,14 @@ def tensor(values: Any) -> bytes:
 
 
 def forward_body(
-    model: str, seq: int, rows: Sequence[Sequence[int]], loss: str = "cross_entropy", only: bool = False,
-    options: dict[str, float] | None = None, **inputs: Any,
-) -> bytes:  # fmt: skip
+    model: str,
+    seq: int,
+    rows: Sequence[Sequence[int]],
+    loss: str = "cross_entropy",
+    only: bool = False,
+    options: dict[str, float] | None = None,
+    **inputs: Any,
+) -> bytes:
     """`inputs`: of every row, as functions of its targets; by default weights of 1."""
     made = part(1, model.encode()) + b"\x10" + varint(seq)
     given = inputs or {"weights": lambda targets: [1.0] * len(targets)}

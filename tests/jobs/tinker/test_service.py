@@ -128,7 +128,7 @@ def test_what_is_kept_counts_as_files_and_bytes(tmp_path: Path) -> None:
             lambda: service.create_session("acme", None),
             lambda: service.create_run("acme", run.session, 1, Lora(2), None),
             lambda: service.create_sampler("acme", run.session, 2, None),
-        ):  # fmt: skip
+        ):
             with pytest.raises(Refused, match=r"limit \(files\)") as error:
                 more()
             assert error.value.code == "storage_full"
@@ -296,15 +296,17 @@ def test_a_clients_mistake_is_its_own_answer_and_undoes_itself(tmp_path: Path) -
         assert loss(good.result(60)) > 0
         for seq, (body, what) in enumerate(
             [
-                ({"adam_params": {"learning_rate": -1}}, "learning_rate is -1"), ({}, "AdamW's alone"),
+                ({"adam_params": {"learning_rate": -1}}, "learning_rate is -1"),
+                ({}, "AdamW's alone"),
                 ({"adam_params": {"rate": 1}}, "adam_params has no 'rate'"),
                 ({"adam_params": {"learning_rate": 1e308}}, "learning_rate is 1e+308: from 0 to 1"),
-                ({"adam_params": {"eps": 0}}, "eps is 0.0"), ({"adam_params": {"weight_decay": 1e9}}, "weight_decay"),
+                ({"adam_params": {"eps": 0}}, "eps is 0.0"),
+                ({"adam_params": {"weight_decay": 1e9}}, "weight_decay"),
                 ({"adam_params": {"learning_rate": None}}, "learning_rate is not a finite number"),
                 ({"adam_params": {"learning_rate": 10**400}}, "learning_rate is not a finite number"),
             ],
             3,
-        ):  # fmt: skip
+        ):
             answer = told(service, run, seq, "optim_step", json.dumps(body).encode())
             assert what in json.loads(answer.data)["error"]
         kinds = {

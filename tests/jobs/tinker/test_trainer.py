@@ -178,11 +178,14 @@ def _reference(name: str, p: Any, q: Any, a: Any, w: Any, mask: Any) -> float:
     sequence = np.exp((p - q)[mask != 0].mean())
     return float(
         {
-            "cross_entropy": -(w * p), "importance_sampling": -(ratio * a), "cispo": -(clipped * a * p),
-            "ppo": -np.minimum(ratio * a, clipped * a), "dro": -(p * a - 0.05 * (p - q) ** 2),
+            "cross_entropy": -(w * p),
+            "importance_sampling": -(ratio * a),
+            "cispo": -(clipped * a * p),
+            "ppo": -np.minimum(ratio * a, clipped * a),
+            "dro": -(p * a - 0.05 * (p - q) ** 2),
             "gspo": -np.minimum(sequence * a, np.clip(sequence, 0.7, 1.1) * a),
         }[name].sum()
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"])

@@ -87,7 +87,7 @@ def test_the_sdks_own_code() -> None:
             model_input=types.ModelInput.from_ints([1, 2, 3]),
             loss_fn_inputs={"target_tokens": np.eye(3, 9, dtype=np.int64), "weights": np.eye(3, 9, dtype=np.float32)},
         )
-    ]  # fmt: skip
+    ]
     given = types.ForwardBackwardInput(data=rows, loss_fn="dro", loss_fn_config={"beta": 0.2})
     request = types.ForwardBackwardRequest(forward_backward_input=given, model_id="m", seq_id=300)
     asked = read_forward(request_conv.forward_backward_request_to_proto(request).SerializeToString())

@@ -20,32 +20,62 @@ TARGETS = (r"re:.*(attn|ff).*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|to_qkv_mlp_p
 
 def flux() -> nn.Module:
     return diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
 
 
 def flux2() -> nn.Module:
     return diffusers.Flux2Transformer2DModel(
-        patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(2, 2, 2, 2),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+    )
 
 
 def qwen_image() -> nn.Module:
     return diffusers.QwenImageTransformer2DModel(
-        patch_size=2, in_channels=8, out_channels=2, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
+        patch_size=2,
+        in_channels=8,
+        out_channels=2,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        axes_dims_rope=(2, 2, 4),
+    )
 
 
 def sdxl() -> nn.Module:
     return diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=12, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=34,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=34,
+    )
 
 
 def call(model: Any, mask: Tensor | None = None) -> Tensor:
@@ -61,23 +91,38 @@ def call(model: Any, mask: Tensor | None = None) -> Tensor:
         ids = torch.zeros(9, 3)
         ids[:, 1:] = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))
         out = model(
-            hidden_states=r(2, 9, 8), encoder_hidden_states=r(2, 5, 12), pooled_projections=r(2, 10), timestep=t,
-            img_ids=ids, txt_ids=torch.zeros(5, 3), guidance=t, return_dict=False,
-        )[0]  # fmt: skip
+            hidden_states=r(2, 9, 8),
+            encoder_hidden_states=r(2, 5, 12),
+            pooled_projections=r(2, 10),
+            timestep=t,
+            img_ids=ids,
+            txt_ids=torch.zeros(5, 3),
+            guidance=t,
+            return_dict=False,
+        )[0]
     elif isinstance(model, diffusers.Flux2Transformer2DModel):
         ids = torch.zeros(9, 4)
         ids[:, 1:3] = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))
         text = torch.zeros(5, 4)
         text[:, 3] = torch.arange(5)
         out = model(
-            hidden_states=r(2, 9, 8), encoder_hidden_states=r(2, 5, 12), timestep=t, img_ids=ids, txt_ids=text,
-            guidance=t, return_dict=False,
-        )[0]  # fmt: skip
+            hidden_states=r(2, 9, 8),
+            encoder_hidden_states=r(2, 5, 12),
+            timestep=t,
+            img_ids=ids,
+            txt_ids=text,
+            guidance=t,
+            return_dict=False,
+        )[0]
     elif isinstance(model, diffusers.QwenImageTransformer2DModel):
         out = model(
-            hidden_states=r(2, 9, 8), encoder_hidden_states=r(2, 5, 12), timestep=t, img_shapes=[[(1, 3, 3)]] * 2,
-            encoder_hidden_states_mask=mask, return_dict=False,
-        )[0]  # fmt: skip
+            hidden_states=r(2, 9, 8),
+            encoder_hidden_states=r(2, 5, 12),
+            timestep=t,
+            img_shapes=[[(1, 3, 3)]] * 2,
+            encoder_hidden_states_mask=mask,
+            return_dict=False,
+        )[0]
     else:
         added = {"text_embeds": r(2, 10), "time_ids": torch.ones(2, 6).to(dtype)}
         out = model(r(2, 4, 8, 8), t * 999, r(2, 5, 12), added_cond_kwargs=added, return_dict=False)[0]
@@ -131,9 +176,18 @@ def test_outputs_and_gradients(make: Callable[[], nn.Module]) -> None:
 def counted(model: nn.Module) -> dict[str, int]:
     kinds = Counter(type(m).__name__ for m in model.modules())
     swapped = (
-        "Attention", "CrossAttnUpBlock2D", "Dropout", "Flux2Attention", "Flux2FeedForward",
-        "Flux2ParallelSelfAttention", "FluxAttention", "GEGLU", "GELU", "ResnetBlock2D", "UpBlock2D",
-    )  # fmt: skip
+        "Attention",
+        "CrossAttnUpBlock2D",
+        "Dropout",
+        "Flux2Attention",
+        "Flux2FeedForward",
+        "Flux2ParallelSelfAttention",
+        "FluxAttention",
+        "GEGLU",
+        "GELU",
+        "ResnetBlock2D",
+        "UpBlock2D",
+    )
     found = {k: kinds[k] for k in swapped if k in kinds}
     assert len(found) == (6 if "GEGLU" in found else 4 if "Flux2Attention" in found else 3), (
         "at least an attention, an activation and dropouts of 0"
@@ -227,9 +281,13 @@ def test_residual_blocks_of_another_kind(changed: str) -> None:
 
     torch.manual_seed(0)
     block = ResnetBlock2D(
-        in_channels=8, out_channels=16, groups=4, temb_channels=None if changed == "no time" else 6,
-        dropout=0.5 if changed == "dropout" else 0.0, output_scale_factor=2.0 if changed.startswith("output") else 1.0,
-    )  # fmt: skip
+        in_channels=8,
+        out_channels=16,
+        groups=4,
+        temb_channels=None if changed == "no time" else 6,
+        dropout=0.5 if changed == "dropout" else 0.0,
+        output_scale_factor=2.0 if changed.startswith("output") else 1.0,
+    )
     block.bfloat16().requires_grad_(False).norm1.requires_grad_(changed == "trained norm")
     x = torch.randn(2, 8, 5, 5).bfloat16().requires_grad_()
     time = None if changed == "no time" else torch.randn(2, 6).bfloat16()

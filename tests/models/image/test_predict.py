@@ -304,9 +304,14 @@ def test_an_adapter_on_the_tree_acts_in_the_pipeline(load: Any) -> None:
     def draw() -> Tensor:
         seeded = torch.Generator().manual_seed(0)
         found: Tensor = pipeline(base)(
-            prompt="a red house", num_inference_steps=2, height=SIZE, width=SIZE, output_type="pt", generator=seeded,
+            prompt="a red house",
+            num_inference_steps=2,
+            height=SIZE,
+            width=SIZE,
+            output_type="pt",
+            generator=seeded,
             max_sequence_length=LENGTH,
-        ).images  # fmt: skip
+        ).images
         return found
 
     before = draw()
@@ -335,8 +340,14 @@ def test_in_16_bits_the_denoiser_is_told_the_same_time_as_by_the_pipeline(family
 
     hook = base.denoiser.register_forward_pre_hook(hear, with_kwargs=True)
     pipe = pipeline(base)
-    pipe(prompt="a red house", num_inference_steps=STEPS, height=SIZE, width=SIZE, output_type="pt",
-         **text_settings(base))  # fmt: skip
+    pipe(
+        prompt="a red house",
+        num_inference_steps=STEPS,
+        height=SIZE,
+        width=SIZE,
+        output_type="pt",
+        **text_settings(base),
+    )
     by_pipeline = told[:: len(told) // STEPS]
     told.clear()
     text = embed_prompts(base, ["a red house"])

@@ -98,8 +98,10 @@ def act(present):
 
 def in_two_threads(program: str) -> dict[str, float]:
     env = {k: v for k, v in os.environ.items() if k not in OWN} | {
-        "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2", "OMP_DYNAMIC": "false",
-    }  # fmt: skip
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "2",
+        "OMP_DYNAMIC": "false",
+    }
     ran = subprocess.run(
         [sys.executable, "-c", PRELUDE + program], env=env, capture_output=True, text=True, timeout=120
     )

@@ -38,9 +38,17 @@ def gradients(y: Tensor, given: list[Tensor], g: Tensor) -> list[Tensor]:
     st.sampled_from([0, 3]), SEEDS,
 )  # fmt: skip
 def test_rows(
-    device: str, dtype: torch.dtype, lengths: list[int], counts: tuple[int, int], dim: int, window: int | None,
-    cap: float, sunk: bool, idle: int, seed: int,
-) -> None:  # fmt: skip
+    device: str,
+    dtype: torch.dtype,
+    lengths: list[int],
+    counts: tuple[int, int],
+    dim: int,
+    window: int | None,
+    cap: float,
+    sunk: bool,
+    idle: int,
+    seed: int,
+) -> None:
     (heads, kv), n = counts, sum(lengths) + idle
     q, g = (
         drawn(seed, n, heads, dim, dtype=dtype, device=device),
@@ -95,13 +103,17 @@ def test_rotary_rows(
 
 
 @settings(max_examples=5)
-@given(
-    DTYPES, st.booleans(), st.sampled_from([[1], [5, 1, 9]]), HEADS, st.sampled_from([8, 40, 64]), WINDOWS, SEEDS
-)  # fmt: skip
+@given(DTYPES, st.booleans(), st.sampled_from([[1], [5, 1, 9]]), HEADS, st.sampled_from([8, 40, 64]), WINDOWS, SEEDS)
 def test_rotary_rows_of_normed_heads(
-    device: str, dtype: torch.dtype, wide_weight: bool, lengths: list[int], counts: tuple[int, int], dim: int,
-    window: int | None, seed: int,
-) -> None:  # fmt: skip
+    device: str,
+    dtype: torch.dtype,
+    wide_weight: bool,
+    lengths: list[int],
+    counts: tuple[int, int],
+    dim: int,
+    window: int | None,
+    seed: int,
+) -> None:
     """Heads of 40 values do not fill a block; weights may have more bits than what they norm."""
     (heads, kv), n = counts, sum(lengths)
     qkv = drawn(seed, n, heads + 2 * kv, dim, dtype=dtype, device=device)

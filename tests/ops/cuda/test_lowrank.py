@@ -30,9 +30,13 @@ def products_of(
 
 @FEW
 @given(
-    DTYPES, st.integers(0, 9), st.lists(st.integers(1, 20), min_size=1, max_size=3), st.integers(0, 3), st.booleans(),
+    DTYPES,
+    st.integers(0, 9),
+    st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    st.integers(0, 3),
+    st.booleans(),
     SEEDS,
-)  # fmt: skip
+)
 def test_linear(device: str, dtype: torch.dtype, n: int, ranks: list[int], apart: int, gain: bool, seed: int) -> None:
     inputs, each = 24, 10
     products = products_of(seed, ranks, inputs, each, apart, apart, device)

@@ -41,15 +41,23 @@ def adapter(seed: int, layout: BaseLayout, inputs: int, ranks: list[int], dora: 
 
 @FEW
 @given(
-    DTYPES, st.sampled_from([(24,), (24, 33), (128, 16, 48)]), st.sampled_from([16, 70, 1100]),
+    DTYPES,
+    st.sampled_from([(24,), (24, 33), (128, 16, 48)]),
+    st.sampled_from([16, 70, 1100]),
     st.lists(st.tuples(st.lists(st.integers(0, 70), min_size=3, max_size=3), st.booleans()), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(0, 20), st.lists(st.integers(0, 2), max_size=3)), min_size=1, max_size=4),
-    SEEDS, st.booleans(),
-)  # fmt: skip
+    SEEDS,
+    st.booleans(),
+)
 def test_every_row_has_its_own_mix(
-    dtype: torch.dtype, sizes: tuple[int, ...], inputs: int, kinds: list[tuple[list[int], bool]],
-    runs: list[tuple[int, list[int]]], seed: int, onto: bool,
-) -> None:  # fmt: skip
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    inputs: int,
+    kinds: list[tuple[list[int], bool]],
+    runs: list[tuple[int, list[int]]],
+    seed: int,
+    onto: bool,
+) -> None:
     """`runs`: so many rows under adapters by number, none among them; ranks from 0 on, adapters that have nothing."""
     layout = base(seed, inputs, sizes, dtype)
     adapters = [adapter(i, layout, inputs, ranks, dora) for i, (ranks, dora) in enumerate(kinds)]

@@ -40,13 +40,22 @@ def test_rms_norm(
 
 @FEW
 @given(
-    DTYPES, st.booleans(), st.integers(1, 3), st.sampled_from([(4, 2), (6, 3), (12, 4)]),
-    st.sampled_from([(3, 3), (40,), (7, 9)]), SEEDS,
-)  # fmt: skip
+    DTYPES,
+    st.booleans(),
+    st.integers(1, 3),
+    st.sampled_from([(4, 2), (6, 3), (12, 4)]),
+    st.sampled_from([(3, 3), (40,), (7, 9)]),
+    SEEDS,
+)
 def test_norm_silu(
-    device: str, dtype: torch.dtype, shifted: bool, n: int, channels: tuple[int, int], places: tuple[int, ...],
+    device: str,
+    dtype: torch.dtype,
+    shifted: bool,
+    n: int,
+    channels: tuple[int, int],
+    places: tuple[int, ...],
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     """Groups of several chunks, the last of them not full."""
     count, groups = channels
     x, g = (drawn(seed + i, n, count, *places, dtype=dtype, device=device) for i in (0, 1))

@@ -16,9 +16,15 @@ HEADS = st.sampled_from([(4, 4, 16), (3, 1, 24), (4, 2, 64)])
 
 
 def attended(
-    device: str, seed: int, dtype: torch.dtype, sizes: tuple[int, int, int], rows: list[tuple[int, int]], page: int,
-    cap: float, window: int,
-) -> None:  # fmt: skip
+    device: str,
+    seed: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    rows: list[tuple[int, int]],
+    page: int,
+    cap: float,
+    window: int,
+) -> None:
     """`rows`: (tokens before this step, tokens in it) of each sequence."""
     heads, kv, d = sizes
     lengths = [before + now for before, now in rows]
@@ -42,19 +48,30 @@ def attended(
         at += now
     got = paged.paged_attention(
         q, K, V, torch.tensor(tiles, device=device), tables, max(lengths), tokens, page, 0.3, cap, window
-    )  # fmt: skip
+    )
     close(got, torch.stack(want), dtype, 2.0)
 
 
 @FEW
 @given(
-    SEEDS, DTYPES, HEADS, st.lists(st.tuples(st.integers(0, 50), st.integers(1, 40)), min_size=1, max_size=3),
-    st.sampled_from([4, 16]), st.sampled_from([0.0, 5.0]), st.sampled_from([0, 7]),
-)  # fmt: skip
+    SEEDS,
+    DTYPES,
+    HEADS,
+    st.lists(st.tuples(st.integers(0, 50), st.integers(1, 40)), min_size=1, max_size=3),
+    st.sampled_from([4, 16]),
+    st.sampled_from([0.0, 5.0]),
+    st.sampled_from([0, 7]),
+)
 def test_attention(
-    device: str, seed: int, dtype: torch.dtype, sizes: tuple[int, int, int], rows: list[tuple[int, int]], page: int,
-    cap: float, window: int,
-) -> None:  # fmt: skip
+    device: str,
+    seed: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    rows: list[tuple[int, int]],
+    page: int,
+    cap: float,
+    window: int,
+) -> None:
     attended(device, seed, dtype, sizes, rows, page, cap, window)
 
 

@@ -32,9 +32,14 @@ def referred(stored: QuantisationFormat, dtype: torch.dtype, first: int, last: i
 
 @FEW
 @given(
-    st.sampled_from(["nf4", "fp4", "int8"]), st.booleans(), DTYPES, st.integers(1, 40), st.integers(1, 300),
-    st.floats(0, 1), SEEDS,
-)  # fmt: skip
+    st.sampled_from(["nf4", "fp4", "int8"]),
+    st.booleans(),
+    DTYPES,
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.floats(0, 1),
+    SEEDS,
+)
 def test_weights_of_4_and_8_bits(
     device: str, kind: str, double: bool, dtype: torch.dtype, rows: int, columns: int, share: float, seed: int
 ) -> None:
@@ -70,13 +75,28 @@ SIXTEEN = st.sampled_from([torch.bfloat16, torch.float16])
 
 @settings(max_examples=6)
 @given(
-    st.sampled_from(["nf4", "fp4", "int8", *GGML]), st.booleans(), SIXTEEN, st.integers(1, 64), st.integers(1, 80),
-    st.integers(1, 4), st.floats(0, 1), st.booleans(), SEEDS,
-)  # fmt: skip
+    st.sampled_from(["nf4", "fp4", "int8", *GGML]),
+    st.booleans(),
+    SIXTEEN,
+    st.integers(1, 64),
+    st.integers(1, 80),
+    st.integers(1, 4),
+    st.floats(0, 1),
+    st.booleans(),
+    SEEDS,
+)
 def test_a_few_rows_by_codes(
-    device: str, kind: str, double: bool, dtype: torch.dtype, count: int, rows: int, blocks: int, share: float,
-    biased: bool, seed: int,
-) -> None:  # fmt: skip
+    device: str,
+    kind: str,
+    double: bool,
+    dtype: torch.dtype,
+    count: int,
+    rows: int,
+    blocks: int,
+    share: float,
+    biased: bool,
+    seed: int,
+) -> None:
     """As by the dequantised weight, in float64 and rounded once; of int8 before it is rounded. Also of some of its rows
     and through torch's own linear, which asks for codes too."""
     columns = blocks * 256 if kind in GGML else blocks * 64

@@ -86,12 +86,16 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
     simple: st.SearchStrategy[dict[str, Any]] = st.one_of(
         st.just({"type": "boolean"}),
         st.just({"type": "null"}),
-        st.builds(lambda a, b: {"type": "integer", "minimum": min(a, b), "maximum": max(a, b)},
-                  st.integers(-999, 999), st.integers(-999, 999)),
+        st.builds(
+            lambda a, b: {"type": "integer", "minimum": min(a, b), "maximum": max(a, b)},
+            st.integers(-999, 999),
+            st.integers(-999, 999),
+        ),
         st.builds(lambda n: {"type": "string", "maxLength": n}, st.integers(0, 6)),
         st.lists(st.sampled_from(["a", 'q"', "é", 1, None, True]), min_size=1, max_size=3, unique_by=repr).map(
-            lambda values: {"enum": values}),
-    )  # fmt: skip
+            lambda values: {"enum": values}
+        ),
+    )
 
     def larger(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
         arrays = st.builds(lambda s, n: {"type": "array", "items": s, "maxItems": n}, inner, st.integers(0, 3))

@@ -175,9 +175,11 @@ def test_grammars_and_limits_hold_and_an_interruption_is_heard() -> None:
 
 def test_a_base_without_a_forward_of_the_engines_own_is_refused() -> None:
     model: Any = families.gemma3(vocab_size=VOCAB_SIZE)
-    with attach(model) as attachment, pytest.raises(ConfigError, match="Llama"), live_sampler(
-        base_of(model), attachment
-    ):  # fmt: skip
+    with (
+        attach(model) as attachment,
+        pytest.raises(ConfigError, match="Llama"),
+        live_sampler(base_of(model), attachment),
+    ):
         pass
 
 

@@ -64,8 +64,10 @@ def test_the_engine_is_taken_where_it_has_a_forward_of_its_own() -> None:
     name, pair = next(iter(other.pairs.items()))
     dense = type(other)(deltas={f"{name}.weight": Delta("dense", {"value": torch.zeros(len(pair.B), pair.A.shape[1])})})
     for family, adapters, engine in (
-        ("llama3", {"a": plain}, True), ("llama3", {"a": plain, "b": dense}, False), ("gemma3", {}, False),
-    ):  # fmt: skip
+        ("llama3", {"a": plain}, True),
+        ("llama3", {"a": plain, "b": dense}, False),
+        ("gemma3", {}, False),
+    ):
         with answering(base_of(model_of(family)), adapters) as answer:
             assert isinstance(answer, EngineAnswers) == engine
 

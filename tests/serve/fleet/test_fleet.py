@@ -59,10 +59,22 @@ def test_a_request_becomes_vllms_and_its_answer_tokens(shelf, tmp_path):
     async def work(urls: list[str]) -> None:
         async with fleet(urls, shelf, tmp_path, key="sesame") as it:
             sampling = {
-                "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "seed": 7, "stop": ("END",), "logprobs": 2,
-                "logit_bias": {4: 1.0}, "stop_ids": (9,), "ignore_eos": True, "min_tokens": 2, "presence_penalty": 0.5,
-                "repetition_penalty": 1.1, "frequency_penalty": 0.25, "grammar": ("regex", "a+"),
-            }  # fmt: skip
+                "temperature": 0.5,
+                "top_k": 3,
+                "top_p": 0.9,
+                "min_p": 0.1,
+                "seed": 7,
+                "stop": ("END",),
+                "logprobs": 2,
+                "logit_bias": {4: 1.0},
+                "stop_ids": (9,),
+                "ignore_eos": True,
+                "min_tokens": 2,
+                "presence_penalty": 0.5,
+                "repetition_penalty": 1.1,
+                "frequency_penalty": 0.25,
+                "grammar": ("regex", "a+"),
+            }
             events = await answer(it, **sampling)
             assert isinstance(events[0], Started)
             assert [e.id for e in events if isinstance(e, Token)] == [100, 101, 102, 103, 104]

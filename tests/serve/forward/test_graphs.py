@@ -110,8 +110,12 @@ def test_rows_come_and_go_and_mixes_change_without_another_recording() -> None:
     model, recorded, plain = both(capture=again)
     adapters = {"a": trained(model, 1), "b": trained(model, 2, rank=5, rslora=True), "c": trained(model, 3, rank=2)}
     mixes: dict[str, list[tuple[str, float]]] = {
-        "none": [], "a": [("a", 1.0)], "b": [("b", -0.5)], "ab": [("a", 0.7), ("b", 0.4)], "cb": [("c", 2.0), ("b", 1)],
-    }  # fmt: skip
+        "none": [],
+        "a": [("a", 1.0)],
+        "b": [("b", -0.5)],
+        "ab": [("a", 0.7), ("b", 0.4)],
+        "cb": [("c", 2.0), ("b", 1)],
+    }
     steps: list[list[tuple[int, str]]] = [
         [(0, "ab"), (1, "none"), (2, "a"), (3, "a")],
         [(3, "cb"), (0, "none"), (2, "cb"), (1, "b")],

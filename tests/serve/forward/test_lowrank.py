@@ -67,9 +67,13 @@ def test_every_row_has_its_own_mix(dtype: torch.dtype, tolerance: float, dora: b
     layout = layout_of(dtype)
     one, two, three = some_adapters(layout, dora)
     spans = [
-        (0, 3, []), (3, 4, [(one, 1.0)]), (4, 9, [(two, -0.5), (one, 0.75)]), (9, 10, []),
-        (10, 17, [(three, 1.0)]), (17, 19, [(one, 1.0), (two, 1.0), (three, 0.3)]),
-    ]  # fmt: skip
+        (0, 3, []),
+        (3, 4, [(one, 1.0)]),
+        (4, 9, [(two, -0.5), (one, 0.75)]),
+        (9, 10, []),
+        (10, 17, [(three, 1.0)]),
+        (17, 19, [(one, 1.0), (two, 1.0), (three, 0.3)]),
+    ]
     x = torch.randn(19, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
     y = before = base_output(layout, x)
     segments = Segments.of(layout, spans)

@@ -215,9 +215,15 @@ def test_recurrent_layers_run_each_sequence_alone() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = Lfm2Config(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], max_position_embeddings=256,
-        )  # fmt: skip
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention", "conv"],
+            max_position_embeddings=256,
+        )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     adapters = {"a": trained(model, 1)}
     mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)]]

@@ -109,8 +109,11 @@ def test_tenants_have_series_up_to_the_cap(text: ToyText) -> None:
 
 
 def test_routers_can_see_which_adapters_are_at_work(server: Live) -> None:
-    with server.client.stream("POST", "/v1/completions", json={
-        "model": "sql", "prompt": "SLOW " + "x " * 30, "max_tokens": 60, "stream": True}) as slow:  # fmt: skip
+    with server.client.stream(
+        "POST",
+        "/v1/completions",
+        json={"model": "sql", "prompt": "SLOW " + "x " * 30, "max_tokens": 60, "stream": True},
+    ) as slow:
         answer = slow.iter_raw()  # kept: collecting the iterator closes the connection, which cancels the request
         next(answer)
         assert 'running_lora_adapters="sql"' in server.get("/metrics").text
@@ -277,10 +280,14 @@ def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> 
     from veneer.serve.http.surfaces import llama_cpp, openai, tgi, vllm
 
     models: dict[str, Any] = {
-        "/v1/chat/completions": openai.ChatBody, "/v1/completions": openai.CompletionBody,
-        "/completion": llama_cpp.Completion, "/generate": tgi.Parameters, "/tokenize": vllm.Tokenize,
-        "/detokenize": vllm.Detokenize, "/v1/load_lora_adapter": vllm.Load,
-    }  # fmt: skip
+        "/v1/chat/completions": openai.ChatBody,
+        "/v1/completions": openai.CompletionBody,
+        "/completion": llama_cpp.Completion,
+        "/generate": tgi.Parameters,
+        "/tokenize": vllm.Tokenize,
+        "/detokenize": vllm.Detokenize,
+        "/v1/load_lora_adapter": vllm.Load,
+    }
     bodies: list[Any] = [BODIES[path] or [], *NASTY, *([{"id": 0, "scale": value}] for value in NASTY)]
     if model := models.get(path):
         keys = [*model.model_fields, *model.refused, *model.ignored]
@@ -312,9 +319,13 @@ def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
     from schemathesis import GenerationMode
 
     limits = settings(
-        max_examples=10, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
+        max_examples=10,
+        deadline=None,
+        phases=[Phase.generate],
+        derandomize=True,
+        database=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     statuses: dict[str, set[int]] = {}
 
     def ask(case: Any) -> None:
@@ -331,10 +342,12 @@ def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
     with (
         open_library(tmp_path) as library,
         live(
-            ToyEngine(text), ToyCatalog(), routers=[adapter_routes(library, staging, OpenAccess())],
+            ToyEngine(text),
+            ToyCatalog(),
+            routers=[adapter_routes(library, staging, OpenAccess())],
             large=adapter_bodies(staging),
         ) as server,
-    ):  # fmt: skip
+    ):
         for found in schemathesis.openapi.from_url(f"{server.url}/openapi.json").get_all_operations():
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
                 try:
@@ -350,9 +363,18 @@ def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
 def test_the_description_is_whole(server: Live) -> None:
     paths = server.get("/openapi.json").json()["paths"]
     for path in (
-        "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/load_lora_adapter", "/generate",
-        "/generate_stream", "/completion", "/lora-adapters", "/tokenize", "/metrics", "/ready",
-    ):  # fmt: skip
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/load_lora_adapter",
+        "/generate",
+        "/generate_stream",
+        "/completion",
+        "/lora-adapters",
+        "/tokenize",
+        "/metrics",
+        "/ready",
+    ):
         assert path in paths
     assert not re.search(r"/home|/work", server.get("/openapi.json").text)
 

@@ -78,8 +78,11 @@ def test_shadows_are_counted_summed_up_and_in_the_ledger_as_the_operators(
     assert summary["stable"]["shadow_tokens"] == log[-1]["shadow_tokens"] > 0
     assert summary["risky"]["shadow_tokens"] is None
     assert [(r["route"], r["failed"]) for r in log] == [
-        ("risky", True), ("canary", False), ("stable", False), ("stable", False)
-    ]  # fmt: skip
+        ("risky", True),
+        ("canary", False),
+        ("stable", False),
+        ("stable", False),
+    ]
 
     lines: dict[tuple[str, str], Any] = {}
 

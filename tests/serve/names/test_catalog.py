@@ -330,9 +330,27 @@ def test_a_namespace_of_the_library_on_every_way_to_name_an_adapter(
 
 
 HOSTILE_WORDS = [
-    "../../etc/passwd", "/etc/passwd", "a/../../b", "a\0b", "\x1b[31m", "..", ".", "~root", "x" * 100_000, "tiny:../x",
-    "sha256:zz", "sha256:", "a@b@c", "%2e%2e/", "C:\\x", "a b", "\ud800", "s3://bucket/x", "file:///etc/passwd", "é",
-]  # fmt: skip
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a/../../b",
+    "a\0b",
+    "\x1b[31m",
+    "..",
+    ".",
+    "~root",
+    "x" * 100_000,
+    "tiny:../x",
+    "sha256:zz",
+    "sha256:",
+    "a@b@c",
+    "%2e%2e/",
+    "C:\\x",
+    "a b",
+    "\ud800",
+    "s3://bucket/x",
+    "file:///etc/passwd",
+    "é",
+]
 
 
 @pytest.mark.parametrize("word", HOSTILE_WORDS, ids=range(len(HOSTILE_WORDS)))

@@ -52,11 +52,29 @@ def test_a_run_s_folder(make: Make, base: TextBase, folder: Path) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "{out}/a", "../out/a", "deep/../../out/a", "link", "link/../a", "nowhere", "{out}", "/etc/passwd",
-        "a\0b", "\0", "x" * 5000, "~/a", "", "loop", "dangling", "file:///etc/passwd", "fifo", "http://x/y",
-        "a\nb", "/dev/zero", "/proc/self/mem",
+        "{out}/a",
+        "../out/a",
+        "deep/../../out/a",
+        "link",
+        "link/../a",
+        "nowhere",
+        "{out}",
+        "/etc/passwd",
+        "a\0b",
+        "\0",
+        "x" * 5000,
+        "~/a",
+        "",
+        "loop",
+        "dangling",
+        "file:///etc/passwd",
+        "fifo",
+        "http://x/y",
+        "a\nb",
+        "/dev/zero",
+        "/proc/self/mem",
     ],
-)  # fmt: skip
+)
 def test_what_lies_outside_is_not_there(
     make: Make,
     base: TextBase,

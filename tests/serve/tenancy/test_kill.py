@@ -18,8 +18,11 @@ def drive(*arguments: str) -> dict[str, int]:
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     ran = subprocess.run(
         [sys.executable, "-m", "tests.serve.tenancy.driver", *arguments],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr[-5000:]
     found: dict[str, int] = json.loads(ran.stdout)
     return found

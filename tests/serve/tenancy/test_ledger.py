@@ -166,8 +166,9 @@ def test_lines_go_after_their_time_and_their_sums_and_windows_stay(tenants: Tena
         c.execute(delete(line_table))  # a window is never added up from lines
     seen = tenants.ledger.seen_elsewhere(86400.0)
     assert [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen] == [
-        ("acme", "", 3, 6), ("acme", "v1", 3, 6)
-    ]  # fmt: skip
+        ("acme", "", 3, 6),
+        ("acme", "v1", 3, 6),
+    ]
 
 
 def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_comes_back(
@@ -232,8 +233,10 @@ def test_what_else_lies_in_the_folder_is_left_alone(quick: Path) -> None:
     Tenants(where, ledger=LedgerSettings(folder=quick, room=1 << 20), watch=False).close()
     Tenants(where, ledger=LedgerSettings(folder=quick, room=1 << 20), watch=False).close()
     assert {path.name for path in quick.iterdir()} - {"t.sqlite-wal", "t.sqlite-shm"} == {
-        "t.sqlite", "notes.sqlite", "some.lock"
-    }  # fmt: skip
+        "t.sqlite",
+        "notes.sqlite",
+        "some.lock",
+    }
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------

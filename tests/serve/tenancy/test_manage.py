@@ -54,9 +54,20 @@ def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: St
         assert [x["what"] for x in manage.audit_lines(c, what="key")] == ["key.revoke", "key.rotate", "key.add"]
         assert [x["number"] for x in manage.audit_lines(c, subject="acme/all", limit=2, skip=1)] == [8, 7]
     assert [x["what"] for x in reversed(lines)] == [
-        "tenant.add", "key.add", "key.rotate", "key.revoke", "adapters.change", "limit.set", "limit.set", "price.set",
-        "price.set", "route.set", "tenant.change", "adapter.load", "tenant.remove",
-    ]  # fmt: skip
+        "tenant.add",
+        "key.add",
+        "key.rotate",
+        "key.revoke",
+        "adapters.change",
+        "limit.set",
+        "limit.set",
+        "price.set",
+        "price.set",
+        "route.set",
+        "tenant.change",
+        "adapter.load",
+        "tenant.remove",
+    ]
     by_number = {x["number"]: x for x in lines}
     assert by_number[7]["before"]["concurrency"] == 2
     assert by_number[7]["after"]["concurrency"] == 5

@@ -51,9 +51,7 @@ def test_what_is_said_before_a_move_is_what_the_router_does(first: list, second:
     now = routes.planned_route(None, "support", first)
     wanted = routes.planned_route(now, "support", second)
     said = routes.route_change(now, wanted)
-    moved = Counter(
-        (a, b) for n in range(BUCKETS) if (a := owner(now.runs, n)) != (b := owner(wanted.runs, n))
-    )  # fmt: skip
+    moved = Counter((a, b) for n in range(BUCKETS) if (a := owner(now.runs, n)) != (b := owner(wanted.runs, n)))
     assert routes.moved_buckets(now.runs, wanted.runs) == moved
     for (a, b), count in moved.items():
         assert f"{count / 100:g} % move from {a} to {b}" in said
@@ -157,8 +155,16 @@ def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -
     assert moves[2]["targets"] == dict(third.targets)
     assert moves[1]["targets"] == dict(fourth.targets)
     assert [x["what"].split(".")[1] for x in reversed(lines)] == [
-        "set", "set", "set", "rollback", "rollback", "set", "rollback", "remove", "rollback",
-    ]  # fmt: skip
+        "set",
+        "set",
+        "set",
+        "rollback",
+        "rollback",
+        "set",
+        "rollback",
+        "remove",
+        "rollback",
+    ]
     assert (lines[0]["before"]["targets"], lines[0]["after"]["targets"]) == ({}, {"v1": 1})
 
 
@@ -197,8 +203,11 @@ def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(t
         log = routes.shadow_log(c, route="support")
     assert [row["request"] for row in log] == ["r7", "r6", "r5", "r4", "r3"]
     assert [(row["same"], row["first_difference"]) for row in log[:4]] == [
-        (False, 0), (False, 3), (False, 3), (True, None),
-    ]  # fmt: skip
+        (False, 0),
+        (False, 3),
+        (False, 3),
+        (True, None),
+    ]
     assert (log[3]["target_sha256"] == log[3]["shadow_sha256"], log[0]["shadow_tokens"]) == (True, 4)
     assert "Paris" not in str(log)
 

@@ -39,9 +39,16 @@ def refused(work: Coroutine[Any, Any, Any]) -> Refused:
 
 
 async def ask(
-    tenants: Tenants, caller: Principal, request: str, took: Usage | None, *, prompt: int = 10, most: int = 10,
-    target: str = "v1", adapters: tuple[str, ...] = (),
-) -> None:  # fmt: skip
+    tenants: Tenants,
+    caller: Principal,
+    request: str,
+    took: Usage | None,
+    *,
+    prompt: int = 10,
+    most: int = 10,
+    target: str = "v1",
+    adapters: tuple[str, ...] = (),
+) -> None:
     served = Served(tuple((f"d-{name}", 0.5) for name in adapters), "support", target, adapters=adapters)
     async with tenants.admitted(caller, served, request=request, prompt_tokens=prompt, max_tokens=most) as bill:
         if took is not None:

@@ -33,9 +33,17 @@ SERVER = "00112233aabbccdd"
 def row(request: str, adapter: str, state: str, prompt: int, completion: int, tenant: str = "acme") -> str:
     done, opened = state == "done", time.time() - 60
     return LEDGER.format(
-        server=SERVER, request=request, tenant=tenant, adapter=adapter, opened=opened, day=day_of(opened),
-        state=state, prompt=prompt * done, completion=completion * done, cost=(prompt + 2 * completion) * done,
-    )  # fmt: skip
+        server=SERVER,
+        request=request,
+        tenant=tenant,
+        adapter=adapter,
+        opened=opened,
+        day=day_of(opened),
+        state=state,
+        prompt=prompt * done,
+        completion=completion * done,
+        cost=(prompt + 2 * completion) * done,
+    )
 
 
 @pytest.mark.parametrize("name", ["tenants-d1e3e75", "tenants-f7df853"])
@@ -43,11 +51,17 @@ def test_a_ledger_of_before_keeps_every_figure_and_its_journals_are_settled(
     where: str, quick: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     made(
-        where, name, "INSERT INTO tenant_meta VALUES ('schema', '1'), ('revision', '7')",
-        row("a", "big@1", "done", 10, 5), row("b", "big@1", "done", 1, 1, "globex"),
-        row("c", "big:1+small:0", "done", 3, 3), row("d", "big@1", "interrupted", 9, 9),
-        row("e", "big@1", "open", 9, 9), row("f", "big@1", "open", 9, 9), row("g", "big@1", "open", 9, 9),
-    ).dispose()  # fmt: skip
+        where,
+        name,
+        "INSERT INTO tenant_meta VALUES ('schema', '1'), ('revision', '7')",
+        row("a", "big@1", "done", 10, 5),
+        row("b", "big@1", "done", 1, 1, "globex"),
+        row("c", "big:1+small:0", "done", 3, 3),
+        row("d", "big@1", "interrupted", 9, 9),
+        row("e", "big@1", "open", 9, 9),
+        row("f", "big@1", "open", 9, 9),
+        row("g", "big@1", "open", 9, 9),
+    ).dispose()
     folder = quick / "outbox"  # one request's end is whole in the journal, one is torn by a full disk, one is not there
     folder.mkdir()
     price = {"prompt": 1_000_000, "cached": 0, "completion": 2_000_000}

@@ -26,11 +26,15 @@ def test_a_sentence_is_the_configuration_that_it_says(tmp_path: Path, monkeypatc
     )
     written, _ = config_from(
         {
-            "base": "smollm2-135m", "data": {"train": ["tickets.jsonl", "more/*.jsonl"], "split": 0.1},
-            "optimizer": {"learning_rate": 5e-4, "name": "adafactor"}, "schedule": {"steps": 1200},
-            "adapter": {"rank": 8}, "batching": {"rows": 4}, "output": "runs/support",
+            "base": "smollm2-135m",
+            "data": {"train": ["tickets.jsonl", "more/*.jsonl"], "split": 0.1},
+            "optimizer": {"learning_rate": 5e-4, "name": "adafactor"},
+            "schedule": {"steps": 1200},
+            "adapter": {"rank": 8},
+            "batching": {"rows": 4},
+            "output": "runs/support",
         }
-    )  # fmt: skip
+    )
     assert said == written
     assert str(sources["adapter.rank"]) == "override `adapter.rank=8`"
 
@@ -90,8 +94,9 @@ def test_half_a_sentence_is_read_as_far_as_it_goes() -> None:
     said = read_sentence(text)
     assert [one.key for one in said.read] == ["base", "data.train", "adapter.rank"]
     assert [(one.words, text[one.start : one.end]) for one in said.unread] == [
-        ("nonsense here", "nonsense here"), ("30 st", "30 st")
-    ]  # fmt: skip
+        ("nonsense here", "nonsense here"),
+        ("30 st", "30 st"),
+    ]
     for end in range(len(text)):  # as it is typed
         read_sentence(text[:end])
     assert not is_sentence("teach.yaml")
@@ -107,16 +112,22 @@ _PATHS = st.from_regex(r"[a-z]{1,6}( [a-z]{1,4})?\.jsonl", fullmatch=True)
     st.fixed_dictionaries(
         {"adapter.rank": st.integers(1, 9999), "data.train": st.lists(_PATHS, min_size=2, max_size=3, unique=True)},
         optional={
-            "adapter.alpha": st.floats(0.001, 1e6), "optimizer.learning_rate": st.floats(1e-7, 1),
-            "schedule.steps": st.integers(1, 10**6), "data.split": st.one_of(st.integers(0, 99), st.floats(0.01, 0.9)),
-            "data.validation": _WORDS, "adapter.start": _WORDS,
-            "base.quantise": st.sampled_from(["nf4", "int8", "fp4"]), "seed": st.integers(0, 9),
-            "data.long_rows": st.sampled_from(["cut", "drop", "refuse"]), "adapter.dora": st.booleans(),
+            "adapter.alpha": st.floats(0.001, 1e6),
+            "optimizer.learning_rate": st.floats(1e-7, 1),
+            "schedule.steps": st.integers(1, 10**6),
+            "data.split": st.one_of(st.integers(0, 99), st.floats(0.01, 0.9)),
+            "data.validation": _WORDS,
+            "adapter.start": _WORDS,
+            "base.quantise": st.sampled_from(["nf4", "int8", "fp4"]),
+            "seed": st.integers(0, 9),
+            "data.long_rows": st.sampled_from(["cut", "drop", "refuse"]),
+            "adapter.dora": st.booleans(),
             "data.columns": st.dictionaries(st.sampled_from(["prompt", "completion"]), _WORDS),
-            "report.tags": st.lists(_WORDS, max_size=2), "samples.prompts": st.lists(_WORDS, min_size=1, max_size=3),
+            "report.tags": st.lists(_WORDS, max_size=2),
+            "samples.prompts": st.lists(_WORDS, min_size=1, max_size=3),
         },
     )
-)  # fmt: skip
+)
 def test_what_a_sentence_is_made_of_is_read_from_it(values: dict[str, Any]) -> None:
     from veneer.train.config.load import parse_yaml
 

@@ -96,10 +96,15 @@ def test_k_micro_batches_are_one_batch(family: str, shared: Path, tmp_path: Path
     adapters = []
     for name, micro_rows in (("one", 1), ("two", 2), ("all", None)):
         result = run(
-            shared, tmp_path / name, family, adapter={"dropout": 0.0}, schedule={"steps": 2},
-            batching={"rows": 4, "micro_rows": micro_rows}, optimizer={"name": "sgd", "learning_rate": 1.0},
+            shared,
+            tmp_path / name,
+            family,
+            adapter={"dropout": 0.0},
+            schedule={"steps": 2},
+            batching={"rows": 4, "micro_rows": micro_rows},
+            optimizer={"name": "sgd", "learning_rate": 1.0},
             evaluation={"every": 100, "at_start": False},
-        )  # fmt: skip
+        )
         adapters.append(read(Path(result.adapter)).adapter)
     for name, pair in adapters[0].pairs.items():
         for other in adapters[1:]:
@@ -124,11 +129,15 @@ def test_the_loss_is_the_squared_error_of_the_denoiser_itself(shared: Path, base
     text = encoders.text([row.caption])
     with torch.no_grad():
         out = base.denoiser(
-            hidden_states=FluxPipeline._pack_latents(noisy, n, c, h, w), timestep=sigma,
-            guidance=torch.tensor([1.0]), pooled_projections=text.pooled, encoder_hidden_states=text.embeds,
+            hidden_states=FluxPipeline._pack_latents(noisy, n, c, h, w),
+            timestep=sigma,
+            guidance=torch.tensor([1.0]),
+            pooled_projections=text.pooled,
+            encoder_hidden_states=text.embeds,
             txt_ids=torch.zeros(text.embeds.shape[1], 3),
-            img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, "cpu", torch.float32), return_dict=False,
-        )[0]  # fmt: skip
+            img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, "cpu", torch.float32),
+            return_dict=False,
+        )[0]
         predicted = FluxPipeline._unpack_latents(out, h * 4, w * 4, 4)
         wanted = (predicted.double() - target.double()).square().mean()
         assert float(loss(batch)) == pytest.approx(float(wanted), rel=1e-5)
@@ -170,9 +179,11 @@ def test_sdxls_loss_is_that_of_diffusers_own_script(kind: str, shared: Path, tmp
         text = encoders.text([row.caption])
         with torch.no_grad():
             out = base.denoiser(
-                scheduler.add_noise(batch.latents, noise, t), t, text.embeds,
+                scheduler.add_noise(batch.latents, noise, t),
+                t,
+                text.embeds,
                 added_cond_kwargs={"text_embeds": text.pooled, "time_ids": ids},
-            ).sample  # fmt: skip
+            ).sample
         target = noise if kind == "epsilon" else scheduler.get_velocity(batch.latents, noise, t)
         error = (out - target).double().square()
         weights = torch.ones_like(error) if batch.masks is None else batch.masks.double().expand_as(error)
@@ -204,7 +215,7 @@ def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(
     more = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 24} if base.family.startswith("sd3") else {}
     given = pipeline(base).encode_prompt(
         prompt="a red house", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, **more
-    )  # fmt: skip
+    )
     with torch.no_grad():
         text = Encoders(base, config, None).text(["", "a red house"])
     torch.testing.assert_close(text.embeds[0], given[1][0])

@@ -70,10 +70,16 @@ def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(
     seen: list[Event] = []
     start, prompt = pairs / "0.before.png", "sks, a red house"
     result = run(
-        shared, tmp_path / "out", family, on_event=seen.append, **settings_of(pairs),
-        optimizer={"learning_rate": 0.05}, schedule={"steps": 3}, evaluation={"every": 3},
+        shared,
+        tmp_path / "out",
+        family,
+        on_event=seen.append,
+        **settings_of(pairs),
+        optimizer={"learning_rate": 0.05},
+        schedule={"steps": 3},
+        evaluation={"every": 3},
         samples={"prompts": [prompt, "a cat"], "before": [str(start)], "steps": 2, "every": 3, "size": 32},
-    )  # fmt: skip
+    )
     said = "\n".join(e.text for e in seen if isinstance(e, Note))
     assert "read back and compared: predictions equal" in said
     assert (result.pictures, result.validation is not None, len(result.samples)) == (12, True, 2)
@@ -92,7 +98,7 @@ def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(
     generator = torch.Generator().manual_seed(4)
     theirs = pipe(
         image=edited, prompt=prompt, height=32, width=32, num_inference_steps=2, generator=generator, **given
-    ).images[0]  # fmt: skip
+    ).images[0]
     base = load_image(str(place))
     plan = MixPlan((("it", 1.0),), ((0.0, (("it", 1.0),)),))
     shown = (edited,)
@@ -292,11 +298,16 @@ def test_flux2_learns_and_draws_from_several_references(family: str, shared: Pat
     captions = drawings(tmp_path / "after")
     seen: list[Event] = []
     result = run(
-        shared, tmp_path / "out", family, on_event=seen.append, adapter={"dropout": 0.0, "targets": "all-linear"},
-        data={"pictures": str(captions), "before": [str(folder) for folder in starts]}, schedule={"steps": 1},
+        shared,
+        tmp_path / "out",
+        family,
+        on_event=seen.append,
+        adapter={"dropout": 0.0, "targets": "all-linear"},
+        data={"pictures": str(captions), "before": [str(folder) for folder in starts]},
+        schedule={"steps": 1},
         optimizer={"learning_rate": 0.05},
         samples={"prompts": ["sks"], "before": [[str(s / "0.png") for s in starts]], "steps": 1, "size": 64},
-    )  # fmt: skip
+    )
     assert result.validation != result.validation_before
     said = "\n".join(e.text for e in seen if isinstance(e, Note))
     assert "read back and compared: predictions equal" in said

@@ -124,9 +124,14 @@ def flux2_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, s
     noisy = (1.0 - sigma.view(-1, 1, 1, 1)) * x + sigma.view(-1, 1, 1, 1) * noise
     guided = torch.full([1], g).expand(len(x)) if pipe.transformer.config.guidance_embeds else None
     out = pipe.transformer(
-        hidden_states=pipe._pack_latents(noisy), timestep=sigma * 1000 / 1000, guidance=guided,
-        encoder_hidden_states=text, txt_ids=text_ids, img_ids=ids, return_dict=False,
-    )[0]  # fmt: skip
+        hidden_states=pipe._pack_latents(noisy),
+        timestep=sigma * 1000 / 1000,
+        guidance=guided,
+        encoder_hidden_states=text,
+        txt_ids=text_ids,
+        img_ids=ids,
+        return_dict=False,
+    )[0]
     out = pipe._unpack_latents_with_ids(out, ids)
     return mean_of_means(out, noise - x)
 
@@ -144,10 +149,13 @@ def qwen_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, si
     noisy = ((1.0 - s) * x + s * noise).permute(0, 2, 1, 3, 4)
     n, c, h, w = x.shape[0], x.shape[1], x.shape[3], x.shape[4]
     out = pipe.transformer(
-        hidden_states=pipe._pack_latents(noisy, n, c, h, w), encoder_hidden_states=text,
-        encoder_hidden_states_mask=mask, timestep=sigma * 1000 / 1000, img_shapes=[(1, h // 2, w // 2)] * n,
+        hidden_states=pipe._pack_latents(noisy, n, c, h, w),
+        encoder_hidden_states=text,
+        encoder_hidden_states_mask=mask,
+        timestep=sigma * 1000 / 1000,
+        img_shapes=[(1, h // 2, w // 2)] * n,
         return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     out = pipe._unpack_latents(out, pixels.shape[2], pixels.shape[3], pipe.vae_scale_factor)
     return mean_of_means(out, noise - x)
 
@@ -158,13 +166,19 @@ def sd3_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sig
     with torch.no_grad():
         x = (pipe.vae.encode(pixels).latent_dist.mode() - own.shift_factor) * own.scaling_factor
         text, _, pooled, _ = pipe.encode_prompt(
-            prompt=prompts, prompt_2=prompts, prompt_3=prompts, do_classifier_free_guidance=False,
+            prompt=prompts,
+            prompt_2=prompts,
+            prompt_3=prompts,
+            do_classifier_free_guidance=False,
             max_sequence_length=LENGTH,
-        )  # fmt: skip
+        )
     out = pipe.transformer(
-        hidden_states=(1.0 - s) * x + s * noise, timestep=sigma * 1000, encoder_hidden_states=text,
-        pooled_projections=pooled, return_dict=False,
-    )[0]  # fmt: skip
+        hidden_states=(1.0 - s) * x + s * noise,
+        timestep=sigma * 1000,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0]
     return mean_of_means(out, noise - x)
 
 
@@ -181,15 +195,20 @@ def z_image_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor,
 
 
 SCRIPTS: dict[str, Callable[..., Tensor]] = {
-    "flux2": flux2_script, "klein": flux2_script, "qwen-image": qwen_script, "sd3": sd3_script,
-    "sd3-large": sd3_script, "z-image": z_image_script,
-}  # fmt: skip
+    "flux2": flux2_script,
+    "klein": flux2_script,
+    "qwen-image": qwen_script,
+    "sd3": sd3_script,
+    "sd3-large": sd3_script,
+    "z-image": z_image_script,
+}
 
 
 UNREAD: dict[str, tuple[str, ...]] = {
-    "sd3": ("attn.add_q_proj",), "sd3-large": ("attn.add_q_proj",),
+    "sd3": ("attn.add_q_proj",),
+    "sd3-large": ("attn.add_q_proj",),
     "qwen-image": ("attn.add_q_proj", "attn.to_add_out", "txt_mlp"),
-}  # fmt: skip
+}
 """Of the last block what becomes of the text, which nothing reads."""
 
 
@@ -237,8 +256,10 @@ ADAPTED: dict[str, tuple[str, ...]] = {
 }
 """`target_modules` of the scripts."""
 MODULATION = {
-    "flux2": ("*_modulation*.linear",), "klein": ("*_modulation*.linear",), "qwen-image": (".img_mod.1", ".txt_mod.1")
-}  # fmt: skip
+    "flux2": ("*_modulation*.linear",),
+    "klein": ("*_modulation*.linear",),
+    "qwen-image": (".img_mod.1", ".txt_mod.1"),
+}
 
 
 @FAMILIES

@@ -38,9 +38,14 @@ def _notes(seen: list[Event]) -> str:
 def _draw(pipe: Any, **more: Any) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     made = pipe(
-        prompt="sks, a red house", height=32, width=32, num_inference_steps=3, output_type="np",
-        generator=torch.Generator().manual_seed(3), **more,
-    )  # fmt: skip
+        prompt="sks, a red house",
+        height=32,
+        width=32,
+        num_inference_steps=3,
+        output_type="np",
+        generator=torch.Generator().manual_seed(3),
+        **more,
+    )
     return np.asarray(made.images[0])
 
 
@@ -76,10 +81,12 @@ def test_diffusers_draws_the_same_picture_with_the_file(
     import diffusers
 
     result = run(
-        shared, tmp_path / "out", family,
+        shared,
+        tmp_path / "out",
+        family,
         **{**STRONG, "adapter": {"dropout": 0.0, "text_encoders": encoders, "targets": targets}},
         output={"directory": str(tmp_path / "out"), "layout": layout},
-    )  # fmt: skip
+    )
     more = {"max_sequence_length": 24} if family in ("flux1", "sd3") else {}
     theirs = diffusers.DiffusionPipeline.from_pretrained(tiny_image_base(shared, family), safety_checker=None)
     plain = _draw(theirs, **more)
@@ -103,10 +110,13 @@ def test_every_layout_holds_the_trained_adapter(
     """The checkpoint of the last step has the trained tensors; the file's ΔW are theirs."""
     seen: list[Event] = []
     result = run(
-        shared, tmp_path / "out", family, on_event=seen.append,
+        shared,
+        tmp_path / "out",
+        family,
+        on_event=seen.append,
         **{**STRONG, "adapter": {"dropout": 0.0, "text_encoders": encoders}},
         output={"directory": str(tmp_path / "out"), "layout": layout},
-    )  # fmt: skip
+    )
     assert "read back and compared: predictions equal" in _notes(seen)
     newest = latest(tmp_path / "out" / "checkpoints")
     assert newest is not None
@@ -143,10 +153,14 @@ def test_the_files_metadata_counts_each_folder_of_pictures(shared: Path, tmp_pat
 def test_text_encoders_learn_at_their_own_rate(shared: Path, tmp_path: Path) -> None:
     """SGD without clipping: the step of each parameter is its rate times its gradient, so a rate of 1e-30 stays."""
     result = run(
-        shared, tmp_path / "out", "sdxl", adapter={"text_encoders": ["text_encoder_2"], "dropout": 0.0},
-        optimizer={"name": "sgd", "learning_rate": 1.0, "text_learning_rate": 1e-30}, schedule={"steps": 2},
+        shared,
+        tmp_path / "out",
+        "sdxl",
+        adapter={"text_encoders": ["text_encoder_2"], "dropout": 0.0},
+        optimizer={"name": "sgd", "learning_rate": 1.0, "text_learning_rate": 1e-30},
+        schedule={"steps": 2},
         evaluation={"every": 100, "at_start": False},
-    )  # fmt: skip
+    )
     pairs = read(Path(result.adapter)).adapter.pairs
     size = {
         part: max(float(p.B.abs().max()) for n, p in pairs.items() if n.startswith(part)) for part in ("unet", "text")
@@ -159,9 +173,18 @@ def test_text_encoders_learn_at_their_own_rate(shared: Path, tmp_path: Path) -> 
 def test_a_saved_dtype_rounds_and_says_so(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     result = run(
-        shared, tmp_path / "out", on_event=seen.append, output={"directory": str(tmp_path / "out"), "dtype": "bfloat16",
-        "name": "look", "title": "A look", "licence": "CC0-1.0"}, **STRONG,
-    )  # fmt: skip
+        shared,
+        tmp_path / "out",
+        on_event=seen.append,
+        output={
+            "directory": str(tmp_path / "out"),
+            "dtype": "bfloat16",
+            "name": "look",
+            "title": "A look",
+            "licence": "CC0-1.0",
+        },
+        **STRONG,
+    )
     assert Path(result.adapter).name == "look.safetensors"
     tensors, metadata = read_tensors(Path(result.adapter))
     assert {t.dtype for t in tensors.values() if t.ndim == 2} == {torch.bfloat16}
@@ -230,9 +253,13 @@ def test_recomputing_keeps_less_and_changes_nothing(shared: Path, tmp_path: Path
     deltas, kept = [], []
     for mode in ("on", "off"):
         result = run(
-            shared, tmp_path / mode, memory={"activation_checkpointing": mode}, adapter={"dropout": 0.0},
-            schedule={"steps": 2}, optimizer={"name": "sgd", "learning_rate": 1.0},
-        )  # fmt: skip
+            shared,
+            tmp_path / mode,
+            memory={"activation_checkpointing": mode},
+            adapter={"dropout": 0.0},
+            schedule={"steps": 2},
+            optimizer={"name": "sgd", "learning_rate": 1.0},
+        )
         kept.append(result.preflight["numbers"]["activations_of_one_picture"])
         deltas.append(read(Path(result.adapter)).adapter.pairs)
     assert kept[0] < 0.5 * kept[1]
@@ -264,9 +291,14 @@ def test_parked_components_come_for_a_while_and_go_again(shared: Path, monkeypat
         went.append(("drawing", ""))
     there, here = ("cpu", "cuda:3")
     assert went == [
-        ("text_encoder", there), ("vae", there), ("text_encoder", here), ("vae", here), ("drawing", ""),
-        ("text_encoder", there), ("vae", there),
-    ]  # fmt: skip
+        ("text_encoder", there),
+        ("vae", there),
+        ("text_encoder", here),
+        ("vae", here),
+        ("drawing", ""),
+        ("text_encoder", there),
+        ("vae", there),
+    ]
 
 
 @pytest.mark.parametrize("family", ["flux1", "sdxl", "z-image", "klein", "qwen-image"])

@@ -43,11 +43,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(folder: Path, output: Path, family: str, **sections: Any) -> tuple[ImageTrainConfig, Any]:
     values: dict[str, Any] = {
-        "base": str(tiny_image_base(folder, family)), "output": str(output), "adapter": {"rank": 4, "alpha": 4.0},
-        "slider": {**WORDS, "scenes": 4}, "optimizer": {"learning_rate": 3e-3}, "batching": {"rows": 2},
-        "schedule": {"steps": 4}, "samples": {"steps": 2}, "checkpoint": {"every": 2},
+        "base": str(tiny_image_base(folder, family)),
+        "output": str(output),
+        "adapter": {"rank": 4, "alpha": 4.0},
+        "slider": {**WORDS, "scenes": 4},
+        "optimizer": {"learning_rate": 3e-3},
+        "batching": {"rows": 2},
+        "schedule": {"steps": 4},
+        "samples": {"steps": 2},
+        "checkpoint": {"every": 2},
         "data": {"cache": str(folder / f"cache-{family}")},
-    }  # fmt: skip
+    }
     for section, value in sections.items():
         held = values.get(section, {})
         values[section] = {**held, **value} if isinstance(value, dict) and isinstance(held, dict) else value
@@ -123,10 +129,15 @@ def test_the_effect_follows_the_strength_and_turns_with_its_sign(shared: Path, f
     """The prediction moves along the direction, monotone in the strength; near 0 as far to either side."""
     base = load_image(str(tiny_image_base(shared, family)))
     result = run(
-        shared, tmp_path / "out", family, base=base, slider={"guidance": 2.0, "target": ""},
-        schedule={"steps": 20, "name": "constant"}, optimizer={"learning_rate": 1e-2},
+        shared,
+        tmp_path / "out",
+        family,
+        base=base,
+        slider={"guidance": 2.0, "target": ""},
+        schedule={"steps": 20, "name": "constant"},
+        optimizer={"learning_rate": 1e-2},
         adapter={"targets": "all-linear"},
-    )  # fmt: skip
+    )
     g = torch.Generator().manual_seed(9)
     x = torch.randn(4, base.part("vae").config.latent_channels, 4, 4, generator=g)
     time = torch.tensor([0.6 if base.prediction == "flow" else 600])

@@ -138,9 +138,13 @@ def test_the_files_metadata_is_what_readers_of_such_files_look_for(whole: Whole)
     path = Path(whole[1].adapter)
     metadata = read_tensors(path)[1]
     assert json.loads(metadata["ss_tag_frequency"]) == {
-        "1_drawings": {"sks": 4, "a blue house": metadata_count(metadata, "a blue house"),
-                       "a red house": metadata_count(metadata, "a red house"), "flat": 4}
-    }  # fmt: skip
+        "1_drawings": {
+            "sks": 4,
+            "a blue house": metadata_count(metadata, "a blue house"),
+            "a red house": metadata_count(metadata, "a red house"),
+            "flat": 4,
+        }
+    }
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["ss_steps"]) == ("4", "4", "6")
     assert metadata["modelspec.architecture"] == "flux-1-dev/lora"
     assert metadata["modelspec.trigger_phrase"] == "sks"
@@ -178,9 +182,14 @@ def test_the_base_its_modules_and_the_callers_randomness_are_as_before(shared: P
 def test_it_learns(family: str, share: float, shared: Path, tmp_path: Path) -> None:
     """The base is random, so forty steps lower the loss of drawings it never saw, at the same noise and times."""
     result = run(
-        shared, tmp_path / "out", family, adapter={"rank": 8, "alpha": 8.0, "dropout": 0.0}, schedule={"steps": 40},
-        optimizer={"learning_rate": 2e-2}, evaluation={"every": 40},
-    )  # fmt: skip
+        shared,
+        tmp_path / "out",
+        family,
+        adapter={"rank": 8, "alpha": 8.0, "dropout": 0.0},
+        schedule={"steps": 40},
+        optimizer={"learning_rate": 2e-2},
+        evaluation={"every": 40},
+    )
     assert result.validation is not None
     assert result.validation_before is not None
     assert result.validation < share * result.validation_before
@@ -194,10 +203,16 @@ def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tm
     """On every linear module of the denoiser; flux1 and sdxl are in the other tests."""
     seen: list[Event] = []
     result = run(
-        shared, tmp_path / "out", family, on_event=seen.append, adapter={"targets": "all-linear"},
-        schedule={"steps": 1}, data={"resolution": 32}, optimizer={"learning_rate": 0.05},
+        shared,
+        tmp_path / "out",
+        family,
+        on_event=seen.append,
+        adapter={"targets": "all-linear"},
+        schedule={"steps": 1},
+        data={"resolution": 32},
+        optimizer={"learning_rate": 0.05},
         samples={"prompts": ["sks"], "steps": 1, "size": 32},
-    )  # fmt: skip
+    )
     assert result.validation != result.validation_before
     assert any("read back and compared: predictions equal" in e.text for e in seen if isinstance(e, Note))
     assert len(result.samples) == 1
@@ -215,16 +230,27 @@ def test_a_run_over_a_base_in_4_bits_is_the_run_over_its_values(family: str, sha
     """Computed in 16 bits, text encoders in 4 as well; every linear module learns."""
     for name in ("codes", "values"):
         base = load_image(str(tiny_image_base(shared, family)), dtype="bfloat16", quantise="nf4")
-        held = [(m, key) for m in base.parts.values() if isinstance(m, torch.nn.Module) for m in m.modules()
-                for key, w in m._parameters.items() if isinstance(w, Quantised)]  # fmt: skip
+        held = [
+            (m, key)
+            for m in base.parts.values()
+            if isinstance(m, torch.nn.Module)
+            for m in m.modules()
+            for key, w in m._parameters.items()
+            if isinstance(w, Quantised)
+        ]
         assert len(held) > 10
         for module, key in held if name == "values" else []:
             weight: Any = module._parameters[key]
             module._parameters[key] = torch.nn.Parameter(weight.dense().clone(), requires_grad=False)
         result = run(
-            shared, tmp_path / name, family, base=base, adapter={"targets": "all-linear"}, schedule={"steps": 2},
+            shared,
+            tmp_path / name,
+            family,
+            base=base,
+            adapter={"targets": "all-linear"},
+            schedule={"steps": 2},
             optimizer={"learning_rate": 0.05},
-        )  # fmt: skip
+        )
         assert result.validation != result.validation_before
     assert _bytes(tmp_path / "codes") == _bytes(tmp_path / "values")
 
@@ -283,9 +309,10 @@ def test_z_image_stopped_and_resumed_ends_in_the_same_bits(shared: Path, tmp_pat
     folder = drawings(tmp_path / "drawings")
     (folder / "0.txt").write_text("a blue cat with a hat in the red house, in the style of a flat tree")
     more: dict[str, Any] = {
-        "data": {"pictures": str(folder), "caption_dropout": 0.4}, "schedule": {"steps": 4},
+        "data": {"pictures": str(folder), "caption_dropout": 0.4},
+        "schedule": {"steps": 4},
         "samples": {"prompts": ["sks"], "every": 2, "steps": 2, "guidance": 0.0},
-    }  # fmt: skip
+    }
 
     def press(event: Event) -> None:
         if isinstance(event, Stepped) and event.step == 3:
@@ -311,9 +338,15 @@ def test_sd3_without_its_t5_trains_and_reads_what_clip_reads(shared: Path, tmp_p
     (place / "model_index.json").write_text(json.dumps(index))
     base = load_image(str(place))
     result = run(
-        shared, tmp_path / "out", "sd3", base=base, schedule={"steps": 1}, optimizer={"learning_rate": 0.05},
-        adapter={"text_encoders": ["text_encoder", "text_encoder_2"]}, samples={"prompts": ["sks"], "steps": 1},
-    )  # fmt: skip
+        shared,
+        tmp_path / "out",
+        "sd3",
+        base=base,
+        schedule={"steps": 1},
+        optimizer={"learning_rate": 0.05},
+        adapter={"text_encoders": ["text_encoder", "text_encoder_2"]},
+        samples={"prompts": ["sks"], "steps": 1},
+    )
     assert result.validation != result.validation_before
     assert len(result.samples) == 1
     long = "a red house " * 40
@@ -331,8 +364,9 @@ def test_a_run_on_a_later_family_is_resumed_to_the_same_bits(family: str, shared
             os.kill(os.getpid(), signal.SIGINT)
 
     shared_by_both: dict[str, Any] = {
-        "schedule": {"steps": 3}, "samples": {"prompts": ["a cat"], "every": 1, "steps": 2, "size": 32},
-    }  # fmt: skip
+        "schedule": {"steps": 3},
+        "samples": {"prompts": ["a cat"], "every": 1, "steps": 2, "size": 32},
+    }
     run(shared, tmp_path / "whole" / "run", family, **shared_by_both)
     with pytest.raises(Interrupted, match="after step 2 of 3"):
         run(shared, tmp_path / "parts" / "run", family, on_event=press, **shared_by_both)
@@ -486,9 +520,13 @@ def test_the_preflight_says_what_is_not_read_and_what_the_preset_chose(shared: P
     (folder / "1.txt").write_text("a cat")
     (folder / "bad.png").write_bytes(b"no")
     result = run(
-        shared, tmp_path / "out", dry_run=True, preset="subject", samples={"prompts": [long + " sample"]},
+        shared,
+        tmp_path / "out",
+        dry_run=True,
+        preset="subject",
+        samples={"prompts": [long + " sample"]},
         data={"pictures": str(folder), "broken": "drop", "trigger": None, "class_prompt": "a cat", "prompt": "a dog"},
-    )  # fmt: skip
+    )
     Path(result.sheet).unlink()
     said = {f"{f['level']} {f['check']} {f['text']}" for f in result.preflight["findings"]}
 

@@ -31,9 +31,15 @@ def score(n: int, best: bool = True) -> Evaluated:
 
 def test_every_event_is_one_line_of_json(tmp_path: Path) -> None:
     events: list[Event] = [
-        Resolved({"a.b": 1}, {"a.b": "default"}), Checked("ok", {"ok": True}, "[b]ok[/]"), Note("hi"),
-        Probed(9, ("f:1",), 0.1, 5), step(1), score(1), Saved(1, "x"), Stopped(1, "finished"),
-    ]  # fmt: skip
+        Resolved({"a.b": 1}, {"a.b": "default"}),
+        Checked("ok", {"ok": True}, "[b]ok[/]"),
+        Note("hi"),
+        Probed(9, ("f:1",), 0.1, 5),
+        step(1),
+        score(1),
+        Saved(1, "x"),
+        Stopped(1, "finished"),
+    ]
     log = JsonLog(tmp_path / "deep" / "log.jsonl")
     for event in events:
         log(event)
@@ -90,9 +96,16 @@ def test_the_terminal_shows_loss_speed_memory_and_time_left(terminal: bool) -> N
 def test_a_run_that_draws_its_answers_shows_their_speed_and_what_of_them_teaches_nothing() -> None:
     def drawn(n: int, tokens: float, constant: float) -> Stepped:
         found = {
-            "answer_tokens": 8.0, "drawn_tokens": tokens, "reward": 0.25, "groups": 4.0, "constant_groups": constant,
-            "cut_share": constant / 8, "reward_label": 0.5, "reward_length": -0.25, "reward_failed": 0.0,
-        }  # fmt: skip
+            "answer_tokens": 8.0,
+            "drawn_tokens": tokens,
+            "reward": 0.25,
+            "groups": 4.0,
+            "constant_groups": constant,
+            "cut_share": constant / 8,
+            "reward_label": 0.5,
+            "reward_length": -0.25,
+            "reward_failed": 0.0,
+        }
         return Stepped(n, 2, n, -1e-9, 1e-4, 0.5, 10_000, 40, 2.0, 1, found)
 
     first, second = _shown([drawn(1, 400, 3), drawn(2, 0, 0)], terminal=False).splitlines()  # two updates of one draw
@@ -190,14 +203,18 @@ def _page(**options: Any) -> Page:
 
 def test_the_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
     page = _page(
-        settings={"adapter.rank": 16, "seed": 0}, sources={"adapter.rank": "override `adapter.rank=16`"},
+        settings={"adapter.rank": 16, "seed": 0},
+        sources={"adapter.rank": "override `adapter.rank=16`"},
         checks={
             "findings": [{"level": "warn", "text": "cut rows", "fix": "a longer max_length"}],
-            "numbers": {"rows": 1200, "share": 0.25, "list": [1]}, "sample": [{"text": "hi", "learned": True}],
+            "numbers": {"rows": 1200, "share": 0.25, "list": [1]},
+            "sample": [{"text": "hi", "learned": True}],
         },
-        facts=[("base", "tiny")], usage=[("CLI", "veneer generate")], files=[("a", "1 kB", "x")],
+        facts=[("base", "tiny")],
+        usage=[("CLI", "veneer generate")],
+        files=[("a", "1 kB", "x")],
         cards=[("Loss", "0.5", "")],
-    )  # fmt: skip
+    )
     write_page(tmp_path / "report.html", page)
     text = (tmp_path / "report.html").read_text()
     reader = _Reader()
@@ -216,9 +233,14 @@ def test_nothing_of_the_data_can_become_markup() -> None:
     evil = "<script>alert(1)</script>"
     page = _page(
         checks={"findings": [{"level": "ok", "text": evil, "fix": evil}], "sample": [{"text": evil, "learned": False}]},
-        settings={"data.train": evil}, sources={"data.train": evil}, facts=[(evil, evil)], usage=[(evil, evil)],
-        cards=[(evil, evil, evil)], files=[(evil, evil, evil)], subtitle=evil,
-    )  # fmt: skip
+        settings={"data.train": evil},
+        sources={"data.train": evil},
+        facts=[(evil, evil)],
+        usage=[(evil, evil)],
+        cards=[(evil, evil, evil)],
+        files=[(evil, evil, evil)],
+        subtitle=evil,
+    )
     page.title = evil
     assert "<script" not in render_page(page)
 

@@ -59,8 +59,12 @@ def test_tensorboard_gets_scalars_and_sheets_and_hides_what_is_run_again(tmp_pat
     read = EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
     assert [(s.step, round(s.value, 4)) for s in read.Scalars("train/loss")] == [
-        (1, 1.0), (2, 0.5), (3, 0.3333), (4, 0.25), (5, 0.2),
-    ]  # fmt: skip
+        (1, 1.0),
+        (2, 0.5),
+        (3, 0.3333),
+        (4, 0.25),
+        (5, 0.2),
+    ]
     assert read.Scalars("validation/loss")[-1].step == 5
     assert read.Tags()["images"] == ["samples"]
 

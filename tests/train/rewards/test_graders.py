@@ -57,10 +57,11 @@ words = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat"]), min_s
 @given(words, words)
 def test_text_similarity_is_what_the_packages_say(text: str, want: str) -> None:
     expected = {
-        "bleu": sacrebleu.sentence_bleu(text, [want]).score / 100, "gleu": sentence_gleu([want.split()], text.split()),
+        "bleu": sacrebleu.sentence_bleu(text, [want]).score / 100,
+        "gleu": sentence_gleu([want.split()], text.split()),
         **{f"rouge_{n}": RougeScorer([f"rouge{n}"]).score(want, text)[f"rouge{n}"].fmeasure for n in (1, 2, 5)},
         "rouge_l": RougeScorer(["rougeL"]).score(want, text)["rougeL"].fmeasure,
-    }  # fmt: skip
+    }
     for metric, value in expected.items():
         assert grade(similar(metric), text, {"want": want}).value == pytest.approx(value), metric
     assert grade(similar("fuzzy_match"), text, {"want": text}).value == 1

@@ -56,9 +56,7 @@ def test_a_part_that_is_no_number_is_a_failure_and_not_in_the_log(bad: float) ->
         judged = rewards.judge(answers("x", "y"))
     assert judged.values == [1.0, None]
     assert "its part odd is" in judged.scores["a"][1].error
-    assert judged.logged() == {
-        "reward": 1, "reward_a": 1, "reward_a_fine": 0.5, "reward_a_odd": 2, "reward_failed": 1
-    }  # fmt: skip
+    assert judged.logged() == {"reward": 1, "reward_a": 1, "reward_a_fine": 0.5, "reward_a_odd": 2, "reward_failed": 1}
 
 
 def test_too_many_failures_stop_the_run_and_say_why() -> None:

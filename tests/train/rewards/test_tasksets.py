@@ -111,7 +111,7 @@ def test_verifiers_rewards_are_the_task_s(taskset: str) -> None:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "2"},
         {"role": "assistant", "content": "2"},
-    ]  # fmt: skip
+    ]
     (twice,) = judged(section, rows[1], "2", turns=turns)
     assert twice.value == 2 + 1 / 2
 

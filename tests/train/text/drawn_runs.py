@@ -58,21 +58,24 @@ def with_prompts(folder: Path, row: Callable[[int], dict[str, str]]) -> Path:
 def config_of(settings: dict[str, Any], shared: Path, output: Path, **sections: Any) -> Any:
     """`settings` of a run on what `with_prompts` wrote, a key of a section changed at a time."""
     values: dict[str, Any] = {
-        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "prompts.jsonl"), "split": 2},
-        "output": str(output), **settings,
-    }  # fmt: skip
+        "base": str(shared / "tiny-base"),
+        "data": {"train": str(shared / "prompts.jsonl"), "split": 2},
+        "output": str(output),
+        **settings,
+    }
     for section, value in sections.items():
         values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
     return config_from(values)[0]
 
 
 def run_drawn(
-    config: Any, base: TextBase, on_event: Callable[[Event], None] | None = None, resume: bool = False,
+    config: Any,
+    base: TextBase,
+    on_event: Callable[[Event], None] | None = None,
+    resume: bool = False,
     sampler: Any = live_sampler,
-) -> RunResult:  # fmt: skip
-    return run_text(
-        config, base=base, resume=resume, on_event=on_event or (lambda event: None), sampler=sampler
-    )  # fmt: skip
+) -> RunResult:
+    return run_text(config, base=base, resume=resume, on_event=on_event or (lambda event: None), sampler=sampler)
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:

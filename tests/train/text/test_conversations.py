@@ -119,15 +119,25 @@ def test_an_environment_that_fails_leaves_no_reward(base: TextBase, shared: Path
 def run(base: TextBase, shared: Path, output: Path, prompts: str = "prompts.jsonl") -> list[dict[str, Any]]:
     config, _ = config_from(
         {
-            "base": str(shared / "tiny-base"), "data": {"train": str(shared / prompts), "split": 2},
-            "output": str(output), "batching": {"rows": 2}, "schedule": {"steps": 2}, "adapter": {"rank": 4},
-            "evaluation": {"every": 2, "keep": "last"}, "optimizer": {"learning_rate": 1e-2},
+            "base": str(shared / "tiny-base"),
+            "data": {"train": str(shared / prompts), "split": 2},
+            "output": str(output),
+            "batching": {"rows": 2},
+            "schedule": {"steps": 2},
+            "adapter": {"rank": 4},
+            "evaluation": {"every": 2, "keep": "last"},
+            "optimizer": {"learning_rate": 1e-2},
             "reinforcement": {
-                "loss": "grpo", "group": 4, "max_tokens": 64, "environment": str(shared / "reply.py"), "updates": 1,
-                "grammar": {"regex": "[a-z]{3}"}, "rewards": [{"kind": "regex", "pattern": "[a-k]"}],
+                "loss": "grpo",
+                "group": 4,
+                "max_tokens": 64,
+                "environment": str(shared / "reply.py"),
+                "updates": 1,
+                "grammar": {"regex": "[a-z]{3}"},
+                "rewards": [{"kind": "regex", "pattern": "[a-k]"}],
             },
         }
-    )  # fmt: skip
+    )
     run_text(config, base=base, sampler=live_sampler)  # type: ignore[arg-type]
     return [r["extra"] for r in read_log(output / "log.jsonl") if r["event"] == "stepped"]
 

@@ -40,10 +40,14 @@ def base(shared: Path) -> TextBase:
 def teacher(shared: Path, base: TextBase) -> str:
     """An adapter of rank 8, trained on answers."""
     values = {
-        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "prompts.jsonl"), "split": 0},
-        "output": str(shared / "teacher"), "adapter": {"rank": 8}, "optimizer": {"learning_rate": 2e-2},
-        "schedule": {"steps": 8}, "batching": {"rows": 4},
-    }  # fmt: skip
+        "base": str(shared / "tiny-base"),
+        "data": {"train": str(shared / "prompts.jsonl"), "split": 0},
+        "output": str(shared / "teacher"),
+        "adapter": {"rank": 8},
+        "optimizer": {"learning_rate": 2e-2},
+        "schedule": {"steps": 8},
+        "batching": {"rows": 4},
+    }
     return run_text(config_from(values)[0], base=base, on_event=lambda event: None).adapter
 
 
@@ -60,7 +64,7 @@ def config(shared: Path, output: Path, **sections: Any) -> Any:
 
 def train(
     shared: Path, output: Path, base: TextBase, on_event: Any = None, resume: bool = False, **own: Any
-) -> RunResult:  # fmt: skip
+) -> RunResult:
     return run_drawn(config(shared, output, **own), base, on_event, resume)
 
 
@@ -206,12 +210,15 @@ def test_a_teachers_answers_are_rows(
     shared: Path, base: TextBase, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.yaml").write_text(
-        json.dumps({
-            "base": str(shared / "tiny-base"), "data": {"train": str(shared / "prompts.jsonl")},
-            "output": str(tmp_path / "out"),
-            "distillation": {"teacher": teacher, "max_tokens": 60, "group": 2, "system": "Be brief."},
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "base": str(shared / "tiny-base"),
+                "data": {"train": str(shared / "prompts.jsonl")},
+                "output": str(tmp_path / "out"),
+                "distillation": {"teacher": teacher, "max_tokens": 60, "group": 2, "system": "Be brief."},
+            }
+        )
+    )
     ran = run(capsys, "data", "draw", str(tmp_path / "c.yaml"), str(tmp_path / "rows.jsonl"), "--json")
     assert ran.code == 0, ran.err
     said = json.loads(ran.out)

@@ -107,8 +107,10 @@ def test_what_an_answers_tokens_are_divided_by() -> None:
     tokens = sum(LENGTHS)
     for how, wanted in (
         ("answer", sum(s / n for s, n in zip(sums.tolist(), LENGTHS, strict=True)) / 4),
-        ("batch", float(sums.sum()) / tokens), ("limit", float(sums.sum()) / (4 * 32)), ("none", float(sums.sum()) / 4),
-    ):  # fmt: skip
+        ("batch", float(sums.sum()) / tokens),
+        ("limit", float(sums.sum()) / (4 * 32)),
+        ("none", float(sums.sum()) / 4),
+    ):
         assert math.isclose(float((length_factors(LENGTHS, how, 32) * sums).mean()), wanted)  # type: ignore[arg-type]
 
 

@@ -66,15 +66,28 @@ def base(shared: Path) -> TextBase:
 
 
 def train(
-    shared: Path, output: Path, loss: str | None = "dpo", base: TextBase | None = None, *, resume: bool = False,
-    dry_run: bool = False, on_event: Any = None, **sections: Any,
-) -> RunResult:  # fmt: skip
+    shared: Path,
+    output: Path,
+    loss: str | None = "dpo",
+    base: TextBase | None = None,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    on_event: Any = None,
+    **sections: Any,
+) -> RunResult:
     values: dict[str, Any] = {
-        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "pairs.jsonl"), "split": 4},
-        "output": str(output), "batching": {"rows": 5, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3},
-        "schedule": {"steps": 8}, "adapter": {"rank": 4}, "evaluation": {"every": 4}, "checkpoint": {"every": 3},
+        "base": str(shared / "tiny-base"),
+        "data": {"train": str(shared / "pairs.jsonl"), "split": 4},
+        "output": str(output),
+        "batching": {"rows": 5, "micro_rows": 2},
+        "optimizer": {"learning_rate": 3e-3},
+        "schedule": {"steps": 8},
+        "adapter": {"rank": 4},
+        "evaluation": {"every": 4},
+        "checkpoint": {"every": 3},
         "preference": {"loss": loss},
-    }  # fmt: skip
+    }
     for section, value in sections.items():
         values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
     config, sources = config_from(values)
@@ -164,11 +177,15 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
     base = load_text(str(shared / "tiny-base"))
     config, _ = config_from(
         {
-            "base": "x", "data": {"train": str(shared / "pairs.jsonl"), "limit": 6}, "output": "x",
-            "preference": {"loss": loss}, "adapter": {"rank": 4}, "schedule": {"steps": 1},
+            "base": "x",
+            "data": {"train": str(shared / "pairs.jsonl"), "limit": 6},
+            "output": "x",
+            "preference": {"loss": loss},
+            "adapter": {"rank": 4},
+            "schedule": {"steps": 1},
             "batching": {"rows": 12, "micro_rows": 2},
         }
-    )  # fmt: skip
+    )
     assert isinstance(config, TrainConfig)
     rows, _ = read_rows(config.data.files("train"), limit=6)
     part = part_of(rows, config, base)
@@ -439,18 +456,19 @@ def test_what_is_left_out_and_what_does_not_match_is_said(shared: Path, base: Te
     ],
     ids=str,
 )
-def test_what_cannot_be_meant_is_refused(
-    sections: dict[str, Any], message: str, shared: Path, tmp_path: Path
-) -> None:  # fmt: skip
+def test_what_cannot_be_meant_is_refused(sections: dict[str, Any], message: str, shared: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         train(shared, tmp_path / "out", **sections)
 
 
 def test_what_is_left_open_is_settled_and_said(shared: Path, base: TextBase, tmp_path: Path) -> None:
     for loss, beta, gamma, normalized, nll in (
-        ("dpo", 0.1, None, False, 0.0), ("ipo", 0.1, None, True, 0.0), ("orpo", 0.1, None, None, 1.0),
-        ("simpo", 2.0, 1.0, None, 0.0), ("kto", 0.1, None, None, None),
-    ):  # fmt: skip
+        ("dpo", 0.1, None, False, 0.0),
+        ("ipo", 0.1, None, True, 0.0),
+        ("orpo", 0.1, None, None, 1.0),
+        ("simpo", 2.0, 1.0, None, 0.0),
+        ("kto", 0.1, None, None, None),
+    ):
         seen: list[Event] = []
         train(shared, tmp_path / loss, loss, base, dry_run=True, on_event=seen.append)
         settings = next(e for e in seen if isinstance(e, Resolved))

@@ -171,8 +171,9 @@ def test_killed_in_draws_and_between_updates_it_ends_in_the_same_bytes(
     common = REWARDED | {"checkpoint": {"every": 1}, "evaluation": evaluation}
     runs = {}
     for name, own, *kills in (
-        ("twice", {"updates": 2}, "pass:5", "saved:3", "pass:5"), ("ahead", {"one_step_off_policy": True}, "pass:25"),
-    ):  # fmt: skip
+        ("twice", {"updates": 2}, "pass:5", "saved:3", "pass:5"),
+        ("ahead", {"one_step_off_policy": True}, "pass:25"),
+    ):
         settings = common | {"reinforcement": REWARDED["reinforcement"] | own}
         run_drawn(config_of(settings, shared, tmp_path / f"{name}-whole"), base)
         runs[tmp_path / name] = [settings, *kills]
@@ -219,8 +220,9 @@ def test_one_step_off_policy_is_the_ratio_of_now_to_one_draw_ago_by_float64(
     assert any("off-policy by one draw" in e.text for e in events if isinstance(e, Checked))
 
     # by hand: the second step's answers come from the adapter before step 1, and are learned by the one after it
-    states = [read_tensors(tmp_path / "ahead" / "checkpoints" / f"step-0000000{n}" / "adapter.safetensors")[0]
-              for n in (1, 2)]  # fmt: skip
+    states = [
+        read_tensors(tmp_path / "ahead" / "checkpoints" / f"step-0000000{n}" / "adapter.safetensors")[0] for n in (1, 2)
+    ]
     trained = {key: t for key, t in states[0].items() if not key.endswith("@drawn from")}
     assert all(torch.equal(states[1][f"{key}@drawn from"], t) for key, t in trained.items())
     peft = json.loads((tmp_path / "ahead" / "adapter_config.json").read_text())
@@ -325,9 +327,12 @@ def test_a_grader_that_fails_is_said_with_its_rows_counted_and_bounded(
     graders = tmp_path / "graders.py"
     reward = {"kind": "python", "file": str(graders), "function": function, "timeout": 0.3}
     own = {
-        "reinforcement": {"group": 2, "rewards": [reward]}, "batching": {"rows": 12}, "schedule": {"steps": 1},
-        "data": {"split": 0}, "evaluation": {"keep": "last"},
-    }  # fmt: skip
+        "reinforcement": {"group": 2, "rewards": [reward]},
+        "batching": {"rows": 12},
+        "schedule": {"steps": 1},
+        "data": {"split": 0},
+        "evaluation": {"keep": "last"},
+    }
     graders.write_text(f"BAD = ('3',)\n{GRADERS}")
     train(shared, tmp_path / "one", base, **own)
     (found,) = measured(tmp_path / "one")

@@ -55,10 +55,14 @@ def base(folder: Path) -> TextBase:
 
 def config(folder: Path, output: Path, base: str = "", **own: Any) -> TrainConfig:
     values: dict[str, Any] = {
-        "base": base or str(folder / "tiny-base"), "data": {"train": str(folder / "prompts.jsonl"), "split": 2},
-        "output": str(output), "batching": {"rows": 4, "micro_rows": 3}, "optimizer": {"learning_rate": 1e-2},
-        "schedule": {"steps": 2, "name": "constant"}, "evaluation": {"keep": "last", "every": 9},
-    }  # fmt: skip
+        "base": base or str(folder / "tiny-base"),
+        "data": {"train": str(folder / "prompts.jsonl"), "split": 2},
+        "output": str(output),
+        "batching": {"rows": 4, "micro_rows": 3},
+        "optimizer": {"learning_rate": 1e-2},
+        "schedule": {"steps": 2, "name": "constant"},
+        "evaluation": {"keep": "last", "every": 9},
+    }
     for section, value in own.items():
         values[section] = {**values.get(section, {}), **value}
     read = config_from(values)[0]

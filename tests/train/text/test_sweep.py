@@ -20,9 +20,11 @@ from veneer.train.text.sweep import grid, run_sweep
 def test_a_grid_is_every_combination_and_commas_in_brackets_are_none() -> None:
     found = grid(["adapter.rank=2,4", "schedule.steps=3", "adapter.targets=[q_proj,v_proj],all-linear", "seed=1"])
     assert [c.name for c in found] == [
-        "rank=2,targets=_q_proj_v_proj_", "rank=2,targets=all-linear",
-        "rank=4,targets=_q_proj_v_proj_", "rank=4,targets=all-linear",
-    ]  # fmt: skip
+        "rank=2,targets=_q_proj_v_proj_",
+        "rank=2,targets=all-linear",
+        "rank=4,targets=_q_proj_v_proj_",
+        "rank=4,targets=all-linear",
+    ]
     assert found[0].overrides == ["schedule.steps=3", "seed=1", "adapter.rank=2", "adapter.targets=[q_proj,v_proj]"]
     assert grid(["data.limit=5,6", "evaluation.limit=1,2"])[0].name == "data.limit=5,evaluation.limit=1"
     alike = [c.name for c in grid([f"data.train=a/b,a_b,{'x' * 300},{'x' * 301}"])]
@@ -52,9 +54,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": f"Where is parcel {i}?", "completion": f"Shelf {i % 3}."} for i in range(24)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     values = {
-        "base": str(tiny_base_dir(folder)), "data": {"train": "rows.jsonl", "split": 4}, "output": "out",
-        "batching": {"rows": 2}, "schedule": {"steps": 8}, "evaluation": {"every": 2}, "checkpoint": {"every": 4},
-    }  # fmt: skip
+        "base": str(tiny_base_dir(folder)),
+        "data": {"train": "rows.jsonl", "split": 4},
+        "output": "out",
+        "batching": {"rows": 2},
+        "schedule": {"steps": 8},
+        "evaluation": {"every": 2},
+        "checkpoint": {"every": 4},
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder / "run.yaml"
 

@@ -77,19 +77,30 @@ def _values(shared: Path, output: Path, **sections: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "base": {"name": str(shared / "tiny-base"), **sections.pop("base_keys", {})},
         "data": {"train": str(shared / "rows.jsonl"), "split": 8},
-        "output": str(output), "batching": {"rows": 4, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3},
-        "schedule": {"steps": 10}, "adapter": {"rank": 4, "dropout": 0.2}, "evaluation": {"every": 4},
+        "output": str(output),
+        "batching": {"rows": 4, "micro_rows": 2},
+        "optimizer": {"learning_rate": 3e-3},
+        "schedule": {"steps": 10},
+        "adapter": {"rank": 4, "dropout": 0.2},
+        "evaluation": {"every": 4},
         "checkpoint": {"every": 3},
-    }  # fmt: skip
+    }
     for section, value in sections.items():
         values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
     return values
 
 
 def _train(
-    shared: Path, output: Path, base: TextBase | None = None, *, resume: bool = False, dry_run: bool = False,
-    force: bool = False, on_event: Any = None, **sections: Any,
-) -> RunResult:  # fmt: skip
+    shared: Path,
+    output: Path,
+    base: TextBase | None = None,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    on_event: Any = None,
+    **sections: Any,
+) -> RunResult:
     config, sources = config_from(_values(shared, output, **sections))
     listen = on_event or (lambda event: None)
     return run_text(config, resume=resume, dry_run=dry_run, force=force, on_event=listen, base=base, sources=sources)
@@ -116,9 +127,16 @@ def test_it_learns_and_says_what_came_out(whole: tuple[Path, RunResult, list[Eve
     assert result.tokens_per_second > 0
     assert result.peak_memory_bytes > 50e6
     wanted = {
-        "adapter", "digest", "steps", "tokens", "learned_tokens", "tokens_per_second", "peak_memory_bytes", "loss",
+        "adapter",
+        "digest",
+        "steps",
+        "tokens",
+        "learned_tokens",
+        "tokens_per_second",
+        "peak_memory_bytes",
+        "loss",
         "validation",
-    }  # fmt: skip
+    }
     assert wanted <= result.to_dict().keys()
     json.dumps(result.to_dict(), allow_nan=False)
     assert [e.step for e in seen if isinstance(e, Evaluated)] == [0, 4, 8, 10]
@@ -261,9 +279,12 @@ def test_resumed_with_other_micro_batches_it_says_that_bits_may_differ(
 
 
 def test_batches_that_a_thread_sends_ahead_end_in_the_same_bytes_stopped_and_resumed_too(
-    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path,
+    whole: tuple[Path, RunResult, list[Event]],
+    shared: Path,
+    base: TextBase,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """As on a GPU, with the CPU for the device that they are sent to."""
     threads: set[str] = set()
 
@@ -339,7 +360,7 @@ def test_the_state_that_is_asked_for_is_what_is_kept(
     seen: list[Event] = []
     result = _train(
         shared, tmp_path / "out", base, on_event=seen.append, evaluation={"every": 1, "patience": 3, "keep": keep}
-    )  # fmt: skip
+    )
     assert (result.stopped, result.steps) == ("early stopping", 6)
     assert (result.kept_step, result.validation, result.validation_before) == (kept, loss, 9.0)
     assert any(isinstance(e, Note) and "kept the adapter of step 3" in e.text for e in seen) == (keep == "best")
@@ -381,8 +402,12 @@ def test_recomputing_activations_changes_nothing_but_memory(shared: Path, base: 
     weights = []
     for mode in ("on", "off"):
         _train(
-            shared, tmp_path / mode, base, memory={"activation_checkpointing": mode}, schedule={"steps": 3},
-        )  # fmt: skip
+            shared,
+            tmp_path / mode,
+            base,
+            memory={"activation_checkpointing": mode},
+            schedule={"steps": 3},
+        )
         weights.append(peft.read_folder(tmp_path / mode, base.model))
     for name, pair in weights[0].pairs.items():
         torch.testing.assert_close(pair.B, weights[1].pairs[name].B, rtol=1e-4, atol=1e-7)
@@ -396,9 +421,7 @@ def test_recomputation_is_chosen_by_the_stated_rule(tmp_path: Path) -> None:
     needs = _train(tmp_path, tmp_path / "out", base, dry_run=True).preflight["numbers"]
     between = (needs["memory_needed"] + needs["memory_checkpointed"]) / 2e9
     seen: list[Event] = []
-    _train(
-        tmp_path, tmp_path / "out", base, dry_run=True, on_event=seen.append, memory={"limit_gb": between}
-    )  # fmt: skip
+    _train(tmp_path, tmp_path / "out", base, dry_run=True, on_event=seen.append, memory={"limit_gb": between})
     resolved = next(e for e in seen if isinstance(e, Resolved))
     assert resolved.settings["memory.activation_checkpointing"] == "on"
     assert "above 90%" in resolved.sources["memory.activation_checkpointing"]
@@ -424,9 +447,14 @@ def test_the_report_sets_what_came_beside_what_was_predicted(shared: Path, base:
 def test_the_loop_follows_the_plan_of_epochs(shared: Path, base: TextBase, tmp_path: Path) -> None:
     seen: list[Event] = []
     result = _train(
-        shared, tmp_path / "out", base, on_event=seen.append, schedule={"steps": None, "epochs": 2},
-        evaluation={"every": "epoch"}, checkpoint={"every": "epoch"},
-    )  # fmt: skip
+        shared,
+        tmp_path / "out",
+        base,
+        on_event=seen.append,
+        schedule={"steps": None, "epochs": 2},
+        evaluation={"every": "epoch"},
+        checkpoint={"every": "epoch"},
+    )
     steps = [e for e in seen if isinstance(e, Stepped)]
     assert result.steps == 16  # 32 rows in fours, twice
     assert steps[-1].epoch == 2.0
@@ -461,9 +489,7 @@ def test_a_loss_that_is_not_finite_names_file_and_line(
     [("", "no rows|empty"), ('{"messages": [}\n', "1"), ('{"prompt": 5}\n', "completion|format")],
     ids=["empty", "malformed", "shape"],
 )
-def test_bad_data_is_named_with_its_line(
-    text: str, message: str, shared: Path, base: TextBase, tmp_path: Path
-) -> None:  # fmt: skip
+def test_bad_data_is_named_with_its_line(text: str, message: str, shared: Path, base: TextBase, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(DataError, match=message) as error:
         _train(shared, tmp_path / "out", base, data={"train": str(tmp_path / "bad.jsonl")})
@@ -486,7 +512,7 @@ def test_preflight_stops_before_anything_is_written(shared: Path, base: TextBase
 
 def test_a_folder_in_use_is_not_written_over(
     whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase
-) -> None:  # fmt: skip
+) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
     with pytest.raises(PreflightError, match="already holds"):
         _train(shared, whole[0], base)
@@ -494,9 +520,12 @@ def test_a_folder_in_use_is_not_written_over(
 
 
 def test_a_disk_that_fills_leaves_the_last_checkpoint_and_can_be_resumed(
-    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path,
+    whole: tuple[Path, RunResult, list[Event]],
+    shared: Path,
+    base: TextBase,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     output, real = tmp_path / "full", checkpoint.replace_file
 
     def write(path: Path, chunks: Any) -> None:
@@ -584,8 +613,15 @@ def test_a_base_that_predicts_worse_than_chance_is_not_trained(shared: Path, tmp
         _train(shared, tmp_path / "broken", broken, dry_run=True)
     assert not (tmp_path / "broken").exists()
     notes: list[Event] = []
-    _train(shared, tmp_path / "forced", broken, force=True, on_event=notes.append, schedule={"steps": 1},
-           evaluation={"keep": "last"})  # fmt: skip
+    _train(
+        shared,
+        tmp_path / "forced",
+        broken,
+        force=True,
+        on_event=notes.append,
+        schedule={"steps": 1},
+        evaluation={"keep": "last"},
+    )
     assert any(isinstance(e, Note) and "worse than chance" in e.text for e in notes)
 
 

@@ -75,9 +75,10 @@ CUSTOMERS: dict[str, dict[str, Any]] = {
 
 def config_of(shared: Path, output: Path, *more: dict[str, Any]) -> Any:
     values: dict[str, Any] = {
-        "base": {"name": str(shared / "tiny-base")}, "data": {"train": str(shared / "rows.jsonl"), "split": 8},
+        "base": {"name": str(shared / "tiny-base")},
+        "data": {"train": str(shared / "rows.jsonl"), "split": 8},
         "output": str(output),
-    }  # fmt: skip
+    }
     for sections in (COMMON, *more):
         for section, value in sections.items():
             values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
@@ -85,9 +86,14 @@ def config_of(shared: Path, output: Path, *more: dict[str, Any]) -> Any:
 
 
 def train(
-    shared: Path, place: Path, base: TextBase, customers: dict[str, dict[str, Any]], *,
-    on_event: Callable[[str, Event], None] = lambda name, event: None, **options: Any,
-) -> dict[str, RunResult | VeneerError]:  # fmt: skip
+    shared: Path,
+    place: Path,
+    base: TextBase,
+    customers: dict[str, dict[str, Any]],
+    *,
+    on_event: Callable[[str, Event], None] = lambda name, event: None,
+    **options: Any,
+) -> dict[str, RunResult | VeneerError]:
     """All of them in one pass, each in a folder of its name."""
     configs = [config_of(shared, place / name, own) for name, own in customers.items()]
     listeners = [lambda event, name=name: on_event(name, event) for name in customers]
@@ -192,9 +198,11 @@ def test_answers_that_are_compared_have_a_pass_of_their_own(
     shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path
 ) -> None:
     dpo = {
-        "data": {"train": str(shared / "pairs.jsonl"), "split": 0}, "preference": {"loss": "dpo"},
-        "schedule": {"steps": 3}, "optimizer": {"learning_rate": 1e-3},
-    }  # fmt: skip
+        "data": {"train": str(shared / "pairs.jsonl"), "split": 0},
+        "preference": {"loss": "dpo"},
+        "schedule": {"steps": 3},
+        "optimizer": {"learning_rate": 1e-3},
+    }
     results = train(shared, tmp_path, base, {"dpo": dpo, "b": CUSTOMERS["b"]})
     assert all(isinstance(result, RunResult) for result in results.values()), results
     run_text(config_of(shared, tmp_path / "alone", dpo), base=base, on_event=lambda event: None)

@@ -98,9 +98,12 @@ def file_routes(files: Files) -> APIRouter:
                 raise invalid(f"{str(read.get('purpose'))[:40]!r} is not a purpose of files here", "purpose", _PURPOSE)
             if (sent.size or 0) > files.limits.file:
                 raise Refused(
-                    f"the file has more than {files.limits.file:,} bytes", status=413, code="too_large", param="file",
+                    f"the file has more than {files.limits.file:,} bytes",
+                    status=413,
+                    code="too_large",
+                    param="file",
                     fix="send it in parts: POST /v1/uploads",
-                )  # fmt: skip
+                )
             keep = _keep(read)
             tenant, name = caller_of(request).tenant, sent.filename or ""
             made = await copied(
@@ -190,19 +193,31 @@ def _keep(read: FormData) -> float | None:
 def _shown_file(file: UploadedFile) -> dict[str, Any]:
     """As OpenAI's clients read it."""
     return {
-        "id": file.id, "object": "file", "bytes": file.bytes, "created_at": int(file.created),
-        "expires_at": None if file.expires is None else int(file.expires), "filename": file.filename,
-        "purpose": file.purpose, "status": "processed", "status_details": None,
-    }  # fmt: skip
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": int(file.created),
+        "expires_at": None if file.expires is None else int(file.expires),
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+        "status_details": None,
+    }
 
 
 def _shown_upload(upload: Upload) -> dict[str, Any]:
     """As OpenAI's clients read it."""
     return {
-        "id": upload.id, "object": "upload", "bytes": upload.bytes, "created_at": int(upload.created),
-        "expires_at": int(upload.expires), "filename": upload.filename, "purpose": upload.purpose,
-        "status": upload.status, "file": None if upload.file is None else _shown_file(upload.file),
-    }  # fmt: skip
+        "id": upload.id,
+        "object": "upload",
+        "bytes": upload.bytes,
+        "created_at": int(upload.created),
+        "expires_at": int(upload.expires),
+        "filename": upload.filename,
+        "purpose": upload.purpose,
+        "status": upload.status,
+        "file": None if upload.file is None else _shown_file(upload.file),
+    }
 
 
 def _posted(file: str, *texts: str) -> dict[str, Any]:

@@ -69,9 +69,12 @@ def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
     python graders are off, before any source is parsed."""
     if not python and has_python(given):
         raise Refused(
-            "graders of Python are off on this server", status=403, code="grader_not_allowed", param=f"{param}.type",
+            "graders of Python are off on this server",
+            status=403,
+            code="grader_not_allowed",
+            param=f"{param}.type",
             fix="its operator may turn them on: veneer serve --train --python-graders",
-        )  # fmt: skip
+        )
     try:
         return parse_grader(given, param)
     except ConfigError as error:
@@ -173,9 +176,12 @@ async def _ask(service: Service, caller: Principal, number: str, question: Quest
     prompt = await service.prompts.of_messages(question.messages, place=place)
     room = service.prompts.fits(prompt, "grader.input")
     sampling = Sampling(
-        max_tokens=min(question.tokens, room, service.settings.max_tokens or room), temperature=question.temperature,
-        top_p=question.top_p, seed=question.seed, grammar=question.grammar,
-    )  # fmt: skip
+        max_tokens=min(question.tokens, room, service.settings.max_tokens or room),
+        temperature=question.temperature,
+        top_p=question.top_p,
+        seed=question.seed,
+        grammar=question.grammar,
+    )
     answer = TextAnswer()
     async with aclosing(run(service, TextJob(caller, chosen, [prompt], sampling, id=number))) as events:
         async for _, event in events:
@@ -186,9 +192,11 @@ async def _ask(service: Service, caller: Principal, number: str, question: Quest
 
 def _usage(usage: Usage) -> dict[str, int]:
     return {
-        "prompt_tokens": usage.prompt, "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion, "cached_tokens": usage.cached,
-    }  # fmt: skip
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "cached_tokens": usage.cached,
+    }
 
 
 def _shown(grader: Any, grade: Grade, seconds: float) -> dict[str, Any]:
@@ -201,10 +209,14 @@ def _shown(grader: Any, grade: Grade, seconds: float) -> dict[str, Any]:
     return {
         "reward": grade.value if grade.value is not None else 0.0,
         "metadata": {
-            "name": grader.name, "type": grader.type, "errors": errors, "execution_time": seconds,
-            "scores": dict(grade.parts), "sampled_model_name": models[0] if models else None,
+            "name": grader.name,
+            "type": grader.type,
+            "errors": errors,
+            "execution_time": seconds,
+            "scores": dict(grade.parts),
+            "sampled_model_name": models[0] if models else None,
             "token_usage": sum(u.get("total_tokens", 0) for u in grade.usage.values()) if models else None,
         },
         "sub_rewards": dict(grade.parts),
         "model_grader_token_usage_per_model": {model: dict(usage) for model, usage in grade.usage.items()},
-    }  # fmt: skip
+    }

@@ -309,9 +309,11 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
             found = service.session(tenant, id)
             runs = [f"{id}:train:{number}" for number in sorted(found.runs)]
             return {
-                "training_run_ids": runs, "sampler_ids": service.samplers_of(found),
-                "user_metadata": found.metadata or None, "display_name": found.name,
-            }  # fmt: skip
+                "training_run_ids": runs,
+                "sampler_ids": service.samplers_of(found),
+                "user_metadata": found.metadata or None,
+                "display_name": found.name,
+            }
 
         return Json(await _asked(look))
 
@@ -350,10 +352,17 @@ def _plain(router: APIRouter, own: TinkerRoutes) -> None:
         found = await _asked(lambda: service.described(caller.tenant, body.model_id))
         name = await _asked(lambda: _model_name(service, service_of(request), caller, found.session))
         about = {"arch": service.base.family, "model_name": name, "tokenizer_id": name}
-        return Json({
-            "type": "get_info", "model_data": about, "model_id": found.id, "is_lora": True,
-            "lora_rank": found.lora.rank, "model_name": name, "optimizer_config": {"type": "adamw"},
-        })  # fmt: skip
+        return Json(
+            {
+                "type": "get_info",
+                "model_data": about,
+                "model_id": found.id,
+                "is_lora": True,
+                "lora_rank": found.lora.rank,
+                "model_name": name,
+                "optimizer_config": {"type": "adamw"},
+            }
+        )
 
     @router.post("/unload_model", summary="A training client is done; its state stays on the disk.")
     async def unload(request: HttpRequest, body: RunBody) -> Response:
@@ -479,9 +488,15 @@ def _training(
 
 
 def _bill(
-    own: TinkerRoutes, service: TinkerService, found: TrainingRun, seq: int, admission: AsyncExitStack,
-    bill: Bill | None, tokens: int, taken: int = 0,
-) -> None:  # fmt: skip
+    own: TinkerRoutes,
+    service: TinkerService,
+    found: TrainingRun,
+    seq: int,
+    admission: AsyncExitStack,
+    bill: Bill | None,
+    tokens: int,
+    taken: int = 0,
+) -> None:
     """The request's result, once it is billed. `taken`: of the budget, given back where it failed."""
     number, loop = f"{found.id}:{seq}", asyncio.get_running_loop()
     shown: asyncio.Future[FutureResult] = loop.create_future()
@@ -559,7 +574,7 @@ async def _result(own: TinkerRoutes, request: HttpRequest, number: str) -> Futur
 
 async def _bill_late(
     own: TinkerRoutes, request: HttpRequest, service: TinkerService, owner: TrainingRun, seq: int
-) -> None:  # fmt: skip
+) -> None:
     """Of a request that the process before took and did not do. Raises Refused where a limit is in its way."""
     asked, tokens = owner.journal.requests.get(seq), 0
     if asked is not None and asked.kind == "forward":
@@ -732,7 +747,7 @@ def _job(http: Service, caller: Principal, sampler: SamplerSource, body: SampleB
         "target_prompt_logprobs": body.target_prompt_logprobs is not None,
         "prompt_alt_tokens_k": bool(body.prompt_alt_tokens_k),
         "record_stability_info": bool(body.record_stability_info),
-    }  # fmt: skip
+    }
     if wrong := [name for name, given in not_here.items() if given]:
         raise invalid(f"this server does not know {wrong[0]}", wrong[0], "leave it out")
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
@@ -747,12 +762,16 @@ def _job(http: Service, caller: Principal, sampler: SamplerSource, body: SampleB
     try:
         sampling = Sampling(
             max_tokens=room if asked.max_tokens is None else asked.max_tokens,
-            temperature=asked.temperature, top_k=max(0, asked.top_k), top_p=asked.top_p, seed=asked.seed,
+            temperature=asked.temperature,
+            top_k=max(0, asked.top_k),
+            top_p=asked.top_p,
+            seed=asked.seed,
             stop=tuple(text for text in stop if isinstance(text, str)),
             stop_ids=tuple(token for token in stop if isinstance(token, int)),
-            ignore_eos=asked.stop == [], logprobs=max(body.topk_prompt_logprobs, body.topk_sample_logprobs),
+            ignore_eos=asked.stop == [],
+            logprobs=max(body.topk_prompt_logprobs, body.topk_sample_logprobs),
             prompt_logprobs=bool(body.prompt_logprobs or body.topk_prompt_logprobs),
-        )  # fmt: skip
+        )
     except ConfigError as error:
         raise invalid(error.what, error.where, error.fix) from error
     served = _served(http, caller, sampler)
@@ -764,8 +783,10 @@ def _served(http: Service, caller: Principal, sampler: SamplerSource) -> Served:
         if not Path(sampler.folder).is_dir():
             raise Refused(
                 "the weights of this sampling client are kept no more: newer ones of its run took their place",
-                status=410, code="gone", fix="save_weights_for_sampler(name) keeps what is to be asked for longer",
-            )  # fmt: skip
+                status=410,
+                code="gone",
+                fix="save_weights_for_sampler(name) keeps what is to be asked for longer",
+            )
         http.catalog.shelf.remember(sampler.digest, AdapterPlace(sampler.name, path=Path(sampler.folder)))
         return Served(((sampler.digest, 1.0),), sampler.name, sampler.name, adapters=(sampler.name,))
     if sampler.reference:
@@ -779,12 +800,13 @@ def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer], prompt: int) 
 
     samples = [
         WireSample(
-            [token.id for token in answer.tokens], [token.logprob or 0.0 for token in answer.tokens],
+            [token.id for token in answer.tokens],
+            [token.logprob or 0.0 for token in answer.tokens],
             answer.finished.reason == "stop",
             top(answer.tokens, body.topk_sample_logprobs) if body.topk_sample_logprobs else None,
         )
         for answer in answers
-    ]  # fmt: skip
+    ]
     told = next((answer.tokens[0].prompt for answer in answers if answer.tokens), ())
     first = 1 if body.prompt_logprobs_last_n is None else prompt - body.prompt_logprobs_last_n
     logprobs = [token.logprob if i >= first else None for i, token in enumerate(told)] if body.prompt_logprobs else None
@@ -817,11 +839,17 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
         run, _ = await found(request, *await _asked(lambda: parse_path(body.tinker_path)))
         lora, service, caller = run.lora, await own.service(), caller_of(request)
         name = await _asked(lambda: _model_name(service, service_of(request), caller, run.session))
-        return Json({
-            "base_model": name, "is_lora": True, "lora_rank": lora.rank,
-            "train_unembed": lora.unembed, "train_mlp": lora.mlp, "train_attn": lora.attention,
-            "optimizer_config": {"type": "adamw"},
-        })  # fmt: skip
+        return Json(
+            {
+                "base_model": name,
+                "is_lora": True,
+                "lora_rank": lora.rank,
+                "train_unembed": lora.unembed,
+                "train_mlp": lora.mlp,
+                "train_attn": lora.attention,
+                "optimizer_config": {"type": "adamw"},
+            }
+        )
 
     @router.get("/training_runs", summary="The caller's, the newest first.")
     async def runs(request: HttpRequest, limit: int = _Limit, offset: int = _Offset) -> Response:
@@ -881,8 +909,9 @@ def _saved(router: APIRouter, own: TinkerRoutes) -> None:
         base = str(request.base_url).rstrip("/")
         made = {
             path.name: f"{base}{FILES}/{point.reference}/{ends}/{_sign(own, point.reference, ends)}/{path.name}"
-            for path in sorted(folder.iterdir()) if path.is_file()
-        }  # fmt: skip
+            for path in sorted(folder.iterdir())
+            if path.is_file()
+        }
         return Json({"urls": made, "expires": datetime.fromtimestamp(ends, UTC).isoformat()})
 
     @router.put("/training_runs/{id}/checkpoints/{kind}/{name}/ttl", summary="How long one is kept.")
@@ -910,11 +939,17 @@ def _shown_run(run: TrainingRun, service: TinkerService, http: Service, caller: 
     asked = journal if journal.exists() else run.folder / "run.json"
     last = datetime.fromtimestamp(asked.stat().st_mtime, UTC).isoformat()
     return {
-        "training_run_id": run.id, "base_model": name, "model_owner": caller.tenant or "veneer",
-        "is_lora": True, "corrupted": False, "lora_rank": run.lora.rank, "last_request_time": last,
-        "last_checkpoint": newest("weights"), "last_sampler_checkpoint": newest("sampler_weights"),
+        "training_run_id": run.id,
+        "base_model": name,
+        "model_owner": caller.tenant or "veneer",
+        "is_lora": True,
+        "corrupted": False,
+        "lora_rank": run.lora.rank,
+        "last_request_time": last,
+        "last_checkpoint": newest("weights"),
+        "last_sampler_checkpoint": newest("sampler_weights"),
         "user_metadata": run.metadata,
-    }  # fmt: skip
+    }
 
 
 class _Tar:

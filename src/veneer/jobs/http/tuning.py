@@ -152,9 +152,12 @@ def tuning_routes(
         tuned = parse_tuned(model)
         if tuned is None or tuned.organisation != caller.tenant:
             raise Refused(
-                f"the model {quoted(model)} cannot be deleted here", status=403, code="forbidden", param="model",
+                f"the model {quoted(model)} cannot be deleted here",
+                status=403,
+                code="forbidden",
+                param="model",
                 fix="only your own that jobs made can: ft:…",
-            )  # fmt: skip
+            )
 
         def do() -> None:
             library = jobs.library
@@ -207,9 +210,12 @@ def _start(service: Service, caller: Principal, model: str) -> str | None:
     if (tuned := parse_tuned(model)) is not None and tuned.base == base:
         return service.catalog.resolve(model, caller).adapters[0]
     raise Refused(
-        f"The model {quoted(model)} is not served here, so it cannot be fine-tuned", status=400,
-        code="model_not_available", param="model", fix=f"model={base!r}, or one that was tuned from it",
-    )  # fmt: skip
+        f"The model {quoted(model)} is not served here, so it cannot be fine-tuned",
+        status=400,
+        code="model_not_available",
+        param="model",
+        fix=f"model={base!r}, or one that was tuned from it",
+    )
 
 
 def _graded_here(service: Service, caller: Principal, given: dict[str, Any], python: bool) -> dict[str, Any]:
@@ -239,15 +245,23 @@ def _check_wandb(caller: Principal) -> None:
 
 
 def _create(
-    service: Service, caller: Principal, queue: TuningQueue, body: TuningBody, start: str | None,
-    grader: dict[str, Any] | None, settings: FormSettings | None,
-) -> Job:  # fmt: skip
+    service: Service,
+    caller: Principal,
+    queue: TuningQueue,
+    body: TuningBody,
+    start: str | None,
+    grader: dict[str, Any] | None,
+    settings: FormSettings | None,
+) -> Job:
     tenant, jobs, files, tenants = caller.tenant, queue.jobs, queue.files, queue.tenants
     if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
         raise Refused(
-            f"{most:,} jobs are not finished, which is the limit (jobs)", status=429, code="rate_limit_exceeded",
-            retry_after=60.0, fix="wait until some have ended, or cancel them",
-        )  # fmt: skip
+            f"{most:,} jobs are not finished, which is the limit (jobs)",
+            status=429,
+            code="rate_limit_exceeded",
+            retry_after=60.0,
+            fix="wait until some have ended, or cancel them",
+        )
     training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
     held = _held_out(files, tenant, body.after)
@@ -259,19 +273,31 @@ def _create(
         train = put_input(files, tuned.id, "train", training)
         valid = put_input(files, tuned.id, "validation", validation) if validation else None
         asked = {
-            "model": body.model, "training_file": training.id, "validation_file": validation.id if validation else None,
-            "kind": body.kind, "hyperparameters": body.numbers.model_dump(), "suffix": body.suffix,
-            "metadata": body.metadata, "tuned": str(tuned),
+            "model": body.model,
+            "training_file": training.id,
+            "validation_file": validation.id if validation else None,
+            "kind": body.kind,
+            "hyperparameters": body.numbers.model_dump(),
+            "suffix": body.suffix,
+            "metadata": body.metadata,
+            "tuned": str(tuned),
             "integrations": [each.model_dump() for each in body.integrations or []],
             "after": None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True),
-        }  # fmt: skip
+        }
         if body.reinforced is not None and grader is not None:  # shown as it was asked for, and run as it is found
             asked["reinforcement"] = body.reinforced.shown()
             body.reinforced.grader = grader
         config = tuning_config(
-            body, base=service.reader.name, train=train, validation=valid, rows=count_lines(train, ROWS_COUNTED),
-            context=service.reader.context, seed=seed, start=start, settings=settings,
-        )  # fmt: skip
+            body,
+            base=service.reader.name,
+            train=train,
+            validation=valid,
+            rows=count_lines(train, ROWS_COUNTED),
+            context=service.reader.context,
+            seed=seed,
+            start=start,
+            settings=settings,
+        )
         about: dict[str, Any] = {"openai": asked, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
         if body.after is not None:
             after = _after(files, tuned.id, body.after, held)
@@ -294,8 +320,11 @@ def _check_held(jobs: JobStore, tenant: str, more: int, room: int) -> None:
     if held + more > room:
         raise Refused(
             f"jobs that have not ended read {held:,} bytes, and with {more:,} more it would be over {room:,}",
-            status=400, code="storage_full", param="training_file", fix="wait for some of them, or cancel them",
-        )  # fmt: skip
+            status=400,
+            code="storage_full",
+            param="training_file",
+            fix="wait for some of them, or cancel them",
+        )
 
 
 def _held_out(files: Files, tenant: str, asked: AfterJob | None) -> list[UploadedFile]:
@@ -330,14 +359,20 @@ def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ..
         if error.status != 404:
             raise
         raise Refused(
-            f"invalid {param}: there is no file {quoted(id)}", status=400, code="file_not_found", param=param,
+            f"invalid {param}: there is no file {quoted(id)}",
+            status=400,
+            code="file_not_found",
+            param=param,
             fix="upload it first: POST /v1/files",
-        ) from error  # fmt: skip
+        ) from error
     if found.purpose != "fine-tune" or not found.filename.lower().endswith(endings):
         raise Refused(
-            f"invalid {param}: {quoted(found.filename)} is no file of training data", status=400,
-            code="invalid_file_format", param=param, fix="a .jsonl file, a JSON object on each line",
-        )  # fmt: skip
+            f"invalid {param}: {quoted(found.filename)} is no file of training data",
+            status=400,
+            code="invalid_file_format",
+            param=param,
+            fix="a .jsonl file, a JSON object on each line",
+        )
     return found
 
 

@@ -57,10 +57,15 @@ class SavedWeights:
     def shown(self) -> dict[str, Any]:
         """As Tinker tells it."""
         return {
-            "checkpoint_id": self.id, "checkpoint_type": _KINDS[self.id.partition("/")[0]], "time": _date(self.made),
-            "tinker_path": self.path, "size_bytes": self.bytes, "public": False, "user_metadata": self.metadata,
+            "checkpoint_id": self.id,
+            "checkpoint_type": _KINDS[self.id.partition("/")[0]],
+            "time": _date(self.made),
+            "tinker_path": self.path,
+            "size_bytes": self.bytes,
+            "public": False,
+            "user_metadata": self.metadata,
             "expires_at": None if self.expires is None else _date(self.expires),
-        }  # fmt: skip
+        }
 
 
 def _date(seconds: float) -> str:
@@ -102,9 +107,16 @@ class Checkpoints:
         return self.folder / kind / name
 
     def put(
-        self, kind: str, name: str, seq: int, adapter: Adapter, base: TextBase, *, ttl: int | None = None,
+        self,
+        kind: str,
+        name: str,
+        seq: int,
+        adapter: Adapter,
+        base: TextBase,
+        *,
+        ttl: int | None = None,
         metadata: Mapping[str, str] | None = None,
-    ) -> SavedWeights:  # fmt: skip
+    ) -> SavedWeights:
         """Into the library; whole once this is back."""
         place = self.place(kind, name)
         if ttl is not None and not 3600 <= ttl <= _YEARS:
@@ -117,9 +129,16 @@ class Checkpoints:
             )
         now, before = time.time(), self.find(f"{kind}/{name}")
         made = SavedWeights(
-            f"{kind}/{name}", self.run, seq, added.version.reference, digest, size, now,
-            None if ttl is None else now + ttl, dict(metadata) if metadata else None,
-        )  # fmt: skip
+            f"{kind}/{name}",
+            self.run,
+            seq,
+            added.version.reference,
+            digest,
+            size,
+            now,
+            None if ttl is None else now + ttl,
+            dict(metadata) if metadata else None,
+        )
         place.mkdir(parents=True, exist_ok=True)
         self._write(made)
         if before is not None:

@@ -214,9 +214,15 @@ class TinkerService:
     `quotas`: limits per tenant; existing files in the folder count from the start."""
 
     def __init__(
-        self, base: TextBase, library: Library, folder: Path, *, room: int = 4 << 30, days: float = 30.0,
+        self,
+        base: TextBase,
+        library: Library,
+        folder: Path,
+        *,
+        room: int = 4 << 30,
+        days: float = 30.0,
         quotas: Quotas | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.base, self.library, self.folder, self.room, self.days = base, library, folder, room, days
         self.quotas = quotas or Quotas()
         self._lock = _own(folder)
@@ -262,9 +268,12 @@ class TinkerService:
         most = self.quotas.limits.metadata
         if metadata and len(json.dumps(metadata)) > most:
             raise Refused(
-                f"user_metadata is over {most:,} bytes of JSON (metadata)", status=413, code="too_large",
-                param="user_metadata", fix="send less metadata",
-            )  # fmt: skip
+                f"user_metadata is over {most:,} bytes of JSON (metadata)",
+                status=413,
+                code="too_large",
+                param="user_metadata",
+                fix="send less metadata",
+            )
         return json.dumps(content).encode()
 
     def _read_session(self, path: Path) -> Session:
@@ -317,9 +326,16 @@ class TinkerService:
         return found
 
     def _new_run(
-        self, owner: Session, number: int, lora: Lora, metadata: dict[str, Any] | None, weight: float,
-        source: SavedWeights | None = None, state: Path | None = None, optimizer: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        owner: Session,
+        number: int,
+        lora: Lora,
+        metadata: dict[str, Any] | None,
+        weight: float,
+        source: SavedWeights | None = None,
+        state: Path | None = None,
+        optimizer: bool = False,
+    ) -> None:
         """Create a run's folder, if it does not exist; the run starts from `state`, the saved state of `source`."""
         folder = owner.folder / f"train-{number}"
         data = {"lora": asdict(lora), "metadata": metadata, "weight": weight, "made": time.time()}
@@ -344,9 +360,15 @@ class TinkerService:
             owner.runs[str(number)] = hold
 
     def create_from(
-        self, tenant: str, session: str, number: int, path: str, optimizer: bool, metadata: dict[str, Any] | None,
+        self,
+        tenant: str,
+        session: str,
+        number: int,
+        path: str,
+        optimizer: bool,
+        metadata: dict[str, Any] | None,
         weight: float = 1.0,
-    ) -> TrainingRun:  # fmt: skip
+    ) -> TrainingRun:
         """A client that begins as another was saved; `optimizer`: with its moments. Raises NotHere, SessionOver,
         ConfigError."""
         owner, saved, source = self.session(tenant, session), self.saved(tenant, path), self.run_of(tenant, path)
@@ -383,9 +405,16 @@ class TinkerService:
             raise missing
         data = json.loads(path.read_text(encoding="utf-8"))
         return TrainingRun(
-            id, session, tenant, Lora(**data["lora"]), path.parent, self._checkpoints(owner, path.parent),
-            data["metadata"], owner.runs[number], data["weight"],
-        )  # fmt: skip
+            id,
+            session,
+            tenant,
+            Lora(**data["lora"]),
+            path.parent,
+            self._checkpoints(owner, path.parent),
+            data["metadata"],
+            owner.runs[number],
+            data["weight"],
+        )
 
     def run(self, tenant: str, id: str) -> TrainingRun:
         """Return a run, loaded from disk if it is not in memory. Raises NotHere."""
@@ -715,9 +744,12 @@ class TinkerService:
     def _do(self, run: TrainingRun, request: JournalEntry) -> None:
         body = json.loads(run.journal.body(request.seq))
         result = {
-            "optim_step": self._optimise, "save_weights": self._save, "save_weights_for_sampler": self._sampler_weights,
-            "save_weights_external": self._external, "load_weights": self._load,
-        }[request.kind](run, request.seq, body)  # fmt: skip
+            "optim_step": self._optimise,
+            "save_weights": self._save,
+            "save_weights_for_sampler": self._sampler_weights,
+            "save_weights_external": self._external,
+            "load_weights": self._load,
+        }[request.kind](run, request.seq, body)
         self._tell(run, FutureResult("json", json.dumps(result).encode()))
         self._write_if_due(run)
 
@@ -806,9 +838,10 @@ class TinkerService:
         source, saved = self.run_of(run.tenant, path), self.saved(run.tenant, path)
         if replace(source.lora, seed=None) != replace(run.lora, seed=None):
             raise ConfigError(
-                f"{saved.path} has another rank or other targets than this client", where="path",
+                f"{saved.path} has another rank or other targets than this client",
+                where="path",
                 fix="create_training_client_from_state makes one that fits",
-            )  # fmt: skip
+            )
         trainer = self._ready_trainer()
         self._forget(run)
         try:
@@ -825,9 +858,12 @@ class TinkerService:
     def _adapter(self, run: TrainingRun) -> Adapter:
         made = self._ready_trainer().adapter(self._learner(run))
         card = replace(
-            made.card, base=self.base.name, base_fingerprint=self.base.fingerprint, kind="text",
+            made.card,
+            base=self.base.name,
+            base_fingerprint=self.base.fingerprint,
+            kind="text",
             recipe={"tinker": {"run": run.id, "request": run.applied + 1, **asdict(run.lora)}},
-        )  # fmt: skip
+        )
         return replace(made, card=card)
 
     # -- what nobody comes back for ------------------------------------------------------------------------------------
@@ -966,8 +1002,9 @@ class TinkerService:
         if needed > self.room:
             raise ConfigError(
                 f"a client of rank {lora.rank} takes {needed:,} bytes to train; the server has room for {self.room:,}",
-                where="lora_config.rank", fix="a lower rank, or --adapter-memory of the server",
-            )  # fmt: skip
+                where="lora_config.rank",
+                fix="a lower rank, or --adapter-memory of the server",
+            )
         return needed
 
     def _make_room(self, run: TrainingRun) -> None:

@@ -300,9 +300,10 @@ class Trainer:
             work.total += loss
             if not math.isfinite(work.total):
                 raise TrainingError(
-                    f"the {work.loss} loss is not finite", where=work.learner.name,
+                    f"the {work.loss} loss is not finite",
+                    where=work.learner.name,
                     fix="look at its rows; a lower learning rate, or log-probabilities of the same model",
-                )  # fmt: skip
+                )
         return [work for work, _ in parts]
 
     def _parts(self, works: Sequence[PassWork]) -> list[tuple[PassWork, list[TrainRow]]]:
@@ -345,10 +346,12 @@ class Trainer:
             if spans is not None:
                 acting = partial(self.attachment.using, work.learner.name)
             logps = self._logps(own, part, acting)
-            loss = torch.stack([
-                row_loss(work.loss, p, {name: sent(t, device) for name, t in row.inputs.items()}, work.options)
-                for p, row in zip(logps, own, strict=True)
-            ]).sum()  # fmt: skip
+            loss = torch.stack(
+                [
+                    row_loss(work.loss, p, {name: sent(t, device) for name, t in row.inputs.items()}, work.options)
+                    for p, row in zip(logps, own, strict=True)
+                ]
+            ).sum()
             losses.append(loss)
             wanted += [loss] if work.backward else []
             found.append([p.detach() for p in logps])
@@ -399,9 +402,14 @@ class Trainer:
         """The whole state, gradients too, as number `number`; what was there before goes once this is whole."""
         gradients = {f"{k}{_GRADIENT}": p.grad for k, p in learner.parameters.items() if p.grad is not None}
         save_checkpoint(
-            folder, parameters={**learner.parameters, **gradients}, optimizer=learner.optimizer,
-            progress=Progress(step=number), identity={}, keep=1, about={"gradients": sorted(gradients)},
-        )  # fmt: skip
+            folder,
+            parameters={**learner.parameters, **gradients},
+            optimizer=learner.optimizer,
+            progress=Progress(step=number),
+            identity={},
+            keep=1,
+            about={"gradients": sorted(gradients)},
+        )
 
     def read(self, learner: Trainee, folder: Path, optimizer: bool = True) -> int:
         """The newest state of `folder`, and its number. `optimizer`: its moments and gradients too, or the weights

@@ -122,9 +122,12 @@ def _head(body: memoryview) -> ForwardHead:
 
 def _too_large(most: str) -> Refused:
     return Refused(
-        f"the forward_backward request has more than {most}", status=413, code="too_large", param="data",
+        f"the forward_backward request has more than {most}",
+        status=413,
+        code="too_large",
+        param="data",
         fix="send fewer rows per request",
-    )  # fmt: skip
+    )
 
 
 def _tensor_bytes(data: memoryview, fields: Callable[[memoryview], Iterator[tuple[int, Any]]]) -> int:

@@ -96,10 +96,19 @@ def bare_image(
     scheduler = _scheduler(row)
     parts = {row.denoiser: denoiser, "scheduler": scheduler}
     return ImageBase(
-        name=row.label, family=topology_name(row, denoiser.config), model=Components({row.denoiser: denoiser}).eval(),
-        parts=parts, directory=Path(), fingerprint="", dtype=dtype, device=torch.device(device), dtype_reason="",
-        prediction=prediction_of(row, scheduler, Path()), size=1024, quantised=quantise,
-    )  # fmt: skip
+        name=row.label,
+        family=topology_name(row, denoiser.config),
+        model=Components({row.denoiser: denoiser}).eval(),
+        parts=parts,
+        directory=Path(),
+        fingerprint="",
+        dtype=dtype,
+        device=torch.device(device),
+        dtype_reason="",
+        prediction=prediction_of(row, scheduler, Path()),
+        size=1024,
+        quantised=quantise,
+    )
 
 
 def _scheduler(row: ImageFamily) -> Any:

@@ -242,7 +242,7 @@ class _Turns:
 
 def _flux_forward(
     original: Callable[..., Any], joins: list[Join], norms: list[Any], head_dim: int
-) -> Callable[..., Any]:  # fmt: skip
+) -> Callable[..., Any]:
     turns = _Turns()
     eps = float(norms[0].eps)
 

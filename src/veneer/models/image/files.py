@@ -306,9 +306,7 @@ def _fields_of(part: Any) -> dict[str, Any]:
     else:
         installed = {n: p.default for n, p in inspect.signature(type(part).__init__).parameters.items()}
         usual = usual_fields(type(part).__name__, installed)
-        found = {
-            n: v for n, v in part.config.items() if not n.startswith("_") and _plain(v) != _plain(usual.get(n))
-        }  # fmt: skip
+        found = {n: v for n, v in part.config.items() if not n.startswith("_") and _plain(v) != _plain(usual.get(n))}
     found = {n: v for n, v in found.items() if n not in _NOT_SHAPE}
     return found | {"class": type(part).__name__}
 
@@ -431,9 +429,15 @@ def read_single_file(
                 for name in sorted(held - given.keys()):
                     library, classname = classes[name]
                     given[name] = read(
-                        library_name=library, class_name=classname, name=name, checkpoint=state, pipelines=None,
-                        is_pipeline_module=False, cached_model_config_path=str(folder), **options,
-                    )  # fmt: skip
+                        library_name=library,
+                        class_name=classname,
+                        name=name,
+                        checkpoint=state,
+                        pipelines=None,
+                        is_pipeline_module=False,
+                        cached_model_config_path=str(folder),
+                        **options,
+                    )
             else:
                 cls = getattr(diffusers, classes[family.denoiser][1])
                 given[family.denoiser] = _denoiser_of(state, cls, family.denoiser, {"config": str(folder), **options})
@@ -625,7 +629,7 @@ def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str
     state = {
         name: torch.empty(lazy.shape, device="meta", requires_grad=True)
         for name, lazy in lazy_state(list(table)).items()
-    }  # fmt: skip
+    }
     taken: list[Tensor] = []
     for part in parts.values():
         held = part.state_dict()

@@ -462,11 +462,13 @@ def check_rows(
     go together or with the base, as `generate_images` would."""
     rows = [
         replace(
-            row, image=row.image or settings.image, mask=row.mask or settings.mask,
+            row,
+            image=row.image or settings.image,
+            mask=row.mask or settings.mask,
             references=row.references or settings.references,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     _check(base, rows, settings, attachment)
     make_scheduler(base, settings.scheduler)
     _Run(base, rows[0], settings).check_negatives(rows)

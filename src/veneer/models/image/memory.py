@@ -120,7 +120,7 @@ def _hook(block: nn.Module, homes: list[tuple[nn.Module, str, Any, Any]], device
         for module, name, _, away in homes:
             module._parameters[name] = nn.Parameter(
                 away.data.to(device, non_blocking=True, copy=True), requires_grad=False
-            )  # fmt: skip
+            )
 
     def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
         for module, name, _, away in homes:

@@ -97,9 +97,7 @@ class Conditioning:
 # -- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def embed_prompts(
-    base: ImageBase, prompts: Sequence[str], references: Sequence[Sequence[Image]] = ()
-) -> Conditioning:  # fmt: skip
+def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[Sequence[Image]] = ()) -> Conditioning:
     """The text side of n prompts, as the pipeline encodes them; differentiable where adapters on encoders train.
 
     `references`: of each prompt the pictures that it edits, for a base that reads them together; others do not look.
@@ -413,9 +411,13 @@ def _packed(asked: _Asked, **given: Any) -> Tensor:
     h, w = asked.x.shape[2] // 2, asked.x.shape[3] // 2
     tokens = torch.cat([_patches(y).flatten(2).transpose(1, 2) for y in (asked.x, *asked.references)], dim=1)
     out = asked.denoiser(
-        hidden_states=tokens, timestep=asked.sigma, encoder_hidden_states=asked.text.embeds, guidance=asked.guidance,
-        **given, **asked.more,
-    )[0]  # fmt: skip
+        hidden_states=tokens,
+        timestep=asked.sigma,
+        encoder_hidden_states=asked.text.embeds,
+        guidance=asked.guidance,
+        **given,
+        **asked.more,
+    )[0]
     return _whole(out[:, : h * w].transpose(1, 2).unflatten(2, (h, w)))
 
 
@@ -443,10 +445,14 @@ def _flux2(asked: _Asked) -> Tensor:
     image = [positions(y.shape[2], y.shape[3], 1, frame=_FLUX2_FRAMES * i) for i, y in enumerate(pictures)]
     words = positions(1, 1, text.embeds.shape[1])
     out = asked.denoiser(
-        hidden_states=torch.cat([y.flatten(2).transpose(1, 2) for y in pictures], dim=1), timestep=asked.sigma,
-        encoder_hidden_states=text.embeds, guidance=asked.guidance, img_ids=torch.cat(image).expand(n, -1, -1),
-        txt_ids=words.expand(n, -1, -1), **asked.more,
-    )[0][:, : h * w]  # fmt: skip
+        hidden_states=torch.cat([y.flatten(2).transpose(1, 2) for y in pictures], dim=1),
+        timestep=asked.sigma,
+        encoder_hidden_states=text.embeds,
+        guidance=asked.guidance,
+        img_ids=torch.cat(image).expand(n, -1, -1),
+        txt_ids=words.expand(n, -1, -1),
+        **asked.more,
+    )[0][:, : h * w]
     return out.transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]
 
 

@@ -44,9 +44,13 @@ def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def bare_text(
-    config: PreTrainedConfig, *, dtype: torch.dtype, device: str = "meta", quantise: str | None = None,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: str = "meta",
+    quantise: str | None = None,
     buffers: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """The causal language model of `config`, frozen, in eval mode, with weights that were never read.
 
     `quantise`: the linear weights are in codes, doubly quantised, as `load_text` would make them. `buffers`: buffers
@@ -78,8 +82,9 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             f"transformers cannot build a model from this configuration: {why:.300}",
-            where=f"a {config.model_type} model", fix="take the base's own config.json again",
-        ) from error  # fmt: skip
+            where=f"a {config.model_type} model",
+            fix="take the base's own config.json again",
+        ) from error
 
 
 def tied_weights(folder: Path) -> list[list[str]]:
@@ -175,8 +180,9 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
     if overrides := {int(i): values for i, values in (own.get("per_layer_config") or {}).items()}:
         out["per_layer_config"] = {
             at: {k: _NARROW_LAYER.get(k, v) for k, v in overrides[i].items()}
-            for at, i in enumerate(chosen) if i in overrides
-        }  # fmt: skip
+            for at, i in enumerate(chosen)
+            if i in overrides
+        }
     if isinstance(own.get("moe_layers"), list):
         out["moe_layers"] = [i for i in own["moe_layers"] if i < out["num_hidden_layers"]]
     return out

@@ -166,9 +166,18 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
     turn, stops, _ = _ends(model, tokenizer)
     kind, reason = torch.float32, "nothing is computed here"
     return TextBase(
-        name, model, tokenizer, path, fingerprint(path, config, table), kind, torch.device("meta"), reason,
-        end_of_turn_id=turn, stop_ids=stops, context=_context(model.config),
-    )  # fmt: skip
+        name,
+        model,
+        tokenizer,
+        path,
+        fingerprint(path, config, table),
+        kind,
+        torch.device("meta"),
+        reason,
+        end_of_turn_id=turn,
+        stop_ids=stops,
+        context=_context(model.config),
+    )
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -244,9 +253,11 @@ def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantised: str) -> int
     if quantised in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
         full = ("embed", "lm_head", "wte", "wpe", "output")
         return sum(
-            t.elements * dtype.itemsize if len(t.shape) < 2 or any(f in t.name for f in full)
-            else quantised_bytes(t.shape, quantised) for t in table
-        )  # fmt: skip
+            t.elements * dtype.itemsize
+            if len(t.shape) < 2 or any(f in t.name for f in full)
+            else quantised_bytes(t.shape, quantised)
+            for t in table
+        )
     return sum(t.size if quantised else t.elements * dtype.itemsize for t in table)
 
 

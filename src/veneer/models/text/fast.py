@@ -94,9 +94,13 @@ def fast(
 
 
 def _swap(
-    model: Any, own: OwnForward | None, report: FastReport, undo: ExitStack, like: FastReport | None,
+    model: Any,
+    own: OwnForward | None,
+    report: FastReport,
+    undo: ExitStack,
+    like: FastReport | None,
     sharded: Sharded | None,
-) -> None:  # fmt: skip
+) -> None:
     """Modules and rows; or modules alone where rows are not the model's own; or nothing."""
     call = sharded or call_whole
     found = [module for module in model.modules() if not isinstance(module, LoraLinear)]
@@ -418,9 +422,13 @@ def _attention_forward(
 
 
 def _swap_last_layer(
-    model: Any, own: OwnForward | None, report: FastReport, undo: ExitStack, like: FastReport | None,
+    model: Any,
+    own: OwnForward | None,
+    report: FastReport,
+    undo: ExitStack,
+    like: FastReport | None,
     call: CallWithWeights,
-) -> None:  # fmt: skip
+) -> None:
     """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
     trained, 63% of one layer's work falls away."""
     layers = getattr(getattr(model, "model", None), "layers", None)

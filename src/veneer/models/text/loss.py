@@ -59,9 +59,13 @@ def token_logps(
 
 
 def _text_nll(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None,
+    model: Any,
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    trained: Tensor,
+    right: Tensor | None = None,
     shared: SharedRows | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(M,): one for each trained token, in order."""
     tokens = len(input_ids if shared is None else shared.places)
     if sum(lengths) != tokens or len(trained) != len(input_ids):
@@ -83,10 +87,16 @@ def _rounds(weight: Tensor) -> bool:
 
 
 def rows_nll(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None,
-    rounded: bool | None = None, spans: Spans | None = None, right: Tensor | None = None,
+    model: Any,
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    trained: Tensor,
+    layout: RowLayout | None = None,
+    rounded: bool | None = None,
+    spans: Spans | None = None,
+    right: Tensor | None = None,
     shared: SharedRows | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """−log p of each trained token, (M,), without padding and with logits at trained positions alone; for models within
     `fast`. `layout`: of those lengths, to see afterwards which layers used it.
 
@@ -149,9 +159,11 @@ def compared_logits(
 
 
 def of_logits(
-    model: Any, hidden: Tensor, made: Callable[[Tensor, slice], Tensor],
+    model: Any,
+    hidden: Tensor,
+    made: Callable[[Tensor, slice], Tensor],
     acting: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """made(logits, places), joined, where the logits of a few places exist at once, in float32. hidden: (M, d), as
     `hidden_at`; `acting`: as `target_logps`. They are made again for the gradient.
 
@@ -183,9 +195,15 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def _rows_hidden(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], at: Tensor, layout: RowLayout | None, rounded: bool | None,
-    spans: Spans | None, shared: SharedRows | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: Any,
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    at: Tensor,
+    layout: RowLayout | None,
+    rounded: bool | None,
+    spans: Spans | None,
+    shared: SharedRows | None = None,
+) -> tuple[Tensor, Tensor]:
     """What the head is given before each token of `at`, and `at`; both with padding at their ends where it is rounded.
     The last place of all may be the end of the rows."""
     device, count = input_ids.device, len(at)

@@ -91,8 +91,10 @@ class OwnForward:
         """How `nll`, one for each token of `trained`, of the rows with short windows, differs from the model's own; ""
         where it does not by more than rounding."""
         at = self.trained.nonzero()[:, 0]
-        own, moved = (torch.nn.functional.cross_entropy(x[at - 1], self.ids[at], reduction="none") for x in
-                      (self.logits, self.moved))  # fmt: skip
+        own, moved = (
+            torch.nn.functional.cross_entropy(x[at - 1], self.ids[at], reduction="none")
+            for x in (self.logits, self.moved)
+        )
         size = self.logits[at - 1].abs().amax(1)
         return self._problem(nll.detach().float()[:, None], own[:, None], moved[:, None], size, "loss")
 
@@ -266,8 +268,10 @@ def gate_of(module: nn.Module) -> str:
 
 
 _ACTIVATIONS: dict[str, Any] = {
-    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}  # fmt: skip
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 def _activation(module: nn.Module) -> str | None:

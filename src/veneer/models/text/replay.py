@@ -37,9 +37,13 @@ class Replay(Protocol):
 
 
 def replayed_logps(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, replay: Replay,
+    model: Any,
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    trained: Tensor,
+    replay: Replay,
     shared: SharedRows | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """log p of each trained token, (M,): the values are the replay's, the gradient is this model's at its values.
     Arguments as `token_logps` has them.
 

@@ -62,23 +62,69 @@ _PRODUCTS: dict[str, list[Any]] = {
 _PANELS = [_pointer, *[_int64] * 2, *[_pointer] * 3, _int64, _int, _int]
 _SERVING: dict[str, list[Any]] = {
     "thin_rows": [
-        _pointer, _int64, _pointer, _int64, _pointer, _int64, _pointer, _pointer, _pointer, _pointer, _int64, _int
+        _pointer,
+        _int64,
+        _pointer,
+        _int64,
+        _pointer,
+        _int64,
+        _pointer,
+        _pointer,
+        _pointer,
+        _pointer,
+        _int64,
+        _int,
     ],
     "store_rows": [_pointer, _int64, _pointer, _int64, _pointer, _pointer, *[_int64] * 3, _pointer, _pointer, _int],
     "turn_and_store": [
-        _pointer, *[_int64] * 3, *[_pointer] * 4, _float, *[_pointer] * 3, _int64, _pointer, _pointer, _int
+        _pointer,
+        *[_int64] * 3,
+        *[_pointer] * 4,
+        _float,
+        *[_pointer] * 3,
+        _int64,
+        _pointer,
+        _pointer,
+        _int,
     ],
     "paged_attend": [
-        _pointer, _int64, _pointer, *[_int64] * 3, _pointer, _pointer, _int64, _pointer, _int64, _pointer, _pointer,
-        _float, _float, _int64, _int64, _int
+        _pointer,
+        _int64,
+        _pointer,
+        *[_int64] * 3,
+        _pointer,
+        _pointer,
+        _int64,
+        _pointer,
+        _int64,
+        _pointer,
+        _pointer,
+        _float,
+        _float,
+        _int64,
+        _int64,
+        _int,
     ],
     "panel_product": _PANELS,
     "amx_panel_product": _PANELS,
     "decode": [
-        _pointer, _int64, _pointer, _int64, *[_pointer] * 7, _int64, _pointer, _int64, _int64, _pointer, _int64,
-        *[_pointer] * 4, _int64, _pointer, _int
+        _pointer,
+        _int64,
+        _pointer,
+        _int64,
+        *[_pointer] * 7,
+        _int64,
+        _pointer,
+        _int64,
+        _int64,
+        _pointer,
+        _int64,
+        *[_pointer] * 4,
+        _int64,
+        _pointer,
+        _int,
     ],
-}  # fmt: skip
+}
 """What only a processor with AVX512-BF16 has."""
 _AMX = ("amx_panel_product",)
 """What wants AMX beside it, which the system grants a process that asks."""
@@ -116,10 +162,22 @@ class Kernels:
         raise AttributeError(f"there is no kernel {name} here")
 
 
-_FALLIBLE = frozenset({
-    "norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "thin_add",
-    "thin_through", "thin_gradients", "paged_attend", "decode", *_TILES,
-})  # fmt: skip
+_FALLIBLE = frozenset(
+    {
+        "norm_silu",
+        "norm_silu_backward",
+        "causal_softmax",
+        "token_nll",
+        "attend",
+        "attend_backward",
+        "thin_add",
+        "thin_through",
+        "thin_gradients",
+        "paged_attend",
+        "decode",
+        *_TILES,
+    }
+)
 """Those that say whether they could do their work (bf16.h)."""
 
 

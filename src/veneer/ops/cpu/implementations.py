@@ -118,9 +118,11 @@ def _gain(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @_implements(
-    "gain_backward", "gained_backward", takes=_takes_gain("gained_backward"),
+    "gain_backward",
+    "gained_backward",
+    takes=_takes_gain("gained_backward"),
     wants="a float32 gain beside contiguous bfloat16",
-)  # fmt: skip
+)
 def _gain_backward(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     dy, d_gain = torch.empty_like(g), torch.empty_like(gain)
     _kernel("gained_backward")(*_at(g, y, gain, dy, d_gain), *g.shape, torch.get_num_threads())
@@ -183,15 +185,33 @@ def _takes_heads(name: str) -> Callable[..., bool]:
 
 
 def _heads(
-    name: str, x: Tensor, flat: Tensor, cos: Tensor | None, sin: Tensor | None, tokens: Tensor, slots: Tensor,
-    length: int, kv: int, scale: float, out: Tensor,
-) -> None:  # fmt: skip
+    name: str,
+    x: Tensor,
+    flat: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    tokens: Tensor,
+    slots: Tensor,
+    length: int,
+    kv: int,
+    scale: float,
+    out: Tensor,
+) -> None:
     """`flat`: whichever of x and out has the shape (N, heads, dim)."""
     heads, dim = flat.shape[1], flat.shape[2]
     _kernel(name)(
-        x.data_ptr(), flat.stride(0), *_at(cos, sin, tokens, slots), len(tokens), length, kv, heads // kv, dim, scale,
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        x.data_ptr(),
+        flat.stride(0),
+        *_at(cos, sin, tokens, slots),
+        len(tokens),
+        length,
+        kv,
+        heads // kv,
+        dim,
+        scale,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 _HEADS_WANT = "bfloat16 heads that lie flat in each token"
@@ -199,17 +219,31 @@ _HEADS_WANT = "bfloat16 heads that lie flat in each token"
 
 @_implements("gather_heads", takes=_takes_heads("gather_heads"), wants=_HEADS_WANT)
 def _gather_heads(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, tokens: Tensor, slots: Tensor, length: int, kv: int,
-    scale: float, out: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    tokens: Tensor,
+    slots: Tensor,
+    length: int,
+    kv: int,
+    scale: float,
+    out: Tensor,
+) -> None:
     _heads("gather_heads", x, x, cos, sin, tokens, slots, length, kv, scale, out)
 
 
 @_implements("scatter_heads", takes=_takes_heads("scatter_heads"), wants=_HEADS_WANT)
 def _scatter_heads(
-    g: Tensor, cos: Tensor | None, sin: Tensor | None, tokens: Tensor, slots: Tensor, length: int, kv: int,
-    scale: float, out: Tensor,
-) -> None:  # fmt: skip
+    g: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    tokens: Tensor,
+    slots: Tensor,
+    length: int,
+    kv: int,
+    scale: float,
+    out: Tensor,
+) -> None:
     _heads("scatter_heads", g, out, cos, sin, tokens, slots, length, kv, scale, out)
 
 
@@ -265,9 +299,15 @@ class _Tiles:
         self.names = f"{prefix}rows_attend", f"{prefix}rows_attend_backward"
 
     def forward(
-        self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, kv: int, scale: float,
+        self,
+        qkv: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        starts: Tensor,
+        kv: int,
+        scale: float,
         window: int | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Its output (N, heads, dim) and log Σ exp of its scores, (N, heads) float32."""
         n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * kv, qkv.shape[2]
         out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
@@ -278,9 +318,18 @@ class _Tiles:
         return out, lse
 
     def backward(
-        self, g: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor,
-        kv: int, scale: float, window: int | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        g: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        qkv: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        starts: Tensor,
+        kv: int,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
         d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         d_qkv[int(starts[-1]) :].zero_()
         given = self._given(qkv, cos, sin, starts, kv, scale, window)
@@ -346,9 +395,7 @@ def _frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool
 
 def _frozen(run: Any, name: str, *others: Implementation) -> Implementation:
     wants = f"contiguous bfloat16, {_LEAST} rows and more, a weight of {_LEAST} rows and columns and more"
-    return Implementation(
-        run, _takes_product, wants, lambda: compiled.why_missing("frozen_product"), name, others
-    )  # fmt: skip
+    return Implementation(run, _takes_product, wants, lambda: compiled.why_missing("frozen_product"), name, others)
 
 
 IMPLEMENTATIONS["frozen_product"] = _frozen(None, REFERENCE, _frozen(_frozen_product, "tiles"))
@@ -420,9 +467,11 @@ class CompiledLowRank:
 
 
 _implements(
-    "low_rank", *_LOW_RANK, takes=_takes_low_rank,
+    "low_rank",
+    *_LOW_RANK,
+    takes=_takes_low_rank,
     wants=f"up to {SMALL_INPUT:,} elements of contiguous bfloat16 in multiples of 16 columns, float32 A and B",
-)(CompiledLowRank)  # fmt: skip
+)(CompiledLowRank)
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
@@ -457,15 +506,33 @@ def _quantised(op: str, name: str) -> Callable[[Any], Any]:
 
 @_quantised("dequantise_blocks4", "blocks4_dense")
 def _dequantise_blocks4(
-    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, mean: Tensor | None, map8: Tensor, table: Tensor,
-    start: int, count: int, block: int, nested: int, out: Tensor,
-) -> None:  # fmt: skip
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    mean: Tensor | None,
+    map8: Tensor,
+    table: Tensor,
+    start: int,
+    count: int,
+    block: int,
+    nested: int,
+    out: Tensor,
+) -> None:
     doubly = absmax2 is not None and mean is not None
     constants = _at(absmax2, absmax, map8) if doubly else _at(absmax, None, None)
     _kernel("blocks4_dense")(
-        packed.data_ptr(), *constants, float(mean) if mean is not None else 0.0, table.data_ptr(), start, count, block,
-        nested, out.data_ptr(), int(out.dtype == torch.float32), torch.get_num_threads(),
-    )  # fmt: skip
+        packed.data_ptr(),
+        *constants,
+        float(mean) if mean is not None else 0.0,
+        table.data_ptr(),
+        start,
+        count,
+        block,
+        nested,
+        out.data_ptr(),
+        int(out.dtype == torch.float32),
+        torch.get_num_threads(),
+    )
 
 
 @_quantised("quantise_blocks4", "blocks4_quantise")
@@ -473,9 +540,14 @@ def _quantise_blocks4(
     packed: Tensor, absmax: Tensor, weight: Tensor, bounds: Tensor, order: Tensor, block: int
 ) -> None:
     _kernel("blocks4_quantise")(
-        weight.data_ptr(), int(weight.dtype == torch.float32), *_at(bounds, order), weight.numel(), block,
-        *_at(packed, absmax), torch.get_num_threads(),
-    )  # fmt: skip
+        weight.data_ptr(),
+        int(weight.dtype == torch.float32),
+        *_at(bounds, order),
+        weight.numel(),
+        block,
+        *_at(packed, absmax),
+        torch.get_num_threads(),
+    )
 
 
 @_quantised("dequantise_rows8", "rows8_dense")
@@ -495,9 +567,7 @@ def _takes_ggml(raw: Tensor, dtype: torch.dtype, kind: str) -> bool:
 @_implements("dequantise_ggml", "ggml_dense", takes=_takes_ggml, wants=", ".join(_GGML))
 def _dequantise_ggml(raw: Tensor, kind: str, out: Tensor) -> None:
     single = int(out.dtype == torch.float32)
-    _kernel("ggml_dense")(
-        _GGML[kind], raw.data_ptr(), raw.numel(), out.data_ptr(), single, torch.get_num_threads()
-    )  # fmt: skip
+    _kernel("ggml_dense")(_GGML[kind], raw.data_ptr(), raw.numel(), out.data_ptr(), single, torch.get_num_threads())
 
 
 # -- serving -----------------------------------------------------------------------------------------------------------
@@ -536,13 +606,19 @@ def _takes_reordered(probe: Tensor, bits: int) -> bool:
 
 
 IMPLEMENTATIONS["weight_order"] = Implementation(
-    {16: Panels.of, 8: Panels.int8, 4: Panels.int4}, _takes_panels, "bfloat16, in 16, 8 or 4 bits a weight",
-    lambda: compiled.why_missing("panel_product"), "panels",
+    {16: Panels.of, 8: Panels.int8, 4: Panels.int4},
+    _takes_panels,
+    "bfloat16, in 16, 8 or 4 bits a weight",
+    lambda: compiled.why_missing("panel_product"),
+    "panels",
     (
         Implementation(
-            {16: Reordered.of}, _takes_reordered, "bfloat16 in 16 bits a weight",
-            lambda: _no_order(torch.bfloat16), "onednn",
+            {16: Reordered.of},
+            _takes_reordered,
+            "bfloat16 in 16 bits a weight",
+            lambda: _no_order(torch.bfloat16),
+            "onednn",
         ),
     ),
-)  # fmt: skip
+)
 """Bits a weight -> what lays it out."""

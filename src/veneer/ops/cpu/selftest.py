@@ -291,14 +291,27 @@ class _Heads:
     def of(cls, bench: Bench) -> _Heads:
         angle = 3 * bench.normal(6, cls.DIM // 2, dtype=torch.float32)
         x = bench.normal(6, cls.KV * cls.PER * cls.DIM + 8)
-        return cls(x, angle.cos().bfloat16(), angle.sin().bfloat16(), torch.tensor([4, 0, 1, 3, 2]),
-                   torch.tensor([0, 1, 2, 4, 6]))  # fmt: skip
+        return cls(
+            x,
+            angle.cos().bfloat16(),
+            angle.sin().bfloat16(),
+            torch.tensor([4, 0, 1, 3, 2]),
+            torch.tensor([0, 1, 2, 4, 6]),
+        )
 
     def call(self, kernel: Any, x: Tensor, turned: bool, ld: int, out: Tensor) -> None:
         tables = at(self.cos, self.sin) if turned else [None, None]
         sizes = (len(self.tokens), self.LENGTH, self.KV, self.PER, self.DIM)
-        kernel(x.data_ptr(), ld, *tables, *at(self.tokens, self.slots), *sizes, 1.0 if not turned else 0.5,
-               out.data_ptr(), _THREADS)  # fmt: skip
+        kernel(
+            x.data_ptr(),
+            ld,
+            *tables,
+            *at(self.tokens, self.slots),
+            *sizes,
+            1.0 if not turned else 0.5,
+            out.data_ptr(),
+            _THREADS,
+        )
 
     def places(self) -> list[tuple[int, int, int]]:
         return [(t, s // self.LENGTH, s % self.LENGTH) for t, s in zip(self.tokens, self.slots, strict=True)]
@@ -393,9 +406,18 @@ def _blocks4_dense(bench: Bench) -> Iterator[Same]:
             for first, count in ((0, 384), (10, 150), (65, 63), (128, 131)):
                 out = bench.room(count, dtype=dtype)
                 bench.library.blocks4_dense(
-                    packed.data_ptr(), *constants, 0.25, table.data_ptr(), first, count, 64, 2, out.data_ptr(),
-                    int(dtype == torch.float32), _THREADS,
-                )  # fmt: skip
+                    packed.data_ptr(),
+                    *constants,
+                    0.25,
+                    table.data_ptr(),
+                    first,
+                    count,
+                    64,
+                    2,
+                    out.data_ptr(),
+                    int(dtype == torch.float32),
+                    _THREADS,
+                )
                 yield Same(out, want[first : first + count].to(dtype), 0, 0)
 
 
@@ -837,9 +859,17 @@ def _turn_and_store(bench: Bench) -> Iterator[Same]:
         qkv, places = bench.room(like=given), c.slots()
         K, V = (bench.room(like=torch.zeros(6, c.KV, 16 * c.D, dtype=_BF16)) for _ in range(2))
         bench.library.turn_and_store(
-            qkv.data_ptr(), c.HEADS, c.KV, c.D, *at(cos, sin, *norms), 1e-5, *at(positions, places, starts), 2,
-            *at(K, V), _THREADS,
-        )  # fmt: skip
+            qkv.data_ptr(),
+            c.HEADS,
+            c.KV,
+            c.D,
+            *at(cos, sin, *norms),
+            1e-5,
+            *at(positions, places, starts),
+            2,
+            *at(K, V),
+            _THREADS,
+        )
         q, k, v = given.view(55, -1, c.D).split([c.HEADS, c.KV, c.KV], 1)
         q, k = (_turn(t, w, cos[positions], sin[positions]) for t, w in ((q, norms[0]), (k, norms[1])))
         yield Same(qkv, torch.cat([q, k, v.double()], 1).flatten(1))
@@ -858,9 +888,23 @@ def _paged_attend(bench: Bench) -> Iterator[Same]:
     for cap, window in ((0.0, 0), (2.0, 0), (0.0, 9)):
         out = bench.room(8, c.HEADS * c.D)
         bench.library.paged_attend(
-            q.data_ptr(), q.shape[1], out.data_ptr(), c.HEADS, c.KV, c.D, *at(positions, starts), 2, tables.data_ptr(),
-            tables.shape[1], *at(K, V), 0.25, cap, window, 35, _THREADS,
-        )  # fmt: skip
+            q.data_ptr(),
+            q.shape[1],
+            out.data_ptr(),
+            c.HEADS,
+            c.KV,
+            c.D,
+            *at(positions, starts),
+            2,
+            tables.data_ptr(),
+            tables.shape[1],
+            *at(K, V),
+            0.25,
+            cap,
+            window,
+            35,
+            _THREADS,
+        )
         wide = q[:, : c.HEADS * c.D].view(8, c.HEADS, c.D)
         yield Same(out, c.attended(wide, own, 0.25, cap, window), far=2**-7)
 
@@ -988,15 +1032,25 @@ def _decode(bench: Bench) -> Iterator[Same]:
             K, V = (bench.room(like=t) for t in c.pages(torch.cat(c.k), torch.cat(c.v)))
             fields = at(
                 norm, qkv.pointers, b_qkv, q_norm, k_norm, out.pointers, b_out, after, gate_up.pointers, down.pointers
-            )  # fmt: skip
+            )
             layer = torch.tensor([f or 0 for f in (*fields, 0, *at(K, V))])
             got, room = bench.room(like=x), bench.room(7 * (dim + wide + heads + 3 * ffn))
             a = adapters[0]
             segments = [*at(records), 2, *at(a.starts, a.rows, a.strengths, u), 16] if adapted else [0] * 7
             bench.library.decode(
-                got.data_ptr(), 7, layer.data_ptr(), 1, *at(sizes, numbers, cos, sin, positions, places, starts), 2,
-                tables.data_ptr(), tables.shape[1], 35, *segments, room.data_ptr(), _THREADS,
-            )  # fmt: skip
+                got.data_ptr(),
+                7,
+                layer.data_ptr(),
+                1,
+                *at(sizes, numbers, cos, sin, positions, places, starts),
+                2,
+                tables.data_ptr(),
+                tables.shape[1],
+                35,
+                *segments,
+                room.data_ptr(),
+                _THREADS,
+            )
 
             def onto(group: int, given: Tensor, y: Tensor, adapted: bool = adapted) -> Tensor:
                 return (adapters[group].onto(given, y) if adapted else y).to(_BF16)

@@ -47,9 +47,7 @@ def _place(cos, sin, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
 
 
 @kernel
-def _turn(
-    x, y, cos, sin, x_token, x_head, y_token, y_head, heads, half, sign, HEADS: tl.constexpr, HALF: tl.constexpr
-):  # fmt: skip
+def _turn(x, y, cos, sin, x_token, x_head, y_token, y_head, heads, half, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
     """y₁ = x₁·cos − sign·x₂·sin, y₂ = x₂·cos + sign·x₁·sin: all heads of a token a program."""
     token, head, at, there, c, s = _place(cos, sin, heads, half, HEADS, HALF)
     s = s * sign
@@ -96,9 +94,22 @@ class TurnedHeads(torch.autograd.Function):
 
 @kernel
 def _norm_turn(
-    x, y, weight, cos, sin, x_token, x_head, y_token, y_head, heads, queries, half, eps, HEADS: tl.constexpr,
+    x,
+    y,
+    weight,
+    cos,
+    sin,
+    x_token,
+    x_head,
+    y_token,
+    y_head,
+    heads,
+    queries,
+    half,
+    eps,
+    HEADS: tl.constexpr,
     HALF: tl.constexpr,
-):  # fmt: skip
+):
     """y = turned(w ⊙ x/rms(x)), w the first row of weight: (2, 2·half) for the first `queries` heads, else the second.
     Some heads of a token a program."""
     token, head, at, there, c, s = _place(cos, sin, heads, half, HEADS, HALF)
@@ -116,9 +127,22 @@ def _norm_turn(
 
 @kernel
 def _norm_turn_backward(
-    g, x, dx, weight, cos, sin, g_token, g_head, x_token, x_head, heads, half, eps, HEADS: tl.constexpr,
+    g,
+    x,
+    dx,
+    weight,
+    cos,
+    sin,
+    g_token,
+    g_head,
+    x_token,
+    x_head,
+    heads,
+    half,
+    eps,
+    HEADS: tl.constexpr,
     HALF: tl.constexpr,
-):  # fmt: skip
+):
     """dx = r·a − x·r³·mean(a⊙x), a = w ⊙ (g turned back). weight: (2·half,); dx lies as x does."""
     token, head, at, there, c, s = _place(cos, sin, heads, half, HEADS, HALF)
     given = g + token * g_token + head * g_head + at
@@ -188,9 +212,21 @@ def _lying(x: Tensor) -> Tensor:
 
 @kernel
 def _norm_pairs(
-    x, y, weight, turn, tokens, heads, dim, w_kind, w_token, eps, NORMED: tl.constexpr, TURNED: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    weight,
+    turn,
+    tokens,
+    heads,
+    dim,
+    w_kind,
+    w_token,
+    eps,
+    NORMED: tl.constexpr,
+    TURNED: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+):
     """y = turned(w ⊙ x/rms(x)) of some heads of q and k of a token. x: (rows·tokens, 3·heads, dim), y: (…, 2·heads,
     dim), turn: (tokens, dim/2, 2) cos and sin."""
     token = tl.program_id(0).to(tl.int64)
@@ -220,9 +256,24 @@ def _turned_pairs(v, turn, dim, sign, HEADS: tl.constexpr, D: tl.constexpr):
 
 @kernel
 def _norm_pairs_backward(
-    g, x, dx, weight, turn, g_row, g_token, g_head, tokens, heads, dim, w_token, eps, NORMED: tl.constexpr,
-    TURNED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    g,
+    x,
+    dx,
+    weight,
+    turn,
+    g_row,
+    g_token,
+    g_head,
+    tokens,
+    heads,
+    dim,
+    w_token,
+    eps,
+    NORMED: tl.constexpr,
+    TURNED: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+):
     """dx = r·a − x·r³·mean(a⊙x), a = w ⊙ (g turned back), of some heads of one kind. x, dx: where the kind begins."""
     token = tl.program_id(0).to(tl.int64)
     place = token % tokens
@@ -308,10 +359,34 @@ def _scores(q, k, query, key, length, scale, cap, window, CAP: tl.constexpr, WIN
 
 @kernel
 def _attend(
-    q, k, v, out, lse, starts, sinks, q_token, q_head, k_token, k_head, v_token, v_head, total, heads, per, dim, scale,
-    cap, window, CAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    lse,
+    starts,
+    sinks,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    total,
+    heads,
+    per,
+    dim,
+    scale,
+    cap,
+    window,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    WIDE: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """A block of queries of one head and row a program. out: (total, heads, dim), lse: (heads, total)."""
     head = tl.program_id(0) % heads
     begin = tl.load(starts + tl.program_id(0) // heads)
@@ -354,10 +429,35 @@ def _attend(
 
 @kernel
 def _attend_of_q(
-    g, out, q, k, v, lse, delta, dq, starts, q_token, q_head, k_token, k_head, v_token, v_head, total, heads, per, dim,
-    scale, cap, window, CAP: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    g,
+    out,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    dq,
+    starts,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    total,
+    heads,
+    per,
+    dim,
+    scale,
+    cap,
+    window,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDE: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """The gradient of a block of queries, and delta = Σ g ⊙ out of each: (heads, total). g, out, dq: (total, heads,
     dim)."""
     head = tl.program_id(0) % heads
@@ -397,10 +497,35 @@ def _attend_of_q(
 
 @kernel
 def _attend_of_kv(
-    g, q, k, v, lse, delta, dk, dv, starts, q_token, q_head, k_token, k_head, v_token, v_head, total, heads, per, dim,
-    scale, cap, window, CAP: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    g,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    dk,
+    dv,
+    starts,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    total,
+    heads,
+    per,
+    dim,
+    scale,
+    cap,
+    window,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDE: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """The gradients of a block of keys and values of one key head, from all queries that see them. dk, dv: (total, kv,
     dim)."""
     kv = heads // per
@@ -463,9 +588,17 @@ def _tiles(dim: int, backward: bool = False) -> dict[str, int]:
 class ScoredAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, starts: Tensor, longest: int, scale: float,
-        window: int | None, cap: float,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        starts: Tensor,
+        longest: int,
+        scale: float,
+        window: int | None,
+        cap: float,
+    ) -> Tensor:
         q, k, v = (_lying(t) for t in (q, k, v))
         total, heads, dim = q.shape
         out = q.new_empty(total, heads, dim)
@@ -511,9 +644,16 @@ def _sizes(
 
 
 def _scored_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None = None,
-    cap: float = 0.0, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None = None,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """By the kernels of this file. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim).
 
     starts: (rows + 1,) int32, where each row begins, and N. `longest`: of the rows. `cap`: 0 for none. sinks:
@@ -529,9 +669,16 @@ def _takes_varlen(q: Tensor) -> bool:
 
 
 def attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None, cap: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+    cap: float,
     sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """As `_scored_attention`, by torch's where it does what is asked."""
     if cap or sinks is not None or not _takes_varlen(q):
         return _scored_attention(q, k, v, starts, longest, scale, window, cap, sinks)

@@ -236,9 +236,7 @@ def _launch_of(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any]
 
 # -- compiled for a GPU that is not there ------------------------------------------------------------------------------
 
-SHARED_LIMITS = {
-    "sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10
-}  # fmt: skip
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Target -> bytes of shared memory that a block may have (CUDA C programming guide, table "Technical specifications
 per compute capability"; AMD CDNA 3 ISA, LDS)."""
 

@@ -11,9 +11,16 @@ from veneer.ops.sizes import power_of_2
 
 @kernel
 def _token_nll(
-    logits, targets, nll, right, width,
-    IGNORED: tl.constexpr, RIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    targets,
+    nll,
+    right,
+    width,
+    IGNORED: tl.constexpr,
+    RIGHT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """nan at a target that is neither IGNORED nor a column."""
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * width

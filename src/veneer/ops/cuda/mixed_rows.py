@@ -22,10 +22,24 @@ _SHARE = 1024
 
 @kernel(varying=("count", "longest", "ranks"))
 def _shrink(
-    x, rows, tiles, starts, adapters, table, u, inputs, count, longest, ranks,
-    RECORD: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    x,
+    rows,
+    tiles,
+    starts,
+    adapters,
+    table,
+    u,
+    inputs,
+    count,
+    longest,
+    ranks,
+    RECORD: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     tile = tiles + 3 * tl.program_id(0)
     j = tl.program_id(1)
     parts_r = tl.cdiv(ranks, BLOCK_R)
@@ -54,10 +68,28 @@ def _shrink(
 
 @kernel(varying=("count", "longest", "ranks", "shares"))
 def _expand(
-    y, own, rows, tiles, starts, adapters, strengths, table, u, columns, count, longest, ranks, shares,
-    RECORD: tl.constexpr, PARTS: tl.constexpr, SIXTEENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    y,
+    own,
+    rows,
+    tiles,
+    starts,
+    adapters,
+    strengths,
+    table,
+    u,
+    columns,
+    count,
+    longest,
+    ranks,
+    shares,
+    RECORD: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIXTEENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     tile = tiles + 3 * tl.program_id(0)
     mix, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     i = first + tl.arange(0, BLOCK_M)
@@ -91,8 +123,9 @@ def _expand(
                         sums += tl.load(of, mask=there_u, other=0.0)
                     b = tl.load(
                         B + r[:, None] * size + (c - column)[None, :],
-                        mask=(r < rank)[:, None] & inside[None, :], other=0.0,
-                    )  # fmt: skip
+                        mask=(r < rank)[:, None] & inside[None, :],
+                        other=0.0,
+                    )
                     made = product((sums * strength).to(y.dtype.element_ty), b, WIDE, made)
         gain = tl.load(record + 2 + 5 * PARTS)
         if gain != 0:
@@ -120,12 +153,44 @@ def mixed_rows(x: Tensor, y: Tensor, own: Tensor, tiles: MixTiles, table: Tensor
     K, N = 128 if R < 64 and x.element_size() < 4 else 64, 128 if M < 64 else 64
     lists = tiles.rows, tiles.tiles, tiles.starts, tiles.adapters
     run_kernel(
-        _shrink, (len(tiles.tiles), tiles.longest, shares * block_count(ranks, R)), x, *lists, table, u, inputs, count,
-        tiles.longest, ranks, RECORD=RECORD, SHARE=_SHARE, BLOCK_M=M, BLOCK_R=R, BLOCK_K=K, WIDE=wide(x.dtype),
+        _shrink,
+        (len(tiles.tiles), tiles.longest, shares * block_count(ranks, R)),
+        x,
+        *lists,
+        table,
+        u,
+        inputs,
+        count,
+        tiles.longest,
+        ranks,
+        RECORD=RECORD,
+        SHARE=_SHARE,
+        BLOCK_M=M,
+        BLOCK_R=R,
+        BLOCK_K=K,
+        WIDE=wide(x.dtype),
         num_warps=4,
-    )  # fmt: skip
+    )
     run_kernel(
-        _expand, (len(tiles.tiles), block_count(columns, N)), y, own, *lists, tiles.strengths, table, u, columns, count,
-        tiles.longest, ranks, shares, RECORD=RECORD, PARTS=PARTS, SIXTEENS=sixteens, BLOCK_M=M, BLOCK_N=N, BLOCK_R=16,
-        WIDE=wide(x.dtype), num_warps=4,
-    )  # fmt: skip
+        _expand,
+        (len(tiles.tiles), block_count(columns, N)),
+        y,
+        own,
+        *lists,
+        tiles.strengths,
+        table,
+        u,
+        columns,
+        count,
+        tiles.longest,
+        ranks,
+        shares,
+        RECORD=RECORD,
+        PARTS=PARTS,
+        SIXTEENS=sixteens,
+        BLOCK_M=M,
+        BLOCK_N=N,
+        BLOCK_R=16,
+        WIDE=wide(x.dtype),
+        num_warps=4,
+    )

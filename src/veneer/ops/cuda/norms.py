@@ -87,9 +87,23 @@ def _moments(parts, group, size, chunks, eps, BLOCK: tl.constexpr, CHUNKS: tl.co
 
 @device_function
 def _slopes(
-    g, x, shift, weight, bias, parts, group, size, places, per, groups, chunks, eps, SHIFTED: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
+    g,
+    x,
+    shift,
+    weight,
+    bias,
+    parts,
+    group,
+    size,
+    places,
+    per,
+    groups,
+    chunks,
+    eps,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
     """(places in the group, which of them there are, x̂, a, 1/√(variance + ε)): a = w ⊙ silu'(z) ⊙ g, z = w ⊙ x̂ + b."""
     at, there, v, channel = _chunk(x, shift, group, size, places, per, SHIFTED, BLOCK)
     mean, r = _moments(parts, group, size, chunks, eps, BLOCK, CHUNKS)
@@ -117,9 +131,22 @@ def _group_parts(x, shift, parts, size, places, per, chunks, SHIFTED: tl.constex
 
 @kernel
 def _norm_silu(
-    x, shift, weight, bias, parts, y, size, places, per, groups, chunks, eps, SHIFTED: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
+    x,
+    shift,
+    weight,
+    bias,
+    parts,
+    y,
+    size,
+    places,
+    per,
+    groups,
+    chunks,
+    eps,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
     group = tl.program_id(0).to(tl.int64)
     at, there, v, channel = _chunk(x, shift, group, size, places, per, SHIFTED, BLOCK)
     mean, r = _moments(parts, group, size, chunks, eps, BLOCK, CHUNKS)
@@ -131,9 +158,23 @@ def _norm_silu(
 
 @kernel
 def _norm_silu_sums(
-    g, x, shift, weight, bias, parts, sums, size, places, per, groups, chunks, eps, SHIFTED: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
+    g,
+    x,
+    shift,
+    weight,
+    bias,
+    parts,
+    sums,
+    size,
+    places,
+    per,
+    groups,
+    chunks,
+    eps,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
     """Σ a and Σ a ⊙ x̂ of a chunk."""
     group = tl.program_id(0).to(tl.int64)
     _, _, normed, a, _ = _slopes(
@@ -146,9 +187,24 @@ def _norm_silu_sums(
 
 @kernel
 def _norm_silu_backward(
-    g, x, shift, weight, bias, parts, sums, dx, size, places, per, groups, chunks, eps, SHIFTED: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
+    g,
+    x,
+    shift,
+    weight,
+    bias,
+    parts,
+    sums,
+    dx,
+    size,
+    places,
+    per,
+    groups,
+    chunks,
+    eps,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
     """dx = r·(a − mean(a) − x̂·mean(a ⊙ x̂))"""
     group = tl.program_id(0).to(tl.int64)
     at, there, normed, a, r = _slopes(

@@ -23,10 +23,33 @@ _SPAN, _ENOUGH = 512, 256  # keys of a part; programs that need no parts
 
 @kernel(varying=("table_width", "count", "span"))
 def _paged_attention(
-    q, K, V, out, sums, tiles, tables, q_stride, table_width, count, span, kv, heads, scale, cap, window,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    q,
+    K,
+    V,
+    out,
+    sums,
+    tiles,
+    tables,
+    q_stride,
+    table_width,
+    count,
+    span,
+    kv,
+    heads,
+    scale,
+    cap,
+    window,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     tile = tiles + 4 * tl.program_id(0)
     head, part = tl.program_id(1), tl.program_id(2)
     sequence, first, tokens, position = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
@@ -37,8 +60,9 @@ def _paged_attention(
     h = head * GROUP + g
     own = tl.load(
         q + (first + t)[:, None] * q_stride + (h * D)[:, None] + d[None, :],
-        mask=asked[:, None] & (d < D)[None, :], other=0.0,
-    )  # fmt: skip
+        mask=asked[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
     at = position + t
     low = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
     low, high = tl.maximum(low, part * span), tl.minimum(position + tokens, (part + 1) * span)
@@ -91,9 +115,18 @@ def _join_parts(part, sums, out, count, parts, heads, D: tl.constexpr, BLOCK_D: 
 
 
 def paged_attention(
-    q: Tensor, K: Tensor, V: Tensor, tiles: Tensor, tables: Tensor, longest: int, tokens: int, page: int,
-    scale: float, cap: float, window: int,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    tiles: Tensor,
+    tables: Tensor,
+    longest: int,
+    tokens: int,
+    page: int,
+    scale: float,
+    cap: float,
+    window: int,
+) -> Tensor:
     """q (rows, heads, d), its rows may be apart; K, V (places, kv, d) -> (rows, heads, d). `tiles` (·, 4): sequence,
     first row, tokens (at most `tokens`), position of the first; `tables` (sequences, ·) of pages. `longest`: keys of
     any. `cap` 0: none; `window` 0: all."""
@@ -114,11 +147,37 @@ def paged_attention(
     large = block > 16, D * q.element_size() > 256  # what takes registers
     N = 64 >> sum(large)
     run_kernel(
-        _paged_attention, (len(tiles), kv, parts), q, K, V, part, sums, tiles, tables, q.stride(0), tables.shape[1],
-        count, span, kv, heads, scale, cap or 1.0, window or 2**31 - 1, PAGE=page, D=d, BLOCK_D=D, GROUP=group,
-        BLOCK_G=power_of_2(group), BLOCK_M=block, BLOCK_N=N, CAPPED=cap > 0, WHOLE=parts == 1, WIDE=wide(q.dtype),
-        num_warps=8 if block > 16 and D > 128 else 4, num_stages=2,
-    )  # fmt: skip
+        _paged_attention,
+        (len(tiles), kv, parts),
+        q,
+        K,
+        V,
+        part,
+        sums,
+        tiles,
+        tables,
+        q.stride(0),
+        tables.shape[1],
+        count,
+        span,
+        kv,
+        heads,
+        scale,
+        cap or 1.0,
+        window or 2**31 - 1,
+        PAGE=page,
+        D=d,
+        BLOCK_D=D,
+        GROUP=group,
+        BLOCK_G=power_of_2(group),
+        BLOCK_M=block,
+        BLOCK_N=N,
+        CAPPED=cap > 0,
+        WHOLE=parts == 1,
+        WIDE=wide(q.dtype),
+        num_warps=8 if block > 16 and D > 128 else 4,
+        num_stages=2,
+    )
     if parts > 1:
         run_kernel(_join_parts, (count * heads,), part, sums, out, count, parts, heads, D=d, BLOCK_D=D, num_warps=1)
     return out
@@ -126,9 +185,22 @@ def paged_attention(
 
 @kernel
 def _turn_and_store(
-    qkv, K, V, cos, sin, q_norm, k_norm, positions, slots, heads, kv, eps,
-    D: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    K,
+    V,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    positions,
+    slots,
+    heads,
+    kv,
+    eps,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    NORMED: tl.constexpr,
+):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x = qkv + (row * (heads + 2 * kv) + head) * D
     j = tl.arange(0, HALF)
@@ -159,15 +231,38 @@ def _turn_and_store(
 
 
 def turn_and_store(
-    qkv: Tensor, K: Tensor, V: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
-    eps: float, positions: Tensor, slots: Tensor,
-) -> None:  # fmt: skip
+    qkv: Tensor,
+    K: Tensor,
+    V: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    slots: Tensor,
+) -> None:
     """qkv (rows, (heads + 2 kv)·d): queries normed, if there is a norm, and turned in place; keys the same into K, and
     values into V, (places, kv, d), at `slots`. cos, sin: (positions, d/2) float32."""
     kv, d = K.shape[1], K.shape[2]
     heads = qkv.shape[1] // d - 2 * kv
     run_kernel(
-        _turn_and_store, (len(qkv), heads + 2 * kv), qkv, K, V, cos, sin, qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm, positions, slots, heads, kv, eps, D=d, HALF=power_of_2(d // 2),
-        NORMED=q_norm is not None, num_warps=1,
-    )  # fmt: skip
+        _turn_and_store,
+        (len(qkv), heads + 2 * kv),
+        qkv,
+        K,
+        V,
+        cos,
+        sin,
+        qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm,
+        positions,
+        slots,
+        heads,
+        kv,
+        eps,
+        D=d,
+        HALF=power_of_2(d // 2),
+        NORMED=q_norm is not None,
+        num_warps=1,
+    )

@@ -38,9 +38,20 @@ def _scale_of_block(absmax, absmax2, mean, map8, block, there, NESTED: tl.conste
 
 @kernel
 def _blocks4(
-    packed, absmax, absmax2, mean, map8, table, out, start, count,
-    SIZE: tl.constexpr, NESTED: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    packed,
+    absmax,
+    absmax2,
+    mean,
+    map8,
+    table,
+    out,
+    start,
+    count,
+    SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """out = table[code]·absmax of weights start … start + count; absmax = map8[absmax]·absmax2 + mean where DOUBLE.
     SIZE: weights that have one absmax, NESTED: absmax that have one absmax2."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -53,9 +64,18 @@ def _blocks4(
 
 
 def dequantise_blocks4(
-    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, mean: Tensor | None, map8: Tensor, table: Tensor,
-    start: int, count: int, block: int, nested: int, out: Tensor,
-) -> None:  # fmt: skip
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    mean: Tensor | None,
+    map8: Tensor,
+    table: Tensor,
+    start: int,
+    count: int,
+    block: int,
+    nested: int,
+    out: Tensor,
+) -> None:
     double = absmax2 is not None and mean is not None
     given = packed, absmax, absmax2, mean, map8, table, out, start, count
     constants = {"SIZE": block, "NESTED": nested, "DOUBLE": double, "BLOCK": _BLOCK}
@@ -76,7 +96,7 @@ def dequantise_rows8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     n = codes.numel()
     run_kernel(
         _rows8, (block_count(n, _BLOCK),), codes, absmax, out, n, codes.shape[1], BLOCK=_BLOCK, enable_fp_fusion=False
-    )  # fmt: skip
+    )
 
 
 # -- blocks of a GGUF file ---------------------------------------------------------------------------------------------
@@ -197,10 +217,27 @@ _GROUP = 64
 
 @kernel(varying=("count",))
 def _few_blocks4(
-    x, sums, packed, absmax, absmax2, mean, map8, table, first, count, outputs, half, share,
-    SIZE: tl.constexpr, NESTED: tl.constexpr, DOUBLE: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    sums,
+    packed,
+    absmax,
+    absmax2,
+    mean,
+    map8,
+    table,
+    first,
+    count,
+    outputs,
+    half,
+    share,
+    SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """sums[s, m, n] = Σ x[m, k]·W[first + n, k] over the s-th share of the inputs, 2·share of 2·half of them.
 
     A byte's halves are weights of even and odd columns: two products, each with its half of x."""
@@ -229,9 +266,22 @@ def _few_blocks4(
 
 @kernel(varying=("count",))
 def _few_codes(
-    x, sums, raw, absmax, count, outputs, inputs, share, TYPE: tl.constexpr, WEIGHTS: tl.constexpr,
-    BYTES: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    sums,
+    raw,
+    absmax,
+    count,
+    outputs,
+    inputs,
+    share,
+    TYPE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BYTES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """The same of int8, whose codes are multiplied exactly and the sum by the row's scale, and of a GGUF file's blocks.
     raw, absmax: of the rows that are multiplied by."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -294,10 +344,28 @@ def coded_product(x: Tensor, stored: QuantisationFormat, first: int, last: int, 
         map8, table = _tables(stored, x.device)
         double = stored.absmax2 is not None and stored.mean is not None
         run_kernel(
-            _few_blocks4, (tiles, parts), x, sums, stored.packed, stored.absmax, stored.absmax2, stored.mean, map8,
-            table, first, count, outputs, inputs // 2, share // 2, SIZE=stored.block, NESTED=stored.nested,
-            DOUBLE=double, GROUPS=2 if M < 64 else 1, num_warps=4 if M < 64 else 8, **tile,
-        )  # fmt: skip
+            _few_blocks4,
+            (tiles, parts),
+            x,
+            sums,
+            stored.packed,
+            stored.absmax,
+            stored.absmax2,
+            stored.mean,
+            map8,
+            table,
+            first,
+            count,
+            outputs,
+            inputs // 2,
+            share // 2,
+            SIZE=stored.block,
+            NESTED=stored.nested,
+            DOUBLE=double,
+            GROUPS=2 if M < 64 else 1,
+            num_warps=4 if M < 64 else 8,
+            **tile,
+        )
     else:
         assert isinstance(stored, Rows8 | GgmlBlocks)
         if isinstance(stored, Rows8):
@@ -305,10 +373,23 @@ def coded_product(x: Tensor, stored: QuantisationFormat, first: int, last: int, 
         else:
             raw, absmax, kind, (weights, bytes_) = stored.raw, None, stored.type, _SIZES[stored.type]
         run_kernel(
-            _few_codes, (tiles, parts), x, sums, raw[first:last], absmax, count, outputs, inputs, share, TYPE=kind,
-            WEIGHTS=weights, BYTES=bytes_, BLOCK_K=128 if kind == "int8" else 32, num_warps=4 if kind == "int8" else 8,
+            _few_codes,
+            (tiles, parts),
+            x,
+            sums,
+            raw[first:last],
+            absmax,
+            count,
+            outputs,
+            inputs,
+            share,
+            TYPE=kind,
+            WEIGHTS=weights,
+            BYTES=bytes_,
+            BLOCK_K=128 if kind == "int8" else 32,
+            num_warps=4 if kind == "int8" else 8,
             **tile,
-        )  # fmt: skip
+        )
     n = count * outputs
     settings = {"BIASED": bias is not None, "BLOCK": _BLOCK}
     run_kernel(_shares_added, (block_count(n, _BLOCK),), sums, bias, y, n, outputs, y.stride(0), parts, **settings)

@@ -218,9 +218,11 @@ class TextEngine(Engine[Request, EngineEvent]):
 
             (kind, text), base = request.sampling.grammar, self.base
             start = await self._compiles.run(
-                request.tenant, request.weight, len(text),
+                request.tenant,
+                request.weight,
+                len(text),
                 lambda: compile_grammar(kind, text, base.tokenizer, vocabulary=self.vocabulary, ends=base.stop_ids),
-            )  # fmt: skip
+            )
             grammar = start.copy()
         live = self._admit(request, grammar, inbox.put_nowait, loop)
         try:
@@ -242,8 +244,11 @@ class TextEngine(Engine[Request, EngineEvent]):
             raise Refused(
                 f"This model's maximum context length is {self.context} tokens. However, you requested "
                 f"{prompt + most} tokens ({prompt} in the messages, {most} in the completion).",
-                status=400, code="context_exceeded", param="messages", fix="shorten the prompt or max_tokens",
-            )  # fmt: skip
+                status=400,
+                code="context_exceeded",
+                param="messages",
+                fix="shorten the prompt or max_tokens",
+            )
         if wrong := [t for t in request.prompt if not 0 <= t < self.vocabulary]:
             raise invalid(f"token {wrong[0]} is not in this base's vocabulary of {self.vocabulary:,}", "prompt")
         if self.here - len(self.scheduler.running) >= self.settings.queue:
@@ -258,9 +263,13 @@ class TextEngine(Engine[Request, EngineEvent]):
     ) -> _Live:
         ends = () if request.sampling.ignore_eos else self.base.stop_ids
         draws = SampledRow(
-            request.sampling, request.prompt, vocabulary=self.vocabulary, ends=ends, grammar=grammar,
+            request.sampling,
+            request.prompt,
+            vocabulary=self.vocabulary,
+            ends=ends,
+            grammar=grammar,
             under=request.name if request.mix else "",
-        )  # fmt: skip
+        )
         answer = AnswerText(self.base.tokenizer, request.sampling, self.base.stop_ids)
         live = _Live(request, draws, answer, tell, loop, time.monotonic())
         if request.id in self._by_id:
@@ -459,9 +468,13 @@ class TextEngine(Engine[Request, EngineEvent]):
         live.lease = None
         began, first = live.began or time.monotonic(), live.first
         usage = Usage(
-            prompt=len(live.request.prompt), cached=cached, completion=completion, queued=began - live.came,
-            prefill=(first - began) if first else 0.0, decode=(live.last - first) if first and live.last else 0.0,
-        )  # fmt: skip
+            prompt=len(live.request.prompt),
+            cached=cached,
+            completion=completion,
+            queued=began - live.came,
+            prefill=(first - began) if first else 0.0,
+            decode=(live.last - first) if first and live.last else 0.0,
+        )
         text = live.answer.rest() if reason != "cancelled" else ""
         self._tell(live, Finished(reason, usage, stop, text, error))
 

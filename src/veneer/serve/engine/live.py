@@ -53,7 +53,7 @@ _SCORED = 64
 @contextmanager
 def live_sampler(
     base: TextBase, attachment: Attachment, settings: SamplerSettings | None = None
-) -> Iterator[_LiveSampler]:  # fmt: skip
+) -> Iterator[_LiveSampler]:
     """A `Sampler` for the length of the with-block. Raises ConfigError where the base has no forward of the engine's
     own (`Runner`, "fused")."""
     settings = settings or SamplerSettings()
@@ -75,9 +75,13 @@ class _LiveSampler(Sampler):
     """`now`: the adapters that the engine reads, by digest, each as it was when it was asked for."""
 
     def __init__(
-        self, attachment: Attachment, settings: SamplerSettings, engine: TextEngine, thread: ThreadPoolExecutor,
+        self,
+        attachment: Attachment,
+        settings: SamplerSettings,
+        engine: TextEngine,
+        thread: ThreadPoolExecutor,
         now: dict[str, Adapter],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.attachment, self.settings, self.engine, self.thread, self.now = attachment, settings, engine, thread, now
 
     @property
@@ -89,7 +93,7 @@ class _LiveSampler(Sampler):
 
     def draw(
         self, asked: Sequence[AnswerWanted], interrupted: Callable[[], bool] = lambda: False
-    ) -> list[Rollout] | None:  # fmt: skip
+    ) -> list[Rollout] | None:
         mixes: dict[str, DigestMix] = {"": BASE}
         fresh: dict[str, Adapter] = {}
         for name in dict.fromkeys(one.adapter for one in asked if one.adapter):
@@ -137,9 +141,14 @@ class _LiveSampler(Sampler):
     async def _one(self, wanted: AnswerWanted, mix: DigestMix, begun: asyncio.Event | None) -> Rollout:
         how = wanted.how
         sampling = Sampling(
-            max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p, seed=wanted.seed, logprobs=0,
-            drawn_logprob=True, grammar=how.grammar,  # type: ignore[arg-type]
-        )  # fmt: skip
+            max_tokens=how.max_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            seed=wanted.seed,
+            logprobs=0,
+            drawn_logprob=True,
+            grammar=how.grammar,  # type: ignore[arg-type]
+        )
         tokens: list[Token] = []
         cached, end = 0, None
         async for event in self.engine.events(Request(wanted.prompt, sampling, mix, name=wanted.adapter)):
@@ -158,15 +167,23 @@ class _LiveSampler(Sampler):
         if end.reason == "cancelled":
             raise VeneerError("the engine ended while it drew")
         return Rollout(
-            wanted.prompt, tuple(t.id for t in tokens), tuple(t.logprob or 0.0 for t in tokens),
-            tuple(t.drawn or 0.0 for t in tokens), "".join(t.text for t in tokens) + end.text, end.reason == "length",
+            wanted.prompt,
+            tuple(t.id for t in tokens),
+            tuple(t.logprob or 0.0 for t in tokens),
+            tuple(t.drawn or 0.0 for t in tokens),
+            "".join(t.text for t in tokens) + end.text,
+            end.reason == "length",
             cached,
-        )  # fmt: skip
+        )
 
     def replay(
-        self, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, adapter: str = "",
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        trained: Tensor,
+        adapter: str = "",
         shared: SharedRows | None = None,
-    ) -> Replay:  # fmt: skip
+    ) -> Replay:
         llama, layout = self.runner.llama, self.runner.layout
         assert llama is not None
         packed = pack_adapter(self.attachment.adapters[adapter], layout, adapter) if adapter else None
@@ -215,9 +232,14 @@ class _EngineReplay(Replay):
     log-probabilities are asked for."""
 
     def __init__(
-        self, llama: LlamaForward, packed: PackedAdapter | None, runner: Runner, ids: Tensor, rows: _ReplayedRows,
+        self,
+        llama: LlamaForward,
+        packed: PackedAdapter | None,
+        runner: Runner,
+        ids: Tensor,
+        rows: _ReplayedRows,
         wanted: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.ids, self.wanted, self.layout, self.packed = ids, wanted, runner.layout, packed
         own, held, device = runner.pages[0], len(llama.blocks), ids.device
         pages = Pages(1, rows.blocks, own.heads, own.kv, own.d, own.K.dtype, own.K.device)

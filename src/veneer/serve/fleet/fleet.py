@@ -513,8 +513,9 @@ def _fitted(request: Request, server: Remote) -> Request:
     if left < 1:
         raise Refused(
             f"the prompt has {len(request.prompt)} tokens, and the context {server.room}",
-            status=400, code="context_exceeded",
-        )  # fmt: skip
+            status=400,
+            code="context_exceeded",
+        )
     if request.sampling.max_tokens <= left:
         return request
     fitted = replace(request.sampling, max_tokens=left, min_tokens=min(request.sampling.min_tokens, left))

@@ -135,8 +135,10 @@ class Folders:
         if over > len(idle):
             raise Refused(
                 f"requests are running with {self.each} different mixes, as many as a tenant may have",
-                status=429, code="overloaded", fix="wait for one of them, or ask for a mix that is there",
-            )  # fmt: skip
+                status=429,
+                code="overloaded",
+                fix="wait for one of them, or ask for a mix that is there",
+            )
         given_up = []
         for old in idle[:over]:
             del self._used[old][tenant]

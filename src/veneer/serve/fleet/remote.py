@@ -139,9 +139,11 @@ class Completions(Remote):
             return
         if answer.status_code in (404, 405) and "lora" not in answer.text.lower():
             raise Refused(
-                "a replica cannot load adapters while it runs", status=503, code="adapter_unusable",
+                "a replica cannot load adapters while it runs",
+                status=503,
+                code="adapter_unusable",
                 fix="start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
-            )  # fmt: skip
+            )
         if answer.status_code in (429, 502, 503, 504):
             raise Failed(f"{self.url}: {_message(answer)}")
         # vLLM's status is 500 also for what is wrong with the adapter: its rank, its kind, a missing file.
@@ -160,10 +162,16 @@ class Completions(Remote):
         """The request as /v1/completions takes it."""
         s = request.sampling
         body: dict[str, Any] = {
-            "model": model, "prompt": list(request.prompt), "max_tokens": s.max_tokens, "temperature": s.temperature,
-            "top_p": s.top_p, "presence_penalty": s.presence_penalty, "frequency_penalty": s.frequency_penalty,
-            "stream": True, "stream_options": {"include_usage": True},
-        }  # fmt: skip
+            "model": model,
+            "prompt": list(request.prompt),
+            "max_tokens": s.max_tokens,
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "presence_penalty": s.presence_penalty,
+            "frequency_penalty": s.frequency_penalty,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         body |= {"seed": s.seed} if s.seed is not None else {}
         body |= {"stop": list(s.stop)} if s.stop else {}
         body |= {"logprobs": s.logprobs} if s.logprobs is not None else {}
@@ -171,17 +179,24 @@ class Completions(Remote):
         if not self.vllm:
             return body
         body |= {
-            "top_k": s.top_k, "min_p": s.min_p, "repetition_penalty": s.repetition_penalty, "min_tokens": s.min_tokens,
-            "stop_token_ids": list(s.stop_ids), "ignore_eos": s.ignore_eos, "return_token_ids": True,
+            "top_k": s.top_k,
+            "min_p": s.min_p,
+            "repetition_penalty": s.repetition_penalty,
+            "min_tokens": s.min_tokens,
+            "stop_token_ids": list(s.stop_ids),
+            "ignore_eos": s.ignore_eos,
+            "return_token_ids": True,
             "return_tokens_as_token_ids": True,
-        }  # fmt: skip
+        }
         if request.salt:  # as a digest: what tenants are called is nobody's business there
             body["cache_salt"] = hashlib.sha256(request.salt.encode("utf-8", "surrogatepass")).hexdigest()
         if s.grammar is not None:
             kind, text = s.grammar
             key, value = {
-                "json_schema": ("json", text), "json_object": ("json_object", True), "regex": ("regex", text)
-            }[kind]  # fmt: skip
+                "json_schema": ("json", text),
+                "json_object": ("json_object", True),
+                "regex": ("regex", text),
+            }[kind]
             body["structured_outputs"] = {key: value}
         return body
 
@@ -258,10 +273,12 @@ class TextGeneration(Remote):
 
     async def load(self, name: str, folder: str) -> None:
         raise Refused(
-            "a replica is TGI and was not started with this adapter", status=422, code="adapter_unusable",
+            "a replica is TGI and was not started with this adapter",
+            status=422,
+            code="adapter_unusable",
             fix=f"start it with LORA_ADAPTERS={name}=FOLDER (`veneer export --for tgi` makes the folder), and name it "
             f"behind its --upstream: ?adapters={name}",
-        )  # fmt: skip
+        )
 
     def refusal(self, sampling: Sampling) -> list[str]:
         never = ("presence_penalty", "min_p", "logit_bias", "min_tokens", "ignore_eos", "stop_ids", "prompt_logprobs")

@@ -88,9 +88,13 @@ class StepSize:
             return cls(power_of_2(len(rows)), blocks)
         longest, rank = max(map(len, mixes)), max(a.rank for a in acting)
         return cls(
-            power_of_2(len(rows)), blocks, power_of_2(longest), max(16, power_of_2(rank)),
-            any(a.gains for a in acting), any(head_group in a.groups for a in acting),
-        )  # fmt: skip
+            power_of_2(len(rows)),
+            blocks,
+            power_of_2(longest),
+            max(16, power_of_2(rank)),
+            any(a.gains for a in acting),
+            any(head_group in a.groups for a in acting),
+        )
 
 
 class _Slots:
@@ -155,17 +159,30 @@ class _Buffers:
     def __init__(self, size: StepSize, layout: BaseLayout, records: Tensor, tile: int) -> None:
         rows, mixed = size.rows, size.rows if size.adapters else 0
         self.lengths = (
-            rows, rows, rows, rows + 1, rows * size.blocks, rows * 4, mixed, 3 * mixed, mixed + 2,
+            rows,
+            rows,
+            rows,
+            rows + 1,
+            rows * size.blocks,
+            rows * 4,
+            mixed,
+            3 * mixed,
+            mixed + 2,
             mixed * size.adapters,
-        )  # fmt: skip
+        )
         self.numbers = torch.zeros(sum(self.lengths), dtype=torch.int64, device=layout.device)
         self.strengths = torch.zeros(mixed * size.adapters, dtype=torch.float32, device=layout.device)
         ids, positions, slots, starts, tables, tiles, of, mixes, begins, adapters = self.numbers.split(self.lengths)
         self.ids = ids
         self.batch = PackedRows(
-            positions, slots, starts, tables.view(rows, size.blocks), list(range(rows + 1)),
-            [size.blocks * BLOCK] * rows, {tile: tiles.view(rows, 4)},
-        )  # fmt: skip
+            positions,
+            slots,
+            starts,
+            tables.view(rows, size.blocks),
+            list(range(rows + 1)),
+            [size.blocks * BLOCK] * rows,
+            {tile: tiles.view(rows, 4)},
+        )
         self.products = None
         if mixed:
             own = MixTiles(of, mixes.view(-1, 3), begins, adapters, self.strengths, size.adapters, _TILE)

@@ -134,30 +134,50 @@ class LlamaForward:
             if any(t is not None and compiled.usable("decode", t) is None for t in given):
                 return None
             fields = [
-                b.norm, qkv_w, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, out_w, b.out_bias, b.norm_after,
-                gate_up_w, down_w, b.window, pages.K[i], pages.V[i],
-            ]  # fmt: skip
+                b.norm,
+                qkv_w,
+                b.qkv_bias,
+                b.rotary.q_norm,
+                b.rotary.k_norm,
+                out_w,
+                b.out_bias,
+                b.norm_after,
+                gate_up_w,
+                down_w,
+                b.window,
+                pages.K[i],
+                pages.V[i],
+            ]
             rows.append([f.data_ptr() if isinstance(f, Tensor) else f or 0 for f in fields])
         sizes = torch.tensor([out.out, pages.heads, pages.kv, pages.d, ffn])
         wide = out.out + (2 * pages.heads + 2 * pages.kv) * pages.d + 3 * ffn
         return _Table(library.decode, torch.tensor(rows), sizes, torch.tensor([self.eps, self.scale]), wide)
 
-    def _decode(
-        self, x: Tensor, table: _Table, layers: range, batch: PackedRows, segments: Segments | None
-    ) -> None:  # fmt: skip
+    def _decode(self, x: Tensor, table: _Table, layers: range, batch: PackedRows, segments: Segments | None) -> None:
         rotary, room = self.blocks[0].rotary, x.new_empty(len(x) * table.room)
         pointers = (0,) * 7 if segments is None else segments.pointers(x, 4 * layers.start)
         table.run(
-            x.data_ptr(), len(x), table.layers[layers.start].data_ptr(), len(layers), table.sizes.data_ptr(),
-            table.numbers.data_ptr(), rotary.cos.data_ptr(), rotary.sin.data_ptr(), batch.positions.data_ptr(),
-            batch.slots.data_ptr(), batch.starts.data_ptr(), len(batch.lengths), batch.tables.data_ptr(),
-            batch.tables.shape[1], max(batch.lengths), *pointers,
-            room.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+            x.data_ptr(),
+            len(x),
+            table.layers[layers.start].data_ptr(),
+            len(layers),
+            table.sizes.data_ptr(),
+            table.numbers.data_ptr(),
+            rotary.cos.data_ptr(),
+            rotary.sin.data_ptr(),
+            batch.positions.data_ptr(),
+            batch.slots.data_ptr(),
+            batch.starts.data_ptr(),
+            len(batch.lengths),
+            batch.tables.data_ptr(),
+            batch.tables.shape[1],
+            max(batch.lengths),
+            *pointers,
+            room.data_ptr(),
+            torch.get_num_threads(),
+        )
 
-    def _layer_by_layer(
-        self, x: Tensor, layers: range, batch: PackedRows, segments: RowProducts | None
-    ) -> None:  # fmt: skip
+    def _layer_by_layer(self, x: Tensor, layers: range, batch: PackedRows, segments: RowProducts | None) -> None:
         pages = self.pages
         for i in layers:
             block = self.blocks[i]
@@ -242,11 +262,18 @@ def llama_forward(
         window = getattr(own, "sliding_window", getattr(config, "sliding_window", None)) or 0
         blocks.append(
             Block(
-                layer.input_layernorm.weight.detach(), weights(qkv.modules), qkv.bias, rotary, weights(out.modules),
-                out.biases[0], layer.post_attention_layernorm.weight.detach(), weights(gate_up.modules),
-                weights(down.modules), window,
+                layer.input_layernorm.weight.detach(),
+                weights(qkv.modules),
+                qkv.bias,
+                rotary,
+                weights(out.modules),
+                out.biases[0],
+                layer.post_attention_layernorm.weight.detach(),
+                weights(gate_up.modules),
+                weights(down.modules),
+                window,
             )
-        )  # fmt: skip
+        )
     head, norm = layout.groups[-1], root.norm.weight.detach()
     scale = root.layers[0].self_attn.scaling
     head_weight = weights(head.modules)

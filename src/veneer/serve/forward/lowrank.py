@@ -187,9 +187,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
         embedding = A.t().to(device, dtype).contiguous(), B.t().to(device, dtype).contiguous()
         held += embedding[0].nbytes + embedding[1].nbytes
     table = torch.tensor(records, dtype=torch.int64)
-    return PackedAdapter(
-        adapter, key, groups, gains, embedding, table[:, :_RECORD] if native else table, widest, held
-    )  # fmt: skip
+    return PackedAdapter(adapter, key, groups, gains, embedding, table[:, :_RECORD] if native else table, widest, held)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -330,9 +328,14 @@ class Segments:
         if self.scratch is None:
             self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
         return (
-            tables.records[group].data_ptr(), len(self.adapters), self.starts.data_ptr(), self.rows.data_ptr(),
-            self.strengths.data_ptr(), self.scratch.data_ptr(), self.scratch.shape[1],
-        )  # fmt: skip
+            tables.records[group].data_ptr(),
+            len(self.adapters),
+            self.starts.data_ptr(),
+            self.rows.data_ptr(),
+            self.strengths.data_ptr(),
+            self.scratch.data_ptr(),
+            self.scratch.shape[1],
+        )
 
     def _tables(self) -> _Tables:
         if self.tables is None:

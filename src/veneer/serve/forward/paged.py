@@ -131,17 +131,37 @@ class Pages:
         if self.native is not None:
             weights = [0 if w is None else w.data_ptr() for w in (rotary.q_norm, rotary.k_norm)]
             self.native.turn_and_store(
-                qkv.data_ptr(), self.heads, self.kv, self.d, rotary.cos.data_ptr(), rotary.sin.data_ptr(), *weights,
-                rotary.eps, batch.positions.data_ptr(), batch.slots.data_ptr(), batch.starts.data_ptr(),
-                len(batch.lengths), self.K[layer].data_ptr(), self.V[layer].data_ptr(), torch.get_num_threads(),
-            )  # fmt: skip
+                qkv.data_ptr(),
+                self.heads,
+                self.kv,
+                self.d,
+                rotary.cos.data_ptr(),
+                rotary.sin.data_ptr(),
+                *weights,
+                rotary.eps,
+                batch.positions.data_ptr(),
+                batch.slots.data_ptr(),
+                batch.starts.data_ptr(),
+                len(batch.lengths),
+                self.K[layer].data_ptr(),
+                self.V[layer].data_ptr(),
+                torch.get_num_threads(),
+            )
             return
         by_head = qkv.view(len(qkv), -1, self.d)
         if (turn := chosen("turn_and_store", by_head, self.K[layer])) is not None:
             turn(
-                qkv, self.K[layer], self.V[layer], rotary.cos, rotary.sin, rotary.q_norm, rotary.k_norm, rotary.eps,
-                batch.positions, batch.slots,
-            )  # fmt: skip
+                qkv,
+                self.K[layer],
+                self.V[layer],
+                rotary.cos,
+                rotary.sin,
+                rotary.q_norm,
+                rotary.k_norm,
+                rotary.eps,
+                batch.positions,
+                batch.slots,
+            )
             return
         q, k, v = by_head.split([self.heads, self.kv, self.kv], dim=1)
         cos, sin = rotary.cos[batch.positions][:, None], rotary.sin[batch.positions][:, None]
@@ -159,10 +179,19 @@ class Pages:
             return
         k, v = k.contiguous(), v.contiguous()
         self.native.store_rows(
-            k.data_ptr(), self.kv * self.d, v.data_ptr(), self.kv * self.d, batch.slots.data_ptr(),
-            batch.starts.data_ptr(), len(batch.lengths), self.kv, self.d, self.K[layer].data_ptr(),
-            self.V[layer].data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+            k.data_ptr(),
+            self.kv * self.d,
+            v.data_ptr(),
+            self.kv * self.d,
+            batch.slots.data_ptr(),
+            batch.starts.data_ptr(),
+            len(batch.lengths),
+            self.kv,
+            self.d,
+            self.K[layer].data_ptr(),
+            self.V[layer].data_ptr(),
+            torch.get_num_threads(),
+        )
 
     def attend(
         self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float = 0.0, window: int = 0
@@ -180,11 +209,25 @@ class Pages:
             return self._attend_reference(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
         out = q.new_empty(len(q), self.heads * self.d)
         self.native.paged_attend(
-            q.data_ptr(), q.stride(0), out.data_ptr(), self.heads, self.kv, self.d, batch.positions.data_ptr(),
-            batch.starts.data_ptr(), len(batch.lengths), batch.tables.data_ptr(), batch.tables.shape[1],
-            self.K[layer].data_ptr(), self.V[layer].data_ptr(), scale, cap, window, max(batch.lengths),
+            q.data_ptr(),
+            q.stride(0),
+            out.data_ptr(),
+            self.heads,
+            self.kv,
+            self.d,
+            batch.positions.data_ptr(),
+            batch.starts.data_ptr(),
+            len(batch.lengths),
+            batch.tables.data_ptr(),
+            batch.tables.shape[1],
+            self.K[layer].data_ptr(),
+            self.V[layer].data_ptr(),
+            scale,
+            cap,
+            window,
+            max(batch.lengths),
             torch.get_num_threads(),
-        )  # fmt: skip
+        )
         return out
 
     def _attend_tiles(self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int) -> Tensor:

@@ -203,8 +203,9 @@ class Runner:
         device, dtype = self.base.device, self.base.dtype
         pairs = {
             name: replace(pair, A=pair.A.to(device, dtype), B=pair.B.to(device, dtype))
-            for name, pair in adapter.pairs.items() if pair.magnitude is None and pair.origin is None
-        }  # fmt: skip
+            for name, pair in adapter.pairs.items()
+            if pair.magnitude is None and pair.origin is None
+        }
         return replace(adapter, pairs={**adapter.pairs, **pairs}).mapped(lambda t: t.to(device))
 
     @property
@@ -301,9 +302,12 @@ class Runner:
         positions = torch.arange(row.first, row.first + len(row.tokens), device=self.base.device)[None]
         with self._using([(row.mix, 1)]):
             out = self.model(
-                input_ids=ids, position_ids=positions, cache=self._pasts[row.sequence], use_cache=True,
+                input_ids=ids,
+                position_ids=positions,
+                cache=self._pasts[row.sequence],
+                use_cache=True,
                 logits_to_keep=max(row.wants, 1),  # 0 keeps all
-            )  # fmt: skip
+            )
         logits: Tensor = out.logits[0]
         return logits[len(logits) - row.wants :]
 

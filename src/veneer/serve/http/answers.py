@@ -65,10 +65,16 @@ class TextJob:
             sampling = replace(self.sampling, seed=seed_of(self.sampling.seed, k)) if k else self.sampling
             made.append(
                 Request(
-                    prompt, sampling, self.chosen.served.mix, tenant=self.caller.tenant, weight=self.caller.weight,
-                    name=self.chosen.served.name, salt=salt, id=f"{self.id}-{i}",
+                    prompt,
+                    sampling,
+                    self.chosen.served.mix,
+                    tenant=self.caller.tenant,
+                    weight=self.caller.weight,
+                    name=self.chosen.served.name,
+                    salt=salt,
+                    id=f"{self.id}-{i}",
                 )
-            )  # fmt: skip
+            )
         return made
 
 
@@ -305,7 +311,15 @@ async def _follow(service: Service, job: TextJob, request: Request, shadow: str,
             job.keep_shadow([answer.text])
         service.shadows.answered(
             ShadowAnswer(
-                job.id, job.caller.tenant, job.chosen.served.name, shadow, job.chosen.served.target, text, answer.text,
-                usage, answer.took(len(request.prompt)), error,
+                job.id,
+                job.caller.tenant,
+                job.chosen.served.name,
+                shadow,
+                job.chosen.served.target,
+                text,
+                answer.text,
+                usage,
+                answer.took(len(request.prompt)),
+                error,
             )
-        )  # fmt: skip
+        )

@@ -82,9 +82,12 @@ def create_app(
         from starlette.middleware.cors import CORSMiddleware
 
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"],
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
             expose_headers=["x-request-id", "x-veneer-ignored", "retry-after"],
-        )  # fmt: skip
+        )
     return app
 
 

@@ -44,7 +44,7 @@ class AskedChat:
 
 async def chat_job(
     service: Service, caller: Principal, asked: AskedChat, place: AdmittedRequest, number: str
-) -> TextJob:  # fmt: skip
+) -> TextJob:
     """What the engine is to do. `number`: the answer's id. Raises Refused: too much at once (429), a prompt that the
     context has no room for (400)."""
     place.take("answers", asked.n)
@@ -64,7 +64,7 @@ async def chat_job(
 
 def _keeping(
     service: Service, caller: Principal, asked: AskedChat, served: Served, number: str
-) -> Callable[[Sequence[str]], None] | None:  # fmt: skip
+) -> Callable[[Sequence[str]], None] | None:
     """What keeps an answer for feedback, where it is to be kept: conversations as rows of training have them."""
     keep = service.tenancy.keeping(caller, served, number)
     if keep is None:
@@ -115,8 +115,10 @@ async def ask_texts(
             wanted = room if asked.max_tokens is None else asked.max_tokens
             return sampling_of(
                 max_tokens=limited(wanted, room, service, asked=asked.max_tokens is not None),
-                temperature=asked.temperature, seed=asked.seed, logprobs=asked.logprobs,
-            )  # fmt: skip
+                temperature=asked.temperature,
+                seed=asked.seed,
+                logprobs=asked.logprobs,
+            )
 
         chosen = _chosen(service, caller, asked.mix)
         chosen = replace(chosen, served=chosen.served.as_trial())

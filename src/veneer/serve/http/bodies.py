@@ -177,9 +177,9 @@ def at_most(n: int) -> BeforeValidator:
 
     def counted(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > n:
-            raise PydanticCustomError("too_long", "there are {have} of them, and at most {most} are allowed", {
-                "have": len(value), "most": n
-            })  # fmt: skip
+            raise PydanticCustomError(
+                "too_long", "there are {have} of them, and at most {most} are allowed", {"have": len(value), "most": n}
+            )
         return value
 
     return BeforeValidator(counted)

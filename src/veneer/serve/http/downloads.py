@@ -13,9 +13,14 @@ from veneer.library.store import CHUNK
 
 
 def file_response(
-    source: IO[bytes], size: int, disposition: str, *, headers: Mapping[str, str] | None = None,
-    after: Callable[[], object] | None = None, media_type: str = "application/octet-stream",
-) -> Response:  # fmt: skip
+    source: IO[bytes],
+    size: int,
+    disposition: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    after: Callable[[], object] | None = None,
+    media_type: str = "application/octet-stream",
+) -> Response:
     """`size`: the bytes that `source` has. `disposition`: by which the client calls the file. The source is closed,
     and `after` called in a thread, when all was sent or the client is gone."""
 

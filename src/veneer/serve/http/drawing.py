@@ -128,7 +128,7 @@ async def _run(
     usages = [Usage(0, 0, 0) for _ in plan.requests]
     admitted = service.tenancy.admitted(
         caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=places * len(usages)
-    )  # fmt: skip
+    )
     async with admitted as bill:
         meters = [Meter(service.metrics, chosen.label, caller.tenant) for _ in usages]
         reasons = ["abort"] * len(usages)
@@ -158,9 +158,14 @@ async def _run(
 
 
 def _shadow(
-    service: Service, engine: PictureEngine, request: PictureRequest, caller: Principal, served: Served, number: str,
+    service: Service,
+    engine: PictureEngine,
+    request: PictureRequest,
+    caller: Principal,
+    served: Served,
+    number: str,
     sent: FinishedPicture,
-) -> None:  # fmt: skip
+) -> None:
     """Starts the shadow's picture behind the request."""
     assert served.shadow is not None
     name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
@@ -219,9 +224,14 @@ class DrawingPlan:
 
 
 def _planned(
-    engine: PictureEngine, asked: ImageBody, caller: Principal, chosen: ChosenMix, labels: dict[str, str],
-    factors: dict[str, Strength], most: int,
-) -> DrawingPlan:  # fmt: skip
+    engine: PictureEngine,
+    asked: ImageBody,
+    caller: Principal,
+    chosen: ChosenMix,
+    labels: dict[str, str],
+    factors: dict[str, Strength],
+    most: int,
+) -> DrawingPlan:
     """Decode, fit and check. `most`: pixels of a picture that is sent. Blocks. Raises Refused."""
     base = engine.base
     notes: list[str] = []
@@ -248,9 +258,14 @@ def _planned(
     references = tuple(sent.referred(base, picture, width, height) for picture in shown)
     pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(asked, image, mask)}
     settings = PictureSettings(
-        width, height, *_numbers(base, asked), scheduler=asked.scheduler, controls=controls, references=references,
+        width,
+        height,
+        *_numbers(base, asked),
+        scheduler=asked.scheduler,
+        controls=controls,
+        references=references,
         **pictures,
-    )  # fmt: skip
+    )
     notes += [said_whole] if (said_whole := whole_denoise(base, settings)) else []
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     edit = asked if isinstance(asked, EditBody) else None

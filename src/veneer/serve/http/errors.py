@@ -116,8 +116,12 @@ def _sglang(error: Refused) -> tuple[int, Any]:
 
 
 _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
-    "OpenAI": _openai, "vLLM": _vllm, "TGI": _tgi, "llama.cpp": _llama, "SGLang": _sglang
-}  # fmt: skip
+    "OpenAI": _openai,
+    "vLLM": _vllm,
+    "TGI": _tgi,
+    "llama.cpp": _llama,
+    "SGLang": _sglang,
+}
 
 
 def error_body(error: Refused, surface: str) -> tuple[int, Any]:

@@ -73,8 +73,10 @@ def _check_host(headers: Headers, allowed: Collection[str]) -> None:
     if _hostname(headers.get("host", "")) not in allowed:
         raise Refused(
             f"a server without keys answers only to the Host {', '.join(sorted(filter(None, allowed)))}",
-            status=421, code="misdirected", fix="start veneer serve with --allowed-host NAME, or with --api-keys",
-        )  # fmt: skip
+            status=421,
+            code="misdirected",
+            fix="start veneer serve with --allowed-host NAME, or with --api-keys",
+        )
 
 
 def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:
@@ -86,9 +88,11 @@ def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> N
     changes = scope["type"] == "websocket" or scope["method"] not in _SAFE
     if cookie or (changes and "*" not in allowed):
         raise Refused(
-            "the request came from another site's page", status=403, code="forbidden",
+            "the request came from another site's page",
+            status=403,
+            code="forbidden",
             fix="to allow that page, start veneer serve with --allowed-origin",
-        )  # fmt: skip
+        )
 
 
 def check_content_type(scope: Scope, headers: Headers) -> None:
@@ -96,9 +100,11 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
     has_body = headers.get("transfer-encoding") is not None or headers.get("content-length", "0") != "0"
     if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _UNASKED:
         raise Refused(
-            f"unsupported Content-Type {kind}" if kind else "the body has no Content-Type", status=415,
-            code="unsupported_media_type", fix="use application/json for JSON, application/octet-stream for a file",
-        )  # fmt: skip
+            f"unsupported Content-Type {kind}" if kind else "the body has no Content-Type",
+            status=415,
+            code="unsupported_media_type",
+            fix="use application/json for JSON, application/octet-stream for a file",
+        )
 
 
 def media_type(headers: Headers) -> str:

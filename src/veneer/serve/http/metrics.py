@@ -64,22 +64,29 @@ class Metrics:
             kinds = {"requests": "Answers", "prompt_tokens": "Prompt tokens", "generation_tokens": "Tokens made"}
             made = [
                 Counter(
-                    f"veneer:{of}_{kind}", f"{what}, by {of}.", (of, *(["reason"] if kind == "requests" else [])),
+                    f"veneer:{of}_{kind}",
+                    f"{what}, by {of}.",
+                    (of, *(["reason"] if kind == "requests" else [])),
                     registry=self.registry,
                 )
                 for kind, what in kinds.items()
-            ]  # fmt: skip
+            ]
             return made[0], made[1], made[2]
 
         self.by_adapter, self.by_tenant = counters("adapter"), counters("tenant")
         self.first_by_adapter = Histogram(
-            "veneer:adapter_time_to_first_token_seconds", "Seconds to the first token, of each adapter.", ("adapter",),
-            registry=self.registry, buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
-        )  # fmt: skip
+            "veneer:adapter_time_to_first_token_seconds",
+            "Seconds to the first token, of each adapter.",
+            ("adapter",),
+            registry=self.registry,
+            buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+        )
         self.shadows = Counter(
-            "veneer:shadow_answers", "Answers of shadows, by whether they were the one that was sent.",
-            ("route", "shadow", "outcome"), registry=self.registry,
-        )  # fmt: skip
+            "veneer:shadow_answers",
+            "Answers of shadows, by whether they were the one that was sent.",
+            ("route", "shadow", "outcome"),
+            registry=self.registry,
+        )
         self.refused = Counter(
             "veneer:requests_refused", "Requests answered with an error.", ("code",), registry=self.registry
         )
@@ -203,9 +210,10 @@ class _Engine(Collector):
             yield counter
         # What LoRA-aware routers read: names of adapters at work and waiting, comma-joined; the value is the time.
         info = GaugeMetricFamily(
-            "vllm:lora_requests_info", "Adapters at work and waiting.",
+            "vllm:lora_requests_info",
+            "Adapters at work and waiting.",
             labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-        )  # fmt: skip
+        )
         base = self.metrics.labels[0]
         names = [
             ",".join(sorted(set(t) - {base, "other", "mix"})) for t in (self.metrics.running, self.metrics.waiting)

@@ -90,8 +90,11 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools
 def _call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     properties = {"name": {"const": name}, "arguments": {"type": "object", **parameters}}
     return {
-        "type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False
-    }  # fmt: skip
+        "type": "object",
+        "properties": properties,
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
 
 
 class ToolReader:

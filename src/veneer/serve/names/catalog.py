@@ -277,9 +277,12 @@ class Catalog:
         if not replace:
             raise Refused(
                 f"the library has another adapter named {quoted(name)}, which requests could no longer reach",
-                status=400, code="adapter_exists", param="lora_name", where="library",
+                status=400,
+                code="adapter_exists",
+                param="lora_name",
+                where="library",
                 fix="another name, or load it in place of the library's",
-            )  # fmt: skip
+            )
         _log.warning("%r now means what was loaded, and no longer the library's %s", name, known.reference)
 
     def _forget(self, digest: str) -> None:

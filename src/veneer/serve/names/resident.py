@@ -249,9 +249,17 @@ class Residents(Generic[T]):
             there = [e for e in self._entries.values() if e.state == "resident"]
             waiting = sum(len(g.members) for g in self._groups.values())
             return ResidentStats(
-                self.limit, self._bytes, len(there), sum(e.pinned for e in there), waiting,
-                self._hits, self._misses, self._evictions, self._failures, self._loads,
-            )  # fmt: skip
+                self.limit,
+                self._bytes,
+                len(there),
+                sum(e.pinned for e in there),
+                waiting,
+                self._hits,
+                self._misses,
+                self._evictions,
+                self._failures,
+                self._loads,
+            )
 
     def resident(self) -> dict[str, int]:
         """Digest -> bytes of each adapter that is in memory, the least recently used first."""

@@ -316,8 +316,11 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         if len(self._waiting) + number > self.max_waiting:
             raise Refused(
                 f"{len(self._waiting)} pictures wait already, and {self.max_waiting} may",
-                status=429, code="overloaded", retry_after=5.0, fix="try again later",
-            )  # fmt: skip
+                status=429,
+                code="overloaded",
+                retry_after=5.0,
+                fix="try again later",
+            )
 
     def _submit(self, jobs: Sequence[_Job]) -> int:
         """How many are ahead of them."""
@@ -459,9 +462,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         named = [(request.labels.get(digest, digest), strength) for digest, strength in request.uses()]
         notes += idle_ranges(named, picture.steps)
         prompts = [text for text in (request.prompt, request.negative) if text]
-        usage = Usage(
-            self.tokens(*prompts), 0, self.places(request.settings), began - job.arrived, decode=now - began
-        )  # fmt: skip
+        usage = Usage(self.tokens(*prompts), 0, self.places(request.settings), began - job.arrived, decode=now - began)
         return FinishedPicture(made, usage, len(picture.batch), (*notes, *job.notes))
 
 

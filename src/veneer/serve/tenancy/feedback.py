@@ -378,10 +378,16 @@ def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
     """How many answers of a tenant are kept, and how many of them have what."""
     a, f = answer_table.c, feedback_table.c
     these = (a.tenant == tenant) & (a.expires > now)
-    said = select(
-        func.count(f.up).label("n"), func.count().filter(f.up).label("up"),
-        func.count(f.corrected).label("corrected"), func.count(f.rejected).label("chosen"),
-    ).join(answer_table, (a.tenant == f.tenant) & (a.id == f.answer)).where(these)  # fmt: skip
+    said = (
+        select(
+            func.count(f.up).label("n"),
+            func.count().filter(f.up).label("up"),
+            func.count(f.corrected).label("corrected"),
+            func.count(f.rejected).label("chosen"),
+        )
+        .join(answer_table, (a.tenant == f.tenant) & (a.id == f.answer))
+        .where(these)
+    )
     row = c.execute(said).one()
     kept = int(c.scalar(select(func.count()).select_from(answer_table).where(these)) or 0)
     return {"answers": kept, "up": row.up, "down": row.n - row.up, "corrected": row.corrected, "chosen": row.chosen}

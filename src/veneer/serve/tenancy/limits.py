@@ -180,8 +180,10 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
     if limit.concurrency is not None and counter.running >= limit.concurrency:
         raise Refused(
             f"{whose} has {counter.running} requests running; {limit.concurrency} are allowed",
-            status=429, code="rate_limited", retry_after=1.0,
-        )  # fmt: skip
+            status=429,
+            code="rate_limited",
+            retry_after=1.0,
+        )
     for name, _, words in _WINDOWS:
         most, amount = getattr(limit, name), tokens if name.startswith("tokens") else 1
         if most is None:
@@ -194,8 +196,10 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
         if over > 0:
             raise Refused(
                 f"{whose} has used up its {most:,} {words}",
-                status=429, code="rate_limited", retry_after=_wait(own, other, now, over),
-            )  # fmt: skip
+                status=429,
+                code="rate_limited",
+                retry_after=_wait(own, other, now, over),
+            )
 
 
 def _wait(own: Window, other: Window | None, now: float, over: int) -> float:

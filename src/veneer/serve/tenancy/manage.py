@@ -182,8 +182,15 @@ def change_tenant(
 
 
 _OF_A_TENANT = (
-    grant_table, limit_table, price_table, training_table, feedback_terms_table, alias_table, move_table, key_table,
-)  # fmt: skip
+    grant_table,
+    limit_table,
+    price_table,
+    training_table,
+    feedback_terms_table,
+    alias_table,
+    move_table,
+    key_table,
+)
 
 
 def remove_tenant(store: Store, name: str, *, who: str) -> None:

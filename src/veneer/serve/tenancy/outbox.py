@@ -243,9 +243,10 @@ class Outbox:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             raise ResourceError(
-                f"there is no room for the ledger's outbox: {error}", where=str(folder),
+                f"there is no room for the ledger's outbox: {error}",
+                where=str(folder),
                 fix=f"{room + min(room, _LOG_BYTES) >> 20} MiB of free space on a local disk, or less room",
-            ) from error  # fmt: skip
+            ) from error
         self.owed = 0
         self._unwritten: dict[str, str] = {}
         self.writer = Writer(self._transaction, "veneer-outbox")

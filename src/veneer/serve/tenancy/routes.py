@@ -103,10 +103,14 @@ class TenantRoutes:
         """Keep how two answers differ, without the answers."""
         texts, failed = answer.distance is None, answer.outcome == "failed"
         row: dict[str, Any] = {
-            "at": time.time(), "tenant": answer.tenant, "alias": answer.name, "request": answer.request,
-            "same": answer.outcome == "same", "distance": answer.distance,
+            "at": time.time(),
+            "tenant": answer.tenant,
+            "alias": answer.name,
+            "request": answer.request,
+            "same": answer.outcome == "same",
+            "distance": answer.distance,
             "first_difference": _first_difference(answer.sent, answer.answer) if texts and not failed else None,
-        }  # fmt: skip
+        }
         sides = [("target", answer.target, answer.sent, answer.sent_usage)]
         sides.append(("shadow", answer.shadow, answer.answer, answer.usage))
         for side, adapter, text, usage in sides:
@@ -305,9 +309,14 @@ def remove_route(store: Store, route: str, *, tenant: str = ALL, who: str) -> No
 
 
 def rollback_route(
-    store: Store, route: str, *, tenant: str = ALL, who: str, check: Callable[[str], object] | None = None,
+    store: Store,
+    route: str,
+    *,
+    tenant: str = ALL,
+    who: str,
+    check: Callable[[str], object] | None = None,
     moves: Iterable[int] = (),
-) -> Route:  # fmt: skip
+) -> Route:
     """Make the move before the current one current again: what it led to, for whom. Once more leads one further
     back. `check`: as of `set_route`. `moves`: those that are taken back together, the current one among them."""
     undone = set(moves)
@@ -321,9 +330,7 @@ def rollback_route(
         return back
 
 
-def earlier_route(
-    c: Connection, route: str, *, tenant: str = ALL, undone: Collection[int] = ()
-) -> tuple[Route, Route]:  # fmt: skip
+def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Collection[int] = ()) -> tuple[Route, Route]:
     """The move that holds, and the one before it to which a rollback leads, before those that are `undone` with it
     too. Raises ConfigError where there is none."""
     now = _current(c, tenant, route)
@@ -392,10 +399,15 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
 
     figures = ("target_tokens", "shadow_tokens", "target_seconds", "shadow_seconds", "distance")
     query = select(
-        s.alias.label("route"), s.target, s.shadow, func.count().label("compared"), count(s.same).label("same"),
-        count(~s.same & ~fell).label("different"), count(fell).label("failed"),
+        s.alias.label("route"),
+        s.target,
+        s.shadow,
+        func.count().label("compared"),
+        count(s.same).label("same"),
+        count(~s.same & ~fell).label("different"),
+        count(fell).label("failed"),
         *(func.avg(case((~fell, s[name]))).label(name) for name in figures),
-    )  # fmt: skip
+    )
     query = query.group_by(s.alias, s.target, s.shadow).order_by(s.alias, s.target, s.shadow)
     if route:
         query = query.where(s.alias == route)

@@ -61,15 +61,19 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
     if len(configs) > 1:
         problems += [
             f"report.trackers: {tracker} in {name} keeps one run a process"
-            for c, name in zip(configs, names, strict=True) for tracker in c.report.trackers if tracker in _ONE_RUN
-        ]  # fmt: skip
+            for c, name in zip(configs, names, strict=True)
+            for tracker in c.report.trackers
+            if tracker in _ONE_RUN
+        ]
     first = configs[0].model_dump(mode="json")
     for config, name in zip(configs[1:], names[1:], strict=True):
         own = config.model_dump(mode="json")
         problems += [
             f"{section}.{key}: {value!r} in {names[0]}, {own[section].get(key)!r} in {name}"
-            for section in _ONE for key, value in first[section].items() if own[section].get(key) != value
-        ]  # fmt: skip
+            for section in _ONE
+            for key, value in first[section].items()
+            if own[section].get(key) != value
+        ]
     problems += [
         f"{config.drawn.named}: {name} draws answers, which the others would wait for"
         for config, name in zip(configs, names, strict=True)

@@ -24,9 +24,11 @@ class DistillationSection(Section):
         None, "another base that the teacher is, in memory beside the trained one", "the base that is trained"
     )
     url: str | None = setting(
-        None, "server of the teacher, as http://localhost:8000/v1, which gives log-probabilities of prompts",
-        "this process", pattern=r"^https?://\S+$",
-    )  # fmt: skip
+        None,
+        "server of the teacher, as http://localhost:8000/v1, which gives log-probabilities of prompts",
+        "this process",
+        pattern=r"^https?://\S+$",
+    )
     key: str | None = setting(
         None, "variable of the environment with the server's key", "no key is sent", pattern=r"^[A-Za-z_]\w*$"
     )
@@ -39,9 +41,11 @@ class DistillationSection(Section):
         0.1, "share of a step's answers that the server may fail to read; above it the run stops", ge=0, le=1
     )
     top_logprobs: int = setting(
-        20, "with `url` and forward: likeliest tokens of each place that the server gives; the rest counts as one",
-        "what servers allow without being told otherwise", gt=0,
-    )  # fmt: skip
+        20,
+        "with `url` and forward: likeliest tokens of each place that the server gives; the rest counts as one",
+        "what servers allow without being told otherwise",
+        gt=0,
+    )
     system: str = setting("", "what the teacher is told before each conversation and the student is not")
     divergence: Literal["reverse", "forward"] = setting(
         "reverse",
@@ -53,9 +57,11 @@ class DistillationSection(Section):
     temperature: float = setting(1.0, "of the draw; neither distribution is changed by it", gt=0, le=100)
     rows: int = setting(64, "answers drawn at once; changes memory and speed, never the result", gt=0)
     gap: float = setting(
-        0.2, "largest mean difference of the sampler's and the trainer's log-probabilities, in nats",
-        "bfloat16 rounds to 0.05 and more; student and teacher are compared by the trainer's own values", gt=0,
-    )  # fmt: skip
+        0.2,
+        "largest mean difference of the sampler's and the trainer's log-probabilities, in nats",
+        "bfloat16 rounds to 0.05 and more; student and teacher are compared by the trainer's own values",
+        gt=0,
+    )
     price: float | None = setting(
         None,
         "US dollars of a million prompt tokens, as `veneer tenant price` has it: what `system` costs is said",

@@ -331,8 +331,10 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
         hub = _HUB.fullmatch(value) and not value.endswith(_SUFFIXES) and not glob.glob(resolved)
         return f"hub:{value}" if hub else resolved
     words = {
-        "data.chat_template": ("auto", "none"), "data.masks": ("auto", "off", "alpha"), "data.before": ("auto", "off"),
-    }  # fmt: skip
+        "data.chat_template": ("auto", "none"),
+        "data.masks": ("auto", "off", "alpha"),
+        "data.before": ("auto", "off"),
+    }
     if name in ("output.directory", "reinforcement.environment") or (
         (name in kind.paths or name in words) and value not in words.get(name, ())
     ):

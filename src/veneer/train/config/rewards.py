@@ -197,10 +197,19 @@ class ReasoningGymReward(RewardSection):
 
 
 REWARD_KINDS: dict[str, type[RewardSection]] = {
-    "exact_match": ExactMatchReward, "json_schema": JsonSchemaReward, "json_fields": JsonFieldsReward,
-    "regex": RegexReward, "length": LengthReward, "bleu": BleuReward, "rouge": RougeReward, "judge": JudgeReward,
-    "python": PythonReward, "grader": GraderReward, "verifiers": VerifiersReward, "reasoning_gym": ReasoningGymReward,
-}  # fmt: skip
+    "exact_match": ExactMatchReward,
+    "json_schema": JsonSchemaReward,
+    "json_fields": JsonFieldsReward,
+    "regex": RegexReward,
+    "length": LengthReward,
+    "bleu": BleuReward,
+    "rouge": RougeReward,
+    "judge": JudgeReward,
+    "python": PythonReward,
+    "grader": GraderReward,
+    "verifiers": VerifiersReward,
+    "reasoning_gym": ReasoningGymReward,
+}
 
 
 def _read(value: Any) -> tuple[RewardSection, ...]:

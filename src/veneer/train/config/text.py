@@ -281,13 +281,22 @@ class OptimizerSection(Section):
     """How weights move."""
 
     name: Literal[
-        "adamw", "adam", "nadam", "radam", "adamax", "rmsprop", "adafactor", "sgd",
-        "adamw-8bit", "paged-adamw", "paged-adamw-8bit",
+        "adamw",
+        "adam",
+        "nadam",
+        "radam",
+        "adamax",
+        "rmsprop",
+        "adafactor",
+        "sgd",
+        "adamw-8bit",
+        "paged-adamw",
+        "paged-adamw-8bit",
     ] = setting(
         "adamw",
         "optimizer, from torch; the 8-bit and paged ones from bitsandbytes, on CUDA",
         "what the evidence below was measured with",
-    )  # fmt: skip
+    )
     learning_rate: float = setting(
         2e-4,
         "peak learning rate; LoRA's useful window is 1e-4 to 1e-3",

@@ -130,7 +130,7 @@ def planned_rows(steps: Iterable[Step]) -> Iterator[PlannedRow]:
 
 def _drawn(
     rows: Sequence[PictureRow], instances: int, config: ImageTrainConfig, epoch: int, step: int
-) -> list[PlannedRow]:  # fmt: skip
+) -> list[PlannedRow]:
     """The rows of one step as they are seen. The loop divides by all pictures; DreamBooth's loss by the instances."""
     factor = len(rows) / instances
     out = []

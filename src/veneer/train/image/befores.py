@@ -98,9 +98,12 @@ def open_before(path: Path, after: TrainingPicture, settings: ImageDataSection, 
 
 
 def check_befores(
-    pictures: Iterable[TrainingPicture], others: Sequence[str], folder: str, settings: ImageDataSection,
+    pictures: Iterable[TrainingPicture],
+    others: Sequence[str],
+    folder: str,
+    settings: ImageDataSection,
     about: AboutPictures,
-) -> None:  # fmt: skip
+) -> None:
     """What has another size or proportion than what comes after it goes into `about`. Raises DataError for control
     pictures of another proportion, for those that are too long, and for `others`, as `open_before` finds them."""
     pairs = [(before, after) for after in pictures for before in after.before]

@@ -177,9 +177,11 @@ def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
     own = base.parts["scheduler"].config
     if loss.shift == "resolution":
         shift = flux_shift(
-            int(own.get("base_image_seq_len", 256)), int(own.get("max_image_seq_len", 4096)),
-            float(own.get("base_shift", 0.5)), float(own.get("max_shift", 1.15)),
-        )  # fmt: skip
+            int(own.get("base_image_seq_len", 256)),
+            int(own.get("max_image_seq_len", 4096)),
+            float(own.get("base_shift", 0.5)),
+            float(own.get("max_shift", 1.15)),
+        )
     elif loss.shift == "auto":
         fixed = base.prediction == "flow" and not own.get("use_dynamic_shifting")
         shift = float(own.get("shift") or own.get("flow_shift") or 1.0) if fixed else 1.0

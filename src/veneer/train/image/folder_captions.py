@@ -105,9 +105,14 @@ def metadata_rows(
 
 
 def _row_problem(
-    name: object, caption: object, column: str, which: str, place: Path, folder: PictureFolder,
+    name: object,
+    caption: object,
+    column: str,
+    which: str,
+    place: Path,
+    folder: PictureFolder,
     rows: Collection[Path],
-) -> str:  # fmt: skip
+) -> str:
     """What is wrong with a row of metadata in `place`, after `rows`."""
     if not isinstance(name, str) or not name:
         return f"no {which}"

@@ -176,9 +176,11 @@ def _list_folder(
     for path in folder.pictures:
         repeats, words = kohya_folder(path, folder.root, about)
         sources = {
-            "caption files": captioned.get(path), "metadata": rows.get(path), "folder names": words,
+            "caption files": captioned.get(path),
+            "metadata": rows.get(path),
+            "folder names": words,
             "the prompt": prompt,
-        }  # fmt: skip
+        }
         source = next((source for source, caption in sources.items() if caption is not None), "nothing")
         name, own = path.relative_to(folder.root).as_posix(), tuple(before.get(path, ()))
         out.append(PictureFile(path, name, sources.get(source), source, covers.get(path), repeats, own))

@@ -117,10 +117,16 @@ def image_preflight(
     own = len([row for row in data.plan.rows if not row.picture.is_class])
     rows = config.batching.rows
     subject = RunSubject(
-        base=base, config=config, resume=resume, previous=previous, steps_per_epoch=-(-own // rows),
+        base=base,
+        config=config,
+        resume=resume,
+        previous=previous,
+        steps_per_epoch=-(-own // rows),
         largest_micro=config.batching.micro_rows or min(rows, own) * (2 if config.data.class_prompt else 1),
-        unit="picture", micros=[len(step.micros) for step in data.steps], devices=devices,
-    )  # fmt: skip
+        unit="picture",
+        micros=[len(step.micros) for step in data.steps],
+        devices=devices,
+    )
     findings = [*found]
     if data.held:
         findings += check_held_out(data.learned, data.held)
@@ -330,6 +336,8 @@ def memory_numbers(
     trained += 4 * int(numbers.get("trainable", 0)) if config.ema.decay else 0
     need = trained + measured * pictures
     return {
-        "memory_needed": need, "memory_free": available_memory(config, device), "activations_of_one_picture": measured,
+        "memory_needed": need,
+        "memory_free": available_memory(config, device),
+        "activations_of_one_picture": measured,
         "predicted_peak_bytes": max(peak_memory_bytes(device), held_memory(device) + need),
-    }  # fmt: skip
+    }

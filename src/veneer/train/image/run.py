@@ -50,9 +50,12 @@ def run_images(
         if base is None:
             run.fetch(config.base.name)
             base = load_image(
-                config.base.name, dtype=config.base.dtype, device=run.devices.device, quantise=config.base.quantise,
+                config.base.name,
+                dtype=config.base.dtype,
+                device=run.devices.device,
+                quantise=config.base.quantise,
                 say=run.note,
-            )  # fmt: skip
+            )
         for note in base.notes:
             run.note(note)
         return carry_out(run, kind(config, base, own))

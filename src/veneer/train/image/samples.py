@@ -116,9 +116,13 @@ def draw_rows(
 
 
 def sheet_of(
-    cells: Sequence[Sequence[Image]], base: ImageBase, config: ImageTrainConfig, path: Path, title: str,
+    cells: Sequence[Sequence[Image]],
+    base: ImageBase,
+    config: ImageTrainConfig,
+    path: Path,
+    title: str,
     strengths: Sequence[float] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Writes the sheet of prompts by seeds, or by strengths, as `draw_samples`, with what each edits before them."""
     samples = config.samples
     rows, columns = list(samples.prompts), [f"seed {seed}" for seed in samples.seeds]

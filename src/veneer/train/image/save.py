@@ -63,9 +63,13 @@ def layout_findings(adapter: Adapter, base: ImageBase, config: ImageTrainConfig)
 
 
 def save_image_adapter(
-    adapter: Adapter, base: ImageBase, config: ImageTrainConfig, facts: dict[str, Any], picture: str,
+    adapter: Adapter,
+    base: ImageBase,
+    config: ImageTrainConfig,
+    facts: dict[str, Any],
+    picture: str,
     tags: dict[str, dict[str, int]],
-) -> WriteReport:  # fmt: skip
+) -> WriteReport:
     """Writes the adapter in the configured layout with everything that readers of such files look for, and the card.
 
     `facts`: what became of the run (steps, times), for sd-scripts' keys. `picture`: the thumbnail, a data address.
@@ -87,9 +91,13 @@ def save_image_adapter(
     adapter = replace(adapter, card=card)
     path = output_of(config)
     written = convert.write(
-        adapter, path, output.layout, family=base.family, metadata=training_metadata(facts),
+        adapter,
+        path,
+        output.layout,
+        family=base.family,
+        metadata=training_metadata(facts),
         dtype=None if output.dtype == "float32" else output.dtype,
-    )  # fmt: skip
+    )
     if output.layout != "peft":
         write_atomically(path.parent / CARD_FILE, card_bytes(card, digest=written.digest, files=written.files))
         readme = readme_bytes(adapter, digest=written.digest, base_name=base.name, name=path.stem)
@@ -111,10 +119,14 @@ def prove_image_adapter(
     # One rounding of the file's and of the base's dtype, through a few layers.
     rounding = 64 * max(torch.finfo(getattr(torch, config.output.dtype)).eps, torch.finfo(base.dtype).eps)
     return prove(
-        attachment, NAME, again,
-        lambda: predict(base, latents, time, text, sizes=given, references=batch.before), path=path,
-        what="predictions", rounding=rounding,
-    )  # fmt: skip
+        attachment,
+        NAME,
+        again,
+        lambda: predict(base, latents, time, text, sizes=given, references=batch.before),
+        path=path,
+        what="predictions",
+        rounding=rounding,
+    )
 
 
 def _under(adapter: Adapter, component: str) -> Adapter:
@@ -125,12 +137,13 @@ def _under(adapter: Adapter, component: str) -> Adapter:
 
 def image_report(
     result: ImageResult, folder: Path, base: ImageBase, config: ImageTrainConfig, seconds: float
-) -> ReportParts:  # fmt: skip
+) -> ReportParts:
     """What the report of a run on pictures has of its own. `seconds`: that the steps took."""
     adapter = Path(result.adapter)
     speed = f"{result.pictures_per_second:,.3g} pictures/s"
     return ReportParts(
-        base=base.name, weights=adapter if adapter.is_file() else adapter / "adapter_model.safetensors",
+        base=base.name,
+        weights=adapter if adapter.is_file() else adapter / "adapter_model.safetensors",
         cards=[
             ("Steps", f"{result.steps:,}", result.stopped),
             ("Speed", speed, f"{counted(result.pictures, 'picture')} in {duration(seconds)}"),
@@ -138,10 +151,13 @@ def image_report(
         facts=[*(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()), *base_facts(base)],
         usage=_usage(result, base, config),
         files={
-            adapter.name: "the weights, with their metadata", "pictures.png": "what the model saw of each picture",
+            adapter.name: "the weights, with their metadata",
+            "pictures.png": "what the model saw of each picture",
         },
-        unit="pictures", loss="Loss, mean squared error", sheets=_sheets(folder),
-    )  # fmt: skip
+        unit="pictures",
+        loss="Loss, mean squared error",
+        sheets=_sheets(folder),
+    )
 
 
 def _sheets(folder: Path) -> list[tuple[str, str]]:

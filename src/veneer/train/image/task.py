@@ -157,9 +157,16 @@ class ImageTask(Task[ImageData, ImageResult]):
             texts |= {"captions": [], "sample prompts": []}
         cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(self.base, c))} for w, said in texts.items()}
         report = image_preflight(
-            self.base, self.config, data, self.findings(data), cut=cut, resume=run.resume, previous=previous,
-            sources=run.sources, devices=run.devices.count,
-        )  # fmt: skip
+            self.base,
+            self.config,
+            data,
+            self.findings(data),
+            cut=cut,
+            resume=run.resume,
+            previous=previous,
+            sources=run.sources,
+            devices=run.devices.count,
+        )
         if not report.stops:
             report.add(*self.asked_last(data))
         if report.stops:
@@ -298,10 +305,13 @@ class ImageTask(Task[ImageData, ImageResult]):
         less = "" if recompute else "memory.activation_checkpointing=on, "
         report.add(
             memory_finding(
-                report.numbers["memory_needed"], report.numbers["memory_free"], f"{how}, at most {count} at once",
-                fix=f"{less}batching.micro_rows=1, or a lower data.resolution", force=run.force,
+                report.numbers["memory_needed"],
+                report.numbers["memory_free"],
+                f"{how}, at most {count} at once",
+                fix=f"{less}batching.micro_rows=1, or a lower data.resolution",
+                force=run.force,
             )
-        )  # fmt: skip
+        )
         return replace(memory, recompute=recompute, because=because)
 
     def _settled(self, data: ImageData, memory: _Memory) -> Iterator[tuple[str, Any, str]]:
@@ -393,10 +403,11 @@ class AttachedPictures(AttachedTask[ImageResult]):
             self.run.note(f"warning: {what}")
             return
         raise PreflightError(
-            what, where=self.base.name,
+            what,
+            where=self.base.name,
             fix="the base's weights may be damaged, belong to another base, or have scales that veneer did not read; "
             "check its pictures with `veneer generate`, or train anyway with --force",
-        )  # fmt: skip
+        )
 
     def begin(self, progress: Progress, tell: Listener) -> None:
         """Before the first step: what the model sees, and (not when resumed) what the base draws."""
@@ -426,9 +437,11 @@ class AttachedPictures(AttachedTask[ImageResult]):
 
     def facts(self, outcome: Outcome, progress: Progress) -> ImageResult:
         return ImageResult(
-            **vars(outcome), pictures=progress.tokens, sheet=self.sheet,
+            **vars(outcome),
+            pictures=progress.tokens,
+            sheet=self.sheet,
             pictures_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
-        )  # fmt: skip
+        )
 
     def save(self, result: ImageResult, progress: Progress, tell: Listener) -> ImageResult:
         """The file: of the average, where there is one."""
@@ -439,25 +452,31 @@ class AttachedPictures(AttachedTask[ImageResult]):
         with training_layers(base, False):
             picture = self._thumbnail(result.kept_step, progress.step, tell)
             trained = self.attachment.adapter(NAME)
-        metrics = result.metrics(
-            pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3)
-        )  # fmt: skip
+        metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))
         card = replace(
-            trained.card, base=base.name, base_fingerprint=base.fingerprint, kind="image",
-            data_digest=pictures_digest(data.learned), recipe=config.recipe(), metrics=metrics,
-        )  # fmt: skip
+            trained.card,
+            base=base.name,
+            base_fingerprint=base.fingerprint,
+            kind="image",
+            data_digest=pictures_digest(data.learned),
+            recipe=config.recipe(),
+            metrics=metrics,
+        )
         facts = training_facts(
-            config, base, data, self.image_loss, kept=result.kept_step, recompute=self.memory.recompute,
+            config,
+            base,
+            data,
+            self.image_loss,
+            kept=result.kept_step,
+            recompute=self.memory.recompute,
             seconds=progress.seconds,
-        )  # fmt: skip
+        )
         written = save_image_adapter(replace(trained, card=card), base, config, facts, picture, data.tags)
         for note in written.notes:
             tell(Note(note))
         found = {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3} if written.hashes is not None else {}
         samples = [str(p) for p in sorted((self.run.folder / "samples").glob("step-*.png"))]
-        return replace(
-            result, adapter=str(output_of(config)), digest=written.digest, hashes=found, samples=samples
-        )  # fmt: skip
+        return replace(result, adapter=str(output_of(config)), digest=written.digest, hashes=found, samples=samples)
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Under the name `adapter`, and without a thumbnail."""
@@ -465,14 +484,23 @@ class AttachedPictures(AttachedTask[ImageResult]):
         with training_layers(self.base, False), self.ema.acting() if self.ema else nullcontext():
             trained = self.attachment.adapter(NAME)
         card = replace(
-            trained.card, base=self.base.name, base_fingerprint=self.base.fingerprint, kind="image",
-            data_digest=pictures_digest(self.data.learned), recipe=self.config.recipe(), metrics=progress.metrics(),
-        )  # fmt: skip
+            trained.card,
+            base=self.base.name,
+            base_fingerprint=self.base.fingerprint,
+            kind="image",
+            data_digest=pictures_digest(self.data.learned),
+            recipe=self.config.recipe(),
+            metrics=progress.metrics(),
+        )
         folder.mkdir()
         save_image_adapter(
-            replace(trained, card=card), self.base, self.config.model_copy(update={"output": config}), {}, "",
+            replace(trained, card=card),
+            self.base,
+            self.config.model_copy(update={"output": config}),
+            {},
+            "",
             self.data.tags,
-        )  # fmt: skip
+        )
 
     def prove(self) -> str:
         row, encoders = next(planned_rows(self.data.steps)), self.data.encoders

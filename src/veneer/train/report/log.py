@@ -119,7 +119,7 @@ class ConsoleView:
 
     def __init__(
         self, console: Console | None = None, *, unit: str = "tokens", verbose: bool = False, name: str = ""
-    ) -> None:  # fmt: skip
+    ) -> None:
         from rich.console import Console
 
         self.unit, self.verbose, self.name = unit, verbose, name
@@ -217,9 +217,14 @@ class ConsoleView:
         assert self._bar is not None
         parts = parts_text(mean_rewards(event.extra) or {})
         self._bar.update(
-            self._task, completed=event.step, loss=_headline(event), speed=speed, memory=size(event.memory_bytes),
-            left=duration(left), drawn="  ".join(filter(None, (parts, drawn))),
-        )  # fmt: skip
+            self._task,
+            completed=event.step,
+            loss=_headline(event),
+            speed=speed,
+            memory=size(event.memory_bytes),
+            left=duration(left),
+            drawn="  ".join(filter(None, (parts, drawn))),
+        )
 
     def _speed(self, per_second: float, unit: str) -> str:
         return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.2f} {unit}/s"
@@ -235,10 +240,15 @@ class ConsoleView:
                 yield from (Text(f"  {task.fields['drawn']}", "dim") for task in self.tasks if task.fields["drawn"])
 
         self._bar = TwoLines(
-            TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
-            TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[memory]}"),
-            TextColumn("{task.fields[left]} left"), console=self.console,
-        )  # fmt: skip
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[memory]}"),
+            TextColumn("{task.fields[left]} left"),
+            console=self.console,
+        )
         self._bar.start()
         self._task = self._bar.add_task("training", total=event.steps, loss="", speed="", memory="", left="", drawn="")
 

@@ -78,10 +78,17 @@ def write_sweep_page(
     series += [Series(best, curves[best], "dots")] if curves.get(best) else []
     heads = [*dict.fromkeys(key for row in rows for key in row if key != "name")]
     cells = [[_cell(row.get(head)) for head in heads] for row in rows]
-    page = escaping("veneer.train.report").get_template("sweep.html.j2").render(
-        title=title, rows=rows, chart=Markup(chart(series, label="validation loss")), cells=cells,
-        heads=[head.replace("_", " ") for head in heads],
-    )  # fmt: skip
+    page = (
+        escaping("veneer.train.report")
+        .get_template("sweep.html.j2")
+        .render(
+            title=title,
+            rows=rows,
+            chart=Markup(chart(series, label="validation loss")),
+            cells=cells,
+            heads=[head.replace("_", " ") for head in heads],
+        )
+    )
     write_atomically(path, page.encode())
 
 
@@ -100,9 +107,13 @@ def escaping(package: str, folder: str = ".") -> Environment:
     from markupsafe import Markup
 
     return Environment(
-        loader=PackageLoader(package, folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: _plain(value, Markup),
-    )  # fmt: skip
+        loader=PackageLoader(package, folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: _plain(value, Markup),
+    )
 
 
 def _plain(value: Any, markup: type) -> Any:
@@ -121,9 +132,13 @@ def render_page(page: Page) -> str:
     notes = [r["text"] for r in page.records if r.get("event") == "note"]
     charts = [(title, Markup(svg), legend) for title, svg, legend in _charts(steps, scores, page)]
     return env.get_template("report.html.j2").render(
-        page=page, charts=charts, scores=_score_table(scores), notes=notes, sections=_sections(page),
+        page=page,
+        charts=charts,
+        scores=_score_table(scores),
+        notes=notes,
+        sections=_sections(page),
         numbers=_numbers(page.checks),
-    )  # fmt: skip
+    )
 
 
 def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Mapping[str, Any], list[str]]]]:

@@ -70,9 +70,10 @@ def tracked(
             for begun in running.values():
                 begun.finish(True)
             raise ConfigError(
-                f"{each} could not begin: {error}", where="report.trackers",
+                f"{each} could not begin: {error}",
+                where="report.trackers",
                 fix=f"mend what it says, or leave {each} out",
-            ) from error  # fmt: skip
+            ) from error
         ids[each] = running[each].id
     if running:
         write_atomically(ids_path, json.dumps(ids).encode())
@@ -160,9 +161,16 @@ class _WandB:
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
         self._run = wandb.init(
-            entity=entity or None, project=project, name=name, id=self.id, resume="allow", dir=str(folder),
-            config=dict(settings), tags=list(report.tags) or None, settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
+            entity=entity or None,
+            project=project,
+            name=name,
+            id=self.id,
+            resume="allow",
+            dir=str(folder),
+            config=dict(settings),
+            tags=list(report.tags) or None,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)  # a step before the newest is dropped there: it is the same
@@ -226,9 +234,12 @@ class _Trackio:
         self._trackio = trackio
         self.id = id or f"{name}-{uuid.uuid4().hex[:8]}"
         self._run = trackio.init(
-            project=report.project.rpartition("/")[2], name=self.id, config=dict(settings),
-            resume="allow" if id else "never", embed=False,
-        )  # fmt: skip
+            project=report.project.rpartition("/")[2],
+            name=self.id,
+            config=dict(settings),
+            resume="allow" if id else "never",
+            embed=False,
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -241,5 +252,8 @@ class _Trackio:
 
 
 _TRACKERS: dict[str, Callable[..., Tracker]] = {
-    "tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow, "trackio": _Trackio,
-}  # fmt: skip
+    "tensorboard": _TensorBoard,
+    "wandb": _WandB,
+    "mlflow": _MLflow,
+    "trackio": _Trackio,
+}

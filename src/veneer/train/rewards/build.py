@@ -31,9 +31,14 @@ from veneer.train.rewards.tasksets import reasoning_gym_reward, verifiers_reward
 from veneer.train.rewards.template import sample_of
 
 _RULES: dict[str, Callable[[Any], Reward]] = {
-    "exact_match": rules.exact_match, "json_schema": rules.json_schema, "json_fields": rules.json_fields,
-    "regex": rules.regular_expression, "length": rules.length, "bleu": rules.sentence_bleu, "rouge": rules.rouge_f1,
-}  # fmt: skip
+    "exact_match": rules.exact_match,
+    "json_schema": rules.json_schema,
+    "json_fields": rules.json_fields,
+    "regex": rules.regular_expression,
+    "length": rules.length,
+    "bleu": rules.sentence_bleu,
+    "rouge": rules.rouge_f1,
+}
 
 
 def rewards_of(sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1) -> Rewards:
@@ -67,9 +72,12 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
         return judge_reward(section, _asked(section, ask, opened))
     if isinstance(section, PythonReward):
         function = LimitedFunction(
-            section.function, file=section.file, timeout=section.timeout, memory=section.memory_gb * 1e9,
+            section.function,
+            file=section.file,
+            timeout=section.timeout,
+            memory=section.memory_gb * 1e9,
             at_once=section.at_once,
-        )  # fmt: skip
+        )
         return _by_function(opened.enter_context(function))
     if isinstance(section, GraderReward):
         grader = _grader(section)
@@ -93,8 +101,9 @@ def _asked(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -
     if ask is None:
         raise ConfigError(
             f"the reward {section.called} asks a model of this process, and nothing here answers for one",
-            where="reinforcement.rewards", fix="give the `url` of a server",
-        )  # fmt: skip
+            where="reinforcement.rewards",
+            fix="give the `url` of a server",
+        )
     return ask
 
 

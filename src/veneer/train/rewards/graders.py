@@ -249,13 +249,24 @@ def grader_models(grader: Any) -> set[str]:
 # -- formulas ----------------------------------------------------------------------------------------------------------
 
 _OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.Pow: math.pow, ast.USub: operator.neg, ast.UAdd: operator.pos,
-}  # fmt: skip
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: math.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
 _FUNCTIONS: dict[str, Callable[..., float]] = {
-    "min": min, "max": max, "abs": abs, "floor": math.floor, "ceil": math.ceil, "exp": math.exp, "sqrt": math.sqrt,
+    "min": min,
+    "max": max,
+    "abs": abs,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "exp": math.exp,
+    "sqrt": math.sqrt,
     "log": math.log,
-}  # fmt: skip
+}
 
 
 def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str, float]], float]:
@@ -361,10 +372,11 @@ class GraderRun:
         except ConfigError as error:  # it cannot be loaded, whatever it is asked
             return [Grade(None, {"python_grader_runtime_error": error.what})] * len(asked)
         return [
-            Grade(score.value, {}, score.parts) if score.value is not None and math.isfinite(score.value)
+            Grade(score.value, {}, score.parts)
+            if score.value is not None and math.isfinite(score.value)
             else Grade(None, {"python_grader_runtime_error": score.error or f"it gave {score.value}"})
             for score in scores
-        ]  # fmt: skip
+        ]
 
     def _by_model(self, grader: ScoreModelGrader, asked: Sequence[Asked]) -> list[Grade]:
         low, high = grader.range or (0.0, 1.0)
@@ -376,9 +388,7 @@ class GraderRun:
             except (NoValue, TextTooLong) as error:
                 made.append(_no_value(error))
         replies = iter(ask_once(self._ask, [each for each in made if isinstance(each, Question)]))
-        return [
-            each if isinstance(each, Grade) else _of_reply(next(replies), grader.model, low, high) for each in made
-        ]  # fmt: skip
+        return [each if isinstance(each, Grade) else _of_reply(next(replies), grader.model, low, high) for each in made]
 
 
 def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Question:
@@ -399,9 +409,15 @@ def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping
     own = grader.sampling_params or _SamplingParams()
     extra = {} if own.reasoning_effort is None else {"reasoning_effort": own.reasoning_effort}
     return Question(
-        messages, grader.model, tokens=own.max_completions_tokens or 1024, temperature=own.temperature or 0.0,
-        top_p=own.top_p or 1.0, seed=own.seed or 0, form=form, extra=extra,
-    )  # fmt: skip
+        messages,
+        grader.model,
+        tokens=own.max_completions_tokens or 1024,
+        temperature=own.temperature or 0.0,
+        top_p=own.top_p or 1.0,
+        seed=own.seed or 0,
+        form=form,
+        extra=extra,
+    )
 
 
 def _of_reply(reply: Reply, model: str, low: float, high: float) -> Grade:
@@ -436,9 +452,11 @@ def _of_texts(
     text, wanted = filled(grader.input, sample, item), filled(grader.reference, sample, item)
     if isinstance(grader, StringCheckGrader):
         found = {
-            "eq": text == wanted, "ne": text != wanted, "like": wanted in text,
+            "eq": text == wanted,
+            "ne": text != wanted,
+            "like": wanted in text,
             "ilike": wanted.casefold() in text.casefold(),
-        }  # fmt: skip
+        }
         return float(found[grader.operation])
     if max(len(text), len(wanted)) > _COMPARED:
         raise TextTooLong(f"text_similarity compares texts of up to {_COMPARED:,} characters")

@@ -125,9 +125,12 @@ class ServerJudge:
 
     def _body(self, question: Question) -> dict[str, Any]:
         settings = {
-            "max_tokens": question.tokens, "temperature": question.temperature, "top_p": question.top_p,
-            "seed": question.seed, **question.extra,
-        }  # fmt: skip
+            "max_tokens": question.tokens,
+            "temperature": question.temperature,
+            "top_p": question.top_p,
+            "seed": question.seed,
+            **question.extra,
+        }
         if question.form is not None:
             form = {"name": "score", "strict": True, "schema": question.form}
             settings["response_format"] = {"type": "json_schema", "json_schema": form}

@@ -80,9 +80,17 @@ class LimitedFunction:
     """`file` or `source`: where the function is. `at_once`: so many processes, each within the limits. Thread-safe."""
 
     def __init__(
-        self, function: str, *, file: str | None = None, source: str | None = None, timeout: float = 10.0,
-        memory: float = 2e9, at_once: int = 1, bare: bool = False, sandbox: Sandbox | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        function: str,
+        *,
+        file: str | None = None,
+        source: str | None = None,
+        timeout: float = 10.0,
+        memory: float = 2e9,
+        at_once: int = 1,
+        bare: bool = False,
+        sandbox: Sandbox | None = None,
+    ) -> None:
         assert (file is None) != (source is None)
         assert sandbox is None or source is not None, (
             "files on this machine are the operator's and run without a sandbox"
@@ -384,9 +392,13 @@ def _plain(channel: socket.socket, bare: bool) -> subprocess.Popen[bytes]:
     kept = {"PATH", "LANG", "LC_ALL", "TMPDIR"} if bare else os.environ.keys()
     environment = {key: value for key, value in os.environ.items() if key in kept} | {"PYTHONHASHSEED": "0"}
     return subprocess.Popen(
-        [sys.executable, "-s", "-P", str(_CHILD)], stdin=channel.fileno(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-s", "-P", str(_CHILD)],
+        stdin=channel.fileno(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
 
 
 def _says_who() -> bool:

@@ -157,7 +157,7 @@ def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[Reward
         raise TrainingError(
             f"the reward {name} gave {counted(len(given), 'score')} for {counted(len(sound), 'answer')}",
             fix="it has to give one for each, in their order",
-        )  # fmt: skip
+        )
     rest = iter(given)
     found = [RewardScore(None, answer.error) if answer.error else next(rest) for answer in answers]
     return [_usable(score) for score in found]
@@ -221,6 +221,7 @@ def column(answer: Answer, name: str) -> Any:
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, answer.row)) or 'none'}"
         raise DataError(
             f"a reward needs the column {quoted(name)}, and a row has none",
-            where=str(answer.row.get("where") or "") or None, fix=hint,
-        )  # fmt: skip
+            where=str(answer.row.get("where") or "") or None,
+            fix=hint,
+        )
     return answer.row[name]

@@ -125,14 +125,16 @@ def json_fields(section: JsonFieldsReward) -> Reward:
         if not isinstance(wanted, dict):
             raise DataError(
                 f"the reward {section.called} compares with a JSON object, and the column {section.column} holds none",
-                where=str(answer.row.get("where") or "") or None, fix="leave the row out, or name another column",
-            )  # fmt: skip
+                where=str(answer.row.get("where") or "") or None,
+                fix="leave the row out, or name another column",
+            )
         keys = section.fields or tuple(wanted)
         if missing := [key for key in keys if key not in wanted]:
             raise DataError(
                 f"the reward {section.called} wants the key {missing[0]}, and a row's {section.column} has none",
-                where=str(answer.row.get("where") or "") or None, fix="name keys in `fields` that every row has",
-            )  # fmt: skip
+                where=str(answer.row.get("where") or "") or None,
+                fix="name keys in `fields` that every row has",
+            )
         value = as_json(answer.text)
         parts = {key: float(same_field(value, wanted, key)) for key in keys}
         return RewardScore(sum(parts.values()) / len(parts) if parts else float(isinstance(value, dict)), parts=parts)
@@ -166,8 +168,10 @@ def regular_expression(section: RegexReward) -> Reward:
 
 def length(section: LengthReward) -> Reward:
     count: dict[str, Callable[[Answer], int]] = {
-        "tokens": lambda a: a.tokens, "characters": lambda a: len(a.text), "words": lambda a: len(a.text.split()),
-    }  # fmt: skip
+        "tokens": lambda a: a.tokens,
+        "characters": lambda a: len(a.text),
+        "words": lambda a: len(a.text.split()),
+    }
 
     def score(answer: Answer) -> float:
         n = count[section.unit](answer)

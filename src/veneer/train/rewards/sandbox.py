@@ -79,9 +79,17 @@ class Sandbox:
         else:
             user, inside = ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"], []
         made = [
-            "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", *user,
-            "--die-with-parent", "--new-session", "--hostname", "sandbox",
-        ]  # fmt: skip
+            "--unshare-ipc",
+            "--unshare-pid",
+            "--unshare-net",
+            "--unshare-uts",
+            "--unshare-cgroup-try",
+            *user,
+            "--die-with-parent",
+            "--new-session",
+            "--hostname",
+            "sandbox",
+        ]
         made += ["--perms", "1777", "--size", str(_TMP), "--tmpfs", "/tmp", "--perms", "0755", "--dir", "/dev"]
         made += _mounts(self.paths, self.hidden)
         for device in ("null", "zero", "full", "random", "urandom"):
@@ -103,9 +111,15 @@ class Sandbox:
 
             def begin() -> subprocess.Popen[bytes]:
                 return subprocess.Popen(
-                    full, stdin=channel.fileno(), stdout=subprocess.DEVNULL, stderr=errors, env=SANDBOX_VARIABLES,
-                    cwd="/", start_new_session=True, pass_fds=[filters],
-                )  # fmt: skip
+                    full,
+                    stdin=channel.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    env=SANDBOX_VARIABLES,
+                    cwd="/",
+                    start_new_session=True,
+                    pass_fds=[filters],
+                )
 
             return _starter(os.getpid()).submit(begin).result()
         finally:

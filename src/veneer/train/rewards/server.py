@@ -46,9 +46,16 @@ class AwaitedServer:
     holds its key. `timeout`, `patience`: seconds. `at_once`: questions on their way."""
 
     def __init__(
-        self, url: str, who: str, setting: str, *, key: str | None = None, timeout: float = 60.0,
-        patience: float = 600.0, at_once: int = 8,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        who: str,
+        setting: str,
+        *,
+        key: str | None = None,
+        timeout: float = 60.0,
+        patience: float = 600.0,
+        at_once: int = 8,
+    ) -> None:
         try:
             import httpx
         except ImportError as error:
@@ -91,7 +98,7 @@ class AwaitedServer:
 
     def each(
         self, ask: Callable[[A], B], asked: Sequence[A], interrupted: Callable[[], bool] = lambda: False
-    ) -> list[B] | None:  # fmt: skip
+    ) -> list[B] | None:
         """`ask` of each, several at once, in their order; None as soon as `interrupted()`. Raises what `ask` does."""
         self._away_since, self._over = None, threading.Event()
         pool = ThreadPoolExecutor(self._at_once, self.who)
@@ -176,9 +183,10 @@ class AwaitedServer:
         left = since + self._patience - now
         if left <= 0 or self._over.wait(min(wait, left)):
             raise UnavailableError(
-                f"the {self.who} has been away for {self._patience:g} s: {said}", where=self.url,
+                f"the {self.who} has been away for {self._patience:g} s: {said}",
+                where=self.url,
                 fix=f"start it, and resume the run; or let it wait longer with {self._setting}",
-            )  # fmt: skip
+            )
 
 
 def _seconds(text: str | None) -> float:

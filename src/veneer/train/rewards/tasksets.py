@@ -78,10 +78,14 @@ def _gym_rows(task: str, rows: int, settings: dict[str, Any], where: str) -> lis
     except (TypeError, ValueError, AssertionError) as error:
         raise DataError(f"the task {task} cannot be set so: {error}", where=where) from error
     return [
-        {"prompt": entry["question"], "completion": str(entry["answer"]), "answer": entry["answer"],
-         "metadata": {"source_dataset": task, **_plain(entry["metadata"])}}
+        {
+            "prompt": entry["question"],
+            "completion": str(entry["answer"]),
+            "answer": entry["answer"],
+            "metadata": {"source_dataset": task, **_plain(entry["metadata"])},
+        }
         for entry in (made[i] for i in range(rows))
-    ]  # fmt: skip
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -163,10 +167,14 @@ def verifiers_reward(section: VerifiersReward) -> Reward:
     package = _verifiers(section.called)
     taskset = _taskset(section.taskset, dict(section.arguments), section.called)
     kind = type(taskset).task_type()
-    needs = [word for word, needed in {
-        "a container": kind.NEEDS_CONTAINER,
-        "tools on servers": kind.toolsets(taskset.config.task) or type(taskset).toolsets(taskset.config),
-    }.items() if needed]  # fmt: skip
+    needs = [
+        word
+        for word, needed in {
+            "a container": kind.NEEDS_CONTAINER,
+            "tools on servers": kind.toolsets(taskset.config.task) or type(taskset).toolsets(taskset.config),
+        }.items()
+        if needed
+    ]
     if needs:
         raise ConfigError(f"the tasks of {section.taskset} need {' and '.join(needs)}", where=section.called)
 
@@ -179,9 +187,13 @@ def verifiers_reward(section: VerifiersReward) -> Reward:
         about = package.TraceTask(type=type(task).__name__, data=task.data)
         agent = package.AgentInfo(config=package.AgentConfig())
         return package.Trace(
-            task=about, agent=agent, nodes=[package.MessageNode.model_validate(n) for n in nodes], is_completed=True,
-            ok=True, stop_condition="max_output_tokens" if answer.cut else None,
-        )  # fmt: skip
+            task=about,
+            agent=agent,
+            nodes=[package.MessageNode.model_validate(n) for n in nodes],
+            is_completed=True,
+            ok=True,
+            stop_condition="max_output_tokens" if answer.cut else None,
+        )
 
     async def score(answer: Answer) -> RewardScore:
         data = kind.data_type().model_validate(column(answer, "task"))

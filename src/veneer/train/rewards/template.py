@@ -47,9 +47,11 @@ def sample_of(answer: Answer) -> dict[str, Any]:
         message["tool_calls"] = answer.calls
     before = answer.prompt[-1].get("content") if answer.prompt else ""
     found = {
-        "output_text": answer.text, "output_tools": list(answer.calls), "choices": [{"index": 0, "message": message}],
+        "output_text": answer.text,
+        "output_tools": list(answer.calls),
+        "choices": [{"index": 0, "message": message}],
         "input_text": before if isinstance(before, str) else json.dumps(before, ensure_ascii=False),
-    }  # fmt: skip
+    }
     with suppress(ValueError, RecursionError):
         found["output_json"] = json.loads(answer.text)
     return found

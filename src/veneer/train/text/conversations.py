@@ -132,9 +132,13 @@ def said_so_far(prompt: Answer, own: Conversation) -> Answer:
     rollout = own.rollout
     turns = own.turns if len(own.turns) > 1 or (own.turns and own.turns[-1].get("tool_calls")) else ()
     return replace(
-        prompt, text=str(own.turns[-1]["content"]) if own.turns else rollout.text, tokens=len(rollout.logps),
-        cut=rollout.cut, turns=turns, error=own.error,
-    )  # fmt: skip
+        prompt,
+        text=str(own.turns[-1]["content"]) if own.turns else rollout.text,
+        tokens=len(rollout.logps),
+        cut=rollout.cut,
+        turns=turns,
+        error=own.error,
+    )
 
 
 def _said(text: str) -> Turn:
@@ -168,6 +172,11 @@ def _messages(given: Any) -> list[Turn] | NoAnswer:
 def _joined(first: Rollout, then: Rollout) -> Rollout:
     """A conversation with one more turn of the model's."""
     return replace(
-        first, tokens=(*first.tokens, *then.tokens), logps=(*first.logps, *then.logps),
-        drawn=(*first.drawn, *then.drawn), text=then.text, cut=then.cut, others=first.others,
-    )  # fmt: skip
+        first,
+        tokens=(*first.tokens, *then.tokens),
+        logps=(*first.logps, *then.logps),
+        drawn=(*first.drawn, *then.drawn),
+        text=then.text,
+        cut=then.cut,
+        others=first.others,
+    )

@@ -52,8 +52,11 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
     draws = config.drawn is not None
     formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
     options: dict[str, Any] = {
-        "format": config.data.format, "columns": config.data.columns, "formats": formats, "values": draws
-    }  # fmt: skip
+        "format": config.data.format,
+        "columns": config.data.columns,
+        "formats": formats,
+        "values": draws,
+    }
     rows, about = read_rows(config.data.files("train"), limit=config.data.limit, **options)
     if config.data.validation is not None:
         held_rows, _ = read_rows(config.data.files("validation"), **options)
@@ -82,9 +85,7 @@ def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
     return DataSplit(rows, texts, encoded, items)
 
 
-def planned_steps(
-    items: Sequence[Any], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1
-) -> LazySteps:  # fmt: skip
+def planned_steps(items: Sequence[Any], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1) -> LazySteps:
     """All steps of the run in order, planned an epoch at a time. A step is cut into a micro-batch for each of `devices`
     at least. `items`: a DataSplit's."""
     if config.drawn is not None:
@@ -95,10 +96,13 @@ def planned_steps(
     def micro(indices: list[int]) -> Micro:
         chosen = [items[i] for i in indices]
         return Micro(
-            tokens=sum(e.tokens for e in chosen), trained=sum(e.learned for e in chosen),
-            rows=tuple(rows[e.row].where if rows else e.row for e in chosen), make=lambda: make(chosen),
-            units=None if config.preference.loss is None else len(chosen), items=tuple(chosen),
-        )  # fmt: skip
+            tokens=sum(e.tokens for e in chosen),
+            trained=sum(e.learned for e in chosen),
+            rows=tuple(rows[e.row].where if rows else e.row for e in chosen),
+            make=lambda: make(chosen),
+            units=None if config.preference.loss is None else len(chosen),
+            items=tuple(chosen),
+        )
 
     def of_epoch(epoch: int) -> list[Step]:
         plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=epoch, pieces=devices)

@@ -184,8 +184,9 @@ class Distillation:
             raise TrainingError(
                 f"each of the {len(asked):,} prompts is longer than the teacher's context, {self.teacher.context} "
                 "tokens, with its answer",
-                where="distillation", fix="lower distillation.max_tokens, or shorten distillation.system",
-            )  # fmt: skip
+                where="distillation",
+                fix="lower distillation.max_tokens, or shorten distillation.system",
+            )
         if long:
             yield (
                 f"warning: {len(long):,} of {len(asked):,} prompts are longer than the teacher's context, "
@@ -195,9 +196,7 @@ class Distillation:
             saved = sum(len(ids) - len(item.ids) for item, ids in zip(prompts, asked, strict=True)) / len(asked)
             yield f"{saved:.0f} tokens a request are saved once they are trained in{_saved_cents(saved, self.settings)}"
 
-    def draw_step(
-        self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]
-    ) -> Step | None:  # fmt: skip
+    def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
         """Step `number` of what was drawn for it. `rows`: those that its prompts are of."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
         chosen = [prompts[row] for row in sorted(prompts)]
@@ -220,16 +219,22 @@ class Distillation:
         return Step(tuple(micros), step.epoch)
 
     def _drawn(
-        self, prompts: Sequence[PromptItem], rows: Sequence[Row], how: Drawing, number: int, group: int,
+        self,
+        prompts: Sequence[PromptItem],
+        rows: Sequence[Row],
+        how: Drawing,
+        number: int,
+        group: int,
         interrupted: Callable[[], bool],
-    ) -> tuple[list[_TaughtRollout], dict[str, float], list[str]] | None:  # fmt: skip
+    ) -> tuple[list[_TaughtRollout], dict[str, float], list[str]] | None:
         """Answers to those prompts that the teacher can read, what was found of them, and why others are left out."""
         asked = {item.row: self._asked(item, rows) for item in prompts}
         read = [item for item in prompts if self._reads(asked[item.row])]
         wanted = [
             AnswerWanted(item.ids, draw_seed(self.config.seed, number, item.row, k), how, self.name)
-            for item in read for k in range(group)
-        ]  # fmt: skip
+            for item in read
+            for k in range(group)
+        ]
         began = time.perf_counter()
         drawn = self.sampler.draw(wanted, interrupted) if wanted else []
         if drawn is None:
@@ -252,9 +257,12 @@ class Distillation:
         return answers, figures, failed
 
     def _read(
-        self, teacher: ServedTeacher, answers: Sequence[_TaughtRollout], rows: Sequence[Row],
+        self,
+        teacher: ServedTeacher,
+        answers: Sequence[_TaughtRollout],
+        rows: Sequence[Row],
         interrupted: Callable[[], bool],
-    ) -> tuple[list[_TaughtRollout], list[str]] | None:  # fmt: skip
+    ) -> tuple[list[_TaughtRollout], list[str]] | None:
         """Answers with what a teacher on a server gives them, and why it did not read the others. Raises TrainingError
         where these are too many."""
         asked = [((*a.asked, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers]
@@ -265,9 +273,10 @@ class Distillation:
         if len(failed) > max(1, self.settings.most_failed * len(answers)) or len(failed) == len(answers) > 0:
             of = f"{len(failed):,} of {counted(len(answers), 'answer')}"
             raise TrainingError(
-                f"the teacher could not read {of}:\n{bullets(failed, 5)}", where=teacher.name,
+                f"the teacher could not read {of}:\n{bullets(failed, 5)}",
+                where=teacher.name,
                 fix="mend the server, or allow more of it with distillation.most_failed",
-            )  # fmt: skip
+            )
         read = [(a, given) for a, given in zip(answers, found, strict=True) if not isinstance(given, str)]
         return [replace(a, read=given) for a, given in read], failed
 
@@ -350,7 +359,7 @@ class Distillation:
 
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
-    ) -> Score | None:  # fmt: skip
+    ) -> Score | None:
         """The mean KL of a token of greedy answers; where it is measured by drawn tokens, of answers drawn with the
         same seeds each time. None as soon as `interrupted()`."""
         drawing = self.drawing
@@ -404,13 +413,18 @@ def _batch(answers: Sequence[_TaughtRollout], factors: Tensor) -> PolicyBatch:
     read = [a.read for a in answers if a.read]
     told = not read and any(a.asked != a.rollout.prompt for a in answers)
     return PolicyBatch(
-        batch.input_ids, batch.lengths, batch.trained, [len(a.rollout.logps) for a in answers],
-        torch.ones(len(answers)), factors,
-        torch.tensor([x for a in answers for x in a.rollout.logps], dtype=torch.float64), fresh=True,
+        batch.input_ids,
+        batch.lengths,
+        batch.trained,
+        [len(a.rollout.logps) for a in answers],
+        torch.ones(len(answers)),
+        factors,
+        torch.tensor([x for a in answers for x in a.rollout.logps], dtype=torch.float64),
+        fresh=True,
         reference=torch.tensor([x for r in read for x in r.logps], dtype=torch.float64) if read else None,
         teacher=collate([rollout_example(replace(a.rollout, prompt=a.asked)) for a in answers]) if told else None,
         likeliest=_likeliest(read),
-    )  # fmt: skip
+    )
 
 
 def _likeliest(read: Sequence[TeacherLogps]) -> tuple[Tensor, Tensor] | None:

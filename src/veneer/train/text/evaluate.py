@@ -136,10 +136,13 @@ def score_mixes(
                     own.use(*spec)
                     out[mix] = Scores(len(rows))
                     out[mix].answers = answers_of(
-                        base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                        base,
+                        prompts,
+                        max_new_tokens=max_new_tokens,
+                        batch_size=batch_size,
                         on_progress=functools.partial(on_progress, mix),
                         answer=None if answer is None else functools.partial(answer, mix=spec),
-                    )  # fmt: skip
+                    )
                     score_answers(out[mix], wanted)
                     out[mix].seconds = time.perf_counter() - began
         for mix, spec in specs.items():

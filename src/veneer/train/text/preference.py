@@ -194,16 +194,29 @@ class Preference:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, base: TextBase, attachment: Attachment, *, start: Adapter | None = None,
-        name: str = "reference", call: CallWithWeights = call_whole, devices: Devices = ALONE,
-    ) -> Preference:  # fmt: skip
+        cls,
+        config: TrainConfig,
+        base: TextBase,
+        attachment: Attachment,
+        *,
+        start: Adapter | None = None,
+        name: str = "reference",
+        call: CallWithWeights = call_whole,
+        devices: Devices = ALONE,
+    ) -> Preference:
         """That of a configuration. `start`: the adapter that the run goes on from, which is then put on the attachment
         a second time under `name`, as the reference, where the loss has one."""
         whose = f"{base.fingerprint}|{base.quantised}|{base.dtype}|{start.digest() if start is not None else 'base'}"
         preference = cls(
-            config.preference, base, attachment, whose=whose, micro_tokens=config.batching.at_once,
-            max_length=config.data.max_length, call=call, devices=devices,
-        )  # fmt: skip
+            config.preference,
+            base,
+            attachment,
+            whose=whose,
+            micro_tokens=config.batching.at_once,
+            max_length=config.data.max_length,
+            call=call,
+            devices=devices,
+        )
         if start is not None and preference.needs_reference:
             attachment.add(name, start)
             preference.reference = (name,)
@@ -295,9 +308,14 @@ class Preference:
             losses = losses - s.nll * mean_w
         good, bad = (w, l) if self.needs_reference else (mean_w, mean_l)
         seen.add(
-            reward_chosen=beta * good, reward_rejected=beta * bad, reward_accuracy=good > bad, logp_chosen=chosen,
-            logp_rejected=rejected, tokens_chosen=n_w, tokens_rejected=n_l,
-        )  # fmt: skip
+            reward_chosen=beta * good,
+            reward_rejected=beta * bad,
+            reward_accuracy=good > bad,
+            logp_chosen=chosen,
+            logp_rejected=rejected,
+            tokens_chosen=n_w,
+            tokens_rejected=n_l,
+        )
         return losses
 
     def _reference_logps(self, examples: Sequence[Example]) -> list[float]:

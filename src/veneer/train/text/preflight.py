@@ -52,9 +52,17 @@ _GUESSED = (
 
 
 def text_preflight(
-    base: Any, config: TrainConfig, data: TextData, *, resume: bool = False, previous: Mapping[str, Any] | None = None,
-    free_memory: int | None = None, free_disk: int | None = None, devices: int = 1, force: bool = False,
-) -> Report:  # fmt: skip
+    base: Any,
+    config: TrainConfig,
+    data: TextData,
+    *,
+    resume: bool = False,
+    previous: Mapping[str, Any] | None = None,
+    free_memory: int | None = None,
+    free_disk: int | None = None,
+    devices: int = 1,
+    force: bool = False,
+) -> Report:
     """Check everything that can be seen before training.
 
     base: its model and tokenizer are looked at. previous: the recipe (`TrainConfig.recipe`) of the run that is resumed.
@@ -69,11 +77,19 @@ def text_preflight(
         plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
         micros = [[sum(lengths[i] for i in micro) for micro in step] for step in plan]
     subject = TextSubject(
-        base=base, config=config, data=data, resume=resume, previous=previous, free_memory=free_memory,
-        free_disk=free_disk, force=force, steps_per_epoch=len(micros), devices=devices,
+        base=base,
+        config=config,
+        data=data,
+        resume=resume,
+        previous=previous,
+        free_memory=free_memory,
+        free_disk=free_disk,
+        force=force,
+        steps_per_epoch=len(micros),
+        devices=devices,
         largest_micro=max((tokens for step in micros for tokens in step), default=0),
         micros=[len(step) for step in micros],
-    )  # fmt: skip
+    )
     report = Report(numbers=subject.numbers)
     report.add(*data_findings(subject), *(finding for check in _BASE_CHECKS for finding in check(subject)))
     report.sample = marked_pieces(encoded.examples[0], base.tokenizer) if encoded.examples else []
@@ -216,11 +232,16 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     mode = config.memory.recomputing
     plain, again = (
         plan_of_run(
-            config, s.base, s.data.train.items, trainable=int(s.numbers.get("trainable", 0)),
-            held_out=len(s.data.held.encoded.examples), checkpointing=recomputed, room=free,
+            config,
+            s.base,
+            s.data.train.items,
+            trainable=int(s.numbers.get("trainable", 0)),
+            held_out=len(s.data.held.encoded.examples),
+            checkpointing=recomputed,
+            room=free,
         )
         for recomputed in (False, True)
-    )  # fmt: skip
+    )
     need, less = (still_needed(plan.memory, plan.device) for plan in (plain, again))
     on, _ = recomputes(mode, need, free)
     chosen = again if on else plain
@@ -257,8 +278,10 @@ def _why_unpacked(s: TextSubject, device: str) -> str:
     """Why no weight of this base can be kept packed, whatever its products; "" where some may."""
     quantised = bool(getattr(s.base, "quantised", ""))
     reasons = {
-        "it is quantised": quantised, "it is sharded": s.config.memory.shard, "it is not on a CPU": device != "cpu"
-    }  # fmt: skip
+        "it is quantised": quantised,
+        "it is sharded": s.config.memory.shard,
+        "it is not on a CPU": device != "cpu",
+    }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 

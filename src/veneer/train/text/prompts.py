@@ -134,9 +134,12 @@ def rollout_example(rollout: Rollout) -> Example:
 def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make: Callable[[], PolicyBatch]) -> Micro:
     """A micro-batch of answers. where: of each one's row."""
     return Micro(
-        tokens=sum(len(r.prompt) + len(r.tokens) for r in answers), trained=sum(len(r.logps) for r in answers),
-        rows=tuple(dict.fromkeys(where)), make=make, units=len(answers),
-    )  # fmt: skip
+        tokens=sum(len(r.prompt) + len(r.tokens) for r in answers),
+        trained=sum(len(r.logps) for r in answers),
+        rows=tuple(dict.fromkeys(where)),
+        make=make,
+        units=len(answers),
+    )
 
 
 def answer_groups(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
@@ -198,10 +201,13 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
         prompts = dict.fromkeys(item.ids for item in chosen) if shares else [item.ids for item in chosen]
         most = sum(item.most for item in chosen)
         return Micro(
-            tokens=sum(map(len, prompts)) + most, trained=most,
-            rows=tuple(dict.fromkeys(rows[item.row].where for item in chosen)), make=lambda: _made_up(chosen, shares),
-            units=len(chosen), items=tuple(chosen),
-        )  # fmt: skip
+            tokens=sum(map(len, prompts)) + most,
+            trained=most,
+            rows=tuple(dict.fromkeys(rows[item.row].where for item in chosen)),
+            make=lambda: _made_up(chosen, shares),
+            units=len(chosen),
+            items=tuple(chosen),
+        )
 
     def of_epoch(epoch: int) -> list[Step]:
         plan = step_rows([item.tokens for item in items], config.batching, seed=config.seed, epoch=epoch)
@@ -235,6 +241,11 @@ def _made_up(items: Sequence[PromptItem], shares: bool) -> PolicyBatch:
     batch, shared = collate_shared(drawn) if shares else (collate([rollout_example(r) for r in drawn]), None)
     ones = torch.ones(len(items), dtype=torch.float64)
     return PolicyBatch(
-        batch.input_ids, batch.lengths, batch.trained, [item.most for item in items], ones,
-        ones / max(1, items[0].most), shared=shared,
-    )  # fmt: skip
+        batch.input_ids,
+        batch.lengths,
+        batch.trained,
+        [item.most for item in items],
+        ones,
+        ones / max(1, items[0].most),
+        shared=shared,
+    )

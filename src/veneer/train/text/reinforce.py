@@ -150,9 +150,7 @@ class Reinforcement:
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
-    def draw_step(
-        self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]
-    ) -> Step | None:  # fmt: skip
+    def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
         """Step `number` of what was drawn for it. `rows`: those that its prompts are of."""
         s, update = self.settings, (number - 1) % self.settings.updates
         first, following = number - update, number + s.updates
@@ -183,9 +181,13 @@ class Reinforcement:
         return partial(self._draw, prompts, rows, number, off.copy, lambda: off.ahead.ended or interrupted())
 
     def _draw(
-        self, prompts: Sequence[PromptItem], rows: Sequence[Row], number: int, name: str,
+        self,
+        prompts: Sequence[PromptItem],
+        rows: Sequence[Row],
+        number: int,
+        name: str,
         interrupted: Callable[[], bool],
-    ) -> _Draw | None:  # fmt: skip
+    ) -> _Draw | None:
         s, seed = self.settings, self.config.seed
         owners = [item for item in prompts for _ in range(s.group)]
         asked = [
@@ -351,7 +353,7 @@ class Reinforcement:
 
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
-    ) -> Score | None:  # fmt: skip
+    ) -> Score | None:
         """The mean reward of greedy answers; its loss is minus that. None as soon as `interrupted()`."""
         if self.off_policy is not None:
             self.off_policy.ahead.settle()  # one draw at a time
@@ -366,8 +368,9 @@ class Reinforcement:
         if not values:
             raise TrainingError(
                 f"none of the {counted(len(answers), 'answer')} to held-out prompts could be judged:\n"
-                f"{bullets(judged.why(answers), 5)}", fix="mend the reward, or hold out more prompts",
-            )  # fmt: skip
+                f"{bullets(judged.why(answers), 5)}",
+                fix="mend the reward, or hold out more prompts",
+            )
         figures = drawn_figures(drawn, 0.0)
         extra = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
         tokens = int(figures["drawn_tokens"])
@@ -396,9 +399,11 @@ def _unanswered(row: Row) -> Answer:
     columns.setdefault("where", row.where)
     prompt = prompt_of(row)
     return Answer(
-        list(prompt.messages[: prompt.last_assistant()]), "", columns,
+        list(prompt.messages[: prompt.last_assistant()]),
+        "",
+        columns,
         tools=[tool for tool in row.tools if isinstance(tool, Mapping)],
-    )  # fmt: skip
+    )
 
 
 def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> PolicyBatch:
@@ -409,8 +414,15 @@ def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> P
 
     changed = any(a.rollout.drawn != a.rollout.logps for a in answers)
     return PolicyBatch(
-        batch.input_ids, batch.lengths, batch.trained, [len(a.rollout.logps) for a in answers],
-        torch.tensor([a.worth for a in answers], dtype=torch.float64), factors,
-        numbers([a.rollout.logps for a in answers]), numbers([a.rollout.drawn for a in answers]) if changed else None,
-        numbers([a.reference for a in answers]) if answers[0].reference else None, fresh, shared=shared,
-    )  # fmt: skip
+        batch.input_ids,
+        batch.lengths,
+        batch.trained,
+        [len(a.rollout.logps) for a in answers],
+        torch.tensor([a.worth for a in answers], dtype=torch.float64),
+        factors,
+        numbers([a.rollout.logps for a in answers]),
+        numbers([a.rollout.drawn for a in answers]) if changed else None,
+        numbers([a.reference for a in answers]) if answers[0].reference else None,
+        fresh,
+        shared=shared,
+    )

@@ -111,16 +111,20 @@ class Sampler(Protocol):
     @abstractmethod
     def draw(
         self, asked: Sequence[AnswerWanted], interrupted: Callable[[], bool] = lambda: False
-    ) -> list[Rollout] | None:  # fmt: skip
+    ) -> list[Rollout] | None:
         """The answers, in the order in which they are asked for; None as soon as `interrupted()`. Adapters must not
         change meanwhile. Raises VeneerError for what cannot be drawn: a prompt beyond the context, an unusable
         adapter, a grammar that is none."""
 
     @abstractmethod
     def replay(
-        self, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, adapter: str = "",
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        trained: Tensor,
+        adapter: str = "",
         shared: SharedRows | None = None,
-    ) -> Replay:  # fmt: skip
+    ) -> Replay:
         """The forward that `draw` runs, over rows that are there: arguments as `token_logps` has them. Where it is
         `exact` its values are those with which the rows' tokens were drawn, to the bit."""
 
@@ -133,10 +137,13 @@ def drawn_figures(drawn: Sequence[Rollout], seconds: float) -> dict[str, float]:
     share; and that of the prompts' tokens whose keys and values were there."""
     tokens, cut, count = sum(len(r.logps) for r in drawn), sum(r.cut for r in drawn), max(1, len(drawn))
     return {
-        "answer_tokens": tokens / count, "drawn_tokens": float(tokens), "drawn_seconds": seconds,
-        "cut_answers": float(cut), "cut_share": cut / count,
+        "answer_tokens": tokens / count,
+        "drawn_tokens": float(tokens),
+        "drawn_seconds": seconds,
+        "cut_answers": float(cut),
+        "cut_share": cut / count,
         "prompt_cached": sum(r.cached for r in drawn) / max(1, sum(len(r.prompt) for r in drawn)),
-    }  # fmt: skip
+    }
 
 
 def draw_seed(*key: int | str) -> int:

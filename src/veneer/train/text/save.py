@@ -45,9 +45,11 @@ class RunResult(Outcome):
 def text_metrics(result: RunResult) -> dict[str, Any]:
     """What the card keeps of it."""
     return result.metrics(
-        tokens=result.tokens, learned_tokens=result.learned_tokens, measured=result.measured or None,
+        tokens=result.tokens,
+        learned_tokens=result.learned_tokens,
+        measured=result.measured or None,
         tokens_per_second=round(result.tokens_per_second, 1),
-    )  # fmt: skip
+    )
 
 
 def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
@@ -72,7 +74,7 @@ def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
 
 def sample_answers(
     base: TextBase, attachment: Attachment, name: str, messages: Sequence[Mapping[str, str]], tokens: int
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Return greedy answers to `messages` of at most `tokens` tokens: `base` and `adapter` (the one called `name`).
 
     Raises BaseError, DataError."""
@@ -85,16 +87,20 @@ def sample_answers(
 
 def text_report(
     result: RunResult, folder: Path, base: TextBase, seconds: float, preference: str | None = None
-) -> ReportParts:  # fmt: skip
+) -> ReportParts:
     """What the report of a run on text has of its own. `seconds`: that the steps took. `preference`: its loss."""
     predicted = result.preflight.get("numbers", {}).get("predicted_seconds")
     remark = f"{result.tokens:,} tokens in {duration(seconds)}"
     remark += "" if predicted is None else f" · {duration(predicted)} predicted"
     share = f"{result.learned_tokens / max(1, result.tokens):.0%} of all"
     parts = ReportParts(
-        base=base.name, weights=folder / TENSOR_FILE, facts=base_facts(base), usage=_usage(folder, base),
+        base=base.name,
+        weights=folder / TENSOR_FILE,
+        facts=base_facts(base),
+        usage=_usage(folder, base),
         cards=[
-            *_preference_cards(result), ("Steps", f"{result.steps:,}", result.stopped),
+            *_preference_cards(result),
+            ("Steps", f"{result.steps:,}", result.stopped),
             ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", remark),
             ("Learned tokens", f"{result.learned_tokens:,}", share),
         ],
@@ -102,7 +108,7 @@ def text_report(
             TENSOR_FILE: "the weights, in PEFT's format",
             CONFIG_FILE: "ranks, scales and modules, in PEFT's format",
         },
-    )  # fmt: skip
+    )
     if preference is None:
         return parts
     return replace(parts, loss=f"Loss, {preference}, mean over {'answers' if preference == 'kto' else 'pairs'}")

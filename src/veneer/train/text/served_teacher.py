@@ -65,7 +65,7 @@ class ServedTeacher:
 
     def read(
         self, answers: Sequence[tuple[Sequence[int], int]], interrupted: Callable[[], bool] = lambda: False
-    ) -> list[TeacherLogps | str] | None:  # fmt: skip
+    ) -> list[TeacherLogps | str] | None:
         """What the teacher gives the last tokens of each, `count` of `ids`, or why it gives nothing; None as soon as
         `interrupted()`. Raises UnavailableError where it stays away, ConfigError where it takes no question at all."""
         return self.server.each(self._read, answers, interrupted)
@@ -92,9 +92,14 @@ def served_teacher(section: DistillationSection, base: TextBase) -> Iterator[Ser
     assert section.url is not None
     model, named = str(section.teacher), section.top_logprobs if section.divergence == "forward" else 0
     with AwaitedServer(
-        section.url, "teacher", "distillation.patience", key=section.key, timeout=section.timeout,
-        patience=section.patience, at_once=section.at_once,
-    ) as server:  # fmt: skip
+        section.url,
+        "teacher",
+        "distillation.patience",
+        key=section.key,
+        timeout=section.timeout,
+        patience=section.patience,
+        at_once=section.at_once,
+    ) as server:
         by_id = _compared(server, model, named, base)
         context = _context(server, model) or base.context
         yield ServedTeacher(server, model, named, by_id, min(base.context, context - 1))  # a request draws a token
@@ -128,7 +133,7 @@ def _compared(server: AwaitedServer, model: str, named: int, base: TextBase) -> 
         where=server.url,
         fix="serve the teacher with vLLM or veneer, by a base with the student's tokenizer; any server's answers are "
         "rows for training on examples",
-    )  # fmt: skip
+    )
 
 
 def _check_texts(server: AwaitedServer, model: str, base: TextBase, told: Mapping[int, str | None]) -> None:
@@ -137,8 +142,9 @@ def _check_texts(server: AwaitedServer, model: str, base: TextBase, told: Mappin
     if not known:
         raise ConfigError(
             "the teacher's server does not tell the texts of tokens, by which its tokenizer would be compared",
-            where=server.url, fix="serve it so that it does (vLLM: without --return-tokens-as-token-ids)",
-        )  # fmt: skip
+            where=server.url,
+            fix="serve it so that it does (vLLM: without --return-tokens-as-token-ids)",
+        )
     ours = {id: str(base.tokenizer.decode([id])) for id in known}
     apart = [id for id, text in known.items() if not _alike(ours[id], text)]
     if apart:

@@ -123,10 +123,14 @@ class Sweep:
             row: dict[str, Any] = {"name": combination.name, **combination.swept}
             if isinstance(result, RunResult):
                 row |= {
-                    "validation": result.validation, "validation_before": result.validation_before,
-                    "loss": result.loss, "kept_step": result.kept_step, "steps": result.steps,
-                    "tokens_per_second": result.tokens_per_second, "adapter": result.adapter,
-                }  # fmt: skip
+                    "validation": result.validation,
+                    "validation_before": result.validation_before,
+                    "loss": result.loss,
+                    "kept_step": result.kept_step,
+                    "steps": result.steps,
+                    "tokens_per_second": result.tokens_per_second,
+                    "adapter": result.adapter,
+                }
             else:
                 row |= {"ended": result.what}
             rows.append(row)
@@ -171,18 +175,27 @@ def run_sweep(
     _check_comparable([config for config, _ in loaded], [one.name for one in combinations])
     halves = _Halving([config.schedule.steps or 0 for config, _ in loaded], on=halving)
     results = run_texts(
-        [config for config, _ in loaded], names=[one.name for one in combinations],
-        sources=[sources for _, sources in loaded], resume=resume, dry_run=dry_run, force=force, base=base,
+        [config for config, _ in loaded],
+        names=[one.name for one in combinations],
+        sources=[sources for _, sources in loaded],
+        resume=resume,
+        dry_run=dry_run,
+        force=force,
+        base=base,
         listeners=[fan_out(partial(halves.hear, i), listener(one.name)) for i, one in enumerate(combinations)],
         leave=halves.leave,
-    )  # fmt: skip
+    )
     sweep = Sweep(combinations, results)
     if not dry_run:
         report = folder / "sweep.html"
         curves = {
-            one.name: [(float(r["step"]), float(r["loss"])) for r in read_log(folder / one.name / "log.jsonl")
-                       if r.get("event") == "evaluated"] for one in combinations
-        }  # fmt: skip
+            one.name: [
+                (float(r["step"]), float(r["loss"]))
+                for r in read_log(folder / one.name / "log.jsonl")
+                if r.get("event") == "evaluated"
+            ]
+            for one in combinations
+        }
         write_sweep_page(report, file.name, sweep.rows(), curves)
         sweep.report = str(report)
         write_atomically(folder / "sweep.json", (json.dumps(sweep.to_dict(), indent=1) + "\n").encode())
@@ -200,8 +213,9 @@ def _check_comparable(configs: Sequence[RunConfig], names: Sequence[str]) -> Non
     problems = {
         key: f"{key}: {measures[0].get(key)!r} in {names[0]}, {own.get(key)!r} in {name}"
         for own, name in reversed(list(zip(measures, names, strict=False)))
-        for key in {**measures[0], **own} if own.get(key) != measures[0].get(key)
-    }  # fmt: skip
+        for key in {**measures[0], **own}
+        if own.get(key) != measures[0].get(key)
+    }
     if problems:
         beside = problems.keys() & {"data.train", "data.limit"} and configs[0].data.validation is None
         own = "set data.validation to score all runs on the same rows; or " if beside else ""

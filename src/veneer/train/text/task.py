@@ -109,9 +109,15 @@ def run_text(
     configuration, base, data and checkpoints raises.
     """
     with opened(
-        config, unit="tokens", on_event=on_event, lockstep=config.memory.shard, sources=sources, resume=resume,
-        dry_run=dry_run, force=force,
-    ) as run:  # fmt: skip
+        config,
+        unit="tokens",
+        on_event=on_event,
+        lockstep=config.memory.shard,
+        sources=sources,
+        resume=resume,
+        dry_run=dry_run,
+        force=force,
+    ) as run:
         base = loaded_base(config, base, run)
         for note in base.notes:
             run.note(note)
@@ -137,9 +143,13 @@ def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBas
     if sharded and of_values:
         run.note("each process reads all of the weights: the adapter begins as a part of their values")
     return load_text(
-        config.base.name, dtype=config.base.dtype, device="cpu" if sharded and of_values else run.devices.device,
-        quantise=config.base.quantise, say=run.note, parts=1 if not sharded or of_values else run.devices.count,
-    )  # fmt: skip
+        config.base.name,
+        dtype=config.base.dtype,
+        device="cpu" if sharded and of_values else run.devices.device,
+        quantise=config.base.quantise,
+        say=run.note,
+        parts=1 if not sharded or of_values else run.devices.count,
+    )
 
 
 def cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
@@ -185,9 +195,15 @@ class TextTask(Task[TextData, RunResult]):
 
     def check(self, run: Run, data: TextData, previous: Mapping[str, Any] | None) -> Report:
         report = text_preflight(
-            self.base, self.config, data, resume=run.resume, previous=previous,
-            free_memory=self._free(run.devices), devices=run.devices.count, force=run.force,
-        )  # fmt: skip
+            self.base,
+            self.config,
+            data,
+            resume=run.resume,
+            previous=previous,
+            free_memory=self._free(run.devices),
+            devices=run.devices.count,
+            force=run.force,
+        )
         run.say(report, self._settled(run, data, report))
         return report
 
@@ -335,9 +351,10 @@ def _drawing(part: TextPart, attachment: Attachment) -> Iterator[_Drawer | None]
         return
     if task.sampler is None:
         raise ConfigError(
-            f"nobody here draws the answers that {r.named} learns from", where=r.named,
+            f"nobody here draws the answers that {r.named} learns from",
+            where=r.named,
             fix="train by `veneer train` or veneer.train_text",
-        )  # fmt: skip
+        )
     judges = judges_here(r.rewards) if isinstance(r, ReinforcementSection) else set()
     longest = max(item.tokens for split in (part.data.train, part.data.held) for item in split.items)
     context = 0 if judges else longest  # what they are asked is as long as it is
@@ -349,9 +366,10 @@ def _drawing(part: TextPart, attachment: Attachment) -> Iterator[_Drawer | None]
         sampler = opened.enter_context(task.sampler(task.base, attachment, settings))
         if problems := sampler.problems(part.name):
             raise PreflightError(
-                f"nothing can be drawn from this adapter:\n{bullets(problems)}", where="adapter",
+                f"nothing can be drawn from this adapter:\n{bullets(problems)}",
+                where="adapter",
                 fix="leave out what is no pair of a linear layer (adapter.modules_to_save, token_rows, kind)",
-            )  # fmt: skip
+            )
         if isinstance(r, ReinforcementSection):
             ask = sampled_judge(task.base, attachment, sampler, judges) if judges else None
             rewards = opened.enter_context(rewards_of(r.rewards, ask=ask, most_failed=r.most_failed))
@@ -416,9 +434,15 @@ class AttachedText(AttachedTask[RunResult]):
     the adapter's on the attachment."""
 
     def __init__(
-        self, config: TrainConfig, base: TextBase, run: Run, data: TextData, attachment: Attachment,
-        call: CallWithWeights, name: str,
-    ) -> None:  # fmt: skip
+        self,
+        config: TrainConfig,
+        base: TextBase,
+        run: Run,
+        data: TextData,
+        attachment: Attachment,
+        call: CallWithWeights,
+        name: str,
+    ) -> None:
         self.config, self.base, self.run, self.data = config, base, run, data
         self.attachment, self.call, self.name = attachment, call, name
         self.parameters = attachment.parameters(name)
@@ -483,10 +507,11 @@ class AttachedText(AttachedTask[RunResult]):
             self.run.note(f"warning: {what}")
             return
         raise PreflightError(
-            what, where=self.base.name,
+            what,
+            where=self.base.name,
             fix="its weights or its tokenizer may be damaged or another base's, or veneer runs it wrongly (then "
             "`veneer eval` without adapters shows it too, and it is worth a report); --force trains all the same",
-        )  # fmt: skip
+        )
 
     def begin_step(self, step: Step) -> None:
         self._right, self._seen = [], 0
@@ -514,15 +539,22 @@ class AttachedText(AttachedTask[RunResult]):
 
     def score(self, interrupted: Callable[[], bool]) -> Score | None:
         return score_examples(
-            self.base.model, self.held_out, self.base.device, loss=lambda *args: self.call(text_loss, *args),
-            interrupted=interrupted, micro_tokens=self.config.batching.at_once, devices=self.run.devices,
-        )  # fmt: skip
+            self.base.model,
+            self.held_out,
+            self.base.device,
+            loss=lambda *args: self.call(text_loss, *args),
+            interrupted=interrupted,
+            micro_tokens=self.config.batching.at_once,
+            devices=self.run.devices,
+        )
 
     def facts(self, outcome: Outcome, progress: Progress) -> RunResult:
         return RunResult(
-            **vars(outcome), tokens=progress.tokens, learned_tokens=progress.trained_tokens,
+            **vars(outcome),
+            tokens=progress.tokens,
+            learned_tokens=progress.trained_tokens,
             tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
-        )  # fmt: skip
+        )
 
     def save(self, result: RunResult, progress: Progress, tell: Listener) -> RunResult:
         adapter = self._carded(text_metrics(result))
@@ -551,10 +583,15 @@ class AttachedText(AttachedTask[RunResult]):
     def _carded(self, metrics: dict[str, Any]) -> Adapter:
         base, data, trained = self.base, self.data, self.attachment.adapter(self.name)
         card = replace(
-            trained.card, base=base.name, base_fingerprint=base.fingerprint, kind="text",
-            data_digest=data_digest(data.train.rows), recipe=self.config.recipe(), metrics=metrics,
+            trained.card,
+            base=base.name,
+            base_fingerprint=base.fingerprint,
+            kind="text",
+            data_digest=data_digest(data.train.rows),
+            recipe=self.config.recipe(),
+            metrics=metrics,
             parents=[data.start.digest()] if data.start is not None else [],
-        )  # fmt: skip
+        )
         sample = {} if self.config.evaluation.sample == 0 else sample_prompt([*data.held.rows, *data.train.rows])
         if sample:
             card.extra = {**card.extra, "sample": sample}
@@ -572,9 +609,14 @@ class AttachedText(AttachedTask[RunResult]):
             # PiSSA and OLoRA are written with twice the rank: one rounding of the base's dtype, through a few layers.
             rewritten = any(pair.origin is not None for pair in self.attachment.adapters[self.name].pairs.values())
             return prove(
-                self.attachment, self.name, peft.read_folder(folder, base.model), logits, path=folder, what="logits",
+                self.attachment,
+                self.name,
+                peft.read_folder(folder, base.model),
+                logits,
+                path=folder,
+                what="logits",
                 rounding=64 * torch.finfo(base.dtype).eps if rewritten else 0.0,
-            )  # fmt: skip
+            )
 
         with without_dropout(base.model):
             return self.call(proven)
@@ -590,9 +632,14 @@ class AttachedPreferences(AttachedText):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.preference = Preference.of(
-            self.config, self.base, self.attachment, start=self.data.start, name=f"{self.name}, as it began",
-            call=self.call, devices=self.run.devices,
-        )  # fmt: skip
+            self.config,
+            self.base,
+            self.attachment,
+            start=self.data.start,
+            name=f"{self.name}, as it began",
+            call=self.call,
+            devices=self.run.devices,
+        )
 
     def why_alone(self) -> str:
         return "its loss compares answers"
@@ -655,9 +702,17 @@ class AttachedDrawing(AttachedText):
             reference = f"{self.name}, as it began"
             self.attachment.add(reference, start)
         return Reinforcement(
-            self.config, self.base, self.attachment, self.name, sampler, rewards, reference, conversing, self.steps,
+            self.config,
+            self.base,
+            self.attachment,
+            self.name,
+            sampler,
+            rewards,
+            reference,
+            conversing,
+            self.steps,
             self.off_policy,
-        )  # fmt: skip
+        )
 
     @property
     def state(self) -> Mapping[str, Tensor]:

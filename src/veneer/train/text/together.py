@@ -83,13 +83,19 @@ def run_texts(
         runs = [
             stack.enter_context(
                 opened(
-                    config, unit="tokens", on_event=None if listeners is None else listeners[i],
-                    sources=None if sources is None else sources[i], resume=resume, dry_run=dry_run, force=force,
-                    group=group, name="" if called is None else called[i],
+                    config,
+                    unit="tokens",
+                    on_event=None if listeners is None else listeners[i],
+                    sources=None if sources is None else sources[i],
+                    resume=resume,
+                    dry_run=dry_run,
+                    force=force,
+                    group=group,
+                    name="" if called is None else called[i],
                 )
             )
             for i, config in enumerate(texts)
-        ]  # fmt: skip
+        ]
         base = loaded_base(texts[0], base, runs[0])
         for note in base.notes:
             runs[0].note(note)
@@ -102,9 +108,11 @@ def run_texts(
 
 
 def _trained(
-    parts: Mapping[int, TextPart], newest: Mapping[int, Path | None], leave: Leave,
+    parts: Mapping[int, TextPart],
+    newest: Mapping[int, Path | None],
+    leave: Leave,
     ended: Callable[[int, RunResult | VeneerError], None],
-) -> dict[int, RunResult | VeneerError]:  # fmt: skip
+) -> dict[int, RunResult | VeneerError]:
     """What came of each of these, by its place. `newest`: where it goes on."""
     _check_memory(list(parts.values()))
     results: dict[int, RunResult | VeneerError] = {}
@@ -143,7 +151,7 @@ def _failed(run: Run, error: VeneerError) -> VeneerError:
 
 def _checked(
     runs: Sequence[Run], base: TextBase
-) -> tuple[dict[int, RunResult | VeneerError], dict[int, TextPart], dict[int, Path | None]]:  # fmt: skip
+) -> tuple[dict[int, RunResult | VeneerError], dict[int, TextPart], dict[int, Path | None]]:
     """By the runs' places: the errors of those that cannot begin, the data of the others, and where these go on."""
     errors: dict[int, RunResult | VeneerError] = {}
     parts: dict[int, TextPart] = {}
@@ -302,10 +310,13 @@ class Passes:
         device = first.base.device
         right = torch.empty(sum(kept), dtype=torch.bool, device=device)
         nll = rows_nll(
-            first.base.model, torch.cat([sent(batch.input_ids, device) for batch in batches]),
-            [length for batch in batches for length in batch.lengths], torch.cat([batch.trained for batch in batches]),
-            spans=spans, right=right,
-        )  # fmt: skip
+            first.base.model,
+            torch.cat([sent(batch.input_ids, device) for batch in batches]),
+            [length for batch in batches for length in batch.lengths],
+            torch.cat([batch.trained for batch in batches]),
+            spans=spans,
+            right=right,
+        )
         for (place, _), part in zip(members, right.split(kept), strict=True):
             self.tasks[place].saw(part)
         sums = [part.sum() for part in nll.split(kept)]

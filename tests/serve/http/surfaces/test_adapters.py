@@ -180,8 +180,10 @@ def test_a_tenant_finds_and_changes_its_own_alone(served: Served, tmp_path: Path
     ]
     assert {a.status_code for a in refused} == {403}
     assert [a["name"] for a in served.told("GET", "/v1/adapters?order=name", "key")["data"]] == [
-        "acme/a", "globex/b", "shared",
-    ]  # fmt: skip
+        "acme/a",
+        "globex/b",
+        "shared",
+    ]
     assert served.ask("GET", "/v1/adapters", "nobody").status_code == 401
 
 
@@ -213,8 +215,9 @@ def test_downloads_are_what_is_kept_and_in_other_layouts_the_same_adapter(
 def test_an_inspected_file_says_what_it_is_is_converted_and_kept(
     served: Served, picture_file: Path, tmp_path: Path
 ) -> None:
-    found = served.told("POST", "/v1/adapter_inspections?filename=../st%20yle.safetensors", "acme",
-                        content=picture_file.read_bytes())  # fmt: skip
+    found = served.told(
+        "POST", "/v1/adapter_inspections?filename=../st%20yle.safetensors", "acme", content=picture_file.read_bytes()
+    )
     report = found["report"]
     assert (report["verdict"]["use"], report["family"], report["adapter"]) == (True, "sdxl", "st_yle.safetensors")
     assert report["coverage"]["unused"] == []

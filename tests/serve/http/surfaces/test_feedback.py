@@ -87,8 +87,13 @@ def test_what_is_said_of_answers_becomes_rows_that_train_reads(shop: Shop, tmp_p
 
     said = shop.say(good["id"], thumb="up")
     assert said.json() == {
-        "object": "feedback", "id": good["id"], "choice": 0, "thumb": "up", "corrected": None, "rejected": []
-    }  # fmt: skip
+        "object": "feedback",
+        "id": good["id"],
+        "choice": 0,
+        "thumb": "up",
+        "corrected": None,
+        "rejected": [],
+    }
     assert shop.say(bad["id"], thumb="down").json()["thumb"] == "down"
     assert shop.say(wrong["id"], thumb="down", corrected="Three, please.").json()["corrected"] == better
     assert shop.say(both["id"], choice=1, rejected=[{"choice": 0}]).status_code == 200
@@ -99,9 +104,7 @@ def test_what_is_said_of_answers_becomes_rows_that_train_reads(shop: Shop, tmp_p
     assert [row["messages"][0]["content"] for row in supervised] == ["One", "Three", "Five"]
     assert supervised[1]["messages"][-1] == better
     assert supervised[2]["messages"][-1]["content"].endswith("Five"), "a stream is kept as the text it came to"
-    assert pairs[0] == {
-        "prompt": asked("Three"), "chosen": [better], "rejected": [said_by(wrong)]
-    }  # fmt: skip
+    assert pairs[0] == {"prompt": asked("Three"), "chosen": [better], "rejected": [said_by(wrong)]}
     assert [row["label"] for row in unpaired] == [True, False, False, True]
     assert len(pairs) == 1, "the two answers of a greedy model are equal, and teach nothing"
     for kind, rows in (("messages", supervised), ("preference", pairs), ("unpaired-preference", unpaired)):
@@ -110,9 +113,15 @@ def test_what_is_said_of_answers_becomes_rows_that_train_reads(shop: Shop, tmp_p
         read, about = read_rows([str(file)], format=kind)
         assert (about.format, len(read)) == (kind, len(rows))
     assert shop.get("/v1/feedback").json() == {
-        "object": "feedback.summary", "days": 30.0, "names": [], "answers": 5, "up": 2, "down": 2, "corrected": 1,
+        "object": "feedback.summary",
+        "days": 30.0,
+        "names": [],
+        "answers": 5,
+        "up": 2,
+        "down": 2,
+        "corrected": 1,
         "chosen": 1,
-    }  # fmt: skip
+    }
 
 
 def asked(text: str) -> list[dict[str, str]]:
@@ -160,9 +169,10 @@ def test_nothing_is_kept_unasked_and_nobody_sees_what_is_anothers(shop: Shop) ->
     assert (shop.kept(), shop.kept("globex")) == (1, 0)
     answers = [shop.say(id, thumb="up") for id in (foreign, unkept.json()["id"], "chatcmpl-0", "no\0id", "*")]
     assert {a.status_code for a in answers} == {404}
-    messages = {a.json()["error"]["message"].replace(repr(id), "ID") for a, id in zip(
-        answers[:3], (foreign, unkept.json()["id"], "chatcmpl-0"), strict=True
-    )}  # fmt: skip
+    messages = {
+        a.json()["error"]["message"].replace(repr(id), "ID")
+        for a, id in zip(answers[:3], (foreign, unkept.json()["id"], "chatcmpl-0"), strict=True)
+    }
     assert len(messages) == 1, "another's, one that was not kept and one that never was look alike"
     theirs = shop.say(own, "globex", thumb="up")
     assert theirs.status_code == 404

@@ -326,7 +326,7 @@ FACTORS: list[tuple[str, dict[str, Any]]] = [
     ("brand:0.8@double=0.3,single.0=0,text=2", {"strength": 0.8, "blocks": {"double": 0.3, "single.0": 0, "text": 2}}),
     ("brand:1@steps=0-0.5", {"steps": [[0, 0.5]]}),
     ("brand@double.0-1=0,steps=0-0.3:0.2+0.3-1", {"blocks": {"double.0-1": 0}, "steps": [[0, 0.3, 0.2], [0.3, 1]]}),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

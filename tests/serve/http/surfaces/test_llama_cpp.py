@@ -141,9 +141,16 @@ def test_the_servers_own_default_acts_on_every_surface(server: Live) -> None:
 
 def test_what_cannot_be_honoured(server: Live) -> None:
     for more in (
-        {"mirostat": 2}, {"grammar": "root ::= x"}, {"typical_p": 0.5}, {"xtc_probability": 0.5}, {"n_predict": 0},
-        {"dry_multiplier": 0.8}, {"n_predictt": 5}, {"logit_bias": [[5, True]]}, {"repeat_last_n": 64},
-    ):  # fmt: skip
+        {"mirostat": 2},
+        {"grammar": "root ::= x"},
+        {"typical_p": 0.5},
+        {"xtc_probability": 0.5},
+        {"n_predict": 0},
+        {"dry_multiplier": 0.8},
+        {"n_predictt": 5},
+        {"logit_bias": [[5, True]]},
+        {"repeat_last_n": 64},
+    ):
         answer = complete(server, **more)
         assert answer.status_code == 400, more
         assert answer.json()["error"]["type"] == "invalid_request_error"

@@ -66,10 +66,13 @@ def test_mix(client: openai.OpenAI, mix: Any) -> None:
 
 def test_an_unknown_name_is_404_and_never_the_base(client: openai.OpenAI, server: Live) -> None:
     for options in (
-        {"model": "nobody"}, {"model": "toy:nobody"}, {"model": "../../etc/passwd"},
-        {"extra_body": {"mix": ["sql", "nobody"]}}, {"extra_body": {"lora_path": "nobody"}},
+        {"model": "nobody"},
+        {"model": "toy:nobody"},
+        {"model": "../../etc/passwd"},
+        {"extra_body": {"mix": ["sql", "nobody"]}},
+        {"extra_body": {"lora_path": "nobody"}},
         {"extra_body": {"lora": [{"id": 99, "scale": 1}]}},
-    ):  # fmt: skip
+    ):
         with pytest.raises(openai.NotFoundError) as refused:
             ask(client, "Hi", **options)
         assert refused.value.code == "model_not_found"
@@ -160,19 +163,25 @@ def test_a_client_that_leaves_cancels_its_request(client: openai.OpenAI, server:
     assert server.engine.running == 0
     with pytest.raises(httpx.ReadTimeout):
         server.client.post(
-            "/v1/chat/completions", timeout=0.3,
+            "/v1/chat/completions",
+            timeout=0.3,
             json={"model": "toy", "messages": [{"role": "user", "content": "SLOW " + "word " * 40}]},
-        )  # fmt: skip
+        )
     wait_for(lambda: len(server.engine.cancelled) == 2)
-    wait_for(lambda: 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="toy"} 2.0'
-             in server.get("/metrics").text)  # fmt: skip
+    wait_for(
+        lambda: (
+            'vllm:request_success_total{engine="0",finished_reason="abort",model_name="toy"} 2.0'
+            in server.get("/metrics").text
+        )
+    )
 
 
 def test_an_error_in_mid_stream_is_an_event(client: openai.OpenAI, server: Live) -> None:
     with pytest.raises(openai.APIError, match="fell off the bus"):
         list(ask(client, "FAIL now please", stream=True))
-    events = server.events("/v1/chat/completions", {"model": "toy", "stream": True, "messages": [
-        {"role": "user", "content": "CRASH now"}]})  # fmt: skip
+    events = server.events(
+        "/v1/chat/completions", {"model": "toy", "stream": True, "messages": [{"role": "user", "content": "CRASH now"}]}
+    )
     assert events[-1] == "[DONE]"
     assert events[-2]["error"]["code"] == "internal"
     assert "secret" not in json.dumps(events)
@@ -211,13 +220,27 @@ def test_a_slow_reader_holds_nobody_up(text: ToyText) -> None:
 
 def test_every_setting_reaches_the_engine(client: openai.OpenAI, server: Live) -> None:
     ask(
-        client, "Hi", temperature=0.3, top_p=0.9, presence_penalty=0.1, frequency_penalty=0.2, seed=7, stop=["§"],
-        logit_bias={"5": -100}, max_completion_tokens=9, logprobs=True, top_logprobs=3,
+        client,
+        "Hi",
+        temperature=0.3,
+        top_p=0.9,
+        presence_penalty=0.1,
+        frequency_penalty=0.2,
+        seed=7,
+        stop=["§"],
+        logit_bias={"5": -100},
+        max_completion_tokens=9,
+        logprobs=True,
+        top_logprobs=3,
         extra_body={
-            "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True,
+            "top_k": 40,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "min_tokens": 2,
+            "ignore_eos": True,
             "stop_token_ids": [11],
         },
-    )  # fmt: skip
+    )
     s = server.engine.seen[0].sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p) == (0.3, 0.9, 40, 0.1)
     assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (0.1, 0.2, 1.1)

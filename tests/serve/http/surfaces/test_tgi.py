@@ -67,9 +67,11 @@ def test_the_stream(server: Live) -> None:
     assert last["generated_text"] == "[base] one two three"
     assert last["token"]["special"] is True
     assert last["details"] == {
-        "finish_reason": "eos_token", "generated_tokens": len(events), "seed": 5,
+        "finish_reason": "eos_token",
+        "generated_tokens": len(events),
+        "seed": 5,
         "input_length": len(server.engine.seen[0].prompt),
-    }  # fmt: skip
+    }
     raw = server.post("/generate_stream", body).text
     assert raw.startswith('data:{"index":1,')
 
@@ -100,11 +102,23 @@ def test_details_of_the_prompt(server: Live) -> None:
 
 def test_statuses(server: Live) -> None:
     for parameters in (
-        {"temperature": 0}, {"top_p": 0}, {"top_k": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 5000},
-        {"typical_p": 0.5}, {"watermark": True}, {"truncate": 10}, {"best_of": 9},
-        {"best_of": 2}, {"stop": ["x"] * 20}, {"adapter_source": "s3"}, {"adapter_source": "hub"},
-        {"api_token": "secret"}, {"tempature": 1}, {"grammar": {"type": "json", "value": 5}},
-    ):  # fmt: skip
+        {"temperature": 0},
+        {"top_p": 0},
+        {"top_k": 0},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 5000},
+        {"typical_p": 0.5},
+        {"watermark": True},
+        {"truncate": 10},
+        {"best_of": 9},
+        {"best_of": 2},
+        {"stop": ["x"] * 20},
+        {"adapter_source": "s3"},
+        {"adapter_source": "hub"},
+        {"api_token": "secret"},
+        {"tempature": 1},
+        {"grammar": {"type": "json", "value": 5}},
+    ):
         answer = server.post("/generate", {"inputs": "Hi", "parameters": parameters})
         assert (answer.status_code, answer.json()["error_type"]) == (422, "validation"), parameters
     assert (

@@ -53,8 +53,10 @@ def test_the_same_name_without_saying_so(server: Live) -> None:
 def test_not_found(server: Live) -> None:
     answer = load(server, "x", "/etc/passwd")
     assert (answer.status_code, answer.json()["error"]["type"], answer.json()["error"]["code"]) == (
-        404, "NotFoundError", 404
-    )  # fmt: skip
+        404,
+        "NotFoundError",
+        404,
+    )
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,12 @@ _TENANTS_ROOM = 64 << 30
 """Bytes of all the adapters that one tenant may keep."""
 _LINES, _ITEMS = 40, 500
 """How much is told of what is wrong with a file, and of any list in a report."""
-_BYTES = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {
-    "type": "string", "format": "binary"
-}}}}}  # fmt: skip
+_BYTES = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
 
 class AdapterChange(Body):
@@ -135,11 +138,25 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         offset: Annotated[int, Query(ge=0, lt=1 << 31)] = 0,
     ) -> Response:
         caller = caller_of(request)
-        found = await in_thread("the library", lambda: library.browse(
-            q, base=base, kind=kind, rank=rank, tags=tag or (), health=health, name=name, trigger=trigger,
-            parent=parent, all_versions=all_versions, order=order, limit=limit, offset=offset,
-            sees=None if caller.can("operate") else caller.sees,
-        ))  # fmt: skip
+        found = await in_thread(
+            "the library",
+            lambda: library.browse(
+                q,
+                base=base,
+                kind=kind,
+                rank=rank,
+                tags=tag or (),
+                health=health,
+                name=name,
+                trigger=trigger,
+                parent=parent,
+                all_versions=all_versions,
+                order=order,
+                limit=limit,
+                offset=offset,
+                sees=None if caller.can("operate") else caller.sees,
+            ),
+        )
         data = [_shown(v, caller) for v in found.versions]
         more = offset + len(data) < found.total
         facets = {**found.facets, "base": facet_of_bases(found.facets["base"], caller)}
@@ -265,13 +282,17 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     async def inspected(caller: Principal, staged: StagedAdapter) -> dict[str, Any]:
         report = await worked(caller, staged.size, lambda: staged_report(staged))
         return {
-            "id": staged.id, "object": "adapter.inspection", "filename": staged.name, "bytes": staged.size,
-            "expires_at": int(staged.until), "report": report,
-        }  # fmt: skip
+            "id": staged.id,
+            "object": "adapter.inspection",
+            "filename": staged.name,
+            "bytes": staged.size,
+            "expires_at": int(staged.until),
+            "report": report,
+        }
 
     async def file_of(
         request: HttpRequest, place: Path, size: int, stem: str, to: Layout | None, base: str
-    ) -> Response:  # fmt: skip
+    ) -> Response:
         """A file to download; what was made for it goes when it has been sent. `base`: the adapter's, as the client or
         the library says."""
         caller, catalog = caller_of(request), service_of(request).catalog
@@ -284,9 +305,12 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         try:
             path = await worked(caller, 2 * size, lambda: _one_file(place, folder, stem, to, base))
             return file_response(
-                path.open("rb"), path.stat().st_size, f'attachment; filename="{path.name}"',
-                headers={"x-content-type-options": "nosniff"}, after=lambda: shutil.rmtree(folder, True),
-            )  # fmt: skip
+                path.open("rb"),
+                path.stat().st_size,
+                f'attachment; filename="{path.name}"',
+                headers={"x-content-type-options": "nosniff"},
+                after=lambda: shutil.rmtree(folder, True),
+            )
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, folder, True)
             raise
@@ -443,14 +467,29 @@ def facet_of_bases(counts: Mapping[str, int], caller: Principal) -> dict[str, in
 def _shown(v: Version, caller: Principal) -> dict[str, Any]:
     gain, base = gain_of(v.card), base_for(v.base, caller)
     shown = {
-        "id": v.reference, "object": "adapter", "name": v.name, "version": v.version, "aliases": v.aliases,
-        "base": base, "base_fingerprint": v.fingerprint, "kind": v.kind, "rank": v.rank, "format": v.format,
-        "digest": v.digest, "bytes": v.size, "added": v.added, "created": v.created, "licence": v.licence,
-        "tags": v.tags, "trigger_words": v.trigger_words, "health": v.health, "sample": card_sample(v.card),
+        "id": v.reference,
+        "object": "adapter",
+        "name": v.name,
+        "version": v.version,
+        "aliases": v.aliases,
+        "base": base,
+        "base_fingerprint": v.fingerprint,
+        "kind": v.kind,
+        "rank": v.rank,
+        "format": v.format,
+        "digest": v.digest,
+        "bytes": v.size,
+        "added": v.added,
+        "created": v.created,
+        "licence": v.licence,
+        "tags": v.tags,
+        "trigger_words": v.trigger_words,
+        "health": v.health,
+        "sample": card_sample(v.card),
         "prompt": card_prompt(v.card),
         "gain": gain and {"before": gain.before, "after": gain.after, "share": gain.share},
         "preview": f"/v1/adapter_previews/{v.reference}" if card_picture(v.card) else None,
-    }  # fmt: skip
+    }
     return {**shown, "card": {**v.card, "base": base}, "source": v.source} if caller.can_change(v.name) else shown
 
 

@@ -192,9 +192,14 @@ async def _lines(
         answer.add(event)
         if isinstance(event, Token):
             piece: dict[str, Any] = {
-                "index": 0, "content": event.text, "tokens": [event.id] if body.return_tokens else [], "stop": False,
-                "id_slot": -1, "tokens_predicted": len(answer.tokens), "tokens_evaluated": len(job.prompts[0]),
-            }  # fmt: skip
+                "index": 0,
+                "content": event.text,
+                "tokens": [event.id] if body.return_tokens else [],
+                "stop": False,
+                "id_slot": -1,
+                "tokens_predicted": len(answer.tokens),
+                "tokens_evaluated": len(job.prompts[0]),
+            }
             if body.n_probs:
                 piece["completion_probabilities"] = [_probabilities(service, event, body.n_probs)]
             yield data(piece)
@@ -209,14 +214,23 @@ async def _last(
     end, usage, settings = answer.finished, answer.finished.usage, job.sampling
     word = end.stop if isinstance(end.stop, str) else ""
     found: dict[str, Any] = {
-        "index": 0, "content": content, "tokens": [t.id for t in tokens] if body.return_tokens else [],
-        "id_slot": -1, "stop": True, "model": job.chosen.served.name, "tokens_predicted": usage.completion,
-        "tokens_evaluated": usage.prompt, "generation_settings": _settings(settings),
-        "prompt": await service.prompts.decode(job.prompts[0]), "has_new_line": "\n" in answer.text, "truncated": False,
-        "stop_type": "limit" if end.reason == "length" else "word" if word else "eos", "stopping_word": word,
+        "index": 0,
+        "content": content,
+        "tokens": [t.id for t in tokens] if body.return_tokens else [],
+        "id_slot": -1,
+        "stop": True,
+        "model": job.chosen.served.name,
+        "tokens_predicted": usage.completion,
+        "tokens_evaluated": usage.prompt,
+        "generation_settings": _settings(settings),
+        "prompt": await service.prompts.decode(job.prompts[0]),
+        "has_new_line": "\n" in answer.text,
+        "truncated": False,
+        "stop_type": "limit" if end.reason == "length" else "word" if word else "eos",
+        "stopping_word": word,
         "tokens_cached": usage.cached,
         "timings": _timings(usage.prompt - usage.cached, usage.prefill, usage.completion, usage.decode),
-    }  # fmt: skip
+    }
     if body.n_probs and tokens:
         found["completion_probabilities"] = [_probabilities(service, token, body.n_probs) for token in tokens]
     return found
@@ -224,19 +238,29 @@ async def _last(
 
 def _settings(s: Sampling) -> dict[str, Any]:
     return {
-        "n_predict": s.max_tokens, "seed": -1 if s.seed is None else s.seed, "temperature": s.temperature,
-        "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p, "repeat_penalty": s.repetition_penalty,
-        "presence_penalty": s.presence_penalty, "frequency_penalty": s.frequency_penalty, "stop": list(s.stop),
-        "ignore_eos": s.ignore_eos, "n_probs": s.logprobs or 0,
-    }  # fmt: skip
+        "n_predict": s.max_tokens,
+        "seed": -1 if s.seed is None else s.seed,
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+        "min_p": s.min_p,
+        "repeat_penalty": s.repetition_penalty,
+        "presence_penalty": s.presence_penalty,
+        "frequency_penalty": s.frequency_penalty,
+        "stop": list(s.stop),
+        "ignore_eos": s.ignore_eos,
+        "n_probs": s.logprobs or 0,
+    }
 
 
 def _timings(prompt: int, prefill: float, made: int, decode: float) -> dict[str, Any]:
     def rate(n: int, seconds: float, name: str) -> dict[str, Any]:
         return {
-            f"{name}_n": n, f"{name}_ms": seconds * 1e3, f"{name}_per_token_ms": seconds * 1e3 / max(n, 1),
+            f"{name}_n": n,
+            f"{name}_ms": seconds * 1e3,
+            f"{name}_per_token_ms": seconds * 1e3 / max(n, 1),
             f"{name}_per_second": n / seconds if seconds > 0 else 0.0,
-        }  # fmt: skip
+        }
 
     return rate(prompt, prefill, "prompt") | rate(made, decode, "predicted")
 
@@ -257,13 +281,19 @@ def _probabilities(service: Service, token: Token, wanted: int) -> dict[str, Any
 async def lora_adapters(request: HttpRequest) -> Response:
     service = service_of(request)
     numbers = service.mixes.numbers
-    return Json([
-        {
-            "id": numbers.of(card.id), "path": card.root, "scale": numbers.scales.get(card.id, 0.0), "name": card.id,
-            "task_name": "", "prompt_prefix": "",
-        }
-        for card in service.mixes.adapters(caller_of(request))
-    ])  # fmt: skip
+    return Json(
+        [
+            {
+                "id": numbers.of(card.id),
+                "path": card.root,
+                "scale": numbers.scales.get(card.id, 0.0),
+                "name": card.id,
+                "task_name": "",
+                "prompt_prefix": "",
+            }
+            for card in service.mixes.adapters(caller_of(request))
+        ]
+    )
 
 
 @llama_cpp_routes.post(
@@ -294,8 +324,11 @@ async def props(request: HttpRequest) -> Response:
     return Json(
         {
             "default_generation_settings": {"n_ctx": service.prompts.context, "params": _settings(defaults)},
-            "total_slots": service.settings.slots, "model_path": base, "model_alias": base,
+            "total_slots": service.settings.slots,
+            "model_path": base,
+            "model_alias": base,
             "chat_template": template if isinstance(template, str) else "",
-            "modalities": {"vision": False, "audio": False}, "build_info": f"veneer-{__version__}",
+            "modalities": {"vision": False, "audio": False},
+            "build_info": f"veneer-{__version__}",
         }
-    )  # fmt: skip
+    )

@@ -86,10 +86,20 @@ class StreamOptions(Strict):
 class Shared(Body):
     """What chat and completions have in common."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({
-        "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-        "prompt_cache_retention", "prediction", "guided_decoding_backend", "guided_whitespace_pattern", "request_id",
-    })  # fmt: skip
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {
+            "metadata",
+            "service_tier",
+            "parallel_tool_calls",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "prediction",
+            "guided_decoding_backend",
+            "guided_whitespace_pattern",
+            "request_id",
+        }
+    )
     refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
         "use_beam_search": ((False,), _NO_BEAMS),
         "length_penalty": ((1.0,), _NO_BEAMS),
@@ -174,9 +184,16 @@ class Shared(Body):
         return {"model": self.model, "mix": mix, "lora": lora, "lora_path": self.path()}
 
     def sampling(
-        self, service: Service, *, room: int, max_tokens: int | None, default: int, logprobs: int | None,
-        prompt_logprobs: bool = False, grammar: GrammarSpec | None = None,
-    ) -> Sampling:  # fmt: skip
+        self,
+        service: Service,
+        *,
+        room: int,
+        max_tokens: int | None,
+        default: int,
+        logprobs: int | None,
+        prompt_logprobs: bool = False,
+        grammar: GrammarSpec | None = None,
+    ) -> Sampling:
         """`room`: tokens that the context leaves; `default`: for a request that does not say how many it wants."""
         wanted = min(default, room) if max_tokens is None else max_tokens
         return sampling_of(
@@ -355,16 +372,31 @@ def _card(service: Service, card: ModelCard) -> dict[str, Any]:
     tuned = parse_tuned(card.id)
     trainable = service.fine_tunes and (tuned is not None or card.id == service.catalog.base)
     permission = {
-        "id": f"modelperm-{card.digest[:24] or card.id}", "object": "model_permission", "created": card.created,
-        "allow_create_engine": False, "allow_sampling": True, "allow_logprobs": True, "allow_search_indices": False,
-        "allow_view": True, "allow_fine_tuning": trainable, "organization": "*", "group": None, "is_blocking": False,
-    }  # fmt: skip
+        "id": f"modelperm-{card.digest[:24] or card.id}",
+        "object": "model_permission",
+        "created": card.created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": trainable,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
     return {
-        "id": card.id, "object": "model", "created": card.created, "root": card.root, "parent": card.parent,
+        "id": card.id,
+        "object": "model",
+        "created": card.created,
+        "root": card.root,
+        "parent": card.parent,
         "owned_by": "veneer" if tuned is None else organisation_of(tuned.organisation),
-        "max_model_len": service.prompts.context, "permission": [permission],
-        "digest": card.digest, "pinned": card.pinned,
-    }  # fmt: skip
+        "max_model_len": service.prompts.context,
+        "permission": [permission],
+        "digest": card.digest,
+        "pinned": card.pinned,
+    }
 
 
 # -- the two routes ----------------------------------------------------------------------------------------------------
@@ -384,9 +416,16 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
 
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
     asked = AskedChat(
-        chosen, messages, sampling, n, use, body.variables(), body.cache_salt or "",
-        kept=body.store is not False, continued=body.continue_final_message,
-    )  # fmt: skip
+        chosen,
+        messages,
+        sampling,
+        n,
+        use,
+        body.variables(),
+        body.cache_salt or "",
+        kept=body.store is not False,
+        continued=body.continue_final_message,
+    )
     job = await chat_job(service, caller, asked, admission_of(request), f"chatcmpl-{request.scope['veneer.id']}")
     if body.store and job.keep is None:
         body.ignore("store")
@@ -420,9 +459,13 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     scored = bool(body.echo) and body.logprobs is not None
     asked = [each for each in (body.logprobs, body.prompt_logprobs) if each is not None]
     settings = body.sampling(
-        service, room=room, max_tokens=body.max_tokens, default=room, logprobs=max(asked, default=None),
+        service,
+        room=room,
+        max_tokens=body.max_tokens,
+        default=room,
+        logprobs=max(asked, default=None),
         prompt_logprobs=scored or body.prompt_logprobs is not None,
-    )  # fmt: skip
+    )
     job = TextJob(caller, chosen, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}")
     return await _answered(request, service, job, body, _TextForm(service.prompts, job, body, echoes))
 
@@ -458,9 +501,12 @@ class _Form:
     def __init__(self, prompts: Prompts, job: TextJob) -> None:
         self.prompts, self.job = prompts, job
         self.head = {
-            "id": job.id, "object": self.kind, "created": int(time.time()), "model": job.chosen.served.name,
+            "id": job.id,
+            "object": self.kind,
+            "created": int(time.time()),
+            "model": job.chosen.served.name,
             "system_fingerprint": f"veneer-{__version__}",
-        }  # fmt: skip
+        }
         self.count = len(job.prompts) * job.choices
 
     def whole(self, answers: Sequence[TextAnswer]) -> dict[str, Any]:
@@ -609,10 +655,12 @@ class _TextForm(_Form):
         best = {id: logprob for id, _, logprob in token.top[:most]} | {token.id: token.logprob}
         return {
             str(id): {
-                "logprob": finite_logprob(logprob), "rank": ranks.get(id), "decoded_token": self.prompts.piece(id)[0]
+                "logprob": finite_logprob(logprob),
+                "rank": ranks.get(id),
+                "decoded_token": self.prompts.piece(id)[0],
             }
             for id, logprob in best.items()
-        }  # fmt: skip
+        }
 
     def ending(self, end: Finished) -> dict[str, Any]:
         return {"finish_reason": end.reason, "stop_reason": end.stop}

@@ -154,13 +154,22 @@ async def info(request: HttpRequest) -> Response:
     service = service_of(request)
     return Json(
         {
-            "model_id": service.catalog.base, "model_sha": None, "model_pipeline_tag": "text-generation",
-            "max_concurrent_requests": service.settings.slots, "max_best_of": service.settings.max_best_of,
-            "max_stop_sequences": service.settings.max_stops, "max_input_tokens": service.prompts.context - 1,
-            "max_total_tokens": service.prompts.context, "validation_workers": 1, "max_client_batch_size": 1,
-            "router": "veneer", "version": __version__, "sha": None, "docker_label": None,
+            "model_id": service.catalog.base,
+            "model_sha": None,
+            "model_pipeline_tag": "text-generation",
+            "max_concurrent_requests": service.settings.slots,
+            "max_best_of": service.settings.max_best_of,
+            "max_stop_sequences": service.settings.max_stops,
+            "max_input_tokens": service.prompts.context - 1,
+            "max_total_tokens": service.prompts.context,
+            "validation_workers": 1,
+            "max_client_batch_size": 1,
+            "router": "veneer",
+            "version": __version__,
+            "sha": None,
+            "docker_label": None,
         }
-    )  # fmt: skip
+    )
 
 
 async def _ask(request: HttpRequest, service: Service, body: Generate) -> TextJob:
@@ -271,10 +280,12 @@ def _mean(answer: TextAnswer) -> float:
 def _details(service: Service, given: Parameters, answer: TextAnswer, seed: int | None) -> dict[str, Any]:
     end = answer.finished
     found: dict[str, Any] = {
-        "finish_reason": _reason(end), "generated_tokens": end.usage.completion, "seed": seed,
+        "finish_reason": _reason(end),
+        "generated_tokens": end.usage.completion,
+        "seed": seed,
         "prefill": [_prefill(service, token) for token in (answer.tokens[0].prompt if answer.tokens else ())],
         "tokens": [_token(service, token) for token in answer.tokens],
-    }  # fmt: skip
+    }
     if given.top_n_tokens:
         found["top_tokens"] = [_tops(service, token, given.top_n_tokens) for token in answer.tokens]
     return found
@@ -302,9 +313,11 @@ async def _lines(
             line = _line(service, body, count, last, event.text)
             line["generated_text"] = _text(body, answer)
             line["details"] = {
-                "finish_reason": _reason(event), "generated_tokens": event.usage.completion,
-                "seed": job.sampling.seed, "input_length": event.usage.prompt,
-            }  # fmt: skip
+                "finish_reason": _reason(event),
+                "generated_tokens": event.usage.completion,
+                "seed": job.sampling.seed,
+                "input_length": event.usage.prompt,
+            }
             yield data(line, tight=True)
 
 
