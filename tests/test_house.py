@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -29,11 +28,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 class Found(NamedTuple):
     """What one walk over a file finds. `imports`: (line, dotted name), those inside functions and TYPE_CHECKING blocks
-    included. `defined`: by its own lines, at its top level. `divisions`: (line, above, below)."""
+    included. `divisions`: (line, above, below)."""
 
     imports: tuple[tuple[int, str], ...]
-    defined: frozenset[str]
-    classes: frozenset[str]
     divisions: tuple[tuple[int, str, str], ...]
     docstring: str | None
 
@@ -52,13 +49,7 @@ def found(path: Path) -> Found:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
             imported += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
-    defined: set[str] = set()
-    for statement in tree.body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        defined |= {t.id for t in targets if isinstance(t, ast.Name)} | {getattr(statement, "name", "")}
-    classes = frozenset(s.name for s in tree.body if isinstance(s, ast.ClassDef))
-    defined -= {"", "__all__"}
-    return Found(tuple(imported), frozenset(defined), classes, tuple(divisions), ast.get_docstring(tree))
+    return Found(tuple(imported), tuple(divisions), ast.get_docstring(tree))
 
 
 @cache
@@ -114,57 +105,6 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     while free := {m for m, others in needs.items() if not others & needs.keys()}:
         needs = {m: others for m, others in needs.items() if m not in free}
     assert not needs, {m: sorted(others & needs.keys()) for m, others in sorted(needs.items())}
-
-
-USES = re.compile(
-    r"""\.(\w+)                                       # an attribute of something
-    | \bfrom[ ]veneer[\w.]*[ ]import[ ](\([^)]*\)|.*)
-    | "([^"\n]{1,99})"                               # a short text: a test that sets it
-    """,
-    re.VERBOSE,
-)
-
-
-def used(path: Path) -> set[str]:
-    """What a file imports of this project, reaches through a module, or names in a string. Of its text and not of its
-    tree: there are a thousand files."""
-    parts = USES.findall(text_of(path))
-    return {word for each in parts for part in each if part for word in re.findall(r"\w+", part)}
-
-
-def test_a_public_name_is_defined_in_one_place() -> None:
-    """Public: it does not begin with an underscore, and another file imports it from the one that defines it."""
-    imported: dict[str, set[str]] = {}
-    for path in MODULES:
-        for _, name in imports(path):
-            module, _, last = name.rpartition(".")
-            imported.setdefault(last, set()).add(module)
-    places: dict[str, list[str]] = {}
-    for path in MODULES:
-        if path == PACKAGE / "__init__.py" or path.parent.name == "versions":  # Alembic names what is in those
-            continue
-        for name in found(path).defined:
-            if not name.startswith("_") and module_of(path) in imported.get(name, ()):
-                places.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
-    twice = {name: files for name, files in sorted(places.items()) if len(set(files)) > 1}
-    assert not twice, "\n".join(f"{name}: {', '.join(files)}" for name, files in twice.items())
-
-
-def test_what_no_other_file_uses_begins_with_an_underscore() -> None:
-    """Functions and constants. Classes are let be, since a public function may hand one out; so is what a decorator
-    or a framework takes by its name: commands, routes, migrations and the checks of a run."""
-    everywhere = [*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-    everywhere += [*(ROOT / "examples").rglob("*.py"), *(ROOT / "bases").rglob("*.py")]
-    use = {path: used(path) for path in everywhere}
-    users = Counter(name for names in use.values() for name in names)
-    alone = []
-    for path in MODULES:
-        taken = {"cli", "surfaces", "versions"} & set(path.parts)
-        if taken or path.name in {"__init__.py", "api.py", "app.py", "topology.py"}:
-            continue
-        own = {n for n in found(path).defined - found(path).classes if n[0] != "_" and users[n] == (n in use[path])}
-        alone += [f"{path.relative_to(PACKAGE)}: {n}" for n in sorted(own)]
-    assert not alone, "\n".join(alone)
 
 
 NOT_OURS = {"_version": "of a tensor, torch's", "_replace": "of a named tuple"}
