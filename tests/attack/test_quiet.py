@@ -15,5 +15,5 @@ def test_a_quiet_server_answers_at_once(server: Server) -> None:
 
 
 def test_a_key_that_is_none_gets_nothing(server: Server) -> None:
-    for path in ("/v1/completions", "/tokenize", "/generate", "/completion"):
+    for path in ("/v1/completions", "/tokenize", "/generate"):
         assert server.post(path, {"prompt": "Hi"}, None).status == 401

@@ -1,4 +1,4 @@
-"""`veneer serve`: one base and any number of adapters behind OpenAI's, vLLM's, TGI's and llama.cpp's HTTP surfaces."""
+"""`veneer serve`: one base and any number of adapters behind OpenAI's, vLLM's and TGI's HTTP surfaces."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_routers_can_see_which_adapters_are_at_work(server: Live) -> None:
 
 def test_keys(text: ToyText) -> None:
     with live(ToyEngine(text), ToyCatalog(), ToyTenancy()) as server:
-        for path in ("/v1/chat/completions", "/generate", "/completion", "/tokenize", "/nothing"):
+        for path in ("/v1/chat/completions", "/generate", "/tokenize", "/nothing"):
             for key in (None, "wrong"):
                 answer = server.post(path, {"nonsense": 1}, key)
                 assert answer.status_code == 401, path
@@ -265,36 +265,32 @@ NASTY: list[Any] = ["", "x", -1, 3, 2**70, [None], {"a": 1}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
     "/v1/completions": {"prompt": "Hi"},
-    "/completion": {"prompt": "Hi", "n_predict": 5},
     "/generate": {"inputs": "Hi"},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [5]},
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "lib/cat"},
-    "/lora-adapters": {},
 }
 
 
 @pytest.mark.parametrize("path", BODIES)
 def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> None:
     """Every key of every body in turn with every nasty value, the other keys as they should be."""
-    from veneer.serve.http.surfaces import llama_cpp, openai, tgi, vllm
+    from veneer.serve.http.surfaces import openai, tgi, vllm
 
     models: dict[str, Any] = {
         "/v1/chat/completions": openai.ChatBody,
         "/v1/completions": openai.CompletionBody,
-        "/completion": llama_cpp.Completion,
         "/generate": tgi.Parameters,
         "/tokenize": vllm.Tokenize,
         "/detokenize": vllm.Detokenize,
         "/v1/load_lora_adapter": vllm.Load,
     }
-    bodies: list[Any] = [BODIES[path] or [], *NASTY, *([{"id": 0, "scale": value}] for value in NASTY)]
-    if model := models.get(path):
-        keys = [*model.model_fields, *model.refused, *model.ignored]
-        for key in keys:
-            for value in NASTY:
-                given = {key: value}
-                bodies.append({**BODIES[path], **({"parameters": given} if path == "/generate" else given)})
+    model = models[path]
+    bodies: list[Any] = [BODIES[path], *NASTY]
+    for key in [*model.model_fields, *model.refused, *model.ignored]:
+        for value in NASTY:
+            given = {key: value}
+            bodies.append({**BODIES[path], **({"parameters": given} if path == "/generate" else given)})
     app = toy_app(ToyEngine(text), ToyCatalog())
 
     async def ask() -> set[int]:
@@ -369,8 +365,6 @@ def test_the_description_is_whole(server: Live) -> None:
         "/v1/load_lora_adapter",
         "/generate",
         "/generate_stream",
-        "/completion",
-        "/lora-adapters",
         "/tokenize",
         "/metrics",
         "/ready",

@@ -17,7 +17,7 @@ from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 
 SURFACES = {
-    "/v1/completions": "prompt", "/v1/chat/completions": "messages", "/generate": "inputs", "/completion": "prompt",
+    "/v1/completions": "prompt", "/v1/chat/completions": "messages", "/generate": "inputs",
     "/tokenize": "prompt",
 }  # fmt: skip
 VALUE = st.recursive(
@@ -110,10 +110,6 @@ def test_a_key_that_is_there_twice_is_an_error(small: Live, path: str) -> None:
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "tools": [1] * 60_000}),
         ("/generate", {"inputs": "Hi", "parameters": {"stop": [1] * 60_000}}),
         ("/generate", {"inputs": "Hi", "parameters": {"merged_adapters": {"ids": [1], "weights": ["x"] * 60_000}}}),
-        ("/completion", {"prompt": [-1] * 60_000}),
-        ("/completion", {"prompt": ["x"] * 60_000}),
-        ("/completion", {"prompt": "Hi", "logit_bias": [[1, "x"]] * 20_000}),
-        ("/lora-adapters", [{"id": "x"}] * 20_000),
         ("/tokenize", {"messages": [{"role": "x"}] * 20_000}),
         ("/detokenize", {"tokens": [-1] * 60_000}),
     ],
@@ -183,8 +179,7 @@ def test_tokens_are_the_tokenizers_own(small: Live) -> None:
         ("/v1/completions", {"prompt": "Hi", "stop": [None]}, "stop.0 must be a valid string"),
         ("/v1/completions", {"prompt": [1, "a"]}, "prompt.1 must be a valid integer"),
         ("/v1/completions", {"prompt": "Hi", "lora_path": [5]}, "lora_path.0 must be a valid string"),
-        ("/completion", {"prompt": [1, []]}, "prompt.1"),
-        ("/completion", {"prompt": "Hi", "logit_bias": {"1": "x"}}, "logit_bias.1 must be a valid number"),
+        ("/v1/completions", {"prompt": "Hi", "logit_bias": {"1": "x"}}, "logit_bias.1 must be a valid number"),
         ("/v1/completions", b"", "the request has no body: a JSON object is expected"),
         ("/v1/completions", b"null", "the body: a JSON object is expected"),
         ("/v1/completions", b"[]", "the body: a JSON object is expected"),

@@ -1,4 +1,4 @@
-"""The HTTP surfaces: of text OpenAI's, vLLM's, SGLang's, LoRAX's and TGI's, llama.cpp's; of pictures OpenAI's.
+"""The HTTP surfaces: of text OpenAI's, vLLM's, SGLang's, LoRAX's and TGI's; of pictures OpenAI's.
 
 app.py         the application: the door of all requests, how errors are told, what is mounted; health, metrics
 service.py     what all surfaces work with: engine, names, tenancy, limits, counts; who asks

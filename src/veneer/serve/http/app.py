@@ -28,7 +28,6 @@ from veneer.serve.http.bodies import LARGE_BODY, BodyRoute, body_error, check_gu
 from veneer.serve.http.errors import Json, answer_error, as_refused
 from veneer.serve.http.guard import check_content_type, check_source, needs
 from veneer.serve.http.service import Service, client_key, service_of
-from veneer.serve.http.surfaces.llama_cpp import llama_cpp_routes
 from veneer.serve.http.surfaces.openai import openai_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
 from veneer.serve.http.surfaces.vllm import sglang_routes, vllm_routes
@@ -66,7 +65,7 @@ def create_app(
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service = service
     surfaces: dict[str, str] = {}
-    own = [openai_routes, vllm_routes, sglang_routes, tgi_routes, llama_cpp_routes, _health()]
+    own = [openai_routes, vllm_routes, sglang_routes, tgi_routes, _health()]
     for router in own:
         surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}
     if service.engine.makes == "pictures":

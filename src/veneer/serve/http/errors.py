@@ -1,4 +1,4 @@
-"""How each surface tells an error: one Refused, five bodies.
+"""How each surface tells an error: one Refused, four bodies.
 
 A route's first tag names the surface it belongs to, and with it the form; the status is the error's own, save where
 a surface has another word for the same thing (TGI: 422 for what cannot be, 424 for what failed).
@@ -98,18 +98,6 @@ def _tgi(error: Refused) -> tuple[int, Any]:
     return status, {"error": message_of(error), "error_type": kind}
 
 
-_LLAMA_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "unavailable_error"}
-
-
-def _llama(error: Refused) -> tuple[int, Any]:
-    kind = _LLAMA_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    status = 400 if error.status == 422 else error.status
-    body: dict[str, Any] = {"code": status, "message": message_of(error), "type": kind}
-    if error.code == "context_exceeded":
-        body["type"] = "exceed_context_size_error"
-    return status, {"error": body}
-
-
 def _sglang(error: Refused) -> tuple[int, Any]:
     status = error.status if error.status in (401, 403, 413, 429, 503) else 400
     return status, {"success": False, "error_message": message_of(error), "loaded_adapters": {}}
@@ -119,7 +107,6 @@ _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
     "OpenAI": _openai,
     "vLLM": _vllm,
     "TGI": _tgi,
-    "llama.cpp": _llama,
     "SGLang": _sglang,
 }
 

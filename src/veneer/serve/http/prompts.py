@@ -54,25 +54,18 @@ class Prompts:
 
     # -- in
 
-    async def of_text(
-        self, text: str, *, special: bool = True, place: AdmittedRequest | None = None
-    ) -> tuple[int, ...]:
-        """Token ids of a text as it is. `special`: with what the tokenizer puts around texts (bos, say)."""
-        return (await self.of_parts([text], special=[special], place=place))[0]
-
     async def of_parts(
         self,
         texts: Sequence[str],
         *,
-        special: Sequence[bool],
+        special: bool = True,
         place: AdmittedRequest | None = None,
         param: str = "prompt",
     ) -> list[tuple[int, ...]]:
         """Token ids of each of some texts. Raises Refused (400, context_exceeded) for one that cannot fit."""
         for text in texts:
             self.measure(len(text), param)
-        pairs = list(zip(texts, special, strict=True))
-        return await self.work(sum(map(len, texts)), lambda: [self.encode(t, special=s) for t, s in pairs], place)
+        return await self.work(sum(map(len, texts)), lambda: [self.encode(t, special=special) for t in texts], place)
 
     def measure(self, characters: int, param: str = "prompt") -> None:
         """Raises Refused (400, context_exceeded) for a text that is longer than `most`, before it is tokenised."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from veneer.errors import ConfigError
-from veneer.serve.http.bodies import FAIL_FAST, ITEMS, KEYS, Strict, at_most
+from veneer.serve.http.bodies import FAIL_FAST, ITEMS, KEYS, at_most
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.service import Service
 from veneer.serve.request import GrammarSpec, Sampling, invalid
@@ -59,26 +59,6 @@ Paths = Annotated[
     Discriminator(_one_or_several),
 ]
 """SGLang's lora_path: one name, or one for each prompt."""
-TextOrIds = Annotated[
-    Annotated[str, Tag("=one")] | Annotated[list[_TokenId | str], FAIL_FAST, Tag("=several")],
-    Discriminator(_one_or_several),
-]
-"""llama.cpp's prompt: a text, or ids and texts in a row."""
-Biases = Annotated[
-    Annotated[Bias, Tag("=one")]
-    | Annotated[list[tuple[int | str, float | bool]], FAIL_FAST, at_most(1024), Tag("=several")],
-    Discriminator(_one_or_several),
-]
-"""llama.cpp's logit_bias: an object as OpenAI's, or pairs."""
-
-
-class LoraScale(Strict):
-    """llama.cpp's way to name an adapter: its number in GET /lora-adapters, and a scale."""
-
-    id: int
-    scale: float = 1.0
-
-
 # -- what is made of them ----------------------------------------------------------------------------------------------
 
 

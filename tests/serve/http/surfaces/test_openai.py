@@ -71,7 +71,6 @@ def test_an_unknown_name_is_404_and_never_the_base(client: openai.OpenAI, server
         {"model": "../../etc/passwd"},
         {"extra_body": {"mix": ["sql", "nobody"]}},
         {"extra_body": {"lora_path": "nobody"}},
-        {"extra_body": {"lora": [{"id": 99, "scale": 1}]}},
     ):
         with pytest.raises(openai.NotFoundError) as refused:
             ask(client, "Hi", **options)
@@ -452,10 +451,8 @@ def test_bad_requests(server: Live, extra: Any, words: str) -> None:
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b'{"model": NaN}', b""])
 def test_bodies_that_are_no_body(server: Live, body: bytes) -> None:
-    for path in ("/v1/chat/completions", "/generate", "/completion", "/tokenize", "/lora-adapters"):
+    for path in ("/v1/chat/completions", "/generate", "/tokenize"):
         answer = server.client.post(path, content=body, headers={"content-type": "application/json"})
-        if path == "/lora-adapters" and body == b"[]":
-            continue
         assert answer.status_code in (400, 422), (path, answer.text)
         assert "error" in answer.json()
 

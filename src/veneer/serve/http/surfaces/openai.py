@@ -48,7 +48,6 @@ from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.sampling import (
     Bias,
     Ids,
-    LoraScale,
     Paths,
     Seed,
     Stop,
@@ -130,7 +129,6 @@ class Shared(Body):
         max_length=512,
         description="prompts share what was computed under equal salts alone",
     )
-    lora: Annotated[list[LoraScale], FAIL_FAST, at_most(64)] | None = None
     lora_path: Paths | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = None
@@ -180,8 +178,7 @@ class Shared(Body):
     def adapters(self) -> dict[str, Any]:
         """The arguments of Service.choose."""
         mix = None if self.mix is None else [(part.adapter, part.strength) for part in self.mix]
-        lora = None if self.lora is None else [(part.id, part.scale) for part in self.lora]
-        return {"model": self.model, "mix": mix, "lora": lora, "lora_path": self.path()}
+        return {"model": self.model, "mix": mix, "lora_path": self.path()}
 
     def sampling(
         self,
@@ -448,7 +445,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     place.take("answers", len(texts) * n)
     written = [text for text in texts if isinstance(text, str)]
     if written:
-        prompts = await service.prompts.of_parts(written, special=[body.add_special_tokens] * len(written), place=place)
+        prompts = await service.prompts.of_parts(written, special=body.add_special_tokens, place=place)
         echoes = written
     else:
         prompts = [service.prompts.of_ids(ids) for ids in texts if not isinstance(ids, str)]

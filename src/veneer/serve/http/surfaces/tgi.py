@@ -186,7 +186,7 @@ async def _ask(request: HttpRequest, service: Service, body: Generate) -> TextJo
         raise invalid("best_of without sampling gives the same answer each time", "best_of", "do_sample: true")
     place = admission_of(request)
     place.take("answers", best)
-    prompt = await service.prompts.of_text(body.inputs, place=place)
+    (prompt,) = await service.prompts.of_parts([body.inputs], place=place)
     room = service.prompts.fits(prompt, "inputs")
     if given.grammar is not None and given.response_format is not None:
         raise invalid("grammar and response_format are the same thing", "grammar", "keep one")

@@ -108,17 +108,13 @@ def _loaded(request: HttpRequest) -> Response:
 
 
 class Tokenize(Body):
-    """vLLM's `prompt` or `messages`, llama.cpp's `content`, or TGI's `inputs`: the answer has that surface's form."""
+    """vLLM's `prompt` or `messages`, or TGI's `inputs`: the answer has that surface's form."""
 
     prompt: str | None = None
     messages: Annotated[list[Message], FAIL_FAST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
-    content: str | None = None
     inputs: str | None = None
     model: str = Field(default="", max_length=512)
     add_special_tokens: bool = True
-    add_special: bool = False
-    parse_special: bool = True
-    with_pieces: bool = False
     return_token_strs: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -134,9 +130,9 @@ class Detokenize(Body):
 @vllm_routes.post("/tokenize", summary="Text or a conversation as tokens.")
 async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
     service, prompts = service_of(request), service_of(request).prompts
-    ways = [key for key in ("prompt", "messages", "content", "inputs") if getattr(body, key) is not None]
+    ways = [key for key in ("prompt", "messages", "inputs") if getattr(body, key) is not None]
     if len(ways) != 1:
-        raise invalid("one of prompt, messages, content and inputs is needed", ways[0] if ways else "prompt")
+        raise invalid("one of prompt, messages and inputs is needed", ways[0] if ways else "prompt")
     service.mixes.choose(caller_of(request), model=body.model)  # a model that is not there is an error here too
     place = admission_of(request)
     place.take("answers", 1)
@@ -148,14 +144,10 @@ async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         ids = await prompts.of_messages(messages, body.tools, place, **variables)
         return _json(await prompts.work(len(ids), lambda: json_bytes(_counted(prompts, ids, body)), place))
-    text = body.content or body.inputs or body.prompt or ""
+    text = body.inputs or body.prompt or ""
     prompts.measure(len(text), ways[0])
 
     def written() -> bytes:
-        if body.content is not None:
-            ids = prompts.encode(text, special=body.add_special)
-            pieces = [{"id": i, "piece": _piece(*prompts.piece(i))} for i in ids] if body.with_pieces else ids
-            return json_bytes({"tokens": pieces})
         if body.inputs is not None:
             return json_bytes(_spans(prompts, text, body.add_special_tokens))
         return json_bytes(_counted(prompts, prompts.encode(text, special=body.add_special_tokens), body))
@@ -172,19 +164,14 @@ def _counted(prompts: Prompts, ids: Sequence[int], body: Tokenize) -> dict[str, 
     return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids, "token_strs": texts}
 
 
-@vllm_routes.post("/detokenize", summary="Tokens as text, under vLLM's key and llama.cpp's.")
+@vllm_routes.post("/detokenize", summary="Tokens as text.")
 async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
     service = service_of(request)
     service.mixes.choose(caller_of(request), model=body.model)
     place = admission_of(request)
     place.take("answers", 1)
     text = await service.prompts.decode(service.prompts.of_ids(body.tokens, "tokens"), place=place)
-    return Json({"prompt": text, "content": text})
-
-
-def _piece(text: str, raw: tuple[int, ...]) -> str | list[int]:
-    """llama.cpp's pieces: text, or bytes where they are no text by themselves."""
-    return list(raw) if "�" in text else text
+    return Json({"prompt": text})
 
 
 def _spans(prompts: Prompts, text: str, special: bool) -> list[dict[str, Any]]:
