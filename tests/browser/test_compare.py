@@ -154,7 +154,7 @@ def test_a_mix_is_kept_as_an_adapter(window: Window, talking: Served) -> None:
 def answered(address: str, strength: float, tokens: int) -> Spent:
     """What an answer takes, under a strength of which nothing is known yet, as the API has it."""
     spent, messages = Spent(), [{"role": "user", "content": "Where is my parcel?"}]
-    body = {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "mix": {"support@1": strength}}
+    body = {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "mix": [f"support@1:{strength}"]}
     with spent.counting():
         httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120).raise_for_status()
     return spent

@@ -46,7 +46,7 @@ def read(shop: Shop, name: str) -> Adapter:
 
 
 def mixed(parts: dict[str, float], ids: list[int], **more: Any) -> dict[str, Any]:
-    return asking("tiny", ids, **more, extra_body={"mix": parts})
+    return asking("tiny", ids, **more, extra_body={"mix": [f"{name}:{strength}" for name, strength in parts.items()]})
 
 
 def test_mixes_equal_pefts_where_it_is_exact_and_cores_everywhere(whole: Whole, shop: Shop) -> None:

@@ -131,7 +131,7 @@ def test_requests_for_what_cannot_be_served_fail_alone(shop: Shop) -> None:
     right = shop.wanted([("plain", 1.0)], ids, 10)
     with served(shop) as whole:
         for _ in range(3):
-            for words in ({"model": "soon-broken"}, {"mix": {"plain": 1.0, "soon-broken": 0.5}}):
+            for words in ({"model": "soon-broken"}, {"mix": ["plain", "soon-broken:0.5"]}):
                 answer = whole.http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 3, **words})
                 assert answer.status_code == 503, answer.text  # the library's fault, not the client's
                 assert answer.json()["error"]["code"] == "adapter_unusable"

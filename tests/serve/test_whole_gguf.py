@@ -89,7 +89,10 @@ MIXES: list[dict[str, float]] = [
 def test_32_at_once_under_many_mixes_are_as_by_the_dequantised_weights(shop: Shop, server: Whole) -> None:
     """Each prompt's own tokens, within what a forward in bfloat16 rounds; long ones are in steps beside the others."""
     work = [(MIXES[i % len(MIXES)], prompt((LONG, 17, 64, 131)[i % 4], i)) for i in range(32)]
-    asked = [asking("tiny.gguf", ids, 1, echo=True, extra_body={"mix": mix}) for mix, ids in work]
+    asked = [
+        asking("tiny.gguf", ids, 1, echo=True, extra_body={"mix": [f"{name}:{s}" for name, s in mix.items()]})
+        for mix, ids in work
+    ]
     for (mix, ids), got in zip(work, server.together(asked), strict=True):
         want = wanted(shop, list(mix.items()), ids)
         assert (torch.tensor(got.logprobs[1 : len(ids)]).double() - want).norm() <= 0.006 * want.norm(), (mix, len(ids))

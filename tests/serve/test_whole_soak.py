@@ -96,7 +96,7 @@ class Soak:
         assert any(got.same(self.right[name, 0]) for name in ("plain", "rs"))
 
     async def mix(self, pick: random.Random) -> None:
-        parts = {name: round(pick.uniform(-1, 1), 2) for name in pick.sample(list(KINDS), 2)}
+        parts = [f"{name}:{pick.uniform(-1, 1):.2f}" for name in pick.sample(list(KINDS), 2)]
         ids = prompt(pick.randrange(1, 60), pick.randrange(9))
         got = said(await self.api.completions.create(**asking("tiny", ids, 40, extra_body={"mix": parts})))
         assert len(got.logprobs) == 40

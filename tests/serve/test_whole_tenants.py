@@ -52,7 +52,7 @@ def test_whether_a_prompt_was_there_tells_a_tenant_nothing_of_another(shop: Shop
             asked(whole, keys["acme"], model, ids)
             assert asked(whole, keys["globex"], model, ids) == (200, most)
             assert asked(whole, keys["globex"], model, ids, cache_salt=f"y {model}") == (200, 0)
-        both = {"mix": {"plain": 1.0, "rs": 1.0}}
+        both = {"mix": ["plain", "rs"]}
         assert asked(whole, keys["acme"], "", ids, **both) == (200, 0)
         assert asked(whole, keys["globex"], "", ids, **both) == (200, 0), "not all of the mix is shared"
         manage.share_prefixes(store, remove=["plain"], who="me")

@@ -24,7 +24,12 @@ LINK = "/studio/compare?c=support%401&c=support%402%3A0.5%2Bacme%2Ftone%3A-0.5&p
 
 def content(studio: Served, mix: dict[str, float]) -> str:
     """What the API answers."""
-    body = {"mix": mix, "messages": ASKED, "max_tokens": 3, "temperature": 0}
+    body = {
+        "mix": [f"{name}:{strength}" for name, strength in mix.items()],
+        "messages": ASKED,
+        "max_tokens": 3,
+        "temperature": 0,
+    }
     answer = httpx.post(f"{studio.address}/v1/chat/completions", json=body, timeout=60).json()
     return str(answer["choices"][0]["message"]["content"])
 

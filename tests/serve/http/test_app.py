@@ -81,7 +81,7 @@ def test_adapters_beyond_the_cap_are_counted_as_other(text: ToyText) -> None:
         for n in range(20):
             server.post("/v1/chat/completions", {**CHAT, "model": f"a{n}"})
         for strength in (0.1, 0.2, 0.3):
-            server.post("/v1/chat/completions", {**CHAT, "model": "toy", "mix": {"a1": strength, "a2": 1}})
+            server.post("/v1/chat/completions", {**CHAT, "model": "toy", "mix": [f"a1:{strength}", "a2"]})
         found = samples(server.get("/metrics").text)
     names = {labels.split(",")[0] for name, labels in found if name == "veneer:adapter_requests_total"}
     assert names == {"a0", "a1", "a2", "a3", "a4", "other"}

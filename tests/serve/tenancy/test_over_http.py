@@ -36,8 +36,8 @@ def test_no_spelling_of_a_mix_evades_the_price_of_its_parts(tmp_path: Path) -> N
         ({"model": digest}, dear),
         ({"model": "rs"}, cheap),
         ({"model": ""}, cheap),
-        ({"mix": {"plain": 1, "rs": 0}}, dear),
-        ({"mix": {"plain": 1, "rs": 1e-9}}, both),
+        ({"mix": ["plain", "rs:0"]}, dear),
+        ({"mix": ["plain", "rs:1e-9"]}, both),
         (
             {
                 "mix": [
@@ -50,7 +50,7 @@ def test_no_spelling_of_a_mix_evades_the_price_of_its_parts(tmp_path: Path) -> N
         ),
         ({"mix": [{"adapter": "plain", "strength": 0.5}, {"adapter": "plain@1", "strength": 0.5}]}, dear),
         ({"mix": [{"adapter": "rs", "strength": 0.5}, {"adapter": digest, "strength": 0.5}]}, both),
-        ({"mix": {"plain": 1, "plain@prod": -1}}, cheap),  # the base
+        ({"mix": ["plain", "plain@prod:-1"]}, cheap),  # the base
     ]
     with served(shop, tenants=where, admin_key=ADMIN) as server:
         costs = []

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import typing
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -240,9 +240,7 @@ class MixPart(Strict):
 
 
 def _parts(value: Any) -> Any:
-    """[{"adapter", "strength"}], {"name": strength} or ["name:strength"], as a list of parts."""
-    if isinstance(value, dict):
-        return [{"adapter": name, "strength": strength} for name, strength in value.items()]
+    """Parse the parts of a mix: objects, or texts such as "name:0.8"."""
     if not isinstance(value, list):
         return value
     for key in ("blocks", "steps", "campaign"):
@@ -269,10 +267,15 @@ def _part(text: str) -> dict[str, Any]:
 MixField = Annotated[
     list[MixPart],
     FAIL_FAST,
-    Field(max_length=64, description='[{"adapter": name, "strength": 0.8}], ["name:0.8"] or {"name": 0.8}'),
+    Field(max_length=64, description='[{"adapter": name, "strength": 0.8}] or ["name:0.8"]'),
     BeforeValidator(_parts),
     at_most(64),
 ]
+
+
+def mix_of(parts: Sequence[MixPart] | None) -> list[tuple[str, float]] | None:
+    """Return (name, strength) of each part of a body's `mix`."""
+    return None if parts is None else [(part.adapter, part.strength) for part in parts]
 
 
 def checked(model: type[BaseModel], value: Any, param: str) -> Any:

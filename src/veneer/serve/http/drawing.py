@@ -47,8 +47,6 @@ from veneer.serve.http.surfaces.image_bodies import (
     Data,
     EditBody,
     ImageBody,
-    NamedLora,
-    PictureMixPart,
 )
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureEvent, PictureRequest, PictureStep
@@ -88,26 +86,21 @@ def _chosen(
     service: Service, asked: ImageBody, caller: Principal
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
     """What acts, what the client calls each adapter, and the factors by block and step, or the role, of those that have
-    any. An empty `mix` or `lora` is the base."""
+    any. An empty `mix` is the base."""
     catalog, mixes = service.catalog, service.mixes
-    ways: dict[str, list[PictureMixPart] | list[NamedLora] | None] = {"mix": asked.mix, "lora": asked.lora}
-    given = [(way, parts) for way, parts in ways.items() if parts is not None]
-    if len(given) > 1:
-        raise invalid("mix and lora both name adapters", "lora", "leave one out")
-    if given:
-        (way, parts) = given[0]
+    if (parts := asked.mix) is not None:
         if catalog.resolve(asked.model, caller).mix:
-            raise invalid(f"model and {way} both name adapters", way, f"model {catalog.base!r}, or none, beside {way}")
+            raise invalid("model and mix both name adapters", "mix", f"model {catalog.base!r}, or none, beside mix")
         try:
             check_roles((part.adapter, part.factors) for part in parts)
         except VeneerError as error:
-            raise invalid(error.what, way, error.fix) from error
+            raise invalid(error.what, "mix", error.fix) from error
         chosen = mixes.choose(caller, mix=[(part.adapter, part.strength) for part in parts])
         factors: dict[str, Strength] = {}
         for part, digest in zip(parts, chosen.served.meant, strict=True):
             if digest and factors.setdefault(digest, part.factors) != part.factors:
                 raise invalid(
-                    f"{quoted(part.adapter)} is named twice, with unlike blocks, steps or roles", way, "name it once"
+                    f"{quoted(part.adapter)} is named twice, with unlike blocks, steps or roles", "mix", "name it once"
                 )
         labels = {digest: part.adapter for part, digest in zip(parts, chosen.served.meant, strict=True)}
         return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
@@ -235,7 +228,7 @@ def _planned(
     """Decode, fit and check. `most`: pixels of a picture that is sent. Blocks. Raises Refused."""
     base = engine.base
     notes: list[str] = []
-    for part, digest in zip(asked.mix or asked.lora or (), chosen.served.meant, strict=False):
+    for part, digest in zip(asked.mix or (), chosen.served.meant, strict=False):
         if not digest and part.factors != Strength():
             what = "role" if part.campaign else "blocks and steps"
             notes.append(f"{part.adapter} is the base: its {what} {'has' if part.campaign else 'have'} no effect")

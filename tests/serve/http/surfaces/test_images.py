@@ -146,14 +146,12 @@ def test_an_adapter_is_named_in_every_way(client: openai.OpenAI) -> None:
     others = [
         picture(client.images.generate(prompt="a red cat", model="tiny:brand", extra_body=FEW).data[0].b64_json),
         one(client, mix=[{"adapter": "brand"}]),
-        one(client, mix={"brand": 1.0}),
         one(client, mix=["brand:1"]),
-        one(client, lora={"name": "brand", "scale": 1.0}),
-        one(client, lora=[{"name": "brand", "scale": 0.4}, {"name": "brand", "scale": 0.6}]),
+        one(client, mix=["brand:0.4", "brand:0.6"]),
     ]
-    assert [levels(named, other) for other in others] == [0] * 6
+    assert [levels(named, other) for other in others] == [0] * 4
     plain = one(client)
-    assert levels(plain, one(client, lora=[])) == 0
+    assert levels(plain, one(client, mix=[])) == 0
     assert levels(plain, named) > 8
     both = one(client, mix=[{"adapter": "brand", "strength": 0.5}, {"adapter": "dora", "strength": -0.5}])
     assert min(levels(both, plain), levels(both, named)) > 3
@@ -354,8 +352,6 @@ def test_factors_by_block_and_step_are_those_of_veneer_image(
     found = one(client, mix=[{"adapter": "brand"} | part], **few)
     assert levels(found, by_hand(spec)) == 0 < levels(found, plain)
     assert levels(one(client, mix=[spec], **few), found) == 0
-    own = {"scale" if key == "strength" else key: value for key, value in part.items()}
-    assert levels(one(client, lora={"name": "brand"} | own, **few), found) == 0
     fields = {"prompt": "a red cat", **few, "seed": "7"}
     for mix in ({"mix": json.dumps([{"adapter": "brand"} | part])}, {"mix": spec}):
         form = httpx.post(f"{url}/v1/images/generations", files={k: (None, str(v)) for k, v in (fields | mix).items()})
@@ -378,9 +374,7 @@ def test_a_role_of_a_campaign_means_its_strengths(
     assert levels(asked, one(client, mix=["brand:0.8", "look"])) > 0
     assert asked.info["veneer"] == written.info["veneer"] == typed.info["veneer"]
     assert asked.tobytes() == written.tobytes() == typed.tobytes()
-    lora = [{"name": "brand", "scale": 0.8, "campaign": "product"}, {"name": "look", "campaign": "lens"}]
-    found = client.images.generate(prompt="a red cat", extra_body=FEW | {"lora": lora}).data[0]
-    assert picture(found.b64_json).tobytes() == typed.tobytes()
+    found = client.images.generate(prompt="a red cat", extra_body=FEW | {"mix": mixes[0]}).data[0]
     assert f"look is the campaign's lens: {table['lens']}" in found.notes
     form = {"prompt": "a red cat", "num_inference_steps": "2", "seed": "7", "mix": json.dumps(mixes[0])}
     sent = httpx.post(f"{url}/v1/images/generations", files={k: (None, v) for k, v in form.items()})
@@ -498,12 +492,11 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"mix": [{"adapter": "nobody"}]}, 404, "model_not_found", "nobody"),
     ({"model": "sdxl-look"}, 400, "adapter_unusable", "an SDXL adapter"),
     ({"model": "brand", "mix": ["look"]}, 400, "invalid_request", "model and mix both"),
-    ({"lora": {"name": "brand"}, "mix": ["look"]}, 400, "invalid_request", "mix and lora both"),
-    ({"lora": {"name": "brand", "path": "/etc"}}, 400, "invalid_request", "unknown key 'lora.0.path'"),
+    ({"mix": [{"adapter": "brand", "path": "/etc"}]}, 400, "invalid_request", "unknown key 'mix.0.path'"),
+    ({"mix": {"brand": 1}}, 400, "invalid_request", "unknown key 'mix.0.brand'"),
     ({"mix": [{"adapter": "brand", "strenght": 1}]}, 400, "invalid_request", "did you mean 'strength'"),
     *(({"mix": [{"adapter": "brand"} | wrong]}, 400, "invalid_request", said) for wrong, said in WRONG_FACTORS),
-    ({"lora": [{"name": "brand", "scael": 1}]}, 400, "invalid_request", "did you mean 'scale'"),
-    ({"lora": [{"adapter": "brand"}]}, 400, "invalid_request", "lora.0.name"),
+    ({"mix": [{"strength": 1}]}, 400, "invalid_request", "mix.0.adapter"),
     ({"mix": ["brand@double=x"]}, 400, "invalid_request", "'x' is not a strength"),
     ({"mix": ["brand@double=0.5,steps=0.6-0.2"]}, 400, "invalid_request", "0.6-0.2 is not a range of steps"),
     ({"mix": ["brand@/etc/passwd=1"]}, 400, "invalid_request", "mix.0.blocks"),
@@ -584,7 +577,7 @@ def test_bodies_are_limited_and_must_be_what_they_say(url: str) -> None:
     ):
         found = httpx.post(f"{url}/v1/images/generations", content=odd, headers={"content-type": "application/json"})
         assert (found.status_code, found.json()["error"]["code"]) == (400, "invalid_request")
-    nothing = {"n": None, "mix": None, "lora": None, "control": None, "size": None, "quality": None, "model": None}
+    nothing = {"n": None, "mix": None, "control": None, "size": None, "quality": None, "model": None}
     assert httpx.post(f"{url}/v1/images/generations", json=FEW | nothing | {"prompt": "a"}).status_code == 200
     unused = httpx.post(at, data={"prompt": "a"}, files={"image": ("a", file_of(noise())), "sketch": ("b", b"0")})
     assert "unknown key 'sketch'" in unused.json()["error"]["message"]
@@ -710,7 +703,7 @@ def test_the_servers_own_default_acts_where_nothing_is_named(engine: PictureEngi
             answer = httpx.post(f"{at}/v1/images/generations", json=FEW | {"prompt": "a cat"} | body).json()
             return picture(answer["data"][0]["b64_json"]).tobytes()
 
-        assert drawn() == drawn(model=names.base) == drawn(mix={"look": 0.5})
+        assert drawn() == drawn(model=names.base) == drawn(mix=["look:0.5"])
         assert drawn() != drawn(mix=[])
 
 

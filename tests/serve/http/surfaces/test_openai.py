@@ -55,7 +55,6 @@ def test_model_is_base_adapter_alias_or_base_and_adapter(client: openai.OpenAI, 
     "mix",
     [
         [{"adapter": "sql", "strength": 0.8}, {"adapter": "polite", "strength": -0.5}],
-        {"sql": 0.8, "polite": -0.5},
         ["sql:0.8", "polite:-0.5"],
     ],
 )
@@ -428,7 +427,7 @@ def test_completions_stream_with_several_prompts(client: openai.OpenAI) -> None:
         ({"stream_options": {"include_usage": True}}, "goes with stream"),
         ({"messages": []}, "messages"),
         ({"mix": [{"adapter": "sql", "strength": 1e9}]}, "the strength of 'sql' is 1e+09"),
-        ({"mix": {"sql": -10001}}, "the strength of 'sql' is -10001"),
+        ({"mix": ["sql:-10001"]}, "the strength of 'sql' is -10001"),
         ({"mix": ["sql:nan"]}, "mix: the strength of 'sql' is nan"),
         (
             {"mix": ["sql@campaign=product"]},

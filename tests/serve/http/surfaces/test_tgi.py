@@ -40,20 +40,14 @@ def test_an_unknown_adapter_is_404_not_the_base(server: Live) -> None:
     assert server.engine.seen == []
 
 
-def test_loraxs_merged_adapters_are_a_mix(server: Live) -> None:
-    merged: Any = {"ids": ["sql", "polite"], "weights": [0.7, 0.6]}
-    answer = generate(server, merged_adapters=merged).json()
+def test_a_mix_is_a_list_here_too(server: Live) -> None:
+    answer = generate(server, mix=[{"adapter": "sql", "strength": 0.7}, "polite:0.6"], adapter_source="local").json()
     assert answer["generated_text"] == "[d-polite*0.6+d-sql*0.7] Hi"  # not normalised: the sum of w·T
-    linear = generate(server, merged_adapters={**merged, "merge_strategy": "linear"}, adapter_source="local")
-    assert linear.status_code == 200
-    for strategy in ("ties", "dare_linear", "dare_ties"):
-        refused = generate(server, merged_adapters={**merged, "merge_strategy": strategy, "density": 0.5})
-        assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
-        assert strategy in refused.json()["error"]
-    assert generate(server, merged_adapters={**merged, "merge_strategy": "magic"}).status_code == 422
-    assert generate(server, merged_adapters={"ids": ["sql"], "weights": [1, 2]}).status_code == 422
-    assert generate(server, merged_adapters=merged, adapter_id="sql").status_code == 422
-    assert generate(server, merged_adapters={"ids": ["nobody"], "weights": [1]}).status_code == 404
+    assert generate(server, mix=["sql"], adapter_id="sql").status_code == 422
+    assert generate(server, mix=["nobody"]).status_code == 404
+    refused = generate(server, merged_adapters={"ids": ["sql"], "weights": [1]})
+    assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
+    assert "use mix" in refused.json()["error"]
 
 
 def test_the_stream(server: Live) -> None:

@@ -43,11 +43,8 @@ def _listed(value: Any) -> Any:
 
 
 def _mix(value: Any) -> Any:
-    """[{"adapter", "strength", …}], {"name": strength} or ["name:strength@FACTORS"], and in a form also one part by
-    itself or JSON text, as a list of parts."""
-    value = _json(value)
-    if isinstance(value, dict) and "adapter" not in value:
-        return [{"adapter": name, "strength": strength} for name, strength in value.items()]
+    """Parse the parts of a mix: objects, or texts such as "name:0.8@FACTORS". A form can also hold one part alone, or
+    JSON text."""
     listed = _listed(value)
     return [_part(item) if isinstance(item, str) else item for item in listed] if isinstance(listed, list) else listed
 
@@ -100,13 +97,6 @@ class PictureMixPart(MixPart):
         return self
 
 
-class NamedLora(PictureMixPart):
-    """vLLM-Omni's way to name an adapter. It never is a path here."""
-
-    adapter: str = Field(min_length=1, max_length=512, alias="name")
-    strength: float = Field(1.0, ge=-10_000, le=10_000, alias="scale")
-
-
 Data = bytes | str
 """A picture: an uploaded file's bytes; in JSON base64 or a data: URL."""
 
@@ -146,7 +136,6 @@ class ImageBody(Strict):
     true_cfg_scale: float | None = Field(None, ge=1, le=1000)
     scheduler: str | None = Field(None, max_length=64)
     seed: int | None = Field(None, ge=0, lt=SEEDS)
-    lora: Annotated[Annotated[list[NamedLora], FAIL_FAST] | None, at_most(64), BeforeValidator(_listed)] = None
     mix: Annotated[Annotated[list[PictureMixPart], FAIL_FAST] | None, BeforeValidator(_mix), at_most(64)] = None
     control: Annotated[list[ControlBody], at_most(4), BeforeValidator(_listed)] = Field(default_factory=list)
 
@@ -196,7 +185,7 @@ def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int)
 
 
 def _body_error(kind: type[ImageBody], error: ValidationError) -> Refused:
-    parts: dict[str, type[Strict]] = {"lora": NamedLora, "mix": PictureMixPart, "control": ControlBody}
+    parts: dict[str, type[Strict]] = {"mix": PictureMixPart, "control": ControlBody}
     inner = {key: [about.alias or name for name, about in part.model_fields.items()] for key, part in parts.items()}
     problems = error.errors(include_url=False, include_input=False)
     return body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], kind.model_fields, inner)

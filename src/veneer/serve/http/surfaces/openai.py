@@ -41,6 +41,7 @@ from veneer.serve.http.bodies import (
     Strict,
     at_most,
     checked,
+    mix_of,
 )
 from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.guard import needs
@@ -177,8 +178,7 @@ class Shared(Body):
 
     def adapters(self) -> dict[str, Any]:
         """The arguments of Service.choose."""
-        mix = None if self.mix is None else [(part.adapter, part.strength) for part in self.mix]
-        return {"model": self.model, "mix": mix, "lora_path": self.path()}
+        return {"model": self.model, "mix": mix_of(self.mix), "lora_path": self.path()}
 
     def sampling(
         self,

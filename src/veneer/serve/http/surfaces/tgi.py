@@ -1,5 +1,5 @@
 """TGI's routes, which are LoRAX's: /generate, /generate_stream, /info; one adapter by `adapter_id`, several by
-`merged_adapters`. TGI serves the base where it does not know an adapter_id; here that is 404.
+`mix`. TGI serves the base where it does not know an adapter_id; here that is 404.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from veneer.serve.http.answers import (
     seed_of,
     stream,
 )
-from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Neutral, Strict, at_most
+from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, MixField, Neutral, Strict, at_most, mix_of
 from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.guard import needs
 from veneer.serve.http.mixes import ChosenMix
@@ -35,27 +35,6 @@ from veneer.serve.http.sse import data
 from veneer.serve.request import Finished, GrammarSpec, Refused, Token, invalid
 
 tgi_routes = APIRouter(tags=["TGI"], route_class=BodyRoute, dependencies=[needs("infer")])
-
-
-class Merged(Strict):
-    """LoRAX: the sum of weight · adapter, weights as they are. Exactly a mix, so it shares batches with everything."""
-
-    ids: Annotated[list[str], FAIL_FAST, at_most(64)] = Field(min_length=1)
-    weights: Annotated[list[float], FAIL_FAST, at_most(64)]
-    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = None
-    density: float | None = None
-    majority_sign_method: Literal["total", "frequency"] | None = None
-
-    def parts(self) -> list[tuple[str, float]]:
-        strategy = self.merge_strategy or "linear"
-        if strategy != "linear":
-            fix = "linear, or mix them once with `veneer adapter mix` and serve the result"
-            raise invalid(f"merge_strategy {strategy} makes a new adapter, not a mix", "merged_adapters", fix)
-        if self.density is not None:
-            raise invalid("density has no meaning with merge_strategy linear", "merged_adapters")
-        if len(self.weights) != len(self.ids):
-            raise invalid(f"{len(self.ids)} ids and {len(self.weights)} weights", "merged_adapters")
-        return list(zip(self.ids, self.weights, strict=True))
 
 
 class Form(Strict):
@@ -84,10 +63,11 @@ class Parameters(Body):
         "return_k_alternatives": ((0,), "use top_n_tokens"),
         "api_token": ((), "it is for a hub; adapters come from this server's library"),
         "schema": ((), "use grammar"),
+        "merged_adapters": ((), "use mix: a list of {adapter, strength}"),
     }
     adapter_id: str | None = Field(default=None, max_length=512)
     adapter_source: str | None = None
-    merged_adapters: Merged | None = None
+    mix: MixField | None = None
     best_of: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, gt=0)
     repetition_penalty: float | None = Field(default=None, gt=0)
@@ -212,11 +192,7 @@ def _chosen(service: Service, caller: Any, given: Parameters) -> ChosenMix:
     if given.adapter_source not in (None, "", "local"):
         what = f"adapter_source {given.adapter_source[:40]!r}: adapters come from this server's library"
         raise invalid(what, "adapter_source", "leave it out; `veneer library pull` brings an adapter there")
-    if given.merged_adapters is not None:
-        if given.adapter_id:
-            raise invalid("adapter_id and merged_adapters name different things", "merged_adapters", "keep one")
-        return service.mixes.choose(caller, mix=given.merged_adapters.parts())
-    return service.mixes.choose(caller, model=given.adapter_id)
+    return service.mixes.choose(caller, model=given.adapter_id, mix=mix_of(given.mix))
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
