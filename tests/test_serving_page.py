@@ -145,7 +145,7 @@ def test_the_numbers_are_the_codes_own() -> None:
 
     settings = EngineSettings()
     assert f"`--max-batch`, {settings.rows} |" in PAGE
-    assert f"answers that run or wait | `--queue`, {settings.queue:,};" in PAGE
+    assert f"answers that run or wait | `queue`, {settings.queue:,};" in PAGE
     assert f"in a mix | {MAX_MIX} |" in PAGE
     assert f"a body | {HttpSettings().max_body >> 20} MiB |" in PAGE
     assert f"The first {HttpSettings().metric_adapters} adapters" in PAGE

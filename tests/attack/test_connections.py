@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -13,15 +14,14 @@ from tests.attack.harness import GAP, SOON, Server, asked, target
 from tests.serve.whole import Shop, prompt
 
 MOST = 60
-LIMITS = [
-    "--head-seconds", "0.6", "--body-seconds", "0.6", "--idle-seconds", "1", "--stall-seconds", "1",
-    "--max-connections", str(MOST),
-]  # fmt: skip
+LIMITS = {"head_seconds": 0.6, "body_seconds": 0.6, "idle_seconds": 1, "stall_seconds": 1, "max_connections": MOST}
 
 
 @pytest.fixture(scope="module")
 def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with target(shop, tmp_path_factory.mktemp("home"), *LIMITS) as made:
+    home = tmp_path_factory.mktemp("home")
+    (home / "server.yaml").write_text(json.dumps(LIMITS), encoding="utf-8")
+    with target(shop, home, "--config", str(home / "server.yaml")) as made:
         yield made
 
 

@@ -24,7 +24,9 @@ KEY = "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with target(shop, tmp_path_factory.mktemp("home"), "--studio", "--max-connections", str(MOST)) as made:
+    home = tmp_path_factory.mktemp("home")
+    (home / "server.yaml").write_text(f"max_connections: {MOST}", encoding="utf-8")
+    with target(shop, home, "--studio", "--config", str(home / "server.yaml")) as made:
         yield made
 
 

@@ -78,8 +78,8 @@ def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, 
         ("--weights", {"engine": EngineSettings(weights="int4")}),
         ("--quantise", {"quantise": "nf4"}),
         ("--cache-memory", {"engine": EngineSettings(cache_bytes=1 << 20)}),
-        ("--max-tokens", {"http": HttpSettings(max_tokens=100)}),
-        ("--tenant-mixes", {"fleet": FleetSettings(mixes=3)}),
+        ("max_tokens", {"http": HttpSettings(max_tokens=100)}),
+        ("tenant_mixes", {"fleet": FleetSettings(mixes=3)}),
     ],
 )
 def test_what_is_said_of_texts_is_refused_where_pictures_are_drawn(
@@ -107,7 +107,7 @@ def test_what_is_said_of_a_ledger_is_refused_without_tenants(
     option: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=f"--ledger-{option} is for the ledger of tenants") as caught:
+    with pytest.raises(ConfigError, match=f"ledger_{option} is for the ledger of tenants") as caught:
         tenancy_of(ServeSettings("toy", ledger=LedgerSettings(**more)), print, None)
     assert caught.value.fix is not None
     tenancy_of(ServeSettings("toy"), print, None)

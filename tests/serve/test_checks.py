@@ -43,16 +43,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--device", "cudda"], "'cudda' is not a device | --device | did you mean cuda?"),
         (["--device", "cuda:99"], "there is no CUDA device cuda:99"),
         (["--quantise", "nf4", "--weights", "int8"], "--quantise and --weights both say"),
-        (["--engine", "opanai"], "'opanai' is not a way to compute | --engine | did you mean openai?"),
-        (["--engine", "openai"], "none is named | --upstream http://host:port"),
-        (["--upstream", "http://there"], "--engine embedded computes here | add --engine openai"),
-        (["--engine", "openai", "--upstream", "there"], "'there' is not the address of a server"),
-        (["--engine", "openai", *["--upstream", "http://there"] * 2], "http://there is named twice"),
+        (["--upstream", "there"], "'there' is not the address of a server"),
+        (["--upstream", "http://there"] * 2, "http://there is named twice"),
         (["--cache-memory", "lots"], "'lots' is not a size | --cache-memory"),
         (["--cache-memory", "0"], "'0' is too small | --cache-memory"),
         (["--adapter-memory", "-1G"], "'-1G' is not a size | --adapter-memory"),
-        (["--mix-disk", "4M"], "--mix-disk is for mixes on the servers of --upstream"),
-        (["--ledger-days", "3"], "--ledger-days is for the ledger of tenants"),
         (["--adapter", "a b"], "'a b' cannot name an adapter"),
         (["--adapter", "none-such"], "the library has no"),
         (["--adapter", "mine=./an-adapter"], "is a path outside of --allow-folder | veneer library add"),
@@ -66,7 +61,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--library", "a-file/inside"], "a-file"),
         (["--tenants", "nonsense://x"], "this is not an address of the tenants' database"),
         (["--tenants", "."], "the tenants' database cannot be opened"),
-        (["--pin"], "--pin keeps the adapters of --adapter"),
         (
             ["--adapter", "mine=folder/one", "--allow-folder", "folder"],
             "folder/one is a path from here | inside of --allow-folder | --adapter mine=one",
@@ -81,9 +75,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--studio", "--host", "0.0.0.0"], "it needs a key | --api-keys or --tenants"),
         (["--admin-key", "sha256:12"], "the admin key's hash is not a SHA-256 digest"),
         (["--api-keys", "no-such-file"], "cannot read the keys"),
-        (["--idle-seconds", "nan"], "Invalid value for '--idle-seconds'"),
-        (["--drain-seconds", "inf"], "inf is not a finite number"),
-        (["--queue", "1"], "Invalid value for '--queue'"),
         (["--max-batch", "many"], "Invalid value for '--max-batch'"),
     ],
 )
@@ -95,6 +86,32 @@ def test_a_bad_value_is_said_before_it_listens(
     assert ran.code == 2
     said = " ".join(ran.err.replace("│", " ").split())
     assert all(part in said for part in words.split(" | ")), said
+    assert "listening" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mix_disk: 4M", "mix_disk is for mixes on the servers of --upstream"),
+        ("ledger_days: 3", "ledger_days is for the ledger of tenants"),
+        ("pin: true", "pin keeps the adapters of --adapter"),
+        ("idle_seconds: .nan", "idle_seconds: Input should be a finite number"),
+        ("drain_seconds: .inf", "drain_seconds: Input should be a finite number"),
+        ("queue: 1", "queue: Input should be greater than or equal to 2"),
+        ("mix_disk: lots", "'lots' is not a size"),
+        ("queu: 4", "unknown key 'queu' | did you mean queue?"),
+        ("queue: 4\nqueue: 5", "`queue` is given twice, on lines 1 and 2"),
+        ("[queue]", "expected"),
+    ],
+)
+def test_a_bad_value_of_the_configuration_file_is_said_before_it_listens(
+    text: str, words: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_base_dir(home).rename(home / "base")
+    (home / "server.yaml").write_text(text, encoding="utf-8")
+    ran = run(capsys, "serve", "--base", "./base", "--config", "server.yaml")
+    assert ran.code == 2
+    assert all(part in ran.err for part in words.split(" | ")), ran.err
     assert "listening" not in ran.err
 
 
@@ -130,7 +147,7 @@ def test_a_base_that_the_hub_does_not_have_is_said_before_it_listens(
     monkeypatch.setattr("huggingface_hub.snapshot_download", answers)
     (home / "home" / "bases").mkdir(parents=True)
     tiny_base_dir(home).rename(home / "home" / "bases" / "some-base")
-    for more in ([], ["--upstream", "http://there", "--engine", "openai"]):
+    for more in ([], ["--upstream", "http://there"]):
         ran = run(capsys, "serve", "--base", "somebody/sme-base", *more)
         assert ran.code == 2
         assert "there is no base 'somebody/sme-base'" in ran.err

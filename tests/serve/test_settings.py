@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import ConfigError
+from veneer.serve.config import ServerConfig, server_config
 from veneer.serve.settings import Preload, bytes_of, keys_of, parse_preload, size_text
+from veneer.train.config.load import parse_yaml
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,19 @@ def test_a_size_is_read_back(size: int) -> None:
 
 def test_sizes_are_written_as_people_write_them() -> None:
     assert [size_text(size) for size in (1000, 32 << 20, 1 << 30)] == ["1000", "32M", "1G"]
+
+
+def test_the_documented_configuration_file_holds_the_defaults() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
+    values, _ = parse_yaml(page.partition("```yaml\n")[2].partition("```")[0], "serve.md")
+    documented, default = server_config(values, Path("serve.md")), ServerConfig()
+    assert set(values) == set(ServerConfig.model_fields)
+    for key in ("mix_disk", "ledger_room"):
+        assert documented.bytes(key) == default.bytes(key)
+        values.pop(key)
+    assert documented.model_dump(include=set(values)) == default.model_dump(include=set(values))
+
+
+def test_a_configuration_file_is_read(tmp_path: Path) -> None:
+    config = server_config({"queue": 4, "mix_disk": "2G", "ledger_folder": "bills"}, tmp_path / "server.yaml")
+    assert (config.queue, config.bytes("mix_disk"), config.ledger_folder) == (4, 2 << 30, tmp_path / "bills")

@@ -84,9 +84,10 @@ def process(shop: Shop, url: str, home: Path) -> Iterator[tuple[Forked, str]]:
         "float32",
         "--device",
         "cpu",
-        "--drain-seconds",
-        "120",
+        "--config",
+        str(home / "server.yaml"),
     ]
+    (home / "server.yaml").write_text("drain_seconds: 120", encoding="utf-8")
     server = Forked(command, env=os.environ | own, log=home / "log")
     address = f"http://127.0.0.1:{port}"
     try:

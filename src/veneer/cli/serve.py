@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -12,7 +13,7 @@ import typer
 
 from veneer.cli.options import ChosenDevice, LoadedDtype
 from veneer.cli.output import say
-from veneer.errors import ConfigError, one_of
+from veneer.errors import ConfigError
 from veneer.serve.settings import (
     EngineSettings,
     FleetSettings,
@@ -29,6 +30,7 @@ from veneer.serve.settings import (
 if TYPE_CHECKING:
     from veneer.library.library import Library
     from veneer.serve.build import Extend, Extension
+    from veneer.serve.config import ServerConfig
     from veneer.serve.http.service import Service
 
 app = typer.Typer(add_completion=False)
@@ -51,7 +53,6 @@ def serve(
             "it also acts on requests that name no adapter.",
         ),
     ] = None,
-    pin: Annotated[bool, typer.Option("--pin", help="Keep these adapters in memory, whatever else is asked.")] = False,
     allow_folder: Annotated[
         list[Path] | None,
         typer.Option("--allow-folder", help="A folder whose adapters may be loaded by path; any number of times."),
@@ -82,60 +83,16 @@ def serve(
             "--open", help="Serve whoever asks, although there are tenants; on this machine alone with their routes."
         ),
     ] = False,
-    ledger_days: Annotated[
-        float,
-        typer.Option(
-            "--ledger-days", min=1, help="With --tenants: days that the ledger keeps its lines; sums by day stay."
-        ),
-    ] = LedgerSettings.days,
-    ledger_room: Annotated[
-        str,
-        typer.Option(
-            "--ledger-room", help="With --tenants: disk for the bills that wait while the database is away, as 64M."
-        ),
-    ] = size_text(LedgerSettings.room),
-    ledger_folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--ledger-folder",
-            help="With --tenants: where these bills wait, on a local disk. Default: beside the SQLite file.",
-        ),
-    ] = None,
-    ledger_sync: Annotated[
-        bool,
-        typer.Option(
-            "--ledger-sync", help="With --tenants: a bill waits for the disk, so that it outlives a loss of power too."
-        ),
-    ] = False,
-    engine: Annotated[
-        str, typer.Option("--engine", help="embedded: this process computes; openai: the servers of --upstream do.")
-    ] = "embedded",
     upstream: Annotated[
         list[str] | None,
         typer.Option("--upstream", help="A vLLM, TGI or OpenAI-compatible server's URL; any number of times."),
     ] = None,
-    upstream_key: Annotated[
-        str | None,
-        typer.Option(
-            "--upstream-key", envvar="VENEER_UPSTREAM_KEY", help="The bearer token for the servers of --upstream."
-        ),
-    ] = None,
-    mix_disk: Annotated[
-        str, typer.Option("--mix-disk", help="With --upstream: disk for the mixes that clients make, as 16G.")
-    ] = size_text(FleetSettings.mix_bytes),
-    tenant_mixes: Annotated[
-        int, typer.Option("--tenant-mixes", min=1, help="With --upstream: mixes that one tenant may have at a time.")
-    ] = FleetSettings.mixes,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, max=1 << 16, help="Requests computed at once.")
     ] = EngineSettings.rows,
     cache_memory: Annotated[
         str, typer.Option("--cache-memory", help="Memory for keys and values, as 512M or 4G.")
     ] = size_text(EngineSettings.cache_bytes),
-    context: Annotated[
-        int,
-        typer.Option("--context", min=0, help="Tokens of a sequence at most; 0: what base and cache have room for."),
-    ] = EngineSettings.context,
     adapter_memory: Annotated[
         str, typer.Option("--adapter-memory", help="Memory for adapters, as 512M or 4G.")
     ] = size_text(EngineSettings.adapter_bytes),
@@ -150,9 +107,6 @@ def serve(
         bool,
         typer.Option("--batch-invariant", help="An answer is bit for bit that of the request alone; slower."),
     ] = False,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=0, help="Tokens an answer may have at most; 0: what the context leaves.")
-    ] = HttpSettings.max_tokens,
     dtype: LoadedDtype = ServeSettings.dtype,
     device: ChosenDevice = ServeSettings.device,
     allowed_origin: Annotated[
@@ -162,34 +116,6 @@ def serve(
             help="An origin whose web pages can use this server. Repeatable; * needs keys.",
         ),
     ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allowed-host",
-            help="Without keys: another Host to accept, besides localhost and --host. Repeatable.",
-        ),
-    ] = None,
-    queue: Annotated[
-        int, typer.Option("--queue", min=2, help="Answers that may run or wait at once; a tenant may have half.")
-    ] = HttpSettings.queue,
-    max_connections: Annotated[
-        int,
-        typer.Option(
-            "--max-connections", min=2, help="Connections at a time; beyond them the one idle longest is closed."
-        ),
-    ] = HttpSettings.connections,
-    head_seconds: Annotated[
-        float, typer.Option("--head-seconds", min=0.1, help="How long a request's first lines may take to come.")
-    ] = HttpSettings.head_time,
-    body_seconds: Annotated[
-        float, typer.Option("--body-seconds", min=0.1, help="How long a request's body may take to come.")
-    ] = HttpSettings.body_time,
-    idle_seconds: Annotated[
-        float, typer.Option("--idle-seconds", min=1, help="How long a connection is kept for its next request.")
-    ] = HttpSettings.idle,
-    stall_seconds: Annotated[
-        float, typer.Option("--stall-seconds", min=0.1, help="How long a client may read nothing of its answer.")
-    ] = HttpSettings.stall,
     train: Annotated[
         bool,
         typer.Option("--train", help="Train too: routes for files, and jobs in a process beside; see `veneer jobs`."),
@@ -200,19 +126,14 @@ def serve(
             "--python-graders", help="With --train: run Python graders from clients in a sandbox (Linux, bubblewrap)."
         ),
     ] = False,
-    session_days: Annotated[
-        float,
-        typer.Option(
-            "--session-days", min=0.01, help="With --train: days that a Tinker client's state is kept unused."
-        ),
-    ] = 30.0,
     studio: Annotated[
         bool,
         typer.Option("--studio", help="A page under /studio to look at adapters, compare, train and release them."),
     ] = False,
-    drain_seconds: Annotated[
-        float, typer.Option("--drain-seconds", min=0, help="How long running answers may go on after SIGTERM.")
-    ] = ServeSettings.drain,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="A YAML file of rarely changed settings: timeouts, queues, the ledger."),
+    ] = None,
 ) -> None:
     """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
     if tenants is not None and api_keys is not None:
@@ -222,26 +143,20 @@ def serve(
     for folder in allow_folder or []:
         if not folder.expanduser().is_dir():
             raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it, or leave it out")
-    one_of(engine, ("embedded", "openai"), "a way to compute", "--engine")
-    if engine == "openai" and not upstream:
-        what = "--engine openai asks servers that run elsewhere, and none is named"
-        raise ConfigError(what, where="--engine", fix="--upstream http://host:port for each of them")
-    if engine == "embedded" and upstream:
-        what = "--upstream names servers that compute, and --engine embedded computes here"
-        raise ConfigError(what, where="--upstream", fix="add --engine openai, or leave --upstream out")
     try:
         import uvicorn  # noqa: F401
     except ImportError as error:
         from veneer.errors import MissingExtraError
 
         raise MissingExtraError("serving needs FastAPI and uvicorn", fix='pip install "veneer[serve]"') from error
+    more = _read_config(config)
     settings = ServeSettings(
         base=base,
         host=host,
         port=port,
         library=library,
         preload=tuple(map(parse_preload, adapter or [])),
-        pin=pin,
+        pin=more.pin,
         folders=tuple(map(str, allow_folder or [])),
         keys=tuple(keys_of(api_keys)) if api_keys else (),
         admin_key=admin_key,
@@ -250,38 +165,38 @@ def serve(
         dtype=dtype,
         device=device,
         quantise=quantise,
-        drain=drain_seconds,
+        drain=more.drain_seconds,
         engine=EngineSettings(
             rows=max_batch,
             cache_bytes=bytes_of(cache_memory, "--cache-memory"),
             adapter_bytes=bytes_of(adapter_memory, "--adapter-memory"),
             weights=cast(WeightKind, weights),
             batch_invariant=batch_invariant,
-            context=context,
+            context=more.context,
         ),
         http=HttpSettings(
-            max_tokens=max_tokens,
+            max_tokens=more.max_tokens,
             slots=max_batch,
             allowed_origins=tuple(allowed_origin or []),
-            allowed_hosts=(host.lower(), *map(str.lower, allowed_host or [])),
-            queue=queue,
-            connections=max_connections,
-            head_time=head_seconds,
-            body_time=body_seconds,
-            idle=idle_seconds,
-            stall=stall_seconds,
+            allowed_hosts=(host.lower(), *map(str.lower, more.allowed_hosts)),
+            queue=more.queue,
+            connections=more.max_connections,
+            head_time=more.head_seconds,
+            body_time=more.body_seconds,
+            idle=more.idle_seconds,
+            stall=more.stall_seconds,
         ),
         ledger=LedgerSettings(
-            days=ledger_days,
-            folder=ledger_folder,
-            room=bytes_of(ledger_room, "--ledger-room"),
-            synced=ledger_sync,
+            days=more.ledger_days,
+            folder=more.ledger_folder,
+            room=more.bytes("ledger_room"),
+            synced=more.ledger_sync,
         ),
         fleet=FleetSettings(
             upstreams=tuple(upstream or []),
-            key=upstream_key,
-            mixes=tenant_mixes,
-            mix_bytes=bytes_of(mix_disk, "--mix-disk"),
+            key=os.environ.get("VENEER_UPSTREAM_KEY"),
+            mixes=more.tenant_mixes,
+            mix_bytes=more.bytes("mix_disk"),
         ),
     )
     if python_graders and not train:
@@ -294,7 +209,15 @@ def serve(
         from veneer.train.rewards.limited import working_sandbox
 
         working_sandbox()  # checked before the base is loaded: the server does not start without a sandbox
-    serve_with(settings, train=train, python_graders=python_graders, session_days=session_days, studio=studio)
+    serve_with(settings, train=train, python_graders=python_graders, session_days=more.session_days, studio=studio)
+
+
+def _read_config(file: Path | None) -> ServerConfig:
+    """Read a server's configuration file. Raises ConfigError."""
+    from veneer.serve.config import ServerConfig, server_config  # late: pydantic comes with it
+    from veneer.train.config.load import read_sections
+
+    return ServerConfig() if file is None else server_config(read_sections(file)[0], file)
 
 
 def serve_with(

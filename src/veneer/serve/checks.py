@@ -146,18 +146,18 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("--weights", lambda s: s.engine.weights, "texts", _HERE),
     ("--batch-invariant", lambda s: s.engine.batch_invariant, "texts", _HERE),
     ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
-    ("--context", lambda s: s.engine.context, "texts", _HERE),
-    ("--max-tokens", lambda s: s.http.max_tokens, "texts fleet", "texts"),
+    ("context", lambda s: s.engine.context, "texts", _HERE),
+    ("max_tokens", lambda s: s.http.max_tokens, "texts fleet", "texts"),
     ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "what is computed here"),
     ("--quantise", lambda s: s.quantise, "texts", _HERE),
     ("--dtype", lambda s: s.dtype, "texts pictures", "what is computed here"),
     ("--device", lambda s: s.device, "texts pictures", "what is computed here"),
-    ("--tenant-mixes", lambda s: s.fleet.mixes, "fleet", "mixes on the servers of --upstream"),
-    ("--mix-disk", lambda s: s.fleet.mix_bytes, "fleet", "mixes on the servers of --upstream"),
+    ("tenant_mixes", lambda s: s.fleet.mixes, "fleet", "mixes on the servers of --upstream"),
+    ("mix_disk", lambda s: s.fleet.mix_bytes, "fleet", "mixes on the servers of --upstream"),
 )
-"""An option, where it is in the settings, the kinds of servers on which it acts, and what it is for."""
-_LEDGER_OPTIONS = {"days": "--ledger-days", "room": "--ledger-room", "folder": "--ledger-folder"}
-_LEDGER_OPTIONS["synced"] = "--ledger-sync"
+"""Option or key of --config, its value in the settings, the kinds of servers that use it, and what it is for."""
+_LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledger_folder"}
+_LEDGER_OPTIONS["synced"] = "ledger_sync"
 
 
 def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
@@ -206,9 +206,7 @@ def _check_names(settings: ServeSettings) -> None:
     """Raises ConfigError for names that no adapter can have here. Whether adapters fit the base is known when they are
     loaded."""
     if settings.pin and not settings.preload:
-        raise ConfigError(
-            "--pin keeps the adapters of --adapter, and there are none", where="--pin", fix="leave it out"
-        )
+        raise ConfigError("pin keeps the adapters of --adapter, and there are none", where="pin", fix="leave it out")
     names = [each.name for each in settings.preload]
     own = settings.base.rstrip("/").rpartition("/")[2]
     for name in names:

@@ -75,7 +75,7 @@ def _check_host(headers: Headers, allowed: Collection[str]) -> None:
             f"a server without keys answers only to the Host {', '.join(sorted(filter(None, allowed)))}",
             status=421,
             code="misdirected",
-            fix="start veneer serve with --allowed-host NAME, or with --api-keys",
+            fix="name the Host in allowed_hosts of veneer serve --config, or use --api-keys",
         )
 
 

@@ -1,0 +1,81 @@
+"""The server's configuration file: settings that few servers change.
+
+    veneer serve --base smollm2-135m --config server.yaml
+
+Each key is optional; `docs/how-to/serve.md` lists the keys. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from veneer.errors import ConfigError, nearest
+from veneer.serve.settings import EngineSettings, FleetSettings, HttpSettings, LedgerSettings, ServeSettings, bytes_of
+
+_Seconds = Annotated[float, Field(ge=0.1)]
+
+
+class ServerConfig(BaseModel):
+    """Sizes are bytes, or text such as 64M.
+
+    pin: keep the adapters of --adapter in memory
+    allowed_hosts: values of Host, besides localhost and --host, that a server without keys accepts
+    context: most tokens of a sequence; 0: as many as base and cache have room for
+    max_tokens: most tokens of an answer; 0: as many as the context leaves
+    queue: answers that can run or wait at once; one tenant can have half
+    max_connections: connections at once; over the limit, the connection that was idle longest is closed
+    head_seconds, body_seconds: time in which a request's head and body have to arrive
+    idle_seconds: time for which a connection waits for its next request
+    stall_seconds: close a connection whose client has not read for this long
+    drain_seconds: time that running answers have after SIGTERM
+    session_days: with --train, days for which an unused Tinker session is kept
+    tenant_mixes, mix_disk: with --upstream, mixes of one tenant at a time, and bytes of all mixes on disk
+    ledger_days: with tenants, days for which the ledger keeps its lines; daily sums stay
+    ledger_folder, ledger_room, ledger_sync: see `LedgerSettings`
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    pin: bool = False
+    allowed_hosts: list[str] = Field(default_factory=list)
+    context: int = Field(EngineSettings.context, ge=0)
+    max_tokens: int = Field(HttpSettings.max_tokens, ge=0)
+    queue: int = Field(HttpSettings.queue, ge=2)
+    max_connections: int = Field(HttpSettings.connections, ge=2)
+    head_seconds: _Seconds = HttpSettings.head_time
+    body_seconds: _Seconds = HttpSettings.body_time
+    idle_seconds: float = Field(HttpSettings.idle, ge=1)
+    stall_seconds: _Seconds = HttpSettings.stall
+    drain_seconds: float = Field(ServeSettings.drain, ge=0)
+    session_days: float = Field(30.0, ge=0.01)
+    tenant_mixes: int = Field(FleetSettings.mixes, ge=1)
+    mix_disk: int | str = FleetSettings.mix_bytes
+    ledger_days: float = Field(LedgerSettings.days, ge=1)
+    ledger_folder: Path | None = None
+    ledger_room: int | str = LedgerSettings.room
+    ledger_sync: bool = False
+
+    def bytes(self, key: str) -> int:
+        """Return a size in bytes. Raises ConfigError."""
+        return bytes_of(str(getattr(self, key)), key)
+
+
+def server_config(values: Mapping[str, Any], file: Path) -> ServerConfig:
+    """Check the values of a configuration file. Raises ConfigError that names the key."""
+    try:
+        config = ServerConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":
+            near = nearest(key, ServerConfig.model_fields, 1)
+            fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(ServerConfig.model_fields)}"
+            raise ConfigError(f"unknown key {key!r}", where=str(file), fix=fix) from None
+        raise ConfigError(f"{key}: {problem['msg']}", where=str(file)) from None
+    if config.ledger_folder is not None:
+        config.ledger_folder = file.parent / config.ledger_folder.expanduser()
+    return config
