@@ -1,8 +1,7 @@
-"""Databases of earlier veneers are brought up whole, once, by whoever opens them first; later ones are left alone."""
+"""Databases of every revision since 0010 are migrated once; those of unreleased and of later builds are refused."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -12,26 +11,18 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import MetaData, inspect, select
+from sqlalchemy import Engine, MetaData, inspect
 
-from tests.old_databases import made
+from tests.old_databases import create_database
 from veneer.errors import ConfigError
 from veneer.jobs.tables import JOB_SCHEMA
-from veneer.library import index as ix
 from veneer.library.database import open_engine, reading, write_transaction
+from veneer.library.index import INDEX_SCHEMA
 from veneer.library.library import open_library
-from veneer.library.migrate import Schema, bring_up, revision
-from veneer.serve.tenancy import store
+from veneer.library.migrate import Schema, migrate, revision
+from veneer.serve.tenancy.store import TENANT_SCHEMA, Store
 
-OLD = ["index-7555cba", "tenants-d1e3e75", "tenants-f7df853"]
-SAYS = {
-    "index": "INSERT INTO library_meta VALUES ('schema', '1')",
-    "tenants": "INSERT INTO tenant_meta VALUES ('schema', '1'), ('revision', '7')",
-}
-
-
-def schema_of(name: str) -> Schema:
-    return ix.INDEX_SCHEMA if name.startswith("index") else store.TENANT_SCHEMA
+SCHEMAS = {"index": INDEX_SCHEMA, "tenants": TENANT_SCHEMA, "jobs": JOB_SCHEMA}
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -39,40 +30,33 @@ def where(request: pytest.FixtureRequest, quick: Path) -> str:
     return str(quick / "old.sqlite") if request.param == "sqlite" else request.getfixturevalue("postgres")()
 
 
-def differences(where: str, schema: Schema) -> list[Any]:
-    """Between a database and the tables that this veneer knows, as Alembic finds them."""
-    engine = open_engine(where, "x")
+def differences(engine: Engine, schema: Schema) -> list[Any]:
+    """Differences between a database and the tables of this build, as Alembic finds them."""
     with reading(engine) as c:
         options = {"include_name": lambda name, kind, _: kind != "table" or name != schema.table}
-        found = compare_metadata(MigrationContext.configure(c, opts=options), schema.tables)
-    engine.dispose()
-    return found
+        return list(compare_metadata(MigrationContext.configure(c, opts=options), schema.tables))
 
 
-@pytest.mark.parametrize("name", OLD)
-def test_a_database_of_each_earlier_veneer_becomes_what_this_one_makes(where: str, name: str) -> None:
-    schema = schema_of(name)
-    engine = made(where, name, SAYS[name.partition("-")[0]])
-    assert differences(where, schema)
-    bring_up(engine, schema, where)
-    assert differences(where, schema) == []
+@pytest.mark.parametrize("name", ["index-0010", "tenants-0010"])
+def test_a_database_of_each_revision_becomes_current(where: str, name: str) -> None:
+    schema = SCHEMAS[name.partition("-")[0]]
+    engine = create_database(where, name)
+    migrate(engine, schema, where)
+    assert differences(engine, schema) == []
     with reading(engine) as c:
         assert revision(c, schema) == schema.revisions[-1]
     engine.dispose()
 
 
-@pytest.mark.parametrize("schema", [ix.INDEX_SCHEMA, store.TENANT_SCHEMA, JOB_SCHEMA], ids=["index", "tenants", "jobs"])
-def test_a_new_database_has_the_same_tables_and_needs_no_script(where: str, schema: Schema) -> None:
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_new_database_has_the_current_tables(where: str, name: str) -> None:
     engine = open_engine(where, "x")
-    bring_up(engine, schema, where)
-    assert differences(where, schema) == []
+    migrate(engine, SCHEMAS[name], where)
+    assert differences(engine, SCHEMAS[name]) == []
     engine.dispose()
 
 
-@pytest.mark.parametrize("old", [True, False])
-def test_many_that_start_at_once_bring_it_up_once(where: str, old: bool) -> None:
-    if old:
-        made(where, "tenants-d1e3e75", SAYS["tenants"]).dispose()
+def test_processes_that_start_together_migrate_once(where: str) -> None:
     failed: list[BaseException] = []
     ready = threading.Barrier(6)
 
@@ -80,9 +64,8 @@ def test_many_that_start_at_once_bring_it_up_once(where: str, old: bool) -> None
         engine = open_engine(where, "x")
         try:
             ready.wait()
-            bring_up(engine, store.TENANT_SCHEMA, where)
-            with reading(engine) as c:
-                assert revision(c, store.TENANT_SCHEMA) == store.TENANT_SCHEMA.revisions[-1]
+            migrate(engine, TENANT_SCHEMA, where)
+            assert differences(engine, TENANT_SCHEMA) == []
         except BaseException as error:
             failed.append(error)
         finally:
@@ -94,58 +77,54 @@ def test_many_that_start_at_once_bring_it_up_once(where: str, old: bool) -> None
     for thread in threads:
         thread.join()
     assert not failed
-    assert differences(where, store.TENANT_SCHEMA) == []
 
 
-def test_a_database_of_a_later_veneer_is_left_alone(where: str) -> None:
-    store.Store(where).close()
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE tenant_version SET version_num = '0999'", r"has version 0999; this veneer knows 0010 to .*update"),
+        ("UPDATE tenant_version SET version_num = '0005'", r"unreleased build.*start a new one"),
+        ("DROP TABLE tenant_version", r"unreleased build.*start a new one"),
+    ],
+)
+def test_a_database_of_an_unreleased_or_later_build_is_refused(where: str, statement: str, message: str) -> None:
+    Store(where).close()
     engine = open_engine(where, "x")
     with write_transaction(engine) as c:
-        c.exec_driver_sql("UPDATE tenant_version SET version_num = '0999'")
+        c.exec_driver_sql(statement)
     engine.dispose()
-    with pytest.raises(ConfigError, match=r"has version 0999; this veneer knows 0001 to .*\n.*\n.*update this one"):
-        store.Store(where)
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        Store(where)
 
 
-def test_a_library_of_an_earlier_veneer_opens_and_is_used(tmp_path: Path) -> None:
-    index = str(tmp_path / "index.sqlite")
-    made(index, "index-7555cba", SAYS["index"]).dispose()
-    with open_library(tmp_path / "library", index) as library:
+def test_an_index_of_an_unreleased_build_is_made_again_from_the_files(tmp_path: Path) -> None:
+    index = tmp_path / "index.sqlite"
+    engine = open_engine(str(index), "x")
+    with write_transaction(engine) as c:
+        c.exec_driver_sql("CREATE TABLE library_meta (key TEXT, value TEXT)")
+    engine.dispose()
+    with pytest.raises(ConfigError, match=r"(?s)the index was written by an unreleased build.*verify --rebuild"):
+        open_library(tmp_path / "library", str(index))
+    index.unlink()
+    with open_library(tmp_path / "library", str(index)) as library:
         assert library.search() == []
-    with open_library(tmp_path / "library", index) as library:
-        assert inspect(library.engine).has_table("library_version")
 
 
-def test_what_shelves_are_ordered_by_is_read_out_of_old_cards(where: str) -> None:
-    card = {
-        "base": "org/B",
-        "rank": 8,
-        "metrics": {"validation_loss_before": 2.0, "validation_loss": 1.5},
-        "extra": {"thumbnail": "data:image/png;base64,QUJD"},
-    }
-    empty = ", ".join(["''"] * 6)
-    held = f"INSERT INTO library_entries VALUES ('e', 'm', '', 'peft', {empty}, 0, '{json.dumps(card)}', 'data:image')"
-    engine = made(where, "index-7555cba", SAYS["index"], "INSERT INTO library_objects VALUES ('m', 1, 0, 'g')", held)
-    bring_up(engine, ix.INDEX_SCHEMA, where)
-    with reading(engine) as c:
-        row = c.execute(select(ix.figures, ix.entries.c.words).join_from(ix.figures, ix.entries)).one()
-    assert (row.rank, row.gain, row.words) == (8, -0.25, "peft org/b")
-    engine.dispose()
-
-
-def test_a_script_that_fails_leaves_everything_as_it_was(where: str, tmp_path: Path) -> None:
-    for number, before, work in ((1, None, "pass"), (2, "0001", "op.execute('CREATE TABLE x (y INTEGER)'); 1 / 0")):
+def test_a_script_that_fails_leaves_the_database_as_it_was(where: str, tmp_path: Path) -> None:
+    for number, before, work in ((10, None, "pass"), (11, "0010", "op.execute('CREATE TABLE x (y INTEGER)'); 1 / 0")):
         text = f"from alembic import op\nrevision = '{number:04}'\ndown_revision = {before!r}\n"
         (tmp_path / f"v{number:04}.py").write_text(f"{text}def upgrade(): {work}\n")
-    schema = Schema("x", MetaData(), tmp_path, "x_version", 1, lambda c: "0001")
     engine = open_engine(where, "x")
+    with write_transaction(engine) as c:
+        c.exec_driver_sql("CREATE TABLE x_version (version_num VARCHAR(32) PRIMARY KEY)")
+        c.exec_driver_sql("INSERT INTO x_version VALUES ('0010')")
     with pytest.raises(ZeroDivisionError):
-        bring_up(engine, schema, where)
-    assert inspect(engine).get_table_names() == []
+        migrate(engine, Schema("x", MetaData(), tmp_path, "x_version", 1), where)
+    assert inspect(engine).get_table_names() == ["x_version"]
     engine.dispose()
 
 
-def test_alembic_is_imported_where_something_changes_and_nowhere_else(tmp_path: Path) -> None:
+def test_alembic_is_imported_only_where_a_script_runs(tmp_path: Path) -> None:
     code = f"""
 import sys
 from veneer.library.library import open_library

@@ -1,4 +1,6 @@
-"""Databases as earlier veneers made them: their own tables' SQL, by the commit that made them, for each database."""
+"""Databases of each released revision: the SQL of their tables, by revision and kind of database.
+
+A dump is never changed and never removed: every later build has to read it."""
 
 from __future__ import annotations
 
@@ -8,15 +10,14 @@ from sqlalchemy import Engine
 
 from veneer.library.database import open_engine, write_transaction
 
-__all__ = ["made"]
+__all__ = ["create_database"]
 
 
-def made(where: str, name: str, *statements: str) -> Engine:
-    """The tables of `name` (`tenants-d1e3e75`) at an empty address, and what `statements` put into them."""
+def create_database(where: str, name: str) -> Engine:
+    """Create the tables of a dump, such as `tenants-0010`, at an empty address."""
     engine = open_engine(where, name)
     text = (Path(__file__).parent / f"{name}.{engine.dialect.name}.sql").read_text(encoding="utf-8")
     with write_transaction(engine) as c:
-        for statement in (*text.split(";;\n"), *statements):
-            if statement.strip():
-                c.exec_driver_sql(statement)
+        for statement in text.split(";;\n"):
+            c.exec_driver_sql(statement)
     return engine

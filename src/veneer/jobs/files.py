@@ -37,7 +37,7 @@ from veneer.files.rights import private_folder
 from veneer.jobs.tables import JOB_SCHEMA, job_file_table, job_part_table, job_upload_table
 from veneer.library.database import reading, write_transaction
 from veneer.library.library import Library
-from veneer.library.migrate import bring_up
+from veneer.library.migrate import migrate
 from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, open_store, store_errors
 from veneer.serve.request import Refused, invalid
 
@@ -113,7 +113,7 @@ class UploadPart:
 def open_files(library: Library, limits: FileLimits | None = None) -> Files:
     """The uploaded files beside a library: their rows in its database, their bytes below `uploads` in its store. Raises
     what opening a store or a database does."""
-    bring_up(library.engine, JOB_SCHEMA, library.location)
+    migrate(library.engine, JOB_SCHEMA, library.location)
     store = open_store(f"{library.location.rstrip('/')}/uploads")
     if isinstance(store, LocalStore):
         private_folder(store.root)

@@ -60,7 +60,7 @@ from veneer.jobs.tables import (
 )
 from veneer.library.database import database_clock, reading, write_transaction
 from veneer.library.library import Library
-from veneer.library.migrate import bring_up
+from veneer.library.migrate import migrate
 from veneer.library.names import check_name
 from veneer.models.home import veneer_home
 from veneer.serve.tenancy.store import check_tenant
@@ -266,7 +266,7 @@ class JobStore:
     def __init__(self, library: Library) -> None:
         """Tables are made where there are none. Raises ConfigError for those of a later veneer."""
         self.library, self.engine = library, library.engine
-        bring_up(self.engine, JOB_SCHEMA, library.location)
+        migrate(self.engine, JOB_SCHEMA, library.location)
 
     # -- whoever has jobs ----------------------------------------------------------------------------------------------
 

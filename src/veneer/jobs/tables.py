@@ -155,7 +155,6 @@ JOB_SCHEMA = Schema(
     Path(__file__).parent / "versions",
     "job_version",
     0x6A6F6273,
-    lambda c: None,
     _first,
     private=True,  # events show rows, and the preflight's one of them whole
 )

@@ -35,14 +35,13 @@ from sqlalchemy import (
     Text,
     delete,
     insert,
-    inspect,
     select,
     update,
 )
 
 from veneer.library import database
 from veneer.library.database import Key, open_engine
-from veneer.library.migrate import Schema, bring_up
+from veneer.library.migrate import Schema, migrate
 
 CHANNEL = "veneer_library_names"
 """Where PostgreSQL is told that names have changed."""
@@ -159,26 +158,17 @@ def connect(where: str) -> Engine:
     """The index in a SQLite file, or behind a URL such as postgresql://user@host/database; its tables are made if they
     are not there. Raises ConfigError for a URL that leads nowhere, MissingExtraError without psycopg."""
     engine = open_engine(where, "an index")
-    bring_up(engine, INDEX_SCHEMA, where)
+    migrate(engine, INDEX_SCHEMA, where)
     return engine
 
 
-def _before(connection: Connection) -> str | None:
-    """The revision of tables from before it was held beside them."""
-    if not inspect(connection).has_table(_meta.name):
-        return None
-    said = connection.scalar(select(_meta.c.value).where(_meta.c.key == "schema"))
-    return "0001" if said == "1" else str(said)
-
-
-def _first(connection: Connection) -> None:
-    connection.execute(
-        insert(_meta), {"key": "schema", "value": "1"}
-    )  # what veneers from before revisions were held read
-
-
 INDEX_SCHEMA = Schema(
-    "the index", _INDEX_TABLES, Path(__file__).parent / "versions", "library_version", _LOCK, _before, _first
+    "the index",
+    _INDEX_TABLES,
+    Path(__file__).parent / "versions",
+    "library_version",
+    _LOCK,
+    older="move it away, then `veneer library verify --rebuild` makes it again from the adapters' files",
 )
 
 

@@ -1,10 +1,11 @@
-"""Tables that change from one veneer to the next: which revision a database has, and how it comes to this one's.
+"""Revisions of a database's tables, and how a database reaches the current one.
 
-A folder holds a script for each revision, v0001.py and on, which Alembic runs in their order; a table of the database
-says which was the last. All of it happens in one transaction under the database's own lock, so two processes that
-start at once do it once, and a kill leaves the tables as they were. A new database gets today's tables at once. One of
-a revision that has no script here was made by a later veneer, and is left alone.
-Knows no tables but the one that holds the revision.
+A folder holds one Alembic script for each revision (v0010.py and on), and a table of the database holds the revision.
+A new database gets the current tables at once. All of it happens in one transaction under the database's own lock: two
+processes that start together migrate once, and a kill leaves the tables as they were.
+
+Revision 0010 is the first that every later build reads: later builds add scripts and never remove one. A database that
+an earlier, unreleased build wrote is refused with what to do instead, and so is the database of a later build.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from veneer.library.database import URL_FIX, keep_private, reading, shown_url, w
 
 @dataclass(frozen=True)
 class Schema:
-    """The tables of a database. `what`: what is kept there, for errors. `scripts`: the folder of the revisions.
-    `table`: holds the revision. `before`: the revision of tables from before it was held; None where there are no
-    tables. `first`: what a new database needs besides `tables`. `lock`: the key of PostgreSQL's advisory lock.
-    `private`: whether it holds what people wrote, so that nobody else on this machine may read it."""
+    """The tables of a database.
+
+    what: names the database in errors. scripts: the folder of the revisions. table: the table that holds the revision.
+    lock: key of PostgreSQL's advisory lock. first: what a new database needs besides `tables`. older: what a user does
+    with a database that an unreleased build wrote. private: no other user of this machine can read the database."""
 
     what: str
     tables: MetaData
     scripts: Path
     table: str
     lock: int
-    before: Callable[[Connection], str | None]
     first: Callable[[Connection], None] = lambda connection: None
+    older: str = "start a new database; adapter files stay readable"
     private: bool = False
 
     @property
@@ -41,14 +43,14 @@ class Schema:
         return sorted(path.stem[1:] for path in self.scripts.glob("v[0-9]*.py"))
 
     @property
-    def held(self) -> Table:
-        """As Alembic has it."""
+    def version_table(self) -> Table:
+        """The table of the revision, as Alembic defines it."""
         return Table(self.table, MetaData(), Column("version_num", String(32), primary_key=True))
 
 
 def append_only(connection: Connection, tables: Sequence[str], what: str, function: str) -> None:
-    """Has the database itself refuse whatever changes or removes rows of these tables. `what`: as in "the audit log
-    is"; `function`: what PostgreSQL's triggers call."""
+    """Make the database refuse to change or delete rows of these tables. `what`: as in "the audit log is"; `function`:
+    what PostgreSQL's triggers call."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(
             f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS "
@@ -68,9 +70,11 @@ def append_only(connection: Connection, tables: Sequence[str], what: str, functi
             )
 
 
-def bring_up(engine: Engine, schema: Schema, where: str) -> None:
-    """Brings the tables to this veneer's revision. Raises ConfigError for a database of a later veneer, or one that
-    cannot be opened; the engine is then disposed of."""
+def migrate(engine: Engine, schema: Schema, where: str) -> None:
+    """Migrate the tables to the current revision.
+
+    Raises ConfigError for a database of an unreleased or a later build, and for one that cannot be opened; the engine
+    is then disposed of."""
     if schema.private:
         keep_private(engine)
     try:
@@ -78,7 +82,7 @@ def bring_up(engine: Engine, schema: Schema, where: str) -> None:
             found = revision(connection, schema)
         if found != schema.revisions[-1]:
             with write_transaction(engine, schema.lock) as connection:
-                _change(connection, schema)
+                _migrate(connection, schema)
     except DBAPIError as error:
         engine.dispose()
         raise ConfigError(
@@ -90,36 +94,36 @@ def bring_up(engine: Engine, schema: Schema, where: str) -> None:
 
 
 def revision(connection: Connection, schema: Schema) -> str | None:
-    """The revision that the database says it has; None if it has none."""
+    """The revision that the database holds; None if it holds none."""
     if not inspect(connection).has_table(schema.table):
         return None
-    found: str | None = connection.scalar(select(schema.held.c.version_num))
+    found: str | None = connection.scalar(select(schema.version_table.c.version_num))
     return found
 
 
-def _change(connection: Connection, schema: Schema) -> None:
-    """In a transaction that holds the lock: perhaps another process has just done it."""
-    said = revision(connection, schema)
-    found = said or schema.before(connection)
-    known = schema.revisions
-    if found == known[-1] and said:
+def _migrate(connection: Connection, schema: Schema) -> None:
+    """Migrate in a transaction that holds the lock; another process can have done so just before."""
+    found, known = revision(connection, schema), schema.revisions
+    if found == known[-1]:
         return
-    if found is None:
+    present = set(inspect(connection).get_table_names())
+    if found is None and not present & set(schema.tables.tables):
         schema.tables.create_all(connection)
         schema.first(connection)
-        schema.held.create(connection, checkfirst=True)
-        connection.execute(insert(schema.held), {"version_num": known[-1]})
-    elif found not in known:
+        schema.version_table.create(connection)
+        connection.execute(insert(schema.version_table), {"version_num": known[-1]})
+    elif found in known:
+        _run_scripts(connection, schema)
+    elif found is None or found < known[0]:
+        raise ConfigError(f"{schema.what} was written by an unreleased build of veneer", fix=schema.older)
+    else:
         raise ConfigError(
             f"{schema.what} has version {found}; this veneer knows {known[0]} to {known[-1]}",
             fix="a later veneer made it: update this one",
         )
-    else:
-        _run_scripts(connection, schema, None if said else found)
 
 
-def _run_scripts(connection: Connection, schema: Schema, stamp: str | None) -> None:
-    """`stamp`: the revision to begin from where the database says none."""
+def _run_scripts(connection: Connection, schema: Schema) -> None:
     from alembic import command
     from alembic.config import Config
 
@@ -129,6 +133,4 @@ def _run_scripts(connection: Connection, schema: Schema, stamp: str | None) -> N
         config.set_main_option(name, str(path).replace("%", "%%"))
     config.set_main_option("path_separator", "newline")
     config.attributes |= {"connection": connection, "version_table": schema.table}
-    if stamp is not None:
-        command.stamp(config, stamp)
     command.upgrade(config, "head")

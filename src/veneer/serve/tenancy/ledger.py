@@ -67,7 +67,6 @@ from veneer.serve.tenancy.outbox import (
     end_text,
     left_behind,
     outboxes,
-    settle_old_journals,
 )
 from veneer.serve.tenancy.store import ALL, Price, Store, line_table, server_table, slot_table, sum_table
 
@@ -110,11 +109,9 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
     return done
 
 
-def _open_entries(c: Connection, server: str, requests: Iterable[str] | None = None) -> list[LedgerEntry]:
-    """The requests of a server that are open in the database: all of them, or those of `requests`."""
+def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
+    """The requests of a server that are open in the database."""
     here = (line_table.c.server == server) & (line_table.c.state == "open")
-    if requests is not None:
-        here &= line_table.c.request.in_(list(requests))
     rows = c.execute(select(line_table).where(here).order_by(line_table.c.request, line_table.c.part)).all()
     found = []
     for request, parts in groupby(rows, key=lambda row: row.request):
@@ -358,14 +355,6 @@ class Ledger:
         for path in outboxes(self.folder):
             if path != self.outbox.path:
                 self._recover_outbox(path, counts)
-        for server, notes in settle_old_journals(self.folder):
-            with write_transaction(self.store.engine) as c:
-                entries = {entry.request: entry for entry in _open_entries(c, server, notes)}
-                owed = [
-                    OwedEntry(entries[r], "done", closed, usage) for r, (closed, usage) in notes.items() if r in entries
-                ]
-                counts["done"] += post(c, server, owed, self.wall())
-            counts["interrupted"] += self._interrupt_all(server)
         seen = select(server_table.c.server).where(
             server_table.c.seen > database_clock(self.store.engine) - _GONE_SECONDS
         )

@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from veneer.errors import ResourceError
-from veneer.files.locks import take_lock
 from veneer.files.rights import private_folder
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Usage
@@ -412,42 +411,3 @@ def _connect(path: Path, wait: float) -> sqlite3.Connection:
 
 def _files(path: Path) -> list[Path]:
     return [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))]
-
-
-# -- journals of before there were outboxes ----------------------------------------------------------------------------
-
-
-def settle_old_journals(folder: Path) -> Iterator[tuple[str, dict[str, tuple[float, Usage]]]]:
-    """(server, {request: (when it ended, what it took)}) of each dead server; its files go when the caller has come
-    back for the next."""
-    for lock in sorted(folder.glob("*.lock")):
-        server = lock.stem
-        if not re.fullmatch(r"[0-9a-f]{16}", server):
-            continue
-        held = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            take_lock(held)
-            parts = sorted(folder.glob(f"{server}.*.jsonl"), key=lambda p: int(p.name.split(".")[1]))
-            notes: dict[str, tuple[float, Usage]] = {}
-            torn = [part for part in parts if not _read(part, notes)]
-            yield server, notes
-            for part in parts:
-                part.replace(part.with_suffix(".torn")) if part in torn else part.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
-        except BlockingIOError:
-            continue  # an earlier veneer that still runs
-        finally:
-            os.close(held)
-
-
-def _read(part: Path, notes: dict[str, tuple[float, Usage]]) -> bool:
-    """Whether every line was understood."""
-    whole = True
-    for number, line in enumerate(part.read_bytes().splitlines(), 1):
-        try:
-            found = json.loads(line)
-            notes.setdefault(str(found["request"]), (float(found["closed"]), Usage(**found["usage"])))
-        except (ValueError, KeyError, TypeError) as error:
-            _log.warning("%s, line %d of the ledger's old journal cannot be understood: %s", part, number, error)
-            whole = False
-    return whole

@@ -9,8 +9,7 @@ move before current again: the very same users are back where they were.
 
 A route belongs to a tenant, or is everybody's (tenant ALL); a tenant's own comes first. Own routes are visible without
 a grant, and so is what they lead to, for that is why an operator makes them. What a route is to lead to is checked
-before it moves. A library's alias, `support@prod`, is another thing: one pointer to one version. (Tables are called
-after aliases still, as routes were at first.)
+before it moves. A library's alias, `support@prod`, is another thing: one pointer to one version.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from veneer.serve.tenancy.store import (
     Route,
     Store,
     UnknownName,
-    alias_table,
     check_reference,
     check_route_name,
     current_moves,
     move_table,
     route_of,
+    route_table,
     shadow_table,
     tenant_row,
     unknown_name,
@@ -105,7 +104,7 @@ class TenantRoutes:
         row: dict[str, Any] = {
             "at": time.time(),
             "tenant": answer.tenant,
-            "alias": answer.name,
+            "route": answer.name,
             "request": answer.request,
             "same": answer.outcome == "same",
             "distance": answer.distance,
@@ -382,9 +381,9 @@ def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict
     """Comparisons with shadows, the newest first. `failed`: the shadow gave no answer to compare."""
     query = select(shadow_table).order_by(shadow_table.c.id.desc()).limit(limit)
     if route:
-        query = query.where(shadow_table.c.alias == route)
+        query = query.where(shadow_table.c.route == route)
     rows = (dict(row._mapping) for row in c.execute(query))
-    return [{"route": row.pop("alias"), **row, "failed": row["shadow_sha256"] == ""} for row in rows]
+    return [{"route": row.pop("route"), **row, "failed": row["shadow_sha256"] == ""} for row in rows]
 
 
 def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
@@ -399,7 +398,7 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
 
     figures = ("target_tokens", "shadow_tokens", "target_seconds", "shadow_seconds", "distance")
     query = select(
-        s.alias.label("route"),
+        s.route,
         s.target,
         s.shadow,
         func.count().label("compared"),
@@ -408,9 +407,9 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
         count(fell).label("failed"),
         *(func.avg(case((~fell, s[name]))).label(name) for name in figures),
     )
-    query = query.group_by(s.alias, s.target, s.shadow).order_by(s.alias, s.target, s.shadow)
+    query = query.group_by(s.route, s.target, s.shadow).order_by(s.route, s.target, s.shadow)
     if route:
-        query = query.where(s.alias == route)
+        query = query.where(s.route == route)
     out = [dict(row._mapping) for row in c.execute(query)]
     for row in out:
         row |= {k: int(row[k]) for k in ("same", "different", "failed")}
@@ -419,11 +418,11 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
 
 
 def _of(table: Table, tenant: str, route: str) -> ColumnElement[bool]:
-    return (table.c.tenant == tenant) & (table.c.alias == route)
+    return (table.c.tenant == tenant) & (table.c.route == route)
 
 
 def _current(c: Connection, tenant: str, route: str) -> Route | None:
-    row = c.execute(current_moves().where(_of(alias_table, tenant, route))).first()
+    row = c.execute(current_moves().where(_of(route_table, tenant, route))).first()
     return None if row is None else route_of(row)
 
 
@@ -431,7 +430,7 @@ def _move(
     c: Connection, tenant: str, route: str, spec: dict[str, Any], before: Route | None, what: str, who: str
 ) -> Route:
     number = (c.scalar(select(func.max(move_table.c.move)).where(_of(move_table, tenant, route))) or 0) + 1
-    row: dict[str, Any] = {"tenant": tenant, "alias": route, "move": number, "before": before.move if before else None}
+    row: dict[str, Any] = {"tenant": tenant, "route": route, "move": number, "before": before.move if before else None}
     c.execute(insert(move_table), row | {"at": time.time(), "who": who, "spec": json.dumps(spec)})
     _point(c, tenant, route, number)
     after = _current(c, tenant, route)
@@ -441,8 +440,8 @@ def _move(
 
 
 def _point(c: Connection, tenant: str, route: str, move: int) -> None:
-    c.execute(delete(alias_table).where(_of(alias_table, tenant, route)))
-    c.execute(insert(alias_table), {"tenant": tenant, "alias": route, "current": move})
+    c.execute(delete(route_table).where(_of(route_table, tenant, route)))
+    c.execute(insert(route_table), {"tenant": tenant, "route": route, "current": move})
 
 
 def _shown(route: Route | None) -> dict[str, Any]:
@@ -456,5 +455,5 @@ def _subject(tenant: str, route: str) -> str:
 
 
 def _lost(c: Connection, tenant: str, route: str) -> UnknownName:
-    known = c.scalars(select(alias_table.c.alias).where(alias_table.c.tenant == tenant))
+    known = c.scalars(select(route_table.c.route).where(route_table.c.tenant == tenant))
     return unknown_name(f"route of tenant {tenant}" if tenant else "route", route, known)

@@ -1,6 +1,6 @@
 """The database of tenants: its tables, and the settings that a server holds of it in memory.
 
-    tenants 1─n keys, grants            aliases ─1 moves (current)          limits, prices: (tenant, adapter)
+    tenants 1─n keys, grants            routes ─1 moves (current)           limits, prices: (tenant, adapter)
     training: what it costs a tenant, and how much there may be
     feedback_terms: which answers are kept, and how long
     answers 1─n feedback                                                   forgotten: who is not to be kept
@@ -50,7 +50,6 @@ from sqlalchemy import (
     Table,
     Text,
     insert,
-    inspect,
     select,
     text,
     update,
@@ -58,7 +57,7 @@ from sqlalchemy import (
 
 from veneer.errors import ConfigError, nearest, quoted
 from veneer.library.database import PATIENCE, URL_FIX, Key, open_engine, reading, write_transaction
-from veneer.library.migrate import Schema, append_only, bring_up
+from veneer.library.migrate import Schema, append_only, migrate
 from veneer.library.names import check_name, check_namespace, name_of, parse_reference
 from veneer.serve.tenancy.keys import database_here
 
@@ -106,13 +105,13 @@ training_table = _table(
 )
 move_table = _table(
     "tenant_moves",
-    *_keys("tenant", "alias"),
+    *_keys("tenant", "route"),
     Column("move", Integer, primary_key=True),
     Column("before", Integer),  # the move that was current when this was made: where a rollback leads
     *_columns(Float, "at"),
     *_columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: the route is gone
 )
-alias_table = _table("tenant_aliases", *_keys("tenant", "alias"), *_columns(Integer, "current"))
+route_table = _table("tenant_routes", *_keys("tenant", "route"), *_columns(Integer, "current"))
 line_table = _table(
     "tenant_lines",
     *_keys("server", "request"),  # a server is one run of one process
@@ -148,7 +147,7 @@ shadow_table = _table(
     Column("id", Integer, primary_key=True, autoincrement=True),
     *_columns(Float, "at"),
     *_columns(Key(), "tenant"),
-    Column("alias", Key(), nullable=False, index=True),
+    Column("route", Key(), nullable=False, index=True),
     *_columns(Key(), "request", "target", "shadow"),
     *_columns(Boolean, "same"),
     Column("first_difference", Integer),  # in characters; NULL where the texts are equal, and of pictures
@@ -439,13 +438,14 @@ class Store:
     """The database of one server, or of several. Thread-safe."""
 
     def __init__(self, where: str, *, patience: float = PATIENCE) -> None:
-        """A SQLite file or a postgresql:// URL; tables are made where there are none, and brought up where an earlier
-        veneer made them. `patience`: see `open_engine`. Raises ConfigError."""
+        """A SQLite file or a postgresql:// URL; its tables are made, or migrated.
+
+        patience: see `open_engine`. Raises ConfigError."""
         if ":memory:" in where or where == "sqlite://":
             raise ConfigError("tenants need a database on a disk, not in memory", where=where, fix=URL_FIX)
         self.where = where
         self.engine = open_engine(where, TENANT_SCHEMA.what, patience)
-        bring_up(self.engine, TENANT_SCHEMA, where)
+        migrate(self.engine, TENANT_SCHEMA, where)
         self._settings = TenantSettings(revision=-1)
         self.look()
 
@@ -496,19 +496,8 @@ def tenants_at(place: str | None) -> Iterator[Store | None]:
         store.close()
 
 
-def _before(c: Connection) -> str | None:
-    """The revision of tables from before it was held beside them: all of these called themselves version 1."""
-    if not inspect(c).has_table(meta_table.name):
-        return None
-    said = c.scalar(select(meta_table.c.value).where(meta_table.c.key == "schema"))
-    if said != "1":
-        return str(said)
-    return "0002" if "distance" in {column["name"] for column in inspect(c).get_columns(shadow_table.name)} else "0001"
-
-
 def _first(c: Connection) -> None:
-    # veneers from before revisions were held read `schema`, and refuse what they read
-    c.execute(insert(meta_table), [{"key": "schema", "value": "3"}, {"key": "revision", "value": "0"}])
+    c.execute(insert(meta_table), {"key": "revision", "value": "0"})
     append_only(c, ("tenant_audit",), "the audit log is", "tenant_audit_fixed")
 
 
@@ -518,8 +507,8 @@ TENANT_SCHEMA = Schema(
     Path(__file__).parent / "versions",
     "tenant_version",
     _LOCK,
-    _before,
     _first,
+    older="keep this one for its usage and start a new one: veneer tenant --at ELSEWHERE add NAME",
     private=True,
 )
 
@@ -533,7 +522,7 @@ def _read(c: Connection) -> TenantSettings:
         Tenant(r.name, r.weight, r.enabled, r.created, tuple(granted.get(r.name, ())))
         for r in c.execute(select(tenant_table).order_by(tenant_table.c.name))
     ]
-    moves = current_moves().order_by(move_table.c.tenant, move_table.c.alias)
+    moves = current_moves().order_by(move_table.c.tenant, move_table.c.route)
     pointers = [route_of(row) for row in c.execute(moves)]
     return TenantSettings(
         revision,
@@ -554,8 +543,8 @@ def _read(c: Connection) -> TenantSettings:
 
 def current_moves() -> Select[Any]:
     """The move of each route that holds."""
-    m, a = move_table.c, alias_table.c
-    return select(move_table).join(alias_table, (a.tenant == m.tenant) & (a.alias == m.alias) & (a.current == m.move))
+    m, a = move_table.c, route_table.c
+    return select(move_table).join(route_table, (a.tenant == m.tenant) & (a.route == m.route) & (a.current == m.move))
 
 
 def route_of(row: Any) -> Route:
@@ -563,5 +552,5 @@ def route_of(row: Any) -> Route:
     spec = json.loads(row.spec)
     pairs = {name: tuple((str(who), int(n)) for who, n in spec[name]) for name in ("targets", "runs")}
     return Route(
-        row.tenant, row.alias, row.move, pairs["targets"], pairs["runs"], spec["shadow"], float(spec["fraction"])
+        row.tenant, row.route, row.move, pairs["targets"], pairs["runs"], spec["shadow"], float(spec["fraction"])
     )

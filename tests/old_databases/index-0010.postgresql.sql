@@ -4,19 +4,19 @@ CREATE TABLE library_meta (
 	PRIMARY KEY (key)
 )
 ;;
-CREATE TABLE library_names (
-	name VARCHAR COLLATE "C" NOT NULL, 
-	latest INTEGER, 
-	next INTEGER NOT NULL, 
-	PRIMARY KEY (name)
-)
-;;
 CREATE TABLE library_objects (
 	path VARCHAR COLLATE "C" NOT NULL, 
 	size BIGINT NOT NULL, 
 	touched FLOAT NOT NULL, 
 	generation VARCHAR NOT NULL, 
 	PRIMARY KEY (path)
+)
+;;
+CREATE TABLE library_names (
+	name VARCHAR COLLATE "C" NOT NULL, 
+	latest INTEGER, 
+	next INTEGER NOT NULL, 
+	PRIMARY KEY (name)
 )
 ;;
 CREATE TABLE library_entries (
@@ -37,15 +37,23 @@ CREATE TABLE library_entries (
 	FOREIGN KEY(manifest) REFERENCES library_objects (path)
 )
 ;;
-CREATE INDEX ix_library_entries_base ON library_entries (base)
-;;
 CREATE INDEX ix_library_entries_base_name ON library_entries (base_name)
 ;;
-CREATE INDEX ix_library_entries_digest ON library_entries (digest)
+CREATE INDEX ix_library_entries_manifest ON library_entries (manifest)
 ;;
 CREATE INDEX ix_library_entries_fingerprint ON library_entries (fingerprint)
 ;;
-CREATE INDEX ix_library_entries_manifest ON library_entries (manifest)
+CREATE INDEX ix_library_entries_base ON library_entries (base)
+;;
+CREATE INDEX ix_library_entries_digest ON library_entries (digest)
+;;
+CREATE TABLE library_figures (
+	entry VARCHAR COLLATE "C" NOT NULL, 
+	rank INTEGER NOT NULL, 
+	gain FLOAT, 
+	PRIMARY KEY (entry), 
+	FOREIGN KEY(entry) REFERENCES library_entries (id) ON DELETE CASCADE
+)
 ;;
 CREATE TABLE library_files (
 	entry VARCHAR COLLATE "C" NOT NULL, 
@@ -60,15 +68,6 @@ CREATE TABLE library_files (
 ;;
 CREATE INDEX ix_library_files_object ON library_files (object)
 ;;
-CREATE TABLE library_parents (
-	entry VARCHAR COLLATE "C" NOT NULL, 
-	parent VARCHAR COLLATE "C" NOT NULL, 
-	PRIMARY KEY (entry, parent), 
-	FOREIGN KEY(entry) REFERENCES library_entries (id) ON DELETE CASCADE
-)
-;;
-CREATE INDEX ix_library_parents_parent ON library_parents (parent)
-;;
 CREATE TABLE library_triggers (
 	entry VARCHAR COLLATE "C" NOT NULL, 
 	word VARCHAR COLLATE "C" NOT NULL, 
@@ -78,6 +77,25 @@ CREATE TABLE library_triggers (
 )
 ;;
 CREATE INDEX ix_library_triggers_lower ON library_triggers (lower)
+;;
+CREATE TABLE library_checks (
+	entry VARCHAR COLLATE "C" NOT NULL, 
+	name VARCHAR COLLATE "C" NOT NULL, 
+	ok BOOLEAN, 
+	detail TEXT NOT NULL, 
+	at VARCHAR NOT NULL, 
+	PRIMARY KEY (entry, name), 
+	FOREIGN KEY(entry) REFERENCES library_entries (id) ON DELETE CASCADE
+)
+;;
+CREATE TABLE library_parents (
+	entry VARCHAR COLLATE "C" NOT NULL, 
+	parent VARCHAR COLLATE "C" NOT NULL, 
+	PRIMARY KEY (entry, parent), 
+	FOREIGN KEY(entry) REFERENCES library_entries (id) ON DELETE CASCADE
+)
+;;
+CREATE INDEX ix_library_parents_parent ON library_parents (parent)
 ;;
 CREATE TABLE library_versions (
 	name VARCHAR COLLATE "C" NOT NULL, 
@@ -112,3 +130,9 @@ CREATE TABLE library_tags (
 ;;
 CREATE INDEX library_tags_tag ON library_tags (tag)
 ;;
+CREATE TABLE library_version (
+	version_num VARCHAR(32) NOT NULL, 
+	PRIMARY KEY (version_num)
+)
+;;
+INSERT INTO library_version VALUES ('0010')
