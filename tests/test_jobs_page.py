@@ -16,7 +16,7 @@ from tests.cli.run import run
 from tests.jobs.small import small_config
 from tests.test_readme import ROOT, blocks
 from veneer.jobs.after import after_from
-from veneer.jobs.process import carry_out_jobs
+from veneer.jobs.process import run_job
 from veneer.jobs.store import TRANSITIONS, JobStore
 from veneer.library.library import open_library
 
@@ -87,7 +87,7 @@ def _work() -> None:
     with open_library() as library:
         lease = JobStore(library).take("here", 600)
         assert lease is not None
-        assert carry_out_jobs(library, {lease.job.id: lease.token}) == 0
+        assert run_job(library, lease.job.id, lease.token) == 0
 
 
 def test_the_pages_states_are_those_that_there_are() -> None:

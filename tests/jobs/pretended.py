@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from veneer.errors import ResourceError
@@ -33,20 +33,17 @@ class Pretended(LocalExecutor):
 
     def __init__(self) -> None:
         super().__init__()
-        self.running: dict[str, list[JobLease]] = {}
+        self.running: dict[str, JobLease] = {}
         self.validating: dict[str, JobLease] = {}
         self.over: dict[str, Ended] = {}
         self.asked: list[tuple[str, bool]] = []
         self.stubborn = self.refuse = False
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
-        return self.start_together([lease], environment, 0)
-
-    def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
         if self.refuse:
             raise ResourceError("there is no room for a process", fix="wait")
-        place = " ".join(["pretended", *(f"{lease.job.id} {lease.job.attempt}" for lease in leases)])
-        self.running[place] = [*leases]
+        place = f"pretended {lease.job.id} {lease.job.attempt}"
+        self.running[place] = lease
         return place
 
     def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:

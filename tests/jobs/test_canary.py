@@ -24,7 +24,7 @@ from veneer.formats.peft import write_folder
 from veneer.jobs.after import after_from
 from veneer.jobs.canary import place_job, promote_job, rollback_job
 from veneer.jobs.http.canary import canary_routes
-from veneer.jobs.process import carry_out_jobs
+from veneer.jobs.process import run_job
 from veneer.jobs.store import Job, JobStore, WrongState
 from veneer.jobs.validate import device_of, submitted
 from veneer.library.database import reading
@@ -60,7 +60,7 @@ class Shop:
 
     def work(self) -> Job:
         lease = taken(self.jobs, 600)
-        assert carry_out_jobs(self.library, {lease.job.id: lease.token}) == 0
+        assert run_job(self.library, lease.job.id, lease.token) == 0
         return self.jobs.get("acme", lease.job.id)
 
     def placed(

@@ -13,7 +13,7 @@ import pytest
 from tests.jobs.pretended import queued
 from veneer.errors import ConfigError
 from veneer.jobs.executors import Ended, LocalExecutor, hand_over, memory_of, taken_over
-from veneer.jobs.store import Job, JobLease, JobStore, jobs_home
+from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.library.library import Library
 
 pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
@@ -70,30 +70,15 @@ def test_a_process_s_arguments_have_no_lease(library: Library, store: JobStore) 
 
 def test_what_is_handed_over_is_read_once(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_TEST_HANDED", "")
-    *_, file = hand_over([JobLease(planned(store, 1 << 30), "token")], {"VENEER_TEST_HANDED": "a secret"})
+    *_, file = hand_over(JobLease(planned(store, 1 << 30), "token"), {"VENEER_TEST_HANDED": "a secret"})
     (job,) = [job.id for job in store.jobs(None)[0]]
-    assert taken_over(Path(file)) == ({job: "token"}, None)
+    assert taken_over(Path(file)) == (job, "token", None)
     assert os.environ["VENEER_TEST_HANDED"] == "a secret"
     assert not Path(file).exists()
-    with pytest.raises(ConfigError, match=r"this process has no leases(.|\n)*one veneer home that all machines"):
+    with pytest.raises(ConfigError, match=r"this process has no lease(.|\n)*one veneer home that all machines"):
         taken_over(Path(file))
 
 
 def test_a_plan_of_a_gpu_says_nothing_of_this_machines_memory(library: Library, store: JobStore) -> None:
     assert memory_of(planned(store, 80 << 30, "h100-80gb")) == 0
     assert memory_of(planned(store, 2 << 30)) > 3 << 30
-
-
-def test_the_log_of_shared_processes_has_a_bound(library: Library, store: JobStore) -> None:
-    """Beyond it a new one is begun, and the one before is kept."""
-    executor, job = LocalExecutor(), planned(store, 1 << 30)
-    job.make_folder()
-    log, before = jobs_home() / "together.log", jobs_home() / "together.log.1"
-    for size, moved in ((1 << 20, False), (17 << 20, True)):
-        log.write_bytes(b"")
-        os.truncate(log, size)
-        place = executor.start_together([JobLease(job, "token")], {}, 0)
-        executor.stop(place, hard=True)
-        ended(executor, place)
-        assert before.exists() == moved
-    assert (before.stat().st_size, log.stat().st_size < 1 << 20) == (17 << 20, True)

@@ -17,7 +17,7 @@ from tests.train.tiny_pictures import image_values
 from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError, UnavailableError
 from veneer.jobs.checkpoints import steps_name
-from veneer.jobs.process import carry_out_jobs
+from veneer.jobs.process import run_job
 from veneer.jobs.steps import fork_config, forked, kept_step, sample_file
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.validate import device_of, submitted
@@ -50,7 +50,7 @@ def asked(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
 def trained(store: JobStore) -> Job:
     lease = store.take("here", 600)
     assert lease is not None
-    assert carry_out_jobs(store.library, {lease.job.id: lease.token}) == 0
+    assert run_job(store.library, lease.job.id, lease.token) == 0
     ended = store.get(None, lease.job.id)
     assert ended.state == "succeeded", ended.error
     return ended

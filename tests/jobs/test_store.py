@@ -147,7 +147,7 @@ def test_who_lost_a_lease_changes_nothing(store: JobStore) -> None:
             lambda: store.release(lease, "stopped"),  # noqa: B023
             lambda: store.died(lease, "killed"),  # noqa: B023
             lambda: store.finish(lease, result={}),  # noqa: B023
-            lambda: store.held(lease.job.id, lease.token),  # noqa: B023
+            lambda: store.get_lease(lease.job.id, lease.token),  # noqa: B023
         ]
         for attempt in tries:
             with pytest.raises(LeaseLost, match="paused, cancelled, or taken over"):
@@ -162,7 +162,7 @@ def test_a_lease_that_is_renewed_stays_and_counts_its_seconds(store: JobStore) -
     time.sleep(0.05)
     assert store.renew(lease, 60).seconds > 0.04
     assert store.take("another", 60) is None
-    assert store.held(lease.job.id, lease.token).job.worker == "w"
+    assert store.get_lease(lease.job.id, lease.token).job.worker == "w"
 
 
 def test_a_clock_that_is_set_back_takes_no_seconds_off(store: JobStore) -> None:
@@ -287,23 +287,7 @@ def test_a_job_is_named_in_its_tenants_namespace_alone(store: JobStore) -> None:
     assert store.jobs(None) == ([], False)
 
 
-@pytest.mark.parametrize("earlier", [False, True])
-def test_measures_of_jobs_that_ended_long_ago_go_and_nothing_else(store: JobStore, earlier: bool) -> None:
-    """In a database of an earlier veneer too, which let none go."""
-    if earlier:
-        with write_transaction(store.engine) as c:
-            c.execute(text("UPDATE job_version SET version_num = '0001'"))
-            c.execute(text("DROP TABLE job_reservations"))
-            if store.engine.dialect.name == "postgresql":
-                c.execute(text("DROP TRIGGER job_events_fixed ON job_events"))
-                c.execute(text("DROP FUNCTION job_events_fixed"))
-                kind, run = "UPDATE OR DELETE", "FOR EACH ROW EXECUTE FUNCTION job_records_fixed()"
-                c.execute(text(f"CREATE TRIGGER job_events_fixed BEFORE {kind} ON job_events {run}"))
-            else:
-                c.execute(text("DROP TRIGGER job_events_no_delete"))
-                refused = "BEGIN SELECT RAISE(ABORT, ''); END"
-                c.execute(text(f"CREATE TRIGGER job_events_no_delete BEFORE DELETE ON job_events {refused}"))
-        store = JobStore(store.library)
+def test_measures_of_jobs_that_ended_long_ago_go_and_nothing_else(store: JobStore) -> None:
     leases = [running(store, tenant=tenant) for tenant in ("acme", "best", "corp")]
     for lease in leases:
         store.note(lease, [step(1), step(2)], trained=trained(2))

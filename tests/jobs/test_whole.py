@@ -11,7 +11,7 @@ import pytest
 
 from tests.serve.whole import asking, make_shop, said, served
 from veneer.jobs.build import training
-from veneer.jobs.process import carry_out_jobs
+from veneer.jobs.process import run_job
 from veneer.jobs.store import JobStore
 from veneer.jobs.validate import device_of, validated
 from veneer.models.home import veneer_home
@@ -41,7 +41,7 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         assert new is not None
         validated(jobs, new, TrainingTerms(), device_of("h100-80gb"))  # what this machine does is not measured
         if (lease := jobs.take("here", 600)) is not None:
-            carry_out_jobs(shop.library, {lease.job.id: lease.token})
+            run_job(shop.library, lease.job.id, lease.token)
 
     with (
         served(shop, extend=training, tenants=where, folders=()) as server,

@@ -239,7 +239,7 @@ def test_the_checkpoints_of_what_succeeded_are_not_kept(library: Library, store:
         if end == "cancelled":
             store.cancel("acme", job.id)
         else:
-            store.finish(executor.running[place][0], result={"reference": "acme/support@1"})
+            store.finish(executor.running[place], result={"reference": "acme/support@1"})
         executor.over[place] = Ended("ended with exit code 0")
     assert state(store, job) == end
     assert kept.is_dir() == (end == "cancelled")
@@ -286,7 +286,7 @@ def test_no_tenant_runs_more_at_once_than_its_terms_say(library: Library, store:
     with working(library, executor, at_once=10, tenants=tenants):
         until(lambda: len(executor.running) == 4)
         time.sleep(0.1)
-        assert sorted(lease.job.tenant for (lease,) in executor.running.values()) == ["", "acme", "acme", "best"]
+        assert sorted(lease.job.tenant for lease in executor.running.values()) == ["", "acme", "acme", "best"]
     tenants.close()
 
 
@@ -296,7 +296,7 @@ def test_a_job_goes_on_while_the_database_is_away_and_no_longer_than_its_lease(
     executor, job, away = Pretended(), queued(store), threading.Event()
     with working(library, executor, lease=0.8) as worker:
         until(lambda: executor.running)
-        real = worker.store.held, worker.store.renew, worker.store.take
+        real = worker.store.get_lease, worker.store.renew, worker.store.take
 
         def broken(call: Callable[..., Any]) -> Callable[..., Any]:
             def maybe(*arguments: Any, **named: Any) -> Any:
@@ -306,7 +306,7 @@ def test_a_job_goes_on_while_the_database_is_away_and_no_longer_than_its_lease(
 
             return maybe
 
-        worker.store.held, worker.store.renew, worker.store.take = map(broken, real)  # type: ignore[method-assign]
+        worker.store.get_lease, worker.store.renew, worker.store.take = map(broken, real)  # type: ignore[method-assign]
         away.set()
         time.sleep(0.3)
         assert not executor.asked

@@ -86,7 +86,7 @@ def place_job(
 
 def _tried(store: JobStore, lease: JobLease, kind: str, otherwise: str, do: Callable[[], JobEvent]) -> JobEvent:
     """The event that `do` makes, or the one that says why it could not be; noted."""
-    store.held(lease.job.id, lease.token)  # a job that was cancelled moves nothing
+    store.get_lease(lease.job.id, lease.token)  # a job that was cancelled moves nothing
     try:
         event = do()
     except (LeaseLost, Interrupted):

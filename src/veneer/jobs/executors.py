@@ -13,22 +13,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from veneer.errors import ConfigError
 from veneer.files.atomic import as_veneer_errors, replace_file
-from veneer.jobs.store import Job, JobLease, jobs_home
+from veneer.jobs.store import Job, JobLease
 from veneer.plan.tables import Device
-
-_LOG = 16 << 20
-"""Bytes of the log of processes that train several jobs, after which a new one is begun."""
 
 _VALIDATION_NICE = 10
 
@@ -55,25 +51,24 @@ class Executor(Protocol):
 
 
 def hand_over(
-    leases: Sequence[JobLease], environment: Mapping[str, str], validation: Mapping[str, Any] | None = None
+    lease: JobLease, environment: Mapping[str, str], validation: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Write the handover file for these leases; return the arguments for Python to run their process.
+    """Write the handover file for a lease; return the arguments for Python to run its process.
 
-    The file holds the leases' tokens and the environment variables, which can contain passwords, so that neither
-    appears in the command or in a cluster's dashboard. The file is in the first job's folder and readable by this user
-    only; the process reads the file once and removes it. `validation`: for a process that only validates its job, the
+    The file holds the lease's token and the environment variables, which can contain passwords, so that neither
+    appears in the command or in a cluster's dashboard. The file is in the job's folder and readable by this user only;
+    the process reads the file once and removes it. `validation`: for a process that only validates its job, the
     `device` to plan for and its `room` in bytes. Raises ResourceError and AdapterError."""
-    job = leases[0].job
+    job = lease.job
     path = job.make_folder() / f"{_HANDOVER}-{job.attempt}.json"
-    tokens = {lease.job.id: lease.token for lease in leases}
-    given = {"leases": tokens, "environment": dict(environment), "validation": validation}
+    given = {"job": job.id, "token": lease.token, "environment": dict(environment), "validation": validation}
     with as_veneer_errors(path):
         replace_file(path, [json.dumps(given).encode()], mode=0o600)
     return ["-m", "veneer.jobs.process", str(path)]
 
 
-def taken_over(path: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Read a file of `hand_over`: remove the file, set its variables, and return the jobs' tokens and `validation`.
+def taken_over(path: Path) -> tuple[str, str, dict[str, Any] | None]:
+    """Read a file of `hand_over`: remove the file, set its variables, and return job, token and `validation`.
 
     Raises ConfigError if the file does not exist: it was read already, or this machine has another veneer home."""
     try:
@@ -83,12 +78,12 @@ def taken_over(path: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
             with contextlib.suppress(OSError):  # a refused job leaves no folder
                 path.parent.rmdir()
     except FileNotFoundError as error:
-        what = "this process has no leases"
+        what = "this process has no lease"
         raise ConfigError(
             what, where=str(path), fix="use one veneer home that all machines of the queue share"
         ) from error
     os.environ.update(given["environment"])
-    return given["leases"], given["validation"]
+    return given["job"], given["token"], given["validation"]
 
 
 def drop_handover(job: Job) -> None:
@@ -108,10 +103,6 @@ def memory_of(job: Job) -> int:
     """The most bytes of this machine's memory that its process may hold, by its plan; 0 where that is of a GPU's."""
     plan = job.plan or {}
     planned = int(plan.get("peak_bytes") or 0) if plan.get("device", {}).get("name") == "cpu" else 0
-    return _room_of(planned)
-
-
-def _room_of(planned: int) -> int:
     return int(planned * _BEYOND) + _BESIDE if planned else 0
 
 
@@ -125,53 +116,35 @@ class LocalExecutor(Executor):
         self._children: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
-        name = f"{lease.job.id}-{lease.job.attempt}"  # a pid alone may come again
-        return self._started(name, [lease], lease.job.log, environment, memory_of(lease.job))
-
-    def start_together(self, leases: Sequence[JobLease], environment: Mapping[str, str], planned: int) -> str:
-        """One process for all of them, in this order. `planned`: bytes of this machine's memory that they hold together
-        by their plan; 0: nothing is said of it. What it prints is of several tenants' jobs, and in no job's log: see
-        `together.log` in the jobs' folder, and `together.log.1` for what was before. Raises ResourceError."""
-        name = f"together-{secrets.token_hex(8)}"  # no job's, since each has it as its place
-        log = jobs_home() / "together.log"
-        if log.exists() and log.stat().st_size > _LOG:
-            log.replace(log.with_name("together.log.1"))
-        return self._started(name, leases, log, environment, _room_of(planned))
+        job = lease.job
+        job.make_folder()
+        with open(job.log, "ab") as log:
+            return self._process(f"{job.id}-{job.attempt}", lease, log, environment, memory_of(job))
 
     def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
         """Start a process that validates a new job for `device`; kill the process if it uses more than `room` bytes.
 
         The process writes its log to this process's output, so that a refused job leaves no folder."""
         validation = {"device": asdict(device), "room": room}
-        return self._process(
-            f"{lease.job.id}-validation", [lease], None, environment, room, _VALIDATION_NICE, validation
-        )
-
-    def _started(
-        self, name: str, leases: Sequence[JobLease], output: Path, environment: Mapping[str, str], room: int
-    ) -> str:
-        for lease in leases:
-            lease.job.make_folder()
-        with open(output, "ab") as log:
-            return self._process(name, leases, log, environment, room)
+        return self._process(f"{lease.job.id}-validation", lease, None, environment, room, _VALIDATION_NICE, validation)
 
     def _process(
         self,
         name: str,
-        leases: Sequence[JobLease],
+        lease: JobLease,
         log: IO[bytes] | None,
         environment: Mapping[str, str],
         room: int,
         nice: int = 0,
         validation: Mapping[str, Any] | None = None,
     ) -> str:
-        command = [sys.executable, *hand_over(leases, environment, validation), "--tied"]
+        command = [sys.executable, *hand_over(lease, environment, validation), "--tied"]
         if (nice := max(nice, self.nice)) and os.name == "posix":
             command = ["nice", "-n", str(nice), *command]
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True
         )
-        place = f"{name}, process {child.pid}"
+        place = f"{name}, process {child.pid}"  # a pid alone may come again
         self._children[place] = child, room
         return place
 

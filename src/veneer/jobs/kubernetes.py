@@ -62,7 +62,7 @@ class KubernetesExecutor(Executor):
         container: dict[str, Any] = {
             "name": "train",
             "image": self.image,
-            "command": ["python", *hand_over([lease], given)],
+            "command": ["python", *hand_over(lease, given)],
             "resources": {"limits": {}, "requests": {}},
         }
         if memory := memory_of(lease.job):

@@ -1,30 +1,21 @@
-"""The process of a job: it trains, tells the queue, puts the adapter into the library, and ends the job.
+"""The process of a job: train, report to the queue, add the adapter to the library, end the job.
 
     python -m veneer.jobs.process FILE [--tied]
 
 The starting process (`executors`) holds and renews the lease; this process writes under the lease's token. `FILE`: from
-`executors.hand_over`, with the jobs' tokens and the queue's addresses. `--tied`: end as soon as standard input ends,
+`executors.hand_over`, with the job's token and the queue's addresses. `--tied`: end as soon as standard input ends,
 which happens when the starting process ends.
 
-Each lease has a folder of its own, `attempt-N`, into which the one before it is renamed with its checkpoints. So a
-process that was taken for dead and is not can write, but never where its successor does. The run goes on from its last
-checkpoint, on the CPU bit for bit as if nothing had happened.
+Each lease has a folder of its own, `attempt-N`. The folder of the lease before is renamed to it with its checkpoints,
+so a process that was taken for dead can still write, but never where its successor writes. The run resumes from its
+last checkpoint, on the CPU bit for bit as if nothing had happened.
 
-| what ends it                                   | the job                                          |
-| the run is done                                | succeeded, its adapter a version in the library  |
-| what the user gave, or a loss that is not finite | failed, with the error                         |
-| SIGTERM, or the lease is lost                  | given back, if it still has it                   |
-| memory, a disk, a database                     | given back; failed the third time in a row       |
-| a kill                                         | whoever watches gives it back, or its lease runs out |
-
-Several jobs are trained in one pass of their base (`train.text.together`), and each is what it would be alone: it has
-its lease, events, checkpoints and end, which comes as soon as its run's does. Who loses its lease saves its state and
-leaves; so does whoever fails. What ends all of them at once (a fault of veneer's, a base that cannot be loaded) may be
-any one's: all are given back, and go on each by itself. They may be of several tenants, so that what one of them comes
-to is in its own log, and what is everybody's (`together.log`) in nobody's.
-
-Of the seconds that pass each job is counted a share, by the tokens of its steps beside those of the others that go on
-(`with_shares`): its bill says what it used of the machine, and all bills together what the machine worked.
+| what ends the process                             | the job                                               |
+| the run is done                                   | succeeded; its adapter is a version in the library    |
+| an error in what the user gave, a loss that is not finite | failed, with the error                        |
+| SIGTERM, or the lease is lost                     | returned to the queue, if the lease still holds       |
+| memory, a disk, a database                        | returned to the queue; failed the third time in a row |
+| a kill                                            | returned by the worker, or once the lease has expired |
 """
 
 from __future__ import annotations
@@ -36,8 +27,7 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +35,7 @@ from veneer.errors import CheckpointError, Interrupted, VeneerError
 from veneer.files.rights import forbid_inspection
 from veneer.jobs.canary import compare_job, place_job
 from veneer.jobs.executors import taken_over
-from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost, with_shares
+from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
 from veneer.jobs.validate import is_compared, job_config, may_pass, terms_of, told, validated
 from veneer.library.library import Library, open_library
 from veneer.plan.tables import Device
@@ -58,7 +48,6 @@ from veneer.train.report.log import read_log
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
-    from veneer.train.text.save import RunResult
 
 _EVERY = 1.0
 """Seconds between two writes of what happened."""
@@ -70,7 +59,7 @@ def _validate_job(library: Library, job: str, token: str, device: Device, room: 
     """Validate one job in this process; return 0, or 75 if the job has to be validated again."""
     store = JobStore(library)
     try:
-        lease = store.held(job, token)
+        lease = store.get_lease(job, token)
         with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
             validated(store, lease, terms_of(tenants)(lease.job.tenant), device, tenants, room=room)
         return 0
@@ -83,132 +72,57 @@ def _validate_job(library: Library, job: str, token: str, device: Device, room: 
     return 75
 
 
-def carry_out_jobs(library: Library, tokens: Mapping[str, str]) -> int:
-    """Everything, in this process, of the jobs of these tokens, several of them in one pass of their base; 0, or 75
-    where one of them was given back, or none is this process's."""
+def run_job(library: Library, job: str, token: str) -> int:
+    """Train the job of this token in this process and end it; return 0, or 75 if the job was returned to the queue."""
     store = JobStore(library)
-    held: list[JobLease] = []
-    for job, token in tokens.items():
-        try:
-            held.append(store.held(job, token))
-        except LeaseLost as error:
-            print(error, file=sys.stderr)
-    if not held:
+    try:
+        lease = store.get_lease(job, token)
+    except LeaseLost as error:
+        print(error, file=sys.stderr)
         return 75
-    if len(tokens) > 1:
-        return max(_carried_out_together(store, held))
-    teller = _Teller(store, held[0], lambda: os.kill(os.getpid(), signal.SIGTERM))  # its state is saved, and it ends
-    return _carried_out(teller, lambda: _trained(teller))
-
-
-def _carried_out_together(store: JobStore, leases: Sequence[JobLease]) -> list[int]:
-    tellers = [_Teller(store, lease, lambda: None) for lease in with_shares(leases)]
-    for teller in tellers:
-        teller.events.append(JobEvent("info", "note", "in one process with other jobs of its base"))
-    going_on, codes = dict(enumerate(tellers)), [0] * len(tellers)
-
-    def ended(place: int, outcome: RunResult | VeneerError) -> None:
-        teller = going_on.pop(place)
-        with _own_log(teller.lease.job):
-            codes[place] = _carried_out(teller, lambda: (_result(outcome), None), alone=True)
-        again = with_shares([each.lease for each in going_on.values()])
-        for each, lease in zip(going_on.values(), again, strict=True):
-            each.lease = lease
-
+    reporter = _JobReporter(store, lease)
     try:
-        _trained_together(tellers, ended)
-    except BaseException as error:
-        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-        if not stopped:
-            traceback.print_exception(error)
-        for place, teller in going_on.items():
-            codes[place] = _ended(teller, error, alone=not stopped, anyones=True)
-    return codes
-
-
-def _result(outcome: RunResult | VeneerError) -> dict[str, Any]:
-    if isinstance(outcome, VeneerError):
-        raise outcome
-    return dict(outcome.to_dict())
-
-
-@contextlib.contextmanager
-def _own_log(job: Job) -> Iterator[None]:
-    """What is said to stderr is said in the job's log."""
-    with open(job.log, "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
-        yield
-
-
-def _trained_together(tellers: Sequence[_Teller], ended: Callable[[int, RunResult | VeneerError], None]) -> None:
-    """The runs, each in its folder."""
-    from veneer.models.loading import errors_only
-    from veneer.train.text.together import run_texts
-
-    jobs = [teller.lease.job for teller in tellers]
-    folders = [_folder(job) for job in jobs]
-    for teller, folder in zip(tellers, folders, strict=True):
-        teller.catch_up(folder)
-    with errors_only():
-        run_texts(
-            [job_config(job, folder) for job, folder in zip(jobs, folders, strict=True)],
-            names=[job.id for job in jobs],
-            called=[job.id for job in jobs],
-            listeners=tellers,
-            ended=ended,
-            resume=any(folder.is_dir() for folder in folders),
-            leave=lambda running: {place: None for place in running if tellers[place].lost},
-        )
-
-
-_Trained = tuple[dict[str, Any], "TextBase | None"]
-"""What came of a run as JSON values, and its base, where it is needed once more."""
-
-
-def _carried_out(teller: _Teller, train: Callable[[], _Trained], *, alone: bool = False) -> int:
-    """Trains a job and ends it. `alone`: others of its process go on, without it."""
-    store, library = teller.store, teller.store.library
-    try:
-        result, base = train()
-        teller.flush(wait=True)
-        lease = teller.lease
-        with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
-            compared = compare_job(store, lease, tenants, result, base)
-            reference = _published(library, lease.job, result)
-            place_job(store, lease, tenants, reference, compared)
-        if lease.job.about.get("publish") == "checkpoints":
-            from veneer.jobs.checkpoints import publish_checkpoints  # late: a worker needs no torch
-
-            left_out: list[JobEvent] = []
-            points = publish_checkpoints(
-                library,
-                lease.job.name,
-                _folder(lease.job),
-                Path(result["adapter"]),
-                lambda text: left_out.append(JobEvent("warn", "note", text)),
-            )
-            store.note(lease, left_out, [JobCheckpoint(step, reference=at) for step, at in points.items()])
-        store.finish(lease, result={**result, "reference": reference})
+        result, base = _train(reporter)
+        reporter.flush(wait=True)
+        store.finish(lease, result={**result, "reference": _publish(store, lease, result, base)})
         return 0
     except LeaseLost as error:
         print(error, file=sys.stderr)
         return 75
     except BaseException as error:
         print(error, file=sys.stderr, flush=True)
-        return _ended(teller, error, alone=alone)
+        return _stopped(reporter, error)
 
 
-def _ended(teller: _Teller, error: BaseException, *, alone: bool, anyones: bool = False) -> int:
-    """What becomes of a job whose run did not come to its end. `alone`: it is no more of those whom it was with.
-    `anyones`: whose error it is, nobody can tell, and none of them fails by it."""
-    store, lease = teller.store, teller.lease
+def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: TextBase | None) -> str:
+    """Compare the adapter, add it to the library and move its route; return its reference."""
+    library, job = store.library, lease.job
+    with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
+        compared = compare_job(store, lease, tenants, result, base)
+        reference = _published(library, job, result)
+        place_job(store, lease, tenants, reference, compared)
+    if job.about.get("publish") == "checkpoints":
+        from veneer.jobs.checkpoints import publish_checkpoints  # late: a worker needs no torch
+
+        warnings: list[JobEvent] = []
+        points = publish_checkpoints(
+            library,
+            job.name,
+            _folder(job),
+            Path(result["adapter"]),
+            lambda text: warnings.append(JobEvent("warn", "note", text)),
+        )
+        store.note(lease, warnings, [JobCheckpoint(step, reference=at) for step, at in points.items()])
+    return reference
+
+
+def _stopped(reporter: _JobReporter, error: BaseException) -> int:
+    """Settle a job whose run raised `error`; return the exit code of `run_job`."""
+    store, lease = reporter.store, reporter.lease
     with contextlib.suppress(LeaseLost):
-        teller.flush(wait=True)
-        if alone:
-            store.note(lease, place="")
+        reporter.flush(wait=True)
         if isinstance(error, Interrupted | KeyboardInterrupt):
             store.release(lease, "stopped, to go on from its last checkpoint")
-        elif anyones:
-            store.release(lease, "its process ended, to go on by itself from its last checkpoint")
         elif may_pass(error):
             what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
             store.died(lease, what, fix=getattr(error, "fix", None) or "")
@@ -218,14 +132,15 @@ def _ended(teller: _Teller, error: BaseException, *, alone: bool, anyones: bool 
     return 75
 
 
-def _trained(teller: _Teller) -> _Trained:
-    """The run in its folder. Where its adapter is compared afterwards the base is loaded here, for both."""
+def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
+    """Train in the job's folder; return the result as JSON values, and the base if a comparison needs it."""
     from veneer.models.loading import errors_only
 
-    folder = _folder(teller.lease.job)
-    teller.catch_up(folder)
-    config = job_config(teller.lease.job, folder)
-    options: dict[str, Any] = {"resume": folder.is_dir(), "on_event": teller}
+    job = reporter.lease.job
+    folder = _folder(job)
+    reporter.catch_up(folder)
+    config = job_config(job, folder)
+    options: dict[str, Any] = {"resume": folder.is_dir(), "on_event": reporter}
     result: Any
     base = None
     with errors_only():
@@ -238,7 +153,7 @@ def _trained(teller: _Teller) -> _Trained:
             from veneer.serve.engine.live import live_sampler
             from veneer.train.text.task import run_text
 
-            if is_compared(teller.lease.job):
+            if is_compared(job):
                 own = config.base
                 base = load_text(own.name, dtype=own.dtype, device=own.device, quantise=own.quantise)
             result = run_text(config, base=base, **options, sampler=live_sampler)
@@ -266,12 +181,14 @@ def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
     return added.version.reference
 
 
-class _Teller:
-    """Listens to the run and tells the queue, at most once a second, and at once of checkpoints. While the database is
-    away it keeps what it has to tell. `stop`: called when the lease is lost."""
+class _JobReporter:
+    """Reports a run's events to the queue: checkpoints at once, everything else at most once a second.
 
-    def __init__(self, store: JobStore, lease: JobLease, stop: Callable[[], None]) -> None:
-        self.store, self.lease, self.stop = store, lease, stop
+    Events are kept while the database is unavailable. When the lease is lost, the process sends itself SIGTERM, so that
+    the run saves its state and ends."""
+
+    def __init__(self, store: JobStore, lease: JobLease) -> None:
+        self.store, self.lease = store, lease
         self.events: list[JobEvent] = []
         self.checkpoints: list[JobCheckpoint] = []
         self.newest: dict[str, Any] = {}
@@ -312,7 +229,7 @@ class _Teller:
         """Of an event, as the run's log has it, what is counted."""
         kind, step = record.get("event"), int(record.get("step", 0))
         if kind == "stepped":
-            if step > self.step:  # several that go on together may go back behind the last checkpoint of one
+            if step > self.step:
                 self.step, self.steps, self.tokens = step, int(record["steps"]), self.tokens + int(record["tokens"])
             data = {name: value for name, value in record.items() if name in _MEASURED} | dict(record["extra"])
             self.newest = {"step": step, "loss": record["loss"], **_accuracy(record, "token_accuracy")}
@@ -375,7 +292,7 @@ class _Teller:
                 time.sleep(_AGAIN)
         if wait:
             raise LeaseLost(f"job {self.lease.job.id} is no longer this process's")
-        self.stop()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 _MEASURED = {
@@ -388,13 +305,13 @@ def _accuracy(record: Mapping[str, Any], name: str) -> dict[str, float]:
     return {name: record["extra"][TOKEN_ACCURACY]} if TOKEN_ACCURACY in record["extra"] else {}
 
 
-def _last_progress(checkpoints: Path, teller: _Teller) -> dict[str, Any] | None:
+def _last_progress(checkpoints: Path, reporter: _JobReporter) -> dict[str, Any] | None:
     """How far the newest whole checkpoint is. A damaged one is put aside, so that the run takes the one before it."""
     while (newest := checkpoint.latest(checkpoints)) is not None:
         try:
             return dict(checkpoint.read_checkpoint(newest)["progress"])
         except CheckpointError as error:
-            teller.events.append(JobEvent("warn", "note", f"{newest.name} is put aside: {error.what}"))
+            reporter.events.append(JobEvent("warn", "note", f"{newest.name} is put aside: {error.what}"))
             os.rename(newest, newest.with_name(f"aside-{secrets.token_hex(4)}-{newest.name}"))
     return None
 
@@ -418,12 +335,11 @@ def main(arguments: list[str]) -> int:
     if "--tied" in arguments:
         tied(lambda: os._exit(75))
     try:
-        tokens, validation = taken_over(Path(path))
+        job, token, validation = taken_over(Path(path))
         with open_library() as library:
             if validation is not None:
-                ((job, token),) = tokens.items()
                 return _validate_job(library, job, token, Device(**validation["device"]), validation["room"])
-            return carry_out_jobs(library, tokens)
+            return run_job(library, job, token)
     except VeneerError as error:  # a library or a database that is away
         print(error, file=sys.stderr)
         return 75

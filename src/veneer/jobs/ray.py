@@ -39,7 +39,7 @@ class RayExecutor(Executor):
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         job = lease.job
-        place, command = f"{job.id}-{job.attempt}", hand_over([lease], environment)
+        place, command = f"{job.id}-{job.attempt}", hand_over(lease, environment)
         # Ray ends a job's process by SIGTERM and, so many seconds later, by SIGKILL
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(self.grace))}
         try:

@@ -46,7 +46,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sqlalchemy import ColumnElement, Connection, Select, case, delete, exists, func, insert, not_, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, case, delete, func, insert, or_, select, update
 
 from veneer.errors import ConfigError, VeneerError, counted, one_of, quoted, shown
 from veneer.files.rights import private_folder
@@ -145,11 +145,6 @@ class Job:
     place: str
 
     @property
-    def last_try(self) -> bool:
-        """Whether it fails, should it lose once more who trains it."""
-        return self.faults >= _FAULTS - 1
-
-    @property
     def folder(self) -> Path:
         """Where its files are, on every machine that works on it: the veneer home is theirs in common."""
         return jobs_home() / self.id
@@ -214,25 +209,10 @@ class JobBill:
 
 @dataclass(frozen=True)
 class JobLease:
-    """A job, as it was when the lease was taken, and the token that says whose it is. `share`: of each second that
-    passes, the part that is counted for this job, where a process trains several of them."""
+    """A job as it was when the lease was taken, and the lease's token."""
 
     job: Job
     token: str
-    share: float = 1.0
-
-
-def with_shares(leases: Sequence[JobLease]) -> list[JobLease]:
-    """Leases of the jobs of one process, each with its share of the seconds: by the tokens of its steps, which are what
-    a pass of all of them spends its time on. Together they are one, so that a machine's second is counted once."""
-    weights = [
-        max(1.0, _plan_number(lease.job, "tokens")) / max(1.0, _plan_number(lease.job, "steps")) for lease in leases
-    ]
-    return [replace(lease, share=weight / sum(weights)) for lease, weight in zip(leases, weights, strict=True)]
-
-
-def _plan_number(job: Job, name: str) -> float:
-    return float((job.plan or {}).get(name) or 0)
 
 
 def jobs_home() -> Path:
@@ -471,8 +451,7 @@ class JobStore:
             if found.state == state and state in ("paused", "cancelled"):
                 return found  # asked twice
             _allowed(found, state, only)
-            rests = {"place": ""} if state == "paused" else {}  # others may be trained there, without it
-            c.execute(update(job_table).where(job_table.c.id == job).values(**_LEFT, **rests))
+            c.execute(update(job_table).where(job_table.c.id == job).values(**_LEFT))
             return self._move(c, found, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled"))
 
     # -- whoever works on them -----------------------------------------------------------------------------------------
@@ -484,7 +463,6 @@ class JobStore:
         state: Literal["validating", "queued"] = "queued",
         at_once: Callable[[str], int | None] = lambda tenant: None,
         only: str | None = None,
-        beside: Sequence[JobLease] = (),
         order: Callable[[str], float] = lambda tenant: 0.0,
     ) -> JobLease | None:
         """A lease, for so many seconds, of a job to validate or to train; None where nothing is to be done.
@@ -492,11 +470,10 @@ class JobStore:
         Jobs with an expired lease come first; then the oldest job of the tenant with the fewest running jobs, and among
         equal tenants the tenant with the lowest `order`. `at_once`: how many running jobs a tenant may have, None for
         any number. For `validating`, jobs being validated count as running. `only`: this job or none. A job that lost
-        its worker too often fails here. Jobs trained in one process become available together, once every lease of the
-        group has expired or the caller holds the others' leases (`beside`)."""
+        its worker too often fails here."""
 
         def next_ones(c: Connection, now: float) -> list[Job]:
-            chosen = [_parted(now, beside)] + ([] if only is None else [job_table.c.id == only])
+            chosen = [] if only is None else [job_table.c.id == only]
             return self._waiting(c, state, now, at_once, chosen, 1, order)
 
         while True:
@@ -530,14 +507,13 @@ class JobStore:
         self,
         at_once: Callable[[str], int | None] = lambda tenant: None,
         *,
-        beside: Sequence[JobLease] = (),
         state: Literal["validating", "queued"] = "queued",
         order: Callable[[str], float] = lambda tenant: 0.0,
     ) -> list[Job]:
         """Return the jobs that `take` would return to train or validate, in order; at most a hundred."""
         with reading(self.engine) as c:
             now = self._now(c)
-            return self._waiting(c, state, now, at_once, [_parted(now, beside)], 100, order)
+            return self._waiting(c, state, now, at_once, [], 100, order)
 
     def _waiting(
         self,
@@ -572,8 +548,8 @@ class JobStore:
         jobs = {row.number: _job(row) for row in c.execute(select(job_table).where(j.number.in_(next_ones)))}
         return found + [jobs[number] for number in next_ones]
 
-    def held(self, job: str, token: str) -> JobLease:
-        """The lease again, for a process that was told its job and token. Raises LeaseLost."""
+    def get_lease(self, job: str, token: str) -> JobLease:
+        """Return the lease of this job and token. Raises LeaseLost."""
         with reading(self.engine) as c:
             row = c.execute(select(job_table).where(job_table.c.id == job, job_table.c.token == token)).first()
         if row is None:
@@ -686,7 +662,7 @@ class JobStore:
         mine = job_table.c.id == lease.job.id, job_table.c.token == lease.token
         with self._writing() as (c, now):
             since = case((job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0)  # clocks are set back, too
-            passed = lease.share * since if lease.job.state == "running" else 0.0
+            passed = since if lease.job.state == "running" else 0.0
             done = c.execute(update(job_table).where(*mine).values(seconds=job_table.c.seconds + passed, renewed=now))
             if done.rowcount != 1:
                 raise _lost(lease.job.id)
@@ -740,17 +716,6 @@ class JobStore:
 
 
 _LEFT: dict[str, Any] = {"token": None, "worker": None, "until": None, "renewed": None}
-
-
-def _parted(now: float, but: Sequence[JobLease]) -> ColumnElement[bool]:
-    """That nobody has a lease of another job which the same process trained, `but` these. So those of a process that is
-    gone are taken up together, and are beside one another as they were."""
-    other = job_table.alias("other").c
-    held = other.state == "running", other.until > now, other.token.not_in([lease.token for lease in but])
-    return or_(
-        job_table.c.place == "",
-        not_(exists().where(other.place == job_table.c.place, other.id != job_table.c.id, *held)),
-    )
 
 
 def _of(tenant: str | None) -> Select[Any]:

@@ -10,10 +10,6 @@ While the database is away jobs go on as long as their leases are sure to be its
 New jobs are validated in separate processes on this machine, while other jobs are trained. A validation has limits on
 memory and time and stops if its job is cancelled. No tenant has more than one validation at a time, and the tenant that
 has waited longest is next. One slot is reserved for jobs with small files, so that large files never delay them.
-
-On this machine (LocalExecutor) jobs that wait and share a base are trained by one process where that pays (`joining`).
-Each has its lease and is looked after by itself: one that is paused or cancelled leaves, and the process goes on with
-the others.
 """
 
 from __future__ import annotations
@@ -32,9 +28,8 @@ from typing import Any
 from veneer.errors import VeneerError, counted, gigabytes
 from veneer.jobs.executors import Ended, Executor, LocalExecutor, drop_handover
 from veneer.jobs.inputs import input_bytes
-from veneer.jobs.joining import company
 from veneer.jobs.process import environment_of
-from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home, with_shares
+from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home
 from veneer.jobs.validate import device_of, terms_of
 from veneer.library.library import Library
 from veneer.plan.tables import Device
@@ -54,15 +49,13 @@ _SHORTEST, _LONGEST, _RATE = 180.0, 1800.0, 50_000
 
 @dataclass
 class _Running:
-    """A process of `executor`. `leases`: of its jobs, as far as they are this worker's; `jobs`: how many there were.
-    `sure`: until when they are, by this machine's clock. `stopping`: since when it is to end. `validation`: set if the
-    process validates its one job."""
+    """A process of `executor`. `sure`: the monotonic time until which its lease surely holds. `stopping`: since when
+    the process is asked to end. `validation`: set if the process validates its job."""
 
     executor: Executor
-    leases: list[JobLease]
+    lease: JobLease
     place: str
     sure: float
-    jobs: int
     renewed: float = field(default_factory=time.monotonic)
     stopping: float | None = None
     killed: bool = False
@@ -165,7 +158,7 @@ class Worker:
         self.device = self.device or device_of()
         place = self._local.start_validation(lease, self.environment, self.device, room)
         bounds = _Validation(large, seconds, begun + seconds, room)
-        self._running.append(_Running(self._local, [lease], place, begun + self.lease, 1, validation=bounds))
+        self._running.append(_Running(self._local, lease, place, begun + self.lease, validation=bounds))
 
     def _validation_ended(self, lease: JobLease, bounds: _Validation, ended: Ended, stopping: bool) -> None:
         """Settle the job of a validation that has ended; nothing is left to do if the process ended by itself.
@@ -217,39 +210,19 @@ class Worker:
             self.store.forget_metrics(self.days["succeeded"] * 86400)
 
     def _begin(self, lease: JobLease) -> None:
-        sure = time.monotonic() + self.lease
-        leases, planned = self._joined(lease)
-        for each in leases:
-            if each.job.place:  # of a lease before this one, where that may still be
-                self.executor.stop(each.job.place, hard=True)
+        sure, job = time.monotonic() + self.lease, lease.job
+        if job.place:  # the process of an earlier lease can still run there
+            self.executor.stop(job.place, hard=True)
         try:
-            if len(leases) > 1 and isinstance(self.executor, LocalExecutor):
-                place = self.executor.start_together(leases, self.environment, planned)
-            else:
-                place = self.executor.start(lease, self.environment)
+            place = self.executor.start(lease, self.environment)
         except VeneerError as error:
-            for each in leases:
-                with suppress(LeaseLost):
-                    self.store.release(each, f"could not be started: {error.what}")
-            raise
-        self._running.append(_Running(self.executor, leases, place, sure, len(leases)))
-        for each in leases:
-            self.say(f"{each.job.id} of {each.job.tenant or 'nobody'}: {place}")
             with suppress(LeaseLost):
-                self.store.note(each, place=place)
-
-    def _joined(self, lease: JobLease) -> tuple[list[JobLease], int]:
-        """Leases of all that are trained in one process with this job, by their age, so that a group that is taken up
-        again is in its order; and the memory that they are planned to hold."""
-        if not isinstance(self.executor, LocalExecutor):
-            return [lease], 0
-        self.device = self.device or device_of()
-        leases = [lease]
-        chosen, planned = company(lease.job, self.store.waiting(self._most, beside=leases), self.device)
-        for job in chosen:
-            more = self.store.take(self.name, self.lease, at_once=self._most, only=job.id, beside=leases)
-            leases += [more] if more is not None else []
-        return with_shares(sorted(leases, key=lambda each: each.job.number)), planned
+                self.store.release(lease, f"could not be started: {error.what}")
+            raise
+        self._running.append(_Running(self.executor, lease, place, sure))
+        self.say(f"{job.id} of {job.tenant or 'nobody'}: {place}")
+        with suppress(LeaseLost):
+            self.store.note(lease, place=place)
 
     def _most(self, tenant: str) -> int | None:
         return self.terms(tenant).jobs
@@ -259,11 +232,10 @@ class Worker:
         ended = running.executor.look(running.place)
         if ended is not None:
             self._running.remove(running)
-            for lease in running.leases:
-                with suppress(LeaseLost):  # it has ended the job, or given it back
-                    self._process_ended(running, lease, ended)
-                drop_handover(lease.job)
-                self._let_go(lease)
+            with suppress(LeaseLost):  # the process ended the job or returned it to the queue
+                self._process_ended(running, ended)
+            drop_handover(running.lease.job)
+            self._let_go(running.lease)
             return
         if running.validation is not None and now > running.validation.deadline:
             running.executor.stop(running.place, hard=True)
@@ -272,15 +244,11 @@ class Worker:
             running.killed = True
             running.executor.stop(running.place, hard=True)
 
-    def _process_ended(self, running: _Running, lease: JobLease, ended: Ended) -> None:
-        """What becomes of a job whose process has ended."""
+    def _process_ended(self, running: _Running, ended: Ended) -> None:
+        """Settle the job of a process that has ended."""
+        lease = running.lease
         if running.validation is not None:
             self._validation_ended(lease, running.validation, ended, running.stopping is not None)
-        elif (
-            ended.memory and running.jobs > 1
-        ):  # any of them may have used the memory: train each alone, within its plan
-            self.store.note(lease, place="")
-            self.store.release(lease, "its process was ended, to go on by itself from its last checkpoint")
         elif ended.memory:
             fix = "smaller batches (batching.micro_rows), shorter rows, or another plan"
             self.store.finish(lease, error={"kind": "memory", "message": ended.why, "fix": fix})
@@ -298,22 +266,17 @@ class Worker:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _keep(self, running: _Running, now: float) -> None:
-        """Looks whether the leases are still this worker's, and renews them in good time."""
+        """Check that the lease still holds, and renew it in good time."""
         late = now - running.renewed > self.lease / 4
         with self._outlasting():
-            for lease in [*running.leases]:
-                try:
-                    if late:
-                        self.store.renew(lease, self.lease)
-                    else:
-                        self.store.held(lease.job.id, lease.token)
-                except LeaseLost:
-                    if len(running.leases) == 1:
-                        self._ask_to_end(running)  # what becomes of its job is said when it has
-                        continue
-                    others = [other for other in running.leases if other.token != lease.token]
-                    running.leases = with_shares(others)  # its process hears of it too, and goes on with these
-                    self._let_go(lease)
+            try:
+                if late:
+                    self.store.renew(running.lease, self.lease)
+                else:
+                    self.store.get_lease(running.lease.job.id, running.lease.token)
+            except LeaseLost:
+                self._ask_to_end(running)  # its job is reported once the process has ended
+                return
             if late:
                 running.renewed, running.sure, self._away = now, now + self.lease, False
             return
