@@ -121,9 +121,9 @@ _FIXED = "events and bills of jobs are append-only"
 _OLD = "OLD.kind = 'metrics' AND EXISTS (SELECT 1 FROM jobs WHERE id = OLD.job AND ended < {now} - 30 * 86400)"
 
 
-def let_old_metrics_go(c: Connection) -> None:
-    """Of jobs that ended a month ago or earlier the database lets the events of kind metrics be removed, one for each
-    step; all else stays as `append_only` has it."""
+def _add_triggers(c: Connection) -> None:
+    """Make events and bills append-only, except for metrics events of jobs that ended a month ago or earlier."""
+    append_only(c, ("job_events", "job_bills"), "events and bills of jobs are", "job_records_fixed")
     if c.dialect.name == "postgresql":
         old = _OLD.format(now="EXTRACT(EPOCH FROM clock_timestamp())")
         c.exec_driver_sql(
@@ -144,17 +144,12 @@ def let_old_metrics_go(c: Connection) -> None:
     )
 
 
-def _first(c: Connection) -> None:
-    append_only(c, ("job_events", "job_bills"), "events and bills of jobs are", "job_records_fixed")
-    let_old_metrics_go(c)
-
-
 JOB_SCHEMA = Schema(
     "the tables of jobs",
     _TABLES,
     Path(__file__).parent / "versions",
     "job_version",
     0x6A6F6273,
-    _first,
+    _add_triggers,
     private=True,  # events show rows, and the preflight's one of them whole
 )

@@ -1,4 +1,4 @@
-"""The first tables of jobs."""
+"""The tables of jobs, which a new database gets from `veneer.jobs.tables`."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Nothing is before it."""
+    """Do nothing: this is the first revision."""
