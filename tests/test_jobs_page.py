@@ -77,7 +77,7 @@ def test_from_an_empty_machine_to_a_canary(
     for section in (by_rule, by_alias):
         after_from(section["after"], tmp_path)
     (tmp_path / "wrong.yaml").write_text(
-        yaml.safe_dump(given | {"after": {**by_rule["after"], "promote": "exact_mach > 1"}})
+        yaml.safe_dump(given | {"after": {**by_rule["after"], "promote": {"metric": "exact_mach"}}})
     )
     ran = run(capsys, "jobs", "submit", "wrong.yaml", "--tenant", "acme")
     assert (ran.code, "did you mean exact_match" in ran.err) == (2, True)

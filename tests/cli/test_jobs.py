@@ -38,7 +38,11 @@ def test_from_a_configuration_to_an_adapter(folder: Path, capsys: pytest.Capture
     with tenants_at(tenants) as known:
         assert known is not None
         manage.add_tenant(known, "acme", who="test")
-    after = {"evaluate": {"metrics": ["loss"]}, "route": {"name": "help"}, "promote": "loss <= base + 1"}
+    after = {
+        "evaluate": {"metrics": ["loss"]},
+        "route": {"name": "help"},
+        "promote": {"metric": "loss", "against": "base", "by": -1.0},
+    }
     given = yaml.safe_load((folder / "support.yaml").read_text()) | {"after": after}
     (folder / "looped.yaml").write_text(yaml.safe_dump(given))
     asked = ("submit", str(folder / "looped.yaml"), "--tenant", "acme", "--name", "support", "--tenants", tenants)
@@ -55,7 +59,7 @@ def test_from_a_configuration_to_an_adapter(folder: Path, capsys: pytest.Capture
     shown = run(capsys, "jobs", *at, "show", job["id"]).out
     assert "adapter      acme/support@1" in shown
     assert "cost         0.00 for " in shown
-    assert "route        `loss <= base + 1` is met: help leads to acme/support@1" in shown
+    assert "route        `loss better than base by at least -1` is met: help leads to acme/support@1" in shown
     listed = json.loads(run(capsys, "jobs", *at, "list", "--state", "succeeded", "--json").out)
     assert [(found["id"], found["step"]) for found in listed["jobs"]] == [(job["id"], STEPS)]
     assert "no jobs" in run(capsys, "jobs", *at, "list", "--tenant", "best").out

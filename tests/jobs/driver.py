@@ -43,7 +43,7 @@ LEASE = 0.05
 AFTER = {
     "evaluate": {"metrics": ["loss"]},
     "route": {"name": "support", "weight": 0.1},
-    "promote": "loss <= base + 1",
+    "promote": {"metric": "loss", "against": "base", "by": -1},
 }
 TERMS = TrainingTerms(price=4_000_000, budget=10**9)
 

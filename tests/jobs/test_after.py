@@ -12,57 +12,39 @@ from hypothesis import strategies as st
 
 from tests.jobs.small import small_config
 from veneer.errors import ConfigError, VeneerError
-from veneer.jobs.after import after_from, check_after, held_out_rows, load_job_config, parse_rule
+from veneer.jobs.after import PromotionRule, after_from, check_after, held_out_rows, load_job_config
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
 
 
 @given(
-    new=st.integers(0, 100), serving=st.integers(0, 100), sign=st.sampled_from([">=", ">", "<=", "<"]),
-    points=st.integers(0, 9), plus=st.sampled_from("+-"),
-)  # fmt: skip
-def test_a_rule_is_the_comparison_that_it_reads_as(new: int, serving: int, sign: str, points: int, plus: str) -> None:
-    """In whole hundredths, where arithmetic is exact: what is a point apart in floats is a point apart."""
-    scores = {"new": {"exact_match": new / 100}, "serving": {"exact_match": serving / 100}}
-    rule = parse_rule(f"exact_match {sign} serving {plus} {points} point{'s' * (points != 1)}")
-    bound = serving + points if plus == "+" else serving - points
-    assert rule.holds(scores) == {">=": new >= bound, ">": new > bound, "<=": new <= bound, "<": new < bound}[sign]
+    new=st.integers(0, 100),
+    serving=st.integers(0, 100),
+    by=st.integers(-9, 9),
+    metric=st.sampled_from(["bleu", "loss"]),
+)
+def test_a_rule_compares_in_the_direction_of_its_metric(new: int, serving: int, by: int, metric: str) -> None:
+    """In whole hundredths, where arithmetic is exact: a difference of 0.01 in floats is one of 0.01."""
+    rule = PromotionRule(metric=metric, by=by / 100)
+    holds = rule.holds({"new": {metric: new / 100}, "serving": {metric: serving / 100}})
+    assert holds == ((serving - new if metric == "loss" else new - serving) >= by)
 
 
 @pytest.mark.parametrize(
     ("rule", "holds"),
     [
-        ("loss < base", True), ("loss <= base - 0.5", True), ("loss<=base-0.6", False),
-        ("loss <= serving - 25 %", True),
-        ("loss <= serving - 26%", False), ("exact_match >= 0.5", True), ("exact_match > 50 %", False),
-        ("bleu >= serving + 2 points", True), ("bleu >= serving + 3 points", False), ("bleu >= 32", True),
-        ("rouge_l >= serving", None), ("exact_match >= serving", None),
+        ({"metric": "loss", "against": "base", "by": 0.5}, True), ({"metric": "loss", "by": 0.6}, False),
+        ({"metric": "loss"}, True), ({"metric": "rouge_l"}, None), ({"metric": "exact_match"}, None),
     ],
 )  # fmt: skip
-def test_units_and_sides(rule: str, holds: bool | None) -> None:
-    """None: something was not measured, and nothing is decided."""
+def test_a_rule_without_a_measurement_decides_nothing(rule: Any, holds: bool | None) -> None:
     scores: Any = {
-        "new": {"loss": 1.5, "exact_match": 0.5, "bleu": 32.0, "rouge_l": None},
-        "serving": {"loss": 2.0, "bleu": 30.0},
+        "new": {"loss": 1.5, "exact_match": 0.5, "rouge_l": None},
+        "serving": {"loss": 2.0, "rouge_l": 0.1},
         "base": {"loss": 2.0},
     }
-    assert parse_rule(rule).holds(scores) is holds
-
-
-@pytest.mark.parametrize(
-    ("rule", "said"),
-    [
-        ("exact_mach >= serving", "did you mean exact_match"), ("loss => serving", "is not a comparison"),
-        ("loss <= servin", "did you mean serving"), ("loss <= serving - 1 point", "loss has no points"),
-        ("exact_match >= serving + 1 pint", "did you mean point"), ("exact_match", "is not a rule"),
-        ("exact_match >= 1 + 2", "adds two numbers"), ("loss <= base; rm", "is not a rule"),
-    ],
-)  # fmt: skip
-def test_a_rule_that_is_none_names_the_word(rule: str, said: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        parse_rule(rule)
-    assert said in f"{error.value}"
+    assert PromotionRule(**rule).holds(scores) is holds
 
 
 @pytest.fixture
@@ -90,12 +72,15 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"route": {"name": "x", "weight": True}}, "`after.route.weight`"), ([1], "cannot be read"),
         ({"evaluate": {"metrics": ["exact_mach"]}}, "did you mean exact_match"), ({}, "nothing to do"),
         ({"route": None}, "`after.route.name`"),
-        ({**HELD, "promote": "loss <= base"}, "no route"), ({"route": {"name": "No Route"}}, "cannot name a route"),
+        ({**HELD, "promote": {"metric": "loss"}}, "no route"), ({"route": {"name": "No Route"}}, "cannot name a route"),
         ({"route": {"name": "globex/x"}}, "the namespace of another tenant"),
         ({"route": {"name": "everybodys"}}, "everybody's route"), ({"route": {"name": "split"}}, "shared out already"),
         ({"route": {"name": "moving"}}, "the newest version"),
-        ({"route": {"name": "x"}, "promote": "loss <= base"}, "loss decides and is not measured"),
-        ({**HELD, "route": {"name": "x"}, "promote": "bleu > base"}, "metrics: [exact_match, loss, bleu]"),
+        ({"route": {"name": "x"}, "promote": {"metric": "loss"}}, "loss decides and is not measured"),
+        ({**HELD, "route": {"name": "x"}, "promote": {"metric": "bleu"}}, "metrics: [exact_match, loss, bleu]"),
+        ({"promote": {"metric": "exact_mach"}, "alias": "x"}, "did you mean exact_match"),
+        ({"promote": {"metric": "loss", "against": "servin"}}, "`after.promote.against`"),
+        ({"promote": {"metric": "loss", "buy": 1}}, "did you mean by"), ({"promote": "loss < base"}, "`after.promote`"),
         ({"route": {"name": "x"}, "alias": "prod"}, "leave one out"), ({"alias": "Prod"}, "cannot be an alias"),
     ],
 )  # fmt: skip
@@ -129,8 +114,14 @@ def test_overrides_reach_what_comes_after(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    rule = "after.promote=loss <= serving - 2 %"
-    given = ["after.evaluate.data=held.jsonl", "after.evaluate.metrics=[loss]", rule, "adapter.rank=3"]
+    rule = "after.promote.metric=loss"
+    given = [
+        "after.evaluate.data=held.jsonl",
+        "after.evaluate.metrics=[loss]",
+        rule,
+        "after.promote.by=0.02",
+        "adapter.rank=3",
+    ]
     for file, name in (("a.yaml", "x"), ("b.yaml", "y")):
         more = ["after.route.weight=0.25"] if name == "x" else ["after.route={name: y, weight: 0.25}"]
         run, after = load_job_config(tmp_path / file, [*given, *more])
@@ -144,13 +135,13 @@ def test_overrides_reach_what_comes_after(tmp_path: Path, monkeypatch: pytest.Mo
                 "max_new_tokens": 256,
             },
             "route": {"name": name, "weight": 0.25, "shadow": False},
-            "promote": "loss <= serving - 2 %",
+            "promote": {"metric": "loss", "against": "serving", "by": 0.02},
             "alias": None,
         }
     for wrong, said in {
         "after.route.wight=1": "did you mean weight",
         "after.route.weight=2": "`after.route.weight`",
-        "after.promote.now=1": "is no section",
+        "after.promote.metric.now=1": "is no section",
         "after.route": "not an override",
     }.items():
         with pytest.raises(ConfigError) as error:

@@ -108,7 +108,7 @@ def shop(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:  # noq
     tenants.close()
 
 
-RULE = {"evaluate": {"metrics": ["exact_match"]}, "promote": "exact_match >= serving + 1 point"}
+RULE = {"evaluate": {"metrics": ["exact_match"]}, "promote": {"metric": "exact_match", "by": 0.01}}
 BETTER, WORSE = {"base": 0.1, "serving": 0.5, "new": 0.51}, {"base": 0.1, "serving": 0.5, "new": 0.505}
 OLD = {"targets": {"acme/old@1": 1}, "shadow": None}
 NEW = {"targets": {"acme/new@1": 1}, "shadow": None}
@@ -177,7 +177,7 @@ def test_a_job_is_compared_with_what_serves_then(shop: Shop, monkeypatch: pytest
     after = {
         "evaluate": {"data": "held.jsonl", "metrics": ["loss"]},
         "route": {"name": "support"},
-        "promote": "loss < serving",
+        "promote": {"metric": "loss"},
     }
     first = shop.submit(after)
     assert first.state == "queued", first.error

@@ -56,7 +56,11 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         file = sent(ROWS)
         hyper: Any = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 100}
         method: Any = {"type": "supervised", "supervised": {"hyperparameters": hyper}}
-        after = {"evaluate": {"data": file, "metrics": ["loss"]}, "route": {"name": "help"}, "promote": "loss < base"}
+        after = {
+            "evaluate": {"data": file, "metrics": ["loss"]},
+            "route": {"name": "help"},
+            "promote": {"metric": "loss", "against": "base"},
+        }
         job = acme.fine_tuning.jobs.create(
             model="tiny", training_file=file, suffix="Support", method=method, seed=3, extra_body={"after": after}
         )

@@ -3,15 +3,11 @@
     after:
       evaluate: {data: held-out.jsonl, metrics: [exact_match, loss]}       or the run's own validation rows
       route: {name: acme/support, weight: 0.1, shadow: true}               the new version beside what serves now
-      promote: "exact_match >= serving + 1 point"                          or by hand
+      promote: {metric: exact_match, against: serving, by: 0.01}           or by hand
       alias: prod                                                          in place of a route: support@prod
 
-A rule is one comparison:
-
-    METRIC  >= | > | <= | <  serving | base | NUMBER  [+ | - NUMBER [point | points | %]]
-
-A point is a hundredth of a share (exact_match, valid_json, rouge_l, likelier, reward_accuracy) and one of BLEU's; a
-per cent is of what it is added to; a plain number is in the metric's own unit. `jobs.canary` does what is read here.
+A new version is promoted if its metric is better than that of `against` (serving or base) by at least `by`, in the
+metric's own unit. `jobs.canary` does what is read here.
 Knows no job.
 """
 
@@ -19,11 +15,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
@@ -36,91 +30,15 @@ from veneer.train.config.sentence import is_sentence
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import Row, read_rows, split_rows
 
-_POINTS: Mapping[str, float | None] = {
-    "exact_match": 0.01, "valid_json": 0.01, "rouge_l": 0.01, "bleu": 1.0, "likelier": 0.01, "reward_accuracy": 0.01,
-    "loss": None, "perplexity": None, "reward_margin": None,
-}  # fmt: skip
-"""Metrics, as `train.text.evaluate` has them, and what a point of each is."""
+_METRICS = (
+    "exact_match", "valid_json", "rouge_l", "bleu", "likelier", "reward_accuracy",
+    "loss", "perplexity", "reward_margin",
+)  # fmt: skip
+"""Metrics of `train.text.evaluate`."""
+_LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 _ANSWERED = frozenset({"exact_match", "valid_json", "rouge_l", "bleu"})
 """Metrics for which the model has to answer."""
 _ROUNDING = 1e-9
-
-
-# -- the rule ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PromotionRule:
-    """`metric` `sign` (`side`, which is serving or base, or 0 where it is "") + `by`; `relative`: so
-    much of the side."""
-
-    text: str
-    metric: str
-    sign: str
-    side: str
-    by: float = 0.0
-    relative: bool = False
-
-    def bound(self, scores: Mapping[str, Mapping[str, float | None]]) -> float | None:
-        """What the metric is compared with; None where that was not measured. `scores`: of base and serving."""
-        if not self.side:
-            return self.by
-        value = scores[self.side].get(self.metric)
-        return None if value is None else value * (1 + self.by) if self.relative else value + self.by
-
-    def holds(self, scores: Mapping[str, Mapping[str, float | None]]) -> bool | None:
-        """Whether `scores` (of new, serving, base) meet it; None where one of them was not measured."""
-        new, bound = scores["new"].get(self.metric), self.bound(scores)
-        if new is None or bound is None or not (math.isfinite(new) and math.isfinite(bound)):
-            return None
-        # 0.8 + 0.01 is not quite 0.81
-        return {
-            ">=": new >= bound - _ROUNDING,
-            ">": new > bound + _ROUNDING,
-            "<=": new <= bound + _ROUNDING,
-            "<": new < bound - _ROUNDING,
-        }[self.sign]
-
-
-_NUMBER = r"\d+(?:\.\d+)?"
-_RULE = re.compile(
-    rf"\s*(\w+)\s*([<>=!]+)\s*(?:({_NUMBER})\s*([a-z]+|%)?|([A-Za-z_]\w*))"
-    rf"\s*(?:([+-])\s*({_NUMBER})\s*([a-z]+|%)?)?\s*"
-)
-_EXAMPLE = "exact_match >= serving + 1 point, loss < serving - 2 %, exact_match >= 0.9"
-
-
-def parse_rule(text: str) -> PromotionRule:
-    """Raises ConfigError that names the word that is wrong, and the nearest."""
-    where = "after.promote"
-    found = _RULE.fullmatch(text) if len(text) <= 200 else None
-    if found is None:
-        raise ConfigError(f"{quoted(text, 80)} is not a rule", where=where, fix=f"as in {_EXAMPLE}")
-    metric, sign, number, own, side, plus, by, unit = found.groups()
-    one_of(metric, _POINTS, "a metric", where)
-    one_of(sign, (">=", ">", "<=", "<"), "a comparison", where)
-    if number is not None:
-        if plus is not None:
-            raise ConfigError(f"{quoted(text, 80)} adds two numbers", where=where, fix="write their sum")
-        return PromotionRule(text, metric, sign, "", _amount(metric, number, own, 0.01))
-    one_of(side, ("serving", "base"), "what a metric is compared with", where)
-    relative = unit == "%"
-    amount = 0.0 if by is None else float(by) / 100 if relative else _amount(metric, by, unit, None)
-    return PromotionRule(text, metric, sign, side, -amount if plus == "-" else amount, relative)
-
-
-def _amount(metric: str, number: str, unit: str | None, percent: float | None) -> float:
-    """A number with its unit as the metric's own. `percent`: of a number alone, that of a share."""
-    if unit is None:
-        return float(number)
-    one_of(unit, ("point", "points", "%"), "a unit", "after.promote")
-    size = _POINTS[metric]
-    if unit == "%" and size is not None and percent is not None:
-        size = percent if size < 1 else 1.0
-    if size is None:
-        what = f"{metric} has no {'per cent' if unit == '%' else 'points'}"
-        raise ConfigError(what, where="after.promote", fix="a plain number, or `serving - 2 %`")
-    return float(number) * size
 
 
 # -- the section -------------------------------------------------------------------------------------------------------
@@ -156,25 +74,45 @@ class CanaryRoute(_Section):
     shadow: bool = False
 
 
+class PromotionRule(_Section):
+    """Promote if `metric` is better than that of `against` by at least `by`, in the metric's own unit."""
+
+    metric: str
+    against: Literal["serving", "base"] = "serving"
+    by: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.metric} better than {self.against} by at least {self.by:g}"
+
+    def holds(self, scores: Mapping[str, Mapping[str, float | None]]) -> bool | None:
+        """Whether `scores` (of new, serving, base) meet the rule; None if one of them was not measured."""
+        new, old = scores["new"].get(self.metric), scores[self.against].get(self.metric)
+        if new is None or old is None or not (math.isfinite(new) and math.isfinite(old)):
+            return None
+        gain = old - new if self.metric in _LOWER_IS_BETTER else new - old
+        return gain >= self.by - _ROUNDING  # 0.51 - 0.5 is not quite 0.01
+
+
 class AfterJob(_Section):
     """The section `after`. `alias`: of the adapter's name in the library, in place of a route."""
 
     evaluate: HeldOut | None = None
     route: CanaryRoute | None = None
     alias: str | None = None
-    promote: str | None = None
+    promote: PromotionRule | None = None
 
     def on(self, data: list[str]) -> AfterJob:
         """The same, evaluated on these files."""
         held = (self.evaluate or HeldOut()).model_copy(update={"data": data})
         return self.model_copy(update={"evaluate": held})
 
-    @property
-    def rule(self) -> PromotionRule | None:
-        return None if self.promote is None else parse_rule(self.promote)
 
-
-_MODELS: Mapping[str, type[_Section]] = {"": AfterJob, "evaluate": HeldOut, "route": CanaryRoute}
+_MODELS: Mapping[str, type[_Section]] = {
+    "": AfterJob,
+    "evaluate": HeldOut,
+    "route": CanaryRoute,
+    "promote": PromotionRule,
+}
 
 
 def load_job_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[RunConfig, AfterJob | None]:
@@ -251,7 +189,7 @@ def _line(error: Any) -> str:
 def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tenants: Store | None) -> None:
     """Raises ConfigError for what could not be done once the job is trained, whatever its rows are. `name`: of its
     adapter."""
-    rule = after.rule
+    rule = after.promote
     if after.route is not None and after.alias is not None:
         raise ConfigError("a route and an alias: a job moves one of them", where="after", fix="leave one out")
     if after.route is None and after.alias is None and (after.evaluate is None or rule is not None):
@@ -263,8 +201,9 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
             fix = "leave it out, and promote by hand: veneer jobs promote"
             raise ConfigError("pictures are not evaluated by a number", where="after.evaluate", fix=fix)
         for metric in after.evaluate.metrics:
-            one_of(metric, _POINTS, "a metric", "after.evaluate.metrics")
+            one_of(metric, _METRICS, "a metric", "after.evaluate.metrics")
     if rule is not None:
+        one_of(rule.metric, _METRICS, "a metric", "after.promote.metric")
         measured = [] if after.evaluate is None else after.evaluate.metrics
         if rule.metric not in measured:
             fix = f"evaluate: {{metrics: [{', '.join([*measured, rule.metric])}]}}"

@@ -189,12 +189,12 @@ def _verdict(after: AfterJob, compared: Mapping[str, Any] | None) -> tuple[bool 
     """Whether the rule is met, None where there is none, and that in words; why nothing may move, "" where it may."""
     if after.evaluate is not None and compared is None:
         return None, "", "it was not compared"
-    if (rule := after.rule) is None:
+    if (rule := after.promote) is None:
         return None, "", ""
     met = rule.holds(compared["scores"]) if compared is not None else None
     if met is None:
-        return None, "", f"`{rule.text}` could not be decided"
-    return met, f"`{rule.text}` is {'met' if met else 'not met'}: ", ""
+        return None, "", f"`{rule}` could not be decided"
+    return met, f"`{rule}` is {'met' if met else 'not met'}: ", ""
 
 
 def _version(library: Library, name: str) -> str | None:

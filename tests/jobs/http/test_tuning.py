@@ -327,7 +327,7 @@ def test_the_guides_bodies(client: openai.OpenAI, body: dict[str, Any]) -> None:
         (after(rout={}), "after", "invalid_request", "rout"),
         (after(alias="prod"), "after.alias", "invalid_request", "a name of its own"),
         (after(route={"name": "globex/x"}), "after.route.name", "invalid_request", "another tenant"),
-        (after(evaluate={}, promote="loss < base"), "after", "invalid_request", "no route"),
+        (after(evaluate={}, promote={"metric": "loss"}), "after", "invalid_request", "no route"),
         (after(evaluate={"metrics": ["exact_mach"]}), "after.evaluate.metrics", "invalid_request", "exact_match"),
         (after(evaluate={"limit": 5000}), "after.evaluate.limit", "invalid_request", "1,000"),
         (after(evaluate={"data": "/etc/passwd"}), "after.evaluate.data", "file_not_found", "upload it first"),
@@ -393,7 +393,7 @@ def test_what_a_job_does_once_it_is_trained(jobs: Jobs, client: openai.OpenAI) -
     section = {
         "evaluate": {"data": sent(client, name="held.jsonl"), "metrics": ["exact_match"]},
         "route": {"name": "support", "weight": 0.2},
-        "promote": "exact_match >= serving + 1 point",
+        "promote": {"metric": "exact_match", "against": "serving", "by": 0.01},
     }
     job = made(client, **after(**section))
     client.files.delete(section["evaluate"]["data"])
