@@ -503,36 +503,6 @@ def large(task: Task) -> dict[str, Any]:
     return _train(task, task.sizes.large, _load_70b(task), 1)
 
 
-def _traced(task: Task, base: Any, load: Any) -> dict[str, Any]:
-    """What `veneer plan --trace` says of the same step on this card, which it leaves alone."""
-    if task.dry:
-        return {"left_out": "a dry run has no card"}
-    from veneer.plan.plan import TrainingJob, text_plan
-    from veneer.plan.shape import text_shape
-    from veneer.train.traced import traced_plan
-
-    fields, (device, rates, _) = _config(base), _planned_for(task)
-    plan = text_plan("", text_shape(fields), load, device, rates, TrainingJob(len(load.lengths), load.longest))
-    load, why = settled(plan)
-    if load is None:
-        return {"left_out": why}
-    found = traced_plan(plan, fields)
-    figures = [
-        Figure("peak memory, traced", found.trace.peak / 1e9, "GB", planned=found.counted_peak / 1e9),
-        Figure("operations begun", found.trace.operations, "launches"),
-        Figure("waits of the host", sum(found.waits.values()), "waits"),
-    ]
-    return _result(figures, _described(plan, load), found.ways)
-
-
-def trace_8b(task: Task) -> dict[str, Any]:
-    return _traced(task, task.sizes.text, _load_8b(task))
-
-
-def trace_70b(task: Task) -> dict[str, Any]:
-    return _traced(task, task.sizes.large, _load_70b(task))
-
-
 def _peer_steps(task: Task, model: Any, *notes: str) -> dict[str, Any]:
     """The same steps by a model of transformers' kind that carries its own adapter."""
     import torch
@@ -990,8 +960,6 @@ SIDES = [
     Side("serve", "veneer, Llama 3 8B", 75, serve),
     Side("flux", "veneer, FLUX.1 dev", 65, flux),
     Side("products", "veneer, few rows", 30, products),
-    Side("train", "veneer plan --trace", 35, trace_8b),
-    Side("large", "veneer plan --trace", 65, trace_70b),
     Side("qlora", "bitsandbytes + PEFT", 75, bitsandbytes_peft, "bitsandbytes"),
     Side("serve", "vLLM", 150, vllm, "vllm"),
     Side("qlora", "Unsloth", 120, unsloth, "unsloth"),

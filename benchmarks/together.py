@@ -1,17 +1,11 @@
 """Many customers' adapters: in one pass of the base, beside one run after another.
 
     python benchmarks/together.py [--customers 8] [--rows 1] [--tokens 128] [--steps 12] [--rounds 3] [--json]
-    python benchmarks/together.py --trace h100-80gb [--base meta-llama/Llama-3.1-8B]
 
 Real runs of `run_texts` and `run_text` on SmolLM2-135M in bfloat16, each side a process of its own: rank 16 on all
 linear layers, AdamW, answers learned, prompts cut to a row's length. A side's time is from the end of its first step to
 the end of its last but one, of each run for those that come after another: loading, checks, files and proofs are
 outside of it, whatever a step is made of is within. Peak memory is of the whole process; one run's stands beside both.
-
-With `--trace` nothing is run: a step of all in one pass, and one of one run, are followed on a GPU that is not there,
-in 16 bits and in nf4. Every kernel takes its bytes or its operations, the longer of them at the rates of a plan;
-the host, which begins them one by one, takes its assumed time for each; a step is the longer of the two. Layers between
-the first and the last are alike, so a base of two and one of three are followed, and the others counted.
 """
 
 from __future__ import annotations
@@ -119,7 +113,6 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--trace", metavar="GPU", help="follow a step on a GPU that is not there, instead")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -130,7 +123,7 @@ def main() -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    result = trace(args, say) if args.trace else compare(args, say)
+    result = compare(args, say)
     print(json.dumps(result) if args.json else "\n".join(lines_of(result)))
 
 
@@ -163,54 +156,6 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         "rounds": args.rounds,
     }
     return report(rows, bars, {**about, "how": found[together][0]["how"]})
-
-
-def trace(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    from veneer.plan.memory import Load
-    from veneer.plan.tables import base_config, device_named
-    from veneer.plan.time import KERNEL_BEGUN, rates_of
-    from veneer.train.traced import traced_together
-
-    fields, device = base_config(args.base), device_named(args.trace)
-    layers, rates = int(fields["num_hidden_layers"]), rates_of(device)
-
-    def followed(kept: int, runs: int, load: Load) -> dict[str, float]:
-        """Of a step on a base of so many layers: milliseconds, GB, and how many kernels there are."""
-        one = traced_together({**fields, "num_hidden_layers": kept}, [load] * runs, device, say).trace
-        return {
-            "the device alone": 1e3 * one.seconds(rates),
-            "the host alone": 1e3 * one.begun_seconds,
-            "bytes alone": 1e3 * sum(n * size for (_, size), n in one.work.items()) / rates.bandwidth,
-            "products alone": 1e3 * sum(n * each for (each, _), n in one.work.items()) / rates.operations,
-            "weights read": one.weights / 1e9,
-            "kernels": one.kernels,
-        }
-
-    units = {"weights read": "GB", "kernels": ""}
-    rows, bars = [], []
-    for quantise in (None, "nf4"):
-        load = Load((args.tokens,) * args.rows, rank=args.rank, quantise=quantise)
-        sides = []
-        for name, runs, times in ((SIDES[0], args.customers, 1), (SIDES[1], 1, args.customers)):
-            two, three = followed(2, runs, load), followed(3, runs, load)
-            whole = {key: times * (two[key] + (layers - 2) * (three[key] - two[key])) for key in two}
-            sides.append({"step": max(whole["the device alone"], whole["the host alone"]), **whole})
-            label = f"{quantise or '16 bits'}, {name}"
-            rows += [row(label, key, value, units.get(key, "ms")) for key, value in sides[-1].items()]
-        together, apart = sides
-        label = f"{quantise or '16 bits'}, ratio"
-        rows += [row(label, key, apart[key] / together[key], "×") for key in together]
-        what = f"{quantise or '16 bits'}: {args.customers} together over {SIDES[1]}"
-        bars.append(bar(what, 2.5, apart["step"] / together["step"]))
-    about = {
-        "traced, not run": device.label or device.name,
-        "rates": rates.source,
-        "the host": f"{1e6 * KERNEL_BEGUN:g} µs a kernel, assumed",
-        "base": args.base,
-        "customers": args.customers,
-        "a step of each": f"{args.rows} × {args.tokens} tokens",
-    }
-    return report(rows, bars, about)
 
 
 if __name__ == "__main__":

@@ -81,18 +81,5 @@ def _own_home(_kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield
 
 
-@pytest.fixture(scope="session")
-def gpu_that_is_not_there() -> None:
-    """For tests that follow a step on one: skipped where torch is for CPUs and there is no C++ compiler."""
-    from veneer.errors import ResourceError
-    from veneer.plan.fake_cuda import fake_cuda
-
-    try:
-        with fake_cuda():
-            pass
-    except ResourceError as error:
-        pytest.skip(str(error))
-
-
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # or what a library looks for at its end is told as leaked

@@ -39,17 +39,3 @@ def test_both_sides_train_every_customer_on_rows_of_the_length(bench: Any, tmp_p
         assert found["tokens_per_second"] > 0
         assert found["tokens"] == 3 * 2 * 96
         assert len(list(folder.glob("out-*/adapter_model.safetensors"))) == 3
-
-
-@pytest.mark.usefixtures("gpu_that_is_not_there")
-def test_a_trace_says_what_a_step_takes_of_all_at_once_and_one_after_another(bench: Any, tmp_path: Path) -> None:
-    args = argparse.Namespace(
-        customers=2, rows=1, tokens=48, rank=2, base=str(tiny_base_dir(tmp_path)), trace="h100-80gb"
-    )
-    found = bench.trace(args, lambda line: None)
-    value = {(row["name"], row["metric"]): row["value"] for row in found["rows"]}
-    for kind in ("16 bits", "nf4"):
-        together, apart = (f"{kind}, {side}" for side in bench.SIDES[:2])
-        assert value[apart, "kernels"] > value[together, "kernels"] > 0
-        assert value[apart, "step"] > value[together, "step"] >= value[together, "the device alone"] > 0
-    assert [bar["want"] for bar in found["bars"]] == ["≥ 2.5"] * 2

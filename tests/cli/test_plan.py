@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +95,6 @@ def test_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         ([*SMALL, "--dtype", "float61"], "'float61' is not a precision"),
         ([*SMALL, "--gpus", "2"], "--gpus: the plan is for this machine's processor"),
         ([*SMALL, "--price", "3"], "--price: the plan is for this machine's processor"),
-        ([*SMALL, "--trace"], "--trace: the plan is for this machine's processor"),
         ([*SMALL, "--longest", "5"], "the longest row has 5 tokens, and rows have 9 on average"),
         ([*SMALL, "--longest", "99999999999"], "--longest"),
         ([*SMALL, "--epochs", "inf"], "inf is not a finite number"),
@@ -132,105 +130,6 @@ def test_a_calibration_is_taken_kept_and_used(capsys: pytest.CaptureFixture[str]
     assert ran.code == 0, ran.err
     assert "measured here with" in ran.out
     assert (home / "plan-calibration.json").is_file()
-
-
-def test_a_trace_goes_on_below_the_plan(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, gpu_that_is_not_there: None
-) -> None:
-    base = tiny_base_dir(tmp_path)
-    asked = ["plan", "--base", str(base), "--gpu", "h100-80gb", "--rows", "8", "--tokens-per-row", "16", "--batch", "2"]
-    plain, ran = run(capsys, *asked), run(capsys, *asked, "--trace")
-    assert ran.code == 0, ran.err
-    assert ran.out.startswith(plain.out + "\ntraced: ")
-    phases = [line for line in ran.err.splitlines() if line.startswith("trace: step")]
-    assert [line.split(" (")[0] for line in phases] == [
-        f"trace: step {step} of 2: {way}" for step in (1, 2) for way in ("forward", "backward")
-    ]
-    found = json.loads(run(capsys, *asked, "--trace", "--json").out)
-    assert found["trace"]["peak_bytes"] > 0
-
-
-def test_a_trace_follows_the_server_that_is_planned_too(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, gpu_that_is_not_there: None
-) -> None:
-    base = tiny_base_dir(tmp_path)
-    asked = ["plan", "--base", str(base), "--gpu", "h100-80gb", "--rows", "8", "--tokens-per-row", "16", "--batch", "2"]
-    asked += ["--prompt", "20", "--answer", "12", "--together", "5", "--tenants", "3", "--rank", "4", "--trace"]
-    ran = run(capsys, *asked)
-    assert ran.code == 0, ran.err
-    trained, served = ran.out.index("\ntraced: "), ran.out.index("\nserved, traced: ")
-    assert trained < served
-    assert "the host waits inside the step: never" in ran.out[served:]
-    assert ran.err.count("trace: a server's step") == 2
-    found = json.loads(run(capsys, *asked, "--json").out)
-    assert found["serving_trace"]["parts"]["adapters"] > 0
-    assert not found["serving_trace"]["waits"]
-
-
-def test_a_server_s_trace_that_is_stopped_leaves_the_run_s(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Step:
-        def to_dict(self) -> dict[str, int]:
-            return {"peak_bytes": 5}
-
-        def text(self) -> str:
-            return "traced: the run's"
-
-    def stopped(*_: object) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        pytest.fail("nothing has stopped it")
-
-    monkeypatch.setattr("veneer.train.traced.traced_plan", lambda *_: Step())
-    monkeypatch.setattr("veneer.serve.traced.traced_traffic", stopped)
-    ran = run(capsys, *ONE_COMMAND, "--trace")
-    assert ran.code == 143
-    assert ran.out == run(capsys, *ONE_COMMAND).out + "\ntraced: the run's\n"
-    found = json.loads(run(capsys, *ONE_COMMAND, "--trace", "--json").out)
-    assert (found["trace"], found["serving_trace"]) == ({"peak_bytes": 5}, None)
-
-
-@pytest.mark.parametrize(("signals", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_trace_that_is_stopped_leaves_the_plan(
-    signals: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(*_: object) -> None:
-        signal.raise_signal(getattr(signal, signals))
-        pytest.fail("nothing has stopped it")
-
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("veneer.train.traced.traced_plan", stopped)
-    whole = run(capsys, *ONE_COMMAND)
-    ran = run(capsys, *ONE_COMMAND, "--trace")
-    assert ran.code == code
-    assert ran.out == whole.out
-    assert "the plan is whole" in ran.err
-    ran = run(capsys, *ONE_COMMAND, "--trace", "--json")
-    assert ran.code == code
-    assert json.loads(ran.out) == json.loads(run(capsys, *ONE_COMMAND, "--json").out) | {
-        "trace": None,
-        "serving_trace": None,
-    }
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_the_plan_is_on_the_screen_while_the_trace_goes_on() -> None:
-    """A pipe has it before the trace ends, which here never does."""
-    code = (
-        "import time\nimport veneer.train.traced as traced\nfrom veneer.cli.main import main\n"
-        f"traced.traced_plan = lambda *_: time.sleep(600)\nmain({[*ONE_COMMAND, '--trace']!r})"
-    )
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            assert process.stdout.readline().startswith("It does not fit as given")
-            assert "a step is traced now" in process.stderr.readline()
-        finally:
-            process.kill()
 
 
 def test_the_smallest_card_of_each_base_is_on_the_page(capsys: pytest.CaptureFixture[str]) -> None:

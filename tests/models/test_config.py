@@ -145,13 +145,9 @@ def test_a_wrong_value_is_named_with_its_file_and_key(
 
 @pytest.mark.parametrize(("changes", "said"), WORDS)
 def test_what_transformers_alone_knows_is_said_where_it_is_used(
-    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], gpu_that_is_not_there: None
+    changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     base = broken(tmp_path, changes)
-    asked = ["plan", "--base", str(base), "--rows", "5", "--tokens-per-row", "9", "--gpu", "h100-80gb", "--trace"]
-    ran = run(capsys, *asked)
-    assert ran.code == 2, ran.err
-    assert all(part in ran.err for part in said.split(" | ")), ran.err
     with pytest.raises(ConfigError) as error:
         read_base_config(base)
     assert all(part in str(error.value) for part in said.split(" | "))

@@ -305,30 +305,3 @@ def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
     with ThreadPoolExecutor(len(kinds)) as pool:
         assert list(pool.map(load, kinds)) == [{kind} for kind in kinds]
     assert PreTrainedModel.tie_weights is tie  # transformers takes it off while it loads
-
-
-@pytest.mark.usefixtures("gpu_that_is_not_there")
-def test_on_a_gpu_each_weight_is_quantised_there_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Followed on a made-up GPU: codes are made there, one weight in full beside them at a time."""
-    from veneer.ops import quantisation_formats
-    from veneer.plan.trace import traced
-
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads of a load are not within a trace
-    model = FAMILIES["qwen3_moe"]().to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "m")
-    try:
-        with traced() as trace:
-            given = tmp_path / "m", read_base_config(tmp_path / "m"), tensor_table(tmp_path / "m")
-            loaded, _ = load_quantised(*given, "nf4", torch.bfloat16, torch.device("cuda", 0))
-            assert all(p.device.type == "cuda" for p in loaded.parameters())
-            held = trace.hold("weights", loaded.parameters())
-            largest = max(p.numel() for p in model.parameters())
-            assert trace.peak < held + 40 * largest  # in float32 with what rounding it to codes makes on the way
-            assert loaded.config._experts_implementation == "grouped_mm"
-    finally:  # tables that are kept by device are made up now
-        for kept in (
-            quantisation_formats.code_bounds,
-            quantisation_formats.four_bit_values,
-            quantisation_formats.dynamic_map,
-        ):
-            kept.cache_clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +11,10 @@ import typer
 
 from veneer.cli.options import AsJson, is_config
 from veneer.cli.output import say
-from veneer.errors import ConfigError, Interrupted, gigabytes, one_of
+from veneer.errors import ConfigError, gigabytes, one_of
 
 if TYPE_CHECKING:
-    from veneer.plan.plan import GroupPlan, Plan
-    from veneer.plan.traced import TracedStep
+    from veneer.plan.plan import Plan
 
 app = typer.Typer(add_completion=False)
 
@@ -99,10 +97,6 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure this machine with short real steps first, and keep the rates.")
     ] = False,
-    trace: Annotated[
-        bool,
-        typer.Option("--trace", help="Then follow a whole step on that GPU, without having it: bytes, waits, float32."),
-    ] = False,
     smallest: Annotated[
         bool,
         typer.Option("--smallest-card", help="Of an image base, or of all: the smallest card that trains it, and how."),
@@ -139,7 +133,7 @@ def plan(
         one_of(quantise, ("nf4", "fp4", "int8"), "a quantisation that can be planned", "--quantise")
     one_of(dtype, ("bfloat16", "float32", "float16"), "a precision that can be planned", "--dtype")
     if gpu is None or gpu == "cpu":
-        _refuse(context, {*_OF_CARDS, "trace"}, "the plan is for this machine's processor", "name a card with --gpu")
+        _refuse(context, _OF_CARDS, "the plan is for this machine's processor", "name a card with --gpu")
         device = cpu_device()
     else:
         device = device_named(gpu, count=gpus, price=price)
@@ -155,23 +149,17 @@ def plan(
         _refuse(context, {"base", *_SERVED, *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "of several runs")
         from veneer.plan.render import group_text
         from veneer.train.config.load import load_config
-        from veneer.train.planning import base_fields, plan_of_texts
+        from veneer.train.planning import plan_of_texts
 
         files, changes = [str(config), *more], [word for word in overrides or [] if word not in more]
         given = {"rows": rows, "tokens_per_row": tokens_per_row, "longest": longest, "trained": trained}
         group = plan_of_texts([load_config(file, changes)[0] for file in files], files, device, [given] * len(files))
-        if not as_json:
-            print(group_text(group, files), flush=True)
-        steps, stopped = _traced(group, base_fields(group.plans[0].base), not as_json) if trace else ({}, None)
-        if as_json:
-            print(json.dumps(group.to_dict() | {name: step and step.to_dict() for name, step in steps.items()}))
-        if stopped is not None:
-            raise typer.Exit(stopped.exit_code)
+        print(json.dumps(group.to_dict()) if as_json else group_text(group, files))
         return
     if config is not None:
         _refuse(context, {"base", *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "the configuration says it")
         from veneer.train.config.load import load_config
-        from veneer.train.planning import base_fields, plan_of_config
+        from veneer.train.planning import plan_of_config
 
         run, _ = load_config(config, overrides or [])
         made = plan_of_config(
@@ -183,11 +171,10 @@ def plan(
             trained=trained,
             traffic=None if prompt is None else Traffic(prompt, answer, together, tenants),
         )
-        fields = base_fields(run.base.name)
     elif base is not None:
         if rows is None:
             raise ConfigError("a plan needs --rows", fix=_EXAMPLE.removeprefix("Example: "))
-        found = fields = base_config(base)
+        found = base_config(base)
         rates, process = rates_here(device, dtype)
         if is_denoiser(found):
             _refuse(context, _OF_TEXT | _SERVED, "the base is for pictures", "leave it out")
@@ -228,70 +215,16 @@ def plan(
             made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
     else:
         raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
-    if not as_json:
-        print(plan_text(made), flush=True)  # before a trace, which takes minutes
-        if device.kind == "cpu":
-            import torch
-
-            from veneer.train.preflight import free_memory
-
-            print(f"free now  {gigabytes(free_memory(torch.device('cpu')))} of memory on this machine", flush=True)
-    steps, stopped = _traced(made, fields, not as_json) if trace else ({}, None)
     if as_json:
-        print(json.dumps(made.to_dict() | {name: step and step.to_dict() for name, step in steps.items()}))
-    if stopped is not None:
-        raise typer.Exit(stopped.exit_code)
+        print(json.dumps(made.to_dict()))
+        return
+    print(plan_text(made))
+    if device.kind == "cpu":
+        import torch
 
+        from veneer.train.preflight import free_memory
 
-def _traced(
-    made: Plan | GroupPlan, fields: dict[str, Any], show: bool
-) -> tuple[dict[str, TracedStep | None], Interrupted | None]:
-    """The plan's step followed, and where it serves those of a server, by their names in JSON; None for what a signal
-    came before, with that signal. `show`: each is printed as it is there."""
-    from veneer.plan.plan import GroupPlan
-    from veneer.train.signals import heard
-
-    say("a step is traced now, a minute or two for a large base; Ctrl-C stops it, and the plan stays")
-    traffic = None if isinstance(made, GroupPlan) else made.traffic
-    found: dict[str, TracedStep | None] = {"trace": None, **({"serving_trace": None} if traffic else {})}
-
-    def progress(line: str) -> None:
-        say(f"trace: {line}")
-
-    try:
-        with heard(_interrupt, signal.SIGTERM):
-            from veneer.train.traced import traced_group, traced_plan
-
-            if isinstance(made, GroupPlan):
-                found["trace"] = traced_group(made, fields, progress)
-            else:
-                found["trace"] = traced_plan(made, fields, progress)
-            _show(found["trace"], show)
-            if traffic is not None and not isinstance(made, GroupPlan):
-                from veneer.serve.traced import traced_traffic
-
-                try:
-                    found["serving_trace"] = traced_traffic(made, fields, progress)
-                except ConfigError as error:
-                    say(str(error))  # the run's trace is worth having without it
-                _show(found["serving_trace"], show)
-            return found, None
-    except KeyboardInterrupt:
-        stopped = Interrupted("stopped")
-    except Interrupted as error:
-        stopped = error
-    say("the trace was stopped before its end; the plan is whole")
-    return found, stopped
-
-
-def _show(step: TracedStep | None, show: bool) -> None:
-    if show and step is not None:
-        print("\n" + step.text(), flush=True)
-
-
-def _interrupt(number: int) -> None:
-    """SIGTERM raises Interrupted, as Ctrl-C does KeyboardInterrupt."""
-    raise Interrupted("stopped", signal=number)
+        print(f"free now  {gigabytes(free_memory(torch.device('cpu')))} of memory on this machine")
 
 
 _SAID_THERE = "leave it out, or say it as section.key=value of a configuration"

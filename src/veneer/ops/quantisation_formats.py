@@ -24,7 +24,7 @@ from torch import Tensor
 
 from veneer.compat import BITSANDBYTES
 from veneer.ops.choice import chosen
-from veneer.ops.transfer import launched, made_up
+from veneer.ops.transfer import made_up
 
 KINDS = ("nf4", "fp4", "int8")
 SAVED_KINDS = ("nf4", "fp4")
@@ -179,8 +179,6 @@ class Blocks4:
             device = self.packed.device
             out = torch.empty(last - first, columns, dtype=dtype, device=device) if into is None else into
             if made:  # the tables below are kept by device, and nobody else could use made-up ones
-                blocks = slice(*self._blocks(start, count))
-                launched([self.packed[start // 2 : (start + count + 1) // 2], self.absmax[blocks], out])
                 return out
             constants = dynamic_map(out.device), four_bit_values(self.kind, out.device)
             own = self.absmax, self.absmax2, self.mean

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,25 +14,6 @@ def made_up(tensor: Tensor) -> bool:
 
     A kernel is not launched on it; what its host function allocated is the result, of the right shape."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
-
-
-_told: list[Callable[[list[Tensor]], None]] = []
-
-
-def launched(tensors: list[Tensor]) -> None:
-    """A kernel of our own reads or writes these now, or would if they had values."""
-    for tell in _told:
-        tell(tensors)
-
-
-@contextmanager
-def hearing_launches(tell: Callable[[list[Tensor]], None]) -> Iterator[None]:
-    """Within the block `tell` hears of each launch."""
-    _told.append(tell)
-    try:
-        yield
-    finally:
-        _told.remove(tell)
 
 
 def put_numbers(device: torch.device, *lists: Sequence[int]) -> list[Tensor]:

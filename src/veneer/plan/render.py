@@ -87,7 +87,7 @@ def _assumed(plan: Plan) -> Iterator[str]:
         return
     yield (
         f"memory    counted; CUDA's own {gigabytes(CUDA_CONTEXT)} and {CUDA_ROUNDING:.0%} that its allocator cannot "
-        "place are assumed; --trace follows a step"
+        "place are assumed"
     )
     if plan.memory.host or any(isinstance(c.load, ImageLoad) and c.load.offload for c in plan.changes):
         yield f"transfers {HOST_LINK / 1e9:g} GB/s to and from the CPU's memory, assumed"

@@ -27,9 +27,6 @@ _BANDWIDTH = 0.7
 HOST_LINK = 20e9
 """Bytes a second between the CPU's memory and a card's: an assumption for PCIe 4.0 × 16."""
 
-KERNEL_BEGUN = 5e-6
-"""Seconds for which the host is busy with a kernel that it begins, by torch and its autograd: an assumption."""
-
 
 @dataclass(frozen=True)
 class Work:

@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from veneer.errors import ConfigError
-from veneer.plan.trace import traced
 from veneer.serve.engine import sampler
 from veneer.serve.engine.sampler import SampledRow, SampledToken, sample
 from veneer.serve.request import Refused, Sampling
@@ -395,31 +394,6 @@ def test_a_device_draws_the_same_without_being_asked_how_many(monkeypatch: pytes
     want = [sample(scores.roll(step, 0), rows[0]) for step in range(4)]
     monkeypatch.setattr(sampler, "free_to_ask", lambda _: False)
     assert [sample(scores.roll(step, 0), rows[1]) for step in range(4)] == want
-
-
-@pytest.mark.usefixtures("gpu_that_is_not_there")
-def test_a_step_reads_from_a_gpu_once() -> None:
-    """Whatever its rows ask for, and where they ask for nothing."""
-    for kinds in (KINDS, KINDS[:1]):
-        with traced() as trace:
-            rows = [SampledRow(replace(k, seed=1), (1, 2), vocabulary=5000, ends=(5,)) for k in kinds]
-            rows += [SampledRow(Sampling(seed=1), vocabulary=5000, grammar=Wide())] if kinds is KINDS else []
-            scores = torch.empty(len(rows), 5000, dtype=torch.bfloat16, device="cuda")
-            for _ in range(2):
-                trace.begin()
-                made = sample(scores, rows)
-                assert sum(trace.waits.values()) == 1, trace.waits
-        assert all(isinstance(m, SampledToken) for m in made)
-
-
-class Wide:
-    """A grammar that allows everything."""
-
-    def mask(self) -> Tensor:
-        return torch.ones(5000, dtype=torch.bool)
-
-    def advance(self, token: int) -> None:
-        pass
 
 
 @pytest.mark.gpu

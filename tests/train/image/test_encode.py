@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -26,8 +27,8 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import resolve_targets
 from veneer.errors import TargetError
-from veneer.models.image.bare import bare_image
 from veneer.models.image.base import ImageBase, load_image
+from veneer.models.image.families import PLANNED_FAMILIES
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.loading import errors_only
 from veneer.plan.tables import base_config
@@ -308,7 +309,9 @@ def test_words_and_scripts_names_reach_every_block(
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    transformer: Any = bare_image(base_config(name), dtype=torch.bfloat16).denoiser
+    fields = base_config(name)
+    with torch.device("meta"):
+        transformer: Any = getattr(diffusers, PLANNED_FAMILIES[fields["model_type"]].classname).from_config(fields)
 
     def chosen(*targets: str) -> set[str]:
         return {t.name for t in resolve_targets(transformer, LoraSpec(rank=2, targets=targets))}

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.choice import Implementation
-from veneer.ops.transfer import launched, made_up
+from veneer.ops.transfer import made_up
 
 try:
     import triton
@@ -182,7 +182,6 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: 
     first = next(a for a in arguments if isinstance(a, Tensor))
     if _recording:
         _recording[-1].append(_launch_of(kernel, arguments, settings))
-    launched([a for a in arguments if isinstance(a, Tensor)])
     if made_up(first) or not all(grid):
         return
     if first.device.type != "cuda":
