@@ -118,7 +118,7 @@ def test_a_job_is_trained_by_ray_and_another_is_stopped(address: str, tmp_path: 
     with open_library(tmp_path / "library") as library:
         store = JobStore(library)
         lease = leased(store, tmp_path, 3)
-        variables = {**environment_of(library), "VENEER_OPS": "listed"}
+        variables = environment_of(library)
         place = executor.start(lease, variables)
         assert executor.start(lease, variables) == place
         while (ended := executor.look(place)) is None:

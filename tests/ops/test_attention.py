@@ -25,7 +25,7 @@ from veneer.ops.attention import (
     rotate,
     row_attention,
 )
-from veneer.ops.choice import chosen, pinned
+from veneer.ops.dispatch import dispatch, override_ops
 from veneer.ops.sizes import ATTENTION_BLOCK as BLOCK
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
@@ -73,7 +73,7 @@ def check(
     scale = dim**-0.5
     made = []
     for name in ("torch", "tiles", "tiles32"):
-        with pinned(rows_attend=name):
+        with override_ops(rows_attend=name):
             out = rotary_attention(x, cos, sin, kv, RowLayout(lengths), scale, window)
             made.append((out, *torch.autograd.grad(out, x, g)))
     xd = x.detach().double().requires_grad_()
@@ -130,7 +130,7 @@ def test_tokens_after_the_rows_attend_to_nothing(name: str, dtype: torch.dtype) 
     gen = torch.Generator().manual_seed(1)
     qkv = torch.randn(24, 4, 16, generator=gen).to(dtype).requires_grad_()
     q, k, v = qkv.split([2, 1, 1], 1)
-    with pinned(rows_attend=name):
+    with override_ops(rows_attend=name):
         out = row_attention(q, k, v, RowLayout([7, 12], idle=5), 0.25)
         (grad,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
     assert (out[19:] == 0).all()
@@ -143,7 +143,7 @@ def test_scores_of_any_size_and_what_is_no_number_stays_visible(name: str) -> No
     """A key far above the others takes all, first or last; NaN and infinity come out as such where they are seen."""
     q, k = torch.full((300, 1, 16), 8.0).bfloat16(), torch.full((300, 1, 16), -8.0).bfloat16()
     v = torch.arange(300.0).bfloat16()[:, None, None].expand(300, 1, 16).contiguous()
-    with pinned(rows_attend=name):
+    with override_ops(rows_attend=name):
         for high in (0, 70, 299):
             keys = k.clone()
             keys[high] = 8.0
@@ -163,7 +163,7 @@ def test_without_onednn_rows_go_another_way(monkeypatch: pytest.MonkeyPatch) -> 
     q, k, v = qkv.split([2, 1, 1], 1)
     want = row_attention(q, k, v, RowLayout([40]), 0.25)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    with pinned(rows_attend="tiles"):
+    with override_ops(rows_attend="tiles"):
         got = row_attention(q, k, v, RowLayout([40]), 0.25)
     assert (got.double() - want.double()).norm() <= 1e-2 * want.double().norm()
 
@@ -176,12 +176,12 @@ def test_rows_in_tiles_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            with pinned(rows_attend="tiles"):
+            with override_ops(rows_attend="tiles"):
                 out = rotary_attention(qkv, cos, sin, 1, RowLayout([1201]), 0.25)
                 made.append((out.detach(), *torch.autograd.grad(out, qkv, torch.ones_like(out))))
     finally:
         torch.set_num_threads(before)
-    if chosen("rows_attend", qkv, cos, sin, 1, RowLayout([1201]), None) is not None:
+    if dispatch("rows_attend", qkv, cos, sin, 1, RowLayout([1201]), None) is not None:
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
@@ -341,7 +341,7 @@ def test_too_many_probabilities_to_keep_go_through_torch(monkeypatch: pytest.Mon
 
 
 tiled = pytest.mark.skipif(
-    chosen("attend", torch.empty(1, 16, dtype=torch.bfloat16)) is None,
+    dispatch("attend", torch.empty(1, 16, dtype=torch.bfloat16)) is None,
     reason="no compiler, or no processor with AVX512-BF16",
 )
 
@@ -365,9 +365,9 @@ def test_tiles_against_float64(n: int, S: int, T: int, heads: int, d: int, toget
     scores = exact[0] @ exact[1].mT * d**-0.5
     want = scores.softmax(-1) @ exact[2]
     gradients = torch.autograd.grad(want, exact, out_gradient.double().transpose(1, 2))
-    out, lse = chosen("attend", q, k, v)(q, k, v)
+    out, lse = dispatch("attend", q, k, v)(q, k, v)
     made = torch.full_like(q, torch.nan), *torch.full((n, T, 2, heads, d), torch.nan).bfloat16().unbind(2)
-    chosen("attend_backward", out_gradient)(out_gradient, out, q, k, v, lse, *made)
+    dispatch("attend_backward", out_gradient)(out_gradient, out, q, k, v, lse, *made)
     assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
     for got, exactly in zip([out.view_as(q), *made], [want, *gradients], strict=True):
         assert near(got, exactly.transpose(1, 2), 6e-3)
@@ -379,9 +379,9 @@ def test_tiles_bear_scores_of_any_size() -> None:
     q, k = torch.full((1, 50, 1, 16), 8.0).bfloat16(), torch.full((1, 600, 1, 16), -8.0).bfloat16()
     k[0, 500] = 8.0
     v = torch.arange(600.0).bfloat16()[None, :, None, None].expand(1, 600, 1, 16).contiguous()
-    out, _ = chosen("attend", q, k, v)(q, k, v)
+    out, _ = dispatch("attend", q, k, v)(q, k, v)
     assert torch.equal(out, v[0, 500].expand_as(out))
-    out, _ = chosen("attend", q, k, v)(q, torch.zeros_like(k), v)
+    out, _ = dispatch("attend", q, k, v)(q, torch.zeros_like(k), v)
     assert torch.allclose(out.float(), v.float().mean(), rtol=1e-2)
 
 
@@ -414,7 +414,7 @@ def test_tiles_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            made.append(chosen("attend", q, k, v)(q, k, v)[0])
+            made.append(dispatch("attend", q, k, v)(q, k, v)[0])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*made)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tests.core.exact import TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
 from tests.ops.draws import factors
-from veneer.ops.choice import chosen, pinned
 from veneer.ops.copies import PackedCopies, Room
+from veneer.ops.dispatch import dispatch, override_ops
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.loss import token_nll
 from veneer.ops.lowrank import LowRank
@@ -27,13 +27,13 @@ OUT, IN = 326, 262
 @pytest.fixture(autouse=True)
 def copies() -> Iterator[None]:
     """Where there are any: copies, whatever was measured."""
-    with pinned(kept_product="onednn"):
+    with override_ops(kept_product="onednn"):
         yield
 
 
 def kept_here(dtype: torch.dtype) -> bool:
     W = torch.empty(256, 256, dtype=dtype)
-    return chosen("kept_product", W, W, None, True) is not None
+    return dispatch("kept_product", W, W, None, True) is not None
 
 
 @DTYPES
@@ -157,10 +157,9 @@ def test_a_change_between_forward_and_backward_is_seen() -> None:
     same([dx], [W.double().sum(0).expand(5, -1)], TOLERANCE[torch.float32])
 
 
-def test_nothing_is_kept_where_it_was_not_measured_faster() -> None:
-    """The tests run under VENEER_OPS=listed: the first, which is the weight as it is."""
+def test_nothing_is_kept_where_torchs_product_runs() -> None:
     x, W, room = draw(5, IN, dtype=torch.float32), draw(OUT, IN, dtype=torch.float32), Room(1 << 20)
-    with pinned(kept_product="torch"):
+    with override_ops(kept_product="torch"):
         made: Tensor = linear(x, LinearMap(W, copies=PackedCopies(W, room)))
     assert room.taken == 0
     assert torch.equal(made, x @ W.t())

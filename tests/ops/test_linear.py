@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.core.exact import DTYPES, TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
 from tests.ops.draws import factors, mask_of_next, with_dropout
-from veneer.ops.choice import chosen, pinned
+from veneer.ops.dispatch import dispatch
 from veneer.ops.linear import LinearMap, LowRankProducts, join_maps, linear, split_map
 from veneer.ops.lowrank import LowRank
 
@@ -33,52 +33,6 @@ def test_joined_projections_are_the_projections_one_by_one(dtype: torch.dtype, b
     yd = yd + torch.cat([2.0 * (xd @ A1.T) @ B1.T, nothing, 0.3 * (xd @ A2.T) @ B2.T], -1)
     same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
     assert all(t.dtype == p.dtype for t, p in zip(got[2:], ab, strict=True))
-
-
-def _in_tiles(bias: bool, gain: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """A map's output and its gradients with its frozen products in tiles, where there are any, and in float64: sizes
-    that no tile divides."""
-    x = draw(259, 262, dtype=torch.bfloat16).requires_grad_()
-    W, b = draw(326, 262, dtype=torch.bfloat16), draw(326, dtype=torch.bfloat16) if bias else None
-    gains = (1 + draw(326, dtype=torch.float32, scale=0.1)).requires_grad_() if gain else None
-    A, B = ab = factors(torch.bfloat16, (4, 262), (326, 4))
-    of = [x, *ab, *([] if gains is None else [gains])]
-    with pinned(frozen_product="tiles"):
-        y = linear(x, LinearMap(W, b, (LowRank(A, B, 0.5),), gains))
-        g = draw(*y.shape, dtype=torch.bfloat16)
-        got = [y, *torch.autograd.grad(y, of, g)]
-    xd, A, B, *rest = ofd = [wide(t) for t in of]
-    yd = F.linear(xd, W.double()) + 0.5 * (xd @ A.T) @ B.T
-    yd = (rest[0] * yd if rest else yd) + (0 if b is None else b.double())
-    return got, [yd, *torch.autograd.grad(yd, ofd, g.double())]
-
-
-@pytest.mark.parametrize(("bias", "gain"), [(False, False), (True, False), (True, True)])
-def test_frozen_products_in_tiles_are_those_of_float64(bias: bool, gain: bool) -> None:
-    got, want = _in_tiles(bias, gain)
-    same(got, want, TOLERANCE[torch.bfloat16])
-
-
-def test_frozen_products_in_tiles_do_not_depend_on_threads() -> None:
-    x, W = draw(700, 256, dtype=torch.bfloat16), draw(258, 256, dtype=torch.bfloat16)
-    before, made = torch.get_num_threads(), []
-    with pinned(frozen_product="tiles"):
-        if chosen("frozen_product", x, W, None, True) is None:
-            pytest.skip("no tiles of bfloat16 here")
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                made.append(linear(x, LinearMap(W)))
-        finally:
-            torch.set_num_threads(before)
-    assert all(torch.equal(made[0], other) for other in made)
-
-
-def test_frozen_products_are_torchs_unless_something_else_was_measured_faster() -> None:
-    """The tests run under VENEER_OPS=listed: the first."""
-    x, W = draw(256, 256, dtype=torch.bfloat16), draw(256, 256, dtype=torch.bfloat16)
-    assert chosen("frozen_product", x, W, None, True) is None
-    assert torch.equal(linear(x, LinearMap(W)), F.linear(x, W))
 
 
 @DTYPES
@@ -200,7 +154,7 @@ def test_low_rank_products_in_compiled_calls(rows: int) -> None:
     pairs = (LowRank(ab[0], ab[1], 2.0), LowRank(ab[2], ab[3], 0.5, first=320))
     joint = LinearMap(draw(400, 96, dtype=torch.bfloat16), None, pairs)
     made = []
-    make = chosen("low_rank", x, g, joint.products) or LowRankProducts
+    make = dispatch("low_rank", x, g, joint.products) or LowRankProducts
     for exact, products in ((False, make(pairs, 400, x.dtype)), (True, LowRankProducts(pairs, 400, torch.float64))):
         x_, g_, y, dx = (t.double() if exact else t.clone() for t in (x, g, g, x))
         u = products.add(x_, y)

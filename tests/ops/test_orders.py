@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.ops import choice
 from veneer.ops.cpu import compiled
-from veneer.ops.measuring import Kept
+from veneer.ops.dispatch import override_ops
 from veneer.ops.orders import Dense, Int4, Int8, Reordered, pack_weight, packing, quantised_packing, reorders
 from veneer.ops.panels import Panels
 
@@ -77,43 +76,29 @@ def test_rounding_is_as_fine_as_the_bits_allow(of8: Any, of4: Any) -> None:
         of4(weight(48, 40))
 
 
-def order_where(seconds: dict[str, float], patch: pytest.MonkeyPatch, bits: int = 16) -> Callable[[Tensor], Any]:
-    """How weights are kept on a machine where a trial takes so long by each."""
-    patch.setattr(choice, "seconds_of", lambda works: {name: seconds.get(name, 9.0) for name in works})
-    with choice.own_choices(listed=False, pins={}, kept=lambda: Kept(None, "here")):
-        return packing(torch.bfloat16, CPU, bits)
-
-
 @has_panels
-def test_which_order_is_kept_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert order_where({"panels": 1.0, "onednn": 1.1}, monkeypatch) == Panels.of
-    assert order_where({"panels": 1.2, "onednn": 1.0}, monkeypatch) == Panels.of  # not clearly
-    assert order_where({"panels": 1.4, "torch": 1.0}, monkeypatch) == Dense
-    assert order_where({"panels": 1.4, "torch": 1.0}, monkeypatch, 8) == Int8.of
-    assert order_where({"panels": 1.4, "onednn": 1.0}, monkeypatch, 4) == Panels.int4  # which oneDNN has no product of
+def test_panels_are_kept_unless_another_order_is_asked_for() -> None:
+    assert packing(torch.bfloat16, CPU) == Panels.of
+    assert packing(torch.bfloat16, CPU, 8) == Panels.int8
     if reorders(torch.bfloat16):
-        assert order_where({"panels": 1.4, "onednn": 1.0}, monkeypatch) == Reordered.of
-        with choice.pinned(weight_order="onednn"):
+        with override_ops(weight_order="onednn"):
             assert packing(torch.bfloat16, CPU) == Reordered.of
+            assert packing(torch.bfloat16, CPU, 4) == Panels.int4  # oneDNN has no product of 4 bits
 
 
 def test_what_has_no_other_order_is_kept_as_it_is() -> None:
     assert packing(torch.float32, CPU) is Dense
     assert packing(torch.bfloat16, torch.device("meta")) is Dense
-    with choice.pinned(weight_order="torch"):
+    with override_ops(weight_order="torch"):
         assert packing(torch.bfloat16, CPU) is Dense
 
 
 @has_panels
-def test_a_weight_keeps_the_kernel_that_was_measured_when_it_was_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is found later, the bits of its products stay."""
-    there = choice.Implementation("panel_product", lambda *_: True, "", lambda: "", "compiled")
-    other = there._replace(run="amx_panel_product", name="amx")
-    ops = {"packed_product": there._replace(others=(other,))}
-    monkeypatch.setattr(choice, "seconds_of", lambda works: {name: 1.0 + (name != "amx") for name in works})
-    with choice.own_choices(listed=False, pins={}, kept=lambda: Kept(None, "here"), implementations=lambda _: ops):
+@pytest.mark.parametrize(("kernel", "name"), [("panel_product", "compiled"), ("amx_panel_product", "amx")])
+def test_a_weight_keeps_the_kernel_it_was_laid_out_for(kernel: str, name: str) -> None:
+    if not compiled.has(kernel):
+        pytest.skip("this processor has no such kernel")
+    with override_ops(packed_product=name):
         found = [pack(weight(64, 96)) for pack in (Panels.of, Panels.int8, Panels.int4)]
-    assert {p.kernel for p in found} == {"amx_panel_product"}
-    assert all(int(p.pointers[3]) for p in found)
-    assert Panels.of(weight()).kernel == "panel_product"
-    assert not int(Panels.of(weight()).pointers[3])
+    assert {p.kernel for p in found} == {kernel}
+    assert {int(p.pointers[3]) for p in found} == {int(name == "amx")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from veneer.ops.choice import OPS
+from veneer.ops.dispatch import OPS
 from veneer.ops.table import ops_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "ops.md"

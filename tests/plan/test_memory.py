@@ -19,8 +19,8 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import compared_logits, head_logits, text_loss
-from veneer.ops.choice import pinned
 from veneer.ops.cpu import compiled
+from veneer.ops.dispatch import override_ops
 from veneer.ops.linear import keeps_copy
 from veneer.plan.image import ImageLoad, image_counts, image_memory
 from veneer.plan.memory import (
@@ -126,7 +126,7 @@ def test_packed_weights_are_what_a_step_keeps_and_change_nothing_else(dtype: tor
         pair.B = torch.randn_like(pair.B) * 0.1
     trained = torch.arange(40) % 20 > 2
     results = []
-    with pinned(kept_product="onednn"), attach(model) as attachment:
+    with override_ops(kept_product="onednn"), attach(model) as attachment:
         attachment.add("a", adapter, trainable=True)
         attachment.use("a")
         counted = packed_weights(model_shape(model), str(dtype)[6:], functools.partial(keeps_copy, dtype))

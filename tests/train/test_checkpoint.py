@@ -20,7 +20,6 @@ from torch import nn
 
 from tests.forks import Forked
 from veneer.errors import CheckpointError, ResourceError
-from veneer.ops import choice
 from veneer.ops.cpu import compiled
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress
@@ -72,19 +71,14 @@ def test_restoring_goes_on_bit_for_bit_with_every_optimizer(name: str, tmp_path:
         assert torch.equal(p, b[name_])
 
 
-def test_what_ran_is_kept_for_the_run_to_follow(tmp_path: Path) -> None:
-    """A resumed run goes on with the implementations that it began with (tests/train/test_run.py); what only looks at a
-    checkpoint follows nothing."""
-    record = {"rms_norm bfloat16 576, 2 threads": "torch"}
+def test_the_choices_of_an_older_checkpoint_are_ignored(tmp_path: Path) -> None:
     a = _parameters()
     optimizer = make_optimizer(a, learning_rate=0.1)
-    with choice.own_choices():
-        choice.follow(record)
-        path = _save(tmp_path, 1, a, optimizer=optimizer)
-    assert checkpoint.read_checkpoint(path)["choices"] == record
-    with choice.own_choices():
-        assert checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={}).choices == record
-        assert not choice.recorded()
+    path = _save(tmp_path, 1, a, optimizer=optimizer)
+    state = json.loads((path / "state.json").read_text())
+    state["choices"] = {"rms_norm bfloat16 576, 2 threads": "torch"}
+    (path / "state.json").write_text(json.dumps(state))
+    assert checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={}).notes == []
 
 
 def test_compiled_kernels_that_came_or_went_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

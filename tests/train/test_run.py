@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from veneer.errors import CheckpointError, Interrupted, NoGain, PreflightError
 from veneer.files.safetensors import encode_tensors, read_tensors
-from veneer.ops.choice import follow, own_choices, recorded
 from veneer.ops.cpu.memory import peak_resident
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, write_atomically
@@ -156,30 +155,6 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
     first, second = (tmp_path / name / "line.safetensors" for name in ("alone", "out"))
     assert first.read_bytes() == second.read_bytes()
     assert [r["step"] for r in read_log(tmp_path / "out" / "log.jsonl") if r["event"] == "stepped"] == [*range(1, 13)]
-
-
-def test_a_resumed_run_follows_what_ran_before_and_nothing_follows_a_run(tmp_path: Path) -> None:
-    """Which implementation of an op runs is in the checkpoint, and goes from there to the end; the next run is free."""
-    record, seen = {"rms_norm bfloat16 576, 2 threads": "torch"}, []
-
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 3:
-            follow(record)  # as after its probe, on a machine that has measured
-        if isinstance(event, Stepped) and event.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with own_choices():
-        with pytest.raises(Interrupted):
-            go(tmp_path / "out", press)
-        assert not recorded()
-        go(tmp_path / "out", lambda event: seen.append(recorded()) if isinstance(event, Stepped) else None, resume=True)
-        assert seen == [record] * 7
-        assert not recorded()
-        newest = checkpoint.latest(tmp_path / "out" / "checkpoints")
-        assert newest is not None
-        assert checkpoint.read_checkpoint(newest)["choices"] == record
-        go(tmp_path / "next", lambda event: seen.append(recorded()))
-        assert not any(seen[7:])
 
 
 def test_a_dry_run_and_a_stop_leave_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import textwrap
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
@@ -18,21 +17,21 @@ import typer
 
 
 def command(
-    ops: Annotated[bool, typer.Option("--ops", help="Show which implementation of each op runs; run a probe.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="With --ops: skip the two-second probe.")] = False,
-    measured: Annotated[
-        bool, typer.Option("--measured", help="With --ops: show each measurement with its times.")
+    ops: Annotated[
+        bool, typer.Option("--ops", help="Show this machine's profile and which implementation of each op runs.")
     ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="With --ops: measure no profile (two seconds).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check home, disk, compiler, extras, hub and port. Exits with 1 if a check finds a problem.
 
-    With --ops: show which implementation of each op runs and why, and how close to its limit a short probe gets."""
+    With --ops: show what the processor multiplies and moves a second, and which implementation of each op runs and
+    why."""
     checks = list(_checks())
     bad = [check for check in checks if check.ok is False]
-    if ops or measured:
+    if ops:
         found = {"checks": [asdict(check) for check in checks], **_findings(quick)}
-        lines = [*_check_lines(checks, bad), "", *_lines(found, measured)]
+        lines = [*_check_lines(checks, bad), "", *_lines(found)]
     else:
         found = {"checks": [asdict(check) for check in checks]}
         lines = _check_lines(checks, bad)
@@ -150,51 +149,28 @@ def _findings(quick: bool) -> dict[str, Any]:
 
     from veneer import __version__
     from veneer.models.device import settle_threads
-    from veneer.ops.choice import choices, measured_here
-    from veneer.ops.cpu import compiled, sharing
-    from veneer.ops.measuring import this_machine
-    from veneer.ops.probe import probe_layer
+    from veneer.ops.cpu import compiled
+    from veneer.ops.dispatch import choices
+    from veneer.ops.profile import processor_name, profile
     from veneer.serve.forward.graphs import graph_problem
 
-    settle_threads()  # as training does: what is measured is kept by the number of threads
+    settle_threads()  # as training does: a profile is of a number of threads
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    with sharing.shared() as neighbours:
-        layer = None if quick else probe_layer(_dtype())
     return {
         "veneer": __version__,
         "torch": torch.__version__,
-        "processor": this_machine(),
+        "processor": processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cards": cards,
         "graphs": graph_problem() if cards else None,
         "compiled": compiled.status(),
-        "neighbours": neighbours,
-        "measured": {key: {"runs": one.runs, "ms": dict(one.ms)} for key, one in measured_here().items()},
+        "profile": None if quick else asdict(profile()),
         "ops": {
             device: {op: one._asdict() for op, one in choices(device).items()}
             for device in ("cpu", *(["cuda"] if cards else []))
         },
-        "probe": None
-        if layer is None
-        else {
-            "dtype": layer.dtype,
-            "tokens": layer.tokens,
-            "operations": layer.rate,
-            "ms": 1e3 * layer.seconds,
-            "floor_ms": 1e3 * layer.floor,
-            "share": layer.share,
-        },
     }
-
-
-def _dtype() -> Any:
-    """That in which a base would be trained on this processor."""
-    import torch
-
-    from veneer.models.device import choose_dtype
-
-    return choose_dtype("auto", torch.device("cpu"), "BF16")[0]
 
 
 _WIDEST, _INDENT = 100, 12
@@ -206,7 +182,7 @@ def _wrapped(line: str) -> str:
     return textwrap.fill(line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
 
 
-def _lines(found: dict[str, Any], measured: bool) -> list[str]:
+def _lines(found: dict[str, Any]) -> list[str]:
     threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
     lines = [
         f"veneer      {found['veneer']}, torch {found['torch']}",
@@ -216,42 +192,15 @@ def _lines(found: dict[str, Any], measured: bool) -> list[str]:
     ]
     if (problem := found["graphs"]) is not None:
         lines.append(f"graphs      {f'decoding runs without: {problem}' if problem else 'decoding steps are recorded'}")
+    if (profile := found["profile"]) is not None:
+        rates = [f"{dtype} {max(shapes.values()):,.0f}" for dtype, shapes in profile["gflops"].items()]
+        lines.append(
+            f"profile     {', '.join(rates)} GFLOP/s; memory {profile['bandwidth']:,.0f} GB/s; rounds within "
+            f"{profile['spread']:.0%}; measured {profile['date'][:10]}"
+        )
     for device, ops in found["ops"].items():
         groups: dict[str, list[str]] = {}
         for op, one in ops.items():
-            groups.setdefault(_how(one["name"], one["reason"]), []).append(op)
+            groups.setdefault(f"by {one['name']} ({one['reason']})", []).append(op)
         lines += [f"{f'ops {device}':<{_INDENT}}{how}: {', '.join(names)}" for how, names in sorted(groups.items())]
-    lines += _measured(found["measured"], measured)
-    if (probe := found["probe"]) is not None:
-        busy = "; other processes were busy" if found["neighbours"] else ""
-        lines.append(
-            f"probe       a layer with adapters, {probe['tokens']:,} tokens of {probe['dtype']}: {probe['ms']:.0f} ms, "
-            f"{probe['share']:.0%} of its floor of {probe['floor_ms']:.0f} ms at {probe['operations'] / 1e9:,.0f} "
-            f"GFLOP/s{busy}"
-        )
     return [_wrapped(line) for line in lines]
-
-
-def _measured(found: dict[str, Any], each: bool) -> list[str]:
-    """What measuring chose: of each op how often what, or `each` measurement with its times."""
-    from veneer.ops.measuring import Measured
-
-    if not found:
-        return ["measured    nothing yet: the first run measures what it needs, and keeps it"]
-    if each:
-        return [f"measured    {key}: {Measured(one['runs'], one['ms']).line()}" for key, one in found.items()]
-    counts: dict[str, Counter[str]] = {}
-    for key, one in found.items():
-        counts.setdefault(key.partition(" ")[0], Counter())[one["runs"]] += 1
-    said = "; ".join(
-        f"{op} {', '.join(f'{name} ({n})' for name, n in runs.most_common())}" for op, runs in sorted(counts.items())
-    )
-    return [f"measured    {said}; in as many classes of sizes: --measured shows each"]
-
-
-def _how(name: str, reason: str) -> str:
-    """What runs and why. `name`: of several that are measured, all."""
-    *others, last = name.split(", ")
-    if reason.startswith("measured") and others:
-        return f"by the fastest of {', '.join(others)} and {last} (measured at first use)"
-    return f"by {name} ({reason})"

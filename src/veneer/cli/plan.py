@@ -240,13 +240,10 @@ def _refuse(context: typer.Context, names: set[str], why: str, fix: str = _SAID_
 
 def _calibrate(base: str, dtype: str) -> None:
     from veneer.models.loading import errors_only
-    from veneer.ops.choice import settled
     from veneer.plan.calibration import calibrate, write_calibration
 
     with errors_only():
         record = calibrate(base, dtype=dtype, say=say)
-    for op, found in settled().items():
-        say(f"{op}: {found.line()}")
     file = write_calibration(record)
     say(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {file}")
 

@@ -29,7 +29,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from veneer.compat import TORCH
-from veneer.ops.choice import chosen, measured, random_like, size_class
+from veneer.ops.dispatch import dispatch
 from veneer.ops.norms import rms_norm
 from veneer.ops.sizes import grouped_rows, key_ranges
 from veneer.ops.transfer import sent
@@ -144,7 +144,7 @@ def _gather(x: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None,
     heads, dim = x.shape[1], x.shape[2]
     per = heads // kv
     shape = (group.rows * kv, group.length * per, dim)
-    run = chosen("gather_heads", x, cos, sin)
+    run = dispatch("gather_heads", x, cos, sin)
     if run is not None:
         out = x.new_zeros(shape) if group.padded else x.new_empty(shape)
         run(x, cos, sin, group.tokens, group.slots, group.length, kv, scale, out)
@@ -161,7 +161,7 @@ def _scatter(
 ) -> None:
     """The transpose of `_gather`, into the group's tokens of out: (N, heads, dim)."""
     heads, dim = out.shape[1], out.shape[2]
-    run = chosen("scatter_heads", out, cos, sin)
+    run = dispatch("scatter_heads", out, cos, sin)
     if run is not None:
         run(g, cos, sin, group.tokens, group.slots, group.length, kv, scale, out)
         return
@@ -176,7 +176,7 @@ def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int |
     """Softmax over those of the keys k0 … q1 that each of the queries q0 … q1 may see.
 
     scores: (b, (q1−q0)·per, q1−k0), spent."""
-    run = chosen("causal_softmax", scores)
+    run = dispatch("causal_softmax", scores)
     if run is not None:
         out: Tensor = run(scores, scores.shape[0], q1 - q0, per, q1 - k0, q0, k0, window or 0)
         return out
@@ -189,7 +189,7 @@ def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int |
 
 def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """p ⊙ (dp − Σ p⊙dp); dp is spent."""
-    run = chosen("softmax_backward", p, dp)
+    run = dispatch("softmax_backward", p, dp)
     out: Tensor = TORCH("torch._softmax_backward_data")(dp, p, -1, p.dtype) if run is None else run(p, dp)
     return out
 
@@ -301,20 +301,12 @@ class _Tiled(torch.autograd.Function):
 def _rows(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, layout: RowLayout, scale: float, window: int | None
 ) -> Tensor:
-    run = chosen("rows_attend", qkv, cos, sin, kv, layout, window)
+    run = dispatch("rows_attend", qkv, cos, sin, kv, layout, window)
     if run is not None:
         tiled: Tensor = _Tiled.apply(run, qkv, cos, sin, kv, layout, scale, window)
         return tiled
     out: Tensor = _Attention.apply(qkv, cos, sin, kv, layout, scale, window)
     return out
-
-
-def _kind_of_rows(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, layout: RowLayout, window: int | None
-) -> tuple[int, ...]:
-    longest = size_class(max(layout.lengths), 2048)
-    rows = min(size_class(len(layout.lengths), 16), max(1, 2048 // longest))
-    return rows, longest, qkv.shape[1] - 2 * kv, kv, qkv.shape[2], 0 if window is None else size_class(window)
 
 
 def goes_in_tiles(
@@ -323,25 +315,9 @@ def goes_in_tiles(
     """Whether such rows go in tiles here, so that no probabilities are kept: for whoever counts memory."""
     layout = RowLayout(lengths)
     return (
-        chosen("rows_attend", torch.empty(1, heads + 2 * kv, dim, dtype=dtype), None, None, kv, layout, window)
+        dispatch("rows_attend", torch.empty(1, heads + 2 * kv, dim, dtype=dtype), None, None, kv, layout, window)
         is not None
     )
-
-
-@measured("rows_attend", _kind_of_rows)
-def _rows_work(
-    dtype: torch.dtype, rows: int, longest: int, heads: int, kv: int, dim: int, window: int
-) -> Callable[[], object]:
-    n, layout = rows * longest, RowLayout([longest] * rows)
-    qkv = random_like(dtype, n, heads + 2 * kv, dim).requires_grad_()
-    angles = random_like(torch.float32, n, dim // 2)
-    cos, sin, g = angles.cos().to(dtype), angles.sin().to(dtype), random_like(dtype, n, heads, dim)
-
-    def work() -> object:
-        out = _rows(qkv, cos, sin, kv, layout, dim**-0.5, window or None)
-        return torch.autograd.grad(out, qkv, g)
-
-    return work
 
 
 def fused_row_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
@@ -395,7 +371,7 @@ def rotary_attention(
             return rotary_attention(own, cos[places], sin[places], kv, layout.whole, scale, window, norms)
 
         return _each_whole(attend, layout, qkv)
-    run = chosen("split_turned", qkv, cos, sin)
+    run = dispatch("split_turned", qkv, cos, sin)
     if run is not None:
         q, k, v = run(qkv, cos, sin, kv, norms)
         return _attended(q, k, v, layout, scale, window)
@@ -435,7 +411,7 @@ def row_attention(
             return row_attention(q, k, v, layout.whole, scale, window, cap, sinks)
 
         return _each_whole(attend, layout, q, k, v)
-    if chosen("attend_rows", q, k, v, sinks) is not None:
+    if dispatch("attend_rows", q, k, v, sinks) is not None:
         return _attended(q, k, v, layout, scale, window, cap, sinks)
     if cap or sinks is not None:
         return scored_attention_reference(q, k, v, layout, scale, window, cap, sinks)
@@ -490,7 +466,7 @@ def _attended(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """By the device's own kernel, which knows nothing of idle tokens."""
-    run = chosen("attend_rows", q, k, v, sinks)
+    run = dispatch("attend_rows", q, k, v, sinks)
     assert run is not None
     if layout.idle:
         q, k, v = (t[: -layout.idle] for t in (q, k, v))
@@ -573,7 +549,7 @@ def _scaled(a: Tensor, b: Tensor, by: float, out: Tensor | None = None) -> Tenso
 
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     scores = _scaled(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
-    run = chosen("causal_softmax", scores)
+    run = dispatch("causal_softmax", scores)
     if run is None:
         return torch.softmax(scores, -1)
     keys = scores.shape[-1]  # as queries that are all the last of a causal row, they see every key
@@ -583,7 +559,7 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
 
 def _has_tiles(x: Tensor) -> bool:
     """Whether there is a kernel for heads of this dtype and last dimension."""
-    return chosen("attend", x.new_empty(1, x.shape[-1])) is not None
+    return dispatch("attend", x.new_empty(1, x.shape[-1])) is not None
 
 
 def _apart(x: Tensor) -> Tensor:
@@ -595,7 +571,7 @@ def _attend_all(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Te
     """softmax(q·kᵀ/√d)·v of (n, tokens, heads, d) as (n, S, heads·d); log Σ exp of the scores, (n, heads, S) float32,
     if made in tiles; else the probabilities if they are to be kept."""
     n, S = q.shape[:2]
-    run = chosen("attend", q, k, v)
+    run = dispatch("attend", q, k, v)
     if run is not None:
         out, lse = run(q, k, v)
         return out.view(n, S, -1), lse, None
@@ -628,7 +604,7 @@ def _attend_all_backward(
     g, out = g.unflatten(2, (heads, d)), out.unflatten(2, (heads, d))
     if lse is not None:
         g = g if g.stride(-1) == 1 else g.contiguous()
-        run = chosen("attend_backward", g)
+        run = dispatch("attend_backward", g)
         assert run is not None
         run(g, out, q, k, v, lse, dq, dk, dv)
         return
@@ -719,7 +695,7 @@ def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6
     `weight`: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms. `turn`: rotary positions (S, d/2)
     complex64, on neighbouring pairs as FLUX has them; None without."""
     S, plain = qkv.shape[1], weight is None and turn is None
-    run = None if plain else chosen("joint_heads", qkv, weight, turn)
+    run = None if plain else dispatch("joint_heads", qkv, weight, turn)
     if run is not None:
         return _over_all(*run(qkv, weight, eps, turn))
     if qkv.device.type != "cpu" or not (S * S * qkv.element_size() <= CHUNK_BYTES or _has_tiles(qkv)):

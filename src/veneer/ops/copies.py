@@ -1,7 +1,7 @@
 """A frozen weight laid out a second time, in the order in which products read it, for as long as a run lasts.
 
 A library's product lays its weight out anew at each call, in blocks that fill a vector or a tile of AMX. Where that
-takes time worth its memory (the trial of the op "kept_product" says so), `PackedCopies` have it done once for each
+takes time worth its memory (the rule of the op "kept_product" says so), `PackedCopies` have it done once for each
 direction. `linear` and `token_nll` ask it first.
 """
 
@@ -12,7 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.ops.choice import TRIAL_ROWS, chosen
+from veneer.ops.dispatch import dispatch
+
+_ROWS = 1024
+"""Rows of the products that a copy is laid out for."""
 
 
 class Room:
@@ -62,10 +65,10 @@ class PackedCopies:
         """x·Wᵀ + b, or, not `turned`, x·W by the copy for it; None: by the weight itself. `weight`: as it is now."""
         if not self._changed and self._state(weight) != self._seen:
             self._let_go()
-        run = None if self._changed else chosen("kept_product", x, weight, bias, turned)
+        run = None if self._changed else dispatch("kept_product", x, weight, bias, turned)
         if run is None or not (turned in self._copies or self._room.take(self._bytes)):
             return None
         if turned not in self._copies:
-            self._copies[turned] = run.of(weight if turned else weight.t(), TRIAL_ROWS)
+            self._copies[turned] = run.of(weight if turned else weight.t(), _ROWS)
         made: Tensor = self._copies[turned](x, bias)
         return made

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.ops.choice import chosen
+from veneer.ops.dispatch import dispatch
 
 _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 20  # places that the reference works on at once: its temporaries are several times as large
@@ -34,7 +34,7 @@ class Dropout(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """A new tensor of x's shape. The gradient of x is what this makes of the gradient of y."""
         x = x.contiguous()
-        run = chosen("dropout", x)
+        run = dispatch("dropout", x)
         if run is not None:
             y: Tensor = run(x, self.p, self.seed)
             return y

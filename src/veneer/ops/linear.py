@@ -7,7 +7,7 @@ products, and their gradients come back in float32. Knows nothing of modules, ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like, size_class
-from veneer.ops.copies import PackedCopies, Room
+from veneer.ops.copies import PackedCopies
+from veneer.ops.dispatch import dispatch
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
 from veneer.ops.spans import Spans
@@ -213,32 +213,9 @@ def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
 
 
 def _made(x: Tensor, products: tuple[LowRank, ...], y: Tensor, drop: Dropout | None) -> _Products:
-    make = chosen("low_rank", x, y, products) or LowRankProducts
+    make = dispatch("low_rank", x, y, products) or LowRankProducts
     made: _Products = make(products, y.shape[1], x.dtype)
     return made if drop is None else _Dropped(made, drop)
-
-
-@measured(
-    "low_rank",
-    lambda x, y, products: (size_class(len(x)), x.shape[1], y.shape[1], sum(len(p.A) for p in products), len(products)),
-)
-def _low_rank_work(dtype: torch.dtype, n: int, inputs: int, rows: int, ranks: int, count: int) -> Callable[[], object]:
-    each, rank = rows // count // 16 * 16, max(1, ranks // count)
-    single = torch.float32
-    parts = [LowRank(random_like(single, rank, inputs), random_like(single, each, rank)) for _ in range(count)]
-    products = tuple(part.below(i * each) for i, part in enumerate(parts))
-    x, g, own = (
-        random_like(dtype, n, inputs),
-        random_like(dtype, n, rows),
-        LinearMap(torch.empty(rows, 0), None, products),
-    )
-
-    def work() -> object:
-        made = _products(x, own, g)
-        u, du = made.add(x, torch.empty_like(g)), made.through(g, torch.empty_like(x))
-        return made.gradients(g, x, u, du)
-
-    return work
 
 
 def low_rank_tensors(linear_map: LinearMap) -> list[Tensor]:
@@ -263,40 +240,14 @@ def frozen_product(
     """x·Wᵀ + b, or, not `turned`, x·W; x: (N, in) or (N, out). `copies`: the weight's own. No autograd."""
     if copies is not None and (by_copy := copies.product(x, weight, bias, turned)) is not None:
         return by_copy
-    run = chosen("frozen_product", x, weight, bias, turned)
-    if run is not None:
-        made: Tensor = run(x, weight, bias, turned)
-        return made
     return F.linear(x, weight, bias) if turned else x @ weight
 
 
-_MOST = 4096
-"""Rows and columns of a weight in a trial: tiles of larger ones are no different."""
-
-
-# A whole step was 1 to 7% slower with tiles that had won by 1.1 times alone: their packing takes the cache of what is
-# beside them. Where a library repacks at half the processor's rate (AMX, by what was measured there) they win by more.
-@measured(
-    "frozen_product", lambda x, weight, bias, turned: (*(min(_MOST, n) for n in weight.shape), int(turned)), clearly=1.3
-)
-def _product_work(dtype: torch.dtype, rows: int, columns: int, turned: int) -> Callable[[], object]:
-    x, weight = random_like(dtype, TRIAL_ROWS, columns if turned else rows), random_like(dtype, rows, columns)
-    return lambda: frozen_product(x, weight, None, bool(turned))
-
-
-@measured("kept_product", lambda x, weight, bias, turned: (*(min(_MOST, n) for n in weight.shape), int(turned)))
-def _kept_work(dtype: torch.dtype, rows: int, columns: int, turned: int) -> Callable[[], object]:
-    x, weight = random_like(dtype, TRIAL_ROWS, columns if turned else rows), random_like(dtype, rows, columns)
-    copies = PackedCopies(weight, Room(weight.nbytes))
-    return lambda: frozen_product(x, weight, None, bool(turned), copies)
-
-
 def keeps_copy(dtype: torch.dtype, rows: int, columns: int, turned: bool) -> bool:
-    """Whether a product of x by such a weight (`turned`: x·Wᵀ) goes by a copy of it here, measured now where it has not
-    been: for whoever counts memory."""
+    """Whether a product of x by such a weight (`turned`: x·Wᵀ) goes by a copy of it here: for whoever counts memory."""
     weight = torch.empty(1, dtype=dtype).expand(rows, columns)
     x = torch.empty(1, columns if turned else rows, dtype=dtype)
-    return chosen("kept_product", x, weight, None, turned) is not None
+    return dispatch("kept_product", x, weight, None, turned) is not None
 
 
 def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
@@ -347,7 +298,7 @@ def linear_backward(
 
 def gained(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """gain ⊙ y + b, rounded once: gains are near 1, where 16 bits are 1/256 apart."""
-    run = chosen("gain", gain, y, *([] if bias is None else [bias]))
+    run = dispatch("gain", gain, y, *([] if bias is None else [bias]))
     if run is not None:
         made: Tensor = run(y, gain, bias)
         return made
@@ -357,7 +308,7 @@ def gained(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 
 def _gain_gradient(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of what the gain multiplied, y, and of the gain."""
-    run = chosen("gain_backward", gain, g, y)
+    run = dispatch("gain_backward", gain, g, y)
     if run is not None:
         made: tuple[Tensor, Tensor] = run(g, y, gain)
         return made

@@ -15,15 +15,14 @@ All of shape (n,) and differentiable; nothing is summed or averaged here. Knows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen, measured, random_like
 from veneer.ops.copies import PackedCopies
+from veneer.ops.dispatch import dispatch
 from veneer.ops.sizes import logits_chunk
 
 _IGNORED = -100
@@ -69,7 +68,7 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | N
     of −100 is none, as for F.cross_entropy: 0, and no gradient. `right`: as `token_nll` has it. Raises IndexError for
     any other that is no token."""
     targets = targets.to(torch.int64).contiguous()
-    run = chosen("token_nll", logits)
+    run = dispatch("token_nll", logits)
     if run is not None:
         own: Tensor = run(logits, targets, gradient, right)
         return own
@@ -86,12 +85,6 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | N
         slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
         logits.copy_(slope.masked_fill_(ignored[:, None], 0))
     return nll[:, 0].masked_fill_(ignored, 0)
-
-
-@measured("token_nll", lambda logits: (logits.shape[-1],))
-def _nll_work(dtype: torch.dtype, vocabulary: int) -> Callable[[], object]:
-    logits, targets = random_like(dtype, 64, vocabulary), torch.zeros(64, dtype=torch.int64)
-    return lambda: _row_nll_(logits.clone(), targets, True)
 
 
 def likeliest(logits: Tensor, targets: Tensor) -> Tensor:

@@ -11,14 +11,13 @@ The reference of each is the same line in torch's own operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like
+from veneer.ops.dispatch import dispatch
 from veneer.ops.linear import (
     LinearMap,
     LinearOutput,
@@ -36,7 +35,7 @@ def _activate(x: Tensor, act: str) -> Tensor:
 
 def gated(both: Tensor, act: str) -> Tensor:
     """act(gate) ⊙ up from [gate | up]: (N, 2f) → (N, f)."""
-    run = chosen(f"{act}_gate", both)
+    run = dispatch(f"{act}_gate", both)
     if run is not None:
         h: Tensor = run(both)
         return h
@@ -46,7 +45,7 @@ def gated(both: Tensor, act: str) -> Tensor:
 
 def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """[d_gate | d_up] and act(gate) ⊙ up again."""
-    run = chosen(f"{act}_gate_backward", dh, both)
+    run = dispatch(f"{act}_gate_backward", dh, both)
     if run is not None:
         made: tuple[Tensor, Tensor] = run(dh, both)
         return made
@@ -54,19 +53,6 @@ def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]
     gate, up = both.chunk(2, dim=1)
     d_gate, d_up = d.chunk(2, dim=1)
     return d, _gate_gradients(dh, gate, up, d_gate, d_up, act).mul_(up)
-
-
-@measured("silu_gate", lambda both: (both.shape[-1],))
-def _gate_work(dtype: torch.dtype, width: int) -> Callable[[], object]:
-    both = random_like(dtype, TRIAL_ROWS, width)
-    return lambda: gated(both, "silu")
-
-
-@measured("silu_gate_backward", lambda dh, both: (both.shape[-1],))
-def _gate_backward_work(dtype: torch.dtype, width: int) -> Callable[[], object]:
-    both = random_like(dtype, TRIAL_ROWS, width)
-    dh = both[:, : width // 2].contiguous()
-    return lambda: _gated_backward(dh, both, "silu")
 
 
 def _gate_gradients(dh: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, act: str) -> Tensor:
@@ -102,7 +88,7 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        run = chosen("geglu", both)
+        run = dispatch("geglu", both)
         if run is None:
             up, gate = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2, dim=-1)
             return _activate(gate, "gelu").mul_(up).to(both.dtype)  # rounded once, as the compiled one is
@@ -113,7 +99,7 @@ class _Geglu(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         dh = dh.contiguous()
-        run = chosen("geglu_backward", dh, both)
+        run = dispatch("geglu_backward", dh, both)
         d: Tensor = torch.empty_like(both) if run is None else run(dh, both)
         if run is None:
             wide = torch.promote_types(both.dtype, torch.float32)
@@ -132,7 +118,7 @@ class _GeluTanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        run = chosen("gelu_tanh", x)
+        run = dispatch("gelu_tanh", x)
         y: Tensor = F.gelu(x, approximate="tanh") if run is None else run(x)
         return y
 
@@ -140,7 +126,7 @@ class _GeluTanh(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         g = g.contiguous()
-        run = chosen("gelu_tanh_backward", g, x)
+        run = dispatch("gelu_tanh_backward", g, x)
         dx: Tensor = torch.ops.aten.gelu_backward(g, x, approximate="tanh") if run is None else run(g, x)
         return dx
 

@@ -8,19 +8,18 @@ The frozen weights never get a gradient, and each has its slow reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import TRIAL_ROWS, chosen, measured, random_like
+from veneer.ops.dispatch import dispatch
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` where no gradient is wanted; x contiguous."""
-    run = chosen("rms_norm", x, weight)
+    run = dispatch("rms_norm", x, weight)
     y: Tensor = _norm_reference(x, weight, eps) if run is None else run(x, weight, eps)
     return y
 
@@ -46,7 +45,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def _norm_gradient(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x), r = 1/√(mean x² + ε), in at least float32."""
-    run = chosen("rms_norm_backward", g, x, weight)
+    run = dispatch("rms_norm_backward", g, x, weight)
     if run is not None:
         dx: Tensor = run(g, x, weight, eps)
         return dx
@@ -55,18 +54,6 @@ def _norm_gradient(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     r = (xf.square().mean(-1, keepdim=True) + eps).rsqrt()
     c = torch.linalg.vecdot(gw, xf).unsqueeze(-1).mul_(r.square()).div_(x.shape[-1])
     return gw.addcmul_(xf, c, value=-1).mul_(r).to(x.dtype)
-
-
-@measured("rms_norm", lambda x, weight: (x.shape[-1],))
-def _norm_work(dtype: torch.dtype, width: int) -> Callable[[], object]:
-    x, weight = random_like(dtype, TRIAL_ROWS, width), random_like(dtype, width)
-    return lambda: normed(x, weight, 1e-6)
-
-
-@measured("rms_norm_backward", lambda g, x, weight: (x.shape[-1],))
-def _norm_gradient_work(dtype: torch.dtype, width: int) -> Callable[[], object]:
-    x, weight = random_like(dtype, TRIAL_ROWS, width), random_like(dtype, width)
-    return lambda: _norm_gradient(x, x, weight, 1e-6)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -84,7 +71,7 @@ class _NormSilu(torch.autograd.Function):
         ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
     ) -> Tensor:
         ctx.save_for_backward(x, shift, weight, bias)
-        ctx.run, ctx.how = chosen("norm_silu", x), (groups, eps)
+        ctx.run, ctx.how = dispatch("norm_silu", x), (groups, eps)
         y: Tensor = ctx.run.forward(x, shift, weight, bias, groups, eps)
         return y
 
@@ -100,7 +87,7 @@ def norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, gro
     Reads x once and keeps it alone. Reference, and what runs where anything but x is trained or there is no kernel: the
     same line by line."""
     given = [t for t in (shift, weight, bias) if t is not None]
-    if any(t.requires_grad for t in given) or not x.numel() or chosen("norm_silu", x, *given) is None:
+    if any(t.requires_grad for t in given) or not x.numel() or dispatch("norm_silu", x, *given) is None:
         x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.ndim - 2))
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
     out: Tensor = _NormSilu.apply(x, shift, weight, bias, groups, eps)

@@ -1,9 +1,8 @@
 """In which order serving keeps a weight: y = x·Wᵀ + b for few rows at a time, W (out, in).
 
-A plain weight is laid out anew by every product, which takes most of the time of a few rows. Which order is kept
-instead is measured once a machine (`packing`), by products of steps that decode: three of one row, two of four rows and
-one of 32. A weight is kept once, and prompts, whose products are within a few percent of one another in every order,
-have no say.
+A plain weight is laid out anew by every product, which takes most of the time of a few rows. `packing` says which order
+is kept instead: panels where a kernel multiplies by them, else oneDNN's, else the weight's own. A weight is kept once;
+the products of prompts are within a few percent of one another in every order.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen, measured
-from veneer.ops.panels import GROUP, decoding, rounded4, rounded8
+from veneer.ops.dispatch import dispatch
+from veneer.ops.panels import GROUP, rounded4, rounded8
 
 
 class PackedWeight(Protocol):
@@ -151,20 +150,12 @@ _PLAIN: dict[int, Callable[[Tensor], PackedWeight]] = {16: Dense, 8: Int8.of, 4:
 
 
 def packing(dtype: torch.dtype, device: torch.device, bits: int = 16) -> Callable[[Tensor], PackedWeight]:
-    """How weights of `dtype` are best kept here: as they are (16 bits), or rounded to 8 or to 4; `Dense` where no order
-    is better than their own. What it gives raises ValueError where a weight's shape has no such order.
-
-    Panels have to be beaten by 1.3 times: all layers of a step are one call over them, worth more to a row alone."""
+    """How weights of `dtype` are best kept here: as they are (16 bits), or rounded to 8 or to 4; `Dense` where there is
+    no other order. The result raises ValueError for a weight whose shape has no such order."""
     probe = torch.empty(0, dtype=dtype, device=device)
-    chosen("packed_product", probe, bits)  # first: while one op is measured, no other is
-    orders = chosen("weight_order", probe, bits) or _PLAIN
+    orders = dispatch("weight_order", probe, bits) or _PLAIN
     found: Callable[[Tensor], PackedWeight] = orders[bits]
     return found
-
-
-@measured("weight_order", lambda probe, bits: (bits,), clearly=1.3)
-def _work(dtype: torch.dtype, bits: int) -> Callable[[], object]:
-    return decoding(packing(dtype, torch.device("cpu"), bits), dtype)
 
 
 def pack_weight(weight: Tensor) -> PackedWeight:

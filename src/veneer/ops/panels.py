@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.choice import chosen, measured, random_like
 from veneer.ops.cpu import compiled
+from veneer.ops.dispatch import dispatch
 from veneer.ops.quantisation_formats import Groups, QuantisationFormat, Rows8
 from veneer.ops.quantised import Quantised
 
@@ -142,27 +142,11 @@ class Panels:
 
 def panels_here(bits: int, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether anything multiplies by panels of so many bits a weight."""
-    return chosen("packed_product", torch.empty(0, dtype=dtype), bits) is not None
+    return dispatch("packed_product", torch.empty(0, dtype=dtype), bits) is not None
 
 
 def _kernel(bits: int) -> str:
-    return chosen("packed_product", torch.empty(0, dtype=torch.bfloat16), bits) or "panel_product"
-
-
-def decoding(pack: Callable[[Tensor], Callable[[Tensor], Tensor]], dtype: torch.dtype) -> Callable[[], object]:
-    """The products of steps that decode, three of one row, two of four rows and one of 32, by weights so packed: eight
-    in turn, of 4 MB in 16 bits, for a step's come from memory."""
-    weight = random_like(dtype, 2048, 1024)
-    weights = [pack(weight) for _ in range(8)]
-    rows = [random_like(dtype, n, 1024) for n in (1, 1, 1, 4, 4, 32)]
-    return lambda: [own(x) for x in rows for own in weights]
-
-
-@measured("packed_product", lambda probe, bits: (bits,))
-def _work(dtype: torch.dtype, bits: int) -> Callable[[], object]:
-    if not panels_here(bits, dtype):
-        raise RuntimeError("torch has no product of panels")
-    return decoding({16: Panels.of, 8: Panels.int8, 4: Panels.int4}[bits], dtype)
+    return dispatch("packed_product", torch.empty(0, dtype=torch.bfloat16), bits) or "panel_product"
 
 
 def _padded(t: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from veneer.compat import BITSANDBYTES
 from veneer.ops.choice import chosen
-from veneer.ops.transfer import made_up
+from veneer.ops.dispatch import dispatch
+from veneer.ops.transfer import launched, made_up
 
 KINDS = ("nf4", "fp4", "int8")
 SAVED_KINDS = ("nf4", "fp4")
@@ -174,7 +175,7 @@ class Blocks4:
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         columns = self.shape[-1]
         start, count = first * columns, (last - first) * columns
-        run, made = chosen("dequantise_blocks4", self.packed, dtype), made_up(self.packed)
+        run, made = dispatch("dequantise_blocks4", self.packed, dtype), made_up(self.packed)
         if made or run is not None:
             device = self.packed.device
             out = torch.empty(last - first, columns, dtype=dtype, device=device) if into is None else into
@@ -237,7 +238,7 @@ def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
     bounds, order = code_bounds(kind, flat.device)
-    run = chosen("quantise_blocks4", packed, flat.dtype)
+    run = dispatch("quantise_blocks4", packed, flat.dtype)
     if run is not None:
         run(packed, absmax, flat, bounds, order, BLOCK)
     else:
@@ -289,7 +290,7 @@ class Rows8:
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         codes, absmax = self.codes[first:last], self.absmax[first:last]
-        run = chosen("dequantise_rows8", codes, dtype)
+        run = dispatch("dequantise_rows8", codes, dtype)
         if run is None:
             return _put((codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype), into)
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device) if into is None else into
@@ -358,7 +359,7 @@ class GgmlBlocks:
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         rows = self.raw[first:last]
-        run = chosen("dequantise_ggml", rows, dtype, self.type)
+        run = dispatch("dequantise_ggml", rows, dtype, self.type)
         if run is None:
             return _put(self._reference(rows).to(rows.device, dtype), into)
         out = torch.empty(last - first, self.shape[-1], dtype=dtype, device=rows.device) if into is None else into

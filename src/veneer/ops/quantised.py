@@ -20,7 +20,7 @@ from torch import Tensor
 
 from veneer.compat import TORCH
 from veneer.errors import BaseError
-from veneer.ops.choice import chosen
+from veneer.ops.dispatch import dispatch
 from veneer.ops.quantisation_formats import (
     KINDS,
     QuantisationFormat,
@@ -320,7 +320,7 @@ def product_of_codes(x: Tensor, weight: Quantised, bias: Tensor | None = None) -
         return None
     stored = weight.stored
     parts: Sequence[QuantisationFormat] = stored.parts if isinstance(stored, StackedRows) else (stored,)
-    runs = [chosen("coded_product", x, part) for part in parts]
+    runs = [dispatch("coded_product", x, part) for part in parts]
     if any(run is None for run in runs):
         return None
     y, at = x.new_empty(len(x), weight.last - weight.first), -weight.first

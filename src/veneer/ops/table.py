@@ -1,48 +1,43 @@
 """Every op with its implementations, as the page docs/reference/ops.md: `python -m veneer.ops.table > …`.
 
-What is on the page is what the registry has, on any machine; what runs on one is for `veneer doctor` to say.
+The page shows what the package has, on any machine; `veneer doctor --ops` shows what runs on one machine.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 
-from veneer.ops.choice import HOMES, OPS, REFERENCE, Implementation, trial_of
+from veneer.ops.dispatch import OPS, REFERENCE, RULES, Implementation, implementations
 
 _HEAD = """# Ops and their implementations
 
 <!-- written by `python -m veneer.ops.table`; a test holds it -->
 
-What a step multiplies goes through an op. Each has a reference in torch, which runs on anything, and on some devices
-implementations of its own, each for what it takes. Which one runs:
+What a step multiplies goes through an op. Each op has a reference in torch, which runs on anything. Some devices have
+faster implementations, each for the input that it takes: the first that takes the input runs. Where the fastest one
+depends on the machine or the dtype, a rule names it, from the **profile** of the machine: product rates by dtype and
+the bandwidth of its memory, measured once in about two seconds and kept beside the compiled kernels
+(`profile-….json`, named by the processor, its flags, the number of threads and torch's version). The same profile gives
+the same bits.
 
-- the reference, where no other takes what the op was given;
-- the first in the list that takes it, where the op is not measured;
-- where it is, on a CPU, the first as well, unless another (the reference among them) was clearly faster here: more than
-  1.1 times (`frozen_product`, `weight_order`: 1.3), in a few milliseconds at first use, for a class of shapes, a dtype
-  and a number of threads. It is kept beside the compiled kernels and measured once. A run's checkpoint holds what ran,
-  and a resumed run goes on with that; serving measures two (`packed_product`, `weight_order`) as it lays weights out.
-
-`VENEER_OPS` decides instead: `listed` (nothing is measured), `torch` (references alone), `op=name` of the columns below
-(`rms_norm=torch`), several separated by commas. `veneer doctor --ops` shows which implementation runs on this machine,
-and why; a run reports its implementations at its end, and `veneer plan --calibrate` after measuring.
+`VENEER_OPS` overrides the choice: `torch` (references only) or `op=name` of the columns below (`rms_norm=torch`),
+several separated by commas. `VENEER_PROFILE` names a profile's file to use instead of this machine's.
+`veneer doctor --ops` shows the profile, and which implementation runs on this machine and why.
 """
 
 
 def ops_page() -> str:
-    """The page."""
-    homes = {device: importlib.import_module(home).IMPLEMENTATIONS for device, home in HOMES.items()}
-    lines = [_HEAD, "| op | computes | on a CPU | on CUDA | measured on a CPU |", "| --- | --- | --- | --- | --- |"]
+    """Return the page."""
+    cpu, cuda = implementations("cpu"), implementations("cuda")
+    lines = [_HEAD, "| op | computes | on a CPU | on CUDA | rule |", "| --- | --- | --- | --- | --- |"]
     for op, what in OPS.items():
-        cells = [_cell(homes[device], op) for device in ("cpu", "cuda")]
-        tried = "" if trial_of(op) is None else "yes"
-        lines.append(f"| `{op}` | {_plain(what)} | {cells[0]} | {cells[1]} | {tried} |")
+        rule = RULES[op].why if op in RULES else ""
+        lines.append(f"| `{op}` | {_plain(what)} | {_cell(cpu, op)} | {_cell(cuda, op)} | {rule} |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(own: Mapping[str, Implementation], op: str) -> str:
-    """Its implementations in the order in which they are tried, and what each takes."""
+    """The implementations of an op in their order, and what each takes."""
     if op not in own:
         return f"`{REFERENCE}`"
     names: dict[str, list[str]] = {}

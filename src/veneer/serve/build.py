@@ -15,7 +15,6 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 
 from veneer.library.library import Library
-from veneer.ops.choice import what_ran
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
 from veneer.serve.checks import Opened, ServerKind, needs_no_key, open_stores, refuse_idle, refuse_ledger
 from veneer.serve.http.app import create_app
@@ -132,8 +131,6 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None], opened: Op
     shelf = Shelf(base, library=library, folders=settings.folders)
     engine = TextEngine(base, shelf.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
-    if ran := what_ran():
-        say(f"op implementations in use, as measured on this machine (veneer doctor --ops): {ran}")
     if (graphs := engine.runner.graphs) is not None:
         say(f"decoding: {f'without CUDA graphs ({graphs.problem})' if graphs.problem else 'by CUDA graphs'}")
     catalog = Catalog(shelf, engine.problems, engine.residents, routes=tenancy.routes)

@@ -6,8 +6,8 @@
         optimizer.safetensors    every tensor of the optimizer, keyed "<parameter>|<entry>"
         random.safetensors       torch's, Python's and numpy's generators (and each CUDA device's)
         adapter/                 the adapter in its own format, where checkpoint.adapters asks for it
-        state.json               the rest: progress, optimizer scalars, identity, which implementations of ops ran, and
-                                 a sha256 of each file above
+        state.json               the rest: progress, optimizer scalars, identity, and a sha256 of each file
+                                 above
 
 A directory is written under a temporary name, synced and renamed, so it is there whole or not at all; an older one is
 renamed away before it is removed. No pickles: safetensors and JSON only.
@@ -34,7 +34,6 @@ from torch import Tensor
 from veneer.errors import AdapterError, CheckpointError, ResourceError, bullets
 from veneer.files.atomic import flush_folder, replace_file
 from veneer.files.safetensors import encode_tensors, read_tensors
-from veneer.ops.choice import recorded
 from veneer.ops.cpu import compiled
 
 _PREFIX = "step-"
@@ -126,7 +125,6 @@ def save(
                 "about": dict(about or {}),
                 "extra": extra,
                 "environment": environment(devices) | dict(beside or {}),
-                "choices": recorded(),
                 "files": digests,
             }
             if fill is not None:
@@ -181,12 +179,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 class Restored(NamedTuple):
     """What a checkpoint says of the run beside its state. `notes`: a sentence for each difference of the environment
-    (torch, threads, devices) that may cost bit-for-bit equality. `choices`: which implementations of ops ran, for the
-    run to follow (ops/choice.py). `about`: as `save` was given it."""
+    (torch, threads, devices) that may cost bit-for-bit equality. `about`: as `save` was given it."""
 
     progress: Progress
     notes: list[str]
-    choices: Mapping[str, str]
     about: Mapping[str, Any]
 
 
@@ -235,7 +231,7 @@ def restore(
         ) from error
     optimizer.load_state_dict(optimizer_state)
     _put(tensors, parameters)
-    return Restored(progress, notes, state.get("choices", {}), state.get("about", {}))
+    return Restored(progress, notes, state.get("about", {}))
 
 
 def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:

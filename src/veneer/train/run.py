@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 from veneer.errors import CheckpointError, ConfigError, Interrupted, NoGain, counted
 from veneer.files.locks import take_lock
 from veneer.models.sources import find_base
-from veneer.ops.choice import follow, known, own_choices, what_ran
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
 from veneer.train.config.load import RunConfig
@@ -194,7 +193,7 @@ def opened(
     how to go on. `lockstep`: as Devices has it; `options`: sources, resume, dry_run and force of the Run."""
     check_trackers(config.report)
     folder = Path(config.output.directory)
-    with own_choices(), joined(config.base.device, lockstep=lockstep) as devices:
+    with joined(config.base.device, lockstep=lockstep) as devices:
         listener = on_event if devices.first else silent
         view = ConsoleView(unit=unit) if listener is None else None
         early: list[Event] = []
@@ -283,8 +282,6 @@ def steps_of_run(
     devices.agree("settings, data and base", digest_of({}, config.recipe(), identity, progress.step))
     _agree(run, task)
     _probe(run, task)
-    if newest is None:  # else what the checkpoint has recorded is followed already
-        follow(devices.gather(known())[0])
     plan = TrainingPlan(
         task.steps,
         Schedule.of(config.schedule.name, total, config.schedule.warmup, config.schedule.floor),
@@ -330,8 +327,6 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
     result = devices.gather(result)[0]
     if devices.first or devices.lockstep:
         tell(Note(task.prove()))
-    if ran := what_ran():
-        tell(Note(f"op implementations used, as measured on this machine (veneer doctor --ops): {ran}"))
     predicted = was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds)
     if predicted and not run.group:  # of a run by itself
         tell(Note(predicted))
@@ -360,7 +355,6 @@ def _restored(
         devices=run.devices.count,
         beside=task.environment,
     )
-    follow(restored.choices)
     task.restore(restored.about.get("kept", {}))
     run.note(f"resuming after step {restored.progress.step} of {len(task.steps)}")
     gone = {*restored.about.get("together", [])} - {*run.group, run.called}

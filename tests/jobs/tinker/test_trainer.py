@@ -22,16 +22,14 @@ from veneer.jobs.tinker.wire import WireRow
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
 from veneer.models.text.twin import base_twin
-from veneer.ops.choice import listed
 from veneer.train.optim import make_optimizer
 
 
 @pytest.fixture(scope="module")
 def trainer() -> Iterator[Trainer]:
-    with listed():
-        made = Trainer(small_base())
-        yield made
-        made.close()
+    made = Trainer(small_base())
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

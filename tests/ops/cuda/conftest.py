@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from veneer.ops import choice
 from veneer.ops.cuda import launch
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]  # no wheel of it for this machine
@@ -21,7 +20,7 @@ def _on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     assert launch.INTERPRETED, "TRITON_INTERPRET=0 is for tests marked gpu alone"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "PINNED", "cuda")
+        patch.setattr("veneer.ops.dispatch.DEVICE", "cuda")
         yield
 
 

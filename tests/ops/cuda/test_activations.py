@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close, drawn
-from veneer.ops import choice
-from veneer.ops.choice import chosen
+from veneer.ops.dispatch import dispatch
 from veneer.ops.dropout import Dropout
 from veneer.ops.linear import gained
 from veneer.ops.mlp import gated, geglu, gelu_tanh
@@ -35,7 +34,7 @@ def test_a_gate(device: str, dtype: torch.dtype, act: str, rows: int, width: int
     gate, up = wide.chunk(2, dim=1)
     want = activated(gate, act) * up
     close(gated(both, act), want, dtype)
-    run = chosen(f"{act}_gate_backward", dh, both)
+    run = dispatch(f"{act}_gate_backward", dh, both)
     assert run is not None
     d, h = run(dh, both)
     close(h, want, dtype)
@@ -67,7 +66,7 @@ def test_activations_far_from_zero_stay_finite() -> None:
     with np.errstate(over="ignore"):
         for act in ("silu", "gelu", "gelu_tanh"):
             torch.testing.assert_close(gated(both, act), torch.tensor([[0.0, 0.0, 100.0, 1e4]]))
-            run = chosen(f"{act}_gate_backward", both[:, :4].contiguous(), both)
+            run = dispatch(f"{act}_gate_backward", both[:, :4].contiguous(), both)
             assert run is not None
             assert all(t.isfinite().all() for t in run(torch.ones(1, 4), both))
 
@@ -83,7 +82,7 @@ def test_a_gain(device: str, dtype: torch.dtype, rows: int, width: int, seed: in
     bias = drawn(seed + 3, width, dtype=dtype, device=device) if biased else None
     want = y.double() * gain.double() + (0 if bias is None else bias.double())
     close(gained(y, gain, bias), want, dtype)
-    run = chosen("gain_backward", gain, g, y)
+    run = dispatch("gain_backward", gain, g, y)
     assert run is not None
     dy, d_gain = run(g, y, gain)
     close(dy, g.double() * gain.double(), dtype)
@@ -97,9 +96,9 @@ def test_dropout_is_the_reference_bit_for_bit(
 ) -> None:
     x = drawn(values, n, dtype=dtype, device=device)
     got = Dropout(p, seed)(x)
-    assert n == 0 or chosen("dropout", x) is not None
+    assert n == 0 or dispatch("dropout", x) is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "PINNED", "torch")
+        patch.setattr("veneer.ops.dispatch.DEVICE", "torch")
         kept = Dropout(p, seed)(torch.ones(n, device=device)) != 0
     assert torch.equal(got != 0, kept & (x != 0))
     close(got, torch.where(kept, x.double() / (1 - p), 0.0), dtype)

@@ -20,8 +20,8 @@ from veneer.ops.attention import (
     row_attention,
     scored_attention_reference,
 )
-from veneer.ops.choice import chosen
 from veneer.ops.cuda import attention
+from veneer.ops.dispatch import dispatch
 
 LENGTHS = st.sampled_from([[1], [5, 1, 9], [70], [64, 3], [33, 66]])
 WINDOWS = st.sampled_from([None, 1, 7, 40, 200])
@@ -59,7 +59,7 @@ def test_rows(
     layout = RowLayout(lengths, device, idle=idle)
     given = [t.requires_grad_() for t in (q, k, v, sinks) if t is not None]
     wide = [t.detach().double().requires_grad_() for t in given]
-    assert chosen("attend_rows", q, k, v, sinks) is not None
+    assert dispatch("attend_rows", q, k, v, sinks) is not None
     got = row_attention(q, k, v, layout, dim**-0.5, window, cap, sinks)
     want = scored_attention_reference(
         wide[0], wide[1], wide[2], layout, dim**-0.5, window, cap, wide[3] if sunk else None
@@ -138,7 +138,7 @@ def test_many_heads_take_several_programs_a_token() -> None:
     heads, kv, dim, n = 30, 3, 128, 2
     qkv = drawn(0, n, 1 + heads + 2 * kv, dim, dtype=torch.float32)[:, 1:].requires_grad_()
     angles, norms = drawn(1, n, dim // 2, dtype=torch.float32), HeadNorms(drawn(2, 2, dim, dtype=torch.float32), 1e-6)
-    run = chosen("split_turned", qkv, angles, angles)
+    run = dispatch("split_turned", qkv, angles, angles)
     got = run(qkv, angles.cos(), angles.sin(), kv, norms)
     q, k, v = normed_heads(qkv, kv, norms).split([heads, kv, kv], dim=1)
     want = [*(rotate(t, angles.cos(), angles.sin()) for t in (q, k)), v]
@@ -181,7 +181,7 @@ def test_joint_attention(
     weight = None if norms == "none" else 1 + drawn(seed + 2, *shape, dtype=torch.float32, device=device, scale=0.3)
     angles = drawn(seed + 3, S, d // 2, dtype=torch.float32, device=device)
     turn = torch.polar(torch.ones_like(angles), angles) if turned else None
-    assert chosen("joint_heads", qkv, weight, turn) is not None
+    assert dispatch("joint_heads", qkv, weight, turn) is not None
     qkv.requires_grad_()
     got = joint_attention(qkv, weight, 1e-3, turn)
     wide = qkv.detach().double().requires_grad_()

@@ -10,7 +10,6 @@ from torch import nn
 
 from tests.models.image.test_fast import attached, flux, flux2, same, sdxl, step
 from veneer.models.image.fast import fast_denoiser
-from veneer.ops import choice
 from veneer.ops.cuda.launch import recorded
 
 RAN = {
@@ -26,7 +25,7 @@ def test_a_step(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) 
     model = make()
     with attached(model) as attachment:
         with monkeypatch.context() as patch:
-            patch.setattr(choice, "PINNED", "torch")
+            patch.setattr("veneer.ops.dispatch.DEVICE", "torch")
             want = step(attachment)
         with fast_denoiser(model) as how:
             assert how.left == {}

@@ -7,7 +7,6 @@ import pytest
 from tests.families import FAMILIES, OTHERS
 from tests.models.text.test_fast import LENGTHS, attached, gradients
 from veneer.models.text.fast import fast
-from veneer.ops import choice
 from veneer.ops.cuda.launch import recorded
 
 _SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "qwen3_moe", "gemma2", "gpt_oss")]
@@ -19,7 +18,7 @@ def test_a_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attachment = attached(model)
     model.eval()
     with monkeypatch.context() as patch:
-        patch.setattr(choice, "PINNED", "torch")
+        patch.setattr("veneer.ops.dispatch.DEVICE", "torch")
         slow = gradients(model, attachment)
     with fast(model) as how:
         assert how.rows, how.summary()

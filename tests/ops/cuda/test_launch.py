@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops.cuda import serving_steps  # noqa: F401 - its steps are in STEPS then
 from tests.ops.cuda.steps import STEPS
-from veneer.ops.choice import choices, chosen
 from veneer.ops.cuda import launch, norms
 from veneer.ops.cuda.launch import KERNELS, SHARED_LIMITS, Launch, recorded, resources
+from veneer.ops.dispatch import choices, dispatch
 from veneer.ops.transfer import made_up
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -116,7 +116,7 @@ def test_a_fake_tensor_gives_the_right_shape_and_launches_nothing() -> None:
     with FakeTensorMode(), torch.no_grad():
         x, w = torch.empty(3, 5, 64, device="cuda", dtype=torch.bfloat16), torch.empty(64, device="cuda")
         assert made_up(x)
-        run = chosen("rms_norm", x, w)
+        run = dispatch("rms_norm", x, w)
         assert run is norms.rms_norm_forward
         y = run(x, w, 1e-5)
         assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "cuda")
@@ -125,7 +125,7 @@ def test_a_fake_tensor_gives_the_right_shape_and_launches_nothing() -> None:
 
 def test_without_triton_it_is_torch_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "triton", None)
-    assert chosen("rms_norm", torch.ones(3, 16), torch.ones(16)) is None
+    assert dispatch("rms_norm", torch.ones(3, 16), torch.ones(16)) is None
     assert choices("cuda")["rms_norm"][:2] == ("torch", "triton is not installed")
     assert launch.kernel(wrong) is launch.device_function(wrong) is wrong
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close, drawn
-from veneer.ops.choice import chosen
 from veneer.ops.cuda.lowrank import ShadowedProducts
+from veneer.ops.dispatch import dispatch
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.lowrank import LowRank
 from veneer.train.optim import make_optimizer, optimizer_names
@@ -51,7 +51,7 @@ def test_linear(device: str, dtype: torch.dtype, n: int, ranks: list[int], apart
     )
     by = (drawn(seed + 54, rows, dtype=torch.float32, device=device) + 1).requires_grad_() if gain else None
     given = [x, *(t for p in products for t in (p.A, p.B)), *([by] if by is not None else [])]
-    assert chosen("low_rank", x, x, products) is ShadowedProducts
+    assert dispatch("low_rank", x, x, products) is ShadowedProducts
     y = linear(x, LinearMap(W, b, tuple(products), by))
     wide = [t.detach().double().requires_grad_() for t in given]
     plain = wide[0] @ W.double().t()

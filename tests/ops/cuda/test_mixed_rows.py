@@ -11,9 +11,9 @@ from tests.families import FAMILIES
 from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close
 from tests.serve.forward import test_lowrank, test_runner
 from veneer.core.adapter import Adapter, Pair
-from veneer.ops.choice import chosen
 from veneer.ops.cuda import mixed_rows
 from veneer.ops.cuda.launch import recorded
+from veneer.ops.dispatch import dispatch
 from veneer.serve.forward.lowrank import BaseLayout, Group, PackedAdapter, Segments, pack_adapter
 from veneer.serve.forward.runner import Runner
 
@@ -76,7 +76,7 @@ def test_every_row_has_its_own_mix(
     got = residual + y if onto else y
     if segments is None or not at:
         return
-    assert chosen("mixed_rows", x, y) is mixed_rows.mixed_rows
+    assert dispatch("mixed_rows", x, y) is mixed_rows.mixed_rows
     segments.add(0, x, got, before if onto else None)
     want = torch.cat([exact(layout, mix, x[a:b], inputs) for a, b, mix in spans]) + residual.double()
     close(got, want, dtype, 3.0)

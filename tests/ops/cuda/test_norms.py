@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ops.cuda.laws import DTYPES, FEW, SEEDS, close, drawn
-from veneer.ops.choice import chosen
 from veneer.ops.cuda import norms
+from veneer.ops.dispatch import dispatch
 from veneer.ops.norms import norm_silu, rms_norm
 
 
@@ -29,7 +29,7 @@ def test_rms_norm(
         drawn(seed + 1, width, dtype=torch.float32 if wide_weight else dtype, device=device),
         drawn(seed + 2, 2, rows, width, dtype=dtype, device=device),
     )
-    assert chosen("rms_norm", x.contiguous(), w) is norms.rms_norm_forward
+    assert dispatch("rms_norm", x.contiguous(), w) is norms.rms_norm_forward
     y = rms_norm(x, w, 1e-5)
     (dx,) = torch.autograd.grad(y, x, g)
     wide = x.detach().double().requires_grad_()
@@ -62,7 +62,7 @@ def test_norm_silu(
     w, b = drawn(seed + 2, 2, count, dtype=dtype, device=device)
     shift = drawn(seed + 3, n, count, dtype=dtype, device=device) if shifted else None
     x.requires_grad_()
-    assert chosen("norm_silu", x, w, b) is norms.NormSilu
+    assert dispatch("norm_silu", x, w, b) is norms.NormSilu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(norms, "CHUNK", 64)
         y = norm_silu(x, shift, w, b, groups, 1e-5)

@@ -13,10 +13,9 @@ from tests.ops.cuda.laws import FEW, SEEDS, close, drawn
 from tests.ops.draws import coded
 from tests.serve.forward import test_runner
 from tests.serve.forward.test_runner_quantised import model_in
-from veneer.ops import choice
-from veneer.ops.choice import chosen, pinned
 from veneer.ops.cuda.launch import recorded
 from veneer.ops.cuda.quantised import GGML
+from veneer.ops.dispatch import dispatch, override_ops
 from veneer.ops.quantisation_formats import GgmlBlocks, QuantisationFormat, to_format
 from veneer.ops.quantised import Quantised, product_of_codes, stacked_rows
 from veneer.serve.forward.runner import Runner
@@ -26,7 +25,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 def referred(stored: QuantisationFormat, dtype: torch.dtype, first: int, last: int) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "PINNED", "torch")
+        patch.setattr("veneer.ops.dispatch.DEVICE", "torch")
         return stored.dense(dtype, first, last)
 
 
@@ -45,7 +44,7 @@ def test_weights_of_4_and_8_bits(
 ) -> None:
     stored = to_format(drawn(seed, rows, columns, dtype=torch.float32, device=device, scale=0.02), kind, double)
     op, held = ("dequantise_rows8", "codes") if kind == "int8" else ("dequantise_blocks4", "packed")
-    assert chosen(op, stored.tensors()[held], dtype) is not None
+    assert dispatch(op, stored.tensors()[held], dtype) is not None
     first = int(share * (rows - 1))
     for part in ((0, rows), (first, rows), (0, first + 1)):
         got = stored.dense(dtype, *part)
@@ -64,7 +63,7 @@ def test_blocks_of_a_gguf_file(device: str, kind: str) -> None:
             raw[:, block * size + at + 1] &= 0xBB  # an exponent below the highest, which is for infinities
     stored = GgmlBlocks(kind, (5, 3 * weights), torch.from_numpy(raw).to(device))
     for dtype in (torch.float32, torch.bfloat16):
-        assert chosen("dequantise_ggml", stored.raw, dtype, kind) is not None
+        assert dispatch("dequantise_ggml", stored.raw, dtype, kind) is not None
         got = stored.dense(dtype, 1, 5)
         assert got.isfinite().all()
         assert torch.equal(got, referred(stored, dtype, 1, 5))
@@ -148,7 +147,7 @@ def test_a_served_base_in_codes_goes_through_them() -> None:
     ids = test_runner.prompts([9, 5])
     found = []
     for name in ("cuda", "torch"):
-        with pinned(coded_product=name), recorded() as launches:
+        with override_ops(coded_product=name), recorded() as launches:
             runner = Runner(test_runner.base_of(model_in("nf4", dtype=torch.float16)), cache_bytes=1 << 20)
             found.append(torch.cat(test_runner.serve(runner, [(p, []) for p in ids], [7, 1])))
             runner.close()

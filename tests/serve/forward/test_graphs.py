@@ -19,7 +19,6 @@ from tests.families import VOCAB, build
 from tests.serve.engine.test_engine import Shelf, answer, engine_of, greedy, prompt, run
 from tests.serve.forward.test_runner import base_of, prompts, same, trained
 from veneer.core.adapter import Adapter
-from veneer.ops import choice
 from veneer.ops.mixed_rows import RECORD
 from veneer.ops.sizes import RECORDED_ADAPTERS, RECORDED_ROWS, RECORDINGS
 from veneer.plan.serving import Traffic, recorded_bytes, recorded_sizes, serving_memory
@@ -37,7 +36,7 @@ triton = pytest.importorskip("triton")
 
 @pytest.fixture(autouse=True)
 def _kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "PINNED", "cuda")
+    monkeypatch.setattr("veneer.ops.dispatch.DEVICE", "cuda")
 
 
 class Again:
@@ -87,7 +86,7 @@ class Served:
             rows.append(RunnerRow(tokens, first, own, mix, 1, sequence))
             self.at[sequence] = first + len(tokens)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(choice, "PINNED", self.device)
+            patch.setattr("veneer.ops.dispatch.DEVICE", self.device)
             return [t.clone() for t in self.runner.run(rows)]
 
     def end(self, sequence: int) -> None:
@@ -284,7 +283,7 @@ def test_a_plan_counts_the_sizes_that_are_recorded() -> None:
 
 
 def test_without_kernels_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "PINNED", "")
+    monkeypatch.setattr("veneer.ops.dispatch.DEVICE", "")
     again = Again()
     _, recorded, _ = both(capture=again)
     recorded.device = ""

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
-from veneer.ops import choice
 from veneer.ops.cpu import compiled
-from veneer.ops.measuring import Kept
 from veneer.ops.panels import panels_here
 from veneer.serve.forward.llama import LlamaForward
 from veneer.serve.forward.runner import Prepared, Runner, use_threads
@@ -90,22 +88,12 @@ def test_a_dora_in_the_batch_changes_nobody_elses_bits() -> None:
     assert all(torch.equal(alone[i], mixed[i]) for i in (0, 1, 3))
 
 
-def test_what_was_measured_changes_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """decoder.c rounds as the compiled kernels do, so layers line by line must run them, whatever is faster here."""
+def test_layers_line_by_line_give_the_bits_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, _, adapters = runner_of("llama")
     together = answers(runner, adapters)
-    monkeypatch.setattr(choice, "seconds_of", lambda works: {name: 1.0 + (name != "torch") for name in works})
-    x = torch.ones(3, 64, dtype=torch.bfloat16)
-    kept = Kept(None, "here")
-    with choice.own_choices(listed=False, pins={}, kept=lambda: kept):
-        assert choice.chosen("rms_norm", x, x[0]) is None  # torch has won
-        assert choice.chosen("silu_gate", x) is None
-        decided = choice.recorded()
-        assert set(decided.values()) == {"torch"}
-        line_by_line(runner, monkeypatch)
-        apart = answers(runner, adapters)
-        assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
-        assert choice.recorded() == decided
+    line_by_line(runner, monkeypatch)
+    apart = answers(runner, adapters)
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:

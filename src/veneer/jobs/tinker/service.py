@@ -63,7 +63,6 @@ from veneer.jobs.tinker.trainer import (
 from veneer.jobs.tinker.wire import ForwardAsked, forward_bytes, read_forward, read_head
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
-from veneer.ops.choice import listed
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused
 from veneer.train.text.save import write_adapter
@@ -556,10 +555,6 @@ class TinkerService:
     # -- the thread that trains ----------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        with listed():  # a state that is made again has the same bits: they depend on no clock
-            self._serve()
-
-    def _serve(self) -> None:
         while True:
             self._sweep()
             with self._changed:

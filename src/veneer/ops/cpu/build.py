@@ -165,10 +165,14 @@ def machine_of(compiler: str) -> list[str]:
         [*resolve, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True, timeout=60
     ).stdout
     options = subprocess.run([*resolve, "-Q", "--help=target"], capture_output=True, text=True, timeout=60).stdout
-    features = ("flags", "features", "isa", "cpu implementer", "cpu part")  # of x86, ARM, RISC-V, ARM
+    return [platform.machine(), macros, options, *processor_features()]
+
+
+def processor_features() -> list[str]:
+    """The lines of /proc/cpuinfo that list the processor's instructions (x86, ARM and RISC-V); of all unlike cores."""
+    features = ("flags", "features", "isa", "cpu implementer", "cpu part")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     except OSError:
         lines = []
-    own = sorted({line for line in lines if line.partition(":")[0].strip().lower() in features})
-    return [platform.machine(), macros, options, *own]
+    return sorted({line for line in lines if line.partition(":")[0].strip().lower() in features})

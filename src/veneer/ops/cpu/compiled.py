@@ -134,7 +134,6 @@ _TILES: dict[str, list[Any]] = {
     "rows_attend_backward": [*[_pointer] * 3, *_ROWS, _pointer, _int],
     "narrow_rows_attend": [*_ROWS, _pointer, _pointer, _int],
     "narrow_rows_attend_backward": [*[_pointer] * 3, *_ROWS, _pointer, _int],
-    "frozen_product": [_pointer, *[_int64] * 3, _pointer, _int, _pointer, _pointer, _int],
 }
 """What multiplies by libtorch's own small products, of float32 and of bfloat16."""
 _WIDE = ("rows_attend", "rows_attend_backward")

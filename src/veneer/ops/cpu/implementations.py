@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.ops.choice import REFERENCE, Implementation
 from veneer.ops.cpu import compiled
+from veneer.ops.dispatch import Implementation
 from veneer.ops.lowrank import LowRank
 from veneer.ops.orders import Reordered, reorders
 from veneer.ops.panels import Panels
@@ -375,33 +375,6 @@ _LEAST = 256
 """Rows, columns and terms of a sum from which a product is worth the packing of its weight."""
 
 
-def _takes_product(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> bool:
-    """`turned`: by Wᵀ, as `_frozen_product` is told."""
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight))
-    if not plain or min(len(x), *weight.shape) < _LEAST or x.shape[1] % 2:
-        return False
-    given = (x, weight) if bias is None else (x, weight, bias)
-    # without oneDNN libtorch refuses small products of bfloat16 by an exception that C cannot take
-    return compiled.usable("frozen_product", *given) is not None and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
-
-
-def _frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
-    columns = weight.shape[0 if turned else 1]
-    y = x.new_empty(len(x), columns)
-    at = _at(weight)[0], int(turned), *_at(bias, y)
-    _kernel("frozen_product")(x.data_ptr(), *x.shape, columns, *at, torch.get_num_threads())
-    return y
-
-
-def _frozen(run: Any, name: str, *others: Implementation) -> Implementation:
-    wants = f"contiguous bfloat16, {_LEAST} rows and more, a weight of {_LEAST} rows and columns and more"
-    return Implementation(run, _takes_product, wants, lambda: compiled.why_missing("frozen_product"), name, others)
-
-
-IMPLEMENTATIONS["frozen_product"] = _frozen(None, REFERENCE, _frozen(_frozen_product, "tiles"))
-"""torch's own comes first: tiles have to be clearly faster."""
-
-
 def _takes_kept(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> bool:
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight))
     fits = plain and min(weight.shape) >= _LEAST and x.dtype in (torch.bfloat16, torch.float32)
@@ -412,13 +385,13 @@ def _no_order(dtype: torch.dtype) -> str:
     return "" if reorders(dtype) else "this torch has no order of oneDNN's"
 
 
-def _kept(run: Any, name: str, *others: Implementation) -> Implementation:
-    wants = f"contiguous bfloat16 or float32, a weight of {_LEAST} rows and columns and more"
-    return Implementation(run, _takes_kept, wants, lambda: _no_order(torch.float32), name, others)
-
-
-IMPLEMENTATIONS["kept_product"] = _kept(None, REFERENCE, _kept(Reordered, "onednn"))
-"""The weight as it is comes first: a copy's memory has to be worth it."""
+IMPLEMENTATIONS["kept_product"] = Implementation(
+    Reordered,
+    _takes_kept,
+    f"contiguous bfloat16 or float32, a weight of {_LEAST} rows and columns and more",
+    lambda: _no_order(torch.float32),
+    "onednn",
+)
 
 
 # -- low-rank products -------------------------------------------------------------------------------------------------

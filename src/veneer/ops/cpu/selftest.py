@@ -653,17 +653,6 @@ _tile_checks("", (torch.float32, _BF16))
 _tile_checks("narrow_", (_BF16,))
 
 
-@_kernel_check("frozen_product")
-def _frozen_product(bench: Bench) -> Iterator[Same]:
-    """More than one block of rows and one panel, none of them full, both ways round."""
-    x, b = bench.normal(131, 74), bench.normal(70)
-    for turned, bias in ((1, b), (0, None)):
-        w, y = bench.normal(*((70, 74) if turned else (74, 70))), bench.room(131, 70)
-        bench.library.frozen_product(x.data_ptr(), 131, 74, 70, w.data_ptr(), turned, *at(bias, y), _THREADS)
-        want = x.double() @ (w.double().T if turned else w.double())
-        yield Same(y, want if bias is None else want + bias.double(), far=2**-6)
-
-
 @_kernel_check("thin_add")
 def _thin_add(bench: Bench) -> Iterator[Same]:
     t = _TwoProducts.of(bench)

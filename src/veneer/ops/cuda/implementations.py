@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from veneer.ops.attention import HeadNorms
-from veneer.ops.choice import Implementation
 from veneer.ops.cuda import activations, attention, launch, loss, lowrank, mixed_rows, norms, paged, quantised
+from veneer.ops.dispatch import Implementation
 from veneer.ops.lowrank import LowRank
 from veneer.ops.quantisation_formats import QuantisationFormat
 

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from veneer.ops.choice import Implementation
-from veneer.ops.transfer import made_up
+from veneer.ops.dispatch import Implementation
+from veneer.ops.transfer import launched, made_up
 
 try:
     import triton

@@ -30,7 +30,6 @@ from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.replay import Replay
 from veneer.ops.attention import SharedRows
-from veneer.ops.choice import listed
 from veneer.ops.transfer import sent
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.engine.sampler import scored
@@ -254,15 +253,10 @@ class _EngineReplay(Replay):
 
     @torch.no_grad()
     def layer(self) -> Tensor:
-        with listed():  # as the engine's own steps
-            return next(self._layers)[self.made]
+        return next(self._layers)[self.made]
 
     @torch.no_grad()
     def logps(self) -> Tensor:
-        with listed():
-            return self._logps()
-
-    def _logps(self) -> Tensor:
         hidden = next(self._layers)
         for hidden in self._layers:  # noqa: B007  those that nobody asked for
             pass

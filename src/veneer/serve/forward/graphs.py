@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from veneer.models.text.probe import near_rows
-from veneer.ops.choice import chosen
+from veneer.ops.dispatch import dispatch
 from veneer.ops.mixed_rows import RECORD, MixTiles, mix_lists
 from veneer.ops.sizes import (
     RECORDED_ADAPTERS,
@@ -141,7 +141,7 @@ class SlotProducts:
     gains: bool
 
     def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
-        run = chosen("mixed_rows", x, y)
+        run = dispatch("mixed_rows", x, y)
         assert run is not None
         sixteens = not any(size % 16 for size in self.layout.groups[group].sizes)
         run(x, y, y if own is None else own, self.tiles, self.records[group], self.ranks, sixteens)
@@ -247,7 +247,7 @@ class DecodeGraphs:
         self._tile = tile_tokens(pages.heads, pages.kv, 1)
         probe = torch.empty(1, pages.heads, pages.d, dtype=layout.dtype, device=layout.device)
         wanted = {"paged_attention": pages.K[0], "turn_and_store": pages.K[0], "mixed_rows": probe}
-        missing = [op for op, other in wanted.items() if chosen(op, probe, other) is None]
+        missing = [op for op, other in wanted.items() if dispatch(op, probe, other) is None]
         if missing or pages.native is not None or pages.tiles:
             self.problem = f"no kernel for {', '.join(missing) or 'these pages'}"
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import adapted_norm
-from veneer.ops.choice import chosen
+from veneer.ops.dispatch import dispatch
 from veneer.ops.mixed_rows import RECORD, MixTiles
 from veneer.ops.quantised import dequantised
 from veneer.ops.transfer import made_up, put_numbers, sent
@@ -140,7 +140,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
     records = [[0] * RECORD for _ in layout.groups]
     device, dtype = layout.device, layout.dtype
     probe = torch.empty(0, 2, dtype=dtype, device=device)
-    native = chosen("rows_low_rank", probe, probe) is not None
+    native = dispatch("rows_low_rank", probe, probe) is not None
     widest, held = 2, 0
     for g, group in enumerate(layout.groups):
         rows: list[Tensor] = []
@@ -309,13 +309,13 @@ class Segments:
     def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
         """The group's low-rank products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the
         base's product, where y is more than that."""
-        if (mixed := chosen("mixed_rows", x, y)) is not None:
+        if (mixed := dispatch("mixed_rows", x, y)) is not None:
             tables, ranks = self._tables(), max(a.rank for a in self.adapters)
             sixteens = not any(size % 16 for size in self.layout.groups[group].sizes)
             mixed(x, y, y if own is None else own, self.tiles, tables.records[group], ranks, sixteens)
             return
         before = self._before_gains(group, y) if own is None else own
-        run = chosen("rows_low_rank", x, y)
+        run = dispatch("rows_low_rank", x, y)
         if run is None:
             self._add_reference(group, x, y)
         else:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.ops.choice import chosen
 from veneer.ops.cpu import compiled
+from veneer.ops.dispatch import dispatch
 from veneer.ops.sizes import tile_tokens
 from veneer.ops.transfer import put_numbers
 
@@ -149,7 +149,7 @@ class Pages:
             )
             return
         by_head = qkv.view(len(qkv), -1, self.d)
-        if (turn := chosen("turn_and_store", by_head, self.K[layer])) is not None:
+        if (turn := dispatch("turn_and_store", by_head, self.K[layer])) is not None:
             turn(
                 qkv,
                 self.K[layer],
@@ -201,7 +201,7 @@ class Pages:
             return self._attend_tiles(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
         if self.native is None:
             by_head = q[:, : self.heads * self.d].unflatten(1, (self.heads, self.d))
-            if (run := chosen("paged_attention", by_head, self.K[layer])) is not None:
+            if (run := dispatch("paged_attention", by_head, self.K[layer])) is not None:
                 tokens = tile_tokens(self.heads, self.kv, batch.asked)
                 tiles, longest, pages = batch.tiles(tokens), max(batch.lengths), (self.K[layer], self.V[layer])
                 made: Tensor = run(by_head, *pages, tiles, batch.tables, longest, tokens, BLOCK, scale, cap, window)

@@ -34,7 +34,6 @@ from veneer.models.text.attention import AttentionSettings, attending, divert_at
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import route_experts
 from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, near_rows, short_windows
-from veneer.ops.choice import listed
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.orders import Dense, PackedWeight, QuantisedWeight, pack_weight, packing, quantised_packing
@@ -232,7 +231,7 @@ class Runner:
     @torch.no_grad()
     def run(self, rows: Sequence[RunnerRow]) -> Tensor:
         """Logits (Σ wants, vocabulary), in the order of the rows and their tokens. The next call may overwrite them."""
-        with listed(), shared(), self._threads.step(sum(len(row.tokens) for row in rows)):
+        with shared(), self._threads.step(sum(len(row.tokens) for row in rows)):
             return self._run(rows)
 
     def _run(self, rows: Sequence[RunnerRow]) -> Tensor:

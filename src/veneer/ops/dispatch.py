@@ -1,0 +1,230 @@
+"""Which implementation of an op runs.
+
+Every op of this package has a reference in torch. A device can have faster implementations, in the module that HOMES
+names, each with what it takes. An op asks `dispatch` and runs its reference if that is None:
+
+    run = dispatch("rms_norm", x, weight)
+    y = F.rms_norm(x, …) if run is None else run(x, weight, eps)
+
+The first implementation that takes the input runs. For the few ops where the fastest one depends on the machine or on
+the dtype, RULES names it, from the profile of the machine (profile.py). Nothing is timed while an op runs: the same
+profile gives the same bits. VENEER_OPS overrides the choice:
+
+    VENEER_OPS=torch                        references only
+    VENEER_OPS=rms_norm=torch,attend=torch  these ops by these implementations, all others as usual
+    VENEER_OPS=cuda                         the implementations for GPUs on every tensor (with TRITON_INTERPRET=1)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.errors import ConfigError
+from veneer.ops.profile import profile
+
+HOMES = {"cpu": "veneer.ops.cpu.implementations", "cuda": "veneer.ops.cuda.implementations"}
+"""Device type -> the module whose IMPLEMENTATIONS are its own: op -> Implementation."""
+
+REFERENCE = "torch"
+"""The name of every op's reference."""
+
+OPS = {
+    "attend": "attention of tokens over all others: softmax(q·kᵀ/√d)·v",
+    "attend_backward": "its gradients",
+    "attend_rows": "attention of rows beside one another, with windows, capped scores and sinks, and its gradients",
+    "causal_softmax": "softmax of scores over the keys that a query may see",
+    "coded_product": "x·Wᵀ + b of a few rows, by the codes of a weight",
+    "dequantise_blocks4": "a weight of 4 bits, in blocks",
+    "dequantise_ggml": "a weight in the blocks of a GGUF file",
+    "dequantise_rows8": "a weight of 8 bits, by rows",
+    "dropout": "dropout whose mask is made again",
+    "gain": "gain ⊙ y + b, DoRA's",
+    "gain_backward": "its gradients",
+    "gather_heads": "heads of rows laid side by side, turned",
+    "geglu": "up ⊙ gelu(gate)",
+    "geglu_backward": "its gradient",
+    "gelu_gate": "gelu(gate) ⊙ up",
+    "gelu_gate_backward": "its gradients",
+    "gelu_tanh": "gelu by tanh",
+    "gelu_tanh_backward": "its gradient",
+    "gelu_tanh_gate": "gelu(gate) ⊙ up, gelu by tanh",
+    "gelu_tanh_gate_backward": "its gradients",
+    "joint_heads": "q, k and v of a denoiser apart, q and k normed and turned, and its gradient",
+    "kept_product": "x·Wᵀ + b and the gradient of x by a frozen weight kept in the order in which products read it",
+    "low_rank": "s·(x·Aᵀ)·Bᵀ of all pairs of a product, with their gradients",
+    "mixed_rows": "rows_low_rank and DoRA's gain in one pass, by rows under one mix",
+    "norm_silu": "silu of a group norm, with its gradient",
+    "packed_product": "x·Wᵀ + b by a weight in panels",
+    "paged_attention": "attention over pages of keys and values",
+    "quantise_blocks4": "a weight into 4 bits",
+    "rms_norm": "RMS norm",
+    "rms_norm_backward": "its gradient",
+    "rows_attend": "causal attention of rows that lie one after another, and its gradients",
+    "rows_low_rank": "s·(x·Aᵀ)·Bᵀ with another adapter for each row",
+    "scatter_heads": "the inverse of gather_heads",
+    "silu_gate": "silu(gate) ⊙ up",
+    "silu_gate_backward": "its gradients",
+    "softmax_backward": "p ⊙ (dp − Σ p⊙dp)",
+    "split_turned": "q, k and v apart, q and k turned by their positions, and its gradient",
+    "token_nll": "−log softmax at the targets, and its gradient",
+    "turn_and_store": "heads normed and turned, keys and values put into pages",
+    "weight_order": "the order in which serving keeps a weight",
+}
+"""The parts of ops that a device may have an implementation of, and what each computes."""
+
+
+class Implementation(NamedTuple):
+    """`run`: the function, or an object with the functions, that an op calls in place of its reference. `takes`:
+    whether it runs on the op's arguments. `wants`: that in words. `missing`: why it cannot run here; "" if it can.
+    `name`: for VENEER_OPS and reports. `others`: further implementations of the op, in order."""
+
+    run: Any
+    takes: Callable[..., bool]
+    wants: str
+    missing: Callable[[], str]
+    name: str = "compiled"
+    others: tuple[Implementation, ...] = ()
+
+
+class Rule(NamedTuple):
+    """`prefer`: (names of the implementations that take the input, the op's arguments) -> the one to run. `why`: in
+    words."""
+
+    prefer: Callable[..., str]
+    why: str
+
+
+def _panel_kernel(able: list[str], *_: Any) -> str:
+    if "amx" not in able:
+        return "compiled"
+    found = profile()
+    return "amx" if found.rate("bfloat16") > 3 * found.rate("float32") else "compiled"
+
+
+RULES: dict[str, Rule] = {
+    # AVX512-BF16 doubles float32's rate, AMX's tiles multiply it by eight and more.
+    "packed_product": Rule(_panel_kernel, "amx where the profile has bfloat16 at over 3 times float32's rate"),
+    # torch's float32 product lays the weight out anew at each call: 1.1 to 1.2 times as fast without, by a copy of the
+    # weight. In 16 bits 1.00 to 1.06 times, with AMX as well, which is not worth the memory.
+    "kept_product": Rule(lambda able, x, *_: "onednn" if x.dtype == torch.float32 else REFERENCE, "onednn in float32"),
+}
+"""op -> which of several implementations runs. An op without a rule runs the first that takes its input."""
+
+
+# -- VENEER_OPS --------------------------------------------------------------------------------------------------------
+
+
+def parse_overrides(text: str) -> tuple[dict[str, str], str]:
+    """Read VENEER_OPS: op -> implementation ("*": all other ops), and the device type whose implementations run on
+    every tensor ("": each tensor's own). Raises ConfigError for a word that is neither an op nor torch or cuda."""
+    words = [word for word in text.split(",") if word]
+    names = dict(word.split("=", 1) for word in words if "=" in word)
+    known = {"cuda", REFERENCE, *(f"{op}={name}" for op, name in names.items() if op in OPS)}
+    if unknown := [word for word in words if word not in known]:
+        raise ConfigError(
+            f"VENEER_OPS has {', '.join(unknown)}, which is neither an op nor torch or cuda",
+            where="VENEER_OPS",
+            fix="name an op's implementation as op=name; docs/reference/ops.md lists the ops",
+        )
+    every = {"*": REFERENCE} if REFERENCE in words else {}
+    return names | every, "cuda" if "cuda" in words else ""
+
+
+_overrides, DEVICE = parse_overrides(os.environ.get("VENEER_OPS", ""))
+"""DEVICE: the device type whose implementations run on every tensor; "": each tensor's own."""
+
+
+@contextmanager
+def override_ops(**names: str) -> Iterator[None]:
+    """Run these ops by the implementations of these names, in all threads, for the length of a with-block."""
+    global _overrides
+    before = _overrides
+    _overrides = {**before, **names}
+    try:
+        yield
+    finally:
+        _overrides = before
+
+
+# -- dispatch ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def implementations(device: str) -> Mapping[str, Implementation]:
+    """Return op -> Implementation of a device type."""
+    home = HOMES.get(device)
+    return {} if home is None else importlib.import_module(home).IMPLEMENTATIONS
+
+
+def dispatch(op: str, first: Tensor, *given: Any) -> Any:
+    """Return what runs `op` on these arguments, by the device of the first tensor; None for the reference.
+
+    Raises ConfigError if VENEER_OPS names an implementation that the op does not have."""
+    own = implementations(DEVICE or first.device.type).get(op)
+    if own is None:
+        return None
+    if not own.others and op not in RULES and not _overrides:
+        return own.run if own.takes(first, *given) else None
+    able = [one for one in (own, *own.others) if one.takes(first, *given)]
+    name = _override_of(op)
+    if name is None and op in RULES:
+        name = RULES[op].prefer([one.name for one in able], first, *given)
+    if not able or name == REFERENCE:
+        return None
+    return next((one.run for one in able if one.name == name), able[0].run)
+
+
+def _override_of(op: str) -> str | None:
+    """The implementation that VENEER_OPS names for an op; None if VENEER_OPS leaves the choice."""
+    if op not in _overrides:
+        return _overrides.get("*")
+    name, homes = _overrides[op], [implementations(device).get(op) for device in HOMES]
+    known = {REFERENCE, *(one.name for own in homes if own is not None for one in (own, *own.others))}
+    if name not in known:
+        raise ConfigError(
+            f"VENEER_OPS sets {op} to {name!r}, and the op has no implementation of that name",
+            where="VENEER_OPS",
+            fix=f"it has: {', '.join(sorted(known))}",
+        )
+    return name
+
+
+class Choice(NamedTuple):
+    """`name`: the implementation of an op, or several in their order. `reason`: why. `wants`: what they take, if not
+    everything; the reference runs all else."""
+
+    name: str
+    reason: str
+    wants: str = ""
+
+
+def choices(device: str) -> dict[str, Choice]:
+    """Return op -> what runs it on a device of this type ("cpu", "cuda"), and why."""
+    return {op: _choice(op, DEVICE or device) for op in OPS}
+
+
+def _choice(op: str, device: str) -> Choice:
+    own = implementations(device).get(op)
+    if own is None:
+        return Choice(REFERENCE, f"{device} has no implementation of its own")
+    here = [one for one in (own, *own.others) if not one.missing()]
+    if not here:
+        return Choice(REFERENCE, own.missing())
+    names, wants = [one.name for one in here], "; ".join(dict.fromkeys(one.wants for one in here))
+    if (name := _override_of(op)) is not None:
+        if name == REFERENCE:
+            return Choice(name, "set by VENEER_OPS")
+        if name in names:
+            return Choice(name, "set by VENEER_OPS", here[names.index(name)].wants)
+        return Choice(names[0], f"set to {name} by VENEER_OPS, which is missing here", here[0].wants)
+    if op in RULES:
+        return Choice(", ".join(names), RULES[op].why, wants)
+    return Choice(", ".join(names), "the first that takes the input", wants)

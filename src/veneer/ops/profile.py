@@ -1,0 +1,168 @@
+"""The profile of this machine: what its processor multiplies and moves a second.
+
+    found = profile()                   measured once, in about two seconds, and kept beside the compiled kernels
+    found.rate("bfloat16")              GFLOP/s of the fastest of the measured shapes
+    found.bandwidth                     GB/s read from memory
+
+The file is named by the processor, its flags, the number of threads and torch's version. A broken file, or one of
+another machine, is measured again. Where no folder can be written to, the profile lasts as long as the process.
+VENEER_PROFILE names a file to use instead; nothing is measured then, and tests give the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from veneer.errors import ConfigError
+from veneer.files.atomic import replace_file
+
+SHAPES = ((16, 1024, 1024), (256, 1024, 1024), (1024, 1024, 1024))
+"""(rows, inputs, outputs) of the products that are measured: decoding, a short prompt, a training step."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_READ_BYTES = 1 << 28
+_SECONDS = 2.0
+_LOCK_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`gflops`: dtype -> "rows x inputs x outputs" -> GFLOP/s; a dtype without products is missing. `bandwidth`: GB/s.
+    `spread`: by how much the median round was slower than the fastest, of the noisiest measurement."""
+
+    processor: str
+    key: str
+    threads: int
+    torch: str
+    date: str
+    gflops: Mapping[str, Mapping[str, float]]
+    bandwidth: float
+    spread: float
+
+    def rate(self, dtype: str) -> float:
+        """GFLOP/s of a dtype at the shape that suits it best; 0 if torch has no such product."""
+        return max(self.gflops.get(dtype, {}).values(), default=0.0)
+
+
+def processor_name() -> str:
+    """The processor by name, and the number of its cores that this system has."""
+    name = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    count = os.cpu_count()
+    return f"{name}, {count} {'processor' if count == 1 else 'processors'}"
+
+
+def profile() -> Profile:
+    """The profile for the current number of threads: the file of VENEER_PROFILE, the kept one, or measured now.
+
+    Raises ConfigError if VENEER_PROFILE names no profile."""
+    return _profile(torch.get_num_threads(), os.environ.get("VENEER_PROFILE", ""))
+
+
+@cache
+def _profile(threads: int, pinned: str) -> Profile:
+    if pinned:
+        if (found := _read(Path(pinned))) is None:
+            raise ConfigError(
+                f"VENEER_PROFILE={pinned} is no profile of a machine", where="VENEER_PROFILE", fix="unset it"
+            )
+        return found
+    from filelock import FileLock
+
+    from veneer.ops.cpu.build import processor_features, trusted_folder
+
+    machine = [processor_name(), *processor_features(), str(threads), torch.__version__]
+    key = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
+    try:
+        file = trusted_folder([]) / f"profile-{key}.json"
+        if (found := _read(file, key)) is not None:
+            return found
+        with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):  # else processes disturb each other's timing
+            if (found := _read(file, key)) is None:
+                found = _measure(key)
+                replace_file(file, [(json.dumps(asdict(found), indent=1) + "\n").encode()], mode=0o600)
+            return found
+    except (OSError, NotImplementedError):  # no folder that can be written to; a lock that times out is an OSError
+        return _measure(key)
+
+
+def _read(file: Path, key: str | None = None) -> Profile | None:
+    """The profile of a file; None if the file is missing, broken or of another machine."""
+    try:
+        found = Profile(**json.loads(file.read_text(encoding="utf-8")))
+        rates = [found.bandwidth, *(rate for shapes in found.gflops.values() for rate in shapes.values())]
+        whole = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(found.spread, float)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return found if whole and (key is None or found.key == key) else None
+
+
+def _measure(key: str) -> Profile:
+    works: dict[tuple[str, str], tuple[float, Callable[[], object]]] = {("", "read"): (_READ_BYTES / 1e9, _reading())}
+    for dtype in _DTYPES:
+        for rows, inputs, outputs in SHAPES:
+            size = 2e-9 * rows * inputs * outputs
+            name = str(dtype).removeprefix("torch."), f"{rows}x{inputs}x{outputs}"
+            works[name] = size, _product(dtype, rows, inputs, outputs)
+    rounds: dict[tuple[str, str], list[float]] = {}
+    # In a thread of its own, so that no autograd or dispatch mode of the caller takes part.
+    thread = threading.Thread(target=_run_rounds, args=(works, rounds), name="veneer-profile")
+    thread.start()
+    thread.join()
+    rates = {name: works[name][0] / min(seconds) for name, seconds in rounds.items()}
+    bandwidth = rates.pop(("", "read"))
+    gflops: dict[str, dict[str, float]] = {}
+    for (dtype_name, shape), rate in rates.items():
+        gflops.setdefault(dtype_name, {})[shape] = round(rate, 3)
+    spread = max(statistics.median(seconds) / min(seconds) - 1 for seconds in rounds.values())
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    threads, version = torch.get_num_threads(), torch.__version__
+    return Profile(processor_name(), key, threads, version, date, gflops, round(bandwidth, 3), round(spread, 3))
+
+
+def _reading() -> Callable[[], object]:
+    values = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
+    return values.sum
+
+
+def _product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callable[[], object]:
+    x, weight = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
+    if dtype == torch.int8:
+        return lambda: torch._int_mm(x, weight.t())
+    return lambda: x @ weight.t()
+
+
+@torch.no_grad()
+def _run_rounds(
+    works: Mapping[tuple[str, str], tuple[float, Callable[[], object]]], rounds: dict[tuple[str, str], list[float]]
+) -> None:
+    """Run all works in turns until the time is over; the first turn warms up. A work that raises is left out."""
+    alive = dict(works)
+    began = time.perf_counter()
+    for turn in range(1000):
+        for name, (_, work) in list(alive.items()):
+            start = time.perf_counter()
+            try:
+                work()
+            except RuntimeError:
+                del alive[name]
+                continue
+            if turn:
+                rounds.setdefault(name, []).append(time.perf_counter() - start)
+        if turn >= 2 and time.perf_counter() - began > _SECONDS:
+            return

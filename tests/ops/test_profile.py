@@ -1,0 +1,79 @@
+"""The profile of the machine is measured once and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from veneer.errors import ConfigError
+from veneer.ops import profile as module
+from veneer.ops.profile import SHAPES, profile
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a home of its own, in which nothing was measured."""
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("VENEER_PROFILE")
+    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    module._profile.cache_clear()
+    yield tmp_path / "kernels"
+    module._profile.cache_clear()
+
+
+def test_a_measured_profile_has_rates_and_is_kept(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = profile()
+    assert (found.threads, found.torch) == (torch.get_num_threads(), torch.__version__)
+    assert set(found.gflops["float32"]) == {"x".join(map(str, shape)) for shape in SHAPES}
+    assert found.rate("float32") == max(found.gflops["float32"].values()) > 0
+    assert found.rate("no dtype") == 0
+    assert found.bandwidth > 0
+    (file,) = kernels.glob("profile-*.json")
+    assert file.stat().st_mode & 0o777 == 0o600
+    module._profile.cache_clear()
+    monkeypatch.setattr(module, "_measure", lambda key: pytest.fail("measured again"))
+    assert profile() == found
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000, '{"bandwidth": 1}'])
+def test_a_broken_file_is_measured_again(kernels: Path, content: str) -> None:
+    profile()
+    (file,) = kernels.glob("profile-*.json")
+    file.write_text(content)
+    module._profile.cache_clear()
+    assert profile().key in file.name
+    assert json.loads(file.read_text())["bandwidth"] > 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"key": "another machine"}, {"bandwidth": "fast"}, {"gflops": {"float32": {"": -1.0}}}]
+)
+def test_a_foreign_file_is_measured_again(kernels: Path, change: dict[str, object]) -> None:
+    found = profile()
+    (file,) = kernels.glob("profile-*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    module._profile.cache_clear()
+    assert profile().key == found.key
+    assert json.loads(file.read_text())["key"] == found.key
+
+
+def test_a_home_that_cannot_be_written_to_is_no_obstacle(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernels.parent / "file").write_text("")
+    for name in ("VENEER_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(kernels.parent / "file" / "below"))
+    assert profile().rate("float32") > 0
+
+
+def test_veneer_profile_names_the_file_to_use(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path(__file__).parents[1] / "profile.json"
+    monkeypatch.setenv("VENEER_PROFILE", str(file))
+    assert profile().rate("bfloat16") == 400
+    assert not kernels.exists()
+    monkeypatch.setenv("VENEER_PROFILE", str(kernels / "none"))
+    with pytest.raises(ConfigError, match="no profile of a machine"):
+        profile()
