@@ -236,7 +236,7 @@ def gpu_tests(task: Task) -> dict[str, Any]:
     """The tests marked `gpu`, in pytest's own process; in a dry run one of a file of its own. Where they take longer
     than the limit, those that have ended count."""
     report, said = Path(task.work) / "gpu-tests.xml", Path(task.work) / "gpu-tests.txt"
-    env = dict(os.environ) | {"TRITON_INTERPRET": "0"}  # tests/conftest.py would have kernels interpreted
+    env = dict(os.environ)
     files = [str(f) for f in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in f.read_text(encoding="utf-8")]
     if task.dry:
         one = Path(task.work) / "test_dry.py"

@@ -36,27 +36,3 @@ def test_every_row_as_if_it_were_alone(family: str) -> None:
     for g, w in zip(serve(runner, work, [7, 16, 1, 30]), want, strict=True):
         same(g.cpu(), w, 1e-3)
     runner.close()
-
-
-def test_decoding_that_is_recorded_gives_what_it_gives_otherwise() -> None:
-    model = FAMILIES["qwen3"]()
-    adapters = {"a": trained(model, 1), "b": trained(model, 2, rank=5)}
-    model.to("cuda")
-    base = replace(base_of(model), device=torch.device("cuda"))
-    recorded, plain = (Runner(base, cache_bytes=1 << 20) for _ in range(2))
-    plain.graphs = None
-    ids = prompts([5, 17, 9])
-    mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("a", 0.7), ("b", 0.4)]]
-    got, want = [], []
-    for runner, out in ((recorded, got), (plain, want)):
-        ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-        for turn in range(3):  # another mix for each row, over the same pages
-            work = [(p, [(ready[n], s) for n, s in mixes[(i + turn) % 3]]) for i, p in enumerate(ids)]
-            out += serve(runner, work, [4, 1, 1, 1, 1, 1])
-    assert recorded.graphs is not None
-    assert recorded.graphs.problem == ""
-    assert recorded.graphs.sizes >= 1
-    for g, w in zip(got, want, strict=True):
-        same(g.cpu(), w.cpu(), 1e-3)
-    recorded.close()
-    plain.close()

@@ -152,7 +152,6 @@ def _findings(quick: bool) -> dict[str, Any]:
     from veneer.ops.cpu import compiled
     from veneer.ops.dispatch import choices
     from veneer.ops.profile import processor_name, profile
-    from veneer.serve.forward.graphs import graph_problem
 
     settle_threads()  # as training does: a profile is of a number of threads
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -163,7 +162,6 @@ def _findings(quick: bool) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cards": cards,
-        "graphs": graph_problem() if cards else None,
         "compiled": compiled.status(),
         "profile": None if quick else asdict(profile()),
         "ops": {
@@ -190,8 +188,6 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"card        {', '.join(found['cards']) or 'none that torch can use'}",
         f"compiled    {found['compiled']}",
     ]
-    if (problem := found["graphs"]) is not None:
-        lines.append(f"graphs      {f'decoding runs without: {problem}' if problem else 'decoding steps are recorded'}")
     if (profile := found["profile"]) is not None:
         rates = [f"{dtype} {max(shapes.values()):,.0f}" for dtype, shapes in profile["gflops"].items()]
         lines.append(

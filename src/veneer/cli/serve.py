@@ -217,7 +217,7 @@ def _read_config(file: Path | None) -> ServerConfig:
     from veneer.serve.config import ServerConfig, server_config  # late: pydantic comes with it
     from veneer.train.config.load import read_sections
 
-    return ServerConfig() if file is None else server_config(read_sections(file)[0], file)
+    return ServerConfig.model_validate({}) if file is None else server_config(read_sections(file)[0], file)
 
 
 def serve_with(

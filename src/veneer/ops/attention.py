@@ -371,10 +371,6 @@ def rotary_attention(
             return rotary_attention(own, cos[places], sin[places], kv, layout.whole, scale, window, norms)
 
         return _each_whole(attend, layout, qkv)
-    run = dispatch("split_turned", qkv, cos, sin)
-    if run is not None:
-        q, k, v = run(qkv, cos, sin, kv, norms)
-        return _attended(q, k, v, layout, scale, window)
     if norms is not None:
         qkv = normed_heads(qkv, kv, norms)
     if qkv.device.type != "cpu":
@@ -694,10 +690,7 @@ def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 
     `weight`: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms. `turn`: rotary positions (S, d/2)
     complex64, on neighbouring pairs as FLUX has them; None without."""
-    S, plain = qkv.shape[1], weight is None and turn is None
-    run = None if plain else dispatch("joint_heads", qkv, weight, turn)
-    if run is not None:
-        return _over_all(*run(qkv, weight, eps, turn))
+    S = qkv.shape[1]
     if qkv.device.type != "cpu" or not (S * S * qkv.element_size() <= CHUNK_BYTES or _has_tiles(qkv)):
         return joint_attention_reference(qkv, weight, eps, turn)
     out: Tensor = _Joint.apply(qkv, weight, eps, turn)

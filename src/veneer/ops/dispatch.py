@@ -12,7 +12,6 @@ profile gives the same bits. VENEER_OPS overrides the choice:
 
     VENEER_OPS=torch                        references only
     VENEER_OPS=rms_norm=torch,attend=torch  these ops by these implementations, all others as usual
-    VENEER_OPS=cuda                         the implementations for GPUs on every tensor (with TRITON_INTERPRET=1)
 """
 
 from __future__ import annotations
@@ -57,13 +56,10 @@ OPS = {
     "gelu_tanh_backward": "its gradient",
     "gelu_tanh_gate": "gelu(gate) ⊙ up, gelu by tanh",
     "gelu_tanh_gate_backward": "its gradients",
-    "joint_heads": "q, k and v of a denoiser apart, q and k normed and turned, and its gradient",
     "kept_product": "x·Wᵀ + b and the gradient of x by a frozen weight kept in the order in which products read it",
     "low_rank": "s·(x·Aᵀ)·Bᵀ of all pairs of a product, with their gradients",
-    "mixed_rows": "rows_low_rank and DoRA's gain in one pass, by rows under one mix",
     "norm_silu": "silu of a group norm, with its gradient",
     "packed_product": "x·Wᵀ + b by a weight in panels",
-    "paged_attention": "attention over pages of keys and values",
     "quantise_blocks4": "a weight into 4 bits",
     "rms_norm": "RMS norm",
     "rms_norm_backward": "its gradient",
@@ -73,9 +69,7 @@ OPS = {
     "silu_gate": "silu(gate) ⊙ up",
     "silu_gate_backward": "its gradients",
     "softmax_backward": "p ⊙ (dp − Σ p⊙dp)",
-    "split_turned": "q, k and v apart, q and k turned by their positions, and its gradient",
     "token_nll": "−log softmax at the targets, and its gradient",
-    "turn_and_store": "heads normed and turned, keys and values put into pages",
     "weight_order": "the order in which serving keeps a weight",
 }
 """The parts of ops that a device may have an implementation of, and what each computes."""
@@ -122,24 +116,23 @@ RULES: dict[str, Rule] = {
 # -- VENEER_OPS --------------------------------------------------------------------------------------------------------
 
 
-def parse_overrides(text: str) -> tuple[dict[str, str], str]:
-    """Read VENEER_OPS: op -> implementation ("*": all other ops), and the device type whose implementations run on
-    every tensor ("": each tensor's own). Raises ConfigError for a word that is neither an op nor torch or cuda."""
+def parse_overrides(text: str) -> dict[str, str]:
+    """Read VENEER_OPS: op -> implementation ("*": all other ops). Raises ConfigError for a word that is neither an op
+    nor torch."""
     words = [word for word in text.split(",") if word]
     names = dict(word.split("=", 1) for word in words if "=" in word)
-    known = {"cuda", REFERENCE, *(f"{op}={name}" for op, name in names.items() if op in OPS)}
+    known = {REFERENCE, *(f"{op}={name}" for op, name in names.items() if op in OPS)}
     if unknown := [word for word in words if word not in known]:
         raise ConfigError(
-            f"VENEER_OPS has {', '.join(unknown)}, which is neither an op nor torch or cuda",
+            f"VENEER_OPS has {', '.join(unknown)}, which is neither an op nor torch",
             where="VENEER_OPS",
             fix="name an op's implementation as op=name; docs/reference/ops.md lists the ops",
         )
     every = {"*": REFERENCE} if REFERENCE in words else {}
-    return names | every, "cuda" if "cuda" in words else ""
+    return names | every
 
 
-_overrides, DEVICE = parse_overrides(os.environ.get("VENEER_OPS", ""))
-"""DEVICE: the device type whose implementations run on every tensor; "": each tensor's own."""
+_overrides = parse_overrides(os.environ.get("VENEER_OPS", ""))
 
 
 @contextmanager
@@ -168,7 +161,7 @@ def dispatch(op: str, first: Tensor, *given: Any) -> Any:
     """Return what runs `op` on these arguments, by the device of the first tensor; None for the reference.
 
     Raises ConfigError if VENEER_OPS names an implementation that the op does not have."""
-    own = implementations(DEVICE or first.device.type).get(op)
+    own = implementations(first.device.type).get(op)
     if own is None:
         return None
     if not own.others and op not in RULES and not _overrides:
@@ -208,7 +201,7 @@ class Choice(NamedTuple):
 
 def choices(device: str) -> dict[str, Choice]:
     """Return op -> what runs it on a device of this type ("cpu", "cuda"), and why."""
-    return {op: _choice(op, DEVICE or device) for op in OPS}
+    return {op: _choice(op, device) for op in OPS}
 
 
 def _choice(op: str, device: str) -> Choice:

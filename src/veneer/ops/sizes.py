@@ -64,16 +64,6 @@ def logits_chunk(device: str) -> int:
 
 HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called (models/text/loss.py)."""
-RECORDED_ROWS = 64
-"""Rows of the largest decoding step that is recorded as a CUDA graph: from there on a step's own work is longer than
-its launches take."""
-RECORDED_BLOCKS = 32
-"""Blocks of keys, at least, of a recorded step's longest sequence: up to 512 keys attention is in one part, however few
-there are."""
-RECORDED_ADAPTERS = 256
-"""Adapters that recordings find at a time."""
-RECORDINGS = 64
-"""Sizes that are recorded: each keeps its logits (64 rows of 128k tokens: 16 MB) and its launches."""
 ROW_STEP = 16
 """Rows are attended to as if their lengths were multiples of this where `few_sizes` rounds a batch."""
 SMALL_INPUT = 1 << 18
@@ -124,10 +114,3 @@ def key_ranges(length: int, window: int | None = None) -> list[tuple[int, int, i
     to the block's end, no further back than `window`."""
     size = min(ATTENTION_BLOCK, length)
     return [(q, min(q + size, length), 0 if window is None else max(0, q - window + 1)) for q in range(0, length, size)]
-
-
-def tile_tokens(heads: int, kv: int, most: int) -> int:
-    """Tokens of a tile of attention over pages, where a sequence asks for `most` at once: with the query heads of one
-    key head they make 16 rows of a product where they fit in these (single tokens), and 64 else (prompts)."""
-    group = power_of_2(heads // kv)
-    return max(1, (16 if most * group <= 16 else 64) // group)

@@ -133,7 +133,7 @@ class Memory:
     """Bytes at the peak of one device. `constants`: of quantisation. `dequantised`: the one weight that is in full
     precision at a time, and those kept so. `working`: gradients of activations on their way. `context`: the process
     (CPU) or CUDA itself. `rounding`: what the allocator cannot place. `cache`: keys and values of a server;
-    `recordings`: of its decoding steps (CUDA graphs). `teacher`: another base, which a run learns from. `host`: bytes
+    `teacher`: another base, which a run learns from. `host`: bytes
     in the CPU's memory, not in the sum."""
 
     weights: int = 0
@@ -148,7 +148,6 @@ class Memory:
     context: int = 0
     rounding: int = 0
     cache: int = field(default=0, kw_only=True)
-    recordings: int = field(default=0, kw_only=True)
     teacher: int = field(default=0, kw_only=True)
     host: int = field(default=0, kw_only=True)
 

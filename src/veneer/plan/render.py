@@ -14,7 +14,7 @@ _WORDS = {
     "weights": "weights", "constants": "quantisation constants", "adapter": "adapter", "gradients": "gradients",
     "optimizer": "optimizer", "activations": "activations", "logits": "logits",
     "working": "gradients of activations", "dequantised": "temporary dequantisation", "context": "process",
-    "rounding": "allocator", "cache": "keys and values", "recordings": "recorded steps",
+    "rounding": "allocator", "cache": "keys and values",
     "teacher": "teacher's weights",
 }  # fmt: skip
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.ops.sizes import RECORDED_ADAPTERS, RECORDED_BLOCKS, RECORDED_ROWS, RECORDINGS, power_of_2
 from veneer.plan.memory import CUDA_CONTEXT, Memory, dtype_bytes, weight_bytes
 from veneer.plan.shape import LayerShape, LinearShape, TextShape, pair_parameters
 from veneer.plan.tables import Device
@@ -69,8 +68,6 @@ def serving(
     context = traffic.prompt + traffic.answer
     cache = each * context * traffic.together
     fixed = weights + constants + cache
-    if device.kind == "cuda":
-        fixed += recorded_bytes(shape, traffic, dtype=dtype, quantise=quantise)
     usable = 0.95 * device.memory - (CUDA_CONTEXT if device.kind == "cuda" else 0)
     devices = max(device.count, -(-int(fixed + adapter) // int(max(1, usable))))
     adapters = max(0, int((devices * usable - fixed) // adapter))
@@ -93,8 +90,6 @@ def serving(
 
 _PAGE = 16
 """Tokens of a block of keys and values (serve/forward/paged.py)."""
-_RECORD = 19
-"""Numbers of an adapter's record (ops/mixed_rows.py, which loads torch)."""
 _SAMPLED = 38
 """Bytes that a sampler holds of each score that it draws from: float32 copies, a nucleus in order and its sums."""
 
@@ -111,7 +106,7 @@ def serving_memory(
     """Bytes of a server on a GPU at the peak of a step of `budget` tokens, by part: keys and values of all requests
     that are served together, and an adapter of its own for each as far as there are tenants. Nothing of a layer
     outlives it, so the most is in the widest one, beside its weights where they are dequantised, or after all of them
-    in the logits and what a sampler makes of these. Recordings of decoding steps come beside (`recorded_bytes`)."""
+    in the logits and what a sampler makes of these."""
     e, tokens = dtype_bytes(dtype), max(budget, traffic.together)
     weights, constants = weight_bytes(shape, dtype, quantise)
     adapters = min(traffic.together, traffic.tenants) * e * pair_parameters(shape, rank=rank)
@@ -133,40 +128,7 @@ def serving_memory(
         dequantised=dequantised,
         context=CUDA_CONTEXT,
         cache=cache,
-        recordings=recorded_bytes(shape, traffic, dtype=dtype, quantise=quantise),
     )
-
-
-def recorded_sizes(traffic: Traffic) -> list[tuple[int, int, int]]:
-    """(rows, blocks of keys, adapters of a mix) of the decoding steps that this traffic has recorded, largest first:
-    powers of two, up to RECORDINGS of them. A request has one adapter or none."""
-    rows = [1 << i for i in range(power_of_2(min(traffic.together, RECORDED_ROWS)).bit_length())]
-    most = power_of_2(-(-(traffic.prompt + traffic.answer) // _PAGE))
-    blocks = [RECORDED_BLOCKS]
-    while blocks[-1] < most:
-        blocks.append(2 * blocks[-1])
-    found = [(r, b, a) for r in rows for b in blocks for a in ((0, 1) if traffic.tenants else (0,))]
-    return sorted(found, reverse=True)[:RECORDINGS]
-
-
-def recorded_bytes(shape: TextShape, traffic: Traffic, *, dtype: str = "bfloat16", quantise: str | None = None) -> int:
-    """Bytes that recordings of decoding steps (CUDA graphs, serve/forward/graphs.py) hold at most, beside a step that
-    is not recorded:
-
-        the largest recorded step   e·rows·widest layer, and the dequantised weight of a quantised base
-        Σ recordings                logits e·rows·vocabulary, and the numbers that it reads
-        adapters' records           a table for each group of projections
-
-    They share one pool, since one runs at a time: a step's tensors are there once for all recordings, and only what
-    outlives a step once for each. Not counted: launches (kilobytes a layer, in the driver's memory), and what two steps
-    before a recording leave in the allocator's cache, which it gives back when memory is short."""
-    e, sizes = dtype_bytes(dtype), recorded_sizes(traffic)
-    step = e * sizes[0][0] * max((_widest(one, shape.hidden) for one in set(shape.layers)), default=0)
-    logits = sum(e * rows * shape.vocabulary for rows, _, _ in sizes)
-    numbers = sum(8 * (rows * (8 + blocks + 6 * adapters) + 3) for rows, blocks, adapters in sizes)
-    groups = 1 + sum(len(layer.products) for layer in shape.layers)
-    records = groups * RECORDED_ADAPTERS * 8 * _RECORD
-    return step + _dequantised(shape, e, quantise) + logits + numbers + records
 
 
 def _dequantised(shape: TextShape, e: int, quantise: str | None) -> int:

@@ -131,8 +131,6 @@ def _build_texts(settings: ServeSettings, say: Callable[[str], None], opened: Op
     shelf = Shelf(base, library=library, folders=settings.folders)
     engine = TextEngine(base, shelf.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
-    if (graphs := engine.runner.graphs) is not None:
-        say(f"decoding: {f'without CUDA graphs ({graphs.problem})' if graphs.problem else 'by CUDA graphs'}")
     catalog = Catalog(shelf, engine.problems, engine.residents, routes=tenancy.routes)
     # The engine's cache may hold less than the base could take.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)

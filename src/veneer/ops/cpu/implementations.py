@@ -1,6 +1,6 @@
 """The ops of a step by the compiled kernels: tensors in, tensors out, every pointer and size of a call in its function.
 
-IMPLEMENTATIONS is what veneer.ops.choice chooses from on a CPU. All round once where their reference does, and take
+IMPLEMENTATIONS is what veneer.ops.dispatch chooses from on a CPU. All round once where their reference does, and take
 contiguous bfloat16 unless they say otherwise; references and formulas are the ops' own.
 """
 

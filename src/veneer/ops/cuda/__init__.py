@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs, each behind an op of the folder above: see launch.py for how one is written and checked."""
+"""What runs an op on a GPU: thin calls of torch and of libraries."""

@@ -24,7 +24,7 @@ from veneer.ops.mlp import gated
 from veneer.ops.norms import normed
 from veneer.ops.orders import PackedWeight
 from veneer.ops.panels import Panels
-from veneer.serve.forward.lowrank import BaseLayout, Group, RowProducts, Segments
+from veneer.serve.forward.lowrank import BaseLayout, Group, Segments
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
 from veneer.serve.forward.weights import in_blocks, invariant
 
@@ -75,13 +75,13 @@ class LlamaForward:
     rows: int = 0
     """That a function of single rows is taken of at a time (packed.in_blocks); 0: of all at once."""
 
-    def hidden(self, ids: Tensor, batch: PackedRows, segments: RowProducts | None) -> Tensor:
+    def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Tensor:
         """The normed output of the last layer, (tokens, dim)."""
         x = self._embedded(ids, segments)
         self._run(x, range(len(self.blocks)), batch, segments)
         return self._normed(x, self.norm)
 
-    def each_layer(self, ids: Tensor, batch: PackedRows, segments: RowProducts | None) -> Iterator[Tensor]:
+    def each_layer(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Iterator[Tensor]:
         """`hidden` to the same bits, layer by layer as they are asked for: the output of each, (tokens, dim), which the
         next one changes in place, and last the normed one. Its pages may be one layer's for all."""
         x = self._embedded(ids, segments)
@@ -90,15 +90,15 @@ class LlamaForward:
             yield x
         yield self._normed(x, self.norm)
 
-    def _embedded(self, ids: Tensor, segments: RowProducts | None) -> Tensor:
+    def _embedded(self, ids: Tensor, segments: Segments | None) -> Tensor:
         x = F.embedding(ids, self.embedding)
         if segments is not None:
             segments.embed(ids, x)
         return x
 
-    def _run(self, x: Tensor, layers: range, batch: PackedRows, segments: RowProducts | None) -> None:
+    def _run(self, x: Tensor, layers: range, batch: PackedRows, segments: Segments | None) -> None:
         """These layers, in place."""
-        if self._table is not None and (segments is None or (isinstance(segments, Segments) and not segments.gains)):
+        if self._table is not None and (segments is None or not segments.gains):
             self._decode(x, self._table, layers, batch, segments)
         else:
             self._layer_by_layer(x, layers, batch, segments)
@@ -177,7 +177,7 @@ class LlamaForward:
             torch.get_num_threads(),
         )
 
-    def _layer_by_layer(self, x: Tensor, layers: range, batch: PackedRows, segments: RowProducts | None) -> None:
+    def _layer_by_layer(self, x: Tensor, layers: range, batch: PackedRows, segments: Segments | None) -> None:
         pages = self.pages
         for i in layers:
             block = self.blocks[i]
@@ -195,7 +195,7 @@ class LlamaForward:
             h = in_blocks(lambda part: gated(part, "silu"), both, self.rows)
             _add_onto(x, h, block.down, None, segments, 4 * i + 3)
 
-    def logits(self, x: Tensor, segments: RowProducts | None) -> Tensor:
+    def logits(self, x: Tensor, segments: Segments | None) -> Tensor:
         out = self.head(x, self.head_bias)
         if segments is not None:
             segments.add(4 * len(self.blocks), x, out)
@@ -283,7 +283,7 @@ def llama_forward(
 
 
 def _add_onto(
-    x: Tensor, h: Tensor, weight: PackedWeight, bias: Tensor | None, segments: RowProducts | None, g: int
+    x: Tensor, h: Tensor, weight: PackedWeight, bias: Tensor | None, segments: Segments | None, g: int
 ) -> None:
     """x += h·Wᵀ + b and its low-rank products, in place."""
     y = None

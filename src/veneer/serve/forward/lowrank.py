@@ -5,7 +5,7 @@
 
 Projections that share an input (q, k, v; gate, up) are one *group*: their A lie below one another, so each adapter
 takes two products a group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
-is the fast form (ops/cpu/serving.c, ops/cuda/mixed_rows.py) where it runs and `add_reference` everywhere else; a row's
+is the fast form (ops/cpu/serving.c) where it runs and `add_reference` everywhere else; a row's
 result depends on nobody in its batch (bit for bit by the first; by the others where the layout has `rows`, else within
 rounding).
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,13 +25,14 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import adapted_norm
 from veneer.ops.dispatch import dispatch
-from veneer.ops.mixed_rows import RECORD, MixTiles
 from veneer.ops.quantised import dequantised
 from veneer.ops.transfer import made_up, put_numbers, sent
 from veneer.serve.forward.weights import in_blocks
 
-_RECORD = 17  # of ops/cpu/serving.c: those of ops/mixed_rows.py without gains
-_TILE, _TILE_OF_MANY = 16, 64  # rows of MixTiles: few for a step of single tokens, many for prompts
+_PARTS = 3
+_RECORD = 2 + 5 * _PARTS
+"""Numbers of an adapter's record in ops/cpu/serving.c, for each group: the address of A (0: nothing here) and its rank,
+then for each part the address of B (0: no part), its first column in y, columns, first row in A, rank."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
     multiplies by it; scales are multiplied in and rounded once."""
     groups: dict[int, tuple[Tensor, list[_PackedB]]] = {}
     gains: dict[int, tuple[Tensor, Tensor | None]] = {}
-    records = [[0] * RECORD for _ in layout.groups]
+    records = [[0] * _RECORD for _ in layout.groups]
     device, dtype = layout.device, layout.dtype
     probe = torch.empty(0, 2, dtype=dtype, device=device)
     native = dispatch("rows_low_rank", probe, probe) is not None
@@ -178,7 +178,6 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
         held += whole.nbytes + sum(p.B.nbytes for p in parts)
         if gain is not None:
             gains[g] = gain, group.bias
-            records[g][_RECORD:] = map(_address, gains[g])
             held += gain.nbytes
     embedding = None
     if (pair_e := adapter.pairs.get(layout.embedding)) is not None and pair_e.kind == "embedding":
@@ -187,7 +186,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
         embedding = A.t().to(device, dtype).contiguous(), B.t().to(device, dtype).contiguous()
         held += embedding[0].nbytes + embedding[1].nbytes
     table = torch.tensor(records, dtype=torch.int64)
-    return PackedAdapter(adapter, key, groups, gains, embedding, table[:, :_RECORD] if native else table, widest, held)
+    return PackedAdapter(adapter, key, groups, gains, embedding, table, widest, held)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -221,22 +220,12 @@ def _gain(pair: Pair, weight: Tensor) -> Tensor:
     return pair.magnitude.to(weight.device).float() / adapted_norm(dequantised(weight).float(), moved).float()
 
 
-class RowProducts(Protocol):
-    """Low-rank products of the rows of a step; see `Segments`."""
-
-    @property
-    def gains(self) -> bool: ...
-    def gained(self, group: int) -> bool: ...
-    def embed(self, ids: Tensor, x: Tensor) -> None: ...
-    def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None: ...
-
-
 @dataclass(eq=False)
 class _Tables:
     """The records of some adapters side by side, for all groups; made again only when who takes part changes."""
 
     adapters: tuple[PackedAdapter, ...]
-    records: Tensor  # (groups, adapters, RECORD), on the layout's device
+    records: Tensor  # (groups, adapters, _RECORD), on the layout's device
 
 
 @dataclass(eq=False)
@@ -264,18 +253,6 @@ class Segments:
     @cached_property
     def strengths(self) -> Tensor:
         return sent(torch.tensor(self._strengths, dtype=torch.float32), self.layout.device)
-
-    @cached_property
-    def tiles(self) -> MixTiles:
-        """The rows by their mixes, for "mixed_rows"."""
-        places = {id(adapter): i for i, adapter in enumerate(self.adapters)}
-        mixes: dict[tuple[tuple[int, float], ...], list[int]] = {}
-        for first, end, mix in self.spans:
-            own = sorted((places[id(adapter)], strength) for adapter, strength in mix)
-            mixes.setdefault(tuple(own), []).extend(range(first, end))
-        most = max(map(len, mixes.values()))
-        block = _TILE if self.layout.rows or most <= _TILE else _TILE_OF_MANY
-        return MixTiles.of(list(mixes.items()), self.layout.device, block)
 
     @classmethod
     def of(
@@ -309,11 +286,6 @@ class Segments:
     def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
         """The group's low-rank products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the
         base's product, where y is more than that."""
-        if (mixed := dispatch("mixed_rows", x, y)) is not None:
-            tables, ranks = self._tables(), max(a.rank for a in self.adapters)
-            sixteens = not any(size % 16 for size in self.layout.groups[group].sizes)
-            mixed(x, y, y if own is None else own, self.tiles, tables.records[group], ranks, sixteens)
-            return
         before = self._before_gains(group, y) if own is None else own
         run = dispatch("rows_low_rank", x, y)
         if run is None:

@@ -3,14 +3,14 @@
     out[t] = softmax(scale · q[t]·Kᵀ) · V      over the positions of t's own sequence up to its own, window at most
 
 On a CPU with AVX512-BF16 the pages are laid out for ops/cpu/serving.c, elsewhere as (block, place, head, d) for
-ops/cuda/paged.py and torch. All give a token the same result whoever shares its batch: the first bit for bit, torch too
+torch. All give a token the same result whoever shares its batch: the first bit for bit, torch too
 with `tiles`, else within what rounding leaves, for they add up by the shape. A block is 16 tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.ops.cpu import compiled
-from veneer.ops.dispatch import dispatch
-from veneer.ops.sizes import tile_tokens
 from veneer.ops.transfer import put_numbers
 
 BLOCK = 16
@@ -36,7 +34,6 @@ class PackedRows:
     tables: Tensor
     bounds: list[int]
     lengths: list[int]
-    _tiles: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int, Sequence[int]]], device: torch.device) -> PackedRows:
@@ -54,22 +51,6 @@ class PackedRows:
             bounds.append(bounds[-1] + end - first)
         put = put_numbers(device, positions, slots, bounds, tables)
         return cls(put[0], put[1], put[2], put[3].view(len(rows), widest), bounds, [end for _, end, _ in rows])
-
-    def tiles(self, tokens: int) -> Tensor:
-        """(tiles, 4): sequence, first row, rows (at most `tokens`), position of the first. Made once a step."""
-        if tokens not in self._tiles:
-            out: list[int] = []
-            for s, length in enumerate(self.lengths):
-                first, end = self.bounds[s], self.bounds[s + 1]
-                for at in range(first, end, tokens):
-                    out += [s, at, min(tokens, end - at), length - (end - at)]
-            self._tiles[tokens] = put_numbers(self.positions.device, out)[0].view(-1, 4)
-        return self._tiles[tokens]
-
-    @cached_property
-    def asked(self) -> int:
-        """The most tokens of any sequence in this step."""
-        return max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -149,20 +130,6 @@ class Pages:
             )
             return
         by_head = qkv.view(len(qkv), -1, self.d)
-        if (turn := dispatch("turn_and_store", by_head, self.K[layer])) is not None:
-            turn(
-                qkv,
-                self.K[layer],
-                self.V[layer],
-                rotary.cos,
-                rotary.sin,
-                rotary.q_norm,
-                rotary.k_norm,
-                rotary.eps,
-                batch.positions,
-                batch.slots,
-            )
-            return
         q, k, v = by_head.split([self.heads, self.kv, self.kv], dim=1)
         cos, sin = rotary.cos[batch.positions][:, None], rotary.sin[batch.positions][:, None]
         for part, weight in ((q, rotary.q_norm), (k, rotary.k_norm)):
@@ -200,12 +167,6 @@ class Pages:
         if self.native is None and self.tiles:
             return self._attend_tiles(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
         if self.native is None:
-            by_head = q[:, : self.heads * self.d].unflatten(1, (self.heads, self.d))
-            if (run := dispatch("paged_attention", by_head, self.K[layer])) is not None:
-                tokens = tile_tokens(self.heads, self.kv, batch.asked)
-                tiles, longest, pages = batch.tiles(tokens), max(batch.lengths), (self.K[layer], self.V[layer])
-                made: Tensor = run(by_head, *pages, tiles, batch.tables, longest, tokens, BLOCK, scale, cap, window)
-                return made.flatten(1)
             return self._attend_reference(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
         out = q.new_empty(len(q), self.heads * self.d)
         self.native.paged_attend(

@@ -40,7 +40,6 @@ from veneer.ops.orders import Dense, PackedWeight, QuantisedWeight, pack_weight,
 from veneer.ops.panels import panels_here, panels_of_codes
 from veneer.ops.quantised import Quantised
 from veneer.ops.transfer import put_numbers
-from veneer.serve.forward.graphs import Capture, DecodeGraphs, cuda_graph, records_here
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
@@ -99,8 +98,7 @@ class Runner:
 
     `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
     and the model is an outline of itself from then on. `like`: the `how` and `why` of a runner of a model of this kind,
-    for one that has no values to try it with. `capture`: how a step of single tokens is recorded (see graphs.py); by
-    default as a CUDA graph where there is CUDA. `how` and `why`: the way that was taken. `llama`: the base as tensors
+    for one that has no values to try it with. `how` and `why`: the way that was taken. `llama`: the base as tensors
     where that is "fused", else None. `pages`: keys and values, one `Pages` for each
     size of attention heads. `shares`: whether sequences can share blocks. Close it to put a base with dense
     weights back as it was."""
@@ -115,7 +113,6 @@ class Runner:
         batch_invariant: bool = False,
         context: int = 0,
         like: tuple[str, str] | None = None,
-        capture: Capture | None = None,
     ) -> None:
         self.pack_bytes, self.weights, self.batch_invariant = pack_bytes, weights, batch_invariant
         self.base = base
@@ -139,12 +136,10 @@ class Runner:
                 f"a cache of {cache_bytes / 1e6:.1f} MB holds {self.blocks} blocks of {BLOCK} tokens ({size:,} bytes)",
                 fix="give it more memory",
             )
-        if capture is None and records_here(base.device, self.model.get_input_embeddings().weight):
-            capture = partial(cuda_graph, device=base.device)
-        held = self.blocks + (capture is not None)  # one for padding rows
         shapes = layer_heads(self.model.config.get_text_config())
         pages = {
-            shape: Pages(shapes.count(shape), held, *shape, base.dtype, base.device) for shape in dict.fromkeys(shapes)
+            shape: Pages(shapes.count(shape), self.blocks, *shape, base.dtype, base.device)
+            for shape in dict.fromkeys(shapes)
         }
         self.pages = tuple(pages.values())
         for own in self.pages:
@@ -152,7 +147,6 @@ class Runner:
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self._segments: Segments | None = None
         self.llama: LlamaForward | None = None
-        self.graphs: DecodeGraphs | None = None
         self._weights: dict[tuple[str, ...], PackedWeight] = {}  # of the fused way, by the modules they are joined of
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
@@ -171,8 +165,6 @@ class Runner:
             )
         if weights != "dense":
             self._quantise(quantised_packing(8 if weights == "int8" else 4))
-        if capture is not None and self.llama is not None:
-            self.graphs = DecodeGraphs(self.llama, self.layout, self.blocks, capture)
 
     def close(self) -> None:
         if self._attachment is not None:
@@ -221,8 +213,6 @@ class Runner:
     def let_go(self, key: str) -> None:
         """An adapter has left the memory: keep nothing that was made of it. Between two steps."""
         self._segments = None
-        if self.graphs is not None:
-            self.graphs.let_go(key)
         if self._attachment is not None and key in self._attachment.adapters:
             self._attachment.remove(key)
 
@@ -254,13 +244,6 @@ class Runner:
         self._pasts.pop(sequence, None)
 
     def _fused(self, rows: Sequence[RunnerRow]) -> Tensor:
-        if self.graphs is None:
-            return self._fused_step(rows)
-        mixes = [[(p.packed, s) for p, s in row.mix if p.packed is not None] for row in rows]
-        made = self.graphs.run(rows, mixes, lambda: self._fused_step(rows))
-        return self._fused_step(rows) if made is None else made
-
-    def _fused_step(self, rows: Sequence[RunnerRow]) -> Tensor:
         llama, mixes = self.llama, [row.mix for row in rows]
         assert llama is not None
         batch, ids = self._batch(rows)
