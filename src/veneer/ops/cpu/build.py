@@ -142,13 +142,13 @@ def left_out(library: Path) -> dict[str, str]:
         command = [sys.executable, "-c", code, str(library), *wrong]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         said = [json.loads(line) for line in done.stdout.splitlines()]
-        wrong |= {line["ended"]: line["wrong"] for line in said if line.get("wrong")}
+        wrong |= {name: line["wrong"] for line in said if line.get("wrong") for name in line["ended"]}
         if done.returncode == 0:
             return wrong
         if not said or "begins" not in said[-1]:
             last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
             raise OSError(f"they could not be tried: {last}")
-        wrong[said[-1]["begins"]] = f"ends its process ({done.returncode})"
+        wrong |= dict.fromkeys(said[-1]["begins"], f"ends its process ({done.returncode})")
 
 
 def _folders() -> list[Path]:

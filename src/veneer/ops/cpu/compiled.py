@@ -24,122 +24,63 @@ from veneer.ops.cpu.build import build_kernels, find_compiler, why_not_compiled
 from veneer.ops.lowrank import LowRank
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _int]
-_EVERYWHERE: dict[str, list[Any]] = {
-    "use_threads": [_int],
-    "stay": [_pointer, _int, _int],
-    "meet_asleep": [_int, _pointer],
-    "rms_norm": [_pointer, _pointer, _pointer, _int64, _int64, _float, _int],
-    "rms_norm_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _float, _int],
-    "norm_silu": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
-    "norm_silu_backward": [*[_pointer] * 6, *[_int64] * 4, _float, _int],
-    "dropped": [_pointer, _pointer, _int64, *[ctypes.c_uint32] * 3, _float, _int],
-    "gained": [*[_pointer] * 4, _int64, _int64, _int],
-    "gained_backward": [*[_pointer] * 5, _int64, _int64, _int],
-    "silu_gate": [_pointer, _pointer, _int64, _int64, _int],
-    "silu_gate_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _int],
-    "geglu": [_pointer, _pointer, _int64, _int64, _int],
-    "geglu_backward": [_pointer, _pointer, _pointer, _int64, _int64, _int],
-    "gelu_tanh": [_pointer, _pointer, _int64, _int],
-    "gelu_tanh_backward": [_pointer, _pointer, _pointer, _int64, _int],
-    "gather_heads": _HEADS,
-    "scatter_heads": _HEADS,
-    "causal_softmax": [_pointer, *[_int64] * 7, _int],
-    "softmax_backward": [_pointer, _pointer, _int64, _int64, _int],
-    "token_nll": [_pointer, _int, *[_pointer] * 3, _int64, _int64, _int, _int],
-    "blocks4_dense": [*[_pointer] * 4, _float, _pointer, *[_int64] * 4, _pointer, _int, _int],
-    "blocks4_quantise": [_pointer, _int, _pointer, _pointer, _int64, _int64, _pointer, _pointer, _int],
-    "ggml_dense": [_int, _pointer, _int64, _pointer, _int, _int],
-    "rows8_dense": [_pointer, _pointer, _int64, _int64, _pointer, _int, _int],
+_LETTERS = {"p": _pointer, "l": _int64, "f": _float, "i": _int, "u": ctypes.c_uint32}
+"""Letters of a signature: the types of a C function's arguments."""
+_EVERYWHERE = {
+    "use_threads": "i",
+    "stay": "pii",
+    "meet_asleep": "ip",
+    "rms_norm": "pppllfi",
+    "rms_norm_backward": "ppppllfi",
+    "norm_silu": "pppppllllfi",
+    "norm_silu_backward": "ppppppllllfi",
+    "dropped": "ppluuufi",
+    "gained": "pppplli",
+    "gained_backward": "ppppplli",
+    "silu_gate": "pplli",
+    "silu_gate_backward": "pppplli",
+    "geglu": "pplli",
+    "geglu_backward": "ppplli",
+    "gelu_tanh": "ppli",
+    "gelu_tanh_backward": "pppli",
+    "gather_heads": "plpppplllllfpi",
+    "scatter_heads": "plpppplllllfpi",
+    "causal_softmax": "pllllllli",
+    "softmax_backward": "pplli",
+    "token_nll": "pipppllii",
+    "blocks4_dense": "ppppfpllllpii",
+    "blocks4_quantise": "pippllppi",
+    "ggml_dense": "iplpii",
+    "rows8_dense": "ppllpii",
 }
-_PRODUCTS: dict[str, list[Any]] = {
-    "attend": [*[_pointer] * 6, *[_int64] * 5, _float, _int],
-    "attend_backward": [*[_pointer] * 10, *[_int64] * 5, _float, _int],
-    "thin_add": [_pointer, _int, *[_pointer] * 3, *[_int64] * 3, _int],
-    "thin_through": [_pointer, _int, *[_pointer] * 3, *[_int64] * 3, _int],
-    "thin_gradients": [_pointer, _int, *[_pointer] * 6, *[_int64] * 3, _int],
-}
-_PANELS = [_pointer, *[_int64] * 2, *[_pointer] * 3, _int64, _int, _int]
-_SERVING: dict[str, list[Any]] = {
-    "thin_rows": [
-        _pointer,
-        _int64,
-        _pointer,
-        _int64,
-        _pointer,
-        _int64,
-        _pointer,
-        _pointer,
-        _pointer,
-        _pointer,
-        _int64,
-        _int,
-    ],
-    "store_rows": [_pointer, _int64, _pointer, _int64, _pointer, _pointer, *[_int64] * 3, _pointer, _pointer, _int],
-    "turn_and_store": [
-        _pointer,
-        *[_int64] * 3,
-        *[_pointer] * 4,
-        _float,
-        *[_pointer] * 3,
-        _int64,
-        _pointer,
-        _pointer,
-        _int,
-    ],
-    "paged_attend": [
-        _pointer,
-        _int64,
-        _pointer,
-        *[_int64] * 3,
-        _pointer,
-        _pointer,
-        _int64,
-        _pointer,
-        _int64,
-        _pointer,
-        _pointer,
-        _float,
-        _float,
-        _int64,
-        _int64,
-        _int,
-    ],
-    "panel_product": _PANELS,
-    "amx_panel_product": _PANELS,
-    "decode": [
-        _pointer,
-        _int64,
-        _pointer,
-        _int64,
-        *[_pointer] * 7,
-        _int64,
-        _pointer,
-        _int64,
-        _int64,
-        _pointer,
-        _int64,
-        *[_pointer] * 4,
-        _int64,
-        _pointer,
-        _int,
-    ],
+_AVX512_BF16 = {
+    "attend": "pppppplllllfi",
+    "attend_backward": "pppppppppplllllfi",
+    "thin_add": "pipppllli",
+    "thin_through": "pipppllli",
+    "thin_gradients": "pippppppllli",
+    "thin_rows": "plplplppppli",
+    "store_rows": "plplpplllppi",
+    "turn_and_store": "plllppppfppplppi",
+    "paged_attend": "plplllpplplppfflli",
+    "panel_product": "pllppplii",
+    "amx_panel_product": "pllppplii",
+    "decode": "plplppppppplpllplpppplpi",
 }
 """What only a processor with AVX512-BF16 has."""
 _AMX = ("amx_panel_product",)
 """What wants AMX beside it, which the system grants a process that asks."""
-_ROWS = [_pointer, _int64, *[_pointer] * 3, *[_int64] * 4, _float, _int64, _int]
-_TILES: dict[str, list[Any]] = {
-    "rows_attend": [*_ROWS, _pointer, _pointer, _int],
-    "rows_attend_backward": [*[_pointer] * 3, *_ROWS, _pointer, _int],
-    "narrow_rows_attend": [*_ROWS, _pointer, _pointer, _int],
-    "narrow_rows_attend_backward": [*[_pointer] * 3, *_ROWS, _pointer, _int],
+_TILES = {
+    "rows_attend": "plpppllllflippi",
+    "rows_attend_backward": "pppplpppllllflipi",
+    "narrow_rows_attend": "plpppllllflippi",
+    "narrow_rows_attend_backward": "pppplpppllllflipi",
 }
 """What multiplies by libtorch's own small products, of float32 and of bfloat16."""
 _WIDE = ("rows_attend", "rows_attend_backward")
 """Those of float32."""
-SIGNATURES = _EVERYWHERE | _PRODUCTS | _SERVING | _TILES
-"""Every kernel that there may be, by the name of its C function -> the types of its arguments."""
+SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _TILES
+"""Every kernel that there may be: the name of its C function -> the letters of its arguments."""
 SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
 HEADERS = ("bf16.h", "serving.h", "amx.h")
 _reason = "not looked for yet"
@@ -161,22 +102,10 @@ class Kernels:
         raise AttributeError(f"there is no kernel {name} here")
 
 
-_FALLIBLE = frozenset(
-    {
-        "norm_silu",
-        "norm_silu_backward",
-        "causal_softmax",
-        "token_nll",
-        "attend",
-        "attend_backward",
-        "thin_add",
-        "thin_through",
-        "thin_gradients",
-        "paged_attend",
-        "decode",
-        *_TILES,
-    }
-)
+_FALLIBLE = {
+    *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "thin_add"),
+    *("thin_through", "thin_gradients", "paged_attend", "decode", *_TILES),
+}
 """Those that say whether they could do their work (bf16.h)."""
 
 
@@ -195,7 +124,7 @@ def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
         if function is None and name in _EVERYWHERE:
             raise OSError(f"{path} has no {name}")
         if function is not None and name not in not_here:
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = [_LETTERS[letter] for letter in arguments], None
             if name in _FALLIBLE:
                 function.restype, function.errcheck = _int, _checked
             setattr(library, name, function)

@@ -1,1061 +1,394 @@
-"""Every compiled kernel beside its formula in torch, float64 where it can be, on the processor that is to run it.
+"""Every compiled kernel against torch's operations in float64, on the processor that is to run it.
 
-Run once for a build, in a process of its own (build.py), so that a kernel that ends the process ends that one. Each
-check calls its kernel with two threads, on sizes that no vector's length divides, and what it gives is held against the
-formula element by element; results are made between two margins that must be as they were afterwards.
+Run once for a build, in a process of its own (build.py), so that a kernel that ends the process ends that one. A case
+runs ops of this package twice over the same numbers: in the dtypes that kernels take, and in float64, which only the
+references take. The results must agree. Uninitialized memory is filled with NaN, so that a kernel that writes nothing
+is seen. Sizes are such that no vector's length divides them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.cpu.compiled import Kernels, bound, low_rank_structs, strides
+from veneer.ops import attention, linear, loss, mlp, norms
+from veneer.ops.cpu import compiled
+from veneer.ops.cpu.compiled import Kernels, bound
+from veneer.ops.dispatch import override_ops
+from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
+from veneer.ops.panels import Panels
+from veneer.ops.quantisation_formats import GgmlBlocks, Groups, Rows8, to_format
 
-_THREADS = 2
-_BF16 = torch.bfloat16
-
-
-class Same(NamedTuple):
-    """Two results that have to be the same: |got − want| ≤ far + near·|want|, element by element. The defaults leave
-    what one rounding to bfloat16 takes, and the sums before it."""
-
-    got: Tensor
-    want: Tensor
-    near: float = 2**-7
-    far: float = 1e-3
-
-    def holds(self) -> bool:
-        got, want = self.got.double(), self.want.double()
-        return got.shape == want.shape and bool(((got - want).abs() <= self.far + self.near * want.abs()).all())
+_BF16, _F32, _F64 = torch.bfloat16, torch.float32, torch.float64
+_NEAR = {_BF16: 2**-6, _F32: 1e-4}
+"""The largest error of a result, as a share of its largest value, by the dtype that a case ran in."""
 
 
-class Bench:
-    """The kernels, numbers for them, and room for what they make."""
+class Draw:
+    """Random numbers of a case: the same in every dtype, as bfloat16 rounds them."""
 
-    def __init__(self, library: Kernels) -> None:
-        self.library = library
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.exact = dtype, dtype == _F64
         self._generator = torch.Generator().manual_seed(0)
-        self._margins: list[Tensor] = []
 
-    def normal(self, *shape: int, dtype: torch.dtype = _BF16) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(dtype)
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator).bfloat16().to(self.dtype)
+
+    def wide(self, *shape: int) -> Tensor:
+        """In float32 at least."""
+        return self(*shape).to(torch.promote_types(self.dtype, _F32))
 
     def whole(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(low, high, shape, generator=self._generator).to(dtype)
 
-    def room(self, *shape: int, dtype: torch.dtype = _BF16, like: Tensor | None = None) -> Tensor:
-        """A tensor between margins: of a pattern that no result is likely to have, or with the values of `like`."""
-        shape, dtype = (tuple(like.shape), like.dtype) if like is not None else (shape, dtype)
-        margin, size = 256, math.prod(shape) * dtype.itemsize
-        flat = torch.full((size + 2 * margin,), 0xA5, dtype=torch.uint8)
-        self._margins += [flat[:margin], flat[margin + size :]]
-        inside = flat[margin : margin + size].view(dtype).view(shape)
-        return inside if like is None else inside.copy_(like)
-
-    def kept_margins(self) -> bool:
-        return all(bool((m == 0xA5).all()) for m in self._margins)
+    def gradients(self, run: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
+        """run(*given), and the gradients of all that is given."""
+        given = tuple(t.detach().requires_grad_() for t in given)
+        made = run(*given)
+        return [made, *torch.autograd.grad(made, given, self(*made.shape))]
 
 
-_Check = Callable[[Bench], Iterable[Same]]
-CHECKS: dict[str, _Check] = {}
+class Case(NamedTuple):
+    """`run`: what is compared. `kernels`: those that it calls, none of which is used if it fails."""
+
+    run: Callable[[Draw], Sequence[Tensor]]
+    kernels: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
 
 
-def _kernel_check(name: str) -> Callable[[_Check], _Check]:
-    def put(function: _Check) -> _Check:
-        CHECKS[name] = function
-        return function
+CASES: list[Case] = []
+
+
+def _case(*kernels: str, dtypes: tuple[torch.dtype, ...] = (_BF16,)) -> Callable[[Any], Any]:
+    def put(run: Callable[[Draw], Sequence[Tensor]]) -> Callable[[Draw], Sequence[Tensor]]:
+        CASES.append(Case(run, kernels, dtypes))
+        return run
 
     return put
 
 
-def wrong(library: Kernels, name: str) -> str:
-    """What is wrong with the kernel `name`; "" where nothing is."""
-    bench = Bench(library)
+@contextmanager
+def _by(library: Kernels | None) -> Iterator[None]:
+    """Run ops by these kernels, with uninitialized memory full of NaN."""
+    before, strict = compiled.kernels, torch.are_deterministic_algorithms_enabled()
+    compiled.kernels = lambda: library  # type: ignore[assignment]
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        results = [same.holds() for same in CHECKS[name](bench)]  # all of them: each may write where it should not
-    except (MemoryError, IndexError, AttributeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    if not bench.kept_margins():
-        return "writes outside of its result"
-    return "" if all(results) else "disagrees with torch on this machine"
+        yield
+    finally:
+        compiled.kernels = before
+        torch.use_deterministic_algorithms(strict)
+
+
+def wrong(library: Kernels, case: Case) -> str:
+    """What is wrong with the kernels of a case; "" if nothing is."""
+    with _by(library):
+        want = [t.detach().double() for t in case.run(Draw(_F64))]
+        for dtype in case.dtypes:
+            try:
+                got = [t.detach().double() for t in case.run(Draw(dtype))]
+            except (MemoryError, IndexError, AttributeError, TypeError) as error:
+                return f"{type(error).__name__}: {error}"
+            for one, exact in zip(got, want, strict=True):
+                least = _NEAR[dtype] * exact.abs().amax() if exact.numel() else 0.0
+                if one.shape != exact.shape or not bool(((one - exact).abs() <= least).all()):
+                    return "disagrees with torch on this machine"
+    return ""
 
 
 def run_checks(arguments: list[str]) -> None:
-    """PATH SKIPPED…: a line of JSON before and after the check of each kernel that is there."""
+    """PATH SKIPPED…: a line of JSON before and after each case of kernels that are there and not skipped."""
     path, *skipped = arguments
-    library = bound(path)
-    for name in CHECKS:
-        if name not in skipped and hasattr(library, name):
-            print(json.dumps({"begins": name}), flush=True)
-            print(json.dumps({"ended": name, "wrong": wrong(library, name)}), flush=True)
+    library = bound(path, skipped)
+    for case in CASES:
+        if library.has(*case.kernels):
+            print(json.dumps({"begins": case.kernels}), flush=True)
+            print(json.dumps({"ended": case.kernels, "wrong": wrong(library, case)}), flush=True)
 
 
-def at(*tensors: Tensor | None) -> list[int | None]:
-    return [None if t is None else t.data_ptr() for t in tensors]
+@_case("use_threads")
+def _use_threads(draw: Draw) -> list[Tensor]:
+    """Whether torch and the kernels have one OpenMP."""
+    before = torch.get_num_threads()
+    set_threads = torch.set_num_threads if draw.exact else compiled.kernels().use_threads
+    set_threads(3)
+    now = torch.get_num_threads()
+    set_threads(before)
+    return [torch.tensor([now, torch.get_num_threads()])]
 
 
-def gradient(made: Tensor, given: Tensor, g: Tensor) -> Tensor:
-    return torch.autograd.grad(made, given, g.double())[0]
+@_case("stay", "meet_asleep")
+def _stay(draw: Draw) -> list[Tensor]:
+    """Where the calling thread may run, and how threads meet; both are let go again."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    before, was = sorted(os.sched_getaffinity(0)), torch.tensor([0, 1], dtype=torch.int32)
+    if draw.exact:
+        return [torch.tensor(before[-1:]), torch.tensor(before), was]
+    library, asleep, seen = compiled.kernels(), torch.full((3,), -1, dtype=torch.int32), list[Tensor]()
+    for processors in (before[-1:], before):
+        library.stay((ctypes.c_int * len(processors))(*processors), len(processors), 2)
+        seen.append(torch.tensor(sorted(os.sched_getaffinity(0))))
+    for i, wanted in enumerate((0, 1, 0)):
+        library.meet_asleep(wanted, asleep[i:].data_ptr())
+    return [*seen, asleep[1:]]
 
 
 # -- a training step ---------------------------------------------------------------------------------------------------
 
 
-@_kernel_check("use_threads")
-def _use_threads(bench: Bench) -> Iterator[Same]:
-    """Whether torch and the kernels have one OpenMP."""
-    before = torch.get_num_threads()
-    bench.library.use_threads(3)
-    now = torch.get_num_threads()
-    bench.library.use_threads(before)
-    yield Same(torch.tensor([now, torch.get_num_threads()]), torch.tensor([3, before]), 0, 0)
+@_case("rms_norm", "rms_norm_backward")
+def _rms_norm(draw: Draw) -> list[Tensor]:
+    w = draw(74)
+    return draw.gradients(lambda x: norms.rms_norm(x, w, 1e-5), draw(7, 74))
 
 
-@_kernel_check("stay")
-def _stay(bench: Bench) -> Iterator[Same]:
-    """Where the calling thread may run; both are let go again."""
-    if not hasattr(os, "sched_getaffinity"):  # nothing is done there
-        return
-    before = sorted(os.sched_getaffinity(0))
-    for processors in (before[-1:], before):
-        bench.library.stay((ctypes.c_int * len(processors))(*processors), len(processors), _THREADS)
-        yield Same(torch.tensor(sorted(os.sched_getaffinity(0)), dtype=torch.int64), torch.tensor(processors), 0, 0)
+@_case("norm_silu", "norm_silu_backward")
+def _norm_silu(draw: Draw) -> list[Tensor]:
+    w, b, made = draw(6), draw(6), []
+    for shift in (None, draw(2, 6)):
+        made += draw.gradients(lambda x, shift=shift: norms.norm_silu(x, shift, w, b, 3, 1e-5), draw(2, 6, 37))
+    return made
 
 
-@_kernel_check("meet_asleep")
-def _meet_asleep(bench: Bench) -> Iterator[Same]:
-    before = torch.full((3,), -1, dtype=torch.int32)
-    for asleep, was in ((1, before[0:]), (1, before[1:]), (0, before[2:])):
-        bench.library.meet_asleep(asleep, was.data_ptr())
-    yield Same(before[1:], torch.tensor([1, 1], dtype=torch.int32), 0, 0)
+@_case("dropped")
+def _dropped(draw: Draw) -> list[Tensor]:
+    return [Dropout(0.25, 0x123456789E3779B9)(draw(1003))]
 
 
-@_kernel_check("rms_norm")
-def _rms_norm(bench: Bench) -> Iterator[Same]:
-    x, w, y = bench.normal(7, 74), bench.normal(74), bench.room(7, 74)
-    bench.library.rms_norm(*at(x, w, y), 7, 74, 1e-5, _THREADS)
-    yield Same(y, F.rms_norm(x.double(), (74,), w.double(), 1e-5))
+@_case("gained", "gained_backward")
+def _gained(draw: Draw) -> list[Tensor]:
+    """With and without a bias, in a layer whose low-rank products no kernel takes."""
+    W, made = draw(150, 23) / 4, list[Tensor]()
+    for b in (None, draw(150)):
+
+        def run(x: Tensor, A: Tensor, B: Tensor, gain: Tensor, b: Tensor | None = b) -> Tensor:
+            return linear.linear(x, linear.LinearMap(W, b, (LowRank(A, B),), gain))
+
+        made += draw.gradients(run, draw(5, 23), draw.wide(4, 23) / 4, draw.wide(150, 4) / 4, draw.wide(150))
+    return made
 
 
-@_kernel_check("rms_norm_backward")
-def _rms_norm_backward(bench: Bench) -> Iterator[Same]:
-    g, x, w, dx = bench.normal(7, 74), bench.normal(7, 74), bench.normal(74), bench.room(7, 74)
-    bench.library.rms_norm_backward(*at(g, x, w, dx), 7, 74, 1e-5, _THREADS)
-    xd = x.double().requires_grad_()
-    yield Same(dx, gradient(F.rms_norm(xd, (74,), w.double(), 1e-5), xd, g))
+@_case("silu_gate", "silu_gate_backward")
+def _silu_gate(draw: Draw) -> list[Tensor]:
+    """Alone, and in a whole MLP, whose backward pass makes its inner values again."""
+    up, down = linear.LinearMap(draw(74, 23) / 4), draw(9, 37) / 4
+
+    def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return mlp.gated_mlp(x, up, linear.LinearMap(down, None, (LowRank(A, B),)))
+
+    factors = draw.wide(4, 37) / 4, draw.wide(9, 4)
+    return [*draw.gradients(mlp.swiglu, draw(5, 74)), *draw.gradients(run, draw(5, 23), *factors)]
 
 
-def _norm_silu(x: Tensor, shift: Tensor | None, w: Tensor, b: Tensor) -> Tensor:
-    x = x if shift is None else x + shift.double()[..., None]
-    return F.silu(F.group_norm(x, 3, w.double(), b.double(), 1e-5))
+@_case("geglu", "geglu_backward")
+def _geglu(draw: Draw) -> list[Tensor]:
+    return draw.gradients(mlp.geglu, draw(5, 2 * 37))
 
 
-@_kernel_check("norm_silu")
-def _norm_silu_forward(bench: Bench) -> Iterator[Same]:
-    x, w, b = bench.normal(2, 6, 37), bench.normal(6), bench.normal(6)
-    for shift in (None, bench.normal(2, 6)):
-        y = bench.room(2, 6, 37)
-        bench.library.norm_silu(*at(x, shift, w, b, y), 2, 3, 2, 37, 1e-5, _THREADS)
-        yield Same(y, _norm_silu(x.double(), shift, w, b))
+@_case("gelu_tanh", "gelu_tanh_backward")
+def _gelu_tanh(draw: Draw) -> list[Tensor]:
+    return draw.gradients(mlp.gelu_tanh, draw(203))
 
 
-@_kernel_check("norm_silu_backward")
-def _norm_silu_backward(bench: Bench) -> Iterator[Same]:
-    g, x, w, b = bench.normal(2, 6, 37), bench.normal(2, 6, 37), bench.normal(6), bench.normal(6)
-    for shift in (None, bench.normal(2, 6)):
-        dx, xd = bench.room(2, 6, 37), x.double().requires_grad_()
-        bench.library.norm_silu_backward(*at(g, x, shift, w, b, dx), 2, 3, 2, 37, 1e-5, _THREADS)
-        yield Same(dx, gradient(_norm_silu(xd, shift, w, b), xd, g))
+def _attended(draw: Draw, name: str) -> list[Tensor]:
+    """Rows of several lengths, six heads over two key heads, of a width that no tile divides."""
+    layout, angle = attention.RowLayout([70, 1, 33], idle=2), draw.wide(106, 9)
+    cos, sin = angle.cos().bfloat16().to(draw.dtype), angle.sin().bfloat16().to(draw.dtype)
+    with override_ops(rows_attend=name):
+        made = draw.gradients(lambda qkv: attention.rotary_attention(qkv, cos, sin, 2, layout, 0.3), draw(106, 10, 18))
+        given = draw(106, 6, 18), draw(106, 2, 18), draw(106, 2, 18)
+        made += draw.gradients(lambda q, k, v: attention.row_attention(q, k, v, layout, 0.3, 20), *given)
+    return made
 
 
-@_kernel_check("dropped")
-def _dropped(bench: Bench) -> Iterator[Same]:
-    x, y = bench.normal(1003), bench.room(1003)
-    low, high, least, word = 0x9E3779B9, 0x12345678, 1 << 30, 0xFFFFFFFF
-    bench.library.dropped(*at(x, y), 1003, low, high, least, 1.25, _THREADS)
-    h = torch.arange(1003) ^ low
-    h = (_times(h ^ h >> 16, 0x7FEB352D) + high) & word
-    h = _times(h ^ h >> 15, 0x846CA68B)
-    yield Same(y, torch.where((h ^ h >> 16) >= least, x.double() * 1.25, 0.0), far=0)
+@_case("gather_heads", "scatter_heads", "causal_softmax", "softmax_backward")
+def _attended_in_groups(draw: Draw) -> list[Tensor]:
+    return _attended(draw, "torch")
 
 
-def _times(h: Tensor, by: int) -> Tensor:
-    """h·by modulo 2³² without the overflow of 64 signed bits."""
-    low, high = h & 0xFFFF, h >> 16
-    return (low * by + ((high * by & 0xFFFF) << 16)) & 0xFFFFFFFF
+@_case("rows_attend", "rows_attend_backward", dtypes=(_BF16, _F32))
+def _attended_in_tiles32(draw: Draw) -> list[Tensor]:
+    return _attended(draw, "tiles32")
 
 
-@_kernel_check("gained")
-def _gained(bench: Bench) -> Iterator[Same]:
-    x, gain = bench.normal(5, 74), bench.normal(74, dtype=torch.float32)
-    for b in (None, bench.normal(74)):
-        y = bench.room(5, 74)
-        bench.library.gained(*at(x, gain, b, y), 5, 74, _THREADS)
-        yield Same(y, x.double() * gain.double() + (0 if b is None else b.double()))
+@_case("narrow_rows_attend", "narrow_rows_attend_backward")
+def _attended_in_tiles(draw: Draw) -> list[Tensor]:
+    return _attended(draw, "tiles")
 
 
-@_kernel_check("gained_backward")
-def _gained_backward(bench: Bench) -> Iterator[Same]:
-    g, x, gain = bench.normal(5, 150), bench.normal(5, 150), bench.normal(150, dtype=torch.float32)
-    dx, d_gain = bench.room(5, 150), bench.room(150, dtype=torch.float32)
-    bench.library.gained_backward(*at(g, x, gain, dx, d_gain), 5, 150, _THREADS)
-    yield Same(dx, g.double() * gain.double())
-    yield Same(d_gain, (g.double() * x.double()).sum(0), 1e-5, 1e-5)
+@_case("attend", "attend_backward")
+def _attend(draw: Draw) -> list[Tensor]:
+    return draw.gradients(attention.cross_attention, draw(2, 70, 3, 40), draw(2, 300, 3, 40), draw(2, 300, 3, 40))
 
 
-def _silu_gate(both: Tensor) -> Tensor:
-    gate, up = both.chunk(2, -1)
-    return F.silu(gate) * up
+@_case("token_nll", dtypes=(_BF16, _F32))
+def _token_nll(draw: Draw) -> list[Tensor]:
+    """Of logits that a head of ones on its diagonal gives as they are."""
+    targets, head = torch.tensor([0, 2074, -100, 1033, 7, 2074]), torch.eye(2075, dtype=draw.dtype)
+    logits, right = 3 * draw(6, 2075), torch.zeros(6, dtype=torch.bool)
+    logits[3, 1033] = 40
+    made = draw.gradients(lambda x: loss.token_nll(x, head, targets), logits)
+    return [*made, loss.token_nll(logits, head, targets, right=right), right]
 
 
-def _geglu(both: Tensor) -> Tensor:
-    up, gate = both.chunk(2, -1)
-    return up * F.gelu(gate)
+@_case("thin_add", "thin_through", "thin_gradients")
+def _low_rank(draw: Draw) -> list[Tensor]:
+    """Two pairs of ranks 5 and 16 on columns 0 … 32 and 32 … 112 of 112, over 48 inputs."""
+    W = draw(112, 48) / 8
 
+    def run(x: Tensor, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
+        return linear.linear(x, linear.LinearMap(W, None, (LowRank(A, B, 0.5), LowRank(A2, B2, 2.0, first=32))))
 
-@_kernel_check("silu_gate")
-def _silu_gate_forward(bench: Bench) -> Iterator[Same]:
-    both, h = 2 * bench.normal(5, 2 * 37), bench.room(5, 37)
-    bench.library.silu_gate(*at(both, h), 5, 37, _THREADS)
-    yield Same(h, _silu_gate(both.double()))
-
-
-@_kernel_check("silu_gate_backward")
-def _silu_gate_backward(bench: Bench) -> Iterator[Same]:
-    dh, both, d, h = bench.normal(5, 37), 2 * bench.normal(5, 2 * 37), bench.room(5, 2 * 37), bench.room(5, 37)
-    bench.library.silu_gate_backward(*at(dh, both, d, h), 5, 37, _THREADS)
-    wide = both.double().requires_grad_()
-    made = _silu_gate(wide)
-    yield Same(h, made.detach())
-    yield Same(d, gradient(made, wide, dh))
-
-
-@_kernel_check("geglu")
-def _geglu_forward(bench: Bench) -> Iterator[Same]:
-    both, h = 2 * bench.normal(5, 2 * 37), bench.room(5, 37)
-    bench.library.geglu(*at(both, h), 5, 37, _THREADS)
-    yield Same(h, _geglu(both.double()))
-
-
-@_kernel_check("geglu_backward")
-def _geglu_backward(bench: Bench) -> Iterator[Same]:
-    dh, both, d = bench.normal(5, 37), 2 * bench.normal(5, 2 * 37), bench.room(5, 2 * 37)
-    bench.library.geglu_backward(*at(dh, both, d), 5, 37, _THREADS)
-    wide = both.double().requires_grad_()
-    yield Same(d, gradient(_geglu(wide), wide, dh))
-
-
-@_kernel_check("gelu_tanh")
-def _gelu_tanh(bench: Bench) -> Iterator[Same]:
-    x, y = 3 * bench.normal(203), bench.room(203)
-    bench.library.gelu_tanh(*at(x, y), 203, _THREADS)
-    yield Same(y, F.gelu(x.double(), approximate="tanh"))
-
-
-@_kernel_check("gelu_tanh_backward")
-def _gelu_tanh_backward(bench: Bench) -> Iterator[Same]:
-    g, x, dx = bench.normal(203), 3 * bench.normal(203), bench.room(203)
-    bench.library.gelu_tanh_backward(*at(g, x, dx), 203, _THREADS)
-    wide = x.double().requires_grad_()
-    yield Same(dx, gradient(F.gelu(wide, approximate="tanh"), wide, g))
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Five of six tokens in two rows of four places: 4 query heads of 18, two for each kv head."""
-
-    x: Tensor  # (tokens, heads · dim and some more)
-    cos: Tensor
-    sin: Tensor
-    tokens: Tensor
-    slots: Tensor
-
-    LENGTH: ClassVar[int] = 4
-    KV: ClassVar[int] = 2
-    PER: ClassVar[int] = 2
-    DIM: ClassVar[int] = 18
-
-    @classmethod
-    def of(cls, bench: Bench) -> _Heads:
-        angle = 3 * bench.normal(6, cls.DIM // 2, dtype=torch.float32)
-        x = bench.normal(6, cls.KV * cls.PER * cls.DIM + 8)
-        return cls(
-            x,
-            angle.cos().bfloat16(),
-            angle.sin().bfloat16(),
-            torch.tensor([4, 0, 1, 3, 2]),
-            torch.tensor([0, 1, 2, 4, 6]),
-        )
-
-    def call(self, kernel: Any, x: Tensor, turned: bool, ld: int, out: Tensor) -> None:
-        tables = at(self.cos, self.sin) if turned else [None, None]
-        sizes = (len(self.tokens), self.LENGTH, self.KV, self.PER, self.DIM)
-        kernel(
-            x.data_ptr(),
-            ld,
-            *tables,
-            *at(self.tokens, self.slots),
-            *sizes,
-            1.0 if not turned else 0.5,
-            out.data_ptr(),
-            _THREADS,
-        )
-
-    def places(self) -> list[tuple[int, int, int]]:
-        return [(t, s // self.LENGTH, s % self.LENGTH) for t, s in zip(self.tokens, self.slots, strict=True)]
-
-    def turn(self, x: Tensor, token: int, sign: int, turned: bool) -> Tensor:
-        """(heads, dim) of a token."""
-        if not turned:
-            return x
-        (a, b), c, s = x.chunk(2, -1), self.cos[token].double(), sign * self.sin[token].double()
-        return 0.5 * torch.cat([a * c - b * s, b * c + a * s], -1)
-
-
-@_kernel_check("gather_heads")
-def _gather_heads(bench: Bench) -> Iterator[Same]:
-    h = _Heads.of(bench)
-    for turned in (True, False):
-        out = bench.room(like=torch.zeros(2, h.KV, h.LENGTH, h.PER, h.DIM, dtype=_BF16))
-        h.call(bench.library.gather_heads, h.x, turned, h.x.shape[1], out)
-        want = torch.zeros(out.shape, dtype=torch.float64)
-        for token, row, time in h.places():
-            flat = h.x[token, : h.KV * h.PER * h.DIM].double().view(-1, h.DIM)
-            want[row, :, time] = h.turn(flat, token, 1, turned).view(h.KV, h.PER, h.DIM)
-        yield Same(out, want)
-
-
-@_kernel_check("scatter_heads")
-def _scatter_heads(bench: Bench) -> Iterator[Same]:
-    h, ld = _Heads.of(bench), _Heads.KV * _Heads.PER * _Heads.DIM
-    g = bench.normal(2, h.KV, h.LENGTH, h.PER, h.DIM)
-    for turned in (True, False):
-        out = bench.room(like=torch.zeros(6, ld, dtype=_BF16))
-        h.call(bench.library.scatter_heads, g, turned, ld, out)
-        want = torch.zeros(out.shape, dtype=torch.float64)
-        for token, row, time in h.places():
-            want[token] = h.turn(g[row, :, time].double().reshape(-1, h.DIM), token, -1, turned).flatten()
-        yield Same(out, want)
-
-
-@_kernel_check("causal_softmax")
-def _causal_softmax(bench: Bench) -> Iterator[Same]:
-    for queries, per, keys, q0, k0, window in ((3, 2, 70, 67, 0, 0), (3, 2, 37, 40, 6, 21), (1, 1, 19, 18, 0, 0)):
-        scores = 2 * bench.normal(2, queries * per, keys)
-        got = bench.room(like=scores)
-        bench.library.causal_softmax(got.data_ptr(), 2, queries, per, keys, q0, k0, window, _THREADS)
-        back = (q0 + torch.arange(queries).repeat_interleave(per))[:, None] - (k0 + torch.arange(keys))
-        seen = (back >= 0) & (back < window) if window else back >= 0
-        yield Same(got, scores.double().masked_fill(~seen, -torch.inf).softmax(-1), far=1e-5)
-
-
-@_kernel_check("softmax_backward")
-def _softmax_backward(bench: Bench) -> Iterator[Same]:
-    p, dp = bench.normal(5, 75).float().softmax(1).bfloat16(), bench.normal(5, 75)
-    got, wide = bench.room(like=dp), p.double()
-    bench.library.softmax_backward(*at(p, got), 5, 75, _THREADS)
-    yield Same(got, wide * (dp.double() - (wide * dp.double()).sum(1, keepdim=True)), far=1e-5)
-
-
-@_kernel_check("token_nll")
-def _token_nll(bench: Bench) -> Iterator[Same]:
-    targets = torch.tensor([0, 2074, -100, 1033, 7, 2074])
-    for dtype, near, far in ((_BF16, 2**-7, 1e-5), (torch.float32, 1e-5, 1e-7)):
-        logits = 3 * bench.normal(6, 2075, dtype=dtype)
-        logits[3, 1033] = 40
-        wide = logits.double().requires_grad_()
-        want = F.cross_entropy(wide, targets, reduction="none")
-        best = wide.argmax(1) == targets
-        (slope,) = torch.autograd.grad(want.sum(), wide)
-        for gradient, after in ((0, logits), (1, slope)):
-            got, nll = bench.room(like=logits), bench.room(6, dtype=torch.float32)
-            right = bench.room(6, dtype=torch.uint8)
-            half = int(dtype == _BF16)
-            bench.library.token_nll(got.data_ptr(), half, *at(targets, nll, right), 6, 2075, gradient, _THREADS)
-            yield Same(nll, want.detach(), 1e-5, 1e-5)
-            yield Same(right.float(), best.float(), 0.0, 0.0)
-            yield Same(got, after, near, far)
+    factors = draw.wide(5, 48) / 4, draw.wide(32, 5), draw.wide(16, 48) / 4, draw.wide(80, 16)
+    return draw.gradients(run, draw(197, 48), *factors)
 
 
 # -- quantised weights -------------------------------------------------------------------------------------------------
 
 
-@_kernel_check("blocks4_dense")
-def _blocks4_dense(bench: Bench) -> Iterator[Same]:
-    table, map8 = bench.normal(16, dtype=torch.float32), bench.normal(256, dtype=torch.float32)
-    packed, absmax = bench.whole(0, 256, 192, dtype=torch.uint8), bench.normal(6, dtype=torch.float32).abs()
-    codes, absmax2 = bench.whole(0, 256, 6, dtype=torch.uint8), bench.normal(3, dtype=torch.float32).abs()
-    flat = torch.stack([packed >> 4, packed & 15], 1).flatten().int()
-    for dtype in (_BF16, torch.float32):
-        for doubly in (False, True):
-            largest = map8[codes.int()] * absmax2.repeat_interleave(2) + 0.25 if doubly else absmax
-            want = table[flat] * largest.repeat_interleave(64)
-            constants = at(absmax2, codes, map8) if doubly else at(absmax, None, None)
-            for first, count in ((0, 384), (10, 150), (65, 63), (128, 131)):
-                out = bench.room(count, dtype=dtype)
-                bench.library.blocks4_dense(
-                    packed.data_ptr(),
-                    *constants,
-                    0.25,
-                    table.data_ptr(),
-                    first,
-                    count,
-                    64,
-                    2,
-                    out.data_ptr(),
-                    int(dtype == torch.float32),
-                    _THREADS,
-                )
-                yield Same(out, want[first : first + count].to(dtype), 0, 0)
+@_case("blocks4_dense", "blocks4_quantise", dtypes=(_BF16, _F32))
+def _blocks4(draw: Draw) -> list[Tensor]:
+    made = list[Tensor]()
+    for kind, double in (("nf4", True), ("fp4", False)):
+        stored = to_format(draw(35, 74), kind, double)
+        made += [*stored.tensors().values(), stored.dense(draw.dtype, 3, 30)]
+    return made
 
 
-@_kernel_check("blocks4_quantise")
-def _blocks4_quantise(bench: Bench) -> Iterator[Same]:
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).int()
-    bounds = bench.normal(15, dtype=torch.float32).mul_(0.5).sort().values
-    for dtype in (_BF16, torch.float32):
-        x = bench.normal(203, dtype=dtype)
-        packed, absmax = bench.room(102, dtype=torch.uint8), bench.room(4, dtype=torch.float32)
-        bench.library.blocks4_quantise(
-            x.data_ptr(), int(dtype == torch.float32), *at(bounds, order), 203, 64, *at(packed, absmax), _THREADS
-        )
-        blocks = F.pad(x.float(), (0, 53)).view(4, 64)
-        most = blocks.abs().amax(1)
-        codes = order[torch.bucketize((blocks * (1.0 / most)[:, None]).flatten()[:203], bounds)]
-        got = torch.stack([packed >> 4, packed & 15], 1).flatten()[:203]
-        yield Same(got, codes, 0, 0)
-        yield Same(absmax, most, 0, 0)
+_GGML = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+"""Bytes of a block."""
 
 
-@_kernel_check("ggml_dense")
-def _ggml_dense(bench: Bench) -> Iterator[Same]:
-    for kind, size in ((2, 18), (3, 20), (6, 22), (7, 24), (8, 34), (12, 144), (13, 176), (14, 210)):
-        raw = bench.whole(0, 256, 5, size, dtype=torch.uint8)
-        scales = [slice(208, 210)] if kind == 14 else [slice(0, 2)]
-        scales += [slice(2, 4)] if kind in (3, 7, 12, 13) else []
-        for each in scales:  # halves that are numbers
-            raw[:, each] = bench.normal(5, 1, dtype=torch.float16).view(torch.uint8)
-        want = _ggml(kind, raw.int(), *(raw[:, s].contiguous().view(torch.float16).float() for s in scales))
-        for dtype in (_BF16, torch.float32):
-            out = bench.room(*want.shape, dtype=dtype)
-            bench.library.ggml_dense(
-                kind, raw.data_ptr(), raw.numel(), out.data_ptr(), int(dtype == torch.float32), _THREADS
-            )
-            yield Same(out, want.to(dtype), 1e-6, 0)
+def _ggml_blocks(draw: Draw, kind: str) -> GgmlBlocks:
+    """A weight of three rows of two blocks, whose scales are numbers."""
+    raw = draw.whole(0, 256, 6, _GGML[kind], dtype=torch.uint8)
+    for at in [208] if kind == "Q6_K" else [0, 2] if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0]:
+        raw[:, at : at + 2] = draw(6, 1).half().view(torch.uint8)
+    return GgmlBlocks(kind, (3, 2 * (256 if kind.endswith("K") else 32)), raw.view(3, -1))
 
 
-def _ggml(kind: int, b: Tensor, d: Tensor, m: Tensor | float = 0.0) -> Tensor:
-    """The blocks of one of ggml's types as numbers: b (blocks, bytes), d and m (blocks, 1) the scales of a block."""
-    n = len(b)
-    if kind == 8:
-        return d * b[:, 2:].to(torch.uint8).view(torch.int8).float()
-    if kind < 8:
-        start = 2 if kind in (2, 6) else 4
-        five = kind >= 6
-        q = b[:, start + 4 * five :]
-        codes = torch.cat([q & 15, q >> 4], 1)
-        if five:
-            bits = torch.arange(32)
-            codes = codes | ((b[:, start : start + 4][:, bits // 8] >> bits % 8) & 1) << 4
-        return d * (codes - (16 if five else 8)).float() if kind in (2, 6) else d * codes.float() + m
-    if kind == 14:
-        low, high = b[:, :128].view(n, 2, 2, 32), b[:, 128:192].view(n, 2, 1, 32)
-        four = torch.cat([low & 15, low >> 4], 2)
-        two = high >> torch.tensor([0, 2, 4, 6]).view(1, 1, 4, 1) & 3
-        scales = b[:, 192:208].to(torch.uint8).view(torch.int8).float().repeat_interleave(16, 1)
-        return (d * scales) * ((four | two << 4).view(n, 256) - 32).float()
-    q = b[:, 4:16]
-    scale = torch.cat([q[:, :4] & 63, q[:, 8:] & 15 | (q[:, :4] >> 6) << 4], 1)
-    least = torch.cat([q[:, 4:8] & 63, q[:, 8:] >> 4 | (q[:, 4:8] >> 6) << 4], 1)
-    codes = b[:, 48 if kind == 13 else 16 :].view(n, 4, 1, 32)
-    codes = torch.cat([codes & 15, codes >> 4], 2).view(n, 8, 32)
-    if kind == 13:
-        codes = codes | (b[:, 16:48].view(n, 1, 32) >> torch.arange(8).view(1, 8, 1) & 1) << 4
-    return ((d * scale.float())[..., None] * codes.float() - (m * least.float())[..., None]).view(n, 256)
+@_case("ggml_dense", dtypes=(_BF16, _F32))
+def _ggml_dense(draw: Draw) -> list[Tensor]:
+    stored = [_ggml_blocks(draw, kind) for kind in _GGML]
+    if draw.exact:
+        return [groups.dense() for each in stored if (groups := each.groups(0, 3)) is not None]
+    return [each.dense(draw.dtype, 0, 3) for each in stored]
 
 
-@_kernel_check("rows8_dense")
-def _rows8_dense(bench: Bench) -> Iterator[Same]:
-    codes, scale = bench.whole(-127, 128, 5, 37, dtype=torch.int8), bench.normal(5, dtype=torch.float32).abs()
-    for dtype in (_BF16, torch.float32):
-        out = bench.room(5, 37, dtype=dtype)
-        bench.library.rows8_dense(*at(codes, scale), 5, 37, out.data_ptr(), int(dtype == torch.float32), _THREADS)
-        yield Same(out, (codes.float() * scale[:, None] * 7.874015718698502e-3).to(dtype), 0, 0)
-
-
-_SUM = {"near": 2**-6, "far": 2e-2}
-"""For sums of hundreds of products whose factors were rounded to bfloat16 on the way."""
-
-
-# -- a training step, with AVX512-BF16 ---------------------------------------------------------------------------------
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, tokens, heads, d): softmax(q·kᵀ/4)·v, and log Σ exp of the scores."""
-    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
-    scores = 0.25 * q @ k.mT
-    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
-
-
-_SIZES = [(2, 70, 3, 40), (2, 300, 3, 40)]  # queries, keys: more than a tile of each
-
-
-@_kernel_check("attend")
-def _attend(bench: Bench) -> Iterator[Same]:
-    (n, S, heads, d), T = _SIZES[0], _SIZES[1][1]
-    q, k, v = (bench.normal(*size) for size in (_SIZES[0], _SIZES[1], _SIZES[1]))
-    out, lse = bench.room(n, S, heads, d), bench.room(n, heads, S, dtype=torch.float32)
-    bench.library.attend(*at(q, k, v, out, lse), strides(q, k, v, out), n, heads, S, T, d, 0.25, _THREADS)
-    want, log_sum = _attention(q, k, v)
-    yield Same(out, want, far=2**-8)
-    yield Same(lse, log_sum, 1e-3, 1e-3)
-
-
-@_kernel_check("attend_backward")
-def _attend_backward(bench: Bench) -> Iterator[Same]:
-    (n, S, heads, d), T = _SIZES[0], _SIZES[1][1]
-    q, k, v = (bench.normal(*size) for size in (_SIZES[0], _SIZES[1], _SIZES[1]))
-    wide = [t.double().requires_grad_() for t in (q, k, v)]
-    want, log_sum = _attention(*wide)
-    out, lse, g = (
-        want.detach().to(_BF16).contiguous(),
-        log_sum.detach().float().contiguous(),
-        bench.normal(n, S, heads, d),
-    )
-    made = [bench.room(*t.shape) for t in (q, k, v)]
-    tensors = (q, k, v, out, g, *made)
-    bench.library.attend_backward(*at(*tensors, lse), strides(*tensors), n, heads, S, T, d, 0.25, _THREADS)
-    for got, slope in zip(made, torch.autograd.grad(want, wide, g.double()), strict=True):
-        yield Same(got, slope, **_SUM)
-
-
-@dataclass(frozen=True)
-class _TwoProducts:
-    """Two pairs of ranks 5 and 16 on columns 0 … 32 and 32 … 112 of 112, over 48 inputs, and 197 rows."""
-
-    pairs: list[tuple[Tensor, Tensor, int, int, float]]
-    table: Any
-
-    ROWS: ClassVar[int] = 197
-    IN: ClassVar[int] = 48
-    OUT: ClassVar[int] = 112
-    RANKS: ClassVar[int] = 32  # padded to sixteens
-
-    @classmethod
-    def of(cls, bench: Bench) -> _TwoProducts:
-        wide = torch.float32
-        pairs = [
-            (bench.normal(5, cls.IN, dtype=wide) / 4, bench.normal(32, 5, dtype=wide), 0, 32, 0.5),
-            (bench.normal(16, cls.IN, dtype=wide) / 4, bench.normal(80, 16, dtype=wide), 32, 112, 2.0),
-        ]
-        return cls(
-            pairs,
-            low_rank_structs([LowRank(A, B, s, first=first) for A, B, first, _, s in pairs]),
-        )
-
-    def each(self) -> Iterator[tuple[int, Tensor, Tensor, slice, slice, float]]:
-        """(i, A, B, its columns, its part of the ranks, scale), in what the kernels round A and s·B to."""
-        for i, (A, B, first, last, s) in enumerate(self.pairs):
-            own = slice(16 * i, 16 * i + len(A))
-            yield i, A.bfloat16().double(), (s * B).bfloat16().double(), slice(first, last), own, s
-
-
-# -- rows in tiles -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _PackedRows:
-    """Rows of several lengths, six heads over two key heads, of a width that no tile divides; float64 beside them."""
-
-    dtype: torch.dtype
-    turned: bool
-    window: int
-
-    LENGTHS: ClassVar = (70, 1, 33)
-    HEADS: ClassVar = 6
-    KV: ClassVar = 2
-    DIM: ClassVar = 18
-
-    def draw(self, bench: Bench) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """qkv, cos, sin and the output's gradient."""
-        n, angles = sum(self.LENGTHS), bench.normal(sum(self.LENGTHS), self.DIM // 2, dtype=torch.float32)
-        tables = [f(angles).to(self.dtype) if self.turned else None for f in (torch.cos, torch.sin)]
-        qkv = bench.normal(n, self.HEADS + 2 * self.KV, self.DIM, dtype=self.dtype)
-        return qkv, tables[0], tables[1], bench.normal(n, self.HEADS, self.DIM, dtype=self.dtype)
-
-    def exact(self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The output, and log Σ exp of the scores, of qkv in float64."""
-        outputs, sums = [], []
-        q, k, v = qkv.split([self.HEADS, self.KV, self.KV], 1)
-        if cos is not None and sin is not None:
-            c, s, half = cos.double()[:, None], sin.double()[:, None], self.DIM // 2
-            q, k = (
-                torch.cat([t[..., :half] * c - t[..., half:] * s, t[..., half:] * c + t[..., :half] * s], -1)
-                for t in (q, k)
-            )
-        for a, b, d in zip(*(t.split(list(self.LENGTHS)) for t in (q, k, v)), strict=True):
-            b, d = (t.repeat_interleave(self.HEADS // self.KV, 1).transpose(0, 1) for t in (b, d))
-            scores = 0.3 * a.transpose(0, 1) @ b.mT
-            back = torch.arange(len(a))[:, None] - torch.arange(len(a))
-            hidden = (back < 0) | (back >= self.window) if self.window else back < 0
-            scores = scores.masked_fill(hidden, -math.inf)
-            outputs.append((scores.softmax(-1) @ d).transpose(0, 1))
-            sums.append(scores.logsumexp(-1).mT)
-        return torch.cat(outputs), torch.cat(sums)
-
-    def given(self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor) -> list[Any]:
-        sizes = len(self.LENGTHS), self.KV, self.HEADS // self.KV, self.DIM, 0.3, self.window
-        return [qkv.data_ptr(), qkv.stride(0), *at(cos, sin, starts), *sizes, int(self.dtype == _BF16)]
-
-
-def _tile_checks(prefix: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    def cases(bench: Bench) -> Iterator[tuple[_PackedRows, Tensor, tuple[Any, ...], float]]:
-        for dtype in dtypes:
-            for turned, window in ((True, 0), (False, 20)):
-                rows = _PackedRows(dtype, turned, window)
-                starts = torch.tensor([0, *rows.LENGTHS]).cumsum(0)
-                yield rows, starts, rows.draw(bench), 2**-6 if dtype == _BF16 else 1e-5
-
-    @_kernel_check(f"{prefix}rows_attend")
-    def _forward(bench: Bench) -> Iterator[Same]:
-        for rows, starts, (qkv, cos, sin, g), near in cases(bench):
-            out, lse = bench.room(like=g), bench.room(*g.shape[:2], dtype=torch.float32)
-            kernel = getattr(bench.library, f"{prefix}rows_attend")
-            kernel(*rows.given(qkv, cos, sin, starts), *at(out, lse), _THREADS)
-            want, sums = rows.exact(qkv.double(), cos, sin)
-            yield Same(out, want, near, near)
-            yield Same(lse, sums, near, near)
-
-    @_kernel_check(f"{prefix}rows_attend_backward")
-    def _backward(bench: Bench) -> Iterator[Same]:
-        for rows, starts, (qkv, cos, sin, g), near in cases(bench):
-            wide = qkv.double().requires_grad_()
-            out, sums = rows.exact(wide, cos, sin)
-            made, lse, d = out.detach().to(rows.dtype), sums.detach().float(), bench.room(like=qkv)
-            kernel = getattr(bench.library, f"{prefix}rows_attend_backward")
-            kernel(*at(g, made, lse), *rows.given(qkv, cos, sin, starts), d.data_ptr(), _THREADS)
-            yield Same(d, gradient(out, wide, g), near, 2 * near)
-
-
-_tile_checks("", (torch.float32, _BF16))
-_tile_checks("narrow_", (_BF16,))
-
-
-@_kernel_check("thin_add")
-def _thin_add(bench: Bench) -> Iterator[Same]:
-    t = _TwoProducts.of(bench)
-    x, y = bench.normal(t.ROWS, t.IN), bench.normal(t.ROWS, t.OUT)
-    got, u = bench.room(like=y), bench.room(t.ROWS, t.RANKS)
-    bench.library.thin_add(t.table, 2, *at(x, got, u), t.ROWS, t.IN, t.OUT, _THREADS)
-    want, narrow = y.double(), torch.zeros(u.shape, dtype=torch.float64)
-    for _, A, B, columns, ranks, _s in t.each():
-        narrow[:, ranks] = x.double() @ A.T
-        want[:, columns] += u[:, ranks].double() @ B.T
-    yield Same(u, narrow, far=2**-7)
-    yield Same(got, want, far=2**-6)
-
-
-@_kernel_check("thin_through")
-def _thin_through(bench: Bench) -> Iterator[Same]:
-    t = _TwoProducts.of(bench)
-    g, dx = bench.normal(t.ROWS, t.OUT), bench.normal(t.ROWS, t.IN)
-    du, got = bench.room(t.ROWS, t.RANKS), bench.room(like=dx)
-    alone = bench.room(t.ROWS, t.RANKS)
-    bench.library.thin_through(t.table, 2, *at(g, du, got), t.ROWS, t.IN, t.OUT, _THREADS)
-    bench.library.thin_through(t.table, 2, *at(g, alone, None), t.ROWS, t.IN, t.OUT, _THREADS)
-    want, narrow = dx.double(), torch.zeros(du.shape, dtype=torch.float64)
-    for _, A, B, columns, ranks, _s in t.each():
-        narrow[:, ranks] = g[:, columns].double() @ B
-        want += du[:, ranks].double() @ A
-    yield Same(du, narrow, **_SUM)
-    yield Same(alone, narrow, **_SUM)
-    yield Same(got, want, far=2**-6)
-
-
-@_kernel_check("thin_gradients")
-def _thin_gradients(bench: Bench) -> Iterator[Same]:
-    t = _TwoProducts.of(bench)
-    g, x, u, du = (bench.normal(t.ROWS, n) for n in (t.OUT, t.IN, t.RANKS, t.RANKS))
-    factors = [A for A, *_ in t.pairs], [B for _, B, *_ in t.pairs]
-    made = [[bench.room(*factor.shape, dtype=torch.float32) for factor in each] for each in factors]
-    tables = [(ctypes.c_void_p * 2)(*at(*tensors)) for tensors in made]
-    bench.library.thin_gradients(t.table, 2, *at(g, x, u, du), *tables, t.ROWS, t.IN, t.OUT, _THREADS)
-    for i, _A, _B, columns, ranks, s in t.each():
-        yield Same(made[0][i], du[:, ranks].double().T @ x.double(), 1e-4, 1e-3)
-        yield Same(made[1][i], s * g[:, columns].double().T @ u[:, ranks].double(), 1e-4, 1e-3)
+@_case("rows8_dense", dtypes=(_BF16, _F32))
+def _rows8_dense(draw: Draw) -> list[Tensor]:
+    codes, absmax = draw.whole(-127, 128, 5, 37, dtype=torch.int8), draw.wide(5).float().abs()
+    return [Rows8((5, 37), codes, absmax).dense(draw.dtype, 0, 5)]
 
 
 # -- serving, with AVX512-BF16 -----------------------------------------------------------------------------------------
 
 
-def _sixteens(A: Tensor) -> Tensor:
-    """(16, in) as thin_rows reads it: (1, in / 2, 16, 2)."""
-    return A.view(1, 16, -1, 2).permute(0, 2, 1, 3).contiguous()
-
-
-def _turned(B: Tensor) -> Tensor:
-    """(columns, rank) as thin_rows reads it: (rank / 2, columns, 2)."""
-    return B.view(len(B), -1, 2).permute(1, 0, 2).contiguous()
-
-
-class _Adapters(NamedTuple):
-    """Two adapters of rank 16 over columns in two parts: the first on both, the second on the other alone; five rows
-    under the first, two under the second, row 2 under both."""
-
-    A: list[Tensor]
-    B: list[list[tuple[Tensor, int, int]]]  # (columns, rank), first column, first of the rank
-    held: list[Tensor]
-    table: Tensor
-    starts: Tensor
-    rows: Tensor
-    strengths: Tensor
-
-    @classmethod
-    def of(cls, bench: Bench, inputs: int, columns: int) -> _Adapters:
-        A = [bench.normal(16, inputs) / 8 for _ in range(2)]
-        B = [
-            [(bench.normal(16, 6) / 8, 0, 0), (bench.normal(columns - 16, 10) / 8, 16, 6)],
-            [(bench.normal(columns - 16, 16) / 8, 16, 0)],
-        ]
-        held, table = [], torch.zeros(2, 17, dtype=torch.int64)
-        for i in range(2):
-            held.append(_sixteens(A[i]))
-            flat: list[int] = [held[-1].data_ptr(), 16]
-            for part, first, rank in B[i]:
-                held.append(_turned(part))
-                flat += [held[-1].data_ptr(), first, len(part), rank, part.shape[1]]
-            table[i, : len(flat)] = torch.tensor(flat)
-        rows, starts = torch.tensor([0, 2, 5, 6, 1, 2, 3]), torch.tensor([0, 5, 7])
-        return cls(A, B, held, table, starts, rows, bench.normal(7, dtype=torch.float32))
-
-    def onto(self, x: Tensor, y: Tensor) -> Tensor:
-        """y with both adapters' products, float64; u rounded as the kernel rounds it."""
-        out = y.double().clone()
-        for i in range(2):
-            for at_ in range(int(self.starts[i]), int(self.starts[i + 1])):
-                row, s = int(self.rows[at_]), float(self.strengths[at_])
-                u = (s * (x[row].double() @ self.A[i].double().T)).to(_BF16).double()
-                for part, first, rank in self.B[i]:
-                    out[row, first : first + len(part)] += part.double() @ u[rank : rank + part.shape[1]]
-        return out
-
-    def arguments(self, u: Tensor) -> list[int | None]:
-        return [*at(self.table), 2, *at(self.starts, self.rows, self.strengths, u), 16]
-
-
-@_kernel_check("thin_rows")
-def _thin_rows(bench: Bench) -> Iterator[Same]:
-    a = _Adapters.of(bench, 32, 40)
-    x, y, u = bench.normal(7, 32), bench.normal(7, 40), bench.room(7, 16)
-    got = bench.room(like=y)
-    bench.library.thin_rows(x.data_ptr(), 32, got.data_ptr(), 40, *a.arguments(u), _THREADS)
-    yield Same(got, a.onto(x, y), far=2**-7)
-
-
-@dataclass(frozen=True)
-class _Cache:
-    """Two sequences, of 35 and 20 tokens, in blocks 4, 1, 3 and 2, 5; 4 query heads, 2 of keys and values, of 32."""
-
-    k: list[Tensor]  # (tokens, kv, d) of each
-    v: list[Tensor]
-
-    HEADS: ClassVar[int] = 4
-    KV: ClassVar[int] = 2
-    D: ClassVar[int] = 32
-    BLOCKS: ClassVar = ((4, 1, 3), (2, 5))
-    LENGTHS: ClassVar = (35, 20)
-
-    @classmethod
-    def of(cls, bench: Bench) -> _Cache:
-        k, v = ([bench.normal(n, cls.KV, cls.D) for n in cls.LENGTHS] for _ in range(2))
-        return cls(k, v)
-
-    def slots(self) -> Tensor:
-        slots = [b[t // 16] * 16 + t % 16 for b, n in zip(self.BLOCKS, self.LENGTHS, strict=True) for t in range(n)]
-        return torch.tensor(slots)
-
-    def tables(self) -> Tensor:
-        return torch.tensor([self.BLOCKS[0], (*self.BLOCKS[1], 0)])
-
-    def pages(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v of all tokens as the kernels lay them: (6, kv, d / 2, 16, 2) and (6, kv, 8, d, 2)."""
-        K, V = (torch.zeros(6, 16, self.KV, self.D, dtype=_BF16) for _ in range(2))
-        slots = self.slots()
-        K[slots // 16, slots % 16], V[slots // 16, slots % 16] = k, v
-        K = K.view(6, 16, self.KV, self.D // 2, 2).permute(0, 2, 3, 1, 4)
-        V = V.view(6, 8, 2, self.KV, self.D).permute(0, 3, 1, 4, 2)
-        return K.contiguous(), V.contiguous()
-
-    def attended(self, q: Tensor, own: list[int], scale: float, cap: float, window: int) -> Tensor:
-        """q (tokens, heads, d), the last own[s] tokens of each sequence."""
-        out, first = [], 0
-        for k, v, n in zip(self.k, self.v, own, strict=True):
-            back = torch.arange(len(k) - n, len(k))[:, None] - torch.arange(len(k))
-            seen = (back >= 0) & (back < window) if window else back >= 0
-            wide = [t.double().transpose(0, 1).repeat_interleave(self.HEADS // self.KV, 0) for t in (k, v)]
-            scores = scale * q[first : first + n].double().transpose(0, 1) @ wide[0].mT
-            scores = cap * torch.tanh(scores / cap) if cap else scores
-            out.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ wide[1]).transpose(0, 1).flatten(1))
-            first += n
-        return torch.cat(out)
-
-
-@_kernel_check("store_rows")
-def _store_rows(bench: Bench) -> Iterator[Same]:
-    c = _Cache.of(bench)
-    k, v, slots, starts = torch.cat(c.k), torch.cat(c.v), c.slots(), torch.tensor([0, 35, 55])
-    wants = c.pages(k, v)
-    K, V = (bench.room(like=torch.zeros_like(t)) for t in wants)
-    width = c.KV * c.D
-    bench.library.store_rows(
-        k.data_ptr(), width, v.data_ptr(), width, *at(slots, starts), 2, c.KV, c.D, *at(K, V), _THREADS
-    )
-    for got, want in zip((K, V), wants, strict=True):
-        yield Same(got, want, 0, 0)
-
-
-def _tables(bench: Bench, d: int) -> tuple[Tensor, Tensor]:
-    angle = bench.normal(40, d // 2, dtype=torch.float32)
-    return angle.cos(), angle.sin()
-
-
-def _turn(x: Tensor, w: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (tokens, heads, d) normed by w and turned, float64; cos and sin (tokens, d / 2)."""
-    x = x.double() if w is None else F.rms_norm(x.double(), (x.shape[-1],), w.double(), 1e-5)
-    (a, b), c, s = x.chunk(2, -1), cos.double()[:, None], sin.double()[:, None]
-    return torch.cat([a * c - b * s, b * c + a * s], -1)
-
-
-@_kernel_check("turn_and_store")
-def _turn_and_store(bench: Bench) -> Iterator[Same]:
-    c, starts = _Cache.of(bench), torch.tensor([0, 35, 55])
-    positions = torch.cat([torch.arange(n) for n in c.LENGTHS])
-    cos, sin = _tables(bench, c.D)
-    for norms in ((None, None), (bench.normal(c.D), bench.normal(c.D))):
-        given = bench.normal(55, (c.HEADS + 2 * c.KV) * c.D)
-        qkv, places = bench.room(like=given), c.slots()
-        K, V = (bench.room(like=torch.zeros(6, c.KV, 16 * c.D, dtype=_BF16)) for _ in range(2))
-        bench.library.turn_and_store(
-            qkv.data_ptr(),
-            c.HEADS,
-            c.KV,
-            c.D,
-            *at(cos, sin, *norms),
-            1e-5,
-            *at(positions, places, starts),
-            2,
-            *at(K, V),
-            _THREADS,
+def _panel_products(draw: Draw, name: str) -> list[Tensor]:
+    """All kinds of weights, inputs that do not fill their last tile, one, two and more tiles of rows."""
+    made = list[Tensor]()
+    wide = [Panels.of(draw(80, n).bfloat16() / 8) for n in (200, 320)]
+    codes = []
+    for groups, bits, zeros in ((1, 8, False), (20, 8, False), (10, 8, True), (40, 4, False)):
+        q = draw.whole(
+            *((-127, 128) if bits == 8 else (0, 16)), 80, 320, dtype=torch.int8 if bits == 8 else torch.uint8
         )
-        q, k, v = given.view(55, -1, c.D).split([c.HEADS, c.KV, c.KV], 1)
-        q, k = (_turn(t, w, cos[positions], sin[positions]) for t, w in ((q, norms[0]), (k, norms[1])))
-        yield Same(qkv, torch.cat([q, k, v.double()], 1).flatten(1))
-        stored = qkv.view(55, -1, c.D)[:, c.HEADS :].split(c.KV, 1)
-        for got, want in zip((K, V), c.pages(*stored), strict=True):
-            yield Same(got, want.view(got.shape), 0, 0)
-
-
-@_kernel_check("paged_attend")
-def _paged_attend(bench: Bench) -> Iterator[Same]:
-    c, own = _Cache.of(bench), [7, 1]  # the last tokens of a prompt beside one of an answer
-    K, V = c.pages(torch.cat(c.k), torch.cat(c.v))
-    q = bench.normal(8, (c.HEADS + 2) * c.D)  # rows are longer than their queries
-    positions = torch.cat([torch.arange(n - m, n) for n, m in zip(c.LENGTHS, own, strict=True)])
-    starts, tables = torch.tensor([0, 7, 8]), c.tables()
-    for cap, window in ((0.0, 0), (2.0, 0), (0.0, 9)):
-        out = bench.room(8, c.HEADS * c.D)
-        bench.library.paged_attend(
-            q.data_ptr(),
-            q.shape[1],
-            out.data_ptr(),
-            c.HEADS,
-            c.KV,
-            c.D,
-            *at(positions, starts),
-            2,
-            tables.data_ptr(),
-            tables.shape[1],
-            *at(K, V),
-            0.25,
-            cap,
-            window,
-            35,
-            _THREADS,
-        )
-        wide = q[:, : c.HEADS * c.D].view(8, c.HEADS, c.D)
-        yield Same(out, c.attended(wide, own, 0.25, cap, window), far=2**-7)
-
-
-_MATRICES = ((0, 0, 0), (1, 0, 0), (2, 16, 0), (2, 32, 1), (3, 8, 0), (3, 64, 0), (3, 32, 1), (3, 32, 2))
-"""Kind, inputs that share a scale, and how scales lie, of all that decoder.c multiplies by."""
-
-
-class _Matrix(NamedTuple):
-    """W as decoder.c has it: numbers and pointers to what is held; and W (out, in) in float64 as it multiplies."""
-
-    pointers: Tensor
-    held: list[Tensor]
-    dense: Tensor
-
-    @classmethod
-    def of(cls, bench: Bench, how: tuple[int, int, int], out: int, inputs: int) -> _Matrix:
-        kind, size, constants = how
-        if kind == 0:
-            W = bench.normal(out, inputs) / 8
-            return cls._made(0, 0, 0, [_panels(W)], W)
-        if kind == 1:
-            q, row = bench.whole(-127, 128, out, inputs, dtype=torch.int8), _scales(bench, out, 1) / 10
-            fours = _panels(q).unflatten(1, (-1, 2)).unflatten(3, (4, 4, 4)).permute(0, 1, 3, 4, 2, 5, 6)
-            table = torch.arange(128.0).bfloat16().view(torch.uint8).view(128, 2).t().contiguous()
-            return cls._made(1, 0, 0, [fours.contiguous(), _of_panels(row), table], q.double() * row.double())
-        table = bench.normal(16, dtype=torch.float32)
-        if kind == 2:
-            q = bench.whole(-127, 128, out, inputs, dtype=torch.int8)
-            codes, values, shrink = _panels(q), q.float(), 10
-        else:
-            q = bench.whole(0, 16, out, inputs, dtype=torch.uint8)
-            low, high = _of_sixteens(q)
-            codes, values, shrink = (low | high << 4).contiguous(), table[q.int()], 1
-        scale, zero = _scales(bench, out, inputs // size) / shrink, _scales(bench, out, inputs // size)
-        if constants == 2:
-            scale, zero = scale.to(_BF16).float(), zero.to(_BF16).float()
-            scales = torch.stack([_of_panels(scale), _of_panels(zero)], 3).to(_BF16)
-        else:
-            scales = torch.stack([_of_panels(scale), _of_panels(zero)], 2) if constants else _of_panels(scale)
-        W = values.view(out, -1, size) * scale[..., None] + (zero[..., None] if constants else 0)
-        return cls._made(kind, size, constants, [codes, scales, table], W.flatten(1).to(_BF16))
-
-    @classmethod
-    def _made(cls, kind: int, size: int, constants: int, held: list[Tensor], dense: Tensor) -> _Matrix:
-        own = [*at(*held), None, None][:3]
-        return cls(torch.tensor([kind, size, constants, 0, *(p or 0 for p in own)]), held, dense.double())
-
-    def in_tiles(self, tiles: bool) -> _Matrix:
-        pointers = self.pointers.clone()
-        pointers[3] = tiles
-        return self._replace(pointers=pointers)
-
-
-def _scales(bench: Bench, out: int, groups: int) -> Tensor:
-    return bench.normal(out, groups, dtype=torch.float32).abs() / 50
-
-
-def _of_panels(t: Tensor) -> Tensor:
-    """(out, groups) -> (out / 64, groups, 64)"""
-    whole: Tensor = F.pad(t, (0, 0, 0, -len(t) % 64)).unflatten(0, (-1, 64))
-    return whole.transpose(1, 2).contiguous()
-
-
-def _of_sixteens(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Low and high half bytes of (out, in) codes, (out / 64, in / 8, 4, 16, 4)."""
-    pairs = _panels(q).unflatten(1, (-1, 4)).unflatten(3, (4, 2, 8))  # panel, eight, pair, sixteen, half, column, input
-    low, high = pairs.permute(0, 1, 3, 5, 6, 2, 4).unbind(-1)
-    return low.flatten(3, 4), high.flatten(3, 4)
-
-
-def _panels(W: Tensor) -> Tensor:
-    out, n = W.shape
-    return F.pad(W, (0, 0, 0, -out % 64)).view(-1, 64, n // 2, 2).permute(0, 2, 1, 3).contiguous()
-
-
-def _panel_products(bench: Bench, product: Any, inputs: int, kinds: Sequence[tuple[int, int, int]]) -> Iterator[Same]:
-    for kind in kinds:
-        w = _Matrix.of(bench, kind, 80, inputs)
-        for rows in (0, 1, 2, 3, 7, 17, 70):
-            x, y = bench.normal(rows, inputs), bench.normal(rows, 80)
-            for bias, onto in ((None, 0), (bench.normal(80), 0), (None, 1)):
-                got = bench.room(like=y)
-                product(x.data_ptr(), rows, inputs, *at(w.pointers, bias, got), 80, onto, _THREADS)
-                want = x.double() @ w.dense.T + (0 if bias is None else bias.double())
-                yield Same(got, want.to(_BF16).double() + y.double() if onto else want, 2**-6, 2**-6)
-
-
-@_kernel_check("panel_product")
-def _panel_product(bench: Bench) -> Iterator[Same]:
-    yield from _panel_products(bench, bench.library.panel_product, 192, _MATRICES)
-
-
-@_kernel_check("amx_panel_product")
-def _amx_panel_product(bench: Bench) -> Iterator[Same]:
-    """Of inputs that are more than one piece of codes, and of some that do not fill their last tile."""
-    for inputs, kinds in ((320, _MATRICES), (200, (_MATRICES[0], _MATRICES[1], (3, 8, 0)))):
-        yield from _panel_products(bench, bench.library.amx_panel_product, inputs, kinds)
-
-
-@_kernel_check("decode")
-def _decode(bench: Bench) -> Iterator[Same]:
-    """A layer over the last tokens of two sequences whose others are in the cache, under two adapters."""
-    c, dim, ffn, own = _Cache.of(bench), 64, 192, [6, 1]
-    heads, wide = c.HEADS * c.D, (c.HEADS + 2 * c.KV) * c.D
-    before = [n - m for n, m in zip(c.LENGTHS, own, strict=True)]
-    positions = torch.cat([torch.arange(n - m, n) for n, m in zip(c.LENGTHS, own, strict=True)])
-    places = torch.cat([c.slots()[:35][before[0] :], c.slots()[35:][before[1] :]])
-    starts, tables, (cos, sin) = torch.tensor([0, 6, 7]), c.tables(), _tables(bench, c.D)
-    norm, after, q_norm, k_norm, b_qkv, b_out = (bench.normal(n) for n in (dim, dim, c.D, c.D, wide, dim))
-    sizes, numbers = torch.tensor([dim, c.HEADS, c.KV, c.D, ffn]), torch.tensor([1e-5, c.D**-0.5])
-    adapters = [_Adapters.of(bench, *size) for size in ((dim, wide), (heads, dim), (dim, 2 * ffn), (ffn, dim))]
-    for adapter in adapters[1:]:
-        adapter.strengths.copy_(adapters[0].strengths)
-    records, u = torch.stack([a.table for a in adapters]).contiguous(), bench.room(7, 16)
-    shapes = (wide, dim), (dim, heads), (2 * ffn, dim), (dim, ffn)
-    for first in range(len(_MATRICES)):
-        kinds = (_MATRICES * 2)[first : first + 4]
-        qkv, out, gate_up, down = (_Matrix.of(bench, kind, *of) for kind, of in zip(kinds, shapes, strict=True))
-        x = bench.normal(7, dim)
-        for adapted, tiles in itertools.product((False, True), (False, True)):
-            if tiles and not bench.library.has("amx_panel_product"):
+        scales, zero = draw.wide(80, groups).float().abs() / 100, draw.wide(80, groups).float() if zeros else None
+        codes.append(Groups(q, scales, zero, None if bits == 8 else torch.arange(-8.0, 8.0)))
+    with override_ops(packed_product=name):
+        panels = [*wide, *map(Panels.of_groups, codes), Panels.int4(draw(80, 320).bfloat16())]
+    for own in panels:
+        for rows in (1, 3, 17, 70):
+            x, y, b = draw(rows, own.columns), draw(rows, 80), draw(80)
+            if draw.exact:
+                product = x @ own.dense().double().t()
+                made += [product + b, y + product]
                 continue
-            qkv, out, gate_up, down = (w.in_tiles(tiles) for w in (qkv, out, gate_up, down))
-            K, V = (bench.room(like=t) for t in c.pages(torch.cat(c.k), torch.cat(c.v)))
-            fields = at(
-                norm, qkv.pointers, b_qkv, q_norm, k_norm, out.pointers, b_out, after, gate_up.pointers, down.pointers
-            )
-            layer = torch.tensor([f or 0 for f in (*fields, 0, *at(K, V))])
-            got, room = bench.room(like=x), bench.room(7 * (dim + wide + heads + 3 * ffn))
-            a = adapters[0]
-            segments = [*at(records), 2, *at(a.starts, a.rows, a.strengths, u), 16] if adapted else [0] * 7
-            bench.library.decode(
-                got.data_ptr(),
-                7,
-                layer.data_ptr(),
-                1,
-                *at(sizes, numbers, cos, sin, positions, places, starts),
-                2,
-                tables.data_ptr(),
-                tables.shape[1],
-                35,
-                *segments,
-                room.data_ptr(),
-                _THREADS,
-            )
+            onto = y.clone()
+            own.add_onto(onto, x)
+            made += [own(x, b), onto]
+    return made
 
-            def onto(group: int, given: Tensor, y: Tensor, adapted: bool = adapted) -> Tensor:
-                return (adapters[group].onto(given, y) if adapted else y).to(_BF16)
 
-            h = F.rms_norm(x.double(), (dim,), norm.double(), 1e-5).to(_BF16)
-            made = onto(0, h, (h.double() @ qkv.dense.T + b_qkv.double()).to(_BF16)).view(7, -1, c.D)
-            q, k, v = made.split([c.HEADS, c.KV, c.KV], 1)
-            q, k = (_turn(t, w, cos[positions], sin[positions]).to(_BF16) for t, w in ((q, q_norm), (k, k_norm)))
-            joined = [
-                [torch.cat([old[:n], new]) for old, n, new in zip(all_, before, t.split(own), strict=True)]
-                for all_, t in ((c.k, k), (c.v, v))
-            ]
-            seen = _Cache(*joined).attended(q, own, c.D**-0.5, 0.0, 0).to(_BF16)
-            y = onto(1, seen, (x.double() + (seen.double() @ out.dense.T + b_out.double()).to(_BF16)).to(_BF16))
-            h = F.rms_norm(y.double(), (dim,), after.double(), 1e-5).to(_BF16)
-            gate, up = onto(2, h, (h.double() @ gate_up.dense.T).to(_BF16)).double().chunk(2, -1)
-            act = (F.silu(gate) * up).to(_BF16)
-            want = onto(3, act, (y.double() + (act.double() @ down.dense.T).to(_BF16)).to(_BF16))
-            yield Same(got, want, 2**-4, 2**-2)
+@_case("panel_product")
+def _panel_product(draw: Draw) -> list[Tensor]:
+    return _panel_products(draw, "compiled")
+
+
+@_case("amx_panel_product")
+def _amx_panel_product(draw: Draw) -> list[Tensor]:
+    return _panel_products(draw, "amx")
+
+
+def _at(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+@_case("thin_rows")
+def _thin_rows(draw: Draw) -> list[Tensor]:
+    """Two adapters of rank 16: on five rows and two, one of which is under both."""
+    x, y, strengths = draw(7, 32), draw(7, 40), draw.wide(7).float()
+    pairs = [(draw(16, 32) / 8, draw(40, 16) / 8) for _ in range(2)]
+    rows, starts = torch.tensor([0, 2, 5, 6, 1, 2, 3]), torch.tensor([0, 5, 7])
+    if draw.exact:
+        for (A, B), first, end in zip(pairs, (0, 5), (5, 7), strict=True):
+            for i in range(first, end):
+                y[rows[i]] += strengths[i] * (B @ (A @ x[rows[i]]))
+        return [y]
+    laid = [
+        (A.view(1, 16, -1, 2).permute(0, 2, 1, 3).contiguous(), B.view(40, -1, 2).permute(1, 0, 2).contiguous())
+        for A, B in pairs
+    ]
+    table, u = torch.zeros(2, 17, dtype=torch.int64), torch.empty(7, 16, dtype=_BF16)
+    for record, (A, B) in zip(table, laid, strict=True):
+        record[:7] = torch.tensor([A.data_ptr(), 16, B.data_ptr(), 0, 40, 0, 16])
+    own = [*_at(table), 2, *_at(starts, rows, strengths, u), 16]
+    compiled.kernels().thin_rows(x.data_ptr(), 32, y.data_ptr(), 40, *own, 2)
+    return [y]
+
+
+@_case("store_rows", "turn_and_store", "paged_attend", "decode")
+def _paged(draw: Draw) -> list[Tensor]:
+    """Two sequences of 35 and 20 tokens in blocks 4, 1, 3 and 2, 5, four query heads and two of keys of 32: turned and
+    stored, stored again, and the last 7 tokens and the last one attended to all. `decode`, which does all of a layer,
+    is held to its layers by whoever serves a base (serve/forward/runner.py)."""
+    heads, kv, d, lengths, tables = 4, 2, 32, (35, 20), torch.tensor([[4, 1, 3], [2, 5, 0]])
+    qkv, weights, angle = draw(55, 8 * d), [draw(d), draw(d)], draw.wide(40, d // 2)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    last = torch.cat([torch.arange(28, 35), torch.tensor([54])])
+    if draw.exact:
+        q, k, v = qkv.view(55, 8, d).split([heads, kv, kv], 1)
+        q, k = (
+            attention.rotate(F.rms_norm(t, (d,), w, 1e-5), angle.cos()[positions], angle.sin()[positions])
+            for t, w in zip((q, k), weights, strict=True)
+        )
+        outs = []
+        for one, keys, values in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
+            keys, values = (t.repeat_interleave(2, 1).transpose(0, 1) for t in (keys, values))
+            scores = 2 * torch.tanh(0.25 * one.transpose(0, 1) @ keys.mT / 2)
+            hidden = torch.ones(len(one), len(one), dtype=torch.bool).triu(1)
+            outs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+        same = torch.zeros(6, kv, 16 * d)
+        return [torch.cat([q, k, v], 1).flatten(1), torch.cat(outs).flatten(1)[last], same, same]
+    library, starts, cos, sin = compiled.kernels(), torch.tensor([0, 35, 55]), angle.cos(), angle.sin()
+    slots = torch.cat([tables[i][torch.arange(n) // 16] * 16 + torch.arange(n) % 16 for i, n in enumerate(lengths)])
+    K, V, K2, V2 = (torch.zeros(6, kv, 16 * d, dtype=_BF16) for _ in range(4))
+    where = _at(positions, slots, starts)
+    library.turn_and_store(qkv.data_ptr(), heads, kv, d, *_at(cos, sin, *weights), 1e-5, *where, 2, *_at(K, V), 2)
+    k, v = (qkv[:, first : first + kv * d].contiguous() for first in (heads * d, (heads + kv) * d))
+    library.store_rows(*_at(k), kv * d, *_at(v), kv * d, *_at(slots, starts), 2, kv, d, *_at(K2, V2), 2)
+    q, out, ends = qkv[last].contiguous(), torch.empty(8, heads * d, dtype=_BF16), torch.tensor([0, 7, 8])
+    sizes, own = (heads, kv, d), positions[last].contiguous()
+    pages = [*_at(own, ends), 2, *_at(tables), 3, *_at(K, V)]
+    library.paged_attend(q.data_ptr(), 8 * d, out.data_ptr(), *sizes, *pages, 0.25, 2.0, 0, 35, 2)
+    return [qkv, out, K - K2, V - V2]
