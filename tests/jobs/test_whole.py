@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.jobs.pretended import FixedTerms
 from tests.serve.whole import asking, make_shop, said, served
 from veneer.jobs.build import training
 from veneer.jobs.process import run_job
@@ -16,7 +17,7 @@ from veneer.jobs.store import JobStore
 from veneer.jobs.validate import device_of, validated
 from veneer.models.home import veneer_home
 from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.store import Store, TrainingTerms
+from veneer.serve.tenancy.store import Store
 
 PROMPT = [5, 6, 7, 8, 9]
 ASKED = [f"The printer number {n} {'still ' * (n % 3)}does not work." for n in range(12)]
@@ -39,7 +40,7 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         """What a worker does with the one job that waits."""
         new = jobs.take("here", 60, "validating")
         assert new is not None
-        validated(jobs, new, TrainingTerms(), device_of("h100-80gb"))  # what this machine does is not measured
+        validated(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # what this machine does is not measured
         if (lease := jobs.take("here", 600)) is not None:
             run_job(shop.library, lease.job.id, lease.token)
 
@@ -91,7 +92,7 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         told = "".join(event.to_json() for event in acme.fine_tuning.jobs.list_events(job.id, limit=100))
         assert "started" in told
         assert "on 12 held-out rows: loss: base " in told
-        assert f"`loss < base` is met: help leads to acme/support-{model[-8:]}@10" in told
+        assert f"`loss better than base by at least 0` is met: help leads to acme/support-{model[-8:]}@10" in told
         assert not any(str(place) in told for place in (tmp_path, veneer_home()))  # nor which machine it was
         assert "by here" not in told
 
