@@ -23,6 +23,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from veneer.core.adapter import Adapter
@@ -39,8 +40,16 @@ MAX_MIX = 64
 
 _log = logging.getLogger(__name__)
 
-_Part = tuple[str, str]
-"""(digest, the operator's name) of one adapter."""
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What a client's word means. `target`: the adapter's name, or the one that a route chose. `digest`, `own`: the
+    adapter and the operator's name for it; "" for the base."""
+
+    target: str
+    digest: str = ""
+    own: str = ""
+    routed: bool = False
 
 
 class AdapterMemory(Protocol):
@@ -84,42 +93,31 @@ class Catalog:
 
     def resolve(self, model: str, caller: Principal) -> Served:
         """`model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`."""
-        target, part, routed = self._mean(model, caller)
+        found = self._mean(model, caller)
         shadow: tuple[str, DigestMix | Refused] | None = None
-        if self.routes is not None and routed:
-            word = self._word(model)
-            other = self.routes.shadow(word, caller)
-            if other is not None:
-                try:
-                    shadow = (other, _alone(self._part(other, other)))
-                except Refused as error:
-                    shadow = (other, error)
-                    _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
-        return Served(_alone(part), model or self.base, target, shadow, () if part is None else (part[1],))
+        if self.routes is not None and found.routed and (other := self.routes.shadow(self._word(model), caller)):
+            try:
+                shadow = (other, _alone(self._adapter(other, other)))
+            except Refused as error:
+                shadow = (other, error)
+                _log.warning("the shadow %r of %r cannot be served: %s", other, model, error.what)
+        return Served(_alone(found), model or self.base, found.target, shadow, (found.own,) if found.own else ())
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
         """The mix of several names with strengths. The strengths of an adapter that is named twice are added."""
         if len(parts) > MAX_MIX:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
-        pairs: list[tuple[str, float]] = []
-        meant: list[str] = []
-        called: dict[str, str] = {}
-        targets: dict[str, str] = {}
-        for word, strength in parts:
-            target, part, _ = self._mean(word, caller)
-            meant.append("" if part is None else part[0])
-            if part is None:
-                continue
-            digest, own = part
-            pairs.append((digest, strength))
-            called[digest] = min(own, called.get(digest, own))  # of two names of one adapter always the same
-            targets.setdefault(digest, target)
-        mix = make_mix(pairs)
-        check_strengths((called[digest], strength) for digest, strength in mix)  # sums of what a client gave
+        found = [(self._mean(word, caller), strength) for word, strength in parts]
+        mix = make_mix([(meaning.digest, strength) for meaning, strength in found if meaning.digest])
+        # Two names of one adapter: always the same of the two.
+        named = [min((m for m, _ in found if m.digest == digest), key=lambda m: m.own) for digest, _ in mix]
+        adapters = tuple(meaning.own for meaning in named)
+        check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # sums of what a client gave
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
-        adapters = tuple(called[digest] for digest, _ in mix)
-        target = self.base if not mix else targets[mix[0][0]] if len(mix) == 1 else name
-        return Served(mix, name, target, adapters=adapters, meant=tuple(meant))
+        target = name if len(mix) > 1 else self.base
+        if len(mix) == 1:
+            target = next(meaning.target for meaning, _ in found if meaning.digest == mix[0][0])
+        return Served(mix, name, target, adapters=adapters, meant=tuple(meaning.digest for meaning, _ in found))
 
     def _word(self, model: str) -> str:
         """As everything here is called: without the base in front, and `ft:base:…` of OpenAI's by its name in the
@@ -132,25 +130,25 @@ class Catalog:
             raise _missing(model)
         return tuned.reference
 
-    def _mean(self, model: str, caller: Principal) -> tuple[str, _Part | None, bool]:
-        """(the adapter's name, what it is, whether a route chose it) of a client's word."""
+    def _mean(self, model: str, caller: Principal) -> _Meaning:
+        """What a client's word means. Raises Refused (404, or `unusable`)."""
         word = self._word(model)
         if word == self.base:
-            return self.base, None, False
+            return _Meaning(word)
         if len(word) > _MAX_NAME or not word.isprintable():
             raise _missing(model)
         target = self.routes.choose(word, caller) if self.routes is not None else None
         if target is None and not caller.sees(word) and not caller.sees(name_of(word)):
             raise _missing(model)
-        return target or word, self._part(target or word, model), target is not None
+        return replace(self._adapter(target or word, model), routed=target is not None)
 
-    def _part(self, name: str, model: str) -> _Part | None:
-        """None for the base. Raises Refused: `model` is not there."""
+    def _adapter(self, name: str, model: str) -> _Meaning:
+        """What an adapter's name means. Raises Refused: `model` is not there."""
         if name == self.base:
-            return None
+            return _Meaning(name)
         loaded = self._loaded.get(name)
         if loaded is not None:
-            return loaded.digest, name
+            return _Meaning(name, loaded.digest, name)
         found = self.shelf.look(name)
         if found is None:
             raise _missing(model)
@@ -159,15 +157,15 @@ class Catalog:
         if found.fingerprint not in ("", self.fingerprint):
             raise unusable("wrong_base", f"{quoted(name)} belongs to {found.base or found.fingerprint}")
         self.shelf.remember(found.digest, place_of(found))
-        return found.digest, found.reference
+        return _Meaning(name, found.digest, found.reference)
 
     def check(self, name: str) -> None:
         """Read what a name means, as a request for it would, unless it is loaded already. Raises Refused as the request
         would be."""
         self.shelf.look(name, sure=True)
-        part = self._part(name, name)
-        if part is not None and name not in self._loaded:
-            self.shelf.read(part[0], self.problems)
+        found = self._adapter(name, name)
+        if found.digest and name not in self._loaded:
+            self.shelf.read(found.digest, self.problems)
 
     def models(self, caller: Principal) -> list[ModelCard]:
         """The base, then everything that the caller sees: what was loaded, routes, what the library has for this
@@ -184,10 +182,10 @@ class Catalog:
     def card(self, model: str, caller: Principal) -> ModelCard:
         """The line of one of them, and of what OpenAI would call `ft:base:…`."""
         if parse_tuned(model) is not None:
-            _, part, _ = self._mean(model, caller)
+            found = self._mean(model, caller)
             kept = self.shelf.look(self._word(model))
-            if part is not None and kept is not None:
-                return ModelCard(model, part[1], self.base, _seconds(kept.added), part[0])
+            if found.digest and kept is not None:
+                return ModelCard(model, found.own, self.base, _seconds(kept.added), found.digest)
         for card in self.models(caller):
             if card.id == model:
                 return card
@@ -296,8 +294,8 @@ class Catalog:
             self.residents.unpin(digest)
 
 
-def _alone(part: _Part | None) -> DigestMix:
-    return () if part is None else ((part[0], 1.0),)
+def _alone(meaning: _Meaning) -> DigestMix:
+    return ((meaning.digest, 1.0),) if meaning.digest else ()
 
 
 def _missing(model: str) -> Refused:
