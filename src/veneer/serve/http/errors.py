@@ -10,7 +10,9 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -131,13 +133,29 @@ def answer_error(error: Refused, surface: str) -> Json:
     return Json(body, status_code=status, headers=headers)
 
 
-async def in_thread(
-    what: str, do: Callable[[], _T], run: Callable[[Callable[[], _T]], Awaitable[_T]] = asyncio.to_thread
-) -> _T:
-    """`do` in a thread, by `run`. What goes wrong with `what` is told as an outage or a fault of it."""
+KnownErrors = Mapping[type[Exception], Callable[[Any], Refused | None]]
+"""Kind of error -> the answer to an error of that kind; None: the answer is that of an outage or a fault."""
+
+
+@contextmanager
+def answering(what: str, known: KnownErrors = MappingProxyType({})) -> Iterator[None]:
+    """Turn errors into the answer to the client. `what`: the part of the server that is used, for outages and faults.
+    `known`: errors that say what was wrong with the request; the first kind that fits counts."""
     try:
-        return await run(do)
+        yield
     except Refused:
         raise
     except Exception as error:
-        raise fault(what, error) from error
+        answer = next((known[kind] for kind in known if isinstance(error, kind)), lambda error: None)
+        raise answer(error) or fault(what, error) from error
+
+
+async def in_thread(
+    what: str,
+    do: Callable[[], _T],
+    run: Callable[[Callable[[], _T]], Awaitable[_T]] = asyncio.to_thread,
+    known: KnownErrors = MappingProxyType({}),
+) -> _T:
+    """`do` in a thread, by `run`; errors as `answering` has them."""
+    with answering(what, known):
+        return await run(do)

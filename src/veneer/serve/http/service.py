@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.errors import VeneerError
 from veneer.ops.cpu.memory import give_back
-from veneer.serve.access import ModelCard, Tenancy
+from veneer.serve.access import Tenancy
 from veneer.serve.engine.admission import Admission, AdmittedRequest
-from veneer.serve.http.errors import as_refused, log, message_of
 from veneer.serve.http.guard import principal_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.mixes import MixChooser
 from veneer.serve.http.prompts import Prompts, TokenizedBase
 from veneer.serve.http.shadows import Shadows
-from veneer.serve.outage import is_outage
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
-from veneer.serve.request import Engine, EngineEvent, Refused, Request, invalid
+from veneer.serve.request import Engine, EngineEvent, Request, invalid
 from veneer.serve.settings import HttpSettings
 from veneer.serve.staging import Staging
 
@@ -105,30 +102,3 @@ def admission_of(request: HttpRequest) -> AdmittedRequest:
     """What the request holds of the server, to which the surface adds what it is about to do."""
     place: AdmittedRequest = request.scope["veneer.place"]
     return place
-
-
-# -- what an operator changes ------------------------------------------------------------------------------------------
-
-
-async def load_named(service: Service, name: str, source: str, **options: Any) -> ModelCard:
-    """Catalog.load in a thread, and a line in the audit log. An error that is not Refused is told without where on the
-    server it happened."""
-    try:
-        card = await asyncio.to_thread(lambda: service.catalog.load(name, source, **options))
-        after = {"digest": card.digest, "root": card.root}
-        await asyncio.to_thread(service.tenancy.note, "operator", "adapter.load", name, None, after)
-        return card
-    except Refused:
-        raise
-    except Exception as error:
-        if not isinstance(error, VeneerError) or is_outage(error):
-            raise as_refused(error) from error
-        log.warning("adapter %r was not loaded: %s", name, error)
-        raise Refused(message_of(error), status=422, code="adapter_unusable", param="lora_path") from error
-
-
-async def unload_named(service: Service, name: str) -> None:
-    """Catalog.unload in a thread, and a line in the audit log; nobody gets the adapter unasked any more."""
-    await asyncio.to_thread(service.catalog.unload, name)
-    await asyncio.to_thread(service.tenancy.note, "operator", "adapter.unload", name, None, None)
-    service.mixes.forget(name)

@@ -43,7 +43,7 @@ from veneer.serve.access import Tenancy
 from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, at_most
 from veneer.serve.http.downloads import file_response
-from veneer.serve.http.errors import Json, in_thread, message_of
+from veneer.serve.http.errors import Json, KnownErrors, in_thread, message_of
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import caller_of, service_of
 from veneer.serve.principal import Principal
@@ -93,7 +93,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     async def worked(caller: Principal, size: int, do: Callable[[], T]) -> T:
         """What goes through so many bytes."""
         return await in_thread(
-            "the library", lambda: _told(do), run=lambda work: working.run(caller.tenant, caller.weight, size, work)
+            "the library", do, lambda work: working.run(caller.tenant, caller.weight, size, work), _KNOWN
         )
 
     @asynccontextmanager
@@ -205,7 +205,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
             known = {"checks": library.checks(version.reference), "files": _files(library, version)} if own else {}
             return {**_shown(version, caller), "family": relatives, **known}
 
-        return Json(await in_thread("the library", lambda: _told(look)))
+        return Json(await _read(look))
 
     @router.patch(
         "/v1/adapters/{reference:path}",
@@ -218,7 +218,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         def change() -> dict[str, Any]:
             return _shown(change_adapter(library, tenancy, caller, reference, body), caller)
 
-        return Json(await in_thread("the library", lambda: _told(change)), headers=body.headers)
+        return Json(await _read(change), headers=body.headers)
 
     @router.delete(
         "/v1/adapters/{reference:path}",
@@ -231,13 +231,13 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         def remove() -> list[str]:
             return remove_adapter(library, tenancy, caller, reference, with_aliases=with_aliases)
 
-        gone = await in_thread("the library", lambda: _told(remove))
+        gone = await _read(remove)
         return Json({"id": reference, "object": "adapter", "deleted": True, "removed": gone})
 
     @router.get("/v1/adapter_previews/{reference:path}", summary="The small picture that came with it.")
     async def preview(request: HttpRequest, reference: str) -> Response:
         caller = caller_of(request)
-        version = await in_thread("the library", lambda: _told(lambda: _found(library, caller, reference)))
+        version = await _read(lambda: _found(library, caller, reference))
         picture = card_picture(version.card)
         if picture is None:
             raise Refused(f"{version.reference} has no picture", status=404, code="not_found")
@@ -248,7 +248,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     @router.get("/v1/adapter_files/{reference:path}", summary="Its file, as it is kept or in another tool's layout.")
     async def download(request: HttpRequest, reference: str, to: Layout | None = None, base: _Base = "") -> Response:
         caller = caller_of(request)
-        version = await in_thread("the library", lambda: _told(lambda: _own(library, caller, reference)))
+        version = await _read(lambda: _own(library, caller, reference))
         known = version.fingerprint == service_of(request).catalog.fingerprint
         stem = f"{version.name.rpartition('/')[2]}-{version.version}"
         place = await worked(caller, version.size, lambda: library.resolve(version.reference))
@@ -433,19 +433,24 @@ def _own(library: Library, caller: Principal, reference: str) -> Version:
     return version
 
 
-def _told(do: Callable[[], T]) -> T:
-    """What `do` gives; what the library and readers say of a request is told without where on the server it was."""
-    try:
-        return do()
-    except NotInLibrary as error:
-        raise Refused(error.what, status=404, code="not_found") from error
-    except ConfigError as error:
-        raise invalid(error.what, None, error.fix) from error
-    except AdapterError as error:
-        unsafe = isinstance(error, UnsafeFileError)  # what it advises is for a machine of one's own
-        lines = (error.what if unsafe else message_of(error)).splitlines()
-        said = "\n".join([*lines[:_LINES], *(["…"] if len(lines) > _LINES else [])])
-        raise Refused(said, status=422, code="adapter_unusable") from error
+def _unusable(error: AdapterError) -> Refused:
+    """The answer to a file that is no usable adapter, without where on the server the file was."""
+    unsafe = isinstance(error, UnsafeFileError)  # its advice is for a user's own machine
+    lines = (error.what if unsafe else message_of(error)).splitlines()
+    said = "\n".join([*lines[:_LINES], *(["…"] if len(lines) > _LINES else [])])
+    return Refused(said, status=422, code="adapter_unusable")
+
+
+_KNOWN: KnownErrors = {
+    NotInLibrary: lambda error: Refused(error.what, status=404, code="not_found"),
+    ConfigError: lambda error: invalid(error.what, None, error.fix),
+    AdapterError: _unusable,
+}
+
+
+async def _read(do: Callable[[], T]) -> T:
+    """Call `do`, which uses the library, in a thread."""
+    return await in_thread("the library", do, known=_KNOWN)
 
 
 # -- what is shown and sent --------------------------------------------------------------------------------------------

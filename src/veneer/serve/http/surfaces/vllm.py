@@ -5,6 +5,7 @@ A source that a client names is the catalog's to judge: a library reference, or 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -13,13 +14,15 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
+from veneer.errors import VeneerError
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Neutral, Objects, at_most
-from veneer.serve.http.errors import Json, json_bytes
+from veneer.serve.http.errors import Json, in_thread, json_bytes, log, message_of
 from veneer.serve.http.guard import needs
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.sampling import Ids
-from veneer.serve.http.service import admission_of, caller_of, load_named, service_of, unload_named
+from veneer.serve.http.service import admission_of, caller_of, service_of
 from veneer.serve.http.surfaces.openai import Message
+from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, invalid
 
 vllm_routes = APIRouter(tags=["vLLM"], route_class=BodyRoute, dependencies=[needs("infer")])
@@ -89,14 +92,31 @@ async def unload_sglang(request: HttpRequest, body: Unload) -> Response:
 async def _load(request: HttpRequest, body: Load, missing: str) -> None:
     if not body.lora_name or not body.lora_path:
         raise invalid(missing)
-    given = {"replace": body.load_inplace, "pinned": body.pinned}
-    await load_named(service_of(request), body.lora_name, body.lora_path, **given)
+    service, name = service_of(request), body.lora_name
+
+    def load() -> None:
+        card = service.catalog.load(name, body.lora_path, replace=body.load_inplace, pinned=body.pinned)
+        after = {"digest": card.digest, "root": card.root}
+        service.tenancy.note("operator", "adapter.load", name, None, after)
+
+    await in_thread("the server", load, known={VeneerError: _unusable})
+
+
+def _unusable(error: VeneerError) -> Refused | None:
+    """The answer to an adapter that was not loaded, without where on the server it was."""
+    if is_outage(error):
+        return None
+    log.warning("an adapter was not loaded: %s", error)
+    return Refused(message_of(error), status=422, code="adapter_unusable", param="lora_path")
 
 
 async def _unload(request: HttpRequest, body: Unload, missing: Refused) -> None:
     if not body.lora_name:
         raise missing
-    await unload_named(service_of(request), body.lora_name)
+    service, name = service_of(request), body.lora_name
+    await asyncio.to_thread(service.catalog.unload, name)
+    await asyncio.to_thread(service.tenancy.note, "operator", "adapter.unload", name, None, None)
+    service.mixes.forget(name)
 
 
 def _loaded(request: HttpRequest) -> Response:
