@@ -7,7 +7,6 @@ import io
 import os
 import stat
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,9 @@ from veneer.jobs.files import FileLimits, Files, UploadedFile, open_files
 from veneer.jobs.store import JobStore
 from veneer.jobs.tables import job_file_table
 from veneer.library.library import Library, open_library
+from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused
+from veneer.serve.settings import QuotaLimits
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 
@@ -28,7 +29,11 @@ HOUR = 3600.0
 @pytest.fixture
 def files(library: Library) -> Files:
     """Whose clock stands until a test sets another."""
-    made = open_files(library, FileLimits(file=1000, part=100, upload=300, room=2000, parts=4, files=8, uploads=3))
+    made = open_files(
+        library,
+        FileLimits(file=1000, part=100, upload=300, parts=4, uploads=3),
+        Quotas(QuotaLimits(disk=2000, files=8)),
+    )
     now = made.clock()
     made.clock = lambda: now
     return made
@@ -226,7 +231,7 @@ def test_a_file_expires_when_it_was_said_to(files: Files) -> None:
 
 def test_many_files_expire_in_few_transactions(files: Files) -> None:
     """More files, each with separate bytes, than a statement can have values."""
-    files.limits, now, count = replace(files.limits, files=100_000, room=100_000), files.clock(), 1200
+    files.quotas, now, count = Quotas(), files.clock(), 1200
     whole = b"".join(b"%04d" % n for n in range(count))
     rows: list[dict[str, object]] = []
     for n in range(count):
@@ -267,10 +272,10 @@ def test_a_kill_leaves_debris_that_a_sweep_takes_and_nothing_else(files: Files) 
     def write() -> None:
         add(files, "acme", b"never said to be there")
 
-    check, files.limits = files.limits, replace(files.limits, room=0)
+    check, files.quotas = files.quotas, Quotas(QuotaLimits(disk=0))
     with pytest.raises(Refused, match="0"):  # as good as a kill there: the row was not written
         write()
-    files.limits = check
+    files.quotas = check
     assert kept(files) == {sha(ROWS), sha(b"never said to be there")}
     files.sweep()  # perhaps its row is on its way
     assert len(kept(files)) == 2

@@ -47,7 +47,7 @@ def training(
     from veneer.train.rewards.limited import working_sandbox
 
     sandbox = working_sandbox() if python_graders else None
-    files, jobs = open_files(library), JobStore(library)
+    files, jobs = open_files(library, quotas=service.quotas), JobStore(library)
     service.fine_tunes = service.engine.makes == "texts"
     sweeping: list[asyncio.Task[None]] = []
     tenancy = service.tenancy

@@ -39,6 +39,7 @@ from veneer.library.database import reading, write_transaction
 from veneer.library.library import Library
 from veneer.library.migrate import migrate
 from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, open_store, store_errors
+from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused, invalid
 
 _Purpose = Literal["fine-tune", "fine-tune-results"]
@@ -57,15 +58,13 @@ _REMEMBERED = 30 * 86400.0
 
 @dataclass(frozen=True)
 class FileLimits:
-    """In bytes: `file`, one that is sent at once; `part`, a part of an upload; `upload`, all of one; `room`, everything
-    that one tenant has here. `files`, `uploads`: how many of them it may have, and have begun. `parts`: of an upload.
-    `upload_seconds`: how long one may take; what was sent of it is removed then."""
+    """In bytes: `file`, one that is sent at once; `part`, a part of an upload; `upload`, all of one. `parts`: of an
+    upload. `uploads`: how many a tenant may have begun. `upload_seconds`: how long an upload may take; its parts are
+    removed then. `QuotaLimits` says how much a tenant may have here in all."""
 
     file: int = 512 << 20
     part: int = 64 << 20
     upload: int = 8 << 30
-    room: int = 64 << 30
-    files: int = 100_000
     uploads: int = 1000
     parts: int = 2048
     upload_seconds: float = 3600.0
@@ -110,14 +109,14 @@ class UploadPart:
     created: float
 
 
-def open_files(library: Library, limits: FileLimits | None = None) -> Files:
+def open_files(library: Library, limits: FileLimits | None = None, quotas: Quotas | None = None) -> Files:
     """The uploaded files beside a library: their rows in its database, their bytes below `uploads` in its store. Raises
     what opening a store or a database does."""
     migrate(library.engine, JOB_SCHEMA, library.location)
     store = open_store(f"{library.location.rstrip('/')}/uploads")
     if isinstance(store, LocalStore):
         private_folder(store.root)
-    return Files(library.engine, store, limits or FileLimits())
+    return Files(library.engine, store, limits or FileLimits(), quotas or Quotas())
 
 
 @dataclass
@@ -127,6 +126,7 @@ class Files:
     engine: Engine
     store: LocalStore | RemoteStore
     limits: FileLimits = field(default_factory=FileLimits)
+    quotas: Quotas = field(default_factory=Quotas)
     clock: Callable[[], float] = time.time
 
     # -- files ---------------------------------------------------------------------------------------------------------
@@ -259,7 +259,8 @@ class Files:
         begun = select(func.count()).where(u.tenant == tenant, u.status == "pending", u.expires > now)
         with self._change() as c:
             if (c.scalar(begun) or 0) >= self.limits.uploads:
-                raise _full(f"{self.limits.uploads:,} uploads are begun here", "complete or cancel some of them")
+                what = f"{self.limits.uploads:,} uploads are begun here"
+                raise Refused(what, status=400, code="storage_full", fix="complete or cancel some of them")
             self._check_room(c, tenant, bytes)
             c.execute(insert(job_upload_table), vars(made))
         return made
@@ -393,16 +394,11 @@ class Files:
     def _check_room(self, c: Connection, tenant: str, more: int) -> None:
         """That there is room for one file more, of so many bytes."""
         count = c.scalar(select(func.count()).where(job_file_table.c.tenant == tenant)) or 0
-        if count >= self.limits.files:
-            raise _full(f"there are {count:,} files here, which is as many as there may be")
         have = sum(
             int(c.scalar(select(func.coalesce(func.sum(t.c.bytes), 0)).where(t.c.tenant == tenant)) or 0)
             for t in (job_file_table, job_part_table)
         )
-        if have + more > self.limits.room:
-            raise _full(
-                f"the files here have {have:,} bytes, and with {more:,} more they would have over {self.limits.room:,}"
-            )
+        self.quotas.check_stored(tenant, files=(count, 1), disk=(have, more))
 
     @contextmanager
     def _adding(self, tenant: str, made: UploadedFile | UploadPart, source: IO[bytes]) -> Iterator[Connection]:
@@ -500,7 +496,3 @@ def _plain(filename: str) -> str:
 
 def _missing(kind: str, id: str, param: str) -> Refused:
     return Refused(f"No such {kind} object: {id[:100]}", status=404, code="not_found", param=param)
-
-
-def _full(what: str, fix: str = "delete files that are not needed any more") -> Refused:
-    return Refused(what, status=400, code="storage_full", fix=fix)

@@ -13,20 +13,22 @@ same limits for every owner. `take` raises Refused and takes nothing if a limit 
     429 overloaded        memory, requests or open files that other requests of the owner give back
     429 rate_limited      the helper seconds of the last ten minutes are used up
 
-Threads are shared too: the server runs all blocking work in the executor `FairThreads`.
+Uploaded files and the library's adapters are counted in their databases; `check_stored` compares them with the same
+limits. All blocking work runs in the executor `FairThreads`, which tenants share.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
+from veneer.serve.engine.admission import FairPool
 from veneer.serve.request import Refused
 from veneer.serve.settings import QuotaLimits
 from veneer.serve.tenancy.limits import Window
@@ -61,6 +63,12 @@ class Quotas:
         """Whether `take` would succeed now."""
         with self._lock:
             return self._refusal(owner, amounts, amounts) is None
+
+    def check_stored(self, owner: str, **stored: tuple[int, int]) -> None:
+        """Check resources that the caller has measured: (in use, more) of each. Raises Refused (storage_full)."""
+        for name, (used, more) in stored.items():
+            if used + more > getattr(self.limits, name):
+                raise self._over(owner, name, used, more)
 
     def used(self, owner: str, resource: _Resource) -> int:
         with self._lock:
@@ -103,13 +111,15 @@ class Quotas:
                     fix="send less per request",
                 )
             if amount > 0 and used[name] + amount > most:
-                what = f"{_owner(owner)} has {used[name]:,} {_WORDS[name]}; {amount:,} more would exceed the limit "
-                what += f"({name}) of {most:,}"
-                if name in _STORED:
-                    fix = "delete files that are no longer needed"
-                    return Refused(what, status=400, code="storage_full", fix=fix)
-                return Refused(what, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
+                return self._over(owner, name, used[name], amount)
         return None
+
+    def _over(self, owner: str, name: str, used: int, more: int) -> Refused:
+        what = f"{_owner(owner)} has {used:,} {_WORDS[name]}; {more:,} more would exceed the limit ({name}) of "
+        what += f"{getattr(self.limits, name):,}"
+        if name in _STORED:
+            return Refused(what, status=400, code="storage_full", fix="delete what is no longer needed")
+        return Refused(what, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
 
     def _change(self, owner: str, amounts: dict[str, int], whole: dict[str, int] | None) -> None:
         """Add amounts. `whole`: as in `_refusal`; None for a change that is never refused."""
@@ -167,52 +177,18 @@ current_owner: ContextVar[str] = ContextVar("current_owner", default="")
 """The tenant that the current task works for; set when a request's key is checked."""
 
 
-class FairThreads(ThreadPoolExecutor):
+class FairThreads(FairPool):
     """An event loop's default executor in which each tenant can use `share` threads at a time. Work for "" (the server,
     the operator) can use all threads."""
 
     def __init__(self, threads: int, share: int) -> None:
-        super().__init__(threads, thread_name_prefix="veneer-work")
-        self.share = share
-        self._order = threading.Lock()
-        self._running: Counter[str] = Counter()
-        self._waiting: dict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = {}
+        super().__init__(threads, "veneer-work", share)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        owner = current_owner.get()
-        if not owner:
-            return super().submit(fn, *args, **kwargs)
-        future: Future[Any] = Future()
-        with self._order:
-            self._waiting.setdefault(owner, deque()).append((future, partial(fn, *args, **kwargs)))
-        self._next(owner)
-        return future
+        return self.add(current_owner.get(), 1.0, 1, partial(fn, *args, **kwargs))
 
-    def _next(self, owner: str) -> None:
-        with self._order:
-            if owner not in self._waiting or self._running[owner] >= self.share:
-                return
-            future, work = self._waiting[owner].popleft()
-            if not self._waiting[owner]:
-                del self._waiting[owner]
-            self._running[owner] += 1
-        try:
-            super().submit(self._run, owner, future, work)
-        except RuntimeError as error:  # the server is shutting down
-            future.set_exception(error)
-
-    def _run(self, owner: str, future: Future[Any], work: Callable[[], Any]) -> None:
-        try:
-            if future.set_running_or_notify_cancel():
-                future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-        finally:
-            with self._order:
-                self._running[owner] -= 1
-                if not self._running[owner]:
-                    del self._running[owner]
-            self._next(owner)
+    def most(self, tenant: str) -> int:
+        return self.share if tenant else self.threads
 
 
 def _owner(owner: str) -> str:

@@ -22,8 +22,8 @@ class QuotaLimits:
     """Limits for one owner (a tenant, or everyone on a server without tenants); see `serve.quota`.
 
     memory: bytes of waiting requests, of results to be fetched, and of unpacked requests
-    disk: bytes of training clients' states and checkpoints, and of answers kept for feedback
-    files: sessions, runs, samplers and checkpoints of training clients, and answers kept for feedback
+    disk: bytes of adapters; of uploaded files; of training clients' states, checkpoints and answers kept for feedback
+    files: uploaded files; sessions, runs, samplers, checkpoints of training clients and answers kept for feedback
     descriptors: archive downloads at once
     requests: requests for Tinker samples and graders that run, wait, or have a result to fetch
     helper_seconds: seconds of graders in ten minutes

@@ -79,7 +79,8 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
     queue = None
     if trains and service.engine.makes == "texts":
         tenancy = service.tenancy
-        queue = TuningQueue(jobs, open_files(library), tenancy.store if isinstance(tenancy, Tenants) else None)
+        files = open_files(library, quotas=service.quotas)
+        queue = TuningQueue(jobs, files, tenancy.store if isinstance(tenancy, Tenants) else None)
     made = Studio(service, library, jobs, views, finds, trains, queue)
     life: list[AbstractAsyncContextManager[Any]] = []
 

@@ -186,9 +186,9 @@ def _keep(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None
             same.show(command("library", "add", staged.name, name["now"]))
 
         async def keep() -> None:
-            studio = page.studio
+            studio, service = page.studio, page.studio.service
             added = await asyncio.to_thread(
-                keep_staged, studio.library, studio.service.tenancy, page.caller, staged, name["now"]
+                keep_staged, studio.library, service.tenancy, service.quotas, page.caller, staged, name["now"]
             )
             await page.go("adapter", ref=added.version.reference)
             page.say(f"{added.version.reference} is in the library")

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live
-from veneer.jobs.files import FileLimits, Files, open_files
+from veneer.jobs.files import Files, open_files
 from veneer.jobs.http.files import file_routes, large_bodies
 from veneer.jobs.http.tuning import tuning_routes
 from veneer.jobs.openai import TuningBody, tuning_config
@@ -24,6 +24,8 @@ from veneer.jobs.validate import told
 from veneer.library.library import Library, open_library
 from veneer.serve.access import Served
 from veneer.serve.principal import Principal
+from veneer.serve.quota import Quotas
+from veneer.serve.settings import QuotaLimits
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
@@ -570,7 +572,7 @@ def test_jobs_hold_no_more_than_there_is_room_for(
     jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose files are deleted, and come again for the next job."""
-    monkeypatch.setattr(jobs.files, "limits", FileLimits(room=1_000_000))
+    monkeypatch.setattr(jobs.files, "quotas", Quotas(QuotaLimits(disk=1_000_000)))
     large = {"messages": [*ROW["messages"], {"role": "user", "content": "x" * 400_000}]}
 
     def one_more() -> Any:

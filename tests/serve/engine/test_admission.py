@@ -121,6 +121,7 @@ def test_short_work_never_waits_for_long_and_who_leaves_costs_nothing() -> None:
         left = asyncio.create_task(place.work(1 << 20, lambda: ran.append(1)))
         await asyncio.sleep(0.01)
         left.cancel()
+        await asyncio.sleep(0)  # a cancellation takes effect on the loop's next turn
         gate.set()
         await asyncio.gather(*long)
         await asyncio.sleep(0.01)

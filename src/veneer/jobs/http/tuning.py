@@ -266,7 +266,7 @@ def _create(
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
     held = _held_out(files, tenant, body.after)
     size = sum(file.bytes for file in (training, validation, *held) if file)
-    _check_held(jobs, tenant, size, files.limits.room)
+    _check_held(jobs, tenant, size, files.quotas.limits.disk)
     tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
     seed = body.seed if body.seed is not None else secrets.randbelow(1 << 31)
     try:

@@ -15,9 +15,10 @@ All of it runs on one event loop; nothing here waits but `work`.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -60,70 +61,84 @@ class _Work:
     weight: float
     size: int
     do: Callable[[], Any]
-    result: asyncio.Future[Any]
+    result: Future[Any] = field(default_factory=Future)
 
 
-class FairPool:
-    """A pool of threads that tenants share fairly: a thread that becomes free takes work of the tenant that has been
-    given least so far, by weight. A tenant that waits for nothing earns nothing. `share`: the most
-    threads that one tenant can use at a time, for long-running work that must not block other tenants; by default
-    all."""
+class FairPool(ThreadPoolExecutor):
+    """A pool of threads that tenants share fairly: a free thread takes work of the tenant that was given least so far,
+    by weight. A tenant that waits for nothing earns nothing. `share`: the most threads that one tenant can use at a
+    time, for long work that must not block other tenants; by default all."""
 
     def __init__(self, threads: int, name: str, share: int | None = None) -> None:
-        self.threads, self.share, self._busy = threads, share or threads, 0
-        self._busy_of: Counter[str] = Counter()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        super().__init__(threads, thread_name_prefix=name)
+        self.threads, self.share = threads, share or threads
+        self._order = threading.Lock()
+        self._busy: Counter[str] = Counter()
         self._waiting: dict[str, deque[_Work]] = {}
         self._given: dict[str, float] = {}
-        self._doing: set[asyncio.Task[None]] = set()
 
     async def run(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
         """Call `do` in a thread; returns what it returns, raises what it raises. `size`: of the work."""
-        work = _Work(weight, max(1, size), do, asyncio.get_running_loop().create_future())
-        if tenant not in self._given:
-            self._given[tenant] = min(self._given.values(), default=0.0)
-        self._waiting.setdefault(tenant, deque()).append(work)
-        self._next()
-        result: T = await work.result
+        result: T = await asyncio.wrap_future(self.add(tenant, weight, size, do))
         return result
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.shutdown(wait=False, cancel_futures=True)
 
-    def _next(self) -> None:
-        while self._busy < self.threads:
-            ready = [tenant for tenant in self._waiting if self._busy_of[tenant] < self.share]
-            if not ready:
-                break
-            tenant = min(ready, key=self._given.__getitem__)
-            queue = self._waiting[tenant]
-            work = queue.popleft()
-            if not queue:
-                del self._waiting[tenant]
-            if work.result.done():  # whoever asked has left
-                continue
-            self._given[tenant] += work.size / work.weight
-            self._busy += 1
-            self._busy_of[tenant] += 1
-            task = asyncio.ensure_future(self._do(tenant, work))
-            self._doing.add(task)
-            task.add_done_callback(self._doing.discard)
-        if not self._busy:
-            self._given.clear()
-            self._busy_of.clear()
+    def add(self, tenant: str, weight: float, size: int, do: Callable[[], Any]) -> Future[Any]:
+        """Queue work; returns the future of its result."""
+        work = _Work(weight, max(1, size), do)
+        with self._order:
+            self._given.setdefault(tenant, min(self._given.values(), default=0.0))
+            self._waiting.setdefault(tenant, deque()).append(work)
+        self._start()
+        return work.result
 
-    async def _do(self, tenant: str, work: _Work) -> None:
+    def most(self, tenant: str) -> int:
+        """Return how many threads a tenant can use at a time."""
+        return self.share
+
+    def _start(self) -> None:
+        """Give waiting work to free threads."""
+        while (found := self._take()) is not None:
+            try:
+                super().submit(self._do, *found)
+            except RuntimeError as error:  # the pool was shut down
+                found[1].result.set_exception(error)
+                self._end(found[0])
+
+    def _take(self) -> tuple[str, _Work] | None:
+        with self._order:
+            while self._busy.total() < self.threads:
+                ready = [tenant for tenant in self._waiting if self._busy[tenant] < self.most(tenant)]
+                if not ready:
+                    break
+                tenant = min(ready, key=self._given.__getitem__)
+                work = self._waiting[tenant].popleft()
+                if not self._waiting[tenant]:
+                    del self._waiting[tenant]
+                if work.result.set_running_or_notify_cancel():  # False: the caller has left
+                    self._given[tenant] += work.size / work.weight
+                    self._busy[tenant] += 1
+                    return tenant, work
+            if not self._busy.total():
+                self._given.clear()
+            return None
+
+    def _end(self, tenant: str) -> None:
+        with self._order:
+            self._busy[tenant] -= 1
+            if not self._busy[tenant]:
+                del self._busy[tenant]
+
+    def _do(self, tenant: str, work: _Work) -> None:
         try:
-            result = await asyncio.get_running_loop().run_in_executor(self._pool, work.do)
-            if not work.result.done():
-                work.result.set_result(result)
+            work.result.set_result(work.do())
         except BaseException as error:
-            if not work.result.done():
-                work.result.set_exception(error)
+            work.result.set_exception(error)
         finally:
-            self._busy -= 1
-            self._busy_of[tenant] -= 1
-            self._next()
+            self._end(tenant)
+            self._start()
 
 
 class Admission:

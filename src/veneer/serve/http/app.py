@@ -123,11 +123,12 @@ class Door:
 
         request = HttpRequest(scope)
         scope["veneer.principal"] = STRANGER
+        large = self._large(request)
         try:
             check_source(scope, self.service.settings, self.service.tenancy.keyless)
             if not self._needs_no_key(scope["path"]):
                 check_content_type(scope, request.headers)
-            await self._enter(request)
+            await self._enter(request, large)
         except Exception as error:
             surface = self.surfaces.get(request.scope["path"], "OpenAI")
             refused = as_refused(error)
@@ -137,7 +138,7 @@ class Door:
             return await answer_error(refused, surface)(scope, receive, numbered)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
         self.service.inside += working
-        incoming = _Body(receive, request.scope["veneer.place"], self.service.settings, self._large(request))
+        incoming = _Body(receive, request.scope["veneer.place"], self.service.settings, large)
         try:
             await self.app(scope, incoming.receive, numbered)
         finally:
@@ -159,11 +160,10 @@ class Door:
     def _needs_no_key(self, path: str) -> bool:
         return path in self.keyless or path.startswith(self.prefixes)
 
-    async def _enter(self, request: HttpRequest) -> None:
+    async def _enter(self, request: HttpRequest, large: int | None) -> None:
         path, service = request.scope["path"], self.service
         length = request.headers.get("content-length", "0")
         size = int(length) if length.isdigit() and len(length) < 16 else 0
-        large = self._large(request)
         most = service.settings.max_body if large is None else large
         if size > most or len(length) >= 16:
             raise _too_large(most)

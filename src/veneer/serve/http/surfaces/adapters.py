@@ -47,6 +47,7 @@ from veneer.serve.http.errors import Json, KnownErrors, in_thread, message_of
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import caller_of, service_of
 from veneer.serve.principal import Principal
+from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused, invalid
 from veneer.serve.staging import StagedAdapter, Staging
 
@@ -59,8 +60,6 @@ _Base = Annotated[str, Query(max_length=512, description="for gguf and tgi: the 
 _AT_ONCE = 16
 _THREADS = 2
 """That read, convert and hash adapters."""
-_TENANTS_ROOM = 64 << 30
-"""Bytes of all the adapters that one tenant may keep."""
 _LINES, _ITEMS = 40, 500
 """How much is told of what is wrong with a file, and of any list in a report."""
 _BYTES = {
@@ -180,16 +179,18 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         _need_own(caller, name)
         if inspection:
             staged = staging.get(caller.tenant, inspection)
-            return Json(await kept(caller, staged, name, tag or (), alias))
+            return Json(await kept(request, staged, name, tag or (), alias))
         async with posted(request, filename) as staged:
             try:
-                return Json(await kept(caller, staged, name, tag or (), alias))
+                return Json(await kept(request, staged, name, tag or (), alias))
             finally:
                 await asyncio.to_thread(staging.drop, staged)
 
-    async def kept(caller: Principal, staged: StagedAdapter, name: str, tags: Sequence[str], alias: str) -> Any:
+    async def kept(request: HttpRequest, staged: StagedAdapter, name: str, tags: Sequence[str], alias: str) -> Any:
+        caller, quotas = caller_of(request), service_of(request).quotas
+
         def add() -> dict[str, Any]:
-            added = keep_staged(library, tenancy, caller, staged, name, tags=tags, alias=alias)
+            added = keep_staged(library, tenancy, quotas, caller, staged, name, tags=tags, alias=alias)
             return {**_shown(added.version, caller), "new": added.new, "left_out": added.left_out}
 
         return await worked(caller, staged.size, add)
@@ -324,6 +325,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
 def keep_staged(
     library: Library,
     tenancy: Tenancy,
+    quotas: Quotas,
     caller: Principal,
     staged: StagedAdapter,
     name: str,
@@ -334,10 +336,8 @@ def keep_staged(
     """Puts what has come into the library under a name of the caller's. Blocks. Raises Refused (403, 400 where there
     is no room), and what `Library.add` raises."""
     _need_own(caller, name)
-    if caller.tenant and (library.size_under(f"{caller.tenant}/") + staged.size > _TENANTS_ROOM):
-        raise Refused(
-            "there is no room for more adapters of this tenant", status=400, code="storage_full", fix="remove some"
-        )
+    if caller.tenant:
+        quotas.check_stored(caller.tenant, disk=(library.size_under(f"{caller.tenant}/"), staged.size))
     added = library.add(staged.path, name, tags=tags, source="upload")
     if alias:
         added.version = library.alias(added.version.reference, alias)
