@@ -42,19 +42,19 @@ class ServerConfig(BaseModel):
 
     pin: bool = False
     allowed_hosts: list[str] = Field(default_factory=list)
-    context: int = Field(EngineSettings.context, ge=0)
+    context: int = Field(default=EngineSettings.context, ge=0)
     max_tokens: int = Field(HttpSettings.max_tokens, ge=0)
-    queue: int = Field(HttpSettings.queue, ge=2)
-    max_connections: int = Field(HttpSettings.connections, ge=2)
+    queue: int = Field(default=HttpSettings.queue, ge=2)
+    max_connections: int = Field(default=HttpSettings.connections, ge=2)
     head_seconds: _Seconds = HttpSettings.head_time
     body_seconds: _Seconds = HttpSettings.body_time
-    idle_seconds: float = Field(HttpSettings.idle, ge=1)
+    idle_seconds: float = Field(default=HttpSettings.idle, ge=1)
     stall_seconds: _Seconds = HttpSettings.stall
-    drain_seconds: float = Field(ServeSettings.drain, ge=0)
-    session_days: float = Field(30.0, ge=0.01)
-    tenant_mixes: int = Field(FleetSettings.mixes, ge=1)
+    drain_seconds: float = Field(default=ServeSettings.drain, ge=0)
+    session_days: float = Field(default=30.0, ge=0.01)
+    tenant_mixes: int = Field(default=FleetSettings.mixes, ge=1)
     mix_disk: int | str = FleetSettings.mix_bytes
-    ledger_days: float = Field(LedgerSettings.days, ge=1)
+    ledger_days: float = Field(default=LedgerSettings.days, ge=1)
     ledger_folder: Path | None = None
     ledger_room: int | str = LedgerSettings.room
     ledger_sync: bool = False
