@@ -43,7 +43,7 @@ class ServerConfig(BaseModel):
     pin: bool = False
     allowed_hosts: list[str] = Field(default_factory=list)
     context: int = Field(default=EngineSettings.context, ge=0)
-    max_tokens: int = Field(HttpSettings.max_tokens, ge=0)
+    max_tokens: int = Field(default=HttpSettings.max_tokens, ge=0)
     queue: int = Field(default=HttpSettings.queue, ge=2)
     max_connections: int = Field(default=HttpSettings.connections, ge=2)
     head_seconds: _Seconds = HttpSettings.head_time
