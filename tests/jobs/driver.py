@@ -24,6 +24,7 @@ import torch._dynamo  # noqa: F401  an optimizer imports it at its first step, w
 
 import veneer.train.text.task  # noqa: F401  what a job needs is imported once, before there are processes
 from tests.forks import expect, fork
+from tests.jobs.pretended import FixedTerms
 from tests.jobs.small import STEPS, small_config
 from veneer.jobs.executors import LocalExecutor
 from veneer.jobs.process import run_job
@@ -36,7 +37,7 @@ from veneer.models.home import veneer_home
 from veneer.plan.tables import Device
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.routes import route_history
-from veneer.serve.tenancy.store import TrainingTerms, tenants_at
+from veneer.serve.tenancy.store import tenants_at
 
 KERNELS = (veneer_home() / "kernels").resolve()
 LEASE = 0.05
@@ -45,7 +46,7 @@ AFTER = {
     "route": {"name": "support", "weight": 0.1},
     "promote": {"metric": "loss", "against": "base", "by": -1},
 }
-TERMS = TrainingTerms(price=4_000_000, budget=10**9)
+TERMS = {"price": 4_000_000, "budget": 10**9}
 
 
 class Here(LocalExecutor):
@@ -57,7 +58,7 @@ class Here(LocalExecutor):
 
     def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
         with suppress(LeaseLost):
-            validated(self.store, lease, TERMS, device)
+            validated(self.store, lease, FixedTerms(self.store, **TERMS), device)
         return f"validated {lease.token}"
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
@@ -82,7 +83,7 @@ def machine(folder: Path, kill_at: int | None) -> None:
     with open_library(folder / "library") as library:
         store = JobStore(library)
         worker = Worker(library, Here(store), lease=LEASE)
-        worker.terms = lambda tenant: TERMS
+        worker.account = FixedTerms(store, **TERMS)
         Connection.commit = killing  # type: ignore[method-assign]
         while any(job.state not in ENDS for job in store.jobs(None)[0]):
             worker.run(until_idle=True)

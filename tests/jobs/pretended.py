@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from veneer.errors import ResourceError
+from veneer.jobs.account import TrainingAccount
 from veneer.jobs.executors import Ended, LocalExecutor
 from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.plan.tables import Device
+from veneer.serve.tenancy.store import Store, TrainingTerms
 
 CONFIG = {"base": "tiny", "data": {"train": "/data/a.jsonl"}, "output": "elsewhere"}
 PLAN = {"tokens": 1_000_000, "steps": 10}
@@ -25,6 +27,17 @@ def queued(store: JobStore, tenant: str = "acme", *, about: Any = None, plan: An
     """A new job with a plan that is made up. `terms`: its price, and the tenant's budget."""
     made = store.create(tenant, CONFIG, name="support", about=about)
     return store.queue(taken(store, state="validating", only=made.id), PLAN | (plan or {}), **terms)
+
+
+class FixedTerms(TrainingAccount):
+    """An account with the same terms for every tenant."""
+
+    def __init__(self, store: JobStore, tenants: Store | None = None, **terms: Any) -> None:
+        super().__init__(store, tenants)
+        self.fixed = TrainingTerms(**terms)
+
+    def terms(self, tenant: str) -> TrainingTerms:
+        return self.fixed
 
 
 class Pretended(LocalExecutor):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.pretended import queued, taken
+from tests.jobs.pretended import FixedTerms, queued, taken
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
 from veneer.errors import UnavailableError
@@ -26,7 +26,6 @@ from veneer.jobs.ray import RayExecutor
 from veneer.jobs.store import JobLease, JobStore
 from veneer.jobs.validate import device_of, validated
 from veneer.library.library import open_library
-from veneer.serve.tenancy.store import TrainingTerms
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +80,7 @@ def leased(store: JobStore, folder: Path, steps: int) -> JobLease:
     made = store.create("acme", small_config(folder, steps), name="support")
     new = store.take("v", 600, "validating")
     assert new is not None
-    assert validated(store, new, TrainingTerms(), device_of()).state == "queued"
+    assert validated(store, new, FixedTerms(store), device_of()).state == "queued"
     lease = store.take("w", 3600)
     assert lease is not None
     assert lease.job.id == made.id

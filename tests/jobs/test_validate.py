@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +13,13 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.jobs.pretended import FixedTerms
 from tests.jobs.small import small_config
 from veneer.jobs.store import Job, JobStore
-from veneer.jobs.validate import device_of, terms_of, validated
+from veneer.jobs.validate import device_of, validated
 from veneer.models.text.base import text_without_weights
 from veneer.plan.calibration import cpu_device
 from veneer.serve.engine.offline import answering_bytes
-from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.store import Store, TrainingTerms
 
 in_sqlite = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
 
@@ -29,14 +29,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("small")
 
 
-FREE = TrainingTerms()
+FREE: dict[str, Any] = {}
 
 
-def looked_at(store: JobStore, config: dict[str, Any], terms: TrainingTerms = FREE, **device: Any) -> Job:
+def looked_at(store: JobStore, config: dict[str, Any], terms: Mapping[str, Any] = FREE, **device: Any) -> Job:
     store.create("acme", config, name="support")
     lease = store.take("validator", 60, "validating")
     assert lease is not None
-    return validated(store, lease, terms, replace(cpu_device(), **device))
+    return validated(store, lease, FixedTerms(store, **terms), replace(cpu_device(), **device))
 
 
 @in_sqlite
@@ -46,7 +46,7 @@ def test_a_job_is_planned_by_its_rows_as_they_are(store: JobStore, folder: Path)
     from veneer.train.text.data import planned_steps, read_data
 
     config = small_config(folder)
-    job = looked_at(store, config, TrainingTerms(price=4_000_000))
+    job = looked_at(store, config, {"price": 4_000_000})
     chosen, _ = config_from(config | {"output": str(folder / "x")})
     data = read_data(chosen, load_text(config["base"]))  # type: ignore[arg-type]
     steps = [*planned_steps(data.train.items, chosen)]  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def test_answers_that_are_compared_are_in_the_plan(
         store.create("acme", small_config(folder), name="support", about=about)
         lease = store.take("validator", 60, "validating")
         assert lease is not None
-        return validated(store, lease, FREE, cpu_device())
+        return validated(store, lease, FixedTerms(store), cpu_device())
 
     scored, answered = (job.plan or {} for job in (asked("loss"), asked("loss", "exact_match")))
     memory, base = answered["memory"], text_without_weights(str(folder / "tiny-base"))
@@ -161,10 +161,10 @@ def test_a_job_that_does_not_fit_or_is_not_to_be_is_refused(store: JobStore, fol
     assert job.error is not None
     assert "does not fit" in job.error["message"]
     assert job.error["fix"]
-    job = looked_at(store, small_config(folder), TrainingTerms(price=10**9, budget=1000))
+    job = looked_at(store, small_config(folder), {"price": 10**9, "budget": 1000})
     assert job.error is not None
     assert (job.error["kind"], "budget of" in job.error["message"]) == ("overbudget", True)
-    job = looked_at(store, small_config(folder), TrainingTerms(jobs=0))
+    job = looked_at(store, small_config(folder), {"jobs": 0})
     assert job.error is not None
     assert "may have no training jobs" in job.error["message"]
 
@@ -181,25 +181,6 @@ def test_rows_that_the_machine_cannot_hold_are_not_read(
     assert "are free" in job.error["message"]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 18, total=1 << 34))
     assert looked_at(store, small_config(folder)).state == "queued"  # counted, and few
-
-
-def test_terms_are_those_of_this_moment(tmp_path: Path) -> None:
-    tenants = Store(str(tmp_path / "tenants.sqlite"))
-    manage.add_tenant(tenants, "acme", who="test")
-    terms = terms_of(tenants)
-    assert terms("acme") == TrainingTerms()
-    manage.set_training(tenants, "", TrainingTerms(price=5), who="test")
-    assert terms("acme") == TrainingTerms(price=5)
-    manage.set_training(tenants, "acme", TrainingTerms(price=3, budget=7, jobs=1), who="test")
-    assert terms("acme") == TrainingTerms(price=3, budget=7, jobs=1)
-    assert terms("") == TrainingTerms()
-    assert terms("nobody").jobs == 0
-    manage.change_tenant(tenants, "acme", enabled=False, who="test")
-    assert terms("acme").jobs == 0
-    manage.set_training(tenants, "acme", None, who="test")
-    manage.remove_tenant(tenants, "acme", who="test")
-    tenants.close()
-    assert terms_of(None)("acme") == TrainingTerms()
 
 
 def test_a_card_is_named_as_in_a_plan() -> None:

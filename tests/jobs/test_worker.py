@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from tests.jobs.pretended import Pretended, queued, until
+from tests.jobs.pretended import FixedTerms, Pretended, queued, until
 from tests.jobs.small import small_config
 from veneer.jobs.executors import Ended, LocalExecutor
 from veneer.jobs.store import Job, JobStore
@@ -170,7 +170,7 @@ def test_a_hostile_row_delays_nobody_and_can_be_cancelled(library: Library, stor
     small = store.create("best", config, name="support")
     said: list[str] = []
     worker = Worker(library, LocalExecutor(), poll=0.05, say=said.append)
-    worker.terms = lambda tenant: TrainingTerms(jobs=0)  # nothing is trained
+    worker.account = FixedTerms(store, jobs=0)  # nothing is trained
     thread = threading.Thread(target=worker.run)
     thread.start()
     try:

@@ -16,7 +16,9 @@ from veneer.jobs.http.canary import canary_routes
 from veneer.jobs.http.files import file_routes
 from veneer.jobs.http.graders import grader_routes
 from veneer.jobs.http.samples import sample_routes
-from veneer.jobs.http.tinker import signed_routes, tinker_routes
+from veneer.jobs.http.tinker import training_routes
+from veneer.jobs.http.tinker_samples import sampling_routes
+from veneer.jobs.http.tinker_weights import signed_routes, weights_routes
 from veneer.jobs.http.tuning import tuning_routes
 from veneer.serve.access import OpenAccess
 from veneer.serve.http.bodies import BodyRoute
@@ -82,10 +84,12 @@ def app() -> Iterator[FastAPI]:
         admin_router(nothing, ToyCatalog()),
         canary_routes(nothing, nothing),
         file_routes(nothing),
-        tuning_routes(nothing, nothing, None),
+        tuning_routes(nothing),
         sample_routes(nothing),
         grader_routes(),
-        tinker_routes(nothing),
+        training_routes(nothing),
+        sampling_routes(nothing, nothing),
+        weights_routes(nothing),
         signed_routes(nothing),
         key_routes(ByName()),
         images_routes,

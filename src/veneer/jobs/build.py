@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError
@@ -33,14 +34,16 @@ def training(
     """The training extension of a server with its own library. `python_graders`: run Python graders from clients in a
     sandbox. `session_days`: days after which unused Tinker sessions are removed. Raises ResourceError if
     `python_graders` is set and no sandbox works."""
-    from veneer.jobs.budget import ClientBudget
+    from veneer.jobs.account import TrainingAccount
     from veneer.jobs.files import open_files
     from veneer.jobs.http.canary import canary_routes
     from veneer.jobs.http.files import file_routes, large_bodies
-    from veneer.jobs.http.graders import grader_routes
+    from veneer.jobs.http.graders import grader_of, grader_routes
     from veneer.jobs.http.samples import sample_routes
-    from veneer.jobs.http.tinker import FILES, TinkerRoutes, signed_routes, tinker_routes
-    from veneer.jobs.http.tuning import tuning_routes
+    from veneer.jobs.http.tinker import TinkerRoutes, training_routes
+    from veneer.jobs.http.tinker_samples import Samples, sampling_routes
+    from veneer.jobs.http.tinker_weights import FILES, signed_routes, weights_routes
+    from veneer.jobs.http.tuning import TuningQueue, tuning_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
     from veneer.serve.tenancy.tenants import Tenants
@@ -52,21 +55,25 @@ def training(
     sweeping: list[asyncio.Task[None]] = []
     tenancy = service.tenancy
     tenants = tenancy.store if isinstance(tenancy, Tenants) else None
-    tinker = TinkerRoutes(lambda: _tinker(service, library, session_days), ClientBudget(jobs, tenants), library)
+    account, samples = TrainingAccount(jobs, tenants), Samples()
+    tinker = TinkerRoutes(lambda: _tinker(service, library, session_days), account, library)
 
     async def start() -> None:
         sweeping.append(asyncio.create_task(_sweep(files, jobs)))
 
     async def stop() -> None:
         await tinker.stop()
+        await samples.stop()
         for task in sweeping:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
 
-    routers = [file_routes(files), tuning_routes(jobs, files, tenants, python_graders=python_graders)]
+    queue = TuningQueue(jobs, files, tenants, partial(grader_of, sandbox=sandbox))
+    routers = [file_routes(files), tuning_routes(queue)]
     routers += [sample_routes(jobs), grader_routes(service.settings.quotas, sandbox=sandbox)]
-    routers += [tinker_routes(tinker), signed_routes(tinker)]
+    routers += [training_routes(tinker), sampling_routes(tinker, samples)]
+    routers += [weights_routes(tinker), signed_routes(tinker)]
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))
     return Extension(routers, large_bodies(files), (FILES,), start, stop)

@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import CheckpointError, Interrupted, VeneerError
 from veneer.files.rights import forbid_inspection
+from veneer.jobs.account import TrainingAccount
 from veneer.jobs.canary import compare_job, place_job
 from veneer.jobs.executors import taken_over
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
-from veneer.jobs.validate import is_compared, job_config, may_pass, terms_of, told, validated
+from veneer.jobs.validate import is_compared, job_config, may_pass, told, validated
 from veneer.library.library import Library, open_library
 from veneer.plan.tables import Device
 from veneer.serve.outage import is_outage
@@ -61,7 +62,7 @@ def _validate_job(library: Library, job: str, token: str, device: Device, room: 
     try:
         lease = store.get_lease(job, token)
         with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
-            validated(store, lease, terms_of(tenants)(lease.job.tenant), device, tenants, room=room)
+            validated(store, lease, TrainingAccount(store, tenants), device, room=room)
         return 0
     except LeaseLost as error:
         print(error, file=sys.stderr)

@@ -1,6 +1,6 @@
 """What is looked at before a job is queued: its config, its rows, whether it fits, how long it takes, what it costs.
 
-    validated(store, lease, terms, device)         the job afterwards: queued with its plan, or failed with the reason
+    validated(store, lease, account, device)       the job afterwards: queued with its plan, or failed with the reason
     submitted(store, config, name=…)               a new job of a configuration, looked at in the same breath
 
 The base's tokenizer reads the rows as the run will, so the first bad line is named here and tokens are counted, not
@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,28 +26,19 @@ from veneer.errors import (
     VeneerError,
     gigabytes,
 )
+from veneer.jobs.account import TrainingAccount
 from veneer.jobs.after import AfterJob, HeldOut, check_after, held_out_rows
-from veneer.jobs.budget import spent_by_clients
 from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
 from veneer.plan.plan import Plan
 from veneer.plan.tables import Device
 from veneer.serve.outage import is_outage
-from veneer.serve.tenancy.store import Store, TrainingTerms
+from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import RunConfig, config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.records import count_lines
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
-
-
-def terms_of(tenants: Store | None) -> Callable[[str], TrainingTerms]:
-    """Tenant -> what holds for it, as it is in the database at that moment; without tenants everything is free."""
-
-    def terms(tenant: str) -> TrainingTerms:
-        return TrainingTerms() if tenants is None else tenants.look().training_terms(tenant)
-
-    return terms
 
 
 def after_of(job: Job) -> AfterJob | None:
@@ -84,16 +75,16 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
 def validated(
     store: JobStore,
     lease: JobLease,
-    terms: TrainingTerms,
+    account: TrainingAccount,
     device: Device,
-    tenants: Store | None = None,
     *,
     room: int | None = None,
 ) -> Job:
-    """Looks at a job and queues it, or ends it as failed. `tenants`: whose ledger has what else was trained of the
-    budget. `room`: bytes of memory that this process may use; by default, all free memory. Raises LeaseLost. Also
-    raises errors that the job did not cause (a disk or database outage); the job then stays as it is, to be validated
-    again."""
+    """Validate a job and queue it, or end it as failed; return the job.
+
+    `room`: bytes of memory that this process may use; by default, all free memory. Raises LeaseLost. Also raises errors
+    that the job did not cause (a disk or database outage); the job then stays as it is, to be validated again."""
+    terms = account.terms(lease.job.tenant)
     try:
         if terms.jobs == 0:
             raise ConfigError(
@@ -103,7 +94,7 @@ def validated(
                 fix="see veneer tenant list, and veneer tenant training",
             )
         plan = _plan_of_job(lease.job, device, room)
-        spent = 0 if terms.budget is None else spent_by_clients(tenants, lease.job.tenant)
+        spent = 0 if terms.budget is None else account.spent(lease.job.tenant)
         return store.queue(lease, plan, price=terms.price, budget=terms.budget, spent=spent)
     except LeaseLost:
         raise
@@ -136,7 +127,7 @@ def submitted(
     while (now := store.get(tenant, job.id)).state == "validating":
         lease = store.take("submit", 600, "validating", only=job.id)
         if lease is not None:
-            return validated(store, lease, terms_of(tenants)(tenant), device or device_of(), tenants)
+            return validated(store, lease, TrainingAccount(store, tenants), device or device_of())
         time.sleep(0.2)  # a worker was quicker, and looks at it
     return now
 

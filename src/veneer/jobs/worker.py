@@ -26,11 +26,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.errors import VeneerError, counted, gigabytes
+from veneer.jobs.account import TrainingAccount
 from veneer.jobs.executors import Ended, Executor, LocalExecutor, drop_handover
 from veneer.jobs.inputs import input_bytes
 from veneer.jobs.process import environment_of
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home
-from veneer.jobs.validate import device_of, terms_of
+from veneer.jobs.validate import device_of
 from veneer.library.library import Library
 from veneer.plan.tables import Device
 from veneer.serve.outage import is_outage
@@ -97,7 +98,8 @@ class Worker:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.library, self.executor, self.say = library, executor, say
-        self.store, self.tenants, self.terms = JobStore(library), tenants, terms_of(tenants)
+        self.store = JobStore(library)
+        self.account = TrainingAccount(self.store, tenants)
         self.environment = environment_of(library, None if tenants is None else tenants.where)
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.at_once, self.device = at_once, device
@@ -225,7 +227,7 @@ class Worker:
             self.store.note(lease, place=place)
 
     def _most(self, tenant: str) -> int | None:
-        return self.terms(tenant).jobs
+        return self.account.terms(tenant).jobs
 
     def _watch(self, running: _Running) -> None:
         now = time.monotonic()

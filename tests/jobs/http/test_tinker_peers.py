@@ -29,7 +29,7 @@ from tests.jobs.pretended import until
 from tests.serve.http.toy import free_port
 from tests.test_readme import blocks
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
-from veneer.jobs.budget import trained_name
+from veneer.jobs.account import trained_name
 from veneer.jobs.tinker.journal import Journal
 from veneer.library.database import reading
 from veneer.serve.tenancy import manage

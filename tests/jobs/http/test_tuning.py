@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live
 from veneer.jobs.files import Files, open_files
 from veneer.jobs.http.files import file_routes, large_bodies
-from veneer.jobs.http.tuning import tuning_routes
+from veneer.jobs.http.tuning import TuningQueue, tuning_routes
 from veneer.jobs.openai import TuningBody, tuning_config
 from veneer.jobs.store import JobCheckpoint, JobEvent, JobLease, JobStore, OverBudget
 from veneer.jobs.validate import told
@@ -80,7 +80,7 @@ def serving(place: Path) -> Iterator[Jobs]:
     with open_library(place) as library, closing(Store(f"{place}-tenants.sqlite")) as tenants:
         manage.add_tenant(tenants, "acme", who="test")
         files, store = open_files(library), JobStore(library)
-        routers = [file_routes(files), tuning_routes(store, files, tenants)]
+        routers = [file_routes(files), tuning_routes(TuningQueue(store, files, tenants))]
         more: dict[str, Any] = {"routers": routers, "large": large_bodies(files)}
         with live(ToyEngine(ToyText()), Catalog(), ToyTenancy(), **more) as served:
             yield Jobs(served, store, files, library)

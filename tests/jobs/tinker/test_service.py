@@ -351,7 +351,7 @@ def test_what_is_saved_is_an_adapter_of_the_library(tmp_path: Path) -> None:
         with pytest.raises(NotHere, match="there is no training run"):
             service.saved("globex", path)
         for name in ("../one", "", "a/b"):
-            with pytest.raises(ConfigError):
+            with pytest.raises((ConfigError, NotHere)):
                 service.saved("acme", f"tinker://{run.id}/weights/{name}")
             with pytest.raises(ConfigError):
                 run.checkpoints.place("weights", name)

@@ -19,8 +19,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer.jobs.files import Files, Upload, UploadedFile
+from veneer.jobs.http.route import thread_route
 from veneer.serve.engine.admission import FairPool, SharedQuantity
-from veneer.serve.http.bodies import Body, BodyRoute, Strict, at_most, checked
+from veneer.serve.http.bodies import Body, Strict, at_most, checked
 from veneer.serve.http.downloads import file_response
 from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.guard import needs
@@ -63,7 +64,7 @@ class CompleteBody(Body):
 
 def file_routes(files: Files) -> APIRouter:
     """The routes over some files."""
-    router = APIRouter(tags=["OpenAI files"], route_class=BodyRoute, dependencies=[needs("train")])
+    router = APIRouter(tags=["OpenAI files"], route_class=thread_route(_DATABASE), dependencies=[needs("train")])
     coming = SharedQuantity("uploads", _AT_ONCE)
     copying = FairPool(_THREADS, "veneer-files")
 
@@ -112,46 +113,36 @@ def file_routes(files: Files) -> APIRouter:
         return Json(_shown_file(made))
 
     @router.get("/v1/files", summary="The caller's files, the newest first.")
-    async def listed(
+    def listed(
         request: HttpRequest,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         after: Annotated[str | None, Query(max_length=100)] = None,
         order: Literal["asc", "desc"] = "desc",
         purpose: Annotated[str | None, Query(max_length=40)] = None,
-    ) -> Response:
-        tenant = caller_of(request).tenant
-        found, more = await in_thread(
-            _DATABASE,
-            lambda: files.list(tenant, purpose=purpose, limit=limit, after=after, newest_first=order == "desc"),
-        )
-        return Json(page_shown([_shown_file(file) for file in found], more))
+    ) -> Any:
+        page: dict[str, Any] = {"purpose": purpose, "limit": limit, "after": after, "newest_first": order == "desc"}
+        found, more = files.list(caller_of(request).tenant, **page)
+        return page_shown([_shown_file(file) for file in found], more)
 
     @router.get("/v1/files/{id}", summary="One of them.")
-    async def retrieve(request: HttpRequest, id: str) -> Response:
-        tenant = caller_of(request).tenant
-        return Json(_shown_file(await in_thread(_DATABASE, lambda: files.get(tenant, id))))
+    def retrieve(request: HttpRequest, id: str) -> Any:
+        return _shown_file(files.get(caller_of(request).tenant, id))
 
     @router.get("/v1/files/{id}/content", summary="What is in it.")
-    async def content(request: HttpRequest, id: str) -> Response:
-        tenant = caller_of(request).tenant
-        file = await in_thread(_DATABASE, lambda: files.get(tenant, id))
-        source = await in_thread(_DATABASE, lambda: files.open(file))
-
+    def content(request: HttpRequest, id: str) -> Response:
+        file = files.get(caller_of(request).tenant, id)
         name = quote(file.filename, errors="replace")
-        return file_response(source, file.bytes, f"attachment; filename*=UTF-8''{name}")
+        return file_response(files.open(file), file.bytes, f"attachment; filename*=UTF-8''{name}")
 
     @router.delete("/v1/files/{id}", summary="Remove it. A job that reads it has its own copy.")
-    async def remove(request: HttpRequest, id: str) -> Response:
-        tenant = caller_of(request).tenant
-        await in_thread(_DATABASE, lambda: files.delete(tenant, id))
-        return Json({"id": id, "object": "file", "deleted": True})
+    def remove(request: HttpRequest, id: str) -> Any:
+        files.delete(caller_of(request).tenant, id)
+        return {"id": id, "object": "file", "deleted": True}
 
     @router.post("/v1/uploads", summary="Begin a file that comes in parts.")
-    async def begin(request: HttpRequest, body: UploadBody) -> Response:
-        tenant, keep = caller_of(request).tenant, body.expires_after.seconds if body.expires_after else None
-        made = await in_thread(
-            _DATABASE, lambda: files.begin(tenant, body.filename, body.purpose, body.bytes, keep=keep)
-        )
+    def begin(request: HttpRequest, body: UploadBody) -> Response:
+        keep = body.expires_after.seconds if body.expires_after else None
+        made = files.begin(caller_of(request).tenant, body.filename, body.purpose, body.bytes, keep=keep)
         return Json(_shown_upload(made), headers=body.headers)
 
     @router.post("/v1/uploads/{id}/parts", summary="A part of it.", openapi_extra=_posted("data"))
@@ -172,9 +163,8 @@ def file_routes(files: Files) -> APIRouter:
         return Json(_shown_upload(done))
 
     @router.post("/v1/uploads/{id}/cancel", summary="Give it up; what was sent of it is removed.")
-    async def cancel(request: HttpRequest, id: str) -> Response:
-        tenant = caller_of(request).tenant
-        return Json(_shown_upload(await in_thread(_DATABASE, lambda: files.cancel(tenant, id))))
+    def cancel(request: HttpRequest, id: str) -> Any:
+        return _shown_upload(files.cancel(caller_of(request).tenant, id))
 
     return router
 

@@ -64,10 +64,13 @@ class GraderRunBody(GraderBody):
     item: dict[str, Any] | None = None
 
 
-def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
+ParseGrader = Callable[[Any, str], Any]
+
+
+def grader_of(given: Any, param: str = "grader", sandbox: Sandbox | None = None) -> Any:
     """Parse a client's grader. Blocks while parsing. Raises Refused for an invalid grader, and for a python grader if
-    python graders are off, before any source is parsed."""
-    if not python and has_python(given):
+    there is no sandbox for it, before any source is parsed."""
+    if sandbox is None and has_python(given):
         raise Refused(
             "graders of Python are off on this server",
             status=403,
@@ -84,7 +87,6 @@ def grader_of(given: Any, python: bool, param: str = "grader") -> Any:
 def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None = None) -> APIRouter:
     """The routes. `limits`: how many graders run at a time. `sandbox`: where python graders run; if None, python
     graders are refused."""
-    python = sandbox is not None
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute, dependencies=[needs("train")])
     limits = limits or QuotaLimits()
     helpers = FairPool(limits.helpers, "veneer-graders", limits.helper_share)
@@ -102,7 +104,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
         def read() -> bytes:
             with _Timed(request):
                 return json_bytes(
-                    {"grader": grader_of(body.grader, python).model_dump(mode="json", exclude_unset=True)}
+                    {"grader": grader_of(body.grader, sandbox=sandbox).model_dump(mode="json", exclude_unset=True)}
                 )
 
         return await helped(request, read)
@@ -123,7 +125,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
                         return asyncio.run_coroutine_threadsafe(asked, loop).result()
 
                 try:
-                    grader = grader_of(body.grader, python)
+                    grader = grader_of(body.grader, sandbox=sandbox)
                     functions = sum(isinstance(each, PythonGrader) for each in single_graders(grader).values())
                     with GraderRun(grader, ask=ask, timeout=_SECONDS / max(1, functions), sandbox=sandbox) as ready:
                         sample = sample_of(Answer((), body.model_sample))

@@ -17,18 +17,19 @@ import hashlib
 import importlib.util
 import io
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from veneer.errors import ConfigError, quoted
+from veneer.errors import quoted
 from veneer.jobs.after import AfterJob, check_after
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import page_shown
-from veneer.jobs.http.graders import grader_of
+from veneer.jobs.http.graders import ParseGrader, grader_of
+from veneer.jobs.http.route import blocking, thread_route
 from veneer.jobs.inputs import LINE_FILES, drop_inputs, put_input
 from veneer.jobs.openai import (
     MEASURED,
@@ -44,12 +45,11 @@ from veneer.jobs.openai import (
     suffix_of,
     tuning_config,
 )
-from veneer.jobs.store import ENDS, UNFINISHED, Job, JobStore, UnknownJob, WrongState
+from veneer.jobs.store import ENDS, UNFINISHED, Job, JobEvent, JobStore, UnknownJob, WrongState
 from veneer.library.library import NotInLibrary
 from veneer.library.names import name_of, new_tuned, organisation_of, parse_tuned
 from veneer.serve.engine.admission import FairPool
-from veneer.serve.http.bodies import BodyRoute
-from veneer.serve.http.errors import Json, error_body, in_thread
+from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import EventStream, data
@@ -61,8 +61,7 @@ from veneer.train.config.section import BASE_MODEL
 from veneer.train.records import count_lines
 from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader
 
-T = TypeVar("T")
-
+_TABLE = "the table of jobs"
 _LOOK = 0.5
 """Seconds between two looks at a job whose events are streamed."""
 _PAGE = 100
@@ -74,43 +73,41 @@ _Limit = Annotated[int, Query(ge=1, le=_PAGE)]
 _After = Annotated[str | None, Query(max_length=100)]
 
 
-def tuning_routes(
-    jobs: JobStore, files: Files, tenants: Store | None = None, *, python_graders: bool = False
-) -> APIRouter:
-    """The routes over a queue, the files that its jobs read, and the tenants whose routes they move. `python_graders`:
-    see `grader_routes`."""
-    router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute, dependencies=[needs("train")])
-    queue = TuningQueue(jobs, files, tenants, python_graders=python_graders)
+def tuning_routes(queue: TuningQueue) -> APIRouter:
+    """The routes over a queue."""
+    jobs, files = queue.jobs, queue.files
+    router = APIRouter(tags=["OpenAI fine-tuning"], route_class=thread_route(_TABLE), dependencies=[needs("train")])
 
     @router.post("/v1/fine_tuning/jobs", summary="Fine-tune a base, or what was tuned before, on an uploaded file.")
     async def create(request: HttpRequest, body: TuningBody) -> Response:
         caller = caller_of(request)
-        return _answer(await queue.create(service_of(request), caller, body), caller, body.headers)
+        job = await queue.create(service_of(request), caller, body)
+        return Json(shown_job(job, organisation_of(caller.tenant)), headers=body.headers)
 
     @router.get("/v1/fine_tuning/jobs", summary="The caller's jobs, the newest first.")
-    async def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Response:
-        caller, wanted = caller_of(request), _metadata(request)
-        found, more = await _asked(lambda: _some(jobs, caller.tenant, after, limit, wanted))
-        shown = [shown_job(job, organisation_of(caller.tenant)) for job in found]
-        return Json({"object": "list", "data": shown, "has_more": more})
+    def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Any:
+        tenant = caller_of(request).tenant
+        found, more = _some(jobs, tenant, after, limit, _metadata(request))
+        shown = [shown_job(job, organisation_of(tenant)) for job in found]
+        return {"object": "list", "data": shown, "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}", summary="One of them.")
-    async def retrieve(request: HttpRequest, id: str) -> Response:
-        caller = caller_of(request)
-        job = await _asked(lambda: _job(jobs, caller.tenant, id))
-        results = await _asked(lambda: _results(jobs, files, job))
-        return Json(shown_job(job, organisation_of(caller.tenant), results))
+    def retrieve(request: HttpRequest, id: str) -> Any:
+        tenant = caller_of(request).tenant
+        job = _job(jobs, tenant, id)
+        return shown_job(job, organisation_of(tenant), _results(jobs, files, job))
 
     def changes(what: str, summary: str, change: Callable[[str, str], Job]) -> None:
         @router.post(f"/v1/fine_tuning/jobs/{{id}}/{what}", summary=summary, name=what)
-        async def changed(request: HttpRequest, id: str) -> Response:
-            caller = caller_of(request)
-
-            def do() -> Job:
-                _job(jobs, caller.tenant, id)
-                return change(caller.tenant, id)
-
-            return _answer(await _asked(do), caller)
+        def changed(request: HttpRequest, id: str) -> Any:
+            tenant = caller_of(request).tenant
+            _job(jobs, tenant, id)
+            try:
+                return shown_job(change(tenant, id), organisation_of(tenant))
+            except WrongState as error:
+                raise Refused(
+                    error.what, status=400, code="wrong_state", param="fine_tune_id", fix=error.fix
+                ) from error
 
     changes("cancel", "End it for good.", jobs.cancel)
     changes("pause", "Let it rest; its place in the queue is free.", jobs.pause)
@@ -121,62 +118,55 @@ def tuning_routes(
         request: HttpRequest, id: str, limit: _Limit = 20, after: _After = None, stream: bool = False
     ) -> Response:
         tenant = caller_of(request).tenant
-        job = await _asked(lambda: _job(jobs, tenant, id))
+        job = await blocking(_TABLE, lambda: _job(jobs, tenant, id))
         number = 0 if after is None else event_number(job, after)
         if number is None:
             raise invalid(f"the job has no event {quoted(str(after))}", "after")
         if stream:
-            admission_of(request).take("answers", 1)  # until it ends: so many streams there may be
+            admission_of(request).take("answers", 1)  # limits how many streams are open
             return _stream(service_of(request), jobs, job, number)
         page: dict[str, Any] = {"after": number, "limit": limit, "newest": True, "diagnostics": False}
-        found, more = await _asked(lambda: jobs.events(tenant, id, **page))
-        job = await _asked(lambda: _job(jobs, tenant, id))  # after them: it says what they may say
+        found, more = await blocking(_TABLE, lambda: jobs.events(tenant, id, **page))
+        job = await blocking(_TABLE, lambda: jobs.get(tenant, id))  # after its events: the job says what they may say
         return Json({"object": "list", "data": [shown_event(job, each) for each in found], "has_more": more})
 
     @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="Those that can be asked, the newest first.")
-    async def checkpoints(request: HttpRequest, id: str, limit: _Limit = 10, after: _After = None) -> Response:
+    def checkpoints(request: HttpRequest, id: str, limit: _Limit = 10, after: _After = None) -> Any:
         tenant = caller_of(request).tenant
-        job = await _asked(lambda: _job(jobs, tenant, id))
-        found = [point for point in await _asked(lambda: jobs.checkpoints(tenant, id)) if point.reference]
+        job = _job(jobs, tenant, id)
+        found = [point for point in jobs.checkpoints(tenant, id) if point.reference]
         ids = [checkpoint_id(job, point.step) for point in found]
         if after is not None and after not in ids:
             raise invalid(f"the job has no checkpoint {quoted(after)}", "after")
         first = 0 if after is None else ids.index(after) + 1
         shown = [shown_checkpoint(job, point) for point in found[first : first + limit]]
-        return Json(page_shown(shown, first + limit < len(found)))
+        return page_shown(shown, first + limit < len(found))
 
     @router.delete("/v1/models/{model:path}", summary="Remove what was tuned, or a checkpoint of it.")
-    async def remove(request: HttpRequest, model: str) -> Response:
-        service, caller = service_of(request), caller_of(request)
-        service.catalog.card(model, caller)  # 404 for what is not there or not theirs
+    def remove(request: HttpRequest, model: str) -> Any:
+        caller, library = caller_of(request), jobs.library
+        service_of(request).catalog.card(model, caller)  # 404 for what is not there or not theirs
         tuned = parse_tuned(model)
         if tuned is None or tuned.organisation != caller.tenant:
-            raise Refused(
-                f"the model {quoted(model)} cannot be deleted here",
-                status=403,
-                code="forbidden",
-                param="model",
-                fix="only your own that jobs made can: ft:…",
-            )
-
-        def do() -> None:
-            library = jobs.library
-            version = library.find(tuned.reference)
-            library.remove(tuned.reference if tuned.step is None else version.reference, with_aliases=True)
-
-        await _asked(do)
-        return Json({"id": model, "object": "model", "deleted": True})
+            what, fix = f"the model {quoted(model)} cannot be deleted here", "only your own that jobs made can: ft:…"
+            raise Refused(what, status=403, code="forbidden", param="model", fix=fix)
+        try:
+            reference = tuned.reference if tuned.step is None else library.find(tuned.reference).reference
+            library.remove(reference, with_aliases=True)
+        except NotInLibrary as error:
+            raise Refused("The model does not exist.", status=404, code="model_not_found", param="model") from error
+        return {"id": model, "object": "model", "deleted": True}
 
     return router
 
 
 class TuningQueue:
-    """Queues the jobs that clients request: by OpenAI's route, and by the Studio's form."""
+    """Queues the jobs that clients request: by OpenAI's route, and by the Studio's form. `grader`: parses a grader."""
 
     def __init__(
-        self, jobs: JobStore, files: Files, tenants: Store | None = None, *, python_graders: bool = False
+        self, jobs: JobStore, files: Files, tenants: Store | None = None, grader: ParseGrader = grader_of
     ) -> None:
-        self.jobs, self.files, self.tenants, self.python_graders = jobs, files, tenants, python_graders
+        self.jobs, self.files, self.tenants, self.grader = jobs, files, tenants, grader
         self.copying = FairPool(1, "veneer-inputs")  # what a job reads may be gigabytes, and in a store elsewhere
         self.looking = FairPool(1, "veneer-rows")  # reads the beginnings of files
 
@@ -191,10 +181,11 @@ class TuningQueue:
         def do() -> Job:
             grader = None
             if body.reinforced is not None:
-                grader = _graded_here(service, caller, body.reinforced.grader, self.python_graders)
+                parsed = self.grader(body.reinforced.grader, "method.reinforcement.grader")
+                grader = _graded_here(service, caller, parsed)
             return _create(service, caller, self, body, start, grader, settings)
 
-        return await _asked(do, lambda work: self.copying.run(caller.tenant, caller.weight, 1, work))
+        return await blocking(_TABLE, do, lambda work: self.copying.run(caller.tenant, caller.weight, 1, work))
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------
@@ -218,10 +209,9 @@ def _start(service: Service, caller: Principal, model: str) -> str | None:
     )
 
 
-def _graded_here(service: Service, caller: Principal, given: dict[str, Any], python: bool) -> dict[str, Any]:
-    """The grader of a job, its models by the names under which a run finds them. Raises Refused for what is no grader,
-    and for a model that the caller may not ask."""
-    grader = grader_of(given, python, "method.reinforcement.grader")
+def _graded_here(service: Service, caller: Principal, grader: Any) -> dict[str, Any]:
+    """Return the grader of a job, its models by the names under which a run finds them. Raises Refused for a model that
+    the caller may not ask."""
 
     def named(each: Any) -> Any:
         if not isinstance(each, ScoreModelGrader):
@@ -430,60 +420,43 @@ def _metadata(request: HttpRequest) -> dict[str, str] | None:
     return wanted or None
 
 
-def _answer(job: Job, caller: Principal, headers: dict[str, str] | None = None) -> Response:
-    return Json(shown_job(job, organisation_of(caller.tenant)), headers=headers)
-
-
-async def _asked(do: Callable[[], T], by: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread) -> T:
-    """`do` in a thread, `by` what runs it; what cannot be is the client's mistake, and what is away an outage."""
-
-    def run() -> T:
-        try:
-            return do()
-        except WrongState as error:
-            raise Refused(error.what, status=400, code="wrong_state", param="fine_tune_id", fix=error.fix) from error
-        except NotInLibrary as error:
-            raise Refused("The model does not exist.", status=404, code="model_not_found", param="model") from error
-        except ConfigError as error:
-            raise invalid(error.what, error.where, error.fix) from error
-
-    return await in_thread("the table of jobs", run, by)
-
-
 # -- events as they come -----------------------------------------------------------------------------------------------
 
 
 class _Following:
-    """A job's events from a number on, until it has ended or the server is to end."""
+    """A job's events from a number on, until the job has ended or the server is to stop."""
 
     def __init__(self, service: Service, jobs: JobStore, job: Job, after: int) -> None:
         self.service, self.jobs, self.job, self.after = service, jobs, job, after
 
-    async def lines(self) -> AsyncIterator[bytes]:
+    def _next(self) -> tuple[bool, list[JobEvent]]:
+        """Return the next events, and whether they are the last. An ended job has all of its events."""
         tenant, id = self.job.tenant, self.job.id
-        while True:
-            ended = (await _asked(lambda: self.jobs.get(tenant, id))).state in ENDS  # before its events: none is missed
-            found, more = await _asked(lambda: self.jobs.events(tenant, id, after=self.after, diagnostics=False))
-            if found:
-                self.job = await _asked(lambda: self.jobs.get(tenant, id))  # after them: it says what they may say
+        ended = self.jobs.get(tenant, id).state in ENDS
+        found, more = self.jobs.events(tenant, id, after=self.after, diagnostics=False)
+        if found:
+            self.job = self.jobs.get(tenant, id)  # after its events: the job says what they may say
+        return ended and not more, found
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        last = False
+        while not last:
+            last, found = await blocking(_TABLE, self._next)
             for event in found:
                 self.after = event.number
                 yield data(shown_event(self.job, event))
-            if not more:
-                if ended or self.service.phase != "ready":
+            if not found and not last:
+                if self.service.phase != "ready":
                     break
                 await asyncio.sleep(_LOOK)
         yield data("[DONE]")
 
     async def aclose(self) -> None:
-        """There is nothing to close: each look is one of its own."""
+        """Do nothing: nothing stays open between two looks."""
 
 
 def _stream(service: Service, jobs: JobStore, job: Job, after: int) -> Response:
     following = _Following(service, jobs, job, after)
-
-    def failed(error: Refused) -> bytes:
-        body: Any = error_body(error, "OpenAI")[1]
-        return data(body)
-
-    return EventStream(following.lines(), following, failed, service.settings.stall)
+    return EventStream(
+        following.lines(), following, lambda error: data(error_body(error, "OpenAI")[1]), service.settings.stall
+    )

@@ -93,12 +93,18 @@ _T = TypeVar("_T")
 _KINDS = {str: "a text", int: "a whole number", dict: "an object"}
 
 
-class NotHere(ConfigError):
+class NotHere(Refused):
     """Raised for a session, a run or a sampler that the tenant does not have."""
 
+    def __init__(self, what: str, *, where: str, fix: str | None = None) -> None:
+        super().__init__(what, status=404, code="not_found", param=where, where=where, fix=fix)
 
-class SessionOver(ConfigError):
-    """Raised for a session or a run that was there, and will not be again."""
+
+class SessionOver(Refused):
+    """Raised for a session or a run that existed and has ended."""
+
+    def __init__(self, what: str, *, where: str, fix: str | None = None) -> None:
+        super().__init__(what, status=410, code="gone", param=where, where=where, fix=fix)
 
 
 @dataclass(eq=False)

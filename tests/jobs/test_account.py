@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.pretended import PLAN, queued, taken
+from tests.jobs.pretended import PLAN, FixedTerms, queued, taken
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
-from veneer.jobs.budget import ClientBudget, spent_by_clients, trained_name
+from veneer.jobs.account import TrainingAccount, trained_name
 from veneer.jobs.store import JobStore, OverBudget
-from veneer.jobs.validate import terms_of, validated
+from veneer.jobs.validate import validated
 from veneer.library.database import write_transaction
 from veneer.plan.calibration import cpu_device
-from veneer.serve.request import Usage
+from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.ledger import post
 from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine, OwedEntry
@@ -52,14 +52,15 @@ def test_a_job_has_what_clients_left_of_the_budget(store: JobStore, tenants: Sto
         (trained_name("acme/tinker-a-0"), 70, "acme", 32 * 86400.0),
     ):
         billed(tenants, adapter, units, tenant, ago)
-    assert spent_by_clients(tenants, "acme") == 4 * UNIT
+    account = TrainingAccount(store, tenants)
+    assert account.spent("acme") == 4 * UNIT
     manage.add_tenant(tenants, "acme", who="test")
     config = small_config(tmp_path)
     for price, state in ((UNIT * UNIT, "failed"), (1, "queued")):
         manage.set_training(tenants, "acme", TrainingTerms(price=price, budget=4 * UNIT + 1000), who="test")
         store.create("acme", config, name="support")
         lease = taken(store, state="validating")
-        job = validated(store, lease, terms_of(tenants)("acme"), cpu_device(), tenants)
+        job = validated(store, lease, account, cpu_device())
         assert job.state == state, job.error
     assert (store.jobs("acme")[0][1].error or {})["kind"] == "overbudget"
     store.create("acme", config, name="support")
@@ -74,40 +75,60 @@ def test_clients_have_what_jobs_left_and_do_not_pass_each_other_by(store: JobSto
     that comes to nothing. What the ledger gets of them later is not counted twice."""
     queued(store, price=3 * UNIT)
     billed(tenants, trained_name("acme/tinker-a-0"), 2)
-    budget = ClientBudget(store, tenants)
+    account = FixedTerms(store, tenants, price=UNIT, budget=9 * UNIT)
 
     def took(_: int) -> bool:
         try:
-            budget.take("acme", UNIT, 9 * UNIT)
-        except OverBudget as error:
-            return "this request costs 1.00, but only 0.00 of this month's training budget is left" not in error.what
+            account.reserve("acme", UNIT)
+        except Refused as error:
+            said = "this request costs 1.00, but only 0.00 of this month's training budget is left"
+            return error.status != 402 or said not in error.what
         return True
 
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(took, range(20))) == 4
-    budget.give_back("acme", UNIT)
+    account.give_back("acme", UNIT)
     assert [took(0), took(0)] == [True, False]
     billed(tenants, trained_name("acme/tinker-b-0"), 3)
-    budget.give_back("acme", UNIT)
+    account.give_back("acme", UNIT)
     assert [took(0), took(0)] == [True, False]
     billed(tenants, trained_name("acme/tinker-c-0"), 2)  # by another server
     assert not took(0)
-    assert ClientBudget(store, None).take("", UNIT, UNIT) is None
+    assert TrainingAccount(store, None).reserve("", UNIT) == 0
 
 
 @in_sqlite
 def test_jobs_see_client_budget_that_the_ledger_lacks(store: JobStore, tenants: Store) -> None:
     """Clients on two servers take 6 of 9 before the ledger records anything: a job costing 4 is refused, a job costing
     3 is accepted, and then clients have nothing left."""
-    for budget in (ClientBudget(store, tenants), ClientBudget(JobStore(store.library), tenants)):
-        budget.take("acme", 3 * UNIT, 9 * UNIT)
+    terms = {"price": UNIT, "budget": 9 * UNIT}
+    for account in (FixedTerms(store, tenants, **terms), FixedTerms(JobStore(store.library), tenants, **terms)):
+        account.reserve("acme", 3 * UNIT)
     store.create("acme", {}, name="support")
     lease = taken(store, state="validating")
     plan = {**PLAN, "tokens": UNIT}
     with pytest.raises(OverBudget, match=r"of this month's budget of 9\.00 3\.00 are left"):
         store.queue(lease, plan, price=4 * UNIT, budget=9 * UNIT, spent=0)
     assert store.queue(lease, plan, price=3 * UNIT, budget=9 * UNIT, spent=0).state == "queued"
-    with pytest.raises(OverBudget):
-        budget.take("acme", 1, 9 * UNIT)
-    budget.give_back("acme", UNIT)
-    budget.take("acme", UNIT, 9 * UNIT)
+    with pytest.raises(Refused, match="budget"):
+        account.reserve("acme", 1)
+    account.give_back("acme", UNIT)
+    account.reserve("acme", UNIT)
+
+
+@in_sqlite
+def test_terms_are_those_of_this_moment(store: JobStore, tenants: Store) -> None:
+    manage.add_tenant(tenants, "acme", who="test")
+    terms = TrainingAccount(store, tenants).terms
+    assert terms("acme") == TrainingTerms()
+    manage.set_training(tenants, "", TrainingTerms(price=5), who="test")
+    assert terms("acme") == TrainingTerms(price=5)
+    manage.set_training(tenants, "acme", TrainingTerms(price=3, budget=7, jobs=1), who="test")
+    assert terms("acme") == TrainingTerms(price=3, budget=7, jobs=1)
+    assert terms("") == TrainingTerms()
+    assert terms("nobody").jobs == 0
+    manage.change_tenant(tenants, "acme", enabled=False, who="test")
+    assert terms("acme").jobs == 0
+    manage.set_training(tenants, "acme", None, who="test")
+    manage.remove_tenant(tenants, "acme", who="test")
+    assert TrainingAccount(store, None).terms("acme") == TrainingTerms()

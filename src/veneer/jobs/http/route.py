@@ -1,0 +1,58 @@
+"""Routes whose plain functions run in the server's threads and return JSON values."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from functools import partial, wraps
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+
+from veneer.errors import ConfigError
+from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.errors import Json, in_thread
+from veneer.serve.request import invalid
+
+T = TypeVar("T")
+
+
+def thread_route(what: str) -> type[BodyRoute]:
+    """Return a route class for `what`, which errors name.
+
+    A function that is not a coroutine runs in a thread; it returns JSON values, None (204) or a response. Its
+    ConfigErrors are the client's mistakes (400)."""
+
+    class ThreadRoute(BodyRoute):
+        def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+            if not inspect.iscoroutinefunction(endpoint):
+                endpoint = _threaded(what, endpoint)
+            super().__init__(path, endpoint, **options | {"response_model": None})
+
+    return ThreadRoute
+
+
+def _threaded(what: str, endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(endpoint)
+    async def run(**values: Any) -> Response:
+        found = await blocking(what, partial(endpoint, **values))
+        if isinstance(found, Response):
+            return found
+        return Response(status_code=204) if found is None else Json(found)
+
+    return run
+
+
+async def blocking(
+    what: str, do: Callable[[], T], run: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread
+) -> T:
+    """Call `do` in a thread, by `run`. Raises Refused: 400 for a ConfigError, an outage or a fault of `what`."""
+
+    def call() -> T:
+        try:
+            return do()
+        except ConfigError as error:
+            raise invalid(error.what, error.where, error.fix) from error
+
+    return await in_thread(what, call, run)

@@ -1,0 +1,341 @@
+"""Tinker's routes of sampling: sessions that sample from a checkpoint or the base, and the samples of a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from pydantic import Field
+from starlette.responses import Response
+
+from veneer.errors import ConfigError, quoted
+from veneer.jobs.http.tinker import (
+    KEPT,
+    NUMBERS,
+    Call,
+    FutureBody,
+    TinkerBody,
+    TinkerRoutes,
+    cancelled,
+    future,
+    tinker_blocking,
+    tinker_router,
+    waited,
+)
+from veneer.jobs.tinker.journal import FutureResult
+from veneer.jobs.tinker.service import SamplerSource
+from veneer.jobs.tinker.wire import WireSample, sample_bytes
+from veneer.serve.access import Served
+from veneer.serve.http.answers import TextAnswer, TextJob, run
+from veneer.serve.http.bodies import Strict
+from veneer.serve.http.errors import Json, as_refused, message_of
+from veneer.serve.http.mixes import ChosenMix
+from veneer.serve.http.service import Service
+from veneer.serve.names.shelf import AdapterPlace
+from veneer.serve.quota import QuotaHold, Quotas
+from veneer.serve.request import Refused, Sampling, invalid
+
+_SAMPLE, _PROMPT_TOKEN, _ANSWER_TOKEN, _TOP_TOKEN = 2048, 64, 400, 100
+"""Bytes in memory of a waiting sample, of each prompt token, of each sampled token, and of each requested top-k
+logprob."""
+_TOP = 20
+
+
+class SamplerBody(TinkerBody):
+    session_id: str
+    sampling_session_seq_id: int = Field(ge=0, lt=NUMBERS)
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class SamplingBody(Strict):
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class ChunkBody(Strict):
+    type: str = "encoded_text"
+    tokens: list[int]
+
+
+class PromptBody(Strict):
+    chunks: list[ChunkBody]
+
+
+class SampleBody(TinkerBody):
+    num_samples: int = Field(default=1, ge=1, le=4096)
+    prompt: PromptBody
+    sampling_params: SamplingBody
+    sampling_session_id: str
+    seq_id: int = Field(ge=0, lt=NUMBERS)
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int = Field(default=0, ge=0)
+    topk_sample_logprobs: int = Field(default=0, ge=0)
+    prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: dict[str, Any] | None = None
+    prompt_alt_tokens_k: int = 0
+    record_stability_info: bool | None = None
+
+
+@dataclass
+class _Share:
+    """What one tenant has: `requests` that have no result yet, and samples that are in the engine (`running`)."""
+
+    requests: int = 0
+    running: int = 0
+
+
+@dataclass(eq=False)
+class _Sampled:
+    """Requested samples of one prompt. `hold`: the tenant's quota used by the samples, and later by their result.
+    `fetched`: whether the client has fetched the result."""
+
+    tenant: str
+    task: asyncio.Task[FutureResult]
+    count: int
+    hold: QuotaHold
+    fetched: bool = False
+
+
+@dataclass(eq=False)
+class Samples:
+    """The requested samples of all clients, by request id. Half of the engine's queue is for them; tenants that wait
+    share it equally."""
+
+    known: dict[str, _Sampled] = field(default_factory=dict)
+    shares: dict[str, _Share] = field(default_factory=dict)
+    _turn: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def stop(self) -> None:
+        await cancelled([sampled.task for sampled in self.known.values()])
+
+    async def submit(self, call: Call, body: SampleBody) -> Response:
+        number, tenant = f"{body.sampling_session_id}:{body.seq_id}", call.tenant
+        if number not in self.known:
+            source = await tinker_blocking(lambda: call.service.sampler(tenant, body.sampling_session_id))
+            most, tokens = _most_samples(call.http), sum(len(chunk.tokens) for chunk in body.prompt.chunks)
+            if body.num_samples > most:
+                raise invalid(f"num_samples is {body.num_samples}", "num_samples", f"at most {most} at once")
+            if not tokens:
+                raise invalid("the prompt has no tokens", "prompt")
+            if number not in self.known:
+                hold = self._take_quota(call.http.quotas, tenant, _SAMPLE + _PROMPT_TOKEN * tokens)
+                self.shares.setdefault(tenant, _Share()).requests += 1
+                task = asyncio.create_task(self._sample(call, source, body, hold))
+                task.add_done_callback(lambda _: self._close(tenant, number))
+                self.known[number] = _Sampled(tenant, task, body.num_samples, hold)
+        known = self.known[number]
+        if known.tenant != tenant:
+            raise Refused(f"there is no sampling session {quoted(number)}", status=404, code="not_found")
+        return future(number, None, [f"{number}:{i}" for i in range(known.count)])
+
+    async def result(self, call: Call, number: str) -> FutureResult | None:
+        """Return the result of samples, None if there is none yet. Raises Refused (410)."""
+        found = self.known.get(number)
+        if found is None or found.tenant != call.tenant:
+            what = f"the sample {quoted(number)} is not here any more"
+            raise Refused(what, status=410, code="gone", fix="ask for it again")
+        try:
+            answer = await waited(call.http, found.task)
+        except asyncio.CancelledError:
+            if not found.task.cancelled():
+                raise
+            raise Refused("the sample was cancelled", status=410, code="gone") from None
+        found.fetched = found.fetched or answer is not None
+        return answer
+
+    def cancel(self, tenant: str, number: str) -> None:
+        found = self.known.get(number)
+        if found is not None and found.tenant == tenant:
+            found.task.cancel()
+
+    def _take_quota(self, quotas: Quotas, tenant: str, memory: int) -> QuotaHold:
+        """Take quota for samples; if needed, forget fetched results first, the oldest first. Raises Refused."""
+        fetched = (number for number, each in [*self.known.items()] if each.tenant == tenant and each.fetched)
+        while not quotas.fits(tenant, requests=1, memory=memory) and (number := next(fetched, None)) is not None:
+            self._forget(number)
+        return quotas.take(tenant, requests=1, memory=memory)
+
+    def _close(self, tenant: str, number: str) -> None:
+        """Account for finished samples and keep their result for `KEPT` seconds."""
+        share, sample = self.shares[tenant], self.known[number]
+        share.requests -= 1
+        if not share.requests:
+            del self.shares[tenant]
+        sample.hold.set(memory=_SAMPLE + (0 if sample.task.cancelled() else len(sample.task.result().data)))
+        asyncio.get_running_loop().call_later(KEPT, self._forget, number, sample)
+
+    def _forget(self, number: str, sample: _Sampled | None = None) -> None:
+        """Drop a result. `sample`: drop the result only if it still belongs to this sample."""
+        if sample is None or self.known.get(number) is sample:
+            self.known.pop(number).hold.release()
+
+    async def _sample(self, call: Call, source: SamplerSource, body: SampleBody, hold: QuotaHold) -> FutureResult:
+        """Return the samples, or what was wrong with the request. Over a limit for now, the samples wait, because the
+        SDK does not repeat a result that failed."""
+        count, share = body.num_samples, self.shares[call.tenant]
+        most = _most_samples(call.http)
+        try:
+            job = await asyncio.to_thread(_job, call, source, body)
+            tokens = job.sampling.max_tokens or call.http.reader.context
+            memory = _SAMPLE + count * tokens * (_ANSWER_TOKEN + _TOP_TOKEN * (job.sampling.logprobs or 0))
+            async with self._turn:
+                await self._turn.wait_for(
+                    lambda: not share.running or (share.running + count) * len(self.shares) <= most
+                )
+                share.running += count
+            try:
+                answers = await _answers(call.http, job, hold, memory)
+            finally:
+                share.running -= count
+                async with self._turn:
+                    self._turn.notify_all()
+            return FutureResult("proto", await asyncio.to_thread(_sample_bytes, body, answers, len(job.prompts[0])))
+        except Exception as error:
+            refused = as_refused(error)
+            category = "server" if refused.status >= 500 else "user"
+            said = {"error": message_of(refused), "category": category}
+            return FutureResult("failed", json.dumps(said).encode())
+
+
+def _most_samples(http: Service) -> int:
+    """Return the most samples per request: half of the queue, which is reserved for samples."""
+    return max(1, http.settings.queue // 2)
+
+
+async def _answers(http: Service, job: TextJob, hold: QuotaHold, memory: int) -> list[TextAnswer]:
+    """Have the engine answer, again and again while a limit is in the way."""
+    while True:
+        answers = [TextAnswer() for _ in range(job.choices)]
+        try:
+            hold.change(memory=memory)
+            async with aclosing(run(http, job)) as events:
+                async for i, event in events:
+                    answers[i].add(event)
+            return answers
+        except Refused as error:
+            if error.status != 429:
+                raise
+            await asyncio.sleep(error.retry_after or 0.5)
+            job = replace(job, id=secrets.token_hex(16))
+
+
+def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
+    """Raises Refused."""
+    asked, context = body.sampling_params, call.http.reader.context
+    for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info"):
+        if getattr(body, name) not in (None, 0):
+            raise invalid(f"this server does not know {name}", name, "leave it out")
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        if getattr(body, name) > _TOP:
+            raise invalid(f"{name} is {getattr(body, name)}", name, f"at most {_TOP}")
+    prompt = tuple(token for chunk in body.prompt.chunks for token in chunk.tokens)
+    last = body.prompt_logprobs_last_n
+    if last is not None and not (body.prompt_logprobs and 1 <= last < len(prompt)):
+        raise invalid(f"prompt_logprobs_last_n is {last}", "prompt_logprobs_last_n", "below the prompt's length")
+    stop = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or [])
+    try:
+        sampling = Sampling(
+            max_tokens=max(1, context - len(prompt)) if asked.max_tokens is None else asked.max_tokens,
+            temperature=asked.temperature,
+            top_k=max(0, asked.top_k),
+            top_p=asked.top_p,
+            seed=asked.seed,
+            stop=tuple(text for text in stop if isinstance(text, str)),
+            stop_ids=tuple(token for token in stop if isinstance(token, int)),
+            ignore_eos=asked.stop == [],
+            logprobs=max(body.topk_prompt_logprobs, body.topk_sample_logprobs),
+            prompt_logprobs=bool(body.prompt_logprobs or body.topk_prompt_logprobs),
+        )
+    except ConfigError as error:
+        raise invalid(error.what, error.where, error.fix) from error
+    return TextJob(
+        call.caller, ChosenMix(_served(call, source), "tinker"), [prompt], sampling, choices=body.num_samples
+    )
+
+
+def _served(call: Call, source: SamplerSource) -> Served:
+    catalog = call.http.catalog
+    if not source.digest:
+        return catalog.resolve(source.reference or catalog.base, call.caller)
+    if not Path(source.folder).is_dir():
+        what = "the weights of this sampling client are kept no more: newer ones of its run took their place"
+        fix = "save_weights_for_sampler(name) keeps what is to be asked for longer"
+        raise Refused(what, status=410, code="gone", fix=fix)
+    catalog.shelf.remember(source.digest, AdapterPlace(source.name, path=Path(source.folder)))
+    return Served(((source.digest, 1.0),), source.name, source.name, adapters=(source.name,))
+
+
+def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer], prompt: int) -> bytes:
+    def top(tokens: Sequence[Any], count: int) -> list[list[tuple[int, float]]]:
+        return [[(i, p) for i, _, p in token.top[:count]] for token in tokens]
+
+    samples = [
+        WireSample(
+            [token.id for token in answer.tokens],
+            [token.logprob or 0.0 for token in answer.tokens],
+            answer.finished.reason == "stop",
+            top(answer.tokens, body.topk_sample_logprobs) if body.topk_sample_logprobs else None,
+        )
+        for answer in answers
+    ]
+    read = next((answer.tokens[0].prompt for answer in answers if answer.tokens), ())
+    first = 1 if body.prompt_logprobs_last_n is None else prompt - body.prompt_logprobs_last_n
+    logprobs = [token.logprob if i >= first else None for i, token in enumerate(read)] if body.prompt_logprobs else None
+    count = body.topk_prompt_logprobs
+    tops = [row if i >= first else None for i, row in enumerate(top(read, count))] if count else None
+    return sample_bytes(samples, prompt=logprobs, top_prompt=tops, top=count, cached=answers[0].cached)
+
+
+def sampling_routes(own: TinkerRoutes, samples: Samples) -> APIRouter:
+    """Sampling, and the results of all requests."""
+    router, asked = tinker_router(), Depends(own.call)
+
+    @router.post("/create_sampling_session", summary="Something to sample from: the base, or a checkpoint.")
+    def create_sampler(body: SamplerBody, call: Call = asked) -> Any:
+        if body.model_path is None:
+            if body.base_model is None:
+                raise invalid("base_model or model_path is needed", "base_model")
+            call.check_base(body.base_model)
+            call.service.session(call.tenant, body.session_id).keep_base_name(body.base_model)
+        number = body.sampling_session_seq_id
+        made = call.service.create_sampler(call.tenant, body.session_id, number, body.model_path)
+        return {"type": "create_sampling_session", "sampling_session_id": made.id}
+
+    @router.get("/samplers/{id}", summary="What a sampling session is of.")
+    def sampler(id: str, call: Call = asked) -> Any:
+        found = call.service.sampler(call.tenant, id)
+        name = call.model_name(id.partition(":")[0])
+        return {"sampler_id": found.id, "base_model": name, "model_path": found.path}
+
+    @router.post("/asample", summary="Samples of one prompt.")
+    async def sample(body: SampleBody, call: Call = asked) -> Response:
+        return await samples.submit(call, body)
+
+    @router.post("/retrieve_future", summary="The result of a request; 408 while there is none yet.")
+    async def retrieve(body: FutureBody, call: Call = asked) -> Response:
+        number = body.request_id
+        answer = await (samples if ":sample:" in number else own).result(call, number)
+        if answer is None:
+            waits = {"type": "try_again", "request_id": number, "queue_state": "active"}
+            return Json(waits, status_code=408)
+        kind = "application/x-protobuf" if answer.kind == "proto" else "application/json"
+        return Response(answer.data, media_type=kind)
+
+    @router.post("/cancel_future", summary="Nobody waits for this sample any more.")
+    async def cancel(body: FutureBody, call: Call = asked) -> Response:
+        samples.cancel(call.tenant, body.request_id)
+        return Response(status_code=204)
+
+    return router

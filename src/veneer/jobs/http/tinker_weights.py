@@ -1,0 +1,190 @@
+"""Tinker's routes of saved weights: runs, their checkpoints, and downloads."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import tarfile
+import time
+from collections.abc import Generator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import FileResponse, Response
+
+from veneer.jobs.http.tinker import Call, TinkerRoutes, tinker_router
+from veneer.jobs.tinker.checkpoints import SavedWeights, parse_path
+from veneer.jobs.tinker.service import NotHere, TrainingRun
+from veneer.library.store import CHUNK
+from veneer.serve.http.bodies import Strict
+from veneer.serve.http.downloads import file_response
+from veneer.serve.request import Refused
+
+FILES = "/api/v1/files"
+"""The prefix of signed URLs, under which files of exported weights need no key."""
+_SIGNED = 3600.0
+_SECRET = secrets.token_bytes(32)
+_LIMIT, _OFFSET = Query(20, ge=1, le=1000), Query(0, ge=0)
+_CHECKPOINT = "/training_runs/{id}/checkpoints/{kind}/{name}"
+
+
+class PathBody(Strict):
+    tinker_path: str
+
+
+class TtlBody(Strict):
+    ttl_seconds: int | None = Field(default=None, ge=3600, le=10 * 366 * 86400)
+
+
+def weights_routes(own: TinkerRoutes) -> APIRouter:
+    router, asked = tinker_router(), Depends(own.call)
+
+    def find(call: Call, id: str, checkpoint: str) -> tuple[TrainingRun, SavedWeights]:
+        run = call.service.described(call.tenant, id)
+        there = run.checkpoints.find(checkpoint)
+        if there is None:
+            raise NotHere(f"{id} has no checkpoint {checkpoint[:100]!r}", where="checkpoint_id")
+        return run, there
+
+    @router.post("/weights_info", summary="What a client needs that goes on from a checkpoint.")
+    def info(body: PathBody, call: Call = asked) -> Any:
+        run, _ = find(call, *parse_path(body.tinker_path))
+        return {
+            "base_model": call.model_name(run.session),
+            "is_lora": True,
+            "lora_rank": run.lora.rank,
+            "train_unembed": run.lora.unembed,
+            "train_mlp": run.lora.mlp,
+            "train_attn": run.lora.attention,
+            "optimizer_config": {"type": "adamw"},
+        }
+
+    @router.get("/training_runs", summary="The caller's, the newest first.")
+    def runs(limit: int = _LIMIT, offset: int = _OFFSET, call: Call = asked) -> Any:
+        ids = call.service.runs_of(call.tenant)
+        some = [call.service.described(call.tenant, id) for id in ids[offset : offset + limit]]
+        cursor = {"offset": offset, "limit": limit, "total_count": len(ids)}
+        return {"training_runs": [_shown_run(run, call) for run in some], "cursor": cursor}
+
+    @router.get("/training_runs/{id}", summary="One of them.")
+    def one(id: str, call: Call = asked) -> Any:
+        return _shown_run(call.service.described(call.tenant, id), call)
+
+    @router.get("/training_runs/{id}/checkpoints", summary="What one saved, the oldest first.")
+    def checkpoints(id: str, call: Call = asked) -> Any:
+        return {"checkpoints": [each.shown() for each in call.service.described(call.tenant, id).checkpoints.all()]}
+
+    @router.get("/checkpoints", summary="What all of the caller's runs saved, the newest first.")
+    def every(limit: int = _LIMIT, offset: int = _OFFSET, call: Call = asked) -> Any:
+        runs = [call.service.described(call.tenant, id) for id in call.service.runs_of(call.tenant)]
+        points = [point for run in runs for point in run.checkpoints.all()]
+        points.sort(key=lambda point: point.made, reverse=True)
+        cursor = {"offset": offset, "limit": limit, "total_count": len(points)}
+        return {"checkpoints": [each.shown() for each in points[offset : offset + limit]], "cursor": cursor}
+
+    @router.get(f"{_CHECKPOINT}/archive", summary="PEFT's files in a tar.")
+    def archive(id: str, kind: str, name: str, call: Call = asked) -> Response:
+        _, point = find(call, id, f"{kind}/{name}")
+        hold = call.http.quotas.take(call.tenant, descriptors=1)
+        tar, named = _Tar(own.library.resolve(point.reference)), f'attachment; filename="{name}.tar"'
+        return file_response(tar, tar.size, named, media_type="application/x-tar", after=hold.release)  # type: ignore[arg-type]
+
+    @router.get(f"{_CHECKPOINT}/external_weights_urls", summary="A URL for each file.")
+    def urls(request: HttpRequest, id: str, kind: str, name: str, call: Call = asked) -> Any:
+        _, point = find(call, id, f"{kind}/{name}")
+        ends, base = int(time.time() + _SIGNED), str(request.base_url).rstrip("/")
+        signed = f"{base}{FILES}/{point.reference}/{ends}/{_sign(point.reference, ends)}"
+        files = [path for path in sorted(own.library.resolve(point.reference).iterdir()) if path.is_file()]
+        made = {path.name: f"{signed}/{path.name}" for path in files}
+        return {"urls": made, "expires": datetime.fromtimestamp(ends, UTC).isoformat()}
+
+    @router.put(f"{_CHECKPOINT}/ttl", summary="How long one is kept.")
+    def ttl(id: str, kind: str, name: str, body: TtlBody, call: Call = asked) -> None:
+        run, point = find(call, id, f"{kind}/{name}")
+        run.checkpoints.keep_for(point.id, body.ttl_seconds)
+
+    @router.delete(_CHECKPOINT, summary="Remove one.")
+    def remove(id: str, kind: str, name: str, call: Call = asked) -> None:
+        run, point = find(call, id, f"{kind}/{name}")
+        call.service.remove(run, point.id)
+
+    return router
+
+
+def signed_routes(own: TinkerRoutes) -> APIRouter:
+    """Files by signed URLs, which need no key."""
+    router = tinker_router("public")
+
+    @router.get("/files/{reference:path}/{ends}/{signature}/{name}", summary="One of them.")
+    def file(reference: str, ends: int, signature: str, name: str) -> Response:
+        right = hmac.compare_digest(signature.encode(), _sign(reference, ends).encode())
+        if not right or ends < time.time():
+            raise Refused("this URL is not valid, or not any more", status=403, code="forbidden")
+        folder = own.library.resolve(reference)
+        if name not in {path.name for path in folder.iterdir()}:
+            raise Refused("there is no such file", status=404, code="not_found")
+        return FileResponse(folder / name)
+
+    return router
+
+
+def _sign(reference: str, ends: int) -> str:
+    return hmac.new(_SECRET, f"{reference} {ends}".encode(), hashlib.sha256).hexdigest()
+
+
+def _shown_run(run: TrainingRun, call: Call) -> dict[str, Any]:
+    points = run.checkpoints.all()
+
+    def newest(kind: str) -> dict[str, Any] | None:
+        return next((point.shown() for point in reversed(points) if point.id.startswith(f"{kind}/")), None)
+
+    journal = run.folder / "journal"
+    asked = journal if journal.exists() else run.folder / "run.json"
+    return {
+        "training_run_id": run.id,
+        "base_model": call.model_name(run.session),
+        "model_owner": call.tenant or "veneer",
+        "is_lora": True,
+        "corrupted": False,
+        "lora_rank": run.lora.rank,
+        "last_request_time": datetime.fromtimestamp(asked.stat().st_mtime, UTC).isoformat(),
+        "last_checkpoint": newest("weights"),
+        "last_sampler_checkpoint": newest("sampler_weights"),
+        "user_metadata": run.metadata,
+    }
+
+
+class _Tar:
+    """A folder's files as a tar archive that is generated while it is read. `size`: bytes of the archive."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = [(path, path.stat()) for path in sorted(folder.iterdir())]
+        blocks = sum(1 + -(-stat.st_size // tarfile.BLOCKSIZE) for _, stat in self._files) + 2
+        self.size = -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        self._parts = self._made()
+
+    def read(self, size: int) -> bytes:
+        """Return the next part, of any size (`size` is ignored); b"" at the end."""
+        return next(self._parts, b"")
+
+    def close(self) -> None:
+        self._parts.close()
+
+    def _made(self) -> Generator[bytes, None, None]:
+        made = 0
+        for path, stat in self._files:
+            info = tarfile.TarInfo(path.name)
+            info.size, info.mtime, info.mode = stat.st_size, int(stat.st_mtime), 0o644
+            yield (head := info.tobuf(tarfile.GNU_FORMAT))
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+            if stat.st_size % tarfile.BLOCKSIZE:
+                yield bytes(-stat.st_size % tarfile.BLOCKSIZE)
+            made += len(head) + stat.st_size + -stat.st_size % tarfile.BLOCKSIZE
+        yield bytes(self.size - made)
