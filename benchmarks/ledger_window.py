@@ -20,8 +20,8 @@ from sqlalchemy import Integer, cast, func, select
 
 from veneer.library.database import reading, write_transaction
 from veneer.serve.request import Usage
+from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine, OwedEntry
 from veneer.serve.tenancy.ledger import Ledger, post, usage
-from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine, OwedEntry
 from veneer.serve.tenancy.store import Price, Store, line_table
 
 NOW = 1_800_000_000.0

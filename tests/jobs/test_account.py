@@ -18,8 +18,8 @@ from veneer.library.database import write_transaction
 from veneer.plan.calibration import cpu_device
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine, OwedEntry
 from veneer.serve.tenancy.ledger import post
-from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine, OwedEntry
 from veneer.serve.tenancy.store import Price, Store, TrainingTerms
 
 UNIT = 1_000_000

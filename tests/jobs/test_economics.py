@@ -13,8 +13,8 @@ from veneer.jobs.economics import EconomicsRow, MachinePrices, economics
 from veneer.jobs.store import JobStore
 from veneer.library.database import write_transaction
 from veneer.serve.request import Usage
+from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine, OwedEntry
 from veneer.serve.tenancy.ledger import post
-from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine, OwedEntry
 from veneer.serve.tenancy.store import Price, Store
 
 UNIT = 1_000_000

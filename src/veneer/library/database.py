@@ -34,15 +34,18 @@ def Key() -> Any:
     return String().with_variant(String(collation="C"), "postgresql")
 
 
-def open_engine(where: str, what: str, patience: float = PATIENCE) -> Engine:
+def open_engine(where: str, what: str, patience: float = PATIENCE, *, synced: bool = True) -> Engine:
     """The database in a SQLite file, or behind a URL such as postgresql://user@host/database; nothing is opened yet.
-    `what`: what is kept there, for errors. `patience`: seconds after which a PostgreSQL that has not answered counts as
-    unavailable. Raises ConfigError for an address that is not one, MissingExtraError without psycopg."""
+
+    what: names the database in errors. patience: seconds after which a PostgreSQL that has not answered counts as
+    unavailable, and, if less than the default, after which a writer gives up waiting for SQLite's lock. synced:
+    commits of SQLite outlive a loss of power. Raises ConfigError for an address that is not one, MissingExtraError
+    without psycopg."""
     url = where if "://" in where else f"sqlite:///{where}"
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]
     try:
-        return _sqlite(url) if url.startswith("sqlite:") else _postgresql(url, patience)
+        return _sqlite(url, patience, synced) if url.startswith("sqlite:") else _postgresql(url, patience)
     except ImportError as error:
         if not url.startswith("postgresql"):
             raise ConfigError(f"this is not an address of {what}", where=shown_url(where), fix=URL_FIX) from None
@@ -65,15 +68,15 @@ def shown_url(where: str) -> str:
     return f"{head.rpartition(':')[0] if head.count(':') > 1 else head}{at}{host}"
 
 
-def _sqlite(url: str) -> Engine:
+def _sqlite(url: str, patience: float, synced: bool) -> Engine:
     Path(url.removeprefix("sqlite:///")).expanduser().parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+    engine = create_engine(url, connect_args={"timeout": patience if patience < PATIENCE else _BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # transactions begin below, not where the driver guesses
         _wal(connection)
-        connection.execute("PRAGMA synchronous=FULL")  # committed means on the disk
+        connection.execute(f"PRAGMA synchronous={'FULL' if synced else 'NORMAL'}")
         connection.execute("PRAGMA foreign_keys=ON")
 
     @event.listens_for(engine, "begin")
@@ -182,8 +185,8 @@ def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Conne
     """A transaction: committed at the end, or not at all. In SQLite it holds the one write lock from its start; in
     PostgreSQL the advisory lock `lock`, if there is one.
 
-    Raises ResourceError if the lock cannot be had within two minutes; in PostgreSQL, within the engine's patience if
-    that is less than the default."""
+    Raises ResourceError if the lock cannot be had within two minutes, or within the engine's patience if that is less
+    than the default."""
     with engine.connect().execution_options(write=True) as connection:
         try:
             connection.begin()

@@ -129,8 +129,9 @@ KeepAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
 
 @dataclass(frozen=True)
 class LedgerState:
-    """`owed`: requests in the outbox, those that run among them. `lag`: seconds since the oldest that ended and is not
-    in the database ended. `away`: the database did not answer last, or takes long to."""
+    """`owed`: requests in the outbox, running ones included; with SQLite, ends that are being written. `lag`: seconds
+    since the end of the oldest ended request that the database does not have. `away`: the database is unavailable, or
+    takes long to answer."""
 
     owed: int
     lag: float

@@ -116,9 +116,9 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class LedgerSettings:
-    """`days`: for which lines are kept; sums by day stay. `folder`: of the outbox, on a local disk; None: beside the
-    SQLite file, or in the veneer home. `room`: bytes of the outbox, which claims them at once. `synced`: each waits
-    for the disk (it outlives a loss of power), not for the system alone (it outlives a kill)."""
+    """`days`: for which lines are kept; sums by day stay. `folder`: of outboxes or reserves, on a local disk; None:
+    beside the SQLite file, or in the veneer home. `room`: bytes of this server's, claimed at once. `synced`: usage
+    outlives a loss of power, not only a kill."""
 
     days: float = 400.0
     folder: Path | None = None

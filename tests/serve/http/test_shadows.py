@@ -69,7 +69,7 @@ def test_shadows_are_counted_summed_up_and_in_the_ledger_as_the_operators(
     assert {(r.tenant, r.weight) for r in behind} == {("~shadows", 0.1)}, "a shadow takes no tenant's turn"
     assert len(behind) == 3
 
-    tenants.ledger.writer.put(lambda c: None).result(10)
+    tenants.ledger.writer.flush()
     with reading(tenants.store.engine) as c:
         summary = {r["route"]: r for r in routes.shadow_summary(c)}
         log = routes.shadow_log(c)
@@ -131,7 +131,7 @@ def test_a_shadow_that_fails_half_way_is_failed_and_what_it_took_is_paid(
 
     monkeypatch.setattr(live_one.engine, "events", events)
     ask(live_one, key, "stable")
-    tenants.ledger.writer.put(lambda c: None).result(10)
+    tenants.ledger.writer.flush()
     with reading(tenants.store.engine) as c:
         (row,) = routes.shadow_log(c)
     assert (row["failed"], row["same"], row["first_difference"], row["shadow_tokens"]) == (True, False, None, 2)
@@ -143,7 +143,7 @@ def test_a_server_that_may_not_answer_a_shadow_says_so(server: tuple[Live, str],
     asyncio.run(tenants.caller(key))
     for _ in range(2):
         ask(live_one, key, "stable")
-    tenants.ledger.writer.put(lambda c: None).result(10)
+    tenants.ledger.writer.flush()
     with reading(tenants.store.engine) as c:
         (r,) = routes.shadow_summary(c)
     assert (r["compared"], r["different"], r["failed"]) == (2, 1, 1)

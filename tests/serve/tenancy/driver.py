@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -85,9 +84,9 @@ def server(url: str, folder: Path, socket: str) -> None:
             file.write(f"{tenants.ledger.recovered['done']}\n")
         post = ledger_module.post
 
-        def slowly(*arguments: Any) -> int:  # a slow database: many a last word is out before its row is done
+        def slowly(*arguments: Any, **named: Any) -> int:  # a slow database: last words go out before their rows
             time.sleep(random.random() * 0.05)
-            return post(*arguments)
+            return post(*arguments, **named)
 
         ledger_module.post = slowly
 
@@ -177,21 +176,30 @@ def dying(step: int) -> Callable[[Any], Any]:
     return stepping
 
 
+class Statements:
+    """A connection to an outbox whose statements are steps."""
+
+    def __init__(self, c: Any, stepping: Any) -> None:
+        self.c, self.execute, self.executemany = c, stepping(c.execute), stepping(c.executemany)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.c, name)
+
+
+def step_through(tenants: Tenants, stepping: Any) -> None:
+    """Make a step of each statement to an outbox, and of each statement and commit of the database."""
+    for outbox in filter(None, (tenants.ledger.outbox, tenants.answers.outbox)):
+        outbox.connection = Statements(outbox.connection, stepping)  # type: ignore[assignment]
+    for name in ("execute", "commit"):
+        setattr(Connection, name, stepping(getattr(Connection, name)))
+
+
 def scenario(url: str, folder: Path, told: int, step: int) -> None:
-    """Three requests, in a process that dies before its `step`th statement to the outbox, commit of the database, word
-    to a client or unlink."""
+    """Three requests, in a process that dies before its `step`th statement to the outbox or the database, commit,
+    word to a client or unlink."""
     tenants, stepping = opened(url, folder), dying(step)
 
-    class Statements:
-        def __init__(self, c: Any) -> None:
-            self.c, self.execute, self.executemany = c, stepping(c.execute), stepping(c.executemany)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.c, name)
-
-    outbox: Any = tenants.ledger.outbox
-    outbox.connection = Statements(outbox.connection)
-    Connection.commit = stepping(Connection.commit)  # type: ignore[method-assign]
+    step_through(tenants, stepping)
     for name in ("write", "unlink"):
         setattr(os, name, stepping(getattr(os, name)))
 
@@ -253,18 +261,11 @@ def said_of(answer: str) -> AnswerFeedback:
 
 
 def feedback(url: str, folder: Path, told: int, step: int) -> None:
-    """Three answers, in a process that dies before its `step`th statement on the disk of this machine, or commit of the
-    database: feedback on one, another that is only kept, one of a user who is forgotten. Told is what was
-    acknowledged."""
+    """Three answers, in a process that dies before its `step`th statement to the outbox or the database, or commit:
+    feedback on one, another that is only kept, one of a user who is forgotten. `told` gets what was acknowledged."""
     tenants, stepping = opened(url, folder), dying(step)
 
-    class Statements(sqlite3.Connection):
-        execute = stepping(sqlite3.Connection.execute)
-        executemany = stepping(sqlite3.Connection.executemany)
-
-    connect: Any = sqlite3.connect
-    sqlite3.connect = lambda *arguments, **named: connect(*arguments, **{**named, "factory": Statements})  # type: ignore[assignment]
-    Connection.commit = stepping(Connection.commit)  # type: ignore[method-assign]
+    step_through(tenants, stepping)
 
     def say(what: str, answer: str) -> None:
         os.write(told, (json.dumps([what, answer]) + "\n").encode())

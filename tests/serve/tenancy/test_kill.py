@@ -33,11 +33,11 @@ def test_a_server_killed_under_load_and_what_its_clients_saw(
     where: str, quick: Path, request: pytest.FixtureRequest
 ) -> None:
     """Every run is checked whole by the driver. Where kills fall is chance: runs go on until both kinds were seen."""
-    seen = {"interrupted": 0, "from_outbox": 0}  # the latter: answered, and the kill came before the commit
+    remote = where.startswith("postgresql")
+    seen = {"interrupted": 0, **({"from_outbox": 0} if remote else {})}  # answered, and killed before the commit
     for seed in range(1, 7):
         folder = quick / str(seed)  # an empty database and an empty journal for each run
         folder.mkdir()
-        remote = where.startswith("postgresql")
         place = request.getfixturevalue("postgres")() if remote else str(folder / "tenants.sqlite")
         done = drive("load", place, str(folder), "2" if remote else "4", str(seed))
         assert done["answered"] > 10
@@ -52,9 +52,9 @@ def test_a_kill_at_many_steps_of_a_request(quick: Path) -> None:
 
 
 def test_feedback_that_was_acknowledged_outlives_a_kill(quick: Path) -> None:
-    found = drive("feedback", str(quick / "tenants.sqlite"), str(quick), "11")
+    found = drive("feedback", str(quick / "tenants.sqlite"), str(quick), "4")
     assert found["given"] > found["gone"] > 0
-    assert found["steps"] > 30
+    assert found["steps"] > 15
 
 
 @pytest.mark.slow

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import Connection, delete, func, select, update
 
 from tests.library.conftest import postgres_server
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
@@ -34,8 +35,8 @@ from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.store import Price, line_table, server_table
 from veneer.serve.tenancy.tenants import Tenants
 
@@ -198,11 +199,14 @@ def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_
 
 
 @pytest.mark.parametrize(("synced", "expected"), [(False, 1), (True, 2)])  # SQLite's NORMAL and FULL
-def test_in_the_systems_hands_or_on_the_disk_is_a_setting(quick: Path, synced: bool, expected: int) -> None:
-    kept = LedgerSettings(folder=quick / "outbox", synced=synced)
-    tenants = Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False)
-    assert tenants.ledger.outbox.connection.execute("PRAGMA synchronous").fetchone() == (expected,)
-    assert tenants.ledger.outbox.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+def test_synced_says_whether_usage_outlives_a_loss_of_power(
+    where: str, quick: Path, synced: bool, expected: int
+) -> None:
+    tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "outbox", synced=synced), watch=False)
+    with (tenants.ledger.outbox or tenants.ledger).writer.transaction() as c:
+        read = c.exec_driver_sql if isinstance(c, Connection) else c.execute
+        assert read("PRAGMA synchronous").fetchone() == (expected,)
+        assert read("PRAGMA journal_mode").fetchone() == ("wal",)
     tenants.close()
 
 
@@ -242,7 +246,7 @@ def test_what_else_lies_in_the_folder_is_left_alone(quick: Path) -> None:
 # -- a full disk -------------------------------------------------------------------------------------------------------
 
 FILLS = """
-import asyncio, contextlib, json, os, resource, signal, sqlite3, sys
+import asyncio, contextlib, json, os, resource, signal, sys
 from pathlib import Path
 from veneer.serve.access import Served
 from veneer.serve.principal import Principal
@@ -252,16 +256,21 @@ from veneer.serve.tenancy.tenants import Tenants
 
 where, folder, how = sys.argv[1:]
 tenants = Tenants(where, ledger=LedgerSettings(folder=Path(folder), room=4 << 20), watch=False)
-busy = sqlite3.connect(where, isolation_level=None)
-busy.execute("BEGIN IMMEDIATE")  # somebody writes to the database for long: what is owed stays owed
+if where.startswith("postgresql"):
+    import psycopg
+    locked = psycopg.connect(where)
+    locked.execute("LOCK TABLE tenant_lines")  # nothing reaches the database
 if how == "limit":  # no file grows any more
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     size = max(path.stat().st_size for path in Path(folder).iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 else:
-    with (Path(folder).parent / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
-        while ballast.write(b"x" * 4096):
-            pass
+    with (Path(folder).parent / "ballast").open("wb", buffering=0) as ballast:
+        with contextlib.suppress(OSError):
+            while ballast.write(b"x" * 4096):
+                pass
+        if not where.startswith("postgresql"):
+            ballast.truncate(ballast.tell() - (2 << 20))
 
 async def one(name, admitted, gate):
     served = Served((("d" * 64, 1.0),), "x" * 500, "x", adapters=("big@1",))
@@ -307,59 +316,59 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.mark.parametrize("how", ["limit", "disk"])
-def test_a_full_disk_refuses_who_comes_and_loses_nothing_of_who_is_there(
-    quick: Path, how: str, request: pytest.FixtureRequest
+@pytest.mark.parametrize(("kind", "how"), [("sqlite", "disk"), ("postgresql", "limit"), ("postgresql", "disk")])
+def test_a_full_disk_refuses_new_requests_and_loses_no_admitted_one(
+    quick: Path, kind: str, how: str, request: pytest.FixtureRequest
 ) -> None:
-    """Requests are admitted until the disk is full; those get their last word, the process is killed, and the next
-    start has every one of them."""
-    folder = quick / "outbox" if how == "limit" else request.getfixturevalue("small_disk") / "outbox"
-    where = str(quick / "t.sqlite")
+    """Requests are admitted until the disk is full; each admitted one gets its last word, the process is killed, and
+    the next start has every one of them."""
+    disk = quick if how == "limit" else request.getfixturevalue("small_disk")
+    folder = disk / "outbox"
+    where = str(disk / "t.sqlite") if kind == "sqlite" else request.getfixturevalue("postgres")()
     ran = subprocess.run([sys.executable, "-c", FILLS, where, str(folder), how], capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL, ran.stderr[-3000:]
     *answered, counts = ran.stdout.splitlines()
     admitted, refused_ = json.loads(counts)
     assert refused_ > 0
-    assert len(answered) == admitted > 300
-    tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "next"), watch=False)
+    assert len(answered) == admitted > 100
+    (disk / "ballast").unlink(missing_ok=True)
+    tenants = Tenants(where, ledger=LedgerSettings(folder=folder, room=1 << 20), watch=False)
+    assert tenants.ledger.recovered == {"done": admitted if kind == "postgresql" else 0, "interrupted": 0}
+    line = line_table.c
     with reading(tenants.store.engine) as c:
-        assert c.scalar(select(func.count()).select_from(line_table)) == 0  # nothing had come so far
-    tenants.ledger.folder = folder
-    assert tenants.ledger.recover() == {"done": admitted, "interrupted": 0}
-    with reading(tenants.store.engine) as c:
-        kept = c.execute(
-            select(line_table.c.request, line_table.c.state, line_table.c.prompt, line_table.c.completion)
-        ).all()
+        kept = c.execute(select(line.request, line.state, line.prompt, line.completion)).all()
     assert sorted(r.request for r in kept) == sorted(answered)
     assert {(r.state, r.prompt, r.completion) for r in kept} == {("done", 7, 5)}
     tenants.close()
     assert list(folder.iterdir()) == []
 
 
-def test_a_disk_that_is_full_at_the_start_is_said(quick: Path, small_disk: Path) -> None:
+@pytest.mark.parametrize(("kind", "needed"), [("sqlite", 4), ("postgresql", 8)])
+def test_a_start_on_a_full_disk_says_how_much_room_is_needed(
+    quick: Path, small_disk: Path, kind: str, needed: int, request: pytest.FixtureRequest
+) -> None:
+    where = str(quick / "t.sqlite") if kind == "sqlite" else request.getfixturevalue("postgres")()
     with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
         while file.write(b"x" * 100_000):
             pass
     kept = LedgerSettings(folder=small_disk / "outbox", room=4 << 20)
-    with pytest.raises(
-        ResourceError,
-        match=r"there is no room for the ledger's outbox.*\n.*\n.*fix: 8 MiB of free space on a local disk",
-    ):
-        Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False)
+    with pytest.raises(ResourceError, match=rf"(?s)there is no room for the ledger.*fix: {needed} MiB of free space"):
+        Tenants(where, ledger=kept, watch=False)
     assert list((small_disk / "outbox").iterdir()) == []
     (small_disk / "ballast").unlink()
-    Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False).close()
+    Tenants(where, ledger=kept, watch=False).close()
 
 
-def test_a_request_for_which_there_is_no_room_takes_none_of_its_group_with_it(
-    quick: Path, caplog: pytest.LogCaptureFixture
+def test_a_refused_request_takes_no_other_of_its_group_with_it(
+    quick: Path, postgres: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ends and admissions are written together; who is refused must not keep another's end off the disk."""
-    kept = LedgerSettings(folder=quick / "outbox", room=128 << 10)
-    tenants = Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False)
-    busy = sqlite3.connect(quick / "t.sqlite", isolation_level=None)
-    busy.execute("BEGIN IMMEDIATE")  # somebody writes to the database for long
+    """Ends and admissions are written together; a refused admission must not take an end with it."""
+    where = postgres()
+    tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "outbox", room=128 << 10), watch=False)
+    locked = psycopg.connect(where)
+    locked.execute("LOCK TABLE tenant_lines")  # nothing reaches the database
     outbox, gate = tenants.ledger.outbox, threading.Event()
+    assert outbox is not None
 
     def entry(n: int) -> LedgerEntry:
         return LedgerEntry(f"r{n}", "t", "x" * 2000, 0.0, 1, 1, (LedgerLine("", "tiny", 1.0, Price()),))
@@ -368,17 +377,41 @@ def test_a_request_for_which_there_is_no_room_takes_none_of_its_group_with_it(
     while tenants.ledger.open(entry(n)).exception(10) is None:
         n += 1
     assert n > 3
-    outbox.writer.put(lambda c: gate.wait(10))  # all of these in one group
+    outbox.writer.put(lambda c, _: gate.wait(10))  # all of these in one group
     asked = [tenants.ledger.open(entry(1000 + i)) for i in range(3)]
     ends = [tenants.ledger.settle(f"r{i}", Usage(1, 0, 1)) for i in range(n)]
     asked += [tenants.ledger.open(entry(2000 + i)) for i in range(3)]
     gate.set()
     assert all(isinstance(future.exception(10), Refused) for future in asked)
     assert all(future.exception(10) is None for future in ends)
-    assert "in memory alone" not in caplog.text
-    assert [owed.state for owed in outbox.take(1000)] == ["done"] * n
-    busy.close()
+    assert "only in memory" not in caplog.text
+    assert [final for _, _, final in outbox.take(1000)] == [True] * n
+    locked.close()
     assert tenants.ledger.flush()
+    tenants.close()
+
+
+def test_a_locked_sqlite_file_refuses_new_requests_and_keeps_the_ends_of_others(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.serve.tenancy.ledger.SERVING_PATIENCE", 0.2)
+    tenants = Tenants(str(quick / "t.sqlite"), ledger=LedgerSettings(folder=quick / "outbox"), watch=False)
+
+    async def work() -> None:
+        served, caller = Served((), "tiny", "tiny"), Principal("tenant", "t")
+        async with tenants.admitted(caller, served, request="a", prompt_tokens=1, max_tokens=1) as bill:
+            locked = sqlite3.connect(quick / "t.sqlite", isolation_level=None)
+            locked.execute("BEGIN IMMEDIATE")
+            with pytest.raises(Refused, match="usage cannot be recorded"):
+                async with tenants.admitted(caller, served, request="b", prompt_tokens=1, max_tokens=1):
+                    pass
+            await bill.used(Usage(4, 0, 2))
+            locked.close()
+
+    run(work())
+    assert tenants.ledger.flush()
+    found = rows(tenants)
+    assert {name: (r.state, r.prompt) for name, r in found.items()} == {"a": ("done", 4)}
     tenants.close()
 
 
@@ -463,7 +496,7 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
         with reading(tenants.store.engine) as c:
             assert c.scalar(select(func.count()).select_from(line_table)) == len(found)
             assert usage(c, by=())[0]["done"] == len(found)
-        assert caplog.text.count("keeps what it owes until its database answers") == 1
+        assert caplog.text.count("usage stays on this machine until the database answers") == 1
         tenants.close()
 
 

@@ -1,7 +1,7 @@
 """Feedback is data: answers that a tenant lets be kept, what its users say of them, and the rows that come of it.
 
-    answered        `keeping` says whether the tenant lets it be kept; then a thread puts it into a file on this
-                    machine's disk, and another from there into the database: no request waits for either
+    answered        `keeping` says whether the tenant lets it be kept; then the ledger's thread writes it into a SQLite
+                    database, or an outbox on this machine's disk keeps it until PostgreSQL has it: no request waits
     feedback        on an answer by its id: a thumb, a correction, others that it was chosen over; the last word holds
     rows            what is exported, as `veneer train` reads it
 
@@ -14,9 +14,9 @@ Nothing is kept of a tenant that has no `FeedbackTerms`. What is kept has the ti
 nobody's, and the next sweep removes it. Of the request's `user` a hash is kept, by which all answers of a user, those
 without feedback too, are removed; answers that were asked for before that and have not come yet are not kept either.
 
-While the database is unavailable, feedback returns 503 and answers are spooled to disk, up to a limit of which one
-tenant can use half. A tenant's rows in the database are limited too (`files` and `disk` of QuotaLimits). Over a limit,
-answers are sent but not kept, with an entry in the log.
+While the database is unavailable, feedback returns 503. Answers for PostgreSQL wait in the outbox, up to a limit of
+which one tenant can use half. A tenant's rows in the database are limited too (`files` and `disk` of QuotaLimits). Over
+a limit, answers are sent but not kept, with an entry in the log.
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ import json
 import logging
 import re
 import sqlite3
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sqlalchemy import Connection, Engine, delete, func, insert, select, tuple_, update
@@ -46,7 +44,8 @@ from veneer.serve.outage import is_outage
 from veneer.serve.principal import Principal
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, invalid
-from veneer.serve.tenancy.outbox import Writer
+from veneer.serve.tenancy.ledger import Ledger
+from veneer.serve.tenancy.outbox import Outbox, Sender, left_behind, outboxes
 from veneer.serve.tenancy.store import Store, answer_table, feedback_table, forgotten_table
 
 _log = logging.getLogger("veneer.serve.tenancy")
@@ -73,21 +72,21 @@ _REMEMBERED = 400 * 86400.0
 class KeptAnswers:
     """The answers that one process keeps, and the feedback on all. Thread-safe."""
 
-    def __init__(self, store: Store, folder: Path, wall: Callable[[], float]) -> None:
-        """`folder`: on a disk of this machine, where answers wait; processes may share it."""
-        self.store, self.wall, self.path = store, wall, folder / "answers.sqlite"
-        self._wake, self._closing, self._said = threading.Event(), False, -10.0
-        self._draining = threading.Lock()
+    def __init__(self, store: Store, ledger: Ledger, wall: Callable[[], float]) -> None:
+        """`ledger`: whose thread writes answers, and beside whose outbox answers for PostgreSQL wait."""
+        self.store, self.ledger, self.wall = store, ledger, wall
         self.quotas = Quotas()
+        self._logged = -10.0
         self._holds: dict[str, tuple[QuotaHold, float]] = {}
-        self._spooled: Counter[str] = Counter()  # spooled bytes, by tenant
-        self._writer: Writer[sqlite3.Connection] = Writer(self._spool, "veneer-answers")
-        self._sender = threading.Thread(target=self._send, name="veneer-answers-sent", daemon=True)
-        self._sender.start()
-        self._wake.set()  # for what an earlier run left
+        self._waiting: Counter[str] = Counter()  # bytes in the outbox, by tenant
+        self.outbox = self._sender = None
+        if ledger.outbox:
+            self.outbox = Outbox(ledger.folder / f"{ledger.server}.answers.sqlite", room=_ROOM, claim=False)
+            self.recover()
+            self._sender = Sender(self._send, "answers kept for feedback")
 
     def keeping(self, caller: Principal, served: Served, request: str) -> KeepAnswer | None:
-        """What takes the answer to a request that comes now; None where it is not to be kept."""
+        """What takes the answer to a request that comes now; None if the answer is not to be kept."""
         settings = self.store.settings
         keeps = settings.kept.get(caller.tenant)
         names = [name for _, name, _ in served.parts()]
@@ -99,85 +98,100 @@ class KeptAnswers:
         row |= {"name": served.name, "adapters": names}
 
         def keep(asked: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
-            whole = {**row, "asked": asked, "choices": choices}
-            self._writer.put(lambda c: self._wait(c, whole)).add_done_callback(written)
+            try:
+                self._keep(json.dumps({**row, "asked": asked, "choices": choices}), row).add_done_callback(written)
+            except ValueError as error:
+                self._log_lost(error)
 
-        def written(future: Future[Any]) -> None:
-            if (error := future.exception()) is None:
-                self._wake.set()
-            elif time.monotonic() - self._said > 10.0:
-                self._said = time.monotonic()
-                _log.error("answers are not kept for feedback: %s", error)
+        def written(future: Future[None]) -> None:
+            if error := future.exception():
+                self._log_lost(error)
+            elif self._sender:
+                self._sender.wake()
 
         return keep
 
+    def _keep(self, text: str, row: Mapping[str, Any]) -> Future[None]:
+        """Raises ValueError for an answer over a limit."""
+        tenant = row["tenant"]
+        if len(text) > _LARGEST:
+            raise ValueError(f"{row['id']} has {len(text):,} characters with its request; the limit is {_LARGEST:,}")
+        if not self.outbox:
+            return self.ledger.writer.put(self._write, text)
+        if self._waiting[tenant] + len(text) > _ROOM // 2:
+            waiting = f"{self._waiting[tenant]:,} bytes of {tenant or 'this server'}"
+            raise ValueError(f"{waiting} are already waiting for the database")
+        self._waiting[tenant] += len(text)
+        return self.outbox.add(json.dumps([tenant, row["id"]]), text, final=True)
+
+    def _log_lost(self, error: BaseException) -> None:
+        """Log that answers are not kept, once in ten seconds."""
+        if time.monotonic() - self._logged > 10.0:
+            self._logged = time.monotonic()
+            _log.error("answers are not kept for feedback: %s", error)
+
     def flush(self, seconds: float = 10.0) -> None:
-        """Puts what has come into the database. Raises what that raises while it is away."""
-        self._writer.put(lambda c: None).result(seconds)
-        while self._drain():
-            pass
+        """Write what has come into the database. Raises the database's errors while it is unavailable."""
+        if self.outbox and self._sender:
+            self.outbox.writer.flush(seconds)
+            self._sender.drain()
+        else:
+            self.ledger.writer.flush(seconds)
 
     def close(self) -> None:
-        """What is not in the database by now waits for the next start."""
-        self._writer.close()
-        self._closing = True
-        self._wake.set()
-        self._sender.join(15)
+        """What is not in the database by now waits for the next start. To be called before the ledger is closed."""
+        if self.outbox and self._sender:
+            self.outbox.writer.flush()
+            self._sender.close()
+            self.outbox.close()
 
-    @contextlib.contextmanager
-    def _spool(self) -> Iterator[sqlite3.Connection]:
-        """A transaction on the file in which answers wait."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch(0o600)  # what people wrote; SQLite's files beside it get the same rights
-        c = sqlite3.connect(self.path, timeout=10.0, isolation_level=None)
+    def recover(self) -> None:
+        """Write the answers that dead processes left in their outboxes."""
+        for path in outboxes(self.ledger.folder) if self.outbox else ():
+            if path.stem.endswith(".answers") and self.outbox and path != self.outbox.path:
+                with contextlib.suppress(BlockingIOError, FileNotFoundError), left_behind(path) as found:
+                    for texts in found:
+                        self._put(texts)
+
+    def _send(self) -> bool:
+        """Send some answers of the outbox. Returns whether there can be more."""
+        assert self.outbox is not None
+        taken = self.outbox.take(_MOST)
+        self._put([text for _, text, _ in taken])
+        self.outbox.sent(taken)
+        for key, text, _ in taken:
+            tenant = json.loads(key)[0]
+            self._waiting[tenant] = max(0, self._waiting[tenant] - len(text))
+        return bool(taken)
+
+    def _put(self, texts: Sequence[str]) -> None:
+        """Write answers in one transaction; if the database refuses one of them, the others without it."""
         try:
-            c.execute("PRAGMA journal_mode = WAL")
-            c.execute("PRAGMA synchronous = NORMAL")
-            c.execute("PRAGMA secure_delete = ON")  # what was forgotten is not to be found on the disk
-            (size,) = c.execute("PRAGMA page_size").fetchone()
-            c.execute(f"PRAGMA max_page_count = {_ROOM // size}")
-            c.execute("BEGIN IMMEDIATE")
-            c.execute("CREATE TABLE IF NOT EXISTS answers (number INTEGER PRIMARY KEY, row TEXT NOT NULL)")
-            yield c
-            c.execute("COMMIT")
-        finally:
-            c.close()
+            with write_transaction(self.store.engine, _LOCK) as c:
+                self._write(c, texts)
+        except Exception as error:
+            if is_outage(error):
+                raise
+            if len(texts) == 1:
+                _log.error("the database refuses an answer, which is not kept: %s", error)
+            else:
+                for text in texts:
+                    self._put([text])
 
-    def _send(self) -> None:
-        pause = 0.0
-        while True:
-            self._wake.wait(pause or None)
-            self._wake.clear()
-            last = self._closing
-            try:
-                while self._drain():
-                    pass
-                pause = 0.0
-            except Exception as error:  # whatever it is, the answers stay where they are
-                if not pause:
-                    _log.warning("kept answers wait for the tenants' database: %s", error)
-                pause = min(5.0, pause * 2 or 0.2)
-            if last:
-                return
+    def _write(self, c: Connection, texts: Sequence[str]) -> None:
+        """Write answers that the database does not have, that are not forgotten and that the quota has room for."""
+        a, g = answer_table.c, forgotten_table.c
+        for text in texts:
+            row = json.loads(text)
+            if c.scalar(select(a.id).where(a.tenant == row["tenant"], a.id == row["id"])) is not None:
+                continue
+            what = [EVERYTHING, row["id"], row["id"].removesuffix(shadow_id("")), row["whose"]]
+            forgotten = c.scalar(select(func.max(g.at)).where(g.tenant == row["tenant"], g.what.in_(what)))
+            if (forgotten or 0.0) < row["at"] and self._fits(c, row, len(text)):
+                texts_of = {name: json.dumps(row[name]) for name in ("adapters", "asked", "choices")}
+                c.execute(insert(answer_table), row | texts_of)
 
-    def _drain(self) -> bool:
-        """Whether there were answers, which are in the database now. Two who do it at once do no harm."""
-        if not self.path.exists():
-            return False
-        with self._draining:
-            with self._spool() as c:
-                waiting = c.execute("SELECT number, row FROM answers ORDER BY number LIMIT ?", (_MOST,)).fetchall()
-            if not waiting:
-                return False
-            rows = [json.loads(row) for _, row in waiting]
-            self._put([row for row, (_, text) in zip(rows, waiting, strict=True) if self._fits(row, len(text))])
-            with self._spool() as c:
-                c.executemany("DELETE FROM answers WHERE number = ?", [(number,) for number, _ in waiting])
-            for row, (_, text) in zip(rows, waiting, strict=True):
-                self._spooled[row["tenant"]] = max(0, self._spooled[row["tenant"]] - len(text))
-        return True
-
-    def _fits(self, row: Mapping[str, Any], size: int) -> bool:
+    def _fits(self, c: Connection, row: Mapping[str, Any], size: int) -> bool:
         """Whether the tenant's quota has room for an answer. Usage of the database is measured again after a while,
         because other servers add and remove rows too."""
         tenant = row["tenant"]
@@ -185,8 +199,7 @@ class KeptAnswers:
         if time.monotonic() >= until:
             a = answer_table.c
             taken = select(func.count(), func.coalesce(func.sum(func.length(a.asked) + func.length(a.choices)), 0))
-            with reading(self.store.engine) as c:
-                files, disk = c.execute(taken.where(a.tenant == tenant)).one()
+            files, disk = c.execute(taken.where(a.tenant == tenant)).one()
             hold.set(files=int(files), disk=int(disk))
             self._holds[tenant] = hold, time.monotonic() + _MEASURED
         try:
@@ -195,31 +208,6 @@ class KeptAnswers:
             _log.error("answer %s is not kept for feedback: %s", row["id"], error.what)
             return False
         return True
-
-    def _wait(self, c: sqlite3.Connection, row: Mapping[str, Any]) -> None:
-        text, tenant = json.dumps(row), row["tenant"]
-        if len(text) > _LARGEST:
-            raise ValueError(f"{row['id']} has {len(text):,} characters with its request; the limit is {_LARGEST:,}")
-        if self._spooled[tenant] + len(text) > _ROOM // 2:
-            raise ValueError(
-                f"{self._spooled[tenant]:,} bytes of {tenant or 'this server'} are already waiting for the database"
-            )
-        c.execute("INSERT INTO answers (row) VALUES (?)", (text,))
-        self._spooled[tenant] += len(text)
-
-    def _put(self, rows: Sequence[dict[str, Any]]) -> None:
-        """All in one transaction; where one of them cannot be kept, the others without it."""
-        try:
-            with write_transaction(self.store.engine, _LOCK) as c:
-                _add(c, rows)
-        except Exception as error:
-            if is_outage(error):
-                raise
-            if len(rows) == 1:
-                _log.error("the database refuses answer %s, which is not kept: %s", rows[0]["id"], error)
-                return
-            for row in rows:
-                self._put([row])
 
     # -- feedback
 
@@ -332,19 +320,6 @@ def _erase(c: Connection) -> None:
     """What is deleted on this connection is overwritten in its file."""
     if c.dialect.name == "sqlite":
         c.exec_driver_sql("PRAGMA secure_delete = ON")
-
-
-def _add(c: Connection, rows: Sequence[dict[str, Any]]) -> None:
-    """Those that are not there yet and are not forgotten, within a transaction."""
-    a, g = answer_table.c, forgotten_table.c
-    for row in rows:
-        if c.scalar(select(a.id).where(a.tenant == row["tenant"], a.id == row["id"])) is not None:
-            continue
-        what = [EVERYTHING, row["id"], row["id"].removesuffix(shadow_id("")), row["whose"]]
-        if (c.scalar(select(func.max(g.at)).where(g.tenant == row["tenant"], g.what.in_(what))) or 0.0) >= row["at"]:
-            continue
-        texts = {name: json.dumps(row[name]) for name in ("adapters", "asked", "choices")}
-        c.execute(insert(answer_table), row | texts)
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -1,20 +1,21 @@
 """The ledger: a line for each part of each request that was admitted, settled once.
 
-    admitted      kept in the outbox, on this machine's disk, before the request is served
-    used          its end is in the outbox before the last word goes to the client
-    posted        a thread puts what the outbox owes into the ledger's database, and only then forgets it there
-    died          whoever starts next on the same folder settles what the outbox of the dead has; what has no end there
-                  is `interrupted`: no tokens, no cost, only what was asked for
+    SQLite        a thread writes each admission and each end into the database itself, in groups
+    PostgreSQL    both go to an outbox on this machine's disk, and a thread sends them to the database from there
 
-So requests wait for the local disk alone, never for the ledger's database: while that is away the outbox keeps what is
-owed, up to its bound, and beyond that nobody is admitted. What "exactly once" means: a request is known by (server,
-request), where a server is one run of one process. Posting sets how far it has come, never adds it a second time, so it
-may be repeated at any point. Outboxes on a disk that is gone: their servers are not seen any more, and what they had
-open is interrupted after ten minutes. Should such a server come back, its word is the last: done replaces interrupted.
+A request is served once its admission is written, and its last word goes out once its usage is written: no kill loses
+usage. While PostgreSQL is unavailable, requests go on and the outbox keeps what is owed, up to its room; then nobody is
+admitted. While SQLite's disk is full or its file is locked, nobody is admitted; the reserve keeps room for the ends of
+requests that were admitted before.
 
-Posting says how far a request has come: open, interrupted, done, and never back. What is there already changes nothing.
-Sums by day, and slots of the last minute and day, move in the same transaction by exactly what changed: they are never
-counted from the lines, and cost the same however many of these there are. `usage` asks what was used, by tenant,
+"Exactly once": a request is known by (server, request), and a server is one run of one process. Posting a request sets
+its state and never adds to it a second time, so a repeated post changes nothing: open, interrupted, done, and never
+back. Whoever starts next on the same folder settles what a dead server left: what its outbox says, and `interrupted`
+(no tokens, no cost) for the rest. If the folder is gone too, what the server had open is interrupted after ten minutes;
+should that server come back, its usage still counts.
+
+Sums by day, and slots of the last minute and day, change in the same transaction by exactly what changed: they are
+never counted from the lines, and cost the same however many lines there are. `usage` reports what was used, by tenant,
 adapter and day, in figures that add up exactly.
 """
 
@@ -26,53 +27,51 @@ import logging
 import re
 import secrets
 import sqlite3
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    Connection,
-    Table,
-    bindparam,
-    delete,
-    func,
-    insert,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import Connection, Table, bindparam, delete, func, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, ResourceError, nearest
-from veneer.library.database import database_clock, reading, write_transaction
+from veneer.library.database import database_clock, open_engine, reading, write_transaction
 from veneer.library.names import name_of
 from veneer.serve.access import LedgerState
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, Usage, invalid
+from veneer.serve.tenancy.entry import EntryState, LedgerEntry, LedgerLine, OwedEntry, day_of
 from veneer.serve.tenancy.outbox import (
-    EntryState,
-    LedgerEntry,
-    LedgerLine,
     Outbox,
-    OwedEntry,
+    Reserve,
+    Sender,
     Writer,
-    day_of,
-    end_text,
+    dead_reserve,
     left_behind,
     outboxes,
+    reserves,
 )
-from veneer.serve.tenancy.store import ALL, Price, Store, line_table, server_table, slot_table, sum_table
+from veneer.serve.tenancy.store import (
+    ALL,
+    SERVING_PATIENCE,
+    Price,
+    Store,
+    line_table,
+    server_table,
+    slot_table,
+    sum_table,
+)
 
 _log = logging.getLogger("veneer.serve.tenancy")
 
-# -- from the outbox into the database ---------------------------------------------------------------------------------
+# -- posting -----------------------------------------------------------------------------------------------------------
 
 
 _SLOT_WIDTHS = {1: 60.0, 1440: 86400.0}
@@ -81,9 +80,15 @@ _FIGURES = ("prompt", "cached", "completion", "queued", "prefill", "decode")
 _Deltas = dict[tuple[Any, ...], list[Any]]
 
 
-def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> int:
-    """Put what is owed into the database, within a transaction. Returns how many requests became done."""
-    if c.dialect.name == "postgresql":  # whoever speaks for a server does so alone; SQLite's write lock is one for all
+class DuplicateRequest(Exception):
+    """Raised for a request whose id the ledger has already."""
+
+
+def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float, *, unique: bool = False) -> int:
+    """Write requests and their states within a transaction. Returns how many became done.
+
+    unique: raise DuplicateRequest for an admission that the database has; otherwise it changes nothing."""
+    if c.dialect.name == "postgresql":  # one writer at a time for a server; SQLite's write lock is one for all
         c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
     known = _known(c, server, [each.entry.request for each in owed])
     fresh: list[dict[str, Any]] = []
@@ -93,6 +98,8 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
     done = 0
     for each in owed:
         before = known.get(each.entry.request)
+        if unique and before is not None and each.state == "open":
+            raise DuplicateRequest
         if before in ("done", each.state) or (before is not None and each.state == "open"):
             continue
         known[each.entry.request] = each.state
@@ -208,7 +215,8 @@ def _count_slots(by_slot: _Deltas, server: str, owed: OwedEntry, before: str | N
 # -- the ledger --------------------------------------------------------------------------------------------------------
 
 
-_MOST = 1000  # requests in one transaction
+_BATCH = 1000
+"""Requests in one transaction."""
 _GONE_SECONDS = 600.0
 _LATE_SECONDS = 2.0
 
@@ -219,55 +227,74 @@ class Ledger:
     def __init__(
         self, store: Store, folder: Path, wall: Callable[[], float], *, synced: bool = False, room: int = 32 << 20
     ) -> None:
-        """`folder`: where outboxes are, on a disk of this machine. `synced`, `room`: see `Outbox`. Settles what the
-        dead left there. Raises ResourceError where the disk is full."""
-        self.store, self.wall = store, wall
+        """`folder`: on a disk of this machine, for outboxes and reserves. `room`: bytes of this server's. `synced`:
+        usage outlives a loss of power. Settles what dead servers left there. Raises ResourceError if the disk is
+        full."""
+        self.store, self.wall, self.folder = store, wall, folder
         self.server = secrets.token_hex(8)
-        self.folder = folder
-        self.outbox = Outbox(folder, self.server, synced=synced, room=room)
-        self._wake, self._closing = threading.Event(), False
+        self.outbox = self.reserve = None
+        if store.engine.dialect.name == "postgresql":
+            self.outbox = Outbox(folder / f"{self.server}.sqlite", synced=synced, room=room)
+            self._engine = store.engine
+        else:
+            self.reserve = Reserve(folder, self.server, room)
+            self._engine = open_engine(store.where, "the ledger", SERVING_PATIENCE, synced=synced)
+        self._open: dict[str, LedgerEntry] = {}  # requests that run
         self._ended: dict[str, float] = {}  # when requests ended that the database does not have, the oldest first
-        self._away, self._asked, self._said = False, 0.0, -10.0
+        self._unwritten: dict[str, OwedEntry] = {}  # ends that could not be written
+        self._asked, self._logged = 0.0, -10.0
         try:
             self.beat()
             self.recovered = self.recover()
         except BaseException:
-            self.outbox.close()
+            (self.outbox or self.reserve).close()  # type: ignore[union-attr]
             raise
-        self.writer: Writer[Connection] = Writer(lambda: write_transaction(store.engine), "veneer-shadows")
-        self._sender = threading.Thread(target=self._send, name="veneer-ledger", daemon=True)
-        self._sender.start()
+        self.writer: Writer[Connection] = Writer(lambda: write_transaction(self._engine), "veneer-ledger")
+        self._sender = Sender(self._send, "usage")
 
     def open(self, entry: LedgerEntry) -> Future[None]:
-        """The future's result comes when the outbox has it. Its exception is Refused: 400 where a request of that id is
-        there, 503 where no more can be kept."""
+        """The future has its result when the admission is written. Its error is Refused: 400 if the ledger has a
+        request of that id, 503 if no more can be written."""
         opened: Future[None] = Future()
 
-        def kept(future: Future[None]) -> None:
+        def written(future: Future[None]) -> None:
             error = future.exception()
             if error is None:
-                self._wake.set()
+                self._sender.wake()
                 opened.set_result(None)
-            elif isinstance(error, sqlite3.IntegrityError):
-                what = f"the id {entry.request} was used by an earlier request"
-                opened.set_exception(invalid(what, fix="a new id for each request"))
+                return
+            if isinstance(error, sqlite3.IntegrityError | DuplicateRequest):
+                refused = _duplicate(entry.request)
             else:
-                self._refuse(error)
-                opened.set_exception(
-                    Refused("usage cannot be recorded at the moment", status=503, code="overloaded", retry_after=5.0)
-                )
+                self._log_refusal(error)
+                what = "usage cannot be recorded at the moment"
+                refused = Refused(what, status=503, code="overloaded", retry_after=5.0)
+            self._open.pop(entry.request, None)
+            opened.set_exception(refused)
 
-        self.outbox.open(entry).add_done_callback(kept)
+        if entry.request in self._open:
+            opened.set_exception(_duplicate(entry.request))
+            return opened
+        self._open[entry.request] = entry
+        if self._unwritten or (self.reserve and self.reserve.freed):
+            full: Future[None] = Future()
+            full.set_exception(ResourceError("the ends of requests cannot be written"))
+            written(full)
+        elif self.outbox:
+            self.outbox.add(entry.request, OwedEntry(entry).to_json()).add_done_callback(written)
+        else:
+            self.writer.put(self._write, OwedEntry(entry)).add_done_callback(written)
         return opened
 
-    def _refuse(self, error: BaseException) -> None:
-        """Say so, once in ten seconds."""
-        if time.monotonic() - self._said > 10.0:
-            self._said = time.monotonic()
-            _log.error("requests are refused, for the ledger cannot keep them: %s (%d owed)", error, self.outbox.owed)
+    def _log_refusal(self, error: BaseException) -> None:
+        """Log that requests are refused, once in ten seconds."""
+        if time.monotonic() - self._logged > 10.0:
+            self._logged = time.monotonic()
+            _log.error("requests are refused, for the ledger cannot keep them: %s (%d owed)", error, self.state().owed)
+            self._sender.wake()
 
     def settle(self, request: str, usage: Usage) -> Future[None]:
-        """The future's result comes when the usage outlives this process; it has no exception."""
+        """The future has its result when the usage outlives this process; it never has an error."""
         return self._end(request, "done", usage)
 
     def interrupt(self, request: str) -> Future[None]:
@@ -275,51 +302,66 @@ class Ledger:
         return self._end(request, "interrupted", Usage(0, 0, 0))
 
     def _end(self, request: str, state: EntryState, usage: Usage) -> Future[None]:
+        kept: Future[None] = Future()
+        entry = self._open.pop(request, None)
+        if entry is None:  # the first end holds
+            kept.set_result(None)
+            return kept
         now = self.wall()
-        self._ended.setdefault(request, now)
-        kept = self.outbox.settle(request, end_text(state, now, usage))
-        kept.add_done_callback(lambda future: self._wake.set())
+        owed = OwedEntry(entry, state, now, usage)
+        self._ended[request] = now
+
+        def written(future: Future[None], again: bool = True) -> None:
+            error = future.exception()
+            if error is None and not self.outbox:
+                self._ended.pop(request, None)
+            elif error is not None and again and self.reserve:
+                self.reserve.free()
+                self.writer.put(self._write, owed).add_done_callback(lambda future: written(future, False))
+                return
+            elif error is not None:
+                _log.error("the end of request %s is only in memory: %s", request, error)
+                self._unwritten[request] = owed
+            self._sender.wake()
+            kept.set_result(None)
+
+        if self.outbox:
+            self.outbox.end(request, owed.to_json()).add_done_callback(written)
+        else:
+            self.writer.put(self._write, owed).add_done_callback(written)
         return kept
 
     # -- into the database ---------------------------------------------------------------------------------------------
 
-    def _send(self) -> None:
-        pause = 0.0
-        while True:
-            self._wake.wait(pause or None)
-            self._wake.clear()
-            last = self._closing  # what was owed when it was set is taken below
-            try:
-                while self._post_some():
-                    pass
-                pause, self._away = 0.0, False
-            except Exception as error:  # whatever it is, what is owed stays owed
-                if not self._away:
-                    _log.warning("the ledger keeps what it owes until its database answers: %s", error)
-                self._away, self._asked = isinstance(error, SQLAlchemyError | ResourceError), 0.0
-                pause = min(5.0, pause * 2 or 0.2)
-                if not last:
-                    time.sleep(pause)
-            if last:
-                return
+    def _write(self, c: Connection, owed: Sequence[OwedEntry]) -> None:
+        """Post requests of this process directly."""
+        post(c, self.server, owed, self.wall(), unique=True)
 
-    def _post_some(self) -> bool:
-        owed = self.outbox.take(_MOST)
+    def _send(self) -> bool:
+        """Send some of what the database does not have yet. Returns whether there can be more."""
+        if self.reserve and self.reserve.freed and not self._ended:
+            with suppress(OSError):
+                self.reserve.claim()
+        taken = self.outbox.take(_BATCH) if self.outbox else []
+        owed = [OwedEntry.from_json(body) for _, body, _ in taken] + list(self._unwritten.values())[:_BATCH]
         if not owed:
             return False
         self._asked = time.monotonic()
         self._post(self.server, owed)
         self._asked = 0.0
-        self.outbox.told(owed)
+        if self.outbox:
+            self.outbox.sent(taken)
         for each in owed:
             if each.state != "open":
                 self._ended.pop(each.entry.request, None)
+                self._unwritten.pop(each.entry.request, None)
         return True
 
     def _post(self, server: str, owed: list[OwedEntry]) -> int:
-        """All in one transaction; where one of them cannot be posted, the others without it."""
+        """Post requests in one transaction; if the database refuses one of them, the others without it. Returns how
+        many became done."""
         try:
-            with write_transaction(self.store.engine) as c:
+            with write_transaction(self._engine) as c:
                 return post(c, server, owed, self.wall())
         except Exception as error:
             if is_outage(error):  # away, or locked: all of them stay owed
@@ -330,13 +372,13 @@ class Ledger:
             return sum(self._post(server, [each]) for each in owed)
 
     def flush(self, seconds: float = 10.0) -> bool:
-        """Wait until the database has all that was recorded. Returns whether it has."""
+        """Wait until the database has everything that was recorded. Returns whether it has."""
         deadline = time.monotonic() + seconds
-        self.outbox.flush(seconds)
-        while self.outbox.take(1):
+        (self.outbox.writer if self.outbox else self.writer).flush(seconds)
+        while self._unwritten or (self.outbox and self.outbox.take(1)):
             if time.monotonic() > deadline:
                 return False
-            self._wake.set()
+            self._sender.wake()
             time.sleep(0.005)
         return True
 
@@ -345,39 +387,35 @@ class Ledger:
         oldest = next(iter(self._ended.copy().values()), None)
         lag = 0.0 if oldest is None else max(0.0, self.wall() - oldest)
         late = self._asked != 0.0 and time.monotonic() - self._asked > _LATE_SECONDS
-        return LedgerState(self.outbox.owed, lag, self._away or late)
+        owed = self.outbox.owed if self.outbox else len(self._ended)
+        return LedgerState(owed, lag, self._sender.away or late)
 
-    # -- what the dead left --------------------------------------------------------------------------------------------
+    # -- what dead servers left ----------------------------------------------------------------------------------------
 
     def recover(self) -> dict[str, int]:
         """Settle what dead servers left: {"done": as their outboxes say, "interrupted": the rest}."""
         counts = {"done": 0, "interrupted": 0}
         for path in outboxes(self.folder):
-            if path != self.outbox.path:
+            if not path.stem.endswith(".answers") and not (self.outbox and path == self.outbox.path):
                 self._recover_outbox(path, counts)
-        seen = select(server_table.c.server).where(
-            server_table.c.seen > database_clock(self.store.engine) - _GONE_SECONDS
-        )
-        with reading(self.store.engine) as c:
-            gone = list(
-                c.scalars(
-                    select(line_table.c.server)
-                    .where(
-                        line_table.c.state == "open",
-                        line_table.c.server != self.server,
-                        line_table.c.server.not_in(seen),
-                    )
-                    .distinct()
-                )
-            )
-        for server in gone:
+        for path in reserves(self.folder):
+            if not (self.reserve and path == self.reserve.path):
+                with suppress(BlockingIOError, FileNotFoundError), dead_reserve(path):
+                    counts["interrupted"] += self._interrupt_all(path.stem)
+        seen = select(server_table.c.server).where(server_table.c.seen > database_clock(self._engine) - _GONE_SECONDS)
+        line = line_table.c
+        gone = select(line.server).where(line.state == "open", line.server != self.server, line.server.not_in(seen))
+        with reading(self._engine) as c:
+            servers = list(c.scalars(gone.distinct()))
+        for server in servers:
             counts["interrupted"] += self._interrupt_all(server)
         return counts
 
     def _recover_outbox(self, path: Path, counts: dict[str, int]) -> None:
         try:
             with left_behind(path) as found:
-                for owed in found:
+                for bodies in found:
+                    owed = [OwedEntry.from_json(body) for body in bodies]
                     ended = [each if each.state != "open" else self._interrupted(each.entry) for each in owed]
                     counts["done"] += self._post(path.stem, ended)
                     counts["interrupted"] += sum(each.state == "interrupted" for each in ended)
@@ -389,7 +427,7 @@ class Ledger:
         counts["interrupted"] += self._interrupt_all(path.stem)
 
     def _interrupt_all(self, server: str) -> int:
-        with write_transaction(self.store.engine) as c:
+        with write_transaction(self._engine) as c:
             owed = [self._interrupted(entry) for entry in _open_entries(c, server)]
             post(c, server, owed, self.wall())
             c.execute(delete(server_table).where(server_table.c.server == server))
@@ -448,24 +486,33 @@ class Ledger:
             ]
 
     def close(self) -> None:
-        """Post what has come; what is still open is interrupted. What cannot be posted waits for the next start."""
-        self.outbox.flush()
-        self.outbox.end_all(end_text("interrupted", self.wall(), Usage(0, 0, 0)))
+        """Send what has come; requests that still run are interrupted. What cannot be sent waits for the next start."""
+        for request in list(self._open):
+            self.interrupt(request)
+        if self.outbox:
+            self.outbox.writer.flush()
         self.writer.close()
-        self._closing = True
-        self._wake.set()
-        self._sender.join(15)
-        if self._sender.is_alive() or not self._leave():
-            _log.error("%d requests wait in the outbox for the next start", self.outbox.owed)
-        self.outbox.close()
+        sent = self._sender.close() and self._leave()
+        if not sent:
+            _log.error("%d requests wait for the next start", self.state().owed)
+        if self.outbox:
+            self.outbox.close()
+        elif self.reserve:
+            if sent:  # else whoever starts next finds the reserve and interrupts what is open
+                self.reserve.close()
+            self._engine.dispose()
 
     def _leave(self) -> bool:
         try:
-            with write_transaction(self.store.engine) as c:
+            with write_transaction(self._engine) as c:
                 c.execute(delete(server_table).where(server_table.c.server == self.server))
         except (SQLAlchemyError, ResourceError):
             return False
-        return not self.outbox.take(1)
+        return not self._unwritten and not (self.outbox and self.outbox.take(1))
+
+
+def _duplicate(request: str) -> Refused:
+    return invalid(f"the id {request} was used by an earlier request", fix="a new id for each request")
 
 
 # -- what was used -----------------------------------------------------------------------------------------------------

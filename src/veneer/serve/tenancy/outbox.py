@@ -1,28 +1,20 @@
-"""What a server owes to the ledger, on a disk of its own machine: it outlives a kill, a full disk, and a ledger that is
-away.
+"""How usage and kept answers reach the database, whatever happens to the process, the disk or the database.
 
-    FOLDER/SERVER.sqlite     a row for each request from its admission until the ledger's database has its end
+    Writer     a thread that commits what other threads put, in groups
+    Outbox     a queue on a local disk, for a PostgreSQL that can be unavailable: a SQLite file for one run of a process
+    Sender     a thread that empties such a queue into the database, and tries again while the database is unavailable
+    Reserve    bytes of disk for a ledger in SQLite, which is written directly: freed when the disk is full
 
-An entry is a request as the ledger knows it: what was asked when it was admitted, a line for each part of its mix, and
-how it ended. A part's price is its own, whatever stands beside it: each line has its adapter's price for all of the
-request's tokens, and the request costs the sum of its lines.
+The lock of an Outbox's or a Reserve's file says that its process lives: the lock ends with the process at any death.
+Whoever starts next on the folder settles what an unlocked file left behind.
 
-SQLite keeps it (a write-ahead log, one file for one run of one process), and SQLite's own lock says whether that
-process lives: it is held from the first statement to the last, and falls with the process at any death. What is
-unlocked there was left behind; whoever starts next on the folder settles it.
-
-Committed means in the system's hands: it outlives the process, killed in any way. `synced`: on the disk: it outlives a
-loss of power too, for the time of one fsync a group of requests.
-
-A full disk, and a database that is away for long: the file has its whole size from the start, its log has what a group
-of requests needs, and neither grows. A row has the place that its end will need. So whatever happens to the disk, the
-end of a request that was admitted can be written; where there is no room for one more, it is refused.
+Committed means in the hands of the operating system: a commit outlives the process, killed in any way. `synced`: on
+the disk: a commit outlives a loss of power too, for the time of one fsync for each group.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -30,320 +22,266 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from veneer.errors import ResourceError
+from veneer.files.locks import take_lock
 from veneer.files.rights import private_folder
 from veneer.serve.outage import is_outage
-from veneer.serve.request import Usage
-from veneer.serve.tenancy.store import Price
 
 _log = logging.getLogger("veneer.serve.tenancy")
 
-# -- a request as the ledger knows it ----------------------------------------------------------------------------------
-
-
-EntryState = Literal["open", "done", "interrupted"]
-_NOTHING = Usage(0, 0, 0)
-
-
-@dataclass(frozen=True)
-class LedgerLine:
-    """One part of a mix. `digest` "": the base. `adapter`: what the operator calls it."""
-
-    digest: str
-    adapter: str
-    strength: float
-    price: Price
-
-
-@dataclass(frozen=True)
-class LedgerEntry:
-    """What is known of a request when it is admitted. `name`: the client's word for its mix."""
-
-    request: str
-    tenant: str
-    name: str
-    opened: float
-    asked_prompt: int
-    asked_completion: int
-    lines: tuple[LedgerLine, ...]
-
-
-@dataclass(frozen=True)
-class OwedEntry:
-    """A request and how far it came. `usage` counts where it is done."""
-
-    entry: LedgerEntry
-    state: EntryState = "open"
-    closed: float | None = None
-    usage: Usage = _NOTHING
-
-    def costs(self) -> list[int]:
-        """Of each line, in millionths; 0 unless it is done."""
-        took = (self.usage.prompt, self.usage.cached, self.usage.completion)
-        return [line.price.cost(*took) if self.state == "done" else 0 for line in self.entry.lines]
-
-    def tokens(self) -> int:
-        """What counts in a window of tokens."""
-        if self.state == "open":
-            return self.entry.asked_prompt + self.entry.asked_completion
-        return self.usage.prompt + self.usage.completion
-
-
-def day_of(opened: float) -> str:
-    """The day of a time (seconds since 1970) in UTC, as 2026-11-25."""
-    return datetime.fromtimestamp(opened, UTC).strftime("%Y-%m-%d")
-
-
-def _entry_text(entry: LedgerEntry) -> str:
-    return json.dumps(asdict(entry), ensure_ascii=False, separators=(",", ":"))
-
-
-def _entry_of(text: str) -> LedgerEntry:
-    found: dict[str, Any] = json.loads(text)
-    lines = tuple(LedgerLine(**{**line, "price": Price(**line["price"])}) for line in found.pop("lines"))
-    return LedgerEntry(**found, lines=lines)
-
-
-def end_text(state: EntryState, closed: float, usage: Usage) -> str:
-    return json.dumps([state, closed, *asdict(usage).values()], separators=(",", ":"))
-
-
-def _owed_of(entry: LedgerEntry, end: str) -> OwedEntry:
-    """The entry with its end. `end`: a text of `end_text`, blank while the request is open."""
-    if not end.strip():
-        return OwedEntry(entry)
-    state, closed, *usage = json.loads(end)
-    return OwedEntry(entry, state, closed, Usage(*usage))
-
-
-# -- one thread that commits in groups ---------------------------------------------------------------------------------
-
-
-_MOST = 1000  # jobs in one transaction
+_BATCH = 1000
+"""Items in one transaction."""
 
 C = TypeVar("C")
+Write = Callable[[C, list[Any]], object]
+"""Writes items within a transaction. It can be called several times, of which one is committed."""
 
 
-_Job = tuple[Callable[[C], Any], "Future[Any]"]
-"""What is called in a transaction, perhaps several times, of which one is committed; so it must be idempotent. And what
-has its result after the commit, or the error that kept it from being committed."""
+# -- threads -----------------------------------------------------------------------------------------------------------
 
 
 class Writer(Generic[C]):
-    """Call `put` from any thread; jobs are committed in the order they came. `transaction`: gives what they write with,
-    and commits at its end."""
+    """A thread that commits items in groups, in the order in which they came. `transaction`: commits at its end."""
 
     def __init__(self, transaction: Callable[[], AbstractContextManager[C]], name: str) -> None:
         self.transaction = transaction
-        self._jobs: queue.SimpleQueue[_Job[C] | None] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[tuple[Write[C], Any, Future[None]] | None] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, write: Callable[[C], Any]) -> Future[Any]:
-        """The future's result, that of `write`, comes when the job is committed."""
-        done: Future[Any] = Future()
-        done.set_running_or_notify_cancel()  # from here on nobody can cancel it
+    def put(self, write: Write[C], item: Any = None) -> Future[None]:
+        """Call from any thread. The future has its result, or the error of `write`, after the commit."""
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # from here on no caller can cancel it
         if self._closing:
             done.set_exception(ResourceError("the ledger is closed"))
         else:
-            self._jobs.put((write, done))
+            self._items.put((write, item, done))
         return done
 
+    def flush(self, seconds: float = 10.0) -> None:
+        """Wait until everything that was put before is committed."""
+        self.put(lambda c, items: None).result(seconds)
+
     def close(self, seconds: float = 10.0) -> None:
-        """Write what has come so far and stop."""
+        """Commit what has come and stop."""
         self._closing = True
-        self._jobs.put(None)
+        self._items.put(None)
         self._thread.join(seconds)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._commit([job, *self._more(_MOST - 1)])
-        while not self._jobs.empty():  # came while it closed
-            if (late := self._jobs.get()) is not None:
-                late[1].set_exception(ResourceError("the ledger is closed"))
+        closing = False
+        while not (closing and self._items.empty()):
+            batch = [self._items.get()]
+            while len(batch) < _BATCH and not self._items.empty():
+                batch.append(self._items.get())
+            closing = closing or None in batch
+            if items := [item for item in batch if item is not None]:
+                self._commit(items)
 
-    def _more(self, most: int) -> list[_Job[C]]:
-        """What else has come, in its order."""
-        found: list[_Job[C]] = []
-        while len(found) < most:
-            try:
-                more = self._jobs.get_nowait()
-            except queue.Empty:
-                break
-            if more is None:
-                self._jobs.put(None)  # the end comes again after this batch
-                break
-            found.append(more)
-        return found
-
-    def _commit(self, batch: list[_Job[C]]) -> None:
-        """All of it in one transaction; where that cannot be, one by one, so that a job fails for itself alone."""
+    def _commit(self, batch: Sequence[tuple[Write[C], Any, Future[None]]]) -> None:
+        """Commit a batch in one transaction; if that fails, each item alone, so that an item fails only for itself."""
         try:
             with self.transaction() as c:
-                results = [write(c) for write, _ in batch]
+                for write, items in groupby(batch, key=lambda each: each[0]):
+                    write(c, [item for _, item, _ in items])
         except Exception as error:
             if len(batch) > 1 and not is_outage(error):
-                for job in batch:
-                    self._commit([job])
+                for each in batch:
+                    self._commit([each])
                 return
-            for _, done in batch:  # where the database is away, it is for all of them
+            for _, _, done in batch:  # an unavailable database is unavailable for all of them
                 done.set_exception(error)
             return
-        for (_, done), result in zip(batch, results, strict=True):
-            done.set_result(result)
+        for _, _, done in batch:
+            done.set_result(None)
+
+
+class Sender:
+    """A thread that calls `step` until it returns False, whenever `wake` is called, and after a pause if it raised."""
+
+    def __init__(self, step: Callable[[], bool], what: str) -> None:
+        """`what`: for the log, as in "usage"."""
+        self.away = False
+        self._step, self._what = step, what
+        self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"veneer-{what.replace(' ', '-')}", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def drain(self) -> None:
+        """Call `step` from this thread until it returns False. Raises what `step` raises."""
+        with self._lock:
+            while self._step():
+                pass
+
+    def close(self) -> bool:
+        """Send what has come and stop. Returns whether the thread ended."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(15)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while True:
+            self._wake.wait(pause or None)
+            self._wake.clear()
+            last = self._closing.is_set()  # what was put before it was set is sent below
+            try:
+                self.drain()
+                pause, self.away = 0.0, False
+            except Exception as error:  # whatever it is, nothing is lost
+                if not self.away:
+                    _log.warning("%s stays on this machine until the database answers: %s", self._what, error)
+                self.away, pause = True, min(5.0, pause * 2 or 0.2)
+                self._closing.wait(pause)
+            if last:
+                return
 
 
 # -- the outbox --------------------------------------------------------------------------------------------------------
 
 
-_TABLE = """CREATE TABLE owed (
+_TABLE = """CREATE TABLE IF NOT EXISTS owed (
     number INTEGER PRIMARY KEY,
-    request TEXT NOT NULL UNIQUE,
-    entry TEXT NOT NULL,
-    ending TEXT NOT NULL,  -- blanks while the request is open, so many that its end takes no more room
-    closed INTEGER NOT NULL,
-    told INTEGER NOT NULL  -- whether the ledger knows that it was admitted
+    key TEXT NOT NULL UNIQUE,
+    body TEXT NOT NULL,
+    final INTEGER NOT NULL,
+    sent INTEGER NOT NULL
 )"""
-_END_CHARACTERS = 240
+_PAD = 300
+"""Characters by which the last body of an item can be longer than its first."""
 _LOG_BYTES = 8 << 20
-_CHECKPOINT_PAGES = 256  # after which the log begins again
-_SPARE_PAGES = 16  # for what SQLite may want where rows are deleted
+_CHECKPOINT_PAGES = 256
+"""Pages after which SQLite's log starts again."""
+_SPARE_PAGES = 16
+"""Free pages that SQLite needs to delete rows."""
 _EMPTY_SECONDS = 3600.0
-_SERVER = re.compile(r"[0-9a-f]{16}")
+_NAME = re.compile(r"[0-9a-f]{16}(\.answers)?\.sqlite")
 
 
 class NoRoom(Exception):
-    """Raised for one request, and for it alone: the others of its group are written."""
+    """Raised for one item; the other items of its group are written."""
 
 
 class Outbox:
-    """The outbox of this process. Thread-safe; nothing here waits for the ledger's database."""
+    """A queue on a local disk. Thread-safe; no method waits for the database.
 
-    def __init__(self, folder: Path, server: str, *, synced: bool = False, room: int = 32 << 20) -> None:
-        """`room`: bytes for what is owed, claimed at once; beyond that `open` fails. Raises ResourceError where the
-        disk does not have them."""
-        self.path = folder / f"{server}.sqlite"
+    With `claim` the file has its full size from the start, its log has the size that a group of items needs, and
+    neither grows: a full disk never keeps the end of an item that was added from being written. An item has two bodies:
+    the first from `add`, the last from `end`."""
+
+    def __init__(self, path: Path, *, room: int, claim: bool = True, synced: bool = False) -> None:
+        """`room`: bytes; `add` fails beyond it. Without `claim`, deleted bodies are overwritten in the file. Raises
+        ResourceError if the disk does not have the room."""
+        self.path, self.owed, self._claim = path, 0, claim
         self._mutex = threading.RLock()
+        self._unwritten: dict[str, str] = {}
         try:
-            private_folder(folder)
-            self.connection = _connect(self.path, wait=5.0)
+            private_folder(path.parent)
+            path.touch(0o600)
+            self.connection = _connect(path, wait=5.0)
             self._make(synced, room)
         except (OSError, sqlite3.Error) as error:
-            for path in _files(self.path):
+            for each in _files(path):
                 with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-            raise ResourceError(
-                f"there is no room for the ledger's outbox: {error}",
-                where=str(folder),
-                fix=f"{room + min(room, _LOG_BYTES) >> 20} MiB of free space on a local disk, or less room",
-            ) from error
-        self.owed = 0
-        self._unwritten: dict[str, str] = {}
+                    each.unlink(missing_ok=True)
+            raise no_room(path.parent, room + min(room, _LOG_BYTES), error) from error
         self.writer = Writer(self._transaction, "veneer-outbox")
 
-    def open(self, entry: LedgerEntry) -> Future[None]:
-        """The future's result comes when it is kept. Its exception is sqlite3.IntegrityError where a request of that id
-        is owed already, NoRoom or sqlite3's where nothing more can be kept."""
+    def add(self, key: str, body: str, *, final: bool = False) -> Future[None]:
+        """Add an item; `final`: no `end` follows. The future has its result when the item is written, or the error:
+        sqlite3.IntegrityError if the outbox has the key, NoRoom or another of sqlite3 if there is no room."""
+        row = (key, body if final else body.ljust(len(body) + _PAD), int(final))
+        added = self.writer.put(self._insert, row)
+        added.add_done_callback(lambda future: self._count(0 if future.exception() else 1))
+        return added
 
-        def write(c: sqlite3.Connection) -> None:
-            if self._unwritten:
-                raise NoRoom("the ends of requests cannot be written")
-            if c.execute("PRAGMA freelist_count").fetchone()[0] < _SPARE_PAGES:
-                raise NoRoom("there is no room for one more")
-            row = (entry.request, _entry_text(entry), " " * _END_CHARACTERS)
-            c.execute("INSERT INTO owed (request, entry, ending, closed, told) VALUES (?, ?, ?, 0, 0)", row)
-
-        opened = self.writer.put(write)
-        opened.add_done_callback(lambda future: self._count(0 if future.exception() else 1))
-        return opened
-
-    def settle(self, request: str, end: str) -> Future[None]:
-        """`end`: of `end_text`. The first end of a request holds. The future's result comes when it is kept,
-        and has no exception: what cannot be written is kept in memory, said, and goes to the ledger from there."""
+    def end(self, key: str, body: str) -> Future[None]:
+        """Replace an item's body; the first end holds. The future has its result when the body is written, and never
+        an error: a body that cannot be written is logged, kept in memory and sent from there."""
         kept: Future[None] = Future()
 
-        def write(c: sqlite3.Connection) -> None:
-            row = (end.ljust(_END_CHARACTERS), request)
-            c.execute("UPDATE owed SET ending = ?, closed = 1 WHERE request = ? AND closed = 0", row)
-
-        def written(future: Future[Any]) -> None:
+        def written(future: Future[None]) -> None:
             if error := future.exception():
-                _log.error("the end of request %s is in memory alone: %s", request, error)
+                _log.error("the end of request %s is only in memory: %s", key, error)
                 with self._mutex:
-                    self._unwritten.setdefault(request, end)
+                    self._unwritten.setdefault(key, body)
             kept.set_result(None)
 
-        self.writer.put(write).add_done_callback(written)
+        self.writer.put(self._update, (body, key)).add_done_callback(written)
         return kept
 
-    def take(self, most: int) -> list[OwedEntry]:
-        """Up to `most` requests that the ledger does not have yet, the oldest first."""
+    def take(self, most: int) -> list[tuple[str, str, bool]]:
+        """Up to `most` items to send, the oldest first: (key, body, whether it is the last body)."""
         with self._mutex:
             late = dict(self._unwritten)
             marks = ", ".join("?" * len(late))
-            query = f"SELECT request, entry, ending FROM owed WHERE told = 0 OR closed = 1 OR request IN ({marks})"
+            query = f"SELECT key, body, final FROM owed WHERE sent = 0 OR final = 1 OR key IN ({marks})"
             rows = self.connection.execute(f"{query} ORDER BY number LIMIT ?", (*late, most)).fetchall()
-        return [_owed_of(_entry_of(entry), late.get(request, end)) for request, entry, end in rows]
+        return [(key, late.get(key, body), bool(final) or key in late) for key, body, final in rows]
 
-    def told(self, owed: Iterable[OwedEntry]) -> None:
-        """Note that the ledger has these; those that ended are deleted here."""
-        ended = [(each.entry.request,) for each in owed if each.state != "open"]
-        opened = [(each.entry.request,) for each in owed if each.state == "open"]
+    def sent(self, items: Sequence[tuple[str, str, bool]]) -> None:
+        """Record that the database has these items of `take`; those with their last body are deleted here."""
+        ended = [(key,) for key, _, final in items if final]
         with self._transaction() as c:
-            c.executemany("DELETE FROM owed WHERE request = ?", ended)
-            c.executemany("UPDATE owed SET told = 1 WHERE request = ?", opened)
+            c.executemany("DELETE FROM owed WHERE key = ?", ended)
+            c.executemany("UPDATE owed SET sent = 1 WHERE key = ?", [(key,) for key, _, final in items if not final])
         with self._mutex:
-            for (request,) in ended:
-                self._unwritten.pop(request, None)
+            for (key,) in ended:
+                self._unwritten.pop(key, None)
         self._count(-len(ended))
 
-    def end_all(self, end: str) -> None:
-        """End all requests that are open in this way."""
-        with self._transaction() as c:
-            c.execute("UPDATE owed SET ending = ?, closed = 1 WHERE closed = 0", (end.ljust(_END_CHARACTERS),))
-
-    def flush(self, seconds: float = 10.0) -> None:
-        """Wait until all that was put before is written."""
-        self.writer.put(lambda c: None).result(seconds)
-
     def close(self) -> None:
-        """What is still owed stays in its file."""
+        """Stop. What is still owed stays in the file."""
         self.writer.close()
         with self._mutex:
             empty = not self._unwritten and not self.connection.execute("SELECT 1 FROM owed LIMIT 1").fetchone()
             self.connection.close()
-        if empty:
-            for path in _files(self.path):
-                path.unlink(missing_ok=True)
+        for path in _files(self.path) if empty else ():
+            path.unlink(missing_ok=True)
+
+    def _insert(self, c: sqlite3.Connection, rows: list[tuple[str, str, int]]) -> None:
+        for row in rows:
+            if self._unwritten:
+                raise NoRoom("the ends of requests cannot be written")
+            if self._claim and c.execute("PRAGMA freelist_count").fetchone()[0] < _SPARE_PAGES:
+                raise NoRoom("there is no room for one more")
+            c.execute("INSERT INTO owed (key, body, final, sent) VALUES (?, ?, ?, 0)", row)
+
+    def _update(self, c: sqlite3.Connection, rows: list[tuple[str, str]]) -> None:
+        c.executemany("UPDATE owed SET body = ?, final = 1 WHERE key = ? AND final = 0", rows)
 
     def _make(self, synced: bool, room: int) -> None:
-        """The table, and pages that are free in it; its log is as long as the first step of these."""
+        """Create the table and, with `claim`, free pages in the file; the log is as long as the first step of these."""
         c = self.connection
         c.execute("PRAGMA journal_mode = WAL")
         c.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
         c.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-        c.execute("PRAGMA secure_delete = OFF")
-        c.execute("BEGIN IMMEDIATE")
+        c.execute(f"PRAGMA secure_delete = {'OFF' if self._claim else 'ON'}")
         c.execute(_TABLE)
-        c.execute("CREATE TABLE room (bytes BLOB NOT NULL)")
-        c.execute("COMMIT")
-        step = min(room, _LOG_BYTES)
-        for _ in range(-(-room // step)):
-            c.execute("INSERT INTO room VALUES (randomblob(?))", (step,))
+        if self._claim:
+            step = min(room, _LOG_BYTES)
+            c.execute("CREATE TABLE room (bytes BLOB NOT NULL)")
+            for _ in range(-(-room // step)):
+                c.execute("INSERT INTO room VALUES (randomblob(?))", (step,))
+                c.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            c.execute("DROP TABLE room")
             c.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        c.execute("DROP TABLE room")
-        c.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        (pages,) = c.execute("PRAGMA page_count").fetchone()
-        c.execute(f"PRAGMA max_page_count = {pages}")
+        kind = "page_count" if self._claim else "page_size"
+        (found,) = c.execute(f"PRAGMA {kind}").fetchone()
+        c.execute(f"PRAGMA max_page_count = {found if self._claim else room // found}")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -362,15 +300,23 @@ class Outbox:
             self.owed += change
 
 
+def no_room(folder: Path, needed: int, error: Exception) -> ResourceError:
+    return ResourceError(
+        f"there is no room for the ledger: {error}",
+        where=str(folder),
+        fix=f"{needed >> 20} MiB of free space on a local disk, or less room",
+    )
+
+
 def outboxes(folder: Path) -> list[Path]:
-    """The files in a folder that are named like outboxes; all others are left alone."""
-    return sorted(path for path in folder.glob("*.sqlite") if _SERVER.fullmatch(path.stem))
+    """The outboxes in a folder, by their names; every other file is left alone."""
+    return sorted(path for path in folder.glob("*.sqlite") if _NAME.fullmatch(path.name))
 
 
 @contextlib.contextmanager
-def left_behind(path: Path) -> Iterator[Iterator[list[OwedEntry]]]:
-    """What a dead process owed, some at a time; its files go when the caller comes to the end of the block, and stay
-    where the block raises. Raises BlockingIOError where the process lives, FileNotFoundError where there is nothing."""
+def left_behind(path: Path) -> Iterator[Iterator[list[str]]]:
+    """The bodies in a dead process's outbox, in batches. Its files are deleted at the end of the block, unless the
+    block raises. Raises BlockingIOError if the process lives, FileNotFoundError if there is no such outbox."""
     try:
         c = _connect(path, wait=0.0)
     except sqlite3.OperationalError as error:
@@ -378,20 +324,20 @@ def left_behind(path: Path) -> Iterator[Iterator[list[OwedEntry]]]:
     try:
         if c.execute("SELECT 1 FROM sqlite_master WHERE name = 'owed'").fetchone() is None:
             if time.time() - os.stat(path).st_mtime < _EMPTY_SECONDS:
-                raise BlockingIOError(str(path))  # it may be about to be made
+                raise BlockingIOError(str(path))  # its process can be about to create the table
             yield iter(())
         else:
             yield _batches(c)
-        for each in _files(path):  # while the lock is held: nobody else finds them
+        for each in _files(path):  # while the lock is held: no other process finds them
             each.unlink(missing_ok=True)
     finally:
         c.close()
 
 
-def _batches(c: sqlite3.Connection) -> Iterator[list[OwedEntry]]:
-    cursor = c.execute("SELECT entry, ending FROM owed ORDER BY number")
+def _batches(c: sqlite3.Connection) -> Iterator[list[str]]:
+    cursor = c.execute("SELECT body FROM owed ORDER BY number")
     while rows := cursor.fetchmany(500):
-        yield [_owed_of(_entry_of(entry), end) for entry, end in rows]
+        yield [body for (body,) in rows]
 
 
 def _connect(path: Path, wait: float) -> sqlite3.Connection:
@@ -411,3 +357,62 @@ def _connect(path: Path, wait: float) -> sqlite3.Connection:
 
 def _files(path: Path) -> list[Path]:
     return [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))]
+
+
+# -- the reserve -------------------------------------------------------------------------------------------------------
+
+
+class Reserve:
+    """A locked file of `room` bytes on the disk of a ledger in SQLite. Freed, it makes room for the ends of requests
+    that were admitted before the disk was full."""
+
+    def __init__(self, folder: Path, server: str, room: int) -> None:
+        """Raises ResourceError if the disk does not have the room."""
+        self.path, self.freed, self._room = folder / f"{server}.lock", True, room
+        private_folder(folder)
+        new = folder / f"{server}.new"
+        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            take_lock(self._fd)
+            self.claim()
+            new.replace(self.path)  # nobody sees the file without its lock
+        except OSError as error:
+            os.close(self._fd)
+            new.unlink(missing_ok=True)
+            raise no_room(folder, room, error) from error
+
+    def claim(self) -> None:
+        """Claim the bytes. Raises OSError if the disk does not have them."""
+        try:
+            for at in range(0, self._room, 1 << 20):
+                os.pwrite(self._fd, bytes(min(1 << 20, self._room - at)), at)
+        except OSError:
+            self.free()
+            raise
+        self.freed = False
+
+    def free(self) -> None:
+        self.freed = True
+        os.ftruncate(self._fd, 0)
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+@contextlib.contextmanager
+def dead_reserve(path: Path) -> Iterator[None]:
+    """Hold a dead process's reserve; it is deleted at the end of the block, unless the block raises. Raises
+    BlockingIOError if the process lives, FileNotFoundError if there is no such file."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        take_lock(fd)
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+def reserves(folder: Path) -> list[Path]:
+    """The reserves in a folder, by their names; every other file is left alone."""
+    return sorted(path for path in folder.glob("*.lock") if re.fullmatch(r"[0-9a-f]{16}", path.stem))

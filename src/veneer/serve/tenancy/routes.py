@@ -65,7 +65,7 @@ class TenantRoutes:
     def __init__(
         self, store: Store, put: Callable[..., Future[None]], *, keep: int = 10_000, pick: random.Random | None = None
     ) -> None:
-        """`put`: of the ledger's writer. `keep`: how many comparisons with shadows are kept, the newest."""
+        """`put`: of the ledger's `Writer`. `keep`: how many comparisons with shadows are kept, the newest."""
         self._store, self._put, self._keep = store, put, keep
         self._pick = pick or random.Random()
 
@@ -117,14 +117,12 @@ class TenantRoutes:
             row |= {side: adapter, f"{side}_sha256": digest, f"{side}_tokens": usage.completion}
             row[f"{side}_seconds"] = usage.prefill + usage.decode
         row |= {"shadow_sha256": ""} if failed else {}
-        keep = self._keep
+        return self._put(self._write, row)
 
-        def write(c: Connection) -> None:
-            c.execute(insert(shadow_table), row)
-            last = c.scalar(select(func.max(shadow_table.c.id))) or 0
-            c.execute(delete(shadow_table).where(shadow_table.c.id <= last - keep))
-
-        return self._put(write)
+    def _write(self, c: Connection, rows: Sequence[dict[str, Any]]) -> None:
+        c.execute(insert(shadow_table), list(rows))
+        last = c.scalar(select(func.max(shadow_table.c.id))) or 0
+        c.execute(delete(shadow_table).where(shadow_table.c.id <= last - self._keep))
 
 
 def bucket(route: str, who: str) -> int:

@@ -1,7 +1,7 @@
 """`Tenants`: the tenancy of a server that has tenants; `OpenTenants`: one that needs no key.
 
     caller      key -> who asks, what they see, their share; settings as they are in the database at this moment
-    admitted    limits (memory) -> outbox (local disk) -> served -> bill (outbox) -> ledger (database, by a thread)
+    admitted    limits (memory) -> ledger -> served -> bill (ledger)
 
 Limits are counted in this process. Processes that share a database tell each other through it: every second this one
 reads what the others admitted in the last minute, every minute what they (and its own earlier runs) admitted in the
@@ -34,11 +34,11 @@ from veneer.serve.access import TRIALS, KeepAnswer, LedgerState, Served, ShadowA
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
+from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.feedback import KeptAnswers
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
 from veneer.serve.tenancy.ledger import Ledger
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits
-from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.routes import TenantRoutes
 from veneer.serve.tenancy.store import SERVING_PATIENCE, Price, Store, TenantSettings
 
@@ -75,7 +75,7 @@ class Tenants(Tenancy):
         except BaseException:
             self.store.close()
             raise
-        self.answers = KeptAnswers(self.store, folder, wall)
+        self.answers = KeptAnswers(self.store, self.ledger, wall)
         self._routes = TenantRoutes(self.store, self.ledger.writer.put)
         self._looker = ThreadPoolExecutor(1, "veneer-tenants")
         self._next_look: Future[TenantSettings] | None = None
@@ -212,6 +212,7 @@ class Tenants(Tenancy):
                     self.ledger.beat()
                     self.look_elsewhere(DAY)
                     self.ledger.recover()
+                    self.answers.recover()
                 if rounds % 600 == 60:
                     self.answers.sweep()
                 if rounds % 3600 == 60:
@@ -283,4 +284,4 @@ def _outbox_folder(where: str) -> Path:
     if where.startswith(("postgresql:", "postgres:")):
         return veneer_home() / "ledger" / hashlib.sha256(shown_url(where).encode()).hexdigest()[:16]
     path = Path(where.removeprefix("sqlite:///")).expanduser()
-    return path.with_name(f"{path.name}-journals")  # as it was called when journals were in it
+    return path.with_name(f"{path.name}-ledger")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
-from sqlalchemy import text as sql
 
-from tests.library.conftest import quick  # noqa: F401
+from tests.library.conftest import postgres, quick  # noqa: F401
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live
-from veneer.library.database import write_transaction
 from veneer.serve.access import Served
 from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.principal import Principal
@@ -64,10 +63,14 @@ class Shop:
 
 
 @pytest.fixture
-def shop(quick: Path) -> Iterator[Shop]:  # noqa: F811
+def shop(quick: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:  # noqa: F811
+    """On SQLite, unless the test is parametrized with "postgresql"."""
     at = [1_900_000_000.0]
+    remote = getattr(request, "param", "sqlite") == "postgresql"
+    where = request.getfixturevalue("postgres")() if remote else str(quick / "tenants.sqlite")
+    monkeypatch.setattr("veneer.serve.tenancy.tenants.SERVING_PATIENCE", 0.5)
     ledger = LedgerSettings(folder=quick / "outbox", room=1 << 20)
-    tenants = Tenants(str(quick / "tenants.sqlite"), ledger=ledger, wall=lambda: at[0], watch=False)
+    tenants = Tenants(where, ledger=ledger, wall=lambda: at[0], watch=False)
     keys = {}
     for name in ("acme", "globex"):
         manage.add_tenant(tenants.store, name, adapters=["*"], who="me")
@@ -251,36 +254,44 @@ def test_after_its_time_an_answer_is_nobodys_and_the_sweep_removes_it(shop: Shop
     assert shop.rows("supervised") == []
 
 
+def lock_answers(where: str) -> psycopg.Connection[Any]:
+    """Nobody reads or writes answers until the connection is closed."""
+    connection = psycopg.connect(where)
+    connection.execute("LOCK TABLE tenant_answers")
+    return connection
+
+
+@pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
 def test_while_the_database_is_away_feedback_is_503_and_answers_wait(shop: Shop) -> None:
-    engine = shop.tenants.store.engine
-    with write_transaction(engine) as c:
-        c.execute(sql("ALTER TABLE tenant_answers RENAME TO gone"))
+    locked = lock_answers(shop.tenants.store.where)
     id = shop.ask("One").json()["id"]
     away = shop.say(id, thumb="up")
     assert away.status_code == 503
     assert "retry-after" in away.headers
-    assert "gone" not in away.text
-    with write_transaction(engine) as c:
-        c.execute(sql("ALTER TABLE gone RENAME TO tenant_answers"))
+    assert "tenant_answers" not in away.text
+    locked.close()
     assert shop.say(id, thumb="up").status_code == 200
     assert len(shop.rows("supervised")) == 1
 
 
-def test_what_a_server_left_on_its_disk_is_kept_by_the_next(quick: Path) -> None:  # noqa: F811
-    where, ledger = str(quick / "tenants.sqlite"), LedgerSettings(folder=quick / "outbox", room=1 << 20)
+def test_what_a_server_left_on_its_disk_is_kept_by_the_next(
+    quick: Path,  # noqa: F811
+    postgres: Callable[[], str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("veneer.serve.tenancy.tenants.SERVING_PATIENCE", 0.5)
+    where, ledger = postgres(), LedgerSettings(folder=quick / "outbox", room=1 << 20)
     tenants = Tenants(where, ledger=ledger, watch=False)
     manage.add_tenant(tenants.store, "acme", who="me")
     manage.set_feedback(tenants.store, "acme", FeedbackTerms(1.0), who="me")
-    with write_transaction(tenants.store.engine) as c:
-        c.execute(sql("ALTER TABLE tenant_answers RENAME TO gone"))
     tenants.store.look()
+    locked = lock_answers(where)
     keep = tenants.answers.keeping(Principal("tenant", "acme", user="ana"), SQL, "chatcmpl-1")
     assert keep is not None
     keep({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": "Ho"}])
     tenants.close()
-    assert {p.stat().st_mode & 0o777 for p in (quick / "outbox").glob("answers.sqlite*")} == {0o600}
-    with write_transaction((again := Tenants(where, ledger=ledger, watch=False)).store.engine) as c:
-        c.execute(sql("ALTER TABLE gone RENAME TO tenant_answers"))
-    again.answers.flush()
+    assert {p.stat().st_mode & 0o777 for p in (quick / "outbox").glob("*.answers.sqlite*")} == {0o600}
+    locked.close()
+    again = Tenants(where, ledger=ledger, watch=False)
     assert again.answers.forget("acme", user="ana") == 1
     again.close()

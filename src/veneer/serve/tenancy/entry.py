@@ -1,0 +1,78 @@
+"""A request as the ledger records it: what it asked for, one line for each part of its mix, and how it ended.
+
+The price of a part does not depend on the other parts: each line has its adapter's price for all of the request's
+tokens, and the request costs the sum of its lines.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from veneer.serve.request import Usage
+from veneer.serve.tenancy.store import Price
+
+EntryState = Literal["open", "done", "interrupted"]
+_NOTHING = Usage(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class LedgerLine:
+    """One part of a mix. `digest` "": the base. `adapter`: the operator's name for it."""
+
+    digest: str
+    adapter: str
+    strength: float
+    price: Price
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """What is known of a request when it is admitted. `name`: the client's name for its mix."""
+
+    request: str
+    tenant: str
+    name: str
+    opened: float
+    asked_prompt: int
+    asked_completion: int
+    lines: tuple[LedgerLine, ...]
+
+
+@dataclass(frozen=True)
+class OwedEntry:
+    """A request and its state. `usage` counts only for a request that is done."""
+
+    entry: LedgerEntry
+    state: EntryState = "open"
+    closed: float | None = None
+    usage: Usage = _NOTHING
+
+    def costs(self) -> list[int]:
+        """The cost of each line, in millionths; 0 unless the request is done."""
+        tokens = (self.usage.prompt, self.usage.cached, self.usage.completion)
+        return [line.price.cost(*tokens) if self.state == "done" else 0 for line in self.entry.lines]
+
+    def tokens(self) -> int:
+        """The tokens that count in a window of tokens."""
+        if self.state == "open":
+            return self.entry.asked_prompt + self.entry.asked_completion
+        return self.usage.prompt + self.usage.completion
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> OwedEntry:
+        """The inverse of `to_json`."""
+        found: dict[str, Any] = json.loads(text)
+        entry = found["entry"]
+        lines = tuple(LedgerLine(**{**line, "price": Price(**line["price"])}) for line in entry.pop("lines"))
+        return cls(LedgerEntry(**entry, lines=lines), found["state"], found["closed"], Usage(**found["usage"]))
+
+
+def day_of(opened: float) -> str:
+    """The UTC day of a time (seconds since 1970), as 2026-11-25."""
+    return datetime.fromtimestamp(opened, UTC).strftime("%Y-%m-%d")
