@@ -51,7 +51,6 @@ def training(
 
     sandbox = working_sandbox() if python_graders else None
     files, jobs = open_files(library, quotas=service.quotas), JobStore(library)
-    service.fine_tunes = service.engine.makes == "texts"
     sweeping: list[asyncio.Task[None]] = []
     tenancy = service.tenancy
     tenants = tenancy.store if isinstance(tenancy, Tenants) else None
@@ -76,7 +75,8 @@ def training(
     routers += [weights_routes(tinker), signed_routes(tinker)]
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))
-    return Extension(routers, large_bodies(files), (FILES,), start, stop)
+    texts = service.engine.makes == "texts"
+    return Extension(routers, large_bodies(files), (FILES,), start, stop, fine_tunes=texts)
 
 
 def _tinker(service: Service, library: Library, days: float) -> TinkerService:

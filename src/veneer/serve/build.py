@@ -54,7 +54,7 @@ class Application:
 class Extension:
     """What a room above adds to a server: `routers` behind the same door; `large` and `unguarded` as create_app takes
     them; `start` and `stop` as an Application has them, within the server's own; `mount` adds what is no router to the
-    application once that is made."""
+    application once that is made. `fine_tunes`: POST /v1/fine_tuning/jobs accepts this server's models."""
 
     routers: Sequence[APIRouter] = ()
     large: Mapping[str, int] = field(default_factory=dict)
@@ -62,6 +62,7 @@ class Extension:
     start: Callable[[], Awaitable[Any]] = _nothing
     stop: Callable[[], Awaitable[Any]] = _nothing
     mount: Callable[[FastAPI], None] = lambda app: None
+    fine_tunes: bool = False
 
 
 Extend = Callable[[Service, Library], Extension]
@@ -93,6 +94,7 @@ def together(*extends: Extend) -> Extend:
             start,
             stop,
             mount,
+            any(part.fine_tunes for part in parts),
         )
 
     return extend
@@ -188,7 +190,7 @@ def _application(
             card = service.catalog.load(each.name, each.reference, pinned=settings.pin)
             say(f"adapter {card.id} from {card.root}")
             if each.strength is not None:
-                service.mixes.set_default(card.id, each.strength)
+                service.mixes.default[card.id] = each.strength
                 say(f"requests that name no adapter get {card.id} at strength {each.strength:g}")
 
     def close() -> None:
@@ -199,6 +201,7 @@ def _application(
 
     staging = service.staging
     more = extend(service, library) if extend is not None else Extension()
+    service.fine_tunes = more.fine_tunes
 
     async def start() -> None:
         limits = service.settings.quotas

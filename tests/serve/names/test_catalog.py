@@ -89,21 +89,6 @@ def test_what_the_library_has_needs_no_loading(make: Make, base: TextBase, folde
     )
 
 
-def test_an_alias_that_moves_is_seen_by_the_next_request(
-    make: Make, base: TextBase, folder: Path, library: Library
-) -> None:
-    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
-    library.add(folder / "a", "support")
-    library.add(folder / "b", "support")
-    catalog = make()
-    for version, digest in [(1, one), (2, two)] * 10:
-        library.alias(f"support@{version}", "prod")
-        for _ in range(3):
-            assert catalog.resolve("support@prod", OPERATOR).mix == of(digest)
-    library.remove("support@prod")
-    assert refused(lambda: catalog.resolve("support@prod", OPERATOR)).status == 404
-
-
 def test_names_are_resolved_without_a_database(
     make: Make, base: TextBase, folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,24 +395,6 @@ def test_a_name_means_one_thing(make: Make, base: TextBase, folder: Path) -> Non
     assert refused(lambda: catalog.resolve("x", OPERATOR)).status == 404
     assert refused(lambda: catalog.unload("x")).status == 404
     assert catalog.residents.stats().bytes == 0
-
-
-def test_running_requests_keep_what_their_name_meant(make: Make, base: TextBase, folder: Path) -> None:
-    old = saved(base, folder / "a", 1)
-    catalog = make()
-    catalog.load("x", "a")
-    residents = catalog.residents
-    assert residents is not None
-    lease = residents.acquire(catalog.resolve("x", OPERATOR).mix, lambda result: pytest.fail("not there"))
-    assert lease is not None
-    shutil.rmtree(folder / "a")
-    new = saved(base, folder / "a", 2)  # new weights in the same place, under the same name
-    catalog.load("x", "a", replace=True)
-    assert catalog.resolve("x", OPERATOR).mix == of(new)
-    assert lease.parts[0][0].adapter.digest() == old
-    assert set(residents.resident()) == {old, new}
-    lease.release()
-    assert set(residents.resident()) == {new}
 
 
 def test_two_names_of_one_adapter(make: Make, base: TextBase, folder: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 
 from tests.serve.shop import LETTERS, UNIT, Asked, Shop, Thing
@@ -52,21 +49,6 @@ def test_requests_for_one_adapter_share_one_load() -> None:
     shop.run()
     assert all(a.lease for a in asked)
     assert sorted(shop.reads) == ["a", "b"]
-
-
-def test_the_least_recently_used_goes() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(3)
-    for name in "abc":
-        one = Asked(residents, name)
-        shop.run()
-        one.end()
-    Asked(residents, "a").end()
-    Asked(residents, "d")
-    shop.run()
-    assert set(residents.resident()) == {"a", "c", "d"}
-    assert residents.stats().evictions == 1
-    assert shop.freed == ["b"]
 
 
 def test_what_is_in_use_is_not_evicted_and_the_room_comes_with_its_end() -> None:
@@ -309,28 +291,6 @@ def test_a_request_that_leaves_while_it_waits() -> None:
     assert left.told == []
     assert stays.lease
     assert not residents.withdraw(stays.ready)
-
-
-def test_dropped_is_freed_when_its_last_lease_is_gone() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(4)
-    one, two = Asked(residents, "a"), Asked(residents, "a", "b")
-    shop.run()
-    assert one.lease is not None
-    thing = weakref.ref(one.lease.parts[0][0])
-    residents.drop("a")
-    one.end()
-    assert thing() is not None, "still in use"
-    assert set(residents.resident()) == {"a", "b"}
-    two.end()
-    gc.collect()
-    assert thing() is None
-    assert residents.resident() == {"b": UNIT}
-    stats = residents.stats()
-    assert (stats.bytes, stats.evictions) == (UNIT, 0)
-    residents.drop("a")
-    residents.drop("b")
-    assert residents.stats().bytes == 0
 
 
 def test_dropped_while_it_comes() -> None:

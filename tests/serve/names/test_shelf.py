@@ -143,26 +143,6 @@ def broken(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(config))
 
 
-def test_fifty_bad_loads_beside_good_ones(make: Make, base: TextBase, folder: Path) -> None:
-    """Each is a 4xx, none leaves a trace, and what was loaded before is served as before."""
-    good = saved(base, folder / "good")
-    catalog = make()
-    catalog.load("good", "good")
-    for i in range(25):
-        assert refused(lambda i=i: catalog.load(f"x{i}", f"missing-{i}")).status == 404
-        whole = (folder / "good" / "adapter_model.safetensors").read_bytes()
-        bad = folder / f"bad-{i}"
-        shutil.copytree(folder / "good", bad)
-        (bad / "adapter_model.safetensors").write_bytes(whole[: len(whole) * i // 25] + b"\xff" * (i % 3))
-        error = refused(lambda i=i: catalog.load(f"y{i}", f"bad-{i}"))
-        assert 400 <= error.status < 500
-        assert str(folder) not in error.what
-    assert [c.id for c in catalog.models(OPERATOR)] == ["tiny", "good"]
-    assert catalog.resolve("good", OPERATOR).mix == ((good, 1.0),)
-    assert list(catalog.residents.resident()) == [good]
-    catalog.load("later", "good")
-
-
 def test_pickles(make: Make, folder: Path, base: TextBase) -> None:
     saved(base, folder / "a")
     (folder / "a" / "adapter_model.safetensors").unlink()

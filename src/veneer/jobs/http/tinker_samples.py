@@ -36,8 +36,7 @@ from veneer.serve.access import Served
 from veneer.serve.http.answers import TextAnswer, TextJob, run
 from veneer.serve.http.bodies import Strict
 from veneer.serve.http.errors import Json, as_refused, message_of
-from veneer.serve.http.mixes import ChosenMix
-from veneer.serve.http.service import Service
+from veneer.serve.http.service import ChosenMix, Service
 from veneer.serve.names.shelf import AdapterPlace
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, Sampling, invalid

@@ -23,8 +23,7 @@ from starlette.requests import Request as HttpRequest
 from veneer.serve.access import BEHIND, SHADOWS, ShadowAnswer
 from veneer.serve.http.errors import as_refused, message_of, problem_of
 from veneer.serve.http.metrics import Meter
-from veneer.serve.http.mixes import ChosenMix
-from veneer.serve.http.service import Service
+from veneer.serve.http.service import ChosenMix, Service
 from veneer.serve.http.sse import EventStream, client_left
 from veneer.serve.principal import Principal
 from veneer.serve.request import EngineEvent, Finished, Refused, Request, Sampling, Started, Token, Usage, shutting_down

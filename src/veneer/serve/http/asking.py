@@ -17,9 +17,8 @@ from typing import Any
 from veneer.serve.access import Served, shadow_id
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import IndexedEvent, TextJob, run
-from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.sampling import limited, sampling_of
-from veneer.serve.http.service import Service
+from veneer.serve.http.service import ChosenMix, Service
 from veneer.serve.http.tools import ToolUse, message_of_answer
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Sampling, invalid

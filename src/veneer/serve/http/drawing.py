@@ -40,8 +40,7 @@ from veneer.models.image.generate import (
 from veneer.serve.access import BEHIND, SHADOWS, Served, ShadowAnswer
 from veneer.serve.http.errors import problem_of
 from veneer.serve.http.metrics import Meter
-from veneer.serve.http.mixes import ChosenMix
-from veneer.serve.http.service import Service
+from veneer.serve.http.service import ChosenMix, Service
 from veneer.serve.http.surfaces.image_bodies import (
     ControlBody,
     Data,

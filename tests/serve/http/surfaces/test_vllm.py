@@ -107,21 +107,6 @@ def test_many_adapters_at_once(server: Live) -> None:
     assert said == [[f"[m{n}*1] Hi"] * 3 for n in range(10)]
 
 
-def test_loads_that_fail_break_nobody(server: Live) -> None:
-    def bad(n: int) -> int:
-        return int(load(server, f"bad-{n}", "missing" if n % 2 else "corrupt").status_code)
-
-    def good(n: int) -> int:
-        return int(say(server, "sql").status_code)
-
-    with ThreadPoolExecutor(8) as pool:
-        failing, going = pool.map(bad, range(50)), pool.map(good, range(50))
-        assert set(failing) == {400, 404}
-        assert set(going) == {200}
-    assert load(server, "cat", "lib/cat").status_code == 200
-    assert say(server, "cat").status_code == 200
-
-
 def test_sglang_update_script(server: Live) -> None:
     """Load, load again, ask, unload, ask, unload again: SGLang's statuses and bodies."""
 

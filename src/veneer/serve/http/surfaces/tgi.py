@@ -28,9 +28,8 @@ from veneer.serve.http.answers import (
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, MixField, Neutral, Strict, at_most, mix_of
 from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.guard import needs
-from veneer.serve.http.mixes import ChosenMix
 from veneer.serve.http.sampling import Seed, limited, sampling_of, schema_text, stops_of
-from veneer.serve.http.service import Service, admission_of, caller_of, service_of
+from veneer.serve.http.service import ChosenMix, Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import data
 from veneer.serve.request import Finished, GrammarSpec, Refused, Token, invalid
 

@@ -116,7 +116,7 @@ async def _unload(request: HttpRequest, body: Unload, missing: Refused) -> None:
     service, name = service_of(request), body.lora_name
     await asyncio.to_thread(service.catalog.unload, name)
     await asyncio.to_thread(service.tenancy.note, "operator", "adapter.unload", name, None, None)
-    service.mixes.forget(name)
+    service.mixes.default.pop(name, None)
 
 
 def _loaded(request: HttpRequest) -> Response:
