@@ -72,16 +72,6 @@ def test_sampled_answers_in_a_crowd_equal_those_alone(whole: Whole) -> None:
     assert len({answer.text for answer in alone}) > 8
 
 
-def test_from_one_adapter_to_another_and_back(whole: Whole, shop: Shop) -> None:
-    """The cache of prefixes is used, and only under the mix that made it."""
-    ids, seen = prompt(50, 99), []
-    for name in ("plain", "dora", "plain", "rows", "tiny", "dora", "rows", "tiny"):
-        got = whole.ask(name, ids)
-        assert got.same(shop.wanted([] if name == "tiny" else [(name, 1.0)], ids, 12)), name
-        seen.append(got.cached)
-    assert seen == [0, 0, 48, 0, 0, 48, 48, 48]
-
-
 def test_chat_streams_what_it_answers_whole(whole: Whole) -> None:
     asked: dict[str, Any] = {
         "messages": [{"role": "user", "content": "The link has expired."}],
@@ -101,21 +91,3 @@ def test_the_engines_queue_is_the_servers(shop: Shop) -> None:
     """What admission lets in, the engine does not turn away."""
     with served(shop, http=HttpSettings(queue=3000)) as whole:
         assert whole.engine.settings.queue == whole.built.service.admission.shares["answers"].total == 3000
-
-
-def test_with_room_for_two_adapters_five_take_turns(shop: Shop) -> None:
-    """15 requests at once, three of each: every answer is right, over three rounds, and the limit holds throughout."""
-    with served(shop) as probe:
-        most = max(probe.engine.runner.prepare(read(shop, name), name).bytes for name in KINDS)
-    with served(shop, adapter_bytes=5 * most // 2) as whole:
-        for turn in range(3):
-            work = [(name, prompt(10 + turn, k)) for k in range(3) for name in KINDS]
-            work = work[turn:] + work[:turn]
-            got = whole.together([asking(name, ids) for name, ids in work])
-            for (name, ids), answer in zip(work, got, strict=True):
-                assert answer.same(shop.wanted([(name, 1.0)], ids, 12)), (turn, name)
-            stats = whole.engine.residents.stats()
-            assert 0 < stats.bytes <= stats.limit
-        assert stats.evictions > 0  # how many depends on which requests come into a batch together
-        assert stats.adapters < len(KINDS)
-        whole.idle()

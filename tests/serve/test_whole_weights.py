@@ -12,12 +12,10 @@ from tests.families import llama3
 from tests.serve.whole import CONTEXT, Shop, asking, prompt, served
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.core.attach import attach
-from veneer.errors import ConfigError
 from veneer.formats import peft
 from veneer.models.quantise import quantised_weights
 from veneer.models.text.base import load_text
 from veneer.ops.quantised import dequantised
-from veneer.serve.settings import HttpSettings
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +115,6 @@ def test_a_server_over_a_quantised_base_answers_as_the_library_does_over_it(shop
     assert (own["tiny"] - wanted(shop, ids, lambda w: w)["tiny"]).abs().max() > 1e-3  # quantising has its effect
 
 
-def test_two_ways_to_keep_the_weights_are_refused_before_anything_loads(shop: Shop) -> None:
-    with (
-        pytest.raises(ConfigError, match="--quantise and --weights both say") as caught,
-        served(shop, quantise="nf4", weights="int8"),
-    ):
-        pass
-    assert "leave one out" in str(caught.value)
-
-
 def test_what_is_in_memory_and_what_went_out_of_it_is_in_the_metrics(shop: Shop) -> None:
     for seed in (2, 3):
         shop.make(f"more{seed}", seed)
@@ -150,8 +139,3 @@ def test_what_is_in_memory_and_what_went_out_of_it_is_in_the_metrics(shop: Shop)
         last = series()
         assert (last["veneer:adapters_resident"], last["veneer:adapter_evictions_total"]) == (2, 1)
         assert last["veneer:adapters_resident_bytes"] == 2 * one
-
-
-def test_the_queue_of_the_front_door_is_the_engines(shop: Shop) -> None:
-    with served(shop, http=HttpSettings(queue=5000)) as server:
-        assert server.engine.settings.queue == 5000
