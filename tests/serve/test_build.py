@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,19 @@ from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 
 FLEET = FleetSettings(upstreams=("http://127.0.0.1:1",))
+
+
+def load(settings: ServeSettings) -> None:
+    """Build a server, load its base, and end it."""
+
+    async def live() -> None:
+        built = build(settings, print)
+        try:
+            await built.load()
+        finally:
+            await built.stop()
+
+    asyncio.run(live())
 
 
 def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +82,7 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
 )
 def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{option} is for .* the servers of --upstream compute") as caught:
-        build(ServeSettings("anything", fleet=FLEET, **more), print)
+        load(ServeSettings("anything", fleet=FLEET, **more))
     assert caught.value.where == option
 
 
@@ -87,7 +101,7 @@ def test_what_is_said_of_texts_is_refused_where_pictures_are_drawn(
 ) -> None:
     base = str(tiny_image_base(tmp_path_factory.getbasetemp(), "flux1"))
     with pytest.raises(ConfigError, match=f"^{option} is for"):
-        build(ServeSettings(base, **more), print)
+        load(ServeSettings(base, **more))
 
 
 @pytest.mark.parametrize("more", [{"mixes": 3}, {"mix_bytes": 1 << 20}])
@@ -96,7 +110,7 @@ def test_what_is_said_of_upstreams_is_refused_without_them(more: dict[str, Any],
     with pytest.raises(
         ConfigError, match="is for mixes on the servers of --upstream, and this server computes by itself"
     ):
-        build(ServeSettings(base, fleet=replace(FleetSettings(), **more)), print)
+        load(ServeSettings(base, fleet=replace(FleetSettings(), **more)))
 
 
 @pytest.mark.parametrize(

@@ -8,37 +8,31 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.cli.run import run
-from tests.serve.http.toy import free_port, wait_for
-from tests.tiny_base import tiny_base_dir
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, free_port, toy_app
 from veneer.errors import BaseError, ResourceError
 from veneer.serve.build import Application
-from veneer.serve.server import WebPage, listen, serve
+from veneer.serve.server import listen, serve
 from veneer.serve.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = """
 import sys, time
-from types import SimpleNamespace
 from veneer.serve.server import serve
 from veneer.serve.settings import ServeSettings
 
 def make():
     time.sleep(0.2)
     from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
-    app = toy_app(ToyEngine(ToyText()), ToyCatalog())
-    async def nothing(): pass
-    return SimpleNamespace(app=app, service=app.state.service, start=nothing, stop=nothing)
+    from veneer.serve.build import Application
+    return Application(toy_app(ToyEngine(ToyText()), ToyCatalog()))
 
 serve(ServeSettings("toy", port=int(sys.argv[1]), drain=20), print, make)
 print("ended")
@@ -98,55 +92,18 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
                 pipe.close()
 
 
-def listens(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
+async def no_base() -> None:
+    raise BaseError("there is no such base")
 
 
-def test_the_page_says_what_is_downloaded_while_the_base_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, seen = threading.Event(), threading.Event()
-
-    def build(settings: ServeSettings, say: Callable[[str], None], *_: object) -> None:
-        say("getting some-base (93 MB, <MIT>) from the Python package index")
-        said.set()
-        seen.wait(60)
-        raise BaseError("seen")
-
-    monkeypatch.setattr("veneer.serve.build.build", build)
-    ended: list[BaseException] = []
-
-    def run(host: str) -> None:
-        try:
-            keys = () if host == "127.0.0.1" else ("a-key-of-the-test",)
-            base, library = str(tiny_base_dir(tmp_path)), str(tmp_path / "lib")
-            settings = ServeSettings(base, host=host, port=port, library=library, keys=keys)
-            serve(settings, lambda text: None, page=WebPage("/studio", lambda address: None, "Then Train is here."))
-        except BaseException as error:
-            ended.append(error)
-
-    for host, told in (("127.0.0.1", True), ("0.0.0.0", False)):
-        port = free_port()
-        for event in (said, seen):
-            event.clear()
-        thread = threading.Thread(target=run, args=(host,))
-        thread.start()
-        try:
-            assert said.wait(60)
-            wait_for(partial(listens, port), 20)  # building begins a moment before the server listens
-            text = httpx.get(f"http://127.0.0.1:{port}/studio/").text
-            assert ("getting some-base (93 MB, &lt;MIT&gt;)" in text) == told
-            assert "since the start" in text
-            assert "Then Train is here." in text
-        finally:
-            seen.set()
-            thread.join(60)
-        assert str(ended.pop()) == "seen"
+def not_built() -> Application:
+    raise BaseError("there is no such base")
 
 
-def test_a_server_that_cannot_be_built_says_why() -> None:
-    def make() -> Application:
-        raise BaseError("there is no such base")
+@pytest.mark.parametrize(
+    "make", [not_built, lambda: Application(toy_app(ToyEngine(ToyText()), ToyCatalog()), load=no_base)]
+)
+def test_a_server_that_cannot_be_built_or_loaded_says_why(make: Callable[[], Application]) -> None:
 
     said: list[str] = []
     level, interval = logging.getLogger("veneer").level, sys.getswitchinterval()

@@ -240,7 +240,12 @@ def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
     engine = EngineSettings(**({"cache_bytes": 16 << 20} | mine))
     asked = ServeSettings(str(shop.base_dir), engine=engine, **(small | settings))
     built = build(asked, print, check_settings(asked), extend)
-    asyncio.run(built.start())
+
+    async def begin() -> None:
+        await built.start()
+        await built.load()
+
+    asyncio.run(begin())
     config = uvicorn.Config(built.app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -21,13 +21,40 @@ from veneer.models.text.base import load_text
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = '"><img src=x onerror=alert(1)></script>\u202e{{ 7*7 }}'
+_SLOWED = """
+import time
+from pathlib import Path
+from veneer.errors import BaseError
+from veneer.models.text import base
+
+load_text = base.load_text
+
+def load_later(*given, say, **settings):
+    say("waiting for the test")
+    while not Path({0!r}).exists():
+        time.sleep(0.05)
+    if wrong := Path({0!r}).read_text():
+        raise BaseError(wrong)
+    return load_text(*given, say=say, **settings)
+
+base.load_text = load_later
+"""
 
 
 class Served:
     """A server in a process of its own. `base`: its folder, or one that comes along. `library`: where its adapters are.
-    `cwd`: where it is."""
+    `cwd`: where it is. `loads_after`: a file that loading the base waits for; if the file has
+    a text, loading fails with it."""
 
-    def __init__(self, folder: Path, base: Path, library: Path, *options: str, cwd: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        base: Path,
+        library: Path,
+        *options: str,
+        cwd: Path | None = None,
+        loads_after: Path | None = None,
+    ) -> None:
         port = int(options[options.index("--port") + 1]) if "--port" in options else free_port()
         self.address, self.base = f"http://127.0.0.1:{port}", base
         self.library, self.home = library, folder
@@ -35,7 +62,7 @@ class Served:
         own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(folder)), "OMP_NUM_THREADS": "1"}
         command = [
             "-c",
-            "from veneer.cli.main import main; main()",
+            (_SLOWED.format(str(loads_after)) if loads_after else "") + "from veneer.cli.main import main; main()",
             "serve",
             "--studio",
             "--base",

@@ -10,9 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
-from websockets.sync.client import connect
 
-from tests.serve.http.toy import wait_for
 from tests.studio.conftest import Served
 from tests.studio.windows import opened
 from tests.test_readme import parse
@@ -61,29 +59,6 @@ def test_a_view_that_cannot_be_drawn_says_so_in_the_page(studio: Served, tiny: t
         assert words in shell
     assert "KeyError" in studio.log.read_text()
     assert httpx.get(f"{studio.address}/studio/train").status_code == 200
-
-
-def test_who_comes_while_the_base_loads_waits_on_a_page(tmp_path: Path, tiny: tuple[Path, Path]) -> None:
-    served = Served(tmp_path, *tiny)
-    seen: list[httpx.Response] = []
-
-    def there() -> bool:
-        try:
-            seen.append(httpx.get(f"{served.address}/studio/compare?p=x"))
-        except httpx.TransportError:
-            return False
-        return True
-
-    try:
-        wait_for(there, 60)
-        assert seen[0].status_code == 503
-        assert 'http-equiv="refresh"' in seen[0].text
-        assert "loading tiny-base" in seen[0].text
-        assert httpx.get(f"{served.address}/v1/models").json()["error"]["code"] == "shutting_down"
-        with pytest.raises(Exception, match="HTTP 403"):
-            connect(served.address.replace("http", "ws") + "/studio/_nicegui_ws/socket.io/", proxy=None)
-    finally:
-        served.end()
 
 
 def test_several_extensions_are_one_that_ends_the_other_way_round() -> None:

@@ -247,8 +247,7 @@ def serve_with(
 
             check_studio()
             extends.append(partial(studio_of, trains=train))
-            offers = "A base is downloaded once. Then the library, Compare, Train, Live and Doctor are here."
-            page = server.WebPage(ROOT, show, offers)
+            page = server.WebPage(ROOT, show)
 
         def extend(service: Service, library: Library) -> Extension:
             from veneer.serve.build import together  # late: torch comes with it

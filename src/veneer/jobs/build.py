@@ -85,6 +85,7 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
     from veneer.models.home import veneer_home
     from veneer.serve.engine.engine import TextEngine
 
+    service.need_base()
     engine = service.engine
     if not isinstance(engine, TextEngine):
         raise ConfigError("this server computes no texts itself, and trains none", fix="serve a text base by itself")

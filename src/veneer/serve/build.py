@@ -1,6 +1,7 @@
 """Where a server's parts are put together, and nowhere else.
 
-    tenancy; base -> shelf -> engine -> names -> service -> application
+    build()    tenancy, shelf, names, service -> application      quick; its pages and the library work from here on
+    load()     base -> engine -> service                          takes as long as the base does
 
 What each part is, its own module says; here is which of them a server has, and in which order they begin and end.
 """
@@ -17,14 +18,15 @@ from fastapi import APIRouter, FastAPI
 from veneer.library.library import Library
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
 from veneer.serve.checks import Opened, ServerKind, needs_no_key, open_stores, refuse_idle, refuse_ledger
-from veneer.serve.http.app import create_app
+from veneer.serve.http.app import add_images, create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.http.surfaces.feedback import feedback_routes
-from veneer.serve.names.catalog import Catalog
-from veneer.serve.names.shelf import Shelf
+from veneer.serve.names.catalog import Catalog, NoAdapters
+from veneer.serve.names.shelf import Shelf, UnloadedBase
 from veneer.serve.quota import FairThreads
+from veneer.serve.request import LoadingEngine
 from veneer.serve.settings import ServeSettings
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.store import Store
@@ -37,11 +39,12 @@ async def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Application:
-    """An ASGI application and what goes with it: `start` on the server's loop before it is ready, `stop` after the
-    drain."""
+    """An ASGI application and what goes with it, all on the server's loop: `start` before the first request, `load`
+    beside requests until the server is ready, `stop` after the drain."""
 
     app: FastAPI
     start: Callable[[], Awaitable[Any]] = _nothing
+    load: Callable[[], Awaitable[Any]] = _nothing
     stop: Callable[[], Awaitable[Any]] = _nothing
 
     @property
@@ -66,7 +69,7 @@ class Extension:
 
 
 Extend = Callable[[Service, Library], Extension]
-"""Makes the extension of a server from its parts, once these are there."""
+"""Makes the extension of a server from its parts, whose base is not loaded yet."""
 
 
 def together(*extends: Extend) -> Extend:
@@ -103,92 +106,103 @@ def together(*extends: Extend) -> Extend:
 def build(
     settings: ServeSettings, say: Callable[[str], None], opened: Opened | None = None, extend: Extend | None = None
 ) -> Application:
-    """Everything that `settings` (checked: checks.py) ask for, over what checking has `opened`. Blocks while the base
-    loads. Raises ConfigError and what loading raises."""
-    from veneer.models.sources import find_base, is_image_base
-
-    kind: ServerKind = "fleet"
-    if not settings.fleet.upstreams:
-        kind = "pictures" if is_image_base(find_base(settings.base, say=say)) else "texts"
-    refuse_idle(settings, kind)
-    make = {"fleet": _build_fleet, "pictures": _build_pictures, "texts": _build_texts}[kind]
+    """Everything that `settings` (checked: checks.py) ask for but the base, over what checking has `opened`. Raises
+    ConfigError."""
     opened = opened or open_stores(settings)
     try:
-        service = make(settings, say, opened)
+        tenancy, base = tenancy_of(settings, say, opened.store), UnloadedBase(settings.base)
+        folders = () if settings.fleet.upstreams else settings.folders
+        shelf = Shelf(base, library=opened.library, folders=folders)
+        catalog = Catalog(shelf, lambda adapter: [], NoAdapters(), routes=tenancy.routes)
+        service = Service(
+            LoadingEngine(), catalog, tenancy, TokenizedBase(base.name, None, 0), settings.http, "loading", loaded=False
+        )
         return _application(settings, service, opened.library, say, extend)
     except BaseException:
         opened.close()
         raise
 
 
-def _build_texts(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Service:
+def _load_base(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
+    """Blocks while the base loads. Raises ConfigError for options that its kind does not have, and what loading
+    raises."""
+    from veneer.models.sources import find_base, is_image_base
+
+    kind: ServerKind = "fleet"
+    if not settings.fleet.upstreams:
+        kind = "pictures" if is_image_base(find_base(settings.base, say=say)) else "texts"
+    refuse_idle(settings, kind)
+    {"fleet": _load_fleet, "pictures": _load_pictures, "texts": _load_texts}[kind](settings, service, say)
+
+
+def _load_texts(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
     from veneer.models.text.base import load_text
     from veneer.serve.engine.engine import TextEngine
 
-    tenancy, library = tenancy_of(settings, say, opened.store), opened.library
+    catalog = service.catalog
     base = load_text(settings.base, dtype=settings.dtype, device=settings.device, quantise=settings.quantise, say=say)
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         say(f"note: {note}")
-    shelf = Shelf(base, library=library, folders=settings.folders)
-    engine = TextEngine(base, shelf.read, replace(settings.engine, queue=settings.http.queue))
+    engine = TextEngine(base, catalog.shelf.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
-    catalog = Catalog(shelf, engine.problems, engine.residents, routes=tenancy.routes)
+    catalog.use_base(base, engine.problems, engine.residents)
     # The engine's cache may hold less than the base could take.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
-    return Service(engine, catalog, tenancy, reader, settings.http)
+    service.use_base(engine, reader, settings.http)
 
 
-def _build_pictures(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Service:
+def _load_pictures(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
     from veneer.models.image.base import load_image, readers
     from veneer.serve.pictures.engine import PictureEngine
 
-    tenancy, library = tenancy_of(settings, say, opened.store), opened.library
+    catalog = service.catalog
     base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
-    shelf = Shelf(base, library=library, folders=settings.folders)
     engine = PictureEngine(
-        base, shelf.read, max_batch=min(settings.engine.rows, 8), adapter_bytes=settings.engine.adapter_bytes
+        base, catalog.shelf.read, max_batch=min(settings.engine.rows, 8), adapter_bytes=settings.engine.adapter_bytes
     )
-    catalog = Catalog(shelf, lambda adapter: [], engine.residents, routes=tenancy.routes)
+    catalog.use_base(base, lambda adapter: [], engine.residents)
     (tokenizer, limit), *_ = readers(base)
     reader = TokenizedBase(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
     limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))  # pictures come in bodies
-    return Service(engine, catalog, tenancy, reader, limits)
+    service.use_base(engine, reader, limits)
 
 
-def _build_fleet(settings: ServeSettings, say: Callable[[str], None], opened: Opened) -> Service:
+def _load_fleet(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
     """The same front door before servers that run elsewhere. They read the library's files by the same paths."""
     from veneer.models.home import veneer_home
     from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.fleet import Fleet, FleetAdapters
     from veneer.serve.fleet.folders import vllm_problems
 
-    tenancy, library = tenancy_of(settings, say, opened.store), opened.library
     base = text_without_weights(settings.base, say=say)
-    shelf = Shelf(base, library=library)
     fleet = Fleet(
         settings.fleet.upstreams,
-        files=shelf.files,
+        files=service.catalog.shelf.files,
         cache=veneer_home() / "cache" / "served",
         key=settings.fleet.key,
         mixes=settings.fleet.mixes,
         cache_bytes=settings.fleet.mix_bytes,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
     )
-    catalog = Catalog(shelf, vllm_problems, FleetAdapters(fleet), routes=tenancy.routes)
+    service.catalog.use_base(base, vllm_problems, FleetAdapters(fleet))
     reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
-    return Service(fleet, catalog, tenancy, reader, settings.http)
+    service.use_base(fleet, reader, settings.http)
 
 
 def _application(
     settings: ServeSettings, service: Service, library: Library, say: Callable[[str], None], extend: Extend | None
 ) -> Application:
-    """The surfaces over it all. It begins with the engine and ends with the tenancy's last bill."""
+    """The surfaces over it all. It ends with the tenancy's last bill."""
 
-    def load() -> None:
+    def step(text: str) -> None:
+        service.step = text
+        say(text)
+
+    def preload() -> None:
         for each in settings.preload:
             card = service.catalog.load(each.name, each.reference, pinned=settings.pin)
-            say(f"adapter {card.id} from {card.root}")
+            step(f"adapter {card.id} from {card.root}")
             if each.strength is not None:
                 service.mixes.default[card.id] = each.strength
                 say(f"requests that name no adapter get {card.id} at strength {each.strength:g}")
@@ -206,9 +220,15 @@ def _application(
     async def start() -> None:
         limits = service.settings.quotas
         asyncio.get_running_loop().set_default_executor(FairThreads(limits.threads, limits.thread_share))
-        await service.engine.begin()
-        await asyncio.to_thread(load)
         await more.start()
+
+    async def load() -> None:
+        await asyncio.to_thread(_load_base, settings, service, step)
+        if service.engine.makes == "pictures":
+            add_images(app)
+        await service.engine.begin()
+        await asyncio.to_thread(preload)
+        service.ready()
 
     async def stop() -> None:
         await more.stop()
@@ -223,7 +243,7 @@ def _application(
     large = {**adapter_bodies(staging), **more.large}
     app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=more.unguarded, large=large)
     more.mount(app)
-    return Application(app, start, stop)
+    return Application(app, start, load, stop)
 
 
 def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog) -> list[APIRouter]:

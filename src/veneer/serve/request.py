@@ -86,6 +86,11 @@ def shutting_down() -> Refused:
     return Refused("the server is shutting down", status=503, code="shutting_down")
 
 
+def not_ready(phase: str) -> Refused:
+    """The error of a request that a server in this phase (loading, draining) does not take: 503 with Retry-After."""
+    return Refused(f"the server is {phase}", status=503, code="shutting_down", retry_after=5.0)
+
+
 GrammarSpec = tuple[Literal["json_schema", "json_object", "regex"], str]
 """What an answer must match: a JSON schema as text, any JSON object, or a regular expression."""
 
@@ -259,3 +264,13 @@ class Engine(Protocol[_Asked, _Happened]):
     def trouble(self) -> str:
         """Why requests had better go elsewhere for now, although the engine works: no replica answers."""
         return ""
+
+
+class LoadingEngine(Engine[Request, EngineEvent]):
+    """The engine of a server whose base is not loaded yet."""
+
+    def events(self, request: Request) -> AsyncIterator[EngineEvent]:
+        raise not_ready("loading")
+
+    def stats(self) -> EngineStats:
+        return EngineStats()

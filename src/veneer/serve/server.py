@@ -2,7 +2,8 @@
 
 checked     settings with which no server can be built end it here (checks.py)
 listening   /health answers, /ready says 503 loading, everything else is turned away
-built       base, engine, catalog, tenants, adapters to preload; then /ready says 200
+built       catalog, tenants, library: the Studio's pages open, /ready still says 503 loading
+loaded      base, engine, adapters to preload; then /ready says 200
 SIGTERM     /ready says 503 draining, new work is turned away (503, Retry-After), running answers end
 ended       when they have, or after `drain` seconds; a second signal ends at once
 """
@@ -10,13 +11,11 @@ ended       when they have, or after `drain` seconds; a second signal ends at on
 from __future__ import annotations
 
 import asyncio
-import html
 import logging
 import os
 import socket
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -25,12 +24,12 @@ import uvicorn
 from starlette.responses import HTMLResponse
 from starlette.types import Receive, Scope, Send
 
-from veneer.errors import ResourceError, counted
+from veneer.errors import ResourceError
 from veneer.files.rights import forbid_inspection
 from veneer.serve.checks import Opened, check_settings
 from veneer.serve.http.connection import many_files, protocols_of
 from veneer.serve.http.errors import Json, answer_error
-from veneer.serve.request import Refused
+from veneer.serve.request import not_ready
 from veneer.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -48,32 +47,26 @@ _WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-eq
 <style>:root {{ color-scheme: light dark }} body {{ margin: 30vh auto; max-width: 30em; padding: 0 24px;
   font: 15px/1.55 system-ui, sans-serif; background: light-dark(#faf9f7, #16130f); color: light-dark(#211d19, #ece6df);
   overflow-wrap: anywhere }} p:not([role]) {{ color: light-dark(#6b625a, #a89d92) }}
-</style><p role="status">{what}</p><p>{now}</p><p>{after}</p></html>
+</style><p role="status">{what}</p></html>
 """
-"""What a person sees before the base is loaded; the page reloads by itself. {{ and }} are braces."""
+"""What a person sees in the seconds before the page is there; it reloads by itself. {{ and }} are braces."""
 
 
 @dataclass(frozen=True)
 class WebPage:
-    """An extension's page for people: it gets WebSockets, and something to look at while the base loads. `path`: where
-    it is. `show`: called with its address as soon as the server listens. `offers`: what the page will have, said while
-    the base loads."""
+    """An extension's page for people: it gets WebSockets. `path`: where it is. `show`: called with its address as soon
+    as the server listens."""
 
     path: str
     show: Callable[[str], object]
-    offers: str = ""
 
 
 class _Front:
     """The ASGI application that listens from the first moment: until the real one is built it says so. `page`: a page
-    for people, if there is one; `base`: what loads, for them; `steps`: what loading has said so far, if visitors can
-    read that."""
+    for people, if there is one."""
 
-    def __init__(
-        self, make: Callable[[], Application], page: WebPage | None = None, base: str = "", steps: Sequence[str] = ()
-    ) -> None:
-        self.make, self.page, self.base, self.steps = make, page, base, steps
-        self.began = time.monotonic()
+    def __init__(self, make: Callable[[], Application], page: WebPage | None = None) -> None:
+        self.make, self.page = make, page
         self.built: Application | None = None
         self.failure: Exception | None = None
         self.draining = False
@@ -103,20 +96,10 @@ class _Front:
             elif scope["path"] == "/ready":
                 await Json({"status": phase}, status_code=503)(scope, receive, send)
             elif self.page and scope["method"] == "GET" and f"{scope['path']}/".startswith(f"{self.page.path}/"):
-                page = HTMLResponse(self._waiting(phase), 503, {"retry-after": "1", "cache-control": "no-store"})
-                await page(scope, receive, send)
+                text = _WAITING.format(what="veneer is ending." if self.draining else "veneer is starting …")
+                await HTMLResponse(text, 503, {"retry-after": "1", "cache-control": "no-store"})(scope, receive, send)
             else:
-                error = Refused(f"the server is {phase}", status=503, code="shutting_down", retry_after=5.0)
-                await answer_error(error, "OpenAI")(scope, receive, send)
-
-    def _waiting(self, phase: str) -> str:
-        """The page for people until the base is loaded."""
-        texts = {"what": "veneer is ending.", "now": "", "after": ""}
-        if phase == "loading" and self.page:
-            seconds = counted(round(time.monotonic() - self.began), "second")
-            now = f"{self.steps[-1]} ({seconds} since the start)" if self.steps else f"{seconds} since the start"
-            texts = {"what": f"veneer is loading {self.base} …", "now": now, "after": self.page.offers}
-        return _WAITING.format(**{name: html.escape(text) for name, text in texts.items()})
+                await answer_error(not_ready(phase), "OpenAI")(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -133,12 +116,12 @@ class _Front:
         try:
             built = await asyncio.to_thread(self.make)
             await built.start()
+            if self.draining:
+                built.service.phase = "draining"
+            self.built = built
+            await built.load()
         except Exception as error:
             self.failure = error
-            return
-        if self.draining:
-            built.service.phase = "draining"
-        self.built = built
 
 
 class _Server(uvicorn.Server):
@@ -187,14 +170,8 @@ def serve(
     the settings before it listens, and what kept the server from being built."""
     forbid_inspection()
     opened = check_settings(settings, page=page is not None) if make is None else None
-    steps: list[str] = []
-
-    def step(text: str) -> None:
-        steps.append(text)
-        say(text)
-
     try:
-        _serve(settings, say, make or (lambda: _build(settings, step, opened, extend)), page, steps)
+        _serve(settings, say, make or (lambda: _build(settings, say, opened, extend)), page)
     finally:
         if opened is not None:
             opened.close()
@@ -205,10 +182,8 @@ def _serve(
     say: Callable[[str], None],
     make: Callable[[], Application],
     page: WebPage | None,
-    steps: Sequence[str],
 ) -> None:
-    shown = steps if settings.here else ()  # they name paths and databases of this machine
-    front = _Front(make, page, settings.base.rstrip("/").rpartition("/")[2], shown)
+    front = _Front(make, page)
     http, ws = protocols_of(settings.http, sockets=page is not None)
     config = uvicorn.Config(
         front,

@@ -97,6 +97,7 @@ async def adapter_view(page: ViewPage) -> None:
         return found.aliases, found.tags, found.health, routes_of(page)
 
     on_change(now, 1.0, refill)
+    page.when_loaded(page.again)
 
 
 def _read(page: ViewPage, reference: str) -> _Seen:

@@ -68,16 +68,16 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
     views = (
         StudioView("", "Library", "l", library_view, "read"),
         StudioView("adapter", "Adapter", "", adapter_view, "read", under=""),
-        StudioView("compare", "Compare", "c", compare_view, "infer"),
+        StudioView("compare", "Compare", "c", compare_view, "infer", uses_base=True),
         StudioView("train", "Train", "t", train_view, "train"),
         StudioView("run", "Run", "", run_view, "train", under="train"),
         StudioView("steps", "Steps", "", steps_view, "train", under="train"),
-        StudioView("live", "Live", "v", live_view, "operate"),
+        StudioView("live", "Live", "v", live_view, "operate", uses_base=True),
         StudioView("doctor", "Doctor", "d", doctor_view, "read"),
     )
     jobs = JobStore(library)
     queue = None
-    if trains and service.engine.makes == "texts":
+    if trains:
         tenancy = service.tenancy
         files = open_files(library, quotas=service.quotas)
         queue = TuningQueue(jobs, files, tenancy.store if isinstance(tenancy, Tenants) else None)

@@ -19,7 +19,7 @@ from veneer.jobs.inputs import LINE_FILES, FileBeginning, look_at_file
 from veneer.jobs.openai import FormSettings, TuningBody
 from veneer.serve.http.bodies import checked
 from veneer.studio.frame import ViewPage
-from veneer.studio.parts import Fragment, box, button, enable, form_field, heading, line, mark, permit, show
+from veneer.studio.parts import Fragment, box, button, enable, form_field, heading, line, mark, permit, put, show
 from veneer.train.config.load import config_from
 from veneer.train.report.log import size
 from veneer.train.text.rows import About, UnusableRow, format_columns, present_column, question_and_answer
@@ -48,6 +48,7 @@ async def train_form(page: ViewPage, queue: TuningQueue) -> None:
     page.drops("Drop it: its rows can be trained on", form.place_of, form.uploaded, {"purpose": "fine-tune"})
     form.draw()
     await form.offer(page.query.get("file"))
+    page.when_loaded(form.looked_again)
 
 
 class _TrainForm:
@@ -96,6 +97,7 @@ class _TrainForm:
                 self.rank = _number("Rank", "", 1, 256, 1)
                 self.rate = _number("Learning rate", "", 0, 1, None)
                 self.begin = button("Train", permit("train", self.start), kind="filled")
+                self.waits = line("", "soft small", role="status")
         self._show()
 
     # -- the file
@@ -212,9 +214,12 @@ class _TrainForm:
         mark(self.rank, hint=f"{usual.adapter.rank}")
         mark(self.rate, hint=f"{usual.optimizer.learning_rate:g}")
         why = "" if look.about is not None and not bad else "there are no rows yet" if not look.columns else problem
+        why = why or self.page.studio.loading
+        put(self.waits, why if why == self.page.studio.loading else "")
         enable(self.begin, not why, why)
 
     async def start(self) -> None:
+        self.page.studio.service.need_base()
         beginning = await self.looked_again()  # as the fields are now
         caller, settings, about = self.page.caller, self._settings(), beginning.about
         if about is None or any(isinstance(row, UnusableRow) for row in beginning.rows):

@@ -40,7 +40,9 @@ and a row of `views` in build.py: path, title, shortcut letter after `g`, and re
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +50,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from nicegui import background_tasks, ui
 
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, counted
 from veneer.jobs.http.tuning import TuningQueue
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library, NotInLibrary
@@ -68,6 +70,8 @@ _log = logging.getLogger("veneer.studio")
 
 _PATIENCE = 1.0
 """Seconds after which a page goes out as far as it is drawn."""
+_LOADING = 0.5
+"""Seconds between two looks at a base that is loading."""
 
 
 class NothingHere(VeneerError):
@@ -77,7 +81,8 @@ class NothingHere(VeneerError):
 @dataclass(frozen=True)
 class StudioView:
     """`path`: after /studio/. `key`: the letter after g; "": it is not in the list of views, where it stands `under`
-    another. `draw`: draws the view. `needs`: the permission; without it, the view is not found."""
+    another. `draw`: draws the view. `needs`: the permission; without it, the view is not found. `uses_base`: while the
+    base is loading, the view says so instead of being drawn."""
 
     path: str
     title: str
@@ -85,6 +90,7 @@ class StudioView:
     draw: Callable[[ViewPage], Awaitable[None]]
     needs: Permission
     under: str | None = None
+    uses_base: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +116,11 @@ class Studio:
         """The tenants' database, where there is one: routes, votes and costs."""
         tenancy = self.service.tenancy
         return tenancy.store if isinstance(tenancy, Tenants) else None
+
+    @property
+    def loading(self) -> str:
+        """Why nothing can be asked yet; "" once the base is loaded."""
+        return "" if self.service.loaded else f"{self.base} is still loading"
 
     def library_mark(self) -> object:
         """Another object whenever names of the library may have changed."""
@@ -211,6 +222,19 @@ class ViewPage:
         task.add_done_callback(lambda done: self.tasks.remove(done) if done in self.tasks else None)
         return task
 
+    def when_loaded(self, does: Callable[[], Any]) -> None:
+        """Call `does` once the base is loaded, unless the base is loaded already or the view is left before."""
+
+        async def wait() -> None:
+            while not self.studio.service.loaded:
+                await asyncio.sleep(_LOADING)
+            await self.frame.visitor.again()
+            if inspect.isawaitable(made := does()):
+                await made
+
+        if not self.studio.service.loaded:
+            self.task(wait())
+
     def left(self) -> None:
         for task in list(self.tasks):
             if task is not asyncio.current_task():
@@ -256,7 +280,8 @@ class Frame:
                 for view in self.studio.views
                 if view.key and self.visitor.caller.can(view.needs)
             }
-        parts.line(self.studio.base, "base", "span", title="The base that this server runs")
+        self.base = parts.line("", "base", "span", title="The base that this server runs")
+        self._name_base()
         with parts.box("div", "row"):
             parts.line("Find", "button word", "button", type="button", data_does="find", aria_keyshortcuts="Control+k")
             parts.line("◐ System", "button word", "button", type="button", data_theme="next", data_key="t")
@@ -264,6 +289,9 @@ class Frame:
             if self.visitor.key is not None:
                 with parts.box("form", "", method="post", action=f"{self.root}/leave"):
                     parts.line("Leave", "button word", "button", type="submit")
+
+    def _name_base(self) -> None:
+        parts.put(self.base, self.studio.base + (" · loading" if self.studio.loading else ""))
 
     # -- views
 
@@ -273,10 +301,12 @@ class Frame:
         view = next((view for view in self.studio.views if view.path == path), None)
         if view is None or not self.visitor.caller.can(view.needs):
             view = StudioView(path, "Not here", "", _nowhere, "public")
+        draw_view = _still_loading if view.uses_base and self.studio.loading else view.draw
         for each, link in self.links.items():
             parts.mark(link, aria_current="page" if each == view.path else "true" if each == view.under else "false")
         self._well()
         self.page = page = ViewPage(self, view, query)
+        page.when_loaded(self._name_base)
         self._take_adapters(page)
         self.called(view.title)
         before = list(self.place)
@@ -287,7 +317,7 @@ class Frame:
 
         async def draw() -> int:
             try:
-                await view.draw(page)
+                await draw_view(page)
             except (NothingHere, NotInLibrary) as error:
                 place.clear()
                 _not_here(page, error)
@@ -370,6 +400,25 @@ class Frame:
             error=known, title="That did not work" if isinstance(error, VeneerError) else "veneer's fault"
         )
         return status
+
+
+async def _still_loading(page: ViewPage) -> None:
+    """Draw what a view shows while the base is loading, and the view itself afterwards."""
+    service = page.studio.service
+    page.title(page.view.title)
+    with parts.box("div", "empty"):
+        parts.heading(page.studio.loading, 2)
+        now = parts.line("", "soft", role="status")
+        parts.line("This view opens by itself once the base is loaded. The library, Train and Doctor work meanwhile.")
+
+    def tell() -> None:
+        seconds = counted(round(time.monotonic() - service.began), "second")
+        step = f"{service.step} " if service.step and page.caller.can("operate") else ""  # steps can name paths
+        parts.put(now, f"{step}({seconds} since the start)")
+
+    tell()
+    ui.timer(1.0, tell)
+    page.when_loaded(page.again)
 
 
 async def _nowhere(page: ViewPage) -> None:

@@ -57,6 +57,7 @@ async def steps_view(page: ViewPage) -> None:
         sheets = Fragment("step_sheets.html.j2", samples=[], job=job, api=page.api)
     else:
         grid = _StepAnswers(page, job)
+        page.when_loaded(page.again)
 
     def read() -> dict[str, Any]:
         jobs = page.studio.jobs

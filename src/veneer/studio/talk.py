@@ -43,6 +43,8 @@ def base_name(job: Job) -> str:
 
 def asked_here(page: ViewPage, job: Job) -> str:
     """Why this server cannot ask the steps of a job; "" where it can."""
+    if page.studio.loading:
+        return page.studio.loading
     name = base_name(job)
     if page.studio.service.engine.makes != "texts":
         return f"this server draws pictures with {page.studio.base}"
@@ -133,7 +135,6 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
             asking = button("Ask", permit("infer", lambda: ask()), key="ctrl+enter")
         answers = Fragment("answers_two.html.j2", columns=[])
         same = Command()
-    why = asked_here(page, job)
     if not (page.query.get("p") or page.query.get("s")):
         system, own = await asyncio.to_thread(own_prompts, job)
         prompt.put(own[0] if own else "")
@@ -148,7 +149,7 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
 
     async def fill() -> None:
         found, now = await asyncio.to_thread(points), await job_of(page)
-        found, now = await asyncio.to_thread(points), await job_of(page)
+        why = asked_here(page, job)
         made = (now.result or {}).get("reference")
         choices = {"made": "the adapter it made"} if made else {}
         choices |= {str(step): f"step {step:,}" for step, _ in found}
@@ -168,6 +169,7 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
         enable(asking, bool(known) and not why, says)
 
     async def ask() -> None:
+        why = asked_here(page, job)
         if why or str(which.value) not in known:
             raise ConfigError(why or "there is no step to ask yet", fix="wait for the first checkpoint")
         for task in running:
@@ -201,4 +203,5 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
         running.append(page.task(drawn()))
 
     await fill()
+    page.when_loaded(fill)
     return lambda: on_change(lambda: (points(), page.studio.jobs.get(page.caller.owner, job.id).state), 1.0, fill)

@@ -110,7 +110,8 @@ def _configured(sentence: Sentence, more: list[str]) -> RunConfig:
 async def train_view(page: ViewPage) -> None:
     studio = page.studio
     page.title("Train", "Bring rows with questions and answers, look at them, and start a run.")
-    if studio.queue is not None:
+    page.when_loaded(lambda: page.again() if studio.service.engine.makes == "pictures" else None)
+    if studio.queue is not None and studio.service.engine.makes == "texts":
         await train_form(page, studio.queue)
     elif not page.caller.can("operate"):
         line("This server does not train on rows; its operator can start it with --train.", "soft")
@@ -192,6 +193,8 @@ async def train_view(page: ViewPage) -> None:
         why = "" if sentence.whole else "the sentence is not whole yet"
         if wrong is not None:
             why = wrong.what
+        elif studio.loading:
+            why = studio.loading
         elif look is not None and look.stops:
             why = "what was found has to be mended first"
         enable(start, not why and look is not None, why or "the rows are being looked at")
@@ -212,7 +215,7 @@ async def train_view(page: ViewPage) -> None:
         same_rows.show("")
         table.show(seen=None, verdicts=VERDICTS, verdict="", offset=0, some=_ROWS, said="")
         sheet.show(pictures=(), more=0)
-        if not draft.sentence.whole:
+        if not draft.sentence.whole or studio.loading:
             return drawn()
         drawn(busy=True)
         sentence = draft.sentence
@@ -307,6 +310,7 @@ async def train_view(page: ViewPage) -> None:
     drawn()
     await _runs(page)
     page.task(looked(draft.number))
+    page.when_loaded(again)
 
 
 def _reading(page: ViewPage, draft: _Draft, wrong: VeneerError | None = None) -> dict[str, Any]:

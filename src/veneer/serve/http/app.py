@@ -33,7 +33,7 @@ from veneer.serve.http.surfaces.tgi import tgi_routes
 from veneer.serve.http.surfaces.vllm import sglang_routes, vllm_routes
 from veneer.serve.principal import STRANGER
 from veneer.serve.quota import current_owner
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, not_ready
 from veneer.serve.settings import HttpSettings
 
 _STRANGERS = "?"
@@ -43,7 +43,8 @@ _STRANGERS_BODY = 4 << 10
 shared limit, so that slow bodies from strangers block nobody."""
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
-
+_NO_BASE = ("/v1/adapters", "/v1/adapter_", "/v1/files", "/v1/jobs/")
+"""Beginnings of paths that answer while the base is loading: pages of the Studio use them. All others answer 503."""
 
 _LARGE_PACE = 256 << 10
 """Bytes a second that a large body has to bring: it may take as much longer than others as it is larger."""
@@ -68,13 +69,11 @@ def create_app(
     own = [openai_routes, vllm_routes, sglang_routes, tgi_routes, _health()]
     for router in own:
         surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}
-    if service.engine.makes == "pictures":
-        from veneer.serve.http.surfaces.images import images_routes  # late: a server of texts needs none of it
-
-        own.append(images_routes)
     for router in (*own, *routers):
         check_guarded(router)
         app.include_router(router)
+    if service.engine.makes == "pictures":
+        add_images(app)
     _tell_errors(app, surfaces)
     app.add_middleware(Door, service=service, surfaces=surfaces, unguarded=tuple(unguarded), large=large or {})
     if origins:
@@ -88,6 +87,15 @@ def create_app(
             expose_headers=["x-request-id", "x-veneer-ignored", "retry-after"],
         )
     return app
+
+
+def add_images(app: FastAPI) -> None:
+    """Add the routes of a base that draws, which may be known only once the base is loaded."""
+    from veneer.serve.http.surfaces.images import images_routes  # late: a server of texts needs none of it
+
+    check_guarded(images_routes)
+    app.include_router(images_routes)
+    app.openapi_schema = None
 
 
 # -- the door ----------------------------------------------------------------------------------------------------------
@@ -126,6 +134,8 @@ class Door:
         large = self._large(request)
         try:
             check_source(scope, self.service.settings, self.service.tenancy.keyless)
+            if not (self.service.loaded or self._needs_no_key(scope["path"]) or scope["path"].startswith(_NO_BASE)):
+                self.service.need_base()
             if not self._needs_no_key(scope["path"]):
                 check_content_type(scope, request.headers)
             await self._enter(request, large)
@@ -176,8 +186,8 @@ class Door:
         if large is None:
             place.take("bodies", size)
         await service.catalog.fresh()
-        if service.phase != "ready" and request.method == "POST":
-            raise Refused(f"the server is {service.phase}", status=503, code="shutting_down", retry_after=5.0)
+        if service.phase != ("ready" if service.loaded else "loading") and request.method == "POST":
+            raise not_ready(service.phase)
 
 
 class _Body:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, TokenizedBase
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
-from veneer.serve.request import Engine, EngineEvent, Refused, Request, check_strengths, invalid
+from veneer.serve.request import Engine, EngineEvent, Refused, Request, check_strengths, invalid, not_ready
 from veneer.serve.settings import HttpSettings
 from veneer.serve.staging import Staging
 
@@ -123,7 +124,9 @@ class Shadows:
 @dataclass(eq=False)
 class Service:
     """`reader`: how the base reads prompts. `phase`: ready, unless the server is not; who drains it sets it. `inside`:
-    requests that are being answered. `fine_tunes`: whether POST /v1/fine_tuning/jobs accepts this server's models."""
+    requests that are being answered. `fine_tunes`: whether POST /v1/fine_tuning/jobs accepts this server's models.
+    `loaded`: whether the base is loaded; until then `engine` and `reader` stand in for it (`use_base`), and `step` says
+    what loading does."""
 
     engine: Engine[Any, Any]
     catalog: Catalog
@@ -133,17 +136,40 @@ class Service:
     phase: Literal["loading", "ready", "draining"] = "ready"
     inside: int = 0
     fine_tunes: bool = False
+    loaded: bool = True
+    step: str = ""
+    began: float = field(default_factory=time.monotonic)
     _tidies: bool = False
 
     def __post_init__(self) -> None:
         s = self.settings
-        self.prompts = Prompts(self.reader)
+        if self.loaded:
+            self.prompts = Prompts(self.reader)
         self.mixes = MixChooser(self.catalog)
-        self.metrics = Metrics(self.catalog.base, self.engine.stats, s.metric_adapters, self.tenancy.ledger_state)
-        self.admission = Admission(bodies=8 * s.max_body, answers=s.queue, texts=4 * s.max_body)
+        self.metrics = Metrics(
+            self.catalog.base, lambda: self.engine.stats(), s.metric_adapters, self.tenancy.ledger_state
+        )
+        self.admission = _admission(s)
         self.shadows = Shadows(self.tenancy, self.metrics, s.shadows)
         self.staging = Staging(s.max_adapter)
         self.quotas = Quotas(s.quotas)
+
+    def use_base(self, engine: Engine[Any, Any], reader: TokenizedBase, settings: HttpSettings) -> None:
+        """Replace what stood in for the base while it was loading."""
+        self.engine, self.reader, self.prompts = engine, reader, Prompts(reader)
+        if settings != self.settings:
+            self.settings, self.admission = settings, _admission(settings)
+
+    def ready(self) -> None:
+        """Take requests from now on."""
+        self.loaded = True
+        if self.phase == "loading":
+            self.phase = "ready"
+
+    def need_base(self) -> None:
+        """Raises Refused (503) while the base is loading."""
+        if not self.loaded:
+            raise not_ready(self.phase)
 
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
         """The events of a text's answer. Raises Refused (400) on a server that draws."""
@@ -165,6 +191,10 @@ class Service:
     def _tidy(self) -> None:
         self._tidies = False
         asyncio.get_running_loop().run_in_executor(None, give_back)
+
+
+def _admission(settings: HttpSettings) -> Admission:
+    return Admission(bodies=8 * settings.max_body, answers=settings.queue, texts=4 * settings.max_body)
 
 
 # -- of one request ----------------------------------------------------------------------------------------------------

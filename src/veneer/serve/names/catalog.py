@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from veneer.adapters.use import AnyBase
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of, parse_tuned
@@ -33,7 +34,7 @@ from veneer.serve.access import ModelCard, Routes, Served
 from veneer.serve.names.resident import ResidentAdapter
 from veneer.serve.names.shelf import Problems, Shelf, place_of, unusable
 from veneer.serve.principal import Principal
-from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix
+from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix, not_ready
 
 _MAX_NAME = 200
 MAX_MIX = 64
@@ -64,10 +65,24 @@ class AdapterMemory(Protocol):
     def listed(self) -> list[ResidentAdapter]: ...
 
 
+class NoAdapters:
+    """The memory for adapters of a server whose base is not loaded yet."""
+
+    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None:
+        raise not_ready("loading")
+
+    def drop(self, digest: str) -> None: ...
+
+    def unpin(self, digest: str) -> None: ...
+
+    def listed(self) -> list[ResidentAdapter]:
+        return []
+
+
 class Catalog:
     """`problems`: why an adapter cannot be served with its full effect, one line each. `residents`: where loaded
-    adapters are kept. `name`: what the base is called; by default the last part of its own name. `fingerprint`: the
-    base's. Everything may be called from any thread; only `load` and `check` read files.
+    adapters are kept. `name`: what the base is called; by default the last part of its own name. Everything may be
+    called from any thread; only `load` and `check` read files.
 
     Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `shelf`)."""
 
@@ -82,12 +97,20 @@ class Catalog:
     ) -> None:
         self.base = name or shelf.base.name.rstrip("/").rpartition("/")[2]
         self.shelf, self.problems, self.residents, self.routes = shelf, problems, residents, routes
-        self.fingerprint = shelf.base.fingerprint
         self._started = int(time.time())
         self._lock = threading.Lock()
         self._reading = threading.Semaphore(2)  # loads at a time, so that many cannot fill the memory
         self._loaded: dict[str, ModelCard] = {}
         self._library_models: tuple[object, list[ModelCard]] = (None, [])
+
+    @property
+    def fingerprint(self) -> str:
+        """The base's fingerprint."""
+        return self.shelf.base.fingerprint
+
+    def use_base(self, base: AnyBase, problems: Problems, residents: AdapterMemory) -> None:
+        """Serve names over a base that has just been loaded."""
+        self.shelf.base, self.problems, self.residents = base, problems, residents
 
     # -- what names mean ----------------------------------------------------------------------------------------------
 

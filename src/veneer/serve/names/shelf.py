@@ -43,8 +43,9 @@ from veneer.formats import read as reader
 from veneer.library.library import Library
 from veneer.library.names import parse_reference
 from veneer.library.snapshot import NamedVersion, Snapshot
+from veneer.models.sources import short_name
 from veneer.serve.outage import fault, is_outage, outage
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, not_ready
 
 MOST_PLACES = 4096
 """Most adapter locations that a shelf remembers for running requests; most of them are in the library anyway."""
@@ -74,12 +75,25 @@ def place_of(version: NamedVersion) -> AdapterPlace:
     return AdapterPlace(version.reference, reference, entry=version.entry, format=version.format)
 
 
+@dataclass(frozen=True)
+class UnloadedBase:
+    """A base that is not loaded yet. No adapter has its fingerprint."""
+
+    name: str
+    fingerprint: str = "not loaded"
+
+    @property
+    def short_name(self) -> str:
+        return short_name(self.name)
+
+
 class Shelf:
-    """`folders`: from which files may be loaded, with all that is in them. Thread-safe."""
+    """`base`: can be replaced, once, by the loaded one. `folders`: from which files may be loaded, with all that is in
+    them. Thread-safe."""
 
     def __init__(
         self,
-        base: AnyBase,
+        base: AnyBase | UnloadedBase,
         *,
         library: Library | None = None,
         folders: Sequence[str | Path] = (),
@@ -217,6 +231,8 @@ class Shelf:
         if place.path is not None and not place.path.exists():
             raise unusable("not_found", f"{place.root} is no longer there", status=404)
         try:
+            if isinstance(self.base, UnloadedBase):
+                raise not_ready("loading")
             path = self._files(place)
             adapter = load_adapter(self.base, str(path))
             if place.path is not None:

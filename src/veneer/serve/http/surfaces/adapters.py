@@ -298,6 +298,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
         the library says."""
         caller, catalog = caller_of(request), service_of(request).catalog
         if to in ("gguf", "tgi"):
+            service_of(request).need_base()
             if base != catalog.base:
                 fix = f"base={catalog.base}, if it is of that one; else veneer adapter convert --to {to} --base BASE"
                 raise invalid(f"{to} depends on the base, and this server has {catalog.base}", "base", fix)

@@ -367,7 +367,11 @@ def _tuned(base: str, cards: Sequence[ModelCard], caller: Principal) -> list[Mod
 def _card(service: Service, card: ModelCard) -> dict[str, Any]:
     """A model as vLLM describes it, with the adapter's digest; what was tuned belongs to its organisation."""
     tuned = parse_tuned(card.id)
-    trainable = service.fine_tunes and (tuned is not None or card.id == service.catalog.base)
+    trainable = (
+        service.fine_tunes
+        and service.engine.makes == "texts"
+        and (tuned is not None or card.id == service.catalog.base)
+    )
     permission = {
         "id": f"modelperm-{card.digest[:24] or card.id}",
         "object": "model_permission",
