@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -109,6 +109,18 @@ class Groups:
         return Groups(codes, scales, whole, there[0].values)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """What formats have in common, whose tensors are fields."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
+        return replace(self, **changed)
+
+
 # -- 4 bits ------------------------------------------------------------------------------------------------------------
 
 _TABLES = {
@@ -150,7 +162,7 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Blocks4:
+class Blocks4(_Stored):
     """packed: (⌈n/2⌉,) uint8, two codes a byte, the first in the high half. absmax: (⌈n/64⌉,) float32; or doubly
     quantised: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (), float32."""
 
@@ -162,14 +174,6 @@ class Blocks4:
     mean: Tensor | None = None
     block: int = BLOCK
     nested: int = NESTED
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = {"packed": self.packed, "absmax": self.absmax, "absmax2": self.absmax2, "mean": self.mean}
-        return {name: t for name, t in named.items() if t is not None}
-
-    def moved(self, change: Callable[[Tensor], Tensor]) -> Blocks4:
-        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
-        return replace(self, **changed)
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         columns = self.shape[-1]
@@ -273,19 +277,13 @@ def _blocks8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Rows8:
+class Rows8(_Stored):
     """codes: (rows, columns) int8, absmax: (rows,) float32. bitsandbytes' "vector-wise" weights, its CB and SCB."""
 
     shape: tuple[int, ...]
     codes: Tensor
     absmax: Tensor
     kind: str = "int8"
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"codes": self.codes, "absmax": self.absmax}
-
-    def moved(self, change: Callable[[Tensor], Tensor]) -> Rows8:
-        return replace(self, codes=change(self.codes), absmax=change(self.absmax))
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         codes, absmax = self.codes[first:last], self.absmax[first:last]
@@ -338,42 +336,32 @@ def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> Quant
 
 
 @dataclass(frozen=True)
-class GgmlBlocks:
+class GgmlBlocks(_Stored):
     """A row is a run of blocks, each with scales of its own, as a GGUF file has them (gguf-py's `quants` has the
-    formulas of every type, and is the reference). raw: (rows, bytes of a row) uint8. `type`: ggml's name, as Q4_K."""
+    formulas of every type, and is the reference). raw: (rows, bytes of a row) uint8. `kind`: ggml's name, as Q4_K."""
 
-    type: str
+    kind: str
     shape: tuple[int, ...]
     raw: Tensor
 
-    @property
-    def kind(self) -> str:
-        return self.type
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"raw": self.raw}
-
-    def moved(self, change: Callable[[Tensor], Tensor]) -> GgmlBlocks:
-        return replace(self, raw=change(self.raw))
-
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         rows = self.raw[first:last]
-        run = dispatch("dequantise_ggml", rows, dtype, self.type)
+        run = dispatch("dequantise_ggml", rows, dtype, self.kind)
         if run is None:
             return _put(self._reference(rows).to(rows.device, dtype), into)
         out = torch.empty(last - first, self.shape[-1], dtype=dtype, device=rows.device) if into is None else into
-        run(rows, self.type, out)
+        run(rows, self.kind, out)
         return out
 
     def _reference(self, rows: Tensor) -> Tensor:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        return torch.from_numpy(dequantize(rows.cpu().numpy(), GGMLQuantizationType[self.type]))
+        return torch.from_numpy(dequantize(rows.cpu().numpy(), GGMLQuantizationType[self.kind]))
 
     def groups(self, first: int, last: int) -> Groups | None:
-        read = _GGML_GROUPS.get(self.type)
-        return None if read is None else read(self.type, self.raw[first:last])
+        read = _GGML_GROUPS.get(self.kind)
+        return None if read is None else read(self.kind, self.raw[first:last])
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -458,22 +446,21 @@ class StackedRows:
         if into is None:  # one piece of memory: parts joined afterwards would be there twice
             device = next(iter(self.tensors().values())).device
             into = torch.empty(last - first, self.shape[-1], dtype=dtype, device=device)
+        for part, low, high, rows in self.parts_of(first, last):
+            part.dense(dtype, low, high, into[rows])
+        return into
+
+    def groups(self, first: int, last: int) -> Groups | None:
+        return Groups.joined([part.groups(low, high) for part, low, high, _ in self.parts_of(first, last)])
+
+    def parts_of(self, first: int, last: int) -> Iterator[tuple[QuantisationFormat, int, int, slice]]:
+        """The parts that rows first … last lie in: (part, its first row, its last, where these lie in first … last)."""
         at = 0
         for part in self.parts:
             low, high = max(first - at, 0), min(last - at, row_count(part))
             if low < high:
-                part.dense(dtype, low, high, into[at + low - first : at + high - first])
+                yield part, low, high, slice(at + low - first, at + high - first)
             at += row_count(part)
-        return into
-
-    def groups(self, first: int, last: int) -> Groups | None:
-        parts, at = [], 0
-        for part in self.parts:
-            low, high = max(first - at, 0), min(last - at, row_count(part))
-            if low < high:
-                parts.append(part.groups(low, high))
-            at += row_count(part)
-        return Groups.joined(parts)
 
 
 def _put(made: Tensor, into: Tensor | None) -> Tensor:

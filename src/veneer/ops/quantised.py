@@ -319,18 +319,14 @@ def product_of_codes(x: Tensor, weight: Quantised, bias: Tensor | None = None) -
     if weight.kept is not None:
         return None
     stored = weight.stored
-    parts: Sequence[QuantisationFormat] = stored.parts if isinstance(stored, StackedRows) else (stored,)
-    runs = [dispatch("coded_product", x, part) for part in parts]
-    if any(run is None for run in runs):
+    if not isinstance(stored, StackedRows):
+        stored = StackedRows((stored,))
+    runs = {id(part): dispatch("coded_product", x, part) for part in stored.parts}
+    if None in runs.values():
         return None
-    y, at = x.new_empty(len(x), weight.last - weight.first), -weight.first
-    for part, run in zip(parts, runs, strict=True):
-        rows = row_count(part)
-        low, high = max(-at, 0), min(y.shape[1] - at, rows)
-        if low < high:
-            own = slice(at + low, at + high)
-            run(x, part, low, high, None if bias is None else bias[own], y[:, own])
-        at += rows
+    y = x.new_empty(len(x), weight.last - weight.first)
+    for part, low, high, own in stored.parts_of(weight.first, weight.last):
+        runs[id(part)](x, part, low, high, None if bias is None else bias[own], y[:, own])
     return y
 
 

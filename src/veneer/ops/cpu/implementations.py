@@ -129,11 +129,18 @@ def _gain_backward(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     return dy, d_gain
 
 
-@_implements("silu_gate")
-def _silu_gate(both: Tensor) -> Tensor:
-    h = both.new_empty(both.shape[0], both.shape[1] // 2)
-    _kernel("silu_gate")(*_at(both, h), *h.shape, torch.get_num_threads())
-    return h
+def _gate(name: str) -> Callable[[Tensor], Tensor]:
+    def run(both: Tensor) -> Tensor:
+        h = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
+        width = h.shape[-1]
+        _kernel(name)(*_at(both, h), h.numel() // width, width, torch.get_num_threads())
+        return h
+
+    return run
+
+
+_implements("silu_gate")(_gate("silu_gate"))
+_implements("geglu")(_gate("geglu"))
 
 
 @_implements("silu_gate_backward")
@@ -143,14 +150,6 @@ def _silu_gate_backward(dh: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     return d, h
 
 
-@_implements("geglu")
-def _geglu(both: Tensor) -> Tensor:
-    h = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
-    f = h.shape[-1]
-    _kernel("geglu")(*_at(both, h), h.numel() // f, f, torch.get_num_threads())
-    return h
-
-
 @_implements("geglu_backward")
 def _geglu_backward(dh: Tensor, both: Tensor) -> Tensor:
     d, f = torch.empty_like(both), dh.shape[-1]
@@ -158,18 +157,17 @@ def _geglu_backward(dh: Tensor, both: Tensor) -> Tensor:
     return d
 
 
-@_implements("gelu_tanh")
-def _gelu_tanh(x: Tensor) -> Tensor:
-    y = torch.empty_like(x)
-    _kernel("gelu_tanh")(*_at(x, y), x.numel(), torch.get_num_threads())
-    return y
+def _elementwise(name: str) -> Callable[..., Tensor]:
+    def run(*given: Tensor) -> Tensor:
+        made = torch.empty_like(given[0])
+        _kernel(name)(*_at(*given, made), made.numel(), torch.get_num_threads())
+        return made
+
+    return run
 
 
-@_implements("gelu_tanh_backward")
-def _gelu_tanh_backward(g: Tensor, x: Tensor) -> Tensor:
-    dx = torch.empty_like(x)
-    _kernel("gelu_tanh_backward")(*_at(g, x, dx), x.numel(), torch.get_num_threads())
-    return dx
+for _name in ("gelu_tanh", "gelu_tanh_backward"):
+    _implements(_name)(_elementwise(_name))
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -184,67 +182,30 @@ def _takes_heads(name: str) -> Callable[..., bool]:
     return takes
 
 
-def _heads(
-    name: str,
-    x: Tensor,
-    flat: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    tokens: Tensor,
-    slots: Tensor,
-    length: int,
-    kv: int,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """`flat`: whichever of x and out has the shape (N, heads, dim)."""
-    heads, dim = flat.shape[1], flat.shape[2]
-    _kernel(name)(
-        x.data_ptr(),
-        flat.stride(0),
-        *_at(cos, sin, tokens, slots),
-        len(tokens),
-        length,
-        kv,
-        heads // kv,
-        dim,
-        scale,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+def _heads(name: str) -> Callable[..., None]:
+    def run(
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        tokens: Tensor,
+        slots: Tensor,
+        length: int,
+        kv: int,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        flat = x if name == "gather_heads" else out  # which has the shape (N, heads, dim)
+        heads, dim = flat.shape[1], flat.shape[2]
+        given = x.data_ptr(), flat.stride(0), *_at(cos, sin, tokens, slots)
+        sizes = len(tokens), length, kv, heads // kv, dim, scale
+        _kernel(name)(*given, *sizes, out.data_ptr(), torch.get_num_threads())
+
+    return run
 
 
-_HEADS_WANT = "bfloat16 heads that lie flat in each token"
-
-
-@_implements("gather_heads", takes=_takes_heads("gather_heads"), wants=_HEADS_WANT)
-def _gather_heads(
-    x: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    tokens: Tensor,
-    slots: Tensor,
-    length: int,
-    kv: int,
-    scale: float,
-    out: Tensor,
-) -> None:
-    _heads("gather_heads", x, x, cos, sin, tokens, slots, length, kv, scale, out)
-
-
-@_implements("scatter_heads", takes=_takes_heads("scatter_heads"), wants=_HEADS_WANT)
-def _scatter_heads(
-    g: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    tokens: Tensor,
-    slots: Tensor,
-    length: int,
-    kv: int,
-    scale: float,
-    out: Tensor,
-) -> None:
-    _heads("scatter_heads", g, out, cos, sin, tokens, slots, length, kv, scale, out)
+for _name in ("gather_heads", "scatter_heads"):
+    _wants_heads = "bfloat16 heads that lie flat in each token"
+    _implements(_name, takes=_takes_heads(_name), wants=_wants_heads)(_heads(_name))
 
 
 @_implements("causal_softmax")
