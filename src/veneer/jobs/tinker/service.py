@@ -213,6 +213,19 @@ class TrainingRun:
         return self.following is not None or bool(self.futures) or bool(self.unbilled)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """The saved training state that a run starts from: its path, its folder, and whether with the optimizer's state."""
+
+    path: str
+    state: Path
+    optimizer: bool
+
+    @property
+    def size(self) -> int:
+        return _size(self.state.rglob("*"))
+
+
 class TinkerService:
     """The Tinker sessions, runs and samplers of a server. Close it at the end. `room`: bytes of memory for the states
     of training clients. `folder`: this service's own folder. `days`: days after which unused sessions are removed.
@@ -314,55 +327,46 @@ class TinkerService:
     # -- training clients ----------------------------------------------------------------------------------------------
 
     def create_run(
-        self, tenant: str, session: str, number: int, lora: Lora, metadata: dict[str, Any] | None, weight: float = 1.0
+        self,
+        tenant: str,
+        session: str,
+        number: int,
+        lora: Lora,
+        metadata: dict[str, Any] | None,
+        weight: float = 1.0,
+        start: _Start | None = None,
     ) -> TrainingRun:
-        """Create a run, or return the existing run with this number in the session.
+        """Create a run, or return the session's existing run of this number.
 
         Raises NotHere, SessionOver, ConfigError for modules that the base does not have, and Refused if a quota has no
         room."""
         owner = self.session(tenant, session)
         owner.seen()
-        id = f"{owner.id}:train:{number}"
         self._bytes(lora)
-        self._new_run(owner, number, lora, metadata, weight)
-        found = self.run(tenant, id)
+        with self._making:
+            if str(number) not in owner.runs:
+                data = {"lora": asdict(lora), "metadata": metadata, "weight": weight, "made": time.time()}
+                content = self._json(data, metadata)
+                hold = self.quotas.take(tenant, files=1, disk=len(content) + (start.size if start else 0))
+                try:
+                    self._write_run(owner.folder / f"train-{number}", content, start)
+                except BaseException:
+                    hold.release()
+                    raise
+                owner.runs[str(number)] = hold
+        found = self.run(tenant, f"{owner.id}:train:{number}")
         if found.lora != lora:
             raise ConfigError(f"the session has another model of the number {number}", where="model_seq_id")
         return found
 
-    def _new_run(
-        self,
-        owner: Session,
-        number: int,
-        lora: Lora,
-        metadata: dict[str, Any] | None,
-        weight: float,
-        source: SavedWeights | None = None,
-        state: Path | None = None,
-        optimizer: bool = False,
-    ) -> None:
-        """Create a run's folder, if it does not exist; the run starts from `state`, the saved state of `source`."""
-        folder = owner.folder / f"train-{number}"
-        data = {"lora": asdict(lora), "metadata": metadata, "weight": weight, "made": time.time()}
-        content = self._json(data, metadata)
-        with self._making:
-            if str(number) in owner.runs:
-                return
-            more = _size(state.rglob("*")) if state is not None else 0
-            hold = self.quotas.take(owner.tenant, files=1, disk=len(content) + more)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                if source is not None and state is not None:  # a copy, because the checkpoint can be removed
-                    start = folder / "start"
-                    shutil.rmtree(start, ignore_errors=True)
-                    shutil.copytree(state, start)
-                    about = {"path": source.path, "optimizer": optimizer}
-                    atomic_write(start / "start.json", [json.dumps(about).encode()])
-                atomic_write(folder / "run.json", [content])
-            except BaseException:
-                hold.release()
-                raise
-            owner.runs[str(number)] = hold
+    def _write_run(self, folder: Path, content: bytes, start: _Start | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if start is not None:  # a copy, because the checkpoint can be removed
+            own = folder / "start"
+            shutil.rmtree(own, ignore_errors=True)
+            shutil.copytree(start.state, own)
+            atomic_write(own / "start.json", [json.dumps({"path": start.path, "optimizer": start.optimizer}).encode()])
+        atomic_write(folder / "run.json", [content])
 
     def create_from(
         self,
@@ -376,11 +380,9 @@ class TinkerService:
     ) -> TrainingRun:
         """A client that begins as another was saved; `optimizer`: with its moments. Raises NotHere, SessionOver,
         ConfigError."""
-        owner, saved, source = self.session(tenant, session), self.saved(tenant, path), self.run_of(tenant, path)
-        owner.seen()
-        state = source.checkpoints.state(saved.id)
-        self._new_run(owner, number, source.lora, metadata, weight, saved, state, optimizer)
-        return self.create_run(tenant, session, number, source.lora, metadata, weight)
+        saved, source = self.saved(tenant, path), self.run_of(tenant, path)
+        start = _Start(saved.path, source.checkpoints.state(saved.id), optimizer)
+        return self.create_run(tenant, session, number, source.lora, metadata, weight, start)
 
     def run_of(self, tenant: str, path: str) -> TrainingRun:
         """Whose training state a path is. Raises NotHere, ConfigError."""
@@ -601,7 +603,7 @@ class TinkerService:
             missing, last = run.applied + 1, run.journal.last
             said = f"request {missing} of {run.id} never came, and those after it waited for it: send them again"
             while run.applied < last:
-                self._tell(run, FutureResult("failed", json.dumps({"error": said, "category": "user"}).encode()))
+                self._tell(run, _failure(said))
 
     def _round(self, ready: list[TrainingRun]) -> None:
         """What is no pass of each, then one pass for those that have rows."""
@@ -733,9 +735,8 @@ class TinkerService:
         else:
             _log.error("request %d of %s failed", run.applied + 1, run.id, exc_info=error)
             said = "the server failed at this request; its log says why"
-        data = json.dumps({"error": said, "category": "user" if user else "server"}).encode()
         try:
-            self._tell(run, FutureResult("failed", data))
+            self._tell(run, _failure(said, "user" if user else "server"))
         except OSError:
             _log.exception("an answer could not be written")
             time.sleep(1.0)
@@ -763,31 +764,34 @@ class TinkerService:
             raise
 
     def _save(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
-        name = _given(body, "path", str) or f"{seq:06d}"
-        place = run.checkpoints.place("weights", name)
-        self._free_name(run, f"weights/{name}", seq, bool(body.get("overwrite")))
-        trainer, learner = self._ready_trainer(), self._learner(run)
-        with self._storing(run, files=1, disk=self._bytes(run.lora) * 5 // 4):
-            trainer.write(learner, place / "state", seq)
-            made = self._put(run, "weights", name, seq, body)
-        return {"path": made.path, "type": "save_weights"}
+        return {"path": self._saved(run, seq, body, "weights").path, "type": "save_weights"}
 
     def _external(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
         if body.get("age_encryption_recipients"):
             what = "weights are not encrypted here"
             raise ConfigError(what, where="age_encryption_recipients", fix="leave it out: they go over your own wire")
-        name = _given(body, "path", str) or ""
-        self._free_name(run, f"external_weights/{name}", seq, False)
-        with self._storing(run, files=1, disk=self._bytes(run.lora) // 4):
-            made = self._put(run, "external_weights", name, seq, body)
+        made = self._saved(run, seq, body, "external_weights")
         return {"path": made.path, "size_bytes": made.bytes, "type": "save_weights_external"}
 
+    def _saved(self, run: TrainingRun, seq: int, body: Mapping[str, Any], kind: str) -> SavedWeights:
+        """Save a run's weights as a checkpoint of this kind; `weights` with the training state."""
+        whole, metadata = kind == "weights", _given(body, "user_metadata", dict)
+        name = _given(body, "path", str) or (f"{seq:06d}" if whole else "")
+        place, found = run.checkpoints.place(kind, name), run.checkpoints.find(f"{kind}/{name}")
+        if found is not None and found.seq != seq and not (whole and body.get("overwrite")):
+            raise ConfigError(f"there is a checkpoint {found.path} already", where="path", fix="another name")
+        self._json({}, metadata)
+        learner, ttl, size = self._learner(run), _given(body, "ttl_seconds", int), self._bytes(run.lora)
+        with self._storing(run, files=1, disk=size // 4 + whole * size):
+            if whole:
+                self._ready_trainer().write(learner, place / "state", seq)
+            adapter = self._adapter(run)
+            return run.checkpoints.put(kind, name, seq, adapter, self.base, ttl=ttl, metadata=metadata)
+
     def _sampler_weights(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
-        if (name := _given(body, "path", str)) is not None:
-            self._free_name(run, f"sampler_weights/{name}", seq, False)
-            with self._storing(run, files=1, disk=self._bytes(run.lora) // 4):
-                made = self._put(run, "sampler_weights", name, seq, body)
-            return {"path": made.path, "type": "save_weights_for_sampler"}
+        if body.get("path") is not None:
+            path = self._saved(run, seq, body, "sampler_weights").path
+            return {"path": path, "type": "save_weights_for_sampler"}
         number = _given(body, "sampling_session_seq_id", int)
         if number is None or not 0 <= number < 10**9:
             raise ConfigError("it has neither path nor a sampling_session_seq_id that can be", where="path")
@@ -820,19 +824,6 @@ class TinkerService:
         """Set the quota hold to a run's files on disk, including its adapters in the library."""
         saved = checkpoints.all()
         hold.set(files=1 + len(saved), disk=_size(folder.rglob("*")) + sum(each.bytes for each in saved))
-
-    def _put(self, run: TrainingRun, kind: str, name: str, seq: int, body: Mapping[str, Any]) -> SavedWeights:
-        metadata = _given(body, "user_metadata", dict)
-        self._json({}, metadata)
-        return run.checkpoints.put(
-            kind, name, seq, self._adapter(run), self.base, ttl=_given(body, "ttl_seconds", int), metadata=metadata
-        )
-
-    def _free_name(self, run: TrainingRun, id: str, seq: int, overwrite: bool) -> None:
-        """Raises ConfigError where another request made one of that name."""
-        found = run.checkpoints.find(id)
-        if found is not None and found.seq != seq and not overwrite:
-            raise ConfigError(f"there is a checkpoint {found.path} already", where="path", fix="another name")
 
     def _load(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
         path = _given(body, "path", str) or ""
@@ -925,8 +916,7 @@ class TinkerService:
         """Those who wait for what cannot come to its turn any more are told."""
         self._forget(run)
         for future in run.futures.values():
-            said = {"error": "its client went away before the requests before it had come", "category": "user"}
-            future.set_result(FutureResult("failed", json.dumps(said).encode()))
+            future.set_result(_failure("its client went away before the requests before it had come"))
         run.futures.clear()
         run.hold.set(requests=0)
 
@@ -1075,6 +1065,10 @@ class TinkerService:
         if run.learner is not None:
             self._ready_trainer().drop(run.learner)
             run.learner = None
+
+
+def _failure(said: str, category: str = "user") -> FutureResult:
+    return FutureResult("failed", json.dumps({"error": said, "category": category}).encode())
 
 
 def _over(session: str) -> SessionOver:
