@@ -87,7 +87,8 @@ class RowLayout:
     `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it.
     `attended`: which layers went by it so far. `starts`: (rows + 1,), where each row begins, and the end, on the CPU;
     `ends`: the same as int32 where the tokens are. `groups`: the rows that go through together, worked out where an
-    implementation needs them. `shared`: rows that have tokens in common; N is then without repetition, and attention
+    implementation needs them. `masks`: of flex attention, by window.
+    `shared`: rows that have tokens in common; N is then without repetition, and attention
     alone, which costs little beside products, has each row whole: `whole` is the layout of these."""
 
     keep: Tensor | None = None
@@ -103,6 +104,7 @@ class RowLayout:
     ) -> None:
         self.lengths, self.idle = list(lengths), idle
         self.attended: set[int] = set()
+        self.masks: dict[int | None, Any] = {}
         self.device, self._waste, self._step = torch.device(device), waste, step
         self.starts = torch.tensor(list(itertools.accumulate(self.lengths, initial=0)), dtype=torch.int64)
         self.ends = sent(self.starts.int(), self.device)
@@ -375,8 +377,7 @@ def rotary_attention(
         qkv = normed_heads(qkv, kv, norms)
     if qkv.device.type != "cpu":
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
-        turned = torch.cat([_rotated(q, cos, sin, 1.0), _rotated(k, cos, sin, 1.0), v], dim=1)
-        return fused_row_attention(turned, kv, layout, scale, window)
+        return row_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, layout, scale, window)
     return _rows(qkv, cos, sin, kv, layout, scale, window)
 
 
@@ -407,8 +408,11 @@ def row_attention(
             return row_attention(q, k, v, layout.whole, scale, window, cap, sinks)
 
         return _each_whole(attend, layout, q, k, v)
-    if dispatch("attend_rows", q, k, v, sinks) is not None:
-        return _attended(q, k, v, layout, scale, window, cap, sinks)
+    run = dispatch("attend_rows", q, k, v, cap, sinks)
+    if run is not None:
+        parts = (t[: len(t) - layout.idle] for t in (q, k, v))
+        attended: Tensor = run(*parts, layout, scale, window, cap, sinks)
+        return F.pad(attended, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else attended
     if cap or sinks is not None:
         return scored_attention_reference(q, k, v, layout, scale, window, cap, sinks)
     qkv = torch.cat([q, k, v], 1)
@@ -449,25 +453,6 @@ class _Taken(torch.autograd.Function):
         wide = torch.promote_types(grad.dtype, torch.float32)
         added = grad.new_zeros(ctx.count, grad[0].numel(), dtype=wide).index_add_(0, at, grad.flatten(1).to(wide))
         return added.to(grad.dtype).view(ctx.count, *grad.shape[1:]), None
-
-
-def _attended(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: RowLayout,
-    scale: float,
-    window: int | None,
-    cap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """By the device's own kernel, which knows nothing of idle tokens."""
-    run = dispatch("attend_rows", q, k, v, sinks)
-    assert run is not None
-    if layout.idle:
-        q, k, v = (t[: -layout.idle] for t in (q, k, v))
-    out: Tensor = run(q, k, v, layout.ends, max(layout.lengths, default=0), scale, window, cap, sinks)
-    return F.pad(out, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else out
 
 
 def scored_attention_reference(

@@ -1,0 +1,111 @@
+"""Attention of packed rows by torch: varlen (flash) attention, and flex attention for capped scores and sinks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.compat import varlen_attention
+from veneer.ops.attention import RowLayout
+from veneer.ops.transfer import made_up
+
+
+def varlen_missing() -> str:
+    return "" if varlen_attention() is not None else "torch has no varlen_attn with scale, window and grouped heads"
+
+
+def takes_varlen(q: Tensor, k: Tensor, v: Tensor, cap: float, sinks: Tensor | None) -> bool:
+    """Flash attention: 16 bits, heads of up to 256 values in multiples of 8, on compute capability 8.0 and later."""
+    if cap or sinks is not None or q.device.type != "cuda" or made_up(q) or varlen_missing():
+        return False
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= 256 and q.shape[2] % 8 == 0
+    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: RowLayout,
+    scale: float,
+    window: int | None,
+    cap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return causal attention of each row, (N, heads, dim), by `torch.nn.attention.varlen.varlen_attn`."""
+    before = -1 if window is None else window - 1
+    longest, grouped = max(layout.lengths, default=0), q.shape[1] != k.shape[1]
+    options: dict[str, Any] = {"scale": scale, "window_size": (before, 0), "enable_gqa": grouped}
+    out: Tensor = varlen_attention()(q, k, v, layout.ends, layout.ends, longest, longest, **options)
+    return out
+
+
+@functools.cache
+def flex_missing() -> str:
+    return "" if importlib.util.find_spec("triton") is not None else "triton is not installed"
+
+
+def takes_flex(q: Tensor, k: Tensor, v: Tensor, cap: float, sinks: Tensor | None) -> bool:
+    """Capped scores or sinks, which varlen attention has not; compiled flex attention wants heads of 16 values."""
+    wanted = bool(cap) or sinks is not None
+    return wanted and q.device.type == "cuda" and not made_up(q) and q.shape[2] >= 16 and not flex_missing()
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: RowLayout,
+    scale: float,
+    window: int | None,
+    cap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return causal attention of each row, (N, heads, dim), by flex attention; compiled on a GPU.
+
+    `cap` c: scores are c·tanh(score/c). sinks: (heads,); softmax with a sink z is softmax · σ(log Σ exp − z)."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    run = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    out, aux = run(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        score_mod=capped if cap else None,
+        block_mask=_block_mask(layout, window),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    if sinks is not None:
+        out = out * torch.sigmoid(aux.lse - sinks[:, None].to(aux.lse.dtype)).to(out.dtype)[..., None]
+    made: Tensor = out[0].transpose(0, 1)
+    return made
+
+
+def _block_mask(layout: RowLayout, window: int | None) -> Any:
+    """Which queries see which keys, made once for all layers with this window."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if window not in layout.masks:
+        n = sum(layout.lengths)
+        row = torch.searchsorted(layout.ends[1:], torch.arange(n, device=layout.device, dtype=torch.int32), right=True)
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            inside = (row[query] == row[key]) & (query >= key)
+            return inside if window is None else inside & (query - key < window)
+
+        layout.masks[window] = create_block_mask(sees, None, None, n, n, device=layout.device)
+    return layout.masks[window]
