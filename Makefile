@@ -53,7 +53,7 @@ attack: $(VENV)/.ready-dev ## every attack on real server processes: floods, kil
 	@$(RUN) -m pytest $(ATTACKS) -m "not gpu and not peers and not network and not browser" $(TEST_FLAGS)
 
 test-gpu: $(VENV)/.ready-dev ## the same laws on a CUDA device
-	@$(RUN) -m pytest -m gpu $(TEST_FLAGS)
+	@TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu $(TEST_FLAGS)
 
 gpu: $(VENV)/.ready-peers ## on a machine with a GPU: its tests, and every measurement, in ten minutes (GPU_FLAGS="--only train")
 	@$(RUN) benchmarks/gpu.py $(GPU_FLAGS)

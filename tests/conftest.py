@@ -17,6 +17,7 @@ from tests.homes import home_with_kernels
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when first imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VENEER_PROFILE", str(Path(__file__).parent / "profile.json"))  # the same bits everywhere
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; 0 for tests marked gpu
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process each core: more threads would only wait for one another
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first imported, here and in subprocesses
         os.environ.setdefault(name, "1")

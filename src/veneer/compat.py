@@ -1,7 +1,8 @@
 """What veneer relies on of other libraries beyond what they document: one list a library, looked up through it, so that
 a version that no longer has a name says so with both versions, and not by an AttributeError of somewhere.
 
-The lists of torch and bitsandbytes are here; those of transformers and diffusers are in models/compat_*.py.
+The lists of torch, bitsandbytes and Liger-Kernel are here; those of transformers and diffusers are in
+models/compat_*.py.
 """
 
 from __future__ import annotations
@@ -88,6 +89,15 @@ TORCH = Internals(
     ),
 )
 BITSANDBYTES = Internals("bitsandbytes", ">=0.46", ("torch.ops.bitsandbytes.dequantize_4bit",))
+LIGER = Internals(
+    "liger_kernel",
+    ">=0.8.5",
+    (
+        "liger_kernel.ops.rms_norm.LigerRMSNormFunction",
+        "liger_kernel.ops.rope.LigerRopeFunction",
+        "liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward",
+    ),
+)
 
 
 @functools.cache

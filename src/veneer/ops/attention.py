@@ -377,7 +377,9 @@ def rotary_attention(
         qkv = normed_heads(qkv, kv, norms)
     if qkv.device.type != "cpu":
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
-        return row_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, layout, scale, window)
+        run = dispatch("rope", q, k, cos, sin)
+        q, k = (rotate(q, cos, sin), rotate(k, cos, sin)) if run is None else run(q, k, cos, sin)
+        return row_attention(q, k, v, layout, scale, window)
     return _rows(qkv, cos, sin, kv, layout, scale, window)
 
 

@@ -40,6 +40,12 @@ class _TokenNll(torch.autograd.Function):
         copies: PackedCopies | None,
         right: Tensor | None,
     ) -> Tensor:
+        run = dispatch("linear_cross_entropy", hidden, weight)
+        if run is not None:
+            whole: Tensor
+            whole, grad = run(hidden, weight, targets, ctx.needs_input_grad[0], right)
+            ctx.save_for_backward(grad)
+            return whole
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden), chunk):

@@ -61,7 +61,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype of x, or float32 where fewer bits would be another weight (Gemma's 1 + w); y is in the dtype of x.
 
     Reference: F.rms_norm."""
-    out: Tensor = _RmsNorm.apply(x.contiguous(), weight, eps)
+    x = x.contiguous()
+    run = dispatch("rms_norm_autograd", x, weight)
+    out: Tensor = _RmsNorm.apply(x, weight, eps) if run is None else run(x, weight, eps)
     return out
 
 

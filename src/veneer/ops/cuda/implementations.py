@@ -1,15 +1,27 @@
-"""What runs an op on a GPU: thin calls of torch. No GPU has run any of it yet.
+"""What runs an op on a GPU: thin calls of torch and Liger-Kernel. No GPU has run any of it yet.
 
 IMPLEMENTATIONS is what veneer.ops.dispatch chooses from: op -> Implementation. An op without one runs its reference in
-torch.
+torch, as all do where a library is missing.
 """
 
 from __future__ import annotations
 
-from veneer.ops.cuda import attention
+from veneer.ops.cuda import attention, liger
 from veneer.ops.dispatch import Implementation
 
+_NORM = Implementation(liger.rms_norm, liger.takes_norm, "contiguous rows", liger.why_missing, "liger")
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "rms_norm": _NORM,
+    "rms_norm_autograd": _NORM,
+    "rope": Implementation(liger.rope, liger.takes_rope, "contiguous cos and sin", liger.why_missing, "liger"),
+    "linear_cross_entropy": Implementation(
+        liger.linear_cross_entropy,
+        liger.takes_loss,
+        "contiguous inputs and a plain weight of one dtype",
+        liger.why_missing,
+        "liger",
+    ),
     "attend_rows": Implementation(
         attention.varlen,
         attention.takes_varlen,

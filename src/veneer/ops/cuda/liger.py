@@ -1,0 +1,116 @@
+"""Liger-Kernel's functions as implementations of ops: RMS norm, rotary positions, linear cross-entropy.
+
+Liger's gated MLPs are not among them. They want gate and up as two contiguous tensors and overwrite both in the
+backward pass; a joined product has the two side by side. With the copies a forward pass moves 7 values for torch's 5.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from veneer.compat import LIGER, MissingInternalError
+from veneer.ops.transfer import made_up
+
+_MOST_COLUMNS = 65536
+"""Values of a row that Liger's norms can have."""
+
+
+@functools.cache
+def why_missing() -> str:
+    """Return why Liger's functions cannot run at all; "" if they can."""
+    try:
+        LIGER.check()
+    except MissingInternalError as error:
+        return str(error)
+    except ImportError as error:  # liger_kernel, or the triton that it needs
+        return f"{error.name} is not installed (pip install 'veneer[gpu]')"
+    return _trouble_on(torch.cuda.current_device()) if torch.cuda.is_available() else ""
+
+
+@functools.cache
+def _trouble_on(index: int) -> str:
+    """Return why Liger's functions fail on this GPU; "" if a small norm was compiled, ran and was right."""
+    x = torch.full((2, 32), 3.0, device=torch.device("cuda", index))
+    try:
+        right = torch.allclose(rms_norm(x, x[0], 0.0), x)
+    except Exception as error:  # Triton's, the C compiler's that Triton calls, or the driver's
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return f"a small norm failed: {type(error).__name__}: {first_line}"
+    return "" if right else "a small norm gave wrong numbers"
+
+
+def _runs_on(*tensors: Tensor) -> bool:
+    """Whether Liger's functions take these tensors: contiguous, on one GPU, with values, not in float64."""
+    device = tensors[0].device
+    if device.type != "cuda" or made_up(tensors[0]):
+        return False
+    fits = all(t.device == device and t.is_contiguous() and t.dtype != torch.float64 for t in tensors)
+    return fits and not why_missing() and not _trouble_on(device.index or 0)
+
+
+# -- RMS norm ----------------------------------------------------------------------------------------------------------
+
+
+def takes_norm(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() > 0 and x.shape[-1] <= _MOST_COLUMNS and _runs_on(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return w ⊙ x / √(mean x² + ε), computed in float32 and rounded once ("gemma"), with a gradient for x."""
+    norm = LIGER("liger_kernel.ops.rms_norm.LigerRMSNormFunction")
+    y: Tensor = norm.apply(x, weight, eps, 0.0, "gemma", False, None)
+    return y
+
+
+# -- rotary positions --------------------------------------------------------------------------------------------------
+
+
+def takes_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return len(q) > 0 and q.dtype == k.dtype != torch.float64 and _runs_on(cos, sin) and q.device == cos.device
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k rotated. q: (N, heads, dim), k: (N, kv heads, dim), cos, sin: (N, dim/2).
+
+    Liger rotates in place, so it gets copies; with tables in float32 the results are rounded once."""
+    rotation = LIGER("liger_kernel.ops.rope.LigerRopeFunction")
+    given = (x.clone(memory_format=torch.contiguous_format)[None].transpose(1, 2) for x in (q, k))
+    rotated = rotation.apply(*given, cos.float(), sin.float(), None, 1, q.shape[2])
+    q, k = (x.transpose(1, 2)[0] for x in rotated)
+    return q, k
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+
+def takes_loss(hidden: Tensor, weight: Tensor) -> bool:
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and hidden.dtype == weight.dtype
+    return plain and len(hidden) > 0 and _runs_on(hidden, weight)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bool, right: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return −log softmax(hidden·Wᵀ) at the targets, (M,) float32, and with `gradient` each row's gradient of its own
+    loss, (M, d). Liger chooses how many logits exist at once.
+
+    `right`: filled with whether the target is the first of the likeliest tokens."""
+    loss = LIGER("liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward")
+    targets = targets.long().contiguous()
+    # Liger would read beyond the logits; index_select stops a GPU at an index that does not exist
+    weight.select(1, 0).index_select(0, targets.masked_fill(targets == -100, 0))
+    nll, _, _, predicted, grad, _, _ = loss(
+        hidden,
+        weight,
+        targets,
+        reduction="none",
+        compute_gradients=gradient,
+        weight_requires_grad=False,
+        return_predicted_tokens=right is not None,
+    )
+    if right is not None:
+        right.copy_(predicted == targets)
+    return nll, grad if gradient else None
