@@ -88,7 +88,9 @@ TORCH = Internals(
         "torch.cpu._is_amx_tile_supported",
     ),
 )
-BITSANDBYTES = Internals("bitsandbytes", ">=0.46", ("torch.ops.bitsandbytes.dequantize_4bit",))
+BITSANDBYTES = Internals(
+    "bitsandbytes", ">=0.50", ("torch.ops.bitsandbytes.dequantize_4bit", "torch.ops.bitsandbytes.gemm_4bit")
+)
 LIGER = Internals(
     "liger_kernel",
     ">=0.8.5",

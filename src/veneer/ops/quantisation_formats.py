@@ -203,11 +203,11 @@ class Blocks4(_Stored):
         codes = torch.stack([both >> 4, both & 15], 1).flatten()[start % 2 :][:count]
         first, last = self._blocks(start, count)
         blocks = torch.arange(start, start + count, device=self.packed.device) // self.block - first
-        return four_bit_values(self.kind, self.packed.device)[codes.int()] * self._absmax(first, last)[blocks]
+        return four_bit_values(self.kind, self.packed.device)[codes.int()] * self.absmax_of(first, last)[blocks]
 
     def _by_bitsandbytes(self, library: Any, dtype: torch.dtype, start: int, count: int) -> Tensor:
         """The same by its kernels for GPUs."""
-        absmax, packed = self._absmax(*self._blocks(start, count)), self.packed[start // 2 : (start + count + 1) // 2]
+        absmax, packed = self.absmax_of(*self._blocks(start, count)), self.packed[start // 2 : (start + count + 1) // 2]
         out: Tensor = library.dequantize_4bit(packed[:, None], absmax, self.block, self.kind, (1, count), dtype)
         return out.flatten()
 
@@ -220,13 +220,13 @@ class Blocks4(_Stored):
         codes = torch.stack([both >> 4, both & 15], 1).view(-1, columns)
         low, high = self._blocks(start, count)
         of = torch.arange(start, start + count, size, device=both.device) // self.block - low
-        scales = self._absmax(low, high)[of].view(len(codes), -1)
+        scales = self.absmax_of(low, high)[of].view(len(codes), -1)
         return Groups(codes, scales, None, four_bit_values(self.kind, both.device))
 
     def _blocks(self, start: int, count: int) -> tuple[int, int]:
         return start // self.block, -(-(start + count) // self.block)
 
-    def _absmax(self, first: int, last: int) -> Tensor:
+    def absmax_of(self, first: int, last: int) -> Tensor:
         """Of blocks first … last, float32."""
         own = self.absmax[first:last]
         if self.absmax2 is None or self.mean is None:

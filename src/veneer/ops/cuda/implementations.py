@@ -1,4 +1,4 @@
-"""What runs an op on a GPU: thin calls of torch and Liger-Kernel. No GPU has run any of it yet.
+"""What runs an op on a GPU: thin calls of torch, Liger-Kernel and bitsandbytes. No GPU has run any of it yet.
 
 IMPLEMENTATIONS is what veneer.ops.dispatch chooses from: op -> Implementation. An op without one runs its reference in
 torch, as all do where a library is missing.
@@ -6,7 +6,7 @@ torch, as all do where a library is missing.
 
 from __future__ import annotations
 
-from veneer.ops.cuda import attention, liger
+from veneer.ops.cuda import attention, liger, quantised
 from veneer.ops.dispatch import Implementation
 
 _NORM = Implementation(liger.rms_norm, liger.takes_norm, "contiguous rows", liger.why_missing, "liger")
@@ -33,5 +33,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
                 attention.flex, attention.takes_flex, "capped scores or sinks", attention.flex_missing, "flex"
             ),
         ),
+    ),
+    "coded_product": Implementation(
+        quantised.coded_product,
+        quantised.takes_codes,
+        "nf4 and fp4 whose blocks lie within a row",
+        quantised.why_missing,
+        "bitsandbytes",
     ),
 }

@@ -1,0 +1,33 @@
+"""Products with 4-bit weights by bitsandbytes, on a CPU by its own reference, against the dequantised weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from veneer.ops.cuda.implementations import IMPLEMENTATIONS
+from veneer.ops.quantisation_formats import Blocks4
+from veneer.ops.quantised import quantise
+
+PRODUCT = IMPLEMENTATIONS["coded_product"]
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("low", "high"), [(0, 96), (0, 40), (32, 96)])
+def test_rows_of_a_weight_from_its_codes(device: str, kind: str, double: bool, low: int, high: int) -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install 'veneer[quant]'")
+    generator = torch.Generator().manual_seed(0)
+    weight = quantise(torch.randn(96, 128, generator=generator), kind, double=double).to(device)
+    x = torch.randn(3, 128, generator=generator).to(device)
+    bias, out = torch.randn(high - low, generator=generator).to(device), torch.empty(3, high - low, device=device)
+    stored = weight.stored
+    assert isinstance(stored, Blocks4)
+    PRODUCT.run(x, stored, low, high, bias, out)
+    torch.testing.assert_close(out, x @ weight.dense()[low:high].t() + bias, rtol=1e-3, atol=1e-3)
+
+
+def test_only_blocks_within_a_row_are_taken() -> None:
+    x = torch.randn(2, 96)
+    assert not PRODUCT.takes(x, quantise(torch.randn(4, 96), "nf4").stored)
+    assert not PRODUCT.takes(x, quantise(torch.randn(4, 96), "int8").stored)
