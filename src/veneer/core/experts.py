@@ -94,7 +94,7 @@ def _add(y: Tensor, x: Tensor, parts: Sequence[LowRank], mul: Callable[[Tensor, 
 
 
 def _add_by_expert(y: Tensor, x: Tensor, parts: Sequence[LowRank], offsets: Tensor) -> Tensor:
-    if _has_grouped(x):  # as ops.linear has them: in the dtype of x, gradients in their own
+    if has_grouped_product(x):  # as ops.linear has them: in the dtype of x, gradients in their own
         parts = [replace(p, A=p.A.to(x.dtype), B=p.B.to(x.dtype)) for p in parts]
     return _add(y, x, parts, lambda u, v: _by_expert(u, v, offsets))
 
@@ -116,7 +116,7 @@ def _left(product: Callable, weight: AdaptedWeight, v: Tensor) -> Tensor:
 def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of x up to offsets[e] times weight[e]: the grouped product, for any rank and dtype. Rows after the last
     offset belong to no expert and give zero."""
-    if _has_grouped(x):
+    if has_grouped_product(x):
         return _grouped(x, weight, offsets)
     out, start = [], 0
     for end, w in zip(offsets.tolist(), weight.unbind(0), strict=True):
@@ -127,7 +127,7 @@ def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return joined
 
 
-def _has_grouped(x: Tensor) -> bool:
+def has_grouped_product(x: Tensor) -> bool:
     """Whether the device has a grouped product: its host need not know how many rows an expert has."""
     return x.device.type == "cuda" and x.dtype == torch.bfloat16
 

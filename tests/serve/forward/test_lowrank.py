@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +87,29 @@ def test_every_row_has_its_own_mix(dtype: torch.dtype, tolerance: float, dora: b
         assert (y[first:end].double() - want).abs().max() <= tolerance * want.abs().max()
         if not mix:
             assert torch.equal(y[first:end], before[first:end])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    [
+        ("cpu", torch.float32, 1e-5),
+        ("cpu", torch.bfloat16, 1.5e-2),
+        pytest.param("cuda", torch.bfloat16, 1.5e-2, marks=pytest.mark.gpu),
+    ],
+)
+def test_grouped_products_of_all_adapters_equal_each_alone(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    layout = replace(layout_of(dtype), device=torch.device(device))
+    one, two, three = some_adapters(layout, dora=False)
+    spans = [(1, 4, [(one, 1.0)]), (4, 9, [(two, -0.5), (one, 0.75)]), (10, 12, [(three, 2.0)])]
+    x = torch.randn(13, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
+    y = base_output(layout, x).to(device)
+    segments = Segments.of(layout, spans)
+    assert segments is not None
+    (segments.add_grouped if device == "cpu" else segments.add)(0, x.to(device), y)
+    y = y.cpu()
+    for first, end, mix in [(0, 1, []), *spans, (9, 10, []), (12, 13, [])]:
+        want = exact(layout, mix, x[first:end])
+        assert (y[first:end].double() - want).abs().max() <= tolerance * want.abs().max()
 
 
 @pytest.mark.skipif(not NATIVE, reason="needs the compiled kernels and AVX512-BF16")

@@ -15,14 +15,16 @@ What is no pair on a projection, the embedding or the head (full copies, token r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
+from veneer.core.experts import expert_product, has_grouped_product
 from veneer.core.merge import adapted_norm
 from veneer.ops.dispatch import dispatch
 from veneer.ops.quantised import dequantised
@@ -33,6 +35,8 @@ _PARTS = 3
 _RECORD = 2 + 5 * _PARTS
 """Numbers of an adapter's record in ops/cpu/serving.c, for each group: the address of A (0: nothing here) and its rank,
 then for each part the address of B (0: no part), its first column in y, columns, first row in A, rank."""
+_STACK_BYTES = 1 << 30
+"""The most that the stacked factors of a step's adapters take; for more, each adapter is multiplied by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +230,29 @@ class _Tables:
 
     adapters: tuple[PackedAdapter, ...]
     records: Tensor  # (groups, adapters, _RECORD), on the layout's device
+    _stacks: dict[int, tuple[Tensor, list[tuple[int, int, Tensor]]]] = field(default_factory=dict)
+
+    def stacked(self, group: int) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
+        """The factors of a group padded to the largest rank: A, (adapters, in, Σ ranks), and of each module its first
+        column in y, its first rank and B, (adapters, rank, columns). An adapter without a factor has zeros."""
+        if group not in self._stacks:
+            own = [(i, *a.groups[group]) for i, a in enumerate(self.adapters) if group in a.groups]
+            ranks: dict[int, int] = {}
+            for _, _, parts in own:
+                for part in parts:
+                    ranks[part.column] = max(part.rank, ranks.get(part.column, 0))
+            first = dict(zip(ranks, itertools.accumulate(ranks.values(), initial=0), strict=False))
+            factors = {part.column: part.turned() for _, _, parts in own for part in parts}
+            Bs = {c: B.new_zeros(len(self.adapters), ranks[c], B.shape[1]) for c, B in factors.items()}
+            whole = _dense(own[0][1])
+            A = whole.new_zeros(len(self.adapters), whole.shape[1], sum(ranks.values()))
+            for i, given, parts in own:
+                for part in parts:
+                    rows = _dense(given)[part.rank_from : part.rank_from + part.rank]
+                    A[i, :, first[part.column] : first[part.column] + part.rank] = rows.t()
+                    Bs[part.column][i, : part.rank] = part.turned()
+            self._stacks[group] = A, [(c, first[c], B) for c, B in Bs.items()]
+        return self._stacks[group]
 
 
 @dataclass(eq=False)
@@ -288,10 +315,12 @@ class Segments:
         base's product, where y is more than that."""
         before = self._before_gains(group, y) if own is None else own
         run = dispatch("rows_low_rank", x, y)
-        if run is None:
-            self._add_reference(group, x, y)
-        else:
+        if run is not None:
             run(x, y, self.pointers(x, group))
+        elif self._stacks and has_grouped_product(x):
+            self.add_grouped(group, x, y)
+        else:
+            self._add_reference(group, x, y)
         self._add_gains(group, before, y)
 
     def pointers(self, x: Tensor, group: int = 0) -> tuple[int, ...]:
@@ -359,6 +388,24 @@ class Segments:
                 for part in parts:
                     made = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.turned())
                     _add_rows(y[:, part.column : part.column + part.B.shape[1]], rows, made)
+
+    @property
+    def _stacks(self) -> bool:
+        """Whether grouped products over stacked adapters pay, and their memory is small enough."""
+        return len(self.adapters) > 1 and not self.layout.rows and sum(a.bytes for a in self.adapters) <= _STACK_BYTES
+
+    def add_grouped(self, group: int, x: Tensor, y: Tensor) -> None:
+        """Add the group's low-rank products onto y in place, those of all adapters as one grouped product for A and one
+        for each module's B."""
+        if not any(group in a.groups for a in self.adapters):
+            return
+        A, parts = self._tables().stacked(group)
+        u = expert_product(x[self.rows], A, self.starts[1:])
+        u = (u * self.strengths[:, None]).to(x.dtype)
+        for column, first, B in parts:
+            made = expert_product(u[:, first : first + B.shape[1]], B, self.starts[1:])
+            for (_, rows, _), i, j in zip(self._each, self._bounds, self._bounds[1:], strict=False):
+                _add_rows(y[:, column : column + B.shape[2]], rows, made[i:j])
 
     def _product(self, x: Tensor, W: Tensor) -> Tensor:
         return in_blocks(lambda part: part @ W, x, self.layout.rows)
