@@ -236,7 +236,7 @@ def gpu_tests(task: Task) -> dict[str, Any]:
     """The tests marked `gpu`, in pytest's own process; in a dry run one of a file of its own. Where they take longer
     than the limit, those that have ended count."""
     report, said = Path(task.work) / "gpu-tests.xml", Path(task.work) / "gpu-tests.txt"
-    env = dict(os.environ)
+    env = dict(os.environ) | {"TRITON_INTERPRET": "0"}  # tests/conftest.py would have kernels interpreted
     files = [str(f) for f in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in f.read_text(encoding="utf-8")]
     if task.dry:
         one = Path(task.work) / "test_dry.py"
@@ -594,11 +594,12 @@ def unsloth(task: Task) -> dict[str, Any]:
     return _peer_steps(task, model, "use_gradient_checkpointing='unsloth', as its notebooks have it")
 
 
-# -- few rows ----------------------------------------------------------------------------------------------------------
+# -- products and ops --------------------------------------------------------------------------------------------------
 
 
 def products(task: Task) -> dict[str, Any]:
-    """x·Wᵀ of a few rows by the widest weight of a block, as decoding has it: in bfloat16, and from its codes."""
+    """x·Wᵀ of a few rows by the widest weight of a block, as decoding has it: in bfloat16, and from its codes.
+    Then single ops of a training step."""
     import torch
     import torch.nn.functional as F
 
@@ -628,7 +629,47 @@ def products(task: Task) -> dict[str, Any]:
             figures.append(Figure(f"{kind}, {rows} row{'s' if rows > 1 else ''}", 1 / one, "products/s", most))
             tell(_result(figures))
         del kept
-    return _result(figures, f"a weight of {outputs:,} × {inputs:,}, {copies} of them in turn; without CUDA graphs")
+    note = _ops(task, figures)
+    return _result(figures, f"a weight of {outputs:,} × {inputs:,}, {copies} of them in turn", note)
+
+
+def _ops(task: Task, figures: list[Figure]) -> str:
+    """Adds ops of a training step, forward and backward, each by its library and by torch's reference; a note."""
+    import torch
+
+    from veneer.ops.attention import RowLayout, rotary_attention
+    from veneer.ops.choice import pinned
+    from veneer.ops.loss import token_nll
+    from veneer.ops.norms import rms_norm
+
+    s, config = task.sizes, _config(task.sizes.text)
+    n, width, heads, kv = s.rows * s.length, *(config[k] for k in ("hidden_size", *_HEADS))
+    dim = width // heads
+    generator = torch.Generator(s.device).manual_seed(0)
+
+    def normal(*shape: int) -> Any:
+        return torch.empty(shape, dtype=torch.bfloat16, device=s.device).normal_(0, 0.5, generator=generator)
+
+    x, qkv = normal(n, width).requires_grad_(), normal(n, heads + 2 * kv, dim).requires_grad_()
+    weight, head, angles = normal(width), normal(config["vocab_size"], width), normal(n, dim // 2)
+    targets = torch.randint(0, len(head), (n,), generator=generator, device=s.device)
+    layout, cos, sin = RowLayout([s.length] * s.rows, s.device), angles.cos(), angles.sin()
+    given = {
+        "rms_norm_autograd": ("liger", x, lambda: rms_norm(x, weight, 1e-5)),
+        "rope": ("liger", qkv, lambda: rotary_attention(qkv, cos, sin, kv, layout, dim**-0.5)),
+        "attend_rows": ("varlen", qkv, lambda: rotary_attention(qkv, cos, sin, kv, layout, dim**-0.5)),
+        "linear_cross_entropy": ("liger", x, lambda: token_nll(x, head, targets)),
+    }
+    for op, (library, leaf, run) in given.items():
+        for name in (library, "torch"):
+            with pinned(**{op: name}):
+                one = min(_seconds(lambda: torch.autograd.grad(run().sum(), leaf), s.device, 10, warm=2))  # noqa: B023
+            figures.append(Figure(f"{op}, {name}", 1 / one, "calls/s"))
+            tell(_result(figures))
+    return f"ops: {n:,} tokens; rope and attend_rows are each timed with the whole of attention around them"
+
+
+_HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 # -- serving -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ train    Llama 3 8B, rank 16 on all linears, bfloat16, micro-batches of 2 × 4,0
 qlora    the same over nf4; beside bitsandbytes with PEFT, and Unsloth
 large    Llama 3.1 70B in nf4, a step at the settings of `veneer plan`
 serve    Llama 3 8B, 128 requests of 256 + 64 tokens: the base, 8 adapters, 1,000; beside vLLM
-products few rows times one of its weights, in bfloat16 and from codes of 4 and 8 bits
+products few rows times one of its weights, in bfloat16, 4 and 8 bits; then norm,
+         rotary positions, attention and loss by their libraries and by torch
 flux     FLUX.1 dev at 1,024²: a training step, and calls with three stacked adapters
 
 Weights are random, made on the card from a config alone. Each side is a process of its own with a limit of its own, one
@@ -329,7 +330,7 @@ def about_of(done: Mapping[str, Outcome]) -> dict[str, Any]:
     with suppress(OSError):  # without git
         git = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    for name in ("triton", "diffusers", "bitsandbytes", "unsloth", "vllm"):
+    for name in ("triton", "liger_kernel", "diffusers", "bitsandbytes", "unsloth", "vllm"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
