@@ -89,6 +89,12 @@ def _by(library: Kernels | None) -> Iterator[None]:
         torch.use_deterministic_algorithms(strict)
 
 
+def _library() -> Kernels:
+    library = compiled.kernels()
+    assert library is not None
+    return library
+
+
 def wrong(library: Kernels, case: Case) -> str:
     """What is wrong with the kernels of a case; "" if nothing is."""
     with _by(library):
@@ -119,7 +125,7 @@ def run_checks(arguments: list[str]) -> None:
 def _use_threads(draw: Draw) -> list[Tensor]:
     """Whether torch and the kernels have one OpenMP."""
     before = torch.get_num_threads()
-    set_threads = torch.set_num_threads if draw.exact else compiled.kernels().use_threads
+    set_threads = torch.set_num_threads if draw.exact else _library().use_threads
     set_threads(3)
     now = torch.get_num_threads()
     set_threads(before)
@@ -134,7 +140,7 @@ def _stay(draw: Draw) -> list[Tensor]:
     before, was = sorted(os.sched_getaffinity(0)), torch.tensor([0, 1], dtype=torch.int32)
     if draw.exact:
         return [torch.tensor(before[-1:]), torch.tensor(before), was]
-    library, asleep, seen = compiled.kernels(), torch.full((3,), -1, dtype=torch.int32), list[Tensor]()
+    library, asleep, seen = _library(), torch.full((3,), -1, dtype=torch.int32), list[Tensor]()
     for processors in (before[-1:], before):
         library.stay((ctypes.c_int * len(processors))(*processors), len(processors), 2)
         seen.append(torch.tensor(sorted(os.sched_getaffinity(0))))
@@ -353,7 +359,7 @@ def _thin_rows(draw: Draw) -> list[Tensor]:
     for record, (A, B) in zip(table, laid, strict=True):
         record[:7] = torch.tensor([A.data_ptr(), 16, B.data_ptr(), 0, 40, 0, 16])
     own = [*_at(table), 2, *_at(starts, rows, strengths, u), 16]
-    compiled.kernels().thin_rows(x.data_ptr(), 32, y.data_ptr(), 40, *own, 2)
+    _library().thin_rows(x.data_ptr(), 32, y.data_ptr(), 40, *own, 2)
     return [y]
 
 
@@ -380,7 +386,7 @@ def _paged(draw: Draw) -> list[Tensor]:
             outs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1))
         same = torch.zeros(6, kv, 16 * d)
         return [torch.cat([q, k, v], 1).flatten(1), torch.cat(outs).flatten(1)[last], same, same]
-    library, starts, cos, sin = compiled.kernels(), torch.tensor([0, 35, 55]), angle.cos(), angle.sin()
+    library, starts, cos, sin = _library(), torch.tensor([0, 35, 55]), angle.cos(), angle.sin()
     slots = torch.cat([tables[i][torch.arange(n) // 16] * 16 + torch.arange(n) % 16 for i, n in enumerate(lengths)])
     K, V, K2, V2 = (torch.zeros(6, kv, 16 * d, dtype=_BF16) for _ in range(4))
     where = _at(positions, slots, starts)
