@@ -933,7 +933,7 @@ def _draw_flux(task: Task, model: Any, call: Callable[[Any], Any], x: Any, count
 
     s, (_, rates, probed) = task.sizes, _planned_for(task)
     # a forward is half of a step's products and a third of its attention, and reads each weight once
-    forward = Work(counts.products / 2, counts.attention / 3, moved=2.0 * counts.parameters)
+    forward = Work(counts.forward, 2.0 * counts.parameters)
     model.eval()
     with veneer.attach(model) as attachment, torch.no_grad():
         for i in range(len(MIX)):

@@ -266,8 +266,7 @@ def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
         config = {**json.loads(file.read_text(encoding="utf-8")), "vae_scale": SCALE}
         counts = image_counts(config, height=run["size"], width=run["size"], rank=run["rank"], text_tokens=32)
         load = ImageLoad(run["pictures"], rank=run["rank"], checkpointing=run.get("checkpointing", False))
-        memory = image_memory(counts, load, device, process=record.process)
-        return memory.peak, rates.seconds(image_work(counts, load, device))
+        return image_memory(counts, load, device).peak, rates.seconds(image_work(counts, load, device))
     shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **WIDTHS[run["base"]]})
     one = Load(
         tuple(lengths_of(run)),
@@ -278,21 +277,16 @@ def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
         checkpointing=run.get("checkpointing", False),
         spec=spec_of(run),
     )
-    memory = text_memory(shape, one, device, process=record.process)
-    return memory.peak, rates.seconds(text_work(shape, one, device))
+    return text_memory(shape, one, device).peak, rates.seconds(text_work(shape, one, device))
 
 
 def compare(runs: list[dict[str, Any]], say: Callable[[str], None], memory_alone: bool) -> dict[str, Any]:
-    from dataclasses import replace
-
     from veneer.plan.calibration import Calibration
 
     records: dict[str, Calibration] = {}
     for dtype in dict.fromkeys(run.get("dtype", "bfloat16") for run in runs):
         records[dtype] = Calibration(**in_process(["--calibrate", dtype]))
-        # Random weights come from no file: what reading one leaves in the process is bfloat16's, the smaller one.
-        records[dtype] = replace(records[dtype], process=next(iter(records.values())).process)
-        say(f"{dtype}: {records[dtype].rates().source}, process {records[dtype].process / 1e9:.3f} GB")
+        say(f"{dtype}: {records[dtype].rates().source}")
     rows, worst = [], {"peak": 0.0, "time": 0.0}
     inside = {"peak": 0, "time": 0}
     for run in runs:

@@ -27,8 +27,6 @@ from _large import LARGE, write_large
 from _report import bar, lines_of, peak_bytes, report, row
 from text_training import ALPHA, LINEARS, RANK, RATE, banking_rows, side_peft, side_veneer, write_workload
 
-from plan import in_process
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -146,8 +144,8 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
     }
 
 
-def _parts(size: str, kind: str, process: int) -> Any:
-    """What `veneer plan` counts for this step, part by part. `process`: Python and its libraries, as calibrated."""
+def _parts(size: str, kind: str) -> Any:
+    """What `veneer plan` counts for this step, part by part."""
     from veneer.plan.memory import Load, text_memory
     from veneer.plan.shape import text_shape
     from veneer.plan.tables import Device
@@ -161,12 +159,11 @@ def _parts(size: str, kind: str, process: int) -> Any:
         checkpointing=kind.endswith("checkpointing"),
     )
     shape = text_shape({"model_type": "llama", **LARGE[size]})
-    return text_memory(shape, load, Device("cpu", "cpu", 0, 0.0, 0.0, native=True), process=process)
+    return text_memory(shape, load, Device("cpu", "cpu", 0, 0.0, 0.0))
 
 
 def large(sizes: list[str], say: Callable[[str], None]) -> dict[str, Any]:
     rows, bars = [], []
-    process = int(in_process(["--calibrate", "bfloat16"])["process"])
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             write_large(size, Path(name))
@@ -192,7 +189,7 @@ def large(sizes: list[str], say: Callable[[str], None]) -> dict[str, Any]:
                     "peak": "peak_bytes",
                 }.items()
             ]
-            parts = _parts(size, kind, process)
+            parts = _parts(size, kind)
             rows += [row(label, f"part: {part}", value / 1e9, "GB") for part, value in parts.parts.items() if value]
             rows.append(row(label, "sum of the parts", parts.peak / 1e9, "GB"))
             rows.append(row(label, "a step", got["step_seconds"], "s"))

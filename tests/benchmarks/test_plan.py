@@ -44,7 +44,7 @@ def test_every_run_of_the_grid_has_a_prediction(monkeypatch: pytest.MonkeyPatch)
     from veneer.plan.calibration import Calibration
 
     module = benchmark(monkeypatch)
-    record = Calibration("cpu/1/bfloat16", 1e11, 1e10, 480_000_000, "smollm2-135m", "bfloat16")
+    record = Calibration("cpu/1/bfloat16", 1e11, 1e10, "smollm2-135m", "bfloat16")
     for one in module.GRID:
         peak, seconds = module.predicted(one, record)
         assert 480_000_000 < peak < 16e9

@@ -193,7 +193,7 @@ def test_a_teacher_of_its_own_base_is_planned_by_its_weights_and_one_forward_an_
     assert beside.planned is not None
     load = beside.planned[0]
     assert isinstance(load, Load)
-    operations = 2.0 * load.tokens * matrices + 2.0 * load.wanted(card) * vocabulary * d
+    operations = 2.0 * load.tokens * matrices + 2.0 * load.wanted * vocabulary * d
     operations += layers * 4.0 * 32 * 64 * sum(n * (n + 1) / 2 for n in load.lengths)
     one = operations / beside.rates.operations + weights / beside.rates.bandwidth
     assert beside.seconds is not None

@@ -175,7 +175,7 @@ def plan(
         if rows is None:
             raise ConfigError("a plan needs --rows", fix=_EXAMPLE.removeprefix("Example: "))
         found = base_config(base)
-        rates, process = rates_here(device, dtype)
+        rates = rates_here(device, dtype)
         if is_denoiser(found):
             _refuse(context, _OF_TEXT | _SERVED, "the base is for pictures", "leave it out")
             side = size or int(found.get("picture", 1024))
@@ -183,16 +183,16 @@ def plan(
                 micro_pictures,
                 side,
                 side,
-                -(-batch // micro_pictures),
-                rank,
-                dtype,
-                quantise,
-                checkpointing,
+                micros=-(-batch // micro_pictures),
+                rank=rank,
+                dtype=dtype,
+                quantise=quantise,
+                checkpointing=checkpointing,
                 targets=targets,
                 before=before,
             )
             job = TrainingJob(rows, 1.0, epochs, batch)
-            made = image_plan(base, found, load, device, rates, job, process=process)
+            made = image_plan(base, found, load, device, rates, job)
         else:
             shape = text_shape(found, base)
             if tokens_per_row is None:
@@ -212,7 +212,7 @@ def plan(
             load = of(micro_tokens or fitting_micro_tokens(shape, device, quantise, room, of))
             traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
             job = TrainingJob(rows, tokens_per_row, epochs, batch)
-            made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
+            made = text_plan(base, shape, load, device, rates, job, traffic=traffic)
     else:
         raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
     if as_json:
@@ -245,7 +245,7 @@ def _calibrate(base: str, dtype: str) -> None:
     with errors_only():
         record = calibrate(base, dtype=dtype, say=say)
     file = write_calibration(record)
-    say(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {file}")
+    say(f"{record.rates().source}: kept in {file}")
 
 
 def _smallest(base: str | None, size: int | None, rank: int, targets: str, before: int, as_json: bool) -> None:

@@ -1,17 +1,16 @@
-"""What this machine was measured to do, kept under the veneer home: one record a device.
+"""The rates that this machine was measured to reach, kept under the veneer home: one record a device.
 
-    record = calibrate("smollm2-135m")                         short real steps of two sizes: rate, bandwidth, process
+    record = calibrate("smollm2-135m")                         short real steps of two sizes: operations, bandwidth
     write_calibration(record) · read_calibration(device_key)   plan-calibration.json
 
-Two steps of different sizes give two equations in 1/rate and 1/bandwidth; peak memory less what is counted gives the
-process itself.
+Two steps of different sizes give two equations in 1/rate and 1/bandwidth.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ from veneer.errors import ConfigError, ResourceError, counted
 from veneer.files.atomic import replace_file
 from veneer.models.device import thread_count
 from veneer.models.home import veneer_home
-from veneer.plan.memory import Load, text_memory
-from veneer.plan.shape import TextShape, model_shape
+from veneer.plan.memory import Load
+from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device, device_of_card
 from veneer.plan.time import Rates, Work, rates_of, text_work
 
@@ -33,14 +32,12 @@ _FILE = "plan-calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a device reached in training steps. `operations`, `bandwidth`: per second. `process`: bytes beside
-    everything that a plan counts. `device`: which device, with how many threads. `base`, `dtype`: of the model that was
-    trained."""
+    """What a device reached in training steps. `operations`, `bandwidth`: per second. `device`: which device, with how
+    many threads. `base`, `dtype`: of the model that was trained."""
 
     device: str
     operations: float
     bandwidth: float
-    process: int
     base: str
     dtype: str
 
@@ -61,10 +58,12 @@ def read_calibration(device: str) -> Calibration | None:
     """The record of a device, or None. Raises ConfigError for a file that is not one."""
     try:
         records = json.loads(_file().read_text(encoding="utf-8"))
-        return Calibration(**records[device]) if device in records else None
+        if device not in records:
+            return None
+        return Calibration(**{name: records[device][name] for name in Calibration.__annotations__})
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"the calibration cannot be read: {error}", where=str(_file()), fix="delete it, and veneer plan --calibrate"
         ) from None
@@ -82,17 +81,14 @@ def write_calibration(record: Calibration) -> Path:
     return file
 
 
-def rates_here(device: Device, dtype: str) -> tuple[Rates, int | None]:
-    """(rates, bytes of the process): as calibrated; for a device that was not, as its data sheet states, and None."""
+def rates_here(device: Device, dtype: str) -> Rates:
+    """The rates of a device as calibrated, or as its data sheet states."""
     record = read_calibration(device_key(device, dtype))
-    return (rates_of(device, dtype), None) if record is None else (record.rates(), record.process)
+    return rates_of(device, dtype) if record is None else record.rates()
 
 
-def cpu_device(*, native: bool = True, low_rank: bool | None = None, tiles: bool | None = None) -> Device:
-    """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s per core at best.
-
-    `native`, `low_rank`, `tiles`: whether the compiled kernels run, those of low-rank products, and attention in
-    tiles; a plan that loads nothing assumes the first and last, and the second where there is AVX512-BF16."""
+def cpu_device() -> Device:
+    """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s per core at best."""
     import psutil
 
     cores = thread_count()
@@ -100,49 +96,16 @@ def cpu_device(*, native: bool = True, low_rank: bool | None = None, tiles: bool
     group = Path("/sys/fs/cgroup/memory.max")
     limit = group.read_text(encoding="utf-8").strip() if group.is_file() else ""
     total = min(total, int(limit)) if limit.isdigit() else total
-    return Device(
-        "cpu",
-        "cpu",
-        total,
-        cores * 1e12,
-        20e9,
-        f"this CPU, {counted(cores, 'thread')}",
-        None,
-        1,
-        native,
-        native and (_has_bf16() if low_rank is None else low_rank),
-        native if tiles is None else tiles,
-    )
+    return Device("cpu", "cpu", total, cores * 1e12, 20e9, f"this CPU, {counted(cores, 'thread')}")
 
 
-def _has_bf16() -> bool:
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-
-
-def _in_tiles(shape: TextShape, dtype: torch.dtype, lengths: Sequence[int]) -> bool:
-    """Whether attention of such rows of a base goes in tiles on this CPU; measured now where it has not been."""
-    from veneer.ops.attention import goes_in_tiles
-
-    first = shape.layers[0] if shape.layers else None
-    return first is not None and goes_in_tiles(
-        dtype, lengths, first.heads, first.kv_heads, first.head_dim, first.window
-    )
-
-
-def device_here(where: torch.device, dtype: torch.dtype, shape: TextShape, lengths: Sequence[int]) -> Device:
-    """The device that torch computes on: a card, or this CPU with the kernels that run for a base and for such rows."""
+def device_here(where: torch.device) -> Device:
+    """The device that torch computes on: a card, or this machine's CPU."""
     import torch
-
-    from veneer.ops.cpu import compiled
 
     if where.type == "cuda":
         return device_of_card(torch.cuda.get_device_name(where), int(torch.cuda.mem_get_info(where)[1]))
-    low_rank = compiled.has("thin_add", "thin_through", "thin_gradients")
-    tiles = _in_tiles(shape, dtype, lengths)
-    return cpu_device(native=compiled.kernels() is not None, low_rank=low_rank, tiles=tiles)
+    return cpu_device()
 
 
 def device_key(device: Device, dtype: str) -> str:
@@ -166,41 +129,29 @@ def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float
 
 
 def calibrate(
-    name: str,
-    *,
-    dtype: str = "auto",
-    rank: int = 16,
-    say: Callable[[str], None] = lambda line: None,
+    name: str, *, dtype: str = "auto", rank: int = 16, say: Callable[[str], None] = lambda line: None
 ) -> Calibration:
-    """Takes short training steps of two sizes on the device that training would choose, and measures them.
+    """Take short training steps of two sizes on the device that training would choose, and measure them.
 
     Raises what loading the base raises, and ResourceError where there is no memory for 1,024 tokens."""
     from veneer.models.text.base import load_text
 
     base = load_text(name, dtype=dtype, say=say)
-    shape = model_shape(base.model)
-    dtype = str(base.dtype).removeprefix("torch.")
-    cuda = base.device.type == "cuda"
-    device = device_here(base.device, base.dtype, shape, (512, 512))
-    loads = [Load((512, 512), 0.25, rank=rank, dtype=dtype), Load((64, 64), 0.25, rank=rank, dtype=dtype)]
+    shape, device, dtype = model_shape(base.model), device_here(base.device), str(base.dtype).removeprefix("torch.")
     timed: list[tuple[Work, float]] = []
-    peak = 0
-    try:
-        for load in loads:
-            seconds = _steps(base, load, rank)
-            say(f"{load.tokens:,} tokens: {seconds:.2f} s a step")
-            timed.append((text_work(shape, load, device), seconds))
-            peak = peak or _peak(cuda)
-    except (MemoryError, RuntimeError) as error:
-        raise ResourceError(
-            f"the calibration's step of {loads[0].tokens:,} tokens failed: {error}", fix="calibrate with a smaller base"
-        ) from None
-    rate, bandwidth = solved(timed[0], timed[1])
-    counted = text_memory(shape, loads[0], device, process=0).peak
-    return Calibration(device_key(device, dtype), rate, bandwidth, max(0, peak - counted), name, dtype)
+    for n in (512, 64):
+        load = Load((n, n), 0.25, rank=rank, dtype=dtype)
+        try:
+            seconds = _shortest_step(base, load, rank)
+        except (MemoryError, RuntimeError) as error:
+            what = f"the calibration's step of {load.tokens:,} tokens failed: {error}"
+            raise ResourceError(what, fix="calibrate with a smaller base") from None
+        say(f"{load.tokens:,} tokens: {seconds:.2f} s a step")
+        timed.append((text_work(shape, load, device), seconds))
+    return Calibration(device_key(device, dtype), *solved(*timed), name, dtype)
 
 
-def _steps(base: Any, load: Load, rank: int, count: int = 6) -> float:
+def _shortest_step(base: Any, load: Load, rank: int, count: int = 6) -> float:
     """The shortest of the steps after the first, in seconds: what else the machine does only adds to a step."""
     import torch
 
@@ -210,9 +161,11 @@ def _steps(base: Any, load: Load, rank: int, count: int = 6) -> float:
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
 
-    model, generator = base.model, torch.Generator().manual_seed(0)
-    seconds: list[float] = []
-    training = model.training
+    model, seconds, generator = base.model, list[float](), torch.Generator().manual_seed(0)
+    vocabulary, training = model.get_input_embeddings().weight.shape[0], model.training
+    trained = (torch.arange(load.tokens) % load.longest >= load.longest - load.wanted // len(load.lengths)).to(
+        base.device
+    )
     with attach(model) as attachment:
         attachment.add("plan", create(model, LoraSpec(rank=rank), seed=0), trainable=True)
         attachment.use("plan")
@@ -222,7 +175,7 @@ def _steps(base: Any, load: Load, rank: int, count: int = 6) -> float:
         try:
             with fast(model):
                 for _ in range(count):
-                    ids, trained = _random_rows(base, load, generator)
+                    ids = torch.randint(3, vocabulary, (load.tokens,), generator=generator).to(base.device)
                     began = time.perf_counter()
                     loss = text_loss(model, ids, load.lengths, trained)
                     (loss / trained.sum()).backward()
@@ -234,23 +187,3 @@ def _steps(base: Any, load: Load, rank: int, count: int = 6) -> float:
         finally:
             model.train(training)
     return min(seconds[1:])
-
-
-def _random_rows(base: Any, load: Load, generator: Any) -> tuple[Any, Any]:
-    import torch
-
-    vocabulary = base.model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(3, vocabulary, (load.tokens,), generator=generator).to(base.device)
-    trained = torch.zeros(len(load.lengths), load.longest, dtype=torch.bool)
-    trained[:, load.longest - max(1, round(load.trained * load.longest)) :] = True
-    return ids, trained.flatten().to(base.device)
-
-
-def _peak(cuda: bool) -> int:
-    from veneer.ops.cpu import memory
-
-    if cuda:
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    return memory.peak_resident()

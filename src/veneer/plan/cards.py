@@ -17,7 +17,7 @@ from typing import Any
 from veneer.models.config import LOADED_BYTES
 from veneer.plan.fit import shares_of_blocks, usable_memory
 from veneer.plan.image import ImageCounts, ImageLoad, encoded_pixels, image_counts, image_memory
-from veneer.plan.memory import CUDA_CONTEXT, dtype_bytes
+from veneer.plan.memory import FITS, dtype_bytes
 from veneer.plan.tables import Device, device_named
 
 CARDS = {
@@ -81,7 +81,7 @@ def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad
     encoders = (config.get("encoders") or {}).values()
     held: float = each * (counts.parameters + counts.buffers) + sum(n * (each if n >= _LARGE else e) for n in encoders)
     held += e * (int(config.get("vae") or 0) + _VAE_VALUES * encoded_pixels(config, load))
-    return round(held) + CUDA_CONTEXT
+    return round(held) + FITS["cuda", "image"].process
 
 
 def smallest_card(

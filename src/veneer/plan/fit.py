@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from veneer.ops.sizes import MICRO_TOKENS, micro_tokens
 from veneer.plan.image import ImageLoad
-from veneer.plan.memory import CPU_PROCESS, CUDA_CONTEXT, Load, Memory, text_memory, weight_bytes
+from veneer.plan.memory import FITS, Load, Memory, text_memory, weight_bytes
 from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
@@ -76,8 +76,7 @@ def fitting_micro_tokens(
 
 def left_beside_base(shape: TextShape, device: Device, dtype: str, quantise: str | None) -> int:
     """Bytes of a device that are left beside a base."""
-    context = CUDA_CONTEXT if device.kind == "cuda" else CPU_PROCESS
-    return usable_memory(device) - sum(weight_bytes(shape, dtype, quantise)) - context
+    return usable_memory(device) - sum(weight_bytes(shape, dtype, quantise)) - FITS[device.kind, "text"].process
 
 
 Step = tuple[str, str, AnyLoad, Device]

@@ -19,17 +19,19 @@ from veneer.errors import ConfigError, counted, gigabytes
 from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
 from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory, image_work
 from veneer.plan.memory import (
+    Counts,
     Load,
     Memory,
     dtype_bytes,
     kept_dequantised,
     memory_together,
     packed_weights,
+    text_counts,
     text_memory,
 )
 from veneer.plan.pairs import PairForm
 from veneer.plan.serving import Serving, Traffic, cache_bytes, serving
-from veneer.plan.shape import TextShape, pair_parameters
+from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 from veneer.plan.time import Rates, Work, reading_work, run_seconds, text_work
 
@@ -160,76 +162,79 @@ class Plan:
         }
 
 
-_MemoryOf = Callable[[Any, Device], Memory]
-_WorkOf = Callable[[Any, Device], Work]
-
-
-def _fitted(
-    load: AnyLoad,
+def _plan(
+    base: str,
+    counts: Counts,
+    load: Any,
     device: Device,
     rates: Rates,
-    limit: int,
-    memory_of: _MemoryOf,
-    work_of: _WorkOf,
+    job: TrainingJob,
+    room: int | None,
+    memory_of: Callable[[Any, Device], Memory],
+    work_of: Callable[[Any, Device], Work],
     units: Callable[[Any], int],
-) -> tuple[Memory, int, tuple[Change, ...], tuple[Any, Device] | None, Memory | None]:
-    """(memory, peak, changes, planned, planned_memory), as a Plan has them. `units`: tokens or pictures of a load."""
-    memory = memory_of(load, device)
-    peak = each_holds(memory, device)
-    if peak <= limit:
-        return memory, peak, (), (load, device), memory
+) -> Plan:
+    """A plan without its time and its facts. `counts`: of the load as given. `units`: tokens or pictures of a load."""
+    memory, limit = memory_of(load, device), usable_memory(device) if room is None else room
+    peak, changes = each_holds(memory, device), []
+    if peak > limit:
 
-    def peak_of(load: AnyLoad, device: Device) -> int:
-        return each_holds(memory_of(load, device), device)
+        def seconds_of(load: AnyLoad, device: Device) -> float:
+            return rates.seconds(work_of(load, device), device.count) / max(1, units(load))
 
-    def seconds_of(load: AnyLoad, device: Device) -> float:
-        return rates.seconds(work_of(load, device), device.count) / max(1, units(load))
+        changes = cheapest(load, device, lambda own, where: each_holds(memory_of(own, where), where), seconds_of, limit)
+    planned = (load, device) if peak <= limit else (changes[0].load, changes[0].device) if changes else None
+    return Plan(
+        base=base,
+        parameters=counts.parameters,
+        trainable=counts.trainable,
+        device=device,
+        job=job,
+        memory=memory,
+        peak=peak,
+        room=limit,
+        changes=tuple(changes),
+        planned=planned,
+        planned_memory=None if planned is None else memory_of(*planned),
+        seconds=None,
+        rates=rates,
+    )
 
-    changes = tuple(cheapest(load, device, peak_of, seconds_of, limit))
-    if not changes:
-        return memory, peak, (), None, None
-    planned = changes[0].load, changes[0].device
-    return memory, peak, changes, planned, memory_of(*planned)
+
+def _with(plan: Plan, part: str, held: int, seconds: float, fact: tuple[str, str]) -> Plan:
+    """The plan with `held` bytes of another part of memory, which its room left free, and `seconds` more."""
+    own: dict[str, Any] = {part: held}
+    return replace(
+        plan,
+        memory=replace(plan.memory, **own),
+        peak=plan.peak + held,
+        room=plan.room + held,
+        planned_memory=None if plan.planned_memory is None else replace(plan.planned_memory, **own),
+        facts=(*plan.facts, fact),
+        seconds=None if plan.seconds is None else plan.seconds + seconds,
+    )
 
 
 def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws) -> Plan:
-    """The plan of a run that learns from its own answers: their keys and values beside its memory, and beside its time
-    that in which they are drawn (`serving`). The plan is of what keys and values leave free."""
+    """The plan of a run that learns from its own answers, with their keys and values, and the time in which they are
+    drawn (`serving`)."""
     shared = Traffic(max(1, draws.prompt // draws.group), draws.answer, draws.together, 1)
     rank = load.spec.rank if load.spec is not None else load.rank
     each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantise=load.quantise)
-    cache, planned = draws.cache(shape, load.dtype), plan.planned_memory
-    seconds = draws.total / each.requests_per_second
+    cache, seconds = draws.cache(shape, load.dtype), draws.total / each.requests_per_second
     told = f"{draws.total:,} drawn, {draws.together} at once: {gigabytes(cache)} of keys and values, {seconds:,.0f} s"
-    return replace(
-        plan,
-        memory=replace(plan.memory, cache=cache),
-        peak=plan.peak + cache,
-        room=plan.room + cache,
-        planned_memory=None if planned is None else replace(planned, cache=cache),
-        facts=(*plan.facts, ("answers", told)),
-        seconds=None if plan.seconds is None else plan.seconds + seconds,
-    )
+    return _with(plan, "cache", cache, seconds, ("answers", told))
 
 
 def with_teacher(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws, beside: int) -> Plan:
-    """The plan of a run whose answers a teacher in this process, of `shape`, reads once each: beside its time that.
-    `beside`: bytes of a teacher that is another base; the plan is of what they leave free."""
+    """The plan of a run whose answers a teacher in this process, of `shape`, reads once each. `beside`: bytes of a
+    teacher that is another base."""
     each = (draws.prompt + draws.answer) / max(1, load.tokens)
-    seconds = draws.total * each * plan.rates.seconds(reading_work(shape, load, device), device.count)
+    seconds = draws.total * each * plan.rates.seconds(reading_work(shape, load), device.count)
     told = f"reads {counted(draws.total, 'answer')}: {seconds:,.0f} s"
     if beside:
         told += f"; a base of its own, {shape.parameters:,} parameters: {gigabytes(beside)}"
-    planned = plan.planned_memory
-    return replace(
-        plan,
-        memory=replace(plan.memory, teacher=beside),
-        peak=plan.peak + beside,
-        room=plan.room + beside,
-        planned_memory=None if planned is None else replace(planned, teacher=beside),
-        facts=(*plan.facts, ("teacher", told)),
-        seconds=None if plan.seconds is None else plan.seconds + seconds,
-    )
+    return _with(plan, "teacher", beside, seconds, ("teacher", told))
 
 
 def text_plan(
@@ -246,71 +251,58 @@ def text_plan(
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """The plan of a run on text. `room`: bytes that may be used of each device, by default what is usable of it.
-    `process`: bytes of the process, as calibrated."""
-    limit = usable_memory(device) if room is None else room
-    memory, peak, changes, planned, planned_memory = _fitted(
+    `process`: bytes of the process before the base is loaded, where they are known (CPU)."""
+    plan = _plan(
+        base,
+        text_counts(shape, load, device),
         load,
         device,
         rates,
-        limit,
+        job,
+        room,
         lambda load, device: text_memory(shape, load, device, process=process),
         lambda load, device: text_work(shape, load, device),
         lambda load: load.tokens,
     )
-    rank = load.spec.rank if load.spec is not None else load.rank
-    seconds = served = None
-    keeps = packs = 0
-    if planned is not None and planned_memory is not None:
+    rank, quantise = load.spec.rank if load.spec is not None else load.rank, load.quantise
+    seconds, keeps, packs = None, 0, 0
+    if plan.planned is not None and plan.planned_memory is not None:
+        own, where = plan.planned
+        assert isinstance(own, Load)
+        quantise, spare = own.quantise, max(0, plan.room - plan.planned_memory.peak)
         seconds = run_seconds(
             shape,
-            *planned,
+            own,
+            where,
             rates,
             rows=job.rows,
             epochs=job.passes,
             held_out=job.held_out,
-            tokens_per_row=min(job.tokens_per_row, planned[0].longest),
+            tokens_per_row=min(job.tokens_per_row, own.longest),
             evaluations=job.evaluations,
         )
-        if planned[0].quantise:
-            keeps = kept_dequantised(shape, planned_memory, limit)
-        elif planned[1].kind == "cpu":
-            every = packed_weights(shape, planned[0].dtype, lambda *product: True)
-            packs = min(every, max(0, limit - planned_memory.peak))
+        if quantise:
+            keeps = kept_dequantised(shape, plan.planned_memory, plan.room)
+        elif where.kind == "cpu":
+            packs = min(packed_weights(shape, own.dtype, lambda *product: True), spare)
+    served = None
     if traffic is not None:
-        quantise = load.quantise if planned is None else planned[0].quantise
         served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantise=quantise)
-    trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
     times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them learned"
-    form = _form(PairForm.of(load.spec))
     facts = (
         ("base", f"{base}: {shape.parameters:,} parameters, {load.quantise or load.dtype}"),
-        ("adapter", f"{form}rank {rank}: {trainable:,} parameters, a file of {4 * trainable / 1e6:,.1f} MB"),
+        (
+            "adapter",
+            f"{_form(PairForm.of(load.spec))}rank {rank}: {plan.trainable:,} parameters, "
+            f"a file of {plan.adapter_bytes / 1e6:,.1f} MB",
+        ),
         ("data", f"{times}: {job.tokens:,} tokens, {counted(job.total_steps, 'step')} of {counted(job.batch, 'row')}"),
         ("at once", f"{load.tokens:,} tokens in {counted(len(load.lengths), 'row')}{share}; activations {_kept(load)}"),
-        *((("host", f"{gigabytes(memory.host)} in the CPU's memory"),) if memory.host else ()),
+        *((("host", f"{gigabytes(plan.memory.host)} in the CPU's memory"),) if plan.memory.host else ()),
         *(("note", note) for note in notes),
     )
-    return Plan(
-        base,
-        shape.parameters,
-        trainable,
-        device,
-        job,
-        memory,
-        peak,
-        limit,
-        changes,
-        planned,
-        planned_memory,
-        seconds,
-        rates,
-        facts,
-        keeps,
-        packs,
-        served,
-        traffic,
-    )
+    return replace(plan, seconds=seconds, keeps=keeps, packs=packs, serving=served, traffic=traffic, facts=facts)
 
 
 @dataclass(frozen=True)
@@ -347,7 +339,7 @@ class GroupPlan:
         }
 
 
-def plan_together(shape: TextShape, plans: Sequence[Plan], most: int, *, process: int | None = None) -> GroupPlan:
+def plan_together(shape: TextShape, plans: Sequence[Plan], most: int) -> GroupPlan:
     """The plan of runs on one base in passes of at most `most` tokens. Raises ConfigError where one does not fit by
     itself."""
     loads = []
@@ -358,7 +350,7 @@ def plan_together(shape: TextShape, plans: Sequence[Plan], most: int, *, process
                 fix="plan it alone (veneer plan CONFIG.yaml), which says what makes it fit",
             )
         loads.append(plan.planned[0])
-    return GroupPlan(tuple(plans), *memory_together(shape, loads, plans[0].device, most, process=process))
+    return GroupPlan(tuple(plans), *memory_together(shape, loads, plans[0].device, most))
 
 
 def image_plan(
@@ -369,13 +361,11 @@ def image_plan(
     rates: Rates,
     job: TrainingJob,
     *,
-    process: int | None = None,
     room: int | None = None,
     text_tokens: int | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """The plan of a run on pictures: `job.rows` of them. `config`: of the denoiser, see `image_counts`."""
-    limit = usable_memory(device) if room is None else room
 
     @functools.cache
     def counts(height: int, width: int, rank: int) -> ImageCounts:
@@ -393,52 +383,41 @@ def image_plan(
     def of(load: ImageLoad) -> ImageCounts:
         return counts(load.height, load.width, load.rank)
 
-    load = replace(load, blocks=len(of(load).blocks))
-    memory, peak, changes, planned, planned_memory = _fitted(
+    c = of(load)
+    load = replace(load, blocks=len(c.blocks))
+    plan = _plan(
+        base,
+        c,
         load,
         device,
         rates,
-        limit,
-        lambda load, device: image_memory(of(load), load, device, process=process),
+        job,
+        room,
+        lambda load, device: image_memory(of(load), load, device),
         lambda load, device: image_work(of(load), load, device),
         lambda load: load.pictures,
     )
     seconds = None
-    if planned is not None:
-        own, where = planned
-        one = rates.seconds(image_work(of(own), own, where), where.count)
-        seconds = one / own.pictures * job.rows * job.passes
-    c = of(load)
-    encoding = (c.parameters + c.encoders) * dtype_bytes(load.dtype)
+    if plan.planned is not None:
+        own, where = plan.planned
+        assert isinstance(own, ImageLoad)
+        seconds = rates.seconds(image_work(of(own), own, where), where.count) / own.pictures * job.rows * job.passes
     pairs = f", each with {load.before} before it" if load.before else ""
-    steps = counted(job.total_steps, "step")
     facts = [
         ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantise or load.dtype}"),
         ("adapter", f"{_form(load.form)}rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
-        ("data", f"{counted(job.rows, 'picture')}, {_times(job.passes)}: {steps} of {job.batch}"),
+        (
+            "data",
+            f"{counted(job.rows, 'picture')}, {_times(job.passes)}: {counted(job.total_steps, 'step')} of {job.batch}",
+        ),
         ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_kept(load)}"),
     ]
     if c.encoders:
-        text = f"text encoders and VAE take {c.encoders * dtype_bytes(load.dtype) / 1e9:.1f} GB while pictures and "
-        text += f"captions are encoded, before step one; with the whole denoiser beside them {encoding / 1e9:.1f} GB"
+        e = dtype_bytes(load.dtype)
+        text = f"text encoders and VAE take {c.encoders * e / 1e9:.1f} GB while pictures and captions are encoded, "
+        text += f"before step one; with the whole denoiser beside them {(c.parameters + c.encoders) * e / 1e9:.1f} GB"
         facts.append(("note", text))
-    facts += [("note", note) for note in notes]
-    return Plan(
-        base,
-        c.parameters,
-        c.trainable,
-        device,
-        job,
-        memory,
-        peak,
-        limit,
-        changes,
-        planned,
-        planned_memory,
-        seconds,
-        rates,
-        tuple(facts),
-    )
+    return replace(plan, seconds=seconds, facts=(*facts, *(("note", note) for note in notes)))
 
 
 def _times(passes: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from veneer.errors import counted, gigabytes
 from veneer.plan.image import ImageLoad
-from veneer.plan.memory import CUDA_CONTEXT, CUDA_ROUNDING, Memory
+from veneer.plan.memory import FITS, Memory
 from veneer.plan.plan import GroupPlan, Plan
 from veneer.plan.time import HOST_LINK
 
@@ -85,8 +85,9 @@ def _assumed(plan: Plan) -> Iterator[str]:
     """What of a plan for a card is neither counted nor measured."""
     if plan.device.kind != "cuda":
         return
+    fit = FITS["cuda", "text"]
     yield (
-        f"memory    counted; CUDA's own {gigabytes(CUDA_CONTEXT)} and {CUDA_ROUNDING:.0%} that its allocator cannot "
+        f"memory    counted; CUDA's own {gigabytes(fit.process)} and {fit.unplaced:.0%} that its allocator cannot "
         "place are assumed"
     )
     if plan.memory.host or any(isinstance(c.load, ImageLoad) and c.load.offload for c in plan.changes):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.plan.memory import CUDA_CONTEXT, Memory, dtype_bytes, weight_bytes
-from veneer.plan.shape import LayerShape, LinearShape, TextShape, pair_parameters
+from veneer.plan.memory import FITS, dtype_bytes, weight_bytes
+from veneer.plan.shape import TextShape, pair_parameters
 from veneer.plan.tables import Device
 from veneer.plan.time import Rates
 
@@ -68,7 +68,7 @@ def serving(
     context = traffic.prompt + traffic.answer
     cache = each * context * traffic.together
     fixed = weights + constants + cache
-    usable = 0.95 * device.memory - (CUDA_CONTEXT if device.kind == "cuda" else 0)
+    usable = 0.95 * device.memory - (FITS["cuda", "text"].process if device.kind == "cuda" else 0)
     devices = max(device.count, -(-int(fixed + adapter) // int(max(1, usable))))
     adapters = max(0, int((devices * usable - fixed) // adapter))
     rank_share = adapter / e / max(1, shape.parameters)
@@ -86,68 +86,6 @@ def serving(
     shared = None if price is None else devices * price
     dedicated = None if shared is None else traffic.tenants * shared
     return Serving(adapter, cache, adapters, traffic.answer / seconds, 1 / seconds, cents, shared, dedicated, devices)
-
-
-_PAGE = 16
-"""Tokens of a block of keys and values (serve/forward/paged.py)."""
-_SAMPLED = 38
-"""Bytes that a sampler holds of each score that it draws from: float32 copies, a nucleus in order and its sums."""
-
-
-def serving_memory(
-    shape: TextShape,
-    traffic: Traffic,
-    *,
-    rank: int = 16,
-    dtype: str = "bfloat16",
-    quantise: str | None = None,
-    budget: int = 512,
-) -> Memory:
-    """Bytes of a server on a GPU at the peak of a step of `budget` tokens, by part: keys and values of all requests
-    that are served together, and an adapter of its own for each as far as there are tenants. Nothing of a layer
-    outlives it, so the most is in the widest one, beside its weights where they are dequantised, or after all of them
-    in the logits and what a sampler makes of these."""
-    e, tokens = dtype_bytes(dtype), max(budget, traffic.together)
-    weights, constants = weight_bytes(shape, dtype, quantise)
-    adapters = min(traffic.together, traffic.tenants) * e * pair_parameters(shape, rank=rank)
-    places = traffic.together * -(-(traffic.prompt + traffic.answer) // _PAGE) * _PAGE
-    cache = places * cache_bytes(shape, dtype)
-    layer = e * tokens * max((_widest(one, shape.hidden) for one in set(shape.layers)), default=0)
-    dequantised = _dequantised(shape, e, quantise)
-    logits = traffic.together * shape.vocabulary * (e + _SAMPLED)
-    if logits > layer + dequantised:
-        layer = dequantised = 0
-    else:
-        logits = 0
-    return Memory(
-        weights,
-        constants,
-        adapters,
-        activations=layer,
-        logits=logits,
-        dequantised=dequantised,
-        context=CUDA_CONTEXT,
-        cache=cache,
-    )
-
-
-def _dequantised(shape: TextShape, e: int, quantise: str | None) -> int:
-    """Of a quantised base the largest joined weight, in full."""
-    products = [parts for one in set(shape.layers) for parts in one.products.values()]
-    return e * max((sum(part.parameters for part in parts) for parts in products), default=0) if quantise else 0
-
-
-def _widest(layer: LayerShape, hidden: int) -> int:
-    """Values a token that are in memory at once: the residual and a norm's output, beside q, k, v and what attention
-    gives, or beside gate, up and their product; of experts also what was gathered for them and what they give."""
-    attention = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim
-    mlp = max((_mlp(parts) for name, parts in layer.products.items() if name.endswith("gate_up")), default=0.0)
-    return 2 * hidden + max(attention, round(mlp))
-
-
-def _mlp(parts: tuple[LinearShape, ...]) -> float:
-    values = sum(1.5 * part.outputs * part.active for part in parts)
-    return values + sum(2 * part.inputs * part.active for part in parts if part.times > 1)
 
 
 def _read(shape: TextShape, e: int, weights: int, together: int) -> float:

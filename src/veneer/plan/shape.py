@@ -9,7 +9,7 @@ nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -49,26 +49,20 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A decoder layer. `small`: parameters of norms, biases and routers, never quantised. `norms`: inputs of the
-    hidden size that norms keep. `head_norms`: whether q and k are normed too. `window`: keys a query sees, None for
-    all."""
+    """A decoder layer. `small`: parameters of norms, biases and routers, never quantised. `normed`: values a token that
+    norms keep beside those before attention and MLP. `window`: keys a query sees, None for all."""
 
     linears: tuple[LinearShape, ...]
     small: int
     heads: int
     kv_heads: int
     head_dim: int
-    norms: int = 2
-    head_norms: bool = False
+    normed: int = 0
     window: int | None = None
 
     @property
     def matrices(self) -> int:
         return sum(linear.parameters for linear in self.linears)
-
-    @property
-    def experts(self) -> int:
-        return max((linear.times for linear in self.linears), default=1)
 
     def product(self, name: str) -> tuple[LinearShape, ...]:
         return tuple(linear for linear in self.linears if linear.product == name)
@@ -99,6 +93,17 @@ class TextShape:
     @property
     def parameters(self) -> int:
         return self.embedding + self.hidden + sum(layer.matrices + layer.small for layer in self.layers)
+
+    @property
+    def rows(self) -> int:
+        """Outputs of all matrices."""
+        return sum(linear.times * linear.outputs for layer in self.layers for linear in layer.linears)
+
+    @property
+    def largest(self) -> int:
+        """Values of the largest weight that is multiplied as one."""
+        products = (parts for layer in set(self.layers) for parts in layer.products.values())
+        return max((sum(part.inputs * part.outputs for part in parts) for parts in products), default=0)
 
     @property
     def active_parameters(self) -> int:
@@ -192,10 +197,10 @@ def text_shape(config: Config, where: str = "config.json") -> TextShape:
         )
     values = {k: v for k, v in config.items() if v is not None}
     try:
-        layers = TEXT_FAMILIES[family](values)
-        tied = bool(values.get("tie_word_embeddings", family.startswith("gemma")))
         if family == "gemma3_text":
             values = {**_GEMMA, **values}
+        layers = _layers(values)
+        tied = bool(values.get("tie_word_embeddings", family.startswith("gemma")))
         return TextShape(
             family,
             values["hidden_size"],
@@ -211,18 +216,66 @@ def text_shape(config: Config, where: str = "config.json") -> TextShape:
         ) from None
 
 
-def _attention(c: Config, *, biases: bool = False, head_norms: bool = False, window: int | None = None) -> LayerShape:
-    hidden, heads = c["hidden_size"], c["num_attention_heads"]
-    kv, dim = c.get("num_key_value_heads", heads), c.get("head_dim") or c["hidden_size"] // heads
-    q, k = heads * dim, kv * dim
+_GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
+"""What Gemma 3's files leave to transformers' defaults."""
+
+
+def _layers(c: Config) -> tuple[LayerShape, ...]:
+    """The layers of a config, which is without None."""
+    family, hidden, count = c["model_type"], c["hidden_size"], int(c["num_hidden_layers"])
+    plain, width = _attention(c), c["intermediate_size"]
+    dense = _with_mlp(plain, hidden, width)
+    if family == "gemma3_text":
+        every = c.get("sliding_window_pattern", 6)
+        kinds = c.get("layer_types") or ["full_attention" if not (i + 1) % every else "" for i in range(count)]
+        window = c.get("sliding_window", 4096)
+        return tuple(replace(dense, window=None if kind == "full_attention" else window) for kind in kinds)
+    if family == "mixtral":
+        return (_with_experts(c, plain, width),) * count
+    if family == "qwen3_moe":
+        mixed = _with_experts(c, plain, c["moe_intermediate_size"])
+        step, dense_at = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers", ()))
+        return tuple(dense if i in dense_at or (i + 1) % step else mixed for i in range(count))
+    if family == "llama4_text":
+        step = c.get("interleave_moe_layer_step", 1)
+        mixed_at = set(c.get("moe_layers") or range(step - 1, count, step))
+        router = LinearShape("feed_forward.router", hidden, c["num_local_experts"], "router", pair=False)
+        mixed = _with_experts(c, plain, width, "feed_forward", router)
+        mixed = _with_mlp(mixed, hidden, width, "feed_forward.shared_expert")
+        dense = _with_mlp(plain, hidden, c["intermediate_size_mlp"], "feed_forward")
+        return tuple(mixed if i in mixed_at else dense for i in range(count))
+    if family == "phi3":
+        joined = sum(linear.outputs for linear in plain.product("qkv"))
+        linears = (
+            LinearShape("self_attn.qkv_proj", hidden, joined, "qkv"),
+            *plain.product("o"),
+            LinearShape("mlp.gate_up_proj", hidden, 2 * width, "gate_up"),
+            LinearShape("mlp.down_proj", width, hidden, "down"),
+        )
+        return (replace(plain, linears=linears),) * count
+    return (dense,) * count
+
+
+def _attention(c: Config) -> LayerShape:
+    """A layer's attention and norms."""
+    family, hidden, heads = c["model_type"], c["hidden_size"], c["num_attention_heads"]
+    kv = c.get("num_key_value_heads", heads)
+    dim = c.get("head_dim") or (128 if family.startswith("qwen3") else hidden // heads)
+    q, k, small, normed = heads * dim, kv * dim, 2 * hidden, 0
+    if family == "qwen2" or (family == "llama" and c.get("attention_bias")):
+        small += q + 2 * k + (hidden if c.get("attention_bias") else 0)
+    if family.startswith(("qwen3", "gemma3")):  # heads are normed too
+        small, normed = small + 2 * dim, q + k
+    if family == "gemma3_text":
+        small, normed = small + 2 * hidden, normed + 2 * hidden
     linears = (
         LinearShape("self_attn.q_proj", hidden, q, "qkv"),
         LinearShape("self_attn.k_proj", hidden, k, "qkv"),
         LinearShape("self_attn.v_proj", hidden, k, "qkv"),
         LinearShape("self_attn.o_proj", q, hidden, "o"),
     )
-    small = 2 * hidden + (q + 2 * k if biases else 0) + (2 * dim if head_norms else 0)
-    return LayerShape(linears, small, heads, kv, dim, head_norms=head_norms, window=window)
+    window = c.get("sliding_window") if family in ("mistral", "mixtral") else None
+    return LayerShape(linears, small, heads, kv, dim, normed, window)
 
 
 def _with_mlp(layer: LayerShape, hidden: int, width: int, at: str = "mlp") -> LayerShape:
@@ -234,105 +287,25 @@ def _with_mlp(layer: LayerShape, hidden: int, width: int, at: str = "mlp") -> La
     return replace(layer, linears=(*layer.linears, *mlp))
 
 
-def _with_experts(layer: LayerShape, hidden: int, width: int, experts: int, active: int, at: str = "mlp") -> LayerShape:
-    """Experts as transformers holds them: two 3-d parameters, gate and up joined. The router is a plain parameter."""
+def _with_experts(
+    c: Config, layer: LayerShape, width: int, at: str = "mlp", router: LinearShape | None = None
+) -> LayerShape:
+    """Experts as transformers holds them: two 3-d parameters, gate and up joined. `router`: None if it is a plain
+    parameter."""
+    hidden, active = c["hidden_size"], c["num_experts_per_tok"]
+    experts = int(c["num_local_experts"] if "num_local_experts" in c else c["num_experts"])
     mlp = (
         LinearShape(f"{at}.experts.gate_up_proj", hidden, 2 * width, "experts.gate_up", experts, active),
         LinearShape(f"{at}.experts.down_proj", width, hidden, "experts.down", experts, active),
     )
-    return replace(layer, linears=(*layer.linears, *mlp))
+    small = layer.small + (0 if router else experts * hidden)
+    return replace(layer, linears=(*layer.linears, *mlp, *([router] if router else [])), small=small)
 
 
-def _llama(c: Config) -> tuple[LayerShape, ...]:
-    window = c.get("sliding_window") if c["model_type"] == "mistral" else None
-    biased = bool(c.get("attention_bias"))
-    layer = _attention(c, biases=biased or c["model_type"] == "qwen2", window=window)
-    layer = replace(layer, small=layer.small + (c["hidden_size"] if biased else 0))  # o_proj's
-    return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * int(c["num_hidden_layers"])
-
-
-def _qwen3(c: Config) -> tuple[LayerShape, ...]:
-    layer = _attention({"head_dim": 128, **c}, head_norms=True)
-    return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * int(c["num_hidden_layers"])
-
-
-def _experts(c: Config) -> int:
-    """transformers has called their number by two names."""
-    return int(c["num_local_experts"] if "num_local_experts" in c else c["num_experts"])
-
-
-def _qwen3_moe(c: Config) -> tuple[LayerShape, ...]:
-    layer, hidden, experts = _attention({"head_dim": 128, **c}, head_norms=True), c["hidden_size"], _experts(c)
-    layer = replace(layer, small=layer.small + experts * hidden)
-    dense = _with_mlp(_attention({"head_dim": 128, **c}, head_norms=True), hidden, c["intermediate_size"])
-    mixed = _with_experts(layer, hidden, c["moe_intermediate_size"], experts, c["num_experts_per_tok"])
-    step, plain = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers", ()))
-    return tuple(mixed if i not in plain and (i + 1) % step == 0 else dense for i in range(int(c["num_hidden_layers"])))
-
-
-def _mixtral(c: Config) -> tuple[LayerShape, ...]:
-    layer, hidden, experts = _attention(c, window=c.get("sliding_window")), c["hidden_size"], _experts(c)
-    layer = replace(layer, small=layer.small + experts * hidden)
-    layer = _with_experts(layer, hidden, c["intermediate_size"], experts, c["num_experts_per_tok"])
-    return (layer,) * int(c["num_hidden_layers"])
-
-
-_GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
-"""What Gemma 3's files leave to transformers' defaults."""
-
-
-def _gemma3(c: Config) -> tuple[LayerShape, ...]:
-    c = {**_GEMMA, **c}
-    hidden, every = c["hidden_size"], c.get("sliding_window_pattern", 6)
-    kinds = c.get("layer_types") or [
-        "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(int(c["num_hidden_layers"]))
-    ]
-    layers = []
-    for kind in kinds:
-        window = c.get("sliding_window", 4096) if kind == "sliding_attention" else None
-        layer = _attention(c, head_norms=True, window=window)
-        layer = replace(layer, small=layer.small + 2 * hidden, norms=4)
-        layers.append(_with_mlp(layer, hidden, c["intermediate_size"]))
-    return tuple(layers)
-
-
-def _llama4(c: Config) -> tuple[LayerShape, ...]:
-    hidden, experts, count = c["hidden_size"], c["num_local_experts"], c["num_hidden_layers"]
-    step = c.get("interleave_moe_layer_step", 1)
-    mixed_at = set(c.get("moe_layers") or range(step - 1, count, step))
-    width = c["intermediate_size"]
-    dense = _with_mlp(_attention(c), hidden, c["intermediate_size_mlp"], "feed_forward")
-    mixed = _with_experts(_attention(c), hidden, width, experts, c["num_experts_per_tok"], "feed_forward")
-    mixed = _with_mlp(mixed, hidden, width, "feed_forward.shared_expert")
-    router = LinearShape("feed_forward.router", hidden, experts, "router", pair=False)
-    mixed = replace(mixed, linears=(*mixed.linears, router))
-    return tuple(mixed if i in mixed_at else dense for i in range(count))
-
-
-def _phi3(c: Config) -> tuple[LayerShape, ...]:
-    layer, hidden, width = _attention(c), c["hidden_size"], c["intermediate_size"]
-    joined = sum(linear.outputs for linear in layer.product("qkv"))
-    linears = (
-        LinearShape("self_attn.qkv_proj", hidden, joined, "qkv"),
-        *layer.product("o"),
-        LinearShape("mlp.gate_up_proj", hidden, 2 * width, "gate_up"),
-        LinearShape("mlp.down_proj", width, hidden, "down"),
-    )
-    return (replace(layer, linears=linears),) * int(c["num_hidden_layers"])
-
-
-TEXT_FAMILIES: dict[str, Callable[[Config], tuple[LayerShape, ...]]] = {
-    "gemma3_text": _gemma3,
-    "llama": _llama,
-    "llama4_text": _llama4,
-    "mistral": _llama,
-    "mixtral": _mixtral,
-    "phi3": _phi3,
-    "qwen2": _llama,
-    "qwen3": _qwen3,
-    "qwen3_moe": _qwen3_moe,
-}
-"""transformers' model_type -> the layers of its config."""
+TEXT_FAMILIES = frozenset(
+    ("gemma3_text", "llama", "llama4_text", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
+)
+"""transformers' model_type of the families whose configs tell their shape."""
 
 
 def model_shape(model: Any) -> TextShape:
@@ -393,9 +366,7 @@ def module_shape(model: Any) -> TextShape:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or [""] * len(attention)
     built = tuple(
-        LayerShape(
-            tuple(linears), small, *attention[i], norms=2, window=None if kinds[i] == "full_attention" else window
-        )
+        LayerShape(tuple(linears), small, *attention[i], window=None if kinds[i] == "full_attention" else window)
         for i, (linears, small) in layers.items()
     )
     tied = head is None or head.weight is embedding.weight

@@ -27,10 +27,7 @@ _MIB = 1 << 20
 @dataclass(frozen=True)
 class Device:
     """Where a run is planned for. `memory`: bytes in all. `flops`: bfloat16 products a second at best. `bandwidth`:
-    bytes a second. `price`: US dollars an hour of one device, None if it is not known. `count`: how many of them.
-    `native`: whether kernels of our own run, on a GPU Triton's; `low_rank`: the CPU's of low-rank products too, which
-    want AVX512-BF16; `tiles`: whether attention of rows goes in tiles (flash attention's are some), which keep no
-    probabilities."""
+    bytes a second. `price`: US dollars an hour of one device, None if it is not known. `count`: how many of them."""
 
     name: str
     kind: str
@@ -40,9 +37,6 @@ class Device:
     label: str = ""
     price: float | None = None
     count: int = 1
-    native: bool = False
-    low_rank: bool = False
-    tiles: bool = False
 
 
 @functools.cache
@@ -150,7 +144,17 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
     if found is None:
         near = nearest(name, table) or list(table)
         raise ConfigError(f"no GPU {name!r} is in the table", where="--gpu", fix=f"one of {', '.join(near)}")
-    return _device(found, table[found], count, price)
+    row = table[found]
+    return Device(
+        found,
+        "cuda",
+        int(row["memory_mib"] * _MIB),
+        row["bf16_tflops"] * 1e12,
+        row["bandwidth_gb"] * 1e9,
+        row.get("label", found),
+        row.get("price") if price is None else price,
+        count,
+    )
 
 
 def device_of_card(name: str, memory: int) -> Device:
@@ -163,23 +167,8 @@ def device_of_card(name: str, memory: int) -> Device:
             return row
     near = [device_named(n) for n in gpu_names() if n.split("-")[0] in name.lower()]
     same = [row for row in near if abs(row.memory - memory) < 0.1 * memory]
-    return same[0] if same else Device(name, "cuda", memory, 100e12, 800e9, name, native=True, tiles=True)
+    return same[0] if same else Device(name, "cuda", memory, 100e12, 800e9, name)
 
 
 def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def _device(name: str, row: Mapping[str, Any], count: int, price: float | None) -> Device:
-    return Device(
-        name,
-        "cuda",
-        int(row["memory_mib"] * _MIB),
-        row["bf16_tflops"] * 1e12,
-        row["bandwidth_gb"] * 1e9,
-        row.get("label", name),
-        row.get("price") if price is None else price,
-        count,
-        native=True,
-        tiles=True,
-    )

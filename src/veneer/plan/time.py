@@ -1,12 +1,4 @@
-"""How long a run takes: operations counted, over a rate that is stated or was measured on this device.
-
-forward       2 operations a weight and token                          products with frozen weights
-backward      2 more for the gradient of the input; frozen weights get none
-attention     2 products forward, 4 backward, over the keys that are multiplied
-low rank      6·rank·(in + out) a token and pair: 2 forward, 4 backward; LoHa and LoKr: plan.pairs
-head          as a product, at trained tokens alone
-checkpointing the layers' forward once more
-dequantising  bytes written and read, forward and backward
+"""How long a run takes: operations and bytes counted, over rates that are stated or were measured on this device.
 
 seconds = operations / rate + bytes / bandwidth
 """
@@ -14,10 +6,10 @@ seconds = operations / rate + bytes / bandwidth
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from veneer.plan.memory import Load, dtype_bytes, seen_keys, text_memory, weight_bytes
-from veneer.plan.shape import TextShape, layer_pairs
+from veneer.plan.memory import Counts, Load, RunLoad, dtype_bytes, offloaded, seen_keys, text_counts, weight_bytes
+from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
 _EFFICIENCY = 0.4
@@ -30,26 +22,14 @@ HOST_LINK = 20e9
 
 @dataclass(frozen=True)
 class Work:
-    """Of one micro-batch, forward and backward. `products`, `attention`, `low_rank`, `head`: operations. `moved`: bytes
-    of activations and weights that are read and written; `dequantised`: bytes written to dequantise; `fetched`: bytes
-    brought from the CPU's memory, which is waited for; `copied`: to it and back, while something else is computed."""
+    """Of one micro-batch, forward and backward. `bytes`: of activations and weights that are read and written.
+    `fetched`: bytes from the CPU's memory that the device waits for; `copied`: bytes to and from it while it computes.
+    """
 
-    products: float = 0.0
-    attention: float = 0.0
-    low_rank: float = 0.0
-    head: float = 0.0
-    moved: float = 0.0
-    dequantised: float = 0.0
+    operations: float = 0.0
+    bytes: float = 0.0
     fetched: float = 0.0
     copied: float = 0.0
-
-    @property
-    def operations(self) -> float:
-        return self.products + self.attention + self.low_rank + self.head
-
-    @property
-    def bytes(self) -> float:
-        return self.moved + 2 * self.dequantised
 
 
 @dataclass(frozen=True)
@@ -77,47 +57,37 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
     return Rates(_EFFICIENCY * best, _BANDWIDTH * device.bandwidth, f"{said}, {how}")
 
 
+def run_work(counts: Counts, load: RunLoad, device: Device, units: int = 1) -> Work:
+    """Operations and bytes of a micro-batch of `units` of what the counts are of. Forward passes that recompute, or of
+    the base alone, come on top. Kept values are written and read twice, weights are read in every pass; dequantized
+    weights are written and read in every pass."""
+    e, forwards = dtype_bytes(load.dtype), load.bare + load.checkpointing
+    reads = 2 + forwards
+    moved = 4.0 * (units * e * (counts.kept + counts.ends) + counts.logits)
+    moved += reads * sum(weight_bytes(counts, load.dtype, load.quantise, load.double))
+    moved += 2 * reads * e * counts.matrices if load.quantise else 0
+    away = load.checkpointing and load.inputs_on_host and device.kind == "cuda"
+    return Work(
+        units * (counts.forward * (1 + forwards) + counts.backward + counts.head),
+        moved,
+        float(reads * e * sum(offloaded(counts, load))),
+        2.0 * units * e * counts.inputs if away else 0.0,
+    )
+
+
 def text_work(shape: TextShape, load: Load, device: Device) -> Work:
     """Operations and bytes of a micro-batch of `load`."""
-    tokens, trained = load.computed(device), load.wanted(device)
-    again = 1 if load.checkpointing else 0
-    pairs = layer_pairs(shape, load.spec, load.rank)
-    twice = load.spec is not None and load.spec.dora and load.spec.dropout > 0
-    products = attention = low_rank = 0.0
-    for i, layer in enumerate(shape.layers):
-        after = trained if shape.keeps and i == len(shape.layers) - 1 else tokens
-        for linear in layer.linears:
-            n = tokens if linear.product == "qkv" else after
-            first = i == 0 and linear.product == "qkv"  # nothing below it learns: no gradient of its input
-            products += (2 * (1 + again) + (0 if first else 2)) * n * linear.multiplied
-            pair = pairs[i].get(linear.name)
-            if pair is None:
-                continue
-            if twice:  # the dropped input meets the weight too
-                products += (4 + 2 * again) * n * linear.multiplied
-            each = (pair.operations + again * pair.forward) * (1 + load.begins_in_base)
-            low_rank += each * n * linear.active
-        keys = seen_keys(load.attended(device), layer.window)
-        attention += (12 + 4 * again) * layer.heads * layer.head_dim * keys
-    head = 4.0 * trained * shape.vocabulary * shape.hidden
-    kept = text_memory(shape, replace(load, checkpointing=False), device)
-    weights, constants = weight_bytes(shape, load.dtype, load.quantise, load.double)
-    reads = 2 + again
-    moved = 4.0 * (kept.activations + kept.logits) + reads * (weights + constants)
-    dequantised = reads * shape.matrices * dtype_bytes(load.dtype) if load.quantise else 0
-    inputs = dtype_bytes(load.dtype) * shape.hidden * tokens * len(shape.layers)
-    copied = 2.0 * inputs if load.checkpointing and load.inputs_on_host and device.kind == "cuda" else 0.0
-    return Work(products, attention, low_rank, head, moved, dequantised, 0.0, copied)
+    return run_work(text_counts(shape, load, device), load, device)
 
 
-def reading_work(shape: TextShape, load: Load, device: Device) -> Work:
+def reading_work(shape: TextShape, load: Load) -> Work:
     """Operations and bytes of one forward over a micro-batch of `load`, through a base with nothing on it: what a
-    teacher takes to read answers. The head is at the learned tokens alone."""
-    tokens, trained = load.computed(device), load.wanted(device)
-    products = sum(2.0 * tokens * linear.multiplied for layer in shape.layers for linear in layer.linears)
-    keys = sum(layer.heads * layer.head_dim * seen_keys(load.attended(device), layer.window) for layer in shape.layers)
-    head = 2.0 * trained * shape.vocabulary * shape.hidden
-    return Work(products, 4.0 * keys, head=head, moved=float(sum(weight_bytes(shape, load.dtype, load.quantise))))
+    teacher takes to read answers. The head is at the trained tokens alone."""
+    operations = 2.0 * load.wanted * shape.vocabulary * shape.hidden
+    for layer in shape.layers:
+        operations += sum(2.0 * load.tokens * linear.multiplied for linear in layer.linears)
+        operations += 4.0 * layer.heads * layer.head_dim * sum(seen_keys(n, layer.window) for n in load.lengths)
+    return Work(operations, float(sum(weight_bytes(shape, load.dtype, load.quantise))))
 
 
 def run_seconds(

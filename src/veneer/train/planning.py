@@ -20,7 +20,7 @@ from veneer.ops.quantised import Quantised
 from veneer.ops.sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, left_beside_base, usable_memory
 from veneer.plan.image import ImageLoad
-from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
+from veneer.plan.memory import CPU_LATER, FITS, Load, weight_bytes
 from veneer.plan.pairs import PairForm
 from veneer.plan.plan import (
     Draws,
@@ -63,11 +63,11 @@ def load_of(
     return Load(
         tuple(max(micros, key=sum, default=[1])),
         trained,
-        max((len(step) for step in steps), default=1),
-        config.adapter.rank,
-        _special_pairs(config),
-        dtype,
-        config.base.quantise,
+        micros=max((len(step) for step in steps), default=1),
+        rank=config.adapter.rank,
+        spec=_special_pairs(config),
+        dtype=dtype,
+        quantise=config.base.quantise,
         checkpointing=checkpointing,
         optimizer=config.optimizer.name,
         whole=whole,
@@ -98,7 +98,7 @@ def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int
     from veneer.plan.calibration import device_here
 
     shape = model_shape(base.model)
-    device = device_here(where, base.dtype, shape, [1])
+    device = device_here(where)
     dtype = str(base.dtype).removeprefix("torch.")
     room = available_memory(config, where, free) - _teacher(config, shape, dtype, of_run=True).beside
     return _micro_tokens_of(config, shape, device, room, dtype, base.quantised or None)
@@ -136,10 +136,9 @@ def plan_of_run(
     tokens = sum(lengths)
     shape = model_shape(base.model)
     weight = next(base.model.parameters())
-    kind = getattr(base, "dtype", weight.dtype)
     here = computes_on(base)
-    device = device_here(here, kind, shape, [max(lengths, default=1)])
-    dtype = str(kind).removeprefix("torch.")
+    device = device_here(here)
+    dtype = str(getattr(base, "dtype", weight.dtype)).removeprefix("torch.")
     pairs = pair_parameters(shape, _special_pairs(config), rank=config.adapter.rank)
     load = load_of(
         config,
@@ -150,11 +149,11 @@ def plan_of_run(
         whole=max(0, trainable - pairs),
     )
     job = _job(config, len(items), tokens / max(1, len(items)), held_out)
-    rates, process = rates_here(device, dtype)
+    rates, process = rates_here(device, dtype), None
     if device.kind == "cpu":  # libraries and rows are in memory already: what they take is known
         weights = sum(weight_bytes(shape, dtype, load.quantise))
         weights -= sum(unread_bytes(weight) for weight in base.model.parameters() if not isinstance(weight, Quantised))
-        process = max(process or CPU_PROCESS, held_memory(here) - weights + CPU_LATER)
+        process = max(FITS["cpu", "text"].process, held_memory(here) - weights + CPU_LATER)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
     teacher = _teacher(config, shape, dtype, of_run=True)
     draws = _draws(drawing, job, max(lengths, default=1))
@@ -312,14 +311,12 @@ def _plan_of_text(
         most, each = drawing.drawn.max_tokens, drawing.drawn.group
         lengths, rows, mean = [n + most for n in lengths] * each, rows * each, mean + most
     lengths = [min(n, config.data.max_length) for n in lengths]
-    rates, process = rates_here(device, dtype)
+    rates = rates_here(device, dtype)
     load = load_of(config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.recomputing == "on")
     job, teacher = _job(config, rows, mean, 0), _teacher(config, shape, dtype)
     draws = _draws(drawing, job, max(lengths, default=1))
     room = usable_memory(device) - _beside(draws, teacher, shape, dtype)
-    plan = text_plan(
-        config.base.name, shape, load, device, rates, job, process=process, room=room, traffic=traffic, notes=notes
-    )
+    plan = text_plan(config.base.name, shape, load, device, rates, job, room=room, traffic=traffic, notes=notes)
     return _with_draws(plan, draws, shape, load, device, teacher)
 
 
@@ -341,15 +338,13 @@ def plan_of_texts(
 ) -> GroupPlan:
     """The plan of configurations that are trained in one pass. `names`: what errors call them. `given`: of each, as
     `plan_of_config` has it. Raises ConfigError for those that cannot be, with names and keys."""
-    from veneer.plan.calibration import rates_here
-
     check_group(configs, names)
     texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
     name = texts[0].base.name
     shape = text_shape(base_fields(name), name)
     most = max(_with_planned_tokens(config, shape, device).batching.at_once for config in texts)
     plans = [_plan_of_text(config, device, **own) for config, own in zip(texts, given, strict=True)]
-    return plan_together(shape, plans, most, process=rates_here(device, _planned_dtype(texts[0]))[1])
+    return plan_together(shape, plans, most)
 
 
 def _planned_dtype(config: TrainConfig) -> str:
@@ -387,17 +382,17 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     asked = config.data.resolution or int(found.get("picture", 1024))
     side = asked if isinstance(asked, int) else max(asked)
     dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
-    rates, process = rates_here(device, dtype)
+    rates = rates_here(device, dtype)
     words = config.adapter.targets if isinstance(config.adapter.targets, str) else "attention"
     load = ImageLoad(
         at_once,
         side,
         side,
-        signs * -(-batch // at_once),
-        config.adapter.rank,
-        dtype,
-        config.base.quantise,
-        config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0,
+        micros=signs * -(-batch // at_once),
+        rank=config.adapter.rank,
+        dtype=dtype,
+        quantise=config.base.quantise,
+        checkpointing=config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0,
         targets=words,
         bare=bare,
         before=before,
@@ -405,7 +400,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         offload=config.memory.offload_blocks if device.kind == "cuda" else 0,
     )
     job = TrainingJob(rows, 1.0, signs * float(config.schedule.epochs or 1), signs * batch, config.steps)
-    return image_plan(config.base.name, found, load, device, rates, job, process=process, notes=notes)
+    return image_plan(config.base.name, found, load, device, rates, job, notes=notes)
 
 
 def base_fields(name: str) -> dict[str, Any]:
