@@ -153,7 +153,7 @@ def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, A
     assert (python, dash, module) == ("python", "-m", "veneer.jobs.process")
     assert oct(Path(file).stat().st_mode & 0o777) == "0o600"
     given = json.loads(Path(file).read_text())
-    assert given["leases"] == {lease.job.id: lease.token}
+    assert (given["job"], given["token"]) == (lease.job.id, lease.token)
     assert given["environment"] == {key: ENVIRONMENT[key] for key in ("VENEER_HOME", "VENEER_LIBRARY")}
     assert container["resources"]["limits"] == {"memory": str((3 << 30) + (512 << 20)), "nvidia.com/gpu": "1"}
     assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 30)

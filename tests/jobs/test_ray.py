@@ -107,8 +107,8 @@ def test_ray_is_told_no_password_and_no_lease(monkeypatch: pytest.MonkeyPatch, t
     assert lease.token not in str(job)
     file = Path(job["entrypoint"].split()[-1])
     assert oct(file.stat().st_mode & 0o777) == "0o600"
-    leases = {lease.job.id: lease.token}
-    assert json.loads(file.read_text()) == {"leases": leases, "environment": variables, "validation": None}
+    handed = {"job": lease.job.id, "token": lease.token, "environment": variables, "validation": None}
+    assert json.loads(file.read_text()) == handed
 
 
 @pytest.mark.peers
