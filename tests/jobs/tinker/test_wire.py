@@ -42,7 +42,7 @@ def test_half_a_message_is_refused(cut: int) -> None:
 
 
 def test_a_few_bytes_do_not_take_the_memory() -> None:
-    """Zeros that are not on the wire, row after row, and a number of them where a text belongs."""
+    """Zeros that are not on the wire, row after row, and a number where a text belongs."""
 
     def zeros(width: int) -> bytes:
         starts = np.zeros(2049, "<i8")
@@ -60,8 +60,7 @@ def test_a_few_bytes_do_not_take_the_memory() -> None:
         assert (error.value.status, error.value.code) == (413, "too_large")
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
         tracemalloc.stop()
-    with pytest.raises(Refused, match="no forward_backward request"):
-        read_forward(b"\x08" + varint(1 << 40))
+    assert read_forward(b"\x08" + varint(1 << 40)).model == ""  # ignored, as protobuf does with another kind of field
 
 
 def test_a_message_of_empty_rows_is_refused() -> None:

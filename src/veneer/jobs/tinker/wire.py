@@ -5,20 +5,21 @@
     forward_bytes(outputs, metrics)            what its future gives back
     sample_bytes(sequences, …)                 that of a sampling future
 
-A message is a sequence of (field number, value); only what is used here of the format is here: numbers of variable
-length, of 4 and 8 bytes, and bytes. Unknown fields are left out, as every reader of the format does.
+`protobuf` reads and writes the messages of `_MESSAGES`. Before it unpacks a request, the request's fields are counted,
+because an empty row has 2 bytes on the wire but 500 in memory. Unknown fields are ignored.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import numpy as np
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 
 from veneer.serve.request import Refused, invalid
 
@@ -29,11 +30,9 @@ _FLOAT = 1
 _LARGEST = 1 << 28
 """Bytes of tensors in one request: those that are mostly zeros take next to nothing on the wire."""
 _FIELDS = 1 << 18
-"""Most fields of a message, counting nested messages: an empty row has 2 bytes on the wire but 500 in memory."""
+"""Most fields of a request, counting those of nested messages."""
 _ROW, _COPIES = 512, 3
 """Bytes of memory per row besides its tensors; number of copies of the tensors during the checks."""
-_SIZES = 64
-"""Most bytes of a tensor's packed shape."""
 _ABSENT = -99999.0
 """The log-probability of a token that is not there, in a table of the most likely ones."""
 
@@ -73,51 +72,46 @@ class ForwardHead:
 def read_head(body: bytes) -> ForwardHead:
     """Read a request's sizes without creating tensors. Raises Refused: 413 for tensors or fields over a limit, 400 for
     bytes that are not a forward_backward message."""
-    with _wire_errors():
-        return _head(memoryview(body))
+    return _head(_parsed(body))
 
 
 def read_forward(body: bytes) -> ForwardAsked:
     """Read a whole request. Raises Refused like `read_head`, before any tensor is created."""
-    read_head(body)
-    with _wire_errors():
-        return _forward(memoryview(body))
-
-
-@contextmanager
-def _wire_errors() -> Iterator[None]:
+    message = _parsed(body)
+    _head(message)
+    options = {entry.name: entry.value for entry in message.old_options}
+    if message.options:
+        given = {entry.name: entry.value for entry in message.options}
+        options = {name: each.text if each.HasField("text") else each.number for name, each in given.items()}
     try:
-        yield
-    except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError, struct.error) as error:
-        raise invalid(f"the body is no forward_backward request in protobuf: {error}") from error
+        rows = [_row(row) for row in message.rows]
+    except ValueError as error:
+        raise _no_request(error) from error
+    return ForwardAsked(message.model, message.seq, rows, message.loss, options, message.only)
 
 
-def _head(body: memoryview) -> ForwardHead:
-    spent = count(1)
+def _parsed(body: bytes) -> Any:
+    try:
+        if _count_fields(memoryview(body), _NESTED, _FIELDS) < 0:
+            raise _too_large(f"{_FIELDS:,} fields")
+        return _Forward.FromString(body)
+    except (DecodeError, IndexError) as error:
+        raise _no_request(error) from error
 
-    def fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-        for field_ in _fields(data):
-            if next(spent) > _FIELDS:
-                raise _too_large(f"{_FIELDS:,} fields")
-            yield field_
 
-    model, seq, tokens, rows, size = "", 0, 0, 0, 0
-    for number, value in fields(body):
-        if number == 1:
-            model = _text(value)
-        elif number == 2:
-            seq = int(value)
-        elif number == 3:
-            rows += 1
-            for part, inner in fields(value):
-                if part == 1:
-                    packed = [dict(fields(chunk)).get(1, b"") for kind, chunk in fields(inner) if kind == 1]
-                    tokens += sum(len(each) // 4 for each in packed)
-                elif part == 2:
-                    size += _tensor_bytes(dict(fields(inner)).get(2, memoryview(b"")), fields)
-                if size > _LARGEST:
-                    raise _too_large(f"{_LARGEST:,} bytes of tensors")
-    return ForwardHead(model, seq, tokens, _COPIES * (size + 8 * tokens) + _ROW * rows)
+def _no_request(error: Exception) -> Refused:
+    return invalid(f"the body is no forward_backward request in protobuf: {error}")
+
+
+def _head(message: Any) -> ForwardHead:
+    tokens = sum(len(chunk.text.tokens) // 4 for row in message.rows for chunk in row.chunks)
+    size = 0
+    for row in message.rows:
+        for entry in row.inputs:
+            size += _tensor_bytes(entry.tensor)
+            if size > _LARGEST:
+                raise _too_large(f"{_LARGEST:,} bytes of tensors")
+    return ForwardHead(message.model, message.seq, tokens, _COPIES * (size + 8 * tokens) + _ROW * len(message.rows))
 
 
 def _too_large(most: str) -> Refused:
@@ -130,86 +124,39 @@ def _too_large(most: str) -> Refused:
     )
 
 
-def _tensor_bytes(data: memoryview, fields: Callable[[memoryview], Iterator[tuple[int, Any]]]) -> int:
+def _tensor_bytes(tensor: Any) -> int:
     """Return the number of bytes that `_tensor` would allocate."""
-    found = list(fields(data))
-    kind = dict(found).get(3, _FLOAT)
-    if all(number != 2 for number, _ in found):
-        return sum(len(value) for number, value in found if number == 1)
-    rows, width = [n for number, value in found if number == 4 for n in _sizes(value)]
-    return int(rows * width * np.dtype(_NUMPY[kind]).itemsize)
+    if not tensor.HasField("sparse"):
+        return len(tensor.dense)
+    if tensor.kind not in _NUMPY or len(tensor.shape) != 2 or min(tensor.shape) < 0:
+        raise _no_request(ValueError("a sparse tensor has a kind and two sizes"))
+    return int(tensor.shape[0] * tensor.shape[1] * np.dtype(_NUMPY[tensor.kind]).itemsize)
 
 
-def _forward(body: memoryview) -> ForwardAsked:
-    model, loss, seq, only = "", "", 0, False
-    rows: list[WireRow] = []
-    old: dict[str, float | str] = {}
-    options: dict[str, float | str] = {}
-    for number, value in _fields(body):
-        if number == 1:
-            model = _text(value)
-        elif number == 2:
-            seq = int(value)
-        elif number == 3:
-            rows.append(_row(value))
-        elif number == 4:
-            loss = _text(value)
-        elif number == 5:
-            entry = dict(_fields(value))
-            old[_text(entry[1])] = _double(entry.get(2, b"\0" * 8))
-        elif number == 6:
-            only = bool(value)
-        elif number == 7:
-            entry = dict(_fields(value))
-            given = dict(_fields(entry.get(2, memoryview(b""))))
-            options[_text(entry[1])] = _text(given[2]) if 2 in given else _double(given.get(1, b"\0" * 8))
-    return ForwardAsked(model, seq, rows, loss, options or old, only)
-
-
-def _row(data: memoryview) -> WireRow:
-    tokens: list[Array] = []
-    inputs: dict[str, Array] = {}
+def _row(row: Any) -> WireRow:
     other = ""
-    for number, value in _fields(data):
-        if number == 1:
-            for kind, chunk in _fields(value):
-                if kind == 1:
-                    packed = dict(_fields(chunk)).get(1, b"")
-                    tokens.append(np.frombuffer(packed, "<i4").astype(np.int64))
-                else:
-                    other = {2: "a picture", 3: "sound"}.get(kind, "something that is no text")
-        elif number == 2:
-            entry = dict(_fields(value))
-            inputs[_text(entry[1])] = _tensor(entry.get(2, memoryview(b"")))
-    return WireRow(np.concatenate(tokens) if tokens else np.empty(0, np.int64), inputs, other)
+    for chunk in row.chunks:
+        if not chunk.HasField("text"):
+            kinds = {"picture": "a picture", "sound": "sound"}
+            other = next((words for kind, words in kinds.items() if chunk.HasField(kind)), "something that is no text")
+    tokens = np.frombuffer(b"".join(chunk.text.tokens for chunk in row.chunks), "<i4").astype(np.int64)
+    return WireRow(tokens, {entry.name: _tensor(entry.tensor) for entry in row.inputs}, other)
 
 
-def _tensor(data: memoryview) -> Array:
-    """Dense, or in compressed rows whose other values are 0."""
-    dense: Any = b""
-    sparse: dict[int, Any] | None = None
-    kind = _FLOAT
-    shape: list[int] = []
-    for number, value in _fields(data):
-        if number == 1:
-            dense = value
-        elif number == 2:
-            sparse = dict(_fields(value))
-        elif number == 3:
-            kind = value
-        elif number == 4:
-            shape += _sizes(value)
-    if kind not in _NUMPY:
-        raise ValueError(f"a tensor of the kind {kind}")
-    if sparse is None:
-        flat = np.frombuffer(dense, _NUMPY[kind])
+def _tensor(tensor: Any) -> Array:
+    """Return a tensor, given dense or in compressed rows whose other values are 0. Raises ValueError."""
+    if tensor.kind not in _NUMPY:
+        raise ValueError(f"a tensor of the kind {tensor.kind}")
+    shape, sparse = list(tensor.shape), tensor.sparse
+    if not tensor.HasField("sparse"):
+        flat = np.frombuffer(tensor.dense, _NUMPY[tensor.kind])
         return flat.reshape(shape) if shape else flat
-    values = np.frombuffer(sparse.get(1, b""), _NUMPY[kind])
-    starts, columns = np.frombuffer(sparse.get(2, b""), "<i8"), np.frombuffer(sparse.get(3, b""), "<i8")
+    values = np.frombuffer(sparse.values, _NUMPY[tensor.kind])
+    starts, columns = np.frombuffer(sparse.starts, "<i8"), np.frombuffer(sparse.columns, "<i8")
     rows, width = shape
     counts = np.diff(starts)
     whole = len(counts) == rows and counts.sum() == len(values) == len(columns)
-    if not whole:
+    if not whole or min(counts, default=0) < 0 or (len(columns) and not 0 <= columns.min() <= columns.max() < width):
         raise ValueError("a sparse tensor whose rows do not fit together")
     out = np.zeros((rows, width), values.dtype)
     out[np.repeat(np.arange(rows), counts), columns] = values
@@ -221,30 +168,23 @@ def _tensor(data: memoryview) -> Array:
 
 def forward_bytes(outputs: Sequence[Mapping[str, Array]], metrics: Mapping[str, float]) -> bytes:
     """`outputs`: of each row, float32; a name's tensors share all but their first size. Rows whose do not are apart."""
-    made = _part(1, b"ArrayRecord")
-    at = 0
+    made, at = _Outputs(kind="ArrayRecord"), 0
     while at < len(outputs):
-        kind = {name: value.shape[1:] for name, value in outputs[at].items()}
+        shapes = {name: value.shape[1:] for name, value in outputs[at].items()}
         end = at
-        while end < len(outputs) and {name: value.shape[1:] for name, value in outputs[end].items()} == kind:
+        while end < len(outputs) and {name: value.shape[1:] for name, value in outputs[end].items()} == shapes:
             end += 1
-        made += _part(2, _record(outputs[at:end]))
+        record = made.records.add(kind="ArrayRecord", count=end - at)
+        for name, shape in shapes.items():
+            parts = [np.ascontiguousarray(row[name], "<f4") for row in outputs[at:end]]
+            offsets = np.cumsum([0, *(part.nbytes for part in parts)], dtype="<i8").tobytes()
+            batch = record.arrays.add(name=name).batch
+            batch.data, batch.offsets, batch.kind = b"".join(part.tobytes() for part in parts), offsets, _FLOAT
+            batch.shape.extend(shape)
         at = end
-    for name, value in metrics.items():
-        made += _part(3, _part(1, name.encode()) + b"\x11" + struct.pack("<d", value))
-    return made
-
-
-def _record(outputs: Sequence[Mapping[str, Array]]) -> bytes:
-    made = _part(1, b"ArrayRecord")
-    for name in outputs[0]:
-        parts = [np.ascontiguousarray(row[name], "<f4") for row in outputs]
-        offsets = np.cumsum([0, *(part.nbytes for part in parts)], dtype="<i8")
-        batched = _part(1, b"".join(part.tobytes() for part in parts)) + _part(2, offsets.tobytes())
-        batched += b"\x18" + _varint(_FLOAT)
-        batched += _part(4, b"".join(map(_varint, parts[0].shape[1:]))) if parts[0].ndim > 1 else b""
-        made += _part(2, _part(1, name.encode()) + _part(2, batched))
-    return made + b"\x18" + _varint(len(outputs))
+    for name, number in metrics.items():
+        made.metrics.add(name=name, value=number)
+    return bytes(made.SerializeToString())
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,98 +207,104 @@ def sample_bytes(
 ) -> bytes:
     """`prompt`: log p of the prompt's tokens; None for those that have none. `top`: how many of the most likely tokens
     are in `top_prompt`, and at least in the samples' own."""
-    made = b""
+    made = _Samples(cached=cached)
     for sample in samples:
-        one = b"\x08" + _varint(0 if sample.stopped else 1)
-        one += _part(2, np.array(sample.tokens, "<i4").tobytes())
-        one += _part(3, np.array(sample.logprobs, "<f4").tobytes())
+        one = made.sequences.add(stop=0 if sample.stopped else 1)
+        one.tokens = np.array(sample.tokens, "<i4").tobytes()
+        one.logprobs = np.array(sample.logprobs, "<f4").tobytes()
         if sample.top is not None:
-            one += _part(4, _table(sample.top))
-        made += _part(1, one)
+            _fill(one.top, sample.top)
     if prompt is not None:
-        made += _part(2, np.array([np.nan if p is None else p for p in prompt], "<f4").tobytes())
+        made.prompt = np.array([np.nan if p is None else p for p in prompt], "<f4").tobytes()
     if top_prompt is not None and top:
-        made += _part(3, _table(top_prompt))
-    return made + b"\x20" + _varint(cached)
+        _fill(made.top_prompt, top_prompt)
+    return bytes(made.SerializeToString())
 
 
-def _table(rows: Sequence[Sequence[tuple[int, float]] | None]) -> bytes:
+def _fill(table: Any, rows: Sequence[Sequence[tuple[int, float]] | None]) -> None:
     width = max((len(row) for row in rows if row), default=0)
     ids, logprobs = np.zeros((len(rows), width), "<i4"), np.full((len(rows), width), _ABSENT, "<f4")
     for i, row in enumerate(rows):
         for j, (token, logprob) in enumerate(row or ()):
             ids[i, j], logprobs[i, j] = token, logprob
-    sizes = b"\x18" + _varint(width) + b"\x20" + _varint(len(rows))
-    return _part(1, ids.tobytes()) + _part(2, logprobs.tobytes()) + sizes
+    table.ids, table.logprobs, table.width, table.rows = ids.tobytes(), logprobs.tobytes(), width, len(rows)
 
 
 # -- the format --------------------------------------------------------------------------------------------------------
 
+_MESSAGES = {
+    "Text": ["bytes tokens"],
+    "Chunk": ["Text text", "bytes picture", "bytes sound"],
+    "Sparse": ["bytes values", "bytes starts", "bytes columns"],
+    "Tensor": ["bytes dense", "Sparse sparse", "int kind", "ints shape"],
+    "Input": ["string name", "Tensor tensor"],
+    "Row": ["Chunk* chunks", "Input* inputs"],
+    "Number": ["string name", "double value"],
+    "Value": ["double number", "string text"],
+    "Option": ["string name", "Value value"],
+    "Forward": ["string model", "int seq", "Row* rows", "string loss", "Number* old_options", "bool only",
+                "Option* options"],
+    "Batch": ["bytes data", "bytes offsets", "int kind", "ints shape"],
+    "Named": ["string name", "Batch batch"],
+    "Record": ["string kind", "Named* arrays", "int count"],
+    "Outputs": ["string kind", "Record* records", "Number* metrics"],
+    "Table": ["bytes ids", "bytes logprobs", "int width", "int rows"],
+    "Sequence": ["int stop", "bytes tokens", "bytes logprobs", "Table top"],
+    "Samples": ["Sequence* sequences", "bytes prompt", "Table top_prompt", "int cached"],
+}  # fmt: skip
+"""The fields of each message, numbered from 1; `*` and `ints` are repeated."""
+_NESTED = {3: {1: {1: {}}, 2: {2: {2: {}}}}, 5: {}, 7: {2: {}}}
+"""The nested messages of a request, by the numbers of their fields."""
 
-def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """Each field's number, and its value: an integer, or bytes. Raises ValueError, IndexError."""
+
+def _classes() -> dict[str, Any]:
+    file = FileDescriptorProto(name="tinker.proto", package="tinker", syntax="proto2")
+    scalars = {"bytes": 12, "string": 9, "int": 3, "ints": 3, "double": 1, "bool": 8}  # FieldDescriptorProto.Type
+    for message, fields in _MESSAGES.items():
+        made = DescriptorProto(name=message)
+        for number, field_ in enumerate(fields, 1):
+            kind, name = field_.split()
+            repeated = kind.endswith("*") or kind == "ints"
+            one = made.field.add(name=name, number=number, label=3 if repeated else 1)
+            if kind in scalars:
+                one.type = scalars[kind]
+                one.options.packed = kind == "ints"
+            else:
+                one.type, one.type_name = FieldDescriptorProto.TYPE_MESSAGE, f".tinker.{kind.rstrip('*')}"
+            if name == "kind" and kind == "int":
+                one.default_value = str(_FLOAT)
+        file.message_type.append(made)
+    pool = DescriptorPool()
+    pool.Add(file)
+    return {name: GetMessageClass(pool.FindMessageTypeByName(f"tinker.{name}")) for name in _MESSAGES}
+
+
+_Forward, _Outputs, _Samples = (_classes()[name] for name in ("Forward", "Outputs", "Samples"))
+
+
+def _count_fields(data: memoryview, nested: Mapping[int, Any], most: int) -> int:
+    """Return how many fewer fields than `most` a message has, with those of its nested messages; below 0, no further
+    field is read. Raises IndexError for bytes that end in the middle of a field."""
     at = 0
-    while at < len(data):
-        key, at = _read_varint(data, at)
-        number, kind = key >> 3, key & 7
-        if kind == 0:
-            value, at = _read_varint(data, at)
-            yield number, value
-            continue
-        if kind == 2:
-            size, at = _read_varint(data, at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"a field of the kind {kind}")
-        if at + size > len(data):
-            raise ValueError("it ends in the middle of a field")
-        yield number, data[at : at + size]
+    while at < len(data) and most >= 0:
+        most -= 1
+        key, at = _varint(data, at)
+        size, number = {1: 8, 5: 4}.get(key & 7, 0), key >> 3
+        if key & 7 in (0, 2):
+            value, at = _varint(data, at)
+            size = value if key & 7 == 2 else 0
+        if key & 7 == 2 and number in nested:
+            most = _count_fields(data[at : at + size], nested[number], most)
         at += size
+    return most
 
 
-def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         byte = data[at]
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
-    raise ValueError("a number has no end")
-
-
-def _sizes(value: memoryview | int) -> list[int]:
-    """Return a tensor's shape from a packed or unpacked field."""
-    if isinstance(value, int):
-        return [value]
-    if len(value) > _SIZES:
-        raise ValueError("a tensor has too many dimensions")
-    out, at = [], 0
-    while at < len(value):
-        size, at = _read_varint(value, at)
-        out.append(size)
-    return out
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _part(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _text(data: Any) -> str:
-    if not isinstance(data, memoryview):  # bytes(n) are n zeros
-        raise TypeError("a number where a text belongs")
-    return bytes(data).decode()
-
-
-def _double(data: Any) -> float:
-    return float(struct.unpack("<d", data)[0])
+            break
+    return value, at
