@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from tests.library.conftest import quick  # noqa: F401
 from veneer.errors import ConfigError
-from veneer.jobs.economics import EconomicsRow, MachinePrices, economics
+from veneer.jobs.economics import EconomicsRow, economics
 from veneer.jobs.store import JobStore
 from veneer.library.database import write_transaction
 from veneer.serve.request import Usage
@@ -57,8 +57,8 @@ def test_the_table_is_what_pen_and_paper_say(store: JobStore, tenants: Store) ->
     billed(store, "acme", "support", "succeeded", 5400.0, 4 * UNIT)
     billed(store, "acme", "support", "failed", 1800.0, 0)
     billed(store, "globex", "draft", "succeeded", 3600.0, 9 * UNIT)
-    prices = MachinePrices(2 * UNIT, dedicated=UNIT, training=32 * UNIT)
-    found = economics(tenants, store, prices, now=START + 2 * DAY)
+    prices = {"dedicated": UNIT, "training": 32 * UNIT}
+    found = economics(tenants, store, 2 * UNIT, **prices, now=START + 2 * DAY)
     # 48 h at 2 are 96; of 4 · 30 s + 40 s = 160 s three quarters are acme's.
     # acme: 72 for 4 requests, 18 each; it pays 30 each: 12 more. 2 h of training at 32 are 64, 4 of them paid: 60/12.
     # One hour alone costs 1: 24 a day, as much as 24/18 requests that are shared.
@@ -88,26 +88,25 @@ def test_the_table_is_what_pen_and_paper_say(store: JobStore, tenants: Store) ->
     )
     assert (found.since, found.hours) == ("2026-11-01", 48.0)
     assert list(found.rows) == [acme, base, draft]
-    own = economics(tenants, store, prices, tenant="acme", now=START + 2 * DAY)
+    own = economics(tenants, store, 2 * UNIT, **prices, tenant="acme", now=START + 2 * DAY)
     assert list(own.rows) == [acme], "what others made the machine work counts all the same"
 
 
 def test_hours_and_days_are_those_that_were_said(store: JobStore, tenants: Store) -> None:
-    prices = MachinePrices(2 * UNIT)
-    whole = economics(tenants, None, prices, hours=10.0).rows
+    whole = economics(tenants, None, 2 * UNIT, hours=10.0).rows
     assert sum(row.serving for row in whole) == 20 * UNIT
-    day = economics(tenants, None, prices, since="2026-11-01", until="2026-11-01", now=START + 30 * DAY)
+    day = economics(tenants, None, 2 * UNIT, since="2026-11-01", until="2026-11-01", now=START + 30 * DAY)
     assert day.hours == 24.0
-    assert economics(tenants, None, prices, since="2026-11-01", now=START + DAY / 4).hours == 6.0
-    later = economics(tenants, store, prices, since="2026-11-02", now=START + 3 * DAY)
+    assert economics(tenants, None, 2 * UNIT, since="2026-11-01", now=START + DAY / 4).hours == 6.0
+    later = economics(tenants, store, 2 * UNIT, since="2026-11-02", now=START + 3 * DAY)
     assert (later.hours, list(later.rows)) == (48.0, [])
-    free = economics(tenants, None, MachinePrices(0), now=START + DAY).rows[0]
+    free = economics(tenants, None, 0, now=START + DAY).rows[0]
     assert (free.serving, free.dedicated_from, free.paid_back_after) == (0, None, 0)
 
 
 def test_what_cannot_be_meant_is_refused(tenants: Store) -> None:
     for options in ({"since": "yesterday"}, {"until": "2026-13-01", "since": "2026-11-01"}):
         with pytest.raises(ConfigError, match=r"day|date"):
-            economics(tenants, None, MachinePrices(1), **options)
+            economics(tenants, None, 1, **options)
     with pytest.raises(ConfigError, match="an hour costs -1"):
-        MachinePrices(-1)
+        economics(tenants, None, -1)

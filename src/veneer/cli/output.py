@@ -69,12 +69,17 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """`rows` under `head`, in columns."""
     cells = [list(head), *([field(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    print(table(head, rows))
 
 
 MOST = 20

@@ -1,6 +1,6 @@
-"""`veneer tenant …`: who may use which adapter on a server, how much, for what price, and what was used.
+"""`veneer tenant …`: who can use which adapter on a server, how much, at what price, and what was used.
 
-Works on the server's own database, whether or not a server runs; a change holds from the next request on.
+The commands change the server's own database, whether or not a server runs; a change holds from the next request on.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli.command import Result, command
 from veneer.cli.options import AsJson, LibraryIndex
-from veneer.cli.output import print_json, print_table
+from veneer.cli.output import print_json, table
 
 if TYPE_CHECKING:
     from veneer.jobs.store import JobStore
@@ -32,51 +34,76 @@ app.add_typer(route_app, name="route")
 feedback_app = typer.Typer(**_PLAIN, help="Answers that are kept, what users say of them, rows to train on.")
 app.add_typer(feedback_app, name="feedback")
 
-_place: dict[str, str | None] = {"at": None}
+_database: dict[str, str | None] = {"at": None}
 """The database that the command was given."""
 
 
 @contextmanager
-def _opened() -> Iterator[Store]:
+def _store() -> Iterator[Store]:
     from veneer.serve.tenancy.keys import default_database
     from veneer.serve.tenancy.store import Store
 
-    store = Store(_place["at"] or default_database())
+    store = Store(_database["at"] or default_database())
     try:
         yield store
     finally:
         store.close()
 
 
-def _who() -> str:
+def _user() -> str:
+    """The name of this command's user in the audit log."""
     import getpass
+    import os
 
     try:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):  # a container without a name for its user
-        import os
-
         return f"cli:{os.getuid()}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
-    """`rows` under `head` in columns, or what to say where there are none."""
-    print_table(head, rows) if rows else print(empty)
+tenant_command = partial(command, app, _store)
+key_command = partial(command, key_app, _store)
+route_command = partial(command, route_app, _store)
+feedback_command = partial(command, feedback_app, _store)
+
+
+def _rows(value: Any, head: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> Result:
+    """`value` as JSON; as text `rows` under `head`, or `empty` if there are no rows."""
+    return Result(value, table(head, rows) if rows else empty)
 
 
 def _day(at: float | None) -> str:
     return "" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
 
 
-_Tenant = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
-_Kept = Annotated[str, typer.Argument(help="The tenant; without one: whoever asks an open server.", show_default=False)]
-_WHOEVER = "(whoever asks)"
-_KeyId = Annotated[str, typer.Argument(help="The key's id, the part after vnr-.", show_default=False)]
-_Adapter = Annotated[str, typer.Option("--adapter", help="For this adapter alone; by default all of them.")]
-_Patterns = Annotated[
+def _scope(tenant: str) -> str:
+    """A tenant as the settings name it: `all` is ""."""
+    return "" if tenant == "all" else tenant
+
+
+Tenant = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
+AnyTenant = Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)]
+KeptTenant = Annotated[
+    str, typer.Argument(help="The tenant; by default the users without a key of an open server.", show_default=False)
+]
+KeyId = Annotated[str, typer.Argument(help="The key's id, the part after vnr-.", show_default=False)]
+Adapter = Annotated[str, typer.Option(help="For this adapter alone; by default all of them.")]
+Patterns = Annotated[
     list[str], typer.Argument(help="Names of adapters; * stands for any text: 'acme/*'.", show_default=False)
 ]
-_Remove = Annotated[bool, typer.Option("--remove", help="Take these away.")]
+RemovePatterns = Annotated[bool, typer.Option("--remove", help="Take these away.")]
+Weight = typer.Option(help="Its share where requests wait.")
+Since = Annotated[str, typer.Option(help="The first day, in UTC.")]
+Until = Annotated[str, typer.Option(help="The last day, in UTC.")]
+Count = Annotated[int | None, typer.Option(min=0, help="0: no limit.", show_default=False)]
+Route = Annotated[str, typer.Argument(help="The route.", show_default=False)]
+RouteTenant = Annotated[str, typer.Option("--tenant", help="Of this tenant alone; by default everybody's.")]
+Library = Annotated[
+    str | None,
+    typer.Option("--library", envvar="VENEER_LIBRARY", help="Where adapters are kept: it must have what is led to."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Move it unchecked: a server loads the adapters by itself.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say who would move, and move nothing.")]
 
 
 @app.callback()
@@ -84,118 +111,103 @@ def _where(
     at: Annotated[
         str | None,
         typer.Option(
-            "--at",
             envvar="VENEER_TENANTS",
             help="A SQLite file or postgresql:// URL; by default `tenants.sqlite` in the veneer home.",
         ),
     ] = None,
 ) -> None:
     """Tenants of a server: keys, the adapters they see, limits, prices, routes, usage and the audit log."""
-    _place["at"] = at
+    _database["at"] = at
 
 
 # -- tenants -----------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog="Example: veneer tenant add acme --see 'acme/*' --weight 2")
+@tenant_command("add", "veneer tenant add acme --see 'acme/*' --weight 2")
 def add(
-    tenant: _Tenant,
-    see: Annotated[list[str] | None, typer.Option("--see", help="Names it sees, as 'acme/*'; repeatable.")] = None,
-    weight: Annotated[float, typer.Option("--weight", help="Its share where requests wait.")] = 1.0,
-    as_json: AsJson = False,
-) -> None:
+    store: Store,
+    tenant: Tenant,
+    see: Annotated[list[str] | None, typer.Option(help="Names it sees, as 'acme/*'; repeatable.")] = None,
+    weight: Annotated[float, Weight] = 1.0,
+) -> Result:
     """Add a tenant. It sees the adapters that its patterns match, and those that are shared."""
     from veneer.serve.tenancy import manage
 
-    with _opened() as store:
-        made = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=_who())
-    print_json(asdict(made)) if as_json else print(f"{tenant}: veneer tenant key add {tenant}")
+    made = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=_user())
+    return Result(asdict(made), f"{tenant}: veneer tenant key add {tenant}")
 
 
-@app.command("list", epilog="Example: veneer tenant list")
-def list_(as_json: AsJson = False) -> None:
+@tenant_command("list", "veneer tenant list")
+def list_(store: Store) -> Result:
     """All tenants, and what is shared with all of them."""
-    with _opened() as store:
-        settings = store.settings
-    if as_json:
-        print_json({"tenants": [asdict(t) for t in settings.tenants.values()], "shared": settings.shared})
-        return
+    settings = store.settings
+    tenants = settings.tenants.values()
     keys = [k.tenant for k in settings.keys.values() if k.state(time.time()) == "active"]
-    rows = [
-        (t.name, t.weight, "yes" if t.enabled else "no", keys.count(t.name), " ".join(t.adapters))
-        for t in settings.tenants.values()
-    ]
-    _table(("tenant", "weight", "enabled", "keys", "sees"), rows, "no tenants: veneer tenant add NAME")
-    if settings.shared:
-        print(f"shared: {' '.join(settings.shared)}")
+    rows = [(t.name, t.weight, "yes" if t.enabled else "no", keys.count(t.name), " ".join(t.adapters)) for t in tenants]
+    value = {"tenants": [asdict(t) for t in tenants], "shared": settings.shared}
+    head = ("tenant", "weight", "enabled", "keys", "sees")
+    shared = f"shared: {' '.join(settings.shared)}"
+    text = table(head, rows) if rows else "no tenants: veneer tenant add NAME"
+    return Result(value, f"{text}\n{shared}" if settings.shared else text)
 
 
-@app.command(epilog="Example: veneer tenant change acme --weight 3")
+@tenant_command("change", "veneer tenant change acme --weight 3")
 def change(
-    tenant: _Tenant,
-    weight: Annotated[float | None, typer.Option("--weight", help="Its share where requests wait.")] = None,
+    store: Store,
+    tenant: Tenant,
+    weight: Annotated[float | None, Weight] = None,
     enabled: Annotated[bool | None, typer.Option("--enable/--disable", help="Whether its keys work.")] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Change a tenant's weight, or shut it out and let it in again."""
     from veneer.serve.tenancy import manage
 
-    with _opened() as store:
-        made = manage.change_tenant(store, tenant, weight=weight, enabled=enabled, who=_who())
+    made = manage.change_tenant(store, tenant, weight=weight, enabled=enabled, who=_user())
     state = "enabled" if made.enabled else "disabled"
-    print_json(asdict(made)) if as_json else print(f"{tenant}: weight {made.weight:g}, {state}")
+    return Result(asdict(made), f"{tenant}: weight {made.weight:g}, {state}")
 
 
-@app.command(epilog="Example: veneer tenant remove acme")
-def remove(tenant: _Tenant, as_json: AsJson = False) -> None:
+@tenant_command("remove", "veneer tenant remove acme")
+def remove(store: Store, tenant: Tenant) -> Result:
     """Remove a tenant with its keys, limits, prices and routes. What it used stays in the ledger."""
     from veneer.serve.tenancy import manage
 
-    with _opened() as store:
-        manage.remove_tenant(store, tenant, who=_who())
-    print_json({"removed": tenant}) if as_json else print(f"removed {tenant}")
+    manage.remove_tenant(store, tenant, who=_user())
+    return Result({"removed": tenant}, f"removed {tenant}")
 
 
-@app.command(epilog="Example: veneer tenant see acme 'acme/*' support")
-def see(tenant: _Tenant, patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False) -> None:
+@tenant_command("see", "veneer tenant see acme 'acme/*' support")
+def see(store: Store, tenant: Tenant, patterns: Patterns, remove: RemovePatterns = False) -> Result:
     """Let a tenant see adapters. To everybody else they do not exist."""
-    _let_see(tenant, patterns, remove, as_json)
+    return _grant(store, tenant, patterns, remove)
 
 
-@app.command(epilog="Example: veneer tenant share 'public/*'")
-def share(patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False) -> None:
+@tenant_command("share", "veneer tenant share 'public/*'")
+def share(store: Store, patterns: Patterns, remove: RemovePatterns = False) -> Result:
     """Let every tenant see adapters. The base is there for everybody."""
-    _let_see("", patterns, remove, as_json)
+    return _grant(store, "", patterns, remove)
 
 
-def _let_see(tenant: str, patterns: list[str], remove: bool, as_json: bool) -> None:
+def _grant(store: Store, tenant: str, patterns: list[str], remove: bool) -> Result:
     from veneer.serve.tenancy import manage
 
-    with _opened() as store:
-        more = {"remove": patterns} if remove else {"add": patterns}
-        after = manage.let_see(store, tenant, **more, who=_who())
-    if as_json:
-        print_json({"adapters": after})
-    else:
-        print(f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}")
+    after = manage.grant(store, tenant, **{"remove" if remove else "add": patterns}, who=_user())
+    return Result({"adapters": after}, f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}")
 
 
-@app.command(epilog="Example: veneer tenant cache support")
+@tenant_command("cache", "veneer tenant cache support")
 def cache(
+    store: Store,
     patterns: Annotated[list[str] | None, typer.Argument(help="Adapters, or the base; by default show them.")] = None,
-    remove: _Remove = False,
-    as_json: AsJson = False,
-) -> None:
+    remove: RemovePatterns = False,
+) -> Result:
     """Let tenants share what was computed of prompts that begin alike, under these adapters; else each has its own.
     It is faster, and whoever may use them can find out by a prompt of its own what others have asked."""
     from veneer.serve.tenancy import manage
 
-    with _opened() as store:
-        after = store.settings.common
-        if patterns:
-            more = {"remove": patterns} if remove else {"add": patterns}
-            after = manage.share_prefixes(store, **more, who=_who())
-    print_json({"shared": after}) if as_json else print(f"shared between tenants: {' '.join(after) or 'nothing'}")
+    after = store.settings.common
+    if patterns:
+        after = manage.share_prefixes(store, **{"remove" if remove else "add": patterns}, who=_user())
+    return Result({"shared": after}, f"shared between tenants: {' '.join(after) or 'nothing'}")
 
 
 @app.command("admin-key", epilog="Example: veneer tenant admin-key")
@@ -213,167 +225,148 @@ def admin_key(as_json: AsJson = False) -> None:
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-@key_app.command("add", epilog="Example: veneer tenant key add acme --label web --expires 90d")
+@key_command("add", "veneer tenant key add acme --label web --expires 90d")
 def key_add(
-    tenant: _Tenant,
-    label: Annotated[str, typer.Option("--label", help="What it is for.")] = "",
-    expires: Annotated[str, typer.Option("--expires", help="90d, 12h, or a day: 2027-01-31.")] = "",
-    as_json: AsJson = False,
-) -> None:
+    store: Store,
+    tenant: Tenant,
+    label: Annotated[str, typer.Option(help="What it is for.")] = "",
+    expires: Annotated[str, typer.Option(help="90d, 12h, or a day: 2027-01-31.")] = "",
+) -> Result:
     """Make a key. It is shown now and never again."""
     from veneer.serve.tenancy import manage
 
-    with _opened() as store:
-        until = manage.when(expires, time.time()) if expires else None
-        row, key = manage.make_tenant_key(store, tenant, label=label, expires=until, who=_who())
-    print_json({**manage.show_key(row), "key": key}) if as_json else print(key)
+    until = manage.when(expires, time.time()) if expires else None
+    row, key = manage.make_tenant_key(store, tenant, label=label, expires=until, who=_user())
+    return Result({**manage.show_key(row), "key": key}, key)
 
 
-@key_app.command("list", epilog="Example: veneer tenant key list acme")
-def key_list(
-    tenant: Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)] = None,
-    as_json: AsJson = False,
-) -> None:
+@key_command("list", "veneer tenant key list acme")
+def key_list(store: Store, tenant: AnyTenant = None) -> Result:
     """Keys by id, without what is secret in them."""
     from veneer.serve.tenancy import manage
 
     now = time.time()
-    with _opened() as store:
-        found = manage.list_keys(store, tenant)
-    if as_json:
-        print_json({"keys": [manage.show_key(k) | {"state": k.state(now)} for k in found]})
-        return
+    found = manage.list_keys(store, tenant)
+    value = {"keys": [manage.show_key(k) | {"state": k.state(now)} for k in found]}
     rows = [(k.id, k.tenant, k.label, k.state(now), _day(k.created), _day(k.expires)) for k in found]
-    _table(("id", "tenant", "label", "state", "made", "expires"), rows, "no keys: veneer tenant key add NAME")
+    head = ("id", "tenant", "label", "state", "made", "expires")
+    return _rows(value, head, rows, "no keys: veneer tenant key add NAME")
 
 
-@key_app.command("revoke", epilog="Example: veneer tenant key revoke 3f9a0c21d4")
-def key_revoke(key: _KeyId, as_json: AsJson = False) -> None:
+@key_command("revoke", "veneer tenant key revoke 3f9a0c21d4")
+def key_revoke(store: Store, key: KeyId) -> Result:
     """Refuse a key from the next request on."""
     from veneer.serve.tenancy import manage
 
-    with _opened() as store:
-        row = manage.revoke_key(store, key, who=_who())
-    print_json(manage.show_key(row)) if as_json else print(f"revoked {key} of {row.tenant}")
+    row = manage.revoke_key(store, key, who=_user())
+    return Result(manage.show_key(row), f"revoked {key} of {row.tenant}")
 
 
-@key_app.command("rotate", epilog="Example: veneer tenant key rotate 3f9a0c21d4 --grace 24h")
+@key_command("rotate", "veneer tenant key rotate 3f9a0c21d4 --grace 24h")
 def key_rotate(
-    key: _KeyId,
-    grace: Annotated[str, typer.Option("--grace", help="How long the old one still works: 24h, 30m.")] = "0m",
-    as_json: AsJson = False,
-) -> None:
+    store: Store,
+    key: KeyId,
+    grace: Annotated[str, typer.Option(help="How long the old one still works: 24h, 30m.")] = "0m",
+) -> Result:
     """Make a key in the place of another. It is shown now and never again."""
     from veneer.serve.tenancy import manage
 
-    with _opened() as store:
-        row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), who=_who())
-    print_json({**manage.show_key(row), "key": secret}) if as_json else print(secret)
+    row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), who=_user())
+    return Result({**manage.show_key(row), "key": secret}, secret)
 
 
 # -- limits and prices -------------------------------------------------------------------------------------------------
 
-_Count = Annotated[int | None, typer.Option(min=0, help="0: no limit.", show_default=False)]
-_Whose = Annotated[str, typer.Argument(help="A tenant; '*': each that has none of its own; all: all of them together.")]
 
-
-@app.command(epilog="Example: veneer tenant limit acme --requests-per-minute 60 --tokens-per-day 2000000")
+@tenant_command("limit", "veneer tenant limit acme --requests-per-minute 60 --tokens-per-day 2000000")
 def limit(
-    tenant: _Whose = "",
-    adapter: _Adapter = "",
-    requests_per_minute: _Count = None,
-    requests_per_day: _Count = None,
-    tokens_per_minute: _Count = None,
-    tokens_per_day: _Count = None,
-    concurrency: _Count = None,
-    as_json: AsJson = False,
-) -> None:
+    store: Store,
+    tenant: Annotated[
+        str, typer.Argument(help="A tenant; '*': each that has none of its own; all: all of them together.")
+    ] = "",
+    adapter: Adapter = "",
+    requests_per_minute: Count = None,
+    requests_per_day: Count = None,
+    tokens_per_minute: Count = None,
+    tokens_per_day: Count = None,
+    concurrency: Count = None,
+) -> Result:
     """Set limits, those that are named; without any, show what is set."""
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.store import LIMITS
 
     given = (requests_per_minute, requests_per_day, tokens_per_minute, tokens_per_day, concurrency)
     values = {name: value or None for name, value in zip(LIMITS, given, strict=True) if value is not None}
-    with _opened() as store:
-        if values:
-            if not tenant:
-                raise typer.BadParameter("name whose limits to set: a tenant, '*' or all")
-            manage.set_limit(store, "" if tenant == "all" else tenant, adapter, values, who=_who())
-        found = store.look().limits
-    if as_json:
-        print_json({"limits": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
-        return
-    rows = [
-        (t or "all", a or "all", *("" if v is None else f"{v:,}" for v in asdict(row).values()))
-        for (t, a), row in sorted(found.items())
-    ]
-    _table(("tenant", "adapter", *(n.replace("_per_", "/") for n in LIMITS)), rows, "no limits")
+    if values:
+        if not tenant:
+            raise typer.BadParameter("name whose limits to set: a tenant, '*' or all")
+        manage.set_limit(store, _scope(tenant), adapter, values, who=_user())
+    found = store.look().limits
+    head = ("tenant", "adapter", *(n.replace("_per_", "/") for n in LIMITS))
+    return _scoped("limits", found, head, lambda v: "" if v is None else f"{v:,}", "no limits")
 
 
-@app.command(epilog="Example: veneer tenant price all --prompt 0.15 --cached 0.015 --completion 0.60")
+def _scoped(what: str, found: Any, head: Sequence[str], cell: Callable[[Any], str], empty: str) -> Result:
+    """Settings by tenant and adapter."""
+    value = {what: [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]}
+    rows = [(t or "all", a or "all", *map(cell, asdict(row).values())) for (t, a), row in sorted(found.items())]
+    return _rows(value, head, rows, empty)
+
+
+@tenant_command("price", "veneer tenant price all --prompt 0.15 --cached 0.015 --completion 0.60")
 def price(
+    store: Store,
     tenant: Annotated[str, typer.Argument(help="A tenant; all: any of them.")] = "",
-    adapter: _Adapter = "",
+    adapter: Adapter = "",
     prompt: Annotated[str | None, typer.Option(help="For a million tokens that are computed.")] = None,
     cached: Annotated[str, typer.Option(help="For a million of the prompt that were there already.")] = "",
     completion: Annotated[str | None, typer.Option(help="For a million tokens of answers.")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take this price away.")] = False,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Set what a million tokens cost, to a millionth; without any price, show what is set. `--cached` is as `--prompt`
     unless it is given."""
     from veneer.serve.tenancy import manage
+    from veneer.serve.tenancy.store import Price
 
-    with _opened() as store:
-        if remove or prompt is not None or completion is not None:
-            if not tenant or (not remove and (prompt is None or completion is None)):
-                raise typer.BadParameter("give a tenant or all, --prompt and --completion")
-            made = None if remove else _price(prompt or "", cached or prompt or "", completion or "")
-            manage.set_price(store, "" if tenant == "all" else tenant, adapter, made, who=_who())
-        found = store.look().prices
-    if as_json:
-        print_json({"prices": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
-        return
-    rows = [(t or "all", a or "all", *map(_money, asdict(row).values())) for (t, a), row in sorted(found.items())]
-    _table(("tenant", "adapter", "prompt", "cached", "completion"), rows, "no prices: everything is free")
+    if remove or prompt is not None or completion is not None:
+        if not tenant or (not remove and (prompt is None or completion is None)):
+            raise typer.BadParameter("give a tenant or all, --prompt and --completion")
+        figures = (prompt or "", cached or prompt or "", completion or "")
+        made = None if remove else Price(*_millionths(*figures))
+        manage.set_price(store, _scope(tenant), adapter, made, who=_user())
+    found = store.look().prices
+    head = ("tenant", "adapter", "prompt", "cached", "completion")
+    return _scoped("prices", found, head, _money, "no prices: everything is free")
 
 
-@app.command(epilog="Example: veneer tenant training acme --price 8.00 --budget 200 --at-once 2")
+@tenant_command("training", "veneer tenant training acme --price 8.00 --budget 200 --at-once 2")
 def training(
+    store: Store,
     tenant: Annotated[str, typer.Argument(help="A tenant; all: each that has no terms of its own.")] = "",
     price: Annotated[str | None, typer.Option(help="For a million tokens that are trained.")] = None,
     budget: Annotated[str | None, typer.Option(help="For a calendar month, in UTC; none: any amount.")] = None,
-    at_once: Annotated[int | None, typer.Option("--at-once", min=0, help="Jobs that run at once; 0: none.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=0, help="Jobs that run at once; 0: none.")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take these terms away.")] = False,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Set what training costs and how much of it there may be, all three together; without any, show what is set."""
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.store import TrainingTerms
 
-    with _opened() as store:
-        if remove or price is not None or budget is not None or at_once is not None:
-            if not tenant:
-                raise typer.BadParameter("name whose terms to set: a tenant, or all")
-            (cost,) = _millionths(price or "0")
-            most = None if budget in (None, "none") else _millionths(str(budget))[0]
-            made = None if remove else TrainingTerms(cost, most, at_once)
-            manage.set_training(store, "" if tenant == "all" else tenant, made, who=_who())
-        found = store.look().training
-    if as_json:
-        print_json({"training": [{"tenant": t, **asdict(terms)} for t, terms in found.items()]})
-        return
+    if remove or price is not None or budget is not None or at_once is not None:
+        if not tenant:
+            raise typer.BadParameter("name whose terms to set: a tenant, or all")
+        (cost,) = _millionths(price or "0")
+        most = None if budget in (None, "none") else _millionths(str(budget))[0]
+        made = None if remove else TrainingTerms(cost, most, at_once)
+        manage.set_training(store, _scope(tenant), made, who=_user())
+    found = store.look().training
+    value = {"training": [{"tenant": t, **asdict(terms)} for t, terms in found.items()]}
     rows = [
         (t or "all", _money(x.price), "" if x.budget is None else _money(x.budget), "" if x.jobs is None else x.jobs)
         for t, x in sorted(found.items())
     ]
-    _table(("tenant", "price", "budget", "at once"), rows, "no terms: training is free, and as much as there is")
-
-
-def _price(*figures: str) -> Any:
-    from veneer.serve.tenancy.store import Price
-
-    return Price(*_millionths(*figures))
+    empty = "no terms: training is free, and as much as there is"
+    return _rows(value, ("tenant", "price", "budget", "at once"), rows, empty)
 
 
 def _millionths(*figures: str) -> list[int]:
@@ -397,74 +390,60 @@ def _money(millionths: int) -> str:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-@app.command("usage", epilog="Example: veneer tenant usage acme --by adapter,day --since 2026-11-01 --csv")
+@tenant_command("usage", "veneer tenant usage acme --by adapter,day --since 2026-11-01 --csv")
 def usage_(
-    tenant: Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)] = None,
-    by: Annotated[str, typer.Option("--by", help="Of tenant, adapter, day; '' for one row.")] = "tenant,adapter,day",
-    adapter: Annotated[str | None, typer.Option("--adapter", help="This adapter alone, all its versions.")] = None,
-    since: Annotated[str, typer.Option("--since", help="The first day, in UTC.")] = "",
-    until: Annotated[str, typer.Option("--until", help="The last day, in UTC.")] = "",
+    store: Store,
+    tenant: AnyTenant = None,
+    by: Annotated[str, typer.Option(help="Of tenant, adapter, day; '' for one row.")] = "tenant,adapter,day",
+    adapter: Annotated[str | None, typer.Option(help="This adapter alone, all its versions.")] = None,
+    since: Since = "",
+    until: Until = "",
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """What the ledger says: requests, tokens, seconds and cost. `cost` is in millionths in JSON and CSV."""
-    from veneer.library.database import reading
     from veneer.serve.tenancy import ledger
 
     names = [name for name in by.split(",") if name]
-    with _opened() as store, reading(store.engine) as c:
+    with store.reading() as c:
         rows = ledger.usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
     if as_csv:
-        print(ledger.as_csv(rows, names), end="")
-    elif as_json:
-        print_json({"usage": rows})
-    else:
-        figures = ("requests", "interrupted", "open", "prompt", "cached", "completion")
-        shown = [[*(r[n] for n in names), *(f"{r[f]:,}" for f in figures), _money(r["cost"])] for r in rows]
-        _table((*names, *figures, "cost"), shown, "nothing was used")
+        return Result({"usage": rows}, ledger.as_csv(rows, names).removesuffix("\n"))
+    figures = ("requests", "interrupted", "open", "prompt", "cached", "completion")
+    shown = [[*(r[n] for n in names), *(f"{r[f]:,}" for f in figures), _money(r["cost"])] for r in rows]
+    return _rows({"usage": rows}, (*names, *figures, "cost"), shown, "nothing was used")
 
 
-@app.command(epilog="Example: veneer tenant economics acme --hour 2.50 --dedicated-hour 1.20 --since 2026-11-01")
+@tenant_command("economics", "veneer tenant economics acme --hour 2.50 --dedicated-hour 1.20 --since 2026-11-01")
 def economics(
-    tenant: Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)] = None,
+    store: Store,
+    tenant: AnyTenant = None,
     hour: Annotated[
         str,
-        typer.Option(
-            "--hour", envvar="VENEER_MACHINE_HOUR", help="What an hour of all that serves costs.", show_default=False
-        ),
+        typer.Option(envvar="VENEER_MACHINE_HOUR", help="What an hour of all that serves costs.", show_default=False),
     ] = "",
-    dedicated_hour: Annotated[
-        str, typer.Option("--dedicated-hour", help="Of a machine for one adapter; default: --hour.")
-    ] = "",
-    training_hour: Annotated[
-        str, typer.Option("--training-hour", help="Of a machine that trains; default: --hour.")
-    ] = "",
+    dedicated_hour: Annotated[str, typer.Option(help="Of a machine for one adapter; default: --hour.")] = "",
+    training_hour: Annotated[str, typer.Option(help="Of a machine that trains; default: --hour.")] = "",
     hours: Annotated[
-        float | None, typer.Option("--hours", min=0, help="For which the machine was paid; by default all of the time.")
+        float | None, typer.Option(min=0, help="For which the machine was paid; by default all of the time.")
     ] = None,
-    since: Annotated[str, typer.Option("--since", help="The first day, in UTC.")] = "",
-    until: Annotated[str, typer.Option("--until", help="The last day, in UTC.")] = "",
+    since: Since = "",
+    until: Until = "",
     library: Annotated[
-        str | None, typer.Option("--library", envvar="VENEER_LIBRARY", help="The library with the jobs' bills.")
+        str | None, typer.Option(envvar="VENEER_LIBRARY", help="The library with the jobs' bills.")
     ] = None,
     index: LibraryIndex = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """What each tenant's adapters cost to train and to serve, what they bring, and when a machine of one's own pays.
 
     From the ledger and the jobs' bills. Money in JSON is in millionths."""
-    from veneer.jobs.economics import MachinePrices
-    from veneer.jobs.economics import economics as measured
+    from veneer.jobs.economics import economics as measure
 
     if not hour:
         raise typer.BadParameter("say what an hour of the machine costs: --hour, or VENEER_MACHINE_HOUR")
-    more = {"dedicated": dedicated_hour, "training": training_hour}
-    prices = MachinePrices(_millionths(hour)[0], **{name: _millionths(text)[0] for name, text in more.items() if text})
-    with _opened() as store, _jobs(library, index) as jobs:
-        found = measured(store, jobs, prices, tenant=tenant, since=since, until=until, hours=hours)
-    if as_json:
-        print_json({**asdict(found), "rows": [row.to_dict() for row in found.rows]})
-        return
+    serving, dedicated, training = _millionths(hour, dedicated_hour or hour, training_hour or hour)
+    more: dict[str, Any] = {"dedicated": dedicated, "training": training, "tenant": tenant, "hours": hours}
+    with _jobs(library, index) as jobs:
+        found = measure(store, jobs, serving, since=since, until=until, **more)
     rows = [
         (
             r.tenant,
@@ -480,15 +459,15 @@ def economics(
         )
         for r in found.rows
     ]
-    head = ("tenant", "adapter", "training", "billed", "requests", "1,000 cost", "1,000 bring", "1,000 alone")
-    _table((*head, "alone from, a day", "paid back after"), rows, "nothing was used or trained")
-    if rows:
-        print(f"{found.hours:,.1f} hours from {found.since} to {found.until or 'now'}")
+    head = ["tenant", "adapter", "training", "billed", "requests", "1,000 cost", "1,000 bring", "1,000 alone"]
+    head += ["alone from, a day", "paid back after"]
+    period = f"{found.hours:,.1f} hours from {found.since} to {found.until or 'now'}"
+    return Result(asdict(found), f"{table(head, rows)}\n{period}" if rows else "nothing was used or trained")
 
 
 @contextmanager
 def _jobs(place: str | None, index: str | None) -> Iterator[JobStore | None]:
-    """The queue of the library; None where there is no library: asking does not make one."""
+    """The jobs of the library; None if there is no library: a query does not make one."""
     from veneer.jobs.store import JobStore
     from veneer.library.library import library_place, open_library
 
@@ -510,90 +489,67 @@ def _count(number: int | None) -> str:
     return "never" if number is None else f"{number:,}"
 
 
-@app.command("audit", epilog="Example: veneer tenant audit --what key --limit 20")
+@tenant_command("audit", "veneer tenant audit --what key --limit 20")
 def audit_(
-    what: Annotated[str, typer.Option("--what", help="These changes alone: key, route, limit, adapter.load.")] = "",
-    subject: Annotated[str, typer.Option("--subject", help="Of this tenant, route or adapter.")] = "",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
+    store: Store,
+    what: Annotated[str, typer.Option(help="These changes alone: key, route, limit, adapter.load.")] = "",
+    subject: Annotated[str, typer.Option(help="Of this tenant, route or adapter.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
     verify: Annotated[bool, typer.Option("--verify", help="Check the chain of hashes; print its head.")] = False,
-    expect: Annotated[str, typer.Option("--expect", help="With --verify: a head that was seen earlier.")] = "",
-    as_json: AsJson = False,
-) -> None:
+    expect: Annotated[str, typer.Option(help="With --verify: a head that was seen earlier.")] = "",
+) -> Result:
     """Who changed what, the newest first. With --verify: exit code 0 if no line is missing or changed, else 2."""
-    from veneer.library.database import reading
     from veneer.serve.tenancy import manage
 
-    with _opened() as store, reading(store.engine) as c:
-        if not (verify or expect):
-            found = manage.audit_lines(c, what=what, subject=subject, limit=limit)
-        else:
+    with store.reading() as c:
+        if verify or expect:
             head, count, wrong = manage.audit_faults(c, expect)
-    if verify or expect:
-        if as_json:
-            print_json({"ok": not wrong, "head": head, "lines": count, "faults": wrong})
-        else:
-            print("\n".join([f"{count:,} lines, head {head}", *wrong]))
-        if wrong:
-            raise typer.Exit(2)
-    elif as_json:
-        print_json({"lines": found})
-    else:
-        for line in found:
-            change = f"{json.dumps(line['before'])} -> {json.dumps(line['after'])}"
-            print(f"{line['number']}  {line['at']}  {line['who']}  {line['what']}  {line['subject']}  {change}")
+            value = {"ok": not wrong, "head": head, "lines": count, "faults": wrong}
+            return Result(value, "\n".join([f"{count:,} lines, head {head}", *wrong]), 2 if wrong else 0)
+        found = manage.audit_lines(c, what=what, subject=subject, limit=limit)
+    lines = [
+        f"{x['number']}  {x['at']}  {x['who']}  {x['what']}  {x['subject']}  "
+        f"{json.dumps(x['before'])} -> {json.dumps(x['after'])}"
+        for x in found
+    ]
+    return Result({"lines": found}, "\n".join(lines))
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------
 
-_Of = Annotated[str, typer.Option("--tenant", help="Of this tenant alone; by default everybody's.")]
-_Route = Annotated[str, typer.Argument(help="The route.", show_default=False)]
-_Library = Annotated[
-    str | None,
-    typer.Option("--library", envvar="VENEER_LIBRARY", help="Where adapters are kept: it must have what is led to."),
-]
-_Force = Annotated[bool, typer.Option("--force", help="Move it unchecked: a server loads the adapters by itself.")]
 
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Say who would move, and move nothing.")]
-
-
-@route_app.command("set", epilog="Example: veneer tenant route set support support@1=90 support@2=10")
+@route_command("set", "veneer tenant route set support support@1=90 support@2=10")
 def route_set(
-    route: _Route,
+    store: Store,
+    route: Route,
     targets: Annotated[list[str], typer.Argument(help="adapter=weight, or one adapter.", show_default=False)],
-    tenant: _Of = "",
-    shadow: Annotated[str | None, typer.Option("--shadow", help="Answers too, unseen; the log compares.")] = None,
-    fraction: Annotated[float, typer.Option("--fraction", help="Of the requests that the shadow gets.")] = 1.0,
-    library: _Library = None,
-    force: _Force = False,
-    dry_run: _DryRun = False,
-    as_json: AsJson = False,
-) -> None:
+    tenant: RouteTenant = "",
+    shadow: Annotated[str | None, typer.Option(help="Answers too, unseen; the log compares.")] = None,
+    fraction: Annotated[float, typer.Option(help="Of the requests that the shadow gets.")] = 1.0,
+    library: Library = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> Result:
     """Point a route to adapters by weight. A user stays with one; moving weights moves as few as can be."""
     from veneer.serve.tenancy import routes
 
-    pairs = [
-        (name, int(weight) if weight.isdigit() else 0 if weight else 1) for name, _, weight in map(_split, targets)
-    ]
+    split = [target.partition("=") for target in targets]
+    pairs = [(name, int(weight) if weight.isdigit() else 0 if weight else 1) for name, _, weight in split]
     if any(not weight for _, weight in pairs):
         raise typer.BadParameter("weights are whole numbers, 1 or more: support@1=90")
     more: dict[str, Any] = {"tenant": tenant, "shadow": shadow, "fraction": fraction}
-    with _opened() as store:
-        now = store.settings.routes.get((tenant, route))
-        made = routes.planned_route(now, route, pairs, **more)
-        if not dry_run:
-            made = routes.set_route(store, route, pairs, who=_who(), check=_kept_in(library, force), **more)
-    _moved(routes.route_shown(made), routes.route_change(now, made), as_json)
+    now = store.settings.routes.get((tenant, route))
+    made = routes.planned_route(now, route, pairs, **more)
+    if not dry_run:
+        made = routes.set_route(store, route, pairs, who=_user(), check=_check(library, force), **more)
+    return _moved(routes.route_shown(made), routes.route_change(now, made))
 
 
-def _moved(shown: dict[str, Any], change: str, as_json: bool) -> None:
-    print_json({**shown, "change": change}) if as_json else print(f"{_line(shown)}\n{change}")
+def _moved(shown: dict[str, Any], change: str) -> Result:
+    return Result({**shown, "change": change}, f"{_line(shown)}\n{change}")
 
 
-def _split(text: str) -> tuple[str, str, str]:
-    return text.partition("=")
-
-
-def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
+def _check(place: str | None, force: bool) -> Callable[[str], None] | None:
     """Return the check of a route's target that needs no server; None with `force`.
 
     The target must be a readable adapter in the library, a built-in base, or a base that adapters in the library
@@ -602,13 +558,10 @@ def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
     from veneer.library.library import library_place, open_library
     from veneer.models.builtin import BUILTIN, PACKAGED
 
-    if force:
-        return None
-
     def check(name: str) -> None:
         where = place or library_place()
         fix = "veneer library add PATH NAME; --library says where else they are; --force where a server loads it itself"
-        if "://" not in where and not Path(where).expanduser().is_dir():  # asking does not make one
+        if "://" not in where and not Path(where).expanduser().is_dir():  # a check does not make a library
             raise AdapterError(f"there is no library at {where}", fix=fix)
         with open_library(where) as library:
             try:
@@ -620,7 +573,7 @@ def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
         if not found.digest:
             raise AdapterError(f"{found.reference} could not be read when it was added to the library", fix=fix)
 
-    return check
+    return None if force else check
 
 
 def _line(shown: dict[str, Any]) -> str:
@@ -631,97 +584,81 @@ def _line(shown: dict[str, Any]) -> str:
     return f"{shown['route']}{whose} -> {parts or 'nothing'}{shadow}"
 
 
-@route_app.command("list", epilog="Example: veneer tenant route list")
-def route_list(as_json: AsJson = False) -> None:
+@route_command("list", "veneer tenant route list")
+def route_list(store: Store) -> Result:
     """Every route and where it leads."""
     from veneer.serve.tenancy import routes
 
-    with _opened() as store:
-        found = [routes.route_shown(route) for route in store.settings.routes.values()]
-    print_json({"routes": found}) if as_json else print("\n".join(map(_line, found)) or "no routes")
+    found = [routes.route_shown(route) for route in store.settings.routes.values()]
+    return Result({"routes": found}, "\n".join(map(_line, found)) or "no routes")
 
 
-@route_app.command("rollback", epilog="Example: veneer tenant route rollback support")
+@route_command("rollback", "veneer tenant route rollback support")
 def route_rollback(
-    route: _Route,
-    tenant: _Of = "",
-    library: _Library = None,
-    force: _Force = False,
-    dry_run: _DryRun = False,
-    as_json: AsJson = False,
-) -> None:
+    store: Store,
+    route: Route,
+    tenant: RouteTenant = "",
+    library: Library = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> Result:
     """Put back what the route led to before its last move, for the same users, from the next request on."""
-    from veneer.library.database import reading
     from veneer.serve.tenancy import routes
 
-    with _opened() as store:
-        with reading(store.engine) as c:
-            now, made = routes.earlier_route(c, route, tenant=tenant)
-        if not dry_run:
-            made = routes.rollback_route(store, route, tenant=tenant, who=_who(), check=_kept_in(library, force))
-    _moved(routes.route_shown(made), routes.route_change(now, made), as_json)
+    with store.reading() as c:
+        now, made = routes.earlier_route(c, route, tenant=tenant)
+    if not dry_run:
+        made = routes.rollback_route(store, route, tenant=tenant, who=_user(), check=_check(library, force))
+    return _moved(routes.route_shown(made), routes.route_change(now, made))
 
 
-@route_app.command("remove", epilog="Example: veneer tenant route remove support")
-def route_remove(route: _Route, tenant: _Of = "", as_json: AsJson = False) -> None:
+@route_command("remove", "veneer tenant route remove support")
+def route_remove(store: Store, route: Route, tenant: RouteTenant = "") -> Result:
     """Take a route away; `rollback` brings it back."""
     from veneer.serve.tenancy import routes
 
-    with _opened() as store:
-        routes.remove_route(store, route, tenant=tenant, who=_who())
-    print_json({"removed": route}) if as_json else print(f"removed {route}")
+    routes.remove_route(store, route, tenant=tenant, who=_user())
+    return Result({"removed": route}, f"removed {route}")
 
 
-@route_app.command("history", epilog="Example: veneer tenant route history support")
-def route_history(route: _Route, tenant: _Of = "", as_json: AsJson = False) -> None:
+@route_command("history", "veneer tenant route history support")
+def route_history(store: Store, route: Route, tenant: RouteTenant = "") -> Result:
     """Every move of a route, the newest first; * is the one that holds."""
-    from veneer.library.database import reading
     from veneer.serve.tenancy import routes
 
-    with _opened() as store, reading(store.engine) as c:
+    with store.reading() as c:
         found = routes.route_history(c, route, tenant=tenant)
-    if as_json:
-        print_json({"moves": found})
-        return
-    for move in found:
-        line = _line({"route": route, **move})
-        print(f"{'*' if move['current'] else ' '} {move['move']}  {_day(move['at'])}  {move['who']}  {line}")
+    lines = [
+        f"{'*' if m['current'] else ' '} {m['move']}  {_day(m['at'])}  {m['who']}  {_line({'route': route, **m})}"
+        for m in found
+    ]
+    return Result({"moves": found}, "\n".join(lines))
 
 
-@route_app.command("shadows", epilog="Example: veneer tenant route shadows support")
+@route_command("shadows", "veneer tenant route shadows support")
 def route_shadows(
+    store: Store,
     route: Annotated[str, typer.Argument(help="The route; by default all.", show_default=False)] = "",
-    limit: Annotated[int, typer.Option("--limit", min=0, help="Show at most so many one by one.")] = 20,
-    as_json: AsJson = False,
-) -> None:
+    limit: Annotated[int, typer.Option(min=0, help="Show at most so many one by one.")] = 20,
+) -> Result:
     """How the answers of shadows differed: in sum, then the newest one by one."""
-    from veneer.library.database import reading
     from veneer.serve.tenancy import routes
 
-    with _opened() as store, reading(store.engine) as c:
+    with store.reading() as c:
         summary = routes.shadow_summary(c, route=route)
         found = routes.shadow_log(c, route=route, limit=limit)
-    if as_json:
-        print_json({"summary": summary, "comparisons": found})
-        return
-    for r in summary:
-        print(_summary_line(r))
-    if summary and found:
-        print()
     rows = [
         (
-            _day(r["at"]),
-            r["route"],
-            r["target"],
-            r["shadow"],
-            _difference(r),
+            *(_day(r["at"]), r["route"], r["target"], r["shadow"], _difference(r)),
             f"{r['target_tokens']}/{r['shadow_tokens']}",
             f"{r['target_seconds']:.2f}/{r['shadow_seconds']:.2f}",
         )
         for r in found
     ]
-    empty = "" if summary else "no comparisons"
-    _table(("when", "route", "target", "shadow", "answers", "tokens", "seconds"), rows, empty)
+    head = ("when", "route", "target", "shadow", "answers", "tokens", "seconds")
+    parts = ["\n".join(map(_summary_line, summary)), table(head, rows) if rows else ""]
+    text = "\n\n".join(filter(None, parts)) or "no comparisons"
+    return Result({"summary": summary, "comparisons": found}, text)
 
 
 def _summary_line(r: dict[str, Any]) -> str:
@@ -747,29 +684,25 @@ def _difference(r: dict[str, Any]) -> str:
 # -- feedback ----------------------------------------------------------------------------------------------------------
 
 
-@feedback_app.command("keep", epilog="Example: veneer tenant feedback keep acme --days 30 --name 'acme/*'")
+@feedback_command("keep", "veneer tenant feedback keep acme --days 30 --name 'acme/*'")
 def feedback_keep(
-    tenant: _Kept = "",
-    days: Annotated[float, typer.Option("--days", help="How long each answer is kept.")] = 30.0,
-    name: Annotated[
-        list[str] | None, typer.Option("--name", help="Of these routes or adapters alone; repeatable.")
-    ] = None,
-    off: Annotated[
-        bool, typer.Option("--off", help="Keep none from now on; what is there stays until its time.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
+    store: Store,
+    tenant: KeptTenant = "",
+    days: Annotated[float, typer.Option(help="How long each answer is kept.")] = 30.0,
+    name: Annotated[list[str] | None, typer.Option(help="Of these routes or adapters alone; repeatable.")] = None,
+    off: Annotated[bool, typer.Option("--off", help="Keep none from now on; kept ones stay.")] = False,
+) -> Result:
     """Keep a tenant's chats for feedback: messages, answers, a hash of `user`. Nothing is kept unless this says so."""
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.store import FeedbackTerms
 
-    with _opened() as store:
-        made = None if off else FeedbackTerms(days, tuple(name or ()))
-        manage.set_feedback(store, tenant, made, who=_who())
-    if as_json:
-        print_json({"tenant": tenant, "feedback": None if made is None else asdict(made)})
-    else:
-        print(f"{tenant or _WHOEVER}: {_kept(made)}")
+    made = None if off else FeedbackTerms(days, tuple(name or ()))
+    manage.set_feedback(store, tenant, made, who=_user())
+    value = {"tenant": tenant, "feedback": None if made is None else asdict(made)}
+    return Result(value, f"{tenant or _NO_KEY}: {_kept(made)}")
+
+
+_NO_KEY = "(without a key)"
 
 
 def _kept(terms: Any) -> str:
@@ -778,37 +711,32 @@ def _kept(terms: Any) -> str:
     return f"answers are kept for {terms.days:g} days: {' '.join(terms.names) or 'all'}"
 
 
-@feedback_app.command("show", epilog="Example: veneer tenant feedback show")
-def feedback_show(as_json: AsJson = False) -> None:
+@feedback_command("show", "veneer tenant feedback show")
+def feedback_show(store: Store) -> Result:
     """Whose answers are kept, and what was said of them."""
-    from veneer.library.database import reading
     from veneer.serve.tenancy.feedback import feedback_counts
 
-    with _opened() as store, reading(store.engine) as c:
+    with store.reading() as c:
         terms = store.settings.feedback
         names = [*([""] if "" in terms else []), *store.settings.tenants]
         found = {name: feedback_counts(c, name, time.time()) for name in names}
-    if as_json:
-        listed = [{"tenant": t, "feedback": asdict(terms[t]) if t in terms else None, **n} for t, n in found.items()]
-        print_json({"tenants": listed})
-        return
-    rows = [(t or _WHOEVER, *n.values(), _kept(terms.get(t))) for t, n in found.items() if t in terms or n["answers"]]
-    _table(("tenant", "answers", "up", "down", "corrected", "chosen", ""), rows, "no answers are kept")
+    listed = [{"tenant": t, "feedback": asdict(terms[t]) if t in terms else None, **n} for t, n in found.items()]
+    rows = [(t or _NO_KEY, *n.values(), _kept(terms.get(t))) for t, n in found.items() if t in terms or n["answers"]]
+    head = ("tenant", "answers", "up", "down", "corrected", "chosen", "")
+    return _rows({"tenants": listed}, head, rows, "no answers are kept")
 
 
-@feedback_app.command(
-    "export",
-    epilog="Example: veneer tenant feedback export acme --kind preference --adapter acme/support -o rows.jsonl",
-)
+_EXPORT = "veneer tenant feedback export acme --kind preference --adapter acme/support -o rows.jsonl"
+
+
+@feedback_command("export", _EXPORT)
 def feedback_export(
+    store: Store,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file of JSON lines.", show_default=False)],
-    tenant: _Kept = "",
-    kind: Annotated[str, typer.Option("--kind", help="supervised, preference or unpaired.")] = "supervised",
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", help="Of this adapter or route alone, all versions.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+    tenant: KeptTenant = "",
+    kind: Annotated[str, typer.Option(help="supervised, preference or unpaired.")] = "supervised",
+    adapter: Annotated[str | None, typer.Option(help="Of this adapter or route alone, all versions.")] = None,
+) -> Result:
     """Write what users said as rows for `veneer train`: thumbs up and corrections, pairs, or thumbs one by one."""
     from veneer.files.atomic import atomic_write
     from veneer.serve.tenancy import manage
@@ -822,26 +750,24 @@ def feedback_export(
             count += 1
             yield json.dumps(row).encode() + b"\n"
 
-    with _opened() as store:
-        if tenant:
-            manage.get_tenant(store, tenant)
-        found = feedback_rows(store.engine, tenant, kind, adapter=adapter)
-        atomic_write(output, lines())
-    print_json({"rows": count, "output": str(output)}) if as_json else print(f"{count:,} rows in {output}")
+    if tenant:
+        manage.get_tenant(store, tenant)
+    found = feedback_rows(store.engine, tenant, kind, adapter=adapter)
+    atomic_write(output, lines())
+    return Result({"rows": count, "output": str(output)}, f"{count:,} rows in {output}")
 
 
-@feedback_app.command("forget", epilog="Example: veneer tenant feedback forget acme --user u-17")
+@feedback_command("forget", "veneer tenant feedback forget acme --user u-17")
 def feedback_forget(
-    tenant: _Kept = "",
-    user: Annotated[str | None, typer.Option("--user", help="All answers to requests of this `user`.")] = None,
+    store: Store,
+    tenant: KeptTenant = "",
+    user: Annotated[str | None, typer.Option(help="All answers to requests of this `user`.")] = None,
     everything: Annotated[bool, typer.Option("--everything", help="All of the tenant's.")] = False,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Remove answers that were kept, with what was said of them, and those that are still on their way."""
     from veneer.serve.tenancy import manage
 
     if (user is not None) == everything:
         raise typer.BadParameter("give --user or --everything")
-    with _opened() as store:
-        gone = manage.remove_answers(store, tenant, user=user, who=_who())
-    print_json({"removed": gone}) if as_json else print(f"{gone:,} answers removed")
+    gone = manage.remove_answers(store, tenant, user=user, who=_user())
+    return Result({"removed": gone}, f"{gone:,} answers removed")

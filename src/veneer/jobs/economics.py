@@ -1,6 +1,6 @@
 """What tenants' adapters cost and bring, of what was: the ledger's sums and the jobs' bills, never a plan's.
 
-    for row in economics(store, jobs, MachinePrices(2_500_000)).rows: …
+    for row in economics(store, jobs, 2_500_000).rows: …
 
 A row for each tenant and adapter, all its versions together; the base is an adapter of its own. Money is in millionths,
 P is the price of an hour of a machine, H the hours of the period, both as given; s is the row's seconds of prefill and
@@ -27,7 +27,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -37,21 +37,6 @@ from veneer.library.database import reading
 from veneer.library.names import name_of
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Store
-
-
-@dataclass(frozen=True)
-class MachinePrices:
-    """Of an hour, in millionths: of all that serves together; of a machine that would serve one adapter, and of one
-    that trains, which cost the same unless it is said."""
-
-    serving: int
-    dedicated: int | None = None
-    training: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and not 0 <= value <= 10**12:
-                raise ConfigError(f"an hour costs {value} millionths", where=name, fix="from 0 to a million")
 
 
 @dataclass(frozen=True)
@@ -74,10 +59,6 @@ class EconomicsRow:
     dedicated_from: int | None
     paid_back_after: int | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Economics:
@@ -92,17 +73,28 @@ class Economics:
 def economics(
     store: Store,
     jobs: JobStore | None,
-    prices: MachinePrices,
+    hour: int,
     *,
+    dedicated: int | None = None,
+    training: int | None = None,
     tenant: str | None = None,
     since: str = "",
     until: str = "",
     hours: float | None = None,
     now: float | None = None,
 ) -> Economics:
-    """`jobs`: None where nothing is trained. `tenant`: its rows alone; what others made the machine work counts all the
-    same. `since`, `until`: days in UTC, both included; by default from the first day with a request or a bill to this
-    moment. `hours`: for which the shared machine was paid; by default all of the period. Raises ConfigError."""
+    """Costs and income of each tenant's adapters.
+
+    jobs: None if nothing is trained. hour: price of an hour of all machines that serve together, in millionths;
+    dedicated: of a machine that would serve one adapter; training: of one that trains; both default to `hour`. tenant:
+    report only its rows; the requests of others still count in the machine's use. since, until: days in UTC, both
+    included; by default from the first day with a request or a bill to now. hours: for which the machines that serve
+    were paid; by default all of the period. Raises ConfigError."""
+    dedicated = hour if dedicated is None else dedicated
+    training = hour if training is None else training
+    for name, price in (("hour", hour), ("dedicated", dedicated), ("training", training)):
+        if not 0 <= price <= 10**12:
+            raise ConfigError(f"an hour costs {price} millionths", where=name, fix="from 0 to a million")
     for name, day in (("since", since), ("until", until)):
         if day and not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
             raise ConfigError(f"{day!r} is not a date", where=name, fix="as in 2026-11-25, in UTC")
@@ -133,19 +125,18 @@ def economics(
         each["training_billed"] += bill.cost
     whole = math.fsum(each["serving_seconds"] for each in found.values())
     rows = [
-        _row(key, each, prices, hours, whole)
+        _row(key, each, hours * hour * each["serving_seconds"] / whole if whole else 0.0, hours, dedicated, training)
         for key, each in sorted(found.items())
         if tenant in (None, key[0]) and (each["requests"] or each["jobs"])
     ]
     return Economics(since, until, hours, rows)
 
 
-def _row(key: tuple[str, str], each: dict[str, Any], prices: MachinePrices, hours: float, whole: float) -> EconomicsRow:
-    alone = prices.serving if prices.dedicated is None else prices.dedicated
-    train = prices.serving if prices.training is None else prices.training
+def _row(
+    key: tuple[str, str], each: dict[str, Any], serving: float, hours: float, dedicated_hour: int, training_hour: int
+) -> EconomicsRow:
     n, billed = each["requests"], each["billed"]
-    serving = hours * prices.serving * each["serving_seconds"] / whole if whole else 0.0
-    dedicated, training = hours * alone, each["training_seconds"] / 3600 * train
+    dedicated, training = hours * dedicated_hour, each["training_seconds"] / 3600 * training_hour
     owed, margin = max(0.0, training - each["training_billed"]), (billed - serving) / n if n else 0.0
     return EconomicsRow(
         *key,
@@ -160,7 +151,7 @@ def _row(key: tuple[str, str], each: dict[str, Any], prices: MachinePrices, hour
         round(dedicated),
         serving_thousand=round(1000 * serving / n) if n else None,
         dedicated_thousand=round(1000 * dedicated / n) if n else None,
-        dedicated_from=_up(24 * alone / (serving / n)) if n and serving else None,
+        dedicated_from=_up(24 * dedicated_hour / (serving / n)) if n and serving else None,
         paid_back_after=0 if not owed else _up(owed / margin) if margin > 0 else None,
     )
 

@@ -19,7 +19,7 @@ def change_everything(store: Store) -> None:
     row, _ = manage.make_tenant_key(store, "acme", who="ana")
     manage.rotate_key(store, row.id, who="ana")
     manage.revoke_key(store, row.id, who="bob")
-    manage.let_see(store, "acme", add=["x"], who="ana")
+    manage.grant(store, "acme", add=["x"], who="ana")
     manage.set_limit(store, "acme", "", {"concurrency": 2}, who="ana")
     manage.set_limit(store, "acme", "", {"concurrency": 5}, who="ana")
     manage.set_price(store, "acme", "", Price(1, 2, 3), who="ana")

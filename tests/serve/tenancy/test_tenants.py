@@ -174,15 +174,15 @@ def test_what_a_pattern_matches(patterns: list[str], name: str, expected: bool) 
 def test_a_tenant_sees_its_own_and_what_is_shared(tenants: Tenants) -> None:
     for name in ("acme", "globex"):
         manage.add_tenant(tenants.store, name, adapters=[f"{name}/*"], who="me")
-    manage.let_see(tenants.store, "", add=["base", "public/*"], who="me")
+    manage.grant(tenants.store, "", add=["base", "public/*"], who="me")
     _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
     sees = run(tenants.caller(key)).sees
     assert [n for n in ("acme/a", "globex/a", "public/b", "base", "other") if sees(n)] == ["acme/a", "public/b", "base"]
-    assert manage.let_see(tenants.store, "acme", add=["x"], remove=["acme/*"], who="me") == ("x",)
+    assert manage.grant(tenants.store, "acme", add=["x"], remove=["acme/*"], who="me") == ("x",)
     assert sees("acme/a")  # a request keeps what it meant when it came in
     assert not run(tenants.caller(key)).sees("acme/a")
     with pytest.raises(UnknownName, match="no pattern"):
-        manage.let_see(tenants.store, "acme", remove=["y"], who="me")
+        manage.grant(tenants.store, "acme", remove=["y"], who="me")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_no_name_can_escape(quick: Path, name: str) -> None:
         with pytest.raises(ConfigError):
             manage.add_tenant(store, name, who="me")
     for change in (
-        lambda: manage.let_see(store, "", add=[name], who="me"),
+        lambda: manage.grant(store, "", add=[name], who="me"),
         lambda: manage.set_limit(store, "", name or "..", {"concurrency": 1}, who="me"),
         lambda: routes.set_route(store, name, [("v1", 1)], who="me"),
     ):

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, VeneerError, nearest
-from veneer.library.database import reading
 from veneer.serve.http.bodies import BodyRoute, problem_text
 from veneer.serve.http.guard import needs
 from veneer.serve.outage import fault, is_outage
@@ -162,12 +161,12 @@ def _tenants(router: APIRouter, store: Store) -> None:
         return {"removed": tenant}
 
     @router.patch("/tenants/{tenant}/adapters")
-    def let_see(tenant: str, body: Seen) -> dict[str, Any]:
-        return {"adapters": manage.let_see(store, tenant, add=body.add, remove=body.remove, who=_WHO)}
+    def change_grants(tenant: str, body: Seen) -> dict[str, Any]:
+        return {"adapters": manage.grant(store, tenant, add=body.add, remove=body.remove, who=_WHO)}
 
     @router.patch("/shared")
     def share(body: Seen) -> dict[str, Any]:
-        return {"adapters": manage.let_see(store, ALL, add=body.add, remove=body.remove, who=_WHO)}
+        return {"adapters": manage.grant(store, ALL, add=body.add, remove=body.remove, who=_WHO)}
 
     @router.get("/cache")
     def list_cache() -> dict[str, Any]:
@@ -283,7 +282,7 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
 
     @router.post("/routes/rollback")
     def rollback(body: RouteName) -> dict[str, Any]:
-        with reading(store.engine) as c:
+        with store.reading() as c:
             now, made = routes.earlier_route(c, body.route, tenant=body.tenant)
         if not body.dry_run:
             check = None if body.force else catalog.check
@@ -292,12 +291,12 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
 
     @router.get("/routes/history")
     def history(route: str, tenant: str = ALL) -> dict[str, Any]:
-        with reading(store.engine) as c:
+        with store.reading() as c:
             return {"moves": routes.route_history(c, route, tenant=tenant)}
 
     @router.get("/shadows")
     def shadow_log(route: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
-        with reading(store.engine) as c:
+        with store.reading() as c:
             summary = routes.shadow_summary(c, route=route)
             return {"summary": summary, "comparisons": routes.shadow_log(c, route=route, limit=limit)}
 
@@ -321,7 +320,7 @@ def _records(router: APIRouter, store: Store) -> None:
         names = [name for name in by.split(",") if name]
         if format not in ("json", "csv"):
             raise ConfigError(f"there is no format {format!r} of usage", where="format", fix="json or csv")
-        with reading(store.engine) as c:
+        with store.reading() as c:
             rows = usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
         return PlainTextResponse(as_csv(rows, names), media_type="text/csv") if format == "csv" else {"usage": rows}
 
@@ -332,12 +331,12 @@ def _records(router: APIRouter, store: Store) -> None:
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         skip: Annotated[int, Query(ge=0)] = 0,
     ) -> dict[str, Any]:
-        with reading(store.engine) as c:
+        with store.reading() as c:
             return {"lines": manage.audit_lines(c, subject=subject, what=what, limit=limit, skip=skip)}
 
     @router.get("/audit/verify")
     def verify(expect: str = "") -> dict[str, Any]:
-        with reading(store.engine) as c:
+        with store.reading() as c:
             head, count, wrong = manage.audit_faults(c, expect)
         return {"ok": not wrong, "head": head, "lines": count, "faults": wrong}
 

@@ -240,7 +240,7 @@ class KeptAnswers:
             if not _ID.fullmatch(answer):
                 raise self._unknown(tenant, answer)
         a = answer_table.c
-        with reading(self.store.engine) as c:
+        with self.store.reading() as c:
             known = {*c.scalars(select(a.id).where(a.tenant == tenant, a.id.in_(answers)))}
         if known != answers:  # one check for all answers
             self.flush()

@@ -205,7 +205,7 @@ def remove_tenant(store: Store, name: str, *, who: str) -> None:
         append_audit(c, who, "tenant.remove", name, before, None)
 
 
-def let_see(
+def grant(
     store: Store, tenant: str, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str
 ) -> tuple[str, ...]:
     """Change the patterns of the names that a tenant sees; tenant ALL: those that every tenant sees. Returns them."""

@@ -26,7 +26,6 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Table, case, delete, func, insert, select
 
 from veneer.errors import ConfigError, VeneerError
-from veneer.library.database import reading
 from veneer.serve.access import ShadowAnswer
 from veneer.serve.outage import is_outage
 from veneer.serve.principal import STRANGER, Principal
@@ -317,7 +316,7 @@ def rollback_route(
     """Make the move before the current one current again: what it led to, for whom. Once more leads one further
     back. `check`: as of `set_route`. `moves`: those that are taken back together, the current one among them."""
     undone = set(moves)
-    with reading(store.engine) as c:
+    with store.reading() as c:
         _, led = earlier_route(c, route, tenant=tenant, undone=undone)
     _check([name for name, _ in led.targets], led.shadow, check)
     with store.change() as c:

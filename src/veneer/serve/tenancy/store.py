@@ -31,6 +31,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -456,7 +457,7 @@ class Store:
 
     def look(self) -> TenantSettings:
         """The settings as they are in the database now."""
-        with reading(self.engine) as c:
+        with self.reading() as c:
             if int(c.scalar(_REVISION) or 0) == self._settings.revision:
                 return self._settings
         connection = self.engine.connect()
@@ -467,6 +468,10 @@ class Store:
         if found.revision > self._settings.revision:  # another thread may have looked later and finished sooner
             self._settings = found
         return found
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """A connection for queries."""
+        return reading(self.engine)
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Connection]:

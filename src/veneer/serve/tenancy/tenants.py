@@ -184,11 +184,11 @@ class Tenants(Tenancy):
 
     def let_see_own(self, tenant: str) -> None:
         """A line of the audit log the first time, and nothing after it. Waits for the disk."""
-        from veneer.serve.tenancy.manage import get_tenant, let_see
+        from veneer.serve.tenancy.manage import get_tenant, grant
 
         own = f"{tenant}/*"
         if own not in get_tenant(self.store, tenant).adapters:
-            let_see(self.store, tenant, add=[own], who="jobs")
+            grant(self.store, tenant, add=[own], who="jobs")
 
     @property
     def routes(self) -> TenantRoutes:

@@ -1,0 +1,65 @@
+"""Commands that work on something opened, such as a library, and return what they print.
+
+    library_command = partial(command, app, open_library)
+
+    @library_command("remove", "veneer library remove support@1")
+    def remove(library: Library, reference: Reference) -> Result:
+        gone = library.remove(reference)
+        return Result({"removed": gone}, f"removed {', '.join(gone)}")
+
+`veneer library remove support@1` prints the text, and with `--json` the value.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import typer
+
+from veneer.cli.options import AsJson
+from veneer.cli.output import print_json
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command prints: `value` with --json, else `text`. `code`: the exit code."""
+
+    value: Any
+    text: str
+    code: int = 0
+
+
+def command(
+    app: typer.Typer, opened: Callable[[], AbstractContextManager[Any]], name: str, example: str
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Register a function as a command of `app`. Its first argument is what `opened` gives; the others are the
+    command's, and --json comes last."""
+
+    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.wraps(function)
+        def run(*, as_json: bool, **arguments: Any) -> None:
+            with opened() as first:
+                result = function(first, **arguments)
+            if as_json:
+                print_json(result.value)
+            elif result.text:
+                print(result.text)
+            if result.code:
+                raise typer.Exit(result.code)
+
+        first, *rest = inspect.signature(function).parameters.values()
+        names = {**function.__globals__, str(first.annotation): object}  # its type can be imported only for mypy
+        hints = get_type_hints(function, names, include_extras=True)
+        json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+        options = [*(p.replace(annotation=hints[p.name]) for p in rest), json_option]
+        run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in options}
+        app.command(name, epilog=f"Example: {example}")(run)
+        return function
+
+    return register
