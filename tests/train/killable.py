@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from veneer.train import checkpoint
 from veneer.train.events import Event, Stepped
-from veneer.train.loop import Learner, Micro, Score, Step, TrainingPlan, by_itself, stepping
+from veneer.train.loop import Learner, Loop, Micro, Score, Step, TrainingPlan, train
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.report.log import JsonLog
 
 STEPS = 12
 
 
-class Net(Learner):
+class Net:
     """Two layers with dropout, and noise from Python's and numpy's generators."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ def main(folder: Path, kill_at: int | None) -> None:
     plan = TrainingPlan(
         steps, Schedule.of("cosine", STEPS, 3), evaluate_at=range(0, STEPS, 3), save_at=range(0, STEPS, 2)
     )
-    by_itself(stepping(net, plan, optimizer, save=save, progress=progress, on_event=tell))
+    train([Loop(Learner(parameters, net.loss, score=net.score), plan, optimizer, progress, save, tell)])
     state = [p.detach() for p in parameters.values()]
     state += [optimizer.state[p][entry] for p in parameters.values() for entry in sorted(optimizer.state[p])]
     (folder / "final.bin").write_bytes(b"".join(t.numpy().tobytes() for t in state))

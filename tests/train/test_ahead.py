@@ -16,7 +16,7 @@ from veneer.errors import Interrupted, ResourceError
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Event, Stepped
-from veneer.train.loop import LazySteps, Learner, Micro, Score, Step, TrainingPlan, by_itself, stepping
+from veneer.train.loop import LazySteps, Learner, Loop, Micro, Step, TrainingPlan, train
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.text.batches import Batch, collate
 from veneer.train.text.encode import Example
@@ -32,7 +32,7 @@ class Rows:
         self.x = torch.randn(2, 3, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
 
 
-class Fitted(Learner):
+class Fitted:
     """Squared error with dropout. `ahead`: whether a thread makes its batches, with a copy that stands for the one to a
     device. `made`, `sent`, `used`: numbers of batches, in order; `most`: how many were alive at once."""
 
@@ -57,21 +57,19 @@ class Fitted(Learner):
 
         return Micro(2, 2, (number,), make, items=(number,))
 
-    def ahead(self) -> Callable[[Any], Any] | None:
+    @property
+    def learner(self) -> Learner:
         def send(rows: Rows) -> Rows:
             rows.x = rows.x.clone()
             return rows
 
-        return send if self._ahead else None
+        return Learner(self.parameters, self.loss, send=send if self._ahead else None)
 
     def loss(self, batch: Rows) -> Tensor:
         kept = torch.nn.functional.dropout(batch.x, 0.5)
         value: Tensor = (kept @ self.parameters["w.A"] - 1).square().sum()
         self.used.append(round(float(batch.x[0, 0]) * 1e6))
         return value
-
-    def score(self, interrupted: Callable[[], bool]) -> Score | None:
-        return None
 
     def steps(self, epochs: int = 2) -> LazySteps:
         """Epochs of two steps."""
@@ -90,8 +88,9 @@ def _run(
     optimizer = make_optimizer(learner.parameters, learning_rate=0.1)
     steps = learner.steps() if steps is None else steps
     plan = TrainingPlan(steps, Schedule.of("constant", len(steps)), seed=5)
-    told = on_event or events.append
-    return by_itself(stepping(learner, plan, optimizer, progress=progress, on_event=told)), events
+    loop = Loop(learner.learner, plan, optimizer, progress or Progress(), emit=on_event or events.append)
+    train([loop])
+    return loop.progress, events
 
 
 def test_order_and_bits_are_those_of_a_run_without_it() -> None:

@@ -25,22 +25,21 @@ from veneer.train.events import Evaluated, Event, Probed, Saved, Stepped, Stoppe
 from veneer.train.loop import (
     LazySteps,
     Learner,
+    Loop,
     Means,
     Micro,
     Score,
     Step,
-    StopAsked,
     TrainingPlan,
-    by_itself,
     probe,
-    stepping,
+    train,
 )
 from veneer.train.optim import Schedule, make_optimizer
 
 ROWS, WIDTH = 24, 3
 
 
-class Problem(Learner):
+class Problem:
     """Squared error of a linear model on rows of unequal "trained tokens": Σ over a row's tokens, as an NLL is."""
 
     def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
@@ -49,6 +48,10 @@ class Problem(Learner):
         self.x = torch.randn(ROWS, WIDTH, generator=g, dtype=dtype)
         self.y = torch.randn(ROWS, generator=g, dtype=dtype)
         self.parameters = {"w.A": nn.Parameter(torch.zeros(WIDTH, dtype=dtype))}
+
+    @property
+    def learner(self) -> Learner:
+        return Learner(self.parameters, self.loss, score=self.score)
 
     def loss(self, batch: list[int]) -> Tensor:
         weight = torch.tensor([float(self.counts[r]) for r in batch], dtype=self.x.dtype)
@@ -105,7 +108,9 @@ def _train(
 ) -> Progress:
     optimizer = make_optimizer(problem.parameters, name=name, learning_rate=lr)
     planned = TrainingPlan(steps, Schedule.of("constant", len(steps)), clip, **plan)
-    return by_itself(stepping(problem, planned, optimizer, save=save, on_event=on_event or (lambda event: None)))
+    loop = Loop(problem.learner, planned, optimizer, save=save, emit=on_event or (lambda event: None))
+    train([loop])
+    return loop.progress
 
 
 def _cut(rows: list[int], cuts: list[int]) -> list[list[int]]:
@@ -291,18 +296,6 @@ def test_ctrl_c_during_an_evaluation_saves_too(tmp_path: Path) -> None:
     assert saved == [(0, -1)]
 
 
-def test_a_signal_stops_steps_of_which_nothing_is_kept_at_once() -> None:
-    def loss(rows: list[int]) -> Tensor:
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("the step went on")
-
-    problem = Other(loss)
-    optimizer = make_optimizer(problem.parameters, learning_rate=0.1)
-    plan = TrainingPlan([problem.step([[0]])], Schedule.of("constant", 1))
-    with pytest.raises(KeyboardInterrupt):
-        by_itself(stepping(problem, plan, optimizer, asked=StopAsked()))
-
-
 def test_runs_in_a_thread_where_signals_cannot_be_set() -> None:
     problem, out = Problem(), []
     thread = threading.Thread(target=lambda: out.append(_train(problem, [problem.step([[0, 1]])])))
@@ -320,7 +313,7 @@ def test_probe_runs_the_longest_and_leaves_no_trace() -> None:
     micros = [problem.micro([0]), problem.micro([0, 1, 2]), problem.micro([1])]
     torch.manual_seed(3)
     random = torch.get_rng_state()
-    event = probe(problem, micros, seen.append)
+    event = probe(problem.learner, micros, seen.append)
     assert event.rows == (0, 1, 2)
     assert event.peak_memory_bytes > 0
     assert seen == [event]
@@ -334,9 +327,9 @@ def test_probe_finds_what_would_train_nothing() -> None:
     elsewhere = torch.zeros(1, requires_grad=True)
     micros = [Problem().micro([0])]
     with pytest.raises(PreflightError, match="no gradient"):
-        probe(Other(lambda rows: elsewhere.sum() * 2), micros, lambda e: None)
+        probe(Other(lambda rows: elsewhere.sum() * 2).learner, micros, lambda e: None)
     with pytest.raises(PreflightError, match="nan"):
-        probe(Other(lambda rows: torch.tensor(math.nan)), micros, lambda e: None)
+        probe(Other(lambda rows: torch.tensor(math.nan)).learner, micros, lambda e: None)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +346,7 @@ def test_out_of_memory_names_the_rows_and_the_way_out(error: Exception) -> None:
 
     problem = Other(loss)
     with pytest.raises(ResourceError) as caught:
-        probe(problem, [problem.micro([4, 5])], lambda e: None)
+        probe(problem.learner, [problem.micro([4, 5])], lambda e: None)
     assert "4, 5" in str(caught.value)
     assert "activation_checkpointing" in str(caught.value.fix)
 
@@ -364,7 +357,7 @@ def test_other_runtime_errors_pass_through() -> None:
 
     problem = Other(loss)
     with pytest.raises(RuntimeError, match="shapes"):
-        probe(problem, [problem.micro([0])], lambda e: None)
+        probe(problem.learner, [problem.micro([0])], lambda e: None)
 
 
 @pytest.mark.parametrize(("length", "count", "ends"), [({"epochs": 3}, 9, [2, 5, 9]), ({"steps": 6}, 6, [2, 5])])

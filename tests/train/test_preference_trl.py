@@ -117,7 +117,7 @@ def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pyt
     with attach(base.model) as attachment:
         attachment.add("run", adapter, trainable=True)
         attachment.use("run")
-        preference = Preference.of(config, base, attachment)
+        preference = Preference(config, base, attachment)
         preference.know(part.items, tmp_path / "reference.jsonl")
         (step,) = planned_steps(part.items, config, part.rows)
         preference.begin(step)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,54 +24,40 @@ from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, write_atomically
 from veneer.train.config.load import config_from
 from veneer.train.events import Event, Listener, Note, Stepped, to_record
-from veneer.train.loop import Micro, Score, Step
+from veneer.train.loop import Learner, Micro, Score, Step
 from veneer.train.preflight import Finding, Report
 from veneer.train.report.log import read_log
-from veneer.train.run import AttachedTask, Run, Task, carry_out, due, opened
+from veneer.train.run import Task, carry_out, due, newest_checkpoint, opened, raise_if_stopped
 from veneer.train.save import Outcome
 
 
-class Lines(Task[list[Step], Outcome], AttachedTask[Outcome]):
-    """Lines through points: y = w·x, by least squares. Before and after it is attached it is one object."""
+def lines(folder: Path, slope: float = 3.0) -> Task[Outcome]:
+    """Lines through points: y = w·x, by least squares."""
+    x = torch.linspace(-1, 1, 24)
+    w, file = nn.Parameter(torch.zeros(())), folder / "line.safetensors"
 
-    scored = True
+    def loss(batch: list[int]) -> Tensor:
+        return (w * x[batch] - slope * x[batch]).square().sum()
 
-    def __init__(self, folder: Path, slope: float = 3.0) -> None:
-        x = torch.linspace(-1, 1, 24)
-        self.x, self.y, self.file = x, slope * x, folder / "line.safetensors"
-        self.parameters = {"w.B": nn.Parameter(torch.zeros(()))}
-        self.steps = [Step((Micro(2, 2, (i, i + 1), lambda i=i: [i, i + 1]),), (i + 2) / 24) for i in range(0, 24, 2)]
-        self.ends = [12]
+    def score(stop: Callable[[], bool]) -> Score:
+        return Score(float(loss(list(range(24))).detach()), 24, 24, likelihood=False)
 
-    def read(self, run: Run) -> list[Step]:
-        return self.steps
+    def save(result: Outcome, progress: Progress, emit: Listener) -> Outcome:
+        write_atomically(file, b"".join(encode_tensors({"w": w.detach()})))
+        return replace(result, adapter=str(file))
 
-    def check(self, run: Run, data: list[Step], previous: Mapping[str, Any] | None) -> Report:
-        report = Report()
-        report.add(Finding("ok", "points", "24 points") if bool(self.y.any()) else Finding("stop", "points", "flat"))
-        run.say(report, [("base.dtype", "float32", "points are")])
-        return report
-
-    @contextmanager
-    def attach(self, run: Run, data: list[Step], report: Report) -> Iterator[Lines]:
-        yield self
-
-    def loss(self, batch: list[int]) -> Tensor:
-        return (self.parameters["w.B"] * self.x[batch] - self.y[batch]).square().sum()
-
-    def score(self, interrupted: Callable[[], bool]) -> Score:
-        return Score(float(self.loss(list(range(24))).detach()), 24, 24, likelihood=False)
-
-    def facts(self, outcome: Outcome, progress: Progress) -> Outcome:
-        return outcome
-
-    def save(self, result: Outcome, progress: Progress, tell: Listener) -> Outcome:
-        write_atomically(self.file, b"".join(encode_tensors({"w": self.parameters["w.B"].detach()})))
-        return replace(result, adapter=str(self.file))
-
-    def prove(self) -> str:
-        assert torch.equal(read_tensors(self.file)[0]["w"], self.parameters["w.B"].detach())
+    def prove() -> str:
+        assert torch.equal(read_tensors(file)[0]["w"], w.detach())
         return "read back: the same line"
+
+    return Task(
+        learner=Learner({"w.B": w}, loss, score=score),
+        steps=[Step((Micro(2, 2, (i, i + 1), lambda i=i: [i, i + 1]),), (i + 2) / 24) for i in range(0, 24, 2)],
+        ends=[12],
+        result=lambda outcome, progress: outcome,
+        save=save,
+        prove=prove,
+    )
 
 
 def go(folder: Path, on_event: Listener = lambda event: None, *, slope: float = 3.0, **keys: Any) -> Outcome:
@@ -88,7 +73,11 @@ def go(folder: Path, on_event: Listener = lambda event: None, *, slope: float = 
     }
     config, sources = config_from(values)
     with opened(config, unit="points", on_event=on_event, sources=sources, **options) as run:
-        return carry_out(run, Lines(folder, slope))
+        newest, report = newest_checkpoint(run), Report()
+        report.add(Finding("ok", "points", "24 points") if slope else Finding("stop", "points", "flat"))
+        run.say(report, [("base.dtype", "float32", "points are")])
+        raise_if_stopped(run, report)
+        return carry_out(run, lines(folder, slope), report, newest)
 
 
 def test_a_third_task_is_a_whole_run(tmp_path: Path) -> None:

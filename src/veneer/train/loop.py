@@ -1,17 +1,20 @@
-"""The one training loop. Knows a learner, planned steps and numbers; no text, no images.
+"""The training loop: knows learners, planned steps and numbers; no text, no images.
+
+    loop = Loop(Learner(parameters, loss), TrainingPlan(steps, schedule), optimizer)
+    train([loop])                  all steps; loop.progress says how far the run is
 
     gradient of a step = ∇ Σ NLL over all its micro-batches / Σ trained tokens of the step
 
 so k micro-batches equal one large batch, however the trained tokens fall. `Learner.loss(batch)` is Σ NLL as a scalar
 tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors; preferences are counted in
 pairs (`Micro.units`), and Σ NLL is the sum of the pairs' losses. After the step: clip by the global norm, set the
-schedule's rate, step the optimizer, tell the listeners, evaluate and save when due. A run is a function of (parameters,
-steps, settings, random state), so that a state saved after step k and restored goes on bit for bit. The generators are
-seeded anew for each micro-batch, from (seed, step, its place in the step), so that dropout does not depend on how many
-devices share the work.
+schedule's rate, step the optimizer, notify the listeners, evaluate and save when due. A run is a function of
+(parameters, steps, settings, random state), so a state saved after step k and restored continues bit for bit. The
+generators are seeded for each micro-batch by (seed, step, its index in the step), so dropout does not depend on how
+many devices share the work.
 
-`stepping` is the loop, a generator that asks for the forward and backward of each step. Whoever drives it has them
-made: `by_itself(stepping(learner, plan, optimizer))` one run's, `train/together.py` several runs' at once.
+Several runs on one base take their steps together: `train(loops, compute)`, where `compute` puts their rows into one
+pass (train/text/together.py).
 """
 
 from __future__ import annotations
@@ -20,14 +23,13 @@ import copy
 import math
 import signal
 import time
-from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ from veneer.errors import (
     ResourceError,
     TrainingError,
     VeneerError,
+    counted,
     first_few,
     lacks_memory,
 )
@@ -51,7 +54,6 @@ from veneer.train.events import TOKEN_ACCURACY, Evaluated, Listener, Note, Probe
 from veneer.train.optim import Schedule
 from veneer.train.signals import heard
 
-T = TypeVar("T")
 _RECENT = 20
 _SHOWN = 12  # rows that a message names
 _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
@@ -218,49 +220,53 @@ class Means:
         return out
 
 
-class Learner(Protocol):
-    """What the loop trains. Only `parameters` and `loss` have to be there."""
+Stop = Callable[[], bool]
+"""Returns True once a signal has asked the run to stop."""
+
+
+def _nothing(*args: Any) -> None:
+    """The default of a learner's optional functions."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What the loop trains: parameters by name, and functions.
+
+    loss(batch)              Σ NLL in nats over the trained tokens of what `Micro.make` made: a scalar with a graph
+    send(batch)              copies a batch to a GPU, so that a thread can make the next batch meanwhile; None on a CPU
+    score(stop)              evaluates the held-out rows (of several processes, this one's share); None once `stop()`
+    draw(step, number, stop) makes the micro-batches of a step, if they are not known when the step is planned; None
+                             once `stop()`
+    begin_step(step), end_step(number)   called around each step; `end_step` comes before evaluation and checkpoint
+    metrics()                what else the loss has measured since `begin_step`, for the log
+    activate()               selects the learner's adapter, if other runs train adapters on the same base"""
 
     parameters: Mapping[str, nn.Parameter]
+    loss: Callable[[Any], Tensor]
+    send: Callable[[Any], Any] | None = None
+    score: Callable[[Stop], Score | None] | None = None
+    draw: Callable[[Step, int, Stop], Step | None] = lambda step, number, stop: step
+    begin_step: Callable[[Step], None] = _nothing
+    end_step: Callable[[int], None] = _nothing
+    metrics: Callable[[], Means] = Means
+    activate: Callable[[], None] = _nothing
 
-    @abstractmethod
-    def loss(self, batch: Any) -> Tensor:
-        """Σ NLL in nats over the trained tokens of what `Micro.make` made, a scalar with a graph."""
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
 
-    def ahead(self) -> Callable[[Any], Any] | None:
-        """How what `Micro.make` made goes to a device that computes by itself, so that the next batch is made and sent
-        by a thread meanwhile: a function that nothing random is drawn in. None, as on a CPU: batches are made when
-        their turn comes."""
-        return None
 
-    def score(self, interrupted: Callable[[], bool]) -> Score | None:
-        """Scores the held-out rows, of several processes this one's share; None as soon as `interrupted()`."""
-        raise NotImplementedError
-
-    def draw_step(self, step: Step, number: int, interrupted: Callable[[], bool]) -> Step | None:
-        """Step `number` as it is to be made, asked before it begins, for one whose micro-batches are not known when it
-        is planned; None as soon as `interrupted()`."""
-        return step
-
-    def begin_step(self, step: Step) -> None:
-        """Called before each step, for a loss that needs something of the whole step."""
-        return
-
-    def end_step(self, number: int) -> None:
-        """Called when step `number` is done, before it is evaluated or saved: moving averages, sample sheets."""
-        return
-
-    def measured(self) -> Means:
-        """What else the loss has measured since `begin_step`, for the log."""
-        return Means()
+def sender(device: torch.device) -> Callable[[Any], Any] | None:
+    """A learner's `send` for batches that have a method `sent`; None on a CPU."""
+    return None if device.type == "cpu" else lambda batch: batch.sent(device)
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
     """What is known before step one. `clip`: largest global norm of a gradient, None for any. `evaluate_at`: the steps
-    after which the learner is scored (0: before the first one), beside the last one; None where there is nothing to
-    score. `patience`: stop after so many evaluations in a row without a new lowest loss; 0 never. `save_at`: the steps
-    after which a checkpoint is due. `seed`: of what is drawn in the steps."""
+    after which the learner is scored (0: before the first step), in addition to the last step; None if there is nothing
+    to score. `patience`: stop after this many evaluations in a row without a new lowest loss; 0 never. `save_at`: the
+    steps after which a checkpoint is due. `seed`: seeds each micro-batch."""
 
     steps: Sequence[Step]
     schedule: Schedule
@@ -272,8 +278,8 @@ class TrainingPlan:
 
 
 @dataclass
-class StopAsked:
-    """True when called once a signal asked the run to stop; `signal`: which."""
+class StopFlag:
+    """True when called once a signal has asked the run to stop; `signal`: which signal."""
 
     signal: int = 0
 
@@ -282,24 +288,9 @@ class StopAsked:
 
 
 @dataclass(frozen=True)
-class _Loop:
-    """The arguments of `stepping`, so that the helpers below need one."""
-
-    learner: Learner
-    plan: TrainingPlan
-    optimizer: torch.optim.Optimizer
-    progress: Progress
-    save: Callable[[Progress], Path] | None
-    tell: Listener
-    devices: Devices
-    interrupted: StopAsked
-    ahead: Ahead | None
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """What a process has of a step: Σ NLL by micro-batch, which of the parameters have a gradient, what else the loss
-    has measured, and the seconds that were its own."""
+class StepResult:
+    """What one process computed for a step: Σ NLL by micro-batch, the indices of the parameters that have a gradient,
+    other measurements of the loss, and the seconds it took."""
 
     nlls: dict[int, float]
     reached: list[int]
@@ -307,59 +298,173 @@ class StepDone:
     seconds: float
 
 
-@dataclass
-class StepWanted:
-    """A step whose forward and backward are to be made now, by `make_step` or in the same way. `due`: a checkpoint of
-    the state before it is, which `save` writes."""
+@dataclass(eq=False)
+class Loop:
+    """A run under way. `save(progress)` writes a checkpoint. `devices`: the processes that share the work; each is
+    given the same arguments and makes the same steps, and the loss runs on its own micro-batches.
 
-    loop: _Loop
-    number: int
-    step: Step
-    due: bool
+    `step`: the step that comes next, as far as it is known; `due`: a checkpoint of the state before it is due."""
+
+    learner: Learner
+    plan: TrainingPlan
+    optimizer: torch.optim.Optimizer
+    progress: Progress = field(default_factory=Progress)
+    save: Callable[[Progress], Path] | None = None
+    emit: Listener = silent
+    devices: Devices = ALONE
+    stop: StopFlag = field(default_factory=StopFlag)
+    step: Step = Step(())
+    due: bool = False
+    prefetcher: Ahead | None = None
+    rng: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def learner(self) -> Learner:
-        return self.loop.learner
+    def number(self) -> int:
+        """The number of `step`."""
+        return self.progress.step + 1
 
     @property
     def micros(self) -> list[Micro]:
-        """Those that are learned from."""
+        """The micro-batches of `step` that are learned from."""
         return [micro for micro in self.step.micros if micro.trained]
 
-    def save(self) -> None:
-        _save(self.loop)
-
-    def begin(self) -> bool:
-        """Before its first forward. False where a signal came before it was known what it is made of."""
-        self.loop.optimizer.zero_grad(set_to_none=True)
-        with _saved_where_it_fails(self.loop):
-            step = self.learner.draw_step(self.step, self.number, self.loop.interrupted)
-        if step is None:
-            return False
-        self.step = step
-        self.learner.begin_step(step)
-        return True
-
     def seed(self, index: int) -> tuple[int | str, ...]:
-        """What the generators are seeded by for its micro-batch `index` (`seed_all`)."""
-        return self.loop.plan.seed, self.number, index
+        """The key that seeds the generators for micro-batch `index` (`seed_all`)."""
+        return self.plan.seed, self.number, index
 
     def batch(self, index: int, later: Sequence[int] = ()) -> Any:
-        """What the loss takes of its micro-batch `index`. `later`: those that come after it."""
+        """The batch of micro-batch `index`. `later`: the micro-batches that this process runs after it."""
         micros = self.micros
-        return _batch(self.loop, micros[index], [micros[i] for i in later], self.number)
+        if self.prefetcher is None:
+            return micros[index].make()
+        coming = [micros[i] for i in later]
+        if not coming and self.number < len(self.plan.steps):
+            following = [micro for micro in self.plan.steps[self.number].micros if micro.trained]
+            coming = [following[i] for i, _ in self.deal(following)]
+        return self.prefetcher.take(micros[index].make, coming[0].make if coming else None)
 
-    def done(self, nlls: Mapping[int, float], seconds: float, means: Means | None = None) -> StepDone:
-        """Return the step's result. `nlls`: Σ NLL of each micro-batch processed here, from `read_losses`."""
+    def deal(self, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
+        """Which micro-batches are this process's, in order."""
+        return self.devices.deal([micro.tokens for micro in micros])
+
+    def result(self, nlls: Mapping[int, float], seconds: float, means: Means | None = None) -> StepResult:
+        """The step's result. `nlls`: Σ NLL of each micro-batch processed here, from `read_losses`."""
         parameters = self.learner.parameters.values()
         reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-        means = _measured(self.learner) if means is None else means
-        return StepDone(dict(nlls), reached, means, seconds)
+        return StepResult(dict(nlls), reached, self.metrics() if means is None else means, seconds)
+
+    def metrics(self) -> Means:
+        return Means.total([self.learner.metrics()])  # a copy: what follows may not count
 
 
-Stepping = Generator[StepWanted, "StepDone | None", T]
-"""A run, or a part of it, that asks for its steps one after another. It is sent what was done of each, None where a
-signal came before it was whole: nothing of it is kept then."""
+Compute = Callable[[Sequence[Loop]], Mapping[Loop, "StepResult | VeneerError | None"]]
+"""Does the forward and backward passes of each loop's step. An error ends only its own loop; None says that the step
+was stopped by a signal, and then no loop keeps its step."""
+
+
+def train(
+    loops: Sequence[Loop],
+    compute: Compute | None = None,
+    *,
+    ended: Callable[[Loop, VeneerError | None], None] | None = None,
+    leave: Callable[[Sequence[Loop]], Mapping[Loop, VeneerError]] = lambda loops: {},
+) -> None:
+    """Runs each loop, usually one, from its progress to its end; step k of one goes with step k of the others.
+
+    A checkpoint is written after the steps in `plan.save_at`, at each validation loss below all before it (including
+    that of step 0), and at the end; if one loop is due, all write one, so that they can be resumed together.
+
+    After Ctrl-C or SIGTERM (the first; a second one kills) the current step is dropped, the random state put back to
+    its beginning, the state saved, and Interrupted raised. The state is saved, too, if drawing a step or scoring
+    raises. Raises TrainingError naming step and rows if a loss or a gradient is not finite, before the optimizer moves:
+    nothing is saved over the good checkpoint.
+
+    `ended(loop, error)` is called when a loop ends, with None if it finished; the other loops continue. Without it, an
+    error is raised. `leave(loops)`: called after each step; the loops that end there, and their errors."""
+    active = list(loops)
+    interrupted: list[Interrupted] = []
+
+    def run(part: Callable[[Loop], None], loop: Loop) -> None:
+        """Runs a part of a loop, and takes the loop out if it ended there."""
+        error: VeneerError | None = None
+        try:
+            loop.learner.activate()
+            part(loop)
+            if not loop.progress.stopped:
+                return
+        except Interrupted as raised:
+            interrupted.append(raised)
+        except VeneerError as raised:
+            if ended is None:
+                raise
+            error = raised
+        active.remove(loop)
+        if ended is not None and (error is not None or loop.progress.stopped):
+            ended(loop, error)
+
+    with ExitStack() as stack:
+        flag = stack.enter_context(stop_signals())
+        for loop in loops:
+            loop.stop = flag
+            if loop.learner.send is not None:
+                loop.prefetcher = stack.enter_context(Ahead(loop.learner.send))
+        for loop in loops:
+            run(_start, loop)
+        while active:
+            if any(loop.due for loop in active):
+                for loop in list(active):
+                    run(_save, loop)
+            results = {loop: train_step(loop) for loop in active} if compute is None else compute(active)
+            stopped = any(result is None for result in results.values())
+            for loop in list(active):
+                run(partial(_advance, result=None if stopped else results.get(loop)), loop)
+            for loop, error in leave(active).items():
+                run(partial(_advance, result=error), loop)
+    if interrupted and len(loops) == 1:
+        raise interrupted[0]
+    if interrupted:
+        saved = f"stopped; the state of {counted(len(interrupted), 'run')} is saved"
+        raise Interrupted(saved, fix=interrupted[0].fix, signal=interrupted[0].signal)
+
+
+def train_step(loop: Loop) -> StepResult | None:
+    """Forward and backward of this process's micro-batches of a step; None if a signal came."""
+    began, learner = time.perf_counter(), loop.learner
+    if not begin_step(loop):
+        return None
+    micros = loop.micros
+    parts: dict[int, Tensor] = {}
+    means: Means | None = None
+    stopped = loop.stop()
+    dealt = loop.deal(micros)
+    for place, (index, counts) in enumerate(dealt):
+        stopped = stopped or loop.stop()
+        if stopped and not loop.devices.lockstep:
+            return None
+        if not counts and means is None:  # micro-batches that do not count come last
+            means = loop.metrics()
+        seed_all(*loop.seed(index))
+        with shared(), memory_errors(micros[index]):
+            nll = learner.loss(loop.batch(index, [later for later, _ in dealt[place + 1 :]]))
+            (nll / loop.step.counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
+        if counts:
+            parts[index] = nll.detach()
+    if stopped:
+        return None
+    losses = read_losses(parts)
+    return loop.result(losses, time.perf_counter() - began, means)
+
+
+def begin_step(loop: Loop) -> bool:
+    """Prepares a step's first forward. False if a signal came before the step was drawn."""
+    loop.optimizer.zero_grad(set_to_none=True)
+    with _save_on_error(loop):
+        step = loop.learner.draw(loop.step, loop.number, loop.stop)
+    if step is None:
+        return False
+    loop.step = step
+    loop.learner.begin_step(step)
+    return True
 
 
 def read_losses(nlls: Mapping[int, Tensor]) -> dict[int, float]:
@@ -368,94 +473,65 @@ def read_losses(nlls: Mapping[int, Tensor]) -> dict[int, float]:
     return dict(zip(nlls, values, strict=True))
 
 
-def by_itself(steps: Stepping[T]) -> T:
-    """Makes all steps that are asked for, each by itself; what comes out at the end."""
-    with closing(steps):
-        try:
-            wanted = next(steps)
-            while True:
-                if wanted.due:
-                    wanted.save()
-                wanted = steps.send(make_step(wanted))
-        except StopIteration as end:
-            made: T = end.value
-            return made
+def _start(loop: Loop) -> None:
+    """Before the first step."""
+    _evaluate_if_due(loop)
+    _plan_next_step(loop)
 
 
-def stepping(
-    learner: Learner,
-    plan: TrainingPlan,
-    optimizer: torch.optim.Optimizer,
-    *,
-    progress: Progress | None = None,
-    save: Callable[[Progress], Path] | None = None,
-    on_event: Listener = silent,
-    devices: Devices = ALONE,
-    asked: StopAsked | None = None,
-) -> Stepping[Progress]:
-    """Asks for the steps of `plan` after `progress.step`, one after another, and returns how far the run is.
-
-    `save(progress)` writes a checkpoint: after the steps in `plan.save_at`, at each validation loss below all before
-    it (that of step 0 among them), and at the end. `devices`: the processes that share the work. Each is given the same
-    arguments and makes the same steps; the learner's loss runs on its own micro-batches.
-
-    `asked`: what says that it should stop; None: Ctrl-C or SIGTERM (the first; a second one kills). Then the step that
-    is under way is dropped, the random state put back to its beginning, the state saved, and Interrupted raised. One
-    that nobody sets leaves signals what they are elsewhere, for steps of which nothing is to be kept. The state is
-    saved, too, where drawing a step or scoring raises. Raises TrainingError naming step and rows when a loss or a
-    gradient is not finite, before the optimizer moves: nothing is saved over the good checkpoint."""
-    progress = progress if progress is not None else Progress()
-    send = learner.ahead()
-    with (
-        stop_signals() if asked is None else nullcontext(asked) as interrupted,
-        nullcontext() if send is None else Ahead(send) as ahead,
-    ):
-        loop = _Loop(learner, plan, optimizer, progress, save, on_event, devices, interrupted, ahead)
-        due = False
-        _evaluate_if_due(loop)
-        while progress.step < len(plan.steps) and not progress.stopped:
-            yield from _one_step(loop, plan.steps[progress.step], due)
-            improved = _evaluate_if_due(loop)
-            if plan.patience and progress.waited >= plan.patience and progress.step < len(plan.steps):
-                progress.stopped = "early stopping"
-            due = improved or progress.step in plan.save_at
-        if not progress.stopped:
-            progress.stopped = "finished"
+def _plan_next_step(loop: Loop) -> None:
+    """Sets the loop's next step; after the last one, saves the state and ends the loop."""
+    progress = loop.progress
+    if progress.step >= len(loop.plan.steps) and not progress.stopped:
+        progress.stopped = "finished"
+    if progress.stopped:
         _save(loop)
-    on_event(Stopped(progress.step, progress.stopped))
-    return progress
+        loop.emit(Stopped(progress.step, progress.stopped))
+        return
+    loop.step, loop.rng = loop.plan.steps[progress.step], rng_state()
+    if loop.step.trained == 0:
+        raise TrainingError(
+            f"step {loop.number} has no trained token", where=f"rows {first_few(loop.step.rows, _SHOWN)}"
+        )
 
 
-def _one_step(loop: _Loop, step: Step, due: bool) -> Stepping[None]:
-    """Everything of one optimizer step; leaves through `_stop` without a trace when a signal came."""
-    progress, number, before = loop.progress, loop.progress.step + 1, rng_state()
-    wanted = StepWanted(loop, number, step, due)
-    if step.trained == 0:
-        raise TrainingError(f"step {number} has no trained token", where=f"rows {first_few(step.rows, _SHOWN)}")
-    made = yield wanted
-    began = time.perf_counter()
-    shares = loop.devices.gather(made)
+def _advance(loop: Loop, result: StepResult | VeneerError | None) -> None:
+    """Ends a step: moves the optimizer, evaluates if due, and plans the next step."""
+    if isinstance(result, VeneerError):
+        raise result
+    _apply(loop, result)
+    improved = _evaluate_if_due(loop)
+    plan, progress = loop.plan, loop.progress
+    if plan.patience and progress.waited >= plan.patience and progress.step < len(plan.steps):
+        progress.stopped = "early stopping"
+    loop.due = improved or progress.step in plan.save_at
+    _plan_next_step(loop)
+
+
+def _apply(loop: Loop, result: StepResult | None) -> None:
+    """Moves the optimizer by a step's gradients; raises Interrupted through `_stop` if a signal came."""
+    progress, number, began = loop.progress, loop.number, time.perf_counter()
+    shares = loop.devices.gather(result)
     done = [share for share in shares if share is not None]
     if len(done) < len(shares):
         loop.optimizer.zero_grad(set_to_none=True)
-        rng_restore(before)
+        rng_restore(loop.rng)
         _stop(loop)
-    step, micros, parameters = wanted.step, wanted.micros, list(loop.learner.parameters.values())
+    step, micros, parameters = loop.step, loop.micros, list(loop.learner.parameters.values())
     loop.devices.add_gradients(parameters, sorted(set().union(*(share.reached for share in done))))
     rate = loop.plan.schedule.apply(loop.optimizer, number)
-    limit = loop.plan.clip or math.inf
-    norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+    norm = float(nn.utils.clip_grad_norm_(parameters, loop.plan.clip or math.inf))
     found = {index: nll for share in done for index, nll in share.nlls.items()}
     nlls = [found[index] for index in range(len(micros))]
     _check_finite(number, nlls, norm, micros, progress)
     loop.optimizer.step()
-    total, seconds = sum(nlls), time.perf_counter() - began + (0.0 if made is None else made.seconds)
+    total, seconds = sum(nlls), time.perf_counter() - began + (0.0 if result is None else result.seconds)
     progress.step = number
     progress.tokens += step.tokens
     progress.trained_tokens += step.trained
     progress.seconds += seconds
     progress.recent = [*progress.recent, (total, step.counted)][-_RECENT:]
-    loop.tell(
+    loop.emit(
         Stepped(
             step=number,
             steps=len(loop.plan.steps),
@@ -466,58 +542,11 @@ def _one_step(loop: _Loop, step: Step, due: bool) -> Stepping[None]:
             tokens=step.tokens,
             learned_tokens=step.trained,
             seconds=seconds,
-            memory_bytes=peak_memory_bytes(device_of(loop.learner)),
+            memory_bytes=peak_memory_bytes(loop.learner.device),
             extra=Means.total([share.means for share in done]).values(),
         )
     )
     loop.learner.end_step(number)
-
-
-def make_step(wanted: StepWanted) -> StepDone | None:
-    """Forward and backward of this process's micro-batches of a step; None when a signal came."""
-    loop, learner, began = wanted.loop, wanted.learner, time.perf_counter()
-    if not wanted.begin():
-        return None
-    micros = wanted.micros
-    parts: dict[int, Tensor] = {}
-    means: Means | None = None
-    stopped = loop.interrupted()
-    dealt = _dealt(loop, micros)
-    for place, (index, counts) in enumerate(dealt):
-        stopped = stopped or loop.interrupted()
-        if stopped and not loop.devices.lockstep:
-            return None
-        if not counts and means is None:  # those that do not count come last
-            means = _measured(learner)
-        seed_all(*wanted.seed(index))
-        with shared(), memory_errors(micros[index]):
-            nll = learner.loss(wanted.batch(index, [later for later, _ in dealt[place + 1 :]]))
-            (nll / wanted.step.counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
-        if counts:
-            parts[index] = nll.detach()
-    if stopped:
-        return None
-    losses = read_losses(parts)
-    return wanted.done(losses, time.perf_counter() - began, means)
-
-
-def _dealt(loop: _Loop, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
-    """Which micro-batches of a step are this process's, in order."""
-    return loop.devices.deal([micro.tokens for micro in micros])
-
-
-def _batch(loop: _Loop, micro: Micro, later: Sequence[Micro], number: int) -> Any:
-    """What the loss takes of a micro-batch of step `number`. `later`: those that come after it in this step."""
-    if loop.ahead is None:
-        return micro.make()
-    if not later and number < len(loop.plan.steps):
-        coming = [micro for micro in loop.plan.steps[number].micros if micro.trained]
-        later = [coming[index] for index, _ in _dealt(loop, coming)]
-    return loop.ahead.take(micro.make, later[0].make if later else None)
-
-
-def _measured(learner: Learner) -> Means:
-    return Means.total([learner.measured()])  # a copy: what follows may not count
 
 
 def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:
@@ -534,17 +563,22 @@ def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micr
     )
 
 
-def _evaluate_if_due(loop: _Loop) -> bool:
+def _evaluate_if_due(loop: Loop) -> bool:
     """Scores the validation rows if this step wants it and has not had it; True for a new lowest loss."""
     progress = loop.progress
-    if loop.plan.evaluate_at is None or progress.evaluated == progress.step or progress.stopped:
+    if (
+        loop.plan.evaluate_at is None
+        or loop.learner.score is None
+        or progress.evaluated == progress.step
+        or progress.stopped
+    ):
         return False
     if progress.step != len(loop.plan.steps) and progress.step not in loop.plan.evaluate_at:
         return False
     began = time.perf_counter()
     # In lockstep nobody may leave while others score; the step after it sees the signal.
-    with shared(), _saved_where_it_fails(loop):
-        own = loop.learner.score((lambda: False) if loop.devices.lockstep else loop.interrupted)
+    with shared(), _save_on_error(loop):
+        own = loop.learner.score((lambda: False) if loop.devices.lockstep else loop.stop)
     scores = loop.devices.gather(own)
     found = [score for score in scores if score is not None]
     if len(found) < len(scores):
@@ -566,7 +600,7 @@ def _evaluate_if_due(loop: _Loop) -> bool:
         progress.best_step, progress.best_loss, progress.waited = progress.step, score.loss, 0
     elif progress.step > 0:
         progress.waited += 1
-    loop.tell(
+    loop.emit(
         Evaluated(
             step=progress.step,
             loss=score.loss,
@@ -582,13 +616,13 @@ def _evaluate_if_due(loop: _Loop) -> bool:
     return improved
 
 
-def _save(loop: _Loop) -> None:
+def _save(loop: Loop) -> None:
     if loop.save is not None:
-        loop.tell(Saved(loop.progress.step, str(loop.save(loop.progress))))
+        loop.emit(Saved(loop.progress.step, str(loop.save(loop.progress))))
 
 
 @contextmanager
-def _saved_where_it_fails(loop: _Loop) -> Iterator[None]:
+def _save_on_error(loop: Loop) -> Iterator[None]:
     """Around what changes no weight and may need others, a server that judges or teaches: if it fails, nothing that was
     learned is lost."""
     before = rng_state()
@@ -599,15 +633,15 @@ def _saved_where_it_fails(loop: _Loop) -> Iterator[None]:
         if loop.devices.count == 1 and loop.save is not None and loop.progress.step:
             rng_restore(before)
             _save(loop)
-            loop.tell(Note(f"the state after step {loop.progress.step} is saved: --resume goes on from there"))
+            loop.emit(Note(f"the state after step {loop.progress.step} is saved: --resume goes on from there"))
         raise
 
 
-def _stop(loop: _Loop) -> None:
+def _stop(loop: Loop) -> None:
     """Saves the state after the last whole step and raises Interrupted."""
     _save(loop)
-    loop.tell(Stopped(loop.progress.step, "interrupted"))
-    came = max(loop.devices.gather(loop.interrupted.signal))  # maybe to another process alone
+    loop.emit(Stopped(loop.progress.step, "interrupted"))
+    came = max(loop.devices.gather(loop.stop.signal))  # maybe to another process alone
     raise Interrupted(
         f"stopped after step {loop.progress.step} of {len(loop.plan.steps)}"
         + ("; the state is saved" if loop.save is not None else "; nothing was asked to be saved"),
@@ -646,7 +680,7 @@ def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Prob
         for parameter in learner.parameters.values():
             parameter.grad = None
         rng_restore(before)
-    event = Probed(longest.tokens, longest.rows, time.perf_counter() - began, peak_memory_bytes(device_of(learner)))
+    event = Probed(longest.tokens, longest.rows, time.perf_counter() - began, peak_memory_bytes(learner.device))
     on_event(event)
     return event
 
@@ -680,18 +714,9 @@ def forget_peaks() -> None:
     forget_peak_resident()
 
 
-def device_of(learner: Learner) -> torch.device:
-    """Return the device of the learner's parameters."""
-    return next(iter(learner.parameters.values())).device
-
-
 @contextmanager
-def stop_signals(asked: StopAsked | None = None) -> Iterator[StopAsked]:
-    """While inside, the first SIGINT or SIGTERM only makes the yielded function true; the second acts as usual."""
-    asked = StopAsked() if asked is None else asked
-
-    def ask(number: int) -> None:
-        asked.signal = number
-
-    with heard(ask, signal.SIGINT, signal.SIGTERM, once=True):
-        yield asked
+def stop_signals() -> Iterator[StopFlag]:
+    """While inside, the first SIGINT or SIGTERM only sets the yielded flag; the second acts as usual."""
+    flag = StopFlag()
+    with heard(partial(setattr, flag, "signal"), signal.SIGINT, signal.SIGTERM, once=True):
+        yield flag

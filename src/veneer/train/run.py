@@ -1,22 +1,21 @@
 """A run, whatever it trains: what all tasks have in common, from an empty folder to a proven adapter and its report.
 
-    with opened(config, unit="tokens", …) as run:            who takes part, who is told, everything back at the end
-        result = carry_out(run, TextTask(config, base))      read → check → attach → train → save → prove → report
+    with opened(config, unit="tokens", …) as run:        its processes and listeners; everything is put back at the end
+        …                                                read data, check, attach: train/text/task, train/image/task
+        result = carry_out(run, task, report, newest)    train → save → prove → report
 
-A `Task` brings what differs: its data, its checks, its loss and score, the file it writes. `train.text.task`,
-`train.image.task` and `train.image.slider` (made of the second) are those that there are; tests/train/test_run.py has
-one in a few lines. Knows configurations, parameters and steps; no rows, no pictures, no bases by kind.
+A `Task` holds what differs, as functions; tests/train/test_run.py has one in a few lines. Knows configurations,
+parameters and steps; no rows, no pictures, no bases by kind.
 """
 
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -24,13 +23,22 @@ from torch.optim import Optimizer
 from veneer.errors import CheckpointError, ConfigError, Interrupted, NoGain, counted
 from veneer.files.locks import take_lock
 from veneer.models.sources import find_base
-from veneer.train import checkpoint, loop
+from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import config_keys, why
 from veneer.train.devices import Devices, digest_of, joined
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out, silent, validation_text
-from veneer.train.loop import Learner, Step, Stepping, StopAsked, TrainingPlan, by_itself
+from veneer.train.loop import (
+    Learner,
+    Loop,
+    Step,
+    TrainingPlan,
+    forget_peaks,
+    peak_memory_bytes,
+    probe,
+    train,
+)
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report
 from veneer.train.report.log import ConsoleView, JsonLog
@@ -46,8 +54,7 @@ class Run:
     """A run from its first second on. `tell`: whoever listens; `early`: what was told before there was a log to write
     it to. `devices`: the processes that share it, of which the first writes and speaks. `sources`: setting -> where it
     came from. `resume`, `dry_run`, `force`: as `train_text` has them. `group`: what the runs are called that are
-    trained in one pass with it and have not ended, itself among them; none where it is alone. `name`: what it is called
-    there, where its output folder may be moved between two processes that train it."""
+    trained in one pass with it and have not ended, itself among them; none where it is alone."""
 
     config: RunConfig
     folder: Path
@@ -59,11 +66,10 @@ class Run:
     dry_run: bool = False
     force: bool = False
     group: list[str] = field(default_factory=list)
-    name: str = ""
 
     @property
-    def called(self) -> str:
-        return self.name or str(self.folder)
+    def name(self) -> str:
+        return str(self.folder)
 
     def note(self, text: str) -> None:
         self.tell(Note(text))
@@ -80,108 +86,58 @@ class Run:
         self.tell(Checked(report.text(), report.to_dict(), report.markup()))
 
 
-D = TypeVar("D")
-"""What a task reads."""
 _R = TypeVar("_R", bound=Outcome)
-"""What a run on it comes to."""
+"""What a run comes to."""
 
 
-class AttachedTask(Learner, Protocol[_R]):
-    """A task whose adapter is on the base, trainable: what the loop trains, and what comes after it.
+def _nothing(*args: Any) -> None:
+    """The default of a task's optional functions."""
 
-    `steps`: all of the run, in order. `ends`: the numbers of those that end an epoch."""
 
+@dataclass(frozen=True, kw_only=True)
+class Task(Generic[_R]):
+    """What is trained, attached to its base: a learner, its steps, and the functions of a run around the loop.
+
+    steps, ends: all of the run, in order, and the numbers of the steps that end an epoch
+    result(outcome, progress): the outcome with what this kind of task counts
+    save(result, progress, emit): writes the adapter with its card; the result with what was written
+    write(folder, progress): writes the adapter as it is now, with its card, into a new folder (checkpoint.adapters)
+    prove(): reads what was saved and compares it with what was trained; the finding as a sentence, or AdapterError
+    report(result, progress): what the page beside the adapter has of its own
+    check(): PreflightError if the base is unusable for the data
+    begin(progress, emit), end(emit): called before the loop (on a dry run too) and after the last step
+    kept(step), restore(kept): what else a checkpoint of a step holds, as JSON values
+    state: the tensors of a checkpoint, if more than the parameters (moving averages)
+    identity: what must be the same when the run is resumed, apart from the settings, which the preflight compares
+    environment: what bit-for-bit equality depends on, apart from what it does for every run (`checkpoint`)
+    rates: start of a parameter's name -> a learning rate of its own
+    rewarded: whether the held-out loss is minus a mean reward
+
+    Only the first process calls `save` and `write`."""
+
+    learner: Learner
     steps: Sequence[Step]
     ends: Sequence[int]
+    result: Callable[[Outcome, Progress], _R]
+    save: Callable[[_R, Progress, Listener], _R]
+    prove: Callable[[], str]
+    write: Callable[[Path, Progress], None] = _nothing
+    report: Callable[[_R, Progress], ReportParts] = lambda result, progress: ReportParts()
+    check: Callable[[], None] = _nothing
+    begin: Callable[[Progress, Listener], None] = _nothing
+    end: Callable[[Listener], None] = _nothing
+    kept: Callable[[int], dict[str, Any]] = lambda step: {}
+    restore: Callable[[Mapping[str, Any]], None] = _nothing
+    state: Mapping[str, Tensor] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    rewarded: bool = False
 
     @property
-    def scored(self) -> bool:
-        """Whether there are held-out data to score."""
-        return False
-
-    @property
-    def rewarded(self) -> bool:
-        """Whether the held-out loss is minus a mean reward."""
-        return False
-
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        """What a checkpoint holds of it: the parameters, and what goes with them (moving averages)."""
-        return self.parameters
-
-    @property
-    def rates(self) -> Mapping[str, float]:
-        """Start of a parameter's name -> a learning rate of its own."""
-        return {}
-
-    def kept(self, step: int) -> dict[str, Any]:
-        """What else a checkpoint of `step` holds of it, as JSON values."""
-        return {}
-
-    def restore(self, kept: Mapping[str, Any]) -> None:
-        """Goes on from what `kept` was."""
-        return
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same when the run is resumed, beside the settings, which the preflight compares."""
-        return {}
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        """What bit-for-bit equality depends on beside that, and beside what every run's does (`checkpoint`)."""
-        return {}
-
-    def act(self) -> None:
-        """Called before anything of it runs, where others are on the same base: its adapter acts from now on."""
-        return
-
-    def begin(self, progress: Progress, tell: Listener) -> None:
-        """Called once before the loop, on a dry run too; `tell` reaches the log."""
-        return
-
-    def end(self, tell: Listener) -> None:
-        """Called once after the last step, before anything is saved; `tell` reaches the log."""
-        return
-
-    @abstractmethod
-    def facts(self, outcome: Outcome, progress: Progress) -> _R:
-        """`outcome` with what this kind of task counts."""
-
-    def write(self, folder: Path, progress: Progress) -> None:
-        """Writes the adapter as it is now, with its card, into `folder`, which is made. The first process alone is
-        asked."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def save(self, result: _R, progress: Progress, tell: Listener) -> _R:
-        """Writes the adapter with its card; `result` with what was written. The first process alone is asked."""
-
-    @abstractmethod
-    def prove(self) -> str:
-        """Reads what was saved and compares it with what was trained; the finding as a sentence. Raises AdapterError
-        where they are not the same."""
-
-    def report(self, result: _R, progress: Progress) -> ReportParts:
-        """What the page beside the adapter has of its own."""
-        return ReportParts()
-
-
-class Task(Protocol[D, _R]):
-    """What is trained, before it is on the base. The three are called in this order, each with what came before."""
-
-    @abstractmethod
-    def read(self, run: Run) -> D:
-        """The data, as the steps will need them. Raises DataError."""
-
-    @abstractmethod
-    def check(self, run: Run, data: D, previous: Mapping[str, Any] | None) -> Report:
-        """What can be seen before anything is changed or written. `previous`: recipe of the run that is resumed. Tells
-        it (`Run.say`) when it is complete, or when it stops the run."""
-
-    @abstractmethod
-    def attach(self, run: Run, data: D, report: Report) -> AbstractContextManager[AttachedTask[_R]]:
-        """The adapter on the base, selected and trainable; all undone at the end. What can only be checked now is added
-        to the `report`, which is then told here."""
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors of a checkpoint."""
+        return self.learner.parameters if self.state is None else self.state
 
 
 @contextmanager
@@ -198,7 +154,7 @@ def opened(
         view = ConsoleView(unit=unit) if listener is None else None
         early: list[Event] = []
         random_before = checkpoint.rng_state()
-        loop.forget_peaks()
+        forget_peaks()
         try:
             yield Run(config, folder, devices, fan_out(view or listener, early.append), early, **options)
         except Interrupted as error:
@@ -210,64 +166,55 @@ def opened(
             checkpoint.rng_restore(random_before)
 
 
-def carry_out(run: Run, task: Task[D, _R]) -> _R:
-    """The whole run, from reading to the report; a dry run ends before the first step.
-
-    Raises PreflightError before step one for what would go wrong, and what reading, training and saving raise."""
-    newest = _newest_checkpoint(run)
-    data, report = checked_data(run, task, newest)
-    with task.attach(run, data, report) as attached:
-        return (
-            dry_outcome(run, attached, report)
-            if run.dry_run
-            else by_itself(steps_of_run(run, attached, report, newest))
-        )
-
-
-def checked_data(run: Run, task: Task[D, _R], newest: Path | None) -> tuple[D, Report]:
-    """What is trained on, read, and all that can be seen before anything is changed. `newest`: the checkpoint that the
-    run goes on from. Raises DataError, and PreflightError for what would go wrong."""
-    data = task.read(run)
-    previous = checkpoint.read_checkpoint(newest).get("about", {}).get("recipe") if newest is not None else None
-    report = task.check(run, data, previous)
-    report.raise_if_stopped()
-    run.devices.gather(None)  # nobody writes before everybody has looked
-    return data, report
-
-
-def _newest_checkpoint(run: Run) -> Path | None:
-    """Where a run that is to be resumed goes on; None, which is said, where there is nothing to go on from."""
+def newest_checkpoint(run: Run) -> Path | None:
+    """The checkpoint that a run to be resumed continues from; None, with a note, if there is none."""
     newest = checkpoint.latest(run.folder / "checkpoints") if run.resume else None
     if run.resume and newest is None:
         run.note(f"there is no checkpoint in {run.folder}: the run starts from its beginning")
     return newest
 
 
-def dry_outcome(run: Run, task: AttachedTask[_R], report: Report) -> _R:
-    """What a dry run comes to: the largest micro-batch is tried, and no file is written."""
+def recipe_of(newest: Path | None) -> Mapping[str, Any] | None:
+    """The recipe of the run that a checkpoint belongs to."""
+    return None if newest is None else checkpoint.read_checkpoint(newest).get("about", {}).get("recipe")
+
+
+def raise_if_stopped(run: Run, report: Report) -> None:
+    """Raises PreflightError for the report's stops; no process writes before all have checked."""
+    report.raise_if_stopped()
+    run.devices.gather(None)
+
+
+def carry_out(run: Run, task: Task[_R], report: Report, newest: Path | None) -> _R:
+    """Trains from the checkpoint `newest` (or the beginning) to the report; a dry run ends before the first step."""
+    if run.dry_run:
+        return dry_outcome(run, task, report)
+    with started(run, task, newest) as loop:
+        train([loop])
+        return finished(run, task, report, loop)
+
+
+def dry_outcome(run: Run, task: Task[_R], report: Report) -> _R:
+    """The result of a dry run: the largest micro-batch is tried, and no file is written."""
+    task.check()
     _probe(run, task)
     steps = task.steps
     counts = [(step.tokens, step.trained) for step in steps]
     planned = Progress(len(steps), tokens=sum(n for n, _ in counts), trained_tokens=sum(n for _, n in counts))
     task.begin(planned, run.tell)
-    outcome = Outcome(
-        steps=len(steps),
-        peak_memory_bytes=loop.peak_memory_bytes(loop.device_of(task)),
-        dry_run=True,
-        preflight=report.to_dict(),
-    )
-    return task.facts(outcome, planned)
+    peak = peak_memory_bytes(task.learner.device)
+    outcome = Outcome(steps=len(steps), peak_memory_bytes=peak, dry_run=True, preflight=report.to_dict())
+    return task.result(outcome, planned)
 
 
-def steps_of_run(
-    run: Run, task: AttachedTask[_R], report: Report, newest: Path | None, asked: StopAsked | None = None
-) -> Stepping[_R]:
-    """The loop from the checkpoint `newest` (or the beginning), then the adapter, its proof and the report. Asks for
-    each step; `asked`: as `stepping` has it."""
+@contextmanager
+def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
+    """The loop of a run at the checkpoint `newest`, or at its beginning; its log is open meanwhile."""
     config, devices = run.config, run.devices
     o, e, total = config.optimizer, config.evaluation, len(task.steps)
+    task.check()
     optimizer = make_optimizer(
-        task.parameters,
+        task.learner.parameters,
         name=o.name,
         learning_rate=o.learning_rate,
         betas=o.betas,
@@ -277,43 +224,57 @@ def steps_of_run(
         loraplus_ratio=o.loraplus_ratio,
         rates=task.rates,
     )
-    identity = {**task.identity(), "seed": config.seed, "steps": total}
+    identity = {**task.identity, "seed": config.seed, "steps": total}
     progress = _restored(run, task, optimizer, identity, newest) if newest is not None else Progress()
     devices.agree("settings, data and base", digest_of({}, config.recipe(), identity, progress.step))
-    _agree(run, task)
+    devices.agree("adapter", digest_of(task.tensors) if devices.count > 1 else "")
     _probe(run, task)
     plan = TrainingPlan(
         task.steps,
         Schedule.of(config.schedule.name, total, config.schedule.warmup, config.schedule.floor),
         o.clip,
-        due(e.every, task.ends, total, start=e.at_start) if task.scored else None,
+        due(e.every, task.ends, total, start=e.at_start) if task.learner.score is not None else None,
         e.patience or 0,
         due(config.checkpoint.every, task.ends, total, start=False),
         config.seed,
     )
-    with _logged(run, progress if newest is not None else None) as tell:
-        task.begin(progress, tell)
-        progress = yield from loop.stepping(
-            task,
-            plan,
-            optimizer,
-            progress=progress,
-            save=lambda p: _save(run, task, optimizer, identity, p, plan),
-            on_event=tell,
-            devices=devices,
-            asked=asked,
-        )
-        task.end(tell)
-        return _finished(run, task, report, progress, tell)
+
+    def save(progress: Progress) -> Path:
+        """Writes the checkpoint of `progress`, whose tensors are the same on all devices."""
+        devices.agree("adapter", digest_of(task.tensors) if devices.count > 1 else "")
+        place = run.folder / "checkpoints"
+        wanted = progress.stopped or progress.step in plan.save_at or progress.step == progress.best_step
+        if devices.first:
+            checkpoint.save(
+                place,
+                parameters=task.tensors,
+                optimizer=optimizer,
+                progress=progress,
+                identity=identity,
+                keep=config.checkpoint.keep,
+                newest=2 if run.group else 1,
+                extra=bool(run.group) and not wanted,
+                devices=devices.count,
+                about={"recipe": config.recipe(), "together": [*run.group], "kept": task.kept(progress.step)},
+                beside=task.environment,
+                fill=(lambda folder: task.write(folder / "adapter", progress)) if config.checkpoint.adapters else None,
+            )
+        devices.gather(None)
+        return checkpoint.at_step(place, progress.step)
+
+    with _logged(run, progress if newest is not None else None) as emit:
+        task.begin(progress, emit)
+        yield Loop(task.learner, plan, optimizer, progress, save, emit, devices)
 
 
-def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progress, tell: Listener) -> _R:
+def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
     """Puts the state that is kept in place, saves it, proves the file, and writes the report."""
-    devices = run.devices
+    devices, progress, tell = run.devices, loop.progress, loop.emit
+    task.end(tell)
     kept, validation = _put_kept(run, task, progress, tell)
     outcome = Outcome(
         steps=progress.step,
-        peak_memory_bytes=loop.peak_memory_bytes(loop.device_of(task)),
+        peak_memory_bytes=peak_memory_bytes(task.learner.device),
         loss=progress.loss,
         validation=validation,
         validation_before=progress.first_loss,
@@ -321,7 +282,7 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
         stopped=progress.stopped,
         preflight=report.to_dict(),
     )
-    result = task.facts(outcome, progress)
+    result = task.result(outcome, progress)
     if devices.first:
         result = task.save(result, progress, tell)
     result = devices.gather(result)[0]
@@ -339,17 +300,15 @@ def _finished(run: Run, task: AttachedTask[_R], report: Report, progress: Progre
 # --- parts of it ------------------------------------------------------------------------------------------------------
 
 
-def _probe(run: Run, task: AttachedTask[Any]) -> None:
+def _probe(run: Run, task: Task[Any]) -> None:
     """The largest micro-batch, forward and backward, before anything is written."""
-    loop.probe(task, (micro for step in task.steps for micro in step.micros), run.tell)
+    probe(task.learner, (micro for step in task.steps for micro in step.micros), run.tell)
 
 
-def _restored(
-    run: Run, task: AttachedTask[Any], optimizer: Optimizer, identity: Mapping[str, Any], newest: Path
-) -> Progress:
+def _restored(run: Run, task: Task[Any], optimizer: Optimizer, identity: Mapping[str, Any], newest: Path) -> Progress:
     restored = checkpoint.restore(
         newest,
-        parameters=task.state,
+        parameters=task.tensors,
         optimizer=optimizer,
         identity=identity,
         devices=run.devices.count,
@@ -357,7 +316,7 @@ def _restored(
     )
     task.restore(restored.about.get("kept", {}))
     run.note(f"resuming after step {restored.progress.step} of {len(task.steps)}")
-    gone = {*restored.about.get("together", [])} - {*run.group, run.called}
+    gone = {*restored.about.get("together", [])} - {*run.group, run.name}
     for note in restored.notes:
         run.note(note)
     if gone:
@@ -413,43 +372,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
-def _save(
-    run: Run,
-    task: AttachedTask[Any],
-    optimizer: Optimizer,
-    identity: Mapping[str, Any],
-    progress: Progress,
-    plan: TrainingPlan,
-) -> Path:
-    """The checkpoint of `progress`, there when this returns; what it holds is the same on all devices."""
-    _agree(run, task)
-    place = run.folder / "checkpoints"
-    wanted = progress.stopped or progress.step in plan.save_at or progress.step == progress.best_step
-    if run.devices.first:
-        checkpoint.save(
-            place,
-            parameters=task.state,
-            optimizer=optimizer,
-            progress=progress,
-            identity=identity,
-            keep=run.config.checkpoint.keep,
-            newest=2 if run.group else 1,
-            extra=bool(run.group) and not wanted,
-            devices=run.devices.count,
-            about={"recipe": run.config.recipe(), "together": [*run.group], "kept": task.kept(progress.step)},
-            beside=task.environment,
-            fill=(lambda folder: task.write(folder / "adapter", progress)) if run.config.checkpoint.adapters else None,
-        )
-    run.devices.gather(None)
-    return checkpoint.at_step(place, progress.step)
-
-
-def _agree(run: Run, task: AttachedTask[Any]) -> None:
-    if run.devices.count > 1:
-        run.devices.agree("adapter", digest_of(task.state))
-
-
-def _put_kept(run: Run, task: AttachedTask[Any], progress: Progress, tell: Listener) -> tuple[int, float | None]:
+def _put_kept(run: Run, task: Task[Any], progress: Progress, tell: Listener) -> tuple[int, float | None]:
     """Puts the state that is to be saved in place, by `evaluation.keep`; (its step, its validation loss).
 
     Raises NoGain where nothing that was scored is better than what the run began with."""
@@ -472,7 +395,7 @@ def _put_kept(run: Run, task: AttachedTask[Any], progress: Progress, tell: Liste
         )
     if best is None or best == progress.step:
         return progress.step, last
-    checkpoint.read_parameters(checkpoint.at_step(run.folder / "checkpoints", best), task.state)
+    checkpoint.read_parameters(checkpoint.at_step(run.folder / "checkpoints", best), task.tensors)
     score = validation_text(progress.best_loss or 0.0, task.rewarded)
     tell(Note(f"kept the adapter of step {best}, whose {score} is the {'highest' if task.rewarded else 'lowest'}"))
     return best, progress.best_loss

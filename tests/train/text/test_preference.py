@@ -198,7 +198,7 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
         attachment.add("run", adapter, trainable=True)
         attachment.use("run")
         stack.enter_context(fast(base.model))
-        preference = Preference.of(config, base, attachment)
+        preference = Preference(config, base, attachment)
         preference.know(part.items, tmp_path / "reference.jsonl")
         (step,) = planned_steps(part.items, config, part.rows)
         assert len(step.micros) > 1

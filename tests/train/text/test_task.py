@@ -44,7 +44,7 @@ from veneer.train.run import Run
 from veneer.train.text import task as run
 from veneer.train.text.batches import Batch
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import TextTask, recompute_activations, run_text
+from veneer.train.text.task import host_store, recompute_activations, run_text
 
 ROOT = Path(__file__).resolve().parents[3]
 TENSORS = "adapter_model.safetensors"
@@ -296,7 +296,7 @@ def test_batches_that_a_thread_sends_ahead_end_in_the_same_bytes_stopped_and_res
         if isinstance(event, Stepped) and event.step == 5:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(run.AttachedText, "ahead", lambda self: send)
+    monkeypatch.setattr(run, "sender", lambda device: send)
     output = tmp_path / "ahead"
     with pytest.raises(Interrupted):
         _train(shared, output, base, on_event=press)
@@ -637,9 +637,9 @@ def test_activations_leave_the_card_that_the_base_is_on(
     )
     assert isinstance(config, TrainConfig)
     own = Run(config, tmp_path, ALONE, lambda event: None, [])
-    assert TextTask(config, base).host_store(own) is None  # on a CPU, there is no other memory to offload to
+    assert host_store(config, base, own) is None  # on a CPU, there is no other memory to offload to
     base.unread, base.device = object(), torch.device("cuda", 1)  # type: ignore[assignment]
-    assert isinstance(TextTask(config, base).host_store(own), HostStore)
+    assert isinstance(host_store(config, base, own), HostStore)
     assert streams == [torch.device("cuda", 1)]
 
 

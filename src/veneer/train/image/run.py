@@ -12,9 +12,9 @@ from veneer.models.image.base import ImageBase, load_image
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import Listener
 from veneer.train.image.save import ImageResult
-from veneer.train.image.slider import SliderTask, slider_config
-from veneer.train.image.task import ImageTask
-from veneer.train.run import carry_out, opened
+from veneer.train.image.slider import SLIDER, slider_config
+from veneer.train.image.task import PICTURES, ImageRun, train_images
+from veneer.train.run import opened
 
 
 def run_images(
@@ -40,9 +40,9 @@ def run_images(
     Random generators, the base's modules and weights are as before afterwards, after any error too. Raises DataError
     for pictures that cannot be used, PreflightError before step one for what would go wrong, TrainingError for a loss
     that is not finite, Interrupted on Ctrl-C with the state saved, and what the base and checkpoints raise."""
-    kind: type[ImageTask] = ImageTask
+    kind = PICTURES
     if config.slider.wanted:
-        kind, config = SliderTask, slider_config(config)
+        kind, config = SLIDER, slider_config(config)
     with opened(
         config, unit="pictures", on_event=on_event, sources=sources, resume=resume, dry_run=dry_run, force=force
     ) as run:
@@ -58,4 +58,4 @@ def run_images(
             )
         for note in base.notes:
             run.note(note)
-        return carry_out(run, kind(config, base, own))
+        return train_images(ImageRun(run, config, base, own, kind))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,18 +178,23 @@ def drawing_folder(folder: Path) -> Path:
     return folder
 
 
+def draw_missing(
+    base: ImageBase, config: ImageTrainConfig, rows: Mapping[Path, ImageRow], steps: int, *, at_once: int = 4
+) -> None:
+    """Draws the pictures of `rows`, by their files, with the base alone; a run that was stopped resumes with the
+    missing ones."""
+    files = list(rows)
+    for start in range(0, len(files), at_once):
+        these = files[start : start + at_once]
+        drawn = draw_rows(base, None, config, [rows[file] for file in these], 1, steps)
+        for file, cells in zip(these, drawn, strict=True):
+            atomic_write(file, [picture_bytes(cells[0])])
+
+
 def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path, missing: int) -> None:
-    """Draws `missing` pictures of `data.class_prompt` by the base alone into `folder`, four at a time, each by a seed
-    of its own; a run that was stopped goes on with those that are not there."""
+    """Draws `missing` pictures of `data.class_prompt` into `folder`, each by its own seed."""
     drawing_folder(folder)
-    prompt = config.data.class_prompt or ""
-    seed = 0
-    while missing > 0:
-        rows: list[ImageRow] = []
-        while len(rows) < min(4, missing):
-            if not (folder / f"class-{seed:05d}.png").exists():
-                rows.append(ImageRow(prompt, "", seed))
-            seed += 1
-        for row, cells in zip(rows, draw_rows(base, None, config, rows, 1, config.data.class_steps), strict=True):
-            atomic_write(folder / f"class-{row.seed:05d}.png", [picture_bytes(cells[0])])
-        missing -= len(rows)
+    files = ((seed, folder / f"class-{seed:05d}.png") for seed in count())
+    wanted = islice(((seed, file) for seed, file in files if not file.exists()), missing)
+    rows = {file: ImageRow(config.data.class_prompt or "", "", seed) for seed, file in wanted}
+    draw_missing(base, config, rows, config.data.class_steps)

@@ -33,8 +33,6 @@ from torch import Tensor
 from veneer.core.attach import Attachment
 from veneer.core.targets import resolve_targets
 from veneer.errors import BaseError, counted
-from veneer.files.atomic import atomic_write
-from veneer.files.pictures import picture_bytes
 from veneer.models.image.generate import ImageRow, default_settings
 from veneer.models.image.predict import predict
 from veneer.ops.transfer import sent
@@ -42,8 +40,8 @@ from veneer.train.image.batches import ImageBatch
 from veneer.train.image.encode import ImageLoss
 from veneer.train.image.loss import generator, noised, row_losses
 from veneer.train.image.preflight import ImageData, parts_of
-from veneer.train.image.samples import draw_rows, drawing_folder
-from veneer.train.image.task import ImageTask
+from veneer.train.image.samples import draw_missing, drawing_folder
+from veneer.train.image.task import ImageKind, ImageRun, image_texts, read_images
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.preflight import CACHE, Finding
 from veneer.train.run import NAME, Run
@@ -51,8 +49,6 @@ from veneer.train.run import NAME, Run
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig, SliderSection
-
-_AT_ONCE = 4
 
 
 def slider_config(config: ImageTrainConfig) -> ImageTrainConfig:
@@ -77,39 +73,42 @@ def planned_slider(slider: SliderSection) -> tuple[int, int, float, str]:
     return slider.scenes, 2, 1.5, text + "three forwards of the base for both"
 
 
-class SliderTask(ImageTask):
-    """Scenes of the base's own, learned at both signs of the strength. The configuration is `slider_config`'s."""
+def _read(image: ImageRun) -> ImageData:
+    """The scenes, after the missing ones are drawn; their captions are nobody's tags."""
+    config = _with_scenes(image.base, image.config, image.run)
+    data = read_images(replace(image, config=config))
+    return replace(data, steps=_signed(data.steps), tags={})
 
-    @property
-    def strengths(self) -> tuple[float, ...]:
-        return self.config.slider.strengths
 
-    def read(self, run: Run) -> ImageData:
-        """The scenes, those drawn that are missing; their captions are nobody's tags."""
-        data = ImageTask(_with_scenes(self.base, self.config, run), self.base, self.own).read(run)
-        return replace(data, steps=_signed(data.steps), tags={})
+def _texts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
+    ends = [end for pair in _directions(image.config.slider) for end in pair]
+    return {**image_texts(image, data), "slider prompts": ends}
 
-    def prompts(self, data: ImageData) -> dict[str, Iterable[str]]:
-        ends = [end for pair in _directions(self.config.slider) for end in pair]
-        return {**super().prompts(data), "slider prompts": ends}
 
-    def findings(self, data: ImageData) -> Iterable[Finding]:
-        slider = self.config.slider
-        kept = f", and is not to bring {', '.join(slider.preserve)} along" if slider.preserve else ""
-        text = f"slider: strength moves `{slider.target}` from `{slider.negative}` to `{slider.positive}`{kept}"
-        return [Finding("ok", "slider", f"{text}; {counted(slider.scenes, 'scene')} of the base's own, no pictures")]
+def _findings(image: ImageRun, data: ImageData) -> Iterator[Finding]:
+    slider = image.config.slider
+    kept = f", and is not to bring {', '.join(slider.preserve)} along" if slider.preserve else ""
+    text = f"slider: strength moves `{slider.target}` from `{slider.negative}` to `{slider.positive}`{kept}"
+    yield Finding("ok", "slider", f"{text}; {counted(slider.scenes, 'scene')} of the base's own, no pictures")
 
-    def asked_last(self, data: ImageData) -> Iterator[Finding]:
-        """Prompts that read differently and are the same to the base; what is asked here is kept for the steps."""
-        data.encoders.text([self.config.slider.target])
-        for plus, minus in _directions(self.config.slider):
-            ends = [data.encoders.text([prompt]) for prompt in (plus, minus)]
-            if ends[0].embeds.shape == ends[1].embeds.shape and torch.equal(ends[0].embeds, ends[1].embeds):
-                text = f"`{plus}` and `{minus}` are the same to this base: there is no direction between them"
-                yield Finding("stop", "slider", text, "other words: it may not know these, or not read so far")
 
-    def loss(self, data: ImageData, attachment: Attachment) -> SliderLoss:
-        return SliderLoss(self.base, self.config, data.encoders, bare=attachment.using, attachment=attachment)
+def _same_prompts(image: ImageRun, data: ImageData) -> Iterator[Finding]:
+    """Prompts that read differently and are the same to the base; what is encoded here is kept for the steps."""
+    slider, encoders = image.config.slider, data.encoders
+    encoders.text([slider.target])
+    for plus, minus in _directions(slider):
+        ends = [encoders.text([prompt]) for prompt in (plus, minus)]
+        if ends[0].embeds.shape == ends[1].embeds.shape and torch.equal(ends[0].embeds, ends[1].embeds):
+            text = f"`{plus}` and `{minus}` are the same to this base: there is no direction between them"
+            yield Finding("stop", "slider", text, "other words: it may not know these, or not read so far")
+
+
+def _loss(image: ImageRun, data: ImageData, attachment: Attachment) -> SliderLoss:
+    return SliderLoss(image.base, image.config, data.encoders, bare=attachment.using, attachment=attachment)
+
+
+SLIDER = ImageKind(_read, _texts, _findings, _same_prompts, _loss, lambda config: config.slider.strengths)
+"""Scenes of the base's own, learned at both signs of the strength. The configuration is `slider_config`'s."""
 
 
 def _directions(slider: SliderSection) -> list[tuple[str, str]]:
@@ -220,11 +219,9 @@ def _draw_scenes(base: ImageBase, config: ImageTrainConfig, folder: Path, count:
     target, pairs = config.slider.target, _directions(config.slider)
     kept = config.slider.preserve or ("",)
     prompts = [p for (plus, minus), k in zip(pairs, kept, strict=True) for p in (_joined(target, k), plus, minus)]
-    missing = [i for i in range(count) if not (folder / f"scene-{i:05d}.png").exists()]
-    for start in range(0, len(missing), _AT_ONCE):
-        these = missing[start : start + _AT_ONCE]
-        rows = [ImageRow(prompts[i % len(prompts)], "", config.seed + i) for i in these]
-        drawn = draw_rows(base, None, sized, rows, 1, default_settings(base)[0])
-        for i, cells in zip(these, drawn, strict=True):
-            atomic_write(folder / f"scene-{i:05d}.png", [picture_bytes(cells[0])])
+    rows = {
+        folder / f"scene-{i:05d}.png": ImageRow(prompts[i % len(prompts)], "", config.seed + i) for i in range(count)
+    }
+    missing = {file: row for file, row in rows.items() if not file.exists()}
+    draw_missing(base, sized, missing, default_settings(base)[0])
     return len(missing)

@@ -23,8 +23,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from veneer.core.adapter import Adapter, Card
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
@@ -33,11 +31,11 @@ from veneer.models.image.base import ImageBase, release
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import fetched, measured_activations, offloading, park, recomputing
 from veneer.models.image.predict import cut_of
-from veneer.train import checkpoint, loop
+from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import Listener, Note, Sampled
-from veneer.train.image.batches import ImageBatch, plan_image_steps, planned_rows, split_pictures, validation_rows
+from veneer.train.image.batches import plan_image_steps, planned_rows, split_pictures, validation_rows
 from veneer.train.image.checks import check_pictures
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
@@ -63,10 +61,10 @@ from veneer.train.image.save import (
 )
 from veneer.train.image.training_picture import pictures_digest
 from veneer.train.image.views import plan_rows
-from veneer.train.loop import Score
+from veneer.train.loop import Learner, Micro, Score, memory_errors, sender
 from veneer.train.optim import Ema
 from veneer.train.preflight import CACHE, Finding, Report, available_memory, memory_finding, recomputes
-from veneer.train.run import NAME, AttachedTask, Run, Task, due
+from veneer.train.run import NAME, Run, Task, carry_out, due, newest_checkpoint, raise_if_stopped, recipe_of
 from veneer.train.save import Outcome, ReportParts
 
 if TYPE_CHECKING:
@@ -89,253 +87,271 @@ class _Memory:
 
 
 @dataclass(frozen=True)
-class ImageTask(Task[ImageData, ImageResult]):
-    """Pictures with their captions, learned by the denoiser, and by text encoders where that is asked for. `own`:
-    whether the base is this run's alone, so that its encoders may be freed.
+class ImageRun:
+    """A run on an image base. `own`: whether the base is this run's alone, so that its encoders can be freed. `kind`:
+    what it learns from."""
 
-    What a run may have otherwise, and a slider has (train.image.slider): `strengths`, `prompts`, `findings`,
-    `asked_last`, `loss`."""
-
+    run: Run
     config: ImageTrainConfig
     base: ImageBase
-    own: bool = False
+    own: bool
+    kind: ImageKind
 
     @property
-    def strengths(self) -> tuple[float, ...]:
-        """The columns of the sample sheets, where those are no seeds."""
-        return ()
+    def cache(self) -> Path:
+        return Path(self.config.data.cache) if self.config.data.cache else self.run.folder / CACHE
 
-    def prompts(self, data: ImageData) -> dict[str, Iterable[str]]:
-        """All that the base's encoders will read, by what it is."""
-        samples = self.config.samples
-        return {
-            "captions": [p.caption for p in (*data.learned, *data.held)],
-            "sample prompts": [*samples.prompts, samples.negative],
-            "class prompts": [self.config.data.class_prompt or ""] if data.missing_classes else [],
-        }
 
-    def findings(self, data: ImageData) -> Iterable[Finding]:
-        """What there is to say of what is learned."""
-        return check_pictures(data.learned, data.about, data.plan, self.config.data)
+@dataclass(frozen=True)
+class ImageKind:
+    """What differs between a run on pictures and a slider (train.image.slider), as functions.
 
-    def asked_last(self, data: ImageData) -> Iterable[Finding]:
-        """What takes forward passes to find out, and is asked only where nothing else stops the run."""
-        return ()
+    read: the data. texts: all that the base's encoders will read, by what it is. findings: of the data.
+    last_findings: those that take forward passes, asked only if nothing else stops the run. loss: what is minimized.
+    strengths: the columns of the sample sheets, if those are not seeds."""
 
-    def loss(self, data: ImageData, attachment: Attachment) -> ImageLoss:
-        """What is minimised."""
-        return ImageLoss(self.base, self.config, data.encoders, bare=attachment.using)
+    read: Callable[[ImageRun], ImageData]
+    texts: Callable[[ImageRun, ImageData], dict[str, Iterable[str]]]
+    findings: Callable[[ImageRun, ImageData], Iterable[Finding]]
+    last_findings: Callable[[ImageRun, ImageData], Iterable[Finding]]
+    loss: Callable[[ImageRun, ImageData, Attachment], ImageLoss]
+    strengths: Callable[[ImageTrainConfig], tuple[float, ...]]
 
-    def read(self, run: Run) -> ImageData:
-        """Pictures, those held out, the rows of an epoch, all steps, and how many class pictures are missing."""
-        config, base = self.config, self.base
-        settings = config.data
-        missing = 0
-        if settings.class_count:
-            place = class_folder(config, base, self._cache(run))
-            found = [p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask")]
-            missing = max(0, settings.class_count - len(found))
-            settings = settings.model_copy(update={"class_folder": str(place) if found else None})
-        pictures, about = read_pictures(settings)
-        held = read_pictures(settings, "validation")[0]
-        if settings.validation is None:
-            pictures, held = split_pictures(pictures, settings.split, config.seed)
-        plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)
-        scored = []
-        if held:
-            rows = plan_rows(held, settings, size=base.size, unit=base.unit).rows
-            scored = validation_rows(rows, settings, config.evaluation.rows)
-        encoders = Encoders(base, config, None if run.dry_run else self._cache(run))
-        steps = plan_image_steps(plan.rows, config, encoders.batch, run.devices.count)
-        tags = tag_frequency(p for p in pictures if not p.is_class)
-        return ImageData(pictures, held, about, plan, encoders, steps, scored, missing, tags)
 
-    def check(self, run: Run, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
-        texts = self.prompts(data)
-        # A prompt is read for its length alone, so that a dry run and a wrong setting cost no forward passes.
-        if self.base.reads_references and data.about.before:  # with what is before: then nothing is cut
-            texts |= {"captions": [], "sample prompts": []}
-        cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(self.base, c))} for w, said in texts.items()}
-        report = image_preflight(
-            self.base,
-            self.config,
-            data,
-            self.findings(data),
-            cut=cut,
-            resume=run.resume,
-            previous=previous,
-            sources=run.sources,
-            devices=run.devices.count,
-        )
-        if not report.stops:
-            report.add(*self.asked_last(data))
-        if report.stops:
-            run.say(report, self._settled(data, _Memory()))
-            if run.dry_run and run.devices.first:
-                _draw_sheet(run, self.config, data, run.tell)
-        return report
+def train_images(image: ImageRun) -> ImageResult:
+    """Reads, checks, attaches and trains."""
+    run = image.run
+    newest = newest_checkpoint(run)
+    data = image.kind.read(image)
+    report = _checked(image, data, recipe_of(newest))
+    raise_if_stopped(run, report)
+    with attached_images(image, data, report) as task:
+        return carry_out(run, task, report, newest)
 
-    @contextmanager
-    def attach(self, run: Run, data: ImageData, report: Report) -> Iterator[AttachedPictures]:
-        """Class pictures drawn that are missing, caches filled, encoders freed; then the fresh adapter on the base,
-        memory measured and settled. What is on the base is undone at the end."""
-        config, base = self.config, self.base
-        memory = _Memory()
-        if not run.dry_run:
-            data = self._with_class_pictures(run, data)
-            self._encode(run, data)
-            memory = self._free_encoders(run)
-        with ExitStack() as undo:
-            attachment = undo.enter_context(attach(base.model))
-            seed_all(config.seed)
-            created = self._created()
-            report.add(*layout_findings(created, base, config))
-            attachment.add(NAME, created, trainable=True)
-            del created  # the attachment has its own copy
-            attachment.use(NAME)
-            undo.enter_context(training_layers(base, True))
-            if not config.memory.offload_blocks:  # the fast paths hold on to weights
-                run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-            if config.memory.offload_blocks:  # before free memory is measured, so that the run can use it all
-                moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
-                run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
-            loss = self.loss(data, attachment)
-            memory = self._measured(run, data, loss, report, memory)
-            run.say(report, self._settled(data, memory))
-            report.raise_if_stopped()
-            undo.enter_context(recomputing(base) if memory.recompute else nullcontext())
-            attached = AttachedPictures(self, run, data, attachment, loss, memory)
-            attached.check_base()
-            yield attached
 
-    def _cache(self, run: Run) -> Path:
-        return Path(self.config.data.cache) if self.config.data.cache else run.folder / CACHE
+def image_texts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
+    samples = image.config.samples
+    return {
+        "captions": [p.caption for p in (*data.learned, *data.held)],
+        "sample prompts": [*samples.prompts, samples.negative],
+        "class prompts": [image.config.data.class_prompt or ""] if data.missing_classes else [],
+    }
 
-    def _with_class_pictures(self, run: Run, data: ImageData) -> ImageData:
-        """Class pictures that are missing, by the base alone; then everything is read again with them."""
-        if not data.missing_classes:
-            return data
-        place = class_folder(self.config, self.base, self._cache(run))
-        began = time.perf_counter()
-        if run.devices.first:
-            draw_class_pictures(self.base, self.config, place, data.missing_classes)
-        run.devices.gather(None)
-        run.note(
-            f"drew {counted(data.missing_classes, 'class picture')} into {place} in {time.perf_counter() - began:.0f} s"
-        )
-        return self.read(run)
 
-    def _encode(self, run: Run, data: ImageData) -> None:
-        """The caches filled."""
-        began, devices = time.perf_counter(), run.devices
-        if devices.count > 1:  # each encodes a share and reads the rest
-            data.encoders.fill(islice(chain(planned_rows(data.steps), data.scored), devices.rank, None, devices.count))
-            devices.gather(None)
-        views, captions = data.encoders.fill(chain(planned_rows(data.steps), data.scored))
-        latents, texts = data.encoders.latents, data.encoders.texts
-        damaged = latents.damaged + texts.damaged
-        text = f"{counted(views, 'view')} of pictures and {counted(captions, 'caption')} ready: "
-        text += f"{latents.made + texts.made} encoded, "
-        text += f"{latents.found + texts.found} from {self._cache(run)}, {time.perf_counter() - began:.1f} s"
-        run.note(text + (f"; {damaged} damaged entries were made again" if damaged else ""))
+def read_images(image: ImageRun) -> ImageData:
+    """Pictures, those held out, the rows of an epoch, all steps, and how many class pictures are missing."""
+    config, base, run = image.config, image.base, image.run
+    settings = config.data
+    missing = 0
+    if settings.class_count:
+        place = class_folder(config, base, image.cache)
+        found = [p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask")]
+        missing = max(0, settings.class_count - len(found))
+        settings = settings.model_copy(update={"class_folder": str(place) if found else None})
+    pictures, about = read_pictures(settings)
+    held = read_pictures(settings, "validation")[0]
+    if settings.validation is None:
+        pictures, held = split_pictures(pictures, settings.split, config.seed)
+    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)
+    scored = []
+    if held:
+        rows = plan_rows(held, settings, size=base.size, unit=base.unit).rows
+        scored = validation_rows(rows, settings, config.evaluation.rows)
+    encoders = Encoders(base, config, None if run.dry_run else image.cache)
+    steps = plan_image_steps(plan.rows, config, encoders.batch, run.devices.count)
+    tags = tag_frequency(p for p in pictures if not p.is_class)
+    return ImageData(pictures, held, about, plan, encoders, steps, scored, missing, tags)
 
-    def _free_encoders(self, run: Run) -> _Memory:
-        """What made the caches dropped, or parked on the CPU, or why it stays."""
-        base, config = self.base, self.config
-        if not config.memory.free_encoders or not self.own:
-            return _Memory()
-        names = [n for n in base.parts if n.startswith("text_encoder") or n == "vae"]
-        names = [n for n in names if base.parts[n] is not None]
-        kept = ""
-        if config.adapter.text_encoders:
-            kept = "text encoders learn"
-        elif config.samples.prompts and (base.device.type == "cpu" or base.quantised):
-            kept = "samples draw with them"
-        elif config.samples.prompts:
-            run.note(f"{', '.join(names)} wait on the CPU between sheets: {park(base, names) / 1e6:,.0f} MB")
-            return _Memory(parked=tuple(names))
-        if kept:
-            run.note(f"text encoders and VAE stay in memory: {kept}")
-            return _Memory(kept=kept)
-        before = sum(p.numel() * p.element_size() for n in names for p in base.parts[n].parameters())
-        release(base, *names)
-        run.note(f"freed {', '.join(names)}: {before / 1e6:,.0f} MB")
+
+def _checked(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
+    run, config, base = image.run, image.config, image.base
+    texts = image.kind.texts(image, data)
+    # A prompt is read for its length alone, so that a dry run and a wrong setting cost no forward passes.
+    if base.reads_references and data.about.before:  # with what is before: then nothing is cut
+        texts |= {"captions": [], "sample prompts": []}
+    cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(base, c))} for w, said in texts.items()}
+    report = image_preflight(
+        base,
+        config,
+        data,
+        image.kind.findings(image, data),
+        cut=cut,
+        resume=run.resume,
+        previous=previous,
+        sources=run.sources,
+        devices=run.devices.count,
+    )
+    if not report.stops:
+        report.add(*image.kind.last_findings(image, data))
+    if report.stops:
+        run.say(report, _settled(image, data, _Memory()))
+        if run.dry_run and run.devices.first:
+            _draw_sheet(run, config, data, run.tell)
+    return report
+
+
+@contextmanager
+def attached_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[Task[ImageResult]]:
+    """Class pictures drawn that are missing, caches filled, encoders freed; then the fresh adapter on the base,
+    memory measured and settled. What is on the base is undone at the end."""
+    run, config, base = image.run, image.config, image.base
+    memory = _Memory()
+    if not run.dry_run:
+        data = _with_class_pictures(image, data)
+        _encode(image, data)
+        memory = _free_encoders(image)
+    with ExitStack() as undo:
+        attachment = undo.enter_context(attach(base.model))
+        seed_all(config.seed)
+        created = _created(base, config)
+        report.add(*layout_findings(created, base, config))
+        attachment.add(NAME, created, trainable=True)
+        del created  # the attachment has its own copy
+        attachment.use(NAME)
+        undo.enter_context(training_layers(base, True))
+        if not config.memory.offload_blocks:  # the fast paths hold on to weights
+            run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
+        if config.memory.offload_blocks:  # before free memory is measured, so that the run can use it all
+            moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
+            run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
+        loss = image.kind.loss(image, data, attachment)
+        memory = _measured(image, data, loss, report, memory)
+        run.say(report, _settled(image, data, memory))
+        report.raise_if_stopped()
+        undo.enter_context(recomputing(base) if memory.recompute else nullcontext())
+        yield AttachedPictures(image, data, attachment, loss, memory).task()
+
+
+def _with_class_pictures(image: ImageRun, data: ImageData) -> ImageData:
+    """Class pictures that are missing, by the base alone; then everything is read again with them."""
+    if not data.missing_classes:
+        return data
+    run, place = image.run, class_folder(image.config, image.base, image.cache)
+    began = time.perf_counter()
+    if run.devices.first:
+        draw_class_pictures(image.base, image.config, place, data.missing_classes)
+    run.devices.gather(None)
+    run.note(
+        f"drew {counted(data.missing_classes, 'class picture')} into {place} in {time.perf_counter() - began:.0f} s"
+    )
+    return image.kind.read(image)
+
+
+def _encode(image: ImageRun, data: ImageData) -> None:
+    """The caches filled."""
+    run, began, devices = image.run, time.perf_counter(), image.run.devices
+    if devices.count > 1:  # each encodes a share and reads the rest
+        data.encoders.fill(islice(chain(planned_rows(data.steps), data.scored), devices.rank, None, devices.count))
+        devices.gather(None)
+    views, captions = data.encoders.fill(chain(planned_rows(data.steps), data.scored))
+    latents, texts = data.encoders.latents, data.encoders.texts
+    damaged = latents.damaged + texts.damaged
+    text = f"{counted(views, 'view')} of pictures and {counted(captions, 'caption')} ready: "
+    text += f"{latents.made + texts.made} encoded, "
+    text += f"{latents.found + texts.found} from {image.cache}, {time.perf_counter() - began:.1f} s"
+    run.note(text + (f"; {damaged} damaged entries were made again" if damaged else ""))
+
+
+def _free_encoders(image: ImageRun) -> _Memory:
+    """What made the caches dropped, or parked on the CPU, or why it stays."""
+    run, base, config = image.run, image.base, image.config
+    if not config.memory.free_encoders or not image.own:
         return _Memory()
+    names = [n for n in base.parts if n.startswith("text_encoder") or n == "vae"]
+    names = [n for n in names if base.parts[n] is not None]
+    kept = ""
+    if config.adapter.text_encoders:
+        kept = "text encoders learn"
+    elif config.samples.prompts and (base.device.type == "cpu" or base.quantised):
+        kept = "samples draw with them"
+    elif config.samples.prompts:
+        run.note(f"{', '.join(names)} wait on the CPU between sheets: {park(base, names) / 1e6:,.0f} MB")
+        return _Memory(parked=tuple(names))
+    if kept:
+        run.note(f"text encoders and VAE stay in memory: {kept}")
+        return _Memory(kept=kept)
+    before = sum(p.numel() * p.element_size() for n in names for p in base.parts[n].parameters())
+    release(base, *names)
+    run.note(f"freed {', '.join(names)}: {before / 1e6:,.0f} MB")
+    return _Memory()
 
-    def _created(self) -> Adapter:
-        """One adapter over the denoiser and the text encoders asked for, under canonical names."""
-        whole = Adapter()
-        targets: list[str] = []
-        spec = self.config.adapter.spec()
-        for name, (module, own) in parts_of(self.base, self.config).items():
-            made = create(module, own, seed=self.config.seed)
-            whole.pairs |= {f"{name}.{key}": pair for key, pair in made.pairs.items()}
-            whole.deltas |= {f"{name}.{key}": delta for key, delta in made.deltas.items()}
-            targets += [f"{name}: {t}" for t in made.card.targets]
-        card = Card(kind="image", rank=spec.rank, alpha=spec.alpha, targets=targets)
-        return replace(whole, card=card, rslora=spec.rslora, dropout=spec.dropout)
 
-    def _measured(self, run: Run, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
-        """Measures what one picture of the largest shape keeps, decides whether activations are recomputed, and adds
-        to the report whether it fits."""
-        config, base = self.config, self.base
-        largest = max((m for s in data.steps for m in s.micros), key=lambda m: m.size or 0)
-        one = data.encoders.batch(largest.make().rows[:1])
-        frozen = list(base.model.parameters())
-        before = checkpoint.rng_state()
-        mode = config.memory.activation_checkpointing
+def _created(base: ImageBase, config: ImageTrainConfig) -> Adapter:
+    """One adapter over the denoiser and the text encoders asked for, under canonical names."""
+    whole = Adapter()
+    targets: list[str] = []
+    spec = config.adapter.spec()
+    for name, (module, own) in parts_of(base, config).items():
+        made = create(module, own, seed=config.seed)
+        whole.pairs |= {f"{name}.{key}": pair for key, pair in made.pairs.items()}
+        whole.deltas |= {f"{name}.{key}": delta for key, delta in made.deltas.items()}
+        targets += [f"{name}: {t}" for t in made.card.targets]
+    card = Card(kind="image", rank=spec.rank, alpha=spec.alpha, targets=targets)
+    return replace(whole, card=card, rslora=spec.rslora, dropout=spec.dropout)
 
-        def measure(recompute: bool) -> int:
-            with recomputing(base) if recompute else nullcontext(), loop.memory_errors(largest):
-                return measured_activations(lambda: loss(one), frozen)
 
-        kept, free = 0, available_memory(config, base.device)
-        offloads = config.memory.offload_blocks > 0
-        recompute, because = mode == "on" or offloads, "memory.offload_blocks needs it" if offloads else ""
-        if not recompute:
-            kept = measure(False)
-            need = kept * largest.tokens + 16 * int(report.numbers.get("trainable", 0))
-            recompute, because = recomputes(mode, need, free)
-        if recompute:
-            kept = measure(True)
-        checkpoint.rng_restore(before)
-        report.numbers.update(memory_numbers(report.numbers, config, base.device, kept, pictures=largest.tokens))
-        count = counted(largest.tokens, "picture")
-        how = "with activations recomputed" if recompute else "all activations kept"
-        less = "" if recompute else "memory.activation_checkpointing=on, "
-        report.add(
-            memory_finding(
-                report.numbers["memory_needed"],
-                report.numbers["memory_free"],
-                f"{how}, at most {count} at once",
-                fix=f"{less}batching.micro_rows=1, or a lower data.resolution",
-                force=run.force,
-            )
+def _measured(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
+    """Measures what one picture of the largest shape keeps, decides whether activations are recomputed, and adds
+    to the report whether it fits."""
+    config, base = image.config, image.base
+    largest = max((m for s in data.steps for m in s.micros), key=lambda m: m.size or 0)
+    one = data.encoders.batch(largest.make().rows[:1])
+    frozen = list(base.model.parameters())
+    before = checkpoint.rng_state()
+    mode = config.memory.activation_checkpointing
+
+    def measure(recompute: bool) -> int:
+        with recomputing(base) if recompute else nullcontext(), memory_errors(largest):
+            return measured_activations(lambda: loss(one), frozen)
+
+    kept, free = 0, available_memory(config, base.device)
+    offloads = config.memory.offload_blocks > 0
+    recompute, because = mode == "on" or offloads, "memory.offload_blocks needs it" if offloads else ""
+    if not recompute:
+        kept = measure(False)
+        need = kept * largest.tokens + 16 * int(report.numbers.get("trainable", 0))
+        recompute, because = recomputes(mode, need, free)
+    if recompute:
+        kept = measure(True)
+    checkpoint.rng_restore(before)
+    report.numbers.update(memory_numbers(report.numbers, config, base.device, kept, pictures=largest.tokens))
+    count = counted(largest.tokens, "picture")
+    how = "with activations recomputed" if recompute else "all activations kept"
+    less = "" if recompute else "memory.activation_checkpointing=on, "
+    report.add(
+        memory_finding(
+            report.numbers["memory_needed"],
+            report.numbers["memory_free"],
+            f"{how}, at most {count} at once",
+            fix=f"{less}batching.micro_rows=1, or a lower data.resolution",
+            force=image.run.force,
         )
-        return replace(memory, recompute=recompute, because=because)
+    )
+    return replace(memory, recompute=recompute, because=because)
 
-    def _settled(self, data: ImageData, memory: _Memory) -> Iterator[tuple[str, Any, str]]:
-        """What was `auto` or left open, as it is now, with the reason."""
-        config, base = self.config, self.base
-        if config.base.dtype == "auto":
-            yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
-        if config.base.device == "auto":
-            yield "base.device", str(base.device), "a GPU if there is one"
-        if config.data.resolution is None:
-            yield "data.resolution", base.size, "the base's size"
-        if config.data.split is None and config.data.validation is None:
-            yield "data.split", len(data.held), "a tenth from 20 pictures on, at most 50; none below"
-        times = times_of(base, config)
-        if config.loss.timesteps == "auto":
-            yield "loss.timesteps", times.kind, f"the base predicts {base.prediction}"
-        if config.loss.shift == "auto" and base.prediction == "flow":
-            yield "loss.shift", times.shift, "the base's scheduler; 1 where that goes by size"
-        if config.schedule.epochs is None and config.schedule.steps is None:
-            yield "schedule.steps", config.steps, "1000 when neither epochs nor steps are given"
-        if config.memory.activation_checkpointing == "auto" and memory.because:
-            yield "memory.activation_checkpointing", "on" if memory.recompute else "off", memory.because
-        if memory.kept:
-            yield "memory.free_encoders", False, memory.kept
+
+def _settled(image: ImageRun, data: ImageData, memory: _Memory) -> Iterator[tuple[str, Any, str]]:
+    """What was `auto` or left open, as it is now, with the reason."""
+    config, base = image.config, image.base
+    if config.base.dtype == "auto":
+        yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
+    if config.base.device == "auto":
+        yield "base.device", str(base.device), "a GPU if there is one"
+    if config.data.resolution is None:
+        yield "data.resolution", base.size, "the base's size"
+    if config.data.split is None and config.data.validation is None:
+        yield "data.split", len(data.held), "a tenth from 20 pictures on, at most 50; none below"
+    times = times_of(base, config)
+    if config.loss.timesteps == "auto":
+        yield "loss.timesteps", times.kind, f"the base predicts {base.prediction}"
+    if config.loss.shift == "auto" and base.prediction == "flow":
+        yield "loss.shift", times.shift, "the base's scheduler; 1 where that goes by size"
+    if config.schedule.epochs is None and config.schedule.steps is None:
+        yield "schedule.steps", config.steps, "1000 when neither epochs nor steps are given"
+    if config.memory.activation_checkpointing == "auto" and memory.because:
+        yield "memory.activation_checkpointing", "on" if memory.recompute else "off", memory.because
+    if memory.kept:
+        yield "memory.free_encoders", False, memory.kept
 
 
 def _draw_sheet(run: Run, config: ImageTrainConfig, data: ImageData, tell: Listener) -> str:
@@ -347,55 +363,63 @@ def _draw_sheet(run: Run, config: ImageTrainConfig, data: ImageData, tell: Liste
     return path
 
 
-class AttachedPictures(AttachedTask[ImageResult]):
+class AttachedPictures:
     """The denoiser's error on the pictures, lowered; with a moving average and sample sheets where they are asked for.
 
     `sheet`: what the model sees, once it was drawn. `drawn`: the first picture of the last sample sheet."""
 
     def __init__(
-        self, task: ImageTask, run: Run, data: ImageData, attachment: Attachment, image_loss: ImageLoss, memory: _Memory
+        self, image: ImageRun, data: ImageData, attachment: Attachment, loss: ImageLoss, memory: _Memory
     ) -> None:
-        config = task.config
-        self.config, self.base, self.strengths = config, task.base, task.strengths
-        self.run, self.data = run, data
-        self.attachment, self.image_loss, self.memory = attachment, image_loss, memory
+        config = image.config
+        self.config, self.base, self.strengths = config, image.base, image.kind.strengths(config)
+        self.run, self.data = image.run, data
+        self.attachment, self.loss, self.memory = attachment, loss, memory
         self.parameters = attachment.parameters(NAME)
-        self.steps, self.ends = data.steps, data.steps.ends
         self.ema = Ema(self.parameters, config.ema.decay) if config.ema.decay is not None else None
         every, total = config.samples.every, len(data.steps)
         self.sample_at = due(every, data.steps.ends, total, start=True) if every is not None else set()
         if config.samples.prompts:
             self.sample_at |= {total}
-        self.tell, self.sheet = run.tell, ""
+        self.tell, self.sheet = image.run.tell, ""
         self.shown = -1 if self.strengths else 0  # of a line of strengths the last
         self.drawn: Image | None = None
 
-    @property
-    def scored(self) -> bool:
-        return bool(self.data.scored)
-
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        return {**self.parameters, **(self.ema.averages if self.ema else {})}
-
-    @property
-    def rates(self) -> Mapping[str, float]:
-        rate = self.config.optimizer.text_learning_rate
-        return {f"{name}.": rate for name in self.config.adapter.text_encoders}
-
-    def identity(self) -> dict[str, Any]:
+    def task(self) -> Task[ImageResult]:
         data, base = self.data, self.base
-        return {
-            "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype), "quantised": base.quantised},
-            "data": {"pictures": pictures_digest(data.learned), "held-out pictures": pictures_digest(data.held)},
-        }
+        rate = self.config.optimizer.text_learning_rate
+        learner = Learner(
+            self.parameters,
+            self.loss,
+            send=sender(base.device),  # a thread only reads latents from the cache
+            score=self.score if data.scored else None,
+            end_step=self.end_step,
+        )
+        return Task(
+            learner=learner,
+            steps=data.steps,
+            ends=data.steps.ends,
+            result=self.result,
+            save=self.save,
+            write=self.write,
+            prove=self.prove,
+            report=self.report,
+            check=self.check_base,
+            begin=self.begin,
+            state={**self.parameters, **(self.ema.averages if self.ema else {})},
+            identity={
+                "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype), "quantised": base.quantised},
+                "data": {"pictures": pictures_digest(data.learned), "held-out pictures": pictures_digest(data.held)},
+            },
+            rates={f"{name}.": rate for name in self.config.adapter.text_encoders},
+        )
 
     def check_base(self) -> None:
         """Raises PreflightError if the base's error is clearly above that of predicting 0, or is not finite, because
         training on such a base is useless. Only warns with `force`."""
         row = next(planned_rows(self.data.steps))
-        with training_layers(self.base, False), loop.memory_errors(loop.Micro(1, 0, (0,), lambda: None)):
-            error, zero = self.image_loss.base_error(row, _TIMES_LOOKED_AT)
+        with training_layers(self.base, False), memory_errors(Micro(1, 0, (0,), lambda: None)):
+            error, zero = self.loss.base_error(row, _TIMES_LOOKED_AT)
         if error <= _WORSE_THAN_ZERO * zero:  # false for NaN
             return
         what = f"the base predicts the pictures worse than zeros would: error {error:.3g}, against {zero:.3g} for zeros"
@@ -417,14 +441,6 @@ class AttachedPictures(AttachedTask[ImageResult]):
         if progress.step == 0 and 0 in self.sample_at:
             self._sample(0)
 
-    def loss(self, batch: ImageBatch) -> Tensor:
-        return self.image_loss(batch)
-
-    def ahead(self) -> Callable[[ImageBatch], ImageBatch] | None:
-        """Latents were made before step one: a thread only reads them."""
-        device = self.base.device
-        return None if device.type == "cpu" else lambda batch: batch.sent(device)
-
     def end_step(self, number: int) -> None:
         if self.ema is not None:
             self.ema.update(number)
@@ -433,9 +449,9 @@ class AttachedPictures(AttachedTask[ImageResult]):
 
     def score(self, interrupted: Callable[[], bool]) -> Score | None:
         with training_layers(self.base, False), self.ema.acting() if self.ema else nullcontext():
-            return self.image_loss.score(self.data.scored, interrupted, self.run.devices)
+            return self.loss.score(self.data.scored, interrupted, self.run.devices)
 
-    def facts(self, outcome: Outcome, progress: Progress) -> ImageResult:
+    def result(self, outcome: Outcome, progress: Progress) -> ImageResult:
         return ImageResult(
             **vars(outcome),
             pictures=progress.tokens,
@@ -444,34 +460,24 @@ class AttachedPictures(AttachedTask[ImageResult]):
         )
 
     def save(self, result: ImageResult, progress: Progress, tell: Listener) -> ImageResult:
-        """The file: of the average, where there is one."""
+        """Writes the file; of the moving average, if there is one."""
         config, base, data = self.config, self.base, self.data
         if self.ema is not None:
             self.ema.put()
             tell(Note(f"saved is the moving average (decay {self.ema.decay:g}), which is what was scored"))
         with training_layers(base, False):
             picture = self._thumbnail(result.kept_step, progress.step, tell)
-            trained = self.attachment.adapter(NAME)
         metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))
-        card = replace(
-            trained.card,
-            base=base.name,
-            base_fingerprint=base.fingerprint,
-            kind="image",
-            data_digest=pictures_digest(data.learned),
-            recipe=config.recipe(),
-            metrics=metrics,
-        )
         facts = training_facts(
             config,
             base,
             data,
-            self.image_loss,
+            self.loss,
             kept=result.kept_step,
             recompute=self.memory.recompute,
             seconds=progress.seconds,
         )
-        written = save_image_adapter(replace(trained, card=card), base, config, facts, picture, data.tags)
+        written = save_image_adapter(self._adapter(metrics), base, config, facts, picture, data.tags)
         for note in written.notes:
             tell(Note(note))
         found = {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3} if written.hashes is not None else {}
@@ -479,9 +485,17 @@ class AttachedPictures(AttachedTask[ImageResult]):
         return replace(result, adapter=str(output_of(config)), digest=written.digest, hashes=found, samples=samples)
 
     def write(self, folder: Path, progress: Progress) -> None:
-        """Under the name `adapter`, and without a thumbnail."""
-        config = self.config.output.model_copy(update={"directory": str(folder), "name": "adapter"})
-        with training_layers(self.base, False), self.ema.acting() if self.ema else nullcontext():
+        """Writes the adapter as it is now, under the name `adapter` and without a thumbnail."""
+        output = self.config.output.model_copy(update={"directory": str(folder), "name": "adapter"})
+        with self.ema.acting() if self.ema else nullcontext():
+            adapter = self._adapter(progress.metrics())
+        folder.mkdir()
+        config = self.config.model_copy(update={"output": output})
+        save_image_adapter(adapter, self.base, config, {}, "", self.data.tags)
+
+    def _adapter(self, metrics: dict[str, Any]) -> Adapter:
+        """The adapter as it is now, with its card."""
+        with training_layers(self.base, False):
             trained = self.attachment.adapter(NAME)
         card = replace(
             trained.card,
@@ -490,17 +504,9 @@ class AttachedPictures(AttachedTask[ImageResult]):
             kind="image",
             data_digest=pictures_digest(self.data.learned),
             recipe=self.config.recipe(),
-            metrics=progress.metrics(),
+            metrics=metrics,
         )
-        folder.mkdir()
-        save_image_adapter(
-            replace(trained, card=card),
-            self.base,
-            self.config.model_copy(update={"output": config}),
-            {},
-            "",
-            self.data.tags,
-        )
+        return replace(trained, card=card)
 
     def prove(self) -> str:
         row, encoders = next(planned_rows(self.data.steps)), self.data.encoders
@@ -540,3 +546,14 @@ class AttachedPictures(AttachedTask[ImageResult]):
             )
             drawn = self._draw(self.config.model_copy(update={"samples": first}))[0][self.shown]
         return thumbnail(drawn)
+
+
+PICTURES = ImageKind(
+    read=read_images,
+    texts=image_texts,
+    findings=lambda image, data: check_pictures(data.learned, data.about, data.plan, image.config.data),
+    last_findings=lambda image, data: (),
+    loss=lambda image, data, attachment: ImageLoss(image.base, image.config, data.encoders, bare=attachment.using),
+    strengths=lambda config: (),
+)
+"""Pictures with their captions, learned by the denoiser, and by text encoders if that is asked for."""

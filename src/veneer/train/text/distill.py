@@ -21,7 +21,7 @@ of them is in a checkpoint. Logged, of each step:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -385,15 +385,6 @@ class Distillation:
         told = ("cut_share", "answer_tokens", "teacher_long", "teacher_failed")
         extra = {key: figures[key] for key in told if key in figures}
         return Score(total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers))
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
-    def kept(self, step: int) -> dict[str, Any]:
-        """Nothing: each step's answers are drawn for it."""
-        return {}
-
-    def restore(self, kept: Mapping[str, Any]) -> None:
-        return
 
 
 def _saved_cents(tokens: float, section: DistillationSection) -> str:

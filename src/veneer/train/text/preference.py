@@ -6,7 +6,7 @@ given.
     items   → collate_items     the answers end to end in one batch
               mismatched        KTO: prompts with the answers that belong to others
 
-    preference = Preference(settings, base, attachment, reference=())
+    preference = Preference(config, base, attachment)
     preference.know(items, path, say)        the reference's log-probabilities, once, before step one
     preference.loss(batch)                   Σ loss over the batch's pairs (kto: answers)
     preference.begin(step), .measured()      kto's reference point of the step; rewards and the rest for the log
@@ -42,10 +42,9 @@ from veneer.models.shard import CallWithWeights, call_whole
 from veneer.models.swap import without_dropout
 from veneer.models.text.loss import row_logps
 from veneer.ops import loss as formulas
-from veneer.ops.sizes import MICRO_TOKENS
 from veneer.ops.transfer import sent
 from veneer.train.checkpoint import disk_errors
-from veneer.train.config.text import PreferenceSection, TrainConfig
+from veneer.train.config.text import TrainConfig
 from veneer.train.devices import ALONE, Devices
 from veneer.train.loop import Means, Score, Step
 from veneer.train.text.batches import Batch, collate, grouped
@@ -173,16 +172,14 @@ def mismatched(items: Sequence[Item], max_length: int) -> list[Example]:
 
 @dataclass
 class Preference:
-    """`reference`: the mix on the attachment that the policy is compared with; () for the base alone. `whose`: what
-    distinguishes its log-probabilities from another reference's. `max_length`: of kto's mismatched rows."""
+    """A run's preference loss. `start`: the adapter that the run continues from; if the loss has a reference, `start`
+    is added to the attachment once more under `name`, as the reference."""
 
-    settings: PreferenceSection
+    config: TrainConfig
     base: TextBase
     attachment: Attachment
-    reference: tuple[str, ...] = ()
-    whose: str = ""
-    micro_tokens: int = MICRO_TOKENS
-    max_length: int = 2048
+    start: Adapter | None = None
+    name: str = "reference"
     call: CallWithWeights = call_whole
     devices: Devices = ALONE
     point: float = 0.0
@@ -190,37 +187,17 @@ class Preference:
     seen: Means = field(default_factory=Means)
 
     def __post_init__(self) -> None:
-        self.settings = self.settings.settled()
+        self.settings = self.config.preference.settled()
+        self.reference: tuple[str, ...] = ()
+        if self.start is not None and self.needs_reference:
+            self.attachment.add(self.name, self.start)
+            self.reference = (self.name,)
 
-    @classmethod
-    def of(
-        cls,
-        config: TrainConfig,
-        base: TextBase,
-        attachment: Attachment,
-        *,
-        start: Adapter | None = None,
-        name: str = "reference",
-        call: CallWithWeights = call_whole,
-        devices: Devices = ALONE,
-    ) -> Preference:
-        """That of a configuration. `start`: the adapter that the run goes on from, which is then put on the attachment
-        a second time under `name`, as the reference, where the loss has one."""
-        whose = f"{base.fingerprint}|{base.quantised}|{base.dtype}|{start.digest() if start is not None else 'base'}"
-        preference = cls(
-            config.preference,
-            base,
-            attachment,
-            whose=whose,
-            micro_tokens=config.batching.at_once,
-            max_length=config.data.max_length,
-            call=call,
-            devices=devices,
-        )
-        if start is not None and preference.needs_reference:
-            attachment.add(name, start)
-            preference.reference = (name,)
-        return preference
+    @property
+    def whose(self) -> str:
+        """What distinguishes the reference's log-probabilities from another reference's."""
+        start = self.start.digest() if self.start is not None else "base"
+        return f"{self.base.fingerprint}|{self.base.quantised}|{self.base.dtype}|{start}"
 
     @property
     def needs_reference(self) -> bool:
@@ -328,12 +305,17 @@ class Preference:
         self, examples: Sequence[Example], interrupted: Callable[[], bool] = lambda: False
     ) -> list[float] | None:
         return answer_logps(
-            self.base, examples, self.micro_tokens, interrupted=interrupted, call=self.call, devices=self.devices
+            self.base,
+            examples,
+            self.config.batching.at_once,
+            interrupted=interrupted,
+            call=self.call,
+            devices=self.devices,
         )
 
     def _point(self, items: Sequence[Item]) -> float:
         """z₀: the mismatched pairs change with every step, so that their reference is computed when it is needed."""
-        examples = mismatched(items, self.max_length)
+        examples = mismatched(items, self.config.data.max_length)
         policy = self._logps(examples)
         assert policy is not None
         ratios = torch.tensor(policy, dtype=torch.float64) - torch.tensor(

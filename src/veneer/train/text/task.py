@@ -40,21 +40,20 @@ from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
 from veneer.models.text.offload import CudaLane, HostStore
 from veneer.ops.transfer import sent
-from veneer.train import loop
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
 from veneer.train.devices import Devices
 from veneer.train.events import TOKEN_ACCURACY, Listener, Note
-from veneer.train.loop import Means, Score, Step
+from veneer.train.loop import Learner, Means, Micro, Score, Step, Stop, memory_errors, sender
 from veneer.train.planning import drawn_at_once, micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
 from veneer.train.rewards.build import judges_here, rewards_of
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Rewards
-from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, opened
+from veneer.train.run import NAME, Run, Task, carry_out, newest_checkpoint, opened, raise_if_stopped, recipe_of
 from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversing
@@ -121,7 +120,10 @@ def run_text(
         base = loaded_base(config, base, run)
         for note in base.notes:
             run.note(note)
-        return carry_out(run, TextTask(cut_by_device(config, base, run), base, sampler=sampler))
+        newest = newest_checkpoint(run)
+        text = checked_text(run, cut_by_device(config, base, run), base, newest, sampler=sampler)
+        with attached_texts([text]) as (attached,):
+            return carry_out(run, attached.task, text.report, newest)
 
 
 def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
@@ -174,146 +176,127 @@ def _free_memory(base: TextBase, devices: Devices) -> int | None:
 
 
 @dataclass(frozen=True)
-class TextTask(Task[TextData, RunResult]):
-    """Rows of text, learned from their answers or, with `preference.loss`, from how two answers compare. `taken`: bytes
-    that others on the same base are going to take. `sampler`: who draws, where the run learns from its own answers
-    (`reinforcement.loss`)."""
+class TextRun:
+    """A run on text whose data is read and checked. `name`: its adapter's on the attachment. `sampler`: makes the
+    sampler of answers, if the run learns from its own (`reinforcement.loss`, `distillation.teacher`)."""
 
     config: TrainConfig
     base: TextBase
-    taken: int = 0
-    sampler: MakeSampler | None = None
-
-    def read(self, run: Run) -> TextData:
-        data = read_data(self.config, self.base)
-        if self.config.adapter.start is None:
-            return data
-        # what the run goes on from, in the precision that pairs are trained in
-        loaded = load_adapter(self.base, self.config.adapter.start)
-        wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
-        return replace(data, start=replace(wide, dropout=self.config.adapter.dropout))
-
-    def check(self, run: Run, data: TextData, previous: Mapping[str, Any] | None) -> Report:
-        report = text_preflight(
-            self.base,
-            self.config,
-            data,
-            resume=run.resume,
-            previous=previous,
-            free_memory=self._free(run.devices),
-            devices=run.devices.count,
-            force=run.force,
-        )
-        run.say(report, self._settled(run, data, report))
-        return report
-
-    @contextmanager
-    def attach(self, run: Run, data: TextData, report: Report) -> Iterator[AttachedText]:
-        with attached_texts([TextPart(self, run, data, report)]) as (attached,):
-            attached.check_base()
-            yield attached
-
-    def _free(self, devices: Devices) -> int | None:
-        if not self.taken:
-            return _free_memory(self.base, devices)
-        return max(0, free_memory(computes_on(self.base)) - self.taken)
-
-    def fresh(self, data: TextData) -> Adapter:
-        """What is trained, as it begins: new, or what the run goes on from."""
-        config, base = self.config, self.base
-        seed_all(config.seed)
-        if data.start is not None:
-            return data.start
-        return create(base.model, config.adapter.spec(), seed=config.seed, original=base.original)
-
-    def recomputes(self, devices: Devices, report: Report) -> tuple[bool, str]:
-        """Whether activations are recomputed, and why; the first process decides."""
-        mode, numbers = self.config.memory.recomputing, report.numbers
-        return devices.gather(recomputes(mode, numbers.get("memory_needed"), numbers.get("memory_free")))[0]
-
-    def host_store(self, run: Run) -> HostStore | None:
-        """Where inputs of recomputed layers wait, if that is asked for and somewhere else than they are."""
-        if not self.config.memory.offload_activations:
-            return None
-        if computes_on(self.base).type != "cuda":
-            run.note("memory.offload_activations: this device has no other memory, so activations stay where they are")
-            return None
-        return HostStore(CudaLane(computes_on(self.base)))
-
-    def _settled(self, run: Run, data: TextData, report: Report) -> Iterator[tuple[str, Any, str]]:
-        """What was `auto` or left open, as it is now, with the reason."""
-        config, base, devices = self.config, self.base, run.devices
-        recompute, reason = self.recomputes(devices, report)
-        if config.base.dtype == "auto":
-            yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
-        if config.base.device == "auto":
-            device = devices.device if devices.count > 1 else str(base.device)
-            yield "base.device", device, "a GPU if there is one"
-        if config.data.format == "auto" and data.about is not None:
-            yield "data.format", data.about.format, data.about.why
-        if config.data.split is None and config.data.validation is None:
-            yield "data.split", len(data.held.rows), "5% of the rows, at most 500; none below 20 rows"
-        if config.schedule.epochs is None and config.schedule.steps is None:
-            because = "3 when neither epochs nor steps are given; the best one is kept"
-            yield "schedule.epochs", config.epochs, because
-        if base.quantised and config.memory.keep_dequantised_gb is None:
-            because = "what the plan finds room for on a GPU; on a CPU dequantising costs next to nothing"
-            yield "memory.keep_dequantised_gb", int(report.numbers.get("kept_dequantised", 0)) / 1e9, because
-        if run.config.batching != config.batching:  # `cut_by_device` settled it
-            because = "what makes products faster on this device, where it fits"
-            yield "batching.micro_tokens", config.batching.at_once, because
-        if config.memory.keep_packed_gb is None:
-            because = "what weights take whose products are clearly faster so, where the plan finds room for it"
-            packed = sum(int(report.numbers.get(key, 0)) for key in ("kept_packed", "drawer_packed"))
-            yield "memory.keep_packed_gb", packed / 1e9, because
-        if config.memory.activation_checkpointing == "auto":
-            yield "memory.activation_checkpointing", "on" if recompute else "off", reason
-        if config.preference.loss is not None:
-            settled = config.preference.settled()
-            for key, losses in PREFERENCE_KEYS.items():
-                if getattr(config.preference, key) is None and config.preference.loss in losses:
-                    yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
-        if config.reinforcement.loss is not None:
-            for key, value in config.reinforcement.settled():
-                if value is not None and getattr(config.reinforcement, key) is None:
-                    yield f"reinforcement.{key}", value, f"what {config.reinforcement.loss} takes"
-
-
-@dataclass(frozen=True)
-class TextPart:
-    """A run on a base that others may be trained on too. `name`: its adapter's on the attachment."""
-
-    task: TextTask
     run: Run
     data: TextData
     report: Report
     name: str = NAME
+    sampler: MakeSampler | None = None
+
+    def recomputes(self) -> tuple[bool, str]:
+        """Whether activations are recomputed, and why; the first process decides."""
+        return _recomputes(self.config, self.run.devices, self.report)
+
+
+def checked_text(
+    run: Run,
+    config: TrainConfig,
+    base: TextBase,
+    newest: Path | None,
+    *,
+    name: str = NAME,
+    taken: int = 0,
+    sampler: MakeSampler | None = None,
+) -> TextRun:
+    """Reads and checks what can be checked before anything is changed. `newest`: the checkpoint that the run continues
+    from. `taken`: bytes that other runs on the same base will take. Raises DataError, PreflightError."""
+    data = read_data(config, base)
+    if config.adapter.start is not None:
+        # the adapter that the run continues from, in the precision that pairs are trained in
+        loaded = load_adapter(base, config.adapter.start)
+        wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
+        data = replace(data, start=replace(wide, dropout=config.adapter.dropout))
+    free = max(0, free_memory(computes_on(base)) - taken) if taken else _free_memory(base, run.devices)
+    report = text_preflight(
+        base,
+        config,
+        data,
+        resume=run.resume,
+        previous=recipe_of(newest),
+        free_memory=free,
+        devices=run.devices.count,
+        force=run.force,
+    )
+    run.say(report, _settled(run, config, base, data, report))
+    raise_if_stopped(run, report)
+    return TextRun(config, base, run, data, report, name, sampler)
+
+
+def _recomputes(config: TrainConfig, devices: Devices, report: Report) -> tuple[bool, str]:
+    mode, numbers = config.memory.recomputing, report.numbers
+    return devices.gather(recomputes(mode, numbers.get("memory_needed"), numbers.get("memory_free")))[0]
+
+
+def _settled(
+    run: Run, config: TrainConfig, base: TextBase, data: TextData, report: Report
+) -> Iterator[tuple[str, Any, str]]:
+    """Each setting that was `auto` or left open: its value now, and the reason."""
+    devices = run.devices
+    recompute, reason = _recomputes(config, devices, report)
+    if config.base.dtype == "auto":
+        yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
+    if config.base.device == "auto":
+        device = devices.device if devices.count > 1 else str(base.device)
+        yield "base.device", device, "a GPU if there is one"
+    if config.data.format == "auto" and data.about is not None:
+        yield "data.format", data.about.format, data.about.why
+    if config.data.split is None and config.data.validation is None:
+        yield "data.split", len(data.held.rows), "5% of the rows, at most 500; none below 20 rows"
+    if config.schedule.epochs is None and config.schedule.steps is None:
+        because = "3 when neither epochs nor steps are given; the best one is kept"
+        yield "schedule.epochs", config.epochs, because
+    if base.quantised and config.memory.keep_dequantised_gb is None:
+        because = "what the plan finds room for on a GPU; on a CPU dequantising costs next to nothing"
+        yield "memory.keep_dequantised_gb", int(report.numbers.get("kept_dequantised", 0)) / 1e9, because
+    if run.config.batching != config.batching:  # `cut_by_device` settled it
+        because = "what makes products faster on this device, where it fits"
+        yield "batching.micro_tokens", config.batching.at_once, because
+    if config.memory.keep_packed_gb is None:
+        because = "what weights take whose products are clearly faster so, where the plan finds room for it"
+        packed = sum(int(report.numbers.get(key, 0)) for key in ("kept_packed", "drawer_packed"))
+        yield "memory.keep_packed_gb", packed / 1e9, because
+    if config.memory.activation_checkpointing == "auto":
+        yield "memory.activation_checkpointing", "on" if recompute else "off", reason
+    if config.preference.loss is not None:
+        settled = config.preference.settled()
+        for key, losses in PREFERENCE_KEYS.items():
+            if getattr(config.preference, key) is None and config.preference.loss in losses:
+                yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
+    if config.reinforcement.loss is not None:
+        for key, value in config.reinforcement.settled():
+            if value is not None and getattr(config.reinforcement, key) is None:
+                yield f"reinforcement.{key}", value, f"what {config.reinforcement.loss} takes"
 
 
 @contextmanager
-def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
-    """The adapter of each run on their one base, the first's acting, the base in training mode on its fast paths, and
-    sharded where that is asked for. All but the sharding is undone at the end."""
-    first = parts[0]
-    config, base, run = first.task.config, first.task.base, first.run
+def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
+    """The runs with their adapters on their one base, the first's selected, the base in training mode on its fast
+    paths, and sharded if that is asked for. All but the sharding is undone at the end."""
+    first = texts[0]
+    config, base, run = first.config, first.base, first.run
     model, devices = base.model, run.devices
     sharded = config.memory.shard and devices.count > 1
-    recompute = any(part.task.recomputes(devices, part.report)[0] for part in parts)
+    recompute = any(text.recomputes()[0] for text in texts)
     keep, pack = (
-        min(int(part.report.numbers.get(key, 0)) for part in parts) for key in ("kept_dequantised", "kept_packed")
+        min(int(text.report.numbers.get(key, 0)) for text in texts) for key in ("kept_dequantised", "kept_packed")
     )
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(model))
-        fresh = {part.name: part.task.fresh(part.data) for part in parts}
+        fresh = {text.name: _fresh_adapter(text) for text in texts}
         for name in list(fresh):
             attachment.add(name, fresh.pop(name), trainable=True)  # which makes its own copy
         attachment.use(first.name)
         undo.callback(model.train, model.training)
         model.train()
-        drawers = [undo.enter_context(_drawing(part, attachment)) for part in parts]  # before weights are joined
+        drawers = [undo.enter_context(_drawing(text, attachment)) for text in texts]  # before weights are joined
         if recompute:
             undo.callback(model.activation_checkpointing_disable)
-            store = first.task.host_store(run)
+            store = host_store(config, base, run)
             if store is not None:
                 undo.callback(store.let_go)
             recompute_activations(model, store)
@@ -327,13 +310,32 @@ def attached_texts(parts: Sequence[TextPart]) -> Iterator[list[AttachedText]]:
             local = local_bytes(model)
             read = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
             run.note(f"sharded over {devices.count} devices: this one holds {size(local)} of {size(whole)}{read}")
-            base = replace(base, device=device)
+            texts = [replace(text, base=replace(base, device=device)) for text in texts]
         how = undo.enter_context(fast(model, keep=0 if sharded else keep, pack=pack, sharded=parted))
         run.note(how.summary())
-        yield [
-            _attached(drawer, undo, part.task.config, base, part.run, part.data, attachment, call, part.name)
-            for part, drawer in zip(parts, drawers, strict=True)
-        ]
+        attached = [AttachedText(text, attachment, call) for text in texts]
+        for each, drawer in zip(attached, drawers, strict=True):
+            each.task = _task_of(each, drawer, undo)
+        yield attached
+
+
+def _fresh_adapter(text: TextRun) -> Adapter:
+    """What is trained, as it begins: new, or what the run continues from."""
+    seed_all(text.config.seed)
+    if text.data.start is not None:
+        return text.data.start
+    base, config = text.base, text.config
+    return create(base.model, config.adapter.spec(), seed=config.seed, original=base.original)
+
+
+def host_store(config: TrainConfig, base: TextBase, run: Run) -> HostStore | None:
+    """Keeps the inputs of recomputed layers in host memory, if that is asked for and is another memory."""
+    if not config.memory.offload_activations:
+        return None
+    if computes_on(base).type != "cuda":
+        run.note("memory.offload_activations: this device has no other memory, so activations stay where they are")
+        return None
+    return HostStore(CudaLane(computes_on(base)))
 
 
 _REPLY = 30.0
@@ -343,58 +345,51 @@ _Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, AnyTeacher
 
 
 @contextmanager
-def _drawing(part: TextPart, attachment: Attachment) -> Iterator[_Drawer | None]:
+def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
     """Who draws a run's answers and who judges them; None for a run that draws none."""
-    r, task = part.task.config.drawn, part.task
+    r = text.config.drawn
     if r is None:
         yield None
         return
-    if task.sampler is None:
+    if text.sampler is None:
         raise ConfigError(
             f"nobody here draws the answers that {r.named} learns from",
             where=r.named,
             fix="train by `veneer train` or veneer.train_text",
         )
     judges = judges_here(r.rewards) if isinstance(r, ReinforcementSection) else set()
-    longest = max(item.tokens for split in (part.data.train, part.data.held) for item in split.items)
+    longest = max(item.tokens for split in (text.data.train, text.data.held) for item in split.items)
     context = 0 if judges else longest  # what they are asked is as long as it is
     exact = isinstance(r, ReinforcementSection) and r.exact
-    pack = int(part.report.numbers.get("drawer_packed", 0))
-    rows = drawn_at_once(task.config, len(part.data.held.items[: task.config.evaluation.rows]))
+    pack = int(text.report.numbers.get("drawer_packed", 0))
+    rows = drawn_at_once(text.config, len(text.data.held.items[: text.config.evaluation.rows]))
     settings = SamplerSettings(rows=rows, context=context, pack_bytes=pack, exact=exact)
     with ExitStack() as opened:
-        sampler = opened.enter_context(task.sampler(task.base, attachment, settings))
-        if problems := sampler.problems(part.name):
+        sampler = opened.enter_context(text.sampler(text.base, attachment, settings))
+        if problems := sampler.problems(text.name):
             raise PreflightError(
                 f"nothing can be drawn from this adapter:\n{bullets(problems)}",
                 where="adapter",
                 fix="leave out what is no pair of a linear layer (adapter.modules_to_save, token_rows, kind)",
             )
         if isinstance(r, ReinforcementSection):
-            ask = sampled_judge(task.base, attachment, sampler, judges) if judges else None
+            ask = sampled_judge(text.base, attachment, sampler, judges) if judges else None
             rewards = opened.enter_context(rewards_of(r.rewards, ask=ask, most_failed=r.most_failed))
-            yield sampler, rewards, _conversing(part, sampler, opened)
+            yield sampler, rewards, _conversing(text, sampler, opened)
         else:
-            yield sampler, opened.enter_context(teacher_of(r, task.base, attachment, part.run.note))
+            yield sampler, opened.enter_context(teacher_of(r, text.base, attachment, text.run.note))
 
 
-def _conversing(part: TextPart, sampler: Sampler, opened: ExitStack) -> Conversing | None:
+def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> Conversing | None:
     """What answers the model, where a run's conversations go on."""
-    r = part.task.config.reinforcement
+    r = text.config.reinforcement
     if r.environment is None:
         return None
     file, _, function = r.environment.partition(".py:")
     file, function = (f"{file}.py", function) if function else (r.environment, "reply")
     environment = opened.enter_context(LimitedFunction(function, file=file, timeout=_REPLY))
-    renderer = part.data.train.encoded.renderer
+    renderer = text.data.train.encoded.renderer
     return Conversing(sampler, renderer, environment, r.turns)
-
-
-def _attached(drawer: _Drawer | None, undo: ExitStack, config: TrainConfig, *given: Any) -> AttachedText:
-    if drawer is not None:
-        ahead = undo.enter_context(Ahead(lambda draw: draw)) if config.reinforcement.one_step_off_policy else None
-        return AttachedDrawing(config, *given, drawer=drawer, ahead=ahead)
-    return (AttachedText if config.preference.loss is None else AttachedPreferences)(config, *given)
 
 
 def recompute_activations(model: Any, store: HostStore | None = None) -> None:
@@ -429,50 +424,56 @@ def batch_loss(
     return call(text_loss, model, sent(batch.input_ids, device), batch.lengths, batch.trained, right)
 
 
-class AttachedText(AttachedTask[RunResult]):
-    """The likelihood of the rows' answers, learned. `call`: what the model is called through, sharded or not. `name`:
-    the adapter's on the attachment."""
+class AttachedText:
+    """A text run whose adapter is on its base. `call`: runs a function of the model with its weights, sharded or not.
+    `task`: what is done with it."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        base: TextBase,
-        run: Run,
-        data: TextData,
-        attachment: Attachment,
-        call: CallWithWeights,
-        name: str,
-    ) -> None:
-        self.config, self.base, self.run, self.data = config, base, run, data
-        self.attachment, self.call, self.name = attachment, call, name
-        self.parameters = attachment.parameters(name)
-        self.steps = planned_steps(data.train.items, config, data.train.rows, run.devices.count)
-        self.ends = self.steps.ends
-        self.held_out: Sequence[Any] = data.held.items[: config.evaluation.rows]
-        self._right: list[Tensor] = []
-        self._seen = 0
+    task: Task[RunResult]
 
-    @property
-    def scored(self) -> bool:
-        return bool(self.held_out)
+    def __init__(self, text: TextRun, attachment: Attachment, call: CallWithWeights) -> None:
+        self.config, self.base, self.run, self.data, self.name = text.config, text.base, text.run, text.data, text.name
+        self.attachment, self.call = attachment, call
+        self.steps = planned_steps(self.data.train.items, self.config, self.data.train.rows, self.run.devices.count)
+        self.held_out: Sequence[Any] = self.data.held.items[: self.config.evaluation.rows]
+        self.likelihood = Likelihood(self)
 
-    def identity(self) -> dict[str, Any]:
+    def learner(self, loss: Callable[[Any], Tensor], score: Callable[[Stop], Score | None], **more: Any) -> Learner:
+        options = {"send": sender(self.base.device), "activate": self.activate, **more}
+        return Learner(self.attachment.parameters(self.name), loss, score=score if self.held_out else None, **options)
+
+    def make_task(self, learner: Learner, **more: Any) -> Task[RunResult]:
         base, data = self.base, self.data
-        return {
+        identity = {
             "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
             "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held.rows)},
         } | ({"start": data.start.digest()} if data.start is not None else {})
+        packed = report_of(base.model).room.most
+        functions = {"check": self.check_base, "report": self.report} | more
+        return Task(
+            learner=learner,
+            steps=self.steps,
+            ends=self.steps.ends,
+            result=self.result,
+            save=self.save,
+            write=self.write,
+            prove=self.prove,
+            identity=identity,
+            environment={
+                "tokens of a micro-batch": self.config.batching.at_once,
+                "bytes of weights kept packed": packed,
+            },
+            **functions,
+        )
 
-    @property
-    def environment(self) -> dict[str, Any]:
-        packed = report_of(self.base.model).room.most
-        return {"tokens of a micro-batch": self.config.batching.at_once, "bytes of weights kept packed": packed}
-
-    def act(self) -> None:
+    def activate(self) -> None:
         self.attachment.use(self.name)
 
     def why_alone(self) -> str:
-        """Why its rows cannot go through the base beside those of other runs; "" where they can."""
+        """Why the run's rows cannot share a pass with other runs' rows; "" if they can."""
+        if self.config.preference.loss is not None:
+            return "its loss compares answers"
+        if self.config.drawn is not None:
+            return "its answers are drawn"
         adapter, model = self.attachment.adapters[self.name], self.base.model
         head = base_of(model.get_output_embeddings())
         if any(module is head and name in adapter.pairs for name, module in base_modules(model)):
@@ -494,8 +495,8 @@ class AttachedText(AttachedTask[RunResult]):
         if not len(known):
             return
         device, vocabulary = self.base.device, self.base.model.get_input_embeddings().weight.shape[0]
-        looked_at = loop.Micro(len(known), 0, tuple(range(len(rows))), lambda: None)
-        with torch.no_grad(), without_dropout(self.base.model), loop.memory_errors(looked_at):
+        looked_at = Micro(len(known), 0, tuple(range(len(rows))), lambda: None)
+        with torch.no_grad(), without_dropout(self.base.model), memory_errors(looked_at):
             nll = self.call(text_loss, self.base.model, torch.cat(rows).to(device), lengths, known)
         mean, chance = float(nll) / int(known.sum()), math.log(vocabulary)
         if mean <= chance + _OVER_CHANCE:
@@ -513,48 +514,25 @@ class AttachedText(AttachedTask[RunResult]):
             "`veneer eval` without adapters shows it too, and it is worth a report); --force trains all the same",
         )
 
-    def begin_step(self, step: Step) -> None:
-        self._right, self._seen = [], 0
-
-    def loss(self, batch: Batch) -> Tensor:
-        right = torch.empty(batch.trained_tokens, dtype=torch.bool, device=self.base.device)
-        nll = batch_loss(self.base.model, batch, self.base.device, self.call, right)
-        self.saw(right)
-        return nll
-
-    def saw(self, right: Tensor) -> None:
-        """Of trained tokens of this step, whether no other was likelier."""
-        self._right.append(right.sum())
-        self._seen += len(right)
-
-    def measured(self) -> Means:
-        if not self._seen:
-            return Means()
-        right = float(torch.stack(self._right).sum())  # once a step, after its losses were read: nobody waits for it
-        return Means({TOKEN_ACCURACY: right}, {TOKEN_ACCURACY: self._seen})
-
-    def ahead(self) -> Callable[[Batch], Batch] | None:
-        device = self.base.device
-        return None if device.type == "cpu" else lambda batch: batch.sent(device)
-
-    def score(self, interrupted: Callable[[], bool]) -> Score | None:
-        return score_examples(
-            self.base.model,
-            self.held_out,
-            self.base.device,
-            loss=lambda *args: self.call(text_loss, *args),
-            interrupted=interrupted,
-            micro_tokens=self.config.batching.at_once,
-            devices=self.run.devices,
-        )
-
-    def facts(self, outcome: Outcome, progress: Progress) -> RunResult:
-        return RunResult(
+    def result(self, outcome: Outcome, progress: Progress) -> RunResult:
+        """The result; with what the evaluations of the kept step, and of step 0, measured, if the loss is no
+        likelihood."""
+        result = RunResult(
             **vars(outcome),
             tokens=progress.tokens,
             learned_tokens=progress.trained_tokens,
             tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         )
+        if outcome.dry_run or (self.config.preference.loss is None and self.config.drawn is None):
+            return result
+        measured = {r["step"]: dict(r["extra"]) for r in self.logged("evaluated")}
+        measured = self.run.devices.gather(measured)[0]
+        return replace(result, measured=measured.get(result.kept_step, {}), measured_before=measured.get(0, {}))
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The run's log records of a kind, as the first process has them."""
+        log = read_log(self.run.folder / "log.jsonl") if self.run.devices.first else []
+        return [record for record in log if record.get("event") == event]
 
     def save(self, result: RunResult, progress: Progress, tell: Listener) -> RunResult:
         adapter = self._carded(text_metrics(result))
@@ -625,164 +603,150 @@ class AttachedText(AttachedTask[RunResult]):
         return text_report(result, self.run.folder, self.base, progress.seconds, self.config.preference.loss)
 
 
-class AttachedPreferences(AttachedText):
-    """The same for rows with answers to compare: the loss is of pairs (kto: of answers) and has a reference, which is
-    the base alone, or, beside the trained adapter, the one it began as."""
+def _task_of(a: AttachedText, drawer: _Drawer | None, undo: ExitStack) -> Task[RunResult]:
+    if drawer is not None:
+        return _drawing_task(a, drawer, undo)
+    if a.config.preference.loss is not None:
+        return _preference_task(a)
+    own = a.likelihood
+    return a.make_task(a.learner(own.loss, own.score, begin_step=own.begin_step, metrics=own.metrics))
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.preference = Preference.of(
-            self.config,
-            self.base,
-            self.attachment,
-            start=self.data.start,
-            name=f"{self.name}, as it began",
-            call=self.call,
-            devices=self.run.devices,
+
+class Likelihood:
+    """The likelihood of the rows' answers, and how many of their trained tokens are the likeliest ones."""
+
+    def __init__(self, text: AttachedText) -> None:
+        self.text = text
+        self._right: list[Tensor] = []
+        self._seen = 0
+
+    def begin_step(self, step: Step) -> None:
+        self._right, self._seen = [], 0
+
+    def loss(self, batch: Batch) -> Tensor:
+        base = self.text.base
+        right = torch.empty(batch.trained_tokens, dtype=torch.bool, device=base.device)
+        nll = batch_loss(base.model, batch, base.device, self.text.call, right)
+        self.add_accuracy(right)
+        return nll
+
+    def add_accuracy(self, right: Tensor) -> None:
+        """Counts trained tokens of this step for which no other token was likelier."""
+        self._right.append(right.sum())
+        self._seen += len(right)
+
+    def metrics(self) -> Means:
+        if not self._seen:
+            return Means()
+        right = float(torch.stack(self._right).sum())  # once a step, after its losses were read: nobody waits for it
+        return Means({TOKEN_ACCURACY: right}, {TOKEN_ACCURACY: self._seen})
+
+    def score(self, stop: Stop) -> Score | None:
+        text = self.text
+        return score_examples(
+            text.base.model,
+            text.held_out,
+            text.base.device,
+            loss=lambda *args: text.call(text_loss, *args),
+            interrupted=stop,
+            micro_tokens=text.config.batching.at_once,
+            devices=text.run.devices,
         )
 
-    def why_alone(self) -> str:
-        return "its loss compares answers"
 
-    def begin(self, progress: Progress, tell: Listener) -> None:
-        """The reference's log-probabilities of every pair; a stop on the way keeps what is done."""
-        if self.run.dry_run:
+def _preference_task(a: AttachedText) -> Task[RunResult]:
+    """Rows with answers to compare: the loss is of pairs (kto: of answers), and its reference is the base alone or the
+    adapter that the run began with."""
+    name = f"{a.name}, as it began"
+    preference = Preference(a.config, a.base, a.attachment, a.data.start, name, a.call, a.run.devices)
+
+    def begin(progress: Progress, tell: Listener) -> None:
+        """Computes the reference's log-probabilities of every pair; a stop on the way keeps what is done."""
+        if a.run.dry_run:
             return
         # A run of few steps does not come to every pair.
-        used = {id(item): item for step in self.steps for micro in step.micros for item in micro.items}
-        path = self.run.folder / CACHE / "reference.jsonl"
+        used = {id(item): item for step in a.steps for micro in step.micros for item in micro.items}
+        path = a.run.folder / CACHE / "reference.jsonl"
         try:
-            self.preference.know([*used.values(), *self.held_out], path, lambda line: tell(Note(line)))
+            preference.know([*used.values(), *a.held_out], path, lambda line: tell(Note(line)))
         except KeyboardInterrupt:
             raise Interrupted("stopped before step 1; what was computed of the reference is kept") from None
 
-    def begin_step(self, step: Step) -> None:
-        self.preference.begin(step)
-
-    def loss(self, batch: Any) -> Tensor:
-        return self.preference.loss(batch)
-
-    def measured(self) -> Means:
-        return self.preference.measured()
-
-    def score(self, interrupted: Callable[[], bool]) -> Score | None:
-        return self.preference.score(self.held_out, interrupted=interrupted)
-
-    def facts(self, outcome: Outcome, progress: Progress) -> RunResult:
-        return _with_measured(super().facts(outcome, progress), outcome, self.run)
+    learner = a.learner(
+        preference.loss,
+        lambda stop: preference.score(a.held_out, interrupted=stop),
+        begin_step=preference.begin,
+        metrics=preference.measured,
+    )
+    return a.make_task(learner, begin=begin)
 
 
-def _with_measured(result: RunResult, outcome: Outcome, run: Run) -> RunResult:
-    """With what the evaluations of the kept step, and of before the first, have found."""
-    if outcome.dry_run:
-        return result
-    log = read_log(run.folder / "log.jsonl") if run.devices.first else []
-    measured = {r["step"]: dict(r["extra"]) for r in log if r.get("event") == "evaluated"}
-    measured = run.devices.gather(measured)[0]
-    return replace(result, measured=measured.get(result.kept_step, {}), measured_before=measured.get(0, {}))
-
-
-class AttachedDrawing(AttachedText):
-    """The same for prompts whose answers are drawn, and judged or compared with a teacher. Where they are judged the
-    reference is the base alone, or, beside the trained adapter, the one that it began as. `ahead`: the thread that
-    draws while what was drawn before is trained on, where one does."""
-
-    def __init__(self, *given: Any, drawer: _Drawer, ahead: Ahead | None) -> None:
-        super().__init__(*given)
-        self.off_policy = None if ahead is None else OffPolicyDraws(self.attachment, self.name, ahead)
-        self.drawing = self._taught(*drawer) if len(drawer) == 2 else self._rewarded(*drawer)
-
-    def _taught(self, sampler: Sampler, teacher: AnyTeacher) -> Distillation:
-        renderer = self.data.train.encoded.renderer
-        return Distillation(self.config, self.base, self.name, sampler, teacher, renderer)
-
-    def _rewarded(self, sampler: Sampler, rewards: Rewards, conversing: Conversing | None) -> Reinforcement:
-        start, reference = self.data.start, ""
-        if start is not None and self.config.reinforcement.kl:
-            reference = f"{self.name}, as it began"
-            self.attachment.add(reference, start)
-        return Reinforcement(
-            self.config,
-            self.base,
-            self.attachment,
-            self.name,
-            sampler,
-            rewards,
-            reference,
-            conversing,
-            self.steps,
-            self.off_policy,
+def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[RunResult]:
+    """Prompts whose answers are drawn, and judged or compared with a teacher. If they are judged, the reference is the
+    base alone or the adapter that the run began with."""
+    config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
+    off_policy = None
+    if r.one_step_off_policy:
+        thread = undo.enter_context(Ahead(lambda draw: draw))  # draws while the draw before is trained on
+        off_policy = OffPolicyDraws(a.attachment, a.name, thread)
+    drawing: Distillation | Reinforcement
+    if len(drawer) == 2:
+        drawing = Distillation(config, a.base, a.name, *drawer, a.data.train.encoded.renderer)
+    else:
+        sampler, rewards, conversing = drawer
+        reference = f"{a.name}, as it began" if a.data.start is not None and r.kl else ""
+        if a.data.start is not None and reference:
+            a.attachment.add(reference, a.data.start)
+        drawing = Reinforcement(
+            config, a.base, a.attachment, a.name, sampler, rewards, reference, conversing, a.steps, off_policy
         )
+    tell = a.run.tell
 
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        return {**self.parameters, **(self.off_policy.state if self.off_policy else {})}
-
-    @property
-    def rewarded(self) -> bool:
-        return isinstance(self.drawing, Reinforcement)
-
-    def why_alone(self) -> str:
-        return "its answers are drawn"
-
-    def begin(self, progress: Progress, tell: Listener) -> None:
-        self._tell = tell
-        if isinstance(self.drawing, Distillation):
-            prompts = [item for item in self.data.train.items if isinstance(item, PromptItem)]
-            for line in self.drawing.said_first(prompts, self.data.train.rows):
+    def begin(progress: Progress, listener: Listener) -> None:
+        nonlocal tell
+        tell = listener
+        if isinstance(drawing, Distillation):
+            prompts = [item for item in a.data.train.items if isinstance(item, PromptItem)]
+            for line in drawing.said_first(prompts, rows):
                 tell(Note(line))
 
-    def draw_step(self, step: Step, number: int, interrupted: Callable[[], bool]) -> Step | None:
-        return self.drawing.draw_step(step, number, self.data.train.rows, interrupted)
+    def end_step(number: int) -> None:
+        for line in drawing.said_after(number):
+            tell(Note(line))
 
-    def begin_step(self, step: Step) -> None:
-        self.drawing.begin()
-
-    def loss(self, batch: Any) -> Tensor:
-        return self.drawing.loss(batch)
-
-    def ahead(self) -> Callable[[Batch], Batch] | None:
-        return None  # what the next step is made of is not drawn yet
-
-    def measured(self) -> Means:
-        return self.drawing.means()
-
-    def end_step(self, number: int) -> None:
-        for line in self.drawing.said_after(number):
-            self._tell(Note(line))
-
-    def end(self, tell: Listener) -> None:
-        if isinstance(self.drawing, Reinforcement):
-            for line in self.drawing.said_last([found for found, _ in self._logged()]):
+    def end(tell: Listener) -> None:
+        if isinstance(drawing, Reinforcement):
+            for line in drawing.said_last([record["extra"] for record in a.logged("stepped")]):
                 tell(Note(line))
 
-    def _logged(self) -> list[tuple[dict[str, float], float]]:
-        """What each step has measured, and its seconds, as the first process has them."""
-        log = read_log(self.run.folder / "log.jsonl") if self.run.devices.first else []
-        return [(dict(r["extra"]), float(r["seconds"])) for r in log if r.get("event") == "stepped"]
-
-    def score(self, interrupted: Callable[[], bool]) -> Score | None:
-        return self.drawing.score(self.held_out, self.data.held.rows, interrupted)
-
-    def kept(self, step: int) -> dict[str, Any]:
-        return self.drawing.kept(step)
-
-    def restore(self, kept: Mapping[str, Any]) -> None:
-        self.drawing.restore(kept)
-
-    def facts(self, outcome: Outcome, progress: Progress) -> RunResult:
-        return _with_measured(super().facts(outcome, progress), outcome, self.run)
-
-    def report(self, result: RunResult, progress: Progress) -> ReportParts:
-        parts, d, logged = super().report(result, progress), self.config.distillation, self._logged()
-        tokens, seconds = (
-            sum(found.get("drawn_tokens", 0.0) for found, _ in logged),
-            sum(seconds for _, seconds in logged),
-        )
-        told = f"{tokens:,.0f} tokens of answers in {duration(seconds)}, drawing, judging and training"
-        speed = ("Speed", f"{tokens / max(seconds, 1e-9):,.0f} drawn tokens/s", told)
-        parts = replace(parts, cards=[speed if card[0] == "Speed" else card for card in parts.cards])
+    def report(result: RunResult, progress: Progress) -> ReportParts:
+        parts, d, logged = a.report(result, progress), config.distillation, a.logged("stepped")
+        tokens = sum(record["extra"].get("drawn_tokens", 0.0) for record in logged)
+        seconds = sum(record["seconds"] for record in logged)
+        text = f"{tokens:,.0f} tokens of answers in {duration(seconds)}, drawing, judging and training"
+        speed = ("Speed", f"{tokens / max(seconds, 1e-9):,.0f} drawn tokens/s", text)
+        cards = [speed if card[0] == "Speed" else card for card in parts.cards]
+        loss = f"{r.loss}, mean over answers; held out: minus the mean reward"
         if d.teacher is not None:
-            return replace(parts, loss=f"Loss, {d.divergence} KL from the teacher, nats per token")
-        loss = self.config.reinforcement.loss
-        return replace(parts, loss=f"Loss, {loss}, mean over answers; held out: minus the mean reward")
+            loss = f"{d.divergence} KL from the teacher, nats per token"
+        return replace(parts, cards=cards, loss=f"Loss, {loss}")
+
+    learner = a.learner(
+        drawing.loss,
+        lambda stop: drawing.score(a.held_out, a.data.held.rows, stop),
+        send=None,  # what the next step is made of is not drawn yet
+        draw=lambda step, number, stop: drawing.draw_step(step, number, rows, stop),
+        begin_step=lambda step: drawing.begin(),
+        end_step=end_step,
+        metrics=drawing.means,
+    )
+    more = {"kept": drawing.kept, "restore": drawing.restore} if isinstance(drawing, Reinforcement) else {}
+    return a.make_task(
+        learner,
+        **more,
+        begin=begin,
+        end=end,
+        report=report,
+        state={**learner.parameters, **(off_policy.state if off_policy else {})},
+        rewarded=isinstance(drawing, Reinforcement),
+    )

@@ -1,12 +1,16 @@
-"""Runs on text that share a base, in one pass of it: rows of all beside one another, each under its own adapter.
+"""Several text runs on one base, in one pass of it: the rows of all runs together, each under its own adapter.
 
     results = run_texts(configs)           one RunResult each, or the error that ended it
 
     loss of a pass = Σ over runs  Σ NLL of its rows / trained tokens of its step
 
-No run's term holds another's parameters, so that one backward gives each the gradient that it would have alone; the
-base, whose products are what a step costs, is gone through once. How rows find their adapter: ops/spans.py. What cannot
-go beside others (DoRA, full copies, answers compared …) has a pass of its own in each step, and is no less right.
+No run's term holds another's parameters, so one backward pass gives each the gradient that it would have by itself; the
+base, whose products are what a step costs, is gone through once. How rows find their adapter: ops/spans.py. A run that
+cannot share a pass (DoRA, full copies, answers compared …) has its own pass in each step, and is no less right.
+
+Each run has its parameters, optimizer, schedule, evaluations, files and end; all take step k of this command together.
+A run that fails or ends leaves, and the others continue. All write a checkpoint when one of them is due, so a group
+that was killed continues bit for bit: from the last step of which every run has a checkpoint (`resume_points`).
 """
 
 from __future__ import annotations
@@ -16,38 +20,51 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.core.attach import Attachment
 from veneer.core.targets import base_modules, expert_parameters
-from veneer.errors import ConfigError, Interrupted, PreflightError, ResourceError, VeneerError, counted, gigabytes
+from veneer.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    PreflightError,
+    ResourceError,
+    VeneerError,
+    counted,
+    gigabytes,
+)
 from veneer.models.swap import report_of
 from veneer.models.text.loss import rows_nll
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.spans import Spans
 from veneer.ops.transfer import sent
+from veneer.train import checkpoint
 from veneer.train.checkpoint import seed_all, seeded_generator
 from veneer.train.config.checks import check_group
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
 from veneer.train.devices import started
-from veneer.train.events import Listener
-from veneer.train.loop import Micro, StepDone, StepWanted, StopAsked, make_step, memory_errors, read_losses
+from veneer.train.events import Listener, Note
+from veneer.train.loop import Loop, Micro, StepResult, begin_step, memory_errors, read_losses, train, train_step
 from veneer.train.preflight import memory_finding
-from veneer.train.run import Run, checked_data, dry_outcome, opened, steps_of_run
+from veneer.train.run import Run, dry_outcome, finished, opened
+from veneer.train.run import started as started_run
 from veneer.train.text.batches import Batch
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import AttachedText, TextPart, TextTask, attached_texts, cut_by_device, loaded_base
-from veneer.train.together import Leave, Member, in_step, resume_points
+from veneer.train.text.task import AttachedText, TextRun, attached_texts, checked_text, cut_by_device, loaded_base
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _STATE = 16
 """Bytes for each trained parameter: itself, its gradient and AdamW's two moments, float32."""
+
+Leave = Callable[[Sequence[int]], Mapping[int, VeneerError]]
+"""Given the indices of the runs that continue after a step: the runs that end there, each with its error."""
 
 
 def run_texts(
@@ -60,17 +77,13 @@ def run_texts(
     listeners: Sequence[Listener | None] | None = None,
     base: TextBase | None = None,
     sources: Sequence[Mapping[str, Any] | None] | None = None,
-    called: Sequence[str] | None = None,
     leave: Leave = lambda running: {},
-    ended: Callable[[int, RunResult | VeneerError], None] = lambda place, outcome: None,
 ) -> list[RunResult | VeneerError]:
     """Trains an adapter for each configuration, all on one base and in one pass a step, and returns what came of each.
 
-    `names`: what messages call them, by default their output folders. `listeners`, `sources`: one of each; `called`:
-    what their checkpoints call them, by default their output folders, which then stay where they are; `leave`, `ended`:
-    as `in_step` has them, by their places here; the rest as `run_text`. A run that fails is its error in the list, and
-    leaves the others as they are. Raises ConfigError for configurations that cannot share a base, and
-    Interrupted, with the state of all saved."""
+    `names`: what messages call them, by default their output folders. `listeners`, `sources`: one of each. `leave`:
+    ends runs early. The rest as `run_text`. A run that fails is its error in the list, and leaves the others as they
+    are. Raises ConfigError for configurations that cannot share a base, and Interrupted with all states saved."""
     check_group(configs, [config.output.directory for config in configs] if names is None else names)
     texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
     if started() > 1:
@@ -91,7 +104,6 @@ def run_texts(
                     dry_run=dry_run,
                     force=force,
                     group=group,
-                    name="" if called is None else called[i],
                 )
             )
             for i, config in enumerate(texts)
@@ -99,46 +111,61 @@ def run_texts(
         base = loaded_base(texts[0], base, runs[0])
         for note in base.notes:
             runs[0].note(note)
-        results, parts, newest = _checked(runs, base)
-        for place, outcome in results.items():
-            ended(place, outcome)
-        if parts:
-            results |= _trained(parts, newest, leave, ended)
-        return [results[place] for place in range(len(runs))]
+        results, texts_by_index, newest = _checked(runs, base)
+        if texts_by_index:
+            results |= _trained(texts_by_index, newest, leave)
+        return [results[index] for index in range(len(runs))]
 
 
 def _trained(
-    parts: Mapping[int, TextPart],
+    texts: Mapping[int, TextRun],
     newest: Mapping[int, Path | None],
     leave: Leave,
-    ended: Callable[[int, RunResult | VeneerError], None],
 ) -> dict[int, RunResult | VeneerError]:
-    """What came of each of these, by its place. `newest`: where it goes on."""
-    _check_memory(list(parts.values()))
+    """The outcome of each run, by its index. `newest`: the checkpoint that it continues from."""
+    _check_memory(list(texts.values()))
     results: dict[int, RunResult | VeneerError] = {}
-    members: dict[int, Member[RunResult]] = {}
-    asked = StopAsked()
-    for part in parts.values():
-        part.run.group.append(part.run.called)
-    with attached_texts(list(parts.values())) as attached:
-        tasks = dict(zip(parts, attached, strict=True))
-        for place, task in tasks.items():
-            report = parts[place].report
+    members: dict[Loop, int] = {}
+    for text in texts.values():
+        text.run.group.append(text.run.name)
+    with ExitStack() as stack:
+        attached = dict(zip(texts, stack.enter_context(attached_texts(list(texts.values()))), strict=True))
+        logs = {index: stack.enter_context(ExitStack()) for index in attached}
+
+        def end(index: int, outcome: RunResult | VeneerError) -> None:
+            logs[index].close()
+            run = texts[index].run
+            run.group.remove(run.name)
+            results[index] = outcome
+
+        def end_loop(loop: Loop, error: VeneerError | None) -> None:
+            index = members[loop]
+            run = texts[index].run
             try:
-                task.act()
-                task.check_base()
-                if task.run.dry_run:
-                    results[place] = dry_outcome(task.run, task, report)
-                    continue
+                if error is not None:
+                    raise error
+                end(index, finished(run, attached[index].task, texts[index].report, loop))
+            except VeneerError as raised:
+                end(index, _failed(run, raised))
+
+        for index, each in attached.items():
+            text = texts[index]
+            try:
+                each.activate()
+                if text.run.dry_run:
+                    results[index] = dry_outcome(text.run, each.task, text.report)
+                else:
+                    members[logs[index].enter_context(started_run(text.run, each.task, newest[index]))] = index
             except VeneerError as error:
-                results[place] = _failed(task.run, error)
-                task.run.group.remove(task.run.called)
-                ended(place, results[place])
-                continue
-            members[place] = Member(task.run, task, steps_of_run(task.run, task, report, newest[place], asked))
+                end(index, _failed(text.run, error))
         if members:
-            make = Passes.of({place: tasks[place] for place in members}, asked)
-            results |= in_step(members, make, asked, leave, ended)
+            compute = SharedPasses.of({loop: attached[index] for loop, index in members.items()})
+
+            def leaving(loops: Sequence[Loop]) -> dict[Loop, VeneerError]:
+                by_index = {members[loop]: loop for loop in loops}
+                return {by_index[index]: error for index, error in leave(list(by_index)).items()}
+
+            train(list(members), compute, ended=end_loop, leave=leaving)
     return results
 
 
@@ -151,177 +178,166 @@ def _failed(run: Run, error: VeneerError) -> VeneerError:
 
 def _checked(
     runs: Sequence[Run], base: TextBase
-) -> tuple[dict[int, RunResult | VeneerError], dict[int, TextPart], dict[int, Path | None]]:
-    """By the runs' places: the errors of those that cannot begin, the data of the others, and where these go on."""
+) -> tuple[dict[int, RunResult | VeneerError], dict[int, TextRun], dict[int, Path | None]]:
+    """By index: the errors of the runs that cannot begin, the others with their data, and their checkpoints."""
     errors: dict[int, RunResult | VeneerError] = {}
-    parts: dict[int, TextPart] = {}
+    texts: dict[int, TextRun] = {}
     newest: dict[int, Path | None] = {}
     points = resume_points(runs) if runs[0].resume else [None] * len(runs)
     taken = 0
-    for place, (run, point) in enumerate(zip(runs, points, strict=True)):
+    for index, (run, point) in enumerate(zip(runs, points, strict=True)):
         try:
             if isinstance(point, VeneerError):
                 raise point
             if run.resume and point is None:
                 run.note(f"there is no checkpoint in {run.folder}: the run starts from its beginning")
             assert isinstance(run.config, TrainConfig)
-            task = TextTask(cut_by_device(run.config, base, run), base, taken)
-            data, report = checked_data(run, task, point)
+            config, name = cut_by_device(run.config, base, run), f"run {index + 1}"
+            texts[index] = checked_text(run, config, base, point, name=name, taken=taken)
         except VeneerError as error:
-            errors[place] = _failed(run, error)
+            errors[index] = _failed(run, error)
             continue
-        newest[place] = point
-        parts[place] = TextPart(task, run, data, report, f"run {place + 1}")
-        taken += _STATE * int(report.numbers.get("trainable", 0))
-    return errors, parts, newest
+        newest[index] = point
+        taken += _STATE * int(texts[index].report.numbers.get("trainable", 0))
+    return errors, texts, newest
 
 
-def _check_memory(parts: Sequence[TextPart]) -> None:
+def _check_memory(texts: Sequence[TextRun]) -> None:
     """PreflightError where the states of all, and what the largest pass keeps, do not fit beside the base. Each run's
     own preflight has looked at its own pass; with `force` it is a warning."""
-    states = [_STATE * int(part.report.numbers.get("trainable", 0)) for part in parts]
-    free: int | None = parts[0].report.numbers.get("memory_free")
+    states = [_STATE * int(text.report.numbers.get("trainable", 0)) for text in texts]
+    free: int | None = texts[0].report.numbers.get("memory_free")
     if free is None:
         return
     each, tokens, most = 0.0, 0, 0
-    for part, state in zip(parts, states, strict=True):
-        numbers = part.report.numbers
-        again = part.task.recomputes(part.run.devices, part.report)[0]
-        need, largest = numbers.get("memory_checkpointed" if again else "memory_needed"), numbers["largest_micro_batch"]
+    for text, state in zip(texts, states, strict=True):
+        numbers = text.report.numbers
+        key = "memory_checkpointed" if text.recomputes()[0] else "memory_needed"
+        need, largest = numbers.get(key), numbers["largest_micro_batch"]
         if need is None or not largest:
             return
         each = max(each, (need - state) / largest)
-        tokens, most = tokens + largest, max(most, largest, part.task.config.batching.at_once)
+        tokens, most = tokens + largest, max(most, largest, text.config.batching.at_once)
     needed = sum(states) + int(each * min(tokens, most))
-    where = f"{gigabytes(sum(states))} of them for the states of {counted(len(parts), 'run')}"
+    where = f"{gigabytes(sum(states))} of them for the states of {counted(len(texts), 'run')}"
     fix = "fewer configurations at once, or a lower batching.micro_tokens in all of them"
-    found = memory_finding(needed, free, where, fix=fix, force=parts[0].run.force)
+    found = memory_finding(needed, free, where, fix=fix, force=texts[0].run.force)
     if found.level == "stop":
         raise PreflightError(found.text, fix=found.fix)
-    parts[0].run.note(f"together: {found.text}")
-
-
-class _Base(Protocol):
-    @property
-    def model(self) -> Any: ...
-    @property
-    def device(self) -> torch.device: ...
-
-
-class _Sharer(Protocol):
-    """What a pass asks of a run on the base it shares: as `AttachedText` has it."""
-
-    name: str
-    attachment: Attachment
-
-    @property
-    def base(self) -> _Base: ...
-    def act(self) -> None: ...
-    def saw(self, right: Tensor) -> None: ...
+    texts[0].run.note(f"together: {found.text}")
 
 
 @dataclass(frozen=True)
-class Passes:
-    """Makes the steps of runs on one base. `joined`: which of them go beside one another. `most`: tokens of a pass."""
+class Member:
+    """What a shared pass needs of a run: the name of its adapter on the attachment, and a function that counts which of
+    its trained tokens were the likeliest."""
 
-    tasks: Mapping[int, _Sharer]
-    joined: frozenset[int]
+    name: str
+    add_accuracy: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class SharedPasses:
+    """Computes the steps of runs on one base. `members`: the runs that share passes; every other run has its own.
+    `most`: tokens of a pass."""
+
+    model: Any
+    device: torch.device
+    attachment: Attachment
+    members: Mapping[Loop, Member]
     most: int
-    asked: StopAsked
 
     @classmethod
-    def of(cls, tasks: Mapping[int, AttachedText], asked: StopAsked) -> Passes:
-        """Says what has passes of its own, and why."""
-        first = next(iter(tasks.values()))
+    def of(cls, texts: Mapping[Loop, AttachedText]) -> SharedPasses:
+        """Notes which runs have their own passes, and why."""
+        first = next(iter(texts.values()))
         together = why_apart(first.base.model)
-        joined = set()
-        for place, task in tasks.items():
-            why = together or task.why_alone()
+        members = {}
+        for loop, text in texts.items():
+            why = together or text.why_alone()
             if not why:
-                joined.add(place)
-            elif len(tasks) > 1:
-                task.run.note(f"its rows have a pass of their own in each step: {why}")
-        if len(joined) > 1:
-            first.run.note(f"{counted(len(joined), 'run')} in one pass of the base")
-        return cls(tasks, frozenset(joined), max(task.config.batching.at_once for task in tasks.values()), asked)
+                members[loop] = Member(text.name, text.likelihood.add_accuracy)
+            elif len(texts) > 1:
+                loop.emit(Note(f"its rows have a pass of their own in each step: {why}"))
+        if len(members) > 1:
+            next(iter(texts)).emit(Note(f"{counted(len(members), 'run')} in one pass of the base"))
+        most = max(text.config.batching.at_once for text in texts.values())
+        return cls(first.base.model, first.base.device, first.attachment, members, most)
 
-    def __call__(self, wanted: Mapping[int, StepWanted]) -> dict[int, StepDone | VeneerError | None]:
-        beside = {place: want for place, want in wanted.items() if place in self.joined}
-        made: dict[int, StepDone | VeneerError | None] = {}
-        if len(beside) > 1:
-            made |= self._together(beside)
-        for place, want in wanted.items():
-            if place not in made:
-                self.tasks[place].act()
+    def __call__(self, loops: Sequence[Loop]) -> dict[Loop, StepResult | VeneerError | None]:
+        if loops and loops[0].stop():
+            return dict.fromkeys(loops)
+        joined = [loop for loop in loops if loop in self.members]
+        results = self._together(joined) if len(joined) > 1 else {}
+        for loop in loops:
+            if loop not in results:
+                loop.learner.activate()
                 try:
-                    made[place] = make_step(want)
+                    results[loop] = train_step(loop)
                 except VeneerError as error:
-                    made[place] = error
-        return made
+                    results[loop] = error
+        return results
 
-    def _together(self, wanted: Mapping[int, StepWanted]) -> dict[int, StepDone | VeneerError | None]:
-        nlls: dict[int, dict[int, torch.Tensor]] = {place: {} for place in wanted}
-        tokens = dict.fromkeys(wanted, 0)
-        for want in wanted.values():
-            want.begin()
+    def _together(self, loops: Sequence[Loop]) -> dict[Loop, StepResult | VeneerError | None]:
+        nlls: dict[Loop, dict[int, Tensor]] = {loop: {} for loop in loops}
+        tokens = dict.fromkeys(loops, 0)
+        for loop in loops:
+            begin_step(loop)
         began = time.perf_counter()
-        for members in self._cut(wanted):
-            if self.asked():
-                return dict.fromkeys(wanted)
-            micros = [wanted[place].micros[index] for place, index in members]
+        for parts in self._cut(loops):
+            if loops[0].stop():
+                return dict.fromkeys(loops)
+            micros = [loop.micros[index] for loop, index in parts]
             rows = tuple(row for micro in micros for row in micro.rows)
             try:
                 with shared(), memory_errors(Micro(sum(micro.tokens for micro in micros), 0, rows, lambda: None)):
-                    found = self._pass(wanted, members)
-            except ResourceError as error:  # whose rows they are is nothing that the others are told
-                return dict.fromkeys(wanted, ResourceError(error.what, where="a pass of several runs", fix=error.fix))
-            for (place, index), micro, nll in zip(members, micros, found, strict=True):
-                nlls[place][index] = nll
-                tokens[place] += micro.tokens
-        losses = {place: read_losses(own) for place, own in nlls.items()}
+                    found = self._pass(parts)
+            except ResourceError as error:  # without the rows: a run is not told of another run's rows
+                return dict.fromkeys(loops, ResourceError(error.what, where="a pass of several runs", fix=error.fix))
+            for (loop, index), micro, nll in zip(parts, micros, found, strict=True):
+                nlls[loop][index] = nll
+                tokens[loop] += micro.tokens
+        losses = {loop: read_losses(own) for loop, own in nlls.items()}
         each = (time.perf_counter() - began) / max(1, sum(tokens.values()))
-        return {place: want.done(losses[place], each * tokens[place]) for place, want in wanted.items()}
+        return {loop: loop.result(losses[loop], each * tokens[loop]) for loop in loops}
 
-    def _cut(self, wanted: Mapping[int, StepWanted]) -> Iterator[list[tuple[int, int]]]:
-        """(run, its micro-batch) of each pass: all first ones, all second ones, …, cut before `most` tokens."""
-        order = sorted((index, place) for place, want in wanted.items() for index in range(len(want.micros)))
-        own: list[tuple[int, int]] = []
+    def _cut(self, loops: Sequence[Loop]) -> Iterator[list[tuple[Loop, int]]]:
+        """The (run, index of its micro-batch) of each pass: all first ones, all second ones, …, cut before `most`
+        tokens."""
+        order = sorted((index, place) for place, loop in enumerate(loops) for index in range(len(loop.micros)))
+        own: list[tuple[Loop, int]] = []
         tokens = 0
         for index, place in order:
-            more = wanted[place].micros[index].tokens
+            more = loops[place].micros[index].tokens
             if own and tokens + more > self.most:
                 yield own
                 own, tokens = [], 0
-            own.append((place, index))
+            own.append((loops[place], index))
             tokens += more
         yield own
 
-    def _pass(self, wanted: Mapping[int, StepWanted], members: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    def _pass(self, parts: Sequence[tuple[Loop, int]]) -> list[Tensor]:
         """Forward and backward of these micro-batches; Σ NLL of each."""
-        first = self.tasks[members[0][0]]
-        batches: list[Batch] = [
-            wanted[place].batch(index, range(index + 1, len(wanted[place].micros))) for place, index in members
-        ]
-        seeds = [wanted[place].seed(index) for place, index in members]
+        batches: list[Batch] = [loop.batch(index, range(index + 1, len(loop.micros))) for loop, index in parts]
+        seeds = [loop.seed(index) for loop, index in parts]
         seed_all(*seeds[0])
         tokens, kept = [batch.tokens for batch in batches], [batch.trained_tokens for batch in batches]
         spans = Spans(tokens, kept, [seeded_generator(*seed) for seed in seeds])
-        first.attachment.use_spans([self.tasks[place].name for place, _ in members], spans)
-        device = first.base.device
-        right = torch.empty(sum(kept), dtype=torch.bool, device=device)
+        self.attachment.use_spans([self.members[loop].name for loop, _ in parts], spans)
+        right = torch.empty(sum(kept), dtype=torch.bool, device=self.device)
         nll = rows_nll(
-            first.base.model,
-            torch.cat([sent(batch.input_ids, device) for batch in batches]),
+            self.model,
+            torch.cat([sent(batch.input_ids, self.device) for batch in batches]),
             [length for batch in batches for length in batch.lengths],
             torch.cat([batch.trained for batch in batches]),
             spans=spans,
             right=right,
         )
-        for (place, _), part in zip(members, right.split(kept), strict=True):
-            self.tasks[place].saw(part)
+        for (loop, _), part in zip(parts, right.split(kept), strict=True):
+            self.members[loop].add_accuracy(part)
         sums = [part.sum() for part in nll.split(kept)]
-        counts = [wanted[place].step.counted for place, _ in members]
-        torch.stack([own / count for own, count in zip(sums, counts, strict=True)]).sum().backward()  # type: ignore[no-untyped-call]
+        losses = [own / loop.step.counted for own, (loop, _) in zip(sums, parts, strict=True)]
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         return [own.detach() for own in sums]
 
 
@@ -335,3 +351,52 @@ def why_apart(model: nn.Module) -> str:
         if isinstance(module, nn.Dropout) and module.p > 0:
             return f"{name} drops in training, for all rows at once"
     return ""
+
+
+def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
+    """The checkpoint that each run goes on from; None for its beginning.
+
+    Where some of them were trained together, it is for those the last step of which each has its checkpoint: they are
+    then beside one another as they were. One that had ended by then is at its end; for one that had failed it is an
+    error, since beside the others it would change their last bits. Where one has the first checkpoint of all, and those
+    beside it have none yet, it begins again with them."""
+    have = {run.name: checkpoint.by_step(run.folder / "checkpoints") for run in runs}
+    group: set[str] = set()
+    last = -1
+    for step in sorted({step for found in have.values() for step in found}, reverse=True):
+        for name, found in have.items():
+            if step in found and last < 0:
+                beside = _beside(name, found[step]) & have.keys()
+                if all(step in have[other] for other in beside):
+                    group, last = beside, step
+    out: list[Path | CheckpointError | None] = []
+    for run in runs:
+        found = have[run.name]
+        newest = found[max(found)] if found else None
+        beside = set() if newest is None else _beside(run.name, newest) & have.keys()
+        if run.name in group:
+            out.append(found[last])
+        elif len(found) == 1 and any(not have[other] for other in beside):
+            out.append(None)
+        elif newest is None or not beside & group or _ended(newest):
+            out.append(newest)
+        else:
+            out.append(
+                CheckpointError(
+                    f"this run had ended early, after its step {max(found)}; those that it was trained together with "
+                    f"are at step {last}",
+                    where=str(run.folder),
+                    fix="see to its data or settings, and go on with it by itself: veneer train CONFIG.yaml --resume",
+                )
+            )
+    return out
+
+
+def _beside(name: str, path: Path) -> set[str]:
+    """The runs that a checkpoint's run was trained together with, itself among them."""
+    about = checkpoint.read_checkpoint(path).get("about", {})
+    return {name, *about.get("together", [])}
+
+
+def _ended(path: Path) -> bool:
+    return checkpoint.read_checkpoint(path)["progress"]["stopped"] in ("finished", "early stopping")
