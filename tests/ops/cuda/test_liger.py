@@ -10,6 +10,7 @@ from torch import Tensor
 from veneer.compat import LIGER
 from veneer.ops.attention import rotate
 from veneer.ops.cuda.implementations import IMPLEMENTATIONS
+from veneer.ops.cuda.liger import why_missing
 from veneer.ops.dispatch import choices, dispatch
 from veneer.ops.loss import token_nll
 from veneer.ops.norms import rms_norm
@@ -90,6 +91,17 @@ def test_without_liger_an_op_runs_its_reference() -> None:
         LIGER.check()
     except ImportError:
         assert choices("cuda")["rope"].reason == "liger_kernel is not installed (pip install 'veneer[gpu]')"
+
+
+def test_where_a_first_small_norm_fails_the_reason_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)  # a card that no machine has
+    why_missing.cache_clear()
+    name, reason, _ = choices("cuda")["rope"]
+    why_missing.cache_clear()
+    assert name == "torch"
+    assert reason.startswith("a small norm failed: ")
 
 
 @pytest.mark.gpu

@@ -33,8 +33,8 @@ def why_missing() -> str:
 @functools.cache
 def _trouble_on(index: int) -> str:
     """Return why Liger's functions fail on this GPU; "" if a small norm was compiled, ran and was right."""
-    x = torch.full((2, 32), 3.0, device=torch.device("cuda", index))
     try:
+        x = torch.full((2, 32), 3.0, device=torch.device("cuda", index))
         right = torch.allclose(rms_norm(x, x[0], 0.0), x)
     except Exception as error:  # Triton's, the C compiler's that Triton calls, or the driver's
         first_line = (str(error).strip().splitlines() or [""])[0]

@@ -33,12 +33,11 @@ def coded_product(x: Tensor, stored: Blocks4, low: int, high: int, bias: Tensor 
     dequantized on the way."""
     rows, columns = high - low, stored.shape[-1]
     first, last = low * columns // stored.block, high * columns // stored.block
-    nested = {}
-    absmax = stored.absmax_of(first, last)
     if low == 0 and stored.absmax2 is not None and stored.nested == 256:
-        absmax = stored.absmax2
-        codes = dynamic_map(x.device)
+        absmax, codes = stored.absmax2, dynamic_map(x.device)
         nested = {"absmax_8bit": stored.absmax[:last], "absmax_code": codes, "absmax_offset": stored.mean}
+    else:
+        absmax, nested = stored.absmax_of(first, last), {}
     packed = stored.packed[low * columns // 2 : high * columns // 2, None]
     product = bitsandbytes_operators().gemm_4bit
     out.copy_(product(x, packed, [rows, columns], absmax, stored.block, stored.kind, bias, **nested))
