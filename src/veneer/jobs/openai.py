@@ -386,10 +386,13 @@ def _in_one_line(text: str) -> str:
     return _SETTING.sub(lambda found: _SETTINGS.get(found[0], found[0].partition(".")[2].replace("_", " ")), whole)
 
 
-def _event_text(event: JobEvent) -> str:
+def _event_text(job: Job, event: JobEvent) -> str:
     """Return an event's message in one line; for preflight events, only findings about the rows."""
+    kind = (job.error or {}).get("kind")
+    if kind in _OURS and event.data.get("state") == "failed":
+        return f"failed: {_OURS[kind]}"
     if event.kind != "preflight":
-        return _in_one_line(event.message.removeprefix("warning: "))
+        return _in_one_line(str(event.data.get("public", event.message)).removeprefix("warning: "))
     found = [
         str(each["text"])
         for each in event.data.get("findings") or ()
@@ -419,22 +422,7 @@ def _plain_text(job: Job, text: str) -> str:
     for path in (*_paths(job), str(job.config["base"]["name"])):
         text = text.replace(path, Path(path).name)
     text = text.replace(f"{job.folder}/", "").replace(f"{jobs_home().parent}/", "")
-    if (kind := (job.error or {}).get("kind")) in _OURS and text.startswith("failed: "):
-        return f"failed: {_OURS[kind]}"
-    for pattern, instead in _OPERATORS:
-        text = pattern.sub(instead, text)
     return text
-
-
-_OPERATORS = [
-    (re.compile(pattern, re.DOTALL), instead)
-    for pattern, instead in (
-        (r"^(started|resumed) by \S+$", r"\1"),
-        (r"^\S+ was lost: \S+ goes on", "its worker was lost: another goes on"),
-        (r"^(its process died|could not be started): .*", r"\1"),
-    )
-]
-"""What of an event is the operator's alone, as its beginning tells, and what a tenant reads instead."""
 
 
 def _event_id(job: Job, number: int) -> str:
@@ -473,7 +461,7 @@ def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
         "id": _event_id(job, event.number),
         "created_at": int(event.at),
         "level": event.level,
-        "message": _plain_text(job, _event_text(event)),
+        "message": _plain_text(job, _event_text(job, event)),
         "data": json.loads(_plain_text(job, json.dumps(data))),
         "type": "metrics" if event.kind in MEASURED else "message",
     }
@@ -481,7 +469,8 @@ def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
 
 def _data_of(event: JobEvent) -> dict[str, Any]:
     names = _METRICS.get(event.kind, {})
-    return {name: value for key, value in event.data.items() for name in names.get(key, [key])}
+    data = {key: value for key, value in event.data.items() if key != "public"}
+    return {name: value for key, value in data.items() for name in names.get(key, [key])}
 
 
 _COLUMNS = {

@@ -169,7 +169,8 @@ class Job:
 class JobEvent:
     """Something that happened to a job. `number`: from 1, without gaps. `level`: info, warn, error. `kind`: state,
     note, preflight, metrics, whose `data` has step, steps, and what was measured, validation, sample (`file`: of the
-    run's folder), checkpoint (`reference`: its adapter's in the library), and what comes after the training."""
+    run's folder), checkpoint (`reference`: its adapter's in the library), and what comes after the training. `data` can
+    have `public`: the text for the tenant, if the message names workers or repeats what a driver said."""
 
     level: str
     kind: str
@@ -498,9 +499,11 @@ class JobStore:
                 c.execute(update(job_table).where(job_table.c.id == found.id).values(**values))
                 if state == "queued" and lost:
                     text = f"{found.worker} was lost: {worker} goes on from the last checkpoint"
-                    _tell(c, found, now, JobEvent("warn", "note", text))
+                    public = {"public": "its worker was lost: another goes on from the last checkpoint"}
+                    _tell(c, found, now, JobEvent("warn", "note", text, public))
                 elif state == "queued":
-                    self._move(c, found, "running", now, f"{'resumed' if found.attempt else 'started'} by {worker}")
+                    public = "resumed" if found.attempt else "started"
+                    self._move(c, found, "running", now, f"{public} by {worker}", public=public)
                 return JobLease(self._row(c, None, found.id), values["token"])
 
     def waiting(
@@ -618,14 +621,15 @@ class JobStore:
             what = f"validated: {counted(int(plan['steps']), 'step')}, {int(plan['tokens']):,} tokens{cost}"
             return self._move(c, job, "queued", now, what)
 
-    def release(self, lease: JobLease, why: str) -> Job:
+    def release(self, lease: JobLease, why: str, detail: str = "") -> Job:
         """Return a job in training to the queue, to resume from its last checkpoint; a job in validation will be
-        validated again. Raises LeaseLost."""
+        validated again. `detail`: more of the reason, for the operator. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             c.execute(update(job_table).where(job_table.c.id == job.id).values(**_LEFT))
             if job.state == "validating":
                 return self._row(c, None, job.id)
-            return self._move(c, job, "queued", now, why)
+            text = f"{why}: {detail}" if detail else why
+            return self._move(c, job, "queued", now, text, public=why if detail else "")
 
     def died(self, lease: JobLease, why: str, *, fix: str = "") -> Job:
         """As `release`, where the job's process is gone and nobody asked for it; it fails the third time in a row
@@ -635,7 +639,7 @@ class JobStore:
                 what = f"its process died {_FAULTS} times in a row before a new checkpoint: {why}"
                 return self._end(c, job, "failed", now, error={"kind": "died", "message": what, "fix": fix})
             c.execute(update(job_table).where(job_table.c.id == job.id).values(faults=job.faults + 1, **_LEFT))
-            _tell(c, job, now, JobEvent("warn", "note", f"its process died: {why}"))
+            _tell(c, job, now, JobEvent("warn", "note", f"its process died: {why}", {"public": "its process died"}))
             return self._move(c, job, "queued", now, "waits to go on from its last checkpoint")
 
     def finish(
@@ -674,11 +678,13 @@ class JobStore:
             raise UnknownJob(f"there is no job {quoted(job, 40)}", where="job", fix="see `veneer jobs list`")
         return _job(row)
 
-    def _move(self, c: Connection, job: Job, state: _JobState, now: float, text: str, level: str = "info") -> Job:
-        """The one place where a state changes."""
+    def _move(
+        self, c: Connection, job: Job, state: _JobState, now: float, text: str, level: str = "info", public: str = ""
+    ) -> Job:
+        """Change a job's state; nothing else does. `public`: what the tenant reads in place of the text."""
         _allowed(job, state)
         c.execute(update(job_table).where(job_table.c.id == job.id).values(state=state))
-        _tell(c, job, now, JobEvent(level, "state", text, {"state": state}))
+        _tell(c, job, now, JobEvent(level, "state", text, {"state": state} | ({"public": public} if public else {})))
         if state in ENDS:
             c.execute(update(job_table).where(job_table.c.id == job.id).values(ended=now, **_LEFT))
             ended = self._row(c, None, job.id)

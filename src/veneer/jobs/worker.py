@@ -219,7 +219,7 @@ class Worker:
             place = self.executor.start(lease, self.environment)
         except VeneerError as error:
             with suppress(LeaseLost):
-                self.store.release(lease, f"could not be started: {error.what}")
+                self.store.release(lease, "could not be started", error.what)
             raise
         self._running.append(_Running(self.executor, lease, place, sure))
         self.say(f"{job.id} of {job.tenant or 'nobody'}: {place}")

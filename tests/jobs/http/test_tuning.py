@@ -420,7 +420,7 @@ def test_what_an_interpreter_or_a_driver_says_is_the_operators(jobs: Jobs, clien
     lease = jobs.trained()
     if kind == "died":
         jobs.store.died(lease, secret)
-        jobs.store.release(jobs.taken(), f"could not be started: {secret}")
+        jobs.store.release(jobs.taken(), "could not be started", secret)
         lease = jobs.taken()
     url = f"{jobs.server.url}/v1/fine_tuning/jobs/{job.id}/events?stream=true"
     with jobs.server.client.stream("GET", url, headers={"authorization": "Bearer acme"}) as answer:
