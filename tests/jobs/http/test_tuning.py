@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -588,20 +587,6 @@ def test_jobs_hold_no_more_than_there_is_room_for(
     assert (refused.value.code, refused.value.param) == ("storage_full", "training_file")
     client.fine_tuning.jobs.cancel(first.id)
     one_more()
-
-
-def test_the_asynchronous_client(jobs: Jobs, client: openai.OpenAI) -> None:
-    file = sent(client)
-
-    async def use() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{jobs.server.url}/v1", api_key="acme", max_retries=0) as asked:
-            job = await asked.fine_tuning.jobs.create(model="toy", training_file=file)
-            assert job.id in [each.id async for each in asked.fine_tuning.jobs.list(limit=1)]
-            events = [event.message async for event in asked.fine_tuning.jobs.list_events(job.id)]
-            assert (await asked.fine_tuning.jobs.cancel(job.id)).status == "cancelled"
-            return events
-
-    assert [message.partition(" ")[0] for message in asyncio.run(use())] == ["created"]
 
 
 @pytest.mark.slow
