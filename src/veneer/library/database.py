@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, String, create_engine, event, literal_column, text
+from sqlalchemy import Column, ColumnElement, Connection, Engine, String, create_engine, event, literal_column, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from veneer.errors import ConfigError, MissingExtraError, ResourceError
@@ -32,6 +32,16 @@ _CONNECT_SECONDS = 5
 def Key() -> Any:
     """Text that compares byte by byte, so that a range of it is a prefix, in both databases."""
     return String().with_variant(String(collation="C"), "postgresql")
+
+
+def key_columns(*names: str) -> list[Column[Any]]:
+    """Columns that together are the primary key."""
+    return [Column(name, Key(), primary_key=True) for name in names]
+
+
+def columns(kind: Any, *names: str, nullable: bool = False, index: bool = False) -> list[Column[Any]]:
+    """Columns of one type."""
+    return [Column(name, kind, nullable=nullable, index=index) for name in names]
 
 
 def open_engine(where: str, what: str, patience: float = PATIENCE, *, synced: bool = True) -> Engine:

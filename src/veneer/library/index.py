@@ -40,7 +40,7 @@ from sqlalchemy import (
 )
 
 from veneer.library import database
-from veneer.library.database import Key, open_engine
+from veneer.library.database import Key, columns, key_columns, open_engine
 from veneer.library.migrate import Schema, migrate
 
 CHANNEL = "veneer_library_names"
@@ -52,104 +52,89 @@ _LOCK = 0x76656E656572  # "veneer": the key of PostgreSQL's advisory lock
 
 _INDEX_TABLES = MetaData()
 
-_meta = Table(
-    "library_meta", _INDEX_TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False)
+
+def _table(name: str, *parts: Any) -> Table:
+    return Table(f"library_{name}", _INDEX_TABLES, *parts)
+
+
+def _entry() -> Column[str]:
+    """The first part of the key of a table that says more of an entry."""
+    return Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True)
+
+
+def _version(**options: Any) -> ForeignKeyConstraint:
+    return ForeignKeyConstraint(["name", "version"], [versions.c.name, versions.c.version], **options)
+
+
+_meta = _table("meta", *key_columns("key"), *columns(Text, "value"))
+objects = _table(
+    "objects",
+    *key_columns("path"),
+    *columns(BigInteger, "size"),
+    *columns(Float, "touched"),  # when a process last needed it; seconds since 1970
+    *columns(String, "generation"),  # changes when the object can have been deleted in between
 )
-objects = Table(
-    "library_objects",
-    _INDEX_TABLES,
-    Column("path", Key(), primary_key=True),
-    Column("size", BigInteger, nullable=False),
-    Column("touched", Float, nullable=False),  # when someone last said that it is needed; seconds since 1970
-    Column("generation", String, nullable=False),  # changes when the object may have been deleted in between
-)
-entries = Table(
-    "library_entries",
-    _INDEX_TABLES,
-    Column("id", Key(), primary_key=True),  # the sha256 of the manifest, hexadecimal
+entries = _table(
+    "entries",
+    *key_columns("id"),  # the sha256 of the manifest, hexadecimal
     Column("manifest", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
-    Column("digest", Key(), nullable=False, index=True),  # of the adapter, "sha256:…", "" where nobody can read it
-    Column("format", String, nullable=False),
-    Column("kind", String, nullable=False),
-    Column("base", Key(), nullable=False, index=True),
-    Column("base_name", Key(), nullable=False, index=True),  # the last part of `base` in lower case
-    Column("fingerprint", Key(), nullable=False, index=True),
-    Column("licence", String, nullable=False),
-    Column("created", String, nullable=False),
-    Column("size", BigInteger, nullable=False),
-    Column("card", Text, nullable=False),  # JSON
-    Column("words", Text, nullable=False),  # what a free search looks through, in lower case
+    *columns(Key(), "digest", index=True),  # of the adapter, "sha256:…", "" if its format is not understood
+    *columns(String, "format", "kind"),
+    *columns(Key(), "base", "base_name", "fingerprint", index=True),  # base_name: the last part, in lower case
+    *columns(String, "licence", "created"),
+    *columns(BigInteger, "size"),
+    *columns(Text, "card", "words"),  # card: JSON; words: what a free search looks through, in lower case
 )
-figures = Table(  # a row for each entry; beside it, for what comes after a card in a row is far from its beginning
-    "library_figures",
-    _INDEX_TABLES,
-    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
-    Column("rank", Integer, nullable=False),  # 0 where pairs have several, or there are none
-    Column("gain", Float),  # `describe.Gain.share`
+figures = _table(  # a row for each entry; a table of its own, for a column after the card is slow to read
+    "figures",
+    _entry(),
+    *columns(Integer, "rank"),  # 0 if pairs have several ranks, or there are no pairs
+    *columns(Float, "gain", nullable=True),  # `describe.Gain.share`
 )
-files = Table(
-    "library_files",
-    _INDEX_TABLES,
-    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
-    Column("name", Key(), primary_key=True),
+files = _table(
+    "files",
+    _entry(),
+    *key_columns("name"),
     Column("object", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
-    Column("sha256", String, nullable=False),
-    Column("size", BigInteger, nullable=False),
+    *columns(String, "sha256"),
+    *columns(BigInteger, "size"),
 )
-triggers = Table(
-    "library_triggers",
-    _INDEX_TABLES,
-    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
-    Column("word", Key(), primary_key=True),
-    Column("lower", Key(), nullable=False, index=True),
+triggers = _table("triggers", _entry(), *key_columns("word"), *columns(Key(), "lower", index=True))
+checks = _table(  # what the last check of the content found
+    "checks",
+    _entry(),
+    *key_columns("name"),
+    *columns(Boolean, "ok", nullable=True),  # NULL if the check could not run
+    *columns(Text, "detail"),
+    *columns(String, "at"),
 )
-checks = Table(  # what was found when somebody last looked at the content
-    "library_checks",
-    _INDEX_TABLES,
-    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
-    Column("name", Key(), primary_key=True),
-    Column("ok", Boolean),  # NULL where it could not be looked at
-    Column("detail", Text, nullable=False),
-    Column("at", String, nullable=False),
+parents = _table("parents", _entry(), Column("parent", Key(), primary_key=True, index=True))
+names = _table(
+    "names",
+    *key_columns("name"),
+    *columns(Integer, "latest", nullable=True),  # NULL if all versions were removed
+    *columns(Integer, "next"),  # numbers of removed versions do not come back
 )
-parents = Table(
-    "library_parents",
-    _INDEX_TABLES,
-    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
-    Column("parent", Key(), primary_key=True, index=True),
-)
-names = Table(
-    "library_names",
-    _INDEX_TABLES,
-    Column("name", Key(), primary_key=True),
-    Column("latest", Integer),  # NULL where all versions were removed
-    Column("next", Integer, nullable=False),  # numbers of removed versions do not come back
-)
-versions = Table(
-    "library_versions",
-    _INDEX_TABLES,
+versions = _table(
+    "versions",
     Column("name", Key(), ForeignKey(names.c.name), primary_key=True),
     Column("version", Integer, primary_key=True),
     Column("entry", Key(), ForeignKey(entries.c.id), nullable=False, index=True),
-    Column("added", String, nullable=False),
-    Column("source", String, nullable=False),
+    *columns(String, "added", "source"),
 )
-name_aliases = Table(
-    "library_aliases",
-    _INDEX_TABLES,
-    Column("name", Key(), primary_key=True),
-    Column("alias", Key(), primary_key=True),
-    Column("version", Integer, nullable=False),
-    ForeignKeyConstraint(["name", "version"], [versions.c.name, versions.c.version]),
+name_aliases = _table(
+    "aliases",
+    *key_columns("name", "alias"),
+    *columns(Integer, "version"),
+    _version(),
     Index("library_aliases_version", "name", "version"),
 )
-tags = Table(
-    "library_tags",
-    _INDEX_TABLES,
-    Column("name", Key(), primary_key=True),
+tags = _table(
+    "tags",
+    *key_columns("name"),
     Column("version", Integer, primary_key=True),
-    Column("tag", Key(), primary_key=True),
-    ForeignKeyConstraint(["name", "version"], [versions.c.name, versions.c.version], ondelete="CASCADE"),
+    *key_columns("tag"),
+    _version(ondelete="CASCADE"),
     Index("library_tags_tag", "tag"),
 )
 
@@ -231,3 +216,14 @@ def many(connection: Connection, table: Table, rows: Iterable[Mapping[str, Any]]
     listed = [dict(r) for r in rows]
     if listed:
         connection.execute(insert(table), listed)
+
+
+def now_text() -> str:
+    """The time as the index holds it: 2026-11-25T10:00:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def add_checks(connection: Connection, found: Iterable[tuple[str, str, bool | None, str]]) -> None:
+    """Record checks that ran now: (entry, name, ok, detail)."""
+    at = now_text()
+    many(connection, checks, ({"entry": e, "name": n, "ok": ok, "detail": d, "at": at} for e, n, ok, d in found))

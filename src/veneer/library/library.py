@@ -38,7 +38,7 @@ from veneer.library.describe import AdapterDescription, content_of, describe_ada
 from veneer.library.names import Reference, check_alias, check_file_name, check_name, check_tag, parse_reference
 from veneer.library.queries import (
     AdapterFamily,
-    Shelfful,
+    SearchPage,
     Version,
     browse,
     checks_of,
@@ -102,15 +102,18 @@ class Library:
 
         Raises NotInLibrary, with the nearest names, where there is none; AdapterError where a digest's prefix fits
         several adapters; ConfigError for a text that is not a reference."""
-        wanted = parse_reference(reference)
         with reading(self.engine) as connection:
-            found = find_versions(connection, wanted)
-            if len(found) == 1:
-                return found[0]
-            if found:
-                shown = "\n".join(f"  {v.digest or 'sha256:' + v.entry}  {v.reference}" for v in found)
-                raise AdapterError(f"{reference} fits several adapters:\n{shown}", where=self.location)
+            return self._find(connection, reference)
+
+    def _find(self, connection: Connection, reference: str) -> Version:
+        wanted = parse_reference(reference)
+        found = find_versions(connection, wanted)
+        if len(found) > 1:
+            shown = "\n".join(f"  {v.digest or 'sha256:' + v.entry}  {v.reference}" for v in found)
+            raise AdapterError(f"{reference} fits several adapters:\n{shown}", where=self.location)
+        if not found:
             raise self._unknown(connection, reference, wanted.name)
+        return found[0]
 
     def _unknown(self, connection: Connection, reference: str, name: str) -> NotInLibrary:
         kept = connection.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
@@ -132,7 +135,7 @@ class Library:
         with reading(self.engine) as connection:
             return search(connection, text, **filters)
 
-    def browse(self, text: str = "", **asked: Any) -> Shelfful:
+    def browse(self, text: str = "", **asked: Any) -> SearchPage:
         """A part of what fits, in an order, with how many there are of what; `queries.browse` has what can be asked."""
         with reading(self.engine) as connection:
             return browse(connection, text, **asked)
@@ -157,14 +160,11 @@ class Library:
 
     def note_checks(self, entry: str, found: Iterable[tuple[str, bool | None, str]]) -> None:
         """From now on this is what is known of an entry's files: (name, ok, detail) of each check."""
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        c, e = ix.checks.c, ix.entries.c
+        e = ix.entries.c
         with ix.index_transaction(self.engine) as connection:
-            connection.execute(delete(ix.checks).where(c.entry == entry))
-            if connection.scalar(select(e.id).where(e.id == entry)) is None:
-                return  # collected meanwhile
-            rows = [{"entry": entry, "name": n, "ok": ok, "detail": detail, "at": at} for n, ok, detail in found]
-            ix.many(connection, ix.checks, rows)
+            connection.execute(delete(ix.checks).where(ix.checks.c.entry == entry))
+            if connection.scalar(select(e.id).where(e.id == entry)) is not None:  # else collected meanwhile
+                ix.add_checks(connection, ((entry, *each) for each in found))
 
     def resolve(self, reference: str) -> Path:
         """A local path with the adapter's files, read-only: a folder, or the file itself where it came as one file.
@@ -274,8 +274,7 @@ class Library:
             self.enter(connection, entry, kept, about)
             number, new = self._number(connection, name, entry, source, number)
             self._put_tags(connection, name, number, tags)
-            self.store.replace(f"names/{name}.json", canonical(record(connection, name)))
-            ix.changed(connection)
+            self._write_record(connection, name)
             version = find_versions(connection, Reference(name, version=number))[0]
         return Added(version, new, found.left_out)
 
@@ -307,8 +306,8 @@ class Library:
     ) -> tuple[int, bool]:
         """The version of `name` that is this entry, made where there is none. (number, whether it is new)"""
         v, n = ix.versions.c, ix.names.c
-        row = connection.execute(select(n.latest, n.next).where(n.name == name)).first()
-        latest, following = (row.latest, row.next) if row is not None else (None, 1)
+        known = connection.execute(select(n.latest, n.next).where(n.name == name)).first()
+        latest, following = (known.latest, known.next) if known is not None else (None, 1)
         same = connection.scalars(select(v.version).where(v.name == name, v.entry == entry)).all()
         if (wanted in same) or (wanted is None and latest in same and latest is not None):
             return wanted or int(latest or 0), False
@@ -317,14 +316,12 @@ class Library:
         taken = connection.scalars(select(v.version).where(v.name == name)).all()
         number = wanted if wanted is not None and wanted >= 1 and wanted not in taken else following
         values = {"latest": max(number, latest or 0), "next": max(number + 1, following)}
-        if row is None:
+        if known is None:
             connection.execute(insert(ix.names), {"name": name, **values})
         else:
             connection.execute(update(ix.names).where(n.name == name).values(**values))
-        added = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        connection.execute(
-            insert(ix.versions), {"name": name, "version": number, "entry": entry, "added": added, "source": source}
-        )
+        row = {"name": name, "version": number, "entry": entry, "added": ix.now_text(), "source": source}
+        connection.execute(insert(ix.versions), row)
         return number, True
 
     def _put_tags(self, connection: Connection, name: str, version: int, tags: Iterable[str]) -> None:
@@ -364,14 +361,15 @@ class Library:
     def _change(self, reference: str, change: Callable[[Connection, Version], None]) -> Version:
         """Find a version, change what is said of it, and write its name's record, all under the write lock."""
         with ix.index_transaction(self.engine) as connection:
-            found = find_versions(connection, wanted := parse_reference(reference))
-            if len(found) != 1:
-                raise self._unknown(connection, reference, wanted.name) if not found else _several(reference, found)
-            change(connection, found[0])
-            after = find_versions(connection, parse_reference(found[0].reference))[0]
-            self.store.replace(f"names/{after.name}.json", canonical(record(connection, after.name)))
-            ix.changed(connection)
-        return after
+            found = self._find(connection, reference)
+            change(connection, found)
+            self._write_record(connection, found.name)
+            return self._find(connection, found.reference)
+
+    def _write_record(self, connection: Connection, name: str) -> None:
+        """Write what the index says of a name into the store, and announce that the name changed."""
+        self.store.replace(f"names/{name}.json", canonical(record(connection, name)))
+        ix.changed(connection)
 
     def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
         """Removes a name with all its versions (`support`), one version (`support@2`) or an alias (`support@prod`).
@@ -383,20 +381,15 @@ class Library:
             raise ConfigError("a digest may have several names", where=reference, fix="remove them by name")
         a, v = ix.name_aliases.c, ix.versions.c
         with ix.index_transaction(self.engine) as connection:
-            if not (found := find_versions(connection, wanted)):
-                raise self._unknown(connection, reference, wanted.name)
-            name = wanted.name
+            found, name = self._find(connection, reference), wanted.name
             if wanted.alias:
                 connection.execute(delete(ix.name_aliases).where(a.name == name, a.alias == wanted.alias))
                 gone = [f"{name}@{wanted.alias}"]
             else:
-                whole = reference == name
-                doomed = (
-                    connection.scalars(select(v.version).where(v.name == name)).all() if whole else [found[0].version]
-                )
+                every = connection.scalars(select(v.version).where(v.name == name)).all()
+                doomed = every if reference == name else [found.version]
                 gone = self._remove_versions(connection, name, list(doomed), with_aliases)
-            self.store.replace(f"names/{name}.json", canonical(record(connection, name)))
-            ix.changed(connection)
+            self._write_record(connection, name)
         return gone
 
     def _remove_versions(self, connection: Connection, name: str, doomed: list[int], with_aliases: bool) -> list[str]:
@@ -479,10 +472,6 @@ def _mark(store: LocalStore | RemoteStore, where: str) -> str | None:
             f"its {MARK} cannot be understood", where=where, fix="a library of a later veneer, or damaged"
         )
     return mark
-
-
-def _several(reference: str, found: list[Version]) -> AdapterError:
-    return AdapterError(f"{reference} fits several adapters: {', '.join(v.reference for v in found)}")
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

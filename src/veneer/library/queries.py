@@ -80,7 +80,7 @@ class Version:
 
 
 @dataclass(frozen=True)
-class Shelfful:
+class SearchPage:
     """A part of what fits. `total`: how many fit. `facets`: of base, kind, rank, tag and health, value -> how many
     would fit if it were asked for (as it is now, all else that is asked), the most frequent first."""
 
@@ -153,31 +153,39 @@ def search(
     connection: Connection,
     text: str = "",
     *,
-    name: str = "",
     tags: Sequence[str] = (),
     base: str = "",
-    trigger: str = "",
-    parent: str = "",
-    all_versions: bool = False,
     limit: int | None = None,
     offset: int = 0,
+    **more: Any,
 ) -> list[Version]:
-    """The versions that fit all of what is given, ordered by name and version; the latest of each name alone unless
+    """The versions that match everything given, by name and version; only the latest of each name unless
     `all_versions`.
 
     text: each of its words is somewhere in name, tags, or card (base, trigger words, licence, …), in any case.
-    name: begins with this. tags: has all of them. base: the base's name, whole or its last part, or a beginning of its
-    fingerprint. trigger: one of its trigger words, in any case. parent: the digest of an adapter it was made from, or
-    its beginning."""
+    tags: the version has all of them. base: the base's name, whole or its last part, or a beginning of its fingerprint.
+    more: name, which the version's begins with; trigger, one of its trigger words, in any case; parent, the digest of
+    an adapter it was made from, or its beginning; all_versions."""
+    conditions = [*_fitting(text, **more), *_tagged(tags), *_of_base(base)]
+    return _page(connection, conditions, (), limit, offset)
+
+
+def _page(
+    connection: Connection,
+    conditions: Sequence[ColumnElement[bool]],
+    order: Sequence[ColumnElement[Any]],
+    limit: int | None,
+    offset: int,
+) -> list[Version]:
+    """The versions that match. Their keys are chosen first: sorting whole rows, cards included, takes long."""
     v = ix.versions.c
-    fitting = _fitting(text, name=name, trigger=trigger, parent=parent, all_versions=all_versions)
-    query = select(v.name, v.version).join(ix.entries, v.entry == ix.entries.c.id)
-    query = query.where(*fitting, *_tagged(tags), *_of_base(base))
-    if limit is not None or offset:  # choose by keys first: sorting whole rows, cards and all, is what takes the time
-        query = query.order_by(v.name, v.version).limit(limit).offset(offset)
-    page = query.subquery()
-    rows = _versions().join(page, and_(page.c.name == v.name, page.c.version == v.version))
-    return _full(connection, connection.execute(rows.order_by(v.name, v.version)).all())
+    keys = _with_content(select(v.name, v.version)).where(*conditions).order_by(*order, v.name, v.version)
+    page = [tuple(row) for row in connection.execute(keys.limit(limit).offset(offset))]
+    found: dict[Any, Version] = {}
+    for some in _parts(page):
+        rows = connection.execute(_versions().where(tuple_(v.name, v.version).in_(some))).all()
+        found |= {(each.name, each.version): each for each in _full(connection, rows)}
+    return [found[key] for key in page]
 
 
 def browse(
@@ -195,7 +203,7 @@ def browse(
     limit: int | None = 60,
     offset: int = 0,
     **more: Any,
-) -> Shelfful:
+) -> SearchPage:
     """A part of what fits all that is given, in `order`, with how many fit, and how many would of each base, kind,
     rank, tag and health.
 
@@ -234,23 +242,17 @@ def browse(
     )
     tags_found = connection.execute(tagged.where(*conditions).group_by(t.tag)).all()
     facets["tag"].update({row.tag: row.many for row in tags_found})
-    first = {
+    orders: dict[str, Sequence[ColumnElement[Any]]] = {
         "name": (),
         "added": (v.added.desc(),),
         "gain": (f.gain.is_(None), f.gain),
         "size": (e.size.desc(),),
         "rank": (f.rank.desc(),),
-    }[order]
-    keys = _with_content(select(v.name, v.version)).where(*conditions).order_by(*first, v.name, v.version)
-    keys = keys.limit(limit).offset(offset)
-    page = [tuple(row) for row in connection.execute(keys)]
-    found: dict[Any, Version] = {}
-    for some in _parts(page):
-        rows = connection.execute(_versions().where(tuple_(v.name, v.version).in_(some))).all()
-        found |= {(each.name, each.version): each for each in _full(connection, rows)}
+    }
+    page = _page(connection, conditions, orders[order], limit, offset)
     ranked = {w: dict(sorted(n.items(), key=lambda of: (-of[1], of[0]))) for w, n in facets.items()}
     ranked = {w: {value: many for value, many in n.items() if many} for w, n in ranked.items()}
-    return Shelfful([found[key] for key in page], total, ranked)
+    return SearchPage(page, total, ranked)
 
 
 def family_of(connection: Connection, version: Version) -> AdapterFamily:
@@ -342,27 +344,23 @@ def _full(connection: Connection, rows: Sequence[Any]) -> list[Version]:
     """The rows as versions, with what stands in other tables."""
     t, a, w, p = ix.tags.c, ix.name_aliases.c, ix.triggers.c, ix.parents.c
     names, entries = sorted({r.name for r in rows}), sorted({r.entry for r in rows})
-    tags: dict[Any, list[str]] = defaultdict(list)
-    pointers: dict[Any, list[str]] = defaultdict(list)
-    words: dict[Any, list[str]] = defaultdict(list)
-    origins: dict[Any, list[str]] = defaultdict(list)
-    for some in _parts(names):
-        for row in connection.execute(select(t.name, t.version, t.tag).where(t.name.in_(some)).order_by(t.tag)):
-            tags[row.name, row.version].append(row.tag)
-        for row in connection.execute(select(a.name, a.version, a.alias).where(a.name.in_(some)).order_by(a.alias)):
-            pointers[row.name, row.version].append(row.alias)
-    for some in _parts(entries):
-        for entry, word in connection.execute(select(w.entry, w.word).where(w.entry.in_(some)).order_by(w.word)):
-            words[entry].append(word)
-        for entry, parent in connection.execute(select(p.entry, p.parent).where(p.entry.in_(some)).order_by(p.parent)):
-            origins[entry].append(parent)
+
+    def grouped(keys: Sequence[Any], value: Any, among: Sequence[str]) -> dict[Any, list[str]]:
+        found: dict[Any, list[str]] = defaultdict(list)
+        for some in _parts(among):
+            for *key, each in connection.execute(select(*keys, value).where(keys[0].in_(some)).order_by(value)):
+                found[tuple(key)].append(each)
+        return found
+
+    tags, aliases = grouped((t.name, t.version), t.tag, names), grouped((a.name, a.version), a.alias, names)
+    words, parents = grouped((w.entry,), w.word, entries), grouped((p.entry,), p.parent, entries)
     return [
         Version(
             **{**r._mapping, "card": json.loads(r.card)},
             tags=tags[r.name, r.version],
-            aliases=pointers[r.name, r.version],
-            trigger_words=words[r.entry],
-            parents=origins[r.entry],
+            aliases=aliases[r.name, r.version],
+            trigger_words=words[r.entry,],
+            parents=parents[r.entry,],
         )
         for r in rows
     ]

@@ -370,18 +370,13 @@ def _import_name(
         (out.new if added.new else out.known).append(added.version.reference)
         if added.version.version != int(number):
             out.notes.append(f"{name}@{number} of the export is {added.version.reference} here")
-    own = {row.alias: row.version for row in _aliases(library, name)}
+    with reading(library.engine) as connection:
+        own = record(connection, name)["aliases"]
     for alias, number in sorted(found["aliases"].items()):
         if alias not in own and number in here:
             library.alias(f"{name}@{here[number]}", alias)
         elif alias in own and own[alias] != here.get(number):
             out.notes.append(f"{name}@{alias} stays at {name}@{own[alias]}")
-
-
-def _aliases(library: Library, name: str) -> list[Any]:
-    a = ix.name_aliases.c
-    with reading(library.engine) as connection:
-        return list(connection.execute(select(a.alias, a.version).where(a.name == name)).all())
 
 
 def _unpack(archive: Mapping[str, Callable[[], IO[bytes]]], files: Mapping[str, tuple[str, int]], into: Path) -> Path:

@@ -222,21 +222,16 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
 
 def _remember(library: Library, missing: set[str], corrupt: set[str]) -> None:
     """What was found of each entry's files, in place of what was found of them before."""
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    c, e, f = ix.checks.c, ix.entries.c, ix.files.c
+    e, f = ix.entries.c, ix.files.c
     with ix.index_transaction(library.engine) as connection:
         wrong: dict[str, list[str]] = {entry: [] for entry in connection.scalars(select(e.id))}
         objects = select(f.entry, f.object).union_all(select(e.id, e.manifest))
         for entry, path in connection.execute(objects) if missing | corrupt else ():
             if path in missing | corrupt:
                 wrong[entry].append(f"{path} is {'missing' if path in missing else 'corrupt'}")
-        connection.execute(delete(ix.checks).where(c.name == FILES_CHECK))
+        connection.execute(delete(ix.checks).where(ix.checks.c.name == FILES_CHECK))
         sound = "every file has its sha256"
-        rows = [
-            {"entry": n, "name": FILES_CHECK, "ok": not w, "detail": "\n".join(sorted(w)) or sound, "at": at}
-            for n, w in wrong.items()
-        ]
-        ix.many(connection, ix.checks, rows)
+        ix.add_checks(connection, ((n, FILES_CHECK, not w, "\n".join(sorted(w)) or sound) for n, w in wrong.items()))
 
 
 def _referenced(library: Library) -> dict[str, int]:
@@ -286,17 +281,22 @@ def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
     with reading(library.engine) as connection:
         every = list(connection.scalars(select(n.name).order_by(n.name)).all())
     for name in every:
+        path = f"names/{name}.json"
+
+        def right(c: Connection, name: str = name, path: str = path) -> bytes | None:
+            """The record as it should be; None if the store has it."""
+            wanted = canonical(record(c, name))
+            return None if _read(library, path) == wanted else wanted
+
         with reading(library.engine) as connection:
-            right = canonical(record(connection, name))
-        if _read(library, f"names/{name}.json") == right:
-            continue
-        with ix.index_transaction(library.engine) as connection:  # nobody writes it now
-            right = canonical(record(connection, name))
-            if _read(library, f"names/{name}.json") == right:
+            if right(connection) is None:
                 continue
-            if repair:
-                library.store.replace(f"names/{name}.json", right)
-        (out.repaired if repair else out.records).append(f"names/{name}.json")
+        with ix.index_transaction(library.engine) as connection:  # no process writes the record now
+            wanted = right(connection)
+            if wanted is not None and repair:
+                library.store.replace(path, wanted)
+        if wanted is not None:
+            (out.repaired if repair else out.records).append(path)
 
 
 def _read(library: Library, path: str) -> bytes | None:

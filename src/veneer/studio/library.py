@@ -11,7 +11,7 @@ from typing import Any
 from veneer.errors import counted
 from veneer.jobs.checkpoints import STEPS_TAG, job_of_tag
 from veneer.library.describe import card_picture, card_sample, gain_of
-from veneer.library.queries import Shelfful, Version
+from veneer.library.queries import SearchPage, Version
 from veneer.serve.http.surfaces.adapters import facet_of_bases
 from veneer.serve.tenancy.store import ALL
 from veneer.studio.commands import command
@@ -160,10 +160,10 @@ async def library_view(page: ViewPage) -> None:
     shown = turn = 0
     told_empty = ""
 
-    async def fetch(offset: int, some: int) -> tuple[Shelfful, list[LibraryCard]]:
+    async def fetch(offset: int, some: int) -> tuple[SearchPage, list[LibraryCard]]:
         asked, sees = _asked(page), None if page.caller.can("operate") else page.caller.sees
 
-        def look() -> tuple[Shelfful, list[LibraryCard]]:
+        def look() -> tuple[SearchPage, list[LibraryCard]]:
             found = library.browse(asked.text, **asked.search(), sees=sees, limit=some, offset=offset)
             routes = routes_of(page)
             return found, [card_of(page, each, routes) for each in found.versions]
@@ -234,7 +234,7 @@ async def library_view(page: ViewPage) -> None:
     on_change(studio.library_mark, 1.0, fill)
 
 
-def _offer(page: ViewPage, picks: Mapping[str, Any], asked: _Asked, found: Shelfful) -> None:
+def _offer(page: ViewPage, picks: Mapping[str, Any], asked: _Asked, found: SearchPage) -> None:
     """Each choice has what there is, with how many, and stays away where there is nothing to choose."""
     for name, choice in picks.items():
         there = found.facets[name]

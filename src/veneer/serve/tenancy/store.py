@@ -57,7 +57,16 @@ from sqlalchemy import (
 )
 
 from veneer.errors import ConfigError, nearest, quoted
-from veneer.library.database import PATIENCE, URL_FIX, Key, open_engine, reading, write_transaction
+from veneer.library.database import (
+    PATIENCE,
+    URL_FIX,
+    Key,
+    columns,
+    key_columns,
+    open_engine,
+    reading,
+    write_transaction,
+)
 from veneer.library.migrate import Schema, append_only, migrate
 from veneer.library.names import check_name, check_namespace, name_of, parse_reference
 from veneer.serve.tenancy.keys import database_here
@@ -70,124 +79,116 @@ _TENANT_TABLES = MetaData()
 _TOKENS, _SECONDS = ("prompt", "cached", "completion"), ("queued", "prefill", "decode")
 
 
-def _keys(*names: str) -> list[Column[Any]]:
-    return [Column(name, Key(), primary_key=True) for name in names]
-
-
-def _columns(kind: Any, *names: str, nullable: bool = False) -> list[Column[Any]]:
-    return [Column(name, kind, nullable=nullable) for name in names]
-
-
 def _table(name: str, *columns: Any) -> Table:
     return Table(name, _TENANT_TABLES, *columns)
 
 
 # Times are in seconds since 1970; tenant ALL is everybody.
-meta_table = _table("tenant_meta", *_keys("key"), *_columns(Text, "value"))
+meta_table = _table("tenant_meta", *key_columns("key"), *columns(Text, "value"))
 tenant_table = _table(
-    "tenants", *_keys("name"), *_columns(Float, "weight"), *_columns(Boolean, "enabled"), *_columns(Float, "created")
+    "tenants", *key_columns("name"), *columns(Float, "weight"), *columns(Boolean, "enabled"), *columns(Float, "created")
 )
 key_table = _table(
     "tenant_keys",
-    *_keys("id"),
+    *key_columns("id"),
     Column("tenant", Key(), ForeignKey(tenant_table.c.name, ondelete="CASCADE"), nullable=False, index=True),
-    *_columns(Text, "hash", "label"),
-    *_columns(Float, "created"),
-    *_columns(Float, "expires", "revoked", nullable=True),
+    *columns(Text, "hash", "label"),
+    *columns(Float, "created"),
+    *columns(Float, "expires", "revoked", nullable=True),
 )
-grant_table = _table("tenant_grants", *_keys("tenant", "pattern"))
-limit_table = _table("tenant_limits", *_keys("tenant", "adapter"), *_columns(BigInteger, *LIMITS, nullable=True))
-price_table = _table("tenant_prices", *_keys("tenant", "adapter"), *_columns(BigInteger, *_TOKENS))
+grant_table = _table("tenant_grants", *key_columns("tenant", "pattern"))
+limit_table = _table("tenant_limits", *key_columns("tenant", "adapter"), *columns(BigInteger, *LIMITS, nullable=True))
+price_table = _table("tenant_prices", *key_columns("tenant", "adapter"), *columns(BigInteger, *_TOKENS))
 training_table = _table(
     "tenant_training",
-    *_keys("tenant"),
-    *_columns(BigInteger, "price"),
-    *_columns(BigInteger, "budget", "jobs", nullable=True),
+    *key_columns("tenant"),
+    *columns(BigInteger, "price"),
+    *columns(BigInteger, "budget", "jobs", nullable=True),
 )
 move_table = _table(
     "tenant_moves",
-    *_keys("tenant", "route"),
+    *key_columns("tenant", "route"),
     Column("move", Integer, primary_key=True),
     Column("before", Integer),  # the move that was current when this was made: where a rollback leads
-    *_columns(Float, "at"),
-    *_columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: the route is gone
+    *columns(Float, "at"),
+    *columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: the route is gone
 )
-route_table = _table("tenant_routes", *_keys("tenant", "route"), *_columns(Integer, "current"))
+route_table = _table("tenant_routes", *key_columns("tenant", "route"), *columns(Integer, "current"))
 line_table = _table(
     "tenant_lines",
-    *_keys("server", "request"),  # a server is one run of one process
+    *key_columns("server", "request"),  # a server is one run of one process
     Column("part", Integer, primary_key=True),  # of the request's mix, from 0
     # name: the client's word; digest: of the part, "" for the base; adapter: what the operator calls it
-    *_columns(Key(), "tenant", "name", "digest", "adapter"),
-    *_columns(Float, "strength"),
+    *columns(Key(), "tenant", "name", "digest", "adapter"),
+    *columns(Float, "strength"),
     Column("opened", Float, nullable=False, index=True),
     Column("closed", Float),
-    *_columns(Key(), "day", "state"),  # of `opened`, in UTC: 2026-11-25; open, done, interrupted
-    *_columns(BigInteger, "asked_prompt", "asked_completion", *_TOKENS),
-    *_columns(Float, *_SECONDS),
-    *_columns(BigInteger, *(f"price_{name}" for name in _TOKENS), "cost"),  # cost: millionths
+    *columns(Key(), "day", "state"),  # of `opened`, in UTC: 2026-11-25; open, done, interrupted
+    *columns(BigInteger, "asked_prompt", "asked_completion", *_TOKENS),
+    *columns(Float, *_SECONDS),
+    *columns(BigInteger, *(f"price_{name}" for name in _TOKENS), "cost"),  # cost: millionths
     Index("tenant_lines_open", "server", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
 )
 sum_table = _table(  # lines that are closed, by day; kept when the lines are gone
     "tenant_sums",
-    *_keys("day", "tenant", "adapter"),  # adapter "": whole requests, whatever their mixes
-    *_columns(BigInteger, "done", "interrupted", *_TOKENS),
-    *_columns(Float, *_SECONDS),
-    *_columns(BigInteger, "cost"),
+    *key_columns("day", "tenant", "adapter"),  # adapter "": whole requests, whatever their mixes
+    *columns(BigInteger, "done", "interrupted", *_TOKENS),
+    *columns(Float, *_SECONDS),
+    *columns(BigInteger, "cost"),
 )
 slot_table = _table(  # what was admitted lately, for limits that hold over several servers
     "tenant_slots",
     Column("width", Integer, primary_key=True, autoincrement=False),  # seconds: a sixtieth of a window
     Column("slot", BigInteger, primary_key=True, autoincrement=False),  # opened // width
-    *_keys("server", "tenant", "adapter"),  # the adapter without its version; "": whole requests
-    *_columns(BigInteger, "requests", "tokens"),
+    *key_columns("server", "tenant", "adapter"),  # the adapter without its version; "": whole requests
+    *columns(BigInteger, "requests", "tokens"),
 )
-server_table = _table("tenant_servers", *_keys("server"), *_columns(Float, "seen"))  # by the database's clock
+server_table = _table("tenant_servers", *key_columns("server"), *columns(Float, "seen"))  # by the database's clock
 shadow_table = _table(
     "tenant_shadows",
     Column("id", Integer, primary_key=True, autoincrement=True),
-    *_columns(Float, "at"),
-    *_columns(Key(), "tenant"),
+    *columns(Float, "at"),
+    *columns(Key(), "tenant"),
     Column("route", Key(), nullable=False, index=True),
-    *_columns(Key(), "request", "target", "shadow"),
-    *_columns(Boolean, "same"),
+    *columns(Key(), "request", "target", "shadow"),
+    *columns(Boolean, "same"),
     Column("first_difference", Integer),  # in characters; NULL where the texts are equal, and of pictures
     Column("distance", Float),  # mean difference of pixels, 0 to 1; NULL of texts
-    *_columns(Text, "target_sha256", "shadow_sha256"),
-    *_columns(Integer, "target_tokens", "shadow_tokens"),
-    *_columns(Float, "target_seconds", "shadow_seconds"),
+    *columns(Text, "target_sha256", "shadow_sha256"),
+    *columns(Integer, "target_tokens", "shadow_tokens"),
+    *columns(Float, "target_seconds", "shadow_seconds"),
 )
 audit_table = _table(
     "tenant_audit",
     Column("number", Integer, primary_key=True, autoincrement=False),
-    *_columns(Text, "at", "who"),
-    *_columns(Key(), "what", "subject"),
-    *_columns(Text, "before", "after", "previous", "hash"),  # before, after: JSON
+    *columns(Text, "at", "who"),
+    *columns(Key(), "what", "subject"),
+    *columns(Text, "before", "after", "previous", "hash"),  # before, after: JSON
 )
 feedback_terms_table = _table(
     "tenant_feedback_terms",
-    *_keys("tenant"),
-    *_columns(Float, "days"),
-    *_columns(Text, "names"),  # names: JSON
+    *key_columns("tenant"),
+    *columns(Float, "days"),
+    *columns(Text, "names"),  # names: JSON
 )
 answer_table = _table(  # those that a tenant lets be kept
     "tenant_answers",
-    *_keys("tenant", "id"),
-    *_columns(Float, "at"),
+    *key_columns("tenant", "id"),
+    *columns(Float, "at"),
     Column("expires", Float, nullable=False, index=True),
-    *_columns(Key(), "whose", "name"),  # whose: a hash of the request's user, "" where it named none
-    *_columns(Text, "adapters", "asked", "choices"),  # JSON: names; messages and tools; an assistant's messages
+    *columns(Key(), "whose", "name"),  # whose: a hash of the request's user, "" where it named none
+    *columns(Text, "adapters", "asked", "choices"),  # JSON: names; messages and tools; an assistant's messages
     Index("tenant_answers_whose", "tenant", "whose"),
 )
 feedback_table = _table(
     "tenant_feedback",
-    *_keys("tenant", "answer"),
+    *key_columns("tenant", "answer"),
     Column("choice", Integer, primary_key=True, autoincrement=False),
-    *_columns(Float, "at"),
+    *columns(Float, "at"),
     Column("up", Boolean),  # the thumb
-    *_columns(Text, "corrected", "rejected", nullable=True),  # JSON: a message; [[answer, choice], …]
+    *columns(Text, "corrected", "rejected", nullable=True),  # JSON: a message; [[answer, choice], …]
 )
-forgotten_table = _table("tenant_forgotten", *_keys("tenant", "what"), *_columns(Float, "at"))
+forgotten_table = _table("tenant_forgotten", *key_columns("tenant", "what"), *columns(Float, "at"))
 
 
 # -- names and patterns ------------------------------------------------------------------------------------------------
