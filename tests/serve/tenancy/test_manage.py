@@ -53,21 +53,9 @@ def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: St
         lines = manage.audit_lines(c)
         assert [x["what"] for x in manage.audit_lines(c, what="key")] == ["key.revoke", "key.rotate", "key.add"]
         assert [x["number"] for x in manage.audit_lines(c, subject="acme/all", limit=2, skip=1)] == [8, 7]
-    assert [x["what"] for x in reversed(lines)] == [
-        "tenant.add",
-        "key.add",
-        "key.rotate",
-        "key.revoke",
-        "adapters.change",
-        "limit.set",
-        "limit.set",
-        "price.set",
-        "price.set",
-        "route.set",
-        "tenant.change",
-        "adapter.load",
-        "tenant.remove",
-    ]
+    expected = "tenant.add key.add key.rotate key.revoke adapters.change limit.set limit.set price.set price.set "
+    expected += "route.set tenant.change adapter.load tenant.remove"
+    assert [x["what"] for x in reversed(lines)] == expected.split()
     by_number = {x["number"]: x for x in lines}
     assert by_number[7]["before"]["concurrency"] == 2
     assert by_number[7]["after"]["concurrency"] == 5
@@ -117,22 +105,16 @@ def test_a_line_that_is_touched_shows(store: Store, what: str, words: str) -> No
     assert any(words in fault for fault in faults(store)[2]), faults(store)[2]
 
 
-def test_lines_cut_off_at_the_end_show_to_who_kept_the_head(store: Store) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_lines_that_were_cut_off_or_written_anew_show_to_who_kept_the_head(store: Store, again: bool) -> None:
     change_everything(store)
     head = faults(store)[0]
     manage.add_tenant(store, "globex", who="ana")
     assert faults(store, head)[2] == []
-    tamper(store, delete(table).where(table.c.number > 10))
+    tamper(store, delete(table) if again else delete(table).where(table.c.number > 10))
+    if again:
+        change_everything(store)
+        with reading(store.engine) as c:
+            assert c.scalar(select(table.c.previous).where(table.c.number == 1)) == manage.FIRST_HASH
     assert faults(store)[2] == []  # the chain alone cannot know
     assert "missing" in faults(store, head)[2][0]
-
-
-def test_lines_written_anew_show_to_who_kept_the_head(store: Store) -> None:
-    change_everything(store)
-    head = faults(store)[0]
-    tamper(store, delete(table))
-    change_everything(store)
-    assert faults(store)[2] == []
-    assert len(faults(store, head)[2]) == 1
-    with reading(store.engine) as c:
-        assert c.scalar(select(table.c.previous).where(table.c.number == 1)) == manage.FIRST_HASH
