@@ -63,7 +63,7 @@ def test_a_job_is_planned_by_its_rows_as_they_are(store: JobStore, folder: Path)
 @in_sqlite
 def test_answers_that_are_drawn_are_planned_once(store: JobStore, folder: Path) -> None:
     from veneer.train.config.load import config_from
-    from veneer.train.preview import preview_of
+    from veneer.train.inspect import inspect_run
 
     drawn = {"loss": "grpo", "group": 3, "max_tokens": 40, "rewards": [{"kind": "exact_match"}]}
     config = small_config(folder, reinforcement=drawn)
@@ -77,7 +77,7 @@ def test_answers_that_are_drawn_are_planned_once(store: JobStore, folder: Path) 
     answers = 3 * 2 * 3  # steps, prompts, answers to each
     assert answers * (min(lengths) + 40) <= job.plan["tokens"] <= answers * (max(lengths) + 40)
     assert job.plan["rows"] == 8
-    look = preview_of(chosen, cpu_device())
+    look = inspect_run(chosen, device=cpu_device())
     assert look.plan is not None
     assert {name: look.plan.to_dict()[name] for name in ("tokens", "peak_bytes")} == {
         name: job.plan[name] for name in ("tokens", "peak_bytes")

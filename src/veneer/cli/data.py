@@ -182,7 +182,7 @@ def show(
 ) -> None:
     """Each row, or picture, as a run would learn it: whole, cut, held out, left out, and why."""
     from veneer.train.config.image import ImageTrainConfig
-    from veneer.train.preview import VERDICTS, pictures_seen, rows_seen
+    from veneer.train.inspect import VERDICTS, pictures_seen, rows_seen
 
     for word in only or []:
         one_of(word, VERDICTS, "what becomes of a row", "--only")
@@ -233,11 +233,11 @@ def preview(
     Says what is a guess. `veneer train --dry-run` reads everything and runs the longest batch. Exit code 2 where the
     run would stop."""
     from veneer.jobs.validate import device_of
-    from veneer.train.preview import preview_of, preview_text
+    from veneer.train.inspect import inspect_run, inspection_text
 
-    look = preview_of(_configured(data, base, overrides), device_of(), rows=rows)
-    print_json(look.to_dict()) if as_json else print(preview_text(look))
-    if look.stops:
+    look = inspect_run(_configured(data, base, overrides), rows=rows, device=device_of())
+    print_json(look.to_dict()) if as_json else print(inspection_text(look))
+    if not look.starts:
         raise SystemExit(2)
 
 

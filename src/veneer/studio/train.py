@@ -46,17 +46,16 @@ from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig, config_from, load_config
 from veneer.train.config.sentence import Sentence, read_sentence, sentence_of
 from veneer.train.image.captions import write_caption
-from veneer.train.preflight import free_memory
-from veneer.train.preview import (
+from veneer.train.inspect import (
     VERDICTS,
-    Preview,
     RowVerdict,
     SeenPicture,
+    inspect_run,
     picture_of,
     pictures_seen,
-    preview_of,
     rows_seen,
 )
+from veneer.train.preflight import Report, free_memory
 
 _ROWS = 20
 """Rows of a table at a time."""
@@ -86,7 +85,7 @@ class _Draft:
 
     sentence: Sentence
     config: RunConfig | None = None
-    look: Preview | None = None
+    look: Report | None = None
     number: int = 0
     verdict: str = ""
     offset: int = 0
@@ -195,7 +194,7 @@ async def train_view(page: ViewPage) -> None:
             why = wrong.what
         elif studio.loading:
             why = studio.loading
-        elif look is not None and look.stops:
+        elif look is not None and not look.starts:
             why = "what was found has to be mended first"
         enable(start, not why and look is not None, why or "the rows are being looked at")
         plan.show(
@@ -220,12 +219,12 @@ async def train_view(page: ViewPage) -> None:
         drawn(busy=True)
         sentence = draft.sentence
 
-        def do() -> tuple[RunConfig, Preview] | None:
+        def do() -> tuple[RunConfig, Report] | None:
             with _looking:
                 if number != draft.number:
                     return None
                 config = _configured(sentence, [])
-                return config, preview_of(config, _device())
+                return config, inspect_run(config, device=_device())
 
         try:
             done = await asyncio.to_thread(do)
@@ -289,7 +288,7 @@ async def train_view(page: ViewPage) -> None:
 
     async def started() -> None:
         sentence, look = draft.sentence, draft.look
-        if not sentence.whole or look is None or look.stops:
+        if not sentence.whole or look is None or not look.starts:
             raise ConfigError("this run cannot begin yet", fix="see what was found, and what is not read")
         more = draft.overrides(bool(talk.value))
 

@@ -368,7 +368,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     bare: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
     if config.slider.wanted:
-        from veneer.train.image.slider import planned_slider
+        from veneer.train.image.pictures import planned_slider
 
         rows, signs, bare, note = planned_slider(config.slider)
         notes = (note,)

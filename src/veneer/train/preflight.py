@@ -1,6 +1,6 @@
 """Preflight: what a run would do, looked at before step one, in findings that stop it, warnings, and numbers.
 
-    report = text_preflight(…)     or image_preflight: what is looked at of rows and of pictures
+    report = inspect_run(config, base, data)        train/inspect.py
     print(report.text())           also report.markup() for rich, report.to_dict() for JSON
     report.raise_if_stopped()      PreflightError with everything that must change
 
@@ -26,6 +26,7 @@ from veneer.core.targets import Target, base_modules, full_modules, target_match
 from veneer.errors import PreflightError, counted, gigabytes
 from veneer.models.device import free_on_gpu
 from veneer.plan.pairs import PairForm
+from veneer.plan.plan import Plan
 from veneer.train.config.load import RunConfig
 from veneer.train.config.section import HOW_ASKED
 from veneer.train.config.text import TrainConfig
@@ -56,15 +57,29 @@ class Finding:
 
 @dataclass
 class Report:
-    """`findings`: stops first. `numbers`: what was measured, by name. `sample`: one row as (text, learned) pieces."""
+    """What `inspect_run` found. `findings`: stops first. `numbers`: what was measured, by name. `sample`: one row as
+    (text, learned) pieces. `plan`: memory and time; None if the data cannot be read, or if memory is measured later.
+
+    Without a loaded base only some rows are read: `looked` of `rows` (None: only the source knows), and `guesses` says
+    in sentences what is not known for sure. With a base, `looked` is None."""
 
     findings: list[Finding] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     sample: list[tuple[str, bool]] = field(default_factory=list)
+    plan: Plan | None = None
+    rows: int | None = None
+    looked: int | None = None
+    guesses: list[str] = field(default_factory=list)
 
     @property
     def stops(self) -> list[Finding]:
         return [f for f in self.findings if f.level == "stop"]
+
+    @property
+    def starts(self) -> bool:
+        """Whether the run would start."""
+        fits = self.looked is None or (self.plan is not None and self.plan.fits)
+        return fits and not self.stops
 
     @property
     def warnings(self) -> list[Finding]:
@@ -109,20 +124,23 @@ class Report:
         return "\n".join(["one row, [bold green]learned tokens[/] marked:", shown, "", *lines] if shown else lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "ok": not self.stops,
-            "findings": [{"level": f.level, "check": f.check, "text": f.text, "fix": f.fix} for f in self.findings],
-            "numbers": self.numbers,
-            "sample": [{"text": piece, "learned": learned} for piece, learned in self.sample],
-        }
+        """As JSON values. Without a loaded base: the plan and what it is based on, in place of the numbers."""
+        findings = [{"level": f.level, "check": f.check, "text": f.text, "fix": f.fix} for f in self.findings]
+        sample = [{"text": piece, "learned": learned} for piece, learned in self.sample]
+        if self.looked is None:
+            return {"ok": not self.stops, "findings": findings, "numbers": self.numbers, "sample": sample}
+        plan = None if self.plan is None else self.plan.to_dict()
+        based_on = {"rows": self.rows, "looked": self.looked, "guesses": self.guesses}
+        return {"plan": plan, "findings": findings, "sample": sample, **based_on}
 
 
 @dataclass(kw_only=True)
 class RunSubject:
-    """A run about to start, whatever its data. Checks read it, and leave what they measured in `numbers`.
+    """A run about to start, whatever its data. Checks read it, and leave what they measured in `numbers` and `plan`.
 
+    `previous`: the recipe of the run that is resumed. `free_memory`, `free_disk`: bytes; None to measure.
     `largest_micro`: in `unit`s (token, picture). `devices`: how many share the run. `micros`: how many micro-batches
-    each step of an epoch has. `force`: what does not fit by the plan is tried all the same."""
+    each step of an epoch has. `force`: a run that does not fit by its plan is tried with a warning."""
 
     base: Any
     config: RunConfig
@@ -137,6 +155,7 @@ class RunSubject:
     micros: Sequence[int] = ()
     force: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
 
 
 def share(part: float, whole: float) -> str:

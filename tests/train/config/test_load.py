@@ -12,9 +12,9 @@ from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.errors import ConfigError
 from veneer.train.config.load import config_from, load_config, parse_yaml
 from veneer.train.config.text import SECTIONS, layer_indices, reference
+from veneer.train.inspect import inspect_run
 from veneer.train.text.data import DataSplit, TextData
 from veneer.train.text.encode import encode_rows
-from veneer.train.text.preflight import text_preflight
 from veneer.train.text.rows import read_rows, split_rows
 
 ROOT = Path(__file__).parents[3]
@@ -272,7 +272,7 @@ def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
     data = TextData(
         DataSplit(train, train, encoded, encoded.examples), DataSplit(held, held, scored, scored.examples), about
     )
-    report = text_preflight(base, config, data)
+    report = inspect_run(config, base, data)
     assert [f.text for f in report.findings if f.level == "stop"] == []
     assert {f.check for f in report.warnings} <= {"schedule", "size", "held out"}, report.text()
     assert report.sample

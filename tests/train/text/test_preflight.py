@@ -24,12 +24,12 @@ from veneer.plan.memory import packed_weights
 from veneer.plan.shape import model_shape
 from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
+from veneer.train.inspect import inspect_run
 from veneer.train.preflight import Report
 from veneer.train.text import preflight
 from veneer.train.text.checks import TextSubject, data_findings
 from veneer.train.text.data import DataSplit, TextData, read_data
 from veneer.train.text.encode import encode_rows
-from veneer.train.text.preflight import text_preflight
 from veneer.train.text.rows import About, Row
 
 
@@ -70,7 +70,7 @@ class Run:
         held = HELD if held is None else held
         encoded, scored = (encode_rows(part, self.base.tokenizer, config.data) for part in (rows, held))
         split, out = (DataSplit(part, part, done, done.examples) for part, done in ((rows, encoded), (held, scored)))
-        return text_preflight(self.base, config, TextData(split, out, more.pop("about", None)), **more)
+        return inspect_run(config, self.base, TextData(split, out, more.pop("about", None)), **more)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from veneer.errors import DataError, bullets, first_few
-from veneer.train.config.image import ImageDataSection
+from veneer.errors import DataError, bullets, counted, first_few
+from veneer.train.config.image import ImageDataSection, SliderSection
 from veneer.train.image.befores import before_files, check_befores, each_before, open_before
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.folder import PictureFile, picture_folder
@@ -185,3 +185,10 @@ def _list_folder(
         name, own = path.relative_to(folder.root).as_posix(), tuple(before.get(path, ()))
         out.append(PictureFile(path, name, sources.get(source), source, covers.get(path), repeats, own))
     return out
+
+
+def planned_slider(slider: SliderSection) -> tuple[int, int, float, str]:
+    """What the plan of a run counts: (scenes, how often each is learned, forwards of the base alone for each of those,
+    what is to be said of it)."""
+    text = f"a slider: {counted(slider.scenes, 'scene')} that the base draws first, learned at both signs, "
+    return slider.scenes, 2, 1.5, text + "three forwards of the base for both"

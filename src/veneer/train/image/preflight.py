@@ -1,6 +1,5 @@
 """Preflight of a run on pictures: the data's findings, what is trained, what the loss can be, whether it fits.
 
-    report = image_preflight(base, config, data, …)      before anything is attached or encoded
     numbers = memory_numbers(report.numbers, …)          once one picture's activations have been measured
 
 The data's checks are in checks, those that all runs share in train.preflight. Changes nothing.
@@ -102,30 +101,25 @@ def image_preflight(
     base: ImageBase,
     config: ImageTrainConfig,
     data: ImageData,
-    found: Iterable[Finding],
     *,
+    found: Iterable[Finding] = (),
     cut: Mapping[str, Mapping[str, str]],
-    resume: bool = False,
-    previous: Mapping[str, Any] | None = None,
     sources: Mapping[str, Any] | None = None,
-    devices: int = 1,
+    **options: Any,
 ) -> Report:
-    """Everything that can be seen before training. `found`: what there is to say of the data. `cut`: captions, sample
-    prompts, class prompt -> each that is too long -> what the base does not read of it. `previous`: the recipe of the
-    run that is resumed. `sources`: setting -> where it came from. `devices`: how many share each step. Raises nothing
-    of its own: see `Report.raise_if_stopped`."""
+    """Inspects a run before anything is attached or encoded; see `inspect_run`. `found`: findings of the data. `cut`:
+    captions, sample prompts, class prompt -> each that is too long -> what the base does not read of it. `sources`:
+    setting -> where it came from."""
     own = len([row for row in data.plan.rows if not row.picture.is_class])
     rows = config.batching.rows
     subject = RunSubject(
         base=base,
         config=config,
-        resume=resume,
-        previous=previous,
         steps_per_epoch=-(-own // rows),
         largest_micro=config.batching.micro_rows or min(rows, own) * (2 if config.data.class_prompt else 1),
         unit="picture",
         micros=[len(step.micros) for step in data.steps],
-        devices=devices,
+        **options,
     )
     findings = [*found]
     if data.held:

@@ -66,13 +66,6 @@ def slider_config(config: ImageTrainConfig) -> ImageTrainConfig:
     return config.model_copy(update={"data": data.model_copy(update=own), "samples": samples})
 
 
-def planned_slider(slider: SliderSection) -> tuple[int, int, float, str]:
-    """What the plan of a run counts: (scenes, how often each is learned, forwards of the base alone for each of those,
-    what is to be said of it)."""
-    text = f"a slider: {counted(slider.scenes, 'scene')} that the base draws first, learned at both signs, "
-    return slider.scenes, 2, 1.5, text + "three forwards of the base for both"
-
-
 def _read(image: ImageRun) -> ImageData:
     """The scenes, after the missing ones are drawn; their captions are nobody's tags."""
     config = _with_scenes(image.base, image.config, image.run)

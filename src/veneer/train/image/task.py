@@ -42,7 +42,7 @@ from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
 from veneer.train.image.facts import tag_frequency, training_facts
 from veneer.train.image.pictures import read_pictures
-from veneer.train.image.preflight import ImageData, image_preflight, memory_numbers, parts_of
+from veneer.train.image.preflight import ImageData, memory_numbers, parts_of
 from veneer.train.image.samples import (
     class_folder,
     draw_class_pictures,
@@ -61,6 +61,7 @@ from veneer.train.image.save import (
 )
 from veneer.train.image.training_picture import pictures_digest
 from veneer.train.image.views import plan_rows
+from veneer.train.inspect import inspect_run
 from veneer.train.loop import Learner, Micro, Score, memory_errors, sender
 from veneer.train.optim import Ema
 from veneer.train.preflight import CACHE, Finding, Report, available_memory, memory_finding, recomputes
@@ -170,11 +171,11 @@ def _checked(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | Non
     if base.reads_references and data.about.before:  # with what is before: then nothing is cut
         texts |= {"captions": [], "sample prompts": []}
     cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(base, c))} for w, said in texts.items()}
-    report = image_preflight(
-        base,
+    report = inspect_run(
         config,
+        base,
         data,
-        image.kind.findings(image, data),
+        found=image.kind.findings(image, data),
         cut=cut,
         resume=run.resume,
         previous=previous,

@@ -1,14 +1,12 @@
 """Preflight of a run on text: its rows, what of the base is trained, the vocabulary, and whether it fits.
 
-    report = text_preflight(base, config, rows, encoded, held_out_rows=…, held_out=…, about=about)
-
-The data's checks are in `checks`, those that all runs share in `train.preflight`. Changes nothing.
+The checks of the data are in `checks`, those that all runs share in `train.preflight`. Changes nothing.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -51,23 +49,8 @@ _GUESSED = (
 """The runs of benchmarks/plan.py beside what is planned without their calibration."""
 
 
-def text_preflight(
-    base: Any,
-    config: TrainConfig,
-    data: TextData,
-    *,
-    resume: bool = False,
-    previous: Mapping[str, Any] | None = None,
-    free_memory: int | None = None,
-    free_disk: int | None = None,
-    devices: int = 1,
-    force: bool = False,
-) -> Report:
-    """Check everything that can be seen before training.
-
-    base: its model and tokenizer are looked at. previous: the recipe (`TrainConfig.recipe`) of the run that is resumed.
-    free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not fit is a
-    warning. Raises nothing of its own: see `raise_if_stopped`."""
+def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: int = 1, **options: Any) -> Report:
+    """Inspects a run on a loaded base; see `inspect_run`."""
     encoded, lengths = data.train.encoded, [item.tokens for item in data.train.items]
     if config.drawn is not None:
         prompts = [item for item in data.train.items if isinstance(item, PromptItem)]
@@ -80,19 +63,16 @@ def text_preflight(
         base=base,
         config=config,
         data=data,
-        resume=resume,
-        previous=previous,
-        free_memory=free_memory,
-        free_disk=free_disk,
-        force=force,
-        steps_per_epoch=len(micros),
         devices=devices,
+        steps_per_epoch=len(micros),
         largest_micro=max((tokens for step in micros for tokens in step), default=0),
         micros=[len(step) for step in micros],
+        **options,
     )
     report = Report(numbers=subject.numbers)
     report.add(*data_findings(subject), *(finding for check in _BASE_CHECKS for finding in check(subject)))
     report.sample = marked_pieces(encoded.examples[0], base.tokenizer) if encoded.examples else []
+    report.plan = subject.plan
     return report
 
 
@@ -244,7 +224,7 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     )
     need, less = (still_needed(plan.memory, plan.device) for plan in (plain, again))
     on, _ = recomputes(mode, need, free)
-    chosen = again if on else plain
+    s.plan = chosen = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
     unpacked = _why_unpacked(s, device.type)
     drawer, kept = (0, 0) if unpacked else _packs(s, chosen, on)

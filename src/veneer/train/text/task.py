@@ -46,6 +46,7 @@ from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
 from veneer.train.devices import Devices
 from veneer.train.events import TOKEN_ACCURACY, Listener, Note
+from veneer.train.inspect import inspect_run
 from veneer.train.loop import Learner, Means, Micro, Score, Step, Stop, memory_errors, sender
 from veneer.train.planning import drawn_at_once, micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
@@ -63,7 +64,6 @@ from veneer.train.text.evaluate import score_examples
 from veneer.train.text.judging import sampled_judge
 from veneer.train.text.offpolicy import OffPolicyDraws
 from veneer.train.text.preference import Preference
-from veneer.train.text.preflight import text_preflight
 from veneer.train.text.prompts import PromptItem
 from veneer.train.text.reinforce import Reinforcement
 from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
@@ -212,9 +212,9 @@ def checked_text(
         wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
         data = replace(data, start=replace(wide, dropout=config.adapter.dropout))
     free = max(0, free_memory(computes_on(base)) - taken) if taken else _free_memory(base, run.devices)
-    report = text_preflight(
-        base,
+    report = inspect_run(
         config,
+        base,
         data,
         resume=run.resume,
         previous=recipe_of(newest),

@@ -19,7 +19,7 @@ from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.image.captions import write_caption
 from veneer.train.image.pictures import read_pictures
-from veneer.train.preview import RowVerdict, picture_of, pictures_seen, preview_of, preview_text, rows_seen
+from veneer.train.inspect import RowVerdict, inspect_run, inspection_text, picture_of, pictures_seen, rows_seen
 from veneer.train.text.data import read_data
 
 ANSWER = "Shelf 3, on the left."
@@ -44,7 +44,7 @@ def row(text: str, answer: str = ANSWER) -> dict[str, str]:
 
 def test_of_few_rows_it_counts_what_the_run_counts_and_guesses_nothing_of_them(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i}?") for i in range(30)], tmp_path)
-    look = preview_of(chosen, device_of())
+    look = inspect_run(chosen, device=device_of())
     data = read_data(chosen, load_text(str(base)))
     tokens = sum(item.tokens for item in data.train.items)
     assert look.plan is not None
@@ -55,18 +55,18 @@ def test_of_few_rows_it_counts_what_the_run_counts_and_guesses_nothing_of_them(b
     assert ANSWER in learned
     assert "parcel" not in learned
     assert {"learned", "end", "template", "held out"} <= {finding.check for finding in look.findings}
-    assert "It fits" in preview_text(look) or "fits" in preview_text(look)
+    assert "It fits" in inspection_text(look) or "fits" in inspection_text(look)
 
 
 def test_of_many_it_says_what_it_looked_at_and_a_new_file_is_looked_at_anew(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i:04}?") for i in range(400)], tmp_path, split=200)
-    look = preview_of(chosen, device_of(), rows=40)
+    look = inspect_run(chosen, rows=40, device=device_of())
     assert look.plan is not None
     assert (look.rows, look.looked) == (400, 40)
     assert "looked at the first 40 rows of 400" in look.guesses[0]
     assert look.plan.job.rows == pytest.approx(200, abs=20)
     config(base, [row("")], tmp_path)
-    broken = preview_of(chosen, device_of(), rows=40)
+    broken = inspect_run(chosen, rows=40, device=device_of())
     assert broken.stops
     assert "prompt` is empty" in broken.findings[0].text
 
@@ -133,7 +133,7 @@ def test_pictures_with_their_crops_and_one_caption_changed_in_place(tmp_path: Pa
     left, top, width, height = wide.crop
     assert (top, height, wide.verdict) == (0, 1, "cut")  # a square of 32 in the middle of 48 by 32
     assert (left, width) == (pytest.approx(8 / 48), pytest.approx(32 / 48))
-    look = preview_of(made, device_of())
+    look = inspect_run(made, device=device_of())
     assert look.plan is not None
     assert any(finding.check == "buckets" for finding in look.findings)
     assert picture_of(made, wide.id).path == folder / wide.name

@@ -1,12 +1,15 @@
-"""What a run would be, as one types it: whether it fits, how long it takes, what it costs, what of its data is learned.
+"""What a run would do, found without changing anything: whether it fits, how long it takes, what of its data is
+learned.
 
-    look = preview_of(config, device, rows=200)
-    look.plan.fits, look.findings, look.sample           of the first 200 rows; look.guesses says what that leaves open
-    seen = rows_seen(config, offset=0, limit=50)         each row: learned, cut, held out, left out, and why
-    seen = pictures_seen(config)                         each picture: its crop, its caption, and why it is left out
+    report = inspect_run(config)                     before a base is loaded: the first 200 rows, and report.guesses
+    report = inspect_run(config, base, data)         the base is loaded and its data read: everything
+    report.starts, report.plan, report.findings, report.sample
 
-The base's tokenizer reads the rows as the run will; no weights are read. What was read is kept as long as its files are
-what they were, so that a change of the rank costs no second look. The run itself looks again, and at everything.
+    seen = rows_seen(config, offset=0, limit=50)     each row: learned, cut, held out, left out, and why
+    seen = pictures_seen(config)                     each picture: its crop, its caption, and why it is left out
+
+Without a base, only its tokenizer and config are read. What was read of the data is kept as long as the files do not
+change, so a change of the rank costs no second look.
 """
 
 from __future__ import annotations
@@ -49,36 +52,6 @@ _SAID = 400
 RowVerdict = Literal["learned", "cut", "held out", "left out", "unusable"]
 VERDICTS: tuple[RowVerdict, ...] = get_args(RowVerdict)
 """What may become of a row, or a picture."""
-
-
-@dataclass(frozen=True)
-class Preview:
-    """`plan`: None where the data cannot be read. `findings`: the gravest first. `sample`: a row as (text, learned)
-    pieces. `rows`: of the data (None: only who has it knows), of which `looked` were read. `guesses`: what is not
-    known for sure, in sentences."""
-
-    plan: Plan | None
-    findings: tuple[Finding, ...] = ()
-    sample: tuple[tuple[str, bool], ...] = ()
-    rows: int | None = None
-    looked: int = 0
-    guesses: tuple[str, ...] = ()
-
-    @property
-    def stops(self) -> bool:
-        """Whether the run would not begin."""
-        return any(finding.level == "stop" for finding in self.findings) or self.plan is None or not self.plan.fits
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "findings": [finding.__dict__ for finding in self.findings],
-            "sample": [{"text": text, "learned": learned} for text, learned in self.sample],
-            "rows": self.rows,
-            "looked": self.looked,
-            "guesses": list(self.guesses),
-        }
 
 
 @dataclass(frozen=True)
@@ -125,43 +98,60 @@ class SeenPicture:
     size: tuple[int, int] | None = None
 
 
-def preview_of(config: RunConfig, device: Device, *, rows: int = 200) -> Preview:
-    """Plan, findings and a marked example from the first `rows` rows. Raises ConfigError and BaseError for a base that
-    is nowhere; what is wrong with the data is among the findings."""
+def inspect_run(
+    config: RunConfig, base: Any = None, rows: Any = None, *, device: Device | None = None, **options: Any
+) -> Report:
+    """Inspects a run.
+
+    Without `base`: reads the first `rows` rows (200) and plans for `device` (this machine). Raises ConfigError and
+    BaseError for a base that is nowhere; problems of the data are findings.
+
+    With `base`: `rows` is the data, TextData or ImageData, as the run has read it; `options` are `RunSubject`'s. Raises
+    nothing of its own: see `Report.raise_if_stopped`."""
+    if base is None:
+        if device is None:
+            from veneer.plan.calibration import cpu_device
+
+            device = cpu_device()
+        inspect = _inspect_images if isinstance(config, ImageTrainConfig) else _inspect_text
+        try:
+            return inspect(config, device, 200 if rows is None else rows)  # type: ignore[arg-type]
+        except DataError as error:
+            where = f"{error.where}: " if error.where else ""
+            return Report([Finding("stop", "data", f"{where}{error.what}", error.fix or "")], looked=0)
     if isinstance(config, ImageTrainConfig):
-        return _preview_of_pictures(config, device)
-    try:
-        total = count_records(config.data.files("train"))
-        look = _sample(*_key(config, rows))
-    except DataError as error:
-        return _unread(error)
+        from veneer.train.image.preflight import image_preflight
+
+        return image_preflight(base, config, rows, **options)
+    from veneer.train.text.preflight import text_preflight
+
+    return text_preflight(base, config, rows, **options)
+
+
+def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
+    total = count_records(config.data.files("train"))
+    look = _sample(*_key(config, rows))
     data, looked = look.data, look.looked
-    report = Report()
     bounded = total is None or looked < (config.data.limit or total)
+    report = Report(sample=list(look.sample), rows=total, looked=looked)
     report.add(*(_of_the_first(finding, looked) if bounded else finding for finding in look.findings))
     if not data.train.items:
-        return Preview(None, tuple(report.findings), look.sample, total, looked)
+        return report
     whole = total is not None and (config.data.limit or total) <= looked
     known = looked if whole or total is None else min(total, config.data.limit or total)
     read = rows_as_planned(config, data.train.items)
     kept = read["rows"] if whole else max(1, round(known * read["rows"] / looked))
-    plan = plan_of_config(config, device, **read | {"rows": kept})
+    report.plan = plan = plan_of_config(config, device, **read | {"rows": kept})
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)
     report.add(*(finding for finding in learning_rate(subject) if finding.level != "ok"))
-    return Preview(
-        plan, tuple(report.findings), look.sample, total, looked, tuple(_guesses(config, plan, whole, total, looked))
-    )
+    report.guesses += _guesses(config, plan, whole, total, looked)
+    return report
 
 
 def _of_the_first(finding: Finding, looked: int) -> Finding:
     """Return the finding with a note that its counts cover only the first `looked` rows."""
     return replace(finding, text=f"of the first {counted(looked, 'row')}: {finding.text}")
-
-
-def _unread(error: DataError) -> Preview:
-    where = f"{error.where}: " if error.where else ""
-    return Preview(None, (Finding("stop", "data", f"{where}{error.what}", error.fix or ""),))
 
 
 def _guesses(config: TrainConfig, plan: Plan, whole: bool, total: int | None, looked: int) -> Iterator[str]:
@@ -351,21 +341,20 @@ def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _preview_of_pictures(config: ImageTrainConfig, device: Device) -> Preview:
-    try:
-        plan = plan_of_config(config, device)
-        if config.slider.wanted:
-            return Preview(plan, guesses=tuple(_guessed_rates(plan)))
-        if plan.job.rows > _MOST_PICTURES:
-            rest = f"{counted(plan.job.rows, 'picture')} were counted by their names, and none was opened"
-            return Preview(plan, (), (), plan.job.rows, 0, (rest, *_guessed_rates(plan)))
-        look = _pictures(*_picture_key(config))
-    except DataError as error:
-        return _unread(error)
-    report = Report()
+def _inspect_images(config: ImageTrainConfig, device: Device, rows: int) -> Report:
+    plan = plan_of_config(config, device)
+    report = Report(plan=plan, looked=0, guesses=list(_guessed_rates(plan)))
+    if config.slider.wanted:
+        return report
+    report.rows = plan.job.rows
+    if plan.job.rows > _MOST_PICTURES:
+        unopened = f"{counted(plan.job.rows, 'picture')} were counted by their names, and none was opened"
+        report.guesses.insert(0, unopened)
+        return report
+    look = _pictures(*_picture_key(config))
     report.add(*look.findings)
-    looked = len(look.learned) + len(look.held)
-    return Preview(plan, tuple(report.findings), (), looked, looked, tuple(_guessed_rates(plan)))
+    report.rows = report.looked = len(look.learned) + len(look.held)
+    return report
 
 
 @dataclass(frozen=True)
@@ -456,12 +445,11 @@ def picture_of(config: ImageTrainConfig, id: str) -> SeenPicture:
     raise DataError("there is no such picture in this run's folders", where="picture", fix="open the sheet again")
 
 
-def preview_text(look: Preview) -> str:
-    """As `veneer data preview` prints it."""
+def inspection_text(report: Report) -> str:
+    """The report as `veneer data preview` prints it."""
     from veneer.plan.render import plan_text
 
-    report = Report([*look.findings], {}, [*look.sample])
-    lines = [report.text()] if look.findings or look.sample else []
-    if look.plan is not None:
-        lines.append(plan_text(look.plan).partition("\n\n")[0])
-    return "\n\n".join([*lines, "\n".join(f"guessed: {guess}" for guess in look.guesses)]).rstrip()
+    lines = [report.text()] if report.findings or report.sample else []
+    if report.plan is not None:
+        lines.append(plan_text(report.plan).partition("\n\n")[0])
+    return "\n\n".join([*lines, "\n".join(f"guessed: {guess}" for guess in report.guesses)]).rstrip()
