@@ -289,7 +289,8 @@ def text_views(place: Place) -> dict[str, View]:
     job, name = first["id"], first["name"]
     system = "Route this Tarnhill ticket. Answer in JSON: team, priority, product_area."
     query = httpx.QueryParams([("c", f"{name}@1"), ("c", f"{name}@1:0.4"), ("p", TICKET), ("s", system), ("m", "48")])
-    sentence = f"teach {TEXTS} from examples/tickets/train.jsonl, rank 16, 400 steps, call it tickets-again"
+    settings = (f"base={TEXTS}", "data.train=examples/tickets/train.jsonl", "adapter.rank=16", "schedule.steps=400")
+    again = httpx.QueryParams([("s", setting) for setting in (*settings, "output=tickets-again")])
 
     def dropped(page: Any) -> None:
         page.set_input_files("input[type=file]", str(place.work / "ink.safetensors"))
@@ -299,7 +300,7 @@ def text_views(place: Place) -> dict[str, View]:
         "library": ("", nothing),
         "adapter": (f"adapter?ref={name}@1", nothing),
         "compare": (f"compare?{query}", ask("Ask", 3)),
-        "train": (f"train?{httpx.QueryParams(q=sentence)}", looked),
+        "train": (f"train?{again}", looked),
         "run": (f"run?job={job}", nothing),
         "steps": (f"steps?job={job}", answered),
         "live": ("live", nothing),

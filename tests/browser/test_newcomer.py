@@ -25,7 +25,7 @@ def test_from_nothing_to_a_canary(chromium: Any, kept: tuple[Path, Path], tmp_pa
         window = Window(context.new_page(), served.address)
         page = window.at().page
         page.set_default_timeout(120_000)
-        page.get_by_text("Teach it from parcels.jsonl").click()
+        page.get_by_text("Train on parcels.jsonl").click()
         page.get_by_role("button", name="Start", exact=True).click()
         window.heading("parcels")
         page.get_by_role("link", name="Choose among its steps").click(timeout=600_000)  # two processes begin, and train

@@ -132,10 +132,18 @@ def test_a_run_s_sheets_stand_on_it_and_beside_its_steps_and_a_picture_on_its_ad
     for n, colour in enumerate(("red", "blue", "green", "white")):
         Image.new("RGB", (64, 64), colour).save(tmp_path / f"{n}.png")
         (tmp_path / f"{n}.txt").write_text(f"a {colour} cat")
-    sentence = f"teach {drawing.base} from folder {tmp_path}, rank 2, 4 steps, sample every 2 steps, sample 'a red cat'"
+    settings = (
+        "adapter.rank=2",
+        "schedule.steps=4",
+        "samples.every=2",
+        "samples.prompts=[a red cat]",
+        "checkpoint.every=2",
+    )
     with seen_in(chromium, drawing.address) as window:
         page = window.at("train").page
-        page.get_by_label("What to teach").fill(f"{sentence}, checkpoint every 2 steps, call it cats")
+        page.get_by_label("Folder of pictures").fill(str(tmp_path))
+        page.get_by_label("Name", exact=True).fill("cats")
+        page.get_by_label("Other settings").fill("\n".join(settings))
         page.locator(".sheet li").nth(3).wait_for()
         page.get_by_role("button", name="Start").click()
         window.heading("cats")

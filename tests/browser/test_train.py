@@ -1,4 +1,4 @@
-"""From a sentence to an adapter in use, with the mouse: planned as it is typed, begun, watched, asked while it trains,
+"""From settings to an adapter in use, with the mouse: planned as it is typed, begun, watched, asked while it trains,
 paused, resumed, one of its steps used and another gone on from."""
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ def newest(jobs: JobStore) -> Job:
     return jobs.jobs(None, limit=1)[0][0]
 
 
-def test_from_a_sentence_to_an_adapter_in_use(window: Window, training: Served, rows: Path, jobs: JobStore) -> None:
+def test_from_settings_to_an_adapter_in_use(window: Window, training: Served, rows: Path, jobs: JobStore) -> None:
     page = window.at("train").page
-    typed = page.get_by_label("What to teach")
-    sentence = f"teach {training.base} from {rows}, rank 2, 50,000 steps, hold out 4, call it parcels"
-    typed.fill(f"{sentence}, rnak 3")
-    window.until("did you mean `rank N`?")
+    typed = page.get_by_label("Other settings")
+    page.get_by_label("File of rows").fill(str(rows))
+    page.get_by_label("Steps").fill("50000")
+    page.get_by_label("Name", exact=True).fill("parcels")
+    typed.fill("adapter.rank=2\ndata.split=4\nadapter.rnak=3")
+    window.until("did you mean")
     assert page.get_by_role("button", name="Start").is_disabled()
-    typed.fill(f"{sentence}, checkpoint every 100 steps, score every 100 steps")
+    typed.fill("adapter.rank=2\ndata.split=4\ncheckpoint.every=100\nevaluation.every=100")
     page.locator(".found li").first.wait_for()
     assert "50,000 steps" in page.get_by_label("Plan", exact=True).inner_text()
     assert page.locator("pre.sample mark").first.inner_text().startswith("Shelf")
@@ -96,7 +98,7 @@ def test_from_a_sentence_to_an_adapter_in_use(window: Window, training: Served, 
 
     page.get_by_role("button", name="Continue from here").last.click()
     window.heading("Train")
-    assert f"go on from {first.reference}" in page.get_by_label("What to teach").input_value()
+    assert f"adapter.start={first.reference}" in page.get_by_label("Other settings").input_value()
     page.locator(".found li").first.wait_for()
     page.get_by_role("button", name="Start").click()
     window.heading("parcels")
@@ -119,7 +121,7 @@ def test_from_a_dropped_file_to_a_run(window: Window, tmp_path: Path, jobs: JobS
     row.wait_for()
     assert row.locator("mark").inner_text() == "Left 0."
     page.get_by_label("Name of the adapter").fill("doors")
-    page.get_by_label("Rank").fill("2")
+    page.get_by_label("Rank").first.fill("2")
     page.get_by_role("button", name="Train", exact=True).click()
     page.wait_for_function("document.querySelector('h1')?.textContent.includes('doors')")
     job = newest(jobs)

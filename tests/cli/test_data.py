@@ -65,11 +65,11 @@ def test_rows_and_a_run_are_looked_at_before_it(capsys: Any, tmp_path: Path) -> 
     table = run(capsys, "data", "show", str(file), "--base", str(base), "--limit", "3")
     assert table.out.count("Where is parcel") == 3
     assert "25 rows looked at" in table.err
-    sentence = f"teach {base} from {file}, rank 2, 4 steps"
-    wrong = run(capsys, "data", "preview", sentence)
+    settings = (f"base={base}", f"data.train={file}", "adapter.rank=2", "schedule.steps=4")
+    wrong = run(capsys, "data", "preview", *settings)
     assert (wrong.code, "rows.jsonl:25" in wrong.out) == (2, True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    look = run(capsys, "data", "preview", sentence)
+    look = run(capsys, "data", "preview", *settings)
     assert "⟦Shelf" in look.out
     assert "fits" in look.out
     assert run(capsys, "data", "show", str(file)).code == 2

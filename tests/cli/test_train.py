@@ -53,6 +53,21 @@ def test_json_is_the_last_thing_on_stdout_and_the_rest_is_elsewhere(
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
 
 
+def test_options_and_settings_train_without_a_file(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "desk.jsonl").write_text((config.parent / "rows.jsonl").read_text())
+    base = ("--base", str(config.parent / "tiny-base"))
+    given = ("--data", "desk.jsonl", "--rank", "3", "--steps", "2", "batching.rows=4")
+    assert call("train", *base, *given, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["steps"], Path(result["adapter"]).resolve()) == (2, tmp_path / "runs" / "desk")
+    assert json.loads((tmp_path / "runs" / "desk" / "adapter_config.json").read_text())["r"] == 3
+    assert call("train", *base) == 2
+    assert "data.train" in capsys.readouterr().err
+
+
 def test_without_json_it_says_where_things_are(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from tests.serve.saved_adapters import saved
 from tests.serve.test_whole_kill import is_ready
 from tests.studio.conftest import ROOT, Served
 from tests.studio.lessons import parcel_rows, told_lesson
+from tests.studio.test_train import OTHER
 from tests.studio.windows import Window, opened
 from tests.tiny_image_base import tiny_image_base
 from veneer.formats import convert
@@ -154,9 +155,9 @@ def test_the_commands_of_a_run_and_its_steps_run(studio: Served, lesson: Job, sh
 
 
 def test_the_commands_of_train_run(studio: Served, tiny: tuple[Path, Path], tmp_path: Path, shell: Shell) -> None:
-    sentence = f"teach {tiny[0]} from {parcel_rows(tmp_path)}, 40 steps, call it told"
     with opened(f"{studio.address}/studio/train") as window:
-        window.type(sentence, "area")
+        rows = parcel_rows(tmp_path)
+        window.fill(OTHER, f"data.train={rows}\nschedule.steps=40\noutput=runs/told")
         found = shell.run_new(window, 2)
     assert [each.split()[1:3] for each in found] == [["jobs", "submit"], ["data", "show"]]
     with open_library(tiny[1]) as library:
@@ -172,7 +173,8 @@ def test_the_command_of_a_caption_runs(studio: Served, tmp_path: Path, shell: Sh
     (pictures / "0.txt").write_text("a red cat")
     with opened(f"{studio.address}/studio/train") as window:
         base = tiny_image_base(tmp_path, "flux1")
-        window.type(f"teach {base} from folder {pictures}, rank 2, 4 steps, 32 pixels", "area")
+        more = ("adapter.rank=2", "schedule.steps=4", "data.resolution=32")
+        window.fill(OTHER, "\n".join((f"base={base}", f"data.pictures={pictures}", *more)))
         sheet = window.until("a red cat")
         shell.ran |= {*commands_in("".join(window.values("html")))}
         window.act("caption", id=re.findall(r'data-act=\\"caption\\" data-id=\\"([^"\\]+)', sheet)[-1])

@@ -163,9 +163,9 @@ def test_a_tenants_events_bring_no_other_keys(shop: Shop, label: str, value: obj
     shop.jobs.cancel("acme", job.id)
 
 
-def test_a_tenant_has_no_handler_of_the_sentence(shop: Shop) -> None:
+def test_a_tenant_has_no_form_for_files_of_the_server(shop: Shop) -> None:
     with opened(shop.train("acme"), shop.keys["acme"]) as window:
-        assert not [e for e in window.elements.values() if e.get("props", {}).get("label") == "What to teach"]
+        assert not [e for e in window.elements.values() if e.get("props", {}).get("label") == "File of rows"]
     with opened(shop.train("operator"), shop.keys["operator"]) as window:
-        assert [e for e in window.elements.values() if e.get("props", {}).get("label") == "What to teach"]
+        assert [e for e in window.elements.values() if e.get("props", {}).get("label") == "File of rows"]
         assert [e for e in window.elements.values() if e.get("props", {}).get("label") == "Learning rate"]

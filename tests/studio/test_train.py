@@ -1,4 +1,4 @@
-"""A run from a sentence to its steps, on the page: what is typed is read, planned and looked at; what a job has said is
+"""A run from its settings to its steps, on the page: settings are read, planned and looked at; what a job has said is
 drawn, step by step, whoever said it; what is in rows and names is text alone."""
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from veneer.errors import shown
 from veneer.jobs.store import Job, JobStore
 from veneer.library.library import open_library
 
+OTHER = "Other settings, one a line"
 ESCAPED = "&lt;img src=x onerror=alert(1)&gt;"
 
 
@@ -42,19 +43,17 @@ def lesson(studio: Served, tiny: tuple[Path, Path], rows: Path, store: JobStore)
     return told_lesson(store, tiny[0], rows, studio.home)
 
 
-def test_a_sentence_is_read_as_it_is_typed_then_planned_and_its_rows_looked_at(
-    studio: Served, tiny: tuple[Path, Path], rows: Path
-) -> None:
-    sentence = f"teach {tiny[0]} from {rows}, rank 2, 4 steps"
+def test_settings_are_planned_as_they_are_typed_and_their_rows_shown(studio: Served, rows: Path) -> None:
+    settings = f"data.train={rows}\nadapter.rank=2\nschedule.steps=4"
     with opened(f"{studio.address}/studio/train") as window:
-        window.fill("What to teach", f"{sentence}, rnak 3")
-        window.until("rnak 3", "did you mean `rank N`?")
-        window.fill("What to teach", sentence)
+        window.fill(OTHER, f"{settings}\nadapter.rnak=3")
+        window.until("did you mean <code>adapter.rank</code>?")
+        window.fill(OTHER, settings)
         heard = window.until("rows.jsonl:31", "<code>prompt</code> is empty", "veneer jobs submit")
         assert "this run cannot begin" not in heard
         lines = rows.read_text().splitlines(keepends=True)
         rows.write_text("".join(lines[:-1]))
-        window.fill("What to teach", f"{sentence}, seed 1")
+        window.fill(OTHER, f"{settings}\nseed=1")
         heard = window.until(
             "is learned in", "<mark>Shelf", "read as prompt-completion", "learned 28", ESCAPED, "free now"
         )
@@ -62,14 +61,14 @@ def test_a_sentence_is_read_as_it_is_typed_then_planned_and_its_rows_looked_at(
         rows.write_text("".join(lines))
 
 
-def test_it_is_queued_with_what_lets_its_steps_be_asked(
-    studio: Served, tiny: tuple[Path, Path], tmp_path: Path, store: JobStore
-) -> None:
+def test_it_is_queued_with_what_lets_its_steps_be_asked(studio: Served, tmp_path: Path, store: JobStore) -> None:
     file = parcel_rows(tmp_path)
     with opened(f"{studio.address}/studio/train") as window:
         window.press("Start")
         window.until("this run cannot begin yet")
-        window.fill("What to teach", f"teach {tiny[0]} from {file}, 40 steps, call it asked")
+        window.fill("File of rows", str(file))
+        window.fill("Steps", "40")
+        window.fill("Name", "asked")
         window.until("read as prompt-completion")
         for _ in range(3):  # whoever is in a hurry
             window.press("Start")
@@ -90,7 +89,8 @@ def test_a_caption_is_changed_where_it_stands(studio: Served, tmp_path: Path) ->
         (pictures / f"{n}.txt").write_text(f"a {colour} cat")
     base = tiny_image_base(tmp_path, "flux1")
     with opened(f"{studio.address}/studio/train") as window:
-        window.fill("What to teach", f"teach {base} from folder {pictures}, rank 2, 4 steps, 32 pixels")
+        more = ("adapter.rank=2", "schedule.steps=4", "data.resolution=32")
+        window.fill(OTHER, "\n".join((f"base={base}", f"data.pictures={pictures}", *more)))
         sheet = window.until('data-act=\\"caption\\"', "a red cat", "a blue cat", "learned at 32")
         (red,) = re.findall(r'data-act=\\"caption\\" data-id=\\"([^"\\]+)\\"[^>]*>a red cat', sheet)[-1:]
         window.act("caption", id=red)
@@ -148,8 +148,8 @@ def test_a_step_is_kept_and_gone_on_from(studio: Served, lesson: Job, store: Job
         window.until("Use step 2", "veneer jobs keep")
     with opened(address) as window:
         window.act("go", step="2")
-        heard = window.until("go on from support@1")
-        assert "checkpoint.adapters" not in heard.partition("go on from support@1")[0]
+        heard = window.until("adapter.start=support@1")
+        assert "checkpoint.adapters" not in heard.partition("adapter.start=support@1")[0]
 
 
 @pytest.fixture(scope="module")

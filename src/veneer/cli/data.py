@@ -143,7 +143,7 @@ _Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help='A configuration, a sentence ("teach smollm2-135m from a.jsonl"), or rows with --base.',
+        help="A configuration, settings (section.key=value), or rows or a folder with --base.",
         show_default=False,
     ),
 ]
@@ -156,16 +156,16 @@ _Overrides = Annotated[
 
 
 def _configured(data: str, base: str | None, overrides: list[str] | None) -> RunConfig:
-    from veneer.cli.options import is_config
-    from veneer.train.config.load import config_from, load_config
-    from veneer.train.config.sentence import is_sentence
+    from veneer.train.config.load import common_settings, load_config
 
-    if is_sentence(data) or (is_config(data) and data.endswith((".yaml", ".yml"))):
-        return load_config(data, overrides or [])[0]
+    settings = overrides or []
+    if data.endswith((".yaml", ".yml")):
+        return load_config(data, settings)[0]
+    if "=" in data and not Path(data).exists():
+        return load_config(None, [*common_settings(base=base), data, *settings])[0]
     if base is None:
         raise ConfigError("nothing says for which base", where="--base", fix=f"veneer data show {data} --base NAME")
-    key = "pictures" if Path(data).expanduser().is_dir() else "train"
-    return config_from({"base": base, "data": {key: data}, "output": "runs/shown"}, overrides or [])[0]
+    return load_config(None, [*common_settings(base=base, data=data), *settings])[0]
 
 
 @app.command(epilog="Example: veneer data show tickets.jsonl --base smollm2-135m --only 'left out'")

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veneer.cli.options import AsJson, JobsLibrary, LibraryIndex, TenantsDatabase
+from veneer.cli.options import AsJson, JobsLibrary, LibraryIndex, Settings, TenantsDatabase, file_and_settings
 from veneer.cli.output import field, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -47,10 +46,7 @@ def _opened() -> Iterator[JobStore]:
     epilog="Example: veneer jobs submit support.yaml optimizer.learning_rate=5e-4 --name support --tenant acme"
 )
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A configuration, as `veneer train` takes it.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
-    ] = None,
+    words: Settings = None,
     name: Annotated[
         str, typer.Option("--name", help="Of the adapter to come; by default that of the output folder.")
     ] = "",
@@ -63,7 +59,7 @@ def submit(
     from veneer.jobs.validate import submitted
     from veneer.serve.tenancy.store import tenants_at
 
-    chosen, after = load_job_config(config, overrides or [])
+    chosen, after = load_job_config(*file_and_settings(words))
     with _opened() as store, tenants_at(tenants) as known:
         job = submitted(store, chosen, tenant=tenant, name=name, after=after, tenants=known)
     _shown(job, as_json)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from veneer.errors import ConfigError
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ShowAll = Annotated[bool, typer.Option("--all", help="Show lists whole, however long.")]
 
@@ -67,6 +69,30 @@ TenantsDatabase = Annotated[
 ]
 
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [section.key=value]...",
+        help="A configuration, and settings that replace its values; or settings alone.",
+        show_default=False,
+    ),
+]
+
+
 def is_config(word: str) -> bool:
     """Whether a word of the command line is a further configuration, and no value that replaces one's."""
     return "=" not in word and (word.endswith((".yaml", ".yml")) or Path(word).is_file())
+
+
+def files_and_settings(words: list[str] | None) -> tuple[list[Path], list[str]]:
+    """Split the words of a command line into configuration files and `section.key=value` settings."""
+    files = [word for word in words or [] if "=" not in word or Path(word).is_file()]
+    return [Path(file) for file in files], [word for word in words or [] if word not in files]
+
+
+def file_and_settings(words: list[str] | None) -> tuple[Path | None, list[str]]:
+    """As `files_and_settings`, for a command that takes at most one file. Raises ConfigError."""
+    files, settings = files_and_settings(words)
+    if len(files) > 1:
+        raise ConfigError(f"{files[1]} is a second configuration, and this command takes one", fix="leave it out")
+    return (files[0] if files else None), settings

@@ -10,27 +10,27 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.cli.options import is_config
+from veneer.cli.options import Settings, files_and_settings
 from veneer.cli.output import error_text, say
 from veneer.errors import ConfigError, Interrupted, VeneerError
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: veneer train support.yaml optimizer.learning_rate=5e-4 output=runs/second --devices 2")
+@app.command(epilog="Example: veneer train --base smollm2-135m --data desk.jsonl --rank 16 batching.rows=8")
 def train(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CONFIG.yaml",
-            help="A YAML file, or several; docs/reference/config.md has every key, image-config.md those for pictures. "
-            'Or a sentence: "teach smollm2-135m from tickets.jsonl, rank 16".',
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", help="Values that replace the files', as adapter.rank=8."),
+    words: Settings = None,
+    base: Annotated[str | None, typer.Option("--base", help="base.name: the base to train on.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="data.train or data.pictures: rows or pictures. Repeatable.")
     ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="output.directory. Default: runs/NAME, named after the data.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="adapter.rank.")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="schedule.epochs.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="schedule.steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="optimizer.learning_rate.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and run the longest batch; write nothing.")
@@ -48,21 +48,35 @@ def train(
 ) -> None:
     """Train an adapter: check the data, train with checkpoints, save, and write a report.
 
-    A configuration with data.train is for text, one with data.pictures for pictures. Several for text, with the same
-    base, are trained in one pass of it, each as if it were alone: veneer train a.yaml b.yaml c.yaml."""
+    Settings come from options, from section.key=value (docs/reference/config.md, image-config.md for pictures), and
+    from a YAML file. data.train is for text, data.pictures for pictures. Several files for text, with the same base,
+    are trained in one pass of it, each as if it were alone: veneer train a.yaml b.yaml c.yaml."""
     from veneer.train.config.image import ImageTrainConfig
-    from veneer.train.config.load import load_config
+    from veneer.train.config.load import common_settings, load_config
 
-    more = [word for word in overrides or [] if is_config(word)]
-    changes, files = [word for word in overrides or [] if word not in more], [config, *map(Path, more)]
-    loaded = [load_config(file, changes) for file in files]
+    named, settings = files_and_settings(words)
+    settings = [
+        *common_settings(
+            base=base,
+            data=tuple(data or ()),
+            output=output,
+            rank=rank,
+            epochs=epochs,
+            steps=steps,
+            learning_rate=learning_rate,
+        ),
+        *settings,
+    ]
+    files: list[Path | None] = [*named] or [None]
+    several = len(files) > 1
+    loaded = [load_config(file, settings) for file in files]
     given = {"--force": force, "--verbose": verbose, "--json": as_json}
     given[f"--devices={devices}"] = devices is not None
-    again = [*map(str, files), *changes, *(flag for flag, on in given.items() if on)]
+    again = [*map(str, named), *settings, *(flag for flag, on in given.items() if on)]
 
     from veneer.train.devices import launch, leads, started
 
-    if more and devices not in (None, 1):
+    if several and devices not in (None, 1):
         what = "several configurations are trained in one pass by one process"
         raise ConfigError(what, where="--devices", fix="leave it out, or train one configuration at a time")
     if devices is not None and started() != devices:
@@ -82,7 +96,7 @@ def train(
         ConsoleView(
             unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens",
             verbose=verbose,
-            name=str(file) if more else "",
+            name=str(file) if several else "",
         )
         for file, (chosen, _) in zip(files, loaded, strict=True)
     ]
@@ -104,7 +118,7 @@ def train(
     if as_json:
         objects = [_json_of(result) for result in results]
         runs = [{"config": str(file), **made} for file, made in zip(files, objects, strict=True)]
-        print(json.dumps({"runs": runs} if more else objects[0]))
+        print(json.dumps({"runs": runs} if several else objects[0]))
     else:
         for result, (chosen, _) in zip(results, loaded, strict=True):
             if not isinstance(result, VeneerError):
@@ -115,7 +129,7 @@ def train(
         raise SystemExit(next(iter(failed.values())).exit_code)
 
 
-def _results(files: list[Path], loaded: list[Any], listeners: list[Any], options: dict[str, Any]) -> list[Any]:
+def _results(files: list[Path | None], loaded: list[Any], listeners: list[Any], options: dict[str, Any]) -> list[Any]:
     """What came of each: its result, or of several the error that ended it."""
     from veneer.train.config.image import ImageTrainConfig
 

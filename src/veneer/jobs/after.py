@@ -26,7 +26,6 @@ from veneer.library.names import check_alias
 from veneer.serve.tenancy.store import ALL, Route, Store, check_route_name
 from veneer.train.config.load import RunConfig, config_from, load_config, parse_yaml, read_sections
 from veneer.train.config.section import SOURCES
-from veneer.train.config.sentence import is_sentence
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import Row, read_rows, split_rows
 
@@ -115,12 +114,14 @@ _MODELS: Mapping[str, type[_Section]] = {
 }
 
 
-def load_job_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[RunConfig, AfterJob | None]:
-    """A job's file: what `veneer train` reads, and `after`, with overrides of both; or a sentence. Raises ConfigError
-    as `load_config`."""
+def load_job_config(
+    path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, AfterJob | None]:
+    """Read a job's file (what `veneer train` reads, and `after`) with overrides of both, or overrides alone (None).
+    Raises ConfigError as `load_config`."""
     own = [override for override in overrides if override.lstrip().startswith("after.")]
     others = [override for override in overrides if override not in own]
-    if is_sentence(path):
+    if path is None:
         (config, _), after, folder = load_config(path, others), None, Path.cwd()
     else:
         values, lines = read_sections(path)
@@ -129,7 +130,7 @@ def load_job_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
         folder = Path(path).parent
     for override in own:
         after = _overridden({} if after is None else after, override)
-    return config, None if after is None else after_from(after, folder, os.fspath(path))
+    return config, None if after is None else after_from(after, folder, os.fspath(path or "after"))
 
 
 def _overridden(after: Any, override: str) -> Any:

@@ -272,8 +272,8 @@ def _say_empty(page: ViewPage, place: Any, narrow: bool) -> None:
             "as it is. Teach one, or drop one that you have anywhere on this page."
         )
         offers = beginnings(page.studio) if page.caller.can("operate") else []
-        for what, sentence in offers[:1]:
-            link(f"Teach it from {what}", page.link("train", q=sentence), "button filled")
+        for what, settings in offers[:1]:
+            link(f"Train on {what}", page.link("train", s=settings), "button filled")
 
 
 class _Marked:

@@ -19,7 +19,7 @@ from veneer.studio.parts import Command, Fragment, box, button, confirm, line, p
 from veneer.studio.parts import move as moved
 from veneer.studio.talk import base_name, job_of, talk_to
 from veneer.studio.watch import on_change
-from veneer.train.config.sentence import sentence_of
+from veneer.train.config.load import settings_of
 from veneer.train.events import loss_text, mean_rewards, parts_text
 from veneer.train.report.log import duration, size
 from veneer.train.report.page import Series, chart, smooth
@@ -35,10 +35,9 @@ def of_pictures(job: Job) -> bool:
     return "pictures" in job.config.get("data", {}) or "slider" in job.config
 
 
-def _said_by(job: Job, **more: Any) -> str:
-    """The sentence that would ask for this job."""
-    last = job.name.rpartition("/")[2]
-    return sentence_of({**job.config, "output": f"runs/{last}", **more})
+def _run_settings(job: Job, **more: Any) -> list[str]:
+    """Return the settings of a run like this job, with other sections."""
+    return settings_of({**job.config, "output": f"runs/{job.name.rpartition('/')[2]}", **more})
 
 
 @dataclass
@@ -137,8 +136,9 @@ async def run_view(page: ViewPage) -> None:
     job, jobs, heard = await job_of(page), page.studio.jobs, _Heard()
     pictures = of_pictures(job)
     page.title(job.name)
-    said = _said_by(job) if page.caller.can("operate") else f"taught on {Path(base_name(job)).name}"
-    line(said, "lede")
+    data = job.config.get("data") or {}
+    on = data.get("train") or data.get("pictures")
+    line(f"Trains {Path(base_name(job)).name}" + (f" on {on}" if on and page.caller.can("operate") else ""), "lede")
     head = Fragment("run_head.html.j2", job=job, error=None, trains=page.studio.trains, link=page.link)
     bar = progress("Steps done", None)
     with box("div", "row below"):
@@ -147,7 +147,9 @@ async def run_view(page: ViewPage) -> None:
         stopping = button("Stop…", permit("train", lambda: ending()), kind="danger")
         if page.caller.can("operate"):
             button(
-                "Change it and train again…", permit("operate", lambda: page.go("train", q=_said_by(job))), kind="word"
+                "Change it and train again…",
+                permit("operate", lambda: page.go("train", s=_run_settings(job))),
+                kind="word",
             )
     same = Command()
     figures = Fragment("figures.html.j2", figures=[])

@@ -19,7 +19,7 @@ from veneer.studio.parts import Command, Fragment, dialog, form_field, heading, 
 from veneer.studio.run import of_pictures
 from veneer.studio.talk import answer_of, asked_here, job_of, own_prompts, prompt_messages
 from veneer.studio.watch import on_change
-from veneer.train.config.sentence import sentence_of
+from veneer.train.config.load import settings_of
 from veneer.train.events import mean_rewards
 
 _WORDS = 60
@@ -122,9 +122,9 @@ async def steps_view(page: ViewPage) -> None:
         parts.opened(window)
 
     async def go_on(step: str) -> None:
-        sentence = await asyncio.to_thread(_fork_sentence, page, job, int(step))
+        settings = await asyncio.to_thread(_fork_settings, page, job, int(step))
         same.show(command("jobs", "fork", job.id, step=int(step)))
-        await page.go("train", q=sentence)
+        await page.go("train", s=settings)
 
     await fill()
     on_change(lambda: _mark(page, job), 1.0, fill)
@@ -140,12 +140,12 @@ def _keeping(job: Job, step: str, alias: str) -> str:
     return command("jobs", "keep", job.id, step=step, alias=alias)
 
 
-def _fork_sentence(page: ViewPage, job: Job, step: int) -> str:
-    """The sentence of a run that goes on from a step of this one. Raises ConfigError for a step without an adapter."""
+def _fork_settings(page: ViewPage, job: Job, step: int) -> list[str]:
+    """The settings of a run that goes on from a step of this one. Raises ConfigError for a step without an adapter."""
     config = fork_config(page.studio.jobs, job, step)
     values = config.model_dump(mode="json", exclude_unset=True)
     values["checkpoint"] = {k: v for k, v in dict(values.get("checkpoint") or {}).items() if k != "adapters"}
-    return sentence_of({**values, "output": f"runs/{job.name.rpartition('/')[2]}"})
+    return settings_of({**values, "output": f"runs/{job.name.rpartition('/')[2]}"})
 
 
 def _used(page: ViewPage, job: Job) -> dict[str, list[Version]]:

@@ -1,4 +1,5 @@
-"""Train: a sentence that says a run, what it would be beside it, and its rows and pictures one by one."""
+"""Train: rows that are uploaded (form.py); for the operator also files of the server, with what the run would be beside
+them, and each row and picture one by one; the newest runs."""
 
 from __future__ import annotations
 
@@ -6,12 +7,9 @@ import asyncio
 import base64
 import functools
 import itertools
-import json
 import os
-import shlex
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +22,7 @@ from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.tables import Device
 from veneer.studio import parts
-from veneer.studio.commands import command
+from veneer.studio.commands import command, command_base
 from veneer.studio.form import train_form
 from veneer.studio.frame import Studio, ViewPage
 from veneer.studio.parts import (
@@ -43,8 +41,7 @@ from veneer.studio.parts import (
 )
 from veneer.studio.watch import on_change
 from veneer.train.config.image import ImageTrainConfig
-from veneer.train.config.load import RunConfig, config_from, load_config
-from veneer.train.config.sentence import Sentence, read_sentence, sentence_of
+from veneer.train.config.load import RunConfig, common_settings, load_config, settings_of, short_names
 from veneer.train.image.captions import write_caption
 from veneer.train.inspect import (
     VERDICTS,
@@ -62,7 +59,7 @@ _ROWS = 20
 _SHOWN = 48
 """Pictures of a sheet at a time."""
 _RUNS = 8
-"""Runs below the sentence."""
+"""Runs below the forms."""
 _SIDE = 260
 """Pixels of a picture in the sheet."""
 _POINTS = 8
@@ -76,34 +73,7 @@ def _device() -> Device:
 
 
 _looking = threading.Lock()
-"""One look at a time: whoever types makes many, and only the last is wanted."""
-
-
-@dataclass
-class _Draft:
-    """What is typed now. `number`: of the last change, so that an older look is not shown over a newer one."""
-
-    sentence: Sentence
-    config: RunConfig | None = None
-    look: Report | None = None
-    number: int = 0
-    verdict: str = ""
-    offset: int = 0
-
-    def overrides(self, talk: bool) -> list[str]:
-        """What the page adds so that steps can be compared, and asked while it trains, where the sentence is silent."""
-        said = {each.key for each in self.sentence.read}
-        out = ["checkpoint.adapters=true"] if talk and "checkpoint.adapters" not in said else []
-        steps = None if self.look is None or self.look.plan is None else self.look.plan.job.total_steps
-        if steps is None or "checkpoint.every" in said:
-            return out
-        every = min(100, max(1, steps // _POINTS))
-        out += [f"checkpoint.every={every}"] if every < 100 else []
-        return out + ([] if "evaluation.every" in said else [f"evaluation.every={every}"])
-
-
-def _configured(sentence: Sentence, more: list[str]) -> RunConfig:
-    return config_from({}, [*sentence.checked().overrides, *more])[0]
+"""One preview at a time: each change asks for one, and only the last is wanted."""
 
 
 async def train_view(page: ViewPage) -> None:
@@ -114,239 +84,257 @@ async def train_view(page: ViewPage) -> None:
         await train_form(page, studio.queue)
     elif not page.caller.can("operate"):
         line("This server does not train on rows; its operator can start it with --train.", "soft")
-    if not page.caller.can("operate"):
-        await _runs(page)
-        return
-    heading("In one sentence")
-    line("Say what to teach. What you leave out has a default, with a reason.", "soft")
-    draft = _Draft(read_sentence(page.query.get("q")))
-    asks = "Draw with" if studio.service.engine.makes == "pictures" else "Ask"
-    with box("div", "split asking"):
-        with box("div", "stack"):
-            asked = form_field(
-                "What to teach",
-                page.query.get("q"),
-                permit("operate", lambda text: typed(text)),
-                kind="area",
-                most=2000,
-                key="/",
-                hint=f"teach {studio.base} from tickets.jsonl, rank 16",
-                wait=0.3,
-                look="find say",
-                entered=permit("operate", lambda text: started()),
-            )
-            read = Fragment(
-                "read.html.j2",
-                acts={"take": permit("operate", lambda data: taken(data["text"]))},
-                **_reading(page, draft),
-            )
-            with box("div", "row"):
-                start = button("Start", permit("operate", lambda: started()), kind="filled", key="ctrl+enter")
-                talk = form_field(
-                    f"{asks} its steps while it trains",
-                    page.query.get("talk") != "no",
-                    permit("operate", lambda on: asking(on)),
-                    kind="check",
+    form = None
+    if page.caller.can("operate"):
+        form = _ServerForm(page)
+        form.draw()
+    await _runs(page)
+    if form is not None:
+        page.task(form.changed())
+        page.when_loaded(form.changed)
+
+
+class _ServerForm:
+    """A run on files of the server. The link keeps its settings as `section.key=value`, the way a command takes them.
+
+    `number`: of the last change, so that an older preview is not shown over a newer one."""
+
+    def __init__(self, page: ViewPage) -> None:
+        self.page, self.studio = page, page.studio
+        self.config: RunConfig | None = None
+        self.preview: Report | None = None
+        self.number, self.verdict, self.offset = 0, "", 0
+
+    def draw(self) -> None:
+        changed = permit("operate", lambda: self.changed())
+        given, rest = short_names(self.page.query.all("s"))
+        pictures = self.studio.service.engine.makes == "pictures"
+
+        def field(name: str, label: str, hint: str = "", usual: str = "", **options: Any) -> parts.Field:
+            return form_field(label, given.get(name, usual), changed, hint=hint, wait=0.3, **options)
+
+        heading("From files on the server")
+        with box("div", "split asking"):
+            with box("div", "stack"):
+                self.begins = Fragment(
+                    "begins.html.j2",
+                    acts={"take": permit("operate", lambda data: self.take(int(data["number"])))},
+                    begins=[what for what, _ in beginnings(self.studio)],
+                    here=_short_path(os.getcwd()),
                 )
-            same = Command()
-        plan = Fragment("plan.html.j2", look="side", look_at=None, plan=None, says=_says, busy=False, guesses=())
-        with box("div", "under"):
-            bar = progress("Looking at the rows")
-            found = Fragment("findings.html.j2", findings=(), sample=())
-    table = Fragment(
-        "rows.html.j2",
-        acts={
-            "only": permit("operate", lambda data: only(data["verdict"])),
-            "page": permit("operate", lambda data: turned(data["offset"])),
-        },
-        seen=None,
-        verdicts=VERDICTS,
-        verdict="",
-        offset=0,
-        some=_ROWS,
-        said="",
-    )
-    sheet = Fragment(
-        "sheet.html.j2", acts={"caption": permit("operate", lambda data: captioned(data))}, pictures=(), more=0
-    )
-    same_rows = Command()
-    show(bar, False)
+                what = "Folder of pictures" if pictures else "File of rows"
+                with box("div", "row foot"):
+                    self.fields = {
+                        "base": field("base", "Base", usual=command_base(self.page)),
+                        "data": field("data", what, "photos" if pictures else "tickets.jsonl", key="/"),
+                        "output": field("output", "Name", "as the data"),
+                    }
+                with box("div", "row foot"):
+                    self.fields |= {
+                        "rank": field("rank", "Rank", "16"),
+                        "epochs": field("epochs", "Epochs"),
+                        "steps": field("steps", "Steps"),
+                        "learning_rate": field("learning_rate", "Learning rate"),
+                    }
+                self.more = form_field(
+                    "Other settings, one a line",
+                    "\n".join(rest),
+                    changed,
+                    kind="area",
+                    most=20_000,
+                    hint="data.split=10%\noptimizer.name=adafactor",
+                    wait=0.3,
+                )
+                self.wrong = Fragment("wrong.html.j2", wrong=None)
+                with box("div", "row"):
+                    self.button = button("Start", permit("operate", self.start), kind="filled", key="ctrl+enter")
+                    self.talk = form_field(
+                        "Draw with checkpoints during training"
+                        if pictures
+                        else "Chat with checkpoints during training",
+                        self.page.query.get("talk") != "no",
+                        permit("operate", self.asking),
+                        kind="check",
+                    )
+                self.same = Command()
+            self.plan = Fragment(
+                "plan.html.j2", look="side", look_at=None, plan=None, says=_says, busy=False, guesses=()
+            )
+            with box("div", "under"):
+                self.bar = progress("Looking at the rows")
+                self.found = Fragment("findings.html.j2", findings=(), sample=())
+        acts = {
+            "only": permit("operate", lambda data: self.only(data["verdict"])),
+            "page": permit("operate", lambda data: self.turn(data["offset"])),
+        }
+        self.table = Fragment("rows.html.j2", acts=acts, **_NO_ROWS)
+        caption = permit("operate", lambda data: self.caption(data.get("id", "")))
+        self.sheet = Fragment("sheet.html.j2", acts={"caption": caption}, pictures=(), more=0)
+        self.same_rows = Command()
+        self.show()
 
-    async def typed(text: str) -> None:
-        page.keep(q=text)
-        draft.sentence, draft.config, draft.look, draft.offset = read_sentence(text), None, None, 0
-        draft.number += 1
-        await looked(draft.number)
+    # -- settings
 
-    def asking(on: bool) -> None:
-        page.keep(talk=None if on else "no")
-        drawn()
+    def settings(self) -> list[str]:
+        """The settings of the fields, as `section.key=value`."""
+        given = {name: str(field.value or "").strip() for name, field in self.fields.items()}
+        return [*common_settings(**given), *filter(None, map(str.strip, str(self.more.value or "").splitlines()))]
 
-    async def taken(text: str) -> None:
-        asked.put(text)
-        await typed(text)
+    def whole(self) -> bool:
+        sections = {setting.partition("=")[0].partition(".")[0] for setting in self.settings()}
+        return "base" in sections and bool(sections & {"data", "slider"})
 
-    def drawn(busy: bool = False, wrong: VeneerError | None = None) -> None:
-        sentence, look = draft.sentence, draft.look
-        read.show(**_reading(page, draft, wrong))
-        why = "" if sentence.whole else "the sentence is not whole yet"
-        if wrong is not None:
-            why = wrong.what
-        elif studio.loading:
-            why = studio.loading
-        elif look is not None and not look.starts:
-            why = "what was found has to be mended first"
-        enable(start, not why and look is not None, why or "the rows are being looked at")
-        plan.show(
-            look_at=look,
-            plan=None if look is None else look.plan,
-            says=_says,
-            busy=busy,
-            guesses=() if look is None else look.guesses,
-        )
-        found.show(findings=() if look is None else look.findings, sample=() if look is None else look.sample)
-        show(bar, busy)
-        more = draft.overrides(bool(talk.value))
-        same.show(command("jobs", "submit", sentence.text, *more) if sentence.whole else "")
+    def for_checkpoints(self) -> list[str]:
+        """Settings that let checkpoints be compared, and asked during training, where nothing else is set."""
+        given = {setting.partition("=")[0] for setting in self.settings()}
+        out = ["checkpoint.adapters=true"] if self.talk.value and "checkpoint.adapters" not in given else []
+        plan = None if self.preview is None else self.preview.plan
+        if plan is None or "checkpoint.every" in given:
+            return out
+        every = min(100, max(1, plan.job.total_steps // _POINTS))
+        out += [f"checkpoint.every={every}"] if every < 100 else []
+        return out + ([] if "evaluation.every" in given else [f"evaluation.every={every}"])
 
-    async def looked(number: int) -> None:
-        """Reads, plans and looks at the rows; what a later change has overtaken is not shown."""
-        same_rows.show("")
-        table.show(seen=None, verdicts=VERDICTS, verdict="", offset=0, some=_ROWS, said="")
-        sheet.show(pictures=(), more=0)
-        if not draft.sentence.whole or studio.loading:
-            return drawn()
-        drawn(busy=True)
-        sentence = draft.sentence
+    def take(self, number: int) -> Any:
+        """Fill in one of the beginnings."""
+        return self.page.go("train", s=beginnings(self.studio)[number][1])
+
+    def asking(self, on: bool) -> None:
+        self.page.keep(talk=None if on else "no")
+        self.show()
+
+    # -- what the run would be
+
+    async def changed(self) -> None:
+        """Plan the run and look at its rows anew; a preview that a later change has overtaken is not shown."""
+        self.page.keep(s=self.settings())
+        self.number += 1
+        self.config = self.preview = None
+        self.offset, number, settings = 0, self.number, self.settings()
+        self.same_rows.show("")
+        self.table.show(**_NO_ROWS)
+        self.sheet.show(pictures=(), more=0)
+        if not self.whole() or self.studio.loading:
+            return self.show()
+        self.show(busy=True)
 
         def do() -> tuple[RunConfig, Report] | None:
             with _looking:
-                if number != draft.number:
+                if number != self.number:
                     return None
-                config = _configured(sentence, [])
+                config, _ = load_config(None, settings)
                 return config, inspect_run(config, device=_device())
 
         try:
             done = await asyncio.to_thread(do)
         except VeneerError as error:
-            if number == draft.number:
-                drawn(wrong=error)
+            if number == self.number:
+                self.show(wrong=error)
             return
-        if done is None or number != draft.number:
-            return
-        draft.config, draft.look = done
-        drawn()
-        await seen()
+        if done is not None and number == self.number:
+            self.config, self.preview = done
+            self.show()
+            await self.show_rows()
 
-    async def seen() -> None:
-        """The rows, or the pictures, one by one."""
-        config, number = draft.config, draft.number
+    def show(self, busy: bool = False, wrong: VeneerError | None = None) -> None:
+        preview = self.preview
+        why = "" if self.whole() else "give a base, and the data"
+        if self.studio.loading:
+            why = self.studio.loading
+        elif wrong is not None:
+            why = wrong.what
+        elif preview is not None and not preview.starts:
+            why = "what was found has to be mended first"
+        self.wrong.show(wrong=wrong)
+        enable(self.button, not why and preview is not None, why or "the rows are being looked at")
+        plan, guesses = (None, ()) if preview is None else (preview.plan, preview.guesses)
+        self.plan.show(look_at=preview, plan=plan, says=_says, busy=busy, guesses=guesses)
+        self.found.show(
+            findings=() if preview is None else preview.findings, sample=() if preview is None else preview.sample
+        )
+        show(self.bar, busy)
+        self.same.show(command("jobs", "submit", *self.settings(), *self.for_checkpoints()) if self.whole() else "")
+
+    async def show_rows(self) -> None:
+        """Show the rows, or the pictures, one by one."""
+        config, number = self.config, self.number
         if config is None or (isinstance(config, ImageTrainConfig) and config.slider.wanted):
             return
         try:
             if isinstance(config, ImageTrainConfig):
                 pictures = await asyncio.to_thread(pictures_seen, config)
                 shown = await asyncio.to_thread(_thumbnails, pictures[:_SHOWN])
-                if number == draft.number:
-                    sheet.show(pictures=shown, more=len(pictures) - len(shown))
+                if number == self.number:
+                    self.sheet.show(pictures=shown, more=len(pictures) - len(shown))
             else:
-                wanted = cast("list[RowVerdict]", [draft.verdict] if draft.verdict else [])
-                look = functools.partial(rows_seen, config, offset=draft.offset, limit=_ROWS, verdicts=wanted)
-                rows = await asyncio.to_thread(look)
-                if number == draft.number:
-                    table.show(
-                        seen=rows,
-                        verdicts=VERDICTS,
-                        verdict=draft.verdict,
-                        offset=draft.offset,
-                        some=_ROWS,
-                        said=_rows_said(rows),
+                verdicts = cast("list[RowVerdict]", [self.verdict] if self.verdict else [])
+                rows = await asyncio.to_thread(rows_seen, config, offset=self.offset, limit=_ROWS, verdicts=verdicts)
+                if number == self.number:
+                    self.table.show(
+                        **_NO_ROWS
+                        | {"seen": rows, "verdict": self.verdict, "offset": self.offset, "said": _rows_said(rows)}
                     )
         except VeneerError:
             return  # it stands among the findings
-        if number == draft.number:
-            same_rows.show(command("data", "show", draft.sentence.text, only=draft.verdict, offset=draft.offset or ""))
+        if number == self.number:
+            self.same_rows.show(command("data", "show", *self.settings(), only=self.verdict, offset=self.offset or ""))
 
-    async def only(verdict: str) -> None:
-        draft.verdict, draft.offset = ("" if verdict == draft.verdict else verdict), 0
-        await seen()
+    async def only(self, verdict: str) -> None:
+        self.verdict, self.offset = ("" if verdict == self.verdict else verdict), 0
+        await self.show_rows()
 
-    async def turned(offset: str) -> None:
-        draft.offset = max(0, int(offset))
-        await seen()
+    async def turn(self, offset: str) -> None:
+        self.offset = max(0, int(offset))
+        await self.show_rows()
 
-    async def captioned(data: dict[str, str]) -> None:
-        """One caption, in place: the picture is named by what is in it."""
-        if not isinstance(draft.config, ImageTrainConfig):
-            return
-        picture = await asyncio.to_thread(picture_of, draft.config, data.get("id", ""))
-        await _ask_caption(page, picture, draft.config, again)
+    async def caption(self, id: str) -> None:
+        """Change one caption, in place: the picture is named by what is in it."""
+        if isinstance(self.config, ImageTrainConfig):
+            picture = await asyncio.to_thread(picture_of, self.config, id)
+            await _ask_caption(self.page, picture, self.config, self.changed)
 
-    async def again() -> None:
-        draft.number += 1
-        await looked(draft.number)
-
-    async def started() -> None:
-        sentence, look = draft.sentence, draft.look
-        if not sentence.whole or look is None or not look.starts:
-            raise ConfigError("this run cannot begin yet", fix="see what was found, and what is not read")
-        more = draft.overrides(bool(talk.value))
+    async def start(self) -> None:
+        preview = self.preview
+        if preview is None or not preview.starts:
+            raise ConfigError("this run cannot begin yet", fix="see what was found")
+        settings = [*self.settings(), *self.for_checkpoints()]
 
         def do() -> Job:
-            return submitted(studio.jobs, _configured(sentence, more), device=_device(), tenants=studio.tenants)
+            config, _ = load_config(None, settings)
+            return submitted(self.studio.jobs, config, device=_device(), tenants=self.studio.tenants)
 
-        show(bar, True)
+        show(self.bar, True)
         try:
             job = await asyncio.to_thread(do)
         finally:
-            show(bar, False)
+            show(self.bar, False)
         if job.state == "failed":
             error = job.error or {}
             raise VeneerError(str(error.get("message")), where=error.get("where"), fix=error.get("fix"))
-        await page.go("run", job=job.id)
-        page.say(f"{job.name} is queued")
-
-    drawn()
-    await _runs(page)
-    page.task(looked(draft.number))
-    page.when_loaded(again)
+        await self.page.go("run", job=job.id)
+        self.page.say(f"{job.name} is queued")
 
 
-def _reading(page: ViewPage, draft: _Draft, wrong: VeneerError | None = None) -> dict[str, Any]:
-    """What was read of the sentence, and what was not; of an empty one, some to begin with."""
-    sentence, begins = draft.sentence, list[tuple[str, str]]()
-    if not sentence.text.strip():
-        begins = beginnings(page.studio)
-    return {
-        "read": sentence.read,
-        "unread": sentence.unread,
-        "wrong": wrong,
-        "missing": sentence.missing if sentence.text.strip() else (),
-        "here": _short_path(os.getcwd()),
-        "begins": begins,
-        "empty": not sentence.text.strip(),
-    }
+_NO_ROWS: dict[str, Any] = {
+    "seen": None, "verdicts": VERDICTS, "verdict": "", "offset": 0, "some": _ROWS, "said": "",
+}  # fmt: skip
 
 
-def beginnings(studio: Studio) -> list[tuple[str, str]]:
-    """What a newcomer could begin with, of the files that are here: (what is learned from, the sentence)."""
+def beginnings(studio: Studio) -> list[tuple[str, list[str]]]:
+    """Return what a newcomer could train on, of the files in the working directory: (what it is, the settings)."""
     base = str(studio.service.catalog.shelf.base.name)
     with os.scandir() as entries:
         names = sorted(entry.name for entry in itertools.islice(entries, 2000) if not entry.name.startswith("."))
     if studio.service.engine.makes == "pictures":
         folders = [name for name in names if next(Path(name).glob("*.png"), None) is not None][:2]
-        return [(name, f"teach {shlex.quote(base)} from folder {shlex.quote(name)}, trigger sks") for name in folders]
+        return [(name, [*common_settings(base=base, data=name), "data.trigger=sks"]) for name in folders]
     rows = [name for name in names if name.endswith((".jsonl", ".csv", ".parquet"))][:2]
-    out = [(name, f"teach {shlex.quote(base)} from {shlex.quote(name)}, rank 16") for name in rows]
-    return [*out, *_example(base)][:2]
-
-
-def _example(base: str) -> list[tuple[str, str]]:
-    """The quickstart's tickets, in a checkout: its own configuration, said."""
-    if not _EXAMPLE.is_file():
-        return []
-    config, _ = load_config(_EXAMPLE, [f"base={json.dumps(base)}", "output.directory=runs/support-tickets"])
-    return [("1,200 answered support tickets", sentence_of(config.model_dump(mode="json", exclude_unset=True)))]
+    out = [(name, common_settings(base=base, data=name)) for name in rows]
+    if _EXAMPLE.is_file():  # the quickstart's tickets, in a checkout
+        config, _ = load_config(_EXAMPLE, [*common_settings(base=base), "output=runs/support-tickets"])
+        values = config.model_dump(mode="json", exclude_unset=True)
+        out.append(("1,200 answered support tickets", settings_of(values)))
+    return out[:2]
 
 
 def _short_path(path: str) -> str:

@@ -10,7 +10,14 @@ import pytest
 from tests.families import llama3
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.errors import ConfigError
-from veneer.train.config.load import config_from, load_config, parse_yaml
+from veneer.train.config.load import (
+    common_settings,
+    config_from,
+    load_config,
+    parse_yaml,
+    settings_of,
+    short_names,
+)
 from veneer.train.config.text import SECTIONS, layer_indices, reference
 from veneer.train.inspect import inspect_run
 from veneer.train.text.data import DataSplit, TextData
@@ -31,6 +38,37 @@ def error(tmp_path: Path, text: str, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text), overrides)
     return str(caught.value)
+
+
+def test_options_settings_and_values_make_the_same_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = common_settings(base="smollm2-135m", data=("desk.jsonl", "more/*.jsonl"), rank=8, learning_rate=5e-4)
+    made, sources = load_config(None, [*settings, "optimizer.name=adafactor"])
+    written, _ = config_from(
+        {
+            "base": "smollm2-135m",
+            "data": {"train": ["desk.jsonl", "more/*.jsonl"]},
+            "adapter": {"rank": 8},
+            "optimizer": {"learning_rate": 5e-4, "name": "adafactor"},
+            "output": "runs/desk",
+        }
+    )
+    assert made == written
+    assert str(sources["adapter.rank"]) == "override `adapter.rank=8`"
+    assert load_config(None, settings_of(made.model_dump(mode="json", exclude_unset=True)))[0] == made
+    short, others = short_names(settings)
+    assert short == {"base": "smollm2-135m", "rank": "8", "learning_rate": "0.0005"}
+    assert others == ['data.train=["desk.jsonl", "more/*.jsonl"]']
+
+
+def test_a_folder_is_of_pictures_and_names_the_output(tmp_path: Path) -> None:
+    (tmp_path / "my drawings").mkdir()
+    made, _ = load_config(None, common_settings(base="catalogue-flux", data=f"{tmp_path}/my drawings"))
+    assert Path(made.output.directory).name == "my-drawings"
+    slider = ["base=catalogue-flux", "slider.negative=a sad face", "slider.positive=a happy face"]
+    assert Path(load_config(None, slider)[0].output.directory).name == "a-happy-face"
 
 
 def test_a_file_and_overrides_and_where_each_value_came_from(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
     sources["optimizer.learning_rate"]      override `optimizer.learning_rate=5e-4`
     sources["adapter.rank"]                 default (enough for thousands of rows; 2 x alpha keeps the scale at 2)
 
-In place of the file there may be a sentence, `teach smollm2-135m from tickets.jsonl, rank 16` (`sentence`).
+Without a file all settings are overrides; `common_settings` makes those that have options on the command line.
 
 A configuration with `data.pictures` or `slider` is one for pictures (ImageTrainConfig), any other for text
 (TrainConfig). A misspelt key, a value of the wrong kind and an impossible combination are one ConfigError that lists
@@ -35,7 +35,6 @@ from veneer.train.config.checks import image_problems, text_problems
 from veneer.train.config.image import PRESETS, ImageTrainConfig
 from veneer.train.config.rewards import rooted_rewards
 from veneer.train.config.section import SOURCES
-from veneer.train.config.sentence import is_sentence, read_sentence
 from veneer.train.config.text import TrainConfig, config_keys, sections, why
 
 RunConfig = TrainConfig | ImageTrainConfig
@@ -90,16 +89,85 @@ _SHORT = {"base": "name", "output": "directory"}
 
 
 def load_config(
-    path: str | os.PathLike[str], overrides: Iterable[str] = ()
+    path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
 ) -> tuple[RunConfig, dict[str, SettingSource]]:
-    """Read a YAML file, or a sentence, and apply `section.key=value` overrides (values read as YAML).
+    """Read a YAML file and apply `section.key=value` overrides (values read as YAML). Without a file (None), the
+    output is `runs/NAME`, named after the data, unless an override gives one.
 
     Returns the configuration, for text or for pictures, and the source of each value under its `section.key`.
     Raises ConfigError naming the file and line, the override, and what to write instead."""
-    if is_sentence(path):
-        return config_from({}, [*read_sentence(os.fspath(path)).checked().overrides, *overrides])
+    if path is None:
+        return config_from({}, _with_output(list(overrides)))
     values, lines = read_sections(path)
     return config_from(values, overrides, file=Path(path), lines=lines)
+
+
+_COMMON = {
+    "base": ("base.name", "base"),
+    "data": ("data.train", "data.pictures"),
+    "output": ("output.directory", "output"),
+    "rank": ("adapter.rank",),
+    "epochs": ("schedule.epochs",),
+    "steps": ("schedule.steps",),
+    "learning_rate": ("optimizer.learning_rate",),
+}
+"""Settings that have options on the command line and fields on the Train page, under their short names."""
+
+
+def common_settings(**given: Any) -> list[str]:
+    """Return common settings (`_COMMON`) as `section.key=value`; None, "" and () are left out. `data`: a file of rows,
+    several, or a folder of pictures. An `output` without a slash is a folder in `runs`."""
+    out = []
+    for name, value in given.items():
+        key = _COMMON[name][0]
+        if value is None or value in ("", ()):
+            continue
+        if name == "data":
+            files = [value] if isinstance(value, str) else list(value)
+            key = _COMMON[name][all(Path(file).expanduser().is_dir() for file in files)]
+            value = files[0] if len(files) == 1 else files
+        if name == "output" and "/" not in value:
+            value = f"runs/{value}"
+        out.append(_setting(key, value) if name in ("base", "data", "output") else f"{key}={value}")
+    return out
+
+
+def short_names(settings: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Split settings into the common ones, by their short names, and all others: the inverse of `common_settings`."""
+    short = {key: name for name, keys in _COMMON.items() for key in keys}
+    found, rest = dict[str, str](), list[str]()
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key in short and not value.startswith(("[", "{", '"')):
+            found[short[key]] = value
+        else:
+            rest.append(setting)
+    return found, rest
+
+
+def settings_of(config: Mapping[str, Any]) -> list[str]:
+    """Return a configuration's values as `section.key=value`: with them `load_config` makes the same configuration."""
+    out = []
+    for section, value in config.items():
+        values = value.items() if isinstance(value, Mapping) else [("", value)]
+        out += [_setting(f"{section}.{key}" if key else section, each) for key, each in values if each is not None]
+    return out
+
+
+def _setting(key: str, value: Any) -> str:
+    plain = isinstance(value, str) and parse_yaml(value, key)[0] == value
+    return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
+
+
+def _with_output(overrides: list[str]) -> list[str]:
+    """Overrides that name an output, if necessary after the data: data.train=desk.jsonl is written to runs/desk."""
+    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    if given.keys() & {"output", "output.directory"}:
+        return overrides
+    source = next((given[key] for key in ("data.train", "data.pictures", "slider.positive") if key in given), "")
+    first = str(source.strip("[] \"'").split(",")[0]).rstrip("/")
+    name = re.sub(r"[^a-z0-9]+", "-", Path(first.rpartition(":")[2]).stem.lower()).strip("-")
+    return [*overrides, f"output.directory=runs/{name or 'adapter'}"]
 
 
 def read_sections(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping[tuple[str, ...], int]]:
