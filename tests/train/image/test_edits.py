@@ -285,9 +285,8 @@ def test_the_plan_counts_the_tokens_of_what_is_before() -> None:
     alone, pair = (image_counts(config, height=512, width=512, targets="attention+ff", before=n) for n in (0, 1))
     wide = image_counts(config, height=512, width=1024, targets="attention+ff")
     assert (pair.parameters, pair.trainable) == (alone.parameters, alone.trainable)
-    assert pair.kept == wide.kept  # as of one picture twice as wide
-    assert pair.products == wide.products
-    assert pair.attention == wide.attention > 1.5 * alone.attention
+    assert pair.kept == wide.kept > 1.5 * alone.kept  # as of one picture twice as wide
+    assert pair.forward == wide.forward > 1.5 * alone.forward
 
 
 @pytest.mark.parametrize("family", ["flux2", pytest.param("klein", marks=pytest.mark.slow)])
