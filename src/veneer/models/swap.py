@@ -48,8 +48,6 @@ class FastReport:
     active: bool = False
     norms: dict[str, float] = field(default_factory=dict, repr=False)
     """Kind of norm that was swapped -> what its formula adds to the weight, 0 or 1."""
-    gates: dict[str, str] = field(default_factory=dict, repr=False)
-    """Kind of MLP that was swapped -> its activation."""
 
     def summary(self) -> str:
         """One line for a person: what was swapped, what was left as it is and why, and which CPU kernels there are."""

@@ -311,17 +311,6 @@ def _rows(
     return out
 
 
-def goes_in_tiles(
-    dtype: torch.dtype, lengths: Sequence[int], heads: int, kv: int, dim: int, window: int | None = None
-) -> bool:
-    """Whether such rows go in tiles here, so that no probabilities are kept: for whoever counts memory."""
-    layout = RowLayout(lengths)
-    return (
-        dispatch("rows_attend", torch.empty(1, heads + 2 * kv, dim, dtype=dtype), None, None, kv, layout, window)
-        is not None
-    )
-
-
 def fused_row_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
     """`row_attention` of [q | k | v] heads, (N, heads + 2·kv, dim) → (N, heads, dim), through torch's fused attention,
     which is the fast one on a GPU (flash attention for 16-bit heads) and picks its own kernel on each device."""

@@ -31,7 +31,7 @@ from veneer.ops.cpu import memory
 from veneer.ops.linear import LinearMap, linear, split_map
 from veneer.ops.mlp import gated_mlp, geglu, gelu_tanh, swiglu
 from veneer.ops.norms import norm_silu
-from veneer.ops.transfer import in_float64, made_up
+from veneer.ops.transfer import in_float64
 
 
 class DenoiserReport(FastReport):
@@ -43,26 +43,24 @@ class DenoiserReport(FastReport):
 
 
 @contextmanager
-def fast_denoiser(denoiser: nn.Module, *, like: DenoiserReport | None = None) -> Iterator[DenoiserReport]:
-    """Swaps what can be swapped, as the module says, for the length of the with-block. `like`: what was found of a
-    denoiser of the same kinds of modules; this one has no values to try, and is believed to be the same."""
+def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
+    """Swaps what can be swapped, as the module says, for the length of the with-block."""
     report = DenoiserReport()
     with ExitStack() as undo:
         undo.enter_context(memory.kept_memory())
         with without_dropout(denoiser):
-            _swap(denoiser, report, undo, like)
+            _swap(denoiser, report, undo)
         yield report
 
 
-def _swap(denoiser: nn.Module, report: DenoiserReport, undo: ExitStack, like: DenoiserReport | None) -> None:
+def _swap(denoiser: nn.Module, report: DenoiserReport, undo: ExitStack) -> None:
     for _, module in list(denoiser.named_modules()):
         kind = type(module).__name__
         make = _SWAPS.get(kind)
         if make is None:
             continue
         with ExitStack() as attempt:
-            unlike = like is not None and kind not in like.swapped
-            if why := like.left.get(kind, "there was none") if like and unlike else make(module, attempt):
+            if why := make(module, attempt):
                 report.left[kind] = why
                 continue
             undo.push(attempt.pop_all())
@@ -99,10 +97,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *args: Any, **kwargs: Any) -> str:
-    """Put `forward` on the module if it gives what the module gives; else why not. Without values both give none."""
-    if made_up(next((t for t in args if isinstance(t, Tensor)), torch.empty(0))):
-        replace_forward(module, forward, undo)
-        return ""
+    """Put `forward` on the module if it gives what the module gives; else why not."""
 
     def run() -> list[Tensor]:
         # with gradients, so that both sides are what training runs

@@ -17,9 +17,9 @@ that share an input lie in one tensor, of which each is a view: same parameters,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +61,14 @@ _ATTENTION = "veneer_rows"
 
 
 @contextmanager
-def fast(
-    model: Any, *, keep: int = 0, pack: int = 0, like: FastReport | None = None, sharded: Sharded | None = None
-) -> Iterator[FastReport]:
+def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = None) -> Iterator[FastReport]:
     """Swaps what can be swapped, as the module says, for the length of the with-block. It may be entered again inside.
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
     dequantised at each use. `pack`: bytes that weights of any other base may take a second time, in the order of their
-    products, where those are clearly faster so (ops/copies.py). `like`: what was found of a model of the same kinds of
-    modules; this one has no values to try, and is believed to be the same. `sharded`: what the model is called through;
-    its weights are looked at a block at a time, in the same order on every process, and projections of one input are
-    joined where they were sharded together (`weights_together`)."""
+    products, where those are clearly faster so (ops/copies.py). `sharded`: what the model is called through; its
+    weights are looked at a block at a time, in the same order on every process, and projections of one input are joined
+    where they were sharded together (`weights_together`)."""
     if (already := report_of(model)).active:
         yield already
         return
@@ -81,11 +78,11 @@ def fast(
         with without_dropout(model):
             undo.enter_context(marked(model, report))
             try:
-                own = (sharded or call_whole)(OwnForward.of, model) if like is None else None
+                own = (sharded or call_whole)(OwnForward.of, model)
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 report.left["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
             else:
-                _swap(model, own, report, undo, like, sharded)
+                _swap(model, own, report, undo, sharded)
             if keep:
                 keep_dequantised(report, keep, undo)
             if pack:
@@ -93,14 +90,7 @@ def fast(
         yield report
 
 
-def _swap(
-    model: Any,
-    own: OwnForward | None,
-    report: FastReport,
-    undo: ExitStack,
-    like: FastReport | None,
-    sharded: Sharded | None,
-) -> None:
+def _swap(model: Any, own: OwnForward, report: FastReport, undo: ExitStack, sharded: Sharded | None) -> None:
     """Modules and rows; or modules alone where rows are not the model's own; or nothing."""
     call = sharded or call_whole
     found = [module for module in model.modules() if not isinstance(module, LoraLinear)]
@@ -117,22 +107,22 @@ def _swap(
                 sharded.let_go()
 
     with ExitStack() as swapped:
-        _swap_norms(modules(), report, swapped, like)
-        _swap_mlps(modules(), report, swapped, like, move=sharded is None)
+        _swap_norms(modules(), report, swapped)
+        _swap_mlps(modules(), report, swapped, move=sharded is None)
         for kind in route_experts(found if sharded is None else (), swapped):
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
         with ExitStack() as attempt:
             before = dict(report.swapped), len(report.joins)
             problem = _swap_attention(model, modules(), report, attempt, move=sharded is None)
-            problem = problem or _rows_problem(model, own, call, like)
+            problem = problem or _rows_problem(model, own, call)
             if not problem:
                 report.rows = True
                 swapped.push(attempt.pop_all())
-                _swap_last_layer(model, own, report, swapped, like, call)
+                _swap_last_layer(model, own, report, swapped, call)
         if problem:
             report.left["rows"] = problem
             report.swapped, report.joins = before[0], report.joins[: before[1]]
-            problem = "" if own is None else own.nll_problem(call(_nll, model, own))
+            problem = own.nll_problem(call(_nll, model, own))
             if report.swapped and problem:
                 report.left["every module"] = problem
                 report.swapped, report.joins = {}, []
@@ -140,26 +130,16 @@ def _swap(
         undo.push(swapped.pop_all())
 
 
-_Found = TypeVar("_Found")
-
-
-def _as(like: FastReport, found: Mapping[str, _Found], kind: str) -> _Found:
-    """What was found of this kind. Raises OtherKind with the reason why nothing was."""
-    if kind not in found:
-        raise OtherKind(like.left.get(kind, "there was none"))
-    return found[kind]
-
-
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-def _swap_norms(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, like: FastReport | None) -> None:
+def _swap_norms(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack) -> None:
     for module in modules:
         kind = type(module).__name__
         if not kind.endswith("RMSNorm"):
             continue
         try:
-            plus = norm_of(module) if like is None else _as(like, like.norms, kind)
+            plus = norm_of(module)
             parts = norm_parts(module, plus)
         except OtherKind as why:
             report.left[kind] = str(why)
@@ -182,9 +162,7 @@ def _norm_forward(weight: Tensor, eps: float) -> Callable[..., Tensor]:
 # -- gated MLPs --------------------------------------------------------------------------------------------------------
 
 
-def _swap_mlps(
-    modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, like: FastReport | None, *, move: bool
-) -> None:
+def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, *, move: bool) -> None:
     """down(act(gate(x)) ⊙ up(x)) with gate_proj and up_proj apart, or joined in gate_up_proj."""
     for module in modules:
         found = gate_parts(module)
@@ -192,13 +170,12 @@ def _swap_mlps(
             continue
         kind, (parts, last) = type(module).__name__, found
         try:
-            act = gate_of(module) if like is None else _as(like, like.gates, kind)
+            act = gate_of(module)
         except OtherKind as why:
             report.left[kind] = str(why)
             continue
         join, down = Join(parts, undo, move=move), Join([last], undo)
         replace_forward(module, _mlp_forward(type(module).forward, join, down, act), undo)
-        report.gates[kind] = act
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
         report.joins += [join, down]
 
@@ -421,14 +398,7 @@ def _attention_forward(
     return forward
 
 
-def _swap_last_layer(
-    model: Any,
-    own: OwnForward | None,
-    report: FastReport,
-    undo: ExitStack,
-    like: FastReport | None,
-    call: CallWithWeights,
-) -> None:
+def _swap_last_layer(model: Any, own: OwnForward, report: FastReport, undo: ExitStack, call: CallWithWeights) -> None:
     """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
     trained, 63% of one layer's work falls away."""
     layers = getattr(getattr(model, "model", None), "layers", None)
@@ -440,7 +410,7 @@ def _swap_last_layer(
     with ExitStack() as attempt:
         replace_forward(layer, _kept_forward(type(layer).forward), attempt)
         report.keeps = True
-        report.keeps = not _rows_problem(model, own, call, like) and (like is None or like.keeps)
+        report.keeps = not _rows_problem(model, own, call)
         if report.keeps:
             undo.push(attempt.pop_all())
 
@@ -471,10 +441,8 @@ def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor
         return padded_nll(model, own.ids, LENGTHS, own.trained)
 
 
-def _rows_problem(model: Any, own: OwnForward | None, call: CallWithWeights, like: FastReport | None = None) -> str:
+def _rows_problem(model: Any, own: OwnForward, call: CallWithWeights) -> str:
     """Why rows without padding are not what this model gives by itself; "" where they are."""
-    if like is not None or own is None:
-        return "" if like is None else like.left.get("rows", "")
     layout = RowLayout(LENGTHS, own.ids.device)
     try:
         nll = call(_nll, model, own, layout)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.sizes import COPIES_OUT
-from veneer.ops.transfer import made_up, sent
+from veneer.ops.transfer import sent
 
 _LEAST = 1 << 20
 """Bytes from which a tensor is worth a copy."""
@@ -147,5 +147,5 @@ class HostStore:
 
 def _on_host(like: Tensor) -> Tensor:
     """Room for such a tensor, pinned where there is a GPU."""
-    pin = like.device.type == "cuda" and not made_up(like)
+    pin = like.device.type == "cuda"
     return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pin)

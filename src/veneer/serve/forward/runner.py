@@ -97,11 +97,9 @@ class Runner:
     products.
 
     `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
-    and the model is an outline of itself from then on. `like`: the `how` and `why` of a runner of a model of this kind,
-    for one that has no values to try it with. `how` and `why`: the way that was taken. `llama`: the base as tensors
-    where that is "fused", else None. `pages`: keys and values, one `Pages` for each
-    size of attention heads. `shares`: whether sequences can share blocks. Close it to put a base with dense
-    weights back as it was."""
+    and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `llama`: the base as
+    tensors where that is "fused", else None. `pages`: keys and values, one `Pages` for each size of attention heads.
+    `shares`: whether sequences can share blocks. Close it to put a base with dense weights back as it was."""
 
     def __init__(
         self,
@@ -112,7 +110,6 @@ class Runner:
         weights: WeightKind = "dense",
         batch_invariant: bool = False,
         context: int = 0,
-        like: tuple[str, str] | None = None,
     ) -> None:
         self.pack_bytes, self.weights, self.batch_invariant = pack_bytes, weights, batch_invariant
         self.base = base
@@ -155,7 +152,7 @@ class Runner:
         )
         same_bits = same_bits and not batch_invariant  # of oneDNN's products some have not
         self._threads = ThreadTuner(use_threads if same_bits else None, torch.get_num_threads())
-        self.how, self.why = self._choose() if like is None else self._follow(*like)
+        self.how, self.why = self._choose()
         self.shares = self.how != "alone"
         if batch_invariant and self.how != "fused":
             self.close()
@@ -349,14 +346,6 @@ class Runner:
                 self._weights.clear()
                 why += f"{'; ' if why else ''}not {trying} ({problem})"
         return "alone", why
-
-    def _follow(self, how: str, why: str) -> tuple[str, str]:
-        """The way that a model of this kind was seen to run. Raises what it raises where this one is not for it."""
-        if how == "fused":
-            self._make_fused()
-        if how == "packed" or (how == "fused" and not self.batch_invariant):
-            self._make_packed()
-        return how, why
 
     def _problem(self, own: OwnForward) -> str:
         """How the logits of any token differ from the base's own; "" where they do not. In pieces of different length,
