@@ -174,7 +174,7 @@ class Window:
     def at(self, path: str = "", *, there: bool = True) -> Window:
         """Open a view, and wait until its programs are there."""
         self.page.goto(f"{self.address}/studio/{path}")
-        self.page.wait_for_function("window.did_handshake === true && !document.getElementById('shell')")
+        self.page.wait_for_function("window.did_handshake === true && document.querySelector('.view h1')")
         if not there:  # the browser says on its console that the page was a 404
             self.wrong = [line for line in self.wrong if "404" not in line]
         return self

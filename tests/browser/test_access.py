@@ -69,7 +69,7 @@ def entered(window: Window, key: str, path: str) -> None:
     window.until("Sign in")
     window.page.keyboard.type(key)  # the field has the focus
     window.page.keyboard.press("Enter")
-    window.page.wait_for_function("window.did_handshake === true && !document.getElementById('shell')")
+    window.page.wait_for_function("window.did_handshake === true && document.querySelector('.view h1')")
 
 
 def test_another_s_links_lead_where_those_to_nothing_do(chromium: Any, shared: Shared) -> None:

@@ -23,7 +23,7 @@ from tests.serve.test_whole_kill import is_ready
 from tests.studio.conftest import ROOT, Served
 from tests.studio.lessons import parcel_rows, told_lesson
 from tests.studio.test_train import OTHER
-from tests.studio.windows import Window, opened
+from tests.studio.windows import Window, opened, page_html
 from tests.tiny_image_base import tiny_image_base
 from veneer.formats import convert
 from veneer.formats.topology import families
@@ -98,7 +98,7 @@ def is_labelled(label: str) -> Any:
 
 def test_the_library_s_commands_run(studio: Served, shell: Shell) -> None:
     for link in ("", "?q=tone", "?q=tone&rank=4&order=gain"):
-        for command in commands_in(httpx.get(f"{studio.address}/studio/{link}").text):
+        for command in commands_in(page_html(httpx.get(f"{studio.address}/studio/{link}"))):
             assert "tone" in shell.run(command)
     assert len(shell.ran) == 3
 
@@ -193,7 +193,7 @@ def test_the_commands_of_live_run(studio: Served, shell: Shell) -> None:
         route = f"veneer tenant route set support {base}=90 support@1=10"
         assert {route, "veneer tenant usage --by tenant,adapter"} <= {*found}
     shell.run(f"veneer tenant route set support {base}=50 support@1=50")
-    wait_for(lambda: "history support" in httpx.get(f"{studio.address}/studio/live").text)
+    wait_for(lambda: "history support" in page_html(httpx.get(f"{studio.address}/studio/live")))
     with opened(f"{studio.address}/studio/live") as window:
         shell.run_new(window)
         for button, command in (("Roll back", "rollback"), ("Remove", "remove")):
@@ -206,7 +206,7 @@ def test_the_commands_of_live_run(studio: Served, shell: Shell) -> None:
 def test_the_commands_of_doctor_run(studio: Served, shell: Shell) -> None:
     file = Path("style.safetensors")
     convert.write(random_adapter(families()["sdxl"], lambda m: m.startswith("unet.")), file, "kohya", family="sdxl")
-    (first,) = commands_in(httpx.get(f"{studio.address}/studio/doctor").text)
+    (first,) = commands_in(page_html(httpx.get(f"{studio.address}/studio/doctor")))
     shell.run(first.replace("FILE", str(file)))
     at = f"{studio.address}/studio/api/v1/adapter_inspections"
     head = {"content-type": "application/octet-stream"}
@@ -224,12 +224,12 @@ def test_the_commands_of_a_base_that_draws_run(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv("VENEER_LIBRARY", str(tmp_path / "library"))
         monkeypatch.chdir(tmp_path)
         shell = Shell(capsys)
-        assert commands_in(httpx.get(f"{served.address}/studio/compare").text) == [], "nothing is asked yet"
+        assert commands_in(page_html(httpx.get(f"{served.address}/studio/compare"))) == [], "nothing is asked yet"
         with opened(f"{served.address}/studio/compare?p=a%20fox&steps=1") as window:
             (image,) = shell.run_new(window)
         assert image.startswith("veneer image 'a fox' --base /")
         assert (tmp_path / "picture.png").is_file()
-        (serve,) = commands_in(httpx.get(f"{served.address}/studio/live").text)
+        (serve,) = commands_in(page_html(httpx.get(f"{served.address}/studio/live")))
     command = ["-c", "from veneer.cli.main import main; main()", *shlex.split(serve)[1:], "--port", str(free_port())]
     env = dict(os.environ) | {"PYTHONPATH": str(ROOT / "src")}
     process = Forked(command, env=env, log=tmp_path / "log", cwd=tmp_path)

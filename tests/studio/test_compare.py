@@ -12,7 +12,7 @@ import httpx
 from tests.serve.http.toy import wait_for
 from tests.serve.saved_adapters import saved
 from tests.studio.conftest import HOSTILE, Served
-from tests.studio.windows import Window, opened
+from tests.studio.windows import Window, opened, page_html
 from veneer.library.library import open_library
 from veneer.models.text.base import load_text
 from veneer.train.text.judged import corrected_row
@@ -89,12 +89,12 @@ def test_an_adapter_brings_the_prompt_of_its_card(studio: Served, tiny: tuple[Pa
         library.add(tmp_path, "doors")
     try:
         wait_for(lambda: httpx.get(f"{studio.address}/studio/compare?c=doors").status_code == 200)
-        page = httpx.get(f"{studio.address}/studio/adapter?ref=doors%401").text
+        page = page_html(httpx.get(f"{studio.address}/studio/adapter?ref=doors%401"))
         assert "veneer generate &#39;Read door 5.&#39;" in page
         assert "--system &#39;Answer in JSON.&#39;" in page
         command = "--system &#39;Answer in JSON.&#39;"
-        assert command in httpx.get(f"{studio.address}/studio/compare?c=doors").text
-        assert command not in httpx.get(f"{studio.address}/studio/compare?c=doors&p=Where%3F").text
+        assert command in page_html(httpx.get(f"{studio.address}/studio/compare?c=doors"))
+        assert command not in page_html(httpx.get(f"{studio.address}/studio/compare?c=doors&p=Where%3F"))
         with opened(f"{studio.address}/studio/compare") as window:
             if "data-ref" not in str(window.elements):  # the adapters may have been found before the page went out
                 window.until("data-ref")
@@ -111,4 +111,4 @@ def test_what_is_not_there_and_what_is_hostile_is_only_text(studio: Served) -> N
     page = httpx.get(f"{studio.address}/studio/compare?c=support%401&p={quote(HOSTILE)}")
     assert page.status_code == 200
     assert "<img src=x" not in page.text
-    assert "veneer generate" in page.text, "the command that does the same"
+    assert "veneer generate" in page_html(page), "the command that does the same"

@@ -8,12 +8,13 @@ import httpx
 
 from tests.serve.http.toy import wait_for
 from tests.studio.conftest import Served
+from tests.studio.windows import page_html
 from veneer.adapters.mix import keep_mix
 from veneer.library.library import open_library
 
 
 def page_of(studio: Served, path: str) -> str:
-    return httpx.get(f"{studio.address}/studio/{path}", timeout=60).text
+    return page_html(httpx.get(f"{studio.address}/studio/{path}", timeout=60))
 
 
 def cards(studio: Served, narrowed: str) -> set[str]:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.serve.http.toy import wait_for
 from tests.studio.conftest import Served
-from tests.studio.windows import opened
+from tests.studio.windows import opened, page_html
 from veneer.jobs.store import money
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import usage
@@ -41,7 +41,7 @@ def is_bar(element: dict[str, Any]) -> bool:
 
 def test_a_move_is_said_before_it_is_made_and_seen_by_who_else_looks(studio: Served, store: Store) -> None:
     url = f"{studio.address}/studio/live"
-    wait_for(lambda: "support@2" in httpx.get(url).text)
+    wait_for(lambda: "support@2" in page_html(httpx.get(url)))
     with opened(url) as one, opened(url) as other:
         one.tell(is_bar, "moved", [80, 20])
         one.until(
@@ -65,9 +65,11 @@ def test_an_older_version_can_be_let_go_live_too(studio: Served, store: Store) -
     routes.set_route(store, "parcels", [("support@2", 100)], who="test")
     for name in ("support@1", "acme/tone@1"):
         began = f"{name.partition('@')[0]} begins: 90 % of users get {studio.base.name} and 10 % of users get {name}"
-        wait_for(lambda name=name, began=began: began in httpx.get(f"{studio.address}/studio/live?ref={name}").text)
+        wait_for(
+            lambda name=name, began=began: began in page_html(httpx.get(f"{studio.address}/studio/live?ref={name}"))
+        )
     for name in ("support@3", "nothing@1", "parcels", "support@prod"):
-        assert "begins: 90 %" not in httpx.get(f"{studio.address}/studio/live?ref={name}").text, name
+        assert "begins: 90 %" not in page_html(httpx.get(f"{studio.address}/studio/live?ref={name}")), name
 
 
 def test_who_used_what_for_how_much_and_what_is_in_memory(studio: Served, store: Store) -> None:
@@ -88,7 +90,7 @@ def test_who_used_what_for_how_much_and_what_is_in_memory(studio: Served, store:
     assert re.search("".join(f'<td class="n"[^>]*>{re.escape(figure)}</td>' for figure in row), live(studio))
     assert re.search(r"In memory.*<td>support@2</td>", live(studio), re.DOTALL)
     assert "veneer tenant usage" in live(studio)
-    cards = httpx.get(f"{studio.address}/studio/?q=support").text
+    cards = page_html(httpx.get(f"{studio.address}/studio/?q=support"))
     assert "live: parcels 10 %" in cards, "of the newest version, which a card is of"
     manage.set_price(store, ALL, ALL, None, who="test")
     manage.set_limit(store, EACH, ALL, {"requests_per_minute": None}, who="test")
@@ -148,4 +150,4 @@ def test_a_request_to_copy_names_the_key_by_its_variable() -> None:
 
 
 def live(studio: Served) -> str:
-    return httpx.get(f"{studio.address}/studio/live").text
+    return page_html(httpx.get(f"{studio.address}/studio/live"))

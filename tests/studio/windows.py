@@ -8,6 +8,7 @@ with opened(f"{address}/studio/") as window:
 from __future__ import annotations
 
 import ast
+import html
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +17,15 @@ from typing import Any
 
 import httpx
 from websockets.sync.client import ClientConnection, connect
+
+
+def page_html(page: httpx.Response) -> str:
+    """What a page shows: the texts of its elements, and its fragments as HTML. Of a page without programs all of it."""
+    found = re.search(r"String\.raw`(.*?)`", page.text, re.DOTALL)
+    if found is None:
+        return page.text
+    elements = json.loads(html.unescape(found[1])).values()
+    return "\n".join(html.escape(e.get("text") or "") + e.get("props", {}).get("html", "") for e in elements)
 
 
 class Window:

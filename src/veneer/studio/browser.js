@@ -31,7 +31,6 @@ export default {
   mounted() {
     this.chord = "";
     this.files = [];
-    this.takeOver();
     document.addEventListener("click", this.clicked);
     document.addEventListener("keydown", this.pressed);
     document.addEventListener("focusin", (e) => (this.focused = e.target.dataset?.id || ""));
@@ -55,21 +54,6 @@ export default {
     this.changed();
   },
   methods: {
-    // what stood there before this ran goes; what was typed into it is kept
-    takeOver() {
-      const shell = document.getElementById("shell");
-      const typed = shell?.contains(document.activeElement) && typing(document.activeElement) ? document.activeElement : null;
-      const at = typed ? [...shell.querySelectorAll("input, textarea, select")].indexOf(typed) : -1;
-      const value = typed?.value;
-      shell?.remove();
-      const el = at < 0 ? null : document.querySelector(".nicegui-content").querySelectorAll("input:not([hidden]), textarea, select")[at];
-      if (!el) return;
-      el.focus();
-      if (el.value !== value) {
-        el.value = value;
-        el.dispatchEvent(new Event("input"));
-      }
-    },
     keep(path, said) {
       if (location.pathname.replace(/\/+$/, "") !== path.replace(/\/+$/, "")) return; // somebody went on, back or forward meanwhile
       history.replaceState(null, "", said ? `${path}?${said}` : path);

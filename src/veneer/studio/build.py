@@ -112,7 +112,6 @@ def _mount(app: FastAPI, studio: Studio) -> None:
 
     from veneer.studio.frame import Frame
     from veneer.studio.links import query_of
-    from veneer.studio.still import add_still
 
     own.config.socket_io_js_transports = ["websocket"]
     own.config.quasar_config["loadingBar"]["skipHijack"] = True  # its bar over the page for each upload
@@ -130,7 +129,6 @@ def _mount(app: FastAPI, studio: Studio) -> None:
         )
         query = query_of(request.query_params.multi_items())
         frame.client.status_code = await frame.visit(path.strip("/"), query)
-        add_still(frame.client)
         return None
 
     ui.run_with(
