@@ -636,9 +636,9 @@ def products(task: Task) -> dict[str, Any]:
 def _ops(task: Task, figures: list[Figure]) -> str:
     """Adds ops of a training step, forward and backward, each by its library and by torch's reference; a note."""
     import torch
-
-    from veneer.ops.attention import RowLayout, rotary_attention
     from veneer.ops.choice import pinned
+
+    from veneer.ops.attention import RowLayout, rope_varlen_attention
     from veneer.ops.loss import token_nll
     from veneer.ops.norms import rms_norm
 
@@ -656,8 +656,8 @@ def _ops(task: Task, figures: list[Figure]) -> str:
     layout, cos, sin = RowLayout([s.length] * s.rows, s.device), angles.cos(), angles.sin()
     given = {
         "rms_norm_autograd": ("liger", x, lambda: rms_norm(x, weight, 1e-5)),
-        "rope": ("liger", qkv, lambda: rotary_attention(qkv, cos, sin, kv, layout, dim**-0.5)),
-        "attend_rows": ("varlen", qkv, lambda: rotary_attention(qkv, cos, sin, kv, layout, dim**-0.5)),
+        "rope": ("liger", qkv, lambda: rope_varlen_attention(qkv, cos, sin, kv, layout, dim**-0.5)),
+        "varlen_attention": ("varlen", qkv, lambda: rope_varlen_attention(qkv, cos, sin, kv, layout, dim**-0.5)),
         "linear_cross_entropy": ("liger", x, lambda: token_nll(x, head, targets)),
     }
     for op, (library, leaf, run) in given.items():
@@ -666,7 +666,7 @@ def _ops(task: Task, figures: list[Figure]) -> str:
                 one = min(_seconds(lambda: torch.autograd.grad(run().sum(), leaf), s.device, 10, warm=2))  # noqa: B023
             figures.append(Figure(f"{op}, {name}", 1 / one, "calls/s"))
             tell(_result(figures))
-    return f"ops: {n:,} tokens; rope and attend_rows are each timed with the whole of attention around them"
+    return f"ops: {n:,} tokens; rope and varlen_attention are each timed with the whole of attention around them"
 
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")

@@ -18,12 +18,12 @@ from veneer.ops.attention import (
     HeadNorms,
     RowLayout,
     cross_attention,
-    fused_row_attention,
     joint_attention,
     joint_attention_reference,
-    rotary_attention,
+    rope_varlen_attention,
     rotate,
-    row_attention,
+    sdpa_varlen_attention,
+    varlen_attention,
 )
 from veneer.ops.dispatch import dispatch, override_ops
 from veneer.ops.sizes import ATTENTION_BLOCK as BLOCK
@@ -50,8 +50,8 @@ def test_idle_tokens_get_nothing_and_give_nothing() -> None:
     n = sum(lengths) + idle
     x, cos, sin, g = (torch.randn(n, *shape, generator=gen) for shape in ((4, 8), (4,), (4,), (2, 8)))
     plain, padded = (x[:-idle].clone().requires_grad_(), x.clone().requires_grad_())
-    out = rotary_attention(plain, cos[:-idle], sin[:-idle], 1, RowLayout(lengths), 0.5)
-    more = rotary_attention(padded, cos, sin, 1, RowLayout(lengths, idle=idle), 0.5)
+    out = rope_varlen_attention(plain, cos[:-idle], sin[:-idle], 1, RowLayout(lengths), 0.5)
+    more = rope_varlen_attention(padded, cos, sin, 1, RowLayout(lengths, idle=idle), 0.5)
     out.backward(g[:-idle])
     more.backward(g)
     for short, long in ((out, more), (plain.grad, padded.grad)):
@@ -73,8 +73,8 @@ def check(
     scale = dim**-0.5
     made = []
     for name in ("torch", "tiles", "tiles32"):
-        with override_ops(rows_attend=name):
-            out = rotary_attention(x, cos, sin, kv, RowLayout(lengths), scale, window)
+        with override_ops(rope_varlen_attention=name):
+            out = rope_varlen_attention(x, cos, sin, kv, RowLayout(lengths), scale, window)
             made.append((out, *torch.autograd.grad(out, x, g)))
     xd = x.detach().double().requires_grad_()
     q, k, v = xd.split([heads, kv, kv], 1)
@@ -113,7 +113,7 @@ def test_no_row_sees_another_and_no_token_a_later_one() -> None:
     q, k, v = (torch.randn(n, 1, 4, generator=gen) for _ in range(3))
 
     def outputs(value: Tensor) -> Tensor:
-        return row_attention(q, k, value, RowLayout(lengths), 0.5)[:, 0, 0]
+        return varlen_attention(q, k, value, RowLayout(lengths), 0.5)[:, 0, 0]
 
     jacobian = torch.stack(
         [torch.autograd.grad(outputs(w := v.clone().requires_grad_())[i], w)[0][:, 0, 0] for i in range(n)]
@@ -130,8 +130,8 @@ def test_tokens_after_the_rows_attend_to_nothing(name: str, dtype: torch.dtype) 
     gen = torch.Generator().manual_seed(1)
     qkv = torch.randn(24, 4, 16, generator=gen).to(dtype).requires_grad_()
     q, k, v = qkv.split([2, 1, 1], 1)
-    with override_ops(rows_attend=name):
-        out = row_attention(q, k, v, RowLayout([7, 12], idle=5), 0.25)
+    with override_ops(rope_varlen_attention=name):
+        out = varlen_attention(q, k, v, RowLayout([7, 12], idle=5), 0.25)
         (grad,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
     assert (out[19:] == 0).all()
     assert (grad[19:] == 0).all()
@@ -143,16 +143,16 @@ def test_scores_of_any_size_and_what_is_no_number_stays_visible(name: str) -> No
     """A key far above the others takes all, first or last; NaN and infinity come out as such where they are seen."""
     q, k = torch.full((300, 1, 16), 8.0).bfloat16(), torch.full((300, 1, 16), -8.0).bfloat16()
     v = torch.arange(300.0).bfloat16()[:, None, None].expand(300, 1, 16).contiguous()
-    with override_ops(rows_attend=name):
+    with override_ops(rope_varlen_attention=name):
         for high in (0, 70, 299):
             keys = k.clone()
             keys[high] = 8.0
-            out = row_attention(q, keys, v, RowLayout([300]), 1.0)
+            out = varlen_attention(q, keys, v, RowLayout([300]), 1.0)
             assert torch.equal(out[high:], v[high].expand(300 - high, 1, 16))
         for bad in (float("nan"), float("inf")):
             keys = k.clone()
             keys[100, 0, 3] = bad
-            out = row_attention(q, keys, v, RowLayout([300]), 1.0)
+            out = varlen_attention(q, keys, v, RowLayout([300]), 1.0)
             assert out[:100].isfinite().all()
             assert not out[100:].isfinite().any()
 
@@ -161,10 +161,10 @@ def test_without_onednn_rows_go_another_way(monkeypatch: pytest.MonkeyPatch) -> 
     """libtorch then has no small products of bfloat16."""
     qkv = torch.randn(40, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     q, k, v = qkv.split([2, 1, 1], 1)
-    want = row_attention(q, k, v, RowLayout([40]), 0.25)
+    want = varlen_attention(q, k, v, RowLayout([40]), 0.25)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    with override_ops(rows_attend="tiles"):
-        got = row_attention(q, k, v, RowLayout([40]), 0.25)
+    with override_ops(rope_varlen_attention="tiles"):
+        got = varlen_attention(q, k, v, RowLayout([40]), 0.25)
     assert (got.double() - want.double()).norm() <= 1e-2 * want.double().norm()
 
 
@@ -176,12 +176,12 @@ def test_rows_in_tiles_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            with override_ops(rows_attend="tiles"):
-                out = rotary_attention(qkv, cos, sin, 1, RowLayout([1201]), 0.25)
+            with override_ops(rope_varlen_attention="tiles"):
+                out = rope_varlen_attention(qkv, cos, sin, 1, RowLayout([1201]), 0.25)
                 made.append((out.detach(), *torch.autograd.grad(out, qkv, torch.ones_like(out))))
     finally:
         torch.set_num_threads(before)
-    if dispatch("rows_attend", qkv, cos, sin, 1, RowLayout([1201]), None) is not None:
+    if dispatch("rope_varlen_attention", qkv, cos, sin, 1, RowLayout([1201]), None) is not None:
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
@@ -192,7 +192,7 @@ def test_heads_that_are_normed_before_they_are_turned(dtype: torch.dtype) -> Non
     x, angles, g, weight = (torch.randn(*shape, dtype=torch.float64, generator=gen) for shape in shapes)
     cos, sin, weight = angles.cos().to(dtype), angles.sin().to(dtype), (1 + weight / 3).to(dtype)
     x = x.to(dtype).requires_grad_()
-    out = rotary_attention(x, cos, sin, kv, RowLayout(lengths), 0.25, 30, HeadNorms(weight, 1e-3))
+    out = rope_varlen_attention(x, cos, sin, kv, RowLayout(lengths), 0.25, 30, HeadNorms(weight, 1e-3))
     xd = x.detach().double().requires_grad_()
     *both, v = xd.split([heads, kv, kv], 1)
     normed = [F.rms_norm(t, (dim,), w.double(), 1e-3) for t, w in zip(both, weight, strict=True)]
@@ -220,7 +220,7 @@ def test_caps_and_sinks_are_those_of_transformers(family: str, window: int | Non
         padded = (t.transpose(0, 1)[None] for t in rows)
         out.append(eager(module, *padded, added, scaling=0.5, softcap=cap or None)[0][0])
     wanted = torch.cat(out)
-    got = row_attention(q, k, v, RowLayout(lengths), 0.5, window, cap, None if cap else sinks)
+    got = varlen_attention(q, k, v, RowLayout(lengths), 0.5, window, cap, None if cap else sinks)
     pairs = [(got, wanted)]
     pairs += zip(torch.autograd.grad(got, given, g), torch.autograd.grad(wanted, given, g), strict=True)
     for a, b in pairs:
@@ -242,7 +242,7 @@ def test_what_runs_on_a_gpu_is_the_same_attention(window: int | None) -> None:
     """Through torch's fused attention, here on the CPU."""
     lengths, gen = [5, 9, 40, 41, 9], torch.Generator().manual_seed(0)
     qkv = torch.randn(104, 6 + 4, 8, dtype=torch.float64, generator=gen, requires_grad=True)
-    out = fused_row_attention(qkv, 2, RowLayout(lengths), 0.3, window)
+    out = sdpa_varlen_attention(qkv, 2, RowLayout(lengths), 0.3, window)
     wanted = reference(*qkv.split([6, 2, 2], 1), lengths, 0.3, window)
     torch.testing.assert_close(out, wanted)
     g = torch.randn(104, 6, 8, dtype=torch.float64, generator=gen)
@@ -256,14 +256,14 @@ def near(got: Tensor, want: Tensor, tolerance: float) -> bool:
     return bool((got - want).double().norm() <= tolerance * want.double().norm())
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("norms", ["none", "one", "by token"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_joint_attention(norms: str, turned: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_joint_attention(norms: str, rotated: bool, dtype: torch.dtype, tolerance: float) -> None:
     g = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, 9, 3, 4, 8, generator=g).to(dtype)
     weight = None if norms == "none" else 1 + torch.randn(2, 1, 1, 9 if norms == "by token" else 1, 8, generator=g) / 3
-    turn = torch.polar(torch.ones(9, 4), torch.randn(9, 4, generator=g)) if turned else None
+    turn = torch.polar(torch.ones(9, 4), torch.randn(9, 4, generator=g)) if rotated else None
     out_gradient = torch.randn(2, 9, 32, generator=g).to(dtype)
     results = []
     for function in (joint_attention, joint_attention_reference):

@@ -1,6 +1,6 @@
 """Attention: causal, over rows that lie one after another; and of denoisers, where every token sees every other.
 
-    row_attention, rotary_attention    o = softmax(scale·q·kᵀ + causal)·v inside each row    q: (N, heads, dim)
+    varlen_attention, rope_varlen_attention    o = softmax(scale·q·kᵀ + causal)·v inside each row    q: (N, heads, dim)
     with head_norms                    of q̂ = rope(w_q ⊙ q/rms(q)) and k̂ alike, as Qwen 3 and Gemma 3 have it
     joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike; both optional
     cross_attention                    o = softmax(q·kᵀ/√d)·v over other tokens' keys
@@ -140,7 +140,7 @@ class RowLayout:
 
 
 def _gather(x: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """(N, heads, dim) → (rows·kv, length·heads/kv, dim), turned by +θ and scaled; padding is zero.
+    """(N, heads, dim) → (rows·kv, length·heads/kv, dim), rotated by +θ and scaled; padding is zero.
 
     Time-major, so that a block of queries is a contiguous range of rows of the product."""
     heads, dim = x.shape[1], x.shape[2]
@@ -273,7 +273,8 @@ class _Attention(torch.autograd.Function):
 
 
 class _Tiled(torch.autograd.Function):
-    """The same by an implementation of "rows_attend": qkv, the output and log Σ exp are kept, no probabilities."""
+    """The same by an implementation of "rope_varlen_attention": qkv, the output and log Σ exp are kept, no
+    probabilities."""
 
     @staticmethod
     def forward(
@@ -303,7 +304,7 @@ class _Tiled(torch.autograd.Function):
 def _rows(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, layout: RowLayout, scale: float, window: int | None
 ) -> Tensor:
-    run = dispatch("rows_attend", qkv, cos, sin, kv, layout, window)
+    run = dispatch("rope_varlen_attention", qkv, cos, sin, kv, layout, window)
     if run is not None:
         tiled: Tensor = _Tiled.apply(run, qkv, cos, sin, kv, layout, scale, window)
         return tiled
@@ -311,9 +312,10 @@ def _rows(
     return out
 
 
-def fused_row_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
-    """`row_attention` of [q | k | v] heads, (N, heads + 2·kv, dim) → (N, heads, dim), through torch's fused attention,
-    which is the fast one on a GPU (flash attention for 16-bit heads) and picks its own kernel on each device."""
+def sdpa_varlen_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
+    """`varlen_attention` of [q | k | v] heads, (N, heads + 2·kv, dim) → (N, heads, dim), through torch's fused
+    attention, which is the fast one on a GPU (flash attention for 16-bit heads) and picks its own kernel on each
+    device."""
     heads, dim = qkv.shape[1] - 2 * kv, qkv.shape[2]
     out = qkv.new_zeros(len(qkv), heads, dim)
     for group in layout.groups:
@@ -334,13 +336,13 @@ def fused_row_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float, w
 
 
 class HeadNorms(NamedTuple):
-    """RMS norms of each head of q and k before they are turned. weight: w_q, w_k, frozen, as (2, dim)."""
+    """RMS norms of each head of q and k before they are rotated. weight: w_q, w_k, frozen, as (2, dim)."""
 
     weight: Tensor
     eps: float
 
 
-def rotary_attention(
+def rope_varlen_attention(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -353,13 +355,13 @@ def rotary_attention(
     """Attention of [q | k | v] heads with rotary positions in q and k. qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
 
     cos, sin: (N, dim/2). `window`: a query sees itself and the window − 1 tokens before it; None: all before it.
-    Keeps the turned q, k, v and the probabilities in their dtype, or in tiles qkv, the output and log Σ exp; on a GPU,
+    Keeps the rotated q, k, v and the probabilities in their dtype, or in tiles qkv, the output and log Σ exp; on a GPU,
     what flash attention keeps; with norms q and k as they were before, too. Reference of norms: `normed_heads`."""
     if layout.shared is not None:
         places = layout.shared.places
 
         def attend(own: Tensor) -> Tensor:
-            return rotary_attention(own, cos[places], sin[places], kv, layout.whole, scale, window, norms)
+            return rope_varlen_attention(own, cos[places], sin[places], kv, layout.whole, scale, window, norms)
 
         return _each_whole(attend, layout, qkv)
     if norms is not None:
@@ -368,7 +370,7 @@ def rotary_attention(
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
         run = dispatch("rope", q, k, cos, sin)
         q, k = (rotate(q, cos, sin), rotate(k, cos, sin)) if run is None else run(q, k, cos, sin)
-        return row_attention(q, k, v, layout, scale, window)
+        return varlen_attention(q, k, v, layout, scale, window)
     return _rows(qkv, cos, sin, kv, layout, scale, window)
 
 
@@ -379,7 +381,7 @@ def normed_heads(qkv: Tensor, kv: int, norms: HeadNorms) -> Tensor:
     return torch.cat([q, k, v], dim=1)
 
 
-def row_attention(
+def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -392,23 +394,23 @@ def row_attention(
     """The same without rotation. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim).
 
     `cap`: scores are cap·tanh(score/cap), 0 leaves them. sinks: (heads,), a score of each head that takes its share of
-    the softmax and adds nothing. Where there is no kernel these two are `scored_attention_reference`."""
+    the softmax and adds nothing. Where there is no kernel these two are `varlen_attention_reference`."""
     if layout.shared is not None:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return row_attention(q, k, v, layout.whole, scale, window, cap, sinks)
+            return varlen_attention(q, k, v, layout.whole, scale, window, cap, sinks)
 
         return _each_whole(attend, layout, q, k, v)
-    run = dispatch("attend_rows", q, k, v, cap, sinks)
+    run = dispatch("varlen_attention", q, k, v, cap, sinks)
     if run is not None:
         parts = (t[: len(t) - layout.idle] for t in (q, k, v))
         attended: Tensor = run(*parts, layout, scale, window, cap, sinks)
         return F.pad(attended, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else attended
     if cap or sinks is not None:
-        return scored_attention_reference(q, k, v, layout, scale, window, cap, sinks)
+        return varlen_attention_reference(q, k, v, layout, scale, window, cap, sinks)
     qkv = torch.cat([q, k, v], 1)
     if qkv.device.type != "cpu":
-        return fused_row_attention(qkv, k.shape[1], layout, scale, window)
+        return sdpa_varlen_attention(qkv, k.shape[1], layout, scale, window)
     return _rows(qkv, None, None, k.shape[1], layout, scale, window)
 
 
@@ -446,7 +448,7 @@ class _Taken(torch.autograd.Function):
         return added.to(grad.dtype).view(ctx.count, *grad.shape[1:]), None
 
 
-def scored_attention_reference(
+def varlen_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -456,7 +458,7 @@ def scored_attention_reference(
     cap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`row_attention` line by line, a row at a time."""
+    """`varlen_attention` line by line, a row at a time."""
     per, out = q.shape[1] // k.shape[1], [q.new_zeros(layout.idle, *q.shape[1:])]
     lengths = [*layout.lengths, layout.idle]
     rows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
@@ -485,7 +487,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions in halves (arXiv 2104.09864 as Llama lays it out). x: (N, heads, dim), cos, sin: (N, dim/2).
 
-    y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. The reference for what `rotary_attention` does on the way."""
+    y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. The reference for what `rope_varlen_attention` does on the way."""
     return _rotated(x, cos, sin, 1.0)
 
 
@@ -503,7 +505,7 @@ CHUNK_BYTES = 8 << 20
 unless there is a kernel, which needs no more for a thousand tokens than for ten."""
 
 
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
+def _rotate_pairs(x: Tensor, turn: Tensor) -> Tensor:
     """Neighbouring pairs of x, float32 (…, S, d), as complex numbers times turn: (S, d/2)."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
@@ -631,7 +633,7 @@ class _Joint(torch.autograd.Function):
             if weight is not None:
                 r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d).add_(eps).rsqrt_()
                 x = (x * r).mul_(weight)
-            x = x if turn is None else _turned(x.contiguous(), turn)
+            x = x if turn is None else _rotate_pairs(x.contiguous(), turn)
             both = x.to(qkv.dtype).transpose(2, 3)
             q, k = both.unbind(0)
         out, lse, p = _attend_all(q, k, v, keep=KEPT_TOKENS * d >= S)
@@ -648,10 +650,10 @@ class _Joint(torch.autograd.Function):
             _attend_all_backward(g, out, q, k, v, lse, p, dq, dk, dv)
             return dqkv, None, None, None
         q, k = both.unbind(0)
-        d_both = torch.empty_like(both)  # of what was normed and turned
+        d_both = torch.empty_like(both)  # of what was normed and rotated
         _attend_all_backward(g, out, q, k, v, lse, p, d_both[0], d_both[1], dv)
         dx = d_both.transpose(2, 3).float()
-        dx = dx if turn is None else _turned(dx.contiguous(), turn.conj())
+        dx = dx if turn is None else _rotate_pairs(dx.contiguous(), turn.conj())
         if weight is not None and r is not None:  # dx = r·(w⊙g − x̂·mean(w⊙g⊙x̂)), x̂ = r·x
             dx = dx.mul_(weight)
             x = qkv[:, :, :2].permute(2, 0, 3, 1, 4) * r
@@ -682,7 +684,7 @@ def joint_attention_reference(
         x = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float()
         if weight is not None:
             x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-        x = x if turn is None else _turned(x.contiguous(), turn)
+        x = x if turn is None else _rotate_pairs(x.contiguous(), turn)
         q, k = x.to(qkv.dtype).transpose(2, 3).unbind(0)
     return _over_all(q, k, v)
 

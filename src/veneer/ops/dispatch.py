@@ -38,7 +38,7 @@ REFERENCE = "torch"
 OPS = {
     "attend": "attention of tokens over all others: softmax(q·kᵀ/√d)·v",
     "attend_backward": "its gradients",
-    "attend_rows": "attention of rows beside one another, with windows, capped scores and sinks, and its gradients",
+    "varlen_attention": "causal attention of packed rows, with windows, capped scores and sinks, and its gradients",
     "causal_softmax": "softmax of scores over the keys that a query may see",
     "coded_product": "x·Wᵀ + b of a few rows, by the codes of a weight",
     "dequantise_blocks4": "a weight of 4 bits, in blocks",
@@ -66,7 +66,7 @@ OPS = {
     "rms_norm_autograd": "RMS norm with its gradient, in one call",
     "rms_norm_backward": "its gradient",
     "rope": "rotary positions of q and k, and its gradient",
-    "rows_attend": "causal attention of rows that lie one after another, and its gradients",
+    "rope_varlen_attention": "the same of rotated q and k, without caps and sinks",
     "rows_low_rank": "s·(x·Aᵀ)·Bᵀ with another adapter for each row",
     "scatter_heads": "the inverse of gather_heads",
     "silu_gate": "silu(gate) ⊙ up",

@@ -148,10 +148,12 @@ def test_another_torch_is_tried_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_kernel_that_failed_is_not_said_to_be_the_processors_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     library = compiled.Kernels(ctypes.CDLL(None), Path("kernels"))
     monkeypatch.setattr(compiled, "kernels", lambda: library)
-    assert "this processor" in compiled.why_missing("narrow_rows_attend")
+    assert "this processor" in compiled.why_missing("narrow_rope_varlen_attention")
     assert "no AVX512-BF16" in compiled.why_missing("decode")
-    library.wrong = {"narrow_rows_attend": "is off by 3", "decode": "ends its process (-11)"}
-    assert compiled.why_missing("narrow_rows_attend").endswith("the self-test failed (narrow_rows_attend is off by 3)")
+    library.wrong = {"narrow_rope_varlen_attention": "is off by 3", "decode": "ends its process (-11)"}
+    assert compiled.why_missing("narrow_rope_varlen_attention").endswith(
+        "the self-test failed (narrow_rope_varlen_attention is off by 3)"
+    )
     assert compiled.why_missing("decode").endswith("the self-test failed (decode ends its process (-11))")
 
 

@@ -184,9 +184,12 @@ _ROWS_OF_NONE = torch.tensor([0, 1])
         ("token_nll", [None, 1, None, None, None, 0, FAR, 0, 2]),
         ("attend", [*[None] * 6, 0, 1, 1, FAR, 16, 1.0, 2]),
         ("attend_backward", [*[None] * 10, 0, 1, 1, FAR, 16, 1.0, 2]),
-        ("rows_attend", [None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, None, 2]),
         (
-            "rows_attend_backward",
+            "rope_varlen_attention",
+            [None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, None, 2],
+        ),
+        (
+            "rope_varlen_attention_backward",
             [*[None] * 3, None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, 2],
         ),
         ("paged_attend", [None, 1, None, 2, 1, 16, *[None] * 2, 0, None, 1, *[None] * 2, 1.0, 0.0, 0, FAR, 2]),

@@ -77,7 +77,7 @@ def test_turned_and_stored_as_by_hand(dtype: torch.dtype, normed: bool) -> None:
         return torch.cat([a * c - b * s, b * c + a * s], -1)
 
     q, k = turned(whole[:, :heads], norms[0]), turned(whole[:, heads : heads + kv], norms[1])
-    pages.turn_and_store(0, qkv, rotary, batch)
+    pages.rope_and_cache(0, qkv, rotary, batch)
     eps = torch.finfo(dtype).eps
     assert torch.allclose(qkv.double().view(n, -1, d)[:, :heads], q, rtol=2 * eps, atol=4 * eps)
     plain.store(0, k.to(dtype), whole[:, heads + kv :].to(dtype), batch)

@@ -61,7 +61,7 @@ _AVX512_BF16 = {
     "thin_gradients": "pippppppllli",
     "thin_rows": "plplplppppli",
     "store_rows": "plplpplllppi",
-    "turn_and_store": "plllppppfppplppi",
+    "rope_and_cache": "plllppppfppplppi",
     "paged_attend": "plplllpplplppfflli",
     "panel_product": "pllppplii",
     "amx_panel_product": "pllppplii",
@@ -71,13 +71,13 @@ _AVX512_BF16 = {
 _AMX = ("amx_panel_product",)
 """What wants AMX beside it, which the system grants a process that asks."""
 _TILES = {
-    "rows_attend": "plpppllllflippi",
-    "rows_attend_backward": "pppplpppllllflipi",
-    "narrow_rows_attend": "plpppllllflippi",
-    "narrow_rows_attend_backward": "pppplpppllllflipi",
+    "rope_varlen_attention": "plpppllllflippi",
+    "rope_varlen_attention_backward": "pppplpppllllflipi",
+    "narrow_rope_varlen_attention": "plpppllllflippi",
+    "narrow_rope_varlen_attention_backward": "pppplpppllllflipi",
 }
 """What multiplies by libtorch's own small products, of float32 and of bfloat16."""
-_WIDE = ("rows_attend", "rows_attend_backward")
+_WIDE = ("rope_varlen_attention", "rope_varlen_attention_backward")
 """Those of float32."""
 SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _TILES
 """Every kernel that there may be: the name of its C function -> the letters of its arguments."""
@@ -236,7 +236,7 @@ def why_missing(*names: str) -> str:
     return f"no compiled {', '.join(gone)}: {why}"
 
 
-PAGED = ("store_rows", "turn_and_store", "paged_attend")
+PAGED = ("store_rows", "rope_and_cache", "paged_attend")
 """The kernels that read and write pages in their own layout: all of them or none."""
 
 

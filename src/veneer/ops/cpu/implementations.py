@@ -257,7 +257,7 @@ class _Tiles:
     tokens after the last are in no row: zero."""
 
     def __init__(self, prefix: str) -> None:
-        self.names = f"{prefix}rows_attend", f"{prefix}rows_attend_backward"
+        self.names = f"{prefix}rope_varlen_attention", f"{prefix}rope_varlen_attention_backward"
 
     def forward(
         self,
@@ -325,7 +325,7 @@ def _tiles(name: str, prefix: str, *dtypes: torch.dtype, others: tuple[Implement
     return Implementation(run, _takes_rows_of(*dtypes, names=run.names), wants, missing, name, others)
 
 
-IMPLEMENTATIONS["rows_attend"] = _tiles(
+IMPLEMENTATIONS["rope_varlen_attention"] = _tiles(
     "tiles", "narrow_", torch.bfloat16, others=(_tiles("tiles32", "", torch.bfloat16, torch.float32),)
 )
 

@@ -210,10 +210,12 @@ def _attended(draw: Draw, name: str) -> list[Tensor]:
     """Rows of several lengths, six heads over two key heads, of a width that no tile divides."""
     layout, angle = attention.RowLayout([70, 1, 33], idle=2), draw.wide(106, 9)
     cos, sin = angle.cos().bfloat16().to(draw.dtype), angle.sin().bfloat16().to(draw.dtype)
-    with override_ops(rows_attend=name):
-        made = draw.gradients(lambda qkv: attention.rotary_attention(qkv, cos, sin, 2, layout, 0.3), draw(106, 10, 18))
+    with override_ops(rope_varlen_attention=name):
+        made = draw.gradients(
+            lambda qkv: attention.rope_varlen_attention(qkv, cos, sin, 2, layout, 0.3), draw(106, 10, 18)
+        )
         given = draw(106, 6, 18), draw(106, 2, 18), draw(106, 2, 18)
-        made += draw.gradients(lambda q, k, v: attention.row_attention(q, k, v, layout, 0.3, 20), *given)
+        made += draw.gradients(lambda q, k, v: attention.varlen_attention(q, k, v, layout, 0.3, 20), *given)
     return made
 
 
@@ -222,12 +224,12 @@ def _attended_in_groups(draw: Draw) -> list[Tensor]:
     return _attended(draw, "torch")
 
 
-@_case("rows_attend", "rows_attend_backward", dtypes=(_BF16, _F32))
+@_case("rope_varlen_attention", "rope_varlen_attention_backward", dtypes=(_BF16, _F32))
 def _attended_in_tiles32(draw: Draw) -> list[Tensor]:
     return _attended(draw, "tiles32")
 
 
-@_case("narrow_rows_attend", "narrow_rows_attend_backward")
+@_case("narrow_rope_varlen_attention", "narrow_rope_varlen_attention_backward")
 def _attended_in_tiles(draw: Draw) -> list[Tensor]:
     return _attended(draw, "tiles")
 
@@ -363,7 +365,7 @@ def _thin_rows(draw: Draw) -> list[Tensor]:
     return [y]
 
 
-@_case("store_rows", "turn_and_store", "paged_attend", "decode")
+@_case("store_rows", "rope_and_cache", "paged_attend", "decode")
 def _paged(draw: Draw) -> list[Tensor]:
     """Two sequences of 35 and 20 tokens in blocks 4, 1, 3 and 2, 5, four query heads and two of keys of 32: turned and
     stored, stored again, and the last 7 tokens and the last one attended to all. `decode`, which does all of a layer,
@@ -390,7 +392,7 @@ def _paged(draw: Draw) -> list[Tensor]:
     slots = torch.cat([tables[i][torch.arange(n) // 16] * 16 + torch.arange(n) % 16 for i, n in enumerate(lengths)])
     K, V, K2, V2 = (torch.zeros(6, kv, 16 * d, dtype=_BF16) for _ in range(4))
     where = _at(positions, slots, starts)
-    library.turn_and_store(qkv.data_ptr(), heads, kv, d, *_at(cos, sin, *weights), 1e-5, *where, 2, *_at(K, V), 2)
+    library.rope_and_cache(qkv.data_ptr(), heads, kv, d, *_at(cos, sin, *weights), 1e-5, *where, 2, *_at(K, V), 2)
     k, v = (qkv[:, first : first + kv * d].contiguous() for first in (heads * d, (heads + kv) * d))
     library.store_rows(*_at(k), kv * d, *_at(v), kv * d, *_at(slots, starts), 2, kv, d, *_at(K2, V2), 2)
     q, out, ends = qkv[last].contiguous(), torch.empty(8, heads * d, dtype=_BF16), torch.tensor([0, 7, 8])

@@ -167,7 +167,7 @@ void turn_and_store_inside(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs,
     store_rows_inside(qkv + heads * d, ld, qkv + (heads + kv) * d, ld, slots, starts, nseq, kv, d, K, V);
 }
 
-void turn_and_store(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn, const bf16 *kn,
+void rope_and_cache(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn, const bf16 *kn,
                     float eps, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq, bf16 *K, bf16 *V,
                     int threads) {
     meeting m = {0};

@@ -406,7 +406,7 @@ static int64_t groups_of(const task *t) {
     return t->rows * t->kv >= 12 ? 1 : lesser(4, greater(1, longest / 512));
 }
 
-/* g, out: (N, heads, dim), the gradient of what rows_attend gave, and that. dqkv (N, heads + 2 kv, dim). */
+/* g, out: (N, heads, dim), the gradient of what rope_varlen_attention gave, and that. dqkv (N, heads + 2 kv, dim). */
 static int backward(const void *g, const void *out, const float *lse, const void *qkv, int64_t ld, const void *cs,
                          const void *sn, const int64_t *starts, int64_t rows, int64_t kv, int64_t per, int64_t dim, float scale,
                          int64_t window, int half, int narrow, void *dqkv, int threads) {
@@ -490,8 +490,8 @@ static int backward(const void *g, const void *out, const float *lse, const void
              int64_t per, int64_t dim, float scale, int64_t window, int half, void *out, float *lse, int threads) {            \
         return forward(qkv, ld, cs, sn, starts, rows, kv, per, dim, scale, window, half, narrow, out, lse, threads);           \
     }
-FORWARD(rows_attend, 0)
-FORWARD(narrow_rows_attend, 1)
+FORWARD(rope_varlen_attention, 0)
+FORWARD(narrow_rope_varlen_attention, 1)
 
 #define BACKWARD(name, narrow)                                                                                                 \
     int name(const void *g, const void *out, const float *lse, const void *qkv, int64_t ld, const void *cs, const void *sn,    \
@@ -499,5 +499,5 @@ FORWARD(narrow_rows_attend, 1)
              void *dqkv, int threads) {                                                                                        \
         return backward(g, out, lse, qkv, ld, cs, sn, starts, rows, kv, per, dim, scale, window, half, narrow, dqkv, threads); \
     }
-BACKWARD(rows_attend_backward, 0)
-BACKWARD(narrow_rows_attend_backward, 1)
+BACKWARD(rope_varlen_attention_backward, 0)
+BACKWARD(narrow_rope_varlen_attention_backward, 1)

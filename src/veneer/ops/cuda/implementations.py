@@ -22,7 +22,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         liger.why_missing,
         "liger",
     ),
-    "attend_rows": Implementation(
+    "varlen_attention": Implementation(
         attention.varlen,
         attention.takes_varlen,
         "16-bit heads of up to 256 values in multiples of 8, without capped scores and sinks",

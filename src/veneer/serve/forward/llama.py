@@ -185,7 +185,7 @@ class LlamaForward:
             qkv = block.qkv(h, block.qkv_bias)
             if segments is not None:
                 segments.add(4 * i, h, qkv)
-            pages.turn_and_store(i, qkv, block.rotary, batch)
+            pages.rope_and_cache(i, qkv, block.rotary, batch)
             attended = pages.attend(i, qkv, batch, self.scale, window=block.window)
             _add_onto(x, attended, block.out, block.out_bias, segments, 4 * i + 1)
             h = self._normed(x, block.norm_after)

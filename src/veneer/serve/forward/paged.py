@@ -107,11 +107,11 @@ class Pages:
     def bytes_of_a_block(layers: int, kv: int, d: int, dtype: torch.dtype) -> int:
         return 2 * layers * kv * d * BLOCK * dtype.itemsize
 
-    def turn_and_store(self, layer: int, qkv: Tensor, rotary: Rotary, batch: PackedRows) -> None:
+    def rope_and_cache(self, layer: int, qkv: Tensor, rotary: Rotary, batch: PackedRows) -> None:
         """qkv (tokens, (heads + 2 kv) d): queries and keys normed and turned in place, keys and values stored."""
         if self.native is not None:
             weights = [0 if w is None else w.data_ptr() for w in (rotary.q_norm, rotary.k_norm)]
-            self.native.turn_and_store(
+            self.native.rope_and_cache(
                 qkv.data_ptr(),
                 self.heads,
                 self.kv,
