@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.core.exact import TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
 from tests.ops.draws import factors
-from veneer.ops.copies import PackedCopies, Room
+from veneer.ops.copies import ByteBudget, PrepackedWeights
 from veneer.ops.dispatch import dispatch, override_ops
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.loss import token_nll
@@ -27,13 +27,13 @@ OUT, IN = 326, 262
 @pytest.fixture(autouse=True)
 def copies() -> Iterator[None]:
     """Where there are any: copies, whatever was measured."""
-    with override_ops(kept_product="onednn"):
+    with override_ops(prepacked_linear="onednn"):
         yield
 
 
 def kept_here(dtype: torch.dtype) -> bool:
     W = torch.empty(256, 256, dtype=dtype)
-    return dispatch("kept_product", W, W, None, True) is not None
+    return dispatch("prepacked_linear", W, W, None, True) is not None
 
 
 @DTYPES
@@ -45,8 +45,8 @@ def test_a_map_by_copies_is_that_of_float64(dtype: torch.dtype, rows: int, bias:
     gains = (1 + draw(OUT, dtype=torch.float32, scale=0.1)).requires_grad_() if gain else None
     A, B = ab = factors(dtype, (4, IN), (OUT, 4))
     of = [x, *ab, *([] if gains is None else [gains])]
-    room = Room(2 * W.nbytes)
-    y = linear(x, LinearMap(W, b, (LowRank(A, B, 0.5),), gains, PackedCopies(W, room)))
+    room = ByteBudget(2 * W.nbytes)
+    y = linear(x, LinearMap(W, b, (LowRank(A, B, 0.5),), gains, PrepackedWeights(W, room)))
     g = draw(*y.shape, dtype=dtype)
     got = [y, *torch.autograd.grad(y, of, g)]
     xd, A, B, *rest = ofd = [wide(t) for t in of]
@@ -59,8 +59,8 @@ def test_a_map_by_copies_is_that_of_float64(dtype: torch.dtype, rows: int, bias:
 @DTYPES
 def test_an_mlp_by_copies_is_that_of_float64(dtype: torch.dtype) -> None:
     x, up, down = draw(17, IN, dtype=dtype).requires_grad_(), draw(2 * OUT, IN, dtype=dtype), draw(IN, OUT, dtype=dtype)
-    room = Room(2 * (up.nbytes + down.nbytes))
-    y = gated_mlp(x, *(LinearMap(W, copies=PackedCopies(W, room)) for W in (up, down)))
+    room = ByteBudget(2 * (up.nbytes + down.nbytes))
+    y = gated_mlp(x, *(LinearMap(W, copies=PrepackedWeights(W, room)) for W in (up, down)))
     g = draw(*y.shape, dtype=dtype)
     got = [y, *torch.autograd.grad(y, x, g)]
     xd = wide(x)
@@ -75,8 +75,8 @@ def test_the_loss_by_copies_is_that_of_float64(dtype: torch.dtype) -> None:
     hidden, W = draw(37, IN, dtype=dtype).requires_grad_(), draw(OUT, IN, dtype=dtype, scale=0.1)
     targets = torch.randint(0, OUT, (37,))
     targets[3] = -100
-    room = Room(2 * W.nbytes)
-    nll = token_nll(hidden, W, targets, chunk=16, copies=PackedCopies(W, room))
+    room = ByteBudget(2 * W.nbytes)
+    nll = token_nll(hidden, W, targets, chunk=16, copies=PrepackedWeights(W, room))
     got = [nll, *torch.autograd.grad(nll.sum(), hidden)]
     hd = wide(hidden)
     nd = F.cross_entropy(hd @ W.double().T, targets, reduction="none", ignore_index=-100)
@@ -90,8 +90,8 @@ def test_copies_take_no_more_than_there_is_room_for() -> None:
         [draw(OUT, IN, dtype=torch.float32) for _ in range(3)],
     )
     most = 3 * weights[0].nbytes + 1
-    room = Room(most)
-    copies = [PackedCopies(W, room) for W in weights]
+    room = ByteBudget(most)
+    copies = [PrepackedWeights(W, room) for W in weights]
     for W, own in zip(weights, copies, strict=True):
         y = linear(x, LinearMap(W, copies=own))
         (dx,) = torch.autograd.grad(y.sum(), x)
@@ -138,8 +138,8 @@ def test_no_copy_is_read_after_its_weight_was_changed(change: Callable[[nn.Param
     if joined:
         whole = torch.cat([W.detach(), draw(OUT, IN, dtype=torch.float32)])
         W.data = whole[:OUT]
-    room = Room(2 * whole.nbytes)
-    own = LinearMap(whole, copies=PackedCopies(whole, room, [W]))
+    room = ByteBudget(2 * whole.nbytes)
+    own = LinearMap(whole, copies=PrepackedWeights(whole, room, [W]))
     before = linear(x, own)
     change(W)
     after = linear(x, own)
@@ -150,7 +150,7 @@ def test_no_copy_is_read_after_its_weight_was_changed(change: Callable[[nn.Param
 
 def test_a_change_between_forward_and_backward_is_seen() -> None:
     x, W = draw(5, IN, dtype=torch.float32).requires_grad_(), draw(OUT, IN, dtype=torch.float32)
-    y = linear(x, LinearMap(W, copies=PackedCopies(W, Room(2 * W.nbytes))))
+    y = linear(x, LinearMap(W, copies=PrepackedWeights(W, ByteBudget(2 * W.nbytes))))
     torch.autograd.grad(y.sum(), x, retain_graph=True)  # both copies are there
     W.mul_(3)
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -158,8 +158,8 @@ def test_a_change_between_forward_and_backward_is_seen() -> None:
 
 
 def test_nothing_is_kept_where_torchs_product_runs() -> None:
-    x, W, room = draw(5, IN, dtype=torch.float32), draw(OUT, IN, dtype=torch.float32), Room(1 << 20)
-    with override_ops(kept_product="torch"):
-        made: Tensor = linear(x, LinearMap(W, copies=PackedCopies(W, room)))
+    x, W, room = draw(5, IN, dtype=torch.float32), draw(OUT, IN, dtype=torch.float32), ByteBudget(1 << 20)
+    with override_ops(prepacked_linear="torch"):
+        made: Tensor = linear(x, LinearMap(W, copies=PrepackedWeights(W, room)))
     assert room.taken == 0
     assert torch.equal(made, x @ W.t())

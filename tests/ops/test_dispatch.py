@@ -47,7 +47,7 @@ def test_input_that_no_kernel_takes_runs_the_reference() -> None:
 def test_without_compiled_kernels_torch_runs_and_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "kernels", lambda: None)
     found = choices("cpu")
-    by_compiled = set(IMPLEMENTATIONS) - {"kept_product", "weight_order"}  # which oneDNN has a part in
+    by_compiled = set(IMPLEMENTATIONS) - {"prepacked_linear", "weight_layout"}  # which oneDNN has a part in
     assert all(found[op].reason.startswith("no compiled kernels: ") for op in by_compiled)
     assert dispatch("rms_norm", torch.ones(3, 16, dtype=BF16), torch.ones(16, dtype=BF16)) is None
 
@@ -106,15 +106,15 @@ def test_the_profile_decides_what_multiplies_panels(
 ) -> None:
     both = Implementation("panel_product", lambda *_: True, "", lambda: "", "compiled")
     both = both._replace(others=(both._replace(run="amx_panel_product", name="amx"),))
-    monkeypatch.setattr(module, "implementations", lambda device: {"packed_product": both})
+    monkeypatch.setattr(module, "implementations", lambda device: {"panel_linear": both})
     monkeypatch.setattr(module, "profile", lambda: _profile(float32=200.0, bfloat16=bfloat16))
-    assert dispatch("packed_product", torch.empty(0, dtype=BF16), 16) == kernel
+    assert dispatch("panel_linear", torch.empty(0, dtype=BF16), 16) == kernel
 
 
 def test_only_float32_weights_are_kept_in_the_order_of_their_products() -> None:
     for dtype in (torch.float32, BF16):
         x, weight = torch.ones(4, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-        run = dispatch("kept_product", x, weight, None, True)
+        run = dispatch("prepacked_linear", x, weight, None, True)
         assert run is None or dtype == torch.float32
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import override_ops
-from veneer.ops.orders import Dense, Int4, Int8, Reordered, pack_weight, packing, quantised_packing, reorders
+from veneer.ops.orders import Dense, Int4, Int8, Reordered, packing, prepack_weight, quantized_prepacking, reorders
 from veneer.ops.panels import Panels
 
 CPU = torch.device("cpu")
@@ -56,8 +56,8 @@ def test_weights_without_panels_are_kept_as_they_can_be() -> None:
     with pytest.raises(ValueError, match="no panels"):
         Panels.of(weight(41, 96))
     w, x = weight(41, 96), torch.ones(3, 96).bfloat16()
-    assert (pack_weight(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
-    eight = quantised_packing(8)(w)
+    assert (prepack_weight(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
+    eight = quantized_prepacking(8)(w)
     assert (eight(x).double() - x.double() @ eight.dense().double().t()).abs().max() <= 0.05
     with pytest.raises(ValueError, match="no int8 form"):
         Int8.of(weight(48, 40))
@@ -81,7 +81,7 @@ def test_panels_are_kept_unless_another_order_is_asked_for() -> None:
     assert packing(torch.bfloat16, CPU) == Panels.of
     assert packing(torch.bfloat16, CPU, 8) == Panels.int8
     if reorders(torch.bfloat16):
-        with override_ops(weight_order="onednn"):
+        with override_ops(weight_layout="onednn"):
             assert packing(torch.bfloat16, CPU) == Reordered.of
             assert packing(torch.bfloat16, CPU, 4) == Panels.int4  # oneDNN has no product of 4 bits
 
@@ -89,7 +89,7 @@ def test_panels_are_kept_unless_another_order_is_asked_for() -> None:
 def test_what_has_no_other_order_is_kept_as_it_is() -> None:
     assert packing(torch.float32, CPU) is Dense
     assert packing(torch.bfloat16, torch.device("meta")) is Dense
-    with override_ops(weight_order="torch"):
+    with override_ops(weight_layout="torch"):
         assert packing(torch.bfloat16, CPU) is Dense
 
 
@@ -98,7 +98,7 @@ def test_what_has_no_other_order_is_kept_as_it_is() -> None:
 def test_a_weight_keeps_the_kernel_it_was_laid_out_for(kernel: str, name: str) -> None:
     if not compiled.has(kernel):
         pytest.skip("this processor has no such kernel")
-    with override_ops(packed_product=name):
+    with override_ops(panel_linear=name):
         found = [pack(weight(64, 96)) for pack in (Panels.of, Panels.int8, Panels.int4)]
     assert {p.kernel for p in found} == {kernel}
     assert {int(p.pointers[3]) for p in found} == {int(name == "amx")}

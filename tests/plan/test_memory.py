@@ -124,7 +124,7 @@ def test_packed_weights_are_what_a_step_keeps_and_change_nothing_else(dtype: tor
         pair.B = torch.randn_like(pair.B) * 0.1
     trained = torch.arange(40) % 20 > 2
     results = []
-    with override_ops(kept_product="onednn"), attach(model) as attachment:
+    with override_ops(prepacked_linear="onednn"), attach(model) as attachment:
         attachment.add("a", adapter, trainable=True)
         attachment.use("a")
         counted = packed_weights(model_shape(model), str(dtype)[6:], functools.partial(keeps_copy, dtype))

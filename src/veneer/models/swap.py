@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from veneer.core.layers import LoraLinear
 from veneer.core.targets import base_of
-from veneer.ops.copies import PackedCopies, Room
+from veneer.ops.copies import ByteBudget, PrepackedWeights
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.linear import LinearMap, join_maps
 from veneer.ops.quantised import Quantised, stacked_rows
@@ -38,9 +38,9 @@ class FastReport:
     """Whether rows can lie one after another without padding (checked on this very model)."""
     kept: int = 0
     """Bytes of dequantised weights kept (`keep_dequantised`)."""
-    room: Room = field(default_factory=lambda: Room(0))
+    room: ByteBudget = field(default_factory=lambda: ByteBudget(0))
     """For copies of weights in the order of their products (`keep_packed`)."""
-    head: PackedCopies | None = field(default=None, repr=False)
+    head: PrepackedWeights | None = field(default=None, repr=False)
     """Those of the head's weight."""
     joins: list[Join] = field(default_factory=list, repr=False)
     keeps: bool = False
@@ -141,7 +141,7 @@ class Join:
     def __init__(self, modules: list[nn.Module], undo: ExitStack, *, move: bool = True) -> None:
         self.modules = modules
         self.weight: Tensor | None = None
-        self.copies: PackedCopies | None = None
+        self.copies: PrepackedWeights | None = None
         bases = [base_of(m) for m in modules]
         weights = [getattr(b, "weight", None) for b in bases]
         plain = all(type(b) is nn.Linear for b in bases)
@@ -204,16 +204,16 @@ def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
 def keep_packed(model: Any, report: FastReport, most: int, undo: ExitStack) -> None:
     """Keeps weights a second time, in the order of their products, where these are clearly faster so, up to `most`
     bytes: each copy is made at its first use."""
-    report.room = room = Room(most)
+    report.room = room = ByteBudget(most)
     for join in report.joins:
         parts = [getattr(base_of(m), "weight", None) for m in join.modules]
         weight = join.weight if len(parts) > 1 else parts[0]
         if weight is not None and not isinstance(weight, Quantised) and not weight.is_inference():
-            join.copies = PackedCopies(weight, room, [part for part in parts if part is not None])
+            join.copies = PrepackedWeights(weight, room, [part for part in parts if part is not None])
             undo.callback(setattr, join, "copies", None)
     head = projection_of(model.get_output_embeddings())
     if head is not None and not isinstance(head.weight, Quantised) and not head.weight.is_inference():
-        report.head = PackedCopies(head.weight, room)
+        report.head = PrepackedWeights(head.weight, room)
         undo.callback(setattr, report, "head", None)
 
 

@@ -1,8 +1,8 @@
 """A frozen weight laid out a second time, in the order in which products read it, for as long as a run lasts.
 
 A library's product lays its weight out anew at each call, in blocks that fill a vector or a tile of AMX. Where that
-takes time worth its memory (the rule of the op "kept_product" says so), `PackedCopies` have it done once for each
-direction. `linear` and `token_nll` ask it first.
+takes time worth its memory (the rule of the op "prepacked_linear" says so), `PrepackedWeights` have it done once for
+each direction. `linear` and `token_nll` ask it first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROWS = 1024
 """Rows of the products that a copy is laid out for."""
 
 
-class Room:
+class ByteBudget:
     """Bytes that copies of weights may take together: `most`, of which `taken` are gone."""
 
     def __init__(self, most: int) -> None:
@@ -31,7 +31,7 @@ class Room:
         return fits
 
 
-class PackedCopies:
+class PrepackedWeights:
     """The copies of one weight (out, in), for x·Wᵀ and for g·W, each made at its first use if `room` has bytes for it.
 
     `parts`: the parameters whose values lie in the weight, where it is several of them joined. A copy is never read
@@ -39,7 +39,7 @@ class PackedCopies:
     parts torch has counted, by which autograd tells that a saved tensor has changed. After a change there are no copies
     any more. (As for autograd, a write through `.data` is not counted.)"""
 
-    def __init__(self, weight: Tensor, room: Room, parts: Sequence[Tensor] = ()) -> None:
+    def __init__(self, weight: Tensor, room: ByteBudget, parts: Sequence[Tensor] = ()) -> None:
         self._room, self._parts = room, tuple(parts)
         self._values = weight.detach()  # as long as these live nothing else can come to lie where they do
         self._seen = self._state(weight)
@@ -61,14 +61,15 @@ class PackedCopies:
         """Of a copy."""
         return self._values.numel() * self._values.element_size()
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool = True) -> Tensor | None:
-        """x·Wᵀ + b, or, not `turned`, x·W by the copy for it; None: by the weight itself. `weight`: as it is now."""
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = True) -> Tensor | None:
+        """x·Wᵀ + b, or, not `transposed`, x·W by the copy for it; None: by the weight itself. `weight`: as it is
+        now."""
         if not self._changed and self._state(weight) != self._seen:
             self._let_go()
-        run = None if self._changed else dispatch("kept_product", x, weight, bias, turned)
-        if run is None or not (turned in self._copies or self._room.take(self._bytes)):
+        run = None if self._changed else dispatch("prepacked_linear", x, weight, bias, transposed)
+        if run is None or not (transposed in self._copies or self._room.take(self._bytes)):
             return None
-        if turned not in self._copies:
-            self._copies[turned] = run.of(weight if turned else weight.t(), _ROWS)
-        made: Tensor = self._copies[turned](x, bias)
+        if transposed not in self._copies:
+            self._copies[transposed] = run.of(weight if transposed else weight.t(), _ROWS)
+        made: Tensor = self._copies[transposed](x, bias)
         return made

@@ -40,7 +40,7 @@ OPS = {
     "attend_backward": "its gradients",
     "varlen_attention": "causal attention of packed rows, with windows, capped scores and sinks, and its gradients",
     "causal_softmax": "softmax of scores over the keys that a query may see",
-    "coded_product": "x·Wᵀ + b of a few rows, by the codes of a weight",
+    "quantized_linear": "x·Wᵀ + b of a few rows, by the codes of a weight",
     "dequantise_blocks4": "a weight of 4 bits, in blocks",
     "dequantise_ggml": "a weight in the blocks of a GGUF file",
     "dequantise_rows8": "a weight of 8 bits, by rows",
@@ -56,11 +56,11 @@ OPS = {
     "gelu_tanh_backward": "its gradient",
     "gelu_tanh_gate": "gelu(gate) ⊙ up, gelu by tanh",
     "gelu_tanh_gate_backward": "its gradients",
-    "kept_product": "x·Wᵀ + b and the gradient of x by a frozen weight kept in the order in which products read it",
+    "prepacked_linear": "x·Wᵀ + b and the gradient of x by a frozen weight kept in the order in which products read it",
     "linear_cross_entropy": "−log softmax(x·Wᵀ) at the targets, and its gradient",
     "low_rank": "s·(x·Aᵀ)·Bᵀ of all pairs of a product, with their gradients",
     "norm_silu": "silu of a group norm, with its gradient",
-    "packed_product": "x·Wᵀ + b by a weight in panels",
+    "panel_linear": "x·Wᵀ + b by a weight in panels",
     "quantise_blocks4": "a weight into 4 bits",
     "rms_norm": "RMS norm",
     "rms_norm_autograd": "RMS norm with its gradient, in one call",
@@ -73,7 +73,7 @@ OPS = {
     "silu_gate_backward": "its gradients",
     "softmax_backward": "p ⊙ (dp − Σ p⊙dp)",
     "token_nll": "−log softmax at the targets, and its gradient",
-    "weight_order": "the order in which serving keeps a weight",
+    "weight_layout": "the order in which serving keeps a weight",
 }
 """The parts of ops that a device may have an implementation of, and what each computes."""
 
@@ -108,10 +108,12 @@ def _panel_kernel(able: list[str], *_: Any) -> str:
 
 RULES: dict[str, Rule] = {
     # AVX512-BF16 doubles float32's rate, AMX's tiles multiply it by eight and more.
-    "packed_product": Rule(_panel_kernel, "amx where the profile has bfloat16 at over 3 times float32's rate"),
+    "panel_linear": Rule(_panel_kernel, "amx where the profile has bfloat16 at over 3 times float32's rate"),
     # torch's float32 product lays the weight out anew at each call: 1.1 to 1.2 times as fast without, by a copy of the
     # weight. In 16 bits 1.00 to 1.06 times, with AMX as well, which is not worth the memory.
-    "kept_product": Rule(lambda able, x, *_: "onednn" if x.dtype == torch.float32 else REFERENCE, "onednn in float32"),
+    "prepacked_linear": Rule(
+        lambda able, x, *_: "onednn" if x.dtype == torch.float32 else REFERENCE, "onednn in float32"
+    ),
 }
 """op -> which of several implementations runs. An op without a rule runs the first that takes its input."""
 

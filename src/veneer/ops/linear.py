@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.copies import PackedCopies
+from veneer.ops.copies import PrepackedWeights
 from veneer.ops.dispatch import dispatch
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
@@ -34,7 +34,7 @@ class LinearMap:
     bias: Tensor | None = None
     products: tuple[LowRank, ...] = ()
     gain: Tensor | None = None
-    copies: PackedCopies | None = None
+    copies: PrepackedWeights | None = None
     spans: Spans | None = None
 
     @property
@@ -231,43 +231,48 @@ class LinearOutput(NamedTuple):
     u: Tensor | None = None
     plain: Tensor | None = None
     products: _Products | None = None
-    copies: PackedCopies | None = None
+    copies: PrepackedWeights | None = None
 
 
-def frozen_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, turned: bool = True, copies: PackedCopies | None = None
+def frozen_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = True,
+    copies: PrepackedWeights | None = None,
 ) -> Tensor:
-    """x·Wᵀ + b, or, not `turned`, x·W; x: (N, in) or (N, out). `copies`: the weight's own. No autograd."""
-    if copies is not None and (by_copy := copies.product(x, weight, bias, turned)) is not None:
+    """x·Wᵀ + b, or, not `transposed`, x·W; x: (N, in) or (N, out). `copies`: the weight's own. No autograd."""
+    if copies is not None and (by_copy := copies.product(x, weight, bias, transposed)) is not None:
         return by_copy
-    return F.linear(x, weight, bias) if turned else x @ weight
+    return F.linear(x, weight, bias) if transposed else x @ weight
 
 
-def keeps_copy(dtype: torch.dtype, rows: int, columns: int, turned: bool) -> bool:
-    """Whether a product of x by such a weight (`turned`: x·Wᵀ) goes by a copy of it here: for whoever counts memory."""
+def keeps_copy(dtype: torch.dtype, rows: int, columns: int, transposed: bool) -> bool:
+    """Whether a product of x by such a weight (`transposed`: x·Wᵀ) goes by a copy of it here: for whoever counts
+    memory."""
     weight = torch.empty(1, dtype=dtype).expand(rows, columns)
-    x = torch.empty(1, columns if turned else rows, dtype=dtype)
-    return dispatch("kept_product", x, weight, None, turned) is not None
+    x = torch.empty(1, columns if transposed else rows, dtype=dtype)
+    return dispatch("prepacked_linear", x, weight, None, transposed) is not None
 
 
 def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
     """`linear` of x (N, in), for functions that have a backward pass of their own."""
     W, b, gain, copies = linear_map.weight, linear_map.bias, linear_map.gain, linear_map.copies
     if gain is None:
-        y = frozen_product(x, W, b, copies=copies)
+        y = frozen_linear(x, W, b, copies=copies)
         products = _products(x, linear_map, y) if linear_map.products else None
         return LinearOutput(y, None if products is None else products.add(x, y), None, products, copies)
     if not linear_map.dropout:
-        plain = frozen_product(x, W, copies=copies)
+        plain = frozen_linear(x, W, copies=copies)
         products = _products(x, linear_map, plain)
         u = products.add(x, plain)
         return LinearOutput(gained(plain, gain, b), u, plain, products, copies)
     # PEFT's DoRA with dropout: x·Wᵀ + b + (gain − 1) ⊙ d·Wᵀ + gain ⊙ s·(d·Aᵀ)·Bᵀ, d what dropout leaves of x
-    y = frozen_product(x, W, b, copies=copies)
+    y = frozen_linear(x, W, b, copies=copies)
     products = _products(x, linear_map, y)
     assert isinstance(products, _Dropped)
     left = products.drop(x)
-    plain, own = frozen_product(left, W, copies=copies), torch.zeros_like(y)
+    plain, own = frozen_linear(left, W, copies=copies), torch.zeros_like(y)
     u = products.own.add(left, own)
     y = (plain * (gain - 1)).add_(own * gain).add_(y).to(y.dtype)
     return LinearOutput(y, u, plain.add_(own), products, copies)
@@ -280,7 +285,7 @@ def linear_backward(
     products, plain = made.products, made.plain
 
     def back(t: Tensor) -> Tensor:
-        return frozen_product(t, weight, turned=False, copies=made.copies)
+        return frozen_linear(t, weight, transposed=False, copies=made.copies)
 
     if gain is None or plain is None or products is None:
         dx = back(g) if need_dx else None

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.copies import PackedCopies
+from veneer.ops.copies import PrepackedWeights
 from veneer.ops.dispatch import dispatch
 from veneer.ops.sizes import logits_chunk
 
@@ -37,7 +37,7 @@ class _TokenNll(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         chunk: int,
-        copies: PackedCopies | None,
+        copies: PrepackedWeights | None,
         right: Tensor | None,
     ) -> Tensor:
         run = dispatch("linear_cross_entropy", hidden, weight)
@@ -54,7 +54,7 @@ class _TokenNll(torch.autograd.Function):
             logits = hidden[part] @ weight.t() if logits is None else logits
             nll[part] = _row_nll_(logits, targets[part], grad is not None, None if right is None else right[part])
             if grad is not None:
-                made = None if copies is None else copies.product(logits, weight, turned=False)
+                made = None if copies is None else copies.product(logits, weight, transposed=False)
                 if made is None:
                     torch.mm(logits, weight, out=grad[part])
                 else:
@@ -103,7 +103,7 @@ def token_nll(
     weight: Tensor,
     targets: Tensor,
     chunk: int | None = None,
-    copies: PackedCopies | None = None,
+    copies: PrepackedWeights | None = None,
     right: Tensor | None = None,
 ) -> Tensor:
     """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.

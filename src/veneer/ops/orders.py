@@ -21,7 +21,7 @@ from veneer.ops.dispatch import dispatch
 from veneer.ops.panels import GROUP, rounded4, rounded8
 
 
-class PackedWeight(Protocol):
+class PrepackedWeight(Protocol):
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (rows, in) -> (rows, out)"""
         ...
@@ -31,7 +31,7 @@ class PackedWeight(Protocol):
         ...
 
 
-class QuantisedWeight(PackedWeight, Protocol):
+class QuantizedWeight(PrepackedWeight, Protocol):
     def dense(self) -> Tensor:
         """The weight that it multiplies by, (out, in), in the base's dtype."""
         ...
@@ -146,19 +146,19 @@ class Int4:
         y.add_(self(x, bias))
 
 
-_PLAIN: dict[int, Callable[[Tensor], PackedWeight]] = {16: Dense, 8: Int8.of, 4: Int4.of}
+_PLAIN: dict[int, Callable[[Tensor], PrepackedWeight]] = {16: Dense, 8: Int8.of, 4: Int4.of}
 
 
-def packing(dtype: torch.dtype, device: torch.device, bits: int = 16) -> Callable[[Tensor], PackedWeight]:
+def packing(dtype: torch.dtype, device: torch.device, bits: int = 16) -> Callable[[Tensor], PrepackedWeight]:
     """How weights of `dtype` are best kept here: as they are (16 bits), or rounded to 8 or to 4; `Dense` where there is
     no other order. The result raises ValueError for a weight whose shape has no such order."""
     probe = torch.empty(0, dtype=dtype, device=device)
-    orders = dispatch("weight_order", probe, bits) or _PLAIN
-    found: Callable[[Tensor], PackedWeight] = orders[bits]
+    orders = dispatch("weight_layout", probe, bits) or _PLAIN
+    found: Callable[[Tensor], PrepackedWeight] = orders[bits]
     return found
 
 
-def pack_weight(weight: Tensor) -> PackedWeight:
+def prepack_weight(weight: Tensor) -> PrepackedWeight:
     """A weight as `packing` says; one whose shape has no panels (a vocabulary of 50,257) as it can be."""
     try:
         return packing(weight.dtype, weight.device)(weight)
@@ -166,7 +166,7 @@ def pack_weight(weight: Tensor) -> PackedWeight:
         return Reordered.of(weight) if reorders(weight.dtype) else Dense(weight)
 
 
-def quantised_packing(bits: int) -> Callable[[Tensor], QuantisedWeight]:
+def quantized_prepacking(bits: int) -> Callable[[Tensor], QuantizedWeight]:
     """What makes weights of 8 or 4 bits as they are best kept here; what has no panels of 8 (a vocabulary of 32,001) as
     it can be."""
 

@@ -5,7 +5,7 @@ what the codes take. They are the values that the codes stand for, rounded once 
 whole row of int8: there codes are multiplied exactly, and the sum by the scale.
 
 Two functions multiply by them, in AVX-512 and in AMX's tiles. Their sums are in different orders, so a weight has one
-of them for any number of rows, and a row's bits are its own. Which one is measured once a machine, op "packed_product".
+of them for any number of rows, and a row's bits are its own. Which one is measured once a machine, op "panel_linear".
 """
 
 from __future__ import annotations
@@ -142,11 +142,11 @@ class Panels:
 
 def panels_here(bits: int, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether anything multiplies by panels of so many bits a weight."""
-    return dispatch("packed_product", torch.empty(0, dtype=dtype), bits) is not None
+    return dispatch("panel_linear", torch.empty(0, dtype=dtype), bits) is not None
 
 
 def _kernel(bits: int) -> str:
-    return dispatch("packed_product", torch.empty(0, dtype=torch.bfloat16), bits) or "panel_product"
+    return dispatch("panel_linear", torch.empty(0, dtype=torch.bfloat16), bits) or "panel_product"
 
 
 def _padded(t: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class PanelRows:
 def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantised]] | None:
     """Weights of a quantised base, each a matrix, below one another, and each again over the codes that lie there; None
     where they have no panels."""
-    codes = [w for w in weights if isinstance(w, Quantised) and not w.turned and w.ndim == 2]
+    codes = [w for w in weights if isinstance(w, Quantised) and not w.transposed and w.ndim == 2]
     if len(codes) < len(weights):
         return None
     groups = Groups.joined([w.stored.groups(w.first, w.last) for w in codes])

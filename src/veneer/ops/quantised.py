@@ -33,12 +33,13 @@ from veneer.ops.quantisation_formats import (
 
 class Quantised(torch.Tensor):
     """A weight that is kept as `stored`; see the module. Rows first … last of what is stored, (…, columns), or with
-    `turned` its last two dimensions the other way round. `kept`: the dequantised weight, where `keep` was called."""
+    `transposed` its last two dimensions the other way round. `kept`: the dequantised weight, where `keep` was
+    called."""
 
     stored: QuantisationFormat
     first: int
     last: int
-    turned: bool
+    transposed: bool
     kept: Tensor | None
 
     @staticmethod
@@ -49,11 +50,11 @@ class Quantised(torch.Tensor):
         shape: Sequence[int] | None = None,
         first: int = 0,
         last: int | None = None,
-        turned: bool = False,
+        transposed: bool = False,
         kept: Tensor | None = None,
     ) -> Quantised:
         size = list(stored.shape if shape is None else shape)
-        if turned:
+        if transposed:
             size[-2:] = size[:-3:-1]
         device = next(iter(stored.tensors().values())).device
         make = TORCH("torch.Tensor._make_wrapper_subclass")
@@ -66,10 +67,10 @@ class Quantised(torch.Tensor):
         shape: Sequence[int] | None = None,
         first: int = 0,
         last: int | None = None,
-        turned: bool = False,
+        transposed: bool = False,
         kept: Tensor | None = None,
     ) -> None:
-        self.stored, self.first, self.turned, self.kept = stored, first, turned, kept
+        self.stored, self.first, self.transposed, self.kept = stored, first, transposed, kept
         self.last = row_count(stored) if last is None else last
 
     __torch_function__ = TORCH("torch._C._disabled_torch_function_impl")
@@ -87,7 +88,7 @@ class Quantised(torch.Tensor):
         if self.kept is not None:
             return self.kept
         out = self.stored.dense(self.dtype, self.first, self.last)
-        if not self.turned:
+        if not self.transposed:
             return out.view(self.shape)
         return out.view(*self.shape[:-2], self.shape[-1], self.shape[-2]).transpose(-1, -2)
 
@@ -104,18 +105,18 @@ class Quantised(torch.Tensor):
 
     def like(self, stored: QuantisationFormat, dtype: torch.dtype | None = None) -> Quantised:
         """The same view of another weight in its format."""
-        return Quantised(stored, dtype or self.dtype, self._stored_shape, self.first, self.last, self.turned)
+        return Quantised(stored, dtype or self.dtype, self._stored_shape, self.first, self.last, self.transposed)
 
     @property
     def _stored_shape(self) -> tuple[int, ...]:
-        """The shape before `turned`."""
-        return tuple(self.shape) if not self.turned else (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        """The shape before `transposed`."""
+        return tuple(self.shape) if not self.transposed else (*self.shape[:-2], self.shape[-1], self.shape[-2])
 
     # torch swaps what module.to(…) changes by these two; without them it would keep the old codes
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         inner = {f"code_{name.replace('.', '_')}": t for name, t in self.stored.tensors().items()}
         self.__dict__.update(inner)
-        return list(inner), (self.stored, self.dtype, self._stored_shape, self.first, self.last, self.turned)
+        return list(inner), (self.stored, self.dtype, self._stored_shape, self.first, self.last, self.transposed)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], rest: Any, size: Any, stride: Any) -> Quantised:
@@ -128,7 +129,7 @@ class Quantised(torch.Tensor):
         return _as_parameter(out) if isinstance(self, torch.nn.Parameter) else out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (self.stored, self.dtype, self._stored_shape, self.first, self.last, self.turned)
+        return _restored, (self.stored, self.dtype, self._stored_shape, self.first, self.last, self.transposed)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -152,9 +153,9 @@ def _as_parameter(weight: Quantised) -> Quantised:
 
 
 def _restored(
-    stored: QuantisationFormat, dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int, turned: bool
+    stored: QuantisationFormat, dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int, transposed: bool
 ) -> Quantised:
-    return Quantised(stored, dtype, shape, first, last, turned)
+    return Quantised(stored, dtype, shape, first, last, transposed)
 
 
 def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,22 +198,22 @@ def _same(w: Any, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
-def _turn(w: Any, *dims: int, **kwargs: Any) -> Any:
+def _transpose(w: Any, *dims: int, **kwargs: Any) -> Any:
     if dims and {d % w.ndim for d in dims} != {w.ndim - 2, w.ndim - 1}:
         return NotImplemented
     kept = None if w.kept is None else w.kept.transpose(-1, -2)
-    return Quantised(w.stored, w.dtype, w._stored_shape, w.first, w.last, not w.turned, kept)
+    return Quantised(w.stored, w.dtype, w._stored_shape, w.first, w.last, not w.transposed, kept)
 
 
 def _select(w: Any, dim: int, index: int) -> Any:
-    if dim % w.ndim or w.ndim < 3 or w.turned:
+    if dim % w.ndim or w.ndim < 3 or w.transposed:
         return NotImplemented
     rows, index = math.prod(w.shape[1:-1]), int(index) % w.shape[0]
     return w.part(index * rows, (index + 1) * rows, w.shape[1:])
 
 
 def _slice(w: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
-    if dim % w.ndim or step != 1 or w.turned or w.ndim < 2:
+    if dim % w.ndim or step != 1 or w.transposed or w.ndim < 2:
         return NotImplemented
     start, end, _ = slice(start, end).indices(w.shape[0])
     rows, end = math.prod(w.shape[1:-1]), max(start, end)
@@ -220,7 +221,7 @@ def _slice(w: Any, dim: int = 0, start: int | None = None, end: int | None = Non
 
 
 def _split(w: Any, size: int | Sequence[int], dim: int = 0) -> Any:
-    if dim % w.ndim or w.turned or w.ndim < 2:
+    if dim % w.ndim or w.transposed or w.ndim < 2:
         return NotImplemented
     whole = w.shape[0]
     sizes = [min(size, whole - at) for at in range(0, whole, size)] if isinstance(size, int) else size
@@ -229,7 +230,7 @@ def _split(w: Any, size: int | Sequence[int], dim: int = 0) -> Any:
 
 
 def _unbind(w: Any, dim: int = 0) -> Any:
-    if dim % w.ndim or w.turned or w.ndim < 3:
+    if dim % w.ndim or w.transposed or w.ndim < 3:
         return NotImplemented
     return [_select(w, 0, i) for i in range(w.shape[0])]
 
@@ -246,7 +247,13 @@ def _clone(w: Any, **kwargs: Any) -> Any:
 
 def _embedding(w: Any, indices: Any, *args: Any) -> Any:
     """Rows of a quantised table, dequantised one by one where that is less than the whole."""
-    if not isinstance(w, Quantised) or w.turned or w.ndim != 2 or w.kept is not None or indices.numel() > w.shape[0]:
+    if (
+        not isinstance(w, Quantised)
+        or w.transposed
+        or w.ndim != 2
+        or w.kept is not None
+        or indices.numel() > w.shape[0]
+    ):
         return NotImplemented
     used, place = torch.unique(indices, return_inverse=True)
     rows = torch.cat([w.stored.dense(w.dtype, w.first + int(i), w.first + int(i) + 1) for i in used])
@@ -258,10 +265,10 @@ def _mm(x: Any, w: Any, **kwargs: Any) -> Any:
 
 
 def _addmm(bias: Any, x: Any, w: Any, **kwargs: Any) -> Any:
-    fits = isinstance(w, Quantised) and w.turned and w.ndim == 2 and (bias is None or bias.ndim == 1)
+    fits = isinstance(w, Quantised) and w.transposed and w.ndim == 2 and (bias is None or bias.ndim == 1)
     if kwargs or not fits or isinstance(x, Quantised) or isinstance(bias, Quantised):
         return NotImplemented
-    out = product_of_codes(x, _turn(w), bias)
+    out = quantized_linear(x, _transpose(w), bias)
     return NotImplemented if out is None else out
 
 
@@ -270,8 +277,8 @@ _OWN: dict[Any, Callable[..., Any]] = {
     _aten.detach: _same,
     _aten.alias: _same,
     _aten.lift_fresh: _same,
-    _aten.t: _turn,
-    _aten.transpose: _turn,
+    _aten.t: _transpose,
+    _aten.transpose: _transpose,
     _aten.select: _select,
     _aten.slice: _slice,
     _aten.split: _split,
@@ -313,7 +320,7 @@ def stacked_rows(parts: Sequence[Quantised]) -> Quantised:
     return Quantised(StackedRows(tuple(p.stored for p in parts)), parts[0].dtype)
 
 
-def product_of_codes(x: Tensor, weight: Quantised, bias: Tensor | None = None) -> Tensor | None:
+def quantized_linear(x: Tensor, weight: Quantised, bias: Tensor | None = None) -> Tensor | None:
     """x·Wᵀ + b of a few rows x (n, in), rounded once, without the dequantised weight (out, in). None where the device
     does not multiply by its codes, or the weight is kept dequantised."""
     if weight.kept is not None:
@@ -321,7 +328,7 @@ def product_of_codes(x: Tensor, weight: Quantised, bias: Tensor | None = None) -
     stored = weight.stored
     if not isinstance(stored, StackedRows):
         stored = StackedRows((stored,))
-    runs = {id(part): dispatch("coded_product", x, part) for part in stored.parts}
+    runs = {id(part): dispatch("quantized_linear", x, part) for part in stored.parts}
     if None in runs.values():
         return None
     y = x.new_empty(len(x), weight.last - weight.first)

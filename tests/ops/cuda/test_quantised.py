@@ -9,7 +9,7 @@ from veneer.ops.cuda.implementations import IMPLEMENTATIONS
 from veneer.ops.quantisation_formats import Blocks4
 from veneer.ops.quantised import quantise
 
-PRODUCT = IMPLEMENTATIONS["coded_product"]
+PRODUCT = IMPLEMENTATIONS["quantized_linear"]
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -127,7 +127,7 @@ def test_from_codes_as_by_the_slow_path(kind: str) -> None:
     before, texts = {n: p.dense() for n, p in quantised_of(model)}, prompts([9, 20, 5, 33])
     found: list[Tensor] = []
     for laid in (False, True):
-        with override_ops(packed_product="compiled" if laid else "torch"):
+        with override_ops(panel_linear="compiled" if laid else "torch"):
             runner = Runner(base_of(model), cache_bytes=1 << 20)
         assert runner.how == "fused", runner.why
         assert runner.llama is not None
@@ -150,7 +150,7 @@ def test_from_codes_as_by_the_slow_path(kind: str) -> None:
 def test_codes_that_cannot_be_laid_are_served_the_next_way_which_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_in("nf4", dtype=torch.bfloat16)
     texts = prompts([9, 20])
-    with override_ops(packed_product="torch"):
+    with override_ops(panel_linear="torch"):
         slow = Runner(base_of(model), cache_bytes=1 << 20)
     wanted = continued(slow, [[], []], texts).double()
     slow.close()

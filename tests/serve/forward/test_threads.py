@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from veneer.ops.cpu import compiled
-from veneer.ops.orders import pack_weight
+from veneer.ops.orders import prepack_weight
 from veneer.serve.forward.runner import use_threads
 from veneer.serve.forward.threads import ALWAYS_ALL, ThreadTuner
 
@@ -102,7 +102,7 @@ def test_products_have_the_same_bits_with_any_number_of_threads() -> None:
         g = torch.Generator().manual_seed(0)
         for out, into in ((768, 576), (192, 1536), (1000, 64)):
             weight = torch.randn(out, into, generator=g).bfloat16()
-            made = pack_weight(weight)
+            made = prepack_weight(weight)
             for rows in (1, 2, 5, 17, 40):
                 x = torch.randn(rows, into, generator=g).bfloat16()
                 found[threads] += [made(x), torch.nn.functional.linear(x, weight)]

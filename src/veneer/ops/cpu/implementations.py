@@ -336,7 +336,7 @@ _LEAST = 256
 """Rows, columns and terms of a sum from which a product is worth the packing of its weight."""
 
 
-def _takes_kept(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> bool:
+def _takes_prepacked(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> bool:
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight))
     fits = plain and min(weight.shape) >= _LEAST and x.dtype in (torch.bfloat16, torch.float32)
     return fits and x.is_contiguous() and weight.dtype == x.dtype and reorders(x.dtype)
@@ -346,9 +346,9 @@ def _no_order(dtype: torch.dtype) -> str:
     return "" if reorders(dtype) else "this torch has no order of oneDNN's"
 
 
-IMPLEMENTATIONS["kept_product"] = Implementation(
+IMPLEMENTATIONS["prepacked_linear"] = Implementation(
     Reordered,
-    _takes_kept,
+    _takes_prepacked,
     f"contiguous bfloat16 or float32, a weight of {_LEAST} rows and columns and more",
     lambda: _no_order(torch.float32),
     "onednn",
@@ -525,7 +525,7 @@ def _product_of_panels(kernel: str, name: str, *others: Implementation) -> Imple
     return Implementation(kernel, takes, "bfloat16", lambda: compiled.why_missing(kernel), name, others)
 
 
-IMPLEMENTATIONS["packed_product"] = _product_of_panels(
+IMPLEMENTATIONS["panel_linear"] = _product_of_panels(
     "panel_product", "compiled", _product_of_panels("amx_panel_product", "amx")
 )
 """By the kernel's name, which a weight keeps from when it is laid out."""
@@ -539,7 +539,7 @@ def _takes_reordered(probe: Tensor, bits: int) -> bool:
     return bits == 16 and probe.dtype == torch.bfloat16 and reorders(probe.dtype)
 
 
-IMPLEMENTATIONS["weight_order"] = Implementation(
+IMPLEMENTATIONS["weight_layout"] = Implementation(
     {16: Panels.of, 8: Panels.int8, 4: Panels.int4},
     _takes_panels,
     "bfloat16, in 16, 8 or 4 bits a weight",

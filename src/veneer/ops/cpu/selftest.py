@@ -313,7 +313,7 @@ def _panel_products(draw: Draw, name: str) -> list[Tensor]:
         )
         scales, zero = draw.wide(80, groups).float().abs() / 100, draw.wide(80, groups).float() if zeros else None
         codes.append(Groups(q, scales, zero, None if bits == 8 else torch.arange(-8.0, 8.0)))
-    with override_ops(packed_product=name):
+    with override_ops(panel_linear=name):
         panels = [*wide, *map(Panels.of_groups, codes), Panels.int4(draw(80, 320).bfloat16())]
     for own in panels:
         for rows in (1, 3, 17, 70):

@@ -34,8 +34,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             ),
         ),
     ),
-    "coded_product": Implementation(
-        quantised.coded_product,
+    "quantized_linear": Implementation(
+        quantised.quantized_linear,
         quantised.takes_codes,
         "nf4 and fp4 whose blocks lie within a row",
         quantised.why_missing,

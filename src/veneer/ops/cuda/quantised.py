@@ -28,7 +28,7 @@ def takes_codes(x: Tensor, stored: QuantisationFormat) -> bool:
     return fits and gpu_library(stored.kind, stored.block, x.device.type) is not None
 
 
-def coded_product(x: Tensor, stored: Blocks4, low: int, high: int, bias: Tensor | None, out: Tensor) -> None:
+def quantized_linear(x: Tensor, stored: Blocks4, low: int, high: int, bias: Tensor | None, out: Tensor) -> None:
     """Write x·Wᵀ + b of the rows low … high of W into `out`. x: (n, in). bitsandbytes decides by n whether W is
     dequantized on the way."""
     rows, columns = high - low, stored.shape[-1]

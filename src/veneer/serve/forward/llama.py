@@ -22,7 +22,7 @@ from veneer.models.text.base import TextBase
 from veneer.ops.cpu import compiled
 from veneer.ops.mlp import gated
 from veneer.ops.norms import normed
-from veneer.ops.orders import PackedWeight
+from veneer.ops.orders import PrepackedWeight
 from veneer.ops.panels import Panels
 from veneer.serve.forward.lowrank import BaseLayout, Group, Segments
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
@@ -30,7 +30,7 @@ from veneer.serve.forward.weights import in_blocks, invariant
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
-_JoinedWeights = Callable[[tuple[str, ...]], PackedWeight]
+_JoinedWeights = Callable[[tuple[str, ...]], PrepackedWeight]
 """The weights of some linear modules, below one another, by the modules' names."""
 
 
@@ -39,14 +39,14 @@ class Block:
     """One layer; `window` 0 for none."""
 
     norm: Tensor
-    qkv: PackedWeight
+    qkv: PrepackedWeight
     qkv_bias: Tensor | None
     rotary: Rotary
-    out: PackedWeight
+    out: PrepackedWeight
     out_bias: Tensor | None
     norm_after: Tensor
-    gate_up: PackedWeight
-    down: PackedWeight
+    gate_up: PrepackedWeight
+    down: PrepackedWeight
     window: int
 
 
@@ -67,7 +67,7 @@ class LlamaForward:
     embedding: Tensor
     blocks: list[Block]
     norm: Tensor
-    head: PackedWeight
+    head: PrepackedWeight
     head_bias: Tensor | None
     eps: float
     scale: float
@@ -245,7 +245,7 @@ def llama_forward(
     if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
         raise NotImplementedError("its queries are scaled by their place")
 
-    def weights(names: tuple[str, ...]) -> PackedWeight:
+    def weights(names: tuple[str, ...]) -> PrepackedWeight:
         return invariant(own_weights(names), layout.rows)
 
     probe = torch.zeros(1, dtype=torch.float32, device=base.device)
@@ -283,7 +283,7 @@ def llama_forward(
 
 
 def _add_onto(
-    x: Tensor, h: Tensor, weight: PackedWeight, bias: Tensor | None, segments: Segments | None, g: int
+    x: Tensor, h: Tensor, weight: PrepackedWeight, bias: Tensor | None, segments: Segments | None, g: int
 ) -> None:
     """x += h·Wᵀ + b and its low-rank products, in place."""
     y = None

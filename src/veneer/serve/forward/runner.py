@@ -36,7 +36,7 @@ from veneer.models.text.fast import route_experts
 from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, near_rows, short_windows
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
-from veneer.ops.orders import Dense, PackedWeight, QuantisedWeight, pack_weight, packing, quantised_packing
+from veneer.ops.orders import Dense, PrepackedWeight, QuantizedWeight, packing, prepack_weight, quantized_prepacking
 from veneer.ops.panels import panels_here, panels_of_codes
 from veneer.ops.quantised import Quantised
 from veneer.ops.transfer import put_numbers
@@ -144,7 +144,9 @@ class Runner:
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self._segments: Segments | None = None
         self.llama: LlamaForward | None = None
-        self._weights: dict[tuple[str, ...], PackedWeight] = {}  # of the fused way, by the modules they are joined of
+        self._weights: dict[
+            tuple[str, ...], PrepackedWeight
+        ] = {}  # of the fused way, by the modules they are joined of
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         same_bits = (
@@ -161,7 +163,7 @@ class Runner:
                 fix="serve it without --batch-invariant",
             )
         if weights != "dense":
-            self._quantise(quantised_packing(8 if weights == "int8" else 4))
+            self._quantise(quantized_prepacking(8 if weights == "int8" else 4))
 
     def close(self) -> None:
         if self._attachment is not None:
@@ -383,13 +385,13 @@ class Runner:
         modules: dict[str, Any] = dict(base_modules(self.model))
         packs = self._projection_bytes() <= self.pack_bytes and packing(self.base.dtype, self.base.device) is not Dense
 
-        def joined(names: tuple[str, ...]) -> PackedWeight:
+        def joined(names: tuple[str, ...]) -> PrepackedWeight:
             parts = [modules[n] for n in names]
             weights = tuple(m.weight.detach() for m in parts)
             if any(isinstance(w, Quantised) for w in weights):
                 return Coded(weights)
             if packs:
-                made = pack_weight(torch.cat(weights))
+                made = prepack_weight(torch.cat(weights))
                 for weight in weights:  # they are read again only by adapters with no low-rank form
                     memory.page_out(weight)
                 return made
@@ -398,13 +400,13 @@ class Runner:
                 raise NotImplementedError(f"{', '.join(names)} cannot be joined")
             return Dense(whole)
 
-        def kept(names: tuple[str, ...]) -> PackedWeight:
+        def kept(names: tuple[str, ...]) -> PrepackedWeight:
             self._weights[names] = made = joined(names)
             return made
 
         self._put_together(kept)
 
-    def _put_together(self, weights: Callable[[tuple[str, ...]], PackedWeight]) -> None:
+    def _put_together(self, weights: Callable[[tuple[str, ...]], PrepackedWeight]) -> None:
         embedding = self.model.get_input_embeddings().weight.detach()
         if len(self.pages) > 1:
             raise NotImplementedError("the base's layers have heads of different sizes")
@@ -432,7 +434,7 @@ class Runner:
         return sum(weight.nbytes for weight in weights if not isinstance(weight, Quantised))
 
     @torch.no_grad()
-    def _quantise(self, pack: Callable[[Tensor], QuantisedWeight]) -> None:
+    def _quantise(self, pack: Callable[[Tensor], QuantizedWeight]) -> None:
         """Once the base has shown that it is of Llama's kind: group by group, so that never both copies are whole."""
         base, modules = self.base, dict(base_modules(self.model))
         if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
@@ -497,7 +499,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _part(weight: QuantisedWeight, columns: list[tuple[int, int]], i: int) -> Tensor:
+def _part(weight: QuantizedWeight, columns: list[tuple[int, int]], i: int) -> Tensor:
     """The i-th module's own rows of a quantised group, as they are multiplied by."""
     first, size = columns[i]
     return weight.dense()[first : first + size]

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.orders import PackedWeight
+from veneer.ops.orders import PrepackedWeight
 from veneer.ops.panels import Panels
-from veneer.ops.quantised import Quantised, dequantised, product_of_codes, stacked_rows
+from veneer.ops.quantised import Quantised, dequantised, quantized_linear, stacked_rows
 
 ROWS = 8
 """Rows that a batch-invariant product is taken of at a time."""
@@ -31,7 +31,7 @@ def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tens
 class Blocks:
     """Another packed weight, multiplied by so many rows at a time; see `in_blocks`."""
 
-    weight: PackedWeight
+    weight: PrepackedWeight
     rows: int
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ class Coded:
         whole = [part for part in self.parts if isinstance(part, Quantised)]
         if len(whole) == len(self.parts):  # into one piece of memory
             stacked = stacked_rows(whole)
-            made = None if self.rows else product_of_codes(x, stacked, bias)
+            made = None if self.rows else quantized_linear(x, stacked, bias)
             if made is not None:
                 return made
             weight = stacked.dense()
@@ -66,7 +66,7 @@ class Coded:
         y.add_(self(x, bias))
 
 
-def invariant(weight: PackedWeight, rows: int) -> PackedWeight:
+def invariant(weight: PrepackedWeight, rows: int) -> PrepackedWeight:
     """A weight by which a row's product has the same bits whoever shares its batch. Panels are so by themselves."""
     if isinstance(weight, Coded):  # dequantised once and not for each block
         return replace(weight, rows=rows)
