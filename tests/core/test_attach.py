@@ -14,7 +14,7 @@ from tests.families import FAMILIES
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, create
 from veneer.core.layers import Layer
 from veneer.errors import AdapterError, ConfigError
-from veneer.ops.spans import Spans
+from veneer.ops.spans import LoraSegments
 
 IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 EVERYTHING = LoraSpec(
@@ -430,7 +430,7 @@ def test_a_router_takes_a_linear_pair() -> None:
         merged = attachment.merged("a")
         torch.testing.assert_close(merged[f"{name}.weight"], by_hand.get_parameter(f"{name}.weight").data)
         with pytest.raises(AdapterError, match=f"{name} is not a linear layer"):
-            attachment.use_spans(["a"], Spans((20,), (20,), [torch.Generator()], sizes=(20, 20)))
+            attachment.use_spans(["a"], LoraSegments((20,), (20,), [torch.Generator()], sizes=(20, 20)))
         with pytest.raises(AdapterError, match="MixtralTopKRouter"):
             attachment.add("b", Adapter({name: Pair(pair.A, pair.B, 1.0, "embedding")}))
     model.zero_grad()

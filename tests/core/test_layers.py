@@ -121,7 +121,7 @@ def test_what_is_more_than_one_plain_pair_is_no_projection() -> None:
             attachment.use(name)
             found = layer.linear_map()
             assert found is not None
-            assert found.gain is not None
+            assert found.dora_scale is not None
         layer.base.weight.requires_grad_(True)
         assert layer.linear_map() is None
 

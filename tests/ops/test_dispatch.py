@@ -130,7 +130,7 @@ def test_unknown_words_of_veneer_ops_are_refused(words: str) -> None:
 
 
 def test_veneer_ops_is_read_when_a_process_begins() -> None:
-    code = "import json; from veneer.ops import dispatch as d; print(json.dumps(d.choices('cpu')['gain']))"
+    code = "import json; from veneer.ops import dispatch as d; print(json.dumps(d.choices('cpu')['dropout']))"
     environment = {"VENEER_OPS": "torch", "PYTHONPATH": ":".join(sys.path), "VENEER_NATIVE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     name, *_ = json.loads(done.stdout)

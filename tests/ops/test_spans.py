@@ -7,7 +7,7 @@ import torch
 
 from veneer.ops.linear import LinearMap, join_maps, linear
 from veneer.ops.lowrank import LowRank
-from veneer.ops.spans import Spans
+from veneer.ops.spans import LoraSegments
 
 TOKENS, RANKS, DROPS = (5, 3, 7), (2, 4, 3), (0.3, 0.0, 0.5)
 INPUTS, OUTPUTS = 6, (4, 5)
@@ -30,7 +30,7 @@ def test_each_span_is_what_it_is_by_itself() -> None:
     pairs = [{(span, at): factors(span, n) for at, n in enumerate(OUTPUTS) if span != 1 or at} for span in range(3)]
     x = torch.randn(sum(TOKENS) + 2, INPUTS, dtype=torch.float64, requires_grad=True)
     g = torch.randn(len(x), sum(OUTPUTS), dtype=torch.float64)
-    spans = Spans(TOKENS, (1, 1, 1), [generator(span) for span in range(3)], sizes=(len(x), 4))
+    spans = LoraSegments(TOKENS, (1, 1, 1), [generator(span) for span in range(3)], sizes=(len(x), 4))
     maps = [
         LinearMap(
             weight,
@@ -77,7 +77,7 @@ def test_numbers_that_are_none_stay_where_they_are() -> None:
     """NaN and infinities of one adapter's rows reach nothing of the other's."""
     torch.manual_seed(0)
     pairs = [factors(span, 4) for span in range(2)]
-    spans = Spans((3, 3), (1, 1), [generator(0), generator(1)], sizes=(6, 2))
+    spans = LoraSegments((3, 3), (1, 1), [generator(0), generator(1)], sizes=(6, 2))
     x = torch.randn(6, INPUTS, dtype=torch.float64)
     x[:3] = torch.tensor(float("nan"))
     x.requires_grad_()
@@ -89,7 +89,7 @@ def test_numbers_that_are_none_stay_where_they_are() -> None:
 
 
 def test_rows_that_are_not_the_batch_s_tokens_are_refused() -> None:
-    spans = Spans((3, 2), (1, 1), [generator(0), generator(1)], sizes=(5, 2))
+    spans = LoraSegments((3, 2), (1, 1), [generator(0), generator(1)], sizes=(5, 2))
     assert spans.bounds(5) == [slice(0, 3), slice(3, 5)]
     assert spans.bounds(2) == [slice(0, 1), slice(1, 2)]
     with pytest.raises(ValueError, match="4 rows in a product"):

@@ -26,7 +26,7 @@ from veneer.core.mix_cache import MixCache
 from veneer.core.selection import RowMixes, Selection, SpanAdapters, span_problem
 from veneer.core.targets import base_modules, expert_parameters, has_bare_weight, kind_of
 from veneer.errors import AdapterError, bullets, nearest
-from veneer.ops.spans import Spans
+from veneer.ops.spans import LoraSegments
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
 _SPARE_BYTES = 256 << 20
@@ -154,7 +154,7 @@ class Attachment:
             ]
         self.selection = Selection(rows=RowMixes(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
-    def use_spans(self, names: Sequence[str], spans: Spans) -> None:
+    def use_spans(self, names: Sequence[str], spans: LoraSegments) -> None:
         """Select an adapter for each of `spans`, at strength 1: of the tokens that linear layers are given, whatever
         the rows of the batch are. What a backward pass needs of them holds as long as `use` says.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
-from veneer.ops.spans import Spans
+from veneer.ops.spans import LoraSegments
 from veneer.ops.transfer import put_numbers, sent
 
 Acting = tuple[tuple[Adapter, float], ...]
@@ -127,7 +127,7 @@ class SpanAdapters:
     """An adapter for each span of the tokens that linear layers are given, as they are trained in one pass."""
 
     adapters: tuple[Adapter, ...]
-    spans: Spans
+    spans: LoraSegments
 
 
 def span_problem(adapter: Adapter) -> str:

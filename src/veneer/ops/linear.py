@@ -19,23 +19,24 @@ from veneer.ops.copies import PrepackedWeights
 from veneer.ops.dispatch import dispatch
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
-from veneer.ops.spans import Spans
+from veneer.ops.spans import LoraSegments
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinearMap:
     """A frozen weight (out, in) with the low-rank products on its rows; one projection, or several of one x joined.
 
-    `bias`: (out,). `gain`: (out,) float32, what DoRA multiplies each output by before the bias. All products see the
-    same of x: one dropout, as loralib's MergedLinear has it. `copies`: the weight's own, where it may have some.
-    `spans`: each product sees the rows of its own span instead, with that one's dropout; then there is no gain."""
+    `bias`: (out,). `dora_scale`: (out,) float32, what DoRA multiplies each output by before the bias. All products see
+    the same of x: one dropout, as loralib's MergedLinear has it. `copies`: the weight's own, where it may have some.
+    `spans`: each product sees the rows of its own span instead, with that one's dropout; then there is no DoRA
+    scale."""
 
     weight: Tensor
     bias: Tensor | None = None
     products: tuple[LowRank, ...] = ()
-    gain: Tensor | None = None
+    dora_scale: Tensor | None = None
     copies: PrepackedWeights | None = None
-    spans: Spans | None = None
+    spans: LoraSegments | None = None
 
     @property
     def dropout(self) -> float:
@@ -62,12 +63,12 @@ def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> Linea
     for part in parts:
         products += [p.below(at) for p in part.products]
         at += part.weight.shape[0]
-    gain = None
-    if any(p.gain is not None for p in parts):
+    dora_scale = None
+    if any(p.dora_scale is not None for p in parts):
         ones = torch.ones(1, device=weight.device)
-        gain = torch.cat([ones.expand(len(p.weight)) if p.gain is None else p.gain for p in parts])
+        dora_scale = torch.cat([ones.expand(len(p.weight)) if p.dora_scale is None else p.dora_scale for p in parts])
     spans = next((p.spans for p in parts if p.spans is not None), None)
-    return LinearMap(weight, bias, tuple(products), gain, spans=spans)
+    return LinearMap(weight, bias, tuple(products), dora_scale, spans=spans)
 
 
 def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
@@ -84,8 +85,8 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
             for p in linear_map.products
             if p.first < last and p.last > first
         )
-        bias, gain = (None if t is None else t[own] for t in (linear_map.bias, linear_map.gain))
-        return LinearMap(linear_map.weight[own], bias, products, gain, spans=linear_map.spans)
+        bias, dora_scale = (None if t is None else t[own] for t in (linear_map.bias, linear_map.dora_scale))
+        return LinearMap(linear_map.weight[own], bias, products, dora_scale, spans=linear_map.spans)
 
     return rows(0, at), rows(at, len(linear_map.weight))
 
@@ -93,10 +94,10 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
 class _Products(Protocol):
     """What an implementation of the op "low_rank" is, made of (products, rows of the weight, dtype)."""
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y += s·(x·Aᵀ)·Bᵀ on each product's columns; u = x·Aᵀ."""
 
-    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
+    def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
         """dx += du·A, if there is one; du = g·s·B."""
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
@@ -106,7 +107,7 @@ class _Products(Protocol):
 class LowRankProducts:
     """Low-rank products of one x, cast and stacked: A (Σ rank, in) and the block-diagonal s·B (rows, Σ rank).
 
-    u = x·Aᵀ and du = g·s·B read x and g once for all of them. What would multiply by the zeros of s·B to no gain goes
+    u = x·Aᵀ and du = g·s·B read x and g once for all of them. What would multiply by the zeros of s·B in vain goes
     one by one (measured on two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against 0.60 ms, gᵀ·u 1.23 against 0.81). The
     reference of the op "low_rank"."""
 
@@ -126,14 +127,14 @@ class LowRankProducts:
         for p, block in zip(products, self.blocks, strict=True):
             self.sB[block] = p.B * p.scale
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y += u·(s·B)ᵀ; u."""
         u = x @ self.A.t()
         for rows, columns in self.blocks:
             y[:, rows].addmm_(u[:, columns], self.sB[rows, columns].t())
         return u
 
-    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
+    def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
         """dx += du·A, if there is one; du."""
         du = g @ self.sB
         if dx is not None:
@@ -156,12 +157,12 @@ class _Dropped:
     def __init__(self, own: _Products, drop: Dropout) -> None:
         self.own, self.drop = own, drop
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.own.add(self.drop(x), y)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.own.forward(self.drop(x), y)
 
-    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
+    def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
         back = None if dx is None else torch.zeros_like(dx)
-        du = self.own.through(g, back)
+        du = self.own.backward(g, back)
         if dx is not None and back is not None:
             dx.add_(self.drop(back))
         return du
@@ -173,7 +174,7 @@ class _Dropped:
 class _InSpans:
     """The products of several adapters, each of its own rows. u and du are those of each, one after another, flat."""
 
-    def __init__(self, x: Tensor, products: Sequence[LowRank], y: Tensor, spans: Spans) -> None:
+    def __init__(self, x: Tensor, products: Sequence[LowRank], y: Tensor, spans: LoraSegments) -> None:
         members: dict[int, list[int]] = {}
         for place, product in enumerate(products):
             members.setdefault(product.span, []).append(place)
@@ -185,13 +186,13 @@ class _InSpans:
             at = bounds[span]
             self.parts.append((at, _made(x[at], tuple(products[i] for i in places), y[at], drops.get(span))))
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        us = [own.add(x[at], y[at]) for at, own in self.parts]
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        us = [own.forward(x[at], y[at]) for at, own in self.parts]
         self.sizes = [u.shape for u in us]
         return torch.cat([u.flatten() for u in us])
 
-    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
-        dus = [own.through(g[at], None if dx is None else dx[at]) for at, own in self.parts]
+    def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
+        dus = [own.backward(g[at], None if dx is None else dx[at]) for at, own in self.parts]
         return torch.cat([du.flatten() for du in dus])
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
@@ -224,7 +225,7 @@ def low_rank_tensors(linear_map: LinearMap) -> list[Tensor]:
 
 
 class LinearOutput(NamedTuple):
-    """`y`, and what its backward pass needs: u = x·Aᵀ, `plain`, what the gain multiplied, its low-rank products,
+    """`y`, and what its backward pass needs: u = x·Aᵀ, `plain`, what the DoRA scale multiplied, its low-rank products,
     which small layers pay more to make again than to keep, and the weight's copies."""
 
     y: Tensor
@@ -257,84 +258,85 @@ def keeps_copy(dtype: torch.dtype, rows: int, columns: int, transposed: bool) ->
 
 def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
     """`linear` of x (N, in), for functions that have a backward pass of their own."""
-    W, b, gain, copies = linear_map.weight, linear_map.bias, linear_map.gain, linear_map.copies
-    if gain is None:
+    W, b, dora_scale, copies = linear_map.weight, linear_map.bias, linear_map.dora_scale, linear_map.copies
+    if dora_scale is None:
         y = frozen_linear(x, W, b, copies=copies)
         products = _products(x, linear_map, y) if linear_map.products else None
-        return LinearOutput(y, None if products is None else products.add(x, y), None, products, copies)
+        return LinearOutput(y, None if products is None else products.forward(x, y), None, products, copies)
     if not linear_map.dropout:
         plain = frozen_linear(x, W, copies=copies)
         products = _products(x, linear_map, plain)
-        u = products.add(x, plain)
-        return LinearOutput(gained(plain, gain, b), u, plain, products, copies)
-    # PEFT's DoRA with dropout: x·Wᵀ + b + (gain − 1) ⊙ d·Wᵀ + gain ⊙ s·(d·Aᵀ)·Bᵀ, d what dropout leaves of x
+        u = products.forward(x, plain)
+        return LinearOutput(scale_outputs(plain, dora_scale, b), u, plain, products, copies)
+    # PEFT's DoRA with dropout: x·Wᵀ + b + (dora_scale − 1) ⊙ d·Wᵀ + dora_scale ⊙ s·(d·Aᵀ)·Bᵀ, d what dropout leaves of
+    # x
     y = frozen_linear(x, W, b, copies=copies)
     products = _products(x, linear_map, y)
     assert isinstance(products, _Dropped)
     left = products.drop(x)
     plain, own = frozen_linear(left, W, copies=copies), torch.zeros_like(y)
-    u = products.own.add(left, own)
-    y = (plain * (gain - 1)).add_(own * gain).add_(y).to(y.dtype)
+    u = products.own.forward(left, own)
+    y = (plain * (dora_scale - 1)).add_(own * dora_scale).add_(y).to(y.dtype)
     return LinearOutput(y, u, plain.add_(own), products, copies)
 
 
 def linear_backward(
-    g: Tensor, weight: Tensor, made: LinearOutput, gain: Tensor | None, need_dx: bool
+    g: Tensor, weight: Tensor, made: LinearOutput, dora_scale: Tensor | None, need_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """dx, and for the products' own gradients that of what they are added to, du = that·s·B, and the gain's."""
+    """dx, and for the products' own gradients that of what they are added to, du = that·s·B, and the DoRA scale's."""
     products, plain = made.products, made.plain
 
     def back(t: Tensor) -> Tensor:
         return frozen_linear(t, weight, transposed=False, copies=made.copies)
 
-    if gain is None or plain is None or products is None:
+    if dora_scale is None or plain is None or products is None:
         dx = back(g) if need_dx else None
-        return dx, g, None if products is None else products.through(g, dx), None
-    inner, d_gain = _gain_gradient(g, plain, gain)
+        return dx, g, None if products is None else products.backward(g, dx), None
+    inner, d_scale = _scale_gradients(g, plain, dora_scale)
     if not isinstance(products, _Dropped):
         dx = back(inner) if need_dx else None
-        return dx, inner, products.through(inner, dx), d_gain
+        return dx, inner, products.backward(inner, dx), d_scale
     dx, dropped = (back(g), back(inner - g)) if need_dx else (None, None)
-    du = products.own.through(inner, dropped)
+    du = products.own.backward(inner, dropped)
     if dx is not None and dropped is not None:
         dx.add_(products.drop(dropped))
-    return dx, inner, du, d_gain
+    return dx, inner, du, d_scale
 
 
-def gained(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """gain ⊙ y + b, rounded once: gains are near 1, where 16 bits are 1/256 apart."""
-    run = dispatch("gain", gain, y, *([] if bias is None else [bias]))
+def scale_outputs(y: Tensor, dora_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """dora_scale ⊙ y + b, rounded once: DoRA scales are near 1, where 16 bits are 1/256 apart."""
+    run = dispatch("dora_scale", dora_scale, y, *([] if bias is None else [bias]))
     if run is not None:
-        made: Tensor = run(y, gain, bias)
+        made: Tensor = run(y, dora_scale, bias)
         return made
-    out = y * gain
+    out = y * dora_scale
     return (out if bias is None else out.add_(bias)).to(y.dtype)
 
 
-def _gain_gradient(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of what the gain multiplied, y, and of the gain."""
-    run = dispatch("gain_backward", gain, g, y)
+def _scale_gradients(g: Tensor, y: Tensor, dora_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of what the DoRA scale multiplied, y, and of the DoRA scale."""
+    run = dispatch("dora_scale_backward", dora_scale, g, y)
     if run is not None:
-        made: tuple[Tensor, Tensor] = run(g, y, gain)
+        made: tuple[Tensor, Tensor] = run(g, y, dora_scale)
         return made
-    return (g * gain).to(g.dtype), (g.to(gain.dtype) * y).sum(0)
+    return (g * dora_scale).to(g.dtype), (g.to(dora_scale.dtype) * y).sum(0)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear_map: LinearMap, gain: Tensor | None, *flat: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear_map: LinearMap, dora_scale: Tensor | None, *flat: Tensor) -> Tensor:
         made = linear_forward(x, linear_map)
         # A and B too: autograd then notices if they change before backward
-        ctx.save_for_backward(x, made.u, made.plain, gain, *flat)
+        ctx.save_for_backward(x, made.u, made.plain, dora_scale, *flat)
         ctx.products, ctx.weight, ctx.copies = made.products, linear_map.weight, linear_map.copies
         return made.y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, u, plain, gain, *_ = ctx.saved_tensors
+        x, u, plain, dora_scale, *_ = ctx.saved_tensors
         made, g = LinearOutput(g, u, plain, ctx.products, ctx.copies), g.contiguous()
-        dx, inner, du, d_gain = linear_backward(g, ctx.weight, made, gain, ctx.needs_input_grad[0])
-        return (dx, None, d_gain, *low_rank_gradients(made, inner, x, du))
+        dx, inner, du, d_scale = linear_backward(g, ctx.weight, made, dora_scale, ctx.needs_input_grad[0])
+        return (dx, None, d_scale, *low_rank_gradients(made, inner, x, du))
 
 
 def low_rank_gradients(made: LinearOutput, g: Tensor, x: Tensor, du: Tensor | None) -> list[Tensor]:
@@ -345,10 +347,12 @@ def low_rank_gradients(made: LinearOutput, g: Tensor, x: Tensor, du: Tensor | No
 
 
 def linear(x: Tensor, linear_map: LinearMap) -> Tensor:
-    """y = x·Wᵀ + b, plus s·(x·Aᵀ)·Bᵀ on each product's columns of y; with a gain, all but b times it.
+    """y = x·Wᵀ + b, plus s·(x·Aᵀ)·Bᵀ on each product's columns of y; with a DoRA scale, all but b times it.
     x: (…, in) → (…, Σ out).
 
-    Keeps x and the narrow x·Aᵀ, and where there is a gain what it multiplies. Reference: F.linear(x, W, b) with
+    Keeps x and the narrow x·Aᵀ, and where there is a DoRA scale what it multiplies. Reference: F.linear(x, W, b) with
     s·F.linear(F.linear(x, A), B) added to its columns, for a dropout of what the products see by Dropout's mask."""
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), linear_map, linear_map.gain, *low_rank_tensors(linear_map))
+    y: Tensor = _Linear.apply(
+        x.reshape(-1, x.shape[-1]), linear_map, linear_map.dora_scale, *low_rank_tensors(linear_map)
+    )
     return y.view(*x.shape[:-1], y.shape[-1])  # outside of the Function: callers may write into what they get

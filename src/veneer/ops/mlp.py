@@ -21,11 +21,11 @@ from veneer.ops.dispatch import dispatch
 from veneer.ops.linear import (
     LinearMap,
     LinearOutput,
-    gained,
     linear_backward,
     linear_forward,
     low_rank_gradients,
     low_rank_tensors,
+    scale_outputs,
 )
 
 
@@ -145,31 +145,31 @@ class _GatedMlp(torch.autograd.Function):
         gate_up: LinearMap,
         down: LinearMap,
         act: str,
-        gain: Tensor | None,
-        gain_down: Tensor | None,
+        scale: Tensor | None,
+        scale_down: Tensor | None,
         *flat: Tensor,
     ) -> Tensor:
         one = linear_forward(x, gate_up)
         two = linear_forward(gated(one.y, act), down)
-        again = gain is not None and not gate_up.dropout  # [gate | up] is then a gain and a bias away from `plain`
+        again = scale is not None and not gate_up.dropout  # [gate | up] is then a scale and a bias away from `plain`
         both = None if again else one.y
-        ctx.save_for_backward(x, both, one.u, one.plain, gain, two.u, two.plain, gain_down, *flat)
+        ctx.save_for_backward(x, both, one.u, one.plain, scale, two.u, two.plain, scale_down, *flat)
         ctx.products, ctx.copies = (one.products, two.products), (gate_up.copies, down.copies)
         ctx.weights, ctx.bias, ctx.act = (gate_up.weight, down.weight), gate_up.bias, act
         return two.y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, both, u, plain, gain, u_down, plain_down, gain_down, *_ = ctx.saved_tensors
+        x, both, u, plain, scale, u_down, plain_down, scale_down, *_ = ctx.saved_tensors
         one = LinearOutput(g, u, plain, ctx.products[0], ctx.copies[0])
         two = LinearOutput(g, u_down, plain_down, ctx.products[1], ctx.copies[1])
-        dh, inner, du, d_gain_down = linear_backward(g.contiguous(), ctx.weights[1], two, gain_down, True)
+        dh, inner, du, d_scale_down = linear_backward(g.contiguous(), ctx.weights[1], two, scale_down, True)
         assert dh is not None
-        d_both, h = _gated_backward(dh, gained(plain, gain, ctx.bias) if both is None else both, ctx.act)
+        d_both, h = _gated_backward(dh, scale_outputs(plain, scale, ctx.bias) if both is None else both, ctx.act)
         down_pairs = low_rank_gradients(two, inner, h, du)
         del h, dh, inner
-        dx, inner, du, d_gain = linear_backward(d_both, ctx.weights[0], one, gain, ctx.needs_input_grad[0])
-        return (dx, None, None, None, d_gain, d_gain_down, *low_rank_gradients(one, inner, x, du), *down_pairs)
+        dx, inner, du, d_scale = linear_backward(d_both, ctx.weights[0], one, scale, ctx.needs_input_grad[0])
+        return (dx, None, None, None, d_scale, d_scale_down, *low_rank_gradients(one, inner, x, du), *down_pairs)
 
 
 def gated_mlp(x: Tensor, gate_up: LinearMap, down: LinearMap, act: str = "silu") -> Tensor:
@@ -177,6 +177,6 @@ def gated_mlp(x: Tensor, gate_up: LinearMap, down: LinearMap, act: str = "silu")
 
     `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x); their product is made again in backward.
     Reference: the same line with `linear`."""
-    given = gate_up, down, act, gate_up.gain, down.gain, *low_rank_tensors(gate_up), *low_rank_tensors(down)
+    given = gate_up, down, act, gate_up.dora_scale, down.dora_scale, *low_rank_tensors(gate_up), *low_rank_tensors(down)
     y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *given)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -20,7 +20,7 @@ from veneer.ops.dropout import Dropout
 
 
 @dataclass(eq=False)
-class Spans:
+class LoraSegments:
     """`tokens`, `kept`: rows of each adapter, of all tokens and of those kept at a model's end. `generators`: what each
     draws from. `sizes`: how many rows the one and the other are, padding included, by which they are told apart."""
 

@@ -205,16 +205,16 @@ def test_no_memory_is_an_error_and_no_crash(whole: Path, name: str, arguments: l
 
 def test_no_memory_for_low_rank_products(whole: Path) -> None:
     library = compiled.bound(whole)
-    if not library.has("thin_add"):
+    if not library.has("lora_forward"):
         pytest.skip("not compiled for this processor")
     product = LowRank(torch.empty(16, 0), torch.empty(16, 0), 1.0)
     table = compiled.low_rank_structs([product])
-    with pytest.raises(MemoryError, match="thin_add"):
-        library.thin_add(table, 1, None, None, None, 0, FAR, 16, 2)
-    with pytest.raises(MemoryError, match="thin_through"):
-        library.thin_through(table, 1, None, None, None, 0, FAR, 16, 2)
-    with pytest.raises(MemoryError, match="thin_gradients"):
-        library.thin_gradients(table, 1, *[None] * 6, 2 * (FAR // 2), 16, 16, 2)
+    with pytest.raises(MemoryError, match="lora_forward"):
+        library.lora_forward(table, 1, None, None, None, 0, FAR, 16, 2)
+    with pytest.raises(MemoryError, match="lora_backward"):
+        library.lora_backward(table, 1, None, None, None, 0, FAR, 16, 2)
+    with pytest.raises(MemoryError, match="lora_weight_gradients"):
+        library.lora_weight_gradients(table, 1, *[None] * 6, 2 * (FAR // 2), 16, 16, 2)
 
 
 @pytest.mark.parametrize("target", [40, -1, -99, 2**40, -(2**62)])

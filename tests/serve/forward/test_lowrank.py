@@ -13,7 +13,7 @@ from veneer.core.merge import delta
 from veneer.ops.cpu import compiled
 from veneer.serve.forward.lowrank import BaseLayout, Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
 
-NATIVE = compiled.usable("thin_rows") is not None
+NATIVE = compiled.usable("lora_rows") is not None
 INPUTS, COLUMNS = 70, (24, 33, 16)
 
 

@@ -43,7 +43,7 @@ from veneer.models.text.fast import fast
 from veneer.models.text.loss import hidden_at, target_logps
 from veneer.models.text.twin import base_twin
 from veneer.ops.cpu.sharing import shared
-from veneer.ops.spans import Spans
+from veneer.ops.spans import LoraSegments
 from veneer.ops.transfer import sent
 from veneer.train.checkpoint import Progress, latest, read_checkpoint, read_parameters, restore, rng_restore, rng_state
 from veneer.train.checkpoint import save as save_checkpoint
@@ -334,7 +334,7 @@ class Trainer:
         kept = [sum(len(row.targets) for row in own) for _, own in parts]
         if len(parts) > 1:
             generators = [torch.Generator() for _ in parts]
-            spans = Spans([sum(len(row.ids) for row in own) for _, own in parts], kept, generators)
+            spans = LoraSegments([sum(len(row.ids) for row in own) for _, own in parts], kept, generators)
             self.attachment.use_spans([work.learner.name for work, _ in parts], spans)
         else:
             self.attachment.use(parts[0][0].learner.name)

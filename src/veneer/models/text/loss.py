@@ -27,7 +27,7 @@ from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout, SharedRows
 from veneer.ops.loss import likeliest, token_nll
 from veneer.ops.sizes import HEAD_CHUNK, ROW_STEP, few_sizes, padded_tokens
-from veneer.ops.spans import Spans
+from veneer.ops.spans import LoraSegments
 from veneer.ops.transfer import sent
 
 
@@ -93,7 +93,7 @@ def rows_nll(
     trained: Tensor,
     layout: RowLayout | None = None,
     rounded: bool | None = None,
-    spans: Spans | None = None,
+    spans: LoraSegments | None = None,
     right: Tensor | None = None,
     shared: SharedRows | None = None,
 ) -> Tensor:
@@ -113,7 +113,7 @@ def rows_nll(
 
 
 def hidden_at(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], places: Tensor, spans: Spans | None = None
+    model: Any, input_ids: Tensor, lengths: Sequence[int], places: Tensor, spans: LoraSegments | None = None
 ) -> Tensor:
     """What the head is given after each of `places` of rows one after another: (M, d), M = len(places). places: indices
     into input_ids, ascending. Without padding within `fast` where the model takes it; `spans` then, as `rows_nll`."""
@@ -201,7 +201,7 @@ def _rows_hidden(
     at: Tensor,
     layout: RowLayout | None,
     rounded: bool | None,
-    spans: Spans | None,
+    spans: LoraSegments | None,
     shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the head is given before each token of `at`, and `at`; both with padding at their ends where it is rounded.

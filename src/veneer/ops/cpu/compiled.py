@@ -35,8 +35,8 @@ _EVERYWHERE = {
     "norm_silu": "pppppllllfi",
     "norm_silu_backward": "ppppppllllfi",
     "dropped": "ppluuufi",
-    "gained": "pppplli",
-    "gained_backward": "ppppplli",
+    "dora_scale": "pppplli",
+    "dora_scale_backward": "ppppplli",
     "silu_gate": "pplli",
     "silu_gate_backward": "pppplli",
     "geglu": "pplli",
@@ -56,10 +56,10 @@ _EVERYWHERE = {
 _AVX512_BF16 = {
     "attend": "pppppplllllfi",
     "attend_backward": "pppppppppplllllfi",
-    "thin_add": "pipppllli",
-    "thin_through": "pipppllli",
-    "thin_gradients": "pippppppllli",
-    "thin_rows": "plplplppppli",
+    "lora_forward": "pipppllli",
+    "lora_backward": "pipppllli",
+    "lora_weight_gradients": "pippppppllli",
+    "lora_rows": "plplplppppli",
     "store_rows": "plplpplllppi",
     "rope_and_cache": "plllppppfppplppi",
     "paged_attend": "plplllpplplppfflli",
@@ -103,8 +103,8 @@ class Kernels:
 
 
 _FALLIBLE = {
-    *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "thin_add"),
-    *("thin_through", "thin_gradients", "paged_attend", "decode", *_TILES),
+    *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "lora_forward"),
+    *("lora_backward", "lora_weight_gradients", "paged_attend", "decode", *_TILES),
 }
 """Those that say whether they could do their work (bf16.h)."""
 

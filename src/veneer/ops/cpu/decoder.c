@@ -568,7 +568,7 @@ enum {
 
 /* x (n, dim) through all layers, in place: serve/forward/llama.py's LlamaForward.hidden up to the last norm.
    layers: FIELDS numbers each, pointers in the main, to a `matrix` where it is one; sizes: dim, heads, kv, d, ffn; numbers:
-   eps, scale. positions … longest: as paged_attend has them. thin: thin_rows' tables of groups 4 layer … 4 layer + 3 one
+   eps, scale. positions … longest: as paged_attend has them. thin: lora_rows' tables of groups 4 layer … 4 layer + 3 one
    after another, or none; nseg … ldu: as there. room: n (dim + (heads + 2 kv) d + heads d + 3 ffn) elements. */
 int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const float *numbers, const float *cs,
             const float *sn, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq, const i64 *tables, i64 ldt,

@@ -102,31 +102,33 @@ def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
 # -- gains, activations ------------------------------------------------------------------------------------------------
 
 
-def _takes_gain(name: str) -> Callable[..., bool]:
-    def takes(gain: Tensor, *tensors: Tensor) -> bool:
-        own = gain.dtype == torch.float32 and gain.is_contiguous()
+def _takes_dora_scale(name: str) -> Callable[..., bool]:
+    def takes(scale: Tensor, *tensors: Tensor) -> bool:
+        own = scale.dtype == torch.float32 and scale.is_contiguous()
         return own and compiled.usable(name, *tensors) is not None
 
     return takes
 
 
-@_implements("gain", "gained", takes=_takes_gain("gained"), wants="a float32 gain beside contiguous bfloat16")
-def _gain(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+@_implements(
+    "dora_scale", "dora_scale", takes=_takes_dora_scale("dora_scale"), wants="a float32 scale and contiguous bfloat16"
+)
+def _dora_scale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty_like(y)
-    _kernel("gained")(*_at(y, gain, bias, out), *y.shape, torch.get_num_threads())
+    _kernel("dora_scale")(*_at(y, scale, bias, out), *y.shape, torch.get_num_threads())
     return out
 
 
 @_implements(
-    "gain_backward",
-    "gained_backward",
-    takes=_takes_gain("gained_backward"),
-    wants="a float32 gain beside contiguous bfloat16",
+    "dora_scale_backward",
+    "dora_scale_backward",
+    takes=_takes_dora_scale("dora_scale_backward"),
+    wants="a float32 scale and contiguous bfloat16",
 )
-def _gain_backward(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    dy, d_gain = torch.empty_like(g), torch.empty_like(gain)
-    _kernel("gained_backward")(*_at(g, y, gain, dy, d_gain), *g.shape, torch.get_num_threads())
-    return dy, d_gain
+def _dora_scale_backward(g: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    dy, d_scale = torch.empty_like(g), torch.empty_like(scale)
+    _kernel("dora_scale_backward")(*_at(g, y, scale, dy, d_scale), *g.shape, torch.get_num_threads())
+    return dy, d_scale
 
 
 def _gate(name: str) -> Callable[[Tensor], Tensor]:
@@ -357,7 +359,7 @@ IMPLEMENTATIONS["prepacked_linear"] = Implementation(
 
 # -- low-rank products -------------------------------------------------------------------------------------------------
 
-_LOW_RANK = ("thin_add", "thin_through", "thin_gradients")
+_LOW_RANK = ("lora_forward", "lora_backward", "lora_weight_gradients")
 
 
 def _takes_low_rank(x: Tensor, y: Tensor, products: Sequence[LowRank]) -> bool:
@@ -380,23 +382,23 @@ class CompiledLowRank:
         self.structs = compiled.low_rank_structs(products)
         self.ranks = sum(-(-len(p.A) // 16) * 16 for p in products)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         u = x.new_empty(len(x), self.ranks)
         sizes = len(x), x.shape[1], y.shape[1], torch.get_num_threads()
-        _kernel("thin_add")(self.structs, self.count, *_at(x, y, u), *sizes)
+        _kernel("lora_forward")(self.structs, self.count, *_at(x, y, u), *sizes)
         return u
 
-    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
+    def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
         du = g.new_empty(len(g), self.ranks)
         sizes = len(g), self.factors[0][0].shape[1], g.shape[1], torch.get_num_threads()
-        _kernel("thin_through")(self.structs, self.count, *_at(g, du, dx), *sizes)
+        _kernel("lora_backward")(self.structs, self.count, *_at(g, du, dx), *sizes)
         return du
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
         out = [torch.empty_like(t) for pair in self.factors for t in pair]
         dA, dB = ((ctypes.c_void_p * self.count)(*_at(*out[which::2])) for which in (0, 1))
         sizes = len(g), x.shape[1], g.shape[1], torch.get_num_threads()
-        _kernel("thin_gradients")(self.structs, self.count, *_at(g, x, u, du), dA, dB, *sizes)
+        _kernel("lora_weight_gradients")(self.structs, self.count, *_at(g, x, u, du), dA, dB, *sizes)
         return out
 
 
@@ -508,14 +510,14 @@ def _dequantise_ggml(raw: Tensor, kind: str, out: Tensor) -> None:
 
 
 def _takes_rows(x: Tensor, y: Tensor) -> bool:
-    return x.shape[1] % 2 == 0 and compiled.usable("thin_rows", x, y) is not None
+    return x.shape[1] % 2 == 0 and compiled.usable("lora_rows", x, y) is not None
 
 
-@_implements("rows_low_rank", "thin_rows", takes=_takes_rows, wants="contiguous bfloat16 of an even number of columns")
+@_implements("rows_low_rank", "lora_rows", takes=_takes_rows, wants="contiguous bfloat16 of an even number of columns")
 def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
     """`pointers`: of the rows and their adapters, as serving.c reads them."""
     at = x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1]
-    _kernel("thin_rows")(*at, *pointers, torch.get_num_threads())
+    _kernel("lora_rows")(*at, *pointers, torch.get_num_threads())
 
 
 def _product_of_panels(kernel: str, name: str, *others: Implementation) -> Implementation:

@@ -190,7 +190,7 @@ void dropped(const bf16 *x, bf16 *y, int64_t n, uint32_t low, uint32_t high, uin
 }
 
 /* y = gain x + b, row by row; b may be missing */
-void gained(const bf16 *x, const float *gain, const bf16 *b, bf16 *y, int64_t n, int64_t d, int threads) {
+void dora_scale(const bf16 *x, const float *gain, const bf16 *b, bf16 *y, int64_t n, int64_t d, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
         const bf16 *xi = x + i * d;
@@ -201,7 +201,7 @@ void gained(const bf16 *x, const float *gain, const bf16 *b, bf16 *y, int64_t n,
 }
 
 /* dx = gain g, and d_gain = the sum of g x over the rows: a few columns at a time, so that the order is always the same. */
-void gained_backward(
+void dora_scale_backward(
     const bf16 *g, const bf16 *x, const float *gain, bf16 *dx, float *d_gain, int64_t n, int64_t d, int threads
 ) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -783,7 +783,7 @@ static const uint32_t *tile_rows(const bf16 *x, int64_t first, int64_t real, int
 }
 
 /* u = x A^T, and y += s u B^T on each pair's columns. x (n, in), y (n, out), u (n, R). */
-int thin_add(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int64_t n, int64_t in, int64_t out, int threads) {
+int lora_forward(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int64_t n, int64_t in, int64_t out, int threads) {
     int64_t R = padded_ranks(pairs, count), at = 0, cells = 0;
     uint32_t *A = room(in * R * 2), *B = room(R * out * 2); /* more than B needs where pairs have columns of their own */
     int failed = DONE;
@@ -830,7 +830,7 @@ int thin_add(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int6
 }
 
 /* du = s g B, and dx += du A unless dx is NULL. g (n, out), du (n, R), dx (n, in). */
-int thin_through(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *dx, int64_t n, int64_t in, int64_t out,
+int lora_backward(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *dx, int64_t n, int64_t in, int64_t out,
                   int threads) {
     int64_t R = padded_ranks(pairs, count), at = 0, cells = 0;
     uint32_t *A = room(in * R * 2), *B = room(R * out * 2);
@@ -874,7 +874,7 @@ int thin_through(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *dx
 
 /* dA[i] = du^T x and dB[i] = s g^T u on each pair's rows and columns, float32. Shared out by columns of x and g, so that no
    sum depends on the number of threads. */
-int thin_gradients(const pair *pairs, int count, const bf16 *g, const bf16 *x, const bf16 *u, const bf16 *du, float **dA,
+int lora_weight_gradients(const pair *pairs, int count, const bf16 *g, const bf16 *x, const bf16 *u, const bf16 *du, float **dA,
                     float **dB, int64_t n, int64_t in, int64_t out, int threads) {
     enum { DEEP = 128 };
     int64_t R = padded_ranks(pairs, count), even = padded_to(n, 2), of_x = padded_to(in, PANEL) / PANEL, panels = of_x;

@@ -171,14 +171,14 @@ def _dropped(draw: Draw) -> list[Tensor]:
     return [Dropout(0.25, 0x123456789E3779B9)(draw(1003))]
 
 
-@_case("gained", "gained_backward")
-def _gained(draw: Draw) -> list[Tensor]:
+@_case("dora_scale", "dora_scale_backward")
+def _dora_scale(draw: Draw) -> list[Tensor]:
     """With and without a bias, in a layer whose low-rank products no kernel takes."""
     W, made = draw(150, 23) / 4, list[Tensor]()
     for b in (None, draw(150)):
 
-        def run(x: Tensor, A: Tensor, B: Tensor, gain: Tensor, b: Tensor | None = b) -> Tensor:
-            return linear.linear(x, linear.LinearMap(W, b, (LowRank(A, B),), gain))
+        def run(x: Tensor, A: Tensor, B: Tensor, scale: Tensor, b: Tensor | None = b) -> Tensor:
+            return linear.linear(x, linear.LinearMap(W, b, (LowRank(A, B),), scale))
 
         made += draw.gradients(run, draw(5, 23), draw.wide(4, 23) / 4, draw.wide(150, 4) / 4, draw.wide(150))
     return made
@@ -249,7 +249,7 @@ def _token_nll(draw: Draw) -> list[Tensor]:
     return [*made, loss.token_nll(logits, head, targets, right=right), right]
 
 
-@_case("thin_add", "thin_through", "thin_gradients")
+@_case("lora_forward", "lora_backward", "lora_weight_gradients")
 def _low_rank(draw: Draw) -> list[Tensor]:
     """Two pairs of ranks 5 and 16 on columns 0 … 32 and 32 … 112 of 112, over 48 inputs."""
     W = draw(112, 48) / 8
@@ -342,8 +342,8 @@ def _at(*tensors: Tensor | None) -> list[int | None]:
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
-@_case("thin_rows")
-def _thin_rows(draw: Draw) -> list[Tensor]:
+@_case("lora_rows")
+def _lora_rows(draw: Draw) -> list[Tensor]:
     """Two adapters of rank 16: on five rows and two, one of which is under both."""
     x, y, strengths = draw(7, 32), draw(7, 40), draw.wide(7).float()
     pairs = [(draw(16, 32) / 8, draw(40, 16) / 8) for _ in range(2)]
@@ -361,7 +361,7 @@ def _thin_rows(draw: Draw) -> list[Tensor]:
     for record, (A, B) in zip(table, laid, strict=True):
         record[:7] = torch.tensor([A.data_ptr(), 16, B.data_ptr(), 0, 40, 0, 16])
     own = [*_at(table), 2, *_at(starts, rows, strengths, u), 16]
-    _library().thin_rows(x.data_ptr(), 32, y.data_ptr(), 40, *own, 2)
+    _library().lora_rows(x.data_ptr(), 32, y.data_ptr(), 40, *own, 2)
     return [y]
 
 

@@ -101,7 +101,7 @@ void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table,
     }
 }
 
-void thin_rows(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts, const i64 *rows,
+void lora_rows(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts, const i64 *rows,
                const float *strengths, bf16 *u, i64 ldu, int threads) {
     meeting m = {0};
 #pragma omp parallel num_threads(threads)

@@ -35,7 +35,7 @@ static inline void meet(meeting *m) {
         else sched_yield(); /* somebody else has the processor that the others need */
 }
 
-enum { THIN_RECORD = 17 }; /* numbers that thin_rows has of a segment */
+enum { THIN_RECORD = 17 }; /* numbers that lora_rows has of a segment */
 
 static inline __m512bh pairs(const void *p) { return (__m512bh)_mm512_loadu_si512(p); }
 

@@ -40,7 +40,7 @@ from veneer.errors import (
 from veneer.models.swap import report_of
 from veneer.models.text.loss import rows_nll
 from veneer.ops.cpu.sharing import shared
-from veneer.ops.spans import Spans
+from veneer.ops.spans import LoraSegments
 from veneer.ops.transfer import sent
 from veneer.train import checkpoint
 from veneer.train.checkpoint import seed_all, seeded_generator
@@ -322,7 +322,7 @@ class SharedPasses:
         seeds = [loop.seed(index) for loop, index in parts]
         seed_all(*seeds[0])
         tokens, kept = [batch.tokens for batch in batches], [batch.trained_tokens for batch in batches]
-        spans = Spans(tokens, kept, [seeded_generator(*seed) for seed in seeds])
+        spans = LoraSegments(tokens, kept, [seeded_generator(*seed) for seed in seeds])
         self.attachment.use_spans([self.members[loop].name for loop, _ in parts], spans)
         right = torch.empty(sum(kept), dtype=torch.bool, device=self.device)
         nll = rows_nll(
