@@ -352,10 +352,10 @@ def _filled(model: Any, device: str, kept_as: Callable[[str, Any], Any] = lambda
 def _quantiser(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
     """What `_filled` keeps of a weight where the base is to be in 4 or 8 bits."""
     from veneer.models.quantise import quantised_weights
-    from veneer.ops.quantised import quantise
+    from veneer.ops.quantised import quantize
 
     names = set(quantised_weights(model)) if kind else set()
-    return lambda name, weight: quantise(weight, str(kind)) if name in names else weight
+    return lambda name, weight: quantize(weight, str(kind)) if name in names else weight
 
 
 # -- training text -----------------------------------------------------------------------------------------------------
@@ -603,7 +603,7 @@ def products(task: Task) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from veneer.ops.quantised import quantise
+    from veneer.ops.quantised import quantize
 
     s, config = task.sizes, _config(task.sizes.text)
     inputs, outputs = config["hidden_size"], config["intermediate_size"]
@@ -612,7 +612,7 @@ def products(task: Task) -> dict[str, Any]:
     copies = 2 if task.dry else 8  # more than the card's cache holds
     figures: list[Figure] = []
     for kind, a_weight in (("bfloat16", 2.0), ("nf4", 0.52), ("int8", 1.0)):
-        kept = [weight.clone() if kind == "bfloat16" else quantise(weight, kind) for _ in range(copies)]
+        kept = [weight.clone() if kind == "bfloat16" else quantize(weight, kind) for _ in range(copies)]
         for rows in (1, 8, 64):
             x = torch.randn(rows, inputs, generator=generator, device=s.device).bfloat16()
 

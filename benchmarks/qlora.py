@@ -90,7 +90,7 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
     from veneer.models.quantise import load_quantised
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
-    from veneer.ops.quantised import Quantised
+    from veneer.ops.quantised import Quantized
 
     config = AutoConfig.from_pretrained(folder)
     before, start = peak_bytes(), time.perf_counter()
@@ -100,8 +100,8 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.requires_grad_(False)
     loaded, seconds = peak_bytes(), time.perf_counter() - start
-    weights = sum(p.bytes if isinstance(p, Quantised) else p.nbytes for p in model.parameters())
-    codes = [p for p in model.parameters() if isinstance(p, Quantised)]
+    weights = sum(p.bytes if isinstance(p, Quantized) else p.nbytes for p in model.parameters())
+    codes = [p for p in model.parameters() if isinstance(p, Quantized)]
     attachment = veneer.attach(model)
     spec = veneer.LoraSpec(rank=RANK, alpha=ALPHA, targets="all-linear")
     attachment.add("a", veneer.create(model, spec, seed=0), trainable=True)
@@ -225,12 +225,12 @@ def side_quality(kind: str, tokens: int) -> dict[str, Any]:
     from veneer.models.quantise import quantised_weights
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
-    from veneer.ops.quantised import quantise
+    from veneer.ops.quantised import quantize
 
     base = veneer.load_base("smollm2-135m", dtype="float32")
     for name in quantised_weights(base.model) if kind != "as stored" else ():
         weight = base.model.get_parameter(name)
-        weight.data = quantise(weight.data, kind.split()[0], double=kind.endswith("dq")).dense().clone()
+        weight.data = quantize(weight.data, kind.split()[0], double=kind.endswith("dq")).dense().clone()
     ids = torch.tensor(base.tokenizer(held_out_text()).input_ids[:tokens])
     total, count = 0.0, 0
     with torch.no_grad(), fast(base.model):

@@ -13,7 +13,7 @@ from veneer.adapters import use as using
 from veneer.adapters.merge import compare_merges, merge, merge_shards, merged_model
 from veneer.errors import ConfigError
 from veneer.models.text.base import TextBase, load_text
-from veneer.ops.quantised import quantise
+from veneer.ops.quantised import quantize
 from veneer.train.config.text import DataSection
 from veneer.train.text.encode import Example, encode_rows
 from veneer.train.text.rows import read_rows
@@ -89,7 +89,7 @@ def test_merged_and_quantised_again_it_is_a_checkpoint_of_4_bits(qlora: Qlora, t
     name = "model.layers.0.mlp.up_proj.weight"
     with using.attach_adapters(base, [adapter]) as attachment:
         exact = attachment.merged(*attachment.adapters)[name]
-    assert torch.equal(again.model.get_parameter(name).dense(), quantise(exact, "nf4").dense())
+    assert torch.equal(again.model.get_parameter(name).dense(), quantize(exact, "nf4").dense())
 
 
 @pytest.mark.parametrize("kind", ["int8"])

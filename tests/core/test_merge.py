@@ -12,7 +12,7 @@ from tests.families import FAMILIES
 from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
 from veneer.core.merge import adapted_norm, low_rank_norm
 from veneer.errors import AdapterError
-from veneer.ops.quantised import quantise
+from veneer.ops.quantised import quantize
 
 IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 
@@ -200,7 +200,7 @@ def test_the_norm_that_makes_no_matrix_is_the_norm(kind: str | None, within: flo
     g = torch.Generator().manual_seed(0)
     dtype = torch.float64 if kind == "float64" else torch.float32
     W = (0.05 * torch.randn(96, 256, generator=g)).to(torch.float64 if kind == "float64" else torch.bfloat16)
-    W = quantise(W, kind) if kind == "nf4" else W
+    W = quantize(W, kind) if kind == "nf4" else W
     A, B = (0.02 * torch.randn(*shape, generator=g) for shape in ((16, 256), (96, 16)))
     pair = Pair(A.to(dtype), B.to(dtype), 4.0)
     wanted = adapted_norm(W, pair)

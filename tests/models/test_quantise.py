@@ -24,7 +24,7 @@ from veneer.files.weights import tensor_table
 from veneer.models.quantise import load_quantised, quantised_bytes, quantised_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text, read_base_config
 from veneer.ops.quantisation_formats import KINDS, Blocks4
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 
 IDS = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -32,7 +32,7 @@ IDS = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
 def dequantised_twin(model: Any) -> Any:
     """The same model with plain weights of the same values."""
     twin = type(model)(model.config)
-    state = {n: t.dense().clone() if isinstance(t, Quantised) else t for n, t in model.state_dict().items()}
+    state = {n: t.dense().clone() if isinstance(t, Quantized) else t for n, t in model.state_dict().items()}
     twin.load_state_dict(state, assign=True)
     if model.config.get_text_config().tie_word_embeddings:
         twin.tie_weights()
@@ -56,14 +56,14 @@ def test_every_family_computes_what_its_dequantised_weights_do(family: str, kind
     source = FAMILIES[family]()
     model = quantised(source, tmp_path / "m", kind)
     names = quantised_weights(source)
-    assert [n for n, p in model.named_parameters() if isinstance(p, Quantised)] == names
+    assert [n for n, p in model.named_parameters() if isinstance(p, Quantized)] == names
     assert not {n for n in names if "embed" in n or "lm_head" in n or "norm" in n or "router" in n}
-    assert all(not p.requires_grad for p in model.parameters() if isinstance(p, Quantised))
+    assert all(not p.requires_grad for p in model.parameters() if isinstance(p, Quantized))
     twin = dequantised_twin(model)
     with torch.no_grad():
         assert torch.equal(model(IDS % VOCAB).logits, twin(IDS % VOCAB).logits)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, Quantised):
+        if isinstance(parameter, Quantized):
             assert parameter.bytes == quantised_bytes(parameter.shape, kind), name
             got, want = parameter.dense().double(), source.get_parameter(name).detach().double()
             assert float((got - want).norm() / want.norm()) < (0.01 if kind == "int8" else 0.15), name
@@ -118,7 +118,7 @@ _LOADS = """
 import sys, json
 from pathlib import Path
 import torch
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 from veneer.models.quantise import load_quantised
 from veneer.models.text.base import read_base_config
 from veneer.files.weights import tensor_table
@@ -132,7 +132,7 @@ load_quantised(small, read_base_config(small), tensor_table(small), "nf4", torch
 cpu = torch.device("cpu")
 before = peak_memory_bytes(cpu)
 model, _ = load_quantised(folder, config, table, "nf4", torch.bfloat16)
-weights = sum(p.bytes if isinstance(p, Quantised) else p.nbytes for p in model.parameters())
+weights = sum(p.bytes if isinstance(p, Quantized) else p.nbytes for p in model.parameters())
 print(json.dumps({"took": peak_memory_bytes(cpu) - before, "weights": weights}))
 """
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_bitsandbytes_saved_is_the_same_model(
     for name, parameter in theirs.named_parameters():
         if getattr(parameter, "quant_state", None) is not None:
             weight = own[name]
-            assert isinstance(weight, Quantised)
+            assert isinstance(weight, Quantized)
             assert torch.equal(weight.dense(), functional.dequantize_4bit(parameter.data, parameter.quant_state))
     theirs.train()  # in eval mode its linears may round to bfloat16
     torch.testing.assert_close(base.model(IDS).logits, theirs(IDS).logits)
@@ -233,7 +233,7 @@ def test_an_8_bit_checkpoint_of_bitsandbytes_loads(folder: Path, tmp_path: Path)
     assert base.quantised == "int8"
     for name in quantised_weights(base.model):
         weight, parameter = base.model.get_parameter(name), theirs.get_parameter(name)
-        assert isinstance(weight, Quantised)
+        assert isinstance(weight, Quantized)
         exact = parameter.data.double() * parameter.SCB.double()[:, None] / 127
         torch.testing.assert_close(weight.dense().double(), exact, rtol=1e-5, atol=0)
 
@@ -273,7 +273,7 @@ def test_blocks_of_a_gguf_file_stay_and_compute_what_they_stand_for(tmp_path: Pa
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file, quantised=True)
     full, kept = load_text(str(file), dtype="float32"), load_text(str(file), dtype="float32", quantise="keep")
-    weights = [p for p in kept.model.parameters() if isinstance(p, Quantised)]
+    weights = [p for p in kept.model.parameters() if isinstance(p, Quantized)]
     assert kept.quantised == "gguf"
     assert {p.stored.kind for p in weights} == {"Q8_0"}
     assert len(weights) == len(
@@ -299,7 +299,7 @@ def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
     def load(kind: str) -> set[str]:
         together.wait(30)
         loaded, _ = load_quantised(tmp_path / "m", config, tensors, kind, torch.float32)
-        return {p.stored.kind for p in loaded.parameters() if isinstance(p, Quantised)}
+        return {p.stored.kind for p in loaded.parameters() if isinstance(p, Quantized)}
 
     tie = PreTrainedModel.tie_weights
     with ThreadPoolExecutor(len(kinds)) as pool:

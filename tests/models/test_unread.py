@@ -24,7 +24,7 @@ from veneer.models.quantise import load_quantised
 from veneer.models.shard import blocks, shard
 from veneer.models.text.base import load_text, read_base_config
 from veneer.models.unread import Unread, rows_of
-from veneer.ops.quantised import Quantised, quantise
+from veneer.ops.quantised import Quantized, quantize
 from veneer.train.devices import launch
 
 COUNT = 3
@@ -85,7 +85,7 @@ def test_parts_of_a_weight_are_the_pieces_of_the_whole_to_the_bit(
     whole: list[Tensor] = [weight.bfloat16()]
     absent: Tensor = whole[0].to("meta")
     if kind:
-        made = quantise(whole[0], kind)
+        made = quantize(whole[0], kind)
         whole, absent = list(made.stored.tensors().values()), made.like(made.stored.moved(lambda t: t.to("meta")))
     for count in (2, 3, 5):
         group, reads = Together(count), [Unread({"weight": stored}, kind, torch.bfloat16) for _ in range(count)]
@@ -178,8 +178,8 @@ def test_rows_and_whole_weights_are_those_of_the_files(kind: str, tmp_path: Path
     own = model.get_parameter(name)
     assert torch.equal(base.unread.rows(name, [3, 0]).float(), own[[3, 0]])
     assert torch.equal(base.unread.whole(name, torch.device("cpu")), own)
-    quantised = [n for n, p in base.model.named_parameters() if isinstance(p, Quantised)]
-    assert quantised == [n for n, p in model.named_parameters() if isinstance(p, Quantised)]
+    quantised = [n for n, p in base.model.named_parameters() if isinstance(p, Quantized)]
+    assert quantised == [n for n, p in model.named_parameters() if isinstance(p, Quantized)]
 
 
 def test_a_model_with_weights_kept_in_float32_is_read_whole(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.core.exact import draw
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
 from veneer.ops.quantisation_formats import KINDS, GgmlBlocks
-from veneer.ops.quantised import Quantised, quantise
+from veneer.ops.quantised import Quantized, quantize
 
 
 def factors(dtype: torch.dtype, *shapes: tuple[int, int]) -> list[Tensor]:
@@ -34,11 +34,11 @@ def mask_of_next(p: float, *shape: int, dtype: torch.dtype) -> Tensor:
     return (drop(torch.ones(*shape, dtype=dtype)) != 0).double() / (1 - p)
 
 
-def coded(weight: Tensor, kind: str) -> Quantised:
+def coded(weight: Tensor, kind: str) -> Quantized:
     """A weight in codes of a kind; in the K-quants of ggml, which its package reads and does not write, a weight of
     codes that are drawn, and scales of about its size."""
     if kind in KINDS:
-        return quantise(weight, kind)
+        return quantize(weight, kind)
     rows, columns = weight.reshape(-1, weight.shape[-1]).shape
     if not kind.endswith("_K"):
         raw = gguf.quants.quantize(weight.float().numpy().reshape(rows, columns), gguf.GGMLQuantizationType[kind])
@@ -51,4 +51,4 @@ def coded(weight: Tensor, kind: str) -> Quantised:
             halves = torch.rand(rows, columns // block, 1, generator=g) * float(weight.abs().amax()) / 1024
             made[..., at : at + 2] = halves.half().view(torch.uint8)
         made = made.flatten(1)
-    return Quantised(GgmlBlocks(kind, tuple(weight.shape), made), weight.dtype)
+    return Quantized(GgmlBlocks(kind, tuple(weight.shape), made), weight.dtype)

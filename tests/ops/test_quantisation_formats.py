@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from veneer.ops.cpu import compiled
-from veneer.ops.quantisation_formats import GgmlBlocks, QuantisationFormat, StackedRows, to_format
+from veneer.ops.quantisation_formats import GgmlBlocks, QuantizationFormat, StackedRows, to_format
 
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2),
@@ -50,7 +50,7 @@ def test_rows_of_stacked_weights_are_those_of_each(kind: str, native: bool, monk
     if not native:
         monkeypatch.setattr(compiled, "kernels", lambda: None)
 
-    def weight(rows: int) -> QuantisationFormat:
+    def weight(rows: int) -> QuantizationFormat:
         if kind == "Q4_0":
             return GgmlBlocks(kind, (rows, 192), torch.from_numpy(blocks(kind, rows, 192)))
         return to_format(torch.randn(rows, 192, generator=torch.Generator().manual_seed(rows)), kind, True)
@@ -71,7 +71,7 @@ def test_a_weight_code_by_code_is_the_dequantised_one(kind: str) -> None:
     """Of int8 but for the last bit: its scale is one number there, and two, one after another, here."""
     for columns in (512,) if kind in HALVES else (512, 96, 40):
         if kind in HALVES:
-            code: QuantisationFormat = GgmlBlocks(kind, (7, columns), torch.from_numpy(blocks(kind, 7, columns)))
+            code: QuantizationFormat = GgmlBlocks(kind, (7, columns), torch.from_numpy(blocks(kind, 7, columns)))
         else:
             code = to_format(torch.randn(7, columns, generator=torch.Generator().manual_seed(columns)), kind, True)
         groups = code.groups(2, 6)

@@ -1,4 +1,4 @@
-"""Quantised weights: codes are bitsandbytes', arithmetic is the formula's, and a product with one is the product with
+"""Quantized weights: codes are bitsandbytes', arithmetic is the formula's, and a product with one is the product with
 what it stands for, without a dense copy that outlives it."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from veneer.errors import BaseError
 from veneer.ops import quantisation_formats as blocks
 from veneer.ops.cpu import compiled
 from veneer.ops.quantisation_formats import KINDS, Blocks4, Rows8, dynamic_map, four_bit_values
-from veneer.ops.quantised import Quantised, dequantised, quantise, stacked_rows
+from veneer.ops.quantised import Quantized, dequantized, quantize, stacked_rows
 
 FOUR = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,7 +85,7 @@ def test_each_weight_gets_the_nearest_value_of_its_block(
     kind: str, dtype: torch.dtype, rows: int, columns: int, seed: int
 ) -> None:
     w = weight(rows, columns, dtype=dtype, seed=seed)
-    q = quantise(w, kind, double=False, dtype=torch.float32)
+    q = quantize(w, kind, double=False, dtype=torch.float32)
     exact = F.pad(w.double().flatten(), (0, -w.numel() % 64)).view(-1, 64)
     most = exact.abs().amax(1, keepdim=True)
     assert torch.equal(q.stored.tensors()["absmax"].double(), most[:, 0])
@@ -105,10 +105,10 @@ def test_the_compiled_kernels_give_the_bits_of_the_reference(
     if compiled.kernels() is None:
         pytest.skip(compiled.status())
     w = weight(rows, columns, dtype=dtype)
-    mine = quantise(w, kind, double=double)
+    mine = quantize(w, kind, double=double)
     with pytest.MonkeyPatch.context() as patch:
         without_kernels(patch)
-        plain = quantise(w, kind, double=double)
+        plain = quantize(w, kind, double=double)
         dense = plain.dense()
     for (name, a), b in zip(mine.stored.tensors().items(), plain.stored.tensors().values(), strict=True):
         assert torch.equal(a, b), name
@@ -119,28 +119,28 @@ def test_the_compiled_kernels_give_the_bits_of_the_reference(
 def test_bits_a_weight_are_accounted_for() -> None:
     """4 + 8/64 + 32/(64·256) = 4.127 with double quantisation, 4.5 without; 8 and a scale a row for int8."""
     w = weight(1024, 1024, dtype=torch.bfloat16)
-    assert 8 * quantise(w, "nf4").bytes / w.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
-    assert 8 * quantise(w, "nf4", double=False).bytes / w.numel() == 4.5
-    assert 8 * quantise(w, "int8").bytes / w.numel() == pytest.approx(8 + 32 / 1024)
+    assert 8 * quantize(w, "nf4").bytes / w.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
+    assert 8 * quantize(w, "nf4", double=False).bytes / w.numel() == 4.5
+    assert 8 * quantize(w, "int8").bytes / w.numel() == pytest.approx(8 + 32 / 1024)
 
 
 def test_int8_rounds_each_row_over_its_largest() -> None:
     w = weight(37, 100)
-    q = quantise(w, "int8")
+    q = quantize(w, "int8")
     step = w.double().abs().amax(1, keepdim=True) / 127
     assert bool(((q.dense().double() - w.double()).abs() <= 0.5 * step * (1 + 1e-5)).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_stay_zero_and_what_is_not_finite_is_refused(kind: str) -> None:
-    assert not quantise(torch.zeros(8, 64), kind).dense().any()
+    assert not quantize(torch.zeros(8, 64), kind).dense().any()
     for bad in (float("nan"), float("inf")):
         w = weight(4, 64)
         w[1, 2] = bad
         with pytest.raises(ValueError, match="not finite"):
-            quantise(w, kind)
+            quantize(w, kind)
     with pytest.raises(ValueError, match="nf5"):
-        quantise(weight(2, 2), "nf5")
+        quantize(weight(2, 2), "nf5")
 
 
 # -- bitsandbytes ------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -
     for shape in ((64, 128), (100, 192), (576, 1536), (7, 10)):
         w = weight(*shape, dtype=dtype)
         packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type=kind)
-        mine = quantise(w, kind, double=False)
+        mine = quantize(w, kind, double=False)
         code = mine.stored
         assert isinstance(code, Blocks4)
         assert torch.equal(code.packed, packed.flatten())
@@ -167,8 +167,8 @@ def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -
         assert torch.equal(mine.dense(), bnb.dequantize_4bit(packed, state))
         packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type=kind, compress_statistics=True)
         theirs = Blocks4(kind, tuple(shape), packed.flatten(), state.absmax, state.state2.absmax, state.offset, 64, 256)
-        assert torch.equal(Quantised(theirs, dtype).dense(), bnb.dequantize_4bit(packed, state))
-        code = quantise(w, kind).stored
+        assert torch.equal(Quantized(theirs, dtype).dense(), bnb.dequantize_4bit(packed, state))
+        code = quantize(w, kind).stored
         assert isinstance(code, Blocks4)
         assert code.mean is not None
         assert code.absmax2 is not None
@@ -183,7 +183,7 @@ def test_where_constants_differ_from_bitsandbytes_ours_are_nearer() -> None:
     absmax = weight(50_000, seed=1).abs()
     x = absmax - absmax.mean()
     theirs, state = bnb.quantize_blockwise(x, blocksize=256)
-    code = quantise(torch.nn.functional.pad(absmax[:, None], (0, blocks.BLOCK - 1)), "nf4").stored  # a block a row
+    code = quantize(torch.nn.functional.pad(absmax[:, None], (0, blocks.BLOCK - 1)), "nf4").stored  # a block a row
     assert isinstance(code, Blocks4)
     assert code.absmax2 is not None
     ours, most = code.absmax, code.absmax2
@@ -202,7 +202,7 @@ def test_narrow_weights_are_dequantised_where_bitsandbytes_fails() -> None:
     for shape in ((32, 32), (64, 96), (10, 160)):
         w = weight(*shape)
         packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
-        mine = quantise(w, "nf4", double=False).dense()
+        mine = quantize(w, "nf4", double=False).dense()
         theirs = bnb.dequantize_4bit(packed, state)
         assert float((mine - w).norm() / w.norm()) < 0.1
         assert float((theirs - w).norm() / w.norm()) > 0.2  # if this fails, bitsandbytes is mended
@@ -213,11 +213,11 @@ def test_int8_codes_are_bitsandbytes_bits() -> None:
     for dtype in (torch.float32, torch.float16):
         w = weight(96, 200, dtype=dtype)
         codes, stats, _ = bnb.int8_vectorwise_quant(w)
-        code = quantise(w, "int8").stored
+        code = quantize(w, "int8").stored
         assert isinstance(code, Rows8)
         assert torch.equal(code.absmax, stats)
         assert float((code.codes != codes).double().mean()) < (1e-9 if dtype == torch.float32 else 0.02)
-        theirs = Quantised(Rows8((96, 200), codes, stats), torch.float32)
+        theirs = Quantized(Rows8((96, 200), codes, stats), torch.float32)
         assert torch.equal(theirs.dense(), bnb.int8_vectorwise_dequant(codes, stats))
 
 
@@ -232,7 +232,7 @@ def test_a_product_is_the_product_with_the_dequantised_weight(
     if not native:
         without_kernels(monkeypatch)
     for dtype in (torch.float32, torch.bfloat16):
-        q = quantise(weight(96, 128, dtype=dtype), kind)
+        q = quantize(weight(96, 128, dtype=dtype), kind)
         x, bias = weight(2, 5, 128, dtype=dtype, seed=2) * 50, weight(96, dtype=dtype, seed=3)
         mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
         y, want = F.linear(mine, q, bias), F.linear(other, q.dense(), bias)
@@ -247,7 +247,7 @@ def test_a_product_is_the_product_with_the_dequantised_weight(
 
 def test_backward_keeps_codes_and_no_dense_weight() -> None:
     layer = nn.Linear(128, 96, bias=False).bfloat16()
-    layer.weight = nn.Parameter(quantise(layer.weight, "nf4"), requires_grad=False)
+    layer.weight = nn.Parameter(quantize(layer.weight, "nf4"), requires_grad=False)
     kept: list[Any] = []
 
     def note(t: Tensor) -> Tensor:
@@ -257,14 +257,14 @@ def test_backward_keeps_codes_and_no_dense_weight() -> None:
     x = torch.randn(4, 128, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         layer(layer(x)[:, :96] @ torch.zeros(96, 128, dtype=torch.bfloat16)).sum().backward()
-    weights = [t for t in kept if t.shape in ((96, 128), (128, 96)) and not isinstance(t, Quantised)]
-    assert any(isinstance(t, Quantised) for t in kept)
+    weights = [t for t in kept if t.shape in ((96, 128), (128, 96)) and not isinstance(t, Quantized)]
+    assert any(isinstance(t, Quantized) for t in kept)
     assert len(weights) <= 1  # the matrix of zeros above
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_views_by_rows_stay_quantised_and_all_else_is_computed(kind: str) -> None:
-    q = quantise(weight(4, 32, 128, dtype=torch.bfloat16), kind)
+    q = quantize(weight(4, 32, 128, dtype=torch.bfloat16), kind)
     dense = q.dense()
     views: list[tuple[Any, Tensor]] = [
         (q[2], dense[2]),
@@ -279,7 +279,7 @@ def test_views_by_rows_stay_quantised_and_all_else_is_computed(kind: str) -> Non
         (q.detach(), dense),
     ]
     for got, want in views:
-        assert isinstance(got, Quantised), want.shape
+        assert isinstance(got, Quantized), want.shape
         assert got.shape == want.shape
         assert torch.equal(got.dense(), want)
     plain: list[tuple[Any, Tensor]] = [
@@ -294,12 +294,12 @@ def test_views_by_rows_stay_quantised_and_all_else_is_computed(kind: str) -> Non
         (q[0] @ q[1].t(), dense[0] @ dense[1].t()),
     ]
     for got, want in plain:
-        assert not isinstance(got, Quantised)
+        assert not isinstance(got, Quantized)
         assert torch.equal(got, want)
 
 
 def test_rows_of_a_table_are_looked_up_one_by_one() -> None:
-    q = quantise(weight(40, 64), "nf4")
+    q = quantize(weight(40, 64), "nf4")
     ids = torch.tensor([[3, 39, 3], [0, 1, 3]])
     assert torch.equal(F.embedding(ids, q), F.embedding(ids, q.dense()))
     many = torch.arange(40).repeat(2)
@@ -308,16 +308,16 @@ def test_rows_of_a_table_are_looked_up_one_by_one() -> None:
 
 def test_it_moves_copies_and_pickles_as_a_parameter() -> None:
     layer = nn.Linear(64, 32).bfloat16()
-    layer.weight = nn.Parameter(quantise(layer.weight, "nf4"), requires_grad=False)
-    want = dequantised(layer.weight).clone()
+    layer.weight = nn.Parameter(quantize(layer.weight, "nf4"), requires_grad=False)
+    want = dequantized(layer.weight).clone()
     twin = copy.deepcopy(layer)
-    assert isinstance(twin.weight, Quantised)
+    assert isinstance(twin.weight, Quantized)
     assert isinstance(twin.weight, nn.Parameter)
     assert torch.equal(twin.weight.dense(), want)
     assert twin.weight.stored.tensors()["packed"].data_ptr() != layer.weight.stored.tensors()["packed"].data_ptr()
     twin.to("cpu")
     twin.to(torch.float32)
-    assert isinstance(twin.weight, Quantised)
+    assert isinstance(twin.weight, Quantized)
     assert twin.weight.dtype == torch.float32
     torch.testing.assert_close(twin.weight.dense(), want.float(), rtol=2**-8, atol=0)
     again = pickle.loads(pickle.dumps(layer.weight))
@@ -328,7 +328,7 @@ def test_it_moves_copies_and_pickles_as_a_parameter() -> None:
 
 
 def test_several_below_one_another_multiply_as_one() -> None:
-    parts = [quantise(weight(rows, 128, dtype=torch.bfloat16, seed=rows), "nf4") for rows in (32, 8, 40)]
+    parts = [quantize(weight(rows, 128, dtype=torch.bfloat16, seed=rows), "nf4") for rows in (32, 8, 40)]
     whole = stacked_rows(parts)
     want = torch.cat([p.dense() for p in parts])
     assert whole.shape == (80, 128)
@@ -339,7 +339,7 @@ def test_several_below_one_another_multiply_as_one() -> None:
 
 
 def test_a_kept_weight_is_the_same_weight() -> None:
-    q = quantise(weight(16, 64), "nf4")
+    q = quantize(weight(16, 64), "nf4")
     want = q.dense()
     q.keep()
     assert q.dense() is q.kept
@@ -352,7 +352,7 @@ def test_a_kept_weight_is_the_same_weight() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
     """An in-place operation would change a temporary, and be lost, or the kept copy, and change the base."""
-    q = quantise(weight(4, 32, 64, dtype=torch.bfloat16), kind)
+    q = quantize(weight(4, 32, 64, dtype=torch.bfloat16), kind)
     if kept:
         q.keep()
     want = q.dense().clone()
@@ -389,7 +389,7 @@ def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
 def test_a_state_dict_is_not_copied_over_a_quantised_weight_in_silence() -> None:
     layer = nn.Linear(64, 32)
     state = {name: t.detach().clone() for name, t in layer.state_dict().items()}
-    layer.weight = nn.Parameter(quantise(layer.weight, "nf4"), requires_grad=False)
+    layer.weight = nn.Parameter(quantize(layer.weight, "nf4"), requires_grad=False)
     with pytest.raises(RuntimeError, match="write to a weight in nf4"):
         layer.load_state_dict(state)
     layer.load_state_dict(state, assign=True)
@@ -408,5 +408,5 @@ def test_only_what_bitsandbytes_has_is_left_to_its_gpu_kernels(monkeypatch: pyte
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_decodes_every_kind_as_the_cpu_does(kind: str) -> None:
-    q = quantise(weight(96, 128), kind)
+    q = quantize(weight(96, 128), kind)
     assert torch.equal(q.to("cuda").dense().cpu(), q.dense())

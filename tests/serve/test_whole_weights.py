@@ -15,7 +15,7 @@ from veneer.core.attach import attach
 from veneer.formats import peft
 from veneer.models.quantise import quantised_weights
 from veneer.models.text.base import load_text
-from veneer.ops.quantised import dequantised
+from veneer.ops.quantised import dequantized
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_server_over_a_quantised_base_answers_as_the_library_does_over_it(shop
     """The weights are `load_text(quantise=…)`'s, which are QLoRA's own; computed in float32 on both sides."""
     ids = prompt(40)
     quantised = load_text(str(shop.base_dir), dtype="float32", quantise=kind).model
-    values = {name: dequantised(quantised.get_parameter(name)) for name in quantised_weights(quantised)}
+    values = {name: dequantized(quantised.get_parameter(name)) for name in quantised_weights(quantised)}
     own = wanted(shop, ids, lambda w: w, values)
     got = scored(shop, ids, dtype="float32", quantise=kind)
     for name in own:

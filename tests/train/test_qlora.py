@@ -25,7 +25,7 @@ from veneer.models.quantise import quantised_weights
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 from veneer.train.config.load import config_from
 from veneer.train.events import Event, Note, Stepped
 from veneer.train.text.save import RunResult
@@ -92,7 +92,7 @@ def test_a_run_over_codes_is_the_run_over_what_they_stand_for(shared: Path, tmp_
     card = read_card(tmp_path / "codes").card
     assert card.recipe["base"]["quantise"] == "nf4"
     assert card.base_fingerprint == load_text(str(shared / "tiny-base")).fingerprint
-    assert all(isinstance(base.model.get_parameter(n), Quantised) for n in quantised_weights(base.model))
+    assert all(isinstance(base.model.get_parameter(n), Quantized) for n in quantised_weights(base.model))
 
 
 def test_killed_and_resumed_it_is_bit_for_bit_the_run_that_was_not(shared: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_the_fast_paths_take_quantised_weights(shared: Path, dtype: torch.dtype,
     trained = torch.ones(30, dtype=torch.bool)
     trained[[0, 12]] = False
     found = []
-    whole = sum(2 * p.numel() * dtype.itemsize // 2 for p in base.model.parameters() if isinstance(p, Quantised))
+    whole = sum(2 * p.numel() * dtype.itemsize // 2 for p in base.model.parameters() if isinstance(p, Quantized))
     keep = {"none": 0, "some": whole // 2, "all": whole}[kept]
     for model, budget in ((base.model, keep), (reference, 0)):
         with attach(model) as attachment:
@@ -141,7 +141,7 @@ def test_the_fast_paths_take_quantised_weights(shared: Path, dtype: torch.dtype,
     for name, grad in grads.items():
         assert grad is not None
         assert torch.equal(grad, wanted[name]), name
-    assert all(p.kept is None for p in base.model.parameters() if isinstance(p, Quantised))
+    assert all(p.kept is None for p in base.model.parameters() if isinstance(p, Quantized))
 
 
 def test_activations_can_be_recomputed_over_codes(shared: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_modules_trained_whole_start_as_what_the_codes_stand_for(shared: Path) -
     base = load_text(str(shared / "tiny-base"), dtype="float32", quantise="nf4")
     adapter = create(base.model, LoraSpec(rank=2, modules_to_save=("model.layers.0.mlp.up_proj",)), seed=0)
     weight = adapter.modules["model.layers.0.mlp.up_proj"]["weight"]
-    assert not isinstance(weight, Quantised)
+    assert not isinstance(weight, Quantized)
     assert torch.equal(weight, base.model.get_parameter("model.layers.0.mlp.up_proj.weight").dense())  # type: ignore[attr-defined]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny_base import tiny_base_dir
 from veneer.ops.quantisation_formats import KINDS
-from veneer.ops.quantised import quantise
+from veneer.ops.quantised import quantize
 from veneer.train.config.load import config_from
 from veneer.train.events import Stepped
 from veneer.train.text.task import run_text
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_codes_stand_for_the_same_weights(kind: str, dtype: torch.dtype) -> None:
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
-    here, there = quantise(weight, kind), quantise(weight.cuda(), kind)
+    here, there = quantize(weight, kind), quantize(weight.cuda(), kind)
     assert torch.equal(here.to("cuda").dense().cpu(), here.dense())
     assert torch.equal(here.to("cuda")[30:70].dense().cpu(), here.dense()[30:70])
     apart = (here.dense().float() - there.dense().cpu().float()).abs()

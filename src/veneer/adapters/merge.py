@@ -38,7 +38,7 @@ from veneer.models.loading import errors_only, loading
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
 from veneer.models.text.bare import tied_weights
 from veneer.ops.quantisation_formats import KINDS
-from veneer.ops.quantised import Quantised, dequantised, quantise
+from veneer.ops.quantised import Quantized, dequantized, quantize
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -165,7 +165,7 @@ def requantised(model: Any, kind: str) -> Any:
     for name in quantised_weights(model):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
-        module._parameters[key] = nn.Parameter(quantise(module.get_parameter(key), kind), requires_grad=False)
+        module._parameters[key] = nn.Parameter(quantize(module.get_parameter(key), kind), requires_grad=False)
     return model
 
 
@@ -328,7 +328,7 @@ def merged_model(
         if seed is None:
             after = exact.to(dtype)
         else:
-            drawn = name if isinstance(own[name], Quantised) else first.setdefault(_place(own[name]), name)
+            drawn = name if isinstance(own[name], Quantized) else first.setdefault(_place(own[name]), name)
             after = stochastic(exact, dtype, seeded(seed, f"/{drawn}"))
         if not torch.isfinite(after).all():
             bad.append(name)
@@ -340,10 +340,10 @@ def merged_model(
             f"{len(bad)} merged weights do not fit into {dtype} under {under}: {first_few(bad, 3)}",
             fix="use dtype bfloat16 or float32, or a smaller strength",
         )
-    state = {n: dequantised(t).to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in new}
+    state = {n: dequantized(t).to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in new}
     places: dict[tuple[int, torch.Size], list[str]] = {}
     for name in new:
-        if not isinstance(own[name], Quantised):  # a tied weight is never quantised
+        if not isinstance(own[name], Quantized):  # a tied weight is never quantised
             places.setdefault(_place(own[name]), []).append(name)
     report.untied = any(not torch.equal(new[names[0]], new[n]) for names in places.values() for n in names[1:])
     report.tensors = len(new)
@@ -558,7 +558,7 @@ def _folded(
     for name in sorted(header.entries, key=lambda n: (header.entries[n].begin, header.entries[n].end)):
         weight = part.tensor(name)
         if name in seen[1]:
-            weight = quantise(weight, seen[0]).dense()
+            weight = quantize(weight, seen[0]).dense()
         after = weight
         if name in plan:
             exact = weight if weight.dtype == torch.float64 else weight.float()

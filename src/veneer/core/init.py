@@ -30,7 +30,7 @@ from veneer.core.forms import Delta, trained_shapes
 from veneer.core.merge import adapted_norm, to_matrix, weight_of
 from veneer.core.targets import Target, base_modules, full_modules, resolve_targets, target_matches, token_embeddings
 from veneer.errors import ConfigError, TargetError
-from veneer.ops.quantised import Quantised, dequantised
+from veneer.ops.quantised import Quantized, dequantized
 
 T = TypeVar("T", int, float)
 
@@ -65,7 +65,7 @@ def create(
     for name in full_modules(model, spec):
         state = modules[name].state_dict()
         out.modules[name] = {
-            k: dequantised(t.detach()).to(dtype if t.is_floating_point() else t.dtype, copy=True)
+            k: dequantized(t.detach()).to(dtype if t.is_floating_point() else t.dtype, copy=True)
             for k, t in state.items()
         }
     for name, ids in token_embeddings(model, spec).items():
@@ -120,7 +120,7 @@ def _pair(
     if drawn and not spec.dora:  # its shape is all that is needed
         matrix = to_matrix(module, target.kind, torch.empty(weight.shape, device="meta"))
     else:
-        matrix = to_matrix(module, target.kind, dequantised(weight)).float()
+        matrix = to_matrix(module, target.kind, dequantized(weight)).float()
     if spec.dora and target.kind == "experts":
         raise TargetError(
             f"DoRA is not defined for the fused experts {target.name}",
@@ -183,7 +183,7 @@ def _lost(
     module: nn.Module, target: Target, weight: Tensor, matrix: Tensor, original: Callable[[str], Tensor] | None
 ) -> Tensor:
     """W − W̃ as a matrix."""
-    if not isinstance(weight, Quantised) or original is None:
+    if not isinstance(weight, Quantized) or original is None:
         raise ConfigError(
             f"loftq starts from what quantising lost, and {target.name} lost nothing that is known",
             where="adapter.init",

@@ -23,12 +23,12 @@ from veneer.core.adapter import Adapter, Pair, PairKind, TokenRows
 from veneer.core.forms import Delta, change_of, delta_of, product_of
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
-from veneer.ops.quantised import dequantised
+from veneer.ops.quantised import dequantized
 
 
 def _wide(t: Tensor) -> Tensor:
     """The values of `t` in the dtype sums are taken in: float64 if it is that already, else float32."""
-    t = dequantised(t)
+    t = dequantized(t)
     return t if t.dtype == torch.float64 else t.float()
 
 
@@ -94,7 +94,7 @@ def low_rank_norm(matrix: Tensor, pair: Pair) -> Tensor:
     A tenth of the time for a 16-bit W, and as far off as W·Aᵀ rounded to 16 bits is, about 10⁻⁵. With B = 0 it is
     `adapted_norm` itself: a fresh DoRA's gains are 1."""
     with torch.no_grad():
-        W, A, B = dequantised(matrix), pair.A, pair.B * pair.scale
+        W, A, B = dequantized(matrix), pair.A, pair.B * pair.scale
         cross = F.linear(W, A.to(W.dtype)).to(A.dtype)
         exact = W if W is matrix else matrix.to(A.dtype)  # codes stand for more digits than their 16-bit values have
         own = torch.linalg.vector_norm(exact, dim=-1, dtype=A.dtype).square()
@@ -256,7 +256,7 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
     for name, parts in makers.items():
         owner, _, key = name.rpartition(".")
         plain = name in stored and key != "weight"
-        weight = dequantised(stored[name].detach() if plain else weight_of(modules[owner], key))
+        weight = dequantized(stored[name].detach() if plain else weight_of(modules[owner], key))
         total = _wide(weight)
         for make, strength in parts:
             total = total + make() * strength

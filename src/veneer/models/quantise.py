@@ -38,7 +38,7 @@ from veneer.ops.quantisation_formats import (
     empty_format,
     four_bit_values,
 )
-from veneer.ops.quantised import Quantised, quantise
+from veneer.ops.quantised import Quantized, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -61,7 +61,7 @@ def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: tor
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         code = empty_format(module.get_parameter(key).shape, kind, device)
-        module._parameters[key] = nn.Parameter(Quantised(code, dtype), requires_grad=False)
+        module._parameters[key] = nn.Parameter(Quantized(code, dtype), requires_grad=False)
 
 
 def quantised_bytes(shape: Iterable[int], kind: str) -> int:
@@ -173,8 +173,8 @@ def load_part(
                 continue
             if value.is_floating_point():
                 value = value.to(torch.float32 if any(part in name.split(".") for part in wide) else dtype)
-            if name in names and kind and not isinstance(value, Quantised):
-                value = quantise(value, kind)
+            if name in names and kind and not isinstance(value, Quantized):
+                value = quantize(value, kind)
             module = model.get_submodule(owner)
             if key in module._buffers:
                 module._buffers[key] = value
@@ -229,8 +229,8 @@ def _quantiser_classes() -> tuple[Any, Any]:
             out: dict[str, Tensor] = {}
             for name, value in input_dict.items():
                 value = value[0] if isinstance(value, list) else value
-                if self.kind and not isinstance(value, Quantised):
-                    value = quantise(value, self.kind)
+                if self.kind and not isinstance(value, Quantized):
+                    value = quantize(value, self.kind)
                 out[name] = nn.Parameter(value, requires_grad=False)
             return out
 
@@ -373,7 +373,7 @@ _PLAIN_FIX = "use the 16-bit weights of this base"
 
 
 def _rows_of(codes: StoredTensor, scale: StoredTensor) -> Callable[[], Tensor]:
-    return lambda: Quantised(
+    return lambda: Quantized(
         Rows8(codes.shape, read_values(codes), read_values(scale).float().flatten()), torch.bfloat16
     )
 
@@ -405,7 +405,7 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
             int(about["blocksize"]),
             int(about.get("nested_blocksize") or 256),
         )
-        return Quantised(code, torch.bfloat16)
+        return Quantized(code, torch.bfloat16)
 
     return read
 
@@ -414,7 +414,7 @@ def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict as bitsandbytes would save it: the parts of 4-bit weights under its names, the rest as it is."""
     out: dict[str, Tensor] = {}
     for name, weight in state.items():
-        code = weight.stored if isinstance(weight, Quantised) else None
+        code = weight.stored if isinstance(weight, Quantized) else None
         if not isinstance(code, Blocks4) or code.absmax2 is None or code.mean is None:
             out[name] = weight
             continue

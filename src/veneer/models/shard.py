@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from veneer.core.targets import base_modules, base_of
 from veneer.models.unread import Unread, read_buffers
 from veneer.ops.quantisation_formats import with_tensors
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 
 T = TypeVar("T")
 
@@ -163,7 +163,7 @@ class _Wanted:
         from torch.distributed.tensor import DTensor
 
         places = [self.places]
-        if isinstance(self.weight, Quantised):
+        if isinstance(self.weight, Quantized):
             module, key = self.places[0]
             places = [[(module, name)] for name in _code_names(key, self.weight)]
         for holders, local in zip(places, own, strict=True):
@@ -186,7 +186,7 @@ def _wanted(modules: Sequence[nn.Module], names: Mapping[int, tuple[str, ...]]) 
     return list(found.values())
 
 
-def _code_names(key: str, weight: Quantised) -> tuple[str, ...]:
+def _code_names(key: str, weight: Quantized) -> tuple[str, ...]:
     """What the tensors of a quantised parameter are called where they are parameters."""
     return tuple(f"{key}_{name.replace('.', '_')}" for name in weight.stored.tensors())
 
@@ -196,7 +196,7 @@ class _Apart:
     """A quantised weight whose codes are parameters of `owner`, so that they can be split; `absent`: the same weight on
     the meta device, to be seen until codes are gathered. `places`: (module, name) of each that has it."""
 
-    absent: Quantised
+    absent: Quantized
     owner: nn.Module
     names: tuple[str, ...]
     places: list[tuple[nn.Module, str]]
@@ -207,13 +207,13 @@ class _Apart:
     def leave(self) -> None:
         self._put(self.absent)
 
-    def _whole(self) -> Quantised:
+    def _whole(self) -> Quantized:
         codes = [getattr(self.owner, name) for name in self.names]
         shapes = [t.shape for t in self.absent.stored.tensors().values()]
         values = (code.detach().view(shape) for code, shape in zip(codes, shapes, strict=True))
         return self.absent.like(with_tensors(self.absent.stored, values))
 
-    def _put(self, weight: Quantised) -> None:
+    def _put(self, weight: Quantized) -> None:
         for module, name in self.places:
             # Not by register_parameter: it is no parameter of its own, and changes with every forward pass.
             module._parameters[name] = weight  # type: ignore[assignment]
@@ -223,7 +223,7 @@ def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
     found: dict[int, _Apart] = {}
     for module in modules:
         for name, weight in list(module._parameters.items()):
-            if not isinstance(weight, Quantised):
+            if not isinstance(weight, Quantized):
                 continue
             if id(weight) not in found:
                 tensors = weight.stored.tensors()
@@ -271,7 +271,7 @@ def _joined(
     for group in together:
         modules = [base_of(m) for m in group]
         weights = [m._parameters.get("weight") for m in modules]
-        plain = [w for w in weights if w is not None and not isinstance(w, Quantised) and not w.requires_grad]
+        plain = [w for w in weights if w is not None and not isinstance(w, Quantized) and not w.requires_grad]
         if len(plain) < len(modules) or len(modules) < 2 or not all(id(m) in here for m in modules):
             continue
         if len({(w.dtype, w.shape[1]) for w in plain}) > 1 or len({id(w) for w in plain}) < len(plain):
@@ -297,4 +297,4 @@ def local_bytes(model: nn.Module) -> int:
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.bytes if isinstance(t, Quantised) else t.numel() * t.element_size() for t in tensors)
+    return sum(t.bytes if isinstance(t, Quantized) else t.numel() * t.element_size() for t in tensors)

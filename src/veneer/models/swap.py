@@ -22,7 +22,7 @@ from veneer.core.targets import base_of
 from veneer.ops.copies import ByteBudget, PrepackedWeights
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.linear import LinearMap, join_maps
-from veneer.ops.quantised import Quantised, stacked_rows
+from veneer.ops.quantised import Quantized, stacked_rows
 
 _MARK = "_veneer_fast"
 
@@ -135,7 +135,7 @@ def _lying_together(weights: list[Tensor]) -> Tensor | None:
 class Join:
     """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them.
 
-    Quantised weights stay where they are: the tensor is one over all their codes. So do those that lie so already.
+    Quantized weights stay where they are: the tensor is one over all their codes. So do those that lie so already.
     `move`: whether others may be moved."""
 
     def __init__(self, modules: list[nn.Module], undo: ExitStack, *, move: bool = True) -> None:
@@ -148,7 +148,7 @@ class Join:
         if not plain or len({(w.dtype, w.device, w.shape[1]) for w in weights if w is not None}) != 1:
             return
         parameters = [w for w in weights if w is not None]
-        quantised = [w for w in parameters if isinstance(w, Quantised)]
+        quantised = [w for w in parameters if isinstance(w, Quantized)]
         if len(quantised) == len(parameters):
             self.weight = stacked_rows(quantised)
             return
@@ -177,7 +177,7 @@ class Join:
         known = [p for p in parts if p is not None]
         if len(known) != len(parts) or len({p.dropout for p in known if p.products}) > 1:
             return None
-        if len(known) > 1 and not isinstance(self.weight, Quantised):
+        if len(known) > 1 and not isinstance(self.weight, Quantized):
             if self.weight is None:
                 return None
             at = 0
@@ -195,7 +195,7 @@ def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
     every weight is used equally often."""
     for join in report.joins:
         weight = join.weight
-        if isinstance(weight, Quantised) and weight.kept is None and report.kept + weight.nbytes <= most:
+        if isinstance(weight, Quantized) and weight.kept is None and report.kept + weight.nbytes <= most:
             weight.keep()
             report.kept += weight.nbytes
             undo.callback(setattr, weight, "kept", None)
@@ -208,11 +208,11 @@ def keep_packed(model: Any, report: FastReport, most: int, undo: ExitStack) -> N
     for join in report.joins:
         parts = [getattr(base_of(m), "weight", None) for m in join.modules]
         weight = join.weight if len(parts) > 1 else parts[0]
-        if weight is not None and not isinstance(weight, Quantised) and not weight.is_inference():
+        if weight is not None and not isinstance(weight, Quantized) and not weight.is_inference():
             join.copies = PrepackedWeights(weight, room, [part for part in parts if part is not None])
             undo.callback(setattr, join, "copies", None)
     head = projection_of(model.get_output_embeddings())
-    if head is not None and not isinstance(head.weight, Quantised) and not head.weight.is_inference():
+    if head is not None and not isinstance(head.weight, Quantized) and not head.weight.is_inference():
         report.head = PrepackedWeights(head.weight, room)
         undo.callback(setattr, report, "head", None)
 

@@ -28,7 +28,7 @@ from veneer.errors import BaseError
 from veneer.files.safetensors import STORED_DTYPES
 from veneer.files.weights import StoredTensor, read_values
 from veneer.ops.quantisation_formats import BLOCK, Blocks4, doubled
-from veneer.ops.quantised import Quantised, quantise
+from veneer.ops.quantised import Quantized, quantize
 
 
 def rows_of(n: int, rank: int, count: int) -> tuple[int, int]:
@@ -91,7 +91,7 @@ class Unread:
         `names`: of the weights in the files that lie below one another in it, of a quantised one it alone. `weight`:
         the one on the meta device. All processes ask for the same weights in the same order: in 4 bits they wait for
         each other."""
-        if not isinstance(weight, Quantised):
+        if not isinstance(weight, Quantized):
             first, last = rows_of(weight.shape[0], rank, count)
             wide, at, parts = weight.shape[1:].numel(), 0, []
             for one in names:
@@ -109,7 +109,7 @@ class Unread:
             values = self._values(name, first * columns, last * columns).view(-1, columns).to(device)
             if first == last:
                 return [torch.empty(0, columns, dtype=torch.int8, device=device), torch.empty(0, device=device)]
-            return list(quantise(self._cast(values), self.kind).stored.tensors().values())
+            return list(quantize(self._cast(values), self.kind).stored.tensors().values())
         return self._blocks(name, weight.numel(), rank, count, device)
 
     def _blocks(self, name: str, n: int, rank: int, count: int, device: torch.device) -> list[Tensor]:
@@ -121,7 +121,7 @@ class Unread:
         absmax = packed = torch.empty(0, device=device)
         if first < last:
             values = self._cast(self._values(name, low * BLOCK, min(high * BLOCK, n)).to(device))
-            own = quantise(values, self.kind, double=False).stored
+            own = quantize(values, self.kind, double=False).stored
             assert isinstance(own, Blocks4)
             packed, absmax = own.packed[first - low * BLOCK // 2 :][: last - first].clone(), own.absmax
         else:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import dispatch
-from veneer.ops.quantisation_formats import Groups, QuantisationFormat, Rows8
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantisation_formats import Groups, QuantizationFormat, Rows8
+from veneer.ops.quantized import Quantized
 
 _WIDTH = 64
 """Rows of W in a panel."""
@@ -238,7 +238,7 @@ def rounded4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PanelRows:
-    """Weights of a quantised base that lie in panels alone, as a format of `Quantised`: the same values, bit for bit,
+    """Weights of a quantized base that lie in panels alone, as a format of `Quantized`: the same values, bit for bit,
     for whoever asks for them. `absmax`: of a base in int8."""
 
     panels: Panels
@@ -270,10 +270,10 @@ class PanelRows:
         return self.panels.groups(first, last)
 
 
-def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantised]] | None:
-    """Weights of a quantised base, each a matrix, below one another, and each again over the codes that lie there; None
+def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantized]] | None:
+    """Weights of a quantized base, each a matrix, below one another, and each again over the codes that lie there; None
     where they have no panels."""
-    codes = [w for w in weights if isinstance(w, Quantised) and not w.transposed and w.ndim == 2]
+    codes = [w for w in weights if isinstance(w, Quantized) and not w.transposed and w.ndim == 2]
     if len(codes) < len(weights):
         return None
     groups = Groups.joined([w.stored.groups(w.first, w.last) for w in codes])
@@ -288,9 +288,9 @@ def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantised]]
     stored = {w.stored.kind: PanelRows(panels, w.stored.kind, absmax) for w in codes}  # one, to be joined again
     views, at = [], 0
     for w in codes:
-        views.append(Quantised(stored[w.stored.kind], w.dtype, tuple(w.shape), at, at := at + len(w)))
+        views.append(Quantized(stored[w.stored.kind], w.dtype, tuple(w.shape), at, at := at + len(w)))
     return panels, views
 
 
-def _absmax(stored: QuantisationFormat) -> Tensor | None:
+def _absmax(stored: QuantizationFormat) -> Tensor | None:
     return stored.absmax if isinstance(stored, Rows8 | PanelRows) else None

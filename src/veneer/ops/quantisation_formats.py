@@ -1,4 +1,4 @@
-"""Quantisation formats: how frozen weights are kept in 4 and 8 bits, in bitsandbytes' layouts and in ggml's.
+"""Quantization formats: how frozen weights are kept in 4 and 8 bits, in bitsandbytes' layouts and in ggml's.
 
     nf4, fp4         w = table[code]·absmax                 a block of 64 weights has one absmax
     doubly           absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
@@ -33,7 +33,7 @@ BLOCK, NESTED = 64, 256
 _CHUNK = 1 << 20  # weights that the reference works on at once: its temporaries are several times as large
 
 
-class QuantisationFormat(Protocol):
+class QuantizationFormat(Protocol):
     """How the weights of a tensor are kept, with all that is kept of them. `shape`: the weight's. A weight is seen as
     rows of its last dimension."""
 
@@ -42,12 +42,12 @@ class QuantisationFormat(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
-        """The dequantised rows first … last: (last − first, columns); written to `into`, where there is one."""
+        """The dequantized rows first … last: (last − first, columns); written to `into`, where there is one."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is kept."""
 
-    def moved(self, change: Callable[[Tensor], Tensor]) -> QuantisationFormat:
+    def moved(self, change: Callable[[Tensor], Tensor]) -> QuantizationFormat:
         """The same with each of its tensors changed (copied, moved to a device)."""
 
     def groups(self, first: int, last: int) -> Groups | None:
@@ -164,7 +164,7 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 @dataclass(frozen=True)
 class Blocks4(_Stored):
     """packed: (⌈n/2⌉,) uint8, two codes a byte, the first in the high half. absmax: (⌈n/64⌉,) float32; or doubly
-    quantised: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (), float32."""
+    quantized: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (), float32."""
 
     kind: str
     shape: tuple[int, ...]
@@ -178,7 +178,7 @@ class Blocks4(_Stored):
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         columns = self.shape[-1]
         start, count = first * columns, (last - first) * columns
-        run, made = dispatch("dequantise_blocks4", self.packed, dtype), made_up(self.packed)
+        run, made = dispatch("dequantize_blocks4", self.packed, dtype), made_up(self.packed)
         if made or run is not None:
             device = self.packed.device
             out = torch.empty(last - first, columns, dtype=dtype, device=device) if into is None else into
@@ -241,7 +241,7 @@ def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
     bounds, order = code_bounds(kind, flat.device)
-    run = dispatch("quantise_blocks4", packed, flat.dtype)
+    run = dispatch("quantize_blocks4", packed, flat.dtype)
     if run is not None:
         run(packed, absmax, flat, bounds, order, BLOCK)
     else:
@@ -287,7 +287,7 @@ class Rows8(_Stored):
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         codes, absmax = self.codes[first:last], self.absmax[first:last]
-        run = dispatch("dequantise_rows8", codes, dtype)
+        run = dispatch("dequantize_rows8", codes, dtype)
         if run is None:
             return _put((codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype), into)
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device) if into is None else into
@@ -310,12 +310,12 @@ def _rows8(weight: Tensor) -> Rows8:
     return Rows8(tuple(weight.shape), codes, absmax)
 
 
-def to_format(weight: Tensor, kind: str, double: bool) -> QuantisationFormat:
-    """A float32 or bfloat16 weight in the format of `kind`; see `quantised.quantise`."""
+def to_format(weight: Tensor, kind: str, double: bool) -> QuantizationFormat:
+    """A float32 or bfloat16 weight in the format of `kind`; see `quantized.quantize`."""
     return _rows8(weight) if kind == "int8" else _blocks4(weight, kind, double)
 
 
-def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> QuantisationFormat:
+def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> QuantizationFormat:
     """What `to_format` makes, doubly, of a weight of this shape, its values not set."""
     n, columns = math.prod(shape), shape[-1]
     if kind == "int8":
@@ -346,7 +346,7 @@ class GgmlBlocks(_Stored):
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         rows = self.raw[first:last]
-        run = dispatch("dequantise_ggml", rows, dtype, self.kind)
+        run = dispatch("dequantize_ggml", rows, dtype, self.kind)
         if run is None:
             return _put(self._reference(rows).to(rows.device, dtype), into)
         out = torch.empty(last - first, self.shape[-1], dtype=dtype, device=rows.device) if into is None else into
@@ -426,7 +426,7 @@ _GGML_GROUPS: dict[str, Callable[[str, Tensor], Groups]] = {
 class StackedRows:
     """Weights (rows, columns) of one width as one."""
 
-    parts: tuple[QuantisationFormat, ...]
+    parts: tuple[QuantizationFormat, ...]
 
     @property
     def kind(self) -> str:
@@ -453,7 +453,7 @@ class StackedRows:
     def groups(self, first: int, last: int) -> Groups | None:
         return Groups.joined([part.groups(low, high) for part, low, high, _ in self.parts_of(first, last)])
 
-    def parts_of(self, first: int, last: int) -> Iterator[tuple[QuantisationFormat, int, int, slice]]:
+    def parts_of(self, first: int, last: int) -> Iterator[tuple[QuantizationFormat, int, int, slice]]:
         """The parts that rows first … last lie in: (part, its first row, its last, where these lie in first … last)."""
         at = 0
         for part in self.parts:
@@ -467,13 +467,13 @@ def _put(made: Tensor, into: Tensor | None) -> Tensor:
     return made if into is None else into.copy_(made)
 
 
-def with_tensors(stored: QuantisationFormat, tensors: Iterable[Tensor]) -> QuantisationFormat:
+def with_tensors(stored: QuantizationFormat, tensors: Iterable[Tensor]) -> QuantizationFormat:
     """The same over other tensors, given in the order of `stored.tensors()`."""
     values = iter(tensors)
     return stored.moved(lambda _: next(values))
 
 
-def row_count(stored: QuantisationFormat) -> int:
+def row_count(stored: QuantizationFormat) -> int:
     """Rows of a weight, seen as rows of its last dimension."""
     return math.prod(stored.shape[:-1])
 

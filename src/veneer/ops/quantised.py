@@ -1,11 +1,11 @@
 """Frozen weights in 4 and 8 bits: a tensor that holds codes and multiplies as the weight they stand for.
 
-`quantise` makes a `Quantised` of an ordinary weight; quantisation_formats.py has how its values are kept. To the rest
-of torch a `Quantised` is a frozen weight of `dtype` whose values are the dequantised ones, rounded once to that dtype:
-every operation gives what it would give with that weight. Products make the dequantised weight for their own length and
+`quantize` makes a `Quantized` of an ordinary weight; quantisation_formats.py has how its values are kept. To the rest
+of torch a `Quantized` is a frozen weight of `dtype` whose values are the dequantized ones, rounded once to that dtype:
+every operation gives what it would give with that weight. Products make the dequantized weight for their own length and
 drop it, but those of a few rows where the device multiplies by codes; a product under autograd keeps the codes for
-backward and dequantises again. Views by rows, a transpose and a move to another device stay quantised; whatever else is
-asked of it is computed on the dequantised weight, and is a tensor of its own. It cannot be written to.
+backward and dequantizes again. Views by rows, a transpose and a move to another device stay quantized; whatever else is
+asked of it is computed on the dequantized weight, and is a tensor of its own. It cannot be written to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from veneer.errors import BaseError
 from veneer.ops.dispatch import dispatch
 from veneer.ops.quantisation_formats import (
     KINDS,
-    QuantisationFormat,
+    QuantizationFormat,
     StackedRows,
     row_count,
     to_format,
@@ -31,12 +31,12 @@ from veneer.ops.quantisation_formats import (
 )
 
 
-class Quantised(torch.Tensor):
+class Quantized(torch.Tensor):
     """A weight that is kept as `stored`; see the module. Rows first … last of what is stored, (…, columns), or with
-    `transposed` its last two dimensions the other way round. `kept`: the dequantised weight, where `keep` was
+    `transposed` its last two dimensions the other way round. `kept`: the dequantized weight, where `keep` was
     called."""
 
-    stored: QuantisationFormat
+    stored: QuantizationFormat
     first: int
     last: int
     transposed: bool
@@ -44,25 +44,25 @@ class Quantised(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls: type[Quantised],
-        stored: QuantisationFormat,
+        cls: type[Quantized],
+        stored: QuantizationFormat,
         dtype: torch.dtype,
         shape: Sequence[int] | None = None,
         first: int = 0,
         last: int | None = None,
         transposed: bool = False,
         kept: Tensor | None = None,
-    ) -> Quantised:
+    ) -> Quantized:
         size = list(stored.shape if shape is None else shape)
         if transposed:
             size[-2:] = size[:-3:-1]
         device = next(iter(stored.tensors().values())).device
         make = TORCH("torch.Tensor._make_wrapper_subclass")
-        return cast("Quantised", make(cls, size, dtype=dtype, device=device, requires_grad=False))
+        return cast("Quantized", make(cls, size, dtype=dtype, device=device, requires_grad=False))
 
     def __init__(
         self,
-        stored: QuantisationFormat,
+        stored: QuantizationFormat,
         dtype: torch.dtype,
         shape: Sequence[int] | None = None,
         first: int = 0,
@@ -76,7 +76,7 @@ class Quantised(torch.Tensor):
     __torch_function__ = TORCH("torch._C._disabled_torch_function_impl")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Quantised({self.stored.kind}, {tuple(self.shape)}, {self.dtype}, {self.bytes:,} bytes)"
+        return f"Quantized({self.stored.kind}, {tuple(self.shape)}, {self.dtype}, {self.bytes:,} bytes)"
 
     @property
     def bytes(self) -> int:
@@ -84,7 +84,7 @@ class Quantised(torch.Tensor):
         return sum(t.numel() * t.element_size() for t in self.stored.tensors().values())
 
     def dense(self) -> Tensor:
-        """The dequantised weight. Not to be written to: it may be the kept one."""
+        """The dequantized weight. Not to be written to: it may be the kept one."""
         if self.kept is not None:
             return self.kept
         out = self.stored.dense(self.dtype, self.first, self.last)
@@ -93,19 +93,19 @@ class Quantised(torch.Tensor):
         return out.view(*self.shape[:-2], self.shape[-1], self.shape[-2]).transpose(-1, -2)
 
     def keep(self) -> None:
-        """Keep the dequantised weight from now on: twice or four times the memory of a 16-bit one's codes, and no
-        dequantising."""
+        """Keep the dequantized weight from now on: twice or four times the memory of a 16-bit one's codes, and no
+        dequantizing."""
         self.kept = self.dense()
 
-    def part(self, first: int, last: int, shape: Sequence[int]) -> Quantised:
+    def part(self, first: int, last: int, shape: Sequence[int]) -> Quantized:
         """Rows first … last of this one, as `shape`."""
         at = self.first
         kept = None if self.kept is None else self.kept.reshape(-1, self.shape[-1])[first:last].view(tuple(shape))
-        return Quantised(self.stored, self.dtype, shape, at + first, at + last, False, kept)
+        return Quantized(self.stored, self.dtype, shape, at + first, at + last, False, kept)
 
-    def like(self, stored: QuantisationFormat, dtype: torch.dtype | None = None) -> Quantised:
+    def like(self, stored: QuantizationFormat, dtype: torch.dtype | None = None) -> Quantized:
         """The same view of another weight in its format."""
-        return Quantised(stored, dtype or self.dtype, self._stored_shape, self.first, self.last, self.transposed)
+        return Quantized(stored, dtype or self.dtype, self._stored_shape, self.first, self.last, self.transposed)
 
     @property
     def _stored_shape(self) -> tuple[int, ...]:
@@ -119,11 +119,11 @@ class Quantised(torch.Tensor):
         return list(inner), (self.stored, self.dtype, self._stored_shape, self.first, self.last, self.transposed)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], rest: Any, size: Any, stride: Any) -> Quantised:
+    def __tensor_unflatten__(inner: dict[str, Tensor], rest: Any, size: Any, stride: Any) -> Quantized:
         stored, *view = rest
-        return Quantised(with_tensors(stored, inner.values()), *view)
+        return Quantized(with_tensors(stored, inner.values()), *view)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Quantised:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
         out = self.like(self.stored.moved(Tensor.clone))
         memo[id(self)] = out
         return _as_parameter(out) if isinstance(self, torch.nn.Parameter) else out
@@ -144,32 +144,32 @@ class Quantised(torch.Tensor):
         _refuse_writing(func, args, kwargs)
         made = func(*_dense(args), **_dense(kwargs))
         # a view of the kept weight would be a way to write to it; of another it is a view of what nobody else has
-        kept = any(isinstance(t, Quantised) and t.kept is not None for t in args)
+        kept = any(isinstance(t, Quantized) and t.kept is not None for t in args)
         return _mapped(made, Tensor.clone) if kept and _is_view(func) else made
 
 
-def _as_parameter(weight: Quantised) -> Quantised:
-    return cast("Quantised", torch.nn.Parameter(weight, requires_grad=False))
+def _as_parameter(weight: Quantized) -> Quantized:
+    return cast("Quantized", torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _restored(
-    stored: QuantisationFormat, dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int, transposed: bool
-) -> Quantised:
-    return Quantised(stored, dtype, shape, first, last, transposed)
+    stored: QuantizationFormat, dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int, transposed: bool
+) -> Quantized:
+    return Quantized(stored, dtype, shape, first, last, transposed)
 
 
 def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises BaseError where an operation would write to a quantised weight: what it wrote would be lost, or would
+    """Raises BaseError where an operation would write to a quantized weight: what it wrote would be lost, or would
     change the frozen base."""
     for i, formal in enumerate(func._schema.arguments):
         if formal.alias_info is None or not formal.alias_info.is_write:
             continue
         given = args[i] if i < len(args) else kwargs.get(formal.name)
         for weight in given if isinstance(given, list | tuple) else [given]:
-            if isinstance(weight, Quantised):
+            if isinstance(weight, Quantized):
                 raise BaseError(
                     f"{func} would write to a weight in {weight.stored.kind}, {tuple(weight.shape)}: it is frozen",
-                    fix="work on a copy (veneer.ops.quantised.dequantised(weight).clone()), or put a new weight in "
+                    fix="work on a copy (veneer.ops.quantized.dequantized(weight).clone()), or put a new weight in "
                     "its place: load_state_dict(…, assign=True)",
                 )
 
@@ -179,7 +179,7 @@ def _is_view(func: Any) -> bool:
 
 
 def _dense(value: Any) -> Any:
-    return _mapped(value, lambda t: t.dense() if isinstance(t, Quantised) else t)
+    return _mapped(value, lambda t: t.dense() if isinstance(t, Quantized) else t)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -202,7 +202,7 @@ def _transpose(w: Any, *dims: int, **kwargs: Any) -> Any:
     if dims and {d % w.ndim for d in dims} != {w.ndim - 2, w.ndim - 1}:
         return NotImplemented
     kept = None if w.kept is None else w.kept.transpose(-1, -2)
-    return Quantised(w.stored, w.dtype, w._stored_shape, w.first, w.last, not w.transposed, kept)
+    return Quantized(w.stored, w.dtype, w._stored_shape, w.first, w.last, not w.transposed, kept)
 
 
 def _select(w: Any, dim: int, index: int) -> Any:
@@ -246,9 +246,9 @@ def _clone(w: Any, **kwargs: Any) -> Any:
 
 
 def _embedding(w: Any, indices: Any, *args: Any) -> Any:
-    """Rows of a quantised table, dequantised one by one where that is less than the whole."""
+    """Rows of a quantized table, dequantized one by one where that is less than the whole."""
     if (
-        not isinstance(w, Quantised)
+        not isinstance(w, Quantized)
         or w.transposed
         or w.ndim != 2
         or w.kept is not None
@@ -265,8 +265,8 @@ def _mm(x: Any, w: Any, **kwargs: Any) -> Any:
 
 
 def _addmm(bias: Any, x: Any, w: Any, **kwargs: Any) -> Any:
-    fits = isinstance(w, Quantised) and w.transposed and w.ndim == 2 and (bias is None or bias.ndim == 1)
-    if kwargs or not fits or isinstance(x, Quantised) or isinstance(bias, Quantised):
+    fits = isinstance(w, Quantized) and w.transposed and w.ndim == 2 and (bias is None or bias.ndim == 1)
+    if kwargs or not fits or isinstance(x, Quantized) or isinstance(bias, Quantized):
         return NotImplemented
     out = quantized_linear(x, _transpose(w), bias)
     return NotImplemented if out is None else out
@@ -292,7 +292,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
 }
 
 
-def quantise(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dtype | None = None) -> Quantised:
+def quantize(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dtype | None = None) -> Quantized:
     """`weight` (…, columns), float32, bfloat16 or float16, as `kind`: one of KINDS. `double`: the absmax of
     4-bit kinds in 8 bits. `dtype`: what the result computes in, the weight's own where it is not given.
 
@@ -305,10 +305,10 @@ def quantise(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dty
         weight = weight.float()
     if not bool(torch.isfinite(weight.sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight has values that are not finite")
-    return Quantised(to_format(weight, kind, double), dtype)
+    return Quantized(to_format(weight, kind, double), dtype)
 
 
-def stacked_rows(parts: Sequence[Quantised]) -> Quantised:
+def stacked_rows(parts: Sequence[Quantized]) -> Quantized:
     """Whole weights (rows, columns) of one width below one another, or parts that lie so already, without copying a
     code."""
     first = parts[0]
@@ -316,13 +316,13 @@ def stacked_rows(parts: Sequence[Quantised]) -> Quantised:
         return first
     if all(b.stored is a.stored and b.first == a.last for a, b in itertools.pairwise(parts)):
         shape = (sum(len(part) for part in parts), *first.shape[1:])
-        return Quantised(first.stored, first.dtype, shape, first.first, parts[-1].last)
-    return Quantised(StackedRows(tuple(p.stored for p in parts)), parts[0].dtype)
+        return Quantized(first.stored, first.dtype, shape, first.first, parts[-1].last)
+    return Quantized(StackedRows(tuple(p.stored for p in parts)), parts[0].dtype)
 
 
-def quantized_linear(x: Tensor, weight: Quantised, bias: Tensor | None = None) -> Tensor | None:
-    """x·Wᵀ + b of a few rows x (n, in), rounded once, without the dequantised weight (out, in). None where the device
-    does not multiply by its codes, or the weight is kept dequantised."""
+def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor | None:
+    """x·Wᵀ + b of a few rows x (n, in), rounded once, without the dequantized weight (out, in). None where the device
+    does not multiply by its codes, or the weight is kept dequantized."""
     if weight.kept is not None:
         return None
     stored = weight.stored
@@ -337,6 +337,6 @@ def quantized_linear(x: Tensor, weight: Quantised, bias: Tensor | None = None) -
     return y
 
 
-def dequantised(weight: Tensor) -> Tensor:
+def dequantized(weight: Tensor) -> Tensor:
     """The values of a weight: its own, or what its codes stand for."""
-    return weight.dense() if isinstance(weight, Quantised) else weight
+    return weight.dense() if isinstance(weight, Quantized) else weight

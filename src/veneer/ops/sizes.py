@@ -23,7 +23,7 @@ _ABOVE_CORNER = 3.0
 """Operations a byte, in corners of the roof, that a product is given: at the corner itself none is at its roof.
 Assumed; no card was timed."""
 _DEQUANTISING = 0.05
-"""Share of a product's time that dequantising its weight may take."""
+"""Share of a product's time that dequantizing its weight may take."""
 
 
 def micro_tokens(
@@ -39,7 +39,7 @@ def micro_tokens(
         n = W / (O/(k·corner) − A)
 
     which for one square weight is 1/(1/(k·corner) − 2/width). Where the width keeps products about there or
-    below, more tokens help until weights are a fifth of what is moved: n = 4·W/A. Codes are dequantised before a
+    below, more tokens help until weights are a fifth of what is moved: n = 4·W/A. Codes are dequantized before a
     product, which moves them and 2 bytes; a twentieth of the product's time is n = 20·corner·(2 + code)/2·W/O.
 
     Llama 3.1 8B on an H100: 1,233, so 2,048; in nf4 7,375, so 8,192. Memory may allow fewer (plan/fit.py)."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import DataError
 from veneer.ops.cpu.memory import unread_bytes
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 from veneer.ops.sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, left_beside_base, usable_memory
 from veneer.plan.image import ImageLoad
@@ -152,7 +152,7 @@ def plan_of_run(
     rates, process = rates_here(device, dtype), None
     if device.kind == "cpu":  # libraries and rows are in memory already: what they take is known
         weights = sum(weight_bytes(shape, dtype, load.quantise))
-        weights -= sum(unread_bytes(weight) for weight in base.model.parameters() if not isinstance(weight, Quantised))
+        weights -= sum(unread_bytes(weight) for weight in base.model.parameters() if not isinstance(weight, Quantized))
         process = max(FITS["cpu", "text"].process, held_memory(here) - weights + CPU_LATER)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
     teacher = _teacher(config, shape, dtype, of_run=True)

@@ -28,7 +28,7 @@ from veneer.models.image.families import FAMILIES, topology_name
 from veneer.models.image.predict import embed_prompts, predict
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -380,11 +380,11 @@ def test_a_quantised_base_computes_what_its_dequantised_weights_do(family: str, 
     base, twin = (load_image(folder, dtype="float32", quantise=quantise) for _ in range(2))
     names = quantised_weights(base.denoiser)
     assert names
-    assert all(isinstance(base.denoiser.get_parameter(n), Quantised) for n in names)
+    assert all(isinstance(base.denoiser.get_parameter(n), Quantized) for n in names)
     assert base.fingerprint == load_image(folder).fingerprint
     for part in twin.model.modules():
         for key, weight in list(part._parameters.items()):
-            if isinstance(weight, Quantised):
+            if isinstance(weight, Quantized):
                 part._parameters[key] = torch.nn.Parameter(weight.dense().clone(), requires_grad=False)
     x = torch.randn(2, *latent_shape(base, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
     t = torch.tensor([300, 800]) if family == "sdxl" else torch.tensor([0.3, 0.8])
@@ -412,7 +412,7 @@ def test_a_component_that_bitsandbytes_saved_is_read_on_any_device(copy: Path) -
     again = load_image(str(copy), dtype="bfloat16")
     for name in quantised_weights(base.denoiser):
         one, two = base.denoiser.get_parameter(name), again.denoiser.get_parameter(name)
-        assert isinstance(two, Quantised)
+        assert isinstance(two, Quantized)
         assert torch.equal(one.dense(), two.dense())  # type: ignore[attr-defined]
 
 

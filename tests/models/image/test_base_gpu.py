@@ -1,4 +1,4 @@
-"""Quantised image bases on CUDA."""
+"""Quantized image bases on CUDA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.image.base import load_image
 from veneer.models.image.predict import embed_prompts, predict
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +26,7 @@ def test_a_quantised_base_predicts_nearly_the_same_and_trains_an_adapter(quantis
     base = load_image(folder, dtype="bfloat16", device="cuda", quantise=quantise)
     plain = load_image(folder, dtype="bfloat16", device="cuda")
     assert base.fingerprint == plain.fingerprint
-    assert any(isinstance(p, Quantised) for p in base.denoiser.parameters())
+    assert any(isinstance(p, Quantized) for p in base.denoiser.parameters())
     assert {p.device for p in base.model.parameters()} == {torch.device("cuda:0")}
     x = torch.randn(2, *latent_shape(base, SIZE, SIZE), device="cuda")
     t = torch.tensor([0.3, 0.8], device="cuda")

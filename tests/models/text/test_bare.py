@@ -8,7 +8,7 @@ import torch
 from tests.families import FAMILIES
 from veneer.models.quantise import quantised_weights
 from veneer.models.text.bare import bare_text
-from veneer.ops.quantised import Quantised, quantise
+from veneer.ops.quantised import Quantized, quantize
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -24,10 +24,10 @@ def test_quantised_it_has_the_codes_that_a_load_would_make(kind: str) -> None:
     real = FAMILIES["qwen3_moe"]()
     bare = bare_text(real.config, dtype=torch.bfloat16, quantise=kind)
     names = quantised_weights(real)
-    assert names == [n for n, p in bare.named_parameters() if isinstance(p, Quantised)]
+    assert names == [n for n, p in bare.named_parameters() if isinstance(p, Quantized)]
     for name in names:
-        made, found = quantise(real.get_parameter(name), kind), bare.get_parameter(name)
-        assert isinstance(found, Quantised)
+        made, found = quantize(real.get_parameter(name), kind), bare.get_parameter(name)
+        assert isinstance(found, Quantized)
         assert {k: (t.shape, t.dtype) for k, t in found.stored.tensors().items()} == {
             k: (t.shape, t.dtype) for k, t in made.stored.tensors().items()
         }

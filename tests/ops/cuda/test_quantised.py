@@ -7,7 +7,7 @@ import torch
 
 from veneer.ops.cuda.implementations import IMPLEMENTATIONS
 from veneer.ops.quantisation_formats import Blocks4
-from veneer.ops.quantised import quantise
+from veneer.ops.quantised import quantize
 
 PRODUCT = IMPLEMENTATIONS["quantized_linear"]
 
@@ -18,7 +18,7 @@ PRODUCT = IMPLEMENTATIONS["quantized_linear"]
 def test_rows_of_a_weight_from_its_codes(device: str, kind: str, double: bool, low: int, high: int) -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'veneer[quant]'")
     generator = torch.Generator().manual_seed(0)
-    weight = quantise(torch.randn(96, 128, generator=generator), kind, double=double).to(device)
+    weight = quantize(torch.randn(96, 128, generator=generator), kind, double=double).to(device)
     x = torch.randn(3, 128, generator=generator).to(device)
     bias, out = torch.randn(high - low, generator=generator).to(device), torch.empty(3, high - low, device=device)
     stored = weight.stored
@@ -29,5 +29,5 @@ def test_rows_of_a_weight_from_its_codes(device: str, kind: str, double: bool, l
 
 def test_only_blocks_within_a_row_are_taken() -> None:
     x = torch.randn(2, 96)
-    assert not PRODUCT.takes(x, quantise(torch.randn(4, 96), "nf4").stored)
-    assert not PRODUCT.takes(x, quantise(torch.randn(4, 96), "int8").stored)
+    assert not PRODUCT.takes(x, quantize(torch.randn(4, 96), "nf4").stored)
+    assert not PRODUCT.takes(x, quantize(torch.randn(4, 96), "int8").stored)

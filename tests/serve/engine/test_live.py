@@ -21,7 +21,7 @@ from veneer.models.text.base import TextBase
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
-from veneer.ops.quantised import quantise
+from veneer.ops.quantised import quantize
 from veneer.serve.engine.live import live_sampler
 from veneer.train.text.prompts import collate_shared
 from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, SamplerSettings, draw_seed
@@ -38,7 +38,7 @@ def drawing(
     model: Any = families.llama3(vocab_size=VOCAB_SIZE).to(dtype)
     for module in model.modules() if codes else ():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
-            module.weight = nn.Parameter(quantise(module.weight.detach(), codes), requires_grad=False)
+            module.weight = nn.Parameter(quantize(module.weight.detach(), codes), requires_grad=False)
     base = base_of(model)
     with attach(model) as attachment:
         attachment.add("run", trained(model, 1), trainable=True)

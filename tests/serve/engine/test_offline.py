@@ -16,7 +16,7 @@ from veneer.core.attach import attach
 from veneer.core.forms import Delta
 from veneer.errors import DataError
 from veneer.models.text.generate import Completion, complete
-from veneer.ops.quantised import quantise
+from veneer.ops.quantised import quantize
 from veneer.serve.engine.offline import EngineAnswers, answering
 
 PROMPTS = [
@@ -75,7 +75,7 @@ def test_the_engine_is_taken_where_it_has_a_forward_of_its_own() -> None:
 def test_a_quantised_base_answers_by_the_engine_too() -> None:
     model = model_of("llama3")
     module = model.model.layers[0].mlp.down_proj  # one alone: its groups are of plain and quantised weights
-    module.weight = nn.Parameter(quantise(module.weight.detach(), "int8"), requires_grad=False)
+    module.weight = nn.Parameter(quantize(module.weight.detach(), "int8"), requires_grad=False)
     with answering(base_of(model), {}) as answer:
         assert isinstance(answer, EngineAnswers)
         assert answer(PROMPTS, [], max_new_tokens=3) == complete(base_of(model), PROMPTS, max_new_tokens=3)

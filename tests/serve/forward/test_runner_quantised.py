@@ -18,7 +18,7 @@ from veneer.models.quantise import quantised_weights
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import override_ops
 from veneer.ops.panels import PanelRows, Panels
-from veneer.ops.quantised import Quantised, dequantised
+from veneer.ops.quantised import Quantized, dequantized
 from veneer.serve.forward.runner import Runner, RunnerRow
 from veneer.serve.forward.weights import Coded
 
@@ -42,7 +42,7 @@ def plain_of(model: Any, family: str = "llama3") -> Any:
     plain: Any = FAMILIES[family](hidden_size=64, intermediate_size=96).to(next(model.parameters()).dtype)
     with torch.no_grad():
         for name, own in model.named_parameters():
-            plain.get_parameter(name).copy_(dequantised(own))
+            plain.get_parameter(name).copy_(dequantized(own))
     return plain
 
 
@@ -83,8 +83,8 @@ def test_every_row_as_if_it_were_alone_over_the_dequantised_weights(family: str,
         assert all(map(torch.equal, codes[name], weight.stored.tensors().values()))
 
 
-def quantised_of(model: Any) -> list[tuple[str, Quantised]]:
-    return [(n, p) for n, p in model.named_parameters() if isinstance(p, Quantised)]
+def quantised_of(model: Any) -> list[tuple[str, Quantized]]:
+    return [(n, p) for n, p in model.named_parameters() if isinstance(p, Quantized)]
 
 
 def test_no_projection_has_a_dense_copy() -> None:
@@ -101,7 +101,7 @@ def test_no_projection_has_a_dense_copy() -> None:
                 assert module.weight.stored.panels is held
             else:
                 assert isinstance(held, Coded)
-                assert all(isinstance(p, Quantised) for p in held.parts)
+                assert all(isinstance(p, Quantized) for p in held.parts)
     runner.close()
 
 

@@ -26,7 +26,7 @@ from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, PictureSettings, default_settings, generate_images
 from veneer.models.image.predict import cut_of
 from veneer.models.quantise import saved_config, saved_tensors
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 from veneer.train import checkpoint
 from veneer.train.config.load import ImageTrainConfig, config_from
 from veneer.train.devices import ALONE
@@ -236,7 +236,7 @@ def test_a_run_over_a_base_in_4_bits_is_the_run_over_its_values(family: str, sha
             if isinstance(m, torch.nn.Module)
             for m in m.modules()
             for key, w in m._parameters.items()
-            if isinstance(w, Quantised)
+            if isinstance(w, Quantized)
         ]
         assert len(held) > 10
         for module, key in held if name == "values" else []:

@@ -35,7 +35,7 @@ from veneer.models.image.files import (
 )
 from veneer.models.loading import errors_only
 from veneer.models.sources import find_base, short_name
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 
 PipelineKind = Literal["text", "image", "inpaint", "edit"]
 _ControlNet = nn.Module
@@ -218,7 +218,7 @@ def _base(name: str, path: Path, read: LoadedParts, quantise: str | None) -> Ima
 
 def _quantised_as(denoiser: nn.Module) -> str | None:
     """Return the format in which the denoiser was saved, if its weights are quantized; else None."""
-    return next((p.stored.kind for p in denoiser.parameters() if isinstance(p, Quantised)), None)
+    return next((p.stored.kind for p in denoiser.parameters() if isinstance(p, Quantized)), None)
 
 
 def vae_scale(vae: Any) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
@@ -43,7 +43,7 @@ def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Ten
 def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:
     """What a tensor holds: of a quantised weight its codes and constants, and its dequantised copy."""
     parts = [t]
-    if isinstance(t, Quantised):
+    if isinstance(t, Quantized):
         parts = [*t.stored.tensors().values(), *([] if t.kept is None else [t.kept])]
     return (part.untyped_storage() for part in parts)
 

@@ -28,7 +28,7 @@ from veneer.models.text.bare import bare_text
 from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
 from veneer.models.unread import Unread
 from veneer.ops.quantisation_formats import KINDS
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -322,7 +322,7 @@ def _without_a_place(unread: Unread, model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _size_note(model: PreTrainedModel, quantised: str) -> str:
-    weights = [p for p in model.parameters() if isinstance(p, Quantised)]
+    weights = [p for p in model.parameters() if isinstance(p, Quantized)]
     count, size = sum(p.numel() for p in weights), sum(p.bytes for p in weights)
     return f"{count:,} weights are {quantised}: {size / 1e6:,.0f} MB, {8 * size / max(count, 1):.3f} bits each"
 

@@ -30,7 +30,7 @@ from veneer.models.compat_transformers import TRANSFORMERS
 from veneer.models.loading import loading
 from veneer.models.quantise import LazyTensor, forget_quantiser, load_state, quantised_weights
 from veneer.ops.quantisation_formats import GgmlBlocks
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
     """The model in a GGUF file: an ordinary module that computes in `dtype`.
 
     Every weight is dequantised, exactly in float32, rounded once in bfloat16. `keep`: linear weights and fused experts
-    stay in their blocks (a `Quantised` of `GgmlBlocks`), and what is computed is the same. Raises what transformers
+    stay in their blocks (a `Quantized` of `GgmlBlocks`), and what is computed is the same. Raises what transformers
     raises, and BaseError for tensors that are missing."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -110,7 +110,7 @@ def _blocks(processor: Any, tensors: list[Any], shape: tuple[int, ...], dtype: t
     one = raw[0] if len(raw) == 1 else torch.cat(raw, 1)
     if one.ndim == 2 and (order := _row_order(processor, parts[0], shape[0])) is not None:
         one = one[order]
-    return Quantised(GgmlBlocks(types.pop(), shape, one.reshape(-1, one.shape[-1])), dtype)
+    return Quantized(GgmlBlocks(types.pop(), shape, one.reshape(-1, one.shape[-1])), dtype)
 
 
 def _row_order(processor: Any, tensor: Any, rows: int) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from torch import nn
 from veneer.errors import ConfigError
 from veneer.models.text.attention import as_it_came
 from veneer.models.text.base import TextBase
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 
 
 def base_twin(base: TextBase) -> TextBase:
@@ -30,7 +30,7 @@ def base_twin(base: TextBase) -> TextBase:
         if tensor.is_meta:
             raise ConfigError("the base's weights are kept in another form alone", fix="serve it without --weights")
         same: Any = tensor
-        if isinstance(tensor, nn.Parameter) and not isinstance(tensor, Quantised):
+        if isinstance(tensor, nn.Parameter) and not isinstance(tensor, Quantized):
             same = nn.Parameter(tensor.detach(), requires_grad=False)
         memo[id(tensor)] = same
     with torch.no_grad():

@@ -49,7 +49,7 @@ _EVERYWHERE = {
     "softmax_backward": "pplli",
     "token_nll": "pipppllii",
     "blocks4_dense": "ppppfpllllpii",
-    "blocks4_quantise": "pippllppi",
+    "blocks4_quantize": "pippllppi",
     "ggml_dense": "iplpii",
     "rows8_dense": "ppllpii",
 }

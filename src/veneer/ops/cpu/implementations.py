@@ -440,8 +440,8 @@ def _quantised(op: str, name: str) -> Callable[[Any], Any]:
     return _implements(op, name, takes=_takes_bytes(name), wants="contiguous bytes beside bfloat16 or float32")
 
 
-@_quantised("dequantise_blocks4", "blocks4_dense")
-def _dequantise_blocks4(
+@_quantised("dequantize_blocks4", "blocks4_dense")
+def _dequantize_blocks4(
     packed: Tensor,
     absmax: Tensor,
     absmax2: Tensor | None,
@@ -471,11 +471,11 @@ def _dequantise_blocks4(
     )
 
 
-@_quantised("quantise_blocks4", "blocks4_quantise")
-def _quantise_blocks4(
+@_quantised("quantize_blocks4", "blocks4_quantize")
+def _quantize_blocks4(
     packed: Tensor, absmax: Tensor, weight: Tensor, bounds: Tensor, order: Tensor, block: int
 ) -> None:
-    _kernel("blocks4_quantise")(
+    _kernel("blocks4_quantize")(
         weight.data_ptr(),
         int(weight.dtype == torch.float32),
         *_at(bounds, order),
@@ -486,8 +486,8 @@ def _quantise_blocks4(
     )
 
 
-@_quantised("dequantise_rows8", "rows8_dense")
-def _dequantise_rows8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+@_quantised("dequantize_rows8", "rows8_dense")
+def _dequantize_rows8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     single = int(out.dtype == torch.float32)
     _kernel("rows8_dense")(*_at(codes, absmax), *codes.shape, out.data_ptr(), single, torch.get_num_threads())
 
@@ -500,8 +500,8 @@ def _takes_ggml(raw: Tensor, dtype: torch.dtype, kind: str) -> bool:
     return kind in _GGML and _takes_bytes("ggml_dense")(raw, dtype)
 
 
-@_implements("dequantise_ggml", "ggml_dense", takes=_takes_ggml, wants=", ".join(_GGML))
-def _dequantise_ggml(raw: Tensor, kind: str, out: Tensor) -> None:
+@_implements("dequantize_ggml", "ggml_dense", takes=_takes_ggml, wants=", ".join(_GGML))
+def _dequantize_ggml(raw: Tensor, kind: str, out: Tensor) -> None:
     single = int(out.dtype == torch.float32)
     _kernel("ggml_dense")(_GGML[kind], raw.data_ptr(), raw.numel(), out.data_ptr(), single, torch.get_num_threads())
 

@@ -60,7 +60,7 @@ void blocks4_dense(const uint8_t *packed, const float *absmax, const uint8_t *co
 }
 
 /* Codes of count elements: how many of the 15 bounds lie below x / absmax, and which code that place has. */
-void blocks4_quantise(const void *x, int wide, const float *bounds, const int32_t *order, i64 count, i64 block,
+void blocks4_quantize(const void *x, int wide, const float *bounds, const int32_t *order, i64 count, i64 block,
                       uint8_t *packed, float *absmax, int threads) {
     i64 blocks = (count + block - 1) / block;
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -264,7 +264,7 @@ def _low_rank(draw: Draw) -> list[Tensor]:
 # -- quantised weights -------------------------------------------------------------------------------------------------
 
 
-@_case("blocks4_dense", "blocks4_quantise", dtypes=(_BF16, _F32))
+@_case("blocks4_dense", "blocks4_quantize", dtypes=(_BF16, _F32))
 def _blocks4(draw: Draw) -> list[Tensor]:
     made = list[Tensor]()
     for kind, double in (("nf4", True), ("fp4", False)):

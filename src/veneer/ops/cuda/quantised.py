@@ -7,7 +7,7 @@ from torch import Tensor
 
 from veneer.ops.quantisation_formats import (
     Blocks4,
-    QuantisationFormat,
+    QuantizationFormat,
     bitsandbytes_operators,
     dynamic_map,
     gpu_library,
@@ -20,7 +20,7 @@ def why_missing() -> str:
     return ""
 
 
-def takes_codes(x: Tensor, stored: QuantisationFormat) -> bool:
+def takes_codes(x: Tensor, stored: QuantizationFormat) -> bool:
     """nf4 and fp4 in blocks that lie within a row."""
     if not isinstance(stored, Blocks4) or stored.shape[-1] % stored.block or not stored.packed.is_contiguous():
         return False

@@ -27,7 +27,7 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.experts import expert_product, has_grouped_product
 from veneer.core.merge import adapted_norm
 from veneer.ops.dispatch import dispatch
-from veneer.ops.quantised import dequantised
+from veneer.ops.quantised import dequantized
 from veneer.ops.transfer import made_up, put_numbers, sent
 from veneer.serve.forward.weights import in_blocks
 
@@ -221,7 +221,7 @@ def _gain(pair: Pair, weight: Tensor) -> Tensor:
     assert pair.magnitude is not None
     whole = pair.collapsed()
     moved = Pair(whole.A.to(weight.device).float(), whole.B.to(weight.device).float(), whole.scale, whole.kind)
-    return pair.magnitude.to(weight.device).float() / adapted_norm(dequantised(weight).float(), moved).float()
+    return pair.magnitude.to(weight.device).float() / adapted_norm(dequantized(weight).float(), moved).float()
 
 
 @dataclass(eq=False)

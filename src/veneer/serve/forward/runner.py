@@ -38,7 +38,7 @@ from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.orders import Dense, PrepackedWeight, QuantizedWeight, packing, prepack_weight, quantized_prepacking
 from veneer.ops.panels import panels_here, panels_of_codes
-from veneer.ops.quantised import Quantised
+from veneer.ops.quantised import Quantized
 from veneer.ops.transfer import put_numbers
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
@@ -114,7 +114,7 @@ class Runner:
         self.pack_bytes, self.weights, self.batch_invariant = pack_bytes, weights, batch_invariant
         self.base = base
         self.model: Any = base.model
-        if weights != "dense" and any(isinstance(p, Quantised) for p in self.model.parameters()):
+        if weights != "dense" and any(isinstance(p, Quantized) for p in self.model.parameters()):
             raise ConfigError(
                 f"the base is quantised already ({base.quantised or 'some of it'}); its weights rounded to {weights} "
                 "would be worse",
@@ -388,7 +388,7 @@ class Runner:
         def joined(names: tuple[str, ...]) -> PrepackedWeight:
             parts = [modules[n] for n in names]
             weights = tuple(m.weight.detach() for m in parts)
-            if any(isinstance(w, Quantised) for w in weights):
+            if any(isinstance(w, Quantized) for w in weights):
                 return Coded(weights)
             if packs:
                 made = prepack_weight(torch.cat(weights))
@@ -431,7 +431,7 @@ class Runner:
 
     def _projection_bytes(self) -> int:
         weights = (group.weight(i) for group in self.layout.groups for i in range(len(group.modules)))
-        return sum(weight.nbytes for weight in weights if not isinstance(weight, Quantised))
+        return sum(weight.nbytes for weight in weights if not isinstance(weight, Quantized))
 
     @torch.no_grad()
     def _quantise(self, pack: Callable[[Tensor], QuantizedWeight]) -> None:

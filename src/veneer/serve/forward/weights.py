@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veneer.ops.orders import PrepackedWeight
 from veneer.ops.panels import Panels
-from veneer.ops.quantised import Quantised, dequantised, quantized_linear, stacked_rows
+from veneer.ops.quantised import Quantized, dequantized, quantized_linear, stacked_rows
 
 ROWS = 8
 """Rows that a batch-invariant product is taken of at a time."""
@@ -51,7 +51,7 @@ class Coded:
     rows: int = 0
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        whole = [part for part in self.parts if isinstance(part, Quantised)]
+        whole = [part for part in self.parts if isinstance(part, Quantized)]
         if len(whole) == len(self.parts):  # into one piece of memory
             stacked = stacked_rows(whole)
             made = None if self.rows else quantized_linear(x, stacked, bias)
@@ -59,7 +59,7 @@ class Coded:
                 return made
             weight = stacked.dense()
         else:
-            weight = torch.cat([dequantised(part) for part in self.parts])
+            weight = torch.cat([dequantized(part) for part in self.parts])
         return in_blocks(lambda part: F.linear(part, weight, bias), x, self.rows)
 
     def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:

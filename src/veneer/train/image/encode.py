@@ -68,7 +68,7 @@ class Encoders:
         self.zeros = base.row.time_ids and bool(base.settings.get("force_zeros_for_empty_prompt", True))
         mark = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
         self.latents = LatentCache(folder and folder / "latents", fingerprint=mark)
-        # Quantised text encoders say other things, and a tokenizer is no part of the base's fingerprint.
+        # Quantized text encoders say other things, and a tokenizer is no part of the base's fingerprint.
         reads = f"{mark}|{base.quantised}|{text_length(base)}|{_tokenizers(base)}"
         self.texts = TextCache(folder and folder / "texts", fingerprint=reads)
 
