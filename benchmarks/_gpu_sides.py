@@ -352,7 +352,7 @@ def _filled(model: Any, device: str, kept_as: Callable[[str, Any], Any] = lambda
 def _quantiser(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
     """What `_filled` keeps of a weight where the base is to be in 4 or 8 bits."""
     from veneer.models.quantise import quantised_weights
-    from veneer.ops.quantised import quantize
+    from veneer.ops.quantized import quantize
 
     names = set(quantised_weights(model)) if kind else set()
     return lambda name, weight: quantize(weight, str(kind)) if name in names else weight
@@ -381,7 +381,7 @@ def _described(plan: Any, load: Any) -> str:
 
 def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
     """Steps on random tokens of rows in which everything is learned, as a run takes them: fast paths, AdamW. `others`:
-    lengths of further micro-batches, which a run's own is chosen among (ops/sizes.py), as far as half of the limit
+    lengths of further micro-batches, which a run's own is chosen among (ops/step_sizes.py), as far as half of the limit
     lasts."""
     import torch
 
@@ -603,7 +603,7 @@ def products(task: Task) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from veneer.ops.quantised import quantize
+    from veneer.ops.quantized import quantize
 
     s, config = task.sizes, _config(task.sizes.text)
     inputs, outputs = config["hidden_size"], config["intermediate_size"]

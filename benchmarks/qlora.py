@@ -90,7 +90,7 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
     from veneer.models.quantise import load_quantised
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
-    from veneer.ops.quantised import Quantized
+    from veneer.ops.quantized import Quantized
 
     config = AutoConfig.from_pretrained(folder)
     before, start = peak_bytes(), time.perf_counter()
@@ -225,7 +225,7 @@ def side_quality(kind: str, tokens: int) -> dict[str, Any]:
     from veneer.models.quantise import quantised_weights
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
-    from veneer.ops.quantised import quantize
+    from veneer.ops.quantized import quantize
 
     base = veneer.load_base("smollm2-135m", dtype="float32")
     for name in quantised_weights(base.model) if kind != "as stored" else ():

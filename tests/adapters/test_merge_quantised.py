@@ -13,7 +13,7 @@ from veneer.adapters import use as using
 from veneer.adapters.merge import compare_merges, merge, merge_shards, merged_model
 from veneer.errors import ConfigError
 from veneer.models.text.base import TextBase, load_text
-from veneer.ops.quantised import quantize
+from veneer.ops.quantized import quantize
 from veneer.train.config.text import DataSection
 from veneer.train.text.encode import Example, encode_rows
 from veneer.train.text.rows import read_rows

@@ -14,7 +14,7 @@ from tests.families import FAMILIES
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, create
 from veneer.core.layers import Layer
 from veneer.errors import AdapterError, ConfigError
-from veneer.ops.spans import LoraSegments
+from veneer.ops.lora_segments import LoraSegments
 
 IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 EVERYTHING = LoraSpec(

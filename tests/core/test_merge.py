@@ -12,7 +12,7 @@ from tests.families import FAMILIES
 from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
 from veneer.core.merge import adapted_norm, low_rank_norm
 from veneer.errors import AdapterError
-from veneer.ops.quantised import quantize
+from veneer.ops.quantized import quantize
 
 IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 

@@ -23,8 +23,8 @@ from veneer.errors import BaseError, ConfigError
 from veneer.files.weights import tensor_table
 from veneer.models.quantise import load_quantised, quantised_bytes, quantised_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text, read_base_config
-from veneer.ops.quantisation_formats import KINDS, Blocks4
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantization_formats import KINDS, Blocks4
+from veneer.ops.quantized import Quantized
 
 IDS = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -118,7 +118,7 @@ _LOADS = """
 import sys, json
 from pathlib import Path
 import torch
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantized import Quantized
 from veneer.models.quantise import load_quantised
 from veneer.models.text.base import read_base_config
 from veneer.files.weights import tensor_table

@@ -24,7 +24,7 @@ from veneer.models.quantise import load_quantised
 from veneer.models.shard import blocks, shard
 from veneer.models.text.base import load_text, read_base_config
 from veneer.models.unread import Unread, rows_of
-from veneer.ops.quantised import Quantized, quantize
+from veneer.ops.quantized import Quantized, quantize
 from veneer.train.devices import launch
 
 COUNT = 3

@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.core.exact import draw
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
-from veneer.ops.quantisation_formats import KINDS, GgmlBlocks
-from veneer.ops.quantised import Quantized, quantize
+from veneer.ops.quantization_formats import KINDS, GgmlBlocks
+from veneer.ops.quantized import Quantized, quantize
 
 
 def factors(dtype: torch.dtype, *shapes: tuple[int, int]) -> list[Tensor]:

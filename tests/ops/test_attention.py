@@ -26,7 +26,7 @@ from veneer.ops.attention import (
     varlen_attention,
 )
 from veneer.ops.dispatch import dispatch, override_ops
-from veneer.ops.sizes import ATTENTION_BLOCK as BLOCK
+from veneer.ops.step_sizes import ATTENTION_BLOCK as BLOCK
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.ops.sizes import MICRO_TOKENS
+from veneer.ops.step_sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, left_beside_base
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import text_shape

@@ -15,7 +15,7 @@ import pytest
 from tests.cli.run import run
 from tests.tiny_base import tiny_base_dir
 from veneer.errors import ConfigError, VeneerError
-from veneer.ops.quantisation_formats import KINDS
+from veneer.ops.quantization_formats import KINDS
 from veneer.serve.build import build
 from veneer.serve.checks import check_settings
 from veneer.serve.settings import HttpSettings, Preload, QuantiseKind, ServeSettings

@@ -16,7 +16,7 @@ from tests.tiny_base import VOCAB_SIZE
 from tests.tiny_gguf import tiny_gguf
 from veneer.core.attach import attach
 from veneer.formats import peft
-from veneer.ops.panels import panels_here
+from veneer.ops.weight_panels import panels_here
 
 LONG = 150
 """Tokens of a prompt: more than nine blocks of the cache, and than two chunks of rows of a product."""

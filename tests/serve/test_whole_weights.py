@@ -15,7 +15,7 @@ from veneer.core.attach import attach
 from veneer.formats import peft
 from veneer.models.quantise import quantised_weights
 from veneer.models.text.base import load_text
-from veneer.ops.quantised import dequantized
+from veneer.ops.quantized import dequantized
 
 
 @pytest.fixture(scope="module")

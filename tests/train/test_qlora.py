@@ -25,7 +25,7 @@ from veneer.models.quantise import quantised_weights
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantized import Quantized
 from veneer.train.config.load import config_from
 from veneer.train.events import Event, Note, Stepped
 from veneer.train.text.save import RunResult

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.tiny_base import tiny_base_dir
-from veneer.ops.quantisation_formats import KINDS
-from veneer.ops.quantised import quantize
+from veneer.ops.quantization_formats import KINDS
+from veneer.ops.quantized import quantize
 from veneer.train.config.load import config_from
 from veneer.train.events import Stepped
 from veneer.train.text.task import run_text

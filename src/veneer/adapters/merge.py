@@ -37,8 +37,8 @@ from veneer.formats.moe import as_stored
 from veneer.models.loading import errors_only, loading
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
 from veneer.models.text.bare import tied_weights
-from veneer.ops.quantisation_formats import KINDS
-from veneer.ops.quantised import Quantized, dequantized, quantize
+from veneer.ops.quantization_formats import KINDS
+from veneer.ops.quantized import Quantized, dequantized, quantize
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase

@@ -26,7 +26,7 @@ from veneer.core.mix_cache import MixCache
 from veneer.core.selection import RowMixes, Selection, SpanAdapters, span_problem
 from veneer.core.targets import base_modules, expert_parameters, has_bare_weight, kind_of
 from veneer.errors import AdapterError, bullets, nearest
-from veneer.ops.spans import LoraSegments
+from veneer.ops.lora_segments import LoraSegments
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
 _SPARE_BYTES = 256 << 20

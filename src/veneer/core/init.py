@@ -30,7 +30,7 @@ from veneer.core.forms import Delta, trained_shapes
 from veneer.core.merge import adapted_norm, to_matrix, weight_of
 from veneer.core.targets import Target, base_modules, full_modules, resolve_targets, target_matches, token_embeddings
 from veneer.errors import ConfigError, TargetError
-from veneer.ops.quantised import Quantized, dequantized
+from veneer.ops.quantized import Quantized, dequantized
 
 T = TypeVar("T", int, float)
 

@@ -23,7 +23,7 @@ from veneer.core.adapter import Adapter, Pair, PairKind, TokenRows
 from veneer.core.forms import Delta, change_of, delta_of, product_of
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
-from veneer.ops.quantised import dequantized
+from veneer.ops.quantized import dequantized
 
 
 def _wide(t: Tensor) -> Tensor:

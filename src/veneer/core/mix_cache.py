@@ -29,8 +29,8 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import delta, parameter_delta
 from veneer.core.selection import Acting
 from veneer.errors import AdapterError
+from veneer.ops.device_transfer import sent
 from veneer.ops.lowrank import LowRank
-from veneer.ops.transfer import sent
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _VERSION = attrgetter("_version")

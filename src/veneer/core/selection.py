@@ -18,8 +18,8 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
-from veneer.ops.spans import LoraSegments
-from veneer.ops.transfer import put_numbers, sent
+from veneer.ops.device_transfer import put_numbers, sent
+from veneer.ops.lora_segments import LoraSegments
 
 Acting = tuple[tuple[Adapter, float], ...]
 """(adapter, strength) in order; the adapters are the attachment's own."""

@@ -29,7 +29,7 @@ from veneer.files.weights import StoredTensor, read_values
 from veneer.models.compat_transformers import TRANSFORMERS, register_quantiser
 from veneer.models.loading import loading, straight_to
 from veneer.ops.cpu import memory
-from veneer.ops.quantisation_formats import (
+from veneer.ops.quantization_formats import (
     KINDS,
     SAVED_KINDS,
     Blocks4,
@@ -38,7 +38,7 @@ from veneer.ops.quantisation_formats import (
     empty_format,
     four_bit_values,
 )
-from veneer.ops.quantised import Quantized, quantize
+from veneer.ops.quantized import Quantized, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from veneer.core.targets import base_modules, base_of
 from veneer.models.unread import Unread, read_buffers
-from veneer.ops.quantisation_formats import with_tensors
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantization_formats import with_tensors
+from veneer.ops.quantized import Quantized
 
 T = TypeVar("T")
 

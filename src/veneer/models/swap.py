@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from veneer.core.layers import LoraLinear
 from veneer.core.targets import base_of
-from veneer.ops.copies import ByteBudget, PrepackedWeights
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.linear import LinearMap, join_maps
-from veneer.ops.quantised import Quantized, stacked_rows
+from veneer.ops.prepacked import ByteBudget, PrepackedWeights
+from veneer.ops.quantized import Quantized, stacked_rows
 
 _MARK = "_veneer_fast"
 

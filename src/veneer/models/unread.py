@@ -27,8 +27,8 @@ from veneer.core.targets import base_modules
 from veneer.errors import BaseError
 from veneer.files.safetensors import STORED_DTYPES
 from veneer.files.weights import StoredTensor, read_values
-from veneer.ops.quantisation_formats import BLOCK, Blocks4, doubled
-from veneer.ops.quantised import Quantized, quantize
+from veneer.ops.quantization_formats import BLOCK, Blocks4, doubled
+from veneer.ops.quantized import Quantized, quantize
 
 
 def rows_of(n: int, rank: int, count: int) -> tuple[int, int]:

@@ -29,10 +29,10 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from veneer.compat import TORCH
+from veneer.ops.device_transfer import sent
 from veneer.ops.dispatch import dispatch
 from veneer.ops.norms import rms_norm
-from veneer.ops.sizes import grouped_rows, key_ranges
-from veneer.ops.transfer import sent
+from veneer.ops.step_sizes import grouped_rows, key_ranges
 
 # -- rows that lie one after another -----------------------------------------------------------------------------------
 

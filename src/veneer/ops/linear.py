@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.copies import PrepackedWeights
 from veneer.ops.dispatch import dispatch
 from veneer.ops.dropout import Dropout
+from veneer.ops.lora_segments import LoraSegments
 from veneer.ops.lowrank import LowRank
-from veneer.ops.spans import LoraSegments
+from veneer.ops.prepacked import PrepackedWeights
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.copies import PrepackedWeights
 from veneer.ops.dispatch import dispatch
-from veneer.ops.sizes import logits_chunk
+from veneer.ops.prepacked import PrepackedWeights
+from veneer.ops.step_sizes import logits_chunk
 
 _IGNORED = -100
 _CERTAIN = -1e-7  # the largest mean log p that float32 can tell from 0, whose odds are infinite

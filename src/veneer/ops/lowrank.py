@@ -16,7 +16,7 @@ class LowRank:
     A: (…, rank, in), B: (…, out, rank). `scale`: s, with an adapter's strength in it. `dropout`: the share of x that
     the product does not see, 0 outside of training. `first`: the row of W that B's first row belongs to, where W is
     several weights below one another; B's last is the one before `last`. `span`: whose rows of x it sees, where there
-    are several adapters (ops/spans.py); all of them elsewhere.
+    are several adapters (ops/lora_segments.py); all of them elsewhere.
 
     The one shape in which layers, ops, compiled kernels and serving are given a pair; core.adapter.Pair makes it."""
 

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from veneer.ops.sizes import MICRO_TOKENS, micro_tokens
+from veneer.ops.step_sizes import MICRO_TOKENS, micro_tokens
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import FITS, Load, Memory, text_memory, weight_bytes
 from veneer.plan.shape import TextShape
@@ -58,8 +58,9 @@ def usable_memory(device: Device) -> int:
 def fitting_micro_tokens(
     shape: TextShape, device: Device, quantise: str | None, room: int, load: Callable[[int], Load]
 ) -> int:
-    """Tokens of a micro-batch: those from which more do not help the products of this device (ops/sizes.py), or half as
-    many and so on, but not below MICRO_TOKENS, until `load` of them takes nine tenths of the `room` beside the base."""
+    """Tokens of a micro-batch: those from which more do not help the products of this device (ops/step_sizes.py), or
+    half as many and so on, but not below MICRO_TOKENS, until `load` of them takes nine tenths of the `room` beside the
+    base."""
     products = [parts for layer in shape.layers for parts in layer.products.values()]
     tokens = micro_tokens(
         device.kind,

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from veneer.ops.sizes import HEAD_CHUNK, logits_chunk
+from veneer.ops.step_sizes import HEAD_CHUNK, logits_chunk
 from veneer.plan.shape import TextShape, layer_pairs, pair_parameters
 from veneer.plan.tables import Device
 

@@ -46,7 +46,7 @@ from veneer.errors import (
 )
 from veneer.ops.cpu.memory import forget_peak_resident, peak_resident
 from veneer.ops.cpu.sharing import shared
-from veneer.ops.transfer import in_float64
+from veneer.ops.device_transfer import in_float64
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices

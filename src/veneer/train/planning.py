@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import DataError
 from veneer.ops.cpu.memory import unread_bytes
-from veneer.ops.quantised import Quantized
-from veneer.ops.sizes import MICRO_TOKENS
+from veneer.ops.quantized import Quantized
+from veneer.ops.step_sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, left_beside_base, usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, FITS, Load, weight_bytes

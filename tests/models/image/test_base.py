@@ -28,7 +28,7 @@ from veneer.models.image.families import FAMILIES, topology_name
 from veneer.models.image.predict import embed_prompts, predict
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantized import Quantized
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -15,7 +15,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.image.base import load_image
 from veneer.models.image.predict import embed_prompts, predict
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantized import Quantized
 
 pytestmark = pytest.mark.gpu
 

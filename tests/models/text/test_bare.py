@@ -8,7 +8,7 @@ import torch
 from tests.families import FAMILIES
 from veneer.models.quantise import quantised_weights
 from veneer.models.text.bare import bare_text
-from veneer.ops.quantised import Quantized, quantize
+from veneer.ops.quantized import Quantized, quantize
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.models.text.offload import HostStore, InOrder
-from veneer.ops.sizes import COPIES_OUT
+from veneer.ops.step_sizes import COPIES_OUT
 
 LAYERS, SIZE = 7, (5, 64)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.ops.cpu import build, compiled, selftest
 from veneer.ops.lowrank import LowRank
-from veneer.ops.panels import Panels
+from veneer.ops.weight_panels import Panels
 
 HERE = Path(compiled.__file__).parent
 SOURCES = [HERE / name for name in compiled.SOURCES]

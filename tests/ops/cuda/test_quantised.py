@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from veneer.ops.cuda.implementations import IMPLEMENTATIONS
-from veneer.ops.quantisation_formats import Blocks4
-from veneer.ops.quantised import quantize
+from veneer.ops.quantization_formats import Blocks4
+from veneer.ops.quantized import quantize
 
 PRODUCT = IMPLEMENTATIONS["quantized_linear"]
 

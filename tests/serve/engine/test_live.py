@@ -21,7 +21,7 @@ from veneer.models.text.base import TextBase
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
-from veneer.ops.quantised import quantize
+from veneer.ops.quantized import quantize
 from veneer.serve.engine.live import live_sampler
 from veneer.train.text.prompts import collate_shared
 from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, SamplerSettings, draw_seed

@@ -16,7 +16,7 @@ from veneer.core.attach import attach
 from veneer.core.forms import Delta
 from veneer.errors import DataError
 from veneer.models.text.generate import Completion, complete
-from veneer.ops.quantised import quantize
+from veneer.ops.quantized import quantize
 from veneer.serve.engine.offline import EngineAnswers, answering
 
 PROMPTS = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
 from veneer.ops.cpu import compiled
-from veneer.ops.panels import panels_here
+from veneer.ops.weight_panels import panels_here
 from veneer.serve.forward.llama import LlamaForward
 from veneer.serve.forward.runner import Prepared, Runner, use_threads
 from veneer.serve.settings import WeightKind

@@ -17,8 +17,8 @@ from veneer.errors import ConfigError
 from veneer.models.quantise import quantised_weights
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import override_ops
-from veneer.ops.panels import PanelRows, Panels
-from veneer.ops.quantised import Quantized, dequantized
+from veneer.ops.quantized import Quantized, dequantized
+from veneer.ops.weight_panels import PanelRows, Panels
 from veneer.serve.forward.runner import Runner, RunnerRow
 from veneer.serve.forward.weights import Coded
 

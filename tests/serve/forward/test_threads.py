@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from veneer.ops.cpu import compiled
-from veneer.ops.orders import prepack_weight
+from veneer.ops.weight_layouts import prepack_weight
 from veneer.serve.forward.runner import use_threads
 from veneer.serve.forward.threads import ALWAYS_ALL, ThreadTuner
 

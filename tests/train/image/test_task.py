@@ -26,7 +26,7 @@ from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, PictureSettings, default_settings, generate_images
 from veneer.models.image.predict import cut_of
 from veneer.models.quantise import saved_config, saved_tensors
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantized import Quantized
 from veneer.train import checkpoint
 from veneer.train.config.load import ImageTrainConfig, config_from
 from veneer.train.devices import ALONE

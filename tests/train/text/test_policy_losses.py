@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.elsewhere import OnMps
-from veneer.ops.transfer import in_float64
+from veneer.ops.device_transfer import in_float64
 from veneer.train.text.gap import Gap
 from veneer.train.text.policy_losses import (
     advantages,

@@ -43,8 +43,8 @@ from veneer.models.text.fast import fast
 from veneer.models.text.loss import hidden_at, target_logps
 from veneer.models.text.twin import base_twin
 from veneer.ops.cpu.sharing import shared
-from veneer.ops.spans import LoraSegments
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
+from veneer.ops.lora_segments import LoraSegments
 from veneer.train.checkpoint import Progress, latest, read_checkpoint, read_parameters, restore, rng_restore, rng_state
 from veneer.train.checkpoint import save as save_checkpoint
 from veneer.train.loop import Micro, memory_errors

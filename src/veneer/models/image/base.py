@@ -35,7 +35,7 @@ from veneer.models.image.files import (
 )
 from veneer.models.loading import errors_only
 from veneer.models.sources import find_base, short_name
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantized import Quantized
 
 PipelineKind = Literal["text", "image", "inpaint", "edit"]
 _ControlNet = nn.Module

@@ -28,10 +28,10 @@ from veneer.models.swap import FastReport, Join, random_input, replace_forward, 
 from veneer.ops.attention import cross_attention, joint_attention
 from veneer.ops.conv import live_conv
 from veneer.ops.cpu import memory
+from veneer.ops.device_transfer import in_float64
 from veneer.ops.linear import LinearMap, linear, split_map
 from veneer.ops.mlp import gated_mlp, geglu, gelu_tanh, swiglu
 from veneer.ops.norms import norm_silu
-from veneer.ops.transfer import in_float64
 
 
 class DenoiserReport(FastReport):

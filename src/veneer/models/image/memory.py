@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantized import Quantized
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase

@@ -23,7 +23,7 @@ from veneer.errors import BaseError
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.image.base import ImageBase, pipeline, readers, text_settings
 from veneer.models.loading import errors_only
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -27,8 +27,8 @@ from veneer.models.sources import find_base, is_image_base, short_name
 from veneer.models.text.bare import bare_text
 from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
 from veneer.models.unread import Unread
-from veneer.ops.quantisation_formats import KINDS
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantization_formats import KINDS
+from veneer.ops.quantized import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

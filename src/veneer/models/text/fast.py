@@ -66,7 +66,7 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
     dequantised at each use. `pack`: bytes that weights of any other base may take a second time, in the order of their
-    products, where those are clearly faster so (ops/copies.py). `sharded`: what the model is called through; its
+    products, where those are clearly faster so (ops/prepacked.py). `sharded`: what the model is called through; its
     weights are looked at a block at a time, in the same order on every process, and projections of one input are joined
     where they were sharded together (`weights_together`)."""
     if (already := report_of(model)).active:

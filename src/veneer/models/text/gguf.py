@@ -29,8 +29,8 @@ from veneer.files.gguf import SCALARS, SkippedArray, read_gguf_file
 from veneer.models.compat_transformers import TRANSFORMERS
 from veneer.models.loading import loading
 from veneer.models.quantise import LazyTensor, forget_quantiser, load_state, quantised_weights
-from veneer.ops.quantisation_formats import GgmlBlocks
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantization_formats import GgmlBlocks
+from veneer.ops.quantized import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout, SharedRows
+from veneer.ops.device_transfer import sent
+from veneer.ops.lora_segments import LoraSegments
 from veneer.ops.loss import likeliest, token_nll
-from veneer.ops.sizes import HEAD_CHUNK, ROW_STEP, few_sizes, padded_tokens
-from veneer.ops.spans import LoraSegments
-from veneer.ops.transfer import sent
+from veneer.ops.step_sizes import HEAD_CHUNK, ROW_STEP, few_sizes, padded_tokens
 
 
 def text_loss(

@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from veneer.ops.sizes import COPIES_OUT
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
+from veneer.ops.step_sizes import COPIES_OUT
 
 _LEAST = 1 << 20
 """Bytes from which a tensor is worth a copy."""

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.targets import base_of
-from veneer.ops.transfer import in_float64
+from veneer.ops.device_transfer import in_float64
 
 LENGTHS = (21, 9, 2)
 """Tokens of the probe's rows: past a short window, past it by one, and the shortest that has a loss."""

@@ -18,7 +18,7 @@ from torch import nn
 from veneer.errors import ConfigError
 from veneer.models.text.attention import as_it_came
 from veneer.models.text.base import TextBase
-from veneer.ops.quantised import Quantized
+from veneer.ops.quantized import Quantized
 
 
 def base_twin(base: TextBase) -> TextBase:

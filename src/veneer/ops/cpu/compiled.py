@@ -81,7 +81,7 @@ _WIDE = ("rope_varlen_attention", "rope_varlen_attention_backward")
 """Those of float32."""
 SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _TILES
 """Every kernel that there may be: the name of its C function -> the letters of its arguments."""
-SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
+SOURCES = ("native.c", "quantized.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
 HEADERS = ("bf16.h", "serving.h", "amx.h")
 _reason = "not looked for yet"
 

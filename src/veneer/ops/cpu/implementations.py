@@ -16,9 +16,9 @@ from torch import Tensor
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import Implementation
 from veneer.ops.lowrank import LowRank
-from veneer.ops.orders import Reordered, reorders
-from veneer.ops.panels import Panels
-from veneer.ops.sizes import SMALL_INPUT
+from veneer.ops.step_sizes import SMALL_INPUT
+from veneer.ops.weight_layouts import Reordered, reorders
+from veneer.ops.weight_panels import Panels
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 """op -> how the compiled kernels do it."""
@@ -493,7 +493,7 @@ def _dequantize_rows8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
 
 
 _GGML = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
-"""The types of quantised.c, by ggml's numbers."""
+"""The types of quantized.c, by ggml's numbers."""
 
 
 def _takes_ggml(raw: Tensor, dtype: torch.dtype, kind: str) -> bool:

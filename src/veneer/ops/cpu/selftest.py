@@ -25,8 +25,8 @@ from veneer.ops.cpu.compiled import Kernels, bound
 from veneer.ops.dispatch import override_ops
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
-from veneer.ops.panels import Panels
-from veneer.ops.quantisation_formats import GgmlBlocks, Groups, Rows8, to_format
+from veneer.ops.quantization_formats import GgmlBlocks, Groups, Rows8, to_format
+from veneer.ops.weight_panels import Panels
 
 _BF16, _F32, _F64 = torch.bfloat16, torch.float32, torch.float64
 _NEAR = {_BF16: 2**-6, _F32: 1e-4}

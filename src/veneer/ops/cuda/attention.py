@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.compat import varlen_attention
 from veneer.ops.attention import RowLayout
-from veneer.ops.transfer import made_up
+from veneer.ops.device_transfer import made_up
 
 
 def varlen_missing() -> str:

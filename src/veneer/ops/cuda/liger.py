@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.compat import LIGER, MissingInternalError
-from veneer.ops.transfer import made_up
+from veneer.ops.device_transfer import made_up
 
 _MOST_COLUMNS = 65536
 """Values of a row that Liger's norms can have."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.quantisation_formats import (
+from veneer.ops.quantization_formats import (
     Blocks4,
     QuantizationFormat,
     bitsandbytes_operators,

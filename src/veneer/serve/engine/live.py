@@ -30,7 +30,7 @@ from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.replay import Replay
 from veneer.ops.attention import SharedRows
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.engine.sampler import scored
 from veneer.serve.forward.llama import LlamaForward

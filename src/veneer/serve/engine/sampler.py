@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import quoted
-from veneer.ops.transfer import put_numbers, sent
+from veneer.ops.device_transfer import put_numbers, sent
 from veneer.serve.outage import fault
 from veneer.serve.request import Refused, Sampling, invalid
 

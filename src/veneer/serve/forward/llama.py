@@ -22,8 +22,8 @@ from veneer.models.text.base import TextBase
 from veneer.ops.cpu import compiled
 from veneer.ops.mlp import gated
 from veneer.ops.norms import normed
-from veneer.ops.orders import PrepackedWeight
-from veneer.ops.panels import Panels
+from veneer.ops.weight_layouts import PrepackedWeight
+from veneer.ops.weight_panels import Panels
 from veneer.serve.forward.lowrank import BaseLayout, Group, Segments
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
 from veneer.serve.forward.weights import in_blocks, invariant

@@ -26,9 +26,9 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.experts import expert_product, has_grouped_product
 from veneer.core.merge import adapted_norm
+from veneer.ops.device_transfer import made_up, put_numbers, sent
 from veneer.ops.dispatch import dispatch
-from veneer.ops.quantised import dequantized
-from veneer.ops.transfer import made_up, put_numbers, sent
+from veneer.ops.quantized import dequantized
 from veneer.serve.forward.weights import in_blocks
 
 _PARTS = 3

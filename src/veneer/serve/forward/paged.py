@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.ops.cpu import compiled
-from veneer.ops.transfer import put_numbers
+from veneer.ops.device_transfer import put_numbers
 
 BLOCK = 16
 

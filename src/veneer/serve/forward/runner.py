@@ -36,10 +36,17 @@ from veneer.models.text.fast import route_experts
 from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, near_rows, short_windows
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
-from veneer.ops.orders import Dense, PrepackedWeight, QuantizedWeight, packing, prepack_weight, quantized_prepacking
-from veneer.ops.panels import panels_here, panels_of_codes
-from veneer.ops.quantised import Quantized
-from veneer.ops.transfer import put_numbers
+from veneer.ops.device_transfer import put_numbers
+from veneer.ops.quantized import Quantized
+from veneer.ops.weight_layouts import (
+    Dense,
+    PrepackedWeight,
+    QuantizedWeight,
+    packing,
+    prepack_weight,
+    quantized_prepacking,
+)
+from veneer.ops.weight_panels import panels_here, panels_of_codes
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages

@@ -1,5 +1,5 @@
-"""Weights that serving has beside those of ops/orders.py: a quantised base's codes as they are, and blocks of rows, so
-that a row's bits are its own."""
+"""Weights that serving has beside those of ops/weight_layouts.py: a quantised base's codes as they are, and blocks of
+rows, so that a row's bits are its own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.orders import PrepackedWeight
-from veneer.ops.panels import Panels
-from veneer.ops.quantised import Quantized, dequantized, quantized_linear, stacked_rows
+from veneer.ops.quantized import Quantized, dequantized, quantized_linear, stacked_rows
+from veneer.ops.weight_layouts import PrepackedWeight
+from veneer.ops.weight_panels import Panels
 
 ROWS = 8
 """Rows that a batch-invariant product is taken of at a time."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
-from veneer.ops.sizes import MICRO_TOKENS
+from veneer.ops.step_sizes import MICRO_TOKENS
 from veneer.train.config.distillation import DistillationSection
 from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.section import Section, setting

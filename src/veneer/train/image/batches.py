@@ -21,7 +21,7 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
 from veneer.train.config.image import ImageDataSection, ImageTrainConfig
 from veneer.train.image.training_picture import TrainingPicture
 from veneer.train.image.views import PictureRow, View, draw_row, place, shapes_of

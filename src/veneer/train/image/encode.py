@@ -30,7 +30,7 @@ from veneer.models.image.predict import (
     predict,
     reference_size,
 )
-from veneer.ops.transfer import in_float64, sent
+from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.devices import ALONE, Devices
 from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
 
 _Prediction = Literal["epsilon", "v", "flow"]
 

@@ -35,7 +35,7 @@ from veneer.core.targets import resolve_targets
 from veneer.errors import BaseError, counted
 from veneer.models.image.generate import ImageRow, default_settings
 from veneer.models.image.predict import predict
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
 from veneer.train.image.batches import ImageBatch
 from veneer.train.image.encode import ImageLoss
 from veneer.train.image.loss import generator, noised, row_losses

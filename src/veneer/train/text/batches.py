@@ -20,7 +20,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
 from veneer.train.config.text import BatchingSection
 from veneer.train.devices import shares
 from veneer.train.text.encode import Example

@@ -35,7 +35,7 @@ from veneer.errors import MismatchError, TrainingError, bullets, counted
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at, of_logits, token_logps
-from veneer.ops.transfer import in_float64, sent
+from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import Means, Score, Step
 from veneer.train.text.batches import Batch, collate

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from veneer.errors import TrainingError
-from veneer.ops.transfer import in_float64
+from veneer.ops.device_transfer import in_float64
 from veneer.train.loop import Means
 
 if TYPE_CHECKING:

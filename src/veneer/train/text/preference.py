@@ -42,7 +42,7 @@ from veneer.models.shard import CallWithWeights, call_whole
 from veneer.models.swap import without_dropout
 from veneer.models.text.loss import row_logps
 from veneer.ops import loss as formulas
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
 from veneer.train.checkpoint import disk_errors
 from veneer.train.config.text import TrainConfig
 from veneer.train.devices import ALONE, Devices

@@ -14,7 +14,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.targets import base_modules, expert_parameters, matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError, counted, gigabytes
 from veneer.ops.linear import keeps_copy
-from veneer.ops.panels import panels_here
+from veneer.ops.weight_panels import panels_here
 from veneer.plan.memory import packed_weights
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration

@@ -44,7 +44,7 @@ from veneer.models.swap import without_dropout
 from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
 from veneer.ops.attention import SharedRows
-from veneer.ops.transfer import in_float64, sent
+from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.loop import Means, Score, Step
 from veneer.train.rewards.reward import Answer, Judged, Rewards, reward_findings
 from veneer.train.text.batches import Batch

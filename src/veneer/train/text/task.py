@@ -39,7 +39,7 @@ from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
 from veneer.models.text.offload import CudaLane, HostStore
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.reinforcement import ReinforcementSection

@@ -5,8 +5,9 @@
     loss of a pass = Σ over runs  Σ NLL of its rows / trained tokens of its step
 
 No run's term holds another's parameters, so one backward pass gives each the gradient that it would have by itself; the
-base, whose products are what a step costs, is gone through once. How rows find their adapter: ops/spans.py. A run that
-cannot share a pass (DoRA, full copies, answers compared …) has its own pass in each step, and is no less right.
+base, whose products are what a step costs, is gone through once. How rows find their adapter: ops/lora_segments.py. A
+run that cannot share a pass (DoRA, full copies, answers compared …) has its own pass in each step, and is no less
+right.
 
 Each run has its parameters, optimizer, schedule, evaluations, files and end; all take step k of this command together.
 A run that fails or ends leaves, and the others continue. All write a checkpoint when one of them is due, so a group
@@ -40,8 +41,8 @@ from veneer.errors import (
 from veneer.models.swap import report_of
 from veneer.models.text.loss import rows_nll
 from veneer.ops.cpu.sharing import shared
-from veneer.ops.spans import LoraSegments
-from veneer.ops.transfer import sent
+from veneer.ops.device_transfer import sent
+from veneer.ops.lora_segments import LoraSegments
 from veneer.train import checkpoint
 from veneer.train.checkpoint import seed_all, seeded_generator
 from veneer.train.config.checks import check_group

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.ops.loss import token_nll
-from veneer.ops.sizes import MICRO_TOKENS, ROW_STEP, few_sizes, micro_tokens
+from veneer.ops.step_sizes import MICRO_TOKENS, ROW_STEP, few_sizes, micro_tokens
 from veneer.plan.tables import device_named
 
 

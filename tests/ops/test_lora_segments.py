@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from veneer.ops.linear import LinearMap, join_maps, linear
+from veneer.ops.lora_segments import LoraSegments
 from veneer.ops.lowrank import LowRank
-from veneer.ops.spans import LoraSegments
 
 TOKENS, RANKS, DROPS = (5, 3, 7), (2, 4, 3), (0.3, 0.0, 0.5)
 INPUTS, OUTPUTS = 6, (4, 5)

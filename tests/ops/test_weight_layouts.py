@@ -11,8 +11,17 @@ from torch import Tensor
 
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import override_ops
-from veneer.ops.orders import Dense, Int4, Int8, Reordered, packing, prepack_weight, quantized_prepacking, reorders
-from veneer.ops.panels import Panels
+from veneer.ops.weight_layouts import (
+    Dense,
+    Int4,
+    Int8,
+    Reordered,
+    packing,
+    prepack_weight,
+    quantized_prepacking,
+    reorders,
+)
+from veneer.ops.weight_panels import Panels
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from veneer.compat import TORCH
 from veneer.errors import BaseError
 from veneer.ops.dispatch import dispatch
-from veneer.ops.quantisation_formats import (
+from veneer.ops.quantization_formats import (
     KINDS,
     QuantizationFormat,
     StackedRows,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import dispatch
-from veneer.ops.quantisation_formats import Groups, QuantizationFormat, Rows8
+from veneer.ops.quantization_formats import Groups, QuantizationFormat, Rows8
 from veneer.ops.quantized import Quantized
 
 _WIDTH = 64

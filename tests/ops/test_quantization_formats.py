@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from veneer.ops.cpu import compiled
-from veneer.ops.quantisation_formats import GgmlBlocks, QuantizationFormat, StackedRows, to_format
+from veneer.ops.quantization_formats import GgmlBlocks, QuantizationFormat, StackedRows, to_format
 
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2),

@@ -1,4 +1,4 @@
-/* Frozen weights in 4 and 8 bits: into codes, and out of them into float32 or bfloat16 (ops/quantised.py, which has the
+/* Frozen weights in 4 and 8 bits: into codes, and out of them into float32 or bfloat16 (ops/quantized.py, which has the
    formulas and the reference). The arithmetic is that of bitsandbytes: products and sums in float32, each rounded by
    itself, and one rounding to bfloat16 at the end, so that results are equal bit for bit. Runs on any processor; blocks
    of 64 take a short way where there is AVX512. */

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from tests.core.exact import TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
 from tests.ops.draws import factors
-from veneer.ops.copies import ByteBudget, PrepackedWeights
 from veneer.ops.dispatch import dispatch, override_ops
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.loss import token_nll
 from veneer.ops.lowrank import LowRank
 from veneer.ops.mlp import gated_mlp
+from veneer.ops.prepacked import ByteBudget, PrepackedWeights
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 """Those that copies are of."""

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from veneer.compat import BITSANDBYTES
+from veneer.ops.device_transfer import made_up
 from veneer.ops.dispatch import dispatch
-from veneer.ops.transfer import made_up
 
 KINDS = ("nf4", "fp4", "int8")
 SAVED_KINDS = ("nf4", "fp4")

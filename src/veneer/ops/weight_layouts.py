@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.ops.dispatch import dispatch
-from veneer.ops.panels import GROUP, rounded4, rounded8
+from veneer.ops.weight_panels import GROUP, rounded4, rounded8
 
 
 class PrepackedWeight(Protocol):

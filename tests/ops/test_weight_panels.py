@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.ops.draws import coded
 from veneer.ops.cpu import compiled
-from veneer.ops.panels import PanelRows, Panels, panels_of_codes
+from veneer.ops.weight_panels import PanelRows, Panels, panels_of_codes
 
 has_panels = pytest.mark.skipif(not compiled.has("panel_product"), reason="no kernels for products here")
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from veneer.errors import BaseError
-from veneer.ops import quantisation_formats as blocks
+from veneer.ops import quantization_formats as blocks
 from veneer.ops.cpu import compiled
-from veneer.ops.quantisation_formats import KINDS, Blocks4, Rows8, dynamic_map, four_bit_values
-from veneer.ops.quantised import Quantized, dequantized, quantize, stacked_rows
+from veneer.ops.quantization_formats import KINDS, Blocks4, Rows8, dynamic_map, four_bit_values
+from veneer.ops.quantized import Quantized, dequantized, quantize, stacked_rows
 
 FOUR = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
