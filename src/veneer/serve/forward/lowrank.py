@@ -317,7 +317,7 @@ class Segments:
         run = dispatch("rows_low_rank", x, y)
         if run is not None:
             run(x, y, self.pointers(x, group))
-        elif self._stacks and has_grouped_product(x):
+        elif has_grouped_product(x) and self._stacks:
             self.add_grouped(group, x, y)
         else:
             self._add_reference(group, x, y)
