@@ -68,6 +68,7 @@ from veneer.serve.tenancy.store import check_tenant
 # -- states ------------------------------------------------------------------------------------------------------------
 
 _JobState = Literal["validating", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+_Waiting = Literal["validating", "queued"]
 TRANSITIONS: Mapping[_JobState, frozenset[_JobState]] = {
     "validating": frozenset({"queued", "failed", "cancelled"}),
     "queued": frozenset({"running", "paused", "cancelled"}),
@@ -461,7 +462,7 @@ class JobStore:
         self,
         worker: str,
         seconds: float,
-        state: Literal["validating", "queued"] = "queued",
+        state: _Waiting = "queued",
         at_once: Callable[[str], int | None] = lambda tenant: None,
         only: str | None = None,
         order: Callable[[str], float] = lambda tenant: 0.0,
@@ -473,16 +474,9 @@ class JobStore:
         any number. For `validating`, jobs being validated count as running. `only`: this job or none. A job that lost
         its worker too often fails here."""
 
-        def next_ones(c: Connection, now: float) -> list[Job]:
-            chosen = [] if only is None else [job_table.c.id == only]
-            return self._waiting(c, state, now, at_once, chosen, 1, order)
-
-        while True:
-            with reading(self.engine) as c:  # looked for often, and mostly in vain: that takes no lock
-                if not next_ones(c, self._now(c)):
-                    return None
+        while self.waiting(state, at_once, order, only, limit=1):  # tried often, and mostly in vain: that takes no lock
             with self._writing() as (c, now):
-                found = next(iter(next_ones(c, now)), None)
+                found = next(iter(self._waiting(c, now, state, at_once, order, only, 1)), None)
                 if found is None:
                     return None
                 lost = found.until is not None
@@ -505,34 +499,35 @@ class JobStore:
                     public = "resumed" if found.attempt else "started"
                     self._move(c, found, "running", now, f"{public} by {worker}", public=public)
                 return JobLease(self._row(c, None, found.id), values["token"])
+        return None
 
     def waiting(
         self,
+        state: _Waiting = "queued",
         at_once: Callable[[str], int | None] = lambda tenant: None,
-        *,
-        state: Literal["validating", "queued"] = "queued",
         order: Callable[[str], float] = lambda tenant: 0.0,
+        only: str | None = None,
+        limit: int = 100,
     ) -> list[Job]:
-        """Return the jobs that `take` would return to train or validate, in order; at most a hundred."""
+        """Return the jobs that `take` would return, in order."""
         with reading(self.engine) as c:
-            now = self._now(c)
-            return self._waiting(c, state, now, at_once, [], 100, order)
+            return self._waiting(c, self._now(c), state, at_once, order, only, limit)
 
     def _waiting(
         self,
         c: Connection,
-        state: str,
         now: float,
+        state: _Waiting,
         at_once: Callable[[str], int | None],
-        chosen: Sequence[ColumnElement[bool]],
-        limit: int,
         order: Callable[[str], float],
+        only: str | None,
+        limit: int,
     ) -> list[Job]:
         """Return the next jobs: jobs with an expired lease first, then waiting jobs.
 
         Among waiting jobs, every tenant's first job comes before any tenant's second; running jobs count, and no tenant
         exceeds `at_once`. Ties go to the tenant with the lowest `order`, then to the oldest job."""
-        j = job_table.c
+        j, chosen = job_table.c, () if only is None else (job_table.c.id == only,)
         held = "running" if state == "queued" else state
         late = select(job_table).where(j.state == held, j.until <= now, *chosen).order_by(j.number).limit(limit)
         found = [_job(row) for row in c.execute(late)]
