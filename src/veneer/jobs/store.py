@@ -493,8 +493,8 @@ class JobStore:
                 c.execute(update(job_table).where(job_table.c.id == found.id).values(**values))
                 if state == "queued" and lost:
                     text = f"{found.worker} was lost: {worker} goes on from the last checkpoint"
-                    known = {"public": "its worker was lost: another goes on from the last checkpoint"}
-                    _tell(c, found, now, JobEvent("warn", "note", text, known))
+                    data = {"public": "its worker was lost: another goes on from the last checkpoint"}
+                    _tell(c, found, now, JobEvent("warn", "note", text, data))
                 elif state == "queued":
                     public = "resumed" if found.attempt else "started"
                     self._move(c, found, "running", now, f"{public} by {worker}", public=public)
