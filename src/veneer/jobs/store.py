@@ -279,7 +279,8 @@ class JobStore:
                     fix="wait for some of them, or cancel those that nobody needs",
                 )
             number = (c.scalar(select(func.max(job_table.c.number))) or 0) + 1
-            made = {
+            zeros = dict.fromkeys(("step", "steps", "tokens", "price", "planned", "attempt", "faults"), 0)
+            made = zeros | {
                 "id": _new_id(),
                 "number": number,
                 "tenant": tenant,
@@ -288,14 +289,7 @@ class JobStore:
                 "config": _json(given),
                 "about": _json(dict(about or {})),
                 "created": now,
-                "step": 0,
-                "steps": 0,
-                "tokens": 0,
-                "price": 0,
-                "planned": 0,
                 "seconds": 0.0,
-                "attempt": 0,
-                "faults": 0,
                 "place": "",
             }
             c.execute(insert(job_table), made)
@@ -684,21 +678,9 @@ class JobStore:
             c.execute(update(job_table).where(job_table.c.id == job.id).values(ended=now, **_LEFT))
             ended = self._row(c, None, job.id)
             cost = cost_of(ended.tokens, ended.price) if state in _BILLED else 0
-            c.execute(
-                insert(job_bill_table),
-                {
-                    "job": job.id,
-                    "tenant": job.tenant,
-                    "name": job.name,
-                    "day": _day(now),
-                    "state": state,
-                    "at": now,
-                    "seconds": ended.seconds,
-                    "tokens": ended.tokens,
-                    "price": ended.price,
-                    "cost": cost,
-                },
-            )
+            own = {name: getattr(ended, name) for name in ("tenant", "name", "seconds", "tokens", "price")}
+            bill = own | {"job": job.id, "day": _day(now), "state": state, "at": now, "cost": cost}
+            c.execute(insert(job_bill_table), bill)
         return self._row(c, None, job.id)
 
     def _end(
