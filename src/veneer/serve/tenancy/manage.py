@@ -355,22 +355,14 @@ def set_price(store: Store, tenant: str, adapter: str, price: Price | None, *, w
 
 
 def set_training(store: Store, tenant: str, terms: TrainingTerms | None, *, who: str) -> TrainingTerms | None:
-    """What training costs this tenant and how much of it there may be; ALL: of each that has no terms of its own. None
-    takes them away."""
+    """Set what training costs a tenant and how much it can train; ALL: each tenant without terms of its own. None
+    removes the terms."""
     if tenant != ALL:
         check_tenant(tenant)
     for name, value in asdict(terms).items() if terms is not None else ():
         if value is not None and not 0 <= value <= 10**15:
             raise ConfigError(f"the {name} is {value}", where=name, fix="0 or more")
-    with store.change() as c:
-        if tenant != ALL:
-            tenant_row(c, tenant)
-        row = c.execute(select(training_table).where(training_table.c.tenant == tenant)).first()
-        c.execute(delete(training_table).where(training_table.c.tenant == tenant))
-        if terms is not None:
-            c.execute(insert(training_table), {"tenant": tenant, **asdict(terms)})
-        before = None if row is None else {name: row._mapping[name] for name in TrainingTerms.__dataclass_fields__}
-        append_audit(c, who, "training.set", tenant or "all", before, None if terms is None else asdict(terms))
+    _replace(store, training_table, {"tenant": tenant}, lambda _: asdict(terms) if terms else None, "training", who)
     return terms
 
 
@@ -423,23 +415,23 @@ def _scope(tenant: str, adapter: str, *special: str) -> dict[str, str]:
 def _replace(
     store: Store,
     table: Table,
-    scope: dict[str, str],
+    key: dict[str, str],
     changed: Callable[[dict[str, Any] | None], dict[str, Any] | None],
     what: str,
     who: str,
 ) -> dict[str, Any] | None:
-    here = (table.c.tenant == scope["tenant"]) & (table.c.adapter == scope["adapter"])
+    """Replace the row of `key`, whose first part is a tenant, by what `changed` makes of it. None: there is no row."""
+    here = [table.c[name] == value for name, value in key.items()]
     with store.change() as c:
-        if scope["tenant"] not in (ALL, EACH):
-            tenant_row(c, scope["tenant"])
-        row = c.execute(select(table).where(here)).first()
-        before = None if row is None else {k: v for k, v in row._mapping.items() if k not in scope}
+        if key["tenant"] not in (ALL, EACH):
+            tenant_row(c, key["tenant"])
+        row = c.execute(select(table).where(*here)).first()
+        before = None if row is None else {k: v for k, v in row._mapping.items() if k not in key}
         after = changed(before)
-        c.execute(delete(table).where(here))
+        c.execute(delete(table).where(*here))
         if after is not None:
-            c.execute(insert(table), {**scope, **after})
-        subject = f"{scope['tenant'] or 'all'}/{scope['adapter'] or 'all'}"
-        append_audit(c, who, f"{what}.set", subject, before, after)
+            c.execute(insert(table), {**key, **after})
+        append_audit(c, who, f"{what}.set", "/".join(part or "all" for part in key.values()), before, after)
     return after
 
 

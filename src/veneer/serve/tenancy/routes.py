@@ -71,7 +71,7 @@ class TenantRoutes:
     def find(self, route: str, caller: Principal) -> Route | None:
         """The route of that name as the caller sees it."""
         known = self._store.settings.routes
-        own = known.get((caller.tenant, route)) if caller.tenant else None
+        own = known.get((caller.tenant, route)) if caller.kind == "tenant" else None
         if own is not None:
             return own
         everybodys = known.get((ALL, route))

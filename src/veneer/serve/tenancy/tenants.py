@@ -165,11 +165,11 @@ class Tenants(Tenancy):
             for digest, name, strength in served.parts()
         )
         names = [name_of(line.adapter) for line in lines]
-        held = self.limits.take(settings.limits, caller.tenant, names, prompt_tokens, max_tokens)
-        tenant = TRIALS if served.trial and not caller.tenant else caller.tenant
+        reserved = self.limits.take(settings.limits, caller.tenant, names, prompt_tokens, max_tokens)
+        tenant = TRIALS if served.trial and caller.kind != "tenant" else caller.tenant
         entry = LedgerEntry(request, tenant, served.name, self._wall(), prompt_tokens, max_tokens, lines)
         opened = self.ledger.open(entry)
-        bill = _Bill(self.ledger, held, request)
+        bill = _Bill(self.ledger, reserved, request)
         try:
             await asyncio.shield(asyncio.wrap_future(opened))
             yield bill
