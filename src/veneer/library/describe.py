@@ -49,19 +49,16 @@ class Gain:
 
 def gain_of(card: Mapping[str, Any]) -> Gain | None:
     """None where the card says nothing of held-out data: no row was held out, or the adapter is from elsewhere."""
-    metrics = card.get("metrics")
-    said = metrics if isinstance(metrics, dict) else {}
-    before, after = (_number(said.get(f"validation_loss{when}")) for when in ("_before", ""))
-    measured = said.get("measured")
-    rewarded = isinstance(measured, dict) and "reward_failed" in measured
+    metrics = _dict(card, "metrics")
+    before, after = (_number(metrics.get(f"validation_loss{when}")) for when in ("_before", ""))
+    rewarded = "reward_failed" in _dict(metrics, "measured")
     return None if before is None or after is None else Gain(before, after, rewarded)
 
 
 def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
     """(media type, bytes) of the small picture that came with an adapter of pictures; None where there is none, or what
     is there is no picture that may be shown."""
-    extra = card.get("extra")
-    found = _PICTURE.fullmatch(str(extra.get("thumbnail"))) if isinstance(extra, dict) else None
+    found = _PICTURE.fullmatch(str(_dict(card, "extra").get("thumbnail")))
     try:
         return (found[1], base64.b64decode(found[2], validate=True)) if found else None
     except binascii.Error:
@@ -72,18 +69,14 @@ def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the answers of `base` and `adapter` to a held-out `prompt` after training; None if the card has no sample.
 
     `prompt` is the last message only; `card_prompt` returns all messages."""
-    extra = card.get("extra")
-    sample = extra.get("sample") if isinstance(extra, dict) else None
-    keys = ("prompt", "base", "adapter")
-    if not isinstance(sample, dict) or not all(isinstance(sample.get(key), str) for key in keys):
-        return None
-    return {key: sample[key] for key in keys}
+    sample = _dict(_dict(card, "extra"), "sample")
+    found = {key: sample.get(key) for key in ("prompt", "base", "adapter")}
+    return found if all(isinstance(text, str) for text in found.values()) else None
 
 
 def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return the messages of the card's prompt, with the row's system message; [] if the card has no prompt."""
-    extra = card.get("extra")
-    return sample_messages(extra) if isinstance(extra, dict) else []
+    return sample_messages(_dict(card, "extra"))
 
 
 @dataclass(frozen=True)
@@ -164,6 +157,12 @@ def describe_adapter(path: Path) -> AdapterDescription:
 
     reading = read(path)
     return AdapterDescription(reading.adapter.digest(), reading.format, reading.adapter.card.to_dict())
+
+
+def _dict(card: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A part of a card; {} if it is anything else, for a card from elsewhere can hold anything."""
+    found = card.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _texts(value: Any) -> list[str]:

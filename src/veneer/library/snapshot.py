@@ -88,35 +88,22 @@ class Names:
         return sorted((k for k in found if k is not None and k.fingerprint == fingerprint), key=lambda k: k.name)
 
     def _by_digest(self, prefix: str) -> NamedVersion | None:
-        fits: dict[str, NamedVersion] = {}
-        for keys, wanted in ((self._digests, prefix), (self._entries, prefix.removeprefix("sha256:"))):
-            at = bisect_left(keys, (wanted,))
-            while at < len(keys) and keys[at][0].startswith(wanted):
-                k = keys[at][1]
-                fits.setdefault(k.digest or k.entry, k)
-                if len(fits) > 1:
-                    return None
-                at += 1
-        return next(iter(fits.values()), None)
+        keys, fits = self._digests, set[NamedVersion]()
+        at = bisect_left(keys, (prefix,))
+        while at < len(keys) and keys[at][0].startswith(prefix) and len(fits) < 2:
+            fits.add(keys[at][1])
+            at += 1
+        return fits.pop() if len(fits) == 1 else None
 
     @cached_property
-    def _newest(self) -> list[NamedVersion]:
-        """The one that was added last stands for all of the same adapter."""
+    def _digests(self) -> list[tuple[str, NamedVersion]]:
+        """Digests, and entries written as digests, in order. Of the versions of one adapter the last added counts."""
         newest: dict[str, NamedVersion] = {}
         by_name = sorted(self._kept.values(), key=lambda k: (k.name, -k.version))
         for k in sorted(by_name, key=lambda k: k.added, reverse=True):
             newest.setdefault(k.digest or k.entry, k)
-        return list(newest.values())
-
-    @cached_property
-    def _digests(self) -> list[tuple[str, NamedVersion]]:
-        return sorted(((k.digest, k) for k in self._newest if k.digest), key=lambda pair: pair[0])
-
-    @cached_property
-    def _entries(self) -> list[tuple[str, NamedVersion]]:
-        newest = {k.digest or k.entry: k for k in self._newest}
-        by_entry = {k.entry: newest[k.digest or k.entry] for k in self._kept.values()}
-        return sorted(by_entry.items(), key=lambda pair: pair[0])
+        every = {(key, newest[k.digest or k.entry]) for k in by_name for key in (k.digest, f"sha256:{k.entry}") if key}
+        return sorted(every, key=lambda pair: pair[0])
 
 
 def read(connection: Connection) -> Names:
