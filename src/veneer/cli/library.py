@@ -82,7 +82,7 @@ def mix(
     tag: Tags = None,
     alias: Alias = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="The base's folder of safetensors: for DoRA and full copies.")
+        str | None, typer.Option(help="The base's folder of safetensors: for DoRA and full copies.")
     ] = None,
 ) -> Result:
     """Keep a mix as an adapter of its own: the exact sum of strength·ΔW, as the next version of a name."""
@@ -108,9 +108,7 @@ AllVersions = Annotated[bool, typer.Option("--all-versions", help="Every version
 Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
 Skip = Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")]
 Without = Annotated[str, typer.Option("--without", help="Leave out what has a tag that begins so: `steps-of:`.")]
-Sort = Annotated[
-    str, typer.Option("--sort", help="name, added (newest first), gain (most first), size or rank (largest first).")
-]
+Sort = Annotated[str, typer.Option(help="name, added (newest first), gain (most first), size or rank (largest first).")]
 
 
 @library_command("list", "veneer library list --sort added --limit 20")
@@ -160,26 +158,19 @@ def _listing(library: Library, limit: int, after: int, text: str, **asked: Any) 
         older = 0 if asked["all_versions"] else library.browse(text, limit=0, **{**asked, "all_versions": True}).total
         if older:
             return Result(value, f"no latest version fits; of older ones {older}: --all-versions")
-        filters = [v for k, v in asked.items() if k not in ("all_versions", "order")]
-        return Result(
-            value, "nothing fits" if text or after or any(v not in ("", (), None) for v in filters) else _EMPTY
-        )
+        filters = [text, after or None, *(v for k, v in asked.items() if k not in ("all_versions", "order"))]
+        empty = all(v in ("", (), None) for v in filters)
+        return Result(value, "the library is empty: veneer library add PATH NAME" if empty else "nothing fits")
     rows = [
         (
-            *(v.reference, ",".join(v.aliases), v.base, str(v.rank or ""), _share(v.gain)),
+            *(v.reference, ",".join(v.aliases), v.base, str(v.rank or "")),
+            "" if v.gain is None else f"{v.gain:+.0%} loss",
             *(v.format, f"{v.size / 1e6:,.1f} MB", v.health, " ".join(v.tags)),
         )
         for v in found.versions
     ]
     lines = table(("adapter", "aliases", "base", "rank", "gain", "format", "size", "health", "tags"), rows)
     return Result(value, f"{lines}\n… and {more:,} more: --skip {after + limit}" if more > 0 else lines)
-
-
-_EMPTY = "the library is empty: veneer library add PATH NAME"
-
-
-def _share(gain: float | None) -> str:
-    return "" if gain is None else f"{gain:+.0%} loss"
 
 
 @library_command("show", "veneer library show support@prod")
@@ -265,7 +256,7 @@ def remove(
     library: Library,
     reference: Annotated[str, typer.Argument(help="A name, name@version or name@alias.", show_default=False)],
     with_aliases: Annotated[
-        bool, typer.Option("--with-aliases", help="Also take away the aliases that point to what is removed.")
+        bool, typer.Option("--with-aliases", help="Also remove the aliases that point there.")
     ] = False,
 ) -> Result:
     """Remove a name with all its versions, one version, or an alias. `veneer library gc` frees the space later."""
@@ -279,9 +270,7 @@ def verify(
     references: Annotated[
         list[str] | None, typer.Argument(help="Adapters to read whole; none: every file.", show_default=False)
     ] = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Remove corrupt files; write the names' records anew.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove corrupt files; write the records anew.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="First make the index again from the files.")] = False,
 ) -> Result:
     """Read every file and compare it with its sha256, and the names' records with the index; or check these adapters
@@ -328,9 +317,7 @@ def _verify_each(library: Library, references: list[str]) -> Result:
 @library_command("gc", "veneer library gc --dry-run")
 def gc(
     library: Library,
-    grace: Annotated[
-        float, typer.Option("--grace", min=0, help="Seconds for which what was removed or begun stays.")
-    ] = 3600.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for which what was removed or begun stays.")] = 3600.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only.")] = False,
 ) -> Result:
     """Remove the files that no name leads to any more. Safe while others add, move aliases or collect."""

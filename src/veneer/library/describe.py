@@ -70,8 +70,8 @@ def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
 
     `prompt` is the last message only; `card_prompt` returns all messages."""
     sample = _dict(_dict(card, "extra"), "sample")
-    found = {key: sample.get(key) for key in ("prompt", "base", "adapter")}
-    return found if all(isinstance(text, str) for text in found.values()) else None
+    found = {key: text for key in ("prompt", "base", "adapter") if isinstance(text := sample.get(key), str)}
+    return found if len(found) == 3 else None
 
 
 def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -40,12 +41,11 @@ from veneer.errors import one_of, quoted
 from veneer.library.database import reading, write_transaction
 from veneer.library.names import name_of
 from veneer.serve.access import KeepAnswer, Served, shadow_id
-from veneer.serve.outage import is_outage
 from veneer.serve.principal import Principal
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.ledger import Ledger
-from veneer.serve.tenancy.outbox import Outbox, Sender, left_behind, outboxes
+from veneer.serve.tenancy.outbox import Outbox, Sender, left_behind, outboxes, write_all
 from veneer.serve.tenancy.store import Store, answer_table, feedback_table, forgotten_table
 
 _log = logging.getLogger("veneer.serve.tenancy")
@@ -151,36 +151,26 @@ class KeptAnswers:
             if path.stem.endswith(".answers") and self.outbox and path != self.outbox.path:
                 with contextlib.suppress(BlockingIOError, FileNotFoundError), left_behind(path) as found:
                     for texts in found:
-                        self._put(texts)
+                        write_all(self._transaction, self._write, texts, _name)
 
     def _send(self) -> bool:
         """Send some answers of the outbox. Returns whether there can be more."""
         assert self.outbox is not None
         taken = self.outbox.take(_MOST)
-        self._put([text for _, text, _ in taken])
+        write_all(self._transaction, self._write, [text for _, text, _ in taken], _name)
         self.outbox.sent(taken)
         for key, text, _ in taken:
             tenant = json.loads(key)[0]
             self._waiting[tenant] = max(0, self._waiting[tenant] - len(text))
         return bool(taken)
 
-    def _put(self, texts: Sequence[str]) -> None:
-        """Write answers in one transaction; if the database refuses one of them, the others without it."""
-        try:
-            with write_transaction(self.store.engine, _LOCK) as c:
-                self._write(c, texts)
-        except Exception as error:
-            if is_outage(error):
-                raise
-            if len(texts) == 1:
-                _log.error("the database refuses an answer, which is not kept: %s", error)
-            else:
-                for text in texts:
-                    self._put([text])
+    def _transaction(self) -> AbstractContextManager[Connection]:
+        return write_transaction(self.store.engine, _LOCK)
 
-    def _write(self, c: Connection, texts: Sequence[str]) -> None:
-        """Write answers that the database does not have, that are not forgotten and that the quota has room for."""
-        a, g = answer_table.c, forgotten_table.c
+    def _write(self, c: Connection, texts: Sequence[str]) -> int:
+        """Write answers that the database does not have, that are not forgotten and that the quota has room for.
+        Returns how many there are now."""
+        a, g, count = answer_table.c, forgotten_table.c, 0
         for text in texts:
             row = json.loads(text)
             if c.scalar(select(a.id).where(a.tenant == row["tenant"], a.id == row["id"])) is not None:
@@ -190,6 +180,8 @@ class KeptAnswers:
             if (forgotten or 0.0) < row["at"] and self._fits(c, row, len(text)):
                 texts_of = {name: json.dumps(row[name]) for name in ("adapters", "asked", "choices")}
                 c.execute(insert(answer_table), row | texts_of)
+                count += 1
+        return count
 
     def _fits(self, c: Connection, row: Mapping[str, Any], size: int) -> bool:
         """Whether the tenant's quota has room for an answer. Usage of the database is measured again after a while,
@@ -294,6 +286,10 @@ class KeptAnswers:
             gone += len(old)
             if len(old) < _MOST:
                 return gone
+
+
+def _name(text: str) -> str:
+    return f"answer {json.loads(text)['id']}, which is not kept"
 
 
 def user_hash(tenant: str, user: str) -> str:

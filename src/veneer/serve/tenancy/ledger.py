@@ -45,7 +45,6 @@ from veneer.errors import ConfigError, ResourceError, nearest
 from veneer.library.database import database_clock, open_engine, reading, write_transaction
 from veneer.library.names import name_of
 from veneer.serve.access import LedgerState
-from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, Usage, invalid
 from veneer.serve.tenancy.entry import EntryState, LedgerEntry, LedgerLine, OwedEntry, day_of
 from veneer.serve.tenancy.outbox import (
@@ -57,6 +56,7 @@ from veneer.serve.tenancy.outbox import (
     left_behind,
     outboxes,
     reserves,
+    write_all,
 )
 from veneer.serve.tenancy.store import (
     ALL,
@@ -260,7 +260,7 @@ class Ledger:
         def written(future: Future[None]) -> None:
             error = future.exception()
             if error is None:
-                self._sender.wake()
+                self._wake()
                 opened.set_result(None)
                 return
             if isinstance(error, sqlite3.IntegrityError | DuplicateRequest):
@@ -322,7 +322,7 @@ class Ledger:
             elif error is not None:
                 _log.error("the end of request %s is only in memory: %s", request, error)
                 self._unwritten[request] = owed
-            self._sender.wake()
+            self._wake()
             kept.set_result(None)
 
         if self.outbox:
@@ -332,6 +332,11 @@ class Ledger:
         return kept
 
     # -- into the database ---------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        """Wake the sender if it has anything to do."""
+        if self.outbox or self._unwritten or (self.reserve and self.reserve.freed):
+            self._sender.wake()
 
     def _write(self, c: Connection, owed: Sequence[OwedEntry]) -> None:
         """Post requests of this process directly."""
@@ -357,19 +362,14 @@ class Ledger:
                 self._unwritten.pop(each.entry.request, None)
         return True
 
-    def _post(self, server: str, owed: list[OwedEntry]) -> int:
-        """Post requests in one transaction; if the database refuses one of them, the others without it. Returns how
-        many became done."""
-        try:
-            with write_transaction(self._engine) as c:
-                return post(c, server, owed, self.wall())
-        except Exception as error:
-            if is_outage(error):  # away, or locked: all of them stay owed
-                raise
-            if len(owed) == 1:
-                _log.error("the database refuses a request, which is in this log alone: %s: %s", owed[0], error)
-                return 0
-            return sum(self._post(server, [each]) for each in owed)
+    def _post(self, server: str, owed: Sequence[OwedEntry]) -> int:
+        """Post requests of a server. Returns how many became done."""
+
+        def write(c: Connection, owed: Sequence[OwedEntry]) -> int:
+            return post(c, server, owed, self.wall())
+
+        lost = "a request, which is in this log alone: {}".format
+        return write_all(lambda: write_transaction(self._engine), write, owed, lost)
 
     def flush(self, seconds: float = 10.0) -> bool:
         """Wait until the database has everything that was recorded. Returns whether it has."""

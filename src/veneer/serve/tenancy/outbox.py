@@ -40,6 +40,7 @@ _BATCH = 1000
 """Items in one transaction."""
 
 C = TypeVar("C")
+T = TypeVar("T")
 Write = Callable[[C, list[Any]], object]
 """Writes items within a transaction. It can be called several times, of which one is committed."""
 
@@ -103,6 +104,26 @@ class Writer(Generic[C]):
             return
         for _, _, done in batch:
             done.set_result(None)
+
+
+def write_all(
+    transaction: Callable[[], AbstractContextManager[C]],
+    write: Callable[[C, Sequence[T]], int],
+    items: Sequence[T],
+    shown: Callable[[T], str],
+) -> int:
+    """Write items in one transaction; if the database refuses one of them, log it as `shown` and write the others.
+    Returns the sum of what `write` returns. Raises the error if the database is unavailable."""
+    try:
+        with transaction() as c:
+            return write(c, items)
+    except Exception as error:
+        if is_outage(error):
+            raise
+        if len(items) == 1:
+            _log.error("the database refuses %s: %s", shown(items[0]), error)
+            return 0
+        return sum(write_all(transaction, write, [item], shown) for item in items)
 
 
 class Sender:
