@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.train.stopping import interrupt_at
 from veneer.errors import Interrupted, ResourceError
 from veneer.train.ahead import Ahead
 from veneer.train.checkpoint import Progress
@@ -158,12 +158,8 @@ def test_out_of_memory_there_names_the_rows_that_it_was_for() -> None:
 def test_ctrl_c_ends_it() -> None:
     learner = Fitted(True)
 
-    def stop(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 2:
-            signal.raise_signal(signal.SIGINT)
-
     with pytest.raises(Interrupted):
-        _run(learner, on_event=stop)
+        _run(learner, on_event=interrupt_at(2))
     assert len(learner.used) <= 3 * MICROS
     assert all(not thread.is_alive() for thread in learner.threads)
     assert not learner.alive

@@ -6,8 +6,6 @@ What text and pictures do with it is in their own tests.
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.train.stopping import interrupt_at
 from veneer.errors import CheckpointError, Interrupted, NoGain, PreflightError
 from veneer.files.safetensors import encode_tensors, read_tensors
 from veneer.ops.cpu.memory import peak_resident
@@ -116,12 +115,8 @@ def test_the_peak_is_of_this_run_and_of_its_device(tmp_path: Path, monkeypatch: 
 def test_it_is_stopped_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     go(tmp_path / "whole")
 
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(Interrupted, match="after step 5 of 12") as caught:
-        go(tmp_path / "out", press)
+        go(tmp_path / "out", interrupt_at(5))
     assert "resume=True" in str(caught.value.fix)
     go(tmp_path / "out", resume=True)
     first, second = (tmp_path / name / "line.safetensors" for name in ("whole", "out"))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from veneer.ops.quantised import Quantised
 
 from tests.tiny_image_base import tiny_image_base
+from tests.train.stopping import interrupt_at
 from tests.train.tiny_pictures import drawings, image_values, run
 from veneer.core.attach import attach
 from veneer.errors import CheckpointError, ConfigError, Interrupted, PreflightError
@@ -255,76 +253,11 @@ def test_a_run_over_a_base_in_4_bits_is_the_run_over_its_values(family: str, sha
     assert _bytes(tmp_path / "codes") == _bytes(tmp_path / "values")
 
 
-KILL = """
-import os, signal, sys
-from pathlib import Path
-from tests.train.image.test_task import WITH_ALL
-from tests.train.tiny_pictures import run
-calls, real, limit = 0, os.fsync, int(sys.argv[3])
-def fsync(fd):
-    global calls
-    if "checkpoints" in os.readlink(f"/proc/self/fd/{fd}"):
-        calls += 1
-        if calls == limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-    real(fd)
-os.fsync = fsync
-run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True, **WITH_ALL)
-"""
-
-
-@pytest.mark.slow  # stopped by a signal it is below, and killed in the middle of a write in test_checkpoint
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads which file is synced from /proc")
-def test_killed_and_resumed_it_ends_in_the_same_bits(whole: Whole, shared: Path, tmp_path: Path) -> None:
-    """With dropout, a moving average and sheets; killed while the checkpoint of step 3 is written."""
-    output = tmp_path / "whole"
-    command = [sys.executable, "-c", KILL, str(shared), str(output), "9"]
-    assert subprocess.run(command, cwd=ROOT, timeout=120, check=False).returncode == -signal.SIGKILL
-    assert checkpoint.latest(output / "checkpoints") == output / "checkpoints" / "step-00000002"
-    assert not list(output.glob("*.safetensors"))
-    seen: list[Event] = []
-    result = run(shared, output, resume=True, on_event=seen.append, **WITH_ALL)
-    assert next(e.step for e in seen if isinstance(e, Stepped)) == 3
-    assert _bytes(output) == _bytes(whole[0])
-    assert (result.digest, result.loss, result.validation) == (whole[1].digest, whole[1].loss, whole[1].validation)
-    logged = [r["step"] for r in read_log(output / "log.jsonl") if r["event"] == "stepped"]
-    assert logged == [1, 2, 3, 4, 5, 6]
-    for name in ("step-00000003.png", "step-00000006.png"):
-        assert (output / "samples" / name).read_bytes() == (whole[0] / "samples" / name).read_bytes()
-
-
 def test_ctrl_c_saves_and_resuming_ends_in_the_same_bits(whole: Whole, shared: Path, tmp_path: Path) -> None:
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(Interrupted, match="after step 4 of 6"):
-        run(shared, tmp_path / "whole", on_event=press, **WITH_ALL)
+        run(shared, tmp_path / "whole", on_event=interrupt_at(4), **WITH_ALL)
     run(shared, tmp_path / "whole", resume=True, **WITH_ALL)
     assert _bytes(tmp_path / "whole") == _bytes(whole[0])
-
-
-def test_z_image_stopped_and_resumed_ends_in_the_same_bits(shared: Path, tmp_path: Path) -> None:
-    """With captions of unlike lengths in a batch, dropout, sheets, and some captions left empty."""
-    folder = drawings(tmp_path / "drawings")
-    (folder / "0.txt").write_text("a blue cat with a hat in the red house, in the style of a flat tree")
-    more: dict[str, Any] = {
-        "data": {"pictures": str(folder), "caption_dropout": 0.4},
-        "schedule": {"steps": 4},
-        "samples": {"prompts": ["sks"], "every": 2, "steps": 2, "guidance": 0.0},
-    }
-
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    run(shared, tmp_path / "a" / "it", "z-image", **more)
-    with pytest.raises(Interrupted, match="after step 3 of 4"):
-        run(shared, tmp_path / "b" / "it", "z-image", on_event=press, **more)
-    run(shared, tmp_path / "b" / "it", "z-image", resume=True, **more)
-    assert _bytes(tmp_path / "a" / "it") == _bytes(tmp_path / "b" / "it")
-    sheets = [(tmp_path / n / "it" / "samples" / "step-00000004.png").read_bytes() for n in "ab"]
-    assert sheets[0] == sheets[1]
 
 
 def test_sd3_without_its_t5_trains_and_reads_what_clip_reads(shared: Path, tmp_path: Path) -> None:
@@ -355,22 +288,27 @@ def test_sd3_without_its_t5_trains_and_reads_what_clip_reads(shared: Path, tmp_p
         run(shared, tmp_path / "no", "sd3", base=base, adapter={"text_encoders": ["text_encoder_3"]})
 
 
-@pytest.mark.parametrize("family", [pytest.param("flux2", marks=pytest.mark.slow), "qwen-image"])
-def test_a_run_on_a_later_family_is_resumed_to_the_same_bits(family: str, shared: Path, tmp_path: Path) -> None:
-    """With dropout, masked texts of two lengths, and sheets drawn on the way, which are the same pictures too."""
-
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    shared_by_both: dict[str, Any] = {
+@pytest.mark.parametrize(
+    ("family", "guidance"),
+    [pytest.param("flux2", None, marks=pytest.mark.slow), ("qwen-image", None), ("z-image", 0.0)],
+)
+def test_a_run_on_a_later_family_is_resumed_to_the_same_bits(
+    family: str, guidance: float | None, shared: Path, tmp_path: Path
+) -> None:
+    """With dropout, captions of two lengths, some left empty, and sheets drawn on the way, which are the same too."""
+    folder = drawings(tmp_path / "drawings")
+    (folder / "0.txt").write_text("a blue cat with a hat in the red house, in the style of a flat tree")
+    more: dict[str, Any] = {
+        "data": {"pictures": str(folder), "caption_dropout": 0.4, "cache": str(tmp_path / "cache")},
         "schedule": {"steps": 3},
         "samples": {"prompts": ["a cat"], "every": 1, "steps": 2, "size": 32},
     }
-    run(shared, tmp_path / "whole" / "run", family, **shared_by_both)
+    if guidance is not None:
+        more["samples"]["guidance"] = guidance
+    run(shared, tmp_path / "whole" / "run", family, **more)
     with pytest.raises(Interrupted, match="after step 2 of 3"):
-        run(shared, tmp_path / "parts" / "run", family, on_event=press, **shared_by_both)
-    run(shared, tmp_path / "parts" / "run", family, resume=True, **shared_by_both)
+        run(shared, tmp_path / "parts" / "run", family, on_event=interrupt_at(2), **more)
+    run(shared, tmp_path / "parts" / "run", family, resume=True, **more)
     assert _bytes(tmp_path / "parts" / "run") == _bytes(tmp_path / "whole" / "run")
     places = (tmp_path / one / "run" / "samples" for one in ("whole", "parts"))
     whole, parts = ([p.read_bytes() for p in sorted(place.glob("*.png"))] for place in places)

@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 
 from tests.tiny_base import tiny_base_dir
+from tests.train.stopping import interrupt_at
 from veneer.errors import Interrupted
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.engine.live import live_sampler
 from veneer.serve.forward.runner import Runner
 from veneer.train.config.load import config_from
-from veneer.train.events import Event, Saved, Stepped
+from veneer.train.events import Event, Saved
 from veneer.train.report.log import read_log
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
@@ -87,13 +88,9 @@ def stopped_and_resumed(run: Callable[..., Any], folder: Path, at: int) -> None:
     """`run(output, on_event, resume)`: one that ends, and one stopped by Ctrl-C after step `at` and gone on with, leave
     the same bytes and the same numbers."""
 
-    def stop(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == at:
-            os.kill(os.getpid(), signal.SIGINT)
-
     run(folder / "whole", None, False)
     with pytest.raises(Interrupted):
-        run(folder / "parts", stop, False)
+        run(folder / "parts", interrupt_at(at), False)
     run(folder / "parts", None, True)
     same_ends(folder / "parts", folder / "whole")
 

@@ -7,10 +7,6 @@ import copy
 import functools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.tiny_base import tiny_base_dir
+from tests.train.stopping import interrupt_at
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import ConfigError, DataError, Interrupted, PreflightError
@@ -270,14 +267,10 @@ def test_how_a_step_is_cut_changes_nothing(loss: str, shared: Path, base: TextBa
 def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
     loss: str, whole: dict[str, tuple[Path, RunResult, list[Event]]], shared: Path, base: TextBase, tmp_path: Path
 ) -> None:
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
     output = tmp_path / "stopped"
     dropout = {"dropout": 0.2} if loss == "kto" else {}
     with pytest.raises(Interrupted):
-        train(shared, output, loss, base, on_event=press, adapter=dropout)
+        train(shared, output, loss, base, on_event=interrupt_at(5), adapter=dropout)
     seen: list[Event] = []
     result = train(shared, output, loss, base, resume=True, adapter=dropout, on_event=seen.append)
     assert (output / TENSORS).read_bytes() == (whole[loss][0] / TENSORS).read_bytes()
@@ -285,35 +278,6 @@ def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
         getattr(whole[loss][1], k) for k in ("digest", "loss", "measured")
     )
     assert any(isinstance(e, Note) and "48 answers, 48 already computed" in e.text for e in seen)
-
-
-KILL = """
-import os, signal, sys
-from tests.train.text.test_preference import train
-from pathlib import Path
-calls, real = 0, os.fsync
-def fsync(fd):
-    global calls
-    calls += 1
-    if calls == 16:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(fd)
-os.fsync = fsync
-train(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
-"""
-
-
-@pytest.mark.slow  # stopped by a signal it is above, and killed it is in test_task
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_killed_and_resumed_it_ends_in_the_same_bytes(
-    whole: dict[str, tuple[Path, RunResult, list[Event]]], shared: Path, base: TextBase, tmp_path: Path
-) -> None:
-    output = tmp_path / "killed"
-    command = [sys.executable, "-c", KILL, str(shared), str(output)]
-    assert subprocess.run(command, cwd=ROOT, timeout=120, check=False).returncode == -signal.SIGKILL
-    assert not (output / TENSORS).exists()
-    train(shared, output, "dpo", base, resume=True)
-    assert (output / TENSORS).read_bytes() == (whole["dpo"][0] / TENSORS).read_bytes()
 
 
 def test_a_stop_while_the_reference_is_computed_keeps_what_is_done(
@@ -389,12 +353,8 @@ def test_a_supervised_run_goes_on_too_and_can_be_resumed(
     ended = [e for e in read_log(tuned / "log.jsonl") if e["event"] == "evaluated"][-1]["loss"]
     assert next(e for e in seen if isinstance(e, Evaluated)).loss == pytest.approx(ended, rel=1e-4)
 
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(Interrupted):
-        train(shared, tmp_path / "out", None, base, on_event=press, **again)
+        train(shared, tmp_path / "out", None, base, on_event=interrupt_at(2), **again)
     train(shared, tmp_path / "out", None, base, resume=True, **again)
     assert (tmp_path / "out" / TENSORS).read_bytes() == (tmp_path / "whole" / TENSORS).read_bytes()
 

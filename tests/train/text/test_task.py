@@ -17,6 +17,7 @@ import torch
 
 from tests.forks import Forked
 from tests.tiny_base import tiny_base_dir
+from tests.train.stopping import interrupt_at
 from veneer.core.attach import attach
 from veneer.errors import (
     AdapterError,
@@ -244,13 +245,9 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(
 def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
     whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path
 ) -> None:
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
     output = tmp_path / "stopped"
     with pytest.raises(Interrupted) as error:
-        _train(shared, output, base, on_event=press)
+        _train(shared, output, base, on_event=interrupt_at(5))
     assert error.value.exit_code == 130
     assert "after step 5 of 10" in error.value.what
     assert "--resume" in str(error.value.fix)
@@ -292,14 +289,10 @@ def test_batches_that_a_thread_sends_ahead_end_in_the_same_bytes_stopped_and_res
         threads.add(threading.current_thread().name)
         return batch.sent(base.device)
 
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 5:
-            signal.raise_signal(signal.SIGINT)
-
     monkeypatch.setattr(run, "sender", lambda device: send)
     output = tmp_path / "ahead"
     with pytest.raises(Interrupted):
-        _train(shared, output, base, on_event=press)
+        _train(shared, output, base, on_event=interrupt_at(5))
     _train(shared, output, base, resume=True)
     assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
     assert threads == {"next batch_0"}
@@ -565,12 +558,8 @@ def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: 
     values = _values(shared, tmp_path / "cuda", adapter={"dropout": 0.0}) | {"base": on_cuda}
     config, _ = config_from(values)
 
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(Interrupted):
-        run_text(config, on_event=press)
+        run_text(config, on_event=interrupt_at(5))
     result = run_text(config, resume=True, on_event=lambda event: None)
     assert result.steps == 10
     assert result.loss == pytest.approx(on_cpu.loss, rel=1e-3)
