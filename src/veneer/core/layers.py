@@ -34,13 +34,13 @@ from veneer.core.experts import AdaptedWeight
 from veneer.core.forms import Delta, as_low_rank, is_trained, kronecker_factors, norm_along, product_of
 from veneer.core.merge import (
     adapted_norm,
+    delta_of,
     low_rank_norm,
-    pair_change,
     pair_matrix,
-    parameter_delta,
     to_matrix,
     weight_of,
 )
+from veneer.core.merge import delta as module_delta
 from veneer.core.mix_cache import CachedModule, MixCache
 from veneer.core.selection import Acting, RowMixes, Selection, SpanAdapters, run_apart
 from veneer.errors import AdapterError
@@ -191,9 +191,9 @@ class FullModule(Layer):
     def _changes(self, mix: Sequence[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, float]]:
         """Yield (parameter, ΔW, strength) for each change that the mix makes to this module's parameters."""
         for key, delta, strength in self.deltas(mix):
-            yield key, parameter_delta(self.base, key, delta), strength
+            yield key, module_delta(self.base, delta, key), strength
         for pair, strength, _ in self.pairs(mix):
-            yield "weight", pair_change(pair, _wide(self.base.weight)), strength
+            yield "weight", delta_of(_wide(self.base.weight), pair), strength
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ class _Lora(Layer):
         """What a delta of the parameter `key` adds to the output, at strength 1."""
         if is_trained(delta):
             return self.learned(x, delta) * delta.scale
-        made = parameter_delta(self.base, key, delta)
+        made = module_delta(self.base, delta, key)
         if key == "bias":
             return self.channels(made)
         return self.product(x.to(made.dtype) if x.is_floating_point() else x, made)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair, PairKind, TokenRows
-from veneer.core.forms import Delta, change_of, delta_of, product_of
+from veneer.core.forms import Delta, change_of, product_of
+from veneer.core.forms import delta_of as form_delta
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
 from veneer.ops.quantized import dequantized
@@ -60,11 +61,6 @@ def to_matrix(module: nn.Module, kind: PairKind, weight: Tensor) -> Tensor:
     return weight.transpose(-1, -2) if _flipped(module, kind) else weight
 
 
-def _from_matrix(module: nn.Module, kind: PairKind, matrix: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `to_matrix`."""
-    return (matrix.transpose(-1, -2) if _flipped(module, kind) else matrix).reshape(shape)
-
-
 def pair_matrix(pair: Pair) -> Tensor:
     """s·(B·A − B₀·A₀) without the magnitude, in float32 (float64 for float64 pairs)."""
     total: Tensor | None = None
@@ -102,23 +98,38 @@ def low_rank_norm(matrix: Tensor, pair: Pair) -> Tensor:
         return squared.clamp_min(0).sqrt()
 
 
-def delta(module: nn.Module, pair: Pair, parameter: str | None = None) -> Tensor:
-    """ΔW of `pair` on `module` in the shape the weight is stored in, float32. `parameter` names an expert weight.
+def delta_of(weight: Tensor, change: Pair | Delta) -> Tensor:
+    """ΔW of a pair or a delta on W, in W's shape and in float32, or float64 if W or the change is.
 
-    Raises AdapterError where no weight has that effect: a grouped convolution whose A sees all channels (PEFT's)."""
+    W is (out, in) for a linear, (rows, dim) for an embedding, (E, out, in) for experts."""
+    if isinstance(change, Delta):
+        return form_delta(weight, change)
+    out = pair_matrix(change)
+    out = out.to(torch.promote_types(out.dtype, weight.dtype))
+    out = out.reshape(weight.shape) if change.kind == "conv" else out
+    if change.kind != "embedding":
+        return change_of(weight, out, change.magnitude)
+    return change_of(weight.t(), out, change.magnitude).t()
+
+
+def delta(module: nn.Module, change: Pair | Delta, parameter: str | None = None) -> Tensor:
+    """ΔW of `change` on a parameter of `module` (its weight), in the shape it is stored in.
+
+    Raises AdapterError if no weight has that effect: a grouped convolution whose A sees all channels (PEFT's)."""
     with torch.no_grad():
+        if isinstance(change, Delta) and parameter not in (None, "weight"):
+            own = module._parameters[str(parameter)]
+            return product_of(change) if own is None else delta_of(own.detach(), change)
         weight = weight_of(module, parameter)
-        matrix = to_matrix(module, pair.kind, weight)
-        if pair.kind == "conv" and pair.A.flatten(1).shape[1] != matrix.shape[1]:
+        kind = "linear" if isinstance(change, Delta) else change.kind
+        if isinstance(change, Pair) and kind == "conv" and change.A.flatten(1).shape[1] != weight.flatten(1).shape[1]:
             raise AdapterError(
                 "a pair whose A sees all channels of a grouped convolution has no weight of the base's shape",
                 fix="use the adapter attached, unmerged",
             )
-        out = pair_matrix(pair)
-        if pair.magnitude is not None:
-            shape = weight.shape if pair.kind == "conv" else matrix.shape
-            out = change_of(matrix.reshape(shape), out.reshape(shape), pair.magnitude)
-        return _from_matrix(module, pair.kind, out, weight.shape)
+        if kind == "embedding" or weight.ndim < 2 or not _flipped(module, kind):
+            return delta_of(weight, change)
+        return delta_of(weight.transpose(-1, -2), change).transpose(-1, -2)
 
 
 def parameter_shape(module: nn.Module, key: str) -> tuple[int, ...]:
@@ -130,18 +141,6 @@ def parameter_shape(module: nn.Module, key: str) -> tuple[int, ...]:
     if module._parameters[key] is None:
         return (len(to_matrix(module, "linear", weight_of(module))),)
     return tuple(module.get_parameter(key).shape)
-
-
-def parameter_delta(module: nn.Module, key: str, change: Delta) -> Tensor:
-    """ΔW of a delta on the parameter `key` of `module`, in the shape it is stored in, float32."""
-    with torch.no_grad():
-        if key != "weight":
-            own = module._parameters[key]
-            return product_of(change) if own is None else delta_of(own.detach(), change)
-        weight = weight_of(module)
-        flip = _flipped(module, "linear") and weight.ndim == 2
-        out = delta_of(weight.t() if flip else weight, change)
-        return out.t() if flip else out
 
 
 def _full_change(module: nn.Module, key: str, tensor: Tensor) -> Tensor:
@@ -172,7 +171,7 @@ def _changes(
         owner, _, key = name.rpartition(".")
         if name not in stored:
             raise AdapterError(f"{name}: the base has no such bias to merge into", fix="use the adapter attached")
-        yield name, partial(parameter_delta, modules[owner], key, change)
+        yield name, partial(delta, modules[owner], change, key)
     for name, rows in adapter.token_rows.items():
         for twin in [f"{name}.weight", *_twins(stored, f"{name}.weight")]:
             if twin.removesuffix(".weight") not in adapter.modules:
@@ -183,9 +182,9 @@ def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor]
     """(parameter name, W -> ΔW) of everything in one adapter, for weights without modules: W is a linear's (out, in),
     an embedding's (rows, dim), experts' (E, out, in). ΔW is in W's dtype, and its shape where it fits."""
     for name, pair in adapter.pairs.items():
-        yield (name if pair.kind == "experts" else f"{name}.weight"), partial(pair_change, pair)
+        yield (name if pair.kind == "experts" else f"{name}.weight"), partial(_change_in, pair)
     for name, own in adapter.deltas.items():
-        yield name, partial(_delta_change, own)
+        yield name, partial(_change_in, own)
     for name, tensors in adapter.modules.items():
         for key, tensor in tensors.items():
             yield f"{name}.{key}", partial(_copy_change, tensor)
@@ -193,20 +192,7 @@ def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor]
         yield f"{name}.weight", partial(_token_change, rows)
 
 
-def pair_change(pair: Pair, weight: Tensor) -> Tensor:
-    """Return ΔW of `pair` in `weight`'s dtype and shape: (out, in) for a linear, (rows, dim) for an embedding."""
-    out = pair_matrix(pair).to(weight.dtype)
-    if pair.kind == "embedding":
-        out = out.t()
-    out = out.reshape(weight.shape) if pair.kind == "conv" else out
-    if pair.magnitude is None:
-        return out
-    if pair.kind == "embedding":
-        return change_of(weight.t(), out.t(), pair.magnitude).t()
-    return change_of(weight, out, pair.magnitude)
-
-
-def _delta_change(change: Delta, weight: Tensor) -> Tensor:
+def _change_in(change: Pair | Delta, weight: Tensor) -> Tensor:
     return delta_of(weight, change).to(weight.dtype)
 
 

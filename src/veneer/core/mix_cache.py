@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair
-from veneer.core.merge import delta, parameter_delta
+from veneer.core.merge import delta
 from veneer.core.selection import Acting
 from veneer.errors import AdapterError
 from veneer.ops.device_transfer import sent
@@ -258,10 +258,10 @@ def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> CachedM
     except AdapterError:  # no weight has that effect: PEFT's grouped convolution
         return None
     for change, strength in changes:
-        total = total + parameter_delta(base, "weight", change) * strength
+        total = total + delta(base, change) * strength
     for adapter, strength in mix:
         if (moved := adapter.deltas.get(f"{name}.bias")) is not None:
-            made = parameter_delta(base, "bias", moved) * strength
+            made = delta(base, moved, "bias") * strength
             bias = made if bias is None else bias.to(_wide(bias)) + made
     bias = None if bias is None else bias.to(weight.dtype)
     return _cached(mix, sources, weight=total.to(weight.dtype), bias=bias)
