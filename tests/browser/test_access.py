@@ -88,9 +88,9 @@ def test_another_s_links_lead_where_those_to_nothing_do(chromium: Any, shared: S
         entered(window, shared.key, "adapter?ref=acme/tone")
         window.heading("acme/tone@1")
         for path, nowhere in theirs.items():
-            window.at(nowhere, there=False).heading("Not here")
+            window.at(nowhere, there=False).heading("Not found")
             said = window.page.locator("body").inner_text()
-            window.at(path, there=False).heading("Not here")
+            window.at(path, there=False).heading("Not found")
             assert window.page.locator("body").inner_text() == said, path
         for path in (f"/v1/jobs/{job}/samples/2", f"/v1/adapter_inspections/{file}", "/v1/models/globex/tone@1"):
             status = window.page.evaluate("path => fetch('/studio/api' + path).then((answer) => answer.status)", path)
@@ -110,7 +110,7 @@ def test_every_view_has_its_own_things_and_a_key_that_is_revoked_opens_nothing(c
         window.at("train")
         page.get_by_role("link", name="acme/lesson").click()
         window.heading("acme/lesson")
-        page.get_by_role("link", name="Its steps").click()
+        page.get_by_role("link", name="Steps").click()
         window.heading("Steps of acme/lesson")
         for text in ("globex", "support"):
             assert page.get_by_text(text).count() == 0

@@ -94,8 +94,8 @@ def test_asked_by_a_key_judged_by_a_number_and_the_link_has_it_all(window: Windo
 def test_several_answers_of_a_column_are_those_that_a_client_gets(window: Window, talking: Served) -> None:
     """And a vote for one is over the other column's of the same number."""
     page = window.at("compare?c=support%401&p=Where+is+my+parcel%3F&m=8&seed=3").page
-    page.get_by_text("How it is asked").click()
-    page.get_by_label("Answers each").fill("3")
+    page.get_by_text("Sampling settings").click()
+    page.get_by_label("Answers per column").fill("3")
     page.get_by_label("Temperature").fill("1")
     page.wait_for_function("['n=3', 't=1'].every((word) => location.search.includes(word))")
     page.get_by_role("button", name="Ask", exact=True).click()
@@ -123,7 +123,7 @@ def test_an_answer_is_corrected_and_two_adapters_are_mixed_with_the_mouse(window
     page.get_by_label("Prompt", exact=True).fill(f"Say {HOSTILE}")
     page.get_by_role("button", name="support@2").click()
     page.wait_for_function("document.querySelectorAll('section.column').length === 2")
-    page.get_by_label("It goes into").select_option("1")
+    page.get_by_label("Add to").select_option("1")
     page.get_by_role("button", name="acme/tone").click()
     page.get_by_role("heading", name="support@2 + acme/tone@1").wait_for()
     page.get_by_role("button", name="Ask", exact=True).click()
@@ -140,11 +140,11 @@ def test_an_answer_is_corrected_and_two_adapters_are_mixed_with_the_mouse(window
 
 def test_a_mix_is_kept_as_an_adapter(window: Window, talking: Served) -> None:
     page = window.at(LINK).page
-    page.get_by_text("Keep this mix as an adapter").click()
+    page.get_by_text("Save mix as adapter").click()
     page.get_by_label("Name").fill("softer")
     page.get_by_label("Alias").fill("prod")
     window.until("veneer library mix softer support@2:0.5 acme/tone:-0.5 --alias prod")
-    page.get_by_role("button", name="Keep it").click()
+    page.get_by_role("button", name="Save").click()
     window.until("softer@1 kept")
     with open_library(talking.library) as library:
         assert library.find("softer@prod").card["recipe"]["strengths"] == {"support@2": 0.5, "acme/tone@1": -0.5}

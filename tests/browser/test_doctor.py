@@ -113,7 +113,7 @@ def test_a_file_is_looked_at_written_for_other_tools_and_kept(
     assert_same(changes(state, LoraConfig.from_pretrained(folder)), wanted, 1e-6)
 
     page.get_by_label("Name", exact=True).fill("zelda")
-    page.get_by_role("button", name="Keep it in the library").click()  # at once: what was typed counts
+    page.get_by_role("button", name="Save to library").click()  # at once: what was typed counts
     window.heading("zelda@1")
     with open_library(served.library) as library:
         assert library.find("zelda").digest == read(style).adapter.digest()

@@ -71,7 +71,7 @@ def test_train_a_run_and_its_steps(window: Window, served: Served, lesson: str, 
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelectorAll('.two .panel:not([aria-busy])').length === 2")
     window.at(f"steps?job={lesson}")
-    window.tab_to("Use this one")
+    window.tab_to("Use this step")
     page.keyboard.press("Enter")
     window.until("veneer jobs keep")
     page.keyboard.press("Escape")
@@ -95,7 +95,7 @@ def test_live(window: Window, store: Store) -> None:
     window.tab_to(f"support@2 against {LONG}@1")
     page.keyboard.press("Shift+ArrowLeft")
     window.until(f"Of the users of {ROUTE}, 10 % move from support@2 to {LONG}@1; nobody else changes.")
-    window.tab_to("Move")
+    window.tab_to("Apply")
     page.keyboard.press("Enter")
     window.until(f"{ROUTE} moved")
     assert dict(store.look().routes["", ROUTE].targets) == {"support@2": 80, f"{LONG}@1": 20}
@@ -122,7 +122,7 @@ def test_doctor(window: Window, served: Served, tmp_path: Path) -> None:
     window.tab_to("Download for ComfyUI")
     with page.expect_download():
         page.keyboard.press("Enter")
-    window.tab_to("Keep it in the library")
+    window.tab_to("Save to library")
     page.keyboard.press("Enter")
     window.heading("drawn@1")
     with open_library(served.library) as library:

@@ -29,7 +29,7 @@ def test_it_is_found_as_one_types_and_the_link_keeps_what_was_asked(window: Wind
     cards(window, 1)
     assert window.page.get_by_label("Find", exact=True).input_value() == "tone"
     window.at("?q=nothing-has-this")
-    window.until("Nothing fits")
+    window.until("No matches")
     window.page.get_by_text("Show all").click()
     cards(window, 3)
 
@@ -77,7 +77,7 @@ def test_a_file_that_is_dropped_anywhere_is_kept(window: Window, served: Served)
         base64.b64encode(file.read_bytes()).decode(),
     )
     page.dispatch_event("body", "dragover", {"dataTransfer": dropped})
-    window.until("Drop it: it is kept in the library")
+    window.until("Drop to add to the library")
     page.dispatch_event("body", "drop", {"dataTransfer": dropped})
     window.heading("dropped-style@1")
     with open_library(served.library) as library:
@@ -121,7 +121,7 @@ def test_names_made_to_do_harm_stand_there_as_text(window: Window) -> None:
     window.at(f"adapter?ref={LONG}")
     assert window.page.locator("img[src='x']").count() == 0
     window.at(f"?q={HOSTILE}")
-    window.until("Nothing fits")
+    window.until("No matches")
 
 
 def test_a_server_that_goes_away_and_comes_back(chromium: Any, kept: Any, tmp_path: Path) -> None:

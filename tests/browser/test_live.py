@@ -62,32 +62,32 @@ def test_a_route_is_begun_dragged_promoted_and_rolled_back_before_the_eyes_of_an
     one, other = people
     page = one.page
     named(page, "parcels")
-    page.get_by_label("Leads to").select_option(FIRST)
+    page.get_by_label("Target").select_option(FIRST)
     one.until(f"veneer tenant route set parcels {FIRST}")
-    page.get_by_role("button", name="Begin it").click()
+    page.get_by_role("button", name="Create route").click()
     other.page.wait_for_function(SHARES, arg="100 %")
     page.wait_for_function("at => at.value === ''", arg=page.get_by_label("Name", exact=True).element_handle())
 
-    page.get_by_text("Another version, or a shadow").click()
+    page.get_by_text("Add a version or a shadow").click()
     page.get_by_label("Another version").select_option(OTHER)
     one.until(f"Of the users of parcels, 10 % move from {FIRST} to {OTHER}; nobody else changes.")
-    page.get_by_role("button", name="Move", exact=True).click()
+    page.get_by_role("button", name="Apply", exact=True).click()
     other.page.wait_for_function(SHARES, arg="90 %,10 %")
 
     dragged(one, 0.6)
     one.until(f"Of the users of parcels, 30 % move from {FIRST} to {OTHER}; nobody else changes.")
     one.until(f"veneer tenant route set parcels {FIRST}=60 {OTHER}=40")
     assert targets(store) == {FIRST: 90, OTHER: 10}, "it is said, not done"
-    page.get_by_role("button", name="Leave it").click()
+    page.get_by_role("button", name="Cancel").click()
     page.wait_for_function(SHARES, arg="90 %,10 %")
     dragged(one, 0.6)
-    page.get_by_role("button", name="Move", exact=True).click()
+    page.get_by_role("button", name="Apply", exact=True).click()
     other.page.wait_for_function(SHARES, arg="60 %,40 %")
     assert targets(store) == {FIRST: 60, OTHER: 40}
 
     other.page.get_by_role("button", name=f"Promote {OTHER}").click()
     other.until(f"60 % move from {FIRST} to {OTHER}")
-    other.page.get_by_role("button", name="Promote it").click()
+    other.page.get_by_role("button", name="Promote").click()
     page.wait_for_function(SHARES, arg="100 %")
     assert targets(store).keys() == {OTHER}
     page.get_by_role("button", name="Roll back", exact=True).click()
@@ -97,7 +97,7 @@ def test_a_route_is_begun_dragged_promoted_and_rolled_back_before_the_eyes_of_an
     assert targets(store) == {FIRST: 60, OTHER: 40}
 
     page.get_by_role("button", name="Remove parcels").click()
-    page.get_by_role("button", name="Remove it").click()
+    page.get_by_role("button", name="Remove").click()
     other.page.locator(ROUTE).wait_for(state="detached")
 
 
@@ -105,12 +105,12 @@ def test_a_shadow_s_answer_stands_beside_the_one_that_was_sent(people: tuple[Win
     window, _ = people
     page = window.page
     named(page, "shadowed")
-    page.get_by_label("Leads to").select_option(FIRST)
-    page.get_by_role("button", name="Begin it").click()
-    page.get_by_text("Another version, or a shadow").click()
-    page.get_by_label("Answers too, unseen").select_option(OTHER)
+    page.get_by_label("Target").select_option(FIRST)
+    page.get_by_role("button", name="Create route").click()
+    page.get_by_text("Add a version or a shadow").click()
+    page.get_by_label("Shadow").select_option(OTHER)
     window.until(f"{OTHER} answers 100 % of requests too")
-    page.get_by_role("button", name="Move", exact=True).click()
+    page.get_by_role("button", name="Apply", exact=True).click()
     window.until("shadowed moved")
 
     def ask() -> None:
@@ -130,5 +130,5 @@ def test_a_shadow_s_answer_stands_beside_the_one_that_was_sent(people: tuple[Win
     assert page.locator("img[src='x']").count() == 0
     assert page.get_by_role("group", name="Adapters in memory").get_by_text(OTHER).count() == 1
     page.get_by_role("button", name="Remove shadowed").click()
-    page.get_by_role("button", name="Remove it").click()
+    page.get_by_role("button", name="Remove").click()
     page.locator(ROUTE).wait_for(state="detached")

@@ -28,13 +28,13 @@ def test_from_nothing_to_a_canary(chromium: Any, kept: tuple[Path, Path], tmp_pa
         page.get_by_text("Train on parcels.jsonl").click()
         page.get_by_role("button", name="Start", exact=True).click()
         window.heading("parcels")
-        page.get_by_role("link", name="Choose among its steps").click(timeout=600_000)  # two processes begin, and train
-        page.get_by_role("button", name="Use this one").first.click()
-        page.locator("dialog[open]").get_by_role("button", name="Use this one").click()
+        page.get_by_role("link", name="Choose a step").click(timeout=600_000)  # two processes begin, and train
+        page.get_by_role("button", name="Use this step").first.click()
+        page.locator("dialog[open]").get_by_role("button", name="Use this step").click()
         page.get_by_text("parcels@prod", exact=True).wait_for()
-        page.get_by_role("link", name="Let it go live").first.click()
+        page.get_by_role("link", name="Go live").first.click()
         page.get_by_text("parcels begins: 90 % of users get tiny-base and 10 % of users get parcels@").wait_for()
-        page.get_by_role("button", name="Begin it").click()
+        page.get_by_role("button", name="Create route").click()
         page.get_by_role("region", name="The route parcels").wait_for()
         ((_, route),) = Store(str(database)).look().routes.items()
         (old, most), (new, few) = route.targets

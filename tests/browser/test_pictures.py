@@ -62,7 +62,7 @@ def test_pictures_are_drawn_at_five_strengths_and_laid_over_one_another(chromium
         command = page.locator("section.column").last.locator(".command code").inner_text()
         assert "--adapter look@1:1.25 --seed 7" in command
 
-        page.get_by_text("How it is drawn").click()
+        page.get_by_text("Image settings").click()
         page.get_by_label("First seed").fill("99")
         page.wait_for_url("**seed=99**")
         for column in (0, 5):
@@ -101,7 +101,7 @@ def test_a_control_picture_says_where_things_are(chromium: Any, drawing: Served,
             return str(page.locator(".drawn img").get_attribute("src"))
 
         alone = drawn()
-        page.get_by_text("How it is drawn").click()
+        page.get_by_text("Image settings").click()
         page.get_by_label("Control picture").set_input_files(tmp_path / "lines.png")
         given = page.get_by_alt_text("The control picture")
         page.wait_for_function("at => at.complete && at.naturalWidth === 128", arg=given.element_handle())
@@ -148,14 +148,14 @@ def test_a_run_s_sheets_stand_on_it_and_beside_its_steps_and_a_picture_on_its_ad
         page.get_by_role("button", name="Start").click()
         window.heading("cats")
         page.get_by_role("button", name="step 4", exact=True).wait_for(timeout=300_000)
-        page.get_by_role("link", name="Choose among its steps").wait_for(timeout=300_000)
+        page.get_by_role("link", name="Choose a step").wait_for(timeout=300_000)
         assert page.get_by_alt_text("Sample pictures after step 4").count() == 1, "the newest, of itself"
         page.get_by_role("button", name="before", exact=True).click()
         page.get_by_alt_text("Sample pictures of the base, before training").wait_for()
         page.wait_for_function(SEEN)
         assert "sheet=0" in page.url
 
-        page.get_by_role("link", name="Choose among its steps").click()
+        page.get_by_role("link", name="Choose a step").click()
         window.heading("Steps of cats")
         sheets = page.locator("img.samples")
         assert [each.get_attribute("alt") for each in sheets.all()] == ["After step 4", "After step 2", "Of the base"]

@@ -75,12 +75,12 @@ def test_on_the_page_of_an_adapter(window: Window, served: Served) -> None:
 def test_among_the_steps_of_a_run(window: Window, served: Served, lesson: str) -> None:
     page = window.at(f"steps?job={lesson}").page
     with open_library(served.library) as library:
-        with pressed(page, page.get_by_role("button", name="Use this one")):
+        with pressed(page, page.get_by_role("button", name="Use this step")):
             kept_step(JobStore(library), lesson, 2, alias="meanwhile")
-            page.get_by_role("link", name="Let it go live").wait_for()
+            page.get_by_role("link", name="Go live").wait_for()
         page.get_by_role("heading", name="Use step 2").wait_for()
         library.remove("lesson", with_aliases=True)
-    page.get_by_role("link", name="Let it go live").wait_for(state="detached")
+    page.get_by_role("link", name="Go live").wait_for(state="detached")
     assert page.locator("dialog[open]").count() == 1
 
 

@@ -85,12 +85,12 @@ def test_from_settings_to_an_adapter_in_use(window: Window, training: Served, ro
         arg=rested,
     )
 
-    page.get_by_role("link", name="Its steps").click()
+    page.get_by_role("link", name="Steps").click()
     window.heading("Steps of parcels")
     page.wait_for_function("document.querySelectorAll('.asked .panel:not([aria-busy])').length >= 2")
     assert page.locator(".chip.on", has_text="lowest").count() == 1
-    page.get_by_role("button", name="Use this one").last.click()
-    page.locator("dialog[open]").get_by_role("button", name="Use this one").click()
+    page.get_by_role("button", name="Use this step").last.click()
+    page.locator("dialog[open]").get_by_role("button", name="Use this step").click()
     page.locator(".steps .chip.on", has_text="parcels@prod").wait_for()
     (first,) = (point for point in jobs.checkpoints(None, newest(jobs).id) if point.step == 100)
     with open_library(training.library) as library:

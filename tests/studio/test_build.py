@@ -54,7 +54,7 @@ def test_a_view_that_cannot_be_drawn_says_so_in_the_page(studio: Served, tiny: t
         odd = JobStore(library).create("", {}, name="odd")  # a job without a configuration
     page = httpx.get(f"{studio.address}/studio/run?job={odd.id}")
     assert page.status_code == 500
-    for words in ("Run", "veneer&#39;s fault", "the server&#39;s log has"):
+    for words in ("Run", "Internal error", "the server&#39;s log has"):
         assert words in page_html(page)
     assert "KeyError" in studio.log.read_text()
     assert httpx.get(f"{studio.address}/studio/train").status_code == 200

@@ -125,7 +125,7 @@ def test_the_commands_of_compare_run(studio: Served, asked: str, shell: Shell) -
         window.until("token")
         window.tell(lambda e: e.get("props", {}).get("place") == 2, "corrected", [0, "By noon."])
         assert [each.split()[1] for each in shell.run_new(window)] == ["data"]
-        window.press("Keep this mix as an adapter")
+        window.press("Save mix as adapter")
         window.until("veneer library mix")
         shell.ran |= {*commands_in("".join(window.values("html")))}  # of a mix without a name yet
         window.tell(is_labelled("Name"), "changed", "softer")
@@ -178,8 +178,8 @@ def test_the_command_of_a_caption_runs(studio: Served, tmp_path: Path, shell: Sh
         sheet = window.until("a red cat")
         shell.ran |= {*commands_in("".join(window.values("html")))}
         window.act("caption", id=re.findall(r'data-act=\\"caption\\" data-id=\\"([^"\\]+)', sheet)[-1])
-        window.until("What is to be seen")
-        window.tell(is_labelled("What is to be seen"), "changed", "a cat, it's green")
+        window.until("Caption")
+        window.tell(is_labelled("Caption"), "changed", "a cat, it's green")
         window.until("green")
         shell.ran |= {each for each in commands_in("".join(window.values("html"))) if "green" not in each}
         shell.run_new(window)

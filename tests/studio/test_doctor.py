@@ -54,7 +54,7 @@ def test_a_file_is_told_what_it_is_and_what_others_would_make_of_it(studio: Serv
         "In other tools",
         "ComfyUI",
         "Download for diffusers",
-        "Keep it in the library",
+        "Save to library",
     ):
         assert words in said, words
     assert "&lt;img src=x onerror=alert(1)&gt;" in page_html(page)
@@ -72,7 +72,7 @@ def test_a_file_without_its_scale_is_amber_and_asks_for_alpha(studio: Served, tm
         said = html.unescape(page_html(whole(client, f"/studio/doctor?file={id}", "In other tools")))
         head = {"content-type": "application/octet-stream"}
         kept = client.post("/studio/api/v1/adapters", params={"name": "x/y"}, content=alone.read_bytes(), headers=head)
-    assert '<b class="warn">It is read whole, but its scale is not in the file.</b>' in said
+    assert '<b class="warn">Readable, but the file does not state its scale.</b>' in said
     assert "veneer adapter convert alone.safetensors --alpha N --to peft --output NEW" in said
     for words in ("It is refused", "can be used", "exactly", "Download for"):
         assert words not in said, words

@@ -49,7 +49,7 @@ def test_a_move_is_said_before_it_is_made_and_seen_by_who_else_looks(studio: Ser
             "veneer tenant route set parcels support@1=80 support@2=20",
         )
         assert dict(store.look().routes["", "parcels"].targets) == {"support@1": 90, "support@2": 10}
-        one.press("Move")
+        one.press("Apply")
         wait_for(lambda: dict(store.look().routes["", "parcels"].targets) == {"support@1": 80, "support@2": 20})
         other.until("80.0", "20.0")
         one.tell(is_bar, "moved", [50, 50])  # of a bar that was drawn anew meanwhile: nothing comes of it

@@ -94,8 +94,8 @@ def test_a_caption_is_changed_where_it_stands(studio: Served, tmp_path: Path) ->
         sheet = window.until('data-act=\\"caption\\"', "a red cat", "a blue cat", "learned at 32")
         (red,) = re.findall(r'data-act=\\"caption\\" data-id=\\"([^"\\]+)\\"[^>]*>a red cat', sheet)[-1:]
         window.act("caption", id=red)
-        window.until("What is to be seen")
-        window.tell(lambda e: e.get("props", {}).get("label") == "What is to be seen", "changed", "a green cat")
+        window.until("Caption")
+        window.tell(lambda e: e.get("props", {}).get("label") == "Caption", "changed", "a green cat")
         window.press("Keep")
         window.until("has another caption")
     assert (pictures / "0.txt").read_text().strip() == "a green cat"
@@ -111,10 +111,10 @@ def test_a_run_is_drawn_from_what_it_said_and_obeys(studio: Served, lesson: Job,
         assert markup
         assert not any("<img src=x onerror" in each for each in markup)  # a field's value is text, whatever is in it
         window.press("Pause")
-        window.until("It saves its state and rests", "paused")
+        window.until("Pausing: the run saves its state", "paused")
         assert store.get(None, lesson.id).state == "paused"
         window.press("Resume")
-        window.until("It goes on from its last checkpoint")
+        window.until("Resuming from the last checkpoint")
     assert httpx.get(f"{studio.address}/studio/run?job=ftjob-{'x' * 24}").status_code == 404
 
 

@@ -51,7 +51,7 @@ async def adapter_view(page: ViewPage) -> None:
         link("Compare with the base", page.link("compare", c=version.reference), "button filled", key="c")
         link("To the library", page.link(""), "button quiet")
         for job in dict.fromkeys(job_of_tag(tag) for tag in version.tags if job_of_tag(tag)):
-            link("The run that made it", page.link("run", job=job), "button quiet")
+            link("Training run", page.link("run", job=job), "button quiet")
 
     with box("div", "split"):
         with box("div"):
@@ -67,7 +67,7 @@ async def adapter_view(page: ViewPage) -> None:
             if own:
                 _download(page, version)
                 with box("details", "made"):
-                    line("How it was made", tag="summary")
+                    line("Training details", tag="summary")
                     Fragment("facts.html.j2", facts=_facts(version))
         with box("aside", "stack"):
             names = _names(page, seen, own, lambda: refill())
@@ -140,7 +140,7 @@ def _content(page: ViewPage, version: Version, card: LibraryCard) -> None:
 
 def _asked(version: Version) -> None:
     """Show the card's prompt, with the row's system message."""
-    heading("It was asked")
+    heading("Prompt")
     for message in card_prompt(version.card):
         with box("section", "panel"):
             role = message["role"]
@@ -257,7 +257,7 @@ def _words(version: Version) -> None:
     if version.trigger_words:
         with box("section", "panel"):
             heading("Trigger words", 2)
-            line("A prompt that has one of them wakes it. Click to copy.", "soft small")
+            line("Include one of these words to activate the adapter. Click to copy.", "soft small")
             Fragment("words.html.j2", words=version.trigger_words)
 
 
@@ -284,7 +284,7 @@ def _download(page: ViewPage, version: Version) -> None:
     heading("Download")
     with box("div", "row"):
         at = f"/v1/adapter_files/{version.reference}"
-        link("As it is kept", page.api(at), "button quiet", download=True)
+        link("Original file", page.api(at), "button quiet", download=True)
         base = page.studio.base if page.studio.service.catalog.fingerprint == version.fingerprint else version.base
         for to in _TARGETS.get(version.kind, ()):
             link(f"for {to}", page.api(at, to=to, base=base), "button quiet", download=True)

@@ -14,7 +14,7 @@ export default {
       <div v-if="sending" class="sending" role="status"><span>{{ sending }}</span>
         <progress max="1" :value="share" aria-label="Sent"></progress></div>
       <input ref="pick" type="file" multiple hidden tabindex="-1" aria-hidden="true" @change="picked">
-      <dialog ref="keys" class="dialog" aria-label="Keys"><h2>Keys</h2>
+      <dialog ref="keys" class="dialog" aria-label="Shortcuts"><h2>Shortcuts</h2>
         <table class="plain"><tr v-for="each in known" :key="each[0] + each[1]"><th scope="row"><kbd v-for="key in each[0].split(' ')">{{ key }}</kbd></th><td>{{ each[1] }}</td></tr></table>
         <div class="row end"><button type="button" class="button quiet" @click="$refs.keys.close()">Close</button></div></dialog>
       <dialog ref="finder" class="dialog finder" aria-label="Find anything">
@@ -168,7 +168,7 @@ export default {
       const here = [...document.querySelectorAll("[data-key]")].filter(seen).map((el) => [el.dataset.key, called(el)]);
       const own = [...new Map([...document.querySelectorAll("[data-own]")].map((el) => [el.dataset.own, el.dataset.words || called(el)]))];
       const steps = document.querySelector("[data-step]") ? [["j k", "The next, the one before"], ["Enter", "Open it"], ...own] : [];
-      this.known = [...here, ...steps, ["ctrl+k", "Find anything"], ["?", "These keys"], ["Esc", "Close"]];
+      this.known = [...here, ...steps, ["ctrl+k", "Find anything"], ["?", "Shortcuts"], ["Esc", "Close"]];
       this.$refs.keys.showModal();
     },
     // -- one field for everything

@@ -64,9 +64,9 @@ def _columns_of(written: Sequence[str]) -> list[_Mix]:
             try:
                 name, strength = split_strength(part)
             except ConfigError as error:
-                raise NothingHere("There is nothing here.") from error
+                raise NothingHere("Not found.") from error
             if not name:
-                raise NothingHere("There is nothing here.")
+                raise NothingHere("Not found.")
             mix.append((name, 1.0 if strength is None else strength))
         if mix:
             found.append(mix)
@@ -86,7 +86,7 @@ class Board:
                 for name, _ in column.mix:
                     page.studio.service.catalog.resolve(name, page.caller)
         except Refused as error:
-            raise NothingHere("There is nothing here.") from error
+            raise NothingHere("Not found.") from error
 
     def draw_answers(self, place: int, column: Column) -> None:
         raise NotImplementedError
@@ -148,19 +148,19 @@ class Board:
                     heading(name, 2)
                     if place:
                         button(
-                            "Leave out",
+                            "Remove",
                             permit("read", lambda: self.leave_out(column)),
                             kind="word",
-                            aria_label=f"Leave {name} out",
+                            aria_label=f"Remove {name}",
                         )
                 if not place:
-                    line("The base alone, to compare the others with.", "soft small")
+                    line("The base without adapters.", "soft small")
                 for k, (part, strength) in enumerate(column.mix):
                     self._strength(column, k, part, strength)
             self.draw_answers(place, column)
             with box("div", "foot"):
                 if place and self.page.caller.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
-                    button("Keep this mix as an adapter", permit("operate", lambda: self.keep(column)), kind="word")
+                    button("Save mix as adapter", permit("operate", lambda: self.keep(column)), kind="word")
                 column.command = Command(self._command(column))
 
     def _strength(self, column: Column, k: int, part: str, strength: float) -> None:
@@ -179,10 +179,10 @@ class Board:
             )
             if not alone:
                 button(
-                    "Take out",
+                    "Remove",
                     permit("infer", lambda: self.without(column, k)),
                     kind="word",
-                    aria_label=f"Take {part} out",
+                    aria_label=f"Remove {part}",
                 )
 
     # -- what is compared
@@ -200,14 +200,14 @@ class Board:
                     hint="Name, tag, trigger word",
                     key="/",
                 )
-                self.into = parts.form_field("It goes into", "new", kind="choice", options=self._places())
+                self.into = parts.form_field("Add to", "new", kind="choice", options=self._places())
             self.hits = Fragment(
                 "hits.html.j2", acts={"add": permit("infer", self.add)}, hits=[], text="", base=self.page.studio.base
             )
         self.page.task(self.found(""))
 
     def _places(self) -> dict[str, str]:
-        new = {"new": "a column of its own"} if len(self.columns) <= MOST_COLUMNS else {}
+        new = {"new": "a new column"} if len(self.columns) <= MOST_COLUMNS else {}
         return new | {str(i): f"the mix {c.named('')}" for i, c in enumerate(self.columns) if i}
 
     async def found(self, text: str) -> None:
@@ -289,8 +289,8 @@ class Board:
 
     def keep(self, column: Column) -> None:
         specs = column.specs()
-        with dialog("Keep this mix as an adapter") as window:
-            line("The exact sum of what its parts change, at these strengths, as an adapter of its own.")
+        with dialog("Save mix as adapter") as window:
+            line("One adapter that changes the base exactly as this mix does.")
             line(mix_text(tuple(column.mix)), "soft")
 
             def same() -> str:
@@ -301,12 +301,10 @@ class Board:
                 shown.show(same())
 
             named = parts.form_field("Name", "", permit("operate", told), hint="softer", most=120)
-            pointed = parts.form_field(
-                "Alias that points to it, if any", "", permit("operate", told), hint="prod", most=60
-            )
+            pointed = parts.form_field("Alias (optional)", "", permit("operate", told), hint="prod", most=60)
             shown = Command(same())
             problem = line("", "bad", role="alert")
-            busy = parts.progress("The mix is being made")
+            busy = parts.progress("Making the mix")
             parts.show(busy, False)
 
             async def do() -> None:
@@ -331,5 +329,5 @@ class Board:
                 pointed_to = f", {name}@{alias} leads to it" if alias else ""
                 self.page.say(f"{added.version.reference} {what}{pointed_to}; {made.error:.3%} off the sum")
 
-            parts.decide(window, "Keep it", permit("operate", do))
+            parts.decide(window, "Save", permit("operate", do))
         parts.opened(window)

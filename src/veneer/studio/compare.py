@@ -53,9 +53,9 @@ class _Texts(Board):
         with box("div", "ask"):
             self.draw_prompt("Ask something. Every column answers it.")
             with box("details", "how"):
-                line("How it is asked", tag="summary")
+                line("Sampling settings", tag="summary")
                 with box("div", "settings"):
-                    self.n = self.number("Answers each", "n", 1, low=1, high=_SAMPLES, step=1)
+                    self.n = self.number("Answers per column", "n", 1, low=1, high=_SAMPLES, step=1)
                     self.temperature = self.number("Temperature", "t", 0.0, low=0, high=2, step=0.1)
                     self.seed = self.number("Seed", "seed", 0, low=0, high=2**31, step=1)
                     self.tokens = self.number("Tokens, at most", "m", _TOKENS, low=1, high=4096, step=1)
@@ -65,7 +65,7 @@ class _Texts(Board):
             with box("div", "row"):
                 button("Ask", permit("infer", self.ask_all), kind="filled", key="ctrl+enter")
                 button("Stop", permit("infer", self.stop), kind="word", key="Escape")
-                line("Ctrl+Enter asks; the number of a column says that it is better.", "soft small by-keys", "span")
+                line("Ctrl+Enter asks; press a column's number to vote for its answer.", "soft small by-keys", "span")
         self.draw_all()
         self.judgement = Command("")
 

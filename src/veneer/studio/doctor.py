@@ -37,7 +37,7 @@ async def doctor_view(page: ViewPage) -> None:
     def to(name: str) -> str:
         return page.api("/v1/adapter_inspections", filename=name)
 
-    page.drops("Drop it: it is looked at, and not kept", to, came)
+    page.drops("Drop to inspect; the file is not saved", to, came)
     id = page.query.get("file")
     if not id:
         page.title("What is this file?", "Any adapter: what it is and why, and what other tools would do with it.")
@@ -52,7 +52,7 @@ async def doctor_view(page: ViewPage) -> None:
     try:
         staged = page.studio.service.staging.get(page.caller.tenant, id)
     except Refused as error:
-        raise NothingHere("This file is not here any more.", fix=error.fix) from None
+        raise NothingHere("This file is no longer available.", fix=error.fix) from None
     page.title(staged.name, f"{size(staged.size)} · here until it is kept, for an hour at most")
     with box("div", "row"):
         button("Another file", permit("read", page.pick), key="o")
@@ -69,9 +69,7 @@ def _show(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None
                 line("The file as it is now. It can be written for a tool once the alpha it was trained with is known:")
                 Command(command("adapter", "convert", staged.name, alpha="N", to="peft", output="NEW"))
             else:
-                line(
-                    "The file as it is now; and the same adapter, exactly, written as that tool reads it.", "soft small"
-                )
+                line("The original file, and the same adapter in each tool's layout.", "soft small")
             for each in report["elsewhere"]:
                 _tool(page, staged, report, each)
             if report["targets"]:
@@ -173,12 +171,12 @@ def _base(page: ViewPage, report: dict[str, Any]) -> str:
 def _keep(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None:
     name = {"now": page.name_for(staged.name)}
     with box("section", "panel stack"):
-        heading("Keep it", 2)
+        heading("Save", 2)
         if not report["verdict"]["use"]:
-            line("It cannot be used as it is, so it cannot be kept.", "soft")
+            line("This file cannot be used, so it cannot be saved.", "soft")
             return
         if not page.caller.can("write"):
-            line("Your key may look, and not change the library.", "soft")
+            line("This key cannot change the library.", "soft")
             return
 
         def typed(text: str) -> None:
@@ -194,5 +192,5 @@ def _keep(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None
             page.say(f"{added.version.reference} is in the library")
 
         form_field("Name", name["now"], permit("read", typed), entered=permit("write", keep), most=200)
-        button("Keep it in the library", permit("write", keep), kind="filled")
+        button("Save to library", permit("write", keep), kind="filled")
         same = Command(command("library", "add", staged.name, name["now"]))

@@ -45,7 +45,7 @@ _PASTED = 200_000
 async def train_form(page: ViewPage, queue: TuningQueue) -> None:
     """Draw the form into the page."""
     form = _TrainForm(page, queue)
-    page.drops("Drop it: its rows can be trained on", form.place_of, form.uploaded, {"purpose": "fine-tune"})
+    page.drops("Drop to upload rows", form.place_of, form.uploaded, {"purpose": "fine-tune"})
     form.draw()
     await form.offer(page.query.get("file"))
     page.when_loaded(form.looked_again)

@@ -28,7 +28,7 @@ and a row of `views` in build.py: path, title, shortcut letter after `g`, and re
                   while that card has the focus, `data-id` on what goes on being the same when all is drawn anew: each
                   of many, and whatever can be chosen
     bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller, never a path
-    errors        raise: a VeneerError is shown as what · where · fix, anything else as veneer's fault
+    errors        raise: a VeneerError is shown as what · where · fix, anything else as an internal error
     changes       `on_change(mark, 1.0, refill)` (watch.py) where others may write what is shown. `refill` changes what
                   is another and draws nothing else: elements that somebody may be about to click stay, by `show`, `put`
                   and `Fragment.show`; never `clear()`
@@ -285,10 +285,10 @@ class Frame:
         with parts.box("div", "row"):
             parts.line("Find", "button word", "button", type="button", data_does="find", aria_keyshortcuts="Control+k")
             parts.line("◐ System", "button word", "button", type="button", data_theme="next", data_key="t")
-            parts.line("Keys", "button word", "button", type="button", data_does="keys", aria_keyshortcuts="?")
+            parts.line("Shortcuts", "button word", "button", type="button", data_does="keys", aria_keyshortcuts="?")
             if self.visitor.key is not None:
                 with parts.box("form", "", method="post", action=f"{self.root}/leave"):
-                    parts.line("Leave", "button word", "button", type="submit")
+                    parts.line("Sign out", "button word", "button", type="submit")
 
     def _name_base(self) -> None:
         parts.put(self.base, self.studio.base + (" · loading" if self.studio.loading else ""))
@@ -300,7 +300,7 @@ class Frame:
         self.leave()
         view = next((view for view in self.studio.views if view.path == path), None)
         if view is None or not self.visitor.caller.can(view.needs):
-            view = StudioView(path, "Not here", "", _nowhere, "public")
+            view = StudioView(path, "Not found", "", _nowhere, "public")
         draw_view = _still_loading if view.uses_base and self.studio.loading else view.draw
         for each, link in self.links.items():
             parts.mark(link, aria_current="page" if each == view.path else "true" if each == view.under else "false")
@@ -362,7 +362,7 @@ class Frame:
                 await page.go("adapter", ref=ref)
             page.say(f"{ref} is in the library" if answer.get("new", True) else f"{ref} was in the library already")
 
-        page.drops("Drop it: it is kept in the library", to, done)
+        page.drops("Drop to add to the library", to, done)
 
     # -- words
 
@@ -396,9 +396,7 @@ class Frame:
         status = known.status if isinstance(known, Refused) else 400
         if not self.visitor.caller.can("operate"):  # hide paths on the server
             known = VeneerError(message_of(known))
-        self.trouble.show(
-            error=known, title="That did not work" if isinstance(error, VeneerError) else "veneer's fault"
-        )
+        self.trouble.show(error=known, title="Error" if isinstance(error, VeneerError) else "Internal error")
         return status
 
 
@@ -422,12 +420,12 @@ async def _still_loading(page: ViewPage) -> None:
 
 
 async def _nowhere(page: ViewPage) -> None:
-    raise NothingHere("There is nothing here.")
+    raise NothingHere("Not found.")
 
 
 def _not_here(page: ViewPage, error: VeneerError) -> None:
-    page.title("Not here")
-    parts.line("There is nothing here, or nothing that you may see.", "lede")
+    page.title("Not found")
+    parts.line("This page does not exist, or you do not have access.", "lede")
     if error.fix and page.caller.can("operate"):
         parts.line(error.fix, "soft")
     parts.link("To the library", page.link(""), "button quiet")

@@ -117,7 +117,7 @@ async def library_view(page: ViewPage) -> None:
         page.title("Library")
         with box("div", "row"):
             button("Add a file…", permit("read", page.pick), key="a")
-            teach = link("Teach one", page.link("train"), "button filled")
+            teach = link("Train an adapter", page.link("train"), "button filled")
     asked = _asked(page)
     find = form_field(
         "Find",
@@ -261,15 +261,15 @@ def _say_empty(page: ViewPage, place: Any, narrow: bool) -> None:
     place.clear()
     with place:
         if narrow:
-            heading("Nothing fits", 2)
-            line("No adapter here has all of that.")
+            heading("No matches", 2)
+            line("No adapter matches all filters.")
             link("Show all", page.link(""), "button quiet")
             return
-        heading("Nothing here yet", 2)
+        heading("No adapters yet", 2)
         base = page.studio.base
         line(
             f"An adapter is a thin layer on {base}, a few megabytes, that makes it do your thing; {base} itself stays "
-            "as it is. Teach one, or drop one that you have anywhere on this page."
+            "as it is. Train one, or drop an adapter file anywhere on this page."
         )
         offers = beginnings(page.studio) if page.caller.can("operate") else []
         for what, settings in offers[:1]:

@@ -173,7 +173,7 @@ class _Live:
 
 
 def _whose(tenant: str) -> str:
-    return {ALL: "whoever asks", EACH: "each tenant", TRIALS: "trials in the Studio"}.get(tenant, tenant)
+    return {ALL: "everyone", EACH: "each tenant", TRIALS: "trials in the Studio"}.get(tenant, tenant)
 
 
 def _limits(limit: Limit) -> str:

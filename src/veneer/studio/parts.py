@@ -4,7 +4,7 @@ a page as markup or as code: texts are text nodes, attributes are properties und
 
     with box("section", "panel"):                       <section class="panel"> … </section>
         heading("Files", 2)
-        line("Nothing here yet.", "soft")
+        line("No adapters yet.", "soft")
         button("Add", permit("write", add), key="a", kind="filled")      add() or add(event), sync or async
         name = form_field("Name", "", permit("read", typed))             name.value; name.put("…") sets it
     acts = {"open": permit("read", opened)}
@@ -352,7 +352,7 @@ class Dialog(ui.element):
 
 
 def dialog(title: str) -> Dialog:
-    """A window, closed by Escape: `with dialog("Keys") as window: …`, then `opened(window)`."""
+    """A window, closed by Escape: `with dialog("Shortcuts") as window: …`, then `opened(window)`."""
     with Dialog(title) as element:
         heading(title, 2)
     return element

@@ -58,22 +58,22 @@ class _Pictures(Board):
         query = self.page.query
         steps, guidance = default_settings(self.engine.base)
         with box("div", "ask"):
-            self.draw_prompt("What is to be seen. Every column draws it.")
+            self.draw_prompt("Describe a picture. Every column draws it.")
             with box("details", "how"):
-                line("How it is drawn", tag="summary")
+                line("Image settings", tag="summary")
                 with box("div", "settings"):
                     self.seed = self.number("First seed", "seed", 7, low=0, high=2**32 - 1, step=1)
                     self.n = self.number("Seeds", "n", 1, low=1, high=_SEEDS, step=1)
                     self.steps = self.number("Steps", "steps", steps, low=1, high=200, step=1)
                     self.guidance = self.number("Guidance", "guidance", guidance, low=0, high=50, step=0.5)
                     self.size = parts.form_field("Size", query.get("size"), self.kept("size"), hint="auto, or 512x512")
-                    self.negative = parts.form_field("Not to be seen", query.get("not"), self.kept("not"))
+                    self.negative = parts.form_field("Negative prompt", query.get("not"), self.kept("not"))
                     self._control()
             with box("div", "row"):
                 button("Draw", permit("infer", self.ask_all), kind="filled", key="ctrl+enter")
                 button("Stop", permit("infer", self.stop), kind="word", key="Escape")
                 line("Ctrl+Enter draws.", "soft small by-keys", "span")
-                line("Two pictures that are marked are laid one over the other.", "soft small", "span")
+                line("Mark two pictures to overlay them.", "soft small", "span")
         self.draw_all()
 
     def _control(self) -> None:
@@ -186,7 +186,7 @@ class _Pictures(Board):
             return
         base = self.page.studio.base
         names = _titled(other, base, left.seed), _titled(column, base, right.seed)
-        with self.place, dialog("One over the other") as window:
+        with self.place, dialog("Overlay") as window:
             window.classes("roomy")
             Wipe(left.source, right.source, names)
             with box("div", "row end"):

@@ -138,7 +138,7 @@ class RouteMoves:
         sentence = f"{routes.route_change(route, gone)} A rollback brings it back."
         same = command("tenant", "route", "remove", route.name, tenant=route.tenant)
         confirm(
-            f"Remove {route.name}", sentence, permit("operate", do), button_text="Remove it", command=same, danger=True
+            f"Remove {route.name}", sentence, permit("operate", do), button_text="Remove", command=same, danger=True
         )
 
 
@@ -196,17 +196,17 @@ class NewRoute(_Shares):
                         "Name", name, permit("operate", lambda _: self.say()), hint="support", most=120
                     )
                     self.first = form_field(
-                        "Leads to", moves.base, permit("operate", self._led), kind="choice", options=names
+                        "Target", moves.base, permit("operate", self._led), kind="choice", options=names
                     )
                     others = _or_none("nothing else", names)
                     self.other = form_field(
-                        "And to", offered, permit("operate", self._led), kind="choice", options=others
+                        "Second target", offered, permit("operate", self._led), kind="choice", options=others
                     )
                 self.bar = WeightBar(self.shares, permit("operate", self.dragged))
                 self.sentence = line("", "sentence", role="status")
                 self.same = Command("")
                 with box("div", "row"):
-                    self.does = button("Begin it", permit("operate", self._begin), kind="filled")
+                    self.does = button("Create route", permit("operate", self._begin), kind="filled")
         self._led(None)
 
     def offer(self, names: Sequence[str]) -> None:
@@ -225,7 +225,7 @@ class NewRoute(_Shares):
 
     def say(self) -> None:
         wanted: Route | None = None
-        words = "It needs a name, which clients ask for."
+        words = "The route needs a name."
         if str(self.name.value or "").strip():
             try:
                 wanted = self._wanted()
@@ -276,14 +276,12 @@ class RoutePanel(_Shares):
             }
             self.ways = Fragment("route_ways.html.j2", acts=acts, shares=[], offered="", canary=_CANARY)
             with box("details", "how"):
-                line("Another version, or a shadow", tag="summary")
+                line("Add a version or a shadow", tag="summary")
                 with box("div", "row foot"):
                     self.other = form_field("Another version", "", permit("operate", self.added), kind="choice")
-                    self.shadow = form_field(
-                        "Answers too, unseen", "", permit("operate", lambda _: self.say()), kind="choice"
-                    )
+                    self.shadow = form_field("Shadow", "", permit("operate", lambda _: self.say()), kind="choice")
                     self.fraction = form_field(
-                        "Of the requests, in %",
+                        "Share of requests, in %",
                         100,
                         permit("operate", lambda _: self.say()),
                         kind="number",
@@ -296,15 +294,15 @@ class RoutePanel(_Shares):
                 curl, client = request_texts(moves.page, route.name)
                 Fragment("request.html.j2", requests=[("curl", curl), ("OpenAI's Python client", client)])
             with box("details", "how") as self.before:
-                line("What it led to before", tag="summary")
+                line("History", tag="summary")
                 self.history = Fragment("route_moves.html.j2", moves=[])
                 Command(command("tenant", "route", "history", route.name, tenant=route.tenant))
             self.sentence = line("", "sentence", role="status")
             self.same = Command("")
             self.does = box("div", "row")
             with self.does:
-                button("Move", permit("operate", lambda: moves.moved(self.route, self.wanted)), kind="filled")
-                button("Leave it", permit("operate", self._left), kind="word")
+                button("Apply", permit("operate", lambda: moves.moved(self.route, self.wanted)), kind="filled")
+                button("Cancel", permit("operate", self._left), kind="word")
         place_at(self.panel, place)
 
     def fill(self, route: Route, before: Sequence[dict[str, Any]]) -> None:
@@ -353,7 +351,7 @@ class RoutePanel(_Shares):
             f"Promote {name}",
             routes.route_change(now, wanted),
             permit("operate", lambda: self.moves.moved(now, wanted)),
-            button_text="Promote it",
+            button_text="Promote",
             command=_set_command(wanted, self.moves),
         )
 

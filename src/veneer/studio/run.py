@@ -196,7 +196,7 @@ async def run_view(page: ViewPage) -> None:
         does = jobs.pause if what == "pause" else jobs.resume
         await asyncio.to_thread(does, page.caller.owner, job.id)
         await fill()
-        page.say("It saves its state and rests" if what == "pause" else "It goes on from its last checkpoint")
+        page.say("Pausing: the run saves its state" if what == "pause" else "Resuming from the last checkpoint")
 
     def ending() -> None:
         async def do() -> None:
@@ -205,7 +205,7 @@ async def run_view(page: ViewPage) -> None:
 
         confirm(
             f"Stop {job.name}?",
-            "It ends for good and makes no adapter. Steps that can be asked stay in the library.",
+            "The run ends without an adapter. Published steps stay in the library.",
             permit("train", do),
             button_text="Stop",
             command=command("jobs", "cancel", job.id),

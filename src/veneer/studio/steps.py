@@ -101,7 +101,7 @@ async def steps_view(page: ViewPage) -> None:
 
     def use(step: str) -> None:
         with dialog(f"Use step {step}") as window:
-            line(f"It becomes the newest version of {job.name}. An alias points to it until it is moved.")
+            line(f"The step becomes the newest version of {job.name}. An alias points to it until it is moved.")
             alias = form_field("Alias", "prod", permit("train", lambda now: told.show(_keeping(job, step, now))))
             told = Command(_keeping(job, step, "prod"))
 
@@ -118,7 +118,7 @@ async def steps_view(page: ViewPage) -> None:
                 await fill()
                 page.say(f"{version.name}{f'@{name}' if name else ''} is step {step} now")
 
-            parts.decide(window, "Use this one", permit("train", do))
+            parts.decide(window, "Use this step", permit("train", do))
         parts.opened(window)
 
     async def go_on(step: str) -> None:
@@ -182,14 +182,14 @@ class _StepAnswers:
             "",
             kind="text",
             entered=permit("infer", lambda text: self.more(text)),
-            hint="Enter asks it of every step",
+            hint="Press Enter to ask every step",
         )
         self.system = form_field(
             "System prompt",
             page.query.get("s"),
             permit("infer", lambda text: self.told(text)),
             kind="area",
-            hint="What its rows say before the question",
+            hint="System message of the training rows",
         )
         self.grid = Fragment(
             "answers_grid.html.j2", acts={"drop": permit("infer", lambda d: self.less(d["prompt"]))}, rows=[], heads=[]
@@ -242,7 +242,7 @@ class _StepAnswers:
             self.system.put(system)
             self.page.keep(p=own, s=system)
         system = str(self.system.value or "").strip()
-        put(self.hint, "" if len(self.columns) > 1 else "No step can be asked yet: its checkpoints are not published.")
+        put(self.hint, "" if len(self.columns) > 1 else "No step can be asked yet: the checkpoints are not published.")
         self._draw()
         for prompt in self.prompts:
             for _, reference in self.columns:

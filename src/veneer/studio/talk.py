@@ -106,7 +106,7 @@ async def answer_of(
 async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
     """A prompt, and what the base and a step of the run answer, while the run goes on. Returns what begins to follow
     its steps."""
-    heading("Talk to it", 2)
+    heading("Chat with a step", 2)
     with box("section", "stack talk"):
         hint = line("", "soft")
         which = form_field(
@@ -122,14 +122,14 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
             permit("read", lambda text: page.keep(p=text)),
             kind="area",
             entered=permit("infer", lambda text: ask()),
-            hint="Something that it should have learned",
+            hint="A question as in the training data",
         )
         told_first = form_field(
             "System prompt",
             page.query.get("s"),
             permit("read", lambda text: page.keep(s=text)),
             kind="area",
-            hint="What its rows say before the question",
+            hint="System message of the training rows",
         )
         with box("div", "row"):
             asking = button("Ask", permit("infer", lambda: ask()), key="ctrl+enter")
@@ -162,9 +162,9 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
             chosen = "made" if made else str(which.value) if which.value in known else newest
         if which.value != chosen:
             which.put(chosen)
-        says = why or ("" if known else "As soon as its first checkpoint is saved, it can be asked here.")
+        says = why or ("" if known else "Available once the first checkpoint is saved.")
         if not known and not (job.config.get("checkpoint") or {}).get("adapters"):
-            says = why or "It was not asked to publish its checkpoints: it can be asked once it is done."
+            says = why or "The run does not publish checkpoints: its adapter can be asked once the run is done."
         put(hint, says)
         enable(asking, bool(known) and not why, says)
 

@@ -382,13 +382,13 @@ def _thumbnail(path: Path, id: str) -> str:
 async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainConfig, done: Callable[[], Any]) -> None:
     with dialog(picture.name) as window:
         text = form_field(
-            "What is to be seen",
+            "Caption",
             picture.caption,
             permit("operate", lambda now: same.show(command("data", "caption", str(picture.path), now))),
             kind="area",
             most=2000,
         )
-        line("It is written where the run reads it: beside the picture, or in the folder's metadata.", "soft small")
+        line("Saved where the run reads captions: next to the picture, or in the folder's metadata.", "soft small")
         same = Command(command("data", "caption", str(picture.path), picture.caption))
 
         async def keep() -> None:
