@@ -220,7 +220,7 @@ def show(
     say(f"{counted(seen.looked, 'row')} looked at{total}, as {seen.format}: {parts}")
 
 
-@app.command(epilog='Example: veneer data preview "teach smollm2-135m from tickets.jsonl, rank 16"')
+@app.command(epilog="Example: veneer data preview tickets.jsonl --base smollm2-135m adapter.rank=16")
 def preview(
     data: _Data,
     overrides: _Overrides = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantise
+from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantise, chosen_base
 from veneer.cli.output import field, say
 from veneer.errors import ConfigError
 
@@ -59,19 +59,19 @@ def evaluate(
         files.insert(0, base_argument)
         base_argument = None
     named = [spec for group in mixes.values() for spec in group]
-    name = base or base_argument or _base_of(named)
-    if not files:
-        raise ConfigError("there is nothing to evaluate on", fix="name held-out rows: --data test.jsonl")
 
-    from veneer.adapters.use import adapter_path, parse_spec
+    from veneer.adapters.use import parse_spec
     from veneer.models.loading import errors_only
     from veneer.models.text.base import load_text
     from veneer.serve.engine.offline import answering
     from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows
 
-    for spec in named:
-        adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
+    name = chosen_base(base or base_argument, [parse_spec(spec)[0] for spec in named])
+    if not name:
+        raise ConfigError("no base is named", fix="--base smollm2-135m, a folder, a .gguf file or a hub id")
+    if not files:
+        raise ConfigError("there is nothing to evaluate on", fix="name held-out rows: --data test.jsonl")
     rows, about = read_rows(files, limit=limit)
     say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
     with errors_only():
@@ -91,15 +91,6 @@ def evaluate(
         print(json.dumps({mix: s.to_dict(answers=answers) for mix, s in results.items()}))
     else:
         _table(results)
-
-
-def _base_of(specs: list[str]) -> str:
-    from veneer.adapters.use import parse_spec, stated_base
-
-    name = stated_base(parse_spec(specs[0])[0]) if specs else ""
-    if not name:
-        raise ConfigError("no base is named", fix="--base smollm2-135m, a folder, a .gguf file or a hub id")
-    return name
 
 
 def _progress(mix: str, done: int, rows: int) -> None:

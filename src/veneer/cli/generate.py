@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantise
+from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantise, chosen_base, say_loaded
 from veneer.cli.output import own, print_json, say
 from veneer.errors import ConfigError, DataError
 
@@ -69,18 +69,18 @@ def generate(
         raise ConfigError("--chat takes no prompts, --file, --raw or --json", fix="start it and type")
     texts: list[Any] = [] if chat else _wanted(prompts or [], file)
 
-    from veneer.adapters.use import adapter_path, attach_adapters, parse_spec
+    from veneer.adapters.use import attach_adapters, parse_spec
     from veneer.models.text.base import load_text
 
-    for spec in specs:
-        adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
-    found = load_text(_base_name(base, specs), dtype=dtype, device=device, quantise=quantise, say=say)
-    say(f"{found.name} in {str(found.dtype).removeprefix('torch.')} on {found.device}: {found.dtype_reason}")
-    for note in found.notes:
-        say(f"note: {note}")
+    names = [parse_spec(spec)[0] for spec in specs]
+    name = chosen_base(base, names, "" if specs else _FALLBACK)
+    if not name:
+        raise ConfigError(f"adapter {names[0]!r} does not say which base it belongs to", fix="add --base NAME")
+    found = load_text(name, dtype=dtype, device=device, quantise=quantise, say=say)
+    say_loaded(found)
     with attach_adapters(found, specs, allow_other_base=allow_other_base) as attachment:
-        for name, strength in map(parse_spec, specs):
-            say(f"adapter {name} at strength {strength:g}")
+        for adapter_name, strength in map(parse_spec, specs):
+            say(f"adapter {adapter_name} at strength {strength:g}")
         if chat:
             _chat(found, system, settings)
             return
@@ -95,22 +95,6 @@ def generate(
             for text, done in zip(texts, complete(found, framed, batch_size=batch_size, **settings), strict=True):
                 print(f"> {text if isinstance(text, str) else text[-1]['content']}\n{done.text}\n", flush=True)
                 _say_cut(done)
-
-
-def _base_name(base: str | None, specs: list[str]) -> str:
-    if base:
-        return base
-    if specs:
-        from veneer.adapters.use import parse_spec, stated_base
-
-        name = parse_spec(specs[0])[0]
-        stated = stated_base(name)
-        if not stated:
-            raise ConfigError(f"adapter {name!r} does not say which base it belongs to", fix="add --base NAME")
-        say(f"base {stated}: the adapter's own")
-        return stated
-    say(f"base {_FALLBACK}: none was named")
-    return _FALLBACK
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from veneer.cli.options import AsJson, ChosenDevice
+from veneer.cli.options import AsJson, ChosenDevice, chosen_base, say_loaded
 from veneer.cli.output import print_json, say
 from veneer.errors import ConfigError
 
@@ -180,7 +180,7 @@ def make_pictures(
     options = Options(**asked)
     every = tuple(dict.fromkeys(use for ask in asks for use in ask.uses))
     _find(every, options)
-    with _mixer(_base_name(base, every), loading) as mixer:
+    with _mixer(chosen_base(base, [name for name, _ in every], _FALLBACK), loading) as mixer:
         _write(mixer, asks, options, files, as_json)
 
 
@@ -244,7 +244,9 @@ def grid(
     file = _files(out or Path("grid.png"), 1)[0]
     _find(tuple(uses), options)
     start = time.perf_counter()
-    with _mixer(_base_name(base, tuple(uses)), {"device": device, "dtype": dtype or "auto"}) as mixer:
+    with _mixer(
+        chosen_base(base, [name for name, _ in uses], _FALLBACK), {"device": device, "dtype": dtype or "auto"}
+    ) as mixer:
         drawn = draw_grid(mixer, plan, options, on_step=_progress())
         from veneer.files.atomic import atomic_write
         from veneer.imaging.infotext import png_bytes
@@ -320,27 +322,12 @@ def _find(uses: tuple[Any, ...], options: Options) -> None:
         say(f"adapter {name} at strength {strength}")
 
 
-def _base_name(base: str | None, uses: tuple[Any, ...]) -> str:
-    """What was asked for; else the base that the first adapter says it belongs to; else a built-in. Said, if chosen."""
-    if base:
-        return base
-    from veneer.adapters.use import stated_base
-
-    if uses and (stated := stated_base(uses[0][0])):
-        say(f"base {stated}: the adapter's own")
-        return stated
-    say(f"base {_FALLBACK}: none was named")
-    return _FALLBACK
-
-
 def _mixer(name: str, loading: dict[str, Any]) -> Mixer:
     from veneer.imaging.adapters import Mixer
     from veneer.models.image.base import load_image
 
     base: ImageBase = load_image(name, say=say, **loading)
-    say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
-    for note in base.notes:
-        say(f"note: {note}")
+    say_loaded(base)
     return Mixer(base, say=say)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from veneer.cli.output import say
 from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.models.image.base import ImageBase
+    from veneer.models.text.base import TextBase
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ShowAll = Annotated[bool, typer.Option("--all", help="Show lists whole, however long.")]
@@ -67,6 +72,30 @@ TenantsDatabase = Annotated[
         help="The database of tenants, with what training costs them. Default: the veneer home's, where there is one.",
     ),
 ]
+
+
+def chosen_base(base: str | None, adapters: list[str], fallback: str = "") -> str:
+    """Return the base to load: `base`, else the first adapter's own, else `fallback`. Look for all adapters first, so
+    that a name that does not exist does not wait for a base to load. Raises AdapterError."""
+    from veneer.adapters.use import adapter_path, stated_base
+
+    for name in adapters:
+        adapter_path(name)
+    if base:
+        return base
+    if adapters and (stated := stated_base(adapters[0])):
+        say(f"base {stated}: the adapter's own")
+        return stated
+    if fallback:
+        say(f"base {fallback}: none was named")
+    return fallback
+
+
+def say_loaded(base: TextBase | ImageBase) -> None:
+    """Say in which dtype a base was loaded, where and why."""
+    say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
+    for note in base.notes:
+        say(f"note: {note}")
 
 
 Settings = Annotated[
