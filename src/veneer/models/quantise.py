@@ -101,7 +101,7 @@ def load_quantised(
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the model of a base directory with its linear weights as `kind`, computing in `dtype`; transformers' loading
-    info). `kind`: one of ops.quantisation_formats.KINDS, or "" for a checkpoint that is quantised already and kept as
+    info). `kind`: one of ops.quantization_formats.KINDS, or "" for a checkpoint that is quantised already and kept as
     it is. `device`: where each weight goes as it is read, and is quantised; the CPU by default."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -38,7 +38,7 @@ from veneer.ops.step_sizes import grouped_rows, key_ranges
 
 
 @dataclass(frozen=True)
-class _Group:
+class RowGroup:
     """Rows attended to together, as `rows` × `length` places, shorter rows padded at their end.
 
     tokens: (real tokens,) their places in the flat order; slots: row·length + time of each."""
@@ -115,12 +115,12 @@ class RowLayout:
         self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @functools.cached_property
-    def groups(self) -> list[_Group]:
+    def groups(self) -> list[RowGroup]:
         out, starts = [], self.starts.tolist()
         for length, taken in grouped_rows(self.lengths, waste=self._waste, step=self._step):
             tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in taken])
             slots = torch.cat([torch.arange(self.lengths[i]) + at * length for at, i in enumerate(taken)])
-            out.append(_Group(len(taken), length, sent(tokens, self.device), sent(slots, self.device)))
+            out.append(RowGroup(len(taken), length, sent(tokens, self.device), sent(slots, self.device)))
         return out
 
     @functools.cached_property
@@ -139,7 +139,7 @@ class RowLayout:
         return self._tables[key][1], self._tables[key][2]
 
 
-def _gather(x: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def _gather(x: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """(N, heads, dim) → (rows·kv, length·heads/kv, dim), rotated by +θ and scaled; padding is zero.
 
     Time-major, so that a block of queries is a contiguous range of rows of the product."""
@@ -149,7 +149,7 @@ def _gather(x: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None,
     run = dispatch("gather_heads", x, cos, sin)
     if run is not None:
         out = x.new_zeros(shape) if group.padded else x.new_empty(shape)
-        run(x, cos, sin, group.tokens, group.slots, group.length, kv, scale, out)
+        run(x, cos, sin, group, kv, scale, out)
         return out
     if cos is not None and sin is not None:
         x = _rotated(x, cos, sin, 1.0)
@@ -159,13 +159,13 @@ def _gather(x: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None,
 
 
 def _scatter(
-    g: Tensor, out: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None = None, sin: Tensor | None = None
+    g: Tensor, out: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> None:
     """The transpose of `_gather`, into the group's tokens of out: (N, heads, dim)."""
     heads, dim = out.shape[1], out.shape[2]
     run = dispatch("scatter_heads", out, cos, sin)
     if run is not None:
-        run(g, cos, sin, group.tokens, group.slots, group.length, kv, scale, out)
+        run(g, cos, sin, group, kv, scale, out)
         return
     flat = g.view(group.rows, kv, group.length, heads // kv, dim).transpose(1, 2).reshape(-1, heads, dim)
     part = flat[group.slots] * scale
@@ -197,7 +197,7 @@ def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, group: _Group, per: int, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, group: RowGroup, per: int, window: int | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Output and probabilities of one group in the gathered layout."""
     out = torch.empty_like(q)
@@ -211,7 +211,7 @@ def _attend(
 
 
 def _attend_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, probs: list[Tensor], group: _Group, per: int, window: int | None
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, probs: list[Tensor], group: RowGroup, per: int, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for (q0, q1, k0), p in zip(key_ranges(group.length, window), probs, strict=True):
@@ -223,20 +223,22 @@ def _attend_backward(
     return dq, dk, dv
 
 
+class VarlenSettings(NamedTuple):
+    """What attention of packed rows goes by, besides its heads: `kv` key heads, the rows, the factor of scores, and how
+    many tokens back a query sees, itself among them (None: all)."""
+
+    kv: int
+    layout: RowLayout
+    scale: float
+    window: int | None
+
+
 class _Attention(torch.autograd.Function):
     """qkv: (N, heads + 2·kv, dim), the three kinds of heads side by side; cos, sin turn q and k, None leaves them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        kv: int,
-        layout: RowLayout,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings) -> Tensor:
+        kv, layout, scale, window = settings
         heads = qkv.shape[1] - 2 * kv
         q, k, v = qkv.split([heads, kv, kv], dim=1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -250,26 +252,26 @@ class _Attention(torch.autograd.Function):
             _scatter(og, out, group, kv, 1.0)
             saved += [qg, kg, vg, *probs]
         ctx.save_for_backward(cos, sin, *saved)
-        ctx.kv, ctx.layout, ctx.scale, ctx.window, ctx.heads = kv, layout, scale, window, heads
+        ctx.settings, ctx.heads = settings, heads
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        kv, heads = ctx.kv, ctx.heads
+        (kv, layout, scale, window), heads = ctx.settings, ctx.heads
         cos, sin, *saved = ctx.saved_tensors
         grad = grad.contiguous()
         d_qkv = grad.new_empty(grad.shape[0], heads + 2 * kv, grad.shape[2])
-        d_qkv[len(d_qkv) - ctx.layout.idle :] = 0
+        d_qkv[len(d_qkv) - layout.idle :] = 0
         dq, dk, dv = d_qkv.split([heads, kv, kv], dim=1)
-        for group in ctx.layout.groups:
-            blocks = len(key_ranges(group.length, ctx.window))
+        for group in layout.groups:
+            blocks = len(key_ranges(group.length, window))
             (qg, kg, vg, *probs), saved = saved[: 3 + blocks], saved[3 + blocks :]
             g = _gather(grad, group, kv, 1.0, None, None)
-            dqg, dkg, dvg = _attend_backward(g, qg, kg, vg, probs, group, heads // kv, ctx.window)
-            _scatter(dqg, dq, group, kv, ctx.scale, cos, sin)
+            dqg, dkg, dvg = _attend_backward(g, qg, kg, vg, probs, group, heads // kv, window)
+            _scatter(dqg, dq, group, kv, scale, cos, sin)
             _scatter(dkg, dk, group, kv, 1.0, cos, sin)
             _scatter(dvg, dv, group, kv, 1.0)
-        return d_qkv, None, None, None, None, None, None
+        return d_qkv, None, None, None
 
 
 class _Tiled(torch.autograd.Function):
@@ -278,37 +280,27 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        run: Any,
-        qkv: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        kv: int,
-        layout: RowLayout,
-        scale: float,
-        window: int | None,
+        ctx: Any, run: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings
     ) -> Tensor:
-        out, lse = run.forward(qkv, cos, sin, layout.starts, kv, scale, window)
+        out, lse = run.forward(qkv, cos, sin, settings)
         ctx.save_for_backward(qkv, cos, sin, out, lse)
-        ctx.run, ctx.how = run, (layout.starts, kv, scale, window)
+        ctx.run, ctx.settings = run, settings
         made: Tensor = out
         return made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         qkv, cos, sin, out, lse = ctx.saved_tensors
-        d_qkv = ctx.run.backward(grad.contiguous(), out, lse, qkv, cos, sin, *ctx.how)
-        return None, d_qkv, *[None] * 6
+        d_qkv = ctx.run.backward(grad.contiguous(), out, lse, qkv, cos, sin, ctx.settings)
+        return None, d_qkv, None, None, None
 
 
-def _rows(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, layout: RowLayout, scale: float, window: int | None
-) -> Tensor:
-    run = dispatch("rope_varlen_attention", qkv, cos, sin, kv, layout, window)
+def _rows(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings) -> Tensor:
+    run = dispatch("rope_varlen_attention", qkv, cos, sin)
     if run is not None:
-        tiled: Tensor = _Tiled.apply(run, qkv, cos, sin, kv, layout, scale, window)
+        tiled: Tensor = _Tiled.apply(run, qkv, cos, sin, settings)
         return tiled
-    out: Tensor = _Attention.apply(qkv, cos, sin, kv, layout, scale, window)
+    out: Tensor = _Attention.apply(qkv, cos, sin, settings)
     return out
 
 
@@ -371,7 +363,7 @@ def rope_varlen_attention(
         run = dispatch("rope", q, k, cos, sin)
         q, k = (rotate(q, cos, sin), rotate(k, cos, sin)) if run is None else run(q, k, cos, sin)
         return varlen_attention(q, k, v, layout, scale, window)
-    return _rows(qkv, cos, sin, kv, layout, scale, window)
+    return _rows(qkv, cos, sin, VarlenSettings(kv, layout, scale, window))
 
 
 def normed_heads(qkv: Tensor, kv: int, norms: HeadNorms) -> Tensor:
@@ -411,7 +403,7 @@ def varlen_attention(
     qkv = torch.cat([q, k, v], 1)
     if qkv.device.type != "cpu":
         return sdpa_varlen_attention(qkv, k.shape[1], layout, scale, window)
-    return _rows(qkv, None, None, k.shape[1], layout, scale, window)
+    return _rows(qkv, None, None, VarlenSettings(k.shape[1], layout, scale, window))
 
 
 def _each_whole(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Frozen weights in 4 and 8 bits: a tensor that holds codes and multiplies as the weight they stand for.
 
-`quantize` makes a `Quantized` of an ordinary weight; quantisation_formats.py has how its values are kept. To the rest
+`quantize` makes a `Quantized` of an ordinary weight; quantization_formats.py has how its values are kept. To the rest
 of torch a `Quantized` is a frozen weight of `dtype` whose values are the dequantized ones, rounded once to that dtype:
 every operation gives what it would give with that weight. Products make the dequantized weight for their own length and
 drop it, but those of a few rows where the device multiplies by codes; a product under autograd keeps the codes for

@@ -4,7 +4,7 @@
         batch = ahead.take(make, following)     what make() gives, sent; following() is begun in the thread
 
 A thread makes one batch at a time, in the order in which they are asked for: beside the one that was taken there is
-never more than one. It has the context of whoever asks, with what decides in it (ops.dispatch.py); what it raises is
+never more than one. It has the context of whoever asks; what it raises is
 raised where its batch is taken. It draws nothing at random, so a run's numbers do not depend on it.
 """
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from veneer.ops.quantised import Quantised
 
 from tests.tiny_image_base import tiny_image_base
 from tests.train.stopping import interrupt_at
@@ -25,7 +24,6 @@ from veneer.models.image.generate import ImageRow, PictureSettings, default_sett
 from veneer.models.image.predict import cut_of
 from veneer.models.quantise import saved_config, saved_tensors
 from veneer.ops.quantized import Quantized
-from veneer.train import checkpoint
 from veneer.train.config.load import ImageTrainConfig, config_from
 from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Sampled, Stepped

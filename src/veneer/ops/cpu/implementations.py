@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.ops.attention import RowGroup, VarlenSettings
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import Implementation
 from veneer.ops.lowrank import LowRank
@@ -186,20 +187,12 @@ def _takes_heads(name: str) -> Callable[..., bool]:
 
 def _heads(name: str) -> Callable[..., None]:
     def run(
-        x: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        tokens: Tensor,
-        slots: Tensor,
-        length: int,
-        kv: int,
-        scale: float,
-        out: Tensor,
+        x: Tensor, cos: Tensor | None, sin: Tensor | None, group: RowGroup, kv: int, scale: float, out: Tensor
     ) -> None:
         flat = x if name == "gather_heads" else out  # which has the shape (N, heads, dim)
         heads, dim = flat.shape[1], flat.shape[2]
-        given = x.data_ptr(), flat.stride(0), *_at(cos, sin, tokens, slots)
-        sizes = len(tokens), length, kv, heads // kv, dim, scale
+        given = x.data_ptr(), flat.stride(0), *_at(cos, sin, group.tokens, group.slots)
+        sizes = len(group.tokens), group.length, kv, heads // kv, dim, scale
         _kernel(name)(*given, *sizes, out.data_ptr(), torch.get_num_threads())
 
     return run
@@ -255,29 +248,21 @@ def _attend_backward(
 
 
 class _Tiles:
-    """Forward and backward of tiles.c, with factors of float32, or of bfloat16 by `prefix`. `starts`: (rows + 1,);
-    tokens after the last are in no row: zero."""
+    """Forward and backward of tiles.c, with factors of float32, or of bfloat16 by `prefix`. Tokens after the last row
+    are in no row: zero."""
 
     def __init__(self, prefix: str) -> None:
         self.names = f"{prefix}rope_varlen_attention", f"{prefix}rope_varlen_attention_backward"
 
     def forward(
-        self,
-        qkv: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        starts: Tensor,
-        kv: int,
-        scale: float,
-        window: int | None,
+        self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings
     ) -> tuple[Tensor, Tensor]:
         """Its output (N, heads, dim) and log Σ exp of its scores, (N, heads) float32."""
-        n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * kv, qkv.shape[2]
+        n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * settings.kv, qkv.shape[2]
         out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
-        out[int(starts[-1]) :].zero_()
-        _kernel(self.names[0])(
-            *self._given(qkv, cos, sin, starts, kv, scale, window), *_at(out, lse), torch.get_num_threads()
-        )
+        out[int(settings.layout.starts[-1]) :].zero_()
+        given = self._given(qkv, cos, sin, settings)
+        _kernel(self.names[0])(*given, *_at(out, lse), torch.get_num_threads())
         return out, lse
 
     def backward(
@@ -288,24 +273,19 @@ class _Tiles:
         qkv: Tensor,
         cos: Tensor | None,
         sin: Tensor | None,
-        starts: Tensor,
-        kv: int,
-        scale: float,
-        window: int | None,
+        settings: VarlenSettings,
     ) -> Tensor:
         d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        d_qkv[int(starts[-1]) :].zero_()
-        given = self._given(qkv, cos, sin, starts, kv, scale, window)
+        d_qkv[int(settings.layout.starts[-1]) :].zero_()
+        given = self._given(qkv, cos, sin, settings)
         _kernel(self.names[1])(*_at(g, out, lse), *given, d_qkv.data_ptr(), torch.get_num_threads())
         return d_qkv
 
     @staticmethod
-    def _given(
-        qkv: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, kv: int, scale: float, window: int | None
-    ) -> list[Any]:
-        per = (qkv.shape[1] - 2 * kv) // kv
-        half = int(qkv.dtype == torch.bfloat16)
-        sizes = len(starts) - 1, kv, per, qkv.shape[2], scale, window or 0, half
+    def _given(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings) -> list[Any]:
+        kv, layout, scale, window = settings
+        per, starts = (qkv.shape[1] - 2 * kv) // kv, layout.starts
+        sizes = len(starts) - 1, kv, per, qkv.shape[2], scale, window or 0, int(qkv.dtype == torch.bfloat16)
         return [qkv.data_ptr(), qkv.stride(0), *_at(cos, sin, starts), *sizes]
 
 
