@@ -58,10 +58,10 @@ test-gpu: $(VENV)/.ready-dev ## the same laws on a CUDA device
 gpu: $(VENV)/.ready-peers ## on a machine with a GPU: its tests, and every measurement, in ten minutes (GPU_FLAGS="--only train")
 	@$(RUN) benchmarks/gpu.py $(GPU_FLAGS)
 
-check: $(VENV)/.ready-dev ## formatting, lint, types
+check: $(VENV)/.ready-dev ## formatting, lint, types for Python 3.11 to 3.14
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m ruff check .
-	@$(RUN) -m mypy
+	@for version in 3.11 3.12 3.13 3.14; do $(RUN) -m mypy --python-version $$version; done
 
 format: $(VENV)/.ready-dev ## write the formatting that `make check` wants
 	@$(RUN) -m ruff format .

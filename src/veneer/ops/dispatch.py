@@ -47,7 +47,7 @@ OPS = {
     "dropout": "dropout whose mask is made again",
     "dora_scale": "DoRA's scale ⊙ y + b",
     "dora_scale_backward": "its gradients",
-    "gather_heads": "heads of rows laid side by side, turned",
+    "gather_heads": "rotated heads of packed rows, padded to one length",
     "geglu": "up ⊙ gelu(gate)",
     "geglu_backward": "its gradient",
     "gelu_gate": "gelu(gate) ⊙ up",

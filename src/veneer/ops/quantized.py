@@ -58,20 +58,10 @@ class Quantized(torch.Tensor):
             size[-2:] = size[:-3:-1]
         device = next(iter(stored.tensors().values())).device
         make = TORCH("torch.Tensor._make_wrapper_subclass")
-        return cast("Quantized", make(cls, size, dtype=dtype, device=device, requires_grad=False))
-
-    def __init__(
-        self,
-        stored: QuantizationFormat,
-        dtype: torch.dtype,
-        shape: Sequence[int] | None = None,
-        first: int = 0,
-        last: int | None = None,
-        transposed: bool = False,
-        kept: Tensor | None = None,
-    ) -> None:
-        self.stored, self.first, self.transposed, self.kept = stored, first, transposed, kept
-        self.last = row_count(stored) if last is None else last
+        made = cast("Quantized", make(cls, size, dtype=dtype, device=device, requires_grad=False))
+        made.stored, made.first, made.transposed, made.kept = stored, first, transposed, kept
+        made.last = row_count(stored) if last is None else last
+        return made
 
     __torch_function__ = TORCH("torch._C._disabled_torch_function_impl")
 
