@@ -20,10 +20,10 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("VENEER_PROFILE")
-    monkeypatch.setattr(module, "_SECONDS", 0.0)
-    module._profile.cache_clear()
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+    module.profile_for.cache_clear()
     yield tmp_path / "kernels"
-    module._profile.cache_clear()
+    module.profile_for.cache_clear()
 
 
 def test_a_measured_profile_has_rates_and_is_kept(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,8 +35,8 @@ def test_a_measured_profile_has_rates_and_is_kept(kernels: Path, monkeypatch: py
     assert found.bandwidth > 0
     (file,) = kernels.glob("profile-*.json")
     assert file.stat().st_mode & 0o777 == 0o600
-    module._profile.cache_clear()
-    monkeypatch.setattr(module, "_measure", lambda key: pytest.fail("measured again"))
+    module.profile_for.cache_clear()
+    monkeypatch.setattr(module, "measure", lambda key: pytest.fail("measured again"))
     assert profile() == found
 
 
@@ -45,7 +45,7 @@ def test_a_broken_file_is_measured_again(kernels: Path, content: str) -> None:
     profile()
     (file,) = kernels.glob("profile-*.json")
     file.write_text(content)
-    module._profile.cache_clear()
+    module.profile_for.cache_clear()
     assert profile().key in file.name
     assert json.loads(file.read_text())["bandwidth"] > 0
 
@@ -57,7 +57,7 @@ def test_a_foreign_file_is_measured_again(kernels: Path, change: dict[str, objec
     found = profile()
     (file,) = kernels.glob("profile-*.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    module._profile.cache_clear()
+    module.profile_for.cache_clear()
     assert profile().key == found.key
     assert json.loads(file.read_text())["key"] == found.key
 

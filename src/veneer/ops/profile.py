@@ -34,7 +34,7 @@ SHAPES = ((16, 1024, 1024), (256, 1024, 1024), (1024, 1024, 1024))
 """(rows, inputs, outputs) of the products that are measured: decoding, a short prompt, a training step."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _READ_BYTES = 1 << 28
-_SECONDS = 2.0
+SECONDS = 2.0
 _LOCK_SECONDS = 30.0
 
 
@@ -71,11 +71,12 @@ def profile() -> Profile:
     """The profile for the current number of threads: the file of VENEER_PROFILE, the kept one, or measured now.
 
     Raises ConfigError if VENEER_PROFILE names no profile."""
-    return _profile(torch.get_num_threads(), os.environ.get("VENEER_PROFILE", ""))
+    return profile_for(torch.get_num_threads(), os.environ.get("VENEER_PROFILE", ""))
 
 
 @cache
-def _profile(threads: int, pinned: str) -> Profile:
+def profile_for(threads: int, pinned: str) -> Profile:
+    """The profile for a number of threads. `pinned`: the file of VENEER_PROFILE, or "". Raises what `profile` does."""
     if pinned:
         if (found := _read(Path(pinned))) is None:
             raise ConfigError(
@@ -94,11 +95,11 @@ def _profile(threads: int, pinned: str) -> Profile:
             return found
         with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):  # else processes disturb each other's timing
             if (found := _read(file, key)) is None:
-                found = _measure(key)
+                found = measure(key)
                 replace_file(file, [(json.dumps(asdict(found), indent=1) + "\n").encode()], mode=0o600)
             return found
     except (OSError, NotImplementedError):  # no folder that can be written to; a lock that times out is an OSError
-        return _measure(key)
+        return measure(key)
 
 
 def _read(file: Path, key: str | None = None) -> Profile | None:
@@ -112,7 +113,8 @@ def _read(file: Path, key: str | None = None) -> Profile | None:
     return found if whole and (key is None or found.key == key) else None
 
 
-def _measure(key: str) -> Profile:
+def measure(key: str) -> Profile:
+    """Measure this machine now, for about two seconds."""
     works: dict[tuple[str, str], tuple[float, Callable[[], object]]] = {("", "read"): (_READ_BYTES / 1e9, _reading())}
     for dtype in _DTYPES:
         for rows, inputs, outputs in SHAPES:
@@ -164,5 +166,5 @@ def _run_rounds(
                 continue
             if turn:
                 rounds.setdefault(name, []).append(time.perf_counter() - start)
-        if turn >= 2 and time.perf_counter() - began > _SECONDS:
+        if turn >= 2 and time.perf_counter() - began > SECONDS:
             return
