@@ -32,14 +32,7 @@ from veneer.compat import TORCH
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.experts import AdaptedWeight
 from veneer.core.forms import Delta, as_low_rank, is_trained, kronecker_factors, norm_along, product_of
-from veneer.core.merge import (
-    adapted_norm,
-    delta_of,
-    low_rank_norm,
-    pair_matrix,
-    to_matrix,
-    weight_of,
-)
+from veneer.core.merge import adapted_norm, delta_of, low_rank_norm, pair_matrix, to_matrix, weight_of
 from veneer.core.merge import delta as module_delta
 from veneer.core.mix_cache import CachedModule, MixCache
 from veneer.core.selection import Acting, RowMixes, Selection, SpanAdapters, run_apart

@@ -43,15 +43,7 @@ from veneer.studio.watch import on_change
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig, common_settings, load_config, settings_of, short_names
 from veneer.train.image.captions import write_caption
-from veneer.train.inspect import (
-    VERDICTS,
-    RowVerdict,
-    SeenPicture,
-    inspect_run,
-    picture_of,
-    pictures_seen,
-    rows_seen,
-)
+from veneer.train.inspect import VERDICTS, RowVerdict, SeenPicture, inspect_run, picture_of, pictures_seen, rows_seen
 from veneer.train.preflight import Report, free_memory
 
 _ROWS = 20

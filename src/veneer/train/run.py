@@ -29,16 +29,7 @@ from veneer.train.config.load import RunConfig
 from veneer.train.config.text import config_keys, why
 from veneer.train.devices import Devices, digest_of, joined
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out, silent, validation_text
-from veneer.train.loop import (
-    Learner,
-    Loop,
-    Step,
-    TrainingPlan,
-    forget_peaks,
-    peak_memory_bytes,
-    probe,
-    train,
-)
+from veneer.train.loop import Learner, Loop, Step, TrainingPlan, forget_peaks, peak_memory_bytes, probe, train
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report
 from veneer.train.report.log import ConsoleView, JsonLog

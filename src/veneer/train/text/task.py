@@ -416,14 +416,6 @@ def recompute_activations(model: Any, store: HostStore | None = None) -> None:
         layer._gradient_checkpointing_func = store.checkpoint
 
 
-def batch_loss(
-    model: Any, batch: Batch, device: torch.device, call: CallWithWeights = call_whole, right: Tensor | None = None
-) -> Tensor:
-    """Σ NLL over the trained tokens of a batch, whose rows are on the CPU: the host waits for no device. `right`: as
-    `text_loss` has it."""
-    return call(text_loss, model, sent(batch.input_ids, device), batch.lengths, batch.trained, right)
-
-
 class AttachedText:
     """A text run whose adapter is on its base. `call`: runs a function of the model with its weights, sharded or not.
     `task`: what is done with it."""
@@ -447,7 +439,8 @@ class AttachedText:
             "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
             "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held.rows)},
         } | ({"start": data.start.digest()} if data.start is not None else {})
-        packed = report_of(base.model).room.most
+        packed, tokens = report_of(base.model).room.most, self.config.batching.at_once
+        environment = {"tokens of a micro-batch": tokens, "bytes of weights kept packed": packed}
         functions = {"check": self.check_base, "report": self.report} | more
         return Task(
             learner=learner,
@@ -458,10 +451,7 @@ class AttachedText:
             write=self.write,
             prove=self.prove,
             identity=identity,
-            environment={
-                "tokens of a micro-batch": self.config.batching.at_once,
-                "bytes of weights kept packed": packed,
-            },
+            environment=environment,
             **functions,
         )
 
@@ -624,9 +614,11 @@ class Likelihood:
         self._right, self._seen = [], 0
 
     def loss(self, batch: Batch) -> Tensor:
+        """Σ NLL over the trained tokens; the rows are on the CPU, so that the host waits for no device."""
         base = self.text.base
         right = torch.empty(batch.trained_tokens, dtype=torch.bool, device=base.device)
-        nll = batch_loss(base.model, batch, base.device, self.text.call, right)
+        ids = sent(batch.input_ids, base.device)
+        nll = self.text.call(text_loss, base.model, ids, batch.lengths, batch.trained, right)
         self.add_accuracy(right)
         return nll
 
