@@ -18,7 +18,7 @@ from veneer.studio.commands import command, command_base
 from veneer.studio.frame import NothingHere, ViewPage
 from veneer.studio.library import LibraryCard, card_of, routes_of
 from veneer.studio.parts import Command, Field, Fragment, box, button, confirm, form_field, heading, line, link, permit
-from veneer.studio.talk import answer_of
+from veneer.studio.talk import start_answers
 from veneer.studio.watch import on_change
 from veneer.train.report.log import size
 
@@ -157,12 +157,8 @@ def _ask_both(page: ViewPage, version: Version) -> None:
         return
     _asked(version)
 
-    async def ask() -> None:
-        columns = [{"name": name, "text": "", "done": False} for name in (studio.base, version.reference)]
-        answers.show(columns=columns)
-        for column, reference in zip(columns, ("", version.reference), strict=True):
-            column |= {"text": await answer_of(page, messages, reference), "done": True}
-            answers.show(columns=columns)
+    def ask() -> None:
+        start_answers(page, answers, messages, version.reference)
 
     button("Ask both", permit("infer", ask))
     answers = Fragment("answers_two.html.j2", columns=[])

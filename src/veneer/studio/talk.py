@@ -103,6 +103,29 @@ async def answer_of(
     return text
 
 
+def start_answers(
+    page: ViewPage, answers: Fragment, messages: Sequence[dict[str, Any]], reference: str
+) -> list[asyncio.Task[Any]]:
+    """Ask the base and an adapter the same, and show both answers (answers_two.html.j2) as they come."""
+    columns = [{"name": name, "text": "", "done": False} for name in (page.studio.base, reference)]
+
+    async def ask(column: dict[str, Any], name: str) -> None:
+        try:
+            await answer_of(page, messages, name, lambda text: column.update(text=text))
+        finally:  # also after an error: `show` waits for it
+            column["done"] = True
+
+    async def show() -> None:
+        while not all(column["done"] for column in columns):
+            answers.show(columns=columns)
+            await asyncio.sleep(0.1)
+        answers.show(columns=columns)
+
+    answers.show(columns=columns)
+    asked = [page.task(ask(column, name)) for column, name in zip(columns, ("", reference), strict=True)]
+    return [*asked, page.task(show())]
+
+
 async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
     """A prompt, and what the base and a step of the run answer, while the run goes on. Returns what begins to follow
     its steps."""
@@ -179,28 +202,8 @@ async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
         system = str(told_first.value or "").strip()
         if not text:
             raise ConfigError("there is no prompt", fix="type one")
-        names = (page.studio.base, reference)
-        columns: list[dict[str, Any]] = [{"name": name, "text": "", "done": False} for name in names]
         same.show(command("generate", text, base=command_base(page), adapter=reference, system=system))
-
-        async def one(column: dict[str, Any], name: str) -> None:
-            def told(said: str) -> None:
-                column["text"] = said
-
-            try:
-                await answer_of(page, prompt_messages(text, system), name, told)
-            finally:  # also where it fails: `drawn` waits for it
-                column["done"] = True
-
-        async def drawn() -> None:
-            while not all(column["done"] for column in columns):
-                answers.show(columns=columns)
-                await asyncio.sleep(0.1)
-            answers.show(columns=columns)
-
-        answers.show(columns=columns)
-        running.extend(page.task(one(column, name)) for column, name in zip(columns, ("", reference), strict=True))
-        running.append(page.task(drawn()))
+        running.extend(start_answers(page, answers, prompt_messages(text, system), reference))
 
     await fill()
     page.when_loaded(fill)
