@@ -110,7 +110,7 @@ def test_every_view_has_its_own_things_and_a_key_that_is_revoked_opens_nothing(c
         window.at("train")
         page.get_by_role("link", name="acme/lesson").click()
         window.heading("acme/lesson")
-        page.get_by_role("link", name="Steps").click()
+        page.get_by_role("link", name="Steps", exact=True).click()
         window.heading("Steps of acme/lesson")
         for text in ("globex", "support"):
             assert page.get_by_text(text).count() == 0

@@ -144,7 +144,7 @@ def test_a_mix_is_kept_as_an_adapter(window: Window, talking: Served) -> None:
     page.get_by_label("Name").fill("softer")
     page.get_by_label("Alias").fill("prod")
     window.until("veneer library mix softer support@2:0.5 acme/tone:-0.5 --alias prod")
-    page.get_by_role("button", name="Save").click()
+    page.get_by_role("button", name="Save", exact=True).click()
     window.until("softer@1 kept")
     with open_library(talking.library) as library:
         assert library.find("softer@prod").card["recipe"]["strengths"] == {"support@2": 0.5, "acme/tone@1": -0.5}

@@ -62,7 +62,7 @@ def test_a_route_is_begun_dragged_promoted_and_rolled_back_before_the_eyes_of_an
     one, other = people
     page = one.page
     named(page, "parcels")
-    page.get_by_label("Target").select_option(FIRST)
+    page.get_by_label("First target").select_option(FIRST)
     one.until(f"veneer tenant route set parcels {FIRST}")
     page.get_by_role("button", name="Create route").click()
     other.page.wait_for_function(SHARES, arg="100 %")
@@ -78,7 +78,7 @@ def test_a_route_is_begun_dragged_promoted_and_rolled_back_before_the_eyes_of_an
     one.until(f"Of the users of parcels, 30 % move from {FIRST} to {OTHER}; nobody else changes.")
     one.until(f"veneer tenant route set parcels {FIRST}=60 {OTHER}=40")
     assert targets(store) == {FIRST: 90, OTHER: 10}, "it is said, not done"
-    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Cancel", exact=True).click()
     page.wait_for_function(SHARES, arg="90 %,10 %")
     dragged(one, 0.6)
     page.get_by_role("button", name="Apply", exact=True).click()
@@ -87,7 +87,7 @@ def test_a_route_is_begun_dragged_promoted_and_rolled_back_before_the_eyes_of_an
 
     other.page.get_by_role("button", name=f"Promote {OTHER}").click()
     other.until(f"60 % move from {FIRST} to {OTHER}")
-    other.page.get_by_role("button", name="Promote").click()
+    other.page.locator("dialog[open]").get_by_role("button", name="Promote", exact=True).click()
     page.wait_for_function(SHARES, arg="100 %")
     assert targets(store).keys() == {OTHER}
     page.get_by_role("button", name="Roll back", exact=True).click()
@@ -97,7 +97,7 @@ def test_a_route_is_begun_dragged_promoted_and_rolled_back_before_the_eyes_of_an
     assert targets(store) == {FIRST: 60, OTHER: 40}
 
     page.get_by_role("button", name="Remove parcels").click()
-    page.get_by_role("button", name="Remove").click()
+    page.locator("dialog[open]").get_by_role("button", name="Remove", exact=True).click()
     other.page.locator(ROUTE).wait_for(state="detached")
 
 
@@ -105,10 +105,10 @@ def test_a_shadow_s_answer_stands_beside_the_one_that_was_sent(people: tuple[Win
     window, _ = people
     page = window.page
     named(page, "shadowed")
-    page.get_by_label("Target").select_option(FIRST)
+    page.get_by_label("First target").select_option(FIRST)
     page.get_by_role("button", name="Create route").click()
     page.get_by_text("Add a version or a shadow").click()
-    page.get_by_label("Shadow").select_option(OTHER)
+    page.get_by_label("Shadow version").select_option(OTHER)
     window.until(f"{OTHER} answers 100 % of requests too")
     page.get_by_role("button", name="Apply", exact=True).click()
     window.until("shadowed moved")
@@ -130,5 +130,5 @@ def test_a_shadow_s_answer_stands_beside_the_one_that_was_sent(people: tuple[Win
     assert page.locator("img[src='x']").count() == 0
     assert page.get_by_role("group", name="Adapters in memory").get_by_text(OTHER).count() == 1
     page.get_by_role("button", name="Remove shadowed").click()
-    page.get_by_role("button", name="Remove").click()
+    page.locator("dialog[open]").get_by_role("button", name="Remove", exact=True).click()
     page.locator(ROUTE).wait_for(state="detached")

@@ -51,7 +51,7 @@ def test_from_settings_to_an_adapter_in_use(window: Window, training: Served, ro
     page = window.at("train").page
     typed = page.get_by_label("Other settings")
     page.get_by_label("File of rows").fill(str(rows))
-    page.get_by_label("Steps").fill("50000")
+    page.get_by_label("Steps", exact=True).fill("50000")
     page.get_by_label("Name", exact=True).fill("parcels")
     typed.fill("adapter.rank=2\ndata.split=4\nadapter.rnak=3")
     window.until("did you mean")
@@ -85,7 +85,7 @@ def test_from_settings_to_an_adapter_in_use(window: Window, training: Served, ro
         arg=rested,
     )
 
-    page.get_by_role("link", name="Steps").click()
+    page.get_by_role("link", name="Steps", exact=True).click()
     window.heading("Steps of parcels")
     page.wait_for_function("document.querySelectorAll('.asked .panel:not([aria-busy])').length >= 2")
     assert page.locator(".chip.on", has_text="lowest").count() == 1

@@ -196,7 +196,7 @@ class NewRoute(_Shares):
                         "Name", name, permit("operate", lambda _: self.say()), hint="support", most=120
                     )
                     self.first = form_field(
-                        "Target", moves.base, permit("operate", self._led), kind="choice", options=names
+                        "First target", moves.base, permit("operate", self._led), kind="choice", options=names
                     )
                     others = _or_none("nothing else", names)
                     self.other = form_field(
@@ -279,7 +279,9 @@ class RoutePanel(_Shares):
                 line("Add a version or a shadow", tag="summary")
                 with box("div", "row foot"):
                     self.other = form_field("Another version", "", permit("operate", self.added), kind="choice")
-                    self.shadow = form_field("Shadow", "", permit("operate", lambda _: self.say()), kind="choice")
+                    self.shadow = form_field(
+                        "Shadow version", "", permit("operate", lambda _: self.say()), kind="choice"
+                    )
                     self.fraction = form_field(
                         "Share of requests, in %",
                         100,
