@@ -7,44 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from veneer.ops.dispatch import OPS, REFERENCE, RULES, Implementation, implementations
+from veneer.ops.dispatch import OPS, RULES, Implementation, implementations
 
 _HEAD = """# Ops and their implementations
 
-<!-- written by `python -m veneer.ops.table`; a test holds it -->
+<!-- written by `python -m veneer.ops.table` -->
 
-What a step multiplies goes through an op. Each op has a reference in torch, which runs on anything. Some devices have
-faster implementations, each for the input that it takes: the first that takes the input runs. Where the fastest one
-depends on the machine or the dtype, a rule names it, from the **profile** of the machine: product rates by dtype and
-the bandwidth of its memory, measured once in about two seconds and kept beside the compiled kernels
-(`profile-….json`, named by the processor, its flags, the number of threads and torch's version). The same profile gives
-the same bits.
+The first implementation that supports the input runs; PyTorch runs everything else. `compiled` without a condition
+needs contiguous bfloat16. Two rules use the machine's **profile**: speed by dtype and memory bandwidth, measured once
+in two seconds and stored with the compiled kernels. Equal profiles give equal bits.
 
-`VENEER_OPS` overrides the choice: `torch` (references only) or `op=name` of the columns below (`rms_norm=torch`),
-several separated by commas. `VENEER_PROFILE` names a profile's file to use instead of this machine's.
-`veneer doctor --ops` shows the profile, and which implementation runs on this machine and why.
+| to | use |
+| --- | --- |
+| see what runs, and why | `veneer doctor --ops` |
+| run PyTorch only | `VENEER_OPS=torch` |
+| choose for some ops | `VENEER_OPS=rms_norm=torch,attend=torch` |
+| use another profile | `VENEER_PROFILE=FILE` |
 """
+_USUAL = "contiguous bfloat16"
 
 
 def ops_page() -> str:
     """Return the page."""
     cpu, cuda = implementations("cpu"), implementations("cuda")
-    lines = [_HEAD, "| op | computes | on a CPU | on CUDA | rule |", "| --- | --- | --- | --- | --- |"]
+    lines = [_HEAD, "| op | computes | CPU | CUDA |", "| --- | --- | --- | --- |"]
     for op, what in OPS.items():
-        rule = RULES[op].why if op in RULES else ""
-        lines.append(f"| `{op}` | {_plain(what)} | {_cell(cpu, op)} | {_cell(cuda, op)} | {rule} |")
+        rule = f"; {RULES[op].why}" if op in RULES else ""
+        lines.append(f"| `{op}` | {_plain(what)} | {_cell(cpu, op)}{rule} | {_cell(cuda, op)} |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(own: Mapping[str, Implementation], op: str) -> str:
-    """The implementations of an op in their order, and what each takes."""
+    """Return the implementations of an op in order, and the input that each supports."""
     if op not in own:
-        return f"`{REFERENCE}`"
+        return ""
     names: dict[str, list[str]] = {}
     for one in (own[op], *own[op].others):
         names.setdefault(one.wants, []).append(f"`{one.name}`")
-    taken = [f"{', '.join(of)}: {_plain(wants)}" for wants, of in names.items()]
-    return "; ".join([*taken, f"`{REFERENCE}`: all else"])
+    cells = [(", ".join(group), _plain(wants)) for wants, group in names.items()]
+    return "; ".join(group if wants == _USUAL else f"{group}: {wants}" for group, wants in cells)
 
 
 def _plain(text: str) -> str:

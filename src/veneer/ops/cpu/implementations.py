@@ -112,7 +112,7 @@ def _takes_dora_scale(name: str) -> Callable[..., bool]:
 
 
 @_implements(
-    "dora_scale", "dora_scale", takes=_takes_dora_scale("dora_scale"), wants="a float32 scale and contiguous bfloat16"
+    "dora_scale", "dora_scale", takes=_takes_dora_scale("dora_scale"), wants="contiguous bfloat16, float32 scale"
 )
 def _dora_scale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty_like(y)
@@ -124,7 +124,7 @@ def _dora_scale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     "dora_scale_backward",
     "dora_scale_backward",
     takes=_takes_dora_scale("dora_scale_backward"),
-    wants="a float32 scale and contiguous bfloat16",
+    wants="contiguous bfloat16, float32 scale",
 )
 def _dora_scale_backward(g: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     dy, d_scale = torch.empty_like(g), torch.empty_like(scale)
@@ -199,7 +199,7 @@ def _heads(name: str) -> Callable[..., None]:
 
 
 for _name in ("gather_heads", "scatter_heads"):
-    _wants_heads = "bfloat16 heads that lie flat in each token"
+    _wants_heads = "bfloat16, contiguous heads"
     _implements(_name, takes=_takes_heads(_name), wants=_wants_heads)(_heads(_name))
 
 
@@ -225,7 +225,7 @@ def _takes_tiles(*tensors: Tensor) -> bool:
     ) and compiled.has("attend", "attend_backward")
 
 
-_HEADS_TOGETHER = "bfloat16 whose last dimension is even and lies together"
+_HEADS_TOGETHER = "bfloat16, contiguous even last dimension"
 
 
 @_implements("attend", "attend", "attend_backward", takes=_takes_tiles, wants=_HEADS_TOGETHER)
@@ -302,7 +302,7 @@ def _takes_rows_of(*dtypes: torch.dtype, names: tuple[str, ...]) -> Callable[...
 
 def _tiles(name: str, prefix: str, *dtypes: torch.dtype, others: tuple[Implementation, ...] = ()) -> Implementation:
     run = _Tiles(prefix)
-    wants = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} heads that lie flat in each token"
+    wants = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} with contiguous heads"
     missing = lambda: compiled.why_missing(*run.names)  # noqa: E731
     return Implementation(run, _takes_rows_of(*dtypes, names=run.names), wants, missing, name, others)
 
@@ -331,7 +331,7 @@ def _no_order(dtype: torch.dtype) -> str:
 IMPLEMENTATIONS["prepacked_linear"] = Implementation(
     Reordered,
     _takes_prepacked,
-    f"contiguous bfloat16 or float32, a weight of {_LEAST} rows and columns and more",
+    f"contiguous, at least {_LEAST} rows and columns",
     lambda: _no_order(torch.float32),
     "onednn",
 )
@@ -386,7 +386,7 @@ _implements(
     "low_rank",
     *_LOW_RANK,
     takes=_takes_low_rank,
-    wants=f"up to {SMALL_INPUT:,} elements of contiguous bfloat16 in multiples of 16 columns, float32 A and B",
+    wants=f"contiguous bfloat16 up to {SMALL_INPUT:,} elements, columns a multiple of 16, float32 A and B",
 )(CompiledLowRank)
 
 
@@ -417,7 +417,7 @@ def _takes_bytes(name: str) -> Callable[..., bool]:
 
 
 def _quantised(op: str, name: str) -> Callable[[Any], Any]:
-    return _implements(op, name, takes=_takes_bytes(name), wants="contiguous bytes beside bfloat16 or float32")
+    return _implements(op, name, takes=_takes_bytes(name), wants="contiguous, bfloat16 or float32")
 
 
 @_quantised("dequantize_blocks4", "blocks4_dense")
@@ -493,7 +493,7 @@ def _takes_rows(x: Tensor, y: Tensor) -> bool:
     return x.shape[1] % 2 == 0 and compiled.usable("lora_rows", x, y) is not None
 
 
-@_implements("rows_low_rank", "lora_rows", takes=_takes_rows, wants="contiguous bfloat16 of an even number of columns")
+@_implements("rows_low_rank", "lora_rows", takes=_takes_rows, wants="contiguous bfloat16, even columns")
 def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
     """`pointers`: of the rows and their adapters, as serving.c reads them."""
     at = x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1]
@@ -524,14 +524,14 @@ def _takes_reordered(probe: Tensor, bits: int) -> bool:
 IMPLEMENTATIONS["weight_layout"] = Implementation(
     {16: Panels.of, 8: Panels.int8, 4: Panels.int4},
     _takes_panels,
-    "bfloat16, in 16, 8 or 4 bits a weight",
+    "bfloat16, stored in 16, 8 or 4 bits",
     lambda: compiled.why_missing("panel_product"),
     "panels",
     (
         Implementation(
             {16: Reordered.of},
             _takes_reordered,
-            "bfloat16 in 16 bits a weight",
+            "bfloat16, stored in 16 bits",
             lambda: _no_order(torch.bfloat16),
             "onednn",
         ),

@@ -18,26 +18,22 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "linear_cross_entropy": Implementation(
         liger.linear_cross_entropy,
         liger.takes_loss,
-        "contiguous inputs and a plain weight of one dtype",
+        "contiguous inputs, weight of the same dtype",
         liger.why_missing,
         "liger",
     ),
     "varlen_attention": Implementation(
         attention.varlen,
         attention.takes_varlen,
-        "16-bit heads of up to 256 values in multiples of 8, without capped scores and sinks",
+        "16-bit heads up to 256 in multiples of 8, without caps and sinks",
         attention.varlen_missing,
         "varlen",
-        (
-            Implementation(
-                attention.flex, attention.takes_flex, "capped scores or sinks", attention.flex_missing, "flex"
-            ),
-        ),
+        (Implementation(attention.flex, attention.takes_flex, "caps or sinks", attention.flex_missing, "flex"),),
     ),
     "quantized_linear": Implementation(
         quantised.quantized_linear,
         quantised.takes_codes,
-        "nf4 and fp4 whose blocks lie within a row",
+        "nf4 and fp4, blocks within rows",
         quantised.why_missing,
         "bitsandbytes",
     ),
