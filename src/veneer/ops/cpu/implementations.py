@@ -331,7 +331,7 @@ def _no_order(dtype: torch.dtype) -> str:
 IMPLEMENTATIONS["prepacked_linear"] = Implementation(
     Reordered,
     _takes_prepacked,
-    f"contiguous, at least {_LEAST} rows and columns",
+    f"contiguous bfloat16 or float32, at least {_LEAST} rows and columns",
     lambda: _no_order(torch.float32),
     "onednn",
 )

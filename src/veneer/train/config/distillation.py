@@ -8,62 +8,54 @@ from veneer.train.config.section import Section, setting
 
 
 class DistillationSection(Section):
-    """Learning a teacher's distribution on the model's own answers; without a `teacher`, nothing is drawn.
+    """Training on a teacher's distribution over the model's own completions.
 
-    `batching.rows` counts prompts. `veneer data draw` keeps a teacher's answers as rows instead."""
+    `batching.rows` counts prompts."""
 
     named: ClassVar[str] = "distillation"
     updates: ClassVar[int] = 1
 
     teacher: str | None = setting(
         None,
-        "who is learned from: an adapter of the library or a folder, base for a base with nothing on it, or with `url` "
-        "a model of that server",
+        "adapter (library name or folder), base, or with `url` a served model",
     )
-    base: str | None = setting(
-        None, "another base that the teacher is, in memory beside the trained one", "the base that is trained"
-    )
+    base: str | None = setting(None, "the teacher's base, also in memory", "the trained base")
     url: str | None = setting(
         None,
-        "server of the teacher, as http://localhost:8000/v1, which gives log-probabilities of prompts",
+        "teacher's server, as http://localhost:8000/v1, with prompt logprobs",
         "this process",
         pattern=r"^https?://\S+$",
     )
-    key: str | None = setting(
-        None, "variable of the environment with the server's key", "no key is sent", pattern=r"^[A-Za-z_]\w*$"
-    )
-    timeout: float = setting(120.0, "seconds that the server may take for one answer", gt=0)
-    patience: float = setting(
-        600.0, "seconds that the server may be away before the run stops", "a restart is no end of a run", ge=0
-    )
-    at_once: int = setting(8, "answers that the server reads at once", gt=0, le=256)
+    key: str | None = setting(None, "environment variable with the server's key", "none", pattern=r"^[A-Za-z_]\w*$")
+    timeout: float = setting(120.0, "seconds per request", gt=0)
+    patience: float = setting(600.0, "seconds of outage before the run stops", "survives a restart", ge=0)
+    at_once: int = setting(8, "concurrent requests", gt=0, le=256)
     most_failed: float = setting(
-        0.1, "share of a step's answers that the server may fail to read; above it the run stops", ge=0, le=1
+        0.1, "maximum share of a step's completions that the server fails to score", ge=0, le=1
     )
     top_logprobs: int = setting(
         20,
-        "with `url` and forward: likeliest tokens of each place that the server gives; the rest counts as one",
-        "what servers allow without being told otherwise",
+        "`url` with forward: tokens per position; the rest is one",
         gt=0,
     )
-    system: str = setting("", "what the teacher is told before each conversation and the student is not")
+    system: str = setting("", "system message for the teacher only")
     divergence: Literal["reverse", "forward"] = setting(
         "reverse",
-        "KL(student ‖ teacher), which keeps to what the teacher likes best, or KL(teacher ‖ student), which covers all",
-        "arXiv 2306.08543; the answers are the student's own",
+        "KL(student ‖ teacher), mode-seeking, or KL(teacher ‖ student), covering",
+        "arXiv 2306.08543",
     )
-    group: int = setting(1, "answers drawn to each prompt", "more prompts say more than more answers", ge=1)
-    max_tokens: int = setting(256, "most tokens of an answer; one that is longer is cut there, and counted", gt=0)
-    temperature: float = setting(1.0, "of the draw; neither distribution is changed by it", gt=0, le=100)
-    rows: int = setting(64, "answers drawn at once; changes memory and speed, never the result", gt=0)
+    group: int = setting(1, "completions per prompt", ge=1)
+    max_tokens: int = setting(256, "maximum completion tokens; longer ones are cut and counted", gt=0)
+    temperature: float = setting(1.0, "sampling temperature; distributions stay", gt=0, le=100)
+    rows: int = setting(64, "completions sampled at once; the result stays", gt=0)
     gap: float = setting(
         0.2,
-        "largest mean difference of the sampler's and the trainer's log-probabilities, in nats",
-        "bfloat16 rounds to 0.05 and more; student and teacher are compared by the trainer's own values",
+        "maximum mean sampler-trainer mismatch, in nats",
+        "bfloat16 rounds to 0.05 and more",
         gt=0,
     )
     price: float | None = setting(
         None,
-        "US dollars of a million prompt tokens, as `veneer tenant price` has it: what `system` costs is said",
+        "US dollars per million prompt tokens: reports what `system` costs",
         ge=0,
     )

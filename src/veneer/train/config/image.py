@@ -44,117 +44,95 @@ with these the 3 × 3 convolutions of a UNet (LoCon, arXiv 2309.14859)."""
 
 
 class ImageBaseSection(BaseSection):
-    """Which model is trained on. `base: NAME` is short for `base: {name: NAME}`."""
+    """The base model. `base: NAME` is short for `base: {name: NAME}`."""
 
     name: str = setting(
-        ..., "built-in name (catalogue-sdxl, catalogue-flux), hub id, diffusers directory or .safetensors checkpoint"
+        ..., "built-in name (catalogue-sdxl, catalogue-flux), hub id, diffusers folder or .safetensors checkpoint"
     )
     quantise: Literal["nf4", "int8"] | None = setting(
-        None, "hold the frozen denoiser and large text encoders in 4 or 8 bits", "only where memory is short"
+        None, "4- or 8-bit denoiser and large text encoders", "full precision"
     )
 
 
 class ImageDataSection(Section):
-    """Which pictures are learned, what is said of each, how they are cut, and which are held out."""
+    """Pictures, captions, crops, and held-out pictures."""
 
     pictures: str | tuple[str, ...] = setting(
         (),
-        "folders of pictures, with captions beside them, a metadata.jsonl, or kohya's `N_words` folders; a slider "
-        "alone has none",
+        "folders of pictures with captions, metadata.jsonl, or kohya's `N_words` folders; none for a slider",
     )
-    validation: str | None = setting(None, "a folder of pictures that are never trained on, read the same way")
-    prompt: str | None = setting(None, "the caption of every picture that has none of its own")
+    validation: str | None = setting(None, "folder of held-out pictures")
+    prompt: str | None = setting(None, "default caption")
     caption_column: str | None = setting(
-        None, "metadata's column of captions", "the first of text, caption, prompt, instruction that is there"
+        None, "caption column of metadata", "the first of text, caption, prompt, instruction"
     )
-    trigger: str | None = setting(
-        None, "a word for what is learned: replaces `[trigger]` in captions, and is put before captions without it"
-    )
-    class_folder: str | None = setting(None, "class (regularisation) pictures, learned beside the others; no trigger")
-    class_prompt: str | None = setting(None, "the caption of every class picture that has none of its own")
-    class_weight: float = setting(1.0, "the class pictures' loss is multiplied by this", "DreamBooth's value", ge=0)
+    trigger: str | None = setting(None, "word that activates the adapter: replaces `[trigger]`, or precedes captions")
+    class_folder: str | None = setting(None, "class (regularization) pictures, trained without the trigger")
+    class_prompt: str | None = setting(None, "default caption of class pictures")
+    class_weight: float = setting(1.0, "loss weight of class pictures", "DreamBooth's", ge=0)
     caption_dropout: float = setting(
         0.0,
-        "share of the rows whose caption is left empty, drawn anew each epoch",
-        "0.1 trains guidance as well",
+        "share of empty captions, by epoch",
+        "0.1 also trains guidance",
         ge=0,
         le=1,
     )
-    shuffle_tags: bool = setting(False, "shuffle the caption's comma-separated tags, anew each epoch")
-    keep_tags: int | None = setting(
-        None, "number of leading tags that stay in place when shuffling", "1 with a trigger, else 0", ge=0
-    )
+    shuffle_tags: bool = setting(False, "shuffle comma-separated tags each epoch")
+    keep_tags: int | None = setting(None, "leading tags that stay", "1 with a trigger, else 0", ge=0)
     resolution: int | tuple[int, ...] | None = setting(
-        None, "side in pixels of a square of the same area; several: each picture is learned at each", "the base's size"
+        None, "side of a square of the same area; a list trains each picture at each", "the base's"
     )
-    buckets: bool = setting(
-        True, "keep each picture's aspect ratio as nearly as the step allows; false: squares", "cuts off least"
-    )
+    buckets: bool = setting(True, "keep aspect ratios; false: squares", "crops least")
     bucket_step: int | None = setting(
-        None, "bucket sides are multiples of this many pixels", "64 from 512 pixels on, the base's unit below"
+        None, "bucket sides are multiples of this", "64 from 512 pixels on, else the base's unit"
     )
-    bucket_ratio: float = setting(
-        2.0, "longest side over shortest, at most", "bases have seen few pictures beyond it", ge=1, le=8
-    )
+    bucket_ratio: float = setting(2.0, "maximum aspect ratio", "bases have seen few beyond", ge=1, le=8)
     small: Literal["keep", "upscale", "drop"] = setting(
         "keep",
-        "pictures smaller than their bucket: a bucket of their own size, enlarged, or left out",
+        "pictures below their bucket: own bucket, enlarge, leave out",
         "enlarging teaches blur",
     )
-    crop: Literal["center", "random"] = setting(
-        "center", "which part of a picture is kept where it is larger than its bucket"
-    )
-    crops: int = setting(
-        4, "number of random crops of a picture; each epoch uses one of them", "limits the size of the cache", gt=0
-    )
-    flip: bool = setting(
-        False, "mirror a picture in half of the epochs", "faces, writing and products are not symmetric"
-    )
+    crop: Literal["center", "random"] = setting("center", "crop position")
+    crops: int = setting(4, "random crops of a picture, one per epoch", "limits the cache", gt=0)
+    flip: bool = setting(False, "mirror pictures in half of the epochs", "faces and writing are asymmetric")
     masks: str = setting(
         "auto",
-        "where loss masks are: auto (NAME.mask.png beside, and a `masks` folder), off, alpha, or a folder",
-        "used where there are any, and reported",
+        "loss masks: auto (NAME.mask.png or a `masks` folder), off, alpha, or a folder",
+        "used if present",
     )
-    mask_floor: float = setting(
-        0.0, "weight of what a mask leaves out; white is always 1", "it is not learned", ge=0, le=1
-    )
+    mask_floor: float = setting(0.0, "loss weight of black; white is 1", "not trained", ge=0, le=1)
     before: str | tuple[str, ...] = setting(
         "auto",
-        "where the pictures are that an edit starts from: auto (NAME.before.png beside, a `before` folder, metadata's "
-        "`before`), off, or a folder of the same names; several folders: several references",
-        "an edit base learns from pairs, and captions are instructions; used where there are any, and reported",
+        "source images of edits: auto (NAME.before.png, a `before` folder, metadata), off, or folders (one per "
+        "reference)",
+        "used if present",
     )
     before_kind: Literal["picture", "canny", "depth", "pose"] = setting(
-        "picture", "what they are; each is looked at, and one of another kind stops the run", "any picture"
+        "picture", "expected kind of source images", "any"
     )
-    background: str = setting(
-        "#ffffff", "colour behind transparent pixels: #rrggbb, white, black or grey", "as on paper"
-    )
-    animated: Literal["refuse", "first"] = setting("refuse", "animated files: stop, or use their first frame")
+    background: str = setting("#ffffff", "color behind transparency: #rrggbb, white, black or grey")
+    animated: Literal["refuse", "first"] = setting("refuse", "animated files: stop, or first frame")
     broken: Literal["refuse", "drop"] = setting(
         "refuse",
-        "files that cannot be read: stop, or leave them out, counted",
-        "nothing is dropped without being asked for",
+        "unreadable files: stop, or leave out",
     )
     most_megapixels: float = setting(
         120.0,
-        "larger pictures are refused before they are decoded",
-        "a small file can unpack to more than the memory",
+        "larger pictures are refused before decoding",
+        "limits memory",
         gt=0,
     )
-    cache: str | None = setting(
-        None, "folder for latents and text embeddings; nothing: `cache` in the output folder", "made once, used by all"
-    )
+    cache: str | None = setting(None, "folder of latents and embeddings", "`cache` in the output folder")
     split: int | float | None = setting(
         None,
-        "pictures (whole number) or share (0 to 1) held out; 0 for none",
-        "a tenth from 20 pictures on, at most 50, when no `validation` is given; none below, where each one counts",
+        "held-out pictures: a number, or a share; 0 for none",
+        "a tenth of 20 or more, at most 50, without `validation`",
         ge=0,
     )
     class_count: int = setting(
-        0, "class pictures wanted; missing ones are drawn by the base from `class_prompt`", "none", ge=0
+        0, "class pictures wanted; the base generates missing ones from `class_prompt`", "none", ge=0
     )
-    class_steps: int = setting(20, "sampling steps of class pictures that are drawn", gt=0)
+    class_steps: int = setting(20, "sampling steps of generated class pictures", gt=0)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -220,20 +198,18 @@ class ImageDataSection(Section):
 
 
 class ImageAdapterSection(PairsSection):
-    """What is trained: which modules of the denoiser, and of the text encoders, get a pair, and how it starts."""
+    """The trained adapter of the denoiser and text encoders."""
 
-    alpha: float = setting(
-        16.0, "scale is alpha / rank", "scale 1 at rank 16, as diffusers' and ai-toolkit's examples", gt=0
-    )
+    alpha: float = setting(16.0, "scale is alpha / rank", "scale 1, as diffusers' and ai-toolkit's examples", gt=0)
     targets: str | tuple[str, ...] = setting(
         "attention+ff",
-        "of the denoiser: attention, attention+ff, attention+ff+conv, all-linear, or names, .suffixes, globs, re:REGEX",
-        "the transformer blocks whole; what lies outside them sets time and size",
+        "denoiser modules: attention, attention+ff, attention+ff+conv, all-linear, names, .suffixes, globs, re:REGEX",
+        "whole transformer blocks",
     )
     text_encoders: tuple[str, ...] = setting(
         (),
-        "text encoders that get pairs as well, as [text_encoder, text_encoder_2]",
-        "style needs none, and without them every prompt is encoded once",
+        "text encoders to adapt, as [text_encoder, text_encoder_2]",
+        "styles need none",
     )
     text_targets: str | tuple[str, ...] = setting("all-linear", "modules of those text encoders")
 
@@ -244,101 +220,92 @@ class ImageAdapterSection(PairsSection):
 
 
 class LossSection(Section):
-    """What is minimised: the squared error of the base's own prediction (epsilon, v or flow), and how it is drawn."""
+    """Squared error of the base's prediction (epsilon, v or flow)."""
 
-    snr_gamma: float | None = setting(
-        None, "weights of min-SNR (arXiv 2303.09556), epsilon and v only; the paper's value is 5", gt=0
-    )
+    snr_gamma: float | None = setting(None, "min-SNR weights (arXiv 2303.09556), epsilon and v; the paper uses 5", gt=0)
     noise_offset: float = setting(
         0.0,
-        "noise that moves whole channels, epsilon and v only; 0.03 to 0.1, more for a look with a ground of its own",
+        "per-channel noise offset, epsilon and v; 0.03 to 0.1, more for a colored background",
         ge=0,
     )
-    pyramid_iterations: int = setting(0, "levels of multi-resolution noise, epsilon and v only; 6 to 10", ge=0)
-    pyramid_discount: float = setting(0.3, "strength of each coarser level over the one before", ge=0, lt=1)
+    pyramid_iterations: int = setting(0, "levels of multi-resolution noise, epsilon and v; 6 to 10", ge=0)
+    pyramid_discount: float = setting(0.3, "strength of each coarser level", ge=0, lt=1)
     timesteps: Literal["auto", "uniform", "logit-normal"] = setting(
-        "auto", "how times are drawn", "flow: logit-normal, as SD3 and FLUX were trained; epsilon and v: uniform"
+        "auto", "sampling of timesteps", "flow: logit-normal; epsilon and v: uniform"
     )
-    logit_mean: float = setting(0.0, "logit-normal: mean before the sigmoid; above 0 draws more noise")
-    logit_std: float = setting(1.0, "logit-normal: spread before the sigmoid", gt=0)
+    logit_mean: float = setting(0.0, "logit-normal: mean; above 0: more noise")
+    logit_std: float = setting(1.0, "logit-normal: standard deviation", gt=0)
     shift: float | Literal["auto", "resolution"] = setting(
         "auto",
-        "flow: moves times towards noise, s·u / (1 + (s − 1)·u); resolution: FLUX's exp(μ) of the picture's size",
-        "as diffusers' scripts: the fixed shift of the base's scheduler (SD3 3, Z-Image 6), 1 where it goes by size",
+        "flow: timestep shift, s·u / (1 + (s − 1)·u); resolution: FLUX's exp(μ)",
+        "the base's fixed shift (SD3 3, Z-Image 6), else 1",
     )
     guidance: float = setting(
         1.0,
-        "guidance value that a distilled base (FLUX.1 dev) is given while training",
+        "guidance input of a distilled base (FLUX.1 dev)",
         "sd-scripts' and diffusers' advice",
         ge=0,
     )
     keep_guidance: float | None = setting(
         None,
-        "of a distilled base: keep what this guidance adds to the base's prediction; told is the larger of the two",
-        "two more forward passes a step. What pictures are made with keeps all; less, beside `guidance`, a part of it",
+        "distilled base: keep what this guidance adds; trains at the larger of both",
+        "off; two more forward passes a step",
         gt=1,
     )
 
 
 class ImageBatchingSection(Section):
-    """How pictures become steps (one optimizer update each) and micro-batches (what is in memory at once)."""
+    """Steps (one optimizer update) and micro-batches (in memory at once)."""
 
-    rows: int = setting(4, "pictures in a step", "the useful range is 1 to 8 for tens of pictures", gt=0)
-    micro_rows: int | None = setting(
-        None, "most pictures in a micro-batch, which has one shape; changes memory and speed, never the result", gt=0
-    )
+    rows: int = setting(4, "pictures per step", "1 to 8 for tens of pictures", gt=0)
+    micro_rows: int | None = setting(None, "maximum pictures of a micro-batch; the result stays", gt=0)
 
 
 class ImageOptimizerSection(OptimizerSection):
-    """How weights move."""
+    """The optimizer."""
 
     learning_rate: float = setting(
-        1e-4, "peak learning rate of the denoiser's pairs", "diffusers', sd-scripts' and ai-toolkit's examples", gt=0
+        1e-4, "peak learning rate of the denoiser", "diffusers', sd-scripts' and ai-toolkit's examples", gt=0
     )
-    text_learning_rate: float = setting(
-        2e-5, "peak learning rate of the text encoders' pairs", "they over-fit first: a fifth of the denoiser's", gt=0
-    )
+    text_learning_rate: float = setting(2e-5, "peak learning rate of text encoders", "they overfit first", gt=0)
 
 
 class ImageScheduleSection(ScheduleSection):
-    """How the learning rate changes and when the run ends."""
+    """Learning rate schedule and length of the run."""
 
-    epochs: int | None = setting(None, "times over the pictures", gt=0)
-    steps: int | None = setting(None, "optimizer steps, instead of epochs; 1000 when neither is given", gt=0)
+    epochs: int | None = setting(None, "epochs", gt=0)
+    steps: int | None = setting(None, "optimizer steps, instead of epochs", "1000 without `epochs`", gt=0)
 
 
 class ImageEvaluationSection(Section):
-    """When the held-out pictures are scored: at noise and times that are the same in every run."""
+    """Scoring of held-out pictures, at the same noise and timesteps in every run."""
 
     every: int | Literal["epoch"] = setting(100, "steps between evaluations, or `epoch`")
-    patience: int | None = setting(
-        None, "stop after this many evaluations without a better loss; nothing means never", gt=0
-    )
-    rows: int | None = setting(None, "score at most this many held-out pictures; nothing means all", gt=0)
-    times: int = setting(4, "times at which each picture is scored, in the middle of equal parts of the range", gt=0)
-    at_start: bool = setting(True, "score the base before step one", "the number every later one is compared with")
+    patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
+    rows: int | None = setting(None, "maximum held-out pictures to score", "all", gt=0)
+    times: int = setting(4, "timesteps at which each picture is scored", gt=0)
+    at_start: bool = setting(True, "score the base before step one", "the baseline")
     keep: Literal["best", "last"] = setting(
-        "best", "save the adapter of the lowest held-out loss, or the last one; a look grows after that loss has turned"
+        "best", "save the adapter of lowest held-out loss, or the last; a style grows after that"
     )
 
 
 class SamplesSection(Section):
-    """Pictures drawn while training, a sheet of prompts by seeds, shown in the report."""
+    """Sample sheets (prompts by seeds) for the report."""
 
     every: int | Literal["epoch"] | None = setting(
-        None, "steps between sheets, or `epoch`; nothing means only at the end, when there are prompts", gt=0
+        None, "steps between sheets, or `epoch`", "at the end, if there are prompts", gt=0
     )
-    prompts: tuple[str, ...] = setting((), "prompts to draw; with the trigger word where it is wanted")
+    prompts: tuple[str, ...] = setting((), "prompts, with the trigger")
     before: tuple[str | tuple[str, ...], ...] = setting(
         (),
-        "of an edit base: the picture that each prompt edits, or a list of those it is shown; one: of all prompts. "
-        "Shown beside what was drawn",
+        "edit bases: source image for each prompt, or lists; one for all",
     )
     negative: str = setting("", "negative prompt")
-    seeds: tuple[int, ...] = setting((0,), "a picture of each prompt for each seed")
+    seeds: tuple[int, ...] = setting((0,), "one picture per prompt and seed")
     steps: int = setting(20, "sampling steps", gt=0)
-    guidance: float | None = setting(None, "guidance scale; nothing means the pipeline's own", ge=0)
-    size: int | None = setting(None, "side in pixels; nothing means the base's own", gt=0)
+    guidance: float | None = setting(None, "guidance scale", "the pipeline's", ge=0)
+    size: int | None = setting(None, "side in pixels", "the base's", gt=0)
 
     @property
     def starts(self) -> tuple[tuple[str, ...], ...]:
@@ -348,70 +315,62 @@ class SamplesSection(Section):
 
 
 class EmaSection(Section):
-    """A moving average of the adapter, which is what is scored and saved when it is on."""
+    """Moving average of the adapter, used for scores and the saved file."""
 
-    decay: float | None = setting(
-        None, "share of the average kept at each step, as 0.99; nothing means off", gt=0, lt=1
-    )
+    decay: float | None = setting(None, "share of the average kept each step, as 0.99", "off", gt=0, lt=1)
 
 
 class ImageMemorySection(Section):
-    """How much memory may be used, and what is traded for it."""
+    """Memory limits and trade-offs."""
 
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
         "auto",
-        "recompute activations in the backward pass: less memory, a fifth to a third slower",
-        "off when one picture's activations, measured, fit",
+        "recompute activations: less memory, a fifth to a third slower",
+        "off if measured activations fit",
     )
-    limit_gb: float | None = setting(None, "memory this run may use, in GB; nothing means what is free", gt=0)
-    free_encoders: bool = setting(
-        True, "drop text encoders and VAE once everything is cached", "half of SDXL's and FLUX's memory"
-    )
-    offload_blocks: int = setting(
-        0, "transformer blocks whose frozen weights stay on the CPU and come for their turn (GPU only)", ge=0
-    )
+    limit_gb: float | None = setting(None, "memory limit in GB", "free memory", gt=0)
+    free_encoders: bool = setting(True, "drop text encoders and VAE after caching", "half of SDXL's and FLUX's memory")
+    offload_blocks: int = setting(0, "transformer blocks with frozen weights on the CPU (GPU only)", ge=0)
 
 
 class ImageOutputSection(OutputSection):
-    """Where the run writes and in which layout. `output: DIR` is short for `output: {directory: DIR}`."""
+    """The output folder and file layout. `output: DIR` is short for `output: {directory: DIR}`."""
 
     layout: Literal["diffusers", "kohya", "peft"] = setting(
-        "diffusers", "one .safetensors file for pipelines or for UIs, or a PEFT folder of the denoiser alone"
+        "diffusers", ".safetensors for pipelines or UIs, or a PEFT folder (denoiser only)"
     )
-    name: str | None = setting(None, "the file's name, without .safetensors; nothing means the folder's")
+    name: str | None = setting(None, "file name without .safetensors", "the folder's")
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "precision of the saved tensors", "the file then is what was trained, bit for bit"
+        "float32", "precision of saved tensors", "exactly what was trained"
     )
-    title: str = setting("", "title in the file's metadata; nothing means its name")
-    author: str = setting("", "author in the file's metadata")
-    description: str = setting("", "description in the file's metadata")
-    licence: str = setting("", "licence in the file's metadata, as an SPDX id")
+    title: str = setting("", "metadata title", "the name")
+    author: str = setting("", "metadata author")
+    description: str = setting("", "metadata description")
+    licence: str = setting("", "metadata license, an SPDX id")
 
 
 class SliderSection(Section):
-    """A slider: a direction between two prompts, learned without pictures; the adapter's strength moves along it.
+    """A direction between two prompts, trained without pictures; strength moves along it.
 
-    Of `data` only `resolution` and `cache` are used then."""
+    Of `data` only `resolution` and `cache` apply."""
 
-    positive: str | None = setting(None, "what a strength of 1 moves towards, as: a very old person")
-    negative: str | None = setting(None, "what a strength of -1 moves towards, as: a very young person")
-    target: str = setting("", "the neutral prompt that is moved, as: a person", "whatever is drawn without a prompt")
-    preserve: tuple[str, ...] = setting(
-        (), "what the direction should not bring along: each is added to both prompts in turn, as [man, woman]"
-    )
+    positive: str | None = setting(None, "prompt of strength 1, as: a very old person")
+    negative: str | None = setting(None, "prompt of strength -1, as: a very young person")
+    target: str = setting("", "neutral prompt, as: a person", "unconditional")
+    preserve: tuple[str, ...] = setting((), "concepts to keep, added to both prompts in turn, as [man, woman]")
     guidance: float = setting(
         3.0,
-        "how many times the difference of the two predictions a strength of 1 goes",
+        "multiple of the prompts' difference at strength 1",
         "ai-toolkit's; the paper's code has 4",
         gt=0,
     )
     scenes: int = setting(
         24,
-        "pictures that the base draws first, of the three prompts in turn: where the direction is learned",
-        "8 of each",
+        "pictures that the base generates for training",
+        "8 of each prompt",
         gt=0,
     )
-    strengths: tuple[float, ...] = setting((-2.0, -1.0, 0.0, 1.0, 2.0), "columns of the sample sheets")
+    strengths: tuple[float, ...] = setting((-2.0, -1.0, 0.0, 1.0, 2.0), "columns of sample sheets")
 
     @property
     def wanted(self) -> bool:
@@ -438,9 +397,9 @@ class ImageTrainConfig(Section):
     slider: SliderSection = SliderSection()
     report: ReportSection = ReportSection()
     preset: Literal["style", "subject", "product"] | None = setting(
-        None, "settings for a kind of adapter, with their evidence; keys that are given win"
+        None, "settings for a kind of adapter; your keys win"
     )
-    seed: int = setting(0, "fixes initialisation, order, noise, times and dropout", ge=0)
+    seed: int = setting(0, "seed of initialization, order, noise, timesteps and dropout", ge=0)
 
     @property
     def epochs(self) -> int | None:
@@ -479,63 +438,63 @@ class Preset:
     settings: Mapping[str, tuple[Any, str]]
 
 
-_RATE = (1e-4, "the rate of diffusers', sd-scripts' and ai-toolkit's own examples (convention)")
-_PAIRED = "scale 1: alpha equal to the rank, as the same examples (convention)"
+_RATE = (1e-4, "convention: diffusers, sd-scripts, ai-toolkit")
+_PAIRED = "scale 1 (convention)"
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "style": Preset(
-            "a look: tens of pictures of different things, captions that name the things and not the look",
+            "a look: tens of different pictures, captions without the look",
             {
                 "adapter.rank": (
                     16,
-                    "rank 16 took over the look of 50 drawings on a FLUX base (project's measurement)",
+                    "measured: 50 drawings on a FLUX base",
                 ),
                 "adapter.alpha": (16.0, _PAIRED),
                 "adapter.targets": (
                     "attention+ff",
-                    "InstantStyle and B-LoRA (arXiv 2403.14572) find style in the transformer blocks",
+                    "style is in transformer blocks (arXiv 2403.14572)",
                 ),
                 "optimizer.learning_rate": _RATE,
-                "batching.rows": (8, "a look is what different pictures share: one step should see several"),
+                "batching.rows": (8, "a step sees several pictures"),
                 "schedule.steps": (
                     1500,
-                    "20 to 50 pictures at batch 8; ai-toolkit's range is 500 to 4000 (convention)",
+                    "convention: ai-toolkit, 500 to 4000",
                 ),
                 "data.caption_dropout": (
                     0.1,
-                    "classifier-free guidance needs the empty prompt (arXiv 2207.12598: 10-20%)",
+                    "classifier-free guidance (arXiv 2207.12598)",
                 ),
-                "data.flip": (True, "a look is the same in the mirror; twice the pictures"),
-                "ema.decay": (0.99, "ai-toolkit's value (convention); the average of the last 100 steps"),
+                "data.flip": (True, "twice the pictures"),
+                "ema.decay": (0.99, "convention: ai-toolkit"),
             },
         ),
         "subject": Preset(
-            "one character, person or animal: 5 to 20 pictures, with a trigger word and a class prompt",
+            "one character: 5 to 20 pictures, trigger and class prompt",
             {
-                "adapter.rank": (16, "diffusers' DreamBooth guides use 4 to 32 (convention)"),
+                "adapter.rank": (16, "convention: DreamBooth guides, 4 to 32"),
                 "adapter.alpha": (16.0, _PAIRED),
                 "optimizer.learning_rate": _RATE,
-                "batching.rows": (2, "few pictures: more steps rather than larger ones"),
-                "schedule.steps": (800, "DreamBooth (arXiv 2208.12242): about 1000 steps; its guides: 800 for faces"),
-                "data.class_count": (100, "DreamBooth's prior preservation; diffusers' default is 100 class pictures"),
-                "data.class_weight": (1.0, "DreamBooth's λ = 1 (arXiv 2208.12242)"),
-                "data.flip": (False, "faces and marks are not symmetric"),
-                "ema.decay": (0.99, "ai-toolkit's value (convention); few pictures make single steps noisy"),
+                "batching.rows": (2, "few pictures: smaller steps"),
+                "schedule.steps": (800, "DreamBooth (arXiv 2208.12242): 800 to 1000"),
+                "data.class_count": (100, "prior preservation; diffusers' default"),
+                "data.class_weight": (1.0, "DreamBooth's λ"),
+                "data.flip": (False, "faces are asymmetric"),
+                "ema.decay": (0.99, "convention: ai-toolkit"),
             },
         ),
         "product": Preset(
-            "one object whose shape, colours and writing must stay: 10 to 30 pictures, best with loss masks",
+            "one object with fixed shape and writing: 10 to 30 pictures, with loss masks",
             {
-                "adapter.rank": (32, "detail such as writing needs more directions than a look (convention)"),
+                "adapter.rank": (32, "detail needs rank (convention)"),
                 "adapter.alpha": (32.0, _PAIRED),
                 "optimizer.learning_rate": _RATE,
-                "batching.rows": (2, "few pictures: more steps rather than larger ones"),
-                "schedule.steps": (1500, "as subject, longer for the finer detail (convention)"),
-                "data.masks": ("auto", "with a mask the background is not learned (kohya, OneTrainer: masked loss)"),
-                "data.flip": (False, "writing in the mirror is wrong"),
-                "data.crop": ("center", "an object cut off at random teaches cut-off objects"),
-                "ema.decay": (0.99, "ai-toolkit's value (convention); few pictures make single steps noisy"),
+                "batching.rows": (2, "few pictures: smaller steps"),
+                "schedule.steps": (1500, "finer detail (convention)"),
+                "data.masks": ("auto", "backgrounds are not trained"),
+                "data.flip": (False, "mirrored writing is wrong"),
+                "data.crop": ("center", "random crops cut objects off"),
+                "ema.decay": (0.99, "convention: ai-toolkit"),
             },
         ),
     }

@@ -29,8 +29,8 @@ class RewardSection(Section):
     """Its keys that hold paths, relative to the configuration's folder."""
 
     kind: str
-    name: str | None = setting(None, "what the log calls it", "its kind", pattern=r"^\w[\w.-]{0,63}$")
-    weight: float = setting(1.0, "what its score is multiplied by in the sum; below 0 it is a penalty", ge=-1e6, le=1e6)
+    name: str | None = setting(None, "name in the log", "its kind", pattern=r"^\w[\w.-]{0,63}$")
+    weight: float = setting(1.0, "factor of the score; negative is a penalty", ge=-1e6, le=1e6)
 
     @property
     def called(self) -> str:
@@ -48,14 +48,14 @@ class RewardSection(Section):
 
 
 class _Compared(RewardSection):
-    column: str = setting("answer", "column of the row with what is wanted", "the row's own answer")
+    column: str = setting("answer", "column of the row with the wanted answer", "the row's own answer")
 
 
 class ExactMatchReward(_Compared):
     """1 where the answer is the wanted one, else 0; white space at both ends aside, and JSON as values."""
 
     kind: Literal["exact_match"]
-    ignore_case: bool = setting(False, "compare without regard to case")
+    ignore_case: bool = setting(False, "ignore case")
 
 
 class JsonSchemaReward(RewardSection):
@@ -63,7 +63,7 @@ class JsonSchemaReward(RewardSection):
 
     kind: Literal["json_schema"]
     json_schema: dict[str, Any] | None = setting(None, "the schema (JSON Schema 2020-12)")
-    column: str | None = setting(None, "column of the row with the schema, in place of one for all")
+    column: str | None = setting(None, "column of the row with its own schema")
 
     def problem(self) -> str:
         return "" if (self.json_schema is None) != (self.column is None) else "give one of `json_schema` and `column`"
@@ -73,15 +73,15 @@ class JsonFieldsReward(_Compared):
     """The share of the wanted JSON object's keys that the answer has with an equal value."""
 
     kind: Literal["json_fields"]
-    fields: tuple[str, ...] = setting((), "which of the keys count", "every key of the wanted object")
+    fields: tuple[str, ...] = setting((), "keys to compare", "every key of the wanted object")
 
 
 class RegexReward(RewardSection):
     """1 where a regular expression matches the answer, else 0; with `column`, only where its group is what it holds."""
 
     kind: Literal["regex"]
-    pattern: str = setting(..., "regular expression, the regex package's; `.` matches line ends too", min_length=1)
-    whole: bool = setting(False, "it has to match the whole answer, white space at both ends aside")
+    pattern: str = setting(..., "regular expression of the regex package; `.` matches line ends", min_length=1)
+    whole: bool = setting(False, "match the whole answer, except outer white space")
     column: str | None = setting(None, "column of the row that the first group, or `answer`, of the last match equals")
 
     def problem(self) -> str:
@@ -99,9 +99,9 @@ class LengthReward(RewardSection):
 
     kind: Literal["length"]
     unit: Literal["tokens", "characters", "words"] = setting("tokens", "what is counted", "what is paid for")
-    least: int = setting(0, "shortest answer that is worth 1", ge=0)
-    most: int | None = setting(None, "longest answer that is worth 1", ge=0)
-    slack: int = setting(0, "how far beyond them an answer is worth 0", "nothing between", ge=0)
+    least: int = setting(0, "shortest answer with score 1", ge=0)
+    most: int | None = setting(None, "longest answer with score 1", ge=0)
+    slack: int = setting(0, "distance at which the score is 0", "0 outside the range", ge=0)
 
     def problem(self) -> str:
         if self.most is None and not self.least:
@@ -126,14 +126,10 @@ class AskedModelReward(RewardSection):
     """What rewards have that ask a model, of this process or of a server."""
 
     url: str | None = setting(None, "server, as https://api.openai.com/v1", "this process", pattern=r"^https?://\S+$")
-    key: str | None = setting(
-        None, "variable of the environment with the server's key", "no key is sent", pattern=r"^[A-Za-z_]\w*$"
-    )
-    timeout: float = setting(60.0, "seconds that the server may take for one answer", gt=0)
-    patience: float = setting(
-        600.0, "seconds that the server may be away before the run stops", "a restart is no end of a run", ge=0
-    )
-    at_once: int = setting(8, "questions to a server at once", gt=0, le=256)
+    key: str | None = setting(None, "environment variable with the server's key", "none", pattern=r"^[A-Za-z_]\w*$")
+    timeout: float = setting(60.0, "seconds per request", gt=0)
+    patience: float = setting(600.0, "seconds of outage before the run stops", "survives a restart", ge=0)
+    at_once: int = setting(8, "concurrent requests", gt=0, le=256)
 
     def problem(self) -> str:
         given = [f"`{key}`" for key in changed_keys(self) if key in HOW_ASKED]
@@ -148,11 +144,11 @@ class JudgeReward(AskedModelReward):
 
     kind: Literal["judge"]
     prompt: str = setting(
-        ..., "what the judge is asked: {{ sample.output_text }} is the answer, {{ item.COLUMN }} a column", min_length=1
+        ..., "the judge's prompt: {{ sample.output_text }} is the answer, {{ item.COLUMN }} a column", min_length=1
     )
-    model: str = setting(BASE_MODEL, "base, an adapter by name or folder, or with `url` a model of that server")
-    range: tuple[float, float] = setting((0.0, 10.0), "lowest and highest number that it may give")
-    tokens: int = setting(512, "maximum tokens of its reply; a truncated reply has no score", gt=0)
+    model: str = setting(BASE_MODEL, "base, an adapter (library name or folder), or with `url` a served model")
+    range: tuple[float, float] = setting((0.0, 10.0), "lowest and highest number")
+    tokens: int = setting(512, "maximum reply tokens; a truncated reply has no score", gt=0)
 
     def problem(self) -> str:
         return super().problem() or ("" if self.range[0] < self.range[1] else "`range` has its lowest number first")
@@ -165,7 +161,7 @@ class PythonReward(RewardSection):
 
     kind: Literal["python"]
     file: str = setting(..., "Python file", min_length=1)
-    function: str = setting("score", "function of it: (sample, item) -> number, or a mapping with `score` and parts")
+    function: str = setting("score", "function in it: (sample, item) -> number, or a mapping with `score` and parts")
     timeout: float = setting(10.0, "seconds for one answer", gt=0)
     memory_gb: float = setting(2.0, "memory of the process, in GB", gt=0)
     at_once: int = setting(1, "processes, each within the limits", gt=0, le=64)
@@ -176,15 +172,15 @@ class GraderReward(AskedModelReward):
 
     kind: Literal["grader"]
     grader: dict[str, Any] = setting(..., "string_check, text_similarity, score_model, python or multi")
-    sandbox: bool = setting(False, "run its Python only in a sandbox; jobs of OpenAI's routes always do")
+    sandbox: bool = setting(False, "run its Python in the sandbox; jobs of OpenAI's routes always do")
 
 
 class VerifiersReward(RewardSection):
     """The rewards of a taskset of verifiers, of which the rows are too (`data.train: verifiers:TASKSET@ROWS`)."""
 
     kind: Literal["verifiers"]
-    taskset: str = setting(..., "the taskset's id, as it is installed", min_length=1)
-    arguments: dict[str, Any] = setting({}, "what it is loaded with")
+    taskset: str = setting(..., "id of the installed taskset", min_length=1)
+    arguments: dict[str, Any] = setting({}, "arguments of the taskset")
 
 
 class ReasoningGymReward(RewardSection):
@@ -192,7 +188,7 @@ class ReasoningGymReward(RewardSection):
 
     kind: Literal["reasoning_gym"]
     answer: str | None = setting(
-        None, "regular expression whose first group is the final answer", "<answer>…</answer> where there is one"
+        None, "regular expression whose first group is the final answer", "<answer>…</answer> if present"
     )
 
 

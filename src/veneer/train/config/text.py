@@ -27,65 +27,60 @@ _SAMPLE_TOKENS, _SAMPLE_FROM = 40, 100
 
 
 class BaseSection(Section):
-    """Which model is trained on. `base: NAME` is short for `base: {name: NAME}`."""
+    """The base model. `base: NAME` is short for `base: {name: NAME}`."""
 
-    name: str = setting(..., "built-in name (smollm2-135m), hub id, directory or .gguf file")
+    name: str = setting(..., "built-in name, hub id, folder or .gguf file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "precision of the frozen weights", "bfloat16 where the device computes it in hardware, else float32"
+        "auto", "precision of frozen weights", "bfloat16 if in hardware, else float32"
     )
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if there is one")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if present")
     quantise: Literal["nf4", "fp4", "int8", "keep"] | None = setting(
         None,
-        "frozen linear weights in 4 or 8 bits (QLoRA; nf4 with doubly quantised constants), or keep: GGUF's own blocks",
-        "full precision, where it fits",
+        "4- or 8-bit linear weights (QLoRA; nf4 with double quantization); keep: GGUF blocks",
+        "full precision",
     )
 
 
 class PairsSection(Section):
-    """Which modules get a pair, of which rank, and how it starts."""
+    """Adapted modules, rank and initialization."""
 
-    rank: int = setting(
-        16, "rank of every pair", "enough for thousands of rows (LoRA Without Regret: rank rarely limits)", gt=0
-    )
+    rank: int = setting(16, "LoRA rank", "enough for thousands of rows (LoRA Without Regret)", gt=0)
     alpha: float = setting(
-        32.0, "scale is alpha / rank", "alpha 32 makes the best learning rate independent of rank (same study)", gt=0
+        32.0, "scale is alpha / rank", "the best learning rate is then independent of rank (same study)", gt=0
     )
     targets: str | tuple[str, ...] = setting(
         "all-linear",
-        "modules that get a pair: names, .suffixes, globs, re:REGEX, or all-linear",
-        "all linear layers and experts; attention alone loses even at equal size (LoRA Without Regret)",
+        "modules to adapt: names, .suffixes, globs, re:REGEX, or all-linear",
+        "all linear layers; attention alone is worse (same study)",
     )
-    exclude: tuple[str, ...] = setting((), "targets to leave out again")
-    layers: str | tuple[int, ...] | None = setting(
-        None, "blocks to train: a list of indices, or ranges as 0-3,28-29; nothing means all"
-    )
-    rank_pattern: dict[str, int] = setting({}, "target: rank, where it differs; the first match wins")
-    alpha_pattern: dict[str, float] = setting({}, "target: alpha, where it differs; the first match wins")
+    exclude: tuple[str, ...] = setting((), "targets to leave out")
+    layers: str | tuple[int, ...] | None = setting(None, "layers to adapt: indices, or ranges as 0-3,28-29", "all")
+    rank_pattern: dict[str, int] = setting({}, "target: rank; the first match wins")
+    alpha_pattern: dict[str, float] = setting({}, "target: alpha; the first match wins")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) (arXiv 2312.03732)")
-    dora: bool = setting(False, "train magnitudes as well (arXiv 2402.09353); about a quarter slower")
+    dora: bool = setting(False, "train magnitudes (arXiv 2402.09353); a quarter slower")
     dropout: float = setting(
         0.0,
-        "share of a pair's input zeroed while training",
-        "no gain at this size, and the fast path needs none",
+        "LoRA dropout",
+        "no gain at this size; slower",
         ge=0,
         lt=1,
     )
     init: Literal["zero-b", "gaussian", "pissa", "olora", "loftq"] = setting(
-        "zero-b", "how pairs start; loftq: with what quantising the base lost", "the base as it is, at step 0"
+        "zero-b", "initialization; loftq: quantization error", "step 0 equals the base"
     )
     kind: Literal["lora", "loha", "lokr"] = setting(
         "lora",
-        "form of the change: lora B·A, loha (B·A) ⊙ (B'·A') (arXiv 2108.06098), lokr a Kronecker product (arXiv "
-        "2212.10650); where keys here say pair, these are meant too",
-        "what most tools read, and the quickest",
+        "LoRA, LoHa (arXiv 2108.06098) or LoKr (arXiv 2212.10650)",
+        "read by most tools; fastest",
     )
     factor: int | None = setting(
         None,
-        "lokr: rows and columns of the first of its two factors; a large rank leaves the second whole",
-        "as near to square as each size goes: the smallest file",
+        "lokr: size of the first factor; a large rank keeps the second whole",
+        "near square; smallest file",
         gt=0,
     )
-    decompose_both: bool = setting(False, "lokr: the first factor as two thin matrices too, where rank is below half")
+    decompose_both: bool = setting(False, "lokr: decompose the first factor too, if rank is below half")
 
     def recorded(self) -> dict[str, Any]:
         """What a recipe has of it: of plain pairs no kind, as runs before there were others."""
@@ -103,37 +98,34 @@ class PairsSection(Section):
 
 
 class AdapterSection(PairsSection):
-    """What is trained: which modules get a pair, of which rank, and how it starts."""
+    """The trained adapter."""
 
     start: str | None = setting(
         None,
-        "adapter to go on training: folder, file or library name, with its own ranks, targets and scales",
-        "a new one, as the keys here say",
+        "adapter to continue from (folder, file, library name), with its ranks, targets, scales",
+        "a new adapter",
     )
-    modules_to_save: tuple[str, ...] = setting(
-        (), "modules trained in full, stored as copies in the adapter (large files)"
-    )
-    token_rows: dict[str, tuple[int, ...]] = setting({}, "embedding module: ids of the tokens whose rows are trained")
+    modules_to_save: tuple[str, ...] = setting((), "modules trained in full and saved as copies")
+    token_rows: dict[str, tuple[int, ...]] = setting({}, "embedding module: ids of trained token rows")
 
 
 class DataSection(Section):
-    """Where rows come from, what they look like, and which of their tokens are learned."""
+    """Rows, their format, and the trained tokens."""
 
     train: str | tuple[str, ...] = setting(
         ...,
-        "JSONL, JSON, CSV, TSV or Parquet files, globs, a hub data set as hub:ID@SPLIT, or what a package makes: "
-        "reasoning-gym:TASK@ROWS, verifiers:TASKSET@ROWS",
+        "JSONL, JSON, CSV, TSV or Parquet files, globs, hub:ID@SPLIT, reasoning-gym:TASK@ROWS, verifiers:TASKSET@ROWS",
     )
-    validation: str | tuple[str, ...] | None = setting(None, "rows never trained on, in files of their own")
+    validation: str | tuple[str, ...] | None = setting(None, "held-out files")
     split: int | float | None = setting(
         None,
-        "rows (whole number) or share (0 to 1) of `train` held out; 0 for none",
-        "5% of the rows, at most 500, when no `validation` is given: without it over-fitting cannot be seen",
+        "held-out rows: a number, or a share of `train`; 0 for none",
+        "5%, at most 500, without `validation`",
         ge=0,
     )
     split_seed: int | None = setting(
         None,
-        "seed that chooses the rows `split` holds out; runs with the same value hold out the same rows",
+        "seed of `split`; equal seeds hold out equal rows",
         "`seed`",
         ge=0,
     )
@@ -148,26 +140,21 @@ class DataSection(Section):
         "openai-preference",
         "unpaired-preference",
         "prompt",
-    ] = setting("auto", "format of the rows", "found from the columns, and reported before the run starts")
-    columns: dict[str, str] = setting({}, "our column name: yours, as {prompt: question, completion: answer}")
-    limit: int | None = setting(None, "use only the first rows, up to this number", gt=0)
-    chat_template: str = setting(
-        "auto", "auto, none, or a .jinja file", "the tokenizer's own if it has one: what inference will use"
-    )
+    ] = setting("auto", "format of the rows", "from the columns")
+    columns: dict[str, str] = setting({}, "veneer's column: yours, as {prompt: question, completion: answer}")
+    limit: int | None = setting(None, "use only the first rows", gt=0)
+    chat_template: str = setting("auto", "auto, none, or a .jinja file", "the tokenizer's, as in inference")
     train_on: Literal["assistant", "last", "completion", "all"] = setting(
         "assistant",
-        "learned tokens: every assistant turn, the last one, those after the last user turn, or all tokens",
-        "answers with their end-of-turn token; learning the questions too wastes capacity",
+        "trained tokens: every assistant turn, the last one, those after the last user turn, or all",
+        "training on questions wastes capacity",
     )
-    max_length: int = setting(2048, "longest row, in tokens", "covers most chat rows at a known cost in memory", gt=1)
+    max_length: int = setting(2048, "maximum tokens of a row", "covers most chat rows", gt=1)
     long_rows: Literal["refuse", "drop", "cut"] = setting(
         "refuse",
-        "what to do with longer rows: stop, leave them out, or cut (oldest prompt tokens first, then the end)",
-        "nothing is dropped without being asked for",
+        "longer rows: stop, leave out, or cut (oldest prompt tokens, then the end)",
     )
-    untrained_rows: Literal["drop", "refuse"] = setting(
-        "drop", "what to do with rows that have no token to learn", "nothing is learned from them; they are counted"
-    )
+    untrained_rows: Literal["drop", "refuse"] = setting("drop", "rows without trained tokens", "counted and dropped")
 
     def files(self, which: Literal["train", "validation"]) -> tuple[str, ...]:
         value = getattr(self, which)
@@ -175,41 +162,34 @@ class DataSection(Section):
 
 
 class PreferenceSection(Section):
-    """Learning from pairs of a better and a worse answer; without a `loss`, the run is an ordinary supervised one.
+    """Training on pairs of a better and a worse answer.
 
     A step counts pairs (kto: answers) as rows. The reference is the base, or `adapter.start` as it was."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] | None = setting(
-        None, "how chosen and rejected answers are compared; kto also takes single answers with a judgement"
+        None, "preference loss; kto also takes single judged answers"
     )
     beta: float | None = setting(
         None,
-        "cost of moving away from the reference (dpo, ipo, kto); weight of the odds ratio (orpo); scale of mean "
-        "log-probabilities (simpo)",
-        "0.1, as the papers and TRL; simpo 2, its paper's",
+        "strength of the reference (dpo, ipo, kto), odds ratio weight (orpo), logprob scale (simpo)",
+        "0.1; simpo 2, as in the papers",
         gt=0,
     )
-    gamma: float | None = setting(
-        None, "margin that a pair should have (simpo)", "half of beta: its paper's search over gamma / beta", ge=0
-    )
-    label_smoothing: float = setting(
-        0.0, "assumed share of pairs whose labels are swapped (dpo, simpo)", "labels are trusted", ge=0, lt=0.5
-    )
+    gamma: float | None = setting(None, "target margin (simpo)", "beta / 2", ge=0)
+    label_smoothing: float = setting(0.0, "assumed share of swapped pairs (dpo, simpo)", ge=0, lt=0.5)
     length_normalized: bool | None = setting(
         None,
-        "compare log-ratios for each token instead of whole answers (dpo, ipo)",
-        "ipo yes, as its authors' results; dpo no, as its paper",
+        "compare log-ratios per token (dpo, ipo)",
+        "ipo true, dpo false",
     )
     nll: float | None = setting(
         None,
-        "weight of −log p of the chosen answer, for each token, added to the loss (dpo, ipo, orpo, simpo)",
-        "orpo 1, which is its paper's; else 0. 1 keeps dpo's chosen answers likely (arXiv 2404.19733)",
+        "weight of −log p(chosen) per token (dpo, ipo, orpo, simpo)",
+        "orpo 1, else 0; 1 helps dpo (arXiv 2404.19733)",
         ge=0,
     )
-    desirable: float = setting(1.0, "weight of desirable answers (kto)", "as TRL", gt=0)
-    undesirable: float = setting(
-        1.0, "weight of undesirable answers (kto)", "as TRL; for unequal numbers see the preflight", gt=0
-    )
+    desirable: float = setting(1.0, "weight of desirable answers (kto)", gt=0)
+    undesirable: float = setting(1.0, "weight of undesirable answers (kto)", gt=0)
 
     @property
     def needs_reference(self) -> bool:
@@ -247,29 +227,23 @@ PREFERENCE_KEYS = {
 
 
 class BatchingSection(Section):
-    """How rows become steps (one optimizer update each) and micro-batches (what is in memory at once)."""
+    """Steps (one optimizer update) and micro-batches (in memory at once)."""
 
     mode: Literal["bucket", "pack"] = setting(
         "bucket",
-        "bucket: a step is so many random rows; pack: so many tokens. Never any padding or cross-talk in either",
-        "the same number of rows in each step, whatever their length",
+        "bucket: a step is `rows` rows; pack: `tokens` tokens; neither pads",
+        "equal rows per step",
     )
-    rows: int = setting(
-        16, "rows per step (bucket)", "LoRA loses with large batches (TRL's guide: stay under 32)", gt=0
-    )
+    rows: int = setting(16, "rows per step (bucket)", "large batches hurt LoRA (TRL: below 32)", gt=0)
     tokens: int | None = setting(None, "tokens per step (pack)", gt=0)
-    micro_rows: int | None = setting(
-        None, "most rows in a micro-batch; changes memory and speed, never the result", gt=0
-    )
+    micro_rows: int | None = setting(None, "maximum rows of a micro-batch; the result stays", gt=0)
     micro_tokens: int | None = setting(
         None,
-        "most tokens in a micro-batch (a longer row is one of its own); changes memory and speed, never the result",
-        "2,048 on a CPU; on a GPU as many as make its products faster (2,048 to 16,384) and fit",
+        "maximum tokens of a micro-batch; the result stays",
+        "CPU 2,048; GPU 2,048 to 16,384, by speed and memory",
         gt=0,
     )
-    longest_first: bool = setting(
-        True, "run the step with the longest row first", "if memory is short the run stops at once, not after hours"
-    )
+    longest_first: bool = setting(True, "run the longest step first", "out of memory shows at once")
 
     @property
     def at_once(self) -> int:
@@ -278,7 +252,7 @@ class BatchingSection(Section):
 
 
 class OptimizerSection(Section):
-    """How weights move."""
+    """The optimizer."""
 
     name: Literal[
         "adamw",
@@ -294,57 +268,46 @@ class OptimizerSection(Section):
         "paged-adamw-8bit",
     ] = setting(
         "adamw",
-        "optimizer, from torch; the 8-bit and paged ones from bitsandbytes, on CUDA",
-        "what the evidence below was measured with",
+        "optimizer; 8-bit and paged: bitsandbytes, on CUDA",
+        "the evidence below uses it",
     )
     learning_rate: float = setting(
         2e-4,
-        "peak learning rate; LoRA's useful window is 1e-4 to 1e-3",
-        "QLoRA's value; LoRA wants 10x full fine-tuning's (LoRA Without Regret)",
+        "peak learning rate; useful: 1e-4 to 1e-3",
+        "QLoRA's; 10x full fine-tuning's (LoRA Without Regret)",
         gt=0,
     )
-    betas: tuple[float, float] = setting((0.9, 0.999), "decay of the two moments (adam family)")
-    eps: float = setting(1e-8, "added to the denominator (adam family, rmsprop)", gt=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "decay of moments (adam family)")
+    eps: float = setting(1e-8, "denominator term (adam family, rmsprop)", gt=0)
     momentum: float = setting(0.0, "momentum (sgd, rmsprop)", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "weight decay on the pairs", "pulling B towards zero undoes the training", ge=0)
-    loraplus_ratio: float = setting(
-        1.0, "learning rate of B over that of A (LoRA+, arXiv 2402.12354)", "plain LoRA", gt=0
-    )
-    clip: float | None = setting(
-        1.0, "largest gradient norm; nothing means no clipping", "one unusual row cannot ruin a run", gt=0
-    )
+    weight_decay: float = setting(0.0, "weight decay of the adapter", "decaying B undoes training", ge=0)
+    loraplus_ratio: float = setting(1.0, "learning rate of B / A (LoRA+, arXiv 2402.12354)", "plain LoRA", gt=0)
+    clip: float | None = setting(1.0, "maximum gradient norm; null: none", "one row cannot ruin a run", gt=0)
 
 
 class ScheduleSection(Section):
-    """How the learning rate changes and when the run ends."""
+    """Learning rate schedule and length of the run."""
 
     name: Literal["constant", "linear", "cosine"] = setting(
-        "linear", "shape after warm-up", "decay to zero ends lower than constant"
+        "linear", "schedule after warm-up", "decay to zero ends lower"
     )
-    warmup: int | float = setting(
-        0.03, "warm-up in steps (whole number) or as a share of all steps", "QLoRA's value", ge=0
-    )
-    floor: float = setting(0.0, "learning rate at the end, as a share of the peak", ge=0, le=1)
-    epochs: int | None = setting(
-        None, "times over the data", "3 when `steps` is not given; the best checkpoint is kept", gt=0
-    )
+    warmup: int | float = setting(0.03, "warm-up steps, or share of all steps", "QLoRA's", ge=0)
+    floor: float = setting(0.0, "final learning rate, as share of the peak", ge=0, le=1)
+    epochs: int | None = setting(None, "epochs", "3 without `steps`; the best checkpoint is kept", gt=0)
     steps: int | None = setting(None, "optimizer steps, instead of epochs", gt=0)
 
 
 class EvaluationSection(Section):
-    """When the held-out rows are scored."""
+    """Scoring of held-out rows."""
 
     every: int | Literal["epoch"] = setting("epoch", "steps between evaluations, or `epoch`")
-    patience: int | None = setting(
-        None, "stop after this many evaluations without a better loss; nothing means never", gt=0
-    )
-    rows: int | None = setting(None, "score at most this many held-out rows; nothing means all", gt=0)
-    at_start: bool = setting(True, "score the base before step one", "the number every later one is compared with")
-    keep: Literal["best", "last"] = setting("best", "save the adapter of the lowest held-out loss, or the last one")
+    patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
+    rows: int | None = setting(None, "maximum held-out rows to score", "all", gt=0)
+    at_start: bool = setting(True, "score the base before step one", "the baseline")
+    keep: Literal["best", "last"] = setting("best", "save the adapter of lowest held-out loss, or the last")
     sample: int | None = setting(
         None,
-        "maximum tokens of the base's and the adapter's answers to one held-out prompt, saved with the prompt in the "
-        "card; 0: save neither. Needs a run on one device",
+        "maximum tokens of the card's sample answers to a held-out prompt; 0: none; one device only",
         f"{_SAMPLE_TOKENS} for runs of {_SAMPLE_FROM} steps or more, else none",
         ge=0,
     )
@@ -356,50 +319,43 @@ class EvaluationSection(Section):
 
 
 class CheckpointSection(Section):
-    """Checkpoints, from which a run can be resumed."""
+    """Checkpoints to resume from."""
 
-    every: int | Literal["epoch"] = setting(
-        100, "steps between checkpoints, or `epoch`", "small files: adapter and optimizer only"
-    )
-    keep: int = setting(2, "newest checkpoints kept, beside the best", gt=0)
+    every: int | Literal["epoch"] = setting(100, "steps between checkpoints, or `epoch`")
+    keep: int = setting(2, "newest checkpoints to keep, besides the best", gt=0)
     adapters: bool = setting(
         False,
-        "beside each checkpoint its adapter in its own format, in `adapter`, for use while the run goes on; of a job "
-        "each is put into the library at once",
+        "save a loadable adapter in each checkpoint; jobs add it to the library",
     )
 
 
 class MemorySection(Section):
-    """How much memory may be used, and what is traded for it."""
+    """Memory limits and trade-offs."""
 
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
         "auto",
-        "recompute activations in the backward pass: less memory, a fifth to a third slower",
-        "off when memory allows",
+        "recompute activations: less memory, a fifth to a third slower",
+        "off if memory allows",
     )
     offload_activations: bool = setting(
         False,
-        "on a GPU, with recomputing: what layers are recomputed from waits in the CPU's memory, copied on a stream of "
-        "its own",
-        "for long rows and large micro-batches; the link to the card has to keep up",
+        "GPU: keep activation checkpoints in CPU memory, for long rows",
     )
-    limit_gb: float | None = setting(None, "memory this run may use, in GB; nothing means what is free", gt=0)
+    limit_gb: float | None = setting(None, "memory limit in GB", "free memory", gt=0)
     shard: bool = setting(
         False,
-        "with several devices: each keeps a part of the frozen weights (FSDP2) and gathers a layer for its turn",
-        "slower; for bases that do not fit on one device",
+        "split frozen weights over devices (FSDP2); slower",
     )
     keep_dequantised_gb: float | None = setting(
         None,
-        "memory for dequantised weights of a quantised base, kept between uses; 0 dequantises at each use",
-        "what the plan finds room for",
+        "memory for dequantized weights between uses; 0: none",
+        "as planned",
         ge=0,
     )
     keep_packed_gb: float | None = setting(
         None,
-        "memory for frozen weights kept a second time on a CPU, in the order of their products, where those are "
-        "measured faster so; 0 keeps none",
-        "what they take, where the plan finds room for it",
+        "memory for prepacked weights on a CPU, if faster; 0: none",
+        "as planned",
         ge=0,
     )
 
@@ -410,24 +366,24 @@ class MemorySection(Section):
 
 
 class OutputSection(Section):
-    """Where the run writes. `output: DIR` is short for `output: {directory: DIR}`."""
+    """The output folder. `output: DIR` is short for `output: {directory: DIR}`."""
 
-    directory: str = setting(..., "folder for the adapter, checkpoints, log and report")
+    directory: str = setting(..., "folder for adapter, checkpoints, log, report")
 
 
 class ReportSection(Section):
-    """Who else is told of the run, beside its log and report in the output folder."""
+    """Experiment trackers, besides the log and report."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = setting(
-        (), "scalars and sample sheets go there too; each is an extra of that name"
+        (), "experiment trackers; each is an extra"
     )
     project: str = setting(
         "veneer",
-        "W&B's and Trackio's project, MLflow's experiment; `team/project` names W&B's entity too",
+        "W&B and Trackio project, MLflow experiment; `team/project` sets W&B's entity",
         min_length=1,
     )
-    name: str | None = setting(None, "the run's name there; nothing means the output folder's")
-    tags: tuple[str, ...] = setting((), "tags of the run, where there are such")
+    name: str | None = setting(None, "run name", "the output folder's")
+    tags: tuple[str, ...] = setting((), "run tags")
 
 
 class TrainConfig(Section):
@@ -447,7 +403,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     memory: MemorySection = MemorySection()
     report: ReportSection = ReportSection()
-    seed: int = setting(0, "fixes initialisation, data order and dropout", ge=0)
+    seed: int = setting(0, "seed of initialization, data order and dropout", ge=0)
 
     @property
     def split_seed(self) -> int:
@@ -552,59 +508,74 @@ def reference(
     out = [
         f"# {title}",
         "",
-        f"Made from the configuration's fields by `{made_by}`.",
-        "Given as `veneer train CONFIG.yaml section.key=value …`; a value after `=` is read as YAML.",
-        "Paths in the file are relative to the file's folder, paths in overrides to the current folder.",
-        "An unknown key, a value of the wrong kind or an impossible combination is an error that lists them all.",
+        f"Written by `{made_by}`.",
+        "Set keys in the file or as `veneer train CONFIG.yaml section.key=value …` (values are YAML).",
+        "Paths are relative to the file's folder; in overrides, to the current folder.",
         "",
     ]
     for name, model in sections(config).items():
-        out += [
-            f"## {name}",
-            "",
-            " ".join((model.__doc__ or "").split()),
-            "",
-            "| key | kind | default | meaning |",
-            "| --- | --- | --- | --- |",
-        ]
-        for key, f in model.model_fields.items():
+        out += [f"## {name}", "", " ".join((model.__doc__ or "").split()), ""]
+        own, shared = dict(model.model_fields), SECTIONS.get(name, Section).model_fields
+        if config is not TrainConfig and (same := [key for key, f in own.items() if _equal(f, shared.get(key))]):
+            keys = ", ".join(f"`{key}`" for key in same)
+            out += [f"As for [text](config.md#{name}): {keys}.", ""]
+            own = {key: f for key, f in own.items() if key not in same}
+        if not own:
+            continue
+        out += ["| key: default | type | meaning |", "| --- | --- | --- |"]
+        for key, f in own.items():
             reason = f". Default: {why(f)}" if why(f) else ""
             meaning = f"{f.description}{reason}".replace("|", "\\|")
-            out.append(f"| `{key}` | {_kind(f.annotation)} | {_default(f)} | {meaning} |")
+            out.append(f"| {_key(key, f)} | {_kind(f)} | {meaning} |")
         out.append("")
     for name, f in config_keys(config):
         if "." not in name:
-            value = "nothing" if f.default is None else f.default
-            out += [f"## {name}", "", f"`{name}: {value}` ({_kind(f.annotation)}): {f.description}.", ""]
+            out += [f"## {name}", "", f"{_key(name, f)} ({_kind(f)}): {f.description}.", ""]
     return "\n".join(out)
 
 
-def _kind(annotation: Any) -> str:
+def _equal(f: pydantic.fields.FieldInfo, other: pydantic.fields.FieldInfo | None) -> bool:
+    """Whether two fields have the same row."""
+    return other is not None and (f.description, why(f), _key("", f), _kind(f)) == (
+        other.description,
+        why(other),
+        _key("", other),
+        _kind(other),
+    )
+
+
+def _kind(f: pydantic.fields.FieldInfo) -> str:
+    """The types that a key takes, in YAML's words; null only where it is not the default."""
+    annotation = f.annotation
     text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
     literals = re.findall(r"Literal\[([^\]]*)\]", text)
     text = re.sub(r"(typing\.)?Literal\[[^\]]*\]", "LITERAL", text)
     text = re.sub(r"typing\.Optional\[(.*)\]", r"\1 | None", text)
     text = re.sub(r"typing\.Union\[(.*)\]", lambda m: m[1].replace(", ", " | "), text)
-    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true/false", "NoneType": "nothing"}
-    names |= {"None": "nothing", "LITERAL": ", ".join(f"`{v}`" for v in re.findall(r"'([^']*)'", " ".join(literals)))}
+    names = {"NoneType": "null", "None": "null"}
+    names["LITERAL"] = ", ".join(f"`{v}`" for v in re.findall(r"'([^']*)'", " ".join(literals)))
     parts = []
     for part in text.split(" | "):
-        if part.startswith("tuple"):
-            parts.append("list")
-        elif part.startswith("dict"):
-            parts.append("mapping")
-        else:
-            parts.append(names.get(part, part))
-    return " or ".join(dict.fromkeys(parts))
+        name = "list" if part.startswith("tuple") else "dict" if part.startswith("dict") else names.get(part, part)
+        if name != "null" or f.default is not None:
+            parts.append(name)
+    return ", ".join(dict.fromkeys(parts))
 
 
-def _default(f: pydantic.fields.FieldInfo) -> str:
+def _key(key: str, f: pydantic.fields.FieldInfo) -> str:
+    """The key with its default, as YAML."""
     if f.is_required():
-        return "required"
+        return f"`{key}`, required"
     value = f.default
-    if value is None or value == () or value == {}:
-        return "nothing"
-    return f"`{str(value).lower() if isinstance(value, bool) else list(value) if isinstance(value, tuple) else value}`"
+    if value == {}:
+        shown = "{}"
+    elif isinstance(value, tuple):
+        shown = str(list(value))
+    elif isinstance(value, bool):
+        shown = str(value).lower()
+    else:
+        shown = "null" if value is None else f'"{value}"' if value == "" or str(value)[:1] == "#" else str(value)
+    return f"`{key}: {shown}`"
 
 
 if __name__ == "__main__":
