@@ -9,7 +9,6 @@ import os
 import pickle
 import struct
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,68 +95,30 @@ def test_non_contiguous_and_order_make_no_difference():
 @pytest.mark.parametrize(
     ("content", "kind", "words"),
     [
-        (b"", AdapterError, ["empty"]),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
-            AdapterError,
-            ["Git LFS", "git lfs pull"],
-        ),
         (b"  <!DOCTYPE html><html>", AdapterError, ["web page", "raw file"]),
-        (b"<html><body>404", AdapterError, ["web page"]),
         (b"Entry not found\n", AdapterError, ["text", "Entry not found"]),
-        (b"GGUF\x03\0\0\0........", AdapterError, ["GGUF"]),
         (pickle.dumps({"a": list(range(100))}), UnsafeFileError, ["pickle", "safetensors"]),
-        (b"\x01\x02", UnsafeFileError, ["too short"]),
         (raw({}, length=1 << 62), UnsafeFileError, ["claims", "truncated"]),
         (raw({}, length=200), UnsafeFileError, ["claims 200 bytes"]),
-        (raw(b"[]"), UnsafeFileError, ["does not start with"]),
-        (raw(b"{broken"), UnsafeFileError, ["not valid JSON"]),
         (raw(b'{"a\xff": 1}'), UnsafeFileError, ["not valid JSON"]),
-        (raw(b'{"a":' + b"[" * 100_000), UnsafeFileError, ["not valid JSON"]),
         (raw(b'{"a": NaN}'), UnsafeFileError, ["NaN is not JSON"]),
-        (raw(b'{"a": {}, "a": {}}'), UnsafeFileError, ["'a' appears twice"]),
-        (raw({"__metadata__": {"a": 1}}), UnsafeFileError, ["strings to strings"]),
         (raw({"a": [1]}), UnsafeFileError, ["exactly dtype, shape and data_offsets"]),
         (raw({"a": entry() | {"more": 1}}, b"\0" * 8), UnsafeFileError, ["exactly dtype"]),
-        (raw({"a": entry("F31")}, b"\0" * 8), UnsafeFileError, ["'F31'", "F32"]),
         (raw({"a": entry(7)}, b"\0" * 8), UnsafeFileError, ["'7'"]),
-        (raw({"a": entry(shape=[-2])}, b"\0" * 8), UnsafeFileError, ["shape [-2]"]),
         (raw({"a": entry(shape=[True, 2])}, b"\0" * 8), UnsafeFileError, ["shape"]),
         (raw({"a": entry(shape=[2.0])}, b"\0" * 8), UnsafeFileError, ["shape"]),
         (raw({"a": entry(shape=[1] * 60 + [2])}, b"\0" * 8), UnsafeFileError, ["at most 16"]),
-        (raw({"a": entry(shape=[1 << 59, 1 << 59])}, b"\0" * 8), UnsafeFileError, ["absurd"]),
-        (raw({"a": entry(shape=[0, 1 << 59, 1 << 59], offsets=[0, 0])}), UnsafeFileError, ["absurd"]),
         (raw({"a": entry(shape=[3])}, b"\0" * 8), UnsafeFileError, ["needs 12 bytes", "give 8"]),
-        (raw({"a": entry(offsets=[8, 0])}, b"\0" * 8), UnsafeFileError, ["data_offsets"]),
         (raw({"a": entry(offsets=[0, 8, 8])}, b"\0" * 8), UnsafeFileError, ["data_offsets"]),
-        (raw({"a": entry()}, b"\0" * 7), UnsafeFileError, ["truncated"]),
         (raw({"a": entry()}, b"\0" * 9), UnsafeFileError, ["1 bytes after the last"]),
-        (
-            raw({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12),
-            UnsafeFileError,
-            ["'b' begins at byte 4, inside 'a'"],
-        ),
-        (
-            raw({"a": entry(), "b": entry(offsets=(10, 18))}, b"\0" * 18),
-            UnsafeFileError,
-            ["a hole of 2 bytes before 'b'"],
-        ),
-        (raw({"../../etc/passwd": entry()}, b"\0" * 8), UnsafeFileError, ["looks like a path"]),
         (raw({"a\\b": entry()}, b"\0" * 8), UnsafeFileError, ["looks like a path"]),
-        (raw({"a\0b": entry()}, b"\0" * 8), UnsafeFileError, ["control characters"]),
         (raw({"": entry()}, b"\0" * 8), UnsafeFileError, ["1 to 1024"]),
-        (raw({"n" * 2000: entry()}, b"\0" * 8), UnsafeFileError, ["1 to 1024"]),
         (raw(b'{"\\ud800": ' + json.dumps(entry()).encode() + b"}", b"\0" * 8), UnsafeFileError, ["not Unicode"]),
     ],
 )
 def test_what_is_not_a_sound_file_is_named_and_refused(tmp_path, content, kind, words):
+    """tests/formats/test_hostile.py refuses many more headers, with a bound on memory."""
     refuse(tmp_path / "adapter_model.safetensors", content, kind, *words)
-
-
-def test_a_zip_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "z", "w") as archive:
-        archive.writestr("data.pkl", "x")
-    refuse(tmp_path / "adapter_model.safetensors", (tmp_path / "z").read_bytes(), UnsafeFileError, "zip", "torch.save")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "a.pt", "a.PTH", "a.ckpt", "a.pkl"])
@@ -204,21 +165,6 @@ def test_no_header_gets_past_the_reader_as_anything_but_tensors_or_an_adapter_er
     except AdapterError:
         return
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == len(data)
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_no_flipped_bytes_get_past_the_reader(tmp_path, data):
-    good = bytearray(
-        b"".join(encode_tensors({"a.b": torch.ones(2, 3), "c": torch.zeros(4, dtype=torch.int64)}, {"k": "v"}))
-    )
-    for _ in range(data.draw(st.integers(1, 4))):
-        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
-    cut = data.draw(st.just(len(good)) | st.integers(0, len(good)))
-    path = tmp_path / "fuzz.safetensors"
-    path.write_bytes(bytes(good[:cut]))
-    with contextlib.suppress(AdapterError):
-        read_tensors(path)
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60))
@@ -307,16 +253,11 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
 
 
-def _header_of(table: dict[str, object] | bytes) -> bytes:
-    text = table if isinstance(table, bytes) else json.dumps(table, separators=(",", ":")).encode()
-    return struct.pack("<Q", len(text)) + text
-
-
 EMPTY = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 
 
 @pytest.mark.parametrize(
-    ("raw", "says"),
+    ("header", "says"),
     [
         (b"{" + b",".join(b'"t%d":' % i + EMPTY for i in range(1_000_000)) + b"}", "lists 1,000,000 tensors"),
         (b"{" + b",".join(b'"k%d":0' % i for i in range(600_000)) + b"}", "600,000 entries that are not tensors"),
@@ -325,9 +266,9 @@ EMPTY = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     ],
     ids=["a million empty tensors", "keys", "entries of metadata", "one long text"],
 )
-def test_what_no_adapter_has_so_many_of_is_refused_unparsed(tmp_path, raw, says):
+def test_what_no_adapter_has_so_many_of_is_refused_unparsed(tmp_path, header, says):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(_header_of(raw))
+    path.write_bytes(raw(header))
     began = time.process_time()
     with pytest.raises(UnsafeFileError, match=says):
         read_header(path)
