@@ -31,20 +31,8 @@ TEXTS = {str(base_config(name).get("model_type")): base_config(name) for name in
 BASES = [config for kind, config in sorted(TEXTS.items())]
 KEYS = sorted(
     {key for config in BASES for key in [*config, *config.get("text_config", {})]}
-    | {
-        "head_dim",
-        "hidden_act",
-        "rope_scaling",
-        "rope_parameters",
-        "layer_types",
-        "mlp_only_layers",
-        "moe_layers",
-        "num_key_value_heads",
-        "text_config",
-        "vae",
-        "encoders",
-        "_class_name",
-    }
+    | {"head_dim", "hidden_act", "rope_scaling", "rope_parameters", "layer_types", "mlp_only_layers", "moe_layers"}
+    | {"num_key_value_heads", "text_config", "vae", "encoders", "_class_name"}
 )
 SCALARS = st.one_of(
     st.none(),

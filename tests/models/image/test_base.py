@@ -40,11 +40,6 @@ FAMILY = {"schnell": "flux1", "klein": "flux2"}
 CONTROLLED = ("sd15", "sdxl", "flux1", "sd3")
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "image-bases"
-
-
 @pytest.fixture
 def load(bases: Path) -> Any:
     return lambda family, full=False: load_image(str(tiny_image_base(bases, family, full)))

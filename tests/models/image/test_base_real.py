@@ -29,11 +29,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "image-bases"
-
-
 UNREAD = {
     # Of its first encoder SDXL reads the layer before the last, and no pooled vector.
     "sdxl": r"text_encoder\.text_model\.encoder\.layers\.11\..*",

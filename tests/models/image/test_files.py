@@ -23,11 +23,6 @@ from veneer.models.image.predict import embed_prompts, predict
 pytest.importorskip("diffusers")
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "image-bases"
-
-
 @pytest.mark.parametrize(
     ("family", "full", "prefix"),
     [
