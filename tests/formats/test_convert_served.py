@@ -151,13 +151,3 @@ def test_gguf_wants_the_architecture_and_leaves_nothing(tmp_path):
     with pytest.raises(AdapterError, match="heads of an unknown size"):
         write(adapter, tmp_path / "it.gguf", "gguf", family="llama")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_text_adapter_as_a_peft_folder_is_what_it_was(tmp_path):
-    net = model("llama3")
-    adapter = mixed(net)
-    written = write(adapter, tmp_path / "it", "peft")
-    assert written.digest == adapter.digest()
-    assert written.ranks == {2: 2, 3: 2, 4: 10}
-    ours = our_outputs(net, adapter)
-    torch.testing.assert_close(peft_outputs(net, tmp_path / "it"), ours, rtol=1e-9, atol=1e-9)

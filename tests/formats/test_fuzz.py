@@ -72,107 +72,26 @@ MADE: dict[str, Callable[[], tuple[dict[str, Tensor], dict[str, str]]]] = {
     "diffusers with settings": configured,
 }
 
-deep = "[" * 100_000
-texts = st.sampled_from(
-    [
-        "",
-        "{",
-        "null",
-        "[]",
-        "{}",
-        "1e999",
-        "NaN",
-        "None",
-        "-1",
-        "0",
-        deep,
-        '{"a":' * 50_000,
-        '{"split_qkv": "True"}',
-        "\x1b]0;x\x07",
-        "\u202e",
-        '"\\ud800"',
-        "9" * 5000,
-        '{"unet.r": {}}',
-        '{".": 1}',
-        '{"unet.r": "x"}',
-        "true",
-        "[[1]]",
-        '["a"]',
-        '[{"subsets": 3}]',
-    ]
-) | st.text(max_size=12)
-KEYS = st.sampled_from(
-    [
-        "ss_network_args",
-        "ss_network_dim",
-        "ss_network_alpha",
-        "lora_adapter_metadata",
-        "modelspec.architecture",
-        "ss_v2",
-        "ss_datasets",
-        "ss_tag_frequency",
-        "ss_dataset_dirs",
-        "veneer.card",
-        "ss_training_finished_at",
-        "unet",
-        "<word>",
-        "modelspec.trigger_phrase",
-        "sshs_model_hash",
-        "sshs_legacy_hash",
-        "modelspec.hash_sha256",
-        "ss_base_model_version",
-    ]
-)
+TEXTS = [
+    "", "{", "null", "[]", "{}", "1e999", "NaN", "None", "-1", "0", "true", "[[1]]", '["a"]', "[" * 100_000,
+    '{"a":' * 50_000, '{"split_qkv": "True"}', "\x1b]0;x\x07", "\u202e", '"\\ud800"', "9" * 5000, '{"unet.r": {}}',
+    '{".": 1}', '{"unet.r": "x"}', '[{"subsets": 3}]',
+]  # fmt: skip
+texts = st.sampled_from(TEXTS) | st.text(max_size=12)
+KEY_NAMES = """ss_network_args ss_network_dim ss_network_alpha lora_adapter_metadata modelspec.architecture ss_v2
+ss_datasets ss_tag_frequency ss_dataset_dirs veneer.card ss_training_finished_at unet <word> modelspec.trigger_phrase
+sshs_model_hash sshs_legacy_hash modelspec.hash_sha256 ss_base_model_version"""
+KEYS = st.sampled_from(KEY_NAMES.split())
 SHAPES = st.sampled_from(
     [(), (1,), (2,), (0,), (1, 1), (2, 4), (4, 2), (2, 2, 1, 1), (2, 4, 3, 3), (0, 4), (1, 2, 3, 4, 5)]
 )
-DTYPES = st.sampled_from(
-    [
-        torch.float32,
-        torch.float64,
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.int64,
-        torch.bool,
-        torch.complex64,
-        torch.uint8,
-    ]
-)
-SUFFIXES = st.sampled_from(
-    [
-        "alpha",
-        "lora_down.weight",
-        "lora_up.weight",
-        "lora_mid.weight",
-        "lora_A.weight",
-        "lora_B.weight",
-        "lora_B.bias",
-        "dora_scale",
-        "lora_magnitude_vector",
-        "hada_w1_a",
-        "hada_t1",
-        "lokr_w1",
-        "lokr_w2_a",
-        "lokr_t2",
-        "diff",
-        "diff_b",
-        "w_norm",
-        "weight",
-        "on_input",
-        "scale",
-        "bias_indices",
-        "bias_values",
-        "bias_size",
-        "lora_embedding_A",
-        "scalar",
-        "reshape_weight",
-        "set_weight",
-        "lora_A.default.weight",
-        "token_adapter.trainable_tokens_delta",
-        "base_layer.bias",
-    ]
-)
+DTYPE_NAMES = "float32 float64 bfloat16 float8_e4m3fn float8_e5m2 int64 bool complex64 uint8"
+DTYPES = st.sampled_from([getattr(torch, name) for name in DTYPE_NAMES.split()])
+SUFFIX_NAMES = """alpha lora_down.weight lora_up.weight lora_mid.weight lora_A.weight lora_B.weight lora_B.bias
+dora_scale lora_magnitude_vector hada_w1_a hada_t1 lokr_w1 lokr_w2_a lokr_t2 diff diff_b w_norm weight on_input scale
+bias_indices bias_values bias_size lora_embedding_A scalar reshape_weight set_weight lora_A.default.weight
+token_adapter.trainable_tokens_delta base_layer.bias"""
+SUFFIXES = st.sampled_from(SUFFIX_NAMES.split())
 CHANGES = st.lists(
     st.one_of(
         st.tuples(st.just("shape"), st.integers(0, 99), SHAPES),
@@ -290,13 +209,8 @@ OUTLINE = structure_of(llama3())
 
 def test_two_dimensional_target_parameters(tmp_path):
     """A parameter of a module that is no expert's and not called weight."""
-    config = {
-        "peft_type": "LORA",
-        "r": 2,
-        "target_modules": [],
-        "target_parameters": ["mlp.router"],
-        "peft_version": "0.21.0",
-    }
+    config = {"peft_type": "LORA", "r": 2, "target_modules": [], "target_parameters": ["mlp.router"]}
+    config["peft_version"] = "0.21.0"
     tensors = {f"base_model.model.mlp.lora_{ab}.weight": torch.ones(s) for ab, s in (("A", (2, 4)), ("B", (8, 2)))}
     (tmp_path / peft.TENSOR_FILE).write_bytes(b"".join(encode_tensors(tensors)))
     (tmp_path / peft.CONFIG_FILE).write_text(json.dumps(config))

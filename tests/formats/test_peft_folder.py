@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests.formats.twins import linear_pairs, model, random_adapter
-from veneer.core.adapter import Card, LoraSpec, TokenRows
+from veneer.core.adapter import Card, LoraSpec
 from veneer.core.init import create
 from veneer.errors import AdapterError, ResourceError
 from veneer.formats import peft
@@ -245,10 +245,3 @@ def test_a_path_of_this_machine_stays_out_of_the_readme(tmp_path):
     text = (tmp_path / "a" / README_FILE).read_text()
     assert "/home/me" not in text
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "small"
-
-
-def test_token_rows_keep_their_order(tmp_path):
-    adapter = linear_pairs(NAMES)
-    adapter.token_rows = {"model.embed_tokens": TokenRows((9, 2, 5), torch.arange(12.0).view(3, 4))}
-    peft.write_folder(adapter, tmp_path / "a")
-    assert peft.read_folder(tmp_path / "a").token_rows["model.embed_tokens"].indices == (9, 2, 5)

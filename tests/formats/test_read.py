@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from tests.formats.layouts import (
@@ -108,70 +106,30 @@ def test_a_tie_of_families_is_told_with_its_reason() -> None:
 
 # -- dotted names ----------------------------------------------------------------------------------------------------
 
-ATTENTION = ("attn.", "attn1.", "attn2.")
-DOTTED: dict[str, tuple[Callable[[], Layout], str, str]] = {
-    "diffusers FLUX.1": (lambda: dotted("flux1", "transformer.", original=False, naming="peft"), "diffusers", "flux1"),
-    "TheLastBen": (
-        lambda: dotted("flux1", "transformer.", original=False, naming="peft", alpha=4.0),
-        "diffusers",
-        "flux1",
-    ),
-    "ai-toolkit": (lambda: dotted("flux1", "diffusion_model.", original=True, naming="peft"), "comfyui", "flux1"),
-    "ComfyUI": (
-        lambda: dotted("flux1", "diffusion_model.", original=True, naming="kohya", alpha=1.0),
-        "comfyui",
-        "flux1",
-    ),
-    "ComfyUI in diffusers' names": (
-        lambda: dotted("qwen-image", "diffusion_model.", original=False, naming="peft"),
-        "comfyui",
-        "qwen-image",
-    ),
-    "FLUX.2": (lambda: dotted("flux2", "diffusion_model.", original=True, naming="peft"), "comfyui", "flux2"),
-    "FLUX.2 by diffusers": (
-        lambda: dotted("flux2", "transformer.", original=False, naming="peft"),
-        "diffusers",
-        "flux2",
-    ),
-    "Z-Image": (lambda: dotted("z-image", "diffusion_model.", original=True, naming="peft"), "comfyui", "z-image"),
-    "Z-Image by diffusers": (
-        lambda: dotted("z-image", "transformer.", original=False, naming="default"),
-        "diffusers",
-        "z-image",
-    ),
-    "Qwen-Image without a prefix": (
-        lambda: dotted("qwen-image", "", original=False, naming="kohya", alpha=2.0),
-        "plain",
-        "qwen-image",
-    ),
-    "bare PEFT of BFL's names": (
-        lambda: dotted("flux1", "base_model.model.", original=True, naming="peft"),
-        "peft",
-        "flux1",
-    ),
-    "bare PEFT of diffusers' names": (
-        lambda: dotted("flux1", "base_model.model.", original=False, naming="peft"),
-        "peft",
-        "flux1",
-    ),
-    "unprefixed PEFT": (lambda: dotted("sdxl", "", original=False, naming="peft", only=ATTENTION), "diffusers", "sdxl"),
-    "lora.down": (
-        lambda: dotted("sd15", "unet.", original=False, naming="dotted", only=ATTENTION),
-        "diffusers-old",
-        "sd15",
-    ),
-    "model.diffusion_model": (
-        lambda: dotted("sdxl", "model.diffusion_model.", original=True, naming="kohya", alpha=1.0),
-        "comfyui",
-        "sdxl",
-    ),
+DOTTED = {  # prefix, original names, naming, alpha: format, family
+    "diffusers FLUX.1": ("transformer.", False, "peft", None, "diffusers", "flux1"),
+    "TheLastBen": ("transformer.", False, "peft", 4.0, "diffusers", "flux1"),
+    "ai-toolkit": ("diffusion_model.", True, "peft", None, "comfyui", "flux1"),
+    "ComfyUI": ("diffusion_model.", True, "kohya", 1.0, "comfyui", "flux1"),
+    "ComfyUI in diffusers' names": ("diffusion_model.", False, "peft", None, "comfyui", "qwen-image"),
+    "FLUX.2": ("diffusion_model.", True, "peft", None, "comfyui", "flux2"),
+    "FLUX.2 by diffusers": ("transformer.", False, "peft", None, "diffusers", "flux2"),
+    "Z-Image": ("diffusion_model.", True, "peft", None, "comfyui", "z-image"),
+    "Z-Image by diffusers": ("transformer.", False, "default", None, "diffusers", "z-image"),
+    "Qwen-Image without a prefix": ("", False, "kohya", 2.0, "plain", "qwen-image"),
+    "bare PEFT of BFL's names": ("base_model.model.", True, "peft", None, "peft", "flux1"),
+    "bare PEFT of diffusers' names": ("base_model.model.", False, "peft", None, "peft", "flux1"),
+    "unprefixed PEFT": ("", False, "peft", None, "diffusers", "sdxl"),
+    "lora.down": ("unet.", False, "dotted", None, "diffusers-old", "sd15"),
+    "model.diffusion_model": ("model.diffusion_model.", True, "kohya", 1.0, "comfyui", "sdxl"),
 }
 
 
 @pytest.mark.parametrize("case", DOTTED)
 def test_dotted_names(case: str) -> None:
-    make, fmt, family = DOTTED[case]
-    check(make(), fmt, family)
+    prefix, original, naming, alpha, fmt, family = DOTTED[case]
+    attention = ("attn.", "attn1.", "attn2.") if family in ("sd15", "sdxl") and not original else ("",)
+    check(dotted(family, prefix, original=original, naming=naming, alpha=alpha, only=attention), fmt, family)
 
 
 def test_comfyui_text_encoders() -> None:
@@ -221,44 +179,6 @@ def test_onetrainer_flux() -> None:
         prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
         layout.lora(f"{prefix}_{flat(name)}", places, (UNIT, INTO), alpha=1.0)
     check(layout, "onetrainer", "flux1")
-
-
-def test_xlabs() -> None:
-    family, layout = families()["flux1"], Layout()
-    for i in range(19):
-        for n, side in ((1, "img"), (2, "txt")):
-            for text, own in (("qkv", "qkv"), ("proj", "proj")):
-                places = family.originals[f"double_blocks.{i}.{side}_attn.{own}"]
-                name = f"double_blocks.{i}.processor.{text}_lora{n}"
-                layout.lora(name, places, shape_of(family, places), naming="plain")
-    for i in range(38):
-        block = f"transformer.single_transformer_blocks.{i}"
-        qkv = tuple(ModulePlace(f"{block}.attn.to_{p}", (n, n + 1, 3)) for n, p in enumerate("qkv"))
-        layout.lora(f"single_blocks.{i}.processor.qkv_lora", qkv, (3 * UNIT, INTO), naming="plain")
-        layout.lora(
-            f"single_blocks.{i}.processor.proj_lora", (ModulePlace(f"{block}.proj_out"),), (UNIT, INTO), naming="plain"
-        )
-    check(layout, "xlabs", "flux1")
-
-
-def test_bfl_control_lora() -> None:
-    """Biases of B move the bias, a norm's scale is its whole new weight, the final layer's halves change places."""
-    family = families()["flux1"]
-    layout = dotted("flux1", "", original=True, naming="peft")
-    layout.tensors["img_in.lora_A.weight"] = layout.random(2, 128)
-    up = layout.tensors["img_in.lora_B.weight"]
-    layout.want["transformer.x_embedder.weight"] = up.double() @ layout.tensors["img_in.lora_A.weight"].double()
-    for text, places in denoiser(family, original=True):
-        bias = layout.random(shape_of(family, places)[0])
-        layout.tensors[f"{text}.lora_B.bias"] = bias
-        layout.expect(places, bias, "bias")
-    norms = {}
-    for text, places in family.originals.items():
-        if family.modules[places[0].module] == "norm":
-            norms[places[0].module] = layout.tensors[f"{text}.scale"] = layout.random(8)
-    found = check(layout, "bfl-control", "flux1")
-    assert found.adapter.modules.keys() == norms.keys()
-    assert all(torch.equal(found.adapter.modules[n]["weight"], t) for n, t in norms.items())
 
 
 # -- shared A, views, files ------------------------------------------------------------------------------------------
