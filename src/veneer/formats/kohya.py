@@ -175,7 +175,7 @@ def _suffixed(
             # ComfyUI adds up·down to any weight; an embedding's pair is of the transpose.
             leaf = replace(leaf, pair=Pair(leaf.pair.B.t(), leaf.pair.A.t(), leaf.pair.scale))
         try:
-            parts = write_leaf(leaf, "kohya")
+            parts = write_leaf(leaf)
         except AdapterError as error:
             for line in error.what.splitlines()[1:]:
                 refused[f"there are no tensors for {line.removeprefix('  - ')}; merge it into the base"] += modules

@@ -382,80 +382,51 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)
 
 
-def write_leaf(leaf: Leaf, naming: str) -> dict[str, Tensor]:
-    """The tensors of a leaf by suffix: what `read_leaf` reads back to the same effect.
+def write_leaf(leaf: Leaf) -> dict[str, Tensor]:
+    """The tensors of a leaf by suffix, in kohya's and LyCORIS' names: what `read_leaf` reads back to the same effect.
 
-    | naming    | pair                           | alpha               | other forms                                   |
-    | kohya     | lora_down.weight, lora_up.…    | always              | all, LyCORIS' names; set_weight for `full`    |
-    | lora.up   | lora.down.weight, lora.up.…    | always              | none but diff, diff_b                         |
-    | diffusers | lora_A.weight, lora_B.weight   | where the s is not 1| lora_B.bias                                   |
-    | peft      | lora_A.weight, lora_B.weight   | the config's matter | lora_B.bias                                   |
-
-    AdapterError lists what the naming has no tensors for. Scales are exact: alpha is a float32 where that holds it, a
+    AdapterError lists what the names have no tensors for. Scales are exact: alpha is a float32 where that holds it, a
     float64 elsewhere; what has no alpha (a dense delta, a LoKr of two whole factors) has its scale multiplied in, in
     float32."""
-    known = {"kohya": _DOWN_UP, "lora.up": ("lora.down.weight", "lora.up.weight"), "diffusers": _A_B, "peft": _A_B}
-    if naming not in known:
-        raise ValueError(f"naming is one of {', '.join(known)}, not {naming!r}")
     out: dict[str, Tensor] = {}
     problems: list[str] = []
     if leaf.pair is not None:
-        _write_pair(leaf.pair.collapsed(), naming, known[naming], out, problems)
+        _write_pair(leaf.pair.collapsed(), out, problems)
     for name, delta in leaf.deltas.items():
-        _write_delta(name, delta, leaf, naming, out, problems)
+        _write_delta(name, delta, leaf, out, problems)
     for name, value in leaf.full.items():
-        if naming == "kohya" and name == "weight":
+        if name == "weight":
             out["set_weight"] = value
         else:
             problems.append(f"a whole new {name} {tuple(value.shape)}")
     if problems:
-        raise AdapterError(f"the {naming} naming has no tensors for:\n{bullets(problems, None)}")
+        raise AdapterError(f"the kohya naming has no tensors for:\n{bullets(problems, None)}")
     return out
 
 
-_DOWN_UP = ("lora_down.weight", "lora_up.weight")
-_A_B = ("lora_A.weight", "lora_B.weight")
-
-
-def _write_pair(pair: Pair, naming: str, names: tuple[str, str], out: dict[str, Tensor], problems: list[str]) -> None:
-    shape = (pair.B.shape[0], *pair.A.shape[1:])
-    if pair.kind == "experts" or (pair.kind == "embedding" and names != _A_B):
+def _write_pair(pair: Pair, out: dict[str, Tensor], problems: list[str]) -> None:
+    if pair.kind in ("experts", "embedding"):
         problems.append(f"a pair of {pair.kind}, A {tuple(pair.A.shape)}")
         return
-    if pair.kind == "embedding":
-        names = ("lora_embedding_A", "lora_embedding_B")
-    out[names[0]], out[names[1]] = pair.A, pair.B
-    if naming in ("kohya", "lora.up") or (naming == "diffusers" and pair.scale != 1):
-        out["alpha"] = _number(alpha_of(pair.scale, pair.rank))
-    m = pair.magnitude
-    if m is None:
-        return
-    if naming == "kohya":
-        out["dora_scale"] = _dora_scale(m, shape)
-    elif naming == "lora.up" or m.ndim > 1:
-        problems.append(f"a magnitude {tuple(m.shape)}" + (" along the inputs" if m.ndim > 1 else ""))
-    else:
-        out["lora_magnitude_vector"] = m if len(shape) == 2 else m.reshape(1, -1, *[1] * (len(shape) - 2))
+    out["lora_down.weight"], out["lora_up.weight"] = pair.A, pair.B
+    out["alpha"] = _number(alpha_of(pair.scale, pair.rank))
+    if pair.magnitude is not None:
+        out["dora_scale"] = _dora_scale(pair.magnitude, (pair.B.shape[0], *pair.A.shape[1:]))
 
 
-def _write_delta(name: str, delta: Delta, leaf: Leaf, naming: str, out: dict[str, Tensor], problems: list[str]) -> None:
+def _write_delta(name: str, delta: Delta, leaf: Leaf, out: dict[str, Tensor], problems: list[str]) -> None:
     what = f"a {delta.form} change of the {name} {tuple(delta.shape)}"
     if delta.rows is not None:
         problems.append(f"{what}, of which only rows {delta.rows[0]} to {delta.rows[1]} count")
-    elif delta.form == "dense" and naming in ("kohya", "lora.up"):
+    elif delta.form == "dense":
         if name == "weight" and leaf.pair is not None:
             problems.append(f"{what} beside a pair")
             return
         weight = leaf.deltas.get("weight")
-        norm = naming == "kohya" and weight is not None and weight.form == "dense" and len(weight.shape) == 1
+        norm = weight is not None and weight.form == "dense" and len(weight.shape) == 1
         suffix = {"weight": "w_norm", "bias": "b_norm"} if norm else {"weight": "diff", "bias": "diff_b"}
         out[suffix[name]] = _times(delta.parts["value"], delta.scale)
-    elif delta.form == "dense" and name == "bias" and leaf.pair and leaf.pair.scale and leaf.pair.magnitude is None:
-        same = delta.scale == leaf.pair.scale
-        out["lora_B.bias"] = (
-            delta.parts["value"] if same else _times(delta.parts["value"], delta.scale / leaf.pair.scale)
-        )
-    elif naming != "kohya" or name != "weight" or leaf.pair is not None:
+    elif name != "weight" or leaf.pair is not None:
         problems.append(what)
     elif delta.form == "gain":
         value = _times(delta.parts["value"], delta.scale)

@@ -129,7 +129,7 @@ def write_lycoris(
         config |= {"decompose_both": both, "decompose_factor": factor}
     tensors: dict[str, Tensor] = {}
     for name, delta in names.items():
-        for suffix, tensor in write_leaf(_Leaf(deltas={"weight": replace(delta, scale=1.0)}), "kohya").items():
+        for suffix, tensor in write_leaf(_Leaf(deltas={"weight": replace(delta, scale=1.0)})).items():
             if suffix != "alpha":
                 tensors[f"{_PREFIX}{name}.{suffix}"] = tensor.contiguous()
     for name, own in adapter.modules.items():
