@@ -161,10 +161,7 @@ def interpret(
             reader.run(tensors)
         except cfg.PatternError as error:
             problems.append(str(error))
-    if problems:
-        raise AdapterError(
-            f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{bullets(problems, None)}", where=where
-        )
+    _refuse(problems, where)
     adapter = Adapter(
         reader.pairs,
         reader.modules,
@@ -198,11 +195,15 @@ def _lycoris(
         if shape is not None and math.prod(shape) == math.prod(delta.shape) and name not in _turned(base):
             adapter.deltas[name] = replace(delta, shape=tuple(shape))
     problems += base.problems(adapter) if base.detailed and not problems else []
+    _refuse(problems, where)
+    return PeftAdapter(replace(adapter, card=cfg.with_task(card or adapter.card, parsed)), dict(config), reader.notes)
+
+
+def _refuse(problems: list[str], where: str | None) -> None:
     if problems:
         raise AdapterError(
             f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{bullets(problems, None)}", where=where
         )
-    return PeftAdapter(replace(adapter, card=cfg.with_task(card or adapter.card, parsed)), dict(config), reader.notes)
 
 
 def _turned(base: Structure) -> set[str]:

@@ -276,10 +276,29 @@ def read(
     Pickles are read only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
     understood, or lands where another has; one for a scale that is neither in the file nor given; UnsafeFileError for
     pickles and headers that lie."""
-    path = Path(path)
-    found = _read(path, allow_partial, from_pickle, base, family, moe_layout, adapter_name, alpha)
+    given = Path(path)
+    opened: peft.PeftFolder | None = None
+    path = given if given.is_dir() and (given / CONFIG_FILE).is_file() else tensor_file(given, from_pickle)
+    if path.is_dir():
+        opened = peft.open_folder(path, from_pickle=from_pickle)
+    elif path.suffix.lower() == ".gguf":
+        return _from_gguf(path, base, alpha)
+    elif (path.parent / CONFIG_FILE).is_file():
+        opened = peft.open_folder(path.parent, file=path, from_pickle=from_pickle)
+        if opened.format == "peft" and not any(key.startswith("base_model.model.") for key in opened.tensors):
+            opened = None
+    if opened is None:
+        tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle)
+        if isinstance(config := json_value(metadata, CONFIG_KEY), dict):
+            opened = peft.PeftFolder(config, dict(tensors), None, in_file=True)
+    if opened is not None:
+        return _from_peft(opened, path, base, family, moe_layout, adapter_name, alpha)
+    tensors = one_adapter(tensors, adapter_name, where=str(path))
+    found = read_state_dict(
+        tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family, alpha=alpha
+    )
     if found.assumed_scale and not assume_scale:
-        raise scale_error(found, path)
+        raise scale_error(found, given)
     return found
 
 
@@ -291,37 +310,6 @@ def scale_error(reading: Reading, path: Path) -> AdapterError:
         where=str(path),
         fix=f"put its {CONFIG_FILE} beside it; or write a folder with the alpha it was trained with, and use that: "
         "veneer adapter convert FILE --alpha N --to peft -o FOLDER",
-    )
-
-
-def _read(
-    path: Path,
-    allow_partial: bool,
-    from_pickle: bool,
-    base: peft.BaseLike,
-    family: str | None,
-    moe_layout: str,
-    adapter_name: str,
-    alpha: float | None,
-) -> Reading:
-    """As `read`, which refuses a scale that is assumed."""
-    if path.is_dir() and (path / CONFIG_FILE).is_file():
-        opened = peft.open_folder(path, from_pickle=from_pickle)
-        return _from_peft(opened, path, base, family, moe_layout, adapter_name, alpha)
-    path = tensor_file(path, from_pickle)
-    if path.suffix.lower() == ".gguf":
-        return _from_gguf(path, base, alpha)
-    if (path.parent / CONFIG_FILE).is_file():
-        opened = peft.open_folder(path.parent, file=path, from_pickle=from_pickle)
-        if opened.format != "peft" or any(key.startswith("base_model.model.") for key in opened.tensors):
-            return _from_peft(opened, path, base, family, moe_layout, adapter_name, alpha)
-    tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle)
-    if isinstance(config := json_value(metadata, CONFIG_KEY), dict):
-        opened = peft.PeftFolder(config, dict(tensors), None, in_file=True)
-        return _from_peft(opened, path, base, family, moe_layout, adapter_name, alpha)
-    tensors = one_adapter(tensors, adapter_name, where=str(path))
-    return read_state_dict(
-        tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family, alpha=alpha
     )
 
 
