@@ -79,8 +79,7 @@ def test_parts_are_the_rows_and_join_again(form, parts, unit, scale, kernel, mag
         if whole.magnitude is not None:
             W = rand(*product(whole).shape, seed=3)
             close(
-                change_of(W[rows], product(part), part.magnitude),
-                change_of(W, product(whole), whole.magnitude)[rows],
+                change_of(W[rows], product(part), part.magnitude), change_of(W, product(whole), whole.magnitude)[rows]
             )
     again = join(cut)
     assert torch.equal(product(again), product(whole))

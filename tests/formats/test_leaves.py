@@ -326,10 +326,7 @@ def test_pefts_magnitude_is_always_of_the_outputs(stored):
         ({"lora_down.weight": rand(0, 3), "lora_up.weight": rand(4, 0)}, "rank of 0"),
         ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "alpha": rand(2)}, r"alpha \(2,\)"),
         ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "alpha": torch.tensor(0.0)}, "take it for the"),
-        (
-            {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "alpha": torch.tensor(math.inf)},
-            "not finite",
-        ),
+        ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "alpha": torch.tensor(math.inf)}, "not finite"),
         (
             {"lora_down.weight": torch.ones(2, 3, dtype=torch.int8), "lora_up.weight": rand(4, 2)},
             "not a floating-point",
@@ -380,10 +377,7 @@ def test_absurd_ranks_and_products_are_refused_without_memory():
     wide = torch.zeros(1).expand(1, 1_000_000)
     p = {"lora_down.weight": wide, "lora_up.weight": wide.t()}
     with pytest.raises(AdapterError, match="absurdly large"):
-        read_leaf(
-            p | {"lora_mid.weight": torch.zeros(1).expand(1, 1, 100_000)},
-            where="x",
-        )
+        read_leaf(p | {"lora_mid.weight": torch.zeros(1).expand(1, 1, 100_000)}, where="x")
     sparse = {"bias_indices": torch.zeros(2, 0), "bias_values": torch.zeros(0), "bias_size": torch.zeros(2)}
     with pytest.raises(AdapterError, match="absurdly large"):
         read_leaf(p | {k: v.long() if k != "bias_values" else v for k, v in sparse.items()}, where="x")

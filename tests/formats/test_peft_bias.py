@@ -51,10 +51,7 @@ CASES = {
     "all, beside the targets": (qwen2, {"target_modules": ["q_proj"], "bias": "all"}),
     "norms and transposed linears": (gpt2, {"target_modules": ["c_attn"], "bias": "all"}),
     "with DoRA": (qwen2, {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only", "use_dora": True}),
-    "with a module saved whole": (
-        gpt2,
-        {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_f"]},
-    ),
+    "with a module saved whole": (gpt2, {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_f"]}),
 }
 
 

@@ -134,10 +134,7 @@ SPECS = {
     "mixtral": ("mixtral", LoraSpec(rank=3, alpha=6)),
     "mixtral, one parameter": ("mixtral", LoraSpec(rank=3, alpha=6, targets=("experts.down_proj",))),
     "mixtral, one layer of one": ("mixtral", LoraSpec(rank=3, alpha=6, targets=("layers.1.mlp.experts.gate_up_proj",))),
-    "mixtral, ranks": (
-        "mixtral",
-        LoraSpec(rank=3, alpha=6, rslora=True, rank_pattern={"experts.down_proj": 2}),
-    ),
+    "mixtral, ranks": ("mixtral", LoraSpec(rank=3, alpha=6, rslora=True, rank_pattern={"experts.down_proj": 2})),
     "qwen experts": (
         "qwen3_moe",
         LoraSpec(rank=3, alpha=6, targets=("q_proj", "experts.gate_up_proj", "experts.down_proj")),

@@ -54,8 +54,7 @@ def assert_same(seen: dict[str, Any], whole: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "metadata"),
-    [(torch.float32, {}), (torch.float16, SAID), (torch.bfloat16, SAID), (torch.float64, {})],
+    ("dtype", "metadata"), [(torch.float32, {}), (torch.float16, SAID), (torch.bfloat16, SAID), (torch.float64, {})]
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_seen_is_what_is_read(tmp_path, layout, dtype, metadata):

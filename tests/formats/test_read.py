@@ -7,18 +7,7 @@ import json
 import pytest
 from safetensors.torch import save_file
 
-from tests.formats.layouts import (
-    INTO,
-    UNIT,
-    Layout,
-    assert_same,
-    changes,
-    denoiser,
-    dotted,
-    encoders,
-    kohya,
-    shape_of,
-)
+from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, denoiser, dotted, encoders, kohya, shape_of
 from veneer.errors import AdapterError
 from veneer.formats.gguf import write_gguf
 from veneer.formats.keys import FORMATS, detect_format

@@ -227,11 +227,7 @@ def _refuse_other_family(
 
 
 def attach_adapters(
-    base: AnyBase,
-    specs: Sequence[AdapterSpec],
-    *,
-    attachment: Attachment | None = None,
-    allow_other_base: bool = False,
+    base: AnyBase, specs: Sequence[AdapterSpec], *, attachment: Attachment | None = None, allow_other_base: bool = False
 ) -> Attachment:
     """Attaches adapters to a base and selects them as one mix.
 

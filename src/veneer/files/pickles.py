@@ -97,9 +97,7 @@ def _load(path: Path) -> Any:
             else "it is not what torch.save writes of tensors alone"
         )
         raise UnsafeFileError(
-            f"the pickle is refused: {what}. Nothing of it was run",
-            where=str(path),
-            fix="ask for the safetensors file",
+            f"the pickle is refused: {what}. Nothing of it was run", where=str(path), fix="ask for the safetensors file"
         ) from None
     except Exception as error:  # torch and pickle raise nearly everything on a damaged file
         raise AdapterError(

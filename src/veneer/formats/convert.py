@@ -45,15 +45,7 @@ from veneer.formats.loaders import unreachable
 from veneer.formats.metadata import family_in_metadata, metadata_of, pack_configs
 from veneer.formats.names import choose_family, component_of
 from veneer.formats.read import read_state_dict
-from veneer.formats.servers import (
-    MERGE,
-    TGI_RANK,
-    folded,
-    in_every_layer,
-    refuse_unservable,
-    tgi_notes,
-    vllm_notes,
-)
+from veneer.formats.servers import MERGE, TGI_RANK, folded, in_every_layer, refuse_unservable, tgi_notes, vllm_notes
 from veneer.formats.tensors import check_finite
 from veneer.formats.topology import Family, families
 
@@ -374,7 +366,7 @@ def _family(adapter: Adapter, name: str | None, to: str) -> Family:
     modules = [*leaves_of(adapter), *adapter.token_rows, *adapter.new_tokens]
     if not any(component_of(m) for m in modules):
         raise AdapterError(
-            f"{to} is for adapters of image models, and no module here begins with unet, transformer or text_encoder",
+            f"{to} is for adapters of image models, and no module here begins with unet, transformer or text_encoder"
         )
     claim = family_in_metadata({key: str(adapter.card.extra.get(own, "")) for key, own in _CLAIMS.items()})
     choice = choose_family({m: _shape(adapter, m) for m in modules}, claim)

@@ -28,16 +28,13 @@ from veneer.files.gguf import read_gguf_file, write_gguf_file
 from veneer.formats.tensors import check_finite
 
 GGUF_ARCHITECTURES: dict[str, bool] = {
-    **{"llama": True, "qwen2": False, "qwen3": False, "gemma": False, "gemma2": False, "gemma3": False},
+    **{"llama": True, "qwen2": False, "qwen3": False, "gemma": False, "gemma2": False, "gemma3": False}
 }
 """Architecture by GGUF's name -> whether the rows of q and k are turned. Mistral's is llama."""
 
 _MODULES = ["model.embed_tokens", "lm_head"] + [
     f"model.layers.0.{part}"
-    for part in (
-        *(f"self_attn.{p}_proj" for p in "qkvo"),
-        *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
-    )
+    for part in (*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")))
 ]
 
 

@@ -148,11 +148,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
         r".*(\.processor\.|_lora\.(down|up)\.|\.lora\.(down|up)\.|\.lora_linear_layer\.).*",
         "diffusers' names of before PEFT",
     ),
-    (
-        "diffusers",
-        r"(unet|transformer|text_encoder(_[23])?)\..*|.*\.lora_(A|B|magnitude_vector).*",
-        "diffusers' names",
-    ),
+    ("diffusers", r"(unet|transformer|text_encoder(_[23])?)\..*|.*\.lora_(A|B|magnitude_vector).*", "diffusers' names"),
     ("plain", r".*\.(lora_(down|up|mid)\.weight|alpha|dora_scale)", "module names without a prefix, with lora_down"),
 )
 _COMPILED = [(name, re.compile(pattern), why) for name, pattern, why in _RULES]

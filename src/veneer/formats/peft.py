@@ -46,13 +46,7 @@ from veneer.formats import moe
 from veneer.formats import peft_config as cfg
 from veneer.formats.card import CARD_FILE, read_card
 from veneer.formats.folder import CONFIG_FILE, CONFIG_KEY, TENSOR_FILE, tensor_file
-from veneer.formats.peft_config import (
-    DUMMY_TARGETS,
-    RANK_MAJOR,
-    PeftConfig,
-    read_config,
-    unsloth_marks,
-)
+from veneer.formats.peft_config import DUMMY_TARGETS, RANK_MAJOR, PeftConfig, read_config, unsloth_marks
 from veneer.formats.peft_lycoris import can_be_lycoris, is_lycoris, read_lycoris, write_lycoris
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import check_finite, read_adapter_tensors

@@ -99,11 +99,7 @@ class Mixer:
     `sources`: what is attached, by the name it was asked for. `say` is called with each note for a person, once."""
 
     def __init__(
-        self,
-        base: ImageBase,
-        *,
-        attachment: Attachment | None = None,
-        say: Callable[[str], None] | None = None,
+        self, base: ImageBase, *, attachment: Attachment | None = None, say: Callable[[str], None] | None = None
     ) -> None:
         self.base = base
         self.modules = [name for name, _ in base_modules(base.model) if name]

@@ -95,11 +95,7 @@ def _label(use: Use) -> str:
 
 
 def draw_grid(
-    mixer: Mixer,
-    plan: GridLayout,
-    options: Options | None = None,
-    *,
-    on_step: Callable[[int, int], None] | None = None,
+    mixer: Mixer, plan: GridLayout, options: Options | None = None, *, on_step: Callable[[int, int], None] | None = None
 ) -> PictureGrid:
     """Makes the pictures of a layout and puts them on one sheet. Raises as `make`."""
     made = make(mixer, plan.asks, options, on_step=on_step)

@@ -147,11 +147,7 @@ def _local(path: Path) -> Path:
     if path.is_file():
         if path.suffix in _FILES:
             return path
-        raise BaseError(
-            "this file is neither .gguf nor .safetensors, so it is not a base",
-            where=str(path),
-            fix=_WAYS,
-        )
+        raise BaseError("this file is neither .gguf nor .safetensors, so it is not a base", where=str(path), fix=_WAYS)
     if _is_base(path):
         return path
     ggufs = sorted(path.glob("*.gguf"))

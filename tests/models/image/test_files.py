@@ -159,8 +159,7 @@ def test_one_file_of_flux_1_at_its_real_width(bases: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "flux1", "klein", "qwen-image", "z-image"],
+    "family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "flux1", "klein", "qwen-image", "z-image"]
 )  # SDXL's are named below
 def test_only_harmless_tensors_of_a_file_may_have_no_place(family: str, bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, family, full=family in ("sd15", "sdxl", "sd3"))

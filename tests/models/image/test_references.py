@@ -23,9 +23,7 @@ from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, gen
 from veneer.models.image.predict import Conditioning, embed_prompts, encode_pictures, predict, reference_size
 
 pytest.importorskip("diffusers")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")]
 SIZE = 64  # FLUX.2's pipeline takes no smaller reference
 PIPELINES = {"kontext": "FluxKontextPipeline", "flux2": "Flux2Pipeline", "klein": "Flux2KleinPipeline"}
 GUIDANCE = {"klein": 1.0, "qwen-edit": 2.0, "qwen-edit-plus": 2.0}

@@ -10,10 +10,7 @@ from tests.models.text.test_fast import attached, rows
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

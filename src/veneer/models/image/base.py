@@ -26,13 +26,7 @@ from veneer.models.builtin import BUILTIN, PACKAGED
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import settle_threads
 from veneer.models.image.families import EDITING, FAMILIES, Editing, ImageFamily, topology_name
-from veneer.models.image.files import (
-    LoadedParts,
-    control_of,
-    read_directory,
-    read_single_file,
-    require_diffusers,
-)
+from veneer.models.image.files import LoadedParts, control_of, read_directory, read_single_file, require_diffusers
 from veneer.models.loading import errors_only
 from veneer.models.sources import find_base, short_name
 from veneer.ops.quantized import Quantized

@@ -31,10 +31,7 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++2m": ("DPMSolverMultistepScheduler", _MULTISTEP),
     "dpm++2m-karras": ("DPMSolverMultistepScheduler", _MULTISTEP | _KARRAS),
     "dpm++2m-sde": ("DPMSolverMultistepScheduler", _MULTISTEP | {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++2m-sde-karras": (
-        "DPMSolverMultistepScheduler",
-        _MULTISTEP | {"algorithm_type": "sde-dpmsolver++"} | _KARRAS,
-    ),
+    "dpm++2m-sde-karras": ("DPMSolverMultistepScheduler", _MULTISTEP | {"algorithm_type": "sde-dpmsolver++"} | _KARRAS),
     "dpm++2s": ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": False}),
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),

@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 
 def bare_text(
-    config: PreTrainedConfig,
-    *,
-    dtype: torch.dtype,
-    quantise: str | None = None,
-    buffers: bool = False,
+    config: PreTrainedConfig, *, dtype: torch.dtype, quantise: str | None = None, buffers: bool = False
 ) -> Any:
     """Build the frozen causal language model of `config` in eval mode, with its weights on the meta device.
 

@@ -248,11 +248,7 @@ class _Stream:
     """transformers' streamer protocol for a batch: `put` gets the prompts first, then one token a row."""
 
     def __init__(
-        self,
-        indices: list[int],
-        texts: list[Pieces],
-        stops: set[int],
-        on_token: Callable[[int, str], None] | None,
+        self, indices: list[int], texts: list[Pieces], stops: set[int], on_token: Callable[[int, str], None] | None
     ) -> None:
         self.indices, self.texts, self.stops = indices, texts, stops
         self.tell = on_token or (lambda _i, _piece: None)

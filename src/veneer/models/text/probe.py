@@ -267,11 +267,7 @@ def gate_of(module: nn.Module) -> str:
     return act
 
 
-_ACTIVATIONS: dict[str, Any] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+_ACTIVATIONS: dict[str, Any] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 def _activation(module: nn.Module) -> str | None:
