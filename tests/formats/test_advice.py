@@ -42,13 +42,7 @@ def pairs(*modules: str) -> Adapter:
     ("tensors", "why"),
     [
         ({f"{KOHYA_Q}.lora_down.weight": torch.ones(2, 4)}, "without its partner"),
-        (
-            {
-                "lora_unet_nowhere.lora_down.weight": torch.ones(2, 4),
-                "lora_unet_nowhere.lora_up.weight": torch.ones(4, 2),
-            },
-            "no module of",
-        ),
+        ({f"lora_unet_nowhere.lora_{half}.weight": torch.ones(2, 2) for half in ("down", "up")}, "no module of"),
         ({f"{KOHYA_Q}.oft_blocks": torch.ones(2, 2, 2)}, "OFT"),
     ],
 )
@@ -149,21 +143,10 @@ def test_what_is_advised_holds_the_adapter(adapter, to):
 
 
 def test_a_list_with_learned_words_is_written_without_them(tmp_path, capsys):
-    layers = {
-        f"text_encoder:{i}:{ud}": torch.ones((6, 2) if ud == "up" else (2, 6))
-        for i in range(48)
-        for ud in ("up", "down")
-    }
+    shapes = {"up": (6, 2), "down": (2, 6)}
+    layers = {f"text_encoder:{i}:{half}": torch.ones(s) for i in range(48) for half, s in shapes.items()}
     write_tensors(tmp_path / "x.safetensors", {**layers, "<cat>": torch.ones(6)}, {"<cat>": "<embed>"})
-    asked = [
-        "adapter",
-        "convert",
-        "--to",
-        "kohya",
-        "-o",
-        str(tmp_path / "y.safetensors"),
-        str(tmp_path / "x.safetensors"),
-    ]
+    asked = f"adapter convert --to kohya -o {tmp_path}/y.safetensors {tmp_path}/x.safetensors".split()
     refused = run(capsys, *asked)
     assert refused.code == 2
     assert "a list of numbered pairs (unet:0:up) holds them; --without-words writes all else" in refused.err

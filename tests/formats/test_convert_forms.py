@@ -104,6 +104,15 @@ def effects(adapter: Adapter) -> dict[str, torch.Tensor]:
     return out
 
 
+def comes_back(adapter: Adapter, path, to: str, family: str) -> dict[str, torch.Tensor]:
+    """Writes it, and compares each effect with what is read; what was read beside them."""
+    write(adapter, path, to, family=family)
+    got = effects(read(path).adapter)
+    for name, change in effects(adapter).items():
+        torch.testing.assert_close(got.pop(name), change, rtol=1e-6, atol=1e-6)
+    return got
+
+
 @pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers", "peft"])
 @pytest.mark.parametrize("form", HELD)
 def test_a_form_comes_back_or_is_refused_by_name(form, to, tmp_path):
@@ -118,11 +127,7 @@ def test_a_form_comes_back_or_is_refused_by_name(form, to, tmp_path):
         assert re.search(r"merge it|--to \w+|make pairs|token ids", str(refusal.value)), str(refusal.value)
         assert not out.exists()
         return
-    write(adapter, out, to, family="sdxl")
-    got, want = effects(read(out).adapter), effects(adapter)
-    assert got.keys() == want.keys()
-    for name, change in want.items():
-        torch.testing.assert_close(got[name], change, rtol=1e-6, atol=1e-6)
+    assert comes_back(adapter, out, to, "sdxl") == {}
 
 
 def _items(adapter: Adapter):
@@ -143,11 +148,7 @@ def test_fused_loha_bias_and_whole_weights(to, tmp_path):
         with pytest.raises(AdapterError, match="only some of its parts are replaced by a whole new weight"):
             encode(adapter, to, family="flux1")
         adapter.modules = {m.replace("blocks.0", "blocks.1"): {"weight": numbers((UNIT, IN), m)} for m in QKV}
-    write(adapter, tmp_path / "it.safetensors", to, family="flux1")
-    got, want = effects(read(tmp_path / "it.safetensors").adapter), effects(adapter)
-    for name, change in want.items():
-        torch.testing.assert_close(got.pop(name), change, rtol=1e-6, atol=1e-6)
-    assert not any(t.any() for t in got.values())
+    assert not any(t.any() for t in comes_back(adapter, tmp_path / "it.safetensors", to, "flux1").values())
 
 
 def test_parts_of_unlike_forms_are_refused_together():
@@ -177,12 +178,7 @@ def test_every_module_in_the_way_is_listed_at_once():
 @pytest.mark.parametrize(
     ("module", "family", "to", "why"),
     [
-        (
-            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
-            "flux1",
-            "diffusers",
-            "diffusers loads nothing into",
-        ),
+        ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q", "flux1", "diffusers", "diffusers loads nothing"),
         ("transformer.transformer_blocks.0.attn.to_q", "sdxl", "kohya", "Stable Diffusion XL has no such module"),
         ("model.layers.0.self_attn.q_proj", None, "kohya", "is for adapters of image models"),
         ("transformer.transformer_blocks.0.attn.to_q", "flux3", "kohya", "there is no family 'flux3'"),
@@ -204,12 +200,8 @@ def test_norms_of_flux_are_out_of_comfyuis_reach():
 
 
 def test_several_components_are_no_peft_folder():
-    adapter = Adapter(
-        {
-            TO_Q: pair_for(SDXL, TO_Q),
-            **Adapter({(m := "text_encoder.text_model.encoder.layers.0.mlp.fc1"): pair_for(SDXL, m)}).pairs,
-        }
-    )
+    modules = (TO_Q, "text_encoder.text_model.encoder.layers.0.mlp.fc1")
+    adapter = Adapter({m: pair_for(SDXL, m) for m in modules})
     with pytest.raises(AdapterError, match=r"(?s)a PEFT folder is of one model.*--to kohya or comfyui"):
         encode(adapter, "peft")
 
@@ -239,10 +231,7 @@ def test_fused_changes_with_a_part_missing_and_fused_dora(tmp_path):
         adapter.pairs[module].magnitude = numbers((UNIT,), module).abs()
     context = [m.replace("to_", "add_") + "_proj" for m in QKV]
     adapter.deltas |= {f"{context[1]}.weight": dense(UNIT, IN)}
-    write(adapter, tmp_path / "it.safetensors", "kohya", family="flux1")
-    got, want = effects(read(tmp_path / "it.safetensors").adapter), effects(adapter)
-    for name, change in want.items():
-        torch.testing.assert_close(got.pop(name), change, rtol=1e-6, atol=1e-6)
+    got = comes_back(adapter, tmp_path / "it.safetensors", "kohya", "flux1")
     assert got
     assert not any(t.any() for t in got.values())
     del adapter.pairs[QKV[1]]

@@ -134,7 +134,9 @@ def test_other_widths_and_more_blocks_are_no_family(case: str, kind: str, partia
 
 
 SD3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "qk_norm": "rms_norm"}
-FLUX_2 = {"joint_attention_dim": 7680, "guidance_embeds": False}
+SD3_LARGE = SD3 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+KLEIN_9B = {"joint_attention_dim": 7680, "guidance_embeds": False, "num_single_layers": 24, "num_attention_heads": 32}
+KLEIN_4B = KLEIN_9B | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
 SDXL = {
     "cross_attention_dim": 2048,
     "use_linear_projection": True,
@@ -147,26 +149,14 @@ SDXL = {
 OFFICIAL = {
     "FLUX.1": ("flux1", "FluxTransformer2DModel", {"guidance_embeds": True}),
     "FLUX.2 dev": ("flux2", "Flux2Transformer2DModel", {}),
-    "FLUX.2 klein 9B": (
-        "flux2",
-        "Flux2Transformer2DModel",
-        FLUX_2 | {"num_single_layers": 24, "num_attention_heads": 32},
-    ),
-    "FLUX.2 klein 4B": (
-        "flux2",
-        "Flux2Transformer2DModel",
-        FLUX_2 | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24},
-    ),
+    "FLUX.2 klein 9B": ("flux2", "Flux2Transformer2DModel", KLEIN_9B),
+    "FLUX.2 klein 4B": ("flux2", "Flux2Transformer2DModel", KLEIN_4B),
     "Qwen-Image": ("qwen-image", "QwenImageTransformer2DModel", {}),
     "Z-Image": ("z-image", "ZImageTransformer2DModel", {}),
     "Krea 2": ("krea2", "Krea2Transformer2DModel", {}),
     "Anima": ("anima", "CosmosTransformer3DModel", {"num_attention_heads": 16}),
     "SD 3.5 medium": ("sd3", "SD3Transformer2DModel", SD3 | {"dual_attention_layers": tuple(range(13))}),
-    "SD 3.5 large": (
-        "sd3-large",
-        "SD3Transformer2DModel",
-        SD3 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
-    ),
+    "SD 3.5 large": ("sd3-large", "SD3Transformer2DModel", SD3_LARGE),
     "SD 1.5": ("sd15", "UNet2DConditionModel", {"cross_attention_dim": 768}),
     "SD 2": ("sd2", "UNet2DConditionModel", {"cross_attention_dim": 1024, "use_linear_projection": True}),
     "SDXL": ("sdxl", "UNet2DConditionModel", SDXL),

@@ -34,20 +34,29 @@ def adapter(dtype: torch.dtype = torch.float32, scale: float = 0.5, embedding: b
 
 def llama_cpp(path: Path, pairs: dict[str, Pair], alpha: float = 1.0, arch: str = "llama", **more: Any) -> Path:
     """As convert_lora_to_gguf writes it, with the gguf package's own writer and table; q and k turned for Llama."""
-    writer = gguf.GGUFWriter(str(path), arch)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for key, value in more.items():
-        writer.add_string(key.replace("__", "."), value)
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 12)
+    tensors = {}
     for name, pair in pairs.items():
         a, b = pair.A.float().numpy(), pair.B.float().numpy()
         if arch == "llama" and name in (Q, K):
             b = interleaved(b, b.shape[0] // HEAD)
         a = a.T if name == "model.embed_tokens" else a
         for half, value in (("a", a), ("b", b)):
-            writer.add_tensor(f"{table.get_name(name)}.weight.lora_{half}", np.ascontiguousarray(value))
+            tensors[f"{table.get_name(name)}.weight.lora_{half}"] = np.ascontiguousarray(value)
+    return written(path, tensors, alpha, arch, **more)
+
+
+def written(path: Path, tensors: dict[str, Any], alpha: float = 1.0, arch: str = "qwen2", **more: Any) -> Path:
+    """A file by the gguf package. `tensors`: arrays, or codes and their type."""
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for key, value in more.items():
+        writer.add_string(key.replace("__", "."), value)
+    for name, value in tensors.items():
+        raw, kind = value if isinstance(value, tuple) else (value, None)
+        writer.add_tensor(name, raw, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -140,18 +149,10 @@ def test_alpha_zero_means_scale_one(tmp_path):
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
 def test_quantised_tensors_are_dequantised(tmp_path, kind):
     pair = Pair(rand(2, 64).float(), rand(8, 2).float(), 0.5)
-    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "qwen2")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 1.0)
     qtype = gguf.GGMLQuantizationType[kind]
     raw = gguf.quants.quantize(pair.A.numpy(), qtype)
-    writer.add_tensor("blk.0.attn_v.weight.lora_a", raw, raw_dtype=qtype)
-    writer.add_tensor("blk.0.attn_v.weight.lora_b", pair.B.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    stored = "blk.0.attn_v.weight.lora_"
+    written(tmp_path / "x.gguf", {f"{stored}a": (raw, qtype), f"{stored}b": pair.B.numpy()})
     read = read_gguf(tmp_path / "x.gguf").adapter.pairs["model.layers.0.self_attn.v_proj"]
     want = torch.from_numpy(gguf.quants.dequantize(raw, qtype))
     assert torch.equal(read.A.float(), want)
@@ -159,19 +160,9 @@ def test_quantised_tensors_are_dequantised(tmp_path, kind):
 
 
 def test_norms_are_listed(tmp_path):
-    writer_pairs = {V: adapter().pairs[V]}
-    path = llama_cpp(tmp_path / "x.gguf", writer_pairs, arch="qwen2")
-    writer = gguf.GGUFWriter(str(path), "qwen2")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_tensor("blk.0.attn_norm.weight", np.ones(4, np.float32))
-    writer.add_tensor("blk.0.attn_v.weight.lora_a", np.ones((2, 4), np.float32))
-    writer.add_tensor("blk.0.attn_v.weight.lora_b", np.ones((4, 2), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert read_gguf(path).unused == ["blk.0.attn_norm.weight"]
+    tensors = {"norm.weight": (4,), "v.weight.lora_a": (2, 4), "v.weight.lora_b": (4, 2)}
+    ones = {f"blk.0.attn_{name}": np.ones(shape, np.float32) for name, shape in tensors.items()}
+    assert read_gguf(written(tmp_path / "x.gguf", ones)).unused == ["blk.0.attn_norm.weight"]
 
 
 def fails(path: Path, words: str, **how: Any) -> None:

@@ -160,12 +160,8 @@ def test_a_sparse_part_of_a_wide_weight_has_wrapped_indices():
 
 
 def loha(out: int, n: int, r: int) -> dict[str, Tensor]:
-    return {
-        "hada_w1_a": rand(out, r),
-        "hada_w1_b": rand(r, n, seed=1),
-        "hada_w2_a": rand(out, r, seed=2),
-        "hada_w2_b": rand(r, n, seed=3),
-    }
+    shapes = {"w1_a": (out, r), "w1_b": (r, n), "w2_a": (out, r), "w2_b": (r, n)}
+    return {f"hada_{part}": rand(*shape, seed=i) for i, (part, shape) in enumerate(shapes.items())}
 
 
 def test_loha():
@@ -178,14 +174,8 @@ def test_loha():
 
 def test_loha_with_cores_stores_a_transposed():
     r, out, n = 3, 6, 5
-    p = {
-        "hada_t1": rand(r, r, 2, 2),
-        "hada_w1_a": rand(r, out),
-        "hada_w1_b": rand(r, n),
-        "hada_t2": rand(r, r, 2, 2, seed=1),
-        "hada_w2_a": rand(r, out, seed=1),
-        "hada_w2_b": rand(r, n, seed=1),
-    }
+    p = loha(out, n, r) | {f"hada_t{k}": rand(r, r, 2, 2, seed=k) for k in (1, 2)}
+    p |= {f"hada_w{k}_a": rand(r, out, seed=k) for k in (1, 2)}
     one, two = (
         sum(
             p[f"hada_t{k}"][i, j] * (p[f"hada_w{k}_a"][i][:, None] * p[f"hada_w{k}_b"][j][None])[:, :, None, None]
@@ -313,6 +303,9 @@ def test_pefts_magnitude_is_always_of_the_outputs(stored):
     assert leaf.pair.magnitude.shape == (5,)
 
 
+PAIR = {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2)}
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
@@ -321,16 +314,13 @@ def test_pefts_magnitude_is_always_of_the_outputs(stored):
         ({"lora_down.weight": rand(2, 3)}, r"lora_down.weight \(2, 3\): without its partner"),
         ({"lora_up.weight": rand(3, 2), "alpha": torch.tensor(1.0)}, r"lora_up.weight \(3, 2\): without"),
         ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 3)}, r"A \(2, 3\) and B \(4, 3\)"),
-        ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "lora_A.weight": rand(2, 3)}, "a second one"),
+        (PAIR | {"lora_A.weight": rand(2, 3)}, "a second one"),
         ({"lora_down.weight": rand(2), "lora_up.weight": rand(4, 2)}, r"A \(2,\)"),
         ({"lora_down.weight": rand(0, 3), "lora_up.weight": rand(4, 0)}, "rank of 0"),
-        ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "alpha": rand(2)}, r"alpha \(2,\)"),
-        ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "alpha": torch.tensor(0.0)}, "take it for the"),
-        ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "alpha": torch.tensor(math.inf)}, "not finite"),
-        (
-            {"lora_down.weight": torch.ones(2, 3, dtype=torch.int8), "lora_up.weight": rand(4, 2)},
-            "not a floating-point",
-        ),
+        (PAIR | {"alpha": rand(2)}, r"alpha \(2,\)"),
+        (PAIR | {"alpha": torch.tensor(0.0)}, "take it for the"),
+        (PAIR | {"alpha": torch.tensor(math.inf)}, "not finite"),
+        (PAIR | {"lora_down.weight": torch.ones(2, 3, dtype=torch.int8)}, "not a floating-point"),
         ({"oft_blocks": rand(2, 3, 3), "alpha": torch.tensor(1.0)}, "OFT"),
         ({"boft_s": rand(2)}, "BOFT"),
         ({"a1.weight": rand(2, 3), "bm.weight": rand(2, 2)}, "GLoRA"),
@@ -344,18 +334,12 @@ def test_pefts_magnitude_is_always_of_the_outputs(stored):
         ({"diff": rand(3, 3), "set_weight": rand(3, 3)}, "a change of the old one"),
         ({"diff": rand(3, 3), "dora_scale": rand(3, 1)}, "dora_scale"),
         ({"dora_scale": rand(3, 1)}, "dora_scale"),
-        ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "dora_scale": torch.tensor(1.0)}, "neither"),
+        (PAIR | {"dora_scale": torch.tensor(1.0)}, "neither"),
         ({"weight": rand(3, 3), "on_input": torch.tensor(1)}, "one factor for each"),
-        (
-            {"lora_A.weight": rand(2, 3), "lora_B.weight": rand(4, 2), "lora_B.bias": rand(4), "dora_scale": rand(4)},
-            "no meaning for both",
-        ),
-        ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "dora_scale": rand(3, 1)}, "neither"),
-        (
-            {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "reshape_weight": torch.tensor([4, 9])},
-            "reshape",
-        ),
-        ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "lora_mid.weight": rand(2, 3, 3)}, "lora_mid"),
+        (PAIR | {"lora_B.bias": rand(4), "dora_scale": rand(4)}, "no meaning for both"),
+        (PAIR | {"dora_scale": rand(3, 1)}, "neither"),
+        (PAIR | {"reshape_weight": torch.tensor([4, 9])}, "reshape"),
+        (PAIR | {"lora_mid.weight": rand(2, 3, 3)}, "lora_mid"),
     ],
 )
 def test_what_is_wrong_is_named(parts, words):

@@ -59,18 +59,10 @@ def test_a_sound_folder_is_read_and_the_config_is_minimal(folder):
 
 
 A, B = KEY + "lora_A.weight", KEY + "lora_B.weight"
-OTHER = KEY.replace("q_proj", "o_proj")
+OTHER = {name.replace("q_proj", "o_proj"): torch.ones(shape) for name, shape in ((A, (2, 4)), (B, (4, 2)))}
 FAULTS: list[tuple[str, dict[str, Tensor], list[str]]] = [
-    (
-        "",
-        {"layers.0.k_proj.lora_A.weight": torch.ones(2, 4)},
-        ["1 of 9 tensors have the wrong prefix", "A.weight (2, 4)"],
-    ),
-    (
-        "",
-        {OTHER + "lora_A.weight": torch.ones(2, 4), OTHER + "lora_B.weight": torch.ones(4, 2)},
-        ["model.layers.0.self_attn.o_proj: A (2, 4), B (4, 2)", "target_modules omits"],
-    ),
+    ("", {"layers.0.k_proj.lora_A.weight": torch.ones(2, 4)}, ["1 of 9 tensors have the wrong prefix", "(2, 4)"]),
+    ("", OTHER, ["model.layers.0.self_attn.o_proj: A (2, 4), B (4, 2)", "target_modules omits"]),
     (KEY + "lora_B", {}, ["model.layers.0.self_attn.q_proj: B missing, only A (2, 4)"]),
     ("", {B: torch.ones(4, 3)}, ["A and B do not fit each other", "A (2, 4), B (4, 3)"]),
     ("", {"base_model.model.model.norm.base_layer.weight": torch.ones(4)}, ["carries no pair"]),

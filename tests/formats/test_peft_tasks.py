@@ -8,26 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    Qwen3Config,
-    Qwen3ForTokenClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from tests.formats.twins import randomise
 from veneer.core.attach import attach
@@ -43,25 +26,26 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "pad_token_id
 T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
 
 TASKS = {
-    "SEQ_CLS Llama": ("SEQ_CLS", LlamaForSequenceClassification, LlamaConfig(**DECODER)),
-    "SEQ_CLS BERT": ("SEQ_CLS", BertForSequenceClassification, BertConfig(**SMALL, num_labels=3)),
-    "SEQ_CLS RoBERTa": ("SEQ_CLS", RobertaForSequenceClassification, RobertaConfig(**SMALL, num_labels=3)),
-    "SEQ_CLS GPT-2": ("SEQ_CLS", GPT2ForSequenceClassification, GPT2Config(**GPT2)),
-    "TOKEN_CLS BERT": ("TOKEN_CLS", BertForTokenClassification, BertConfig(**SMALL, num_labels=3)),
-    "TOKEN_CLS Qwen 3": ("TOKEN_CLS", Qwen3ForTokenClassification, Qwen3Config(**DECODER, head_dim=8)),
-    "QUESTION_ANS BERT": ("QUESTION_ANS", BertForQuestionAnswering, BertConfig(**SMALL)),
-    "SEQ_2_SEQ_LM T5": ("SEQ_2_SEQ_LM", T5ForConditionalGeneration, T5Config(**T5)),
-    "FEATURE_EXTRACTION BERT": ("FEATURE_EXTRACTION", BertModel, BertConfig(**SMALL)),
-    "CAUSAL_LM GPT-2": ("CAUSAL_LM", GPT2LMHeadModel, GPT2Config(**GPT2)),
-    "no task, Llama": (None, LlamaForSequenceClassification, LlamaConfig(**DECODER)),
+    "SEQ_CLS Llama": ("SEQ_CLS", "LlamaForSequenceClassification", DECODER),
+    "SEQ_CLS BERT": ("SEQ_CLS", "BertForSequenceClassification", {**SMALL, "num_labels": 3}),
+    "SEQ_CLS RoBERTa": ("SEQ_CLS", "RobertaForSequenceClassification", {**SMALL, "num_labels": 3}),
+    "SEQ_CLS GPT-2": ("SEQ_CLS", "GPT2ForSequenceClassification", GPT2),
+    "TOKEN_CLS BERT": ("TOKEN_CLS", "BertForTokenClassification", {**SMALL, "num_labels": 3}),
+    "TOKEN_CLS Qwen 3": ("TOKEN_CLS", "Qwen3ForTokenClassification", {**DECODER, "head_dim": 8}),
+    "QUESTION_ANS BERT": ("QUESTION_ANS", "BertForQuestionAnswering", SMALL),
+    "SEQ_2_SEQ_LM T5": ("SEQ_2_SEQ_LM", "T5ForConditionalGeneration", T5),
+    "FEATURE_EXTRACTION BERT": ("FEATURE_EXTRACTION", "BertModel", SMALL),
+    "CAUSAL_LM GPT-2": ("CAUSAL_LM", "GPT2LMHeadModel", GPT2),
+    "no task, Llama": (None, "LlamaForSequenceClassification", DECODER),
 }
 
 
 def build(case: str) -> nn.Module:
-    _, kind, config = TASKS[case]
+    _, name, settings = TASKS[case]
+    kind = getattr(transformers, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        return kind(config).double().eval()
+        return kind(kind.config_class(**settings)).double().eval()
 
 
 def outputs(net: nn.Module) -> Tensor:

@@ -3,9 +3,11 @@ base's real ones, both ways, and as PEFT does for names of before transformers 4
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,72 +27,42 @@ QWEN = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, 
 ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
 
 
-def _gemma3():
-    own = {**TEXT, "query_pre_attn_scalar": 8, "layer_types": ["full_attention"] * 2}
-    return transformers.Gemma3Config(text_config=own, vision_config=VISION, mm_tokens_per_image=4)
-
-
-def _gemma4():
-    own = {**TEXT, "layer_types": ["full_attention"] * 2, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
-    return transformers.Gemma4Config(text_config=own, vision_config={**VISION, "head_dim": 8}, audio_config=None)
-
-
-def _mistral3():
-    own = {"model_type": "mistral", **TEXT}
-    vision = {"model_type": "pixtral", **VISION, "head_dim": 8}
-    return transformers.Mistral3Config(text_config=own, vision_config=vision, spatial_merge_size=1)
-
-
-def _llava():
-    own, vision = {"model_type": "llama", **TEXT}, {"model_type": "clip_vision_model", **VISION}
-    return transformers.LlavaConfig(text_config=own, vision_config=vision)
-
-
-def _qwen25():
-    return transformers.Qwen2_5_VLConfig(text_config={**TEXT, **ROPE}, vision_config=QWEN)
-
-
-def _qwen3():
-    vision = {**QWEN, "deepstack_visual_indexes": [], "num_position_embeddings": 16}
-    return transformers.Qwen3VLConfig(text_config={**TEXT, **ROPE}, vision_config=vision)
-
-
-def _qwen35():
-    own = {**TEXT, "layer_types": ["full_attention"] * 2, **ROPE}
-    return transformers.Qwen3_5Config(text_config=own, vision_config={**QWEN, "num_position_embeddings": 16})
-
-
-def _llama4():
-    own = {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": []}
-    own |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return transformers.Llama4Config(text_config=own, vision_config={**VISION, "vision_output_dim": 16})
-
-
-WRAPPERS = {
-    "gemma3": (_gemma3, "Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"),
-    "gemma4": (_gemma4, "Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"),
-    "mistral3": (_mistral3, "Mistral3ForConditionalGeneration", "MistralForCausalLM"),
-    "llava": (_llava, "LlavaForConditionalGeneration", "LlamaForCausalLM"),
-    "qwen2.5-vl": (_qwen25, "Qwen2_5_VLForConditionalGeneration", None),
-    "qwen3-vl": (_qwen3, "Qwen3VLForConditionalGeneration", None),
-    "qwen3.5": (_qwen35, "Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
-    "llama4": (_llama4, "Llama4ForConditionalGeneration", "Llama4ForCausalLM"),
-}
-BOTH = [name for name, (_, _, text) in WRAPPERS.items() if text]
+FULL = {"layer_types": ["full_attention"] * 2}
+LLAMA_4 = {"intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": [], "bos_token_id": 1, "eos_token_id": 2}
+TOWER = {**VISION, "head_dim": 8}
+WRAPPERS: dict[str, tuple[str, str | None, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("Gemma3", "Gemma3", {**FULL, "query_pre_attn_scalar": 8}, VISION, {"mm_tokens_per_image": 4}),
+    "gemma4": (
+        "Gemma4", "Gemma4", {**FULL, "global_head_dim": 8, "hidden_size_per_layer_input": 0}, TOWER,
+        {"audio_config": None},
+    ),
+    "mistral3": (
+        "Mistral3", "Mistral", {"model_type": "mistral"}, {"model_type": "pixtral", **TOWER}, {"spatial_merge_size": 1}
+    ),
+    "llava": ("Llava", "Llama", {"model_type": "llama"}, {"model_type": "clip_vision_model", **VISION}, {}),
+    "qwen2.5-vl": ("Qwen2_5_VL", None, ROPE, QWEN, {}),
+    "qwen3-vl": ("Qwen3VL", None, ROPE, {**QWEN, "deepstack_visual_indexes": [], "num_position_embeddings": 16}, {}),
+    "qwen3.5": ("Qwen3_5", "Qwen3_5", {**FULL, **ROPE}, {**QWEN, "num_position_embeddings": 16}, {}),
+    "llama4": ("Llama4", "Llama4", LLAMA_4, {**VISION, "vision_output_dim": 16}, {}),
+}  # fmt: skip
+"""The wrapper's name and the text model's in transformers, what its text and its pictures have, and the rest."""
+BOTH = [name for name, (_, text, *_) in WRAPPERS.items() if text]
 
 
 def whole(name: str) -> nn.Module:
-    make, kind, _ = WRAPPERS[name]
+    kind, _, text, vision, more = WRAPPERS[name]
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=copy.deepcopy(TEXT | text), vision_config=copy.deepcopy(vision), **more
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        return getattr(transformers, kind)(make()).double().eval()
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config).double().eval()
 
 
 def text(name: str) -> nn.Module:
     """The text model alone, with the weights that it has inside the other."""
-    make, _, kind = WRAPPERS[name]
     outer = whole(name)
-    net = getattr(transformers, kind)(make().get_text_config()).double().eval()
+    net = getattr(transformers, f"{WRAPPERS[name][1]}ForCausalLM")(outer.config.get_text_config()).double().eval()
     inner = dict(outer.named_parameters())
     with torch.no_grad():
         for key, parameter in net.named_parameters():
@@ -140,16 +112,11 @@ def ours(net: nn.Module, path: Path) -> torch.Tensor:
         return outputs(net)
 
 
+@pytest.mark.parametrize(("trained", "used"), [(text, whole), (whole, text)], ids=["of text", "of the wrapper"])
 @pytest.mark.parametrize("name", BOTH)
-def test_an_adapter_of_the_text_model_acts_inside_the_wrapper(tmp_path, name):
-    want = made(text(name), tmp_path / "a")
-    torch.testing.assert_close(ours(whole(name), tmp_path / "a"), want, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_an_adapter_of_the_wrappers_text_acts_on_the_text_model(tmp_path, name):
-    want = made(whole(name), tmp_path / "a")
-    torch.testing.assert_close(ours(text(name), tmp_path / "a"), want, rtol=1e-8, atol=1e-8)
+def test_an_adapter_of_the_one_acts_on_the_other(tmp_path, name, trained, used):
+    want = made(trained(name), tmp_path / "a")
+    torch.testing.assert_close(ours(used(name), tmp_path / "a"), want, rtol=1e-8, atol=1e-8)
 
 
 OLD = {
@@ -178,11 +145,8 @@ def test_names_of_before_transformers_4_52_are_the_ones_of_today(tmp_path, name)
 def test_pairs_of_the_vision_tower_are_refused_on_the_text_model_with_their_names(tmp_path):
     net = whole("gemma3")
     tower = next(n for n, m in net.named_modules() if "vision" in n and n.endswith("q_proj"))
-    tensors = {
-        f"base_model.model.{n}.lora_{half}.weight": torch.ones(2, size) if half == "A" else torch.ones(size, 2)
-        for n, size in ((tower, 16),)
-        for half in "AB"
-    }
+    shapes = {"A": (2, 16), "B": (16, 2)}
+    tensors = {f"base_model.model.{tower}.lora_{half}.weight": torch.ones(s) for half, s in shapes.items()}
     (tmp_path / "a").mkdir()
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [tower]}
