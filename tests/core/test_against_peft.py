@@ -200,13 +200,6 @@ def test_token_rows_reach_every_module_tied_to_them() -> None:
             close(model(**own).logits, want)
 
 
-def test_token_rows_alone() -> None:
-    model = FAMILIES["llama3"]()
-    hit = int(ids()[0, 0])
-    adapter = noisy(create(model, LoraSpec(targets=(), token_rows={"embed_tokens": (hit, 7)}), seed=0))
-    compare(model, adapter, logits)
-
-
 @pytest.mark.parametrize("modules", [("lm_head",), ("norm",), ("lm_head", "embed_tokens"), ("layers.1.mlp",)])
 def test_full_copies(modules: tuple[str, ...]) -> None:
     model = FAMILIES["mistral"]()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.families import llama3, qwen3_moe
 from tests.models.test_quantise import dequantised_twin, quantised
-from veneer.core import Adapter, LoraSpec, attach, create, merged_state
+from veneer.core import Adapter, LoraSpec, attach, create
 from veneer.core.forms import product_of
 from veneer.errors import AdapterError, ConfigError, TargetError
 
@@ -246,13 +246,3 @@ def test_other_deltas_are_not_trained() -> None:
     adapter.deltas["lin.weight"].magnitude = torch.ones(36)
     with attach(model) as attachment, pytest.raises(AdapterError, match="only a LoHa or LoKr of a whole linear"):
         attachment.add("a", adapter, trainable=True)
-
-
-def test_what_peft_merges_is_what_is_merged() -> None:
-    torch.manual_seed(0)
-    model, spec = Sums().double(), WAYS["lokr by 4"]
-    adapter = learned(model, **spec)
-    theirs, _ = peft_twin(model, adapter, spec)
-    merged: Any = theirs.merge_and_unload()  # type: ignore[operator]
-    for name, weight in merged_state(model, [(adapter, 1.0)]).items():
-        torch.testing.assert_close(weight, merged.get_parameter(name).data)

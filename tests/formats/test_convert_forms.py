@@ -34,6 +34,19 @@ def lokr(rows: int = ROWS, magnitude=None) -> Delta:
     return Delta("kronecker", parts, (rows, IN), 2.0, magnitude)
 
 
+def core_of(*shape: int) -> dict[str, torch.Tensor]:
+    return {f"t{n}": numbers((*shape, 3, 3), f"t{n}") for n in "12"}
+
+
+def loha_core() -> Delta:
+    """Of a convolution of 3 × 3."""
+    return Delta("hadamard", loha().parts | core_of(2, 2), (ROWS, IN, 3, 3), 1 / 3)
+
+
+def lokr_core() -> Delta:
+    return Delta("kronecker", lokr().parts | {"t2": core_of(1, 1)["t2"]}, (ROWS, IN, 3, 3), 1 / 3)
+
+
 def dense(*shape: int, scale: float = 1.0) -> Delta:
     return Delta("dense", {"value": numbers(shape, "dense")}, shape, scale)
 
@@ -46,11 +59,19 @@ def dora(module: str, axis: int) -> Adapter:
     return Adapter({module: pair})
 
 
+BOTH = lokr()
+BOTH.parts |= {"a1": numbers((2, 1), "a1"), "b1": numbers((1, 3), "b1")}
+del BOTH.parts["w1"]
+WHOLE = Delta("kronecker", {"w1": numbers((2, 3), "w1"), "w2": numbers((ROWS // 2, IN // 3), "w2")}, (ROWS, IN), 0.3)
 HELD: dict[str, tuple[Adapter, set[str]]] = {
     "loha": (Adapter(deltas={f"{TO_Q}.weight": loha()}), {"kohya", "comfyui", "peft"}),
     "loha dora": (Adapter(deltas={f"{TO_Q}.weight": loha(magnitude=numbers((1, IN), "m"))}), {"kohya", "comfyui"}),
     "lokr": (Adapter(deltas={f"{TO_Q}.weight": lokr()}), {"kohya", "comfyui", "peft"}),
     "lokr dora": (Adapter(deltas={f"{TO_Q}.weight": lokr(magnitude=numbers((ROWS,), "m"))}), {"kohya"}),
+    "loha core": (Adapter(deltas={f"{CONV}.weight": loha_core()}), {"kohya", "comfyui", "peft"}),
+    "lokr core": (Adapter(deltas={f"{CONV}.weight": lokr_core()}), {"kohya", "comfyui", "peft"}),
+    "lokr of two pairs": (Adapter(deltas={f"{TO_Q}.weight": BOTH}), {"kohya", "comfyui", "peft"}),
+    "lokr whole": (Adapter(deltas={f"{TO_Q}.weight": WHOLE}), {"kohya", "comfyui", "peft"}),
     "diff": (Adapter(deltas={f"{TO_Q}.weight": dense(ROWS, IN, scale=0.5)}), {"kohya", "comfyui"}),
     "conv diff": (Adapter(deltas={f"{CONV}.weight": dense(ROWS, IN, 3, 3)}), {"kohya", "comfyui"}),
     "ia3 outputs": (Adapter(deltas={f"{TO_Q}.weight": Delta("gain", {"value": numbers((ROWS,), "g")})}), {"kohya"}),
