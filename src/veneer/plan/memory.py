@@ -31,7 +31,7 @@ from veneer.plan.tables import Device
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
-_STATES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "adamax": 8, "rmsprop": 4, "adafactor": 0, "sgd": 0}
+_STATES = {"adamw": 8, "adam": 8, "adafactor": 0, "sgd": 0}
 """Bytes of an optimizer's state for each float32 parameter. Adafactor's rows and columns are too few to count."""
 
 

@@ -19,32 +19,18 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, MissingExtraError, nearest
 
-_OPTIMIZERS = {
-    "adamw": "AdamW",
-    "adam": "Adam",
-    "sgd": "SGD",
-    "adafactor": "Adafactor",
-    "rmsprop": "RMSprop",
-    "lion": "Lion",
-    "nadam": "NAdam",
-    "radam": "RAdam",
-    "adamax": "Adamax",
-    "adagrad": "Adagrad",
+_OPTIMIZERS: dict[str, Any] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "adafactor": torch.optim.Adafactor,
 }
-"""Our name -> torch's class; a name whose class this torch lacks is refused."""
+"""Our name -> torch's class."""
 
 _OPTIMIZERS_8BIT = {"adamw-8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw-8bit": "PagedAdamW8bit"}
 """Our name -> bitsandbytes' class, CUDA alone: moments in 8 bits, or in memory that is paged out to the host."""
 
 SCHEDULES = ("constant", "linear", "cosine")
-
-_TAKES_BETAS = {"adamw", "adam", "lion", "nadam", "radam", "adamax"}
-_FUSED = {"adamw", "adam", "sgd"}
-
-
-def optimizer_names() -> list[str]:
-    """The names that this torch can build."""
-    return [name for name, kind in _OPTIMIZERS.items() if hasattr(torch.optim, kind)]
 
 
 def make_optimizer(
@@ -65,42 +51,24 @@ def make_optimizer(
     Parameters whose name ends in `.B` learn at `loraplus_ratio · learning_rate`. Vectors (DoRA's magnitude, biases)
     get no weight decay. Each group carries `base_lr`, which the loop multiplies by the schedule's factor.
 
-    Raises ConfigError for an optimizer that is unknown, that this torch does not have, or that needs a GPU;
-    MissingExtraError for bitsandbytes' without it.
+    Raises ConfigError for an optimizer that is unknown or that needs a GPU; MissingExtraError for bitsandbytes'
+    without it.
     """
-    kind: Any
-    options: dict[str, Any]
-    if name in _OPTIMIZERS_8BIT:
-        kind = _bitsandbytes(name, parameters)
-        groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
-        made: torch.optim.Optimizer = kind(groups, lr=learning_rate, betas=tuple(betas), eps=eps or 1e-8)
-        return made
-    if name not in _OPTIMIZERS:
-        near = nearest(name, [*_OPTIMIZERS, *_OPTIMIZERS_8BIT])
-        raise ConfigError(
-            f"unknown optimizer {name!r}",
-            where="optimizer.name",
-            fix=f"use {' or '.join(near)}" if near else f"use one of {', '.join(optimizer_names())}",
-        )
-    kind = getattr(torch.optim, _OPTIMIZERS[name], None)
-    if kind is None:
-        raise ConfigError(
-            f"torch {torch.__version__} has no {_OPTIMIZERS[name]}",
-            where="optimizer.name",
-            fix=f"use one of {', '.join(optimizer_names())}, or a torch that has it",
-        )
+    names = [*_OPTIMIZERS, *_OPTIMIZERS_8BIT]
+    if name not in names:
+        fix = f"use {' or '.join(nearest(name, names) or names)}"
+        raise ConfigError(f"unknown optimizer {name!r}", where="optimizer.name", fix=fix)
     if loraplus_ratio <= 0:
         raise ConfigError(f"loraplus_ratio is {loraplus_ratio}, not above 0", where="optimizer.loraplus_ratio")
-    groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
-    options = {"lr": learning_rate}
-    if name in _TAKES_BETAS:
-        options["betas"] = tuple(betas)
-    if eps is not None and name not in {"sgd", "adafactor"}:
-        options["eps"] = eps
-    if momentum and name in {"sgd", "rmsprop"}:
+    kind = _OPTIMIZERS[name] if name in _OPTIMIZERS else _bitsandbytes(name, parameters)
+    options: dict[str, Any] = {"lr": learning_rate}
+    if name == "sgd":
         options["momentum"] = momentum
-    if name in _FUSED and _can_fuse(parameters):
+    elif name != "adafactor":
+        options |= {"betas": tuple(betas), "eps": eps or 1e-8}
+    if name in {"adamw", "adam", "sgd"} and _can_fuse(parameters):
         options["fused"] = True
+    groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
     optimizer: torch.optim.Optimizer = kind(groups, **options)
     return optimizer
 

@@ -176,7 +176,7 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
     rate, steps = s.config.optimizer.learning_rate, s.config.steps
     preference = isinstance(s.config, TrainConfig) and s.config.preference.loss is not None
     low, high = _PREFERENCE_WINDOW if preference else _WINDOW
-    if s.config.optimizer.name in ("adamw", "adam", "nadam", "radam", "adamax") and not low <= rate <= high:
+    if s.config.optimizer.name in ("adamw", "adam") and not low <= rate <= high:
         side = "below" if rate < low else "above"
         what = "preferences are learned" if preference else "LoRA learns"
         text = f"learning rate {rate:g} is {side} the window {low:g} to {high:g} in which {what}"

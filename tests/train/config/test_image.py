@@ -63,14 +63,13 @@ def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Pa
         ("schedule: {epochs: 2, steps: 3}", "both say when to end"),
         ("# class_prompt", "`data.class_prompt` needs class pictures"),
         ("# keep_tags", "`data.keep_tags` needs `data.shuffle_tags`; without it, it does nothing"),
-        ("# crops", "`data.crops` needs `data.crop: random`"),
         ("# class_weight", "`data.class_weight` needs class pictures"),
         ("# mask_floor", "`data.mask_floor` needs `data.masks` other than off"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, line: str, says: str) -> None:
     overrides = ["output.layout=peft"] if "`output.layout: peft`" in says else []
-    values = {"class_prompt": "a dog", "keep_tags": "2", "crops": "3", "class_weight": "0.5", "mask_floor": "0.1"}
+    values = {"class_prompt": "a dog", "keep_tags": "2", "class_weight": "0.5", "mask_floor": "0.1"}
     overrides += [f"data.{key}={value}" for key, value in values.items() if line == f"# {key}"]
     overrides += ["data.masks=off"] if "mask_floor" in line else []
     text = _error(tmp_path, MINIMAL + line + "\n", *overrides)

@@ -21,7 +21,7 @@ from veneer.models.image.schedulers import make_scheduler
 from veneer.train.config.load import config_from
 from veneer.train.image.batches import PlannedRow, plan_image_steps, planned_rows, split_pictures, validation_rows
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
-from veneer.train.image.loss import Noise, draw, generator, noised, shifted
+from veneer.train.image.loss import draw, generator, noised, shifted
 from veneer.train.image.pictures import read_pictures
 from veneer.train.image.views import plan_rows
 
@@ -248,7 +248,7 @@ def test_the_shift_by_resolution_counts_the_tokens_that_the_denoiser_sees(family
     times = times_of(base, _config(shared, loss={"shift": "resolution"}))
     seen: list[int] = []
     counting = replace(times, shift=lambda tokens: float(seen.append(tokens) or 1.0))
-    draw(latent_shape(base, 64, 96), [(0, 0, 0)], "flow", counting, Noise())
+    draw(latent_shape(base, 64, 96), [(0, 0, 0)], "flow", counting)
     assert seen == [64 // base.unit * (96 // base.unit)]
 
 

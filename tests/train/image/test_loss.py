@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from veneer.train.image.loss import (
-    Noise,
     Times,
     draw,
     flux_shift,
-    generator,
     min_snr_weight,
     mu_of_tokens,
     noised,
-    pyramid_noise,
     quantile_times,
     row_losses,
     shifted,
@@ -95,15 +92,15 @@ def test_min_snr_at_no_signal_at_all_is_finite() -> None:
 def test_draws_depend_on_seed_step_and_row_alone() -> None:
     keys = [(7, 3, row) for row in range(4)]
     for prediction in ("epsilon", "flow"):
-        whole = draw((4, 8, 8), keys, prediction, Times("logit-normal"), Noise(0.1, 6, 0.3))  # type: ignore[arg-type]
+        whole = draw((4, 8, 8), keys, prediction, Times("logit-normal"), 0.1)  # type: ignore[arg-type]
         torch.manual_seed(99)
         parts = [
-            draw((4, 8, 8), keys[i : i + 1], prediction, Times("logit-normal"), Noise(0.1, 6, 0.3))  # type: ignore[arg-type]
+            draw((4, 8, 8), keys[i : i + 1], prediction, Times("logit-normal"), 0.1)  # type: ignore[arg-type]
             for i in (0, 1, 2, 3)
         ]
         for whole_part, cut in zip(whole, zip(*parts, strict=True), strict=True):
             assert torch.equal(whole_part, torch.cat(cut))
-    other = [draw((4, 8, 8), [key], "epsilon", Times(), Noise())[0] for key in ((7, 3, 0), (8, 3, 0), (7, 4, 0))]
+    other = [draw((4, 8, 8), [key], "epsilon", Times())[0] for key in ((7, 3, 0), (8, 3, 0), (7, 4, 0))]
     assert not torch.equal(other[0], other[1])
     assert not torch.equal(other[0], other[2])
 
@@ -113,7 +110,7 @@ def test_times_have_the_stated_distributions() -> None:
     keys = [(0, 0, i) for i in range(n)]
 
     def sample(times: Times, prediction: str = "flow") -> Tensor:
-        return draw((1, 2, 2), keys, prediction, times, Noise())[1].double()  # type: ignore[arg-type]
+        return draw((1, 2, 2), keys, prediction, times)[1].double()  # type: ignore[arg-type]
 
     uniform = sample(Times("uniform"))
     assert uniform.min() >= 0
@@ -133,7 +130,7 @@ def test_times_have_the_stated_distributions() -> None:
 def test_logit_normal_is_diffusers_density() -> None:
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
-    mine = draw((1, 2, 2), [(1, 1, i) for i in range(4000)], "flow", Times("logit-normal", 0.0, 1.0), Noise())[1]
+    mine = draw((1, 2, 2), [(1, 1, i) for i in range(4000)], "flow", Times("logit-normal", 0.0, 1.0))[1]
     theirs = compute_density_for_timestep_sampling(
         "logit_normal", 4000, logit_mean=0.0, logit_std=1.0, generator=torch.Generator().manual_seed(0)
     )
@@ -161,33 +158,20 @@ def test_the_resolution_dependent_shift_is_flux_own() -> None:
 def test_a_larger_picture_is_trained_on_more_noise() -> None:
     times = Times("uniform", shift=flux_shift(256, 4096, 0.5, 1.15))
     keys = [(0, 0, i) for i in range(500)]
-    small = draw((1, 8, 8), keys, "flow", times, Noise())[1]
-    large = draw((1, 64, 64), keys, "flow", times, Noise())[1]
+    small = draw((1, 8, 8), keys, "flow", times)[1]
+    large = draw((1, 64, 64), keys, "flow", times)[1]
     assert large.mean() > small.mean() + 0.02
 
 
 def test_noise_offset_moves_whole_channels_by_its_own_amount() -> None:
     keys = [(0, 0, i) for i in range(400)]
-    offset = draw((4, 16, 16), keys, "epsilon", Times(), Noise(offset=0.5))[0].double()
+    offset = draw((4, 16, 16), keys, "epsilon", Times(), offset=0.5)[0].double()
     means = offset.mean(dim=(2, 3))
     # variance of a channel's mean: offset² + 1/256
     assert means.std().item() == pytest.approx(math.sqrt(0.25 + 1 / 256), rel=0.06)
-    plain = draw((4, 16, 16), keys, "epsilon", Times(), Noise())[0].double()
+    plain = draw((4, 16, 16), keys, "epsilon", Times())[0].double()
     centred = offset - means[:, :, None, None]
     torch.testing.assert_close(centred, plain - plain.mean(dim=(2, 3), keepdim=True), rtol=0, atol=1e-5)
-
-
-def test_pyramid_noise_keeps_its_scale_and_reddens() -> None:
-    spectra = []
-    for iterations in (0, 8):
-        rows = draw((4, 32, 32), [(0, 0, i) for i in range(60)], "epsilon", Times(), Noise(0.0, iterations, 0.7))[0]
-        assert rows.std(dim=(1, 2, 3)).mean().item() == pytest.approx(1.0, abs=0.03)
-        power = torch.fft.fft2(rows.double()).abs().square().mean(dim=(0, 1))
-        spectra.append((power[:3, :3].mean() / power[8:24, 8:24].mean()).item())
-    assert spectra[0] == pytest.approx(1.0, abs=0.25)
-    assert spectra[1] > 5
-    n = torch.randn(3, 5, 7, generator=generator(1))
-    assert torch.equal(pyramid_noise(n, 1, 0.0, generator(2)).shape and n, n)  # the argument is not written to
 
 
 def test_a_mask_of_ones_is_no_mask_and_a_mask_is_a_weighted_mean() -> None:

@@ -219,16 +219,17 @@ def test_the_average_is_what_is_saved(shared: Path, tmp_path: Path) -> None:
 
 
 def test_missing_class_pictures_are_drawn_by_the_base_once(shared: Path, tmp_path: Path) -> None:
-    data = {"class_prompt": "a cat", "class_count": 3, "class_steps": 1, "cache": str(tmp_path / "cache")}
+    data = {"class_prompt": "a cat", "class_count": 3, "cache": str(tmp_path / "cache")}
+    short: Any = {"schedule": {"steps": 2}, "samples": {"steps": 1}}
     seen: list[Event] = []
-    run(shared, tmp_path / "one", data=data, on_event=seen.append, schedule={"steps": 2})
+    run(shared, tmp_path / "one", data=data, on_event=seen.append, **short)
     assert "drew 3 class pictures" in _notes(seen)
     folder = next((tmp_path / "cache" / "class").iterdir())
     assert sorted(p.name for p in folder.iterdir()) == [f"class-{i:05d}.png" for i in range(3)]
     first = (folder / "class-00001.png").read_bytes()
     (folder / "class-00001.png").unlink()
     seen.clear()
-    result = run(shared, tmp_path / "two", data=data, on_event=seen.append, schedule={"steps": 2})
+    result = run(shared, tmp_path / "two", data=data, on_event=seen.append, **short)
     assert "drew 1 class picture into" in _notes(seen)
     assert (folder / "class-00001.png").read_bytes() == first
     assert read_tensors(Path(result.adapter))[1]["ss_num_reg_images"] == "3"

@@ -251,14 +251,14 @@ def rows(folder: Path, caption: str = "sks, red, big, old, round, soft", n: int 
 
 
 def test_draws_depend_on_seed_epoch_and_row_alone(tmp_path: Path) -> None:
-    keys = settings(tmp_path, trigger="sks", shuffle_tags=True, caption_dropout=0.3, flip=True, crop="random", crops=3)
+    keys = settings(tmp_path, trigger="sks", shuffle_tags=True, caption_dropout=0.3, flip=True, crop="random")
     all_rows = rows(tmp_path)
     first = [draw_row(row, keys, seed=1, epoch=2) for row in all_rows]
     assert first[::-1] == [draw_row(row, keys, seed=1, epoch=2) for row in all_rows[::-1]]
     assert first != [draw_row(row, keys, seed=1, epoch=3) for row in all_rows]
     assert first != [draw_row(row, keys, seed=2, epoch=2) for row in all_rows]
     views = {view for e in range(50) for view, _ in (draw_row(r, keys, seed=1, epoch=e) for r in all_rows[:8])}
-    assert len({(v.top, v.left) for v in views}) == 3  # as many crops as were asked for, whatever the epoch
+    assert len({(v.top, v.left) for v in views}) == 4  # the crops that are cached, whatever the epoch
     assert len({v.flip for v in views}) == 2
 
 
@@ -286,7 +286,7 @@ def test_the_trigger_stays_in_front_unasked(tmp_path: Path) -> None:
 
 def test_chances_are_what_they_say(tmp_path: Path) -> None:
     all_rows = rows(tmp_path, n=2000)
-    keys = settings(tmp_path, caption_dropout=0.1, flip=True, crop="random", crops=4)
+    keys = settings(tmp_path, caption_dropout=0.1, flip=True, crop="random")
     drawn = [draw_row(r, keys, seed=0, epoch=0) for r in all_rows]
     assert abs(sum(c == "" for _, c in drawn) - 200) < 5 * (2000 * 0.1 * 0.9) ** 0.5
     assert abs(sum(v.flip for v, _ in drawn) - 1000) < 5 * (2000 * 0.25) ** 0.5

@@ -292,14 +292,12 @@ def test_cutting_keeps_the_bound_and_something_to_learn(prompt: int, answer: int
     assert (len(kept) < len(answer_ids)) == (encoded.counts.cut_ends == 1)
 
 
-def test_rows_with_nothing_to_learn_are_dropped_and_counted_or_refused() -> None:
+def test_rows_with_nothing_to_learn_are_dropped_and_counted() -> None:
     empty = chat("only a question")
     silent = chat("q", "   ")
     encoded = encode_rows([empty, silent, TALK], TOKENIZER, data())
     assert (encoded.counts.untrained, encoded.counts.kept) == (2, 1)
     assert [e.row for e in encoded.examples] == [2]
-    with pytest.raises(DataError, match="2 of 3 rows have nothing to learn"):
-        encode_rows([empty, silent, TALK], TOKENIZER, data(untrained_rows="refuse"))
 
 
 def test_control_tokens_in_the_users_text_are_counted() -> None:

@@ -295,8 +295,6 @@ def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Itera
     normal = [key for key in ("loss.logit_mean", "loss.logit_std") if key in given]
     if loss.timesteps == "uniform" and normal:
         yield f"`{normal[0]}` is only used with `timesteps: logit-normal`"
-    if "loss.pyramid_discount" in given and not loss.pyramid_iterations:
-        yield "`loss.pyramid_discount` needs `loss.pyramid_iterations`"
     if isinstance(loss.shift, float) and loss.shift <= 0:
         yield f"`loss.shift: {loss.shift}` should be above 0, auto or resolution"
     named = samples.prompts or config.slider.target  # what a slider moves is its prompt, where there is no other
@@ -333,9 +331,7 @@ def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
     classes = data.class_folder is not None or data.class_count > 0
     needs = {
         "data.class_weight": (classes, "class pictures (`data.class_folder` or `data.class_count`)"),
-        "data.class_steps": (data.class_count > 0, "`data.class_count`"),
         "data.keep_tags": (data.shuffle_tags, "`data.shuffle_tags`"),
-        "data.crops": (data.crop == "random", "`data.crop: random`"),
         "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
         "data.bucket_ratio": (data.buckets, "`data.buckets`"),
         "data.before_kind": (data.before != "off", "`data.before` other than off"),
@@ -361,7 +357,7 @@ def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
     for name, every in (("evaluation", config.evaluation.every), ("checkpoint", config.checkpoint.every)):
         if isinstance(every, int) and every < 1:
             yield f"`{name}.every: {every}` should be at least 1 step, or `epoch`"
-    if optimizer.momentum > 0 and optimizer.name not in ("sgd", "rmsprop"):
+    if optimizer.momentum > 0 and optimizer.name != "sgd":
         yield f"`optimizer.momentum` is not used by {optimizer.name}; it takes `optimizer.betas`"
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
         yield f"`optimizer.betas: {list(optimizer.betas)}` must each be at least 0 and below 1"

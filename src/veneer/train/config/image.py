@@ -93,7 +93,6 @@ class ImageDataSection(Section):
         "enlarging teaches blur",
     )
     crop: Literal["center", "random"] = setting("center", "crop position")
-    crops: int = setting(4, "random crops of a picture, one per epoch", "limits the cache", gt=0)
     flip: bool = setting(False, "mirror pictures in half of the epochs", "faces and writing are asymmetric")
     masks: str = setting(
         "auto",
@@ -132,7 +131,6 @@ class ImageDataSection(Section):
     class_count: int = setting(
         0, "class pictures wanted; the base generates missing ones from `class_prompt`", "none", ge=0
     )
-    class_steps: int = setting(20, "sampling steps of generated class pictures", gt=0)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -228,8 +226,6 @@ class LossSection(Section):
         "per-channel noise offset, epsilon and v; 0.03 to 0.1, more for a colored background",
         ge=0,
     )
-    pyramid_iterations: int = setting(0, "levels of multi-resolution noise, epsilon and v; 6 to 10", ge=0)
-    pyramid_discount: float = setting(0.3, "strength of each coarser level", ge=0, lt=1)
     timesteps: Literal["auto", "uniform", "logit-normal"] = setting(
         "auto", "sampling of timesteps", "flow: logit-normal; epsilon and v: uniform"
     )

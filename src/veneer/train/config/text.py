@@ -154,7 +154,6 @@ class DataSection(Section):
         "refuse",
         "longer rows: stop, leave out, or cut (oldest prompt tokens, then the end)",
     )
-    untrained_rows: Literal["drop", "refuse"] = setting("drop", "rows without trained tokens", "counted and dropped")
 
     def files(self, which: Literal["train", "validation"]) -> tuple[str, ...]:
         value = getattr(self, which)
@@ -254,19 +253,7 @@ class BatchingSection(Section):
 class OptimizerSection(Section):
     """The optimizer."""
 
-    name: Literal[
-        "adamw",
-        "adam",
-        "nadam",
-        "radam",
-        "adamax",
-        "rmsprop",
-        "adafactor",
-        "sgd",
-        "adamw-8bit",
-        "paged-adamw",
-        "paged-adamw-8bit",
-    ] = setting(
+    name: Literal["adamw", "adam", "adafactor", "sgd", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = setting(
         "adamw",
         "optimizer; 8-bit and paged: bitsandbytes, on CUDA",
         "the evidence below uses it",
@@ -278,8 +265,8 @@ class OptimizerSection(Section):
         gt=0,
     )
     betas: tuple[float, float] = setting((0.9, 0.999), "decay of moments (adam family)")
-    eps: float = setting(1e-8, "denominator term (adam family, rmsprop)", gt=0)
-    momentum: float = setting(0.0, "momentum (sgd, rmsprop)", ge=0, lt=1)
+    eps: float = setting(1e-8, "denominator term (adam family)", gt=0)
+    momentum: float = setting(0.0, "momentum (sgd)", ge=0, lt=1)
     weight_decay: float = setting(0.0, "weight decay of the adapter", "decaying B undoes training", ge=0)
     loraplus_ratio: float = setting(1.0, "learning rate of B / A (LoRA+, arXiv 2402.12354)", "plain LoRA", gt=0)
     clip: float | None = setting(1.0, "maximum gradient norm; null: none", "one row cannot ruin a run", gt=0)

@@ -35,7 +35,6 @@ from veneer.train.devices import ALONE, Devices
 from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
 from veneer.train.image.loss import (
-    Noise,
     Times,
     draw,
     flux_shift,
@@ -192,11 +191,6 @@ def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
     return Times(kind, loss.logit_mean, loss.logit_std, shift, steps, patch * patch)
 
 
-def _noise_of(config: ImageTrainConfig) -> Noise:
-    """How the run draws its noise."""
-    return Noise(config.loss.noise_offset, config.loss.pyramid_iterations, config.loss.pyramid_discount)
-
-
 @dataclass
 class ImageLoss:
     """The loss of a run: `loss(batch)` for the loop, `score` for the held-out pictures. `bare`: the base without the
@@ -208,7 +202,7 @@ class ImageLoss:
     bare: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
-        self.times, self.noise = times_of(self.base, self.config), _noise_of(self.config)
+        self.times, self.noise = times_of(self.base, self.config), self.config.loss.noise_offset
         # beside the times, which are drawn on the CPU, so that nobody waits for the device
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base).cpu()
         distilled = self.base.denoiser.config.get("guidance_embeds")

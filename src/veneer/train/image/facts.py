@@ -60,8 +60,6 @@ def training_facts(
         "cache_latents": True,
         "min_snr_gamma": drawn.snr_gamma,
         "noise_offset": drawn.noise_offset or None,
-        "multires_noise_iterations": drawn.pyramid_iterations or None,
-        "multires_noise_discount": drawn.pyramid_discount if drawn.pyramid_iterations else None,
         "prior_loss_weight": config.data.class_weight,
         "caption_dropout_rate": config.data.caption_dropout,
         "shuffle_caption": config.data.shuffle_tags,

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.ops.device_transfer import sent
@@ -45,16 +44,6 @@ class Times:
         return self.shift(tokens) if callable(self.shift) else self.shift
 
 
-@dataclass(frozen=True)
-class Noise:
-    """`offset`: adds offset·z, one z for each channel of a row. `pyramid_iterations`, `pyramid_discount`: adds coarser
-    and coarser noise, each level times discount^level, and divides by the standard deviation."""
-
-    offset: float = 0.0
-    pyramid_iterations: int = 0
-    pyramid_discount: float = 0.3
-
-
 def generator(*key: int | str) -> torch.Generator:
     """A generator on the CPU whose seed is a digest of `key`: the same draws on every device and in every order."""
     digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()
@@ -62,16 +51,24 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def draw(
-    shape: Sequence[int], keys: Sequence[tuple[int | str, ...]], prediction: _Prediction, times: Times, noise: Noise
+    shape: Sequence[int],
+    keys: Sequence[tuple[int | str, ...]],
+    prediction: _Prediction,
+    times: Times,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Noise (n, c, h, w) and times (n,), one row for each key; `shape`: of one row of latents, (c, h, w).
+    """Noise (n, c, h, w) and times (n,), one row for each key; `shape`: of one row of latents, (c, h, w). `offset`:
+    adds offset·z to the noise, one z for each channel of a row.
 
     Times are whole numbers below `times.steps` for epsilon and v, sigmas in (0, 1) in float32 for flow."""
     drawn, moments = [], []
     for key in keys:
         g = generator(*key)
         moments.append(_time(shape, prediction, times, g))
-        drawn.append(_noise(shape, noise, g))
+        noise = torch.randn(tuple(shape), generator=g)
+        if offset:
+            noise = noise + offset * torch.randn((shape[0], 1, 1), generator=g)
+        drawn.append(noise)
     return torch.stack(drawn), torch.stack(moments)
 
 
@@ -95,30 +92,6 @@ def mu_of_tokens(tokens: int, *, low: int = 256, high: int = 4096, at_low: float
     """FLUX's μ for a picture of so many tokens (2 × 2 latents each): a line through (low, at_low), (high, at_high)."""
     slope = (at_high - at_low) / (high - low)
     return at_low + slope * (tokens - low)
-
-
-def _noise(shape: Sequence[int], noise: Noise, g: torch.Generator) -> Tensor:
-    n = torch.randn(tuple(shape), generator=g)
-    if noise.pyramid_iterations:
-        n = pyramid_noise(n, noise.pyramid_iterations, noise.pyramid_discount, g)
-    if noise.offset:
-        n = n + noise.offset * torch.randn((shape[0], 1, 1), generator=g)
-    return n
-
-
-def pyramid_noise(noise: Tensor, iterations: int, discount: float, g: torch.Generator) -> Tensor:
-    """Multi-resolution noise for one row (c, h, w): Σ_i discount^i · up(n_i), n_i of side / r_i, r_i a random factor
-    in [2, 4) to the i-th power; ends at one pixel. Divided by its standard deviation, so that its scale is 1."""
-    c, h, w = noise.shape
-    total = noise.clone()
-    for i in range(iterations):
-        r = (float(torch.rand((), generator=g)) * 2 + 2) ** i
-        small = (max(1, int(h / r)), max(1, int(w / r)))
-        level = torch.randn((1, c, *small), generator=g)
-        total += F.interpolate(level, (h, w), mode="bilinear", align_corners=False)[0] * discount**i
-        if small == (1, 1):
-            break
-    return total / total.std()
 
 
 def noised(

@@ -180,8 +180,7 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
     config: Any = s.config
     loss, flow = config.loss, s.base.prediction == "flow"
     label = f"{s.base.name} predicts {'a flow' if flow else 'noise' if s.base.prediction == 'epsilon' else 'v'}"
-    noise = ("snr_gamma", "noise_offset", "pyramid_iterations")
-    wrong = [key for key in noise if getattr(loss, key)] if flow else []
+    wrong = [key for key in ("snr_gamma", "noise_offset") if getattr(loss, key)] if flow else []
     if not flow:
         wrong += ["timesteps"] if loss.timesteps == "logit-normal" else []
         wrong += ["shift"] if loss.shift not in ("auto", 1.0) else []

@@ -161,7 +161,7 @@ def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path
     they are made of."""
     if config.data.class_folder is not None:
         return Path(config.data.class_folder)
-    made_of = [base.fingerprint, config.data.class_prompt, config.data.class_steps, config.samples.size, config.seed]
+    made_of = [base.fingerprint, config.data.class_prompt, config.samples.steps, config.samples.size, config.seed]
     return cache / "class" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
@@ -197,4 +197,4 @@ def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path,
     files = ((seed, folder / f"class-{seed:05d}.png") for seed in count())
     wanted = islice(((seed, file) for seed, file in files if not file.exists()), missing)
     rows = {file: ImageRow(config.data.class_prompt or "", "", seed) for seed, file in wanted}
-    draw_missing(base, config, rows, config.data.class_steps)
+    draw_missing(base, config, rows, config.samples.steps)

@@ -31,6 +31,8 @@ from veneer.train.image.decode import UnreadablePicture, decode_picture, mask_of
 from veneer.train.image.training_picture import TrainingPicture, same_shape
 
 _Bucket = tuple[int, int]
+_CROPS = 4
+"""Random crops of a picture, each of which is cached."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,10 @@ def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *
 def draw_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> tuple[View, str]:
     """The view and the caption of a row in an epoch: a function of its arguments alone, and of no order or history.
 
-    A random crop is one of `settings.crops` that belong to the picture and bucket, so that latents can be cached."""
+    A random crop is one of four that belong to the picture and bucket, so that latents can be cached."""
     crop = 0
     if settings.crop == "random":
-        crop = int(_chance(seed, epoch, row, "crop") * settings.crops) + 1
+        crop = int(_chance(seed, epoch, row, "crop") * _CROPS) + 1
     flip = settings.flip and _chance(seed, epoch, row, "flip") < 0.5
     view = place(row.picture.size, row.bucket, flip=flip, at=_crop_place(row, seed, crop))
     return view, draw_caption(row, settings, seed=seed, epoch=epoch)

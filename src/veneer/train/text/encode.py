@@ -102,11 +102,11 @@ class EncodedRows:
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection, *, refuse: bool = True
 ) -> EncodedRows:
-    """Tokenise rows as `data` says (chat_template, train_on, max_length, long_rows, untrained_rows). `refuse`: False
+    """Tokenise rows as `data` says (chat_template, train_on, max_length, long_rows). `refuse`: False
     leaves out, for whoever wants to see them, what stops a run.
 
-    Raises DataError, listing rows, for rows that cannot be rendered without guessing, and for long or untrained ones
-    when they are to be refused; BaseError for conversations on a base without a chat template."""
+    Raises DataError, listing rows, for rows that cannot be rendered without guessing, and for long ones when
+    they are to be refused; BaseError for conversations on a base without a chat template."""
     renderer = Renderer(tokenizer, data.chat_template)
     counts = Counts(rows=len(rows))
     rendered: list[Rendered] = []
@@ -125,7 +125,6 @@ def encode_rows(
     examples: list[Example] = []
     long: list[str] = []
     cut_rows: set[int] = set()
-    untrained: list[str] = []
     for i, r, (ids, trained, merged) in zip(places, rendered, _tokens(tokenizer, rendered, eos), strict=True):
         row = rows[i]
         _notice(counts, row, r, merged, renderer)
@@ -133,7 +132,6 @@ def encode_rows(
             counts.note("doubled_bos", row.where)
         if True not in trained:
             counts.note("untrained", row.where)
-            untrained.append(f"{row.where}: no token to learn")
             left[i] = "no token to learn"
             continue
         ids, trained = _without_tail(ids, trained)
@@ -160,8 +158,6 @@ def encode_rows(
             f"are longer than data.max_length, {data.max_length} tokens",
             f"set data.max_length={counts.longest} (more memory), or data.long_rows=drop or cut",
         )
-    if data.untrained_rows == "refuse" and refuse:
-        _refuse(untrained, len(rows), "have nothing to learn", "correct those rows, or set data.untrained_rows=drop")
     counts.kept = len(examples)
     chat = any(r.chat for r in rendered)
     return EncodedRows(examples, counts, renderer, _end_ids(renderer, rendered, eos), chat, cut_rows, left)
