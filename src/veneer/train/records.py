@@ -204,10 +204,8 @@ def _json_lines(text: str, path: Path) -> list[Record]:
         except (RecursionError, ValueError) as error:
             bad.append(f"{where}: {_beyond(error)}")
             continue
-        if not isinstance(value, dict):
-            bad.append(f"{where}: expected a JSON object per line, found {type(value).__name__}")
-        elif _HALF.search(line) and not _is_text(value):
-            bad.append(f"{where}: {_HALVES}")
+        if why := _unusable(value, line, "a JSON object per line"):
+            bad.append(f"{where}: {why}")
         else:
             records.append(Record(value, where))
     _refuse(bad, path, "each line must be one JSON object; for a JSON array name the file .json")
@@ -237,10 +235,8 @@ def _json_array(text: str, path: Path) -> list[Record]:
         except (RecursionError, ValueError) as error:
             bad.append(f"{path}:{line}: {_beyond(error)}")
             break
-        if not isinstance(value, dict):
-            bad.append(f"{path}:{line}: expected a JSON object, found {type(value).__name__}")
-        elif _HALF.search(text, begin, at) and not _is_text(value):
-            bad.append(f"{path}:{line}: {_HALVES}")
+        if why := _unusable(value, text[begin:at], "a JSON object"):
+            bad.append(f"{path}:{line}: {why}")
         else:
             records.append(Record(value, f"{path}:{line}"))
     _refuse(bad, path, "the file must be one array of objects")
@@ -248,16 +244,18 @@ def _json_array(text: str, path: Path) -> list[Record]:
 
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
-_HALVES = "half of a surrogate pair (as `\\ud83d` alone), which is no character: a text was cut within one"
 
 
-def _is_text(value: Any) -> bool:
-    """Whether all texts in it can be encoded: JSON may escape half a character, which no tokenizer takes."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _unusable(value: Any, text: str, expected: str) -> str:
+    """Return why a JSON value, read from `text`, is no row; "" if it is one."""
+    if not isinstance(value, dict):
+        return f"expected {expected}, found {type(value).__name__}"
+    if _HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return "half of a surrogate pair (as `\\ud83d` alone), which is no character: a text was cut within one"
+    return ""
 
 
 def _beyond(error: Exception) -> str:

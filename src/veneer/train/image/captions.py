@@ -109,16 +109,8 @@ def write_captions(
             report.failed.append(f"{one.name}: the model says nothing of it")
             continue
         caption = text if trigger is None else with_trigger(text, trigger)[0]
-        if to == "jsonl":
-            files = [root / "metadata.jsonl"]
-            atomic_write(files[0], [_with_row(root, one.name, caption)])
-        else:
-            alone = stems[one.path.with_suffix("")] == 1
-            new = one.path.with_suffix(".txt") if alone else one.path.with_name(f"{one.path.name}.txt")
-            files = _caption_files(one.path) or [new]
-            for file in files:
-                atomic_write(file, [f"{caption}\n".encode()])
-        report.written.append(WrittenCaption(one.name, files[0], caption, cut))
+        file = _write(root, one, caption, to, alone=stems[one.path.with_suffix("")] == 1)
+        report.written.append(WrittenCaption(one.name, file, caption, cut))
         if on_caption is not None:
             on_caption(report.written[-1])
     return report
@@ -148,13 +140,21 @@ def write_caption(picture: Path, text: str, folder: str | None = None) -> Writte
         raise DataError(
             "its caption is in metadata that is not written here", where=str(picture), fix="change it in that file"
         )
-    if row and not files:
-        atomic_write(root / "metadata.jsonl", [_with_row(root, one.name, caption)])
-        return WrittenCaption(one.name, root / "metadata.jsonl", caption)
-    new = one.path.with_suffix(".txt") if len(siblings) == 1 else one.path.with_name(f"{one.path.name}.txt")
-    for file in files or [new]:
+    file = _write(root, one, caption, "jsonl" if row and not files else "txt", alone=len(siblings) == 1)
+    return WrittenCaption(one.name, file, caption)
+
+
+def _write(root: Path, one: OwnCaption, caption: str, to: _CaptionForm, *, alone: bool) -> Path:
+    """Write a caption and return its file. `alone`: no other picture has this name with another suffix."""
+    if to == "jsonl":
+        file = root / "metadata.jsonl"
+        atomic_write(file, [_with_row(root, one.name, caption)])
+        return file
+    new = one.path.with_suffix(".txt") if alone else one.path.with_name(f"{one.path.name}.txt")
+    files = _caption_files(one.path) or [new]
+    for file in files:
         atomic_write(file, [f"{caption}\n".encode()])
-    return WrittenCaption(one.name, (files or [new])[0], caption)
+    return files[0]
 
 
 def _caption_files(picture: Path) -> list[Path]:

@@ -213,6 +213,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
 # -- what rewards read of a row ----------------------------------------------------------------------------------------
 
 
+def each_answer(score: Callable[[Answer], RewardScore | float]) -> Reward:
+    """Return a reward that scores one answer at a time."""
+
+    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
+        found = [score(answer) for answer in answers]
+        return [each if isinstance(each, RewardScore) else RewardScore(float(each)) for each in found]
+
+    return reward
+
+
 def column(answer: Answer, name: str) -> Any:
     """The column of the answer's row that a reward compares with. Raises DataError, with the nearest, where it has
     none: every row of a run has to have it, so the run stops."""

@@ -14,7 +14,7 @@ none, stops the run with a DataError: it is wrong with every answer alike.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import regex  # type: ignore[import-untyped]
@@ -30,20 +30,10 @@ from veneer.train.config.rewards import (
     RougeReward,
 )
 from veneer.train.rewards.compared import as_json, bleu, rouge, same_field, same_text
-from veneer.train.rewards.reward import Answer, Reward, RewardScore, column
+from veneer.train.rewards.reward import Answer, Reward, RewardScore, column, each_answer
 
 _PATIENCE = 1.0
 """Seconds of the processor that a regular expression may take over one answer: some take for ever."""
-
-
-def _each(score: Callable[[Answer], RewardScore | float]) -> Reward:
-    """A reward of one answer at a time."""
-
-    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        found = [score(answer) for answer in answers]
-        return [each if isinstance(each, RewardScore) else RewardScore(float(each)) for each in found]
-
-    return reward
 
 
 def _wanted(answer: Answer, name: str) -> str:
@@ -60,7 +50,7 @@ def exact_match(section: ExactMatchReward) -> Reward:
             wanted = wanted if isinstance(wanted, int | float) else _wanted(answer, section.column).casefold()
         return float(same_text(text, wanted))
 
-    return _each(score)
+    return each_answer(score)
 
 
 def json_schema(section: JsonSchemaReward) -> Reward:
@@ -115,7 +105,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         except SchemaError as error:
             what = f"this is no schema: {error.message}"
             raise ConfigError(what, where=f"reinforcement.rewards, {section.called}") from error
-    return _each(score)
+    return each_answer(score)
 
 
 def json_fields(section: JsonFieldsReward) -> Reward:
@@ -139,7 +129,7 @@ def json_fields(section: JsonFieldsReward) -> Reward:
         parts = {key: float(same_field(value, wanted, key)) for key in keys}
         return RewardScore(sum(parts.values()) / len(parts) if parts else float(isinstance(value, dict)), parts=parts)
 
-    return _each(score)
+    return each_answer(score)
 
 
 def regular_expression(section: RegexReward) -> Reward:
@@ -163,7 +153,7 @@ def regular_expression(section: RegexReward) -> Reward:
         right = found is not None and (not compared or (said is not None and same_text(said, wanted)))
         return RewardScore(float(right), parts={"matched": float(found is not None)} if compared else {})
 
-    return _each(score)
+    return each_answer(score)
 
 
 def length(section: LengthReward) -> Reward:
@@ -178,12 +168,12 @@ def length(section: LengthReward) -> Reward:
         over = max(0, section.least - n, 0 if section.most is None else n - section.most)
         return max(0.0, 1 - over / section.slack) if section.slack else float(not over)
 
-    return _each(score)
+    return each_answer(score)
 
 
 def sentence_bleu(section: BleuReward) -> Reward:
-    return _each(lambda answer: bleu(answer.text, _wanted(answer, section.column)))
+    return each_answer(lambda answer: bleu(answer.text, _wanted(answer, section.column)))
 
 
 def rouge_f1(section: RougeReward) -> Reward:
-    return _each(lambda answer: rouge(answer.text, _wanted(answer, section.column), section.measure))
+    return each_answer(lambda answer: rouge(answer.text, _wanted(answer, section.column), section.measure))

@@ -26,7 +26,7 @@ import regex  # type: ignore[import-untyped]
 
 from veneer.errors import ConfigError, DataError, MissingExtraError, nearest, quoted
 from veneer.train.config.rewards import ReasoningGymReward, VerifiersReward
-from veneer.train.rewards.reward import Answer, Reward, RewardScore, column
+from veneer.train.rewards.reward import Answer, Reward, RewardScore, column, each_answer
 
 _SPEC = re.compile(r"(?P<name>[^@?]+)(?:@(?P<rows>\d+))?(?:\?(?P<settings>.*))?", re.DOTALL)
 _ROWS = 500
@@ -116,10 +116,7 @@ def reasoning_gym_reward(section: ReasoningGymReward) -> Reward:
         except Exception as error:  # a task's own arithmetic over whatever a model said
             return RewardScore(None, f"{task}: {type(error).__name__}: {error}")
 
-    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        return [score(answer) for answer in answers]
-
-    return reward
+    return each_answer(score)
 
 
 # -- verifiers ---------------------------------------------------------------------------------------------------------
