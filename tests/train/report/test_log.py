@@ -150,12 +150,6 @@ def test_an_evaluation_above_the_first_one_is_called_worse_and_never_best() -> N
     assert "best" not in text
 
 
-def test_a_log_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """In old logs, `trained_tokens` are the tokens with a loss; in OpenAI's jobs they are all tokens."""
-    (tmp_path / "log.jsonl").write_text('{"event": "stepped", "step": 1, "tokens": 9, "trained_tokens": 4}\n')
-    assert read_log(tmp_path / "log.jsonl") == [{"event": "stepped", "step": 1, "tokens": 9, "learned_tokens": 4}]
-
-
 def test_many_steps_are_few_lines_in_a_pipe() -> None:
     events: list[Event] = [Stepped(n, 1000, 1, 1.0, 1e-4, 0.5, 9, 4, 0.1, 1) for n in range(1, 1001)]
     assert 10 <= len(_shown(events, terminal=False).splitlines()) <= 30

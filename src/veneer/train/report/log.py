@@ -73,11 +73,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError:
             continue
-    found = [record for record in records if isinstance(record, dict)]
-    for record in found:
-        if "trained_tokens" in record:  # the name in logs of earlier versions
-            record["learned_tokens"] = record.pop("trained_tokens")
-    return found
+    return [record for record in records if isinstance(record, dict)]
 
 
 def _before(record: dict[str, Any], progress: Progress) -> bool:
