@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.train.text.test_task import _train
+from tests.train.text.tiny_runs import train
 from tests.train.tiny_pictures import run as train_pictures
 from veneer.cli.main import main as veneer
 from veneer.errors import Interrupted, TrainingError
@@ -37,11 +37,11 @@ SHARDED: dict[str, dict[str, Any]] = {
         "memory": {"shard": True, "activation_checkpointing": "on"},
     },
     "shard-nf4": {
-        **NO_DROPOUT, "base_keys": {"quantise": "nf4", "dtype": "float32"}, "schedule": {"steps": 5},
+        **NO_DROPOUT, "base": {"quantise": "nf4", "dtype": "float32"}, "schedule": {"steps": 5},
         "memory": {"shard": True},
     },
     "shard-int8": {
-        **NO_DROPOUT, "base_keys": {"quantise": "int8", "dtype": "float32"}, "schedule": {"steps": 3},
+        **NO_DROPOUT, "base": {"quantise": "int8", "dtype": "float32"}, "schedule": {"steps": 3},
         "memory": {"shard": True, "activation_checkpointing": "on"},
     },
     "shard-whole": {
@@ -123,17 +123,17 @@ def main(folder: Path) -> None:
         dist.barrier()
 
     keep = {"checkpoint": {"every": 3, "keep": 9}}
-    one("two", _train, **ONE_ROW, **keep)
+    one("two", train, **ONE_ROW, **keep)
     for name, origin in (("one-then-two", "one"), ("two-then-two", "two")):
         going_on(name, origin)
-        one(name, _train, resume=True, **ONE_ROW, **keep)
-    one("idle", _train, batching={"rows": 1}, schedule={"steps": 4})
+        one(name, train, resume=True, **ONE_ROW, **keep)
+    one("idle", train, batching={"rows": 1}, schedule={"steps": 4})
     for name, sections in SHARDED.items():
         held.clear()
-        one(name, _train, **sections)
+        one(name, train, **sections)
         seen[name]["held"] = list(held)
     for name, sections in preferences(folder).items():
-        one(name, _train, **sections)
+        one(name, train, **sections)
     one("pictures", train_pictures, **PICTURES)
     seen["not-finite"] = broken(rank, folder, float("nan"))
     dist.barrier()
@@ -181,7 +181,7 @@ def broken(rank: int, folder: Path, factor: float | None) -> dict[str, Any]:
     run.text_loss = loss
     name = "stopped" if factor is None else "not-finite"
     try:
-        _train(folder, folder / name, **ONE_ROW)
+        train(folder, folder / name, **ONE_ROW)
     except (Interrupted, TrainingError) as error:
         seen = {"kind": type(error).__name__, "what": error.what, "where": error.where, "told": error.already_shown}
         return {**seen, "code": error.exit_code}

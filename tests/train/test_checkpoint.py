@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from veneer.errors import CheckpointError, ResourceError
 from veneer.ops.cpu import compiled
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress
-from veneer.train.optim import make_optimizer, optimizer_names
+from veneer.train.optim import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +53,7 @@ def _save(folder: Path, step: int, parameters: dict[str, nn.Parameter] | None = 
     )
 
 
-@pytest.mark.parametrize("name", optimizer_names())
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor"])
 def test_restoring_goes_on_bit_for_bit_with_every_optimizer(name: str, tmp_path: Path) -> None:
     a = _parameters()
     optimizer = make_optimizer(a, name=name, learning_rate=0.1, loraplus_ratio=3.0, weight_decay=0.1)
@@ -69,16 +68,6 @@ def test_restoring_goes_on_bit_for_bit_with_every_optimizer(name: str, tmp_path:
     _move(b, other, 2)
     for name_, p in a.items():
         assert torch.equal(p, b[name_])
-
-
-def test_the_choices_of_an_older_checkpoint_are_ignored(tmp_path: Path) -> None:
-    a = _parameters()
-    optimizer = make_optimizer(a, learning_rate=0.1)
-    path = _save(tmp_path, 1, a, optimizer=optimizer)
-    state = json.loads((path / "state.json").read_text())
-    state["choices"] = {"rms_norm bfloat16 576, 2 threads": "torch"}
-    (path / "state.json").write_text(json.dumps(state))
-    assert checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={}).notes == []
 
 
 def test_compiled_kernels_that_came_or_went_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,32 +159,6 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(
     checkpoint.read_checkpoint(good)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
-def test_a_really_full_disk(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting is not possible here")
-    try:
-        big = {"m.A": nn.Parameter(torch.randn(100, 100))}
-        path = _save(small / "run", 1, big)
-        for step in (2, 3, 4, 5, 6):
-            try:
-                _save(small / "run", step, big, keep=9)
-            except ResourceError:
-                break
-        else:
-            pytest.fail("the disk never filled")
-        assert not list((small / "run").glob(".*"))
-        checkpoint.read_checkpoint(path)
-        checkpoint.restore(path, parameters=big, optimizer=make_optimizer(big, learning_rate=0.1), identity={})
-    finally:
-        subprocess.run(["umount", str(small)], check=False)
-
-
 def test_newest_are_kept_and_the_best_of_each_of_them(tmp_path: Path) -> None:
     _save(tmp_path, 1, keep=2, best_step=1)
     _save(tmp_path, 2, keep=2, best_step=1)
@@ -278,16 +241,6 @@ def test_other_parameters_are_listed(tmp_path: Path) -> None:
         checkpoint.read_parameters(path, other)
     for part in ("m.A", "(2, 3)", "(2, 5)", "m.B: not in the run", "n.B: not in the checkpoint"):
         assert part in error.value.what
-
-
-def test_another_environment_is_said_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "environment", lambda devices: {"torch": "9", "threads": 1, "device": "cpu"})
-    parameters = _parameters()
-    restored = checkpoint.restore(
-        path, parameters=parameters, optimizer=make_optimizer(parameters, learning_rate=0.1), identity={}
-    )
-    assert any("torch was" in note for note in restored.notes)
 
 
 def test_there_is_no_pickle_in_a_checkpoint(tmp_path: Path) -> None:

@@ -19,11 +19,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-from tests.tiny_base import tiny_base_dir
 from tests.train.shared_runs import FAILS, ONE_ROW, PICTURES, SHARDED, numbers, preferences
-from tests.train.text.test_task import ROOT, TENSORS, _train, _values, write_rows
+from tests.train.text.tiny_runs import TENSORS, train, values_of, with_rows
 from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import ConfigError
 from veneer.files.safetensors import read_tensors
@@ -34,6 +32,7 @@ from veneer.train.events import Event
 from veneer.train.preflight import RunSubject, shared_out
 from veneer.train.report.log import read_log
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = st.lists(st.integers(1, 500), max_size=40)
 
 
@@ -74,12 +73,6 @@ def test_a_digest_knows_names_bits_and_shapes() -> None:
     seen |= {digest_of({**a, "x": -torch.zeros(2, 3)}), digest_of({"x": a["x"], "z": a["y"]}), digest_of(a, 1)}
     assert len(seen) == 6
     assert digest_of(dict(reversed(a.items()))) == digest_of(a)
-
-
-def test_gradients_of_one_process_are_left_alone() -> None:
-    p = nn.Parameter(torch.ones(3))
-    ALONE.add_gradients([p], [0])
-    assert p.grad is None
 
 
 @pytest.mark.parametrize(
@@ -127,19 +120,17 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("devices")
-    tiny_base_dir(folder)
-    write_rows(folder / "rows.jsonl")
-    runs = Runs(folder)
-    runs.alone("two", _train, "one", **ONE_ROW, checkpoint={"every": 3, "keep": 9})
-    runs.alone("idle", _train, "one-idle", batching={"rows": 1}, schedule={"steps": 4})
+    runs = Runs(with_rows(folder))
+    runs.alone("two", train, "one", **ONE_ROW, checkpoint={"every": 3, "keep": 9})
+    runs.alone("idle", train, "one-idle", batching={"rows": 1}, schedule={"steps": 4})
     for name, sections in SHARDED.items():
         memory = {"activation_checkpointing": "off"}
-        runs.alone(name, _train, f"one-{name}", **{**sections, "memory": memory})
+        runs.alone(name, train, f"one-{name}", **{**sections, "memory": memory})
     write_pairs(folder / "pairs.jsonl")
     for name, sections in preferences(folder).items():
-        runs.alone(name, _train, f"one-{name}", **{**sections, "memory": {"activation_checkpointing": "off"}})
+        runs.alone(name, train, f"one-{name}", **{**sections, "memory": {"activation_checkpointing": "off"}})
     runs.alone("pictures", train_pictures, "one-pictures", **PICTURES)
-    (folder / "killed.json").write_text(json.dumps(_values(folder, folder / "killed", **ONE_ROW)))
+    (folder / "killed.json").write_text(json.dumps(values_of(folder, folder / "killed", **ONE_ROW)))
     with printed_to(folder / "printed"):
         runs.ended = launch(2, [sys.executable, "-m", "tests.train.shared_runs", str(folder)])
     before, *_, runs.said = (folder / "printed").read_text().rpartition(f"{FAILS}\n")
@@ -216,7 +207,7 @@ def test_resumed_on_another_number_it_is_that_run_but_for_rounding(runs: Runs, t
     notes = runs.two[0]["one-then-two"]["notes"]
     assert any("devices was 1 and is 2" in note for note in notes)
     assert any("resuming after step 6" in note for note in notes)
-    result = _train(runs.folder, runs.folder / "stopped", resume=True, **ONE_ROW)  # begun by two, ended by one
+    result = train(runs.folder, runs.folder / "stopped", resume=True, **ONE_ROW)  # begun by two, ended by one
     assert result.steps == 10
     same_adapter(runs.tensors("one"), runs.tensors("stopped"))
 
@@ -337,7 +328,7 @@ def test_a_process_that_fails_ends_all_with_one_message(
     else:
         output = tmp_path / "out"
         config = tmp_path / "config.json"
-        config.write_text(json.dumps(_values(runs.folder, output, **ONE_ROW)))
+        config.write_text(json.dumps(values_of(runs.folder, output, **ONE_ROW)))
         command = [sys.executable, "-c", FAULT, fault, "train", str(config)]
         code = launch(2, [*command, "memory.shard=true"] if shard else command)
         said = capfd.readouterr().err

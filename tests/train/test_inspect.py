@@ -14,7 +14,6 @@ from tests.train.tiny_pictures import drawings
 from veneer.errors import DataError
 from veneer.jobs.validate import device_of
 from veneer.models.text.base import load_text
-from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.image.captions import write_caption
@@ -34,7 +33,6 @@ def config(base: Path, rows: list[Any], folder: Path, **data: Any) -> TrainConfi
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made, _ = config_from({"base": str(base), "data": {"train": str(file), **data}, "output": str(folder / "out")})
-    assert isinstance(made, TrainConfig)
     return made
 
 
@@ -47,7 +45,6 @@ def test_of_few_rows_it_counts_what_the_run_counts_and_guesses_nothing_of_them(b
     look = inspect_run(chosen, device=device_of())
     data = read_data(chosen, load_text(str(base)))
     tokens = sum(item.tokens for item in data.train.items)
-    assert look.plan is not None
     assert (look.rows, look.looked) == (30, 30)
     assert look.plan.job.rows * look.plan.job.tokens_per_row == pytest.approx(tokens)
     assert not any("first" in guess for guess in look.guesses)
@@ -61,7 +58,6 @@ def test_of_few_rows_it_counts_what_the_run_counts_and_guesses_nothing_of_them(b
 def test_of_many_it_says_what_it_looked_at_and_a_new_file_is_looked_at_anew(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i:04}?") for i in range(400)], tmp_path, split=200)
     look = inspect_run(chosen, rows=40, device=device_of())
-    assert look.plan is not None
     assert (look.rows, look.looked) == (400, 40)
     assert "looked at the first 40 rows of 400" in look.guesses[0]
     assert look.plan.job.rows == pytest.approx(200, abs=20)
@@ -109,7 +105,6 @@ def test_pairs_are_one_row_of_the_table(base: Path, tmp_path: Path) -> None:
     made, _ = config_from(
         {"base": str(base), "data": {"train": str(file)}, "preference": {"loss": "dpo"}, "output": str(tmp_path / "o")}
     )
-    assert isinstance(made, TrainConfig)
     seen = rows_seen(made)
     assert (len(seen.rows), seen.format) == (4, "preference")
     assert "".join(text for text, on in seen.rows[0].pieces if on).count("I do not know.") == 1
@@ -124,12 +119,10 @@ def test_pictures_with_their_crops_and_one_caption_changed_in_place(tmp_path: Pa
             "data": {"pictures": str(folder), "resolution": 32, "buckets": False, "split": 1},
         }
     )
-    assert isinstance(made, ImageTrainConfig)
     seen = pictures_seen(made)
     assert {one.name for one in seen} == {f"{i}.png" for i in range(6)}
     assert [one.verdict for one in seen].count("held out") == 1
     wide = next(one for one in seen if (one.width, one.height) == (48, 32) and one.crop is not None)
-    assert wide.crop is not None
     left, top, width, height = wide.crop
     assert (top, height, wide.verdict) == (0, 1, "cut")  # a square of 32 in the middle of 48 by 32
     assert (left, width) == (pytest.approx(8 / 48), pytest.approx(32 / 48))

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tests.tiny_image_base import tiny_image_base
-from tests.train.text.test_task import _train
+from tests.train.stopping import interrupt_at
 from tests.train.text.test_task import base as base
 from tests.train.text.test_task import shared as shared
+from tests.train.text.tiny_runs import train
 from tests.train.tiny_pictures import run
 from veneer.core.attach import attach
 from veneer.errors import Interrupted
@@ -23,20 +24,8 @@ from veneer.formats.peft import read_folder
 from veneer.formats.read import read
 from veneer.models.image.base import load_image
 from veneer.models.text.base import TextBase
-from veneer.train.events import Event, Stepped
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-class _StopAt:
-    """Ctrl-C after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("adapter", [{"kind": "loha"}, {"kind": "lokr", "factor": 4}])
@@ -45,13 +34,11 @@ def test_text_is_learned_resumed_bit_for_bit_and_read_by_peft(
 ) -> None:
     settings: dict[str, Any] = {"adapter": {"rank": 4, "dropout": 0.0, **adapter}, "schedule": {"steps": 5}}
     settings["optimizer"] = {"learning_rate": 3e-3}
-    whole = _train(shared, tmp_path / "whole", base, **settings)
-    assert whole.validation is not None
-    assert whole.validation_before is not None
+    whole = train(shared, tmp_path / "whole", base, **settings)
     assert whole.validation < whole.validation_before
-    with pytest.raises((Interrupted, KeyboardInterrupt)):
-        _train(shared, tmp_path / "cut", base, on_event=_StopAt(4), **settings)
-    resumed = _train(shared, tmp_path / "cut", base, resume=True, **settings)
+    with pytest.raises(Interrupted):
+        train(shared, tmp_path / "cut", base, on_event=interrupt_at(4), **settings)
+    resumed = train(shared, tmp_path / "cut", base, resume=True, **settings)
     assert resumed.digest == whole.digest
     assert read_card(tmp_path / "whole").card.recipe["adapter"]["kind"] == adapter["kind"]
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path / "whole")

@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +214,6 @@ def test_evaluations_happen_at_the_start_when_due_and_at_the_end() -> None:
     assert [e.step for e in scores] == [0, 2, 4, 5]
     assert [e.best for e in scores] == [False, True, True, True]
     score = problem.score()
-    assert score is not None
     assert scores[-1].loss == pytest.approx(score.loss)
     assert scores[-1].perplexity == pytest.approx(math.exp(scores[-1].loss))
     assert (progress.best_step, progress.best_loss) == (5, scores[-1].loss)
@@ -294,14 +292,6 @@ def test_ctrl_c_during_an_evaluation_saves_too(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         _train(problem, [problem.step([[0]])], evaluate_at=[0], save=save)
     assert saved == [(0, -1)]
-
-
-def test_runs_in_a_thread_where_signals_cannot_be_set() -> None:
-    problem, out = Problem(), []
-    thread = threading.Thread(target=lambda: out.append(_train(problem, [problem.step([[0, 1]])])))
-    thread.start()
-    thread.join()
-    assert out[0].step == 1
 
 
 def test_probe_runs_the_longest_and_leaves_no_trace() -> None:

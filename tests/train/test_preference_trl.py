@@ -14,7 +14,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.formats import peft as peft_folder
 from veneer.models.text.base import load_text
-from veneer.train.config.load import TrainConfig, config_from
+from veneer.train.config.load import config_from
 from veneer.train.text.data import part_of, planned_steps
 from veneer.train.text.preference import Preference
 from veneer.train.text.rows import read_rows
@@ -105,7 +105,6 @@ def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pyt
             "schedule": {"steps": 1},
         }
     )
-    assert isinstance(config, TrainConfig)
     base = load_text(str(tmp_path / "tiny-base"), dtype="float32")
     found, _ = read_rows(config.data.files("train"), formats={"preference", "unpaired-preference"})
     part = part_of(found, config, base)

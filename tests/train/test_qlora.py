@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +10,38 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.test_quantise import dequantised_twin
-from tests.tiny_base import tiny_base_dir
 from tests.tiny_gguf import tiny_gguf
+from tests.train.text.tiny_runs import merged, train, with_rows
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.merge import pair_matrix
-from veneer.errors import ConfigError, Interrupted
+from veneer.errors import ConfigError
 from veneer.formats.card import read_card
 from veneer.models.quantise import quantised_weights
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
 from veneer.ops.quantized import Quantized
-from veneer.train.config.load import config_from
 from veneer.train.events import Event, Note, Stepped
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import run_text
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qlora")
-    tiny_base_dir(folder)
-    with (folder / "rows.jsonl").open("w") as file:
-        for i in range(24):
-            asked = {"role": "user", "content": f"The printer number {i} {'still ' * (i % 4)}does not work."}
-            answer = {"role": "assistant", "content": json.dumps({"team": "it" if i % 2 else "billing"})}
-            file.write(json.dumps({"messages": [asked, answer]}) + "\n")
-    return folder
+    return with_rows(tmp_path_factory.mktemp("qlora"))
 
 
 def _run(
-    shared: Path,
-    output: Path,
-    base: TextBase | None = None,
-    *,
-    resume: bool = False,
-    on_event: Any = None,
-    quantise: str | None = "nf4",
-    **sections: Any,
+    shared: Path, output: Path, base: TextBase | None = None, quantise: str | None = "nf4", **more: Any
 ) -> RunResult:
-    values: dict[str, Any] = {
-        "base": {"name": str(shared / "tiny-base"), "quantise": quantise, "dtype": "float32"},
-        "data": {"train": str(shared / "rows.jsonl"), "split": 4},
-        "output": str(output),
-        "batching": {"rows": 4, "micro_rows": 2},
-        "optimizer": {"learning_rate": 3e-3},
+    own = {
+        "base": {"quantise": quantise, "dtype": "float32"},
+        "adapter": {"dropout": 0.0},
         "schedule": {"steps": 6},
-        "adapter": {"rank": 4},
-        "checkpoint": {"every": 2},
+        "evaluation": {"every": "epoch"},
     }
-    for section, value in sections.items():
-        values[section] = {**values.get(section, {}), **value}
-    config, sources = config_from(values)
-    return run_text(config, resume=resume, base=base, on_event=on_event or (lambda e: None), sources=sources)
+    return train(shared, output, base, **merged(own, more))
 
 
 def _losses(seen: list[Event]) -> list[float]:
@@ -86,26 +60,11 @@ def test_a_run_over_codes_is_the_run_over_what_they_stand_for(shared: Path, tmp_
     for name, tensor in a.items():
         torch.testing.assert_close(tensor, b[name], rtol=1e-4, atol=1e-6)
     assert one.validation == pytest.approx(two.validation, rel=1e-5)
-    assert one.validation is not None
-    assert one.validation_before is not None
     assert one.validation < one.validation_before
     card = read_card(tmp_path / "codes").card
     assert card.recipe["base"]["quantise"] == "nf4"
     assert card.base_fingerprint == load_text(str(shared / "tiny-base")).fingerprint
     assert all(isinstance(base.model.get_parameter(n), Quantized) for n in quantised_weights(base.model))
-
-
-def test_killed_and_resumed_it_is_bit_for_bit_the_run_that_was_not(shared: Path, tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    _run(shared, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        _run(shared, tmp_path / "cut", on_event=stop)
-    _run(shared, tmp_path / "cut", resume=True)
-    a, b = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("whole", "cut"))
-    assert a == b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,7 +98,6 @@ def test_the_fast_paths_take_quantised_weights(shared: Path, dtype: torch.dtype,
     assert how.kept == whole or kept != "all"
     assert torch.equal(loss, want)
     for name, grad in grads.items():
-        assert grad is not None
         assert torch.equal(grad, wanted[name]), name
     assert all(p.kept is None for p in base.model.parameters() if isinstance(p, Quantized))
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.tiny_base import tiny_base_dir
+from tests.train.text.tiny_runs import train, with_rows
 from veneer.ops.quantization_formats import KINDS
 from veneer.ops.quantized import quantize
-from veneer.train.config.load import config_from
-from veneer.train.events import Stepped
-from veneer.train.text.task import run_text
 
 pytestmark = pytest.mark.gpu
 
@@ -34,22 +29,11 @@ def test_the_same_codes_stand_for_the_same_weights(kind: str, dtype: torch.dtype
 def test_a_run_in_4_bits_learns_and_resumes(optimizer: str, tmp_path: Path) -> None:
     if optimizer != "adamw":
         pytest.importorskip("bitsandbytes")  # whose they are; `make gpu` has it
-    with (tmp_path / "rows.jsonl").open("w") as file:
-        for i in range(24):
-            asked = {"role": "user", "content": f"The printer number {i} does not work."}
-            file.write(json.dumps({"messages": [asked, {"role": "assistant", "content": "it" * (1 + i % 2)}]}) + "\n")
-    values: dict[str, Any] = {
-        "base": {"name": str(tiny_base_dir(tmp_path)), "quantise": "nf4", "dtype": "bfloat16", "device": "cuda"},
-        "data": {"train": str(tmp_path / "rows.jsonl"), "split": 4},
-        "output": str(tmp_path / "run"),
-        "optimizer": {"name": optimizer, "learning_rate": 1e-2},
-        "schedule": {"steps": 8},
-        "checkpoint": {"every": 4},
-    }
-    losses: list[float] = []
-    result = run_text(
-        config_from(values)[0], on_event=lambda e: losses.append(e.loss) if isinstance(e, Stepped) else None
+    result = train(
+        with_rows(tmp_path),
+        tmp_path / "run",
+        base={"quantise": "nf4", "dtype": "bfloat16", "device": "cuda"},
+        optimizer={"name": optimizer, "learning_rate": 1e-2},
+        schedule={"steps": 8},
     )
-    assert result.validation is not None
-    assert result.validation_before is not None
     assert result.validation < result.validation_before

@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from tests.tiny_image_base import tiny_image_base
-from veneer.train.config.load import ImageTrainConfig, config_from
+from tests.train.text.tiny_runs import merged
+from veneer.train.config.load import config_from
 from veneer.train.image.run import run_images
 from veneer.train.image.save import ImageResult
 
@@ -45,10 +46,7 @@ def image_values(folder: Path, output: Path, family: str = "flux1", /, **section
     values["data"]["cache"] = str(folder / "cache")
     if family.startswith("qwen"):  # nothing of its files says how small it is
         values["data"]["resolution"] = 32
-    for section, value in sections.items():
-        held = values.get(section, {})
-        values[section] = {**held, **value} if isinstance(value, dict) and isinstance(held, dict) else value
-    return values
+    return merged(values, sections)
 
 
 def run(
@@ -65,6 +63,5 @@ def run(
     **sections: Any,
 ) -> ImageResult:
     config, sources = config_from(image_values(folder, output, family, **sections))
-    assert isinstance(config, ImageTrainConfig)
     listen = on_event or (lambda event: None)
     return run_images(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources, force=force)

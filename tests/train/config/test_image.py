@@ -99,12 +99,6 @@ def test_a_preset_stands_between_the_defaults_and_the_users_keys(tmp_path: Path,
     assert plain.ema.decay is None
 
 
-def test_a_preset_fills_only_keys_that_exist() -> None:
-    known = {name for name, _ in config_keys(ImageTrainConfig)}
-    for preset in PRESETS.values():
-        assert set(preset.settings) <= known
-
-
 def test_how_long_a_run_is(tmp_path: Path) -> None:
     assert (_read(tmp_path, MINIMAL)[0].steps, _read(tmp_path, MINIMAL)[0].epochs) == (1000, None)
     epochs = _read(tmp_path, MINIMAL, "schedule.epochs=2")[0]
@@ -172,8 +166,3 @@ def test_values_already_in_hand() -> None:
 def test_settings_are_strict(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ImageDataSection.model_validate({"pictures": "a", **keys})
-
-
-def test_every_setting_says_what_it_means() -> None:
-    for name, key in ImageDataSection.model_fields.items():
-        assert key.description, name

@@ -13,9 +13,8 @@ import torch
 
 from tests.image_twins import latent_shape
 from tests.tiny_image_base import tiny_image_base
-from tests.train.tiny_pictures import drawings, image_values, run
+from tests.train.tiny_pictures import drawings, image_values
 from veneer.errors import DataError
-from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image, pipeline
 from veneer.models.image.schedulers import make_scheduler
 from veneer.train.config.load import config_from
@@ -88,29 +87,6 @@ def test_each_step_has_as_many_class_pictures_and_the_loss_is_dreambooths(shared
         by_hand = sum(each[r.key] for r in instances) / len(instances)
         by_hand += 0.5 * sum(each[r.key] for r in rows if r.picture.is_class) / len(instances)
         assert total == pytest.approx(by_hand, rel=1e-5)
-
-
-@pytest.mark.parametrize("family", ["flux1", pytest.param("sdxl", marks=pytest.mark.slow)])
-def test_k_micro_batches_are_one_batch(family: str, shared: Path, tmp_path: Path) -> None:
-    """The same parameters after two steps, but for the order of float32 sums."""
-    adapters = []
-    for name, micro_rows in (("one", 1), ("two", 2), ("all", None)):
-        result = run(
-            shared,
-            tmp_path / name,
-            family,
-            adapter={"dropout": 0.0},
-            schedule={"steps": 2},
-            batching={"rows": 4, "micro_rows": micro_rows},
-            optimizer={"name": "sgd", "learning_rate": 1.0},
-            evaluation={"every": 100, "at_start": False},
-        )
-        adapters.append(read(Path(result.adapter)).adapter)
-    for name, pair in adapters[0].pairs.items():
-        for other in adapters[1:]:
-            torch.testing.assert_close(pair.B, other.pairs[name].B, rtol=1e-3, atol=2e-6)
-            torch.testing.assert_close(pair.A, other.pairs[name].A, rtol=1e-3, atol=2e-6)
-    assert any(pair.B.abs().max() > 1e-3 for pair in adapters[0].pairs.values())
 
 
 def test_the_loss_is_the_squared_error_of_the_denoiser_itself(shared: Path, base: ImageBase) -> None:
@@ -222,7 +198,6 @@ def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(
     torch.testing.assert_close(text.embeds[1], given[0][0])
     assert bool(text.embeds[0].any()) == (family != "sdxl")
     if len(given) == 4:
-        assert text.pooled is not None
         torch.testing.assert_close(text.pooled, torch.cat([given[3], given[2]]))
 
 
@@ -276,7 +251,6 @@ def test_a_mask_confines_the_loss_to_what_is_white(shared: Path, tmp_path: Path,
     _, _, planned = _steps(config)
     masked = next(r for r in planned if r.picture.name == "0.png")
     batch = encoders.batch([masked])
-    assert batch.masks is not None
     loss = ImageLoss(base, config, encoders)
     half = batch.masks.shape[-1] // 2
     assert batch.masks[..., :half].min() == 1
@@ -305,7 +279,6 @@ def test_held_out_pictures_are_chosen_by_content_and_scored_alike_in_every_run(s
     scores = []
     for other in (config, _config(shared, seed=5, loss={"logit_std": 2.0, "shift": 3.0}, batching={"micro_rows": 1})):
         score = ImageLoss(base, other, Encoders(base, other, None)).score(rows)
-        assert score is not None
         scores.append(score)
     assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-6)
     assert set(scores[0].extra) == {f"loss at {t}" for t in ("0.125", "0.375", "0.625", "0.875")}

@@ -94,11 +94,8 @@ def test_masks_and_backgrounds_are_part_of_the_key(tmp_path: Path) -> None:
     masked = read_pictures(settings(tmp_path))[0][0]
     row = cache.get(masked, VIEW, settings(), encode)
     full = prepare(masked, VIEW, settings()).mask
-    assert full is not None
-    assert row.mask is not None
     assert torch.allclose(row.mask, full.reshape(1, 3, 8, 4, 8).mean((2, 4)))
     floored = cache.get(masked, VIEW, settings(mask_floor=0.5), encode).mask
-    assert floored is not None
     assert torch.allclose(floored, 0.5 + 0.5 * row.mask, atol=1e-6)
 
 

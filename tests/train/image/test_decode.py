@@ -146,7 +146,6 @@ def test_transparent_pixels_show_the_background(name: str, colour: tuple[int, in
     found = opened(image, keys={"background": name})
     share = alpha[..., None] / 255
     assert np.abs(array(found.colour) - (array(scene()) * share + np.array(colour) * (1 - share))).max() <= 1
-    assert found.alpha is not None
     assert np.array_equal(array(found.alpha), alpha)
     assert found.notes == (f"transparent pixels on {name}",)
 
@@ -157,7 +156,6 @@ def test_one_transparent_colour_of_a_palette() -> None:
     image.putdata([0, 1, 0, 1])
     found = opened(image, transparency=0)
     assert [found.colour.getpixel((x, 0)) for x in range(4)] == [(255,) * 3, (200, 100, 50)] * 2
-    assert found.alpha is not None
     assert [found.alpha.getpixel((x, 0)) for x in range(4)] == [0, 255, 0, 255]
 
 

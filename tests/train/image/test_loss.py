@@ -205,7 +205,6 @@ def test_the_moving_average_by_hand_and_against_diffusers() -> None:
         d = 0.0 if step == 1 else min(0.3, step / (9 + step))
         now = p.detach().double()
         by_hand = now if by_hand is None else d * by_hand + (1 - d) * now
-    assert by_hand is not None
     torch.testing.assert_close(ema.averages["m.A@ema"].double(), by_hand, rtol=1e-6, atol=0)
     torch.testing.assert_close(ema.averages["m.A@ema"], theirs.shadow_params[0], rtol=1e-6, atol=0)
     before = p.detach().clone()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.train.make_pictures import put, scene, settings, wrong
-from veneer.train.image.batches import split_pictures
+from tests.train.make_pictures import put, settings, wrong
 from veneer.train.image.pictures import read_pictures
 
 
@@ -43,16 +42,6 @@ def test_broken_files_are_named_with_their_reason(tmp_path: Path) -> None:
     for path in (tmp_path / "good.png", tmp_path / "phone.heic"):
         path.write_bytes(b"no")
     assert "no picture is left" in wrong(tmp_path, broken="drop")
-
-
-def test_pictures_are_held_out_like_rows(tmp_path: Path) -> None:
-    for i in range(10):
-        put(tmp_path, f"{i}.png", f"number {i % 5}", scene(seed=i % 5))
-    pictures, _ = read_pictures(settings(tmp_path))
-    train, held = split_pictures(pictures, 0.2, 3)
-    assert (len(train), len(held)) == (8, 2)
-    assert not {p.key for p in train} & {p.key for p in held}
-    assert split_pictures(pictures[::-1], 0.2, 3)[1] == held[::-1]
 
 
 def test_several_folders_and_a_validation_folder(tmp_path: Path) -> None:

@@ -119,7 +119,6 @@ def test_every_layout_holds_the_trained_adapter(
     )
     assert "read back and compared: predictions equal" in _notes(seen)
     newest = latest(tmp_path / "out" / "checkpoints")
-    assert newest is not None
     trained, _ = read_tensors(newest / "adapter.safetensors")
     back = read(Path(result.adapter)).adapter
     assert {f"{n}.A" for n in back.pairs} == {n for n in trained if n.endswith(".A")}
@@ -211,7 +210,6 @@ def test_the_average_is_what_is_saved(shared: Path, tmp_path: Path) -> None:
     """Equal to the average in the last checkpoint, which is not what was trained."""
     result = run(shared, tmp_path / "out", ema={"decay": 0.9}, **STRONG)
     newest = latest(tmp_path / "out" / "checkpoints")
-    assert newest is not None
     state, _ = read_tensors(newest / "adapter.safetensors")
     for name, pair in read(Path(result.adapter)).adapter.pairs.items():
         torch.testing.assert_close(pair.B, state[f"{name}.B@ema"], rtol=0, atol=0)

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from tests.tiny_image_base import tiny_image_base
+from tests.train.stopping import interrupt_at
+from tests.train.text.tiny_runs import merged
 from tests.train.tiny_pictures import drawings
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
@@ -21,7 +23,7 @@ from veneer.models.image.predict import alphas_cumprod, embed_prompts, predict
 from veneer.plan.tables import device_named
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import config_from, load_config
-from veneer.train.events import Checked, Event, Note, Resolved, Stepped
+from veneer.train.events import Checked, Event, Note, Resolved
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.encode import Encoders
 from veneer.train.image.loss import draw, noised
@@ -54,11 +56,7 @@ def settings(folder: Path, output: Path, family: str, **sections: Any) -> tuple[
         "checkpoint": {"every": 2},
         "data": {"cache": str(folder / f"cache-{family}")},
     }
-    for section, value in sections.items():
-        held = values.get(section, {})
-        values[section] = {**held, **value} if isinstance(value, dict) and isinstance(held, dict) else value
-    config, sources = config_from(values)
-    assert isinstance(config, ImageTrainConfig)
+    config, sources = config_from(merged(values, sections))
     return config, sources
 
 
@@ -166,12 +164,8 @@ def test_a_run_needs_no_pictures_and_is_resumed_bit_for_bit(shared: Path, tmp_pa
     with Image.open(whole.samples[-1]) as sheet:  # the target as its prompt, a column for each of five strengths
         assert sheet.width > 5 * 32
 
-    def stop(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises((Interrupted, KeyboardInterrupt)):
-        run(shared, tmp_path / "cut", "flux1", on_event=stop)
+    with pytest.raises(Interrupted):
+        run(shared, tmp_path / "cut", "flux1", on_event=interrupt_at(3))
     seen.clear()
     resumed = run(shared, tmp_path / "cut", "flux1", resume=True, on_event=seen.append)
     assert resumed.digest == whole.digest
@@ -251,7 +245,6 @@ def test_the_examples_run(name: str, shared: Path, tmp_path: Path) -> None:
     else:
         overrides += [f"data.pictures={drawings(tmp_path / 'drawings')}"]
     config, sources = load_config(ROOT / "examples" / "images" / f"{name}.yaml", overrides)
-    assert isinstance(config, ImageTrainConfig)
     result = run_images(config, on_event=lambda event: None, sources=sources)
     found = read(Path(result.adapter)).adapter
     assert bool(found.deltas) == (name == "lokr")

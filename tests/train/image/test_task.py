@@ -24,7 +24,7 @@ from veneer.models.image.generate import ImageRow, PictureSettings, default_sett
 from veneer.models.image.predict import cut_of
 from veneer.models.quantise import saved_config, saved_tensors
 from veneer.ops.quantized import Quantized
-from veneer.train.config.load import ImageTrainConfig, config_from
+from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Sampled, Stepped
 from veneer.train.image.save import ImageResult
@@ -186,8 +186,6 @@ def test_it_learns(family: str, share: float, shared: Path, tmp_path: Path) -> N
         optimizer={"learning_rate": 2e-2},
         evaluation={"every": 40},
     )
-    assert result.validation is not None
-    assert result.validation_before is not None
     assert result.validation < share * result.validation_before
 
 
@@ -345,7 +343,6 @@ def test_a_dry_run_checks_everything_and_leaves_only_a_sheet_elsewhere(shared: P
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"adapter": {"targets": ["no_such_proj"]}}, "no_such_proj"),
         ({"adapter": {"text_encoders": ["text_encoder_9"]}}, "it has: text_encoder, text_encoder_2"),
         ({"adapter": {"targets": ["no_such_proj"]}}, "(adapter.targets)"),
         ({"adapter": {"text_encoders": ["text_encoder"], "text_targets": "nothing_here"}}, "(adapter.text_targets)"),
@@ -383,7 +380,6 @@ def test_offloading_blocks_of_a_four_bit_base_is_refused(tmp_path: Path) -> None
 
 def test_blocks_leave_before_memory_is_looked_at(shared: Path, tmp_path: Path, base: ImageBase) -> None:
     config, _ = config_from(image_values(shared, tmp_path / "out", memory={"offload_blocks": 1}))
-    assert isinstance(config, ImageTrainConfig)
     seen: list[Event] = []
     own = Run(config, tmp_path / "out", ALONE, seen.append, [], dry_run=True)
     image = ImageRun(own, config, base, own=False, kind=PICTURES)
@@ -480,13 +476,6 @@ def test_the_preflight_says_what_is_not_read_and_what_the_preset_chose(shared: P
     assert "data.class_count=100" in chosen
     assert "adapter.rank=" not in chosen
     assert "given beside it: adapter.rank, adapter.alpha" in chosen
-
-
-def test_a_folder_in_use_is_not_written_over(whole: Whole, shared: Path, base: ImageBase) -> None:
-    before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
-    with pytest.raises(PreflightError, match="already holds"):
-        run(shared, whole[0], base=base)
-    assert {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")} == before
 
 
 def test_encoders_are_freed_once_everything_is_cached_and_a_given_base_keeps_its_own(

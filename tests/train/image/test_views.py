@@ -182,11 +182,9 @@ def test_masks_follow_crop_flip_and_floor(tmp_path: Path) -> None:
     view = View(16, 24, (32, 32), (32, 32), top=4, left=6, flip=True)
     seen = prepare(one, view, settings())
     want = mask[4:28, 6:22][:, ::-1] / 255
-    assert seen.mask is not None
     assert seen.mask.shape == (1, 24, 16)
     assert np.abs(seen.mask[0].numpy() - want).max() < 1e-6
     floored = prepare(one, view, settings(mask_floor=0.25)).mask
-    assert floored is not None
     assert np.abs(floored[0].numpy() - (0.25 + 0.75 * want)).max() < 1e-6
     cells = latent_mask(seen.mask, 6, 4)[0].numpy()
     assert np.abs(cells - want.reshape(6, 4, 4, 4).mean((1, 3))).max() < 1e-6
@@ -198,7 +196,6 @@ def test_alpha_is_the_mask_where_asked(tmp_path: Path) -> None:
     image.putalpha(Image.fromarray(alpha))
     one = picture(tmp_path, image, masks="alpha")
     seen = prepare(one, place(one.size, (32, 32)), settings(masks="alpha"))
-    assert seen.mask is not None
     assert np.abs(seen.mask[0].numpy() - alpha / 255).max() < 1e-6
     assert prepare(picture(tmp_path, image), place(one.size, (32, 32)), settings()).mask is None
 

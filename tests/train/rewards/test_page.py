@@ -39,6 +39,5 @@ def test_the_functions_run_as_they_stand() -> None:
 @pytest.mark.parametrize("kind", REWARD_KINDS)
 def test_every_kind_has_its_part_and_every_key_its_word(kind: str) -> None:
     part = re.search(rf"^## {kind}$(.*?)(?=^## )", PAGE, re.DOTALL | re.MULTILINE)
-    assert part is not None
     for key in REWARD_KINDS[kind].model_fields.keys() - {"kind", "name", "weight"}:
-        assert f"`{key}`" in part[1], f"{kind}.{key}"
+        assert re.search(rf"`{key}[`:]", part[1]), f"{kind}.{key}"

@@ -250,7 +250,6 @@ def test_a_fork_bomb_stays_small_and_is_gone_after_it(sandbox: Sandbox, function
     before = children()
     with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20, memory=4e9) as roomy:
         count = attack(roomy, "bomb").value
-        assert count is not None
         assert 10 < count < 40
         assert children() == before
     small = attack(function, "bomb")
@@ -331,8 +330,6 @@ def score(sample, item):
         (before,) = function.score([({}, {})])
         time.sleep(1)
         (after,) = function.score([({}, {})])
-    assert before.value is not None
-    assert after.value is not None
     assert after.value - before.value < 300
 
 
@@ -350,7 +347,6 @@ def test_the_sandbox_ends_with_a_server_that_is_killed(sandbox: Sandbox) -> None
     function.score([({}, {})])
     """
     server = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
-    assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
     end = time.monotonic() + 20
     while len(found := psutil.Process(server.pid).children(recursive=True)) < 3:  # bubblewrap, its init, the function

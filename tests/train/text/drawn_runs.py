@@ -21,6 +21,7 @@ import pytest
 
 from tests.tiny_base import tiny_base_dir
 from tests.train.stopping import interrupt_at
+from tests.train.text.tiny_runs import TENSORS, merged
 from veneer.errors import Interrupted
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.engine.live import live_sampler
@@ -31,7 +32,6 @@ from veneer.train.report.log import read_log
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 
-_TENSORS = "adapter_model.safetensors"
 _TIMED = {"drawn_seconds", "prompt_cached"}  # a new process's cache is empty
 
 REWARDED: dict[str, Any] = {
@@ -64,9 +64,7 @@ def config_of(settings: dict[str, Any], shared: Path, output: Path, **sections: 
         "output": str(output),
         **settings,
     }
-    for section, value in sections.items():
-        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
-    return config_from(values)[0]
+    return config_from(merged(values, sections))[0]
 
 
 def run_drawn(
@@ -97,7 +95,7 @@ def stopped_and_resumed(run: Callable[..., Any], folder: Path, at: int) -> None:
 
 def same_ends(one: Path, other: Path) -> None:
     """Two runs have left the same adapter, and logged the same of every step."""
-    assert (one / _TENSORS).read_bytes() == (other / _TENSORS).read_bytes()
+    assert (one / TENSORS).read_bytes() == (other / TENSORS).read_bytes()
     ours, theirs = ([{k: v for k, v in x.items() if k not in _TIMED} for x in measured(each)] for each in (one, other))
     assert ours == theirs
 

@@ -11,18 +11,16 @@ import pytest
 import torch
 
 from tests.tiny_base import tiny_base_dir
+from tests.train.text.drawn_runs import REWARDED, config_of, measured, run_drawn
 from veneer.core.attach import attach
 from veneer.errors import TrainingError
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.engine.live import live_sampler
-from veneer.train.config.load import config_from
-from veneer.train.report.log import read_log
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Answer
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
 from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import AnswerWanted, Drawing, SamplerSettings
-from veneer.train.text.task import run_text
 
 REPLY = """
 def reply(sample, item):
@@ -70,7 +68,6 @@ def held(
     ):
         conversing = Conversing(sampler, Renderer(base.tokenizer), environment, turns)
         found = conversing.draw(asked, [Answer(PROMPT, "", row) for row in rows], lambda: False)
-    assert found is not None
     return found
 
 
@@ -117,29 +114,16 @@ def test_an_environment_that_fails_leaves_no_reward(base: TextBase, shared: Path
 
 
 def run(base: TextBase, shared: Path, output: Path, prompts: str = "prompts.jsonl") -> list[dict[str, Any]]:
-    config, _ = config_from(
-        {
-            "base": str(shared / "tiny-base"),
-            "data": {"train": str(shared / prompts), "split": 2},
-            "output": str(output),
-            "batching": {"rows": 2},
-            "schedule": {"steps": 2},
-            "adapter": {"rank": 4},
-            "evaluation": {"every": 2, "keep": "last"},
-            "optimizer": {"learning_rate": 1e-2},
-            "reinforcement": {
-                "loss": "grpo",
-                "group": 4,
-                "max_tokens": 64,
-                "environment": str(shared / "reply.py"),
-                "updates": 1,
-                "grammar": {"regex": "[a-z]{3}"},
-                "rewards": [{"kind": "regex", "pattern": "[a-k]"}],
-            },
-        }
-    )
-    run_text(config, base=base, sampler=live_sampler)  # type: ignore[arg-type]
-    return [r["extra"] for r in read_log(output / "log.jsonl") if r["event"] == "stepped"]
+    reinforcement = {
+        "environment": str(shared / "reply.py"),
+        "grammar": {"regex": "[a-z]{3}"},
+        "group": 4,
+        "max_tokens": 64,
+        "rewards": [{"kind": "regex", "pattern": "[a-k]"}],
+    }
+    own = {"data": {"train": str(shared / prompts)}, "schedule": {"steps": 2}, "evaluation": {"keep": "last"}}
+    run_drawn(config_of(REWARDED, shared, output, reinforcement=reinforcement, **own), base)
+    return measured(output)
 
 
 def test_a_run_learns_from_them_without_a_gap(base: TextBase, shared: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.rewards.test_judge import completion, serving
 from tests.train.text.drawn_runs import (
     REWARDED,
     config_of,
@@ -27,7 +26,7 @@ from tests.train.text.drawn_runs import (
     with_prompts,
 )
 from veneer.core.adapter import Adapter
-from veneer.errors import ConfigError, DataError, Interrupted, TrainingError, UnavailableError
+from veneer.errors import ConfigError, DataError, Interrupted, TrainingError
 from veneer.files.safetensors import read_tensors
 from veneer.jobs.checkpoints import publish_checkpoints
 from veneer.library.library import open_library
@@ -179,7 +178,6 @@ def test_killed_in_draws_and_between_updates_it_ends_in_the_same_bytes(
         runs[tmp_path / name] = [settings, *kills]
     killed_runs(shared, runs)
     newest = latest(tmp_path / "twice" / "checkpoints")
-    assert newest is not None
     assert newest.name == "step-00000004"
     for output, (settings, *_) in runs.items():
         run_drawn(config_of(settings, shared, output), base, resume=True)
@@ -347,30 +345,6 @@ def test_a_grader_that_fails_is_said_with_its_rows_counted_and_bounded(
     assert "prompts.jsonl:5" in str(caught.value)
     assert why in str(caught.value)
     assert "reinforcement.most_failed" in str(caught.value)
-
-
-def test_a_judge_that_is_away_stops_the_run_which_goes_on_as_one_that_had_none(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
-    def own(url: str, patience: float = 0.0) -> Any:
-        reward = {"kind": "judge", "prompt": "{{ sample.output_text }}", "model": "m", "url": url, "patience": patience}
-        return {"reinforcement": {"rewards": [reward], "group": 2}, "schedule": {"steps": 2}, "data": {"split": 0}}
-
-    def says(body: Any, n: int) -> tuple[int, Any]:
-        return completion(str(len(body["messages"][0]["content"]) % 10))
-
-    with serving(says) as server:
-        train(shared, tmp_path / "whole", base, **own(server.url))
-    with (
-        serving(lambda body, n: says(body, n) if n <= 4 else (503, {})) as server,
-        pytest.raises(UnavailableError, match="the judge has been away"),
-    ):
-        train(shared, tmp_path / "parts", base, **own(server.url))
-    notes = [r.get("text", "") for r in read_log(tmp_path / "parts" / "log.jsonl")]
-    assert sum("the state after step 1 is saved: --resume" in text for text in notes) == 1
-    with serving(says) as server:
-        train(shared, tmp_path / "parts", base, resume=True, **own(server.url, 5.0))
-    same_ends(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_prompts_beyond_the_context_are_refused_or_left_out_with_their_lines(

@@ -55,7 +55,6 @@ def trained(base: TextBase, folder: Path, **evaluation: Any) -> Path:
 def test_the_card_has_both_answers_to_a_held_out_prompt(base: TextBase, tmp_path: Path) -> None:
     folder = trained(base, tmp_path, sample=5)
     sample = card_sample(read_card(folder).card.to_dict())
-    assert sample is not None
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": sample["prompt"]}]
     assert complete(base, [asked], max_new_tokens=5)[0].text == sample["base"]
     with attach(base.model) as attachment:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.run import run
 from tests.serve.whole import Whole, make_shop, prompt, served
-from tests.tiny_base import tiny_base_dir
 from tests.train.rewards.test_judge import serving
+from tests.train.text.drawn_runs import config_of, measured, run_drawn, with_prompts
+from tests.train.text.tiny_runs import TENSORS
 from veneer.core.attach import attach
 from veneer.errors import ConfigError, MismatchError, TrainingError, UnavailableError
 from veneer.formats import peft
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.engine.live import live_sampler
-from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.loop import Micro, Step
 from veneer.train.report.log import read_log
@@ -33,19 +30,13 @@ from veneer.train.text.rollouts import SamplerSettings
 from veneer.train.text.rows import read_rows
 from veneer.train.text.save import RunResult
 from veneer.train.text.served_teacher import TeacherLogps, served_teacher
-from veneer.train.text.task import run_text
 
-TENSORS = "adapter_model.safetensors"
 Body = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    tiny_base_dir(folder)
-    lines = [{"prompt": f"The printer number {i} does not answer.", "completion": " it"} for i in range(12)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+    return with_prompts(tmp_path_factory.mktemp("served"), lambda i: {"completion": " it"})
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +44,18 @@ def base(folder: Path) -> TextBase:
     return load_text(str(folder / "tiny-base"))
 
 
+TAUGHT = {
+    "batching": {"rows": 4, "micro_rows": 3},
+    "optimizer": {"learning_rate": 1e-2},
+    "schedule": {"steps": 2, "name": "constant"},
+    "evaluation": {"keep": "last", "every": 9},
+}
+
+
 def config(folder: Path, output: Path, base: str = "", **own: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "base": base or str(folder / "tiny-base"),
-        "data": {"train": str(folder / "prompts.jsonl"), "split": 2},
-        "output": str(output),
-        "batching": {"rows": 4, "micro_rows": 3},
-        "optimizer": {"learning_rate": 1e-2},
-        "schedule": {"steps": 2, "name": "constant"},
-        "evaluation": {"keep": "last", "every": 9},
-    }
-    for section, value in own.items():
-        values[section] = {**values.get(section, {}), **value}
-    read = config_from(values)[0]
-    assert isinstance(read, TrainConfig)
-    return read
+    settings = TAUGHT | ({"base": base} if base else {})
+    made: TrainConfig = config_of(settings, folder, output, **own)
+    return made
 
 
 def taught(url: str, **own: Any) -> Any:
@@ -75,12 +63,7 @@ def taught(url: str, **own: Any) -> Any:
 
 
 def train(folder: Path, output: Path, base: TextBase, resume: bool = False, **own: Any) -> RunResult:
-    made = config(folder, output, str(base.directory), **own)
-    return run_text(made, base=base, resume=resume, on_event=lambda event: None, sampler=live_sampler)
-
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    return [r["extra"] for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]
+    return run_drawn(config(folder, output, str(base.directory), **own), base, resume=resume)
 
 
 # -- veneer's own server -----------------------------------------------------------------------------------------------
@@ -120,8 +103,6 @@ def test_what_a_server_gives_is_what_the_teacher_has_in_this_process(
         assert teacher.by_id
         found = teacher.read(asked)
         older = replace(teacher, by_id=False, named=0).read(asked)
-    assert found is not None
-    assert older is not None
     for (ids, count), given, echoed in zip(asked, found, older, strict=True):
         assert isinstance(given, TeacherLogps)
         assert isinstance(echoed, TeacherLogps)
@@ -156,7 +137,6 @@ def test_the_gradient_is_that_of_the_estimate_by_hand(
             rows, _ = read_rows(read.data.files("train"))
             items = tuple(PromptItem(tuple(prompt(8 + i, i)), i, 6) for i in range(3))
             step = drawing.draw_step(Step((Micro(1, 1, (), lambda: None, items=items),)), 1, rows, lambda: False)
-        assert step is not None
         batches = [micro.make() for micro in step.micros]
         for batch in batches:
             drawing.loss(batch).backward()
@@ -319,7 +299,7 @@ def test_an_answer_that_is_not_read_is_left_out_and_counted(
     with serving(teaches(base, spoil)) as server:
         own = taught(server.url, timeout=0.3 if spoilt is None else 60.0)
         train(folder, tmp_path / "one", base, distillation=own, **whole)
-        (found,) = steps(tmp_path / "one")
+        (found,) = measured(tmp_path / "one")
         assert found["teacher_failed"] == 1
         notes = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "left out" in r.get("text", "")]
         assert ["prompts.jsonl:1: the teacher" in note for note in notes] == [True]
@@ -354,35 +334,6 @@ def test_an_outage_stops_the_run_and_it_goes_on_as_one_that_had_none(
         again = taught(server.url, patience=60, at_once=2, most_failed=0.5)
         train(folder, tmp_path / "parts", base, resume=True, distillation=again)
     assert (tmp_path / "parts" / TENSORS).read_bytes() == (tmp_path / "whole" / TENSORS).read_bytes()
-
-
-def test_the_key_is_sent_and_nowhere_else(
-    folder: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = config(folder, tmp_path / "out", distillation=taught("http://127.0.0.1:9/v1", key="TEACHER_KEY"))
-    file = tmp_path / "c.yaml"
-
-    def written(url: str) -> str:
-        given = values.model_dump(mode="json", include={"base", "data", "output", "distillation"})
-        given["distillation"] |= {"url": url, "patience": 0.0}
-        file.write_text(json.dumps(given))
-        return str(file)
-
-    ran = run(capsys, "train", written("http://127.0.0.1:9/v1"))
-    assert ran.code == 2
-    assert "TEACHER_KEY" in ran.err
-    assert "export" in ran.err
-    monkeypatch.setenv("TEACHER_KEY", "secret-word")
-    with serving(lambda body, n: (403, {"error": "not you"})) as server:
-        ran = run(capsys, "train", written(server.url))
-        assert set(server.keys) == {"Bearer secret-word"}
-    assert ran.code == 2
-    assert "HTTP 403" in ran.err
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        closed = run(capsys, "train", written(f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"))
-    assert "ConnectError" in closed.err
-    assert "secret-word" not in ran.out + ran.err + closed.out + closed.err
 
 
 def test_what_cannot_be_meant_is_said(folder: Path, tmp_path: Path) -> None:

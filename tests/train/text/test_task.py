@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ import torch
 from tests.forks import Forked
 from tests.tiny_base import tiny_base_dir
 from tests.train.stopping import interrupt_at
+from tests.train.text.tiny_runs import TENSORS, train, values_of, with_rows, write_rows
 from veneer.core.attach import attach
 from veneer.errors import (
     AdapterError,
-    BaseError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -37,7 +36,7 @@ from veneer.formats.card import read_card
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.offload import HostStore, InOrder
 from veneer.train import checkpoint, loop
-from veneer.train.config.load import TrainConfig, config_from
+from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Saved, Stepped
 from veneer.train.report.log import read_log
@@ -48,25 +47,12 @@ from veneer.train.text.save import RunResult
 from veneer.train.text.task import host_store, recompute_activations, run_text
 
 ROOT = Path(__file__).resolve().parents[3]
-TENSORS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base and forty tickets."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny_base_dir(folder)
-    write_rows(folder / "rows.jsonl")
-    return folder
-
-
-def write_rows(path: Path) -> None:
-    with path.open("w") as file:
-        for i in range(20):
-            for thing, team in (("printer", "it"), ("invoice", "billing")):
-                asked = {"role": "user", "content": f"The {thing} number {i} {'still ' * (i % 4)}does not work."}
-                answer = {"role": "assistant", "content": json.dumps({"team": team})}
-                file.write(json.dumps({"messages": [asked, answer]}) + "\n")
+    return with_rows(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -74,52 +60,17 @@ def base(shared: Path) -> TextBase:
     return load_text(str(shared / "tiny-base"))
 
 
-def _values(shared: Path, output: Path, **sections: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "base": {"name": str(shared / "tiny-base"), **sections.pop("base_keys", {})},
-        "data": {"train": str(shared / "rows.jsonl"), "split": 8},
-        "output": str(output),
-        "batching": {"rows": 4, "micro_rows": 2},
-        "optimizer": {"learning_rate": 3e-3},
-        "schedule": {"steps": 10},
-        "adapter": {"rank": 4, "dropout": 0.2},
-        "evaluation": {"every": 4},
-        "checkpoint": {"every": 3},
-    }
-    for section, value in sections.items():
-        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
-    return values
-
-
-def _train(
-    shared: Path,
-    output: Path,
-    base: TextBase | None = None,
-    *,
-    resume: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    on_event: Any = None,
-    **sections: Any,
-) -> RunResult:
-    config, sources = config_from(_values(shared, output, **sections))
-    listen = on_event or (lambda event: None)
-    return run_text(config, resume=resume, dry_run=dry_run, force=force, on_event=listen, base=base, sources=sources)
-
-
 @pytest.fixture(scope="module")
 def whole(shared: Path, base: TextBase) -> tuple[Path, RunResult, list[Event]]:
     """One uninterrupted run that many tests look at."""
     seen: list[Event] = []
-    result = _train(shared, shared / "whole", base, on_event=seen.append)
+    result = train(shared, shared / "whole", base, on_event=seen.append)
     return shared / "whole", result, seen
 
 
 def test_it_learns_and_says_what_came_out(whole: tuple[Path, RunResult, list[Event]]) -> None:
     _, result, seen = whole
     assert result.steps == 10
-    assert result.validation is not None
-    assert result.validation_before is not None
     assert result.validation < result.validation_before
     steps = [e for e in seen if isinstance(e, Stepped)]
     assert [e.step for e in steps] == list(range(1, 11))
@@ -178,7 +129,7 @@ def test_the_base_its_mode_and_the_callers_randomness_are_as_before(shared: Path
     own = load_text(str(shared / "tiny-base"))
     before = {name: t.clone() for name, t in own.model.state_dict().items()}
     random_before, python_before = torch.get_rng_state(), random.getstate()
-    _train(shared, tmp_path / "out", own)
+    train(shared, tmp_path / "out", own)
     assert torch.equal(torch.get_rng_state(), random_before)
     assert random.getstate() == python_before
     assert not own.model.training
@@ -192,7 +143,7 @@ def test_the_same_run_twice_gives_the_same_bytes(
     whole: tuple[Path, RunResult, list[Event]], shared: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(123)  # the caller's randomness has no say
-    again = _train(shared, tmp_path / "again")
+    again = train(shared, tmp_path / "again")
     assert again.digest == whole[1].digest
     for name in (TENSORS, "adapter_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (whole[0] / name).read_bytes()
@@ -202,7 +153,7 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 from tests.forks import expect, fork
-from tests.train.text.test_task import _train
+from tests.train.text.tiny_runs import train
 
 def killed(limit):
     calls, real = 0, os.fsync
@@ -213,7 +164,7 @@ def killed(limit):
             os.kill(os.getpid(), signal.SIGKILL)
         real(fd)
     os.fsync = fsync
-    _train(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
+    train(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
 
 for limit in sys.argv[3:]:
     expect(fork(lambda: killed(int(limit))), killed=True)
@@ -231,7 +182,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(
     command, log = ["-c", KILL, str(shared), str(output), "16", "14"], tmp_path / "log"
     assert Forked(command, env=os.environ, log=log, cwd=ROOT).wait(120) == 0, log.read_text()
     seen: list[Event] = []
-    result = _train(shared, output, base, resume=True, on_event=seen.append)
+    result = train(shared, output, base, resume=True, on_event=seen.append)
     first = next(e.step for e in seen if isinstance(e, Stepped))
     assert first > 1
     assert any(isinstance(e, Note) and "resuming after step" in e.text for e in seen)
@@ -247,13 +198,13 @@ def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
 ) -> None:
     output = tmp_path / "stopped"
     with pytest.raises(Interrupted) as error:
-        _train(shared, output, base, on_event=interrupt_at(5))
+        train(shared, output, base, on_event=interrupt_at(5))
     assert error.value.exit_code == 130
     assert "after step 5 of 10" in error.value.what
     assert "--resume" in str(error.value.fix)
     assert not (output / TENSORS).exists()
     assert checkpoint.latest(output / "checkpoints") == output / "checkpoints" / "step-00000005"
-    _train(shared, output, base, resume=True)
+    train(shared, output, base, resume=True)
     assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
 
 
@@ -261,16 +212,11 @@ def test_resumed_with_other_micro_batches_it_says_that_bits_may_differ(
     shared: Path, base: TextBase, tmp_path: Path
 ) -> None:
     """Their size may be the device's own, which has more or less free than it had."""
-
-    def press(event: Event) -> None:
-        if isinstance(event, Stepped):
-            signal.raise_signal(signal.SIGINT)
-
     seen: list[Event] = []
     short = {"schedule": {"steps": 2}, "evaluation": {"every": 2}}
     with pytest.raises(Interrupted):
-        _train(shared, tmp_path / "cut", base, on_event=press, **short)
-    _train(shared, tmp_path / "cut", base, resume=True, on_event=seen.append, batching={"micro_tokens": 64}, **short)
+        train(shared, tmp_path / "cut", base, on_event=interrupt_at(1), **short)
+    train(shared, tmp_path / "cut", base, resume=True, on_event=seen.append, batching={"micro_tokens": 64}, **short)
     said = "tokens of a micro-batch was 2048 and is 64: the run continues, but results can differ in the last bits"
     assert Note(said) in seen
 
@@ -292,8 +238,8 @@ def test_batches_that_a_thread_sends_ahead_end_in_the_same_bytes_stopped_and_res
     monkeypatch.setattr(run, "sender", lambda device: send)
     output = tmp_path / "ahead"
     with pytest.raises(Interrupted):
-        _train(shared, output, base, on_event=interrupt_at(5))
-    _train(shared, output, base, resume=True)
+        train(shared, output, base, on_event=interrupt_at(5))
+    train(shared, output, base, resume=True)
     assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
     assert threads == {"next batch_0"}
 
@@ -303,7 +249,7 @@ def test_resuming_a_finished_run_changes_nothing(
 ) -> None:
     output = tmp_path / "copy"
     shutil.copytree(whole[0], output)
-    result = _train(shared, output, base, resume=True)
+    result = train(shared, output, base, resume=True)
     assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
     assert result.validation == whole[1].validation
     logged = [r["step"] for r in read_log(output / "log.jsonl") if r["event"] == "stepped"]
@@ -312,7 +258,7 @@ def test_resuming_a_finished_run_changes_nothing(
 
 def test_resuming_with_nothing_there_starts_and_says_so(shared: Path, base: TextBase, tmp_path: Path) -> None:
     seen: list[Event] = []
-    result = _train(shared, tmp_path / "new", base, resume=True, on_event=seen.append, schedule={"steps": 2})
+    result = train(shared, tmp_path / "new", base, resume=True, on_event=seen.append, schedule={"steps": 2})
     assert result.steps == 2
     assert any(isinstance(e, Note) and "starts from its beginning" in e.text for e in seen)
 
@@ -323,16 +269,16 @@ def test_resuming_with_other_settings_or_data_is_refused(
     output = tmp_path / "copy"
     shutil.copytree(whole[0], output)
     with pytest.raises(PreflightError, match=r"adapter\.rank: 4 before, 8 now"):
-        _train(shared, output, base, resume=True, adapter={"rank": 8})
+        train(shared, output, base, resume=True, adapter={"rank": 8})
     other = tmp_path / "other.jsonl"
     other.write_text((shared / "rows.jsonl").read_text().replace("printer", "scanner"))
     with pytest.raises(CheckpointError, match="training rows"):
-        _train(shared, output, base, resume=True, data={"train": str(other)})
+        train(shared, output, base, resume=True, data={"train": str(other)})
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(shared: Path, base: TextBase, tmp_path: Path) -> None:
     seen: list[Event] = []
-    result = _train(shared, tmp_path / "dry", base, dry_run=True, on_event=seen.append)
+    result = train(shared, tmp_path / "dry", base, dry_run=True, on_event=seen.append)
     assert not (tmp_path / "dry").exists()
     assert result.dry_run
     assert result.steps == 10
@@ -351,7 +297,7 @@ def test_the_state_that_is_asked_for_is_what_is_kept(
     losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, 3.25, 3.1, 1.0])
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.Score(next(losses), 1, 1))
     seen: list[Event] = []
-    result = _train(
+    result = train(
         shared, tmp_path / "out", base, on_event=seen.append, evaluation={"every": 1, "patience": 3, "keep": keep}
     )
     assert (result.stopped, result.steps) == ("early stopping", 6)
@@ -371,7 +317,7 @@ def test_every_kind_of_adapter_is_saved_and_proven(
     adapter: dict[str, Any], shared: Path, base: TextBase, tmp_path: Path
 ) -> None:
     seen: list[Event] = []
-    _train(shared, tmp_path / "out", base, adapter=adapter, schedule={"steps": 2}, on_event=seen.append)
+    train(shared, tmp_path / "out", base, adapter=adapter, schedule={"steps": 2}, on_event=seen.append)
     sentence = next(e.text for e in seen if isinstance(e, Note) and "read back" in e.text)
     assert "logits equal" in sentence
     if "init" not in adapter:
@@ -388,13 +334,13 @@ def test_a_file_that_is_not_the_adapter_is_noticed(
 
     monkeypatch.setattr(run, "write_adapter", wrong)
     with pytest.raises(AdapterError, match="does not give the logits"):
-        _train(shared, tmp_path / "out", base, schedule={"steps": 2})
+        train(shared, tmp_path / "out", base, schedule={"steps": 2})
 
 
 def test_recomputing_activations_changes_nothing_but_memory(shared: Path, base: TextBase, tmp_path: Path) -> None:
     weights = []
     for mode in ("on", "off"):
-        _train(
+        train(
             shared,
             tmp_path / mode,
             base,
@@ -411,10 +357,10 @@ def test_recomputation_is_chosen_by_the_stated_rule(tmp_path: Path) -> None:
     # Of two layers the first is all that is kept, as the last one works on trained tokens alone: four save something.
     base = load_text(str(tiny_base_dir(tmp_path, num_hidden_layers=4)))
     write_rows(tmp_path / "rows.jsonl")
-    needs = _train(tmp_path, tmp_path / "out", base, dry_run=True).preflight["numbers"]
+    needs = train(tmp_path, tmp_path / "out", base, dry_run=True).preflight["numbers"]
     between = (needs["memory_needed"] + needs["memory_checkpointed"]) / 2e9
     seen: list[Event] = []
-    _train(tmp_path, tmp_path / "out", base, dry_run=True, on_event=seen.append, memory={"limit_gb": between})
+    train(tmp_path, tmp_path / "out", base, dry_run=True, on_event=seen.append, memory={"limit_gb": between})
     resolved = next(e for e in seen if isinstance(e, Resolved))
     assert resolved.settings["memory.activation_checkpointing"] == "on"
     assert "above 90%" in resolved.sources["memory.activation_checkpointing"]
@@ -422,14 +368,14 @@ def test_recomputation_is_chosen_by_the_stated_rule(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused_and_tried_with_force(shared: Path, base: TextBase, tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="this run does not fit"):
-        _train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01})
+        train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01})
     assert not (tmp_path / "out").exists()
-    assert _train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01}, force=True).steps > 0
+    assert train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01}, force=True).steps > 0
 
 
 def test_the_report_sets_what_came_beside_what_was_predicted(shared: Path, base: TextBase, tmp_path: Path) -> None:
     seen: list[Event] = []
-    result = _train(shared, tmp_path / "out", base, on_event=seen.append)
+    result = train(shared, tmp_path / "out", base, on_event=seen.append)
     said = next(e.text for e in seen if isinstance(e, Note) and "predicted" in e.text)
     assert f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB" in said
     page = Path(result.report).read_text(encoding="utf-8")
@@ -439,7 +385,7 @@ def test_the_report_sets_what_came_beside_what_was_predicted(shared: Path, base:
 
 def test_the_loop_follows_the_plan_of_epochs(shared: Path, base: TextBase, tmp_path: Path) -> None:
     seen: list[Event] = []
-    result = _train(
+    result = train(
         shared,
         tmp_path / "out",
         base,
@@ -470,7 +416,7 @@ def test_a_loss_that_is_not_finite_names_file_and_line(
     monkeypatch.setattr(run, "text_loss", loss)
     output = tmp_path / "out"
     with pytest.raises(TrainingError) as error:
-        _train(shared, output, base)
+        train(shared, output, base)
     assert "rows.jsonl:" in str(error.value.where)
     assert not (output / TENSORS).exists()
     state = checkpoint.read_checkpoint(checkpoint.latest(output / "checkpoints"))  # type: ignore[arg-type]
@@ -485,21 +431,14 @@ def test_a_loss_that_is_not_finite_names_file_and_line(
 def test_bad_data_is_named_with_its_line(text: str, message: str, shared: Path, base: TextBase, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(DataError, match=message) as error:
-        _train(shared, tmp_path / "out", base, data={"train": str(tmp_path / "bad.jsonl")})
+        train(shared, tmp_path / "out", base, data={"train": str(tmp_path / "bad.jsonl")})
     assert "bad.jsonl" in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_base_that_is_not_there(shared: Path, tmp_path: Path) -> None:
-    config, _ = config_from(_values(shared, tmp_path / "out") | {"base": str(tmp_path / "no-such-base")})
-    with pytest.raises(BaseError):
-        run_text(config, on_event=lambda event: None)
     assert not (tmp_path / "out").exists()
 
 
 def test_preflight_stops_before_anything_is_written(shared: Path, base: TextBase, tmp_path: Path) -> None:
     with pytest.raises(PreflightError):
-        _train(shared, tmp_path / "out", base, adapter={"targets": ["no_such_proj"]})
+        train(shared, tmp_path / "out", base, adapter={"targets": ["no_such_proj"]})
     assert not (tmp_path / "out").exists()
 
 
@@ -508,7 +447,7 @@ def test_a_folder_in_use_is_not_written_over(
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
     with pytest.raises(PreflightError, match="already holds"):
-        _train(shared, whole[0], base)
+        train(shared, whole[0], base)
     assert {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")} == before
 
 
@@ -529,24 +468,11 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_and_can_be_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "replace_file", write)
         with pytest.raises(ResourceError, match="disk is full"):
-            _train(shared, output, base)
+            train(shared, output, base)
     assert not (output / TENSORS).exists()
     assert not list((output / "checkpoints").glob(".*"))
-    _train(shared, output, base, resume=True)
+    train(shared, output, base, resume=True)
     assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
-
-
-def test_without_memory_for_the_longest_batch_nothing_is_written(
-    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loss(*args: Any) -> Any:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-
-    monkeypatch.setattr(run, "text_loss", loss)
-    with pytest.raises(ResourceError, match="out of memory"):
-        _train(shared, tmp_path / "out", base)
-    assert not (tmp_path / "out").exists()
-    assert loop.peak_memory_bytes(torch.device("cpu")) > 0
 
 
 @pytest.mark.gpu
@@ -554,8 +480,8 @@ def test_without_memory_for_the_longest_batch_nothing_is_written(
 def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: Path) -> None:
     """Close to the CPU's run, with memory counted on the device, and resumable."""
     on_cuda = {"name": str(shared / "tiny-base"), "device": "cuda", "dtype": "float32"}
-    on_cpu = _train(shared, tmp_path / "cpu", adapter={"dropout": 0.0})
-    values = _values(shared, tmp_path / "cuda", adapter={"dropout": 0.0}) | {"base": on_cuda}
+    on_cpu = train(shared, tmp_path / "cpu", adapter={"dropout": 0.0})
+    values = values_of(shared, tmp_path / "cuda", adapter={"dropout": 0.0}) | {"base": on_cuda}
     config, _ = config_from(values)
 
     with pytest.raises(Interrupted):
@@ -575,7 +501,7 @@ def test_a_run_that_ends_worse_than_it_began_saves_no_adapter_and_says_so(
     seen: list[Event] = []
     evaluation = {"every": 5}
     with pytest.raises(NoGain, match=r"20\.4000 after step 10, 2\.6000 before step one") as error:
-        _train(shared, tmp_path / "wild", base, on_event=seen.append, evaluation=evaluation)
+        train(shared, tmp_path / "wild", base, on_event=seen.append, evaluation=evaluation)
     assert error.value.exit_code == 3
     scored = [e for e in seen if isinstance(e, Evaluated)]
     assert [(e.best, e.worse) for e in scored] == [(False, False), (False, True), (False, True)]
@@ -583,7 +509,7 @@ def test_a_run_that_ends_worse_than_it_began_saves_no_adapter_and_says_so(
     assert (tmp_path / "wild" / "checkpoints").is_dir()
     # The way out that the error names.
     notes: list[Event] = []
-    result = _train(
+    result = train(
         shared, tmp_path / "wild", base, resume=True, on_event=notes.append, evaluation=evaluation | {"keep": "last"}
     )
     assert (result.validation_before, result.validation, result.kept_step) == (2.6, 20.4, 10)
@@ -597,12 +523,12 @@ def test_a_base_that_predicts_worse_than_chance_is_not_trained(shared: Path, tmp
     with torch.no_grad():
         broken.model.get_output_embeddings().weight *= -40
     with pytest.raises(PreflightError, match="worse than chance"):
-        _train(shared, tmp_path / "broken", broken)
+        train(shared, tmp_path / "broken", broken)
     with pytest.raises(PreflightError, match="worse than chance"):
-        _train(shared, tmp_path / "broken", broken, dry_run=True)
+        train(shared, tmp_path / "broken", broken, dry_run=True)
     assert not (tmp_path / "broken").exists()
     notes: list[Event] = []
-    _train(
+    train(
         shared,
         tmp_path / "forced",
         broken,
@@ -624,7 +550,6 @@ def test_activations_leave_the_card_that_the_base_is_on(
     config, _ = config_from(
         {"base": "b", "data": {"train": "d.jsonl"}, "output": "o", "memory": {"offload_activations": True}}
     )
-    assert isinstance(config, TrainConfig)
     own = Run(config, tmp_path, ALONE, lambda event: None, [])
     assert host_store(config, base, own) is None  # on a CPU, there is no other memory to offload to
     base.unread, base.device = object(), torch.device("cuda", 1)  # type: ignore[assignment]

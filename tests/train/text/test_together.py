@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_base import tiny_base_dir
+from tests.train.text.tiny_runs import TENSORS, merged, values_of, with_rows
 from veneer.errors import ConfigError, DataError, Interrupted, TrainingError, VeneerError
 from veneer.files.safetensors import read_tensors
 from veneer.models.text.base import TextBase, load_text
@@ -23,7 +23,6 @@ from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 from veneer.train.text.together import run_texts
 
-TENSORS = "adapter_model.safetensors"
 LAW = 1e-5
 """Of the largest entry, in float32, over ten steps."""
 
@@ -31,18 +30,11 @@ LAW = 1e-5
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base, forty tickets, and twelve pairs of answers."""
-    folder = tmp_path_factory.mktemp("together")
-    tiny_base_dir(folder)
-    tickets = [("printer", "it"), ("invoice", "billing")]
-    with (folder / "rows.jsonl").open("w") as file, (folder / "pairs.jsonl").open("w") as pairs:
-        for i in range(20):
-            for thing, team in tickets:
-                asked = {"role": "user", "content": f"The {thing} number {i} {'still ' * (i % 4)}does not work."}
-                answer = {"role": "assistant", "content": json.dumps({"team": team})}
-                file.write(json.dumps({"messages": [asked, answer]}) + "\n")
-            if i < 12:
-                row = {"prompt": f"The printer {i} is silent.", "chosen": "it", "rejected": "billing, I guess"}
-                pairs.write(json.dumps(row) + "\n")
+    folder = with_rows(tmp_path_factory.mktemp("together"))
+    pairs = (
+        {"prompt": f"The printer {i} is silent.", "chosen": "it", "rejected": "billing, I guess"} for i in range(12)
+    )
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return folder
 
 
@@ -51,10 +43,6 @@ def base(shared: Path) -> TextBase:
     return load_text(str(shared / "tiny-base"))
 
 
-COMMON: dict[str, Any] = {
-    "batching": {"rows": 4, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3}, "schedule": {"steps": 10},
-    "adapter": {"rank": 4, "dropout": 0.2}, "evaluation": {"every": 4}, "checkpoint": {"every": 3},
-}  # fmt: skip
 CUSTOMERS: dict[str, dict[str, Any]] = {
     "a": {},
     "b": {
@@ -74,14 +62,9 @@ CUSTOMERS: dict[str, dict[str, Any]] = {
 
 
 def config_of(shared: Path, output: Path, *more: dict[str, Any]) -> Any:
-    values: dict[str, Any] = {
-        "base": {"name": str(shared / "tiny-base")},
-        "data": {"train": str(shared / "rows.jsonl"), "split": 8},
-        "output": str(output),
-    }
-    for sections in (COMMON, *more):
-        for section, value in sections.items():
-            values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
+    values = values_of(shared, output)
+    for sections in more:
+        values = merged(values, sections)
     return config_from(values)[0]
 
 
