@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _Point = tuple[float, float]
-_Chart = tuple[str, "list[Series]", _Point | None]
-"""Title, lines, and the point to mark with a ring."""
 
 
 @dataclass(frozen=True)
@@ -154,57 +152,52 @@ def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[t
 
 
 def _charts(
-    steps: list[dict[str, Any]], scores: list[dict[str, Any]], page: Page
+    steps: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], page: Page
 ) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Return (title, SVG, legend) of each chart; the first chart shows the loss, or the rewards if there are any."""
-    if not steps:
-        return []
-    rewarded = any(mean_rewards(r.get("extra", {})) is not None for r in steps)
-    best = [r for r in scores if r.get("best")][-1:]
+    out = []
+    for i, (title, lines, mark) in enumerate(_curves(steps, scores, page) if steps else ()):
+        from_zero = i > 0 and title not in ("Learning rate", "Loss")
+        svg = chart(lines, wide=i == 0, mark=mark, label=title, from_zero=from_zero)
+        legend = [(s.name, s.colour + "-faint" * (s.kind == "faint")) for s in lines] if len(lines) > 1 else []
+        out.append((title, svg, legend))
+    return out
 
-    def points_of(name: str, records: list[dict[str, Any]]) -> list[_Point]:
-        values = [(r["step"], r["loss"] if name == "loss" else r.get("extra", {}).get(name)) for r in records]
-        return [(float(step), float(value)) for step, value in values if value is not None]
 
-    def over_steps(name: str, title: str) -> _Chart:
-        own, held = points_of(name, steps), points_of(name, scores)
+def _curves(
+    steps: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], page: Page
+) -> Iterator[tuple[str, list[Series], _Point | None]]:
+    """Yield (title, lines, the point to mark with a ring) of each chart."""
+    rewards = [found for r in steps if (found := mean_rewards(r.get("extra", {}))) is not None]
+    main = {"reward": _MEASURED["reward"]} if rewards else {"loss": page.loss}
+    main |= {f"reward_{name}": f"Reward: {name}" for found in rewards for name in found if name != "reward"}
+    for name, title in main.items():
+        own, held = _points(name, steps), _points(name, scores)
         weights = [r["learned_tokens"] for r in steps] if name == "loss" else [1.0] * len(own)
         lines = [Series("training, each step", own, "faint"), Series("training, smoothed", smooth(own, weights))]
-        return (
-            title,
-            lines + [Series("validation", held, "dots", "b")] * bool(held),
-            next(iter(points_of(name, best)), None),
-        )
-
-    out = [over_steps("reward", _MEASURED["reward"]) if rewarded else over_steps("loss", page.loss)]
+        lines += [Series("validation", held, "dots", "b")] * bool(held)
+        best = _points(name, [r for r in scores if r.get("best")][-1:])
+        yield title, lines, best[0] if best else None
+    if rewards:
+        yield "Loss", [Series("Loss", _points("loss", steps))], None
     drawn = any("drawn_tokens" in r.get("extra", {}) for r in steps)
-    parts = dict.fromkeys(name for r in steps for name in mean_rewards(r.get("extra", {})) or () if name != "reward")
-    out += [over_steps(f"reward_{name}", f"Reward: {name}") for name in parts]
-    if rewarded:
-        out.append(("Loss", [Series("Loss", points_of("loss", steps))], None))
-    speeds = [_speed(r) for r in steps]
-    for title, values in (
-        ("Learning rate", [r["learning_rate"] for r in steps]),
-        ("Gradient norm, before clipping", [r["gradient_norm"] for r in steps]),
-        (f"{'Drawn ' if drawn else ''}{page.unit} per second".capitalize(), speeds),
-        ("Peak memory, GB", [r["memory_bytes"] * 1e-9 for r in steps]),
+    for title, value in (
+        ("Learning rate", lambda r: r["learning_rate"]),
+        ("Gradient norm, before clipping", lambda r: r["gradient_norm"]),
+        (f"{'Drawn ' * drawn}{page.unit} per second".capitalize(), _speed),
+        ("Peak memory, GB", lambda r: r["memory_bytes"] * 1e-9),
     ):
-        points = [(float(r["step"]), float(value)) for r, value in zip(steps, values, strict=True)]
-        out.append((title, [Series(title, points)], None))
+        yield title, [Series(title, [(float(r["step"]), float(value(r))) for r in steps])], None
     for name, title in _MEASURED.items():
-        points = points_of(name, steps)
-        if points and not (rewarded and name == "reward"):
-            out.append((title, [Series(title, smooth(points, [1.0] * len(points)))], None))
-    return [
-        (
-            title,
-            chart(
-                lines, wide=i == 0, mark=mark, label=title, from_zero=i > 0 and title not in ("Learning rate", "Loss")
-            ),
-            [(s.name, s.colour + ("-faint" if s.kind == "faint" else "")) for s in lines] if len(lines) > 1 else [],
-        )
-        for i, (title, lines, mark) in enumerate(out)
-    ]
+        points = _points(name, steps)
+        if points and not (rewards and name == "reward"):
+            yield title, [Series(title, smooth(points, [1.0] * len(points)))], None
+
+
+def _points(name: str, records: Sequence[Mapping[str, Any]]) -> list[_Point]:
+    """Return (step, value) of a measure, from those records that have it."""
+    values = [(r["step"], r["loss"] if name == "loss" else r.get("extra", {}).get(name)) for r in records]
+    return [(float(step), float(value)) for step, value in values if value is not None]
 
 
 _MEASURED = {
