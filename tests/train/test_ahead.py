@@ -93,7 +93,7 @@ def _run(
     return loop.progress, events
 
 
-def test_order_and_bits_are_those_of_a_run_without_it() -> None:
+def test_a_thread_keeps_order_and_bits_has_two_batches_at_most_and_ends_with_the_run() -> None:
     plain, ahead = Fitted(False), Fitted(True)
     _, told = _run(plain)
     _, also = _run(ahead)
@@ -103,31 +103,12 @@ def test_order_and_bits_are_those_of_a_run_without_it() -> None:
     losses, others = ([e.loss for e in seen if isinstance(e, Stepped)] for seen in (told, also))
     assert losses == others
     assert len(losses) == STEPS
-
-
-def test_a_thread_makes_them_and_ends_with_the_run_and_a_cpu_has_none() -> None:
-    plain, ahead = Fitted(False), Fitted(True)
-    _run(plain)
-    _run(ahead)
     assert plain.threads == {threading.current_thread()}
     (thread,) = ahead.threads
     assert thread is not threading.current_thread()
     assert not thread.is_alive()
-
-
-def test_no_more_than_two_are_alive() -> None:
-    ahead = Fitted(True)
-    _run(ahead)
     assert ahead.most <= 2
     assert not ahead.alive
-
-
-def test_a_run_that_goes_on_from_the_middle_makes_what_is_left() -> None:
-    whole, rest = Fitted(False), Fitted(True)
-    _run(whole)
-    _run(rest, progress=Progress(step=2))
-    assert rest.made == list(range(2 * MICROS, STEPS * MICROS))
-    assert rest.used == whole.used[2 * MICROS :]
 
 
 @pytest.mark.parametrize("number", [0, 1, MICROS, 3 * MICROS - 1])

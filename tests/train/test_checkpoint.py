@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import random
-import signal
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.forks import Forked
 from veneer.errors import CheckpointError, ResourceError
 from veneer.ops.cpu import compiled
 from veneer.train import checkpoint
@@ -100,29 +98,6 @@ def test_random_generators_come_back() -> None:
     first = draw()
     checkpoint.rng_restore(state)
     assert draw() == first
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_killed_at_random_points_also_inside_a_write_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    kills = random.Random(5)
-    points = [1, 5, 12, *(kills.randrange(8, 30) for _ in range(3))]
-    runs = [str(whole), *(f"{killed}@{point}" for point in points), str(killed)]
-    log = tmp_path / "log"
-    ended = Forked(["-m", "tests.train.killable", *runs], env=os.environ, log=log, cwd=ROOT).wait(120)
-    assert ended == 0, log.read_text()
-    assert json.loads(log.read_text().splitlines()[-1]) == [0, *[-signal.SIGKILL] * len(points), 0]
-    assert (killed / "final.bin").read_bytes() == (whole / "final.bin").read_bytes()
-
-    def logged(folder: Path) -> list[tuple[str, int, float | None]]:
-        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        return [(r["event"], r["step"], r.get("loss")) for r in records if r["event"] in ("stepped", "evaluated")]
-
-    assert logged(killed) == logged(whole)
-    assert [s for e, s, _ in logged(killed) if e == "stepped"] == list(range(1, 13))
-    assert not list(killed.glob(".*"))
 
 
 def test_a_full_disk_before_the_first_checkpoint_promises_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
