@@ -1,8 +1,9 @@
-"""The functions of `import veneer`: what the commands do, as calls. Each is a few lines over the rooms below.
+"""The public functions of `import veneer`: Python equivalents of the commands.
 
     base = load_base("smollm2-135m")
     run = train_text("examples/tickets/config.yaml", "adapter.rank=8", base=base)
-    train_together(["a.yaml", "b.yaml"], base=base)          in one pass of the base, each as if it were alone
+    train_together(["a.yaml", "b.yaml"], base=base)          in one pass of the base; same results as
+    separate runs
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
@@ -12,7 +13,7 @@
     with open_jobs() as jobs: submit(jobs, "support.yaml", name="support", tenant="acme")
     image(load_image_base("catalogue-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
 
-An adapter is named by its folder or by its name in the veneer home, with a strength behind a colon: "runs/a:0.5".
+Name an adapter by its folder or by its name in the veneer home. A strength can follow a colon: "runs/a:0.5".
 """
 
 from __future__ import annotations
@@ -80,11 +81,17 @@ def train_text(
     force: bool = False,
     on_event: Listener | None = None,
 ) -> RunResult:
-    """Trains one adapter, as `veneer train` does. `adapter` of the result is its folder.
+    """Train one text adapter, as `veneer train` does, and return the run's result.
 
-    `config`: a YAML file, the same as a mapping, or a TrainConfig. `overrides`: "section.key=value". `base`: one that
-    is loaded already. `on_event` is called with what happens (train.events); without it the terminal shows the run.
-    Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
+    `result.adapter` is the adapter's folder.
+
+    config: a TrainConfig, the same as a mapping, or the path of a YAML file.
+    overrides: settings as "section.key=value".
+    base: a base that is already loaded; by default the configuration's base is loaded.
+    on_event: called with each event of the run (train.events); by default the run is printed to the terminal.
+
+    Raises ConfigError, DataError or PreflightError before the first step. On Ctrl-C, saves the state and
+    raises Interrupted."""
     from veneer.errors import ConfigError
     from veneer.serve.engine.live import live_sampler
     from veneer.train.config.text import TrainConfig
@@ -114,11 +121,16 @@ def train_together(
     force: bool = False,
     on_event: Callable[[int, Event], None] | None = None,
 ) -> list[RunResult | VeneerError]:
-    """Trains an adapter for each configuration, all in one pass of their base, as `veneer train a.yaml b.yaml` does.
+    """Train one adapter per configuration, in one pass of their shared base.
 
-    Each is what `train_text` would make of it alone; one that fails is its error in the list, and leaves the others as
-    they are. `on_event` is called with a run's place in `configs` and what happens; the rest as `train_text`. Raises
-    ConfigError for configurations that do not share a base; Interrupted on Ctrl-C, with the state of all saved."""
+    As `veneer train a.yaml b.yaml` does. Returns one result per configuration, each equal to what
+    `train_text` returns for that configuration. If a run fails, the list holds the run's error and the
+    other runs continue.
+
+    on_event: called with the run's index in `configs` and the event.
+
+    The other parameters are those of `train_text`. Raises ConfigError if the configurations do not share a
+    base. On Ctrl-C, saves the state of every run and raises Interrupted."""
     from veneer.train.report.log import ConsoleView
     from veneer.train.text.together import run_texts
 
@@ -153,10 +165,11 @@ def train_image(
     force: bool = False,
     on_event: Listener | None = None,
 ) -> ImageResult:
-    """Trains one adapter on pictures, as `veneer train` does. `adapter` of the result is the file (peft: a folder).
+    """Train one image adapter, as `veneer train` does, and return the run's result.
 
-    As `train_text`, with a configuration that has `data.pictures` (docs/reference/image-config.md). A `base` that is
-    given keeps its text encoders and VAE."""
+    `result.adapter` is the adapter's file (a folder for the peft format). The parameters are those of
+    `train_text`, with a configuration that has `data.pictures` (docs/reference/image-config.md). A `base`
+    that you pass keeps its text encoders and VAE."""
     from veneer.errors import ConfigError
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.run import run_images
@@ -189,11 +202,13 @@ def evaluate(
     limit: int | None = None,
     **settings: Any,
 ) -> dict[str, Scores]:
-    """Scores the base and mixes of adapters on held-out rows, as `veneer eval` does.
+    """Score the base and mixes of adapters on held-out rows, as `veneer eval` does.
 
-    `data`: files as for training. `mixes`: a name -> adapters acting together; by default {"base": []}. `limit`: so
-    many rows, the first. `settings`: max_new_tokens, batch_size, generate, on_progress (as
-    `train.text.evaluate.score_mixes` takes them)."""
+    data: files in the format of training data.
+    mixes: name -> adapters that act together; by default {"base": []}.
+    limit: use only the first `limit` rows.
+    settings: max_new_tokens, batch_size, generate and on_progress, as in `train.text.evaluate.score_mixes`.
+    """
     from veneer.serve.engine.offline import answering
     from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows
@@ -207,10 +222,12 @@ def evaluate(
 
 @contextmanager
 def open_jobs(location: str | os.PathLike[str] | None = None, index: str | None = None) -> Iterator[JobStore]:
-    """The queue of training jobs of a library, as `veneer jobs` has it, open for the length of the block.
+    """Open the training job queue of a library for the length of the block.
 
-    `location`, `index`: of the library, by default that of the veneer home. `submit` puts a run into it; what it gives
-    (`jobs`, `get`, `events`, `checkpoints`, `pause`, `resume`, `cancel`) takes the tenant first (jobs.store)."""
+    The queue is the one that `veneer jobs` uses; `submit` adds a run. The methods `jobs`, `get`, `events`,
+    `checkpoints`, `pause`, `resume` and `cancel` take the tenant first (jobs.store).
+
+    location, index: the library's; by default the library of the veneer home."""
     from veneer.jobs.store import JobStore
 
     with open_library(location, index) as library:  # type: ignore[arg-type]
@@ -225,12 +242,15 @@ def submit(
     tenant: str = "",
     tenants: str | None = None,
 ) -> Job:
-    """Checks and plans a run and queues it, as `veneer jobs submit` does: the job, queued, or failed with its `error`.
+    """Validate, plan and queue a run, as `veneer jobs submit` does, and return the job.
 
-    `config`, `overrides`: as `train_text` takes them; a file may have a section `after` too. `name`: of the adapter to
-    come, by default that of the output folder. `tenants`: the database with their terms and routes, by default the
-    veneer home's, where there is one. Raises ConfigError for a configuration that is none, for a name that cannot be,
-    and for what could not be done after the run."""
+    The job is queued, or failed with its `error`.
+
+    config, overrides: as in `train_text`; a file can also have a section `after`.
+    name: the name of the new adapter; by default the name of the output folder.
+    tenants: the database with the tenants' limits and routes; by default the veneer home's, if it exists.
+
+    Raises ConfigError for an invalid configuration, an invalid name, or an `after` that cannot be done."""
     from veneer.jobs.after import load_job_config
     from veneer.jobs.validate import submitted
     from veneer.serve.tenancy.store import tenants_at
@@ -245,7 +265,9 @@ def submit(
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
-    """Writes an adapter as PEFT's two files and a card that names `base`, whole or not at all. Returns the folder."""
+    """Write an adapter as PEFT's two files and a card naming `base`; return the folder.
+
+    The write is atomic: the folder appears complete or not at all."""
     card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
     peft.write_folder(replace(adapter, card=card), os.fspath(folder), base_name=base.name, base=base.model)
     return Path(folder)
@@ -266,13 +288,16 @@ def generate(
     batch_size: int = 8,
     on_token: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """Answers to `prompts`, with `adapters` acting together for the length of the call.
+    """Return the base's answers to `prompts`, with `adapters` acting together.
 
-    A text is what a user says, and goes through the base's chat template (with `raw`, or on a base without a template,
-    it is continued as it is); a list of messages is used as it is. `system`: put before each text.
-    `temperature` 0 picks the likeliest token each time; above 0, tokens are sampled from the `top_k` likeliest (0: all)
-    within a total probability of `top_p`, reproducibly for a `seed`. `on_token(index, piece)` is called with each new
-    piece of text. Raises ConfigError for a value out of range."""
+    prompts: a string is a user message and goes through the base's chat template; with `raw`, or if the
+    base has no template, the base continues the string itself. A list of messages is used as given.
+    system: a system message placed before each string.
+    temperature: 0 picks the most likely token; above 0, tokens are sampled, reproducibly for a given `seed`.
+    top_k, top_p: sample from the `top_k` most likely tokens (0: all) within a total probability of `top_p`.
+    on_token: called as on_token(index, piece) with each new piece of text.
+
+    Raises ConfigError for a value out of range."""
     texts = [_messages(base, p, system, raw) for p in _several(prompts)]
     with _acting(base, _several(adapters)):
         found = complete(
@@ -301,14 +326,18 @@ def image(
     say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[RecordedPicture]:
-    """Pictures of `prompts`, `count` of each with seeds from `seed` on, as `veneer image` makes them. `seed`: one for
-    all prompts, or one for each. What there may be several of may be given alone.
+    """Generate images, as `veneer image` does: `count` per prompt, seeds from `seed` on.
 
-    `adapters`: "brand:0.8@down=0.5,steps=0-0.6", "lock@campaign=product" or ("brand", Strength(…)), see
-    formats.strengths. `controls`: "canny=sketch.png:0.7". `options`: width, height, steps, guidance, true_guidance,
-    scheduler, batch_size, image, mask, denoise, references (imaging.make.Options). `say` is called with notes on what
-    was resized, cut or without effect, and on what a role means. A result has `image`, `infotext`, `record` and
-    `save(path)`."""
+    Each result has `image`, `infotext`, `record` and `save(path)`. A single prompt, adapter, control or
+    reference can be given without a list.
+
+    adapters: "brand:0.8@down=0.5,steps=0-0.6", "lock@campaign=product" or ("brand", Strength(…)); see
+    formats.strengths.
+    controls: as "canny=sketch.png:0.7".
+    seed: one for all prompts, or one per prompt.
+    say: called with notes about inputs that were resized, cut or ignored, and about what a role means.
+    options: width, height, steps, guidance, true_guidance, scheduler, batch_size, image, mask, denoise,
+    references (imaging.make.Options)."""
     from veneer.imaging.adapters import Mixer, parse_use
     from veneer.imaging.controls import parse_control
     from veneer.imaging.make import Options, asks_of, make
@@ -321,7 +350,7 @@ def image(
 
 
 def _several(given: Any) -> Any:
-    """One or several as several: a text alone would be taken letter by letter."""
+    """Return a single value as a list, so that a string is not read letter by letter."""
     return [given] if isinstance(given, str | os.PathLike) else given
 
 

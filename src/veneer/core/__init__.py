@@ -1,7 +1,7 @@
-"""The maths of adapters on torch alone: pairs, layers, targets, initialisation, attach and detach, merge.
+"""The math of adapters, on torch only: pairs, layers, targets, init, attach, merge.
 
-Read adapter.py, layers.py and attach.py in that order. Names are imported when first used, and adapter.py and forms.py
-load torch where they compute: what looks at a file's header alone does without."""
+Read adapter.py, layers.py and attach.py in this order. Names are imported when first used. adapter.py and
+forms.py load torch only when they compute, so that code which reads a file's header does not need torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ __all__ = [
 
 
 class _Core(ModuleType):
-    """`attach` is the function, also after its file of the same name has been imported, which puts itself here."""
+    """Keeps `attach` the function after the module `core.attach` is imported.
+
+    Importing a submodule sets it as an attribute of the package; the setter ignores this."""
 
     @property
     def attach(self) -> Any:

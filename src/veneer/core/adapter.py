@@ -1,9 +1,9 @@
-"""What an adapter is: pairs, deltas of other forms, full modules, token rows, and a card.
+"""An adapter: low-rank pairs, other deltas, full modules, token rows and a card.
 
-    y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ        W: (out, in) frozen    A: (rank, in)    B: (out, rank)    s = scale_of(alpha, rank)
+    y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ        W: (out, in) frozen    A: (rank, in)    B: (out, rank)    s =
+    scale_of(alpha, rank)
 
-Knows tensors and names; does not know about files, models or training.
-"""
+This module knows tensors and names; it does not know about files, models or training."""
 
 from __future__ import annotations
 
@@ -23,30 +23,33 @@ if TYPE_CHECKING:
 
 PairKind = Literal["linear", "embedding", "conv", "experts"]
 NamedMix = tuple[tuple[str, float], ...]
-"""(adapter name, strength) applied together."""
+"""Adapters that act together: (adapter name, strength) each."""
 _TABLES = ("pairs", "modules", "token_rows", "deltas", "new_tokens")
 
 
 def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
-    """The factor s on B·A: alpha/rank (LoRA, arXiv 2106.09685), or alpha/√rank (rsLoRA, arXiv 2312.03732).
+    """Return the factor s of s·B·A.
 
-    The only place that turns alpha and rank into a scale."""
+    alpha/rank (LoRA, arXiv 2106.09685), or alpha/√rank (rsLoRA, arXiv 2312.03732). No other function turns
+    alpha and rank into a scale."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def alpha_of(scale: float, rank: int, rslora: bool = False) -> float:
-    """The inverse of `scale_of`, for writers of formats that store alpha."""
+    """Return alpha for a scale: the inverse of `scale_of`, for formats that store alpha."""
     return scale * math.sqrt(rank) if rslora else scale * rank
 
 
 _MOST_STRENGTH = 1e4
-"""The largest |strength|: far beyond any use, and times an adapter's own scale still a number in float16, which ends at
-65,504, as it is in float32 and bfloat16. Where a product leaves a dtype all the same, whoever made it says so."""
+"""The largest |strength|: far beyond any use. Times an adapter's own scale, the strength still fits in
+float16 (at most 65,504), float32 and bfloat16. Code that computes a product reports an overflow of its
+dtype."""
 
 
 def check_strength(of: str, strength: float) -> float:
-    """`strength`, as a float. Raises ConfigError where it is none: NaN, or beyond ±`_MOST_STRENGTH`. `of`: what
-    has it, as a message names it. The only place that says which strengths there are."""
+    """Return `strength` as a float, or raise ConfigError for NaN or beyond ±`_MOST_STRENGTH`.
+
+    of: what has the strength, for the error message. No other function validates strengths."""
     number = float(strength)
     if not abs(number) <= _MOST_STRENGTH:
         raise ConfigError(
@@ -56,12 +59,14 @@ def check_strength(of: str, strength: float) -> float:
 
 
 def mix_text(mix: NamedMix) -> str:
-    """A mix as a message names it: "brand:0.8 + product:1"."""
+    """Return a mix as text for messages: "brand:0.8 + product:1"."""
     return " + ".join(f"{name}:{strength:g}" for name, strength in mix)
 
 
 def all_finite(t: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: by the extremes, which either shows in, in one pass that makes no tensor."""
+    """Return whether no entry is NaN or infinite.
+
+    Any NaN or infinity shows in the minimum or maximum, which take one pass and no extra tensor."""
     import torch
 
     if not t.numel() or t.is_complex() or t.dtype.itemsize == 1:
@@ -74,21 +79,23 @@ def all_finite(t: Tensor) -> bool:
 class Pair:
     """A, B and the resolved scale for one module.
 
-    | kind      | A                      | B                    | delta of                              |
+    | kind      | A                      | B                    | delta                                 |
     | linear    | (rank, in)             | (out, rank)          | weight (out, in): s·B·A               |
     | embedding | (rank, rows)           | (dim, rank)          | weight (rows, dim): s·(B·A)ᵀ          |
     | conv      | (rank, in/g, k…)       | (out, rank, 1…)      | weight (out, in/g, k…)                |
-    | experts   | (experts, rank, in)    | (experts, out, rank) | 3-d parameter, each expert its own    |
+    | experts   | (experts, rank, in)    | (experts, out, rank) | 3-d parameter, one delta per expert   |
 
-    A fused expert parameter counts as (experts, out, in), or as (experts, in, out) where its module says
-    `is_transposed`. So PEFT reads it, which makes its files a matter of shape alone. Llama 4 stores the transpose and
-    does not say so: there A is (experts, rank, last dimension) all the same, and s·B·A is a delta of the right shape.
+    A fused expert parameter is (experts, out, in), or (experts, in, out) if its module sets
+    `is_transposed`. PEFT reads experts this way, so only shapes decide how to read its files. Llama 4
+    stores the transpose without setting `is_transposed`: there A is (experts, rank, last dimension), and
+    s·B·A is still a delta of the right shape.
 
-    `magnitude` is DoRA's m (arXiv 2402.09353): (out,), a norm for each output, as in the paper's code and PEFT; or
-    (1, in, 1…), a norm for each input, as LyCORIS and OneTrainer have written it (see core.forms). `origin` is a
-    frozen (A₀, B₀) whose product is subtracted, so that an initialisation taken from W (PiSSA, OLoRA) starts at delta
-    zero on an untouched base: ΔW = s·(B·A − B₀·A₀); `collapsed()` writes the same delta as one pair of twice the rank.
-    """
+    `magnitude`: DoRA's m (arXiv 2402.09353). (out,): one norm per output, as in the paper's code and PEFT;
+    or (1, in, 1…): one norm per input, as LyCORIS and OneTrainer have written it (core.forms).
+
+    `origin`: a frozen (A₀, B₀) whose product is subtracted, so that an initialization from W (PiSSA,
+    OLoRA) starts at delta zero on an unchanged base: ΔW = s·(B·A − B₀·A₀). `collapsed()` returns the same
+    delta as one pair of twice the rank."""
 
     A: Tensor
     B: Tensor
@@ -106,18 +113,18 @@ class Pair:
         return self.A.shape[1] if self.kind == "experts" else self.A.shape[0]
 
     def module(self, name: str) -> str:
-        """The module that the pair under this name hangs on."""
+        """Return the module that this pair changes, from the pair's `name` in the adapter."""
         return name.rpartition(".")[0] if self.kind == "experts" else name
 
     def low_rank(self, strength: float = 1.0, dropout: float = 0.0) -> LowRank:
-        """What is multiplied beside the base's weight: s·strength·B·A, with `origin` in it, without the magnitude.
+        """Return s·strength·B·A as one product, including `origin`, without the magnitude.
 
-        In one product, so that what A₀ and B₀ have in common with A and B cancels before it is rounded."""
+        One product lets the parts that A₀·B₀ and A·B have in common cancel before rounding."""
         whole = self.collapsed()
         return LowRank(whole.A, whole.B, self.scale * strength, dropout)
 
     def collapsed(self) -> Pair:
-        """The same delta without `origin`: A' = [A; A₀], B' = [B, −B₀], the same scale."""
+        """Return the same delta without `origin`: A' = [A; A₀], B' = [B, −B₀], same scale."""
         if self.origin is None:
             return self
         import torch
@@ -137,9 +144,10 @@ class Pair:
 
 @dataclass
 class TokenRows:
-    """Rows of an embedding that are replaced, not added to: weight[indices] = rows. rows: (len(indices), dim).
+    """Rows that replace rows of an embedding: weight[indices] = rows, (len(indices), dim).
 
-    In a mix, beside other changes of the same weight, they are the change rows − W[indices], and all add up."""
+    In a mix with other changes of the same weight, token rows count as the change rows − W[indices], and
+    the changes add up."""
 
     indices: tuple[int, ...]
     rows: Tensor
@@ -147,7 +155,9 @@ class TokenRows:
 
 @dataclass
 class Card:
-    """What is known of an adapter; JSON beside it. Every field may be empty: an adapter from elsewhere has few."""
+    """Metadata of an adapter, stored as JSON next to the adapter.
+
+    Every field can be empty; adapters from other tools have few."""
 
     base: str = ""
     base_fingerprint: str = ""
@@ -178,16 +188,16 @@ def hub_id(base: str) -> str:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What to create: which modules get a pair, of which rank and alpha, and how the pair starts.
+    """What to create: which modules get a pair, its rank and alpha, and its initialization.
 
     `targets`, `exclude`: see core.targets. `layers`: indices of the repeated blocks, None for all.
-    `rank_pattern`, `alpha_pattern`: target pattern -> value, the first match wins.
-    `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa", "olora",
-    "loftq" (from what quantising the base lost).
-    `kind`: "lora" makes pairs; "loha" and "lokr" make deltas of those forms (core.forms), for which `factor` and
-    `decompose_both` are as `trained_shapes` has them, and the one init is LyCORIS'.
-    `modules_to_save`: modules trained whole as copies. `token_rows`: embedding name -> token ids trained alone.
-    """
+    `rank_pattern`, `alpha_pattern`: target pattern -> value; the first match wins.
+    `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa",
+    "olora", "loftq" (from the quantization error of the base).
+    `kind`: "lora" makes pairs; "loha" and "lokr" make deltas of those forms (core.forms), with LyCORIS'
+    initialization. `factor` and `decompose_both` are passed to `trained_shapes` for these.
+    `modules_to_save`: modules trained in full, as copies. `token_rows`: embedding name -> ids of the only
+    tokens trained."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -209,15 +219,15 @@ class LoraSpec:
 
 @dataclass
 class Adapter:
-    """All the pairs of one fine-tune by module name, plus full modules, token rows and the card.
+    """All changes of one fine-tune by module name, plus the card.
 
-    `modules`: module name -> {parameter name: tensor}, full copies that replace the base's while attached.
-    For `experts` the key of `pairs` is the parameter's name (`…experts.gate_up_proj`).
-    `deltas`: parameter name (`….weight`, `….bias`) -> a change of it that is no pair. A module may have both; each is
-    relative to the base's weight, and they add up.
-    `new_tokens`: embedding name -> {token as text: its vector or vectors (n, dim)}, learned words that the base's
-    tokenizer does not have yet (textual inversion). They act once they have ids, as token rows.
-    """
+    `pairs`: module name -> pair; for `experts` the key is the parameter's name (`…experts.gate_up_proj`).
+    `modules`: module name -> {parameter name: tensor}, full copies that replace the base's tensors while
+    attached.
+    `deltas`: parameter name (`….weight`, `….bias`) -> a change that is not a pair. A module can have both
+    a pair and a delta; each is relative to the base's weight, and they add up.
+    `new_tokens`: embedding name -> {token as text: vector or vectors (n, dim)}, learned words that the
+    base's tokenizer does not have yet (textual inversion). They act as token rows, once they have ids."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -237,7 +247,7 @@ class Adapter:
         return f"Adapter({', '.join(said)})"
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under a stable name, sorted."""
+        """Yield every tensor under a stable name, sorted."""
         for name in sorted(self.pairs):
             for part, tensor in self.pairs[name].tensors():
                 yield f"{name}.{part}", tensor
@@ -254,8 +264,9 @@ class Adapter:
                 yield f"{name}+{token}", self.new_tokens[name][token]
 
     def component(self, name: str) -> Adapter:
-        """The part for one model of a pipeline (`unet`, `text_encoder`, …), under that model's own module names; empty
-        where the adapter has none."""
+        """Return the part for one model of a pipeline, under that model's own module names.
+
+        name: `unet`, `text_encoder`, …; the result is empty if the adapter has nothing for this model."""
         start = f"{name}."
 
         def own(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,15 +282,15 @@ class Adapter:
         )
 
     def renamed(self, change: Callable[[str], str]) -> Adapter:
-        """The same adapter under other module names; `change` is one to one."""
+        """Return the same adapter under other module names; `change` must be one to one."""
         named = {kind: {change(n): thing for n, thing in getattr(self, kind).items()} for kind in _TABLES}
         return replace(self, **named)  # type: ignore[arg-type]
 
     def divided(self, by: Callable[[str], float]) -> dict[float, Adapter]:
-        """The adapter in parts, by the number that `by` gives for a module's name; a part of 0 is left out.
+        """Split the adapter by the number that `by` gives for a module's name; drop 0.
 
-        Σ number·part is then the adapter with each module's own strength, exactly and in every form: the parts share
-        the tensors, and no scale is touched."""
+        Σ number·part is the adapter with a strength per module, exactly and in every form: the parts share
+        the tensors, and no scale changes."""
         out: dict[float, Adapter] = {}
         for kind in _TABLES:
             for name, thing in getattr(self, kind).items():
@@ -293,11 +304,11 @@ class Adapter:
         return out
 
     def collapsed(self) -> Adapter:
-        """The same effect without any `origin`: what is written to files and what `digest` is of."""
+        """Return the same adapter without any `origin`, as files store it and `digest` hashes it."""
         return replace(self, pairs={name: pair.collapsed() for name, pair in self.pairs.items()})
 
     def move(self, device: torch.device) -> None:
-        """Puts every tensor on `device`, in place: parameters stay the objects that an optimizer knows."""
+        """Move every tensor to `device` in place, so that an optimizer's parameters stay valid."""
 
         def moved(t: Tensor) -> Tensor:
             t.data = t.data.to(device)
@@ -306,11 +317,11 @@ class Adapter:
         self.mapped(moved)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Adapter:
-        """A copy with `change` applied to every tensor."""
+        """Return a copy with `change` applied to every tensor."""
         return self.mapped_by_module(lambda module, t: change(t))
 
     def mapped_by_module(self, change: Callable[[str, Tensor], Tensor]) -> Adapter:
-        """As `mapped`; `change` is told the module, too, that the tensor acts in."""
+        """Return a copy with change(module name, tensor) applied to every tensor."""
 
         def every(named: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
             return {key: change(module, t) for key, t in named.items()}
@@ -334,10 +345,12 @@ class Adapter:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
     def digest(self, values: Callable[[Tensor], bytes] | None = None) -> str:
-        """sha256 over names, shapes, dtypes, values and scales: equal digests have equal effect on equal bases.
+        """Return the sha256 of names, shapes, dtypes, values and scales.
 
-        Taken of the collapsed adapter, so that one with an `origin` has the digest of the file it is written to.
-        `values`: a tensor's bytes, by default `_tensor_bytes`."""
+        Equal digests mean equal effects on equal bases. The digest is that of the collapsed adapter, so an
+        adapter with an `origin` has the digest of the file it is written to.
+
+        values: returns a tensor's bytes; by default `_tensor_bytes`."""
         values = values or _tensor_bytes
         h = hashlib.sha256()
         for name, tensor in self.collapsed().tensors():
@@ -354,7 +367,7 @@ class Adapter:
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:
-    """Its values as they lie in a file."""
+    """Return the tensor's values as bytes, as a file stores them."""
     if not tensor.numel():
         return b""
     import torch
@@ -363,9 +376,12 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def with_token_ids(adapter: Adapter, ids: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Adapter:
-    """The adapter with its learned words as token rows: `ids`, embedding name -> {word: its token ids}, one id for each
-    of the word's vectors. The base's embedding must have those rows. Raises KeyError for a word without ids,
-    ValueError for another number of ids than vectors."""
+    """Return the adapter with its learned words as token rows.
+
+    ids: embedding name -> {word: token ids}, one id per vector of the word. The base's embedding must have
+    those rows.
+
+    Raises KeyError for a word without ids, ValueError if the number of ids is not the number of vectors."""
     import torch
 
     rows = dict(adapter.token_rows)

@@ -1,10 +1,10 @@
-"""Attach: adapters on a base, which of them act, and off again.
+"""Attach adapters to a base, select which adapters act, and detach them.
 
-One Attachment for a model owns the adapters and the current selection. A module is wrapped when the first adapter that
-touches it is added and put back when the last one goes. Choosing what acts is one assignment of a Selection, whatever
-the number of adapters and modules. The base's tensors are never written to, and `detach` puts every module back.
-Knows modules, not files; does not know about training or models by name.
-"""
+One Attachment per model owns the adapters and the current selection. `add` wraps a module when the first
+adapter that changes the module is added; `remove` restores the module with the last one. Selecting is one
+assignment, whatever the number of adapters and modules. The base's tensors are never written to, and
+`detach` restores every module. This package knows modules; it does not know about files, training or
+models by name."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from veneer.ops.lora_segments import LoraSegments
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
 _SPARE_BYTES = 256 << 20
-"""What may be kept beside a base at least; larger bases get a 32nd of their size."""
+"""Least byte limit of the mix cache; larger bases get 1/32 of their size."""
 _BATCHES = ("input_ids", "inputs_embeds", "hidden_states", "sample", "pixel_values")
-"""What models call their batch by; beside it they may be given positions or masks that have no rows."""
+"""Argument names that models use for their batch; other arguments can be positions or masks without rows."""
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
 
 def attach(model: nn.Module) -> Attachment:
-    """Start attaching adapters to `model`. Nothing changes until one is added.
+    """Return an Attachment for `model`; nothing changes until an adapter is added.
 
-    Raises AdapterError if the model, or a part of it, is attached already."""
+    Raises AdapterError if the model, or a part of it, is already attached."""
     if any(m in _ATTACHED or isinstance(m, Layer) for m in model.modules()):
         raise AdapterError(
             "this model is attached already",
@@ -52,7 +52,7 @@ def attach(model: nn.Module) -> Attachment:
 
 
 def acting_on(model: nn.Module) -> NamedMix:
-    """What acts on every row of a model now, whoever attached it; () for the base alone."""
+    """Return the mix that acts on every row of an attached model now; () for the base."""
     found = _ATTACHED.get(model)
     attachment = None if found is None else found()
     if attachment is None:
@@ -62,11 +62,13 @@ def acting_on(model: nn.Module) -> NamedMix:
 
 
 class Attachment:
-    """The adapters of one base and which of them act.
+    """The adapters of one base, and which of them act.
 
-    `adapters`: by name. `selection`: what acts now; empty at first. `cache.limit`: how many bytes may be kept beside
-    the base for mixes in use without gradients, see core.mix_cache; 0 for none. Use as a context manager to detach at
-    its end."""
+    adapters: name -> adapter. selection: what acts now; empty at first.
+    cache.limit: byte limit for cached weights of mixes used without gradients (core.mix_cache); 0 disables
+    the cache.
+
+    Use as a context manager to detach at its end."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -83,12 +85,15 @@ class Attachment:
     # -- adapters ----------------------------------------------------------------------------------------------------
 
     def add(self, name: str, adapter: Adapter, trainable: bool = False, *, finite: bool = False) -> None:
-        """Put `adapter` on the base as `name`, without selecting it.
+        """Add `adapter` to the base as `name`, without selecting it.
 
-        Tensors go to the device of their module. `trainable`: they become parameters of their own, copied; otherwise
-        they are used as they are, without gradient. `finite`: they are known to be, which would take a wait for their
-        device to check. Raises one AdapterError that lists every module that does not exist and every shape that does
-        not fit; then nothing has changed."""
+        Tensors move to the device of their module.
+
+        trainable: copy the tensors as new parameters; otherwise they are used as given, without gradient.
+        finite: the caller knows that all tensors are finite; checking would wait for their device.
+
+        Raises one AdapterError that lists every missing module and every shape that does not fit; nothing
+        has changed then."""
         if not self._open:
             raise AdapterError("this attachment is detached", fix="call attach(model) again")
         if name in self.adapters:
@@ -108,7 +113,7 @@ class Attachment:
             self._prune()
 
     def remove(self, name: str) -> None:
-        """Take an adapter off; it leaves the selection too. Modules that no other adapter touches are put back."""
+        """Remove an adapter, also from the selection; restore modules that no adapter changes."""
         gone = self._known(name)
         self.selection = self.selection.without(gone)
         self.cache.clear(gone)
@@ -116,36 +121,38 @@ class Attachment:
         self._prune()
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The trainable tensors of an adapter under stable names: `module.A`, `module.B`, `module.magnitude`,
-        `module.weight~a1` and the like of a LoHa or LoKr, `module=parameter` for full copies, `embedding#rows`. Raises
-        AdapterError if it was not added trainable."""
+        """Return the trainable tensors of an adapter under stable names.
+
+        `module.A`, `module.B`, `module.magnitude`; `module.weight~a1` and so on for a LoHa or LoKr;
+        `module=parameter` for full copies; `embedding#rows`. Raises AdapterError if the adapter was not
+        added with trainable=True."""
         out = {key: t for key, t in self._known(name).tensors() if isinstance(t, nn.Parameter)}
         if not out:
             raise AdapterError(f"adapter {name!r} is not trainable", fix="add it with trainable=True")
         return out
 
     def adapter(self, name: str) -> Adapter:
-        """A copy of an adapter as it is now: detached, contiguous, `origin` collapsed."""
+        """Return a copy of an adapter as it is now: detached, contiguous, `origin` collapsed."""
         return self._known(name).collapsed().mapped(lambda t: t.detach().clone(memory_format=torch.contiguous_format))
 
     # -- what acts ---------------------------------------------------------------------------------------------------
 
     def use(self, *mix: str | tuple[str, float]) -> None:
-        """Select what acts on every row from now on: names, or (name, strength); none for the base.
+        """Select the mix for every row: names, or (name, strength); nothing for the base.
 
-        One assignment: the cost does not depend on how many adapters or modules there are. With activation
-        checkpointing, do not change it between a forward and its backward: the recomputed part would see the new one.
-        Raises AdapterError for an unknown name or a mix of full copies, ConfigError for a strength that there is not
-        (`check_strength`)."""
+        The cost does not depend on the number of adapters or modules. With activation checkpointing, do
+        not change the selection between a forward and its backward: the recomputation would use the new
+        selection. Raises AdapterError for an unknown name or a mix of full copies, ConfigError for an
+        invalid strength (`check_strength`)."""
         self.selection = self._selection(mix)
 
     def use_rows(self, mixes: Sequence[Sequence[str | tuple[str, float]]]) -> None:
-        """Select a mix for each row of a batch: row i, along the first dimension, gets mixes[i], () the base.
+        """Select one mix per row of a batch: row i (first dimension) gets mixes[i], () the base.
 
-        A batch of k·n rows repeats the list, as guidance doubles it: [negative…, positive…]. The rows are those along
-        the first dimension of what the model is called with; a module that an adapter changes and that is given another
-        number of them raises AdapterError when it is called, as do fused experts. A module that is called by itself has
-        n. Otherwise as `use`. Reference: each row alone with `use`."""
+        A batch of k·n rows repeats the list, as guidance does: [negative…, positive…]. The rows are the
+        first dimension of the model's input. If an adapter changes a module whose input has another number
+        of rows, or changes fused experts, calling that module raises AdapterError. A module called
+        directly has n rows. Otherwise as `use`. Reference: each row separately with `use`."""
         if not mixes:
             raise AdapterError("no rows", fix="give a mix for each row of the batch, () for the base")
         if not self._watched:
@@ -155,11 +162,11 @@ class Attachment:
         self.selection = Selection(rows=RowMixes(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
     def use_spans(self, names: Sequence[str], spans: LoraSegments) -> None:
-        """Select an adapter for each of `spans`, at strength 1: of the tokens that linear layers are given, whatever
-        the rows of the batch are. What a backward pass needs of them holds as long as `use` says.
+        """Select one adapter per segment of the tokens given to linear layers, at strength 1.
 
-        Raises AdapterError for an unknown name and for an adapter that is more than plain pairs of linear layers
-        (`span_problem`). Reference: each span's tokens alone with `use`."""
+        The rows of the batch do not matter. Between forward and backward, the same rule as for `use`
+        holds. Raises AdapterError for an unknown name, and for an adapter with more than plain pairs on
+        linear layers (`span_problem`). Reference: each segment's tokens separately with `use`."""
         adapters = tuple(self._known(name) for name in names)
         for name, adapter in zip(names, adapters, strict=True):
             if why := span_problem(adapter):
@@ -181,17 +188,17 @@ class Attachment:
             self.selection = before
 
     def off(self) -> AbstractContextManager[None]:
-        """The base alone for the length of a with-block."""
+        """Apply `use` for the length of a with-block; then restore the previous selection."""
         return self.using()
 
     def merged(self, *mix: str | tuple[str, float]) -> dict[str, Tensor]:
-        """New weights with `mix` folded in, see `merge.merged_state`. The base keeps its own."""
+        """Return new weights with `mix` merged in (`merge.merged_state`); the base is unchanged."""
         return merged_state(self.model, self._selection(mix).mix)
 
     # -- off again ---------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Put every module back where it was and forget the adapters. Safe to call at any time, any number of times."""
+        """Restore every module and forget the adapters. Can be called at any time, repeatedly."""
         self.selection = Selection()
         self.cache.clear()
         self.adapters.clear()
@@ -210,7 +217,7 @@ class Attachment:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _called(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Before the model runs: how many rows it runs on."""
+        """Record the number of rows before the model runs."""
         if self.selection.rows is not None:
             named = [kwargs[key] for key in _BATCHES if isinstance(kwargs.get(key), Tensor)]
             given = (t for t in (*args, *named, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
@@ -242,7 +249,7 @@ class Attachment:
         return Selection(tuple((adapter, s) for _, adapter, s in chosen))
 
     def _wrapped_for(self, adapter: Adapter) -> set[str]:
-        """The modules an adapter acts in: those it names, and whatever shares its token rows' weight (a tied head)."""
+        """Return the modules an adapter acts in, including heads tied to its token rows' weight."""
         shared = {id(self._base_modules[n].weight) for n in adapter.token_rows}
         heads = {n for n, m in self._base_modules.items() if id(m._parameters.get("weight")) in shared}
         return _touched(adapter) | heads
@@ -263,7 +270,7 @@ class Attachment:
                 parent._modules[key] = layer
 
     def _prune(self) -> None:
-        """Put back every module that no adapter acts in."""
+        """Restore every module that no adapter acts in."""
         needed: set[str] = set().union(*(self._wrapped_for(a) for a in self.adapters.values()))
         if not (gone := set(self._layers) - needed):
             return
@@ -276,14 +283,14 @@ class Attachment:
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
-    """What is called with a batch: the model, or the parts of one that is a mere holder of them."""
+    """Return the modules that receive a batch: the model, or its parts if it has no forward."""
     if type(model).forward is not nn.Module.forward:
         return [model] if model._modules else []
     return [entrance for part in model.children() for entrance in _entrances(part)]
 
 
 def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each module hangs: id -> (parent, key) of every place; a layer's hold on its base is no place."""
+    """Return id -> every (parent, key) of each module, not counting a layer's own base."""
     out: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -298,7 +305,9 @@ def _touched(adapter: Adapter) -> set[str]:
 
 
 def _overlaps(adapters: list[Adapter]) -> list[str]:
-    """Names inside a module that some adapter replaces whole: two wrappers inside each other have no clear meaning."""
+    """Return errors for names inside a module that another adapter replaces in full.
+
+    Two wrappers, one inside the other, have no clear meaning."""
     whole = {n for a in adapters for n in a.modules}
     names = {n for a in adapters for n in _touched(a)}
     out = [
@@ -312,13 +321,16 @@ def _overlaps(adapters: list[Adapter]) -> list[str]:
 
 
 def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Everything that keeps `adapter` from fitting `model`, one line each; changes nothing. `model` may be attached."""
+    """Return every reason why `adapter` does not fit `model`, one line each.
+
+    Changes nothing. `model` can be attached."""
     return _problems(dict(base_modules(model)), adapter)
 
 
 def _problems(modules: Mapping[str, nn.Module], adapter: Adapter, finite: bool = False) -> list[str]:
-    """Everything that keeps `adapter` from fitting these modules, one line each. `finite`: its tensors are known to
-    be."""
+    """Return every reason why `adapter` does not fit these modules, one line each.
+
+    finite: the adapter's tensors are known to be finite."""
     out: list[str] = []
     for name, pair in adapter.pairs.items():
         out += _pair_problems(modules, name, pair)
@@ -424,7 +436,9 @@ def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -
 
 
 def _untrainable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
-    """Deltas that there is no gradient for: of other forms than LoHa and LoKr, in part, or decomposed as DoRA."""
+    """Return errors for deltas that cannot be trained.
+
+    Only a whole LoHa or LoKr without DoRA can be."""
     out = []
     for name, delta in adapter.deltas.items():
         owner, _, key = name.rpartition(".")
@@ -435,7 +449,7 @@ def _untrainable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str
 
 
 def _magnitude_problems(name: str, magnitude: Tensor | None, shape: tuple[int, ...]) -> list[str]:
-    """DoRA's m on a weight (out, in, k…): one norm for each output or, as (1, in, 1…), for each input."""
+    """Check DoRA's m on a weight (out, in, k…): one norm per output, or (1, in, 1…) per input."""
     if magnitude is None or magnitude.shape == shape[:1]:
         return []
     by_input = (1, *shape[1:2], *[1] * (len(shape) - 2))
@@ -464,8 +478,9 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
 
 
 def _placed(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool) -> Adapter:
-    """The attachment's own copy of an adapter: on the base's device, as parameters if trainable. Where the base has no
-    values yet (meta) it stays where it is."""
+    """Return the attachment's copy of an adapter: on the base's device, trainable on request.
+
+    If the base has no values yet (meta), tensors stay on their device."""
 
     def device(name: str) -> torch.device | None:
         own = [*modules[name].parameters(), *modules[name].buffers()]

@@ -1,4 +1,4 @@
-"""Layers: a module of the base, called and not copied, plus what the current selection adds to it.
+"""Layers: a module of the base, plus what the current selection adds to its output.
 
     y = base(x) + Σ strengthᵢ·ΔWᵢ·x                       ΔW: core.merge
 
@@ -6,15 +6,15 @@
 | LoraLinear    | s·(x·Aᵀ)·Bᵀ; and the logits of replaced token rows in a head tied to an embedding    |
 | LoraEmbedding | s·Aᵀ[ids]·Bᵀ, times the base's `embed_scale`; and replaced token rows                |
 | LoraConv      | s·conv₁(conv(x, A), B), 1-d and 2-d, with groups                                     |
-| LoraExperts   | the base's own forward over weights that multiply as W + s·B·A without being made    |
-| FullModule    | none: full copies, which every layer can carry, and changes of its parameters        |
+| LoraExperts   | the base's own forward with weights that multiply as W + s·B·A, never materialized   |
+| FullModule    | none: full copies, which every layer supports, and changes of its parameters         |
 
-A layer holds its base, its name and the attachment; with nothing selected its forward is the base's. Products with A
-and B run in A's dtype and the sum is cast back once, as PEFT does; one plain pair on a plain nn.Linear takes the fast
-path. A delta (LoHa, LoKr, …) is made as a matrix at each call and multiplied apart from W, so that nothing of it rounds
-away in a 16-bit base; that costs memory for one ΔW at a time. One that learns is multiplied by its parts where that is
-less: a LoHa of rank r as a pair of rank r², a LoKr factor by factor. Does not know which adapters exist.
-"""
+A layer holds the base's module, its name and the attachment; with an empty selection its forward is the
+base's. Products with A and B run in A's dtype and the sum is cast back once, as in PEFT; one plain pair on
+a plain nn.Linear takes the fast path. A delta (LoHa, LoKr, …) is materialized at each call and multiplied
+separately from W, so that a 16-bit base does not round it away; this costs memory for one ΔW at a time. A
+trainable delta is multiplied by its parts if that is cheaper: a LoHa of rank r as a pair of rank r², a
+LoKr factor by factor. Layers do not know which adapters exist."""
 
 from __future__ import annotations
 
@@ -42,19 +42,20 @@ from veneer.ops.lowrank import LowRank
 
 
 class Owner(Protocol):
-    """What a layer asks of the attachment."""
+    """The part of the attachment that a layer uses."""
 
     selection: Selection
     cache: MixCache
 
 
 class Layer(nn.Module):
-    """A replacement for the module `base`. `embeddings`: names of embeddings that share this module's weight, including
-    the module itself if it is an embedding; token rows for any of these names apply here (T5 ties three embeddings and
-    the head)."""
+    """A replacement for the module `base`.
+
+    embeddings: names of embeddings that share this module's weight, including the module itself if it is
+    an embedding. Token rows for any of these names apply here (T5 ties three embeddings and the head)."""
 
     is_veneer_layer = True
-    base: Any  # an nn.Module, read by attributes that its class alone knows
+    base: Any  # an nn.Module; its attributes depend on its class
 
     def __init__(self, base: nn.Module, name: str, owner: Owner, embeddings: Sequence[str] = ()) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class Layer(nn.Module):
         return self.selected(*args, **kwargs)
 
     def selected(self, *args: Any, **kwargs: Any) -> Any:
-        """The output under what is selected now."""
+        """Return the output under the current selection."""
         selection = self.owner.selection
         if selection.spans is not None:
             return self.by_spans(*args, **kwargs)
@@ -78,7 +79,7 @@ class Layer(nn.Module):
         return self.under(selection.mix, *args, **kwargs)
 
     def under(self, mix: Acting, *args: Any, **kwargs: Any) -> Any:
-        """The output with one mix on every row."""
+        """Return the output with one mix on every row."""
         if not mix:
             return self.base(*args, **kwargs)
         for adapter, _ in mix:
@@ -87,35 +88,35 @@ class Layer(nn.Module):
         return self.adapted(mix, *args, **kwargs)
 
     def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
-        """The output with a mix for each row. Reference: each row alone, with `under`."""
+        """Return the output with one mix per row. Reference: each row separately, with `under`."""
         segments = rows.segments(self.acts)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
         return run_apart(rows, segments, self.under, args, kwargs, self.name)
 
     def by_spans(self, *args: Any, **kwargs: Any) -> Any:
-        """The output with an adapter for each span of tokens: they have pairs of linear layers alone."""
+        """Return the output with one adapter per segment; only linear layers have pairs then."""
         return self.base(*args, **kwargs)
 
     def acts(self, adapter: Adapter) -> bool:
-        """Whether an adapter changes anything in this module."""
+        """Return whether an adapter changes this module."""
         name = self.name
         if name in adapter.modules or name in adapter.pairs or self.own_rows(adapter) is not None:
             return True
         return bool(adapter.deltas) and any(f"{name}.{key}" in adapter.deltas for key in self.base._parameters)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
-        """The output under a mix without a full copy of this module."""
+        """Return the output under a mix that has no full copy of this module."""
         return self.base(*args, **kwargs)
 
     def pairs(self, mix: Sequence[tuple[Adapter, float]], name: str | None = None) -> list[tuple[Pair, float, float]]:
-        """(pair, strength, dropout) of everything in the mix that has a pair here; no dropout outside of training."""
+        """Return (pair, strength, dropout) of each pair of the mix here; dropout in training only."""
         key = name or self.name
         drop = self.training
         return [(a.pairs[key], s, a.dropout if drop else 0.0) for a, s in mix if key in a.pairs]
 
     def deltas(self, mix: Sequence[tuple[Adapter, float]]) -> list[tuple[str, Delta, float]]:
-        """(parameter, delta, strength) of everything in the mix that changes a parameter of this module."""
+        """Return (parameter, delta, strength) of each delta of the mix in this module."""
         having = [(a.deltas, s) for a, s in mix if a.deltas]
         keys = self.base._parameters if having else ()
         return [(k, d[f"{self.name}.{k}"], s) for d, s in having for k in keys if f"{self.name}.{k}" in d]
@@ -130,11 +131,11 @@ class Layer(nn.Module):
         return next((adapter.token_rows[name] for name in self.embeddings if name in adapter.token_rows), None)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The base's, under the base's own names: an attached model saves as the base."""
+        """Return the base's state under its own names: an attached model saves as the base."""
         return self.base.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def __getattr__(self, name: str) -> Any:
-        """What models read off a module (weight, padding_idx, in_features, …) is read off the base."""
+        """Read other attributes (weight, padding_idx, in_features, …) from the base."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -147,16 +148,19 @@ def _selected(layer: Layer, *args: Any, **kwargs: Any) -> Any:
     return layer.selected(*args, **kwargs)
 
 
-# A compiled model calls layers as they are: what is selected must not be compiled in, or every switch would compile
-# again. (torch.compiler.disable is the public name, and imports the compiler at once.)
+# A compiled model calls layers uncompiled: if the selection were compiled in, each switch would
+# recompile. (torch.compiler.disable is the public name, but imports the compiler at once.)
 _uncompiled = TORCH("torch._disable_dynamo")(_selected)
 
 
 def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:
-    """`module` with some of its tensors replaced, as another module that shares all the rest: the base itself is not
-    written to, not even for the length of a call. Tensors are cast to the dtype of what they stand for."""
+    """Return `module` with some tensors replaced, as a new module that shares the rest.
+
+    The base is not written to, not even during a call. Replacements are cast to the dtype of the tensors
+    they replace."""
     out = copy.copy(module)
-    out.__dict__.pop("forward", None)  # one put on the instance is bound to `module` and would use its tensors
+    # a forward set on the instance is bound to `module` and would use its tensors
+    out.__dict__.pop("forward", None)
     for kind in ("_parameters", "_buffers"):
         held = dict(getattr(module, kind))
         for key, old in held.items():
@@ -172,8 +176,9 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -
 
 
 class FullModule(Layer):
-    """A module that no other layer class covers, usually a norm or a router. Deltas of its parameters, and pairs on its
-    `weight`, are added in float32 and rounded once."""
+    """A module that no other layer class covers, usually a norm or a router.
+
+    Deltas of its parameters, and pairs on its `weight`, are added in float32 and rounded once."""
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         sums: dict[str, Tensor] = {}
@@ -195,7 +200,7 @@ def _wide(t: Tensor) -> Tensor:
 
 
 class _Lora(Layer):
-    """The reference: y = base(x) + Σ strength·ΔW·x, for layers whose ΔW acts on one input tensor."""
+    """The reference y = base(x) + Σ strength·ΔW·x, for layers whose ΔW acts on one input."""
 
     def under(self, mix: Acting, *args: Any, **kwargs: Any) -> Any:
         if mix and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
@@ -205,7 +210,7 @@ class _Lora(Layer):
         return super().under(mix, *args, **kwargs)
 
     def _may_use(self, cached: CachedModule, mix: Acting, x: Tensor) -> bool:
-        """Whether what is cached stands for a call of the base with x as things are now."""
+        """Return whether the cached module is equivalent to calling the base with x now."""
         own = self._modules["base"].__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or (cached.drops and self.training):
             return False
@@ -214,27 +219,29 @@ class _Lora(Layer):
         return x.dtype == cached.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def by_cache(self, cached: CachedModule, x: Tensor) -> Tensor:
-        """The output by a copy or a stack. Reference: `adapted`."""
+        """Return the output from a cached copy or stack. Reference: `adapted`."""
         raise NotImplementedError
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B·(A·x) in A's dtype."""
+        """Return B·(A·x) in A's dtype."""
         raise NotImplementedError
 
     def channels(self, v: Tensor) -> Tensor:
-        """A vector (out,) so shaped that it multiplies the output."""
+        """Return a vector (out,) in a shape that multiplies the output."""
         return v
 
     def scaled(self, x: Tensor, v: Tensor) -> Tensor:
-        """x with each of its channels times v: (in,)."""
+        """Return x with each of its channels times v: (in,)."""
         return x * v.to(x.dtype)
 
     def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """W·x without the bias, in x's dtype; `weight`: another weight of W's stored shape."""
+        """Return W·x without the bias, in x's dtype; `weight`: replaces W, in W's stored shape."""
         raise NotImplementedError
 
     def change(self, x: Tensor, y: Tensor, pair: Pair, dropout: float = 0.0) -> Tensor:
-        """ΔW·x of one pair, given y = base(x). Dropout acts on what the pair multiplies, as in PEFT."""
+        """Return ΔW·x of one pair, given y = base(x).
+
+        Dropout acts on the input of the pair, as in PEFT."""
         x = x.to(pair.A.dtype) if x.is_floating_point() else x
         dropped = F.dropout(x, dropout) if dropout else x
         own = self.low_rank(dropped, pair.A, pair.B) * pair.scale
@@ -257,7 +264,9 @@ class _Lora(Layer):
         return out if back is None else out + back
 
     def _change_by_input(self, x: Tensor, pair: Pair) -> Tensor:
-        """ΔW·x where the magnitude has one norm for each input: (W + ΔP)·(g ⊙ x) − W·x, g = m/‖W + ΔP‖."""
+        """Return ΔW·x for a magnitude with one norm per input.
+
+        (W + ΔP)·(g ⊙ x) − W·x, g = m/‖W + ΔP‖."""
         weight = weight_of(self.base)
         assert pair.magnitude is not None
         matrix = to_matrix(self.base, pair.kind, weight)
@@ -282,7 +291,9 @@ class _Lora(Layer):
         return self.replaced(x, y, out, self.rows(mix)).to(y.dtype)
 
     def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
-        """The base once for all rows, each adapter's products once for all its rows; other rows cost nothing more."""
+        """Run the base once for all rows, and each adapter once for the rows it acts on.
+
+        Rows without an adapter cost nothing more."""
         if any(self.name in share.adapter.modules for share in rows.shares) or not args:
             return super().by_rows(rows, *args, **kwargs)
         segments = rows.segments(self.acts)
@@ -309,7 +320,7 @@ class _Lora(Layer):
         return out.to(y.dtype)
 
     def changes(self, x: Tensor, y: Tensor, adapter: Adapter) -> Iterator[Tensor]:
-        """What one adapter at strength 1 adds to y = base(x), in y's shape."""
+        """Yield what one adapter at strength 1 adds to y = base(x), in y's shape."""
         for pair, _, dropout in self.pairs([(adapter, 1.0)]):
             yield self.change(x, y, pair, dropout)
         for key, delta, _ in self.deltas([(adapter, 1.0)]):
@@ -317,7 +328,7 @@ class _Lora(Layer):
             yield moved.expand_as(y) if key == "bias" else moved
 
     def moved(self, x: Tensor, key: str, delta: Delta) -> Tensor:
-        """What a delta of the parameter `key` adds to the output, at strength 1."""
+        """Return what a delta of the parameter `key` adds to the output, at strength 1."""
         if is_trained(delta):
             return self.learned(x, delta) * delta.scale
         made = module_delta(self.base, delta, key)
@@ -326,8 +337,10 @@ class _Lora(Layer):
         return self.product(x.to(made.dtype) if x.is_floating_point() else x, made)
 
     def learned(self, x: Tensor, delta: Delta) -> Tensor:
-        """P·x of a LoHa or LoKr whose parts learn, without its scale. Of what is made of the parts nothing is kept: the
-        backward pass makes it again, which is a product more of what is multiplied here."""
+        """Return P·x of a trainable LoHa or LoKr, without its scale.
+
+        Intermediate matrices are not kept: the backward pass recomputes them, at the cost of one more
+        product."""
         own = next(iter(delta.parts.values())).dtype
         dtype = x.dtype if x.dtype.itemsize == 2 else own
         x, kernel = x.to(dtype), delta.shape[2:]
@@ -347,21 +360,25 @@ class _Lora(Layer):
         return out
 
     def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor | None:
-        """(w1 ⊗ w2)·x without that matrix; None where this layer has no such way."""
+        """Return (w1 ⊗ w2)·x without that matrix; None if this layer cannot."""
         return None
 
     def least_dims(self) -> int:
-        """How many dimensions an input with rows has at least."""
+        """Return the least number of dimensions of an input with rows."""
         return 2
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        """`out` with the token rows' own change of y = base(x), in out's dtype: out + Σ strength·(new − y), where a row
-        is replaced. What else changes the weight adds up with it, as in a merge."""
+        """Return `out` with the token rows' change of y = base(x): out + Σ strength·(new − y).
+
+        Only replaced rows change, in out's dtype. Other changes of the weight add up with this one, as in
+        a merge."""
         return out
 
 
 def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
-    """y with `change` added to its rows `at`, in the wider of the two dtypes; into y itself where it is our own."""
+    """Return y with `change` added to its rows `at`, in the wider of the two dtypes.
+
+    own: the caller owns y, so y can be changed in place."""
     wide = torch.promote_types(y.dtype, change.dtype)
     change = change.to(wide)
     if own and y.dtype == wide and not (y.requires_grad or change.requires_grad):
@@ -370,7 +387,9 @@ def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
 
 
 def _moved(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Tensor:
-    """out + strength·(new − old) in out's dtype: `new` itself, bit for bit, at strength 1 where out is `old` yet."""
+    """Return out + strength·(new − old) in out's dtype.
+
+    At strength 1 the result is `new`, bit for bit, if `out` still equals `old`."""
     new, old = new.to(out.dtype), old.to(out.dtype)
     return new + (out - old) if strength == 1.0 else out + (new - old) * strength
 
@@ -408,11 +427,11 @@ class LoraLinear(_Lora):
             return LinearMap(base.weight, base.bias)
         pair, strength, dropout = pairs[0]
         if pair.origin is not None and (dropout or pair.magnitude is not None):
-            return None  # what is taken off sees all of x
+            return None  # the origin's product uses all of x, dropout only the pair's
         products = (pair.low_rank(strength, dropout),)
         if pair.magnitude is None:
             return LinearMap(base.weight, base.bias, products)
-        # y = x·Wᵀ + strength·ΔW·x: at another strength than 1 that is no gain times one product
+        # y = x·Wᵀ + strength·ΔW·x: at a strength other than 1 this is not a DoRA scale times one product
         if strength != 1.0 or pair.magnitude.ndim > 1:
             return None
         norm = adapted_norm if base.weight.dtype == pair.magnitude.dtype else low_rank_norm
@@ -420,7 +439,7 @@ class LoraLinear(_Lora):
         return LinearMap(base.weight, base.bias, products, gain)
 
     def _products_of(self, spans: SpanAdapters) -> tuple[LowRank, ...]:
-        """One of each adapter that has a pair here."""
+        """Return one product per adapter that has a pair here."""
         pairs = (self.pairs([(adapter, 1.0)]) for adapter in spans.adapters)
         return tuple(
             replace(pair.low_rank(strength, dropout), span=span)
@@ -460,12 +479,14 @@ class LoraLinear(_Lora):
         return F.linear(x, to_matrix(self.base, "linear", stored).to(x.dtype))
 
     def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        """x as a matrix (m, n): w1·X·w2ᵀ, (l, k), of which an l-th of the operations of ΔW·x is left."""
+        """Multiply factor by factor: x as a matrix X (m, n), then w1·X·w2ᵀ, (l, k).
+
+        Takes about 1/l of the operations of ΔW·x."""
         parts = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
         return torch.matmul(w1, F.linear(parts, w2)).flatten(-2)
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        """The logits of replaced rows: out[…, i] moves by strength·(x·row_i − x·W_i)."""
+        """Add the logits' change of replaced rows: out[…, i] += strength·(x·row_i − x·W_i)."""
         for token_rows, strength in rows:
             index = torch.tensor(token_rows.indices, device=y.device)
             bias = getattr(self.base, "bias", None)
@@ -490,12 +511,12 @@ class LoraEmbedding(_Lora):
 
     @property
     def _scale(self) -> Tensor | None:
-        """Gemma multiplies the rows it looks up by this, after W."""
+        """Gemma's factor on embedding rows, applied after the lookup."""
         scale = getattr(self.base, "embed_scale", None)
         return torch.as_tensor(scale) if scale is not None else None
 
     def change(self, x: Tensor, y: Tensor, pair: Pair, dropout: float = 0.0) -> Tensor:
-        return super().change(x, y, pair)  # there is no input to drop from
+        return super().change(x, y, pair)  # an index input cannot be dropped
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
         for token_rows, strength in rows:
@@ -509,8 +530,11 @@ class LoraEmbedding(_Lora):
 
 
 class LoraConv(_Lora):
-    """A: (rank, in/groups, k…): each group runs the same A on its own channels, so that ΔW has W's shape.
-    A: (rank, in, k…) with B: (out, rank/groups, 1…), as PEFT has grouped ones, sees all channels instead."""
+    """A convolution with low-rank pairs.
+
+    A: (rank, in/groups, k…): each group runs the same A on its own channels, so that ΔW has W's shape. A:
+    (rank, in, k…) with B: (out, rank/groups, 1…), PEFT's form for grouped convolutions, reads all
+    channels."""
 
     def least_dims(self) -> int:
         return weight_of(self.base).ndim
@@ -519,7 +543,7 @@ class LoraConv(_Lora):
         conv, groups = self.base, self.base.groups
         up = F.conv1d if A.ndim == 3 else F.conv2d
         if groups > 1 and A.shape[1] == conv.in_channels:
-            conv = copy.copy(conv)  # shares everything but the one number
+            conv = copy.copy(conv)  # shares everything but this number
             conv.groups = 1
         elif groups > 1:
             A = A.repeat(groups, *[1] * (A.ndim - 1))
@@ -537,10 +561,12 @@ class LoraConv(_Lora):
         return v.view(-1, *[1] * (weight_of(self.base).ndim - 2))
 
     def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor | None:
-        """Each of m parts of the channels by w2, the results mixed by w1; groups would cut through the parts."""
+        """Convolve each of the m channel parts by w2, then mix by w1; None with groups.
+
+        Groups would cut through the parts."""
         if self.base.groups > 1:
             return None
-        if w2.ndim < weight_of(self.base).ndim:  # factors lie flat
+        if w2.ndim < weight_of(self.base).ndim:  # the kernel's dimensions are flattened in w2
             w2 = w2.unflatten(1, (-1, *weight_of(self.base).shape[2:]))
         parts = x.unflatten(1, (w1.shape[1], w2.shape[1])).flatten(0, 1)
         each = self.base._conv_forward(parts, w2, None)
@@ -564,8 +590,9 @@ class LoraExperts(Layer):
         return super().acts(adapter) or any(f"{self.name}.{key}" in adapter.pairs for key in self.base._parameters)
 
     def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
-        """Where every row is one token, which is routed by itself, those under one mix go through the experts by
-        themselves."""
+        """Run the tokens of each mix through the experts separately.
+
+        Possible only if every row is one token, routed on its own."""
         segments = rows.segments(self.acts)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
@@ -582,9 +609,10 @@ class LoraExperts(Layer):
         return _stand_in(self.base, self._adapted(mix))(*args, **kwargs)
 
     def weights(self, tokens: int) -> list[tuple[Tensor | None, dict[str, Any]]] | None:
-        """The base's parameters as they are under what is selected now, for who multiplies so many tokens by them:
-        which tokens (None: all), and the parameters. With a mix for each row every token is one. None where something
-        is more than pairs on them: full copies, deltas."""
+        """Return the base's parameters under the current selection, for `tokens` tokens.
+
+        A list of (index of the tokens, or None for all; parameters). With a mix per row, every token is a
+        row. None if the selection has more than pairs on the parameters: full copies, deltas."""
         selection = self.owner.selection
         segments = None if selection.rows is None else selection.rows.segments(self.acts)
         mixes = [selection.mix] if segments is None else [mix for mix, _ in segments]
@@ -609,7 +637,9 @@ class LoraExperts(Layer):
 
 
 def _parts(pair: Pair, strength: float, dropout: float) -> list[LowRank]:
-    """A pair of fused experts; what its origin takes off is a product of its own, as that sees all of x."""
+    """Return the products of a pair of fused experts.
+
+    The origin is a separate product because dropout does not apply to it."""
     s = pair.scale * strength
     out = [LowRank(pair.A, pair.B, s, dropout)]
     return out if pair.origin is None else [*out, LowRank(*pair.origin, -s)]

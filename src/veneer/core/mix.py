@@ -1,22 +1,32 @@
-"""Several adapters as one: Σ strengthᵢ·ΔWᵢ, exactly, or by a method that departs from it on purpose and says how far.
+"""Mix several adapters into one: Σ strengthᵢ·ΔWᵢ, exactly or by an approximate method.
 
-| method          | result, with τᵢ = strengthᵢ·ΔWᵢ, entry by entry where it says so                | source           |
-| sum             | Σ τᵢ: ranks side by side, then the bound if one is given                        | exact            |
-| svd             | the same, at the largest rank among the adapters unless a bound is given        | Eckart-Young     |
-| magnitude_prune | Σ keep(τᵢ): keep the share `density` of largest |entries|, zero the rest        |                  |
-| ties            | keep; elect each entry's sign by Σ keep(τᵢ); mean of those that have it         | arXiv 2306.01708 |
-| dare_linear     | Σ drop(τᵢ): keep each entry with probability `density`, divided by it           | arXiv 2311.03099 |
-| dare_ties       | drop, then elect and mean as in ties                                            | both             |
-| orthogonal      | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ side by side, made orthogonal     | arXiv 2412.00081 |
+| method          | result, with τᵢ = strengthᵢ·ΔWᵢ; entry by entry for pruning, TIES and DARE      |
+source           |
+| sum             | Σ τᵢ: ranks concatenated, then the bound if one is given                        | exact
+|
+| svd             | the same, at the largest rank among the adapters unless a bound is given        |
+Eckart-Young     |
+| magnitude_prune | Σ keep(τᵢ): keep the share `density` of largest |entries|, zero the rest        |
+|
+| ties            | keep; elect each entry's sign by Σ keep(τᵢ); mean of the entries with that sign | arXiv
+2306.01708 |
+| dare_linear     | Σ drop(τᵢ): keep each entry with probability `density`, divided by it           | arXiv
+2311.03099 |
+| dare_ties       | drop, then elect and mean as in ties                                            | both
+|
+| orthogonal      | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ concatenated, made orthogonal     | arXiv
+2412.00081 |
 
-The entries are those of the true ΔW, one module at a time, then brought back to a pair by `low_rank`: trimming A and B
-instead, as is common, trims neither. `orthogonal` is for image adapters that fight over the same directions, the aim of
-ZipLoRA (2311.13600), without data: [U₁ U₂ …] is replaced by the nearest matrix with orthonormal columns U·(UᵀU)^(-1/2)
-(so is V), which leaves adapters alone that do not meet, and gives the mean of two that are the same.
+The entries are those of the true ΔW, one module at a time; `low_rank` turns the result back into a pair.
+Trimming A and B instead, as is common, trims neither. `orthogonal` is for image adapters that compete for
+the same directions, the aim of ZipLoRA (2311.13600), but needs no data: it replaces [U₁ U₂ …] by the
+nearest matrix with orthonormal columns, U·(UᵀU)^(-1/2), and V likewise. Adapters without common directions
+stay unchanged; two equal adapters give their mean.
 
-What only one adapter has, at strength 1, is taken over as it is, whatever its form. Knows tensors, no files or bases:
-what needs a weight of the base (DoRA, gains beside others, full copies whose strengths do not add up to 1) asks for it.
-"""
+A change that only one adapter has, at strength 1, is copied as it is, whatever its form. Every mixed
+module reports its distance from the true sum. This module knows tensors; it does not know about files or
+bases. Changes that need a weight of the base (DoRA, gains mixed with other deltas, full copies whose
+strengths do not add up to 1) request it."""
 
 from __future__ import annotations
 
@@ -49,14 +59,20 @@ METHODS = ("sum", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", 
 _ENTRYWISE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 
 Weights = Callable[[str], Tensor | None]
-"""Parameter name -> the base's weight as (out, in, …), an embedding's as (rows, dim); None where it is not at hand."""
+"""Parameter name -> the base's weight as (out, in, …), an embedding's as (rows, dim); None if not available.
+"""
 
 
 @dataclass(frozen=True)
 class MixedModule:
-    """One module of a result: its rank (0: not a pair), ‖Σ strength·ΔW‖, and ‖result − Σ strength·ΔW‖ after rounding.
-    `cut`: the part of it that the bound and the rounding made, ‖result − the method's own answer‖. What has no norm
-    without the base (gains, DoRA taken over) counts 0, or its ‖s·B·A‖."""
+    """One module of a result, with its norms and errors.
+
+    rank: 0 if the result is not a pair. norm: ‖Σ strength·ΔW‖. error: ‖result − Σ strength·ΔW‖ after
+    rounding.
+    cut: the part of `error` that comes from the bound and from rounding, ‖result − the method's exact
+    answer‖.
+
+    Changes without a norm unless the base is known count as 0 (gains) or as ‖s·B·A‖ (copied DoRA)."""
 
     rank: int
     norm: float
@@ -66,7 +82,7 @@ class MixedModule:
 
 @dataclass
 class Mixed:
-    """A mix as one adapter, and how far each module is from the true sum."""
+    """A mix as one adapter, with the distance of each module from the true sum."""
 
     adapter: Adapter
     parts: dict[str, MixedModule] = field(default_factory=dict)
@@ -97,9 +113,11 @@ def mix_pairs(
     name: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Pair, MixedModule]:
-    """The pairs of one module as one, of scale 1. See the module's table; `density`, `seed` and `name` (which makes
-    each module's drops its own) are for the methods that trim. Raises AdapterError for unlike shapes, a magnitude, and
-    a method that trims without a bound."""
+    """Return the pairs of one module as one pair of scale 1, by a method of the table above.
+
+    density, seed, name: for the methods that trim; `name` gives each module its own random drops.
+
+    Raises AdapterError for unlike shapes, a magnitude, or a method that trims without a bound."""
     if any(p.magnitude is not None for p, _ in pairs):
         raise AdapterError("a pair with a magnitude (DoRA) is not low rank without its base", where=name or None)
     model = pairs[0][0]
@@ -138,7 +156,7 @@ def _needed(bound: Bound | None, name: str) -> Bound:
 
 
 def _padded(parts: list[Tensor], dim: int) -> Tensor:
-    """Stacked, with zeros for the ranks that some do not need."""
+    """Stack matrices, padding lower ranks with zeros."""
     most = max(t.shape[dim] for t in parts)
     out = []
     for t in parts:
@@ -157,8 +175,9 @@ def _orthogonal(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
 
 
 def _whitened(U: Tensor, S: Tensor) -> Tensor:
-    """U·(UᵀU)^(-1/2), the nearest with orthonormal columns, within the span of U where the columns are dependent. A
-    direction of singular value zero has nothing to say."""
+    """Return U·(UᵀU)^(-1/2), the nearest matrix with orthonormal columns.
+
+    Stays within the span of U if columns are dependent. Directions of singular value zero are ignored."""
     U = U * (1e-12 * S.amax(-1, keepdim=True) < S).unsqueeze(-2)
     values, E = torch.linalg.eigh(U.mT @ U)
     inverse = torch.where(values > 1e-10, values.clamp_min(1e-10).rsqrt(), 0.0)
@@ -171,7 +190,7 @@ def _dense(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _trimmed(tau: list[Tensor], method: str, density: float, seed: int, name: str) -> Tensor:
-    """The entrywise methods on Σ-ready changes strength·ΔW."""
+    """Apply an entrywise method to the scaled changes strength·ΔW."""
     if not 0 < density <= 1:
         raise AdapterError(
             f"the density is {density:g}, and has to be above 0 and at most 1", fix="give a share, as 0.5"
@@ -201,7 +220,7 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _largest(t: Tensor, density: float) -> Tensor:
-    """The round(density·n) largest |entries|, the rest zero."""
+    """Keep the round(density·n) largest |entries|, zero the rest."""
     count = max(1, round(density * t.numel()))
     if count >= t.numel():
         return t
@@ -227,13 +246,16 @@ def mix(
     dtype: torch.dtype = torch.float32,
     weights: Weights | None = None,
 ) -> Mixed:
-    """Adapters of one base as one adapter.
+    """Mix adapters of one base into one adapter.
 
-    Ranks, scales and targets may differ. Pairs of one module become one. Deltas: of one adapter they keep their form;
-    several of one parameter add up, gains of one axis to a gain and the rest to a dense one; with a bound, or a method
-    that trims, every delta of a weight is folded into its module's pair. Full copies and token rows are mixed as
-    W + Σ strength·(copy − W), which needs no W where the strengths add up to 1. Learned words are taken over, at
-    strength 1. Raises one AdapterError that lists all that does not mix, and what would need `weights`."""
+    Ranks, scales and targets can differ. Pairs of one module become one pair. A delta that only one
+    adapter has keeps its form; several deltas of one parameter add up, gains of one axis to a gain and all
+    others to a dense delta. With a bound, or a method that trims, every delta of a weight is folded into
+    its module's pair. Full copies and token rows are mixed as W + Σ strength·(copy − W), which needs no W
+    if the strengths add up to 1. Learned words are copied, at strength 1 only.
+
+    Raises one AdapterError that lists everything that cannot be mixed, and everything that would need
+    `weights`."""
     if method not in METHODS:
         raise AdapterError(f"there is no method {method!r}", fix=", ".join(METHODS))
     if not adapters:
@@ -252,7 +274,7 @@ class _Mix:
     weights: Weights
     out: Mixed = field(default_factory=lambda: Mixed(Adapter()))
     problems: dict[str, list[str]] = field(default_factory=dict)
-    """Why something does not mix -> the names of what."""
+    """Reason -> names of what cannot be mixed."""
 
     @property
     def folds(self) -> bool:
@@ -283,10 +305,10 @@ class _Mix:
         return weight.detach().double()
 
     def _narrow(self, t: Tensor) -> Tensor:
-        """`t` as it is where the dtype asked for holds it."""
+        """Return `t` unchanged if the requested dtype can hold its values, else converted."""
         return t if torch.promote_types(t.dtype, self.dtype) == self.dtype else t.to(self.dtype)
 
-    # Folded: the dense changes of a module's weight that go into its pair.
+    # Dense changes of a module's weight that are folded into its pair.
     def _beside(self, name: str) -> list[tuple[Delta, float]]:
         key = f"{name}.weight"
         if not self.folds:
@@ -314,7 +336,7 @@ class _Mix:
         self.out.adapter.pairs[name], self.out.parts[name] = out, part
 
     def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], beside: list[tuple[Delta, float]]) -> None:
-        """A module some of whose changes are no product of low-rank factors: as dense matrices, and back to a pair."""
+        """Mix a module with changes that are not low rank: as dense matrices, then as a pair."""
         parts: list[Tensor] = []
         shape: tuple[int, ...] = ()
         for adapter, strength in self.adapters:
@@ -348,7 +370,7 @@ class _Mix:
         self.out.parts[name] = MixedModule(out.rank, float(torch.linalg.vector_norm(truth)), float(off), cut.error)
 
     def _change(self, name: str, pair: Pair) -> Tensor:
-        """ΔW of a pair as a dense matrix (out, n), float64."""
+        """Return a pair's ΔW as a dense matrix (out, n), float64."""
         product = _dense_of(replace(pair, magnitude=None))
         if pair.magnitude is None:
             return product
@@ -361,7 +383,7 @@ class _Mix:
         return change_of(weight, product.reshape(weight.shape), pair.magnitude).flatten(1)
 
     def _delta(self, name: str, delta: Delta) -> Tensor:
-        """ΔW of a delta in the parameter's shape, float64."""
+        """Return a delta's ΔW in the parameter's shape, float64."""
         wide = replace(delta, parts={n: t.double() for n, t in delta.parts.items()})
         if delta.form in BASED or delta.magnitude is not None:
             why = f"a {delta.form}" if delta.form in BASED else "a delta with a magnitude (DoRA)"
@@ -402,7 +424,7 @@ class _Mix:
         self.out.parts[name] = MixedModule(0, float(truth.norm()), float((value.double() - truth).norm()))
 
     def _replacements(self, name: str, given: list[tuple[Delta, float]]) -> None:
-        """Σ sᵢ·(vᵢ − W) = s·(Σ sᵢ·vᵢ/s − W) with s = Σ sᵢ; where the sᵢ add up to nothing, Σ sᵢ·vᵢ."""
+        """Mix replacements: Σ sᵢ·(vᵢ − W) = s·(Σ sᵢ·vᵢ/s − W) with s = Σ sᵢ; Σ sᵢ·vᵢ if s = 0."""
         whole = sum(s for _, s in given)
         exact = torch.stack([d.parts["value"].double() * s for d, s in given]).sum(0)
         out = Delta("dense" if abs(whole) < 1e-12 else "replacement", {}, given[0][0].shape)
@@ -427,7 +449,7 @@ class _Mix:
         self.out.notes.append(f"{name}: a full copy, mixed and rounded to its dtype")
 
     def _blend(self, name: str, copies: list[tuple[Tensor, float]], why: str, rows: list[int] | None = None) -> Tensor:
-        """W + Σ strength·(copy − W); W is needed only where the strengths do not add up to 1."""
+        """Return W + Σ strength·(copy − W); needs W only if the strengths do not add up to 1."""
         left = 1 - sum(s for _, s in copies)
         total = torch.stack([s * t.detach().double() for t, s in copies]).sum(0)
         if abs(left) < 1e-12:
@@ -464,9 +486,11 @@ def _dense_of(pair: Pair) -> Tensor:
 
 
 def strengthened(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
-    """The adapter with each module's change times `by(module)`, exactly: scales change, tensors do not, and a module at
-    0 is left out. Raises AdapterError where a strength other than 0 or 1 meets what is no multiple of itself without
-    the base: a magnitude (DoRA), full copies, token rows, learned words."""
+    """Return the adapter with each module's change times `by(module)`, exactly.
+
+    Scales change, tensors do not; modules at 0 are left out. Raises AdapterError for a strength other than
+    0 or 1 on a change that has no multiple without the base: a magnitude (DoRA), full copies, token rows,
+    learned words."""
     problems = []
     out = replace(adapter, pairs={}, deltas={}, modules={}, token_rows={}, new_tokens={})
     for name, pair in adapter.pairs.items():

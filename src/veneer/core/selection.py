@@ -1,10 +1,9 @@
-"""What acts now: nothing, one mix for all rows, a mix for each row of a batch, or an adapter for each span of tokens.
+"""What acts now: nothing, one mix for all rows, a mix per row, or an adapter per segment.
 
-Rows lie along the first dimension of what a module is called with. A batch of k·n rows under n mixes repeats them k
-times, as guidance lays them out: [negative…, positive…]. How many rows a batch has is said by the call of the model
-itself: a module inside that is given another number along its first dimension (a shared expert, fed with the tokens of
-all rows together) has no rows. Knows adapters; does not know about modules.
-"""
+Rows are the first dimension of a module's input. A batch of k·n rows under n mixes repeats the mixes k
+times, as guidance arranges rows: [negative…, positive…]. The call of the model sets the number of rows of
+a batch; a module inside with another first dimension (a shared expert that gets the tokens of all rows
+together) has no rows. This module knows adapters; it does not know about modules."""
 
 from __future__ import annotations
 
@@ -25,18 +24,18 @@ Acting = tuple[tuple[Adapter, float], ...]
 """(adapter, strength) in order; the adapters are the attachment's own."""
 
 MAX_REPEATS = 4
-"""How many times a batch may repeat the list of mixes. Guidance doubles a batch, and its kin triple it."""
+"""How many times a batch can repeat the list of mixes. Guidance doubles a batch; its variants triple it."""
 
 
 class Segment(NamedTuple):
-    """Rows under the same mix; the rows of the other repeats go with them."""
+    """Rows under the same mix; the same rows of the other repeats belong to it too."""
 
     mix: Acting
     rows: tuple[int, ...]
 
 
 class AdapterRows(NamedTuple):
-    """The rows that one adapter acts on, and how strongly on each."""
+    """The rows that one adapter acts on, with its strength on each."""
 
     adapter: Adapter
     rows: tuple[int, ...]
@@ -45,9 +44,11 @@ class AdapterRows(NamedTuple):
 
 @dataclass(eq=False)
 class RowMixes:
-    """Row i of a batch, and row i + n, i + 2n, … where it is repeated, is under mixes[i]; n = len(mixes).
+    """A mix per row: row i of a batch is under mixes[i]; n = len(mixes).
 
-    `batch`: the rows that the model was last called with; n where a module was called by itself."""
+    In a repeated batch, rows i + n, i + 2n, … are under mixes[i] too.
+
+    batch: the number of rows of the model's last call; n if a module was called directly."""
 
     mixes: tuple[Acting, ...]
     batch: int | None = None
@@ -56,7 +57,7 @@ class RowMixes:
 
     @cached_property
     def shares(self) -> tuple[AdapterRows, ...]:
-        """Every adapter with its rows, each adapter once: its products are taken once for all of them."""
+        """Every adapter once, with its rows, so that its products are computed once."""
         found: dict[int, tuple[Adapter, dict[int, float]]] = {}
         for row, mix in enumerate(self.mixes):
             for adapter, strength in mix:
@@ -65,7 +66,9 @@ class RowMixes:
         return tuple(AdapterRows(adapter, tuple(own), tuple(own.values())) for adapter, own in found.values())
 
     def segments(self, acts: Callable[[Adapter], bool]) -> list[Segment]:
-        """Rows whose mixes are equal once adapters that do not act are left out, in the order of their first row."""
+        """Return groups of rows whose mixes are equal, ignoring adapters that do not act.
+
+        Ordered by the first row of each group."""
         acting = frozenset(id(share.adapter) for share in self.shares if acts(share.adapter))
         if acting not in self._segments:
             self._segments[acting] = self._segments_of(acting)
@@ -82,8 +85,10 @@ class RowMixes:
         return RowMixes(tuple(tuple((a, s) for a, s in mix if a is not gone) for mix in self.mixes), self.batch)
 
     def repeats(self, batch: int, where: str) -> int:
-        """k of a batch of k·n rows. Raises AdapterError for any other number of rows, and for one that the model itself
-        was not called with: the tokens of k-token rows, flattened, are k·n too."""
+        """Return k of a batch of k·n rows.
+
+        Raises AdapterError for any other number of rows, and for a number that differs from the model's
+        own: the flattened tokens of k-token rows are k·n too."""
         n = len(self.mixes)
         rows = n if self.batch is None else self.batch
         if rows % n or not 1 <= rows // n <= MAX_REPEATS:
@@ -102,7 +107,7 @@ class RowMixes:
         return batch // n
 
     def index(self, rows: Sequence[int], batch: int, device: torch.device) -> Tensor:
-        """Where these rows and their repeats lie in a batch of k·n."""
+        """Return the indices of these rows and their repeats in a batch of k·n."""
         n = len(self.mixes)
         key = (tuple(rows), batch, device)
         if key not in self._indices:
@@ -111,7 +116,7 @@ class RowMixes:
         return self._indices[key]
 
     def strengths(self, share: AdapterRows, change: Tensor) -> float | Tensor:
-        """What multiplies the change of this share's rows: a number where it is the same for all."""
+        """Return the factor on the change of an adapter's rows: one number if all are equal."""
         if len(set(share.strengths)) == 1:
             return share.strengths[0]
         repeats = len(change) // len(share.rows)
@@ -124,14 +129,14 @@ class RowMixes:
 
 @dataclass(frozen=True, eq=False)
 class SpanAdapters:
-    """An adapter for each span of the tokens that linear layers are given, as they are trained in one pass."""
+    """One adapter per segment of the tokens given to linear layers, trained in one pass."""
 
     adapters: tuple[Adapter, ...]
     spans: LoraSegments
 
 
 def span_problem(adapter: Adapter) -> str:
-    """Why an adapter cannot act on a span of tokens alone; "" where it can."""
+    """Return why an adapter cannot act on a segment of tokens; "" if it can."""
     if adapter.modules or adapter.token_rows:
         return "it has full copies or rows of an embedding"
     if adapter.deltas:
@@ -172,11 +177,11 @@ def run_apart(
     where: str,
     all_rows: bool = False,
 ) -> Any:
-    """Each segment's rows by themselves: run(mix, *args, **kwargs), the results laid back in the batch's order.
+    """Run each segment's rows separately and restore the batch's order.
 
-    What is called with several tensors is run on all of them for each segment, as which of them have rows is its own
-    affair, and the segment's rows are taken from the result; unless `all_rows` of them have. Raises AdapterError where
-    there are no rows."""
+    Calls run(mix, *args, **kwargs). If the inputs have several tensors and `all_rows` is false, it is
+    unknown which have rows: each segment then runs on all of them, and its rows are taken from the result.
+    Raises AdapterError if there are no rows."""
     tensors = list(_tensors((args, kwargs)))
     if not tensors or not tensors[0].ndim:
         raise AdapterError("this module is called without a batch, so no row can have its own mix", where=where)

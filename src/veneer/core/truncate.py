@@ -1,13 +1,12 @@
-"""Singular values of low-rank changes, from their low-rank factors; and low-rank changes, from dense matrices.
+"""Singular values of low-rank changes, and low-rank approximations of dense changes.
 
     s·B·A = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ        B = Q_B·R_B, Aᵀ = Q_A·R_A (thin QR);  the core is rank × rank
           = U·diag(S)·V                  its singular value decomposition, exact, in O((out + in)·rank²)
     ‖s·B·A − best of rank k‖ = √(Σ_{i>k} Sᵢ²)                        Eckart and Young, Psychometrika 1936
 
-All of it is done in float64: a truncation's error is a small difference of large sums, and a mix's summands may cancel.
-The rank is low, so that this costs little. Results are rounded once, to the dtype that is asked for.
-Knows pairs and matrices; does not know about adapters, modules or files.
-"""
+All computations run in float64: a truncation's error is a small difference of large sums, and the terms of
+a mix can cancel. The rank is low, so float64 costs little. Results are rounded once, to the requested
+dtype. This module knows pairs and matrices; it does not know about adapters, modules or files."""
 
 from __future__ import annotations
 
@@ -62,10 +61,11 @@ class Cut:
 
 
 def factors(pair: Pair) -> tuple[Tensor, Tensor]:
-    """(A, B) in float64 with s·B·A the change without a magnitude: A (…, rank, n), B (…, out, rank), the scale in B.
+    """Return (A, B) in float64 with s·B·A the change without a magnitude.
 
-    The leading dimension counts experts, or the groups of a convolution whose A sees all channels (PEFT's): there each
-    block of rows of B meets its own part of A."""
+    A (…, rank, n), B (…, out, rank), with the scale in B. The leading dimension counts experts, or the
+    groups of a convolution whose A reads all channels (PEFT's form): there each block of rows of B
+    multiplies its own part of A."""
     own = pair.collapsed()
     A, B = own.A.detach().double(), own.B.detach().double()
     if own.kind == "conv":
@@ -77,7 +77,7 @@ def factors(pair: Pair) -> tuple[Tensor, Tensor]:
 
 
 def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float32) -> Pair:
-    """A pair of scale 1 from factors in the form that `factors(model)` has, in `model`'s kind and shapes."""
+    """Return a pair of scale 1 from factors (the form of `factors(model)`), like `model`."""
     if model.kind == "conv":
         A = A.flatten(0, -2).reshape(-1, *model.A.shape[1:])
         B = B.flatten(0, -2)
@@ -86,7 +86,9 @@ def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float3
 
 
 def like(shape: tuple[int, ...], embedding: bool = False) -> Pair:
-    """An empty pair of the kind that changes a weight of `shape`: (out, in), (out, in, k…), embedding (rows, dim)."""
+    """Return an empty pair of the kind that changes a weight of `shape`.
+
+    shape: (out, in), (out, in, k…), or (rows, dim) of an embedding."""
     if embedding:
         return Pair(torch.empty(0, shape[0]), torch.empty(shape[1], 0), 1.0, "embedding")
     kernel = shape[2:]
@@ -95,7 +97,9 @@ def like(shape: tuple[int, ...], embedding: bool = False) -> Pair:
 
 
 def stacked(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
-    """The factors (A, B) of Σ strength·ΔW: ranks side by side. Raises AdapterError for changes of unlike shapes."""
+    """Return the factors (A, B) of Σ strength·ΔW, with ranks concatenated.
+
+    Raises AdapterError for changes of unlike shapes."""
     parts = [(*factors(pair), strength) for pair, strength in pairs]
     shapes = {(p.kind, A.shape[:-2], A.shape[-1], B.shape[-2]) for (p, _), (A, B, _) in zip(pairs, parts, strict=True)}
     if len(shapes) > 1:
@@ -105,16 +109,16 @@ def stacked(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
 
 
 def inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
-    """⟨B₁·A₁, B₂·A₂⟩ (Frobenius) = tr((B₁ᵀB₂)·(A₂A₁ᵀ)), of factors (A, B)."""
+    """Return ⟨B₁·A₁, B₂·A₂⟩ (Frobenius) = tr((B₁ᵀB₂)·(A₂A₁ᵀ)) of factors (A, B)."""
     (A1, B1), (A2, B2) = one, two
     return float(((B1.mT @ B2) * (A1 @ A2.mT)).sum())
 
 
 def distance(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor] | None = None) -> float:
-    """‖B₁·A₁ − B₂·A₂‖ (Frobenius) of factors (A, B), or ‖B₁·A₁‖ alone.
+    """Return ‖B₁·A₁ − B₂·A₂‖ (Frobenius) of factors (A, B); ‖B₁·A₁‖ without `two`.
 
-    From Gram matrices where that is accurate, which is down to 1e-6 of the larger norm (their sums cancel); below from
-    the singular values of the difference."""
+    Computed from Gram matrices, which are accurate down to 1e-6 of the larger norm (their sums cancel);
+    below that, from the singular values of the difference."""
     square = inner(one, one)
     if two is None:
         return math.sqrt(max(square, 0.0))
@@ -127,8 +131,9 @@ def distance(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor] | None = Non
 
 
 def rounding(exact: tuple[Tensor, Tensor], pair: Pair) -> float:
-    """‖B'·A' − B·A‖ of factors (A, B) and the pair they were rounded to: (B'−B)·A' + B·(A'−A), in which no large sums
-    cancel."""
+    """Return ‖B'·A' − B·A‖ of factors (A, B) and the pair they were rounded to.
+
+    Computed as (B'−B)·A' + B·(A'−A), in which no large sums cancel."""
     (A, B), (A1, B1) = exact, factors(pair)
     both = torch.cat([A1, A1 - A], -2), torch.cat([B1 - B, B], -1)
     return math.sqrt(max(inner(both, both), 0.0))
@@ -138,9 +143,10 @@ def rounding(exact: tuple[Tensor, Tensor], pair: Pair) -> float:
 
 
 def thin_svd(A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, S, V) with s·B·A = U·diag(S)·V: U (…, out, k), S (…, k) falling, V (…, k, n), k = min(rank, out, n), float64.
+    """Return (U, S, V) with s·B·A = U·diag(S)·V, float64.
 
-    A: (…, rank, n), B: (…, out, rank). Exact: thin QR of both factors and the decomposition of the small core."""
+    A: (…, rank, n), B: (…, out, rank). U (…, out, k), S (…, k) descending, V (…, k, n), k = min(rank, out,
+    n). Exact: thin QR of both factors and the decomposition of the small core."""
     QB, RB = torch.linalg.qr(B.double())
     QA, RA = torch.linalg.qr(A.double().mT)
     U, S, V = torch.linalg.svd(scale * (RB @ RA.mT), full_matrices=False)
@@ -148,37 +154,41 @@ def thin_svd(A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, 
 
 
 def singular_values(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """S of `thin_svd`, without its vectors."""
+    """Return S of `thin_svd`, without its vectors."""
     RB, RA = (torch.linalg.qr(t.double(), mode="r")[1] for t in (B, A.mT))
     values: Tensor = torch.linalg.svdvals(scale * (RB @ RA.mT))
     return values
 
 
 def rank_for(S: Tensor, bound: Bound) -> int:
-    """The rank that `bound` keeps of singular values S (…, k), at least 1; over a batch the largest that one needs."""
+    """Return the rank that `bound` keeps of singular values S (…, k), at least 1.
+
+    For a batch, the largest rank that any matrix needs."""
     if bound.rank is not None:
         return min(bound.rank, S.shape[-1])
     square = S.double().square()
     total = square.sum(-1, keepdim=True)
     dropped = total - square.cumsum(-1)
-    dropped[..., :-1] = square.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # from the small end: no cancellation
+    # summed from the small end, so that nothing cancels
+    dropped[..., :-1] = square.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     dropped[..., -1] = 0
     allowed = (1 - bound.energy) if bound.energy is not None else (bound.error or 0.0) ** 2
     return int((dropped > allowed * total).sum(-1).max()) + 1
 
 
 def truncate(pair: Pair, bound: Bound, dtype: torch.dtype = torch.float32) -> tuple[Pair, Cut]:
-    """The best pair within `bound` (of scale 1, A and B balanced: U·√S and √S·V), and what was cut.
+    """Return the best pair within `bound`, and the error.
 
-    `Cut.error` is that of the singular values dropped; rounding to `dtype` comes on top. Raises AdapterError for a
-    pair with a magnitude, whose change is not B·A."""
+    The pair has scale 1 and balanced factors, U·√S and √S·V. `Cut.error` is the norm of the dropped
+    singular values; rounding to `dtype` is reported separately. Raises AdapterError for a pair with a
+    magnitude, whose change is not B·A."""
     if pair.magnitude is not None:
         raise AdapterError("a pair with a magnitude (DoRA) is not low rank without its base", fix="give the base")
     return truncated(*factors(pair), pair, bound, dtype)
 
 
 def truncated(A: Tensor, B: Tensor, model: Pair, bound: Bound, dtype: torch.dtype) -> tuple[Pair, Cut]:
-    """`truncate` of factors, to a pair like `model`."""
+    """Truncate factors to a pair like `model`; see `truncate`."""
     U, S, V = thin_svd(A, B)
     k = rank_for(S, bound)
     root = S[..., :k].sqrt()
@@ -192,13 +202,14 @@ def truncated(A: Tensor, B: Tensor, model: Pair, bound: Bound, dtype: torch.dtyp
 
 
 def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 30) -> tuple[Tensor, Tensor, Cut]:
-    """(A, B, Cut) with B·A close to a dense `matrix` (out, n), within `bound`; float64 factors, balanced.
+    """Return (A, B, Cut) with B·A close to a dense `matrix` (out, n), within `bound`.
 
-    A rank far below both sides: subspace iteration from a fixed random start (Halko, Martinsson and Tropp, arXiv
-    0909.4061), in the matrix's dtype, until what is caught of ‖Δ‖² grows by less than 1e-4 of what is left, then an
-    exact decomposition inside the subspace. Otherwise the eigenvectors of the smaller Gram matrix in float64, which
-    give the best answer for singular values above 1e-8 of the largest. In both, `Cut.error` is the true distance, as
-    the answer is a projection: ‖Δ − QQᵀΔ‖² = ‖Δ‖² − ‖QᵀΔ‖²."""
+    The factors are float64 and balanced. For a rank far below both sides: subspace iteration from a fixed
+    random start (Halko, Martinsson and Tropp, arXiv 0909.4061), in the matrix's dtype, until the captured
+    part of ‖Δ‖² grows by less than 1e-4 of the remainder; then an exact decomposition inside the subspace.
+    Otherwise: eigenvectors of the smaller Gram matrix in float64, which give the best approximation for
+    singular values above 1e-8 of the largest. In both cases `Cut.error` is the true distance, because the
+    result is a projection: ‖Δ − QQᵀΔ‖² = ‖Δ‖² − ‖QᵀΔ‖²."""
     D = matrix if matrix.dtype == torch.float64 else matrix.float()
     flip = D.shape[0] < D.shape[1]
     D = D.mT if flip else D  # tall: out ≥ n
@@ -218,13 +229,13 @@ def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 
     error = math.sqrt(max(norm**2 - float(kept), 0.0)) if norm else 0.0
     if k == n:
         error = 0.0
-    if error < 1e-6 * norm:  # the difference of the squares says no more; look
+    if error < 1e-6 * norm:  # the difference of squares is not accurate enough here; compute the distance
         error = float(torch.linalg.vector_norm(D.double() - B @ A))
     return (B.mT, A.mT, Cut(norm, error, k)) if flip else (A, B, Cut(norm, error, k))
 
 
 def _columns(caught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The decomposition of D·Q where Q are all the eigenvectors of DᵀD: its columns are orthogonal already."""
+    """Decompose D·Q for Q all eigenvectors of DᵀD: the columns are already orthogonal."""
     S = torch.linalg.vector_norm(caught, dim=0)
     S, order = S.sort(descending=True)
     U = caught[:, order] / S.clamp_min(torch.finfo(torch.float64).tiny)
@@ -232,7 +243,7 @@ def _columns(caught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gram(D: Tensor, rows: int = 4096) -> Tensor:
-    """DᵀD in float64, some rows at a time: no second copy of D."""
+    """Return DᵀD in float64, computed in blocks of rows, so that D is not copied."""
     out = torch.zeros(D.shape[1], D.shape[1], dtype=torch.float64, device=D.device)
     for at in range(0, len(D), rows):
         block = D[at : at + rows].double()
@@ -245,7 +256,7 @@ def _double_product(D: Tensor, Q: Tensor, rows: int = 4096) -> Tensor:
 
 
 def _subspace(D: Tensor, width: int, norm: float, most: int) -> Tensor:
-    """(n, width) orthonormal: close to the first right singular vectors of D."""
+    """Return (n, width) orthonormal, close to the leading right singular vectors of D."""
     generator = torch.Generator().manual_seed(0)
     Q = torch.randn(D.shape[1], width, generator=generator, dtype=torch.float32).to(D.device, D.dtype)
     before = -1.0
