@@ -1,9 +1,8 @@
-"""What veneer relies on of other libraries beyond what they document: one list a library, looked up through it, so that
-a version that no longer has a name says so with both versions, and not by an AttributeError of somewhere.
+"""Undocumented names of other libraries that veneer relies on, one list per library.
 
-The lists of torch, bitsandbytes and Liger-Kernel are here; those of transformers and diffusers are in
-models/compat_*.py.
-"""
+Looking a name up through its list gives an error that names both versions if the installed version lacks
+the name, instead of an AttributeError. The lists of torch, bitsandbytes and Liger-Kernel are here; those
+of transformers and diffusers are in models/compat_*.py."""
 
 from __future__ import annotations
 
@@ -18,12 +17,14 @@ from veneer.errors import MissingExtraError
 
 
 class MissingInternalError(MissingExtraError, AttributeError):
-    """Raised where the installed version of a library has no longer, or not yet, what veneer relies on."""
+    """The installed version of a library lacks a name that veneer relies on."""
 
 
 @dataclass(frozen=True)
 class Internals:
-    """`names`: dotted, from the top of the library. `versions`: those in which they are known to be."""
+    """Undocumented names of one library.
+
+    names: dotted, from the top of the library. versions: the versions known to have them."""
 
     library: str
     versions: str
@@ -31,8 +32,9 @@ class Internals:
     _found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, name: str) -> Any:
-        """What `name` stands for. Raises MissingInternalError where there is no such thing, and KeyError for a name
-        that the list does not have."""
+        """Return the object called `name`.
+
+        Raises MissingInternalError if the library lacks the name, KeyError if the list does."""
         if name not in self._found:
             if name not in self.names:
                 raise KeyError(f"{name} is in no list of what is relied on of {self.library}")
@@ -40,7 +42,7 @@ class Internals:
         return self._found[name]
 
     def check(self) -> None:
-        """Look up all of them. Raises as a call does."""
+        """Look up every name; raises as a call does."""
         for name in self.names:
             self(name)
 

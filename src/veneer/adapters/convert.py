@@ -1,7 +1,7 @@
-"""An adapter of any layout, written in another tool's: what the command, a server's downloads and pages do.
+"""Convert an adapter of any layout to another tool's layout.
 
-Reads and writes by `formats`; of a base it needs a few numbers, which some layouts depend on. Knows no weights of one.
-"""
+The command, server downloads and pages use this module. It reads and writes through `formats`. Some
+layouts depend on a few numbers of the base; the base's weights are never needed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from veneer.formats.reading import Reading
 
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}
-"""transformers' model_type -> llama.cpp's name, where they differ."""
+"""transformers' model_type -> llama.cpp's name, if different."""
 
 
 @dataclass(frozen=True)
 class ConvertedAdapter:
-    """`reading`: of what was given. `words`: learned words that were left out."""
+    """The result of a conversion.
+
+    reading: what was read. words: learned words that were left out."""
 
     reading: Reading
     written: WriteReport
@@ -44,13 +46,15 @@ def convert_adapter(
     say: Callable[[str], None] | None = None,
     **how: Unpack[ReadOptions],
 ) -> ConvertedAdapter:
-    """Writes the adapter at `place` to `output` as `to`, one of formats.convert.TARGETS, has it: exactly, or not at
-    all.
+    """Write the adapter at `place` to `output` in layout `to`: exactly, or not at all.
 
-    family: of the image model, or gguf's architecture, where it cannot be told. base: for gguf and tgi the base's name,
-    of which they need the size of a head and the number of layers. allow_partial: what can be read. without_words:
-    leave learned words out, which few layouts hold. Raises AdapterError, and ConfigError where the output is the
-    adapter itself."""
+    to: one of formats.convert.TARGETS.
+    family: the image model's family, or gguf's architecture, if it cannot be detected.
+    base: for gguf and tgi, the name of the base; they need its head size and number of layers.
+    allow_partial: convert only what can be read.
+    without_words: leave out learned words, which few layouts support.
+
+    Raises AdapterError, and ConfigError if the output is the adapter itself."""
     if Path(output).exists() and Path(output).samefile(place):
         raise ConfigError(
             "the output is the adapter itself, which is not written over", where=str(output), fix="another -o"

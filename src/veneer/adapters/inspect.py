@@ -1,7 +1,6 @@
-"""Looking at an adapter: what is in it (no base needed), in any format, and whether it is what it says it is.
+"""Inspect and verify an adapter of any format; no base needed.
 
-Stands above formats and models, beside `using`. Nothing here changes a file or a base.
-"""
+Nothing here changes a file or a base. This module may import formats and models."""
 
 from __future__ import annotations
 
@@ -39,18 +38,27 @@ class AdapterCheck:
 
 
 def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
-    """What is in the adapter `name` (a folder, a file or a name in the library), ready for JSON.
+    """Return the content of the adapter `name`, ready for JSON.
 
-    `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is shown
-    as far as it can be read. `format`, `reasons`: which format it is and why. `coverage`: tensors of the file that are
-    used, that nothing understands, and that lack their partner; where there are any of the last two, reading it for use
-    is refused. `assumed_scale`: how many modules' scale the file does not state; alpha is taken for the rank in all
-    that is shown, and reading it for use is refused. `targets`: for each last part of a module's name the count, ranks,
-    alphas, scales, shapes and ‖ΔW‖ (Frobenius, over all of them; without DoRA's magnitude, which needs the base).
-    `deltas`: changes that are not pairs, by form, with the bytes it takes and those of the ΔW that it stands for, one
-    at a time of which is made in use.
-    `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. `tools`: with what others
-    would do with it, as `elsewhere`. Raises what reading raises for a file that is not an adapter."""
+    name: a folder, a file or a name in the library.
+    tools: include how other tools would read it, as `elsewhere`.
+    how: options of `formats.read.read`.
+
+    Keys of the result:
+        verdict: whether the adapter can be read for use; if not, why and what to do. A refused adapter is
+        shown as far as it can be read.
+        format, reasons: the detected format and why.
+        coverage: counts of the file's tensors that are used, not understood, or without their partner. Any
+        of the last two means that reading for use is refused.
+        assumed_scale: number of modules whose scale the file does not state. Alpha is taken to be the rank
+        everywhere in the result, and reading for use is refused.
+        targets: per last part of a module's name the count, ranks, alphas, scales, shapes and total ‖ΔW‖
+        (Frobenius; without DoRA's magnitude, which needs the base).
+        deltas: changes that are not pairs, by form, with their bytes and the bytes of their ΔW, of which
+        one at a time is made in use.
+        hashes: of the file with the tensors.
+
+    Raises what reading raises for a file that is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
     found = summary(path, reading, refusal, digest=reading.adapter.digest(), norm=_delta_norm)
@@ -58,8 +66,9 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
 
 
 def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:
-    """As it is read for use; or what can be read of it, and why it is refused. Raises the refusal where that is
-    nothing."""
+    """Return what can be read, and the error if reading for use is refused.
+
+    Raises that error if nothing can be read."""
     how = {**how, "assume_scale": True}
     try:
         found = reader.read(path, **how)
@@ -74,15 +83,17 @@ def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | 
 
 
 def _delta_norm(pair: Pair) -> float:
-    """‖s·B·A‖ (Frobenius), without DoRA's magnitude, from the factors, in float64. Experts: over all of them."""
+    """Return ‖s·B·A‖ (Frobenius) without DoRA's magnitude, in float64; experts: over all."""
     return distance(factors(pair))
 
 
 def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader.ReadOptions]) -> list[AdapterCheck]:
-    """Check the adapter `name`: the files' hashes and the digest against the card, hashes in a header against the
-    tensors, every tensor used and paired, values finite; with a base its fingerprint, every name and shape, and that
-    the adapter changes what the base says. A failure is a check with `ok` False. Raises AdapterError only where there
-    is no such adapter."""
+    """Check the adapter `name` and return one result per check.
+
+    Checks the files' hashes and the digest against the card, hashes in a header against the tensors, that
+    every tensor is used and paired, and that values are finite. With a base: its fingerprint, every name
+    and shape, and that the adapter changes what the base says. A failure is a check with `ok` False.
+    Raises AdapterError only if the adapter does not exist."""
     path = using.adapter_path(name)
     out: list[AdapterCheck] = []
     card: CardFile | None = None
@@ -116,8 +127,10 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
 
 
 def verify_kept(library: Library, reference: str) -> list[AdapterCheck]:
-    """`verify_adapter` for an adapter of a library, and that its files are the bytes that were added; what is found is
-    remembered there as its health. Raises NotInLibrary."""
+    """Check a library's adapter as `verify_adapter` does, and its files' bytes.
+
+    The bytes must be those that were added. The result is stored in the library as the adapter's health.
+    Raises NotInLibrary."""
     from veneer.library.store import hash_file
     from veneer.library.upkeep import FILES_CHECK
 
@@ -137,13 +150,13 @@ def verify_kept(library: Library, reference: str) -> list[AdapterCheck]:
 
 
 def _header_hashes(path: Path) -> list[AdapterCheck]:
-    """The hashes that managers and hubs go by, where the header of a single file has them."""
+    """Check the hashes in the header of a single file, which managers and hubs use."""
     if path.is_dir() or path.suffix != ".safetensors":
         return []
     try:
         found = verify_hashes(path)
     except VeneerError:
-        return []  # what is wrong with the file is said by reading it
+        return []  # reading the file reports what is wrong with it
     if not found:
         return [AdapterCheck("header", None, "the header has no hashes of the tensors")]
     wrong = [f"{c.key}: stored {c.stored}, found {c.found}; {c.note}" for c in found if c.holds is False]

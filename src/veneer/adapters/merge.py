@@ -1,11 +1,10 @@
-"""A mix folded into a base: a new full model in a folder of its own. The base is not changed.
+"""Merge a mix of adapters into a base, as a new full model in a new folder.
 
-    W' = round(W + Σ strengthᵢ·ΔWᵢ)          summed in float32, rounded once to the dtype that is written
+    W' = round(W + Σ strengthᵢ·ΔWᵢ)          summed in float32, rounded once to the written dtype
 
-A 16-bit weight has about three digits, so part of a small delta rounds away: the report says how much is left.
-`merge` loads the model and knows its modules; `merge_shards` reads and writes its files, a weight at a time.
-Stands above formats and models, beside `using`; knows folders of models and of adapters.
-"""
+The base is not changed. A 16-bit weight has about three digits, so part of a small delta is lost to
+rounding: the report says how much is left. `merge` loads the model and knows its modules; `merge_shards`
+rewrites its files one weight at a time."""
 
 from __future__ import annotations
 
@@ -45,20 +44,22 @@ if TYPE_CHECKING:
 
 _MERGE_FILE = "merge.json"
 _WARN, _ASK = 0.05, 0.5
-"""Thresholds of `delta_error` when rounding to the nearest: a merge warns, and needs `accept_loss`."""
+"""Thresholds of `delta_error` when rounding to nearest: for a warning, and for requiring `accept_loss`."""
 
 
 @dataclass
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
-    `changed`: of the weights whose exact delta is not zero, the share that differs from the base after rounding.
-    `delta_error`: ‖(W'−W) − Δ‖/‖Δ‖ over all of them, W' and W as rounded to `dtype`: 0 is a delta kept whole, 1 about
-    as wrong as no delta at all. `delta_kept`: ⟨W'−W, Δ⟩/‖Δ‖², 1 where all of it is there on the whole. `untied`: the
-    head no longer shares the embedding's weight, because the mix moves one and not the other. `rounding`: how.
-    `seen`: nf4, … where the base's weights are the dequantised ones.
-    `requantised`: nf4 or fp4 where the merged weights were put into 4 bits. `difference`: what `compare_merges` found.
-    """
+    changed: share of the weights with a nonzero exact delta that differ from the base after rounding.
+    delta_error: ‖(W'−W) − Δ‖/‖Δ‖ over all of them, W' and W rounded to `dtype`: 0 means the delta is
+    intact, 1 that it is about as wrong as no delta.
+    delta_kept: ⟨W'−W, Δ⟩/‖Δ‖²; 1 means that all of the delta is there, on average.
+    untied: the head no longer shares the embedding's weight, because the mix changes only one of them.
+    rounding: the rounding method.
+    seen: nf4, … if the base's weights are dequantized.
+    requantised: nf4 or fp4 if the merged weights were quantized to 4 bits.
+    difference: the result of `compare_merges`."""
 
     folder: str = ""
     base: str = ""
@@ -80,7 +81,7 @@ class MergeReport:
         return asdict(self)
 
     def count(self, rounding: Rounding) -> None:
-        """Take over what rounding left."""
+        """Copy the rounding statistics into the report."""
         self.weights, self.changed = rounding.weights, rounding.changed
         self.delta_error, self.delta_kept = rounding.error, rounding.kept
 
@@ -115,19 +116,23 @@ def merge(
     seed: int | None = None,
     accept_loss: bool = True,
 ) -> MergeReport:
-    """Write a model folder that is `base` with `adapters` folded in, with its tokenizer and a report, `merge.json`. The
-    base keeps its own weights.
+    """Write a model folder: `base` with `adapters` merged in, its tokenizer and merge.json.
 
-    Computed in float32 and rounded once; the result says how much of the adapters' effect the rounding lost.
-    `adapters`: folders, files or names, each with a strength behind a colon where it is not 1. `base` may be quantised:
-    what is written is W' = W̃ + ΔW in full, W̃ the dequantised weight, which is what an adapter trained over that base
-    has seen. `dtype`: float32, bfloat16 or float16; by default the one the base is loaded in. `requantise`: nf4 or fp4
-    puts the merged weights into 4 bits, as a checkpoint of bitsandbytes; most of a small ΔW is lost there
-    (`compare_merges` shows how much). `difference`: what `compare_merges` found, for the report. `seed`: round
-    stochastically without bias (core.rounding), with this seed. `accept_loss`: if False, refuse to write a merge where
-    rounding loses half of the change or more. The folder appears whole or not at all. Raises ConfigError for no
-    adapters, a folder that is not empty, or a base that was loaded in another 16-bit dtype; and what reading the
-    adapters raises."""
+    Computed in float32 and rounded once; the result says how much of the adapters' effect rounding lost.
+    The base does not change. The folder appears complete or not at all.
+
+    base: can be quantized. The written weight is then W' = W̃ + ΔW in full, W̃ the dequantized weight,
+    which an adapter trained over that base has seen.
+    adapters: folders, files or names, each optionally with ":strength".
+    dtype: float32, bfloat16 or float16; by default the dtype in which the base is loaded.
+    requantise: nf4 or fp4 quantizes the merged weights to 4 bits, as a bitsandbytes checkpoint; this loses
+    most of a small ΔW (`compare_merges` shows how much).
+    difference: the result of `compare_merges`, for the report.
+    seed: round stochastically, without bias (core.rounding), with this seed.
+    accept_loss: if False, refuse a merge in which rounding loses half of the change or more.
+
+    Raises ConfigError for no adapters, a folder that is not empty, or a base loaded in another 16-bit
+    dtype; and the errors of reading the adapters."""
     folder = Path(folder)
     target = _target(base, dtype)
     _check_request(adapters, folder)
@@ -154,14 +159,14 @@ def merge(
             report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
             report.write(temporary)
     except Exception as error:
-        if "No space left" in str(error):  # safetensors has an error of its own
+        if "No space left" in str(error):  # safetensors raises its own error type
             raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
         raise
     return report
 
 
 def requantised(model: Any, kind: str) -> Any:
-    """`model` with its linear weights in 4 bits again, in place."""
+    """Quantize the linear weights of `model` to 4 bits again, in place; return the model."""
     for name in quantised_weights(model):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -170,7 +175,9 @@ def requantised(model: Any, kind: str) -> Any:
 
 
 def _save_state(model: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """A checkpoint of tensors that transformers' own save does not know: one file, tied weights once."""
+    """Write one file for tensors that transformers' own save does not support.
+
+    Tied weights are written once."""
     from safetensors.torch import save_file
 
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -194,10 +201,11 @@ class HeldOutRow(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """A merged model against the adapters on the base they were trained over, on `tokens` trained tokens of held-out
-    rows. `kl`: mean KL(unmerged ‖ merged) in nats a token; `kl_most`: the largest; `agree`: share of tokens where both
-    find the same token likeliest; `loss`, `unmerged_loss`, `base_loss`: nats a token, of the base without adapters too.
-    """
+    """A merged model compared with the unmerged adapters on the base they were trained over.
+
+    Measured on `tokens` trained tokens of held-out rows. kl: mean KL(unmerged ‖ merged) in nats per token.
+    kl_most: the largest. agree: share of tokens with the same most likely token. loss, unmerged_loss,
+    base_loss: nats per token; base_loss is without adapters."""
 
     tokens: int
     kl: float
@@ -209,7 +217,7 @@ class Difference:
 
     @property
     def kept(self) -> float:
-        """The share of what the adapters gain over the base that the merged model still has."""
+        """Share of the adapters' gain over the base that the merged model keeps."""
         gain = self.base_loss - self.unmerged_loss
         return (self.base_loss - self.loss) / gain if gain else math.nan
 
@@ -226,11 +234,13 @@ def compare_merges(
     dtype: str | None = None,
     allow_other_base: bool = False,
 ) -> dict[str, Difference]:
-    """How each way to merge differs from not merging, on held-out rows as tokens.
+    """Compare each way to merge with not merging, on held-out rows of tokens.
 
-    "seen": ΔW on the weights of `base` as it is loaded, dequantised where it is quantised. "original": on those of
-    `original`, the same base in 16 bits. And each of the kinds of `requantise`: "seen" put into 4 bits. `seed`: as in
-    `merge`. Both models are in memory; rows are computed one at a time."""
+    Keys of the result: "seen": ΔW on the weights of `base` as loaded, dequantized if it is quantized.
+    "original": ΔW on the weights of `original`, the same base in 16 bits. Each kind of `requantise`:
+    "seen" quantized to 4 bits.
+
+    seed: as in `merge`. Both models are in memory; rows are computed one at a time."""
     found: dict[str, Difference] = {}
     rows = [row for row in rows if any(row.trained)]
     if not rows:
@@ -272,7 +282,7 @@ def _merged_on(
 
 
 def _log_probabilities(model: Any, row: HeldOutRow, device: torch.device) -> Tensor:
-    """log p of every token at the trained places of a row: (trained, vocabulary), float32."""
+    """Return log p of every token at a row's trained positions: (trained, vocabulary), float32."""
     ids = torch.tensor(row.input_ids, device=device)[None]
     at = [i - 1 for i, trained in enumerate(row.trained) if trained]
     logits = model(input_ids=ids, use_cache=False).logits[0, at]
@@ -315,10 +325,10 @@ def merged_model(
     report: MergeReport | None = None,
     seed: int | None = None,
 ) -> Any:
-    """Return a new model of `model`'s class in `dtype` with the mix folded in; fill in `report`.
+    """Return a new model of `model`'s class in `dtype` with the mix merged in.
 
-    The new model shares unchanged tensors with `model`, whose weights stay as they are. `seed`: as in `merge`. Raises
-    AdapterError if a merged weight is outside `dtype`'s range."""
+    Fills in `report`. The new model shares unchanged tensors with `model`, whose weights do not change.
+    `seed`: as in `merge`. Raises AdapterError if a merged weight is outside `dtype`'s range."""
     report = report or MergeReport()
     report.rounding = _rounding_name(seed)
     own = model.state_dict()
@@ -343,7 +353,7 @@ def merged_model(
     state = {n: dequantized(t).to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in new}
     places: dict[tuple[int, torch.Size], list[str]] = {}
     for name in new:
-        if not isinstance(own[name], Quantized):  # a tied weight is never quantised
+        if not isinstance(own[name], Quantized):  # a tied weight is never quantized
             places.setdefault(_place(own[name]), []).append(name)
     report.untied = any(not torch.equal(new[names[0]], new[n]) for names in places.values() for n in names[1:])
     report.tensors = len(new)
@@ -358,7 +368,8 @@ def merged_model(
     with loading(), torch.device("meta"):
         shell = type(model)(config)
     shell.load_state_dict(state | new, strict=True, assign=True)
-    for name, module in base_modules(model):  # buffers that no state dict has, as rotary frequencies
+    # buffers that are not in the state dict, such as rotary frequencies
+    for name, module in base_modules(model):
         for key, buffer in module.named_buffers(recurse=False):
             if (own_buffers := shell.get_submodule(name)._buffers)[key].is_meta:
                 own_buffers[key] = buffer
@@ -380,7 +391,7 @@ def _rounding_name(seed: int | None) -> str:
 # -- shard by shard ----------------------------------------------------------------------------------------------------
 
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-"""Model types whose linear weights are stored as (in, out), which their shape does not always show."""
+"""Model types whose linear weights are stored as (in, out); the shape does not always show it."""
 
 
 def merge_shards(
@@ -393,19 +404,23 @@ def merge_shards(
     seen: str = "",
     accept_loss: bool = True,
 ) -> MergeReport:
-    """Write the model folder `base` with `adapters` folded in to a new `folder`, without loading it.
+    """Write the model folder `base` with `adapters` merged in to `folder`, without loading it.
 
-    Every safetensors file is rewritten with the same header, so that a weight keeps its dtype and what the mix does not
-    touch keeps its bytes; all other files are copied. One weight is in memory at a time, in float32. `base`: a folder
-    of transformers' or diffusers' (where the first part of an adapter's name is a component's folder). `names`:
-    parameter name of an adapter -> tensor name of a component, where they differ by more than a prefix. `seed`: round
-    stochastically without bias (core.rounding), with this seed. `accept_loss`: as in `merge`. `seen`: nf4, fp4 or int8
-    for adapters trained over such weights: every quantizable weight is written in its dequantized form, with the mix
-    folded in. The folder appears whole or not at all.
+    Every safetensors file is rewritten with the same header: weights keep their dtype, and weights that
+    the mix does not change keep their bytes. All other files are copied. One weight at a time is in
+    memory, in float32. The folder appears complete or not at all.
 
-    Raises ConfigError for an invalid request; AdapterError listing every change without a matching weight, for a
-    weight of another shape or dtype, or for only one of two tied weights (token rows change both); BaseError for a
-    base that is not a folder of safetensors."""
+    base: a folder of transformers' or diffusers' (the first part of an adapter's name is then a
+    component's folder).
+    names: adapter parameter name -> tensor name in a component, if they differ by more than a prefix.
+    seed: round stochastically, without bias (core.rounding), with this seed.
+    accept_loss: as in `merge`.
+    seen: nf4, fp4 or int8 for adapters trained over such weights: every quantizable weight is written
+    dequantized, with the mix merged in.
+
+    Raises ConfigError for an invalid request; AdapterError that lists every change without a matching
+    weight, on a weight of another shape or dtype, or on only one of two tied weights (token rows change
+    both); BaseError if the base is not a folder of safetensors."""
     base, folder = Path(base), Path(folder)
     _check_request(adapters, folder)
     if not base.is_dir():
@@ -447,7 +462,7 @@ def merge_shards(
 
 
 def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozenset[str]:
-    """The tensors of the files that a quantised load of this base quantises, one for one."""
+    """Return the tensors of the files that a quantized load of this base quantizes."""
     from veneer.models.text.base import text_without_weights
 
     if kind not in KINDS:
@@ -468,7 +483,7 @@ def _hidden(path: Path) -> bool:
 
 
 Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
-"""Component -> tensor -> (what makes its ΔW, strength)."""
+"""Component -> tensor -> (function that returns ΔW, strength)."""
 
 
 def _as_stored(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
@@ -550,8 +565,9 @@ def _folded(
     seen: tuple[str, frozenset[str]],
     under: str,
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a shard with its changes, in the order of the file. `seen`: (kind, what is quantised in it).
-    `under`: the mix, in words."""
+    """Yield the bytes of a shard with its changes, in the order of the file.
+
+    seen: (kind, names of its quantized tensors). under: the mix as text."""
     header = part.files[file]
     with file.open("rb") as source:
         yield source.read(header.data_start)

@@ -1,4 +1,4 @@
-"""Adapters made from adapters, and from models: mix, resize, extract, compare, and strength by block.
+"""Make adapters from adapters and from models: mix, resize, extract, compare, scale blocks.
 
     keep_mix(library, ["style:0.8", "product:0.5"], "both", alias="prod")
     mix_adapters(["style:0.8", "product:0.5"], "out")
@@ -8,10 +8,9 @@
     diff                                 cosine and norms of two adapters' changes, module by module
     strength                             each block's change times a number, exactly
 
-What is written has a card with its parents' digests, the recipe and the errors. Every error is ‖result − truth‖/‖truth‖
-(Frobenius), from the factors. Adapters of any format come in; out goes a layout of formats.convert, `to`, by default
-what the output's ending says (`target_of`). Stands above formats and models, beside `using`; files in, files out.
-"""
+Written adapters have a card with the digests of their parents, the recipe and the errors. Every error is
+‖result − truth‖/‖truth‖ (Frobenius), from the factors. Inputs can have any format; outputs have a layout
+of formats.convert, `to`, by default the one for the output's extension (`target_of`)."""
 
 from __future__ import annotations
 
@@ -45,9 +44,11 @@ _EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding
 
 @dataclass
 class MixReport:
-    """What a mix wrote. `error`: over all modules; `worst`: the modules furthest off. `parts`: each module's rank,
-    norm, error and cut, see core.mix.MixedModule. `left`: what of the inputs has no place in the result, with the
-    reason."""
+    """The result of a mix.
+
+    error: over all modules. worst: the modules with the largest errors. parts: each module's rank, norm,
+    error and cut (core.mix.MixedModule). left: parts of the inputs that the result does not contain, with
+    the reason."""
 
     path: str = ""
     layout: str = ""
@@ -65,7 +66,7 @@ class MixReport:
         return asdict(self)
 
     def worst(self, count: int = 3) -> list[tuple[str, float]]:
-        """(module, relative error), the largest errors in absolute terms first."""
+        """Return (module, relative error), largest absolute errors first."""
         order = sorted(self.parts.items(), key=lambda item: -item[1]["error"])[:count]
         return [(name, p["error"] / p["norm"] if p["norm"] else 0.0) for name, p in order if p["error"]]
 
@@ -85,12 +86,15 @@ def mix_adapters(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Writes several adapters, each "NAME_OR_PATH[:strength]", as one to the new `out`; core.mix has the methods.
+    """Write several adapters, each "NAME_OR_PATH[:strength]", as one adapter to a new `out`.
 
-    `rank`, `energy`, `error`: at most one, see core.truncate.Bound. `blocks`: strengths by block for all of them, on
-    top (`parse_blocks`). `base`: a folder of safetensors, for what needs its weights (DoRA, full copies). `dtype`: what
-    results of arithmetic are rounded to; tensors that are taken over keep theirs. Raises ConfigError for the request,
-    AdapterError that lists everything that cannot be mixed."""
+    method: see core.mix.
+    rank, energy, error: at most one; see core.truncate.Bound.
+    blocks: extra strengths by block, for all adapters (`parse_blocks`).
+    base: a folder of safetensors, for changes that need its weights (DoRA, full copies).
+    dtype: computed tensors are rounded to this dtype; copied tensors keep theirs.
+
+    Raises ConfigError for an invalid request, AdapterError that lists everything that cannot be mixed."""
     chosen = [using.parse_spec(s) for s in specs]
     if not chosen:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
@@ -123,9 +127,13 @@ def keep_mix(
     tags: Sequence[str] = (),
     base: str | Path | None = None,
 ) -> tuple[Added, MixReport]:
-    """Keeps the exact sum of a library's adapters, each "support@2[:strength]", there as the next version of `name`, to
-    which `alias` points. Its card names the parts by the versions that they are now. `base`: as of `mix_adapters`.
-    Raises as that, and as Library.add; nothing is kept then."""
+    """Add the exact sum of a library's adapters as the next version of `name`.
+
+    Each adapter is "support@2[:strength]". The card names the parts by their current versions.
+
+    alias: points to the new version. base: as in `mix_adapters`.
+
+    Raises as `mix_adapters` and Library.add; nothing is added then."""
     chosen = [using.parse_spec(s) for s in specs]
     if not chosen:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
@@ -164,10 +172,11 @@ def resize(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Writes the best adapter within `rank`, a share of `energy`, or a relative `error` (exactly one), per module.
+    """Write the best adapter within a rank, share of energy or relative error, per module.
 
-    An error bound holds for every module, so it holds for all together. A rank above a module's own leaves that module
-    exact. `base` is needed for DoRA, whose change is not low rank without it."""
+    Give exactly one of `rank`, `energy` and `error`. An error bound holds for every module, and so for all
+    modules together. A rank above a module's own leaves the module exact. DoRA needs `base`, because its
+    change is not low rank without the base."""
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("a resize needs a size", fix="give one of rank, energy and error")
     read = using.read_adapter(name)
@@ -189,12 +198,17 @@ def extract(
     prefix: str = "",
     to: str | None = None,
 ) -> MixReport:
-    """Writes an adapter of `tuned` − `base`, two models in safetensors (files or folders of shards).
+    """Write an adapter of `tuned` − `base`, two models in safetensors (files or folders).
 
-    One weight of each is in memory at a time. `targets`: a regular expression that a module's name must contain; by
-    default all weights of two and more dimensions but embeddings. `prefix`: put before every name, such as "unet.".
-    What differs and has no place in the result (other shapes, vectors, what the targets leave out) is listed in `left`,
-    with its share of the change. Raises BaseError where nothing differs or the models share no names."""
+    One weight of each model is in memory at a time.
+
+    targets: a regular expression to search for in module names; by default all weights of two or more
+    dimensions except embeddings.
+    prefix: placed before every name, such as "unet.".
+
+    Differences that the result cannot contain (other shapes, vectors, modules outside the targets) are
+    listed in `left`, with their share of the change. Raises BaseError if nothing differs or the models
+    share no names."""
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("an extract needs a size", fix="give one of rank, energy and error")
     kept_dtype = _dtype(dtype)
@@ -237,7 +251,9 @@ def extract(
 
 
 def _difference(one: Tensor, two: Tensor) -> Tensor | None:
-    """W' − W, exact in float32 for 16-bit weights; None if it is zero, or if they are not floating point numbers."""
+    """Return W' − W, exact in float32 for 16-bit weights.
+
+    None if the difference is zero, or if a tensor is not floating point."""
     if not (one.is_floating_point() and two.is_floating_point()) or (one.dtype == two.dtype and torch.equal(one, two)):
         return None
     wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
@@ -246,9 +262,11 @@ def _difference(one: Tensor, two: Tensor) -> Tensor | None:
 
 
 def diff(a: str, b: str) -> dict[str, Any]:
-    """Two adapters' changes compared, ready for JSON: for each module ‖ΔW_a‖, ‖ΔW_b‖, their cosine (Frobenius) and
-    ‖ΔW_a − ΔW_b‖/‖ΔW_a‖, and the same over all modules that can be compared. `only`: what one of them lacks; `skipped`:
-    what has no change of its own without a base, with the reason. Strengths multiply: "a:0.5" is half of a."""
+    """Compare the changes of two adapters; the result is ready for JSON.
+
+    Per module, and over all comparable modules: ‖ΔW_a‖, ‖ΔW_b‖, their cosine (Frobenius) and ‖ΔW_a −
+    ΔW_b‖/‖ΔW_a‖. `only`: modules that one of them lacks. `skipped`: changes that need a base, with the
+    reason. Strengths multiply: "a:0.5" is half of a."""
     sides = []
     for spec in (a, b):
         name, by = using.parse_spec(spec)
@@ -287,7 +305,9 @@ Change = tuple[Tensor, Tensor] | None
 
 
 def _change_of(adapter: Adapter, name: str) -> Change:
-    """A module's change as factors, a delta's with its dense product for B·A of A = identity; None: no change."""
+    """Return a module's change as factors (A, B); None if there is no change.
+
+    A delta is its dense product B with A = identity."""
     out: list[tuple[Tensor, Tensor]] = []
     if (pair := adapter.pairs.get(name)) is not None:
         if pair.magnitude is not None:
@@ -305,7 +325,7 @@ def _change_of(adapter: Adapter, name: str) -> Change:
 
 
 def _compare(one: Change, two: Change, s1: float, s2: float) -> tuple[float, float, float]:
-    """‖a‖², ‖b‖², ⟨a, b⟩."""
+    """Return ‖a‖², ‖b‖², ⟨a, b⟩."""
     if (
         one is not None
         and two is not None
@@ -324,8 +344,10 @@ def _row(aa: float, bb: float, ab: float) -> dict[str, float]:
 
 
 def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: str | None = None) -> dict[str, Any]:
-    """‖ΔW‖ of each block of an adapter, its share of the whole, and its strength under `blocks`; and, where `out` is
-    given, the adapter with them written there, exactly: scales change, tensors do not."""
+    """Return ‖ΔW‖, share and strength of each block; write the scaled adapter to `out`.
+
+    blocks: strengths by block. If `out` is given, the adapter is written there with these strengths,
+    exactly: scales change, tensors do not."""
     read = using.read_adapter(name)
     adapter = read.adapter
     modules = _modules(adapter)
@@ -390,7 +412,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _weights(base: str | Path | None) -> Weights | None:
-    """The base's weights by an adapter's names: of a pipeline's folder with the component in front."""
+    """Return the base's weights by adapter names, prefixed by component for a pipeline folder."""
     if base is None:
         return None
     parts = checkpoint_parts(Path(base))

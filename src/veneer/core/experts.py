@@ -1,11 +1,10 @@
-"""Fused expert weights: W + Σ s·B·A, multiplied without being made.
+"""Fused expert weights: multiply by W + Σ s·B·A without materializing it.
 
     x·(W + Σ s·B·A) = x·W + Σ s·(x·B)·A        W: (…, m, n) frozen    B: (…, m, r)    A: (…, r, n)
 
-They are multiplied inside their module's own forward, in ways that differ from one expert implementation to the next (a
-loop of linears, batched, grouped products). An AdaptedWeight stands in for such a weight there and answers torch's
-products, so that the forward stays the model's own. Does not know about pairs, modules or models.
-"""
+Each expert implementation multiplies its weights in its own way inside the module's forward (a loop of
+linears, batched or grouped products). An AdaptedWeight replaces such a weight and implements torch's
+products, so that the model's own forward runs. This module does not know about pairs, modules or models."""
 
 from __future__ import annotations
 
@@ -22,10 +21,10 @@ from veneer.ops.lowrank import LowRank
 
 
 class AdaptedWeight:
-    """The weight W + Σ s·B·A, multiplied as x·W + Σ s·(x·B)·A and never made.
+    """The weight W + Σ s·B·A, multiplied as x·W + Σ s·(x·B)·A and never materialized.
 
-    Answers torch's products as a tensor would: linear, matmul, bmm, and the grouped products that transformers sorts
-    tokens by expert for. An operation it does not know gets the sum as a dense tensor, which is right but large."""
+    Implements linear, matmul, bmm, and the grouped products for which transformers sorts tokens by expert.
+    Any other operation gets the sum as a dense tensor, which is correct but large."""
 
     def __init__(self, weight: Tensor, parts: Sequence[LowRank]) -> None:
         self.weight, self.parts = weight, parts
@@ -33,7 +32,7 @@ class AdaptedWeight:
         self.is_cuda, self.requires_grad = weight.is_cuda, weight.requires_grad
 
     def __getitem__(self, index: Any) -> AdaptedWeight:
-        """Experts by number, mask or list: the first dimension only."""
+        """Select experts by number, mask or list: the first dimension only."""
         return AdaptedWeight(self.weight[index], [replace(p, A=p.A[index], B=p.B[index]) for p in self.parts])
 
     def transpose(self, first: int, second: int) -> AdaptedWeight:
@@ -84,7 +83,7 @@ class AdaptedWeight:
 
 
 def _add(y: Tensor, x: Tensor, parts: Sequence[LowRank], mul: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """y + Σ s·(x·B)·A, cast back to y's dtype."""
+    """Return y + Σ s·(x·B)·A, cast back to y's dtype."""
     out = y
     for p in parts:
         u = x.to(p.B.dtype)
@@ -94,28 +93,30 @@ def _add(y: Tensor, x: Tensor, parts: Sequence[LowRank], mul: Callable[[Tensor, 
 
 
 def _add_by_expert(y: Tensor, x: Tensor, parts: Sequence[LowRank], offsets: Tensor) -> Tensor:
-    if has_grouped_product(x):  # as ops.linear has them: in the dtype of x, gradients in their own
+    if has_grouped_product(x):  # as in ops.linear: products in x's dtype, gradients in their own
         parts = [replace(p, A=p.A.to(x.dtype), B=p.B.to(x.dtype)) for p in parts]
     return _add(y, x, parts, lambda u, v: _by_expert(u, v, offsets))
 
 
 def expert_product(x: Tensor, weight: Tensor | AdaptedWeight, offsets: Tensor) -> Tensor:
-    """Rows of x, sorted by expert, each times its expert's weight (experts, in, out): those up to offsets[0] times
-    weight[0], from there up to offsets[1] times weight[1], …"""
+    """Multiply rows of x, sorted by expert, by their expert's weight (experts, in, out).
+
+    Rows up to offsets[0] use weight[0], rows from there up to offsets[1] use weight[1], and so on."""
     if isinstance(weight, AdaptedWeight):
         return _add_by_expert(_by_expert(x, weight.weight, offsets), x, weight.parts, offsets)
     return _by_expert(x, weight, offsets)
 
 
 def _left(product: Callable, weight: AdaptedWeight, v: Tensor) -> Tensor:
-    """W·v + Σ s·B·(A·v)"""
+    """Return W·v + Σ s·B·(A·v)."""
     parts = [replace(p, A=p.B, B=p.A) for p in weight.parts]
     return _add(product(weight.weight, v), v, parts, lambda u, factor: factor @ u)
 
 
 def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows of x up to offsets[e] times weight[e]: the grouped product, for any rank and dtype. Rows after the last
-    offset belong to no expert and give zero."""
+    """Multiply rows of x up to offsets[e] by weight[e], for any rank and dtype.
+
+    Rows after the last offset belong to no expert and give zero."""
     if has_grouped_product(x):
         return _grouped(x, weight, offsets)
     out, start = [], 0
@@ -128,12 +129,16 @@ def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def has_grouped_product(x: Tensor) -> bool:
-    """Whether the device has a grouped product: its host need not know how many rows an expert has."""
+    """Return whether the device has a grouped product.
+
+    With one, the host does not need to know how many rows each expert has."""
     return x.device.type == "cuda" and x.dtype == torch.bfloat16
 
 
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """`_by_expert` by the device's own product, whose rows have to begin at multiples of 16 bytes: of 8 values."""
+    """Run `_by_expert` with the device's grouped product.
+
+    The product requires rows that start at multiples of 16 bytes (8 values)."""
     # For rows without an expert, the device's product and its gradient contain uninitialized memory.
     known = (torch.arange(len(x), device=x.device) < offsets[-1])[:, None]
     x = torch.where(known, x, 0)

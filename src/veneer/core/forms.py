@@ -1,19 +1,26 @@
-"""Changes of one parameter that are no pair, kept in the exact form they were made in.
+"""Deltas: changes of one parameter that are not pairs, in the form they were made in.
 
-| form        | parts                                                        | product P                              |
-| dense       | value                                                        | value                                  |
-| hadamard    | a1 (out, r) b1 (r, n) a2 (out, r) b2 (r, n)                  | (a1·b1) ⊙ (a2·b2)         LoHa         |
-|             | the same with cores t1, t2 (r, r, k…), n = in                | each factor aᵢ, tᵢ, bᵢ as below        |
-| kronecker   | w1, or a1·b1; w2, or a2·b2, or a2, b2 with the core t2       | w1 ⊗ w2                   LoKr         |
-| gain        | value (out,) or (1, in)                                      | W ⊙ value                 (IA)³        |
-| replacement | value                                                        | value − W                 a new value  |
+| form        | parts                                                        | product P
+|
+| dense       | value                                                        | value
+|
+| hadamard    | a1 (out, r) b1 (r, n) a2 (out, r) b2 (r, n)                  | (a1·b1) ⊙ (a2·b2)
+LoHa         |
+|             | the same with cores t1, t2 (r, r, k…), n = in                | each factor aᵢ, tᵢ, bᵢ as
+below        |
+| kronecker   | w1, or a1·b1; w2, or a2·b2, or a2, b2 with the core t2       | w1 ⊗ w2
+LoKr         |
+| gain        | value (out,) or (1, in)                                      | W ⊙ value
+(IA)³        |
+| replacement | value                                                        | value − W                 a
+new value  |
 
     ΔW = s·P        with a magnitude m:  ΔW = m/‖W + s·P‖ · (W + s·P) − W
 
-A core t (p, q, k…) of a convolution stands for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. m is (out,): one norm for each output,
-over the rest; or (1, in, …): one norm for each input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv 2108.06098),
-LoKr (arXiv 2212.10650), (IA)³ (arXiv 2205.05638), DoRA (arXiv 2402.09353). Knows tensors; not modules, not files.
-"""
+A core t (p, q, k…) of a convolution stands for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. m is (out,): one norm per
+output, over the rest; or (1, in, …): one norm per input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv
+2108.06098), LoKr (arXiv 2212.10650), (IA)³ (arXiv 2205.05638), DoRA (arXiv 2402.09353). This module knows
+tensors; it does not know about modules or files."""
 
 from __future__ import annotations
 
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
 
 _Form = Literal["dense", "hadamard", "kronecker", "gain", "replacement"]
 BASED: frozenset[_Form] = frozenset({"gain", "replacement"})
-"""Forms that have no product without W."""
+"""Forms whose product needs W."""
 
 _PARTS: Mapping[_Form, list[set[str]]] = {
     "dense": [{"value"}],
@@ -40,10 +47,12 @@ _PARTS: Mapping[_Form, list[set[str]]] = {
 
 @dataclass
 class Delta:
-    """A change of one parameter. `shape` is the parameter's, () for a gain, which fits any.
+    """A change of one parameter.
 
-    `rows`: only these rows [begin, end) of the product count: a part of a fused projection whose form cannot be split.
-    `whole`: the shape before they were taken, () where none are."""
+    shape: the parameter's shape; () for a gain, which fits any.
+    rows: use only rows [begin, end) of the product, for one part of a fused projection whose form cannot
+    be split.
+    whole: the shape before `rows` was applied; () without `rows`."""
 
     form: _Form
     parts: dict[str, Tensor]
@@ -60,14 +69,16 @@ class Delta:
 
 
 def tucker(a: Tensor, core: Tensor, b: Tensor) -> Tensor:
-    """Σ_pq a[o,p]·core[p,q,k…]·b[q,i] as (out, in, k…)."""
+    """Return Σ_pq a[o,p]·core[p,q,k…]·b[q,i] as (out, in, k…)."""
     import torch
 
     return torch.einsum("op,pq...,qi->oi...", a, core, b)
 
 
 def product_of(delta: Delta) -> Tensor:
-    """s·P in `delta.shape`, float32 (float64 for float64 parts). Not for `BASED` forms, which have none without W."""
+    """Return s·P in `delta.shape`, float32 (float64 for float64 parts).
+
+    Raises ValueError for the `BASED` forms, which have no product without W."""
     import torch
 
     p = {name: t if t.dtype == torch.float64 else t.float() for name, t in delta.parts.items()}
@@ -98,13 +109,16 @@ def _factor(p: Mapping[str, Tensor], n: str, shape: tuple[int, ...] | None = Non
 def trained_shapes(
     kind: Literal["loha", "lokr"], shape: tuple[int, ...], rank: int, factor: int | None = None, both: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parts of a LoHa or LoKr that is to be trained on a weight (out, in, k…), by PEFT's rule, which
-    is LyCORIS'; a kernel lies flat in b1 and b2, as in both without their options for cores.
+    """Return the shapes of the parts of a LoHa or LoKr to train on a weight (out, in, k…).
+
+    By PEFT's rule, which is LyCORIS'. The kernel is flattened in b1 and b2, as in both tools without their
+    core options.
 
         loha    a1, a2 (out, r)    b1, b2 (r, in·k…)
-        lokr    out = l·k, in = m·n, `factor`: l and m where it divides them, else the largest divisor below it and √
+        lokr    out = l·k, in = m·n, `factor`: l and m if it divides them, else the largest divisor below
+        it and √
                 w1 (l, m), with `both` and r < max(l, m)/2 a1 (l, r) and b1 (r, m)
-                w2 (k, n, k…), where r < max(k, n)/2 a2 (k, r) and b2 (r, n·k…)"""
+                w2 (k, n, k…), or if r < max(k, n)/2 a2 (k, r) and b2 (r, n·k…)"""
     rows, columns, kernel = shape[0], shape[1], shape[2:]
     if kind == "loha":
         a, b = (rows, rank), (rank, math.prod(shape[1:]))
@@ -117,7 +131,7 @@ def trained_shapes(
 
 
 def _two_factors(size: int, factor: int | None) -> tuple[int, int]:
-    """PEFT's `factorization`: two whole numbers whose product is `size`."""
+    """Return two integers whose product is `size` (PEFT's `factorization`)."""
     if factor is not None and size % factor == 0:
         return factor, size // factor
     most = min(math.isqrt(size), factor or size)
@@ -126,16 +140,17 @@ def _two_factors(size: int, factor: int | None) -> tuple[int, int]:
 
 
 def is_trained(delta: Delta) -> bool:
-    """Whether a delta's parts learn."""
+    """Return whether any part of a delta is trainable."""
     return any(t.requires_grad for t in delta.parts.values())
 
 
 def as_low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """A (r·r', in·k…) and B (out, r·r') whose product is a LoHa's (a1·b1) ⊙ (a2·b2), by
+    """Return A (r·r', in·k…) and B (out, r·r') with B·A = (a1·b1) ⊙ (a2·b2) of a LoHa.
 
         Σ_pq (a1_p ⊙ a2_q)·(b1_p ⊙ b2_q)
 
-    None for anything else, and where the two are more numbers than the weight has, so that it is less to make that."""
+    None for anything else, and if A and B have more entries than the weight, so that materializing it is
+    cheaper."""
     if delta.form != "hadamard" or set(delta.parts) != {"a1", "b1", "a2", "b2"} or delta.rows or delta.whole:
         return None
     a1, b1, a2, b2 = (delta.parts[name] for name in ("a1", "b1", "a2", "b2"))
@@ -146,15 +161,16 @@ def as_low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
 
 
 def kronecker_factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """w1 and w2 of a whole LoKr without DoRA, made of what they are in; None for anything else."""
+    """Return w1 and w2 of a whole LoKr without DoRA; None for anything else."""
     if delta.form != "kronecker" or delta.magnitude is not None or delta.rows or delta.whole:
         return None
     return _factor(delta.parts, "1"), _factor(delta.parts, "2")
 
 
 def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """‖weight‖ for each output where the magnitude is (out,), for each input where it is (1, in, …); shaped so that it
-    divides the weight."""
+    """Return ‖weight‖ along the magnitude's axis, in a shape that divides the weight.
+
+    One norm per output if the magnitude is (out,), one per input if it is (1, in, …)."""
     import torch
 
     axis = 0 if magnitude.ndim == 1 else 1
@@ -164,7 +180,9 @@ def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def change_of(weight: Tensor, product: Tensor, magnitude: Tensor | None) -> Tensor:
-    """ΔW of W and s·P, all (out, in, k…): s·P itself, or DoRA's m/‖W + s·P‖·(W + s·P) − W."""
+    """Return ΔW of W and s·P, all (out, in, k…).
+
+    s·P itself, or with a magnitude DoRA's m/‖W + s·P‖·(W + s·P) − W."""
     if magnitude is None:
         return product
     W = weight.to(product.dtype)
@@ -175,7 +193,7 @@ def change_of(weight: Tensor, product: Tensor, magnitude: Tensor | None) -> Tens
 
 
 def delta_of(weight: Tensor, delta: Delta) -> Tensor:
-    """ΔW of `delta` on W, in W's shape, float32."""
+    """Return ΔW of `delta` on W, in W's shape, float32."""
     import torch
 
     if delta.form == "gain":
@@ -190,7 +208,7 @@ def delta_of(weight: Tensor, delta: Delta) -> Tensor:
 
 
 def part_problems(delta: Delta) -> list[str]:
-    """What is wrong with the parts of a delta by themselves, one line each."""
+    """Return the errors in a delta's own parts, one line each."""
     have = set(delta.parts)
     if have not in _PARTS[delta.form]:
         want = " or ".join(", ".join(sorted(p)) for p in _PARTS[delta.form])
@@ -209,7 +227,9 @@ def part_problems(delta: Delta) -> list[str]:
 
 
 def _shape_of(delta: Delta) -> tuple[int, ...]:
-    """The shape of `product_of`, by arithmetic: torch's tensors without memory take two seconds when first used."""
+    """Return the shape of `product_of` by arithmetic.
+
+    torch's meta tensors take two seconds on first use."""
     p = {name: tuple(t.shape) for name, t in delta.parts.items()}
     whole = tuple(delta.whole or delta.shape)
     if delta.form in ("dense", "replacement"):

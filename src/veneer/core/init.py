@@ -1,20 +1,25 @@
-"""How an adapter starts: on every kind of module, without touching the base, and but for loftq with delta zero.
+"""Create untrained adapters on any kind of module, without changing the base.
 
-    zero-b      A ~ U(−1/√in, 1/√in), B = 0           (embedding: A = 0, B ~ N(0, 1), as the first LoRA code has it)
+All initializations except loftq start with delta zero.
+
+    zero-b      A ~ U(−1/√in, 1/√in), B = 0           (embedding: A = 0, B ~ N(0, 1), as in the first LoRA
+    code)
     gaussian    A ~ N(0, 1/rank²), B = 0              (embedding: as above)
     pissa       W = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s), origin = (A, B)         arXiv 2404.02948
     olora       W = Q·R: A = R_r, B = Q_r, origin = (A, B)                               arXiv 2406.01775
-    loftq       W − W̃ = U·S·Vᵀ, W̃ what is left of W in a quantised base: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s)
+    loftq       W − W̃ = U·S·Vᵀ, W̃ the dequantized weight: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s)
                                                                                          arXiv 2310.08659
-    DoRA        magnitude = ‖W + s·B·A‖, that is ‖W‖ at delta zero                       arXiv 2402.09353
-    LoHa        a1 ~ N(0, 0.1²), b1, b2 ~ N(0, 1), a2 = 0                                LyCORIS, arXiv 2309.14859
-    LoKr        w2 or b2 = 0; w1, a1, b1, a2 ~ U(−1/√n, 1/√n), n their columns           LyCORIS (PEFT: "lycoris")
+    DoRA        magnitude = ‖W + s·B·A‖, which is ‖W‖ at delta zero                      arXiv 2402.09353
+    LoHa        a1 ~ N(0, 0.1²), b1, b2 ~ N(0, 1), a2 = 0                                LyCORIS, arXiv
+    2309.14859
+    LoKr        w2 or b2 = 0; w1, a1, b1, a2 ~ U(−1/√n, 1/√n), n their columns           LyCORIS (PEFT:
+    "lycoris")
 
-PiSSA and OLoRA as published subtract s·B·A from the base; here `origin` does it, so that the base stays what it is.
-LoftQ as published goes on to quantise W − s·B·A and fit again; here the base stays what it is and the first fit stands,
-which is what is best for that base. Its delta is what quantising lost, so an adapter of it is for that quantised base.
-Knows models by their modules; does not know how the adapter is attached, trained or written.
-"""
+PiSSA and OLoRA as published subtract s·B·A from the base; here `origin` subtracts it, so that the base is
+unchanged. LoftQ as published alternates between quantizing W − s·B·A and fitting; here the base is
+unchanged and the first fit is used, which is the best fit for this base. Its delta is the quantization
+error, so a loftq adapter is only for this quantized base. This module knows models by their modules; it
+does not know how an adapter is attached, trained or written."""
 
 from __future__ import annotations
 
@@ -43,12 +48,15 @@ def create(
     dtype: torch.dtype = torch.float32,
     original: Callable[[str], Tensor] | None = None,
 ) -> Adapter:
-    """The untrained adapter that `spec` describes: deterministic in `seed`, on the modules' devices; on the CPU where
-    those have no values yet (meta).
+    """Return the untrained adapter that `spec` describes; deterministic in `seed`.
 
-    `original`: parameter name -> the weight before it was quantised, which loftq starts from.
-    Full copies and token rows start as the base's own values in `dtype`. Raises ConfigError for impossible numbers
-    and TargetError for patterns without a match or modules that the chosen initialisation cannot do."""
+    Tensors are on the modules' devices, or on the CPU if the modules have no values yet (meta). Full
+    copies and token rows start as the base's values in `dtype`.
+
+    original: parameter name -> the weight before quantization, which loftq needs.
+
+    Raises ConfigError for impossible numbers; TargetError for patterns without a match, or modules that
+    the chosen initialization does not support."""
     _check(spec)
     targets = resolve_targets(model, spec) if spec.targets else []
     modules = dict(base_modules(model))
@@ -101,7 +109,7 @@ def _first(patterns: Mapping[str, T], name: str, default: T) -> T:
 
 
 def _rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:
-    """The rank and alpha of one target: of the first pattern that matches its name, else the spec's own."""
+    """Return the rank and alpha of a target: of the first matching pattern, else the spec's."""
     return _first(spec.rank_pattern, name, spec.rank), float(_first(spec.alpha_pattern, name, spec.alpha))
 
 
@@ -117,7 +125,7 @@ def _pair(
     scale = scale_of(alpha, rank, spec.rslora)
     weight = weight_of(module, target.parameter)
     drawn = spec.init not in ("pissa", "olora", "loftq")
-    if drawn and not spec.dora:  # its shape is all that is needed
+    if drawn and not spec.dora:  # only the shape is needed
         matrix = to_matrix(module, target.kind, torch.empty(weight.shape, device="meta"))
     else:
         matrix = to_matrix(module, target.kind, dequantized(weight)).float()
@@ -143,7 +151,8 @@ def _pair(
         pair = Pair(A, B, scale, target.kind, origin=None if spec.init == "loftq" else (A.clone(), B.clone()))
     else:
         A, B = _random(matrix, weight, target, rank, spec.init, generator)
-        where = torch.device("cpu") if weight.is_meta else weight.device  # a base whose weights come later
+        # a base whose weights are loaded later
+        where = torch.device("cpu") if weight.is_meta else weight.device
         pair = Pair(A.to(where, dtype), B.to(where, dtype), scale, target.kind)
     if spec.dora:
         pair.magnitude = adapted_norm(matrix, pair).to(dtype)
@@ -151,8 +160,10 @@ def _pair(
 
 
 def _delta(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype) -> Delta:
-    """A fresh LoHa or LoKr. Where both factors of a LoKr are whole no rank is left, and the scale is 1, as LyCORIS has
-    it and readers of its files take it."""
+    """Return an untrained LoHa or LoKr.
+
+    If both factors of a LoKr are whole, no rank is left and the scale is 1, as in LyCORIS and the tools
+    that read its files."""
     assert spec.kind != "lora"
     if target.kind not in ("linear", "conv"):
         what = "fused experts" if target.kind == "experts" else "embedding"
@@ -182,7 +193,7 @@ def _delta(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.G
 def _lost(
     module: nn.Module, target: Target, weight: Tensor, matrix: Tensor, original: Callable[[str], Tensor] | None
 ) -> Tensor:
-    """W − W̃ as a matrix."""
+    """Return W − W̃, the quantization error, as a matrix."""
     if not isinstance(weight, Quantized) or original is None:
         raise ConfigError(
             f"loftq starts from what quantising lost, and {target.name} lost nothing that is known",
@@ -205,7 +216,7 @@ def _random(
     if init == "gaussian":
         A.normal_(std=1 / rank, generator=generator)
     else:
-        bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = √5, what nn.Linear starts with
+        bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = √5, nn.Linear's default
         A.uniform_(-bound, bound, generator=generator)
     if target.kind == "conv":
         return A.reshape(rank, *weight.shape[1:]), B.reshape(*B.shape, *[1] * (weight.ndim - 2))

@@ -396,10 +396,11 @@ def _moved(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Tensor:
 
 class LoraLinear(_Lora):
     def linear_map(self) -> LinearMap | None:
-        """What this layer is now as one product with a frozen weight and at most one pair, or a LoHa that learns and is
-        small enough to be one (`as_low_rank`); None if it is more: several of them, another delta, a mix for each row,
-        DoRA with an origin or at another strength than 1, an origin with dropout, a full copy, replaced rows, a hooked
-        or trained base."""
+        """Return this layer as one frozen weight with at most one product; None if it is more.
+
+        A LoHa that is trained and small enough (`as_low_rank`) counts as a product. None for: several
+        products, another delta, a mix per row, DoRA with an origin or at a strength other than 1, an
+        origin with dropout, a full copy, replaced rows, a hooked or trained base."""
         base, selection = self.base, self.owner.selection
         mix: Sequence[tuple[Adapter, float]] = selection.mix
         spans = selection.spans

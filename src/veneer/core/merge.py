@@ -1,14 +1,15 @@
-"""Weights as matrices: what a pair adds to W, and new weights with a mix folded in.
+"""Weights as matrices: the change a pair makes to W, and weights with a mix merged in.
 
-    linear, embedding, conv, experts:   ΔW = s·(B·A − B₀·A₀)                        (out, in), experts (E, out, in)
-    DoRA:                               ΔW = m/‖W+sBA‖·(W+sBA) − W                  ‖·‖ over `in`, arXiv 2402.09353
-    deltas:                             ΔW of the form they are in                  core.forms
+    linear, embedding, conv, experts:   ΔW = s·(B·A − B₀·A₀)                        (out, in), experts (E,
+    out, in)
+    DoRA:                               ΔW = m/‖W+sBA‖·(W+sBA) − W                  ‖·‖ over `in`, arXiv
+    2402.09353
+    deltas:                             ΔW of their form                            core.forms
     mix:                                W' = W + Σ strengthᵢ·ΔWᵢ                    float32, rounded once
 
-Every kind is seen as such a matrix: an embedding (rows, dim) as its transpose, a convolution with its last dimensions
-flattened, experts as they are stored, or transposed where the module says `is_transposed`. Nothing is changed in
-place. Knows modules and pairs; does not know about attachments.
-"""
+Every kind is treated as such a matrix: an embedding (rows, dim) as its transpose, a convolution with its
+last dimensions flattened, experts as stored, or transposed if the module sets `is_transposed`. Nothing is
+changed in place. This module knows modules and pairs; it does not know about attachments."""
 
 from __future__ import annotations
 
@@ -28,13 +29,15 @@ from veneer.ops.quantized import dequantized
 
 
 def _wide(t: Tensor) -> Tensor:
-    """The values of `t` in the dtype sums are taken in: float64 if it is that already, else float32."""
+    """Return `t` in the dtype used for sums: float64 if it already is, else float32."""
     t = dequantized(t)
     return t if t.dtype == torch.float64 else t.float()
 
 
 def weight_of(module: nn.Module, parameter: str | None = None) -> Tensor:
-    """The weight of `module` as stored; a quantised linear's is read off by sending the identity through it."""
+    """Return the weight of `module` as stored.
+
+    A quantized linear's weight is computed by passing the identity through the module."""
     weight = getattr(module, parameter or "weight", None)
     features = getattr(module, "in_features", None)
     shaped = features is None or getattr(weight, "shape", None) == (module.out_features, features)
@@ -48,21 +51,21 @@ def weight_of(module: nn.Module, parameter: str | None = None) -> Tensor:
 
 
 def _flipped(module: nn.Module, kind: PairKind) -> bool:
-    """Whether the stored weight is the transpose of the (out, in) matrix."""
+    """Return whether the stored weight is the transpose of the (out, in) matrix."""
     if kind == "experts":
         return bool(getattr(module, "is_transposed", False))
     return kind == "embedding" or type(module).__name__ == "Conv1D"
 
 
 def to_matrix(module: nn.Module, kind: PairKind, weight: Tensor) -> Tensor:
-    """A stored weight of `module` as (out, in) or (experts, out, in)."""
+    """Return a stored weight of `module` as (out, in) or (experts, out, in)."""
     if kind == "conv":
         return weight.flatten(1)
     return weight.transpose(-1, -2) if _flipped(module, kind) else weight
 
 
 def pair_matrix(pair: Pair) -> Tensor:
-    """s·(B·A − B₀·A₀) without the magnitude, in float32 (float64 for float64 pairs)."""
+    """Return s·(B·A − B₀·A₀) without the magnitude, float32 (float64 for float64 pairs)."""
     total: Tensor | None = None
     for A, B, sign in [(pair.A, pair.B, 1.0), *([(*pair.origin, -1.0)] if pair.origin else [])]:
         A, B = _wide(A), _wide(B)
@@ -75,7 +78,7 @@ def pair_matrix(pair: Pair) -> Tensor:
 
 
 def adapted_norm(matrix: Tensor, pair: Pair) -> Tensor:
-    """‖W + s·(B·A − B₀·A₀)‖ over `in`: (out,). No gradient, as the paper has it."""
+    """Return ‖W + s·(B·A − B₀·A₀)‖ over `in`: (out,), without gradient, as in the paper."""
     with torch.no_grad():
         product = pair_matrix(pair)
         norm: Tensor = torch.linalg.vector_norm(matrix.to(product.dtype) + product, dim=-1)
@@ -83,25 +86,27 @@ def adapted_norm(matrix: Tensor, pair: Pair) -> Tensor:
 
 
 def low_rank_norm(matrix: Tensor, pair: Pair) -> Tensor:
-    """`adapted_norm` of a linear pair without an origin, never making W + s·B·A: the root of
+    """Return `adapted_norm` of a linear pair without an origin, without making W + s·B·A.
 
-        ‖W‖² + Σ_r (2s·(W·Aᵀ) + s²·B·(A·Aᵀ)) ⊙ B
+        √( ‖W‖² + Σ_r (2s·(W·Aᵀ) + s²·B·(A·Aᵀ)) ⊙ B )
 
-    A tenth of the time for a 16-bit W, and as far off as W·Aᵀ rounded to 16 bits is, about 10⁻⁵. With B = 0 it is
-    `adapted_norm` itself: a fresh DoRA's gains are 1."""
+    Takes a tenth of the time for a 16-bit W. The error is that of W·Aᵀ rounded to 16 bits, about 10⁻⁵.
+    With B = 0 the result equals `adapted_norm`, so that an untrained DoRA's scales are 1."""
     with torch.no_grad():
         W, A, B = dequantized(matrix), pair.A, pair.B * pair.scale
         cross = F.linear(W, A.to(W.dtype)).to(A.dtype)
-        exact = W if W is matrix else matrix.to(A.dtype)  # codes stand for more digits than their 16-bit values have
+        # quantized values have more digits than their 16-bit form
+        exact = W if W is matrix else matrix.to(A.dtype)
         own = torch.linalg.vector_norm(exact, dim=-1, dtype=A.dtype).square()
         squared: Tensor = own + ((2 * cross + B @ (A @ A.t())) * B).sum(-1)
         return squared.clamp_min(0).sqrt()
 
 
 def delta_of(weight: Tensor, change: Pair | Delta) -> Tensor:
-    """ΔW of a pair or a delta on W, in W's shape and in float32, or float64 if W or the change is.
+    """Return ΔW of a pair or a delta on W, in W's shape.
 
-    W is (out, in) for a linear, (rows, dim) for an embedding, (E, out, in) for experts."""
+    Float32, or float64 if W or the change is. W is (out, in) for a linear, (rows, dim) for an embedding,
+    (E, out, in) for experts."""
     if isinstance(change, Delta):
         return form_delta(weight, change)
     out = pair_matrix(change)
@@ -113,9 +118,10 @@ def delta_of(weight: Tensor, change: Pair | Delta) -> Tensor:
 
 
 def delta(module: nn.Module, change: Pair | Delta, parameter: str | None = None) -> Tensor:
-    """ΔW of `change` on a parameter of `module` (its weight), in the shape it is stored in.
+    """Return ΔW of `change` on a parameter of `module` (default: weight), as stored.
 
-    Raises AdapterError if no weight has that effect: a grouped convolution whose A sees all channels (PEFT's)."""
+    Raises AdapterError if no weight has this effect: a grouped convolution whose A reads all channels
+    (PEFT's form)."""
     with torch.no_grad():
         if isinstance(change, Delta) and parameter not in (None, "weight"):
             own = module._parameters[str(parameter)]
@@ -133,8 +139,10 @@ def delta(module: nn.Module, change: Pair | Delta, parameter: str | None = None)
 
 
 def parameter_shape(module: nn.Module, key: str) -> tuple[int, ...]:
-    """The shape that a delta of this parameter has: a linear's weight as (out, in), and a bias also where the module
-    has none, as an output can be moved all the same."""
+    """Return the shape of a delta of this parameter.
+
+    A linear's weight counts as (out, in). A bias has a shape even if the module has none, because its
+    output can still be shifted."""
     if key == "weight":
         weight = weight_of(module)
         return tuple(weight.t().shape if _flipped(module, "linear") and weight.ndim == 2 else weight.shape)
@@ -157,7 +165,7 @@ def _rows_change(module: nn.Module, rows: TokenRows) -> Tensor:
 def _changes(
     modules: Mapping[str, nn.Module], stored: Mapping[str, Tensor], adapter: Adapter
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """(weight name, how to make its ΔW) of everything in one adapter."""
+    """Yield (weight name, function that returns ΔW) for every change of an adapter."""
     for name, pair in adapter.pairs.items():
         owner, _, parameter = name.rpartition(".")
         if pair.kind == "experts":
@@ -179,8 +187,10 @@ def _changes(
 
 
 def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """(parameter name, W -> ΔW) of everything in one adapter, for weights without modules: W is a linear's (out, in),
-    an embedding's (rows, dim), experts' (E, out, in). ΔW is in W's dtype, and its shape where it fits."""
+    """Yield (parameter name, function W -> ΔW) for every change, without needing modules.
+
+    W is a linear's (out, in), an embedding's (rows, dim), experts' (E, out, in). ΔW has W's dtype, and W's
+    shape if the change fits."""
     for name, pair in adapter.pairs.items():
         yield (name if pair.kind == "experts" else f"{name}.weight"), partial(_change_in, pair)
     for name, own in adapter.deltas.items():
@@ -208,8 +218,9 @@ def _token_change(rows: TokenRows, weight: Tensor) -> Tensor:
 
 
 def change_problem(make: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> str:
-    """Why a change does not fit a weight of `shape`; "" where it does. `make` is from `parameter_changes` of an adapter
-    on the meta device, so that only shapes are computed."""
+    """Return why a change does not fit a weight of `shape`; "" if it does.
+
+    make: from `parameter_changes` of an adapter on the meta device, so that only shapes are computed."""
     weight = torch.empty(shape, device="meta")
     try:
         with torch.no_grad():
@@ -220,16 +231,17 @@ def change_problem(make: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> 
 
 
 def _twins(stored: Mapping[str, Tensor], name: str) -> list[str]:
-    """The other names of a tied weight."""
+    """Return the other names of a tied weight."""
     return [n for n, t in stored.items() if n != name and t is stored.get(name)]
 
 
 def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, W, W') for every weight the mix changes, one at a time: W as stored, W' = W + Σ strength·ΔW in float32.
+    """Yield (name, W, W') for every weight the mix changes, one at a time.
 
-    `model` may be attached; its own weights are left alone. Weights tied to a changed one are listed too, each with
-    its own value: the head follows token rows, and stays the base's under a pair on the embedding, so a caller that
-    loads the result unties the two where they differ."""
+    W is as stored, W' = W + Σ strength·ΔW in float32. `model` can be attached; its weights do not change.
+    Weights tied to a changed weight are listed too, each with its own value: the head follows token rows,
+    but keeps the base's values under a pair on the embedding. A caller that loads the result must untie
+    the two if they differ."""
     modules = dict(base_modules(model))
     stored: dict[str, Tensor] = {}
     for name, module in modules.items():
@@ -253,11 +265,11 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
 
 
 def _merged_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor]]:
-    """(name, new weight) of `exact_weights`, rounded once to W's dtype."""
+    """Yield (name, new weight) of `exact_weights`, rounded once to W's dtype."""
     for name, weight, total in exact_weights(model, mix):
         yield name, total.to(weight.dtype, copy=True)
 
 
 def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:
-    """All of `_merged_weights` at once."""
+    """Return all of `_merged_weights` at once."""
     return dict(_merged_weights(model, mix))

@@ -1,17 +1,18 @@
-"""What a mix needs when nothing is trained, made once for each module and kept beside the base.
+"""Cached weights of mixes that are used without training, one entry per module.
 
-    copy      W' = W + Σ strength·ΔW            one product, as on the base; any kind of change, DoRA and forms too
-    stack     A = [s₁·A₁; s₂·A₂; …]    B = [B₁, B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two low-rank products for any mix
+    copy      W' = W + Σ strength·ΔW            one product, as on the base; any kind of change, DoRA and
+    forms too
+    stack     A = [s₁·A₁; s₂·A₂; …]    B = [B₁, B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two low-rank products
+    for any mix
 
-Copies are used where those of all modules fit in `limit` bytes, else stacks where those do, else neither: so small
-bases run a mix at the base's own cost, and large ones never hold a second set of weights. W' is summed in float32 from
-the base's own W, which nothing writes to, and rounded once; the low-rank products round the base's output a second time
-instead, and the two are equally far from exact (docs/notes/image-speed.md).
+Copies are used if those of all modules fit in `limit` bytes; else stacks if they fit; else neither. Small
+bases therefore run a mix at the base's own cost, and large bases never hold a second set of weights. W' is
+summed in float32 from the base's W, which is never written to, and rounded once; low-rank products round
+the base's output a second time instead. Both are equally far from exact (docs/notes/image-speed.md).
 
-Made at the first call, not at the switch. Kept by the mix's content, the oldest dropped first. What was made is used
-only while the tensors it was made of are the same: those of trained adapters change at every step, so nothing is made
-of them. Knows bases and adapters, not layers.
-"""
+Entries are made at the first call, not at the switch, keyed by the mix's content; the oldest are dropped
+first. An entry is used only while its source tensors are unchanged. Trained tensors change at every step,
+so mixes with them are not cached. This module knows bases and adapters; it does not know about layers."""
 
 from __future__ import annotations
 
@@ -38,9 +39,9 @@ _VERSION = attrgetter("_version")
 
 @dataclass(frozen=True, eq=False)
 class CachedModule:
-    """One module under one mix: `weight` and `bias` are a copy's, or `product` is a stack beside the base itself.
+    """One module under one mix: a copy (`weight`, `bias`), or a stack (`product`).
 
-    `drops`: some adapter has dropout, so that this is not for training mode."""
+    drops: an adapter has dropout, so the entry cannot be used in training mode."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -56,14 +57,16 @@ class CachedModule:
         return sum(t.nbytes for t in (self.weight, *stack) if t is not None)
 
     def current(self) -> bool:
-        """Whether everything this was made of is as it was: the base's weight comes first in `sources`."""
+        """Return whether the source tensors are unchanged; `sources[0]` is the base's weight."""
         return _changes(self.sources) == self.versions and self.sources[0].data_ptr() == self.place
 
 
 @dataclass(eq=False)
 class _Table:
-    """All that was made for one mix. `how`: "copy", "stack" or "" for neither, `needs` its bytes. `made`: None where it
-    cannot be."""
+    """Everything cached for one mix.
+
+    how: "copy", "stack" or "" for neither. needs: bytes of all entries. made: module -> entry, None if it
+    cannot be made."""
 
     mix: Acting
     how: str
@@ -73,7 +76,9 @@ class _Table:
 
 
 class MixCache:
-    """The tables of one attachment. `modules`: name -> base of what is wrapped now. `limit`: bytes for all tables."""
+    """The cached tables of one attachment.
+
+    modules: name -> base of each wrapped module. limit: bytes for all tables together."""
 
     def __init__(self, modules: dict[str, nn.Module], limit: int) -> None:
         self.modules, self._limit = modules, limit
@@ -94,18 +99,20 @@ class MixCache:
         return sum(t.bytes for t in self._tables.values())
 
     def hows(self) -> list[str]:
-        """How each mix for which there is a table is kept, the oldest first: "copy", "stack", or "" for neither."""
+        """Return how each cached mix is kept, oldest first: "copy", "stack", or "" for neither."""
         return [table.how for table in self._tables.values()]
 
     def clear(self, having: Adapter | None = None) -> None:
-        """Drop every table, or those of mixes with one adapter."""
+        """Drop every table, or those of mixes that contain one adapter."""
         for key, table in list(self._tables.items()):
             if having is None or any(a is having for a, _ in table.mix):
                 del self._tables[key]
         self._seen.clear()
 
     def get(self, name: str, mix: Acting) -> CachedModule | None:
-        """What is cached for the module `name` under `mix`, made now if it can be; None: run the mix as it is."""
+        """Return the entry of module `name` under `mix`, made now if possible.
+
+        None: run the mix without the cache."""
         found = self._seen.get(id(mix))
         table = found[1] if found is not None else self._table(mix)
         cached = table.made.get(name, self)
@@ -118,7 +125,7 @@ class MixCache:
         return self._make(table, name)
 
     def all_copied(self, mixes: Iterable[Acting]) -> bool:
-        """Whether there is room for copies for all of these mixes at once, as rows of one batch need them."""
+        """Return whether copies for all these mixes fit at once, as rows of one batch need."""
         tables = [self._seen[id(m)][1] if id(m) in self._seen else self._table(m) for m in mixes if m]
         return all(t.how == "copy" for t in tables) and sum(t.needs for t in tables) <= self._limit
 
@@ -130,11 +137,11 @@ class MixCache:
         self._tables.move_to_end(key)
         if len(self._seen) > 64:
             self._seen.clear()
-        self._seen[id(mix)] = mix, table  # holds the tuple, so that its id stays its own
+        self._seen[id(mix)] = mix, table  # holds the tuple, so that its id stays valid
         return table
 
     def _how(self, mix: Acting) -> tuple[str, int]:
-        """By what copies of every module that the mix changes would take, and stacks of the pairs there; and that."""
+        """Return "copy", "stack" or "", by the bytes each would take, and those bytes."""
         copies = stacks = 0
         for name, base in self.modules.items():
             ranks = [a.pairs[name].rank for a, _ in mix if name in a.pairs]
@@ -165,8 +172,10 @@ class MixCache:
 
 
 def _sources(name: str, base: nn.Module, mix: Acting) -> list[Tensor]:
-    """The tensors that W' depends on, the base's weight first; none where nothing can be made: a base that is no plain
-    linear or convolution, a full copy, a tensor that is trained or does not count its changes."""
+    """Return the tensors that W' depends on, the base's weight first.
+
+    Empty if no entry can be made: the base is not a plain linear or convolution, a full copy acts, or a
+    tensor is trained or does not count its versions."""
     if type(base) not in _PLAIN:
         return []
     own = [t for t in (base._parameters["weight"], base._parameters["bias"]) if t is not None]
@@ -186,7 +195,7 @@ def _sources(name: str, base: nn.Module, mix: Acting) -> list[Tensor]:
 
 
 def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> LowRank:
-    """All of them as one: A: (Σ rank, …) with strengths and scales in it, and B: (out, Σ rank, …)."""
+    """Return all pairs as one product: A (Σ rank, …) with strengths and scales, B (out, Σ rank, …)."""
     parts = [(p.collapsed(), s) for p, s in pairs]
     A = torch.cat([p.A for p, _ in parts])
     precise = torch.promote_types(torch.promote_types(A.dtype, dtype), torch.float32)
@@ -197,7 +206,7 @@ def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> LowRank:
 
 @lru_cache(maxsize=64)
 def _by_row(scales: tuple[tuple[float, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Each scale once for each of its rank's rows."""
+    """Return a vector with each scale repeated for each row of its rank."""
     return sent(torch.tensor([s for s, rank in scales for _ in range(rank)], dtype=dtype), device)
 
 
@@ -206,9 +215,9 @@ def _wide(t: Tensor) -> torch.dtype:
 
 
 def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, CachedModule]:
-    """Copies of the modules that have equals in shape and plain pairs alone: one product for all that are alike.
+    """Make copies of modules of equal shape with only plain pairs, in one product per group.
 
-    A small base has hundreds of modules, and one product each costs more in calls than in arithmetic."""
+    A small base has hundreds of modules; one product each would cost more in calls than in arithmetic."""
     if any(adapter.deltas for adapter, _ in mix):
         return {}
     alike: dict[Any, list[tuple[str, Any, list[tuple[Pair, float]], list[Tensor]]]] = {}
@@ -226,7 +235,8 @@ def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Ca
     for group in alike.values():
         if len(group) == 1:
             continue
-        # Flat before they are stacked: flattened after, a weight in another order (channels last) would be a copy.
+        # Flatten before stacking: flattening afterwards would copy a weight in another memory format
+        # (channels last).
         weight = torch.stack([base.weight.detach().flatten(1) for _, base, _, _ in group])
         precise = torch.promote_types(weight.dtype, torch.float32)
         each = range(len(group[0][2]))
@@ -234,7 +244,8 @@ def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Ca
         B = torch.cat([torch.stack([pairs[k][0].B for _, _, pairs, _ in group]) for k in each], dim=2).flatten(2)
         scales = [[p.scale * s for p, s in pairs for _ in range(p.rank)] for _, _, pairs, _ in group]
         A = A * sent(torch.tensor(scales, dtype=precise), A.device)[:, :, None]
-        # As in `_copied`: the product sums in float32 and rounds once. In place, so nothing is held twice.
+        # As in `_copied`, the product sums in float32 and rounds once. It runs in place, so that
+        # nothing is held twice.
         weight.baddbmm_(B.to(weight.dtype), A.to(weight.dtype))
         for copy, (name, base, _, sources) in zip(weight, group, strict=True):
             bias = None if base.bias is None else base.bias.detach()
@@ -249,13 +260,13 @@ def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> CachedM
     others = [(p, s) for p, s in pairs if all(p is not q for q, _ in plain)]
     changes = [(d, s) for a, s in mix if (d := a.deltas.get(f"{name}.weight")) is not None]
     total = weight.to(_wide(weight)) if others or changes else weight
-    if plain:  # the product sums in float32 whatever the dtype, and rounds once
+    if plain:  # the product sums in float32 for every dtype, and rounds once
         stack = _stack(plain, total.dtype)
         total = torch.addmm(total.flatten(1), stack.B.flatten(1), stack.A.flatten(1)).view(weight.shape)
     try:
         for pair, strength in others:
             total = total + delta(base, pair) * strength
-    except AdapterError:  # no weight has that effect: PEFT's grouped convolution
+    except AdapterError:  # no weight has this effect: PEFT's grouped convolution
         return None
     for change, strength in changes:
         total = total + delta(base, change) * strength
@@ -268,7 +279,7 @@ def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> CachedM
 
 
 def _stacked(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> CachedModule | None:
-    """None where something acting here is no plain pair."""
+    """Return a stack; None if a change here is not a plain pair."""
     pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
     if any(p.magnitude is not None for p, _ in pairs) or getattr(base, "groups", 1) != 1:
         return None
@@ -291,5 +302,5 @@ def _cached(
 
 
 def _changes(tensors: list[Tensor]) -> int:
-    """How often they were written to, all together: a count that only grows."""
+    """Return the total version count of the tensors, which only grows with writes."""
     return sum(map(_VERSION, tensors))

@@ -1,11 +1,12 @@
-"""Rounding to 16 bits, to the nearest or by chance, and how much of a delta is left after it.
+"""Rounding to 16 bits, to nearest or stochastic, and how much of a delta is left.
 
-    to the nearest     deltas below half a step vanish, or count double: the error of one weight is at most half a step
-    stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so that what is lost in single
-                       weights is kept in their sums; the error of one weight is below a step (arXiv 1502.02551)
+    to nearest         deltas below half a step vanish, or count double: the error of one weight is at most
+    half a step
+    stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so that sums keep
+    what single
+                       weights lose; the error of one weight is below a step (arXiv 1502.02551)
 
-Knows tensors alone.
-"""
+This module knows only tensors."""
 
 from __future__ import annotations
 
@@ -16,23 +17,24 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What a result can be rounded to, by the name that users give it."""
+"""User-facing name -> dtype that a result can be rounded to."""
 
 
 def seeded(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for each name, so that the order of work does not matter."""
+    """Return a generator per (seed, name), so that results do not depend on the order of work."""
     word = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """`x` as `dtype`, each entry one of its two neighbours there, so chosen that the mean is x. What `dtype` holds
-    stays as it is; beyond the largest number of `dtype` it is rounded to the nearest."""
+    """Round `x` to `dtype` stochastically: one of its two neighbors, with mean x.
+
+    Values that `dtype` holds are unchanged; beyond its largest number, values round to nearest."""
     near = x.to(dtype)
     if dtype == x.dtype:
         return near
     off = x - near.to(x.dtype)
-    away = (off > 0) == (near > 0)  # whether the other neighbour is further from zero
+    away = (off > 0) == (near > 0)  # whether the other neighbor is farther from zero
     bits = near.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
     other = (bits + torch.where(away, 1, -1).to(bits.dtype)).view(dtype)
     tiny = torch.tensor(1, dtype=bits.dtype, device=x.device).view(dtype)
@@ -45,10 +47,10 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
 
 @dataclass
 class Rounding:
-    """What rounding left of the deltas, over all that was added, in float64.
+    """How much of the deltas is left after rounding, over everything added, in float64.
 
-    `changed`: of the weights whose exact delta is not zero, the share that moved. `error`: ‖(W'−W) − Δ‖/‖Δ‖. `kept`:
-    ⟨W'−W, Δ⟩/‖Δ‖², the delta's own size in what was written: 1 is all of it, on the whole."""
+    changed: share of the weights with a nonzero exact delta that moved. error: ‖(W'−W) − Δ‖/‖Δ‖.
+    kept: ⟨W'−W, Δ⟩/‖Δ‖², the share of the delta in the written weights; 1 means all of it, on average."""
 
     moved: int = 0
     weights: int = 0

@@ -153,8 +153,9 @@ def span_problem(adapter: Adapter) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """What acts now: `spans` or `rows` where it is not None, else `mix` on every row. An empty mix is the base, at its
-    cost."""
+    """What acts now: `spans` or `rows` if not None, else `mix` on every row.
+
+    An empty mix is the base, at the base's cost."""
 
     mix: Acting = ()
     rows: RowMixes | None = None

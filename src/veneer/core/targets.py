@@ -30,7 +30,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Target:
-    """One place for a pair: `name` is its key in `Adapter.pairs`, `parameter` is set for fused experts only."""
+    """A place for a pair: `name` is its key in `Adapter.pairs`; `parameter` only for experts."""
 
     name: str
     kind: PairKind
@@ -39,13 +39,13 @@ class Target:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The base's module behind an attached layer; any other module is itself."""
+    """Return the base's module inside an attached layer; any other module itself."""
     base: nn.Module = module.base if getattr(type(module), "is_veneer_layer", False) else module  # type: ignore[assignment]
     return base
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` as it is without veneer: an attached layer counts as the module it holds."""
+    """Yield `model.named_modules()` as without veneer: layers count as their base module."""
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -61,8 +61,10 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear, transformers' Conv1D and quantised linears. A subclass with a forward of its own (a router that
-    returns scores) is none, unless its class is named Linear…, as the quantised ones are."""
+    """Return whether a module is linear: nn.Linear, transformers' Conv1D, quantized linears.
+
+    A subclass with its own forward (a router that returns scores) is not, unless its class is named
+    Linear…, as the quantized classes are."""
     cls = type(module)
     if cls.__name__ == "NonDynamicallyQuantizableLinear":  # torch's attention reads its weight and never calls it
         return False
@@ -74,7 +76,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def kind_of(module: nn.Module) -> PairKind | None:
-    """The kind of pair that `module` itself can carry, or None. Fused experts are seen by `expert_parameters`."""
+    """Return the kind of pair that `module` can carry, or None.
+
+    For fused experts see `expert_parameters`."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -83,7 +87,7 @@ def kind_of(module: nn.Module) -> PairKind | None:
 
 
 def has_bare_weight(module: nn.Module) -> bool:
-    """Whether `module` is not a linear layer but has a 2-d `weight`, like transformers' routers.
+    """Return whether `module` is not linear but has a 2-d `weight`, as routers have.
 
     A linear pair named in a file can change this weight; no target spec selects the module."""
     weight = module._parameters.get("weight")
@@ -93,7 +97,7 @@ def has_bare_weight(module: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Names of the 3-d parameters of a module that is no linear, convolution or embedding."""
+    """Return the 3-d parameters of a module that is not linear, convolution or embedding."""
     if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):
         return []
     return [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.is_floating_point()]
@@ -109,7 +113,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
-    """Everything that can carry a pair, in the model's order, and whether `all-linear` means it."""
+    """Yield every possible target in the model's order, and whether `all-linear` includes it."""
     head = _output_head(model)
     for name, module in base_modules(model):
         kind = kind_of(module)
@@ -121,7 +125,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
 
 
 def target_matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of the table above (`all-linear` apart) selects `name`."""
+    """Return whether a pattern of the table above (except `all-linear`) selects `name`."""
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
@@ -133,7 +137,7 @@ def target_matches(pattern: str, name: str) -> bool:
 
 
 def _block(name: str) -> int | None:
-    """The index of the repeated block a name lies in: its first numeric part."""
+    """Return the index of the repeated block that contains a name: its first numeric part."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
@@ -160,9 +164,10 @@ def _patterns(spec: LoraSpec) -> tuple[str, ...]:
 
 
 def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]]:
-    """For each target pattern the names it selects, after `exclude`, `layers` and `modules_to_save`.
+    """Return the names each target pattern selects.
 
-    Raises TargetError for any pattern, exclude, layer index or rank or alpha pattern that selects nothing."""
+    After `exclude`, `layers` and `modules_to_save`. Raises TargetError for any pattern, exclude, layer
+    index, rank pattern or alpha pattern that selects nothing."""
     found = list(_candidates(model))
     names = [t.name for t, _ in found]
     for pattern in spec.exclude:
@@ -205,26 +210,30 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
 
 
 def resolve_targets(model: nn.Module, spec: LoraSpec) -> list[Target]:
-    """The targets of a spec in the model's order. Raises TargetError as `matches_per_pattern` does."""
+    """Return the targets of a spec in the model's order; errors as `matches_per_pattern`."""
     chosen = {n for hits in matches_per_pattern(model, spec).values() for n in hits}
     return [t for t, _ in _candidates(model) if t.name in chosen]
 
 
 def full_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
-    """The modules that `modules_to_save` names, outermost only. Raises TargetError for a pattern without a match."""
+    """Return the modules that `modules_to_save` names, outermost only.
+
+    Raises TargetError for a pattern without a match."""
     names = [n for n, m in base_modules(model) if n and any(True for _ in m.parameters())]
     for pattern in spec.modules_to_save:
         if not any(target_matches(pattern, n) for n in names):
             raise _unmatched("modules_to_save", pattern, names, model)
     hits: list[str] = []
-    for name in names:  # a module comes before what is inside it
+    for name in names:  # a module comes before its submodules
         if any(target_matches(p, name) for p in spec.modules_to_save) and not _inside(name, hits):
             hits.append(name)
     return hits
 
 
 def token_embeddings(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """Embedding name -> sorted token ids of `token_rows`. Raises TargetError for no match or an id out of range."""
+    """Return embedding name -> sorted token ids of `token_rows`.
+
+    Raises TargetError for a pattern without a match or an id out of range."""
     found = {n: m for n, m in base_modules(model) if isinstance(m, nn.Embedding)}
     out: dict[str, tuple[int, ...]] = {}
     for pattern, ids in spec.token_rows.items():

@@ -23,8 +23,10 @@ from veneer.errors import AdapterError
 
 @dataclass(frozen=True)
 class Bound:
-    """How much to keep: at most `rank`; or the smallest rank that keeps the share `energy` of ‖Δ‖²; or the smallest
-    whose `error` ‖Δ − kept‖/‖Δ‖ is not above a bound. Exactly one of them. Raises AdapterError otherwise."""
+    """How much to keep; set exactly one field, otherwise AdapterError.
+
+    rank: at most this rank. energy: the smallest rank that keeps this share of ‖Δ‖². error: the smallest
+    rank with ‖Δ − kept‖/‖Δ‖ at most this."""
 
     rank: int | None = None
     energy: float | None = None
@@ -48,8 +50,10 @@ class Bound:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a truncation did: ‖Δ‖ before, ‖Δ − kept‖, both Frobenius, the rank that was kept, and what rounding to the
-    dtype added, which is at a right angle to the error but for chance."""
+    """The result of a truncation, in Frobenius norms.
+
+    norm: ‖Δ‖ before. error: ‖Δ − kept‖. rank: the rank kept. rounding: the error from rounding to the
+    dtype, nearly orthogonal to `error`."""
 
     norm: float
     error: float
