@@ -106,8 +106,9 @@ LIGER = Internals(
 
 @functools.cache
 def varlen_attention() -> Any:
-    """`torch.nn.attention.varlen.varlen_attn`, or None where this torch has none that takes all that is relied on: it
-    came with 2.10, its scale and window after that, its grouped heads with 2.12."""
+    """Return `torch.nn.attention.varlen.varlen_attn`, or None if torch's is too old.
+
+    It was added in torch 2.10; scale and window came later, grouped heads in 2.12."""
     try:
         varlen = importlib.import_module("torch.nn.attention.varlen")
     except ImportError:

@@ -1,15 +1,15 @@
-"""Adapters by name, on a base: where formats, the library and models meet.
+"""Find adapters by name, load them and attach them to a base.
 
-`formats` and `models` do not know each other, so what needs both stands here, above them and below train and the
-commands: find an adapter, read it, make sure that it belongs to the base, attach it with its strength.
+`formats` and `models` do not import each other, so code that needs both is here: find an adapter, read it,
+check that it belongs to the base, attach it with its strength.
 
     support:0.8            an adapter at strength 0.8; without `:number` the strength is 1
     runs/first             a folder with adapter_config.json, or a run's folder with one in `adapter/`
     style.safetensors      a file in any format that `formats` reads
-    support, support@2,    nothing of that name here: the library's latest version, its version 2, what its alias
-    acme/support@prod        points to, a namespace in front or not,
-    sha256:3fa9c1            the adapter whose digest begins so
-"""
+    support, support@2,    if no such path exists: in the library, the latest version, version 2, or an
+    alias's
+    acme/support@prod        version, with or without a namespace
+    sha256:3fa9c1          the adapter whose digest starts with these digits"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 class AnyBase(Protocol):
-    """A TextBase or an ImageBase, as far as an adapter needs it. Adapters attach to `model`."""
+    """The part of a TextBase or an ImageBase that adapters need; they attach to `model`."""
 
     name: str
     fingerprint: str
@@ -57,9 +57,10 @@ class AnyBase(Protocol):
 
 
 def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
-    """(name or path, strength) of "NAME_OR_PATH[:strength]". A text that is the path of something that
-    exists is a path as a whole. Raises ConfigError for a text that names no adapter, and for a strength that there is
-    not (`check_strength`)."""
+    """Return (name or path, strength) of "NAME_OR_PATH[:strength]".
+
+    If the whole text is an existing path, it is the path. Raises ConfigError for an empty name or an
+    invalid strength (`check_strength`)."""
     strength: float | None
     if isinstance(spec, tuple):
         name, strength = os.fspath(spec[0]), check_strength(quoted(os.fspath(spec[0])), spec[1])
@@ -74,15 +75,17 @@ def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
 
 
 def adapter_path(name: str | os.PathLike[str]) -> Path:
-    """Where the adapter's files are: a folder in PEFT's layout, or one file. A path that exists is used, otherwise
-    the library is asked. Raises AdapterError that says where it looked."""
+    """Return the path of an adapter's files: a PEFT folder, or one file.
+
+    An existing path is used; otherwise the library is searched. Raises AdapterError with the places searched.
+    """
     name = os.fspath(name)
     here = Path(name).expanduser()
     for folder in (here, here / "adapter"):
         if (folder / CONFIG_FILE).is_file():
             return folder
     if here.exists():
-        return here  # the reader says best what is wrong with it
+        return here  # the reader reports best what is wrong with it
     if here.is_symlink():
         raise AdapterError(
             f"{name!r} is a link that leads nowhere, or to itself",
@@ -111,13 +114,13 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
     from veneer.library.library import NotInLibrary, library_place, open_library
 
     place = library_place()
-    if "://" not in place and not Path(place).is_dir():  # asking does not make one
+    if "://" not in place and not Path(place).is_dir():  # a lookup does not create a library
         raise AdapterError(f"there is no adapter {name!r}", where=f"{here.absolute()}; no library at {place}", fix=fix)
     with open_library() as library:
         try:
             return library.resolve(name)
         except AdapterError as error:
-            if isinstance(error, NotInLibrary) and "/" in name:  # a path more likely than a namespace
+            if isinstance(error, NotInLibrary) and "/" in name:  # more likely a path than a namespace
                 where = f"{here.absolute()}, {error.where}"
                 raise AdapterError(f"there is no adapter {name!r}", where=where, fix=error.fix) from error
             if hints:
@@ -126,8 +129,9 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
 
 
 def _no_strength(name: str) -> tuple[str, str] | None:
-    """(what exists, what stands behind it) where a path is followed by something that is not a strength. A version
-    or an alias of the library does not count."""
+    """Return (existing path, suffix) if `name` is a path with an invalid strength.
+
+    A version or an alias of the library is not a suffix."""
     if _may_be_kept(name):
         return None
     for mark in (":", "@"):
@@ -138,7 +142,7 @@ def _no_strength(name: str) -> tuple[str, str] | None:
 
 
 def _may_be_kept(name: str) -> bool:
-    """Whether the library could have it: anything else with a separator in it is a path."""
+    """Return whether `name` can be a library reference; other separators mean a path."""
     from veneer.library.names import parse_reference
 
     try:
@@ -154,7 +158,7 @@ def read_adapter(name: str | os.PathLike[str]) -> Reading:
 
 
 def stated_base(name: str) -> str:
-    """The base that an adapter says it belongs to, from its card or PEFT's config; "" where it does not say."""
+    """Return the base named by an adapter's card or PEFT config; "" if none is named."""
     folder = adapter_path(name)
     if (folder / CARD_FILE).is_file():
         card = read_card(folder).card
@@ -170,13 +174,15 @@ def stated_base(name: str) -> str:
 def load_adapter(
     base: AnyBase, name: str | os.PathLike[str], *, allow_other_base: bool = False, **how: Unpack[reader.ReadOptions]
 ) -> Adapter:
-    """Read an adapter and make sure that it belongs to `base`; `attach(base.model).add(…)` puts it on.
+    """Read an adapter and check that it belongs to `base`.
 
-    `name`: a folder, a file or a name in the library. `how`: what `formats.read.read` has to be told.
+    Attach the result with `attach(base.model).add(…)`.
 
-    Raises MismatchError for an adapter of another family, which it names, and for one whose card names another base,
-    with both fingerprints and the first names and shapes that do not fit. With `allow_other_base` an adapter of another
-    base is accepted if every name and shape fits. Raises AdapterError for anything else that is wrong."""
+    name: a folder, a file or a name in the library. how: options of `formats.read.read`.
+    allow_other_base: accept an adapter of another base if every name and shape fits.
+
+    Raises MismatchError for an adapter of another family, or one whose card names another base, with both
+    fingerprints and the first names and shapes that do not fit; AdapterError for any other problem."""
     name = os.fspath(name)
     path = adapter_path(name)
     try:
@@ -184,7 +190,7 @@ def load_adapter(
     except UnsafeFileError:
         raise
     except AdapterError as error:
-        with contextlib.suppress(AdapterError):  # what it is by itself, whatever the base
+        with contextlib.suppress(AdapterError):  # what the adapter is by itself, whatever the base
             _refuse_other_family(base, name, path, reader.read(path, assume_scale=True), _first_lines(error.what, 3))
         card = read_card(path).card if (path / CARD_FILE).is_file() else None
         if card is None or card.base_fingerprint in ("", base.fingerprint):
@@ -201,17 +207,17 @@ def load_adapter(
 
 def _read_for(base: AnyBase, path: Path, how: reader.ReadOptions) -> Reading:
     if path.is_dir() and not is_image_family(base.family) and not (path / CONFIG_FILE).is_file():
-        peft.load_folder(path)  # says best what a folder for a language model lacks
+        peft.load_folder(path)  # reports best what a language model's adapter folder lacks
     return reader.read(path, base=base.model, family=base.family, **how)
 
 
 def _refuse_other_family(
     base: AnyBase, name: str, path: Path, found: Reading, why: str = "its names and shapes fit all the same"
 ) -> None:
-    """Raises MismatchError where what was read is not of the base's family."""
+    """Raise MismatchError if the adapter is not of the base's family."""
     its = found.family
     if its is None and (not is_image_family(base.family) or found.adapter.card.kind == "image"):
-        return  # one language model's names are like another's: the error says which do not fit
+        return  # language models share names: the first error says which do not fit
     if its is not None and same_family(its, base.family):
         return
     label = family_label(its) if its else "text"
@@ -229,10 +235,13 @@ def _refuse_other_family(
 def attach_adapters(
     base: AnyBase, specs: Sequence[AdapterSpec], *, attachment: Attachment | None = None, allow_other_base: bool = False
 ) -> Attachment:
-    """Attaches adapters to a base and selects them as one mix.
+    """Attach adapters to a base and select them as one mix.
 
-    All are read and checked before the first is attached. `attachment`: the base's, if it has one already. With no
-    specs the base is used alone. Raises what `load_adapter` raises, ConfigError for one adapter named twice."""
+    Every adapter is read and checked before the first is attached. Without specs, the base is selected.
+
+    attachment: the base's attachment, if it has one.
+
+    Raises as `load_adapter`, and ConfigError if an adapter is named twice."""
     mix = [parse_spec(spec) for spec in specs]
     names = [name for name, _ in mix]
     twice = sorted({n for n in names if names.count(n) > 1})

@@ -1,12 +1,10 @@
-"""A database in a SQLite file or behind a PostgreSQL URL, through SQLAlchemy: how it is opened, read and written.
+"""Open, read and write a database: a SQLite file or a PostgreSQL URL, with SQLAlchemy.
 
-The library's index and the server's tenants are both kept like this. Committed means on the disk. Whoever writes says
-at the start of the transaction that it will write, so that SQLite waits for the lock there and never in between.
-Nobody waits for ever: PostgreSQL that does not answer, be it stopped, full or behind a dead wire, is an
-OperationalError after `patience` seconds, and the connection is closed. (Its own statement_timeout could not say so:
-it is not there to.)
-Knows no tables.
-"""
+The library's index and the server's tenants use this module. A commit is on disk when it returns. A writer
+declares at the start of its transaction that it will write, so that SQLite waits for its lock there and
+never in the middle. No wait is unbounded: if PostgreSQL does not respond (stopped, full or unreachable),
+the statement raises OperationalError after `patience` seconds and the connection is closed. (PostgreSQL's
+own statement_timeout cannot do this when the server is gone.) This module knows no tables."""
 
 from __future__ import annotations
 
@@ -24,33 +22,37 @@ from veneer.files.rights import make_private
 
 URL_FIX = "a path for SQLite, on a disk with room that may be written to, or postgresql://user:password@host/database"
 PATIENCE = 30.0
-"""Seconds for a statement, unless a program says otherwise."""
+"""Seconds a statement can take, unless a program sets another limit."""
 _BUSY_SECONDS = 120
 _CONNECT_SECONDS = 5
 
 
 def Key() -> Any:
-    """Text that compares byte by byte, so that a range of it is a prefix, in both databases."""
+    """Return a text type that compares byte by byte, so that a prefix is a range."""
     return String().with_variant(String(collation="C"), "postgresql")
 
 
 def key_columns(*names: str) -> list[Column[Any]]:
-    """Columns that together are the primary key."""
+    """Return columns that together are the primary key."""
     return [Column(name, Key(), primary_key=True) for name in names]
 
 
 def columns(kind: Any, *names: str, nullable: bool = False, index: bool = False) -> list[Column[Any]]:
-    """Columns of one type."""
+    """Return columns of one type."""
     return [Column(name, kind, nullable=nullable, index=index) for name in names]
 
 
 def open_engine(where: str, what: str, patience: float = PATIENCE, *, synced: bool = True) -> Engine:
-    """The database in a SQLite file, or behind a URL such as postgresql://user@host/database; nothing is opened yet.
+    """Return an engine for a SQLite file, or a URL such as postgresql://user@host/database.
 
-    what: names the database in errors. patience: seconds after which a PostgreSQL that has not answered counts as
-    unavailable, and, if less than the default, after which a writer gives up waiting for SQLite's lock. synced:
-    commits of SQLite outlive a loss of power. Raises ConfigError for an address that is not one, MissingExtraError
-    without psycopg."""
+    Nothing is opened yet.
+
+    what: names the database in errors.
+    patience: seconds after which an unresponsive PostgreSQL is unavailable; if less than the default, also
+    the seconds that a writer waits for SQLite's lock.
+    synced: SQLite's commits survive a power loss.
+
+    Raises ConfigError for an invalid address, MissingExtraError without psycopg."""
     url = where if "://" in where else f"sqlite:///{where}"
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]
@@ -73,7 +75,7 @@ def open_engine(where: str, what: str, patience: float = PATIENCE, *, synced: bo
 
 
 def shown_url(where: str) -> str:
-    """An address without its password."""
+    """Return an address without its password."""
     head, at, host = where.rpartition("@")
     return f"{head.rpartition(':')[0] if head.count(':') > 1 else head}{at}{host}"
 
@@ -113,7 +115,7 @@ def _postgresql(url: str, patience: float) -> Engine:
 
 
 def _patient_connection() -> Any:
-    """psycopg's connection with a bound on how long it waits for an answer."""
+    """Return a psycopg connection class that bounds the wait for a response."""
     import psycopg
 
     class Patient(psycopg.Connection[Any]):
@@ -123,7 +125,7 @@ def _patient_connection() -> Any:
             try:
                 return super().wait(_until(gen, time.monotonic() + self.patience), *arguments, **named)
             except _Late:
-                self.pgconn.finish()  # its answer, should it come, is nobody's
+                self.pgconn.finish()  # discard a late response
                 what = f"the database did not answer within {self.patience:g} seconds"
                 raise psycopg.OperationalError(what) from None
 
@@ -135,7 +137,7 @@ class _Late(Exception):
 
 
 def _until(gen: Any, deadline: float) -> Generator[Any, Any, Any]:
-    """What psycopg waits with, which is asked again every tenth of a second."""
+    """Drive psycopg's wait generator, polled every tenth of a second, until the deadline."""
     try:
         wanted = next(gen)
         while True:
@@ -148,7 +150,7 @@ def _until(gen: Any, deadline: float) -> Generator[Any, Any, Any]:
 
 
 def _wal(connection: Any) -> None:
-    """Switching to WAL does not wait for others who do the same, so it is tried again here."""
+    """Switch to WAL, with retries: SQLite does not wait for others that switch too."""
     import sqlite3
 
     give_up = time.monotonic() + _BUSY_SECONDS
@@ -164,12 +166,13 @@ def _wal(connection: Any) -> None:
 
 
 def keep_private(engine: Engine) -> None:
-    """A SQLite file, made if it is not there, and what SQLite has beside it are this user's to read, as `make_private`
-    has it. PostgreSQL knows its users itself."""
+    """Create a SQLite file if missing; restrict it and its side files to this user.
+
+    See `make_private`. PostgreSQL manages its own users."""
     if engine.dialect.name == "sqlite" and engine.url.database:
         file = Path(engine.url.database)
         if not file.exists():
-            with contextlib.suppress(OSError):  # which opening it says better
+            with contextlib.suppress(OSError):  # opening the file reports the error better
                 file.touch()
         for each in (file, Path(f"{file}-wal"), Path(f"{file}-shm")):
             if each.is_file():
@@ -177,7 +180,7 @@ def keep_private(engine: Engine) -> None:
 
 
 def database_clock(engine: Engine) -> ColumnElement[float]:
-    """Seconds since 1970 by the database's clock, which all machines on it have in common."""
+    """Return seconds since 1970 by the database's clock, which all its clients share."""
     if engine.dialect.name == "postgresql":
         return literal_column("EXTRACT(EPOCH FROM clock_timestamp())::float")
     return literal_column("(julianday('now') - 2440587.5) * 86400.0")
@@ -185,18 +188,18 @@ def database_clock(engine: Engine) -> ColumnElement[float]:
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A connection for queries."""
+    """Return a connection for queries."""
     with engine.connect() as connection:
         yield connection
 
 
 @contextlib.contextmanager
 def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Connection]:
-    """A transaction: committed at the end, or not at all. In SQLite it holds the one write lock from its start; in
-    PostgreSQL the advisory lock `lock`, if there is one.
+    """Run a transaction: committed at the end, or not at all.
 
-    Raises ResourceError if the lock cannot be had within two minutes, or within the engine's patience if that is less
-    than the default."""
+    In SQLite the transaction holds the write lock from its start; in PostgreSQL the advisory lock `lock`,
+    if given. Raises ResourceError if the lock is not available within two minutes, or within the engine's
+    patience if that is less than the default."""
     with engine.connect().execution_options(write=True) as connection:
         try:
             connection.begin()
@@ -217,7 +220,7 @@ _LOCK_TIMEOUT = "55P03"
 
 
 def _take(connection: Connection, lock: int) -> None:
-    """The advisory lock, for which others may be waiting as well."""
+    """Take the advisory lock, waiting for other holders."""
     driver: Any = connection.connection.driver_connection
     own = driver.patience
     seconds = own if own < PATIENCE else _BUSY_SECONDS

@@ -1,8 +1,7 @@
-"""What the library wants to know of an adapter's files: which they are, and what they hold.
+"""Describe an adapter's files for the library: which files, and what they contain.
 
-`describe_adapter` reads whatever `formats` can; another takes its place as an argument of `Library.add`. Knows formats;
-nothing of names or the index.
-"""
+`describe_adapter` reads every format that `formats` knows; `Library.add` accepts another function instead.
+This module knows formats; it does not know about names or the index."""
 
 from __future__ import annotations
 
@@ -20,15 +19,17 @@ from veneer.formats.card import sample_messages
 from veneer.formats.folder import MLX_FILE
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", MLX_FILE, "veneer.json", "README.md")
-"""The files of an adapter's folder that the library keeps."""
+"""The files of an adapter's folder that the library stores."""
 _MAX_WORDS = 20_000
 _PICTURE = re.compile(r"data:(image/(?:jpeg|png|webp));base64,([A-Za-z0-9+/=]+)")
 
 
 @dataclass(frozen=True)
 class Gain:
-    """An adapter's gain over its base on held-out data: the loss before training and of the saved adapter. `rewarded`:
-    from reinforcement, where the loss is minus the mean reward."""
+    """An adapter's gain over its base on held-out data.
+
+    before: the loss before training. after: the loss of the saved adapter. rewarded: from reinforcement
+    learning, where the loss is minus the mean reward."""
 
     before: float
     after: float
@@ -36,8 +37,9 @@ class Gain:
 
     @property
     def share(self) -> float | None:
-        """By how much of itself the loss has changed: −0.38 is a loss 38 % lower. None where the loss was none of those
-        that have a zero to be measured from."""
+        """Relative change of the loss: −0.38 is a loss 38 % lower.
+
+        None if the loss has no zero point to measure from."""
         return self.after / self.before - 1 if self.before > 1e-9 and not self.rewarded else None
 
     def __str__(self) -> str:
@@ -48,7 +50,7 @@ class Gain:
 
 
 def gain_of(card: Mapping[str, Any]) -> Gain | None:
-    """None where the card says nothing of held-out data: no row was held out, or the adapter is from elsewhere."""
+    """Return the gain from a card; None if the card has no held-out losses."""
     metrics = _dict(card, "metrics")
     before, after = (_number(metrics.get(f"validation_loss{when}")) for when in ("_before", ""))
     rewarded = "reward_failed" in _dict(metrics, "measured")
@@ -56,8 +58,9 @@ def gain_of(card: Mapping[str, Any]) -> Gain | None:
 
 
 def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
-    """(media type, bytes) of the small picture that came with an adapter of pictures; None where there is none, or what
-    is there is no picture that may be shown."""
+    """Return (media type, bytes) of an image adapter's thumbnail.
+
+    None if the card has none, or if it is not an allowed image type."""
     found = _PICTURE.fullmatch(str(_dict(card, "extra").get("thumbnail")))
     try:
         return (found[1], base64.b64decode(found[2], validate=True)) if found else None
@@ -66,22 +69,25 @@ def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
 
 
 def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the answers of `base` and `adapter` to a held-out `prompt` after training; None if the card has no sample.
+    """Return the answers of `base` and `adapter` to a held-out `prompt` after training.
 
-    `prompt` is the last message only; `card_prompt` returns all messages."""
+    None if the card has no sample. `prompt` is the last message only; `card_prompt` returns all messages."""
     sample = _dict(_dict(card, "extra"), "sample")
     found = {key: text for key in ("prompt", "base", "adapter") if isinstance(text := sample.get(key), str)}
     return found if len(found) == 3 else None
 
 
 def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the messages of the card's prompt, with the row's system message; [] if the card has no prompt."""
+    """Return the messages of the card's prompt, with the row's system message; [] if none."""
     return sample_messages(_dict(card, "extra"))
 
 
 @dataclass(frozen=True)
 class Content:
-    """`place`: the folder or file. `files`: name -> path of what is kept. `left_out`: what else lies in the folder."""
+    """The files of an adapter.
+
+    place: the folder or file. files: name -> path of the stored files. left_out: other files in the folder.
+    """
 
     place: Path
     files: dict[str, Path]
@@ -90,8 +96,10 @@ class Content:
 
 @dataclass
 class AdapterDescription:
-    """What is known of an adapter. `digest`: core's, "" where its format is not understood. `card`: the fields of
-    core.adapter.Card as JSON, each of which may be missing."""
+    """The description of an adapter.
+
+    digest: core's digest, "" if the format is not understood. card: the fields of core.adapter.Card as
+    JSON; each can be missing."""
 
     digest: str = ""
     format: str = ""
@@ -106,10 +114,11 @@ class AdapterDescription:
         return _texts(self.card.get("parents"))
 
     def columns(self, size: int) -> dict[str, Any]:
-        """The row of the index, without the id."""
+        """Return the row of the index, without the id."""
         text = {k: str(self.card.get(k) or "") for k in ("base", "base_fingerprint", "kind", "licence", "created")}
         base_name = text["base"].rstrip("/").rpartition("/")[2].lower()
-        told = {k: v for k, v in self.card.items() if k != "targets"}  # many, and nobody searches for them
+        # there are many, and nobody searches for them
+        told = {k: v for k, v in self.card.items() if k != "targets"}
         words = " ".join([self.format, *_leaves(told)]).lower()[:_MAX_WORDS]
         return {
             "digest": self.digest,
@@ -126,14 +135,14 @@ class AdapterDescription:
         }
 
     def figures(self) -> dict[str, Any]:
-        """What the index orders by."""
+        """Return the columns that the index sorts by."""
         rank, gain = self.card.get("rank"), gain_of(self.card)
         known = rank if type(rank) is int and 0 <= rank < 2**31 else 0
         return {"rank": known, "gain": gain.share if gain else None}
 
 
 def content_of(path: Path) -> Content:
-    """The files of the adapter at `path`. Raises AdapterError if there is none."""
+    """Return the files of the adapter at `path`. Raises AdapterError if there is none."""
     if path.is_file():
         return Content(path, {path.name: path}, [])
     if not path.is_dir():
@@ -145,13 +154,14 @@ def content_of(path: Path) -> Content:
         raise AdapterError(f"the folder has no {PEFT_FILES[0]}", where=str(path), fix=fix)
     own = [n for n in PEFT_FILES if (here / n).is_file()]
     if "adapter_model.safetensors" in own and MLX_FILE in own:
-        own.remove(MLX_FILE)  # PEFT's file is the one that is read
+        own.remove(MLX_FILE)  # PEFT's file is the one to read
     left = sorted(p.name for p in here.iterdir() if p.name not in own)
     return Content(here, {n: here / n for n in own}, left)
 
 
 def describe_adapter(path: Path) -> AdapterDescription:
-    """An adapter of any format, read whole: its digest under canonical names, its format and its card.
+    """Read an adapter of any format: its canonical digest, its format and its card.
+
     Raises AdapterError for anything that is not an adapter, or that has a tensor of unknown meaning."""
     from veneer.formats.read import read
 
@@ -160,23 +170,23 @@ def describe_adapter(path: Path) -> AdapterDescription:
 
 
 def _dict(card: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A part of a card; {} if it is anything else, for a card from elsewhere can hold anything."""
+    """Return a part of a card; {} if it is not a dict, as in cards of other tools."""
     found = card.get(key)
     return found if isinstance(found, dict) else {}
 
 
 def _texts(value: Any) -> list[str]:
-    """The distinct texts of a list, in order; a card from elsewhere may hold anything."""
+    """Return the distinct strings of a list, in order; [] if it is not a list."""
     return list(dict.fromkeys(v for v in value if isinstance(v, str) and v)) if isinstance(value, list) else []
 
 
 def _number(value: Any) -> float | None:
-    """A card from elsewhere may hold anything."""
+    """Return a number of a card; None if it is not one."""
     return float(value) if type(value) in (int, float) and abs(value) < 1e9 else None
 
 
 def _leaves(value: Any) -> list[str]:
-    """Every text in a card but digests and pictures."""
+    """Return every string in a card except digests and images."""
     if isinstance(value, dict):
         return [text for v in value.values() for text in _leaves(v)]
     if isinstance(value, list):

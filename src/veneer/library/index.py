@@ -1,13 +1,13 @@
-"""The index: what is in the library, in SQLite or PostgreSQL, through SQLAlchemy.
+"""The index: the tables of the library, in SQLite or PostgreSQL, with SQLAlchemy.
 
-    names 1─n versions n─1 entries 1─n files n─1 objects        names 1─n aliases ─1 versions        versions 1─n tags
+    names 1─n versions n─1 entries 1─n files n─1 objects        names 1─n aliases ─1 versions
+    versions 1─n tags
                            entries 1─n triggers, parents, checks          entries 1─1 figures
 
-An entry is content (a manifest); a version gives it a name and a number. An object is a file of the store, the manifest
-itself included. Every write transaction holds the one write lock of the index (SQLite's own, an advisory lock in
-PostgreSQL), so writes follow one another, and what is said of them in `library` and `upkeep` can be read as a sequence.
-Knows tables and connections; what is done with them is in `library` and `upkeep`.
-"""
+An entry is content (a manifest); a version gives an entry a name and a number. An object is a file of the
+store, including the manifest itself. Every write transaction holds the index's one write lock (SQLite's
+own, an advisory lock in PostgreSQL), so writes are serialized; `library` and `upkeep` describe them as
+sequences. This module knows tables and connections; `library` and `upkeep` use them."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from veneer.library.database import Key, columns, key_columns, open_engine
 from veneer.library.migrate import Schema, migrate
 
 CHANNEL = "veneer_library_names"
-"""Where PostgreSQL is told that names have changed."""
+"""PostgreSQL channel that announces changed names."""
 CONDEMNED = ""
-"""The generation of an object that garbage collection is about to delete."""
+"""Generation of an object that garbage collection is about to delete."""
 
 _LOCK = 0x76656E656572  # "veneer": the key of PostgreSQL's advisory lock
 
@@ -58,7 +58,7 @@ def _table(name: str, *parts: Any) -> Table:
 
 
 def _entry() -> Column[str]:
-    """The first part of the key of a table that says more of an entry."""
+    """Return the first key column of a table with details of an entry."""
     return Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True)
 
 
@@ -72,7 +72,7 @@ objects = _table(
     *key_columns("path"),
     *columns(BigInteger, "size"),
     *columns(Float, "touched"),  # when a process last needed it; seconds since 1970
-    *columns(String, "generation"),  # changes when the object can have been deleted in between
+    *columns(String, "generation"),  # changes if the object can have been deleted in between
 )
 entries = _table(
     "entries",
@@ -80,15 +80,16 @@ entries = _table(
     Column("manifest", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
     *columns(Key(), "digest", index=True),  # of the adapter, "sha256:…", "" if its format is not understood
     *columns(String, "format", "kind"),
-    *columns(Key(), "base", "base_name", "fingerprint", index=True),  # base_name: the last part, in lower case
+    # base_name: the last part, in lower case
+    *columns(Key(), "base", "base_name", "fingerprint", index=True),
     *columns(String, "licence", "created"),
     *columns(BigInteger, "size"),
-    *columns(Text, "card", "words"),  # card: JSON; words: what a free search looks through, in lower case
+    *columns(Text, "card", "words"),  # card: JSON; words: searchable text, in lower case
 )
-figures = _table(  # a row for each entry; a table of its own, for a column after the card is slow to read
+figures = _table(  # one row per entry, in a separate table because columns after the card are slow to read
     "figures",
     _entry(),
-    *columns(Integer, "rank"),  # 0 if pairs have several ranks, or there are no pairs
+    *columns(Integer, "rank"),  # 0 if pairs have several ranks, or if there are no pairs
     *columns(Float, "gain", nullable=True),  # `describe.Gain.share`
 )
 files = _table(
@@ -100,7 +101,7 @@ files = _table(
     *columns(BigInteger, "size"),
 )
 triggers = _table("triggers", _entry(), *key_columns("word"), *columns(Key(), "lower", index=True))
-checks = _table(  # what the last check of the content found
+checks = _table(  # results of the last check of the content
     "checks",
     _entry(),
     *key_columns("name"),
@@ -113,7 +114,7 @@ names = _table(
     "names",
     *key_columns("name"),
     *columns(Integer, "latest", nullable=True),  # NULL if all versions were removed
-    *columns(Integer, "next"),  # numbers of removed versions do not come back
+    *columns(Integer, "next"),  # numbers of removed versions are never reused
 )
 versions = _table(
     "versions",
@@ -140,8 +141,10 @@ tags = _table(
 
 
 def connect(where: str) -> Engine:
-    """The index in a SQLite file, or behind a URL such as postgresql://user@host/database; its tables are made if they
-    are not there. Raises ConfigError for a URL that leads nowhere, MissingExtraError without psycopg."""
+    """Open the index in a SQLite file, or behind a URL, and create or migrate its tables.
+
+    where: a path, or a URL such as postgresql://user@host/database. Raises ConfigError for a URL that
+    cannot be opened, MissingExtraError without psycopg."""
     engine = open_engine(where, "an index")
     migrate(engine, INDEX_SCHEMA, where)
     return engine
@@ -159,27 +162,30 @@ INDEX_SCHEMA = Schema(
 
 @contextlib.contextmanager
 def index_transaction(engine: Engine) -> Iterator[Connection]:
-    """A transaction that holds the index's one write lock from its start: committed at the end, or not at all.
+    """Run a transaction that holds the index's write lock from its start.
 
-    Raises ResourceError if the lock cannot be had within two minutes."""
+    Committed at the end, or not at all. Raises ResourceError if the lock is not available within two minutes.
+    """
     with database.write_transaction(engine, _LOCK) as connection:
         yield connection
 
 
 def identity(connection: Connection) -> str | None:
-    """The id that ties the index to its store; None for a new index."""
+    """Return the id that ties the index to its store; None for a new index."""
     found: str | None = connection.scalar(select(_meta.c.value).where(_meta.c.key == "store"))
     return found
 
 
 def identify(connection: Connection, store: str) -> None:
-    """Ties the index to a store."""
+    """Tie the index to a store."""
     connection.execute(delete(_meta).where(_meta.c.key == "store"))
     connection.execute(insert(_meta), {"key": "store", "value": store})
 
 
 def changed(connection: Connection) -> None:
-    """Announces, in the transaction that changes names, that they have changed: snapshots elsewhere read them again."""
+    """Announce changed names, so that snapshots in other processes reload them.
+
+    Runs in the transaction that changes the names."""
     here = _meta.c.key == "revision"
     revision = int(connection.scalar(select(_meta.c.value).where(here)) or 0) + 1
     connection.execute(delete(_meta).where(here))
@@ -189,8 +195,9 @@ def changed(connection: Connection) -> None:
 
 
 def claim(connection: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Marks objects as needed from now on, in a write transaction. Returns path -> generation: as long as an object
-    keeps its generation it was not deleted since."""
+    """Mark objects as needed from now on, and return path -> generation.
+
+    Runs in a write transaction. An object that keeps its generation has not been deleted since."""
     now, out = time.time(), {}
     for path, size in sorted(sizes.items()):
         row = connection.execute(select(objects.c.generation).where(objects.c.path == path)).first()
@@ -205,21 +212,21 @@ def claim(connection: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def clear(connection: Connection) -> None:
-    """Empties every table but the one that says to which store the index belongs."""
+    """Empty every table except the one that names the store."""
     for table in reversed(_INDEX_TABLES.sorted_tables):
         if table is not _meta:
             connection.execute(delete(table))
 
 
 def many(connection: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Inserts any number of rows, also none."""
+    """Insert any number of rows, including none."""
     listed = [dict(r) for r in rows]
     if listed:
         connection.execute(insert(table), listed)
 
 
 def now_text() -> str:
-    """The time as the index holds it: 2026-11-25T10:00:00Z."""
+    """Return the current time in the index's format: 2026-11-25T10:00:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

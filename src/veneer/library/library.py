@@ -1,21 +1,23 @@
-"""The library: adapters under names, versions, aliases and tags, each an entry of content-addressed files.
+"""The library: adapters under names, versions, aliases and tags, with hashed files.
 
-    library = open_library()                     <veneer home>/library, or VENEER_LIBRARY and VENEER_LIBRARY_INDEX
+    library = open_library()                     <veneer home>/library, or VENEER_LIBRARY and
+    VENEER_LIBRARY_INDEX
     library.add("runs/tickets", "support")       support@1
     library.alias("support@1", "prod")           support@prod
     library.resolve("support@prod")              a local path with its files, read-only
 
-An add, in this order, so that it is whole or not there, and safe beside collection (`upkeep` has the other half):
+`add` is atomic, and safe during garbage collection (`upkeep` has collection's half), because of this order:
 
     1. hash the files; the manifest of their hashes is the entry, its own sha256 the entry's id
     2. claim, one transaction: a row in `objects` for each file, touched now; remember each row's generation
     3. store the files that are not in the store
-    4. commit, one transaction: if a row of step 2 has gone or has another generation, collection came in between: claim
-       and store that file again, now, while the write lock keeps collection out. Then entry, version, tags together.
+    4. commit, one transaction: if a row of step 2 is gone or has another generation, collection ran in
+    between: claim
+       and store that file again, while the write lock blocks collection. Then write entry, version and
+       tags together.
 
-A kill before 4 leaves files that nothing refers to, for `gc`. Knows the store and the index; what is in an adapter's
-files is told to it by `describe_adapter`.
-"""
+A kill before step 4 leaves unreferenced files for `gc`. This module knows the store and the index;
+`describe_adapter` reads the content of an adapter's files."""
 
 from __future__ import annotations
 
@@ -64,13 +66,15 @@ MARK = "library.json"
 
 
 class NotInLibrary(AdapterError):
-    """Raised for a reference to nothing in the library; `fix` names the nearest one that exists."""
+    """A reference matches nothing in the library; `fix` names the nearest match."""
 
 
 @dataclass
 class Added:
-    """What `add` did. `new`: whether there is a new version (the name's latest may have been this content already).
-    `left_out`: files beside the adapter's that are not kept."""
+    """The result of `add`.
+
+    new: whether a version was created; False if the name's latest version already has this content.
+    left_out: files of the folder that are not stored."""
 
     version: Version
     new: bool
@@ -79,7 +83,7 @@ class Added:
 
 @dataclass
 class Library:
-    """An open library. `cache` is where files of a remote store are kept on this machine."""
+    """An open library; `cache` holds a remote store's files on this machine."""
 
     location: str
     store: LocalStore | RemoteStore
@@ -98,10 +102,10 @@ class Library:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def find(self, reference: str) -> Version:
-        """The version that a reference means.
+        """Return the version that a reference means.
 
-        Raises NotInLibrary, with the nearest names, where there is none; AdapterError where a digest's prefix fits
-        several adapters; ConfigError for a text that is not a reference."""
+        Raises NotInLibrary, with the nearest names, if there is none; AdapterError if a digest's prefix
+        matches several adapters; ConfigError for an invalid reference."""
         with reading(self.engine) as connection:
             return self._find(connection, reference)
 
@@ -127,58 +131,63 @@ class Library:
         return NotInLibrary(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
     def knows_base(self, name: str) -> bool:
-        """Whether an adapter in this library belongs to a base with this name, or to a path that ends with the name."""
+        """Return whether an adapter belongs to a base of this name, or a path ending with it."""
         return bool(self.search(base=name, limit=1))
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:
-        """The versions that fit, by name; `queries.search` has the filters. Without any: the latest of each name."""
+        """Return the matching versions, by name; see `queries.search` for filters.
+
+        Without filters: the latest version of each name."""
         with reading(self.engine) as connection:
             return search(connection, text, **filters)
 
     def browse(self, text: str = "", **asked: Any) -> SearchPage:
-        """A part of what fits, in an order, with how many there are of what; `queries.browse` has what can be asked."""
+        """Return a page of matching versions with counts; see `queries.browse` for filters."""
         with reading(self.engine) as connection:
             return browse(connection, text, **asked)
 
     def family(self, reference: str) -> AdapterFamily:
-        """What an adapter was made from, what was made from it, and the versions of its name. Raises as `find`."""
+        """Return an adapter's parents, children and versions. Raises as `find`."""
         version = self.find(reference)
         with reading(self.engine) as connection:
             return family_of(connection, version)
 
     def size_under(self, beginning: str) -> int:
-        """Bytes of all versions of the names that begin so."""
+        """Return the bytes of all versions of the names with this prefix."""
         with reading(self.engine) as connection:
             return size_under(connection, beginning)
 
     def checks(self, reference: str) -> list[dict[str, Any]]:
-        """What the last looks at an adapter found, of which `health` is made: name, ok (None: could not be looked at),
-        detail, at. Raises as `find`."""
+        """Return the results of the last checks of an adapter, which determine its `health`.
+
+        Each has name, ok (None: could not run), detail, at. Raises as `find`."""
         version = self.find(reference)
         with reading(self.engine) as connection:
             return checks_of(connection, version.entry)
 
     def note_checks(self, entry: str, found: Iterable[tuple[str, bool | None, str]]) -> None:
-        """From now on this is what is known of an entry's files: (name, ok, detail) of each check."""
+        """Replace the recorded checks of an entry's files: (name, ok, detail) each."""
         e = ix.entries.c
         with ix.index_transaction(self.engine) as connection:
             connection.execute(delete(ix.checks).where(ix.checks.c.entry == entry))
-            if connection.scalar(select(e.id).where(e.id == entry)) is not None:  # else collected meanwhile
+            # otherwise collected meanwhile
+            if connection.scalar(select(e.id).where(e.id == entry)) is not None:
                 ix.add_checks(connection, ((entry, *each) for each in found))
 
     def resolve(self, reference: str) -> Path:
-        """A local path with the adapter's files, read-only: a folder, or the file itself where it came as one file.
+        """Return a local read-only path with the adapter's files: a folder, or a single file.
 
-        A local store links, so nothing is copied. A remote one is fetched into this machine's cache, each file checked
-        against its sha256. The path stays good until garbage collection after the last name of the content went.
-        Raises NotInLibrary where there is no such adapter, AdapterError where its files are missing or damaged,
-        UnavailableError where the store does not answer."""
+        A local store creates links, so nothing is copied. Files of a remote store are downloaded to this
+        machine's cache and checked against their sha256. The path is valid until garbage collection after
+        the last name of the content is removed. Raises NotInLibrary if the adapter does not exist,
+        AdapterError if its files are missing or damaged, UnavailableError if the store does not respond."""
         version = self.find(reference)
         return self.place(version.reference, version.entry, version.format, self.files(version.entry))
 
     def place(self, reference: str, entry: str, format: str, kept: Mapping[str, tuple[str, int]] | None = None) -> Path:
-        """As `resolve`, for a caller that knows what the reference means. Without `kept` the store's own manifest says
-        which files there are, so that no database is asked."""
+        """Return a path as `resolve`, for a caller that already knows the entry.
+
+        Without `kept`, the files are read from the store's manifest instead of the database."""
         kept = self._manifest(entry) if kept is None else kept
         local = self.store if isinstance(self.store, LocalStore) else self.cache
         try:
@@ -195,7 +204,9 @@ class Library:
         return folder if len(kept) > 1 or format == "peft" else folder / only
 
     def _manifest(self, entry: str) -> dict[str, tuple[str, int]]:
-        """name -> (sha256, size), of the manifest in the store. Raises AdapterError where it is not what it was."""
+        """Return name -> (sha256, size) from the manifest in the store.
+
+        Raises AdapterError if the manifest is damaged."""
         path = manifest_path(entry)
         try:
             raw = self.cache.read(path) if isinstance(self.store, RemoteStore) else self.store.read(path)
@@ -217,7 +228,7 @@ class Library:
                     self.cache.fill(blob_path(sha256), source, sha256)
 
     def files(self, entry: str) -> dict[str, tuple[str, int]]:
-        """An entry's files: name -> (sha256, size)."""
+        """Return an entry's files: name -> (sha256, size)."""
         f = ix.files.c
         with reading(self.engine) as connection:
             rows = connection.execute(select(f.name, f.sha256, f.size).where(f.entry == entry).order_by(f.name)).all()
@@ -235,12 +246,16 @@ class Library:
         number: int | None = None,
         describe: Callable[[Path], AdapterDescription] = describe_adapter,
     ) -> Added:
-        """Keeps the adapter at `path` (a PEFT folder, a run's folder with one in `adapter/`, or one file) as the next
-        version of `name`. Content that the latest version has already makes no new version, and gets the tags.
+        """Store the adapter at `path` as the next version of `name`.
 
-        `source`: where it came from. `number`: the version it should get if that is free and the content is not there
-        under another. `describe`: reads the files; raises for files that are not an adapter. Raises AdapterError,
-        ConfigError."""
+        path: a PEFT folder, a run's folder with one in `adapter/`, or one file. If the latest version
+        already has this content, only the tags are added.
+
+        source: where the adapter came from.
+        number: the version number to use if it is free and no other version has the content.
+        describe: reads the files; raises for files that are not an adapter.
+
+        Raises AdapterError, ConfigError."""
         check_name(name)
         for tag in (tags := list(tags)):
             check_tag(tag)
@@ -269,7 +284,8 @@ class Library:
             now = ix.claim(connection, sizes)
             for target in (t for t in now if now[t] != claimed[t]):
                 self.store.put(target, *sources[target])
-                if self.store.size(target) is None:  # nobody collects now: the store itself lost it
+                # collection is blocked here: the store itself lost the file
+                if self.store.size(target) is None:
                     raise AdapterError("a file was sent and did not arrive", where=f"{self.location}: {target}")
             self.enter(connection, entry, kept, about)
             number, new = self._number(connection, name, entry, source, number)
@@ -281,7 +297,7 @@ class Library:
     def enter(
         self, connection: Connection, entry: str, kept: Mapping[str, tuple[str, int]], about: AdapterDescription
     ) -> None:
-        """The entry's rows; a description that says more than the one on record replaces it."""
+        """Insert or update an entry's rows; a description with more detail replaces the old one."""
         known = connection.execute(select(ix.entries.c.digest).where(ix.entries.c.id == entry)).first()
         values = about.columns(sum(size for _, size in kept.values()))
         if known is None:
@@ -304,7 +320,7 @@ class Library:
     def _number(
         self, connection: Connection, name: str, entry: str, source: str, wanted: int | None
     ) -> tuple[int, bool]:
-        """The version of `name` that is this entry, made where there is none. (number, whether it is new)"""
+        """Return (number, whether new) of the version of `name` with this entry; create it if needed."""
         v, n = ix.versions.c, ix.names.c
         known = connection.execute(select(n.latest, n.next).where(n.name == name)).first()
         latest, following = (known.latest, known.next) if known is not None else (None, 1)
@@ -330,13 +346,13 @@ class Library:
         ix.many(connection, ix.tags, [{"name": name, "version": version, "tag": x} for x in sorted(set(tags) - have)])
 
     def tag(self, reference: str, *tags: str) -> Version:
-        """Puts tags on a version. Raises as `find`, and ConfigError for text that can be no tag."""
+        """Add tags to a version. Raises as `find`, and ConfigError for an invalid tag."""
         for tag in tags:
             check_tag(tag)
         return self._change(reference, lambda connection, v: self._put_tags(connection, v.name, v.version, tags))
 
     def untag(self, reference: str, *tags: str) -> Version:
-        """Takes tags off a version. Raises AdapterError that lists the tags it does not have."""
+        """Remove tags from a version. Raises AdapterError that lists the missing tags."""
 
         def change(connection: Connection, v: Version) -> None:
             if missing := sorted(set(tags) - set(v.tags)):
@@ -348,7 +364,7 @@ class Library:
         return self._change(reference, change)
 
     def alias(self, reference: str, alias: str) -> Version:
-        """`name@alias` means this version from now on, wherever it pointed before; the change is atomic."""
+        """Point `name@alias` to this version, atomically, replacing the old target."""
         check_alias(alias)
 
         def change(connection: Connection, v: Version) -> None:
@@ -359,7 +375,7 @@ class Library:
         return self._change(reference, change)
 
     def _change(self, reference: str, change: Callable[[Connection, Version], None]) -> Version:
-        """Find a version, change what is said of it, and write its name's record, all under the write lock."""
+        """Find a version, change it and write its name's record, under the write lock."""
         with ix.index_transaction(self.engine) as connection:
             found = self._find(connection, reference)
             change(connection, found)
@@ -367,15 +383,16 @@ class Library:
             return self._find(connection, found.reference)
 
     def _write_record(self, connection: Connection, name: str) -> None:
-        """Write what the index says of a name into the store, and announce that the name changed."""
+        """Write a name's record from the index into the store, and announce the change."""
         self.store.replace(f"names/{name}.json", canonical(record(connection, name)))
         ix.changed(connection)
 
     def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
-        """Removes a name with all its versions (`support`), one version (`support@2`) or an alias (`support@prod`).
+        """Remove a name (`support`), a version (`support@2`) or an alias (`support@prod`).
 
-        A version that an alias points to stays, with AdapterError, unless `with_aliases`. The files stay too until `gc`
-        finds that no version of any name has them, and for its grace period after this. Returns what was removed."""
+        A name is removed with all its versions. Removing a version with an alias raises AdapterError,
+        unless `with_aliases`. Files stay until `gc` finds that no version uses them, and for its grace
+        period after this call. Returns what was removed."""
         wanted = parse_reference(reference)
         if wanted.prefix:
             raise ConfigError("a digest may have several names", where=reference, fix="remove them by name")
@@ -413,17 +430,20 @@ class Library:
 
 
 def library_place() -> str:
-    """Where the library is by default: VENEER_LIBRARY, or `library` in the veneer home."""
+    """Return the default library: VENEER_LIBRARY, or `library` in the veneer home."""
     return os.environ.get("VENEER_LIBRARY") or str(veneer_home() / "library")
 
 
 def open_library(location: str | Path | None = None, index: str | None = None, *, check: bool = True) -> Library:
-    """Opens the library at `location` (a path or fsspec URL), and make it if there is none.
+    """Open the library at `location` (a path or fsspec URL); create it if missing.
 
-    location: by default VENEER_LIBRARY, or `library` in the veneer home. index: a path or database URL; by default
-    VENEER_LIBRARY_INDEX, or index.sqlite in a local library; for a remote one a file in the veneer home, good for one
-    machine alone. `check=False` is for `upkeep.rebuild`. Raises ConfigError where the index belongs to another store:
-    collection by a wrong index would empty it."""
+    location: by default VENEER_LIBRARY, or `library` in the veneer home.
+    index: a path or database URL; by default VENEER_LIBRARY_INDEX, or index.sqlite in a local library. For
+    a remote library, the default is a file in the veneer home, which works for one machine only.
+    check: False is for `upkeep.rebuild`.
+
+    Raises ConfigError if the index belongs to another store: collection by a wrong index would empty the
+    store."""
     where = str(location or library_place())
     store = open_store(where)
     index = index or os.environ.get("VENEER_LIBRARY_INDEX")
@@ -450,7 +470,9 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
 
 
 def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
-    """Mark a new store with the index's id; the index first, so that a kill in between does no harm."""
+    """Mark a new store with the index's id.
+
+    The index is written first, so that a kill in between does no harm."""
     with ix.index_transaction(engine) as connection:
         mark = ix.identity(connection) or secrets.token_hex(16)
         ix.identify(connection, mark)

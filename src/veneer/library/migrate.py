@@ -25,9 +25,10 @@ from veneer.library.database import URL_FIX, keep_private, reading, shown_url, w
 class Schema:
     """The tables of a database.
 
-    what: names the database in errors. scripts: the folder of the revisions. table: the table that holds the revision.
-    lock: key of PostgreSQL's advisory lock. first: what a new database needs besides `tables`. older: what a user does
-    with a database that an unreleased build wrote. private: no other user of this machine can read the database."""
+    what: names the database in errors. scripts: the folder of the revisions. table: the table with the
+    revision. lock: the key of PostgreSQL's advisory lock. first: what a new database needs besides
+    `tables`. older: instructions for a database of an unreleased build. private: other users of this
+    machine cannot read the database."""
 
     what: str
     tables: MetaData
@@ -44,13 +45,14 @@ class Schema:
 
     @property
     def version_table(self) -> Table:
-        """The table of the revision, as Alembic defines it."""
+        """Return the revision's table, as Alembic defines it."""
         return Table(self.table, MetaData(), Column("version_num", String(32), primary_key=True))
 
 
 def append_only(connection: Connection, tables: Sequence[str], what: str, function: str) -> None:
-    """Make the database refuse to change or delete rows of these tables. `what`: as in "the audit log is"; `function`:
-    what PostgreSQL's triggers call."""
+    """Make the database refuse to change or delete rows of these tables.
+
+    what: as in "the audit log is". function: the function that PostgreSQL's triggers call."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(
             f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS "
@@ -94,7 +96,7 @@ def migrate(engine: Engine, schema: Schema, where: str) -> None:
 
 
 def revision(connection: Connection, schema: Schema) -> str | None:
-    """The revision that the database holds; None if it holds none."""
+    """Return the revision that the database holds; None if it holds none."""
     if not inspect(connection).has_table(schema.table):
         return None
     found: str | None = connection.scalar(select(schema.version_table.c.version_num))

@@ -1,23 +1,22 @@
-"""The one grammar of names, `[namespace/]name[@version|@alias]`, and what a reference means.
+"""The grammar of names, `[namespace/]name[@version|@alias]`, and their meaning.
 
     support            the latest version of the name `support`
     support@latest     the same
     support@2          its version 2
     support@prod       the version that its alias `prod` points to
     acme/support@2     version 2 of `support` in the namespace `acme`, another name than `support`
-    sha256:3fa9c1      the adapter (or the entry) whose digest begins so
+    sha256:3fa9c1      the adapter (or the entry) whose digest starts with these digits
 
-and those that OpenAI gives to what was tuned, with the base in front and the namespace as the organisation:
+OpenAI's names of fine-tuned models, with the base first and the namespace as the organization:
 
     ft:smollm2-135m:acme:support:kq7vz2mh                  acme/support-kq7vz2mh
     ft:smollm2-135m::support:kq7vz2mh:ckpt-step-40         support-kq7vz2mh@ckpt-step-40
     ft:smollm2-135m:acme::kq7vz2mh                         acme/kq7vz2mh
 
-The library, the names that a server loads, routes, limits, prices and every body over HTTP have these and no others. In
-a library names become file names, so they are lower case there; a name that is only loaded never does, and may have
-capitals (`cased`), as clients of other servers give them. Parts hold no separator of paths, URLs or mixes.
-Knows text alone.
-"""
+The library, a server's adapters, routes, limits, prices and HTTP bodies use only these names. In a
+library, names become file names and are therefore lower case. A name that a server only loads can have
+capitals (`cased`), as clients of other servers send them. Parts contain no separator of paths, URLs or
+mixes. This module knows only text."""
 
 from __future__ import annotations
 
@@ -35,15 +34,16 @@ _PREFIX = re.compile(r"sha256:[0-9a-f]{4,64}")
 _TUNED = re.compile(r"ft:([^:@]{1,200}):([^:@/]*):([^:@/]*):([^:@/]+)(?::ckpt-step-(\d{1,9}))?")
 _LETTERS = "bcdfghjkmpqrstvwxz"
 _TUNED_LAST = re.compile(rf"(?:(.+)-)?([{_LETTERS}][{_LETTERS}2-9]{{7}})")
-"""What a tuned adapter is called in the library. No id reads as a number, which would be a strength behind the last
-colon of its other name."""
+"""The library name of a fine-tuned adapter. No id reads as a number, which would be a strength after the
+last colon of an `ft:` name."""
 _RESERVED = {"latest", "con", "prn", "aux", "nul"}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed reference: a digest's prefix, or a name, its namespace in front, with a version or an alias (neither:
-    the latest version)."""
+    """A parsed reference: a digest's prefix, or a name with a version or an alias.
+
+    The name includes its namespace. Without version and alias: the latest version."""
 
     name: str = ""
     version: int | None = None
@@ -53,8 +53,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class TunedName:
-    """A name as OpenAI has it: `ft:BASE:ORGANISATION:SUFFIX:ID`, with `:ckpt-step-N` for a checkpoint (`step`). The
-    organisation is a namespace, and it and the suffix may be empty."""
+    """OpenAI's name of a fine-tuned model: `ft:BASE:ORGANISATION:SUFFIX:ID`.
+
+    A checkpoint (`step`) adds `:ckpt-step-N`. The organization is a namespace; organization and suffix can
+    be empty."""
 
     base: str
     organisation: str
@@ -73,19 +75,19 @@ class TunedName:
 
     @property
     def reference(self) -> str:
-        """What it is in the library."""
+        """The reference in the library."""
         name = f"{self.organisation}/{self.last}" if self.organisation else self.last
         return name if self.step is None else f"{name}@{checkpoint_alias(self.step)}"
 
 
 def new_tuned(base: str, organisation: str, suffix: str) -> TunedName:
-    """A name that nothing has yet."""
+    """Return an unused name."""
     id = secrets.choice(_LETTERS) + "".join(secrets.choice(_LETTERS + "23456789") for _ in range(7))
     return TunedName(base, organisation, suffix, id)
 
 
 def tuned_of(base: str, name: str) -> TunedName | None:
-    """What OpenAI would call the adapter of this name in the library; None for a name as `new_tuned` makes none."""
+    """Return OpenAI's name for a library adapter; None if `new_tuned` did not make the name."""
     organisation, _, last = name.rpartition("/")
     found = _TUNED_LAST.fullmatch(last)
     made = None if found is None else TunedName(base, organisation, found[1] or "", found[2])
@@ -93,17 +95,17 @@ def tuned_of(base: str, name: str) -> TunedName | None:
 
 
 def organisation_of(tenant: str) -> str:
-    """What OpenAI would call a tenant, or whoever has the machine."""
+    """Return OpenAI's organization id of a tenant, or of the operator."""
     return f"org-{tenant or 'veneer'}"
 
 
 def checkpoint_alias(step: int) -> str:
-    """The alias of an adapter's checkpoint."""
+    """Return the alias of an adapter's checkpoint."""
     return f"ckpt-step-{step}"
 
 
 def parse_tuned(text: str) -> TunedName | None:
-    """A name as OpenAI has it; None for a text that is none."""
+    """Parse OpenAI's name of a fine-tuned model; None for any other text."""
     found = _TUNED.fullmatch(text)
     if found is None:
         return None
@@ -112,8 +114,9 @@ def parse_tuned(text: str) -> TunedName | None:
 
 
 def parse_reference(text: str, *, cased: bool = False) -> Reference:
-    """The reference that a text means. `cased`: names may have capitals. Raises ConfigError for a text that is not
-    one."""
+    """Parse a reference. Raises ConfigError for an invalid one.
+
+    cased: names can have capitals."""
     if (tuned := parse_tuned(text)) is not None:
         text = tuned.reference
     if text.startswith("sha256:"):
@@ -131,18 +134,18 @@ def parse_reference(text: str, *, cased: bool = False) -> Reference:
 
 
 def name_of(reference: str) -> str:
-    """A reference's name, whatever its version: what limits, prices and grants count it under."""
+    """Return a reference's name without its version, as limits, prices and grants use it."""
     tuned = parse_tuned(reference)
     return (reference if tuned is None else tuned.reference).partition("@")[0]
 
 
 def likely_name(text: str) -> str:
-    """What a library could call something that is called so elsewhere; "" where nothing is left of it."""
+    """Return a valid library name close to `text`; "" if nothing is left."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:100].strip("-")
 
 
 def check_name(name: str, *, cased: bool = False) -> None:
-    """Raises ConfigError for what cannot name an adapter: one name, or a namespace, a slash and a name."""
+    """Raise ConfigError unless `name` is a valid name, or namespace/name."""
     text = name.lower() if cased and name.isascii() else name
     namespace, slash, last = text.rpartition("/")
     if not _is_part(last, _NAME) or (slash and not _is_namespace(namespace)):
@@ -156,7 +159,7 @@ def check_name(name: str, *, cased: bool = False) -> None:
 
 
 def check_namespace(namespace: str) -> None:
-    """Raises ConfigError for what cannot stand in front of a name's slash."""
+    """Raise ConfigError for an invalid namespace."""
     if not _is_namespace(namespace):
         raise ConfigError(
             f"{quoted(namespace)} cannot be a namespace",
@@ -165,7 +168,8 @@ def check_namespace(namespace: str) -> None:
 
 
 def _is_namespace(text: str) -> bool:
-    return _is_part(text, _NAMESPACE) and not text.endswith(".json")  # beside the records of names: names/support.json
+    # .json is for the records of names: names/support.json
+    return _is_part(text, _NAMESPACE) and not text.endswith(".json")
 
 
 def _is_part(text: str, pattern: re.Pattern[str]) -> bool:
@@ -173,7 +177,7 @@ def _is_part(text: str, pattern: re.Pattern[str]) -> bool:
 
 
 def check_alias(alias: str) -> None:
-    """Raises ConfigError for what cannot be an alias: it must not look like a version."""
+    """Raise ConfigError for an invalid alias; an alias cannot look like a version."""
     if not _ALIAS.fullmatch(alias) or alias in _RESERVED:
         raise ConfigError(
             f"{alias!r} cannot be an alias",
@@ -182,13 +186,13 @@ def check_alias(alias: str) -> None:
 
 
 def check_tag(tag: str) -> None:
-    """Raises ConfigError for what cannot be a tag."""
+    """Raise ConfigError for an invalid tag."""
     if not _TAG.fullmatch(tag):
         raise ConfigError(f"{tag!r} cannot be a tag", fix="letters, digits and . _ : / = + -, at most 100, no spaces")
 
 
 def check_file_name(name: str) -> None:
-    """Raises ConfigError for a name that is not a plain file name everywhere."""
+    """Raise ConfigError for a name that is not a plain file name on every system."""
     plain = name not in ("", ".", "..") and not any(c in '/\\:*?"<>|' or ord(c) < 32 or ord(c) == 127 for c in name)
     try:
         plain = plain and len(name.encode("utf-8")) <= 200

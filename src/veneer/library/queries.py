@@ -1,7 +1,6 @@
-"""Questions to the index: a reference, a search, and what the index says of one name.
+"""Queries of the index: references, searches and records of names.
 
-Knows the tables; nothing of the store.
-"""
+This module knows the tables; it does not know about the store."""
 
 from __future__ import annotations
 
@@ -33,10 +32,10 @@ from veneer.library import index as ix
 from veneer.library.names import Reference
 
 Order = Literal["name", "added", "gain", "size", "rank"]
-"""How a shelf is ordered: by name; the newest first; the most gained, the largest, the highest rank first."""
+"""Sort order of a search: by name, or newest, largest gain, largest size or highest rank first."""
 _ORDERS: tuple[Order, ...] = get_args(Order)
 _HEALTHS = ("sound", "faulty", "unknown")
-"""What is known of an adapter's files: the last look found them right, or not, or nobody has looked yet."""
+"""Result of the last check of an adapter's files; unknown if none has run."""
 
 _T = TypeVar("_T")
 _SOME = 500  # values in one IN list
@@ -44,10 +43,12 @@ _SOME = 500  # values in one IN list
 
 @dataclass
 class Version:
-    """One version of a name, with what is known of its content. `entry`: the manifest's sha256. `digest`: the
-    adapter's, "" if it could not be read. `size`: bytes of all its files. `rank`: 0 where its pairs have several, or it
-    has none. `gain`: by which share of itself the held-out loss changed (`describe.Gain`). `health`: sound, faulty
-    or unknown. `aliases`: those that point here now."""
+    """One version of a name, with the description of its content.
+
+    entry: the manifest's sha256. digest: the adapter's, "" if it could not be read. size: bytes of all its
+    files. rank: 0 if its pairs have several ranks, or if it has none. gain: relative change of the
+    held-out loss (`describe.Gain`). health: sound, faulty or unknown. aliases: the aliases that point to
+    this version."""
 
     name: str
     version: int
@@ -81,8 +82,10 @@ class Version:
 
 @dataclass(frozen=True)
 class SearchPage:
-    """A part of what fits. `total`: how many fit. `facets`: of base, kind, rank, tag and health, value -> how many
-    would fit if it were asked for (as it is now, all else that is asked), the most frequent first."""
+    """A page of search results.
+
+    total: number of matches. facets: for base, kind, rank, tag and health, value -> number of matches if
+    that value replaced the current one, most frequent first."""
 
     versions: list[Version]
     total: int
@@ -91,8 +94,10 @@ class SearchPage:
 
 @dataclass(frozen=True)
 class AdapterFamily:
-    """What an adapter was made from, and what was made from it. `unknown`: digests of parents that are not in the
-    library. `versions`: all of its own name, newest first."""
+    """The parents, children and versions of an adapter.
+
+    unknown: digests of parents that are not in the library. versions: all versions of its name, newest first.
+    """
 
     parents: list[Version]
     unknown: list[str]
@@ -100,7 +105,7 @@ class AdapterFamily:
     versions: list[Version]
 
     def names(self) -> dict[str, list[str]]:
-        """References, for JSON; of parents that are not here, digests."""
+        """Return references for JSON; digests for parents that are not in the library."""
         known = {"parents": self.parents, "children": self.children, "versions": self.versions}
         return {what: [v.reference for v in own] for what, own in known.items()} | {"unknown_parents": self.unknown}
 
@@ -127,8 +132,10 @@ def _with_content(query: Select[Any]) -> Select[Any]:
 
 
 def find_versions(connection: Connection, wanted: Reference) -> list[Version]:
-    """The version that a reference means: none, or one; for a digest's prefix that fits several adapters one of each.
-    Among versions of the same adapter the one added last stands for all."""
+    """Return the version that a reference means, if any.
+
+    For a digest's prefix that matches several adapters, one version of each. Of several versions of one
+    adapter, the last added."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     if wanted.prefix:
         rows = connection.execute(
@@ -159,13 +166,15 @@ def search(
     offset: int = 0,
     **more: Any,
 ) -> list[Version]:
-    """The versions that match everything given, by name and version; only the latest of each name unless
-    `all_versions`.
+    """Return the versions that match every filter, by name and version.
 
-    text: each of its words is somewhere in name, tags, or card (base, trigger words, licence, …), in any case.
-    tags: the version has all of them. base: the base's name, whole or its last part, or a beginning of its fingerprint.
-    more: name, which the version's begins with; trigger, one of its trigger words, in any case; parent, the digest of
-    an adapter it was made from, or its beginning; all_versions."""
+    Only the latest version of each name, unless `all_versions`.
+
+    text: each word appears in name, tags or card (base, trigger words, licence, …), in any case.
+    tags: the version has all of them.
+    base: the base's name, in full or its last part, or a prefix of its fingerprint.
+    more: name, a prefix of the version's name; trigger, one of its trigger words, in any case; parent, the
+    digest of an adapter it was made from, or a prefix; all_versions."""
     conditions = [*_fitting(text, **more), *_tagged(tags), *_of_base(base)]
     return _page(connection, conditions, (), limit, offset)
 
@@ -177,7 +186,9 @@ def _page(
     limit: int | None,
     offset: int,
 ) -> list[Version]:
-    """The versions that match. Their keys are chosen first: sorting whole rows, cards included, takes long."""
+    """Return the matching versions.
+
+    Keys are selected first, because sorting whole rows, with cards, is slow."""
     v = ix.versions.c
     keys = _with_content(select(v.name, v.version)).where(*conditions).order_by(*order, v.name, v.version)
     page = [tuple(row) for row in connection.execute(keys.limit(limit).offset(offset))]
@@ -204,13 +215,14 @@ def browse(
     offset: int = 0,
     **more: Any,
 ) -> SearchPage:
-    """A part of what fits all that is given, in `order`, with how many fit, and how many would of each base, kind,
-    rank, tag and health.
+    """Return a page of the versions that match every filter, with counts per facet.
 
-    text, base, tags and `more` (name, trigger, parent, all_versions): as `search` has them. kind: text or image.
-    rank: 0 for those of several. health: sound, faulty or unknown. without: a tag's beginning; what has such a tag is
-    left out. sees: a function of a reference, which says whether whoever asks may know of it; None for all. Raises
-    ConfigError for an order or a health that is none."""
+    text, base, tags and `more` (name, trigger, parent, all_versions): as in `search`.
+    kind: text or image. rank: 0 for several ranks. health: sound, faulty or unknown.
+    without: exclude versions with a tag that starts with this.
+    sees: reference -> whether the caller can see it; None for all.
+
+    Raises ConfigError for an unknown order or health."""
     for what, value, known in (("order", order, _ORDERS), ("health", health, ("", *_HEALTHS))):
         if value not in known:
             raise ConfigError(f"no {what} is called {quoted(value)}", fix=f"one of {', '.join(filter(None, known))}")
@@ -256,7 +268,7 @@ def browse(
 
 
 def family_of(connection: Connection, version: Version) -> AdapterFamily:
-    """The relatives of a version, by the digests that cards name."""
+    """Return the relatives of a version, by the digests in cards."""
     v, e, p = ix.versions.c, ix.entries.c, ix.parents.c
 
     def those(condition: ColumnElement[bool]) -> list[Version]:
@@ -270,13 +282,15 @@ def family_of(connection: Connection, version: Version) -> AdapterFamily:
 
 
 def size_under(connection: Connection, beginning: str) -> int:
-    """Bytes of all versions of the names that begin so; what several have is counted for each."""
+    """Return the bytes of all versions of names with this prefix.
+
+    Shared content counts once per version."""
     query = _with_content(select(func.sum(ix.entries.c.size))).where(_begins(ix.versions.c.name, beginning, "\x7f"))
     return int(connection.scalar(query) or 0)
 
 
 def checks_of(connection: Connection, entry: str) -> list[dict[str, Any]]:
-    """What the last looks at an entry found: name, ok, detail, at."""
+    """Return the results of an entry's last checks: name, ok, detail, at."""
     c = ix.checks.c
     rows = connection.execute(select(c.name, c.ok, c.detail, c.at).where(c.entry == entry).order_by(c.at, c.name))
     return [dict(row._mapping) for row in rows]
@@ -296,7 +310,7 @@ def _fitting(
             or_(
                 e.words.like(like, escape="\\"),
                 v.name.like(like, escape="\\"),
-                tuple_(v.name, v.version).in_(tagged),  # one pass over the tags, not a look for each version
+                tuple_(v.name, v.version).in_(tagged),  # one pass over the tags, not one lookup per version
             )
         )
     if name:
@@ -311,7 +325,7 @@ def _fitting(
 
 
 def _tagged(tags: Sequence[str]) -> list[ColumnElement[bool]]:
-    t, v = ix.tags.alias().c, ix.versions.c  # another name, for beside tags that are counted
+    t, v = ix.tags.alias().c, ix.versions.c  # an alias, so that tags can also be counted
     return [exists().where(t.name == v.name, t.version == v.version, t.tag == tag) for tag in tags]
 
 
@@ -323,7 +337,9 @@ def _of_base(base: str) -> list[ColumnElement[bool]]:
 
 
 def _seen(connection: Connection, sees: Callable[[str], bool]) -> ColumnElement[bool]:
-    """Whether a version is one of those that `sees` lets through, whose references go to the database as one value."""
+    """Return the condition that `sees` accepts a version.
+
+    The accepted references are sent to the database as one value."""
     v = ix.versions.c
     every = (f"{name}@{version}" for name, version in connection.execute(select(v.name, v.version)))
     seen = json.dumps([reference for reference in every if sees(reference)])
@@ -336,12 +352,14 @@ def _seen(connection: Connection, sees: Callable[[str], bool]) -> ColumnElement[
 
 
 def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> ColumnElement[bool]:
-    """A range that an index serves. `after`: a character behind all that can follow, for hexadecimal "g"."""
+    """Return a prefix condition that an index can serve.
+
+    after: a character that sorts after all possible ones; "g" for hexadecimal."""
     return and_(column >= prefix, column < prefix + after)
 
 
 def _full(connection: Connection, rows: Sequence[Any]) -> list[Version]:
-    """The rows as versions, with what stands in other tables."""
+    """Return rows as versions, with the data of other tables."""
     t, a, w, p = ix.tags.c, ix.name_aliases.c, ix.triggers.c, ix.parents.c
     names, entries = sorted({r.name for r in rows}), sorted({r.entry for r in rows})
 
@@ -371,7 +389,7 @@ def _parts(values: Sequence[_T]) -> Iterable[Sequence[_T]]:
 
 
 def record(connection: Connection, name: str) -> dict[str, Any]:
-    """What the index says of a name, as it stands in the store and in exports."""
+    """Return a name's record, as written to the store and to exports."""
     n, a = ix.names.c, ix.name_aliases.c
     following = connection.scalar(select(n.next).where(n.name == name)) or 1
     pointers = connection.execute(select(a.alias, a.version).where(a.name == name)).all()

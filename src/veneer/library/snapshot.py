@@ -1,17 +1,17 @@
-"""Every name of a library as it is now, in memory: for a server, which may not ask a database for each request.
+"""All names of a library in memory, for servers that cannot query per request.
 
     with Snapshot(library) as names:
-        names.now.find(parse_reference("support@prod"))        at once, whatever the database does
-        await names.fresh()                                    what had been committed before this, as a rule
+        names.now.find(parse_reference("support@prod"))        immediate, whatever the database does
+        await names.fresh()                                    usually everything committed before this call
 
-A thread reads the names again when they changed. In SQLite it is asked by whoever wants to be sure, and looks at
-`data_version`, a number that a connection sees change when another commits. In PostgreSQL it listens: whoever changes
-names raises the index's revision and notifies, and the revision is looked at each second besides. While the database
-does not answer, what was read last holds, and nobody waits.
+A thread reloads the names when they change. With SQLite, callers that need current names ask the thread,
+which compares `data_version`, a number that changes when another connection commits. With PostgreSQL the
+thread listens: every change of names increments the index's revision and notifies, and the thread also
+checks the revision each second. While the database does not respond, the last names stay valid and nobody
+waits.
 
-A reading takes 0.5 s for 100,000 versions; a thread that has just read rests as long as that took. Cards are not read.
-Knows the index; nothing of the store.
-"""
+A reload takes 0.5 s for 100,000 versions; the thread then pauses for the time the reload took. Cards are
+not read. This module knows the index; it does not know about the store."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from veneer.library.names import Reference
 _log = logging.getLogger("veneer.library")
 
 PATIENCE = 0.5
-"""Seconds that `fresh` waits at most."""
+"""Maximum seconds that `fresh` waits."""
 _EVERY = 1.0
 _AGAIN = 60.0
-"""Seconds after which names are read again though nobody said that they changed: an older veneer says nothing."""
+"""Seconds after which names are reloaded without a notice: older versions of veneer send none."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedVersion:
-    """One version of a name. `digest`: the adapter's, "" if it could not be read; `entry`: its manifest's."""
+    """One version of a name; `digest` is the adapter's ("" if unreadable), `entry` its id."""
 
     name: str
     version: int
@@ -63,7 +63,7 @@ class NamedVersion:
 
 
 class Names:
-    """The names of one moment. `find` finds what `queries.find_versions` does."""
+    """The names at one moment; `find` returns what `queries.find_versions` does."""
 
     def __init__(
         self, kept: Iterable[NamedVersion] = (), latest: Iterable[tuple[str, int]] = (), aliases: Iterable[Any] = ()
@@ -73,7 +73,7 @@ class Names:
         self._aliases: dict[tuple[str, str], int] = {(name, alias): version for name, alias, version in aliases}
 
     def find(self, wanted: Reference) -> NamedVersion | None:
-        """None where there is none, and where a digest's prefix fits several adapters."""
+        """Return a version; None if there is none, or a digest's prefix is ambiguous."""
         if wanted.prefix:
             return self._by_digest(wanted.prefix)
         if wanted.alias:
@@ -83,7 +83,7 @@ class Names:
         return None if version is None else self._kept.get((wanted.name, version))
 
     def latest(self, fingerprint: str) -> list[NamedVersion]:
-        """The latest version of each name, of this base, by name."""
+        """Return the latest version of each name for this base, by name."""
         found = (self._kept.get(key) for key in self._latest.items())
         return sorted((k for k in found if k is not None and k.fingerprint == fingerprint), key=lambda k: k.name)
 
@@ -97,7 +97,9 @@ class Names:
 
     @cached_property
     def _digests(self) -> list[tuple[str, NamedVersion]]:
-        """Digests, and entries written as digests, in order. Of the versions of one adapter the last added counts."""
+        """Return sorted digests, and entries written as digests.
+
+        Of the versions of one adapter, the last added counts."""
         newest: dict[str, NamedVersion] = {}
         by_name = sorted(self._kept.values(), key=lambda k: (k.name, -k.version))
         for k in sorted(by_name, key=lambda k: k.added, reverse=True):
@@ -107,7 +109,7 @@ class Names:
 
 
 def read(connection: Connection) -> Names:
-    """The names as they are now."""
+    """Return the current names."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     columns = (v.name, v.version, v.entry, v.added, e.digest, e.format, e.fingerprint, e.base)
     kept = [
@@ -121,13 +123,15 @@ def read(connection: Connection) -> Names:
 
 
 class Snapshot:
-    """The names of one library, and the thread that reads them. Reads once before it returns; raises as the index."""
+    """The names of one library, and the thread that reloads them.
+
+    Loads once before the constructor returns; raises as the index does."""
 
     def __init__(self, library: Library, *, patience: float = PATIENCE) -> None:
         self.engine, self.patience = library.engine, patience
         self.listens = self.engine.dialect.name == "postgresql"
         self.away = False
-        """Whether the database did not answer when it was last asked."""
+        """Whether the last query of the database failed."""
         self._mark: object = None
         self._lock, self._stop, self._poke = threading.Lock(), threading.Event(), threading.Event()
         self._waiting: list[Future[None]] = []
@@ -147,12 +151,14 @@ class Snapshot:
 
     @property
     def now(self) -> Names:
-        """As they were last read."""
+        """The names as last loaded."""
         return self._names
 
     async def fresh(self) -> Names:
-        """The names after a look that began after this call; those that were read last where the database does not
-        answer soon. In PostgreSQL, where changes announce themselves, at once."""
+        """Return the names after a check that began after this call.
+
+        If the database does not respond within `patience`, returns the last names. With PostgreSQL, which
+        announces changes, returns at once."""
         if (asked := self._ask()) is not None:
             try:
                 async with asyncio.timeout(self.patience):
@@ -162,7 +168,9 @@ class Snapshot:
         return self._names
 
     def looked(self) -> Names:
-        """`fresh` for a thread that may wait; in PostgreSQL too, for it may just have been told of a new name."""
+        """Run `fresh` for a thread that can block.
+
+        Also checks PostgreSQL, because the caller can know of a new name already."""
         if (asked := self._ask(always=True)) is not None:
             try:
                 asked.result(self.patience)
@@ -182,7 +190,7 @@ class Snapshot:
     def close(self) -> None:
         self._stop.set()
         self._poke.set()
-        self._thread.join(5)  # one that waits for a database that is away ends by itself
+        self._thread.join(5)  # a thread waiting for an unreachable database ends by itself
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -197,7 +205,7 @@ class Snapshot:
                             _log.warning("the library's index answers again")
                         self.away = said = False
                         self._wait(driver)
-            except Exception as error:  # whatever the driver says: what was read last holds
+            except Exception as error:  # whatever the driver raises: the last names stay valid
                 self.away = True
                 if not said and not self._stop.is_set():
                     _log.warning("the library's index is away, what was read last holds: %s", error)
@@ -208,9 +216,9 @@ class Snapshot:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
-        """The driver's own connection, out of the pool, in no transaction."""
+        """Yield the driver's own connection, outside the pool and any transaction."""
         raw = self.engine.raw_connection()
-        self._mark = None  # SQLite counts anew in each connection
+        self._mark = None  # SQLite counts per connection
         driver: Any = raw.driver_connection
         raw.detach()
         try:
@@ -222,7 +230,7 @@ class Snapshot:
             raw.close()
 
     def _wait(self, driver: Any) -> None:
-        """Until somebody asks, or a notice comes, or a second has gone."""
+        """Wait for a request, a notice or one second."""
         if not self.listens:
             self._poke.wait(_EVERY)
             return
@@ -248,7 +256,7 @@ class Snapshot:
             self._told(asked)
 
     def _version(self, driver: Any) -> object:
-        """What is another after names have changed."""
+        """Return a value that changes when names change."""
         if self.listens:
             row = driver.execute("SELECT value FROM library_meta WHERE key = 'revision'").fetchone()
             return None if row is None else row[0]

@@ -1,16 +1,16 @@
-"""The store: files under their sha256, in a local directory or anywhere fsspec reaches.
+"""The store: files named by their sha256, in a local directory or an fsspec URL.
 
     library.json              which library this is
     blobs/ab/ab12…            one file of an adapter, under the sha256 of its bytes
-    manifests/3f/3fa9…        {"veneer-manifest": 1, "files": {name: {"sha256", "size"}}}, under its sha256: an entry
-    names/support.json        what the index says of a name, so that the index can be made again
-    folders/3fa9…/            local directories alone: an entry's files under their names, hard links to the blobs
-    tmp/                      local directories alone: what is being written
+    manifests/3f/3fa9…        {"veneer-manifest": 1, "files": {name: {"sha256", "size"}}}, under its
+    sha256: an entry
+    names/support.json        the index's record of a name, from which the index can be rebuilt
+    folders/3fa9…/            local stores only: an entry's files under their names, hard links to the blobs
+    tmp/                      local stores only: files being written
 
-A file appears whole or not at all, and one under its sha256 never changes. Whoever writes below tmp/ holds a lock on
-it, which the system takes back when the process dies in any way: what is unlocked there is debris.
-Knows bytes and paths; nothing of names, versions or the index.
-"""
+A file appears complete or not at all, and a file under its sha256 never changes. A writer below tmp/ holds
+a lock on its file, which the system releases when the process dies; unlocked files there are debris. This
+module knows bytes and paths; it does not know about names, versions or the index."""
 
 from __future__ import annotations
 
@@ -32,36 +32,38 @@ from veneer.files.locks import take_lock
 
 CHUNK = 1 << 20
 _WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
-"""fsspec protocols whose files appear whole: elsewhere a file is written under another name and moved."""
+"""fsspec protocols with atomic writes. With other protocols, a file is written under a temporary name and
+moved."""
 
 S3_SECONDS = 10.0
 """Seconds without a reply from S3 after which an attempt fails."""
 
 
 def blob_path(sha256: str) -> str:
-    """The path of a file in a store, by its sha256."""
+    """Return the path of a file in a store, by its sha256."""
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
 def manifest_path(entry: str) -> str:
-    """The path of an entry's manifest in a store."""
+    """Return the path of an entry's manifest in a store."""
     return f"manifests/{entry[:2]}/{entry}"
 
 
 def canonical(value: Any) -> bytes:
-    """JSON of which equal values have equal bytes."""
+    """Return canonical JSON: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def hash_file(path: Path) -> str:
-    """The sha256 of a file, hexadecimal."""
+    """Return the sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_store(location: str) -> LocalStore | RemoteStore:
-    """The store at a path, a file: URL or another fsspec URL. Raises ConfigError for a URL that means nothing,
-    MissingExtraError where the package for its protocol is not installed."""
+    """Return the store at a path, a file: URL or another fsspec URL.
+
+    Raises ConfigError for an invalid URL, MissingExtraError if the protocol's package is not installed."""
     if "://" not in location:
         return LocalStore(Path(location).expanduser().absolute())
     protocol = location.partition("://")[0]
@@ -81,8 +83,10 @@ def open_store(location: str) -> LocalStore | RemoteStore:
 
 
 def open_remote(location: str) -> tuple[Any, str]:
-    """Return the file system of an fsspec URL, and the path in it. If S3 stops answering, a call fails after four
-    attempts of `S3_SECONDS` each; the client's defaults are 25 attempts of a minute. Raises fsspec's errors."""
+    """Return the file system of an fsspec URL, and the path in it.
+
+    If S3 stops responding, a call fails after four attempts of `S3_SECONDS` each; the client's defaults
+    are 25 attempts of a minute. Raises fsspec's errors."""
     import fsspec  # type: ignore[import-untyped]
 
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -103,7 +107,7 @@ class LocalStore:
     root: Path
 
     def size(self, path: str) -> int | None:
-        """A file's size; None where there is no such file."""
+        """Return a file's size; None if the file does not exist."""
         try:
             return (self.root / path).stat().st_size
         except FileNotFoundError:
@@ -116,8 +120,9 @@ class LocalStore:
         return (self.root / path).open("rb")
 
     def put(self, path: str, source: Path | bytes, sha256: str) -> None:
-        """Stores bytes under their sha256; nothing happens if they are there. Raises AdapterError, with nothing
-        changed, where the source has another sha256."""
+        """Store bytes under their sha256, unless they are already stored.
+
+        Raises AdapterError, with nothing changed, if the source has another sha256."""
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if self.size(path) == size:
             return
@@ -126,11 +131,11 @@ class LocalStore:
             self._write(path, chunks, sha256, mode=0o444)
 
     def fill(self, path: str, source: IO[bytes], sha256: str) -> None:
-        """`put` from an open file."""
+        """Run `put` from an open file."""
         self._write(path, _chunks(source), sha256, mode=0o444)
 
     def replace(self, path: str, data: bytes) -> None:
-        """Writes a file that may change, whole or not at all."""
+        """Write a file that can change, atomically."""
         self._write(path, iter([data]), None, mode=0o644)
 
     def _write(self, path: str, chunks: Iterator[bytes], sha256: str | None, mode: int) -> None:
@@ -148,7 +153,7 @@ class LocalStore:
 
     @contextlib.contextmanager
     def temporary(self, folder: bool = False) -> Iterator[tuple[Path, int]]:
-        """A new file or folder below tmp/, locked; removed at the end if it is still there."""
+        """Yield a new locked file or folder below tmp/; removed at the end if still there."""
         parent = self.root / "tmp"
         parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -158,11 +163,11 @@ class LocalStore:
             flags = os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
             try:
                 fd = os.open(path, flags, 0o600)
-            except FileNotFoundError:  # a sweep came between the two
+            except FileNotFoundError:  # a sweep ran between the two calls
                 continue
             if _lock(fd) and path.exists():
                 break
-            os.close(fd)  # a sweep held it for debris: begin again
+            os.close(fd)  # a sweep treated it as debris: try again
         try:
             yield path, fd
         finally:
@@ -173,7 +178,7 @@ class LocalStore:
         (self.root / path).unlink(missing_ok=True)
 
     def walk(self, prefix: str) -> Iterator[tuple[str, int, float]]:
-        """(path, size, time of last change) of every file below `prefix`."""
+        """Yield (path, size, time of last change) of every file below `prefix`."""
         for folder, _, names in os.walk(self.root / prefix):
             for name in names:
                 found = Path(folder) / name
@@ -182,8 +187,9 @@ class LocalStore:
                     yield found.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime
 
     def folder(self, entry: str, files: Mapping[str, tuple[str, int]]) -> Path:
-        """The entry's files under their names: name -> (sha256, size). Hard links, so that nothing is copied; copies on
-        file systems without. Raises FileNotFoundError where a blob is missing."""
+        """Return a folder with an entry's files, name -> (sha256, size), as hard links.
+
+        Files are copied on file systems without hard links. Raises FileNotFoundError if a blob is missing."""
         target = self.root / "folders" / entry
         if _holds(target, files):
             return target
@@ -203,13 +209,13 @@ class LocalStore:
             while not _holds(target, files):
                 try:
                     os.rename(temporary, target)
-                except OSError:  # another process made it meanwhile, or someone took files out of it
+                except OSError:  # another process created it meanwhile, or a user removed files from it
                     if target.exists() and not _holds(target, files):
                         self.drop_folder(entry)
         return target
 
     def drop_folder(self, entry: str) -> None:
-        """Remove an entry's folder; out of the way in one step, so that nobody finds half of it."""
+        """Remove an entry's folder; it is moved away first, so that no reader sees half of it."""
         folder = self.root / "folders" / entry
         aside = self.root / "tmp" / secrets.token_hex(12)
         aside.parent.mkdir(exist_ok=True)
@@ -218,7 +224,7 @@ class LocalStore:
             _discard(aside)
 
     def sweep(self, entries: set[str]) -> int:
-        """Remove debris below tmp/ and the folders of entries that are not in `entries`. Returns how many."""
+        """Remove debris in tmp/ and folders of entries not in `entries`; return the count."""
         count = 0
         for path in _listed(self.root / "tmp"):
             try:
@@ -240,7 +246,7 @@ class LocalStore:
 
 @dataclass
 class RemoteStore:
-    """A store behind fsspec. `whole`: files appear whole when they are closed."""
+    """A store behind fsspec. `whole`: files appear complete when they are closed."""
 
     fs: Any
     root: str
@@ -262,13 +268,17 @@ class RemoteStore:
             return bytes(self.fs.cat_file(self._at(path)))
 
     def open(self, path: str) -> IO[bytes]:
-        """Reading the file may fail too: the caller reads it within `store_errors`."""
+        """Open a file for reading.
+
+        Reads can fail too: the caller must read within `store_errors`."""
         with store_errors(self.root):
             opened: IO[bytes] = self.fs.open(self._at(path), "rb", cache_type="readahead", block_size=8 << 20)
         return opened
 
     def put(self, path: str, source: Path | bytes, sha256: str) -> None:
-        """As `LocalStore.put`. What arrived may be gone again: collected, and missed when the add is committed."""
+        """Store bytes as `LocalStore.put`.
+
+        The file can be collected right afterwards; the commit of the add detects this."""
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if self.size(path) == size:
             return
@@ -314,15 +324,16 @@ class RemoteStore:
 
 @contextlib.contextmanager
 def store_errors(where: str) -> Iterator[None]:
-    """For whatever is asked of a remote store. Each client has its own errors: a file that is not there stays
-    FileNotFoundError, and anything else means that the store cannot be used now, which is UnavailableError."""
+    """Convert errors of a remote store's client.
+
+    FileNotFoundError stays; any other error means that the store cannot be used now, UnavailableError."""
     try:
         yield
     except (FileNotFoundError, VeneerError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # the disk here is full
+            raise  # the local disk is full
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UnavailableError(f"the store cannot be used now: {reason}", where=where, fix="try again later") from error
 
@@ -345,7 +356,7 @@ def _wrong_bytes(path: str, found: str, wanted: str) -> AdapterError:
 
 
 def _make_parents(target: Path) -> set[Path]:
-    """Make the folder of `target`. Returns the folders whose listing changed by that."""
+    """Create the folder of `target`; return the folders whose listing changed."""
     if target.parent.is_dir():
         return set()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -353,7 +364,7 @@ def _make_parents(target: Path) -> set[Path]:
 
 
 def _lock(fd: int) -> bool:
-    """Take the lock of an open file or folder, unless someone holds it."""
+    """Take the lock of an open file or folder; False if another process holds it."""
     try:
         take_lock(fd)
     except OSError:
@@ -373,7 +384,7 @@ def _discard(path: Path) -> None:
 
 
 def _holds(folder: Path, files: Mapping[str, tuple[str, int]]) -> bool:
-    """Whether a folder has just these files, in their sizes."""
+    """Return whether a folder has exactly these files, with their sizes."""
     try:
         return {e.name: e.stat().st_size for e in os.scandir(folder)} == {n: size for n, (_, size) in files.items()}
     except FileNotFoundError:

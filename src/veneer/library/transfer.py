@@ -1,14 +1,14 @@
-"""Adapters on their way: to and from the Hugging Face hub, fsspec places and export files.
+"""Transfer adapters to and from the Hugging Face hub, fsspec URLs and export files.
 
     hf:owner/name[/file.safetensors][@revision]     a repository of the hub, or one file of it
     s3://bucket/folder, file:///…, a path           a folder with an adapter's files, or one file
 
-    export = library.json {"veneer-export": 1}, names/NAME.json, manifests/…, blobs/… as in a store, in a tar or a
+    export = library.json {"veneer-export": 1}, names/NAME.json, manifests/…, blobs/… as in a store, in a
+    tar or a
     folder; the same library gives the same bytes
 
-What arrives is checked (sha256 where a manifest came along, then by `describe`) before the library knows of it.
-Knows hubs and archives; the library does the rest.
-"""
+Received files are checked (sha256 if there is a manifest, then `describe`) before the library stores them.
+This module knows hubs and archives; the library does the rest."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([^@]+))?")
 
 
 def push(library: Library, reference: str, place: str, *, public: bool = False) -> str:
-    """Copies a version's files to a place, made if it is not there (on the hub a private repository unless `public`).
+    """Copy a version's files to a location, created if missing; return where they are.
 
-    The hub gets one commit. Elsewhere a manifest of hashes is written after the files, for `pull` to check. Returns
-    where they are. Raises AdapterError where the place cannot be reached or written."""
+    On the hub, a new repository is private unless `public`, and all files are one commit. Elsewhere a
+    manifest of hashes is written after the files, for `pull` to check. Raises AdapterError if the location
+    cannot be reached or written."""
     version, path = library.find(reference), library.resolve(reference)
     files = {path.name: path} if path.is_file() else {p.name: p for p in sorted(path.iterdir())}
     if place.startswith("hf:"):
@@ -86,8 +87,10 @@ def pull(
     tags: Iterable[str] = (),
     describe: Callable[[Path], AdapterDescription] = describe_adapter,
 ) -> Added:
-    """Adds the adapter at a place, under `name` or the last part of the place. What came from the hub is remembered
-    with its commit. Raises AdapterError where there is none, or where bytes are not what the place's manifest says."""
+    """Add the adapter at a location, as `name` or the last part of the location.
+
+    For the hub, the commit is recorded. Raises AdapterError if there is no adapter, or if bytes differ
+    from the location's manifest."""
     with tempfile.TemporaryDirectory(prefix="veneer-pull-") as temporary:
         folder = Path(temporary)
         if place.startswith("hf:"):
@@ -105,7 +108,7 @@ def pull(
 
 
 def _hub(place: str) -> tuple[str, str, str | None]:
-    """(repository, path within it, revision)"""
+    """Return (repository, path within it, revision)."""
     found = _HUB.fullmatch(place)
     if not found or ".." in place:
         raise ConfigError(f"{place!r} does not name a place on the hub", fix="hf:owner/name, hf:owner/name@revision")
@@ -129,7 +132,9 @@ def _from_hub(place: str, into: Path) -> tuple[str, str]:
 
 
 def _choose(every: list[str], path: str, place: str) -> list[str]:
-    """The files of an adapter among all of a repository: the named one, a PEFT folder, or the only safetensors file."""
+    """Return an adapter's files among all files of a repository.
+
+    The named file, a PEFT folder, or the only safetensors file."""
     if path in every:
         return [path]
     inside = path + "/" if path else ""
@@ -168,7 +173,7 @@ def _from_place(place: str, into: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _said(what: str, place: str) -> Iterator[None]:
-    """Errors of clients in veneer's words: each has its own, and all mean that the place could not be used."""
+    """Convert client errors to veneer's: all mean that the location could not be used."""
     try:
         yield
     except VeneerError:
@@ -187,7 +192,7 @@ def _said(what: str, place: str) -> Iterator[None]:
 
 @dataclass
 class ExportReport:
-    """What `export_to` wrote."""
+    """The result of `export_to`."""
 
     path: Path
     versions: list[str]
@@ -197,7 +202,7 @@ class ExportReport:
 
 @dataclass
 class ImportReport:
-    """What `import_from` did: the versions that are new here, those that were here already, and what is otherwise."""
+    """The result of `import_from`: new versions, versions already here, and differences."""
 
     new: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
@@ -205,10 +210,11 @@ class ImportReport:
 
 
 def export_to(library: Library, target: str | Path, references: Iterable[str] = ()) -> ExportReport:
-    """Writes versions with their files, tags and aliases to a tar (a target that ends in .tar) or a new folder.
+    """Write versions with files, tags and aliases to a tar (*.tar) or a new folder.
 
-    references: `support` for all its versions, `support@2`, `support@prod`; none: everything. The target appears whole
-    or not at all. Raises AdapterError where it exists, or something is missing or damaged in the store."""
+    references: `support` for all its versions, `support@2`, `support@prod`; none: everything. The target
+    appears complete or not at all. Raises AdapterError if it exists, or if the store misses a file or has
+    a damaged one."""
     target = Path(target).expanduser()
     if target.exists():
         raise AdapterError("something is there already", where=str(target), fix="name a new file or folder")
@@ -237,7 +243,7 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
 
 
 def _records(library: Library, references: list[str]) -> list[dict[str, Any]]:
-    """The records of the chosen versions, by name."""
+    """Return the records of the chosen versions, by name."""
     chosen: dict[str, set[str] | None] = {}
     for reference in references:
         found = library.find(reference)
@@ -284,7 +290,7 @@ class _Hashing:
 
 
 class _Tar:
-    """An archive of which the same content has the same bytes."""
+    """A reproducible archive: the same content gives the same bytes."""
 
     def __init__(self, path: Path) -> None:
         self.raw = path.open("xb")
@@ -327,12 +333,14 @@ class _Folder:
 def import_from(
     library: Library, source: str | Path, *, describe: Callable[[Path], AdapterDescription] = describe_adapter
 ) -> ImportReport:
-    """Adds what an export holds. Every manifest and file is checked against its sha256, every adapter read by
-    `describe`, its digest compared with the export's; nothing of the export is taken at its word.
+    """Add the content of an export.
 
-    Versions keep their numbers where those are free or the same content has them; otherwise they get the next one, and
-    aliases that exist here stay where they point, both with a note. Doing it twice changes nothing the second time.
-    Raises AdapterError before the first add where the export is damaged or incomplete."""
+    Every manifest and file is checked against its sha256; every adapter is read by `describe` and its
+    digest compared with the export's. Nothing in the export is trusted.
+
+    Versions keep their numbers if those are free, or have the same content already; otherwise they get the
+    next number, with a note. Existing aliases keep their target, with a note. A second import changes
+    nothing. Raises AdapterError before the first add if the export is damaged or incomplete."""
     source, out = Path(source).expanduser(), ImportReport()
     with _opened(source) as archive:
         if _json(archive, "library.json") != {"veneer-export": 1}:
@@ -380,7 +388,7 @@ def _import_name(
 
 
 def _unpack(archive: Mapping[str, Callable[[], IO[bytes]]], files: Mapping[str, tuple[str, int]], into: Path) -> Path:
-    """An entry's files under their names, each checked. Returns the folder, or the only file."""
+    """Write an entry's files under their names, each checked; return the folder or only file."""
     for name, (sha256, _) in files.items():
         with archive[blob_path(sha256)]() as source, (into / name).open("xb") as target:
             shutil.copyfileobj(source, target, CHUNK)
@@ -395,7 +403,9 @@ def _unpack(archive: Mapping[str, Callable[[], IO[bytes]]], files: Mapping[str, 
 
 @contextlib.contextmanager
 def _opened(source: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
-    """path -> how to open it, of every file of an export. Nothing is extracted by its name."""
+    """Yield path -> function that opens it, for every file of an export.
+
+    Nothing is extracted by its name."""
     if source.is_dir():
         found = [p for p in source.rglob("*") if p.is_file()]
         yield {p.relative_to(source).as_posix(): lambda p=p: p.open("rb") for p in found}  # type: ignore[misc]
@@ -414,7 +424,7 @@ def _opened(source: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     opened = tar.extractfile(member)
-    assert opened is not None  # it is a file
+    assert opened is not None  # members are files
     return opened
 
 

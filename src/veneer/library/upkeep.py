@@ -1,19 +1,20 @@
-"""Upkeep of a library: collect what nothing refers to, check what is there, make the index again.
+"""Upkeep of a library: collect unreferenced files, verify, rebuild the index.
 
-Collection, beside any number of adds and other collections (`library` has the add's half):
+Collection runs during any number of adds and other collections (`library` has the add's half):
 
-    1. entries without a version, not touched within the grace period, lose their rows, in one transaction with
-    2. objects that no entry refers to, not touched within it, are condemned: their generation becomes CONDEMNED
-    3. in batches, one transaction each: what is still condemned loses its file, then its row
+    1. entries without a version, not touched within the grace period, lose their rows, in one transaction
+    with
+    2. objects that no entry refers to, not touched within it, are condemned: their generation becomes
+    CONDEMNED
+    3. in batches, one transaction each: objects that are still condemned lose their file, then their row
 
-A claim between 2 and 3 saves an object: it gives a condemned one a new generation. An add that claimed before 2 sees at
-its commit that the generation is another, and stores the file again under the write lock. So the grace period saves
-work and keeps for a while what was removed; nothing depends on it, on clocks, or on how long an upload takes. A kill
-within 3 leaves rows condemned whose files may be gone; whoever claims one looks for the file itself, and an add that
-had seen the file before sees the other generation. One thing is beyond this: a process that PostgreSQL takes for dead,
-ending its transaction, while it goes on deleting the rest of its batch. `verify_library` would list the file as
-missing.
-"""
+A claim between 2 and 3 saves an object, because it gives a condemned object a new generation. An add that
+claimed before 2 sees another generation at its commit and stores the file again under the write lock. So
+correctness does not depend on the grace period, on clocks or on the duration of an upload: the grace
+period only saves work and keeps removed content for a while. A kill within 3 leaves condemned rows whose
+files can be gone; a process that claims one checks for the file itself, and an add that had seen the file
+sees the other generation. One case is not covered: a process whose transaction PostgreSQL ended as dead,
+but which keeps deleting its batch. `verify_library` then lists the file as missing."""
 
 from __future__ import annotations
 
@@ -39,10 +40,10 @@ from veneer.library.queries import record
 from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, canonical, manifest_path
 
 _GRACE = 3600.0
-"""Seconds for which content stays after its last name went, or after an add began that never came to its end."""
+"""Seconds that content is kept after its last name is removed, or after an unfinished add began."""
 
 FILES_CHECK = "files"
-"""The check that an entry's files are the bytes that were added."""
+"""The check that an entry's files have the bytes that were added."""
 
 _BATCH = 100
 _STRAY_TEMPORARY = 86400.0
@@ -52,7 +53,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass
 class GcReport:
-    """What `gc` removed, or would remove: entries, files of the store, their bytes, debris of killed processes."""
+    """What `gc` removed, or would remove: entries, files and bytes of the store, debris."""
 
     entries: int = 0
     files: int = 0
@@ -62,8 +63,9 @@ class GcReport:
 
 @dataclass
 class VerifyReport:
-    """What `verify_library` found. Orphans are no fault: files that no entry refers to (yet), which `gc` takes in
-    time."""
+    """The result of `verify_library`.
+
+    Orphans are not faults: no entry refers to these files (yet), and `gc` removes them later."""
 
     files: int = 0
     bytes: int = 0
@@ -80,7 +82,7 @@ class VerifyReport:
 
 @dataclass
 class RebuildReport:
-    """What `rebuild` found, and what it could not take over, with the reasons."""
+    """The result of `rebuild`, and what it could not restore, with the reasons."""
 
     names: int = 0
     versions: int = 0
@@ -88,8 +90,10 @@ class RebuildReport:
 
 
 def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcReport:
-    """Removes entries without a name, and files that no entry refers to, unless touched in the last `grace` seconds;
-    and debris. `dry_run` counts alone. Safe beside anything else, and after a kill."""
+    """Remove entries without a name, unreferenced files, and debris.
+
+    Content touched in the last `grace` seconds is kept. `dry_run` only counts. Safe during any other
+    operation, and after a kill."""
     out, cutoff = GcReport(), time.time() - grace
     e, o = ix.entries.c, ix.objects.c
     nameless = ~exists().where(ix.versions.c.entry == e.id)
@@ -125,7 +129,7 @@ def _unused() -> ColumnElement[bool]:
 
 
 def _count_unused(connection: Connection, cutoff: float, dead: set[str], out: GcReport) -> None:
-    """What would go once the entries in `dead` are gone."""
+    """Count what would be removed once the entries in `dead` are gone."""
     f, o, e = ix.files.c, ix.objects.c, ix.entries.c
     used = {row.object for row in connection.execute(select(f.object, f.entry)) if row.entry not in dead}
     used |= {row.manifest for row in connection.execute(select(e.manifest, e.id)) if row.id not in dead}
@@ -136,7 +140,9 @@ def _count_unused(connection: Connection, cutoff: float, dead: set[str], out: Gc
 
 
 def _delete_condemned(library: Library, out: GcReport) -> bool:
-    """One batch. Files go within the transaction that takes their rows, so that no claim comes in between."""
+    """Delete one batch of condemned objects.
+
+    Files are deleted in the transaction that deletes their rows, so that no claim can come in between."""
     o = ix.objects.c
     with ix.index_transaction(library.engine) as connection:
         rows = connection.execute(
@@ -151,7 +157,9 @@ def _delete_condemned(library: Library, out: GcReport) -> bool:
 
 
 def _delete_strays(library: Library, cutoff: float, out: GcReport) -> None:
-    """Files of which the index has no row: uploads that ended after their claim was collected, then were killed."""
+    """Delete files without a row in the index.
+
+    Such files are uploads that ended after their claim was collected, and were then killed."""
     o = ix.objects.c
     with reading(library.engine) as connection:
         known = set(connection.scalars(select(o.path)).all())
@@ -173,7 +181,7 @@ def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
 
 
 def _sweep_remote(store: RemoteStore, grace: float) -> int:
-    """Nothing tells whether the writer of a remote temporary file lives, so only its age counts."""
+    """Delete old remote temporary files, by age: whether the writer is alive is unknown."""
     old = [path for path, _, when in store.walk("tmp") if when < time.time() - max(grace, _STRAY_TEMPORARY)]
     for path in old:
         store.delete(path)
@@ -184,10 +192,11 @@ def _sweep_remote(store: RemoteStore, grace: float) -> int:
 
 
 def verify_library(library: Library, *, repair: bool = False, say: Callable[[str], None] | None = None) -> VerifyReport:
-    """Compares every file that an entry refers to with its sha256, and the names' records with the index; what it finds
-    of an adapter's files is remembered with it.
+    """Compare every referenced file with its sha256, and names' records with the index.
 
-    `repair`: remove corrupt files, so that adding the adapter again restores them, and write the records anew."""
+    Results are stored as the adapters' checks.
+
+    repair: remove corrupt files, so that adding the adapter again restores them, and rewrite the records."""
     out = VerifyReport()
     wanted = _referenced(library)
     stored = {path: size for path, size, _ in _stored(library)}
@@ -203,7 +212,7 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
         out.bytes += size
         if say is not None and (at + 1) % 1000 == 0:
             say(f"{at + 1:,} of {len(wanted):,} files")
-    if absent or corrupt:  # what was collected meanwhile is no fault
+    if absent or corrupt:  # files collected meanwhile are not faults
         wanted = _referenced(library)
     out.missing = [_told(library, path) for path in absent if path in wanted]
     bad = [path for path in corrupt if path in wanted]
@@ -221,7 +230,7 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
 
 
 def _remember(library: Library, missing: set[str], corrupt: set[str]) -> None:
-    """What was found of each entry's files, in place of what was found of them before."""
+    """Replace the recorded checks of every entry's files."""
     e, f = ix.entries.c, ix.files.c
     with ix.index_transaction(library.engine) as connection:
         wrong: dict[str, list[str]] = {entry: [] for entry in connection.scalars(select(e.id))}
@@ -235,7 +244,7 @@ def _remember(library: Library, missing: set[str], corrupt: set[str]) -> None:
 
 
 def _referenced(library: Library) -> dict[str, int]:
-    """path -> size of everything that entries refer to."""
+    """Return path -> size of everything that entries refer to."""
     o = ix.objects.c
     with reading(library.engine) as connection:
         return {row.path: row.size for row in connection.execute(select(o.path, o.size).where(~_unused()))}
@@ -250,7 +259,7 @@ def _hash(store: LocalStore | RemoteStore, path: str) -> str:
 
 
 def _told(library: Library, path: str) -> str:
-    """A path, and the versions that need it."""
+    """Return a path with the versions that need it."""
     v, f, e = ix.versions.c, ix.files.c, ix.entries.c
     users = select(f.entry).where(f.object == path).union(select(e.id).where(e.manifest == path))
     with reading(library.engine) as connection:
@@ -284,7 +293,7 @@ def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
         path = f"names/{name}.json"
 
         def right(c: Connection, name: str = name, path: str = path) -> bytes | None:
-            """The record as it should be; None if the store has it."""
+            """Return the correct record; None if the store has it."""
             wanted = canonical(record(c, name))
             return None if _read(library, path) == wanted else wanted
 
@@ -310,11 +319,13 @@ def _read(library: Library, path: str) -> bytes | None:
 
 
 def rebuild(location: str | Path | None = None, index: str | None = None) -> RebuildReport:
-    """Makes the index again from the store: every name's record, and the manifests they lead to. Replaces what the
-    index holds, in one transaction. A version whose manifest or files are missing is left out and listed.
+    """Rebuild the index from the store: every name's record and the manifests it names.
 
-    A record is written just before its transaction commits. After a kill between the two it is one step ahead of the
-    index that was lost, never behind."""
+    Replaces the content of the index in one transaction. A version with a missing manifest or file is left
+    out and listed.
+
+    A record is written just before its transaction commits. After a kill between the two, the record is
+    one step ahead of the lost index, never behind."""
     out = RebuildReport()
     with open_library(location, index, check=False) as library:
         mark = json.loads(library.store.read("library.json"))["id"]
@@ -369,7 +380,7 @@ def _restore(library: Library, connection: Connection, found: dict[str, Any], ou
 
 
 def check_record(found: Any) -> dict[str, Any]:
-    """A name's record as it stood in a file. Raises AdapterError or ConfigError for anything it should not hold."""
+    """Validate a name's record from a file. Raises AdapterError or ConfigError if invalid."""
     try:
         if found["veneer-name"] != 1:
             raise AdapterError(f"a record of version {found['veneer-name']!r}, and this veneer knows 1")
@@ -391,7 +402,9 @@ def check_record(found: Any) -> dict[str, Any]:
 
 
 def parse_manifest(raw: bytes, entry: str) -> dict[str, tuple[str, int]]:
-    """name -> (sha256, size) of a manifest. Raises AdapterError for bytes that are not the entry's, or no manifest."""
+    """Return name -> (sha256, size) of a manifest.
+
+    Raises AdapterError for bytes with another sha256, or that are not a manifest."""
     if (found := hashlib.sha256(raw).hexdigest()) != entry:
         raise AdapterError(f"the manifest has sha256 {found}, not {entry}")
     try:
