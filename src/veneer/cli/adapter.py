@@ -1,5 +1,7 @@
-"""`veneer adapter inspect|verify`; convert is in adapter_convert.py, merge in adapter_merge.py,
-mix|resize|extract|diff|strength in adapter_mix.py."""
+"""`veneer adapter inspect|verify`.
+
+adapter_convert.py has convert, adapter_merge.py merge, adapter_mix.py mix|resize|extract|diff|strength.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,18 @@ def inspect(
     adapter_name: AdapterName = "",
     alpha: Alpha = None,
     elsewhere: Annotated[
-        bool, typer.Option("--elsewhere", help="Also say what other tools would do wrong with it, and what is right.")
+        bool,
+        typer.Option(
+            "--elsewhere", help="Also report which other tools misread the adapter, and the correct conversion."
+        ),
     ] = False,
     show_all: ShowAll = False,
     as_json: AsJson = False,
 ) -> None:
-    """What is in an adapter of any format: whether it can be used, what it is and why, ranks, scales, hashes, trigger
-    words. Needs no base.
+    """Show an adapter's format, ranks, scales, hashes and trigger words.
 
-    Exit code 0 if it is read for use, 2 if it is refused."""
+    Reads every supported format, and shows whether veneer can use the adapter, and why. Needs no base. Exit
+    code 0 if veneer can use the adapter, else 2."""
     from veneer.formats.plain import inspect_plain
 
     everything(show_all)
@@ -134,7 +139,7 @@ _VERDICTS = {
 
 
 def _several(counts: dict[str, int], skip: str | None = None, most: int = 6) -> str:
-    """ "16 (264), 32": how many have which value, without the number where all have the same."""
+    """Format value counts as "16 (264), 32 (8)"; a single value has no count."""
     shown = [(k, n) for k, n in counts.items() if k != skip]
     if len(shown) == 1:
         return shown[0][0]
@@ -155,7 +160,7 @@ def _row(leaf: str, group: dict[str, Any]) -> tuple[str, ...]:
 def verify(
     name: AdapterArgument,
     base: Annotated[
-        str | None, typer.Option("--base", help="Also check that it fits this base and has an effect on it.")
+        str | None, typer.Option("--base", help="Also check that the adapter fits this base and changes its output.")
     ] = None,
     from_pickle: FromPickle = False,
     moe_layout: MoeLayout = "",
@@ -164,14 +169,14 @@ def verify(
     show_all: ShowAll = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check an adapter's files against its card, its configuration against its tensors, and both against a base.
+    """Check an adapter's files, card, configuration, tensors and fit to a base.
 
-    Exit code 0 if everything that could be checked holds, 2 if anything does not."""
+    Exit code 0 if every check that could run passes, else 2."""
     from veneer.adapters.inspect import verify_adapter as check
     from veneer.adapters.use import adapter_path
 
     everything(show_all)
-    adapter_path(name)  # a name that does not exist should not wait for a base to load
+    adapter_path(name)  # a wrong name fails before a base loads
     loaded = None
     if base is not None:
         from veneer.models.sources import find_base, is_image_base

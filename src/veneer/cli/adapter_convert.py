@@ -1,4 +1,4 @@
-"""`veneer adapter convert`: an adapter file of any layout, written in another tool's."""
+"""`veneer adapter convert`: write an adapter in another tool's layout."""
 
 from __future__ import annotations
 
@@ -16,27 +16,23 @@ if TYPE_CHECKING:
 
 
 def convert_command(
-    name: Annotated[
-        str, typer.Argument(metavar="IN", help="An adapter's file or folder, or its name.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(metavar="IN", help="An adapter's file, folder or name.", show_default=False)],
     to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf, vllm or tgi.")],
     output: Annotated[
         str,
-        typer.Option(
-            "-o", "--output", help="The file to write; for peft, vllm and tgi the folder.", show_default=False
-        ),
+        typer.Option("-o", "--output", help="File to write; for peft, vllm and tgi a folder.", show_default=False),
     ],
     family: Annotated[
         str | None,
-        typer.Option("--family", help="The image model's family, or gguf's architecture, where it cannot be told."),
+        typer.Option("--family", help="Image model family or GGUF architecture, if it cannot be detected."),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="For gguf and tgi: the base, of which they need head size or number of layers."),
+        typer.Option("--base", help="For gguf and tgi: the base, to read the head size or number of layers."),
     ] = None,
     dtype: WrittenDtype = None,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Convert what can be read, and list what was left.")
+        bool, typer.Option("--allow-partial", help="Convert the readable tensors, and list the others.")
     ] = False,
     from_pickle: FromPickle = False,
     moe_layout: MoeLayout = "",
@@ -44,15 +40,15 @@ def convert_command(
     alpha: Alpha = None,
     without_words: Annotated[
         bool,
-        typer.Option("--without-words", help="Leave learned words (textual inversion) out, which few layouts hold."),
+        typer.Option("--without-words", help="Omit learned words (textual inversion), which few layouts support."),
     ] = False,
     show_all: ShowAll = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter in another tool's layout: exactly, or not at all.
 
-    What the target cannot express is refused with every module, the reason and the nearest way. What is written is
-    read back and compared before it reaches the disk."""
+    If the layout cannot express the adapter, the error lists every module, the reason and the nearest way.
+    The result is read back and compared before it is written to disk."""
     from veneer.adapters.convert import convert_adapter
     from veneer.adapters.use import adapter_path
 

@@ -1,4 +1,4 @@
-"""`veneer adapter merge`: adapters folded into the weights of a base, as a model of its own."""
+"""`veneer adapter merge`: merge adapters into a base's weights, as a new model."""
 
 from __future__ import annotations
 
@@ -18,42 +18,48 @@ if TYPE_CHECKING:
 
 def merge_command(
     adapters: AdapterArguments,
-    base: Annotated[str, typer.Option("--base", help="The base to fold them into; it is not changed.")],
+    base: Annotated[str, typer.Option("--base", help="Base to merge into; the base itself is not changed.")],
     output: Annotated[
-        str | None, typer.Option("-o", "--output", help="A new folder for the merged model.", show_default=False)
+        str | None, typer.Option("-o", "--output", help="New folder for the merged model.", show_default=False)
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as the base is stored.")
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the base's stored dtype.")
     ] = None,
     into: Annotated[
         str,
         typer.Option(
             "--into",
-            help="For adapters trained over a quantised base: seen folds them into the dequantised weights that they "
-            "were trained on, original into the weights before quantising.",
+            help="For adapters trained on a quantized base: `seen` merges into the dequantized weights of training, "
+            "`original` into the weights before quantization.",
         ),
     ] = "seen",
     check: Annotated[
         list[str] | None,
-        typer.Option("--check", help="Held-out rows: show what each way to merge loses on them before writing."),
+        typer.Option("--check", help="Held-out rows: compare the loss of each way to merge before writing."),
     ] = None,
-    check_rows: Annotated[int, typer.Option(help="So many of the --check rows, from the first.", min=1)] = 64,
+    check_rows: Annotated[int, typer.Option(help="Number of --check rows to use, from the first.", min=1)] = 64,
     requantise: Annotated[
         str | None,
-        typer.Option("--requantise", help="nf4 or fp4: the merged weights in 4 bits, which loses most of a tune."),
+        typer.Option(
+            "--requantise", help="nf4 or fp4: store merged weights in 4 bits, which loses most of the adapter's effect."
+        ),
     ] = None,
     accept_loss: Annotated[
         bool,
         typer.Option(
             "--accept-loss",
-            help="Write the result of --requantise, or a merge where rounding loses half of the change or more.",
+            help="Write the result of --requantise, or a merge in which rounding loses half of the change or more.",
         ),
     ] = False,
     allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Go on although a card names another base, if all fits.")
+        bool,
+        typer.Option("--allow-other-base", help="Merge even if a card names another base, if every shape matches."),
     ] = False,
     by_shard: Annotated[
-        bool, typer.Option("--by-shard", help="BASE is a model folder, diffusers' too: one weight at a time, unloaded.")
+        bool,
+        typer.Option(
+            "--by-shard", help="Merge a model folder (also diffusers) one weight at a time, without loading the model."
+        ),
     ] = False,
     seed: Annotated[
         int | None,
@@ -61,14 +67,15 @@ def merge_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a new full model with adapters folded in: summed in float32, rounded once.
+    """Merge adapters into a new full model: summed in float32, rounded once.
 
-    With --check, first a table of how each way to merge differs from the unmerged adapters; without -o nothing more."""
+    With --check, first prints how each way to merge differs from the unmerged adapters. Without -o, writes
+    nothing."""
     if output is None and not check:
         raise ConfigError("there is nothing to do", fix="a folder for the merged model with -o, or --check ROWS")
     if into not in ("seen", "original"):
         raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
-    seen = _seen(adapters) if into == "seen" or check else ""  # else nothing asks for what was seen
+    seen = _seen(adapters) if into == "seen" or check else ""  # otherwise unused
     if by_shard:
         _merge_shards(adapters, base, output, dtype, seed, as_json, bool(check or requantise), seen, accept_loss)
         return
@@ -96,7 +103,8 @@ def merge_command(
         raise BaseError("this is an image base, which is not loaded to be merged", where=str(place), fix=fix)
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored_dtype(tensor_table(place)), "float16")
     want = dtype or stored
-    # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
+    # Load in the stored dtype if the output has it, else in float32, which represents every stored weight
+    # exactly.
     exact = want if want == stored else "float32"
     original = load_text(base, dtype=exact, say=say) if seen and check else None
     first = load_text(base, dtype=exact, quantise=seen or None, say=say)
@@ -129,7 +137,9 @@ def merge_command(
 
 
 def _seen(adapters: list[str]) -> str:
-    """What the cards say the adapters' base was quantised in while they were trained; "" for in full."""
+    """Return the base's quantization during training, from the cards; "" for none.
+
+    Raises ConfigError if the adapters' cards differ."""
     from veneer.adapters.use import adapter_path, parse_spec
     from veneer.formats.card import CARD_FILE, read_card
 

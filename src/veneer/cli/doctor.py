@@ -1,4 +1,4 @@
-"""`veneer doctor`: check this machine; with `--ops`, show which implementation of each op runs and why."""
+"""`veneer doctor`: check this machine, and show which implementation each op uses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def command(
     ops: Annotated[
         bool, typer.Option("--ops", help="Show this machine's profile and which implementation of each op runs.")
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="With --ops: measure no profile (two seconds).")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="With --ops: skip the profile measurement (two seconds).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check home, disk, compiler, extras, hub and port. Exits with 1 if a check finds a problem.
+    """Check home, disk, compiler, extras, Hub and port. Exit code 1 on a problem.
 
-    With --ops: show what the processor multiplies and moves a second, and which implementation of each op runs and
+    With --ops: show the processor's FLOP/s and memory bandwidth, and which implementation of each op runs and
     why."""
     checks = list(_checks())
     bad = [check for check in checks if check.ok is False]
@@ -41,7 +43,7 @@ def command(
 
 @dataclass(frozen=True)
 class _Check:
-    """One finding. `ok`: None for information that is not a problem. `fix`: how to solve a problem."""
+    """One finding. `ok`: None for information; `fix`: how to solve a problem."""
 
     name: str
     ok: bool | None
@@ -85,7 +87,7 @@ def _cards() -> Iterator[_Check]:
 
 
 def _extras() -> _Check:
-    """Which extras are installed: an extra counts if all of its packages are installed."""
+    """Report installed extras: an extra counts if all its packages are installed."""
     try:
         about = metadata.metadata("veneer")
     except metadata.PackageNotFoundError:
@@ -110,7 +112,9 @@ def _installed(package: str) -> bool:
 
 
 def _hub() -> _Check:
-    """Whether the hub answers within two seconds. Without the hub, built-in and cached bases still work."""
+    """Report whether the Hub answers within two seconds.
+
+    Without the Hub, built-in and cached bases still work."""
     if util.find_spec("huggingface_hub") is None:
         return _Check("hub", None, "huggingface_hub is not installed")
     from urllib.parse import urlsplit
@@ -153,7 +157,7 @@ def _findings(quick: bool) -> dict[str, Any]:
     from veneer.ops.dispatch import choices
     from veneer.ops.profile import processor_name, profile
 
-    settle_threads()  # as training does: a profile is of a number of threads
+    settle_threads()  # as in training: a profile depends on the number of threads
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "veneer": __version__,
@@ -175,7 +179,7 @@ _WIDEST, _INDENT = 100, 12
 
 
 def _wrapped(line: str) -> str:
-    """A line as wide as the terminal and no wider than is pleasant to read; it goes on below its text."""
+    """Wrap a line at the terminal's width, at most _WIDEST, with a hanging indent."""
     width = max(2 * _INDENT, min(_WIDEST, shutil.get_terminal_size().columns))
     return textwrap.fill(line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
 

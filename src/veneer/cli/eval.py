@@ -1,4 +1,4 @@
-"""`veneer eval`: the base against adapters, on rows that were not trained on, in one table."""
+"""`veneer eval`: compare the base and adapters on held-out rows."""
 
 from __future__ import annotations
 
@@ -22,36 +22,40 @@ app = typer.Typer(add_completion=False)
 @app.command("eval", epilog="Example: veneer eval --adapter runs/support --adapter runs/polite:0.5 --data test.jsonl")
 def evaluate(
     base_argument: Annotated[
-        str | None, typer.Argument(metavar="[BASE]", help="The same as --base.", show_default=False)
+        str | None, typer.Argument(metavar="[BASE]", help="Same as --base.", show_default=False)
     ] = None,
     data_argument: Annotated[
-        list[str] | None, typer.Argument(metavar="[DATA]...", help="The same as --data.", show_default=False)
+        list[str] | None, typer.Argument(metavar="[DATA]...", help="Same as --data.", show_default=False)
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Base model. Default: the first adapter's own.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model. Default: the first adapter's base.")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "-a", help="NAME_OR_PATH[:strength], a column of the table each."),
+        typer.Option("--adapter", "-a", help="NAME_OR_PATH[:strength]: one column of the table; repeatable."),
     ] = None,
     mix: Annotated[
         list[str] | None,
-        typer.Option("--mix", help="Several adapters acting together, joined by +, as runs/a:0.7+runs/b:0.3."),
+        typer.Option("--mix", help="Adapters to mix in one column, joined by +: runs/a:0.7+runs/b:0.3; repeatable."),
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", help="Held-out rows: files, globs or hub:ID@SPLIT.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many rows, from the first.", min=1)] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens an answer may have.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Answers at once.", min=1)] = 32,
-    loss_only: Annotated[bool, typer.Option("--loss-only", help="Loss and perplexity alone: no answers.")] = False,
-    answers: Annotated[bool, typer.Option("--answers", help="With --json: every answer as well.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Number of rows to use, from the first.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum tokens of an answer.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Answers per batch.", min=1)] = 32,
+    loss_only: Annotated[
+        bool, typer.Option("--loss-only", help="Only loss and perplexity, without generating answers.")
+    ] = False,
+    answers: Annotated[bool, typer.Option("--answers", help="With --json: include every answer.")] = False,
     dtype: LoadedDtype = "auto",
     quantise: Quantise = None,
     device: ChosenDevice = "auto",
     allow_other_base: AllowOtherBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: base and each mix.")] = False,
 ) -> None:
-    """Score the base and each adapter on held-out rows: exact match, valid JSON, loss, perplexity, ROUGE-L, BLEU; of
-    pairs, how often the chosen answer is preferred."""
+    """Score the base and each adapter on held-out rows.
+
+    Metrics: exact match, valid JSON, loss, perplexity, ROUGE-L and BLEU; for preference pairs, how often the
+    chosen answer is preferred."""
     specs = adapter or []
     mixes = {"base": [], **{spec: [spec] for spec in specs}, **{m: m.split("+") for m in mix or []}}
     files = [*(data or []), *(data_argument or [])]
@@ -98,7 +102,7 @@ def _progress(mix: str, done: int, rows: int) -> None:
 
 
 def _table(results: dict[str, Scores]) -> None:
-    """One column a mix, one row a measure; measures that no mix has are left out."""
+    """Print one column per mix and one row per metric; omit metrics without values."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape

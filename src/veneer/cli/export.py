@@ -1,4 +1,4 @@
-"""`veneer export`: an adapter as a directory that another server serves as it is."""
+"""`veneer export`: write an adapter as a directory for vLLM or TGI."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ def command(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder to write.")],
     server: Annotated[str, typer.Option("--for", help="vllm or tgi.")],
     base: Annotated[
-        str | None, typer.Option("--base", help="Its base, where the adapter does not say; TGI's layout needs it.")
+        str | None,
+        typer.Option(
+            "--base", help="The adapter's base, if the adapter does not state it; TGI's layout needs the base."
+        ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="A full model with the adapter folded in, for what pairs cannot express.")
+        bool, typer.Option("--merge", help="Write a merged full model, for adapters that LoRA pairs cannot express.")
     ] = False,
     dtype: WrittenDtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter as a directory that vLLM or TGI serves with its full effect, or say why it cannot.
+    """Export an adapter to vLLM or TGI with its full effect, or explain why not.
 
-    Scales are folded into the weights and ranks padded to one, because TGI and older vLLM drop patterns silently.
+    Scales are folded into the weights and all ranks are padded to one rank, because TGI and older vLLM
+    silently drop rank and alpha patterns.
 
     Example: veneer export support@prod --for vllm served/support"""
     from veneer.serve.fleet.export import export

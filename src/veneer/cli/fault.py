@@ -1,8 +1,8 @@
-"""The last line of defence: an error that nobody foresaw is veneer's fault, and is said so.
+"""Reports of internal errors: errors that are not a VeneerError.
 
-Whatever a command is given, what is wrong with it ends as a VeneerError. What gets here did not, so the person is told
-that it is not theirs, and what to send: the version, which command with which options (without their values, which may
-be keys or addresses), and the last frames. The whole traceback goes to a file, as its texts may hold anything.
+A user's mistake raises a VeneerError; any other error is a bug in veneer. The report lists what to send: the
+version, the command with its option names (values are omitted: a value can be a key or an address) and the
+last frames. The full traceback goes to a file, because it can contain private text.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ FRAMES = 4
 
 
 def report(error: Exception, argv: Sequence[str], commands: Mapping[str, str]) -> str:
-    """What to print for `error`. `commands`: each with its module. With VENEER_TRACEBACK in the environment the whole
-    traceback is part of it."""
+    """Return the text to print for `error`.
+
+    `commands`: command -> module. With VENEER_TRACEBACK in the environment, the text has the traceback."""
     whole = "".join(traceback.format_exception(error))
     about = f"veneer {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     loaded = [f"{n} {sys.modules[n].__version__}" for n in ("torch", "transformers", "diffusers") if n in sys.modules]
@@ -48,7 +49,7 @@ def report(error: Exception, argv: Sequence[str], commands: Mapping[str, str]) -
 
 
 def command_line(argv: Sequence[str], commands: Mapping[str, str]) -> str:
-    """The command, its subcommands and the options' names; every value is `…`."""
+    """Return the command, subcommands and option names; every value becomes `…`."""
     out, known = ["veneer"], set(commands)
     for i, word in enumerate(argv):
         option = word.partition("=")[0]
@@ -61,7 +62,7 @@ def command_line(argv: Sequence[str], commands: Mapping[str, str]) -> str:
 
 
 def _subcommands(app: Any) -> set[str]:
-    """The words that are commands of a Typer, and of those in it."""
+    """Return the command names of a Typer and of its groups."""
     found = {c.name or getattr(c.callback, "__name__", "") for c in getattr(app, "registered_commands", [])}
     for group in getattr(app, "registered_groups", []):
         found |= {group.name or "", *_subcommands(group.typer_instance)}
@@ -69,7 +70,7 @@ def _subcommands(app: Any) -> set[str]:
 
 
 def _frames(error: Exception) -> list[str]:
-    """The last frames, the innermost first; of a file its path within its package."""
+    """Return the last frames, innermost first, with paths relative to the package."""
     found = traceback.extract_tb(error.__traceback__)[-FRAMES:][::-1]
     return [f"{_within(frame.filename)}:{frame.lineno} in {frame.name}" for frame in found]
 
@@ -84,7 +85,7 @@ def _within(file: str) -> str:
 
 
 def _kept(text: str) -> str | None:
-    """A new file of one's own with the traceback."""
+    """Write the traceback to a new private file. Returns the path, or None on failure."""
     try:
         handle, path = tempfile.mkstemp(prefix="veneer-fault-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

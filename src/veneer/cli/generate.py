@@ -1,4 +1,4 @@
-"""`veneer generate`: prompts in, texts out, with a base and any adapters; or a conversation with `--chat`."""
+"""`veneer generate`: complete prompts or chat with a base and any adapters."""
 
 from __future__ import annotations
 
@@ -27,36 +27,34 @@ _CHAT_HELP = "/reset starts anew, /undo takes the last turn back, /quit or Ctrl-
 @app.command(epilog='Example: veneer generate "Where is my parcel?" --adapter runs/support --adapter runs/polite:0.5')
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="One or several prompts; `-` or nothing reads one from a pipe.")
+        list[str] | None, typer.Argument(help="One or more prompts; `-` or no prompt reads stdin.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="Base model. Default: the first adapter's own, else smollm2-135m.")
+        str | None, typer.Option("--base", help="Base model. Default: the first adapter's base, else smollm2-135m.")
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="NAME_OR_PATH[:strength]; any number of times.")
+        list[str] | None, typer.Option("--adapter", "-a", help="NAME_OR_PATH[:strength]; repeatable.")
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", help="More prompts: a line each, or .jsonl with `prompt` or `messages` a line."),
+        typer.Option("--file", "-f", help="File of prompts, one per line, or .jsonl rows with `prompt` or `messages`."),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Talk: an interactive conversation.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Start an interactive conversation.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="System message before every prompt.")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Go on from the text as it is, without the chat template.")
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens an answer may have.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; higher: more varied.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this much probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Makes sampling repeatable.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy decoding.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling: cumulative probability of candidate tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
     dtype: LoadedDtype = "auto",
     quantise: Quantise = None,
     device: ChosenDevice = "auto",
     allow_other_base: AllowOtherBase = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; nothing is streamed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, without streaming.")] = False,
 ) -> None:
-    """Generate text with a base and any adapters; several adapters are mixed by strength."""
+    """Generate text with a base and any adapters, mixed by strength."""
     specs = adapter or []
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -101,7 +99,7 @@ def generate(
 
 
 def _wanted(prompts: list[str], file: Path | None) -> list[Any]:
-    """The prompts of the command line, of a file and of a pipe, in this order."""
+    """Return the prompts of the command line, the file and stdin, in this order."""
     texts: list[Any] = [p for p in prompts if p != "-"]
     if file is not None:
         texts += read_prompts(file)
@@ -114,9 +112,10 @@ def _wanted(prompts: list[str], file: Path | None) -> list[Any]:
 
 
 def read_prompts(file: Path) -> list[Any]:
-    """Prompts of a file: of .jsonl each line's `prompt` (text) or `messages` (role and content), else each line.
+    """Return the prompts of a file, one per line.
 
-    Empty lines are skipped. Raises DataError with the line number."""
+    A .jsonl or .ndjson row has `prompt` (text) or `messages` (role and content). Empty lines are skipped.
+    Raises DataError with the line number."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -150,7 +149,9 @@ def _is_message(m: Any) -> bool:
 
 
 def _framed(base: TextBase, prompt: Any, system: str | None, raw: bool) -> Prompt:
-    """What the model gets: messages where it has a chat template, unless raw."""
+    """Return the model's input: messages if the base has a chat template, else text.
+
+    With `raw`, returns the text. Raises ConfigError."""
     if raw or (isinstance(prompt, str) and not base.has_chat_template):
         if not isinstance(prompt, str):
             raise ConfigError("--raw takes texts, and this prompt is a conversation", fix="leave --raw out")
@@ -168,10 +169,10 @@ def _framed(base: TextBase, prompt: Any, system: str | None, raw: bool) -> Promp
 
 
 def _streamed(base: TextBase, framed: list[Prompt], settings: dict[str, Any]) -> Completion:
-    """One answer, printed as it comes."""
+    """Generate one answer and print each token as it arrives."""
     from veneer.models.text.generate import complete
 
-    out = sys.stdout if sys.stdout.isatty() else own(sys.stdout)  # a pipe gets what the model said, byte by byte
+    out = sys.stdout if sys.stdout.isatty() else own(sys.stdout)  # a pipe gets the exact text
     done = complete(base, framed, on_token=lambda _i, piece: print(piece, end="", flush=True, file=out), **settings)[0]
     print(flush=True)
     _say_cut(done)
@@ -214,7 +215,7 @@ def _print_json(
 
 
 def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
-    """A conversation until the end of input. An answer that Ctrl-C stops is not kept."""
+    """Run a conversation until end of input. Ctrl-C stops and discards an answer."""
     opening = [] if system is None else [{"role": "system", "content": system}]
     turns: list[dict[str, str]] = []
     say(_CHAT_HELP)
@@ -239,7 +240,9 @@ def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
 def _answer(
     base: TextBase, opening: list[dict[str, str]], turns: list[dict[str, str]], said: str, settings: dict[str, Any]
 ) -> None:
-    """Adds one exchange to `turns`. The oldest exchanges go, and that is said, when the context would overflow."""
+    """Add one exchange to `turns`.
+
+    If the context would overflow, drops the oldest exchanges and prints how many."""
     from veneer.models.text.generate import encode_prompt
 
     asked = {"role": "user", "content": said}

@@ -1,4 +1,4 @@
-"""`veneer image`: pictures from a base, adapters and ControlNets; `veneer image grid`: labelled sheets of them."""
+"""`veneer image`: generate images; `veneer image grid`: labelled image grids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ _MOST_SEEDS = 1000
 
 
 class _Group(TyperGroup):
-    """`veneer image …` makes pictures unless its first word is a subcommand: `veneer image -- grid` has that prompt."""
+    """Typer group that generates images unless the first word is `grid`.
+
+    `veneer image -- grid` uses "grid" as the prompt."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if args and args[0] == "grid" else ["make", *args])
@@ -51,8 +53,8 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         "-a",
-        help="NAME_OR_PATH[:strength]; by block and step behind @: brand:0.8@down=0.5,steps=0-0.6; or its role in a "
-        "stack: lock@campaign=product (brand, lens).",
+        help="NAME_OR_PATH[:strength][@block=strength,steps=FROM-TO], such as brand:0.8@down=0.5,steps=0-0.6; or a "
+        "role in a stack: lock@campaign=product (brand, lens).",
     ),
 ]
 ControlOption = Annotated[
@@ -60,78 +62,84 @@ ControlOption = Annotated[
     typer.Option(
         "--control",
         "-c",
-        help="canny=PICTURE:weight finds edges, edges= has them, depth= a depth picture; pose@MODEL= any ControlNet.",
+        help="canny=IMAGE:weight detects edges; edges= takes an edge image, depth= a depth map; pose@MODEL= names any "
+        "ControlNet.",
     ),
 ]
-NegativeOption = Annotated[str | None, typer.Option("--negative", "-n", help="What the pictures should not show.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps. Default: 30, or the family's.")]
+NegativeOption = Annotated[str | None, typer.Option("--negative", "-n", help="Negative prompt.")]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", help="Denoising steps. Default: 30, or the model family's.")
+]
 GuidanceOption = Annotated[
     float | None,
-    typer.Option("--guidance", "-g", help="How closely the prompt is followed. Default: the family's own."),
+    typer.Option("--guidance", "-g", help="Guidance scale. Default: the model family's."),
 ]
 TrueOption = Annotated[
-    float | None, typer.Option("--true-guidance", help="FLUX: classifier-free guidance, for negative prompts.")
+    float | None, typer.Option("--true-guidance", help="FLUX: scale of classifier-free guidance, for negative prompts.")
 ]
 SchedulerOption = Annotated[
     str | None, typer.Option("--scheduler", "-s", help="euler, euler-a, dpm++2m-karras, ddim, unipc, flow-euler, …")
 ]
 SizeOption = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels. Default: the base's.")]
 BatchOption = Annotated[
-    int | None, typer.Option("--batch-size", help="Pictures at once; their mixes may differ. Default: 4.")
+    int | None, typer.Option("--batch-size", help="Images per batch; adapter mixes can differ. Default: 4.")
 ]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="The PNG to write; several are numbered.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="PNG file to write; several images get numbered names.")
+]
 
 
 @app.command(
     "make",
     epilog="Example: veneer image --base catalogue-sdxl --adapter brand:0.8 --control canny=sketch.png:0.7 "
-    '"a red mug" -o mug.png. A mix for each picture: --batch FILE.jsonl. Sheets: veneer image grid --help',
+    '"a red mug" -o mug.png. One mix per image: --batch FILE.jsonl. Grids: veneer image grid --help',
 )
 def make_pictures(
-    prompts: Annotated[list[str] | None, typer.Argument(help="One or several prompts.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
     control: ControlOption = None,
     out: OutOption = None,
     negative: NegativeOption = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the first picture; the next has one more.")] = None,
-    count: Annotated[int, typer.Option("--count", help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the first image; later images count up.")] = None,
+    count: Annotated[int, typer.Option("--count", help="Images per prompt.")] = 1,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     true_guidance: TrueOption = None,
     scheduler: SchedulerOption = None,
     size: SizeOption = None,
-    image: Annotated[Path | None, typer.Option("--image", "-i", help="Start from this picture.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="Input image for image-to-image.")] = None,
     denoise: Annotated[
-        float | None, typer.Option("--denoise", help="How far from --image: share of the steps taken. Default: 0.6.")
+        float | None,
+        typer.Option("--denoise", help="Strength of image-to-image: share of the steps that run. Default: 0.6."),
     ] = None,
-    mask: Annotated[Path | None, typer.Option("--mask", help="Of --image: white is made anew, black stays.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Inpainting mask for --image: white is repainted, black is kept.")
+    ] = None,
     reference: Annotated[
         list[Path] | None,
         typer.Option(
             "--reference",
             "-r",
-            help="Picture that the prompt edits, on a base that does; FLUX.2 and Qwen-Image-Edit-Plus take several.",
+            help="Source image to edit, on an editing base; repeatable on FLUX.2 and Qwen-Image-Edit-Plus.",
         ),
     ] = None,
     batch_size: BatchOption = None,
     batch: Annotated[
         Path | None,
-        typer.Option(
-            "--batch", help='Pictures with mixes of their own, a line each: {"prompt", "adapters", "seed", …}.'
-        ),
+        typer.Option("--batch", help='JSONL file with one image per line: {"prompt", "adapters", "seed", …}.'),
     ] = None,
     remade: Annotated[
-        Path | None, typer.Option("--from", help="Make the picture in this PNG again; other options change it.")
+        Path | None, typer.Option("--from", help="Reproduce this PNG; other options override its settings.")
     ] = None,
     dtype: DtypeOption = None,
     device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Make pictures with a base and any adapters and ControlNets. A PNG says how it was made: `--from` makes it again.
+    """Generate images with a base, adapters and ControlNets.
 
-    Sheets of many pictures: `veneer image grid`."""
+    Each PNG stores its settings; `--from` reproduces the image. For image grids, see `veneer image grid`."""
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.controls import parse_control
 
@@ -187,16 +195,16 @@ def make_pictures(
 @app.command("grid", epilog='Example: veneer image grid strength "a fox" -a brand --strengths 0,0.5,1 --seeds 1,2,3')
 def grid(
     sheet: Annotated[str, typer.Argument(help="strength (× seeds), adapters (× prompts), or compare (base, mix).")],
-    prompts: Annotated[list[str], typer.Argument(help="One prompt for strength; one or several for the others.")],
+    prompts: Annotated[list[str], typer.Argument(help="One prompt for strength; one or more for other grids.")],
     base: BaseOption = None,
     adapter: AdapterOption = None,
     control: ControlOption = None,
     out: OutOption = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Numbers with commas, or FROM-TO.")] = "0",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds: 1,2,3 or FROM-TO.")] = "0",
     strengths: Annotated[
         str | None,
         typer.Option(
-            "--strengths", help="Of a strength sheet: what multiplies those of the mix. Default: 0,0.25,0.5,0.75,1."
+            "--strengths", help="For strength grids: factors on the mix's strengths. Default: 0,0.25,0.5,0.75,1."
         ),
     ] = None,
     negative: NegativeOption = None,
@@ -210,9 +218,9 @@ def grid(
     device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Draw a labelled sheet: strength × seed, adapter × prompt, or the base against a mix.
+    """Generate a labelled grid: strength × seed, adapter × prompt, or base and mix.
 
-    The same seed starts from the same noise in every cell."""
+    Cells with the same seed start from the same noise."""
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.controls import parse_control
     from veneer.imaging.grid import STRENGTHS, draw_grid, layout
@@ -297,7 +305,9 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def _files(out: Path, number: int) -> list[Path]:
-    """`out` itself, or numbered beside it. Refused before anything is loaded if it cannot be."""
+    """Return `out`, or `number` numbered files next to `out`.
+
+    Raises ConfigError for an invalid path, before a base loads."""
     if out.suffix.lower() != ".png":
         raise ConfigError(f"{out} is not a .png file", fix="PNG keeps how a picture was made")
     if out.is_dir():
@@ -310,7 +320,9 @@ def _files(out: Path, number: int) -> list[Path]:
 
 
 def _find(uses: tuple[Any, ...], options: Options) -> None:
-    """A name that does not exist, or a file that is no picture, should not wait for a base to load."""
+    """Check that adapters and input images exist, before a base loads.
+
+    Raises AdapterError or DataError."""
     from veneer.adapters.use import adapter_path
     from veneer.imaging.controls import hashed_picture
 
@@ -332,7 +344,7 @@ def _mixer(name: str, loading: dict[str, Any]) -> Mixer:
 
 
 def _progress() -> Callable[[int, int], None] | None:
-    """A line that counts steps, where somebody watches."""
+    """Return a callback that prints a step counter, or None if stderr is no terminal."""
     if not sys.stderr.isatty():
         return None
 

@@ -1,4 +1,4 @@
-"""`veneer jobs …`: training that is asked for, watched and stopped, while a worker carries it out."""
+"""`veneer jobs …`: submit, watch and control training jobs that workers run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     from veneer.jobs.canary import JobPlace
     from veneer.jobs.store import Job, JobStore
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Training jobs: submit, watch, stop.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit, watch and stop training jobs.")
 
 _Id = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, ftjob-….", show_default=False)]
 _Whose = Annotated[
-    str | None, typer.Option("--tenant", help="Of this tenant alone; '' for those of no tenant. Default: everybody's.")
+    str | None, typer.Option("--tenant", help="Only jobs of this tenant; '': jobs without a tenant. Default: all jobs.")
 ]
 _place: dict[str, str | None] = {"location": None, "index": None}
 
 
 @app.callback()
 def _where(library: JobsLibrary = None, index: LibraryIndex = None) -> None:
-    """Training jobs of a library: `veneer worker`, or `veneer serve --train`, carries them out."""
+    """Manage training jobs of a library.
+
+    `veneer worker` or `veneer serve --train` runs the jobs."""
     _place.update(location=library, index=index)
 
 
@@ -47,14 +49,12 @@ def _opened() -> Iterator[JobStore]:
 )
 def submit(
     words: Settings = None,
-    name: Annotated[
-        str, typer.Option("--name", help="Of the adapter to come; by default that of the output folder.")
-    ] = "",
-    tenant: Annotated[str, typer.Option("--tenant", help="Whose it is; by default nobody's but this machine's.")] = "",
+    name: Annotated[str, typer.Option("--name", help="Name of the new adapter; default: the output folder's.")] = "",
+    tenant: Annotated[str, typer.Option("--tenant", help="Tenant that owns the job; default: no tenant.")] = "",
     tenants: TenantsDatabase = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check and plan a run, and queue it. Exit code 2 where it cannot be queued."""
+    """Check, plan and queue a run. Exit code 2 if the run cannot be queued."""
     from veneer.jobs.after import load_job_config
     from veneer.jobs.validate import submitted
     from veneer.serve.tenancy.store import tenants_at
@@ -70,12 +70,12 @@ def submit(
 @app.command("list", epilog="Example: veneer jobs list --state running --tenant acme")
 def list_(
     tenant: _Whose = None,
-    state: Annotated[list[str] | None, typer.Option("--state", help="In this state; any number of times.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 20,
-    after: Annotated[str | None, typer.Option("--after", help="Those made before this job.")] = None,
+    state: Annotated[list[str] | None, typer.Option("--state", help="Only jobs in this state; repeatable.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of jobs.")] = 20,
+    after: Annotated[str | None, typer.Option("--after", help="Only jobs created before this job.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Jobs, the newest first."""
+    """List jobs, newest first."""
     with _opened() as store:
         found, more = store.jobs(tenant, after=after, limit=limit, states=state or ())
     if as_json:
@@ -89,7 +89,7 @@ def list_(
 
 @app.command(epilog="Example: veneer jobs show ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
-    """A job: its state, plan, result or error, checkpoints and bill."""
+    """Show a job's state, plan, result or error, checkpoints and bill."""
     with _opened() as store:
         found = store.get(tenant, job)
         bill, points = store.bill(tenant, job), store.checkpoints(tenant, job)
@@ -114,7 +114,9 @@ def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: veneer jobs watch ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def watch(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
-    """What happens to a job, until it ends. Exit code 0 if it succeeded, else 2. --json: an event a line."""
+    """Print a job's events until the job ends. Exit code 0 on success, else 2.
+
+    With --json, prints one event per line."""
     import json
 
     from veneer.jobs.store import ENDS
@@ -122,7 +124,7 @@ def watch(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
     with _opened() as store:
         number = 0
         while True:
-            state = store.get(tenant, job).state  # before its events: none is missed
+            state = store.get(tenant, job).state  # read before the events, so that no event is missed
             events, more = store.events(tenant, job, after=number)
             for event in events:
                 number = event.number
@@ -139,27 +141,29 @@ def watch(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: veneer jobs cancel ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def cancel(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
-    """End a job for good. What was trained of it is billed; its checkpoints stay in its folder."""
+    """Cancel a job permanently.
+
+    Tokens trained so far are billed; checkpoints stay in the job's folder."""
     with _opened() as store:
         _shown(store.cancel(tenant, job), as_json)
 
 
 @app.command(epilog="Example: veneer jobs pause ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def pause(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
-    """Let a job rest: it saves its state, and whoever trained it takes another."""
+    """Pause a job: the worker saves the job's state and takes another job."""
     with _opened() as store:
         _shown(store.pause(tenant, job), as_json)
 
 
 @app.command(epilog="Example: veneer jobs resume ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def resume(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
-    """Queue a paused job again, to go on from its last checkpoint."""
+    """Queue a paused job again; training continues from its last checkpoint."""
     with _opened() as store:
         _shown(store.resume(tenant, job), as_json)
 
 
 _Step = Annotated[
-    int | None, typer.Option("--step", min=1, help="Of this step; by default what the job made, or its newest.")
+    int | None, typer.Option("--step", min=1, help="Step to use; default: the job's result, or its newest step.")
 ]
 
 
@@ -167,17 +171,18 @@ _Step = Annotated[
 def fork(
     job: _Id,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="What is other than it was there.")
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="Settings that differ from the original job's."),
     ] = None,
     step: _Step = None,
-    name: Annotated[str, typer.Option("--name", help="Of the adapter to come; by default the same.")] = "",
+    name: Annotated[str, typer.Option("--name", help="Name of the new adapter; default: the same name.")] = "",
     tenant: _Whose = None,
     tenants: TenantsDatabase = None,
     as_json: AsJson = False,
 ) -> None:
-    """Queue a new job that goes on from a step of this one, with other settings. This one goes on as it is.
+    """Queue a new job that continues from a step of this job, with other settings.
 
-    The steps of a job can be gone on from with checkpoint.adapters=true."""
+    The original job is unchanged. Forking needs a job with checkpoint.adapters=true."""
     from veneer.jobs.steps import forked
     from veneer.serve.tenancy.store import tenants_at
 
@@ -192,11 +197,11 @@ def fork(
 def keep(
     job: _Id,
     step: _Step = None,
-    alias: Annotated[str, typer.Option("--alias", help="That points to it from now on, as prod.")] = "",
+    alias: Annotated[str, typer.Option("--alias", help="Alias to point to the new version, such as prod.")] = "",
     tenant: _Whose = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the adapter of a step the newest version of the job's name."""
+    """Store a step's adapter as the newest version of the job's name."""
     from veneer.jobs.steps import kept_step
 
     with _opened() as store:
@@ -206,7 +211,7 @@ def keep(
 
 @app.command(epilog="Example: veneer jobs promote ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def promote(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
-    """All users of the job's route, or its alias, get what it made."""
+    """Point the job's route or alias to the job's adapter, for all users."""
     from veneer.jobs.canary import promote_job
 
     _moved(job, tenant, tenants, as_json, promote_job)
@@ -214,7 +219,7 @@ def promote(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as
 
 @app.command(epilog="Example: veneer jobs rollback ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def rollback(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
-    """The job's route, or its alias, leads to what it led to before the job moved it, for the same users."""
+    """Restore the previous targets of the job's route or alias, for the same users."""
     from veneer.jobs.canary import rollback_job
 
     _moved(job, tenant, tenants, as_json, rollback_job)
@@ -230,7 +235,7 @@ def _moved(job: str, tenant: str | None, place: str | None, as_json: bool, move:
 
 @app.command(epilog="Example: veneer jobs logs ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def logs(job: _Id, tenant: _Whose = None) -> None:
-    """What the job's processes printed, for whoever has to find a fault. `watch` has what happened."""
+    """Print the output of the job's processes, for debugging. See also `watch`."""
     with _opened() as store:
         found = store.get(tenant, job)
     if not found.log.is_file():
@@ -252,7 +257,7 @@ def _shown(job: Job, as_json: bool) -> None:
 
         cost = f", {money(job.planned)}" if job.planned else ""
         seconds = job.plan.get("seconds")
-        about = "about " if seconds and seconds >= 1 else ""  # `under 1 s` says it by itself
+        about = "about " if seconds and seconds >= 1 else ""  # `under 1 s` needs no "about"
         took = f"{about}{rough_duration(seconds)}" if seconds else "for some time"
         print(f"planned      {job.plan['tokens']:,} tokens, {took}{cost}")
     if job.result is not None:

@@ -1,4 +1,4 @@
-"""`veneer library …`: adapters under names, in one place."""
+"""`veneer library …`: store, find, verify and share named adapters."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from veneer.library.library import Added, Library
     from veneer.library.queries import Version
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Keep adapters under names, in one place.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Store adapters under names, in one place.")
 
 Reference = Annotated[
     str,
-    typer.Argument(
-        help="support, acme/support@2, support@prod or the beginning of a sha256: digest.", show_default=False
-    ),
+    typer.Argument(help="support, acme/support@2, support@prod or a prefix of a sha256: digest.", show_default=False),
 ]
-Tags = Annotated[list[str] | None, typer.Option("--tag", help="A tag for it; repeat for several.")]
-Alias = Annotated[str | None, typer.Option(help="Point this alias to it.")]
-Name = Annotated[str, typer.Argument(help="The name to keep it under: support, acme/support.", show_default=False)]
+Tags = Annotated[list[str] | None, typer.Option("--tag", help="A tag; repeatable.")]
+Alias = Annotated[str | None, typer.Option(help="Point this alias to the new version.")]
+Name = Annotated[
+    str, typer.Argument(help="Name to store the adapter under: support, acme/support.", show_default=False)
+]
 _place: dict[str, str | None] = {"location": None, "index": None}
 
 
@@ -38,12 +38,12 @@ def _where(
     location: Annotated[
         str | None,
         typer.Option(
-            "--at", envvar="VENEER_LIBRARY", help="A directory or URL; by default `library` in the veneer home."
+            "--at", envvar="VENEER_LIBRARY", help="A directory or URL; default: `library` in the veneer home."
         ),
     ] = None,
     index: LibraryIndex = None,
 ) -> None:
-    """Keep adapters under names, with versions, aliases and tags; share them; check them."""
+    """Store adapters with versions, aliases and tags; share and verify adapters."""
     _place.update(location=location, index=index)
 
 
@@ -64,7 +64,9 @@ def add(
     tag: Tags = None,
     alias: Alias = None,
 ) -> Result:
-    """Keep an adapter as the next version of a name. What is there already is not stored twice."""
+    """Store an adapter as the next version of a name.
+
+    Identical content is stored once."""
     added = library.add(path, name, tags=tag or ())
     if alias is not None:
         added.version = library.alias(added.version.reference, alias)
@@ -77,15 +79,17 @@ def mix(
     name: Name,
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="Adapters of the library.", show_default=False),
+        typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="Adapters in the library.", show_default=False),
     ],
     tag: Tags = None,
     alias: Alias = None,
     base: Annotated[
-        str | None, typer.Option(help="The base's folder of safetensors: for DoRA and full copies.")
+        str | None, typer.Option(help="The base's safetensors folder; needed for DoRA and full copies.")
     ] = None,
 ) -> Result:
-    """Keep a mix as an adapter of its own: the exact sum of strength·ΔW, as the next version of a name."""
+    """Store a mix as one adapter: the exact sum of strength·ΔW.
+
+    The mix becomes the next version of the name."""
     from veneer.adapters.mix import keep_mix
 
     added, made = keep_mix(library, adapters, name, alias=alias, tags=tag or (), base=base)
@@ -104,10 +108,12 @@ def _added(added: Added) -> Result:
     return Result(value, "\n".join(lines))
 
 
-AllVersions = Annotated[bool, typer.Option("--all-versions", help="Every version, not each name's latest.")]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
-Skip = Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")]
-Without = Annotated[str, typer.Option("--without", help="Leave out what has a tag that begins so: `steps-of:`.")]
+AllVersions = Annotated[
+    bool, typer.Option("--all-versions", help="List every version, not only the latest of each name.")
+]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="Maximum number of results.")]
+Skip = Annotated[int, typer.Option("--skip", min=0, help="Number of results to skip.")]
+Without = Annotated[str, typer.Option("--without", help="Exclude adapters with a tag of this prefix: `steps-of:`.")]
 Sort = Annotated[str, typer.Option(help="name, added (newest first), gain (most first), size or rank (largest first).")]
 
 
@@ -120,30 +126,31 @@ def list_(
     limit: Limit = 50,
     after: Skip = 0,
 ) -> Result:
-    """The adapters in the library, and how many there are of which base, kind, rank, tag and health."""
+    """List adapters in the library.
+
+    JSON also has the counts by base, kind, rank, tag and health."""
     return _listing(library, limit, after, "", order=sort, all_versions=all_versions, without=without)
 
 
 @library_command("search", 'veneer library search "invoice german" --base smollm2-135m --tag routing')
 def search(
     library: Library,
-    text: Annotated[str, typer.Argument(help="Words; each is in the name, a tag or the card.")] = "",
-    name: Annotated[str, typer.Option("--name", help="The name begins so.")] = "",
+    text: Annotated[str, typer.Argument(help="Words that must all occur in the name, a tag or the card.")] = "",
+    name: Annotated[str, typer.Option("--name", help="Prefix of the name.")] = "",
     tag: Tags = None,
-    base: Annotated[str, typer.Option("--base", help="The base's name, or its fingerprint's beginning.")] = "",
+    base: Annotated[str, typer.Option("--base", help="Base name, or prefix of the base's fingerprint.")] = "",
     kind: Annotated[str, typer.Option("--kind", help="text or image.")] = "",
-    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Its rank; 0 for those of several.")] = None,
-    health: Annotated[str, typer.Option("--health", help="What verify found: sound, faulty or unknown.")] = "",
-    trigger: Annotated[str, typer.Option("--trigger", help="One of its trigger words.")] = "",
-    parent: Annotated[str, typer.Option("--parent", help="The digest of an adapter that it was made from.")] = "",
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Rank; 0: adapters with several ranks.")] = None,
+    health: Annotated[str, typer.Option("--health", help="Result of verify: sound, faulty or unknown.")] = "",
+    trigger: Annotated[str, typer.Option("--trigger", help="A trigger word.")] = "",
+    parent: Annotated[str, typer.Option("--parent", help="Digest of a parent adapter.")] = "",
     all_versions: AllVersions = False,
     without: Without = "",
     sort: Sort = "name",
     limit: Limit = 50,
     after: Skip = 0,
 ) -> Result:
-    """Find adapters by words, name, tag, base, kind, rank, health, trigger word or parent; all that is given has to
-    fit."""
+    """Find adapters that match every given filter."""
     asked = {"name": name, "tags": tag or (), "base": base, "kind": kind, "rank": rank, "health": health}
     asked |= {"trigger": trigger, "parent": parent, "without": without}
     return _listing(library, limit, after, text, order=sort, all_versions=all_versions, **asked)
@@ -175,7 +182,7 @@ def _listing(library: Library, limit: int, after: int, text: str, **asked: Any) 
 
 @library_command("show", "veneer library show support@prod")
 def show(library: Library, reference: Reference) -> Result:
-    """What is known of an adapter, its relatives, what the last looks at it found, and where its files are here."""
+    """Show an adapter's metadata, parents and children, last checks and files."""
     from veneer.formats.card import opening
     from veneer.library.describe import card_prompt, card_sample, gain_of
 
@@ -184,7 +191,7 @@ def show(library: Library, reference: Reference) -> Result:
     path: str | Path
     try:
         path = library.resolve(version.reference)
-    except AdapterError as error:  # all else is still known
+    except AdapterError as error:  # the metadata is still available
         path = f"not here: {error.what}"
     family, checks = library.family(version.reference), library.checks(version.reference)
     kept = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}
@@ -221,7 +228,7 @@ def tag(
     reference: Reference,
     tags: Annotated[list[str], typer.Argument(help="Tags, without spaces.", show_default=False)],
 ) -> Result:
-    """Put tags on a version."""
+    """Add tags to a version."""
     return _changed(library.tag(reference, *tags))
 
 
@@ -229,9 +236,9 @@ def tag(
 def untag(
     library: Library,
     reference: Reference,
-    tags: Annotated[list[str], typer.Argument(help="Tags that it has.", show_default=False)],
+    tags: Annotated[list[str], typer.Argument(help="Tags to remove.", show_default=False)],
 ) -> Result:
-    """Take tags off a version."""
+    """Remove tags from a version."""
     return _changed(library.untag(reference, *tags))
 
 
@@ -241,7 +248,9 @@ def alias(
     reference: Reference,
     alias: Annotated[str, typer.Argument(help="The alias, as in support@prod.", show_default=False)],
 ) -> Result:
-    """Let name@alias mean this version from now on. `veneer library remove name@alias` takes an alias away."""
+    """Point name@alias to a version.
+
+    `veneer library remove name@alias` removes an alias."""
     return _changed(library.alias(reference, alias))
 
 
@@ -256,27 +265,30 @@ def remove(
     library: Library,
     reference: Annotated[str, typer.Argument(help="A name, name@version or name@alias.", show_default=False)],
     with_aliases: Annotated[
-        bool, typer.Option("--with-aliases", help="Also remove the aliases that point there.")
+        bool, typer.Option("--with-aliases", help="Also remove aliases of the removed versions.")
     ] = False,
 ) -> Result:
-    """Remove a name with all its versions, one version, or an alias. `veneer library gc` frees the space later."""
+    """Remove a name with all its versions, one version, or an alias.
+
+    `veneer library gc` frees the disk space later."""
     gone = library.remove(reference, with_aliases=with_aliases)
     return Result({"removed": gone}, f"removed {', '.join(gone)}")
 
 
 @command(app, nullcontext, "verify", "veneer library verify support@prod")
 def verify(
-    _: None,  # the library cannot be opened before its index is made again
+    _: None,  # the library cannot be opened before its index is rebuilt
     references: Annotated[
-        list[str] | None, typer.Argument(help="Adapters to read whole; none: every file.", show_default=False)
+        list[str] | None, typer.Argument(help="Adapters to verify; default: every file.", show_default=False)
     ] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Remove corrupt files; write the records anew.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="First make the index again from the files.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove corrupt files and rewrite the records.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="First rebuild the index from the files.")] = False,
 ) -> Result:
-    """Read every file and compare it with its sha256, and the names' records with the index; or check these adapters
-    alone, their contents too. What is found of an adapter is remembered with it: `list` and `show` have it.
+    """Verify the library's files and records, or only the given adapters.
 
-    Exit code 0 if all is right, 2 if anything is not."""
+    Compares every file with its sha256, and the records of names with the index; for given adapters, also
+    checks their contents. `list` and `show` report the stored result of each adapter. Exit code 0 if
+    everything is valid, else 2."""
     from veneer.library import upkeep
 
     if references:
@@ -317,10 +329,12 @@ def _verify_each(library: Library, references: list[str]) -> Result:
 @library_command("gc", "veneer library gc --dry-run")
 def gc(
     library: Library,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds for which what was removed or begun stays.")] = 3600.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only.")] = False,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Keep removed adapters and unfinished writes for this many seconds.")
+    ] = 3600.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count, but remove nothing.")] = False,
 ) -> Result:
-    """Remove the files that no name leads to any more. Safe while others add, move aliases or collect."""
+    """Remove files that no name refers to. Safe during concurrent changes."""
     from veneer.library import upkeep
 
     done = upkeep.gc(library, grace=grace, dry_run=dry_run)
@@ -333,10 +347,10 @@ def gc(
 def pull(
     library: Library,
     place: Annotated[str, typer.Argument(help="hf:owner/name[@revision], a URL or a path.", show_default=False)],
-    name: Annotated[str, typer.Argument(help="The name to keep it under; by default the place's last part.")] = "",
+    name: Annotated[str, typer.Argument(help="Name to store the adapter under; default: the last part of PLACE.")] = "",
     tag: Tags = None,
 ) -> Result:
-    """Add an adapter from the Hugging Face hub, or from a URL such as s3://bucket/folder."""
+    """Add an adapter from the Hugging Face Hub or a URL, such as s3://bucket/folder."""
     from veneer.library import transfer
 
     return _added(transfer.pull(library, place, name, tags=tag or ()))
@@ -347,9 +361,11 @@ def push(
     library: Library,
     reference: Reference,
     place: Annotated[str, typer.Argument(help="hf:owner/name[@branch], a URL or a path.", show_default=False)],
-    public: Annotated[bool, typer.Option("--public", help="Make a new hub repository public, not private.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create a new Hub repository as public, not private.")
+    ] = False,
 ) -> Result:
-    """Copy an adapter to the Hugging Face hub, or to a URL such as s3://bucket/folder."""
+    """Copy an adapter to the Hugging Face Hub or a URL, such as s3://bucket/folder."""
     from veneer.library import transfer
 
     where = transfer.push(library, reference, place, public=public)
@@ -361,10 +377,12 @@ def export(
     library: Library,
     target: Annotated[Path, typer.Argument(help="A new .tar file, or a new folder.", show_default=False)],
     references: Annotated[
-        list[str] | None, typer.Argument(help="Names or versions; none: everything.", show_default=False)
+        list[str] | None, typer.Argument(help="Names or versions; default: everything.", show_default=False)
     ] = None,
 ) -> Result:
-    """Write adapters with their names, tags and aliases to one file or folder. Equal content gives equal bytes."""
+    """Write adapters with names, tags and aliases to one file or folder.
+
+    Equal content gives equal bytes."""
     from veneer.library import transfer
 
     done = transfer.export_to(library, target, references or ())
@@ -375,9 +393,9 @@ def export(
 @library_command("import", "veneer library import adapters.tar")
 def import_(
     library: Library,
-    source: Annotated[Path, typer.Argument(help="What `veneer library export` wrote.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="A file or folder from `veneer library export`.", show_default=False)],
 ) -> Result:
-    """Add what an export holds, each file checked."""
+    """Add the adapters of an export, and verify each file."""
     from veneer.library import transfer
 
     done = transfer.import_from(library, source)

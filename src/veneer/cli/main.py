@@ -1,21 +1,22 @@
-"""The `veneer` command: a table of subcommands, each imported only when it is run, and one place where errors end.
+"""The `veneer` command: a table of subcommands, and the handler of their errors.
 
-A command NAME lives in a file of its own, `cli/NAME.py`, which defines either
+A command NAME lives in its own file, `cli/NAME.py`, which defines either
 
     app: typer.Typer        a command with subcommands (veneer base get …), or
-    command: Callable       a single command, written as typer reads it: annotated parameters and a docstring
+    command: Callable       a single command as typer expects it: annotated parameters and a docstring
 
-and imports torch, transformers and the rest of veneer inside its functions, so that its `--help` is immediate.
+and imports torch, transformers and the rest of veneer inside its functions, so that `--help` is fast.
+The file is imported when its command runs.
 
 | what ends a command             | on stderr                                   | exit code |
 | a VeneerError                   | error, where, fix                           | its own, 2 (Interrupted: 130, 143) |
 | a wrong option or argument      | typer's usage message                       | 2 |
 | Ctrl-C                          | "stopped"                                   | 130 |
-| a full disk, no memory, no rights | what ran out and the way out              | 2 |
+| a full disk, no memory, no rights | the cause and a fix                     | 2 |
 | a closed pipe                   | nothing                                     | 141 |
-| anything else: a fault of ours  | that it is, what to report (cli/fault.py)   | 70 |
+| anything else: an internal error | what to report (cli/fault.py)           | 70 |
 
-stdout and stderr are guarded on the way (cli/output.py): no text of a file reaches the terminal as an escape sequence.
+`cli/output.py` wraps stdout and stderr: text from files never reaches the terminal as an escape sequence.
 """
 
 from __future__ import annotations
@@ -39,29 +40,29 @@ from veneer.cli.output import error_text, guard, own
 from veneer.errors import ConfigError, ResourceError, VeneerError, lacks_memory, quoted
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "base": ("veneer.cli.base", "Get, list and look at base models."),
-    "data": ("veneer.cli.data", "Captions for pictures, and a teacher's answers as rows."),
+    "base": ("veneer.cli.base", "Download, list and describe base models."),
+    "data": ("veneer.cli.data", "Caption images, and collect a teacher's answers as rows."),
     "train": ("veneer.cli.train", "Train an adapter from a configuration file."),
     "sweep": ("veneer.cli.sweep", "Train every combination of some settings at once."),
-    "plan": ("veneer.cli.plan", "Memory, time and money of a run, before it runs."),
+    "plan": ("veneer.cli.plan", "Estimate a run's memory, time and cost."),
     "eval": ("veneer.cli.eval", "Compare the base and adapters on held-out rows."),
     "generate": ("veneer.cli.generate", "Generate text, or chat, with a base and any adapters."),
-    "image": ("veneer.cli.image", "Make pictures with an image base, adapters and ControlNets."),
+    "image": ("veneer.cli.image", "Generate images with a base, adapters and ControlNets."),
     "serve": ("veneer.cli.serve", "Serve a base and its adapters over HTTP."),
-    "studio": ("veneer.cli.studio", "The page: look at adapters, compare, train, release them."),
+    "studio": ("veneer.cli.studio", "Open a web page to browse, compare, train and release adapters."),
     "adapter": ("veneer.cli.adapter", "Inspect, verify, convert, mix and merge adapters."),
-    "library": ("veneer.cli.library", "Keep adapters under names, share and check them."),
-    "jobs": ("veneer.cli.jobs", "Training jobs: submit, watch, stop."),
-    "worker": ("veneer.cli.worker", "Carry out training jobs, here or on a cluster."),
-    "tenant": ("veneer.cli.tenant", "Tenants of a server: keys, limits, prices, routes, usage."),
-    "doctor": ("veneer.cli.doctor", "What this machine has for veneer, what runs on it, and why."),
-    "export": ("veneer.cli.export", "Write an adapter as a directory that vLLM or TGI serves as it is."),
+    "library": ("veneer.cli.library", "Store adapters under names, share and verify them."),
+    "jobs": ("veneer.cli.jobs", "Submit, watch and stop training jobs."),
+    "worker": ("veneer.cli.worker", "Run training jobs, here or on a cluster."),
+    "tenant": ("veneer.cli.tenant", "Manage a server's tenants: keys, limits, prices, routes, usage."),
+    "doctor": ("veneer.cli.doctor", "Report this machine's hardware, libraries and active code paths."),
+    "export": ("veneer.cli.export", "Export an adapter as a directory for vLLM or TGI."),
 }
-"""Command -> (module, one line for `veneer --help`)."""
+"""Command -> (module, its line in `veneer --help`)."""
 
 
 class LazyGroup(TyperGroup):
-    """Lists commands from the table, and imports one when it is resolved to be run or completed."""
+    """Typer group that lists commands from COMMANDS and imports a command on resolve."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -81,7 +82,7 @@ class LazyGroup(TyperGroup):
 
 @contextmanager
 def ended() -> Iterator[None]:
-    """What is expected to end a command ends in one message and SystemExit; a bug goes on as it is."""
+    """Turn expected errors into a message and SystemExit; let other errors propagate."""
     try:
         yield
     except KeyboardInterrupt:
@@ -100,7 +101,9 @@ def ended() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; always ends with SystemExit. `argv`: the arguments after the program's name."""
+    """Run the command line and raise SystemExit.
+
+    `argv`: arguments after the program's name; default: `sys.argv`."""
     given = sys.argv[1:] if argv is None else list(argv)
     with guard():
         try:
@@ -111,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def program() -> Any:
-    """The whole command line, as click has it; a command's own file is imported when it is asked for."""
+    """Return the click command of the whole program; subcommands are imported lazily."""
     app = typer.Typer(
         cls=LazyGroup,
         no_args_is_help=True,
@@ -134,11 +137,11 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train, keep, mix and serve low-rank adapters (LoRA)."""
+    """Train, store, mix and serve low-rank adapters (LoRA)."""
 
 
 def _listed(name: str, line: str) -> Any:
-    """What stands for a command in lists: its name and its line, nothing behind it."""
+    """Return a placeholder command with a name and a help line, for lists."""
     stub = typer.Typer(add_completion=False)
     stub.command(name, help=line)(lambda: None)
     command = typer.main.get_command(stub)
@@ -153,7 +156,7 @@ def _imported(name: str) -> Any:
         app = typer.Typer(add_completion=False)
         app.command(name)(module.command)
     _finite_alone(app)
-    # Plain text in help and errors of every command, as of the group.
+    # Plain text in help and errors of every command, as in the group's.
     app.pretty_exceptions_enable = False
     command = typer.main.get_command(app)
     command.name = name
@@ -161,12 +164,12 @@ def _imported(name: str) -> Any:
 
 
 def _finite_alone(app: typer.Typer) -> None:
-    """nan and infinity are refused as numbers of every command in `app`: a range lets nan through."""
+    """Make every command of `app` refuse nan and infinity: click's ranges accept nan."""
     for group in app.registered_groups:
         if group.typer_instance is not None:
             _finite_alone(group.typer_instance)
     for command in app.registered_commands:
-        if command.callback is not None and not hasattr(command.callback, "__wrapped__"):  # once a process
+        if command.callback is not None and not hasattr(command.callback, "__wrapped__"):  # once per process
             command.callback = _finite(command.callback)
 
 
@@ -182,7 +185,7 @@ def _finite(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _known(error: Exception) -> VeneerError | None:
-    """A machine's limits in veneer's words; None for what is not known."""
+    """Convert an error of the machine's limits to a VeneerError, or return None."""
     text, kind = str(error), type(error).__name__
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -193,14 +196,14 @@ def _known(error: Exception) -> VeneerError | None:
             return ConfigError("this is too long to be the name of a file", where=quoted(str(error.filename)))
         if isinstance(error, PermissionError):
             return ResourceError(f"no permission to use this file: {error.strerror}", where=error.filename)
-    if kind == "RuntimeError" and "home directory" in text:  # pathlib's, of `~somebody/…`
+    if kind == "RuntimeError" and "home directory" in text:  # raised by pathlib for `~somebody/…`
         return ConfigError("a path begins with ~ and a name that this machine has no home for", fix="write it out")
     if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
         fix = "write it anew: it was cut, or typed in another encoding than the terminal's"
         return ConfigError("a text has half a character, which is none", fix=fix)
     if "No space left on device" in text:
         return ResourceError("the disk is full", fix="free some space, or write elsewhere")
-    if kind == "OutOfMemoryError":  # torch's, known by name: torch need not be loaded
+    if kind == "OutOfMemoryError":  # torch's error, matched by name: torch may not be loaded
         return ResourceError(
             "the GPU's memory is exhausted",
             where=text.split(". ")[0],
@@ -220,7 +223,7 @@ def _show(error: VeneerError) -> None:
 
 
 def _close_pipe() -> None:
-    """Whoever read stdout is gone; point it elsewhere, so that closing it at exit does not fail too."""
+    """Point stdout at the null device, so that closing a broken pipe at exit succeeds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

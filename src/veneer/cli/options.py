@@ -1,4 +1,4 @@
-"""Options and arguments that several commands have, each in one wording."""
+"""Options and arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-ShowAll = Annotated[bool, typer.Option("--all", help="Show lists whole, however long.")]
+ShowAll = Annotated[bool, typer.Option("--all", help="Show full lists, however long.")]
 
 AdapterArgument = Annotated[
     str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
@@ -24,21 +24,19 @@ AdapterArguments = Annotated[
     list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="One or more adapters.", show_default=False)
 ]
 FromPickle = Annotated[
-    bool, typer.Option("--from-pickle", help="Read a .bin or .pt too, through torch's weights-only loader.")
+    bool, typer.Option("--from-pickle", help="Also read .bin and .pt files, with torch's weights-only loader.")
 ]
 MoeLayout = Annotated[
     str,
-    typer.Option("--moe-layout", help="rank_major or grouped_by_expert: of experts' B, where Unsloth's file asks."),
+    typer.Option("--moe-layout", help="Layout of experts' B in Unsloth files: rank_major or grouped_by_expert."),
 ]
-AdapterName = Annotated[str, typer.Option("--adapter-name", help="The one to take of several adapters in one file.")]
+AdapterName = Annotated[str, typer.Option("--adapter-name", help="Adapter to use, if a file contains several.")]
 Alpha = Annotated[
     float | None,
-    typer.Option(
-        "--alpha", help="The alpha it was trained with, where the file does not state it; of rsLoRA alpha × √rank."
-    ),
+    typer.Option("--alpha", help="Alpha of training, if the file does not state it; for rsLoRA alpha × √rank."),
 ]
 AllowOtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape fits.")
+    bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape matches.")
 ]
 
 BaseArgument = Annotated[
@@ -47,16 +45,16 @@ BaseArgument = Annotated[
 ]
 LoadedDtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 WrittenDtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default each tensor keeps its own.")
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: each tensor's own dtype.")
 ]
 Quantise = Annotated[
-    str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
+    str | None, typer.Option("--quantise", help="Quantize the base: nf4, fp4 or int8; keep: a GGUF file's own types.")
 ]
 ChosenDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
 JobsLibrary = Annotated[
     str | None,
-    typer.Option("--library", envvar="VENEER_LIBRARY", help="Whose jobs; by default the veneer home's library."),
+    typer.Option("--library", envvar="VENEER_LIBRARY", help="Library of the jobs; default: the veneer home's library."),
 ]
 LibraryIndex = Annotated[
     str | None,
@@ -69,14 +67,16 @@ TenantsDatabase = Annotated[
     typer.Option(
         "--tenants",
         envvar="VENEER_TENANTS",
-        help="The database of tenants, with what training costs them. Default: the veneer home's, where there is one.",
+        help="Database of tenants and their training terms; default: the veneer home's, if it exists.",
     ),
 ]
 
 
 def chosen_base(base: str | None, adapters: list[str], fallback: str = "") -> str:
-    """Return the base to load: `base`, else the first adapter's own, else `fallback`. Look for all adapters first, so
-    that a name that does not exist does not wait for a base to load. Raises AdapterError."""
+    """Return the base to load: `base`, else the first adapter's base, else `fallback`.
+
+    Checks first that every adapter exists, so that a wrong name fails before a base loads.
+    Raises AdapterError."""
     from veneer.adapters.use import adapter_path, stated_base
 
     for name in adapters:
@@ -92,7 +92,7 @@ def chosen_base(base: str | None, adapters: list[str], fallback: str = "") -> st
 
 
 def say_loaded(base: TextBase | ImageBase) -> None:
-    """Say in which dtype a base was loaded, where and why."""
+    """Print the base's dtype, its device and the reason for the dtype."""
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         say(f"note: {note}")
@@ -102,25 +102,27 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG.yaml] [section.key=value]...",
-        help="A configuration, and settings that replace its values; or settings alone.",
+        help="A configuration file, settings that override its values, or both.",
         show_default=False,
     ),
 ]
 
 
 def is_config(word: str) -> bool:
-    """Whether a word of the command line is a further configuration, and no value that replaces one's."""
+    """Return whether a command-line word is a configuration file, not a setting."""
     return "=" not in word and (word.endswith((".yaml", ".yml")) or Path(word).is_file())
 
 
 def files_and_settings(words: list[str] | None) -> tuple[list[Path], list[str]]:
-    """Split the words of a command line into configuration files and `section.key=value` settings."""
+    """Split words into configuration files and `section.key=value` settings."""
     files = [word for word in words or [] if "=" not in word or Path(word).is_file()]
     return [Path(file) for file in files], [word for word in words or [] if word not in files]
 
 
 def file_and_settings(words: list[str] | None) -> tuple[Path | None, list[str]]:
-    """As `files_and_settings`, for a command that takes at most one file. Raises ConfigError."""
+    """Split words into at most one configuration file, and settings.
+
+    Raises ConfigError for a second file."""
     files, settings = files_and_settings(words)
     if len(files) > 1:
         raise ConfigError(f"{files[1]} is a second configuration, and this command takes one", fix="leave it out")

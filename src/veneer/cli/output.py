@@ -1,9 +1,9 @@
-"""What a command prints, on its way to a terminal: the one place where strings cross.
+"""Terminal output of commands: escaping, JSON, tables, long lists and errors.
 
-Names, metadata and errors come out of files that anybody may have made, and a terminal obeys what it is sent: an escape
-sequence can set its title, move the cursor over what was said, or fill the clipboard. `guard` puts a stream around
-stdout and stderr that writes such characters out (`errors.shown`); line ends, tabs and the carriage return of a
-progress line pass. What makes its own sequences and has escaped its texts, as rich does, writes to `own(stream)`.
+Names, metadata and errors can come from untrusted files, and an escape sequence can set a terminal's title,
+overwrite earlier lines or fill the clipboard. `guard` wraps stdout and stderr in a stream that escapes
+control characters with `errors.shown`; line ends, tabs and the carriage return of a progress line pass. A
+library such as rich, which escapes its own text and emits its own sequences, writes to `own(stream)`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from veneer.errors import VeneerError, shown
 
 
 class Guarded:
-    """A text stream that writes `shown` texts to another; else that other."""
+    """A text stream that writes text, escaped by `shown`, to another stream.
+
+    Other attributes are the wrapped stream's."""
 
     def __init__(self, stream: TextIO) -> None:
         self.rich_proxied_file = stream
-        """Where rich, which looks for this name, writes its own sequences."""
+        """The wrapped stream. rich looks for this name and writes its sequences there."""
 
     def write(self, text: str) -> int:
         parts = text.split("\r")
@@ -38,13 +40,13 @@ class Guarded:
 
 
 def own(stream: TextIO) -> TextIO:
-    """The stream itself, for what escapes by itself."""
+    """Return the unwrapped stream, for code that escapes its own text."""
     return stream.rich_proxied_file if isinstance(stream, Guarded) else stream
 
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """stdout and stderr guarded; afterwards they are what they were."""
+    """Wrap stdout and stderr in `Guarded`, and restore both afterwards."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, s if isinstance(s, Guarded) else Guarded(s)) for s in before)
     try:
@@ -54,23 +56,24 @@ def guard() -> Iterator[None]:
 
 
 def field(value: object) -> str:
-    """A text out of a file as part of one line: its own line ends are written out too, so that it cannot pretend to be
-    a line of ours."""
+    """Escape a text from a file for use within a line.
+
+    Line ends are escaped too, so that the text cannot imitate a line of veneer's output."""
     return shown(value)
 
 
 def say(line: str) -> None:
-    """A line beside the result: on stderr, at once."""
+    """Print a line to stderr and flush."""
     print(line, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
-    """The result, for programs."""
+    """Print a result as indented JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """`rows` under `head`, in columns."""
+    """Return `rows` under `head` in aligned columns."""
     cells = [list(head), *([field(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     return "\n".join(
@@ -83,24 +86,26 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 MOST = 20
-"""How many of a list are shown without `--all`."""
+"""Items of a list shown without `--all`."""
 _shown: dict[str, bool] = {"everything": False}
 
 
 def everything(on: bool) -> None:
-    """Whether lists are shown whole from here on (`--all`)."""
+    """Set whether later lists are shown in full (`--all`)."""
     _shown["everything"] = on
 
 
 def cut_list(items: Sequence[str], most: int = MOST) -> list[str]:
-    """The items as fields: the first `most` and how many more there are, or all of them with `--all`."""
+    """Return the first `most` items as fields, and a count of the rest.
+
+    With `--all`, returns all items."""
     few = items if _shown["everything"] or len(items) <= most + 1 else items[:most]
     out = [field(item) for item in few]
     return out if len(few) == len(items) else [*out, f"and {len(items) - len(few):,} more (--all shows them)"]
 
 
 def error_text(error: VeneerError) -> str:
-    """An error as it is printed: what, where and fix, a long list in it cut as every other."""
+    """Return an error's text: what, where and fix, with long lists cut."""
     first, *lines = error.what.splitlines() or [""]
     out = [first, *cut_list(lines, 2 * MOST)]
     out += [f"  {name}: {text}" for name, text in (("where", error.where), ("fix", error.fix)) if text]

@@ -1,4 +1,4 @@
-"""`veneer plan`: memory, time and money of a run before it runs."""
+"""`veneer plan`: estimate a run's memory, time and cost."""
 
 from __future__ import annotations
 
@@ -29,84 +29,88 @@ _OF_SMALLEST = {"smallest", "base", "size", "rank", "targets", "before", "as_jso
 _SERVED = {"tenants", "prompt", "answer", "together"}
 _OF_CARDS = {"gpus", "price"}
 _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
-"""The most that is planned: more is a slip of the keyboard, and would be counted for hours."""
+"""Upper bounds of options: larger values are typing errors and take hours to plan."""
 
 
 @app.command(epilog=_EXAMPLE)
 def plan(
     context: typer.Context,
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A training configuration to plan, or several.")
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="One or more training configurations.")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that override the file's.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="A base: its hub id (--list), folder, config.json or GGUF file.")
+        str | None, typer.Option("--base", help="Base: hub id (see --list), folder, config.json or GGUF file.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="A GPU of --list; cpu or nothing: this machine's processor.")
+        str | None, typer.Option("--gpu", help="GPU model from --list. Default: cpu, this machine's processor.")
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, max=_MANY, help="How many GPUs.")] = 1,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=1, max=_ROWS, help="Rows of the data, or its pictures.")
-    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, max=_MANY, help="Number of GPUs.")] = 1,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, max=_ROWS, help="Rows or images in the dataset.")] = None,
     tokens_per_row: Annotated[
-        float | None, typer.Option("--tokens-per-row", min=2, max=_TOKENS, help="Tokens of a row, on average.")
+        float | None, typer.Option("--tokens-per-row", min=2, max=_TOKENS, help="Average tokens per row.")
     ] = None,
     longest: Annotated[
-        int | None, typer.Option("--longest", min=2, max=_TOKENS, help="Tokens of the longest row.")
+        int | None, typer.Option("--longest", min=2, max=_TOKENS, help="Tokens in the longest row.")
     ] = None,
     trained: Annotated[
-        float, typer.Option("--trained", min=0.001, max=1, help="Share of the tokens that are learned.")
+        float, typer.Option("--trained", min=0.001, max=1, help="Fraction of tokens that count in the loss.")
     ] = 1.0,
     epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the data.")] = 3,
-    batch: Annotated[int, typer.Option("--batch", min=1, max=_MANY, help="Rows in a step.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=_MANY, help="Rows per optimizer step.")] = 16,
     micro_tokens: Annotated[
         int | None,
-        typer.Option("--micro-tokens", min=1, max=_TOKENS, help="Tokens in memory at once; by default the device's."),
+        typer.Option(
+            "--micro-tokens", min=1, max=_TOKENS, help="Tokens per micro-batch; default: what fits the device."
+        ),
     ] = None,
     size: Annotated[
-        int | None, typer.Option("--size", min=64, max=1 << 14, help="Side of a picture, in pixels.")
+        int | None, typer.Option("--size", min=64, max=1 << 14, help="Side of an image, in pixels.")
     ] = None,
     micro_pictures: Annotated[
-        int, typer.Option("--micro-pictures", min=1, max=_MANY, help="Pictures in memory at once.")
+        int, typer.Option("--micro-pictures", min=1, max=_MANY, help="Images per micro-batch.")
     ] = 1,
     before: Annotated[
-        int, typer.Option("--before", min=0, max=16, help="Of pairs: pictures that each is an edit of.")
+        int, typer.Option("--before", min=0, max=16, help="Editing pairs: source images per target image.")
     ] = 0,
     targets: Annotated[
         str,
         typer.Option(
-            "--targets", help="Layers of an image base: attention, attention+ff, attention+ff+conv, all-linear."
+            "--targets", help="LoRA targets of an image base: attention, attention+ff, attention+ff+conv or all-linear."
         ),
     ] = "attention",
-    rank: Annotated[int, typer.Option("--rank", min=1, max=_MANY, help="Rank of every pair.")] = 16,
-    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the base: bfloat16 or float32.")] = "bfloat16",
-    quantise: Annotated[
-        str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4 or int8.")
-    ] = None,
+    rank: Annotated[int, typer.Option("--rank", min=1, max=_MANY, help="LoRA rank.")] = 16,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Dtype of the base: bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    quantise: Annotated[str | None, typer.Option("--quantise", help="Quantize the base: nf4, fp4 or int8.")] = None,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute activations: less memory, more time.")
+        bool, typer.Option("--checkpointing", help="Activation checkpointing: less memory, more time.")
     ] = False,
-    price: Annotated[float | None, typer.Option("--price", min=0, help="US dollars an hour of one GPU.")] = None,
-    tenants: Annotated[int, typer.Option("--tenants", min=1, help="Adapters to serve.")] = 100,
-    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens a request reads.")] = None,
-    answer: Annotated[int, typer.Option("--answer", min=1, help="Tokens a request writes.")] = 100,
-    together: Annotated[int, typer.Option("--together", min=1, help="Requests served at once.")] = 32,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="US dollars per GPU-hour.")] = None,
+    tenants: Annotated[int, typer.Option("--tenants", min=1, help="Serving: number of adapters.")] = 100,
+    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Serving: prompt tokens per request.")] = None,
+    answer: Annotated[int, typer.Option("--answer", min=1, help="Serving: completion tokens per request.")] = 100,
+    together: Annotated[int, typer.Option("--together", min=1, help="Serving: concurrent requests.")] = 32,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this machine with short real steps first, and keep the rates.")
+        bool,
+        typer.Option("--calibrate", help="First measure this machine with short training steps, and store the rates."),
     ] = False,
     smallest: Annotated[
         bool,
-        typer.Option("--smallest-card", help="Of an image base, or of all: the smallest card that trains it, and how."),
+        typer.Option(
+            "--smallest-card",
+            help="Show the smallest GPU that trains an image base (default: all), and with which settings.",
+        ),
     ] = False,
-    list_: Annotated[bool, typer.Option("--list", help="List the GPUs and bases that are known, and exit.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List known GPUs and bases, and exit.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a run needs before it runs: memory by part, whether it fits, what makes it fit, hours and dollars.
+    """Estimate a run's memory, time and cost, and whether the run fits.
 
-    Needs a base's configuration and never its weights."""
+    Suggests settings that make the run fit. Reads only the base's configuration, never its weights."""
     from veneer.plan.calibration import cpu_device, rates_here
     from veneer.plan.fit import fitting_micro_tokens, left_beside_base
     from veneer.plan.image import ImageLoad, is_denoiser
@@ -231,7 +235,7 @@ _SAID_THERE = "leave it out, or say it as section.key=value of a configuration"
 
 
 def _refuse(context: typer.Context, names: set[str], why: str, fix: str = _SAID_THERE) -> None:
-    """ConfigError where one of these options was given, which would be without effect."""
+    """Raise ConfigError if the command line has an option in `names`."""
     given = [n for n in sorted(names) if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]
     if given:
         said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -249,7 +253,9 @@ def _calibrate(base: str, dtype: str) -> None:
 
 
 def _smallest(base: str | None, size: int | None, rank: int, targets: str, before: int, as_json: bool) -> None:
-    """The table of `--smallest-card`: a row for each base and size; with pictures before, of bases that take them."""
+    """Print the table of `--smallest-card`: a row for each base and size.
+
+    With `before` > 0, lists only bases that take `before` source images."""
     from veneer.plan.cards import CardFit, smallest_card
     from veneer.plan.image import is_denoiser, most_before
     from veneer.plan.tables import base_config, base_names

@@ -1,4 +1,4 @@
-"""`veneer serve`: one base and any number of adapters behind OpenAI's, vLLM's and TGI's HTTP surfaces."""
+"""`veneer serve`: serve a base and its adapters on OpenAI, vLLM and TGI routes."""
 
 from __future__ import annotations
 
@@ -40,32 +40,32 @@ app = typer.Typer(add_completion=False)
 def serve(
     base: Annotated[str, typer.Option("--base", help="Built-in name, hub id, directory or .gguf file.")],
     library: Annotated[
-        str | None, typer.Option("--library", help="Where adapters are kept. Default: the veneer home's library.")
+        str | None, typer.Option("--library", help="Library of adapters; default: the veneer home's library.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = ServeSettings.host,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all addresses.")] = ServeSettings.host,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = ServeSettings.port,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             "--adapter",
             "-a",
-            help="NAME[=REFERENCE][:STRENGTH] to load before the server is ready; any number of times. With a strength "
-            "it also acts on requests that name no adapter.",
+            help="NAME[=REFERENCE][:STRENGTH]: load this adapter before the server is ready; repeatable. With a "
+            "strength, the adapter also applies to requests that name no adapter.",
         ),
     ] = None,
     allow_folder: Annotated[
         list[Path] | None,
-        typer.Option("--allow-folder", help="A folder whose adapters may be loaded by path; any number of times."),
+        typer.Option("--allow-folder", help="Folder whose adapters can be loaded by path; repeatable."),
     ] = None,
     api_keys: Annotated[
-        Path | None, typer.Option("--api-keys", help="A file of keys, a line each; requests need one of them.")
+        Path | None, typer.Option("--api-keys", help="File of API keys, one per line; requests need a key.")
     ] = None,
     admin_key: Annotated[
         str | None,
         typer.Option(
             "--admin-key",
             envvar=["VENEER_ADMIN_KEY_HASH", "VENEER_ADMIN_KEY"],
-            help="The key that may load and unload adapters, or sha256: and its hash; `veneer tenant admin-key`.",
+            help="Admin key, or sha256: and its hash; loads and unloads adapters. See `veneer tenant admin-key`.",
         ),
     ] = None,
     tenants: Annotated[
@@ -73,39 +73,41 @@ def serve(
         typer.Option(
             "--tenants",
             envvar="VENEER_TENANTS",
-            help="A database of tenants (SQLite file or postgresql://…) instead of --api-keys; see `veneer tenant`. "
-            "Without either it is tenants.sqlite in the veneer home, where there is one.",
+            help="Database of tenants (SQLite file or postgresql://…) instead of --api-keys; see `veneer tenant`. "
+            "Default: tenants.sqlite in the veneer home, if the file exists.",
         ),
     ] = None,
     open_to_all: Annotated[
         bool,
         typer.Option(
-            "--open", help="Serve whoever asks, although there are tenants; on this machine alone with their routes."
+            "--open",
+            help="Accept requests without a key even if tenants exist (routes of tenants: localhost only).",
         ),
     ] = False,
     upstream: Annotated[
         list[str] | None,
-        typer.Option("--upstream", help="A vLLM, TGI or OpenAI-compatible server's URL; any number of times."),
+        typer.Option("--upstream", help="URL of a vLLM, TGI or OpenAI-compatible server; repeatable."),
     ] = None,
     max_batch: Annotated[
-        int, typer.Option("--max-batch", min=1, max=1 << 16, help="Requests computed at once.")
+        int, typer.Option("--max-batch", min=1, max=1 << 16, help="Maximum requests in a batch.")
     ] = EngineSettings.rows,
     cache_memory: Annotated[
-        str, typer.Option("--cache-memory", help="Memory for keys and values, as 512M or 4G.")
+        str, typer.Option("--cache-memory", help="Memory for the KV cache, such as 512M or 4G.")
     ] = size_text(EngineSettings.cache_bytes),
     adapter_memory: Annotated[
-        str, typer.Option("--adapter-memory", help="Memory for adapters, as 512M or 4G.")
+        str, typer.Option("--adapter-memory", help="Memory for adapters, such as 512M or 4G.")
     ] = size_text(EngineSettings.adapter_bytes),
     weights: Annotated[
         str,
-        typer.Option("--weights", help="dense, or int8 or int4: projections are rounded to that, for small machines."),
+        typer.Option("--weights", help="Projection weights: dense, int8 or int4 (for small machines)."),
     ] = EngineSettings.weights,
     quantise: Annotated[
-        str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
+        str | None,
+        typer.Option("--quantise", help="Quantize the base: nf4, fp4 or int8; keep: a GGUF file's own types."),
     ] = None,
     batch_invariant: Annotated[
         bool,
-        typer.Option("--batch-invariant", help="An answer is bit for bit that of the request alone; slower."),
+        typer.Option("--batch-invariant", help="Make answers independent of the batch, bit for bit; slower."),
     ] = False,
     dtype: LoadedDtype = ServeSettings.dtype,
     device: ChosenDevice = ServeSettings.device,
@@ -113,12 +115,14 @@ def serve(
         list[str] | None,
         typer.Option(
             "--allowed-origin",
-            help="An origin whose web pages can use this server. Repeatable; * needs keys.",
+            help="CORS origin whose web pages can use this server; repeatable; * needs keys.",
         ),
     ] = None,
     train: Annotated[
         bool,
-        typer.Option("--train", help="Train too: routes for files, and jobs in a process beside; see `veneer jobs`."),
+        typer.Option(
+            "--train", help="Add routes for files and jobs, and train in a separate process; see `veneer jobs`."
+        ),
     ] = False,
     python_graders: Annotated[
         bool,
@@ -128,11 +132,11 @@ def serve(
     ] = False,
     studio: Annotated[
         bool,
-        typer.Option("--studio", help="A page under /studio to look at adapters, compare, train and release them."),
+        typer.Option("--studio", help="Add a web page under /studio to browse, compare, train and release adapters."),
     ] = False,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="A YAML file of rarely changed settings: timeouts, queues, the ledger."),
+        typer.Option("--config", help="YAML file of rarely changed settings: timeouts, queues, the ledger."),
     ] = None,
 ) -> None:
     """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
@@ -229,7 +233,9 @@ def serve_with(
     session_days: float = 30.0,
     show: Callable[[str], object] = lambda address: None,
 ) -> None:
-    """A server with what the rooms above add to it. `show`: called with the Studio's address once it listens."""
+    """Run a server, with the routes of jobs and of the Studio if asked for.
+
+    `show` is called with the Studio's address once the server listens."""
     from veneer.serve import server
 
     extends: list[Extend] = []

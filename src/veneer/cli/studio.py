@@ -1,4 +1,4 @@
-"""`veneer studio`: the page over a server of one's own on this machine, opened in the browser."""
+"""`veneer studio`: run a local server with the Studio and open it in the browser."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ def studio(
         str, typer.Option("--base", help="Built-in name, hub id, directory or .gguf file.")
     ] = "smollm2-135m",
     library: Annotated[
-        str | None, typer.Option("--library", help="Where adapters are kept. Default: the veneer home's library.")
+        str | None, typer.Option("--library", help="Library of adapters; default: the veneer home's library.")
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on, on this machine alone.")] = 8000,
-    train: Annotated[
-        bool, typer.Option("--train/--no-train", help="Whether jobs are trained too, in a process beside.")
-    ] = True,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on, on localhost.")] = 8000,
+    train: Annotated[bool, typer.Option("--train/--no-train", help="Train jobs in a separate process, or not.")] = True,
     browser: Annotated[
-        bool, typer.Option("--browser/--no-browser", help="Whether the page is opened in the browser.")
+        bool, typer.Option("--browser/--no-browser", help="Open the page in the browser, or not.")
     ] = True,
     dtype: LoadedDtype = ServeSettings.dtype,
     device: ChosenDevice = ServeSettings.device,
 ) -> None:
-    """Look at adapters, compare, mix and train them, and let them go live: a page at http://127.0.0.1:8000/studio/.
+    """Browse, compare, mix, train and release adapters in the browser.
 
-    Everything on it is a command or a route too. For other people's browsers: `veneer serve --studio` with keys."""
-    tenants = default_database()  # made where there is none: routes, votes and costs are in it
+    The page is at http://127.0.0.1:8000/studio/. Commands and HTTP routes offer the same functions. For
+    remote users, run `veneer serve --studio` with keys."""
+    tenants = default_database()  # created if missing: stores routes, votes and costs
     settings = ServeSettings(base, port=port, library=library, tenants=tenants, open=True, dtype=dtype, device=device)
     serve_with(settings, train=train, studio=True, show=webbrowser.open if browser else lambda address: None)

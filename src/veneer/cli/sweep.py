@@ -1,4 +1,4 @@
-"""`veneer sweep`: every combination of some settings, in one pass of the base, and one report."""
+"""`veneer sweep`: train all combinations of settings together, with one report."""
 
 from __future__ import annotations
 
@@ -19,20 +19,30 @@ _COLUMNS = ("validation", "loss", "kept_step")
 
 @app.command(epilog="Example: veneer sweep support.yaml adapter.rank=8,16,64 optimizer.learning_rate=1e-4,5e-4")
 def sweep(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A YAML file for text, as of veneer train.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A text configuration, as for veneer train.")],
     settings: Annotated[
         list[str],
-        typer.Argument(metavar="section.key=VALUE,VALUE...", help="Those with several values are swept, all together."),
+        typer.Argument(
+            metavar="section.key=VALUE,VALUE...",
+            help="Settings; those with several values are swept in all combinations.",
+        ),
     ],
     halving: Annotated[
-        bool, typer.Option("--halving", help="Leave out the worse half at T/2, T/4, … steps, by validation loss.")
+        bool,
+        typer.Option(
+            "--halving", help="Successive halving: drop the worse half by validation loss at steps …, T/4, T/2."
+        ),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoints.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoints.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Try what does not fit by its plan, with a warning.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run with a warning even if the plan says the runs do not fit.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train an adapter for every combination of settings, all in one pass of their base, and compare them."""
+    """Train an adapter for every combination of settings, and compare the results.
+
+    All combinations share each forward pass of the base."""
     from veneer.models.loading import errors_only
     from veneer.train.report.log import ConsoleView
     from veneer.train.text.sweep import run_sweep

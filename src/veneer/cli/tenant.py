@@ -1,6 +1,7 @@
-"""`veneer tenant …`: who can use which adapter on a server, how much, at what price, and what was used.
+"""`veneer tenant …`: tenants, keys, limits, prices, routes, usage, audit log.
 
-The commands change the server's own database, whether or not a server runs; a change holds from the next request on.
+The commands write to the server's database, whether or not a server runs.
+A change applies from the next request.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ key_app = typer.Typer(**_PLAIN, help="API keys of tenants.")
 app.add_typer(key_app, name="key")
 route_app = typer.Typer(**_PLAIN, help="Routes: weighted versions, shadows, rollback.")
 app.add_typer(route_app, name="route")
-feedback_app = typer.Typer(**_PLAIN, help="Answers that are kept, what users say of them, rows to train on.")
+feedback_app = typer.Typer(**_PLAIN, help="Stored answers, user feedback on them, and training rows.")
 app.add_typer(feedback_app, name="feedback")
 
 _database: dict[str, str | None] = {"at": None}
-"""The database that the command was given."""
+"""The value of `--at`: a SQLite file or URL."""
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def _store() -> Iterator[Store]:
 
 
 def _user() -> str:
-    """The name of this command's user in the audit log."""
+    """Return the current user's name for the audit log."""
     import getpass
     import os
 
@@ -68,7 +69,7 @@ feedback_command = partial(command, feedback_app, _store)
 
 
 def _rows(value: Any, head: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> Result:
-    """`value` as JSON; as text `rows` under `head`, or `empty` if there are no rows."""
+    """Return a Result: `value` as JSON; `rows` under `head`, or `empty`, as text."""
     return Result(value, table(head, rows) if rows else empty)
 
 
@@ -77,33 +78,33 @@ def _day(at: float | None) -> str:
 
 
 def _scope(tenant: str) -> str:
-    """A tenant as the settings name it: `all` is ""."""
+    """Return a tenant's key in the settings: "" for `all`."""
     return "" if tenant == "all" else tenant
 
 
 Tenant = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
-AnyTenant = Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)]
+AnyTenant = Annotated[str | None, typer.Argument(help="The tenant; default: all.", show_default=False)]
 KeptTenant = Annotated[
-    str, typer.Argument(help="The tenant; by default the users without a key of an open server.", show_default=False)
+    str, typer.Argument(help="The tenant; default: requests without a key on an open server.", show_default=False)
 ]
-KeyId = Annotated[str, typer.Argument(help="The key's id, the part after vnr-.", show_default=False)]
-Adapter = Annotated[str, typer.Option(help="For this adapter alone; by default all of them.")]
-Patterns = Annotated[
-    list[str], typer.Argument(help="Names of adapters; * stands for any text: 'acme/*'.", show_default=False)
-]
-RemovePatterns = Annotated[bool, typer.Option("--remove", help="Take these away.")]
-Weight = typer.Option(help="Its share where requests wait.")
-Since = Annotated[str, typer.Option(help="The first day, in UTC.")]
-Until = Annotated[str, typer.Option(help="The last day, in UTC.")]
-Count = Annotated[int | None, typer.Option(min=0, help="0: no limit.", show_default=False)]
+KeyId = Annotated[str, typer.Argument(help="The key's id: the part after vnr-.", show_default=False)]
+Adapter = Annotated[str, typer.Option(help="Apply to this adapter only; default: all adapters.")]
+Patterns = Annotated[list[str], typer.Argument(help="Adapter names; * matches any text: 'acme/*'.", show_default=False)]
+RemovePatterns = Annotated[bool, typer.Option("--remove", help="Remove these patterns.")]
+Weight = typer.Option(help="Scheduling weight: relative share of the server while requests queue.")
+Since = Annotated[str, typer.Option(help="First day to include, in UTC.")]
+Until = Annotated[str, typer.Option(help="Last day to include, in UTC.")]
+Count = Annotated[int | None, typer.Option(min=0, help="Maximum; 0 for no limit.", show_default=False)]
 Route = Annotated[str, typer.Argument(help="The route.", show_default=False)]
-RouteTenant = Annotated[str, typer.Option("--tenant", help="Of this tenant alone; by default everybody's.")]
+RouteTenant = Annotated[
+    str, typer.Option("--tenant", help="The tenant that owns the route; default: a route for all tenants.")
+]
 Library = Annotated[
     str | None,
-    typer.Option("--library", envvar="VENEER_LIBRARY", help="Where adapters are kept: it must have what is led to."),
+    typer.Option("--library", envvar="VENEER_LIBRARY", help="Library that must contain the route's targets."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Move it unchecked: a server loads the adapters by itself.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say who would move, and move nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Skip the check that the library contains the targets.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print which users would move; change nothing.")]
 
 
 @app.callback()
@@ -112,11 +113,11 @@ def _where(
         str | None,
         typer.Option(
             envvar="VENEER_TENANTS",
-            help="A SQLite file or postgresql:// URL; by default `tenants.sqlite` in the veneer home.",
+            help="A SQLite file or postgresql:// URL; default: `tenants.sqlite` in the veneer home.",
         ),
     ] = None,
 ) -> None:
-    """Tenants of a server: keys, the adapters they see, limits, prices, routes, usage and the audit log."""
+    """Manage a server's tenants: keys, adapters, limits, prices, routes, usage."""
     _database["at"] = at
 
 
@@ -127,10 +128,12 @@ def _where(
 def add(
     store: Store,
     tenant: Tenant,
-    see: Annotated[list[str] | None, typer.Option(help="Names it sees, as 'acme/*'; repeatable.")] = None,
+    see: Annotated[
+        list[str] | None, typer.Option(help="Pattern of visible adapters, such as 'acme/*'; repeatable.")
+    ] = None,
     weight: Annotated[float, Weight] = 1.0,
 ) -> Result:
-    """Add a tenant. It sees the adapters that its patterns match, and those that are shared."""
+    """Add a tenant. A tenant sees shared adapters and matches of its patterns."""
     from veneer.serve.tenancy import manage
 
     made = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=_user())
@@ -139,7 +142,7 @@ def add(
 
 @tenant_command("list", "veneer tenant list")
 def list_(store: Store) -> Result:
-    """All tenants, and what is shared with all of them."""
+    """List tenants and the shared adapters."""
     settings = store.settings
     tenants = settings.tenants.values()
     keys = [k.tenant for k in settings.keys.values() if k.state(time.time()) == "active"]
@@ -156,9 +159,11 @@ def change(
     store: Store,
     tenant: Tenant,
     weight: Annotated[float | None, Weight] = None,
-    enabled: Annotated[bool | None, typer.Option("--enable/--disable", help="Whether its keys work.")] = None,
+    enabled: Annotated[
+        bool | None, typer.Option("--enable/--disable", help="Accept or refuse the tenant's keys.")
+    ] = None,
 ) -> Result:
-    """Change a tenant's weight, or shut it out and let it in again."""
+    """Change a tenant's weight, or disable or enable the tenant."""
     from veneer.serve.tenancy import manage
 
     made = manage.change_tenant(store, tenant, weight=weight, enabled=enabled, who=_user())
@@ -168,7 +173,9 @@ def change(
 
 @tenant_command("remove", "veneer tenant remove acme")
 def remove(store: Store, tenant: Tenant) -> Result:
-    """Remove a tenant with its keys, limits, prices and routes. What it used stays in the ledger."""
+    """Remove a tenant with its keys, limits, prices and routes.
+
+    The tenant's usage stays in the ledger."""
     from veneer.serve.tenancy import manage
 
     manage.remove_tenant(store, tenant, who=_user())
@@ -177,13 +184,13 @@ def remove(store: Store, tenant: Tenant) -> Result:
 
 @tenant_command("see", "veneer tenant see acme 'acme/*' support")
 def see(store: Store, tenant: Tenant, patterns: Patterns, remove: RemovePatterns = False) -> Result:
-    """Let a tenant see adapters. To everybody else they do not exist."""
+    """Grant a tenant access to adapters. Other tenants get 404 for these names."""
     return _grant(store, tenant, patterns, remove)
 
 
 @tenant_command("share", "veneer tenant share 'public/*'")
 def share(store: Store, patterns: Patterns, remove: RemovePatterns = False) -> Result:
-    """Let every tenant see adapters. The base is there for everybody."""
+    """Grant every tenant access to adapters. Every tenant can use the base."""
     return _grant(store, "", patterns, remove)
 
 
@@ -197,11 +204,15 @@ def _grant(store: Store, tenant: str, patterns: list[str], remove: bool) -> Resu
 @tenant_command("cache", "veneer tenant cache support")
 def cache(
     store: Store,
-    patterns: Annotated[list[str] | None, typer.Argument(help="Adapters, or the base; by default show them.")] = None,
+    patterns: Annotated[
+        list[str] | None, typer.Argument(help="Adapters, or the base; default: show the current ones.")
+    ] = None,
     remove: RemovePatterns = False,
 ) -> Result:
-    """Let tenants share what was computed of prompts that begin alike, under these adapters; else each has its own.
-    It is faster, and whoever may use them can find out by a prompt of its own what others have asked."""
+    """Share the prefix cache between tenants for these adapters.
+
+    By default each tenant has its own cache. Sharing is faster, but a tenant can probe which prompts other
+    tenants sent."""
     from veneer.serve.tenancy import manage
 
     after = store.settings.common
@@ -212,7 +223,9 @@ def cache(
 
 @app.command("admin-key", epilog="Example: veneer tenant admin-key")
 def admin_key(as_json: AsJson = False) -> None:
-    """Make a key for what is under /admin, and its hash, which is all that the server needs to know."""
+    """Create an admin key for routes under /admin, and print the key and its hash.
+
+    The server needs only the hash."""
     from veneer.serve.tenancy.keys import hash_key, make_admin_key
 
     key = make_admin_key()
@@ -229,10 +242,10 @@ def admin_key(as_json: AsJson = False) -> None:
 def key_add(
     store: Store,
     tenant: Tenant,
-    label: Annotated[str, typer.Option(help="What it is for.")] = "",
-    expires: Annotated[str, typer.Option(help="90d, 12h, or a day: 2027-01-31.")] = "",
+    label: Annotated[str, typer.Option(help="A note on the key's purpose.")] = "",
+    expires: Annotated[str, typer.Option(help="Lifetime or last day: 90d, 12h or 2027-01-31.")] = "",
 ) -> Result:
-    """Make a key. It is shown now and never again."""
+    """Create a key and print the secret. The secret cannot be shown again."""
     from veneer.serve.tenancy import manage
 
     until = manage.when(expires, time.time()) if expires else None
@@ -242,7 +255,7 @@ def key_add(
 
 @key_command("list", "veneer tenant key list acme")
 def key_list(store: Store, tenant: AnyTenant = None) -> Result:
-    """Keys by id, without what is secret in them."""
+    """List keys by id, without their secrets."""
     from veneer.serve.tenancy import manage
 
     now = time.time()
@@ -255,7 +268,7 @@ def key_list(store: Store, tenant: AnyTenant = None) -> Result:
 
 @key_command("revoke", "veneer tenant key revoke 3f9a0c21d4")
 def key_revoke(store: Store, key: KeyId) -> Result:
-    """Refuse a key from the next request on."""
+    """Revoke a key from the next request on."""
     from veneer.serve.tenancy import manage
 
     row = manage.revoke_key(store, key, who=_user())
@@ -266,9 +279,9 @@ def key_revoke(store: Store, key: KeyId) -> Result:
 def key_rotate(
     store: Store,
     key: KeyId,
-    grace: Annotated[str, typer.Option(help="How long the old one still works: 24h, 30m.")] = "0m",
+    grace: Annotated[str, typer.Option(help="How long the old key still works: 24h, 30m.")] = "0m",
 ) -> Result:
-    """Make a key in the place of another. It is shown now and never again."""
+    """Replace a key and print the new secret. The secret cannot be shown again."""
     from veneer.serve.tenancy import manage
 
     row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), who=_user())
@@ -282,7 +295,7 @@ def key_rotate(
 def limit(
     store: Store,
     tenant: Annotated[
-        str, typer.Argument(help="A tenant; '*': each that has none of its own; all: all of them together.")
+        str, typer.Argument(help="A tenant; '*': every tenant without its own limits; all: the sum over all tenants.")
     ] = "",
     adapter: Adapter = "",
     requests_per_minute: Count = None,
@@ -291,7 +304,7 @@ def limit(
     tokens_per_day: Count = None,
     concurrency: Count = None,
 ) -> Result:
-    """Set limits, those that are named; without any, show what is set."""
+    """Set the given limits; without options, show the current limits."""
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.store import LIMITS
 
@@ -307,7 +320,7 @@ def limit(
 
 
 def _scoped(what: str, found: Any, head: Sequence[str], cell: Callable[[Any], str], empty: str) -> Result:
-    """Settings by tenant and adapter."""
+    """Return settings by tenant and adapter as a Result."""
     value = {what: [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]}
     rows = [(t or "all", a or "all", *map(cell, asdict(row).values())) for (t, a), row in sorted(found.items())]
     return _rows(value, head, rows, empty)
@@ -316,15 +329,14 @@ def _scoped(what: str, found: Any, head: Sequence[str], cell: Callable[[Any], st
 @tenant_command("price", "veneer tenant price all --prompt 0.15 --cached 0.015 --completion 0.60")
 def price(
     store: Store,
-    tenant: Annotated[str, typer.Argument(help="A tenant; all: any of them.")] = "",
+    tenant: Annotated[str, typer.Argument(help="A tenant; all: every tenant.")] = "",
     adapter: Adapter = "",
-    prompt: Annotated[str | None, typer.Option(help="For a million tokens that are computed.")] = None,
-    cached: Annotated[str, typer.Option(help="For a million of the prompt that were there already.")] = "",
-    completion: Annotated[str | None, typer.Option(help="For a million tokens of answers.")] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Take this price away.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Price of a million computed prompt tokens.")] = None,
+    cached: Annotated[str, typer.Option(help="Price of a million cached prompt tokens; default: --prompt.")] = "",
+    completion: Annotated[str | None, typer.Option(help="Price of a million completion tokens.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove this price.")] = False,
 ) -> Result:
-    """Set what a million tokens cost, to a millionth; without any price, show what is set. `--cached` is as `--prompt`
-    unless it is given."""
+    """Set prices per million tokens, to a millionth; without prices, show them."""
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.store import Price
 
@@ -342,13 +354,15 @@ def price(
 @tenant_command("training", "veneer tenant training acme --price 8.00 --budget 200 --at-once 2")
 def training(
     store: Store,
-    tenant: Annotated[str, typer.Argument(help="A tenant; all: each that has no terms of its own.")] = "",
-    price: Annotated[str | None, typer.Option(help="For a million tokens that are trained.")] = None,
-    budget: Annotated[str | None, typer.Option(help="For a calendar month, in UTC; none: any amount.")] = None,
-    at_once: Annotated[int | None, typer.Option(min=0, help="Jobs that run at once; 0: none.")] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Take these terms away.")] = False,
+    tenant: Annotated[str, typer.Argument(help="A tenant; all: every tenant without its own terms.")] = "",
+    price: Annotated[str | None, typer.Option(help="Price of a million training tokens.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Budget per calendar month (UTC); none: unlimited.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=0, help="Jobs running at once; 0: training is disabled.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove these terms.")] = False,
 ) -> Result:
-    """Set what training costs and how much of it there may be, all three together; without any, show what is set."""
+    """Set training price, budget and concurrent jobs; without options, show them.
+
+    Each call replaces all three."""
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.store import TrainingTerms
 
@@ -394,13 +408,17 @@ def _money(millionths: int) -> str:
 def usage_(
     store: Store,
     tenant: AnyTenant = None,
-    by: Annotated[str, typer.Option(help="Of tenant, adapter, day; '' for one row.")] = "tenant,adapter,day",
-    adapter: Annotated[str | None, typer.Option(help="This adapter alone, all its versions.")] = None,
+    by: Annotated[
+        str, typer.Option(help="Group by any of tenant, adapter, day; '' for one row.")
+    ] = "tenant,adapter,day",
+    adapter: Annotated[str | None, typer.Option(help="Only this adapter, all its versions.")] = None,
     since: Since = "",
     until: Until = "",
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> Result:
-    """What the ledger says: requests, tokens, seconds and cost. `cost` is in millionths in JSON and CSV."""
+    """Show requests, tokens, seconds and cost from the ledger.
+
+    In JSON and CSV, `cost` is in millionths."""
     from veneer.serve.tenancy import ledger
 
     names = [name for name in by.split(",") if name]
@@ -419,23 +437,25 @@ def economics(
     tenant: AnyTenant = None,
     hour: Annotated[
         str,
-        typer.Option(envvar="VENEER_MACHINE_HOUR", help="What an hour of all that serves costs.", show_default=False),
+        typer.Option(envvar="VENEER_MACHINE_HOUR", help="Hourly cost of all serving machines.", show_default=False),
     ] = "",
-    dedicated_hour: Annotated[str, typer.Option(help="Of a machine for one adapter; default: --hour.")] = "",
-    training_hour: Annotated[str, typer.Option(help="Of a machine that trains; default: --hour.")] = "",
+    dedicated_hour: Annotated[
+        str, typer.Option(help="Hourly cost of a machine dedicated to one adapter; default: --hour.")
+    ] = "",
+    training_hour: Annotated[str, typer.Option(help="Hourly cost of a training machine; default: --hour.")] = "",
     hours: Annotated[
-        float | None, typer.Option(min=0, help="For which the machine was paid; by default all of the time.")
+        float | None, typer.Option(min=0, help="Hours the machine was paid for; default: the whole period.")
     ] = None,
     since: Since = "",
     until: Until = "",
     library: Annotated[
-        str | None, typer.Option(envvar="VENEER_LIBRARY", help="The library with the jobs' bills.")
+        str | None, typer.Option(envvar="VENEER_LIBRARY", help="Library that contains the jobs' bills.")
     ] = None,
     index: LibraryIndex = None,
 ) -> Result:
-    """What each tenant's adapters cost to train and to serve, what they bring, and when a machine of one's own pays.
+    """Show each adapter's cost, revenue and break-even against a dedicated machine.
 
-    From the ledger and the jobs' bills. Money in JSON is in millionths."""
+    Figures come from the ledger and the jobs' bills. Money in JSON is in millionths."""
     from veneer.jobs.economics import economics as measure
 
     if not hour:
@@ -467,7 +487,7 @@ def economics(
 
 @contextmanager
 def _jobs(place: str | None, index: str | None) -> Iterator[JobStore | None]:
-    """The jobs of the library; None if there is no library: a query does not make one."""
+    """Yield the library's JobStore, or None: a query does not create a library."""
     from veneer.jobs.store import JobStore
     from veneer.library.library import library_place, open_library
 
@@ -492,13 +512,15 @@ def _count(number: int | None) -> str:
 @tenant_command("audit", "veneer tenant audit --what key --limit 20")
 def audit_(
     store: Store,
-    what: Annotated[str, typer.Option(help="These changes alone: key, route, limit, adapter.load.")] = "",
-    subject: Annotated[str, typer.Option(help="Of this tenant, route or adapter.")] = "",
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the chain of hashes; print its head.")] = False,
-    expect: Annotated[str, typer.Option(help="With --verify: a head that was seen earlier.")] = "",
+    what: Annotated[str, typer.Option(help="Only this kind of change: key, route, limit, adapter.load.")] = "",
+    subject: Annotated[str, typer.Option(help="Only changes of this tenant, route or adapter.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of lines.")] = 50,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the hash chain and print its head.")] = False,
+    expect: Annotated[str, typer.Option(help="With --verify: an earlier head that the chain must contain.")] = "",
 ) -> Result:
-    """Who changed what, the newest first. With --verify: exit code 0 if no line is missing or changed, else 2."""
+    """Show who changed what, newest first.
+
+    With --verify: exit code 0 if no line is missing or altered, else 2."""
     from veneer.serve.tenancy import manage
 
     with store.reading() as c:
@@ -522,15 +544,19 @@ def audit_(
 def route_set(
     store: Store,
     route: Route,
-    targets: Annotated[list[str], typer.Argument(help="adapter=weight, or one adapter.", show_default=False)],
+    targets: Annotated[list[str], typer.Argument(help="adapter=weight pairs, or one adapter.", show_default=False)],
     tenant: RouteTenant = "",
-    shadow: Annotated[str | None, typer.Option(help="Answers too, unseen; the log compares.")] = None,
-    fraction: Annotated[float, typer.Option(help="Of the requests that the shadow gets.")] = 1.0,
+    shadow: Annotated[
+        str | None, typer.Option(help="Adapter that also answers; its responses are compared in the log, never sent.")
+    ] = None,
+    fraction: Annotated[float, typer.Option(help="Fraction of requests sent to the shadow.")] = 1.0,
     library: Library = None,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> Result:
-    """Point a route to adapters by weight. A user stays with one; moving weights moves as few as can be."""
+    """Point a route to adapters by weight.
+
+    Each user stays with one adapter; new weights move as few users as possible."""
     from veneer.serve.tenancy import routes
 
     split = [target.partition("=") for target in targets]
@@ -550,10 +576,10 @@ def _moved(shown: dict[str, Any], change: str) -> Result:
 
 
 def _check(place: str | None, force: bool) -> Callable[[str], None] | None:
-    """Return the check of a route's target that needs no server; None with `force`.
+    """Return a check of a route's target that needs no server; None with `force`.
 
-    The target must be a readable adapter in the library, a built-in base, or a base that adapters in the library
-    belong to."""
+    The target must be a readable adapter in the library, a built-in base, or the base of an adapter in the
+    library. The check raises AdapterError."""
     from veneer.errors import AdapterError, ConfigError
     from veneer.library.library import library_place, open_library
     from veneer.models.builtin import BUILTIN, PACKAGED
@@ -561,7 +587,7 @@ def _check(place: str | None, force: bool) -> Callable[[str], None] | None:
     def check(name: str) -> None:
         where = place or library_place()
         fix = "veneer library add PATH NAME; --library says where else they are; --force where a server loads it itself"
-        if "://" not in where and not Path(where).expanduser().is_dir():  # a check does not make a library
+        if "://" not in where and not Path(where).expanduser().is_dir():  # a check does not create a library
             raise AdapterError(f"there is no library at {where}", fix=fix)
         with open_library(where) as library:
             try:
@@ -586,7 +612,7 @@ def _line(shown: dict[str, Any]) -> str:
 
 @route_command("list", "veneer tenant route list")
 def route_list(store: Store) -> Result:
-    """Every route and where it leads."""
+    """List routes and their targets."""
     from veneer.serve.tenancy import routes
 
     found = [routes.route_shown(route) for route in store.settings.routes.values()]
@@ -602,7 +628,7 @@ def route_rollback(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> Result:
-    """Put back what the route led to before its last move, for the same users, from the next request on."""
+    """Restore the route's previous targets for the same users."""
     from veneer.serve.tenancy import routes
 
     with store.reading() as c:
@@ -614,7 +640,7 @@ def route_rollback(
 
 @route_command("remove", "veneer tenant route remove support")
 def route_remove(store: Store, route: Route, tenant: RouteTenant = "") -> Result:
-    """Take a route away; `rollback` brings it back."""
+    """Remove a route; `rollback` restores it."""
     from veneer.serve.tenancy import routes
 
     routes.remove_route(store, route, tenant=tenant, who=_user())
@@ -623,7 +649,7 @@ def route_remove(store: Store, route: Route, tenant: RouteTenant = "") -> Result
 
 @route_command("history", "veneer tenant route history support")
 def route_history(store: Store, route: Route, tenant: RouteTenant = "") -> Result:
-    """Every move of a route, the newest first; * is the one that holds."""
+    """List a route's revisions, newest first; * marks the current one."""
     from veneer.serve.tenancy import routes
 
     with store.reading() as c:
@@ -638,10 +664,10 @@ def route_history(store: Store, route: Route, tenant: RouteTenant = "") -> Resul
 @route_command("shadows", "veneer tenant route shadows support")
 def route_shadows(
     store: Store,
-    route: Annotated[str, typer.Argument(help="The route; by default all.", show_default=False)] = "",
-    limit: Annotated[int, typer.Option(min=0, help="Show at most so many one by one.")] = 20,
+    route: Annotated[str, typer.Argument(help="The route; default: all.", show_default=False)] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Maximum number of comparisons to list.")] = 20,
 ) -> Result:
-    """How the answers of shadows differed: in sum, then the newest one by one."""
+    """Compare responses of shadows and targets: totals, then the newest pairs."""
     from veneer.serve.tenancy import routes
 
     with store.reading() as c:
@@ -688,11 +714,13 @@ def _difference(r: dict[str, Any]) -> str:
 def feedback_keep(
     store: Store,
     tenant: KeptTenant = "",
-    days: Annotated[float, typer.Option(help="How long each answer is kept.")] = 30.0,
-    name: Annotated[list[str] | None, typer.Option(help="Of these routes or adapters alone; repeatable.")] = None,
-    off: Annotated[bool, typer.Option("--off", help="Keep none from now on; kept ones stay.")] = False,
+    days: Annotated[float, typer.Option(help="Days to keep each answer.")] = 30.0,
+    name: Annotated[list[str] | None, typer.Option(help="Only these routes or adapters; repeatable.")] = None,
+    off: Annotated[bool, typer.Option("--off", help="Stop storing answers; stored answers stay.")] = False,
 ) -> Result:
-    """Keep a tenant's chats for feedback: messages, answers, a hash of `user`. Nothing is kept unless this says so."""
+    """Store a tenant's chats for feedback. Off by default.
+
+    A stored chat has its messages, its answers and a hash of `user`."""
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.store import FeedbackTerms
 
@@ -713,7 +741,7 @@ def _kept(terms: Any) -> str:
 
 @feedback_command("show", "veneer tenant feedback show")
 def feedback_show(store: Store) -> Result:
-    """Whose answers are kept, and what was said of them."""
+    """Show which tenants' answers are stored, and the feedback on the answers."""
     from veneer.serve.tenancy.feedback import feedback_counts
 
     with store.reading() as c:
@@ -732,12 +760,14 @@ _EXPORT = "veneer tenant feedback export acme --kind preference --adapter acme/s
 @feedback_command("export", _EXPORT)
 def feedback_export(
     store: Store,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file of JSON lines.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON Lines file to write.", show_default=False)],
     tenant: KeptTenant = "",
-    kind: Annotated[str, typer.Option(help="supervised, preference or unpaired.")] = "supervised",
-    adapter: Annotated[str | None, typer.Option(help="Of this adapter or route alone, all versions.")] = None,
+    kind: Annotated[str, typer.Option(help="Kind of rows: supervised, preference or unpaired.")] = "supervised",
+    adapter: Annotated[str | None, typer.Option(help="Only this adapter or route, all versions.")] = None,
 ) -> Result:
-    """Write what users said as rows for `veneer train`: thumbs up and corrections, pairs, or thumbs one by one."""
+    """Write feedback as rows for `veneer train`.
+
+    supervised: answers with thumbs up, and corrections; preference: pairs; unpaired: rated answers."""
     from veneer.files.atomic import atomic_write
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.feedback import feedback_rows
@@ -761,10 +791,10 @@ def feedback_export(
 def feedback_forget(
     store: Store,
     tenant: KeptTenant = "",
-    user: Annotated[str | None, typer.Option(help="All answers to requests of this `user`.")] = None,
-    everything: Annotated[bool, typer.Option("--everything", help="All of the tenant's.")] = False,
+    user: Annotated[str | None, typer.Option(help="Remove answers to requests of this `user`.")] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="Remove all answers of the tenant.")] = False,
 ) -> Result:
-    """Remove answers that were kept, with what was said of them, and those that are still on their way."""
+    """Remove stored answers, their feedback, and answers that are not yet written."""
     from veneer.serve.tenancy import manage
 
     if (user is not None) == everything:

@@ -1,4 +1,4 @@
-"""`veneer train`: an adapter from a configuration file; of several, all in one pass."""
+"""`veneer train`: train an adapter, or several adapters together in one pass."""
 
 from __future__ import annotations
 
@@ -22,35 +22,38 @@ def train(
     words: Settings = None,
     base: Annotated[str | None, typer.Option("--base", help="base.name: the base to train on.")] = None,
     data: Annotated[
-        list[str] | None, typer.Option("--data", help="data.train or data.pictures: rows or pictures. Repeatable.")
+        list[str] | None, typer.Option("--data", help="data.train or data.pictures: rows or images; repeatable.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="output.directory. Default: runs/NAME, named after the data.")
+        str | None, typer.Option("--output", "-o", help="output.directory. Default: runs/NAME, after the data's name.")
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="adapter.rank.")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="schedule.epochs.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="schedule.steps.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="optimizer.learning_rate.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the newest checkpoint in the output folder.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and run the longest batch; write nothing.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Try a run that does not fit by its plan, with a warning.")
+        bool, typer.Option("--force", help="Run with a warning even if the plan says the run does not fit.")
     ] = False,
     devices: Annotated[
-        int | None, typer.Option("--devices", min=1, help="Share each step among so many processes on this machine.")
+        int | None, typer.Option("--devices", min=1, help="Data-parallel processes on this machine.")
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the settings that nobody gave, with the reason for each.")
+        bool, typer.Option("--verbose", "-v", help="Show default settings, with the reason for each.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, on stdout.")] = False,
 ) -> None:
-    """Train an adapter: check the data, train with checkpoints, save, and write a report.
+    """Train an adapter: check the data, train, save checkpoints and write a report.
 
-    Settings come from options, from section.key=value (docs/reference/config.md, image-config.md for pictures), and
-    from a YAML file. data.train is for text, data.pictures for pictures. Several files for text, with the same base,
-    are trained in one pass of it, each as if it were alone: veneer train a.yaml b.yaml c.yaml."""
+    Settings come from options, from section.key=value (docs/reference/config.md; image-config.md for images),
+    and from a YAML file. data.train is for text, data.pictures for images. Several text configurations with
+    the same base train together in one forward pass, with the same results as separate runs: veneer train
+    a.yaml b.yaml."""
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.config.load import common_settings, load_config
 
@@ -112,7 +115,7 @@ def train(
     finally:
         for listener in listeners:
             listener.close()
-    if not leads():  # of several processes one speaks
+    if not leads():  # only the first process prints
         return
     failed = {file: result for file, result in zip(files, results, strict=True) if isinstance(result, VeneerError)}
     if as_json:
@@ -130,7 +133,7 @@ def train(
 
 
 def _results(files: list[Path | None], loaded: list[Any], listeners: list[Any], options: dict[str, Any]) -> list[Any]:
-    """What came of each: its result, or of several the error that ended it."""
+    """Return each run's result; with several runs, a failed run's error."""
     from veneer.train.config.image import ImageTrainConfig
 
     if len(files) == 1:
@@ -158,7 +161,7 @@ def _json_of(result: Any) -> dict[str, Any]:
 
 
 def _say(result: Any, config: Any) -> None:
-    """What to look at next, on stderr; stdout stays for programs."""
+    """Print the output paths and a command to try next, on stderr."""
     pictures = hasattr(result, "pictures")
     if result.dry_run:
         counted = f"{result.pictures:,} pictures" if pictures else f"{result.tokens:,} tokens, "

@@ -1,4 +1,4 @@
-"""`veneer worker`: carries out training jobs, here or on a cluster."""
+"""`veneer worker`: run training jobs, here or on a cluster."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ def worker(
     library: JobsLibrary = None,
     index: LibraryIndex = None,
     tenants: TenantsDatabase = None,
-    at_once: Annotated[int, typer.Option("--at-once", min=1, max=10_000, help="Processes it has running.")] = 1,
-    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when there is nothing to do.")] = False,
+    at_once: Annotated[
+        int, typer.Option("--at-once", min=1, max=10_000, help="Maximum concurrent training processes.")
+    ] = 1,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="Exit when no job is queued or running.")] = False,
     gpu: Annotated[
         str | None,
-        typer.Option(
-            "--gpu", help="The card that jobs are planned for, of `veneer plan --list`; default: what is here."
-        ),
+        typer.Option("--gpu", help="GPU model to plan jobs for, from `veneer plan --list`; default: this machine's."),
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many of them a job gets.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs per job.")] = 1,
     executor: Annotated[
-        str, typer.Option("--executor", help="Where jobs run: local, this machine; ray; kubernetes.")
+        str, typer.Option("--executor", help="Where jobs run: local (this machine), ray or kubernetes.")
     ] = "local",
     ray_address: Annotated[
-        str, typer.Option("--ray-address", envvar="RAY_ADDRESS", help="With ray: its dashboard.")
+        str, typer.Option("--ray-address", envvar="RAY_ADDRESS", help="With ray: URL of the Ray dashboard.")
     ] = "http://127.0.0.1:8265",
-    image: Annotated[str, typer.Option("--image", help="With kubernetes: a container image with veneer.")] = "",
-    namespace: Annotated[str, typer.Option("--namespace", help="With kubernetes: where its Jobs are.")] = "default",
+    image: Annotated[str, typer.Option("--image", help="With kubernetes: container image with veneer installed.")] = "",
+    namespace: Annotated[str, typer.Option("--namespace", help="With kubernetes: namespace of the Jobs.")] = "default",
     claim: Annotated[
         str,
-        typer.Option("--claim", help="With kubernetes: the volume claim with the veneer home, for all to write to."),
+        typer.Option(
+            "--claim", help="With kubernetes: PersistentVolumeClaim of the veneer home, writable by all pods."
+        ),
     ] = "",
     secret: Annotated[
-        str, typer.Option("--secret", help="With kubernetes: the secret with VENEER_LIBRARY_INDEX.")
+        str, typer.Option("--secret", help="With kubernetes: Secret that contains VENEER_LIBRARY_INDEX.")
     ] = "",
-    nice: Annotated[int, typer.Option("--nice", min=0, max=19, help="How far jobs stand back behind others here.")] = 0,
+    nice: Annotated[int, typer.Option("--nice", min=0, max=19, help="Niceness of training processes.")] = 0,
     lease: Annotated[
-        float, typer.Option("--lease-seconds", min=1, help="How long a job waits for a worker that was lost.")
+        float, typer.Option("--lease-seconds", min=1, help="Seconds after which a lost worker's job is queued again.")
     ] = 60.0,
     failed_days: Annotated[
         float,
@@ -55,7 +57,7 @@ def worker(
             "--failed-days",
             envvar="VENEER_FAILED_DAYS",
             min=1,
-            help="How long folders of jobs that failed or were cancelled are kept.",
+            help="Days to keep folders of failed and cancelled jobs.",
         ),
     ] = 30.0,
     ended_days: Annotated[
@@ -64,15 +66,15 @@ def worker(
             "--ended-days",
             envvar="VENEER_ENDED_DAYS",
             min=30,
-            help="How long the folders of other jobs and the measures of each step are kept.",
+            help="Days to keep folders of other ended jobs, and per-step metrics.",
         ),
     ] = 365.0,
-    beside: Annotated[bool, typer.Option("--tied", hidden=True, help="End when standard input does.")] = False,
+    beside: Annotated[bool, typer.Option("--tied", hidden=True, help="Exit when standard input closes.")] = False,
 ) -> None:
-    """Take jobs from the queue and train them, until Ctrl-C or SIGTERM; then they are saved and given back.
+    """Take jobs from the queue and train them until Ctrl-C or SIGTERM.
 
-    Any number of workers may share a queue. One that is killed loses nothing: another goes on from the last
-    checkpoint."""
+    On exit, the worker saves running jobs and returns them to the queue. Any number of workers can share a
+    queue. If a worker is killed, another worker continues its jobs from the last checkpoint."""
     from veneer.files.rights import forbid_inspection
     from veneer.jobs.process import tied
     from veneer.jobs.validate import device_of
