@@ -1,11 +1,11 @@
-"""Attention of any family of transformers, computed by a function of the caller's for the length of a call.
+"""Replace a transformers model's attention with a caller's function.
 
     undo = divert_attention(model)                    through transformers' attention interface
     with attending(attend):
-        model(input_ids=ids[:, None], position_ids=…)          every token a row of its own
+        model(input_ids=ids[:, None], position_ids=…)          every token is a row of its own
     undo()
 
-Outside of `attending` the model's attention is torch's own.
+Outside `attending` the model computes attention with torch's SDPA.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ _NAME = "veneer_diverted"
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """The settings that a layer passes to its attention: scores are scale · q·k, then cap · tanh(score / cap) where
-    `cap` is above 0; a query sees keys up to `window` back where that is above 0; `sinks`: whether there are any."""
+    """Attention settings of a layer.
+
+    Scores are scale · q·k, then cap · tanh(score / cap) if `cap` > 0. A query sees keys up to `window` tokens
+    back if `window` > 0. `sinks`: whether the layer has attention sinks."""
 
     scale: float | None
     cap: float
@@ -38,8 +40,8 @@ _KNOWN = {
     "scaling", "softcap", "sliding_window", "s_aux", "dropout", "is_causal", "position_ids",
     "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
-"""What a layer may say of its attention and `AttentionSettings` carries, and what says nothing of it. Anything else
-would be lost."""
+"""Keyword arguments that `AttentionSettings` carries or that do not affect attention. Others raise an
+error."""
 
 _Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
 """(layer, q (tokens, heads, d), k, v (tokens, kv, d), how) -> (tokens, heads, d)"""
@@ -53,7 +55,8 @@ _now = _Now()
 
 
 def divert_attention(model: Any) -> Callable[[], None]:
-    """Every layer of `model` calls the function of `attending` from now on. Returns a function that undoes this."""
+    """Route every layer's attention through the function set by `attending`. Return a function that undoes
+    this."""
     register_attention(_NAME, _attention, _mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
@@ -61,8 +64,8 @@ def divert_attention(model: Any) -> Callable[[], None]:
 
 
 def as_it_came(model: Any) -> None:
-    """A copy of a diverted model computes its attention by itself again: as torch has it, which is how a diverted one
-    computes outside of `attending`."""
+    """Restore SDPA attention on a copy of a diverted model, as the diverted model uses outside
+    `attending`."""
     if model.config._attn_implementation == _NAME:
         model.set_attn_implementation("sdpa")
 
@@ -73,7 +76,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def attending(attend: _Attend) -> Iterator[None]:
-    """`attend` computes the attention of diverted models within the with-block, in this thread."""
+    """Compute the attention of diverted models with `attend` inside the with-block, in this thread."""
     _now.attend = attend
     try:
         yield
@@ -82,7 +85,7 @@ def attending(attend: _Attend) -> Iterator[None]:
 
 
 def new_cache(model: Any) -> Any:
-    """transformers' own cache for one sequence."""
+    """Return an empty transformers cache for one sequence."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)

@@ -45,7 +45,7 @@ def bare_text(
 
 
 def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """transformers' model of a config. Raises ConfigError where it makes none of these fields."""
+    """Build transformers' model of a config. Raises ConfigError if transformers rejects the config."""
     from transformers import AutoModelForCausalLM
 
     try:

@@ -1,7 +1,8 @@
-"""A text base: model, tokenizer, and what is decided once when it is loaded.
+"""Load a text base: model, tokenizer, and the decisions made once at load time.
 
-`load_text` chooses device and dtype by the rules of models/device.py and keeps the reason in words;
-freezes every weight; and settles which token ends a turn, so that training, generation and evaluation mean the same.
+`load_text` chooses device and dtype by the rules of models/device.py and records the reason, freezes every
+weight, and determines the token that ends a turn, so that training, generation and evaluation use the same
+one.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 class TextBase:
     """A frozen language model and its tokenizer.
 
-    `dtype_reason`: why this dtype, as a sentence. `end_of_turn_id`: the token that the chat template puts after
-    an answer (without a template, the tokenizer's eos): the last token a training example must train.
-    `stop_ids`: every token that ends a generation. `pad_id`: what fills shorter rows, always masked.
-    `context`: the most tokens of a sequence. `notes`: what a person should know about the loading, one sentence each.
+    `dtype_reason`: a sentence that explains the dtype. `end_of_turn_id`: the token that the chat template
+    puts after an answer (without a template, the tokenizer's eos); the last token that a training example
+    trains. `stop_ids`: every token that ends a generation. `pad_id`: padding of shorter rows, always masked.
+    `context`: maximum tokens in a sequence. `notes`: messages about loading for the user, one sentence each.
     """
 
     name: str
@@ -58,9 +59,10 @@ class TextBase:
     context: int = 0
     notes: tuple[str, ...] = ()
     quantised: str = ""
-    """nf4, fp4, int8 or gguf where the linear weights are kept in 4 or 8 bits; "" in full."""
+    """nf4, fp4, int8 or gguf if the linear weights are stored in 4 or 8 bits; "" in full precision."""
     unread: Unread | None = None
-    """Where the weights of `model` are, which is on the meta device until `shard` reads each process's part."""
+    """Location of the weights while `model` is on the meta device, until `shard` reads each process's
+    part."""
 
     @property
     def family(self) -> str:
@@ -72,7 +74,8 @@ class TextBase:
         return short_name(self.name)
 
     def original(self, name: str) -> torch.Tensor:
-        """The weight of a quantised base as its files have it, in 16 or 32 bits. Raises BaseError."""
+        """Return an unquantized weight of a quantized base from its files, in 16 or 32 bits. Raises
+        BaseError."""
         return original_weight(self.directory, self._stored, name)
 
     @cached_property
@@ -95,13 +98,14 @@ def load_text(
 ) -> TextBase:
     """Find and load a base: eval mode, `requires_grad` False everywhere.
 
-    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4 or int8
-    puts the linear weights in 4 or 8 bits while they are read; keep leaves those of a GGUF file in their blocks; None
-    is what the files have, with GGUF's dequantised. A checkpoint of bitsandbytes is kept as it is. `say` is
-    called with a line before each step that takes time. `parts`: processes that will hold a part each; the weights are
-    `unread` then, or on the CPU where this base has to be read whole, which a note says.
-    Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
-    ConfigError (an unknown dtype, device or quantisation), ResourceError (not enough memory)."""
+    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4
+    or int8 quantizes the linear weights while they are read; keep leaves the weights of a GGUF file in their
+    blocks; None uses the precision of the files and dequantizes GGUF. A bitsandbytes checkpoint keeps its
+    quantization. `say` is called with a line before each slow step. `parts`: number of processes that will
+    each hold a part; the weights are then `unread`, or on the CPU if the base must be read whole (a note
+    gives the reason). Raises BaseError (not found, incomplete, not a causal language model, weights that do
+    not match the config), ConfigError (an unknown dtype, device or quantization), ResourceError (not enough
+    memory)."""
     path, table, config, tokenizer = _described(name, say)
     where = choose_device(device)
     settle_threads()
@@ -147,7 +151,7 @@ def load_text(
 
 
 def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list[StoredTensor], PreTrainedConfig, Any]:
-    """Where a language model is, its table of tensors, config and tokenizer. Raises BaseError."""
+    """Return path, tensor table, config and tokenizer of a language model. Raises BaseError."""
     path = find_base(name, say=say)
     if is_image_base(path):
         fix = "a language model's folder or hub id; `veneer image` and data.pictures of `veneer train` take image bases"
@@ -156,8 +160,10 @@ def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list
 
 
 def text_without_weights(name: str, *, say: Callable[[str], None] | None = None) -> TextBase:
-    """A base without its weights, on the meta device: config, tokenizer, names, shapes, fingerprint. For checking
-    adapters against a base that runs elsewhere. Raises BaseError."""
+    """Load a base without its weights, on the meta device.
+
+    The result has config, tokenizer, names, shapes and fingerprint, to check adapters against a base that
+    runs elsewhere. Raises BaseError."""
     from transformers import AutoModelForCausalLM
 
     path, table, config, tokenizer = _described(name, say)
@@ -184,8 +190,9 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
 
 
 def read_base_config(path: Path) -> PreTrainedConfig:
-    """The config of a base directory or GGUF file. Raises ConfigError for a value that cannot be one, BaseError if
-    transformers cannot read it."""
+    """Read the config of a base directory or GGUF file.
+
+    Raises ConfigError for an invalid value, BaseError if transformers cannot read the config."""
     from transformers import AutoConfig
 
     config: Any
@@ -210,7 +217,7 @@ def read_base_config(path: Path) -> PreTrainedConfig:
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base directory or GGUF file. Raises BaseError where there is none."""
+    """Read the tokenizer of a base directory or GGUF file. Raises BaseError if the tokenizer is missing."""
     from transformers import AutoTokenizer
 
     tokenizer: Any
@@ -226,7 +233,9 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConfig) -> str:
-    """How the linear weights will be kept: nf4, fp4, int8, gguf, or "" in full precision. Raises ConfigError."""
+    """Return the format of the linear weights: nf4, fp4, int8, gguf, or "" (full precision).
+
+    Raises ConfigError."""
     saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
     if quantise == "keep":
         if not saved and not path.is_file():
@@ -249,7 +258,7 @@ def _choose_quantisation(quantise: str | None, path: Path, config: PreTrainedCon
 
 
 def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantised: str) -> int:
-    """Roughly the bytes of the weights; embeddings and heads are not quantised."""
+    """Estimate the bytes of the weights; embeddings and heads are not quantized."""
     if quantised in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
         full = ("embed", "lm_head", "wte", "wpe", "output")
         return sum(
@@ -301,7 +310,9 @@ def _load_model(
 def _unread_model(
     path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], quantised: str, saved: bool
 ) -> tuple[Any, Unread | None, str]:
-    """(the model on the meta device, where its weights are, ""), or (None, None, why it has to be read whole)."""
+    """Return (model on the meta device, location of its weights, "").
+
+    Returns (None, None, reason) if the base must be read whole."""
     from transformers import GenerationConfig
 
     if path.is_file() or (quantised and saved):
@@ -317,7 +328,7 @@ def _unread_model(
 
 
 def _without_a_place(unread: Unread, model: PreTrainedModel) -> tuple[str, ...]:
-    """What `check_loaded` says of weights in the files that the model has no place for."""
+    """Return the notes of `check_loaded` about stored weights that the model does not have."""
     return check_loaded(Path(), {"unexpected_keys": unread.stored.keys() - model.state_dict().keys()})
 
 
@@ -337,7 +348,7 @@ def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
             "it wants to run code that came with it, which veneer does not do",
             "use a base of a known architecture",
         )
-    elif isinstance(error, AdapterError):  # of our reader of GGUF files
+    elif isinstance(error, AdapterError):  # raised by our reader of GGUF files
         said, fix = error.what, error.fix
     elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):
         said, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
@@ -360,9 +371,9 @@ def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedT
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts right after an assistant's answer; None where there is none.
+    """Return the special token after an assistant's answer in the chat template, or None.
 
-    Found by rendering a conversation and reading what follows the answer: <|im_end|>, <|eot_id|>, <end_of_turn>, …"""
+    Renders a conversation and reads the token after the answer: <|im_end|>, <|eot_id|>, <end_of_turn>, …"""
     if not tokenizer.chat_template:
         return None
     answer = "veneer answers"
@@ -379,7 +390,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _ends(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int | None, tuple[int, ...], tuple[str, ...]]:
-    """(the token that ends a turn, all that end a generation, notes on what is missing)."""
+    """Return (token that ends a turn, all tokens that end a generation, notes on missing tokens)."""
     turn, notes = end_of_turn(tokenizer), list[str]()
     if turn is None and tokenizer.chat_template:
         notes.append("the chat template puts no special token after an answer: an answer ends with the eos token")
@@ -395,7 +406,7 @@ def _context(config: Any) -> int:
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:
-    """End of turn first, then the tokenizer's eos and whatever config and generation config call eos."""
+    """Return the end of turn, the tokenizer's eos, then the eos tokens of both configs."""
     found: list[int] = []
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     named = [getattr(config, "eos_token_id", None) for config in configs]

@@ -1,17 +1,17 @@
-"""A base's forward and backward on the fast paths of ops, for the length of a with-block.
+"""Run a base's forward and backward pass on the fast paths of ops.
 
-    with fast(model) as how:        how.summary() says what was swapped, and what was left as it is and why
+    with fast(model) as how:        how.summary() lists what was swapped, and what was not and why
         text_loss(model, …)
 
-Nothing here is believed because of a class name. The model is run as it came, before anything is replaced; each norm
-and MLP is swapped only where its formula is the one that runs instead of it; attention, only where every layer's goes
-through transformers' interface and asks for nothing that ours does not have; and then the whole model has to give what
-it gave by itself, token by token, over rows that lie beside one another (models/text/probe.py). What a family does
-differently therefore costs speed and never correctness, and `summary` says what was left.
+No module is swapped because of its class name. The original model runs first. A norm or MLP is swapped only
+if the formula of its replacement holds for it. Attention is swapped only if every layer uses transformers'
+interface with options that the replacement supports. Then the whole model must reproduce its original output,
+token by token, on rows packed without padding (models/text/probe.py). An unusual family therefore loses
+speed, never correctness, and `summary` reports what was not swapped.
 
-Swapped, on instances, and put back bit for bit at the end: norms, gated MLPs, Llama-like attention, and through
-transformers' attention interface the attention of every other family. While the block lasts, the weights of projections
-that share an input lie in one tensor, of which each is a view: same parameters, same bits.
+Swapped on instances, and restored bit for bit at the end: norms, gated MLPs, Llama-like attention, and
+through transformers' attention interface the attention of every other family. Inside the block, the weights
+of projections that share an input are views of one tensor: same parameters, same bits.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ _ATTENTION = "veneer_rows"
 
 @contextmanager
 def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = None) -> Iterator[FastReport]:
-    """Swaps what can be swapped, as the module says, for the length of the with-block. It may be entered again inside.
+    """Swap the modules that a fast path can replace, inside the with-block.
 
-    `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
-    dequantised at each use. `pack`: bytes that weights of any other base may take a second time, in the order of their
-    products, where those are clearly faster so (ops/prepacked.py). `sharded`: what the model is called through; its
-    weights are looked at a block at a time, in the same order on every process, and projections of one input are joined
-    where they were sharded together (`weights_together`)."""
+    Calls can be nested. `keep`: bytes for cached dequantized weights of a quantized base inside the block;
+    the other weights are dequantized at each use. `pack`: bytes for prepacked copies of an unquantized base's
+    weights, if prepacked products are clearly faster (ops/prepacked.py). `sharded`: the sharded wrapper of
+    the model; its weights are inspected one block at a time, in the same order on every process, and
+    projections of one input are joined if they were sharded together (`weights_together`)."""
     if (already := report_of(model)).active:
         yield already
         return
@@ -91,12 +91,12 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
 
 
 def _swap(model: Any, own: OwnForward, report: FastReport, undo: ExitStack, sharded: Sharded | None) -> None:
-    """Modules and rows; or modules alone where rows are not the model's own; or nothing."""
+    """Swap modules and rows; only modules if packed rows do not reproduce the model; or nothing."""
     call = sharded or call_whole
     found = [module for module in model.modules() if not isinstance(module, LoraLinear)]
 
     def modules() -> Iterator[nn.Module]:
-        """Each, with its weights there."""
+        """Yield each module while its weights are present."""
         try:
             for module in found:
                 if sharded is not None:
@@ -163,7 +163,8 @@ def _norm_forward(weight: Tensor, eps: float) -> Callable[..., Tensor]:
 
 
 def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, *, move: bool) -> None:
-    """down(act(gate(x)) ⊙ up(x)) with gate_proj and up_proj apart, or joined in gate_up_proj."""
+    """Swap MLPs of the form down(act(gate(x)) ⊙ up(x)), with gate_proj and up_proj separate or in
+    gate_up_proj."""
     for module in modules:
         found = gate_parts(module)
         if found is None:
@@ -205,8 +206,10 @@ def _mlp_forward(original: Callable[..., Any], join: Join, down: Join, act: str)
 
 
 def route_experts(modules: Iterable[nn.Module], undo: ExitStack) -> list[str]:
-    """Llama 4's experts, each of which transformers gives every token, most of them as zeros, get those that are routed
-    to them. The class of each module that was changed."""
+    """Route tokens to Llama 4's experts; return the class of each changed module.
+
+    transformers gives every expert all tokens, most of them as zeros; here an expert gets only its routed
+    tokens."""
     found = [module for module in modules if type(module).__name__ == "Llama4TextMoe"]
     for module in found:
         replace_forward(module, _routed_forward(type(module).forward), undo)
@@ -235,14 +238,14 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def routed(
         self: Any, x: Tensor, scores: Tensor, chosen: Tensor, at: Tensor | None, own: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """What experts make of some tokens, and of which."""
+        """Return (token indices, expert outputs for these tokens)."""
         if at is not None:
             scores, chosen = scores[at], chosen[at]
         expert, order = chosen.flatten().sort(stable=True)
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         ends = counts.index_add_(0, expert, torch.ones_like(expert)).cumsum(0)
         token = order // self.top_k if at is None else at[order // self.top_k]
-        given = x[token] * scores.gather(1, chosen).flatten()[order, None]  # what Llama 4 weighs is what experts read
+        given = x[token] * scores.gather(1, chosen).flatten()[order, None]  # Llama 4 weights expert inputs, not outputs
         gate, up = expert_product(given, own["gate_up_proj"], ends).chunk(2, dim=-1)
         return token, expert_product(up * self.experts.act_fn(gate), own["down_proj"], ends)
 
@@ -252,30 +255,35 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 _LLAMA_LIKE = ("LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention")
-"""Attention whose forward is q, k, v projections, rotary positions in halves, causal softmax, o projection, and nothing
-else; `_rows_problem` checks the claim on the model at hand."""
+"""Attention with q, k, v and o projections, rotary halves and causal softmax only.
+
+`_rows_problem` checks this on the actual model."""
 
 _WITH_HEAD_NORMS = ("Gemma3Attention", "Qwen3Attention", "Qwen3MoeAttention")
-"""The same with RMS norms q_norm and k_norm of each head before its positions."""
+"""The same, with RMS norms q_norm and k_norm on each head before the rotary positions."""
 
 
 _KNOWN = {
     "scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids", "kept_alone",
     "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
-"""What a layer may ask of attention and get from ours; the last line is not for attention, which gets whatever a model
-is called with. Anything else that is not None (position_bias …) would be lost."""
+"""Attention options that varlen attention supports or ignores.
+
+The last line lists model options that do not concern attention. Any other option that is not None
+(position_bias …) raises an error."""
 
 
 class _OwnAttention(Exception):
-    """What a layer asks of its attention that ours does not do."""
+    """An attention option that varlen attention does not support."""
 
 
 def _interface(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, own: str, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """transformers' attention interface: rows where a layout is passed down, elsewhere what the model came with: `own`,
-    "sdpa" or "eager"."""
+    """Implement transformers' attention interface.
+
+    Uses varlen attention if a layout is passed; otherwise the model's original implementation `own`, "sdpa"
+    or "eager"."""
     layout: RowLayout | None = kwargs.pop("row_layout", None)
     asked = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
     if asked:
@@ -299,7 +307,7 @@ def _interface(
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether it has dropout of attention for training, which no kernel of ours has."""
+    """Return whether the module applies attention dropout in training, which no kernel here supports."""
     found = [getattr(module, name, None) for name in ("attention_dropout", "attn_dropout", "dropout")]
     return any(p > 0 for p in (getattr(f, "p", f) for f in found) if isinstance(p, float | int))
 
@@ -307,7 +315,7 @@ def _drops(module: nn.Module) -> bool:
 def _swap_attention(
     model: Any, modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, *, move: bool
 ) -> str:
-    """Why it cannot be swapped, or "" and it is, on trust: `_rows_problem` tells."""
+    """Swap the attention; return "" or the reason why not. `_rows_problem` verifies the swap."""
     before = getattr(model.config, "_attn_implementation", None)
     if before not in ("sdpa", "eager"):
         return f"its attention runs on {before}"
@@ -332,14 +340,14 @@ def _swap_attention(
 
 
 def _attention_parts(module: nn.Module) -> list[nn.Module] | None:
-    """The projections q, k, v and o of an attention that has them as linear maps."""
+    """Return the linear projections q, k, v and o of an attention module, or None."""
     children = dict(module.named_children())
     parts = [children[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj") if n in children]
     return parts if len(parts) == 4 and all(map(_is_linear, parts)) else None
 
 
 def weights_together(model: nn.Module) -> list[list[nn.Module]]:
-    """The projections that share an input and would be joined, for a model that is going to be sharded."""
+    """Return the groups of projections that share an input and would be joined, for a model to be sharded."""
     out = []
     for module in model.modules():
         gate = gate_parts(module)
@@ -351,7 +359,7 @@ def weights_together(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def _head_norms(module: Any, report: FastReport) -> tuple[list[nn.Module], HeadNorms] | None:
-    """q_norm and k_norm, and what they compute, where both are norms that were swapped."""
+    """Return q_norm and k_norm with their combined parameters if both were swapped as norms, else None."""
     own = [module.q_norm, module.k_norm]
     kinds = [type(norm).__name__ for norm in own]
     if not all(kind in report.norms and "forward" in norm.__dict__ for kind, norm in zip(kinds, own, strict=True)):
@@ -368,7 +376,7 @@ def _attention_forward(
     head_norms = None if norms is None else norms[1]
 
     def untouched(self: Any) -> bool:
-        """Whether the norms that were found are those that would be called."""
+        """Return whether q_norm and k_norm are still the modules found, without hooks."""
         own = [] if norms is None else norms[0]
         return all(
             norm is now and not norm._forward_hooks and not norm._forward_pre_hooks
@@ -399,8 +407,9 @@ def _attention_forward(
 
 
 def _swap_last_layer(model: Any, own: OwnForward, report: FastReport, undo: ExitStack, call: CallWithWeights) -> None:
-    """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
-    trained, 63% of one layer's work falls away."""
+    """Compute the last layer only for tokens that predict a trained token.
+
+    With a quarter of the tokens trained, this saves 63% of one layer's work."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers or type(layers[-1]).__name__.removeprefix("FSDP") not in PRE_NORM_LAYERS.values():
         return
@@ -422,7 +431,7 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, hidden_states, *args, **kwargs)
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, kept_alone=True, **kwargs)
-        if attended.shape[1] == hidden_states.shape[1]:  # the attention had to run as transformers has it
+        if attended.shape[1] == hidden_states.shape[1]:  # attention fell back to transformers' implementation
             attended = attended[:, layout.keep]
         hidden_states = hidden_states[:, layout.keep] + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -434,7 +443,7 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor:
-    """Of the probe's tokens: of rows beside one another as `layout` has them, else of padded ones."""
+    """Return the NLL of the probe's tokens, for packed rows if `layout` is given, else for padded rows."""
     with torch.no_grad(), short_windows(model):
         if layout is not None:
             return rows_nll(model, own.ids, LENGTHS, own.trained, layout)
@@ -442,7 +451,7 @@ def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor
 
 
 def _rows_problem(model: Any, own: OwnForward, call: CallWithWeights) -> str:
-    """Why rows without padding are not what this model gives by itself; "" where they are."""
+    """Return why packed rows differ from the model's original output, or "" if they agree."""
     layout = RowLayout(LENGTHS, own.ids.device)
     try:
         nll = call(_nll, model, own, layout)

@@ -1,12 +1,12 @@
-"""Generation: prompts in, texts out; greedy or sampled, batched, streamed.
+"""Generate text from prompts: greedy or sampled, batched, streamed.
 
-Prompts of about one length go through the model together, left-padded, so that every row's last token is at the right
-and positions count real tokens only. The decoding loop is transformers' own `generate` with every setting given here:
-what a base's generation config says about sampling does not apply unasked. A mix that is active on the model's
-attachment acts, because it is the same model.
+Prompts of similar length are batched and left-padded, so that every row's last token is at the right and
+positions count real tokens only. The decoding loop is transformers' `generate` with every setting given here:
+sampling settings of a base's generation config are ignored. A mix that is active on the model's attachment
+applies to generation.
 
-Sampling is a property of (seed, index of the prompt): each row has its own random stream, so the same prompt gets the
-same answer whatever the batch size and whoever shares its batch.
+Sampling depends only on (seed, index of the prompt): each row has its own random stream, so a prompt gets the
+same answer whatever the batch size and the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""A text to go on from, taken as it is, or the messages of a conversation, put through the chat template."""
+"""A text to continue, used as it is, or the messages of a conversation, rendered by the chat template."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The result for one prompt. `ids` include the token that stopped it; `text` does not.
+    """The completion of one prompt. `ids` include the stop token; `text` does not.
 
     `finish`: "stop" at a stop token, "length" at the token limit or the end of the base's context."""
 
@@ -60,15 +60,16 @@ def complete(
     batch_size: int = 8,
     on_token: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """A completion of every prompt, in order.
+    """Return a completion for every prompt, in order.
 
-    `temperature` 0 is greedy; above, logits are divided by it, then cut to the `top_k` best (0: all) and to the
-    smallest set with probability `top_p`. `on_token(index, piece)` is called as text comes: the pieces of one index,
-    joined, are its text. The model is in eval mode during the call and in its own mode after it.
+    `temperature` 0 is greedy; above 0, logits are divided by `temperature`, then cut to the `top_k` best (0:
+    all) and to the smallest set with probability `top_p`. `on_token(index, piece)` is called as text is
+    generated; the pieces of one index, joined, are the completion's text. The model is in eval mode during
+    the call and in its previous mode afterwards.
 
-    Raises ConfigError for a setting out of range, DataError for an empty prompt or one longer than the base's context,
-    BaseError for messages on a base without a chat template, and AdapterError, which names what acts, or of the base
-    alone BaseError, where no token has a finite score."""
+    Raises ConfigError for a setting out of range, DataError for an empty prompt or one longer than the base's
+    context, and BaseError for messages on a base without a chat template. If no token has a finite score,
+    raises AdapterError, which names the active adapters, or BaseError if no adapter is active."""
     _check(max_new_tokens, temperature, top_p, top_k, batch_size)
     encoded = encode_prompts(base, prompts)
     out: dict[int, Completion] = {}
@@ -81,7 +82,7 @@ def complete(
 
 
 def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt. Raises as `complete`."""
+    """Return the token ids of each prompt. Raises the same errors as `complete`."""
     if isinstance(prompts, str):
         raise ConfigError("prompts is a list, and this is one text", fix="[prompt]")
     encoded = [encode_prompt(base, prompt) for prompt in prompts]
@@ -93,8 +94,10 @@ def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]
 
 
 def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]:
-    """Token ids: of a text with the tokenizer's special tokens; of messages as the chat template renders them, up to
-    where the answer begins. `variables`: for the template (tools, add_generation_prompt=False, a family's own)."""
+    """Return the token ids of a prompt.
+
+    A text gets the tokenizer's special tokens. Messages are rendered by the chat template, up to the start of
+    the answer. `variables`: template variables (tools, add_generation_prompt=False, family-specific ones)."""
     tokenizer = base.tokenizer
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -102,7 +105,8 @@ def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]
 
 
 def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """Messages as the chat template renders them, with special tokens; `variables` as for `encode_prompt`."""
+    """Render messages with the chat template, including special tokens. `variables`: as in
+    `encode_prompt`."""
     if not base.has_chat_template:
         raise BaseError(
             f"{base.name} has no chat template, so it takes texts, not messages", fix="give the prompt as plain text"
@@ -112,9 +116,7 @@ def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables:
         made: str = base.tokenizer.apply_chat_template(
             turns, tokenize=False, **{"add_generation_prompt": True, **variables}
         )
-    except (
-        Exception
-    ) as error:  # templates refuse what they do not take (a system turn, say) with exceptions of any kind
+    except Exception as error:  # templates reject input (a system turn, say) with exceptions of any kind
         raise DataError(f"the chat template of {base.name} refuses these messages: {error}") from error
     return made
 
@@ -137,7 +139,9 @@ def _out_of_range(name: str, value: float, wanted: str) -> ConfigError:
 
 
 def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """(prompt indices, new tokens each may have): longest first; those near the end of the context go alone."""
+    """Yield (prompt indices, maximum new tokens), longest prompts first.
+
+    Prompts near the context limit run alone."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     roomy = [i for i in order if context - lengths[i] >= budget]
     for i in order[: len(order) - len(roomy)]:
@@ -148,7 +152,7 @@ def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> 
 
 @contextmanager
 def _settled(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, and a bare generation config: transformers fills what a call leaves open from the model's own."""
+    """Set eval mode and an empty generation config, from which transformers takes unset options."""
     from transformers import GenerationConfig
 
     kept, model.generation_config = model.generation_config, GenerationConfig()
@@ -166,7 +170,7 @@ def _run(
     sampler: _RowSampler | None,
     on_token: Callable[[int, str], None] | None,
 ) -> dict[int, Completion]:
-    """One batch through the model. `rows`: prompt index -> token ids."""
+    """Generate one batch. `rows`: prompt index -> token ids."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     width = max(map(len, rows.values()))
@@ -177,7 +181,7 @@ def _run(
         mask[r, width - len(row) :] = 1
     settings = GenerationConfig(
         max_new_tokens=budget,
-        do_sample=False,  # the sampler has drawn already: the best of its scores is the sample
+        do_sample=False,  # the sampler has perturbed the scores, so the argmax is the sample
         eos_token_id=list(base.stop_ids) or None,
         pad_token_id=base.pad_id,
         use_cache=True,
@@ -197,8 +201,9 @@ def _run(
 
 
 def _check_scores(base: TextBase, input_ids: Tensor, scores: Tensor) -> Tensor:
-    """A logits processor that changes nothing: scores (rows, vocabulary) of which a row has no finite best are said to
-    be that; the first token of the vocabulary would be their answer."""
+    """Return the scores (rows, vocabulary); raise an error for a row without a finite maximum.
+
+    Without this check, such a row would generate the first token of the vocabulary."""
     if bool(scores.amax(-1).isfinite().all()):
         return scores
     dtype, mix = str(base.dtype).removeprefix("torch."), acting_on(base.model)
@@ -212,7 +217,7 @@ def _check_scores(base: TextBase, input_ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Completion:
-    """The completion that the tokens after a prompt make, up to the first stop token."""
+    """Return the completion for the tokens after a prompt, up to the first stop token."""
     end = next((k for k, token in enumerate(new) if token in base.stop_ids), None)
     ids = new if end is None else new[: end + 1]
     body = new if end is None else new[:end]
@@ -220,9 +225,10 @@ def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Complet
 
 
 class _RowSampler:
-    """Sampling as a logits processor, by the Gumbel-max trick: argmax(log p + g) with g = −log(−log u) draws from p.
+    """Logits processor that samples by the Gumbel-max trick.
 
-    Each row has its own generator, on the CPU, so that a draw depends on neither batch nor device."""
+    argmax(log p + g) with g = −log(−log u) samples from p. Each row has its own generator on the CPU, so that
+    a sample depends on neither batch nor device."""
 
     def __init__(self, indices: list[int], temperature: float, top_p: float, top_k: int, seed: int) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -235,7 +241,7 @@ class _RowSampler:
         self.streams = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in indices]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores: (rows, vocabulary), logits in; perturbed log-probabilities out."""
+        """Map logits (rows, vocabulary) to perturbed log-probabilities."""
         scores = scores.float()
         for warp in self.warpers:
             scores = warp(input_ids, scores)
@@ -245,7 +251,9 @@ class _RowSampler:
 
 
 class _Stream:
-    """transformers' streamer protocol for a batch: `put` gets the prompts first, then one token a row."""
+    """transformers' streamer protocol for a batch.
+
+    `put` gets the prompts first, then one token for each row."""
 
     def __init__(
         self, indices: list[int], texts: list[Pieces], stops: set[int], on_token: Callable[[int, str], None] | None

@@ -1,8 +1,7 @@
-"""GGUF files as bases: read by transformers and made a plain model again, dequantised or with its linear weights in
-the blocks of the file; and the tokenizer in one.
+"""Load GGUF files as bases, dequantized or in GGUF blocks, and their tokenizers.
 
-transformers reads headers by the gguf package's reader, which takes 12 seconds for a vocabulary of 262,144: while
-`fast_headers` is on, it reads them by ours (files/gguf.py), and values of blocks by ours, too.
+transformers reads headers with the gguf package, which takes 12 seconds for a vocabulary of 262,144.
+`fast_headers` makes transformers use the reader in files/gguf.py, and the dequantization here.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ if TYPE_CHECKING:
 
 
 def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrainedModel:
-    """The model in a GGUF file: an ordinary module that computes in `dtype`.
+    """Load the model of a GGUF file as an ordinary module that computes in `dtype`.
 
-    Every weight is dequantised, exactly in float32, rounded once in bfloat16. `keep`: linear weights and fused experts
-    stay in their blocks (a `Quantized` of `GgmlBlocks`), and what is computed is the same. Raises what transformers
-    raises, and BaseError for tensors that are missing."""
+    Every weight is dequantized: exactly in float32, rounded once in bfloat16. `keep`: linear weights and
+    fused experts stay in their blocks (a `Quantized` of `GgmlBlocks`), with the same results. Raises
+    transformers' errors, and BaseError for missing tensors."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     if keep:
@@ -55,14 +54,14 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
             local_files_only=True,
             trust_remote_code=False,
         )
-    # What was read is dequantised, but transformers still takes the model for a quantised one, and refuses to save it.
+    # The weights are dequantized, but transformers marks the model as quantized and refuses to save it.
     model.config.__dict__.pop("_model_name_or_path", None)
     forget_quantiser(model)
     return model
 
 
 def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Tensors by transformers' table of names, each read when the loader asks for it."""
+    """Load with linear weights in blocks; each tensor is read when the loader asks for it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -100,11 +99,13 @@ _PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def _blocks(processor: Any, tensors: list[Any], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A weight in its blocks: gate and up of fused experts joined for each expert, rows in transformers' order."""
+    """Return a weight in its blocks, with rows in transformers' order.
+
+    Gate and up of each fused expert are joined."""
     parts = sorted(tensors, key=lambda t: "_up_" in t.name)  # [gate; up]
     raw = [torch.from_numpy(t.data.copy()) for t in parts]
     types = {t.tensor_type.name for t in parts}
-    if len(types) > 1:  # two types do not lie in one tensor
+    if len(types) > 1:  # one tensor cannot hold blocks of two types
         whole = torch.cat([_values(t) for t in parts], 1).view(shape)
         return whole.to(dtype)
     one = raw[0] if len(raw) == 1 else torch.cat(raw, 1)
@@ -114,7 +115,9 @@ def _blocks(processor: Any, tensors: list[Any], shape: tuple[int, ...], dtype: t
 
 
 def _row_order(processor: Any, tensor: Any, rows: int) -> torch.Tensor | None:
-    """Which row of the file stands in each row of the model (llama.cpp turns those of q and k); None: as they are."""
+    """Return the file's row for each row of the model (llama.cpp permutes q and k).
+
+    Returns None if the orders are equal."""
     numbers = np.arange(rows, dtype=np.float32)[:, None]
     found = processor.process(weights=numbers, name=tensor.name, tensor_key_mapping={}, parsed_parameters={}).weights
     order = torch.from_numpy(np.ascontiguousarray(found)).flatten().long()
@@ -142,8 +145,10 @@ def _dequantised(processor: Any, tensors: list[Any], shape: tuple[int, ...], whe
 
 
 class GgufReader:
-    """What transformers uses of gguf's GGUFReader, `fields` and `tensors`, from our reader. Without `long_arrays` a
-    tokenizer's arrays are empty, and say only how many texts they have. Raises as `read_gguf_file`."""
+    """The attributes of gguf's GGUFReader that transformers uses: `fields` and `tensors`.
+
+    Read by files/gguf.py. Without `long_arrays` a tokenizer's arrays are empty and have only their length.
+    Raises the errors of `read_gguf_file`."""
 
     def __init__(self, path: str, *, long_arrays: bool = True) -> None:
         file = read_gguf_file(path, long_arrays=long_arrays)
@@ -171,7 +176,7 @@ class GgufReader:
 
 
 def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
-    """gguf's own parts: the key with its length and the type in front of what `data` points at."""
+    """Return gguf's header field: key with its length, and type, before the data parts."""
     parts: list[Any] = [np.array([len(name)], np.uint64), _bytes(name), np.array([types[0]], np.uint32)]
     kinds = [GGUFValueType(kind) for kind in types]
     if len(types) == 1:
@@ -180,7 +185,7 @@ def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
         else:
             parts.append(np.array([value], SCALARS[types[0]]))
         return ReaderField(0, name, parts, [len(parts) - 1], kinds)
-    if isinstance(value, SkippedArray):  # as many as there are, of texts: a vocabulary's size is told by them
+    if isinstance(value, SkippedArray):  # a text array's length, which gives the size of a vocabulary
         texts = types[1] == GGUFValueType.STRING
         return ReaderField(0, name, parts, [0] * value.count if texts else [], [kinds[0], GGUFValueType.BOOL])
     held = [_bytes(text) for text in value] if types[1] == GGUFValueType.STRING else [*value.reshape(-1, 1)]
@@ -194,7 +199,9 @@ def _bytes(text: str) -> np.ndarray:
 
 
 def dequantise(data: np.ndarray, kind: Any) -> np.ndarray:
-    """gguf's `dequantize`: (…, bytes of a row) -> (…, values of a row) float32. By compiled kernels where they run."""
+    """Dequantize as gguf's `dequantize`, with compiled kernels where available.
+
+    (…, bytes of a row) -> (…, values of a row) float32."""
     if kind.name in _PLAIN:
         return np.asarray(_dequantize(data, kind))
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -205,8 +212,9 @@ def dequantise(data: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def merges_of(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """transformers' `generate_merges` in one pass: every token cut in two tokens, those of the highest score first, and
-    of one score those whose left part is longest, then right."""
+    """Return transformers' `generate_merges` in one pass: every split into two tokens.
+
+    Sorted by highest score, then by longest left part, then by longest right part."""
     found: list[tuple[str, str]] = []
     ordered = sorted(scores.items(), key=lambda item: item[1], reverse=True)
     for _, same in itertools.groupby(ordered, key=lambda item: item[1]):
@@ -266,15 +274,15 @@ _OF_A_VOCABULARY: dict[str, Callable[..., Any]] = {
 
 
 _DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-"""Kinds of byte-level tokenizers that part digits first, by the name in a header; GPT-2's own do not."""
+"""Byte-level tokenizers that split digits first, by the name in a header; GPT-2's does not."""
 
 
 def read_gguf_tokenizer(file: Path) -> Any:
-    """The tokenizer of a GGUF file: its vocabulary, merges and special tokens, and no others.
+    """Read the tokenizer of a GGUF file, without special tokens of other models.
 
-    transformers makes its backend; but the classes that it goes through add the special tokens of other models where
-    the file has none of that name (three to DeepSeek-R1-Distill-Qwen-7B's: more tokens than the model has rows), and
-    it takes every byte-level tokenizer whose kind it does not know for GPT-2's. Raises what transformers raises."""
+    transformers builds the backend, but its classes add special tokens of other models if the file lacks them
+    (three for DeepSeek-R1-Distill-Qwen-7B, more tokens than the model has rows), and treat unknown byte-level
+    tokenizers as GPT-2's. This function corrects both. Raises transformers' errors."""
     from tokenizers import Tokenizer, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -1,16 +1,16 @@
-"""The log-likelihood of rows that lie one after another, and with it the training loss of a language model.
+"""Log-likelihood of packed rows, and the training loss of a language model.
 
     nll_i = −log p(token i | the tokens before it in its own row)      for each token with trained[i]
 
-    text_loss    Σ nll over all rows                 what supervised training and evaluation call
-    row_logps    −Σ nll of each row                  what preferences are made of
-    token_logps  −nll of each token                  what reinforcement is made of
-    hidden_at, target_logps    log p of any tokens after any places, whatever comes there in the rows
-    of_logits                  what is made of whole distributions there
-    compared_logits            the same, beside another model's: what distillation is made of
+    text_loss    Σ nll over all rows                 for supervised training and evaluation
+    row_logps    −Σ nll of each row                  for preference losses
+    token_logps  −nll of each token                  for reinforcement learning
+    hidden_at, target_logps    log p of given tokens after given positions, independent of the rows' next tokens
+    of_logits                  a function of the whole distributions at given positions
+    compared_logits            the same, with another model's distributions: for distillation
 
-Inside `fast` rows run without padding; elsewhere, and for families that do not take such rows, they are padded:
-the slow reference, and what the fast one is checked against.
+Inside `fast`, rows run without padding. Elsewhere, and for families that do not support packed rows, they are
+padded: this is the slow reference for the fast path.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ from veneer.ops.step_sizes import HEAD_CHUNK, ROW_STEP, few_sizes, padded_tokens
 def text_loss(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None
 ) -> Tensor:
-    """Summed negative log-likelihood, float32. input_ids: (N,) with N = Σ lengths, trained: (N,) bool. `right`: a bool
-    for each trained token, on the model's device, which is filled on the way: whether no other token is likelier there.
+    """Return the summed negative log-likelihood, float32.
 
-    `trained` is read by the host: on the CPU, wherever the model is, nobody waits for the device. Raises ValueError if
-    the lengths do not add up, or a row's first token is to be trained: nothing predicts it."""
+    input_ids: (N,) with N = Σ lengths. trained: (N,) bool, best on the CPU, because the host reads it and
+    would otherwise wait for the device. `right`: a bool for each trained token, on the model's device; the
+    function fills it with whether no other token has a higher probability. Raises ValueError if the lengths
+    do not add up to N, or if a row's first token is trained, because nothing predicts it."""
     return _text_nll(model, input_ids, lengths, trained, right).sum()
 
 
 def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """Σ log p of each row's trained tokens: (rows,), float32, 0 for a row without any. Otherwise as `text_loss`."""
+    """Return Σ log p of each row's trained tokens: (rows,), float32, 0 for rows without any. See
+    `text_loss`."""
     nll = _text_nll(model, input_ids, lengths, trained)
     counts = torch.stack([part.sum() for part in trained.split(list(lengths))]).tolist()
     return -torch.stack([part.sum() for part in nll.split(counts)])
@@ -52,9 +54,10 @@ def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
 def token_logps(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, shared: SharedRows | None = None
 ) -> Tensor:
-    """log p of each trained token, in order: (M,), float32. Otherwise as `text_loss`. `shared`: rows that have tokens
-    in common, which are computed once: input_ids and trained are then of those N, lengths of whole rows, and no token
-    that is trained is another row's too."""
+    """Return log p of each trained token, in order: (M,), float32. See `text_loss`.
+
+    `shared`: rows with common tokens, which are computed once. input_ids and trained then have the N distinct
+    tokens, lengths are those of whole rows, and no trained token belongs to two rows."""
     return -_text_nll(model, input_ids, lengths, trained, shared=shared)
 
 
@@ -66,7 +69,7 @@ def _text_nll(
     right: Tensor | None = None,
     shared: SharedRows | None = None,
 ) -> Tensor:
-    """(M,): one for each trained token, in order."""
+    """Return the NLL of each trained token, in order: (M,)."""
     tokens = len(input_ids if shared is None else shared.places)
     if sum(lengths) != tokens or len(trained) != len(input_ids):
         raise ValueError(f"lengths add up to {sum(lengths)}, input_ids {tokens}, trained {len(trained)}")
@@ -82,7 +85,7 @@ def _text_nll(
 
 
 def _rounds(weight: Tensor) -> bool:
-    """Whether products of this weight are oneDNN's, in 16 bits on the CPU."""
+    """Return whether oneDNN computes products of this weight: 16 bits on the CPU."""
     return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -97,12 +100,13 @@ def rows_nll(
     right: Tensor | None = None,
     shared: SharedRows | None = None,
 ) -> Tensor:
-    """−log p of each trained token, (M,), without padding and with logits at trained positions alone; for models within
-    `fast`. `layout`: of those lengths, to see afterwards which layers used it.
+    """Return −log p of each trained token, (M,), computed without padding.
 
-    `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
-    pays. Real tokens come first, so neither their dropout nor anything else of them changes. `spans`: those that the
-    attachment has selected, of these tokens. `right`: as `text_loss` has it; `shared`: as `token_logps`."""
+    Logits are computed at trained positions only. For models inside `fast`. `layout`: of the same lengths;
+    records which layers used it. `rounded`: pad the tokens, and the positions with an output, to one of
+    `few_sizes`; None: if that is faster. Padding follows real tokens, so dropout and results of real tokens
+    do not change. `spans`: LoRA segments of these tokens, selected in the attachment. `right`: as in
+    `text_loss`; `shared`: as in `token_logps`."""
     trained_at = sent(trained.nonzero()[:, 0], input_ids.device)
     hidden, at = _rows_hidden(model, input_ids, lengths, trained_at, layout, rounded, spans, shared)
     seen = None if right is None else right.new_empty(len(at))
@@ -115,8 +119,10 @@ def rows_nll(
 def hidden_at(
     model: Any, input_ids: Tensor, lengths: Sequence[int], places: Tensor, spans: LoraSegments | None = None
 ) -> Tensor:
-    """What the head is given after each of `places` of rows one after another: (M, d), M = len(places). places: indices
-    into input_ids, ascending. Without padding within `fast` where the model takes it; `spans` then, as `rows_nll`."""
+    """Return the head's input at each of `places` in packed rows: (M, d).
+
+    places: M ascending indices into input_ids. Runs without padding inside `fast` if the model supports it;
+    `spans` applies then, as in `rows_nll`."""
     if report_of(model).rows and not _beyond(model, lengths):
         return _rows_hidden(model, input_ids, lengths, places + 1, None, None, spans)[0][: len(places)]
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
@@ -129,8 +135,10 @@ def hidden_at(
 def target_logps(
     model: Any, hidden: Tensor, targets: Tensor, acting: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Tensor:
-    """log p of each of k tokens after a place, float32: (M, k). hidden: (M, d), as `hidden_at`; targets: (M, k).
-    `acting`: what the head runs within, whenever it does; for an adapter that is not the one which acts elsewhere."""
+    """Return log p of k target tokens after each position, float32: (M, k).
+
+    hidden: (M, d), from `hidden_at`; targets: (M, k). `acting`: a context for every run of the head, for an
+    adapter that differs from the active one."""
     with acting():
         if targets.shape[1] == 1 and _plain_head(model, hidden) is not None:
             return -_head_nll(model, hidden, targets[:, 0])[:, None]
@@ -144,10 +152,11 @@ def target_logps(
 def compared_logits(
     model: Any, hidden: Tensor, other: Callable[[slice], Tensor], compare: Callable[[Tensor, Tensor, slice], Tensor]
 ) -> Tensor:
-    """compare(logits, other logits, places), joined, where the logits of a few places exist at once. hidden: (M, d), as
-    `hidden_at`; `other` gives those of a part of the places, without a gradient. They are made again for the gradient.
+    """Return compare(logits, other logits, places), joined over parts of the places.
 
-    Logits are float32 and have the ids that both vocabularies have: some bases pad theirs."""
+    hidden: (M, d), from `hidden_at`. `other` returns the other model's logits at some of the places, without
+    a gradient. Logits are float32, cut to the ids of both vocabularies (some bases pad theirs), exist for a
+    few places at a time, and are recomputed in the backward pass."""
 
     def part(ours: Tensor, chosen: slice) -> Tensor:
         with torch.no_grad():
@@ -164,11 +173,11 @@ def of_logits(
     made: Callable[[Tensor, slice], Tensor],
     acting: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
-    """made(logits, places), joined, where the logits of a few places exist at once, in float32. hidden: (M, d), as
-    `hidden_at`; `acting`: as `target_logps`. They are made again for the gradient.
+    """Return made(logits, places), joined over parts of the places.
 
-    What `made` fills on its way (a mark for each place) it has by itself: arguments of a checkpoint are kept for the
-    backward pass, which refuses what was filled since."""
+    hidden: (M, d), from `hidden_at`. `acting`: as in `target_logps`. Logits are float32, exist for a few
+    places at a time, and are recomputed in the backward pass. A tensor that `made` fills must be in its
+    closure: arguments of a checkpoint are saved for the backward pass, which fails if they have changed."""
 
     def part(chosen: slice, x: Tensor) -> Tensor:
         with acting():
@@ -186,7 +195,7 @@ def of_logits(
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """What the model's head makes of `hidden_at`: (M, vocabulary), float32."""
+    """Return the head's logits for the output of `hidden_at`: (M, vocabulary), float32."""
     logits: Tensor = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
@@ -204,8 +213,9 @@ def _rows_hidden(
     spans: LoraSegments | None,
     shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the head is given before each token of `at`, and `at`; both with padding at their ends where it is rounded.
-    The last place of all may be the end of the rows."""
+    """Return (head inputs that predict the tokens `at`, `at`).
+
+    Both are padded at the end if rounded. The last position can be the end of the rows."""
     device, count = input_ids.device, len(at)
     if rounded is None:
         rounded = layout is None and _rounds(model.get_input_embeddings().weight)
@@ -219,8 +229,8 @@ def _rows_hidden(
     layout.keep = before if report_of(model).keeps else None
     if spans is not None:
         spans.sizes = len(input_ids), len(at)
-    # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
-    # of fast.py goes by the layout and does not read it.
+    # transformers passes a 4-d mask on unchanged, which avoids an N × N mask. The attention interface of
+    # fast.py uses the layout and ignores the mask.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     out = _decoder(model)(
         input_ids=input_ids[None],
@@ -230,12 +240,13 @@ def _rows_hidden(
         row_layout=layout,
     )
     hidden = out.last_hidden_state[0]
-    # A last layer that an adapter replaces whole gives all positions: always more, as first tokens are not trained.
+    # A last layer that an adapter replaces whole returns all positions, always more, as first tokens are not
+    # trained.
     return (hidden if len(hidden) == len(at) else hidden[before]), at
 
 
 def _decoder(model: Any) -> Any:
-    """The model below the head. Some families' get_decoder returns the whole model."""
+    """Return the model below the head. Some families' get_decoder returns the whole model."""
     decoder = model.get_decoder()
     return model.model if decoder is model else decoder
 
@@ -243,8 +254,9 @@ def _decoder(model: Any) -> Any:
 def padded_nll(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None
 ) -> Tensor:
-    """−log p of each trained token, (M,), by the reference: padded rows, the model's own forward, float32. `right`: as
-    `text_loss` has it."""
+    """Return −log p of each trained token, (M,), by the reference implementation.
+
+    The reference uses padded rows, the model's own forward and float32. `right`: as in `text_loss`."""
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
     mask = torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]
@@ -261,7 +273,9 @@ def _logits_nll(logits: Tensor, targets: Tensor, right: Tensor | None) -> Tensor
 
 
 def _head_nll(model: Any, hidden: Tensor, targets: Tensor, right: Tensor | None = None) -> Tensor:
-    """−log softmax(head(hidden))[target]: (M,). hidden: (M, d), targets: (M,), right: (M,) or None."""
+    """Return −log softmax(head(hidden))[target]: (M,).
+
+    hidden: (M, d), targets: (M,), right: (M,) or None."""
     if (weight := _plain_head(model, hidden)) is not None:
         return token_nll(hidden, weight, targets, copies=report_of(model).head, right=right)
 
@@ -272,20 +286,22 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor, right: Tensor | None 
 
 
 def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
-    """The head's weight where its logits are a product with that and nothing else."""
+    """Return the head's weight if its logits are a plain product with this weight, else None."""
     plain = projection_of(model.get_output_embeddings())
     weight = plain.weight if plain is not None and not plain.products and plain.bias is None else None
     return weight if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype else None
 
 
 def _head_is_more(config: Any) -> bool:
-    """Whether the family does something to the logits after the head."""
+    """Return whether the family transforms the logits after the head."""
     return bool(getattr(config, "final_logit_softcapping", None))
 
 
 def _beyond(model: Any, lengths: Sequence[int]) -> bool:
-    """Whether rows beside one another are more than Llama 4 takes: its chunked attention is plain causal attention only
-    within one chunk, and its layers without positions scale by the place in the whole batch from `floor_scale` on."""
+    """Return whether packed rows exceed the limits of Llama 4.
+
+    Its chunked attention equals causal attention only within one chunk, and its layers without positions
+    scale by the position in the whole batch from `floor_scale` on."""
     config = model.config.get_text_config()
     chunk, floor = getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)
     if chunk is not None and max(lengths) > chunk:

@@ -1,17 +1,17 @@
-"""What layers are recomputed from, in the CPU's memory between a forward and a backward pass.
+"""Keep the inputs of recomputed layers in CPU memory until the backward pass.
 
     store = HostStore(CudaLane(device))
-    y = store.checkpoint(layer, x)        as torch.utils.checkpoint; x waits on the host until y's gradient is there
+    y = store.checkpoint(layer, x)        like torch.utils.checkpoint; x is on the host until y's gradient is computed
 
-A layer that is recomputed keeps its input alone: e·tokens·hidden bytes, of all layers together what grows with a
-micro-batch (70B, 8,192 tokens: 10.7 GB). Each goes to the host while the next layer computes, on a stream of its own,
-and comes back while the layer after it computes backward. On the device are at most those on their way: `COPIES_OUT`
-that go and the layer's own, the one that is wanted and the one before it. Buffers on the host are pinned, and used
-again by later steps once nothing of autograd's asks for what they hold.
+A recomputed layer keeps only its input: e·tokens·hidden bytes. Over all layers these inputs are the memory
+that grows with a micro-batch (70B, 8,192 tokens: 10.7 GB). Each input is copied to the host while the next
+layer computes, on a separate stream, and copied back while the layer after it computes backward. The device
+holds at most `COPIES_OUT` outgoing inputs, the current layer's input, the requested input and the one before
+it. Host buffers are page-locked and reused by later steps once autograd has released them.
 
-Copies of one stream follow one another, so a buffer is never written before it was read, and what comes back was there
-before. `mark`s (events) say where one stream waits for the other; memory of the device that the other stream reads is
-not given away before (record_stream).
+Copies on one stream run in order, so a buffer is never overwritten before it was read, and is filled before
+it is copied back. `mark`s (events) order the two streams; device memory that the other stream reads is not
+freed before (record_stream).
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from veneer.ops.device_transfer import sent
 from veneer.ops.step_sizes import COPIES_OUT
 
 _LEAST = 1 << 20
-"""Bytes from which a tensor is worth a copy."""
+"""Minimum size in bytes of a tensor to offload."""
 
 
 class Lane(Protocol):
-    """A queue of copies beside what computes. What it gives back as a mark stands for the end of a copy."""
+    """A copy stream next to the compute stream. A returned mark stands for the end of a copy."""
 
     def out(self, source: Tensor, into: Tensor) -> Any:
-        """Copies to the host, once all that was computed so far is there. `source` may be dropped at once."""
+        """Copy to the host after all work issued so far. The caller can drop `source` at once."""
 
     def back(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
-        """Copies to the device: the tensor, and the mark from which on it may be read."""
+        """Copy to the device; return the tensor and the mark after which the tensor can be read."""
 
     def wait(self, mark: Any) -> None:
-        """What is computed from now on comes after the mark."""
+        """Make subsequent compute wait for the mark."""
 
     def handed_over(self, tensor: Tensor) -> None:
-        """A tensor that came back belongs to what computes from now on."""
+        """Hand a tensor that was copied back to the compute stream."""
 
 
 class CudaLane:
-    """A stream of a GPU."""
+    """A copy stream on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -73,7 +73,7 @@ class CudaLane:
 
 
 class InOrder:
-    """No queue: each copy where it is asked for. For tensors without values, by which a step is traced."""
+    """Copy synchronously. For meta tensors, with which a step is traced."""
 
     def out(self, source: Tensor, into: Tensor) -> Any:
         into.copy_(source, non_blocking=True)
@@ -82,14 +82,15 @@ class InOrder:
         return sent(source, device), None
 
     def wait(self, mark: Any) -> None:
-        """Nothing is on its way."""
+        """Do nothing, because no copy is pending."""
 
     def handed_over(self, tensor: Tensor) -> None:
-        """It is nobody else's."""
+        """Do nothing, because no other stream uses the tensor."""
 
 
 class _Waiting:
-    """A tensor on the host. `before`: the one that went just before it, which a backward pass wants next."""
+    """A tensor on the host. `before`: the tensor offloaded just before it, which the backward pass needs
+    next."""
 
     def __init__(self, held: Tensor, device: torch.device, before: weakref.ref[_Waiting] | None) -> None:
         self.held, self.device, self.before = held, device, before
@@ -97,7 +98,7 @@ class _Waiting:
 
 
 class HostStore:
-    """`least`: bytes from which a tensor goes to the host."""
+    """Offloads layer inputs to the host. `least`: minimum size in bytes of a tensor to offload."""
 
     def __init__(self, lane: Lane, *, least: int = _LEAST) -> None:
         self._lane, self._least = lane, least
@@ -106,12 +107,12 @@ class HostStore:
         self._last: weakref.ref[_Waiting] | None = None
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """torch.utils.checkpoint's of `function`, which keeps its arguments by autograd's hooks for saved tensors."""
+        """Run torch.utils.checkpoint on `function`, with its arguments saved on the host."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
     def let_go(self) -> None:
-        """Of the buffers on the host that nobody uses."""
+        """Free the unused host buffers."""
         self._free.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor | _Waiting:
@@ -146,6 +147,6 @@ class HostStore:
 
 
 def _on_host(like: Tensor) -> Tensor:
-    """Room for such a tensor, pinned where there is a GPU."""
+    """Allocate a host tensor like `like`, page-locked if `like` is on a GPU."""
     pin = like.device.type == "cuda"
     return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pin)

@@ -1,6 +1,6 @@
-"""Tokens to text as they come: generated, streamed, served.
+"""Decode tokens to text incrementally, for generation, streaming and serving.
 
-Knows what a tokenizer decodes; no model.
+Uses a tokenizer only, no model.
 """
 
 from __future__ import annotations
@@ -10,42 +10,43 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 _BROKEN = "�"
-"""What bytes that are no character, or not yet one, decode to."""
+"""The replacement character, decoded from bytes that are no character or not yet a whole one."""
 _WINDOW = 16
-"""Tokens that are decoded again with each new one, or a few more."""
+"""Number of last tokens, or a few more, that are decoded again with each new token."""
 
 
 class Decoder(Protocol):
-    """As transformers' tokenizers do it."""
+    """The `decode` method of transformers' tokenizers."""
 
     def decode(self, token_ids: Any, **settings: Any) -> Any: ...
 
 
 def decode_text(tokenizer: Decoder, ids: Sequence[int]) -> str:
-    """What an answer's tokens say: without special ones, and with spaces as they are."""
+    """Decode an answer's tokens, without special tokens and with spaces unchanged."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass
 class Pieces:
-    """The tokens of one answer as text, piece by piece; the pieces joined are what all of them decode to.
+    """Decode the tokens of one answer into pieces of text.
 
-    A token may end within a character, and its text may depend on the tokens before it, so what is new is read off a
-    window of the last tokens. Broken characters at its end wait for what follows. One tokenizer cannot keep the whole
-    promise: with bytes as a fallback (Llama 2's), a byte that fits nothing turns characters before it into broken ones;
-    those that are out stay as they were."""
+    The joined pieces equal the text of all tokens. A token can end inside a character, and its text can
+    depend on the tokens before it, so new text is taken from a window of the last tokens. Incomplete
+    characters at the end of the window wait for further tokens. Exception: with byte fallback (Llama 2), an
+    invalid byte turns earlier characters into replacement characters; pieces already returned do not change.
+    """
 
     tokenizer: Decoder
     window: list[int] = field(default_factory=list)
     sent: int = 0
-    """Characters of the window's text that are out."""
+    """Characters of the window's text already returned."""
 
     def add(self, token: int) -> str:
         self.window.append(token)
         now = decode_text(self.tokenizer, self.window)
         stable = now.rstrip(_BROKEN)
         if len(self.window) >= 4 * _WINDOW:
-            stable = now[: max(len(stable), len(now) - 3)]  # no character has so many bytes: they stay broken
+            stable = now[: max(len(stable), len(now) - 3)]  # no character has more bytes: these stay broken
         new, self.sent = stable[self.sent :], max(self.sent, len(stable))
         if len(self.window) >= _WINDOW and len(self.window) % 8 == 0:
             self._shorten(now)
@@ -57,8 +58,9 @@ class Pieces:
         return new
 
     def _shorten(self, now: str) -> None:
-        """Keep the last few tokens, from where a character begins, whose text is the end of the window's. Where every
-        token begins within a character, a window four times as long gives that up."""
+        """Keep the last few tokens that begin a character and decode to the window's end.
+
+        If every token starts inside a character, a window four times as long drops the first condition."""
         held = max(len(now) - self.sent, 0)
         for n in range(8, 3, -1):
             text = decode_text(self.tokenizer, self.window[-n:])

@@ -1,21 +1,21 @@
-"""What a language model and its modules compute, found out by running them and not by a class's name.
+"""Determine what a language model and its modules compute by running them.
 
-    own = OwnForward.of(model)           before anything of the model is replaced
+    own = OwnForward.of(model)           before any module is replaced
     own.nll_problem(nll)                 "" or which token is off, and by how much
     own.logits_problem(logits)           the same for whole rows of logits
     norm_of(module)                      0 or 1 of an RMS norm  y = (0 + w or 1 + w) ⊙ x / √(mean x² + ε), or why none
     gate_of(module)                      act of a gated MLP      y = down(act(gate(x)) ⊙ up(x)), or why it is none
 
-A whole model is run over a few rows of random tokens, padded, through its own forward; another way of running it may
-lay the rows beside one another, so that a leak from row to row shows. Windows are made short for as long as that lasts,
-so that short rows reach past them and the price does not grow with the numbers of a config. Compared is token by token,
-in float32. What rounding explains is measured, not guessed: every row runs twice in that one batch, and the second time
-the output of each layer is moved by a unit of its last place, up or down by chance. On Gemma 3 270M that moves the loss
-of a token by 1 in bfloat16 and by 1e-4 in float32: a tolerance from the dtype alone is too wide or too narrow.
+The whole model runs its own forward on a few padded rows of random tokens. The other forward can use packed
+rows, so that a leak from row to row shows. Attention windows are shortened meanwhile, so that short rows
+exceed them and the cost does not grow with the config. Outputs are compared token by token, in float32. The
+effect of rounding is measured: every row runs twice in one batch, and in the second run each layer's output
+is moved by one unit in the last place, up or down at random. On Gemma 3 270M this changes the loss of a token
+by 1 in bfloat16 and by 1e-4 in float32, so a tolerance from the dtype only would be too wide or too narrow.
 
-A module's formula does not depend on the weights it is given, and so is tried with weights that tell it from every
-other, on a copy or for the length of a call: zeros, ones and wild ones in a norm; small matrices in float64 in an MLP.
-The base's own weights cannot tell w ⊙ x̂ from (1 + w) ⊙ x̂ where a few of them are large.
+A module's formula does not depend on its weights, so it is tested with weights that identify the formula, on
+a copy or for the length of a call: zeros, ones and extreme values in a norm; small float64 matrices in an
+MLP. The base's own weights cannot tell w ⊙ x̂ from (1 + w) ⊙ x̂ if a few weights are large.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from veneer.core.targets import base_of
 from veneer.ops.device_transfer import in_float64
 
 LENGTHS = (21, 9, 2)
-"""Tokens of the probe's rows: past a short window, past it by one, and the shortest that has a loss."""
+"""Tokens of the probe's rows: beyond a short window, beyond it by one, and the shortest row with a loss."""
 
 WINDOW = 8
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size")
 _FACTOR = 8
-"""How many times as far as its measured rounding another order of the same sums may end up."""
+"""Allowed deviation of another summation order, as a multiple of the measured rounding."""
 
 
 @contextmanager
 def short_windows(model: Any) -> Iterator[None]:
-    """Windows of attention of WINDOW tokens at most, in the config and in each module that keeps its own."""
+    """Limit attention windows to WINDOW tokens, in the config and in each module that stores a window."""
     with ExitStack() as undo:
         for holder in (model.config.get_text_config(), *model.modules()):
             for name in _WINDOWS:
@@ -57,8 +57,10 @@ def short_windows(model: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class OwnForward:
-    """What a model gives by itself on the probe. `ids`: (N,), rows of LENGTHS one after another. `logits`:
-    (N, vocabulary), float32. `moved`: the same with the rounding of every layer moved. `eps`: of the model's dtype."""
+    """A model's own output on the probe.
+
+    `ids`: (N,), packed rows of LENGTHS. `logits`: (N, vocabulary), float32. `moved`: logits with the rounding
+    of every layer perturbed. `eps`: machine epsilon of the model's dtype."""
 
     ids: Tensor
     logits: Tensor
@@ -68,7 +70,7 @@ class OwnForward:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any) -> OwnForward:
-        """Runs the model as it is, once. Raises what its forward raises."""
+        """Run the unmodified model once. Raises the errors of its forward."""
         weight = model.get_input_embeddings().weight
         vocabulary, device = weight.shape[0], weight.device
         generator = torch.Generator().manual_seed(0)
@@ -88,8 +90,9 @@ class OwnForward:
         return out
 
     def nll_problem(self, nll: Tensor) -> str:
-        """How `nll`, one for each token of `trained`, of the rows with short windows, differs from the model's own; ""
-        where it does not by more than rounding."""
+        """Return how `nll` differs from the model's own by more than rounding, or "".
+
+        nll: one value for each token of `trained`, computed with short windows."""
         at = self.trained.nonzero()[:, 0]
         own, moved = (
             torch.nn.functional.cross_entropy(x[at - 1], self.ids[at], reduction="none")
@@ -99,14 +102,15 @@ class OwnForward:
         return self._problem(nll.detach().float()[:, None], own[:, None], moved[:, None], size, "loss")
 
     def logits_problem(self, logits: Tensor, at: Tensor | None = None) -> str:
-        """The same for logits, (tokens, vocabulary), after the tokens `at`; by default after all."""
+        """Return how logits (tokens, vocabulary) after the tokens `at` (default: all) differ, or ""."""
         chosen = slice(None) if at is None else at
         own = self.logits[chosen]
         return self._problem(logits.float(), own, self.moved[chosen], own.abs().amax(1), "largest logit")
 
     def _problem(self, got: Tensor, own: Tensor, moved: Tensor, size: Tensor, what: str) -> str:
-        """Each row of `got` against `own`, by its entry that is farthest off. size: (rows,), of what the last rounding
-        was a part of."""
+        """Compare each row of `got` with `own` by its largest deviation.
+
+        size: (rows,), magnitude of the values that the last rounding applied to."""
         if got.shape != own.shape or not torch.isfinite(got).all():
             return f"its {what} is not finite" if got.shape == own.shape else f"it gives {tuple(got.shape)}"
         off = (got - own).abs().amax(1)
@@ -121,15 +125,17 @@ class OwnForward:
 
 
 def near_rows(got: Tensor, wanted: Tensor, eps: float) -> bool:
-    """Whether each row is what rounding leaves of the other, ‖got − wanted‖ ≤ 16·eps·‖wanted‖: a product of another
-    number of rows adds up otherwise. `eps`: of the dtype in which both were computed."""
+    """Return whether each row agrees up to rounding.
+
+    ‖got − wanted‖ ≤ 16·eps·‖wanted‖: a product with another number of rows can sum in another order. `eps`:
+    of the dtype in which both were computed."""
     got, wanted = in_float64(got), in_float64(wanted)
     return bool(((got - wanted).norm(dim=-1) <= 16 * eps * wanted.norm(dim=-1)).all())
 
 
 @contextmanager
 def _moved_rounding(model: Any, first: int) -> Iterator[None]:
-    """From row `first` of the batch on, every layer's output is off by a unit of its last place."""
+    """Move every layer's output by one unit in the last place, from row `first` of the batch on."""
     generator = torch.Generator().manual_seed(1)
 
     def move(_module: nn.Module, _args: Any, out: Any) -> Any:
@@ -152,12 +158,13 @@ def _moved_rounding(model: Any, first: int) -> Iterator[None]:
 
 
 class OtherKind(Exception):
-    """Why a module is not of the kind that was asked for."""
+    """Why a module is not of the tested kind."""
 
 
 def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
-    """Return (w, ε) of an RMS norm. w is the weight, or `plus` + weight in at least float32, because 16 bits are too
-    few for 1 + w. Raises OtherKind for a norm without a weight."""
+    """Return (w, ε) of an RMS norm. Raises OtherKind for a norm without a weight.
+
+    w is the weight, or `plus` + weight in at least float32, because 16 bits are too few for 1 + w."""
     weight = getattr(module, "weight", None)
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor):
@@ -167,7 +174,7 @@ def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
 
 
 def norm_of(module: nn.Module) -> float:
-    """What the formula of an RMS norm adds to the weight: 0, or 1 where that is the convention. Raises OtherKind."""
+    """Return what the formula of an RMS norm adds to the weight: 0 or 1. Raises OtherKind."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
@@ -177,7 +184,7 @@ def norm_of(module: nn.Module) -> float:
     generator = torch.Generator().manual_seed(0)
     n = len(weight)
     x, wild = torch.randn(4, n, generator=generator), torch.randn(n, generator=generator)
-    x[1:, : n // 8] *= 30.0  # as real activations are: a few channels far larger than the rest,
+    x[1:, : n // 8] *= 30.0  # like real activations: a few channels far larger than the rest,
     x[3] *= 1e-3  # and a token so small that ε matters
     wild[n // 2 :] *= 20.0
     with torch.no_grad():
@@ -206,7 +213,7 @@ def _called_with(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Each element within `tolerance` of its own size."""
+    """Return whether each element of a is within `tolerance` · |b| of b."""
     a, b = in_float64(a), in_float64(b)
     return a.shape == b.shape and bool(((a - b).abs() <= tolerance * b.abs() + 1e-30).all())
 
@@ -215,7 +222,7 @@ _PARTS = ("gate_proj", "up_proj", "gate_up_proj")
 
 
 def gate_parts(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
-    """The projections of what may be a gated MLP: [gate, up] or [both in one], and down."""
+    """Return the projections of a candidate gated MLP: [gate, up] or [both in one], and down; or None."""
     children = dict(module.named_children())
     parts = [children[n] for n in _PARTS if n in children]
     down = children.get("down_proj")
@@ -225,7 +232,7 @@ def gate_parts(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
 
 
 def gate_of(module: nn.Module) -> str:
-    """silu, gelu or gelu_tanh of a module with `gate_parts`. Raises OtherKind."""
+    """Return the activation of a module with `gate_parts`: silu, gelu or gelu_tanh. Raises OtherKind."""
     act = _activation(module)
     if act is None:
         raise OtherKind("its activation is not silu or gelu")
@@ -255,7 +262,7 @@ def gate_of(module: nn.Module) -> str:
     with torch.no_grad():
         try:
             got = small(x)
-        except Exception as error:  # whatever a module of another kind raises at sizes that are not its own
+        except Exception as error:  # a module of another kind can raise any error at these sizes
             raise OtherKind(f"its formula could not be tried: {type(error).__name__}") from None
         if "gate_up_proj" in made:
             gate, up = made["gate_up_proj"](x).chunk(2, dim=-1)
@@ -274,7 +281,7 @@ def _activation(module: nn.Module) -> str | None:
     function = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     if not callable(function):
         return None
-    x = torch.linspace(-40, 40, 1001)  # to where clipped ones clip
+    x = torch.linspace(-40, 40, 1001)  # up to where clipped activations clip
     with torch.no_grad():
         y = function(x)
         known = _ACTIVATIONS.items()

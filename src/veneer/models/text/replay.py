@@ -1,10 +1,10 @@
-"""The likelihood of rows with the values of another forward of the same model, and the gradient of this one.
+"""Log-probabilities of another forward of the same model, with this model's gradient.
 
     x_i = values of layer i by the other forward        ∂x_i/∂x_{i-1}, ∂x_i/∂θ by this model's own layer i, at x_{i-1}
 
-The other is serving's, which draws answers: a number of its kind is then the same number here, to the bit, and not one
-that another order of sums has rounded elsewhere. Each layer is differentiated where the other forward was, so what
-comes out is the gradient of that forward, to the rounding of a backward pass.
+The other forward is the server's, which samples answers: log-probabilities are then equal to the sampler's to
+the bit, without differences from another summation order. Each layer is differentiated at the other forward's
+values, so the result is the gradient of that forward, up to the rounding of a backward pass.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from veneer.ops.attention import SharedRows
 
 
 class Replay(Protocol):
-    """Another forward over the tokens of some rows; it runs as it is asked, once."""
+    """Another forward over the tokens of some rows. Runs layer by layer, once."""
 
     @abstractmethod
     def layer(self) -> Tensor:
-        """The next layer's output, (tokens, dim). It may change when the following one is asked for."""
+        """Return the next layer's output, (tokens, dim). The next call can overwrite it."""
 
     @abstractmethod
     def logps(self) -> Tensor:
-        """log p of each trained token, (M,) float32, after the last layer or without any of them."""
+        """Return log p of each trained token, (M,) float32, after the last layer or without a call to
+        `layer`."""
 
 
 def replayed_logps(
@@ -44,10 +45,10 @@ def replayed_logps(
     replay: Replay,
     shared: SharedRows | None = None,
 ) -> Tensor:
-    """log p of each trained token, (M,): the values are the replay's, the gradient is this model's at its values.
-    Arguments as `token_logps` has them.
+    """Return log p of each trained token, (M,): the replay's values, this model's gradient.
 
-    For models within `fast` that take rows without padding. Raises ConfigError for others."""
+    The gradient is taken at the replay's values. Arguments: as in `token_logps`. For models inside `fast`
+    that support packed rows; raises ConfigError for others."""
     if not report_of(model).rows:
         why = report_of(model).left.get("rows", "it is not within its fast paths")
         raise ConfigError(
@@ -61,7 +62,7 @@ def replayed_logps(
 
 
 class _Valued(torch.autograd.Function):
-    """y with other values in its first rows; whatever they are, the gradient is y's."""
+    """Replace the values of y's first rows; the gradient stays y's."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, values: Tensor) -> Tensor:
@@ -81,8 +82,10 @@ def _with_values(y: Tensor, values: Tensor) -> Tensor:
 
 @contextmanager
 def _given(layers: Sequence[nn.Module], replay: Replay, kept: Tensor | None) -> Iterator[None]:
-    """The layers' outputs have the replay's values within the with-block. What is made again for the backward pass,
-    after it, reads its inputs alone. `kept`: which tokens' the last layer gives, where it does not give all."""
+    """Give the layers' outputs the replay's values inside the with-block.
+
+    Recomputation in the backward pass, after the block, reads only its inputs. `kept`: the tokens for which
+    the last layer returns an output, if not all."""
 
     def valued(i: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         values = replay.layer()

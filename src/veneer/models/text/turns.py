@@ -1,6 +1,6 @@
-"""A message as chat templates take it: one reading for training and for inference.
+"""Convert messages to the form that chat templates expect.
 
-Knows JSON alone.
+Training and inference share this conversion. Handles plain JSON values only.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 
 def template_turn(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without `weight`, which says what is learned of it, and in the words that templates know:
-    `developer`, OpenAI's newer one, is `system`; a call's arguments are a mapping, as transformers has it, where OpenAI
-    has a text of JSON, of which `arguments | tojson` in a template would make JSON in JSON."""
+    """Return the message without `weight` (its loss weight), for a chat template.
+
+    `developer`, OpenAI's newer role, becomes `system`. A call's arguments become a mapping, as in
+    transformers; OpenAI sends JSON text, which `arguments | tojson` in a template would encode twice."""
     turn = {key: value for key, value in message.items() if key != "weight"}
     if turn.get("role") == "developer":
         turn["role"] = "system"

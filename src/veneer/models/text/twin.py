@@ -1,9 +1,8 @@
-"""A second tree of modules over the tensors of a base: what is done to the one, the other does not see.
+"""A second module tree over the tensors of a base, independent of the first.
 
-    trained = base_twin(base)        attach, `fast`, hooks on it; `base` is served meanwhile; no weight lies there twice
+    trained = base_twin(base)        attach, `fast` and hooks on the twin while `base` is served; weights are shared
 
-An engine has its own ways of running a base, and so has training; each changes modules. What both would write to, the
-values, neither does.
+A server and a training run each modify modules in their own way; neither writes to the weights.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ from veneer.ops.quantized import Quantized
 
 
 def base_twin(base: TextBase) -> TextBase:
-    """The base with modules of its own. What was put on the other's modules (adapters apart, which must not be there)
-    is not on these. Raises ConfigError for one whose weights are not there any more as they came."""
+    """Return the base with modules of its own, over the same weights.
+
+    Changes made to the base's modules are not copied; adapters must not be attached to them. Raises
+    ConfigError if weights of the base are no longer as loaded."""
     model: Any = base.model
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -36,7 +37,7 @@ def base_twin(base: TextBase) -> TextBase:
     with torch.no_grad():
         made = copy.deepcopy(model, memo)
     for module in made.modules():
-        module.__dict__.pop("forward", None)  # another's way to compute it
+        module.__dict__.pop("forward", None)  # remove another replacement of the forward
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
     as_it_came(made)
