@@ -1,13 +1,13 @@
-"""An image base: diffusers' components, the pipelines over them, and what is decided once when it is loaded.
+"""Load an image base: diffusers components, pipelines and load-time decisions.
 
     base = load_image("catalogue-flux")          a built-in
     base = load_image("org/name")                a hub id
     base = load_image("./sdxl")                  a directory as diffusers saves it, with model_index.json
     base = load_image("sdxl.safetensors", config="./sdxl")      original weights in one file
 
-The components are loaded once and shared: by every pipeline, and by `base.model`, the tree that adapters attach to.
-Its names are the canonical ones (`unet.…`, `transformer.…`, `text_encoder.text_model.…`), whatever transformers calls
-the modules inside. Weights are frozen. Device and dtype follow `models.text`'s rules.
+The components are loaded once and shared by every pipeline and by `base.model`, the tree that adapters attach
+to. Module names in the tree are canonical (`unet.…`, `transformer.…`, `text_encoder.text_model.…`), whatever
+names transformers uses. Weights are frozen. Device and dtype follow the rules of `models.text`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from veneer.ops.quantized import Quantized
 
 PipelineKind = Literal["text", "image", "inpaint", "edit"]
 _ControlNet = nn.Module
-"""A ControlNet of diffusers: ControlNetModel, FluxControlNetModel, SD3ControlNetModel or QwenImageControlNetModel."""
+"""A diffusers ControlNet: ControlNetModel, or the class of Flux, SD3 or QwenImage."""
 
 
 @dataclass
 class ImageBase:
     """A frozen image model.
 
-    `family`: as formats.topology calls it; `row` is its row of families.py. `model`: what adapters attach to, under
-    canonical names. `parts`: diffusers' components by their names there; `model` and every pipeline share them.
-    `prediction`: what the denoiser predicts. `size`: the default side of a picture in pixels. `notes`: what a person
-    should know about the loading, one sentence each. `quantised`: the format of quantized denoiser weights, or None."""
+    `family`: its name in formats.topology; `row`: its row in families.py. `model`: the module tree that
+    adapters attach to, under canonical names. `parts`: diffusers' components by name, shared by `model` and
+    every pipeline. `prediction`: what the denoiser predicts. `size`: default side of a picture in pixels.
+    `notes`: messages about loading for the user, one sentence each. `quantised`: the format of quantized
+    denoiser weights, or None."""
 
     name: str
     family: str
@@ -57,9 +58,9 @@ class ImageBase:
     prediction: Literal["epsilon", "v", "flow"]
     size: int
     pipelines: dict[str, str] = field(default_factory=dict, repr=False)
-    """kind -> class of the pipelines that this base has: its family's, but for those its directory names itself."""
+    """Kind -> pipeline class: the family's classes, overridden by those in the directory's index."""
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Arguments of pipelines that the directory's index states."""
+    """Pipeline arguments set by the directory's index."""
     notes: tuple[str, ...] = ()
     quantised: str | None = None
     _scale: int = field(default=8, repr=False)
@@ -76,34 +77,37 @@ class ImageBase:
 
     @property
     def denoiser(self) -> Any:
-        """The unet or the transformer."""
+        """The UNet or the transformer."""
         return self.parts[self.row.denoiser]
 
     @property
     def few_steps(self) -> bool:
-        """Whether it was distilled to few steps without guidance: FLUX.1 schnell, and FLUX.2 klein if it is no base."""
+        """Whether the base is distilled to few steps without guidance.
+
+        True for FLUX.1 schnell and for a distilled FLUX.2 klein."""
         schnell = self.row.schnell is not None and not self.denoiser.config.guidance_embeds
         return schnell or bool(self.settings.get("is_distilled"))
 
     @property
     def editing(self) -> Editing:
-        """How it edits; with no reference for a base that cannot."""
+        """How the base edits pictures; zero references for a base that cannot edit."""
         return EDITING[self.pipelines["edit"]] if "edit" in self.pipelines else Editing(0)
 
     @property
     def references(self) -> int:
-        """The most reference pictures that it can be told of; 0 for a base that cannot edit."""
+        """Maximum number of reference pictures; 0 for a base that cannot edit."""
         return self.editing.references
 
     @property
     def edits_alone(self) -> bool:
-        """Whether it was made for editing: FLUX.1 Kontext, Qwen-Image-Edit, and not FLUX.2, which draws from prompts as
-        well."""
+        """Whether the base only edits, like FLUX.1 Kontext and Qwen-Image-Edit.
+
+        False for FLUX.2, which also generates from prompts."""
         return "edit" in self.pipelines and "edit" not in self.row.pipelines
 
     @property
     def reads_references(self) -> bool:
-        """Whether its prompts are read together with the pictures that they edit: Qwen-Image-Edit's."""
+        """Whether prompts are encoded together with the reference pictures (Qwen-Image-Edit)."""
         return self.editing.read > 0
 
     @property
@@ -113,11 +117,11 @@ class ImageBase:
 
     @property
     def unit(self) -> int:
-        """Height and width of a picture are multiples of this many pixels."""
+        """Height and width of a picture must be multiples of this many pixels."""
         return self._scale * self.row.patch
 
     def part(self, name: str) -> Any:
-        """The component of that name. Raises BaseError where it has been released."""
+        """Return the component with this name. Raises BaseError if it was released."""
         found = self.parts.get(name)
         if found is None:
             freed = name in self._released
@@ -130,7 +134,7 @@ class ImageBase:
 
 
 class Components(nn.Module):
-    """The tree that adapters attach to: a child for each component, under its canonical name."""
+    """The module tree that adapters attach to: a child for each component, by canonical name."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -139,7 +143,7 @@ class Components(nn.Module):
 
 
 class _Level(nn.Module):
-    """The `text_model` level that files of CLIP adapters have and transformers 5 dropped from one of its classes."""
+    """The `text_model` level in CLIP adapter files, which transformers 5 removed from one class."""
 
     def __init__(self, text_model: nn.Module) -> None:
         super().__init__()
@@ -161,10 +165,10 @@ def load_image(
 ) -> ImageBase:
     """Find and load an image base: eval mode, `requires_grad` False everywhere.
 
-    `quantise`: the denoiser's linears and those of large text encoders in 4 bits (nf4) or 8 (int8).
-    `config`: for a single file, the diffusers directory that has its model_index.json and configs.
-    Raises BaseError (not found, not whole, not of a known family, weights that do not match the configs), ConfigError
-    (an unknown dtype, device or quantisation), ResourceError (not enough memory), MissingExtraError."""
+    `quantise`: format of the linear weights of the denoiser and of large text encoders: nf4 (4 bits) or int8.
+    `config`: for a single file, the diffusers directory with its model_index.json and configs. Raises
+    BaseError (not found, incomplete, unknown family, weights that do not match the configs), ConfigError (an
+    unknown dtype, device or quantization), ResourceError (not enough memory), MissingExtraError."""
     require_diffusers()
     if quantise not in (None, "nf4", "int8"):
         raise ConfigError(f"{quantise!r} is not a known quantisation", fix="nf4 or int8")
@@ -216,15 +220,16 @@ def _quantised_as(denoiser: nn.Module) -> str | None:
 
 
 def vae_scale(vae: Any) -> int:
-    """Pixels per side of one latent."""
-    if hasattr(vae, "temperal_downsample"):  # Qwen-Image's, which spells it so
+    """Return the pixels per side of one latent."""
+    if hasattr(vae, "temperal_downsample"):  # Qwen-Image's spelling
         return int(2 ** len(vae.temperal_downsample))
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def default_size(denoiser: Any, vae: Any, scale: int) -> int:
-    """The default side of a picture in pixels: the denoiser's if its config has one (U-Nets, SD3), else the VAE's
-    (FLUX), else 1024."""
+    """Return the default side of a picture in pixels.
+
+    The denoiser's if its config has one (U-Nets, SD3), else the VAE's (FLUX), else 1024."""
     own = denoiser.config.get("sample_size")
     if own:
         return int(own if isinstance(own, int) else own[0]) * scale
@@ -235,29 +240,34 @@ _LONGEST = 8
 
 
 def too_long(width: int, height: int) -> str:
-    """What is said of a reference that no base is shown as it is; else nothing. FLUX.2's pipelines take none longer
-    than 8 to 1, Qwen2.5-VL none beyond 200 to 1; and a line of single pixels would have millions in whole units."""
+    """Return why a reference's proportions are too extreme, or "".
+
+    FLUX.2's pipelines accept at most 8 to 1, Qwen2.5-VL at most 200 to 1, and a line of single pixels would
+    round up to millions of pixels in whole units."""
     if max(width, height) <= _LONGEST * min(width, height):
         return ""
     return f"{width}×{height} pixels, and one side is at most {_LONGEST} times the other"
 
 
 def size_in_units(unit: int, side: int, ratio: float) -> tuple[int, int]:
-    """(width, height) in multiples of `unit`, of about side² pixels, width over height as near to `ratio` as can be."""
+    """Return (width, height) in multiples of `unit`, of about side² pixels.
+
+    Width / height is as close to `ratio` as possible."""
 
     def whole(length: float) -> int:
         return max(unit, round(length / unit) * unit)
 
     long = max(ratio, 1 / ratio)
     near = whole(side / long**0.5)
-    # Of the short sides near the one of this area, that whose long side is nearest to the proportion in whole units.
+    # Of the short sides near this area, choose the one whose long side rounds closest to the proportion.
     short = min((near, near + unit, max(unit, near - unit)), key=lambda s: abs(whole(s * long) / s / long - 1))
     return (whole(short * ratio), short) if ratio >= 1 else (short, whole(short / ratio))
 
 
 def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:
-    """What the denoiser predicts, from the family and the scheduler's config. Raises BaseError for a prediction type
-    that is not known."""
+    """Return what the denoiser predicts, from the family and the scheduler's config.
+
+    Raises BaseError for an unknown prediction type."""
     if row.flow:
         return "flow"
     said = scheduler.config.get("prediction_type", "epsilon")
@@ -273,14 +283,12 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
 
 
 def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_ControlNet] = ()) -> Any:
-    """Return diffusers' pipeline of this kind over the base's parts.
+    """Return diffusers' pipeline of this kind over the base's components.
 
-    Pipelines are cached by kind; with ControlNets, only the few most recently used pipelines are cached, with their
-    ControlNets.
-
-    Nothing is copied: an adapter attached to `base.model` acts in every pipeline. They also share one
-    scheduler; set `pipe.scheduler` to use another. Raises BaseError if diffusers has no such pipeline for the family,
-    or if a part was released."""
+    Pipelines are cached by kind; with ControlNets, only the few most recently used pipelines are cached, with
+    their ControlNets. Nothing is copied: an adapter attached to `base.model` acts in every pipeline.
+    Pipelines share one scheduler; set `pipe.scheduler` to use another. Raises BaseError if diffusers has no
+    such pipeline for the family, or if a component was released."""
     import diffusers
 
     key = "|".join([kind, *(str(id(c)) for c in controls)])
@@ -297,8 +305,8 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
             fix=f"kinds it has{' with one' if controls else ''}: {having}",
         )
     for name in sorted(base._released):
-        base.part(name)  # says so
-    with errors_only():  # its import says what it falls back to without torchvision
+        base.part(name)  # raises the error
+    with errors_only():  # without torchvision, its import logs a fallback
         cls = getattr(diffusers, table[kind])
     parts: dict[str, Any] = dict(base.parts)
     if controls:
@@ -320,7 +328,7 @@ _CONTROLLED_KEPT = 4
 
 
 def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of `given` that the class takes, and None for the models it wants and the base has not."""
+    """Return the arguments in `given` that the class accepts, and None for missing models."""
     import inspect
 
     empty = inspect.Parameter.empty
@@ -330,7 +338,7 @@ def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _several(base: ImageBase, controls: Sequence[_ControlNet]) -> Any:
-    """ControlNets whose residuals are summed, in diffusers' own class."""
+    """Combine ControlNets, whose residuals are summed, in diffusers' Multi class."""
     import diffusers
 
     own = type(controls[0]).__name__
@@ -346,19 +354,22 @@ def _check_control(base: ImageBase, control: _ControlNet) -> None:
 
 
 def load_control(name: str | Path, base: ImageBase) -> _ControlNet:
-    """A ControlNet by built-in name, directory or hub id, in the base's dtype and on its device, frozen.
+    """Load a ControlNet by built-in name, directory or hub id.
 
-    Raises BaseError for a ControlNet of another family, which it names, or of other sizes than the base's."""
+    The ControlNet is frozen, in the base's dtype and on its device. Raises BaseError for a ControlNet of
+    another family (named in the error) or with other sizes than the base's."""
     return control_of(str(name), base.row, base.parts[base.row.denoiser], base.dtype, base.device)
 
 
 def text_length(base: ImageBase) -> int:
-    """The most tokens of a prompt that the denoiser attends to; a tokenizer may state fewer than the family has."""
+    """Return the maximum prompt tokens that the denoiser attends to.
+
+    A tokenizer can have a lower limit than the family."""
     return _limit(base, next(iter(base.row.readers)))
 
 
 def text_settings(base: ImageBase) -> dict[str, int]:
-    """The argument that tells a pipeline of this family, and its `encode_prompt`, how much of a prompt to read."""
+    """Return the argument that sets the prompt length in pipelines and `encode_prompt`."""
     return {} if base.row.denoiser == "unet" else {"max_sequence_length": text_length(base)}
 
 
@@ -370,18 +381,20 @@ def _limit(base: ImageBase, name: str) -> int:
 
 
 def readers(base: ImageBase) -> list[tuple[Any, int]]:
-    """The tokenizers whose tokens the denoiser attends to, and how many of each it reads at most."""
+    """Return the tokenizers whose tokens the denoiser attends to, with their token limits."""
     out = []
     for name in base.row.readers:
         encoder = name.replace("tokenizer", "text_encoder")
         if base.parts.get(name) is not None and (base.parts.get(encoder) is not None or encoder in base._released):
-            out.append((base.parts[name], _limit(base, name)))  # SD3 may come without its T5
+            out.append((base.parts[name], _limit(base, name)))  # SD3's T5 is optional
     return out
 
 
 def release(base: ImageBase, *names: str) -> None:
-    """Drops text encoders or the VAE, whose outputs are cached, and frees their memory. Using them afterwards raises
-    BaseError. Raises ConfigError for a part that the base does not have, and for the denoiser."""
+    """Drop text encoders or the VAE, whose outputs are cached, and free their memory.
+
+    Using a released component raises BaseError. Raises ConfigError for a component that the base does not
+    have, and for the denoiser."""
     for name in names:
         if name == base.row.denoiser or not isinstance(base.parts.get(name), nn.Module):
             known = [n for n, p in base.parts.items() if isinstance(p, nn.Module) and n != base.row.denoiser]

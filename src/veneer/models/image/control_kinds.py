@@ -1,11 +1,11 @@
-"""Whether a picture can be the control picture that it is said to be, told from its colours alone.
+"""Check by its colors whether a picture can be a control picture of a given kind.
 
-| kind  | what it is                                 | measured of the pixels                               |
-| canny | thin white lines on black (OpenCV's Canny) | grey, half of them black, few between dark and light |
-| depth | grey by distance                           | grey, and not two-valued                             |
-| pose  | a skeleton in colours on black (OpenPose)  | half of them black, the others mostly coloured       |
+| kind  | content                                    | pixel statistics                                     |
+| canny | thin white lines on black (OpenCV's Canny) | gray, half of them black, few between dark and light |
+| depth | gray by distance                           | gray, and not two-valued                             |
+| pose  | a skeleton in colors on black (OpenPose)   | half of them black, most others colored              |
 
-The bounds leave room for JPEG and for having been made smaller. What passes may still be the wrong picture of its kind.
+The bounds tolerate JPEG and downscaling. A picture that passes can still be the wrong picture of its kind.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 _BLACK, _DARK, _LIGHT, _WHITE = 16, 48, 208, 239
 _COLOURED = 48
-"""How far apart the channels of a pixel are, from which on it has a colour; 255 at most."""
+"""Minimum difference between a pixel's channels for it to count as colored; at most 255."""
 _GREY = {"canny": "a picture of edges", "depth": "a depth picture"}
 
 
 def unlike_kind(picture: Image, kind: str) -> str:
-    """Why an RGB picture is not of this `kind` (picture, canny, depth or pose), or nothing where it may be."""
+    """Return why an RGB picture is not of this `kind`, or "" if it can be.
+
+    kind: picture, canny, depth or pose."""
     if kind == "picture":
         return ""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.int16)

@@ -1,16 +1,16 @@
-"""The image families as diffusers runs them: the denoiser's class, the pipelines, what reads a prompt.
+"""The image families in diffusers: denoiser class, pipelines and prompt encoders.
 
-| family     | denoiser class                               | prompt read by                             | predicts   |
+| family     | denoiser class                               | prompt encoders                            | predicts   |
 | sd15, sd2  | UNet2DConditionModel                         | CLIP                                       | noise or v |
 | sdxl       | UNet2DConditionModel with added time ids     | two CLIPs                                  | noise or v |
-| sd3        | SD3Transformer2DModel (3, 3.5 medium, large) | two CLIPs, T5 (which may be left out)      | flow       |
+| sd3        | SD3Transformer2DModel (3, 3.5 medium, large) | two CLIPs, T5 (optional)                   | flow       |
 | flux1      | FluxTransformer2DModel (dev, schnell)        | T5; CLIP gives one pooled vector           | flow       |
 | flux2      | Flux2Transformer2DModel (dev, klein)         | Mistral (dev), Qwen3 (klein), as chat      | flow       |
 | qwen-image | QwenImageTransformer2DModel (and Edit, Plus) | Qwen2.5-VL, as chat                        | flow       |
 | z-image    | ZImageTransformer2DModel (base, Turbo)       | Qwen3, as chat                             | flow       |
 
-Names are those of `formats.topology`. One row a family: what a base is known by, and what it is. Knows
-class names alone; imports neither torch nor diffusers.
+Family names are those of `formats.topology`. Each family has one row: how a base is recognized, and its
+properties. Uses class names only; imports neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from veneer.models.config import PLANNED_DENOISERS
 
 @dataclass(frozen=True)
 class ImageFamily:
-    """One family.
+    """One image family.
 
-    `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; diffusers has no others. `edit`
-    is told of reference pictures; a base whose index names such a pipeline has it too (`OWN_PIPELINES`).
-    `encoders`: the text encoders that adapters of this family change. `readers`: the tokenizers whose tokens the
-    denoiser attends to, and how many of each at most; `schnell`: of that the first, in the family's models that take no
-    guidance, which were distilled to few steps. `template`: what is put around a prompt: the pipeline's own, or the
-    tokenizer's chat, with thinking or without. `patch`: latents per side that become one token; `patched`: the VAE's
-    are patches already; `packed`: the pipeline makes them; `frames`: the VAE is one of films. `apart`: the denoiser
-    takes each text and each picture by itself. `distilled`: guidance is an input of the denoiser; `guidance`: the
-    pipeline's argument for it; `unguided`: where it does nothing; `true_guidance`: the pipeline has one beside the
-    distilled. `time_ids`: the denoiser reads sizes. `editors`: pipelines of the family's models that edit (`EDITING`).
-    `shifted`: the pipeline shifts the schedule by the picture's size; `unfit`: schedulers that it cannot run.
-    `controlnets`: kind of control picture -> the usual ControlNet on the hub. `settings`: arguments of the pipelines'
-    constructors; `encoding`: of their encode_prompt, where `pooled` and `mask` stand in what it returns."""
+    `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets, of every kind that
+    diffusers has. `edit` pipelines take reference pictures; a base can also have one that its index names
+    (`OWN_PIPELINES`). `encoders`: the text encoders that adapters of this family change. `readers`: the
+    tokenizers whose tokens the denoiser attends to, with the token limit of each; `schnell`: the first limit
+    for models without guidance, distilled to few steps. `template`: text around a prompt: the pipeline's own,
+    or the tokenizer's chat template, with thinking or without. `patch`: latents per side of one token;
+    `patched`: the VAE's latents are patches already; `packed`: the pipeline makes the patches; `frames`: the
+    VAE is a video VAE. `apart`: the denoiser takes lists of single texts and pictures. `distilled`: guidance
+    is an input of the denoiser; `guidance`: the pipeline's argument for guidance; `unguided`: the value
+    without effect; `true_guidance`: the pipeline has classifier-free guidance besides the distilled one.
+    `time_ids`: the denoiser takes picture sizes. `editors`: edit pipelines of the family's models
+    (`EDITING`). `shifted`: the pipeline shifts the schedule by picture size; `unfit`: schedulers that the
+    pipeline cannot use. `controlnets`: kind of control picture -> the usual ControlNet on the hub.
+    `settings`: arguments of the pipelines' constructors; `encoding`: arguments of encode_prompt, whose result
+    has `pooled` and `mask` at these indices."""
 
     name: str
     label: str
@@ -73,12 +75,16 @@ class ImageFamily:
 
     @property
     def refers(self) -> bool:
-        """Whether the denoiser tells reference pictures apart by their positions; a base may not have learned to."""
+        """Whether the denoiser separates reference pictures by their positions.
+
+        A base of the family need not be trained for references."""
         return bool(self.editors)
 
 
 def _kinds(stem: str, image: str = "Img2Img", inpaint: str = "Inpaint") -> dict[str, str]:
-    """Classes by kind of names like StableDiffusion…Pipeline; those with an empty infix are left out."""
+    """Return the pipeline classes by kind, for names like StableDiffusion…Pipeline.
+
+    A kind with an empty infix is left out."""
     given = {"text": "", "image": image, "inpaint": inpaint}
     return {kind: f"{stem}{infix}Pipeline" for kind, infix in given.items() if infix or kind == "text"}
 
@@ -213,10 +219,10 @@ FAMILIES: Mapping[str, ImageFamily] = {
             template="thinking",
             patch=2,
             apart=True,
-            unguided=0.0,  # pos + g·(pos − neg), where the others have neg + g·(pos − neg)
+            unguided=0.0,  # pos + g·(pos − neg), unlike the others' neg + g·(pos − neg)
             encoding={"do_classifier_free_guidance": False},
             shifted=True,
-            unfit=("flow-unipc",),  # the pipeline's sigmas are a list, which UniPC multiplies
+            unfit=("flow-unipc",),  # UniPC multiplies the sigmas, and the pipeline passes a list
         ),
     ]
 }
@@ -225,7 +231,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
 PLANNED_FAMILIES: Mapping[str, ImageFamily] = {
     PLANNED_DENOISERS[f.classname]: f for f in FAMILIES.values() if f.classname in PLANNED_DENOISERS
 }
-"""What the plan's table calls a denoiser -> its family; of U-Nets SDXL's, the last."""
+"""Denoiser name in the plan's table -> its family; "sdxl" for all U-Nets."""
 
 OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "Flux2KleinPipeline": {
@@ -237,16 +243,17 @@ OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "QwenImageEditPipeline": {"edit": "QwenImageEditPipeline"},
     "QwenImageEditPlusPipeline": {"edit": "QwenImageEditPlusPipeline"},
 }
-"""What a base's index calls its pipeline -> the kinds in which the base differs from its family."""
+"""Pipeline class in a base's index -> the pipelines in which the base differs from its family."""
 
 
 @dataclass(frozen=True)
 class Editing:
-    """How a pipeline edits. `references`: the most pictures that its models were trained with, by their cards.
+    """How a pipeline edits.
 
-    `read`: where prompts are read together with the references, about how many pixels a reference has there, and
-    `encoded`: where its latents are made. Both are the pipeline's, whatever is drawn; 0: it is shown as it is.
-    `guided`: its models take guidance as an input. `least`: pixels of a reference's shorter side."""
+    `references`: maximum number of pictures in training, by the model cards. `read`: about how many pixels a
+    reference has when it is encoded together with the prompt; `encoded`: when its latents are made. Both are
+    fixed by the pipeline, independent of the output size; 0: the reference keeps its size. `guided`: the
+    models take guidance as an input. `least`: minimum pixels of a reference's shorter side."""
 
     references: int
     read: int = 0
@@ -262,13 +269,13 @@ EDITING: Mapping[str, Editing] = {
     "QwenImageEditPipeline": Editing(1, read=1024 * 1024, encoded=1024 * 1024),
     "QwenImageEditPlusPipeline": Editing(3, read=384 * 384, encoded=1024 * 1024),
 }
-"""The class of every pipeline of kind `edit` -> how it does."""
+"""Pipeline class of kind `edit` -> how it edits."""
 
 
 def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:
-    """The family of a denoiser by its class and config; None for an unknown one.
+    """Return the family of a denoiser by its class and config, or None.
 
-    SDXL's U-Net is known by its added time ids. SD 2's and SD 1's are the same class: SD 2 has linear projections."""
+    SDXL's U-Net has added time ids. SD 2 and SD 1 share a class; SD 2 has linear projections."""
     if classname == "UNet2DConditionModel":
         if config.get("addition_embed_type") == "text_time":
             return FAMILIES["sdxl"]
@@ -279,21 +286,23 @@ def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | 
 
 
 def topology_name(row: ImageFamily, config: Mapping[str, Any]) -> str:
-    """The family as formats.topology calls it, which distinguishes SD3's two sizes: their last blocks differ."""
+    """Return the family's name in formats.topology, which distinguishes SD3's two sizes.
+
+    Their last blocks differ."""
     return "sd3-large" if row.name == "sd3" and config.get("num_layers", 0) > 24 else row.name
 
 
 def is_image_family(family: str) -> bool:
-    """Whether the family of a base is an image family."""
+    """Return whether `family` is an image family."""
     return family.removesuffix("-large") in FAMILIES
 
 
 def family_label(name: str) -> str:
-    """The usual name of a family, for messages; an unknown family's own name."""
+    """Return the usual name of a family, for messages; an unknown name is returned unchanged."""
     row = FAMILIES.get(name.removesuffix("-large"))
     return f"{row.label} (large)" if row and name.endswith("-large") else row.label if row else name
 
 
 def same_family(adapter: str, base: str) -> bool:
-    """Whether an adapter of one family may belong to a base of another name: SD3's two sizes are one row here."""
+    """Return whether an adapter's family matches a base's; SD3's two sizes match."""
     return adapter.removesuffix("-large") == base.removesuffix("-large")

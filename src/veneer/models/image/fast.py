@@ -1,15 +1,20 @@
-"""A denoiser's training step on the fast paths, for the length of a with-block.
+"""Run a denoiser's training step on the fast paths of ops.
 
-    with fast_denoiser(base.denoiser) as how:        how.summary() says what was swapped, and what was left and why
+    with fast_denoiser(base.denoiser) as how:        how.summary() lists what was swapped, and what was not and why
         loss.backward()
 
-Swapped: the attention of FLUX.1's, FLUX.2's and Qwen-Image's blocks (projections that share an input joined to one
-product, norms, rotation and attention one function; not where texts of unlike lengths are masked) and of the UNets'
-transformers; FLUX.2's gated MLPs; GEGLU, and gelu with the tanh;
-in a UNet's residual blocks group norms with silu and with what time adds; dropout that drops nothing; on a UNet's way
-up the gradient of skip connections that nothing trained comes before, which torch makes and throws away. Every module
-is first run both ways on a small random input and swapped only where the two agree, and everything is put back bit for
-bit at the end. What a family does differently is left as diffusers has it.
+Swapped modules:
+- attention of FLUX.1, FLUX.2 and Qwen-Image blocks (projections that share an input joined to one product;
+  norms, rotation and attention in one function; not with masked texts of different lengths) and of the UNets'
+  transformers
+- FLUX.2's gated MLPs; GEGLU; tanh-gelu
+- in a UNet's residual blocks, group norms with silu and with the added time embedding
+- dropout with p = 0
+- on a UNet's up path, the gradient of skip connections with no trained module before them, which torch
+  computes and discards
+
+Every module first runs both ways on a small random input and is swapped only if the results agree. Everything
+is restored bit for bit at the end. Modules of other kinds keep diffusers' implementation.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from veneer.ops.norms import norm_silu
 
 class DenoiserReport(FastReport):
     def summary(self) -> str:
-        """One line for a person: what was swapped, and what was left as it is and why."""
+        """Return one line for the user: what was swapped, and what was not and why."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         left = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.left.items())]
         return f"fast paths: {', '.join(parts) or 'none'}{''.join(left)}"
@@ -44,7 +49,7 @@ class DenoiserReport(FastReport):
 
 @contextmanager
 def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
-    """Swaps what can be swapped, as the module says, for the length of the with-block."""
+    """Swap the modules that a fast path can replace, inside the with-block."""
     report = DenoiserReport()
     with ExitStack() as undo:
         undo.enter_context(memory.kept_memory())
@@ -68,18 +73,21 @@ def _swap(denoiser: nn.Module, report: DenoiserReport, undo: ExitStack) -> None:
 
 
 def _parts(module: Any, *names: str) -> list[nn.Module] | None:
-    """The linear modules of these names, attached or not; None where one is missing or something else."""
+    """Return the linear modules of these names, with or without adapters, or None if one is missing."""
     found = [getattr(module, name, None) for name in names]
     kept = [m for m in found if isinstance(m, nn.Module) and type(base_of(m)) is nn.Linear]
     return kept if len(kept) == len(names) else None
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Equal within what rounding in their dtype explains: each token (or place) by itself, and each channel by itself,
-    so that a few large channels do not hide the others. (n, tokens, channels) or (n, channels, height, width).
+    """Return whether a and b are equal up to rounding in their dtype.
 
-    Two ways to add up the same attention in float32 lie up to 21 eps apart where a token's values all but cancel
-    (AVX512 and AVX2, tiny SDXL); a norm's eps of 1e-5 for 1e-6 would be 38 at a variance of 1."""
+    Compared for each token (or position) and for each channel, so that a few large channels do not hide
+    errors in others. a, b: (n, tokens, channels) or (n, channels, height, width).
+
+    In float32, two summation orders of the same attention differ by up to 21 eps if a token's values nearly
+    cancel (AVX512 and AVX2, tiny SDXL); a norm with an eps of 1e-5 instead of 1e-6 would differ by 38 eps at
+    a variance of 1."""
     if a.shape != b.shape or not torch.isfinite(b).all():
         return False
     dim = 1 if a.ndim == 4 else -1
@@ -88,19 +96,17 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     tiny = torch.finfo(a.dtype).tiny
     off, size = wide_a - wide_b, wide_b.norm() / max(wide_b.numel(), 1) ** 0.5
     for along in (0, 1):
-        least = (
-            1e-2 * size * wide_b.shape[along] ** 0.5
-        )  # what is all but nothing beside the rest may be rounding alone
+        least = 1e-2 * size * wide_b.shape[along] ** 0.5  # a value much smaller than the rest can be rounding only
         if (off.norm(dim=along) > tolerance * wide_b.norm(dim=along).clamp_min(least) + tiny).any():
             return False
     return True
 
 
 def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *args: Any, **kwargs: Any) -> str:
-    """Put `forward` on the module if it gives what the module gives; else why not."""
+    """Put `forward` on the module if its result matches; otherwise return why not."""
 
     def run() -> list[Tensor]:
-        # with gradients, so that both sides are what training runs
+        # with gradients, as in training
         out = module(*args, **kwargs)
         return list(out) if isinstance(out, tuple) else [out]
 
@@ -112,13 +118,15 @@ def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *a
 
 
 def _product(join: Join, x: Tensor) -> Tensor | None:
-    """The joined projections of x, or None where a module has to be called or another dtype is asked for."""
+    """Return the joined projections of x, or None if the modules must be called.
+
+    This is the case if a module has hooks, or if x has another dtype."""
     joined = _map(join, x)
     return None if joined is None else linear(x, joined)
 
 
 def _map(join: Join, x: Tensor) -> LinearMap | None:
-    """The joined projections, or None where they cannot be multiplied by x as it is."""
+    """Return the joined projections, or None if they cannot be multiplied by x as it is."""
     joined = join.linear_map()
     return None if joined is None or not same_dtype(x, joined.weight) else joined
 
@@ -140,7 +148,7 @@ def _geglu(module: Any, undo: ExitStack) -> str:
 
 
 def _gelu(module: Any, undo: ExitStack) -> str:
-    """torch's nn.GELU, which has no weights to know a dtype by, and diffusers' GELU, a projection before it."""
+    """Swap torch's nn.GELU, which has no weights to take a dtype from, or diffusers' projection + GELU."""
     proj = getattr(module, "proj", None)
     if module.approximate != "tanh":
         return "it is another function"
@@ -154,7 +162,7 @@ def _gelu(module: Any, undo: ExitStack) -> str:
 
 
 def _dropout(module: Any, undo: ExitStack) -> str:
-    """torch copies what it drops nothing from, and the gradient too."""
+    """Skip dropout with p = 0, which torch copies in the forward and the backward pass."""
     if module.p:
         return "it drops something"
     replace_forward(module, lambda self, x: x, undo)
@@ -188,7 +196,7 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     x = random_input(2, 12, like.shape[1], like=like)
     size = getattr(module, "head_dim", None) or module.inner_dim // module.heads
     given: dict[str, Any] = {"image_rotary_emb": _positions(15 if two else 12, size, like)}
-    if type(module.processor) is _qwen_processor():  # complex, and those of picture and text apart
+    if type(module.processor) is _qwen_processor():  # complex, separate for picture and text
         cos, sin = given["image_rotary_emb"]
         given["image_rotary_emb"] = torch.complex(cos[:, ::2], sin[:, ::2]).split([12, 3])
     if added is not None:
@@ -212,13 +220,13 @@ def _frozen(norms: list[Any]) -> bool:
 
 
 def _positions(tokens: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin to try a module with."""
+    """Return cos and sin to test a module with."""
     angles = random_input(tokens, dim // 2, like=like).float().repeat_interleave(2, -1)
     return angles.cos(), angles.sin()
 
 
 class _Turns:
-    """Rotary positions as `joint_attention` takes them, made once of those that a model makes for all of its blocks."""
+    """Rotary positions for `joint_attention`, converted once for all blocks."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
@@ -228,7 +236,7 @@ class _Turns:
             return None
         one, two = given
         if self._last is None or self._last[0] is not one:
-            if one.is_complex():  # Qwen-Image's, of the picture and of the text, whose tokens come first
+            if one.is_complex():  # Qwen-Image's, of picture and text; text tokens come first
                 self._last = one, torch.cat([two, one])
             else:
                 self._last = one, torch.complex(one[:, ::2].float(), two[:, ::2].float()).contiguous()
@@ -242,7 +250,7 @@ def _flux_forward(
     eps = float(norms[0].eps)
 
     def weight_of(tokens: list[int]) -> Tensor:
-        """w_q, w_k of every token: the text's first, as its queries and keys come first."""
+        """w_q, w_k of every token; the text's first, as its queries and keys come first."""
         rows = []
         for which in (0, 1):
             own = [norms[which]] if len(tokens) == 1 else [norms[2 + which], norms[which]]
@@ -257,7 +265,7 @@ def _flux_forward(
         image_rotary_emb: Any = None,
         **kwargs: Any,
     ) -> Any:
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as Qwen-Image's mask
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # such as Qwen-Image's mask
         streams = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
         products: list[Tensor | None] = []
         if attention_mask is None and not kwargs and len(streams) == len(joins):
@@ -295,10 +303,10 @@ def _flux2_feed_forward(module: Any, undo: ExitStack) -> str:
 
 
 def _flux2_parallel(module: Any, undo: ExitStack) -> str:
-    """A block of one stream: [q; k; v; gate; up] of x, attention beside a gated MLP, one projection of both.
+    """Swap a single-stream block: attention parallel to a gated MLP.
 
-    The product is taken in two, of q, k and v and of gate and up, so that each lies together as what reads it wants it,
-    and nothing is copied or filled with zeros for its gradient."""
+    [q; k; v; gate; up] of x, then one projection of both results. The first product is split into [q; k; v]
+    and [gate; up], so that each result is contiguous and its gradient needs no copy or zero fill."""
     processor = DIFFUSERS("diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttnProcessor")
     if type(module.processor) is not processor:
         return f"its processor is {type(module.processor).__name__}"
@@ -374,11 +382,11 @@ def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tenso
 
 
 _BEFORE_SKIP: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Residual blocks that read a skip connection beside what comes from below -> the channels of the latter."""
+"""Residual blocks with a skip connection in their input -> channels before the skip connection."""
 
 
 def _up(module: Any, undo: ExitStack) -> str:
-    """Have the residual blocks of a level on the way up know where in their input the skip connection begins."""
+    """Record where the skip connection begins in the input of each block on the up path."""
 
     def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         skips = kwargs.get("res_hidden_states_tuple") or (args[1] if len(args) > 1 else ())
@@ -391,8 +399,9 @@ def _up(module: Any, undo: ExitStack) -> str:
 
 
 def _live(block: nn.Module, x: Tensor) -> int:
-    """How many of the first channels of x want a gradient. Read off x itself, not kept from an earlier call: with
-    recomputing, calls of a block are not in the order of the model's."""
+    """Return how many of the first channels of x require a gradient.
+
+    Read from x, not from an earlier call: with recomputation, blocks are not called in the model's order."""
     made_by = x.grad_fn
     if block in _BEFORE_SKIP and made_by is not None and made_by.name() == "CatBackward0":
         parts = made_by.next_functions
@@ -402,7 +411,7 @@ def _live(block: nn.Module, x: Tensor) -> int:
 
 
 def _convolved(conv: Any, x: Tensor, live: int) -> Tensor:
-    """conv(x), whose gradient is wanted for the first `live` channels of x."""
+    """Return conv(x) with a gradient for only the first `live` channels of x."""
     plain = type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
     plain = plain and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
     if live >= x.shape[1] or not plain or not x.requires_grad or conv.weight.requires_grad:
@@ -461,7 +470,7 @@ def _unet_forward(original: Callable[..., Any], joins: list[Join], last: Join) -
 
 
 def _attention(module: Any, undo: ExitStack) -> str:
-    """diffusers' class of that name is the UNets' and Qwen-Image's."""
+    """Swap attention; diffusers uses this class name for UNets and Qwen-Image."""
     return (_flux_attention if type(module.processor) is _qwen_processor() else _unet_attention)(module, undo)
 
 

@@ -1,15 +1,17 @@
-"""The files of an image base: a diffusers directory, or one file of original weights, to loaded components.
+"""Load image components from a diffusers directory or one file of original weights.
 
     model_index.json      name -> [library, class]; each component in a folder of its name
-    <name>/config.json    the component's shape; weights beside it as safetensors, whole, sharded, or a variant (.fp16)
-    sdxl.safetensors      original weights in one file; what it does not hold comes from a diffusers directory
+    <name>/config.json    the component's shape; its weights as safetensors, whole, sharded, or a variant (.fp16)
+    sdxl.safetensors      original weights in one file; missing components come from a diffusers directory
 
-Only classes of diffusers and transformers are made, only safetensors are opened, and every tensor must have its place.
-What a picture does not need (safety checker, feature extractor) is left out. Nothing here asks a network.
+Only classes of diffusers and transformers are created, only safetensors are opened, and every tensor must be
+used. Components that generation does not need (safety checker, feature extractor) are skipped. No network
+access.
 
-A file of original weights has no configs: they are read from `config`, or from the hub's cache of the repository that
-diffusers takes for this kind of file. Its names go through diffusers' own converters; FLUX.1's denoiser through ours,
-because diffusers' knows one width, 3072. Of FLUX.2 and Qwen-Image the file gives the denoiser alone.
+A file of original weights has no configs: they come from `config`, or from the hub cache of the repository
+that diffusers uses for this kind of file. Names go through diffusers' converters, except FLUX.1's denoiser,
+because diffusers' converter only knows the width 3072. For FLUX.2 and Qwen-Image, the file provides only the
+denoiser.
 """
 
 from __future__ import annotations
@@ -52,8 +54,10 @@ _NOT_SHAPE = {"sample_size", "force_upcast", "quantization_config"}
 
 @dataclass
 class LoadedParts:
-    """The components of a base and what was settled in loading them. `pipelines`: kinds whose class the index names.
-    `settings`: the index' flags, which are arguments of pipelines: force_zeros_for_empty_prompt, is_distilled, …"""
+    """The components of a base, and the decisions made in loading them.
+
+    `pipelines`: kinds whose class the index names. `settings`: flags in the index that are pipeline
+    arguments: force_zeros_for_empty_prompt, is_distilled, …"""
 
     family: ImageFamily
     parts: dict[str, Any]
@@ -67,7 +71,7 @@ class LoadedParts:
 
 
 def require_diffusers() -> None:
-    """Raises MissingExtraError where diffusers is not installed."""
+    """Raise MissingExtraError if diffusers is not installed."""
     try:
         import diffusers  # noqa: F401
     except ImportError as error:
@@ -80,7 +84,7 @@ def require_diffusers() -> None:
 def read_directory(
     path: Path, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
 ) -> LoadedParts:
-    """Every component of a diffusers directory. Raises BaseError as `load_image` says."""
+    """Load every component of a diffusers directory. Raises BaseError as in `load_image`."""
     index = read_index(path)
     classes = component_classes(index, path)
     family = family_of_directory(path, classes)
@@ -114,7 +118,7 @@ def read_directory(
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """model_index.json of a directory. Raises BaseError if there is none, or if it cannot be read."""
+    """Read a directory's model_index.json. Raises BaseError if the file is missing or unreadable."""
     try:
         found = json.loads((path / _INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -136,8 +140,9 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[str, str]]:
-    """name -> (library, class) of the components that are present and needed. Raises BaseError for a missing folder and
-    for a class of another library."""
+    """Return name -> (library, class) of the components that are present and needed.
+
+    Raises BaseError for a missing folder and for a class of another library."""
     out = {}
     for name, value in index.items():
         if name.startswith("_") or name in _LEFT_OUT or not isinstance(value, list | tuple) or len(value) != 2:
@@ -158,7 +163,7 @@ def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[s
 
 
 def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> ImageFamily:
-    """The family of a directory with these components. Raises BaseError for an unknown one."""
+    """Return the family of a directory with these components. Raises BaseError for an unknown family."""
     denoiser = next((n for n in ("unet", "transformer") if n in classes), None)
     if denoiser is None:
         raise BaseError("this base has neither a unet nor a transformer", where=str(path / _INDEX))
@@ -177,7 +182,10 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
 
 
 def _own_pipelines(index: Mapping[str, Any]) -> dict[str, str]:
-    """FLUX.2 klein's pipelines are not dev's, Kontext is FLUX.1 dev's denoiser: the index says which it is."""
+    """Return the pipelines that the index names, such as FLUX.2 klein's or FLUX.1 Kontext's.
+
+    The denoiser does not tell them: klein's pipelines differ from dev's, and Kontext has FLUX.1 dev's
+    denoiser."""
     return dict(OWN_PIPELINES.get(str(index.get("_class_name")), {}))
 
 
@@ -198,7 +206,7 @@ def _has_weights(classname: str) -> bool:
 
 
 def table_of(folder: Path) -> tuple[list[StoredTensor], str]:
-    """The stored tensors of a component, and the variant ("fp16") where the directory has only that, else ""."""
+    """Return a component's stored tensors and variant: "fp16" if the folder has only that, else ""."""
     files, variant = component_files(folder)
     return file_table(files), variant
 
@@ -211,7 +219,7 @@ def _check_room(
     quantise: str | None,
     held: set[str],
 ) -> None:
-    """`held`: the components that will be quantised."""
+    """Check memory for loading. `held`: the components that will be quantized."""
     bytes_each = LOADED_BYTES.get(quantise or "", dtype.itemsize)
     needs = 0.0
     for name, table in tables.items():
@@ -262,8 +270,9 @@ def _load_component(
 
 
 def _read_small(part: Any) -> None:
-    """Makes a tokenizer read capitals as small letters where its config says so (`do_lower_case`). T5's class makes its
-    machine of the vocabulary alone, and knows nothing of it."""
+    """Make a tokenizer lowercase its input if its config says so (`do_lower_case`).
+
+    T5's class builds its backend from the vocabulary only and ignores the setting."""
     backend = getattr(part, "backend_tokenizer", None)
     if backend is not None and backend.normalizer is None and part.init_kwargs.get("do_lower_case"):
         from tokenizers.normalizers import Lowercase
@@ -272,7 +281,7 @@ def _read_small(part: Any) -> None:
 
 
 def _load_quantised(cls: Any, folder: Path, library: str, kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A component with its linear weights as `kind`, or as a checkpoint of bitsandbytes has them."""
+    """Load a component with linear weights quantized as `kind`, or as in its bitsandbytes checkpoint."""
     from transformers import AutoConfig
 
     table, _ = table_of(folder)
@@ -286,19 +295,19 @@ def _load_quantised(cls: Any, folder: Path, library: str, kind: str, dtype: torc
 
 
 def unreadable(where: Path, error: Exception) -> BaseError:
-    """The error for a component that its library cannot read, with the first words of the library's own."""
+    """Return the error for a component that its library cannot read, with the library's first words."""
     said = " ".join(str(error).split())[:300] or type(error).__name__
     return BaseError(f"this component of the base cannot be read: {said}", where=str(where))
 
 
 def parts_fingerprint(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:
-    """The fingerprint of a base: of the shaping fields and stored tensors of each component with weights."""
+    """Compute a base's fingerprint from each component's shaping fields and stored tensors."""
     fields = {name: _fields_of(part) for name, part in parts.items() if name in tables}
     return fingerprint_parts({name: (fields[name], tables[name]) for name in fields})
 
 
 def _fields_of(part: Any) -> dict[str, Any]:
-    """What of a component's config shapes it: class, and whatever is not at the class's default."""
+    """Return the component's class and the config fields that differ from the class's defaults."""
     from transformers import PreTrainedConfig
 
     if isinstance(part.config, PreTrainedConfig):
@@ -319,7 +328,7 @@ def _plain(value: Any) -> Any:
 
 
 def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A ControlNet for a base of `family` with that denoiser. Raises BaseError as `load_control` says."""
+    """Load a ControlNet for a base of `family` with this denoiser. Raises BaseError as in `load_control`."""
     try:
         folder = find_base(name)
     except BaseError as error:
@@ -372,10 +381,10 @@ _OF_ADAPTERS = (".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".hada_
 def read_single_file(
     path: Path, config: str | Path | None, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
 ) -> LoadedParts:
-    """A checkpoint of original names through diffusers' from_single_file, with configs that are on this machine.
+    """Load a checkpoint of original names through from_single_file, with local configs.
 
-    What the checkpoint does not hold (tokenizers, scheduler; for FLUX text encoders and VAE) comes from `config`, or
-    from the hub's cache of the repository that diffusers takes for this kind of checkpoint."""
+    Components that the checkpoint does not hold (tokenizers, scheduler; for FLUX text encoders and VAE) come
+    from `config`, or from the hub cache of the repository that diffusers uses for this kind of checkpoint."""
     import diffusers
 
     table = file_table([path])
@@ -394,7 +403,9 @@ def read_single_file(
         raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(held))}", where=str(path))
     pipelines = {**family.pipelines, **_own_pipelines(index)}
     whole = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
-    held = held & set(classes) | {family.denoiser} if whole else {family.denoiser}  # of the others the denoiser alone
+    held = (
+        held & set(classes) | {family.denoiser} if whole else {family.denoiser}
+    )  # only the denoiser of the other families
     where = choose_device(device)
     kind, reason = choose_dtype(dtype, where, stored_dtype(table))
     check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, where)
@@ -443,7 +454,7 @@ def read_single_file(
                 given[family.denoiser] = _denoiser_of(state, cls, family.denoiser, {"config": str(folder), **options})
         except Exception as error:
             said = " ".join(str(error).split())[:300]
-            if "meta tensor" in said:  # what no tensor of the file was put into
+            if "meta tensor" in said:  # no tensor of the file fills this parameter
                 said = "some of its weights are not in the file"
             raise BaseError(
                 f"diffusers cannot read this file as {family.label}: {said}",
@@ -501,7 +512,7 @@ def _flux(
 
 
 def _check_widths(path: Path, parts: Mapping[str, Any]) -> None:
-    """Raises BaseError where FLUX.1's denoiser is of another model than what reads prompts and draws for it."""
+    """Raise BaseError if FLUX.1's denoiser does not fit the text encoders or the VAE."""
     denoiser = parts["transformer"].config
     wanted = {
         "text_encoder": ("hidden_size", denoiser.pooled_projection_dim),
@@ -534,13 +545,13 @@ _HELD = {
 
 
 def components_in(table: Iterable[StoredTensor]) -> set[str]:
-    """Which components a checkpoint of original names holds."""
+    """Return the components that a checkpoint of original names holds."""
     names = [t.name for t in table]
     out: set[str] = set()
     for prefix, parts in _HELD.items():
         if any(name.startswith(prefix) for name in names):
             out |= parts
-    if any(n.startswith("text_encoders.clip_g.") for n in names):  # SD3: T5 is the third
+    if any(n.startswith("text_encoders.clip_g.") for n in names):  # SD3's third text encoder is T5
         out -= set() if any(n.startswith("text_encoders.t5xxl.") for n in names) else {"text_encoder_3"}
     return out
 
@@ -562,7 +573,7 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
         shapes = {t.name: torch.empty(t.shape, device="meta") for t in table}
         kind = kind_of(shapes)
         repo = paths[kind]["pretrained_model_name_or_path"]
-        if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers takes it for Stable Diffusion 1
+        if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers mistakes it for Stable Diffusion 1
             repo = "Qwen/Qwen-Image"
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise BaseError("diffusers does not know what kind of model this file is", where=str(path), fix=fix) from error
@@ -580,7 +591,7 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
 
 _CLIP = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
 _BARE = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel")
-"""Those whose prefix `_denoiser_of` takes off itself."""
+"""Classes whose prefix `_denoiser_of` removes."""
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 
 
@@ -615,17 +626,18 @@ def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None
 
 
 class _Attached(TorchFunctionMode):
-    """Within the with-block `detach` gives the tensor itself, for converters that end a tensor's history with it."""
+    """Make `detach` return the tensor itself inside the with-block, so that converters keep its history."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
 
 
 def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str]:
-    """The names of a file's tensors that are in none of these components, which were read from it.
+    """Return the names of a file's tensors that none of these components uses.
 
-    The names go through diffusers' converters once more, with tensors that have shapes and no numbers. Those that a
-    component's weight was made of, cut, joined or turned, are the ones it has a gradient for."""
+    The names go through diffusers' converters again, with tensors that have shapes but no values. A
+    component's weights have gradients for the tensors that they were made of, even if cut, joined or
+    transposed."""
     state = {
         name: torch.empty(lazy.shape, device="meta", requires_grad=True)
         for name, lazy in lazy_state(list(table)).items()
@@ -643,7 +655,7 @@ def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix("text_model.")  # a level that one of transformers' classes of CLIP has
+    return name.removeprefix("text_model.")  # a level that one of transformers' CLIP classes has
 
 
 _SINGLE_FILE = "diffusers.loaders.single_file_utils"
@@ -651,7 +663,9 @@ _Converter = Callable[[dict[str, Tensor]], Mapping[str, Any]]
 
 
 def _converters(part: nn.Module) -> list[_Converter]:
-    """What diffusers may have used to read this component. Of text encoders, whose prefixes tell them apart, all."""
+    """Return the diffusers converters that can have read this component.
+
+    For text encoders this is all of them; their prefixes separate them."""
     known = DIFFUSERS("diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES")
     kind = type(part).__name__
     if kind == "FluxTransformer2DModel":
@@ -681,8 +695,8 @@ def _converters(part: nn.Module) -> list[_Converter]:
 #     double_blocks.0.img_attn.qkv.weight (3w, w)   ->  transformer_blocks.0.attn.to_q.weight, to_k, to_v (w, w)
 #     single_blocks.0.linear1.weight (7w, w)        ->  single_transformer_blocks.0.attn.to_q …, proj_mlp (4w, w)
 #
-# Shapes say everything but how positions are divided over a head: that is the given config's where its heads are as
-# wide, else in FLUX.1's proportions.
+# Shapes determine everything except how rotary positions split a head: the split is taken from the given
+# config if its heads have the same width, else from FLUX.1's proportions.
 
 _FLUX_PREFIX = "model.diffusion_model."
 _FLUX_WHOLE = {
@@ -726,13 +740,15 @@ _FLUX_NAME = re.compile(
 
 
 def _is_flux_original(names: list[str]) -> bool:
-    """Whether a FLUX.1 file has the original names, and not diffusers' own."""
+    """Return whether a FLUX.1 file has the original names instead of diffusers' names."""
     return any(name.removeprefix(_FLUX_PREFIX).startswith("double_blocks.") for name in names)
 
 
 def flux_config(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """The config of a FluxTransformer2DModel of these shapes; and from `own`, a config as diffusers saves it, what no
-    shape tells. Raises BaseError if a tensor that tells something is missing, or if the shapes are not FLUX.1's."""
+    """Return a FluxTransformer2DModel config for these shapes.
+
+    `own`: a config as diffusers saves it, for fields that no shape determines. Raises BaseError if a tensor
+    that determines a field is missing, or if the shapes are not FLUX.1's."""
     shapes = {name.removeprefix(_FLUX_PREFIX): tuple(shape) for name, shape in shapes.items()}
     head_name = "double_blocks.0.img_attn.norm.query_norm.scale"
     wanted = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
@@ -768,17 +784,19 @@ def flux_config(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Any], w
 
 def _blocks_of_kind(shapes: Mapping[str, Any], kind: str) -> int:
     found = {int(m["block"]) for name in shapes if (m := _FLUX_NAME.fullmatch(name)) and m["kind"] == kind}
-    return max(found, default=-1) + 1  # a block that lacks is then missing by name
+    return max(found, default=-1) + 1  # a missing block is then reported by name
 
 
 def _flux_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that are a FLUX.1 denoiser's, under diffusers' names: fused projections in parts, the halves of the last
-    modulation, (shift, scale) there, as (scale, shift)."""
+    """Return the tensors of a FLUX.1 denoiser under diffusers' names.
+
+    Fused projections are split, and the halves of the last modulation change from (shift, scale) to (scale,
+    shift)."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         found = _FLUX_NAME.fullmatch(name.removeprefix(_FLUX_PREFIX))
         if found is None or (found["end"] == "scale") != ("_norm" in found["module"]):
-            continue  # a norm has a scale, all others weight and bias
+            continue  # a norm has only a scale; other modules have weight and bias
         end = found["end"].replace("scale", "weight")
         if found["kind"] is None:
             if found["module"] in _FLUX_WHOLE:
@@ -787,7 +805,7 @@ def _flux_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         blocks, modules = _FLUX_BLOCKS[found["kind"]]
         if parts := modules.get(found["module"]):
-            # q, k and v are alike; behind those of a single block comes its MLP, four times as wide
+            # q, k and v have one size; in a single block the MLP follows, four times as wide
             rows = [len(tensor) // (7 if len(parts) == 4 else len(parts))] * (len(parts) - 1)
             for part, piece in zip(parts, tensor.split([*rows, len(tensor) - sum(rows)]), strict=True):
                 out[f"{blocks}.{found['block']}.{part}.{end}"] = piece
@@ -795,7 +813,7 @@ def _flux_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flux_model(tensors: Mapping[str, Tensor], own: Mapping[str, Any], dtype: torch.dtype, where: str = "") -> Any:
-    """The denoiser of a file. Raises BaseError for one that is not whole, with every name and shape."""
+    """Build the denoiser of a file. Raises BaseError with every missing name and wrong shape."""
     import diffusers
 
     config = flux_config({name: tuple(tensor.shape) for name, tensor in tensors.items()}, own, where)
@@ -811,6 +829,6 @@ def _flux_model(tensors: Mapping[str, Tensor], own: Mapping[str, Any], dtype: to
     if bad:
         shown = bullets(bad)
         raise BaseError(f"some of its weights are not in the file ({len(bad)} faults):\n{shown}", where=where)
-    # Copies: parts of a fused projection would share its memory, and all of them the file's.
+    # Copy: parts of a fused projection share its memory, and all tensors share the file's.
     model.load_state_dict({name: state[name].to(dtype, copy=True) for name in want}, assign=True)
     return model.eval()

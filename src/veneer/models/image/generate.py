@@ -1,11 +1,11 @@
-"""Pictures from an image base: rows in, pictures out, through diffusers' own pipelines.
+"""Generate pictures from an image base, through diffusers' pipelines.
 
-    rows (prompt, seed, plan of mixes) -> prompts read, each under its own mix -> one batch through the denoiser
+    rows (prompt, seed, plan of mixes) -> prompts encoded, each under its own mix -> one batch through the denoiser
                                        -> the mixes change at the ends of steps -> pictures
 
-A row's noise comes from its own generator on the CPU, so that it is the same whatever the batch and the device. Which
-mix acts is one assignment on the attachment: no weight of the base is touched, nothing is made or compiled for it.
-Knows adapters by the names they are attached under; no files.
+A row's noise comes from its own generator on the CPU, so that it is independent of batch and device. Changing
+the mix is one assignment on the attachment: no weight of the base is changed, created or compiled. Adapters
+are known by the names under which they are attached; no files are read.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ if TYPE_CHECKING:
     from veneer.models.image.predict import Conditioning
 
 SEEDS = 2**64
-"""Seeds are 0 … SEEDS - 1: what torch's generators take."""
+"""Seeds are 0 … SEEDS - 1, the range of torch's generators."""
 
 
 @dataclass(frozen=True)
 class MixPlan:
-    """Which mixes act on one picture: `text` while its prompt is read; of `phases`, (share of the steps, mix), the last
-    that has begun: step i of n is in the phase with the largest share ≤ i/n. The first share is 0."""
+    """The mixes that act on one picture.
+
+    `text`: mix while the prompt is encoded. `phases`: (share of the steps, mix); step i of n uses the phase
+    with the largest share ≤ i/n. The first share is 0."""
 
     text: NamedMix = ()
     phases: tuple[tuple[float, NamedMix], ...] = ((0.0, ()),)
@@ -52,8 +54,10 @@ class MixPlan:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One picture to make. `image`, `mask`, `controls` (a picture for each of the settings' controls), `references`:
-    its own, if they are not those of the settings."""
+    """One picture to generate.
+
+    `image`, `mask`, `controls` (a picture for each control of the settings) and `references` override the
+    settings'."""
 
     prompt: str
     negative: str = ""
@@ -70,9 +74,9 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet of the base's family and its control picture, of the size of the pictures.
+    """A ControlNet of the base's family and its control picture, which has the output size.
 
-    `begin`, `end`: shares of the steps in which it acts."""
+    `begin`, `end`: shares of the steps between which the ControlNet acts."""
 
     model: Any
     picture: Image
@@ -83,12 +87,13 @@ class Control:
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """What all rows share. None: the base's own (`default_settings`).
+    """Settings shared by all rows. None: the base's default (`default_settings`).
 
-    `guidance`: classifier-free guidance, for FLUX the number it was distilled with. `true_guidance`: classifier-free
-    guidance of a base that has its own; a negative prompt acts there from above 1. `image`: start from it instead of
-    noise, `denoise` (0, 1] is the share of the steps that are taken; with `mask` (white is made anew) black stays.
-    `references`: pictures that an edit base changes as the prompt says, or that FLUX.2 is shown."""
+    `guidance`: classifier-free guidance, or for FLUX the distilled guidance input. `true_guidance`:
+    classifier-free guidance of a base with distilled guidance; negative prompts act only above 1. `image`:
+    start from this picture instead of noise; `denoise` in (0, 1] is the share of the steps taken. `mask`:
+    white areas are generated, black areas are kept. `references`: pictures that an edit base changes as the
+    prompt says, or that FLUX.2 uses as references."""
 
     width: int | None = None
     height: int | None = None
@@ -108,19 +113,20 @@ class PictureSettings:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ConfigError for a seed that torch does not take."""
+    """Raise ConfigError for a seed outside torch's range."""
     if not isinstance(seed, int) or not 0 <= seed < SEEDS:
         raise ConfigError(f"seed {seed!r}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
 
 
 _MOST = {"steps": 10_000, "width": 1 << 16, "height": 1 << 16}
 _MOST_PIXELS = 1 << 27
-"""Beyond these no base draws anything, and some would try for minutes, or take all memory, before they say so."""
+"""Maximum pixels. Beyond it, bases fail, some after minutes or after using all memory."""
 
 
 def check_numbers(settings: Any) -> None:
-    """Raises ConfigError for numbers of PictureSettings, or of an object with its fields, that are wrong for every
-    base. None is always right."""
+    """Raise ConfigError for numbers of PictureSettings that are invalid for every base.
+
+    `settings`: PictureSettings or an object with the same fields. None is always valid."""
     for name in ("steps", "batch_size", "width", "height"):
         value = getattr(settings, name)
         whole, most = isinstance(value, Integral), _MOST.get(name, math.inf)
@@ -146,9 +152,12 @@ def check_numbers(settings: Any) -> None:
 
 @dataclass
 class GeneratedPicture:
-    """`cut`, `negative_cut`: the ends of the prompts that the text encoder does not read, "" where it reads all.
-    `batch`, `index`: the rows it was made with, and its place there: the same batch, the same picture to the bit.
-    `steps`: how many were taken; with `denoise`, or a scheduler of two passes a step, not the number asked for."""
+    """A generated picture and how it was generated.
+
+    `cut`, `negative_cut`: the ends of the prompts that the text encoders do not read, "" if they read all.
+    `batch`, `index`: the rows of the batch and the picture's position; the same batch gives the same picture
+    to the bit. `steps`: steps taken, which differ from the requested number with `denoise` or with a
+    scheduler of two passes per step."""
 
     image: Image
     row: ImageRow
@@ -161,8 +170,10 @@ class GeneratedPicture:
 
 @dataclass(frozen=True)
 class Moment:
-    """A batch at the end of a step. `start`: the place of its first row among those of the call. `look(i)`: the picture
-    of its row i as far as it is; it costs a pass of the VAE."""
+    """A batch at the end of a step.
+
+    `start`: index of the batch's first row in the call. `look(i)`: a preview of row i, at the cost of one VAE
+    pass."""
 
     rows: tuple[ImageRow, ...]
     start: int
@@ -172,7 +183,9 @@ class Moment:
 
 
 def default_settings(base: ImageBase) -> tuple[int, float]:
-    """(steps, guidance) by default: diffusers' own for the family; 4 and 0 for a base distilled to few steps."""
+    """Return the default (steps, guidance): 4 and 0 for few-step bases.
+
+    For other bases: 28 (flow) or 30 steps and diffusers' guidance for the family."""
     if base.few_steps:
         return 4, 0.0
     call = inspect.signature(type(pipeline(base)).__call__).parameters
@@ -180,8 +193,9 @@ def default_settings(base: ImageBase) -> tuple[int, float]:
 
 
 def whole_denoise(base: ImageBase, settings: PictureSettings) -> str:
-    """What is to be said where nothing of a given picture gets through, "" elsewhere: pipelines of a flow take as many
-    steps as hold the share, and where that is all of them they begin at noise alone."""
+    """Return a warning if nothing of the given picture is kept, else "".
+
+    A flow pipeline rounds the number of steps up; if it takes all steps, it starts from pure noise."""
     steps = default_settings(base)[0] if settings.steps is None else settings.steps
     if settings.image is None or base.prediction != "flow" or settings.denoise == 1:
         return ""
@@ -192,8 +206,10 @@ def whole_denoise(base: ImageBase, settings: PictureSettings) -> str:
 
 
 def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
-    """The picture at this size, and a sentence if it had another. Raises ConfigError if its proportion differs by more
-    than a fifteenth (what small pictures in whole units need): nothing is cropped or stretched further unasked."""
+    """Return the picture resized to (width, height), and a note if its size differed.
+
+    Raises ConfigError if the proportions differ by more than a fifteenth, which small pictures in whole units
+    need. Pictures are not cropped or stretched further."""
     from PIL.Image import Resampling
 
     if picture.size == (width, height):
@@ -218,11 +234,12 @@ def generate_images(
     on_picture: Callable[[int, GeneratedPicture], None] | None = None,
     watch: Callable[[Moment], None] | None = None,
 ) -> list[GeneratedPicture]:
-    """A picture for each row, in order. The selection of `attachment` is put back afterwards.
+    """Generate a picture for each row, in order. Restores the selection of `attachment`.
 
-    `on_step(done, of)`: steps over all batches. `on_picture(i, picture)`: as soon as it is there. `watch`: at the end
-    of each step; what it raises ends the call. Raises ConfigError for settings that do not go together or with the
-    base, BaseError for a picture that is not finite."""
+    `on_step(done, of)`: progress over all batches. `on_picture(i, picture)`: called as soon as the picture is
+    finished. `watch`: called at the end of each step; an exception in it ends the call. Raises ConfigError
+    for settings that conflict with each other or with the base, BaseError for a picture with values that are
+    not finite."""
     settings = settings or PictureSettings()
     rows = check_rows(base, rows, settings, attachment)
     run = _Run(base, rows[0], settings, attachment, on_step, watch)
@@ -246,12 +263,14 @@ def generate_images(
 
 
 _TOGETHER = ("transformer.all_x_embedder.", "transformer.cap_embedder.")
-"""Of Z-Image: modules that are given the tokens of all rows in one line, so that no row can have a mix of its own."""
+"""Z-Image modules that get the tokens of all rows concatenated, so that rows cannot have separate mixes."""
 
 
 def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None) -> list[tuple[ImageRow, ...]]:
-    """Neighbours, at most `size` of them, with references of the same sizes, for pipelines resize all as the first;
-    where an adapter changes what sees all rows together, those of one plan."""
+    """Split rows into batches of neighbors, at most `size` rows each.
+
+    References of a batch have the same sizes, because pipelines resize all of them to the first one's size.
+    If an adapter changes a module that sees all rows together, a batch has one plan."""
     adapters = attachment.adapters.values() if attachment is not None else ()
     alike = any(name.startswith(_TOGETHER) for adapter in adapters for name in (*adapter.pairs, *adapter.deltas))
 
@@ -263,7 +282,7 @@ def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None)
 
 
 class _Run:
-    """The batches of one call: the pipeline, its scheduler and what the settings come to."""
+    """The batches of one call: pipeline, scheduler and resolved settings."""
 
     def __init__(
         self,
@@ -278,7 +297,7 @@ class _Run:
         self.on_step, self.watch = on_step, watch
         kind: PipelineKind = "text" if like.image is None else "image" if like.mask is None else "inpaint"
         kind = "edit" if like.references else kind
-        # Those that take several references take them for all rows of a batch.
+        # A pipeline with several references applies them to all rows of a batch.
         self.one_by_one = kind == "edit" and base.references > 1
         self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
         self.pipe.set_progress_bar_config(disable=True)
@@ -290,7 +309,7 @@ class _Run:
         self.doubled, self.scales = self._guidance()
 
     def _guidance(self) -> tuple[bool, dict[str, float]]:
-        """Whether negative prompts act, and the pipeline's arguments that say how strongly."""
+        """Return whether negative prompts act, and the pipeline's guidance arguments."""
         guidance, true = self.guidance, self.settings.true_guidance
         if (own := self.base.row.guidance) == "true_cfg_scale":
             return guidance > 1, {own: guidance}
@@ -354,7 +373,7 @@ class _Run:
         ]
 
     def embeds(self, text: Conditioning, prefix: str) -> dict[str, Any]:
-        all_of = text.embeds.shape[:2]  # said, for Qwen-Image's pipeline warns where no mask is
+        all_of = text.embeds.shape[:2]  # explicit, because Qwen-Image's pipeline warns without a mask
         found = {
             f"{prefix}prompt_embeds": text.unpadded() if self.base.row.apart else text.embeds,
             f"{prefix}pooled_prompt_embeds": text.pooled,
@@ -363,11 +382,14 @@ class _Run:
         return {key: value for key, value in found.items() if value is not None and key in self.accepts}
 
     def unresized(self, area: int) -> dict[str, Any]:
-        """What keeps a pipeline from resizing what it is given: Kontext's to one of its sizes of a megapixel."""
+        """Return arguments that stop a pipeline from resizing inputs, as Kontext does to about a
+        megapixel."""
         return {k: v for k, v in {"max_area": area, "_auto_resize": False}.items() if k in self.accepts}
 
     def emptied(self, text: Conditioning, rows: Sequence[ImageRow]) -> Conditioning:
-        """SDXL was trained with zeros for no text, which is another thing than the text of no words."""
+        """Zero the embeddings of empty negative prompts, as in the training of SDXL.
+
+        An empty text's embeddings are not zero."""
         if getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
             for i, row in enumerate(rows):
                 if not row.negative:
@@ -385,7 +407,8 @@ class _Run:
         def each(values: list[Any]) -> Any:
             return values if many else values[0]
 
-        # One picture for all rows goes in as it is; of several ControlNets the pipelines take no lists of pictures.
+        # One picture for all rows is passed as it is; with several ControlNets the pipelines take no lists of
+        # pictures.
         shown = [
             _batch([row.controls[i] for row in rows]) if any(row.controls for row in rows) else control.picture
             for i, control in enumerate(controls)
@@ -428,7 +451,7 @@ class _Run:
         return callback
 
     def finished(self, array: Any, row: ImageRow) -> Image:
-        """(h, w, 3) in 0..1 as a picture; what the mask leaves black is the given picture's, pixel for pixel."""
+        """Convert (h, w, 3) in 0..1 to a picture; black mask areas keep the given picture's pixels."""
         import numpy as np
         from PIL import Image as pil
 
@@ -448,7 +471,7 @@ class _Run:
 
 
 def _batch(pictures: Sequence[Image]) -> torch.Tensor:
-    """Pictures of one size as (n, 3, h, w) in 0..1, as the pipelines' own processors make it."""
+    """Convert pictures of one size to (n, 3, h, w) in 0..1, like the pipelines' processors."""
     import numpy as np
 
     arrays = [np.array(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
@@ -458,8 +481,9 @@ def _batch(pictures: Sequence[Image]) -> torch.Tensor:
 def check_rows(
     base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings, attachment: Attachment | None = None
 ) -> list[ImageRow]:
-    """The rows with the pictures that they start from, their own or the settings'. Raises ConfigError for what does not
-    go together or with the base, as `generate_images` would."""
+    """Return the rows with their start pictures, their own or the settings'.
+
+    Raises ConfigError for conflicts, like `generate_images`."""
     rows = [
         replace(
             row,

@@ -1,11 +1,11 @@
-"""Memory of a frozen denoiser while an adapter on it trains: measured, recomputed, or kept on the CPU.
+"""Memory of a frozen denoiser in adapter training: measure, recompute, offload.
 
     measured_activations(forward, parameters)    bytes that a forward pass keeps for its backward pass
     recomputing(base)                            diffusers' own activation checkpointing, for a with-block
-    offloading(base, blocks, device)             so many transformer blocks' weights on the CPU, for a with-block
+    offloading(base, blocks, device)             weights of this many transformer blocks on the CPU, for a with-block
     park(base, names), fetched(base, names)      whole components on the CPU, and back for a with-block
 
-Knows modules and tensors; no adapters, no data.
+Uses modules and tensors only; no adapters, no data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes of all storages that autograd keeps after `forward()`, apart from those of `parameters`."""
+    """Measure the bytes that autograd keeps after `forward()`, except those of `parameters`."""
     known = {storage.data_ptr() for p in parameters for storage in _storages(p)}
     kept: dict[int, int] = {}
 
@@ -41,7 +41,7 @@ def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Ten
 
 
 def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:
-    """What a tensor holds: of a quantised weight its codes and constants, and its dequantised copy."""
+    """Yield a tensor's storages; for a quantized weight its codes, constants and dequantized copy."""
     parts = [t]
     if isinstance(t, Quantized):
         parts = [*t.stored.tensors().values(), *([] if t.kept is None else [t.kept])]
@@ -50,9 +50,9 @@ def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:
 
 @contextmanager
 def recomputing(base: ImageBase) -> Iterator[None]:
-    """The denoiser keeps only its blocks' inputs and computes the rest again in the backward pass.
+    """Keep only the inputs of the denoiser's blocks and recompute the rest in the backward pass.
 
-    Raises ConfigError for a denoiser that does not support it."""
+    Raises ConfigError for a denoiser without support for recomputation."""
     denoiser = base.denoiser
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
         raise ConfigError(
@@ -68,8 +68,10 @@ def recomputing(base: ImageBase) -> Iterator[None]:
 
 
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
-    """What diffusers recomputes as one, in the order of the modules: the blocks of a transformer; of a UNet the
-    residual and the transformer blocks inside its down, mid and up blocks."""
+    """Return the units that diffusers recomputes, in module order.
+
+    Blocks of a transformer; in a UNet the residual and transformer blocks inside its down, mid and up blocks.
+    """
     if hasattr(denoiser, "down_blocks"):
         return [m for m in denoiser.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
     lists = [m for m in denoiser.children() if isinstance(m, nn.ModuleList)]
@@ -78,12 +80,12 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def offloading(base: ImageBase, count: int, device: torch.device | None = None) -> Iterator[int]:
-    """Keeps the frozen weights of the last `count` blocks on the CPU; each comes to the base's device for its forward
-    pass. Yields the bytes that leave the device.
+    """Keep the frozen weights of the last `count` blocks on the CPU. Yields the bytes offloaded.
 
-    With recomputation a block's forward runs again in the backward pass, and then too its weights come: what autograd
-    keeps of them is freed once the block's gradient is there. Weights are never written; afterwards the same tensors
-    are where they were. Trainable parameters stay on the device."""
+    A block's weights are copied to `device` (the base's by default) for its forward pass. With recomputation,
+    the forward runs again in the backward pass and the weights are copied again; autograd frees its copies
+    when the block's gradient is computed. Weights are never written; afterwards the original tensors are
+    restored. Trainable parameters stay on the device."""
     target = device or base.device
     chosen = blocks_of(base.denoiser)[-count:] if count else []
     undo: list[Callable[[], None]] = []
@@ -110,11 +112,11 @@ def _to_cpu(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _hook(block: nn.Module, homes: list[tuple[nn.Module, str, Any, Any]], device: torch.device) -> Callable[[], None]:
-    """A block whose frozen weights are on the CPU but during its forward pass."""
+    """Copy a block's frozen weights to the device only during its forward pass."""
     sizes = [(p.shape, p.dtype, p.device) for _, _, p, _ in homes]
     for module, name, p, away in homes:
         module._parameters[name] = away
-        p.data = torch.empty(0, dtype=p.dtype, device=p.device)  # lets go of the device's memory
+        p.data = torch.empty(0, dtype=p.dtype, device=p.device)  # frees the device memory
 
     def bring(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
         for module, name, _, away in homes:
@@ -142,7 +144,7 @@ def _hook(block: nn.Module, homes: list[tuple[nn.Module, str, Any, Any]], device
 
 
 def park(base: ImageBase, names: Sequence[str]) -> int:
-    """Moves components to the CPU's memory; returns the bytes that left the base's device."""
+    """Move components to CPU memory; return the bytes freed on the base's device."""
     parts = [base.part(name) for name in names]
     for part in parts:
         part.to("cpu")
@@ -153,7 +155,7 @@ def park(base: ImageBase, names: Sequence[str]) -> int:
 
 @contextmanager
 def fetched(base: ImageBase, names: Sequence[str]) -> Iterator[None]:
-    """Parked components are on the base's device within the with-block."""
+    """Move parked components to the base's device inside the with-block."""
     for name in names:
         base.part(name).to(base.device)
     try:

@@ -1,11 +1,12 @@
-"""What training needs of an image base: prompts and pictures encoded, latents decoded, and one prediction.
+"""Model calls for training an image base: encode, decode and predict.
 
     noise families   ε_θ(x_t, t, c)  or  v_θ,   t in 0..999,   x_t = √ᾱ_t x + √(1 - ᾱ_t) ε
     flow families    v_θ(x_σ, σ, c),            σ in 0..1,     x_σ = (1 - σ) x + σ ε,   v = ε - x
 
-Each function gives what the family's diffusers pipeline computes at the same place, and prompts go through the
-pipeline's own `encode_prompt`; the tests hold a sampling loop over `predict` against the pipeline's pictures. Latents
-are always (n, c, h/f, w/f), shifted and scaled as the denoiser wants them; packing into tokens happens in here.
+Each function computes the same values as the family's diffusers pipeline, and prompts go through the
+pipeline's `encode_prompt`; the tests compare a sampling loop over `predict` with the pipeline's pictures.
+Latents always have the shape (n, c, h/f, w/f), shifted and scaled for the denoiser; they are packed into
+tokens inside these functions.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Conditioning:
-    """What the denoiser gets of n prompts. `embeds`: (n, L, d). `pooled`: (n, p), where the family has one. `mask`:
-    (n, L), 1 for tokens and 0 for padding, where the family reads one. `cut`: of each prompt what was not read."""
+    """The denoiser's text inputs for n prompts.
+
+    `embeds`: (n, L, d). `pooled`: (n, p), if the family has one. `mask`: (n, L), 1 for tokens and 0 for
+    padding, if the family uses one. `cut`: for each prompt the part that was not encoded."""
 
     embeds: Tensor
     pooled: Tensor | None = None
@@ -47,13 +50,13 @@ class Conditioning:
         return replace(self, embeds=change(self.embeds), pooled=pooled, mask=mask)
 
     def rows(self, indices: Sequence[int] | Tensor) -> Conditioning:
-        """The conditioning of some prompts, in that order, also several times."""
+        """Return the conditioning of prompts by index, in this order; indices can repeat."""
         index = torch.as_tensor(indices, device=self.embeds.device)
         out = self._each(lambda t: t[index])
         return replace(out, cut=[self.cut[i] for i in index.tolist()] if self.cut else [])
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """The same on another device and in another dtype (the mask keeps its own)."""
+        """Return a copy on another device and in another dtype (the mask keeps its dtype)."""
 
         def moved(t: Tensor) -> Tensor:
             return t if device is None else sent(t, torch.device(device))
@@ -62,10 +65,10 @@ class Conditioning:
         return replace(self._each(lambda t: moved(t).to(dtype=dtype)), mask=mask)
 
     def unpadded(self) -> list[Tensor]:
-        """The embeddings of each prompt without the padding behind them, (L_i, d)."""
+        """Return each prompt's embeddings without padding, (L_i, d)."""
         if self.mask is None:
             return list(self.embeds.unbind())
-        lengths = self.mask.sum(1).tolist()  # the host waits once, not for each prompt
+        lengths = self.mask.sum(1).tolist()  # one device synchronization for all prompts
         return [row[:length] for row, length in zip(self.embeds, lengths, strict=True)]
 
     def detach(self) -> Conditioning:
@@ -73,7 +76,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """All of them, one after the other; shorter ones are padded with zeros and masked."""
+        """Concatenate conditionings; shorter ones are padded with zeros and masked."""
         length = max(p.embeds.shape[1] for p in parts)
         uneven = any(p.embeds.shape[1] != length for p in parts)
         masked = uneven or any(p.mask is not None for p in parts)
@@ -98,29 +101,31 @@ class Conditioning:
 
 
 def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[Sequence[Image]] = ()) -> Conditioning:
-    """The text side of n prompts, as the pipeline encodes them; differentiable where adapters on encoders train.
+    """Encode n prompts like the pipeline; differentiable, for adapters on text encoders.
 
-    `references`: of each prompt the pictures that it edits, for a base that reads them together; others do not look.
+    `references`: for each prompt the pictures it edits; ignored unless the base encodes prompts and
+    references together.
 
-    Nothing is cut silently: `cut` has the part of each prompt that the denoiser's tokens leave out. (FLUX' pooled
-    vector is of CLIP's 77 tokens whatever the prompt; that does not count as cut.) Raises BaseError where a text
-    encoder was released."""
+    `cut` has the part of each prompt that exceeds the denoiser's tokens. (FLUX's pooled vector always covers
+    only CLIP's 77 tokens; this does not count as cut.) Raises BaseError if a text encoder was released."""
     texts = list(prompts)
     if base.reads_references and any(references):
         return Conditioning.cat([_seen(base, text, shown) for text, shown in zip(texts, references, strict=True)])
     pipe = pipeline(base)
     row = base.row
-    with errors_only():  # a list of its own: Z-Image's pipeline writes its template into the one that it is given
+    with errors_only():  # a new list, because Z-Image's pipeline writes its template into the list
         found = pipe.encode_prompt(prompt=[*texts], device=base.device, **text_settings(base), **row.encoding)
     cut = [cut_of(base, text) for text in texts]
-    if isinstance(found[0], list):  # Z-Image's: each as long as it is
+    if isinstance(found[0], list):  # Z-Image's embeddings have different lengths
         return replace(Conditioning.cat([Conditioning(one[None]) for one in found[0]]), cut=cut)
     pooled, mask = (None if at is None else found[at] for at in (row.pooled, row.mask))
     return Conditioning(found[0], pooled, mask, cut)
 
 
 def _seen(base: ImageBase, prompt: str, references: Sequence[Image]) -> Conditioning:
-    """One prompt with its pictures, each in the size that the pipeline reads it in. Nothing of it is cut."""
+    """Encode one prompt with its reference pictures, each resized like in the pipeline.
+
+    The prompt is never cut."""
     base.part("processor")
     pipe = pipeline(base, "edit")
     sizes = [_calculated(base, picture.size, base.editing.read) for picture in references]
@@ -136,24 +141,25 @@ def _seen(base: ImageBase, prompt: str, references: Sequence[Image]) -> Conditio
 
 
 def _calculated(base: ImageBase, size: tuple[int, int], area: int) -> tuple[int, int]:
-    """(width, height) that Qwen-Image-Edit's pipelines give a reference of that size: about `area` pixels."""
+    """Return (width, height) of a reference in Qwen-Image-Edit: about `area` pixels."""
     plus = "_plus" if base.references > 1 else ""
-    with errors_only():  # its import says what it falls back to without torchvision
+    with errors_only():  # without torchvision, its import logs a fallback
         module = DIFFUSERS(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_edit{plus}")
     width, height = module.calculate_dimensions(area, size[0] / size[1])[:2]
     return width, height
 
 
 def reference_size(base: ImageBase, width: int, height: int) -> tuple[int, int]:
-    """(width, height) in which a base is shown a reference in the proportion of these: in just these, but for
-    Qwen-Image-Edit, which is shown about a megapixel whatever it draws."""
+    """Return (width, height) at which a base gets a reference of this size.
+
+    The same size, except for Qwen-Image-Edit, which always uses about a megapixel."""
     if not base.reads_references:
         return width, height
     return _calculated(base, (width, height), base.editing.encoded)
 
 
 def cut_of(base: ImageBase, prompt: str) -> str:
-    """The end of a prompt that no encoder whose tokens the denoiser attends to reads; "" where all is read."""
+    """Return the end of a prompt that no encoder for the denoiser's tokens reads, or ""."""
     return min((_unread(base, prompt, tokenizer, limit) for tokenizer, limit in readers(base)), key=len)
 
 
@@ -161,13 +167,13 @@ def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
     before, after, special = _around(base)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
     if base.row.template == "pipeline":
-        limit += pipeline(base).prompt_template_encode_start_idx  # so many tokens of the template are dropped
-    with errors_only():  # transformers warns of the length, which is what is asked here
+        limit += pipeline(base).prompt_template_encode_start_idx  # the pipeline drops this many template tokens
+    with errors_only():  # transformers warns about the length, which is expected here
         read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = read["input_ids"], read["offset_mapping"]
     if len(ids) <= limit:
         return ""
-    # Of a plain encoder's tokens the last is its end token, which stays; a template is cut with everything else.
+    # A plain encoder keeps its last token, the end token; a template is cut like all other text.
     ends = 0 if before else 1
     kept = [end for start, end in offsets[: limit - ends] if end > start]
     at = max(kept, default=0) - len(before)
@@ -175,7 +181,7 @@ def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
 
 
 def _around(base: ImageBase) -> tuple[str, str, bool]:
-    """What the pipeline puts around a prompt, and whether the tokenizer adds its special tokens to that."""
+    """Return the text before and after a prompt, and whether the tokenizer adds special tokens."""
     pipe = pipeline(base)
     mark = "\x00"
     template = base.row.template
@@ -185,7 +191,7 @@ def _around(base: ImageBase) -> tuple[str, str, bool]:
     if not template:
         return "", "", True
     tokenizer = base.parts["tokenizer"]
-    if type(pipe).__name__ != "Flux2Pipeline":  # FLUX.2 klein's, which does without thinking, or Z-Image's
+    if type(pipe).__name__ != "Flux2Pipeline":  # FLUX.2 klein (without thinking) or Z-Image
         turns: list[dict[str, Any]] = [{"role": "user", "content": mark}]
         how = {"add_generation_prompt": True, "enable_thinking": template == "thinking"}
         text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
@@ -202,7 +208,7 @@ def _around(base: ImageBase) -> tuple[str, str, bool]:
 
 @contextmanager
 def _vae_of(base: ImageBase) -> Iterator[Any]:
-    """The VAE; one that overflows in float16 (its config says force_upcast) runs in float32, as in the pipelines."""
+    """Yield the VAE, in float32 if it overflows in float16 (force_upcast), as in the pipelines."""
     vae = base.part("vae")
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if upcast:
@@ -216,9 +222,10 @@ def _vae_of(base: ImageBase) -> Iterator[Any]:
 
 @torch.no_grad()
 def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """pixels (n, 3, h, w) in -1..1 -> latents (n, c, h/f, w/f), shifted and scaled, in the base's dtype.
+    """Encode pixels (n, 3, h, w) in -1..1 as latents (n, c, h/f, w/f) in the base's dtype.
 
-    The mean of the posterior; with a generator, a sample of it. h and w are multiples of `base.unit`."""
+    Latents are shifted and scaled. Returns the mean of the posterior; with a generator, a sample. h and w are
+    multiples of `base.unit`."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % base.unit for side in pixels.shape[2:]):
         raise BaseError(f"pictures of shape {tuple(pixels.shape)}: want (n, 3, h, w), sides multiples of {base.unit}")
     with _vae_of(base) as vae:
@@ -232,7 +239,7 @@ def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator 
 
 @torch.no_grad()
 def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
-    """latents as `encode_pictures` gives them -> pixels (n, 3, h, w), nominally in -1..1, not clamped."""
+    """Decode latents of `encode_pictures` to pixels (n, 3, h, w), nominally -1..1, not clamped."""
     with _vae_of(base) as vae:
         z = _denormalise(base, vae, latents.to(base.device, vae.dtype))
         out: Tensor = vae.decode(z, return_dict=False)[0]
@@ -253,7 +260,7 @@ def _denormalise(base: ImageBase, vae: Any, x: Tensor) -> Tensor:
 
 
 def _statistics(base: ImageBase, vae: Any, like: Tensor) -> tuple[Tensor | float, float, Tensor | float]:
-    """(mean, scale, std): a denoiser's latents are (z − mean)·scale / std of its VAE's."""
+    """Return (mean, scale, std): the denoiser's latents are (z − mean)·scale / std."""
     if base.row.patched:
         mean, std = _batch_norm(vae, like)
         return mean, 1.0, std
@@ -273,7 +280,7 @@ def _per_channel(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batch_norm(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """FLUX.2 keeps mean and variance of its patched latents in a batch norm's buffers."""
+    """Return mean and std of FLUX.2's patched latents, from the buffers of a batch norm."""
     mean = vae.bn.running_mean.view(1, -1, 1, 1).to(like.device, like.dtype)
     std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(like.device, like.dtype)
     return mean, std
@@ -290,7 +297,9 @@ def _whole(x: Tensor) -> Tensor:
 
 
 def _unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
-    """A pipeline's latents of pictures of that many pixels, which may be tokens, in the shape of `decode_latents`."""
+    """Convert a pipeline's latents, possibly tokens, to the shape of `decode_latents`.
+
+    width, height: of the pictures in pixels."""
     if latents.ndim != 3:
         return latents
     side = 2 * base.vae_scale
@@ -302,7 +311,7 @@ def _unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int)
 
 
 def alphas_cumprod(base: ImageBase) -> Tensor:
-    """ᾱ_t, float32 (1000,), of a noise family. Raises BaseError for a flow family, which has none."""
+    """Return ᾱ_t, float32 (1000,), of a noise family. Raises BaseError for a flow family."""
     if base.prediction == "flow":
         raise BaseError(f"{base.row.label} learns a flow; it has no noise schedule", where=base.name)
     from diffusers import DDPMScheduler
@@ -323,14 +332,14 @@ def predict(
     residuals: dict[str, Any] | None = None,
     references: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The denoiser's prediction, of the latents' shape: ε or v, or for flow families ε - x.
+    """Return the denoiser's prediction in the latents' shape: ε or v; for flow families ε - x.
 
-    `timesteps`: (n,) or a scalar; 0..999 for noise families, σ in 0..1 for flow. `sizes`: SDXL's time ids (n, 6):
-    original height and width, crop's top and left, target height and width. `guidance`: for the models that take it as
-    an input (FLUX.1 dev, FLUX.2 dev), 1.0 where it is not given. `residuals`: a ControlNet's outputs, as the denoiser
-    calls them. `references`: clean latents (n, c, h, w) of pictures that are edited or shown, each of any size: their
-    tokens follow the picture's, told apart by the frame in their positions. Raises BaseError for sizes that are
-    missing or not wanted, for guidance that is not wanted, and for references of a family that takes none."""
+    `timesteps`: (n,) or a scalar; 0..999 for noise families, σ in 0..1 for flow. `sizes`: SDXL's time ids (n,
+    6): original height and width, crop's top and left, target height and width. `guidance`: for models that
+    take guidance as an input (FLUX.1 dev, FLUX.2 dev), default 1.0. `residuals`: a ControlNet's outputs, by
+    the denoiser's argument names. `references`: clean latents (n, c, h, w) of reference pictures of any size;
+    their tokens follow the picture's and differ in the frame coordinate. Raises BaseError for missing or
+    unexpected sizes, for unexpected guidance, and for references in a family without support."""
     denoiser, n = base.denoiser, len(latents)
     dtype = base.dtype
     x = latents.to(dtype)
@@ -359,8 +368,9 @@ def predict(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a denoiser is told. `t`: as `predict` takes it. `guidance`: None where it is no input. `more`: arguments
-    that all of them take."""
+    """Arguments of a denoiser call.
+
+    `t`: as in `predict`. `guidance`: None if it is no input. `more`: arguments common to all denoisers."""
 
     denoiser: Any
     x: Tensor
@@ -372,7 +382,7 @@ class _Asked:
 
     @property
     def sigma(self) -> Tensor:
-        """The pipelines of FLUX and Qwen-Image carry the timestep σ·1000 in the latents' dtype, and so does this."""
+        """The timestep, rounded like in the pipelines, which pass σ·1000 in the latents' dtype."""
         return (self.t * 1000).to(self.x.dtype) / 1000
 
 
@@ -388,7 +398,8 @@ def _sd3(asked: _Asked) -> Tensor:
 
 
 def _z_image(asked: _Asked) -> Tensor:
-    """Z-Image counts time from noise to picture, 1 - σ, predicts x - ε, and takes films and texts each by itself."""
+    """Call Z-Image, with time 1 - σ (noise to picture), a prediction of x - ε, and lists of videos and
+    texts."""
     films = list(asked.x[:, :, None].unbind())
     out = asked.denoiser(films, 1 - asked.t, asked.text.unpadded(), **asked.more)[0]
     return -torch.stack(out)[:, :, 0]
@@ -407,7 +418,7 @@ def _qwen_image(asked: _Asked) -> Tensor:
 
 
 def _packed(asked: _Asked, **given: Any) -> Tensor:
-    """A denoiser of tokens, each a patch of 2 × 2 latents; those of the references follow the picture's."""
+    """Call a denoiser on tokens of 2 × 2 latents; reference tokens follow the picture's."""
     h, w = asked.x.shape[2] // 2, asked.x.shape[3] // 2
     tokens = torch.cat([_patches(y).flatten(2).transpose(1, 2) for y in (asked.x, *asked.references)], dim=1)
     out = asked.denoiser(
@@ -422,7 +433,7 @@ def _packed(asked: _Asked, **given: Any) -> Tensor:
 
 
 def _flux_ids(latents: Tensor, frame: int) -> Tensor:
-    """FLUX.1's positions of a picture's tokens, (tokens, 3): frame, row, column."""
+    """Return FLUX.1's positions of a picture's tokens, (tokens, 3): frame, row, column."""
     h, w = latents.shape[2] // 2, latents.shape[3] // 2
     rows, columns = (torch.arange(n, device=latents.device, dtype=latents.dtype) for n in (h, w))
     grid = torch.meshgrid(rows, columns, indexing="ij")
@@ -430,16 +441,16 @@ def _flux_ids(latents: Tensor, frame: int) -> Tensor:
 
 
 _FLUX2_FRAMES = 10
-"""FLUX.2's reference pictures are in the frames 10, 20, …"""
+"""FLUX.2's reference pictures have the frames 10, 20, …"""
 
 
 def _flux2(asked: _Asked) -> Tensor:
-    """FLUX.2's latents are patched already; positions are (frame, row, column, token)."""
+    """Call FLUX.2: latents are patched already; positions are (frame, row, column, token)."""
     x, text, pictures = asked.x, asked.text, (asked.x, *asked.references)
     n, _, h, w = x.shape
 
     def positions(*counts: int, frame: int = 0) -> Tensor:
-        first = torch.full((1,), frame, device=x.device)  # not a tensor of a list: that waits for its copy
+        first = torch.full((1,), frame, device=x.device)  # torch.tensor of a list would wait for its copy
         return torch.cartesian_prod(first, *(torch.arange(k, device=x.device) for k in counts))
 
     image = [positions(y.shape[2], y.shape[3], 1, frame=_FLUX2_FRAMES * i) for i, y in enumerate(pictures)]
@@ -464,7 +475,7 @@ _CALLS: Mapping[str, Callable[[_Asked], Tensor]] = {
     "QwenImageTransformer2DModel": _qwen_image,
     "ZImageTransformer2DModel": _z_image,
 }
-"""diffusers' class -> how it is called."""
+"""diffusers class -> the function that calls it."""
 
 
 # -- previews ----------------------------------------------------------------------------------------------------------
@@ -473,13 +484,13 @@ _STRAIGHT = ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 
 
 class LatentPreview:
-    """One batch of pictures of one size before it is done: its latents between two steps, through the VAE.
+    """Preview one batch of pictures of one size between two steps.
 
         x̂₀ = x − σ·(x − x_before) / (σ − σ_before)
 
-    Euler's steps go straight, so the last one points at what the denoiser takes the finished picture to be. Schedulers
-    that step otherwise show their latents as they are, noise included. `step` is called after each step, `look` shows
-    a row."""
+    The VAE decodes x̂₀: Euler steps are straight, so the last step points at the denoiser's estimate of the
+    finished picture. For other schedulers the preview shows the latents with noise. Call `step` after each
+    step; `look` returns a row's preview."""
 
     def __init__(self, base: ImageBase, width: int, height: int) -> None:
         self.base, self.width, self.height = base, width, height
@@ -492,7 +503,7 @@ class LatentPreview:
 
     @torch.no_grad()
     def look(self, row: int) -> Image:
-        """The picture of one row as far as it is."""
+        """Return a preview of one row."""
         from PIL import Image as pil
 
         latents = _unpacked_latents(self.base, self._ahead()[row : row + 1], self.width, self.height)

@@ -1,11 +1,10 @@
-"""What reads the prompts of Qwen-Image-Edit: texts in which pictures stand, as Qwen2.5-VL takes them.
+"""Process the prompts of Qwen-Image-Edit: text with pictures, in the format of Qwen2.5-VL.
 
     processor = read_processor(folder)
     processor(text=["…<|vision_start|><|image_pad|><|vision_end|>make it red"], images=[picture], return_tensors="pt")
 
-transformers' Qwen2VLProcessor cannot be made without torchvision, for the films that it also reads. This one is of the
-two parts of it that pictures need, its tokenizer and its processor of pictures on Pillow, and does between them what
-it does: each picture's token stands once for each merged patch of the picture.
+transformers' Qwen2VLProcessor needs torchvision, for videos. This processor combines the tokenizer and the
+Pillow image processor, and repeats each picture's token once for each merged patch.
 """
 
 from __future__ import annotations
@@ -20,19 +19,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROCESSORS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
-"""transformers' classes of which an index may say that they read the prompts."""
+"""transformers processor classes in an index that this one replaces."""
 _PLACE = "<|image_pad|>"
 
 
 class PicturePrompts:
-    """Tokens of texts, and the patches of the pictures that stand in them, in their order."""
+    """Tokenizer and image processor for texts with pictures in them, in order."""
 
     def __init__(self, pictures: Any, tokenizer: Any) -> None:
         self.pictures, self.tokenizer = pictures, tokenizer
 
     def __call__(self, text: Sequence[str], images: Image | Sequence[Image] | None = None, **options: Any) -> Any:
-        """transformers' BatchFeature: input_ids, attention_mask; pixel_values (patches, values of one) and
-        image_grid_thw (pictures, 3) with pictures. `options`: of the tokenizer."""
+        """Return transformers' BatchFeature: input_ids, attention_mask.
+
+        With pictures also pixel_values (patches, values of one) and image_grid_thw (pictures, 3). `options`:
+        tokenizer options."""
         from transformers import BatchFeature
 
         seen: dict[str, Any] = {}
@@ -48,7 +49,7 @@ class PicturePrompts:
 
 
 def read_processor(folder: Path) -> PicturePrompts:
-    """Of a component's folder: preprocessor_config.json, and a tokenizer."""
+    """Load a component's folder with preprocessor_config.json and a tokenizer."""
     from transformers import AutoTokenizer
 
     kind = TRANSFORMERS("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil")

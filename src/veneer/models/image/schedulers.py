@@ -1,10 +1,10 @@
-"""Schedulers by name: the short names people know, and diffusers' classes and settings behind them.
+"""Schedulers by common short names, mapped to diffusers classes and settings.
 
 | epsilon and v bases (SD 1.5, SDXL)                          | flow matching bases (FLUX, SD3, …)   |
 | euler, euler-a, heun, dpm2, dpm2-a, dpm++2m, dpm++2m-sde,   | flow-euler, flow-heun, flow-dpm++2m, |
-| dpm++2s, ddim, ddpm, pndm, unipc, deis, lcm; -karras behind | flow-unipc                           |
+| dpm++2s, ddim, ddpm, pndm, unipc, deis, lcm; suffix -karras | flow-unipc                           |
 
-The base's own scheduler gives the settings that all share (betas, prediction, shift); a name changes the rest.
+The base's scheduler provides the common settings (betas, prediction, shift); a name changes the others.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "flow-dpm++2m": ("DPMSolverMultistepScheduler", _MULTISTEP | _FLOW),
     "flow-unipc": ("UniPCMultistepScheduler", _FLOW),
 }
-"""Name -> diffusers' class and what the name sets in it."""
+"""Name -> diffusers class and the settings that the name implies."""
 
 
 def scheduler_names(base: ImageBase) -> list[str]:
-    """The schedulers that can sample this base: of the flow matching ones, those whose class takes what the family's
-    pipeline sets (FLUX', Qwen-Image's and Z-Image's give a shift by picture size, which not every class has)."""
+    """Return the schedulers that can sample this base.
+
+    On flow matching bases, the scheduler class must accept the pipeline's settings: the pipelines of FLUX,
+    Qwen-Image and Z-Image pass a shift by picture size, which not every class supports."""
     flow = base.prediction == "flow"
     names = [name for name in NAMES if name.startswith("flow-") == flow and name not in base.row.unfit]
     if base.row.shifted:
@@ -61,7 +63,7 @@ def scheduler_names(base: ImageBase) -> list[str]:
 
 
 def scheduler_name(base: ImageBase) -> str:
-    """The name of the base's own scheduler; its class's name if it has none here."""
+    """Return the name of the base's scheduler; its class name if it has no short name."""
     own = base.parts["scheduler"]
     for name in scheduler_names(base):
         kind, settings = NAMES[name]
@@ -71,8 +73,10 @@ def scheduler_name(base: ImageBase) -> str:
 
 
 def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
-    """A new scheduler for one run; None: the base's own. On a flow matching base `euler` is `flow-euler`, and so
-    on. Raises ConfigError for a name that is unknown, or whose class cannot sample this base."""
+    """Return a new scheduler for one run; None: the base's own.
+
+    On a flow matching base `euler` means `flow-euler`, and so on. Raises ConfigError for an unknown name, or
+    a class that cannot sample this base."""
     import diffusers
 
     own = base.parts["scheduler"]

@@ -1,6 +1,6 @@
-"""Sheets: pictures in rows and columns with labels, drawn with Pillow alone.
+"""Draw labeled sheets of pictures in rows and columns, with Pillow only.
 
-          0        0.5       1.0        column labels, centred
+          0        0.5       1.0        column labels, centered
 seed 1  [    ]    [    ]    [    ]      row labels, left, wrapped
 seed 2  [    ]    [    ]    [    ]
 """
@@ -31,9 +31,11 @@ def sheet(
     least: int = 128,
     font_size: int = 14,
 ) -> Image:
-    """One picture of all cells; None is left empty. All cells get the size of the largest, and of `least` pixels at
-    least, small ones by whole multiples so that they stay sharp. Raises ConfigError if the labels are not as many as
-    the rows or columns, and if there are no pictures."""
+    """Draw all cells as one picture; None leaves a cell empty.
+
+    All cells get the size of the largest one, at least `least` pixels; small pictures are enlarged by whole
+    multiples so that they stay sharp. Raises ConfigError if the number of labels differs from the rows or
+    columns, or without pictures."""
     from PIL import Image, ImageDraw
 
     wide = max((len(row) for row in cells), default=0)
@@ -74,7 +76,7 @@ def sheet(
         for j, cell in enumerate(row):
             box = (left + _GAP + j * (side[0] + _GAP), y)
             corner = (box[0] + side[0], box[1] + side[1])
-            draw.rectangle((box[0] - 1, box[1] - 1, *corner), outline=_FRAME)  # a white picture ends somewhere
+            draw.rectangle((box[0] - 1, box[1] - 1, *corner), outline=_FRAME)  # shows the border of a white picture
             if cell is None:
                 draw.rectangle((*box, corner[0] - 1, corner[1] - 1), _EMPTY)
             else:
@@ -91,8 +93,10 @@ WIDE_FONTS = (
 
 
 def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
-    """A font, and what makes a text readable in it. Pillow's own has English letters alone: where there are others, the
-    font of the machine that lacks the fewest. A letter that it lacks loses its accents, or is a question mark."""
+    """Return a font, and a function that makes a text renderable in the font.
+
+    Pillow's default font has English letters only: for other letters, use the system font that lacks the
+    fewest of them. A missing letter loses its accents or becomes a question mark."""
     from PIL import ImageFont
 
     fonts: list[Any] = [ImageFont.load_default(size)]
@@ -103,7 +107,7 @@ def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
     letters = {c for text in texts for c in text if not c.isascii()}
 
     def lacked(font: Any) -> set[str]:
-        box = bytes(font.getmask("\uffff"))  # what stands for every letter that a font has not
+        box = bytes(font.getmask("\uffff"))  # the glyph for every missing letter
         return {c for c in letters if bytes(font.getmask(c)) == box}
 
     font = min(fonts, key=lambda f: len(lacked(f)))
@@ -118,8 +122,9 @@ def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
 
 
 def _wrapped(draw: Any, text: str, font: Any, width: float) -> list[str]:
-    """The text in lines no wider than `width`, broken behind spaces and behind what divides a name or a strength; a
-    word that is wider by itself, where it must be."""
+    """Wrap a text to lines of at most `width`.
+
+    Breaks after spaces and after the separators of names and strengths; a longer word is broken anywhere."""
     lines: list[str] = []
     for paragraph in text.splitlines() or [""]:
         line = ""
