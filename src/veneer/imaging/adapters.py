@@ -1,12 +1,12 @@
-"""Adapters on an image base: by name, each with its strength by block, component and step, as plans for pictures.
+"""Adapters on an image base: by name, with strengths by block, component and step.
 
     with Mixer(base) as mixer:
         plan = mixer.plan(["brand:0.8@down=0.5,steps=0-0.6", "product:0.6"])
         plan = mixer.plan(["acme@campaign=brand", "lock@campaign=product"])
 
-An adapter is read and attached once, however often it is named. One with factors by block is divided into parts that
-share its tensors (`Adapter.divided`), so that a plan is lists of names and strengths, and acting on it is one
-assignment of a selection.
+An adapter is read and attached once, however often it is named. An adapter with block factors is divided into
+parts that share its tensors (`Adapter.divided`), so that a plan is a list of names and strengths, and
+applying a plan is one assignment of a selection.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
 
 Use = tuple[str, Strength]
-"""An adapter's name or path, and how strongly it acts."""
+"""An adapter's name or path, and its strength."""
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where an attached adapter came from: its own digest, and the hashes of its file that managers know it by, empty
-    where they are not known. `short`: A1111's (`files.hashes.short_hash`). `called`: what people call it, if
-    that is not `name`."""
+    """The origin of an attached adapter: its digest and the hashes of its file.
+
+    `sha256`, `autov3`, `short` (A1111's, `files.hashes.short_hash`): hashes by which model managers identify
+    the file, "" if unknown. `called`: display name, if different from `name`."""
 
     name: str
     path: str
@@ -59,7 +60,7 @@ class AdapterSource:
 
     @property
     def label(self) -> str:
-        """`label_of` what people call it."""
+        """The short display name (`label_of`)."""
         return label_of(self.called or self.name)
 
 
@@ -67,8 +68,10 @@ _SAYING_NOTHING = ("adapter", "adapter_model", "pytorch_lora_weights")
 
 
 def label_of(name: str) -> str:
-    """A short name for people: the file's or folder's without its ending, or the library's. Some tools give every
-    file the same name; then it is the folder's. What separates words in infotext (`:,<>`) becomes `_`."""
+    """Return a short display name: the file or folder without extension, or the library name.
+
+    If a tool gives every file the same name, the folder's name is used. The separators of infotext (`:,<>`)
+    become `_`."""
     at = Path(name)
     short = at.stem if at.suffix in (".safetensors", ".gguf") else at.name
     if short in _SAYING_NOTHING and at.parent.name:
@@ -77,8 +80,9 @@ def label_of(name: str) -> str:
 
 
 def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
-    """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]" or "NAME[:strength][@campaign=ROLE]". Raises
-    ConfigError for any other text."""
+    """Parse "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]" or "NAME[:strength][@campaign=ROLE]".
+
+    Returns (name, strength). Raises ConfigError for any other text."""
     if isinstance(spec, tuple):
         name, strength = spec
         return name, strength if isinstance(strength, Strength) else Strength(using.parse_spec((name, strength))[1])
@@ -94,9 +98,10 @@ def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
 
 
 class Mixer:
-    """The adapters of one image base. A context manager: they are off at its end, unless `attachment` was given.
+    """The adapters of one image base, as a context manager.
 
-    `sources`: what is attached, by the name it was asked for. `say` is called with each note for a person, once."""
+    On exit the adapters are detached, unless `attachment` was given. `sources`: attached adapters by
+    requested name. `say` is called once with each note for the user."""
 
     def __init__(
         self, base: ImageBase, *, attachment: Attachment | None = None, say: Callable[[str], None] | None = None
@@ -111,14 +116,16 @@ class Mixer:
         self._controls: dict[str, Any] = {}
 
     def control(self, name: str) -> Any:
-        """A ControlNet of the base's family, loaded once. Raises what `load_control` raises."""
+        """Return a ControlNet of the base's family, loaded once. Raises as `load_control`."""
         if name not in self._controls:
             self._controls[name] = load_control(name, self.base)
         return self._controls[name]
 
     def add(self, name: str) -> AdapterSource:
-        """Reads and attaches an adapter, unless it is attached already. Raises MismatchError for one of another family,
-        AdapterError for one that does not fit, with every name and shape."""
+        """Read and attach an adapter, unless it is attached already.
+
+        Raises MismatchError for an adapter of another family, AdapterError with every name and shape for one
+        that does not fit."""
         if name not in self.sources:
             path = using.adapter_path(name)
             adapter = using.load_adapter(self.base, name, allow_other_base=True)
@@ -136,8 +143,9 @@ class Mixer:
         return self.sources[name]
 
     def resolved(self, uses: Sequence[str | tuple[str, float | Strength]]) -> tuple[Use, ...]:
-        """The adapters with every role of a campaign as what it means on this base, which is said. Raises ConfigError
-        for a role that two of them play."""
+        """Return the adapters with campaign roles replaced by their meaning on this base.
+
+        Reports each meaning with `say`. Raises ConfigError if two adapters have one role."""
         parsed = [parse_use(use) for use in uses]
         check_roles(parsed)
         meant = []
@@ -148,8 +156,10 @@ class Mixer:
         return tuple(meant)
 
     def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
-        """Which mix acts while a prompt is read, and which in each range of steps. Raises what `add` raises,
-        ConfigError for one adapter named twice, one role played twice, or a block that the base does not have."""
+        """Return the mix for encoding the prompt, and the mix for each range of steps.
+
+        Raises as `add`; ConfigError for an adapter named twice, a role used twice, or a block that the base
+        does not have."""
         parsed = self.resolved(uses)
         names = [name for name, _ in parsed]
         if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -174,7 +184,7 @@ class Mixer:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _divided(self, name: str, strength: Strength) -> NamedMix:
-        """The adapter as attached parts with their factors."""
+        """Return the adapter as attached parts with their factors."""
         shape = strength.by_block
         if (name, shape) not in self._parts:
             self.add(name)
@@ -185,23 +195,23 @@ class Mixer:
 
 
 def add_divided(attachment: Attachment, name: str, shape: Strength, modules: Sequence[str]) -> NamedMix:
-    """An attached adapter in parts by its factors by block, each attached under a name of its own beside it, and the
-    mix of them that is the adapter under these factors; itself where there are none. `modules`: the base's.
+    """Divide an attached adapter by its block factors and attach each part.
 
-    Raises ConfigError for a block that the base does not have."""
+    Returns the mix of the parts that equals the adapter under these factors; the adapter itself without
+    factors. `modules`: the base's. Raises ConfigError for a block that the base does not have."""
     if not (shape.blocks or shape.weights):
         return ((name, 1.0),)
     factors = factors_by_module(shape, modules)
     pieces = []
     for factor, part in sorted(attachment.adapters[name].divided(lambda module: factors.get(module, 1.0)).items()):
         piece = f"{name}|{shape}|{factor!r}"
-        attachment.add(piece, part, finite=True)  # the whole was checked
+        attachment.add(piece, part, finite=True)  # the whole adapter was checked
         pieces.append((piece, factor))
     return tuple(pieces)
 
 
 def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str]) -> list[str]:
-    """What of the factors does not do what it seems to, as the ends of sentences about the adapter."""
+    """Return the factors without effect, as ends of sentences about the adapter."""
     own = {key.rpartition(".")[0] for key in adapter.deltas}
     own |= {*adapter.pairs, *adapter.modules, *adapter.token_rows}
     notes = []
@@ -215,12 +225,12 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
 
 
 def campaign_note(label: str, asked: Strength, meant: Strength) -> str:
-    """What is to be said of a role: what it means on the base (`in_campaign`)."""
+    """Return a note on what a role means on the base (`in_campaign`)."""
     return f"{label} is the campaign's {asked.campaign}: {str(meant).partition('@')[2] or 'in the plain sum'}"
 
 
 def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:
-    """What is to be said of ranges in which none of the steps that were taken lies."""
+    """Return notes on step ranges that contain none of the steps taken."""
     return [
         f"{label_of(name)}: steps={at} holds none of the {counted(steps, 'step')} taken: it has no effect"
         for name, strength in uses
@@ -229,7 +239,7 @@ def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:
 
 
 def mix_plan(parts: Sequence[tuple[Strength, NamedMix]]) -> MixPlan:
-    """The plan of adapters, each as attached parts (`add_divided`) under its strength."""
+    """Return the plan of adapters, each as attached parts (`add_divided`) under its strength."""
     phases: list[tuple[float, NamedMix]] = []
     for edge in sorted({0.0, *(edge for strength, _ in parts for edge in strength.edges)}):
         mix = _scaled([(part, strength.strength * strength.at(edge)) for strength, part in parts])

@@ -1,10 +1,10 @@
-"""A batch of pictures in a file: a JSON object a line, each with its own prompt, mix and seed.
+"""Read a batch file: one JSON object per line, each with its own prompt, mix and seed.
 
     {"prompt": "a fox", "adapters": ["brand:0.8"], "seed": 5}
     {"prompt": "a fox", "adapters": ["brand:0.4", "look:0.6@steps=0.5-1"], "negative": "blurry"}
     {"prompt": "a fox", "adapters": []}
 
-What a line leaves out is the caller's. Everything that is wrong in a file is one error.
+The caller's settings apply to keys that a line does not have. One error lists all faults of a file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _BATCH_KEYS = ("prompt", "adapters", "seed", "negative")
 
 
 def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
-    """The asks of a file, in order; `shared`: what a line without the key has.
+    """Return the requests of a file, in order; `shared` has the values of missing keys.
 
-    Raises DataError for a file that cannot be read or has no lines, and for lines that are not such objects: it lists
-    them all, each with its number and what is wrong."""
+    Raises DataError for an unreadable or empty file, and for invalid lines: the error lists every line number
+    and fault."""
     place = Path(path).expanduser()
     try:
         text = place.read_text(encoding="utf-8-sig")
@@ -38,7 +38,7 @@ def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
         raise DataError(f"the batch cannot be read: {error}", where=str(path)) from error
     asks: list[Ask] = []
     bad: list[str] = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a prompt
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a prompt can contain U+2028
         if line.strip():
             found = _asked(line, shared or Ask(""))
             if isinstance(found, Ask):
@@ -57,7 +57,7 @@ _EXAMPLE = '{"prompt": "a fox", "adapters": ["brand:0.8"], "seed": 5, "negative"
 
 
 def _asked(line: str, shared: Ask) -> Ask | list[str]:
-    """The ask of a line, or what is wrong with it."""
+    """Return the request of a line, or a list of its faults."""
     try:
         row = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -90,7 +90,7 @@ def _asked(line: str, shared: Ask) -> Ask | list[str]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ: of two equal ones JSON's readers would keep the last and say nothing."""
+    """Return the object; raise ValueError for duplicate keys, of which JSON readers keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

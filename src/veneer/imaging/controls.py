@@ -1,4 +1,4 @@
-"""Control pictures: which ControlNet, which picture, how strongly, and the edges of a picture where canny is asked for.
+"""Control pictures: the ControlNet, the picture, the weight, and Canny edge detection.
 
 canny=sketch.png:0.7             the edges of sketch.png, found by OpenCV's Canny, through the base's canny ControlNet
 edges=edges.png:0.7              the same ControlNet, the picture as it is (white edges on black)
@@ -35,14 +35,16 @@ _FORM = re.compile(
 )
 _EXAMPLE = "KIND[@MODEL]=PICTURE[:weight][@FROM-TO], as in canny=sketch.png:0.7"
 OWN_KINDS = {"canny": "canny", "edges": "canny", "depth": "depth"}
-"""Kinds of control pictures for which bases have a ControlNet of their own -> the kind that it was trained on."""
+"""Kinds of control pictures with a ControlNet for the base -> the kind it was trained on."""
 CANNY = (100, 200)
-"""The thresholds of the gradient below which there is no edge and above which there is one."""
+"""Gradient thresholds: no edge below the first, an edge above the second."""
 
 
 @dataclass(frozen=True)
 class ControlSpec:
-    """One control of a picture. `model`: a ControlNet's name or folder; "", for one of OWN_KINDS: the base's own."""
+    """One control of a picture.
+
+    `model`: a ControlNet's name or folder; "" for the base's own ControlNet of a kind in OWN_KINDS."""
 
     kind: str
     path: str
@@ -53,7 +55,7 @@ class ControlSpec:
 
 
 def parse_control(spec: str | ControlSpec) -> ControlSpec:
-    """The control that KIND[@MODEL]=PICTURE[:weight][@FROM-TO] names. Raises ConfigError for any other text."""
+    """Parse KIND[@MODEL]=PICTURE[:weight][@FROM-TO]. Raises ConfigError for any other text."""
     if isinstance(spec, ControlSpec):
         return spec
     if (found := _FORM.fullmatch(spec)) is None:
@@ -76,7 +78,9 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
 
 
 def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
-    """The name to load the ControlNet by: the built-in base's, one in or beside the base's folder, or the hub's. Raises
+    """Return the ControlNet's name to load.
+
+    A built-in base's ControlNet, one inside or next to the base's folder, or one on the hub. Raises
     ConfigError if none is known."""
     if spec.model:
         return spec.model
@@ -98,8 +102,8 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
 
 
 def _one_frame(picture: Image, where: str) -> Image:
-    """Upright. Raises DataError for a picture that moves: which of its frames is meant, nobody said."""
-    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # a phone's, with a preview
+    """Return the picture upright. Raises DataError for an animation, as the frame is ambiguous."""
+    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # a phone's photo with a preview
     if frames > 1:
         fix = "save the one that is meant as a picture of its own"
         raise DataError(f"this picture holds {frames} frames", where=where, fix=fix)
@@ -107,15 +111,17 @@ def _one_frame(picture: Image, where: str) -> Image:
 
 
 def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
-    """(the picture, upright and without transparency, and the sha256 of its file). Raises what `opened_picture`
-    does."""
+    """Return the picture, upright and without transparency, and the sha256 of its file.
+
+    Raises as `opened_picture`."""
     with opened_picture(path) as (found, data):
         return flattened(_one_frame(found, str(path)), paper), hashlib.sha256(data).hexdigest()
 
 
 def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image:
-    """The picture in these bytes, upright. `max_pixels` is compared with the header before anything is
-    decoded: a few bytes may claim gigabytes. Raises DataError."""
+    """Return the picture in these bytes, upright. Raises DataError.
+
+    `max_pixels` is compared with the header before decoding, because a few bytes can claim gigabytes."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -140,10 +146,10 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
 
 
 def flattened(picture: Image, paper: str = "white") -> Image:
-    """The picture in RGB or grey of 8 bits; transparent parts get the colour of `paper`."""
+    """Return the picture in 8-bit RGB or gray; transparent parts get the color of `paper`."""
     from PIL import Image
 
-    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
+    if picture.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to 255
         import numpy as np
 
         return Image.fromarray((np.asarray(picture).astype("float64") / 257).round().clip(0, 255).astype("uint8"))
@@ -155,7 +161,9 @@ def flattened(picture: Image, paper: str = "white") -> Image:
 
 
 def canny(picture: Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image:
-    """White edges on black, by OpenCV's Canny on the colours. Raises MissingExtraError without OpenCV."""
+    """Return white edges on black, by OpenCV's Canny on RGB.
+
+    Raises MissingExtraError without OpenCV."""
     try:
         import cv2
     except ImportError:
@@ -170,8 +178,9 @@ def canny(picture: Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image:
 
 
 def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) -> tuple[Image, list[str]]:
-    """The picture that the ControlNet gets, and what was done to it. Edges are found after resizing, so that they are
-    one pixel wide."""
+    """Return the ControlNet's input picture, and notes on changes to it.
+
+    Edges are found after resizing, so that they are one pixel wide."""
     made, said = fitted_picture(picture.convert("RGB"), width, height, f"control picture {spec.path}")
     notes = [said] if said else []
     if spec.kind != "canny":
@@ -189,5 +198,5 @@ def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) 
 
 
 def _bright(picture: Image) -> float:
-    """The share of pixels that are nearer to white than to black."""
+    """Return the share of pixels closer to white than to black."""
     return sum(picture.convert("L").histogram()[128:]) / (picture.width * picture.height)

@@ -1,12 +1,12 @@
-"""Sheets that answer a question by eye: how strong, which adapter, what does it change.
+"""Sheets for visual comparison: strengths, adapters, or base against mix.
 
 | sheet     | rows          | columns               |
 | strength  | seeds         | strengths of one mix  |
 | adapters  | prompts       | the base, each adapter |
 | compare   | prompts×seeds | the base, the mix     |
 
-All cells of a sheet are asks of one call: its batches hold different mixes, and the same seed starts from the same
-noise everywhere.
+All cells of a sheet are requests of one call: batches hold different mixes, and the same seed starts from the
+same noise in every cell.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class GridLayout:
-    """The cells of a sheet. `asks`: row after row."""
+    """The cells of a sheet. `asks`: requests in row-major order."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -39,7 +39,7 @@ class GridLayout:
 
 @dataclass
 class PictureGrid:
-    """The sheet, and its pictures row after row."""
+    """The sheet, and its pictures in row-major order."""
 
     image: Image
     made: list[RecordedPicture]
@@ -55,9 +55,10 @@ def layout(
     strengths: Sequence[float] = STRENGTHS,
     negative: str = "",
 ) -> GridLayout:
-    """Which pictures a sheet needs and where. A strength of a `strength` sheet multiplies those of the whole mix.
+    """Return the requests of a sheet and their positions.
 
-    Raises ConfigError for a sheet without adapters, of no prompts, seeds or strengths, or of an unknown kind."""
+    A strength of a `strength` sheet multiplies the strengths of the whole mix. Raises ConfigError for a sheet
+    without adapters, prompts, seeds or strengths, or of an unknown kind."""
     if kind not in _SHEETS:
         near = nearest(kind.lower(), _SHEETS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -97,7 +98,7 @@ def _label(use: Use) -> str:
 def draw_grid(
     mixer: Mixer, plan: GridLayout, options: Options | None = None, *, on_step: Callable[[int, int], None] | None = None
 ) -> PictureGrid:
-    """Makes the pictures of a layout and puts them on one sheet. Raises as `make`."""
+    """Generate the pictures of a layout and draw them on one sheet. Raises as `make`."""
     made = make(mixer, plan.asks, options, on_step=on_step)
     wide = len(plan.columns)
     cells = [[m.image for m in made[i : i + wide]] for i in range(0, len(made), wide)]

@@ -1,13 +1,14 @@
-"""What a generated picture says of itself: A1111's infotext, our exact record beside it, and both in a PNG.
+"""A generated picture's metadata: A1111's infotext and veneer's exact record, in a PNG.
 
     a fox in the snow <lora:brand:0.8>
     Negative prompt: blurry
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 1024x1024, Model hash: 1a2b3c4d5e,
     Model: sdxl, Lora hashes: "brand: 0123456789ab", Version: veneer 0.1.0                       (one line in the file)
 
-The text is in the chunk `parameters`, where A1111, Forge, ComfyUI's loaders and CivitAI look; the record is JSON in the
-chunk `veneer`, for what the text has no words for. A value with a comma, a colon or a line break is quoted as JSON.
-Source of the rules: stable-diffusion-webui, modules/infotext_utils.py. Knows text and PNG chunks; no models.
+The infotext is in the chunk `parameters`, which A1111, Forge, ComfyUI's loaders and CivitAI read; the record
+is JSON in the chunk `veneer`, for facts that the infotext cannot express. A value with a comma, a colon or a
+line break is quoted as JSON. Source of the rules: stable-diffusion-webui, modules/infotext_utils.py. Uses
+text and PNG chunks only.
 """
 
 from __future__ import annotations
@@ -56,12 +57,14 @@ SAMPLERS: dict[str, tuple[str, str]] = {
     "flow-dpm++2m": ("DPM++ 2M", "Simple"),
     "flow-unipc": ("UniPC", "Simple"),
 }
-"""Our scheduler -> A1111's "Sampler" and "Schedule type"."""
+"""veneer's scheduler -> A1111's "Sampler" and "Schedule type"."""
 
 
 @dataclass(frozen=True)
 class Infotext:
-    """`fields`: the last line by name, in its order, unquoted ("Size" stays "512x768")."""
+    """A parsed infotext.
+
+    `fields`: the values of the last line by name, in order, unquoted ("Size" stays "512x768")."""
 
     prompt: str = ""
     negative: str = ""
@@ -69,14 +72,15 @@ class Infotext:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(width, height), if it says one."""
+        """(width, height), or None if unknown."""
         found = re.fullmatch(r"(\d+)x(\d+)", self.fields.get("Size", ""))
         return (int(found[1]), int(found[2])) if found else None
 
 
 def quote(value: object) -> str:
-    """As A1111 writes a value: JSON where it has a comma, a colon or a line break. One that begins and ends with quotes
-    is quoted too, since it would lose them."""
+    """Quote a value like A1111: as JSON if it has a comma, a colon or a line break.
+
+    A value in double quotes is quoted too, since parsing would remove its quotes."""
     text = str(value)
     if not any(c in text for c in ",:\n") and not (text[:1] == '"' == text[-1:]):
         return text
@@ -84,7 +88,7 @@ def quote(value: object) -> str:
 
 
 def unquote(text: str) -> str:
-    """The inverse of `quote`; what is no JSON string stays as it is."""
+    """Undo `quote`; text that is not a JSON string is returned unchanged."""
     if len(text) < 2 or not text[0] == text[-1] == '"':
         return text
     try:
@@ -94,8 +98,10 @@ def unquote(text: str) -> str:
 
 
 def parse_infotext(text: str) -> Infotext:
-    """The infotext that A1111, Forge or `render_infotext` wrote. The last line is parameters if it has three or
-    more; everything from a line that begins with "Negative prompt:" is the negative prompt."""
+    """Parse an infotext of A1111, Forge or `render_infotext`.
+
+    The last line is parameters if it has three or more. The negative prompt starts at a line that begins with
+    "Negative prompt:"."""
     *lines, last = text.strip().split("\n")
     if len(_PARAMETER.findall(last)) < 3:
         lines.append(last)
@@ -113,8 +119,10 @@ def parse_infotext(text: str) -> Infotext:
 
 
 def render_infotext(info: Infotext) -> str:
-    """The text of an infotext. What the layout cannot hold (a prompt with a line "Negative prompt:") is in our own
-    record alone."""
+    """Return the text of an infotext.
+
+    Text that the format cannot hold (a prompt with a line "Negative prompt:") is only exact in veneer's
+    record."""
     lines = [info.prompt] if info.prompt else []
     if info.negative:
         lines.append(f"{_NEGATIVE} {info.negative}")
@@ -123,8 +131,10 @@ def render_infotext(info: Infotext) -> str:
 
 
 def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float, float]]]:
-    """(prompt without them, [(name, strength of the text encoder's part, the denoiser's)]) of `<lora:NAME:…>` tags:
-    `:0.8` is both, `:0.5:1` the two apart, `te=`, `unet=` by name. Raises DataError for what is no number there."""
+    """Split the `<lora:NAME:…>` tags off a prompt.
+
+    Returns (prompt without tags, [(name, text encoder's strength, denoiser's strength)]). `:0.8` sets both,
+    `:0.5:1` each, `te=` and `unet=` by name. Raises DataError for a strength that is not a number."""
     found: list[tuple[str, float, float]] = []
     for match in _TAG.finditer(prompt):
         values: dict[str, float] = {}
@@ -143,14 +153,15 @@ def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float, float]]]:
 
 
 def lora_hashes(fields: Mapping[str, str]) -> dict[str, str]:
-    """Adapter name -> hash, of "Lora hashes" (`name: hash, name: hash`)."""
+    """Return adapter name -> hash from "Lora hashes" (`name: hash, name: hash`)."""
     pairs = (part.rpartition(":") for part in fields.get("Lora hashes", "").split(","))
     return {name.strip(): digest.strip() for name, colon, digest in pairs if colon}
 
 
 def sampler_of(fields: Mapping[str, str], flow: bool = False) -> str | None:
-    """Our scheduler for "Sampler" and "Schedule type"; older texts have both in one ("DPM++ 2M Karras"). `flow`: for a
-    flow matching base. None for one we do not have."""
+    """Return veneer's scheduler for "Sampler" and "Schedule type", or None if unknown.
+
+    Older texts join the two ("DPM++ 2M Karras"). `flow`: for a flow matching base."""
     name, kind = fields.get("Sampler", ""), fields.get("Schedule type", "Automatic")
     if name.endswith(" Karras"):
         name, kind = name.removesuffix(" Karras"), "Karras"
@@ -165,11 +176,13 @@ def sampler_of(fields: Mapping[str, str], flow: bool = False) -> str | None:
 
 
 def png_bytes(picture: Image.Image, text: str, record: Mapping[str, Any] | None = None) -> bytes:
-    """The picture as PNG with its infotext and, as `veneer`, the record. Equal arguments give equal bytes."""
+    """Return the picture as PNG with its infotext and, in chunk `veneer`, the record.
+
+    Equal arguments give equal bytes."""
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    chunks.add_text("parameters", text)  # what latin-1 cannot hold becomes an iTXt chunk, as in A1111
+    chunks.add_text("parameters", text)  # text outside latin-1 becomes an iTXt chunk, as in A1111
     if record is not None:
         chunks.add_text("veneer", json.dumps(record, ensure_ascii=True, sort_keys=True))
     out = io.BytesIO()
@@ -178,8 +191,10 @@ def png_bytes(picture: Image.Image, text: str, record: Mapping[str, Any] | None 
 
 
 def encoded(picture: Image.Image, text: str, record: Mapping[str, Any], kind: str, quality: int = 95) -> bytes:
-    """The picture as `png`, `jpeg` or `webp`; `quality` (0 to 100) is of the latter two, which have the infotext where
-    A1111 writes it, in Exif's comment, and no record."""
+    """Encode the picture as `png`, `jpeg` or `webp`.
+
+    `quality` (0 to 100): for jpeg and webp, which store the infotext like A1111, in Exif's comment, and no
+    record."""
     from PIL import Image
 
     if kind == "png":
@@ -192,8 +207,10 @@ def encoded(picture: Image.Image, text: str, record: Mapping[str, Any], kind: st
 
 
 def read_picture(path: str | Path) -> tuple[Infotext | None, dict[str, Any] | None]:
-    """What a picture says of itself: its infotext (a PNG's `parameters`, or the Exif comment of a JPEG or WebP) and our
-    record; None for what is not there. Raises DataError for a file that is no picture or a record that is no JSON."""
+    """Return a picture's infotext and record; None for what is missing.
+
+    Infotext: a PNG's `parameters`, or the Exif comment of a JPEG or WebP. Raises DataError for a file that is
+    not a picture, or a record that is not JSON."""
     with opened_picture(path) as (picture, _):
         held = {key: value for key, value in picture.info.items() if isinstance(value, str)}
         comment = picture.getexif().get_ifd(0x8769).get(_USER_COMMENT)
@@ -210,7 +227,7 @@ def read_picture(path: str | Path) -> tuple[Infotext | None, dict[str, Any] | No
 
 
 def _comment_text(comment: object) -> str:
-    """An Exif UserComment: eight bytes name the coding, UTF-16 in either order for UNICODE."""
+    """Decode an Exif UserComment: eight bytes name the encoding; UNICODE is UTF-16 in either order."""
     if not isinstance(comment, bytes):
         return comment if isinstance(comment, str) else ""
     code, body = comment[:8], comment[8:]

@@ -1,11 +1,11 @@
-"""Pictures with all that they say of themselves: asks in, pictures with infotext and record out.
+"""Generate pictures with full metadata: requests in, pictures with infotext and record out.
 
     with Mixer(base) as mixer:
         made = make(mixer, [Ask("a fox", seed=5, uses=(parse_use("brand:0.8"),))], Options(steps=20))
         made[0].save("fox.png")
 
-Every ask may have its own prompt, seed and mix; those of one batch run together. Knows files and models; the commands
-stand above it.
+Every request can have its own prompt, seed and mix; requests of one batch run together. Uses files and
+models, but no commands.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 
 
 MOST_COUNT = 100_000
-"""Pictures of one prompt in one call."""
+"""Maximum pictures of one prompt in one call."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One picture to make."""
+    """A request for one picture."""
 
     prompt: str
     negative: str = ""
@@ -75,10 +75,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Options:
-    """What all asks share; None: the base's own. See models.image.generate.PictureSettings.
+    """Options shared by all requests; None: the base's default.
 
-    `image`, `mask`, `references`: files or pictures. The default size is the base's, in the proportion of a given
-    picture, of several references the first."""
+    See models.image.generate.PictureSettings. `image`, `mask`, `references`: files or pictures. The default
+    size is the base's area in the proportion of the given picture, or of the first reference."""
 
     width: int | None = None
     height: int | None = None
@@ -98,12 +98,14 @@ class Options:
 
 
 RECORDED = ("width", "height", "steps", "guidance", "true_guidance", "scheduler", "denoise")
-"""The options that a record has under `settings`."""
+"""The options that a record stores under `settings`."""
 
 
 @dataclass
 class RecordedPicture:
-    """A picture, its infotext and its record. `cut`: the part of the prompt that the text encoder does not read."""
+    """A picture, its infotext and its record.
+
+    `cut`: the part of the prompt that the text encoders do not read."""
 
     image: Image
     infotext: Infotext
@@ -118,7 +120,7 @@ class RecordedPicture:
         return png_bytes(self.image, self.text, self.record)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the picture as PNG, whole or not at all; returns the path."""
+        """Write the picture as PNG, atomically; return the path."""
         atomic_write(path, [self.png()])
         return Path(path)
 
@@ -126,10 +128,10 @@ class RecordedPicture:
 def asks_of(
     prompts: Sequence[str], uses: Sequence[Use], negative: str = "", seed: int | Sequence[int] = 0, count: int = 1
 ) -> list[Ask]:
-    """`count` asks for each prompt, with the seeds seed, seed + 1, …; `seed`: one for all prompts, or one for each.
+    """Return `count` requests for each prompt, with the seeds seed, seed + 1, …
 
-    Raises ConfigError for seeds that are no whole numbers, or fewer or more than the prompts, and for a `count` that is
-    not from 1 to MOST_COUNT."""
+    `seed`: one for all prompts, or one for each. Raises ConfigError for seeds that are not integers or whose
+    number differs from the prompts', and for a `count` outside 1 to MOST_COUNT."""
     if not 1 <= count <= MOST_COUNT:
         raise ConfigError(f"count is {count:,}", fix=f"at least 1, at most {MOST_COUNT:,}")
     try:
@@ -154,13 +156,14 @@ def make(
     on_step: Callable[[int, int], None] | None = None,
     on_made: Callable[[int, RecordedPicture], None] | None = None,
 ) -> list[RecordedPicture]:
-    """A picture for each ask, in order. What was resized, cut or has no effect is said through the mixer's `say`.
-    `on_made(i, made)` is called as soon as a picture is there, so that a long call that is stopped leaves what it made.
+    """Generate a picture for each request, in order.
 
-    Raises ConfigError, DataError, AdapterError and MismatchError before the first step."""
+    The mixer's `say` is called with notes on what was resized, cut or has no effect. `on_made(i, made)` is
+    called as soon as a picture is finished, so that an interrupted call leaves its pictures. Raises
+    ConfigError, DataError, AdapterError and MismatchError before the first step."""
     base, options = mixer.base, options or Options()
     meant = {uses: mixer.resolved(uses) for uses in dict.fromkeys(ask.uses for ask in asks)}
-    asks = [replace(ask, uses=meant[ask.uses]) for ask in asks]  # a record says what roles meant
+    asks = [replace(ask, uses=meant[ask.uses]) for ask in asks]  # a record has the meanings of roles
     plans: dict[tuple[Use, ...], MixPlan] = {}
     for ask in asks:
         if ask.uses not in plans:
@@ -194,7 +197,7 @@ _SHOWN_UNREAD = 200
 
 
 def unread_notes(picture: GeneratedPicture) -> list[str]:
-    """What is to be said of the ends of prompts that no text encoder reads: as much of each as finds it."""
+    """Return notes on the unread ends of prompts, each shortened."""
     cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
     return [
         f"the text encoder does not read the end of the {what}: …{cut[:_SHOWN_UNREAD]}"
@@ -208,7 +211,7 @@ def unread_notes(picture: GeneratedPicture) -> list[str]:
 
 
 def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str, Any]]:
-    """The settings with every picture loaded and of one size, and what a record says of those pictures."""
+    """Return the settings with all pictures loaded at one size, and their records."""
     base = mixer.base
     image, image_from = _opened(options.image)
     mask, mask_from = _opened(options.mask, paper="black")
@@ -259,13 +262,15 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str
 
 
 _SAME_PROPORTION = 1 / 15
-"""How far from the pictures' proportion a reference may be: what `size_for` loses of it in whole units."""
+"""Maximum deviation of a reference's proportion: the rounding of `size_for` to whole units."""
 
 
 def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -> tuple[Image, str]:
-    """A reference of the pictures' proportion in their size, as pairs are trained; another one in its own. And a
-    sentence if it was resized. Qwen-Image-Edit's pipelines want it as it is: they have a size for it. Raises
-    ConfigError for one that is too long."""
+    """Resize a reference for the base; return it with a note if it was resized.
+
+    A reference in the pictures' proportion gets their size, as in training on pairs; another one keeps its
+    own proportion. Qwen-Image-Edit's pipelines resize references themselves. Raises ConfigError for a
+    reference with extreme proportions."""
     from PIL.Image import Resampling
 
     if why := too_long(*picture.size):
@@ -288,7 +293,7 @@ def _referred(mixer: Mixer, picture: Image, width: int, height: int) -> Image:
 
 
 def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Image | None, dict[str, str] | None]:
-    """`paper`: what is transparent shows it. A mask's is black: a transparent part is kept."""
+    """Open a picture with `paper` behind transparent parts (black for a mask, so that they are kept)."""
     if given is None:
         return None, None
     if isinstance(given, str | Path):
@@ -307,7 +312,7 @@ def _fit(mixer: Mixer, picture: Image | None, width: int, height: int, what: str
 
 
 def size_for(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
-    """(width, height): as asked for; else in the guide's proportion with about the area of the base's default."""
+    """Return (width, height): the given ones, else the base's area in the guide's proportion."""
     if width and height:
         return width, height
     if guide is None:
@@ -321,7 +326,7 @@ def size_for(base: ImageBase, width: int | None, height: int | None, guide: Imag
         return width or whole((height or 0) * ratio), height or whole((width or 0) / ratio)
     whole_units = guide.width % base.unit == 0 == guide.height % base.unit
     if whole_units and base.size**2 / 4 <= guide.width * guide.height <= base.size**2:
-        return guide.size  # a base draws far smaller pictures badly
+        return guide.size  # bases generate far smaller pictures badly
     return size_in_units(base.unit, base.size, ratio)
 
 
@@ -329,7 +334,7 @@ def size_for(base: ImageBase, width: int | None, height: int | None, guide: Imag
 
 
 def shared_record(base: ImageBase, settings: PictureSettings) -> dict[str, Any]:
-    """The part of a record that all pictures of a call have in common."""
+    """Return the part of a record that all pictures of a call share."""
     return {
         "version": 1,
         "made_by": library_versions(),
@@ -347,15 +352,17 @@ def shared_record(base: ImageBase, settings: PictureSettings) -> dict[str, Any]:
 
 
 def model_hash(base: ImageBase) -> tuple[str, str]:
-    """The infotext's field for the base: A1111's `Model hash` where it is a checkpoint file, which others may have too.
-    A directory has none that they could look up: its fingerprint stands under a name, and in a length, of its own."""
+    """Return the infotext field that identifies the base.
+
+    A checkpoint file has A1111's `Model hash`, which others can look up. A directory has none: its
+    fingerprint gets another field name and length."""
     if base.directory.is_file():
         return "Model hash", file_sha256(base.directory)[:10]
     return "Base fingerprint", base.fingerprint.removeprefix("sha256:")[:16]
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of the libraries that decide the last bits of a picture."""
+    """Return the versions of the libraries that determine a picture's last bits."""
     return {"veneer": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
 
 
@@ -367,9 +374,11 @@ def recorded_picture(
     index: int,
     shared: Mapping[str, Any],
 ) -> RecordedPicture:
-    """The picture with its infotext and record. `batch`: what was made together, of which it is number `index`;
-    `sources`: of the adapters by the names that the asks have for them; `shared`: what `shared_record` gives, and what
-    is to be said of the pictures that went in (`image`, `mask`, `controls`)."""
+    """Return the picture with its infotext and record.
+
+    `batch`: the requests generated together; the picture is number `index`. `sources`: adapters by the names
+    in the requests. `shared`: the result of `shared_record` and records of the input pictures (`image`,
+    `mask`, `controls`)."""
     names = sorted({name for ask in batch for name, _ in ask.uses})
     record = {
         **shared,
@@ -402,7 +411,7 @@ def _infotext(base: ImageBase, sources: Mapping[str, AdapterSource], ask: Ask, r
     if settings["denoise"] is not None:
         fields["Denoising strength"] = _short(settings["denoise"])
     for i, control in enumerate(record["controls"]):
-        # In sd-webui-controlnet's words, where a picture that is taken as it is has the module "none".
+        # The names of sd-webui-controlnet, in which an unprocessed picture has the module "none".
         found = control["kind"] == "canny"
         fields[f"ControlNet {i}"] = (
             f"Module: {'canny' if found else 'none'}, Model: {Path(control['model']).name}, "

@@ -1,10 +1,11 @@
-"""A picture made again from what it says of itself: to the bit from our record, as near as may be from A1111's text.
+"""Reproduce a picture from its metadata: exactly from veneer's record, closely from A1111's text.
 
-    wanted = remembered("out.png")          what was asked, with the hashes of what made it
+    wanted = read_recipe("out.png")         the requests, with hashes of base, adapters and inputs
     with Mixer(base) as mixer:
-        made = remake(mixer, wanted)        refuses another base, another adapter, another input picture
+        made = remake(mixer, wanted)        rejects another base, another adapter, another input picture
 
-A batch is made again whole, since a product of another shape may round otherwise; its other pictures are dropped.
+The whole batch is generated again, because other shapes can round differently; its other pictures are
+dropped.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ _KNOWN = {
 
 @dataclass
 class PictureRecipe:
-    """How a picture was made, as its PNG says. `fingerprint`, `digests` (adapter -> ours), `files` (adapter -> its
-    file's hash, or its beginning), `inputs` (path -> sha256): what must be found again. `model`: what the infotext
-    calls the base, by which it is compared. `exact`: from our record. `asks[index]` is it."""
+    """How a picture was generated, from its PNG.
+
+    `fingerprint` of the base, `digests` (adapter -> veneer's digest), `files` (adapter -> its file's hash, or
+    a prefix) and `inputs` (path -> sha256) must match. `model`: the infotext's fields that identify the base,
+    for the comparison. `exact`: read from veneer's record. `asks[index]`: the request of this picture."""
 
     path: str
     base: str
@@ -55,8 +58,9 @@ class PictureRecipe:
 
 
 def read_recipe(path: str | Path) -> PictureRecipe:
-    """How the picture was made, from its own metadata. Raises DataError for a picture without any, or with damaged
-    ones."""
+    """Read how a picture was generated from its metadata.
+
+    Raises DataError for a picture without metadata, or with damaged metadata."""
     text, record = read_picture(path)
     if record is not None and "grid" in record:
         raise DataError("this is a sheet of several pictures", where=str(path), fix="give one picture's PNG")
@@ -95,7 +99,7 @@ def _of_record(path: str, record: dict[str, Any]) -> PictureRecipe:
         references=[said["path"] for said in references],
         **{key: settings[key] for key in RECORDED},
     )
-    asks[record["index"]]  # it must be there
+    asks[record["index"]]  # raises for an invalid index
     return PictureRecipe(
         path,
         record["base"]["name"],
@@ -122,7 +126,7 @@ def _other_versions(made_by: dict[str, str]) -> list[str]:
 
 
 def _of_text(path: str, text: Infotext) -> PictureRecipe:
-    """From A1111's or Forge's words, for whatever base is given."""
+    """Read A1111's or Forge's text, for any base."""
     fields = text.fields
     prompt, tags = lora_tags(text.prompt)
     known = lora_hashes(fields)
@@ -184,10 +188,11 @@ def remake(
     changes: Callable[[Ask, Options], tuple[Ask, Options]] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RecordedPicture:
-    """Makes the picture again. `changes`: changes the ask and the options; the picture is then made alone.
+    """Generate the picture again.
 
-    Raises MismatchError where the base, an adapter or an input picture is not the one that was used then; AdapterError
-    where an adapter is found neither by its name nor, in the library, by its digest."""
+    `changes`: changes the request and the options; the picture is then generated in a batch of one. Raises
+    MismatchError if the base, an adapter or an input picture differs from the original; AdapterError if an
+    adapter is found neither by name nor, in the library, by digest."""
     _same_base(mixer.base, wanted)
     for path, sha in wanted.inputs.items():
         if (found := hashed_picture(path)[1]) != sha:
@@ -217,11 +222,11 @@ def _same_base(base: ImageBase, wanted: PictureRecipe) -> None:
 
 
 def _same_adapter(mixer: Mixer, name: str, wanted: PictureRecipe) -> str:
-    """The name under which the very adapter is attached."""
+    """Return the name under which the same adapter is attached."""
     digest = wanted.digests.get(name, "")
     if not wanted.exact and not Path(name).exists() and (file := Path(f"{name}.safetensors")).exists():
         wanted.files[str(file)] = wanted.files.get(name, "")
-        name = str(file)  # A1111 names a file without its ending
+        name = str(file)  # A1111 names a file without its extension
     try:
         source = mixer.add(name)
     except AdapterError as missing:

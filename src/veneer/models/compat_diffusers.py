@@ -1,4 +1,4 @@
-"""What veneer relies on of diffusers beyond its documentation."""
+"""Undocumented parts of diffusers that veneer uses."""
 
 from __future__ import annotations
 

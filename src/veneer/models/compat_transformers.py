@@ -1,4 +1,4 @@
-"""What veneer relies on of transformers beyond its documentation, and its registries, which are the process's."""
+"""Undocumented parts of transformers that veneer uses, and its process-wide registries."""
 
 from __future__ import annotations
 
@@ -43,16 +43,18 @@ TRANSFORMERS = Internals(
 )
 
 PRE_NORM_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
-"""Family -> its layer's class, where that is h + attention(norm(h)), then h + mlp(norm(h)), and nothing else: the last
-one may then work on trained tokens alone. models/text/fast.py checks it on the model at hand; plans count with it."""
+"""Family -> layer class, for layers that compute h + attention(norm(h)), then h + mlp(norm(h)).
+
+The last such layer can run on trained tokens only. models/text/fast.py checks this on the actual model; plans
+assume it."""
 
 _lock = threading.Lock()
 registered: set[str] = set()
-"""What this process has registered with transformers so far."""
+"""Names that this process has registered with transformers."""
 
 
 def _once(name: str, register: Callable[[], None]) -> None:
-    """Calls `register` the first time this name comes; two threads may load two bases at the same time."""
+    """Call `register` once for each name; two threads can load bases at the same time."""
     with _lock:
         if name not in registered:
             register()
@@ -60,9 +62,10 @@ def _once(name: str, register: Callable[[], None]) -> None:
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | str = "sdpa") -> None:
-    """Registers an attention implementation for `model.set_attn_implementation(name)`, once. `mask`: the function that
-    makes its masks, or the name of transformers' own: "sdpa" (booleans, none where it is causal) or "eager" (what is
-    added to scores)."""
+    """Register an attention implementation for `set_attn_implementation(name)`, once.
+
+    `mask`: the function that makes its masks, or the name of a transformers mask: "sdpa" (booleans, none if
+    causal) or "eager" (added to the scores)."""
 
     def register() -> None:
         own_mask = TRANSFORMERS(f"transformers.masking_utils.{mask}_mask") if isinstance(mask, str) else mask
@@ -73,7 +76,9 @@ def register_attention(name: str, attention: Callable[..., Any], mask: Callable[
 
 
 def own_attention(module: Any, name: str) -> Callable[..., Any]:
-    """What transformers calls by the names "sdpa" and "eager" for a family's attention: the latter stands beside it."""
+    """Return transformers' "sdpa" or "eager" attention function for a family.
+
+    The eager function is in the family's own module."""
     if name == "eager":
         for kind in type(module).__mro__:
             found: Any = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
@@ -84,7 +89,7 @@ def own_attention(module: Any, name: str) -> Callable[..., Any]:
 
 
 def register_quantiser(name: str, quantiser: type, config: type) -> None:
-    """Registers a quantiser for configs whose `quant_method` is `name`, once."""
+    """Register a quantizer for configs with this `quant_method`, once."""
 
     def register() -> None:
         TRANSFORMERS("transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING")[name] = quantiser

@@ -1,12 +1,12 @@
-"""A base's config.json, checked where it is read: an error names the file, the key, its value and what is wanted.
+"""Check a base's config.json: errors name file, key, value and expectation.
 
     fields = read_config_json(folder / "config.json")     the file's object, checked
-    check_config(fields, where)                      the same of one that was read
-    check_words(fields, where)                       activations and rotary scalings, which transformers alone knows
+    check_config(fields, where)                      the same for an object
+    check_words(fields, where)                       activations and rotary scalings, which need transformers
     layer_heads(config)                              the attention heads of each layer, from transformers' config
 
-Of the families and denoisers that are named here; others are transformers' and diffusers' business. A key that is null
-counts as missing. `check_config` needs neither torch nor transformers.
+Only the families and denoisers named in this module are checked; others are left to transformers and
+diffusers. A null value counts as missing. `check_config` needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ PLANNED_DENOISERS = {
     "SD3Transformer2DModel": "sd3", "ZImageTransformer2DModel": "z-image",
     "QwenImageTransformer2DModel": "qwen-image",
 }  # fmt: skip
-"""diffusers' class -> what the plan's table calls it; sdxl are the U-Nets, SD1.5's too."""
+"""diffusers class -> its name in the plan's table; sdxl stands for all U-Nets, SD1.5's too."""
 
 LOADED_BYTES = {"nf4": 0.6, "int8": 1.1}
-"""Bytes that a weight of an image base is taken to need where it is quantised while it is read: with its constants, and
-those weights of its part that are not quantised."""
+"""Estimated bytes per weight of a quantized image component.
+
+Includes quantization constants and the component's unquantized weights."""
 
 _MOST, _MOST_LAYERS = (1 << 31) - 1, 10_000
 _SIZES = (
@@ -51,7 +52,7 @@ _ROTARY = ("rope_scaling", "rope_parameters")
 _LAYER_LISTS = ("mlp_only_layers", "moe_layers", "no_rope_layers")
 _LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 _OWN_HEAD_DIM = ("gemma3_text", "qwen3", "qwen3_moe")
-"""Families whose heads have a width of their own where none is given."""
+"""Families with a default head size in their config class."""
 _DENOISER_SIZES = (
     "num_layers", "num_single_layers", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
     "in_channels", "cross_attention_dim", "layers_per_block", "projection_class_embeddings_input_dim",
@@ -64,11 +65,13 @@ _LEVELS: tuple[tuple[str, type, str], ...] = (
     ("attention_head_dim", int, "[5, 10, 20]"),
     ("down_block_types", str, '["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]'),
 )
-"""Of a U-Net: a value for each level."""
+"""U-Net fields with one value for each level."""
 
 
 def read_config_json(file: Path) -> dict[str, Any]:
-    """The object of a config.json. Raises BaseError where it cannot be read, ConfigError where it cannot be used."""
+    """Return the object of a config.json, checked.
+
+    Raises BaseError if the file cannot be read, ConfigError for an invalid value."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -80,7 +83,7 @@ def read_config_json(file: Path) -> dict[str, Any]:
 
 
 def check_config(fields: _Fields, where: str) -> None:
-    """Raises ConfigError for the first value that cannot be one. `where`: the file, or the base's name."""
+    """Raise ConfigError for the first invalid value. `where`: the file, or the base's name."""
     if (inner := _text_part(fields)) is not None:
         check_config(inner, f"{where}: text_config")
         return
@@ -106,7 +109,7 @@ def layer_heads(config: Any) -> list[tuple[int, int, int]]:
 
 
 def _text_part(fields: _Fields) -> dict[str, Any] | None:
-    """The language model's fields of one that sees pictures too."""
+    """Return the language model's fields of a multimodal config, or None."""
     inner = fields.get("text_config")
     if not isinstance(inner, Mapping):
         return None
@@ -169,7 +172,7 @@ class _Check:
         widths = get("block_out_channels")
         self.list_of("block_out_channels", int, "a width for each level, as [320, 640, 1280]", least=1, some=True)
         for key, kind_of_it, example in _LEVELS:
-            if kind_of_it is int and isinstance(get(key), int):  # one for all levels, as SD1.5 has it
+            if kind_of_it is int and isinstance(get(key), int):  # one value for all levels, as in SD1.5
                 self.size(key)
                 continue
             self.list_of(key, kind_of_it, f"a value for each level, as {example}", some=True)
@@ -199,7 +202,7 @@ class _Check:
             self.refuse(key, "a number above 0", value)
 
     def rotary(self, key: str, own: Any = None) -> None:
-        """`own`: the object of one kind of layer, where there is one for each."""
+        """Check rotary settings. `own`: the object of one kind of layer, if each has its own."""
         whole, own = own is None, self.fields.get(key) if own is None else own
         if own is None:
             return
@@ -227,7 +230,9 @@ def _is_size(value: Any, least: int, most: int) -> bool:
 
 
 def check_words(fields: _Fields, where: str) -> None:
-    """Raises ConfigError for an activation or a rotary scaling that transformers does not have. Imports it."""
+    """Raise ConfigError for an activation or rotary scaling unknown to transformers.
+
+    Imports transformers."""
     if (inner := _text_part(fields)) is not None:
         check_words(inner, f"{where}: text_config")
     if fields.get("model_type") not in TEXT_TYPES:

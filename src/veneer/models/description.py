@@ -1,4 +1,4 @@
-"""What a base is, described without loading its weights: its classes are built on the meta device."""
+"""Describe a base without its weights; its classes are built on the meta device."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from veneer.models.text.base import end_of_turn, read_base_config, read_tokenize
 
 
 def describe_base(name: str, path: Path) -> dict[str, Any]:
-    """JSON-ready facts of the base at `path`.
+    """Return JSON-ready facts about the base at `path`.
 
-    Of a text base: family, sizes, stored and chosen dtype with the reason, fingerprint, the token that ends a turn, and
-    every kind of linear module and expert parameter with its shape and count. Of an image base: family, what it
-    predicts, components with their parameters, picture's side, stored and chosen dtype with the reason, fingerprint,
-    and every kind of linear module that can carry a pair; of one in a single file what its header says."""
+    Text base: family, sizes, stored and chosen dtype with the reason, fingerprint, the token that ends a
+    turn, and every kind of linear module and expert parameter with shape and count. Image base: family,
+    prediction, components with their parameters, picture size, stored and chosen dtype with the reason,
+    fingerprint, and every kind of linear module that can carry a pair. Image base in a single file: the facts
+    in its header."""
     if not is_image_base(path):
         return _text(name, path)
     return _image_file(name, path) if path.is_file() else _image_directory(name, path)
@@ -128,7 +129,7 @@ def _image_directory(name: str, path: Path) -> dict[str, Any]:
 
 
 def _leaf(name: str) -> str:
-    """The last part of a name, and what a number is the number of."""
+    """Return the last part of a name, with the part before it if it is a number."""
     parts = name.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 

@@ -1,6 +1,6 @@
-"""What a base runs on: the device and its dtype, the memory that is free, and how many threads to compute with.
+"""Choose a base's device, dtype and thread count, and check free memory.
 
-Knows devices, the environment, the affinity mask and cgroups; imports torch only where it is asked about a device.
+Uses devices, the environment, the affinity mask and cgroups; imports torch only for questions about a device.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ _DEVICE_NAME = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 
 
 def check_dtype_name(dtype: str, where: str) -> None:
-    """Raises ConfigError for what no base can be loaded in. `where`: the option."""
+    """Raise ConfigError for a dtype that no base can be loaded in. `where`: the option."""
     if dtype not in _DTYPES:
         one_of(dtype, _NAMES, "a dtype", where)
 
 
 def check_device_name(device: str, where: str) -> None:
-    """Raises ConfigError for what names no device, and for one that this machine does not have. `where`: the option.
-    Imports torch where a device is asked for that may not be there."""
+    """Raise ConfigError for an invalid device name or a device that is not present.
+
+    `where`: the option. Imports torch for devices other than auto and cpu."""
     if not _DEVICE_NAME.fullmatch(device):
         near = nearest(device.lower(), ("auto", "cpu", "cuda", "mps"), 1)
         meant = f"did you mean {near[0]}? " if near else ""
@@ -48,10 +49,10 @@ def check_device_name(device: str, where: str) -> None:
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """Return the device with this name; for "auto", a CUDA device, or the CPU if there is none.
+    """Return the device with this name; for "auto", a CUDA device or else the CPU.
 
-    A CUDA device has an index, like the devices of tensors; "cuda" means torch's current device. Raises ConfigError for
-    a device that this machine does not have."""
+    A CUDA device has an index, like the devices of tensors; "cuda" means torch's current device. Raises
+    ConfigError for a device that is not present."""
     import torch
 
     if device == "auto":
@@ -72,11 +73,12 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
-    """The dtype a base runs in, and why. `stored`: the dtype of its weight files ("BF16", "F32", "Q4_1", …).
+    """Return the dtype of a base, and the reason.
 
-    auto: bfloat16 where the weights are stored in 16 bits or fewer and the device multiplies bfloat16 in hardware
-    (CUDA from compute capability 8; CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights stored in float32
-    stay float32: rounding them would have to be asked for. Raises ConfigError for an unknown dtype."""
+    `stored`: the dtype of its weight files ("BF16", "F32", "Q4_1", …). auto: bfloat16 if the weights are
+    stored in 16 bits or fewer and the device multiplies bfloat16 in hardware (CUDA from compute capability 8;
+    CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights stored in float32 stay float32, because
+    rounding must be requested. Raises ConfigError for an unknown dtype."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -95,7 +97,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) ->
 
 
 def _bf16_hardware(device: torch.device) -> str:
-    """What multiplies bfloat16 in hardware on `device`, or "" where nothing does."""
+    """Return the hardware of `device` that multiplies bfloat16, or ""."""
     import torch
 
     if device.type == "cuda":
@@ -109,8 +111,9 @@ def _bf16_hardware(device: torch.device) -> str:
 
 
 def free_on_gpu(device: torch.device) -> int:
-    """Return the bytes that this process can still allocate on a CUDA device: free memory plus the memory that torch's
-    allocator keeps for reuse."""
+    """Return the bytes that this process can still allocate on a CUDA device.
+
+    Free memory plus the memory that torch's allocator keeps for reuse."""
     import torch
 
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -118,7 +121,9 @@ def free_on_gpu(device: torch.device) -> int:
 
 
 def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ResourceError if fewer than `needs` bytes are free on `device`. `path`: of the base, for the error."""
+    """Raise ResourceError if fewer than `needs` bytes are free on `device`.
+
+    `path`: of the base, for the error."""
 
     if device.type == "cuda":
         free = free_on_gpu(device)
@@ -140,8 +145,10 @@ def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.devic
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """The number of processors that the cgroup limits of this process allow, the smallest of its own and those above;
-    None without a limit. Reads cgroup 2's cpu.max, and version 1's cpu.cfs_quota_us over cpu.cfs_period_us."""
+    """Return the number of processors that cgroup limits allow, or None without a limit.
+
+    The minimum over the process's cgroup and its parents. Reads cgroup 2's cpu.max, and version 1's
+    cpu.cfs_quota_us over cpu.cfs_period_us."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -175,14 +182,16 @@ def _limit(folder: Path) -> list[float]:
 
 
 def _allowed() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):  # Linux alone
+    if hasattr(os, "sched_getaffinity"):  # Linux only
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
-    """The number of threads to compute with: OMP_NUM_THREADS if it is set; otherwise the processors of the affinity
-    mask, but no more than the cgroup's quota, rounded up."""
+    """Return the number of compute threads.
+
+    OMP_NUM_THREADS if set; otherwise the processors of the affinity mask, at most the cgroup's quota, rounded
+    up."""
     given = environment.get("OMP_NUM_THREADS", "").split(",")[0]
     if given.isdigit() and int(given):
         return int(given)
@@ -191,10 +200,10 @@ def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path(
 
 
 def settle_threads() -> None:
-    """Lowers torch's number of threads to `thread_count()`, unless somebody has set a number that is not the default.
+    """Lower torch's number of threads to `thread_count()`, unless it was changed before.
 
-    torch goes by the affinity mask and does not know the quota; the kernel stops all threads of a process that exceeds
-    it for the rest of each tenth of a second."""
+    torch uses the affinity mask and ignores the quota; the kernel stops all threads of a process that exceeds
+    its quota for the rest of each tenth of a second."""
     import torch
 
     wanted = thread_count()

@@ -1,10 +1,10 @@
-"""A base's fingerprint: what an adapter's card says it was trained on.
+"""Compute a base's fingerprint, which an adapter's card records.
 
     fingerprint = sha256( config fields that shape the model  ‖  name, dtype, shape, sha256(bytes) of every weight )
 
-Tensors go in by name, so resharding a base, saving it again or editing its card leaves the fingerprint alone; a changed
-weight or a changed rope base does not. Fields at their defaults do not count, and the defaults do not depend on the
-installed transformers (see architecture). Token ids and other settings of generation do not count either.
+Tensors are ordered by name, so resharding a base, saving it again or editing its card keeps the fingerprint;
+changing a weight or the rope base changes it. Fields at their defaults do not count, and the defaults do not
+depend on the installed transformers (see architecture). Token ids and other generation settings do not count.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ _VERSION = 1
 
 
 def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] | None = None) -> str:
-    """The fingerprint of a base directory or GGUF file as `sha256:<hex>`.
+    """Return the fingerprint of a base directory or GGUF file as `sha256:<hex>`.
 
-    Hashing reads every weight once; the result is kept beside the base, or under the veneer home where that cannot be
-    written, and used again while the size and modification time of every weight file stay the same."""
+    Hashing reads every weight once. The result is cached next to the base, or under the veneer home if the
+    base's folder is read-only, and used while the size and modification time of every weight file stay the
+    same."""
     table = tensor_table(base) if table is None else table
     fields = shaping_fields(config)
     if fields.get("tie_word_embeddings"):
-        # a tied head is the embedding: some tools store it a second time
+        # a tied head equals the embedding; some tools store it twice
         table = [t for t in table if t.name != "lm_head.weight"] or table
     h = hashlib.sha256(b"veneer-base-1\n")
     h.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
@@ -46,9 +47,10 @@ def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] 
 
 
 def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTensor]]]) -> str:
-    """The fingerprint of a base of several components: name -> (fields that shape it, its stored tensors).
+    """Return the fingerprint of a base with several components.
 
-    Digests are kept under the veneer home alone: the directory may be a package's or a hub cache's."""
+    parts: name -> (fields that shape the component, its stored tensors). Digests are cached under the veneer
+    home only, because the directory can belong to a package or a hub cache."""
     h = hashlib.sha256(b"veneer-image-1\n")
     for name in sorted(parts):
         fields, table = parts[name]
@@ -60,8 +62,9 @@ def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTe
 
 
 def file_sha256(file: Path) -> str:
-    """The sha256 of a whole file, by which other tools know a checkpoint. Kept under the veneer home and used again
-    while the file's size and modification time stay the same."""
+    """Return the sha256 of a whole file, by which other tools identify a checkpoint.
+
+    Cached under the veneer home while the file's size and modification time stay the same."""
     place = _home_place(file).with_suffix(".sha256.json")
     found = file.stat()
     state = {"version": _VERSION, "size": found.st_size, "mtime": found.st_mtime_ns}
@@ -71,15 +74,16 @@ def file_sha256(file: Path) -> str:
             return str(kept["sha256"])
     with file.open("rb") as opened:
         sha = hashlib.file_digest(opened, "sha256").hexdigest()
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
+    with contextlib.suppress(OSError):  # an unwritable cache costs time, not correctness
         _write(place, json.dumps(state | {"sha256": sha}))
     return sha
 
 
 def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the config fields that decide what the model computes, except fields at their defaults (see architecture).
+    """Return the config fields that decide what the model computes, except defaults.
 
-    Numbers are rounded to six digits, because a GGUF stores 1e-5 as the nearest float32."""
+    Defaults: see architecture. Numbers are rounded to six digits, because a GGUF stores 1e-5 as the nearest
+    float32."""
     mine = config.to_dict()
     try:
         installed: Mapping[str, Any] = type(config)().to_dict()
@@ -108,7 +112,7 @@ def _is_gguf(value: Any) -> bool:
 
 
 def _cached_digests(table: list[StoredTensor], places: list[Path]) -> list[str]:
-    """The sha256 of each tensor, from a cache where every weight file is as it was."""
+    """Return the sha256 of each tensor, cached while every weight file is unchanged."""
     files = sorted({tensor.file for tensor in table})
     state = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     for place in places:
@@ -121,7 +125,7 @@ def _cached_digests(table: list[StoredTensor], places: list[Path]) -> list[str]:
     found = digests(table)
     record = {"version": _VERSION, "files": state, "tensors": {t.name: d for t, d in zip(table, found, strict=True)}}
     for place in places:
-        # a cache that cannot be written costs time, not correctness
+        # an unwritable cache costs time, not correctness
         with contextlib.suppress(OSError):
             _write(place, json.dumps(record))
             break

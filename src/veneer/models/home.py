@@ -1,4 +1,4 @@
-"""Where veneer keeps what it fetched or made: `$VENEER_HOME`, or `~/.veneer`."""
+"""The veneer home, for downloads and generated files: `$VENEER_HOME` or `~/.veneer`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 
 def veneer_home() -> Path:
-    """The veneer home. This does not create it. An empty VENEER_HOME counts as unset."""
+    """Return the path of the veneer home, without creating it.
+
+    An empty VENEER_HOME counts as unset."""
     return Path(os.environ.get("VENEER_HOME") or "~/.veneer").expanduser().absolute()
 
 
 def bases_home() -> Path:
-    """Where built-in bases live, each a plain transformers directory under its name."""
+    """Return the folder of built-in bases, each a transformers directory under its name."""
     return veneer_home() / "bases"

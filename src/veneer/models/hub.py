@@ -1,4 +1,4 @@
-"""A base from the hub, of which only what a base needs is fetched; or the hub client's own cached copy of it."""
+"""Download the necessary files of a base from the hub, or find its cached copy."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _NOT_DRAWN = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae
 def hub_snapshot(
     name: str, *, looked: str, ways: str, weights: bool = True, say: Callable[[str], None] | None = None
 ) -> Path:
-    """The directory of the snapshot of `org/name[@revision]` in the hub client's cache. Without a connection the cached
-    copy is enough.
+    """Return the snapshot directory of `org/name[@revision]` in the hub client's cache.
 
-    `weights` False: only what is small, by which a base is known. Of an image base the variants (fp16, EMA) are fetched
-    only if there is nothing else. Raises BaseError if the hub does not have it or cannot be reached; `looked`: where
-    the base was looked for before, `ways`: how to get one otherwise. `say`: called with what is downloaded and how
-    large it is, and with each further tenth of it."""
+    Without a connection the cached copy is used. `weights` False: only the small files that identify a base.
+    Variants of an image base (fp16, EMA) are downloaded only if there is nothing else. `looked`: where the
+    base was looked for before; `ways`: other ways to get a base; both for the error. `say`: called with the
+    download and its size, and at each further tenth. Raises BaseError if the hub does not have the base or
+    cannot be reached."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -37,11 +37,13 @@ def hub_snapshot(
         if not weights:
             return Path(found)
         allow, ignore = _FILES, _NOT
-        if (Path(found) / "model_index.json").exists():  # no single file at the top, nor what no picture needs
+        if (
+            Path(found) / "model_index.json"
+        ).exists():  # skip single files at the top and components that generation does not need
             allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_NOT_DRAWN]
         with _progress(repo, say, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore):
             found = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
-        if allow is not _FILES and not any(Path(found).glob("*/*.safetensors")):  # there are variants alone
+        if allow is not _FILES and not any(Path(found).glob("*/*.safetensors")):  # only variants exist
             found = snapshot_download(
                 repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_NOT, *_NOT_DRAWN]
             )
@@ -55,7 +57,7 @@ def hub_snapshot(
         raise BaseError(f"{repo} has no revision {revision!r}", where=where) from error
     except RepositoryNotFoundError as error:
         raise BaseError(f"there is no base {name!r}", where=where, fix=ways) from error
-    except Exception as error:  # offline modes, no route, no DNS, proxies: each HTTP client has its own errors
+    except Exception as error:  # offline mode, no route, no DNS, proxies: each HTTP client has its own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(
             f"there is no base {name!r} on this machine, and the hub cannot be reached",
@@ -67,7 +69,7 @@ def hub_snapshot(
 
 @contextmanager
 def _progress(repo: str, say: Callable[[str], None] | None, **wanted: Any) -> Iterator[None]:
-    """Say how many bytes of a snapshot are missing, and how many have come while the context lasts."""
+    """Report the missing bytes of a snapshot, and progress inside the with-block."""
     total = _missing_bytes(repo, **wanted) if say is not None else 0
     if say is None or not total:
         yield
@@ -95,17 +97,17 @@ def _progress(repo: str, say: Callable[[str], None] | None, **wanted: Any) -> It
 
 
 def _missing_bytes(repo: str, **wanted: Any) -> int:
-    """Bytes that a snapshot still has to download; 0 if the hub does not say."""
+    """Return the bytes that a snapshot still has to download; 0 if the hub does not say."""
     from huggingface_hub import snapshot_download
 
     try:
         return sum(each.file_size for each in snapshot_download(repo, dry_run=True, **wanted) if each.will_download)
-    except Exception:  # the download itself says what is wrong
+    except Exception:  # the download itself reports the error
         return 0
 
 
 def _folder_bytes(folder: Path) -> int:
-    """Bytes on the disk of the files in a folder, which may change meanwhile."""
+    """Return the bytes of the files in a folder, which can change meanwhile."""
     total = 0
     for path in folder.glob("*"):
         try:

@@ -1,9 +1,9 @@
-"""Loading a base through transformers and diffusers: one model at a time, and without what the two of them log.
+"""Load a base through transformers and diffusers: one model at a time, without their logs.
 
-    with loading():             a model is made, loaded or converted
-    with errors_only():         a config, a tokenizer or a scheduler is read: nothing that has weights
+    with loading():             a model is created, loaded or converted
+    with errors_only():         a config, a tokenizer or a scheduler is read: nothing with weights
 
-What matters of that is checked and said by `check_loaded` and the callers.
+`check_loaded` and the callers check the result and report important facts.
 """
 
 from __future__ import annotations
@@ -33,21 +33,25 @@ _LIBRARIES = r"(transformers|diffusers|accelerate|huggingface_hub|torch|bitsandb
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Holds the process's lock on loading models, and applies `errors_only`. A thread that holds it may enter again.
+    """Hold the process's lock on loading models, and apply `errors_only`. Reentrant.
 
-    While transformers loads a model it takes `tie_weights` off all of its classes, so that one made meanwhile stays
-    untied, and two loads that overlap leave it off permanently (transformers.initialization.no_tie_weights, 5.24)."""
+    While transformers loads a model it removes `tie_weights` from all of the model's classes. A model created
+    meanwhile stays untied, and two overlapping loads remove it permanently
+    (transformers.initialization.no_tie_weights, 5.24)."""
     with _one_load, errors_only():
         yield
 
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """No progress bars and no log lines under `error` within the with-block from transformers, and from diffusers where
-    it is imported already; and no Python warnings about those libraries' own lines. Anybody else's are shown.
+    """Silence transformers and diffusers below errors inside the with-block.
 
-    The first two are the process's: of blocks in several threads the first to begin switches them off, and the last to
-    end switches them back. For loading and converting, not for what goes on while others work."""
+    No progress bars and no log lines below `error` from transformers, and from diffusers if it is imported;
+    no Python warnings about these libraries' own code. Other warnings are shown.
+
+    Progress bars and log levels are process-wide: the first of several concurrent blocks switches them off,
+    and the last one restores them. Use for loading and converting, not for long work in parallel with other
+    threads."""
     global _inside
     with _lock:
         _inside += 1
@@ -63,14 +67,16 @@ def errors_only() -> Iterator[None]:
 
 
 def straight_to(device: torch.device | None) -> dict[str, torch.device] | None:
-    """transformers' device_map for a model whose tensors go to `device` one by one as they are read, so that the host
-    needs the memory of a few; None for the CPU, where they are."""
+    """Return transformers' device_map for a model whose tensors go straight to `device`.
+
+    The host then holds only a few tensors at a time. None for the CPU."""
     return None if device is None or device.type == "cpu" else {"": device}
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    """bitsandbytes, which PEFT brings along wherever diffusers is imported, looks for faster kernels on a hub when it
-    is imported, and warns where there are none; veneer never multiplies by them."""
+    """Return False for bitsandbytes' warning about missing hub kernels, which veneer never uses.
+
+    PEFT imports bitsandbytes whenever diffusers is imported."""
     return "gemm_4bit_forward" not in str(record.msg)
 
 
@@ -87,7 +93,7 @@ def _switch_off(before: ExitStack) -> None:
             before.callback(each.set_verbosity, each.get_verbosity())
             each.set_verbosity_error()
             each.disable_progress_bar()
-    # not catch_warnings, which at its end would undo what others have changed meanwhile
+    # not catch_warnings, whose exit would undo concurrent changes by other threads
     had = list(warnings.filters)
     warnings.filterwarnings("ignore", module=_LIBRARIES)
     before.callback(_unfilter, next((f for f in warnings.filters if f not in had), None))

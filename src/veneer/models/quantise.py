@@ -1,13 +1,15 @@
-"""A base in 4 or 8 bits, quantised while it is loaded: every weight is read, quantised and forgotten before the next
-one is read, so that the most memory ever held is the quantised model and one weight.
+"""Load a base in 4 or 8 bits.
 
-What is quantised are linear layers and fused experts (3-d parameters). Embeddings, norms, routers and the output head
-stay as they are, as QLoRA leaves them (arXiv 2305.14314). Modules and names stay the family's own: a quantised weight
-is a tensor (ops.quantised), so adapters, fast paths and merging find the base they know.
+Each weight is read, quantized and freed before the next one, so that peak memory is the quantized model and
+one weight.
 
-Read too, as they were saved: bitsandbytes' 4-bit and 8-bit checkpoints; 4-bit ones are written as well. Families,
-renamings and merged experts are transformers' business: this is one of its quantisers, fed with tensors that are read
-when it asks for them.
+Linear layers and fused experts (3-d parameters) are quantized. Embeddings, norms, routers and the output head
+are not, as in QLoRA (arXiv 2305.14314). Modules and names stay the family's own: a quantized weight is a
+tensor (ops.quantized), so adapters, fast paths and merging work unchanged.
+
+4-bit and 8-bit checkpoints of bitsandbytes are read with their quantization; 4-bit ones can also be written.
+Families, renamings and merged experts are handled by transformers: this module is one of its quantizers, with
+tensors that are read on demand.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def quantised_weights(model: nn.Module) -> list[str]:
-    """The parameters of `model` that a quantised load quantises, by name."""
+    """Return the names of the parameters of `model` that a quantized load quantizes."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     found = []
     for name, module in model.named_modules():
@@ -56,7 +58,7 @@ def quantised_weights(model: nn.Module) -> list[str]:
 
 
 def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Codes that were never read in place of the weights that a quantised load quantises."""
+    """Replace the weights that a quantized load quantizes with empty codes."""
     for name in quantised_weights(model):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -65,7 +67,9 @@ def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: tor
 
 
 def quantised_bytes(shape: Iterable[int], kind: str) -> int:
-    """Bytes of a weight of this shape as `kind`: with doubly quantised constants a 4-bit weight has 4.127 bits."""
+    """Return the bytes of a weight quantized as `kind`.
+
+    With doubly quantized constants a 4-bit weight has 4.127 bits."""
     shape = tuple(shape)
     n = math.prod(shape)
     if kind == "int8":
@@ -76,7 +80,7 @@ def quantised_bytes(shape: Iterable[int], kind: str) -> int:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A stored tensor as transformers' loader wants it: read when it is indexed."""
+    """A stored tensor for transformers' loader, read when it is indexed."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -100,9 +104,11 @@ def load_quantised(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(the model of a base directory with its linear weights as `kind`, computing in `dtype`; transformers' loading
-    info). `kind`: one of ops.quantization_formats.KINDS, or "" for a checkpoint that is quantised already and kept as
-    it is. `device`: where each weight goes as it is read, and is quantised; the CPU by default."""
+    """Load the model of a base directory with quantized linear weights.
+
+    Returns (model, transformers' loading info). `kind`: one of ops.quantization_formats.KINDS, or "" for a
+    checkpoint that keeps its own quantization. The model computes in `dtype`. `device`: where each weight is
+    moved and quantized; default CPU."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
@@ -122,9 +128,10 @@ def load_state(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(a model of transformers' class `cls` with these tensors, transformers' loading info). Those of
-    `quantised_weights` are quantised as `kind`; "": they come as they are to be, quantised or not. `device`: as
-    `load_quantised` has it."""
+    """Load a model of transformers' class `cls` from these tensors.
+
+    Returns (model, transformers' loading info). `kind`: quantization of `quantised_weights`; "": the tensors
+    are final, quantized or not. `device`: as in `load_quantised`."""
     with loading(), memory.returned_memory():
         model, info = cls.from_pretrained(
             None,
@@ -141,8 +148,10 @@ def load_state(
 
 
 def loop_over_experts(model: Any, device: torch.device | None) -> None:
-    """How quantised experts are multiplied. On the CPU a loop over those that are asked for: batched products would
-    dequantise all of a layer at once. A GPU does that, for its host would have to wait to know which are asked for."""
+    """Choose how quantized experts are multiplied.
+
+    On the CPU, loop over the requested experts: batched products would dequantize a whole layer at once. A
+    GPU uses batched products, because its host would have to wait for the list of requested experts."""
     if any(expert_parameters(m) for m in model.modules()):
         there = device is not None and device.type == "cuda"
         model.set_experts_implementation("grouped_mm" if there else "eager")
@@ -151,7 +160,9 @@ def loop_over_experts(model: Any, device: torch.device | None) -> None:
 def load_part(
     cls: Any, folder: Path, table: list[StoredTensor], kind: str, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
-    """The same for a model of diffusers' class `cls`, whose names are those of its files: (model, loading info)."""
+    """Load a model of diffusers' class `cls`, whose names equal those of its files.
+
+    Returns (model, loading info), like `load_state`."""
     from accelerate import init_empty_weights
 
     config = {k: v for k, v in cls.load_config(folder).items() if k != "quantization_config"}
@@ -184,7 +195,7 @@ def load_part(
 
 
 def forget_quantiser(model: Any) -> None:
-    """Makes transformers forget that it quantised `model`: afterwards it moves, casts and trains as any other model."""
+    """Make transformers treat `model` as unquantized, so that it can be moved, cast and trained."""
     for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
         model.config.__dict__.pop(name, None)
     for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
@@ -192,7 +203,7 @@ def forget_quantiser(model: Any) -> None:
 
 
 def _quantiser(kind: str) -> Any:
-    """transformers' configuration object for our quantiser: what is read is quantised as `kind`, or kept for ""."""
+    """Return transformers' config object for our quantizer. `kind` "": keep the tensors as read."""
     config, quantiser = _quantiser_classes()
     register_quantiser(_METHOD, quantiser, config)
     asked = config(quant_method=_METHOD)
@@ -205,8 +216,9 @@ _METHOD = "veneer"
 
 @functools.cache
 def _quantiser_classes() -> tuple[Any, Any]:
-    """Our (configuration, quantiser), subclasses of transformers'. The `kind` of a load is in its configuration:
-    several loads may run at the same time."""
+    """Return our (config, quantizer), subclasses of transformers'.
+
+    The `kind` is stored in the config, because several loads can run at the same time."""
     operation: Any = TRANSFORMERS("transformers.core_model_loading.ConversionOps")
     mixin: Any = TRANSFORMERS("transformers.utils.quantization_config.QuantizationConfigMixin")
     for name in (
@@ -249,7 +261,7 @@ def _quantiser_classes() -> tuple[Any, Any]:
             return Quantise(config.kind)
 
         def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
-            """Bytes a value, by which transformers asks a GPU for all of its memory at once."""
+            """Return bytes per value, with which transformers preallocates GPU memory."""
             config: Any = self.quantization_config
             if param_name in self.names and config.kind:
                 return quantised_bytes(param.shape, config.kind) / float(math.prod(param.shape))
@@ -267,8 +279,10 @@ def _quantiser_classes() -> tuple[Any, Any]:
 
 
 def original_weight(path: Path, stored: Mapping[str, StoredTensor], name: str) -> Tensor:
-    """The stored weight `name` of a base that is quantised while it is read. Raises BaseError where the files keep it
-    under another name or in parts (transformers joins and renames the weights of some families)."""
+    """Return the stored weight `name` of a base that is quantized while it is read.
+
+    Raises BaseError if the files store the weight under another name or in parts (transformers joins and
+    renames the weights of some families)."""
     found = stored.get(name)
     if found is None:
         raise BaseError(f"the files have no weight {name}", where=str(path), fix="use another init than loftq")
@@ -281,9 +295,9 @@ _STATE = ".quant_state.bitsandbytes__"
 
 
 def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
-    """What a config.json says its weights are quantised in: nf4, fp4, int8, or "" where they are not.
+    """Return the quantization in a config.json: nf4, fp4, int8, or "" for none.
 
-    Raises BaseError for quantisations that veneer does not read."""
+    Raises BaseError for quantizations that veneer does not read."""
     found = config.get("quantization_config")
     if not found:
         return ""
@@ -298,8 +312,10 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
 
 
 def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
-    """Return every weight by name, read when indexed. The parts of a quantized weight are joined, and scaled 8-bit
-    float weights are multiplied by their scales, in float32."""
+    """Return every weight by name, read when indexed.
+
+    The parts of a quantized weight are joined, and scaled 8-bit float weights are multiplied by their scales,
+    in float32."""
     by_name = {t.name: t for t in table}
     scaled = scaled_weights(table)
     extra: set[str] = {name for name in by_name if scaled and name.rpartition(".")[2] == _SCALED_MARKER}
@@ -346,8 +362,9 @@ def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _scaled_values(weight: StoredTensor, scale: StoredTensor, about: StoredTensor | None) -> Callable[[], Tensor]:
-    """Return a function that reads stored · scale, rounded once to float32. The scale is a scalar or has one value per
-    row."""
+    """Return a function that reads stored · scale, rounded once to float32.
+
+    The scale is a scalar or has one value per row."""
 
     def read() -> Tensor:
         where = f"{weight.file}: {weight.name}"
@@ -379,8 +396,10 @@ def _rows_of(codes: StoredTensor, scale: StoredTensor) -> Callable[[], Tensor]:
 
 
 def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Callable[[], Tensor]:
-    """A 4-bit weight of bitsandbytes: codes in `weight`, constants in weight.absmax and so on, and what is not a tensor
-    as JSON in the bytes of one."""
+    """Return a reader of a bitsandbytes 4-bit weight.
+
+    Codes are in `weight`, constants in weight.absmax etc.; values that are not tensors are JSON in the bytes
+    of a tensor."""
     kind = state.rpartition("__")[2]
 
     def read() -> Tensor:
@@ -411,7 +430,7 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
 
 
 def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as bitsandbytes would save it: the parts of 4-bit weights under its names, the rest as it is."""
+    """Return a state dict in bitsandbytes' format: 4-bit weights in parts, other tensors as is."""
     out: dict[str, Tensor] = {}
     for name, weight in state.items():
         code = weight.stored if isinstance(weight, Quantized) else None
@@ -439,8 +458,9 @@ def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def saved_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The `quantization_config` that goes with `saved_tensors`. Raises ConfigError for a kind that bitsandbytes would
-    read as another one."""
+    """Return the `quantization_config` that belongs to `saved_tensors`.
+
+    Raises ConfigError for a kind that bitsandbytes would read as another one."""
     if kind not in SAVED_KINDS:
         raise ConfigError(f"{kind!r} cannot be saved as a checkpoint of bitsandbytes", fix=" or ".join(SAVED_KINDS))
     return {
@@ -455,7 +475,7 @@ def saved_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_kind(kind: str) -> None:
-    """Raises ConfigError for an unknown kind of quantisation."""
+    """Raise ConfigError for an unknown kind of quantization."""
     if kind not in KINDS:
         near = nearest(kind.lower(), [*KINDS, "keep"])
         raise ConfigError(

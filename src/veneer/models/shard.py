@@ -1,16 +1,17 @@
-"""A frozen base split over the processes of a run: each keeps 1/N of every weight (FSDP2, torch's `fully_shard`).
+"""Shard a frozen base over the processes of a run with FSDP2 (torch's `fully_shard`).
 
     call = shard(model, model.model.layers, device)
     loss = call(text_loss, model, ids, lengths, trained)      on every process, the same number of times
     loss.backward()
 
-The weights of a block are gathered for its forward pass and again for its backward pass, and let go of after each; what
-lies outside of the blocks (embedding, head) is there for the length of a `call`; between calls there are only parts.
-Parameters of any dtype can be split; of quantised weights the codes and constants are, and dequantised when used as
-ever. Buffers stay whole. Trained tensors that are no parameters of `model`, as an attachment's, are left whole too, and
-nothing is done to their gradients.
+Each process keeps 1/N of every weight. A block's weights are gathered for its forward pass and again for its
+backward pass, and freed after each; weights outside the blocks (embedding, head) are gathered for the length
+of a `call`. Parameters of any dtype can be sharded; of quantized weights, the codes and constants are
+sharded, and dequantized in use. Buffers stay whole. Trained tensors that are not parameters of `model`, such
+as an attachment's, also stay whole, and their gradients are not reduced.
 
-There is no way back: the model is of use inside `call` alone from now on. Needs torch.distributed, initialised.
+Sharding cannot be undone: the model can then only be used inside `call`. Needs an initialized
+torch.distributed.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class CallWithWeights(Protocol):
 
 
 def call_whole(act: Callable[..., T], /, *args: Any) -> T:
-    """The `CallWithWeights` of a model that is not sharded: it calls the function."""
+    """Call `act`: the `CallWithWeights` of a model that is not sharded."""
     return act(*args)
 
 
 class _Whole(nn.Module):
-    """A module whose forward is any function over `model`: FSDP gathers weights around a forward."""
+    """A module whose forward is any function over `model`, because FSDP gathers around a forward."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -53,13 +54,16 @@ class _Whole(nn.Module):
 
 
 class Sharded:
-    """The `CallWithWeights` of a sharded model. What looks at weights outside of a call asks for those of a module:
+    """The `CallWithWeights` of a sharded model.
 
-        call.at(module)      from now on the weights of this module's block are there, and no other block's
-        call.let_go()        no block's are
+    To read weights outside of a call:
 
-    both on every process, after a first call. A tensor of a gathered weight stays where it is: it may be kept, is empty
-    while the weight is parted, and has the weight's values again whenever that is gathered, in a backward pass too."""
+        call.at(module)      gather this module's block and free the previous one
+        call.let_go()        free the gathered block
+
+    Both run on every process, after a first call. A tensor of a gathered weight can be kept: it is empty
+    while the weight is sharded, and has its values again whenever the weight is gathered, including in a
+    backward pass."""
 
     def __init__(self, whole: _Whole, blocks: Mapping[int, _Block]) -> None:
         self._whole, self._blocks = whole, blocks
@@ -85,7 +89,7 @@ class Sharded:
 
 @dataclass(frozen=True)
 class _Block:
-    """What is gathered at once: an FSDP module, and what its parameters are put together to."""
+    """A unit of gathering: an FSDP module, and the weights that its parameters form."""
 
     module: Any
     apart: Sequence[_Apart | _Joined]
@@ -96,7 +100,7 @@ class _Block:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one after another: those of the longest list of modules, a decoder's layers."""
+    """Return the modules to gather one at a time: the largest ModuleList, a decoder's layers."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     return max(lists, key=lambda own: sum(p.numel() for m in own for p in m.parameters()), default=[])
 
@@ -108,12 +112,14 @@ def shard(
     unread: Unread | None = None,
     together: Sequence[Sequence[nn.Module]] = (),
 ) -> Sharded:
-    """Splits every parameter of `model` along its first dimension and moves the parts to `device`, block by block, so
-    that no device ever holds the whole. Returns the function through which everything that uses the model is called.
+    """Shard every parameter of `model` along its first dimension.
 
-    `unread`: the model is on the meta device, and each process reads its own parts of the weights from there.
-    `together`: linear modules whose weights lie below one another whenever they are gathered, as products of one input
-    want them."""
+    Moves the shards to `device` block by block, so that no device ever holds the whole model. Returns the
+    function through which all uses of the model are called.
+
+    `unread`: the model is on the meta device, and each process reads its own shards from these files.
+    `together`: groups of linear modules whose gathered weights are rows of one tensor, for products of one
+    input."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -140,8 +146,8 @@ def shard(
         for one in apart:
             one.leave()
         if apart:
-            # They stay: a backward pass gathers into the same place, for what autograd keeps of the weights and for a
-            # forward that is recomputed there, without hooks. In between they are empty.
+            # Keep these tensors: a backward pass gathers into the same memory, for weights that autograd
+            # saved and for a recomputed forward, without hooks. They are empty in between.
             group.register_forward_pre_hook(block.put_together)
         there.update({id(m): block for m in owned})
     if unread:
@@ -151,15 +157,17 @@ def shard(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A weight on the meta device that was not read yet. `names`: of what lies below one another in it, in the files.
-    `places`: (module, name) of each that has it."""
+    """A weight on the meta device that was not read yet.
+
+    `names`: names in the files of the weights whose rows form this one. `places`: (module, name) of each
+    user."""
 
     names: tuple[str, ...]
     weight: Tensor
     places: list[tuple[nn.Module, str]]
 
     def put(self, own: Sequence[Tensor]) -> None:
-        """Puts the parts of this process where `fully_shard` has left those on the meta device."""
+        """Store this process's shards in place of those that `fully_shard` left on the meta device."""
         from torch.distributed.tensor import DTensor
 
         places = [self.places]
@@ -187,14 +195,16 @@ def _wanted(modules: Sequence[nn.Module], names: Mapping[int, tuple[str, ...]]) 
 
 
 def _code_names(key: str, weight: Quantized) -> tuple[str, ...]:
-    """What the tensors of a quantised parameter are called where they are parameters."""
+    """Return the parameter names for the tensors of a quantized parameter."""
     return tuple(f"{key}_{name.replace('.', '_')}" for name in weight.stored.tensors())
 
 
 @dataclass(frozen=True)
 class _Apart:
-    """A quantised weight whose codes are parameters of `owner`, so that they can be split; `absent`: the same weight on
-    the meta device, to be seen until codes are gathered. `places`: (module, name) of each that has it."""
+    """A quantized weight whose codes are parameters of `owner`, so that they can be sharded.
+
+    `absent`: the weight on the meta device, visible until the codes are gathered. `places`: (module, name) of
+    each user."""
 
     absent: Quantized
     owner: nn.Module
@@ -215,7 +225,8 @@ class _Apart:
 
     def _put(self, weight: Quantized) -> None:
         for module, name in self.places:
-            # Not by register_parameter: it is no parameter of its own, and changes with every forward pass.
+            # Not register_parameter: the weight is not a separate parameter and changes with every forward
+            # pass.
             module._parameters[name] = weight  # type: ignore[assignment]
 
 
@@ -229,7 +240,7 @@ def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
                 tensors = weight.stored.tensors()
                 names = _code_names(name, weight)
                 for own, tensor in zip(names, tensors.values(), strict=True):
-                    # A scalar cannot be split: it is one of a row.
+                    # A scalar cannot be sharded: store it as one row.
                     module.register_parameter(own, nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False))
                 absent = weight.like(weight.stored.moved(lambda t: t.to("meta")))
                 found[id(weight)] = _Apart(absent, module, names, [])
@@ -240,8 +251,9 @@ def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
 
 @dataclass(frozen=True)
 class _Joined:
-    """Weights that are rows of one parameter, `_TOGETHER` of `owner`: those of `modules`, in order. `absent`: as it is
-    to be seen until it is gathered."""
+    """Weights of `modules`, in order, that are rows of one parameter, `_TOGETHER` of `owner`.
+
+    `absent`: the weight that is visible until the parameter is gathered."""
 
     absent: Tensor
     owner: nn.Module
@@ -265,8 +277,10 @@ _TOGETHER = "weights_together"
 def _joined(
     owned: Sequence[nn.Module], together: Sequence[Sequence[nn.Module]], names: dict[int, tuple[str, ...]]
 ) -> list[_Joined]:
-    """Plain frozen weights of one dtype and width, joined in the first module; quantised ones are not copied at all
-    when they are joined (ops.quantised.stacked_rows). `names` learns what the new parameters are."""
+    """Join plain frozen weights of one dtype and width in the first module of each group.
+
+    Quantized weights are not joined here: joining them needs no copy (ops.quantized.stacked_rows). Adds the
+    new parameters to `names`."""
     here, out = set(map(id, owned)), []
     for group in together:
         modules = [base_of(m) for m in group]
@@ -286,12 +300,12 @@ def _joined(
 
 
 def whole_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers before it is split, read or not."""
+    """Return the bytes of the model's parameters and buffers before sharding, read or not."""
     return _bytes([*model.parameters(), *model.buffers()])
 
 
 def local_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers that this process holds."""
+    """Return the bytes of the model's parameters and buffers in this process."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     return _bytes([t.to_local() if hasattr(t, "to_local") else t for t in tensors if not t.is_meta])
 

@@ -1,15 +1,16 @@
-"""Where a base is: a name to a directory (or file) on this machine.
+"""Find a base: from a name to a directory or file on this machine.
 
-    smollm2-135m                 a built-in base; made under the veneer home on first use (builtin.py)
-    catalogue-flux, …-sdxl       built-in image bases, which come with the package
+    smollm2-135m                 a built-in base; created under the veneer home on first use (builtin.py)
+    catalogue-flux, …-sdxl       built-in image bases, included in the package
     ./models/my-llama            a directory as transformers saves it, or one with a single .gguf file
     ./models/my-llama.gguf       a GGUF file
     ./models/my-sdxl             a directory as diffusers saves it, with model_index.json
     ./models/my-sdxl.safetensors an image model in one file
-    org/name, org/name@revision  a hub id; the hub's own cache is used, and suffices once the base is there
+    org/name, org/name@revision  a hub id; downloaded once to the hub's own cache
 
-A built-in name always means the built-in; write `./smollm2-135m` for a directory of that name. A name with a leading
-`.`, `/` or `~` or the ending `.gguf` or `.safetensors` is a path and never asked of a hub. Knows files and no models.
+A built-in name always means the built-in; write `./smollm2-135m` for a directory of that name. A name with a
+leading `.`, `/` or `~` or the ending `.gguf` or `.safetensors` is a path and never looked up on a hub. Reads
+files, no models.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ _FILES = (".gguf", ".safetensors")
 
 @dataclass(frozen=True)
 class KnownBase:
-    """A base that can be named without a path. `path`: where it is or will be. `here`: whether it exists. `hub_id`: the
-    hub ID of the model that the base is a copy of, if a hub has the model."""
+    """A base that can be named without a path.
+
+    `path`: its present or future location. `here`: whether it exists. `hub_id`: the hub ID of the model that
+    the base is a copy of, if a hub has the model."""
 
     name: str
     path: Path
@@ -45,7 +48,7 @@ class KnownBase:
 
 
 def known_bases() -> list[KnownBase]:
-    """The built-in bases, whether they exist yet or not, and the other bases under the veneer home."""
+    """Return the built-in bases, existing or not, and the other bases in the veneer home."""
     out = [
         KnownBase(b.name, builtin_place(b), (builtin_place(b) / "base.json").exists(), b.summary, b.hub_id)
         for b in BUILTIN.values()
@@ -61,10 +64,10 @@ def known_bases() -> list[KnownBase]:
 
 
 def find_base(name: str, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
-    """The directory or file of a base; a built-in base or a hub id is fetched first if necessary.
+    """Return the directory or file of a base; fetch a built-in base or hub id if necessary.
 
-    `source`: for a built-in base, a local wheel or GGUF file to make it from. `say` is called with a line before each
-    step that takes time. Raises BaseError that says where it looked, and how to get a base without a hub."""
+    `source`: for a built-in base, a local wheel or GGUF file to create it from. `say` is called with a line
+    before each slow step. Raises BaseError with the places searched and ways to get a base without a hub."""
     if source is None and (place := packaged(name)) is not None:
         return place
     if name in BUILTIN:
@@ -78,15 +81,18 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
 
 
 def base_outline(name: str, *, say: Callable[[str], None] | None = None) -> Path | None:
-    """As `find_base`, of a hub id without its weights: its configuration says what it is. None for a built-in base
-    that was not made yet."""
+    """Find a base like `find_base`, but download only the configuration of a hub id.
+
+    Returns None for a built-in base that has not been created yet."""
     if (here := _base_here(name)) is not None or name in BUILTIN:
         return here
     return _from_hub(name, say, weights=False)
 
 
 def short_name(name: str) -> str:
-    """A base's name for messages, which strangers read too: of a path the last part, also once nothing is there."""
+    """Return a base's name for messages: the last part of a path, else the name.
+
+    A path's folders are private, because strangers can read messages."""
     path = Path(name)
     return path.absolute().name if path.is_absolute() or path.exists() else name
 
@@ -103,8 +109,10 @@ def _from_hub(name: str, say: Callable[[str], None] | None, *, weights: bool = T
 
 
 def _base_here(name: str) -> Path | None:
-    """The directory or file of a base that is on this machine; None where it has to be fetched: a built-in base that
-    was not made yet, a hub id. Raises BaseError for what is neither, and for a file or directory that is not a base."""
+    """Return the directory or file of a base on this machine.
+
+    Returns None for a base to fetch: a built-in base not created yet, or a hub id. Raises BaseError for an
+    invalid name, and for a file or directory that is not a base."""
     if not name.strip():
         raise BaseError("the base has no name", fix=_WAYS)
     if (inside := packaged(name)) is not None:
@@ -134,12 +142,12 @@ def _not_found(name: str, path: Path) -> BaseError:
 
 
 def is_image_base(path: Path) -> bool:
-    """Whether the path of a base is that of an image base: a diffusers directory, or one file of original weights."""
+    """Return whether a base's path is a diffusers directory or a file of original weights."""
     return (path / "model_index.json").exists() or path.suffix == ".safetensors"
 
 
 def _is_base(folder: Path) -> bool:
-    """Whether it is laid out as transformers saves a model, or diffusers a pipeline."""
+    """Return whether the folder has the layout of a transformers model or diffusers pipeline."""
     return (folder / "config.json").exists() or (folder / "model_index.json").exists()
 
 

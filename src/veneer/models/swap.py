@@ -1,9 +1,9 @@
-"""Another forward on a model's modules for the length of a with-block, over weights that lie together.
+"""Replace forwards of a model's modules for the length of a with-block, over joined weights.
 
-    replace_forward(module, forward, undo)       on this instance; `undo` puts the module's own back
-    Join([q, k, v], undo).linear_map()           projections that share an input as one product, with the pairs that act
+    replace_forward(module, forward, undo)       on this instance; `undo` restores the module's own
+    Join([q, k, v], undo).linear_map()           projections that share an input as one product, with the active pairs
 
-What every fast path of a base is made of: models/text/fast.py and models/image/fast.py say what they replace, and when.
+Building blocks of the fast paths in models/text/fast.py and models/image/fast.py.
 """
 
 from __future__ import annotations
@@ -29,32 +29,34 @@ _MARK = "_veneer_fast"
 
 @dataclass
 class FastReport:
-    """What runs on a fast path: kind of module -> how many; `left`: kind -> why it was left as it is. `active`: within
-    a with-block of `fast`."""
+    """What runs on a fast path.
+
+    `swapped`: kind of module -> count. `left`: kind -> why it was not swapped. `active`: inside a with-block
+    of `fast`."""
 
     swapped: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     rows: bool = False
-    """Whether rows can lie one after another without padding (checked on this very model)."""
+    """Whether packed rows without padding reproduce this model (checked on the model itself)."""
     kept: int = 0
-    """Bytes of dequantised weights kept (`keep_dequantised`)."""
+    """Bytes of cached dequantized weights (`keep_dequantised`)."""
     room: ByteBudget = field(default_factory=lambda: ByteBudget(0))
-    """For copies of weights in the order of their products (`keep_packed`)."""
+    """Budget for prepacked copies of weights (`keep_packed`)."""
     head: PrepackedWeights | None = field(default=None, repr=False)
-    """Those of the head's weight."""
+    """The prepacked head weight."""
     joins: list[Join] = field(default_factory=list, repr=False)
     keeps: bool = False
-    """Whether the last layer, after its attention, works on the tokens of `RowLayout.keep` alone."""
+    """Whether the last layer, after its attention, runs only on the tokens of `RowLayout.keep`."""
     active: bool = False
     norms: dict[str, float] = field(default_factory=dict, repr=False)
-    """Kind of norm that was swapped -> what its formula adds to the weight, 0 or 1."""
+    """Kind of swapped norm -> what its formula adds to the weight, 0 or 1."""
 
     def summary(self) -> str:
-        """One line for a person: what was swapped, what was left as it is and why, and which CPU kernels there are."""
+        """Return one line for the user: swapped kinds, kinds not swapped with reasons, CPU kernels."""
         return f"{self.ways()}; {compiled.status()}"
 
     def ways(self) -> str:
-        """What was swapped, and what was left as it is and why."""
+        """Return what was swapped, and what was not and why."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
@@ -67,13 +69,13 @@ class FastReport:
 
 
 def report_of(model: nn.Module) -> FastReport:
-    """The report of what was swapped on `model`; an empty one where nothing was."""
+    """Return the report of what was swapped on `model`, or an empty report."""
     return getattr(model, _MARK, FastReport())
 
 
 @contextmanager
 def marked(model: nn.Module, report: FastReport) -> Iterator[None]:
-    """`report` is what `report_of(model)` gives within the with-block."""
+    """Make `report_of(model)` return `report` inside the with-block."""
     setattr(model, _MARK, report)
     try:
         yield
@@ -83,7 +85,7 @@ def marked(model: nn.Module, report: FastReport) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Eval mode in every module for the with-block: two ways can only be compared where neither draws."""
+    """Set eval mode in every module for the with-block, because dropout prevents comparisons."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -94,19 +96,19 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
-    """`module` computes `forward(module, …)` from now on, until `undo` is closed."""
+    """Make `module` compute `forward(module, …)` until `undo` is closed."""
     module.forward = types.MethodType(forward, module)
     undo.callback(module.__dict__.pop, "forward", None)
 
 
 def random_input(*shape: int, like: Tensor) -> Tensor:
-    """Normal values of this shape, the same at each call, in the dtype of `like` and on its device."""
+    """Return normal values of this shape, equal at each call, in dtype and device of `like`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
 
 def projection_of(module: nn.Module) -> LinearMap | None:
-    """What a linear module computes now (weight, bias and the pairs on it), or None if it has to be called."""
+    """Return a linear module's weight, bias and active pairs, or None if it must be called."""
     if isinstance(module, LoraLinear):
         return module.linear_map()
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
@@ -117,12 +119,12 @@ def projection_of(module: nn.Module) -> LinearMap | None:
 
 
 def _start_of(tensor: Tensor) -> tuple[int, int]:
-    """Which storage a tensor begins in and at which element of it: where it lies, whether it has values or not."""
+    """Return a tensor's storage and its first element in it: its memory, with or without values."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _lying_together(weights: list[Tensor]) -> Tensor | None:
-    """The tensor whose rows these are, one weight's after another's; None where they are not."""
+    """Return one tensor whose consecutive rows are these weights, or None."""
     storage, first = _start_of(weights[0])
     columns, rows = weights[0].shape[1], 0
     for weight in weights:
@@ -133,10 +135,10 @@ def _lying_together(weights: list[Tensor]) -> Tensor | None:
 
 
 class Join:
-    """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them.
+    """The weights of linear modules that share an input, joined as rows of one tensor.
 
-    Quantized weights stay where they are: the tensor is one over all their codes. So do those that lie so already.
-    `move`: whether others may be moved."""
+    `undo` separates them. Quantized weights are not copied: the joined tensor refers to their codes. Weights
+    already in consecutive memory are not copied either. `move`: whether other weights can be moved."""
 
     def __init__(self, modules: list[nn.Module], undo: ExitStack, *, move: bool = True) -> None:
         self.modules = modules
@@ -172,7 +174,7 @@ class Join:
             p.data = p.data.clone()
 
     def linear_map(self) -> LinearMap | None:
-        """The joined projections with the pairs that act now, or None if some module has to be called."""
+        """Return the joined projections with the active pairs, or None if a module must be called."""
         parts = [projection_of(m) for m in self.modules]
         known = [p for p in parts if p is not None]
         if len(known) != len(parts) or len({p.dropout for p in known if p.products}) > 1:
@@ -191,8 +193,9 @@ class Join:
 
 
 def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
-    """Keeps dequantised weights, in the order in which they are used, up to `most` bytes. Which ones does not matter:
-    every weight is used equally often."""
+    """Cache dequantized weights, in order of use, up to `most` bytes.
+
+    The choice of weights does not matter, because every weight is used equally often."""
     for join in report.joins:
         weight = join.weight
         if isinstance(weight, Quantized) and weight.kept is None and report.kept + weight.nbytes <= most:
@@ -202,8 +205,9 @@ def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
 
 
 def keep_packed(model: Any, report: FastReport, most: int, undo: ExitStack) -> None:
-    """Keeps weights a second time, in the order of their products, where these are clearly faster so, up to `most`
-    bytes: each copy is made at its first use."""
+    """Prepack weights, up to `most` bytes of copies, if prepacked products are clearly faster.
+
+    Each copy is made at its first use."""
     report.room = room = ByteBudget(most)
     for join in report.joins:
         parts = [getattr(base_of(m), "weight", None) for m in join.modules]
@@ -218,5 +222,5 @@ def keep_packed(model: Any, report: FastReport, most: int, undo: ExitStack) -> N
 
 
 def same_dtype(x: Tensor, weight: Tensor) -> bool:
-    """Whether x can be multiplied by this weight as it is: one dtype, and no autocast that would change it."""
+    """Return whether x and the weight have one dtype, and no autocast changes it."""
     return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)

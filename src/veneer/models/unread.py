@@ -1,16 +1,16 @@
-"""Weights that are still in their files: a model on the meta device, and of each weight the part that a process reads.
+"""Weights still in their files, for a model on the meta device that is read in shards.
 
-    unread = Unread.of(model, table, kind, dtype)      or, as text, why this model has to be read whole
+    unread = Unread.of(model, table, kind, dtype)      or, as text, why this model must be read whole
     unread.part("model.layers.0.mlp.up_proj.weight", rank, count, device)
 
-A process among `count` gets rows r·⌈n/N⌉ … (r + 1)·⌈n/N⌉ of the n along a tensor's first dimension, which is how
-torch.chunk and FSDP2 part it. Rows of safetensors lie one after another, so that a part is one stretch of a file; no
-other byte of it is read, and the host holds one part of one tensor at a time.
+Process r of N = `count` gets rows r·⌈n/N⌉ … (r + 1)·⌈n/N⌉ of the n along a tensor's first dimension, like
+torch.chunk and FSDP2. Rows in safetensors are consecutive, so a shard is one range of a file; no other byte
+is read, and the host holds one shard of one tensor at a time.
 
-In 4 bits the part is one of the bytes of codes, and may begin within a block of 64 weights: blocks at the edges are
-read by both neighbours. Their constants are quantised a second time over the whole weight, around its mean. So each
-process finds those of its own blocks, all get all (a thirty-second of the bytes of 16 bits), and codes and constants
-are bit for bit those of a weight that is quantised whole.
+In 4 bits, the shard is a range of code bytes and can begin inside a block of 64 weights: both neighbors read
+the blocks at the boundary. The block constants are quantized again over the whole weight, around its mean. So
+each process computes the constants of its blocks, all processes gather all of them (1/32 of the 16-bit
+bytes), and codes and constants are equal bit for bit to those of a weight quantized whole.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ from veneer.ops.quantized import Quantized, quantize
 
 
 def rows_of(n: int, rank: int, count: int) -> tuple[int, int]:
-    """(first, last) of the n rows that are process `rank`'s of `count`; as many for the last ones as there are left."""
+    """Return (first, last) row of process `rank`; the last processes can have fewer rows."""
     each = -(-n // count)
     return min(rank * each, n), min((rank + 1) * each, n)
 
 
 @dataclass
 class Unread:
-    """Where the weights of a model on the meta device are. `stored`: by the model's names. `kind`: what its quantised
-    weights are made, "" where none are. `dtype`: of the others that are floats. `bytes_read`: so far, by this process.
+    """The locations of the weights of a model on the meta device.
 
-    They are read one after another, long after the base was found: BaseError where a file is another one by then, as
-    what processes have read of two files would be no base."""
+    `stored`: by the model's names. `kind`: quantization of the quantized weights, "" for none. `dtype`: of
+    other float weights. `bytes_read`: by this process so far.
+
+    The weights are read one at a time, long after the base was found. Raises BaseError if a file has changed
+    since, because shards of two versions would mix."""
 
     stored: Mapping[str, StoredTensor]
     kind: str
@@ -55,8 +57,10 @@ class Unread:
 
     @classmethod
     def of(cls, model: nn.Module, table: Sequence[StoredTensor], kind: str, dtype: torch.dtype) -> Unread | str:
-        """Why it has to be read whole: where its names and shapes are not those of the files (transformers renames and
-        joins the weights of some families), or weights of it are kept in another dtype."""
+        """Return the weights' locations, or as text why the model must be read whole.
+
+        It must be read whole if names or shapes differ from the files (transformers renames and joins the
+        weights of some families), or if some weights are kept in another dtype."""
         stored = {t.name: t for t in table}
         own: dict[str, Tensor] = {**dict(model.named_parameters()), **_saved_buffers(model)}
         for name, tensor in own.items():
@@ -76,21 +80,22 @@ class Unread:
         return cls(stored, kind, dtype)
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """These rows of a weight, as they are stored."""
+        """Return these rows of a weight, as stored."""
         stored = self.stored[name]
         wide = stored.elements // stored.shape[0]
         return torch.stack([self._values(name, row * wide, (row + 1) * wide) for row in rows])
 
     def whole(self, name: str, device: torch.device) -> Tensor:
-        """All of a weight, in the dtype that it is kept in."""
+        """Return a whole weight, in the dtype it is kept in."""
         stored = self.stored[name]
         return self._cast(self._values(name, 0, stored.elements).view(stored.shape).to(device))
 
     def part(self, names: Sequence[str], weight: Tensor, rank: int, count: int, device: torch.device) -> list[Tensor]:
-        """This process's part of a weight on `device`; of a quantised one, that of each of its tensors, in order.
-        `names`: of the weights in the files that lie below one another in it, of a quantised one it alone. `weight`:
-        the one on the meta device. All processes ask for the same weights in the same order: in 4 bits they wait for
-        each other."""
+        """Return this process's shard of a weight on `device`.
+
+        For a quantized weight, returns the shard of each of its tensors, in order. `names`: the weights in
+        the files whose rows form the weight; only one if quantized. `weight`: the tensor on the meta device.
+        All processes must request the same weights in the same order: in 4 bits they wait for each other."""
         if not isinstance(weight, Quantized):
             first, last = rows_of(weight.shape[0], rank, count)
             wide, at, parts = weight.shape[1:].numel(), 0, []
@@ -113,11 +118,11 @@ class Unread:
         return self._blocks(name, weight.numel(), rank, count, device)
 
     def _blocks(self, name: str, n: int, rank: int, count: int, device: torch.device) -> list[Tensor]:
-        """packed, absmax, absmax2 and mean of a 4-bit weight of n values."""
-        bounds = [rows_of(-(-n // 2), each, count) for each in range(count)]  # bytes of codes, two a byte
+        """Return packed, absmax, absmax2 and mean of a 4-bit weight of n values."""
+        bounds = [rows_of(-(-n // 2), each, count) for each in range(count)]  # bytes of codes, two codes per byte
         starts = [min(-(-2 * first // BLOCK), -(-n // BLOCK)) for first, _ in bounds] + [-(-n // BLOCK)]
         first, last = bounds[rank]
-        low, high = 2 * first // BLOCK, starts[rank + 1]  # blocks of which it needs codes
+        low, high = 2 * first // BLOCK, starts[rank + 1]  # blocks whose codes are needed
         absmax = packed = torch.empty(0, device=device)
         if first < last:
             values = self._cast(self._values(name, low * BLOCK, min(high * BLOCK, n)).to(device))
@@ -149,19 +154,19 @@ class Unread:
 
 
 def _state(file: Path) -> tuple[int, int, int]:
-    """What changes when a file is written to, or another one takes its place."""
+    """Return the inode, size and time of a file, which change when it is written or replaced."""
     now = file.stat()
     return now.st_ino, now.st_size, now.st_mtime_ns
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that a checkpoint has."""
+    """Return the buffers that a checkpoint stores."""
     kept = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def _gathered(mine: Tensor, sizes: Sequence[int]) -> Tensor:
-    """What each process has of `sizes` values, one after another; the same on all."""
+    """Concatenate the processes' values, `sizes` of each; the result is the same on all."""
     import torch.distributed as dist
 
     padded = torch.zeros(max(sizes), dtype=mine.dtype, device=mine.device)
@@ -172,7 +177,7 @@ def _gathered(mine: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def read_buffers(model: nn.Module, unread: Unread, device: torch.device) -> None:
-    """Buffers that are in the files come from there, whole; all go to `device`."""
+    """Read buffers that are in the files, whole, and move all buffers to `device`."""
     for prefix, module in base_modules(model):
         for key, buffer in list(module._buffers.items()):
             if buffer is not None:

@@ -1,11 +1,11 @@
-"""A vision-language model on this machine: a picture in, words out, through transformers' auto classes.
+"""Describe a picture with a local vision-language model, through transformers' auto classes.
 
     model = load_vision("Qwen/Qwen2.5-VL-3B-Instruct")
     said = model.describe(picture)         said.text · said.cut
 
-One picture at a time and greedily: what is said of a picture depends on the model, the instruction and its pixels, and
-on nothing else. A model with a chat template is asked in a chat; one without (BLIP, Florence-2) in its own way. Code
-that comes with a model is never run.
+Pictures are described one at a time and greedily, so a description depends only on the model, the instruction
+and the pixels. A model with a chat template gets a chat message; others (BLIP, Florence-2) their own prompt.
+Code in a model's repository is never run.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ INSTRUCTION = (
     "looks and where it is. Plain sentences, no introduction."
 )
 _OWN_WORDS = {"florence2": "<MORE_DETAILED_CAPTION>", "paligemma": "caption en"}
-"""What a family without a chat template is asked where nothing else is said; others are given the picture alone."""
+"""Default prompt of families without a chat template; other families get only the picture."""
 _SIDE = 1024
-"""Longer sides are scaled down to it before the model's own processor: some families read every pixel they get."""
+"""Longer sides are scaled down to this many pixels, because some processors keep every pixel."""
 _ENDS = ".!?"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a model said. `cut`: it would have gone on; the text ends with its last whole sentence, if there is one."""
+    """A model's description. `cut`: the token limit was reached.
+
+    A cut text ends with its last whole sentence, if there is one."""
 
     text: str
     cut: bool = False
@@ -47,7 +49,9 @@ class Description:
 
 @dataclass
 class VisionModel:
-    """A model that reads pictures, and its processor. `family`: transformers' name of the architecture."""
+    """A vision-language model and its processor.
+
+    `family`: transformers' name of the architecture."""
 
     name: str
     model: Any
@@ -61,10 +65,10 @@ class VisionModel:
         return str(self.model.config.model_type)
 
     def describe(self, picture: Image, instruction: str | None = None, *, max_tokens: int = 120) -> Description:
-        """Greedily, on one line, without what a terminal or a caption file could not show. `instruction`: what is
-        asked; by default INSTRUCTION in a chat, the family's own words elsewhere.
+        """Describe a picture greedily, on one line, without control characters.
 
-        Raises BaseError where the model cannot read the picture or the instruction."""
+        `instruction`: the prompt; by default INSTRUCTION for a chat model, else the family's own prompt.
+        Raises BaseError if the model cannot read the picture or the instruction."""
         import torch
 
         picture = picture.convert("RGB")
@@ -118,11 +122,11 @@ def _described(text: str, cut: bool) -> Description:
 def load_vision(
     name: str, *, dtype: str = "auto", device: str = "auto", say: Callable[[str], None] | None = None
 ) -> VisionModel:
-    """Find and load a vision-language model: a directory as transformers saves it, or a hub id. `dtype`, `device`,
-    `say`: as for `models.text.base.load_text`.
+    """Find and load a vision-language model: a transformers directory, or a hub id.
 
-    Raises BaseError (not found, not whole, no processor, no model that reads pictures and writes), ConfigError (an
-    unknown dtype or device), ResourceError (not enough memory)."""
+    `dtype`, `device`, `say`: as in `models.text.base.load_text`. Raises BaseError (not found, incomplete, no
+    processor, no model from pictures to text), ConfigError (an unknown dtype or device), ResourceError (not
+    enough memory)."""
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
@@ -130,7 +134,9 @@ def load_vision(
         AutoProcessor,
     )
 
-    path = base_outline(name, say=say) or find_base(name, say=say)  # of a hub's, its weights come when it is known
+    path = base_outline(name, say=say) or find_base(
+        name, say=say
+    )  # a hub model's weights are downloaded once its config is known
     file = path / "config.json"
     if not file.is_file():
         raise _no_model(path, "it has no config.json of transformers")
