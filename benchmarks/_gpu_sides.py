@@ -636,9 +636,9 @@ def products(task: Task) -> dict[str, Any]:
 def _ops(task: Task, figures: list[Figure]) -> str:
     """Adds ops of a training step, forward and backward, each by its library and by torch's reference; a note."""
     import torch
-    from veneer.ops.choice import pinned
 
     from veneer.ops.attention import RowLayout, rope_varlen_attention
+    from veneer.ops.dispatch import override_ops
     from veneer.ops.loss import token_nll
     from veneer.ops.norms import rms_norm
 
@@ -662,7 +662,7 @@ def _ops(task: Task, figures: list[Figure]) -> str:
     }
     for op, (library, leaf, run) in given.items():
         for name in (library, "torch"):
-            with pinned(**{op: name}):
+            with override_ops(**{op: name}):
                 one = min(_seconds(lambda: torch.autograd.grad(run().sum(), leaf), s.device, 10, warm=2))  # noqa: B023
             figures.append(Figure(f"{op}, {name}", 1 / one, "calls/s"))
             tell(_result(figures))
