@@ -11,16 +11,21 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check
 VLLM_VENV := .venv-vllm
 TINKER_VENV := .venv-tinker
+LIGHT_VENV := .venv-light
+SYSTEM_PYTHON ?= /usr/bin/python3
 NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
 TEST_FLAGS ?=
 ATTACKS := tests/attack $(addprefix tests/serve/,test_whole_bad.py test_whole_kill.py test_outages.py tenancy/test_kill.py tenancy/test_ledger.py)
+LIGHT := tests/test_errors.py tests/files/test_atomic.py tests/files/test_header.py tests/files/test_rights.py tests/formats/test_strengths.py \
+  tests/train/config/test_rewards.py tests/train/config/test_image.py tests/plan/test_plan.py tests/library/test_names.py
+LIGHT_BUT := postgresql or words_for_targets
 AT_ONCE := -n 2 --dist loadfile
 BENCH ?= text_training
 BENCH_FLAGS ?=
 GPU_FLAGS ?=
 STUDIO_FLAGS ?=
 
-.PHONY: help quickstart image-quickstart studio test test-browser test-slow test-random test-peers test-gpu gpu attack check format bench clean distclean
+.PHONY: help quickstart image-quickstart studio test test-fast test-light test-browser test-slow test-random test-peers test-gpu gpu attack check format bench clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -36,6 +41,12 @@ studio: $(VENV)/.ready-studio ## the page: adapters to look at, compare, mix, tr
 
 test: $(VENV)/.ready-dev ## the default tests: CPU, no network, two files at a time
 	@$(RUN) -m pytest $(AT_ONCE) $(TEST_FLAGS)
+
+test-fast: $(VENV)/.ready-dev ## the laws of core, formats, ops and configuration, in a minute
+	@$(RUN) -m pytest $(AT_ONCE) tests/core tests/formats tests/ops tests/train/config --ignore=tests/ops/cpu $(TEST_FLAGS)
+
+test-light: $(LIGHT_VENV)/.ready ## what needs no torch, on the system's own Python
+	@PYTHONPATH=src $(LIGHT_VENV)/bin/python -m pytest -q $(LIGHT) -k "not ($(LIGHT_BUT))"
 
 test-slow: $(VENV)/.ready-dev ## tests that take longer, the wheel among them
 	@$(RUN) -m pytest -m slow $(TEST_FLAGS)
@@ -75,7 +86,7 @@ clean: ## remove what runs, builds and tools left behind
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## the same, and the virtual environments
-	rm -rf $(VENV) $(VLLM_VENV) $(TINKER_VENV)
+	rm -rf $(VENV) $(VLLM_VENV) $(TINKER_VENV) $(LIGHT_VENV)
 
 # -- set-up: one stamp for each set of extras, renewed when pyproject.toml changes
 
@@ -116,6 +127,12 @@ $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.ready-peers: pyproject.toml | $(VENV)/bin/python
 	@$(PIP) -e '.[dev,peers]'
 	@touch $@ $(VENV)/.ready-dev
+
+$(LIGHT_VENV)/.ready: pyproject.toml
+	@$(SYSTEM_PYTHON) -m venv $(LIGHT_VENV)
+	@$(LIGHT_VENV)/bin/python -m pip install --disable-pip-version-check -q pytest hypothesis numpy pydantic pyyaml jinja2 regex filelock \
+	  rich typer sqlalchemy alembic fsspec huggingface-hub gguf psutil safetensors
+	@touch $@
 
 # vLLM pins versions of its own, so it has an environment of its own; veneer is in it as its plug-in, with the one package
 # that vLLM lacks. torchaudio and torchcodec come for another torch than the one beside them, and fail when imported.
