@@ -89,7 +89,7 @@ def arithmetic(quick: bool, rounds: int, say: Callable[[str], None]) -> tuple[li
     import torch
 
     from veneer.core.mix import mix_pairs
-    from veneer.core.truncate import Bound, truncate
+    from veneer.core.truncate import Bound, factors, truncated
 
     rows, bars = [], []
     for family, shapes in (("SDXL", sdxl_shapes()), ("FLUX", flux_shapes())):
@@ -107,7 +107,9 @@ def arithmetic(quick: bool, rounds: int, say: Callable[[str], None]) -> tuple[li
                 bound = Bound(rank=KEEP if name == "resize" else RANK)
 
                 def ours_now(parts: Any = parts, bound: Any = bound) -> Any:
-                    return truncate(parts[0][0], bound)[0] if len(parts) == 1 else mix_pairs(parts, "svd", bound)[0]
+                    if len(parts) > 1:
+                        return mix_pairs(parts, "svd", bound)[0]
+                    return truncated(*factors(parts[0][0]), parts[0][0], bound, torch.float32)[0]
 
                 delta = sum(w * p.scale * (p.B @ p.A) for p, w in parts)
                 start = time.perf_counter()

@@ -10,24 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tests.core.test_layers import IDS, trained
 from tests.families import FAMILIES
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, create
 from veneer.core.layers import Layer
 from veneer.errors import AdapterError, ConfigError
 from veneer.ops.lora_segments import LoraSegments
 
-IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 EVERYTHING = LoraSpec(
     rank=2,
     targets=("all-linear",),
     modules_to_save=("model.norm", "re:.*layers.0.(mlp|feed_forward)"),
     token_rows={"embed_tokens": (5, 9)},
 )
-
-
-def trained(model: nn.Module, spec: LoraSpec, seed: int = 0) -> Adapter:
-    g = torch.Generator().manual_seed(seed)
-    return create(model, spec, seed=seed).mapped(lambda t: t + 0.1 * torch.randn(t.shape, generator=g))
 
 
 def logits(model: nn.Module) -> Tensor:

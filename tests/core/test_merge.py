@@ -8,18 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.core.test_layers import IDS, trained
 from tests.families import FAMILIES
-from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
+from veneer.core import Adapter, LoraSpec, Pair, attach, delta, merged_state
 from veneer.core.merge import adapted_norm, low_rank_norm
 from veneer.errors import AdapterError
 from veneer.ops.quantized import quantize
-
-IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
-
-
-def trained(model: nn.Module, spec: LoraSpec, seed: int = 0, amount: float = 0.1) -> Adapter:
-    g = torch.Generator().manual_seed(seed)
-    return create(model, spec, seed=seed).mapped(lambda t: t + amount * torch.randn(t.shape, generator=g))
 
 
 def loaded(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -400,15 +400,17 @@ def merge_shards(
     folder: str | Path,
     *,
     seed: int | None = None,
-    names: Callable[[str], str] | None = None,
     seen: str = "",
     accept_loss: bool = True,
 ) -> MergeReport:
     """Write the model folder `base` with `adapters` merged in to `folder`, without loading it.
 
-    Every safetensors file is rewritten with the same header: weights keep their dtype, and weights that
-    the mix does not change keep their bytes. All other files are copied. One weight at a time is in
-    memory, in float32. The folder appears complete or not at all.
+    Every safetensors file is rewritten with the same header, so that a weight keeps its dtype and what the mix does not
+    touch keeps its bytes; all other files are copied. One weight is in memory at a time, in float32. `base`: a folder
+    of transformers' or diffusers' (where the first part of an adapter's name is a component's folder). `seed`: round
+    stochastically without bias (core.rounding), with this seed. `accept_loss`: as in `merge`. `seen`: nf4, fp4 or int8
+    for adapters trained over such weights: every quantizable weight is written in its dequantized form, with the mix
+    folded in. The folder appears whole or not at all.
 
     base: a folder of transformers' or diffusers' (the first part of an adapter's name is then a
     component's folder).
@@ -428,7 +430,7 @@ def merge_shards(
     chosen = [using.parse_spec(a) for a in adapters]
     mix = [(using.read_adapter(name).adapter, strength) for name, strength in chosen]
     parts = checkpoint_parts(base)
-    plan = _plan(parts, _as_stored(parts, mix), names or (lambda name: name))
+    plan = _plan(parts, _as_stored(parts, mix))
     quantised = _seen_weights(base, parts, seen) if seen else frozenset()
     report = MergeReport(str(folder), str(base), seen=seen)
     report.rounding = _rounding_name(seed)
@@ -496,7 +498,7 @@ def _as_stored(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -
     return [(replace(adapter, pairs=as_stored(adapter.pairs, part.find, kinds)), s) for adapter, s in mix]
 
 
-def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names: Callable[[str], str]) -> Plan:
+def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Plan:
     """Return where every change goes; check all changes on the meta device before anything is written.
 
     If two modules share a weight, an attached adapter changes only the module it names; token rows change both. The
@@ -518,8 +520,8 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names:
                 problems.append(f"{name}: the base has no component {component!r}, only {', '.join(parts)}")
                 continue
             part, config = parts[component], configs[component]
-            tensor = part.find(names(rest))
-            weight = tensor or names(rest)
+            tensor = part.find(rest)
+            weight = tensor or rest
             shared = next((group for group in tied[component] if weight in {*group, *group.values()}), {})
             rows = name.removesuffix(".weight") in adapter.token_rows
             if shared and not rows:

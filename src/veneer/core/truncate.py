@@ -146,21 +146,21 @@ def rounding(exact: tuple[Tensor, Tensor], pair: Pair) -> float:
 # -- exact, from low-rank factors --------------------------------------------------------------------------------------
 
 
-def thin_svd(A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U, S, V) with s·B·A = U·diag(S)·V, float64.
+def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, V) with B·A = U·diag(S)·V: U (…, out, k), S (…, k) falling, V (…, k, n), k = min(rank, out, n), float64.
 
     A: (…, rank, n), B: (…, out, rank). U (…, out, k), S (…, k) descending, V (…, k, n), k = min(rank, out,
     n). Exact: thin QR of both factors and the decomposition of the small core."""
     QB, RB = torch.linalg.qr(B.double())
     QA, RA = torch.linalg.qr(A.double().mT)
-    U, S, V = torch.linalg.svd(scale * (RB @ RA.mT), full_matrices=False)
+    U, S, V = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
     return QB @ U, S, V @ QA.mT
 
 
-def singular_values(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """Return S of `thin_svd`, without its vectors."""
+def singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """S of `thin_svd`, without its vectors."""
     RB, RA = (torch.linalg.qr(t.double(), mode="r")[1] for t in (B, A.mT))
-    values: Tensor = torch.linalg.svdvals(scale * (RB @ RA.mT))
+    values: Tensor = torch.linalg.svdvals(RB @ RA.mT)
     return values
 
 
@@ -180,19 +180,9 @@ def rank_for(S: Tensor, bound: Bound) -> int:
     return int((dropped > allowed * total).sum(-1).max()) + 1
 
 
-def truncate(pair: Pair, bound: Bound, dtype: torch.dtype = torch.float32) -> tuple[Pair, Cut]:
-    """Return the best pair within `bound`, and the error.
-
-    The pair has scale 1 and balanced factors, U·√S and √S·V. `Cut.error` is the norm of the dropped
-    singular values; rounding to `dtype` is reported separately. Raises AdapterError for a pair with a
-    magnitude, whose change is not B·A."""
-    if pair.magnitude is not None:
-        raise AdapterError("a pair with a magnitude (DoRA) is not low rank without its base", fix="give the base")
-    return truncated(*factors(pair), pair, bound, dtype)
-
-
 def truncated(A: Tensor, B: Tensor, model: Pair, bound: Bound, dtype: torch.dtype) -> tuple[Pair, Cut]:
-    """Truncate factors to a pair like `model`; see `truncate`."""
+    """The best pair of B·A within `bound` (like `model`, of scale 1, A and B balanced: U·√S and √S·V), and what was
+    cut. `Cut.error` is that of the singular values dropped; rounding to `dtype` comes on top."""
     U, S, V = thin_svd(A, B)
     k = rank_for(S, bound)
     root = S[..., :k].sqrt()

@@ -98,19 +98,16 @@ def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
 
 
 class Mixer:
-    """The adapters of one image base, as a context manager.
+    """The adapters of one image base. A context manager: they are off at its end.
 
     On exit the adapters are detached, unless `attachment` was given. `sources`: attached adapters by
     requested name. `say` is called once with each note for the user."""
 
-    def __init__(
-        self, base: ImageBase, *, attachment: Attachment | None = None, say: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, base: ImageBase, *, say: Callable[[str], None] | None = None) -> None:
         self.base = base
         self.modules = [name for name, _ in base_modules(base.model) if name]
-        self.attachment = attachment or attach(base.model)
+        self.attachment = attach(base.model)
         self.sources: dict[str, AdapterSource] = {}
-        self._owned = attachment is None
         self._say, self._said = say, set[str]()
         self._parts: dict[tuple[str, Strength], NamedMix] = {}
         self._controls: dict[str, Any] = {}
@@ -167,8 +164,7 @@ class Mixer:
         return mix_plan([(strength, self._divided(name, strength)) for name, strength in parsed])
 
     def close(self) -> None:
-        if self._owned:
-            self.attachment.detach()
+        self.attachment.detach()
 
     def __enter__(self) -> Mixer:
         return self

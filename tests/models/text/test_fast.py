@@ -191,14 +191,7 @@ def test_what_acts_is_asked_at_every_call() -> None:
 
 def test_a_head_with_a_pair_is_called_not_read() -> None:
     model = FAMILIES["qwen3"]()
-    spec = LoraSpec(rank=4, targets=("lm_head", "embed_tokens"))
-    attachment = attach(model.requires_grad_(False))
-    adapter = create(model, spec, seed=0)
-    gen = torch.Generator().manual_seed(1)
-    for pair in adapter.pairs.values():
-        pair.B = torch.randn(pair.B.shape, generator=gen) * 0.1
-    attachment.add("a", adapter, trainable=True)
-    attachment.use("a")
+    attachment = attached(model, targets=("lm_head", "embed_tokens"))
     wanted = gradients(model, attachment)
     with fast(model):
         got = gradients(model, attachment)
@@ -219,20 +212,15 @@ def test_a_norm_that_only_looks_like_one_is_left_alone() -> None:
         torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
 
 
-def test_llama4_rows_longer_than_a_chunk_go_the_padded_way() -> None:
-    model = FAMILIES["llama4"]().requires_grad_(False)
-    model.config.attention_chunk_size = 16
-    wanted = padded_loss(model, *rows())
-    with fast(model):
-        torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
-
-
-def test_llama4_batches_longer_than_its_floor_go_the_padded_way() -> None:
-    """Its layers without positions scale queries by the place in the row as transformers counts it: in the batch."""
-    model = FAMILIES["llama4"](floor_scale=30).requires_grad_(False)
+@pytest.mark.parametrize(("settings", "chunk"), [({}, 16), ({"floor_scale": 30}, None)], ids=["chunk", "floor"])
+def test_llama4_rows_or_batches_too_long_go_the_padded_way(settings: dict[str, Any], chunk: int | None) -> None:
+    """Rows longer than a chunk; and batches longer than the floor: layers without positions scale queries by the place
+    in the row as transformers counts it, in the batch."""
+    model = FAMILIES["llama4"](**settings).requires_grad_(False)
+    model.config.attention_chunk_size = chunk or model.config.attention_chunk_size
     wanted = padded_loss(model, *rows())
     with fast(model) as how:
-        assert how.rows
+        assert how.rows == (chunk is None)
         torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
 
 

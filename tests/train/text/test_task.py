@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.forks import Forked
+from tests.models.text.test_offload import InOrder
 from tests.tiny_base import tiny_base_dir
 from tests.train.stopping import interrupt_at
 from tests.train.text.tiny_runs import TENSORS, train, values_of, with_rows, write_rows
@@ -32,7 +33,7 @@ from veneer.files.safetensors import read_tensors
 from veneer.formats import peft
 from veneer.formats.card import read_card
 from veneer.models.text.base import TextBase, load_text
-from veneer.models.text.offload import HostStore, InOrder
+from veneer.models.text.offload import HostStore
 from veneer.train import checkpoint, loop
 from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE

@@ -2,7 +2,7 @@
 
     measured_activations(forward, parameters)    bytes that a forward pass keeps for its backward pass
     recomputing(base)                            diffusers' own activation checkpointing, for a with-block
-    offloading(base, blocks, device)             weights of this many transformer blocks on the CPU, for a with-block
+    offloading(base, blocks)                     so many transformer blocks' weights on the CPU, for a with-block
     park(base, names), fetched(base, names)      whole components on the CPU, and back for a with-block
 
 Uses modules and tensors only; no adapters, no data.
@@ -79,14 +79,13 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def offloading(base: ImageBase, count: int, device: torch.device | None = None) -> Iterator[int]:
-    """Keep the frozen weights of the last `count` blocks on the CPU. Yields the bytes offloaded.
+def offloading(base: ImageBase, count: int) -> Iterator[int]:
+    """Keeps the frozen weights of the last `count` blocks on the CPU; each comes to the base's device for its forward
+    pass. Yields the bytes that leave the device.
 
-    A block's weights are copied to `device` (the base's by default) for its forward pass. With recomputation,
-    the forward runs again in the backward pass and the weights are copied again; autograd frees its copies
-    when the block's gradient is computed. Weights are never written; afterwards the original tensors are
-    restored. Trainable parameters stay on the device."""
-    target = device or base.device
+    With recomputation a block's forward runs again in the backward pass, and then too its weights come: what autograd
+    keeps of them is freed once the block's gradient is there. Weights are never written; afterwards the same tensors
+    are where they were. Trainable parameters stay on the device."""
     chosen = blocks_of(base.denoiser)[-count:] if count else []
     undo: list[Callable[[], None]] = []
     moved = 0
@@ -96,10 +95,10 @@ def offloading(base: ImageBase, count: int, device: torch.device | None = None) 
             for module in block.modules():
                 for name, p in module._parameters.items():
                     if p is not None and not p.requires_grad:
-                        away = nn.Parameter(_to_cpu(p.data, target), requires_grad=False)
+                        away = nn.Parameter(_to_cpu(p.data, base.device), requires_grad=False)
                         homes.append((module, name, p, away))
                         moved += p.numel() * p.element_size()
-            undo.append(_hook(block, homes, target))
+            undo.append(_hook(block, homes, base.device))
         yield moved
     finally:
         for put_back in undo:

@@ -21,20 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def bare_text(
-    config: PreTrainedConfig, *, dtype: torch.dtype, quantise: str | None = None, buffers: bool = False
-) -> Any:
-    """Build the frozen causal language model of `config` in eval mode, with its weights on the meta device.
+def bare_text(config: PreTrainedConfig, *, dtype: torch.dtype, quantise: str = "") -> Any:
+    """Build the frozen causal language model of `config` in eval mode, with its weights on the meta device and its
+    buffers, with their values, on the CPU.
 
-    `quantise`: the linear weights are doubly quantized codes, as `load_text` would make them. `buffers`: buffers are on
-    the CPU and have their values."""
+    `quantise`: the linear weights are doubly quantized codes, as `load_text` would make them."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
     meta = torch.device("meta")
-    made_on = init_empty_weights(include_buffers=False) if buffers else meta
     with loading(), no_init_weights():
-        with made_on:
+        with init_empty_weights(include_buffers=False):
             model = _built(config, dtype)
         model.tie_weights()
         if quantise:

@@ -317,7 +317,7 @@ def _unread_model(
 
     if path.is_file() or (quantised and saved):
         return None, None, f"they are quantised in their files ({quantised or 'GGUF'})"
-    model = bare_text(config, dtype=dtype, quantise=quantised or None, buffers=True)
+    model = bare_text(config, dtype=dtype, quantise=quantised)
     found = Unread.of(model, table, quantised, dtype)
     if isinstance(found, str):
         return None, None, found

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from veneer.ops.device_transfer import sent
 from veneer.ops.step_sizes import COPIES_OUT
 
 _LEAST = 1 << 20
@@ -70,22 +69,6 @@ class CudaLane:
 
     def handed_over(self, tensor: Tensor) -> None:
         tensor.record_stream(torch.cuda.current_stream(self._device))
-
-
-class InOrder:
-    """Copy synchronously. For meta tensors, with which a step is traced."""
-
-    def out(self, source: Tensor, into: Tensor) -> Any:
-        into.copy_(source, non_blocking=True)
-
-    def back(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
-        return sent(source, device), None
-
-    def wait(self, mark: Any) -> None:
-        """Do nothing, because no copy is pending."""
-
-    def handed_over(self, tensor: Tensor) -> None:
-        """Do nothing, because no other stream uses the tensor."""
 
 
 class _Waiting:
