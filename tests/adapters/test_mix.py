@@ -210,14 +210,10 @@ def test_strength_by_block_is_exact_and_reported(two, tmp_path):
 
 
 UNET = [
-    "unet.conv_in",
-    "unet.down_blocks.1.attentions.0.proj_in",
-    "unet.down_blocks.0.downsamplers.0.conv",
-    "unet.mid_block.attentions.0.proj_in",
-    "unet.up_blocks.0.upsamplers.0.conv",
-    "unet.up_blocks.1.resnets.2.conv1",
+    "unet.conv_in", "unet.down_blocks.1.attentions.0.proj_in", "unet.down_blocks.0.downsamplers.0.conv",
+    "unet.mid_block.attentions.0.proj_in", "unet.up_blocks.0.upsamplers.0.conv", "unet.up_blocks.1.resnets.2.conv1",
     "text_encoder.text_model.encoder.layers.0.mlp.fc1",
-]
+]  # fmt: skip
 
 
 def test_block_weights_in_a_list_are_kohya_s():

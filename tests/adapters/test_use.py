@@ -51,20 +51,12 @@ def other_base(tmp_path: Path, **changes: Any) -> TextBase:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("a", ("a", 1.0)),
-        ("runs/a:0.5", ("runs/a", 0.5)),
-        ("a:-1", ("a", -1.0)),
-        ("a:1e-1", ("a", 0.1)),
-        ("a:0", ("a", 0.0)),
-        ("a:b", ("a:b", 1.0)),
-        ("a:b:2", ("a:b", 2.0)),
-        (r"C:\runs\a", (r"C:\runs\a", 1.0)),
-        (("a", 2), ("a", 2.0)),
-        ("support@prod:0.8", ("support@prod", 0.8)),
-        ("sha256:1234", ("sha256:1234", 1.0)),
+        ("a", ("a", 1.0)), ("runs/a:0.5", ("runs/a", 0.5)), ("a:-1", ("a", -1.0)), ("a:1e-1", ("a", 0.1)),
+        ("a:0", ("a", 0.0)), ("a:b", ("a:b", 1.0)), ("a:b:2", ("a:b", 2.0)), (r"C:\runs\a", (r"C:\runs\a", 1.0)),
+        (("a", 2), ("a", 2.0)), ("support@prod:0.8", ("support@prod", 0.8)), ("sha256:1234", ("sha256:1234", 1.0)),
         ("sha256:12ab:0.5", ("sha256:12ab", 0.5)),
     ],
-)
+)  # fmt: skip
 def test_a_spec_is_a_name_and_a_strength(spec: Any, expected: tuple[str, float]) -> None:
     assert parse_spec(spec) == expected
 

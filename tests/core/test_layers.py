@@ -79,14 +79,10 @@ def test_a_pair_that_begins_as_a_part_of_a_16_bit_base_changes_no_bit_before_it_
 def test_what_is_more_than_one_plain_pair_is_no_projection() -> None:
     model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False).train()
     specs = {
-        "plain": {},
-        "other": {},
-        "dropped": {"dropout": 0.5},
-        "dora": {"dora": True},
-        "dropped dora": {"dora": True, "dropout": 0.5},
-        "pissa": {"init": "pissa"},
+        "plain": {}, "other": {}, "dropped": {"dropout": 0.5}, "dora": {"dora": True},
+        "dropped dora": {"dora": True, "dropout": 0.5}, "pissa": {"init": "pissa"},
         "dropped pissa": {"init": "pissa", "dropout": 0.5},
-    }
+    }  # fmt: skip
     adapters = {name: trained(model, LoraSpec(rank=2, targets=("0",), **more)) for name, more in specs.items()}  # type: ignore[arg-type]
     plain = adapters["plain"]
     with attach(model) as attachment:

@@ -26,40 +26,24 @@ loaders = pytest.importorskip("diffusers.loaders")
 pytest.importorskip("diffusers.loaders.lora_pipeline")
 
 UNET = [
-    "conv_in",
-    "time_embedding.linear_1",
-    "add_embedding.linear_2",
-    "down_blocks.1.attentions.0.proj_in",
+    "conv_in", "time_embedding.linear_1", "add_embedding.linear_2", "down_blocks.1.attentions.0.proj_in",
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
-    "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k",
-    "down_blocks.1.downsamplers.0.conv",
-    "mid_block.resnets.0.conv1",
-    "mid_block.resnets.0.time_emb_proj",
+    "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k", "down_blocks.1.downsamplers.0.conv",
+    "mid_block.resnets.0.conv1", "mid_block.resnets.0.time_emb_proj",
     "mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj",
-    "up_blocks.0.attentions.2.transformer_blocks.9.attn1.to_v",
-    "up_blocks.0.resnets.0.conv_shortcut",
-    "up_blocks.1.upsamplers.0.conv",
-    "conv_out",
-]
+    "up_blocks.0.attentions.2.transformer_blocks.9.attn1.to_v", "up_blocks.0.resnets.0.conv_shortcut",
+    "up_blocks.1.upsamplers.0.conv", "conv_out",
+]  # fmt: skip
 CLIP = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1", "encoder.layers.1.self_attn.out_proj"]
 CLIP = [f"text_model.{name}" for name in CLIP]
 FLUX = [
-    "x_embedder",
-    "context_embedder",
-    "time_text_embed.timestep_embedder.linear_1",
-    "time_text_embed.guidance_embedder.linear_2",
-    "transformer_blocks.0.norm1.linear",
-    "transformer_blocks.0.attn.to_q",
-    "transformer_blocks.1.attn.add_k_proj",
-    "transformer_blocks.1.attn.to_add_out",
-    "transformer_blocks.1.ff_context.net.0.proj",
-    "single_transformer_blocks.0.attn.to_k",
-    "single_transformer_blocks.1.proj_mlp",
-    "single_transformer_blocks.1.proj_out",
-    "norm_out.linear",
-    "proj_out",
-]
+    "x_embedder", "context_embedder", "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.guidance_embedder.linear_2", "transformer_blocks.0.norm1.linear", "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.1.attn.add_k_proj", "transformer_blocks.1.attn.to_add_out",
+    "transformer_blocks.1.ff_context.net.0.proj", "single_transformer_blocks.0.attn.to_k",
+    "single_transformer_blocks.1.proj_mlp", "single_transformer_blocks.1.proj_out", "norm_out.linear", "proj_out",
+]  # fmt: skip
 
 
 class Pipeline:
@@ -207,17 +191,12 @@ def test_diffusers_splits_our_fused_kohya_file_of_flux_the_same():
 @pytest.mark.parametrize(
     ("family", "mixin"),
     [
-        ("sd15", "StableDiffusionLoraLoaderMixin"),
-        ("sd2", "StableDiffusionLoraLoaderMixin"),
-        ("sdxl", "StableDiffusionXLLoraLoaderMixin"),
-        ("flux1", "FluxLoraLoaderMixin"),
-        ("flux2", "Flux2LoraLoaderMixin"),
-        ("qwen-image", "QwenImageLoraLoaderMixin"),
-        ("z-image", "ZImageLoraLoaderMixin"),
-        ("sd3", "SD3LoraLoaderMixin"),
-        ("sd3-large", "SD3LoraLoaderMixin"),
+        ("sd15", "StableDiffusionLoraLoaderMixin"), ("sd2", "StableDiffusionLoraLoaderMixin"),
+        ("sdxl", "StableDiffusionXLLoraLoaderMixin"), ("flux1", "FluxLoraLoaderMixin"),
+        ("flux2", "Flux2LoraLoaderMixin"), ("qwen-image", "QwenImageLoraLoaderMixin"),
+        ("z-image", "ZImageLoraLoaderMixin"), ("sd3", "SD3LoraLoaderMixin"), ("sd3-large", "SD3LoraLoaderMixin"),
     ],
-)
+)  # fmt: skip
 def test_no_pipeline_takes_our_names_for_anothers(family, mixin, tmp_path):
     """What its converters make of the keys of every module that we write: nothing; and the settings arrive."""
     loader = getattr(loaders.lora_pipeline, mixin)

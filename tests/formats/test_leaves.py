@@ -68,14 +68,10 @@ def test_what_no_adapter_ends_like_is_no_leaf(key):
 
 
 NAMINGS = [
-    ("lora_down.weight", "lora_up.weight"),
-    ("lora_A.weight", "lora_B.weight"),
-    ("lora_A.default.weight", "lora_B.default.weight"),
-    ("lora.down.weight", "lora.up.weight"),
-    ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
-    ("down.weight", "up.weight"),
-    ("down", "up"),
-]
+    ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight"),
+    ("lora_A.default.weight", "lora_B.default.weight"), ("lora.down.weight", "lora.up.weight"),
+    ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"), ("down.weight", "up.weight"), ("down", "up"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("down", "up"), NAMINGS)

@@ -268,14 +268,10 @@ def test_a_card_inside_is_not_trusted_to_have_the_right_types():
 def test_times_and_numbers_of_sd_scripts():
     card = card_from_metadata(
         {
-            "ss_training_finished_at": "1700000000.5",
-            "ss_network_dim": "Dynamic",
-            "ss_network_alpha": "0.5",
-            "ss_sd_model_name": "None",
-            "ss_unet_lr": "0.0001",
-            "ss_text_encoder_lr": "None",
+            "ss_training_finished_at": "1700000000.5", "ss_network_dim": "Dynamic", "ss_network_alpha": "0.5",
+            "ss_sd_model_name": "None", "ss_unet_lr": "0.0001", "ss_text_encoder_lr": "None",
         }
-    )
+    )  # fmt: skip
     assert (card.created, card.rank, card.alpha, card.base) == ("2023-11-14T22:13:20+00:00", 0, 0.5, "")
     assert card.recipe["unet_lr"] == "0.0001"
     assert "text_encoder_lr" not in card.recipe

@@ -165,14 +165,8 @@ def test_a_card_comes_back_and_unknown_keys_are_kept(tmp_path):
 
 def test_every_field_of_the_wrong_type_is_listed(tmp_path):
     wrong = {
-        "rank": "4",
-        "alpha": True,
-        "targets": "q",
-        "metrics": [],
-        "licence": 1,
-        "veneer": 2,
-        "files": {"../x": "y"},
-    }
+        "rank": "4", "alpha": True, "targets": "q", "metrics": [], "licence": 1, "veneer": 2, "files": {"../x": "y"},
+    }  # fmt: skip
     raw = json.loads(card_bytes(Card())) | wrong
     (tmp_path / CARD_FILE).write_text(json.dumps(raw))
     with pytest.raises(AdapterError) as caught:

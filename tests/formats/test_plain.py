@@ -93,15 +93,11 @@ SEEN: dict[str, dict[str, Any]] = {
     "excluded": {"exclude_modules": r".*layers\.0.*"},
 }
 UNSEEN: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True},
-    "bias of the pair": {"lora_bias": True},
-    "full copies": {"modules_to_save": ["norm"]},
-    "token rows": {"trainable_token_indices": [3, 5]},
-    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "dora": {"use_dora": True}, "bias of the pair": {"lora_bias": True}, "full copies": {"modules_to_save": ["norm"]},
+    "token rows": {"trainable_token_indices": [3, 5]}, "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "head, with PEFT's copy of it": {"target_modules": ["lm_head", "q_proj"]},
-    "idle target": {"target_modules": [*Q_V, "fc_in"]},
-    "idle pattern": {"rank_pattern": {"fc_in": 3}},
-}
+    "idle target": {"target_modules": [*Q_V, "fc_in"]}, "idle pattern": {"rank_pattern": {"fc_in": 3}},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [*SEEN, *UNSEEN])

@@ -255,25 +255,17 @@ def test_gguf_by_its_ending(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("key", "fmt"),
     [
-        ("unet:0:up", "cloneofsimo"),
-        ("double_blocks.0.processor.qkv_lora1.down.weight", "xlabs"),
+        ("unet:0:up", "cloneofsimo"), ("double_blocks.0.processor.qkv_lora1.down.weight", "xlabs"),
         ("single_blocks.0.norm.query_norm.scale", "bfl-control"),
-        ("double_blocks.0.img_attn.qkv.lora_B.bias", "bfl-control"),
-        ("lycoris_x.lora_up.weight", "lycoris"),
-        ("lora_unet_x.hada_w1_a", "lycoris"),
-        ("lora_unet_x.lokr_w2", "lycoris"),
-        ("lora_unet_x.diff_b", "lycoris"),
-        ("lora_transformer_x.alpha", "onetrainer"),
-        ("lora_te2_x.lora_mid.weight", "kohya"),
-        ("diffusion_model.x.lora_A.weight", "comfyui"),
-        ("base_model.model.x.lora_A.weight", "peft"),
+        ("double_blocks.0.img_attn.qkv.lora_B.bias", "bfl-control"), ("lycoris_x.lora_up.weight", "lycoris"),
+        ("lora_unet_x.hada_w1_a", "lycoris"), ("lora_unet_x.lokr_w2", "lycoris"), ("lora_unet_x.diff_b", "lycoris"),
+        ("lora_transformer_x.alpha", "onetrainer"), ("lora_te2_x.lora_mid.weight", "kohya"),
+        ("diffusion_model.x.lora_A.weight", "comfyui"), ("base_model.model.x.lora_A.weight", "peft"),
         ("unet.x.processor.to_q_lora.up.weight", "diffusers-old"),
         ("text_encoder.x.lora_linear_layer.up.weight", "diffusers-old"),
-        ("text_encoder_2.x.lora_A.weight", "diffusers"),
-        ("x.lora_down.weight", "plain"),
-        ("x.y", "unknown"),
+        ("text_encoder_2.x.lora_A.weight", "diffusers"), ("x.lora_down.weight", "plain"), ("x.y", "unknown"),
     ],
-)
+)  # fmt: skip
 def test_each_layout_has_its_name(key: str, fmt: str) -> None:
     name, reasons = detect_format([key], {})
     assert (name, len(reasons)) == (fmt, 1)

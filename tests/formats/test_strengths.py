@@ -36,25 +36,15 @@ def test_a_full_spec_is_read_and_written_back() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "nothing stands"),
-        ("down=x", "not a strength"),
-        ("down=inf", "not a strength"),
-        ("=1", "no key"),
-        ("down=1,down=2", "twice"),
-        ("steps=0-2", "not a range"),
-        ("steps=0.6-0.2", "not a range"),
-        ("steps=0-0.6+0.5-1", "overlap"),
-        ("steps=half", "not a range"),
-        ("steps=0-1,steps=0-1", "twice"),
-        ("1,2,3", "a list of 3"),
-        ("1,0,0,0,1,1,1,1,1,1,0,0,down=1", "two ways"),
-        ("campaign=prodcut", "no role of a campaign.*did you mean product"),
-        ("campaign=", "no role of a campaign"),
-        ("campaign=brand,campaign=lens", "twice"),
-        ("campaign=brand,steps=0-0.6", "says blocks and steps itself"),
+        ("", "nothing stands"), ("down=x", "not a strength"), ("down=inf", "not a strength"), ("=1", "no key"),
+        ("down=1,down=2", "twice"), ("steps=0-2", "not a range"), ("steps=0.6-0.2", "not a range"),
+        ("steps=0-0.6+0.5-1", "overlap"), ("steps=half", "not a range"), ("steps=0-1,steps=0-1", "twice"),
+        ("1,2,3", "a list of 3"), ("1,0,0,0,1,1,1,1,1,1,0,0,down=1", "two ways"),
+        ("campaign=prodcut", "no role of a campaign.*did you mean product"), ("campaign=", "no role of a campaign"),
+        ("campaign=brand,campaign=lens", "twice"), ("campaign=brand,steps=0-0.6", "says blocks and steps itself"),
         ("campaign=brand,down=1", "says blocks and steps itself"),
     ],
-)
+)  # fmt: skip
 def test_what_is_not_understood_is_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         parse_strength(text)

@@ -215,19 +215,13 @@ def test_switching_does_the_same_with_3_and_with_60_known(base: ImageBase, brand
 @pytest.mark.parametrize(
     ("name", "label"),
     [
-        ("brand", "brand"),
-        ("brand@2", "brand"),
-        ("runs/brand/", "brand"),
-        ("a/my.style.safetensors", "my.style"),
-        ("runs/brand/adapter", "brand"),
-        ("runs/brand/adapter_model.safetensors", "brand"),
+        ("brand", "brand"), ("brand@2", "brand"), ("runs/brand/", "brand"), ("a/my.style.safetensors", "my.style"),
+        ("runs/brand/adapter", "brand"), ("runs/brand/adapter_model.safetensors", "brand"),
         ("runs/brand/adapter/adapter_model.safetensors", "brand"),
-        ("hub/look/pytorch_lora_weights.safetensors", "look"),
-        ("adapter", "adapter"),
-        ("a, b: <c>.safetensors", "a_ b_ _c_"),
-        ("sha256:3fa9c1", "sha256_3fa9c1"),
+        ("hub/look/pytorch_lora_weights.safetensors", "look"), ("adapter", "adapter"),
+        ("a, b: <c>.safetensors", "a_ b_ _c_"), ("sha256:3fa9c1", "sha256_3fa9c1"),
     ],
-)
+)  # fmt: skip
 def test_a_label_is_short_and_holds_no_mark_of_infotext(name: str, label: str) -> None:
     assert label_of(name) == label
 

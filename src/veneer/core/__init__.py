@@ -18,21 +18,9 @@ if TYPE_CHECKING:
     from veneer.core.targets import Target, resolve_targets
 
 __all__ = [
-    "Adapter",
-    "Attachment",
-    "Card",
-    "LoraSpec",
-    "NamedMix",
-    "Pair",
-    "Target",
-    "TokenRows",
-    "attach",
-    "create",
-    "delta",
-    "merged_state",
-    "resolve_targets",
-    "scale_of",
-]
+    "Adapter", "Attachment", "Card", "LoraSpec", "NamedMix", "Pair", "Target", "TokenRows", "attach", "create", "delta",
+    "merged_state", "resolve_targets", "scale_of",
+]  # fmt: skip
 
 
 class _Core(ModuleType):

@@ -58,17 +58,10 @@ _EMBEDDINGS = ("embed_tokens", "lm_head")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 SUFFIXES = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_B.bias": "bias",
-    ".lora_embedding_A": "rows A",
-    ".lora_embedding_B": "rows B",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".token_adapter.trainable_tokens_delta": "tokens",
-    ".base_layer.weight": "copy",
-    ".base_layer.bias": "copy",
-}
+    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias", ".lora_embedding_A": "rows A",
+    ".lora_embedding_B": "rows B", ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
+    ".token_adapter.trainable_tokens_delta": "tokens", ".base_layer.weight": "copy", ".base_layer.bias": "copy",
+}  # fmt: skip
 
 BaseLike = nn.Module | Structure | Iterable[str] | Callable[[], Any] | None
 """What a caller may give of the base: the model, its outline, or its module names."""

@@ -182,13 +182,9 @@ def _block_name(rest: str) -> str:
 
 
 _SHORT = {
-    "down": "down_blocks",
-    "mid": "mid_block",
-    "up": "up_blocks",
-    "double": "transformer.transformer_blocks",
-    "joint": "transformer.transformer_blocks",
-    "single": "transformer.single_transformer_blocks",
-}
+    "down": "down_blocks", "mid": "mid_block", "up": "up_blocks", "double": "transformer.transformer_blocks",
+    "joint": "transformer.transformer_blocks", "single": "transformer.single_transformer_blocks",
+}  # fmt: skip
 _RANGE = re.compile(r"(\d*\.?\d+(?:e-\d+)?)-(\d*\.?\d+(?:e-\d+)?)(?::(.+))?")
 _EXAMPLE = "as in brand:0.8@down=0.5,text=0,steps=0-0.6"
 

@@ -33,31 +33,16 @@ _NEGATIVE = "Negative prompt:"
 _USER_COMMENT = 0x9286
 
 SAMPLERS: dict[str, tuple[str, str]] = {
-    "euler": ("Euler", "Automatic"),
-    "euler-karras": ("Euler", "Karras"),
-    "euler-a": ("Euler a", "Automatic"),
-    "heun": ("Heun", "Automatic"),
-    "dpm2": ("DPM2", "Automatic"),
-    "dpm2-a": ("DPM2 a", "Automatic"),
-    "lms": ("LMS", "Automatic"),
-    "dpm++2m": ("DPM++ 2M", "Automatic"),
-    "dpm++2m-karras": ("DPM++ 2M", "Karras"),
-    "dpm++2m-sde": ("DPM++ 2M SDE", "Automatic"),
-    "dpm++2m-sde-karras": ("DPM++ 2M SDE", "Karras"),
-    "dpm++2s": ("DPM++ 2S", "Automatic"),
-    "ddim": ("DDIM", "DDIM"),
-    "ddpm": ("DDPM", "Automatic"),
-    "pndm": ("PLMS", "Automatic"),
-    "unipc": ("UniPC", "Automatic"),
-    "unipc-karras": ("UniPC", "Karras"),
-    "deis": ("DEIS", "Automatic"),
-    "lcm": ("LCM", "Automatic"),
-    "flow-euler": ("Euler", "Simple"),
-    "flow-heun": ("Heun", "Simple"),
-    "flow-dpm++2m": ("DPM++ 2M", "Simple"),
-    "flow-unipc": ("UniPC", "Simple"),
-}
-"""veneer's scheduler -> A1111's "Sampler" and "Schedule type"."""
+    "euler": ("Euler", "Automatic"), "euler-karras": ("Euler", "Karras"), "euler-a": ("Euler a", "Automatic"),
+    "heun": ("Heun", "Automatic"), "dpm2": ("DPM2", "Automatic"), "dpm2-a": ("DPM2 a", "Automatic"),
+    "lms": ("LMS", "Automatic"), "dpm++2m": ("DPM++ 2M", "Automatic"), "dpm++2m-karras": ("DPM++ 2M", "Karras"),
+    "dpm++2m-sde": ("DPM++ 2M SDE", "Automatic"), "dpm++2m-sde-karras": ("DPM++ 2M SDE", "Karras"),
+    "dpm++2s": ("DPM++ 2S", "Automatic"), "ddim": ("DDIM", "DDIM"), "ddpm": ("DDPM", "Automatic"),
+    "pndm": ("PLMS", "Automatic"), "unipc": ("UniPC", "Automatic"), "unipc-karras": ("UniPC", "Karras"),
+    "deis": ("DEIS", "Automatic"), "lcm": ("LCM", "Automatic"), "flow-euler": ("Euler", "Simple"),
+    "flow-heun": ("Heun", "Simple"), "flow-dpm++2m": ("DPM++ 2M", "Simple"), "flow-unipc": ("UniPC", "Simple"),
+}  # fmt: skip
+"""Our scheduler -> A1111's "Sampler" and "Schedule type"."""
 
 
 @dataclass(frozen=True)

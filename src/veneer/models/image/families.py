@@ -92,141 +92,65 @@ def _kinds(stem: str, image: str = "Img2Img", inpaint: str = "Inpaint") -> dict[
 _ONE_PROMPT = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
 
 
-def _stable(name: str, label: str, controlnets: Mapping[str, str] | None = None) -> ImageFamily:
-    stem = "StableDiffusion"
+def _stable(name: str, label: str, **more: Any) -> ImageFamily:
     return ImageFamily(
-        name,
-        label,
-        "unet",
-        "UNet2DConditionModel",
-        _kinds(stem),
-        _kinds(f"{stem}ControlNet"),
-        "ControlNetModel",
-        encoders=("text_encoder",),
-        flow=False,
-        controlnets=controlnets or {},
-        settings={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-        encoding=_ONE_PROMPT,
-    )
+        name, label, "unet", "UNet2DConditionModel", _kinds("StableDiffusion"), _kinds("StableDiffusionControlNet"),
+        "ControlNetModel", encoders=("text_encoder",), flow=False, encoding=_ONE_PROMPT,
+        settings={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}, **more,
+    )  # fmt: skip
 
 
-FAMILIES: Mapping[str, ImageFamily] = {
-    f.name: f
-    for f in [
-        _stable(
-            "sd15",
-            "Stable Diffusion 1.x",
-            {"canny": "lllyasviel/control_v11p_sd15_canny", "depth": "lllyasviel/control_v11f1p_sd15_depth"},
-        ),
-        _stable("sd2", "Stable Diffusion 2.x"),
-        ImageFamily(
-            "sdxl",
-            "SDXL",
-            "unet",
-            "UNet2DConditionModel",
-            _kinds("StableDiffusionXL"),
-            _kinds("StableDiffusionXLControlNet"),
-            "ControlNetModel",
-            encoders=("text_encoder", "text_encoder_2"),
-            flow=False,
-            controlnets={
-                "canny": "diffusers/controlnet-canny-sdxl-1.0",
-                "depth": "diffusers/controlnet-depth-sdxl-1.0",
-            },
-            settings={"add_watermarker": False},
-            encoding=_ONE_PROMPT,
-            pooled=2,
-            time_ids=True,
-        ),
-        ImageFamily(
-            "sd3",
-            "Stable Diffusion 3",
-            "transformer",
-            "SD3Transformer2DModel",
-            _kinds("StableDiffusion3"),
-            {"text": "StableDiffusion3ControlNetPipeline", "inpaint": "StableDiffusion3ControlNetInpaintingPipeline"},
-            "SD3ControlNetModel",
-            encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
-            readers={"tokenizer_3": 256, "tokenizer": 77},
-            patch=2,
-            encoding={**_ONE_PROMPT, "prompt_2": None, "prompt_3": None},
-            pooled=2,
-            controlnets={"canny": "InstantX/SD3-Controlnet-Canny", "depth": "InstantX/SD3-Controlnet-Depth"},
-        ),
-        ImageFamily(
-            "flux1",
-            "FLUX.1",
-            "transformer",
-            "FluxTransformer2DModel",
-            _kinds("Flux"),
-            _kinds("FluxControlNet"),
-            "FluxControlNetModel",
-            encoders=("text_encoder", "text_encoder_2"),
-            readers={"tokenizer_2": 512},
-            schnell=256,  # black-forest-labs/flux, t5_embedder
-            patch=2,
-            packed=True,
-            encoding={"prompt_2": None},
-            pooled=1,
-            distilled=True,
-            true_guidance=True,
-            editors=("FluxKontextPipeline",),
-            shifted=True,
-            controlnets={
-                "canny": "InstantX/FLUX.1-dev-Controlnet-Canny",
-                "depth": "Shakker-Labs/FLUX.1-dev-ControlNet-Depth",
-            },
-        ),
-        ImageFamily(
-            "flux2",
-            "FLUX.2",
-            "transformer",
-            "Flux2Transformer2DModel",
-            {"text": "Flux2Pipeline", "edit": "Flux2Pipeline"},
-            readers={"tokenizer": 512},
-            template="chat",
-            patch=2,
-            patched=True,
-            distilled=True,
-            editors=("Flux2Pipeline", "Flux2KleinPipeline"),
-            shifted=True,
-        ),
-        ImageFamily(
-            "qwen-image",
-            "Qwen-Image",
-            "transformer",
-            "QwenImageTransformer2DModel",
-            _kinds("QwenImage"),
-            {"text": "QwenImageControlNetPipeline", "inpaint": "QwenImageControlNetInpaintPipeline"},
-            "QwenImageControlNetModel",
-            readers={"tokenizer": 1024},
-            template="pipeline",
-            patch=2,
-            packed=True,
-            frames=True,
-            guidance="true_cfg_scale",
-            mask=1,
-            editors=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
-            shifted=True,
-        ),
-        ImageFamily(
-            "z-image",
-            "Z-Image",
-            "transformer",
-            "ZImageTransformer2DModel",
-            _kinds("ZImage"),
-            readers={"tokenizer": 512},
-            template="thinking",
-            patch=2,
-            apart=True,
-            unguided=0.0,  # pos + g·(pos − neg), unlike the others' neg + g·(pos − neg)
-            encoding={"do_classifier_free_guidance": False},
-            shifted=True,
-            unfit=("flow-unipc",),  # UniPC multiplies the sigmas, and the pipeline passes a list
-        ),
-    ]
-}
-
+_TABLE = [
+    _stable("sd15", "Stable Diffusion 1.x", controlnets={
+        "canny": "lllyasviel/control_v11p_sd15_canny", "depth": "lllyasviel/control_v11f1p_sd15_depth",
+    }),
+    _stable("sd2", "Stable Diffusion 2.x"),
+    ImageFamily(
+        "sdxl", "SDXL", "unet", "UNet2DConditionModel", _kinds("StableDiffusionXL"),
+        _kinds("StableDiffusionXLControlNet"), "ControlNetModel",
+        encoders=("text_encoder", "text_encoder_2"), flow=False, time_ids=True,
+        settings={"add_watermarker": False}, encoding=_ONE_PROMPT, pooled=2,
+        controlnets={"canny": "diffusers/controlnet-canny-sdxl-1.0", "depth": "diffusers/controlnet-depth-sdxl-1.0"},
+    ),
+    ImageFamily(
+        "sd3", "Stable Diffusion 3", "transformer", "SD3Transformer2DModel", _kinds("StableDiffusion3"),
+        {"text": "StableDiffusion3ControlNetPipeline", "inpaint": "StableDiffusion3ControlNetInpaintingPipeline"},
+        "SD3ControlNetModel",
+        encoders=("text_encoder", "text_encoder_2", "text_encoder_3"), readers={"tokenizer_3": 256, "tokenizer": 77},
+        patch=2, encoding={**_ONE_PROMPT, "prompt_2": None, "prompt_3": None}, pooled=2,
+        controlnets={"canny": "InstantX/SD3-Controlnet-Canny", "depth": "InstantX/SD3-Controlnet-Depth"},
+    ),
+    ImageFamily(
+        "flux1", "FLUX.1", "transformer", "FluxTransformer2DModel", _kinds("Flux"), _kinds("FluxControlNet"),
+        "FluxControlNetModel",
+        encoders=("text_encoder", "text_encoder_2"), readers={"tokenizer_2": 512},
+        schnell=256,  # black-forest-labs/flux, t5_embedder
+        patch=2, packed=True, encoding={"prompt_2": None}, pooled=1, distilled=True, true_guidance=True, shifted=True,
+        editors=("FluxKontextPipeline",), controlnets={
+            "canny": "InstantX/FLUX.1-dev-Controlnet-Canny", "depth": "Shakker-Labs/FLUX.1-dev-ControlNet-Depth",
+        },
+    ),
+    ImageFamily(
+        "flux2", "FLUX.2", "transformer", "Flux2Transformer2DModel", {"text": "Flux2Pipeline", "edit": "Flux2Pipeline"},
+        readers={"tokenizer": 512}, template="chat", patch=2, patched=True, distilled=True, shifted=True,
+        editors=("Flux2Pipeline", "Flux2KleinPipeline"),
+    ),
+    ImageFamily(
+        "qwen-image", "Qwen-Image", "transformer", "QwenImageTransformer2DModel", _kinds("QwenImage"),
+        {"text": "QwenImageControlNetPipeline", "inpaint": "QwenImageControlNetInpaintPipeline"},
+        "QwenImageControlNetModel",
+        readers={"tokenizer": 1024}, template="pipeline", patch=2, packed=True, frames=True, guidance="true_cfg_scale",
+        mask=1, editors=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"), shifted=True,
+    ),
+    ImageFamily(
+        "z-image", "Z-Image", "transformer", "ZImageTransformer2DModel", _kinds("ZImage"),
+        readers={"tokenizer": 512}, template="thinking", patch=2, apart=True, shifted=True,
+        unguided=0.0,  # pos + g·(pos − neg), where the others have neg + g·(pos − neg)
+        encoding={"do_classifier_free_guidance": False},
+        unfit=("flow-unipc",),  # the pipeline's sigmas are a list, which UniPC multiplies
+    ),
+]  # fmt: skip
+FAMILIES: Mapping[str, ImageFamily] = {family.name: family for family in _TABLE}
 
 PLANNED_FAMILIES: Mapping[str, ImageFamily] = {
     PLANNED_DENOISERS[f.classname]: f for f in FAMILIES.values() if f.classname in PLANNED_DENOISERS

@@ -530,18 +530,12 @@ def _check_widths(path: Path, parts: Mapping[str, Any]) -> None:
 
 
 _HELD = {
-    "model.diffusion_model.": {"unet", "transformer"},
-    "first_stage_model.": {"vae"},
-    "vae.": {"vae"},
-    "cond_stage_model.": {"text_encoder"},
-    "conditioner.embedders.0.": {"text_encoder"},
-    "conditioner.embedders.1.": {"text_encoder_2"},
-    "text_encoders.clip_l.": {"text_encoder"},
-    "text_encoders.clip_g.": {"text_encoder_2"},
-    "text_encoders.t5xxl.": {"text_encoder_2", "text_encoder_3"},
-    "double_blocks.": {"transformer"},
-    "joint_blocks.": {"transformer"},
-}
+    "model.diffusion_model.": {"unet", "transformer"}, "first_stage_model.": {"vae"}, "vae.": {"vae"},
+    "cond_stage_model.": {"text_encoder"}, "conditioner.embedders.0.": {"text_encoder"},
+    "conditioner.embedders.1.": {"text_encoder_2"}, "text_encoders.clip_l.": {"text_encoder"},
+    "text_encoders.clip_g.": {"text_encoder_2"}, "text_encoders.t5xxl.": {"text_encoder_2", "text_encoder_3"},
+    "double_blocks.": {"transformer"}, "joint_blocks.": {"transformer"},
+}  # fmt: skip
 
 
 def components_in(table: Iterable[StoredTensor]) -> set[str]:
@@ -711,21 +705,14 @@ _FLUX_WHOLE = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
 _FLUX_DOUBLE = {
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
+    "img_mod.lin": ("norm1.linear",), "txt_mod.lin": ("norm1_context.linear",),
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
+    "img_attn.norm.query_norm": ("attn.norm_q",), "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",), "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_attn.proj": ("attn.to_out.0",), "txt_attn.proj": ("attn.to_add_out",), "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",), "txt_mlp.0": ("ff_context.net.0.proj",), "txt_mlp.2": ("ff_context.net.2",),
+}  # fmt: skip
 _FLUX_SINGLE = {
     "modulation.lin": ("norm.linear",),
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
