@@ -68,16 +68,17 @@ def test_a_scale_that_no_file_states_is_asked_for(tmp_path: Path) -> None:
     alone = without_scale(tmp_path)
     with pytest.raises(AdapterError, match=r"does not state the scale .* of 1 module,") as caught:
         convert_adapter(alone, tmp_path / "out", "peft")
+    with pytest.raises(AdapterError, match="does not state the scale"):
+        convert_adapter(alone, tmp_path / "out", "peft", allow_partial=True)
+    bare = {k.removeprefix("base_model.model."): t for k, t in load_file(alone).items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    with pytest.raises(AdapterError, match="does not state the scale"):
+        read(tmp_path / "bare.safetensors")
     assert "veneer adapter convert FILE --alpha N --to peft -o FOLDER" in str(caught.value)
     convert_adapter(alone, tmp_path / "out", "peft", alpha=4.0)
     assert read(tmp_path / "out").adapter.digest() == read(tmp_path / "a").adapter.digest()
     with pytest.raises(AdapterError, match="alpha 4 is given, and the adapter's files state their own"):
         convert_adapter(tmp_path / "a", tmp_path / "again", "kohya", alpha=4.0)
-
-
-def test_partial_reading_assumes_no_scale(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="does not state the scale"):
-        convert_adapter(without_scale(tmp_path), tmp_path / "out", "peft", allow_partial=True)
 
 
 def test_every_use_refuses_a_scale_that_no_file_states(tmp_path: Path) -> None:
@@ -102,13 +103,6 @@ class Bare:
     fingerprint = ""
     family = "llama"
     model = torch.nn.Module()
-
-
-def test_names_without_a_prefix_do_not_state_a_scale_either(tmp_path: Path) -> None:
-    named = {k.removeprefix("base_model.model."): t for k, t in load_file(without_scale(tmp_path)).items()}
-    save_file(named, tmp_path / "bare.safetensors")
-    with pytest.raises(AdapterError, match="does not state the scale"):
-        read(tmp_path / "bare.safetensors")
 
 
 def test_inspect_reads_a_file_without_scale_and_says_so(tmp_path: Path) -> None:
