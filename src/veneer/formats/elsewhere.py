@@ -45,7 +45,8 @@ _LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.+)")
 _TOOLS = {"mlx": "mlx-lm", "tinker": "Tinker"}
 """Other tools' folders that have an adapter_config.json too."""
 
-_Found = Iterator[tuple[Literal["wrong", "refused"], str]]
+_Verdict = Literal["fine", "wrong", "refused"]
+_Found = Iterator[tuple[_Verdict, str]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ElsewhereVerdict:
 
     tool: str
     version: str
-    verdict: Literal["fine", "wrong", "refused"]
+    verdict: _Verdict
     why: tuple[str, ...]
     to: str
 
@@ -136,34 +137,26 @@ class _File:
 def elsewhere(path: Path, reading: Reading) -> list[ElsewhereVerdict]:
     """What each tool for its kind of base would do with the adapter at `path`, which was read as `reading`."""
     file = _File(path, reading)
-    tools: list[tuple[str, str, str, Callable[[_File], _Found], Callable[[_File], list[str]]]] = [
-        ("PEFT", "0.21", "peft", _peft, _peft_notes)
-    ]
+    tools: list[tuple[str, str, str, Callable[[_File], _Found]]] = [("PEFT", "0.21", "peft", _peft)]
     if file.of_image:
         tools += [
-            ("diffusers", "0.42", "diffusers", _diffusers, _no_notes),
-            ("ComfyUI", "comfy/lora.py 17358c8f", "comfyui", _comfyui, _no_notes),
-            ("sd-scripts and A1111", "networks/lora.py 02298e3", "kohya", _kohya, _no_notes),
+            ("diffusers", "0.42", "diffusers", _diffusers),
+            ("ComfyUI", "comfy/lora.py 17358c8f", "comfyui", _comfyui),
+            ("sd-scripts and A1111", "networks/lora.py 02298e3", "kohya", _kohya),
         ]
     else:
         tools += [
-            ("vLLM", "0.32", "vllm", _vllm, _vllm_notes),
-            ("TGI", "db931fcf", "tgi", _tgi, _no_notes),
-            ("llama.cpp", "convert_lora_to_gguf.py 0b03adaa", "gguf", _llama_cpp, _no_notes),
+            ("vLLM", "0.32", "vllm", _vllm),
+            ("TGI", "db931fcf", "tgi", _tgi),
+            ("llama.cpp", "convert_lora_to_gguf.py 0b03adaa", "gguf", _llama_cpp),
         ]
     out = []
-    for tool, version, to, look, notes in tools:
+    for tool, version, to, look in tools:
         found = list(look(file))
-        verdict: Literal["fine", "wrong", "refused"] = "wrong" if found else "fine"
-        if any(kind == "refused" for kind, _ in found):
-            verdict = "refused"
-        why = [what for kind, what in found if kind == verdict] or notes(file)
-        out.append(ElsewhereVerdict(tool, version, verdict, tuple(why), to))
+        worst: tuple[_Verdict, ...] = ("refused", "wrong")
+        verdict: _Verdict = next((kind for kind in worst if any(kind == k for k, _ in found)), "fine")
+        out.append(ElsewhereVerdict(tool, version, verdict, tuple(what for kind, what in found if kind == verdict), to))
     return out
-
-
-def _no_notes(file: _File) -> list[str]:
-    return []
 
 
 # -- PEFT, and what draws ----------------------------------------------------------------------------------------------
@@ -172,12 +165,8 @@ def _no_notes(file: _File) -> list[str]:
 def _peft(file: _File) -> _Found:
     if not file.is_folder:
         yield "refused", f"it loads a folder with {CONFIG_FILE}, where ranks and scales stand; {file.is_no_folder}"
-
-
-def _peft_notes(file: _File) -> list[str]:
-    return ["of an image model's denoiser: PeftModel.from_pretrained(pipe.unet or pipe.transformer, FOLDER)"] * (
-        file.of_image and file.is_folder
-    )
+    elif file.of_image:
+        yield "fine", "of an image model's denoiser: PeftModel.from_pretrained(pipe.unet or pipe.transformer, FOLDER)"
 
 
 def _diffusers(file: _File) -> _Found:
@@ -292,12 +281,9 @@ def _vllm(file: _File) -> _Found:
         yield "refused", reason
     if patterns := _patterns(file):
         yield "wrong", f"before 0.32 it drops {' and '.join(patterns)}: one alpha/r acts in every module"
-
-
-def _vllm_notes(file: _File) -> list[str]:
     rank = max((p.rank for p in file.adapter.pairs.values()), default=0)
-    need = next((n for n in MAX_VLLM_RANKS if n >= rank), None)
-    return [] if need is None or need <= 16 else [f"start it with --max-lora-rank {need} or more; its default is 16"]
+    if (need := next((n for n in MAX_VLLM_RANKS if n >= rank), 0)) > 16:
+        yield "fine", f"start it with --max-lora-rank {need} or more; its default is 16"
 
 
 def _tgi(file: _File) -> _Found:

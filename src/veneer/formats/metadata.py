@@ -39,20 +39,13 @@ musubi-tuner write them."""
 
 # Of a text in lower case without anything but letters and digits; the first that it starts with.
 _FAMILIES = [
-    *(("stablediffusionv1", "sd15"), ("sdv1", "sd15"), ("sd15", "sd15"), ("sd1", "sd15")),
-    *(("stablediffusionv2", "sd2"), ("sdv2", "sd2"), ("sd2", "sd2")),
-    *(("stablediffusionxl", "sdxl"), ("sdxl", "sdxl")),
-    *(("stablediffusion35large", "sd3-large"), ("sd35large", "sd3-large"), ("35large", "sd3-large")),
-    *(
-        ("stablediffusion3", "sd3"),
-        ("stablediffusionv3", "sd3"),
-        ("sd3", "sd3"),
-        ("35medium", "sd3"),
-        ("3medium", "sd3"),
-    ),
-    *(("flux2", "flux2"), ("flux1", "flux1"), ("fluxkontext", "flux1")),
-    *(("qwenimage", "qwen-image"), ("zimage", "z-image"), ("krea2", "krea2"), ("anima", "anima")),
-]
+    ("stablediffusionv1", "sd15"), ("sdv1", "sd15"), ("sd15", "sd15"), ("sd1", "sd15"),
+    ("stablediffusionv2", "sd2"), ("sdv2", "sd2"), ("sd2", "sd2"), ("stablediffusionxl", "sdxl"), ("sdxl", "sdxl"),
+    ("stablediffusion35large", "sd3-large"), ("sd35large", "sd3-large"), ("35large", "sd3-large"),
+    ("stablediffusion3", "sd3"), ("stablediffusionv3", "sd3"), ("sd3", "sd3"), ("35medium", "sd3"), ("3medium", "sd3"),
+    ("flux2", "flux2"), ("flux1", "flux1"), ("fluxkontext", "flux1"), ("qwenimage", "qwen-image"),
+    ("zimage", "z-image"), ("krea2", "krea2"), ("anima", "anima"),
+]  # fmt: skip
 
 # Where somebody wrote the words down as such; JSON lists and texts with commas both occur.
 _SAID = (
@@ -144,10 +137,8 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
     card.licence = metadata.get("modelspec.license", "")
     card.created = metadata.get("modelspec.date", "") or _moment(metadata.get("ss_training_finished_at", ""))
     card.parents = [p.strip() for p in metadata.get("modelspec.merged_from", "").split(",") if p.strip()]
-    card.rank, card.alpha = (
-        int(_number(metadata.get("ss_network_dim", ""))),
-        _number(metadata.get("ss_network_alpha", "")),
-    )
+    card.rank = int(_number(metadata.get("ss_network_dim", "")))
+    card.alpha = _number(metadata.get("ss_network_alpha", ""))
     words, own = trigger_words(metadata), json_value(metadata, "veneer.card")
     if isinstance(own, dict):  # who wrote it knew: a folder's name and what every caption says are no trigger words
         words = {word: key for word, key in words.items() if key in _SAID}

@@ -178,8 +178,8 @@ def _lycoris(
         reader.read_full_modules(rest)
         adapter = replace(adapter, modules=reader.modules)
     for name, delta in adapter.deltas.items():
-        shape = base.shapes.get(name)
-        if shape is not None and math.prod(shape) == math.prod(delta.shape) and name not in _turned(base):
+        shape, turned = base.shapes.get(name), name.removesuffix(".weight") in base.fan_in_fan_out  # stored (in, out)
+        if shape is not None and math.prod(shape) == math.prod(delta.shape) and not turned:
             adapter.deltas[name] = replace(delta, shape=tuple(shape))
     problems += base.problems(adapter) if base.detailed and not problems else []
     _refuse(problems, where)
@@ -191,11 +191,6 @@ def _refuse(problems: list[str], where: str | None) -> None:
         raise AdapterError(
             f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{bullets(problems, None)}", where=where
         )
-
-
-def _turned(base: Structure) -> set[str]:
-    """Weights that are stored (in, out)."""
-    return {f"{name}.weight" for name in base.fan_in_fan_out}
 
 
 @dataclass
