@@ -112,9 +112,7 @@ def test_a_full_disk_before_the_first_checkpoint_promises_none(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("function", ["fsync", "rename", "mkdir", "write"])
-def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(
-    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = _save(tmp_path, 1)
 
     def full(*args: Any, **kwargs: Any) -> Any:

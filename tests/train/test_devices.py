@@ -85,9 +85,7 @@ def test_a_digest_knows_names_bits_and_shapes() -> None:
         (1, [2], True, "warn", "this run has one"),
     ],
 )
-def test_the_preflight_says_how_the_work_falls(
-    count: int, micros: list[int], shard: bool, level: str, said: str
-) -> None:
+def test_the_preflight_reports_the_sharing(count: int, micros: list[int], shard: bool, level: str, said: str) -> None:
     values = {"base": "b", "data": {"train": "t"}, "output": "o", "memory": {"shard": shard}}
     found = list(shared_out(RunSubject(base=None, config=config_from(values)[0], devices=count, micros=micros)))
     assert found[0].level == level
@@ -285,9 +283,7 @@ def test_a_signal_to_the_launcher_reaches_each_once(capfd: pytest.CaptureFixture
     assert (said.count("0 was asked"), said.count("1 was asked")) == (1, 1)
 
 
-def test_those_that_do_not_notice_a_failure_are_ended(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_hanging_processes_are_ended(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(devices, "PATIENCE", 0.3)
     code = "import os, sys, time; time.sleep(60) if os.environ['RANK'] == '0' else sys.exit(3)"
     assert launch(2, [sys.executable, "-c", code]) == 3

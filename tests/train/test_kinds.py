@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 @pytest.mark.parametrize("adapter", [{"kind": "loha"}, {"kind": "lokr", "factor": 4}])
-def test_text_is_learned_resumed_bit_for_bit_and_read_by_peft(
+def test_text_is_learned_and_read_by_peft(
     adapter: dict[str, Any], shared: Path, base: TextBase, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"adapter": {"rank": 4, "dropout": 0.0, **adapter}, "schedule": {"steps": 5}}
@@ -57,9 +57,7 @@ def test_text_is_learned_resumed_bit_for_bit_and_read_by_peft(
         ("sdxl", "attention+ff+conv", "peft", {"kind": "lokr", "factor": 4}),
     ],
 )
-def test_pictures_are_learned_and_the_file_is_read(
-    family: str, targets: str, layout: str, adapter: dict[str, Any], tmp_path: Path
-) -> None:
+def test_pictures_are_learned(family: str, targets: str, layout: str, adapter: dict[str, Any], tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "adapter": {"rank": 2, "dropout": 0.0, "targets": targets, **adapter},
         "schedule": {"steps": 2},

@@ -21,18 +21,7 @@ from tests.elsewhere import OnMps
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Evaluated, Event, Probed, Saved, Stepped, Stopped
-from veneer.train.loop import (
-    LazySteps,
-    Learner,
-    Loop,
-    Means,
-    Micro,
-    Score,
-    Step,
-    TrainingPlan,
-    probe,
-    train,
-)
+from veneer.train.loop import LazySteps, Learner, Loop, Means, Micro, Score, Step, TrainingPlan, probe, train
 from veneer.train.optim import Schedule, make_optimizer
 
 ROWS, WIDTH = 24, 3

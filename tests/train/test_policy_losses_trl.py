@@ -12,14 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from veneer.train.config.reinforcement import ReinforcementSection
-from veneer.train.text.policy_losses import (
-    advantages,
-    clipped,
-    kl_estimates,
-    length_factors,
-    per_token,
-    policy_ratios,
-)
+from veneer.train.text.policy_losses import advantages, clipped, kl_estimates, length_factors, per_token, policy_ratios
 
 pytestmark = pytest.mark.peers
 

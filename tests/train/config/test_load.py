@@ -10,14 +10,7 @@ import pytest
 from tests.families import llama3
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.errors import ConfigError
-from veneer.train.config.load import (
-    common_settings,
-    config_from,
-    load_config,
-    parse_yaml,
-    settings_of,
-    short_names,
-)
+from veneer.train.config.load import common_settings, config_from, load_config, parse_yaml, settings_of, short_names
 from veneer.train.config.text import SECTIONS, layer_indices, reference
 from veneer.train.inspect import inspect_run
 from veneer.train.text.data import DataSplit, TextData
@@ -40,9 +33,7 @@ def error(tmp_path: Path, text: str, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_options_settings_and_values_make_the_same_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_settings_and_values_make_one_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = common_settings(base="smollm2-135m", data=("desk.jsonl", "more/*.jsonl"), rank=8, learning_rate=5e-4)
     made, sources = load_config(None, [*settings, "optimizer.name=adafactor"])
@@ -83,8 +74,7 @@ def test_a_file_and_overrides_and_where_each_value_came_from(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("5e-4", 5e-4), ("1E-3", 1e-3), ("0.001", 0.001), (".5", 0.5), ("1", 1.0), ("1_0.5", 10.5)],
+    ("text", "value"), [("5e-4", 5e-4), ("1E-3", 1e-3), ("0.001", 0.001), (".5", 0.5), ("1", 1.0), ("1_0.5", 10.5)]
 )
 def test_numbers_read_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
     file = write(tmp_path, f"{MINIMAL}optimizer: {{learning_rate: {text}}}\n")

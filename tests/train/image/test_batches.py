@@ -173,9 +173,7 @@ def test_sdxls_loss_is_that_of_diffusers_own_script(kind: str, shared: Path, tmp
 
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl as it was trained", "sd3"])
-def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(
-    family: str, live: bool, shared: Path, tmp_path: Path
-) -> None:
+def test_a_dropped_caption_is_the_pipelines_empty_prompt(family: str, live: bool, shared: Path, tmp_path: Path) -> None:
     """SDXL's pipeline takes zeros for no negative prompt unless its index says otherwise, the others the empty text."""
     import shutil
 

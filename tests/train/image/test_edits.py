@@ -139,9 +139,7 @@ def test_latents_of_both_are_cached_once_and_only_the_target_is_in_the_loss(
     assert not torch.equal(errors, moved)
 
 
-def test_prompts_that_are_read_with_a_picture_are_cached_with_it(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_cached_with_their_picture(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_references(monkeypatch)
     pairs = drawings(tmp_path / "pairs", 2)
     for path in pairs.glob("?.png"):
@@ -237,9 +235,7 @@ def test_an_edit_is_learned_from_what_is_before(shared: Path, pairs: Path, konte
         assert scored(-test) < 0.8 * scored(-others)
 
 
-def test_bad_pairs_and_bases_stop_before_anything_is_trained(
-    shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path
-) -> None:
+def test_bad_pairs_and_bases_stop_the_run(shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path) -> None:
     out = tmp_path / "out"
     bases = {"kontext": kontext, "flux1": load_image(str(tiny_image_base(shared, "flux1")))}
 

@@ -264,9 +264,7 @@ MODULATION = {
 
 
 @FAMILIES
-def test_what_scripts_and_peers_adapt_is_reached_by_the_same_names(
-    family: str, shared: Path, load: Callable[[str], ImageBase]
-) -> None:
+def test_target_names_of_scripts_are_understood(family: str, shared: Path, load: Callable[[str], ImageBase]) -> None:
     """The scripts' lists select what PEFT selects with them; `all-linear` is every nn.Linear, as ai-toolkit has it."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists

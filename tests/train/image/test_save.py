@@ -104,9 +104,7 @@ def test_diffusers_draws_the_same_picture_with_the_file(
     ("layout", "family", "encoders"),
     [("kohya", "sdxl", ["text_encoder", "text_encoder_2"]), ("kohya", "flux1", []), ("peft", "flux1", [])],
 )
-def test_every_layout_holds_the_trained_adapter(
-    layout: str, family: str, encoders: list[str], shared: Path, tmp_path: Path
-) -> None:
+def test_layouts_hold_the_adapter(layout: str, family: str, encoders: list[str], shared: Path, tmp_path: Path) -> None:
     """The checkpoint of the last step has the trained tensors; the file's ΔW are theirs."""
     seen: list[Event] = []
     result = run(
@@ -192,9 +190,7 @@ def test_a_saved_dtype_rounds_and_says_so(shared: Path, tmp_path: Path) -> None:
     assert "equal but for rounding" in _notes(seen)
 
 
-def test_a_file_that_is_not_the_adapter_is_noticed(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_file_is_detected(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = convert.write
 
     def wrong(adapter: Any, *args: Any, **options: Any) -> Any:
@@ -301,9 +297,7 @@ def test_parked_components_come_for_a_while_and_go_again(shared: Path, monkeypat
 
 
 @pytest.mark.parametrize("family", ["flux1", "sdxl", "z-image", "klein", "qwen-image"])
-def test_blocks_that_wait_elsewhere_give_the_same_gradients_and_come_home(
-    family: str, shared: Path, tmp_path: Path
-) -> None:
+def test_offloaded_blocks_give_equal_gradients_and_return(family: str, shared: Path, tmp_path: Path) -> None:
     """On one device the moves are copies; that every block has its weights when they are needed is the same."""
     from tests.train.tiny_pictures import image_values
     from veneer.train.config.load import config_from

@@ -189,10 +189,7 @@ def test_it_learns(family: str, share: float, shared: Path, tmp_path: Path) -> N
     assert result.validation < share * result.validation_before
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["sd15", "schnell", "sd3", "klein", "flux2", "z-image", "qwen-image"],
-)
+@pytest.mark.parametrize("family", ["sd15", "schnell", "sd3", "klein", "flux2", "z-image", "qwen-image"])
 def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tmp_path: Path) -> None:
     """On every linear module of the denoiser; flux1 and sdxl are in the other tests."""
     seen: list[Event] = []
@@ -288,9 +285,7 @@ def test_sd3_without_its_t5_trains_and_reads_what_clip_reads(shared: Path, tmp_p
     ("family", "guidance"),
     [pytest.param("flux2", None, marks=pytest.mark.slow), ("qwen-image", None), ("z-image", 0.0)],
 )
-def test_a_run_on_a_later_family_is_resumed_to_the_same_bits(
-    family: str, guidance: float | None, shared: Path, tmp_path: Path
-) -> None:
+def test_later_families_resume_to_equal_bits(family: str, guidance: float | None, shared: Path, tmp_path: Path) -> None:
     """With dropout, captions of two lengths, some left empty, and sheets drawn on the way, which are the same too."""
     folder = drawings(tmp_path / "drawings")
     (folder / "0.txt").write_text("a blue cat with a hat in the red house, in the style of a flat tree")
@@ -352,7 +347,7 @@ def test_a_dry_run_checks_everything_and_leaves_only_a_sheet_elsewhere(shared: P
         ({"memory": {"limit_gb": 1e-6}}, "does not fit"),
     ],
 )
-def test_preflight_stops_before_anything_is_trained(
+def test_preflight_stops_runs(
     sections: dict[str, Any], says: str, shared: Path, tmp_path: Path, base: ImageBase
 ) -> None:
     with pytest.raises(PreflightError) as error:
@@ -431,9 +426,7 @@ def test_a_base_that_was_distilled_to_few_steps_says_what_training_does_to_it(sh
     assert "reads none" in str(error.value)
 
 
-def test_a_dry_run_that_is_stopped_still_shows_what_the_model_would_see(
-    shared: Path, tmp_path: Path, base: ImageBase
-) -> None:
+def test_a_stopped_dry_run_still_writes_its_sheet(shared: Path, tmp_path: Path, base: ImageBase) -> None:
     seen: list[Event] = []
     with pytest.raises(PreflightError, match="no picture has transparency"):
         run(shared, tmp_path / "out", base=base, dry_run=True, on_event=seen.append, data={"masks": "alpha"})
@@ -478,9 +471,7 @@ def test_the_preflight_says_what_is_not_read_and_what_the_preset_chose(shared: P
     assert "given beside it: adapter.rank, adapter.alpha" in chosen
 
 
-def test_encoders_are_freed_once_everything_is_cached_and_a_given_base_keeps_its_own(
-    shared: Path, tmp_path: Path, base: ImageBase
-) -> None:
+def test_encoders_are_freed_after_caching(shared: Path, tmp_path: Path, base: ImageBase) -> None:
     texts: list[str] = []
 
     def listen(event: Event) -> None:

@@ -428,9 +428,7 @@ def test_what_bubblewrap_says_is_the_reason(untried: None, monkeypatch: pytest.M
 
 
 @linux
-def test_a_sandbox_that_does_not_hold_is_refused(
-    untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_leaking_sandbox_is_refused(untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Use a fake bwrap that runs its command without a sandbox."""
     command = "sys.argv[sys.argv.index('--') + 1 :]"
     fake = f"#!{sys.executable}\nimport subprocess, sys\ngiven = {command}\n"

@@ -31,9 +31,7 @@ def batchings(draw: Any) -> BatchingSection:
 
 @given(LENGTHS, batchings(), st.integers(0, 5), st.integers(0, 3))
 @settings(max_examples=200, deadline=None)
-def test_every_row_once_an_epoch_within_bounds(
-    lengths: list[int], batching: BatchingSection, seed: int, epoch: int
-) -> None:
+def test_every_row_is_in_an_epoch_once(lengths: list[int], batching: BatchingSection, seed: int, epoch: int) -> None:
     steps = plan_steps(lengths, batching, seed=seed, epoch=epoch)
     assert sorted(i for step in steps for micro in step for i in micro) == list(range(len(lengths)))
     for step in steps:
@@ -62,7 +60,7 @@ def test_the_plan_is_a_pure_function(lengths: list[int], batching: BatchingSecti
 
 @given(LENGTHS, batchings(), st.integers(1, 9), st.integers(1, 400), st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
-def test_micro_batch_bounds_never_change_which_rows_a_step_learns(
+def test_micro_batches_keep_steps(
     lengths: list[int], batching: BatchingSection, rows: int, tokens: int, epoch: int
 ) -> None:
     other = batching.model_copy(update={"micro_rows": rows, "micro_tokens": tokens})
@@ -73,9 +71,7 @@ def test_micro_batch_bounds_never_change_which_rows_a_step_learns(
 
 @given(LENGTHS.filter(bool), batchings())
 @settings(max_examples=100, deadline=None)
-def test_the_longest_row_runs_first_and_only_the_order_of_steps_changes(
-    lengths: list[int], batching: BatchingSection
-) -> None:
+def test_longest_first_changes_only_the_order_of_steps(lengths: list[int], batching: BatchingSection) -> None:
     first = batching.model_copy(update={"longest_first": True})
     plain = batching.model_copy(update={"longest_first": False})
     steps = plan_steps(lengths, first, seed=1, epoch=0)
@@ -101,9 +97,7 @@ def test_similar_lengths_share_a_micro_batch() -> None:
 
 @given(LENGTHS.filter(bool), batchings(), st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
-def test_pieces_give_each_device_a_micro_batch_and_change_no_step(
-    lengths: list[int], batching: BatchingSection, pieces: int
-) -> None:
+def test_pieces_give_each_device_a_micro_batch(lengths: list[int], batching: BatchingSection, pieces: int) -> None:
     whole = plan_steps(lengths, batching, seed=0, epoch=1)
     cut = plan_steps(lengths, batching, seed=0, epoch=1, pieces=pieces)
     rows = [[sorted(i for micro in step for i in micro) for step in plan] for plan in (whole, cut)]

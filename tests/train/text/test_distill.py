@@ -97,9 +97,7 @@ def test_divergences_and_their_gradients_are_those_of_float64_by_hand(base: Text
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_a_student_of_smaller_rank_comes_to_its_teacher(
-    shared: Path, base: TextBase, teacher: str, tmp_path: Path, direction: str
-) -> None:
+def test_a_student_learns_a_teacher(shared: Path, base: TextBase, teacher: str, tmp_path: Path, direction: str) -> None:
     own = {"teacher": teacher, "divergence": direction}
     result = train(shared, tmp_path, base, distillation=own, schedule={"steps": 10}, adapter={"rank": 4})
     found = measured(tmp_path)
@@ -111,9 +109,7 @@ def test_a_student_of_smaller_rank_comes_to_its_teacher(
     assert "Tokens of an answer" in page
 
 
-def test_a_teacher_that_is_the_student_has_nothing_to_teach(
-    shared: Path, base: TextBase, teacher: str, tmp_path: Path
-) -> None:
+def test_an_equal_teacher_teaches_nothing(shared: Path, base: TextBase, teacher: str, tmp_path: Path) -> None:
     own = {"teacher": teacher}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 1}, adapter={"start": teacher})
     (found,) = measured(tmp_path)
@@ -128,9 +124,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(shared: Path, base: TextBase, te
     stopped_and_resumed(run, tmp_path, at=1)
 
 
-def test_what_only_the_teacher_is_told_is_trained_in_and_what_it_saves_is_said(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_a_teachers_system_message_is_learned(shared: Path, base: TextBase, tmp_path: Path) -> None:
     own = {"teacher": "base", "system": "Answer in one word: billing, it or hr. " * 3, "price": 0.15}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 8})
     found = measured(tmp_path)
@@ -141,9 +135,7 @@ def test_what_only_the_teacher_is_told_is_trained_in_and_what_it_saves_is_said(
     assert f"{saved * 0.15 / 10:.3g} cents a thousand requests" in told
 
 
-def test_room_is_made_for_the_answers_that_are_drawn_at_once_and_planned(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_the_cache_has_room_for_the_answers_drawn_at_once(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """Not for as many as might be: of a step's four prompts, or the two that are held out, two each."""
     taken: list[int] = []
 
@@ -165,9 +157,7 @@ def test_room_is_made_for_the_answers_that_are_drawn_at_once_and_planned(
     assert taken[0] > 2 * taken[1]
 
 
-def test_prompts_beyond_the_teachers_context_are_counted_and_left_out(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_prompts_over_the_teachers_context_are_left_out(shared: Path, base: TextBase, tmp_path: Path) -> None:
     own = {"teacher": "base", "system": "word " * base.context}
     with pytest.raises(TrainingError, match="longer than the teacher's context"):
         train(shared, tmp_path, base, distillation=own)
@@ -186,9 +176,7 @@ def test_prompts_beyond_the_teachers_context_are_counted_and_left_out(
     assert "rows.jsonl:1" in told
 
 
-def test_another_base_is_a_teacher_where_it_has_the_same_tokenizer(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_another_base_with_the_same_tokenizer_can_teach(shared: Path, base: TextBase, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(shared / "tiny-base", other)
     train(shared, tmp_path / "out", base, distillation={"teacher": "base", "base": str(other)}, schedule={"steps": 1})

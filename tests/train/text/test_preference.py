@@ -49,6 +49,9 @@ def pair(i: int) -> dict[str, str]:
     }
 
 
+Whole = dict[str, tuple[Path, RunResult, list[Event]]]
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preference")
@@ -74,7 +77,7 @@ def train(shared: Path, output: Path, loss: str | None = "dpo", base: TextBase |
 
 
 @pytest.fixture(scope="module")
-def whole(shared: Path, base: TextBase) -> dict[str, tuple[Path, RunResult, list[Event]]]:
+def whole(shared: Path, base: TextBase) -> Whole:
     """One uninterrupted run with each loss."""
     out = {}
     for loss in LOSSES:
@@ -87,7 +90,7 @@ def whole(shared: Path, base: TextBase) -> dict[str, tuple[Path, RunResult, list
 
 
 @EACH
-def test_it_learns_to_prefer(loss: str, whole: dict[str, tuple[Path, RunResult, list[Event]]]) -> None:
+def test_it_learns_to_prefer(loss: str, whole: Whole) -> None:
     folder, result, seen = whole[loss]
     assert result.validation < result.validation_before
     assert result.measured["reward_margin"] > result.measured_before["reward_margin"]
@@ -216,9 +219,7 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
         assert (got[name] - leaf.grad).norm() <= 2e-3 * leaf.grad.norm() + 1e-9, name
 
 
-def test_before_the_first_step_the_policy_is_its_reference(
-    whole: dict[str, tuple[Path, RunResult, list[Event]]],
-) -> None:
+def test_before_the_first_step_the_policy_is_its_reference(whole: Whole) -> None:
     first = next(e for e in whole["dpo"][2] if isinstance(e, Evaluated))
     assert first.loss == pytest.approx(math.log(2), rel=1e-5)
     assert first.extra["reward_margin"] == pytest.approx(0, abs=1e-5)
@@ -227,7 +228,7 @@ def test_before_the_first_step_the_policy_is_its_reference(
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
-    loss: str, whole: dict[str, tuple[Path, RunResult, list[Event]]], shared: Path, base: TextBase, tmp_path: Path
+    loss: str, whole: Whole, shared: Path, base: TextBase, tmp_path: Path
 ) -> None:
     output = tmp_path / "stopped"
     dropout = {"dropout": 0.2} if loss == "kto" else {}
@@ -278,9 +279,7 @@ def tuned(shared: Path, base: TextBase) -> Path:
     return shared / "tuned"
 
 
-def test_going_on_from_an_adapter_that_is_then_the_reference(
-    tuned: Path, shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_a_starting_adapter_is_the_reference(tuned: Path, shared: Path, base: TextBase, tmp_path: Path) -> None:
     seen: list[Event] = []
     before = {n: t.clone() for n, t in base.model.state_dict().items()}
     result = train(

@@ -106,9 +106,7 @@ def test_fewer_prompts_than_a_step_takes_are_a_warning(shared: Path, base: TextB
     ],
     ids=lambda own: own["loss"],
 )  # fmt: skip
-def test_every_loss_runs_and_says_what_it_measured(
-    shared: Path, base: TextBase, tmp_path: Path, own: dict[str, Any]
-) -> None:
+def test_every_loss_runs_and_reports(shared: Path, base: TextBase, tmp_path: Path, own: dict[str, Any]) -> None:
     train(shared, tmp_path, base, reinforcement=own, schedule={"steps": 2}, evaluation={"keep": "last"})
     first, second = measured(tmp_path)
     assert first["gap_max"] < (1e-4 if own.get("exact") is False else 1e-12)
@@ -129,9 +127,7 @@ def test_a_run_stopped_between_and_within_rollouts_ends_as_one_that_was_not(
     stopped_and_resumed(run, tmp_path, at=3)
 
 
-def test_stopped_while_it_trains_on_answers_of_one_draw_ago_it_has_them_still(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_a_stop_within_off_policy_training_resumes(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """The copy that the next ones are drawn from is another by then."""
 
     @contextmanager
@@ -161,9 +157,7 @@ def test_stopped_while_it_trains_on_answers_of_one_draw_ago_it_has_them_still(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_killed_in_draws_and_between_updates_it_ends_in_the_same_bytes(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_killed_in_draws_and_between_updates_it_resumes(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """In the first draw; between the two updates of the second one, whose answers are then in the checkpoint; in the
     third. And where draws are made ahead, in one of them."""
     evaluation = {"keep": "last", "every": 6, "at_start": False}
@@ -184,9 +178,7 @@ def test_killed_in_draws_and_between_updates_it_ends_in_the_same_bytes(
         same_ends(output, output.with_name(f"{output.name}-whole"))
 
 
-def test_one_step_off_policy_is_the_ratio_of_now_to_one_draw_ago_by_float64(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_one_step_off_policy_by_float64(shared: Path, base: TextBase, tmp_path: Path) -> None:
     own: dict[str, Any] = {"rewards": [{"kind": "regex", "pattern": "e"}]}
     alike = {"schedule": {"steps": 3}, "evaluation": {"keep": "last", "at_start": False}}
     train(shared, tmp_path / "now", base, reinforcement=own, **alike | {"schedule": {"steps": 1}})
@@ -318,9 +310,7 @@ def none(sample, item):
 @pytest.mark.parametrize(
     ("function", "why"), [("raises", "ZeroDivisionError"), ("late", "longer than 0.3 s"), ("none", "nan")]
 )
-def test_a_grader_that_fails_is_said_with_its_rows_counted_and_bounded(
-    shared: Path, base: TextBase, tmp_path: Path, function: str, why: str
-) -> None:
+def test_failing_graders_are_counted(shared: Path, base: TextBase, tmp_path: Path, function: str, why: str) -> None:
     """Ten prompts with two answers each: one row's are left out and told, those of two are too many."""
     graders = tmp_path / "graders.py"
     reward = {"kind": "python", "file": str(graders), "function": function, "timeout": 0.3}
@@ -347,9 +337,7 @@ def test_a_grader_that_fails_is_said_with_its_rows_counted_and_bounded(
     assert "reinforcement.most_failed" in str(caught.value)
 
 
-def test_prompts_beyond_the_context_are_refused_or_left_out_with_their_lines(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_prompts_over_the_context_are_refused_or_left_out(shared: Path, base: TextBase, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     lines = (shared / "prompts.jsonl").read_text().splitlines()
     rows.write_text("\n".join([lines[0], json.dumps({"prompt": "word " * base.context, "team": "it"}), *lines[1:]]))

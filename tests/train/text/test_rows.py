@@ -50,9 +50,7 @@ def wrong(source: str | list[str], **settings: Any) -> str:
         ({"text": "Once upon a time"}, "text", []),
     ],
 )
-def test_formats_are_told_by_their_columns(
-    tmp_path: Path, row: dict[str, Any], format: str, messages: list[Any]
-) -> None:
+def test_formats_are_known_by_columns(tmp_path: Path, row: dict[str, Any], format: str, messages: list[Any]) -> None:
     rows, about = read_rows(jsonl(tmp_path, [row, row]))
     assert about.format == format
     assert list(rows[0].messages) == messages
@@ -144,9 +142,7 @@ def text_rows(n: int) -> list[Row]:
 
 @given(st.integers(2, 60), st.integers(0, 9), st.randoms(use_true_random=False), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_split_is_exact_disjoint_and_blind_to_order(
-    n: int, seed: int, rng: random.Random, draw: st.DataObject
-) -> None:
+def test_a_split_is_exact_and_independent_of_order(n: int, seed: int, rng: random.Random, draw: st.DataObject) -> None:
     rows = text_rows(n)
     count = draw.draw(st.integers(0, n - 1))
     train, held = split_rows(rows, count, seed=seed)

@@ -119,9 +119,7 @@ def test_what_a_server_gives_is_what_the_teacher_has_in_this_process(
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward"])
-def test_the_gradient_is_that_of_the_estimate_by_hand(
-    whole: Whole, in_process: Any, folder: Path, tmp_path: Path, divergence: str
-) -> None:
+def test_the_gradient_by_hand(whole: Whole, in_process: Any, folder: Path, tmp_path: Path, divergence: str) -> None:
     """Of one drawn step, beside the estimate written out in float64 over the student's own logits."""
     shop, seen = whole.shop, list[torch.Tensor]()
     own = taught(f"{whole.url}/v1", teacher="plain", divergence=divergence)
@@ -275,9 +273,7 @@ def test_what_cannot_teach_is_refused_before_anything_is_drawn(
         (None, "timeout"),
     ],
 )
-def test_an_answer_that_is_not_read_is_left_out_and_counted(
-    folder: Path, base: TextBase, tmp_path: Path, spoilt: Any, why: str
-) -> None:
+def test_unread_answers_are_left_out(folder: Path, base: TextBase, tmp_path: Path, spoilt: Any, why: str) -> None:
     """One of each step's four; a second one is too many, and both rows are named."""
     most, over = 1, threading.Event()
 
@@ -312,9 +308,7 @@ def test_an_answer_that_is_not_read_is_left_out_and_counted(
     assert "distillation.most_failed" in str(refused.value)
 
 
-def test_an_outage_stops_the_run_and_it_goes_on_as_one_that_had_none(
-    folder: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_an_outage_stops_the_run_which_resumes_unchanged(folder: Path, base: TextBase, tmp_path: Path) -> None:
     with serving(teaches(base)) as server:
         train(folder, tmp_path / "whole", base, distillation=taught(server.url))
         first = len(server.asked)

@@ -47,6 +47,8 @@ from veneer.train.text.task import host_store, recompute_activations, run_text
 
 ROOT = Path(__file__).resolve().parents[3]
 
+Whole = tuple[Path, RunResult, list[Event]]
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -60,14 +62,14 @@ def base(shared: Path) -> TextBase:
 
 
 @pytest.fixture(scope="module")
-def whole(shared: Path, base: TextBase) -> tuple[Path, RunResult, list[Event]]:
+def whole(shared: Path, base: TextBase) -> Whole:
     """One uninterrupted run that many tests look at."""
     seen: list[Event] = []
     result = train(shared, shared / "whole", base, on_event=seen.append)
     return shared / "whole", result, seen
 
 
-def test_it_learns_and_says_what_came_out(whole: tuple[Path, RunResult, list[Event]]) -> None:
+def test_it_learns_and_says_what_came_out(whole: Whole) -> None:
     _, result, seen = whole
     assert result.steps == 10
     assert result.validation < result.validation_before
@@ -94,7 +96,7 @@ def test_it_learns_and_says_what_came_out(whole: tuple[Path, RunResult, list[Eve
     assert {3, 6, 9, 10} <= {e.step for e in seen if isinstance(e, Saved)}
 
 
-def test_events_come_in_the_order_of_the_promise(whole: tuple[Path, RunResult, list[Event]]) -> None:
+def test_events_come_in_the_order_of_the_promise(whole: Whole) -> None:
     kinds = [type(e) for e in whole[2]]
     order = [Resolved, Checked, Probed, Evaluated, Stepped]
     assert sorted(kinds.index(k) for k in order) == [kinds.index(k) for k in order]
@@ -106,9 +108,7 @@ def test_events_come_in_the_order_of_the_promise(whole: tuple[Path, RunResult, l
     assert set(resolved.settings) == set(resolved.sources)
 
 
-def test_the_folder_holds_adapter_card_log_and_report(
-    whole: tuple[Path, RunResult, list[Event]], base: TextBase
-) -> None:
+def test_the_folder_holds_adapter_card_log_and_report(whole: Whole, base: TextBase) -> None:
     folder, result, _ = whole
     card = read_card(folder)
     assert card.digest == result.digest == peft.read_folder(folder, base.model).digest()
@@ -138,9 +138,7 @@ def test_the_base_its_mode_and_the_callers_randomness_are_as_before(shared: Path
     attach(own.model).detach()  # nothing is attached any more
 
 
-def test_the_same_run_twice_gives_the_same_bytes(
-    whole: tuple[Path, RunResult, list[Event]], shared: Path, tmp_path: Path
-) -> None:
+def test_the_same_run_twice_gives_the_same_bytes(whole: Whole, shared: Path, tmp_path: Path) -> None:
     torch.manual_seed(123)  # the caller's randomness has no say
     again = train(shared, tmp_path / "again")
     assert again.digest == whole[1].digest
@@ -177,7 +175,7 @@ for limit in sys.argv[3:]:
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_and_resumed_it_ends_in_the_same_bytes(
-    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path
+    whole: Whole, shared: Path, base: TextBase, tmp_path: Path
 ) -> None:
     """With dropout. Killed twice in a checkpoint, then before old ones are pruned, and while they are."""
     output = tmp_path / "killed"
@@ -200,7 +198,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(
 
 
 def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
-    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path
+    whole: Whole, shared: Path, base: TextBase, tmp_path: Path
 ) -> None:
     output = tmp_path / "stopped"
     with pytest.raises(Interrupted) as error:
@@ -214,9 +212,7 @@ def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
     assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
 
 
-def test_resumed_with_other_micro_batches_it_says_that_bits_may_differ(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_resuming_with_other_micro_batches_is_reported(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """Their size may be the device's own, which has more or less free than it had."""
     seen: list[Event] = []
     short = {"schedule": {"steps": 2}, "evaluation": {"every": 2}}
@@ -228,11 +224,7 @@ def test_resumed_with_other_micro_batches_it_says_that_bits_may_differ(
 
 
 def test_batches_that_a_thread_sends_ahead_end_in_the_same_bytes_stopped_and_resumed_too(
-    whole: tuple[Path, RunResult, list[Event]],
-    shared: Path,
-    base: TextBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    whole: Whole, shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, with the CPU for the device that they are sent to."""
     threads: set[str] = set()
@@ -250,9 +242,7 @@ def test_batches_that_a_thread_sends_ahead_end_in_the_same_bytes_stopped_and_res
     assert threads == {"next batch_0"}
 
 
-def test_resuming_a_finished_run_changes_nothing(
-    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_resuming_a_finished_run_changes_nothing(whole: Whole, shared: Path, base: TextBase, tmp_path: Path) -> None:
     output = tmp_path / "copy"
     shutil.copytree(whole[0], output)
     result = train(shared, output, base, resume=True)
@@ -270,7 +260,7 @@ def test_resuming_with_nothing_there_starts_and_says_so(shared: Path, base: Text
 
 
 def test_resuming_with_other_settings_or_data_is_refused(
-    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path
+    whole: Whole, shared: Path, base: TextBase, tmp_path: Path
 ) -> None:
     output = tmp_path / "copy"
     shutil.copytree(whole[0], output)
@@ -319,9 +309,7 @@ def test_the_state_that_is_asked_for_is_what_is_kept(
     [{"dora": True}, {"init": "pissa"}, {"init": "olora", "rslora": True}, {"modules_to_save": ["lm_head"]}],
     ids=["dora", "pissa", "olora", "full copy"],
 )
-def test_every_kind_of_adapter_is_saved_and_proven(
-    adapter: dict[str, Any], shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_every_kind_of_adapter_is_saved(adapter: dict[str, Any], shared: Path, base: TextBase, tmp_path: Path) -> None:
     seen: list[Event] = []
     train(shared, tmp_path / "out", base, adapter=adapter, schedule={"steps": 2}, on_event=seen.append)
     sentence = next(e.text for e in seen if isinstance(e, Note) and "read back" in e.text)
@@ -330,7 +318,7 @@ def test_every_kind_of_adapter_is_saved_and_proven(
         assert "bit for bit" in sentence
 
 
-def test_a_file_that_is_not_the_adapter_is_noticed(
+def test_a_wrong_file_is_detected(
     shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = run.write_adapter
@@ -346,13 +334,7 @@ def test_a_file_that_is_not_the_adapter_is_noticed(
 def test_recomputing_activations_changes_nothing_but_memory(shared: Path, base: TextBase, tmp_path: Path) -> None:
     weights = []
     for mode in ("on", "off"):
-        train(
-            shared,
-            tmp_path / mode,
-            base,
-            memory={"activation_checkpointing": mode},
-            schedule={"steps": 3},
-        )
+        train(shared, tmp_path / mode, base, memory={"activation_checkpointing": mode}, schedule={"steps": 3})
         weights.append(peft.read_folder(tmp_path / mode, base.model))
     for name, pair in weights[0].pairs.items():
         torch.testing.assert_close(pair.B, weights[1].pairs[name].B, rtol=1e-4, atol=1e-7)
@@ -409,9 +391,7 @@ def test_the_loop_follows_the_plan_of_epochs(shared: Path, base: TextBase, tmp_p
 # --- what bad input gets: a clear error, and nothing half written -------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_names_file_and_line(
-    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_losses_name_rows(shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = run.text_loss, 0
 
     def loss(*args: Any) -> Any:
@@ -448,9 +428,7 @@ def test_preflight_stops_before_anything_is_written(shared: Path, base: TextBase
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_in_use_is_not_written_over(
-    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase
-) -> None:
+def test_a_folder_in_use_is_not_written_over(whole: Whole, shared: Path, base: TextBase) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
     with pytest.raises(PreflightError, match="already holds"):
         train(shared, whole[0], base)
@@ -522,9 +500,7 @@ def test_a_base_that_predicts_worse_than_chance_is_not_trained(shared: Path, tmp
     assert any(isinstance(e, Note) and "worse than chance" in e.text for e in notes)
 
 
-def test_activations_leave_the_card_that_the_base_is_on(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_leave_the_card_of_the_base(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One card without a launcher: the run's device is `auto`."""
     streams: list[Any] = []
     monkeypatch.setattr("torch.cuda.Stream", streams.append)

@@ -133,7 +133,7 @@ def test_each_comes_out_as_if_it_were_alone(name: str, group: Any, alone: Callab
     assert name != "a" or len(set(accuracies)) > 1
 
 
-def test_one_pass_of_the_base_serves_all_that_can_be_beside_one_another(
+def test_one_pass_serves_all(
     shared: Path, base: TextBase, group: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Rows of five runs in a pass; and passes that would have more tokens than a micro-batch may are several."""
@@ -166,9 +166,7 @@ def test_one_pass_of_the_base_serves_all_that_can_be_beside_one_another(
         assert_same(tmp_path / "two" / name, tmp_path / "one" / name)
 
 
-def test_with_activations_recomputed(
-    shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_recomputed_activations(shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path) -> None:
     """What is dropped is the same when a layer is made again."""
     memory = {"memory": {"activation_checkpointing": "on"}}
     results = train(shared, tmp_path, base, {name: {**CUSTOMERS[name], **memory} for name in "ac"})
@@ -177,9 +175,7 @@ def test_with_activations_recomputed(
         assert_same(tmp_path / name, alone(name))
 
 
-def test_answers_that_are_compared_have_a_pass_of_their_own(
-    shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_preferences_pass_alone(shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path) -> None:
     dpo = {
         "data": {"train": str(shared / "pairs.jsonl"), "split": 0},
         "preference": {"loss": "dpo"},
@@ -193,9 +189,7 @@ def test_answers_that_are_compared_have_a_pass_of_their_own(
     assert_same(tmp_path / "b", alone("b"))
 
 
-def test_one_that_fails_leaves_the_others_as_they_are(
-    shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_failed_run_spares_others(shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path) -> None:
     """A loss that is not finite in the middle, and data that cannot be read: what is shared then holds numbers that are
     none, and nothing of them reaches the others."""
     wild = {"optimizer": {"name": "sgd", "learning_rate": 1e30, "clip": None}, "seed": 7, "evaluation": {"every": 50}}
@@ -231,9 +225,7 @@ def bytes_of(place: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("who", "step"), [("a", 3), ("dora", 5), ("c", 10)])
-def test_a_group_that_is_killed_goes_on_bit_for_bit(
-    who: str, step: int, shared: Path, base: TextBase, few: Path, tmp_path: Path
-) -> None:
+def test_a_killed_group_resumes(who: str, step: int, shared: Path, base: TextBase, few: Path, tmp_path: Path) -> None:
     """Also where some have ended by then, and in the middle of a step: one has made it and the next has not."""
 
     def kill(name: str, event: Event) -> None:
@@ -247,9 +239,7 @@ def test_a_group_that_is_killed_goes_on_bit_for_bit(
     assert bytes_of(tmp_path) == bytes_of(few)
 
 
-def test_a_signal_stops_all_at_one_step_and_they_go_on_bit_for_bit(
-    shared: Path, base: TextBase, few: Path, tmp_path: Path
-) -> None:
+def test_a_signal_stops_all_runs_and_they_resume(shared: Path, base: TextBase, few: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, Event]] = []
 
     def stop(name: str, event: Event) -> None:
@@ -265,9 +255,7 @@ def test_a_signal_stops_all_at_one_step_and_they_go_on_bit_for_bit(
     assert bytes_of(tmp_path) == bytes_of(few)
 
 
-def test_one_that_had_failed_is_not_taken_back_into_a_group_that_goes_on(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_a_failed_run_does_not_rejoin_a_resumed_group(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """It would change the last bits of the others. By itself it goes on, which is said to be without them."""
     sgd = {"optimizer": {"name": "sgd", "learning_rate": 0.01}, "schedule": {"steps": 8}, "evaluation": {"every": 50}}
     customers = {"a": {**CUSTOMERS["a"], "schedule": {"steps": 8}}, "b": sgd}
