@@ -26,6 +26,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
 
 
+def how_asked(section: Section) -> dict[str, Any]:
+    """Return the values of `HOW_ASKED` in the section of a model on a server."""
+    return {key: getattr(section, key) for key in HOW_ASKED}
+
+
 def changed_keys(section: Section) -> list[str]:
     """The keys that are not at their default."""
     return [key for key, f in type(section).model_fields.items() if getattr(section, key) != f.default]

@@ -105,13 +105,7 @@ def metadata_rows(
 
 
 def _row_problem(
-    name: object,
-    caption: object,
-    column: str,
-    which: str,
-    place: Path,
-    folder: PictureFolder,
-    rows: Collection[Path],
+    name: object, caption: object, column: str, which: str, place: Path, folder: PictureFolder, rows: Collection[Path]
 ) -> str:
     """What is wrong with a row of metadata in `place`, after `rows`."""
     if not isinstance(name, str) or not name:

@@ -84,12 +84,7 @@ def own_captions(folder: str) -> list[OwnCaption]:
 
 
 def _read(
-    files: Sequence[PictureFile],
-    folder: str,
-    settings: ImageDataSection,
-    about: AboutPictures,
-    *,
-    is_class: bool,
+    files: Sequence[PictureFile], folder: str, settings: ImageDataSection, about: AboutPictures, *, is_class: bool
 ) -> list[TrainingPicture]:
     trigger = None if is_class else settings.trigger
     captions = triggered(files, folder, trigger, is_class=is_class)

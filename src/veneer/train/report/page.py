@@ -242,12 +242,7 @@ def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:
 
 
 def chart(
-    series: Sequence[Series],
-    *,
-    wide: bool = True,
-    mark: _Point | None = None,
-    label: str = "",
-    from_zero: bool = False,
+    series: Sequence[Series], *, wide: bool = True, mark: _Point | None = None, label: str = "", from_zero: bool = False
 ) -> str:
     """An SVG of lines over steps, with axes, grid and a ring around `mark`. Colours come from the page's CSS."""
     width, height, left, bottom, top, right = (900, 300, 58, 28, 12, 14) if wide else (430, 190, 54, 26, 10, 12)

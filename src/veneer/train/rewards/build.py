@@ -22,6 +22,7 @@ from veneer.train.config.rewards import (
     RewardSection,
     VerifiersReward,
 )
+from veneer.train.config.section import how_asked
 from veneer.train.rewards import rules
 from veneer.train.rewards.graders import Grade, GraderRun, grader_models, has_python, parse_grader
 from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
@@ -94,10 +95,7 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
 def _asked(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
     """Who answers the reward's questions."""
     if section.url is not None:
-        server = ServerJudge(
-            section.url, key=section.key, timeout=section.timeout, patience=section.patience, at_once=section.at_once
-        )
-        return opened.enter_context(server)
+        return opened.enter_context(ServerJudge(section.url, **how_asked(section)))
     if ask is None:
         raise ConfigError(
             f"the reward {section.called} asks a model of this process, and nothing here answers for one",

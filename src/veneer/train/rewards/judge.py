@@ -79,14 +79,10 @@ AskModel = Callable[[Sequence[Question]], Sequence[Reply]]
 
 
 class ServerJudge:
-    """An `AskModel` over HTTP. `key`: the variable of the environment that holds the server's key."""
+    """An `AskModel` over HTTP. `how`: key, timeout, patience and at_once, as `AwaitedServer` has them."""
 
-    def __init__(
-        self, url: str, *, key: str | None = None, timeout: float = 60.0, patience: float = 600.0, at_once: int = 8
-    ) -> None:
-        self._server = AwaitedServer(
-            url, "judge", "the reward's `patience`", key=key, timeout=timeout, patience=patience, at_once=at_once
-        )
+    def __init__(self, url: str, **how: Any) -> None:
+        self._server = AwaitedServer(url, "judge", "the reward's `patience`", **how)
         self._without: frozenset[str] = frozenset()
 
     def __enter__(self) -> ServerJudge:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, MismatchError, quoted, shown
+from veneer.train.config.section import how_asked
 from veneer.train.rewards.server import AwaitedServer, Unanswered
 
 if TYPE_CHECKING:
@@ -91,15 +92,7 @@ def served_teacher(section: DistillationSection, base: TextBase) -> Iterator[Ser
     ConfigError where it gives no log-probabilities of prompts or cannot be asked, UnavailableError where it is away."""
     assert section.url is not None
     model, named = str(section.teacher), section.top_logprobs if section.divergence == "forward" else 0
-    with AwaitedServer(
-        section.url,
-        "teacher",
-        "distillation.patience",
-        key=section.key,
-        timeout=section.timeout,
-        patience=section.patience,
-        at_once=section.at_once,
-    ) as server:
+    with AwaitedServer(section.url, "teacher", "distillation.patience", **how_asked(section)) as server:
         by_id = _compared(server, model, named, base)
         context = _context(server, model) or base.context
         yield ServedTeacher(server, model, named, by_id, min(base.context, context - 1))  # a request draws a token
