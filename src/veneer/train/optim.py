@@ -41,7 +41,7 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
     loraplus_ratio: float = 1.0,
-    eps: float | None = None,
+    eps: float = 1e-8,
     momentum: float = 0.0,
     rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
@@ -65,7 +65,7 @@ def make_optimizer(
     if name == "sgd":
         options["momentum"] = momentum
     elif name != "adafactor":
-        options |= {"betas": tuple(betas), "eps": eps or 1e-8}
+        options |= {"betas": tuple(betas), "eps": eps}
     if name in {"adamw", "adam", "sgd"} and _can_fuse(parameters):
         options["fused"] = True
     groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
