@@ -1,18 +1,20 @@
-"""Attention: causal, over rows that lie one after another; and of denoisers, where every token sees every other.
+"""Attention: causal over packed rows, and full attention of denoisers.
 
-    varlen_attention, rope_varlen_attention    o = softmax(scale·q·kᵀ + causal)·v inside each row    q: (N, heads, dim)
-    with head_norms                    of q̂ = rope(w_q ⊙ q/rms(q)) and k̂ alike, as Qwen 3 and Gemma 3 have it
-    joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike; both optional
+    varlen_attention, rope_varlen_attention    o = softmax(scale·q·kᵀ + causal)·v inside each row    q: (N,
+    heads, dim)
+    with head_norms                    of q̂ = rope(w_q ⊙ q/rms(q)) and k̂ alike, as in Qwen 3 and Gemma 3
+    joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike;
+    both optional
     cross_attention                    o = softmax(q·kᵀ/√d)·v over other tokens' keys
 
-Rows need no padding in anything but the attention itself; queries that share a key head are multiplied together
-(grouped-query attention without repeating keys), in blocks that leave out the keys after them. Where the compiled tiles
-run (ops/cpu/tiles.c), rows need no padding at all, and log Σ exp is all that is kept beside qkv and the output. A
-denoiser's attention goes in tiles by the compiled kernel where there is one (half the time of torch's flash attention
-on the CPU), which keeps nothing but log Σ exp; else probabilities are kept if they are hardly more than q, k and v, or
-made again in backward some heads at a time. References: torch's own F.scaled_dot_product_attention, row by row for
-rows, and `joint_attention_reference`. Knows nothing of models.
-"""
+Packed rows need padding only inside the attention. Queries that share a key head are multiplied together
+(grouped-query attention without repeating keys), in blocks that skip the keys after them. With the
+compiled tiles (ops/cpu/tiles.c), rows need no padding at all, and only log Σ exp is kept besides qkv and
+the output. A denoiser's attention uses the compiled kernel if there is one (half the time of torch's flash
+attention on the CPU), which keeps only log Σ exp; otherwise probabilities are kept if they are hardly
+larger than q, k and v, or recomputed in backward for some heads at a time. References: torch's
+F.scaled_dot_product_attention, row by row for packed rows, and `joint_attention_reference`. This module
+does not know about models."""
 
 from __future__ import annotations
 
@@ -39,9 +41,9 @@ from veneer.ops.step_sizes import grouped_rows, key_ranges
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows attended to together, as `rows` × `length` places, shorter rows padded at their end.
+    """Rows attended to together, as `rows` × `length` slots, shorter rows padded at the end.
 
-    tokens: (real tokens,) their places in the flat order; slots: row·length + time of each."""
+    tokens: (real tokens,), their indices in the flat order; slots: row·length + time of each."""
 
     rows: int
     length: int
@@ -55,12 +57,14 @@ class RowGroup:
 
 @dataclass(frozen=True, eq=False)
 class SharedRows:
-    """Rows that have tokens in common, as answers have their prompt: of N tokens, which lie in the order in which the
-    rows first have them. What a token is made of comes before it, so what is common is a beginning, computed once.
+    """Rows with common tokens, as answers share their prompt, with each token stored once.
 
-    places: (Σ lengths,) int64, which of them each token of each row is. firsts: (N,), where each is first among the
-    rows' tokens. before: (N,), which of them is the one before it; of a row's first token none, and it is some other.
-    """
+    The N tokens are in the order in which the rows first use them. A token depends only on tokens before
+    it, so the common part is a prefix, which is computed once.
+
+    places: (Σ lengths,) int64, index among the N tokens of each token of each row.
+    firsts: (N,), index of each token's first use among the rows' tokens.
+    before: (N,), index of each token's predecessor; undefined for a row's first token."""
 
     places: Tensor
     firsts: Tensor
@@ -78,18 +82,22 @@ class SharedRows:
 
 
 class RowLayout:
-    """How rows of the given lengths, lying one after another in N = Σ lengths tokens, are attended to.
+    """How packed rows of the given lengths, N = Σ lengths tokens, are attended to.
 
-    Rows of similar length go through together (a row is at most `waste` shorter than its group's longest); padding at a
-    row's end is harmless under causality, since no real token looks at a later one, and its output is dropped.
-    `step`: a group's length is rounded up to a multiple of it: rows of many lengths then make products of few shapes.
-    `idle`: tokens after the rows that are in none: they attend to nothing, and their output is zero.
-    `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it.
-    `attended`: which layers went by it so far. `starts`: (rows + 1,), where each row begins, and the end, on the CPU;
-    `ends`: the same as int32 where the tokens are. `groups`: the rows that go through together, worked out where an
-    implementation needs them. `masks`: of flex attention, by window.
-    `shared`: rows that have tokens in common; N is then without repetition, and attention
-    alone, which costs little beside products, has each row whole: `whole` is the layout of these."""
+    Rows of similar length are grouped (a row is at most `waste` shorter than its group's longest). Padding
+    at a row's end is harmless under causality, because no real token sees later ones, and its output is
+    dropped.
+
+    step: a group's length is rounded up to a multiple of this, so that rows of many lengths use few
+    product shapes.
+    idle: tokens after the rows that belong to no row: they attend to nothing, and their output is zero.
+    keep: tokens whose output is needed at the end of a model, None for all; optional for layers to use.
+    attended: the layers that have used this layout so far.
+    starts: (rows + 1,), start of each row, and the end, on the CPU; `ends`: the same as int32 on the
+    tokens' device.
+    groups: the row groups, computed when an implementation needs them. masks: of flex attention, by window.
+    shared: rows with common tokens. N then counts each token once; only attention, which is cheap next to
+    the products, has each row in full: `whole` is the layout of the full rows."""
 
     keep: Tensor | None = None
 
@@ -125,24 +133,25 @@ class RowLayout:
 
     @functools.cached_property
     def whole(self) -> RowLayout:
-        """Of the rows each by itself, one after another."""
+        """The layout of every row in full, packed."""
         return RowLayout(self.lengths, self.device, self._waste, self._step)
 
     def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """cos and sin of (1, N, dim) whose halves are equal, as (N, dim/2); made once for all layers of a forward that
-        are given the same."""
+        """Return cos and sin of (1, N, dim) with equal halves, as (N, dim/2).
+
+        Computed once for all layers of a forward with the same tables."""
         key = id(position_embeddings[0])
         if key not in self._tables:
             half = position_embeddings[0].shape[-1] // 2
             cos, sin = (t[0, :, :half].contiguous() for t in position_embeddings)
-            self._tables[key] = position_embeddings[0], cos, sin  # held, so that its id is nobody else's
+            self._tables[key] = position_embeddings[0], cos, sin  # held, so that its id is not reused
         return self._tables[key][1], self._tables[key][2]
 
 
 def _gather(x: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """(N, heads, dim) → (rows·kv, length·heads/kv, dim), rotated by +θ and scaled; padding is zero.
+    """Return (N, heads, dim) as (rows·kv, length·heads/kv, dim), rotated by +θ and scaled.
 
-    Time-major, so that a block of queries is a contiguous range of rows of the product."""
+    Padding is zero. Time-major, so that a block of queries is a contiguous range of rows of the product."""
     heads, dim = x.shape[1], x.shape[2]
     per = heads // kv
     shape = (group.rows * kv, group.length * per, dim)
@@ -161,7 +170,7 @@ def _gather(x: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | Non
 def _scatter(
     g: Tensor, out: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> None:
-    """The transpose of `_gather`, into the group's tokens of out: (N, heads, dim)."""
+    """Apply the transpose of `_gather`, into the group's tokens of out: (N, heads, dim)."""
     heads, dim = out.shape[1], out.shape[2]
     run = dispatch("scatter_heads", out, cos, sin)
     if run is not None:
@@ -175,9 +184,9 @@ def _scatter(
 
 
 def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int | None) -> Tensor:
-    """Softmax over those of the keys k0 … q1 that each of the queries q0 … q1 may see.
+    """Apply softmax over the visible keys k0 … q1 of each query q0 … q1.
 
-    scores: (b, (q1−q0)·per, q1−k0), spent."""
+    scores: (b, (q1−q0)·per, q1−k0), overwritten."""
     run = dispatch("causal_softmax", scores)
     if run is not None:
         out: Tensor = run(scores, scores.shape[0], q1 - q0, per, q1 - k0, q0, k0, window or 0)
@@ -190,7 +199,7 @@ def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int |
 
 
 def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
-    """p ⊙ (dp − Σ p⊙dp); dp is spent."""
+    """Return p ⊙ (dp − Σ p⊙dp); dp is overwritten."""
     run = dispatch("softmax_backward", p, dp)
     out: Tensor = TORCH("torch._softmax_backward_data")(dp, p, -1, p.dtype) if run is None else run(p, dp)
     return out
@@ -199,7 +208,7 @@ def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, group: RowGroup, per: int, window: int | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Output and probabilities of one group in the gathered layout."""
+    """Return output and probabilities of one group in the gathered layout."""
     out = torch.empty_like(q)
     probs = []
     for q0, q1, k0 in key_ranges(group.length, window):
@@ -224,8 +233,10 @@ def _attend_backward(
 
 
 class VarlenSettings(NamedTuple):
-    """What attention of packed rows goes by, besides its heads: `kv` key heads, the rows, the factor of scores, and how
-    many tokens back a query sees, itself among them (None: all)."""
+    """Settings of packed-row attention.
+
+    kv: number of key heads. layout: the rows. scale: the factor of scores. window: how many tokens a query
+    sees, including itself (None: all)."""
 
     kv: int
     layout: RowLayout
@@ -234,7 +245,9 @@ class VarlenSettings(NamedTuple):
 
 
 class _Attention(torch.autograd.Function):
-    """qkv: (N, heads + 2·kv, dim), the three kinds of heads side by side; cos, sin turn q and k, None leaves them."""
+    """Attention of qkv: (N, heads + 2·kv, dim), the heads of q, k and v concatenated.
+
+    cos, sin rotate q and k; None leaves them unrotated."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings) -> Tensor:
@@ -275,8 +288,9 @@ class _Attention(torch.autograd.Function):
 
 
 class _Tiled(torch.autograd.Function):
-    """The same by an implementation of "rope_varlen_attention": qkv, the output and log Σ exp are kept, no
-    probabilities."""
+    """The same by an implementation of "rope_varlen_attention".
+
+    Keeps qkv, the output and log Σ exp; no probabilities."""
 
     @staticmethod
     def forward(
@@ -305,9 +319,10 @@ def _rows(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenS
 
 
 def sdpa_varlen_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
-    """`varlen_attention` of [q | k | v] heads, (N, heads + 2·kv, dim) → (N, heads, dim), through torch's fused
-    attention, which is the fast one on a GPU (flash attention for 16-bit heads) and picks its own kernel on each
-    device."""
+    """Run `varlen_attention` of [q | k | v] heads through torch's fused attention.
+
+    (N, heads + 2·kv, dim) → (N, heads, dim). Fast on a GPU (flash attention for 16-bit heads); torch
+    selects its kernel per device."""
     heads, dim = qkv.shape[1] - 2 * kv, qkv.shape[2]
     out = qkv.new_zeros(len(qkv), heads, dim)
     for group in layout.groups:
@@ -328,7 +343,9 @@ def sdpa_varlen_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float,
 
 
 class HeadNorms(NamedTuple):
-    """RMS norms of each head of q and k before they are rotated. weight: w_q, w_k, frozen, as (2, dim)."""
+    """RMS norms of each head of q and k before rotation.
+
+    weight: w_q, w_k, frozen, as (2, dim)."""
 
     weight: Tensor
     eps: float
@@ -344,11 +361,14 @@ def rope_varlen_attention(
     window: int | None = None,
     norms: HeadNorms | None = None,
 ) -> Tensor:
-    """Attention of [q | k | v] heads with rotary positions in q and k. qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
+    """Return attention of [q | k | v] heads with rotary positions in q and k.
 
-    cos, sin: (N, dim/2). `window`: a query sees itself and the window − 1 tokens before it; None: all before it.
-    Keeps the rotated q, k, v and the probabilities in their dtype, or in tiles qkv, the output and log Σ exp; on a GPU,
-    what flash attention keeps; with norms q and k as they were before, too. Reference of norms: `normed_heads`."""
+    qkv: (N, heads + 2·kv, dim) → (N, heads, dim). cos, sin: (N, dim/2).
+    window: a query sees itself and the window − 1 tokens before it; None: all tokens before it.
+
+    Keeps the rotated q, k, v and the probabilities in their dtype, or with tiles qkv, the output and log Σ
+    exp; on a GPU, what flash attention keeps. With norms, also keeps q and k before the norm. Reference
+    for norms: `normed_heads`."""
     if layout.shared is not None:
         places = layout.shared.places
 
@@ -367,7 +387,7 @@ def rope_varlen_attention(
 
 
 def normed_heads(qkv: Tensor, kv: int, norms: HeadNorms) -> Tensor:
-    """[w_q ⊙ q/rms(q) | w_k ⊙ k/rms(k) | v] of [q | k | v], (N, heads + 2·kv, dim)."""
+    """Return [w_q ⊙ q/rms(q) | w_k ⊙ k/rms(k) | v] of [q | k | v], (N, heads + 2·kv, dim)."""
     q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
     q, k = (rms_norm(x, w, norms.eps) for x, w in zip((q, k), norms.weight, strict=True))
     return torch.cat([q, k, v], dim=1)
@@ -383,10 +403,13 @@ def varlen_attention(
     cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The same without rotation. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim).
+    """Return causal attention of packed rows, without rotation.
 
-    `cap`: scores are cap·tanh(score/cap), 0 leaves them. sinks: (heads,), a score of each head that takes its share of
-    the softmax and adds nothing. Where there is no kernel these two are `varlen_attention_reference`."""
+    q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim).
+    cap: scores become cap·tanh(score/cap); 0 leaves them unchanged.
+    sinks: (heads,), a score per head that takes its share of the softmax and adds nothing.
+
+    Without a kernel, cap and sinks run `varlen_attention_reference`."""
     if layout.shared is not None:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -407,8 +430,10 @@ def varlen_attention(
 
 
 def _each_whole(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor) -> Tensor:
-    """attend(parts) of rows that share tokens: a shared one is part of each of its rows, and its output is that in the
-    first. Rows are laid out whole for the length of a call alone, and once more in backward."""
+    """Run attend(parts) on rows that share tokens, laid out in full.
+
+    A shared token is part of each of its rows; its output is the one in the first row. Rows are laid out
+    in full during the call only, and again in backward."""
     shared = layout.shared
     assert shared is not None
 
@@ -424,7 +449,7 @@ def _each_whole(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor
 
 
 class _Taken(torch.autograd.Function):
-    """x[at], rows that may be taken several times; their gradients are added up in float32."""
+    """x[at] with rows taken any number of times; gradients are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
@@ -450,7 +475,7 @@ def varlen_attention_reference(
     cap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`varlen_attention` line by line, a row at a time."""
+    """Compute `varlen_attention` directly, one row at a time."""
     per, out = q.shape[1] // k.shape[1], [q.new_zeros(layout.idle, *q.shape[1:])]
     lengths = [*layout.lengths, layout.idle]
     rows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
@@ -477,39 +502,40 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in halves (arXiv 2104.09864 as Llama lays it out). x: (N, heads, dim), cos, sin: (N, dim/2).
+    """Rotate by rotary positions in halves (arXiv 2104.09864, in Llama's layout).
 
-    y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. The reference for what `rope_varlen_attention` does on the way."""
+    x: (N, heads, dim), cos, sin: (N, dim/2). y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. The reference for
+    the rotation inside `rope_varlen_attention`."""
     return _rotated(x, cos, sin, 1.0)
 
 
 # -- denoisers ---------------------------------------------------------------------------------------------------------
 
 KEPT_BYTES = 64 << 20
-"""Bytes of probabilities that one call of `cross_attention` may keep."""
+"""Bytes of probabilities that one call of `cross_attention` can keep."""
 
 KEPT_TOKENS = 8
-"""Tokens, for each number of a head, that `joint_attention` keeps the probabilities of for backward: of so many they
-are hardly more than q, k and v themselves."""
+"""Tokens per value of a head up to which `joint_attention` keeps probabilities for backward: they are then
+hardly larger than q, k and v."""
 
 CHUNK_BYTES = 8 << 20
-"""Bytes of probabilities at one time where `joint_attention` does not keep them; a head that needs more is torch's,
-unless there is a kernel, which needs no more for a thousand tokens than for ten."""
+"""Bytes of probabilities at a time if `joint_attention` does not keep them. A head that needs more uses
+torch's attention, unless there is a kernel, which needs no more for a thousand tokens than for ten."""
 
 
 def _rotate_pairs(x: Tensor, turn: Tensor) -> Tensor:
-    """Neighbouring pairs of x, float32 (…, S, d), as complex numbers times turn: (S, d/2)."""
+    """Multiply neighboring pairs of x, float32 (…, S, d), as complex numbers by (S, d/2)."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
 def _chunks(q: Tensor) -> list[slice]:
-    """Heads that go together so that their probabilities stay small. q: (n·heads, S, d)."""
+    """Return slices of heads whose probabilities stay small. q: (n·heads, S, d)."""
     step = max(1, CHUNK_BYTES // (q.shape[1] ** 2 * q.element_size()))
     return [slice(i, i + step) for i in range(0, len(q), step)]
 
 
 def _scaled(a: Tensor, b: Tensor, by: float, out: Tensor | None = None) -> Tensor:
-    """by·a·b of batches of matrices, in one pass."""
+    """Return by·a·b of batches of matrices, in one pass."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=by, out=out)
 
 
@@ -518,24 +544,26 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     run = dispatch("causal_softmax", scores)
     if run is None:
         return torch.softmax(scores, -1)
-    keys = scores.shape[-1]  # as queries that are all the last of a causal row, they see every key
+    keys = scores.shape[-1]  # treated as queries at the end of a causal row, which see every key
     out: Tensor = run(scores, 1, 1, scores.numel() // keys, keys, keys - 1, 0, 0)
     return out
 
 
 def _has_tiles(x: Tensor) -> bool:
-    """Whether there is a kernel for heads of this dtype and last dimension."""
+    """Return whether there is a kernel for heads of this dtype and last dimension."""
     return dispatch("attend", x.new_empty(1, x.shape[-1])) is not None
 
 
 def _apart(x: Tensor) -> Tensor:
-    """(n, S, heads, d) → (n·heads, S, d), contiguous: of one row, reshape alone makes a view."""
+    """Return (n, S, heads, d) as (n·heads, S, d), contiguous; a view if S is 1."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()
 
 
 def _attend_all(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """softmax(q·kᵀ/√d)·v of (n, tokens, heads, d) as (n, S, heads·d); log Σ exp of the scores, (n, heads, S) float32,
-    if made in tiles; else the probabilities if they are to be kept."""
+    """Return softmax(q·kᵀ/√d)·v of (n, tokens, heads, d), as (n, S, heads·d).
+
+    Also log Σ exp of the scores, (n, heads, S) float32, if computed in tiles; otherwise the probabilities,
+    if `keep`."""
     n, S = q.shape[:2]
     run = dispatch("attend", q, k, v)
     if run is not None:
@@ -565,7 +593,7 @@ def _attend_all_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Gradients of `_attend_all` into dq, dk, dv. g, out: (n, S, heads·d)."""
+    """Write the gradients of `_attend_all` to dq, dk, dv. g, out: (n, S, heads·d)."""
     n, _, heads, d = q.shape
     g, out = g.unflatten(2, (heads, d)), out.unflatten(2, (heads, d))
     if lse is not None:
@@ -583,7 +611,7 @@ def _attend_all_backward(
         _scaled(ds, k[at], d**-0.5, out=dq[at])
         _scaled(ds.transpose(1, 2), q[at], d**-0.5, out=dk[at])
     for into, flat in ((of_q, dq), (of_k, dk), (of_v, dv)):
-        if into.data_ptr() != flat.data_ptr():  # of one token `_apart` is the place itself
+        if into.data_ptr() != flat.data_ptr():  # for one token, `_apart` returns a view
             into.copy_(flat.unflatten(0, (n, heads)).transpose(1, 2))
 
 
@@ -603,9 +631,10 @@ class _Cross(torch.autograd.Function):
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v. q: (n, S, heads, d), k, v: (n, T, heads, d) → (n, S, heads·d).
+    """Return softmax(q·kᵀ/√d)·v. q: (n, S, heads, d), k, v: (n, T, heads, d).
 
-    Probabilities are kept where all of them take at most KEPT_BYTES, and there is no kernel."""
+    The result is (n, S, heads·d). Probabilities are kept if all of them take at most KEPT_BYTES and there
+    is no kernel."""
     n, S, heads, _ = q.shape
     keep = n * S * heads * k.shape[1] * q.element_size() <= KEPT_BYTES
     if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or _has_tiles(q)):
@@ -642,7 +671,7 @@ class _Joint(torch.autograd.Function):
             _attend_all_backward(g, out, q, k, v, lse, p, dq, dk, dv)
             return dqkv, None, None, None
         q, k = both.unbind(0)
-        d_both = torch.empty_like(both)  # of what was normed and rotated
+        d_both = torch.empty_like(both)  # gradient of the normed and rotated heads
         _attend_all_backward(g, out, q, k, v, lse, p, d_both[0], d_both[1], dv)
         dx = d_both.transpose(2, 3).float()
         dx = dx if turn is None else _rotate_pairs(dx.contiguous(), turn.conj())
@@ -656,10 +685,11 @@ class _Joint(torch.autograd.Function):
 
 
 def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None) -> Tensor:
-    """Attention of tokens over themselves. qkv: (n, S, 3, heads, d) → (n, S, heads·d).
+    """Return attention of tokens over themselves. qkv: (n, S, 3, heads, d).
 
-    `weight`: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms. `turn`: rotary positions (S, d/2)
-    complex64, on neighbouring pairs as FLUX has them; None without."""
+    The result is (n, S, heads·d).
+    weight: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms.
+    turn: rotary positions (S, d/2) complex64, on neighboring pairs as in FLUX; None without rotation."""
     S = qkv.shape[1]
     if qkv.device.type != "cpu" or not (S * S * qkv.element_size() <= CHUNK_BYTES or _has_tiles(qkv)):
         return joint_attention_reference(qkv, weight, eps, turn)
@@ -670,7 +700,7 @@ def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 def joint_attention_reference(
     qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None
 ) -> Tensor:
-    """The same line by line through torch's own operations."""
+    """Compute `joint_attention` directly, with torch's operations."""
     q, k, v = qkv.unbind(2)
     if weight is not None or turn is not None:
         x = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float()
@@ -682,6 +712,8 @@ def joint_attention_reference(
 
 
 def _over_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v by torch's own, in the dtype that it is given. (n, tokens, heads, d) → (n, S, heads·d)."""
+    """Return softmax(q·kᵀ/√d)·v by torch, in the given dtype.
+
+    (n, tokens, heads, d) → (n, S, heads·d)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

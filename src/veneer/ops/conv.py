@@ -1,4 +1,4 @@
-"""A convolution whose later input channels nothing trained comes before."""
+"""A convolution that computes the input gradient only for its first channels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class _LiveConv(torch.autograd.Function):
 
 
 def live_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], live: int) -> Tensor:
-    """F.conv2d(x, weight, bias, padding=padding) with frozen weights. The gradient of x is right for the first `live`
-    of its channels and zero for the others, of which none is wanted: those products are not made."""
+    """Return F.conv2d(x, weight, bias, padding=padding) with frozen weights.
+
+    The gradient of x is correct for the first `live` channels and zero for the others, whose gradient is
+    not needed: those products are skipped."""
     out: Tensor = _LiveConv.apply(x, weight, bias, padding, live)
     return out

@@ -1,4 +1,4 @@
-"""Between the CPU and a device: whether a tensor has values at all, and how numbers get there without waiting."""
+"""Transfers between CPU and device, without waiting, and detection of fake tensors."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def made_up(tensor: Tensor) -> bool:
-    """Whether it has a shape, a dtype and a device, but no values: a fake or meta tensor, by which a step is traced.
+    """Return whether a tensor has no values: a fake or meta tensor, used to trace a step.
 
-    A kernel is not launched on it; what its host function allocated is the result, of the right shape."""
+    A kernel is not launched on a fake tensor; the result is what its host function allocated, of the right
+    shape."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def put_numbers(device: torch.device, *lists: Sequence[int]) -> list[Tensor]:
-    """Each list as a tensor of int64 on a device, all in one copy that nobody waits for: what a step has to tell it."""
+    """Return each list as an int64 tensor on a device, in one asynchronous copy."""
     flat = [n for each in lists for n in each]
     return list(sent(torch.tensor(flat, dtype=torch.int64), device).split([len(each) for each in lists]))
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """Return `tensor` in float64, keeping gradients: on its device, or on the CPU if the device lacks float64 (MPS)."""
+    """Return `tensor` in float64, keeping gradients; on the CPU if the device is MPS.
+
+    MPS lacks float64."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """A tensor of the CPU in memory from which a GPU copies by itself; as it is where torch can use no GPU."""
+    """Return a CPU tensor in page-locked memory; unchanged if torch has no GPU."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device. To a GPU it goes from pinned memory, so that the copy is queued behind the work before it
-    and the CPU goes on; torch keeps pinned memory until its copy is done. What comes from there has to be waited
-    for."""
+    """Return a tensor on a device, without waiting for the copy.
+
+    Copies to a GPU use page-locked memory, so that they are queued behind earlier work while the CPU
+    continues; torch keeps the memory until the copy is done. Copies from a GPU must be waited for."""
     if device.type == "cpu":
         return tensor.to(device)
     if made_up(tensor):

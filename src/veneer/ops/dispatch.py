@@ -1,18 +1,18 @@
-"""Which implementation of an op runs.
+"""Choose the implementation of an op.
 
-Every op of this package has a reference in torch. A device can have faster implementations, in the module that HOMES
-names, each with what it takes. An op asks `dispatch` and runs its reference if that is None:
+Every op of this package has a reference in torch. A device can have faster implementations, in its module
+of HOMES, each with a condition on its input. An op calls `dispatch` and runs its reference if the result
+is None:
 
     run = dispatch("rms_norm", x, weight)
     y = F.rms_norm(x, …) if run is None else run(x, weight, eps)
 
-The first implementation that takes the input runs. For the few ops where the fastest one depends on the machine or on
-the dtype, RULES names it, from the profile of the machine (profile.py). Nothing is timed while an op runs: the same
-profile gives the same bits. VENEER_OPS overrides the choice:
+The first implementation that takes the input runs. For the few ops whose fastest implementation depends on
+the machine or on the dtype, RULES chooses, from the profile of the machine (profile.py). Nothing is timed
+while an op runs: the same profile gives the same bits. VENEER_OPS overrides the choice:
 
     VENEER_OPS=torch                        references only
-    VENEER_OPS=rms_norm=torch,attend=torch  these ops by these implementations, all others as usual
-"""
+    VENEER_OPS=rms_norm=torch,attend=torch  these ops by these implementations, all others as usual"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from veneer.errors import ConfigError
 from veneer.ops.profile import profile
 
 HOMES = {"cpu": "veneer.ops.cpu.implementations", "cuda": "veneer.ops.cuda.implementations"}
-"""Device type -> the module whose IMPLEMENTATIONS are its own: op -> Implementation."""
+"""Device type -> the module with its IMPLEMENTATIONS: op -> Implementation."""
 
 REFERENCE = "torch"
 """The name of every op's reference."""
@@ -75,13 +75,15 @@ OPS = {
     "token_nll": "−log softmax at targets, with gradient",
     "weight_layout": "weight layout for serving",
 }
-"""The parts of ops that a device may have an implementation of, and what each computes."""
+"""Ops that a device can implement, and what each computes."""
 
 
 class Implementation(NamedTuple):
-    """`run`: the function, or an object with the functions, that an op calls in place of its reference. `takes`:
-    whether it runs on the op's arguments. `wants`: that in words. `missing`: why it cannot run here; "" if it can.
-    `name`: for VENEER_OPS and reports. `others`: further implementations of the op, in order."""
+    """An implementation of an op.
+
+    run: the function, or an object with the functions, that the op calls instead of its reference. takes:
+    whether it runs on the op's arguments. wants: the same in words. missing: why it cannot run here; "" if
+    it can. name: for VENEER_OPS and reports. others: further implementations of the op, in order."""
 
     run: Any
     takes: Callable[..., bool]
@@ -92,8 +94,10 @@ class Implementation(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """`prefer`: (names of the implementations that take the input, the op's arguments) -> the one to run. `why`: in
-    words."""
+    """A choice between implementations.
+
+    prefer: (names of the implementations that take the input, the op's arguments) -> the one to run. why:
+    the reason in words."""
 
     prefer: Callable[..., str]
     why: str
@@ -115,15 +119,17 @@ RULES: dict[str, Rule] = {
         lambda able, x, *_: "onednn" if x.dtype == torch.float32 else REFERENCE, "onednn in float32"
     ),
 }
-"""op -> which of several implementations runs. An op without a rule runs the first that takes its input."""
+"""op -> rule that chooses among its implementations. An op without a rule runs the first that takes its
+input."""
 
 
 # -- VENEER_OPS --------------------------------------------------------------------------------------------------------
 
 
 def parse_overrides(text: str) -> dict[str, str]:
-    """Read VENEER_OPS: op -> implementation ("*": all other ops). Raises ConfigError for a word that is neither an op
-    nor torch."""
+    """Read VENEER_OPS: op -> implementation ("*": all other ops).
+
+    Raises ConfigError for a word that is neither an op nor torch."""
     words = [word for word in text.split(",") if word]
     names = dict(word.split("=", 1) for word in words if "=" in word)
     known = {REFERENCE, *(f"{op}={name}" for op, name in names.items() if op in OPS)}
@@ -142,7 +148,7 @@ _overrides = parse_overrides(os.environ.get("VENEER_OPS", ""))
 
 @contextmanager
 def override_ops(**names: str) -> Iterator[None]:
-    """Run these ops by the implementations of these names, in all threads, for the length of a with-block."""
+    """Run these ops by the named implementations, in all threads, during a with-block."""
     global _overrides
     before = _overrides
     _overrides = {**before, **names}
@@ -163,9 +169,10 @@ def implementations(device: str) -> Mapping[str, Implementation]:
 
 
 def dispatch(op: str, first: Tensor, *given: Any) -> Any:
-    """Return what runs `op` on these arguments, by the device of the first tensor; None for the reference.
+    """Return the implementation of `op` for these arguments; None for the reference.
 
-    Raises ConfigError if VENEER_OPS names an implementation that the op does not have."""
+    The device is the first tensor's. Raises ConfigError if VENEER_OPS names an implementation that the op
+    does not have."""
     own = implementations(first.device.type).get(op)
     if own is None:
         return None
@@ -181,7 +188,7 @@ def dispatch(op: str, first: Tensor, *given: Any) -> Any:
 
 
 def _override_of(op: str) -> str | None:
-    """The implementation that VENEER_OPS names for an op; None if VENEER_OPS leaves the choice."""
+    """Return the implementation that VENEER_OPS sets for an op; None if it sets none."""
     if op not in _overrides:
         return _overrides.get("*")
     name, homes = _overrides[op], [implementations(device).get(op) for device in HOMES]
@@ -196,8 +203,10 @@ def _override_of(op: str) -> str | None:
 
 
 class Choice(NamedTuple):
-    """`name`: the implementation of an op, or several in their order. `reason`: why. `wants`: what they take, if not
-    everything; the reference runs all else."""
+    """The chosen implementation of an op.
+
+    name: one implementation, or several in order. reason: why. wants: the inputs they take, if not all;
+    the reference runs everything else."""
 
     name: str
     reason: str
@@ -205,7 +214,7 @@ class Choice(NamedTuple):
 
 
 def choices(device: str) -> dict[str, Choice]:
-    """Return op -> what runs it on a device of this type ("cpu", "cuda"), and why."""
+    """Return op -> its implementation on a device type ("cpu", "cuda"), and why."""
     return {op: _choice(op, device) for op in OPS}
 
 

@@ -1,11 +1,10 @@
-"""Dropout whose mask is made again instead of kept: it is a function of a seed and the place in x.
+"""Dropout whose mask is recomputed instead of stored: a hash of seed and position.
 
-    y_i = x_i / (1 − p) where hash(seed, i) ≥ p·2³², else 0
+    y_i = x_i / (1 − p) if hash(seed, i) ≥ p·2³², else 0
 
-The same mask on every device and in every dtype: one pass of a compiled kernel, or torch's operations on whole numbers.
-The hash is Wellons' lowbias32 of i ⊕ the seed's low word, with its high word before the second product: two seeds'
-masks are no rearrangement of each other.
-"""
+The mask is the same on every device and in every dtype: one pass of a compiled kernel, or torch's integer
+operations. The hash is Wellons' lowbias32 of i ⊕ the seed's low word, with its high word added before the
+second product, so that the masks of two seeds are not permutations of each other."""
 
 from __future__ import annotations
 
@@ -17,22 +16,26 @@ from torch import Tensor
 from veneer.ops.dispatch import dispatch
 
 _WORD = 0xFFFFFFFF
-_CHUNK = 1 << 20  # places that the reference works on at once: its temporaries are several times as large
+_CHUNK = 1 << 20  # positions per chunk of the reference, whose temporaries are several times as large
 
 
 class Dropout(NamedTuple):
-    """`p`: share of values dropped, below 1. `seed`: below 2⁶²."""
+    """Dropout with a fixed mask.
+
+    p: share of values dropped, below 1. seed: below 2⁶²."""
 
     p: float
     seed: int
 
     @classmethod
     def drawn(cls, p: float, generator: torch.Generator | None = None) -> Dropout:
-        """With a seed from a generator of the CPU, torch's own by default: who fixes its state fixes the mask."""
+        """Return a Dropout with a seed from a CPU generator, by default torch's global one.
+
+        Fixing the generator's state fixes the mask."""
         return cls(p, int(torch.randint(1 << 62, (), generator=generator, device="cpu").item()))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A new tensor of x's shape. The gradient of x is what this makes of the gradient of y."""
+        """Return y of x's shape; applied to the gradient of y, it returns the gradient of x."""
         x = x.contiguous()
         run = dispatch("dropout", x)
         if run is not None:
@@ -45,7 +48,7 @@ class Dropout(NamedTuple):
         return y
 
     def _kept(self, start: int, part: Tensor) -> Tensor:
-        """Which places stay, of those of `part` from `start` on."""
+        """Return which positions of `part`, starting at `start`, are kept."""
         h = torch.arange(start, start + len(part), device=part.device).bitwise_and_(_WORD)
         h ^= self.seed & _WORD
         h = ((h ^ (h >> 16)) * 0x7FEB352D + (self.seed >> 32)) & _WORD

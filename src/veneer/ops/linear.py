@@ -1,9 +1,9 @@
-"""Frozen linear maps with low-rank products beside them: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, and their gradients.
+"""Frozen linear maps with low-rank products: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, with gradients.
 
-A `LinearMap` is one projection or several that share x, joined; `linear` takes one product with its weight, whatever
-lies in it. The frozen weight never gets a gradient. A and B may be float32 beside 16-bit x and W: they are cast for the
-products, and their gradients come back in float32. Knows nothing of modules, adapters by name, or models.
-"""
+A `LinearMap` is one projection, or several joined projections of the same x; `linear` multiplies by it.
+The frozen weight never gets a gradient. A and B can be float32 with 16-bit x and W: they are cast for the
+products, and their gradients are float32. This module does not know about modules, adapter names or
+models."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from veneer.ops.prepacked import PrepackedWeights
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinearMap:
-    """A frozen weight (out, in) with the low-rank products on its rows; one projection, or several of one x joined.
+    """A frozen weight (out, in) with low-rank products on its rows.
 
-    `bias`: (out,). `dora_scale`: (out,) float32, what DoRA multiplies each output by before the bias. All products see
-    the same of x: one dropout, as loralib's MergedLinear has it. `copies`: the weight's own, where it may have some.
-    `spans`: each product sees the rows of its own span instead, with that one's dropout; then there is no DoRA
-    scale."""
+    One projection, or several of the same x joined by rows.
+
+    bias: (out,). dora_scale: (out,) float32, DoRA's factor of each output, applied before the bias.
+    products: all see the same dropped x: one dropout, as in loralib's MergedLinear.
+    copies: prepacked copies of the weight, if any.
+    spans: each product sees only the rows of its own segment, with that segment's dropout; there is no
+    DoRA scale then."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -40,14 +43,16 @@ class LinearMap:
 
     @property
     def dropout(self) -> float:
-        """That of all rows."""
+        """The dropout of all rows."""
         return self.products[0].dropout if self.products and self.spans is None else 0.0
 
 
 def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> LinearMap:
-    """Projections of one x as one product. `weight`: their weights below one another, if they lie so already.
+    """Join projections of one x into one product.
 
-    Raises ValueError for products with different dropouts, which cannot share what they see of x."""
+    weight: the parts' weights concatenated by rows, if they already are.
+
+    Raises ValueError for products with different dropouts, because joined products see the same dropped x."""
     dropouts = sorted({part.dropout for part in parts if part.products})
     if len(dropouts) > 1:
         raise ValueError(f"low-rank products with dropouts {dropouts} cannot be joined into one")
@@ -72,9 +77,9 @@ def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> Linea
 
 
 def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
-    """Its outputs before row `at` and from there on, each with what of the products lies there. Weights are views.
+    """Split a map into its outputs before row `at` and from `at` on; weights are views.
 
-    Raises ValueError where there is dropout: each part would draw its own."""
+    Raises ValueError with dropout: each part would sample its own mask."""
     if any(p.dropout for p in linear_map.products):
         raise ValueError("low-rank products with dropout cannot be parted: they see one and the same of x")
 
@@ -92,24 +97,24 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
 
 
 class _Products(Protocol):
-    """What an implementation of the op "low_rank" is, made of (products, rows of the weight, dtype)."""
+    """An implementation of the op "low_rank", made from (products, weight rows, dtype)."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y += s·(x·Aᵀ)·Bᵀ on each product's columns; u = x·Aᵀ."""
+        """Add s·(x·Aᵀ)·Bᵀ to each product's columns of y; return u = x·Aᵀ."""
 
     def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
-        """dx += du·A, if there is one; du = g·s·B."""
+        """Add du·A to dx, if given; return du = g·s·B."""
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
-        """[dA₁, dB₁, dA₂, …] from the output's gradient g: (N, rows) and du."""
+        """Return [dA₁, dB₁, dA₂, …] from the output gradient g: (N, rows), and du."""
 
 
 class LowRankProducts:
-    """Low-rank products of one x, cast and stacked: A (Σ rank, in) and the block-diagonal s·B (rows, Σ rank).
+    """Low-rank products of one x, stacked: A (Σ rank, in), block-diagonal s·B (rows, Σ rank).
 
-    u = x·Aᵀ and du = g·s·B read x and g once for all of them. What would multiply by the zeros of s·B in vain goes
-    one by one (measured on two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against 0.60 ms, gᵀ·u 1.23 against 0.81). The
-    reference of the op "low_rank"."""
+    u = x·Aᵀ and du = g·s·B read x and g once for all products. Products that would multiply by the zeros
+    of s·B run one by one (two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against 0.60 ms, gᵀ·u 1.23 against 0.81).
+    This is the reference of the op "low_rank"."""
 
     def __init__(self, products: Sequence[LowRank], rows: int, dtype: torch.dtype) -> None:
         self.scales = [p.scale for p in products]
@@ -128,21 +133,21 @@ class LowRankProducts:
             self.sB[block] = p.B * p.scale
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y += u·(s·B)ᵀ; u."""
+        """Add u·(s·B)ᵀ to y; return u."""
         u = x @ self.A.t()
         for rows, columns in self.blocks:
             y[:, rows].addmm_(u[:, columns], self.sB[rows, columns].t())
         return u
 
     def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
-        """dx += du·A, if there is one; du."""
+        """Add du·A to dx, if given; return du."""
         du = g @ self.sB
         if dx is not None:
             dx.addmm_(du, self.A)
         return du
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
-        """[dA₁, dB₁, dA₂, …] from the output's gradient g: (N, Σ out) and du = g·s·B: (N, Σ rank)."""
+        """Return [dA₁, dB₁, dA₂, …] from g: (N, Σ out), and du = g·s·B: (N, Σ rank)."""
         dA = du.t() @ x
         out = []
         for scale, (of_A, of_B), (rows, columns) in zip(self.scales, self.dtypes, self.blocks, strict=True):
@@ -152,7 +157,7 @@ class LowRankProducts:
 
 
 class _Dropped:
-    """Low-rank products that see x with some of its values dropped: the same ones in forward and backward."""
+    """Low-rank products of a dropped x, with the same mask in forward and backward."""
 
     def __init__(self, own: _Products, drop: Dropout) -> None:
         self.own, self.drop = own, drop
@@ -172,7 +177,7 @@ class _Dropped:
 
 
 class _InSpans:
-    """The products of several adapters, each of its own rows. u and du are those of each, one after another, flat."""
+    """Products of several adapters, each on its own rows; u and du are concatenated, flat."""
 
     def __init__(self, x: Tensor, products: Sequence[LowRank], y: Tensor, spans: LoraSegments) -> None:
         members: dict[int, list[int]] = {}
@@ -206,7 +211,7 @@ class _InSpans:
 
 
 def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
-    """The low-rank products of a map, by what is chosen for x and y."""
+    """Return the low-rank products of a map, by the implementation chosen for x and y."""
     if linear_map.spans is not None:
         return _InSpans(x, linear_map.products, y, linear_map.spans)
     drop = Dropout.drawn(linear_map.dropout) if linear_map.dropout else None
@@ -220,13 +225,15 @@ def _made(x: Tensor, products: tuple[LowRank, ...], y: Tensor, drop: Dropout | N
 
 
 def low_rank_tensors(linear_map: LinearMap) -> list[Tensor]:
-    """[A₁, B₁, A₂, …], what autograd is given of a map."""
+    """Return [A₁, B₁, A₂, …], the tensors of a map that autograd tracks."""
     return [t for p in linear_map.products for t in (p.A, p.B)]
 
 
 class LinearOutput(NamedTuple):
-    """`y`, and what its backward pass needs: u = x·Aᵀ, `plain`, what the DoRA scale multiplied, its low-rank products,
-    which small layers pay more to make again than to keep, and the weight's copies."""
+    """`y`, and what its backward pass needs.
+
+    u: x·Aᵀ. plain: the input of the DoRA scale. products: the low-rank products, which are cheaper to keep
+    than to rebuild for small layers. copies: the weight's prepacked copies."""
 
     y: Tensor
     u: Tensor | None = None
@@ -242,22 +249,25 @@ def frozen_linear(
     transposed: bool = True,
     copies: PrepackedWeights | None = None,
 ) -> Tensor:
-    """x·Wᵀ + b, or, not `transposed`, x·W; x: (N, in) or (N, out). `copies`: the weight's own. No autograd."""
+    """Return x·Wᵀ + b, or x·W if not `transposed`; without autograd.
+
+    x: (N, in) or (N, out). copies: the weight's prepacked copies."""
     if copies is not None and (by_copy := copies.product(x, weight, bias, transposed)) is not None:
         return by_copy
     return F.linear(x, weight, bias) if transposed else x @ weight
 
 
 def keeps_copy(dtype: torch.dtype, rows: int, columns: int, transposed: bool) -> bool:
-    """Whether a product of x by such a weight (`transposed`: x·Wᵀ) goes by a copy of it here: for whoever counts
-    memory."""
+    """Return whether this product would use a prepacked copy here, for memory estimates.
+
+    transposed: x·Wᵀ."""
     weight = torch.empty(1, dtype=dtype).expand(rows, columns)
     x = torch.empty(1, columns if transposed else rows, dtype=dtype)
     return dispatch("prepacked_linear", x, weight, None, transposed) is not None
 
 
 def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
-    """`linear` of x (N, in), for functions that have a backward pass of their own."""
+    """Run `linear` on x (N, in) for functions with their own backward pass."""
     W, b, dora_scale, copies = linear_map.weight, linear_map.bias, linear_map.dora_scale, linear_map.copies
     if dora_scale is None:
         y = frozen_linear(x, W, b, copies=copies)
@@ -268,8 +278,7 @@ def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
         products = _products(x, linear_map, plain)
         u = products.forward(x, plain)
         return LinearOutput(scale_outputs(plain, dora_scale, b), u, plain, products, copies)
-    # PEFT's DoRA with dropout: x·Wᵀ + b + (dora_scale − 1) ⊙ d·Wᵀ + dora_scale ⊙ s·(d·Aᵀ)·Bᵀ, d what dropout leaves of
-    # x
+    # PEFT's DoRA with dropout: x·Wᵀ + b + (dora_scale − 1) ⊙ d·Wᵀ + dora_scale ⊙ s·(d·Aᵀ)·Bᵀ, d the dropped x
     y = frozen_linear(x, W, b, copies=copies)
     products = _products(x, linear_map, y)
     assert isinstance(products, _Dropped)
@@ -283,7 +292,7 @@ def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
 def linear_backward(
     g: Tensor, weight: Tensor, made: LinearOutput, dora_scale: Tensor | None, need_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """dx, and for the products' own gradients that of what they are added to, du = that·s·B, and the DoRA scale's."""
+    """Return dx, the gradient at the products' output, du = that·s·B, and the DoRA scale's."""
     products, plain = made.products, made.plain
 
     def back(t: Tensor) -> Tensor:
@@ -304,7 +313,9 @@ def linear_backward(
 
 
 def scale_outputs(y: Tensor, dora_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """dora_scale ⊙ y + b, rounded once: DoRA scales are near 1, where 16 bits are 1/256 apart."""
+    """Return dora_scale ⊙ y + b, rounded once.
+
+    DoRA scales are near 1, where 16-bit values are 1/256 apart."""
     run = dispatch("dora_scale", dora_scale, y, *([] if bias is None else [bias]))
     if run is not None:
         made: Tensor = run(y, dora_scale, bias)
@@ -314,7 +325,7 @@ def scale_outputs(y: Tensor, dora_scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _scale_gradients(g: Tensor, y: Tensor, dora_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of what the DoRA scale multiplied, y, and of the DoRA scale."""
+    """Return the gradients of y, the input of the DoRA scale, and of the scale."""
     run = dispatch("dora_scale_backward", dora_scale, g, y)
     if run is not None:
         made: tuple[Tensor, Tensor] = run(g, y, dora_scale)
@@ -326,7 +337,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear_map: LinearMap, dora_scale: Tensor | None, *flat: Tensor) -> Tensor:
         made = linear_forward(x, linear_map)
-        # A and B too: autograd then notices if they change before backward
+        # A and B are saved too, so that autograd detects changes before backward
         ctx.save_for_backward(x, made.u, made.plain, dora_scale, *flat)
         ctx.products, ctx.weight, ctx.copies = made.products, linear_map.weight, linear_map.copies
         return made.y
@@ -340,19 +351,20 @@ class _Linear(torch.autograd.Function):
 
 
 def low_rank_gradients(made: LinearOutput, g: Tensor, x: Tensor, du: Tensor | None) -> list[Tensor]:
-    """The gradients of `low_rank_tensors`, from what `linear_backward` gave."""
+    """Return the gradients of `low_rank_tensors`, from the results of `linear_backward`."""
     if made.products is None or made.u is None or du is None:
         return []
     return made.products.gradients(g, x, made.u, du)
 
 
 def linear(x: Tensor, linear_map: LinearMap) -> Tensor:
-    """y = x·Wᵀ + b, plus s·(x·Aᵀ)·Bᵀ on each product's columns of y; with a DoRA scale, all but b times it.
-    x: (…, in) → (…, Σ out).
+    """Return y = x·Wᵀ + b plus s·(x·Aᵀ)·Bᵀ on each product's columns, times the DoRA scale.
 
-    Keeps x and the narrow x·Aᵀ, and where there is a DoRA scale what it multiplies. Reference: F.linear(x, W, b) with
-    s·F.linear(F.linear(x, A), B) added to its columns, for a dropout of what the products see by Dropout's mask."""
+    x: (…, in) → (…, Σ out). The DoRA scale applies to everything but b. Keeps x, the narrow x·Aᵀ and, with
+    a DoRA scale, its input. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to its
+    columns, with Dropout's mask on the products' input."""
     y: Tensor = _Linear.apply(
         x.reshape(-1, x.shape[-1]), linear_map, linear_map.dora_scale, *low_rank_tensors(linear_map)
     )
-    return y.view(*x.shape[:-1], y.shape[-1])  # outside of the Function: callers may write into what they get
+    # outside the Function, because callers can write into the result
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,17 +1,23 @@
-"""Losses: −log p of each token, never holding more than a chunk of logits, and those of preference training.
+"""Losses: −log p of each token in chunks of logits, and preference losses.
 
-`token_nll` reads logits once and makes its gradient on the way. The others are pure functions of log-probabilities, a
-loss for each pair or each answer:
+`token_nll` reads logits once and computes its gradient in the same pass. The others are pure functions of
+log-probabilities, with one loss per pair or per answer:
 
-| loss   | takes of each answer                           | loss of a pair (w: chosen, l: rejected)                   |
-| dpo    | r = log π(y|x) − log π_ref(y|x)                | −log σ(β·(r_w − r_l))                                     |
-| ipo    | r, by default divided by |y|                   | (r_w − r_l − 1/(2β))²                                     |
-| orpo   | m = log π(y|x) / |y|                           | −β·log σ(log odds(m_w) − log odds(m_l))                   |
-| simpo  | m                                              | −log σ(β·(m_w − m_l) − γ)                                 |
-| kto    | r, and whether the answer is desirable         | λ·(1 − σ(±β·(r − z₀))), of an answer alone                |
+| loss   | value of each answer                           | loss of a pair (w: chosen, l: rejected)
+|
+| dpo    | r = log π(y|x) − log π_ref(y|x)                | −log σ(β·(r_w − r_l))
+|
+| ipo    | r, by default divided by |y|                   | (r_w − r_l − 1/(2β))²
+|
+| orpo   | m = log π(y|x) / |y|                           | −β·log σ(log odds(m_w) − log odds(m_l))
+|
+| simpo  | m                                              | −log σ(β·(m_w − m_l) − γ)
+|
+| kto    | r, and whether the answer is desirable         | λ·(1 − σ(±β·(r − z₀))), per answer
+|
 
-All of shape (n,) and differentiable; nothing is summed or averaged here. Knows neither models nor data.
-"""
+All have shape (n,) and are differentiable; nothing is summed or averaged here. This module knows neither
+models nor data."""
 
 from __future__ import annotations
 
@@ -26,7 +32,7 @@ from veneer.ops.prepacked import PrepackedWeights
 from veneer.ops.step_sizes import logits_chunk
 
 _IGNORED = -100
-_CERTAIN = -1e-7  # the largest mean log p that float32 can tell from 0, whose odds are infinite
+_CERTAIN = -1e-7  # the largest mean log p that float32 distinguishes from 0, whose odds are infinite
 
 
 class _TokenNll(torch.autograd.Function):
@@ -59,7 +65,7 @@ class _TokenNll(torch.autograd.Function):
                     torch.mm(logits, weight, out=grad[part])
                 else:
                     grad[part] = made
-            del logits  # before the next chunk's are made beside them
+            del logits  # free them before the next chunk's logits are allocated
         ctx.save_for_backward(grad)
         return nll
 
@@ -70,9 +76,11 @@ class _TokenNll(torch.autograd.Function):
 
 
 def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | None = None) -> Tensor:
-    """−log softmax at the targets, at least float32; with `gradient`, logits become softmax − onehot in place. A target
-    of −100 is none, as for F.cross_entropy: 0, and no gradient. `right`: as `token_nll` has it. Raises IndexError for
-    any other that is no token."""
+    """Return −log softmax at the targets, at least float32.
+
+    With `gradient`, logits become softmax − onehot in place. A target of −100 is ignored, as in
+    F.cross_entropy: loss 0, no gradient. `right`: as in `token_nll`. Raises IndexError for any other
+    invalid target."""
     targets = targets.to(torch.int64).contiguous()
     run = dispatch("token_nll", logits)
     if run is not None:
@@ -81,20 +89,23 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | N
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = targets == _IGNORED
     y = targets.masked_fill(ignored, 0)[:, None]
-    if y.device.type == "cpu" and bool(((y < 0) | (y >= logits.shape[1])).any()):  # a GPU says so itself, later
+    # a GPU reports this itself, later
+    if y.device.type == "cpu" and bool(((y < 0) | (y >= logits.shape[1])).any()):
         raise IndexError("token_nll: a target is no token of the vocabulary")
     nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
     if right is not None:
         right.copy_(likeliest(wide, y[:, 0]) & ~ignored)
     if gradient:
-        # the target's p − 1 comes from the wide value: rounding p near 1 to 16 bits first would lose all of it
+        # p − 1 of the target uses the wide value: rounding p near 1 to 16 bits first would lose all of it
         slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
         logits.copy_(slope.masked_fill_(ignored[:, None], 0))
     return nll[:, 0].masked_fill_(ignored, 0)
 
 
 def likeliest(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether no other token's logit is above the target's: (M,) bool. logits: (M, vocabulary), targets: (M,)."""
+    """Return whether no logit is above the target's: (M,) bool.
+
+    logits: (M, vocabulary), targets: (M,)."""
     return logits.gather(1, targets[:, None])[:, 0] >= logits.amax(1)
 
 
@@ -106,14 +117,18 @@ def token_nll(
     copies: PrepackedWeights | None = None,
     right: Tensor | None = None,
 ) -> Tensor:
-    """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.
+    """Return −log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32.
 
-    A target of −100 is none: 0, and no gradient. Raises IndexError for any other that is no token (on a GPU, an error
-    of its own). The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary
-    logits exist (None: as many positions as `sizes.logits_chunk` says of the device): that of token i is a row of its
-    own, which the backward pass only has to scale by what it is given for i. `copies`: the weight's own. `right`: (M,)
-    bool, which is filled on the way with what `likeliest` says of the logits. Reference: F.cross_entropy((hidden @
-    W.T).float(), targets, reduction="none")."""
+    hidden: (M, d), weight: (vocabulary, d) frozen. A target of −100 is ignored: loss 0, no gradient. The
+    gradient is computed in the forward pass, chunk by chunk, so that at most chunk × vocabulary logits
+    exist; the backward pass only scales row i by the gradient of loss i.
+
+    chunk: positions per chunk; None: `logits_chunk` of the device.
+    copies: the weight's prepacked copies.
+    right: (M,) bool, filled with `likeliest` of the logits.
+
+    Raises IndexError for any other invalid target (on a GPU, the device's error). Reference:
+    F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
     out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk or logits_chunk(hidden.device.type), copies, right)
     return out
 
@@ -122,50 +137,55 @@ def token_nll(
 
 
 def dpo(chosen: Tensor, rejected: Tensor, *, beta: float, smoothing: float = 0.0) -> Tensor:
-    """−(1−ε)·log σ(β·(chosen − rejected)) − ε·log σ(−β·(chosen − rejected)).
+    """Return −(1−ε)·log σ(β·(chosen − rejected)) − ε·log σ(−β·(chosen − rejected)).
 
-    chosen, rejected: log-ratios log π − log π_ref in nats. Direct preference optimisation (arXiv 2305.18290, eq. 7);
-    `smoothing` ε is the share of labels believed to be the wrong way round: conservative DPO, in the authors' note on
-    it and their code. With log-ratios for each token it is the length-normalised one of Tülu 3 (arXiv 2411.15124)."""
+    chosen, rejected: log-ratios log π − log π_ref in nats. Direct preference optimization (arXiv
+    2305.18290, eq. 7). `smoothing` ε is the share of labels assumed to be flipped: conservative DPO, from
+    the authors' note and code. With log-ratios per token, this is Tülu 3's length-normalized DPO (arXiv
+    2411.15124)."""
     return _preferred(beta * (chosen - rejected), smoothing)
 
 
 def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """(chosen − rejected − 1/(2β))², β the paper's τ (arXiv 2310.12036, eq. 17).
+    """Return (chosen − rejected − 1/(2β))², β the paper's τ (arXiv 2310.12036, eq. 17).
 
-    chosen, rejected: log-ratios. The paper writes them for whole answers; its authors' results, and TRL, divide them
-    by the answers' lengths."""
+    chosen, rejected: log-ratios. The paper defines them for whole answers; its authors' results, and TRL,
+    divide them by the answers' lengths."""
     return (chosen - rejected - 1 / (2 * beta)).square()
 
 
 def orpo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """−β·log σ(log odds(chosen) − log odds(rejected)), odds(m) = e^m / (1 − e^m), β the paper's λ.
+    """Return −β·log σ(log odds(chosen) − log odds(rejected)), odds(m) = e^m / (1 − e^m).
 
-    chosen, rejected: mean log-probabilities of an answer's tokens. The odds-ratio term alone (arXiv 2403.07691, eq. 4
-    and 7): ORPO adds to it the likelihood of the chosen answer, −chosen."""
+    β is the paper's λ. chosen, rejected: mean log-probabilities of an answer's tokens. This is the
+    odds-ratio term only (arXiv 2403.07691, eq. 4 and 7): ORPO adds the likelihood of the chosen answer,
+    −chosen."""
     return -beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def simpo(chosen: Tensor, rejected: Tensor, *, beta: float, gamma: float, smoothing: float = 0.0) -> Tensor:
-    """−log σ(β·(chosen − rejected) − γ), with `smoothing` as `dpo` (arXiv 2405.14734, eq. 6).
+    """Return −log σ(β·(chosen − rejected) − γ) (arXiv 2405.14734, eq. 6).
 
-    chosen, rejected: mean log-probabilities of an answer's tokens. γ: the margin that a pair should have."""
+    chosen, rejected: mean log-probabilities of an answer's tokens. γ: the target margin of a pair.
+    smoothing: as in `dpo`."""
     return _preferred(beta * (chosen - rejected) - gamma, smoothing)
 
 
 def kto(
     ratios: Tensor, desirable: Tensor, reference: Tensor | float, *, beta: float, weights: tuple[float, float]
 ) -> Tensor:
-    """λ_D·(1 − σ(β·(r − z₀))) of a desirable answer, λ_U·(1 − σ(β·(z₀ − r))) of another (arXiv 2402.01306, eq. 8).
+    """Return λ_D·(1 − σ(β·(r − z₀))) if desirable, else λ_U·(1 − σ(β·(z₀ − r))).
 
-    ratios: r, log-ratios. desirable: (n,) bool. reference: z₀, see `kto_reference`. weights: (λ_D, λ_U)."""
+    arXiv 2402.01306, eq. 8. ratios: r, log-ratios. desirable: (n,) bool. reference: z₀, see
+    `kto_reference`. weights: (λ_D, λ_U)."""
     gain = beta * (ratios - reference)
     return torch.where(desirable, weights[0] * torch.sigmoid(-gain), weights[1] * torch.sigmoid(gain))
 
 
 def kto_reference(ratios: Tensor) -> Tensor:
-    """z₀ = max(0, mean r) over prompts with answers that belong to other prompts: the paper's estimate of
-    KL(π ‖ π_ref). It has no gradient. 0 without any."""
+    """Return z₀ = max(0, mean r) over prompts paired with other prompts' answers.
+
+    The paper's estimate of KL(π ‖ π_ref). Without gradient; 0 for empty input."""
     return ratios.detach().mean().clamp(min=0.0) if len(ratios) else ratios.new_zeros(())
 
 
@@ -175,7 +195,7 @@ def _preferred(margin: Tensor, smoothing: float) -> Tensor:
 
 
 def _log_odds(mean: Tensor) -> Tensor:
-    """m − log(1 − e^m), by whichever of the two forms keeps its digits; m just below 0 where it is 0."""
+    """Return m − log(1 − e^m) in the numerically stable form; m = 0 is moved just below 0."""
     m = mean.clamp(max=_CERTAIN)
     rest = torch.where(m < -0.6931, torch.log1p(-torch.exp(m)), torch.log(-torch.expm1(m)))
     return m - rest

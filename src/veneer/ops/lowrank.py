@@ -1,4 +1,4 @@
-"""What is multiplied beside a frozen weight: one low-rank product."""
+"""One low-rank product next to a frozen weight."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LowRank:
-    """s·B·A beside a frozen weight W, never made: y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ.
+    """s·B·A next to a frozen weight W, never materialized.
 
-    A: (…, rank, in), B: (…, out, rank). `scale`: s, with an adapter's strength in it. `dropout`: the share of x that
-    the product does not see, 0 outside of training. `first`: the row of W that B's first row belongs to, where W is
-    several weights below one another; B's last is the one before `last`. `span`: whose rows of x it sees, where there
-    are several adapters (ops/lora_segments.py); all of them elsewhere.
+        y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ
 
-    The one shape in which layers, ops, compiled kernels and serving are given a pair; core.adapter.Pair makes it."""
+    A: (…, rank, in), B: (…, out, rank). scale: s, including an adapter's strength. dropout: dropout
+    probability of the product's x, 0 outside training.
+    first: the row of W of B's first row, if W is several weights concatenated; `last` is one past B's last
+    row.
+    span: the segment of x's rows that the product sees, if there are several adapters
+    (ops/lora_segments.py); otherwise it sees all rows.
+
+    Layers, ops, compiled kernels and serving all take a pair in this form; core.adapter.Pair makes it."""
 
     A: Tensor
     B: Tensor
@@ -32,13 +36,13 @@ class LowRank:
         return self.first + len(self.B)
 
     def below(self, rows: int) -> LowRank:
-        """The same where `rows` rows of other weights lie above this one's."""
+        """Return the product shifted down by `rows` rows of other weights."""
         return replace(self, first=self.first + rows) if rows else self
 
     def dense(self) -> Tensor:
-        """s·B·A"""
+        """Return s·B·A."""
         return (self.B @ self.A) * self.scale
 
     def transposed(self) -> LowRank:
-        """Of the transposed weight."""
+        """Return the product for the transposed weight."""
         return replace(self, A=self.B.transpose(-1, -2), B=self.A.transpose(-1, -2))

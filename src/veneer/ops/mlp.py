@@ -1,13 +1,12 @@
-"""Gated MLPs of a step and their activations, which keep what they are given and nothing else.
+"""Gated MLPs and activations that keep only their inputs.
 
     gated_mlp    y = down(act(gate(x)) ⊙ up(x))
     gated        act(gate) ⊙ up from [gate | up], and its gradients
-    swiglu       silu(gate) ⊙ up from [gate | up], by itself
+    swiglu       silu(gate) ⊙ up from [gate | up]
     geglu        up ⊙ gelu(gate) from [up | gate]
-    gelu_tanh    gelu by tanh
+    gelu_tanh    tanh approximation of gelu
 
-The reference of each is the same line in torch's own operations.
-"""
+The reference of each is the same formula in torch's operations."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ def _activate(x: Tensor, act: str) -> Tensor:
 
 
 def gated(both: Tensor, act: str) -> Tensor:
-    """act(gate) ⊙ up from [gate | up]: (N, 2f) → (N, f)."""
+    """Return act(gate) ⊙ up from [gate | up]: (N, 2f) → (N, f)."""
     run = dispatch(f"{act}_gate", both)
     if run is not None:
         h: Tensor = run(both)
@@ -44,7 +43,7 @@ def gated(both: Tensor, act: str) -> Tensor:
 
 
 def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """[d_gate | d_up] and act(gate) ⊙ up again."""
+    """Return [d_gate | d_up], and act(gate) ⊙ up recomputed."""
     run = dispatch(f"{act}_gate_backward", dh, both)
     if run is not None:
         made: tuple[Tensor, Tensor] = run(dh, both)
@@ -56,7 +55,7 @@ def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]
 
 
 def _gate_gradients(dh: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, act: str) -> Tensor:
-    """The gradients of act(gate) ⊙ up into d_gate and d_up; act(gate) again."""
+    """Write the gradients of act(gate) ⊙ up to d_gate and d_up; return act(gate)."""
     a = _activate(gate, act)
     torch.mul(a, dh, out=d_up)
     if act == "silu":
@@ -79,7 +78,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 def swiglu(both: Tensor) -> Tensor:
-    """silu(gate) ⊙ up from [gate | up]. (…, 2f) → (…, f). Keeps what it is given."""
+    """Return silu(gate) ⊙ up from [gate | up]. (…, 2f) → (…, f). Keeps its input."""
     h: Tensor = _Swiglu.apply(both.reshape(-1, both.shape[-1]).contiguous())
     return h.view(*both.shape[:-1], h.shape[-1])
 
@@ -91,7 +90,7 @@ class _Geglu(torch.autograd.Function):
         run = dispatch("geglu", both)
         if run is None:
             up, gate = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2, dim=-1)
-            return _activate(gate, "gelu").mul_(up).to(both.dtype)  # rounded once, as the compiled one is
+            return _activate(gate, "gelu").mul_(up).to(both.dtype)  # rounded once, as in the compiled kernel
         h: Tensor = run(both)
         return h
 
@@ -109,7 +108,9 @@ class _Geglu(torch.autograd.Function):
 
 
 def geglu(both: Tensor) -> Tensor:
-    """up ⊙ gelu(gate) from [up | gate], as diffusers' GEGLU lays them. (…, 2f) → (…, f). Keeps what it is given."""
+    """Return up ⊙ gelu(gate) from [up | gate], diffusers' order. (…, 2f) → (…, f).
+
+    Keeps its input."""
     h: Tensor = _Geglu.apply(both.contiguous())
     return h
 
@@ -132,7 +133,7 @@ class _GeluTanh(torch.autograd.Function):
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """F.gelu(x, approximate="tanh"), keeping x."""
+    """Return F.gelu(x, approximate="tanh"), keeping x."""
     y: Tensor = _GeluTanh.apply(x.contiguous())
     return y
 
@@ -151,7 +152,8 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         one = linear_forward(x, gate_up)
         two = linear_forward(gated(one.y, act), down)
-        again = scale is not None and not gate_up.dropout  # [gate | up] is then a scale and a bias away from `plain`
+        # [gate | up] is then only a scale and a bias away from `plain`
+        again = scale is not None and not gate_up.dropout
         both = None if again else one.y
         ctx.save_for_backward(x, both, one.u, one.plain, scale, two.u, two.plain, scale_down, *flat)
         ctx.products, ctx.copies = (one.products, two.products), (gate_up.copies, down.copies)
@@ -173,10 +175,10 @@ class _GatedMlp(torch.autograd.Function):
 
 
 def gated_mlp(x: Tensor, gate_up: LinearMap, down: LinearMap, act: str = "silu") -> Tensor:
-    """y = down(act(gate(x)) ⊙ up(x)); act: "silu", "gelu" or "gelu_tanh". x: (…, d) → (…, d).
+    """Return y = down(act(gate(x)) ⊙ up(x)). x: (…, d) → (…, d).
 
-    `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x); their product is made again in backward.
-    Reference: the same line with `linear`."""
+    act: "silu", "gelu" or "gelu_tanh". `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x);
+    their product is recomputed in backward. Reference: the same formula with `linear`."""
     given = gate_up, down, act, gate_up.dora_scale, down.dora_scale, *low_rank_tensors(gate_up), *low_rank_tensors(down)
     y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *given)
     return y.view(*x.shape[:-1], y.shape[-1])

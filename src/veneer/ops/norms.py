@@ -1,10 +1,9 @@
-"""Norms of a training step that read their input once and keep it alone.
+"""Norms that read their input once and keep only it.
 
     rms_norm     y = w ⊙ x / √(mean x² + ε)
     norm_silu    y = silu(w ⊙ x̂ + b), x̂ over groups of channels of x plus a shift of each channel
 
-The frozen weights never get a gradient, and each has its slow reference.
-"""
+Frozen weights never get a gradient. Each norm has a slow reference."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ from veneer.ops.dispatch import dispatch
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` where no gradient is wanted; x contiguous."""
+    """Return `rms_norm` without gradient; x must be contiguous."""
     run = dispatch("rms_norm", x, weight)
     y: Tensor = _norm_reference(x, weight, eps) if run is None else run(x, weight, eps)
     return y
 
 
 def _norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """By torch's own, rounded once: in the wider of the two dtypes."""
+    """Run torch's norm in the wider of the two dtypes and round once."""
     wide = torch.promote_types(x.dtype, weight.dtype)
     return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
 
@@ -44,7 +43,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _norm_gradient(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x), r = 1/√(mean x² + ε), in at least float32."""
+    """Return dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x), r = 1/√(mean x² + ε), in at least float32."""
     run = dispatch("rms_norm_backward", g, x, weight)
     if run is not None:
         dx: Tensor = run(g, x, weight, eps)
@@ -57,10 +56,10 @@ def _norm_gradient(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = w ⊙ x / √(mean x² + ε) over the last dimension, keeping x alone; the frozen w gets no gradient. w is in the
-    dtype of x, or float32 where fewer bits would be another weight (Gemma's 1 + w); y is in the dtype of x.
+    """Return y = w ⊙ x / √(mean x² + ε) over the last dimension, keeping only x.
 
-    Reference: F.rms_norm."""
+    The frozen w gets no gradient. w has the dtype of x, or is float32 if fewer bits would change it
+    (Gemma's 1 + w); y has the dtype of x. Reference: F.rms_norm."""
     x = x.contiguous()
     run = dispatch("rms_norm_autograd", x, weight)
     out: Tensor = _RmsNorm.apply(x, weight, eps) if run is None else run(x, weight, eps)
@@ -84,10 +83,10 @@ class _NormSilu(torch.autograd.Function):
 
 
 def norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """silu(F.group_norm(x + shift)). x: (n, channels, …), shift: (n, channels) or None.
+    """Return silu(F.group_norm(x + shift)), reading x once and keeping only x.
 
-    Reads x once and keeps it alone. Reference, and what runs where anything but x is trained or there is no kernel: the
-    same line by line."""
+    x: (n, channels, …), shift: (n, channels) or None. The reference is the same formula in torch; it runs
+    if anything but x is trained or if there is no kernel."""
     given = [t for t in (shift, weight, bias) if t is not None]
     if any(t.requires_grad for t in given) or not x.numel() or dispatch("norm_silu", x, *given) is None:
         x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.ndim - 2))

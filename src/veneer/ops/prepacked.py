@@ -1,9 +1,9 @@
-"""A frozen weight laid out a second time, in the order in which products read it, for as long as a run lasts.
+"""A second copy of a frozen weight, in the order in which products read it.
 
-A library's product lays its weight out anew at each call, in blocks that fill a vector or a tile of AMX. Where that
-takes time worth its memory (the rule of the op "prepacked_linear" says so), `PrepackedWeights` have it done once for
-each direction. `linear` and `token_nll` ask it first.
-"""
+A library's product repacks its weight at each call, in blocks that fill a vector or a tile of AMX. If that
+takes enough time to be worth the memory (the rule of the op "prepacked_linear" decides),
+`PrepackedWeights` packs the weight once per direction, for the length of a run. `linear` and `token_nll`
+use the copies."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ from torch import Tensor
 from veneer.ops.dispatch import dispatch
 
 _ROWS = 1024
-"""Rows of the products that a copy is laid out for."""
+"""Number of rows of x for which copies are packed."""
 
 
 class ByteBudget:
-    """Bytes that copies of weights may take together: `most`, of which `taken` are gone."""
+    """A byte limit for copies of weights: `most` in total, `taken` so far."""
 
     def __init__(self, most: int) -> None:
         self.most, self.taken = most, 0
 
     def take(self, count: int) -> bool:
-        """Whether there are as many left; then they are taken."""
+        """Reserve `count` bytes; return whether there were enough."""
         fits = self.taken + count <= self.most
         self.taken += count * fits
         return fits
 
 
 class PrepackedWeights:
-    """The copies of one weight (out, in), for x·Wᵀ and for g·W, each made at its first use if `room` has bytes for it.
+    """Copies of one weight (out, in), for x·Wᵀ and for g·W, made at first use.
 
-    `parts`: the parameters whose values lie in the weight, where it is several of them joined. A copy is never read
-    once anything else may be in the weight: each use compares where its values lie and how many writes to it and its
-    parts torch has counted, by which autograd tells that a saved tensor has changed. After a change there are no copies
-    any more. (As for autograd, a write through `.data` is not counted.)"""
+    A copy is made only if `room` has bytes for it.
+
+    parts: the parameters whose values the weight contains, if it joins several.
+
+    A copy is never used after the weight can have changed: each use compares the address of the values,
+    and torch's version counters of the weight and its parts, as autograd does for saved tensors. After a
+    change, the copies are dropped for good. (As in autograd, writes through `.data` are not counted.)"""
 
     def __init__(self, weight: Tensor, room: ByteBudget, parts: Sequence[Tensor] = ()) -> None:
         self._room, self._parts = room, tuple(parts)
-        self._values = weight.detach()  # as long as these live nothing else can come to lie where they do
+        self._values = weight.detach()  # while these live, no other tensor can have their address
         self._seen = self._state(weight)
         self._copies: dict[bool, Any] = {}
         self._changed = False
@@ -58,12 +61,13 @@ class PrepackedWeights:
 
     @property
     def _bytes(self) -> int:
-        """Of a copy."""
+        """Bytes of one copy."""
         return self._values.numel() * self._values.element_size()
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = True) -> Tensor | None:
-        """x·Wᵀ + b, or, not `transposed`, x·W by the copy for it; None: by the weight itself. `weight`: as it is
-        now."""
+        """Return x·Wᵀ + b, or x·W if not `transposed`, by a copy; None: use the weight itself.
+
+        weight: its current state."""
         if not self._changed and self._state(weight) != self._seen:
             self._let_go()
         run = None if self._changed else dispatch("prepacked_linear", x, weight, bias, transposed)

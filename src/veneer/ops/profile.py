@@ -1,13 +1,14 @@
-"""The profile of this machine: what its processor multiplies and moves a second.
+"""The profile of this machine: rates of products and memory.
 
-    found = profile()                   measured once, in about two seconds, and kept beside the compiled kernels
+    found = profile()                   measured once, in about two seconds, and stored beside the compiled
+    kernels
     found.rate("bfloat16")              GFLOP/s of the fastest of the measured shapes
     found.bandwidth                     GB/s read from memory
 
-The file is named by the processor, its flags, the number of threads and torch's version. A broken file, or one of
-another machine, is measured again. Where no folder can be written to, the profile lasts as long as the process.
-VENEER_PROFILE names a file to use instead; nothing is measured then, and tests give the same bits everywhere.
-"""
+The file is named by the processor, its flags, the number of threads and torch's version. A broken file, or
+one of another machine, is measured again. If no folder is writable, the profile lasts as long as the
+process. VENEER_PROFILE names a file to use instead; nothing is measured then, and tests give the same bits
+everywhere."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from veneer.errors import ConfigError
 from veneer.files.atomic import replace_file
 
 SHAPES = ((16, 1024, 1024), (256, 1024, 1024), (1024, 1024, 1024))
-"""(rows, inputs, outputs) of the products that are measured: decoding, a short prompt, a training step."""
+"""(rows, inputs, outputs) of the measured products: decoding, a short prompt, a training step."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _READ_BYTES = 1 << 28
 SECONDS = 2.0
@@ -40,8 +41,10 @@ _LOCK_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Profile:
-    """`gflops`: dtype -> "rows x inputs x outputs" -> GFLOP/s; a dtype without products is missing. `bandwidth`: GB/s.
-    `spread`: by how much the median round was slower than the fastest, of the noisiest measurement."""
+    """Measured rates.
+
+    gflops: dtype -> "rows x inputs x outputs" -> GFLOP/s; dtypes without products are missing. bandwidth:
+    GB/s. spread: how much slower the median round was than the fastest, for the noisiest measurement."""
 
     processor: str
     key: str
@@ -53,12 +56,12 @@ class Profile:
     spread: float
 
     def rate(self, dtype: str) -> float:
-        """GFLOP/s of a dtype at the shape that suits it best; 0 if torch has no such product."""
+        """Return GFLOP/s of a dtype at its best shape; 0 if torch has no such product."""
         return max(self.gflops.get(dtype, {}).values(), default=0.0)
 
 
 def processor_name() -> str:
-    """The processor by name, and the number of its cores that this system has."""
+    """Return the processor's name and the number of its cores on this system."""
     name = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -68,15 +71,18 @@ def processor_name() -> str:
 
 
 def profile() -> Profile:
-    """The profile for the current number of threads: the file of VENEER_PROFILE, the kept one, or measured now.
+    """Return the profile for the current number of threads.
 
-    Raises ConfigError if VENEER_PROFILE names no profile."""
+    From the file of VENEER_PROFILE, the stored file, or measured now. Raises ConfigError if VENEER_PROFILE
+    is not a profile."""
     return profile_for(torch.get_num_threads(), os.environ.get("VENEER_PROFILE", ""))
 
 
 @cache
 def profile_for(threads: int, pinned: str) -> Profile:
-    """The profile for a number of threads. `pinned`: the file of VENEER_PROFILE, or "". Raises what `profile` does."""
+    """Return the profile for a number of threads; raises as `profile`.
+
+    pinned: the file of VENEER_PROFILE, or ""."""
     if pinned:
         if (found := _read(Path(pinned))) is None:
             raise ConfigError(
@@ -93,17 +99,18 @@ def profile_for(threads: int, pinned: str) -> Profile:
         file = trusted_folder([]) / f"profile-{key}.json"
         if (found := _read(file, key)) is not None:
             return found
-        with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):  # else processes disturb each other's timing
+        # otherwise processes disturb each other's timing
+        with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):
             if (found := _read(file, key)) is None:
                 found = measure(key)
                 replace_file(file, [(json.dumps(asdict(found), indent=1) + "\n").encode()], mode=0o600)
             return found
-    except (OSError, NotImplementedError):  # no folder that can be written to; a lock that times out is an OSError
+    except (OSError, NotImplementedError):  # no writable folder; a lock timeout is an OSError
         return measure(key)
 
 
 def _read(file: Path, key: str | None = None) -> Profile | None:
-    """The profile of a file; None if the file is missing, broken or of another machine."""
+    """Read a profile; None if the file is missing, broken or of another machine."""
     try:
         found = Profile(**json.loads(file.read_text(encoding="utf-8")))
         rates = [found.bandwidth, *(rate for shapes in found.gflops.values() for rate in shapes.values())]
@@ -122,7 +129,7 @@ def measure(key: str) -> Profile:
             name = str(dtype).removeprefix("torch."), f"{rows}x{inputs}x{outputs}"
             works[name] = size, _product(dtype, rows, inputs, outputs)
     rounds: dict[tuple[str, str], list[float]] = {}
-    # In a thread of its own, so that no autograd or dispatch mode of the caller takes part.
+    # In its own thread, so that no autograd or dispatch mode of the caller applies.
     thread = threading.Thread(target=_run_rounds, args=(works, rounds), name="veneer-profile")
     thread.start()
     thread.join()
@@ -153,7 +160,9 @@ def _product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callab
 def _run_rounds(
     works: Mapping[tuple[str, str], tuple[float, Callable[[], object]]], rounds: dict[tuple[str, str], list[float]]
 ) -> None:
-    """Run all works in turns until the time is over; the first turn warms up. A work that raises is left out."""
+    """Run all measurements in turn until the time is over; the first turn warms up.
+
+    A measurement that raises is left out."""
     alive = dict(works)
     began = time.perf_counter()
     for turn in range(1000):

@@ -1,15 +1,15 @@
-"""Quantization formats: how frozen weights are kept in 4 and 8 bits, in bitsandbytes' layouts and in ggml's.
+"""Quantization formats: frozen weights in 4 and 8 bits, in bitsandbytes' and ggml's layouts.
 
     nf4, fp4         w = table[code]·absmax                 a block of 64 weights has one absmax
-    doubly           absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
+    double quant     absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127
+    bits a weight
     int8             w = code·absmax / 127                  one absmax a row
-    Q4_K, Q8_0, …    the blocks of a GGUF file, kept as they are
+    Q4_K, Q8_0, …    the blocks of a GGUF file, unchanged
 
-Products and sums in float32, each rounded by itself, and one rounding at the end: codes, constants and values of the
-first three are the same bits as bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and the 8-bit map, arXiv 2110.02861).
-Compiled kernels on the CPU and on CUDA, there bitsandbytes' own where ours cannot run, torch's operations elsewhere,
-which are the reference.
-"""
+Products and sums run in float32, each rounded separately, with one rounding at the end: codes, constants
+and values of the first three are bit-identical to bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and the
+8-bit map, arXiv 2110.02861). Compiled kernels run on the CPU and on CUDA (bitsandbytes' where ours cannot
+run); torch's operations, the reference, run elsewhere."""
 
 from __future__ import annotations
 
@@ -28,40 +28,44 @@ from veneer.ops.dispatch import dispatch
 
 KINDS = ("nf4", "fp4", "int8")
 SAVED_KINDS = ("nf4", "fp4")
-"""The 4-bit kinds that bitsandbytes has: those of its kernels and of its checkpoints."""
+"""The 4-bit kinds that bitsandbytes' kernels and checkpoints support."""
 BLOCK, NESTED = 64, 256
-_CHUNK = 1 << 20  # weights that the reference works on at once: its temporaries are several times as large
+_CHUNK = 1 << 20  # weights per chunk of the reference, whose temporaries are several times as large
 
 
 class QuantizationFormat(Protocol):
-    """How the weights of a tensor are kept, with all that is kept of them. `shape`: the weight's. A weight is seen as
-    rows of its last dimension."""
+    """The stored form of a weight; `shape` is the weight's.
+
+    A weight is treated as rows of its last dimension."""
 
     @property
     def kind(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
-        """The dequantized rows first … last: (last − first, columns); written to `into`, where there is one."""
+        """Return the dequantized rows first … last: (last − first, columns).
+
+        Written to `into`, if given."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is kept."""
+        """Return every stored tensor."""
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> QuantizationFormat:
-        """The same with each of its tensors changed (copied, moved to a device)."""
+        """Return a copy with `change` applied to each tensor (copied, moved to a device)."""
 
     def groups(self, first: int, last: int) -> Groups | None:
-        """Rows first … last code by code; None where the format has no such form."""
+        """Return rows first … last as Groups; None if the format has no such form."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A weight (rows, columns) code by code, the form that all formats share, for those who lay codes out anew:
+    """A weight (rows, columns) as codes and scales, the form that all formats share.
 
         w = values[code]·scale + zero
 
-    codes: (rows, columns) uint8, places in `values` (16,) float32; or int8, each its own value, where that is None.
-    scales, and zeros where there are any: (rows, columns / size), one for every `size` columns of a row."""
+    codes: (rows, columns) uint8, indices into `values` (16,) float32; or int8, each its own value, if
+    `values` is None.
+    scales, and zeros if any: (rows, columns / size), one per `size` columns of a row."""
 
     codes: Tensor
     scales: Tensor
@@ -73,19 +77,19 @@ class Groups:
         return self.codes.shape[1] // self.scales.shape[1]
 
     def dense(self) -> Tensor:
-        """(rows, columns) float32; product and sum are rounded one by one."""
+        """Return the weight (rows, columns) float32; product and sum round separately."""
         values = self.codes.float() if self.values is None else self.values[self.codes.int()]
         out: Tensor = values.unflatten(1, (-1, self.size)) * self.scales[..., None].float()
         return (out if self.zeros is None else out + self.zeros[..., None].float()).flatten(1)
 
     def split(self, size: int) -> Groups:
-        """The same with a scale for every `size` columns, which divides its own."""
+        """Return the same with a scale per `size` columns, which must divide the current size."""
         times = self.size // size
         zeros = None if self.zeros is None else self.zeros.repeat_interleave(times, 1)
         return replace(self, scales=self.scales.repeat_interleave(times, 1), zeros=zeros)
 
     def _widened(self) -> Groups | None:
-        """The same with codes that are their own values; None where the values are not whole numbers."""
+        """Return the same with codes as their own values; None unless values are integers."""
         if self.values is None:
             return self
         if not torch.equal(self.values, self.values.round()):
@@ -94,7 +98,7 @@ class Groups:
 
     @staticmethod
     def joined(parts: Sequence[Groups | None]) -> Groups | None:
-        """Weights of one width below one another; None where they have no common form."""
+        """Concatenate weights of one width by rows; None if they have no common form."""
         there = [p for p in parts if p is not None]
         tables = [p.values for p in there]
         if any(v is None or not torch.equal(v, there[0].values) for v in tables):  # type: ignore[arg-type]
@@ -111,7 +115,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What formats have in common, whose tensors are fields."""
+    """Methods shared by formats whose tensors are fields."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -124,34 +128,35 @@ class _Stored:
 # -- 4 bits ------------------------------------------------------------------------------------------------------------
 
 _TABLES = {
-    # quantiles of the normal distribution, each bin as likely as the next, with an exact zero (QLoRA, appendix E)
+    # quantiles of the normal distribution, bins of equal probability, with an exact zero (QLoRA, appendix E)
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
-    # bitsandbytes' float: a sign, two bits of exponent, one of mantissa, over the largest, but for its one subnormal
+    # bitsandbytes' float: a sign, two bits of exponent, one of mantissa, over the largest, with one subnormal
     "fp4": tuple(s * v / 12 for s in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }  # fmt: skip
 
 
 @functools.cache
 def four_bit_values(kind: str, device: torch.device | None = None) -> Tensor:
-    """The sixteen values of a 4-bit kind in the order of their codes: (16,) float32 in −1 … 1."""
+    """Return the sixteen values of a 4-bit kind by code: (16,) float32 in −1 … 1."""
     return torch.tensor(_TABLES[kind], dtype=torch.float32, device=device)
 
 
 @functools.cache
 def code_bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(bounds, order): a value above k of the 15 bounds has the code order[k]."""
+    """Return (bounds, order): a value above k of the 15 bounds has the code order[k]."""
     values, order = four_bit_values(kind).sort(stable=True)
     return ((values[:-1] + values[1:]) / 2).to(device), order.to(device, torch.int32)
 
 
 @functools.cache
 def dynamic_map(device: torch.device | None = None) -> Tensor:
-    """The 8-bit dynamic data type, signed: (256,) float32, sorted. A code has a decade and as many bits of a linear
-    fraction as the decade leaves (arXiv 1511.04561)."""
+    """Return the signed 8-bit dynamic data type: (256,) float32, sorted.
+
+    A code has a decade, and a linear fraction in the remaining bits (arXiv 1511.04561)."""
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
@@ -163,8 +168,10 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Blocks4(_Stored):
-    """packed: (⌈n/2⌉,) uint8, two codes a byte, the first in the high half. absmax: (⌈n/64⌉,) float32; or doubly
-    quantized: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (), float32."""
+    """4-bit codes in blocks.
+
+    packed: (⌈n/2⌉,) uint8, two codes a byte, the first in the high half. absmax: (⌈n/64⌉,) float32; or
+    double-quantized: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (), float32."""
 
     kind: str
     shape: tuple[int, ...]
@@ -182,7 +189,7 @@ class Blocks4(_Stored):
         if made or run is not None:
             device = self.packed.device
             out = torch.empty(last - first, columns, dtype=dtype, device=device) if into is None else into
-            if made:  # the tables below are kept by device, and nobody else could use made-up ones
+            if made:  # the tables below are cached by device, so fake tensors must not be cached
                 return out
             constants = dynamic_map(out.device), four_bit_values(self.kind, out.device)
             own = self.absmax, self.absmax2, self.mean
@@ -197,7 +204,7 @@ class Blocks4(_Stored):
         return _put(torch.cat(parts).view(-1, columns), into)
 
     def _reference(self, start: int, count: int) -> Tensor:
-        """Weights start … start + count in float32, by torch's own operations."""
+        """Return weights start … start + count in float32, with torch's operations."""
         at = torch.arange(start // 2, (start + count + 1) // 2, device=self.packed.device)
         both = self.packed[at]
         codes = torch.stack([both >> 4, both & 15], 1).flatten()[start % 2 :][:count]
@@ -206,7 +213,7 @@ class Blocks4(_Stored):
         return four_bit_values(self.kind, self.packed.device)[codes.int()] * self.absmax_of(first, last)[blocks]
 
     def _by_bitsandbytes(self, library: Any, dtype: torch.dtype, start: int, count: int) -> Tensor:
-        """The same by its kernels for GPUs."""
+        """Return the same with bitsandbytes' GPU kernels."""
         absmax, packed = self.absmax_of(*self._blocks(start, count)), self.packed[start // 2 : (start + count + 1) // 2]
         out: Tensor = library.dequantize_4bit(packed[:, None], absmax, self.block, self.kind, (1, count), dtype)
         return out.flatten()
@@ -227,7 +234,7 @@ class Blocks4(_Stored):
         return start // self.block, -(-(start + count) // self.block)
 
     def absmax_of(self, first: int, last: int) -> Tensor:
-        """Of blocks first … last, float32."""
+        """Return the absmax of blocks first … last, float32."""
         own = self.absmax[first:last]
         if self.absmax2 is None or self.mean is None:
             return own
@@ -259,13 +266,13 @@ def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
 
 
 def doubled(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(absmax in 8 bits, absmax2, mean) of the absmax of all blocks of a weight, float32."""
+    """Return (8-bit absmax, absmax2, mean) of all blocks' absmax, float32."""
     mean = absmax.mean()
     return *_blocks8(absmax - mean), mean
 
 
 def _blocks8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes of the dynamic map, absmax of each block of 256)."""
+    """Return (codes of the dynamic map, absmax of each block of 256)."""
     blocks = torch.nn.functional.pad(x, (0, -len(x) % NESTED)).view(-1, NESTED)
     most = blocks.abs().amax(1)
     values = dynamic_map(x.device)
@@ -278,7 +285,9 @@ def _blocks8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Rows8(_Stored):
-    """codes: (rows, columns) int8, absmax: (rows,) float32. bitsandbytes' "vector-wise" weights, its CB and SCB."""
+    """8-bit codes with one scale per row: bitsandbytes' "vector-wise" weights, CB and SCB.
+
+    codes: (rows, columns) int8, absmax: (rows,) float32."""
 
     shape: tuple[int, ...]
     codes: Tensor
@@ -295,7 +304,7 @@ class Rows8(_Stored):
         return out
 
     def groups(self, first: int, last: int) -> Groups:
-        """Its scales are rounded once more than `dense` has them."""
+        """Return Groups; their scales are rounded once more than in `dense`."""
         return Groups(self.codes[first:last], self.absmax[first:last, None] * 7.874015718698502e-3)
 
 
@@ -311,12 +320,12 @@ def _rows8(weight: Tensor) -> Rows8:
 
 
 def to_format(weight: Tensor, kind: str, double: bool) -> QuantizationFormat:
-    """A float32 or bfloat16 weight in the format of `kind`; see `quantized.quantize`."""
+    """Quantize a float32 or bfloat16 weight to `kind`; see `quantized.quantize`."""
     return _rows8(weight) if kind == "int8" else _blocks4(weight, kind, double)
 
 
 def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> QuantizationFormat:
-    """What `to_format` makes, doubly, of a weight of this shape, its values not set."""
+    """Return a double-quantized format for a weight of this shape, with unset values."""
     n, columns = math.prod(shape), shape[-1]
     if kind == "int8":
         codes = torch.empty(n // columns, columns, dtype=torch.int8, device=device)
@@ -337,8 +346,10 @@ def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> Quant
 
 @dataclass(frozen=True)
 class GgmlBlocks(_Stored):
-    """A row is a run of blocks, each with scales of its own, as a GGUF file has them (gguf-py's `quants` has the
-    formulas of every type, and is the reference). raw: (rows, bytes of a row) uint8. `kind`: ggml's name, as Q4_K."""
+    """Blocks of a GGUF file; a row is a sequence of blocks, each with its own scales.
+
+    gguf-py's `quants` has the formulas of every type, and is the reference. raw: (rows, bytes of a row)
+    uint8. kind: ggml's name, such as Q4_K."""
 
     kind: str
     shape: tuple[int, ...]
@@ -365,17 +376,17 @@ class GgmlBlocks(_Stored):
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
-    """The float16 at a byte of each block: (rows, blocks, 1) float32."""
+    """Return the float16 at a byte of each block: (rows, blocks, 1) float32."""
     return blocks[..., at : at + 2].contiguous().view(torch.float16).float()
 
 
 def _bits(words: Tensor, width: int, count: int) -> Tensor:
-    """(…, n) bytes -> (…, n, count): `width` bits each, the lowest first."""
+    """Unpack (…, n) bytes to (…, n, count): `width` bits each, lowest first."""
     return words[..., None] >> torch.arange(0, width * count, width, dtype=torch.uint8) & (1 << width) - 1
 
 
 def _groups_of_32(kind: str, raw: Tensor) -> Groups:
-    """Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: a scale, in the second of a name also a zero, then codes."""
+    """Read Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: a scale, for *_1 a zero, then codes."""
     five, zero = kind[1] == "5", kind.endswith("1")
     blocks = raw.unflatten(1, (-1, {"Q4": 18, "Q5": 22, "Q8": 34}[kind[:2]] + 2 * zero))
     scales, zeros = _half(blocks, 0).flatten(1), _half(blocks, 2).flatten(1) if zero else None
@@ -389,7 +400,7 @@ def _groups_of_32(kind: str, raw: Tensor) -> Groups:
 
 
 def _groups_of_256(kind: str, raw: Tensor) -> Groups:
-    """Q4_K and Q5_K: eight scales and minima of 6 bits, themselves scaled, for 32 codes each."""
+    """Read Q4_K and Q5_K: eight scaled 6-bit scales and minima, for 32 codes each."""
     blocks = raw.unflatten(1, (-1, 144 if kind == "Q4_K" else 176))
     low, middle, high = blocks[..., 4:16].split(4, -1)
     scale = torch.cat([low & 63, high & 15 | low >> 6 << 4], -1).float()
@@ -403,7 +414,7 @@ def _groups_of_256(kind: str, raw: Tensor) -> Groups:
 
 
 def _groups_of_16(kind: str, raw: Tensor) -> Groups:
-    """Q6_K: sixteen scales of 8 bits, themselves scaled; codes in 4 bits and 2."""
+    """Read Q6_K: sixteen scaled 8-bit scales; codes in 4 bits and 2."""
     blocks = raw.unflatten(1, (-1, 210))
     four = _bits(blocks[..., :128].unflatten(-1, (2, 64)), 4, 2).mT.unflatten(-1, (2, 32)).flatten(-3, -2)
     two = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2, 4).mT
@@ -424,7 +435,7 @@ _GGML_GROUPS: dict[str, Callable[[str, Tensor], Groups]] = {
 
 @dataclass(frozen=True)
 class StackedRows:
-    """Weights (rows, columns) of one width as one."""
+    """Weights (rows, columns) of one width, concatenated by rows."""
 
     parts: tuple[QuantizationFormat, ...]
 
@@ -443,7 +454,7 @@ class StackedRows:
         return StackedRows(tuple(p.moved(change) for p in self.parts))
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
-        if into is None:  # one piece of memory: parts joined afterwards would be there twice
+        if into is None:  # one allocation: joining the parts afterwards would hold them twice
             device = next(iter(self.tensors().values())).device
             into = torch.empty(last - first, self.shape[-1], dtype=dtype, device=device)
         for part, low, high, rows in self.parts_of(first, last):
@@ -454,7 +465,7 @@ class StackedRows:
         return Groups.joined([part.groups(low, high) for part, low, high, _ in self.parts_of(first, last)])
 
     def parts_of(self, first: int, last: int) -> Iterator[tuple[QuantizationFormat, int, int, slice]]:
-        """The parts that rows first … last lie in: (part, its first row, its last, where these lie in first … last)."""
+        """Yield (part, its first row, its last row, slice of first … last) of the parts in range."""
         at = 0
         for part in self.parts:
             low, high = max(first - at, 0), min(last - at, row_count(part))
@@ -468,26 +479,28 @@ def _put(made: Tensor, into: Tensor | None) -> Tensor:
 
 
 def with_tensors(stored: QuantizationFormat, tensors: Iterable[Tensor]) -> QuantizationFormat:
-    """The same over other tensors, given in the order of `stored.tensors()`."""
+    """Return the same format over other tensors, in the order of `stored.tensors()`."""
     values = iter(tensors)
     return stored.moved(lambda _: next(values))
 
 
 def row_count(stored: QuantizationFormat) -> int:
-    """Rows of a weight, seen as rows of its last dimension."""
+    """Return the number of rows of a weight, as rows of its last dimension."""
     return math.prod(stored.shape[:-1])
 
 
 def gpu_library(kind: str, block: int, device: str) -> Any:
-    """bitsandbytes' operators where they decode this: on CUDA, nf4 and fp4 alone (it takes anything that is not fp4 for
-    nf4), in blocks that its kernels have."""
+    """Return bitsandbytes' operators if they can decode this weight; else None.
+
+    Only nf4 and fp4 on CUDA (bitsandbytes treats any other kind as nf4), in block sizes that its kernels
+    have."""
     theirs = device == "cuda" and kind in SAVED_KINDS and block in (64, 128, 256, 512, 1024, 2048, 4096)
     return bitsandbytes_operators() if theirs else None
 
 
 @functools.cache
 def bitsandbytes_operators() -> Any:
-    """Its operators, or None where it is not installed."""
+    """Return bitsandbytes' operators; None if it is not installed."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:

@@ -1,12 +1,12 @@
-"""Frozen weights in 4 and 8 bits: a tensor that holds codes and multiplies as the weight they stand for.
+"""Frozen weights in 4 and 8 bits: a tensor of codes that multiplies as the weight.
 
-`quantize` makes a `Quantized` of an ordinary weight; quantization_formats.py has how its values are kept. To the rest
-of torch a `Quantized` is a frozen weight of `dtype` whose values are the dequantized ones, rounded once to that dtype:
-every operation gives what it would give with that weight. Products make the dequantized weight for their own length and
-drop it, but those of a few rows where the device multiplies by codes; a product under autograd keeps the codes for
-backward and dequantizes again. Views by rows, a transpose and a move to another device stay quantized; whatever else is
-asked of it is computed on the dequantized weight, and is a tensor of its own. It cannot be written to.
-"""
+`quantize` makes a `Quantized` from a weight; quantization_formats.py defines how values are stored. To the
+rest of torch a `Quantized` is a frozen weight of `dtype` with the dequantized values, rounded once to that
+dtype: every operation gives the result that it would give with this weight. Products dequantize the
+weight, use it and free it, except products of a few rows if the device multiplies by codes; under autograd
+a product keeps the codes and dequantizes again in backward. Row views, a transpose and a move to another
+device stay quantized; any other operation runs on the dequantized weight and returns a plain tensor. A
+`Quantized` cannot be written to."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ from veneer.ops.quantization_formats import (
 
 
 class Quantized(torch.Tensor):
-    """A weight that is kept as `stored`; see the module. Rows first … last of what is stored, (…, columns), or with
-    `transposed` its last two dimensions the other way round. `kept`: the dequantized weight, where `keep` was
-    called."""
+    """A weight stored as codes; see the module.
+
+    Rows first … last of `stored`, (…, columns); with `transposed`, the last two dimensions are swapped.
+    kept: the dequantized weight, after `keep`."""
 
     stored: QuantizationFormat
     first: int
@@ -70,11 +71,11 @@ class Quantized(torch.Tensor):
 
     @property
     def bytes(self) -> int:
-        """What the codes and constants take, of the whole tensor that this may be a part of."""
+        """Bytes of codes and constants, of the whole tensor that this can be a part of."""
         return sum(t.numel() * t.element_size() for t in self.stored.tensors().values())
 
     def dense(self) -> Tensor:
-        """The dequantized weight. Not to be written to: it may be the kept one."""
+        """Return the dequantized weight. Do not write to it: it can be the kept one."""
         if self.kept is not None:
             return self.kept
         out = self.stored.dense(self.dtype, self.first, self.last)
@@ -83,18 +84,19 @@ class Quantized(torch.Tensor):
         return out.view(*self.shape[:-2], self.shape[-1], self.shape[-2]).transpose(-1, -2)
 
     def keep(self) -> None:
-        """Keep the dequantized weight from now on: twice or four times the memory of a 16-bit one's codes, and no
-        dequantizing."""
+        """Keep the dequantized weight from now on.
+
+        Saves dequantizing; a 16-bit weight takes two or four times the bytes of its codes."""
         self.kept = self.dense()
 
     def part(self, first: int, last: int, shape: Sequence[int]) -> Quantized:
-        """Rows first … last of this one, as `shape`."""
+        """Return rows first … last of this weight, as `shape`."""
         at = self.first
         kept = None if self.kept is None else self.kept.reshape(-1, self.shape[-1])[first:last].view(tuple(shape))
         return Quantized(self.stored, self.dtype, shape, at + first, at + last, False, kept)
 
     def like(self, stored: QuantizationFormat, dtype: torch.dtype | None = None) -> Quantized:
-        """The same view of another weight in its format."""
+        """Return the same view of another weight in the same format."""
         return Quantized(stored, dtype or self.dtype, self._stored_shape, self.first, self.last, self.transposed)
 
     @property
@@ -102,7 +104,7 @@ class Quantized(torch.Tensor):
         """The shape before `transposed`."""
         return tuple(self.shape) if not self.transposed else (*self.shape[:-2], self.shape[-1], self.shape[-2])
 
-    # torch swaps what module.to(…) changes by these two; without them it would keep the old codes
+    # module.to(…) swaps the inner tensors through these two methods; without them it would keep the old codes
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         inner = {f"code_{name.replace('.', '_')}": t for name, t in self.stored.tensors().items()}
         self.__dict__.update(inner)
@@ -133,7 +135,7 @@ class Quantized(torch.Tensor):
                 return out
         _refuse_writing(func, args, kwargs)
         made = func(*_dense(args), **_dense(kwargs))
-        # a view of the kept weight would be a way to write to it; of another it is a view of what nobody else has
+        # a view of the kept weight would allow writing to it; other views are of fresh tensors
         kept = any(isinstance(t, Quantized) and t.kept is not None for t in args)
         return _mapped(made, Tensor.clone) if kept and _is_view(func) else made
 
@@ -149,8 +151,9 @@ def _restored(
 
 
 def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises BaseError where an operation would write to a quantized weight: what it wrote would be lost, or would
-    change the frozen base."""
+    """Raise BaseError if an operation would write to a quantized weight.
+
+    The write would be lost, or would change the frozen base."""
     for i, formal in enumerate(func._schema.arguments):
         if formal.alias_info is None or not formal.alias_info.is_write:
             continue
@@ -236,7 +239,7 @@ def _clone(w: Any, **kwargs: Any) -> Any:
 
 
 def _embedding(w: Any, indices: Any, *args: Any) -> Any:
-    """Rows of a quantized table, dequantized one by one where that is less than the whole."""
+    """Return rows of a quantized table; dequantize only these rows if they are fewer."""
     if (
         not isinstance(w, Quantized)
         or w.transposed
@@ -283,10 +286,12 @@ _OWN: dict[Any, Callable[..., Any]] = {
 
 
 def quantize(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dtype | None = None) -> Quantized:
-    """`weight` (…, columns), float32, bfloat16 or float16, as `kind`: one of KINDS. `double`: the absmax of
-    4-bit kinds in 8 bits. `dtype`: what the result computes in, the weight's own where it is not given.
+    """Quantize `weight` (…, columns), float32, bfloat16 or float16, to one of KINDS.
 
-    Raises ValueError for another kind and for weights that are not finite, which no code stands for."""
+    double: store the absmax of 4-bit kinds in 8 bits. dtype: the result's compute dtype, by default the
+    weight's.
+
+    Raises ValueError for another kind, and for weights that are not finite, which codes cannot represent."""
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is not one of {', '.join(KINDS)}")
     weight = weight.detach()
@@ -299,8 +304,9 @@ def quantize(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dty
 
 
 def stacked_rows(parts: Sequence[Quantized]) -> Quantized:
-    """Whole weights (rows, columns) of one width below one another, or parts that lie so already, without copying a
-    code."""
+    """Concatenate weights (rows, columns) of one width by rows, without copying codes.
+
+    Also joins adjacent parts of one weight."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -311,8 +317,9 @@ def stacked_rows(parts: Sequence[Quantized]) -> Quantized:
 
 
 def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor | None:
-    """x·Wᵀ + b of a few rows x (n, in), rounded once, without the dequantized weight (out, in). None where the device
-    does not multiply by its codes, or the weight is kept dequantized."""
+    """Return x·Wᵀ + b of a few rows x (n, in) from the codes, rounded once.
+
+    None if the device cannot multiply by these codes, or if the weight is kept dequantized."""
     if weight.kept is not None:
         return None
     stored = weight.stored
@@ -328,5 +335,5 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """The values of a weight: its own, or what its codes stand for."""
+    """Return the values of a weight: its own, or dequantized."""
     return weight.dense() if isinstance(weight, Quantized) else weight

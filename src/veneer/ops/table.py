@@ -1,7 +1,9 @@
-"""Every op with its implementations, as the page docs/reference/ops.md: `python -m veneer.ops.table > …`.
+"""Write docs/reference/ops.md, the page of every op and its implementations.
 
-The page shows what the package has, on any machine; `veneer doctor --ops` shows what runs on one machine.
-"""
+    python -m veneer.ops.table > docs/reference/ops.md
+
+The page shows the package's implementations for any machine; `veneer doctor --ops` shows what runs on this
+machine."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""In which order serving keeps a weight: y = x·Wᵀ + b for few rows at a time, W (out, in).
+"""Layouts of frozen weights for serving: y = x·Wᵀ + b for few rows at a time, W (out, in).
 
-A plain weight is laid out anew by every product, which takes most of the time of a few rows. `packing` says which order
-is kept instead: panels where a kernel multiplies by them, else oneDNN's, else the weight's own. A weight is kept once;
-the products of prompts are within a few percent of one another in every order.
-"""
+Every product repacks a plain weight, which takes most of the time of a few rows. `packing` chooses a
+prepacked layout: panels if a kernel multiplies by them, else oneDNN's, else the weight's own. A weight is
+stored once; products of prompts are within a few percent of each other in every layout."""
 
 from __future__ import annotations
 
@@ -23,23 +22,23 @@ from veneer.ops.weight_panels import GROUP, rounded4, rounded8
 
 class PrepackedWeight(Protocol):
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (rows, in) -> (rows, out)"""
+        """Return x·Wᵀ + b: x (rows, in) -> (rows, out)."""
         ...
 
     def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
-        """y (rows, out) += x·Wᵀ + b, in place."""
+        """Add x·Wᵀ + b to y (rows, out) in place."""
         ...
 
 
 class QuantizedWeight(PrepackedWeight, Protocol):
     def dense(self) -> Tensor:
-        """The weight that it multiplies by, (out, in), in the base's dtype."""
+        """Return the weight that the product uses, (out, in), in the base's dtype."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """In the base's dtype."""
+    """A weight in the base's dtype and order."""
 
     weight: Tensor
 
@@ -54,8 +53,10 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Reordered:
-    """A copy in the order in which oneDNN multiplies by it. Plain weights are put into that order at every call, which
-    takes most of the time where few rows share it: one row takes half as long, 32 two thirds, 256 nearly the same."""
+    """A copy in oneDNN's packed order.
+
+    Plain weights are repacked at every call, which dominates for few rows: with a packed weight, one row
+    takes half as long, 32 two thirds, 256 nearly the same."""
 
     weight: Tensor
 
@@ -77,7 +78,9 @@ def _mkldnn() -> Any:
 
 @functools.cache
 def reorders(dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN's order, found out by doing it: the operations are its compiler's own."""
+    """Return whether this torch supports oneDNN's packed order, by trying it.
+
+    The operations are internal to torch's compiler."""
     x, w = torch.ones(3, 32, dtype=dtype), torch.eye(48, 32, dtype=dtype)
     try:
         with warnings.catch_warnings():
@@ -91,7 +94,8 @@ def reorders(dtype: torch.dtype) -> bool:
 class Int8:
     """W ≈ scale ⊙ q, see `rounded8`.
 
-    torch's own kernel multiplies by q as it is; from FEW rows on, making W again and multiplying by that is faster."""
+    torch's kernel multiplies by q directly; from FEW rows on, dequantizing W and multiplying by it is faster.
+    """
 
     q: Tensor
     scale: Tensor
@@ -100,7 +104,9 @@ class Int8:
 
     @classmethod
     def of(cls, weight: Tensor) -> Int8:
-        """Raises ValueError where `in` is no multiple of 16: torch's kernel reads beyond its rows there."""
+        """Return the weight in int8.
+
+        Raises ValueError unless `in` is a multiple of 16: torch's kernel would read beyond the rows."""
         if weight.shape[1] % 16:
             raise ValueError(f"a weight {tuple(weight.shape)} has no int8 form")
         return cls(*rounded8(weight))
@@ -120,21 +126,22 @@ class Int8:
 
 @dataclass(frozen=True, eq=False)
 class Int4:
-    """W ≈ scale·(q - 8) + zero, see `rounded4`. `packed`: as torch's own kernel wants q; `scales`:
-    (in / GROUP, out, 2), scale and zero."""
+    """W ≈ scale·(q - 8) + zero, see `rounded4`.
+
+    packed: q in the order of torch's kernel; scales: (in / GROUP, out, 2), scale and zero."""
 
     packed: Tensor
     scales: Tensor
 
     @classmethod
     def of(cls, weight: Tensor) -> Int4:
-        """Raises what `rounded4` does."""
+        """Return the weight in int4; raises as `rounded4`."""
         q, scales = rounded4(weight)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
         return cls(packed, scales.transpose(0, 1).contiguous())
 
     def dense(self) -> Tensor:
-        """What the kernel multiplies by: its answers to the rows of the identity."""
+        """Return the weight that the kernel uses: its products with the identity's rows."""
         n = len(self.scales) * GROUP
         return self(torch.eye(n, dtype=self.scales.dtype)).t().contiguous()
 
@@ -150,8 +157,10 @@ _PLAIN: dict[int, Callable[[Tensor], PrepackedWeight]] = {16: Dense, 8: Int8.of,
 
 
 def packing(dtype: torch.dtype, device: torch.device, bits: int = 16) -> Callable[[Tensor], PrepackedWeight]:
-    """How weights of `dtype` are best kept here: as they are (16 bits), or rounded to 8 or to 4; `Dense` where there is
-    no other order. The result raises ValueError for a weight whose shape has no such order."""
+    """Return the function that packs weights of `dtype` best on this device.
+
+    bits: 16, or 8 or 4 to round. Returns `Dense` if there is no other layout. The function raises
+    ValueError for a shape that the layout does not support."""
     probe = torch.empty(0, dtype=dtype, device=device)
     orders = dispatch("weight_layout", probe, bits) or _PLAIN
     found: Callable[[Tensor], PrepackedWeight] = orders[bits]
@@ -159,7 +168,9 @@ def packing(dtype: torch.dtype, device: torch.device, bits: int = 16) -> Callabl
 
 
 def prepack_weight(weight: Tensor) -> PrepackedWeight:
-    """A weight as `packing` says; one whose shape has no panels (a vocabulary of 50,257) as it can be."""
+    """Pack a weight as `packing` does, or in the best layout that supports its shape.
+
+    A vocabulary of 50,257, for example, has no panels."""
     try:
         return packing(weight.dtype, weight.device)(weight)
     except ValueError:
@@ -167,8 +178,9 @@ def prepack_weight(weight: Tensor) -> PrepackedWeight:
 
 
 def quantized_prepacking(bits: int) -> Callable[[Tensor], QuantizedWeight]:
-    """What makes weights of 8 or 4 bits as they are best kept here; what has no panels of 8 (a vocabulary of 32,001) as
-    it can be."""
+    """Return the function that packs weights of 8 or 4 bits best here.
+
+    If a weight has no 8-bit panels (a vocabulary of 32,001), it uses another 8-bit layout."""
 
     def pack(weight: Tensor) -> Any:
         try:

@@ -1,12 +1,12 @@
-"""Weights in the order in which ops/cpu/decoder.c multiplies by them: 64 rows of W side by side, bfloat16 or codes.
+"""Weights in the layout of ops/cpu/decoder.c: panels of 64 rows of W, bfloat16 or codes.
 
-Codes become bfloat16 a few at a time, in the first cache, once for all rows of a step, so that a step reads from memory
-what the codes take. They are the values that the codes stand for, rounded once to bfloat16, but where a scale is of a
-whole row of int8: there codes are multiplied exactly, and the sum by the scale.
+Codes are converted to bfloat16 a few at a time, in the first-level cache, once for all rows of a step, so
+that a step reads only the codes from memory. The values are the dequantized ones, rounded once to
+bfloat16; for int8 with one scale per row, codes are multiplied exactly and the sum by the scale.
 
-Two functions multiply by them, in AVX-512 and in AMX's tiles. Their sums are in different orders, so a weight has one
-of them for any number of rows, and a row's bits are its own. Which one is measured once a machine, op "panel_linear".
-"""
+Two functions multiply by panels, in AVX-512 and in AMX tiles. Their sums have different orders, so a
+weight uses one of them for any number of rows, and a row's bits do not depend on other rows. Which one is
+measured once per machine, op "panel_linear"."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ from veneer.ops.quantization_formats import Groups, QuantizationFormat, Rows8
 from veneer.ops.quantized import Quantized
 
 _WIDTH = 64
-"""Rows of W in a panel."""
+"""Rows of W per panel."""
 GROUP = 32
 """Inputs that share a scale and a zero in `Panels.int4`."""
 _DENSE, _ROWS8, _EIGHT, _FOUR = range(4)
 _ONE, _TWO, _PAIR = range(3)
 _TILES = "amx_panel_product"
 _SIZES = (8, 16, 32, 64)
-"""decoder.c's kinds and constants, and inputs that may share a scale there."""
+"""decoder.c's kinds and constants, and the group sizes that it supports."""
 
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """W (out, in), of decoder.c's `kind`; `size` inputs share a scale, whose layout `constants` is. The last panel has
-    zeros where W has no row. codes: bfloat16 or int8 (⌈out/64⌉, in/2, 64, 2), int8 with a scale a row
-    (⌈out/64⌉, in/4, 256), 4 bits (⌈out/64⌉, in/8, 4, 16, 4) uint8.
+    """W (out, in) in panels, of decoder.c's `kind`.
 
-    `kernel`: what multiplies by them. A row's product does not depend on the rows beside it."""
+    `size` inputs share a scale; `constants` is the layout of the scales. The last panel has zeros for rows
+    beyond W.
+
+    codes: bfloat16 or int8 (⌈out/64⌉, in/2, 64, 2), int8 with one scale per row (⌈out/64⌉, in/4, 256), 4
+    bits (⌈out/64⌉, in/8, 4, 16, 4) uint8.
+    kernel: the function that multiplies by them. A row's product does not depend on other rows."""
 
     out: int
     kind: int
@@ -54,24 +57,26 @@ class Panels:
 
     @classmethod
     def of(cls, weight: Tensor) -> Panels:
-        """In bfloat16. Raises ValueError where `out` is no multiple of 16 or `in` is odd."""
+        """Return a weight in bfloat16 panels.
+
+        Raises ValueError unless `out` is a multiple of 16 and `in` is even."""
         return cls(len(weight), _DENSE, _panels(weight), kernel=_kernel(16))
 
     @classmethod
     def int8(cls, weight: Tensor) -> Panels:
-        """W ≈ scale ⊙ q, see `rounded8`. Raises what `of` does."""
+        """Return W ≈ scale ⊙ q, see `rounded8`; raises as `of`."""
         q, scale = rounded8(weight)
         return cls.of_groups(Groups(q, scale.float()[:, None]))
 
     @classmethod
     def int4(cls, weight: Tensor) -> Panels:
-        """W ≈ scale·(q - 8) + zero, see `rounded4`. Raises what that does."""
+        """Return W ≈ scale·(q - 8) + zero, see `rounded4`; raises as `rounded4`."""
         q, scales = rounded4(weight)
         return cls.of_groups(Groups(q, scales[..., 0], scales[..., 1], torch.arange(-8.0, 8.0)))
 
     @classmethod
     def of_groups(cls, groups: Groups) -> Panels:
-        """The codes of a weight. Raises ValueError where they have no panels."""
+        """Return a quantized weight in panels. Raises ValueError if its codes have no panels."""
         rows, columns = groups.codes.shape
         by_row = groups.values is None and groups.zeros is None and groups.size == columns
         if by_row and int(groups.codes.min()) > -128:
@@ -92,7 +97,7 @@ class Panels:
 
     @cached_property
     def pointers(self) -> Tensor:
-        """decoder.c's `matrix`."""
+        """Return decoder.c's `matrix`."""
         own = [0 if t is None else t.data_ptr() for t in (self.codes, self.scales, self.table)]
         return torch.tensor([self.kind, self.size, self.constants, int(self.kernel == _TILES), *own])
 
@@ -105,7 +110,7 @@ class Panels:
         return sum(t.nbytes for t in (self.codes, self.scales) if t is not None)
 
     def groups(self, first: int, last: int) -> Groups:
-        """Rows first … last, code by code; not of bfloat16."""
+        """Return rows first … last as Groups; not for bfloat16."""
         assert self.scales is not None
         panels = slice(first // _WIDTH, -(-last // _WIDTH))
         own = slice(first % _WIDTH, first % _WIDTH + last - first)
@@ -120,7 +125,7 @@ class Panels:
         return Groups(codes, _by_row(scale)[own], _by_row(zero)[own], self.table)
 
     def dense(self) -> Tensor:
-        """(out, in) bfloat16."""
+        """Return the weight (out, in) in bfloat16."""
         if self.kind == _DENSE:
             return _rows(self.codes)[: self.out]
         return self.groups(0, self.out).dense().bfloat16()
@@ -141,7 +146,7 @@ class Panels:
 
 
 def panels_here(bits: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether anything multiplies by panels of so many bits a weight."""
+    """Return whether a kernel multiplies by panels of this many bits per weight."""
     return dispatch("panel_linear", torch.empty(0, dtype=dtype), bits) is not None
 
 
@@ -150,7 +155,7 @@ def _kernel(bits: int) -> str:
 
 
 def _padded(t: Tensor) -> Tensor:
-    """(rows, …) -> (⌈rows/64⌉, 64, …)."""
+    """Pad and reshape (rows, …) to (⌈rows/64⌉, 64, …)."""
     whole: Tensor = F.pad(t, (*(0, 0) * (t.ndim - 1), 0, -len(t) % _WIDTH)).unflatten(0, (-1, _WIDTH))
     return whole
 
@@ -163,12 +168,12 @@ def _panels(weight: Tensor) -> Tensor:
 
 
 def _rows(panels: Tensor) -> Tensor:
-    """The inverse of `_panels`, with the rows that were added."""
+    """Invert `_panels`, including the padding rows."""
     return panels.transpose(1, 2).reshape(-1, 2 * panels.shape[1])
 
 
 def _halves(codes: Tensor) -> Tensor:
-    """(out, in) of 4 bits as decoder.c has FOUR."""
+    """Pack 4-bit codes (out, in) in decoder.c's FOUR layout."""
     out, n = codes.shape
     if out % 16 or n % 8:
         raise ValueError(f"a weight {tuple(codes.shape)} has no panels of 4 bits")
@@ -178,13 +183,13 @@ def _halves(codes: Tensor) -> Tensor:
 
 
 def _of_halves(halves: Tensor) -> Tensor:
-    """The inverse of `_halves`, with the rows that were added."""
+    """Invert `_halves`, including the padding rows."""
     both: Tensor = torch.stack([halves & 15, halves >> 4], -1).unflatten(3, (8, 2))
     return both.permute(0, 2, 6, 3, 1, 5, 4).flatten(4).flatten(0, 3)
 
 
 def _fours(codes: Tensor) -> Tensor:
-    """(out, in) of int8 as decoder.c has ROWS8."""
+    """Pack int8 codes (out, in) in decoder.c's ROWS8 layout."""
     out, n = codes.shape
     if out % 16 or n % 4:
         raise ValueError(f"a weight {tuple(codes.shape)} has no panels of 8 bits")
@@ -193,38 +198,41 @@ def _fours(codes: Tensor) -> Tensor:
 
 
 def _of_fours(fours: Tensor) -> Tensor:
-    """The inverse of `_fours`, with the rows that were added."""
+    """Invert `_fours`, including the padding rows."""
     split: Tensor = fours.unflatten(2, (4, 4, 2, 4, 2))
     return split.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(0, 3)
 
 
 @functools.cache
 def _bytes_of_bf16() -> Tensor:
-    """The low bytes of bfloat16 0 … 127, then the high ones, (256,)."""
+    """Return the low bytes of bfloat16 0 … 127, then the high bytes, (256,)."""
     return torch.arange(128.0).bfloat16().view(torch.uint8).view(128, 2).t().flatten()
 
 
 def _constants(t: Tensor) -> Tensor:
-    """(out, groups) -> (⌈out/64⌉, groups, 64)"""
+    """Reshape (out, groups) to (⌈out/64⌉, groups, 64)."""
     return _padded(t).transpose(1, 2).contiguous()
 
 
 def _by_row(t: Tensor) -> Tensor:
-    """The inverse of `_constants`, with the rows that were added."""
+    """Invert `_constants`, including the padding rows."""
     return t.transpose(1, 2).flatten(0, 1)
 
 
 def rounded8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """q (out, in) int8 and scale (out,) in the weight's dtype, max|row| / 127: W ≈ scale ⊙ q."""
+    """Return q (out, in) int8 and scale (out,), max|row| / 127: W ≈ scale ⊙ q.
+
+    scale has the weight's dtype."""
     scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(weight.dtype)
     q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
     return q.to(torch.int8), scale
 
 
 def rounded4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """q (out, in), 0 … 15, and scale and zero (out, in / GROUP, 2): W ≈ scale·(q - 8) + zero over GROUP inputs of a
-    row, scale = (max - min)/15, zero = min + 8 scale. Raises ValueError where `in` is no multiple of GROUP or `out`
-    none of 16."""
+    """Return q (out, in), 0 … 15, and scale and zero (out, in / GROUP, 2).
+
+    W ≈ scale·(q - 8) + zero over GROUP inputs of a row, scale = (max - min)/15, zero = min + 8 scale.
+    Raises ValueError unless `in` is a multiple of GROUP and `out` of 16."""
     rows, n = weight.shape
     if n % GROUP or rows % 16:
         raise ValueError(f"a weight {tuple(weight.shape)} has no int4 form")
@@ -238,8 +246,9 @@ def rounded4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PanelRows:
-    """Weights of a quantized base that lie in panels alone, as a format of `Quantized`: the same values, bit for bit,
-    for whoever asks for them. `absmax`: of a base in int8."""
+    """A quantized base's weights stored only in panels, as a format of `Quantized`.
+
+    The dequantized values are bit-identical. absmax: of an int8 base."""
 
     panels: Panels
     kind: str
@@ -271,8 +280,9 @@ class PanelRows:
 
 
 def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantized]] | None:
-    """Weights of a quantized base, each a matrix, below one another, and each again over the codes that lie there; None
-    where they have no panels."""
+    """Join weights of a quantized base in panels, and return each as a view of the panels.
+
+    The weights are matrices, concatenated by rows. None if they have no panels."""
     codes = [w for w in weights if isinstance(w, Quantized) and not w.transposed and w.ndim == 2]
     if len(codes) < len(weights):
         return None
@@ -285,7 +295,8 @@ def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantized]]
         return None
     rows8 = [absmax[w.first : w.last] for w in codes if (absmax := _absmax(w.stored)) is not None]
     absmax = torch.cat(rows8) if len(rows8) == len(codes) else None
-    stored = {w.stored.kind: PanelRows(panels, w.stored.kind, absmax) for w in codes}  # one, to be joined again
+    # one object, so that the parts can be joined again
+    stored = {w.stored.kind: PanelRows(panels, w.stored.kind, absmax) for w in codes}
     views, at = [], 0
     for w in codes:
         views.append(Quantized(stored[w.stored.kind], w.dtype, tuple(w.shape), at, at := at + len(w)))

@@ -1,1 +1,1 @@
-"""The CPU's implementations: C sources, their bindings and self-test; how a process uses memory and threads."""
+"""CPU implementations: C sources, bindings and self-test; process memory and threads."""

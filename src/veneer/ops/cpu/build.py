@@ -1,5 +1,7 @@
-"""The compiled kernels on disk: built once for a processor and a compiler, tried once, and loaded only from a folder
-that nobody else can write to."""
+"""Build, test and load the compiled kernels.
+
+The kernels are built once per processor and compiler, tested once, and loaded only from a folder that no
+other user can write to."""
 
 from __future__ import annotations
 
@@ -19,19 +21,23 @@ import torch
 from veneer.files.atomic import replace_file
 
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
-"""No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
+"""Without -ffast-math: NaN and infinity keep their meaning, which training relies on to stop a diverged run.
+"""
 
 
 class BuiltKernels:
-    """`library`: the file. `wrong`: of each kernel that is not to be used, why. `notes`: what a person should know."""
+    """A built library.
+
+    library: the file. wrong: kernel -> why it must not be used. notes: messages for the user."""
 
     def __init__(self, library: Path, wrong: dict[str, str], notes: list[str]) -> None:
         self.library, self.wrong, self.notes = library, wrong, notes
 
 
 def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) -> BuiltKernels:
-    """The kernels, compiled and tried unless they have been. Raises OSError or subprocess.SubprocessError where they
-    cannot be, or where there is no folder to trust."""
+    """Compile and test the kernels, unless already done.
+
+    Raises OSError or subprocess.SubprocessError if they cannot be built, or if no folder can be trusted."""
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
     key = hashlib.sha256("\0".join([*texts, *machine_of(compiler), *_FLAGS]).encode()).hexdigest()[:16]
     notes: list[str] = []
@@ -54,7 +60,9 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
 
 
 def _recorded(record: Path) -> dict[str, str] | None:
-    """What an earlier process left out; None where there is no whole record, so that all are tried again."""
+    """Return the kernels that an earlier process rejected.
+
+    None if the record is missing or broken, so that all kernels are tested again."""
     try:
         wrong = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     except (ValueError, RecursionError):
@@ -64,8 +72,9 @@ def _recorded(record: Path) -> dict[str, str] | None:
 
 
 def trusted_folder(notes: list[str]) -> Path:
-    """The first folder for what is compiled that nobody else can write to; `notes` is told of those before it. Raises
-    OSError where there is none."""
+    """Return the first build folder that no other user can write to.
+
+    Rejected folders are added to `notes`. Raises OSError if there is none."""
     for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -79,9 +88,10 @@ def trusted_folder(notes: list[str]) -> Path:
 
 
 def distrusted(path: Path) -> str:
-    """Why what lies there, or behind that link, may be another's work; "" where only we and root could have written it.
-    What is loaded runs with all our rights."""
-    if not hasattr(os, "geteuid"):  # Windows, where a profile's folders are its owner's
+    """Return why another user can have written `path`; "" if only we and root can.
+
+    Links are followed. A loaded library runs with all our permissions."""
+    if not hasattr(os, "geteuid"):  # on Windows, a profile's folders belong to its user
         return ""
     found = path.stat()
     if found.st_uid not in (0, os.geteuid()):
@@ -90,15 +100,18 @@ def distrusted(path: Path) -> str:
 
 
 def find_compiler(variable: str, names: Sequence[str]) -> tuple[str | None, str]:
-    """(the first compiler on the path, what a person should know of it). `variable`: of the environment, which goes
-    before `names`."""
+    """Return (the first compiler on the path, a note for the user).
+
+    variable: an environment variable that takes precedence over `names`."""
     own = os.environ.get(variable, "")
     found = next((c for c in (own, *names) if c and shutil.which(c)), None)
     return found, f"{variable}={own} is not on the path" if own and found != own else ""
 
 
 def why_not_compiled(compiler: str, error: Exception) -> str:
-    """In a line: how the compiler ended, and the last lines that it printed. The command itself is pages long."""
+    """Return one line: how the compiler ended, and the last lines it printed.
+
+    The command itself is pages long."""
     if isinstance(error, subprocess.TimeoutExpired):
         return f"{compiler} was stopped after {error.timeout:.0f} s"
     if not isinstance(error, subprocess.CalledProcessError):
@@ -109,16 +122,16 @@ def why_not_compiled(compiler: str, error: Exception) -> str:
 
 
 _LAST, _WIDE = 3, 200
-"""Lines of a compiler that are told, and characters of each."""
+"""Lines of compiler output to report, and characters of each."""
 
 
 def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str] = ()) -> None:
-    """Compile to `target`, which appears whole or not at all. `more`: further arguments."""
+    """Compile to `target`, atomically. `more`: further arguments."""
     compile_library([compiler, *_FLAGS, *more], sources, target, ["-lm"])
 
 
 def compile_library(command: Sequence[str], sources: Sequence[Path], target: Path, links: Sequence[str]) -> None:
-    """Compile to `target`, which appears whole or not at all. `command`: the compiler and its flags."""
+    """Compile to `target`, atomically. `command`: the compiler and its flags."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         subprocess.run(
@@ -133,8 +146,10 @@ def compile_library(command: Sequence[str], sources: Sequence[Path], target: Pat
 
 
 def left_out(library: Path) -> dict[str, str]:
-    """Kernels that do not do here what their formulas say, each with the reason. A process tries them, and a kernel
-    that ends it is left out of the next. Raises OSError where none could be tried."""
+    """Return kernel -> reason for each kernel that fails its self-test.
+
+    A subprocess tests the kernels; a kernel that crashes the process is skipped in the next one. Raises
+    OSError if no kernel could be tested."""
     wrong: dict[str, str] = {}
     code = "import sys; from veneer.ops.cpu.selftest import run_checks; run_checks(sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "VENEER_NATIVE": "0"}
@@ -158,8 +173,10 @@ def _folders() -> list[Path]:
 
 
 def machine_of(compiler: str) -> list[str]:
-    """What decides which instructions are made: what the compiler itself takes -march=native for, and the processor's
-    own list. On one with unlike cores, the lists of all of them."""
+    """Return what determines the generated instructions.
+
+    The compiler's resolution of -march=native, and the processor's feature list; for unlike cores, the
+    lists of all."""
     resolve = [compiler, "-march=native"]
     macros = subprocess.run(
         [*resolve, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True, timeout=60
@@ -169,7 +186,9 @@ def machine_of(compiler: str) -> list[str]:
 
 
 def processor_features() -> list[str]:
-    """The lines of /proc/cpuinfo that list the processor's instructions (x86, ARM and RISC-V); of all unlike cores."""
+    """Return the lines of /proc/cpuinfo that list instructions, of all unlike cores.
+
+    x86, ARM and RISC-V."""
     features = ("flags", "features", "isa", "cpu implementer", "cpu part")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []

@@ -1,11 +1,10 @@
-"""The compiled kernels: which there are, what each takes, which of them may be used here and why.
+"""The compiled kernels: signatures, loading, and which of them can be used here.
 
-Optional: without a C compiler everything runs on torch's own operations, slower and with the same results within
-bfloat16 rounding. `status()` says which of the two it is and why; VENEER_NATIVE=0 turns the compiled kernels off.
-The sources are built once on the user's machine (build.py) and called through ctypes. Every kernel is tried beside its
-formula once a build (selftest.py); one that fails is left out and named, and torch does its work. Whoever calls a
-kernel asks for it by name first: `usable("rms_norm", x, w)`.
-"""
+Optional: without a C compiler everything runs on torch's operations, slower and with the same results
+within bfloat16 rounding. `status()` reports which and why; VENEER_NATIVE=0 disables the compiled kernels.
+The sources are built once on the user's machine (build.py) and called through ctypes. Every kernel is
+tested against its formula once per build (selftest.py); a kernel that fails is reported and torch's
+operations replace it. Callers look a kernel up by name first: `usable("rms_norm", x, w)`."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from veneer.ops.lowrank import LowRank
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _LETTERS = {"p": _pointer, "l": _int64, "f": _float, "i": _int, "u": ctypes.c_uint32}
-"""Letters of a signature: the types of a C function's arguments."""
+"""Letters of a signature: the argument types of a C function."""
 _EVERYWHERE = {
     "use_threads": "i",
     "stay": "pii",
@@ -67,29 +66,30 @@ _AVX512_BF16 = {
     "amx_panel_product": "pllppplii",
     "decode": "plplppppppplpllplpppplpi",
 }
-"""What only a processor with AVX512-BF16 has."""
+"""Kernels that require AVX512-BF16."""
 _AMX = ("amx_panel_product",)
-"""What wants AMX beside it, which the system grants a process that asks."""
+"""Kernels that also require AMX, which the system grants a process on request."""
 _TILES = {
     "rope_varlen_attention": "plpppllllflippi",
     "rope_varlen_attention_backward": "pppplpppllllflipi",
     "narrow_rope_varlen_attention": "plpppllllflippi",
     "narrow_rope_varlen_attention_backward": "pppplpppllllflipi",
 }
-"""What multiplies by libtorch's own small products, of float32 and of bfloat16."""
+"""Kernels that use libtorch's small products, of float32 and of bfloat16."""
 _WIDE = ("rope_varlen_attention", "rope_varlen_attention_backward")
-"""Those of float32."""
+"""The float32 kernels."""
 SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _TILES
-"""Every kernel that there may be: the name of its C function -> the letters of its arguments."""
+"""Every possible kernel: C function name -> letters of its arguments."""
 SOURCES = ("native.c", "quantized.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
 HEADERS = ("bf16.h", "serving.h", "amx.h")
 _reason = "not looked for yet"
 
 
 class Kernels:
-    """The kernels that are to be used, each an attribute; `compiled` has all there are. `wrong`: of those that failed
-    their self-test, how. A kernel that fails raises
-    MemoryError, where it has no room, or IndexError, where a target is none."""
+    """The usable kernels, each an attribute; `compiled` has all kernels.
+
+    wrong: kernel -> how it failed its self-test. A kernel raises MemoryError if it has no memory, or
+    IndexError for an invalid target."""
 
     def __init__(self, compiled: ctypes.CDLL, path: Path) -> None:
         self.compiled, self.path = compiled, path
@@ -106,11 +106,11 @@ _FALLIBLE = {
     *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "lora_forward"),
     *("lora_backward", "lora_weight_gradients", "paged_attend", "decode", *_TILES),
 }
-"""Those that say whether they could do their work (bf16.h)."""
+"""Kernels that report failure (bf16.h)."""
 
 
 def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
-    """The kernels of a compiled library but those named. Raises OSError for what is none."""
+    """Load a compiled library, except the kernels in `without`. Raises OSError if invalid."""
     compiled = ctypes.CDLL(str(path))
     library = Kernels(compiled, Path(path))
     products = _small_products()
@@ -136,10 +136,11 @@ _LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 @functools.cache
 def _small_products() -> tuple[int | None, int | None, int | None]:
-    """Where at::native::cpublas::brgemm is for float32 and for bfloat16, and what a thread calls when it is done with
-    it (CPUBlas.h), by the names that C++ gives them in a library; None for what is not there. Those of bfloat16 are
-    for processors that multiply it: elsewhere libtorch says by an exception, which C cannot take, that it has none.
-    Where there is AMX they run in its tiles, which oneDNN asks the system for (docs/notes/amx.md)."""
+    """Return addresses of at::native::cpublas::brgemm, float32 and bfloat16, and its release.
+
+    Looked up by mangled C++ names (CPUBlas.h); None for what is missing. The bfloat16 one is only for
+    processors with bfloat16 products: elsewhere libtorch throws an exception, which C cannot catch. With
+    AMX these products run in its tiles, which oneDNN requests from the system (docs/notes/amx.md)."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
     found = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
     if found is None:
@@ -153,7 +154,7 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     # int64_t is a long on Linux and a long long on macOS
     wide = place("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
     narrow = place("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # wherever there is AMX, too
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # true wherever there is AMX, too
     has_narrow = has_bf16 and torch.backends.mkldnn.is_available()
     return wide, narrow if has_narrow else None, place("14brgemm_releaseEb")
 
@@ -168,7 +169,7 @@ def _checked(result: int, function: Any, arguments: Any) -> int:
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The compiled kernels, or None. Looked for once a process."""
+    """Return the compiled kernels, or None. Loaded once per process."""
     global _reason
     if os.environ.get("VENEER_NATIVE", "1") == "0":
         _reason = "turned off by VENEER_NATIVE=0"
@@ -185,7 +186,7 @@ def kernels() -> Kernels | None:
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         unset = ", or unset CC" if os.environ.get("CC") == compiler else ""
         way = f"; install a C compiler that works (gcc or clang){unset}"
-        failed = isinstance(error, subprocess.SubprocessError)  # and not a folder, or what was built
+        failed = isinstance(error, subprocess.SubprocessError)  # not a folder problem or a broken build
         _reason = f"they could not be built: {why_not_compiled(compiler, error)}{way if failed else ''}"
         return None
     wrong = ", ".join(f"{name} {why}" for name, why in made.wrong.items())
@@ -195,7 +196,7 @@ def kernels() -> Kernels | None:
 
 
 def status() -> str:
-    """One line for a report: which kernels run and why."""
+    """Return one line for a report: which kernels run and why."""
     return (
         f"native CPU kernels: {_reason}"
         if kernels() is not None
@@ -204,7 +205,9 @@ def status() -> str:
 
 
 def usable(names: str | tuple[str, ...], *tensors: Tensor) -> Kernels | None:
-    """The library if it has these kernels and every tensor is a contiguous bfloat16 one on the CPU, else None."""
+    """Return the library if it has these kernels for contiguous bfloat16 CPU tensors.
+
+    None otherwise."""
     if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
         library = kernels()
         return library if library is not None and library.has(*([names] if isinstance(names, str) else names)) else None
@@ -212,13 +215,13 @@ def usable(names: str | tuple[str, ...], *tensors: Tensor) -> Kernels | None:
 
 
 def has(*names: str) -> bool:
-    """Whether there are compiled kernels, these among them."""
+    """Return whether compiled kernels exist and include these."""
     library = kernels()
     return library is not None and library.has(*names)
 
 
 def why_missing(*names: str) -> str:
-    """Why these kernels are not to be used, in a line; "" where they are."""
+    """Return why these kernels cannot be used, in one line; "" if they can."""
     library = kernels()
     if library is None:
         return f"no compiled kernels: {_reason}"
@@ -237,11 +240,11 @@ def why_missing(*names: str) -> str:
 
 
 PAGED = ("store_rows", "rope_and_cache", "paged_attend")
-"""The kernels that read and write pages in their own layout: all of them or none."""
+"""The kernels for paged caches in their own layout; used all together or not at all."""
 
 
 class _LowRankStruct(ctypes.Structure):
-    """A low-rank product as the kernels take it; A and B are pointers to contiguous float32."""
+    """A low-rank product for the kernels; A and B point to contiguous float32."""
 
     _fields_ = (
         ("A", _pointer),
@@ -254,12 +257,12 @@ class _LowRankStruct(ctypes.Structure):
 
 
 def low_rank_structs(products: Sequence[LowRank]) -> ctypes.Array[Any]:
-    """The products as C reads them, each a struct of pointers: good as long as the products' tensors live."""
+    """Return the products as C structs of pointers, valid while the tensors live."""
     made = (_LowRankStruct(p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in products)
     return (_LowRankStruct * len(products))(*made)
 
 
 def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """All but the last of each, as the kernels for any layout take them."""
+    """Return all strides but the last of each tensor, for kernels that take any layout."""
     flat = [step for t in tensors for step in t.stride()[:-1]]
     return (_int64 * len(flat))(*flat)

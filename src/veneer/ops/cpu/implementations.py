@@ -1,8 +1,7 @@
-"""The ops of a step by the compiled kernels: tensors in, tensors out, every pointer and size of a call in its function.
+"""Implementations of ops by the compiled kernels; each function passes pointers and sizes.
 
-IMPLEMENTATIONS is what veneer.ops.dispatch chooses from on a CPU. All round once where their reference does, and take
-contiguous bfloat16 unless they say otherwise; references and formulas are the ops' own.
-"""
+`veneer.ops.dispatch` reads IMPLEMENTATIONS on a CPU. All round once if their reference does, and take
+contiguous bfloat16 unless they say otherwise; the ops define references and formulas."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ from veneer.ops.weight_layouts import Reordered, reorders
 from veneer.ops.weight_panels import Panels
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
-"""op -> how the compiled kernels do it."""
+"""op -> its implementation by the compiled kernels."""
 
 
 def _implements(
     op: str, *names: str, takes: Callable[..., bool] | None = None, wants: str = "contiguous bfloat16"
 ) -> Callable[[Any], Any]:
-    """`names`: the kernels that it calls, by default the one named as the op is."""
+    """Register an implementation. `names`: the kernels it calls, by default the op's name."""
     needed = names or (op,)
 
     def fits(*tensors: Tensor) -> bool:
@@ -67,7 +66,7 @@ def _rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tens
 
 
 class _NormSilu:
-    """Forward and backward, which are used both or not at all."""
+    """Forward and backward, used together or not at all."""
 
     @staticmethod
     def forward(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -189,7 +188,7 @@ def _heads(name: str) -> Callable[..., None]:
     def run(
         x: Tensor, cos: Tensor | None, sin: Tensor | None, group: RowGroup, kv: int, scale: float, out: Tensor
     ) -> None:
-        flat = x if name == "gather_heads" else out  # which has the shape (N, heads, dim)
+        flat = x if name == "gather_heads" else out  # `flat` has the shape (N, heads, dim)
         heads, dim = flat.shape[1], flat.shape[2]
         given = x.data_ptr(), flat.stride(0), *_at(cos, sin, group.tokens, group.slots)
         sizes = len(group.tokens), group.length, kv, heads // kv, dim, scale
@@ -248,8 +247,9 @@ def _attend_backward(
 
 
 class _Tiles:
-    """Forward and backward of tiles.c, with factors of float32, or of bfloat16 by `prefix`. Tokens after the last row
-    are in no row: zero."""
+    """Forward and backward of tiles.c, for float32, or by `prefix` for bfloat16.
+
+    Tokens after the last row belong to no row: their output is zero."""
 
     def __init__(self, prefix: str) -> None:
         self.names = f"{prefix}rope_varlen_attention", f"{prefix}rope_varlen_attention_backward"
@@ -257,7 +257,7 @@ class _Tiles:
     def forward(
         self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings
     ) -> tuple[Tensor, Tensor]:
-        """Its output (N, heads, dim) and log Σ exp of its scores, (N, heads) float32."""
+        """Return the output (N, heads, dim) and log Σ exp of the scores, (N, heads) float32."""
         n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * settings.kv, qkv.shape[2]
         out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
         out[int(settings.layout.starts[-1]) :].zero_()
@@ -294,7 +294,7 @@ def _takes_rows_of(*dtypes: torch.dtype, names: tuple[str, ...]) -> Callable[...
         tables = [t for t in (cos, sin) if t is not None]
         flat = qkv.stride(2) == 1 and qkv.stride(1) == qkv.shape[2] and qkv.shape[2] % 2 == 0 and qkv.dtype in dtypes
         fits = flat and all(t.dtype == qkv.dtype and t.is_contiguous() for t in tables) and compiled.has(*names)
-        # without oneDNN libtorch refuses small products of bfloat16 by an exception that C cannot take
+        # without oneDNN, libtorch rejects small bfloat16 products with an exception that C cannot catch
         return fits and (not names[0].startswith("narrow") or bool(torch.backends.mkldnn.enabled))  # type: ignore[attr-defined]
 
     return takes
@@ -315,7 +315,7 @@ IMPLEMENTATIONS["rope_varlen_attention"] = _tiles(
 # -- products with a frozen weight -------------------------------------------------------------------------------------
 
 _LEAST = 256
-"""Rows, columns and terms of a sum from which a product is worth the packing of its weight."""
+"""Least rows, columns and reduction length for which packing the weight pays off."""
 
 
 def _takes_prepacked(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> bool:
@@ -353,9 +353,10 @@ def _takes_low_rank(x: Tensor, y: Tensor, products: Sequence[LowRank]) -> bool:
 
 
 class CompiledLowRank:
-    """ops.linear.LowRankProducts in three compiled calls, which cast and stack for themselves; u and du have ranks
-    padded to 16. On the few hundred tokens of a small picture dispatch of a dozen operations takes several times as
-    long as they do."""
+    """ops.linear.LowRankProducts in three compiled calls, which cast and stack internally.
+
+    u and du have ranks padded to 16. For the few hundred tokens of a small image, dispatching a dozen
+    operations takes several times as long as these calls."""
 
     def __init__(self, products: Sequence[LowRank], rows: int, dtype: torch.dtype) -> None:
         self.count, self.factors = len(products), [(p.A, p.B) for p in products]
@@ -473,7 +474,7 @@ def _dequantize_rows8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
 
 
 _GGML = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
-"""The types of quantized.c, by ggml's numbers."""
+"""Types that quantized.c supports -> ggml's numbers."""
 
 
 def _takes_ggml(raw: Tensor, dtype: torch.dtype, kind: str) -> bool:
@@ -495,7 +496,7 @@ def _takes_rows(x: Tensor, y: Tensor) -> bool:
 
 @_implements("rows_low_rank", "lora_rows", takes=_takes_rows, wants="contiguous bfloat16, even columns")
 def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
-    """`pointers`: of the rows and their adapters, as serving.c reads them."""
+    """Add low-rank products per row. `pointers`: rows and adapters as serving.c reads them."""
     at = x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1]
     _kernel("lora_rows")(*at, *pointers, torch.get_num_threads())
 
@@ -510,7 +511,7 @@ def _product_of_panels(kernel: str, name: str, *others: Implementation) -> Imple
 IMPLEMENTATIONS["panel_linear"] = _product_of_panels(
     "panel_product", "compiled", _product_of_panels("amx_panel_product", "amx")
 )
-"""By the kernel's name, which a weight keeps from when it is laid out."""
+"""By the kernel's name, which a weight stores when it is packed."""
 
 
 def _takes_panels(probe: Tensor, bits: int) -> bool:
@@ -537,4 +538,4 @@ IMPLEMENTATIONS["weight_layout"] = Implementation(
         ),
     ),
 )
-"""Bits a weight -> what lays it out."""
+"""Bits per weight -> the function that packs it."""

@@ -1,4 +1,4 @@
-"""Memory of the process: kept or given back by the allocator, let go where it only mirrors a file, and its peak."""
+"""Memory of the process: the allocator's policy, file-backed pages, and peak usage."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h of gl
 _KEPT = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
 _RETURNED = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17}
 _AFTER = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 26}
-"""mallopt has no getter, and after its first call glibc's thresholds no longer follow what is freed. Left to itself,
-glibc raises them with every larger block that is freed, up to these, and never lowers them: a process that has trained
-or loaded a model is where it would be without us."""
+"""Settings to restore. mallopt has no getter, and after its first call glibc no longer adapts its
+thresholds. By default glibc raises them with every larger freed block, up to these values, and never
+lowers them: a process that has trained or loaded a model would be at these values anyway."""
 _settings: list[dict[int, int]] = []
 _settings_lock = threading.Lock()
 
@@ -30,8 +30,7 @@ _SET_BY_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMA
 
 
 def _c_function(name: str) -> Any:
-    """Return a function of the process's C library; None if it has no such function, or if the library cannot be opened
-    (Windows)."""
+    """Return a function of the process's C library; None if there is none (Windows)."""
     try:
         return getattr(ctypes.CDLL(None), name, None)
     except (OSError, TypeError):
@@ -76,25 +75,27 @@ def _allocator(setting: dict[int, int]) -> Iterator[None]:
 
 
 def kept_memory() -> AbstractContextManager[None]:
-    """Keep freed memory in the process for the length of a with-block, then give it back.
+    """Keep freed memory in the process during a with-block, then return it.
 
-    glibc maps every block above 32 MB (and many above 128 kB) afresh and unmaps it when freed; the kernel zeroes the
-    pages again each time. A training step frees and takes the same activations over and over: keeping them measured
-    8% of a step."""
+    By default glibc maps every block above 32 MB (and many above 128 kB) anew and unmaps it when freed;
+    the kernel zeroes the pages each time. A training step allocates and frees the same activations
+    repeatedly: keeping them saves a measured 8% of a step."""
     return _allocator(_KEPT)
 
 
 def returned_memory() -> AbstractContextManager[None]:
-    """Give freed memory back at once for the length of a with-block: the opposite of `kept_memory`.
+    """Return freed memory to the system at once, during a with-block.
 
-    glibc takes larger and larger blocks from its heap once one has been freed, and what stays there between them keeps
-    the heap from shrinking: quantising weight after weight left a tenth of the model in holes."""
+    The opposite of `kept_memory`. Once a large block was freed, glibc takes blocks of this size from its
+    heap, and allocations between them keep the heap from shrinking: quantizing weight after weight left a
+    tenth of the model in holes."""
     return _allocator(_RETURNED)
 
 
 def peak_resident() -> int:
-    """The most memory this process has held, in bytes. On Linux not ru_maxrss, which begins at what the parent held
-    when it started us."""
+    """Return the peak resident memory of this process, in bytes.
+
+    On Linux this is not ru_maxrss, which starts at the parent's value."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -115,8 +116,9 @@ def forget_peak_resident() -> None:
 
 
 def unread_bytes(tensor: Tensor) -> int:
-    """Bytes of it that are not in memory yet. What is read through a memory map comes page by page, when it is used
-    first. 0 where nobody says so: off Linux, or on a device."""
+    """Return the bytes of a tensor that are not in memory yet.
+
+    Pages of a memory map are read at first use. 0 if unknown: not on Linux, or on a device."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return 0
     size = tensor.numel() * tensor.element_size()
@@ -125,7 +127,7 @@ def unread_bytes(tensor: Tensor) -> int:
     try:
         with open("/proc/self/pagemap", "rb") as pages:
             pages.seek(8 * first)
-            present = pages.read(8 * (last - first))[7::8]  # of each page 64 bits, the highest of which says it
+            present = pages.read(8 * (last - first))[7::8]  # each page has 64 bits; the highest means present
     except OSError:
         return 0
     return min(size, page * sum(byte < 128 for byte in present))
@@ -135,10 +137,10 @@ _MADV_PAGEOUT = 21  # Linux 5.4
 
 
 def page_out(tensor: Tensor) -> None:
-    """Hint that nobody will read this memory soon, so that pages which only mirror a file stop counting as ours.
+    """Hint that this memory will not be read soon, to drop file-backed pages.
 
-    Weights read through a memory map stay resident as long as any of the file's tensors lives. The hint changes no
-    content: a page that is touched again is read again. Does nothing off Linux, or on a device."""
+    Weights read through a memory map stay resident while any of the file's tensors lives. The hint changes
+    no content: a touched page is read again. Does nothing outside Linux, or on a device."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
     madvise = _c_function("madvise")

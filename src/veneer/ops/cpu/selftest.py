@@ -1,10 +1,9 @@
-"""Every compiled kernel against torch's operations in float64, on the processor that is to run it.
+"""Self-test: every compiled kernel against torch's operations in float64.
 
-Run once for a build, in a process of its own (build.py), so that a kernel that ends the process ends that one. A case
-runs ops of this package twice over the same numbers: in the dtypes that kernels take, and in float64, which only the
-references take. The results must agree. Uninitialized memory is filled with NaN, so that a kernel that writes nothing
-is seen. Sizes are such that no vector's length divides them.
-"""
+Runs once per build on the target processor, in a subprocess (build.py), so that a crash ends only the
+subprocess. A case runs ops of this package twice on the same numbers: in the kernels' dtypes, and in
+float64, which only the references take. The results must agree. Uninitialized memory is filled with NaN,
+so that a kernel which writes nothing is detected. Sizes are not multiples of any vector length."""
 
 from __future__ import annotations
 
@@ -30,11 +29,11 @@ from veneer.ops.weight_panels import Panels
 
 _BF16, _F32, _F64 = torch.bfloat16, torch.float32, torch.float64
 _NEAR = {_BF16: 2**-6, _F32: 1e-4}
-"""The largest error of a result, as a share of its largest value, by the dtype that a case ran in."""
+"""Largest error, as a share of the largest value of a result, by the dtype of a case."""
 
 
 class Draw:
-    """Random numbers of a case: the same in every dtype, as bfloat16 rounds them."""
+    """Random numbers of a case, the same in every dtype, rounded to bfloat16."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.exact = dtype, dtype == _F64
@@ -44,21 +43,24 @@ class Draw:
         return torch.randn(shape, generator=self._generator).bfloat16().to(self.dtype)
 
     def wide(self, *shape: int) -> Tensor:
-        """In float32 at least."""
+        """Return random numbers in at least float32."""
         return self(*shape).to(torch.promote_types(self.dtype, _F32))
 
     def whole(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(low, high, shape, generator=self._generator).to(dtype)
 
     def gradients(self, run: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
-        """run(*given), and the gradients of all that is given."""
+        """Return run(*given), and the gradients of all inputs."""
         given = tuple(t.detach().requires_grad_() for t in given)
         made = run(*given)
         return [made, *torch.autograd.grad(made, given, self(*made.shape))]
 
 
 class Case(NamedTuple):
-    """`run`: what is compared. `kernels`: those that it calls, none of which is used if it fails."""
+    """One comparison.
+
+    run: returns the results to compare. kernels: the kernels it calls; if the case fails, none of them is
+    used."""
 
     run: Callable[[Draw], Sequence[Tensor]]
     kernels: tuple[str, ...]
@@ -78,7 +80,7 @@ def _case(*kernels: str, dtypes: tuple[torch.dtype, ...] = (_BF16,)) -> Callable
 
 @contextmanager
 def _by(library: Kernels | None) -> Iterator[None]:
-    """Run ops by these kernels, with uninitialized memory full of NaN."""
+    """Run ops with these kernels, and fill uninitialized memory with NaN."""
     before, strict = compiled.kernels, torch.are_deterministic_algorithms_enabled()
     compiled.kernels = lambda: library  # type: ignore[assignment]
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -96,7 +98,7 @@ def _library() -> Kernels:
 
 
 def wrong(library: Kernels, case: Case) -> str:
-    """What is wrong with the kernels of a case; "" if nothing is."""
+    """Return what is wrong with the kernels of a case; "" if nothing is."""
     with _by(library):
         want = [t.detach().double() for t in case.run(Draw(_F64))]
         for dtype in case.dtypes:
@@ -112,7 +114,9 @@ def wrong(library: Kernels, case: Case) -> str:
 
 
 def run_checks(arguments: list[str]) -> None:
-    """PATH SKIPPED…: a line of JSON before and after each case of kernels that are there and not skipped."""
+    """Print a line of JSON before and after each case. `arguments`: PATH SKIPPED…
+
+    Cases run if the library has their kernels and none is skipped."""
     path, *skipped = arguments
     library = bound(path, skipped)
     for case in CASES:
@@ -123,7 +127,7 @@ def run_checks(arguments: list[str]) -> None:
 
 @_case("use_threads")
 def _use_threads(draw: Draw) -> list[Tensor]:
-    """Whether torch and the kernels have one OpenMP."""
+    """Check that torch and the kernels share one OpenMP."""
     before = torch.get_num_threads()
     set_threads = torch.set_num_threads if draw.exact else _library().use_threads
     set_threads(3)
@@ -134,7 +138,7 @@ def _use_threads(draw: Draw) -> list[Tensor]:
 
 @_case("stay", "meet_asleep")
 def _stay(draw: Draw) -> list[Tensor]:
-    """Where the calling thread may run, and how threads meet; both are let go again."""
+    """Check the calling thread's affinity and how threads wait; both are restored."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     before, was = sorted(os.sched_getaffinity(0)), torch.tensor([0, 1], dtype=torch.int32)
@@ -186,7 +190,7 @@ def _dora_scale(draw: Draw) -> list[Tensor]:
 
 @_case("silu_gate", "silu_gate_backward")
 def _silu_gate(draw: Draw) -> list[Tensor]:
-    """Alone, and in a whole MLP, whose backward pass makes its inner values again."""
+    """Separately, and in a whole MLP, whose backward pass recomputes its inner values."""
     up, down = linear.LinearMap(draw(74, 23) / 4), draw(9, 37) / 4
 
     def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -241,7 +245,7 @@ def _attend(draw: Draw) -> list[Tensor]:
 
 @_case("token_nll", dtypes=(_BF16, _F32))
 def _token_nll(draw: Draw) -> list[Tensor]:
-    """Of logits that a head of ones on its diagonal gives as they are."""
+    """Logits that an identity head passes through unchanged."""
     targets, head = torch.tensor([0, 2074, -100, 1033, 7, 2074]), torch.eye(2075, dtype=draw.dtype)
     logits, right = 3 * draw(6, 2075), torch.zeros(6, dtype=torch.bool)
     logits[3, 1033] = 40
@@ -274,11 +278,11 @@ def _blocks4(draw: Draw) -> list[Tensor]:
 
 
 _GGML = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-"""Bytes of a block."""
+"""Bytes per block."""
 
 
 def _ggml_blocks(draw: Draw, kind: str) -> GgmlBlocks:
-    """A weight of three rows of two blocks, whose scales are numbers."""
+    """Return a weight of three rows of two blocks with finite scales."""
     raw = draw.whole(0, 256, 6, _GGML[kind], dtype=torch.uint8)
     for at in [208] if kind == "Q6_K" else [0, 2] if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0]:
         raw[:, at : at + 2] = draw(6, 1).half().view(torch.uint8)
@@ -303,7 +307,7 @@ def _rows8_dense(draw: Draw) -> list[Tensor]:
 
 
 def _panel_products(draw: Draw, name: str) -> list[Tensor]:
-    """All kinds of weights, inputs that do not fill their last tile, one, two and more tiles of rows."""
+    """All kinds of weights, with partial tiles of inputs, and one, two and more tiles of rows."""
     made = list[Tensor]()
     wide = [Panels.of(draw(80, n).bfloat16() / 8) for n in (200, 320)]
     codes = []
@@ -344,7 +348,7 @@ def _at(*tensors: Tensor | None) -> list[int | None]:
 
 @_case("lora_rows")
 def _lora_rows(draw: Draw) -> list[Tensor]:
-    """Two adapters of rank 16: on five rows and two, one of which is under both."""
+    """Two adapters of rank 16, on five rows and two; one row has both."""
     x, y, strengths = draw(7, 32), draw(7, 40), draw.wide(7).float()
     pairs = [(draw(16, 32) / 8, draw(40, 16) / 8) for _ in range(2)]
     rows, starts = torch.tensor([0, 2, 5, 6, 1, 2, 3]), torch.tensor([0, 5, 7])
@@ -367,9 +371,11 @@ def _lora_rows(draw: Draw) -> list[Tensor]:
 
 @_case("store_rows", "rope_and_cache", "paged_attend", "decode")
 def _paged(draw: Draw) -> list[Tensor]:
-    """Two sequences of 35 and 20 tokens in blocks 4, 1, 3 and 2, 5, four query heads and two of keys of 32: turned and
-    stored, stored again, and the last 7 tokens and the last one attended to all. `decode`, which does all of a layer,
-    is held to its layers by whoever serves a base (serve/forward/runner.py)."""
+    """Store and attend in pages: two sequences of 35 and 20 tokens, blocks 4, 1, 3 and 2, 5.
+
+    Four query heads and two key heads of 32: rotated and stored, stored again, and the last 7 tokens and
+    the last token attended to all. `decode`, which runs a whole layer, is tested against the layers when
+    serving a base (serve/forward/runner.py)."""
     heads, kv, d, lengths, tables = 4, 2, 32, (35, 20), torch.tensor([[4, 1, 3], [2, 5, 0]])
     qkv, weights, angle = draw(55, 8 * d), [draw(d), draw(d)], draw.wide(40, d // 2)
     positions = torch.cat([torch.arange(n) for n in lengths])

@@ -1,26 +1,29 @@
-"""How threads wait for one another on processors that other processes use too.
+"""How threads wait for each other on processors that other processes also use.
 
-    with shared(): …        a piece of work (a micro-batch, a step of decoding) that a neighbour does not bring to halt
+    with shared(): …        a piece of work (a micro-batch, a step of decoding) that stays fast beside busy
+    processes
     with forwards(model):   each forward of the model is such a piece
 
-OpenMP's threads meet some thousand times a training step. On a quiet machine they wait best by spinning. Beside another
-busy process they do not: one holds a processor in waiting for another that has none, and a step takes three times as
-long and more. So before each piece of work it is looked at how busy others keep our processors (/proc/stat, less our
-own time), and while they do
+OpenMP's threads synchronize some thousand times per training step. On an idle machine, spinning is the
+fastest way to wait. Beside another busy process it is not: one thread holds a processor while waiting for
+another thread that has none, and a step takes three times as long or more. Before each piece of work, this
+module checks how busy other processes keep our processors (/proc/stat, minus our own time). While they are
+busy:
 
-    threads sleep where they wait. libgomp spins for about a microsecond only while a process has more threads in its
-    pools than processors (GOMP_SPINCOUNT in its manual), so a pool is kept that nobody uses. Unlike environment
-    variables, this works after libgomp was loaded;
-    on two processors both threads stay on one and take turns, and the neighbour has the other.
+    threads sleep while they wait. libgomp spins for only about a microsecond if a process has more threads
+    in its
+    pools than processors (GOMP_SPINCOUNT in its manual), so an unused pool is kept. Unlike environment
+    variables,
+    this works after libgomp was loaded;
+    on two processors, both threads stay on one and take turns, and the other process has the other.
 
-The number of threads stays, and with it how work is shared out and every bit of the result: what a machine's other
-processes do cannot be seen in an adapter. (One thread instead would be a tenth faster beside a neighbour, but matrix
-products of one thread and of two differ in their last bits.)
+The number of threads is constant, and with it the division of work and every bit of the result: other
+processes cannot change an adapter. (One thread instead would be a tenth faster beside a busy process, but
+matrix products of one thread and of two differ in their last bits.)
 
-Somebody's own OMP_WAIT_POLICY, GOMP_SPINCOUNT, OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY rules, as does
-VENEER_SHARING=0. Needs Linux, GNU's OpenMP (torch's own wheels have it) and the compiled kernels; else `shared` does
-nothing.
-"""
+The user's OMP_WAIT_POLICY, GOMP_SPINCOUNT, OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY takes
+precedence, as does VENEER_SHARING=0. Requires Linux, GNU's OpenMP (included in torch's wheels) and the
+compiled kernels; otherwise `shared` does nothing."""
 
 from __future__ import annotations
 
@@ -43,27 +46,27 @@ from veneer.ops.cpu import compiled
 
 _OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 _COMES, _GOES = 0.35, 0.15
-"""Processors that others have to use until they count as neighbours, and to fall below until they do not."""
+"""Busy processors at which other processes start to count as present, and below which they stop."""
 _WINDOW = 0.25
-"""Seconds between two looks: /proc/stat counts in hundredths."""
+"""Seconds between two checks; /proc/stat counts in hundredths of a second."""
 
 
 @dataclass
 class Neighbours:
-    """Which of our processors other processes keep busy, looked at no more often than each quarter of a second.
+    """How busy other processes keep our processors, checked at most every quarter second.
 
-    `worked`: seconds that each processor has worked since some time, for anybody; `own`: those of this process."""
+    worked: seconds that each processor has worked, for any process; own: seconds of this process."""
 
     worked: Callable[[], list[float]]
     own: Callable[[], float] = time.process_time
     clock: Callable[[], float] = time.perf_counter
     present: bool = False
     idle: int = 0
-    """The processor that was least busy."""
+    """The least busy processor."""
     _last: tuple[float, list[float], float] | None = field(default=None, repr=False)
 
     def look(self, threads: int) -> bool:
-        """Whether others leave less than a processor for each of `threads`."""
+        """Return whether other processes leave less than one processor per thread."""
         now = self.clock()
         if self._last is not None and now - self._last[0] < _WINDOW:
             return self.present
@@ -81,7 +84,7 @@ class Neighbours:
 
 
 def worked(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> list[float]:
-    """Seconds that each of the processors has spent on anything, steal by other virtual machines too."""
+    """Return seconds that each processor has worked, including steal by other VMs."""
     found: dict[str, float] = {}
     for line in stat.read_text(encoding="ascii").splitlines():
         name, *numbers = line.split()
@@ -92,13 +95,13 @@ def worked(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> list[f
 
 
 class Sharing:
-    """What this process does about its neighbours."""
+    """The response of this process to other busy processes."""
 
     def __init__(self, native: Any) -> None:
         self.native, self.processors = native, sorted(os.sched_getaffinity(0))
         self.neighbours = Neighbours(lambda: worked(self.processors))
         self.lock = threading.Lock()
-        self.here = threading.local()  # `place`: the processor on which this thread's pool stays
+        self.here = threading.local()  # `place`: the processor that this thread's pool stays on
         self.leave: threading.Event | None = None
 
     @contextmanager
@@ -115,14 +118,14 @@ class Sharing:
         try:
             yield present
         finally:
-            if place is not None:  # what this thread does beside, and whatever it starts, runs anywhere
+            if place is not None:  # this thread's other work, and its child processes, can run anywhere
                 os.sched_setaffinity(0, self.processors)
 
     def stay(self, processors: list[int], threads: int) -> None:
         self.native.stay((ctypes.c_int * len(processors))(*processors), len(processors), threads)
 
     def sleep(self, wanted: bool) -> None:
-        """Keeps a pool that nobody uses, or lets it go."""
+        """Keep an unused thread pool, or release it."""
         if self.leave is None and wanted:
             self.leave, begun = threading.Event(), threading.Event()
             threading.Thread(target=self._pool, args=(self.leave, begun), name="veneer-pool", daemon=True).start()
@@ -141,7 +144,9 @@ class Sharing:
 
 @contextmanager
 def shared() -> Iterator[bool]:
-    """A piece of work on the CPU, of some milliseconds at least; whether it runs beside neighbours. See the module."""
+    """Run a piece of CPU work of some milliseconds or more; yields whether others are busy.
+
+    See the module."""
     threads = torch.get_num_threads()
     sharing = sharing_here() if threads > 1 else None
     if sharing is None:
@@ -153,7 +158,7 @@ def shared() -> Iterator[bool]:
 
 @contextmanager
 def forwards(model: nn.Module) -> Iterator[None]:
-    """While inside, each forward of `model` runs `shared`."""
+    """Run each forward of `model` inside `shared`, during the with-block."""
     inside: list[ExitStack] = []
 
     def begin(*_: object) -> None:
@@ -173,7 +178,7 @@ def forwards(model: nn.Module) -> Iterator[None]:
 
 @cache
 def sharing_here() -> Sharing | None:
-    """What this process does about its neighbours; None: nothing, by somebody's own setting or for want of a part."""
+    """Return this process's Sharing; None if disabled by a setting or unsupported."""
     if sys.platform != "linux" or os.environ.get("VENEER_SHARING") == "0" or any(os.environ.get(n) for n in _OWN):
         return None
     native = compiled.usable(("stay", "meet_asleep"))

@@ -1,1 +1,1 @@
-"""What runs an op on a GPU: thin calls of torch and of libraries."""
+"""Implementations of ops on a GPU: thin calls of torch and of libraries."""

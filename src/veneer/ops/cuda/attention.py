@@ -19,7 +19,9 @@ def varlen_missing() -> str:
 
 
 def takes_varlen(q: Tensor, k: Tensor, v: Tensor, cap: float, sinks: Tensor | None) -> bool:
-    """Flash attention: 16 bits, heads of up to 256 values in multiples of 8, on compute capability 8.0 and later."""
+    """Return whether flash attention takes these inputs.
+
+    16 bits, heads of up to 256 values in multiples of 8, compute capability 8.0 or later."""
     if cap or sinks is not None or q.device.type != "cuda" or made_up(q) or varlen_missing():
         return False
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= 256 and q.shape[2] % 8 == 0
@@ -50,7 +52,9 @@ def flex_missing() -> str:
 
 
 def takes_flex(q: Tensor, k: Tensor, v: Tensor, cap: float, sinks: Tensor | None) -> bool:
-    """Capped scores or sinks, which varlen attention has not; compiled flex attention wants heads of 16 values."""
+    """Return whether to use flex attention: capped scores or sinks, heads of 16 or more.
+
+    Varlen attention supports neither capped scores nor sinks."""
     wanted = bool(cap) or sinks is not None
     return wanted and q.device.type == "cuda" and not made_up(q) and q.shape[2] >= 16 and not flex_missing()
 
@@ -72,9 +76,10 @@ def flex(
     cap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Return causal attention of each row, (N, heads, dim), by flex attention; compiled on a GPU.
+    """Return causal attention of each row, (N, heads, dim), by flex attention.
 
-    `cap` c: scores are c·tanh(score/c). sinks: (heads,); softmax with a sink z is softmax · σ(log Σ exp − z)."""
+    Compiled on a GPU. `cap` c: scores are c·tanh(score/c). sinks: (heads,); softmax with a sink z is
+    softmax · σ(log Σ exp − z)."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
@@ -96,7 +101,7 @@ def flex(
 
 
 def _block_mask(layout: RowLayout, window: int | None) -> Any:
-    """Which queries see which keys, made once for all layers with this window."""
+    """Return which queries see which keys, cached for all layers with this window."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if window not in layout.masks:

@@ -1,8 +1,7 @@
-"""What runs an op on a GPU: thin calls of torch, Liger-Kernel and bitsandbytes. No GPU has run any of it yet.
+"""Implementations of ops on a GPU, by torch, Liger-Kernel and bitsandbytes.
 
-IMPLEMENTATIONS is what veneer.ops.dispatch chooses from: op -> Implementation. An op without one runs its reference in
-torch, as all do where a library is missing.
-"""
+No GPU has run any of them yet. `veneer.ops.dispatch` reads IMPLEMENTATIONS: op -> Implementation. An op
+without an implementation, or whose library is missing, runs its reference in torch."""
 
 from __future__ import annotations
 

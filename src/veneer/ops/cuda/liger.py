@@ -1,8 +1,8 @@
-"""Liger-Kernel's functions as implementations of ops: RMS norm, rotary positions, linear cross-entropy.
+"""Liger-Kernel's functions as ops: RMS norm, rotary positions, linear cross-entropy.
 
-Liger's gated MLPs are not among them. They want gate and up as two contiguous tensors and overwrite both in the
-backward pass; a joined product has the two side by side. With the copies a forward pass moves 7 values for torch's 5.
-"""
+Liger's gated MLPs are not included. They need gate and up as two contiguous tensors and overwrite both in
+the backward pass, but a joined product has the two interleaved in one tensor. With the copies, a forward
+pass moves 7 values where torch moves 5."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.compat import LIGER, MissingInternalError
 from veneer.ops.device_transfer import made_up
 
 _MOST_COLUMNS = 65536
-"""Values of a row that Liger's norms can have."""
+"""Most values per row that Liger's norms support."""
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def why_missing() -> str:
         LIGER.check()
     except MissingInternalError as error:
         return str(error)
-    except ImportError as error:  # liger_kernel, or the triton that it needs
+    except ImportError as error:  # liger_kernel, or the triton that it requires
         return f"{error.name} is not installed (pip install 'veneer[gpu]')"
     return _trouble_on(torch.cuda.current_device()) if torch.cuda.is_available() else ""
 
@@ -43,7 +43,7 @@ def _trouble_on(index: int) -> str:
 
 
 def _runs_on(*tensors: Tensor) -> bool:
-    """Whether Liger's functions take these tensors: contiguous, on one GPU, with values, not in float64."""
+    """Return whether Liger takes these tensors: contiguous, on one GPU, real, not float64."""
     device = tensors[0].device
     if device.type != "cuda" or made_up(tensors[0]):
         return False
@@ -59,7 +59,9 @@ def takes_norm(x: Tensor, weight: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return w ⊙ x / √(mean x² + ε), computed in float32 and rounded once ("gemma"), with a gradient for x."""
+    """Return w ⊙ x / √(mean x² + ε), with a gradient for x.
+
+    Computed in float32 and rounded once ("gemma")."""
     norm = LIGER("liger_kernel.ops.rms_norm.LigerRMSNormFunction")
     y: Tensor = norm.apply(x, weight, eps, 0.0, "gemma", False, None)
     return y
@@ -94,13 +96,14 @@ def takes_loss(hidden: Tensor, weight: Tensor) -> bool:
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bool, right: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return −log softmax(hidden·Wᵀ) at the targets, (M,) float32, and with `gradient` each row's gradient of its own
-    loss, (M, d). Liger chooses how many logits exist at once.
+    """Return −log softmax(hidden·Wᵀ) at the targets, (M,) float32, and row gradients.
 
-    `right`: filled with whether the target is the first of the likeliest tokens."""
+    With `gradient`, each row's gradient of its own loss, (M, d). Liger chooses how many logits exist at once.
+
+    right: filled with whether the target is the first of the most likely tokens."""
     loss = LIGER("liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward")
     targets = targets.long().contiguous()
-    # Liger would read beyond the logits; index_select stops a GPU at an index that does not exist
+    # Liger would read beyond the logits; index_select fails on a GPU for an index out of range
     weight.select(1, 0).index_select(0, targets.masked_fill(targets == -100, 0))
     nll, _, _, predicted, grad, _, _ = loss(
         hidden,
