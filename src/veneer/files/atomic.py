@@ -1,9 +1,8 @@
-"""Files and folders that appear whole or not at all, whatever happens while they are written.
+"""Write files and folders atomically: complete or not at all, whatever happens.
 
-A file is written beside its place, flushed to the disk, and renamed there; a new folder likewise. `atomic_write` and
-`put_folder` raise veneer's errors, `replace_file` and `new_folder` the system's, for callers that have their own words.
-Knows bytes and paths; nothing of what is in them.
-"""
+A file is written under a temporary name, flushed to disk and renamed; a new folder likewise.
+`atomic_write` and `put_folder` raise veneer's errors, `replace_file` and `new_folder` the system's, for
+callers with their own messages. This module knows bytes and paths; it does not know about their content."""
 
 from __future__ import annotations
 
@@ -21,21 +20,25 @@ from veneer.errors import AdapterError, ResourceError
 
 @dataclass
 class Staged:
-    """A file that is written in full beside its place. `commit` renames it there, `discard` removes it."""
+    """A file written under a temporary name next to its target.
+
+    `commit` renames it to the target, `discard` removes it."""
 
     temporary: Path
     path: Path
 
     @classmethod
     def beside(cls, path: Path, ending: str = ".tmp") -> Staged:
-        """Nothing is written yet. Raises OSError where a device or a pipe is: a file would take its place, and of the
-        machine's /dev/null nobody means that."""
+        """Return a staged file for `path`; nothing is written yet.
+
+        Raises OSError if `path` is a device or a pipe: a file would replace it, which nobody intends for
+        /dev/null."""
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise OSError(errno.EINVAL, "a device or a pipe is there, not a file", str(path))
         return cls(path.with_name(f".{path.name}.{secrets.token_hex(6)}{ending}"), path)
 
     def commit(self) -> None:
-        """Raises OSError; the staged file is gone then too."""
+        """Rename the file to its target. Raises OSError; the staged file is removed then."""
         try:
             os.replace(self.temporary, self.path)
         except BaseException:
@@ -49,23 +52,23 @@ class Staged:
 
 
 def atomic_write(path: str | Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write `path` whole or not at all: a temporary file beside it, flushed to the disk, then renamed over it.
+    """Write `path` atomically: a temporary file, flushed to disk, then renamed.
 
-    After any failure the old file is untouched and nothing is left behind. ResourceError when the disk is full,
-    AdapterError for any other refusal."""
+    After any failure the old file is unchanged and nothing is left behind. Raises ResourceError if the
+    disk is full, AdapterError for any other error."""
     with as_veneer_errors(Path(path)):
         replace_file(path, chunks)
 
 
 def replace_file(path: str | Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
-    """As `atomic_write`, with the system's own OSError. `mode`: the file's rights, before the umask."""
+    """Run `atomic_write` with the system's OSError. `mode`: permissions before the umask."""
     staged = Staged.beside(Path(path))
     _fill(staged.temporary, chunks, mode)
     staged.commit()
 
 
 def write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write every byte of `chunks` to an open file, and flush it to the disk. Raises OSError."""
+    """Write every byte of `chunks` to an open file, and flush to disk. Raises OSError."""
     for chunk in chunks:
         view = memoryview(chunk).cast("B")
         while view:
@@ -74,7 +77,7 @@ def write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def _fill(path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> None:
-    """A new file with these bytes, flushed; nothing is left of it after an error."""
+    """Write a new file with these bytes, flushed; removed again after an error."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         write_all(fd, chunks)
@@ -87,7 +90,7 @@ def _fill(path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut, where the file system can."""
+    """Make renames in `folder` survive a power loss, if the file system can."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -98,7 +101,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def as_veneer_errors(path: Path) -> Iterator[None]:
-    """The system's errors while `path` is written, as ResourceError for a full disk and AdapterError for the rest."""
+    """Convert OSError to ResourceError for a full disk, and to AdapterError otherwise."""
     try:
         yield
     except OSError as error:
@@ -113,8 +116,9 @@ def as_veneer_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `folder` in one rename at the end of the with-block, or leaves nothing
-    behind. An empty folder may be there already. Raises OSError."""
+    """Yield a temporary folder to fill, renamed to `folder` at the end.
+
+    On an error, nothing is left behind. An empty `folder` can exist already. Raises OSError."""
     temporary = Staged.beside(folder).temporary
     try:
         temporary.mkdir(parents=True)
@@ -129,9 +133,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *, last: str = "") -> None:
-    """Files under their names: a new folder appears by one rename. In one that exists every file is staged first, so
-    that all the space they need is taken; then each replaces its old one, `last` (which speaks of the others) at the
-    end. Errors as `atomic_write`."""
+    """Write files by name into a folder.
+
+    A new folder appears by one rename. In an existing folder every file is staged first, so that the space
+    for all of them is allocated; then each replaces its old version, `last` (the file that describes the
+    others) at the end. Errors as `atomic_write`."""
     if folder.exists() and not folder.is_dir():
         raise AdapterError("a file is in the way of the folder", where=str(folder))
     if not folder.is_dir():

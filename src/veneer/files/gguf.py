@@ -1,14 +1,15 @@
-"""GGUF files: read without trust, written whole or not at all.
+"""GGUF files: read without trust, written atomically.
 
     file   = "GGUF" | version u32 | tensors u64 | fields u64 | fields | tensor entries | padding | data
-    field  = key | type u32 | value       array = type u32 | count u64 | values       text = length u64 | UTF-8
-    entry  = name | dimensions u32 | sizes u64… (the innermost first) | type u32 | offset u64, in the data, aligned
+    field  = key | type u32 | value       array = type u32 | count u64 | values       text = length u64 |
+    UTF-8
+    entry  = name | dimensions u32 | sizes u64… (the innermost first) | type u32 | offset u64, in the data,
+    aligned
 
-Little endian, versions 2 and 3. The gguf package's own reader follows counts past the end of a file without an error,
-for hours; here every count is held against the bytes that are left before it is believed. torch is imported only where
-a tensor is read or written. Knows bytes and tensors; nothing of adapters or models. Source: ggml's
-specification.
-"""
+Little endian, versions 2 and 3. The gguf package's reader follows counts past the end of a file without an
+error, for hours; this module checks every count against the remaining bytes first. torch is imported only
+to read or write a tensor. This module knows bytes and tensors; it does not know about adapters or models.
+Source: ggml's specification."""
 
 from __future__ import annotations
 
@@ -32,18 +33,20 @@ if TYPE_CHECKING:
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 MAX_TEXT, MAX_TEXTS = 16 << 20, 1 << 22
 _LONG_ARRAY = 4096
-"""Entries, more than any array has that is not a tokenizer's."""
+"""Number of entries above which an array can only be a tokenizer's."""
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
 DTYPES = {0: "float32", 1: "float16", 28: "float64", 30: "bfloat16"}
 _NUMPY = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
-"""numpy's dtype of what is stored as plain numbers."""
+"""numpy's dtype of tensors stored as plain numbers."""
 
 
 @dataclass(frozen=True)
 class GgufEntry:
-    """One tensor of a header. `type` and `kind`: ggml's number and name of its type. `shape` is outermost first;
-    [begin, end) counts from the start of the file."""
+    """One tensor of a header.
+
+    type, kind: ggml's number and name of the type. shape: outermost first. begin, end: bytes [begin, end)
+    from the start of the file."""
 
     type: int
     kind: str
@@ -61,7 +64,9 @@ class SkippedArray:
 
 @dataclass
 class GgufFile:
-    """A checked header, and the file behind it. `types`: of each field, (type,) or (9, type of the entries)."""
+    """A checked header, and the file behind it.
+
+    types: for each field, (type,) or (9, type of the entries)."""
 
     version: int
     fields: dict[str, Any]
@@ -71,7 +76,7 @@ class GgufFile:
     where: str
 
     def raw(self, name: str) -> np.ndarray:
-        """A tensor as it lies in the file: its numbers, or the bytes of its blocks, row by row (…, bytes of a row)."""
+        """Return a tensor as stored: its numbers, or blocks by row (…, bytes of a row)."""
         entry = self.entries[name]
         dtype = np.dtype(_NUMPY.get(entry.type, "u1")).newbyteorder("<")
         count = (entry.end - entry.begin) // dtype.itemsize
@@ -79,7 +84,7 @@ class GgufFile:
         return flat.reshape(entry.shape if entry.type in _NUMPY else (*entry.shape[:-1], -1))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as stored, float32, float16 or bfloat16; a quantised one dequantised to float32."""
+        """Return a tensor as stored, float32, float16 or bfloat16; dequantized to float32."""
         import torch
 
         entry = self.entries[name]
@@ -98,7 +103,7 @@ class GgufFile:
 
 
 class _Cursor:
-    """Reads forward through a file and never past its end."""
+    """Reads forward through a file, never past its end."""
 
     def __init__(self, data: mmap.mmap, where: str, at: int, long_arrays: bool) -> None:
         self.data, self.where, self.at, self.long_arrays = data, where, at, long_arrays
@@ -122,7 +127,7 @@ class _Cursor:
         return value
 
     def count(self, each: int, what: str) -> int:
-        """A number of things that take at least `each` bytes."""
+        """Read a count of items that take at least `each` bytes."""
         n: int = self.take("Q")
         if n * each > self.left():
             raise self.fail(f"{n:,} {what} are claimed, and {self.left():,} bytes are left")
@@ -140,8 +145,9 @@ class _Cursor:
             raise self.fail("a text that is not UTF-8") from None
 
     def value(self, kind: int) -> tuple[Any, tuple[int, ...]]:
-        """A text, a number, an array of numbers (numpy's, in place) or of texts; and its types. Nobody writes arrays of
-        arrays."""
+        """Read a text, a number or an array of numbers (numpy's) or texts; and its types.
+
+        Arrays of arrays are not supported."""
         if kind == TEXT:
             return self.text(), (kind,)
         if kind in SCALARS:
@@ -163,7 +169,7 @@ class _Cursor:
         return self.long_arrays or n <= _LONG_ARRAY
 
     def _texts(self, n: int) -> list[str] | SkippedArray:
-        """As `text` for each, in one pass: a vocabulary has hundreds of thousands."""
+        """Read `n` texts in one pass, for vocabularies of hundreds of thousands."""
         data, at, end, out = memoryview(self.data), self.at, len(self.data), []
         whole = self._whole(n)
         for _ in range(n):
@@ -183,11 +189,12 @@ class _Cursor:
 
 
 def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
-    """The checked header of a GGUF file; tensors are read from it one by one. Without `long_arrays` the arrays of a
-    tokenizer become `SkippedArray`s.
+    """Return the checked header of a GGUF file, from which tensors can be read.
 
-    AdapterError for a file that is something else or of another version; UnsafeFileError for a header that claims what
-    the file does not hold: counts, texts, names, shapes, types, offsets, overlaps."""
+    long_arrays: False makes a tokenizer's arrays `SkippedArray`s.
+
+    Raises AdapterError for a file of another kind or version; UnsafeFileError for a header with false
+    counts, texts, names, shapes, types, offsets or overlaps."""
     where = str(path)
     try:
         with Path(path).open("rb") as file:
@@ -272,8 +279,9 @@ def _placed(
 
 
 def write_gguf_file(path: str | Path, fields: Mapping[str, str | float | int], tensors: Mapping[str, Tensor]) -> None:
-    """Write a GGUF file of version 3 atomically: texts, floats (as f32) and whole numbers (as u32), and float32,
-    float16 and bfloat16 tensors. Equal contents give equal bytes."""
+    """Write a GGUF file of version 3 atomically; equal contents give equal bytes.
+
+    Texts, floats (as f32) and integers (as u32); float32, float16 and bfloat16 tensors."""
     import torch
 
     types = {getattr(torch, name): number for number, name in DTYPES.items() if name != "float64"}

@@ -1,19 +1,29 @@
-"""The hashes by which managers and hubs know an adapter file, those stored in its header, and whether they hold.
+"""Hashes by which managers and hubs identify an adapter file, and their verification.
 
-| name    | of                                                       | kept as        | stored in the header as       |
-| sha256  | the whole file                                           | 64 hex digits  |                               |
-| AutoV2  | the same                                                 | the first 10   |                               |
-| AutoV1  | the 64 KiB from 1 MiB on                                 | the first 8    |                               |
-| AutoV3  | the bytes after the header: the tensors                  | the first 12   | sshs_model_hash, all 64       |
-|         |                                                          |                | modelspec.hash_sha256, `0x…`  |
-| legacy  | as AutoV1, of the file as it would be with ss_ keys only | the first 8    | sshs_legacy_hash              |
-| crc32   | the whole file                                           | 8 hex digits   |                               |
-| short   | what sshs_model_hash states, unverified, else AutoV3,    | the first 12   |                               |
-|         | else sha256: A1111's and Forge's name of an adapter      |                |                               |
+| name    | of                                                       | kept as        | stored in the
+header as       |
+| sha256  | the whole file                                           | 64 hex digits  |
+|
+| AutoV2  | the same                                                 | the first 10   |
+|
+| AutoV1  | the 64 KiB from 1 MiB on                                 | the first 8    |
+|
+| AutoV3  | the bytes after the header: the tensors                  | the first 12   | sshs_model_hash,
+all 64       |
+|         |                                                          |                |
+modelspec.hash_sha256, `0x…`  |
+| legacy  | as AutoV1, of the file as it would be with ss_ keys only | the first 8    | sshs_legacy_hash
+|
+| crc32   | the whole file                                           | 8 hex digits   |
+|
+| short   | the stated sshs_model_hash, unverified, else AutoV3,     | the first 12   |
+|
+|         | else sha256: A1111's and Forge's name of an adapter      |                |
+|
 
-Editing the metadata changes sha256, AutoV1, AutoV2 and crc32, and leaves the stored ones true. Sources: sd-scripts'
-train_util, Stability's ModelSpec 1.0.1, CivitAI's open source. Knows bytes; nothing of adapters.
-"""
+Editing the metadata changes sha256, AutoV1, AutoV2 and crc32; the stored hashes stay valid. Sources:
+sd-scripts' train_util, Stability's ModelSpec 1.0.1, CivitAI's open source. This module knows bytes; it
+does not know about adapters."""
 
 from __future__ import annotations
 
@@ -39,7 +49,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Hashes:
-    """Lower-case hexadecimal; `autov3` is "" for a file that is not safetensors."""
+    """Hashes in lower-case hexadecimal; `autov3` is "" unless the file is safetensors."""
 
     sha256: str
     autov1: str
@@ -50,7 +60,9 @@ class Hashes:
 
 @dataclass(frozen=True)
 class HashCheck:
-    """A hash stored in a header and the one found. `holds` is None where it cannot be recomputed; `note` says why."""
+    """A hash stored in a header, and the computed hash.
+
+    holds: None if it cannot be recomputed; `note` says why."""
 
     key: str
     stored: str
@@ -60,7 +72,9 @@ class HashCheck:
 
 
 def hashes(path: str | Path) -> Hashes:
-    """All hashes of a file, read once. AdapterError if it cannot be read; any kind of file has all but AutoV3."""
+    """Return all hashes of a file, read once.
+
+    Any kind of file has all hashes but AutoV3. Raises AdapterError if the file cannot be read."""
     path = Path(path)
     try:
         start = read_header(path).data_start
@@ -85,8 +99,10 @@ def hashes(path: str | Path) -> Hashes:
 
 
 def short_hash(path: str | Path, found: Hashes) -> str:
-    """What A1111 and Forge call an adapter file in `Lora hashes`, and look it up by (extensions-builtin/Lora,
-    NetworkOnDisk). `found`: its true hashes, which stand where the header states none that is one."""
+    """Return the name of an adapter file in A1111's and Forge's `Lora hashes`.
+
+    They also look files up by this hash (extensions-builtin/Lora, NetworkOnDisk). found: the computed
+    hashes, used if the header states no valid hash."""
     try:
         stated = read_header(path).metadata.get("sshs_model_hash", "")
     except AdapterError:
@@ -95,14 +111,15 @@ def short_hash(path: str | Path, found: Hashes) -> str:
 
 
 def _between(chunk: bytes | memoryview, at: int, begin: int, end: int) -> bytes | memoryview:
-    """The bytes of a chunk at offset `at` that fall into [begin, end)."""
+    """Return the bytes of a chunk at offset `at` that lie in [begin, end)."""
     return chunk[max(0, begin - at) : max(0, end - at)]
 
 
 def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with every hash that is stored in a header, for a file of these tensors as `write_tensors` has them.
+    """Return the metadata with every header hash, for a file of these tensors.
 
-    The last step before writing: a later change of an `ss_` key makes the legacy hash untrue."""
+    The tensors are as `write_tensors` stores them. This is the last step before writing: a later change of
+    an `ss_` key invalidates the legacy hash."""
     data = encode_tensors(tensors)[2:]
     model = hashlib.sha256()
     for chunk in data:
@@ -119,7 +136,7 @@ def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
 
 def _with_empty_metadata(header: bytes | memoryview) -> bytes:
-    """As safetensors writes a file that has metadata, with none in it: `ss_` keys or not, the hash counts this."""
+    """Return the header that safetensors writes for empty metadata, which the hash uses."""
     table = {"__metadata__": {}, **json.loads(bytes(header))}
     return packed_header(table)
 
@@ -134,10 +151,10 @@ def _legacy(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def verify_hashes(path: str | Path) -> list[HashCheck]:
-    """Every hash stored in the header of a safetensors file, recomputed. Errors as `read_header`.
+    """Recompute every hash in the header of a safetensors file. Errors as `read_header`.
 
-    One that does not hold is no error here: the caller decides. OneTrainer's `hash_sha256` is of the tensors by name
-    rather than in the file's order; where it holds in that sense, the note says so."""
+    A mismatch is not an error: the caller decides. OneTrainer's `hash_sha256` hashes the tensors by name
+    instead of file order; if it holds in this sense, the note says so."""
     path = Path(path)
     header = read_header(path)
     keys = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
@@ -180,7 +197,9 @@ def _other_order(file: Any, header: Header, plain: str) -> str:
 
 
 def _legacy_of(file: Any, header: Header) -> tuple[str, bool]:
-    """The legacy hash, and whether it is certain: the header with ss_ keys only ends before the hashed bytes begin."""
+    """Return the legacy hash, and whether it is certain.
+
+    It is certain if the header with only ss_ keys ends before the hashed bytes begin."""
     by_place = sorted(header.entries.items(), key=lambda item: (item[1].begin, item[1].end))
     table: dict[str, Any] = {
         "__metadata__": {k: v for k, v in sorted(header.metadata.items()) if k.startswith("ss_")},

@@ -1,11 +1,13 @@
-"""Locks of open files and folders, which end with the process that has them."""
+"""Locks of open files and folders, released when the process ends."""
 
 from __future__ import annotations
 
 
 def take_lock(fd: int) -> None:
-    """Lock what `fd` is open on, for this process alone. Raises BlockingIOError where another has it, another OSError
-    on a file system that has no locks. On Windows, where a file that is open cannot be removed, it does nothing."""
+    """Lock the file or folder of `fd` for this process.
+
+    Raises BlockingIOError if another process holds the lock, another OSError if the file system has no
+    locks. Does nothing on Windows, where an open file cannot be removed."""
     try:
         import fcntl
     except ImportError:

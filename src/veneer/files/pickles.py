@@ -1,10 +1,10 @@
-"""Tensors out of `.bin`, `.pt`, `.pth` and `.ckpt` files, which are pickles: only where the caller asks for it.
+"""Read tensors from pickle files (.bin, .pt, .pth, .ckpt), only at the caller's request.
 
-The file goes through torch's weights-only loader, which builds tensors, numbers, texts, lists and dicts and refuses
-all other names: nothing of the file is run. What comes out is held to the rules of a safetensors file: names, and sizes
-that the file really holds. Layouts: a state dict, one under `state_dict`, nested dicts (joined by dots),
-and the list of cloneofsimo's `lora_weight.pt`: [up₀, down₀, up₁, …]. Knows pickles and tensors; nothing of adapters.
-"""
+torch's weights-only loader builds tensors, numbers, texts, lists and dicts, and refuses all other names:
+no code in the file runs. The result must follow the rules of a safetensors file: names, and sizes that the
+file really holds. Layouts: a state dict, a state dict under `state_dict`, nested dicts (joined by dots),
+and the list of cloneofsimo's `lora_weight.pt`: [up₀, down₀, up₁, …]. This module knows pickles and
+tensors; it does not know about adapters."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ _WRAPPERS = ("state_dict", "model_state_dict", "lora_state_dict")
 
 
 def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a pickle, sorted by name, and its texts and numbers as metadata, like `read_tensors`.
+    """Return all tensors of a pickle, sorted by name, and texts and numbers as metadata.
 
-    Raises UnsafeFileError for a pickle that names anything but tensors and plain values, or an archive that unpacks to
-    more than it holds; one AdapterError that lists everything of another kind or misnamed."""
+    As `read_tensors`. Raises UnsafeFileError for a pickle that names anything but tensors and plain
+    values, or an archive that unpacks to more than it holds; one AdapterError that lists every value of
+    another kind and every invalid name."""
     path, where = Path(path), str(path)
     try:
         size = path.stat().st_size
@@ -70,7 +71,9 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """torch.save stores members as they are; a member that is packed could unpack to anything."""
+    """Check that no member is compressed: torch.save stores them uncompressed.
+
+    A compressed member could unpack to any size."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -99,7 +102,7 @@ def _load(path: Path) -> Any:
         raise UnsafeFileError(
             f"the pickle is refused: {what}. Nothing of it was run", where=str(path), fix="ask for the safetensors file"
         ) from None
-    except Exception as error:  # torch and pickle raise nearly everything on a damaged file
+    except Exception as error:  # torch and pickle raise nearly every error type on a damaged file
         raise AdapterError(
             f"the pickle cannot be read: {type(error).__name__}: {str(error)[:200]}",
             where=str(path),
@@ -108,7 +111,7 @@ def _load(path: Path) -> Any:
 
 
 def _unwrapped(value: Any) -> Any:
-    """A state dict out of its wrapper; what stood beside it (an epoch, a step) stays, as metadata."""
+    """Return a state dict without its wrapper; other values (epoch, step) become metadata."""
     if isinstance(value, Mapping):
         for key in _WRAPPERS:
             if isinstance(value.get(key), Mapping):
@@ -118,7 +121,9 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _walk(value: Any, file: str) -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything in nested dicts. A list of tensors is cloneofsimo's, of the component in its name."""
+    """Yield (name, value) of everything in nested dicts.
+
+    A list of tensors is cloneofsimo's, for the component in the file's name."""
     if isinstance(value, list | tuple) and value and all(isinstance(t, Tensor) for t in value) and len(value) % 2 == 0:
         component = "text_encoder" if "text_encoder" in file else "unet"
         for i, tensor in enumerate(value[: 2 * MAX_TENSORS]):

@@ -1,5 +1,4 @@
-"""A picture file, opened to be read: what can go wrong with one, in words, in one place; and a picture as the bytes of
-one. Knows files and Pillow."""
+"""Open image files with clear errors, and encode images. Knows files and Pillow."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
-    """The picture, decoded, and the bytes of its file, for a body that reads it.
+    """Yield the decoded image and the bytes of its file.
 
-    Raises DataError for a file that is no picture, also where that shows in the body alone; with the nearest name
-    where there is no such file."""
+    Raises DataError if the file is not a valid image, also for errors that occur in the with-block; with
+    the nearest name if the file does not exist."""
     from PIL import Image, UnidentifiedImageError
 
     place = Path(path).expanduser()
@@ -47,18 +46,20 @@ def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
 
 
 def upright(picture: Image) -> Image:
-    """The picture turned as its EXIF says; damaged EXIF says nothing of the pixels. Raises what decoding them does."""
+    """Return the image rotated as its EXIF says; damaged EXIF is ignored.
+
+    Raises decoding errors of the pixels."""
     from PIL import ImageOps
 
     picture.load()
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # struct.error, KeyError, …: what it read of the EXIF cannot be written again
+    except Exception:  # struct.error, KeyError, …: the EXIF that was read cannot be written again
         return picture
 
 
 def picture_bytes(picture: Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The file of a picture, in memory. `options`: of Pillow's writer."""
+    """Return an image encoded in memory. `options`: of Pillow's writer."""
     buffer = io.BytesIO()
     picture.save(buffer, format=kind, **options)
     return buffer.getvalue()

@@ -1,12 +1,13 @@
-"""safetensors files: headers read without trust, tensors as views of the file, equal bytes for equal tensors.
+"""safetensors files: headers read without trust, tensors mapped, reproducible output.
 
     file = header length (u64, little endian) | header (JSON, UTF-8) | data
-    header = {"__metadata__": {str: str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
+    header = {"__metadata__": {str: str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin,
+    end)}, …}
 
-Everything in a header is checked against the file's size before one byte of tensor data is touched, so a hostile file
-costs no more than its header, and of a header no more than stated limits. torch is imported only where tensors are
-made, so that a header can be read without it. Knows bytes and tensors; nothing of adapters or models.
-"""
+Everything in a header is checked against the file's size before any tensor data is read, so that a hostile
+file costs no more than its header, within stated limits. torch is imported only to make tensors, so that a
+header can be read without it. This module knows bytes and tensors; it does not know about adapters or
+models."""
 
 from __future__ import annotations
 
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 
 _MAX_HEADER_BYTES = 100 << 20
 MAX_TENSORS = 500_000
-"""Twice what a pair for every expert of the largest mixtures there are comes to (384 experts, 61 layers, alphas)."""
+"""Twice the tensors of a pair for every expert of the largest mixtures (384 experts, 61 layers, alphas)."""
 MAX_METADATA, MAX_METADATA_BYTES = 10_000, 32 << 20
-"""Entries, and bytes of the JSON: training statistics and a thumbnail come to a few MB."""
+"""Entries, and bytes of JSON: training statistics and a thumbnail take a few MB."""
 _MAX_NAME_LENGTH = 1024
 _MAX_DIMENSIONS = 16
 _LONGEST_ENTRY = _MAX_NAME_LENGTH + 512
-"""Bytes of JSON, about, that one tensor needs at most."""
+"""About the most bytes of JSON that one tensor needs."""
 
 STORED_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -46,7 +47,7 @@ STORED_DTYPES = {
 """The file's word for a dtype -> torch's, of those that are read as tensors."""
 NAMES = {name: kind for kind, name in STORED_DTYPES.items()}
 BITS = {kind: 8 if kind == "BOOL" else int(re.search(r"\d+", kind)[0]) for kind in STORED_DTYPES}  # type: ignore[index]
-"""Bits of one value, by the file's word for its dtype, of those that are read as tensors."""
+"""Bits per value, by the file's name of a dtype, for dtypes that can be read as tensors."""
 
 _OTHER_MAGIC = {
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"RIFF": "a WebP picture, or other media",
@@ -79,7 +80,7 @@ class HeaderEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header. `data_start` is the byte of the file at which the data begins."""
+    """A checked header. `data_start`: offset of the data in the file."""
 
     entries: dict[str, HeaderEntry]
     metadata: dict[str, str]
@@ -88,7 +89,9 @@ class Header:
 
 
 def strict_json(text: str | bytes, *, where: str) -> Any:
-    """JSON without its traps: no duplicate keys, no NaN or Infinity, no bottomless nesting. AdapterError otherwise."""
+    """Parse JSON without duplicate keys, NaN, Infinity or deep nesting.
+
+    Raises AdapterError otherwise."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -110,10 +113,11 @@ def strict_json(text: str | bytes, *, where: str) -> Any:
 
 
 def read_header(path: str | Path, *, bits: Mapping[str, int] = BITS) -> Header:
-    """The checked header of a safetensors file, without reading its data. `bits`: the dtypes that may be in it, and the
-    bits of one value of each.
+    """Return the checked header of a safetensors file, without reading its data.
 
-    AdapterError for a file that is something else; UnsafeFileError for a pickle or a header that does not add up."""
+    bits: the allowed dtypes, and the bits per value of each.
+
+    Raises AdapterError for a file of another kind; UnsafeFileError for a pickle or an inconsistent header."""
     path = Path(path)
     try:
         with _opened(path) as file:
@@ -123,14 +127,14 @@ def read_header(path: str | Path, *, bits: Mapping[str, int] = BITS) -> Header:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """The file. A pipe would wait for ever, and a device never ends."""
+    """Open a regular file; a pipe could block forever, and a device never ends."""
     if path.exists() and not path.is_file():
         raise AdapterError("cannot read it: not a file, but a folder, a pipe or a device", where=str(path))
     return path.open("rb")
 
 
 def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
-    """`read_header` of an open file."""
+    """Run `read_header` on an open file."""
     where = str(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UnsafeFileError(
@@ -162,8 +166,9 @@ def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
 
 
 def _check_counts(raw: bytes, where: str) -> None:
-    """Before anything is parsed, which would take minutes and gigabytes of a header made for that. Keys are counted as
-    quotes followed by a colon; those within a text (JSON in metadata) are escaped there."""
+    """Check counts before parsing, which could take minutes and gigabytes.
+
+    Keys are counted as quotes followed by a colon; those within a text (JSON in metadata) are escaped."""
     keys = raw.count(b'":') - raw.count(b'\\":')
     tensors = raw.count(b'"data_offsets"')
     if tensors > MAX_TENSORS:
@@ -187,7 +192,7 @@ def _check_counts(raw: bytes, where: str) -> None:
 
 
 def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
-    """Say what the file is when it is a well-known something else."""
+    """Raise an error that names the file's format if it is a known other one."""
     if size == 0:
         raise AdapterError("the file is empty", where=where, fix="download or copy the file again")
     head = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -253,7 +258,7 @@ def _check_table(table: Any, bits: Mapping[str, int], *, data_start: int, size: 
 
 
 def name_problem(name: str) -> str | None:
-    """Why no tensor is called this, or None."""
+    """Return why a tensor cannot have this name, or None."""
     if not name or len(name) > _MAX_NAME_LENGTH:
         return f"a tensor's name has 1 to {_MAX_NAME_LENGTH} characters"
     if any(ord(c) < 32 or ord(c) == 127 for c in name):
@@ -268,7 +273,7 @@ def name_problem(name: str) -> str | None:
 
 
 def _entry(value: Any, bits: Mapping[str, int]) -> HeaderEntry | str:
-    """The entry, or what is wrong with it."""
+    """Return the entry, or what is wrong with it."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         return "expected exactly dtype, shape and data_offsets"
     kind = value["dtype"]
@@ -292,7 +297,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[str]:
-    """The tensors must tile the data: no overlap, no hole, nothing past the end, nothing left over."""
+    """Return errors unless the tensors tile the data: no overlap, hole or leftover bytes."""
     at, last = 0, "the start"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin < at:
@@ -308,8 +313,9 @@ def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[st
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors, sorted by name, as views of a private memory map (writing to one never reaches the file), and the
-    metadata. Errors as `read_header`."""
+    """Return all tensors, sorted by name, and the metadata. Errors as `read_header`.
+
+    The tensors are views of a private memory map; writing to them never reaches the file."""
     path = Path(path)
     try:
         with _opened(path) as file:
@@ -337,9 +343,10 @@ def _view(mapped: mmap.mmap, data_start: int, entry: HeaderEntry) -> Tensor:
 def encode_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> list[bytes | memoryview]:
-    """The file as chunks. Equal tensors give equal bytes: widest dtype first (which keeps all aligned), then by name.
+    """Return a safetensors file as chunks; equal tensors give equal bytes.
 
-    AdapterError for a name or dtype that a reader would refuse."""
+    Widest dtype first (which keeps all tensors aligned), then by name. Raises AdapterError for a name or
+    dtype that a reader would refuse."""
     import torch
 
     order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
@@ -367,7 +374,7 @@ def encode_tensors(
 
 
 def packed_header(table: Mapping[str, Any]) -> bytes:
-    """The JSON of a header without its length, padded with spaces to a multiple of 8 bytes."""
+    """Return a header's JSON without its length, space-padded to a multiple of 8 bytes."""
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
 

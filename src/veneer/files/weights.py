@@ -1,10 +1,9 @@
-"""The weights of a model on the disk: which files of a folder have them, what is in each, and a tensor at a time.
+"""A model's weights on disk: the files of a folder, their tensors, one tensor at a time.
 
-Headers are read and checked when a file is opened, so that a truncated or foreign file is one clear error and not a
-crash inside a loader; tensors when they are asked for, each into memory of its own, so that two large models can be
-compared in the memory of two tensors. torch is imported only where a tensor is read. Knows names, shapes and bytes;
-nothing of models.
-"""
+Headers are read and checked when a file is opened, so that a truncated or foreign file gives one clear
+error instead of a crash inside a loader. Tensors are read on demand into their own memory, so that two
+large models can be compared in the memory of two tensors. torch is imported only to read a tensor. This
+module knows names, shapes and bytes; it does not know about models."""
 
 from __future__ import annotations
 
@@ -27,16 +26,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BITS = {**BITS, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
-"""Whatever a safetensors file may hold: what cannot be computed with is the loader's to say."""
+"""All dtypes of safetensors files; the loader reports those that it cannot compute with."""
 COMPONENT_STEMS = ("diffusion_pytorch_model", "model")
-"""How diffusers and transformers call the weights of a component."""
+"""Base names of a component's weight files, as diffusers and transformers save them."""
 _AGAIN = "copy or download the base again"
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a weight file. `dtype` is the file's own word; the bytes are file[start : start + size]."""
+    """One tensor of a weight file; its bytes are file[start : start + size].
+
+    dtype: the file's own name."""
 
     name: str
     dtype: str
@@ -51,9 +52,10 @@ class StoredTensor:
 
 
 def weight_files(base: Path) -> list[Path]:
-    """The weight files of a base: the GGUF file itself, or a directory's safetensors (by its index if it has one).
+    """Return a base's weight files: a GGUF file, or a directory's safetensors.
 
-    Raises BaseError where there are none, where shards are missing, and for pickles, which are not opened."""
+    A directory's index is used if there is one. Raises BaseError if there are none, if shards are missing,
+    and for pickles, which are not opened."""
     if base.is_file():
         return [base]
     index = base / "model.safetensors.index.json"
@@ -67,8 +69,9 @@ def weight_files(base: Path) -> list[Path]:
 
 
 def _shards_of(index: Path) -> list[Path]:
-    """The files that an index of shards names, all beside it. Raises BaseError where it cannot be read or one is
-    missing."""
+    """Return the files that a shard index names, all next to it.
+
+    Raises BaseError if the index cannot be read or a file is missing."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [index.parent / Path(name).name for name in names]
@@ -85,8 +88,9 @@ def _shards_of(index: Path) -> list[Path]:
 
 
 def component_files(folder: Path) -> tuple[list[Path], str]:
-    """The weight files of a component as diffusers or transformers saves one, by its index if it has one; and the
-    variant, "fp16" where only that is there. Raises as `weight_files`."""
+    """Return a component's weight files, and the variant: "fp16" if only fp16 exists.
+
+    As diffusers or transformers save a component, by its index if there is one. Raises as `weight_files`."""
     for variant in ("", ".fp16"):
         for stem in COMPONENT_STEMS:
             index = folder / f"{stem}.safetensors.index{variant}.json"
@@ -98,7 +102,7 @@ def component_files(folder: Path) -> tuple[list[Path], str]:
 
 
 def _pickles_refused(folder: Path) -> BaseError:
-    """The error for a folder without safetensors: its weights are pickles, or there are none."""
+    """Return the error for a folder without safetensors: pickles, or no weights."""
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt"), *folder.glob("*.ckpt")])
     if pickles:
         return BaseError(
@@ -111,12 +115,12 @@ def _pickles_refused(folder: Path) -> BaseError:
 
 
 def tensor_table(base: Path) -> list[StoredTensor]:
-    """Every stored tensor of a base, in canonical (name) order. Raises BaseError for files that are not whole."""
+    """Return every stored tensor of a base, by name. Raises BaseError for damaged files."""
     return file_table(weight_files(base))
 
 
 def file_table(files: Iterable[Path]) -> list[StoredTensor]:
-    """Every stored tensor of these files, in name order. Raises BaseError for files that are not whole."""
+    """Return every tensor of these files, by name. Raises BaseError for damaged files."""
     table: list[StoredTensor] = []
     for file in files:
         table += _gguf_table(file) if file.suffix == ".gguf" else _safetensors_table(file)
@@ -128,10 +132,10 @@ def file_table(files: Iterable[Path]) -> list[StoredTensor]:
 
 
 def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -> Tensor:
-    """A tensor of safetensors in its shape; or its values first … last, flat, for which no other byte is read.
+    """Return a safetensors tensor in its shape, or its values first … last, flat.
 
-    Read and not mapped: a mapped file counts as memory for as long as it is open. Raises BaseError for a dtype that
-    torch does not have, and for a file that became shorter."""
+    Only the requested bytes are read. Not mapped, because a mapped file counts as memory while it is open.
+    Raises BaseError for a dtype that torch lacks, and for a file that was truncated."""
     import torch
 
     if stored.dtype not in STORED_DTYPES:
@@ -149,7 +153,7 @@ def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -
 
 
 def stored_dtype(table: Iterable[StoredTensor]) -> str:
-    """The dtype that most weights are stored in, in the file's own word ("BF16", "F32", "Q4_1", …)."""
+    """Return the dtype of most weights, by the file's name ("BF16", "F32", "Q4_1", …)."""
     sizes: Counter[str] = Counter()
     for tensor in table:
         sizes[tensor.dtype] += tensor.elements
@@ -157,7 +161,9 @@ def stored_dtype(table: Iterable[StoredTensor]) -> str:
 
 
 def digests(table: list[StoredTensor]) -> list[str]:
-    """sha256 of the bytes of each tensor, in the table's order; read in chunks, a few tensors at a time."""
+    """Return the sha256 of each tensor's bytes, in the table's order.
+
+    Reads in chunks, a few tensors at a time."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         return list(pool.map(_digest, table))
 
@@ -195,17 +201,16 @@ def _gguf_table(file: Path) -> list[StoredTensor]:
         raise BaseError(
             f"{file.name} cannot be read: {error.what}", where=str(file), fix="copy or download it again"
         ) from error
-    return [  # shapes as the file has them, the innermost first: fingerprints are of these
+    return [  # shapes as in the file, innermost first, because fingerprints use them
         StoredTensor(n, e.kind, e.shape[::-1], file, e.begin, e.end - e.begin) for n, e in header.entries.items()
     ]
 
 
 class Checkpoint:
-    """A full model's weights in safetensors: a file, or a folder of them (any `*.safetensors`), each tensor in exactly
-    one.
+    """A full model's weights in safetensors: a file, or all *.safetensors of a folder.
 
-    `files`: path -> header. `entries`: tensor name -> its entry. Raises BaseError where there are no safetensors or
-    a tensor is in two files, AdapterError for a damaged file."""
+    files: path -> header. entries: tensor name -> its entry. Raises BaseError if there are no safetensors,
+    or if a tensor is in two files; AdapterError for a damaged file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -232,19 +237,19 @@ class Checkpoint:
         return name in self.entries
 
     def find(self, name: str) -> str | None:
-        """The tensor of this name, or the only one that is the same but for parts in front (`model.`)."""
+        """Return the tensor of this name, or the only one that differs by a prefix (`model.`)."""
         if name in self.entries:
             return name
         ends = [n for n in self.entries if n.endswith(f".{name}") or name.endswith(f".{n}")]
         return ends[0] if len(ends) == 1 else None
 
     def __iter__(self) -> Iterator[str]:
-        """Names in the order of the files and of the data within, which is the order to read them in."""
+        """Yield names in the order of the files and their data, the best order to read."""
         for header in self.files.values():
             yield from sorted(header.entries, key=lambda n: header.entries[n].begin)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, read from its file now."""
+        """Read one tensor from its file."""
         import torch
 
         entry, file = self.entries[name], self._place[name]
@@ -261,7 +266,7 @@ class Checkpoint:
 
 
 def checkpoint_parts(base: Path) -> dict[str, Checkpoint]:
-    """Component -> its weights, of a pipeline's folder as diffusers saves it; "" -> the weights of a single model."""
+    """Return component -> weights of a diffusers pipeline; "" -> those of a single model."""
     if not (base / "model_index.json").is_file():
         return {"": Checkpoint(base)}
     return {p.name: Checkpoint(p) for p in sorted(base.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))}

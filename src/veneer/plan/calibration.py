@@ -1,10 +1,10 @@
-"""The rates that this machine was measured to reach, kept under the veneer home: one record a device.
+"""Measured rates of this machine, stored in the veneer home, one record per device.
 
-    record = calibrate("smollm2-135m")                         short real steps of two sizes: operations, bandwidth
+    record = calibrate("smollm2-135m")                         short real steps of two sizes: operations,
+    bandwidth
     write_calibration(record) · read_calibration(device_key)   plan-calibration.json
 
-Two steps of different sizes give two equations in 1/rate and 1/bandwidth.
-"""
+Two steps of different sizes give two equations in 1/rate and 1/bandwidth."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ _FILE = "plan-calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a device reached in training steps. `operations`, `bandwidth`: per second. `device`: which device, with how
-    many threads. `base`, `dtype`: of the model that was trained."""
+    """Measured training rates of a device.
+
+    operations, bandwidth: per second. device: the device, with its number of threads. base, dtype: of the
+    model that was trained."""
 
     device: str
     operations: float
@@ -55,7 +57,7 @@ def _file() -> Path:
 
 
 def read_calibration(device: str) -> Calibration | None:
-    """The record of a device, or None. Raises ConfigError for a file that is not one."""
+    """Return the record of a device, or None. Raises ConfigError for an invalid file."""
     try:
         records = json.loads(_file().read_text(encoding="utf-8"))
         if device not in records:
@@ -70,7 +72,9 @@ def read_calibration(device: str) -> Calibration | None:
 
 
 def write_calibration(record: Calibration) -> Path:
-    """Writes a record beside those of other devices; returns the file. One that cannot be read is replaced."""
+    """Write a record next to those of other devices; return the file.
+
+    An unreadable file is replaced."""
     file = _file()
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
@@ -82,13 +86,13 @@ def write_calibration(record: Calibration) -> Path:
 
 
 def rates_here(device: Device, dtype: str) -> Rates:
-    """The rates of a device as calibrated, or as its data sheet states."""
+    """Return a device's calibrated rates, else the assumed share of its data sheet."""
     record = read_calibration(device_key(device, dtype))
     return rates_of(device, dtype) if record is None else record.rates()
 
 
 def cpu_device() -> Device:
-    """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s per core at best."""
+    """Return this machine's CPU. Uncalibrated rate: a guess of 1 TFLOP/s per core at best."""
     import psutil
 
     cores = thread_count()
@@ -100,7 +104,7 @@ def cpu_device() -> Device:
 
 
 def device_here(where: torch.device) -> Device:
-    """The device that torch computes on: a card, or this machine's CPU."""
+    """Return the device that torch computes on: a GPU, or this machine's CPU."""
     import torch
 
     if where.type == "cuda":
@@ -109,13 +113,15 @@ def device_here(where: torch.device) -> Device:
 
 
 def device_key(device: Device, dtype: str) -> str:
-    """The key of a record: device and precision, and for a CPU the number of threads."""
+    """Return a record's key: device and precision, and for a CPU the number of threads."""
     return f"{f'cpu/{thread_count()}' if device.kind == 'cpu' else device.name}/{dtype}"
 
 
 def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float, float]:
-    """(operations a second, bytes a second) from two measured works; where the two equations have no positive
-    solution, all of the larger one's time goes to operations and bytes in the proportion of a typical machine."""
+    """Return (operations per second, bytes per second) from two measured works.
+
+    If the two equations have no positive solution, all of the larger work's time is attributed to
+    operations, with bytes in the proportion of a typical machine."""
     (a, t), (b, u) = first, second
     determinant = a.operations * b.bytes - b.operations * a.bytes
     if determinant:
@@ -131,9 +137,9 @@ def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float
 def calibrate(
     name: str, *, dtype: str = "auto", rank: int = 16, say: Callable[[str], None] = lambda line: None
 ) -> Calibration:
-    """Take short training steps of two sizes on the device that training would choose, and measure them.
+    """Measure short training steps of two sizes on the device that training would use.
 
-    Raises what loading the base raises, and ResourceError where there is no memory for 1,024 tokens."""
+    Raises what loading the base raises, and ResourceError if there is no memory for 1,024 tokens."""
     from veneer.models.text.base import load_text
 
     base = load_text(name, dtype=dtype, say=say)
@@ -152,7 +158,7 @@ def calibrate(
 
 
 def _shortest_step(base: Any, load: Load, rank: int, count: int = 6) -> float:
-    """The shortest of the steps after the first, in seconds: what else the machine does only adds to a step."""
+    """Return the shortest step after the first, in seconds: other load only adds time."""
     import torch
 
     from veneer.core.adapter import LoraSpec

@@ -1,11 +1,10 @@
-"""The smallest card that an image base trains on, by its plan, and the settings that make it so.
+"""The smallest card that can train an image base, and the settings for it.
 
-    smallest_card(base_config("flux.1-dev"), side=1024)      the card, the settings, what smaller ones lack
+    smallest_card(base_config("flux.1-dev"), side=1024)      the card, the settings, what smaller cards lack
 
-One picture at a time, text encoders and VAE freed once everything is cached. A card has to hold the run twice: while it
-trains, and before that, while the whole base is loaded and pictures and captions are encoded. Settings are tried from
-those that cost least time; which GPU stands for a size of memory is in CARDS.
-"""
+One image at a time; text encoders and VAE are freed once everything is cached. A card must have memory for
+two phases: training, and before that the fully loaded base while images and captions are encoded. Settings
+are tried in order of their cost in time; CARDS maps a memory size to a GPU."""
 
 from __future__ import annotations
 
@@ -24,17 +23,21 @@ CARDS = {
     8: "rtx-4060-8gb", 10: "rtx-3080-10gb", 12: "rtx-4070-12gb", 16: "rtx-4080-16gb", 24: "rtx-4090-24gb",
     32: "rtx-5090-32gb", 48: "rtx-a6000-48gb", 80: "h100-80gb", 141: "h200-141gb",
 }  # fmt: skip
-"""Gigabytes as cards are sold -> a GPU of the table that has them."""
+"""Gigabytes as cards are sold -> a GPU of the table with this memory."""
 _LARGE = 10**9
-"""Parameters from which a text encoder is quantised with the denoiser: T5-XXL and language models, not CLIP."""
+"""Parameters from which a text encoder is quantized with the denoiser: T5-XXL and language models, not CLIP.
+"""
 _VAE_VALUES = 4 * 128
-"""Values a pixel that encoding a picture holds at once: some layers of the VAE's 128 channels at full size; assumed."""
+"""Values per pixel allocated at once to encode an image: some layers of the VAE's 128 channels at full
+size; assumed."""
 
 
 @dataclass(frozen=True)
 class CardFit:
-    """`settings`: keys of a configuration with their values; `training`, `loading`: bytes at the peak of either, of
-    `room` that may be taken. `lacking`: the next smaller card, and the bytes that the most frugal settings need."""
+    """A card that fits, with the settings for it.
+
+    settings: configuration keys with their values. training, loading: peak bytes of either phase, of the
+    `room` available. lacking: the next smaller card, and the bytes that the most economical settings need."""
 
     card: int
     device: Device
@@ -46,7 +49,7 @@ class CardFit:
     lacking: tuple[int, int] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, in gigabytes as cards are sold and in bytes."""
+        """Return JSON values, in gigabytes as cards are sold and in bytes."""
         smaller = None if self.lacking is None else {"card_gb": self.lacking[0], "needs_bytes": self.lacking[1]}
         return {
             "card_gb": self.card,
@@ -60,10 +63,13 @@ class CardFit:
 
 
 def image_settings(load: ImageLoad) -> Iterator[tuple[ImageLoad, tuple[str, ...]]]:
-    """Ways to train the same pictures in less and less memory, the faster ones first, with the keys that say them."""
+    """Yield ways to train the same images in less and less memory, faster ones first.
+
+    Each is a load with the configuration keys for it."""
     kinds = (None, "int8", "nf4")
     ways: list[tuple[str | None, bool, int]] = [(kind, again, 0) for kind in kinds for again in (False, True)]
-    ways += [(None, True, count) for count in shares_of_blocks(load.blocks)]  # quantized blocks stay on the card
+    # quantized blocks stay on the card
+    ways += [(None, True, count) for count in shares_of_blocks(load.blocks)]
     for rank in sorted({load.rank, min(load.rank, 4)}, reverse=True):
         for kind, again, count in ways:
             said = [f"base.quantise={kind}"] if kind else []
@@ -74,8 +80,9 @@ def image_settings(load: ImageLoad) -> Iterator[tuple[ImageLoad, tuple[str, ...]
 
 
 def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad) -> int:
-    """Bytes of a card while the base is loaded whole and one picture is encoded: what loading refuses to begin without,
-    the encoder of the VAE at work, and CUDA's own."""
+    """Return peak bytes while the whole base is loaded and one image is encoded.
+
+    Includes what loading requires to start, the VAE's encoder and CUDA's own memory."""
     e = dtype_bytes(load.dtype)
     each = LOADED_BYTES.get(load.quantise or "", e)
     encoders = (config.get("encoders") or {}).values()

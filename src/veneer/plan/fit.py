@@ -1,13 +1,12 @@
-"""The cheapest change that makes a run fit, and what each change costs in time.
+"""The cheapest changes that make a run fit, and their cost in time.
 
-    cheapest(load, device, peak, seconds, limit)   those that suffice, in the order of their kinds
-    fitting_micro_tokens(shape, device, …)         how many tokens a micro-batch has where nobody says it
+    cheapest(load, device, peak, seconds, limit)   changes that suffice, in the order of their kinds
+    fitting_micro_tokens(shape, device, …)         default tokens of a micro-batch
 
-Kinds, in this order: recompute activations, one row (or picture) at a time, shorter rows (smaller pictures), a lower
-rank, a 4-bit base, weights on the CPU, more devices. One change is better than two: pairs and triples are looked at
-only where no single one suffices. More devices are another machine, so they do not end the search before two or three
-settings of this one were tried.
-"""
+Kinds, in this order: recompute activations, one row (or image) at a time, shorter rows (smaller images), a
+lower rank, a 4-bit base, weights on the CPU, more devices. One change is better than two: pairs and
+triples are tried only if no single change suffices. More devices mean another machine, so they do not end
+the search before two or three settings of this machine were tried."""
 
 from __future__ import annotations
 
@@ -23,18 +22,20 @@ from veneer.plan.tables import Device
 
 AnyLoad = Load | ImageLoad
 _PeakOf = Callable[[AnyLoad, Device], int]
-"""(load, device) -> bytes at the peak of each device."""
+"""(load, device) -> peak bytes of each device."""
 _SecondsOf = Callable[[AnyLoad, Device], float]
-"""(load, device) -> seconds of a token or picture."""
+"""(load, device) -> seconds per token or image."""
 
 _MARGIN = 0.03
-"""Share of a device's memory that a plan leaves free: other processes, and what a plan cannot see."""
+"""Share of a device's memory that a plan leaves free, for other processes and for what a plan cannot see."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Settings to change together. `slower`: seconds per token over those of the run as it was given. `settings`:
-    `section.key=value`, or a description for more devices, which have no key."""
+    """Settings to change together.
+
+    slower: seconds per token relative to the given run. settings: `section.key=value`, or a description
+    for more devices, which have no key."""
 
     names: tuple[str, ...]
     settings: tuple[str, ...]
@@ -45,22 +46,24 @@ class Change:
 
     @property
     def text(self) -> str:
-        """One line for a person: what to change, the peak then, and the price in time."""
+        """Return one line: what to change, the resulting peak, and the cost in time."""
         speed = "at the same speed" if abs(self.slower - 1) < 0.02 else f"{self.slower:.2f} times the time a token"
         return f"{' and '.join(self.names)} ({', '.join(self.settings)}): {self.peak / 1e9:.1f} GB, {speed}"
 
 
 def usable_memory(device: Device) -> int:
-    """Bytes of one device that a run may take."""
+    """Return the bytes of one device that a run can use."""
     return int(device.memory * (1 - _MARGIN))
 
 
 def fitting_micro_tokens(
     shape: TextShape, device: Device, quantise: str | None, room: int, load: Callable[[int], Load]
 ) -> int:
-    """Tokens of a micro-batch: those from which more do not help the products of this device (ops/step_sizes.py), or
-    half as many and so on, but not below MICRO_TOKENS, until `load` of them takes nine tenths of the `room` beside the
-    base."""
+    """Return the tokens of a micro-batch that fits in `room` beside the base.
+
+    Starts with the count beyond which more do not speed up this device's products (ops/step_sizes.py),
+    then halves it, but not below MICRO_TOKENS, until `load` of it takes at most nine tenths of the room
+    beside the base."""
     products = [parts for layer in shape.layers for parts in layer.products.values()]
     tokens = micro_tokens(
         device.kind,
@@ -76,7 +79,7 @@ def fitting_micro_tokens(
 
 
 def left_beside_base(shape: TextShape, device: Device, dtype: str, quantise: str | None) -> int:
-    """Bytes of a device that are left beside a base."""
+    """Return the bytes of a device that remain after loading a base."""
     return usable_memory(device) - sum(weight_bytes(shape, dtype, quantise)) - FITS[device.kind, "text"].process
 
 
@@ -127,7 +130,9 @@ def _four_bits(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _offload(load: AnyLoad, device: Device) -> Iterator[Step]:
-    """Steps with memory.offload_blocks, for image loads with recomputed, unquantized blocks on a GPU."""
+    """Yield steps with memory.offload_blocks.
+
+    For image loads with recomputed, unquantized blocks on a GPU."""
     if device.kind == "cuda" and isinstance(load, ImageLoad) and load.checkpointing and load.quantise is None:
         for count in shares_of_blocks(load.blocks):
             if count > load.offload:
@@ -158,9 +163,10 @@ _KINDS: Mapping[str, Callable[[AnyLoad, Device], Iterator[Step]]] = {
 
 
 def cheapest(load: AnyLoad, device: Device, peak: _PeakOf, seconds: _SecondsOf, limit: int) -> list[Change]:
-    """The changes that bring the peak of each device to `limit` bytes, in order of kind; each the smallest of its kind
-    that suffices. What needs more devices comes last, where settings do as well. Empty where three of them together do
-    not."""
+    """Return changes that bring the peak of each device to `limit` bytes, by kind.
+
+    Each is the smallest of its kind that suffices. If settings suffice, changes to more devices come last.
+    Empty if not even three changes together suffice."""
 
     def tried(steps: list[Step]) -> Change | None:
         own_load, own_device = steps[-1][2:]
@@ -172,8 +178,10 @@ def cheapest(load: AnyLoad, device: Device, peak: _PeakOf, seconds: _SecondsOf, 
         return Change(names, settings, own_load, own_device, needed, slower)
 
     def may(kinds: tuple[str, ...]) -> bool:
-        """Whether they suffice at their largest: a larger one of any kind never takes more. Looking first saves nearly
-        all of the search where little does, which took seconds."""
+        """Return whether these kinds suffice at their largest values.
+
+        A larger value never takes more memory. This check avoids most of the search, which took seconds,
+        when little helps."""
         now = load, device
         for kind in kinds:
             *_, last = itertools.chain([None], _KINDS[kind](*now))
@@ -183,7 +191,7 @@ def cheapest(load: AnyLoad, device: Device, peak: _PeakOf, seconds: _SecondsOf, 
         return peak(*now) <= limit
 
     def search(kinds: tuple[str, ...], done: list[Step]) -> Change | None:
-        """The smallest of each kind, the last one varied first, that together suffice."""
+        """Return the smallest values that suffice together, varying the last kind first."""
         now = done[-1][2:] if done else (load, device)
         for step in _KINDS[kinds[0]](*now):
             found = search(kinds[1:], [*done, step]) if len(kinds) > 1 else tried([*done, step])
@@ -203,7 +211,8 @@ def cheapest(load: AnyLoad, device: Device, peak: _PeakOf, seconds: _SecondsOf, 
 
 
 def each_holds(memory: Memory, device: Device) -> int:
-    """Bytes at the peak of each device: weights and what belongs to the adapter are divided among them, activations
-    are not."""
+    """Return peak bytes of each device.
+
+    Weights and adapter state are divided among devices; activations are not."""
     held = memory.weights + memory.constants + memory.adapter + memory.gradients + memory.optimizer
     return memory.peak - held + -(-held // device.count)

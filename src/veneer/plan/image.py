@@ -1,11 +1,12 @@
-"""An image base and a training step on pictures, counted by the shapes of its denoiser's matrices.
+"""Counts of an image base and its training step, from the shapes of the denoiser.
 
-    counts = image_counts(config, height=1024, width=1024, rank=16)      parameters, pairs, kept values, operations
+    counts = image_counts(config, height=1024, width=1024, rank=16)      parameters, pairs, kept values,
+    operations
     image_memory(counts, load, device)                                   bytes by part
 
-SD1.5's and SDXL's UNets, FLUX.1, FLUX.2, Qwen-Image, SD3 and Z-Image, from the fields of their config.json. A block
-keeps what its matrices give, times a coefficient of its family, and the inputs of the matrices that have a pair.
-"""
+SD1.5's and SDXL's UNets, FLUX.1, FLUX.2, Qwen-Image, SD3 and Z-Image, from the fields of their
+config.json. A block keeps the outputs of its matrices, times a coefficient of its family, and the inputs
+of the matrices with a pair."""
 
 from __future__ import annotations
 
@@ -34,18 +35,20 @@ _TARGET_ENDINGS = {
     "attention+ff+conv": _ATTENTION | _FEED_FORWARD | {_CONV},
     _ALL_LINEAR: {_ALL_LINEAR},
 }
-"""The words of `adapter.targets`, by the ends of the modules' names; "conv" for all 3 × 3 convolutions."""
+"""Values of `adapter.targets` -> endings of module names; "conv" is all 3 × 3 convolutions."""
 _KEPT = {"flux": 1.35, "flux2": 1.29, "qwen-image": 1.33, "sd3": 1.8, "sdxl": 1.15, "z-image": 2.9}
-"""Values that are kept of a family's linear layers, over their outputs: norms' inputs, q and k before and after their
-rotation, and the inputs of activation functions; SD3 and Z-Image keep q and k in float32 too. Fitted to what autograd
-keeps of small denoisers of each family with pairs on attention (tests/plan/test_image.py)."""
+"""Values kept for a family's linear layers, relative to their outputs: inputs of norms, q and k before and
+after rotation, and inputs of activation functions; SD3 and Z-Image keep q and k in float32 too. Fitted
+to what autograd keeps for small denoisers of each family with pairs on attention
+(tests/plan/test_image.py)."""
 
 
 @dataclass(frozen=True)
 class ImageLoad(RunLoad):
-    """Pictures in a micro-batch, and how they are trained. `targets`: a key of _TARGET_ENDINGS. `blocks`: how many the
-    denoiser has. `before`: source images per picture (editing), of the picture's size. `form`: the adapter's form, of
-    `rank`."""
+    """Images in a micro-batch, and how they are trained.
+
+    targets: a key of _TARGET_ENDINGS. blocks: number of the denoiser's blocks. before: source images per
+    image (editing), of the image's size. form: the adapter's form, of `rank`."""
 
     pictures: int = 1
     height: int = 1024
@@ -58,8 +61,10 @@ class ImageLoad(RunLoad):
 
 @dataclass
 class ImageCounts(Counts):
-    """The counts of one picture. `encoders`: parameters of text encoders and VAE. `buffers`: values that are no
-    parameters and stand in memory as they do, in the base's dtype."""
+    """The counts of one image.
+
+    encoders: parameters of text encoders and VAE. buffers: values in the base's dtype that are not
+    parameters but take memory."""
 
     encoders: int = 0
     buffers: int = 0
@@ -67,8 +72,10 @@ class ImageCounts(Counts):
 
 @dataclass
 class _Walk:
-    """Counts a denoiser's matrices in the order of its forward pass. `pictures`: pictures whose tokens are processed
-    together: the trained picture and its source images. `share`: of `_KEPT`."""
+    """Counts a denoiser's matrices in the order of its forward pass.
+
+    pictures: images whose tokens are processed together: the trained image and its source images. share:
+    the family's coefficient in `_KEPT`."""
 
     counts: ImageCounts
     targets: set[str]
@@ -78,11 +85,13 @@ class _Walk:
     share: float
 
     def small(self, parameters: int) -> None:
-        """Parameters of norms and tables."""
+        """Count parameters of norms and tables."""
         self.counts.parameters += parameters
 
     def linear(self, name: str, n: float, a: int, b: int, *, bias: bool = True, new: bool = True) -> None:
-        """n tokens through a matrix (b, a). `new`: whether its input, kept where it has a pair, is kept by no other."""
+        """Count n tokens through a matrix (b, a).
+
+        new: whether no other count includes its input, which is kept if the matrix has a pair."""
         c = self.counts
         c.parameters += a * b + (b if bias else 0)
         c.matrices += a * b
@@ -95,17 +104,20 @@ class _Walk:
             c.kept += n * (self._pair(n, (b, a)) + (a if new else 0))
 
     def conv(self, n: float, a: int, b: int, side: int = 3, *, kept: int = 2) -> None:
-        """n places of output. `kept`: how often its input is kept: by the convolution, and by the norm before it."""
+        """Count a convolution with n output positions.
+
+        kept: how often its input is kept: by the convolution, and by the norm before it."""
         c = self.counts
         c.parameters += a * b * side * side + b
-        if side > 1 and _CONV in self.targets:  # a pair's convolutions are in float32, their inputs copies
+        # a pair's convolutions run in float32 on copies of their inputs
+        if side > 1 and _CONV in self.targets:
             c.kept += 2 * n * (a + self._pair(n, (b, a, side, side)))
         c.forward += 2 * n * a * b * side * side
         c.backward += 2 * n * a * b * side * side
         c.kept += kept * n * a
 
     def _pair(self, n: float, shape: tuple[int, ...]) -> int:
-        """Count the pair beside a weight; return the values a token that it keeps."""
+        """Count the pair on a weight; return the values per token that it keeps."""
         c, costs = self.counts, self.form.beside(shape, self.rank)
         c.trainable += costs.parameters
         c.forward += costs.forward * n
@@ -114,13 +126,15 @@ class _Walk:
         return costs.rank
 
     def attend(self, n: float, m: float, width: int) -> None:
-        """n queries over m keys, of heads that are `width` wide together."""
+        """Count attention of n queries over m keys; `width`: of all heads together."""
         self.counts.forward += 4 * n * m * width
         self.counts.backward += 8 * n * m * width
 
     @contextmanager
     def block(self, inputs: float) -> Iterator[None]:
-        """What is counted inside is a block. `inputs`: values that recomputing keeps of this block."""
+        """Count everything inside as one block.
+
+        inputs: values of this block that recomputation keeps."""
         c = self.counts
         kept, parameters = c.kept, c.parameters
         yield
@@ -133,29 +147,31 @@ Config = Mapping[str, Any]
 
 
 def kind_of(config: Config) -> str:
-    """The family of a denoiser's config: veneer's name, or diffusers' class if there is none."""
+    """Return the family of a denoiser's config: veneer's name, else diffusers' class."""
     named = str(config.get("_class_name"))
     return str(config.get("model_type") or PLANNED_DENOISERS.get(named, named))
 
 
 def is_denoiser(config: Config) -> bool:
-    """Whether this is the config of a denoiser that can be planned."""
+    """Return whether this is the config of a denoiser that can be planned."""
     return kind_of(config) in IMAGE_FAMILIES
 
 
 def _editing(config: Config) -> list[Editing]:
-    """How models with this denoiser edit: those that take guidance as it does."""
+    """Return how models with this denoiser edit, by whether they take guidance."""
     ways = [EDITING[name] for name in PLANNED_FAMILIES[kind_of(config)].editors]
     return [way for way in ways if way.guided == bool(config.get("guidance_embeds"))]
 
 
 def most_before(config: Config) -> int:
-    """The most pictures before those that are learned with which the config of a denoiser can be planned."""
+    """Return the most source images per image that can be planned for this config."""
     return max((way.references for way in _editing(config)), default=0) if is_denoiser(config) else 0
 
 
 def encoded_pixels(config: Config, load: ImageLoad) -> int:
-    """Of the largest picture whose latents are made: a reference may have a size of its own, whatever is learned."""
+    """Return the pixels of the largest image encoded to latents.
+
+    A reference image can have its own size, independent of the trained size."""
     before = [way.encoded for way in _editing(config)] if load.before else []
     return max([load.height * load.width, *before])
 
@@ -171,10 +187,11 @@ def image_counts(
     before: int = 0,
     form: PairForm = PAIRS,
 ) -> ImageCounts:
-    """The counts of one picture, and of `before` others that it is an edit of. config: the denoiser's, with a
-    `model_type` of IMAGE_FAMILIES or diffusers' class.
+    """Return the counts of one image, with `before` source images that it edits.
 
-    Raises ConfigError for an unknown denoiser, for unknown targets, and for edits where they are not planned."""
+    config: the denoiser's, with a `model_type` of IMAGE_FAMILIES or diffusers' class.
+
+    Raises ConfigError for an unknown denoiser, for unknown targets, and for edits that cannot be planned."""
     kind = kind_of(config)
     if kind not in IMAGE_FAMILIES:
         what = f"veneer plan does not know the denoiser {quoted(kind)}"
@@ -204,7 +221,9 @@ def image_counts(
 
 
 def _places(config: Config, height: int, width: int, patch: int) -> int:
-    """Places of a latent in patches; config.vae_scale: pixels of a latent's side, 8 where it is not given."""
+    """Return the patches of a latent.
+
+    config.vae_scale: pixels per latent position, by default 8."""
     step = int(config.get("vae_scale", 8)) * patch
     return (height // step) * (width // step)
 
@@ -216,7 +235,7 @@ def _qkv(walk: _Walk, tokens: float, d: int, first: str = "to_q", *, bias: bool 
 
 
 def _embedders(walk: _Walk, d: int, *inputs: int, bias: bool = True) -> None:
-    """Two matrices each, for the time, for guidance, for a pooled text."""
+    """Count two matrices per embedder: time, guidance, pooled text."""
     for own in inputs:
         walk.linear("embedder", 1, own, d, bias=bias)
         walk.linear("embedder", 1, d, d, bias=bias)
@@ -245,8 +264,9 @@ def _flux(walk: _Walk, config: Config, height: int, width: int, text: int) -> No
 
 
 def _two_streams(walk: _Walk, places: int, text: int, d: int, dim: int) -> None:
-    """A block of FLUX.1 and of Qwen-Image: places and text each with projections and a feed-forward, attention over
-    both."""
+    """Count a block of FLUX.1 or Qwen-Image.
+
+    Image and text each have projections and a feed-forward; attention runs over both."""
     with walk.block((places + text) * d):
         for tokens, q, last in ((places, "to_q", "to_out.0"), (text, "add_q_proj", "to_add_out")):
             walk.linear("modulation", 1, d, 6 * d)
@@ -291,7 +311,8 @@ def _flux2(walk: _Walk, config: Config, height: int, width: int, text: int) -> N
 def _qwen_image(walk: _Walk, config: Config, height: int, width: int, text: int) -> None:
     dim, patch, before = config["attention_head_dim"], int(config.get("patch_size", 2)), walk.pictures - 1
     d = config["num_attention_heads"] * dim
-    # Source images have about a megapixel each, whatever is drawn; Qwen2.5-VL reads them too, in tokens of 28 × 28.
+    # Source images have about a megapixel each, whatever size is generated; Qwen2.5-VL reads them too,
+    # in tokens of 28 × 28.
     places = _places(config, height, width, patch) + before * _places(config, 1024, 1024, patch)
     text += before * (1024 // 28) ** 2
     walk.linear("img_in", places, config["in_channels"], d)
@@ -310,7 +331,8 @@ def _sd3(walk: _Walk, config: Config, height: int, width: int, text: int) -> Non
     places, dual = _places(config, height, width, patch), set(config.get("dual_attention_layers") or ())
     norms = 2 * dim if config.get("qk_norm") else 0
     walk.small(patch * patch * config["in_channels"] * d + d)
-    walk.counts.buffers = d * int(config.get("pos_embed_max_size") or 0) ** 2  # of medium a tenth of the whole
+    # a tenth of the total for SD3 medium
+    walk.counts.buffers = d * int(config.get("pos_embed_max_size") or 0) ** 2
     walk.linear("context_embedder", text, config["joint_attention_dim"], d)
     _embedders(walk, d, 256, config["pooled_projection_dim"])
     for i in range(count):
@@ -339,7 +361,7 @@ def _sd3(walk: _Walk, config: Config, height: int, width: int, text: int) -> Non
 def _z_image(walk: _Walk, config: Config, height: int, width: int, text: int) -> None:
     d, channels = config["dim"], config["in_channels"]
     wide, time, refiners = int(d / 3 * 8), min(d, 256), config.get("n_refiner_layers", 2)
-    # pictures and texts are filled up to multiples of 32 tokens
+    # images and texts are padded to multiples of 32 tokens
     places, words = (-(-n // 32) * 32 for n in (_places(config, height, width, 2), text))
     walk.linear("x_embedder", places, 4 * channels, d)
     walk.small(config["cap_feat_dim"] + 2 * d)
@@ -379,7 +401,8 @@ def _unet(walk: _Walk, config: Config, height: int, width: int, text: int) -> No
     for inputs in (first, *([pooled] if pooled else [])):
         walk.linear("embedder", 1, inputs, time)
         walk.linear("embedder", 1, time, time)
-    flat = "transformer_layers_per_block" in config  # SD1.5's projections around a transformer are 1 × 1 convolutions
+    # SD1.5's projections around a transformer are 1 × 1 convolutions
+    flat = "transformer_layers_per_block" in config
 
     def transformer(level: int) -> None:
         _transformer(walk, place[level], widths[level], cross, depth[level], text, flat)
@@ -393,7 +416,7 @@ def _unet(walk: _Walk, config: Config, height: int, width: int, text: int) -> No
                 transformer(i)
             skips.append(out)
         if i < last:
-            walk.conv(place[i + 1], out, out, kept=4)  # of the four times as many places before it
+            walk.conv(place[i + 1], out, out, kept=4)  # of the four times as many positions before it
             skips.append(out)
     _resnet(walk, place[last], at, at, time)
     transformer(last)
@@ -412,12 +435,12 @@ def _unet(walk: _Walk, config: Config, height: int, width: int, text: int) -> No
 
 
 def _levels(value: Any, widths: list[int]) -> list[int]:
-    """A value for each level, where a config may have one for all."""
+    """Return one value per level; a config can have one value for all."""
     return list(value) if isinstance(value, list | tuple) else [value] * len(widths)
 
 
 def _resnet(walk: _Walk, n: int, a: int, b: int, time: int) -> None:
-    """norm-silu, convolution, norm-silu, convolution: each keeps its input."""
+    """Count norm-silu, convolution, norm-silu, convolution; each keeps its input."""
     with walk.block(n * a):
         walk.small(2 * a + 2 * b)
         walk.conv(n, a, b)
@@ -466,11 +489,11 @@ IMAGE_FAMILIES: dict[str, Callable[[_Walk, Config, int, int, int], None]] = {
 
 
 def image_memory(counts: ImageCounts, load: ImageLoad, device: Device) -> Memory:
-    """Bytes by part, for training on cached latents and texts."""
+    """Return bytes by part, for training on cached latents and texts."""
     found = run_memory(counts, load, device, "image", units=load.pictures)
     return replace(found, weights=found.weights + counts.buffers * dtype_bytes(load.dtype))
 
 
 def image_work(counts: ImageCounts, load: ImageLoad, device: Device) -> Work:
-    """Operations and bytes of a micro-batch, forward and backward."""
+    """Return operations and bytes of a micro-batch, forward and backward."""
     return run_work(counts, load, device, load.pictures)

@@ -1,22 +1,22 @@
-"""The memory of a training run at its peak, counted by the shapes of the base's matrices.
+"""Peak memory of a training run, counted from the shapes of the base's matrices.
 
     text_memory(shape, load, device)      bytes by part, of a run on text
     run_memory(counts, load, device, …)   the same from the counts of any base
 
-For the backward pass a block keeps what its matrices read and give: with N tokens, hidden size d, heads H and K of
-size h, MLP width f, e bytes a value
+For the backward pass a block keeps the inputs and outputs of its matrices: with N tokens, hidden size d,
+heads H and K of size h, MLP width f, e bytes a value
 
     e·N·(d + (H + 2K)·h)        the input of q, k and v, and their outputs
     e·N·(H·h + d)               the input and output of o
-    e·N·(d + 2f) + e·N·d        the input of gate and up, their outputs, the output of down, whose input is made again
+    e·N·(d + 2f) + e·N·d        the input of gate and up, their outputs, the output of down, whose input is
+    recomputed
     e·N·Σ rank                  x·Aᵀ of every pair
 
-and experts half as much again, for each that a token picks, as they gather what they read.
+and half as much again for each expert that a token chooses, because experts gather their inputs.
 
-The peak is where the backward pass begins: all of this is kept, and the gradients inside one block are made. What these
-take is the block's kept bytes times a coefficient of `FITS`. A run measures its longest batch before the first step,
-and shows that figure.
-"""
+The peak is at the start of the backward pass: all of this is kept, and the gradients inside one block are
+allocated. They take the block's kept bytes times a coefficient of `FITS`. A run measures its longest batch
+before the first step, and shows that number."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ _STATES = {"adamw": 8, "adam": 8, "adafactor": 0, "sgd": 0}
 
 
 class Fit(NamedTuple):
-    """What the shapes do not tell. `process`: bytes before anything is loaded. `working`: bytes made in the backward
-    pass of the widest block, over what this block keeps. `unplaced`: share of activations that the allocator cannot
-    place."""
+    """Coefficients that shapes do not determine.
+
+    process: bytes before anything is loaded. working: bytes allocated in the backward pass of the widest
+    block, relative to the bytes this block keeps. unplaced: share of activations lost to allocator
+    fragmentation."""
 
     process: int
     working: float
@@ -51,21 +53,25 @@ FITS = {
     ("cuda", "text"): Fit(600_000_000, 1.2, 0.05),
     ("cuda", "image"): Fit(600_000_000, 2.0, 0.05),
 }
-"""By device and kind of run. CPU: fitted to the measured peaks of benchmarks/plan.py (docs/how-to/plan.md), where the
-process is Python, torch, transformers, oneDNN and for images diffusers. CUDA: `process` is CUDA's context with cuBLAS,
-0.4 to 0.8 GB by card and driver; `process` and `unplaced` are assumed, as no card was measured."""
+"""By device and kind of run. CPU: fitted to the measured peaks of benchmarks/plan.py
+(docs/how-to/plan.md); the process is Python, torch, transformers, oneDNN and for images diffusers.
+CUDA: `process` is CUDA's context with cuBLAS, 0.4 to 0.8 GB by card and driver; `process` and
+`unplaced` are assumed, because no card was measured."""
 CPU_LATER = 130_000_000
-"""The part of a CPU's `process` that comes with the first steps: oneDNN's compiled products, the heap around them."""
+"""The part of a CPU's `process` that the first steps add: oneDNN's compiled products, and heap around them.
+"""
 _ON_THEIR_WAY = 4
-"""Inputs of layers that are on the device at once, where they are kept in the CPU's memory (models/text/offload.py)."""
+"""Layer inputs on the device at once, if inputs are offloaded to CPU memory (models/text/offload.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunLoad:
-    """How a run trains. `micros`: micro-batches in a step. `dtype`: of the base. `quantise`: nf4, fp4, int8 or None;
-    `double`: the constants are quantized too. `inputs_on_host`: inputs of recomputed layers stay in CPU memory.
-    `kept`: bytes of layers that stay dequantized. `offload`: how many of the base's blocks, counted from the last, stay
-    in CPU memory until they are needed. `bare`: forward passes of the base alone in a step."""
+    """How a run trains.
+
+    micros: micro-batches per step. dtype: of the base. quantise: nf4, fp4, int8 or None; `double`: the
+    constants are quantized too. inputs_on_host: inputs of recomputed layers stay in CPU memory. kept:
+    bytes of layers that stay dequantized. offload: number of the base's last blocks that stay in CPU
+    memory until needed. bare: forward passes of the base without adapter per step."""
 
     micros: int = 1
     rank: int = 16
@@ -82,9 +88,11 @@ class RunLoad:
 
 @dataclass(frozen=True)
 class Load(RunLoad):
-    """What a run puts through a language model. `lengths`: tokens of each row in the largest micro-batch; `trained`:
-    the share of these tokens with a loss. `whole`: parameters trained besides the pairs (full copies, token rows).
-    `compared`: each token's distribution is compared with another model's."""
+    """The input of a run on a language model.
+
+    lengths: tokens of each row in the largest micro-batch. trained: the share of these tokens with a loss.
+    whole: parameters trained besides the pairs (full copies, token rows). compared: each token's
+    distribution is compared with another model's."""
 
     lengths: tuple[int, ...]
     trained: float = 1.0
@@ -107,20 +115,22 @@ class Load(RunLoad):
 
     @classmethod
     def of(cls, tokens_per_row: int, micro_tokens: int, batch: int, **more: Any) -> Load:
-        """A load of rows of one length, as many in a micro-batch as fit, of a step of `batch` rows."""
+        """Return a load of rows of equal length: as many per micro-batch as fit.
+
+        batch: rows of a step."""
         rows = max(1, min(batch, micro_tokens // max(1, tokens_per_row)))
         return cls((tokens_per_row,) * rows, micros=-(-batch // rows), **more)
 
 
 @dataclass
 class Counts:
-    """A base, and one micro-batch on it (of image bases: one picture).
+    """A base, and one micro-batch on it (for image bases: one image).
 
-    `matrices`: parameters that `quantise` puts in codes, `rows` of them, the `largest` weight of them that is
-    dequantized at once. In values of the base's dtype: `kept` for the backward pass, `inputs` of all blocks, `block`
-    kept by the widest block, `ends` kept after the last block. `made`: float32 values computed from an adapter's parts.
-    `forward`, `backward`: operations. `head`: its operations in both. `logits`: bytes. `blocks`: parameters of each
-    block."""
+    matrices: parameters that `quantise` quantizes, with `rows` rows; `largest`: the largest weight that is
+    dequantized at once. In values of the base's dtype: `kept` for the backward pass, `inputs` of all
+    blocks, `block` kept by the widest block, `ends` kept after the last block. made: float32 values
+    computed from an adapter's parts. forward, backward: operations. head: the head's operations in both.
+    logits: bytes. blocks: parameters of each block."""
 
     parameters: int = 0
     matrices: int = 0
@@ -141,10 +151,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of one device. `constants`: of quantization. `dequantised`: the one weight that is in full
-    precision at a time, and layers kept so. `working`: gradients inside a block. `context`: the process (CPU) or CUDA
-    itself. `rounding`: what the allocator cannot place. `cache`: keys and values of drawn answers. `teacher`: another
-    base, which a run learns from. `host`: bytes in the CPU's memory, not in the sum."""
+    """Peak bytes of one device.
+
+    constants: quantization constants. dequantised: the one weight that is in full precision at a time, and
+    layers kept so. working: gradients inside a block. context: the process (CPU) or CUDA itself. rounding:
+    lost to fragmentation. cache: keys and values of sampled answers. teacher: another base that the run
+    learns from. host: bytes in CPU memory, not in the sum."""
 
     weights: int = 0
     constants: int = 0
@@ -171,12 +183,12 @@ class Memory:
 
     @property
     def beyond_base(self) -> int:
-        """What is still to be allocated once the process and the base are in memory."""
+        """Bytes still to be allocated once the process and the base are in memory."""
         return self.peak - self.weights - self.constants - self.context
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Bytes of one value."""
+    """Return the bytes of one value."""
     return 4 if dtype == "float32" else 2
 
 
@@ -190,11 +202,11 @@ class _Weights(Protocol):
 
 
 def weight_bytes(base: _Weights, dtype: str, quantise: str | None, double: bool = True) -> tuple[int, int]:
-    """(weights, quantization constants) of a base in memory.
+    """Return (weights, quantization constants) of a base in memory, in bytes.
 
-    nf4, fp4: 4 bits a weight and an absmax for each 64, as float32, or as 8 bits with a float32 for each 256 of them:
-    4 + 8/64 + 32/(64·256) = 4.127 bits (arXiv 2305.14314). int8: a byte a weight and a float32 a row. Embeddings, norms
-    and head stay in `dtype`."""
+    nf4, fp4: 4 bits a weight and an absmax for each 64, as float32, or as 8 bits with a float32 for each
+    256 of them: 4 + 8/64 + 32/(64·256) = 4.127 bits (arXiv 2305.14314). int8: a byte per weight and a
+    float32 per row. Embeddings, norms and head stay in `dtype`."""
     if quantise is None:
         return base.parameters * dtype_bytes(dtype), 0
     plain = (base.parameters - base.matrices) * dtype_bytes(dtype)
@@ -207,8 +219,10 @@ def weight_bytes(base: _Weights, dtype: str, quantise: str | None, double: bool 
 def run_memory(
     counts: Counts, load: RunLoad, device: Device, kind: str, *, units: int = 1, process: int | None = None
 ) -> Memory:
-    """Bytes by part. `units`: how many of what the counts are of. `process`: what the process holds before the base is
-    loaded, where that is known (CPU)."""
+    """Return bytes by part.
+
+    units: how many units the counts are multiplied by. process: bytes of the process before the base is
+    loaded, if known (CPU)."""
     fit, e, trainable = FITS[device.kind, kind], dtype_bytes(load.dtype), counts.trainable
     weights, constants = weight_bytes(counts, load.dtype, load.quantise, load.double)
     inputs, ends = e * units * counts.inputs, e * units * counts.ends
@@ -222,11 +236,12 @@ def run_memory(
     if away := offloaded(counts, load):
         host = e * sum(away)
         weights -= host - e * max(away)  # the block in use is on the device
-    working = max(0.0, working - counts.logits)  # the logits are gone by then
+    working = max(0.0, working - counts.logits)  # the logits are freed by then
     moving, dequantised = kept + counts.logits + working, 0
     if load.quantise:
         dequantised = e * counts.largest + load.kept
-    begins = 2 if getattr(getattr(load, "spec", None), "init", "") in ("pissa", "olora") else 1  # initial values stay
+    # initial values stay
+    begins = 2 if getattr(getattr(load, "spec", None), "init", "") in ("pissa", "olora") else 1
     return Memory(
         weights=weights,
         constants=constants,
@@ -244,21 +259,21 @@ def run_memory(
 
 
 def offloaded(counts: Counts, load: RunLoad) -> list[int]:
-    """Parameters of each block that stays in CPU memory until needed."""
+    """Return the parameters of each block that stays in CPU memory until needed."""
     return counts.blocks[-load.offload :] if load.offload else []
 
 
 def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | None = None) -> Memory:
-    """Bytes by part of a run on text. `process`: as in `run_memory`."""
+    """Return bytes by part of a run on text. `process`: as in `run_memory`."""
     return run_memory(text_counts(shape, load, device), load, device, "text", process=process)
 
 
 def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
-    """The counts of a micro-batch on a language model.
+    """Return the counts of a micro-batch on a language model.
 
-    Operations: 2 a weight and token forward, 2 backward, as frozen weights get no gradient; attention 4 forward and 8
-    backward for each key that a query sees and channel. The head works on trained tokens alone, and so does the last
-    layer behind its attention where the fast paths have it so (`shape.keeps`)."""
+    Operations: 2 per weight and token forward, 2 backward, because frozen weights get no gradient;
+    attention 4 forward and 8 backward per visible key and channel. The head runs only on trained tokens,
+    and with the fast paths so does the last layer after its attention (`shape.keeps`)."""
     spec, tokens, trained = load.spec, load.tokens, load.wanted
     begins = 2 if spec is not None and spec.init in ("pissa", "olora") else 1
     dora, dropped = spec is not None and spec.dora, spec is not None and spec.dora and spec.dropout > 0
@@ -282,13 +297,15 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
             own = sum(part.active * part.outputs for part in parts) + parts[0].active * parts[0].inputs * (
                 name != "down"
             )
-            kept += n * own * (1.5 if parts[0].times > 1 else 1)  # experts gather what they read
-            if dora and adapted and (name != "gate_up" or dropped):  # what its scale multiplies
+            kept += n * own * (1.5 if parts[0].times > 1 else 1)  # experts gather their inputs
+            if dora and adapted and (name != "gate_up" or dropped):  # the input of the DoRA scale
                 kept += n * sum(part.outputs for part in parts)
             for part in parts:
-                times = 2 if dropped and part in adapted else 1  # the dropped input meets the weight too
+                # the dropped input is multiplied by the weight too
+                times = 2 if dropped and part in adapted else 1
                 counts.forward += 2.0 * times * n * part.multiplied
-                counts.backward += 2.0 * times * n * part.multiplied * (i > 0 or name != "qkv")  # none before these
+                # no trained parameter is before these
+                counts.backward += 2.0 * times * n * part.multiplied * (i > 0 or name != "qkv")
             for part in adapted:
                 pair, uses = pairs[part.name], begins * n * part.active
                 kept += uses * pair.rank
@@ -306,23 +323,26 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
 
 
 def _logits(shape: TextShape, load: Load, device: Device) -> int:
-    """Bytes of one chunk's logits; of two models that are compared, the logits and log-softmax of both and three more
-    on the way to the divergence or back, in float32."""
+    """Return the bytes of one chunk's logits.
+
+    To compare two models: the logits and log-softmax of both, and three temporaries for the divergence and
+    its gradient, in float32."""
     if load.compared:
         return 7 * 4 * min(load.wanted, HEAD_CHUNK) * shape.vocabulary
     return dtype_bytes(load.dtype) * min(load.wanted, logits_chunk(device.kind)) * shape.vocabulary
 
 
 def seen_keys(length: int, window: int | None = None) -> int:
-    """Σ over a row's queries of the keys that each one sees."""
+    """Return Σ over a row's queries of the keys that each query sees."""
     seen = length if window is None else min(length, window)
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 def memory_together(shape: TextShape, loads: Sequence[Load], device: Device, most: int) -> tuple[Memory, int]:
-    """Bytes by part of runs that are trained in one pass, and the tokens of its largest pass: the base once, the
-    largest micro-batches of as many runs as make at most `most` tokens, and the adapter, gradients and optimizer of
-    each."""
+    """Return bytes by part of runs trained in one pass, and its largest number of tokens.
+
+    The base once; the largest micro-batches of as many runs as fit in `most` tokens; the adapter,
+    gradients and optimizer of each run."""
     lengths: tuple[int, ...] = ()
     for load in sorted(loads, key=lambda load: -load.tokens):
         if not lengths or sum(lengths) + load.tokens <= most:
@@ -340,16 +360,18 @@ def memory_together(shape: TextShape, loads: Sequence[Load], device: Device, mos
 
 
 def kept_dequantised(shape: TextShape, memory: Memory, room: int) -> int:
-    """Bytes of layers that can stay dequantized in `room` bytes of memory: whole layers, from the first on."""
+    """Return bytes of layers, from the first on, that can stay dequantized in `room` bytes."""
     spare = room - memory.peak
     each = 2 * max((layer.matrices for layer in shape.layers), default=0)
     return 0 if each == 0 or spare <= 0 else min(spare // each, len(shape.layers)) * each
 
 
 def packed_weights(shape: TextShape, dtype: str, faster: Callable[[int, int, bool], bool]) -> int:
-    """Bytes of weights that a run keeps a second time, in the order of their products: a copy for x·Wᵀ and one for the
-    gradient of x, of those that are multiplied as one together. `faster`: (out, in, whether x·Wᵀ) -> whether it is
-    worth a copy. Nothing before the first layer is trained: its q, k and v need no gradient of x. Experts have none."""
+    """Return the bytes of prepacked weight copies of a run.
+
+    One copy for x·Wᵀ and one for the gradient of x, per joined product, in the order of the products.
+    faster: (out, in, whether x·Wᵀ) -> whether a copy pays off. Nothing before the first layer is trained,
+    so its q, k and v need no gradient of x. Experts have no copies."""
     count = 0
     for i, layer in enumerate(shape.layers):
         for name, parts in layer.products.items():

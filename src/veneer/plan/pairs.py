@@ -1,10 +1,9 @@
-"""What an adapter's form costs beside one frozen matrix: parameters, operations a token, what is kept of them.
+"""The cost of an adapter's form per frozen matrix: parameters, operations, kept values.
 
     PairForm("loha").beside((out, in), rank)        PairCosts
 
-A LoHa of rank r is multiplied as a pair of rank r², a LoKr factor by factor (core.layers); what is not kept is made
-again in the backward pass.
-"""
+A LoHa of rank r is multiplied as a pair of rank r², a LoKr factor by factor (core.layers); values that are
+not kept are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -20,8 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairCosts:
-    """`forward`: operations a token. `rank`: values a token that are kept. `made`: float32 values made of the parts and
-    kept, whatever the number of tokens."""
+    """The cost of one pair.
+
+    forward: operations per token. rank: kept values per token. made: float32 values computed from the
+    parts and kept, for any number of tokens."""
 
     parameters: int
     forward: float
@@ -30,13 +31,15 @@ class PairCosts:
 
     @property
     def operations(self) -> float:
-        """A token's, forward and backward: twice the forward, and once more where nothing of it is kept."""
+        """Operations per token, forward and backward.
+
+        Twice the forward for the backward pass, and once more if nothing is kept."""
         return (3 if self.rank else 4) * self.forward
 
 
 @dataclass(frozen=True)
 class PairForm:
-    """`adapter.kind`, `factor` and `decompose_both` of a configuration."""
+    """The `adapter.kind`, `factor` and `decompose_both` of a configuration."""
 
     kind: Literal["lora", "loha", "lokr"] = "lora"
     factor: int | None = None
@@ -47,7 +50,7 @@ class PairForm:
         return cls() if spec is None else cls(spec.kind, spec.factor, spec.decompose_both)
 
     def beside(self, shape: tuple[int, ...], rank: int) -> PairCosts:
-        """shape: (out, in, k…) of the frozen weight."""
+        """Return the cost on a frozen weight of shape (out, in, k…)."""
         rows, columns = shape[0], math.prod(shape[1:])
         if self.kind == "lora":
             return PairCosts(rank * (rows + columns), 2.0 * rank * (rows + columns), rank)

@@ -1,11 +1,10 @@
-"""A plan: memory, time and money of a run before it runs, from a base's config and a few numbers.
+"""A plan: memory, time and cost of a run, from a base's config and a few numbers.
 
     plan = text_plan("meta-llama/Llama-3.1-70B", shape, load, device, rates, job)
     plan = image_plan("flux.1-dev", config, load, device, rates, job)
     plan.fits · plan.changes[0] · plan.seconds · plan.cost
 
-Where the run does not fit, its time and price are those of the first change that makes it fit.
-"""
+If the run does not fit, its time and cost are those of the first change that makes it fit."""
 
 from __future__ import annotations
 
@@ -38,8 +37,10 @@ from veneer.plan.time import Rates, Work, reading_work, run_seconds, text_work
 
 @dataclass(frozen=True)
 class Draws:
-    """Answers that a run draws. `prompt`, `answer`: tokens of each at most; `group`: answers to a prompt, which is
-    computed once; `together`: drawn at once; `total`: in the whole run. `room`: the most that keys and values take."""
+    """Answers that a run samples.
+
+    prompt, answer: most tokens of each. group: answers per prompt, which is computed once. together:
+    sampled at once. total: in the whole run. room: the most bytes of keys and values."""
 
     prompt: int
     answer: int
@@ -49,14 +50,15 @@ class Draws:
     room: int = 1 << 30
 
     def cache(self, shape: TextShape, dtype: str) -> int:
-        """Bytes of keys and values of all that are drawn at once."""
+        """Return bytes of keys and values of all answers sampled at once."""
         return min(self.room, self.together * (self.prompt + self.answer) * cache_bytes(shape, dtype))
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """How much data a run trains on. `batch`: rows in an optimizer step. `held_out` rows are scored `evaluations`
-    times."""
+    """How much data a run trains on.
+
+    batch: rows per optimizer step. `held_out` rows are scored `evaluations` times."""
 
     rows: int
     tokens_per_row: float = 1.0
@@ -82,12 +84,15 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """`memory`: of the run as given, on one device; `peak`: what each device holds of it, of `room` that it may take.
+    """A plan of one run.
 
-    `changes`: what makes it fit, where it does not; `planned`, `planned_memory`: the load and device of `seconds` and
-    `cost`, which are as given or with the first of `changes`, None where nothing helps. `keeps`: bytes of a quantised
-    base's layers that may stay dequantised in what is left over; `packs`: bytes of a plain base's weights that may be
-    kept packed there, on a CPU on which all its products are faster so. `facts`: what was planned, for a person."""
+    memory: of the run as given, on one device. peak: bytes of it on each device, of the `room` available.
+    changes: changes that make it fit, if it does not. planned, planned_memory: the load and device of
+    `seconds` and `cost`: as given, or with the first of `changes`; None if nothing helps.
+    keeps: bytes of a quantized base's layers that can stay dequantized in the remaining memory. packs:
+    bytes of prepacked weight copies of a plain base in the remaining memory, on a CPU whose products are
+    all faster with copies.
+    facts: what was planned, for the user."""
 
     base: str
     parameters: int
@@ -114,18 +119,18 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        """US dollars, None without a price or where nothing fits."""
+        """Cost in US dollars; None without a price or if nothing fits."""
         if self.seconds is None or self.planned is None or self.planned[1].price is None:
             return None
         return self.seconds / 3600 * self.planned[1].price * self.planned[1].count
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the adapter's file, in float32 as veneer writes it."""
+        """Bytes of the adapter's file in float32, veneer's dtype."""
         return 4 * self.trainable
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values; in bytes, seconds and dollars."""
+        """Return the plan as JSON values; in bytes, seconds and dollars."""
         return {
             "base": self.base,
             "parameters": self.parameters,
@@ -174,7 +179,9 @@ def _plan(
     work_of: Callable[[Any, Device], Work],
     units: Callable[[Any], int],
 ) -> Plan:
-    """A plan without its time and its facts. `counts`: of the load as given. `units`: tokens or pictures of a load."""
+    """Return a plan without its time and facts.
+
+    counts: of the load as given. units: returns the tokens or images of a load."""
     memory, limit = memory_of(load, device), usable_memory(device) if room is None else room
     peak, changes = each_holds(memory, device), []
     if peak > limit:
@@ -202,7 +209,9 @@ def _plan(
 
 
 def _with(plan: Plan, part: str, held: int, seconds: float, fact: tuple[str, str]) -> Plan:
-    """The plan with `held` bytes of another part of memory, which its room left free, and `seconds` more."""
+    """Return the plan with `held` bytes in another part of memory and `seconds` more.
+
+    The plan's room had left these bytes free."""
     own: dict[str, Any] = {part: held}
     return replace(
         plan,
@@ -216,8 +225,9 @@ def _with(plan: Plan, part: str, held: int, seconds: float, fact: tuple[str, str
 
 
 def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws) -> Plan:
-    """The plan of a run that learns from its own answers, with their keys and values, and the time in which they are
-    drawn (`serving`)."""
+    """Return the plan of a run that learns from its own answers.
+
+    Adds the answers' keys and values, and the time to sample them (`serving`)."""
     shared = Traffic(max(1, draws.prompt // draws.group), draws.answer, draws.together, 1)
     rank = load.spec.rank if load.spec is not None else load.rank
     each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantise=load.quantise)
@@ -227,8 +237,9 @@ def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: 
 
 
 def with_teacher(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws, beside: int) -> Plan:
-    """The plan of a run whose answers a teacher in this process, of `shape`, reads once each. `beside`: bytes of a
-    teacher that is another base."""
+    """Return the plan of a run whose teacher, of `shape`, reads each answer once.
+
+    The teacher runs in the same process. beside: bytes of a teacher that is another base."""
     each = (draws.prompt + draws.answer) / max(1, load.tokens)
     seconds = draws.total * each * plan.rates.seconds(reading_work(shape, load), device.count)
     told = f"reads {counted(draws.total, 'answer')}: {seconds:,.0f} s"
@@ -250,8 +261,10 @@ def text_plan(
     traffic: Traffic | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan of a run on text. `room`: bytes that may be used of each device, by default what is usable of it.
-    `process`: bytes of the process before the base is loaded, where they are known (CPU)."""
+    """Return the plan of a run on text.
+
+    room: usable bytes of each device, by default `usable_memory`. process: bytes of the process before the
+    base is loaded, if known (CPU)."""
     plan = _plan(
         base,
         text_counts(shape, load, device),
@@ -307,8 +320,9 @@ def text_plan(
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Runs that are trained in one pass: the plan of each by itself, what they hold together, and the tokens of their
-    largest pass."""
+    """Runs trained in one pass.
+
+    plans: the plan of each run separately. memory: of all together. tokens: of their largest pass."""
 
     plans: tuple[Plan, ...]
     memory: Memory
@@ -324,7 +338,7 @@ class GroupPlan:
 
     @property
     def seconds(self) -> float:
-        """Of one after another: what fuller passes save is not counted."""
+        """Seconds of the runs one after another, ignoring the gain of fuller passes."""
         return sum(plan.seconds or 0.0 for plan in self.plans)
 
     def to_dict(self) -> dict[str, Any]:
@@ -340,8 +354,9 @@ class GroupPlan:
 
 
 def plan_together(shape: TextShape, plans: Sequence[Plan], most: int) -> GroupPlan:
-    """The plan of runs on one base in passes of at most `most` tokens. Raises ConfigError where one does not fit by
-    itself."""
+    """Return the plan of runs on one base in passes of at most `most` tokens.
+
+    Raises ConfigError if a run does not fit separately."""
     loads = []
     for plan in plans:
         if plan.planned is None or plan.changes or not isinstance(plan.planned[0], Load):
@@ -365,7 +380,9 @@ def image_plan(
     text_tokens: int | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan of a run on pictures: `job.rows` of them. `config`: of the denoiser, see `image_counts`."""
+    """Return the plan of a run on `job.rows` images.
+
+    config: of the denoiser, see `image_counts`."""
 
     @functools.cache
     def counts(height: int, width: int, rank: int) -> ImageCounts:
@@ -421,14 +438,14 @@ def image_plan(
 
 
 def _times(passes: float) -> str:
-    """Return the number of passes in words, with decimals below 100: 0.5 times, once, 3 times, 1,000 times."""
+    """Return a number of passes in words: 0.5 times, once, 3 times, 1,000 times."""
     if passes == 1:
         return "once"
     return f"{passes:,.0f} times" if passes >= 100 else f"{passes:.3g} times"
 
 
 def _form(form: PairForm) -> str:
-    """What goes before the rank: nothing for plain pairs."""
+    """Return the text before the rank: nothing for plain pairs."""
     return "" if form.kind == "lora" else f"{form.kind}, "
 
 

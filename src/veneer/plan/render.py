@@ -1,4 +1,4 @@
-"""A plan as a person reads it: whether it fits, then hours and dollars, then the parts."""
+"""Print a plan: whether it fits, then hours and dollars, then the parts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ _WORDS = {
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan as `veneer plan` prints it."""
+    """Return the plan as `veneer plan` prints it."""
     return "\n".join(_lines(plan))
 
 
 def group_text(group: GroupPlan, names: Sequence[str]) -> str:
-    """What runs in one pass need, as `veneer plan` prints it. `names`: of their configurations."""
+    """Return the needs of runs in one pass, as `veneer plan` prints them.
+
+    names: of their configurations."""
     first, verb = group.plans[0], "It fits" if group.fits else "It does not fit"
     of = f"{gigabytes(group.memory.peak)} of the {gigabytes(group.room)} that may be taken on {first.device.name}"
     lines = [f"{counted(len(names), 'run')} in one pass. {verb}: {of}."]
@@ -82,7 +84,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _assumed(plan: Plan) -> Iterator[str]:
-    """What of a plan for a card is neither counted nor measured."""
+    """Yield the assumptions in a plan for a GPU."""
     if plan.device.kind != "cuda":
         return
     fit = FITS["cuda", "text"]
@@ -129,7 +131,7 @@ def _serving(plan: Plan) -> Iterator[str]:
 
 
 def rough_duration(seconds: float) -> str:
-    """A duration as a person reads it: `3 h 20 min`, `12 min`, `40 s`, `under 1 s`."""
+    """Return a duration as text: `3 h 20 min`, `12 min`, `40 s`, `under 1 s`."""
     if seconds < 1:
         return "under 1 s"
     if seconds < 90:

@@ -1,11 +1,11 @@
-"""What a device serves: adapters beside the base, tokens a second, cents per thousand requests.
+"""Serving capacity of a device: adapters, tokens per second, cents per 1,000 requests.
 
     one step of b requests      time = max(bytes read / bandwidth, operations / rate)
-                                bytes: weights that are multiplied + keys and values of b contexts + b adapters
+                                bytes: weights that are multiplied + keys and values of b contexts + b
+                                adapters
     a prompt                    operations / rate
 
-A roofline: what the hardware allows at the stated shares, not what an engine reaches on a bad day.
-"""
+A roofline: the hardware's limit at the stated shares, not the throughput of a real engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from veneer.plan.time import Rates
 
 @dataclass(frozen=True)
 class Traffic:
-    """A request reads `prompt` tokens and writes `answer`; `together`: requests in a step. `tenants`: adapters."""
+    """Requests: `prompt` tokens read, `answer` tokens written.
+
+    together: requests per step. tenants: adapters."""
 
     prompt: int = 600
     answer: int = 100
@@ -29,9 +31,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Serving:
-    """What a device serves. `adapters`: how many fit beside base and cache. `cache_bytes`: of keys and values. `cents`:
-    per thousand requests at full load, None without a price. `shared`, `dedicated`: dollars an hour of one base for all
-    tenants, and of one model for each."""
+    """The serving capacity of a device.
+
+    adapters: how many fit beside base and cache. cache_bytes: of keys and values. cents: per thousand
+    requests at full load, None without a price. shared, dedicated: dollars per hour of one base for all
+    tenants, and of one model per tenant."""
 
     adapter_bytes: int
     cache_bytes: int
@@ -45,7 +49,7 @@ class Serving:
 
 
 def cache_bytes(shape: TextShape, dtype: str) -> int:
-    """Bytes of the keys and values of one token."""
+    """Return bytes of the keys and values of one token."""
     return dtype_bytes(dtype) * sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
 
 
@@ -59,8 +63,9 @@ def serving(
     dtype: str = "bfloat16",
     quantise: str | None = None,
 ) -> Serving:
-    """The figures by the roofline above. `devices` of the result: as many as the base needs to be served at all;
-    dedicated models need as many each."""
+    """Return the serving capacity by the roofline above.
+
+    `devices` of the result: as many as the base needs; each dedicated model needs as many."""
     e = dtype_bytes(dtype)
     weights, constants = weight_bytes(shape, dtype, quantise)
     adapter = e * pair_parameters(shape, rank=rank)
@@ -89,8 +94,9 @@ def serving(
 
 
 def _read(shape: TextShape, e: int, weights: int, together: int) -> float:
-    """Bytes of weights that a step of so many tokens reads: all of a dense base, of experts those that some token
-    picks."""
+    """Return bytes of weights that a step of `together` tokens reads.
+
+    All weights of a dense base; of experts, those that any token chooses."""
     total = shape.matrices
     if not total:
         return float(weights)

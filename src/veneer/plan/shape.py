@@ -1,11 +1,11 @@
-"""A base as the numbers that a plan needs: its layers' matrices, heads and vocabulary, from its config alone.
+"""The shape of a base, from its config: layers' matrices, heads and vocabulary.
 
     text_shape(config)            a language model's config.json, as a dict
-    module_shape(model)           the same read off a built model, on any device: for families not in the table here
+    module_shape(model)           the same from a built model, on any device: for families not in the table
+    here
 
-A layer's matrices are as transformers has them, so that targets mean what they mean to training. Loads neither torch
-nor transformers.
-"""
+A layer's matrices have transformers' names, so that targets mean the same as in training. Loads neither
+torch nor transformers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One matrix of a layer, or `times` of one shape, of which a token passes `active` (experts).
+    """One matrix of a layer, or `times` of one shape, of which a token uses `active`.
 
-    `product`: matrices of one name share their input and are multiplied as one. `pair`: whether all-linear means it."""
+    product: matrices with the same product share their input and are multiplied as one. pair: whether
+    all-linear includes it."""
 
     name: str
     inputs: int
@@ -43,14 +44,16 @@ class LinearShape:
 
     @property
     def multiplied(self) -> float:
-        """Weights that one token is multiplied with."""
+        """Weights that one token is multiplied by."""
         return self.active * self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A decoder layer. `small`: parameters of norms, biases and routers, never quantised. `normed`: values a token that
-    norms keep beside those before attention and MLP. `window`: keys a query sees, None for all."""
+    """A decoder layer.
+
+    small: parameters of norms, biases and routers, never quantized. normed: values per token kept by norms
+    other than those before attention and MLP. window: keys a query sees, None for all."""
 
     linears: tuple[LinearShape, ...]
     small: int
@@ -74,8 +77,9 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class TextShape:
-    """A decoder-only language model. `keeps`: whether its last layer works on trained tokens alone, as the fast paths
-    have it (models/text/fast.py)."""
+    """A decoder-only language model.
+
+    keeps: whether its last layer runs only on trained tokens, as in the fast paths (models/text/fast.py)."""
 
     family: str
     hidden: int
@@ -87,7 +91,7 @@ class TextShape:
 
     @property
     def embedding(self) -> int:
-        """Parameters of the embedding, and of the head where it is another matrix."""
+        """Parameters of the embedding, and of the head if it is a separate matrix."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
@@ -107,20 +111,20 @@ class TextShape:
 
     @property
     def active_parameters(self) -> int:
-        """What one token is multiplied with, the head included and the embedding not."""
+        """Weights that one token is multiplied by, including the head, without the embedding."""
         each = sum(linear.multiplied for layer in self.layers for linear in layer.linears)
         return int(each) + self.vocabulary * self.hidden
 
     @property
     def matrices(self) -> int:
-        """Parameters that a 4-bit or 8-bit base holds quantised: every matrix of the layers."""
+        """Parameters that a 4-bit or 8-bit base quantizes: every matrix of the layers."""
         return sum(layer.matrices for layer in self.layers)
 
 
 def pair_parameters(shape: TextShape, spec: LoraSpec | None = None, *, rank: int = 16) -> int:
-    """Trainable parameters of what `spec` (pairs of `rank` on all-linear where there is none) puts on the base.
+    """Return the trainable parameters of `spec` on the base.
 
-    Raises TargetError where a pattern matches nothing."""
+    Without a spec: pairs of `rank` on all-linear. Raises TargetError for a pattern without a match."""
     return sum(count for _, _, count in _pairs(shape, spec, rank))
 
 
@@ -139,9 +143,10 @@ def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple
 
 
 def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
-    """The rank of the pair on a module, 0 where it has none."""
+    """Return the rank of the pair on a module, 0 if it has none."""
     if spec.targets != "all-linear" or spec.exclude or spec.rank_pattern:
-        from veneer.core.targets import target_matches  # needs torch, which a plan with default targets does not
+        # needs torch, which a plan with default targets does not load
+        from veneer.core.targets import target_matches
 
         patterns = (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)
         if any(target_matches(p, name) for p in spec.exclude):
@@ -153,7 +158,7 @@ def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
 
 
 def layer_pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict[str, PairCosts]]:
-    """For each layer: name of a matrix -> what its pair costs; matrices without one are left out."""
+    """Return for each layer: matrix name -> cost of its pair; matrices without one omitted."""
     out: list[dict[str, PairCosts]] = [{} for _ in shape.layers]
     for name, costs, _ in _pairs(shape, spec, rank):
         _, _, index, leaf = name.split(".", 3)
@@ -167,10 +172,11 @@ Config = Mapping[str, Any]
 
 
 def text_shape(config: Config, where: str = "config.json") -> TextShape:
-    """The shape of a language model (of its language part, where it also sees pictures). config: as in config.json.
-    `where`: the base, for errors.
+    """Return the shape of a language model (the language part of a multimodal one).
 
-    Raises ConfigError for a family that is not in the table, and for a config that lacks what its shape needs."""
+    config: as in config.json. where: the base, for errors.
+
+    Raises ConfigError for a family that is not in the table, and for a config without the required fields."""
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         own = {
@@ -181,7 +187,7 @@ def text_shape(config: Config, where: str = "config.json") -> TextShape:
         kind = str(own.get("model_type") or f"{config.get('model_type')}_text")
         return text_shape({**own, "model_type": kind}, f"{where}: text_config")
     if config.get("model_type") is None:
-        named = config.get("_class_name")  # of diffusers'
+        named = config.get("_class_name")  # diffusers' class
         other = f"veneer plan does not know the model {quoted(str(named))}"
         what = other if named else "this config.json names no model family"
         raise ConfigError(what, where=f"{where}: model_type", fix="give the config.json of the base's language model")
@@ -217,11 +223,11 @@ def text_shape(config: Config, where: str = "config.json") -> TextShape:
 
 
 _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
-"""What Gemma 3's files leave to transformers' defaults."""
+"""Transformers' defaults, which Gemma 3's files omit."""
 
 
 def _layers(c: Config) -> tuple[LayerShape, ...]:
-    """The layers of a config, which is without None."""
+    """Return the layers of a config without None values."""
     family, hidden, count = c["model_type"], c["hidden_size"], int(c["num_hidden_layers"])
     plain, width = _attention(c), c["intermediate_size"]
     dense = _with_mlp(plain, hidden, width)
@@ -257,14 +263,14 @@ def _layers(c: Config) -> tuple[LayerShape, ...]:
 
 
 def _attention(c: Config) -> LayerShape:
-    """A layer's attention and norms."""
+    """Return a layer with its attention and norms."""
     family, hidden, heads = c["model_type"], c["hidden_size"], c["num_attention_heads"]
     kv = c.get("num_key_value_heads", heads)
     dim = c.get("head_dim") or (128 if family.startswith("qwen3") else hidden // heads)
     q, k, small, normed = heads * dim, kv * dim, 2 * hidden, 0
     if family == "qwen2" or (family == "llama" and c.get("attention_bias")):
         small += q + 2 * k + (hidden if c.get("attention_bias") else 0)
-    if family.startswith(("qwen3", "gemma3")):  # heads are normed too
+    if family.startswith(("qwen3", "gemma3")):  # heads are normalized too
         small, normed = small + 2 * dim, q + k
     if family == "gemma3_text":
         small, normed = small + 2 * hidden, normed + 2 * hidden
@@ -290,8 +296,9 @@ def _with_mlp(layer: LayerShape, hidden: int, width: int, at: str = "mlp") -> La
 def _with_experts(
     c: Config, layer: LayerShape, width: int, at: str = "mlp", router: LinearShape | None = None
 ) -> LayerShape:
-    """Experts as transformers holds them: two 3-d parameters, gate and up joined. `router`: None if it is a plain
-    parameter."""
+    """Add experts as in transformers: two 3-d parameters, gate and up joined.
+
+    router: None if it is a plain parameter."""
     hidden, active = c["hidden_size"], c["num_experts_per_tok"]
     experts = int(c["num_local_experts"] if "num_local_experts" in c else c["num_experts"])
     mlp = (
@@ -305,12 +312,13 @@ def _with_experts(
 TEXT_FAMILIES = frozenset(
     ("gemma3_text", "llama", "llama4_text", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
 )
-"""transformers' model_type of the families whose configs tell their shape."""
+"""transformers' model_type of the families whose configs define their shape."""
 
 
 def model_shape(model: Any) -> TextShape:
-    """The shape of a loaded model: by its config if the family is in the table, which knows more; else by its
-    modules."""
+    """Return the shape of a loaded model.
+
+    From its config if the family is in the table, which has more detail; else from its modules."""
     config = model.config.get_text_config().to_dict()
     return text_shape(config) if config.get("model_type") in TEXT_FAMILIES else module_shape(model)
 
@@ -327,10 +335,11 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts")
 
 
 def module_shape(model: Any) -> TextShape:
-    """The shape of a built language model, attached or not: exact in its parameters, whatever its family.
+    """Return the shape of a built language model; its parameters are exact for any family.
 
-    The config gives the attention; in a layer whose matrices are not named like Llama's, each matrix is a separate
-    product. Weights outside the layers (Gemma 4's embeddings for each layer) count with the first layer."""
+    The model can be attached. The config defines the attention; in a layer whose matrices do not have
+    Llama's names, each matrix is a separate product. Weights outside the layers (Gemma 4's per-layer
+    embeddings) count with the first layer."""
     from veneer.core.targets import base_modules, expert_parameters, kind_of
 
     config = model.config.get_text_config()

@@ -1,11 +1,10 @@
-"""The tables that ship: bases by name and GPUs by name, each figure's source in the file itself.
+"""Bundled tables of bases and GPUs by name; the files name the source of each number.
 
     base_config("meta-llama/Llama-3.1-70B")      fields of its config.json
     device_named("h100-80gb")                    what a plan needs of a GPU
 
-Both are data files beside this module. `$VENEER_HOME/gpus.json` adds GPUs and changes fields of known ones, as
-{"gpus": {"h100-80gb": {"price": 1.99}}}.
-"""
+Both are data files in this folder. `$VENEER_HOME/gpus.json` adds GPUs and changes fields of known ones, as
+{"gpus": {"h100-80gb": {"price": 1.99}}}."""
 
 from __future__ import annotations
 
@@ -26,8 +25,10 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run is planned for. `memory`: bytes in all. `flops`: bfloat16 products a second at best. `bandwidth`:
-    bytes a second. `price`: US dollars an hour of one device, None if it is not known. `count`: how many of them."""
+    """The device that a run is planned for.
+
+    memory: total bytes. flops: peak bfloat16 operations per second. bandwidth: bytes per second. price: US
+    dollars per hour of one device, None if unknown. count: number of devices."""
 
     name: str
     kind: str
@@ -49,15 +50,15 @@ def _bases() -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def base_names() -> list[str]:
-    """The bases in the table, by their names on the hub."""
+    """Return the hub names of the bases in the table."""
     return list(_bases()[0])
 
 
 def base_config(name: str) -> dict[str, Any]:
-    """The config of a base (of an image base its denoiser's): of the table, a directory, a config.json or a GGUF file.
+    """Return the config of a base (for an image base: of its denoiser).
 
-    Raises ConfigError with near names, and for bad values (models/config.py); BaseError for a GGUF file
-    that cannot be read."""
+    name: in the table, or a directory, a config.json or a GGUF file. Raises ConfigError with near names,
+    and for bad values (models/config.py); BaseError for an unreadable GGUF file."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _gguf_config(path)
@@ -92,13 +93,15 @@ def _gguf_config(file: Path) -> dict[str, Any]:
 
 
 def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    """Of an image base's folder: how much the VAE makes of a place, and a picture's side where nobody says one: the
-    U-Net's own, else what the VAE's config states."""
+    """Return an image base's pixels per latent position and default image side.
+
+    The side is the U-Net's own, else the one in the VAE's config."""
     file = base / "vae" / "config.json"
     if "_class_name" not in config or not file.is_file():
         return {}
     vae = read_config_json(file)
-    levels = vae.get("block_out_channels", vae.get("dim_mult", [0] * 4))  # Qwen-Image's has multiples of a width
+    # Qwen-Image's has multiples of a width
+    levels = vae.get("block_out_channels", vae.get("dim_mult", [0] * 4))
     own = config.get("sample_size")
     sides = [side for side in (own, vae.get("sample_size")) if side is not None]
     if not isinstance(levels, list) or not 0 < len(levels) < 10 or not all(type(n) is int and n > 0 for n in sides):
@@ -136,7 +139,9 @@ def gpu_names() -> list[str]:
 
 
 def device_named(name: str, *, count: int = 1, price: float | None = None) -> Device:
-    """A GPU of the table. `price` replaces the table's. Raises ConfigError with near names."""
+    """Return a GPU of the table; `price` replaces the table's.
+
+    Raises ConfigError with near names."""
     table = _gpus()
     key = _key(name)
     found = next((n for n in table if _key(n) == key), None)
@@ -158,8 +163,9 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
 
 
 def device_of_card(name: str, memory: int) -> Device:
-    """The device for a card as CUDA names it, with `memory` bytes: of the table where it is there, under the table's
-    name, else a guess of 100 TFLOP/s and 800 GB/s."""
+    """Return the device for a card by CUDA's name, with `memory` bytes.
+
+    From the table, under the table's name, if it is there; else a guess of 100 TFLOP/s and 800 GB/s."""
     for known in gpu_names():
         row = device_named(known)
         called = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(known) in _key(name)

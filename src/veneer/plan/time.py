@@ -1,7 +1,6 @@
-"""How long a run takes: operations and bytes counted, over rates that are stated or were measured on this device.
+"""Duration of a run: counted operations and bytes over assumed or measured rates.
 
-seconds = operations / rate + bytes / bandwidth
-"""
+seconds = operations / rate + bytes / bandwidth"""
 
 from __future__ import annotations
 
@@ -13,18 +12,19 @@ from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
 _EFFICIENCY = 0.4
-"""Share of a device's bfloat16 rate that training products are taken to reach where nothing was measured: an
-assumption, which --calibrate replaces."""
+"""Share of a device's bfloat16 peak that training is assumed to reach without measurements; --calibrate
+replaces it."""
 _BANDWIDTH = 0.7
 HOST_LINK = 20e9
-"""Bytes a second between the CPU's memory and a card's: an assumption for PCIe 4.0 × 16."""
+"""Bytes per second between CPU memory and a card: an assumption for PCIe 4.0 × 16."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one micro-batch, forward and backward. `bytes`: of activations and weights that are read and written.
-    `fetched`: bytes from the CPU's memory that the device waits for; `copied`: bytes to and from it while it computes.
-    """
+    """The work of one micro-batch, forward and backward.
+
+    bytes: of activations and weights, read and written. fetched: bytes from CPU memory that the device
+    waits for. copied: bytes to and from CPU memory during computation."""
 
     operations: float = 0.0
     bytes: float = 0.0
@@ -34,8 +34,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations and bytes per second of a device. `source`: where the figures come from, as a sentence. `measured`: by
-    a calibration on this device."""
+    """Operations and bytes per second of a device.
+
+    source: where the numbers come from, as a sentence. measured: whether a calibration on this device
+    measured them."""
 
     operations: float
     bandwidth: float
@@ -43,14 +45,15 @@ class Rates:
     measured: bool = False
 
     def seconds(self, work: Work, count: int = 1) -> float:
-        """Seconds for `work` spread over `count` devices."""
+        """Return the seconds for `work` spread over `count` devices."""
         computing = (work.operations / self.operations + work.bytes / self.bandwidth) / count
         return max(computing, work.copied / HOST_LINK / count) + work.fetched / HOST_LINK
 
 
 def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
-    """The rates of a device that was not calibrated: a stated share of its data sheet's, of which float32 gets a
-    quarter on a CPU and a fourteenth on a card (H100: 67 of 989 TFLOP/s)."""
+    """Return the rates of an uncalibrated device: an assumed share of its data sheet.
+
+    float32 gets a quarter on a CPU and a fourteenth on a card (H100: 67 of 989 TFLOP/s)."""
     best = device.flops / (1 if dtype != "float32" else 4 if device.kind == "cpu" else 14)
     said = f"{_EFFICIENCY:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
     how = "a guess; veneer plan --calibrate measures it" if device.kind == "cpu" else "both assumed"
@@ -58,9 +61,10 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
 
 
 def run_work(counts: Counts, load: RunLoad, device: Device, units: int = 1) -> Work:
-    """Operations and bytes of a micro-batch of `units` of what the counts are of. Forward passes that recompute, or of
-    the base alone, come on top. Kept values are written and read twice, weights are read in every pass; dequantized
-    weights are written and read in every pass."""
+    """Return operations and bytes of a micro-batch of `units` times the counts.
+
+    Includes forward passes that recompute, and those of the base alone. Kept values are written and read
+    twice, weights are read in every pass; dequantized weights are written and read in every pass."""
     e, forwards = dtype_bytes(load.dtype), load.bare + load.checkpointing
     reads = 2 + forwards
     moved = 4.0 * (units * e * (counts.kept + counts.ends) + counts.logits)
@@ -76,13 +80,14 @@ def run_work(counts: Counts, load: RunLoad, device: Device, units: int = 1) -> W
 
 
 def text_work(shape: TextShape, load: Load, device: Device) -> Work:
-    """Operations and bytes of a micro-batch of `load`."""
+    """Return operations and bytes of a micro-batch of `load`."""
     return run_work(text_counts(shape, load, device), load, device)
 
 
 def reading_work(shape: TextShape, load: Load) -> Work:
-    """Operations and bytes of one forward over a micro-batch of `load`, through a base with nothing on it: what a
-    teacher takes to read answers. The head is at the trained tokens alone."""
+    """Return operations and bytes of one forward of a base without adapters.
+
+    This is a teacher's work to read answers; the head runs only on the trained tokens."""
     operations = 2.0 * load.wanted * shape.vocabulary * shape.hidden
     for layer in shape.layers:
         operations += sum(2.0 * load.tokens * linear.multiplied for linear in layer.linears)
@@ -102,7 +107,7 @@ def run_seconds(
     held_out: int = 0,
     evaluations: int = 0,
 ) -> float:
-    """Seconds of a whole run: its micro-batches, and the forward passes that score held-out rows."""
+    """Return the seconds of a whole run, including the scoring of held-out rows."""
     one = rates.seconds(text_work(shape, load, device), device.count)
     micros = math.ceil(rows * tokens_per_row / max(1, load.tokens)) * epochs
     forward = one * (2 / 6 if load.checkpointing else 1 / 2)
