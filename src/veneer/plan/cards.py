@@ -94,8 +94,10 @@ def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad
 def smallest_card(
     config: Mapping[str, Any], *, side: int = 1024, rank: int = 16, targets: str = "attention", before: int = 0
 ) -> CardFit | None:
-    """The smallest of CARDS that trains this base on pictures of `side` squared, one at a time; None where none does.
-    `before`: pictures that each is an edit of. `config`: of the denoiser; see `image_counts`, whose errors come."""
+    """Return the smallest of CARDS that trains this base on square images; None if none.
+
+    One image of `side` × `side` pixels at a time. before: source images per image (editing). config: of
+    the denoiser. Raises as `image_counts`."""
 
     @functools.cache
     def counts(rank: int) -> ImageCounts:
