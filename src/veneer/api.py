@@ -2,8 +2,7 @@
 
     base = load_base("smollm2-135m")
     run = train_text("examples/tickets/config.yaml", "adapter.rank=8", base=base)
-    train_together(["a.yaml", "b.yaml"], base=base)          in one pass of the base; same results as
-    separate runs
+    train_together(["a.yaml", "b.yaml"], base=base)          in one pass of the base; same results as separate runs
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")

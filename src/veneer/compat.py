@@ -2,7 +2,8 @@
 
 Looking a name up through its list gives an error that names both versions if the installed version lacks
 the name, instead of an AttributeError. The lists of torch, bitsandbytes and Liger-Kernel are here; those
-of transformers and diffusers are in models/compat_*.py."""
+of transformers and diffusers are in models/compat_*.py.
+"""
 
 from __future__ import annotations
 

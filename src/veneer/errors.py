@@ -1,23 +1,17 @@
 """All errors that veneer raises on purpose.
 
-    VeneerError                 what happened, where, and how to fix it; the command line exits with
-    `exit_code`
-    ├── ConfigError             a configuration file or override: unknown key, wrong type, impossible
-    combination
-    ├── DataError               a training or evaluation file: missing, empty, malformed (with its line),
-    wrong row
+    VeneerError                 what happened, where, and how to fix it; the command line exits with `exit_code`
+    ├── ConfigError             a configuration file or override: unknown key, wrong type, impossible combination
+    ├── DataError               a training or evaluation file: missing, empty, malformed (with its line), wrong row
     ├── BaseError               a base cannot be found, read or used
     ├── TargetError             a target pattern that matches nothing, or a module that cannot carry a pair
-    ├── AdapterError            an adapter file or object: missing, extra, misshapen, not understood, not
-    finite
+    ├── AdapterError            an adapter file or object: missing, extra, misshapen, not understood, not finite
     │   └── UnsafeFileError     a file refused without reading: a pickle, a false header, a path that escapes
     ├── MismatchError           an adapter that belongs to another base
     ├── PreflightError          a training run that would fail, detected before step one
     ├── TrainingError           a run that failed after step one: a loss or gradient that is not finite
-    │   └── NoGain              a run that ended worse than it began: there is no adapter to keep (exit
-    code 3)
-    ├── Interrupted             Ctrl-C or SIGTERM during training, after the state was saved (exit code 130
-    or 143)
+    │   └── NoGain              a run that ended worse than it began: there is no adapter to keep (exit code 3)
+    ├── Interrupted             Ctrl-C or SIGTERM during training, after the state was saved (exit code 130 or 143)
     ├── CheckpointError         a checkpoint that cannot be written, read or resumed from
     ├── ResourceError           out of disk or memory
     ├── UnavailableError        a store or a database that does not respond now
@@ -25,7 +19,8 @@
 
 Message helpers: `shown` escapes text from files before it is printed; `quoted`, `bullets`, `counted`,
 `gigabytes`, `nearest` format; `one_of` checks a word. `lacks_memory` recognizes out-of-memory errors. This
-module imports nothing of veneer."""
+module imports nothing of veneer.
+"""
 
 from __future__ import annotations
 

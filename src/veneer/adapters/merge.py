@@ -4,7 +4,8 @@
 
 The base is not changed. A 16-bit weight has about three digits, so part of a small delta is lost to
 rounding: the report says how much is left. `merge` loads the model and knows its modules; `merge_shards`
-rewrites its files one weight at a time."""
+rewrites its files one weight at a time.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@
 
 Written adapters have a card with the digests of their parents, the recipe and the errors. Every error is
 ‖result − truth‖/‖truth‖ (Frobenius), from the factors. Inputs can have any format; outputs have a layout
-of formats.convert, `to`, by default the one for the output's extension (`target_of`)."""
+of formats.convert, `to`, by default the one for the output's extension (`target_of`).
+"""
 
 from __future__ import annotations
 

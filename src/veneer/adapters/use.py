@@ -6,10 +6,10 @@ check that it belongs to the base, attach it with its strength.
     support:0.8            an adapter at strength 0.8; without `:number` the strength is 1
     runs/first             a folder with adapter_config.json, or a run's folder with one in `adapter/`
     style.safetensors      a file in any format that `formats` reads
-    support, support@2,    if no such path exists: in the library, the latest version, version 2, or an
-    alias's
+    support, support@2,    if no such path exists: in the library, the latest version, version 2, or an alias's
     acme/support@prod        version, with or without a namespace
-    sha256:3fa9c1          the adapter whose digest starts with these digits"""
+    sha256:3fa9c1          the adapter whose digest starts with these digits
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """An adapter: low-rank pairs, other deltas, full modules, token rows and a card.
 
-    y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ        W: (out, in) frozen    A: (rank, in)    B: (out, rank)    s =
-    scale_of(alpha, rank)
+    y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ        W: (out, in) frozen    A: (rank, in)    B: (out, rank)    s = scale_of(alpha, rank)
 
-This module knows tensors and names; it does not know about files, models or training."""
+This module knows tensors and names; it does not know about files, models or training.
+"""
 
 from __future__ import annotations
 

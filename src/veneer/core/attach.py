@@ -4,7 +4,8 @@ One Attachment per model owns the adapters and the current selection. `add` wrap
 adapter that changes the module is added; `remove` restores the module with the last one. Selecting is one
 assignment, whatever the number of adapters and modules. The base's tensors are never written to, and
 `detach` restores every module. This package knows modules; it does not know about files, training or
-models by name."""
+models by name.
+"""
 
 from __future__ import annotations
 

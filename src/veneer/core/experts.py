@@ -4,7 +4,8 @@
 
 Each expert implementation multiplies its weights in its own way inside the module's forward (a loop of
 linears, batched or grouped products). An AdaptedWeight replaces such a weight and implements torch's
-products, so that the model's own forward runs. This module does not know about pairs, modules or models."""
+products, so that the model's own forward runs. This module does not know about pairs, modules or models.
+"""
 
 from __future__ import annotations
 

@@ -1,26 +1,20 @@
 """Deltas: changes of one parameter that are not pairs, in the form they were made in.
 
-| form        | parts                                                        | product P
-|
-| dense       | value                                                        | value
-|
-| hadamard    | a1 (out, r) b1 (r, n) a2 (out, r) b2 (r, n)                  | (a1·b1) ⊙ (a2·b2)
-LoHa         |
-|             | the same with cores t1, t2 (r, r, k…), n = in                | each factor aᵢ, tᵢ, bᵢ as
-below        |
-| kronecker   | w1, or a1·b1; w2, or a2·b2, or a2, b2 with the core t2       | w1 ⊗ w2
-LoKr         |
-| gain        | value (out,) or (1, in)                                      | W ⊙ value
-(IA)³        |
-| replacement | value                                                        | value − W                 a
-new value  |
+| form        | parts                                                        | product P                              |
+| dense       | value                                                        | value                                  |
+| hadamard    | a1 (out, r) b1 (r, n) a2 (out, r) b2 (r, n)                  | (a1·b1) ⊙ (a2·b2)         LoHa         |
+|             | the same with cores t1, t2 (r, r, k…), n = in                | each factor aᵢ, tᵢ, bᵢ as below        |
+| kronecker   | w1, or a1·b1; w2, or a2·b2, or a2, b2 with the core t2       | w1 ⊗ w2                   LoKr         |
+| gain        | value (out,) or (1, in)                                      | W ⊙ value                 (IA)³        |
+| replacement | value                                                        | value − W                 a new value  |
 
     ΔW = s·P        with a magnitude m:  ΔW = m/‖W + s·P‖ · (W + s·P) − W
 
 A core t (p, q, k…) of a convolution stands for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. m is (out,): one norm per
 output, over the rest; or (1, in, …): one norm per input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv
 2108.06098), LoKr (arXiv 2212.10650), (IA)³ (arXiv 2205.05638), DoRA (arXiv 2402.09353). This module knows
-tensors; it does not know about modules or files."""
+tensors; it does not know about modules or files.
+"""
 
 from __future__ import annotations
 
@@ -115,8 +109,7 @@ def trained_shapes(
     core options.
 
         loha    a1, a2 (out, r)    b1, b2 (r, in·k…)
-        lokr    out = l·k, in = m·n, `factor`: l and m if it divides them, else the largest divisor below
-        it and √
+        lokr    out = l·k, in = m·n, `factor`: l and m if it divides them, else the largest divisor below it and √
                 w1 (l, m), with `both` and r < max(l, m)/2 a1 (l, r) and b1 (r, m)
                 w2 (k, n, k…), or if r < max(k, n)/2 a2 (k, r) and b2 (r, n·k…)"""
     rows, columns, kernel = shape[0], shape[1], shape[2:]

@@ -2,24 +2,22 @@
 
 All initializations except loftq start with delta zero.
 
-    zero-b      A ~ U(−1/√in, 1/√in), B = 0           (embedding: A = 0, B ~ N(0, 1), as in the first LoRA
-    code)
+    zero-b      A ~ U(−1/√in, 1/√in), B = 0           (embedding: A = 0, B ~ N(0, 1), as in the first LoRA code)
     gaussian    A ~ N(0, 1/rank²), B = 0              (embedding: as above)
     pissa       W = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s), origin = (A, B)         arXiv 2404.02948
     olora       W = Q·R: A = R_r, B = Q_r, origin = (A, B)                               arXiv 2406.01775
     loftq       W − W̃ = U·S·Vᵀ, W̃ the dequantized weight: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s)
                                                                                          arXiv 2310.08659
     DoRA        magnitude = ‖W + s·B·A‖, which is ‖W‖ at delta zero                      arXiv 2402.09353
-    LoHa        a1 ~ N(0, 0.1²), b1, b2 ~ N(0, 1), a2 = 0                                LyCORIS, arXiv
-    2309.14859
-    LoKr        w2 or b2 = 0; w1, a1, b1, a2 ~ U(−1/√n, 1/√n), n their columns           LyCORIS (PEFT:
-    "lycoris")
+    LoHa        a1 ~ N(0, 0.1²), b1, b2 ~ N(0, 1), a2 = 0                                LyCORIS, arXiv 2309.14859
+    LoKr        w2 or b2 = 0; w1, a1, b1, a2 ~ U(−1/√n, 1/√n), n their columns           LyCORIS (PEFT: "lycoris")
 
 PiSSA and OLoRA as published subtract s·B·A from the base; here `origin` subtracts it, so that the base is
 unchanged. LoftQ as published alternates between quantizing W − s·B·A and fitting; here the base is
 unchanged and the first fit is used, which is the best fit for this base. Its delta is the quantization
 error, so a loftq adapter is only for this quantized base. This module knows models by their modules; it
-does not know how an adapter is attached, trained or written."""
+does not know how an adapter is attached, trained or written.
+"""
 
 from __future__ import annotations
 

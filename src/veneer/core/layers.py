@@ -14,7 +14,8 @@ base's. Products with A and B run in A's dtype and the sum is cast back once, as
 a plain nn.Linear takes the fast path. A delta (LoHa, LoKr, …) is materialized at each call and multiplied
 separately from W, so that a 16-bit base does not round it away; this costs memory for one ΔW at a time. A
 trainable delta is multiplied by its parts if that is cheaper: a LoHa of rank r as a pair of rank r², a
-LoKr factor by factor. Layers do not know which adapters exist."""
+LoKr factor by factor. Layers do not know which adapters exist.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
 """Weights as matrices: the change a pair makes to W, and weights with a mix merged in.
 
-    linear, embedding, conv, experts:   ΔW = s·(B·A − B₀·A₀)                        (out, in), experts (E,
-    out, in)
-    DoRA:                               ΔW = m/‖W+sBA‖·(W+sBA) − W                  ‖·‖ over `in`, arXiv
-    2402.09353
+    linear, embedding, conv, experts:   ΔW = s·(B·A − B₀·A₀)                        (out, in), experts (E, out, in)
+    DoRA:                               ΔW = m/‖W+sBA‖·(W+sBA) − W                  ‖·‖ over `in`, arXiv 2402.09353
     deltas:                             ΔW of their form                            core.forms
     mix:                                W' = W + Σ strengthᵢ·ΔWᵢ                    float32, rounded once
 
 Every kind is treated as such a matrix: an embedding (rows, dim) as its transpose, a convolution with its
 last dimensions flattened, experts as stored, or transposed if the module sets `is_transposed`. Nothing is
-changed in place. This module knows modules and pairs; it does not know about attachments."""
+changed in place. This module knows modules and pairs; it does not know about attachments.
+"""
 
 from __future__ import annotations
 

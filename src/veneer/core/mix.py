@@ -1,21 +1,13 @@
 """Mix several adapters into one: Σ strengthᵢ·ΔWᵢ, exactly or by an approximate method.
 
-| method          | result, with τᵢ = strengthᵢ·ΔWᵢ; entry by entry for pruning, TIES and DARE      |
-source           |
-| sum             | Σ τᵢ: ranks concatenated, then the bound if one is given                        | exact
-|
-| svd             | the same, at the largest rank among the adapters unless a bound is given        |
-Eckart-Young     |
-| magnitude_prune | Σ keep(τᵢ): keep the share `density` of largest |entries|, zero the rest        |
-|
-| ties            | keep; elect each entry's sign by Σ keep(τᵢ); mean of the entries with that sign | arXiv
-2306.01708 |
-| dare_linear     | Σ drop(τᵢ): keep each entry with probability `density`, divided by it           | arXiv
-2311.03099 |
-| dare_ties       | drop, then elect and mean as in ties                                            | both
-|
-| orthogonal      | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ concatenated, made orthogonal     | arXiv
-2412.00081 |
+| method          | result, with τᵢ = strengthᵢ·ΔWᵢ; entry by entry for pruning, TIES and DARE      | source           |
+| sum             | Σ τᵢ: ranks concatenated, then the bound if one is given                        | exact            |
+| svd             | the same, at the largest rank among the adapters unless a bound is given        | Eckart-Young     |
+| magnitude_prune | Σ keep(τᵢ): keep the share `density` of largest |entries|, zero the rest        |                  |
+| ties            | keep; elect each entry's sign by Σ keep(τᵢ); mean of the entries with that sign | arXiv 2306.01708 |
+| dare_linear     | Σ drop(τᵢ): keep each entry with probability `density`, divided by it           | arXiv 2311.03099 |
+| dare_ties       | drop, then elect and mean as in ties                                            | both             |
+| orthogonal      | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ concatenated, made orthogonal     | arXiv 2412.00081 |
 
 The entries are those of the true ΔW, one module at a time; `low_rank` turns the result back into a pair.
 Trimming A and B instead, as is common, trims neither. `orthogonal` is for image adapters that compete for
@@ -26,7 +18,8 @@ stay unchanged; two equal adapters give their mean.
 A change that only one adapter has, at strength 1, is copied as it is, whatever its form. Every mixed
 module reports its distance from the true sum. This module knows tensors; it does not know about files or
 bases. Changes that need a weight of the base (DoRA, gains mixed with other deltas, full copies whose
-strengths do not add up to 1) request it."""
+strengths do not add up to 1) request it.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """Cached weights of mixes that are used without training, one entry per module.
 
-    copy      W' = W + Σ strength·ΔW            one product, as on the base; any kind of change, DoRA and
-    forms too
-    stack     A = [s₁·A₁; s₂·A₂; …]    B = [B₁, B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two low-rank products
-    for any mix
+    copy      W' = W + Σ strength·ΔW            one product, as on the base; any kind of change, DoRA and forms too
+    stack     A = [s₁·A₁; s₂·A₂; …]    B = [B₁, B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two low-rank products for any mix
 
 Copies are used if those of all modules fit in `limit` bytes; else stacks if they fit; else neither. Small
 bases therefore run a mix at the base's own cost, and large bases never hold a second set of weights. W' is
@@ -12,7 +10,8 @@ the base's output a second time instead. Both are equally far from exact (docs/n
 
 Entries are made at the first call, not at the switch, keyed by the mix's content; the oldest are dropped
 first. An entry is used only while its source tensors are unchanged. Trained tensors change at every step,
-so mixes with them are not cached. This module knows bases and adapters; it does not know about layers."""
+so mixes with them are not cached. This module knows bases and adapters; it does not know about layers.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 """Rounding to 16 bits, to nearest or stochastic, and how much of a delta is left.
 
-    to nearest         deltas below half a step vanish, or count double: the error of one weight is at most
-    half a step
-    stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so that sums keep
-    what single
+    to nearest         deltas below half a step vanish, or count double: the error of one weight is at most half a step
+    stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so that sums keep what single
                        weights lose; the error of one weight is below a step (arXiv 1502.02551)
 
-This module knows only tensors."""
+This module knows only tensors.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Rows are the first dimension of a module's input. A batch of k·n rows under n mixes repeats the mixes k
 times, as guidance arranges rows: [negative…, positive…]. The call of the model sets the number of rows of
 a batch; a module inside with another first dimension (a shared expert that gets the tokens of all rows
-together) has no rows. This module knows adapters; it does not know about modules."""
+together) has no rows. This module knows adapters; it does not know about modules.
+"""
 
 from __future__ import annotations
 

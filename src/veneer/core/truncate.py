@@ -6,7 +6,8 @@
 
 All computations run in float64: a truncation's error is a small difference of large sums, and the terms of
 a mix can cancel. The rank is low, so float64 costs little. Results are rounded once, to the requested
-dtype. This module knows pairs and matrices; it does not know about adapters, modules or files."""
+dtype. This module knows pairs and matrices; it does not know about adapters, modules or files.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A file is written under a temporary name, flushed to disk and renamed; a new folder likewise.
 `atomic_write` and `put_folder` raise veneer's errors, `replace_file` and `new_folder` the system's, for
-callers with their own messages. This module knows bytes and paths; it does not know about their content."""
+callers with their own messages. This module knows bytes and paths; it does not know about their content.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
 """GGUF files: read without trust, written atomically.
 
     file   = "GGUF" | version u32 | tensors u64 | fields u64 | fields | tensor entries | padding | data
-    field  = key | type u32 | value       array = type u32 | count u64 | values       text = length u64 |
-    UTF-8
-    entry  = name | dimensions u32 | sizes u64… (the innermost first) | type u32 | offset u64, in the data,
-    aligned
+    field  = key | type u32 | value       array = type u32 | count u64 | values       text = length u64 | UTF-8
+    entry  = name | dimensions u32 | sizes u64… (the innermost first) | type u32 | offset u64, in the data, aligned
 
 Little endian, versions 2 and 3. The gguf package's reader follows counts past the end of a file without an
 error, for hours; this module checks every count against the remaining bytes first. torch is imported only
 to read or write a tensor. This module knows bytes and tensors; it does not know about adapters or models.
-Source: ggml's specification."""
+Source: ggml's specification.
+"""
 
 from __future__ import annotations
 

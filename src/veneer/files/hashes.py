@@ -1,29 +1,20 @@
 """Hashes by which managers and hubs identify an adapter file, and their verification.
 
-| name    | of                                                       | kept as        | stored in the
-header as       |
-| sha256  | the whole file                                           | 64 hex digits  |
-|
-| AutoV2  | the same                                                 | the first 10   |
-|
-| AutoV1  | the 64 KiB from 1 MiB on                                 | the first 8    |
-|
-| AutoV3  | the bytes after the header: the tensors                  | the first 12   | sshs_model_hash,
-all 64       |
-|         |                                                          |                |
-modelspec.hash_sha256, `0x…`  |
-| legacy  | as AutoV1, of the file as it would be with ss_ keys only | the first 8    | sshs_legacy_hash
-|
-| crc32   | the whole file                                           | 8 hex digits   |
-|
-| short   | the stated sshs_model_hash, unverified, else AutoV3,     | the first 12   |
-|
-|         | else sha256: A1111's and Forge's name of an adapter      |                |
-|
+| name    | of                                                       | kept as        | stored in the header as       |
+| sha256  | the whole file                                           | 64 hex digits  |                               |
+| AutoV2  | the same                                                 | the first 10   |                               |
+| AutoV1  | the 64 KiB from 1 MiB on                                 | the first 8    |                               |
+| AutoV3  | the bytes after the header: the tensors                  | the first 12   | sshs_model_hash, all 64       |
+|         |                                                          |                | modelspec.hash_sha256, `0x…`  |
+| legacy  | as AutoV1, of the file as it would be with ss_ keys only | the first 8    | sshs_legacy_hash              |
+| crc32   | the whole file                                           | 8 hex digits   |                               |
+| short   | the stated sshs_model_hash, unverified, else AutoV3,     | the first 12   |                               |
+|         | else sha256: A1111's and Forge's name of an adapter      |                |                               |
 
 Editing the metadata changes sha256, AutoV1, AutoV2 and crc32; the stored hashes stay valid. Sources:
 sd-scripts' train_util, Stability's ModelSpec 1.0.1, CivitAI's open source. This module knows bytes; it
-does not know about adapters."""
+does not know about adapters.
+"""
 
 from __future__ import annotations
 

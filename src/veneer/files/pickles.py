@@ -4,7 +4,8 @@ torch's weights-only loader builds tensors, numbers, texts, lists and dicts, and
 no code in the file runs. The result must follow the rules of a safetensors file: names, and sizes that the
 file really holds. Layouts: a state dict, a state dict under `state_dict`, nested dicts (joined by dots),
 and the list of cloneofsimo's `lora_weight.pt`: [up₀, down₀, up₁, …]. This module knows pickles and
-tensors; it does not know about adapters."""
+tensors; it does not know about adapters.
+"""
 
 from __future__ import annotations
 

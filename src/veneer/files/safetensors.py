@@ -1,13 +1,13 @@
 """safetensors files: headers read without trust, tensors mapped, reproducible output.
 
     file = header length (u64, little endian) | header (JSON, UTF-8) | data
-    header = {"__metadata__": {str: str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin,
-    end)}, …}
+    header = {"__metadata__": {str: str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
 
 Everything in a header is checked against the file's size before any tensor data is read, so that a hostile
 file costs no more than its header, within stated limits. torch is imported only to make tensors, so that a
 header can be read without it. This module knows bytes and tensors; it does not know about adapters or
-models."""
+models.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Headers are read and checked when a file is opened, so that a truncated or foreign file gives one clear
 error instead of a crash inside a loader. Tensors are read on demand into their own memory, so that two
 large models can be compared in the memory of two tensors. torch is imported only to read a tensor. This
-module knows names, shapes and bytes; it does not know about models."""
+module knows names, shapes and bytes; it does not know about models.
+"""
 
 from __future__ import annotations
 

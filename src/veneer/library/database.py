@@ -4,7 +4,8 @@ The library's index and the server's tenants use this module. A commit is on dis
 declares at the start of its transaction that it will write, so that SQLite waits for its lock there and
 never in the middle. No wait is unbounded: if PostgreSQL does not respond (stopped, full or unreachable),
 the statement raises OperationalError after `patience` seconds and the connection is closed. (PostgreSQL's
-own statement_timeout cannot do this when the server is gone.) This module knows no tables."""
+own statement_timeout cannot do this when the server is gone.) This module knows no tables.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Describe an adapter's files for the library: which files, and what they contain.
 
 `describe_adapter` reads every format that `formats` knows; `Library.add` accepts another function instead.
-This module knows formats; it does not know about names or the index."""
+This module knows formats; it does not know about names or the index.
+"""
 
 from __future__ import annotations
 

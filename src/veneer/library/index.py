@@ -1,13 +1,13 @@
 """The index: the tables of the library, in SQLite or PostgreSQL, with SQLAlchemy.
 
-    names 1─n versions n─1 entries 1─n files n─1 objects        names 1─n aliases ─1 versions
-    versions 1─n tags
+    names 1─n versions n─1 entries 1─n files n─1 objects        names 1─n aliases ─1 versions        versions 1─n tags
                            entries 1─n triggers, parents, checks          entries 1─1 figures
 
 An entry is content (a manifest); a version gives an entry a name and a number. An object is a file of the
 store, including the manifest itself. Every write transaction holds the index's one write lock (SQLite's
 own, an advisory lock in PostgreSQL), so writes are serialized; `library` and `upkeep` describe them as
-sequences. This module knows tables and connections; `library` and `upkeep` use them."""
+sequences. This module knows tables and connections; `library` and `upkeep` use them.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The library: adapters under names, versions, aliases and tags, with hashed files.
 
-    library = open_library()                     <veneer home>/library, or VENEER_LIBRARY and
-    VENEER_LIBRARY_INDEX
+    library = open_library()                     <veneer home>/library, or VENEER_LIBRARY and VENEER_LIBRARY_INDEX
     library.add("runs/tickets", "support")       support@1
     library.alias("support@1", "prod")           support@prod
     library.resolve("support@prod")              a local path with its files, read-only
@@ -11,13 +10,12 @@
     1. hash the files; the manifest of their hashes is the entry, its own sha256 the entry's id
     2. claim, one transaction: a row in `objects` for each file, touched now; remember each row's generation
     3. store the files that are not in the store
-    4. commit, one transaction: if a row of step 2 is gone or has another generation, collection ran in
-    between: claim
-       and store that file again, while the write lock blocks collection. Then write entry, version and
-       tags together.
+    4. commit, one transaction: if a row of step 2 is gone or has another generation, collection ran in between: claim
+       and store that file again, while the write lock blocks collection. Then write entry, version and tags together.
 
 A kill before step 4 leaves unreferenced files for `gc`. This module knows the store and the index;
-`describe_adapter` reads the content of an adapter's files."""
+`describe_adapter` reads the content of an adapter's files.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ OpenAI's names of fine-tuned models, with the base first and the namespace as th
 The library, a server's adapters, routes, limits, prices and HTTP bodies use only these names. In a
 library, names become file names and are therefore lower case. A name that a server only loads can have
 capitals (`cased`), as clients of other servers send them. Parts contain no separator of paths, URLs or
-mixes. This module knows only text."""
+mixes. This module knows only text.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Queries of the index: references, searches and records of names.
 
-This module knows the tables; it does not know about the store."""
+This module knows the tables; it does not know about the store.
+"""
 
 from __future__ import annotations
 

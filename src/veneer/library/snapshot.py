@@ -11,7 +11,8 @@ checks the revision each second. While the database does not respond, the last n
 waits.
 
 A reload takes 0.5 s for 100,000 versions; the thread then pauses for the time the reload took. Cards are
-not read. This module knows the index; it does not know about the store."""
+not read. This module knows the index; it does not know about the store.
+"""
 
 from __future__ import annotations
 

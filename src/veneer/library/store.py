@@ -2,15 +2,15 @@
 
     library.json              which library this is
     blobs/ab/ab12…            one file of an adapter, under the sha256 of its bytes
-    manifests/3f/3fa9…        {"veneer-manifest": 1, "files": {name: {"sha256", "size"}}}, under its
-    sha256: an entry
+    manifests/3f/3fa9…        {"veneer-manifest": 1, "files": {name: {"sha256", "size"}}}, under its sha256: an entry
     names/support.json        the index's record of a name, from which the index can be rebuilt
     folders/3fa9…/            local stores only: an entry's files under their names, hard links to the blobs
     tmp/                      local stores only: files being written
 
 A file appears complete or not at all, and a file under its sha256 never changes. A writer below tmp/ holds
 a lock on its file, which the system releases when the process dies; unlocked files there are debris. This
-module knows bytes and paths; it does not know about names, versions or the index."""
+module knows bytes and paths; it does not know about names, versions or the index.
+"""
 
 from __future__ import annotations
 

@@ -3,12 +3,12 @@
     hf:owner/name[/file.safetensors][@revision]     a repository of the hub, or one file of it
     s3://bucket/folder, file:///…, a path           a folder with an adapter's files, or one file
 
-    export = library.json {"veneer-export": 1}, names/NAME.json, manifests/…, blobs/… as in a store, in a
-    tar or a
+    export = library.json {"veneer-export": 1}, names/NAME.json, manifests/…, blobs/… as in a store, in a tar or a
     folder; the same library gives the same bytes
 
 Received files are checked (sha256 if there is a manifest, then `describe`) before the library stores them.
-This module knows hubs and archives; the library does the rest."""
+This module knows hubs and archives; the library does the rest.
+"""
 
 from __future__ import annotations
 

@@ -2,10 +2,8 @@
 
 Collection runs during any number of adds and other collections (`library` has the add's half):
 
-    1. entries without a version, not touched within the grace period, lose their rows, in one transaction
-    with
-    2. objects that no entry refers to, not touched within it, are condemned: their generation becomes
-    CONDEMNED
+    1. entries without a version, not touched within the grace period, lose their rows, in one transaction with
+    2. objects that no entry refers to, not touched within it, are condemned: their generation becomes CONDEMNED
     3. in batches, one transaction each: objects that are still condemned lose their file, then their row
 
 A claim between 2 and 3 saves an object, because it gives a condemned object a new generation. An add that
@@ -14,7 +12,8 @@ correctness does not depend on the grace period, on clocks or on the duration of
 period only saves work and keeps removed content for a while. A kill within 3 leaves condemned rows whose
 files can be gone; a process that claims one checks for the file itself, and an add that had seen the file
 sees the other generation. One case is not covered: a process whose transaction PostgreSQL ended as dead,
-but which keeps deleting its batch. `verify_library` then lists the file as missing."""
+but which keeps deleting its batch. `verify_library` then lists the file as missing.
+"""
 
 from __future__ import annotations
 

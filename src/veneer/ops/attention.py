@@ -1,10 +1,8 @@
 """Attention: causal over packed rows, and full attention of denoisers.
 
-    varlen_attention, rope_varlen_attention    o = softmax(scale·q·kᵀ + causal)·v inside each row    q: (N,
-    heads, dim)
+    varlen_attention, rope_varlen_attention    o = softmax(scale·q·kᵀ + causal)·v inside each row    q: (N, heads, dim)
     with head_norms                    of q̂ = rope(w_q ⊙ q/rms(q)) and k̂ alike, as in Qwen 3 and Gemma 3
-    joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike;
-    both optional
+    joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike; both optional
     cross_attention                    o = softmax(q·kᵀ/√d)·v over other tokens' keys
 
 Packed rows need padding only inside the attention. Queries that share a key head are multiplied together
@@ -14,7 +12,8 @@ the output. A denoiser's attention uses the compiled kernel if there is one (hal
 attention on the CPU), which keeps only log Σ exp; otherwise probabilities are kept if they are hardly
 larger than q, k and v, or recomputed in backward for some heads at a time. References: torch's
 F.scaled_dot_product_attention, row by row for packed rows, and `joint_attention_reference`. This module
-does not know about models."""
+does not know about models.
+"""
 
 from __future__ import annotations
 

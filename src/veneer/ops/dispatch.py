@@ -12,7 +12,8 @@ the machine or on the dtype, RULES chooses, from the profile of the machine (pro
 while an op runs: the same profile gives the same bits. VENEER_OPS overrides the choice:
 
     VENEER_OPS=torch                        references only
-    VENEER_OPS=rms_norm=torch,attend=torch  these ops by these implementations, all others as usual"""
+    VENEER_OPS=rms_norm=torch,attend=torch  these ops by these implementations, all others as usual
+"""
 
 from __future__ import annotations
 

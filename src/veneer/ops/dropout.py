@@ -4,7 +4,8 @@
 
 The mask is the same on every device and in every dtype: one pass of a compiled kernel, or torch's integer
 operations. The hash is Wellons' lowbias32 of i ⊕ the seed's low word, with its high word added before the
-second product, so that the masks of two seeds are not permutations of each other."""
+second product, so that the masks of two seeds are not permutations of each other.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A `LinearMap` is one projection, or several joined projections of the same x; `linear` multiplies by it.
 The frozen weight never gets a gradient. A and B can be float32 with 16-bit x and W: they are cast for the
 products, and their gradients are float32. This module does not know about modules, adapter names or
-models."""
+models.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Segments of a product's rows by adapter, for adapters trained in one pass.
 
     tokens of a batch     [ run 0 … | run 1 … | … | padding ]      `tokens[i]` of each, one run after another
-    at the model's end    [ run 0 . | run 1 . | … | padding ]      `kept[i]` of each: rows whose output is
-    needed
+    at the model's end    [ run 0 . | run 1 . | … | padding ]      `kept[i]` of each: rows whose output is needed
 
 Each adapter multiplies only its own rows, so that no value, not even NaN, and no mask of one adapter
 reaches another. Each run's dropout is drawn from its own generator, in the order of its products and
-counted from its first row, as if the run were trained separately."""
+counted from its first row, as if the run were trained separately.
+"""
 
 from __future__ import annotations
 

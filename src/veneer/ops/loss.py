@@ -3,21 +3,16 @@
 `token_nll` reads logits once and computes its gradient in the same pass. The others are pure functions of
 log-probabilities, with one loss per pair or per answer:
 
-| loss   | value of each answer                           | loss of a pair (w: chosen, l: rejected)
-|
-| dpo    | r = log π(y|x) − log π_ref(y|x)                | −log σ(β·(r_w − r_l))
-|
-| ipo    | r, by default divided by |y|                   | (r_w − r_l − 1/(2β))²
-|
-| orpo   | m = log π(y|x) / |y|                           | −β·log σ(log odds(m_w) − log odds(m_l))
-|
-| simpo  | m                                              | −log σ(β·(m_w − m_l) − γ)
-|
-| kto    | r, and whether the answer is desirable         | λ·(1 − σ(±β·(r − z₀))), per answer
-|
+| loss   | value of each answer                           | loss of a pair (w: chosen, l: rejected)                   |
+| dpo    | r = log π(y|x) − log π_ref(y|x)                | −log σ(β·(r_w − r_l))                                     |
+| ipo    | r, by default divided by |y|                   | (r_w − r_l − 1/(2β))²                                     |
+| orpo   | m = log π(y|x) / |y|                           | −β·log σ(log odds(m_w) − log odds(m_l))                   |
+| simpo  | m                                              | −log σ(β·(m_w − m_l) − γ)                                 |
+| kto    | r, and whether the answer is desirable         | λ·(1 − σ(±β·(r − z₀))), per answer                        |
 
 All have shape (n,) and are differentiable; nothing is summed or averaged here. This module knows neither
-models nor data."""
+models nor data.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
     geglu        up ⊙ gelu(gate) from [up | gate]
     gelu_tanh    tanh approximation of gelu
 
-The reference of each is the same formula in torch's operations."""
+The reference of each is the same formula in torch's operations.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     rms_norm     y = w ⊙ x / √(mean x² + ε)
     norm_silu    y = silu(w ⊙ x̂ + b), x̂ over groups of channels of x plus a shift of each channel
 
-Frozen weights never get a gradient. Each norm has a slow reference."""
+Frozen weights never get a gradient. Each norm has a slow reference.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A library's product repacks its weight at each call, in blocks that fill a vector or a tile of AMX. If that
 takes enough time to be worth the memory (the rule of the op "prepacked_linear" decides),
 `PrepackedWeights` packs the weight once per direction, for the length of a run. `linear` and `token_nll`
-use the copies."""
+use the copies.
+"""
 
 from __future__ import annotations
 

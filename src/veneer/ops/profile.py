@@ -1,14 +1,14 @@
 """The profile of this machine: rates of products and memory.
 
-    found = profile()                   measured once, in about two seconds, and stored beside the compiled
-    kernels
+    found = profile()                   measured once, in about two seconds, and stored beside the compiled kernels
     found.rate("bfloat16")              GFLOP/s of the fastest of the measured shapes
     found.bandwidth                     GB/s read from memory
 
 The file is named by the processor, its flags, the number of threads and torch's version. A broken file, or
 one of another machine, is measured again. If no folder is writable, the profile lasts as long as the
 process. VENEER_PROFILE names a file to use instead; nothing is measured then, and tests give the same bits
-everywhere."""
+everywhere.
+"""
 
 from __future__ import annotations
 

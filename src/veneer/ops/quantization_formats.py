@@ -1,15 +1,15 @@
 """Quantization formats: frozen weights in 4 and 8 bits, in bitsandbytes' and ggml's layouts.
 
     nf4, fp4         w = table[code]·absmax                 a block of 64 weights has one absmax
-    double quant     absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127
-    bits a weight
+    double quant     absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
     int8             w = code·absmax / 127                  one absmax a row
     Q4_K, Q8_0, …    the blocks of a GGUF file, unchanged
 
 Products and sums run in float32, each rounded separately, with one rounding at the end: codes, constants
 and values of the first three are bit-identical to bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and the
 8-bit map, arXiv 2110.02861). Compiled kernels run on the CPU and on CUDA (bitsandbytes' where ours cannot
-run); torch's operations, the reference, run elsewhere."""
+run); torch's operations, the reference, run elsewhere.
+"""
 
 from __future__ import annotations
 

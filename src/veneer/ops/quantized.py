@@ -6,7 +6,8 @@ dtype: every operation gives the result that it would give with this weight. Pro
 weight, use it and free it, except products of a few rows if the device multiplies by codes; under autograd
 a product keeps the codes and dequantizes again in backward. Row views, a transpose and a move to another
 device stay quantized; any other operation runs on the dequantized weight and returns a plain tensor. A
-`Quantized` cannot be written to."""
+`Quantized` cannot be written to.
+"""
 
 from __future__ import annotations
 

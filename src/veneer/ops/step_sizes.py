@@ -1,6 +1,7 @@
 """Sizes into which a step's work is divided, shared by execution and planning.
 
-Does not load torch: plans read these sizes before anything is loaded."""
+Does not load torch: plans read these sizes before anything is loaded.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     python -m veneer.ops.table > docs/reference/ops.md
 
 The page shows the package's implementations for any machine; `veneer doctor --ops` shows what runs on this
-machine."""
+machine.
+"""
 
 from __future__ import annotations
 

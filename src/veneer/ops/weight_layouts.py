@@ -2,7 +2,8 @@
 
 Every product repacks a plain weight, which takes most of the time of a few rows. `packing` chooses a
 prepacked layout: panels if a kernel multiplies by them, else oneDNN's, else the weight's own. A weight is
-stored once; products of prompts are within a few percent of each other in every layout."""
+stored once; products of prompts are within a few percent of each other in every layout.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ bfloat16; for int8 with one scale per row, codes are multiplied exactly and the 
 
 Two functions multiply by panels, in AVX-512 and in AMX tiles. Their sums have different orders, so a
 weight uses one of them for any number of rows, and a row's bits do not depend on other rows. Which one is
-measured once per machine, op "panel_linear"."""
+measured once per machine, op "panel_linear".
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Measured rates of this machine, stored in the veneer home, one record per device.
 
-    record = calibrate("smollm2-135m")                         short real steps of two sizes: operations,
-    bandwidth
+    record = calibrate("smollm2-135m")                         short real steps of two sizes: operations, bandwidth
     write_calibration(record) · read_calibration(device_key)   plan-calibration.json
 
-Two steps of different sizes give two equations in 1/rate and 1/bandwidth."""
+Two steps of different sizes give two equations in 1/rate and 1/bandwidth.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 
 One image at a time; text encoders and VAE are freed once everything is cached. A card must have memory for
 two phases: training, and before that the fully loaded base while images and captions are encoded. Settings
-are tried in order of their cost in time; CARDS maps a memory size to a GPU."""
+are tried in order of their cost in time; CARDS maps a memory size to a GPU.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
 Kinds, in this order: recompute activations, one row (or image) at a time, shorter rows (smaller images), a
 lower rank, a 4-bit base, weights on the CPU, more devices. One change is better than two: pairs and
 triples are tried only if no single change suffices. More devices mean another machine, so they do not end
-the search before two or three settings of this machine were tried."""
+the search before two or three settings of this machine were tried.
+"""
 
 from __future__ import annotations
 

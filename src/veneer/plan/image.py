@@ -1,12 +1,12 @@
 """Counts of an image base and its training step, from the shapes of the denoiser.
 
-    counts = image_counts(config, height=1024, width=1024, rank=16)      parameters, pairs, kept values,
-    operations
+    counts = image_counts(config, height=1024, width=1024, rank=16)      parameters, pairs, kept values, operations
     image_memory(counts, load, device)                                   bytes by part
 
 SD1.5's and SDXL's UNets, FLUX.1, FLUX.2, Qwen-Image, SD3 and Z-Image, from the fields of their
 config.json. A block keeps the outputs of its matrices, times a coefficient of its family, and the inputs
-of the matrices with a pair."""
+of the matrices with a pair.
+"""
 
 from __future__ import annotations
 

@@ -8,15 +8,15 @@ heads H and K of size h, MLP width f, e bytes a value
 
     e·N·(d + (H + 2K)·h)        the input of q, k and v, and their outputs
     e·N·(H·h + d)               the input and output of o
-    e·N·(d + 2f) + e·N·d        the input of gate and up, their outputs, the output of down, whose input is
-    recomputed
+    e·N·(d + 2f) + e·N·d        the input of gate and up, their outputs, the output of down, whose input is recomputed
     e·N·Σ rank                  x·Aᵀ of every pair
 
 and half as much again for each expert that a token chooses, because experts gather their inputs.
 
 The peak is at the start of the backward pass: all of this is kept, and the gradients inside one block are
 allocated. They take the block's kept bytes times a coefficient of `FITS`. A run measures its longest batch
-before the first step, and shows that number."""
+before the first step, and shows that number.
+"""
 
 from __future__ import annotations
 

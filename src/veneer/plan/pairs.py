@@ -3,7 +3,8 @@
     PairForm("loha").beside((out, in), rank)        PairCosts
 
 A LoHa of rank r is multiplied as a pair of rank r², a LoKr factor by factor (core.layers); values that are
-not kept are recomputed in the backward pass."""
+not kept are recomputed in the backward pass.
+"""
 
 from __future__ import annotations
 

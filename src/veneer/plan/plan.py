@@ -4,7 +4,8 @@
     plan = image_plan("flux.1-dev", config, load, device, rates, job)
     plan.fits · plan.changes[0] · plan.seconds · plan.cost
 
-If the run does not fit, its time and cost are those of the first change that makes it fit."""
+If the run does not fit, its time and cost are those of the first change that makes it fit.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Serving capacity of a device: adapters, tokens per second, cents per 1,000 requests.
 
     one step of b requests      time = max(bytes read / bandwidth, operations / rate)
-                                bytes: weights that are multiplied + keys and values of b contexts + b
-                                adapters
+                                bytes: weights that are multiplied + keys and values of b contexts + b adapters
     a prompt                    operations / rate
 
-A roofline: the hardware's limit at the stated shares, not the throughput of a real engine."""
+A roofline: the hardware's limit at the stated shares, not the throughput of a real engine.
+"""
 
 from __future__ import annotations
 

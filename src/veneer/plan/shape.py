@@ -1,11 +1,11 @@
 """The shape of a base, from its config: layers' matrices, heads and vocabulary.
 
     text_shape(config)            a language model's config.json, as a dict
-    module_shape(model)           the same from a built model, on any device: for families not in the table
-    here
+    module_shape(model)           the same from a built model, on any device: for families not in the table here
 
 A layer's matrices have transformers' names, so that targets mean the same as in training. Loads neither
-torch nor transformers."""
+torch nor transformers.
+"""
 
 from __future__ import annotations
 

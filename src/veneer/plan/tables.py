@@ -4,7 +4,8 @@
     device_named("h100-80gb")                    what a plan needs of a GPU
 
 Both are data files in this folder. `$VENEER_HOME/gpus.json` adds GPUs and changes fields of known ones, as
-{"gpus": {"h100-80gb": {"price": 1.99}}}."""
+{"gpus": {"h100-80gb": {"price": 1.99}}}.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Duration of a run: counted operations and bytes over assumed or measured rates.
 
-seconds = operations / rate + bytes / bandwidth"""
+seconds = operations / rate + bytes / bandwidth
+"""
 
 from __future__ import annotations
 

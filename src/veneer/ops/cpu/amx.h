@@ -1,5 +1,6 @@
-/* AMX's tiles: eight of sixteen rows of 64 bytes each, and the product of two of bf16. HAS_TILES: whether they are there.
-   With VENEER_EMULATE_AMX the same in plain C, so that what is written for tiles is compiled and tried on any processor. */
+/* AMX tiles: eight tiles of sixteen rows of 64 bytes, and their bf16 product. HAS_TILES: whether they
+   are available. With VENEER_EMULATE_AMX the tiles are emulated in plain C, so that code for tiles
+   compiles and runs on any processor. */
 
 #ifndef VENEER_AMX_H
 #define VENEER_AMX_H
@@ -7,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* What a thread's tiles are, in the processor's own form; palette 1. A tile t is rows[t] rows of bytes[t]. */
+/* A thread's tile configuration, in the processor's format; palette 1. Tile t has rows[t] rows of bytes[t]. */
 typedef struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -20,7 +21,7 @@ typedef struct {
 static _Thread_local tile_shapes emulated_shapes;
 static _Thread_local uint32_t emulated_tiles[8][16][16];
 
-/* Denormals are 0, whatever the thread's own way of rounding says of them. */
+/* Denormals are flushed to 0, whatever the thread's rounding mode. */
 static inline float emulated_flush(float x) { return __builtin_fabsf(x) < 1.17549435e-38f ? __builtin_copysignf(0.0f, x) : x; }
 
 static inline float emulated_up(uint32_t half) {
@@ -46,7 +47,8 @@ static void emulated_store(int t, void *to, int64_t stride) {
         memcpy((char *)to + r * stride, emulated_tiles[t][r], emulated_shapes.bytes[t]);
 }
 
-/* Of each pair of inputs the first ones are summed by themselves, and the second ones; their sum is added (TDPBF16PS). */
+/* The first inputs of the pairs are summed separately from the second ones; then both sums are added
+   (TDPBF16PS). */
 static void emulated_product(int c, int a, int b) {
     for (int r = 0; r < emulated_shapes.rows[c]; r++)
         for (int n = 0; n < emulated_shapes.bytes[c] / 4; n++) {
@@ -69,7 +71,7 @@ static void emulated_product(int c, int a, int b) {
 #define tile_product(c, a, b) emulated_product(c, a, b)
 #define tile_release() memset(&emulated_shapes, 0, sizeof emulated_shapes)
 
-/* Whether the system lets this process use them. */
+/* Return whether the system lets this process use tiles. */
 static inline int tiles_granted(void) { return 1; }
 
 #elif defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
@@ -78,7 +80,7 @@ static inline int tiles_granted(void) { return 1; }
 #include <sys/syscall.h>
 long syscall(long number, ...);
 
-/* Compilers' own functions do not all say what memory they read. */
+/* Not all compilers' intrinsics declare the memory that they read. */
 #define memory_is_read(from) __asm__ volatile("" : : "r"(from) : "memory")
 #define tile_configure(shapes) \
     do { \
@@ -95,7 +97,8 @@ long syscall(long number, ...);
 #define tile_product(c, a, b) _tile_dpbf16ps(c, a, b)
 #define tile_release() _tile_release()
 
-enum { ASK_FOR_STATE = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: 8 kB more a thread */
+/* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: 8 kB more per thread */
+enum { ASK_FOR_STATE = 0x1023, TILE_DATA = 18 };
 static inline int tiles_granted(void) { return syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA) == 0; }
 
 #else

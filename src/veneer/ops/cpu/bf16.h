@@ -1,4 +1,4 @@
-/* bfloat16 to float32 and back, and e^x: what all kernels share. */
+/* Shared by all kernels: bfloat16 to float32 and back, and e^x. */
 
 #ifndef VENEER_BF16_H
 #define VENEER_BF16_H
@@ -9,12 +9,13 @@
 
 typedef uint16_t bf16;
 
-/* What a kernel that can fail returns; ops/cpu/compiled.py makes exceptions of it. */
+/* Return codes of kernels that can fail; ops/cpu/compiled.py converts them to exceptions. */
 enum { DONE, NO_ROOM, BAD_TARGET };
 
 static inline void *aligned_room(int64_t bytes) { return aligned_alloc(64, bytes > 0 ? (size_t)((bytes + 63) / 64 * 64) : 64); }
 
-/* A thread that has no room says so, and leaves out its part of the loop: it must still meet the others at the end. */
+/* A thread without memory sets *failed and skips its part of the loop: it must still reach the barrier
+   at the end. */
 static inline int all_there(int there, int *failed) {
     if (!there) {
 #pragma omp atomic write
@@ -36,8 +37,9 @@ static inline bf16 down(float f) {
     return (bf16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-/* e^x to about 2 units in the last place of float32; 0 below -87, and no overflow for the x <= 0 of a softmax. Cody-Waite
-   reduction x = n ln2 + r, then a polynomial in r (the coefficients of Cephes expf). */
+/* e^x to about 2 units in the last place of float32; 0 below -87, and no overflow for the x <= 0 of a
+   softmax. Cody-Waite reduction x = n ln2 + r, then a polynomial in r (the coefficients of Cephes
+   expf). */
 static inline float exp32(float x) {
     float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
     float n = __builtin_rintf(clamped * 1.44269504088896341f);
@@ -57,7 +59,7 @@ static inline float exp32(float x) {
     return x < -87.0f ? 0.0f : (x == x ? y : x);
 }
 
-/* y = w x / sqrt(mean x^2 + eps) of one row */
+/* y = w x / sqrt(mean x^2 + eps), one row */
 static inline void norm_row(const bf16 *x, const bf16 *w, bf16 *y, int64_t d, float eps) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -67,7 +69,7 @@ static inline void norm_row(const bf16 *x, const bf16 *w, bf16 *y, int64_t d, fl
     for (int64_t j = 0; j < d; j++) y[j] = down(up(x[j]) * r * up(w[j]));
 }
 
-/* h = silu(gate) up of one row */
+/* h = silu(gate) up, one row */
 static inline void silu_gate_row(const bf16 *gate, const bf16 *value, bf16 *h, int64_t f) {
 #pragma omp simd
     for (int64_t j = 0; j < f; j++) {
@@ -79,7 +81,7 @@ static inline void silu_gate_row(const bf16 *gate, const bf16 *value, bf16 *h, i
 #if defined(__AVX512F__)
 #include <immintrin.h>
 
-static inline __m512 exp512(__m512 x) { /* exp32, and what is far below is 0 */
+static inline __m512 exp512(__m512 x) { /* as exp32, with 0 for very negative x */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
@@ -93,7 +95,8 @@ static inline __m512 exp512(__m512 x) { /* exp32, and what is far below is 0 */
     return _mm512_scalef_ps(p, n);
 }
 
-/* 2^x to 3e-6 of it, for what is rounded to bfloat16 (2e-3) next: scalef takes the whole part, a polynomial the rest, 0 ... 1. */
+/* 2^x with relative error 3e-6, before rounding to bfloat16 (2e-3): scalef for the integer part, a
+   polynomial for the fraction, 0 ... 1. */
 #if defined(__AVX512DQ__)
 static inline __m512 exp2_near(__m512 x) {
     __m512 f = _mm512_reduce_ps(x, 1), p = _mm512_set1_ps(1.353407211e-2f);

@@ -1,7 +1,8 @@
 """Build, test and load the compiled kernels.
 
 The kernels are built once per processor and compiler, tested once, and loaded only from a folder that no
-other user can write to."""
+other user can write to.
+"""
 
 from __future__ import annotations
 

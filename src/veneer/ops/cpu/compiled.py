@@ -4,7 +4,8 @@ Optional: without a C compiler everything runs on torch's operations, slower and
 within bfloat16 rounding. `status()` reports which and why; VENEER_NATIVE=0 disables the compiled kernels.
 The sources are built once on the user's machine (build.py) and called through ctypes. Every kernel is
 tested against its formula once per build (selftest.py); a kernel that fails is reported and torch's
-operations replace it. Callers look a kernel up by name first: `usable("rms_norm", x, w)`."""
+operations replace it. Callers look a kernel up by name first: `usable("rms_norm", x, w)`.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-/* All layers of a decoder of Llama's kind in one parallel region, and the products they are made of. Needs AVX512-BF16;
+/* All layers of a Llama-like decoder in one parallel region, and its products. Needs AVX512-BF16;
    elsewhere serve/forward/llama.py does the same call by call, which is also the reference.
 
-   A step of few tokens is hundreds of products of some tens of microseconds. Begun one by one, more time goes into
-   waking the other threads than into the products; here they meet at barriers, and nobody sleeps. Arithmetic is float32
-   inside and rounded where plan.py rounds. A row's result depends neither on the other rows nor on the number of threads. */
+   A step of few tokens is hundreds of products of some tens of microseconds. If each product started its
+   own region, waking the threads would take longer than the products; here threads meet at barriers and
+   never sleep. Arithmetic is float32 inside and rounded where plan.py rounds. A row's result depends
+   neither on the other rows nor on the number of threads. */
 
 #include "amx.h"
 #include "serving.h"
@@ -13,24 +14,26 @@
 const int has_decoder = 1;
 
 enum { PANEL = 64, ROWS = 64, DEEP = 1024, CHUNK = 512, NEAR = 128, FEW = 8, SOON = 4096 };
-/* Pairs along the inputs: DEEP to a sum in registers, CHUNK that are made again of codes at once, for the second cache. Up to
-   FEW rows multiply by codes as they are made; for more, the next ones are made between the products of a tile, and codes
-   SOON bytes on are asked for. In tiles sums stay where they are, and few rows have NEAR pairs at once, for the first cache. */
+/* Pairs along the inputs: DEEP per sum in registers; CHUNK are dequantized at once, for the
+   second-level cache. Up to FEW rows multiply by codes as they are dequantized; for more rows, the next
+   codes are dequantized between the products of a tile, and codes SOON bytes ahead are prefetched. In
+   AMX tiles sums stay in place, and few rows use NEAR pairs at once, for the first-level cache. */
 
-/* W (out, in) in panels of 64 rows, by what its numbers are:
+/* W (out, in) in panels of 64 rows, by kind:
      DENSE   bf16                             (out / 64, in / 2, 64, 2)
-     ROWS8   q scale                          int8, -127 … 127, (out / 64, in / 4, 4, 4, 2, 4, 2): sixteen columns, by fours, of
-                                              each the two pairs; a scale a row, (out / 64, 64) float32, in the sums at the end;
-                                              table: the low bytes of bfloat16 0 … 127, then the high ones
-     EIGHT   q scale + zero, to bf16          int8 q as DENSE has them
+     ROWS8   q scale                          int8, -127 … 127, (out / 64, in / 4, 4, 4, 2, 4, 2): sixteen columns, in fours, with
+                                              the two pairs of each; one scale per row, (out / 64, 64) float32, applied to the
+                                              sums; table: the low bytes of bfloat16 0 … 127, then the high bytes
+     EIGHT   q scale + zero, to bf16          int8 q in DENSE's order
      FOUR    table[q] scale + zero, to bf16   32 bits for eight inputs of every second column, (out / 64, in / 8, 4, 16): lane
                                               2 c + e of the j-th sixteen has, in its half byte 2 i + h, input 2 i + e of
                                               column 16 j + 8 h + c. table: sixteen float32
-   Of EIGHT and FOUR `size` inputs of a row, 8, 16, 32 or 64, share scale and zero, which lie by `constants`:
+   In EIGHT and FOUR, `size` inputs of a row, 8, 16, 32 or 64, share scale and zero, in the layout
+   `constants`:
      ONE     scale, float32                   (out / 64, in / size, 64); zero is 0
      TWO     scale, then zero, float32        (out / 64, in / size, 2, 64)
      PAIR    scale and zero in bf16           (out / 64, in / size, 64, 2)
-   `tiles`: whether AMX multiplies. Its sums are in another order, so all rows go one way or the other. */
+   `tiles`: whether AMX multiplies. Its sums have another order, so all rows must use the same way. */
 enum { DENSE, ROWS8, EIGHT, FOUR };
 enum { ONE, TWO, PAIR };
 typedef struct {
@@ -39,7 +42,7 @@ typedef struct {
     const void *table;
 } matrix;
 
-/* c[r][16 J] (+)= sum over p of a_r[p] . b[p][.] for R rows; a and b in pairs of bf16, b a panel's columns. */
+/* c[r][16 J] (+)= sum over p of a_r[p] . b[p][.] for R rows; a and b are pairs of bf16, b a panel's columns. */
 static inline __attribute__((always_inline)) void tile(const int R, const int J, const uint32_t *a, i64 lda, const uint32_t *b,
                                                        i64 pairs_in, float *c, int add) {
     __m512 s[4][4];
@@ -73,7 +76,8 @@ static inline __m512 wide(const bf16 *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
 
-/* Scale and zero of a group of sixteen columns from `column` on, each twice: the first eight columns', then the others'. */
+/* Scale and zero of a group of sixteen columns starting at `column`, each twice: first eight columns,
+   then the others. */
 static inline void constants_of(const matrix *w, i64 group, i64 column, __m512 *scale, __m512 *zero) {
     const __m512i twice[2] = {_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
                               _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
@@ -97,7 +101,7 @@ typedef struct {
     __m512 scale[2], zero[2];
 } unit;
 
-/* `at`: the panel's number times the pairs of a row, and the pair in it; the constants are there already. */
+/* `at`: the panel's number times the pairs of a row, plus the pair in it; the constants are already loaded. */
 static inline __attribute__((always_inline)) void begin(const i64 kind, const matrix *w, i64 at, i64 column, unit *u) {
     if (kind == FOUR) u->words[0] = _mm512_loadu_si512((const uint32_t *)w->codes + at / 4 * PANEL + column);
     else if (kind == ROWS8)
@@ -108,11 +112,11 @@ static inline __attribute__((always_inline)) void begin(const i64 kind, const ma
 
 static inline __m512 eight_bits(__m128i q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)); }
 
-/* Both pairs of 64 codes of ROWS8 in bf16. */
+/* Both pairs of 64 ROWS8 codes in bf16. */
 static inline __attribute__((always_inline)) void made_of_rows8(__m512i q, const matrix *w, __m512i *out) {
 #if defined(__AVX512VBMI__)
     const uint8_t *table = w->table;
-    __asm__("" : "+r"(table)); /* read again each time: in registers it would take those of a tile's sums */
+    __asm__("" : "+r"(table)); /* reload each time: in registers it would displace those of a tile's sums */
     __m512i size = _mm512_abs_epi8(q), low, high;
     low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), size, _mm512_loadu_si512(table + 64));
     high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), size, _mm512_loadu_si512(table + 192));
@@ -126,7 +130,7 @@ static inline __attribute__((always_inline)) void made_of_rows8(__m512i q, const
 #endif
 }
 
-/* Pair e of a unit in bf16, asked for in their order. */
+/* Pair e of a unit in bf16; pairs are requested in order. */
 static inline __attribute__((always_inline)) __m512i made_of(const i64 kind, const matrix *w, unit *u, __m512 table,
                                                              const int e) {
     __m512 low, high;
@@ -134,7 +138,7 @@ static inline __attribute__((always_inline)) __m512i made_of(const i64 kind, con
         if (e % 2 == 0) made_of_rows8(u->words[e / 2], w, u->both);
         return u->both[e % 2];
     }
-    if (kind == FOUR) { /* of a place only the low four bits count */
+    if (kind == FOUR) { /* the permute uses only the low four bits */
         low = _mm512_permutexvar_ps(_mm512_srli_epi32(u->words[0], 8 * e), table);
         high = _mm512_permutexvar_ps(_mm512_srli_epi32(u->words[0], 8 * e + 4), table);
     } else {
@@ -146,7 +150,8 @@ static inline __attribute__((always_inline)) __m512i made_of(const i64 kind, con
 
 static inline int pairs_shift(const matrix *w) { return __builtin_ctzll((unsigned long long)w->size) - 1; }
 
-/* `count` pairs of codes from `at` on (see `begin`), 16 J columns of a panel from `within` on, as bf16: out (count, 64, 2). */
+/* Dequantize `count` pairs of codes starting at `at` (see `begin`), 16 J columns of a panel starting at
+   `within`, to bf16: out (count, 64, 2). */
 static inline __attribute__((always_inline)) void widen(const i64 kind, const int J, const matrix *w, i64 at, i64 count,
                                                         i64 within, uint32_t *out) {
     const __m512 table = kind == FOUR ? _mm512_loadu_ps(w->table) : _mm512_setzero_ps();
@@ -154,7 +159,7 @@ static inline __attribute__((always_inline)) void widen(const i64 kind, const in
     for (i64 p = 0; p < count; p += of)
         for (int j = 0; j < J; j++) {
             unit u;
-            if (kind == ROWS8) { /* two pairs are the fewest there may be */
+            if (kind == ROWS8) { /* two pairs are the minimum */
                 __m512i q = _mm512_loadu_si512((const uint8_t *)w->codes + (at + p) * 2 * PANEL + 4 * (within + 16 * j));
                 made_of_rows8(q, w, u.both);
                 for (int e = 0; e < 2; e++) _mm512_store_si512(out + PANEL * (p + e) + 16 * j, u.both[e]);
@@ -181,7 +186,8 @@ static void widen_codes(int J, const matrix *w, i64 at, i64 count, i64 within, u
     else BY_KIND(widen, w->kind, J, w, at, count, within, out)
 }
 
-/* c[r][64] of R rows, all of a panel's columns, 16 J at a time, by codes as they are made: the sums of `tile` in its order. */
+/* c[r][64] of R rows, all columns of a panel, 16 J at a time, dequantizing codes on the fly: the sums
+   of `tile` in the same order. */
 static inline __attribute__((always_inline)) void few_rows(const i64 kind, const int R, const int J, const uint32_t *a, i64 lda,
                                                            const matrix *w, i64 at, i64 half, float *c) {
     const __m512 table = kind == FOUR ? _mm512_loadu_ps(w->table) : _mm512_setzero_ps();
@@ -206,7 +212,7 @@ static inline __attribute__((always_inline)) void few_rows(const i64 kind, const
                 }
                 continue;
             }
-            const int T = R < 4 ? 2 : 1; /* units at once: a sum waits for the one before it */
+            const int T = R < 4 ? 2 : 1; /* units at once: a sum waits for the previous one */
 #pragma GCC unroll 4
             for (int j = 0; j < J; j += T) {
                 unit u[2];
@@ -248,7 +254,7 @@ FEW_ROWS(8, 2)
 static void (*const few_rows_of[FEW + 1])(const uint32_t *, i64, const matrix *, i64, i64, float *) = {
     NULL, few_rows1, few_rows2, few_rows3, few_rows4, few_rows5, few_rows6, few_rows7, few_rows8};
 
-/* What is to be made of codes meanwhile: units next … last of a panel's chunk, four beside one another. */
+/* Codes to dequantize in the meantime: units next … last of a panel's chunk, four adjacent ones. */
 typedef struct {
     const matrix *w;
     i64 at, next, last;
@@ -268,7 +274,8 @@ static inline __attribute__((always_inline)) void store_next(const i64 kind, con
     _mm512_store_si512(j->out + PANEL * (j->next / 4 * 4 + e) + j->next % 4 * 16, made_of(kind, j->w, u, table, e));
 }
 
-/* tile(4, 4, …) with a unit for every four pairs: the processor makes codes on what the products leave idle. */
+/* tile(4, 4, …) with a unit for every four pairs: dequantizing uses the execution units that the
+   products leave idle. */
 static inline __attribute__((always_inline)) void tile_ahead(const i64 kind, const uint32_t *a, i64 lda, const uint32_t *b,
                                                              i64 pairs_in, float *c, int add, ahead *job) {
     const __m512 table = kind == FOUR ? _mm512_loadu_ps(job->w->table) : _mm512_setzero_ps();
@@ -319,8 +326,9 @@ static void finish_ahead(ahead *job) { BY_KIND(rest_ahead, job->w->kind, job) }
 #if HAS_TILES
 enum { TILE = 16, TWO_TILES = 32 };
 
-/* Tiles for `m` rows of x. Up to sixteen: 0 … 3 sums of sixteen columns each, 4 x, 5 … 7 W. Up to 32: 0 and 1 sums of
-   the first sixteen rows by 32 columns, 2 and 3 of the others, 4 and 5 x, 6 and 7 W. */
+/* Configure tiles for `m` rows of x. Up to sixteen: tiles 0 … 3 are sums of sixteen columns each, 4 is
+   x, 5 … 7 are W. Up to 32: 0 and 1 are sums of the first sixteen rows by 32 columns, 2 and 3 of the
+   others, 4 and 5 are x, 6 and 7 are W. */
 static void shape_tiles(i64 m) {
     tile_shapes shapes = {.palette = 1};
     int low = m <= TILE;
@@ -330,7 +338,8 @@ static void shape_tiles(i64 m) {
     tile_configure(&shapes);
 }
 
-/* What is two products on is asked for: nobody sees that a tile's rows, 256 bytes apart, are those of a stream. */
+/* Prefetch the data of two products ahead: the hardware prefetcher does not see that a tile's rows, 256
+   bytes apart, are a stream. */
 static inline void ask_ahead(const uint32_t *b, int J) {
     for (int p = 0; p < TILE; p++)
         for (int j = 0; j < J; j++) _mm_prefetch((const char *)(b + p * PANEL + 16 * j) + 2 * SOON, _MM_HINT_T0);
@@ -377,7 +386,8 @@ static inline void zero_sums(void) {
     tile_zero(3);
 }
 
-/* `tile` for m rows, up to 32, of tiles shaped for them: sixteen pairs at a time, the last ones beside zeros. */
+/* `tile` for up to 32 rows, with tiles configured for m: sixteen pairs at a time, the last ones padded
+   with zeros. */
 static void product_in_tiles(i64 m, int J, const uint32_t *a, i64 lda, const uint32_t *b, i64 pairs_in, float *c, int add,
                              int from_memory) {
     const i64 ldc = PANEL * 4;
@@ -435,7 +445,7 @@ static void product_in_tiles(i64 m, int J, const uint32_t *a, i64 lda, const uin
     }
 }
 
-/* The same for up to ROWS rows. A row's sums do not depend on how many there are. */
+/* The same for up to ROWS rows. A row's sums do not depend on the number of rows. */
 static void rows_in_tiles(i64 m, int J, const uint32_t *a, i64 lda, const uint32_t *b, i64 pairs_in, float *c, int add,
                           int from_memory) {
     for (i64 r = 0, own; r < m; r += own) {
@@ -450,7 +460,7 @@ int amx_granted(void) { return tiles_granted(); }
 int amx_granted(void) { return 0; }
 #endif
 
-/* y, or what is added to it, of sums of m rows and 16 J columns. */
+/* Write the sums of m rows and 16 J columns to y, or add them. */
 static void put_sums(const float *c, i64 m, int J, const matrix *w, const bf16 *bias, bf16 *y, i64 ldy, int onto, i64 at) {
     for (i64 r = 0; r < m; r++)
         for (int j = 0; j < J; j++) {
@@ -458,7 +468,7 @@ static void put_sums(const float *c, i64 m, int J, const matrix *w, const bf16 *
             __m512 v = _mm512_load_ps(c + r * PANEL + 16 * j);
             if (w->kind == ROWS8) v = _mm512_mul_ps(v, _mm512_loadu_ps((const float *)w->scales + at + 16 * j));
             if (bias) v = _mm512_add_ps(v, wide(bias + at + 16 * j));
-            if (onto) { /* the product is rounded before it is added, as where it is a tensor of its own */
+            if (onto) { /* the product is rounded before it is added, as if it were a separate tensor */
                 __m256i whole = (__m256i)_mm512_cvtneps_pbh(v);
                 v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(whole), 16));
                 v = _mm512_add_ps(v, wide(o));
@@ -467,8 +477,8 @@ static void put_sums(const float *c, i64 m, int J, const matrix *w, const bf16 *
         }
 }
 
-/* Columns from … to (multiples of 16) of y = x Wᵀ + bias, or of y += …; x (n, in). The rows of a block are few enough for
-   their sums to stay in the first cache beside the panel's columns. */
+/* Columns from … to (multiples of 16) of y = x Wᵀ + bias, or of y += …; x (n, in). A block has few
+   enough rows for its sums to stay in the first-level cache with the panel's columns. */
 static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 ldy, int onto, i64 from,
                     i64 to) {
     float c[ROWS * PANEL] __attribute__((aligned(64)));
@@ -484,7 +494,7 @@ static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *b
         width = PANEL - within < to - at ? PANEL - within : to - at;
         int J = (int)(width / 16);
         if (w->kind != DENSE && !w->tiles && J == 4 && n > 0 && n <= FEW) {
-            i64 first = w->kind == ROWS8 && n > 4 ? 4 : n; /* its table leaves room for no more sums */
+            i64 first = w->kind == ROWS8 && n > 4 ? 4 : n; /* its table leaves no registers for more sums */
             few_rows_of[first](xs, half, w, row, half, c);
             if (first < n) few_rows_of[n - first](xs + first * half, half, w, row, half, c + first * PANEL);
             put_sums(c, n, J, w, bias, y, ldy, onto, at);
@@ -539,15 +549,15 @@ static void product_inside(const bf16 *x, i64 n, i64 in, const matrix *w, const 
     columns(x, n, in, w, bias, y, out, onto, from, to);
 }
 
-/* y (n, out) = x Wᵀ + bias, or y += …: `columns` for all of them. `out` a multiple of 16, `in` even, of ROWS8 a
-   multiple of 4, of EIGHT and FOUR of w's size. */
+/* y (n, out) = x Wᵀ + bias, or y += …: `columns` for all columns. `out` is a multiple of 16; `in` is
+   even, for ROWS8 a multiple of 4, for EIGHT and FOUR of w's size. */
 void panel_product(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto, int threads) {
 #pragma omp parallel num_threads(threads)
     product_inside(x, n, in, w, bias, y, out, onto);
 }
 
 #if HAS_TILES
-/* The same in tiles, whatever `w` says. */
+/* The same in AMX tiles, whatever `w` says. */
 void amx_panel_product(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto,
                        int threads) {
     matrix own = *w;
@@ -566,10 +576,12 @@ enum {
     NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, NORM_AFTER, GATE_UP, DOWN, WINDOW, KEYS, VALUES, FIELDS
 };
 
-/* x (n, dim) through all layers, in place: serve/forward/llama.py's LlamaForward.hidden up to the last norm.
-   layers: FIELDS numbers each, pointers in the main, to a `matrix` where it is one; sizes: dim, heads, kv, d, ffn; numbers:
-   eps, scale. positions … longest: as paged_attend has them. thin: lora_rows' tables of groups 4 layer … 4 layer + 3 one
-   after another, or none; nseg … ldu: as there. room: n (dim + (heads + 2 kv) d + heads d + 3 ffn) elements. */
+/* Run x (n, dim) through all layers, in place: serve/forward/llama.py's LlamaForward.hidden up to the
+   last norm.
+   layers: FIELDS numbers each, mostly pointers, to a `matrix` for weights; sizes: dim, heads, kv, d, ffn;
+   numbers: eps, scale. positions … longest: as in paged_attend. thin: lora_rows' tables of groups 4 layer
+   … 4 layer + 3, concatenated, or none; nseg … ldu: as in lora_rows. room: n (dim + (heads + 2 kv) d +
+   heads d + 3 ffn) elements. */
 int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const float *numbers, const float *cs,
             const float *sn, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq, const i64 *tables, i64 ldt,
             i64 longest, const i64 *thin, i64 nseg, const i64 *segments, const i64 *rows, const float *strengths, bf16 *u,

@@ -1,7 +1,8 @@
 """Implementations of ops by the compiled kernels; each function passes pointers and sizes.
 
 `veneer.ops.dispatch` reads IMPLEMENTATIONS on a CPU. All round once if their reference does, and take
-contiguous bfloat16 unless they say otherwise; the ops define references and formulas."""
+contiguous bfloat16 unless they say otherwise; the ops define references and formulas.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-/* The element-wise half of a training step in bfloat16, each as one pass over memory. Arithmetic is float32 inside and
-   rounded once, to nearest even. Compiled on the user's machine by ops/cpu/build.py where a C compiler exists; the same
-   formulas in torch (veneer.ops) are the reference and what runs elsewhere.
+/* Element-wise operations of a training step in bfloat16, each in one pass over memory. Arithmetic is
+   float32 inside and rounded once, to nearest even. ops/cpu/build.py compiles this file on the user's
+   machine if a C compiler exists; the same formulas in torch (veneer.ops) are the reference and run
+   elsewhere.
 
-   Rows are shared out statically among `threads`, so a result does not depend on timing. Every pointer is to bfloat16
-   (uint16_t) unless it says otherwise; `ld` is the distance between rows in elements. */
+   Rows are divided statically among `threads`, so a result does not depend on timing. Every pointer is to
+   bfloat16 (uint16_t) unless stated otherwise; `ld` is the distance between rows in elements. */
 
 #include "bf16.h"
 #include <omp.h>
 
-/* For parallel regions that the calling thread begins, torch's too: both use one OpenMP. */
+/* For parallel regions that the calling thread starts, torch's included: both use one OpenMP. */
 void use_threads(int n) { omp_set_num_threads(n); }
 
 static inline int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -41,8 +42,8 @@ void rms_norm_backward(const bf16 *g, const bf16 *x, const bf16 *w, bf16 *dx, in
     }
 }
 
-/* Compilers make poor vectors of loops over both 16 and 32 bits: rows are widened, worked on as floats in the first cache,
-   and narrowed again. */
+/* Compilers vectorize loops over both 16 and 32 bits poorly: rows are widened, processed as floats in
+   the first-level cache, and narrowed again. */
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
@@ -106,8 +107,8 @@ static inline float centre(float *x, int64_t n, float mean, float eps) {
     return 1.0f / __builtin_sqrtf(var / (float)n + eps);
 }
 
-/* x (n, groups, per, places), shift (n, groups, per) or NULL, w and b (groups, per). y = silu(z), with z the norm of x + shift
-   over per and places, times w, plus b. */
+/* x (n, groups, per, places), shift (n, groups, per) or NULL, w and b (groups, per). y = silu(z), with
+   z the norm of x + shift over per and places, times w, plus b. */
 int norm_silu(const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *y, int64_t n, int64_t groups, int64_t per,
                int64_t places, float eps, int threads) {
     int failed = DONE;
@@ -137,7 +138,7 @@ int norm_silu(const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf
     return failed;
 }
 
-/* With e the gradient of the norm itself and z that norm: dx = r (e - mean e - z mean(e z)) */
+/* With e the gradient of the norm and z the norm: dx = r (e - mean e - z mean(e z)) */
 int norm_silu_backward(const bf16 *g, const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *dx, int64_t n,
                         int64_t groups, int64_t per, int64_t places, float eps, int threads) {
     int failed = DONE;
@@ -176,8 +177,9 @@ int norm_silu_backward(const bf16 *g, const bf16 *x, const bf16 *shift, const bf
     return failed;
 }
 
-/* y = x scale where hash(seed, place) >= least, else 0. The hash is Wellons' lowbias32 with the seed's words before its two
-   products: two seeds' masks are no rearrangement of each other. */
+/* y = x scale if hash(seed, place) >= least, else 0. The hash is Wellons' lowbias32 with the seed's
+   words added before its two products, so that the masks of two seeds are not permutations of each
+   other. */
 void dropped(const bf16 *x, bf16 *y, int64_t n, uint32_t low, uint32_t high, uint32_t least, float scale, int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
@@ -189,7 +191,7 @@ void dropped(const bf16 *x, bf16 *y, int64_t n, uint32_t low, uint32_t high, uin
     }
 }
 
-/* y = gain x + b, row by row; b may be missing */
+/* y = gain x + b, row by row; b can be NULL */
 void dora_scale(const bf16 *x, const float *gain, const bf16 *b, bf16 *y, int64_t n, int64_t d, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
@@ -200,7 +202,8 @@ void dora_scale(const bf16 *x, const float *gain, const bf16 *b, bf16 *y, int64_
     }
 }
 
-/* dx = gain g, and d_gain = the sum of g x over the rows: a few columns at a time, so that the order is always the same. */
+/* dx = gain g, and d_gain = the sum of g x over the rows: a few columns at a time, so that the order is
+   fixed. */
 void dora_scale_backward(
     const bf16 *g, const bf16 *x, const float *gain, bf16 *dx, float *d_gain, int64_t n, int64_t d, int threads
 ) {
@@ -229,7 +232,7 @@ void silu_gate(const bf16 *gate_up, bf16 *h, int64_t n, int64_t f, int threads) 
     for (int64_t i = 0; i < n; i++) silu_gate_row(gate_up + i * 2 * f, gate_up + i * 2 * f + f, h + i * f, f);
 }
 
-/* From dh: d = [d_gate | d_up], and h = silu(gate) up once more. */
+/* From dh: d = [d_gate | d_up], and h = silu(gate) up recomputed. */
 void silu_gate_backward(const bf16 *dh, const bf16 *gate_up, bf16 *d, bf16 *h, int64_t n, int64_t f, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
@@ -246,7 +249,8 @@ void silu_gate_backward(const bf16 *dh, const bf16 *gate_up, bf16 *d, bf16 *h, i
     }
 }
 
-/* Phi(x), the normal distribution, and in *density its derivative: erf by Abramowitz and Stegun 7.1.26, within 1.5e-7. */
+/* Phi(x), the normal distribution, and its derivative in *density: erf by Abramowitz and Stegun 7.1.26,
+   within 1.5e-7. */
 static inline float normal(float x, float *density) {
     float z = __builtin_fabsf(x) * 0.70710678118654752f, t = 1.0f / (1.0f + 0.3275911f * z), e = exp32(-z * z);
     float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
@@ -284,7 +288,8 @@ void geglu_backward(const bf16 *dh, const bf16 *both, bf16 *d, int64_t n, int64_
     }
 }
 
-/* y = x / (1 + e^-2v), v = sqrt(2/pi) (x + 0.044715 x^3): gelu with the tanh, as (1 + tanh v) / 2 is that logistic. */
+/* y = x / (1 + e^-2v), v = sqrt(2/pi) (x + 0.044715 x^3): the tanh approximation of gelu, because (1 +
+   tanh v) / 2 is this logistic. */
 void gelu_tanh(const bf16 *x, bf16 *y, int64_t n, int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
@@ -302,9 +307,10 @@ void gelu_tanh_backward(const bf16 *g, const bf16 *x, bf16 *dx, int64_t n, int t
     }
 }
 
-/* Heads of tokens that lie flat, (token, head, dim) with `ld` between tokens, into the layout that attention multiplies:
-   (row, kv head, time, query head of that kv head, dim). tokens[i] is a flat token, slots[i] = row * length + time its
-   place. cos, sin: (token, dim/2) turn each head in halves by +theta; NULL copies. Everything is multiplied by scale. */
+/* Gather the heads of flat tokens, (token, head, dim) with `ld` between tokens, into attention's
+   layout: (row, kv head, time, query head of that kv head, dim). tokens[i] is a flat token, slots[i] =
+   row * length + time its slot. cos, sin: (token, dim/2) rotate each head in halves by +theta; NULL
+   copies. Everything is multiplied by scale. */
 void gather_heads(const bf16 *x, int64_t ld, const bf16 *cs, const bf16 *sn, const int64_t *tokens, const int64_t *slots,
                   int64_t count, int64_t length, int64_t kv, int64_t per, int64_t dim, float scale, bf16 *out, int threads) {
     int64_t half = dim / 2;
@@ -332,7 +338,7 @@ void gather_heads(const bf16 *x, int64_t ld, const bf16 *cs, const bf16 *sn, con
     }
 }
 
-/* The transpose of gather_heads: back to flat tokens, turned by -theta. */
+/* The transpose of gather_heads: back to flat tokens, rotated by -theta. */
 void scatter_heads(const bf16 *g, int64_t ld, const bf16 *cs, const bf16 *sn, const int64_t *tokens, const int64_t *slots,
                    int64_t count, int64_t length, int64_t kv, int64_t per, int64_t dim, float scale, bf16 *out, int threads) {
     int64_t half = dim / 2;
@@ -360,8 +366,9 @@ void scatter_heads(const bf16 *g, int64_t ld, const bf16 *cs, const bf16 *sn, co
     }
 }
 
-/* In place, scores to probabilities: scores (b, queries * per, keys), query t = q0 + row / per, key k0 + column. A query
-   sees keys max(0, t - window + 1) ... t; elsewhere the probability is 0. window <= 0: no window. */
+/* In place, scores to probabilities: scores (b, queries * per, keys), query t = q0 + row / per, key k0
+   + column. A query sees keys max(0, t - window + 1) ... t; other probabilities are 0. window <= 0: no
+   window. */
 int causal_softmax(bf16 *scores, int64_t b, int64_t queries, int64_t per, int64_t keys, int64_t q0, int64_t k0, int64_t window,
                     int threads) {
     int64_t rows = queries * per;
@@ -412,10 +419,11 @@ void softmax_backward(const bf16 *p, bf16 *dp, int64_t rows, int64_t keys, int t
     }
 }
 
-/* nll[i] = logsumexp(logits[i]) - logits[i][target] (float32); if grad, logits become softmax - onehot in place. A row whose
-   target is IGNORED has nll 0 and no gradient. Any other target outside 0 ... v - 1 is an error, and nothing is written.
-   `half`: logits are bf16, else float32. `right`, if there is one: whether no logit is above the target's. Sums of PART terms are float32 and those of them double: over a vocabulary float32
-   alone would lose its last digits. */
+/* nll[i] = logsumexp(logits[i]) - logits[i][target] (float32); with grad, logits become softmax -
+   onehot in place. A row whose target is IGNORED has nll 0 and no gradient. Any other target outside 0
+   ... v - 1 is an error, and nothing is written. `half`: logits are bf16, else float32. `right`, if not
+   NULL: whether no logit is above the target's. Partial sums of PART terms are float32, their sum is
+   double: over a vocabulary, float32 would lose its last digits. */
 enum { IGNORED = -100, PART = 1024 };
 int token_nll(
     void *logits, int half, const int64_t *targets, float *nll, uint8_t *right, int64_t n, int64_t v, int grad, int threads
@@ -470,19 +478,21 @@ int token_nll(
     return failed;
 }
 
-/* Attention where every query sees every key: o = softmax(scale q k^T) v, lse = log sum exp(scale q k^T). Neither scores nor
-   probabilities are kept: they are made in tiles that stay in the second cache, and made again in backward (arXiv
-   2205.14135, 2307.08691). All products go through `product`, whose B is packed so that 16 columns' pairs along the
-   summed side lie together, as vdpbf16ps takes them. q, k, v, out and their gradients are (n, tokens, heads, d) in any
-   layout whose d lies together: `at` has the other three strides of each, in elements and in the order of the pointers.
-   d is even; what tiles need beyond it is zeros. */
+/* Full attention: o = softmax(scale q k^T) v, lse = log sum exp(scale q k^T). Neither scores nor
+   probabilities are kept: they are computed in tiles that stay in the second-level cache, and
+   recomputed in backward (arXiv 2205.14135, 2307.08691). All products use `product`, whose B is packed
+   so that the pairs of 16 columns along the summed dimension are adjacent, as vdpbf16ps requires. q, k,
+   v, out and their gradients are (n, tokens, heads, d) in any layout with contiguous d: `at` has the
+   other three strides of each, in elements, in the order of the pointers. d is even; tiles are padded
+   with zeros beyond it. */
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 enum { TILE = 4, ROWS = 192, PANEL = 64, KEYS = 256 };
 #define LOG2E 1.44269504088896341f
 
 const int has_products = 1;
 
-/* C (4, 16 * n), n = 1 ... 4: c[r][.] (+)= sum over p of a[r * rs + p * ps] . b[p * ldb + .]; a and b in pairs of bf16. */
+/* C (4, 16 * n), n = 1 ... 4: c[r][.] (+)= sum over p of a[r * rs + p * ps] . b[p * ldb + .]; a and b
+   are pairs of bf16. */
 #define PRODUCT(n)                                                                                                            \
     static void product##n(const uint32_t *a, int64_t rs, int64_t ps, const uint32_t *b, int64_t ldb, int64_t pairs, float *c, \
                            int64_t ldc, int add) {                                                                            \
@@ -521,8 +531,8 @@ static void product(const uint32_t *a, int64_t rs, int64_t ps, const uint32_t *b
     }
 }
 
-/* n rows of x -> panels of 64 rows, each (D / 2, 64) pairs along d, zero past n and d. For products over d. Of a last panel
-   only as many columns as `product` reads, a multiple of 16, are written. */
+/* n rows of x -> panels of 64 rows, each (D / 2, 64) pairs along d, zero past n and d. For products
+   over d. In the last panel, only the columns that `product` reads, a multiple of 16, are written. */
 static void pack_columns(const bf16 *x, int64_t ld, int64_t n, int64_t d, int64_t D, uint32_t *out) {
     for (int64_t at = 0; at < n; at += PANEL) {
         uint32_t *panel = out + at * (D / 2);
@@ -647,7 +657,7 @@ int attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out
         float *sq = room(Q * D * 4), *sk = room(KEYS * D * 4), *sv = room(KEYS * D * 4);
         int there = kd && vd && kk && qq && gg && pt && st && x && y && ds && s && t && dot && sq && sk && sv;
         all_there(there, &failed);
-        uint16_t order[32]; /* what narrow_two has side by side, as pairs */
+        uint16_t order[32]; /* the order of narrow_two's output, as pairs */
         for (int e = 0; e < 32; e++) order[e] = (uint16_t)(e / 2 + e % 2 * 16);
         __m512i pairs = _mm512_loadu_si512(order);
 #pragma omp for schedule(static)
@@ -687,7 +697,7 @@ int attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out
                             hide(s, TILE, PANEL, least(PANEL, keys - from), some);
                             for (int two = 0; two < TILE; two += 2) {
                                 __m512 shift[2], mean[2];
-                                for (int e = 0; e < 2; e++) { /* a row past the last has no probability */
+                                for (int e = 0; e < 2; e++) { /* a row past the last has probability 0 */
                                     int64_t at = r + two + e, real_row = at < real;
                                     shift[e] = _mm512_set1_ps(real_row ? lse[i * S + first + at] * LOG2E : __builtin_inff());
                                     mean[e] = _mm512_set1_ps(real_row ? dot[first + at] : 0.0f);
@@ -725,9 +735,10 @@ int attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out
     return failed;
 }
 
-/* The thin half of joined projections with their pairs. Each pair has columns first ... last - 1 of the output for its own,
-   all of them multiples of 16; what is rank in u and du is padded to 16, pair after pair, R in all. A (rank, in) and
-   B (last - first, rank) are float32: they are rounded to bf16, B after the scale, as they are packed. */
+/* Low-rank products of joined projections. Each pair has its own columns first ... last - 1 of the
+   output, all multiples of 16; ranks in u and du are padded to 16, pair after pair, R in total. A
+   (rank, in) and B (last - first, rank) are float32: they are rounded to bf16 when packed, B after
+   scaling. */
 typedef struct {
     const float *A, *B;
     int64_t first, last, rank;
@@ -742,7 +753,8 @@ static int64_t padded_ranks(const pair *pairs, int count) {
     return R;
 }
 
-/* x (rows, columns) float32 -> (columns / 2, ld) pairs along the columns, x's rows side by side; zero to padded rows */
+/* x (rows, columns) float32 -> (columns / 2, ld) pairs along the columns, x's rows adjacent; zero up to
+   `padded` rows */
 static void pack_down(const float *x, int64_t rows, int64_t padded, int64_t columns, int64_t odd, float by, uint32_t *out,
                       int64_t ld) {
     for (int64_t r = 0; r < padded; r++)
@@ -753,7 +765,8 @@ static void pack_down(const float *x, int64_t rows, int64_t padded, int64_t colu
         }
 }
 
-/* x (rows, columns) float32 -> (padded / 2, ld) pairs along the rows; zero to padded rows and `wide` columns */
+/* x (rows, columns) float32 -> (padded / 2, ld) pairs along the rows; zero up to `padded` rows and
+   `wide` columns */
 static void pack_along(const float *x, int64_t rows, int64_t padded, int64_t columns, int64_t wide, float by, uint32_t *out,
                        int64_t ld) {
     for (int64_t r = 0; r < padded; r += 2)
@@ -775,7 +788,7 @@ static void add_rows(const float *c, int64_t rows, int64_t columns, bf16 *y, int
         }
 }
 
-/* Rows first ... of x (n, ld) for `product`: themselves, or a copy where fewer than a tile are left. */
+/* Rows first ... of x (n, ld) for `product`: x itself, or a copy if fewer than a tile remain. */
 static const uint32_t *tile_rows(const bf16 *x, int64_t first, int64_t real, int64_t padded, int64_t ld, bf16 *copy) {
     if (real == padded) return (const uint32_t *)(x + first * ld);
     rows_of(x + first * ld, ld, real, padded, ld, ld, copy);
@@ -785,7 +798,8 @@ static const uint32_t *tile_rows(const bf16 *x, int64_t first, int64_t real, int
 /* u = x A^T, and y += s u B^T on each pair's columns. x (n, in), y (n, out), u (n, R). */
 int lora_forward(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int64_t n, int64_t in, int64_t out, int threads) {
     int64_t R = padded_ranks(pairs, count), at = 0, cells = 0;
-    uint32_t *A = room(in * R * 2), *B = room(R * out * 2); /* more than B needs where pairs have columns of their own */
+    /* more than B needs if pairs have separate columns */
+    uint32_t *A = room(in * R * 2), *B = room(R * out * 2);
     int failed = DONE;
     if (!all_there(A && B, &failed)) return free(A), free(B), failed;
     for (int i = 0; i < count; i++) {
@@ -872,8 +886,8 @@ int lora_backward(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *d
     return failed;
 }
 
-/* dA[i] = du^T x and dB[i] = s g^T u on each pair's rows and columns, float32. Shared out by columns of x and g, so that no
-   sum depends on the number of threads. */
+/* dA[i] = du^T x and dB[i] = s g^T u on each pair's rows and columns, float32. Divided by columns of x
+   and g, so that no sum depends on the number of threads. */
 int lora_weight_gradients(const pair *pairs, int count, const bf16 *g, const bf16 *x, const bf16 *u, const bf16 *du, float **dA,
                     float **dB, int64_t n, int64_t in, int64_t out, int threads) {
     enum { DEEP = 128 };
@@ -894,7 +908,7 @@ int lora_weight_gradients(const pair *pairs, int count, const bf16 *g, const bf1
             if (!there) continue;
             int i = 0;
             int64_t start = 0, panel = item - of_x;
-            if (item >= of_x) /* the pair whose columns of g these are, and where its rank starts in u */
+            if (item >= of_x) /* the pair that has these columns of g, and where its rank starts in u */
                 for (; panel >= padded_to(pairs[i].last - pairs[i].first, PANEL) / PANEL; i++) {
                     panel -= padded_to(pairs[i].last - pairs[i].first, PANEL) / PANEL;
                     start += padded_to(pairs[i].rank, 16);

@@ -1,7 +1,7 @@
-/* Frozen weights in 4 and 8 bits: into codes, and out of them into float32 or bfloat16 (ops/quantized.py, which has the
-   formulas and the reference). The arithmetic is that of bitsandbytes: products and sums in float32, each rounded by
-   itself, and one rounding to bfloat16 at the end, so that results are equal bit for bit. Runs on any processor; blocks
-   of 64 take a short way where there is AVX512. */
+/* Quantize and dequantize frozen weights in 4 and 8 bits, to float32 or bfloat16 (ops/quantized.py has
+   the formulas and the reference). The arithmetic is bitsandbytes': products and sums in float32, each
+   rounded separately, and one rounding to bfloat16 at the end, so that results are bit-identical. Runs
+   on any processor; blocks of 64 have a fast path with AVX512. */
 
 #include "bf16.h"
 
@@ -14,7 +14,8 @@ static inline void put(void *out, i64 at, float value, int wide) {
         ((bf16 *)out)[at] = down(value);
 }
 
-/* A block's absmax. Doubly quantised it is map8[q] s + offset: two roundings, so the compiler may not fuse them. */
+/* A block's absmax. Double-quantized, it is map8[q] s + offset: two roundings, so the compiler must not
+   fuse them. */
 static inline float largest(i64 b, const float *absmax, const uint8_t *codes, const float *map8, i64 nested, float offset) {
     if (!codes) return absmax[b];
     volatile float product = map8[codes[b]] * absmax[b / nested];
@@ -22,7 +23,8 @@ static inline float largest(i64 b, const float *absmax, const uint8_t *codes, co
 }
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-/* 64 codes of one block into bfloat16: the sixteen products of table and absmax are made and rounded once. */
+/* Dequantize 64 codes of one block to bfloat16: the sixteen products of table and absmax are computed
+   and rounded once. */
 static inline void block64(const uint8_t *packed, __m512 table, float absmax, bf16 *out) {
     __m512i u = _mm512_castps_si512(_mm512_mul_ps(table, _mm512_set1_ps(absmax)));
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -37,7 +39,8 @@ static inline void block64(const uint8_t *packed, __m512 table, float absmax, bf
 }
 #endif
 
-/* Elements first … first + count of a weight: table[code] absmax. Two codes a byte, the first in the high half. */
+/* Elements first … first + count of a weight: table[code] absmax. Two codes per byte, the first in the
+   high half. */
 void blocks4_dense(const uint8_t *packed, const float *absmax, const uint8_t *codes, const float *map8, float offset,
                    const float *table, i64 first, i64 count, i64 block, i64 nested, void *out, int wide, int threads) {
     i64 from_block = first / block, to_block = (first + count + block - 1) / block;
@@ -59,7 +62,7 @@ void blocks4_dense(const uint8_t *packed, const float *absmax, const uint8_t *co
     }
 }
 
-/* Codes of count elements: how many of the 15 bounds lie below x / absmax, and which code that place has. */
+/* Codes of count elements: the number of the 15 bounds below x / absmax, mapped by `order`. */
 void blocks4_quantize(const void *x, int wide, const float *bounds, const int32_t *order, i64 count, i64 block,
                       uint8_t *packed, float *absmax, int threads) {
     i64 blocks = (count + block - 1) / block;
@@ -102,7 +105,7 @@ void blocks4_quantize(const void *x, int wide, const float *bounds, const int32_
     }
 }
 
-/* rows × columns of codes q scale / 127, the scale one a row. */
+/* rows × columns of codes q scale / 127, one scale per row. */
 void rows8_dense(const int8_t *codes, const float *scale, i64 rows, i64 columns, void *out, int wide, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 r = 0; r < rows; r++) {
@@ -130,7 +133,7 @@ static inline float half(const uint8_t *p) {
     return f;
 }
 
-/* The j-th of eight 6-bit scales and minima of a K block of 12 bytes. */
+/* The j-th of eight 6-bit scales and minima of a K block, packed in 12 bytes. */
 static inline void scale_min(const uint8_t *q, int j, int *scale, int *min) {
     if (j < 4) {
         *scale = q[j] & 63;
@@ -147,7 +150,7 @@ static inline uint32_t bits32(const uint8_t *p) {
     return u;
 }
 
-/* d q - m in two roundings, as the reference has it. */
+/* d q - m in two roundings, as in the reference. */
 static inline float less(float product, float m) {
     volatile float rounded = product;
     return rounded - m;

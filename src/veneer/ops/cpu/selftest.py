@@ -3,7 +3,8 @@
 Runs once per build on the target processor, in a subprocess (build.py), so that a crash ends only the
 subprocess. A case runs ops of this package twice on the same numbers: in the kernels' dtypes, and in
 float64, which only the references take. The results must agree. Uninitialized memory is filled with NaN,
-so that a kernel which writes nothing is detected. Sizes are not multiples of any vector length."""
+so that a kernel which writes nothing is detected. Sizes are not multiples of any vector length.
+"""
 
 from __future__ import annotations
 

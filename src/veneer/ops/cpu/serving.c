@@ -1,6 +1,7 @@
-/* Serving in bfloat16: low-rank products of many adapters in one call, and attention over a paged cache. Needs AVX512-BF16;
-   elsewhere torch's own operations run (serve/forward/lowrank.py, serve/forward/paged.py), which are also the reference. Arithmetic is
-   float32 inside. Work is shared out statically, and a row's result does not depend on which others are there. */
+/* Serving in bfloat16: low-rank products of many adapters in one call, and attention over a paged
+   cache. Needs AVX512-BF16; elsewhere torch's operations run (serve/forward/lowrank.py,
+   serve/forward/paged.py), which are also the reference. Arithmetic is float32 inside. Work is divided
+   statically, and a row's result does not depend on the other rows. */
 
 #include "serving.h"
 
@@ -12,7 +13,8 @@ enum { BLOCK = 16, TILE = 12, PARTS = 3, RECORD = THIN_RECORD };
 
 #define FEW static inline __attribute__((always_inline)) void
 
-/* u[i][16] = s_i A x_i for n rows and sixteen ranks; A as (in / 2, 16, 2): two inputs of sixteen ranks side by side. */
+/* u[i][16] = s_i A x_i for n rows and sixteen ranks; A as (in / 2, 16, 2): pairs of inputs, sixteen
+   ranks adjacent. */
 FEW first(const int n, const bf16 *A, i64 pairs_in, const uint32_t **x, const float *strengths, bf16 *u, i64 ldu) {
     __m512 c[4][2];
     for (int i = 0; i < n; i++) c[i][0] = c[i][1] = _mm512_setzero_ps();
@@ -56,12 +58,15 @@ FEW second(const int n, const bf16 *B, i64 columns, i64 rank, const uint32_t **u
     default: f(4, __VA_ARGS__); \
     }
 
-/* y[row] += strength_i B_s (A_s x[row]) for each i of segment s, row = rows[i], starts[s] <= i < starts[s + 1].
-   table: for each segment RECORD numbers: A, its rank, then up to PARTS of { B, first column of y, columns, first of the
-   rank, how many of it }. A (rank / 16, in / 2, 16, 2), B (rank / 2, columns, 2). A part whose B is 0 is not there.
-   Parts of two segments that share a row are of the same columns or of none in common: threads divide a part's columns, so
-   with others two threads would add to one number at once.
-   u: room for starts[nseg] rows of ldu; `in` and parts' ranks even, a whole rank a multiple of 16. */
+/* y[row] += strength_i B_s (A_s x[row]) for each i of segment s, row = rows[i], starts[s] <= i <
+   starts[s + 1].
+   table: RECORD numbers per segment: A, its rank, then up to PARTS of { B, first column of y, columns,
+   first rank, number of ranks }. A (rank / 16, in / 2, 16, 2), B (rank / 2, columns, 2). A part whose B is
+   0 is absent.
+   Parts of two segments that share a row must have the same columns, or disjoint ones: threads divide a
+   part's columns, so otherwise two threads could add to one number at once.
+   u: memory for starts[nseg] rows of ldu; `in` and the parts' ranks are even, a total rank is a multiple
+   of 16. */
 void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts,
                       const i64 *rows, const float *strengths, bf16 *u, i64 ldu, meeting *m) {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
@@ -108,14 +113,15 @@ void lora_rows(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 ns
     thin_rows_inside(x, in, y, ldy, table, nseg, starts, rows, strengths, u, ldu, &m);
 }
 
-/* The cache of one layer: K as (blocks, kv, d / 2, BLOCK, 2), so that sixteen scores are made at once; V as
-   (blocks, kv, BLOCK / 2, d, 2). A token's slot is block BLOCK + its place in it. */
+/* The cache of one layer: K as (blocks, kv, d / 2, BLOCK, 2), so that sixteen scores are computed at
+   once; V as (blocks, kv, BLOCK / 2, d, 2). A token's slot is block BLOCK + its position in the block. */
 
 static void store_token(const bf16 *k, const bf16 *v, bf16 *K, bf16 *V, i64 slot, i64 kv, i64 d) {
     i64 block = slot / BLOCK, at = slot % BLOCK;
     for (i64 h = 0; h < kv; h++, k += d, v += d) {
         bf16 *kb = K + (block * kv + h) * BLOCK * d, *vb = V + (block * kv + h) * BLOCK * d;
-        if (!at) memset(vb, 0, BLOCK * d * sizeof *vb); /* what the last owner left may be no number: 0 · NaN is NaN */
+        /* clear the previous owner's values, which can be NaN: 0 · NaN is NaN */
+        if (!at) memset(vb, 0, BLOCK * d * sizeof *vb);
         for (i64 j = 0; j < d / 2; j++) memcpy(kb + (j * BLOCK + at) * 2, k + 2 * j, 4);
         for (i64 j = 0; j < d; j++) vb[(at / 2 * d + j) * 2 + at % 2] = v[j];
     }
@@ -129,14 +135,16 @@ static void store_rows_inside(const bf16 *k, i64 ldk, const bf16 *v, i64 ldv, co
         for (i64 t = starts[s]; t < starts[s + 1]; t++) store_token(k + t * ldk, v + t * ldv, K, V, slots[t], kv, d);
 }
 
-/* Keys and values of all tokens into the cache; sequence s has tokens starts[s] … starts[s + 1], in order. */
+/* Store keys and values of all tokens in the cache; sequence s has tokens starts[s] … starts[s + 1], in
+   order. */
 void store_rows(const bf16 *k, i64 ldk, const bf16 *v, i64 ldv, const i64 *slots, const i64 *starts, i64 nseq, i64 kv, i64 d,
                 bf16 *K, bf16 *V, int threads) {
 #pragma omp parallel num_threads(threads)
     store_rows_inside(k, ldk, v, ldv, slots, starts, nseq, kv, d, K, V);
 }
 
-/* x ← w x / sqrt(mean x² + eps), if there is a w; then turned: (a, b) ← (a cos - b sin, b cos + a sin), b half of d on. */
+/* x ← w x / sqrt(mean x² + eps), if w is given; then rotated: (a, b) ← (a cos - b sin, b cos + a sin),
+   b is d / 2 after a. */
 static void turn(bf16 *x, const bf16 *w, float eps, const float *cs, const float *sn, i64 d) {
     float r = 1.0f, sum = 0.0f;
     if (w) {
@@ -153,8 +161,9 @@ static void turn(bf16 *x, const bf16 *w, float eps, const float *cs, const float
     }
 }
 
-/* qkv (n, (heads + 2 kv) d): queries and keys normed by qn and kn where given and turned to their positions, in place; keys
-   and values into the cache. cs, sn: float32 (positions, d / 2). */
+/* qkv (n, (heads + 2 kv) d): queries and keys are normalized by qn and kn, if given, and rotated to
+   their positions, in place; keys and values are stored in the cache. cs, sn: float32 (positions, d /
+   2). */
 void turn_and_store_inside(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn,
                            const bf16 *kn, float eps, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq,
                            bf16 *K, bf16 *V, meeting *m) {
@@ -208,14 +217,14 @@ SCORES(12)
 #define BY_ROWS(f, n, ...) \
     (n == 1 ? f##1(__VA_ARGS__) : n == 3 ? f##3(__VA_ARGS__) : n == 4 ? f##4(__VA_ARGS__) : n == 8 ? f##8(__VA_ARGS__) : f##12(__VA_ARGS__))
 
-/* out (n, heads d) = attention of each token over the keys of its sequence up to itself, and no further back than window
-   where that is above 0; scores capped as cap tanh(s / cap) where cap is above 0. positions[t]: how many came before. tables:
-   (nseq, ldt) block numbers. longest: the largest position + 1. */
+/* out (n, heads d) = attention of each token over the keys of its sequence up to itself, at most
+   `window` back if window > 0; scores are capped as cap tanh(s / cap) if cap > 0. positions[t]: number
+   of tokens before t. tables: (nseq, ldt) block numbers. longest: the largest position + 1. */
 void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, const i64 *positions,
                          const i64 *starts, i64 nseq, const i64 *tables, i64 ldt, const bf16 *K, const bf16 *V, float scale,
                          float cap, i64 window, i64 longest, int *failed) {
     i64 group = heads / kv, d2 = d / 2, room = (longest + BLOCK - 1) / BLOCK * BLOCK;
-    i64 *first = aligned_room((nseq + 1) * 8); /* the tiles before each sequence */
+    i64 *first = aligned_room((nseq + 1) * 8); /* the number of tiles before each sequence */
     if (!all_there(first != NULL, failed)) return;
     first[0] = 0;
     for (i64 s = 0; s < nseq; s++) first[s + 1] = first[s] + ((starts[s + 1] - starts[s]) * group + TILE - 1) / TILE * kv;

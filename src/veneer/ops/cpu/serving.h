@@ -1,5 +1,5 @@
-/* What serving.c and decoder.c share. Functions named …_inside are called by every thread of a parallel region that the
-   caller has begun; one ends before all threads are done with it. */
+/* Shared by serving.c and decoder.c. Every thread of a parallel region, started by the caller, calls
+   the functions named …_inside; such a function can return before all threads are done with it. */
 
 #ifndef VENEER_SERVING_H
 #define VENEER_SERVING_H
@@ -13,9 +13,10 @@
 
 typedef int64_t i64;
 
-/* Where the threads of a region wait for one another; all zeros at first. Not OpenMP's barrier: libgomp lets a thread sleep
-   at once where a process has more threads in its pools than there are processors, as one with a pool for the engine and
-   one for whoever loaded the base has, and waking it takes longer than the work between two barriers. */
+/* A barrier for the threads of a region; initially all zeros. OpenMP's barrier is not used: if a
+   process has more threads in its pools than processors (one pool for the engine, one for the thread
+   that loaded the base), libgomp puts a waiting thread to sleep at once, and waking it takes longer
+   than the work between two barriers. */
 typedef struct {
     atomic_int here, turn;
 } meeting;
@@ -32,16 +33,17 @@ static inline void meet(meeting *m) {
     }
     for (int spins = 0; atomic_load_explicit(&m->turn, memory_order_acquire) == turn; spins++)
         if (spins < meeting_spins) _mm_pause();
-        else sched_yield(); /* somebody else has the processor that the others need */
+        else sched_yield(); /* another process or thread has the processor that the others need */
 }
 
-enum { THIN_RECORD = 17 }; /* numbers that lora_rows has of a segment */
+enum { THIN_RECORD = 17 }; /* numbers per segment of lora_rows */
 
 static inline __m512bh pairs(const void *p) { return (__m512bh)_mm512_loadu_si512(p); }
 
 static inline __m512bh both(uint32_t pair) { return (__m512bh)_mm512_set1_epi32((int)pair); }
 
-static inline void share(i64 n, i64 step, int t, int threads, i64 *from, i64 *to) { /* a thread's part of 0 … n */
+/* a thread's part of 0 … n */
+static inline void share(i64 n, i64 step, int t, int threads, i64 *from, i64 *to) {
     i64 steps = (n + step - 1) / step, per = (steps + threads - 1) / threads;
     *from = t * per * step < n ? t * per * step : n;
     *to = (t + 1) * per * step < n ? (t + 1) * per * step : n;

@@ -1,7 +1,6 @@
 """How threads wait for each other on processors that other processes also use.
 
-    with shared(): …        a piece of work (a micro-batch, a step of decoding) that stays fast beside busy
-    processes
+    with shared(): …        a piece of work (a micro-batch, a step of decoding) that stays fast beside busy processes
     with forwards(model):   each forward of the model is such a piece
 
 OpenMP's threads synchronize some thousand times per training step. On an idle machine, spinning is the
@@ -10,10 +9,8 @@ another thread that has none, and a step takes three times as long or more. Befo
 module checks how busy other processes keep our processors (/proc/stat, minus our own time). While they are
 busy:
 
-    threads sleep while they wait. libgomp spins for only about a microsecond if a process has more threads
-    in its
-    pools than processors (GOMP_SPINCOUNT in its manual), so an unused pool is kept. Unlike environment
-    variables,
+    threads sleep while they wait. libgomp spins for only about a microsecond if a process has more threads in its
+    pools than processors (GOMP_SPINCOUNT in its manual), so an unused pool is kept. Unlike environment variables,
     this works after libgomp was loaded;
     on two processors, both threads stay on one and take turns, and the other process has the other.
 
@@ -23,7 +20,8 @@ matrix products of one thread and of two differ in their last bits.)
 
 The user's OMP_WAIT_POLICY, GOMP_SPINCOUNT, OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY takes
 precedence, as does VENEER_SHARING=0. Requires Linux, GNU's OpenMP (included in torch's wheels) and the
-compiled kernels; otherwise `shared` does nothing."""
+compiled kernels; otherwise `shared` does nothing.
+"""
 
 from __future__ import annotations
 

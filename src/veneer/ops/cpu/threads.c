@@ -1,19 +1,20 @@
-/* Where the threads of a region run, and how long they wait awake. */
+/* Affinity of the threads of a region, and how long they spin while waiting. */
 #ifdef __linux__
 #include <sys/syscall.h>
 long syscall(long number, ...);
 #endif
 
 enum { LOOKS = 10000, WORD = 8 * sizeof(unsigned long), WORDS = 128 };
-int meeting_spins = LOOKS; /* looks of serving.h's meeting before it lets others have the processor */
+int meeting_spins = LOOKS; /* polls of serving.h's meeting before it yields the processor */
 
-/* Whether threads that meet let others have the processor at once; *before: whether they did. */
+/* Set whether waiting threads yield the processor at once; *before: the previous setting. */
 void meet_asleep(int asleep, int *before) {
     if (before) *before = meeting_spins == 0;
     meeting_spins = asleep ? 0 : LOOKS;
 }
 
-/* Every thread of a region of so many may run on these processors from now on. Does nothing without Linux's affinity. */
+/* Let every thread of a region of `threads` run on these processors from now on. Does nothing without
+   Linux's affinity. */
 void stay(const int *processors, int n, int threads) {
 #ifdef __linux__
     unsigned long set[WORDS] = {0};

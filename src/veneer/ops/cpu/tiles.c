@@ -1,19 +1,22 @@
-/* Causal attention of rows that lie one after another, with its gradients, in tiles: neither scores nor probabilities are
-   ever in memory, only log sum exp, from which they are made again (arXiv 2205.14135, 2307.08691). The products are
-   libtorch's own small ones (at::native::cpublas::brgemm: oneDNN's kernels for AMX, AVX-512, AVX2 …), so no instruction is
-   named here; ops/cpu/compiled.py finds them and hands them over.
+/* Causal attention of packed rows, with gradients, in tiles: neither scores nor probabilities are ever
+   in memory, only log sum exp, from which they are recomputed (arXiv 2205.14135, 2307.08691). The
+   products are libtorch's small ones (at::native::cpublas::brgemm: oneDNN's kernels for AMX, AVX-512,
+   AVX2 …), so this file names no instructions; ops/cpu/compiled.py finds the products and passes them
+   in.
 
-   Tokens are (N, heads, dim) with the heads lying flat in each; row r has the tokens starts[r] ... starts[r + 1] - 1. The
-   queries of one key head, `per` of each token, go together: column c of a tile is query head c % per of token c / per.
-   Everything is transposed, S^T = K Q^T (keys, columns): then maxima, sums and masks run along vectors, and of
+   Tokens are (N, heads, dim) with flat heads; row r has the tokens starts[r] ... starts[r + 1] - 1. The
+   queries of one key head, `per` per token, are processed together: column c of a tile is query head c %
+   per of token c / per. Everything is transposed, S^T = K Q^T (keys, columns): then maxima, sums and masks
+   run along vectors, and in
 
        S^T = K Q^T     dP^T = V G^T     O^T += V^T P^T     dV += P^T G     dK += dS^T Q     dQ^T += K^T dS^T
 
-   no product needs a tile turned. A left factor is row-major; a right one, too, in float32, and for bf16 pairs of its rows
-   lie together (`vnni`), so either is made of 32-bit cells.
+   no product needs a transposed tile. A left factor is row-major; so is a right factor in float32, and in
+   bf16 pairs of its rows are interleaved (`vnni`), so both consist of 32-bit cells.
 
-   `half`: tokens are bf16, else float32. `narrow`: factors are bf16, else float32. Sums are float32. Which thread does what
-   changes no result: each block of queries and each sum of a key head is one thread's, in one order. */
+   `half`: tokens are bf16, else float32. `narrow`: factors are bf16, else float32. Sums are float32. The
+   assignment of threads changes no result: one thread computes each block of queries and each sum of a key
+   head, in a fixed order. */
 
 #include "bf16.h"
 #include <omp.h>
@@ -26,15 +29,16 @@ static wide_product of_floats;
 static narrow_product of_halves;
 static void (*release)(_Bool);
 
-/* Where the products are. A missing one is NULL, and never asked for. */
+/* Set the addresses of the products. A missing product is NULL, and is never called. */
 void use_products(void *floats, void *halves, void *done) {
     of_floats = (wide_product)floats, of_halves = (narrow_product)halves, release = (void (*)(_Bool))done;
 }
 
 enum { KEYS = 64, STEP = 16 };
-#define NONE (-1e30f) /* below every score, and finite: the exponential of a difference of two is no NaN */
+#define NONE (-1e30f) /* below every score, and finite: the exponential of a difference of two is not NaN */
 
-/* What a call is about. `chunks[r]`: how many blocks of KEYS keys rows before r have; `blocks[r]`: blocks of queries. */
+/* The parameters of a call. `chunks[r]`: number of blocks of KEYS keys in rows before r; `blocks[r]`:
+   blocks of queries. */
 typedef struct {
     const int64_t *starts, *chunks, *blocks;
     int64_t rows, kv, per, dim, D, window, most;
@@ -66,7 +70,8 @@ static inline void widened(const task *t, const void *x, int64_t at, int64_t n, 
     else memcpy(y, (const float *)x + at, n * sizeof *y);
 }
 
-/* dim values of one head, widened, turned by the angles of cs and sn (NULL: not turned) and multiplied by `by` */
+/* dim values of one head, widened, rotated by the angles of cs and sn (NULL: not rotated) and
+   multiplied by `by` */
 static void head_of(const task *t, const void *x, int64_t at, const void *cs, const void *sn, int64_t angle, float by, float *y) {
     int64_t dim = t->dim, half = dim / 2;
     float a[dim], c[half + 1], s[half + 1];
@@ -83,7 +88,7 @@ static void head_of(const task *t, const void *x, int64_t at, const void *cs, co
     }
 }
 
-/* The transpose: turned back, multiplied, and rounded where it came from. */
+/* The transpose: rotated back, multiplied, and rounded to the token's dtype. */
 static void head_to(const task *t, const float *x, const void *cs, const void *sn, int64_t angle, float by, void *y, int64_t at) {
     int64_t dim = t->dim, half = dim / 2;
     float a[dim], c[half + 1], s[half + 1];
@@ -101,8 +106,9 @@ static void head_to(const task *t, const float *x, const void *cs, const void *s
     else memcpy((float *)y + at, a, dim * sizeof *a);
 }
 
-/* e^x for x <= 0 within 1e-7 of it, and 0 below -87; NaN stays. x = n ln 2 + r by Cody and Waite, then 1 + r + r^2 p(r), p the
-   polynomial of degree 4 whose largest relative error in e^r on -ln 2 / 2 ... ln 2 / 2 is least. */
+/* e^x for x <= 0 within 1e-7, and 0 below -87; NaN stays. x = n ln 2 + r by Cody and Waite, then 1 + r
+   + r^2 p(r), p the polynomial of degree 4 with the least maximum relative error of e^r on -ln 2 / 2
+   ... ln 2 / 2. */
 static inline float exponential(float x) {
     float clamped = x < -87.0f ? -87.0f : x, n = __builtin_rintf(clamped * 1.44269504088896341f);
     float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
@@ -141,7 +147,7 @@ static inline void put_pair(const float *x, const float *y, int64_t n, uint32_t 
     for (int64_t j = 0; j < n; j++) pairs[j] = pair_of(x[j], y[j]);
 }
 
-/* STEP rows of x (STEP, D) as rows c ... of a right factor of D columns. */
+/* STEP rows of x (STEP, D) as rows c ... of a right factor with D columns. */
 static void put_right(const task *t, const float *x, void *b, int64_t c) {
     if (!t->narrow) memcpy((float *)b + c * t->D, x, STEP * t->D * sizeof *x);
     else
@@ -159,7 +165,7 @@ static void put_right_columns(const task *t, const float *x, void *b, int64_t c,
             for (int i = 0; i < STEP; i++) ((float *)b)[j * ld + c + i] = x[i * D + j];
 }
 
-/* The same as columns c ... of a left factor (D, ld); c is even. */
+/* The same rows as columns c ... of a left factor (D, ld); c is even. */
 static void put_left_columns(const task *t, const float *x, void *a, int64_t c, int64_t ld) {
     int64_t D = t->D;
     for (int64_t j = 0; j < D; j++)
@@ -190,8 +196,8 @@ static int64_t row_of(const int64_t *sums, int64_t at) {
     return r;
 }
 
-/* Keys of a chunk, from `key` on of row r and of its key head h: rows of a left factor (KEYS, D), or its columns (D, KEYS);
-   zero past the row's end and past dim. */
+/* Keys of a chunk, starting at `key`, of row r and its key head h: rows of a left factor (KEYS, D), or
+   its columns (D, KEYS); zero past the row's end and past dim. */
 static void pack_keys(const task *t, const void *x, int64_t ld, int64_t first_head, int64_t r, int64_t h, int64_t key,
                       const void *cs, const void *sn, void *rows, void *columns) {
     int64_t first = t->starts[r] + key, real = lesser(KEYS, t->starts[r + 1] - first), D = t->D;
@@ -205,8 +211,8 @@ static void pack_keys(const task *t, const void *x, int64_t ld, int64_t first_he
     }
 }
 
-/* Columns of one block of queries: tokens `from` ... of row r, all query heads of key head h. As a right factor summed over
-   dim, (D, M), and one summed over columns, (M, D); zero past the row's end. */
+/* Columns of one block of queries: tokens `from` ... of row r, all query heads of key head h. As a
+   right factor summed over dim, (D, M), and one summed over columns, (M, D); zero past the row's end. */
 static void pack_queries(const task *t, const void *x, int64_t ld, int64_t r, int64_t h, int64_t from, int64_t M, const void *cs,
                          const void *sn, float by, void *over_dim, void *over_columns) {
     int64_t first = t->starts[r] + from, real = lesser(M / t->per, t->starts[r + 1] - first) * t->per, D = t->D;
@@ -222,7 +228,7 @@ static void pack_queries(const task *t, const void *x, int64_t ld, int64_t r, in
     }
 }
 
-/* Columns that see key `key` of the row, where the block's first token is `from`: [low, high). */
+/* Columns that see key `key` of the row, for a block that starts at token `from`: [low, high). */
 static inline void seen(const task *t, int64_t key, int64_t from, int64_t M, int64_t *low, int64_t *high) {
     *low = lesser(M, greater(0, (key - from) * t->per));
     *high = t->window > 0 ? lesser(M, greater(0, (key + t->window - from) * t->per)) : M;
@@ -241,7 +247,8 @@ static void columns_of(const float *x, int64_t D, int64_t ld, float *y) {
 
 /* -- forward ----------------------------------------------------------------------------------------------------------- */
 
-/* One block of queries: out (token, heads, dim) and lse (token, heads). keys, values: of its row and key head, in chunks. */
+/* One block of queries: out (token, heads, dim) and lse (token, heads). keys, values: of its row and
+   key head, in chunks. */
 static void attend_block(const task *t, const char *keys, const char *values, const void *queries, int64_t r, int64_t h,
                          int64_t from, int64_t M, float *s, void *p, float *o, float *line, void *out, float *lse) {
     int64_t D = t->D, size = KEYS * D * bytes_of(t), first = t->starts[r] + from;
@@ -293,8 +300,9 @@ static void attend_block(const task *t, const char *keys, const char *values, co
     }
 }
 
-/* qkv (N, kv * per + 2 kv, dim) with `ld` between tokens; cs, sn (N, dim / 2) turn q and k, NULL leaves them. out (N, heads,
-   dim), lse (N, heads) float32. A query sees itself and the window - 1 tokens before it; window <= 0: all before it. */
+/* qkv (N, kv * per + 2 kv, dim) with `ld` between tokens; cs, sn (N, dim / 2) rotate q and k, NULL does
+   not. out (N, heads, dim), lse (N, heads) float32. A query sees itself and the window - 1 tokens
+   before it; window <= 0: all tokens before it. */
 static int forward(const void *qkv, int64_t ld, const void *cs, const void *sn, const int64_t *starts, int64_t rows, int64_t kv,
                 int64_t per, int64_t dim, float scale, int64_t window, int half, int narrow, void *out, float *lse, int threads) {
     int64_t block = block_of(per), D = up_to(dim, STEP);
@@ -319,7 +327,8 @@ static int forward(const void *qkv, int64_t ld, const void *cs, const void *sn, 
             pack_keys(&t, qkv, ld, heads + kv, r, h, own % n * KEYS, NULL, NULL, NULL, values + i * size);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = blocks[rows] * kv - 1; i >= 0; i--) { /* the last block of a row sees the most keys */
+        /* last blocks of a row first: they see the most keys */
+        for (int64_t i = blocks[rows] * kv - 1; i >= 0; i--) {
             if (!there) continue;
             int64_t r = row_of(blocks, i / kv), own = i - blocks[r] * kv, h = own % kv, from = own / kv * block;
             int64_t M = per * up_to(lesser(block, starts[r + 1] - starts[r] - from), STEP);
@@ -336,7 +345,7 @@ static int forward(const void *qkv, int64_t ld, const void *cs, const void *sn, 
 
 /* -- backward ---------------------------------------------------------------------------------------------------------- */
 
-/* What a thread works with in backward: factors of a block of queries, and tiles of a chunk. */
+/* A thread's buffers in backward: factors of a block of queries, and tiles of a chunk. */
 typedef struct {
     void *q, *q_along, *g, *g_along, *p, *ds, *pairs;
     float *s, *dp, *dq, *line;
@@ -358,8 +367,8 @@ static void free_bench(bench *b) {
     free(b->s), free(b->dp), free(b->dq), free(b->line);
 }
 
-/* One block of queries: its dq into dqkv; dk and dv (keys, D) of its row and key head are added to. `turned`: its keys as
-   columns of left factors. */
+/* One block of queries: writes its dq to dqkv, and adds to dk and dv (keys, D) of its row and key head.
+   `turned`: its keys as columns of left factors. */
 static void backward_block(const task *t, bench *b, const char *keys, const char *turned, const char *values, int64_t r, int64_t h,
                            int64_t from, int64_t M, float *dk, float *dv, const void *cs, const void *sn, void *dqkv) {
     int64_t D = t->D, size = KEYS * D * bytes_of(t), first = t->starts[r] + from, heads = t->kv * t->per;
@@ -399,14 +408,16 @@ static void backward_block(const task *t, bench *b, const char *keys, const char
     }
 }
 
-/* In how many groups the queries of a row go where there are few rows and key heads: each has sums of dk and dv of its own. */
+/* Number of groups that a row's queries are divided into if there are few rows and key heads: each
+   group has its own sums of dk and dv. */
 static int64_t groups_of(const task *t) {
     int64_t longest = 0;
     for (int64_t r = 0; r < t->rows; r++) longest = greater(longest, t->starts[r + 1] - t->starts[r]);
     return t->rows * t->kv >= 12 ? 1 : lesser(4, greater(1, longest / 512));
 }
 
-/* g, out: (N, heads, dim), the gradient of what rope_varlen_attention gave, and that. dqkv (N, heads + 2 kv, dim). */
+/* g: the gradient of rope_varlen_attention's output, out: this output, both (N, heads, dim). dqkv (N,
+   heads + 2 kv, dim). */
 static int backward(const void *g, const void *out, const float *lse, const void *qkv, int64_t ld, const void *cs,
                          const void *sn, const int64_t *starts, int64_t rows, int64_t kv, int64_t per, int64_t dim, float scale,
                          int64_t window, int half, int narrow, void *dqkv, int threads) {
@@ -441,7 +452,8 @@ static int backward(const void *g, const void *out, const float *lse, const void
             if (!there) continue;
             int64_t k = i / (rows * kv), r = i / kv % rows, h = i % kv, n = blocks[r + 1] - blocks[r];
             int64_t at = chunks[r] * kv + h * (chunks[r + 1] - chunks[r]);
-            for (int64_t one = k; one < n; one += groups) { /* every so many-th block, so that all groups have as much to do */
+            /* every groups-th block, so that all groups have the same amount of work */
+            for (int64_t one = k; one < n; one += groups) {
                 int64_t from = one * block, M = per * up_to(lesser(block, starts[r + 1] - starts[r] - from), STEP);
                 int64_t real = lesser(M / per, starts[r + 1] - starts[r] - from) * per;
                 pack_queries(&t, qkv, ld, r, h, from, M, cs, sn, scale, b.q, b.q_along);
@@ -484,7 +496,7 @@ static int backward(const void *g, const void *out, const float *lse, const void
     return failed;
 }
 
-/* Each with factors of float32, and of bf16. */
+/* Each with float32 factors, and with bf16 factors. */
 #define FORWARD(name, narrow)                                                                                                  \
     int name(const void *qkv, int64_t ld, const void *cs, const void *sn, const int64_t *starts, int64_t rows, int64_t kv,     \
              int64_t per, int64_t dim, float scale, int64_t window, int half, void *out, float *lse, int threads) {            \

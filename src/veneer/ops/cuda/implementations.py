@@ -1,7 +1,8 @@
 """Implementations of ops on a GPU, by torch, Liger-Kernel and bitsandbytes.
 
 No GPU has run any of them yet. `veneer.ops.dispatch` reads IMPLEMENTATIONS: op -> Implementation. An op
-without an implementation, or whose library is missing, runs its reference in torch."""
+without an implementation, or whose library is missing, runs its reference in torch.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Liger's gated MLPs are not included. They need gate and up as two contiguous tensors and overwrite both in
 the backward pass, but a joined product has the two interleaved in one tensor. With the copies, a forward
-pass moves 7 values where torch moves 5."""
+pass moves 7 values where torch moves 5.
+"""
 
 from __future__ import annotations
 
