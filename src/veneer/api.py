@@ -241,7 +241,7 @@ def submit(
     tenant: str = "",
     tenants: str | None = None,
 ) -> Job:
-    """Validate, plan and queue a run, as `veneer jobs submit` does, and return the job.
+    """Validate, plan and queue a run, as `veneer jobs submit` does; return the job.
 
     The job is queued, or failed with its `error`.
 
@@ -264,7 +264,9 @@ def submit(
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
-    """Write an adapter as PEFT's two files and a card naming `base`; return the folder.
+    """Write an adapter as PEFT's two files and a card; return the folder.
+
+    The card names `base`.
 
     The write is atomic: the folder appears complete or not at all."""
     card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
@@ -325,7 +327,9 @@ def image(
     say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[RecordedPicture]:
-    """Generate images, as `veneer image` does: `count` per prompt, seeds from `seed` on.
+    """Generate images, as `veneer image` does: `count` per prompt.
+
+    Seeds count up from `seed`.
 
     Each result has `image`, `infotext`, `record` and `save(path)`. A single prompt, adapter, control or
     reference can be given without a list.

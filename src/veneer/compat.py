@@ -1,4 +1,4 @@
-"""Undocumented names of other libraries that veneer relies on, one list per library.
+"""Undocumented names of other libraries that veneer relies on.
 
 Looking a name up through its list gives an error that names both versions if the installed version lacks
 the name, instead of an AttributeError. The lists of torch, bitsandbytes and Liger-Kernel are here; those

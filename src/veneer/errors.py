@@ -36,7 +36,7 @@ _BUT_LINES = re.compile(f"(?![\n\t])[{_UNSHOWABLE}]")
 
 
 def shown(text: object, *, lines: bool = False) -> str:
-    r"""Return `text` with terminal control and direction characters escaped as `\u001b`.
+    r"""Return `text` with terminal control and direction characters escaped.
 
     Prevents text from moving the cursor, setting the title, or recoloring, hiding or reordering other text.
 
@@ -51,7 +51,9 @@ def quoted(text: str, most: int = 100) -> str:
 
 
 def bullets(lines: Iterable[str], most: int | None = 20) -> str:
-    """Return one "  - " line per item, the first `most` and a count of the rest; None: all."""
+    """Return one "  - " line per item.
+
+    The first `most` items and a count of the rest; None: all."""
     lines = list(lines)
     more = [] if most is None or len(lines) <= most else [f"  … and {len(lines) - most} more"]
     return "\n".join([*(f"  - {line}" for line in lines[:most]), *more])
@@ -92,11 +94,11 @@ class VeneerError(Exception):
 
 
 class ConfigError(VeneerError):
-    """An unknown configuration key, a value of the wrong type or an impossible combination."""
+    """An unknown configuration key, an invalid value or an impossible combination."""
 
 
 class DataError(VeneerError):
-    """A data file is missing, empty or malformed; `where` names the file and the line."""
+    """A missing, empty or malformed data file; `where` names the file and the line."""
 
 
 class BaseError(VeneerError):
@@ -122,21 +124,29 @@ class MismatchError(VeneerError):
 
 
 class PreflightError(VeneerError):
-    """A run would train nothing, train the wrong thing or not fit; raised before step one."""
+    """A run would train nothing, train the wrong thing or not fit.
+
+    Raised before step one."""
 
 
 class TrainingError(VeneerError):
-    """A run failed after step one; names the step and the rows. Checkpoints are intact."""
+    """A run failed after step one.
+
+    Names the step and the rows; checkpoints are intact."""
 
 
 class NoGain(TrainingError):
-    """A finished run whose held-out loss was never below the start; checkpoints are kept."""
+    """A run ended whose held-out loss was never below the start.
+
+    Checkpoints are kept."""
 
     exit_code = 3
 
 
 class Interrupted(VeneerError):
-    """A user or the system stopped a run; the state is saved and `fix` says how to resume.
+    """A user or the system stopped a run.
+
+    The state is saved, and `fix` says how to resume.
 
     signal: the signal's number: 2 for Ctrl-C, 15 for SIGTERM. The exit code is 128 + signal, as in a shell.
     """
@@ -167,7 +177,9 @@ _MOST_EDITS = 3
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """Return up to `n` entries of `known` that `name` may be a typo for, nearest first.
+    """Return up to `n` entries of `known` that `name` may be a typo for.
+
+    Nearest first.
 
     Entries are within one edit per three characters, and within three edits in total. All "did you mean"
     hints come from this function."""
@@ -180,7 +192,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
 
 
 def _edits(a: str, b: str, most: int) -> int:
-    """Return the edit distance of `a` and `b` (optimal string alignment); any number above `most` if it exceeds `most`.
+    """Return the edit distance of `a` and `b` (optimal string alignment).
+
+    Any number above `most` if the distance exceeds `most`.
 
     An edit inserts, deletes or replaces a character, or swaps two neighbors."""
     far = [most + 1] * (len(b) + 1)  # cells farther than `most` from the diagonal need more than `most` edits
@@ -211,7 +225,7 @@ def one_of(value: str, known: Iterable[str], what: str, where: str) -> None:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out: Python's or torch's, on any device.
+    """Return whether an error means that memory ran out, in Python or torch.
 
     torch's errors are recognized by name and text, so that torch need not be loaded."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -47,7 +47,7 @@ def convert_adapter(
     say: Callable[[str], None] | None = None,
     **how: Unpack[ReadOptions],
 ) -> ConvertedAdapter:
-    """Write the adapter at `place` to `output` in layout `to`: exactly, or not at all.
+    """Write the adapter at `place` to `output` in layout `to`, exactly or not at all.
 
     to: one of formats.convert.TARGETS.
     family: the image model's family, or gguf's architecture, if it cannot be detected.
@@ -74,7 +74,9 @@ def convert_adapter(
 
 
 def _of_base(name: str, say: Callable[[str], None] | None) -> tuple[str, int | None, int]:
-    """Return a base's llama.cpp architecture, rows per attention head (None if layers differ), and layer count."""
+    """Return a base's llama.cpp architecture, rows per head and number of layers.
+
+    Rows per attention head are None if layers differ."""
     from veneer.models.config import layer_heads
     from veneer.models.sources import find_base
     from veneer.models.text.base import read_base_config

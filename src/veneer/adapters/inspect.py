@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterCheck:
-    """The result of one check. `ok` is None if it could not be made; `detail` says why."""
+    """The result of one check.
+
+    `ok` is None if the check could not run; `detail` says why."""
 
     name: str
     ok: bool | None
@@ -84,7 +86,9 @@ def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | 
 
 
 def _delta_norm(pair: Pair) -> float:
-    """Return ‖s·B·A‖ (Frobenius) without DoRA's magnitude, in float64; experts: over all."""
+    """Return ‖s·B·A‖ (Frobenius) without DoRA's magnitude, in float64.
+
+    For experts, the norm over all of them."""
     return distance(factors(pair))
 
 

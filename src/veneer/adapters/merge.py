@@ -88,13 +88,15 @@ class MergeReport:
 
     @property
     def warning(self) -> str:
-        """A warning if rounding to the nearest gave the change a large relative error; else ""."""
+        """A warning if rounding gave the change a large relative error; else ""."""
         if self.rounding != "nearest" or self.delta_error < _WARN:
             return ""
         return f"rounding to {self.dtype} gives the merged change a relative error of {self.delta_error:.0%}"
 
     def check(self, accept_loss: bool, fix: str) -> None:
-        """Raises AdapterError if rounding loses half of the change or more, unless the caller accepts the loss."""
+        """Raise AdapterError if rounding loses half of the change or more.
+
+        Does nothing if the caller accepts the loss."""
         if not accept_loss and self.warning and self.delta_error >= _ASK:
             raise AdapterError(
                 f"{self.warning}; nothing was written", fix=f"{fix}, or --accept-loss (accept_loss=True) to write it"
@@ -117,7 +119,7 @@ def merge(
     seed: int | None = None,
     accept_loss: bool = True,
 ) -> MergeReport:
-    """Write a model folder: `base` with `adapters` merged in, its tokenizer and merge.json.
+    """Write a model folder: `base` with `adapters` merged in, and merge.json.
 
     Computed in float32 and rounded once; the result says how much of the adapters' effect rounding lost.
     The base does not change. The folder appears complete or not at all.
@@ -167,7 +169,7 @@ def merge(
 
 
 def requantised(model: Any, kind: str) -> Any:
-    """Quantize the linear weights of `model` to 4 bits again, in place; return the model."""
+    """Quantize the linear weights of `model` to 4 bits, in place; return the model."""
     for name in quantised_weights(model):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -202,7 +204,7 @@ class HeldOutRow(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """A merged model compared with the unmerged adapters on the base they were trained over.
+    """A merged model compared with the unmerged adapters on their base.
 
     Measured on `tokens` trained tokens of held-out rows. kl: mean KL(unmerged ‖ merged) in nats per token.
     kl_most: the largest. agree: share of tokens with the same most likely token. loss, unmerged_loss,
@@ -283,7 +285,9 @@ def _merged_on(
 
 
 def _log_probabilities(model: Any, row: HeldOutRow, device: torch.device) -> Tensor:
-    """Return log p of every token at a row's trained positions: (trained, vocabulary), float32."""
+    """Return log p of every token at a row's trained positions.
+
+    (trained, vocabulary), float32."""
     ids = torch.tensor(row.input_ids, device=device)[None]
     at = [i - 1 for i, trained in enumerate(row.trained) if trained]
     logits = model(input_ids=ids, use_cache=False).logits[0, at]
@@ -381,7 +385,7 @@ def merged_model(
 
 
 def _place(t: Tensor) -> tuple[int, torch.Size]:
-    """Return the address and shape of a tensor's data, which are equal for tied weights."""
+    """Return the address and shape of a tensor's data, equal for tied weights."""
     return t.data_ptr(), t.shape
 
 
@@ -404,7 +408,7 @@ def merge_shards(
     seen: str = "",
     accept_loss: bool = True,
 ) -> MergeReport:
-    """Write the model folder `base` with `adapters` merged in to `folder`, without loading it.
+    """Write a model folder with `adapters` merged in, without loading the model.
 
     Every safetensors file is rewritten with the same header, so that a weight keeps its dtype and what the mix does not
     touch keeps its bytes; all other files are copied. One weight is in memory at a time, in float32. `base`: a folder
@@ -490,7 +494,7 @@ Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
 
 
 def _as_stored(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
-    """Return the mix with expert pairs in the layout in which a language model's files store the experts."""
+    """Return the mix with expert pairs in the layout of the model's files."""
     if (part := parts.get("")) is None:
         return mix
     config = _config(part.path)

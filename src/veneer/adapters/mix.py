@@ -1,4 +1,4 @@
-"""Make adapters from adapters and from models: mix, resize, extract, compare, scale blocks.
+"""Make adapters from adapters and models: mix, resize, extract, compare, scale.
 
     keep_mix(library, ["style:0.8", "product:0.5"], "both", alias="prod")
     mix_adapters(["style:0.8", "product:0.5"], "out")
@@ -87,7 +87,9 @@ def mix_adapters(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Write several adapters, each "NAME_OR_PATH[:strength]", as one adapter to a new `out`.
+    """Write several adapters as one adapter to a new `out`.
+
+    specs: each "NAME_OR_PATH[:strength]".
 
     method: see core.mix.
     rank, energy, error: at most one; see core.truncate.Bound.
@@ -173,7 +175,7 @@ def resize(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Write the best adapter within a rank, share of energy or relative error, per module.
+    """Write the best adapter within a rank, share of energy or error, per module.
 
     Give exactly one of `rank`, `energy` and `error`. An error bound holds for every module, and so for all
     modules together. A rank above a module's own leaves the module exact. DoRA needs `base`, because its
@@ -199,7 +201,9 @@ def extract(
     prefix: str = "",
     to: str | None = None,
 ) -> MixReport:
-    """Write an adapter of `tuned` − `base`, two models in safetensors (files or folders).
+    """Write an adapter of `tuned` − `base`, two models in safetensors.
+
+    Each is a file or a folder.
 
     One weight of each model is in memory at a time.
 
@@ -345,7 +349,7 @@ def _row(aa: float, bb: float, ab: float) -> dict[str, float]:
 
 
 def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: str | None = None) -> dict[str, Any]:
-    """Return ‖ΔW‖, share and strength of each block; write the scaled adapter to `out`.
+    """Return ‖ΔW‖, share and strength of each block; write the result to `out`.
 
     blocks: strengths by block. If `out` is given, the adapter is written there with these strengths,
     exactly: scales change, tensors do not."""
@@ -413,7 +417,9 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _weights(base: str | Path | None) -> Weights | None:
-    """Return the base's weights by adapter names, prefixed by component for a pipeline folder."""
+    """Return the base's weights by adapter names.
+
+    In a pipeline folder, the names start with the component."""
     if base is None:
         return None
     parts = checkpoint_parts(Path(base))

@@ -41,7 +41,9 @@ AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 class AnyBase(Protocol):
-    """The part of a TextBase or an ImageBase that adapters need; they attach to `model`."""
+    """The parts of a TextBase or an ImageBase that adapters need.
+
+    Adapters attach to `model`."""
 
     name: str
     fingerprint: str
@@ -153,7 +155,9 @@ def _may_be_kept(name: str) -> bool:
 
 
 def read_adapter(name: str | os.PathLike[str]) -> Reading:
-    """Read the adapter `name`, of any format, without a base. Raises as `adapter_path` and `formats.read.read`."""
+    """Read the adapter `name`, of any format, without a base.
+
+    Raises as `adapter_path` and `formats.read.read`."""
     return reader.read(adapter_path(name))
 
 

@@ -1,4 +1,4 @@
-"""The math of adapters, on torch only: pairs, layers, targets, init, attach, merge.
+"""The math of adapters, on torch only: pairs, layers, targets, attach, merge.
 
 Read adapter.py, layers.py and attach.py in this order. Names are imported when first used. adapter.py and
 forms.py load torch only when they compute, so that code which reads a file's header does not need torch.

@@ -36,7 +36,9 @@ def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
 
 
 def alpha_of(scale: float, rank: int, rslora: bool = False) -> float:
-    """Return alpha for a scale: the inverse of `scale_of`, for formats that store alpha."""
+    """Return alpha for a scale, the inverse of `scale_of`.
+
+    For formats that store alpha."""
     return scale * math.sqrt(rank) if rslora else scale * rank
 
 
@@ -47,7 +49,9 @@ dtype."""
 
 
 def check_strength(of: str, strength: float) -> float:
-    """Return `strength` as a float, or raise ConfigError for NaN or beyond ±`_MOST_STRENGTH`.
+    """Return `strength` as a float; raise ConfigError for an invalid strength.
+
+    NaN, and values beyond ±`_MOST_STRENGTH`, are invalid.
 
     of: what has the strength, for the error message. No other function validates strengths."""
     number = float(strength)
@@ -113,18 +117,20 @@ class Pair:
         return self.A.shape[1] if self.kind == "experts" else self.A.shape[0]
 
     def module(self, name: str) -> str:
-        """Return the module that this pair changes, from the pair's `name` in the adapter."""
+        """Return the module that this pair changes.
+
+        name: the pair's name in the adapter."""
         return name.rpartition(".")[0] if self.kind == "experts" else name
 
     def low_rank(self, strength: float = 1.0, dropout: float = 0.0) -> LowRank:
-        """Return s·strength·B·A as one product, including `origin`, without the magnitude.
+        """Return s·strength·B·A as one product, with `origin`, without the magnitude.
 
         One product lets the parts that A₀·B₀ and A·B have in common cancel before rounding."""
         whole = self.collapsed()
         return LowRank(whole.A, whole.B, self.scale * strength, dropout)
 
     def collapsed(self) -> Pair:
-        """Return the same delta without `origin`: A' = [A; A₀], B' = [B, −B₀], same scale."""
+        """Return the delta without `origin`: A' = [A; A₀], B' = [B, −B₀], same scale."""
         if self.origin is None:
             return self
         import torch
@@ -144,7 +150,9 @@ class Pair:
 
 @dataclass
 class TokenRows:
-    """Rows that replace rows of an embedding: weight[indices] = rows, (len(indices), dim).
+    """Rows that replace rows of an embedding: weight[indices] = rows.
+
+    rows: (len(indices), dim).
 
     In a mix with other changes of the same weight, token rows count as the change rows − W[indices], and
     the changes add up."""
@@ -182,13 +190,15 @@ _HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def hub_id(base: str) -> str:
-    """Return the ID by which hubs and other tools know a base: a built-in base's hub ID, else the name itself."""
+    """Return the ID by which hubs and other tools know a base.
+
+    A built-in base's hub ID, else the name itself."""
     return _HUB_IDS.get(base, base)
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What to create: which modules get a pair, its rank and alpha, and its initialization.
+    """What to create: which modules get a pair, its rank and its initialization.
 
     `targets`, `exclude`: see core.targets. `layers`: indices of the repeated blocks, None for all.
     `rank_pattern`, `alpha_pattern`: target pattern -> value; the first match wins.
@@ -264,7 +274,7 @@ class Adapter:
                 yield f"{name}+{token}", self.new_tokens[name][token]
 
     def component(self, name: str) -> Adapter:
-        """Return the part for one model of a pipeline, under that model's own module names.
+        """Return the part for one model of a pipeline, under its own module names.
 
         name: `unet`, `text_encoder`, …; the result is empty if the adapter has nothing for this model."""
         start = f"{name}."
@@ -304,11 +314,15 @@ class Adapter:
         return out
 
     def collapsed(self) -> Adapter:
-        """Return the same adapter without any `origin`, as files store it and `digest` hashes it."""
+        """Return the same adapter without any `origin`.
+
+        Files store this form, and `digest` hashes it."""
         return replace(self, pairs={name: pair.collapsed() for name, pair in self.pairs.items()})
 
     def move(self, device: torch.device) -> None:
-        """Move every tensor to `device` in place, so that an optimizer's parameters stay valid."""
+        """Move every tensor to `device` in place.
+
+        Parameters stay the same objects, so that an optimizer stays valid."""
 
         def moved(t: Tensor) -> Tensor:
             t.data = t.data.to(device)

@@ -53,7 +53,7 @@ def attach(model: nn.Module) -> Attachment:
 
 
 def acting_on(model: nn.Module) -> NamedMix:
-    """Return the mix that acts on every row of an attached model now; () for the base."""
+    """Return the mix that acts on every row of an attached model; () for the base."""
     found = _ATTACHED.get(model)
     attachment = None if found is None else found()
     if attachment is None:
@@ -114,7 +114,9 @@ class Attachment:
             self._prune()
 
     def remove(self, name: str) -> None:
-        """Remove an adapter, also from the selection; restore modules that no adapter changes."""
+        """Remove an adapter, and restore modules that no other adapter changes.
+
+        The adapter leaves the selection too."""
         gone = self._known(name)
         self.selection = self.selection.without(gone)
         self.cache.clear(gone)
@@ -133,7 +135,7 @@ class Attachment:
         return out
 
     def adapter(self, name: str) -> Adapter:
-        """Return a copy of an adapter as it is now: detached, contiguous, `origin` collapsed."""
+        """Return a copy of an adapter: detached, contiguous, `origin` collapsed."""
         return self._known(name).collapsed().mapped(lambda t: t.detach().clone(memory_format=torch.contiguous_format))
 
     # -- what acts ---------------------------------------------------------------------------------------------------
@@ -148,7 +150,9 @@ class Attachment:
         self.selection = self._selection(mix)
 
     def use_rows(self, mixes: Sequence[Sequence[str | tuple[str, float]]]) -> None:
-        """Select one mix per row of a batch: row i (first dimension) gets mixes[i], () the base.
+        """Select one mix per row of a batch.
+
+        Row i (first dimension) gets mixes[i]; () is the base.
 
         A batch of k·n rows repeats the list, as guidance does: [negative…, positive…]. The rows are the
         first dimension of the model's input. If an adapter changes a module whose input has another number
@@ -163,7 +167,9 @@ class Attachment:
         self.selection = Selection(rows=RowMixes(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
     def use_spans(self, names: Sequence[str], spans: LoraSegments) -> None:
-        """Select one adapter per segment of the tokens given to linear layers, at strength 1.
+        """Select one adapter per segment of the tokens, at strength 1.
+
+        The tokens are those given to linear layers.
 
         The rows of the batch do not matter. Between forward and backward, the same rule as for `use`
         holds. Raises AdapterError for an unknown name, and for an adapter with more than plain pairs on
@@ -181,7 +187,7 @@ class Attachment:
 
     @contextmanager
     def using(self, *mix: str | tuple[str, float]) -> Iterator[None]:
-        """`use` for the length of a with-block; what was selected before is selected again after it."""
+        """Apply `use` during a with-block; then restore the previous selection."""
         before, self.selection = self.selection, self._selection(mix)
         try:
             yield
@@ -189,17 +195,21 @@ class Attachment:
             self.selection = before
 
     def off(self) -> AbstractContextManager[None]:
-        """Apply `use` for the length of a with-block; then restore the previous selection."""
+        """Select the base without adapters during a with-block."""
         return self.using()
 
     def merged(self, *mix: str | tuple[str, float]) -> dict[str, Tensor]:
-        """Return new weights with `mix` merged in (`merge.merged_state`); the base is unchanged."""
+        """Return new weights with `mix` merged in; the base is unchanged.
+
+        See `merge.merged_state`."""
         return merged_state(self.model, self._selection(mix).mix)
 
     # -- off again ---------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Restore every module and forget the adapters. Can be called at any time, repeatedly."""
+        """Restore every module and forget the adapters.
+
+        Can be called at any time, any number of times."""
         self.selection = Selection()
         self.cache.clear()
         self.adapters.clear()
@@ -250,7 +260,9 @@ class Attachment:
         return Selection(tuple((adapter, s) for _, adapter, s in chosen))
 
     def _wrapped_for(self, adapter: Adapter) -> set[str]:
-        """Return the modules an adapter acts in, including heads tied to its token rows' weight."""
+        """Return the modules that an adapter acts in.
+
+        Includes heads tied to the weight of its token rows."""
         shared = {id(self._base_modules[n].weight) for n in adapter.token_rows}
         heads = {n for n, m in self._base_modules.items() if id(m._parameters.get("weight")) in shared}
         return _touched(adapter) | heads
@@ -284,14 +296,18 @@ class Attachment:
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that receive a batch: the model, or its parts if it has no forward."""
+    """Return the modules that receive a batch.
+
+    The model, or its parts if it has no forward."""
     if type(model).forward is not nn.Module.forward:
         return [model] if model._modules else []
     return [entrance for part in model.children() for entrance in _entrances(part)]
 
 
 def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return id -> every (parent, key) of each module, not counting a layer's own base."""
+    """Return id -> every (parent, key) of each module.
+
+    A layer's reference to its own base does not count."""
     out: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -450,7 +466,9 @@ def _untrainable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str
 
 
 def _magnitude_problems(name: str, magnitude: Tensor | None, shape: tuple[int, ...]) -> list[str]:
-    """Check DoRA's m on a weight (out, in, k…): one norm per output, or (1, in, 1…) per input."""
+    """Check the shape of DoRA's m on a weight (out, in, k…).
+
+    One norm per output, or (1, in, 1…): one per input."""
     if magnitude is None or magnitude.shape == shape[:1]:
         return []
     by_input = (1, *shape[1:2], *[1] * (len(shape) - 2))
@@ -479,7 +497,9 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
 
 
 def _placed(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool) -> Adapter:
-    """Return the attachment's copy of an adapter: on the base's device, trainable on request.
+    """Return the attachment's copy of an adapter, on the base's device.
+
+    Trainable on request.
 
     If the base has no values yet (meta), tensors stay on their device."""
 

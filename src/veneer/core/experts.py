@@ -100,7 +100,9 @@ def _add_by_expert(y: Tensor, x: Tensor, parts: Sequence[LowRank], offsets: Tens
 
 
 def expert_product(x: Tensor, weight: Tensor | AdaptedWeight, offsets: Tensor) -> Tensor:
-    """Multiply rows of x, sorted by expert, by their expert's weight (experts, in, out).
+    """Multiply rows of x by their expert's weight (experts, in, out).
+
+    Rows are sorted by expert.
 
     Rows up to offsets[0] use weight[0], rows from there up to offsets[1] use weight[1], and so on."""
     if isinstance(weight, AdaptedWeight):

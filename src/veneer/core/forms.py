@@ -1,4 +1,4 @@
-"""Deltas: changes of one parameter that are not pairs, in the form they were made in.
+"""Deltas: changes of one parameter that are not pairs, in their original form.
 
 | form        | parts                                                        | product P                              |
 | dense       | value                                                        | value                                  |
@@ -103,7 +103,9 @@ def _factor(p: Mapping[str, Tensor], n: str, shape: tuple[int, ...] | None = Non
 def trained_shapes(
     kind: Literal["loha", "lokr"], shape: tuple[int, ...], rank: int, factor: int | None = None, both: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parts of a LoHa or LoKr to train on a weight (out, in, k…).
+    """Return the shapes of the parts of a LoHa or LoKr to train.
+
+    shape: (out, in, k…), of the weight.
 
     By PEFT's rule, which is LyCORIS'. The kernel is flattened in b1 and b2, as in both tools without their
     core options.
@@ -138,7 +140,7 @@ def is_trained(delta: Delta) -> bool:
 
 
 def as_low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """Return A (r·r', in·k…) and B (out, r·r') with B·A = (a1·b1) ⊙ (a2·b2) of a LoHa.
+    """Return a LoHa as A (r·r', in·k…) and B (out, r·r'): B·A = (a1·b1) ⊙ (a2·b2).
 
         Σ_pq (a1_p ⊙ a2_q)·(b1_p ⊙ b2_q)
 

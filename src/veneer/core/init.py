@@ -107,7 +107,7 @@ def _first(patterns: Mapping[str, T], name: str, default: T) -> T:
 
 
 def _rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:
-    """Return the rank and alpha of a target: of the first matching pattern, else the spec's."""
+    """Return a target's rank and alpha: the first matching pattern's, or the spec's."""
     return _first(spec.rank_pattern, name, spec.rank), float(_first(spec.alpha_pattern, name, spec.alpha))
 
 

@@ -1,4 +1,4 @@
-"""Layers: a module of the base, plus what the current selection adds to its output.
+"""Layers: a module of the base, plus what the selection adds to its output.
 
     y = base(x) + Σ strengthᵢ·ΔWᵢ·x                       ΔW: core.merge
 
@@ -89,14 +89,18 @@ class Layer(nn.Module):
         return self.adapted(mix, *args, **kwargs)
 
     def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
-        """Return the output with one mix per row. Reference: each row separately, with `under`."""
+        """Return the output with one mix per row.
+
+        Reference: each row separately, with `under`."""
         segments = rows.segments(self.acts)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
         return run_apart(rows, segments, self.under, args, kwargs, self.name)
 
     def by_spans(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output with one adapter per segment; only linear layers have pairs then."""
+        """Return the output with one adapter per segment.
+
+        Only linear layers have pairs then."""
         return self.base(*args, **kwargs)
 
     def acts(self, adapter: Adapter) -> bool:
@@ -111,7 +115,9 @@ class Layer(nn.Module):
         return self.base(*args, **kwargs)
 
     def pairs(self, mix: Sequence[tuple[Adapter, float]], name: str | None = None) -> list[tuple[Pair, float, float]]:
-        """Return (pair, strength, dropout) of each pair of the mix here; dropout in training only."""
+        """Return (pair, strength, dropout) of each pair of the mix here.
+
+        Dropout is 0 outside training."""
         key = name or self.name
         drop = self.training
         return [(a.pairs[key], s, a.dropout if drop else 0.0) for a, s in mix if key in a.pairs]
@@ -132,7 +138,9 @@ class Layer(nn.Module):
         return next((adapter.token_rows[name] for name in self.embeddings if name in adapter.token_rows), None)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return the base's state under its own names: an attached model saves as the base."""
+        """Return the base's state under its own names.
+
+        An attached model therefore saves as the base."""
         return self.base.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def __getattr__(self, name: str) -> Any:
@@ -155,7 +163,7 @@ _uncompiled = TORCH("torch._disable_dynamo")(_selected)
 
 
 def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:
-    """Return `module` with some tensors replaced, as a new module that shares the rest.
+    """Return `module` with some tensors replaced, as a module that shares the rest.
 
     The base is not written to, not even during a call. Replacements are cast to the dtype of the tensors
     they replace."""
@@ -188,7 +196,7 @@ class FullModule(Layer):
         return _stand_in(self.base, sums)(*args, **kwargs) if sums else self.base(*args, **kwargs)
 
     def _changes(self, mix: Sequence[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, float]]:
-        """Yield (parameter, ΔW, strength) for each change that the mix makes to this module's parameters."""
+        """Yield (parameter, ΔW, strength) for each change of this module's parameters."""
         for key, delta, strength in self.deltas(mix):
             yield key, module_delta(self.base, delta, key), strength
         for pair, strength, _ in self.pairs(mix):
@@ -201,7 +209,9 @@ def _wide(t: Tensor) -> Tensor:
 
 
 class _Lora(Layer):
-    """The reference y = base(x) + Σ strength·ΔW·x, for layers whose ΔW acts on one input."""
+    """The reference y = base(x) + Σ strength·ΔW·x.
+
+    For layers whose ΔW acts on one input."""
 
     def under(self, mix: Acting, *args: Any, **kwargs: Any) -> Any:
         if mix and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
@@ -236,7 +246,9 @@ class _Lora(Layer):
         return x * v.to(x.dtype)
 
     def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return W·x without the bias, in x's dtype; `weight`: replaces W, in W's stored shape."""
+        """Return W·x without the bias, in x's dtype.
+
+        weight: replaces W, in W's stored shape."""
         raise NotImplementedError
 
     def change(self, x: Tensor, y: Tensor, pair: Pair, dropout: float = 0.0) -> Tensor:
@@ -369,7 +381,7 @@ class _Lora(Layer):
         return 2
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        """Return `out` with the token rows' change of y = base(x): out + Σ strength·(new − y).
+        """Return out + Σ strength·(new − y), the token rows' change of y = base(x).
 
         Only replaced rows change, in out's dtype. Other changes of the weight add up with this one, as in
         a merge."""
@@ -397,7 +409,9 @@ def _moved(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Tensor:
 
 class LoraLinear(_Lora):
     def linear_map(self) -> LinearMap | None:
-        """Return this layer as one frozen weight with at most one product; None if it is more.
+        """Return this layer as a frozen weight with at most one product, or None.
+
+        None if the layer computes more.
 
         A LoHa that is trained and small enough (`as_low_rank`) counts as a product. None for: several
         products, another delta, a mix per row, DoRA with an origin or at a strength other than 1, an
@@ -488,7 +502,7 @@ class LoraLinear(_Lora):
         return torch.matmul(w1, F.linear(parts, w2)).flatten(-2)
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        """Add the logits' change of replaced rows: out[…, i] += strength·(x·row_i − x·W_i)."""
+        """Add the change of replaced rows' logits: out[…, i] += strength·(x·row_i − x·W_i)"""
         for token_rows, strength in rows:
             index = torch.tensor(token_rows.indices, device=y.device)
             bias = getattr(self.base, "bias", None)
@@ -586,7 +600,7 @@ class LoraConv(_Lora):
 
 
 class LoraExperts(Layer):
-    """Runs the base's own forward with each adapted weight replaced by an `AdaptedWeight`."""
+    """Runs the base's forward with each adapted weight as an `AdaptedWeight`."""
 
     def acts(self, adapter: Adapter) -> bool:
         return super().acts(adapter) or any(f"{self.name}.{key}" in adapter.pairs for key in self.base._parameters)

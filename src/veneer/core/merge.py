@@ -1,4 +1,4 @@
-"""Weights as matrices: the change a pair makes to W, and weights with a mix merged in.
+"""Weights as matrices: the change of a pair, and weights with a mix merged in.
 
     linear, embedding, conv, experts:   ΔW = s·(B·A − B₀·A₀)                        (out, in), experts (E, out, in)
     DoRA:                               ΔW = m/‖W+sBA‖·(W+sBA) − W                  ‖·‖ over `in`, arXiv 2402.09353
@@ -64,7 +64,9 @@ def to_matrix(module: nn.Module, kind: PairKind, weight: Tensor) -> Tensor:
 
 
 def pair_matrix(pair: Pair) -> Tensor:
-    """Return s·(B·A − B₀·A₀) without the magnitude, float32 (float64 for float64 pairs)."""
+    """Return s·(B·A − B₀·A₀) without the magnitude.
+
+    In float32, or float64 for float64 pairs."""
     total: Tensor | None = None
     for A, B, sign in [(pair.A, pair.B, 1.0), *([(*pair.origin, -1.0)] if pair.origin else [])]:
         A, B = _wide(A), _wide(B)
@@ -77,7 +79,9 @@ def pair_matrix(pair: Pair) -> Tensor:
 
 
 def adapted_norm(matrix: Tensor, pair: Pair) -> Tensor:
-    """Return ‖W + s·(B·A − B₀·A₀)‖ over `in`: (out,), without gradient, as in the paper."""
+    """Return ‖W + s·(B·A − B₀·A₀)‖ over `in`: (out,).
+
+    Without gradient, as in the paper."""
     with torch.no_grad():
         product = pair_matrix(pair)
         norm: Tensor = torch.linalg.vector_norm(matrix.to(product.dtype) + product, dim=-1)
@@ -85,7 +89,9 @@ def adapted_norm(matrix: Tensor, pair: Pair) -> Tensor:
 
 
 def low_rank_norm(matrix: Tensor, pair: Pair) -> Tensor:
-    """Return `adapted_norm` of a linear pair without an origin, without making W + s·B·A.
+    """Return `adapted_norm` without making W + s·B·A.
+
+    For a linear pair without an origin.
 
         √( ‖W‖² + Σ_r (2s·(W·Aᵀ) + s²·B·(A·Aᵀ)) ⊙ B )
 
@@ -186,7 +192,9 @@ def _changes(
 
 
 def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Yield (parameter name, function W -> ΔW) for every change, without needing modules.
+    """Yield (parameter name, function W -> ΔW) for every change of an adapter.
+
+    Needs no modules.
 
     W is a linear's (out, in), an embedding's (rows, dim), experts' (E, out, in). ΔW has W's dtype, and W's
     shape if the change fits."""

@@ -1,4 +1,4 @@
-"""Mix several adapters into one: Σ strengthᵢ·ΔWᵢ, exactly or by an approximate method.
+"""Mix several adapters into one: Σ strengthᵢ·ΔWᵢ, exactly or approximately.
 
 | method          | result, with τᵢ = strengthᵢ·ΔWᵢ; entry by entry for pruning, TIES and DARE      | source           |
 | sum             | Σ τᵢ: ranks concatenated, then the bound if one is given                        | exact            |
@@ -106,7 +106,9 @@ def mix_pairs(
     name: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Pair, MixedModule]:
-    """Return the pairs of one module as one pair of scale 1, by a method of the table above.
+    """Return the pairs of one module as one pair of scale 1.
+
+    method: see the table above.
 
     density, seed, name: for the methods that trim; `name` gives each module its own random drops.
 
@@ -298,7 +300,7 @@ class _Mix:
         return weight.detach().double()
 
     def _narrow(self, t: Tensor) -> Tensor:
-        """Return `t` unchanged if the requested dtype can hold its values, else converted."""
+        """Return `t` unchanged if the requested dtype holds its values, else converted."""
         return t if torch.promote_types(t.dtype, self.dtype) == self.dtype else t.to(self.dtype)
 
     # Dense changes of a module's weight that are folded into its pair.
@@ -329,7 +331,9 @@ class _Mix:
         self.out.adapter.pairs[name], self.out.parts[name] = out, part
 
     def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], beside: list[tuple[Delta, float]]) -> None:
-        """Mix a module with changes that are not low rank: as dense matrices, then as a pair."""
+        """Mix a module with changes that are not low rank.
+
+        The changes are mixed as dense matrices, then turned into a pair."""
         parts: list[Tensor] = []
         shape: tuple[int, ...] = ()
         for adapter, strength in self.adapters:
@@ -417,7 +421,9 @@ class _Mix:
         self.out.parts[name] = MixedModule(0, float(truth.norm()), float((value.double() - truth).norm()))
 
     def _replacements(self, name: str, given: list[tuple[Delta, float]]) -> None:
-        """Mix replacements: Σ sᵢ·(vᵢ − W) = s·(Σ sᵢ·vᵢ/s − W) with s = Σ sᵢ; Σ sᵢ·vᵢ if s = 0."""
+        """Mix replacements: Σ sᵢ·(vᵢ − W) = s·(Σ sᵢ·vᵢ/s − W) with s = Σ sᵢ.
+
+        If s = 0, Σ sᵢ·vᵢ."""
         whole = sum(s for _, s in given)
         exact = torch.stack([d.parts["value"].double() * s for d, s in given]).sum(0)
         out = Delta("dense" if abs(whole) < 1e-12 else "replacement", {}, given[0][0].shape)
@@ -442,7 +448,9 @@ class _Mix:
         self.out.notes.append(f"{name}: a full copy, mixed and rounded to its dtype")
 
     def _blend(self, name: str, copies: list[tuple[Tensor, float]], why: str, rows: list[int] | None = None) -> Tensor:
-        """Return W + Σ strength·(copy − W); needs W only if the strengths do not add up to 1."""
+        """Return W + Σ strength·(copy − W).
+
+        Needs W only if the strengths do not add up to 1."""
         left = 1 - sum(s for _, s in copies)
         total = torch.stack([s * t.detach().double() for t, s in copies]).sum(0)
         if abs(left) < 1e-12:

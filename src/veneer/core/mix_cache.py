@@ -56,7 +56,9 @@ class CachedModule:
         return sum(t.nbytes for t in (self.weight, *stack) if t is not None)
 
     def current(self) -> bool:
-        """Return whether the source tensors are unchanged; `sources[0]` is the base's weight."""
+        """Return whether the source tensors are unchanged.
+
+        `sources[0]` is the base's weight."""
         return _changes(self.sources) == self.versions and self.sources[0].data_ptr() == self.place
 
 
@@ -98,7 +100,9 @@ class MixCache:
         return sum(t.bytes for t in self._tables.values())
 
     def hows(self) -> list[str]:
-        """Return how each cached mix is kept, oldest first: "copy", "stack", or "" for neither."""
+        """Return how each cached mix is kept, oldest first.
+
+        "copy", "stack", or "" for neither."""
         return [table.how for table in self._tables.values()]
 
     def clear(self, having: Adapter | None = None) -> None:
@@ -124,7 +128,9 @@ class MixCache:
         return self._make(table, name)
 
     def all_copied(self, mixes: Iterable[Acting]) -> bool:
-        """Return whether copies for all these mixes fit at once, as rows of one batch need."""
+        """Return whether copies for all these mixes fit at once.
+
+        Rows of one batch need them together."""
         tables = [self._seen[id(m)][1] if id(m) in self._seen else self._table(m) for m in mixes if m]
         return all(t.how == "copy" for t in tables) and sum(t.needs for t in tables) <= self._limit
 
@@ -194,7 +200,9 @@ def _sources(name: str, base: nn.Module, mix: Acting) -> list[Tensor]:
 
 
 def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> LowRank:
-    """Return all pairs as one product: A (Σ rank, …) with strengths and scales, B (out, Σ rank, …)."""
+    """Return all pairs as one product.
+
+    A (Σ rank, …) with strengths and scales, B (out, Σ rank, …)."""
     parts = [(p.collapsed(), s) for p, s in pairs]
     A = torch.cat([p.A for p, _ in parts])
     precise = torch.promote_types(torch.promote_types(A.dtype, dtype), torch.float32)
@@ -214,7 +222,7 @@ def _wide(t: Tensor) -> torch.dtype:
 
 
 def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, CachedModule]:
-    """Make copies of modules of equal shape with only plain pairs, in one product per group.
+    """Copy modules of equal shape with only plain pairs in one product per group.
 
     A small base has hundreds of modules; one product each would cost more in calls than in arithmetic."""
     if any(adapter.deltas for adapter, _ in mix):

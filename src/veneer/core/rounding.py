@@ -20,7 +20,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def seeded(seed: int, name: str) -> torch.Generator:
-    """Return a generator per (seed, name), so that results do not depend on the order of work."""
+    """Return a generator for (seed, name).
+
+    Results then do not depend on the order of work."""
     word = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
 
@@ -46,7 +48,9 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
 
 @dataclass
 class Rounding:
-    """How much of the deltas is left after rounding, over everything added, in float64.
+    """How much of the deltas is left after rounding, over everything added.
+
+    Computed in float64.
 
     changed: share of the weights with a nonzero exact delta that moved. error: ‖(W'−W) − Δ‖/‖Δ‖.
     kept: ⟨W'−W, Δ⟩/‖Δ‖², the share of the delta in the written weights; 1 means all of it, on average."""

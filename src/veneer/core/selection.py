@@ -1,4 +1,4 @@
-"""What acts now: nothing, one mix for all rows, a mix per row, or an adapter per segment.
+"""What acts now: one mix for all rows, one per row, or an adapter per segment.
 
 Rows are the first dimension of a module's input. A batch of k·n rows under n mixes repeats the mixes k
 times, as guidance arranges rows: [negative…, positive…]. The call of the model sets the number of rows of
@@ -117,7 +117,9 @@ class RowMixes:
         return self._indices[key]
 
     def strengths(self, share: AdapterRows, change: Tensor) -> float | Tensor:
-        """Return the factor on the change of an adapter's rows: one number if all are equal."""
+        """Return the factor on the change of an adapter's rows.
+
+        One number if all strengths are equal."""
         if len(set(share.strengths)) == 1:
             return share.strengths[0]
         repeats = len(change) // len(share.rows)
@@ -130,7 +132,9 @@ class RowMixes:
 
 @dataclass(frozen=True, eq=False)
 class SpanAdapters:
-    """One adapter per segment of the tokens given to linear layers, trained in one pass."""
+    """One adapter per segment of the tokens, trained in one pass.
+
+    The tokens are those given to linear layers."""
 
     adapters: tuple[Adapter, ...]
     spans: LoraSegments

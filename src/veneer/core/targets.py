@@ -1,4 +1,4 @@
-"""Targets: which modules of a model can carry a pair, and which of them a spec names.
+"""Targets: which modules of a model can carry a pair, and which a spec names.
 
 | pattern      | selects                                                                                              |
 | name, .name  | the module of exactly that name, or every module whose name ends in `.name` (as PEFT's lists do)     |
@@ -30,7 +30,9 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Target:
-    """A place for a pair: `name` is its key in `Adapter.pairs`; `parameter` only for experts."""
+    """A place for a pair.
+
+    `name` is its key in `Adapter.pairs`; `parameter` is set only for experts."""
 
     name: str
     kind: PairKind
@@ -45,7 +47,9 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `model.named_modules()` as without veneer: layers count as their base module."""
+    """Yield `model.named_modules()` as without veneer.
+
+    An attached layer counts as its base module."""
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -61,7 +65,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module is linear: nn.Linear, transformers' Conv1D, quantized linears.
+    """Return whether a module is linear.
+
+    nn.Linear, transformers' Conv1D and quantized linears are.
 
     A subclass with its own forward (a router that returns scores) is not, unless its class is named
     Linear…, as the quantized classes are."""
@@ -97,7 +103,9 @@ def has_bare_weight(module: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Return the 3-d parameters of a module that is not linear, convolution or embedding."""
+    """Return the 3-d parameters of a module of another kind than those of `kind_of`.
+
+    Linears, convolutions and embeddings have none."""
     if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):
         return []
     return [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.is_floating_point()]
@@ -113,7 +121,9 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
-    """Yield every possible target in the model's order, and whether `all-linear` includes it."""
+    """Yield every possible target, and whether `all-linear` includes it.
+
+    In the model's order."""
     head = _output_head(model)
     for name, module in base_modules(model):
         kind = kind_of(module)
@@ -125,7 +135,9 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
 
 
 def target_matches(pattern: str, name: str) -> bool:
-    """Return whether a pattern of the table above (except `all-linear`) selects `name`."""
+    """Return whether a pattern of the table above selects `name`.
+
+    Not for `all-linear`."""
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
@@ -137,7 +149,7 @@ def target_matches(pattern: str, name: str) -> bool:
 
 
 def _block(name: str) -> int | None:
-    """Return the index of the repeated block that contains a name: its first numeric part."""
+    """Return the index of the repeated block in a name: its first numeric part."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
@@ -210,7 +222,9 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
 
 
 def resolve_targets(model: nn.Module, spec: LoraSpec) -> list[Target]:
-    """Return the targets of a spec in the model's order; errors as `matches_per_pattern`."""
+    """Return the targets of a spec in the model's order.
+
+    Raises as `matches_per_pattern`."""
     chosen = {n for hits in matches_per_pattern(model, spec).values() for n in hits}
     return [t for t, _ in _candidates(model) if t.name in chosen]
 

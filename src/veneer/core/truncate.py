@@ -1,4 +1,4 @@
-"""Singular values of low-rank changes, and low-rank approximations of dense changes.
+"""Singular values of low-rank changes, and low-rank parts of dense changes.
 
     s·B·A = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ        B = Q_B·R_B, Aᵀ = Q_A·R_A (thin QR);  the core is rank × rank
           = U·diag(S)·V                  its singular value decomposition, exact, in O((out + in)·rank²)
@@ -82,7 +82,9 @@ def factors(pair: Pair) -> tuple[Tensor, Tensor]:
 
 
 def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float32) -> Pair:
-    """Return a pair of scale 1 from factors (the form of `factors(model)`), like `model`."""
+    """Return a pair of scale 1 from factors, in `model`'s kind and shapes.
+
+    A, B: in the form of `factors(model)`."""
     if model.kind == "conv":
         A = A.flatten(0, -2).reshape(-1, *model.A.shape[1:])
         B = B.flatten(0, -2)
@@ -230,7 +232,9 @@ def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 
 
 
 def _columns(caught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose D·Q for Q all eigenvectors of DᵀD: the columns are already orthogonal."""
+    """Decompose D·Q for Q all eigenvectors of DᵀD.
+
+    The columns of D·Q are already orthogonal."""
     S = torch.linalg.vector_norm(caught, dim=0)
     S, order = S.sort(descending=True)
     U = caught[:, order] / S.clamp_min(torch.finfo(torch.float64).tiny)
@@ -251,7 +255,7 @@ def _double_product(D: Tensor, Q: Tensor, rows: int = 4096) -> Tensor:
 
 
 def _subspace(D: Tensor, width: int, norm: float, most: int) -> Tensor:
-    """Return (n, width) orthonormal, close to the leading right singular vectors of D."""
+    """Return an orthonormal (n, width) near the leading right singular vectors."""
     generator = torch.Generator().manual_seed(0)
     Q = torch.randn(D.shape[1], width, generator=generator, dtype=torch.float32).to(D.device, D.dtype)
     before = -1.0

@@ -62,14 +62,16 @@ def atomic_write(path: str | Path, chunks: Iterable[bytes | memoryview]) -> None
 
 
 def replace_file(path: str | Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
-    """Run `atomic_write` with the system's OSError. `mode`: permissions before the umask."""
+    """Run `atomic_write` with the system's OSError.
+
+    mode: permissions before the umask."""
     staged = Staged.beside(Path(path))
     _fill(staged.temporary, chunks, mode)
     staged.commit()
 
 
 def write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write every byte of `chunks` to an open file, and flush to disk. Raises OSError."""
+    """Write every byte of `chunks` to an open file and flush. Raises OSError."""
     for chunk in chunks:
         view = memoryview(chunk).cast("B")
         while view:
@@ -102,7 +104,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def as_veneer_errors(path: Path) -> Iterator[None]:
-    """Convert OSError to ResourceError for a full disk, and to AdapterError otherwise."""
+    """Convert OSError to ResourceError for a full disk, else to AdapterError."""
     try:
         yield
     except OSError as error:

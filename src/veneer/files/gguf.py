@@ -83,7 +83,7 @@ class GgufFile:
         return flat.reshape(entry.shape if entry.type in _NUMPY else (*entry.shape[:-1], -1))
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor as stored, float32, float16 or bfloat16; dequantized to float32."""
+        """Return a tensor in float32, float16 or bfloat16, dequantized to float32."""
         import torch
 
         entry = self.entries[name]

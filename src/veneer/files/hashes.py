@@ -1,4 +1,4 @@
-"""Hashes by which managers and hubs identify an adapter file, and their verification.
+"""Hashes by which managers and hubs identify an adapter file, and checks of them.
 
 | name    | of                                                       | kept as        | stored in the header as       |
 | sha256  | the whole file                                           | 64 hex digits  |                               |
@@ -40,7 +40,9 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Hashes:
-    """Hashes in lower-case hexadecimal; `autov3` is "" unless the file is safetensors."""
+    """Hashes in lower-case hexadecimal.
+
+    `autov3` is "" unless the file is safetensors."""
 
     sha256: str
     autov1: str
@@ -127,7 +129,9 @@ def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
 
 def _with_empty_metadata(header: bytes | memoryview) -> bytes:
-    """Return the header that safetensors writes for empty metadata, which the hash uses."""
+    """Return the header that safetensors writes for empty metadata.
+
+    The legacy hash includes this header."""
     table = {"__metadata__": {}, **json.loads(bytes(header))}
     return packed_header(table)
 
@@ -142,7 +146,7 @@ def _legacy(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def verify_hashes(path: str | Path) -> list[HashCheck]:
-    """Recompute every hash in the header of a safetensors file. Errors as `read_header`.
+    """Recompute every hash in a safetensors header. Errors as `read_header`.
 
     A mismatch is not an error: the caller decides. OneTrainer's `hash_sha256` hashes the tensors by name
     instead of file order; if it holds in this sense, the note says so."""

@@ -1,4 +1,4 @@
-"""Read tensors from pickle files (.bin, .pt, .pth, .ckpt), only at the caller's request.
+"""Read tensors from pickle files (.bin, .pt, .pth, .ckpt), on explicit request.
 
 torch's weights-only loader builds tensors, numbers, texts, lists and dicts, and refuses all other names:
 no code in the file runs. The result must follow the rules of a safetensors file: names, and sizes that the
@@ -28,7 +28,9 @@ _WRAPPERS = ("state_dict", "model_state_dict", "lora_state_dict")
 
 
 def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return all tensors of a pickle, sorted by name, and texts and numbers as metadata.
+    """Return all tensors of a pickle, sorted by name, and its metadata.
+
+    The metadata is its texts and numbers.
 
     As `read_tensors`. Raises UnsafeFileError for a pickle that names anything but tensors and plain
     values, or an archive that unpacks to more than it holds; one AdapterError that lists every value of
@@ -112,7 +114,9 @@ def _load(path: Path) -> Any:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Return a state dict without its wrapper; other values (epoch, step) become metadata."""
+    """Return a state dict without its wrapper.
+
+    Other values (epoch, step) become metadata."""
     if isinstance(value, Mapping):
         for key in _WRAPPERS:
             if isinstance(value.get(key), Mapping):

@@ -1,4 +1,4 @@
-"""safetensors files: headers read without trust, tensors mapped, reproducible output.
+"""safetensors files: headers read without trust, reproducible output.
 
     file = header length (u64, little endian) | header (JSON, UTF-8) | data
     header = {"__metadata__": {str: str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
@@ -297,7 +297,9 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[str]:
-    """Return errors unless the tensors tile the data: no overlap, hole or leftover bytes."""
+    """Return errors unless the tensors tile the data.
+
+    No overlap, hole, or leftover bytes."""
     at, last = 0, "the start"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin < at:
@@ -374,7 +376,9 @@ def encode_tensors(
 
 
 def packed_header(table: Mapping[str, Any]) -> bytes:
-    """Return a header's JSON without its length, space-padded to a multiple of 8 bytes."""
+    """Return a header's JSON without its length.
+
+    Padded with spaces to a multiple of 8 bytes."""
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
 

@@ -1,4 +1,4 @@
-"""A model's weights on disk: the files of a folder, their tensors, one tensor at a time.
+"""A model's weights on disk: the files of a folder, and tensors read singly.
 
 Headers are read and checked when a file is opened, so that a truncated or foreign file gives one clear
 error instead of a crash inside a loader. Tensors are read on demand into their own memory, so that two
@@ -116,12 +116,12 @@ def _pickles_refused(folder: Path) -> BaseError:
 
 
 def tensor_table(base: Path) -> list[StoredTensor]:
-    """Return every stored tensor of a base, by name. Raises BaseError for damaged files."""
+    """Return every tensor of a base, by name. Raises BaseError for damaged files."""
     return file_table(weight_files(base))
 
 
 def file_table(files: Iterable[Path]) -> list[StoredTensor]:
-    """Return every tensor of these files, by name. Raises BaseError for damaged files."""
+    """Return all tensors of these files, by name. Raises BaseError for damaged files."""
     table: list[StoredTensor] = []
     for file in files:
         table += _gguf_table(file) if file.suffix == ".gguf" else _safetensors_table(file)
@@ -154,7 +154,7 @@ def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -
 
 
 def stored_dtype(table: Iterable[StoredTensor]) -> str:
-    """Return the dtype of most weights, by the file's name ("BF16", "F32", "Q4_1", …)."""
+    """Return the dtype of most weights, by the file's name: "BF16", "F32", "Q4_1", …"""
     sizes: Counter[str] = Counter()
     for tensor in table:
         sizes[tensor.dtype] += tensor.elements
@@ -208,7 +208,7 @@ def _gguf_table(file: Path) -> list[StoredTensor]:
 
 
 class Checkpoint:
-    """A full model's weights in safetensors: a file, or all *.safetensors of a folder.
+    """A full model's weights in safetensors: a file, or a folder's *.safetensors.
 
     files: path -> header. entries: tensor name -> its entry. Raises BaseError if there are no safetensors,
     or if a tensor is in two files; AdapterError for a damaged file."""
@@ -238,7 +238,9 @@ class Checkpoint:
         return name in self.entries
 
     def find(self, name: str) -> str | None:
-        """Return the tensor of this name, or the only one that differs by a prefix (`model.`)."""
+        """Return the tensor of this name.
+
+        Or the only tensor whose name differs by a prefix (`model.`)."""
         if name in self.entries:
             return name
         ends = [n for n in self.entries if n.endswith(f".{name}") or name.endswith(f".{n}")]
@@ -267,7 +269,9 @@ class Checkpoint:
 
 
 def checkpoint_parts(base: Path) -> dict[str, Checkpoint]:
-    """Return component -> weights of a diffusers pipeline; "" -> those of a single model."""
+    """Return component -> weights of a diffusers pipeline.
+
+    For a single model, "" -> its weights."""
     if not (base / "model_index.json").is_file():
         return {"": Checkpoint(base)}
     return {p.name: Checkpoint(p) for p in sorted(base.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))}

@@ -1,4 +1,4 @@
-"""Open, read and write a database: a SQLite file or a PostgreSQL URL, with SQLAlchemy.
+"""Open, read and write a database: SQLite or PostgreSQL, with SQLAlchemy.
 
 The library's index and the server's tenants use this module. A commit is on disk when it returns. A writer
 declares at the start of its transaction that it will write, so that SQLite waits for its lock there and
@@ -44,7 +44,9 @@ def columns(kind: Any, *names: str, nullable: bool = False, index: bool = False)
 
 
 def open_engine(where: str, what: str, patience: float = PATIENCE, *, synced: bool = True) -> Engine:
-    """Return an engine for a SQLite file, or a URL such as postgresql://user@host/database.
+    """Return an engine for a SQLite file or a database URL.
+
+    where: a path, or a URL such as postgresql://user@host/database.
 
     Nothing is opened yet.
 
@@ -138,7 +140,9 @@ class _Late(Exception):
 
 
 def _until(gen: Any, deadline: float) -> Generator[Any, Any, Any]:
-    """Drive psycopg's wait generator, polled every tenth of a second, until the deadline."""
+    """Drive psycopg's wait generator until the deadline.
+
+    Polls every tenth of a second."""
     try:
         wanted = next(gen)
         while True:

@@ -1,4 +1,4 @@
-"""Describe an adapter's files for the library: which files, and what they contain.
+"""Describe an adapter's files for the library: which files, and their content.
 
 `describe_adapter` reads every format that `formats` knows; `Library.add` accepts another function instead.
 This module knows formats; it does not know about names or the index.
@@ -70,7 +70,9 @@ def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
 
 
 def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the answers of `base` and `adapter` to a held-out `prompt` after training.
+    """Return the base's and the adapter's answers to a held-out prompt.
+
+    Keys: `base`, `adapter`, `prompt`.
 
     None if the card has no sample. `prompt` is the last message only; `card_prompt` returns all messages."""
     sample = _dict(_dict(card, "extra"), "sample")
@@ -79,7 +81,9 @@ def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the messages of the card's prompt, with the row's system message; [] if none."""
+    """Return the messages of the card's prompt; [] if there is none.
+
+    Includes the row's system message."""
     return sample_messages(_dict(card, "extra"))
 
 
@@ -143,7 +147,7 @@ class AdapterDescription:
 
 
 def content_of(path: Path) -> Content:
-    """Return the files of the adapter at `path`. Raises AdapterError if there is none."""
+    """Return the files of the adapter at `path`. Raises AdapterError if none."""
     if path.is_file():
         return Content(path, {path.name: path}, [])
     if not path.is_dir():

@@ -141,7 +141,7 @@ tags = _table(
 
 
 def connect(where: str) -> Engine:
-    """Open the index in a SQLite file, or behind a URL, and create or migrate its tables.
+    """Open the index in a SQLite file or database; create or migrate its tables.
 
     where: a path, or a URL such as postgresql://user@host/database. Raises ConfigError for a URL that
     cannot be opened, MissingExtraError without psycopg."""

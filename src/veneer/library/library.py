@@ -1,4 +1,4 @@
-"""The library: adapters under names, versions, aliases and tags, with hashed files.
+"""The library: adapters under names, versions, aliases and tags.
 
     library = open_library()                     <veneer home>/library, or VENEER_LIBRARY and VENEER_LIBRARY_INDEX
     library.add("runs/tickets", "support")       support@1
@@ -129,7 +129,9 @@ class Library:
         return NotInLibrary(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
     def knows_base(self, name: str) -> bool:
-        """Return whether an adapter belongs to a base of this name, or a path ending with it."""
+        """Return whether an adapter belongs to a base of this name.
+
+        Or to a path that ends with the name."""
         return bool(self.search(base=name, limit=1))
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:
@@ -140,7 +142,9 @@ class Library:
             return search(connection, text, **filters)
 
     def browse(self, text: str = "", **asked: Any) -> SearchPage:
-        """Return a page of matching versions with counts; see `queries.browse` for filters."""
+        """Return a page of matching versions with counts.
+
+        See `queries.browse` for filters."""
         with reading(self.engine) as connection:
             return browse(connection, text, **asked)
 
@@ -156,7 +160,9 @@ class Library:
             return size_under(connection, beginning)
 
     def checks(self, reference: str) -> list[dict[str, Any]]:
-        """Return the results of the last checks of an adapter, which determine its `health`.
+        """Return the results of the last checks of an adapter.
+
+        They determine its `health`.
 
         Each has name, ok (None: could not run), detail, at. Raises as `find`."""
         version = self.find(reference)
@@ -173,7 +179,9 @@ class Library:
                 ix.add_checks(connection, ((entry, *each) for each in found))
 
     def resolve(self, reference: str) -> Path:
-        """Return a local read-only path with the adapter's files: a folder, or a single file.
+        """Return a local read-only path with the adapter's files.
+
+        A folder, or a single file.
 
         A local store creates links, so nothing is copied. Files of a remote store are downloaded to this
         machine's cache and checked against their sha256. The path is valid until garbage collection after
@@ -295,7 +303,9 @@ class Library:
     def enter(
         self, connection: Connection, entry: str, kept: Mapping[str, tuple[str, int]], about: AdapterDescription
     ) -> None:
-        """Insert or update an entry's rows; a description with more detail replaces the old one."""
+        """Insert or update an entry's rows.
+
+        A description with more detail replaces the old one."""
         known = connection.execute(select(ix.entries.c.digest).where(ix.entries.c.id == entry)).first()
         values = about.columns(sum(size for _, size in kept.values()))
         if known is None:
@@ -318,7 +328,9 @@ class Library:
     def _number(
         self, connection: Connection, name: str, entry: str, source: str, wanted: int | None
     ) -> tuple[int, bool]:
-        """Return (number, whether new) of the version of `name` with this entry; create it if needed."""
+        """Return (number, whether new) of the version of `name` with this entry.
+
+        Created if missing."""
         v, n = ix.versions.c, ix.names.c
         known = connection.execute(select(n.latest, n.next).where(n.name == name)).first()
         latest, following = (known.latest, known.next) if known is not None else (None, 1)
@@ -386,7 +398,7 @@ class Library:
         ix.changed(connection)
 
     def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
-        """Remove a name (`support`), a version (`support@2`) or an alias (`support@prod`).
+        """Remove a name (`support`), a version (`support@2`) or an alias (`support@prod`)
 
         A name is removed with all its versions. Removing a version with an alias raises AdapterError,
         unless `with_aliases`. Files stay until `gc` finds that no version uses them, and for its grace

@@ -104,7 +104,9 @@ def revision(connection: Connection, schema: Schema) -> str | None:
 
 
 def _migrate(connection: Connection, schema: Schema) -> None:
-    """Migrate in a transaction that holds the lock; another process can have done so just before."""
+    """Migrate in a transaction that holds the lock.
+
+    Another process can have migrated just before."""
     found, known = revision(connection, schema), schema.revisions
     if found == known[-1]:
         return

@@ -88,7 +88,9 @@ def new_tuned(base: str, organisation: str, suffix: str) -> TunedName:
 
 
 def tuned_of(base: str, name: str) -> TunedName | None:
-    """Return OpenAI's name for a library adapter; None if `new_tuned` did not make the name."""
+    """Return OpenAI's name for a library adapter.
+
+    None if `new_tuned` did not make the name."""
     organisation, _, last = name.rpartition("/")
     found = _TUNED_LAST.fullmatch(last)
     made = None if found is None else TunedName(base, organisation, found[1] or "", found[2])
@@ -135,7 +137,9 @@ def parse_reference(text: str, *, cased: bool = False) -> Reference:
 
 
 def name_of(reference: str) -> str:
-    """Return a reference's name without its version, as limits, prices and grants use it."""
+    """Return a reference's name without its version.
+
+    Limits, prices and grants use this name."""
     tuned = parse_tuned(reference)
     return (reference if tuned is None else tuned.reference).partition("@")[0]
 

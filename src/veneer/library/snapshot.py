@@ -47,7 +47,9 @@ _AGAIN = 60.0
 
 @dataclass(frozen=True, slots=True)
 class NamedVersion:
-    """One version of a name; `digest` is the adapter's ("" if unreadable), `entry` its id."""
+    """One version of a name.
+
+    `digest` is the adapter's ("" if unreadable), `entry` its id."""
 
     name: str
     version: int

@@ -153,7 +153,9 @@ class LocalStore:
 
     @contextlib.contextmanager
     def temporary(self, folder: bool = False) -> Iterator[tuple[Path, int]]:
-        """Yield a new locked file or folder below tmp/; removed at the end if still there."""
+        """Yield a new locked file or folder below tmp/; removed at the end.
+
+        Unless it was moved away."""
         parent = self.root / "tmp"
         parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -215,7 +217,9 @@ class LocalStore:
         return target
 
     def drop_folder(self, entry: str) -> None:
-        """Remove an entry's folder; it is moved away first, so that no reader sees half of it."""
+        """Remove an entry's folder.
+
+        The folder is moved away first, so that no reader sees half of it."""
         folder = self.root / "folders" / entry
         aside = self.root / "tmp" / secrets.token_hex(12)
         aside.parent.mkdir(exist_ok=True)
@@ -224,7 +228,7 @@ class LocalStore:
             _discard(aside)
 
     def sweep(self, entries: set[str]) -> int:
-        """Remove debris in tmp/ and folders of entries not in `entries`; return the count."""
+        """Remove debris in tmp/ and folders of unlisted entries; return the count."""
         count = 0
         for path in _listed(self.root / "tmp"):
             try:

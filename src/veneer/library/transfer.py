@@ -1,4 +1,4 @@
-"""Transfer adapters to and from the Hugging Face hub, fsspec URLs and export files.
+"""Transfer adapters to and from the Hugging Face hub, fsspec URLs and exports.
 
     hf:owner/name[/file.safetensors][@revision]     a repository of the hub, or one file of it
     s3://bucket/folder, file:///…, a path           a folder with an adapter's files, or one file
@@ -48,7 +48,7 @@ _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([^@]+))?")
 
 
 def push(library: Library, reference: str, place: str, *, public: bool = False) -> str:
-    """Copy a version's files to a location, created if missing; return where they are.
+    """Copy a version's files to a location, created if missing; return the location.
 
     On the hub, a new repository is private unless `public`, and all files are one commit. Elsewhere a
     manifest of hashes is written after the files, for `pull` to check. Raises AdapterError if the location
@@ -173,7 +173,7 @@ def _from_place(place: str, into: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _said(what: str, place: str) -> Iterator[None]:
-    """Convert client errors to veneer's: all mean that the location could not be used."""
+    """Convert client errors to veneer's: the location could not be used."""
     try:
         yield
     except VeneerError:
@@ -202,7 +202,7 @@ class ExportReport:
 
 @dataclass
 class ImportReport:
-    """The result of `import_from`: new versions, versions already here, and differences."""
+    """The result of `import_from`: new versions, known versions, and differences."""
 
     new: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
@@ -388,7 +388,9 @@ def _import_name(
 
 
 def _unpack(archive: Mapping[str, Callable[[], IO[bytes]]], files: Mapping[str, tuple[str, int]], into: Path) -> Path:
-    """Write an entry's files under their names, each checked; return the folder or only file."""
+    """Write an entry's files under their names, each checked.
+
+    Returns the folder, or the only file."""
     for name, (sha256, _) in files.items():
         with archive[blob_path(sha256)]() as source, (into / name).open("xb") as target:
             shutil.copyfileobj(source, target, CHUNK)

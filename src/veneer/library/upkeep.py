@@ -52,7 +52,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass
 class GcReport:
-    """What `gc` removed, or would remove: entries, files and bytes of the store, debris."""
+    """What `gc` removed, or would remove.
+
+    Entries, files and bytes of the store, and debris."""
 
     entries: int = 0
     files: int = 0
@@ -180,7 +182,9 @@ def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
 
 
 def _sweep_remote(store: RemoteStore, grace: float) -> int:
-    """Delete old remote temporary files, by age: whether the writer is alive is unknown."""
+    """Delete old remote temporary files, by age.
+
+    Whether the writer is alive is unknown."""
     old = [path for path, _, when in store.walk("tmp") if when < time.time() - max(grace, _STRAY_TEMPORARY)]
     for path in old:
         store.delete(path)
@@ -191,7 +195,7 @@ def _sweep_remote(store: RemoteStore, grace: float) -> int:
 
 
 def verify_library(library: Library, *, repair: bool = False, say: Callable[[str], None] | None = None) -> VerifyReport:
-    """Compare every referenced file with its sha256, and names' records with the index.
+    """Compare every file with its sha256, and names' records with the index.
 
     Results are stored as the adapters' checks.
 
@@ -318,7 +322,7 @@ def _read(library: Library, path: str) -> bytes | None:
 
 
 def rebuild(location: str | Path | None = None, index: str | None = None) -> RebuildReport:
-    """Rebuild the index from the store: every name's record and the manifests it names.
+    """Rebuild the index from the store's records and manifests.
 
     Replaces the content of the index in one transaction. A version with a missing manifest or file is left
     out and listed.
@@ -379,7 +383,9 @@ def _restore(library: Library, connection: Connection, found: dict[str, Any], ou
 
 
 def check_record(found: Any) -> dict[str, Any]:
-    """Validate a name's record from a file. Raises AdapterError or ConfigError if invalid."""
+    """Validate a name's record from a file.
+
+    Raises AdapterError or ConfigError if it is invalid."""
     try:
         if found["veneer-name"] != 1:
             raise AdapterError(f"a record of version {found['veneer-name']!r}, and this veneer knows 1")

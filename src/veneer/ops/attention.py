@@ -40,7 +40,9 @@ from veneer.ops.step_sizes import grouped_rows, key_ranges
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows attended to together, as `rows` × `length` slots, shorter rows padded at the end.
+    """Rows attended to together, as `rows` × `length` slots.
+
+    Shorter rows are padded at the end.
 
     tokens: (real tokens,), their indices in the flat order; slots: row·length + time of each."""
 
@@ -56,7 +58,9 @@ class RowGroup:
 
 @dataclass(frozen=True, eq=False)
 class SharedRows:
-    """Rows with common tokens, as answers share their prompt, with each token stored once.
+    """Rows with common tokens, each token stored once.
+
+    Answers share their prompt, for example.
 
     The N tokens are in the order in which the rows first use them. A token depends only on tokens before
     it, so the common part is a prefix, which is computed once.
@@ -148,7 +152,9 @@ class RowLayout:
 
 
 def _gather(x: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Return (N, heads, dim) as (rows·kv, length·heads/kv, dim), rotated by +θ and scaled.
+    """Gather (N, heads, dim) as (rows·kv, length·heads/kv, dim), rotated by +θ.
+
+    And multiplied by `scale`.
 
     Padding is zero. Time-major, so that a block of queries is a contiguous range of rows of the product."""
     heads, dim = x.shape[1], x.shape[2]
@@ -169,7 +175,9 @@ def _gather(x: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | Non
 def _scatter(
     g: Tensor, out: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> None:
-    """Apply the transpose of `_gather`, into the group's tokens of out: (N, heads, dim)."""
+    """Apply the transpose of `_gather`, into out: (N, heads, dim).
+
+    Only the group's tokens are written."""
     heads, dim = out.shape[1], out.shape[2]
     run = dispatch("scatter_heads", out, cos, sin)
     if run is not None:
@@ -386,7 +394,9 @@ def rope_varlen_attention(
 
 
 def normed_heads(qkv: Tensor, kv: int, norms: HeadNorms) -> Tensor:
-    """Return [w_q ⊙ q/rms(q) | w_k ⊙ k/rms(k) | v] of [q | k | v], (N, heads + 2·kv, dim)."""
+    """Return [w_q ⊙ q/rms(q) | w_k ⊙ k/rms(k) | v] of [q | k | v].
+
+    (N, heads + 2·kv, dim)."""
     q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
     q, k = (rms_norm(x, w, norms.eps) for x, w in zip((q, k), norms.weight, strict=True))
     return torch.cat([q, k, v], dim=1)
@@ -523,7 +533,9 @@ torch's attention, unless there is a kernel, which needs no more for a thousand 
 
 
 def _rotate_pairs(x: Tensor, turn: Tensor) -> Tensor:
-    """Multiply neighboring pairs of x, float32 (…, S, d), as complex numbers by (S, d/2)."""
+    """Multiply neighboring pairs of x as complex numbers by `turn`.
+
+    x: (…, S, d) float32, turn: (S, d/2)."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 

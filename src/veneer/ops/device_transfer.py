@@ -1,4 +1,4 @@
-"""Transfers between CPU and device, without waiting, and detection of fake tensors."""
+"""Transfers between CPU and device without waiting; detection of fake tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def made_up(tensor: Tensor) -> bool:
-    """Return whether a tensor has no values: a fake or meta tensor, used to trace a step.
+    """Return whether a tensor has no values: a fake or meta tensor.
+
+    A step is traced with such tensors.
 
     A kernel is not launched on a fake tensor; the result is what its host function allocated, of the right
     shape."""

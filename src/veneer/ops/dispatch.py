@@ -149,7 +149,9 @@ _overrides = parse_overrides(os.environ.get("VENEER_OPS", ""))
 
 @contextmanager
 def override_ops(**names: str) -> Iterator[None]:
-    """Run these ops by the named implementations, in all threads, during a with-block."""
+    """Run these ops by the named implementations during a with-block.
+
+    In all threads."""
     global _overrides
     before = _overrides
     _overrides = {**before, **names}

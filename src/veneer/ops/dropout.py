@@ -1,4 +1,4 @@
-"""Dropout whose mask is recomputed instead of stored: a hash of seed and position.
+"""Dropout whose mask is recomputed, not stored: a hash of seed and position.
 
     y_i = x_i / (1 − p) if hash(seed, i) ≥ p·2³², else 0
 
@@ -30,13 +30,17 @@ class Dropout(NamedTuple):
 
     @classmethod
     def drawn(cls, p: float, generator: torch.Generator | None = None) -> Dropout:
-        """Return a Dropout with a seed from a CPU generator, by default torch's global one.
+        """Return a Dropout with a seed from a CPU generator.
+
+        By default torch's global generator.
 
         Fixing the generator's state fixes the mask."""
         return cls(p, int(torch.randint(1 << 62, (), generator=generator, device="cpu").item()))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return y of x's shape; applied to the gradient of y, it returns the gradient of x."""
+        """Return y of x's shape.
+
+        Applied to the gradient of y, it returns the gradient of x."""
         x = x.contiguous()
         run = dispatch("dropout", x)
         if run is not None:

@@ -1,4 +1,4 @@
-"""Frozen linear maps with low-rank products: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, with gradients.
+"""Frozen linear maps with low-rank products: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ.
 
 A `LinearMap` is one projection, or several joined projections of the same x; `linear` multiplies by it.
 The frozen weight never gets a gradient. A and B can be float32 with 16-bit x and W: they are cast for the
@@ -78,7 +78,9 @@ def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> Linea
 
 
 def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
-    """Split a map into its outputs before row `at` and from `at` on; weights are views.
+    """Split a map into its outputs before row `at` and from `at` on.
+
+    Weights are views.
 
     Raises ValueError with dropout: each part would sample its own mask."""
     if any(p.dropout for p in linear_map.products):
@@ -98,7 +100,9 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
 
 
 class _Products(Protocol):
-    """An implementation of the op "low_rank", made from (products, weight rows, dtype)."""
+    """An implementation of the op "low_rank".
+
+    Made from (products, weight rows, dtype)."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add s·(x·Aᵀ)·Bᵀ to each product's columns of y; return u = x·Aᵀ."""
@@ -111,7 +115,9 @@ class _Products(Protocol):
 
 
 class LowRankProducts:
-    """Low-rank products of one x, stacked: A (Σ rank, in), block-diagonal s·B (rows, Σ rank).
+    """Low-rank products of one x, stacked.
+
+    A is (Σ rank, in); s·B is block-diagonal, (rows, Σ rank).
 
     u = x·Aᵀ and du = g·s·B read x and g once for all products. Products that would multiply by the zeros
     of s·B run one by one (two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against 0.60 ms, gᵀ·u 1.23 against 0.81).
@@ -178,7 +184,9 @@ class _Dropped:
 
 
 class _InSpans:
-    """Products of several adapters, each on its own rows; u and du are concatenated, flat."""
+    """Products of several adapters, each on its own rows.
+
+    u and du are concatenated, flat."""
 
     def __init__(self, x: Tensor, products: Sequence[LowRank], y: Tensor, spans: LoraSegments) -> None:
         members: dict[int, list[int]] = {}
@@ -212,7 +220,7 @@ class _InSpans:
 
 
 def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
-    """Return the low-rank products of a map, by the implementation chosen for x and y."""
+    """Return the low-rank products of a map, by the chosen implementation."""
     if linear_map.spans is not None:
         return _InSpans(x, linear_map.products, y, linear_map.spans)
     drop = Dropout.drawn(linear_map.dropout) if linear_map.dropout else None
@@ -259,7 +267,9 @@ def frozen_linear(
 
 
 def keeps_copy(dtype: torch.dtype, rows: int, columns: int, transposed: bool) -> bool:
-    """Return whether this product would use a prepacked copy here, for memory estimates.
+    """Return whether this product would use a prepacked copy here.
+
+    For memory estimates.
 
     transposed: x·Wᵀ."""
     weight = torch.empty(1, dtype=dtype).expand(rows, columns)
@@ -293,7 +303,9 @@ def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
 def linear_backward(
     g: Tensor, weight: Tensor, made: LinearOutput, dora_scale: Tensor | None, need_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Return dx, the gradient at the products' output, du = that·s·B, and the DoRA scale's."""
+    """Return dx, the gradient at the products' output, du, and the DoRA scale's.
+
+    du is that gradient times s·B."""
     products, plain = made.products, made.plain
 
     def back(t: Tensor) -> Tensor:
@@ -352,14 +364,16 @@ class _Linear(torch.autograd.Function):
 
 
 def low_rank_gradients(made: LinearOutput, g: Tensor, x: Tensor, du: Tensor | None) -> list[Tensor]:
-    """Return the gradients of `low_rank_tensors`, from the results of `linear_backward`."""
+    """Return the gradients of `low_rank_tensors`.
+
+    Computed from the results of `linear_backward`."""
     if made.products is None or made.u is None or du is None:
         return []
     return made.products.gradients(g, x, made.u, du)
 
 
 def linear(x: Tensor, linear_map: LinearMap) -> Tensor:
-    """Return y = x·Wᵀ + b plus s·(x·Aᵀ)·Bᵀ on each product's columns, times the DoRA scale.
+    """Return y = x·Wᵀ + b plus s·(x·Aᵀ)·Bᵀ on each product's columns.
 
     x: (…, in) → (…, Σ out). The DoRA scale applies to everything but b. Keeps x, the narrow x·Aᵀ and, with
     a DoRA scale, its input. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to its

@@ -46,7 +46,9 @@ class LoraSegments:
         return [slice(first, end) for first, end in itertools.pairwise(ends)]
 
     def dropouts(self, shares: Mapping[int, float]) -> dict[int, Dropout]:
-        """Return the dropout of a product per segment. `shares`: segment -> dropout probability."""
+        """Return the dropout of a product per segment.
+
+        shares: segment -> dropout probability."""
         if not shares:
             return {}
         # A recomputed layer draws the same number again, because torch.utils.checkpoint restores its

@@ -142,7 +142,9 @@ def dpo(chosen: Tensor, rejected: Tensor, *, beta: float, smoothing: float = 0.0
 
 
 def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """Return (chosen − rejected − 1/(2β))², β the paper's τ (arXiv 2310.12036, eq. 17).
+    """Return (chosen − rejected − 1/(2β))².
+
+    arXiv 2310.12036, eq. 17; β is the paper's τ.
 
     chosen, rejected: log-ratios. The paper defines them for whole answers; its authors' results, and TRL,
     divide them by the answers' lengths."""
@@ -150,7 +152,9 @@ def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 
 def orpo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """Return −β·log σ(log odds(chosen) − log odds(rejected)), odds(m) = e^m / (1 − e^m).
+    """Return −β·log σ(log odds(chosen) − log odds(rejected)).
+
+    odds(m) = e^m / (1 − e^m).
 
     β is the paper's λ. chosen, rejected: mean log-probabilities of an answer's tokens. This is the
     odds-ratio term only (arXiv 2403.07691, eq. 4 and 7): ORPO adds the likelihood of the chosen answer,
@@ -190,7 +194,9 @@ def _preferred(margin: Tensor, smoothing: float) -> Tensor:
 
 
 def _log_odds(mean: Tensor) -> Tensor:
-    """Return m − log(1 − e^m) in the numerically stable form; m = 0 is moved just below 0."""
+    """Return m − log(1 − e^m), numerically stable.
+
+    m = 0 is moved just below 0."""
     m = mean.clamp(max=_CERTAIN)
     rest = torch.where(m < -0.6931, torch.log1p(-torch.exp(m)), torch.log(-torch.expm1(m)))
     return m - rest

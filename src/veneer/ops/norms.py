@@ -44,7 +44,9 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _norm_gradient(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x), r = 1/√(mean x² + ε), in at least float32."""
+    """Return dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x), r = 1/√(mean x² + ε).
+
+    In at least float32."""
     run = dispatch("rms_norm_backward", g, x, weight)
     if run is not None:
         dx: Tensor = run(g, x, weight, eps)

@@ -66,7 +66,9 @@ class PrepackedWeights:
         return self._values.numel() * self._values.element_size()
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = True) -> Tensor | None:
-        """Return x·Wᵀ + b, or x·W if not `transposed`, by a copy; None: use the weight itself.
+        """Return x·Wᵀ + b, or x·W if not `transposed`, by a copy.
+
+        None: use the weight itself.
 
         weight: its current state."""
         if not self._changed and self._state(weight) != self._seen:

@@ -1,4 +1,6 @@
-"""Quantization formats: frozen weights in 4 and 8 bits, in bitsandbytes' and ggml's layouts.
+"""Quantization formats: frozen weights in 4 and 8 bits.
+
+In the layouts of bitsandbytes and ggml.
 
     nf4, fp4         w = table[code]·absmax                 a block of 64 weights has one absmax
     double quant     absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
@@ -83,13 +85,17 @@ class Groups:
         return (out if self.zeros is None else out + self.zeros[..., None].float()).flatten(1)
 
     def split(self, size: int) -> Groups:
-        """Return the same with a scale per `size` columns, which must divide the current size."""
+        """Return the same with a scale per `size` columns.
+
+        `size` must divide the current size."""
         times = self.size // size
         zeros = None if self.zeros is None else self.zeros.repeat_interleave(times, 1)
         return replace(self, scales=self.scales.repeat_interleave(times, 1), zeros=zeros)
 
     def _widened(self) -> Groups | None:
-        """Return the same with codes as their own values; None unless values are integers."""
+        """Return the same with codes as their own values, or None.
+
+        None unless the values are integers."""
         if self.values is None:
             return self
         if not torch.equal(self.values, self.values.round()):
@@ -285,7 +291,9 @@ def _blocks8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Rows8(_Stored):
-    """8-bit codes with one scale per row: bitsandbytes' "vector-wise" weights, CB and SCB.
+    """8-bit codes with one scale per row.
+
+    bitsandbytes' "vector-wise" weights, CB and SCB.
 
     codes: (rows, columns) int8, absmax: (rows,) float32."""
 
@@ -465,7 +473,9 @@ class StackedRows:
         return Groups.joined([part.groups(low, high) for part, low, high, _ in self.parts_of(first, last)])
 
     def parts_of(self, first: int, last: int) -> Iterator[tuple[QuantizationFormat, int, int, slice]]:
-        """Yield (part, its first row, its last row, slice of first … last) of the parts in range."""
+        """Yield the parts that contain rows first … last.
+
+        (part, its first row, its last row, slice of first … last)."""
         at = 0
         for part in self.parts:
             low, high = max(first - at, 0), min(last - at, row_count(part))

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 and 8 bits: a tensor of codes that multiplies as the weight.
+"""Frozen weights in 4 and 8 bits: a tensor of codes that acts as the weight.
 
 `quantize` makes a `Quantized` from a weight; quantization_formats.py defines how values are stored. To the
 rest of torch a `Quantized` is a frozen weight of `dtype` with the dequantized values, rounded once to that
@@ -305,7 +305,9 @@ def quantize(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dty
 
 
 def stacked_rows(parts: Sequence[Quantized]) -> Quantized:
-    """Concatenate weights (rows, columns) of one width by rows, without copying codes.
+    """Concatenate weights (rows, columns) by rows, without copying codes.
+
+    All have the same width.
 
     Also joins adjacent parts of one weight."""
     first = parts[0]

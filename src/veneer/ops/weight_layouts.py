@@ -1,4 +1,6 @@
-"""Layouts of frozen weights for serving: y = x·Wᵀ + b for few rows at a time, W (out, in).
+"""Layouts of frozen weights for serving: y = x·Wᵀ + b, W (out, in).
+
+For few rows of x at a time.
 
 Every product repacks a plain weight, which takes most of the time of a few rows. `packing` chooses a
 prepacked layout: panels if a kernel multiplies by them, else oneDNN's, else the weight's own. A weight is

@@ -1,4 +1,6 @@
-"""Weights in the layout of ops/cpu/decoder.c: panels of 64 rows of W, bfloat16 or codes.
+"""Weights in the layout of ops/cpu/decoder.c: panels of 64 rows of W.
+
+In bfloat16 or as codes.
 
 Codes are converted to bfloat16 a few at a time, in the first-level cache, once for all rows of a step, so
 that a step reads only the codes from memory. The values are the dequantized ones, rounded once to
@@ -77,7 +79,9 @@ class Panels:
 
     @classmethod
     def of_groups(cls, groups: Groups) -> Panels:
-        """Return a quantized weight in panels. Raises ValueError if its codes have no panels."""
+        """Return a quantized weight in panels.
+
+        Raises ValueError if its codes have no panels."""
         rows, columns = groups.codes.shape
         by_row = groups.values is None and groups.zeros is None and groups.size == columns
         if by_row and int(groups.codes.min()) > -128:
@@ -281,7 +285,9 @@ class PanelRows:
 
 
 def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantized]] | None:
-    """Join weights of a quantized base in panels, and return each as a view of the panels.
+    """Join weights of a quantized base in panels, and return views of the panels.
+
+    One view per weight.
 
     The weights are matrices, concatenated by rows. None if they have no panels."""
     codes = [w for w in weights if isinstance(w, Quantized) and not w.transposed and w.ndim == 2]

@@ -1,4 +1,4 @@
-"""Measured rates of this machine, stored in the veneer home, one record per device.
+"""Measured rates of this machine, one record per device in the veneer home.
 
     record = calibrate("smollm2-135m")                         short real steps of two sizes: operations, bandwidth
     write_calibration(record) · read_calibration(device_key)   plan-calibration.json
@@ -92,7 +92,9 @@ def rates_here(device: Device, dtype: str) -> Rates:
 
 
 def cpu_device() -> Device:
-    """Return this machine's CPU. Uncalibrated rate: a guess of 1 TFLOP/s per core at best."""
+    """Return this machine's CPU.
+
+    Uncalibrated, the rate is a guess: at best 1 TFLOP/s per core."""
     import psutil
 
     cores = thread_count()
@@ -113,7 +115,7 @@ def device_here(where: torch.device) -> Device:
 
 
 def device_key(device: Device, dtype: str) -> str:
-    """Return a record's key: device and precision, and for a CPU the number of threads."""
+    """Return a record's key: device and precision, for a CPU also the threads."""
     return f"{f'cpu/{thread_count()}' if device.kind == 'cpu' else device.name}/{dtype}"
 
 
@@ -137,7 +139,7 @@ def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float
 def calibrate(
     name: str, *, dtype: str = "auto", rank: int = 16, say: Callable[[str], None] = lambda line: None
 ) -> Calibration:
-    """Measure short training steps of two sizes on the device that training would use.
+    """Measure short training steps of two sizes on the training device.
 
     Raises what loading the base raises, and ResourceError if there is no memory for 1,024 tokens."""
     from veneer.models.text.base import load_text
@@ -158,7 +160,9 @@ def calibrate(
 
 
 def _shortest_step(base: Any, load: Load, rank: int, count: int = 6) -> float:
-    """Return the shortest step after the first, in seconds: other load only adds time."""
+    """Return the shortest step after the first, in seconds.
+
+    Other load only adds time."""
     import torch
 
     from veneer.core.adapter import LoraSpec

@@ -95,7 +95,7 @@ def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad
 def smallest_card(
     config: Mapping[str, Any], *, side: int = 1024, rank: int = 16, targets: str = "attention", before: int = 0
 ) -> CardFit | None:
-    """Return the smallest of CARDS that trains this base on square images; None if none.
+    """Return the smallest of CARDS that trains this base on square images, or None.
 
     One image of `side` × `side` pixels at a time. before: source images per image (editing). config: of
     the denoiser. Raises as `image_counts`."""

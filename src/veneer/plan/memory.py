@@ -339,7 +339,7 @@ def seen_keys(length: int, window: int | None = None) -> int:
 
 
 def memory_together(shape: TextShape, loads: Sequence[Load], device: Device, most: int) -> tuple[Memory, int]:
-    """Return bytes by part of runs trained in one pass, and its largest number of tokens.
+    """Return bytes by part of runs trained in one pass, and the most tokens.
 
     The base once; the largest micro-batches of as many runs as fit in `most` tokens; the adapter,
     gradients and optimizer of each run."""
@@ -360,7 +360,7 @@ def memory_together(shape: TextShape, loads: Sequence[Load], device: Device, mos
 
 
 def kept_dequantised(shape: TextShape, memory: Memory, room: int) -> int:
-    """Return bytes of layers, from the first on, that can stay dequantized in `room` bytes."""
+    """Return bytes of the first layers that can stay dequantized in `room` bytes."""
     spare = room - memory.peak
     each = 2 * max((layer.matrices for layer in shape.layers), default=0)
     return 0 if each == 0 or spare <= 0 else min(spare // each, len(shape.layers)) * each

@@ -1,4 +1,4 @@
-"""The cost of an adapter's form per frozen matrix: parameters, operations, kept values.
+"""The cost of an adapter's form per frozen matrix.
 
     PairForm("loha").beside((out, in), rank)        PairCosts
 

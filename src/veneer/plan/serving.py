@@ -1,4 +1,4 @@
-"""Serving capacity of a device: adapters, tokens per second, cents per 1,000 requests.
+"""Serving capacity of a device: adapters, tokens per second, cents per request.
 
     one step of b requests      time = max(bytes read / bandwidth, operations / rate)
                                 bytes: weights that are multiplied + keys and values of b contexts + b adapters

@@ -111,7 +111,9 @@ class TextShape:
 
     @property
     def active_parameters(self) -> int:
-        """Weights that one token is multiplied by, including the head, without the embedding."""
+        """Weights that one token is multiplied by.
+
+        Includes the head; excludes the embedding."""
         each = sum(linear.multiplied for layer in self.layers for linear in layer.linears)
         return int(each) + self.vocabulary * self.hidden
 
@@ -158,7 +160,9 @@ def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
 
 
 def layer_pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict[str, PairCosts]]:
-    """Return for each layer: matrix name -> cost of its pair; matrices without one omitted."""
+    """Return for each layer: matrix name -> cost of its pair.
+
+    Matrices without a pair are omitted."""
     out: list[dict[str, PairCosts]] = [{} for _ in shape.layers]
     for name, costs, _ in _pairs(shape, spec, rank):
         _, _, index, leaf = name.split(".", 3)
@@ -335,7 +339,9 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts")
 
 
 def module_shape(model: Any) -> TextShape:
-    """Return the shape of a built language model; its parameters are exact for any family.
+    """Return the shape of a built language model.
+
+    Its parameters are exact for any family.
 
     The model can be attached. The config defines the attention; in a layer whose matrices do not have
     Llama's names, each matrix is a separate product. Weights outside the layers (Gemma 4's per-layer

@@ -1,4 +1,6 @@
-"""Bundled tables of bases and GPUs by name; the files name the source of each number.
+"""Bundled tables of bases and GPUs by name.
+
+The files name the source of each number.
 
     base_config("meta-llama/Llama-3.1-70B")      fields of its config.json
     device_named("h100-80gb")                    what a plan needs of a GPU

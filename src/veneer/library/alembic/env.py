@@ -1,5 +1,6 @@
-"""What Alembic runs for each command of `veneer.library.migrate`: on the connection, and in the transaction, it is
-given."""
+"""Alembic's environment: runs commands of `library.migrate` on its connection.
+
+In the transaction that `library.migrate` has begun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The first revision of the index: `library.migrate` creates its tables, so this script never runs.
+"""The first revision of the index, which never runs.
+
+`library.migrate` creates its tables.
 
 Every later revision is a script of its own, and every database from this revision on stays readable."""
 

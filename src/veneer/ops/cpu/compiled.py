@@ -111,7 +111,9 @@ _FALLIBLE = {
 
 
 def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
-    """Load a compiled library, except the kernels in `without`. Raises OSError if invalid."""
+    """Load a compiled library without the kernels in `without`.
+
+    Raises OSError for an invalid file."""
     compiled = ctypes.CDLL(str(path))
     library = Kernels(compiled, Path(path))
     products = _small_products()
@@ -137,7 +139,9 @@ _LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 @functools.cache
 def _small_products() -> tuple[int | None, int | None, int | None]:
-    """Return addresses of at::native::cpublas::brgemm, float32 and bfloat16, and its release.
+    """Return addresses of libtorch's small products, and of their release.
+
+    at::native::cpublas::brgemm for float32 and for bfloat16.
 
     Looked up by mangled C++ names (CPUBlas.h); None for what is missing. The bfloat16 one is only for
     processors with bfloat16 products: elsewhere libtorch throws an exception, which C cannot catch. With
@@ -264,6 +268,8 @@ def low_rank_structs(products: Sequence[LowRank]) -> ctypes.Array[Any]:
 
 
 def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """Return all strides but the last of each tensor, for kernels that take any layout."""
+    """Return all strides but the last of each tensor.
+
+    For kernels that take any layout."""
     flat = [step for t in tensors for step in t.stride()[:-1]]
     return (_int64 * len(flat))(*flat)

@@ -1,4 +1,4 @@
-"""Implementations of ops by the compiled kernels; each function passes pointers and sizes.
+"""Implementations of ops by the compiled kernels.
 
 `veneer.ops.dispatch` reads IMPLEMENTATIONS on a CPU. All round once if their reference does, and take
 contiguous bfloat16 unless they say otherwise; the ops define references and formulas.
@@ -28,7 +28,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {}
 def _implements(
     op: str, *names: str, takes: Callable[..., bool] | None = None, wants: str = "contiguous bfloat16"
 ) -> Callable[[Any], Any]:
-    """Register an implementation. `names`: the kernels it calls, by default the op's name."""
+    """Register an implementation.
+
+    names: the kernels it calls, by default the op's name."""
     needed = names or (op,)
 
     def fits(*tensors: Tensor) -> bool:
@@ -258,7 +260,9 @@ class _Tiles:
     def forward(
         self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings
     ) -> tuple[Tensor, Tensor]:
-        """Return the output (N, heads, dim) and log Σ exp of the scores, (N, heads) float32."""
+        """Return the output (N, heads, dim) and log Σ exp of the scores.
+
+        log Σ exp is (N, heads) float32."""
         n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * settings.kv, qkv.shape[2]
         out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
         out[int(settings.layout.starts[-1]) :].zero_()
@@ -354,7 +358,9 @@ def _takes_low_rank(x: Tensor, y: Tensor, products: Sequence[LowRank]) -> bool:
 
 
 class CompiledLowRank:
-    """ops.linear.LowRankProducts in three compiled calls, which cast and stack internally.
+    """ops.linear.LowRankProducts in three compiled calls.
+
+    The calls cast and stack internally.
 
     u and du have ranks padded to 16. For the few hundred tokens of a small image, dispatching a dozen
     operations takes several times as long as these calls."""
@@ -497,7 +503,9 @@ def _takes_rows(x: Tensor, y: Tensor) -> bool:
 
 @_implements("rows_low_rank", "lora_rows", takes=_takes_rows, wants="contiguous bfloat16, even columns")
 def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
-    """Add low-rank products per row. `pointers`: rows and adapters as serving.c reads them."""
+    """Add low-rank products per row.
+
+    pointers: rows and adapters as serving.c reads them."""
     at = x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1]
     _kernel("lora_rows")(*at, *pointers, torch.get_num_threads())
 

@@ -1,4 +1,4 @@
-"""Memory of the process: the allocator's policy, file-backed pages, and peak usage."""
+"""Memory of the process: allocator policy, file-backed pages and peak usage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def give_back() -> None:
 
 @contextmanager
 def _allocator(setting: dict[int, int]) -> Iterator[None]:
-    """Configure glibc's malloc for a with-block. Blocks can overlap; the latest open block's settings apply.
+    """Configure glibc's malloc during a with-block.
+
+    Blocks can overlap; the latest open block's settings apply.
 
     malloc belongs to the whole process, so settings from the environment (MALLOC_…, GLIBC_TUNABLES) win. Does nothing
     if the C library has no mallopt."""
@@ -110,7 +112,9 @@ def peak_resident() -> int:
 
 
 def forget_peak_resident() -> None:
-    """Reset the peak to the currently resident memory. Does nothing outside Linux, or without permission."""
+    """Reset the peak to the currently resident memory.
+
+    Does nothing outside Linux, or without permission."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 

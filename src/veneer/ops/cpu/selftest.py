@@ -191,7 +191,7 @@ def _dora_scale(draw: Draw) -> list[Tensor]:
 
 @_case("silu_gate", "silu_gate_backward")
 def _silu_gate(draw: Draw) -> list[Tensor]:
-    """Separately, and in a whole MLP, whose backward pass recomputes its inner values."""
+    """Separately, and in a whole MLP that recomputes its inner values in backward."""
     up, down = linear.LinearMap(draw(74, 23) / 4), draw(9, 37) / 4
 
     def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _gelu_tanh(draw: Draw) -> list[Tensor]:
 
 
 def _attended(draw: Draw, name: str) -> list[Tensor]:
-    """Rows of several lengths, six heads over two key heads, of a width that no tile divides."""
+    """Rows of several lengths, six heads over two key heads, of an odd width."""
     layout, angle = attention.RowLayout([70, 1, 33], idle=2), draw.wide(106, 9)
     cos, sin = angle.cos().bfloat16().to(draw.dtype), angle.sin().bfloat16().to(draw.dtype)
     with override_ops(rope_varlen_attention=name):
@@ -256,7 +256,7 @@ def _token_nll(draw: Draw) -> list[Tensor]:
 
 @_case("lora_forward", "lora_backward", "lora_weight_gradients")
 def _low_rank(draw: Draw) -> list[Tensor]:
-    """Two pairs of ranks 5 and 16 on columns 0 … 32 and 32 … 112 of 112, over 48 inputs."""
+    """Two pairs of ranks 5 and 16 on columns 0 … 32 and 32 … 112, over 48 inputs."""
     W = draw(112, 48) / 8
 
     def run(x: Tensor, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
@@ -308,7 +308,9 @@ def _rows8_dense(draw: Draw) -> list[Tensor]:
 
 
 def _panel_products(draw: Draw, name: str) -> list[Tensor]:
-    """All kinds of weights, with partial tiles of inputs, and one, two and more tiles of rows."""
+    """All kinds of weights, with partial tiles of inputs.
+
+    One, two and more tiles of rows."""
     made = list[Tensor]()
     wide = [Panels.of(draw(80, n).bfloat16() / 8) for n in (200, 320)]
     codes = []
@@ -372,7 +374,9 @@ def _lora_rows(draw: Draw) -> list[Tensor]:
 
 @_case("store_rows", "rope_and_cache", "paged_attend", "decode")
 def _paged(draw: Draw) -> list[Tensor]:
-    """Store and attend in pages: two sequences of 35 and 20 tokens, blocks 4, 1, 3 and 2, 5.
+    """Store and attend in pages.
+
+    Two sequences of 35 and 20 tokens, in blocks 4, 1, 3 and 2, 5.
 
     Four query heads and two key heads of 32: rotated and stored, stored again, and the last 7 tokens and
     the last token attended to all. `decode`, which runs a whole layer, is tested against the layers when

@@ -51,7 +51,9 @@ _WINDOW = 0.25
 
 @dataclass
 class Neighbours:
-    """How busy other processes keep our processors, checked at most every quarter second.
+    """How busy other processes keep our processors.
+
+    Checked at most every quarter second.
 
     worked: seconds that each processor has worked, for any process; own: seconds of this process."""
 
@@ -142,7 +144,9 @@ class Sharing:
 
 @contextmanager
 def shared() -> Iterator[bool]:
-    """Run a piece of CPU work of some milliseconds or more; yields whether others are busy.
+    """Run a piece of CPU work of some milliseconds or more.
+
+    Yields whether others are busy.
 
     See the module."""
     threads = torch.get_num_threads()

@@ -1,4 +1,6 @@
-"""Attention of packed rows by torch: varlen (flash) attention, and flex attention for capped scores and sinks."""
+"""Attention of packed rows by torch: varlen (flash) and flex attention.
+
+Flex attention is for capped scores and sinks."""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def varlen(
     cap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Return causal attention of each row, (N, heads, dim), by `torch.nn.attention.varlen.varlen_attn`."""
+    """Return causal attention of each row, (N, heads, dim), by varlen attention.
+
+    `torch.nn.attention.varlen.varlen_attn`."""
     before = -1 if window is None else window - 1
     longest, grouped = max(layout.lengths, default=0), q.shape[1] != k.shape[1]
     options: dict[str, Any] = {"scale": scale, "window_size": (before, 0), "enable_gqa": grouped}
@@ -52,7 +56,9 @@ def flex_missing() -> str:
 
 
 def takes_flex(q: Tensor, k: Tensor, v: Tensor, cap: float, sinks: Tensor | None) -> bool:
-    """Return whether to use flex attention: capped scores or sinks, heads of 16 or more.
+    """Return whether to use flex attention.
+
+    For capped scores or sinks, with heads of 16 values or more.
 
     Varlen attention supports neither capped scores nor sinks."""
     wanted = bool(cap) or sinks is not None

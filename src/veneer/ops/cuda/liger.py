@@ -1,4 +1,4 @@
-"""Liger-Kernel's functions as ops: RMS norm, rotary positions, linear cross-entropy.
+"""Liger-Kernel's functions as ops: RMS norm, rotary positions, cross-entropy.
 
 Liger's gated MLPs are not included. They need gate and up as two contiguous tensors and overwrite both in
 the backward pass, but a joined product has the two interleaved in one tensor. With the copies, a forward
@@ -33,7 +33,7 @@ def why_missing() -> str:
 
 @functools.cache
 def _trouble_on(index: int) -> str:
-    """Return why Liger's functions fail on this GPU; "" if a small norm was compiled, ran and was right."""
+    """Return why Liger's functions fail on this GPU; "" if a test norm was right."""
     try:
         x = torch.full((2, 32), 3.0, device=torch.device("cuda", index))
         right = torch.allclose(rms_norm(x, x[0], 0.0), x)
@@ -44,7 +44,9 @@ def _trouble_on(index: int) -> str:
 
 
 def _runs_on(*tensors: Tensor) -> bool:
-    """Return whether Liger takes these tensors: contiguous, on one GPU, real, not float64."""
+    """Return whether Liger takes these tensors.
+
+    Contiguous, on one GPU, not fake, not float64."""
     device = tensors[0].device
     if device.type != "cuda" or made_up(tensors[0]):
         return False
@@ -76,7 +78,9 @@ def takes_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and k rotated. q: (N, heads, dim), k: (N, kv heads, dim), cos, sin: (N, dim/2).
+    """Return q and k rotated.
+
+    q: (N, heads, dim), k: (N, kv heads, dim), cos, sin: (N, dim/2).
 
     Liger rotates in place, so it gets copies; with tables in float32 the results are rounded once."""
     rotation = LIGER("liger_kernel.ops.rope.LigerRopeFunction")
