@@ -1,15 +1,18 @@
-"""Admission: how much one server takes on at once, and how much of that may be one tenant's, before any work is done.
+"""Admission: limits how much work a server holds at once, and how much of it belongs to one tenant.
 
-    place = admission.enter(tenant, weight)      a request is at the door
+    place = admission.enter(tenant, weight)      a request arrives
     place.take("bodies", bytes)                  before its body is read
-    place.take("answers", prompts · n)           before anything is made of it
-    await place.work(size, tokenise)             in threads of their own, the tenant that was given least next
-    place.leave()                                it has ended: all of it is given back
+    place.take("answers", prompts · n)           before any work on it
+    await place.work(size, tokenise)             in a thread pool; the least served tenant runs next
+    place.leave()                                the request has ended: release everything
 
-A tenant may hold as much of each as is still free, times its weight (dynamic thresholds: Choudhury and Hahne, IEEE/ACM
-Transactions on Networking 6, 1998). Alone it gets half, two that flood get a third each, n of them 1/(n + 1), and what
-is left then is for whoever comes next: nobody fills a queue. Where there are no tenants, everything is for everybody.
-All of it runs on one event loop; nothing here waits but `work`.
+A tenant can hold as much of each quantity as is still free, times its weight (dynamic thresholds: Choudhury
+and
+Hahne, IEEE/ACM Transactions on Networking 6, 1998). A single tenant gets half, two that flood get a third
+each, n of
+them 1/(n + 1), and the remainder stays free for a new tenant: nobody can fill the queue. Without tenants,
+requests
+share everything. Runs on one event loop; only `work` waits.
 """
 
 from __future__ import annotations
@@ -27,20 +30,24 @@ from veneer.serve.request import Refused
 T = TypeVar("T")
 
 _LONG = 64 << 10
-"""Size from which work counts as long: long work has a thread of its own, so that short never waits for it."""
+"""Size from which work counts as long; long work has its own thread, so that short work never waits for it.
+"""
 LEAST, MOST = 0.5, 4.0
-"""A weight counts as one of these at least and at most here: a small share is still room for a whole request."""
+"""Bounds of a tenant's weight here, so that a small share still has room for a whole request."""
 
 
 class SharedQuantity:
-    """`total` units of something, of which each tenant may hold a part. `what`: what error messages call it."""
+    """`total` units of a resource, of which each tenant can hold a part.
+
+    `what`: its name in error messages.
+    """
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.held = what, total, 0
         self.by: dict[str, int] = {}
 
     def take(self, tenant: str, weight: float, amount: int) -> None:
-        """Raises Refused (overloaded, 429)."""
+        """Reserve `amount` units for a tenant. Raises Refused (overloaded, 429)."""
         own, free = self.by.get(tenant, 0), self.total - self.held - amount
         alpha = min(max(weight, LEAST), MOST)
         if free < 0 or (tenant and own + amount > alpha * free):
@@ -65,9 +72,12 @@ class _Work:
 
 
 class FairPool(ThreadPoolExecutor):
-    """A pool of threads that tenants share fairly: a free thread takes work of the tenant that was given least so far,
-    by weight. A tenant that waits for nothing earns nothing. `share`: the most threads that one tenant can use at a
-    time, for long work that must not block other tenants; by default all."""
+    """A thread pool that tenants share fairly: free threads take work of the least served tenant, by weight.
+
+    Idle time earns no credit. `share`: the most threads that one tenant can use at a time, for long work that
+    must not
+    block other tenants; by default all.
+    """
 
     def __init__(self, threads: int, name: str, share: int | None = None) -> None:
         super().__init__(threads, thread_name_prefix=name)
@@ -78,7 +88,10 @@ class FairPool(ThreadPoolExecutor):
         self._given: dict[str, float] = {}
 
     async def run(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
-        """Call `do` in a thread; returns what it returns, raises what it raises. `size`: of the work."""
+        """Call `do` in a thread; returns its result and raises its errors.
+
+        `size`: size of the work.
+        """
         result: T = await asyncio.wrap_future(self.add(tenant, weight, size, do))
         return result
 
@@ -95,11 +108,11 @@ class FairPool(ThreadPoolExecutor):
         return work.result
 
     def most(self, tenant: str) -> int:
-        """Return how many threads a tenant can use at a time."""
+        """The number of threads a tenant can use at a time."""
         return self.share
 
     def _start(self) -> None:
-        """Give waiting work to free threads."""
+        """Submit waiting work while threads are free."""
         while (found := self._take()) is not None:
             try:
                 super().submit(self._do, *found)
@@ -142,8 +155,12 @@ class FairPool(ThreadPoolExecutor):
 
 
 class Admission:
-    """Limits of one server. `bodies`: bytes of request bodies in memory; `answers`: answers that run or wait; `texts`:
-    characters that wait to be tokenised."""
+    """The limits of one server.
+
+    `bodies`: bytes of request bodies in memory. `answers`: answers running or waiting. `texts`: characters
+    waiting to be
+    tokenized.
+    """
 
     def __init__(self, *, bodies: int, answers: int, texts: int) -> None:
         self.shares: Mapping[str, SharedQuantity] = {
@@ -151,8 +168,9 @@ class Admission:
             "answers": SharedQuantity("requests", answers),
             "texts": SharedQuantity("characters to be tokenised", texts),
         }
-        # One thread each: it tokenises megabytes a second, and a second one would keep the interpreter's lock from the
-        # engine, whose step takes it dozens of times, for twice as long.
+        # One thread each: a thread tokenizes megabytes a second, and a second thread would double the time
+        # for which the
+        # engine waits for the GIL, which each step takes dozens of times.
         self._short, self._long = FairPool(1, "short"), FairPool(1, "long")
 
     def enter(self, tenant: str = "", weight: float = 1.0) -> AdmittedRequest:
@@ -168,7 +186,7 @@ class Admission:
 
 @dataclass(eq=False)
 class AdmittedRequest:
-    """What one request holds of each quantity, until it leaves."""
+    """What one request holds of each quantity until it leaves."""
 
     admission: Admission
     tenant: str = ""
@@ -176,7 +194,7 @@ class AdmittedRequest:
     held: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def take(self, what: str, amount: int) -> None:
-        """Raises Refused (overloaded, 429) where there is no room for it."""
+        """Reserve `amount` units. Raises Refused (overloaded, 429) if they are not free."""
         self.admission.shares[what].take(self.tenant, self.weight, amount)
         self.held[what] += amount
 
@@ -185,7 +203,10 @@ class AdmittedRequest:
         self.held[what] -= amount
 
     async def work(self, size: int, do: Callable[[], T]) -> T:
-        """Call `do`, work on `size` characters or bytes, in a thread. They count among the texts meanwhile."""
+        """Call `do`, work on `size` characters or bytes, in a thread.
+
+        The size counts against `texts` meanwhile.
+        """
         self.take("texts", size)
         try:
             return await self.admission.pool(size).run(self.tenant, self.weight, size, do)

@@ -1,14 +1,17 @@
-"""Which blocks of the key-value cache belong to whom: pages of `block` tokens, shared where prompts begin alike.
+"""Block allocation of the key-value cache: pages of `block` tokens, shared by prompts with a common prefix.
 
-    key of a full block = sha256(key of the block before it, its tokens);  key before the first = `request.cache_root`
+    key of a full block = sha256(key of the previous block, its tokens);  key before the first = `request.cache_root`
 
-Two sequences share a block exactly where everything that its keys and values were computed from is the same: all tokens
-up to its end, and the mix; and where the salts are the same, which is how tenants are kept apart: whether a prompt was
-there tells what others asked. The digest of a mix is of weights and strengths, so a renamed, reloaded or replaced
-adapter can never find what another left.
+Two sequences share a block only if everything its keys and values depend on is the same: all tokens up to the
+block's end, the mix, and the salt. Salts separate tenants, because a cache hit reveals that somebody sent the
+same
+prompt. A mix is identified by the digests of its weights and its strengths, so a renamed, reloaded or
+replaced
+adapter never finds another adapter's blocks.
 
-A block is free (nothing in it), in use (one holder or more), or evictable: nobody holds it, its key is still known.
-Evictable blocks are taken again, the longest unused first, when free ones run out. Numbers only: no tensors.
+A block is free (empty), in use (one or more holders), or evictable (no holder, key still known). When free
+blocks
+run out, evictable blocks are reused, least recently used first. Plain numbers only: no tensors.
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ from dataclasses import dataclass, field
 
 
 def chain(before: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of a full block, given the key of the one before it."""
+    """The key of a full block, given the key of the previous block."""
     return hashlib.sha256(before + array("q", tokens).tobytes()).digest()
 
 
 @dataclass(eq=False)
 class BlockTable:
-    """The blocks of one sequence, in order. `keys`: of its full blocks that are known to the cache."""
+    """The blocks of one sequence, in order.
+
+    `keys`: keys of its full blocks known to the cache.
+    """
 
     root: bytes
     blocks: list[int] = field(default_factory=list)
@@ -35,7 +41,7 @@ class BlockTable:
 
 
 class Cache:
-    """A key-value cache of `blocks` blocks of `block` tokens each, as numbers alone."""
+    """Bookkeeping of a key-value cache with `blocks` blocks of `block` tokens each."""
 
     def __init__(self, blocks: int, block: int) -> None:
         self.size, self.block = blocks, block
@@ -47,7 +53,7 @@ class Cache:
 
     @property
     def available(self) -> int:
-        """Blocks that can be taken now."""
+        """Blocks that can be allocated now."""
         return len(self._free) + len(self._evictable)
 
     @property
@@ -55,8 +61,10 @@ class Cache:
         return self.size - self.available
 
     def open(self, root: bytes, tokens: Sequence[int]) -> BlockTable:
-        """A table that begins with the known blocks of `tokens`, held; the last token is never among them, since its
-        logits have to be computed."""
+        """A table that starts with the cached blocks of `tokens`, now held.
+
+        The last token is never included, because its logits have to be computed.
+        """
         table = BlockTable(root)
         key = root
         for start in range(0, len(tokens) - self.block, self.block):
@@ -70,7 +78,10 @@ class Cache:
         return table
 
     def grow(self, table: BlockTable, tokens: int) -> bool:
-        """Make the table long enough for `tokens` tokens. Returns False, and changes nothing, without room."""
+        """Extend the table to hold `tokens` tokens.
+
+        Returns False and changes nothing if blocks run out.
+        """
         more = -(-tokens // self.block) - len(table.blocks)
         if more > self.available:
             return False
@@ -79,9 +90,11 @@ class Cache:
         return True
 
     def computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
-        """The keys and values of all these tokens are in the table's blocks: full blocks can be found from now on.
+        """Record that the table holds the keys and values of all these tokens, so its full blocks can be
+        found.
 
-        Where another sequence has computed the same block meanwhile, that one stays the known one."""
+        If another sequence has computed the same block meanwhile, the cache keeps the other one.
+        """
         for i in range(len(table.keys), len(tokens) // self.block):
             before = table.keys[-1] if table.keys else table.root
             key = chain(before, tokens[i * self.block : (i + 1) * self.block])
@@ -91,7 +104,7 @@ class Cache:
                 self._known[key], self._key[block] = block, key
 
     def close(self, table: BlockTable) -> None:
-        """Give the blocks back. Those with a key can be found until they are evicted, the end of a prompt first."""
+        """Release the blocks; those with a key stay findable until evicted, the end of a prompt first."""
         for block in reversed(table.blocks):
             self._holders[block] -= 1
             if not self._holders[block]:
@@ -102,7 +115,10 @@ class Cache:
         table.blocks, table.keys = [], []
 
     def forget(self) -> None:
-        """No block can be found any more; what is in use stays so. For whoever measures."""
+        """Forget all keys, so that no block can be found; blocks in use stay in use.
+
+        For benchmarks.
+        """
         self._known.clear()
         self._key = [None] * self.size
         self._free += self._evictable

@@ -1,12 +1,12 @@
-"""Where an answer ends, and its text as it comes.
+"""The end of an answer, and its text as tokens arrive.
 
     answer = AnswerText(tokenizer, sampling, ends=base_stop_ids)
-    piece = answer.add(token)            piece.text goes out; piece.reason ends the answer
-    answer.rest()                        what was held back and belongs to it
+    piece = answer.add(token)            send piece.text; piece.reason ends the answer
+    answer.rest()                        text that was held back and belongs to the answer
 
-Text is held back where the next tokens may change it (a character in parts) and where a stop text may have begun.
-
-Knows what a tokenizer decodes; no model, no HTTP.
+Text is held back while later tokens can change it (a partial character) or a stop text may have begun.
+Depends on the
+tokenizer's decoder only; no model, no HTTP.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from veneer.serve.request import Sampling
 
 @dataclass(frozen=True)
 class Piece:
-    """What a token adds to the answer, and whether it ends it: `reason` "stop" with the text or id that did it."""
+    """The text that a token adds, and whether it ends the answer: `reason` "stop" names the stop text or id."""
 
     text: str
     reason: Literal["stop", "length"] | None = None
@@ -31,10 +31,14 @@ class Piece:
 class AnswerText:
     """The text of one answer up to its end.
 
-    `ends`: the ids that end an answer on this base, unless the request ignores them, which it cannot where a grammar
-    lets nothing follow; its own `stop_ids` always do.
-    Stop texts are looked for behind the first `min_tokens` tokens. The first to be complete ends the answer, and of
-    several that end together the longest, which does not depend on how the text is cut into tokens."""
+    `ends`: the base's stop ids, which end an answer unless the request ignores them; with a grammar they
+    always apply,
+    because nothing else can follow. The request's own `stop_ids` always apply.
+
+    Stop texts are matched after the first `min_tokens` tokens. The first to complete ends the answer; of
+    several that
+    complete together, the longest, however the text is split into tokens.
+    """
 
     def __init__(self, tokenizer: Decoder, sampling: Sampling, ends: Collection[int] = ()) -> None:
         self.pieces = Pieces(tokenizer)
@@ -57,13 +61,16 @@ class AnswerText:
         return Piece(text, "length" if self.made >= self.sampling.max_tokens else None)
 
     def rest(self) -> str:
-        """What was held back; once, however the answer ended. Nothing behind a stop text."""
+        """The held-back text, returned once, however the answer ended.
+
+        Excludes text after a stop text.
+        """
         text, stop = self._look(self.pieces.rest())
         held, self._held = self._held, ""
         return text if stop is not None else text + held
 
     def _look(self, new: str) -> tuple[str, str | None]:
-        """(what may go out, the stop text that came to its end)."""
+        """(text to send, completed stop text or None)."""
         if self._stopped:
             return "", None
         text, self._held = self._held + new, ""

@@ -1,10 +1,12 @@
-"""The embedded engine: one thread that steps, and the async side that surfaces talk to.
+"""The embedded engine: one thread that runs steps, and an async interface for the HTTP surfaces.
 
-    a step    what came in → scheduler (who, which tokens) → runner (one forward) → sampler → text → events
+    a step    inbox → scheduler (which rows and tokens) → runner (one forward) → sampler → text → events
 
-Everything that changes lives in the step's thread; others leave notes in a box. A request's adapters are leased before
-it runs and given back when it ends, however it ends. What goes wrong with one request ends that one alone: a step that
-fails is run again row by row, and who fails then is told so.
+All mutable state belongs to the step thread; other threads post callbacks to its queue. A request's adapters
+are
+leased before it runs and released when it ends, however it ends. An error ends only the request that caused
+it: a
+failed step is rerun row by row, and only the rows that fail again end with an error.
 """
 
 from __future__ import annotations
@@ -60,16 +62,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SCORED = 64
-"""Tokens of a prompt whose logprobs are taken at once: each holds its row of logits in float32."""
+"""Prompt tokens scored at once: each needs a row of logits in float32."""
 
 _LOST = 3
-"""Steps in a row that failed for everybody in them, after which the engine says so."""
+"""Consecutive steps failed for all their rows, after which the engine reports unhealthy."""
 _STEPS = 64
-"""Steps from which the engine learns how long steps take."""
+"""Recent steps from which the engine estimates step time."""
 
 
 _Note = tuple[Callable[[EngineEvent], None], EngineEvent]
-"""An event, and who is told of it."""
+"""A callback, and the event to deliver to it."""
 
 
 @dataclass(eq=False)
@@ -89,12 +91,16 @@ class _Live:
     first: float | None = None
     last: float | None = None
     prompt: dict[int, SampledToken] = field(default_factory=dict)
-    """Place in the prompt -> its token's logprobs, where they are asked for."""
+    """Index in the prompt -> its token's logprobs, if requested."""
 
 
 class TextEngine(Engine[Request, EngineEvent]):
-    """Serves a text base. `read`: (digest, problems) -> adapter, from disk, refused where `problems` finds any.
-    `pack_bytes`: see Runner. Start it before use and stop it at the end."""
+    """Serves a text base.
+
+    `read(digest, problems)`: reads an adapter from disk and raises Refused if `problems` reports any.
+    `pack_bytes`: see
+    Runner. Call `start` before use and `stop` at the end.
+    """
 
     def __init__(
         self,
@@ -138,7 +144,8 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._beat, self._lost = time.monotonic(), 0
         self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="engine", daemon=True)
 
-    # -- for whoever runs it -------------------------------------------------------------------------------------------
+    # -- lifecycle
+    # -------------------------------------------------------------------------------------------------------
 
     def start(self) -> TextEngine:
         self._state = "open"
@@ -146,7 +153,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         return self
 
     def stop(self) -> None:
-        """Take no more requests, and cancel those that run."""
+        """Accept no more requests, and cancel the running ones."""
         if self._state == "closed":
             return
         self._state = "closed"
@@ -171,11 +178,14 @@ class TextEngine(Engine[Request, EngineEvent]):
         self.stop()
 
     def problems(self, adapter: Adapter) -> list[str]:
-        """Why an adapter cannot be served here with full effect, one line each."""
+        """Reasons why an adapter cannot be served here with full effect, one line each."""
         return self.runner.problems(adapter)
 
     def problem(self) -> str:
-        """Why nobody is served, if nobody is: a step that does not end, a thread that has, a device that fails."""
+        """Why the engine is unhealthy: a stuck step, an ended thread, or failing steps.
+
+        "" if healthy.
+        """
         if self._state != "open":
             return ""
         if not self._thread.is_alive():
@@ -186,7 +196,7 @@ class TextEngine(Engine[Request, EngineEvent]):
 
     @property
     def here(self) -> int:
-        """Requests that were admitted and have not ended, whatever they wait for."""
+        """Admitted requests that have not ended, running or waiting."""
         return max(len(self._by_id), len(self._live))
 
     def stats(self) -> EngineStats:
@@ -278,7 +288,8 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._box.put(lambda: self._begin(live))
         return live
 
-    # -- the step's thread ---------------------------------------------------------------------------------------------
+    # -- the step thread
+    # -------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while self._state != "closed":
@@ -287,7 +298,7 @@ class TextEngine(Engine[Request, EngineEvent]):
                 self._read_notes(wait=not self.scheduler.running and not self._startable())
                 self._beat = time.monotonic()
                 self._step()
-            except Exception as error:  # a fault of ours: whoever is here is told, and the next are served
+            except Exception as error:  # an internal error: fail the current requests, keep serving
                 self._lost += 1
                 refused = fault("the answer", error)
                 for live in list(self._by_id.values()):
@@ -301,7 +312,10 @@ class TextEngine(Engine[Request, EngineEvent]):
         return any(live.lease is not None or live.request.mix == BASE for live in self._live.values())
 
     def _read_notes(self, wait: bool) -> None:
-        """All that others have left. `wait`: there is nothing else to do."""
+        """Run all queued callbacks.
+
+        `wait`: block for the first, because there is no other work.
+        """
         try:
             note = self._box.get(timeout=1.0) if wait else self._box.get_nowait()
             while note is not None:
@@ -319,7 +333,10 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._loaded(live.sequence)
 
     def _loaded(self, sequence: Sequence) -> bool:
-        """Whether its adapters are here; asks for them the first time."""
+        """Whether the sequence's adapters are in memory.
+
+        The first call starts to load them.
+        """
         live = self._live[sequence]
         if live.lease is not None or live.request.mix == BASE:
             return True
@@ -353,13 +370,15 @@ class TextEngine(Engine[Request, EngineEvent]):
         now = time.monotonic()
         self._measure(chunks, now - began)
         for chunk in chunks:
-            if (still := self._live.get(chunk.sequence)) is not None:  # else it failed by itself
+            if (still := self._live.get(chunk.sequence)) is not None:  # else the row failed
                 self.scheduler.computed(chunk)
                 if chunk.last:
                     self._take(still, choices[id(chunk)], now)
 
     def _measure(self, chunks: list[Chunk], seconds: float) -> None:
-        """Fit what steps cost by least squares over the last ones: seconds = fixed + row · rows + token · tokens."""
+        """Fit the step cost by least squares over recent steps: seconds = fixed + row · rows + token ·
+        tokens.
+        """
         rows = sum(chunk.end - chunk.start == 1 for chunk in chunks)
         self._took.append((1.0, rows, sum(chunk.end - chunk.start for chunk in chunks) - rows, seconds))
         if self._steps % 8 == 0:
@@ -368,7 +387,10 @@ class TextEngine(Engine[Request, EngineEvent]):
             self.scheduler.cost = StepCost(fixed, row, token, self.settings.step_seconds)
 
     def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[SampledToken | Refused | None]:
-        """The next token of each chunk in `wanted`. Where the step fails, each row by itself, from the state before."""
+        """The next token of each chunk in `wanted`.
+
+        If the step fails, each row is rerun on its own.
+        """
         rows = [self._row(c) for c in chunks]
         for chunk in wanted:
             self._live[chunk.sequence].draws.ahead(self._masks.submit)
@@ -396,8 +418,12 @@ class TextEngine(Engine[Request, EngineEvent]):
         return list(out.values())
 
     def _row(self, chunk: Chunk, *, again: bool = False) -> RunnerRow:
-        """`again`: from the sequence's beginning. Keys and values in pages are written as often as one likes; a state
-        that layers carry on has moved by some of the step or all of it, so it is made anew."""
+        """The runner's row for a chunk. `again`: recompute the sequence from its start.
+
+        Paged keys and values can be rewritten safely; the state of recurrent layers may have advanced by part
+        of the failed
+        step, so it has to be recomputed.
+        """
         sequence, live = chunk.sequence, self._live[chunk.sequence]
         assert sequence.table is not None
         mix = live.lease.parts if live.lease is not None else ()
@@ -409,7 +435,10 @@ class TextEngine(Engine[Request, EngineEvent]):
         return RunnerRow(tokens, chunk.start, sequence.table.blocks, mix, wants, id(sequence))
 
     def _scored(self, chunks: list[Chunk], rows: list[RunnerRow], logits: Tensor) -> Tensor:
-        """The logits that are drawn from, one row for each last chunk; those of prompts are kept as their logprobs."""
+        """The logits to sample from, one row per last chunk.
+
+        Stores the logprobs of prompt tokens.
+        """
         if sum(row.wants for row in rows) == sum(chunk.last for chunk in chunks):
             return logits
         ends, at = [], 0
@@ -450,7 +479,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         stop: str | int | None = None,
         error: Refused | None = None,
     ) -> None:
-        """Give back everything the request has, once; and say how it ended."""
+        """Release everything the request holds, once, and emit how the request ended."""
         if self._by_id.get(live.request.id) is not live:
             return
         del self._by_id[live.request.id]
@@ -482,9 +511,9 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._outbox[live.loop].append((live.tell, event))
 
     def _send(self) -> None:
-        """Hand over what a step has to say, one call for each event loop."""
+        """Deliver the step's events, with one call per event loop."""
         for loop, events in self._outbox.items():
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
+            with suppress(RuntimeError):  # the loop is closed: nobody is listening
                 loop.call_soon_threadsafe(_deliver, events)
         self._outbox.clear()
 
@@ -507,7 +536,7 @@ class TextEngine(Engine[Request, EngineEvent]):
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def _freed(self, thing: Prepared) -> None:
-        key = thing.key  # the note must not keep the thing itself
+        key = thing.key  # the callback must not keep the object alive
         self._box.put(lambda: self.runner.let_go(key))
 
 

@@ -1,13 +1,14 @@
-"""What an answer must match, as masks of tokens: a JSON schema, any JSON object, a regular expression.
+"""Grammars as token masks: a JSON schema, any JSON object, or a regular expression.
 
     start = compile_grammar(*sampling.grammar, tokenizer, …)               once a request, in a thread
     here = start.copy()
     here.mask()    here.advance(token)    here.done                        the sampler, each step
 
-llguidance compiles and matches; a mask takes it well under a millisecond. Compiling may take a second, with the
-interpreter's lock released, and is kept for the next request with the same text. Both grow with the square of a
-schema's size, so that is bounded; and the first mask is taken at once, so that what cannot begin is refused before it
-runs.
+llguidance compiles and matches; a mask takes well under a millisecond. Compiling can take a second, with the
+GIL
+released, and is cached by text. Both times grow with the square of a schema's size, so the size is bounded.
+The first
+mask is computed at compile time, so that a grammar that cannot start is rejected before the request runs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ GrammarKind = Literal["json_schema", "json_object", "regex"]
 
 MAX_TEXT = 256 << 10
 _MAX_PARTS = 2000
-"""Objects and lists in a JSON schema: half a second to compile, and 40 ms a mask where all are properties of one."""
+"""Objects and lists in a JSON schema: 0.5 s to compile, 40 ms a mask if all are properties of one object."""
 CACHED = 256
 _ANY_OBJECT = '{"type": "object"}'
 
@@ -46,18 +47,25 @@ _cache: OrderedDict[tuple[LLTokenizer, GrammarKind, str], Future[Matcher]] = Ord
 
 
 class Matcher:
-    """How far one answer is in its grammar. What goes wrong is Refused, and ends its own row alone."""
+    """The state of one answer in its grammar.
+
+    Errors are Refused, and end only their own row.
+    """
 
     def __init__(self, state: LLMatcher, vocabulary: int) -> None:
         self._state, self.vocabulary = state, vocabulary
 
     def copy(self) -> Matcher:
-        """Another answer's, that is as far as this one; cheap."""
+        """A copy for another answer, in the same state; cheap."""
         return Matcher(self._state.deep_copy(), self.vocabulary)
 
     def mask(self) -> Tensor:
-        """bool, (vocabulary,): what may come next. What ends an answer may only where the answer is complete, and where
-        nothing can follow it is all that may. Raises Refused where the grammar turns out to be too large."""
+        """The tokens that can come next: bool, (vocabulary,).
+
+        Stop ids are allowed only if the answer is complete, and are the only ones allowed if nothing can
+        follow. Raises
+        Refused if the grammar turns out to be too large.
+        """
         bits = self._state.compute_bitmask()
         self._check()
         allowed = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little").view(np.bool_)
@@ -67,19 +75,19 @@ class Matcher:
         return out
 
     def advance(self, token: int) -> None:
-        """Take a token that the mask allowed. Raises Refused for another."""
+        """Advance by a token that the mask allowed. Raises Refused for any other token."""
         if not self._state.consume_token(token):
             self._check()
             raise Refused(f"token {token} does not match the grammar", status=500, code="internal")
 
     @property
     def complete(self) -> bool:
-        """Whether the answer may end here."""
+        """Whether the answer can end here."""
         return bool(self._state.is_accepting())
 
     @property
     def done(self) -> bool:
-        """Whether nothing can follow but the end."""
+        """Whether nothing but the end can follow."""
         return bool(self._state.is_stopped())
 
     def _check(self) -> None:
@@ -90,12 +98,16 @@ class Matcher:
 def compile_grammar(
     kind: GrammarKind, text: str, tokenizer: Any, *, vocabulary: int | None = None, ends: Collection[int] = ()
 ) -> Matcher:
-    """Where an answer to the grammar of `text` begins, to be copied for each; of a fast tokenizer of transformers.
-    Blocks: call it in a thread.
+    """Compile the grammar of `text` into a start state; copy it for each answer.
 
-    `vocabulary`: how many logits the model gives, where it is not the tokenizer's number. `ends`: the ids that end an
-    answer; the tokenizer's eos where there are none. Raises Refused (400) with llguidance's words for what it cannot
-    compile, MissingExtraError without llguidance."""
+    Blocks: call in a thread.
+
+    `tokenizer`: a fast tokenizer of transformers. `vocabulary`: the model's number of logits, if not the
+    tokenizer's
+    length. `ends`: stop ids; by default the tokenizer's eos. Raises Refused (400) with llguidance's message
+    if the
+    grammar does not compile, MissingExtraError without llguidance.
+    """
     if len(text) > MAX_TEXT:
         raise _refused(f"{len(text):,} characters; at most {MAX_TEXT:,}")
     if kind == "json_schema" and (parts := text.count("{") + text.count("[")) > _MAX_PARTS:
@@ -139,7 +151,7 @@ def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: 
 
 
 def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLTokenizer:
-    """llguidance's view of a tokenizer, made once: it takes about a second."""
+    """llguidance's tokenizer, cached: building one takes about a second."""
     try:
         from llguidance import LLTokenizer
     except ImportError as error:
@@ -166,11 +178,11 @@ _WORDS = {
     "ParserTooComplex": "it branches too much to follow",
     "InternalError": "it cannot be followed",
 }
-"""What llguidance calls the reasons for which a matcher stops."""
+"""Explanations of the reasons for which an llguidance matcher stops."""
 
 
 def _refused(what: str) -> Refused:
-    """With llguidance's first line, or our word for it; never what it tells of its insides."""
+    """An error with llguidance's first line or our own explanation, without llguidance's internal state."""
     first = what.strip().splitlines()[0].strip()[:300] if what.strip() else "it cannot be followed"
     if "regex parse error:" in first:
         why = re.search(r"^error: (.+)$", what, re.MULTILINE)

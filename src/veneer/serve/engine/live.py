@@ -1,14 +1,18 @@
-"""Answers drawn from an adapter while it is trained: the engine without a server, over what an attachment has now.
+"""Sample answers from an adapter during training: the engine without a server, on an attachment's current
+values.
 
     with attach(model) as attachment, live_sampler(base, attachment) as sampler, fast(model):
         attachment.add("run", adapter, trainable=True)
-        answers = sampler.draw([AnswerWanted(prompt, seed, Drawing(), "run"), …])      from the pairs as they are now
+        answers = sampler.draw([AnswerWanted(prompt, seed, Drawing(), "run"), …])      from the current values
 
-The engine's own: continuous batching, a prompt that several answers share computed once, grammars. What it multiplies
-by are the base's own weights, where they lie; quantised ones stay quantised. An adapter is known to it by the digest
-of its values, so that whatever an optimizer does to them, keys and values of other values are never found again.
+Uses the engine's continuous batching, prefix caching for answers that share a prompt, and grammars. It
+multiplies by
+the base's own weights in place; quantized weights stay quantized. Adapters are identified by the digest of
+their
+values, so after an optimizer step no cached keys and values of old values are found.
 
-It begins before `fast` does, so that weights lie together once, and no adapter may act on the model meanwhile.
+Enter `live_sampler` before `fast`, so that weights are joined once; no adapter may be active on the model
+meanwhile.
 """
 
 from __future__ import annotations
@@ -42,9 +46,9 @@ from veneer.serve.settings import EngineSettings
 from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, SamplerSettings
 
 _LOOK = 0.1
-"""Seconds between two looks at whether to stop."""
+"""Seconds between checks for an interrupt."""
 _CACHE = 1 << 30
-"""Bytes of keys and values, at most; fewer where whole contexts of all rows take fewer."""
+"""Upper bound on bytes of keys and values; full contexts of all rows may need less."""
 _SCORED = 64
 """Tokens whose logits exist at once in a replay."""
 
@@ -53,8 +57,10 @@ _SCORED = 64
 def live_sampler(
     base: TextBase, attachment: Attachment, settings: SamplerSettings | None = None
 ) -> Iterator[_LiveSampler]:
-    """A `Sampler` for the length of the with-block. Raises ConfigError where the base has no forward of the engine's
-    own (`Runner`, "fused")."""
+    """A `Sampler` for the duration of the with-block.
+
+    Raises ConfigError if the base does not run on the engine's own forward (`Runner`, "fused").
+    """
     settings = settings or SamplerSettings()
     context = min(base.context, settings.context or base.context)
     blocks = settings.rows * (context // BLOCK + 1) + 2
@@ -65,13 +71,16 @@ def live_sampler(
     now: dict[str, Adapter] = {}
     with attachment.off(), without_dropout(base.model):
         engine = TextEngine(base, lambda digest, _: now[digest], engine_settings, pack_bytes=settings.pack_bytes)
-        engine.runner.only_pairs()  # `problems` refuses others
+        engine.runner.only_pairs()  # `problems` rejects other adapters
     with engine, ThreadPoolExecutor(1, thread_name_prefix="rollouts") as thread:
         yield _LiveSampler(attachment, settings, engine, thread, now)
 
 
 class _LiveSampler(Sampler):
-    """`now`: the adapters that the engine reads, by digest, each as it was when it was asked for."""
+    """Samples from an attachment.
+
+    `now`: digest -> adapter as it was when requested, read by the engine.
+    """
 
     def __init__(
         self,
@@ -108,7 +117,7 @@ class _LiveSampler(Sampler):
     async def _all(
         self, asked: Sequence[AnswerWanted], mixes: dict[str, DigestMix], interrupted: Callable[[], bool]
     ) -> list[Rollout] | None:
-        """Of those with one prompt the first goes ahead, so that the others find its keys and values."""
+        """Run all requests; the first of each prompt starts alone, so that the others find its cached prefix."""
         ahead: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
         many = Counter((one.adapter, one.prompt) for one in asked)
 
@@ -193,9 +202,13 @@ class _LiveSampler(Sampler):
 
 @dataclass(frozen=True)
 class _ReplayedRows:
-    """Which tokens a replay computes. `rows`: (first position, end, blocks) of each, as the engine has them; `places`:
-    which of the rows' tokens each is that is computed; `made`: where each of the rows' tokens is among these, and
-    `before`: where the one before it is."""
+    """The tokens that a replay computes.
+
+    `rows`: (first position, end, blocks) of each row, as in the engine. `places`: index of each computed
+    token among the
+    rows' tokens. `made`: index of each of the rows' tokens among the computed ones; `before`: index of its
+    predecessor.
+    """
 
     rows: list[tuple[int, int, list[int]]]
     places: Tensor
@@ -208,7 +221,10 @@ class _ReplayedRows:
 
     @classmethod
     def of(cls, lengths: Sequence[int], shared: SharedRows | None) -> _ReplayedRows:
-        """What a row has in common with one before it is found in that one's blocks, as far as these are full of it."""
+        """Build from row lengths.
+
+        Full blocks of a prefix shared with an earlier row reuse that row's blocks.
+        """
         which = torch.arange(sum(lengths)) if shared is None else shared.places.cpu()
         owner: list[int] = []
         rows: list[tuple[int, int, list[int]]] = []
@@ -227,8 +243,10 @@ class _ReplayedRows:
 
 
 class _EngineReplay(Replay):
-    """The engine's forward over rows in pages of its own, one layer's for all. `wanted`: places of the tokens whose
-    log-probabilities are asked for."""
+    """The engine's forward over whole rows, with the pages of one layer reused for all layers.
+
+    `wanted`: indices of the tokens whose logprobs are requested.
+    """
 
     def __init__(
         self,
@@ -258,7 +276,7 @@ class _EngineReplay(Replay):
     @torch.no_grad()
     def logps(self) -> Tensor:
         hidden = next(self._layers)
-        for hidden in self._layers:  # noqa: B007  those that nobody asked for
+        for hidden in self._layers:  # noqa: B007  skip the layers nobody read
             pass
         head = len(self.layout.groups) - 1
         out = []

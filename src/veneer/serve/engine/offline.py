@@ -1,10 +1,11 @@
-"""The engine without a server: greedy answers to many prompts at once, for whoever has a base in hand.
+"""The engine without a server: greedy answers to many prompts at once.
 
     with answering(base, adapters) as answer:
-        answer(prompts, [("support", 1.0)], max_new_tokens=64)      as `complete` does, several times as fast
+        answer(prompts, [("support", 1.0)], max_new_tokens=64)      same as `complete`, several times as fast
 
-Where the base or an adapter does not run on the engine's own forward, `answer` is `complete` itself: then whoever asks
-has the mix acting on the model, as `complete` wants it anyway.
+If the base or an adapter does not run on the engine's own forward, `answer` is `complete` itself, and the
+caller must
+have the mix active on the model, as `complete` requires.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ class AnswerFunction(Protocol):
 
 @contextmanager
 def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32) -> Iterator[AnswerFunction]:
-    """The function that answers with `adapters`, by name. `rows`: how many at once. No adapter may be attached
-    to the model when this begins.
+    """A function that answers with `adapters`, by name. Raises as `complete`.
 
-    Raises as `complete`."""
+    `rows`: answers at once. No adapter may be attached to the model on entry.
+    """
 
     def plain(prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int) -> list[Completion]:
         return complete(base, prompts, max_new_tokens=max_new_tokens, batch_size=rows)
@@ -57,20 +58,27 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
 
 
 def answering_bytes(base: TextBase, weights: int, *, rows: int = 32) -> int:
-    """The most that `answering` takes on a CPU beside a base whose weights have so many bytes: its projections once
-    more, in the order they are multiplied in, and keys and values."""
+    """Upper bound of the bytes that `answering` allocates on a CPU, in addition to the base.
+
+    Includes a prepacked copy of the projections, and keys and values. `weights`: bytes of the base's weights.
+    """
     return min(weights, PACK_BYTES) + _cache_bytes(base, rows)
 
 
 def _cache_bytes(base: TextBase, rows: int) -> int:
-    """No more than whole contexts of twice as many rows take: on a small base all of what a server has by default would
-    be filled with zeros at every evaluation, for nothing."""
+    """Cache size: at most the full contexts of 2 · `rows`.
+
+    On a small base, a server's default cache would be zero-filled at every evaluation for nothing.
+    """
     blocks = 2 * rows * (base.context // BLOCK + 1)
     return min(EngineSettings.cache_bytes, blocks * block_bytes(base))
 
 
 class EngineAnswers:
-    """An `AnswerFunction` by the engine. In a thread of its own, for a caller may have an event loop."""
+    """An `AnswerFunction` on the engine.
+
+    Runs in its own thread, because a caller may have an event loop.
+    """
 
     def __init__(self, base: TextBase, engine: TextEngine, thread: ThreadPoolExecutor) -> None:
         self.base, self.engine, self.thread = base, engine, thread

@@ -1,18 +1,19 @@
-"""Logits of many rows to a token for each, every row by its own settings.
+"""Sampling: turns the logits of many rows into one token each, with per-row settings.
 
     row = SampledRow(request.sampling, request.prompt, vocabulary=base_vocabulary, ends=stop_ids)     once a request
     for choice in sample(logits, rows): …                                                      once a step
 
-A greedy row without further wishes costs its share of one argmax. The others go through, in this order: grammar,
-logit bias, penalties, temperature, top-k, min-p, top-p. What is drawn then is a function of (seed, how many tokens the
-row has made, its scores): no generator is kept, so a row draws the same whoever shares its batch, on every device, and
-when it is taken up again elsewhere. The draw is Gumbel's: argmax(score − log e) with e ~ Exp(1) draws from
-softmax(score). Beside inverting the distribution function it has the merit that rounding in the scores seldom changes
-the token.
+A greedy row with no other settings costs its share of one argmax. Other rows go through, in this order:
+grammar,
+logit bias, penalties, temperature, top-k, min-p, top-p. The sample is a function of (seed, number of tokens
+generated, scores): there is no generator state, so a row samples the same tokens in any batch, on any device,
+and
+after it resumes elsewhere. Sampling uses the Gumbel trick: argmax(score − log e) with e ~ Exp(1) samples from
+softmax(score). Unlike inverting the distribution function, rounding in the scores seldom changes the token.
 
-Settings go to the device in a few copies that nobody waits for, and what was chosen comes back in one read a step.
-
-Knows torch and the words of `request`; no tokenizer, no model.
+Settings are sent to the device in a few asynchronous copies; results come back in one read per step. Depends
+on
+torch and `request` only; no tokenizer, no model.
 """
 
 from __future__ import annotations
@@ -37,15 +38,19 @@ if TYPE_CHECKING:
     from veneer.serve.engine.grammar import Matcher
 
 _NEAR = 1 << 18
-"""Scores that a processor draws from at a time: what is made of them on the way stays in its second cache."""
+"""Scores that a CPU samples from at a time, so that intermediate results fit its L2 cache."""
 NUCLEUS = 1024
-"""Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
+"""Best tokens that top-p checks first; if they hold less than top_p, all tokens are sorted."""
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A chosen token. `logprob` and `top` ((id, logprob), best first) are of the model's own distribution, `drawn` is
-    its logprob in the one that it was drawn from, where the row asks for them."""
+    """A sampled token.
+
+    `logprob` and `top` ((id, logprob), best first) are from the model's own distribution, `drawn` is the
+    logprob in
+    the distribution sampled from; each only if the row requests it.
+    """
 
     id: int
     logprob: float | None = None
@@ -54,12 +59,14 @@ class SampledToken:
 
 
 class SampledRow:
-    """What one request brings to every draw: its settings, its seed, the tokens so far.
+    """The sampling state of one request: settings, seed, and tokens so far.
 
-    `ends`: the ids that end an answer, which must not come before `min_tokens`; those of the base, to which the
-    request's own are added. `seed`: the one that is used, also where the request leaves it to the system. `under`: the
-    mix of adapters that its scores come from, as the client named it. Raises Refused for ids that the vocabulary does
-    not have."""
+    `ends`: the base's stop ids, which must not come before `min_tokens`; the request's own are added. `seed`:
+    the seed
+    used, also if the request leaves it to the server. `under`: the adapter mix that produces the scores, as
+    the client
+    named it. Raises Refused for ids outside the vocabulary.
+    """
 
     def __init__(
         self,
@@ -88,23 +95,23 @@ class SampledRow:
 
     @property
     def unmodified(self) -> bool:
-        """Whether the next token is drawn from the model's own distribution as it is."""
+        """Whether the next token is sampled from the model's own distribution, unmodified."""
         s = self.sampling
         cut = s.top_k or s.top_p < 1 or s.min_p
         return not (self._changes or cut or s.temperature != 1 or self.made < s.min_tokens)
 
     @property
     def plain(self) -> bool:
-        """Whether the best of the model's own scores is the answer."""
+        """Whether the next token is the argmax of the model's own scores."""
         return not (self.sampling.temperature or self._changes or self.made < self.sampling.min_tokens)
 
     def ahead(self, submit: Callable[[Callable[[], Tensor]], Future[Tensor]]) -> None:
-        """Begin with the grammar's mask for the next token, while the model computes the scores."""
+        """Start to compute the grammar's mask for the next token, in parallel with the model."""
         if self.grammar is not None and self._mask is None:
             self._mask = submit(self.grammar.mask)
 
     def take(self, token: int) -> None:
-        """Count a token as made. `sample` does it for what it chooses."""
+        """Record a generated token; `sample` calls this for each token it chooses."""
         self.made += 1
         if self._counted:
             self._counts[token] += 1
@@ -114,7 +121,10 @@ class SampledRow:
             self.grammar.advance(token)
 
     def mask(self) -> Tensor | None:
-        """Which tokens the grammar allows next, on the CPU; None without one. Raises what the grammar raises."""
+        """The tokens that the grammar allows next, on the CPU; None without a grammar.
+
+        Raises the grammar's errors.
+        """
         if self.grammar is None:
             return None
         begun, self._mask = self._mask, None
@@ -122,7 +132,7 @@ class SampledRow:
 
     @property
     def forbidden(self) -> Sequence[int]:
-        """What must not come next, unless the grammar allows nothing else."""
+        """Tokens that must not come next, unless the grammar allows nothing else."""
         return self._ends if self.made < self.sampling.min_tokens else ()
 
     @property
@@ -132,27 +142,29 @@ class SampledRow:
 
     @property
     def counts(self) -> Mapping[int, int]:
-        """Token -> how often it was made, where a penalty asks."""
+        """Token -> times generated; empty without a presence or frequency penalty."""
         return self._counts
 
 
 _NOTHING_ALLOWED, _NOT_FINITE = -1, -2
-"""In the place of a token: why there is none."""
+"""Stand in for a token when none can be chosen."""
 
 
 def _no_token(row: SampledRow, why: int) -> Refused:
     what = "no token has a finite score"
-    if why == _NOT_FINITE and row.under:  # by what was asked for: not worth a retry
+    if why == _NOT_FINITE and row.under:  # caused by the request: retrying does not help
         what = f"{what} under {quoted(row.under)}: the base overflowed"
         return Refused(what, status=400, code="adapter_unusable", param="model", fix="lower strengths")
     return Refused(what, status=500, code="internal")
 
 
 def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Refused]:
-    """Choose the next token of every row, and count it as made. logits: (rows, vocabulary), of any float type; not
-    changed.
+    """Choose the next token of every row, and record it in the row.
 
-    A row whose scores are not finite, or whose grammar cannot go on, gets its Refused; the others get their tokens."""
+    logits: (rows, vocabulary), any float type; not changed. A row whose scores are not finite, or whose
+    grammar fails,
+    gets a Refused; the other rows get their tokens.
+    """
     if len(rows) != len(logits):
         raise ValueError(f"{len(rows)} rows for logits {tuple(logits.shape)}")
     many = max(1, _NEAR // logits.shape[-1]) if free_to_ask(logits) else len(rows)
@@ -166,7 +178,7 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
     finite = best.isfinite()
     failed: dict[int, Exception] = {}
     own_as_it_is = [row.unmodified for row in rows]
-    drawn = torch.zeros(len(rows), device=device)  # of what is the best alone, which is certain
+    drawn = torch.zeros(len(rows), device=device)  # 0 for greedy rows: their choice is certain
     changed = [i for i, row in enumerate(rows) if not row.plain]
     if changed:
         own = [rows[i] for i in changed]
@@ -194,7 +206,7 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
     made = [int(n) for n in numbers]
     told = dict(zip(asking, _sampled([made[i] for i in asking], counts, *parts), strict=True)) if asking else {}
     for i, one in told.items():
-        if rows[i].sampling.drawn_logprob:  # of its own distribution the very same number
+        if rows[i].sampling.drawn_logprob:  # same distribution, so the same number
             told[i] = replace(one, drawn=one.logprob if own_as_it_is[i] else under[i])
     out: list[SampledToken | Refused] = []
     for i, (row, token) in enumerate(zip(rows, made, strict=True)):
@@ -205,14 +217,18 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
                 raise _no_token(row, token)
             row.take(token)
             out.append(told[i] if i in told else SampledToken(token))
-        except Exception as error:  # its own row's alone: the others have taken their tokens
+        except Exception as error:  # fails this row only: the others have recorded their tokens
             out.append(error if isinstance(error, Refused) else fault("the answer", error))
     return out
 
 
 def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
-    """Everything before the temperature, in place. scores: (rows, vocabulary), float32. Places of the rows whose
-    grammar has failed, and how."""
+    """Apply everything before the temperature, in place.
+
+    Returns the errors of failed grammars by row index.
+
+    scores: (rows, vocabulary), float32.
+    """
     failed: dict[int, Exception] = {}
     masks: dict[int, Tensor] = {}
     for k, row in enumerate(rows):
@@ -231,7 +247,7 @@ def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
     if (there := first.there) is not None:
         kept = scores[there]
         scores[there] = -math.inf
-        if masks:  # a grammar that is at its end goes before: so is the answer
+        if masks:  # a finished grammar wins: the answer is complete
             over = (scores.amax(-1) == -math.inf).index_select(0, there[0])
             scores[there] = torch.where(over, kept, -math.inf)
     bias = _Entries(scores)
@@ -255,7 +271,7 @@ def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
 
 
 class _Entries:
-    """Some entries of a matrix, gathered row by row, each with a number of its own."""
+    """Selected entries of a matrix, collected row by row, each with a value."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.like = matrix
@@ -270,7 +286,10 @@ class _Entries:
 
     @property
     def there(self) -> tuple[Tensor, Tensor] | None:
-        """Their rows and columns on the matrix's device; None where there are none."""
+        """Row and column indices of the entries on the matrix's device.
+
+        None without entries.
+        """
         if not self._rows:
             return None
         rows, columns = put_numbers(self.like.device, self._rows, self._columns)
@@ -282,15 +301,18 @@ class _Entries:
 
 
 def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
-    """Numbers in the dtype and on the device of a tensor."""
+    """The values as a tensor with the dtype and device of `like`."""
     return sent(torch.tensor(values, dtype=like.dtype), like.device)
 
 
 def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
-    """A token for each row, from softmax(scores / temperature) within top-k, min-p and top-p; and its logprob there,
-    where some row asks for it and it is not the model's own (else 0). scores: (rows, vocabulary), float32."""
+    """Sample a token for each row from softmax(scores / temperature) within top-k, min-p and top-p.
+
+    Returns the tokens and their logprobs in that distribution; the logprobs are 0 unless some row requests
+    `drawn_logprob` for a modified distribution. scores: (rows, vocabulary), float32.
+    """
     heat = _numbers(scores, [r.sampling.temperature for r in rows])[:, None].clamp_min(1e-20)
-    scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the best is 0, so that no heat makes it infinite
+    scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the maximum is 0, so none becomes infinite
     cut = [k for k, r in enumerate(rows) if r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p]
     keys = sent(torch.tensor([draw_key(r.seed, r.made) for r in rows], dtype=torch.int32), scores.device)
     floor = None
@@ -308,19 +330,22 @@ def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
 
 
 def free_to_ask(scores: Tensor) -> bool:
-    """Whether what a tensor holds may be asked for on the way: a device would make its host wait."""
+    """Whether values can be read without a device sync, which would stall the host."""
     return scores.device.type == "cpu"
 
 
 def _noisy(scores: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
-    """score − log e where a score is not below its row's floor, else −∞."""
+    """score − log e for scores at or above the row's floor, else −∞."""
     tokens = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
     noisy = scores - exponential(tokens, keys[:, None]).log_()
     return noisy if floor is None else noisy.masked_fill_(scores < floor, -math.inf)
 
 
 def _some_noisy(scores: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
-    """The same, e made where it is asked for alone: how many that are a device would have to tell its host first."""
+    """Same as `_noisy`, with e computed for the kept scores only.
+
+    On a GPU, counting these would cause a sync.
+    """
     row, token = ((scores >= floor) & (scores > -math.inf)).nonzero(as_tuple=True)
     noisy = torch.full_like(scores, -math.inf)
     noisy[row, token] = scores[row, token] - exponential(token.to(torch.int32), keys[row]).log_()
@@ -328,8 +353,12 @@ def _some_noisy(scores: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
 
 
 def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """(rows, 1): the lowest score that stays. As a bound on the score, not a place in an order, equal scores share
-    their fate, and the outcome does not depend on how a sort settles ties. scores: (rows, vocabulary), the best 0."""
+    """(rows, 1): the lowest score that stays.
+
+    A bound on the score, not on the rank: equal scores are kept or cut together, and the result does not
+    depend on
+    how a sort breaks ties. scores: (rows, vocabulary), with a maximum of 0.
+    """
     vocabulary = scores.shape[-1]
     floor = _numbers(scores, [math.log(s.min_p) if s.min_p else -math.inf for s in settings])[:, None]
     ks = [min(s.top_k or vocabulary, vocabulary) for s in settings]
@@ -348,7 +377,7 @@ def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     own, least = scores.index_select(0, at), floor.index_select(0, at)
     total = own.masked_fill(own < least, -math.inf).logsumexp(-1, keepdim=True)
     share = sent(torch.tensor([[settings[r].top_p] for r in nucleus], dtype=torch.float64), scores.device)
-    if free_to_ask(scores):  # most nuclei are small, and whether one is not costs nothing to ask
+    if free_to_ask(scores):  # most nuclei are small, and checking is free here
         lowest, held = _nucleus(best.index_select(0, at), least, total, share)
         if wanted < vocabulary and not held.all():
             some = (~held).nonzero().flatten()
@@ -361,8 +390,12 @@ def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
 
 
 def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """The score of the last token that those before it leave below `share` of all above `floor`; and whether `order`,
-    the best scores in falling order, reaches that far."""
+    """The lowest score in the nucleus, and whether `order` reaches the nucleus's end.
+
+    A token stays if those before it hold less than `share` of the probability above `floor`. order: the best
+    scores,
+    descending.
+    """
     order = order.masked_fill(order < floor, -math.inf)
     p = (order - total).double().exp_()
     stays = p.cumsum(-1).sub_(p) < share
@@ -373,13 +406,16 @@ def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tupl
 
 
 def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[SampledToken]:
-    """The logprobs of given tokens, each with its count of alternatives. logits: (n, vocabulary), n > 0; ids: (n,)."""
+    """The logprobs of given tokens, each with its count of alternatives.
+
+    logits: (n, vocabulary), n > 0; ids: (n,).
+    """
     numbers, *parts = _read(ids, *_logprobs(logits, ids, max(counts)))
     return _sampled([int(n) for n in numbers], counts, *parts)
 
 
 def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs of the tokens (n,), those of the `most` best and which these are, both (n, most))"""
+    """(logprobs of the tokens (n,), logprobs and ids of the `most` best tokens, both (n, most))."""
     logits = logits.float()
     tokens = _best(logits, min(most, logits.shape[-1])) if most else ids.new_empty(len(ids), 0)
     p = logits.log_softmax(-1)
@@ -387,12 +423,16 @@ def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, T
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """The tokens of the best scores, best first; of equal ones, which 16 bits have many of, the first of the vocabulary
-    comes first, as argmax has it. `topk` alone takes any, others where more are asked for. scores: (n, vocabulary),
-    float32."""
+    """The ids of the `count` best scores, best first.
+
+    Ties go to the lower id, as in argmax.
+
+    Ties are common in 16 bits, and which tied tokens `topk` returns depends on k. scores: (n, vocabulary),
+    float32.
+    """
     least = scores.topk(max(1, count)).values[:, -1:]
     if free_to_ask(scores):
-        row, token = (~(scores < least)).nonzero(as_tuple=True)  # `count` or more of each row, nan among them
+        row, token = (~(scores < least)).nonzero(as_tuple=True)  # at least `count` per row, nan included
         order = scores[row, token].argsort(descending=True, stable=True)
         order = order[row[order].argsort(stable=True)]
         many = row.bincount(minlength=len(scores))
@@ -406,7 +446,10 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _read(*tensors: Tensor) -> list[list[float]]:
-    """The values of tensors one after another, in one read: as float32, which holds every token below 2²⁴."""
+    """The values of each tensor, in one device read.
+
+    Float32 represents every token id below 2²⁴.
+    """
     flat: list[float] = torch.cat([t.flatten().float() for t in tensors]).cpu().tolist()
     out, at = [], 0
     for tensor in tensors:
@@ -418,7 +461,7 @@ def _read(*tensors: Tensor) -> list[list[float]]:
 def _sampled(
     ids: Sequence[int], counts: Sequence[int], own: Sequence[float], values: Sequence[float], tokens: Sequence[float]
 ) -> list[SampledToken]:
-    """`values` and `tokens`: of all rows, as many of each."""
+    """Build the results; `values` and `tokens` have the same number of entries for every row."""
     each = len(values) // max(1, len(ids))
     out = []
     for r, (token, n, logprob) in enumerate(zip(ids, counts, own, strict=True)):
@@ -429,11 +472,15 @@ def _sampled(
     return out
 
 
-# -- randomness: a hash of (seed, position, token) -------------------------------------------------------------------
+# -- randomness: a hash of (seed, position, token)
+# ------------------------------------------------------------------
 
 
 def draw_key(seed: int, position: int) -> tuple[int, int]:
-    """Two 32-bit words, signed, by splitmix64 (Steele and others 2014) of the seed, then of that and the position."""
+    """Two signed 32-bit words: splitmix64 (Steele et al.
+
+    2014) of the seed, then of the result plus the position.
+    """
     z = _splitmix(_splitmix(seed) + position)
     low, high = z & 0xFFFFFFFF, z >> 32
     return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
@@ -447,16 +494,21 @@ def _splitmix(x: int) -> int:
 
 
 def exponential(tokens: Tensor, keys: Tensor) -> Tensor:
-    """Exp(1), float32, one for each token under its key. tokens: (…), int32; keys: (…, 2), int32."""
+    """Exp(1) noise, float32, one value per token and key.
+
+    tokens: (…), int32; keys: (…, 2), int32.
+    """
     x = _mix_(tokens ^ keys[..., 0])
     x = _mix_(x.add_(keys[..., 1])).bitwise_and_(0x7FFFFFFF)
     u = x.float().add_(0.5).mul_(2.0**-31).clamp_max_(1 - 2.0**-24)
-    return u.neg_().log1p_().neg_()  # small where u is, in full precision: it is the small ones that win
+    return u.neg_().log1p_().neg_()  # full precision for small values, which win the argmax
 
 
 def _mix_(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words that spreads every bit (Wellons' lowbias32), in place; the masks make the shifts
-    logical."""
+    """A bijection of 32-bit words that mixes every bit (Wellons' lowbias32), in place.
+
+    The masks make the shifts logical.
+    """
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
     x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))

@@ -1,24 +1,33 @@
-"""Who runs next, and how many tokens of each: continuous batching with prompts in chunks beside decoding.
+"""Continuous batching scheduler: picks the sequences and tokens of each step.
 
-Every step takes at most `budget` tokens: one for each sequence that is decoding, the rest for prompts, which are
-computed in chunks. So a long prompt never stops others from getting their next token. Where there are tenants, a step
-also ends by time: `cost` says what a step, a row and a token of a prompt take, and what does not fit waits for the next
-step, in the order of the tenants' counters, and within a tenant of who waited longest.
+A step has at most `budget` tokens: one per decoding sequence; the rest go to prompts, computed in chunks, so
+a
+long prompt never delays the next tokens of other sequences. With tenants, `StepCost` also limits a step's
+time:
+work that does not fit waits for the next step, ordered by the tenants' counters and, within a tenant, by
+longest wait.
 
-Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of what it was given,
-prompt tokens computed and two or more for each generated one (by the time it takes), divided by its weight. The next
-place, and the next tokens of prompts, go to the tenant with the lowest counter. A tenant that comes back after a pause
-is lifted to the lowest counter of those at work: idle time earns nothing. A prompt of ordinary length is counted when
-it has brought its first token, so that whoever comes to a busy server is not made to wait half-way. Within a tenant:
-first come, first served; one whose adapter is still being read is passed over. A step that brings somebody's first
-token is made at most twice as long by other tenants' prompts.
+Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of the tokens it
+received (1 per computed prompt token, 2 or more per generated token, by their time) divided by its weight.
+The
+tenant with the lowest counter gets the next slot and the next prompt tokens. A tenant that returns after a
+pause
+is raised to the lowest counter of the active tenants: idle time earns no credit. A prompt of ordinary length
+is
+charged after its first token, so a tenant that arrives at a busy server is not delayed halfway through a
+prompt.
+Within a tenant: first come, first served, skipping sequences whose adapters are still loading. Other tenants'
+prompts can at most double a step that produces a first token.
 
-Places: whoever has the lowest counter, and less than its share (by weight, of those at work) of places and blocks, does
-not wait until others end: of the tenant that has most above its share the youngest is pre-empted.
+Slots: if the tenant with the lowest counter has less than its share (by weight, among active tenants) of
+slots
+and blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
 
-Memory: a sequence that needs a block where none is left pre-empts the youngest of the tenant with the highest counter:
-its blocks go, its tokens stay, and it is computed again from what the cache still knows. Nothing fails for want of
-blocks unless it could not fit alone; who adds a request sees to that. Numbers only: no tensors, no clock.
+Memory: when no block is free, the scheduler preempts the youngest sequence of the tenant with the highest
+counter. The preempted sequence loses its blocks, keeps its tokens, and is recomputed from whatever the cache
+still has. The caller of `add` must ensure that each request fits the cache when run alone. Plain numbers
+only:
+no tensors, no clock.
 """
 
 from __future__ import annotations
@@ -33,24 +42,31 @@ from veneer.serve.engine.cache import BlockTable, Cache
 from veneer.serve.request import Request, cache_root
 
 _LOOK_AHEAD = 64
-"""How many of a tenant's waiting requests are asked whether they can run."""
+"""Waiting requests per tenant that are checked for being ready to run."""
 _PIECE = 32
-"""Tokens below which it is not worth while to begin with a prompt."""
+"""Smallest prompt chunk worth starting, in tokens."""
 _SHORT = 64
-"""Tokens of other tenants' prompts that a step may always have beside one whose first token it brings."""
+"""Tokens of other tenants' prompts always allowed in a step that produces a first token."""
 _GENERATED = 2.0
 _CREDIT = 512
-"""Tokens of prompts that a tenant is charged for when they have brought a first token, and not before."""
+"""Prompt tokens that a tenant can compute before they are charged; a first token charges them too."""
 _DEAREST = 32.0
-"""What a generated token counts beside one of a prompt, at least and at most: a step of its own, nearly (the paper's
-weights are 1 and 2; on a processor a row of a step may take as long as a dozen tokens of a prompt)."""
+"""Upper bound of a generated token's cost, in prompt tokens: nearly a step of its own.
+
+The paper's weights are 1 and 2; on a CPU a decoding row can take as long as a dozen prompt tokens.
+"""
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request under way. `tokens`: the prompt and what was generated; `computed`: how many of them have keys and
-    values in the cache; `cached`: how many it found there when it first ran; `charged`: prompt tokens counted;
-    `served`: the number of its last chunk, of all."""
+    """A running or waiting request.
+
+    `tokens`: prompt and generated tokens. `computed`: tokens whose keys and values are in the cache.
+    `cached`: prompt
+    tokens found in the cache when the sequence first ran. `charged`: prompt tokens charged to the tenant.
+    `served`:
+    number of the sequence's last chunk, counted over all sequences.
+    """
 
     request: Request
     tokens: list[int]
@@ -72,13 +88,16 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether all but its last token is computed."""
+        """Whether all tokens but the last are computed."""
         return self.computed >= len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start … end of a sequence, to be computed in this step; `last`: the logits after them are wanted."""
+    """Tokens start to end of a sequence, computed in this step.
+
+    `last`: the step needs the logits after them.
+    """
 
     sequence: Sequence
     start: int
@@ -91,8 +110,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepCost:
-    """The time of a step in seconds: `fixed` + `row` · rows that decode + `token` · tokens of prompts. `step`: the
-    longest that a step may take; 0 for no limit."""
+    """The time of a step in seconds: `fixed` + `row` · decoding rows + `token` · prompt tokens.
+
+    `step`: longest time a step may take; 0 for no limit.
+    """
 
     fixed: float = 0.0
     row: float = 0.0
@@ -101,12 +122,12 @@ class StepCost:
 
     @property
     def spare(self) -> float:
-        """Seconds that rows and tokens may take together: at least as many as what is fixed."""
+        """Seconds available to rows and tokens together; never less than `fixed`."""
         return max(self.step - self.fixed, self.fixed) if self.step else inf
 
     @property
     def generated(self) -> float:
-        """What a generated token counts beside one of a prompt: by the time it takes, from _GENERATED to DEAREST."""
+        """The cost of a generated token in prompt tokens, by time, from _GENERATED to _DEAREST."""
         return min(max(_GENERATED, self.row / self.token), _DEAREST) if self.token else _GENERATED
 
 
@@ -120,9 +141,14 @@ class _Tenant:
 
 
 class Scheduler:
-    """`rows`: sequences at once. `budget`: tokens in a step, at least `rows`. `loaded(sequence)`: whether its adapters
-    are in memory; it is asked for those next in line, so it may start to read them. `shares`: whether sequences can
-    share blocks. `cost`: set by whoever measures steps."""
+    """Schedules the sequences of all tenants.
+
+    `rows`: sequences that run at once. `budget`: tokens in a step, at least `rows`. `loaded(sequence)`:
+    whether the
+    sequence's adapters are in memory; called for the next sequences in line, so it can start to load them.
+    `shares`:
+    whether sequences can share blocks. `cost`: set by the engine, which measures steps.
+    """
 
     def __init__(
         self,
@@ -139,7 +165,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.looked_for = self.found = 0
-        """Tokens of prompts that were looked for in the cache, and found, each prompt once."""
+        """Prompt tokens looked up in the cache, and found there; each prompt counts once."""
         self._tenants: dict[str, _Tenant] = {}
         self._floor = 0.0
         self._order = 0
@@ -159,7 +185,7 @@ class Scheduler:
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
-        """Finished, cancelled or failed: its blocks are given back."""
+        """Remove a finished, cancelled or failed sequence and free its blocks."""
         self._lowest()
         if sequence in self.running:
             self._stop(sequence)
@@ -167,7 +193,10 @@ class Scheduler:
             self._tenants[sequence.request.tenant].waiting.remove(sequence)
 
     def step(self) -> list[Chunk]:
-        """What to compute now, each sequence at most once. Every chunk's table has room for its tokens."""
+        """The chunks to compute now, at most one per sequence.
+
+        Each chunk's table has blocks for its tokens.
+        """
         self._make_room()
         chunks: list[Chunk] = []
         left = self.budget - sum(s.decodes for s in self.running)
@@ -180,14 +209,14 @@ class Scheduler:
                 following = self._next()
             if begun and (following is None or self._turn(begun[0]) <= self._turn(following)):
                 following = begun.pop(0)
-                if following not in self.running:  # pre-empted by one before it
+                if following not in self.running:  # preempted by an earlier sequence of this step
                     continue
             elif following is None:
                 return chunks
             elif not self._start(following):
                 full = True
                 continue
-            else:  # one that was pre-empted a moment ago is among those that had begun
+            else:  # a sequence preempted earlier in this step is still in `begun`
                 begun = [s for s in begun if s is not following]
             if following.decodes:
                 if not chunks or spare >= self.cost.row:
@@ -208,14 +237,14 @@ class Scheduler:
                 first = following.request.tenant
 
     def computed(self, chunk: Chunk) -> None:
-        """The chunk's keys and values are in the cache."""
+        """Record that the chunk's keys and values are in the cache."""
         sequence = chunk.sequence
         assert sequence.table is not None
         sequence.computed = chunk.end
         self.cache.computed(sequence.table, sequence.tokens[: chunk.end])
         new = min(chunk.end, sequence.prompt) - max(sequence.charged, sequence.cached)
         tenant = self._tenants[sequence.request.tenant]
-        if new > 0:  # not for what is computed again after a pre-emption
+        if new > 0:  # recomputed tokens are not charged again
             tenant.owed += new
             sequence.charged = max(sequence.charged, sequence.cached) + new
         if chunk.last or tenant.owed > _CREDIT:
@@ -228,7 +257,7 @@ class Scheduler:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _lowest(self) -> float:
-        """The lowest counter of the tenants at work; while there is none, what it was last."""
+        """The lowest counter of the active tenants; with no active tenant, its last value."""
         at_work = [t.counter for t in self._tenants.values() if t.waiting or t.running]
         self._floor = min(at_work, default=self._floor)
         return self._floor
@@ -241,12 +270,12 @@ class Scheduler:
         self._tenants[sequence.request.tenant].counter += tokens / sequence.request.weight
 
     def _turn(self, sequence: Sequence) -> tuple[float, int, int, int]:
-        """Who is computed before whom."""
+        """The sort key of a sequence: lower is computed first."""
         tenant = self._tenants[sequence.request.tenant]
         return tenant.counter, tenant.running, sequence.served, sequence.order
 
     def _make_room(self) -> None:
-        """Pre-empt what keeps the next in line from its tenant's share."""
+        """Preempt the sequences that keep the next in line from its tenant's share."""
         following = self._next()
         while following is not None and (victim := self._in_the_way(following)) is not None:
             self._preempt(victim)
@@ -264,7 +293,10 @@ class Scheduler:
             blocks[sequence.request.tenant] += len(sequence.table.blocks) if sequence.table is not None else 0
 
         def above(name: str, places: int, room: int) -> float:
-            """How far a tenant is above its share, in shares, with so many more places and blocks."""
+            """A tenant's usage over its share, given additional slots and blocks.
+
+            1 is exactly its share.
+            """
             share = at_work[name].weight / weights
             in_places = (at_work[name].running + places) / (self.rows * share) if no_place else 0.0
             in_blocks = (blocks[name] + room) / (self.cache.size * share) if no_blocks else 0.0
@@ -279,7 +311,7 @@ class Scheduler:
         return max((s for s in self.running if s.request.tenant == most), key=lambda s: s.order)
 
     def _next(self) -> Sequence | None:
-        """The first that can run of the tenant with the lowest counter that has one."""
+        """The first ready sequence of the tenant with the lowest counter."""
         for tenant in sorted((t for t in self._tenants.values() if t.waiting), key=lambda t: (t.counter, t.running)):
             for sequence in itertools.islice(tenant.waiting, _LOOK_AHEAD):
                 if self.loaded(sequence):
@@ -287,8 +319,11 @@ class Scheduler:
         return None
 
     def _start(self, sequence: Sequence) -> bool:
-        """Open its table and let it run, if its tokens fit beside what runs: one that starts pre-empts nobody."""
-        whole = sequence.request.sampling.prompt_logprobs  # what the cache knows has no logits
+        """Open the sequence's block table and run it if its tokens fit.
+
+        Starting never preempts others.
+        """
+        whole = sequence.request.sampling.prompt_logprobs  # cached tokens have no logits
         if self.shares and not whole:
             table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), sequence.tokens)
         else:
