@@ -1,9 +1,12 @@
-"""The forward of a base of Llama's kind, as tensors: what the runner's first way runs.
+"""The forward of a Llama-like base on plain tensors: the runner's "fused" way.
 
     x ← x + o(attention(qkv(norm(x))))        x ← x + down(silu(gate(h)) ⊙ up(h)), h = norm(x)
 
-Llama, Mistral, Qwen2, Qwen3, Phi-3 and whoever is built as they are; the runner finds out by a probe whether a base is.
-All layers are one call of ops/cpu/decoder.c where it runs, and else, or under a DoRA, line by line: to the same bits.
+Supports Llama, Mistral, Qwen2, Qwen3, Phi-3 and compatible families; the runner probes whether a base is one.
+All
+layers are one call of ops/cpu/decoder.c if available; otherwise, or with a DoRA adapter, Python runs layer by
+layer,
+with the same bits.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from veneer.serve.forward.weights import in_blocks, invariant
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 _JoinedWeights = Callable[[tuple[str, ...]], PrepackedWeight]
-"""The weights of some linear modules, below one another, by the modules' names."""
+"""Returns the stacked weight of some linear modules, by module names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,10 @@ class Block:
 
 
 class _Table(NamedTuple):
-    """`layers`: of each what decoder.c's FIELDS name. `room`: elements of scratch a token."""
+    """The arguments of ops/cpu/decoder.c.
+
+    `layers`: the values of decoder.c's FIELDS for each layer. `room`: elements of scratch per token.
+    """
 
     run: Callable[..., None]
     layers: Tensor
@@ -62,7 +68,10 @@ class _Table(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LlamaForward:
-    """A base of Llama's kind as tensors. Its layout's groups: qkv, o, gate-up, down of each layer, then the head."""
+    """A Llama-like base as tensors.
+
+    Layout groups: qkv, o, gate-up, down of each layer, then the head.
+    """
 
     embedding: Tensor
     blocks: list[Block]
@@ -73,7 +82,7 @@ class LlamaForward:
     scale: float
     pages: Pages
     rows: int = 0
-    """That a function of single rows is taken of at a time (packed.in_blocks); 0: of all at once."""
+    """Rows per block of row-wise functions (packed.in_blocks); 0: all at once."""
 
     def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Tensor:
         """The normed output of the last layer, (tokens, dim)."""
@@ -82,8 +91,12 @@ class LlamaForward:
         return self._normed(x, self.norm)
 
     def each_layer(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Iterator[Tensor]:
-        """`hidden` to the same bits, layer by layer as they are asked for: the output of each, (tokens, dim), which the
-        next one changes in place, and last the normed one. Its pages may be one layer's for all."""
+        """Yield the output of each layer, (tokens, dim), then the normed output, as `hidden`.
+
+        The bits equal those of `hidden`. Each yielded tensor is overwritten by the next layer. All layers can
+        share the pages
+        of one layer.
+        """
         x = self._embedded(ids, segments)
         for i in range(len(self.blocks)):
             self._run(x, range(i, i + 1), batch, segments)
@@ -97,7 +110,7 @@ class LlamaForward:
         return x
 
     def _run(self, x: Tensor, layers: range, batch: PackedRows, segments: Segments | None) -> None:
-        """These layers, in place."""
+        """Run these layers in place."""
         if self._table is not None and (segments is None or not segments.gains):
             self._decode(x, self._table, layers, batch, segments)
         else:
@@ -107,17 +120,20 @@ class LlamaForward:
         return in_blocks(lambda part: normed(part, weight, self.eps), x, self.rows)
 
     def with_windows(self, longest: int) -> LlamaForward:
-        """The same weights with windows of `longest` tokens at most."""
+        """The same weights with windows of at most `longest` tokens."""
         return replace(self, blocks=[replace(b, window=min(b.window, longest)) for b in self.blocks])
 
     @property
     def in_one_call(self) -> bool:
-        """Whether all layers are one call of ops/cpu/decoder.c, wherever no adapter has a gain."""
+        """Whether one call of ops/cpu/decoder.c runs all layers, if no adapter uses DoRA."""
         return self._table is not None
 
     @cached_property
     def _table(self) -> _Table | None:
-        """What ops/cpu/decoder.c reads of every layer; None where it does not run."""
+        """The arguments of ops/cpu/decoder.c.
+
+        None if the kernel does not support this base.
+        """
         library, pages = compiled.usable("decode", self.embedding), self.pages
         weights = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
         panels = [[m for m in own if isinstance(m, Panels)] for own in weights]
@@ -203,7 +219,7 @@ class LlamaForward:
 
 
 def layout_of(base: TextBase) -> BaseLayout:
-    """The groups of a base of Llama's kind; none for another."""
+    """The layer groups of a Llama-like base; no groups for other bases."""
     model: Any = base.model
     groups: list[Group] = []
     modules: dict[str, Any] = dict(base_modules(model))
@@ -233,8 +249,12 @@ def layout_of(base: TextBase) -> BaseLayout:
 def llama_forward(
     base: TextBase, layout: BaseLayout, own_weights: _JoinedWeights, embedding: Tensor, context: int, pages: Pages
 ) -> LlamaForward:
-    """Where `layout.rows` is above 0 its products are batch-invariant (packed.in_blocks). Raises NotImplementedError
-    where the base is of another kind; whether it is of this one, a probe tells."""
+    """Build the forward of a Llama-like base.
+
+    If `layout.rows` is above 0, its products are batch-invariant (packed.in_blocks). Raises
+    NotImplementedError for a base
+    that is recognizably different; only a probe confirms that the result is right.
+    """
     root: Any = base.model.model
     config: Any = base.model.config.get_text_config()
     if not layout.groups:
@@ -287,7 +307,7 @@ def _add_onto(
 ) -> None:
     """x += h·Wᵀ + b and its low-rank products, in place."""
     y = None
-    if segments is not None and segments.gained(g):  # DoRA needs the base's product by itself
+    if segments is not None and segments.gained(g):  # DoRA needs the base's product alone
         y = weight(h, bias)
         x.add_(y)
     else:

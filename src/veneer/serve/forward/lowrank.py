@@ -1,16 +1,19 @@
-"""Adapters as the runner uses them, and their low-rank products for a batch where every row has a mix of its own.
+"""Adapters as the runner uses them, and their low-rank products for a batch with a mix per row.
 
     y[i] += Σ over the mix of row i:  strength · s·B·(A·x[i])           for each projection
           +                           strength · (g - 1) ⊙ (y₀[i] - b)  DoRA: g = m / ‖W + s·B·A‖, y₀ the base's
 
-Projections that share an input (q, k, v; gate, up) are one *group*: their A lie below one another, so each adapter
-takes two products a group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
-is the fast form (ops/cpu/serving.c) where it runs and `add_reference` everywhere else; a row's
-result depends on nobody in its batch (bit for bit by the first; by the others where the layout has `rows`, else within
-rounding).
+Projections that share an input (q, k, v; gate, up) form a *group*: their A are stacked, so each adapter takes
+two
+products per group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
+uses the
+fast kernel (ops/cpu/serving.c) if available, `add_reference` otherwise. A row's result does not depend on the
+rest of
+its batch: bit for bit with the kernel, and with the others if the layout has `rows`; else within rounding.
 
-What is no pair on a projection, the embedding or the head (full copies, token rows, LoHa …) has no low-rank form:
-`low_rank_problems` says so, and the runner then takes the base through its own modules with core's attachment.
+Anything but a pair on a projection, the embedding or the head (full copies, token rows, LoHa …) has no
+low-rank form:
+`low_rank_problems` reports it, and the runner then runs the base's own modules with core's attachment.
 """
 
 from __future__ import annotations
@@ -33,16 +36,22 @@ from veneer.serve.forward.weights import in_blocks
 
 _PARTS = 3
 _RECORD = 2 + 5 * _PARTS
-"""Numbers of an adapter's record in ops/cpu/serving.c, for each group: the address of A (0: nothing here) and its rank,
-then for each part the address of B (0: no part), its first column in y, columns, first row in A, rank."""
+"""Integers in an adapter's record in ops/cpu/serving.c, for each group.
+
+The address of A (0: none) and its rank, then for each part the address of B (0: no part), its first column in
+y,
+columns, first row in A, rank.
+"""
 _STACK_BYTES = 1 << 30
-"""The most that the stacked factors of a step's adapters take; for more, each adapter is multiplied by itself."""
+"""Upper bound for the stacked factors of a step's adapters; above it, adapters are multiplied one by one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Linear modules with one input: names, sizes (out) and biases, in the order of the output's columns. `weight`: the
-    i-th one's (out, in), as it is served."""
+    """Linear modules with one input: names, output sizes and biases, in the order of the output's columns.
+
+    `weight(i)`: the i-th module's weight (out, in), as served.
+    """
 
     modules: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -59,7 +68,7 @@ class Group:
 
     @property
     def bias(self) -> Tensor | None:
-        """Of all columns; None where no module has one."""
+        """The bias of all columns; None if no module has one."""
         some = next((b for b in self.biases if b is not None), None)
         if some is None:
             return None
@@ -69,8 +78,12 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class BaseLayout:
-    """Every group of a base, and the name of its embedding. At most three modules a group. `rows`: of a product at a
-    time, see packed.in_blocks."""
+    """Every group of a base, and the name of its embedding.
+
+    At most three modules in a group.
+
+    `rows`: rows per block of a product, see packed.in_blocks.
+    """
 
     groups: tuple[Group, ...]
     embedding: str
@@ -85,8 +98,10 @@ class BaseLayout:
 
 @dataclass(eq=False)
 class _PackedB:
-    """One module's own B in a group: s·B, its first column in y, its first row in A. For the kernel (rank/2, columns,
-    2), for torch (rank, columns)."""
+    """One module's B in a group: s·B, its first column in y, its first row in A.
+
+    Shape (rank/2, columns, 2) for the kernel, (rank, columns) for torch.
+    """
 
     B: Tensor
     column: int
@@ -97,17 +112,23 @@ class _PackedB:
         return len(self.B) * (2 if self.B.ndim == 3 else 1)
 
     def turned(self) -> Tensor:
-        """(rank, columns)"""
+        """B as (rank, columns)."""
         return self.B if self.B.ndim == 2 else self.B.permute(0, 2, 1).flatten(0, 1)
 
 
 @dataclass(eq=False)
 class PackedAdapter:
-    """An adapter as a batch of rows is multiplied by it. `groups`: group -> (A, parts), laid out for whoever multiplies
-    by them: the kernel, or torch, which would have to turn every one of them in every step. `gains`: group -> (g - 1
-    (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: of the groups, for the
-    kernel, on the CPU. `rank`: the largest of a group's sums of ranks. `key`: its digest; a row adds up its adapters in
-    the order of their keys, whoever shares its batch."""
+    """An adapter prepared for batched products.
+
+    `groups`: group -> (A, parts), laid out for the kernel, or for torch, which would otherwise transpose them
+    in every
+    step. `gains`: group -> (g - 1 (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank,
+    dim)).
+    `records`: the kernel's records of all groups, on the CPU. `rank`: the largest sum of ranks of a group.
+    `key`: the
+    adapter's digest; a row adds up its adapters in the order of their keys, so the result does not depend on
+    its batch.
+    """
 
     adapter: Adapter
     key: str
@@ -120,7 +141,7 @@ class PackedAdapter:
 
 
 def low_rank_problems(adapter: Adapter, layout: BaseLayout) -> list[str]:
-    """Why `adapter` has no low-rank form here, one line each."""
+    """Reasons why `adapter` has no low-rank form on this base, one line each."""
     known = layout.names
     out = [f"{n}: a full copy" for n in adapter.modules]
     out += [f"{n}: token rows" for n in adapter.token_rows]
@@ -137,8 +158,12 @@ def low_rank_problems(adapter: Adapter, layout: BaseLayout) -> list[str]:
 
 @torch.no_grad()
 def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedAdapter:
-    """An adapter without `low_rank_problems`, each pair's `low_rank()` in the base's dtype and in the order of whoever
-    multiplies by it; scales are multiplied in and rounded once."""
+    """Prepare an adapter that has no `low_rank_problems`.
+
+    Each pair's `low_rank()` is converted to the base's dtype and to the layout of the kernel or torch; scales
+    are
+    multiplied in and rounded once.
+    """
     groups: dict[int, tuple[Tensor, list[_PackedB]]] = {}
     gains: dict[int, tuple[Tensor, Tensor | None]] = {}
     records = [[0] * _RECORD for _ in layout.groups]
@@ -205,19 +230,19 @@ def _add_rows(y: Tensor, rows: Tensor | slice, more: Tensor) -> None:
 
 
 def _sixteens(A: Tensor) -> Tensor:
-    """(rank, in), `in` even, as the kernel reads it: (⌈rank/16⌉, in/2, 16, 2), zeros where there is nothing."""
+    """A in the kernel's layout: (rank, in), `in` even, to (⌈rank/16⌉, in/2, 16, 2), zero-padded."""
     rank, n = A.shape
     A = torch.nn.functional.pad(A, (0, 0, 0, -rank % 16))
     return A.view(-1, 16, n // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
 def _dense(A: Tensor) -> Tensor:
-    """(rank, in) again, with rows of zeros behind it."""
+    """A back as (rank, in), with its padding of zero rows."""
     return A if A.ndim == 2 else A.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
 def _gain(pair: Pair, weight: Tensor) -> Tensor:
-    """g = m / ‖W + s·B·A‖ in float32: (out,)."""
+    """DoRA's scale g = m / ‖W + s·B·A‖ in float32: (out,)."""
     assert pair.magnitude is not None
     whole = pair.collapsed()
     moved = Pair(whole.A.to(weight.device).float(), whole.B.to(weight.device).float(), whole.scale, whole.kind)
@@ -226,15 +251,22 @@ def _gain(pair: Pair, weight: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class _Tables:
-    """The records of some adapters side by side, for all groups; made again only when who takes part changes."""
+    """The kernel records of a set of adapters for all groups.
+
+    Rebuilt only when the set changes.
+    """
 
     adapters: tuple[PackedAdapter, ...]
     records: Tensor  # (groups, adapters, _RECORD), on the layout's device
     _stacks: dict[int, tuple[Tensor, list[tuple[int, int, Tensor]]]] = field(default_factory=dict)
 
     def stacked(self, group: int) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
-        """The factors of a group padded to the largest rank: A, (adapters, in, Σ ranks), and of each module its first
-        column in y, its first rank and B, (adapters, rank, columns). An adapter without a factor has zeros."""
+        """The factors of a group, zero-padded to the largest rank, for grouped products.
+
+        Returns A, (adapters, in, Σ ranks), and for each module its first column in y, its first rank and B,
+        (adapters, rank,
+        columns). An adapter without a factor has zeros.
+        """
         if group not in self._stacks:
             own = [(i, *a.groups[group]) for i, a in enumerate(self.adapters) if group in a.groups]
             ranks: dict[int, int] = {}
@@ -257,7 +289,10 @@ class _Tables:
 
 @dataclass(eq=False)
 class Segments:
-    """The rows of one batch by adapter. `spans`: (first row, end, mix) of each run of rows under one mix."""
+    """The rows of one batch by adapter.
+
+    `spans`: (first row, end, mix) of each run of rows with the same mix.
+    """
 
     layout: BaseLayout
     adapters: tuple[PackedAdapter, ...]
@@ -270,7 +305,7 @@ class Segments:
 
     @cached_property
     def starts(self) -> Tensor:
-        """(adapters + 1,) of each adapter in `rows` and `strengths`."""
+        """(adapters + 1,) offsets of each adapter in `rows` and `strengths`."""
         return put_numbers(self.layout.device, self._bounds)[0]
 
     @cached_property
@@ -288,7 +323,10 @@ class Segments:
         spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]],
         before: Segments | None = None,
     ) -> Segments | None:
-        """None where no row has an adapter. `before`: the last step's; its tables are used again if they still fit."""
+        """Build from spans; None if no row has an adapter.
+
+        `before`: the last step's segments, whose tables are reused if the adapters are the same.
+        """
         found: dict[int, tuple[PackedAdapter, list[int], list[float]]] = {}
         for first, end, mix in spans:
             for adapter, strength in mix:
@@ -311,8 +349,12 @@ class Segments:
         return out
 
     def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
-        """The group's low-rank products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the
-        base's product, where y is more than that."""
+        """Add the group's low-rank products to y (rows, columns) in place; x (rows, in).
+
+        Both contiguous.
+
+        `own`: the base's own product, if y contains more than that.
+        """
         before = self._before_gains(group, y) if own is None else own
         run = dispatch("rows_low_rank", x, y)
         if run is not None:
@@ -324,7 +366,7 @@ class Segments:
         self._add_gains(group, before, y)
 
     def pointers(self, x: Tensor, group: int = 0) -> tuple[int, ...]:
-        """What ops/cpu/serving.c reads of these rows from this group on, scratch with it, for an x of that dtype."""
+        """The arguments of ops/cpu/serving.c for these rows, from `group` on, with scratch in x's dtype."""
         tables = self._tables()
         if self.scratch is None:
             self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
@@ -345,22 +387,22 @@ class Segments:
         return self.tables
 
     def add_reference(self, group: int, x: Tensor, y: Tensor) -> None:
-        """What `add` does, in torch's own operations."""
+        """Same as `add`, with torch operations only."""
         before = self._before_gains(group, y)
         self._add_reference(group, x, y)
         self._add_gains(group, before, y)
 
     @property
     def gains(self) -> bool:
-        """Whether some adapter here is a DoRA."""
+        """Whether any adapter of the batch uses DoRA."""
         return any(a.gains for a in self.adapters)
 
     def gained(self, group: int) -> bool:
-        """Whether some adapter here is a DoRA in the group, whose `add` needs the base's own output."""
+        """Whether any adapter uses DoRA in the group, so that `add` needs the base's own output."""
         return any(group in a.gains for a in self.adapters)
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
-        """The embedding's pairs onto x (rows, dim), in place; ids (rows,)."""
+        """Add the embedding's pairs to x (rows, dim) in place; ids (rows,)."""
         for adapter, rows, strengths in self._each:
             if adapter.embedding is not None:
                 A, B = adapter.embedding
@@ -369,8 +411,10 @@ class Segments:
 
     @cached_property
     def _each(self) -> list[tuple[PackedAdapter, Tensor | slice, Tensor]]:
-        """Each adapter, its rows (a slice where they lie together, which torch adds to several times faster) and their
-        strengths (rows, 1)."""
+        """Each adapter, its rows, and their strengths (rows, 1).
+
+        Contiguous rows are a slice, to which torch adds several times faster.
+        """
         out: list[tuple[PackedAdapter, Tensor | slice, Tensor]] = []
         numbers = self._rows
         for adapter, i, j in zip(self.adapters, self._bounds, self._bounds[1:], strict=False):
@@ -391,12 +435,13 @@ class Segments:
 
     @property
     def _stacks(self) -> bool:
-        """Whether grouped products over stacked adapters pay, and their memory is small enough."""
+        """Whether grouped products over stacked adapters pay off, within the memory bound."""
         return len(self.adapters) > 1 and not self.layout.rows and sum(a.bytes for a in self.adapters) <= _STACK_BYTES
 
     def add_grouped(self, group: int, x: Tensor, y: Tensor) -> None:
-        """Add the group's low-rank products onto y in place, those of all adapters as one grouped product for A and one
-        for each module's B."""
+        """Add the group's low-rank products to y in place: one grouped product for A and one per module for
+        B.
+        """
         if not any(group in a.groups for a in self.adapters):
             return
         A, parts = self._tables().stacked(group)
@@ -414,7 +459,7 @@ class Segments:
         return y.clone() if self.gained(group) else None
 
     def _add_gains(self, group: int, before: Tensor | None, y: Tensor) -> None:
-        """DoRA's share that the base's own output has, of the output before any adapter."""
+        """Add DoRA's share of the base's own output, computed from the output before any adapter."""
         if before is None:
             return
         for adapter, rows, strengths in self._each:

@@ -1,10 +1,14 @@
-"""Keys and values in pages, and attention over them. `Pages` holds the tensors; `engine.cache` says which are whose.
+"""Paged keys and values, and attention over them.
+
+`Pages` holds the tensors; `engine.cache` assigns blocks to sequences.
 
     out[t] = softmax(scale · q[t]·Kᵀ) · V      over the positions of t's own sequence up to its own, window at most
 
-On a CPU with AVX512-BF16 the pages are laid out for ops/cpu/serving.c, elsewhere as (block, place, head, d) for
-torch. All give a token the same result whoever shares its batch: the first bit for bit, torch too
-with `tiles`, else within what rounding leaves, for they add up by the shape. A block is 16 tokens.
+On a CPU with AVX512-BF16 the pages use the layout of ops/cpu/serving.c, elsewhere (block, position, head, d)
+for torch.
+A token's result does not depend on its batch: bit for bit with the kernel and with torch's `tiles`, else
+within
+rounding, because the order of summation depends on the shape. A block is 16 tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +29,11 @@ BLOCK = 16
 
 @dataclass(eq=False)
 class PackedRows:
-    """Where the tokens of a batch belong, sequence after sequence: `positions`, `slots` (tokens,), `starts`
-    (sequences + 1), `tables` (sequences, longest) block numbers. All int64."""
+    """The positions and cache slots of a batch's tokens, sequence after sequence.
+
+    `positions`, `slots`: (tokens,). `starts`: (sequences + 1). `tables`: (sequences, longest) block numbers.
+    All int64.
+    """
 
     positions: Tensor
     slots: Tensor
@@ -37,7 +44,7 @@ class PackedRows:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int, Sequence[int]]], device: torch.device) -> PackedRows:
-        """`rows`: (first position, end, blocks) of each sequence's tokens in this step."""
+        """Build from (first position, end, blocks) of each sequence's tokens in this step."""
         positions: list[int] = []
         slots: list[int] = []
         bounds = [0]
@@ -54,9 +61,12 @@ class PackedRows:
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Sequences with as many tokens in the step and of about one length, which attend together: their rows
-        (sequences · tokens,), positions (sequences, tokens) and places of keys (sequences, longest). Of a step, for all
-        layers."""
+        """Sequences that attend together: equally many tokens in the step, similar length.
+
+        For each group: rows (sequences · tokens,), positions (sequences, tokens) and key slots (sequences,
+        longest). Cached for
+        all layers of a step.
+        """
         device = self.positions.device
         alike: dict[tuple[int, int], list[int]] = {}
         for s, length in enumerate(self.lengths):
@@ -70,7 +80,7 @@ class PackedRows:
             positions = self.positions[rows].view(len(own), asked)
             blocks = self.tables[own, : -(-longest // BLOCK)]
             places = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)[:, :longest]
-            # A place that is not this sequence's may hold no number, and 0 · NaN is NaN: its first one stands in.
+            # Padding slots may contain NaN, and 0 · NaN is NaN, so the sequence's first slot replaces them.
             there = torch.arange(longest, device=device) <= positions[:, -1:]
             out.append((rows, positions, torch.where(there, places, places[:, :1])))
         return out
@@ -78,8 +88,12 @@ class PackedRows:
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """Positions turned in halves: (a, b) -> (a cos - b sin, b cos + a sin). `cos`, `sin`: float32 (positions, d/2).
-    `q_norm`, `k_norm`: weights (d,) of the RMS norms before it, where the family has them."""
+    """Rotary position embedding on halves: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    `cos`, `sin`: float32 (positions, d/2). `q_norm`, `k_norm`: weights (d,) of the preceding RMS norms, if
+    the family has
+    them.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -89,15 +103,21 @@ class Rotary:
 
 
 class Pages:
-    """The cache of every layer. `heads`: of queries, `kv`: of keys and values, `d`: their size."""
+    """The cache of every layer.
+
+    `heads`: query heads, `kv`: key and value heads, `d`: head size.
+    """
 
     def __init__(
         self, layers: int, blocks: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.heads, self.kv, self.d = heads, kv, d
         self.tiles = False
-        """Whether torch's operations take queries in tiles of BLOCK, in one shape whatever is asked beside them: a
-        token's attention then has the same bits however its prompt is cut. The compiled kernels' has by themselves."""
+        """Whether torch attention takes queries in tiles of BLOCK, in one shape for any batch.
+
+        A token's attention then has the same bits however its prompt is chunked. The compiled kernels do this
+        anyway.
+        """
         probe = torch.empty(0, d, dtype=dtype, device=device)
         self.native = compiled.usable(compiled.PAGED, probe) if d % 16 == 0 else None
         shape = (layers, blocks, kv, BLOCK * d) if self.native is not None else (layers, blocks * BLOCK, kv, d)
@@ -108,7 +128,10 @@ class Pages:
         return 2 * layers * kv * d * BLOCK * dtype.itemsize
 
     def rope_and_cache(self, layer: int, qkv: Tensor, rotary: Rotary, batch: PackedRows) -> None:
-        """qkv (tokens, (heads + 2 kv) d): queries and keys normed and turned in place, keys and values stored."""
+        """Norm and rotate queries and keys in place, and store keys and values.
+
+        Qkv (tokens, (heads + 2 kv) d).
+        """
         if self.native is not None:
             weights = [0 if w is None else w.data_ptr() for w in (rotary.q_norm, rotary.k_norm)]
             self.native.rope_and_cache(
@@ -139,7 +162,7 @@ class Pages:
         self.store(layer, k, v, batch)
 
     def store(self, layer: int, k: Tensor, v: Tensor, batch: PackedRows) -> None:
-        """k, v: (tokens, kv, d)."""
+        """Store keys and values; k, v: (tokens, kv, d)."""
         if self.native is None:
             self.K[layer][batch.slots] = k
             self.V[layer][batch.slots] = v
@@ -163,7 +186,10 @@ class Pages:
     def attend(
         self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float = 0.0, window: int = 0
     ) -> Tensor:
-        """q (tokens, ≥ heads·d), its rows may be longer -> (tokens, heads·d). `cap` c > 0: scores c·tanh(s/c)."""
+        """Attention of the batch: q (tokens, ≥ heads·d) -> (tokens, heads·d).
+
+        `cap` c > 0: scores c·tanh(s/c).
+        """
         if self.native is None and self.tiles:
             return self._attend_tiles(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
         if self.native is None:
@@ -192,8 +218,12 @@ class Pages:
         return out
 
     def _attend_tiles(self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int) -> Tensor:
-        """As `_attend_reference`, tile by tile: queries 16 i … 16 i + 15 of a sequence, zeros where one is not asked
-        for now, over keys 0 … 16 i + 15, zeros where there is none yet."""
+        """Same as `_attend_reference`, tile by tile in fixed shapes.
+
+        A tile has queries 16 i … 16 i + 15 of a sequence, zeros for those not in this step, over keys 0 … 16
+        i + 15, zeros for
+        those not computed yet.
+        """
         out = torch.empty_like(q)
         for s in range(len(batch.lengths)):
             first, end = batch.bounds[s], batch.bounds[s + 1]
@@ -206,7 +236,7 @@ class Pages:
                 blocks = batch.tables[s, : tile + 1]
                 places = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
                 k, v = (t[layer][places] for t in (self.K, self.V))
-                if high < wide:  # what a block's last owner left there may be no number
+                if high < wide:  # stale slots may contain NaN
                     k[high:], v[high:] = 0, 0
                 k, v = (t.transpose(0, 1).repeat_interleave(self.heads // self.kv, dim=0) for t in (k, v))
                 back = torch.arange(tile * BLOCK, wide, device=q.device)[:, None] - torch.arange(wide, device=q.device)

@@ -1,16 +1,18 @@
 """One forward of the base over the tokens of many sequences, each with its mix: ids in, logits out.
 
-Three ways, tried in this order when a base is loaded; each is believed only after it gave the logits of the base's own
-forward on a probe, token by token (models/text/probe.py):
+Three ways, tried in this order when a base is loaded. Each is accepted only if it reproduces the logits of
+the base's
+own forward on a probe, token by token (models/text/probe.py):
 
-    fused     families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): a forward of our own over the base's weights,
-              q, k, v and gate, up joined, all layers one compiled call where it runs; low-rank products by `lowrank`
+    fused     families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): our own forward over the base's weights,
+              q, k, v and gate, up joined, all layers one compiled call if available; low-rank products by `lowrank`
     packed    any family whose attention goes through transformers' interface: its own modules, every token a row,
               attention over pages; core's attachment gives each row its mix
-    alone     what is left (recurrent layers, other caches): each sequence by itself with transformers' own cache
+    alone     the rest (recurrent layers, other caches): one sequence at a time with transformers' own cache
 
-Adapters with no low-rank form (full copies, token rows, LoHa …) run on the second way beside the others, over the same
-pages. Knows nothing of scheduling.
+On a fused base, adapters with no low-rank form (full copies, token rows, LoHa …) run packed in the same step,
+over the
+same pages. Independent of scheduling.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ from veneer.serve.settings import WeightKind
 
 @dataclass(eq=False)
 class Prepared:
-    """An adapter as this runner uses it. `packed` is None where it has no low-rank form."""
+    """An adapter prepared for this runner.
+
+    `packed` is None if it has no low-rank form.
+    """
 
     key: str
     adapter: Adapter
@@ -70,8 +75,11 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class RunnerRow:
-    """Some tokens of one sequence: from position `first` on, into `blocks`. `wants`: after how many of them, the last
-    ones, the logits are wanted. `sequence`: which one, for bases that keep each sequence's state by itself."""
+    """Tokens of one sequence, from position `first` on, stored in `blocks`.
+
+    `wants`: number of last tokens whose logits are needed. `sequence`: its id, for bases that keep
+    per-sequence state.
+    """
 
     tokens: Sequence[int]
     first: int
@@ -82,31 +90,40 @@ class RunnerRow:
 
 
 PACK_BYTES = 4 << 30
-"""The most that a second copy of the projections takes, in the order they are multiplied in."""
+"""Upper bound in bytes for a prepacked second copy of the projections."""
 
 
 def block_bytes(base: TextBase) -> int:
-    """Return the bytes of a cache block: the keys and values of BLOCK tokens in every layer."""
+    """The bytes of a cache block: the keys and values of BLOCK tokens in every layer."""
     heads = layer_heads(base.model.config.get_text_config())
     return sum(Pages.bytes_of_a_block(1, kv, d, base.dtype) for _, kv, d in heads)
 
 
 class Runner:
-    """A base made ready to serve. `cache_bytes`: memory for keys and values; `pack_bytes`: what a second copy of the
-    projections may take, in the order they are multiplied in. `context`: tokens a sequence may have, 0 for as many as
-    the base and the cache allow; families whose attention goes by chunks run packed where that is one chunk at most.
+    """A base prepared for serving.
 
-    `batch_invariant`: an answer's bits do not depend on who shares its steps, nor on how its prompt is cut, at a price;
-    for bases of Llama's kind, and adapters with a low-rank form.
+    `cache_bytes`: memory for keys and values. `pack_bytes`: upper bound for a prepacked second copy of the
+    projections.
+    `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with chunked
+    attention run
+    packed only if a context fits one chunk. `batch_invariant`: an answer's bits do not depend on the other
+    rows of its
+    steps or on how its prompt is chunked, at some cost in speed; needs a base of Llama's kind and adapters
+    with a low-rank
+    form. `weights`: dense, or int8 or int4 for machines with little memory: projections and head then exist
+    in that form
+    only, and the model loses its own weights.
 
-    The codes of a quantised base of Llama's kind in bfloat16 are laid anew, for the compiled step to multiply by, and
-    lie there alone: the model has them from there. Elsewhere they stay as they are, each weight dequantised for its
-    products.
+    For a quantized base of Llama's kind in bfloat16, the codes are moved into the compiled step's layout, and
+    the model
+    reads them from there. Other quantized weights stay as they are and are dequantized for each product.
 
-    `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
-    and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `llama`: the base as
-    tensors where that is "fused", else None. `pages`: keys and values, one `Pages` for each size of attention heads.
-    `shares`: whether sequences can share blocks. Close it to put a base with dense weights back as it was."""
+    `how` and `why`: the way chosen, and why not an earlier one. `llama`: the base as tensors if `how` is
+    "fused", else
+    None. `pages`: keys and values, one `Pages` for each shape of attention heads. `shares`: whether sequences
+    can share
+    blocks. `close` restores a base with dense weights.
+    """
 
     def __init__(
         self,
@@ -151,15 +168,13 @@ class Runner:
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self._segments: Segments | None = None
         self.llama: LlamaForward | None = None
-        self._weights: dict[
-            tuple[str, ...], PrepackedWeight
-        ] = {}  # of the fused way, by the modules they are joined of
+        self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # of the fused way, by joined modules
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         same_bits = (
             base.device.type == "cpu" and base.dtype == torch.bfloat16 and compiled.usable("use_threads") is not None
         )
-        same_bits = same_bits and not batch_invariant  # of oneDNN's products some have not
+        same_bits = same_bits and not batch_invariant  # some of oneDNN's products change with the thread count
         self._threads = ThreadTuner(use_threads if same_bits else None, torch.get_num_threads())
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
@@ -180,7 +195,7 @@ class Runner:
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def problems(self, adapter: Adapter) -> list[str]:
-        """Why an adapter cannot be served on this base with full effect, one line each."""
+        """Reasons why an adapter cannot be served on this base with full effect, one line each."""
         out = fit_problems(self.model, adapter)
         if not out and (self.weights != "dense" or self.batch_invariant):
             what = f"a base in {self.weights}" if self.weights != "dense" else "a batch-invariant base"
@@ -188,15 +203,17 @@ class Runner:
         return out
 
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
-        """Make an adapter without `problems` ready; may be called from any thread."""
+        """Prepare an adapter that has no `problems`; thread-safe."""
         fits = self.llama is not None and not low_rank_problems(adapter, self.layout)
         if fits:
             return Prepared(key, adapter, pack_adapter(adapter, self.layout, key))
         return Prepared(key, adapter if self.base.device.type == "cpu" else self._there(adapter), None)
 
     def _there(self, adapter: Adapter) -> Adapter:
-        """On the base's device, plain pairs in its dtype: a step that meets an adapter for the first time waits for
-        nothing, and its products are not float32's."""
+        """The adapter on the base's device, with plain pairs in the base's dtype.
+
+        So the first step with an adapter does not wait for copies, and its products do not run in float32.
+        """
         device, dtype = self.base.device, self.base.dtype
         pairs = {
             name: replace(pair, A=pair.A.to(device, dtype), B=pair.B.to(device, dtype))
@@ -207,17 +224,18 @@ class Runner:
 
     @property
     def attached(self) -> frozenset[str]:
-        """Keys of the adapters that are on the model itself: those that have no low-rank form, or that do not run
-        "fused"."""
+        """Keys of the adapters attached to the model: those with no low-rank form, or on a base that is not
+        fused.
+        """
         return frozenset() if self._attachment is None else frozenset(self._attachment.adapters)
 
     @property
     def sequences(self) -> frozenset[int]:
-        """Those whose state the model keeps by itself, where it runs "alone"."""
+        """Sequences whose state the model keeps; empty unless `how` is "alone"."""
         return frozenset(self._pasts)
 
     def let_go(self, key: str) -> None:
-        """An adapter has left the memory: keep nothing that was made of it. Between two steps."""
+        """Drop everything derived from an evicted adapter. Call between two steps."""
         self._segments = None
         if self._attachment is not None and key in self._attachment.adapters:
             self._attachment.remove(key)
@@ -226,7 +244,10 @@ class Runner:
 
     @torch.no_grad()
     def run(self, rows: Sequence[RunnerRow]) -> Tensor:
-        """Logits (Σ wants, vocabulary), in the order of the rows and their tokens. The next call may overwrite them."""
+        """Logits (Σ wants, vocabulary), in the order of rows and tokens.
+
+        The next call may overwrite them.
+        """
         with shared(), self._threads.step(sum(len(row.tokens) for row in rows)):
             return self._run(rows)
 
@@ -246,7 +267,7 @@ class Runner:
         return torch.stack(wanted) if wanted else torch.empty(0)
 
     def forget(self, sequence: int) -> None:
-        """A sequence has ended, or begins again."""
+        """Drop the state of a sequence that has ended or restarts."""
         self._pasts.pop(sequence, None)
 
     def _fused(self, rows: Sequence[RunnerRow]) -> Tensor:
@@ -276,7 +297,9 @@ class Runner:
         return batch, put_numbers(self.base.device, [t for r in rows for t in r.tokens])[0]
 
     def _packed(self, rows: Sequence[RunnerRow]) -> Tensor:
-        """Every token is a row of the model's, so that each module has a mix for each of them, fused experts too."""
+        """Run the model with every token as a row, so that each module, fused experts included, has a mix per
+        token.
+        """
         batch, ids = self._batch(rows)
         with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
             out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
@@ -294,25 +317,25 @@ class Runner:
                 position_ids=positions,
                 cache=self._pasts[row.sequence],
                 use_cache=True,
-                logits_to_keep=max(row.wants, 1),  # 0 keeps all
+                logits_to_keep=max(row.wants, 1),  # 0 would keep all
             )
         logits: Tensor = out.logits[0]
         return logits[len(logits) - row.wants :]
 
     @contextmanager
     def _using(self, mixes: Sequence[tuple[Sequence[tuple[Prepared, float]], int]]) -> Iterator[None]:
-        """Core's attachment with a mix for each run of so many tokens, for the length of a call."""
+        """Use core's attachment with a mix for each run of tokens, for the duration of the with-block."""
         acting = {p.key: p for mix, _ in mixes for p, _ in mix}
         if not acting:
             yield
             return
         if self._attachment is None:
             self._attachment = attach(self.model)
-            if self.base.device.type != "cpu":  # what a GPU holds is what it was told to hold
+            if self.base.device.type != "cpu":  # GPU memory is limited to what is configured
                 self._attachment.cache.limit = 0
         for key, prepared in acting.items():
             if key not in self._attachment.adapters:
-                self._attachment.add(key, prepared.adapter, finite=True)  # `problems` has looked
+                self._attachment.add(key, prepared.adapter, finite=True)  # `problems` has checked it
         named = [([(p.key, s) for p, s in mix], n) for mix, n in mixes]
         if all(mix == named[0][0] for mix, _ in named):
             self._attachment.use(*named[0][0])
@@ -323,7 +346,8 @@ class Runner:
         finally:
             self._attachment.use()
 
-    # -- which way -----------------------------------------------------------------------------------------------------
+    # -- choosing the way
+    # ------------------------------------------------------------------------------------------------
 
     def _choose(self) -> tuple[str, str]:
         ways: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
@@ -340,7 +364,7 @@ class Runner:
                     make()
                     problem = self._problem(own)
                     if not problem and name == "fused":
-                        if not self.batch_invariant:  # adapters with no low-rank form need the second way too
+                        if not self.batch_invariant:  # adapters with no low-rank form need packed too
                             self._make_packed()
                         trying = "fused over its codes"
                         problem = self._problem(own) if self._lay_codes() else ""
@@ -357,8 +381,12 @@ class Runner:
         return "alone", why
 
     def _problem(self, own: OwnForward) -> str:
-        """How the logits of any token differ from the base's own; "" where they do not. In pieces of different length,
-        so that keys and values come from the pages, and the last token of each row by itself, as in serving."""
+        """How the logits differ from the base's own; "" if they do not.
+
+        Runs the probe in pieces of different lengths, so that keys and values come from the pages, and each
+        row's last token
+        alone, as in serving.
+        """
         rows, blocks, used = own.ids.split(LENGTHS), [], 0
         for n in LENGTHS:
             blocks.append(list(range(used, used := used - (-n // BLOCK))))
@@ -378,12 +406,13 @@ class Runner:
                 places += [starts[i] + t for i, a, b in pieces for t in range(a, b)]
         self.llama = llama
         layers = self.model.config.get_text_config().num_hidden_layers
-        if llama is None and len(self._attended) < layers:  # the others keep a state of their own
+        if llama is None and len(self._attended) < layers:  # the other layers keep their own state
             return f"{layers - len(self._attended)} of its {layers} layers have no attention"
         got, at = torch.cat(parts), torch.tensor(places, device=own.ids.device)
         if problem := own.logits_problem(got, at):
             return problem
-        # Experts chosen otherwise by a rounding explain much, token by token: the last ones are near as a whole too.
+        # Rounding can change the choice of experts, which excuses single tokens; so also compare the last
+        # tokens together.
         last = torch.isin(at, torch.tensor([*starts[1:], sum(LENGTHS)], device=at.device) - 1)
         near = near_rows(got[last], own.logits[at[last]], own.eps)
         return "" if near else "its logits differ from the base's own"
@@ -399,7 +428,7 @@ class Runner:
                 return Coded(weights)
             if packs:
                 made = prepack_weight(torch.cat(weights))
-                for weight in weights:  # they are read again only by adapters with no low-rank form
+                for weight in weights:  # read again only by adapters with no low-rank form
                     memory.page_out(weight)
                 return made
             whole = Join(parts, self._undo).weight if len(parts) > 1 else weights[0]
@@ -420,8 +449,10 @@ class Runner:
         self.llama = llama_forward(self.base, self.layout, weights, embedding, self.context, self.pages[0])
 
     def _lay_codes(self) -> bool:
-        """Codes of the fused way into panels, group by group, so that never both copies are whole; whether there were
-        any that have them."""
+        """Move the fused way's codes into panels; returns whether any fit.
+
+        Works group by group, so that two full copies never exist at once.
+        """
         base, modules = self.base, dict(base_modules(self.model))
         if base.dtype != torch.bfloat16 or base.device.type != "cpu" or not panels_here(8):
             return False
@@ -442,7 +473,7 @@ class Runner:
 
     @torch.no_grad()
     def _quantise(self, pack: Callable[[Tensor], QuantizedWeight]) -> None:
-        """Once the base has shown that it is of Llama's kind: group by group, so that never both copies are whole."""
+        """Quantize the weights of a fused base, group by group, so that two full copies never exist at once."""
         base, modules = self.base, dict(base_modules(self.model))
         if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
             raise ConfigError(
@@ -475,15 +506,18 @@ class Runner:
         config = self.model.config.get_text_config()
         static_positions(config)
         chunk = getattr(config, "attention_chunk_size", None)
-        if chunk is not None and self.context > chunk:  # pages know windows, and no chunks
+        if chunk is not None and self.context > chunk:  # pages support windows, not chunks
             raise NotImplementedError(f"its attention goes by chunks of {chunk} tokens, and a sequence may have more")
         self._undo.callback(self._second.close)
         route_experts(self.model.modules(), self._second)
         self._second.callback(divert_attention(self.model))
 
     def only_pairs(self) -> None:
-        """No adapter without a low-rank form is going to come: a model whose rows are fused is as it was, so that a
-        trainer's fast paths (models/text/fast.py) may have it."""
+        """Declare that no adapter without a low-rank form will be used.
+
+        On a fused base this restores the model's modules, so that a trainer's fast paths
+        (models/text/fast.py) can use them.
+        """
         if self.how == "fused":
             self._second.close()
 
@@ -499,7 +533,7 @@ class Runner:
 
 
 _UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, KeyError, NotImplementedError)
-"""What a way raises that is not for a base."""
+"""Errors that mean a way does not support a base."""
 
 
 def _first_line(error: Exception) -> str:
@@ -507,19 +541,22 @@ def _first_line(error: Exception) -> str:
 
 
 def _part(weight: QuantizedWeight, columns: list[tuple[int, int]], i: int) -> Tensor:
-    """The i-th module's own rows of a quantised group, as they are multiplied by."""
+    """The i-th module's rows of a quantized group, dequantized as in products."""
     first, size = columns[i]
     return weight.dense()[first : first + size]
 
 
 def _wanted(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:
-    """The places in a batch after which logits are wanted."""
+    """Indices in a batch of the tokens whose logits are needed."""
     places = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
     return put_numbers(batch.positions.device, places)[0]
 
 
 def use_threads(n: int) -> None:
-    """Gives the calling thread's work n threads, and nobody else's. Needs the compiled kernels."""
+    """Set the number of threads for the calling thread's work only.
+
+    Needs the compiled kernels.
+    """
     native = compiled.usable("use_threads")
     assert native is not None
     torch.get_num_threads()  # a thread's first call sets torch's own number

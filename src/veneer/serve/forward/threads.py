@@ -1,13 +1,17 @@
-"""How many threads a step of the engine is given on a CPU: one, or all.
+"""Choose the number of CPU threads for an engine step: one, or all.
 
-A step of few rows is hundreds of parallel regions of some microseconds each. Where waking a second thread takes as long
-as its half of the work, all threads together are slower than one alone: on two cores of a virtual machine 35 ms a token
-instead of 24 (docs/notes/serving.md). Where that ends is a matter of the machine and of the model, so it is measured:
-for each size of step (numbers of tokens between two powers of two) the first few steps are given one thread and all by
-turns, and those that follow what was faster; after some thousand steps it is tried again. For bases in bfloat16, whose
-products by our kernels have the same bits either way; in float32 they have not.
+A step of few rows is hundreds of parallel regions of a few microseconds each. If waking a second thread takes
+as long
+as its half of the work, all threads are slower than one: 35 ms a token instead of 24 on a 2-core VM
+(docs/notes/serving.md). The threshold depends on the machine and the model, so it is measured: for each size
+of step
+(token counts between two powers of two) the first few steps alternate between one thread and all, later steps
+use the
+faster, and after some thousand steps the trial repeats. For bases in bfloat16, whose products by our kernels
+have the
+same bits either way; float32 products do not.
 
-Knows numbers and the clock; no tensors.
+Depends on numbers and the clock only; no tensors.
 """
 
 from __future__ import annotations
@@ -25,14 +29,20 @@ _TRIALS, _AGAIN = 4, 2000
 
 @dataclass
 class _Size:
-    """Seconds of the steps of one size that were tried, by threads; `steps`: those since then."""
+    """Trial times of one step size, in seconds by thread count.
+
+    `steps`: steps since the trial.
+    """
 
     tried: dict[int, list[float]]
     steps: int = 0
 
 
 class ThreadTuner:
-    """`use`: sets the threads of the calling thread; None where that cannot be. `most`: all of them."""
+    """Tunes the thread count.
+
+    `use`: sets it for the calling thread, None if unsupported; `most`: all threads.
+    """
 
     def __init__(
         self, use: Callable[[int], None] | None, most: int, clock: Callable[[], float] = time.perf_counter
@@ -42,7 +52,10 @@ class ThreadTuner:
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
-        """A step of so many tokens runs inside, with the threads it should have; all of them again after it."""
+        """Run a step of `tokens` tokens inside with the chosen thread count.
+
+        Restore all threads after it.
+        """
         if self._use is None or self._most == 1 or tokens >= ALWAYS_ALL:
             yield
             return

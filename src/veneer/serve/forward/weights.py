@@ -1,5 +1,8 @@
-"""Weights that serving has beside those of ops/weight_layouts.py: a quantised base's codes as they are, and blocks of
-rows, so that a row's bits are its own."""
+"""Weights used only in serving, in addition to ops/weight_layouts.py.
+
+A quantized base's codes as they are, and products in blocks of rows, so that a row's bits do not depend on
+its batch.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,16 @@ from veneer.ops.weight_layouts import PrepackedWeight
 from veneer.ops.weight_panels import Panels
 
 ROWS = 8
-"""Rows that a batch-invariant product is taken of at a time."""
+"""Rows per block of a batch-invariant product."""
 
 
 def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """product(x), a function of each row by itself, of `rows` rows at a time, the last ones beside rows of zeros: torch
-    and oneDNN choose how to add up by the shape, so that in one shape a row's bits are its own. 0 rows: all at once."""
+    """product(x), a row-wise function, computed in blocks of `rows` rows, the last zero-padded.
+
+    torch and oneDNN choose the order of summation by shape, so a fixed shape makes a row's bits independent
+    of its batch.
+    0 rows: all at once.
+    """
     if not rows or not len(x):
         return product(x)
     padded = F.pad(x, (0, 0, 0, -len(x) % rows))
@@ -29,7 +36,7 @@ def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tens
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Another packed weight, multiplied by so many rows at a time; see `in_blocks`."""
+    """A packed weight, multiplied in blocks of `rows` rows; see `in_blocks`."""
 
     weight: PrepackedWeight
     rows: int
@@ -43,16 +50,20 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """Weights of a quantised base below one another, some may be plain. They stay as the base has them. A few rows are
-    multiplied by the codes where the device does that; else the dequantised weight lives for the length of a product,
-    which all rows of a step share. `rows`: see `in_blocks`, of which the codes' product is none."""
+    """Stacked weights of a quantized base, some of which may be plain; used in place.
+
+    A few rows are multiplied by the codes if the device supports it; otherwise the weight is dequantized for
+    the duration
+    of one product, which all rows of a step share. `rows`: see `in_blocks`; the product by codes is not
+    blocked.
+    """
 
     parts: tuple[Tensor, ...]
     rows: int = 0
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         whole = [part for part in self.parts if isinstance(part, Quantized)]
-        if len(whole) == len(self.parts):  # into one piece of memory
+        if len(whole) == len(self.parts):  # stacked without a copy
             stacked = stacked_rows(whole)
             made = None if self.rows else quantized_linear(x, stacked, bias)
             if made is not None:
@@ -67,7 +78,7 @@ class Coded:
 
 
 def invariant(weight: PrepackedWeight, rows: int) -> PrepackedWeight:
-    """A weight by which a row's product has the same bits whoever shares its batch. Panels are so by themselves."""
-    if isinstance(weight, Coded):  # dequantised once and not for each block
+    """A weight whose products are batch-invariant; `Panels` already are."""
+    if isinstance(weight, Coded):  # dequantized once, not per block
         return replace(weight, rows=rows)
     return weight if isinstance(weight, Panels) or not rows else Blocks(weight, rows)
