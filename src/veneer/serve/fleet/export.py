@@ -1,7 +1,9 @@
-"""An adapter as a directory that vLLM or TGI serves as it is, with the line that serves it.
+"""Export an adapter as a folder that vLLM or TGI serves, with the command to serve it.
 
-What a server would load with less than its full effect is refused with the reason; `merge=True` is the way out: a full
-model with the adapter folded in, which any server loads. formats/servers.py says what each does silently wrong.
+An adapter that the server would load with less than full effect is rejected with the reason; `merge=True`
+instead writes
+a full model with the adapter merged, which any server loads. formats/servers.py lists each server's silent
+errors.
 """
 
 from __future__ import annotations
@@ -26,8 +28,12 @@ _SERVERS = ("vllm", "tgi")
 
 @dataclass(frozen=True)
 class Exported:
-    """`command`: serves the folder. `name`: what a request calls the adapter there, as a veneer front door does too.
-    `digest`: of the adapter that came in; `ranks`: rank -> modules, {} of a merged model."""
+    """The result of an export.
+
+    `command`: serves the folder. `name`: the adapter's name in requests, also used by a veneer front door.
+    `digest`: of the
+    exported adapter. `ranks`: rank -> modules, {} for a merged model.
+    """
 
     folder: Path
     server: str
@@ -54,9 +60,12 @@ def export(
 ) -> Exported:
     """Write `adapter` (a name, folder or file) to `folder` for `server`.
 
-    base: by default what the adapter says it belongs to; TGI needs it here, to know its layers. With `merge` the folder
-    is a full model. dtype: rounds to it. Raises AdapterError for what the server cannot express, with every module and
-    the way out; ConfigError where the base is needed and nobody names it."""
+    base: by default the base that the adapter states; needed for TGI, to know its layers. merge: write a full
+    model. dtype:
+    round to this dtype. Raises AdapterError if the server does not support the adapter, with every module and
+    a fix;
+    ConfigError if a base is needed and not known.
+    """
     if server not in _SERVERS:
         raise ConfigError(f"there is no export for {server!r}", fix=" or ".join(_SERVERS))
     out, base = Path(folder), base or using.stated_base(adapter)
@@ -81,7 +90,7 @@ def export(
 
 
 def _served_base(base: str) -> tuple[str, list[str]]:
-    """Return what another server loads for `base`, with notes: a built-in base's folder here, else its hub ID."""
+    """What another server loads for `base`, with notes: a built-in base's folder, else its hub ID."""
     from veneer.models.builtin import BUILTIN, builtin_place
 
     if (builtin := BUILTIN.get(base)) is None:
@@ -119,7 +128,7 @@ def _merged(
 
     stored = {"F32": "float32", "BF16": "bfloat16"}.get(stored_dtype(tensor_table(find_base(base, say=say))), "float16")
     want = dtype or stored
-    # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
+    # Loaded as stored if written as stored, else in float32, which represents every stored weight exactly.
     loaded = load_text(base, dtype=want if want == stored else "float32", say=say or (lambda line: None))
     report = merge(loaded, [adapter], out, dtype=want)
     place = shlex.quote(str(out.absolute()))
@@ -135,7 +144,7 @@ _TITLES = {"vllm": "vLLM", "tgi": "TGI"}
 
 
 def _describe(done: Exported) -> None:
-    """Put into the README how to serve what is beside it."""
+    """Add the serving command to the folder's README."""
     path = done.folder / README_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else f"# {done.folder.name}\n"
     lines = [text.rstrip(), "", f"## Serve it with {_TITLES[done.server]}", "", "```bash", done.command, "```", ""]

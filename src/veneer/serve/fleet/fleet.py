@@ -1,28 +1,41 @@
-"""A fleet: other servers of the same base behind the front door, as an `Engine`.
+"""A fleet: remote servers of the same base behind this server, as an `Engine`.
 
     fleet = Fleet(["http://a:8000", "http://b:8000"], files=…, decode=…, cache=…)
     async with fleet:
         async for event in fleet.events(request): …
 
-A request goes to the replica with the fewest requests running among those that have its mix. Where none has, the mix
-is made one folder (`folders`), every replica that is up is told to load it, and the request goes where that is done
-first. A replica that could not load it never gets the request: what it would answer is the base's words under the
+A request goes to the replica with the fewest running requests among those that have its mix loaded. If none
+has it, the
+mix is written to one folder (`folders`), every running replica is told to load it, and the request goes to
+the first
+that has. A replica that failed to load the mix never gets the request: it would answer with the base under
+the
 adapter's name.
 
-| what a replica does                  | what follows                                                                  |
-| does not answer                      | before the first token another one is tried; it rests 1, 2, 4 … 30 seconds    |
-| answers 5xx or 429                   | another one is tried; the third time in a row it rests too                    |
-| forgot an adapter (it was restarted) | the adapter is loaded again, there or elsewhere, before the first token       |
-| fails after the first token          | Finished with an error: what was sent cannot be taken back                    |
-| refuses an adapter                   | its reason goes to the client, and is remembered for `_REFUSED_FOR` seconds   |
-| has more than `capacity` adapters    | those longest unused are unloaded, never one with a request running           |
+| replica                              | reaction
+|
+| ------------------------------------ |
+----------------------------------------------------------------------------- |
+| does not answer                      | before the first token, try another; pause it for 1, 2, 4 … 30
+seconds        |
+| answers 5xx or 429                   | try another; pause it after the third in a row
+|
+| forgot an adapter (restarted)        | load the adapter again, there or elsewhere, before the first token
+|
+| fails after the first token          | Finished with an error: tokens already sent cannot be taken back
+|
+| rejects an adapter                   | return its reason to the client; remember it for `_REFUSED_FOR`
+seconds       |
+| has more than `capacity` adapters    | unload the least recently used without running requests
+|
 
-An adapter as it is goes to all replicas; a mix that a client made up of strengths to `mix_copies` of them. Which these
-are follows from the names alone (rendezvous hashing: the replicas whose hash with the mix is
-highest), so that every front door says the same, and a replica that leaves or comes moves only what was on it. What is
-kept of such mixes is bounded (`folders`).
+A plain adapter goes to all replicas; a mix with client-chosen strengths to `mix_copies` of them. The choice
+follows from
+the names alone (rendezvous hashing: the replicas with the highest hash of replica and mix), so that every
+front door
+agrees, and adding or removing a replica moves only its own mixes. Stored mixes are bounded (`folders`).
 
-Knows replicas, residency and routes; how to talk to one server is `remote`'s.
+Handles replicas, residency and routing; `remote` implements the protocol of one server.
 """
 
 from __future__ import annotations
@@ -63,16 +76,16 @@ from veneer.serve.request import (
 log = logging.getLogger("veneer.serve.fleet.fleet")
 
 REST = (1.0, 30.0)
-"""Seconds that a replica rests after a failure: the first time, and at most, doubling in between."""
+"""Seconds that a failed replica is paused: the first time, and at most, doubling in between."""
 FAULTS = 3
-"""Failed answers in a row after which a replica rests. One alone may be the fault of what was asked."""
+"""Consecutive failed answers after which a replica is paused; a single one can be the request's fault."""
 _REFUSED_FOR = 30.0
 _WATCH_EVERY = 5.0
 
 
 @dataclass
 class _ReplicaAdapter:
-    """An adapter on a replica."""
+    """An adapter loaded on a replica."""
 
     used: float = 0.0
     running: int = 0
@@ -80,8 +93,12 @@ class _ReplicaAdapter:
 
 @dataclass(eq=False)
 class Replica:
-    """One upstream. `server` is None until it first answered. `rest_until`: not asked before. `failures`: rests in a
-    row; `faults`: failed answers in a row. `last`: when it last got a request."""
+    """One upstream server.
+
+    `server`: None until the server first answered. `rest_until`: no requests before this time. `failures`:
+    consecutive
+    pauses. `faults`: consecutive failed answers. `last`: time of its last request.
+    """
 
     place: str
     server: Remote | None = None
@@ -97,11 +114,18 @@ class Replica:
 
 
 class Fleet(Engine[Request, EngineEvent]):
-    """`files`: digest -> the path of that adapter's files, as the library resolves it. `decode`: the base's tokenizer,
-    special tokens included. `cache`: where folders for replicas are made; replicas read them by the same path, so it
-    and the library are on a disk that they share. `mix_copies`: on how many replicas a mix is loaded that a client
-    made. `capacity`: adapters kept on one replica. `mixes`: of one tenant at a time; `cache_bytes`: of all folders.
-    `key`: sent to the replicas as a bearer token."""
+    """Routes requests to replicas.
+
+    `files`: digest -> path of the adapter's files in the library. `decode`: decodes with the base's
+    tokenizer, special
+    tokens included. `cache`: where folders for replicas are written; replicas read the cache and the library
+    by the same
+    paths, so both must be on shared storage. `mix_copies`: replicas on which a client-chosen mix is loaded.
+    `capacity`:
+    adapters per replica. `mixes`: mixes per tenant. `cache_bytes`: size of all folders. `key`: sent to
+    replicas as a bearer
+    token.
+    """
 
     def __init__(
         self,
@@ -132,11 +156,11 @@ class Fleet(Engine[Request, EngineEvent]):
             limits=httpx.Limits(max_connections=None),
         )
         self.making: dict[str, asyncio.Task[Path]] = {}
-        """Name of a mix -> its folder, under way or made."""
+        """Name of a mix -> task that writes its folder, running or done."""
         self.refused: dict[tuple[str, str], tuple[float, Refused]] = {}
         self.closing = False
         self.loop: asyncio.AbstractEventLoop | None = None
-        """Where it runs, once it does."""
+        """The event loop on which the fleet runs, once started."""
         self.prompt_tokens = self.generated_tokens = 0
         self._watch: asyncio.Task[None] | None = None
         self._spreading: set[asyncio.Task[Any]] = set()
@@ -144,10 +168,11 @@ class Fleet(Engine[Request, EngineEvent]):
         self._unwanted: list[str] = []
         self._going: set[str] = set()
 
-    # -- life ----------------------------------------------------------------------------------------------------------
+    # -- lifecycle
+    # -----------------------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
-        """Ask every replica once, and keep watching them."""
+        """Check every replica once, then keep checking in the background."""
         self.loop = asyncio.get_running_loop()
         await asyncio.gather(*(self._check(r) for r in self.replicas))
         self._watch = asyncio.create_task(self._watching())
@@ -162,7 +187,7 @@ class Fleet(Engine[Request, EngineEvent]):
         await self.client.aclose()
 
     def behind(self) -> list[asyncio.Task[Any]]:
-        """What goes on behind requests: mixes that are made, loaded, brought to more replicas, and let go of."""
+        """Background tasks: writing, loading, spreading and removing mixes."""
         loading = [task for r in self.replicas for task in r.loading.values()]
         return [*loading, *self.making.values(), *self._spreading, *([self._collecting] if self._collecting else [])]
 
@@ -180,7 +205,7 @@ class Fleet(Engine[Request, EngineEvent]):
             await asyncio.gather(*(self._check(r) for r in self.replicas if now >= r.rest_until))
 
     async def _check(self, replica: Replica) -> None:
-        """Ask a replica how it is; one question at a time, whoever asks."""
+        """Check a replica's health; concurrent callers share one check."""
         if replica.check is None or replica.check.done():
             replica.check = asyncio.create_task(self._ask(replica))
         await asyncio.wait([replica.check])
@@ -195,16 +220,16 @@ class Fleet(Engine[Request, EngineEvent]):
             self._failed(replica, error)
             return
         for name in known - has:
-            replica.resident.pop(name, None)  # it was restarted, or somebody unloaded them
+            replica.resident.pop(name, None)  # restarted, or unloaded by somebody
         if not replica.up:
-            # Names say what they mean, so that what an earlier front door loaded is as good as loaded by this one.
+            # Names determine content, so adapters loaded by another front door can be used.
             new = {n for n in has - set(replica.resident) if n.startswith("veneer-")}
             replica.resident |= {name: _ReplicaAdapter(time.monotonic()) for name in new}
             log.info("%s is up; it has %d adapters", replica.place, len(replica.resident))
         replica.up, replica.failures, replica.faults, replica.rest_until = True, 0, 0, 0.0
 
     def _failed(self, replica: Replica, error: Failed) -> None:
-        """Let it rest, unless it rests already: many requests may see the same failure."""
+        """Pause a replica, unless it is paused already: many requests can see the same failure."""
         replica.faults += 1
         if time.monotonic() < replica.rest_until or (replica.up and error.answered and replica.faults < FAULTS):
             return
@@ -216,9 +241,10 @@ class Fleet(Engine[Request, EngineEvent]):
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     async def load(self, mix: DigestMix) -> dict[str, str]:
-        """Bring a mix to its replicas now and wait for all of them: upstream -> "" or why not.
+        """Load a mix on its replicas and wait for all: upstream -> "" or the reason it failed.
 
-        Raises Refused where no replica has it in the end."""
+        Raises Refused if no replica has the mix in the end.
+        """
         name, up = served_name(mix), await self._up(set())
         tasks = await self._bring(mix, up)
         done = {r.place: await asyncio.shield(task) for r, task in tasks.items()}
@@ -230,7 +256,7 @@ class Fleet(Engine[Request, EngineEvent]):
         return reasons | {r.place: "" for r in self.replicas if name in r.resident}
 
     async def _nowhere(self, name: str, up: Sequence[Replica]) -> Refused:
-        """Why no replica takes adapters, in the words of one of them."""
+        """The error for a mix that no replica can load, with one replica's reason."""
         for server in (r.server for r in up if r.server is not None and not r.server.loads):
             try:
                 await server.load(name, "")
@@ -239,7 +265,10 @@ class Fleet(Engine[Request, EngineEvent]):
         return outage("the model", "no replica answers", retry_after=REST[0])
 
     async def unload(self, mix: DigestMix) -> None:
-        """Take a mix off every replica that has it. Requests that run with it go on: vLLM keeps what they need."""
+        """Unload a mix from every replica.
+
+        Running requests continue, because vLLM keeps their weights.
+        """
         name = served_name(mix)
         self.making.pop(name, None)
         await asyncio.gather(*(self._unload(r, name) for r in self.replicas))
@@ -250,7 +279,10 @@ class Fleet(Engine[Request, EngineEvent]):
                 await replica.server.unload(name)
 
     async def _folder(self, mix: DigestMix) -> Path:
-        """The mix as one folder, made once. Raises Refused with the reason where it cannot be."""
+        """The folder of the mix, written once.
+
+        Raises Refused with the reason if writing fails.
+        """
         name = served_name(mix)
         if name in self._going and self._collecting is not None:
             await asyncio.wait([self._collecting])
@@ -273,7 +305,10 @@ class Fleet(Engine[Request, EngineEvent]):
         return servable(parts, name, self.folders.cache).folder.absolute()
 
     def _use(self, mix: DigestMix, tenant: str) -> None:
-        """Note who asks for a mix that was made, and let go of what that tenant has for it. Raises Refused(429)."""
+        """Record a tenant's use of a client-chosen mix, and drop what exceeds its quota.
+
+        Raises Refused (429).
+        """
         if is_made(mix) and (names := self.folders.use(served_name(mix), tenant, self._busy)):
             self.collect(names)
 
@@ -282,7 +317,7 @@ class Fleet(Engine[Request, EngineEvent]):
         return any(a.running for a in here) or any(name in r.loading for r in self.replicas)
 
     def collect(self, names: Sequence[str] = ()) -> None:
-        """Let go of `names`, and of folders beyond the limit, behind the requests."""
+        """Remove `names` and folders beyond the size limit, in the background."""
         self._unwanted += names
         if self._collecting is None or self._collecting.done():
             self._collecting = asyncio.create_task(self._let_go())
@@ -302,21 +337,25 @@ class Fleet(Engine[Request, EngineEvent]):
                 return
 
     def _missing(self, mix: DigestMix, up: Sequence[Replica]) -> list[Replica]:
-        """The replicas that should have a mix and have not."""
+        """The replicas that should have a mix and do not."""
         name = served_name(mix)
         able = [r for r in up if r.server is not None and r.server.loads]
         able.sort(key=lambda r: rendezvous(name, r.place), reverse=True)
         return [r for r in able[: self.mix_copies if is_made(mix) else None] if name not in r.resident]
 
     async def _bring(self, mix: DigestMix, up: Sequence[Replica]) -> dict[Replica, asyncio.Task[Refused | None]]:
-        """The loads of a mix on those of `up` that should have it, those under way included. Raises Refused where it
-        has no folder."""
+        """Start loading a mix on the replicas of `up` that should have it.
+
+        Returns the load tasks.
+
+        Loads already running are included. Raises Refused if the mix has no folder.
+        """
         name, now = served_name(mix), time.monotonic()
         tasks: dict[Replica, asyncio.Task[Refused | None]] = {}
         if not self._missing(mix, up):
             return tasks
         folder = str(await self._folder(mix))
-        for replica in self._missing(mix, up):  # others may have been placed meanwhile
+        for replica in self._missing(mix, up):  # other requests may have loaded some meanwhile
             until, refusal = self.refused.get((replica.place, name), (0.0, None))
             if refusal is not None and now < until:
                 tasks[replica] = asyncio.create_task(_answer(refusal))
@@ -327,7 +366,7 @@ class Fleet(Engine[Request, EngineEvent]):
         return tasks
 
     def _spread(self, mix: DigestMix, up: Sequence[Replica]) -> None:
-        """Bring a mix in the background to replicas that should have it too: they came later, or were restarted."""
+        """Load a mix in the background on replicas that joined late or restarted."""
         name, now = served_name(mix), time.monotonic()
         to = [r for r in self._missing(mix, up) if name not in r.loading]
         to = [r for r in to if self.refused.get((r.place, name), (0.0, None))[0] <= now]
@@ -337,7 +376,7 @@ class Fleet(Engine[Request, EngineEvent]):
             task.add_done_callback(self._spreading.discard)
 
     async def _load(self, replica: Replica, name: str, folder: str) -> Refused | None:
-        """None when it is there, else why not."""
+        """Load an adapter on a replica; returns None, or the error."""
         server = replica.server
         assert server is not None
         try:
@@ -347,7 +386,7 @@ class Fleet(Engine[Request, EngineEvent]):
             now = time.monotonic()
             self.refused = {key: kept for key, kept in self.refused.items() if kept[0] > now}
             self.refused[replica.place, name] = (now + _REFUSED_FOR, refusal)
-            self.making.pop(name, None)  # the files may have moved: looked up again the next time
+            self.making.pop(name, None)  # the files may have moved: look them up again next time
             log.warning("%s", refusal.what)
             return refusal
         except Failed as error:
@@ -359,7 +398,10 @@ class Fleet(Engine[Request, EngineEvent]):
         return None
 
     async def _make_room(self, replica: Replica) -> None:
-        """Unload what was not used for longest. All of them busy: one more is better than no answer."""
+        """Unload least recently used adapters over `capacity`.
+
+        If all are busy, exceed the limit.
+        """
         idle = sorted((n for n, a in replica.resident.items() if not a.running), key=lambda n: replica.resident[n].used)
         for name in idle[: max(0, len(replica.resident) + 1 - self.capacity)]:
             await self._unload(replica, name)
@@ -367,7 +409,10 @@ class Fleet(Engine[Request, EngineEvent]):
     # -- routes --------------------------------------------------------------------------------------------------------
 
     async def _up(self, tried: set[Replica]) -> list[Replica]:
-        """The replicas that may be asked; those whose rest is over are asked how they are first."""
+        """The replicas that can take requests.
+
+        Replicas whose pause is over are checked first.
+        """
         now = time.monotonic()
         due = [r for r in self.replicas if not r.up and now >= r.rest_until]
         up = [r for r in self.replicas if r.up and r not in tried]
@@ -377,7 +422,10 @@ class Fleet(Engine[Request, EngineEvent]):
         return up
 
     async def _route(self, request: Request, tried: set[Replica], why: str = "") -> Replica:
-        """The replica for a request, which has its mix. Raises Refused, with `why` the last one failed."""
+        """The replica for a request, with the mix loaded.
+
+        Raises Refused; `why`: the last failure.
+        """
         mix, up = request.mix, await self._up(tried)
         if not up:
             wait = max(0.0, min(r.rest_until for r in self.replicas) - time.monotonic())
@@ -399,8 +447,10 @@ class Fleet(Engine[Request, EngineEvent]):
         raise refusals[0] if refusals else await self._nowhere(name, up)
 
     async def events(self, request: Request) -> AsyncGenerator[EngineEvent, None]:
-        """The engine's protocol: Started, Tokens, Finished. Started comes with the first token, because until then
-        another replica may have to answer."""
+        """Answer a request: Started, Tokens, Finished.
+
+        Started comes with the first token, because until then another replica may have to answer.
+        """
         if self.closing:
             raise shutting_down()
         self._use(request.mix, request.tenant)
@@ -433,7 +483,7 @@ class Fleet(Engine[Request, EngineEvent]):
                 why = str(error)
 
     async def _from(self, replica: Replica, request: Request, began: float) -> AsyncGenerator[Token | Finished, None]:
-        """The answer of one replica, counted while it runs."""
+        """The answer of one replica, counted in the running requests."""
         server = replica.server
         assert server is not None
         name = served_name(request.mix) if request.mix else server.base
@@ -456,27 +506,34 @@ class Fleet(Engine[Request, EngineEvent]):
             for counted in (replica, adapter):
                 counted.running -= 1
 
-    # -- what is known -------------------------------------------------------------------------------------------------
+    # -- status
+    # --------------------------------------------------------------------------------------------------------
 
     def trouble(self) -> str:
-        """Why no request can be answered now; "" where one can."""
+        """Why no request can be answered now; "" if the fleet can answer."""
         return "" if any(r.up for r in self.replicas) else "no replica answers"
 
     def stats(self) -> EngineStats:
-        """What the front door sees; the replicas' own /metrics have their caches and steps."""
+        """Counters of this front door.
+
+        Replicas report caches and steps at their own /metrics.
+        """
         running = sum(r.running for r in self.replicas)
         resident = len({name for r in self.replicas for name in r.resident})
         return EngineStats(running, 0, 0.0, 0, 0, 0, 0, self.prompt_tokens, self.generated_tokens, resident)
 
 
 class FleetAdapters:
-    """What is loaded on the replicas of a fleet that runs, for `Catalog`: from any thread but the fleet's own."""
+    """The adapter memory of a running fleet, for `Catalog`.
+
+    Call from any thread but the fleet's own.
+    """
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
 
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None:
-        """Raises Refused where no replica has it in the end."""
+        """Load an adapter. Raises Refused if no replica has it in the end."""
         if pinned:
             raise invalid("adapters cannot be pinned here", "pinned")
         self._wait(self.fleet.load(((digest, 1.0),)))
@@ -488,7 +545,7 @@ class FleetAdapters:
         pass
 
     def listed(self) -> list[ResidentAdapter]:
-        """None: the memory is the replicas' own."""
+        """Always empty: the memory belongs to the replicas."""
         return []
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -497,7 +554,10 @@ class FleetAdapters:
 
 
 def _able(up: Sequence[Replica], request: Request) -> list[Replica]:
-    """The replicas that can do what is asked, all of it. Raises Refused where none can."""
+    """The replicas that support all settings of a request.
+
+    Raises Refused if none does.
+    """
     wrong = {r: r.server.refusal(request.sampling) for r in up if r.server is not None}
     if able := [r for r, names in wrong.items() if not names]:
         return able
@@ -506,7 +566,10 @@ def _able(up: Sequence[Replica], request: Request) -> list[Replica]:
 
 
 def _fitted(request: Request, server: Remote) -> Request:
-    """The request within the replica's room. Raises Refused for a prompt that does not fit."""
+    """The request with max_tokens cut to the replica's context.
+
+    Raises Refused if the prompt does not fit.
+    """
     if not server.room:
         return request
     left = server.room - len(request.prompt)
@@ -527,7 +590,10 @@ def _freest(replicas: Iterable[Replica]) -> Replica:
 
 
 async def _is_there(made: asyncio.Task[Path]) -> bool:
-    """Whether a folder is there still: another front door may have collected it. One under way will be."""
+    """Whether a folder still exists, since another front door may have removed it.
+
+    Folders still being written count as existing.
+    """
     return not made.done() or await asyncio.to_thread(made.result().is_dir)
 
 

@@ -1,21 +1,27 @@
-"""Mixes as folders that other servers load with their full effect, under names that only these mixes can have.
+"""Mixes as folders that other servers load with full effect, under names unique to the mix.
 
-    one adapter, strength 1, as every vLLM reads it     the adapter's own folder; nothing is copied
-    anything else that has the form of pairs            Σ strength·ΔW, one adapter of summed rank: CACHE/veneer-3fa9…
+    one plain adapter, strength 1, readable by any vLLM  the adapter's own folder; nothing is copied
+    any other mix of low-rank pairs                      Σ strength·ΔW, one adapter of summed rank: CACHE/veneer-3fa9…
 
-A server keys its caches of prompts by the adapter's name and keeps names for ever. The names here come from the mix's
-digests, so that a name left over from before, or after an unload, can never mean other weights.
+A server keys its prompt caches by adapter name and remembers names forever. Names here derive from the mix's
+digests, so
+a stale name can never mean other weights.
 
-Every distinct vector of strengths is a mix of its own, so a client that sends another one with each request makes a
-folder, and an adapter on replicas, with each. Two bounds keep that: a tenant has at most `each` mixes at a time, and
-all folders together take at most `limit_bytes`. Over the first goes what that tenant itself used longest ago, over the
-second what anybody did; never what a request runs with. What goes is unloaded from the replicas before its folder is
-deleted, because servers read it again when their own memory was short.
+Every distinct vector of strengths is a separate mix, so a client that sends a new one with each request
+creates a folder
+and a loaded adapter each time. Two limits bound this: a tenant has at most `each` mixes at a time, and all
+folders
+together take at most `limit_bytes`. Over the first limit, the tenant's least recently used mix is removed,
+over the
+second, anybody's; never a mix with running requests. A removed mix is unloaded from the replicas before its
+folder is
+deleted, because servers reread the folder after they evict the adapter.
 
-Several front doors may share the cache: a folder is moved aside before it is deleted, and whoever still asks for its
-mix makes it anew. Each door counts its own tenants.
+Several front doors can share the cache: a folder is renamed before it is deleted, and a front door that still
+needs the
+mix writes it again. Each front door counts its own tenants.
 
-Knows adapters and folders; what is on which replica is the fleet's.
+Handles adapters and folders; the fleet knows which replica has which.
 """
 
 from __future__ import annotations
@@ -48,24 +54,29 @@ _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 
 @dataclass(frozen=True)
 class Servable:
-    """`rank`: what the server's --max-lora-rank must reach."""
+    """A folder to serve. `rank`: the minimum for the server's --max-lora-rank."""
 
     folder: Path
     rank: int
 
 
 def served_name(mix: DigestMix) -> str:
-    """The name of a mix on another server; 128 bits, because whoever can add adapters may try to make two collide."""
+    """The name of a mix on another server.
+
+    128 bits, because uploaders could try to force collisions.
+    """
     return f"veneer-{mix_digest(mix).hex()[:32]}"
 
 
 def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Servable:
-    """The folder for a mix of adapters, each the path of its files. `name`: the mix's `served_name`, under which
-    `cache` keeps what is written.
+    """Write the folder for a mix of adapters, given as (path of its files, strength).
 
-    Raises AdapterError with every module that vLLM has no place for, and the way out."""
+    `name`: the mix's `served_name`, its folder in `cache`. Raises AdapterError with every module that vLLM
+    does not
+    support, and a fix.
+    """
     own, made = parts[0][0], cache / name
-    if (made / CARD_FILE).is_file():  # written last, so the folder is whole
+    if (made / CARD_FILE).is_file():  # written last, so the folder is complete
         return Servable(made, int(json.loads((made / CONFIG_FILE).read_text(encoding="utf-8"))["r"]))
     read_in = [(read(path).adapter, strength) for path, strength in parts]
     adapter = read_in[0][0]
@@ -78,17 +89,22 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
 
 
 def vllm_problems(adapter: Adapter) -> list[str]:
-    """What vLLM has no place for in any layout, each with its modules; [] for an adapter that a fleet can serve. A
-    catalog asks this before it knows the name."""
+    """What vLLM does not support in any layout, with its modules.
+
+    [] if a fleet can serve the adapter.
+
+    A catalog checks this before it registers a name.
+    """
     refused: Refusals = defaultdict(list)
     refuse_unservable(adapter, leaves_of(adapter), "vLLM", refused)
     return [f"{reason}: {', '.join(sorted(modules)[:3])}" for reason, modules in refused.items()]
 
 
 def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
-    """Whether any vLLM gets exactly this adapter from its own folder: one scale, by the formula that it knows.
+    """Whether any vLLM reads exactly this adapter from its own folder: one scale, by vLLM's formula.
 
-    What vLLM cannot have in any layout is an AdapterError where it is written, with the reasons."""
+    Adapters that vLLM supports in no layout raise AdapterError later, when written.
+    """
     if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
         return False
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -102,33 +118,45 @@ def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
     return not vllm_problems(adapter) and all(p.rank == rank and p.scale == scale for p in adapter.pairs.values())
 
 
-# -- which there are, who uses them, and which go first ----------------------------------------------------------------
+# -- which exist, who uses them, which are removed first
+# ---------------------------------------------------------------
 
 
 def is_made(mix: DigestMix) -> bool:
-    """Whether a mix is more than one adapter as it is: a client chose it, and there is no end to how many it may."""
+    """Whether a mix is client-chosen: anything but one adapter at strength 1."""
     return len(mix) > 1 or any(strength != 1 for _, strength in mix)
 
 
 def rendezvous(name: str, place: str) -> bytes:
-    """A mix goes to the replicas with the highest of these (rendezvous hashing, Thaler and Ravishankar 1998): every
-    front door finds the same ones, and a replica that comes or goes moves nothing but its own."""
+    """The hash that ranks replicas for a mix (rendezvous hashing, Thaler and Ravishankar 1998).
+
+    A mix goes to the replicas with the highest values. All front doors agree, and adding or removing a
+    replica moves only
+    its own mixes.
+    """
     return hashlib.sha256(f"{place}\0{name}".encode()).digest()
 
 
 class Folders:
-    """`each`: mixes of one tenant; `limit_bytes`: of all folders in `cache`; `grace`: seconds for which a new folder is
-    left alone, as another front door may be about to load it."""
+    """The folders of mixes, with limits.
+
+    `each`: mixes per tenant. `limit_bytes`: size of all folders in `cache`. `grace`: seconds for which a new
+    folder is kept,
+    because another front door may be about to load it.
+    """
 
     def __init__(self, cache: Path, *, limit_bytes: int = 16 << 30, each: int = 64, grace: float = 60.0) -> None:
         self.cache, self.limit_bytes, self.each, self.grace = cache, limit_bytes, each, grace
         self._used: dict[str, dict[str, float]] = {}
-        """Name of a mix -> tenant -> when it last asked for it, in seconds since the epoch."""
+        """Name of a mix -> tenant -> time of its last request, in seconds since the epoch."""
 
     def use(self, name: str, tenant: str, busy: Callable[[str], bool]) -> list[str]:
-        """Note that a tenant asks for a mix. Returns what the tenant gives up for it and nobody else uses.
+        """Record a tenant's use of a mix.
 
-        Raises Refused(429) where requests are running with as many mixes as a tenant may have."""
+        Returns mixes dropped for it that nobody else uses.
+
+        Raises Refused (429) if the tenant's maximum of mixes all have running requests.
+        """
         own = {n: by[tenant] for n, by in self._used.items() if tenant in by and n != name}
         over = max(0, len(own) + 1 - self.each)
         idle = sorted((n for n in own if not busy(n)), key=lambda n: own[n])
@@ -152,17 +180,22 @@ class Folders:
         return name in self._used
 
     def last_used(self) -> dict[str, float]:
-        """Name -> when anybody last asked for it. What changes as requests come is read where they come."""
+        """Name -> time of the last use by anybody.
+
+        Call on the event loop, where requests change it.
+        """
         return {name: max(by.values()) for name, by in self._used.items()}
 
     def forget(self, names: Iterable[str]) -> None:
-        """What is about to be deleted."""
+        """Forget mixes that are about to be deleted."""
         for name in names:
             self._used.pop(name, None)
 
     def excess(self, busy: Callable[[str], bool], last_used: Mapping[str, float]) -> list[str]:
-        """The names that go for all folders to take at most the limit, the longest unused first, and none that is busy
-        or was made a moment ago. Reads the disk alone: call it in a thread."""
+        """The names to remove to stay within the size limit, least recently used first.
+
+        Excludes busy and newly written mixes. Reads the disk: call in a thread.
+        """
         there = self._there(last_used)
         size, now, names = sum(of for _, _, of in there), time.time(), []
         for name, used, of in sorted(there, key=lambda found: found[1]):
@@ -174,12 +207,12 @@ class Folders:
         return names
 
     def delete(self, names: Iterable[str]) -> None:
-        """What nobody loads any more, from the disk alone: call it in a thread."""
+        """Delete folders that no replica has loaded. Writes the disk: call in a thread."""
         for name in names:
             self._delete(self.cache / name)
 
     def _there(self, last_used: Mapping[str, float]) -> list[tuple[str, float, int]]:
-        """(name, when it was last used, bytes) of each folder."""
+        """(name, time of last use, bytes) of each folder."""
         found = []
         for folder in self.cache.glob("veneer-*"):
             try:
@@ -191,7 +224,7 @@ class Folders:
         return found
 
     def _delete(self, folder: Path) -> None:
-        """Aside first, in one step: nobody can find half of it."""
+        """Rename first, atomically, so that nobody finds a partial folder."""
         aside = folder.with_name(f".gone-{secrets.token_hex(8)}")
         with contextlib.suppress(OSError):
             os.rename(folder, aside)

@@ -1,15 +1,23 @@
-"""One server over HTTP, in the words of `request`: vLLM, TGI, or anything else with OpenAI's /v1/completions.
+"""One remote server over HTTP: vLLM, TGI, or any server of OpenAI's /v1/completions.
 
-| kind   | prompt, answer       | adapters                                    | refused where it is asked for       |
-| vllm   | ids, ids             | POST /v1/load_lora_adapter, /v1/models      | nothing                             |
-| openai | ids, text            | those that /v1/models lists                 | what OpenAI's API has no field for  |
-| tgi    | text, text with ids  | those it was started with, named in its URL | what /generate_stream has no word for |
+| kind   | prompt, answer       | adapters                                    | unsupported settings
+|
+| ------ | -------------------- | ------------------------------------------- |
+------------------------------------- |
+| vllm   | ids, ids             | POST /v1/load_lora_adapter, /v1/models      | none
+|
+| openai | ids, text            | those that /v1/models lists                 | anything OpenAI's API has no
+field for |
+| tgi    | text, text with ids  | those it was started with, named in its URL | anything /generate_stream has
+no field for |
 
     http://host:8000    vllm+http://…    openai+https://…    tgi+http://host:8080?adapters=veneer-3fa9…,veneer-77c0…
 
-Without a kind in front it is found out. TGI answers an adapter id that it does not know with the base, status 200, and
-lists none: so its adapters are named in the URL, and believed once an answer of theirs differs from the base's.
-Knows HTTP and one server; which server gets a request is `fleet`'s to say.
+Without a kind prefix the kind is detected. TGI answers an unknown adapter id with the base and status 200,
+and has no
+list of adapters: so the URL names them, and each counts as loaded once its answer differs from the base's.
+
+Handles HTTP and one server; `fleet` decides which server gets a request.
 """
 
 from __future__ import annotations
@@ -33,15 +41,17 @@ from veneer.serve.request import Finished, Refused, Request, Sampling, Token, Us
 log = logging.getLogger("veneer.serve.fleet.fleet")
 
 _SOON = 10.0
-"""Seconds in which a server that is well says how it is."""
+"""Seconds within which a healthy server answers a health check."""
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids to text, special tokens included: the base's tokenizer."""
+"""Token ids to text, special tokens included, with the base's tokenizer."""
 
 
 class Failed(Exception):
-    """The server did not answer, or answered with its own failure: another may do better. `answered`: the second, which
-    may be the request's doing and no sign that the server is ill."""
+    """The server did not answer, or reported a failure; another server may succeed.
+
+    `answered`: the server did answer, so the request may be the cause and the server healthy.
+    """
 
     def __init__(self, what: str, answered: bool = True) -> None:
         super().__init__(what)
@@ -49,12 +59,16 @@ class Failed(Exception):
 
 
 class NotThere(Exception):
-    """The server does not have the adapter that it was believed to have: it was restarted, or somebody unloaded it."""
+    """The server no longer has an adapter it had before: restarted, or unloaded by somebody."""
 
 
 class Remote:
-    """A server. `base`: what it calls its base; `room`: tokens of prompt and answer together, 0 where it does not say;
-    `loads`: whether adapters can be brought to it."""
+    """A server.
+
+    `base`: the server's name for its base. `room`: context size in tokens, 0 if unknown. `loads`: whether
+    adapters can be
+    loaded at runtime.
+    """
 
     loads = False
 
@@ -63,27 +77,30 @@ class Remote:
         self.base, self.room = "", 0
 
     async def check(self) -> set[str]:
-        """The adapters that it has. Raises Failed where it does not answer."""
+        """The adapters that the server has. Raises Failed if it does not answer."""
         raise NotImplementedError
 
     async def load(self, name: str, folder: str) -> None:
-        """Raises Refused where it says no, Failed where it says nothing."""
+        """Load an adapter. Raises Refused if the server rejects it, Failed if it does not answer."""
         raise NotImplementedError
 
     async def unload(self, name: str) -> None:
-        """Nothing where adapters cannot be brought to it."""
+        """Unload an adapter; does nothing if the server cannot load any."""
 
     def refusal(self, sampling: Sampling) -> list[str]:
-        """The settings that it has no way to honour."""
+        """The settings of a request that the server does not support."""
         raise NotImplementedError
 
     def stream(self, request: Request, model: str) -> AsyncGenerator[Token | Finished, None]:
-        """Tokens and Finished. Raises Refused, Failed or NotThere before the first of them."""
+        """Yield Tokens and Finished.
+
+        Raises Refused, Failed or NotThere before the first event.
+        """
         raise NotImplementedError
 
 
 def parse_upstream(text: str) -> tuple[str, str, tuple[str, ...]]:
-    """(kind or "", URL, adapters) of an --upstream. Raises ConfigError."""
+    """(kind or "", URL, adapters) of an --upstream value. Raises ConfigError."""
     kind, plus, rest = text.partition("+")
     kind, url = (kind, rest) if plus and kind in ("vllm", "openai", "tgi") else ("", text)
     parts = urlsplit(url)
@@ -100,7 +117,10 @@ def parse_upstream(text: str) -> tuple[str, str, tuple[str, ...]]:
 
 
 async def recognise(text: str, client: httpx.AsyncClient, decode: Decode) -> Remote:
-    """The server at an --upstream. Raises Failed while it does not answer, ConfigError for text that is no URL."""
+    """The server at an --upstream.
+
+    Raises Failed if it does not answer, ConfigError for a bad URL.
+    """
     kind, url, adapters = parse_upstream(text)
     if not kind:
         kind = await _kind(url, client)
@@ -118,7 +138,7 @@ async def _kind(url: str, client: httpx.AsyncClient) -> str:
 
 
 class Completions(Remote):
-    """A server of /v1/completions: vLLM with all it knows, any other with OpenAI's own fields."""
+    """A server of /v1/completions: vLLM with its extensions, others with OpenAI's own fields."""
 
     def __init__(self, url: str, client: httpx.AsyncClient, decode: Decode, *, vllm: bool) -> None:
         super().__init__(url, client, decode)
@@ -146,7 +166,7 @@ class Completions(Remote):
             )
         if answer.status_code in (429, 502, 503, 504):
             raise Failed(f"{self.url}: {_message(answer)}")
-        # vLLM's status is 500 also for what is wrong with the adapter: its rank, its kind, a missing file.
+        # vLLM also answers 500 if the adapter is at fault: its rank, its kind, a missing file.
         said = _message(answer).replace(folder, name) if folder else _message(answer)
         log.warning("%s cannot load %s: %s", self.url, name, said)
         raise Refused(f"a replica cannot load it: {said}", status=422, code="adapter_unusable")
@@ -159,7 +179,7 @@ class Completions(Remote):
         return _asked(sampling, ("prompt_logprobs",) if self.vllm else ("prompt_logprobs", *_VLLM_ONLY))
 
     def body(self, request: Request, model: str) -> dict[str, Any]:
-        """The request as /v1/completions takes it."""
+        """The request body for /v1/completions."""
         s = request.sampling
         body: dict[str, Any] = {
             "model": model,
@@ -188,7 +208,7 @@ class Completions(Remote):
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        if request.salt:  # as a digest: what tenants are called is nobody's business there
+        if request.salt:  # hashed: tenant names stay private
             body["cache_salt"] = hashlib.sha256(request.salt.encode("utf-8", "surrogatepass")).hexdigest()
         if s.grammar is not None:
             kind, text = s.grammar
@@ -229,7 +249,7 @@ class Completions(Remote):
             yield Finished("error", took, stop, error=wrong)
 
     def _tokens(self, choice: dict[str, Any], sampling: Sampling) -> list[Token]:
-        """The tokens of one piece of the stream; the text of several is on the last."""
+        """The tokens of one stream event; the text of several tokens is on the last."""
         text, ids = str(choice.get("text") or ""), choice.get("token_ids")
         if not ids:  # a server without ids, or text that was held back
             return [Token(-1, text)] if text else []
@@ -244,12 +264,16 @@ class Completions(Remote):
 
 
 _VLLM_ONLY = ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_ids", "ignore_eos", "grammar", "logprobs")
-"""Of the last: OpenAI's tokens are texts, and a Token's alternatives have ids."""
+"""logprobs, because OpenAI's alternatives are texts, and a Token's have ids."""
 
 
 class TextGeneration(Remote):
-    """TGI. Its stop texts are part of what it sends, and are held back here; its log-probabilities are of the
-    distribution after temperature and penalties, so they are given only where there are none."""
+    """A TGI server.
+
+    TGI sends stop texts as part of the answer; they are cut here. Its logprobs are of the distribution after
+    temperature and
+    penalties, so they are supported only without these.
+    """
 
     def __init__(self, url: str, client: httpx.AsyncClient, decode: Decode, adapters: tuple[str, ...]) -> None:
         super().__init__(url, client, decode)
@@ -264,7 +288,7 @@ class TextGeneration(Remote):
         return set(self.believed)
 
     async def _probe(self, adapter: str | None) -> list[tuple[int, float]]:
-        """(id, rounded log-probability) of a few greedy tokens."""
+        """(id, rounded logprob) of a few greedy tokens."""
         settings = {"max_new_tokens": 8, "do_sample": False, "details": True, "adapter_id": adapter}
         body = {"inputs": "The", "parameters": settings}
         answer = _json(await _ask(self.client, "POST", f"{self.url}/generate", body))
@@ -291,8 +315,7 @@ class TextGeneration(Remote):
         return out
 
     def body(self, request: Request, model: str) -> dict[str, Any]:
-        """The request as /generate_stream takes it; values that mean nothing there are not allowed, so they are left
-        out."""
+        """The request body for /generate_stream, without default values, which TGI rejects."""
         s = request.sampling
         settings: dict[str, Any] = {"max_new_tokens": s.max_tokens, "details": True, "do_sample": s.temperature > 0}
         settings |= {"adapter_id": model} if model != self.base else {}
@@ -339,7 +362,7 @@ class TextGeneration(Remote):
 
 
 def _until(text: str, stops: Sequence[str]) -> tuple[str, str, str]:
-    """(what can be sent, what may be the start of a stop text, the stop text that was found)."""
+    """(text to send, possible start of a stop text, stop text found)."""
     places = [(text.find(stop), stop) for stop in stops if stop in text]
     if places:
         at, stop = min(places)
@@ -349,13 +372,13 @@ def _until(text: str, stops: Sequence[str]) -> tuple[str, str, str]:
 
 
 def _asked(sampling: Sampling, names: Sequence[str]) -> list[str]:
-    """Those of the settings that are not at their default."""
+    """The settings among `names` that differ from their defaults."""
     usual = Sampling()
     return [n for n in names if getattr(sampling, n) != getattr(usual, n)]
 
 
 class _Clock:
-    """Counts tokens and takes the times of `Usage`."""
+    """Counts tokens and measures the times of `Usage`."""
 
     def __init__(self) -> None:
         self.start, self.first, self.tokens = time.monotonic(), 0.0, 0
@@ -391,7 +414,10 @@ async def _ask(
 
 
 async def _events(client: httpx.AsyncClient, url: str, body: Any, missing: str) -> AsyncGenerator[dict[str, Any], None]:
-    """The data of a stream of server-sent events. Closing the iterator closes the connection, which cancels."""
+    """The data of a stream of server-sent events.
+
+    Closing the iterator closes the connection.
+    """
     try:
         async with client.stream("POST", url, json=body) as answer:
             if answer.status_code != 200:

@@ -1,17 +1,21 @@
-"""vLLM's names from the veneer library: `vllm serve` finds adapters that nobody copied to it.
+"""vLLM plugin: `vllm serve` resolves adapter names from the veneer library.
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora --max-lora-rank 64
     POST /v1/chat/completions {"model": "support@prod", …}
 
-vLLM imports this through the entry point `vllm.general_plugins` in each of its processes and calls `register`. A name
-that it does not know is then asked of the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX), and answered with a folder if
-the adapter is the base's and vLLM gives it its full effect; else with None, which is a 404, and the reason in the log.
+vLLM imports this module through the entry point `vllm.general_plugins` in each of its processes and calls
+`register`. It
+then resolves unknown names in the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX): to a folder if the adapter
+belongs to
+the base and vLLM serves it with full effect, else to None, which is a 404, with the reason in the log.
 
-vLLM keeps what a name meant until it is unloaded, and keys its prefix cache by the adapter's name. So an adapter asked
-for by a name that may move (`support`, `support@prod`) gets a name with its version in it, `support@prod=support@3`:
-after an unload and a move of the alias no prompt of the old version can be found under it.
+vLLM remembers a name's meaning until it is unloaded, and keys its prefix cache by adapter name. So a name
+that can move
+(`support`, `support@prod`) resolves to a name with its version, `support@prod=support@3`: after an unload and
+a moved
+alias, no cached prompt of the old version can match.
 
-Runs in vLLM's environment: needs SQLAlchemy beside what vLLM has. Knows vLLM's resolver; the rest is `folders`'s.
+Runs in vLLM's environment, and also needs SQLAlchemy. Handles vLLM's resolver; `folders` does the rest.
 """
 
 from __future__ import annotations
@@ -29,21 +33,24 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.library.queries import Version
 
-log = logging.getLogger("vllm.veneer")  # vLLM shows what is logged under its own name
+log = logging.getLogger("vllm.veneer")  # vLLM only shows logs under its own name
 
 _Found = tuple[str, Path]
-"""What to call the adapter in vLLM, and its folder."""
+"""The adapter's name in vLLM, and its folder."""
 
 
 def register() -> None:
-    """What vLLM calls, in every process and maybe more than once."""
+    """Register the resolver.
+
+    VLLM calls this in every process, possibly more than once.
+    """
     from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # type: ignore[import-not-found]
 
     class VeneerResolver(LoRAResolver):
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             found = await asyncio.to_thread(_resolve_or_say, base_model_name, lora_name)
-            # vLLM replaces the number by the next of its own.
+            # vLLM replaces the number with its own
             return None if found is None else LoRARequest(found[0], 1, str(found[1]))
 
     if "veneer" not in LoRAResolverRegistry.get_supported_resolvers():
@@ -61,8 +68,10 @@ def _resolve_or_say(base: str, name: str) -> _Found | None:
 def resolve_name(base: str, name: str) -> _Found:
     """The adapter that `name` means in the library, for vLLM's `base` (a folder or a hub id).
 
-    Raises ConfigError for text that is no reference (a path, say), AdapterError for what the library has not, what is
-    another base's, and what vLLM would serve with less than its full effect."""
+    Raises ConfigError for text that is no reference (such as a path), AdapterError for an adapter that the
+    library does not
+    have, that belongs to another base, or that vLLM would not serve with full effect.
+    """
     from veneer.formats.read import read
     from veneer.library.library import library_place, open_library
     from veneer.library.names import parse_reference
@@ -72,7 +81,7 @@ def resolve_name(base: str, name: str) -> _Found:
 
     parse_reference(name)
     place = library_place()
-    if "://" not in place and not Path(place).is_dir():  # asking does not make one
+    if "://" not in place and not Path(place).is_dir():  # opening a library would create it
         raise ConfigError(f"there is no library at {place}", fix="set VENEER_LIBRARY")
     with open_library() as library:
         version = library.find(name)
@@ -87,8 +96,12 @@ def resolve_name(base: str, name: str) -> _Found:
 
 
 def _check_base(base: str, version: Version, adapter: Adapter) -> None:
-    """Raises AdapterError for an adapter of another base, as far as that can be known: by its card's fingerprint, and
-    by every name and shape. Where the base's files are not at hand, or of a layout of their own, nothing is known."""
+    """Raises AdapterError if the adapter belongs to another base, as far as that can be checked.
+
+    Compares the card's fingerprint, and every name and shape; skipped if the base's files are not on this
+    machine or have an
+    unknown layout.
+    """
     if version.kind == "image":
         raise AdapterError(f"{version.reference} is of an image model, and vLLM serves language models")
     files = _base_files(base)
@@ -120,7 +133,7 @@ def _check_base(base: str, version: Version, adapter: Adapter) -> None:
 
 @cache
 def _base_files(base: str) -> Path | None:
-    """The folder of vLLM's base where it is on this machine; no hub is asked."""
+    """The folder of vLLM's base if it is on this machine; never asks the hub."""
     here = Path(base).expanduser()
     if (here / "config.json").is_file():
         return here
@@ -128,7 +141,7 @@ def _base_files(base: str) -> Path | None:
 
     try:
         found = try_to_load_from_cache(base, "config.json")
-    except ValueError:  # no hub id
+    except ValueError:  # not a hub id
         return None
     return Path(found).parent if isinstance(found, str) else None
 
@@ -141,7 +154,9 @@ def _shapes(files: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _tail(name: str) -> str:
-    """A parameter's name without what stands before the decoder: files and transformers do not agree on that part."""
+    """A parameter's name without the prefix before the decoder, which files and transformers name
+    differently.
+    """
     at = name.find("layers.")
     return name[at:] if at >= 0 else name.removeprefix("model.")
 
