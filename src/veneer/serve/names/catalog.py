@@ -5,15 +5,20 @@
     catalog = Catalog(shelf, engine.problems, engine.residents, routes=…)
     served = catalog.resolve("support@prod", caller)
 
-A word is looked up in this order: the base's name; a route (`routes`); a name that was loaded; a
-reference of the library (`support`, `support@2`, `support@prod`, `sha256:…`). Any of them may follow `base:`, and
-`ft:base:acme:support:id` is what OpenAI would call one (library/names.py). What is not there and what the caller does
-not see are the same 404, told before anything is looked up for who does not see it.
-Words from clients never reach the file system: they are compared with names, and the library looks in its index.
+A name is looked up in this order: the base's name; a route (`routes`); a loaded name; a library reference
+(`support`,
+`support@2`, `support@prod`, `sha256:…`). Each can have the prefix `base:`; `ft:base:acme:support:id` is
+OpenAI's form
+(library/names.py). Unknown names and names that the caller may not see give the same 404; for the latter,
+before any
+lookup.
 
-A loaded adapter is checked whole before its name is known. One of the library that nobody loaded is checked when the
-first request for it comes, by the same rules, off the engine's thread; its index says beforehand if it is another
-base's.
+Names from clients never reach the file system: they are compared with known names and looked up in the
+library's index.
+A loaded adapter is fully checked before its name becomes visible. A library adapter that was not loaded is
+checked by the
+same rules on its first request, off the engine's thread; the index already tells if it belongs to another
+base.
 """
 
 from __future__ import annotations
@@ -44,8 +49,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Meaning:
-    """What a client's word means. `target`: the adapter's name, or the one that a route chose. `digest`, `own`: the
-    adapter and the operator's name for it; "" for the base."""
+    """What a client's name means.
+
+    `target`: the adapter's name, or the one that a route chose. `digest`, `own`: the adapter, and the
+    operator's name for
+    it; "" for the base.
+    """
 
     target: str
     digest: str = ""
@@ -54,7 +63,7 @@ class _Meaning:
 
 
 class AdapterMemory(Protocol):
-    """Where loaded adapters are kept: `Residents`, or replicas elsewhere."""
+    """Where loaded adapters are kept: `Residents`, or remote replicas."""
 
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None: ...
 
@@ -66,7 +75,7 @@ class AdapterMemory(Protocol):
 
 
 class NoAdapters:
-    """The memory for adapters of a server whose base is not loaded yet."""
+    """The adapter memory of a server whose base is not loaded yet."""
 
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None:
         raise not_ready("loading")
@@ -80,11 +89,16 @@ class NoAdapters:
 
 
 class Catalog:
-    """`problems`: why an adapter cannot be served with its full effect, one line each. `residents`: where loaded
-    adapters are kept. `name`: what the base is called; by default the last part of its own name. Everything may be
-    called from any thread; only `load` and `check` read files.
+    """Resolves names, and loads and unloads adapters.
 
-    Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `shelf`)."""
+    `problems`: reasons why an adapter cannot be served with full effect, one line each. `residents`: where
+    loaded adapters
+    are kept. `name`: the base's served name; by default the last part of its own name. Thread-safe; only
+    `load` and `check`
+    read files.
+
+    Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `shelf`).
+    """
 
     def __init__(
         self,
@@ -99,7 +113,7 @@ class Catalog:
         self.shelf, self.problems, self.residents, self.routes = shelf, problems, residents, routes
         self._started = int(time.time())
         self._lock = threading.Lock()
-        self._reading = threading.Semaphore(2)  # loads at a time, so that many cannot fill the memory
+        self._reading = threading.Semaphore(2)  # limits memory: concurrent loads
         self._loaded: dict[str, ModelCard] = {}
         self._library_models: tuple[object, list[ModelCard]] = (None, [])
 
@@ -112,10 +126,14 @@ class Catalog:
         """Serve names over a base that has just been loaded."""
         self.shelf.base, self.problems, self.residents = base, problems, residents
 
-    # -- what names mean ----------------------------------------------------------------------------------------------
+    # -- resolving names
+    # -------------------------------------------------------------------------------------------------
 
     def resolve(self, model: str, caller: Principal) -> Served:
-        """`model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`."""
+        """Resolve a client's model name for a caller.
+
+        `model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`.
+        """
         found = self._mean(model, caller)
         shadow: tuple[str, DigestMix | Refused] | None = None
         if self.routes is not None and found.routed and (other := self.routes.shadow(self._word(model), caller)):
@@ -127,15 +145,15 @@ class Catalog:
         return Served(_alone(found), model or self.base, found.target, shadow, (found.own,) if found.own else ())
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
-        """The mix of several names with strengths. The strengths of an adapter that is named twice are added."""
+        """Resolve a mix of (name, strength); strengths of the same adapter are added."""
         if len(parts) > MAX_MIX:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
         found = [(self._mean(word, caller), strength) for word, strength in parts]
         mix = make_mix([(meaning.digest, strength) for meaning, strength in found if meaning.digest])
-        # Two names of one adapter: always the same of the two.
+        # If two names mean one adapter, choose the same name every time.
         named = [min((m for m, _ in found if m.digest == digest), key=lambda m: m.own) for digest, _ in mix]
         adapters = tuple(meaning.own for meaning in named)
-        check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # sums of what a client gave
+        check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # summed client values
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
         target = name if len(mix) > 1 else self.base
         if len(mix) == 1:
@@ -143,8 +161,10 @@ class Catalog:
         return Served(mix, name, target, adapters=adapters, meant=tuple(meaning.digest for meaning, _ in found))
 
     def _word(self, model: str) -> str:
-        """As everything here is called: without the base in front, and `ft:base:…` of OpenAI's by its name in the
-        library."""
+        """The name without the `base:` prefix.
+
+        For OpenAI's `ft:base:…`, the library reference.
+        """
         word = model.removeprefix(f"{self.base}:") or self.base
         tuned = parse_tuned(word)
         if tuned is None:
@@ -154,7 +174,7 @@ class Catalog:
         return tuned.reference
 
     def _mean(self, model: str, caller: Principal) -> _Meaning:
-        """What a client's word means. Raises Refused (404, or `unusable`)."""
+        """What a client's name means. Raises Refused (404, or `unusable`)."""
         word = self._word(model)
         if word == self.base:
             return _Meaning(word)
@@ -166,7 +186,7 @@ class Catalog:
         return replace(self._adapter(target or word, model), routed=target is not None)
 
     def _adapter(self, name: str, model: str) -> _Meaning:
-        """What an adapter's name means. Raises Refused: `model` is not there."""
+        """What an adapter's name means. Raises Refused; errors name `model`."""
         if name == self.base:
             return _Meaning(name)
         loaded = self._loaded.get(name)
@@ -183,16 +203,17 @@ class Catalog:
         return _Meaning(name, found.digest, found.reference)
 
     def check(self, name: str) -> None:
-        """Read what a name means, as a request for it would, unless it is loaded already. Raises Refused as the request
-        would be."""
+        """Read the adapter of a name as its first request would, unless loaded.
+
+        Raises the same Refused.
+        """
         self.shelf.look(name, sure=True)
         found = self._adapter(name, name)
         if found.digest and name not in self._loaded:
             self.shelf.read(found.digest, self.problems)
 
     def models(self, caller: Principal) -> list[ModelCard]:
-        """The base, then everything that the caller sees: what was loaded, routes, what the library has for this
-        base."""
+        """The base, then everything the caller can see: loaded adapters, routes, library adapters."""
         cards = {card.id: card for card in self._library_cards()}
         cards |= dict(self._loaded)
         out = [ModelCard(self.base, self.base, None, self._started)]
@@ -203,7 +224,7 @@ class Catalog:
         return out
 
     def card(self, model: str, caller: Principal) -> ModelCard:
-        """The line of one of them, and of what OpenAI would call `ft:base:…`."""
+        """The card of one model, also under its OpenAI name `ft:base:…`."""
         if parse_tuned(model) is not None:
             found = self._mean(model, caller)
             kept = self.shelf.look(self._word(model))
@@ -222,7 +243,7 @@ class Catalog:
         return self._library_models[1]
 
     def in_memory(self) -> list[tuple[str, ResidentAdapter]]:
-        """(what the operator calls it, the adapter) of each that is in memory, the last used first."""
+        """(the operator's name, the adapter) of each adapter in memory, most recently used first."""
         named = {card.digest: name for name, card in self._loaded.items()}
         found = []
         for each in self.residents.listed():
@@ -231,8 +252,10 @@ class Catalog:
         return found
 
     async def fresh(self) -> None:
-        """Wait until what names mean now is known; surfaces do so once for each request. While the library's index does
-        not answer, what it said last holds, and nobody waits long."""
+        """Wait until current names are visible; surfaces call this once per request.
+
+        If the library's index does not answer, its last state is used, without a long wait.
+        """
         await self.shelf.fresh()
 
     def close(self) -> None:
@@ -242,10 +265,16 @@ class Catalog:
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
-        """Read, check against the base and keep in memory; what is refused leaves no trace. With `replace` the name
-        means the new weights from one request to the next; requests that run keep the old ones, whose memory goes with
-        the last of them. `source`: a library reference; a path only where the operator has allowed folders, and inside
-        them. Blocks: surfaces call it in a thread."""
+        """Read an adapter, check it against the base and keep it in memory.
+
+        A rejected load changes nothing.
+
+        With `replace` the name switches to the new weights between two requests; running requests keep the
+        old weights, which
+        are freed with the last of them. `source`: a library reference, or a path inside the operator's
+        allowed folders. Blocks:
+        call in a thread.
+        """
         try:
             check_name(name, cased=True)
             if name == self.base:
@@ -278,7 +307,10 @@ class Catalog:
         return card
 
     def unload(self, name: str) -> None:
-        """The name is gone at once; memory is freed when the last running request with it has ended."""
+        """Remove the name at once.
+
+        Its memory is freed when the last running request with it ends.
+        """
         with self._lock:
             gone = self._loaded.pop(name, None)
         if gone is None:
@@ -291,7 +323,7 @@ class Catalog:
             raise Refused(what, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
 
     def _check_library(self, name: str, digest: str, replace: bool) -> None:
-        """A name of the library's means what the library has, unless somebody says that it shall not."""
+        """Raises Refused if the name would hide a different adapter of the library, unless `replace`."""
         known = self.shelf.look(name, sure=True)
         if known is None or known.digest == digest:
             return
@@ -307,7 +339,7 @@ class Catalog:
         _log.warning("%r now means what was loaded, and no longer the library's %s", name, known.reference)
 
     def _forget(self, digest: str) -> None:
-        """A name means this no more: free it, unless another name does, and unpin it, unless another pins it."""
+        """Drop a name's reference: free the adapter if no other name uses it, unpin it if no other pins it."""
         with self._lock:
             others = [card for card in self._loaded.values() if card.digest == digest]
         if not others:
@@ -328,7 +360,10 @@ def _missing(model: str) -> Refused:
 
 
 def _seconds(added: str) -> int:
-    """Of the library's times, as 2026-11-25T10:00:00Z."""
+    """Seconds since 1970 of the library's times, such as 2026-11-25T10:00:00Z.
+
+    0 if malformed.
+    """
     try:
         return calendar.timegm(time.strptime(added, "%Y-%m-%dT%H:%M:%SZ"))
     except ValueError:

@@ -1,20 +1,22 @@
-"""Adapters in memory: which are there, who uses them, which go when others must come.
+"""Adapters in memory: loading, leases, and eviction.
 
-    lease = residents.acquire(request.mix, ready)      at once where all of it is there; else None, then ready(lease)
+    lease = residents.acquire(request.mix, ready)      at once if all are in memory; else None, then ready(lease)
     … lease.parts: what `prepare` made of each adapter, with its strength …
     lease.release()
 
-One entry for each adapter: wanted → loading → loaded → resident. A few threads load (read it and prepare it); requests
-for the same adapters wait in one group, and groups get memory in the order they came, for all of a mix or for none of
-it, so two cannot hold half each. What has leases is never evicted. Where a group has waited longer than `patience` for
-memory that others keep in use, the adapters that have been there longest are drained: they take no new requests until
-it has its room. So with twice as many adapters in demand as fit, they take turns, and a turn lasts as long as
-`patience` at least.
+Each adapter has one entry: wanted → loading → loaded → resident. A few threads load (read and prepare).
+Requests for the
+same adapters wait in one group; groups get memory in order of arrival, for all of a mix or none, so that two
+mixes cannot
+hold half each. Leased adapters are never evicted. If a group waits longer than `patience` for memory that
+others keep in
+use, the adapters resident longest are drained: they take no new requests until the group fits. So with twice
+as many
+adapters in demand as fit, they take turns of at least `patience`.
 
-Nothing here waits but `load`. Beside the limit, as many adapters may be loaded and wait for their room as there are
-threads, or as the next group needs.
-
-Knows adapters and sizes; not models, not names.
+Only `load` blocks. In addition to the limit, loaded adapters can wait for memory: as many as there are
+threads, or as the
+next group needs. Depends on adapters and sizes; not on models or names.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from veneer.serve.request import DigestMix, Refused, shutting_down
 
 
 class Sized(Protocol):
-    """What a runner makes of an adapter. `bytes`: what it takes of the memory that is limited."""
+    """What a runner makes of an adapter. `bytes`: its share of the limited memory."""
 
     @property
     def bytes(self) -> int: ...
@@ -48,7 +50,10 @@ T = TypeVar("T", bound=Sized)
 
 @dataclass(frozen=True)
 class ResidentStats:
-    """`hits`: mixes that were acquired at once; `misses`: those that were not; `loads`: adapters read and prepared."""
+    """Counters. `hits`: mixes acquired at once; `misses`: the others.
+
+    `loads`: adapters read and prepared.
+    """
 
     limit: int
     bytes: int
@@ -64,7 +69,7 @@ class ResidentStats:
 
 @dataclass(frozen=True)
 class ResidentAdapter:
-    """An adapter that is in memory. `leases`: running requests that use it."""
+    """An adapter in memory. `leases`: running requests that use it."""
 
     digest: str
     bytes: int
@@ -73,7 +78,7 @@ class ResidentAdapter:
 
 
 class Lease(Generic[T]):
-    """A mix that stays in memory until `release`, which may be called more than once."""
+    """Keeps a mix in memory until `release`, which can be called more than once."""
 
     def __init__(
         self, mix: DigestMix, parts: tuple[tuple[T, float], ...], release: Callable[[DigestMix], None]
@@ -93,8 +98,12 @@ _Ready = Callable[[Lease[T] | Refused], None]
 
 @dataclass(eq=False)
 class _Entry(Generic[T]):
-    """One adapter. `adapter`: read already, and to be prepared. `thing`: what was made of it, once it is loaded.
-    `dropped`: nobody names it any more. `used`: the number of its last use. `since`: when it became resident."""
+    """The state of one adapter.
+
+    `adapter`: already read, to be prepared. `thing`: the prepared adapter, once loaded. `dropped`: no name
+    refers to it.
+    `used`: counter value of its last use. `since`: when it became resident.
+    """
 
     digest: str
     state: Literal["wanted", "loading", "loaded", "resident"] = "wanted"
@@ -114,7 +123,10 @@ class _Entry(Generic[T]):
 
 @dataclass(eq=False)
 class _Group(Generic[T]):
-    """Requests that wait for the same adapters. `blocked`: since when, where it is memory that they wait for."""
+    """Requests that wait for the same adapters.
+
+    `blocked`: since when the group waits for memory, or None.
+    """
 
     entries: list[_Entry[T]]
     members: list[tuple[DigestMix, _Ready[T]]] = field(default_factory=list)
@@ -122,9 +134,14 @@ class _Group(Generic[T]):
 
 
 class Residents(Generic[T]):
-    """`read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: (adapter, digest) -> what the
-    runner needs of it. Both are called on the threads of this object. `freed` is told what is no more, from any thread.
-    `submit`: runs jobs elsewhere; by default `threads` threads do."""
+    """Loads and evicts adapters.
+
+    `read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: (adapter, digest) ->
+    what the runner
+    needs. Both run on this object's threads. `freed`: called with each evicted object, from any thread.
+    `submit`: runs jobs;
+    by default on `threads` threads.
+    """
 
     def __init__(
         self,
@@ -155,11 +172,18 @@ class Residents(Generic[T]):
         assert self._pool is not None
         self._pool.submit(copy_context().run, job)
 
-    # -- for the engine's step: none of these waits --------------------------------------------------------------------
+    # -- for the engine's step: none of these block
+    # --------------------------------------------------------------------
 
     def acquire(self, mix: DigestMix, ready: _Ready[T]) -> Lease[T] | None:
-        """The lease, where everything is there; else None, and `ready` is called once with a lease or the reason why
-        there is none: from another thread, or within a later call of this object, so it only leaves a note."""
+        """The lease if everything is in memory.
+
+        Else None, and `ready` is called once later.
+
+        `ready` gets a lease or the error, from another thread or within a later call of this object, so it
+        must only post a
+        message.
+        """
         with self._changing():
             entries = [self._entries.get(digest) for digest, _ in mix]
             there = [e for e in entries if e is not None and e.state == "resident" and not e.draining]
@@ -171,7 +195,7 @@ class Residents(Generic[T]):
         return None
 
     def withdraw(self, ready: _Ready[T]) -> bool:
-        """Stop waiting. Returns False where `ready` was called or is about to be: release its lease then."""
+        """Stop waiting; returns False if `ready` was or will be called: then release its lease."""
         with self._changing():
             found = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
             if not found:
@@ -183,13 +207,18 @@ class Residents(Generic[T]):
             self._advance()
         return True
 
-    # -- for whoever loads and unloads ---------------------------------------------------------------------------------
+    # -- loading and unloading
+    # -----------------------------------------------------------------------------------------
 
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False, timeout: float = 60.0) -> None:
-        """Bring an adapter into memory and wait until it is there; `adapter` where it has been read already.
+        """Load an adapter and wait until it is in memory.
 
-        Raises Refused where it cannot be prepared or can never fit; overloaded (503) where running requests leave no
-        room within `timeout` and it is to be pinned. Otherwise it then stays where it is until it is asked for."""
+        `adapter`: the adapter, if already read.
+
+        Raises Refused if it cannot be prepared or can never fit; overloaded (503) if it is to be pinned and
+        running requests
+        leave no room within `timeout` seconds. If it is not pinned, it is then loaded on demand instead.
+        """
         answers: SimpleQueue[Lease[T] | Refused] = SimpleQueue()
         with self._changing():
             entry = self._entry(digest)
@@ -214,7 +243,10 @@ class Residents(Generic[T]):
         result.release()
 
     def pin(self, digest: str) -> None:
-        """Keep what is in memory until `unpin` or a later `drop`. Raises KeyError for what is not there."""
+        """Keep an adapter in memory until `unpin` or a later `drop`.
+
+        Raises KeyError if it is not in memory.
+        """
         with self._changing():
             entry = self._entries[digest]
             entry.pinned, entry.dropped = True, False
@@ -223,7 +255,7 @@ class Residents(Generic[T]):
         self._let_go(digest, drop=False)
 
     def drop(self, digest: str) -> None:
-        """Nobody names it any more: it is freed when its last lease is gone, now where there is none."""
+        """Free an adapter that no name refers to, now or when its last lease is released."""
         self._let_go(digest, drop=True)
 
     def _let_go(self, digest: str, drop: bool) -> None:
@@ -234,7 +266,7 @@ class Residents(Generic[T]):
             self._advance()
 
     def close(self) -> None:
-        """Refuse what waits, and end the threads."""
+        """Fail waiting requests, and end the threads."""
         with self._changing():
             self._closed = True
             for key in list(self._groups):
@@ -242,7 +274,8 @@ class Residents(Generic[T]):
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    # -- what is there -------------------------------------------------------------------------------------------------
+    # -- status
+    # --------------------------------------------------------------------------------------------------------
 
     def stats(self) -> ResidentStats:
         with self._changing():
@@ -262,13 +295,13 @@ class Residents(Generic[T]):
             )
 
     def resident(self) -> dict[str, int]:
-        """Digest -> bytes of each adapter that is in memory, the least recently used first."""
+        """Digest -> bytes of each adapter in memory, least recently used first."""
         with self._changing():
             there = [e for e in self._entries.values() if e.state == "resident"]
             return {e.digest: e.size for e in sorted(there, key=lambda e: e.used)}
 
     def listed(self) -> list[ResidentAdapter]:
-        """Each adapter that is in memory, the last used first."""
+        """Each adapter in memory, most recently used first."""
         with self._changing():
             there = [e for e in self._entries.values() if e.state == "resident"]
             there = sorted(there, key=lambda e: -e.used)
@@ -279,11 +312,12 @@ class Residents(Generic[T]):
         with self._changing():
             return {e.digest: e.leases for e in self._entries.values()}
 
-    # -- under the lock ------------------------------------------------------------------------------------------------
+    # -- with the lock held
+    # --------------------------------------------------------------------------------------------
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Under the lock; what is to be told to others is told without it."""
+        """Hold the lock, then run the collected callbacks without it."""
         with self._lock:
             yield
             calls, self._calls = self._calls, []
@@ -323,7 +357,7 @@ class Residents(Generic[T]):
         self._advance()
 
     def _leave(self, key: tuple[str, ...], error: Refused | None = None) -> None:
-        """A group waits no more, whatever came of it; those of it that still do get the error."""
+        """Remove a group from the queue; its remaining members get `error`, if given."""
         group = self._groups.pop(key)
         if error is not None:
             self._calls += [partial(ready, error) for _, ready in group.members]
@@ -334,9 +368,9 @@ class Residents(Generic[T]):
         self._tidy(group.entries)
 
     def _advance(self) -> None:
-        """All that can go on as things are now: jobs for what is next, memory for whose adapters are loaded."""
+        """Do all that is possible now: start loads for the next groups, admit groups that fit."""
         loaded = sum(e.state in ("loading", "loaded") for e in self._entries.values())
-        first, blocked = True, False  # whether no group waits before this one, and whether one does for memory
+        first, blocked = True, False  # is it first in line; is memory blocked
         for key, group in list(self._groups.items()):
             new = [e for e in group.entries if e.state != "resident"]
             for entry in new:
@@ -368,13 +402,16 @@ class Residents(Generic[T]):
         self._bytes += entry.size
 
     def _too_large(self, group: _Group[T]) -> Refused | None:
-        """Why a mix can have no room, however long it waits."""
+        """The error for a mix that can never fit; None if it can."""
         need = sum(e.size for e in group.entries)
         pinned = sum(e.size for e in self._entries.values() if e.pinned and e not in group.entries)
         return None if need + pinned <= self.limit else _over_limit(need, pinned, self.limit)
 
     def _make_room(self, new: Iterable[_Entry[T]], group: _Group[T]) -> bool:
-        """Evict what is not in use, the least recently used first, if that makes room for `new`; else nothing."""
+        """Evict idle adapters, least recently used first, if that makes room for `new`.
+
+        Else none.
+        """
         need = sum(e.size for e in new) + self._bytes - self.limit
         idle = [e for e in self._entries.values() if e.state == "resident" and not e.leases and not e.pinned]
         idle = sorted((e for e in idle if e not in group.entries), key=lambda e: e.used)
@@ -403,7 +440,7 @@ class Residents(Generic[T]):
             need -= entry.size
 
     def _tidy(self, entries: Iterable[_Entry[T]]) -> None:
-        """Forget what nobody needs. What was loaded for those who have left stays where there is room."""
+        """Free entries that nobody needs; loaded adapters stay resident if there is room."""
         for entry in entries:
             if entry.leases or entry.state == "loading" or self._wanted(entry):
                 continue
@@ -424,10 +461,11 @@ class Residents(Generic[T]):
         if not self._wanted(entry):
             self._entries.pop(entry.digest, None)
 
-    # -- jobs: on the threads ------------------------------------------------------------------------------------------
+    # -- jobs, on the threads
+    # -------------------------------------------------------------------------------------------
 
     def _load(self, entry: _Entry[T]) -> None:
-        """A load that fails fails those who wanted it, and nobody else."""
+        """Load an adapter; a failure fails only the groups that want it."""
         try:
             adapter, entry.adapter = entry.adapter or self._read(entry.digest), None
             if (size := adapter.size_bytes()) > self.limit:

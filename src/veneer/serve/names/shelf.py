@@ -1,31 +1,46 @@
-"""The adapters that a server may read: what the library has, and files where the operator allows them.
+"""The adapters that a server may read: the library, and files in allowed folders.
 
     shelf = Shelf(base, library=open_library())
     place = shelf.locate("support@2")            a library reference, or a path in an allowed folder
     shelf.remember(digest, place)
-    adapter = shelf.read(digest, problems)       from disk, checked whole
+    adapter = shelf.read(digest, problems)       from disk, fully checked
 
-What cannot be served is Refused(adapter_unusable) whose message begins with a reason:
+Adapters that cannot be served raise Refused (adapter_unusable) with a message that starts with a reason:
 
-    | reason                       | status |                                                                          |
-    | not_found                    | 404    | no such reference, no such file, or none in an allowed folder            |
-    | wrong_base                   | 400    | it belongs to another base                                               |
-    | shape_mismatch               | 400    | names or shapes that this base does not have                             |
-    | unsafe_file                  | 400    | a pickle, a header that lies, a link that leads out of its folder        |
-    | corrupt                      | 400    | half a file, no adapter, settings that contradict its tensors            |
-    | not_finite                   | 400    | NaN or infinity                                                          |
-    | unstated_scale               | 400    | a file in PEFT's names without its configuration                         |
-    | too_large                    | 400    | more bytes than the limit                                                |
-    | dora_unsupported             | 400    | as the runner says, whose words follow                                   |
-    | modules_to_save_unsupported  | 400    | the same: full copies of modules, rows of tokens                         |
-    | new_tokens_unsupported       | 400    | words that the tokenizer does not have                                   |
-    | form_unsupported             | 400    | anything else that the runner cannot serve with its full effect          |
-    | changed                      | 409    | the file was replaced since it was loaded: load it again                 |
-    | damaged                      | 503    | what the library keeps of it is missing or not what was put there        |
+    | reason                       | status |
+    |
+    | not_found                    | 404    | no such reference, no such file, or the file is in no allowed
+    folder     |
+    | wrong_base                   | 400    | it belongs to another base
+    |
+    | shape_mismatch               | 400    | names or shapes that this base does not have
+    |
+    | unsafe_file                  | 400    | a pickle, an inconsistent header, a link that leads out of its
+    folder    |
+    | corrupt                      | 400    | a truncated file, no adapter, settings that contradict its
+    tensors       |
+    | not_finite                   | 400    | NaN or infinity
+    |
+    | unstated_scale               | 400    | a file in PEFT's names without its configuration
+    |
+    | too_large                    | 400    | more bytes than the limit
+    |
+    | dora_unsupported             | 400    | reported by the runner, whose message follows
+    |
+    | modules_to_save_unsupported  | 400    | reported by the runner: full copies of modules, token rows
+    |
+    | new_tokens_unsupported       | 400    | tokens that the tokenizer does not have
+    |
+    | form_unsupported             | 400    | anything else that the runner cannot serve with full effect
+    |
+    | changed                      | 409    | the file was replaced since it was loaded: load it again
+    |
+    | damaged                      | 503    | the library's copy is missing or differs from what was added
+    |
 
-A store, a database or a disk that does not answer is no fault of the adapter's: 503 `unavailable`, to be tried again.
-
-Knows the library, files and one base; no names of a server, no requests.
+A store, database or disk that does not answer is not the adapter's fault: 503 `unavailable`, to be retried.
+Depends on
+the library, files and one base; not on a server's names or requests.
 """
 
 from __future__ import annotations
@@ -48,10 +63,10 @@ from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import Refused, not_ready
 
 MOST_PLACES = 4096
-"""Most adapter locations that a shelf remembers for running requests; most of them are in the library anyway."""
+"""Maximum number of adapter locations kept for running requests; most are in the library anyway."""
 
 Problems = Callable[[Adapter], list[str]]
-"""Why an adapter cannot be served with its full effect, one line each: the engine's to say."""
+"""Reasons why an adapter cannot be served with full effect, one line each; defined by the engine."""
 
 
 def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = None) -> Refused:
@@ -60,8 +75,12 @@ def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = Non
 
 @dataclass(frozen=True)
 class AdapterPlace:
-    """Where an adapter's files are. `root`: as the operator named it; never a path. `reference`: of the library, by
-    content, with its `entry` and `format` there; "" for a `path`."""
+    """The location of an adapter's files.
+
+    `root`: the operator's name for the adapter; never a path. `reference`: its library reference by content,
+    with its
+    `entry` and `format` there; "" for a `path`.
+    """
 
     root: str
     reference: str = ""
@@ -77,7 +96,7 @@ def place_of(version: NamedVersion) -> AdapterPlace:
 
 @dataclass(frozen=True)
 class UnloadedBase:
-    """A base that is not loaded yet. No adapter has its fingerprint."""
+    """A base that is not loaded yet; its fingerprint matches no adapter."""
 
     name: str
     fingerprint: str = "not loaded"
@@ -88,8 +107,11 @@ class UnloadedBase:
 
 
 class Shelf:
-    """`base`: can be replaced, once, by the loaded one. `folders`: from which files may be loaded, with all that is in
-    them. Thread-safe."""
+    """The readable adapters. Thread-safe.
+
+    `base`: can be replaced, once, by the loaded base. `folders`: allowed folders; files anywhere below them
+    can be loaded.
+    """
 
     def __init__(
         self,
@@ -104,15 +126,21 @@ class Shelf:
         self.names = None if library is None else Snapshot(library)
         self._kept: dict[str, AdapterPlace] = {}
         self._recent: dict[str, AdapterPlace] = {}
-        """Recently used locations, the newest last."""
+        """Recently used locations, newest last."""
         self._lock = threading.Lock()
         self._listed: tuple[object, list[NamedVersion]] = (None, [])
 
-    # -- what a reference means --------------------------------------------------------------------------------------
+    # -- looking up references
+    # ---------------------------------------------------------------------------------------
 
     def look(self, reference: str, *, sure: bool = False) -> NamedVersion | None:
-        """What the library has under a reference, from memory; None where it has nothing, or it is no reference. Reads
-        no adapter and asks no database. `sure`: waits for a look at the index that begins now, for who may wait."""
+        """Look up a reference in the in-memory index.
+
+        None if it is unknown or not a reference.
+
+        Reads no adapter and queries no database. `sure`: wait for an index refresh that starts now, for
+        callers that can block.
+        """
         if self.names is None or len(reference) > 200:
             return None
         try:
@@ -122,12 +150,12 @@ class Shelf:
         return (self.names.looked() if sure else self.names.now).find(wanted)
 
     async def fresh(self) -> None:
-        """Wait until what was committed before this call is known, unless the index does not answer."""
+        """Wait until everything committed before this call is visible, unless the index does not answer."""
         if self.names is not None:
             await self.names.fresh()
 
     def listed(self, fingerprint: str) -> list[NamedVersion]:
-        """The latest version of each name that belongs to the base of that fingerprint and could be read."""
+        """The latest readable version of each name that belongs to the base with this fingerprint."""
         if self.names is None:
             return []
         now = self.names.now
@@ -139,10 +167,14 @@ class Shelf:
         if self.names is not None:
             self.names.close()
 
-    # -- where files are ---------------------------------------------------------------------------------------------
+    # -- locating files
+    # ----------------------------------------------------------------------------------------------
 
     def locate(self, source: str) -> AdapterPlace:
-        """The place of a library reference, or of a path in an allowed folder. Raises Refused."""
+        """The location of a library reference, or of a path in an allowed folder.
+
+        Raises Refused.
+        """
         found = self.look(source, sure=True)
         if found is not None:
             return place_of(found)
@@ -153,7 +185,10 @@ class Shelf:
         return AdapterPlace(path.name, path=path)
 
     def _path(self, source: str) -> Path | None:
-        """The real path, inside an allowed folder. What lies outside is as if it were not there."""
+        """The resolved path inside an allowed folder.
+
+        None for paths outside, as if they did not exist.
+        """
         given = Path(source)
         if not source.isprintable() or len(source) > 4096 or ".." in given.parts:
             return None
@@ -168,7 +203,7 @@ class Shelf:
         return None
 
     def _check_inside(self, real: Path, folder: Path) -> None:
-        """No link leads out of the allowed folder, and no more bytes than the limit."""
+        """Raises Refused if a link leads out of the allowed folder, or for more bytes than the limit."""
         inner = real / "adapter"
         parts = (
             [real] if real.is_file() else [p for d in (real, inner) if d.is_dir() for p in islice(d.iterdir(), 5000)]
@@ -184,9 +219,12 @@ class Shelf:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def remember(self, digest: str, place: AdapterPlace) -> None:
-        """Read the adapter with this digest from `place` for running requests; keep the newest `MOST_PLACES`.
+        """Read the adapter with this digest from `place` for running requests.
 
-        A location in the library is preferred to a path."""
+        Keep the newest `MOST_PLACES`.
+
+        A location in the library is preferred to a path.
+        """
         with self._lock:
             old = self._recent.pop(digest, place)
             self._recent[digest] = old if old.reference and not place.reference else place
@@ -199,19 +237,21 @@ class Shelf:
             self._kept[digest] = place
 
     def release(self, digest: str) -> None:
-        """No loaded name refers to this adapter any more; running requests still find its location."""
+        """Record that no loaded name refers to this adapter.
+
+        Running requests still find its location.
+        """
         with self._lock:
             place = self._kept.pop(digest, None)
         if place is not None:
             self.remember(digest, place)
 
     def read(self, digest: str, problems: Problems = lambda adapter: []) -> Adapter:
-        """An adapter that a name meant, from where it was found. Raises Refused."""
+        """The adapter with this digest, read from its known location. Raises Refused."""
         return self.read_from(self._place(digest), problems, digest)
 
     def files(self, digest: str) -> Path:
-        """Where the files of an adapter that a name meant are, for servers that read them by themselves. Raises
-        Refused."""
+        """The path of the files of an adapter, for servers that read them. Raises Refused."""
         return self._files(self._place(digest))
 
     def _place(self, digest: str) -> AdapterPlace:
@@ -224,10 +264,14 @@ class Shelf:
         return place
 
     def read_from(self, place: AdapterPlace, problems: Problems, digest: str = "") -> Adapter:
-        """Read an adapter, and make sure that this base serves it with its full effect. `digest`: what it must be.
+        """Read an adapter, and check that this base serves it with full effect.
 
-        From an allowed folder tensors are copied: a mapped file that somebody writes to would change under requests.
-        Raises Refused."""
+        Raises Refused.
+
+        `digest`: required digest of the adapter. Tensors from an allowed folder are copied: if somebody
+        writes to a mapped file,
+        running requests would see the change.
+        """
         if place.path is not None and not place.path.exists():
             raise unusable("not_found", f"{place.root} is no longer there", status=404)
         try:
@@ -241,7 +285,7 @@ class Shelf:
                 raise unusable("changed", f"{place.root} has changed since it was loaded", status=409)
         except Refused:
             raise
-        except Exception as error:  # readers meet anything in a hostile file
+        except Exception as error:  # readers can raise anything on a hostile file
             raise self._refusal(place, error) from error
         if adapter.new_tokens:
             raise unusable("new_tokens_unsupported", f"{place.root} adds tokens that this base does not have")
@@ -253,7 +297,10 @@ class Shelf:
         return place.path or self._from_library(place)
 
     def _from_library(self, place: AdapterPlace) -> Path:
-        """The files, fetched where they are elsewhere. What fails here is no fault of the adapter's."""
+        """The files in the library, fetched first if stored remotely.
+
+        Errors are not the adapter's fault.
+        """
         assert self.library is not None
         try:
             return self.library.place(place.root, place.entry, place.format)
@@ -266,7 +313,7 @@ class Shelf:
             raise fault(f"the library's copy of {place.root}", error) from error
 
     def _reads_as(self, path: Path, digest: str) -> bool:
-        """Whether it is the same without a base to read it by, as the library's index has it."""
+        """Whether the digest matches when read without a base, as the library's index computes it."""
         return reader.read(path).adapter.digest() == digest
 
     def _refusal(self, place: AdapterPlace, error: Exception) -> Refused:
@@ -288,7 +335,7 @@ class Shelf:
         return unusable(reason, f"{place.root}: {what}")
 
     def _paths(self, place: AdapterPlace) -> dict[str, str]:
-        """What a message may have of this machine's folders, and what clients are told instead."""
+        """Local paths that messages can contain, and what clients see instead."""
         paths = {} if place.path is None else {str(place.path): place.root}
         if self.library is not None:
             paths[self.library.location] = "the library"
@@ -297,16 +344,16 @@ class Shelf:
         return paths
 
     def _sound(self, place: AdapterPlace) -> bool:
-        """Whether the files are an adapter, if not this base's."""
+        """Whether the files are a readable adapter, of any base."""
         try:
             reader.read(self._files(place))
-        except Exception:  # whatever a reader meets: the files are at hand, so it is theirs
+        except Exception:  # the files are present, so any reader error is their fault
             return False
         return True
 
 
 def _folder(folder: str | Path) -> Path:
-    """Raises ConfigError where there is no such folder."""
+    """The resolved folder. Raises ConfigError if it does not exist."""
     try:
         found = Path(folder).expanduser().resolve(strict=True)
     except (OSError, RuntimeError):
