@@ -2,13 +2,13 @@
 
     store       the database: tables, the settings read from them, names and patterns
     keys        API keys, hashed
-    routes      names that lead to versions by weight, and shadows
-    manage      every change of the settings, with its line in the audit log
+    routes      names with weighted targets, and shadows
+    manage      every change of the settings, with its audit entry
     limits      windows and counters in memory
     entry       a request as the ledger records it
     outbox      how usage and answers reach the database: directly (SQLite), or from a local disk (PostgreSQL)
-    ledger      a line for each part of a request, settled once; sums by day, and what was used
-    feedback    answers that are kept, what users say of them, rows to train on
+    ledger      a line for each part of a request, settled once; daily sums, and usage reports
+    feedback    stored answers, users' feedback on them, training rows
     tenants     all of it as the server's Tenancy
     admin       the routes under /admin
 

@@ -1,9 +1,10 @@
-"""What is under /admin, on a key of its own: tenants, keys, limits, prices, routes, usage, audit.
+"""The routes under /admin, for the admin key: tenants, keys, limits, prices, routes, usage, audit.
 
     app.include_router(admin_router(tenants, catalog))
 
-Bodies are strict: a key that is not known is an error that names the nearest. Errors have OpenAI's shape. Names come in
-bodies and queries as well as in paths, for a route may have a slash in it.
+Bodies are strict: an unknown key is an error that names the nearest. Errors have OpenAI's format. Names are
+in bodies and
+queries as well as in paths, because a route's name can contain a slash.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Rotation(_Body):
 
 
 class LimitBody(_Body):
-    """Those that are named are set; null takes one away."""
+    """Sets the named limits; null removes a limit."""
 
     tenant: str = Field(ALL, description='"": all together; "*": each that has none of its own')
     adapter: str = ALL
@@ -77,7 +78,7 @@ class LimitBody(_Body):
 
 
 class PriceBody(_Body):
-    """Millionths for a million tokens."""
+    """A price in millionths per million tokens."""
 
     tenant: str = ALL
     adapter: str = ALL
@@ -87,7 +88,7 @@ class PriceBody(_Body):
 
 
 class TrainingBody(_Body):
-    """Millionths; null: any amount, any number."""
+    """Price and limits of training, in millionths; null for no limit."""
 
     tenant: str = Field(ALL, description='"": each that has no terms of its own')
     price: int = Field(0, description="of a million tokens that are trained")
@@ -96,7 +97,7 @@ class TrainingBody(_Body):
 
 
 class KeptBody(_Body):
-    """Which of a tenant's answers are kept for feedback: under these names, or all; for so many days."""
+    """Which of a tenant's answers are stored for feedback: those under `names`, or all; for `days`."""
 
     days: float
     names: list[str] = []
@@ -125,7 +126,7 @@ class RouteName(_Body):
 
 
 def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
-    """For a server whose `tenants` have an admin key."""
+    """The routes for a server whose `tenants` have an admin key."""
     router = APIRouter(prefix="/admin", tags=["admin"], route_class=AdminRoute, dependencies=[needs("administer")])
     store = tenants.store
     _tenants(router, store)
@@ -342,7 +343,7 @@ def _records(router: APIRouter, store: Store) -> None:
 
 
 class AdminRoute(BodyRoute):
-    """A route for the operator that returns all errors in one format."""
+    """An operator's route that returns all errors in one format."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         inner = super().get_route_handler()
@@ -369,7 +370,7 @@ class AdminRoute(BodyRoute):
         return handle
 
     def _fields(self) -> dict[int, set[str]]:
-        """What the body may hold, by depth."""
+        """The keys that the body can have, by depth."""
         bodies = [p.field_info.annotation for p in self.dependant.body_params]
         return {2: {name for b in bodies for name in getattr(b, "model_fields", ())}, 4: set(Target.model_fields)}
 

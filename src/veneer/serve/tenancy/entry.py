@@ -1,7 +1,8 @@
-"""A request as the ledger records it: what it asked for, one line for each part of its mix, and how it ended.
+"""A request as the ledger records it: the request, one line for each part of its mix, and how it ended.
 
-The price of a part does not depend on the other parts: each line has its adapter's price for all of the request's
-tokens, and the request costs the sum of its lines.
+A part's price does not depend on the other parts: each line charges its adapter's price for all of the
+request's tokens,
+and the request costs the sum of its lines.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _NOTHING = Usage(0, 0, 0)
 
 @dataclass(frozen=True)
 class LedgerLine:
-    """One part of a mix. `digest` "": the base. `adapter`: the operator's name for it."""
+    """One part of a mix. `digest`: "" for the base.
+
+    `adapter`: the operator's name for it.
+    """
 
     digest: str
     adapter: str
@@ -30,7 +34,7 @@ class LedgerLine:
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """What is known of a request when it is admitted. `name`: the client's name for its mix."""
+    """A request as known at admission. `name`: the client's name for its mix."""
 
     request: str
     tenant: str
@@ -74,5 +78,5 @@ class OwedEntry:
 
 
 def day_of(opened: float) -> str:
-    """The UTC day of a time (seconds since 1970), as 2026-11-25."""
+    """The UTC day of a time (seconds since 1970), such as 2026-11-25."""
     return datetime.fromtimestamp(opened, UTC).strftime("%Y-%m-%d")

@@ -1,22 +1,29 @@
-"""Feedback is data: answers that a tenant lets be kept, what its users say of them, and the rows that come of it.
+"""Feedback: stored answers, users' feedback on them, and training rows from both.
 
-    answered        `keeping` says whether the tenant lets it be kept; then the ledger's thread writes it into a SQLite
-                    database, or an outbox on this machine's disk keeps it until PostgreSQL has it: no request waits
-    feedback        on an answer by its id: a thumb, a correction, others that it was chosen over; the last word holds
-    rows            what is exported, as `veneer train` reads it
+    answer          `keeping` checks whether the tenant allows storing it; then the ledger's thread writes it
+    into SQLite,
+                    or an outbox on the local disk holds it until PostgreSQL has it: no request waits
+    feedback        on an answer by its id: a thumb, a correction, answers it was preferred to; the last
+    feedback counts
+    rows            exported for `veneer train`
 
-    supervised      the correction of an answer, else one with a thumb up           messages, tools?
-    preference      a correction against what it corrects; an answer against        prompt, chosen, rejected, tools?
-                    each that it was chosen over
+    supervised      the correction of an answer, or an answer with a thumb up       messages, tools?
+    preference      a correction over the original answer; an answer over each      prompt, chosen, rejected, tools?
+                    that it was preferred to
     unpaired        an answer with a thumb                                          prompt, completion, label, tools?
 
-Nothing is kept of a tenant that has no `FeedbackTerms`. What is kept has the time until which it is: after it, it is
-nobody's, and the next sweep removes it. Of the request's `user` a hash is kept, by which all answers of a user, those
-without feedback too, are removed; answers that were asked for before that and have not come yet are not kept either.
+Nothing is stored for a tenant without `FeedbackTerms`. A stored answer has an expiry time; after it, the
+answer is
+hidden, and the next sweep deletes it. The request's `user` is stored as a hash, by which all answers of a
+user can be
+deleted, with or without feedback; answers requested before the deletion that arrive later are not stored
+either.
 
-While the database is unavailable, feedback returns 503. Answers for PostgreSQL wait in the outbox, up to a limit of
-which one tenant can use half. A tenant's rows in the database are limited too (`files` and `disk` of QuotaLimits). Over
-a limit, answers are sent but not kept, with an entry in the log.
+While the database is unavailable, feedback returns 503. Answers for PostgreSQL wait in the outbox, up to a
+limit of which
+one tenant can use half. A tenant's rows in the database are limited too (`files` and `disk` of QuotaLimits).
+Over a
+limit, answers are sent but not stored, with an entry in the log.
 """
 
 from __future__ import annotations
@@ -52,28 +59,32 @@ _log = logging.getLogger("veneer.serve.tenancy")
 
 FeedbackKind = Literal["supervised", "preference", "unpaired"]
 EVERYTHING = "*"
-"""What of a tenant is forgotten: all its answers. Else the hash of a user, or the id of an answer."""
+"""Deletes all answers of a tenant. Other values are the hash of a user, or the id of an answer."""
 _ROOM = 256 << 20
-"""Bytes of answers that wait for the database on this machine."""
+"""Bytes of answers waiting for the database on this machine."""
 _LOCK = 0x66656564  # "feed": the key of PostgreSQL's advisory lock
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _LARGEST = 1 << 20
-"""Characters of JSON of an answer with its request; a larger one is not kept."""
+"""Maximum characters of JSON of an answer with its request; a larger one is not stored."""
 _MOST, _PAGE = 100, 20
-"""Answers in one transaction, and feedback that is read at once."""
+"""Answers in one transaction, and feedback rows read at once."""
 _MEASURED = 60.0
-"""Seconds after which a tenant's rows in the database are measured again."""
+"""Seconds after which a tenant's rows in the database are counted again."""
 _REMEMBERED = 400 * 86400.0
-"""Seconds for which it is remembered what was forgotten: for answers that wait somewhere."""
+"""Seconds for which deletions are remembered, for answers that arrive late."""
 
-# -- what is kept ------------------------------------------------------------------------------------------------------
+# -- storing answers
+# -----------------------------------------------------------------------------------------------------
 
 
 class KeptAnswers:
-    """The answers that one process keeps, and the feedback on all. Thread-safe."""
+    """Stores the answers of one process, and feedback on all. Thread-safe."""
 
     def __init__(self, store: Store, ledger: Ledger, wall: Callable[[], float]) -> None:
-        """`ledger`: whose thread writes answers, and beside whose outbox answers for PostgreSQL wait."""
+        """Open the store. `ledger`: its thread writes answers.
+
+        PostgreSQL's outbox is in its folder.
+        """
         self.store, self.ledger, self.wall = store, ledger, wall
         self.quotas = Quotas()
         self._logged = -10.0
@@ -86,7 +97,10 @@ class KeptAnswers:
             self._sender = Sender(self._send, "answers kept for feedback")
 
     def keeping(self, caller: Principal, served: Served, request: str) -> KeepAnswer | None:
-        """What takes the answer to a request that comes now; None if the answer is not to be kept."""
+        """A function that stores the answer to a new request.
+
+        None if it is not to be stored.
+        """
         settings = self.store.settings
         keeps = settings.kept.get(caller.tenant)
         names = [name for _, name, _ in served.parts()]
@@ -112,7 +126,7 @@ class KeptAnswers:
         return keep
 
     def _keep(self, text: str, row: Mapping[str, Any]) -> Future[None]:
-        """Raises ValueError for an answer over a limit."""
+        """Store an answer. Raises ValueError for an answer over a limit."""
         tenant = row["tenant"]
         if len(text) > _LARGEST:
             raise ValueError(f"{row['id']} has {len(text):,} characters with its request; the limit is {_LARGEST:,}")
@@ -125,13 +139,16 @@ class KeptAnswers:
         return self.outbox.add(json.dumps([tenant, row["id"]]), text, final=True)
 
     def _log_lost(self, error: BaseException) -> None:
-        """Log that answers are not kept, once in ten seconds."""
+        """Log that answers are not stored, at most once in ten seconds."""
         if time.monotonic() - self._logged > 10.0:
             self._logged = time.monotonic()
             _log.error("answers are not kept for feedback: %s", error)
 
     def flush(self, seconds: float = 10.0) -> None:
-        """Write what has come into the database. Raises the database's errors while it is unavailable."""
+        """Write pending answers into the database.
+
+        Raises the database's errors while it is unavailable.
+        """
         if self.outbox and self._sender:
             self.outbox.writer.flush(seconds)
             self._sender.drain()
@@ -139,7 +156,10 @@ class KeptAnswers:
             self.ledger.writer.flush(seconds)
 
     def close(self) -> None:
-        """What is not in the database by now waits for the next start. To be called before the ledger is closed."""
+        """Stop; answers not yet in the database wait for the next start.
+
+        Call before the ledger closes.
+        """
         if self.outbox and self._sender:
             self.outbox.writer.flush()
             self._sender.close()
@@ -154,7 +174,7 @@ class KeptAnswers:
                         write_all(self._transaction, self._write, texts, _name)
 
     def _send(self) -> bool:
-        """Send some answers of the outbox. Returns whether there can be more."""
+        """Send a batch of the outbox; returns whether there can be more."""
         assert self.outbox is not None
         taken = self.outbox.take(_MOST)
         write_all(self._transaction, self._write, [text for _, text, _ in taken], _name)
@@ -168,8 +188,10 @@ class KeptAnswers:
         return write_transaction(self.store.engine, _LOCK)
 
     def _write(self, c: Connection, texts: Sequence[str]) -> int:
-        """Write answers that the database does not have, that are not forgotten and that the quota has room for.
-        Returns how many there are now."""
+        """Write answers that are new, not deleted and within the quota.
+
+        Returns how many were written.
+        """
         a, g, count = answer_table.c, forgotten_table.c, 0
         for text in texts:
             row = json.loads(text)
@@ -184,8 +206,10 @@ class KeptAnswers:
         return count
 
     def _fits(self, c: Connection, row: Mapping[str, Any], size: int) -> bool:
-        """Whether the tenant's quota has room for an answer. Usage of the database is measured again after a while,
-        because other servers add and remove rows too."""
+        """Whether the tenant's quota has room for an answer.
+
+        Database usage is measured again after a while, because other servers add and remove rows too.
+        """
         tenant = row["tenant"]
         hold, until = self._holds.get(tenant) or (self.quotas.take(tenant), 0.0)
         if time.monotonic() >= until:
@@ -201,11 +225,15 @@ class KeptAnswers:
             return False
         return True
 
-    # -- feedback
+    # -- giving feedback
 
     def give(self, tenant: str, feedback: AnswerFeedback) -> dict[str, Any]:
-        """Keeps what is said of an answer; what was said before of what is said again is gone. Returns what holds.
-        Raises Refused: not_found (404) for an answer that is not kept, whatever the reason; 400."""
+        """Store feedback on an answer, replacing earlier values of the same fields.
+
+        Returns the result.
+
+        Raises Refused: not_found (404) for an answer that is not stored, whatever the reason; 400.
+        """
         self._find(tenant, {feedback.id, *(other for other, _ in feedback.rejected or ())})
         with write_transaction(self.store.engine, _LOCK) as c:
             given = self._choice(c, tenant, feedback.id, feedback.choice, "choice")
@@ -227,7 +255,10 @@ class KeptAnswers:
         return {"object": "feedback", "id": feedback.id, "choice": feedback.choice, **said}
 
     def _find(self, tenant: str, answers: set[str]) -> None:
-        """Make sure that recent answers are in the database. Raises Refused for answers that cannot exist."""
+        """Make sure that recent answers are in the database.
+
+        Raises Refused for impossible ids.
+        """
         for answer in answers:
             if not _ID.fullmatch(answer):
                 raise self._unknown(tenant, answer)
@@ -238,7 +269,7 @@ class KeptAnswers:
             self.flush()
 
     def _choice(self, c: Connection, tenant: str, answer: str, choice: int, param: str) -> tuple[Any, Any]:
-        """(what was asked, the answer)."""
+        """(the request, the answer)."""
         a = answer_table.c
         here = (a.tenant == tenant, a.id == answer, a.expires > self.wall())
         row = c.execute(select(a.asked, a.choices).where(*here)).first()
@@ -250,21 +281,27 @@ class KeptAnswers:
         return json.loads(row.asked), choices[choice]
 
     def _unknown(self, tenant: str, answer: str) -> Refused:
-        """Of an answer that never was, is another tenant's, was not kept, or was removed: nobody can tell which."""
+        """The error for an answer that never existed, belongs to another tenant, or is not stored.
+
+        The cases are indistinguishable to the client.
+        """
         fix = "the `id` of a chat completion of this tenant's that was kept, and whose time is not over"
         if tenant not in self.store.settings.feedback:
             fix = "none of this tenant's are kept; its operator changes that: veneer tenant feedback keep"
         what = f"no answer {quoted(answer, 100)} is kept"
         return Refused(what, status=404, code="not_found", param="id", fix=fix)
 
-    # -- removal
+    # -- deletion
 
     def forget(self, tenant: str, *, user: str | None = None, id: str | None = None) -> int:
-        """Removes what is kept of a user, or one answer, or everything. Returns how many answers went."""
+        """Delete the stored answers of a user, one answer, or everything.
+
+        Returns how many were deleted.
+        """
         if id is not None and not _ID.fullmatch(id):
             return 0
         what = user_hash(tenant, user) if user is not None else id if id is not None else EVERYTHING
-        with contextlib.suppress(OSError, sqlite3.Error):  # else they are left out when they come
+        with contextlib.suppress(OSError, sqlite3.Error):  # else they are dropped when they arrive
             self.flush()
         with write_transaction(self.store.engine, _LOCK) as c:
             gone = forget_answers(c, tenant, what, self.wall())
@@ -273,7 +310,7 @@ class KeptAnswers:
         return gone
 
     def sweep(self) -> int:
-        """Removes what has been kept for its time. Returns how many answers went."""
+        """Delete expired answers; returns how many were deleted."""
         a, f, now, gone = answer_table.c, feedback_table.c, self.wall(), 0
         while True:
             with write_transaction(self.store.engine, _LOCK) as c:
@@ -293,13 +330,17 @@ def _name(text: str) -> str:
 
 
 def user_hash(tenant: str, user: str) -> str:
-    """As what a user is kept: SHA-256 of tenant and user."""
+    """The stored form of a user: SHA-256 of tenant and user."""
     return hashlib.sha256(json.dumps([tenant, user]).encode()).hexdigest()
 
 
 def forget_answers(c: Connection, tenant: str, what: str, now: float) -> int:
-    """Remove kept answers with what was said of them, within a transaction, and remember that those of before `now`
-    which have not come yet are not to be kept. Returns how many went."""
+    """Delete stored answers with their feedback, within a transaction.
+
+    Returns how many were deleted.
+
+    Also records the deletion, so that answers requested before `now` that arrive later are not stored.
+    """
     a, f = answer_table.c, feedback_table.c
     _erase(c)
     one = (a.whose == what) | a.id.in_((what, shadow_id(what)))
@@ -313,19 +354,24 @@ def forget_answers(c: Connection, tenant: str, what: str, now: float) -> int:
 
 
 def _erase(c: Connection) -> None:
-    """What is deleted on this connection is overwritten in its file."""
+    """Make this connection overwrite deleted data in SQLite's file."""
     if c.dialect.name == "sqlite":
         c.exec_driver_sql("PRAGMA secure_delete = ON")
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- feedback values
+# ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class AnswerFeedback:
-    """What is said of a choice of an answer. `said`: which of the rest: what is in it replaces what was said before,
-    None takes it back. `up`: a thumb up or down. `corrected`: the message that should have been the answer.
-    `rejected`: (answer, choice) of each that it was chosen over."""
+    """Feedback on a choice of an answer.
+
+    `said`: which other fields apply: a value replaces the earlier one, None clears it. `up`: thumb up or
+    down. `corrected`:
+    the message that should have been the answer. `rejected`: (answer, choice) of each answer it was preferred
+    to.
+    """
 
     id: str
     choice: int = 0
@@ -335,18 +381,19 @@ class AnswerFeedback:
     said: frozenset[str] = field(default=frozenset({"up", "corrected", "rejected"}))
 
     def values(self) -> dict[str, Any]:
-        """As columns."""
+        """The fields in `said` as columns."""
         found: dict[str, Any] = {"up": self.up}
         found["corrected"] = None if self.corrected is None else json.dumps(self.corrected)
         found["rejected"] = json.dumps(self.rejected) if self.rejected else None
         return {name: value for name, value in found.items() if name in self.said}
 
 
-# -- what comes of it --------------------------------------------------------------------------------------------------
+# -- counts and rows
+# -----------------------------------------------------------------------------------------------------
 
 
 def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
-    """How many answers of a tenant are kept, and how many of them have what."""
+    """Counts of a tenant's stored answers, and of each kind of feedback on them."""
     a, f = answer_table.c, feedback_table.c
     these = (a.tenant == tenant) & (a.expires > now)
     said = (
@@ -366,14 +413,14 @@ def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class KeptAnswer:
-    """An answer that is kept: what was asked, and the assistant's message of each choice."""
+    """A stored answer: the request's messages, and the assistant's message of each choice."""
 
     messages: Sequence[Mapping[str, Any]]
     choices: Sequence[Mapping[str, Any]]
 
 
 def kept_answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> dict[str, KeptAnswer]:
-    """Those of `ids` that are kept of a tenant."""
+    """The stored answers of a tenant among `ids`."""
     a = answer_table.c
     query = select(a.id, a.asked, a.choices).where(a.tenant == tenant, a.expires > now, a.id.in_(ids[:1000]))
     return {r.id: KeptAnswer(json.loads(r.asked)["messages"], json.loads(r.choices)) for r in c.execute(query)}
@@ -382,8 +429,12 @@ def kept_answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> 
 def feedback_rows(
     engine: Engine, tenant: str, kind: str, *, adapter: str | None = None, now: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows for training, in the order in which the feedback came, each once. `adapter`: of answers that were asked for
-    under this name, or given by this adapter, whatever its version. Raises ConfigError for a kind that is none."""
+    """Rows for training, in the order of feedback, without duplicates.
+
+    Raises ConfigError for an unknown kind.
+
+    `adapter`: only answers requested under this name, or given by any version of this adapter.
+    """
     one_of(kind, get_args(FeedbackKind), "a kind of rows", "kind")
     return _rows(engine, tenant, kind, adapter, time.time() if now is None else now)
 

@@ -1,10 +1,12 @@
-"""API keys: made here, shown once, and known afterwards only by their hash.
+"""API keys: generated here, shown once, and stored only as a hash.
 
-    vnr-3f9a0c21d4-Q1x…          vnr-, ten hexadecimal digits that find the row (its id), and a secret
+    vnr-3f9a0c21d4-Q1x…          vnr-, ten hexadecimal digits that identify the row (its id), and a secret
 
-The secret is 256 random bits, so the hash is plain SHA-256 over the whole key. Slow hashes such as bcrypt are for
-passwords, which people choose and others guess: against 2²⁵⁶ possibilities nobody guesses, at any speed, and a slow
-hash at every request would only give whoever sends wrong keys a way to keep the server busy.
+The secret is 256 random bits, so the hash is plain SHA-256 of the whole key. Slow hashes such as bcrypt
+protect passwords,
+which can be guessed; 2²⁵⁶ possibilities cannot be guessed at any speed, and a slow hash per request would let
+a client
+with wrong keys keep the server busy.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def make_key() -> tuple[str, str]:
 
 
 def make_admin_key() -> str:
-    """A new admin key. It is not kept anywhere: the server is given it, or its hash."""
+    """A new admin key; it is not stored: pass it, or its hash, to the server."""
     return f"vnr-admin-{secrets.token_urlsafe(32)}"
 
 
@@ -39,7 +41,7 @@ def key_id(key: str) -> str | None:
 
 
 def hash_key(key: str) -> str:
-    """The hash of a key: all that is kept of it."""
+    """The hash of a key, the only stored part."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -49,17 +51,20 @@ def same(key: str, kept: str) -> bool:
 
 
 def default_database() -> str:
-    """Where tenants are kept unless a command says otherwise."""
+    """The default location of the tenants' database."""
     return str(veneer_home() / "tenants.sqlite")
 
 
 def database_here() -> str | None:
-    """That database, if there is one."""
+    """The default database, if it exists."""
     return default_database() if Path(default_database()).is_file() else None
 
 
 def admin_hash(key: str) -> str:
-    """The hash of an admin key that is given as itself or as `sha256:` and its hash. Raises ConfigError."""
+    """The hash of an admin key, given as the key or as `sha256:` and its hash.
+
+    Raises ConfigError.
+    """
     if key.startswith("sha256:"):
         if not re.fullmatch(r"sha256:[0-9a-f]{64}", key):
             raise ConfigError("the admin key's hash is not a SHA-256 digest", fix="sha256: and 64 hexadecimal digits")

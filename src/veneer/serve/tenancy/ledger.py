@@ -1,22 +1,31 @@
-"""The ledger: a line for each part of each request that was admitted, settled once.
+"""The ledger: a line for each part of each admitted request, settled once.
 
-    SQLite        a thread writes each admission and each end into the database itself, in groups
-    PostgreSQL    both go to an outbox on this machine's disk, and a thread sends them to the database from there
+    SQLite        a thread writes each admission and each end directly into the database, in groups
+    PostgreSQL    both go to an outbox on the local disk, and a thread sends them to the database from there
 
-A request is served once its admission is written, and its last word goes out once its usage is written: no kill loses
-usage. While PostgreSQL is unavailable, requests go on and the outbox keeps what is owed, up to its room; then nobody is
-admitted. While SQLite's disk is full or its file is locked, nobody is admitted; the reserve keeps room for the ends of
-requests that were admitted before.
+A request is served once its admission is written, and its last event is sent once its usage is written: a
+kill loses no
+usage. While PostgreSQL is unavailable, requests continue and the outbox stores what is owed, up to its size;
+then no
+request is admitted. While SQLite's disk is full or its file is locked, no request is admitted; the reserve
+keeps space
+for the ends of requests admitted before.
 
-"Exactly once": a request is known by (server, request), and a server is one run of one process. Posting a request sets
-its state and never adds to it a second time, so a repeated post changes nothing: open, interrupted, done, and never
-back. Whoever starts next on the same folder settles what a dead server left: what its outbox says, and `interrupted`
-(no tokens, no cost) for the rest. If the folder is gone too, what the server had open is interrupted after ten minutes;
-should that server come back, its usage still counts.
+"Exactly once": a request is identified by (server, request), and a server is one run of one process. Posting
+a request
+sets its state and never adds to it, so a repeated post changes nothing; states go open, interrupted, done,
+and never
+back. The next server on the same folder settles what a dead server left: the entries of its outbox, and
+`interrupted` (no
+tokens, no cost) for the rest. If the folder is lost too, the server's open requests become interrupted after
+ten minutes;
+if that server returns, its usage still counts.
 
-Sums by day, and slots of the last minute and day, change in the same transaction by exactly what changed: they are
-never counted from the lines, and cost the same however many lines there are. `usage` reports what was used, by tenant,
-adapter and day, in figures that add up exactly.
+Daily sums, and slots of the last minute and day, change in the same transaction by exactly what changed. They
+are never
+recounted from the lines, so their cost does not grow with the number of lines. `usage` reports usage by
+tenant, adapter
+and day, in figures that add up exactly.
 """
 
 from __future__ import annotations
@@ -75,20 +84,23 @@ _log = logging.getLogger("veneer.serve.tenancy")
 
 
 _SLOT_WIDTHS = {1: 60.0, 1440: 86400.0}
-"""Seconds of a slot -> of its window: sixty to a window."""
+"""Seconds of a slot by window: a window has 60 slots (a minute of one second each, a day of 24 minutes)."""
 _FIGURES = ("prompt", "cached", "completion", "queued", "prefill", "decode")
 _Deltas = dict[tuple[Any, ...], list[Any]]
 
 
 class DuplicateRequest(Exception):
-    """Raised for a request whose id the ledger has already."""
+    """Raised for a request whose id the ledger already has."""
 
 
 def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float, *, unique: bool = False) -> int:
-    """Write requests and their states within a transaction. Returns how many became done.
+    """Write requests and their states within a transaction.
 
-    unique: raise DuplicateRequest for an admission that the database has; otherwise it changes nothing."""
-    if c.dialect.name == "postgresql":  # one writer at a time for a server; SQLite's write lock is one for all
+    Returns how many became done.
+
+    unique: raise DuplicateRequest for an admission that the database has; otherwise it changes nothing.
+    """
+    if c.dialect.name == "postgresql":  # one writer per server; SQLite locks the whole database anyway
         c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
     known = _known(c, server, [each.entry.request for each in owed])
     fresh: list[dict[str, Any]] = []
@@ -134,8 +146,7 @@ def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
 
 
 def _add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], Sequence[Any]]) -> None:
-    """Add figures to the rows of a table by their keys; in the keys' order, so that two who add cannot wait for each
-    other."""
+    """Add figures to the rows of a table by key, in key order, so that writers cannot deadlock."""
     if not deltas:
         return
     keys = [column.name for column in table.primary_key]
@@ -159,7 +170,7 @@ _CHANGE = (
 
 
 def _known(c: Connection, server: str, requests: Sequence[str]) -> dict[str, str]:
-    """Request -> its state, of those that are there."""
+    """Request -> its state, for known requests."""
     found: dict[str, str] = {}
     for i in range(0, len(requests), 500):
         here = (
@@ -185,7 +196,7 @@ def _rows(server: str, owed: OwedEntry) -> list[dict[str, Any]]:
 
 
 def _count_day(by_day: _Deltas, owed: OwedEntry, before: str | None) -> None:
-    """The request as a whole, and each of its adapters."""
+    """Add the request as a whole, and each of its adapters, to the daily sums."""
     if owed.state == "open":
         return
     costs: dict[str, int] = {ALL: sum(owed.costs())}
@@ -201,7 +212,7 @@ def _count_day(by_day: _Deltas, owed: OwedEntry, before: str | None) -> None:
 
 
 def _count_slots(by_slot: _Deltas, server: str, owed: OwedEntry, before: str | None, now: float) -> None:
-    """The request as a whole, and each adapter that a limit may name."""
+    """Add the request as a whole, and each adapter that a limit can name, to the slots."""
     entry = owed.entry
     tokens = owed.tokens() - (OwedEntry(entry).tokens() if before == "open" else 0)
     for width, window in _SLOT_WIDTHS.items():
@@ -227,9 +238,14 @@ class Ledger:
     def __init__(
         self, store: Store, folder: Path, wall: Callable[[], float], *, synced: bool = False, room: int = 32 << 20
     ) -> None:
-        """`folder`: on a disk of this machine, for outboxes and reserves. `room`: bytes of this server's. `synced`:
-        usage outlives a loss of power. Settles what dead servers left there. Raises ResourceError if the disk is
-        full."""
+        """Open the ledger, and settle what dead servers left in `folder`.
+
+        Raises ResourceError if the disk is full.
+
+        `folder`: on a local disk, for outboxes and reserves. `room`: bytes for this server. `synced`: usage
+        survives a power
+        loss.
+        """
         self.store, self.wall, self.folder = store, wall, folder
         self.server = secrets.token_hex(8)
         self.outbox = self.reserve = None
@@ -239,8 +255,8 @@ class Ledger:
         else:
             self.reserve = Reserve(folder, self.server, room)
             self._engine = open_engine(store.where, "the ledger", SERVING_PATIENCE, synced=synced)
-        self._open: dict[str, LedgerEntry] = {}  # requests that run
-        self._ended: dict[str, float] = {}  # when requests ended that the database does not have, the oldest first
+        self._open: dict[str, LedgerEntry] = {}  # running requests
+        self._ended: dict[str, float] = {}  # end times of requests that the database lacks, oldest first
         self._unwritten: dict[str, OwedEntry] = {}  # ends that could not be written
         self._asked, self._logged = 0.0, -10.0
         try:
@@ -253,8 +269,10 @@ class Ledger:
         self._sender = Sender(self._send, "usage")
 
     def open(self, entry: LedgerEntry) -> Future[None]:
-        """The future has its result when the admission is written. Its error is Refused: 400 if the ledger has a
-        request of that id, 503 if no more can be written."""
+        """Record an admission; the future completes when it is written.
+
+        Its error is Refused: 400 if the ledger has a request with that id, 503 if no more can be written.
+        """
         opened: Future[None] = Future()
 
         def written(future: Future[None]) -> None:
@@ -287,24 +305,27 @@ class Ledger:
         return opened
 
     def _log_refusal(self, error: BaseException) -> None:
-        """Log that requests are refused, once in ten seconds."""
+        """Log that requests are rejected, at most once in ten seconds."""
         if time.monotonic() - self._logged > 10.0:
             self._logged = time.monotonic()
             _log.error("requests are refused, for the ledger cannot keep them: %s (%d owed)", error, self.state().owed)
             self._sender.wake()
 
     def settle(self, request: str, usage: Usage) -> Future[None]:
-        """The future has its result when the usage outlives this process; it never has an error."""
+        """Record a request's usage.
+
+        The future completes once the usage survives this process, and never fails.
+        """
         return self._end(request, "done", usage)
 
     def interrupt(self, request: str) -> Future[None]:
-        """Record that the request ended without a bill. The future is that of `settle`."""
+        """Record that the request ended without a bill; the future is as in `settle`."""
         return self._end(request, "interrupted", Usage(0, 0, 0))
 
     def _end(self, request: str, state: EntryState, usage: Usage) -> Future[None]:
         kept: Future[None] = Future()
         entry = self._open.pop(request, None)
-        if entry is None:  # the first end holds
+        if entry is None:  # the first end counts
             kept.set_result(None)
             return kept
         now = self.wall()
@@ -334,7 +355,7 @@ class Ledger:
     # -- into the database ---------------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        """Wake the sender if it has anything to do."""
+        """Wake the sender if it has work."""
         if self.outbox or self._unwritten or (self.reserve and self.reserve.freed):
             self._sender.wake()
 
@@ -343,7 +364,7 @@ class Ledger:
         post(c, self.server, owed, self.wall(), unique=True)
 
     def _send(self) -> bool:
-        """Send some of what the database does not have yet. Returns whether there can be more."""
+        """Send a batch of what the database lacks; returns whether there can be more."""
         if self.reserve and self.reserve.freed and not self._ended:
             with suppress(OSError):
                 self.reserve.claim()
@@ -363,7 +384,7 @@ class Ledger:
         return True
 
     def _post(self, server: str, owed: Sequence[OwedEntry]) -> int:
-        """Post requests of a server. Returns how many became done."""
+        """Post requests of a server; returns how many became done."""
 
         def write(c: Connection, owed: Sequence[OwedEntry]) -> int:
             return post(c, server, owed, self.wall())
@@ -372,7 +393,10 @@ class Ledger:
         return write_all(lambda: write_transaction(self._engine), write, owed, lost)
 
     def flush(self, seconds: float = 10.0) -> bool:
-        """Wait until the database has everything that was recorded. Returns whether it has."""
+        """Wait until the database has everything that was recorded.
+
+        Returns whether it has.
+        """
         deadline = time.monotonic() + seconds
         (self.outbox.writer if self.outbox else self.writer).flush(seconds)
         while self._unwritten or (self.outbox and self.outbox.take(1)):
@@ -390,10 +414,11 @@ class Ledger:
         owed = self.outbox.owed if self.outbox else len(self._ended)
         return LedgerState(owed, lag, self._sender.away or late)
 
-    # -- what dead servers left ----------------------------------------------------------------------------------------
+    # -- recovery of dead servers
+    # ---------------------------------------------------------------------------------------
 
     def recover(self) -> dict[str, int]:
-        """Settle what dead servers left: {"done": as their outboxes say, "interrupted": the rest}."""
+        """Settle what dead servers left: {"done": from their outboxes, "interrupted": the rest}."""
         counts = {"done": 0, "interrupted": 0}
         for path in outboxes(self.folder):
             if not path.stem.endswith(".answers") and not (self.outbox and path == self.outbox.path):
@@ -420,7 +445,7 @@ class Ledger:
                     counts["done"] += self._post(path.stem, ended)
                     counts["interrupted"] += sum(each.state == "interrupted" for each in ended)
         except (BlockingIOError, FileNotFoundError):
-            return  # its process lives, or another has just settled it
+            return  # its process is alive, or another has just settled it
         except sqlite3.DatabaseError as error:
             _log.error("%s cannot be read: %s; its requests that are open are interrupted", path, error)
             path.replace(path.with_suffix(".damaged"))
@@ -439,7 +464,7 @@ class Ledger:
     # -- upkeep --------------------------------------------------------------------------------------------------------
 
     def beat(self) -> None:
-        """Say that this server runs; to be called more often than every ten minutes."""
+        """Record that this server is alive; call at least every ten minutes."""
         with write_transaction(self.store.engine) as c:
             c.execute(delete(server_table).where(server_table.c.server == self.server))
             c.execute(
@@ -448,7 +473,10 @@ class Ledger:
             )
 
     def prune(self, days: float, most: int = 10_000) -> int:
-        """Delete lines that are older, and slots that no window needs; sums stay. Returns how many lines went."""
+        """Delete older lines, and slots that no window needs; sums stay.
+
+        Returns the number of lines deleted.
+        """
         before, gone = self.wall() - days * 86400, 0
         old = (line_table.c.opened < before) & (line_table.c.state != "open")
         while True:
@@ -467,8 +495,11 @@ class Ledger:
     def seen_elsewhere(
         self, window: float, adapters: Iterable[str] | None = None
     ) -> list[tuple[str, str, float, int, int]]:
-        """What other servers, and this one's earlier runs, admitted in the last `window` seconds, in sixty slots:
-        (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: of these alone."""
+        """Usage admitted by other servers and earlier runs in the last `window` seconds, in 60 slots.
+
+        Returns (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: only
+        these.
+        """
         now, s = self.wall(), slot_table.c
         (width,) = (w for w, seconds in _SLOT_WIDTHS.items() if seconds == window)
         query = (
@@ -479,14 +510,17 @@ class Ledger:
         if adapters is not None:
             query = query.where(s.adapter.in_(sorted(adapters)))
         with reading(self.store.engine) as c:
-            # A slot is as young as its youngest: it counts a little longer, never shorter.
+            # A slot's age is that of its newest entry, so entries can count slightly longer, never shorter.
             return [
                 (r.tenant, r.adapter, max(0.0, now - (r.slot + 1) * width), int(r.n), int(r.tokens))
                 for r in c.execute(query)
             ]
 
     def close(self) -> None:
-        """Send what has come; requests that still run are interrupted. What cannot be sent waits for the next start."""
+        """Interrupt running requests and send what is pending.
+
+        What cannot be sent waits for the next start.
+        """
         for request in list(self._open):
             self.interrupt(request)
         if self.outbox:
@@ -498,7 +532,7 @@ class Ledger:
         if self.outbox:
             self.outbox.close()
         elif self.reserve:
-            if sent:  # else whoever starts next finds the reserve and interrupts what is open
+            if sent:  # else the next server finds the reserve and interrupts what is open
                 self.reserve.close()
             self._engine.dispose()
 
@@ -515,16 +549,20 @@ def _duplicate(request: str) -> Refused:
     return invalid(f"the id {request} was used by an earlier request", fix="a new id for each request")
 
 
-# -- what was used -----------------------------------------------------------------------------------------------------
+# -- usage reports
+# ----------------------------------------------------------------------------------------------------
 
 
 BY = ("tenant", "adapter", "day")
 _SUMMED = (
     "requests", "done", "interrupted", "open", "prompt", "cached", "completion", "queued", "prefill", "decode", "cost",
 )  # fmt: skip
-"""`requests` is done + interrupted + open; tokens, seconds and cost (in millionths) are of those that are done. Where
-adapters are told apart, a request counts for each adapter of its mix, with all of its tokens and with that adapter's
-own cost; so costs add up to the whole, in whole millionths, and the others do where nothing was mixed."""
+"""`requests` is done + interrupted + open; tokens, seconds and cost (in millionths) count done requests only.
+
+Grouped by adapter, a request counts for each adapter of its mix, with all of its tokens and that adapter's
+own cost. So
+costs add up to the total, in whole millionths; the other figures do only without mixes.
+"""
 _SECONDS = ("queued", "prefill", "decode")
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
@@ -538,8 +576,10 @@ def usage(
     since: str = "",
     until: str = "",
 ) -> list[dict[str, Any]]:
-    """A row for each combination of `by`, in its order; () for one row of everything. `since`, `until`: days in UTC,
-    both included, when requests were admitted."""
+    """Usage, one row for each combination of `by`, sorted; () for one row of totals.
+
+    `since`, `until`: UTC days of admission, inclusive.
+    """
     for name in by:
         if name not in BY:
             near = nearest(name, BY)
@@ -554,7 +594,7 @@ def usage(
         query = select(*kept, *columns.values()).where(*also).group_by(*kept)
         if tenant is not None:
             query = query.where(t.tenant == tenant)
-        if adapter is not None:  # a name stands for all its versions
+        if adapter is not None:  # a name covers all its versions
             query = query.where((t.adapter == adapter) | t.adapter.startswith(f"{adapter}@", autoescape=True))
         for name, value in (("since", since), ("until", until)):
             if value:
@@ -580,7 +620,10 @@ def usage(
 
 
 def as_csv(rows: Sequence[dict[str, Any]], by: Sequence[str] = BY) -> str:
-    """Rows of `usage` as CSV with a header. Names that a spreadsheet would take for a formula are quoted."""
+    """Rows of `usage` as CSV with a header.
+
+    Names that a spreadsheet would run as formulas are quoted.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, [*by, *_SUMMED], lineterminator="\n")
     writer.writeheader()

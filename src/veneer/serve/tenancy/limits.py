@@ -1,16 +1,20 @@
-"""Limits: what was used in the last minute and the last day, and how many requests run.
+"""Limits: usage of the last minute and the last day, and the number of running requests.
 
-A window is kept in 60 slots, and a slot counts until all of it is older than the window. So in no stretch of time as
-long as the window is more admitted than the limit, not even across the edge of a minute, where a token bucket lets
-twice the limit through. The price is that a slot's amount comes back up to one slot (a second; 24 minutes of a day)
-later.
+A window has 60 slots, and a slot counts until all of it is older than the window. So no period as long as the
+window
+admits more than the limit, not even across a minute boundary, where a token bucket admits twice the limit. In
+exchange, a
+slot's amount is released up to one slot (a second; 24 minutes of a day) late.
 
-A request counts when it is admitted: one request, and the tokens of its prompt and its max_tokens. Its bill puts the
-tokens right, in the slot they were taken from. What was refused took nothing.
+A request counts on admission: one request, and the tokens of its prompt and its max_tokens. Its bill corrects
+the tokens
+in the same slot. A rejected request takes nothing.
 
-Not by the `limits` package: its windows know one amount at a time, cannot take from several scopes or from none, cannot
-put an amount right afterwards, nor count what other servers and earlier runs took, and read the system's clock.
-Knows numbers and scopes; no database, no clock but the one it is given.
+The `limits` package is not used: its windows handle one amount at a time, cannot take from several scopes
+atomically,
+cannot correct an amount later or count other servers and earlier runs, and read the system clock.
+
+Depends on numbers and scopes only; no database, and the given clock.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ _Scope = tuple[str, str]
 
 
 class Window:
-    """The amounts that were taken within the last `seconds`, in slots."""
+    """The amounts taken within the last `seconds`, in slots."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.width = seconds, seconds / _SLOTS
@@ -51,13 +55,13 @@ class Window:
         return self.sum
 
     def add(self, at: float, amount: int) -> int:
-        """Add an amount, negative to give it back, at a time. Returns its slot."""
+        """Add an amount (negative to return it) at a time; returns its slot."""
         slot = math.floor(at / self.width)
         self.put(slot, amount)
         return slot
 
     def put(self, slot: int, amount: int) -> None:
-        """Correct a slot by an amount; one that no longer counts is left alone."""
+        """Correct a slot by an amount; an expired slot is left unchanged."""
         for i in range(len(self.slots) - 1, -1, -1):
             if self.slots[i][0] == slot:
                 self.slots[i][1] += amount
@@ -72,7 +76,7 @@ class Window:
             self.sum += amount
 
     def free_in(self, now: float, amount: int) -> float:
-        """Seconds until `amount` of what counts now has gone."""
+        """Seconds until `amount` of what counts now has expired."""
         for slot, taken in self.slots:
             amount -= taken
             if amount <= 0:
@@ -85,7 +89,10 @@ class Window:
 
 @dataclass
 class ScopeUsage:
-    """What one scope used. `elsewhere`: by other servers, as last seen in the ledger."""
+    """The usage of one scope.
+
+    `elsewhere`: by other servers, as last read from the ledger.
+    """
 
     windows: dict[str, Window] = field(default_factory=lambda: {name: Window(s) for name, s, _ in _WINDOWS})
     elsewhere: dict[str, Window] = field(default_factory=dict)
@@ -93,7 +100,7 @@ class ScopeUsage:
 
 
 class LimitHold:
-    """What one request holds of the limits. What it did not use is given back, once."""
+    """One request's share of the limits; what it did not use is returned once."""
 
     def __init__(self, owner: Limits, taken: list[tuple[ScopeUsage, dict[str, int]]], tokens: int) -> None:
         self._owner, self._taken, self._tokens, self._ended = owner, taken, tokens, False
@@ -115,13 +122,13 @@ class LimitHold:
 
 
 def _scopes(tenant: str, adapters: Iterable[str]) -> list[_Scope]:
-    """The scopes that a request counts in: the server, the tenant, and each adapter over all tenants and in this."""
+    """The scopes a request counts in: the server, the tenant, and each adapter in both."""
     of_tenant = [ALL] if tenant == ALL else [ALL, tenant]
     return [(t, a) for a in dict.fromkeys((ALL, *adapters)) for t in of_tenant]
 
 
 class Limits:
-    """The counters of one server. Thread-safe; nothing here waits."""
+    """The counters of one server. Thread-safe; no method blocks."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self._lock = clock, threading.Lock()
@@ -130,13 +137,16 @@ class Limits:
     def take(
         self, limits: Mapping[_Scope, Limit], tenant: str, adapters: Iterable[str], prompt: int, completion: int
     ) -> LimitHold:
-        """Room for one request in every scope, or nothing is taken and Refused(rate_limited) says when to come back."""
+        """Reserve one request in every scope, or nothing.
+
+        Raises Refused (rate_limited), which states when to retry.
+        """
         tokens = prompt + completion
         with self._lock:
             now = self.clock()
             checked = []
             for scope in _scopes(tenant, adapters) if limits else ():
-                if limit := _limit(limits, scope):  # what nothing limits is not counted
+                if limit := _limit(limits, scope):  # unlimited scopes are not counted
                     checked.append(self._counter(scope))
                     _check(scope, limit, checked[-1], tokens, now)
             taken = []
@@ -149,8 +159,10 @@ class Limits:
     def elsewhere(
         self, limits: Mapping[_Scope, Limit], window: float, seen: Iterable[tuple[str, str, float, int, int]]
     ) -> None:
-        """What other servers used, anew, for the windows that are so long: (tenant, adapter or ALL for whole requests,
-        seconds ago, requests, tokens)."""
+        """Replace the usage of other servers in windows of this length.
+
+        seen: (tenant, adapter or ALL for whole requests, seconds ago, requests, tokens).
+        """
         found: dict[_Scope, dict[str, Window]] = {}
         now = self.clock()
         for tenant, adapter, ago, requests, tokens in sorted(seen, key=lambda row: -row[2]):
@@ -203,7 +215,7 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
 
 
 def _wait(own: Window, other: Window | None, now: float, over: int) -> float:
-    """Seconds until `over` of both windows has gone."""
+    """Seconds until `over` of both windows together has expired."""
     both = Window(own.seconds)
     for window in (own, other):
         for slot, amount in window.slots if window else ():

@@ -1,15 +1,20 @@
-"""Every change of the settings: the one way in for the command line and for the routes under /admin.
+"""Every change of settings, for the command line and the routes under /admin.
 
-Each function checks, changes, and writes the audit line, in one transaction. `who` is whoever asked: `cli:ana`,
-`admin`. Raises ConfigError for what is not there (with the nearest that is), is there already, or cannot be.
+Each function checks, changes, and writes the audit entry, in one transaction. `who`: the actor, such as
+`cli:ana` or
+`admin`. Raises ConfigError for an unknown name (with the nearest known), a duplicate, or an invalid value.
 
-The audit log: who changed what, when, from what to what; each line carries the hash of the line before it.
+The audit log records who changed what, when, and the values before and after; each entry contains the hash of
+the
+previous one.
 
     hash = sha256(number, at, who, what, subject, before, after, previous), as one JSON list
 
-A line that was changed, removed or put in between breaks the chain at its number, and the database itself refuses to
-change or delete lines. Lines cut off at the end break nothing that is still there: keep the head (`veneer tenant audit
---verify` prints it) somewhere else from time to time, and give it back with `--expect`.
+A changed, removed or inserted entry breaks the chain at its number, and the database itself rejects changes
+and deletes.
+Entries cut off at the end break nothing: store the head (`veneer tenant audit --verify` prints it) elsewhere
+from time to
+time, and check it with `--expect`.
 """
 
 from __future__ import annotations
@@ -65,12 +70,16 @@ from veneer.serve.tenancy.store import (
 
 
 FIRST_HASH = "0" * 64
-"""What the first line names as the hash before it."""
+"""The first entry's previous hash."""
 
 
 def append_audit(c: Connection, who: str, what: str, subject: str, before: Any, after: Any) -> str:
-    """Add a line within a transaction of `Store.change`, so that lines follow one another. Returns its hash, the head.
-    `before` and `after`: anything that JSON can say; None for what was not or is no longer there."""
+    """Append an entry within a transaction of `Store.change`.
+
+    Returns its hash, the head.
+
+    `before`, `after`: JSON values; None if there was or is nothing.
+    """
     last = c.execute(
         select(audit_table.c.number, audit_table.c.hash).order_by(audit_table.c.number.desc()).limit(1)
     ).first()
@@ -92,7 +101,10 @@ def append_audit(c: Connection, who: str, what: str, subject: str, before: Any, 
 def audit_lines(
     c: Connection, *, subject: str = "", what: str = "", limit: int = 100, skip: int = 0
 ) -> list[dict[str, Any]]:
-    """Lines of the log, the newest first. `what`: the action, or its beginning: key, key.revoke."""
+    """Entries of the log, newest first.
+
+    `what`: an action or its prefix: key, key.revoke.
+    """
     query = select(audit_table).order_by(audit_table.c.number.desc()).limit(limit).offset(skip)
     if subject:
         query = query.where(audit_table.c.subject == subject)
@@ -103,8 +115,10 @@ def audit_lines(
 
 
 def audit_faults(c: Connection, expect: str = "") -> tuple[str, int, list[str]]:
-    """(head, lines, what is wrong with them) after reading the whole log. `expect`: a head that was seen earlier and
-    has to be the hash of one of the lines."""
+    """Verify the whole log: (head, number of entries, faults).
+
+    `expect`: an earlier head, which must be the hash of an entry.
+    """
     previous, number, seen = FIRST_HASH, 0, expect in ("", FIRST_HASH)
     wrong = []
     for line in _all(c):
@@ -148,8 +162,10 @@ def get_tenant(store: Store, name: str) -> Tenant:
 def add_tenant(
     store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), who: str, now: float | None = None
 ) -> Tenant:
-    """Add a tenant. `weight`: its share where requests of several tenants wait. `adapters`: patterns of the names it
-    sees."""
+    """Add a tenant.
+
+    `weight`: its share of the engine under load. `adapters`: patterns of the names it sees.
+    """
     check_tenant(name)
     _check_weight(weight)
     patterns = sorted({check_pattern(p) for p in adapters})
@@ -167,7 +183,7 @@ def add_tenant(
 def change_tenant(
     store: Store, name: str, *, weight: float | None = None, enabled: bool | None = None, who: str
 ) -> Tenant:
-    """Change a tenant's weight, or disable it: it keeps everything, and its keys are refused."""
+    """Change a tenant's weight, or disable it: its data stays, and its keys are rejected."""
     values: dict[str, Any] = {}
     if weight is not None:
         values["weight"] = _check_weight(weight)
@@ -194,8 +210,10 @@ _OF_A_TENANT = (
 
 
 def remove_tenant(store: Store, name: str, *, who: str) -> None:
-    """Remove a tenant with its keys, grants, limits, prices, routes, and answers that were kept. What it used stays in
-    the ledger, and its past in the audit log."""
+    """Remove a tenant with its keys, grants, limits, prices, routes, and stored answers.
+
+    Its usage stays in the ledger, and its history in the audit log.
+    """
     with store.change() as c:
         before = tenant_row(c, name)
         for table in _OF_A_TENANT:
@@ -208,7 +226,10 @@ def remove_tenant(store: Store, name: str, *, who: str) -> None:
 def grant(
     store: Store, tenant: str, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str
 ) -> tuple[str, ...]:
-    """Change the patterns of the names that a tenant sees; tenant ALL: those that every tenant sees. Returns them."""
+    """Change the patterns of names that a tenant sees, or with ALL, every tenant.
+
+    Returns the patterns.
+    """
     with store.change() as c:
         if tenant != ALL:
             tenant_row(c, tenant)
@@ -222,8 +243,12 @@ def grant(
 
 
 def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str) -> tuple[str, ...]:
-    """Change the patterns of the adapters, and of the base, under which tenants share what was computed of prompts that
-    begin alike. Whoever shares it can find out by a prompt of its own what others have asked. Returns them."""
+    """Change the patterns of adapters (and the base) whose prompt cache tenants share.
+
+    Returns the patterns.
+
+    A tenant that shares the cache can probe which prompts others have sent.
+    """
     with store.change() as c:
         row = c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON))
         before: list[str] = json.loads(row or "[]")
@@ -235,7 +260,10 @@ def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[st
 
 
 def _patterns(before: list[str], add: Iterable[str], remove: Iterable[str]) -> list[str]:
-    """Raises ConfigError for what is no pattern, or is to be removed and is not there."""
+    """The changed patterns.
+
+    Raises ConfigError for an invalid pattern, or for removing an unknown one.
+    """
     more, fewer = {check_pattern(p) for p in add}, set(remove)
     for pattern in sorted(fewer - set(before)):
         raise unknown_name("pattern", pattern, before)
@@ -248,8 +276,10 @@ def _patterns(before: list[str], add: Iterable[str], remove: Iterable[str]) -> l
 def make_tenant_key(
     store: Store, tenant: str, *, label: str = "", expires: float | None = None, who: str, now: float | None = None
 ) -> tuple[KeyRow, str]:
-    """Make a key. Returns what is kept of it, and the key itself, which cannot be shown again. `expires`: seconds since
-    1970."""
+    """Create a key; returns the stored row and the key itself, which cannot be shown again.
+
+    `expires`: seconds since 1970.
+    """
     with store.change() as c:
         tenant_row(c, tenant)
         made, key = _new_key(c, tenant, label, expires, time.time() if now is None else now)
@@ -258,14 +288,14 @@ def make_tenant_key(
 
 
 def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
-    """The keys of a tenant, or of all tenants, the oldest first."""
+    """The keys of a tenant, or of all tenants, oldest first."""
     if tenant is not None:
         get_tenant(store, tenant)
     return [k for k in store.look().keys.values() if tenant in (None, k.tenant)]
 
 
 def revoke_key(store: Store, key: str, *, tenant: str | None = None, who: str, now: float | None = None) -> KeyRow:
-    """Refuse `key` (an id) from the next request on. `tenant`: whose key it has to be."""
+    """Revoke `key` (an id) from the next request on. `tenant`: its required owner."""
     with store.change() as c:
         before = _key(c, key, tenant)
         revoked = before.revoked if before.revoked is not None else (time.time() if now is None else now)
@@ -278,8 +308,10 @@ def revoke_key(store: Store, key: str, *, tenant: str | None = None, who: str, n
 def rotate_key(
     store: Store, key: str, *, grace: float = 0.0, tenant: str | None = None, who: str, now: float | None = None
 ) -> tuple[KeyRow, str]:
-    """A new key in the place of `key` (an id), with its label and as long a life; the old one ends after `grace`
-    seconds, or when it would have ended anyway."""
+    """Replace `key` (an id) by a new key with its label and lifetime.
+
+    The old key expires after `grace` seconds, or at its own expiry if that is earlier.
+    """
     at = time.time() if now is None else now
     if not 0 <= grace <= 366 * 86400:
         raise ConfigError(f"the grace is {grace} seconds", where="grace", fix="from 0 to a year")
@@ -297,7 +329,7 @@ def rotate_key(
 
 
 def show_key(key: KeyRow) -> dict[str, Any]:
-    """What may be shown of a key."""
+    """The fields of a key that can be shown."""
     return {name: value for name, value in asdict(key).items() if name != "hash"}
 
 
@@ -323,10 +355,14 @@ def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
 
 
 def set_limit(store: Store, tenant: str, adapter: str, values: Mapping[str, int | None], *, who: str) -> Limit | None:
-    """Set those of LIMITS that are in `values`; None takes one away. Returns what holds now; None for no limit at all.
+    """Set the limits named in `values`; None removes one.
 
-    tenant acme: of this tenant; EACH: of each tenant that has none of its own; ALL: of all tenants together.
-    adapter: of requests that this adapter answers, whatever its version; ALL: of all adapters together."""
+    Returns the limits now in force; None if there are none.
+
+    tenant acme: this tenant; EACH: each tenant without limits of its own; ALL: all tenants together. adapter:
+    requests
+    answered by any version of this adapter; ALL: all adapters together.
+    """
     for name, value in values.items():
         if name not in LIMITS:
             raise unknown_name("limit", name, LIMITS)
@@ -343,7 +379,10 @@ def set_limit(store: Store, tenant: str, adapter: str, values: Mapping[str, int 
 
 
 def set_price(store: Store, tenant: str, adapter: str, price: Price | None, *, who: str) -> Price | None:
-    """What a million tokens cost: of this tenant for this adapter, ALL: of any. None takes the price away."""
+    """Set the price of a million tokens for this tenant and adapter, ALL for any.
+
+    None removes the price.
+    """
     if price is not None:
         for name, value in asdict(price).items():
             if not 0 <= value <= 10**12:
@@ -355,8 +394,10 @@ def set_price(store: Store, tenant: str, adapter: str, price: Price | None, *, w
 
 
 def set_training(store: Store, tenant: str, terms: TrainingTerms | None, *, who: str) -> TrainingTerms | None:
-    """Set what training costs a tenant and how much it can train; ALL: each tenant without terms of its own. None
-    removes the terms."""
+    """Set a tenant's price and limits of training; ALL: each tenant without its own.
+
+    None removes them.
+    """
     if tenant != ALL:
         check_tenant(tenant)
     for name, value in asdict(terms).items() if terms is not None else ():
@@ -367,8 +408,14 @@ def set_training(store: Store, tenant: str, terms: TrainingTerms | None, *, who:
 
 
 def set_feedback(store: Store, tenant: str, terms: FeedbackTerms | None, *, who: str) -> FeedbackTerms | None:
-    """Which of a tenant's answers are kept, and how long; None: none from now on. What is there stays until its time is
-    over, which fewer days make sooner. `tenant` ALL: of those who ask without being one, on a server that is open."""
+    """Set which of a tenant's answers are stored, and how long.
+
+    None: none from now on.
+
+    Stored answers stay until they expire, which fewer days bring forward. `tenant` ALL: requests without a
+    tenant, on an open
+    server.
+    """
     if terms is not None:
         if not 0 < terms.days <= 3660:
             raise ConfigError(f"answers are kept {terms.days:g} days", where="days", fix="more than 0, at most 3660")
@@ -390,7 +437,10 @@ def set_feedback(store: Store, tenant: str, terms: FeedbackTerms | None, *, who:
 
 
 def remove_answers(store: Store, tenant: str, *, user: str | None = None, who: str, now: float | None = None) -> int:
-    """Remove the answers that are kept of a tenant, or of one of its users. The audit log says how many, not whose."""
+    """Delete the stored answers of a tenant, or of one of its users.
+
+    The audit log omits the user.
+    """
     with store.change() as c:
         if tenant != ALL:
             tenant_row(c, tenant)
@@ -420,7 +470,10 @@ def _replace(
     what: str,
     who: str,
 ) -> dict[str, Any] | None:
-    """Replace the row of `key`, whose first part is a tenant, by what `changed` makes of it. None: there is no row."""
+    """Replace the row of `key`, whose first part is a tenant, by `changed(row)`.
+
+    None: no row.
+    """
     here = [table.c[name] == value for name, value in key.items()]
     with store.change() as c:
         if key["tenant"] not in (ALL, EACH):
@@ -435,11 +488,12 @@ def _replace(
     return after
 
 
-# -- what others report, and words -------------------------------------------------------------------------------------
+# -- other changes, and parsing
+# --------------------------------------------------------------------------------------------
 
 
 def note(store: Store, who: str, what: str, subject: str, before: Any = None, after: Any = None) -> None:
-    """An audit line for what is changed elsewhere: adapter.load, adapter.unload."""
+    """Write an audit entry for a change made elsewhere: adapter.load, adapter.unload."""
     with store.change() as c:
         append_audit(c, who, what, subject, before, after)
 

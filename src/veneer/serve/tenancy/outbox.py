@@ -1,15 +1,17 @@
-"""How usage and kept answers reach the database, whatever happens to the process, the disk or the database.
+"""Delivers usage and stored answers to the database, despite failures of process, disk or database.
 
-    Writer     a thread that commits what other threads put, in groups
-    Outbox     a queue on a local disk, for a PostgreSQL that can be unavailable: a SQLite file for one run of a process
-    Sender     a thread that empties such a queue into the database, and tries again while the database is unavailable
+    Writer     a thread that commits other threads' items, in groups
+    Outbox     a queue on a local disk, for a PostgreSQL that can be unavailable: a SQLite file per run of a process
+    Sender     a thread that empties a queue into the database, and retries while the database is unavailable
     Reserve    bytes of disk for a ledger in SQLite, which is written directly: freed when the disk is full
 
-The lock of an Outbox's or a Reserve's file says that its process lives: the lock ends with the process at any death.
-Whoever starts next on the folder settles what an unlocked file left behind.
+A lock on the file of an Outbox or Reserve shows that its process is alive: the lock ends with the process,
+however it
+dies. The next server on the folder settles what an unlocked file contains.
 
-Committed means in the hands of the operating system: a commit outlives the process, killed in any way. `synced`: on
-the disk: a commit outlives a loss of power too, for the time of one fsync for each group.
+Committed means written to the operating system: a commit survives a killed process. `synced`: written to
+disk: a commit
+also survives a power loss, at the cost of one fsync per group.
 """
 
 from __future__ import annotations
@@ -42,14 +44,17 @@ _BATCH = 1000
 C = TypeVar("C")
 T = TypeVar("T")
 Write = Callable[[C, list[Any]], object]
-"""Writes items within a transaction. It can be called several times, of which one is committed."""
+"""Writes items within a transaction. Can be called several times, of which one is committed."""
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
 class Writer(Generic[C]):
-    """A thread that commits items in groups, in the order in which they came. `transaction`: commits at its end."""
+    """A thread that commits items in groups, in order.
+
+    `transaction`: commits at its end.
+    """
 
     def __init__(self, transaction: Callable[[], AbstractContextManager[C]], name: str) -> None:
         self.transaction = transaction
@@ -59,9 +64,12 @@ class Writer(Generic[C]):
         self._thread.start()
 
     def put(self, write: Write[C], item: Any = None) -> Future[None]:
-        """Call from any thread. The future has its result, or the error of `write`, after the commit."""
+        """Queue an item, from any thread.
+
+        The future completes after the commit, or with the error of `write`.
+        """
         done: Future[None] = Future()
-        done.set_running_or_notify_cancel()  # from here on no caller can cancel it
+        done.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         if self._closing:
             done.set_exception(ResourceError("the ledger is closed"))
         else:
@@ -69,11 +77,11 @@ class Writer(Generic[C]):
         return done
 
     def flush(self, seconds: float = 10.0) -> None:
-        """Wait until everything that was put before is committed."""
+        """Wait until everything queued before is committed."""
         self.put(lambda c, items: None).result(seconds)
 
     def close(self, seconds: float = 10.0) -> None:
-        """Commit what has come and stop."""
+        """Commit what is queued and stop."""
         self._closing = True
         self._items.put(None)
         self._thread.join(seconds)
@@ -89,7 +97,10 @@ class Writer(Generic[C]):
                 self._commit(items)
 
     def _commit(self, batch: Sequence[tuple[Write[C], Any, Future[None]]]) -> None:
-        """Commit a batch in one transaction; if that fails, each item alone, so that an item fails only for itself."""
+        """Commit a batch in one transaction.
+
+        If that fails, each item separately, so only bad items fail.
+        """
         try:
             with self.transaction() as c:
                 for write, items in groupby(batch, key=lambda each: each[0]):
@@ -99,7 +110,7 @@ class Writer(Generic[C]):
                 for each in batch:
                     self._commit([each])
                 return
-            for _, _, done in batch:  # an unavailable database is unavailable for all of them
+            for _, _, done in batch:  # an unavailable database fails all of them
                 done.set_exception(error)
             return
         for _, _, done in batch:
@@ -112,8 +123,11 @@ def write_all(
     items: Sequence[T],
     shown: Callable[[T], str],
 ) -> int:
-    """Write items in one transaction; if the database refuses one of them, log it as `shown` and write the others.
-    Returns the sum of what `write` returns. Raises the error if the database is unavailable."""
+    """Write items in one transaction; returns the sum of what `write` returns.
+
+    If the database rejects an item, log it as `shown` and write the others. Raises the error if the database
+    is unavailable.
+    """
     try:
         with transaction() as c:
             return write(c, items)
@@ -127,10 +141,10 @@ def write_all(
 
 
 class Sender:
-    """A thread that calls `step` until it returns False, whenever `wake` is called, and after a pause if it raised."""
+    """A thread that calls `step` until it returns False, on each `wake`, and after a pause if it raised."""
 
     def __init__(self, step: Callable[[], bool], what: str) -> None:
-        """`what`: for the log, as in "usage"."""
+        """Start the thread. `what`: name for the log, such as "usage"."""
         self.away = False
         self._step, self._what = step, what
         self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), threading.Event()
@@ -141,13 +155,16 @@ class Sender:
         self._wake.set()
 
     def drain(self) -> None:
-        """Call `step` from this thread until it returns False. Raises what `step` raises."""
+        """Call `step` from this thread until it returns False.
+
+        Raises the errors of `step`.
+        """
         with self._lock:
             while self._step():
                 pass
 
     def close(self) -> bool:
-        """Send what has come and stop. Returns whether the thread ended."""
+        """Send what is queued and stop; returns whether the thread ended."""
         self._closing.set()
         self._wake.set()
         self._thread.join(15)
@@ -158,11 +175,11 @@ class Sender:
         while True:
             self._wake.wait(pause or None)
             self._wake.clear()
-            last = self._closing.is_set()  # what was put before it was set is sent below
+            last = self._closing.is_set()  # items queued before it was set are sent below
             try:
                 self.drain()
                 pause, self.away = 0.0, False
-            except Exception as error:  # whatever it is, nothing is lost
+            except Exception as error:  # nothing is lost, whatever the error
                 if not self.away:
                     _log.warning("%s stays on this machine until the database answers: %s", self._what, error)
                 self.away, pause = True, min(5.0, pause * 2 or 0.2)
@@ -185,7 +202,7 @@ _PAD = 300
 """Characters by which the last body of an item can be longer than its first."""
 _LOG_BYTES = 8 << 20
 _CHECKPOINT_PAGES = 256
-"""Pages after which SQLite's log starts again."""
+"""Pages after which SQLite restarts its log."""
 _SPARE_PAGES = 16
 """Free pages that SQLite needs to delete rows."""
 _EMPTY_SECONDS = 3600.0
@@ -199,13 +216,18 @@ class NoRoom(Exception):
 class Outbox:
     """A queue on a local disk. Thread-safe; no method waits for the database.
 
-    With `claim` the file has its full size from the start, its log has the size that a group of items needs, and
-    neither grows: a full disk never keeps the end of an item that was added from being written. An item has two bodies:
-    the first from `add`, the last from `end`."""
+    With `claim` the file has its full size from the start, its log has the size that a group of items needs,
+    and neither
+    grows: a full disk never prevents writing the end of an added item. An item has two bodies: the first from
+    `add`, the last
+    from `end`.
+    """
 
     def __init__(self, path: Path, *, room: int, claim: bool = True, synced: bool = False) -> None:
-        """`room`: bytes; `add` fails beyond it. Without `claim`, deleted bodies are overwritten in the file. Raises
-        ResourceError if the disk does not have the room."""
+        """Create the file. Raises ResourceError if the disk does not have `room` bytes.
+
+        `add` fails beyond `room`. Without `claim`, deleted bodies are overwritten in the file.
+        """
         self.path, self.owed, self._claim = path, 0, claim
         self._mutex = threading.RLock()
         self._unwritten: dict[str, str] = {}
@@ -222,16 +244,23 @@ class Outbox:
         self.writer = Writer(self._transaction, "veneer-outbox")
 
     def add(self, key: str, body: str, *, final: bool = False) -> Future[None]:
-        """Add an item; `final`: no `end` follows. The future has its result when the item is written, or the error:
-        sqlite3.IntegrityError if the outbox has the key, NoRoom or another of sqlite3 if there is no room."""
+        """Add an item; the future completes when it is written. `final`: no `end` follows.
+
+        The future's error: sqlite3.IntegrityError for a duplicate key, NoRoom or another sqlite3 error if
+        there is no room.
+        """
         row = (key, body if final else body.ljust(len(body) + _PAD), int(final))
         added = self.writer.put(self._insert, row)
         added.add_done_callback(lambda future: self._count(0 if future.exception() else 1))
         return added
 
     def end(self, key: str, body: str) -> Future[None]:
-        """Replace an item's body; the first end holds. The future has its result when the body is written, and never
-        an error: a body that cannot be written is logged, kept in memory and sent from there."""
+        """Replace an item's body; the first end counts.
+
+        The future completes when the body is written.
+
+        The future never fails: a body that cannot be written is logged, kept in memory and sent from there.
+        """
         kept: Future[None] = Future()
 
         def written(future: Future[None]) -> None:
@@ -245,7 +274,7 @@ class Outbox:
         return kept
 
     def take(self, most: int) -> list[tuple[str, str, bool]]:
-        """Up to `most` items to send, the oldest first: (key, body, whether it is the last body)."""
+        """Up to `most` items to send, oldest first: (key, body, whether it is the last body)."""
         with self._mutex:
             late = dict(self._unwritten)
             marks = ", ".join("?" * len(late))
@@ -254,7 +283,10 @@ class Outbox:
         return [(key, late.get(key, body), bool(final) or key in late) for key, body, final in rows]
 
     def sent(self, items: Sequence[tuple[str, str, bool]]) -> None:
-        """Record that the database has these items of `take`; those with their last body are deleted here."""
+        """Record that the database has these items of `take`.
+
+        Delete those with their last body.
+        """
         ended = [(key,) for key, _, final in items if final]
         with self._transaction() as c:
             c.executemany("DELETE FROM owed WHERE key = ?", ended)
@@ -265,7 +297,7 @@ class Outbox:
         self._count(-len(ended))
 
     def close(self) -> None:
-        """Stop. What is still owed stays in the file."""
+        """Stop; what is still owed stays in the file."""
         self.writer.close()
         with self._mutex:
             empty = not self._unwritten and not self.connection.execute("SELECT 1 FROM owed LIMIT 1").fetchone()
@@ -285,7 +317,10 @@ class Outbox:
         c.executemany("UPDATE owed SET body = ?, final = 1 WHERE key = ? AND final = 0", rows)
 
     def _make(self, synced: bool, room: int) -> None:
-        """Create the table and, with `claim`, free pages in the file; the log is as long as the first step of these."""
+        """Create the table and, with `claim`, free pages in the file.
+
+        The log gets the size of the first step of these pages.
+        """
         c = self.connection
         c.execute("PRAGMA journal_mode = WAL")
         c.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
@@ -330,14 +365,20 @@ def no_room(folder: Path, needed: int, error: Exception) -> ResourceError:
 
 
 def outboxes(folder: Path) -> list[Path]:
-    """The outboxes in a folder, by their names; every other file is left alone."""
+    """The outboxes in a folder, by name; other files are ignored."""
     return sorted(path for path in folder.glob("*.sqlite") if _NAME.fullmatch(path.name))
 
 
 @contextlib.contextmanager
 def left_behind(path: Path) -> Iterator[Iterator[list[str]]]:
-    """The bodies in a dead process's outbox, in batches. Its files are deleted at the end of the block, unless the
-    block raises. Raises BlockingIOError if the process lives, FileNotFoundError if there is no such outbox."""
+    """The bodies in a dead process's outbox, in batches.
+
+    Its files are deleted after the block.
+
+    If the block raises, the files stay. Raises BlockingIOError if the process is alive, FileNotFoundError if
+    there is no such
+    outbox.
+    """
     try:
         c = _connect(path, wait=0.0)
     except sqlite3.OperationalError as error:
@@ -349,7 +390,7 @@ def left_behind(path: Path) -> Iterator[Iterator[list[str]]]:
             yield iter(())
         else:
             yield _batches(c)
-        for each in _files(path):  # while the lock is held: no other process finds them
+        for each in _files(path):  # while locked: no other process finds them
             each.unlink(missing_ok=True)
     finally:
         c.close()
@@ -362,7 +403,7 @@ def _batches(c: sqlite3.Connection) -> Iterator[list[str]]:
 
 
 def _connect(path: Path, wait: float) -> sqlite3.Connection:
-    """A connection that holds the file's one lock until it is closed."""
+    """A connection that holds the file's only lock until it is closed."""
     if wait == 0.0 and not path.exists():
         raise sqlite3.OperationalError("no such file")
     c = sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
@@ -384,11 +425,13 @@ def _files(path: Path) -> list[Path]:
 
 
 class Reserve:
-    """A locked file of `room` bytes on the disk of a ledger in SQLite. Freed, it makes room for the ends of requests
-    that were admitted before the disk was full."""
+    """A locked file of `room` bytes on the disk of a ledger in SQLite.
+
+    Freeing it makes space for the ends of requests that were admitted before the disk was full.
+    """
 
     def __init__(self, folder: Path, server: str, room: int) -> None:
-        """Raises ResourceError if the disk does not have the room."""
+        """Create the file. Raises ResourceError if the disk does not have the room."""
         self.path, self.freed, self._room = folder / f"{server}.lock", True, room
         private_folder(folder)
         new = folder / f"{server}.new"
@@ -396,14 +439,14 @@ class Reserve:
         try:
             take_lock(self._fd)
             self.claim()
-            new.replace(self.path)  # nobody sees the file without its lock
+            new.replace(self.path)  # the file never appears without its lock
         except OSError as error:
             os.close(self._fd)
             new.unlink(missing_ok=True)
             raise no_room(folder, room, error) from error
 
     def claim(self) -> None:
-        """Claim the bytes. Raises OSError if the disk does not have them."""
+        """Allocate the bytes. Raises OSError if the disk does not have them."""
         try:
             for at in range(0, self._room, 1 << 20):
                 os.pwrite(self._fd, bytes(min(1 << 20, self._room - at)), at)
@@ -423,8 +466,12 @@ class Reserve:
 
 @contextlib.contextmanager
 def dead_reserve(path: Path) -> Iterator[None]:
-    """Hold a dead process's reserve; it is deleted at the end of the block, unless the block raises. Raises
-    BlockingIOError if the process lives, FileNotFoundError if there is no such file."""
+    """Hold a dead process's reserve.
+
+    It is deleted after the block, unless the block raises.
+
+    Raises BlockingIOError if the process is alive, FileNotFoundError if there is no such file.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         take_lock(fd)
@@ -435,5 +482,5 @@ def dead_reserve(path: Path) -> Iterator[None]:
 
 
 def reserves(folder: Path) -> list[Path]:
-    """The reserves in a folder, by their names; every other file is left alone."""
+    """The reserves in a folder, by name; other files are ignored."""
     return sorted(path for path in folder.glob("*.lock") if re.fullmatch(r"[0-9a-f]{16}", path.stem))

@@ -1,15 +1,21 @@
-"""Routes, names that lead to versions by weight: `support` answers with v1 for 90 % of users and with v2 for 10 %,
-always the same one for the same user; a shadow's answer is compared and never sent; the last move can be taken back at
-once.
+"""Routes: names with weighted targets, so `support` can answer with v1 for 90 % of users and v2 for 10 %.
 
-A route has 10,000 buckets, each owned by a target. A user falls into one by hash; where nobody says who the user is,
-the tenant does; where there is no tenant, each request falls anew. When weights move, only so many buckets change
-hands as the shares differ, so a user that need not move stays. A move keeps who owned what, and a rollback makes the
-move before current again: the very same users are back where they were.
+A user always gets the same target. A shadow's answer is compared and never sent. A rollback undoes the last
+move.
 
-A route belongs to a tenant, or is everybody's (tenant ALL); a tenant's own comes first. Own routes are visible without
-a grant, and so is what they lead to, for that is why an operator makes them. What a route is to lead to is checked
-before it moves. A library's alias, `support@prod`, is another thing: one pointer to one version.
+A route has 10,000 buckets, each owned by a target. A user is hashed to a bucket; without a user, the tenant
+is; without a
+tenant, each request gets a random bucket. When weights change, only as many buckets change owner as the
+shares differ, so
+most users stay. A move stores the owners, and a rollback makes the previous move current again: every user is
+back where
+they were.
+
+A route belongs to one tenant, or to all (tenant ALL); a tenant's own comes first. A tenant sees its own
+routes and their
+targets without a grant. Targets are checked before a route moves to them. A library alias such as
+`support@prod` is
+different: it points to one version.
 """
 
 from __future__ import annotations
@@ -51,25 +57,31 @@ Runs = tuple[tuple[str, int], ...]
 
 
 class RouteMoved(ConfigError):
-    """Raised where a route does not lead any more to where it did when a move was decided."""
+    """Raised if a route has moved since a move was planned."""
 
 
-# -- who answers -------------------------------------------------------------------------------------------------------
+# -- choosing a target
+# ---------------------------------------------------------------------------------------------------
 
 
 class TenantRoutes:
-    """What a server asks at each request. All answers are from memory, as of the last look at the settings, which
-    `Tenants.caller` takes for each request."""
+    """The routes at request time, answered from memory as of the last refresh of the settings.
+
+    `Tenants.caller` refreshes the settings for each request.
+    """
 
     def __init__(
         self, store: Store, put: Callable[..., Future[None]], *, keep: int = 10_000, pick: random.Random | None = None
     ) -> None:
-        """`put`: of the ledger's `Writer`. `keep`: how many comparisons with shadows are kept, the newest."""
+        """`put`: the ledger's `Writer.put`.
+
+        `keep`: number of newest shadow comparisons kept.
+        """
         self._store, self._put, self._keep = store, put, keep
         self._pick = pick or random.Random()
 
     def find(self, route: str, caller: Principal) -> Route | None:
-        """The route of that name as the caller sees it."""
+        """The route of that name for the caller, or None."""
         known = self._store.settings.routes
         own = known.get((caller.tenant, route)) if caller.kind == "tenant" else None
         if own is not None:
@@ -83,7 +95,7 @@ class TenantRoutes:
         return sorted(name for name in known if self.find(name, caller))
 
     def choose(self, route: str, caller: Principal) -> str | None:
-        """The adapter that answers this caller; None where there is no such route for them."""
+        """The adapter that answers this caller; None if the caller has no such route."""
         found = self.find(route, caller)
         if found is None:
             return None
@@ -91,14 +103,17 @@ class TenantRoutes:
         return owner(found.runs, bucket(route, who) if who else self._pick.randrange(BUCKETS))
 
     def shadow(self, route: str, caller: Principal | None = None) -> str | None:
-        """The adapter that answers this request too, unseen; None for most requests where the fraction is small."""
+        """The shadow for this request.
+
+        None if there is none or the request is not sampled.
+        """
         found = self.find(route, caller or STRANGER)
         if found is None or found.shadow is None or self._pick.random() >= found.fraction:
             return None
         return found.shadow
 
     def note_shadow(self, answer: ShadowAnswer) -> Future[None]:
-        """Keep how two answers differ, without the answers."""
+        """Record how two answers differ, without the texts."""
         texts, failed = answer.distance is None, answer.outcome == "failed"
         row: dict[str, Any] = {
             "at": time.time(),
@@ -125,7 +140,7 @@ class TenantRoutes:
 
 
 def bucket(route: str, who: str) -> int:
-    """The bucket of a user, from 0 to BUCKETS - 1, evenly spread; on another route it is another one."""
+    """The bucket of a user, 0 to BUCKETS - 1, uniform and independent between routes."""
     digest = hashlib.sha256(json.dumps([route, who]).encode()).digest()
     return int.from_bytes(digest[:8], "big") % BUCKETS
 
@@ -140,8 +155,7 @@ def owner(runs: Sequence[tuple[str, int]], number: int) -> str:
 
 
 def share_out(targets: Sequence[tuple[str, int]], before: Sequence[tuple[str, int]] = ()) -> Runs:
-    """Buckets for each target by its weight (the largest remainders get what is left over), with as few as possible
-    taken from whom `before` gave them to."""
+    """Assign buckets to targets by weight (largest remainder), moving as few as possible from `before`."""
     total = sum(weight for _, weight in targets)
     quota = {name: weight * BUCKETS // total for name, weight in targets}
     rest = sorted(targets, key=lambda t: (-(t[1] * BUCKETS % total), t[0]))
@@ -167,17 +181,18 @@ def share_out(targets: Sequence[tuple[str, int]], before: Sequence[tuple[str, in
 
 
 def _first_difference(one: str, other: str) -> int | None:
-    """In characters; None for equal texts."""
+    """Index of the first differing character; None for equal texts."""
     if one == other:
         return None
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-# -- what a move changes, said before it is made -----------------------------------------------------------------------
+# -- planning a move
+# -----------------------------------------------------------------------------------------------------
 
 
 def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> dict[tuple[str, str], int]:
-    """(from, to) -> how many buckets change hands between two runs; none where one of them is empty."""
+    """(from, to) -> number of buckets that change owner; {} if either side is empty."""
     moved: dict[tuple[str, str], int] = {}
     left, right = list(before), list(after)
     while left and right:
@@ -190,8 +205,10 @@ def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, 
 
 
 def route_change(now: Route | None, wanted: Route) -> str:
-    """What happens to whom when `wanted` (as `planned_route` has it, or a move to go back to) takes the place of `now`:
-    shares of users, exact to the bucket, of which there are 10,000."""
+    """Describe what changes for users when `wanted` replaces `now`.
+
+    `wanted`: from `planned_route`, or a move to roll back to. Shares are exact to one of the 10,000 buckets.
+    """
     name, ended = wanted.name, not wanted.targets
     if now is None or not now.targets:
         said = f"{name} begins: {_shares(wanted)}." if not ended else f"{name} leads nowhere already."
@@ -242,8 +259,10 @@ def planned_route(
     shadow: str | None = None,
     fraction: float = 1.0,
 ) -> Route:
-    """What `set_route` would make of these, with `now` as the move that holds; nothing is written. Raises ConfigError
-    for what no route can be."""
+    """The route that `set_route` would create if `now` is current; nothing is written.
+
+    Raises ConfigError for an invalid route.
+    """
     wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
     check_route_name(route)
     if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
@@ -278,9 +297,12 @@ def set_route(
     check: Callable[[str], object] | None = None,
     from_move: int | None = None,
 ) -> Route:
-    """Point a route to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
-    answered by `shadow`, unseen. `check`: raises for a name that nobody could answer; then nothing moves. `from_move`:
-    the move that has to hold (0: there was none), else it is RouteMoved."""
+    """Point a route to its targets, (adapter, weight), from the next request on.
+
+    `fraction` of requests also go to `shadow`. `check`: raises for a name that cannot be served; then nothing
+    moves.
+    `from_move`: required current move (0: none), else RouteMoved.
+    """
     asked = planned_route(None, route, targets, tenant=tenant, shadow=shadow, fraction=fraction)
     _check([name for name, _ in asked.targets], shadow, check)
     with store.change() as c:
@@ -295,7 +317,7 @@ def set_route(
 
 
 def remove_route(store: Store, route: str, *, tenant: str = ALL, who: str) -> None:
-    """Remove a route. Its moves stay, so a rollback brings it back."""
+    """Remove a route; its moves stay, so a rollback restores it."""
     with store.change() as c:
         before = _current(c, tenant, route)
         if before is None or not before.targets:
@@ -313,8 +335,10 @@ def rollback_route(
     check: Callable[[str], object] | None = None,
     moves: Iterable[int] = (),
 ) -> Route:
-    """Make the move before the current one current again: what it led to, for whom. Once more leads one further
-    back. `check`: as of `set_route`. `moves`: those that are taken back together, the current one among them."""
+    """Make the previous move current again; a second rollback goes back one further.
+
+    `check`: as in `set_route`. `moves`: moves to undo together, including the current one.
+    """
     undone = set(moves)
     with store.reading() as c:
         _, led = earlier_route(c, route, tenant=tenant, undone=undone)
@@ -327,8 +351,10 @@ def rollback_route(
 
 
 def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Collection[int] = ()) -> tuple[Route, Route]:
-    """The move that holds, and the one before it to which a rollback leads, before those that are `undone` with it
-    too. Raises ConfigError where there is none."""
+    """The current move, and the move that a rollback returns to, skipping those in `undone`.
+
+    Raises ConfigError if there is none.
+    """
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
@@ -345,7 +371,7 @@ def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Colle
 
 
 def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], object] | None) -> None:
-    """Raises ConfigError that names what cannot be served, before a route moves there."""
+    """Raises ConfigError that names a target that cannot be served, before a route moves to it."""
     for role, name in [*(("target", name) for name in targets), *([("shadow", shadow)] if shadow else [])]:
         try:
             if check is not None:
@@ -361,7 +387,10 @@ def route_shown(route: Route) -> dict[str, Any]:
 
 
 def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | None = None) -> list[dict[str, Any]]:
-    """Every move of a route, the newest first, or the newest `limit`. `current`: whether it is the one that holds."""
+    """The moves of a route, newest first, at most `limit`.
+
+    `current`: whether the move is in force.
+    """
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
@@ -375,7 +404,10 @@ def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | 
 
 
 def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict[str, Any]]:
-    """Comparisons with shadows, the newest first. `failed`: the shadow gave no answer to compare."""
+    """Comparisons with shadows, newest first.
+
+    `failed`: the shadow gave no answer to compare.
+    """
     query = select(shadow_table).order_by(shadow_table.c.id.desc()).limit(limit)
     if route:
         query = query.where(shadow_table.c.route == route)
@@ -384,9 +416,12 @@ def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict
 
 
 def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
-    """What the comparisons that are kept come to, a row for each (route, target, shadow): how many there are, how many
-    were the same, differed and failed, and means of tokens, of seconds and, of pictures, of how far apart they are.
-    Means are over those that did not fail, None where there are none."""
+    """Totals of the stored comparisons, one row for each (route, target, shadow).
+
+    Counts of all, same, different and failed comparisons, and means of tokens, seconds and, for images,
+    distance. Means
+    exclude failures; None if there is no other.
+    """
     s = shadow_table.c
     fell = s.shadow_sha256 == ""
 

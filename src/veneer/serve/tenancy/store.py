@@ -1,28 +1,34 @@
-"""The database of tenants: its tables, and the settings that a server holds of it in memory.
+"""The tenants' database: its tables, and the settings that a server keeps in memory.
 
     tenants 1─n keys, grants            routes ─1 moves (current)           limits, prices: (tenant, adapter)
-    training: what it costs a tenant, and how much there may be
-    feedback_terms: which answers are kept, and how long
-    answers 1─n feedback                                                   forgotten: who is not to be kept
+    training: price and limits of a tenant's training
+    feedback_terms: which answers are stored, and how long
+    answers 1─n feedback                                                   forgotten: users whose answers are
+    not stored
     lines: a row for each part of each request                             shadows: the newest comparisons
-    sums: lines by day      slots: of the last minute and day               audit: a row a change, chained
+    sums: lines by day      slots: of the last minute and day               audit: a row per change, chained
 
-Whatever changes settings raises the revision in the same transaction. A server asks for the revision before each
-request, one number, and reads the settings again when it moved: a revoked key, a moved route or a lower limit holds
-from the next request on, in every process on the database. While the database is away, what was read last holds.
+Every change of settings increments the revision in the same transaction. A server queries the revision, one
+number,
+before each request and rereads the settings if it changed: a revoked key, a moved route or a lower limit
+applies from
+the next request on, in every process on the database. While the database is unavailable, the last settings
+apply.
 
-Patterns say which names a tenant sees:
+Patterns define which names a tenant sees:
 
     support      the adapter of that name, every version of it (support@2, support@prod)
-    support@2    that version alone
-    acme/*       every name that begins so; `*` stands for any text, and is the only sign with a meaning
+    support@2    that version only
+    acme/*       every name with that prefix; `*` matches any text, and is the only special character
     *            every name
 
-A pattern is text that is compared with names. It never becomes a path; even so, nothing that could escape one is let
-in. Digests (sha256:…) are names of no tenant's own, so a pattern matches them only where it says `sha256:` itself.
+Patterns are only compared with names, and never become paths; names that could escape a folder are rejected
+anyway.
+Digests (sha256:…) belong to no namespace, so a pattern matches them only if it contains `sha256:` itself.
 
-Knows tables (`versions` has how they came to be so) and connections; changes are in `manage` and `routes`, what was
-used in `ledger`.
+Contains tables (their migrations are in `versions`) and connections; changes are in `manage` and `routes`,
+usage in
+`ledger`.
 """
 
 from __future__ import annotations
@@ -83,7 +89,7 @@ def _table(name: str, *columns: Any) -> Table:
     return Table(name, _TENANT_TABLES, *columns)
 
 
-# Times are in seconds since 1970; tenant ALL is everybody.
+# Times are in seconds since 1970; tenant ALL is all tenants.
 meta_table = _table("tenant_meta", *key_columns("key"), *columns(Text, "value"))
 tenant_table = _table(
     "tenants", *key_columns("name"), *columns(Float, "weight"), *columns(Boolean, "enabled"), *columns(Float, "created")
@@ -109,16 +115,16 @@ move_table = _table(
     "tenant_moves",
     *key_columns("tenant", "route"),
     Column("move", Integer, primary_key=True),
-    Column("before", Integer),  # the move that was current when this was made: where a rollback leads
+    Column("before", Integer),  # the move that was current before this one: the target of a rollback
     *columns(Float, "at"),
-    *columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: the route is gone
+    *columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: route removed
 )
 route_table = _table("tenant_routes", *key_columns("tenant", "route"), *columns(Integer, "current"))
 line_table = _table(
     "tenant_lines",
     *key_columns("server", "request"),  # a server is one run of one process
-    Column("part", Integer, primary_key=True),  # of the request's mix, from 0
-    # name: the client's word; digest: of the part, "" for the base; adapter: what the operator calls it
+    Column("part", Integer, primary_key=True),  # index in the request's mix, from 0
+    # name: the client's name; digest: of the part, "" for the base; adapter: the operator's name
     *columns(Key(), "tenant", "name", "digest", "adapter"),
     *columns(Float, "strength"),
     Column("opened", Float, nullable=False, index=True),
@@ -129,18 +135,18 @@ line_table = _table(
     *columns(BigInteger, *(f"price_{name}" for name in _TOKENS), "cost"),  # cost: millionths
     Index("tenant_lines_open", "server", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
 )
-sum_table = _table(  # lines that are closed, by day; kept when the lines are gone
+sum_table = _table(  # closed lines by day; kept after the lines are deleted
     "tenant_sums",
-    *key_columns("day", "tenant", "adapter"),  # adapter "": whole requests, whatever their mixes
+    *key_columns("day", "tenant", "adapter"),  # adapter "": whole requests of any mix
     *columns(BigInteger, "done", "interrupted", *_TOKENS),
     *columns(Float, *_SECONDS),
     *columns(BigInteger, "cost"),
 )
-slot_table = _table(  # what was admitted lately, for limits that hold over several servers
+slot_table = _table(  # recent admissions, for limits across several servers
     "tenant_slots",
     Column("width", Integer, primary_key=True, autoincrement=False),  # seconds: a sixtieth of a window
     Column("slot", BigInteger, primary_key=True, autoincrement=False),  # opened // width
-    *key_columns("server", "tenant", "adapter"),  # the adapter without its version; "": whole requests
+    *key_columns("server", "tenant", "adapter"),  # adapter without version; "": whole requests
     *columns(BigInteger, "requests", "tokens"),
 )
 server_table = _table("tenant_servers", *key_columns("server"), *columns(Float, "seen"))  # by the database's clock
@@ -152,8 +158,8 @@ shadow_table = _table(
     Column("route", Key(), nullable=False, index=True),
     *columns(Key(), "request", "target", "shadow"),
     *columns(Boolean, "same"),
-    Column("first_difference", Integer),  # in characters; NULL where the texts are equal, and of pictures
-    Column("distance", Float),  # mean difference of pixels, 0 to 1; NULL of texts
+    Column("first_difference", Integer),  # in characters; NULL for equal texts and images
+    Column("distance", Float),  # mean pixel difference, 0 to 1; NULL for texts
     *columns(Text, "target_sha256", "shadow_sha256"),
     *columns(Integer, "target_tokens", "shadow_tokens"),
     *columns(Float, "target_seconds", "shadow_seconds"),
@@ -171,13 +177,13 @@ feedback_terms_table = _table(
     *columns(Float, "days"),
     *columns(Text, "names"),  # names: JSON
 )
-answer_table = _table(  # those that a tenant lets be kept
+answer_table = _table(  # answers that a tenant allows to be stored
     "tenant_answers",
     *key_columns("tenant", "id"),
     *columns(Float, "at"),
     Column("expires", Float, nullable=False, index=True),
-    *columns(Key(), "whose", "name"),  # whose: a hash of the request's user, "" where it named none
-    *columns(Text, "adapters", "asked", "choices"),  # JSON: names; messages and tools; an assistant's messages
+    *columns(Key(), "whose", "name"),  # whose: hash of the request's user, or ""
+    *columns(Text, "adapters", "asked", "choices"),  # JSON: names; messages and tools; assistant messages
     Index("tenant_answers_whose", "tenant", "whose"),
 )
 feedback_table = _table(
@@ -185,7 +191,7 @@ feedback_table = _table(
     *key_columns("tenant", "answer"),
     Column("choice", Integer, primary_key=True, autoincrement=False),
     *columns(Float, "at"),
-    Column("up", Boolean),  # the thumb
+    Column("up", Boolean),  # thumb up or down
     *columns(Text, "corrected", "rejected", nullable=True),  # JSON: a message; [[answer, choice], …]
 )
 forgotten_table = _table("tenant_forgotten", *key_columns("tenant", "what"), *columns(Float, "at"))
@@ -198,7 +204,7 @@ _PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._/@:+*-]{0,199}")
 
 
 def check_tenant(name: str) -> str:
-    """The name, where it can name a tenant: what can be a namespace can. Raises ConfigError."""
+    """The name, if it is a valid tenant name (a valid namespace). Raises ConfigError."""
     try:
         if name == "all":
             raise ConfigError("'all' stands for every tenant", fix="another name")
@@ -211,7 +217,7 @@ def check_tenant(name: str) -> str:
 
 
 def check_route_name(name: str) -> str:
-    """The name, where it can name a route. Raises ConfigError."""
+    """The name, if it is a valid route name. Raises ConfigError."""
     try:
         check_name(name, cased=True)
     except ConfigError as error:
@@ -220,7 +226,7 @@ def check_route_name(name: str) -> str:
 
 
 def check_reference(text: str, what: str = "adapter") -> str:
-    """The text, where it names an adapter, with or without a version. Raises ConfigError."""
+    """The text, if it names an adapter, with or without a version. Raises ConfigError."""
     try:
         parse_reference(text, cased=True)
     except ConfigError as error:
@@ -229,7 +235,7 @@ def check_reference(text: str, what: str = "adapter") -> str:
 
 
 def check_pattern(pattern: str) -> str:
-    """The pattern, where it is one. Raises ConfigError."""
+    """The pattern, if valid. Raises ConfigError."""
     if not _PATTERN.fullmatch(pattern) or not _contained(pattern):
         raise ConfigError(
             f"{quoted(pattern)} is not a pattern of names", where="adapters", fix="a name, and * for any text"
@@ -242,7 +248,7 @@ def _contained(name: str) -> bool:
 
 
 def seeing(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str], bool]:
-    """A function of a name: whether one of `patterns` matches it, or it is one of `also`."""
+    """A predicate: whether a name matches one of `patterns` or is in `also`."""
     exact = frozenset(also)
     plain: list[str] = []
     digests: list[str] = []
@@ -261,16 +267,17 @@ def seeing(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str],
 
 
 ALL = ""
-"""In a limit: all tenants, or all adapters, together. In a price: any of them. In a route: it is everybody's."""
+"""In a limit: all tenants, or all adapters, together. In a price: any of them. In a route: all tenants."""
 EACH = "*"
-"""In a limit: each tenant for itself, unless it has its own limit."""
+"""In a limit: each tenant that has no limit of its own."""
 COMMON = "common prefixes"
-"""The row of `meta` with the patterns of the adapters under which tenants share what was computed of prompts."""
+"""The row of `meta` with the patterns of adapters whose prompt cache tenants share."""
 
 _LOCK = 0x74656E616E74  # "tenant": the key of PostgreSQL's advisory lock for changes of settings
 
 
-# -- what a server holds -----------------------------------------------------------------------------------------------
+# -- in-memory settings
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -284,7 +291,7 @@ class Tenant:
 
 @dataclass(frozen=True)
 class KeyRow:
-    """A key as it is kept. `hash` never leaves the process."""
+    """A stored key. `hash` never leaves the process."""
 
     id: str
     tenant: str
@@ -318,8 +325,10 @@ class Limit:
 
 @dataclass(frozen=True)
 class Price:
-    """Of a million tokens, in millionths of whatever the operator counts in: 150_000 is 0.15 for a million.
-    `cached` tokens are those of the prompt that were not computed again; `prompt` is for the others."""
+    """Price of a million tokens, in millionths of the operator's currency: 150_000 is 0.15 a million.
+
+    `cached`: for prompt tokens found in the cache; `prompt`: for the other prompt tokens.
+    """
 
     prompt: int = 0
     cached: int = 0
@@ -333,8 +342,11 @@ class Price:
 
 @dataclass(frozen=True)
 class TrainingTerms:
-    """What training costs a tenant, and how much of it there may be. `price`: of a million trained tokens; `budget`: of
-    a month, in UTC; both in millionths. `jobs`: how many run at once. None: any number."""
+    """Price and limits of a tenant's training; None for no limit.
+
+    `price`: of a million trained tokens; `budget`: of a calendar month in UTC; both in millionths. `jobs`:
+    jobs at once.
+    """
 
     price: int = 0
     budget: int | None = None
@@ -343,8 +355,10 @@ class TrainingTerms:
 
 @dataclass(frozen=True)
 class FeedbackTerms:
-    """Which of a tenant's answers are kept, and for how many `days`. `names`: patterns of what a request asks for, or
-    of the adapters that answer it; none: all."""
+    """Which of a tenant's answers are stored, and for how many `days`.
+
+    `names`: patterns of requested names or answering adapters; empty for all.
+    """
 
     days: float
     names: tuple[str, ...] = ()
@@ -352,8 +366,12 @@ class FeedbackTerms:
 
 @dataclass(frozen=True)
 class Route:
-    """`targets`: (name, weight). `runs`: who owns the buckets, as (name, how many follow). `fraction` of requests also
-    go to `shadow`."""
+    """A route with weighted targets.
+
+    `targets`: (name, weight). `runs`: bucket owners, as (name, number of consecutive buckets). `fraction`:
+    share of requests
+    that also go to `shadow`.
+    """
 
     tenant: str
     name: str
@@ -366,7 +384,7 @@ class Route:
 
 @dataclass(frozen=True)
 class TenantSettings:
-    """Everything that decides about a request, as of one revision."""
+    """All settings that affect requests, as of one revision."""
 
     revision: int = 0
     tenants: Mapping[str, Tenant] = field(default_factory=dict)
@@ -380,8 +398,12 @@ class TenantSettings:
     feedback: Mapping[str, FeedbackTerms] = field(default_factory=dict)
 
     def training_terms(self, tenant: str) -> TrainingTerms:
-        """Its own, or those of everybody who has none; of a tenant that is gone or disabled: no jobs. Whoever has the
-        machine, tenant "", trains for nothing."""
+        """The tenant's own terms, or the default.
+
+        A removed or disabled tenant has no jobs.
+
+        The operator, tenant "", trains without a price.
+        """
         if not tenant:
             return TrainingTerms()
         if tenant not in self.tenants or not self.tenants[tenant].enabled:
@@ -389,7 +411,7 @@ class TenantSettings:
         return self.training.get(tenant) or self.training.get(ALL) or TrainingTerms()
 
     def price(self, tenant: str, adapter: str) -> Price:
-        """The most exact price there is: of tenant and adapter, the tenant, the adapter, the server; else 0."""
+        """The most specific price: tenant and adapter, tenant, adapter, server; else 0."""
         for scope in ((tenant, adapter), (tenant, ALL), (ALL, adapter), (ALL, ALL)):
             if scope in self.prices:
                 return self.prices[scope]
@@ -397,17 +419,20 @@ class TenantSettings:
 
     @cached_property
     def kept(self) -> dict[str, Callable[[str], bool]]:
-        """Tenant -> whether its answers under a name are kept, of those that let any be."""
+        """Tenant -> whether its answers under a name are stored.
+
+        Only tenants that allow any.
+        """
         return {tenant: seeing(terms.names or ("*", "sha256:*")) for tenant, terms in self.feedback.items()}
 
     @cached_property
     def in_common(self) -> Callable[[str], bool]:
-        """Whether tenants share what was computed of prompts under an adapter, or the base, of that name."""
+        """Whether tenants share the prompt cache of an adapter, or the base, with that name."""
         return seeing(self.common)
 
     @cached_property
     def sight(self) -> dict[str, Callable[[str], bool]]:
-        """Tenant -> what it sees: what was granted to it, what is shared, and its own routes."""
+        """Tenant -> whether it sees a name: granted, shared, or its own route."""
         own: dict[str, list[str]] = {}
         for tenant, route in self.routes:
             own.setdefault(tenant, []).append(route)
@@ -415,7 +440,10 @@ class TenantSettings:
 
 
 class UnknownName(ConfigError):
-    """Raised for a tenant, a key, a pattern or a route that is not there; `fix` names the nearest that is."""
+    """Raised for an unknown tenant, key, pattern or route.
+
+    `fix` names the nearest known.
+    """
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownName:
@@ -433,16 +461,19 @@ def tenant_row(c: Connection, name: str) -> dict[str, Any]:
 
 
 SERVING_PATIENCE = 5.0
-"""Seconds after which a server takes a statement for lost."""
+"""Seconds after which a server gives up on a statement."""
 
 
 class Store:
     """The database of one server, or of several. Thread-safe."""
 
     def __init__(self, where: str, *, patience: float = PATIENCE) -> None:
-        """A SQLite file or a postgresql:// URL; its tables are made, or migrated.
+        """Open a SQLite file or a postgresql:// URL; creates or migrates its tables.
 
-        patience: see `open_engine`. Raises ConfigError."""
+        Raises ConfigError.
+
+        patience: see `open_engine`.
+        """
         if ":memory:" in where or where == "sqlite://":
             raise ConfigError("tenants need a database on a disk, not in memory", where=where, fix=URL_FIX)
         self.where = where
@@ -457,7 +488,7 @@ class Store:
         return self._settings
 
     def look(self) -> TenantSettings:
-        """The settings as they are in the database now."""
+        """Refresh: the settings now in the database."""
         with self.reading() as c:
             if int(c.scalar(_REVISION) or 0) == self._settings.revision:
                 return self._settings
@@ -466,7 +497,7 @@ class Store:
             connection = connection.execution_options(isolation_level="REPEATABLE READ")
         with connection as c:
             found = _read(c)
-        if found.revision > self._settings.revision:  # another thread may have looked later and finished sooner
+        if found.revision > self._settings.revision:  # another thread can have read a later state
             self._settings = found
         return found
 
@@ -476,7 +507,10 @@ class Store:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Connection]:
-        """A transaction that changes settings; changes follow one another, across processes too."""
+        """A transaction that changes settings.
+
+        Changes are serialized, also across processes.
+        """
         with write_transaction(self.engine, _LOCK) as c:
             yield c
             raised = int(c.scalar(_REVISION) or 0) + 1
@@ -491,7 +525,10 @@ _REVISION = select(meta_table.c.value).where(meta_table.c.key == "revision")
 
 @contextlib.contextmanager
 def tenants_at(place: str | None) -> Iterator[Store | None]:
-    """The tenants' database that was named, or the veneer home's, where there is one. Raises ConfigError."""
+    """The named tenants' database, or the veneer home's if it exists, else None.
+
+    Raises ConfigError.
+    """
     if (where := place or database_here()) is None:
         yield None
         return
@@ -548,13 +585,13 @@ def _read(c: Connection) -> TenantSettings:
 
 
 def current_moves() -> Select[Any]:
-    """The move of each route that holds."""
+    """The current move of each route."""
     m, a = move_table.c, route_table.c
     return select(move_table).join(route_table, (a.tenant == m.tenant) & (a.route == m.route) & (a.current == m.move))
 
 
 def route_of(row: Any) -> Route:
-    """A route as one of its moves left it."""
+    """The route of one of its moves."""
     spec = json.loads(row.spec)
     pairs = {name: tuple((str(who), int(n)) for who, n in spec[name]) for name in ("targets", "runs")}
     return Route(

@@ -1,15 +1,20 @@
-"""`Tenants`: the tenancy of a server that has tenants; `OpenTenants`: one that needs no key.
+"""`Tenants`: the tenancy of a server with tenants.
 
-    caller      key -> who asks, what they see, their share; settings as they are in the database at this moment
+`OpenTenants`: one that needs no key.
+
+    caller      key -> principal, visible names, share; from the settings now in the database
     admitted    limits (memory) -> ledger -> served -> bill (ledger)
 
-Limits are counted in this process. Processes that share a database tell each other through it: every second this one
-reads what the others admitted in the last minute, every minute what they (and its own earlier runs) admitted in the
-last day. So a window holds across processes but for what the others admit within one such look; a restart forgets
-nothing. `concurrency` is of each process.
+Limits are counted in this process. Processes that share a database exchange usage through it: every second
+this one reads
+what the others admitted in the last minute, every minute what they (and its own earlier runs) admitted in the
+last day.
+So a window holds across processes except for what others admit between two reads; a restart forgets nothing.
+`concurrency` is per process.
 
-While the database is away, requests go on: keys, names and limits are what was read last, windows know this process
-alone, and the outbox keeps what the ledger is owed. What is changed meanwhile holds when the database is back.
+While the database is unavailable, requests continue: keys, names and limits are those last read, windows
+count this
+process only, and the outbox stores ledger entries. Changes apply once the database is back.
 """
 
 from __future__ import annotations
@@ -44,12 +49,12 @@ from veneer.serve.tenancy.store import SERVING_PATIENCE, Price, Store, TenantSet
 
 _log = logging.getLogger("veneer.serve.tenancy")
 _FRESH_SECONDS = 0.5
-"""How long a request waits for the settings of this moment before it takes those that were read last."""
-_NOBODY = hash_key("")  # compared with where there is no such key, so that this takes as long
+"""Seconds that a request waits for fresh settings before it uses those last read."""
+_NOBODY = hash_key("")  # compared with for unknown keys, so that they take the same time
 
 
 class Tenants(Tenancy):
-    """Implements `Tenancy`. One for a process; close it when the server has drained."""
+    """Implements `Tenancy`, one per process; close it after the server has drained."""
 
     def __init__(
         self,
@@ -61,9 +66,12 @@ class Tenants(Tenancy):
         wall: Callable[[], float] = time.time,
         watch: bool = True,
     ) -> None:
-        """`where`: a SQLite file, a postgresql:// URL, or the store of one, which is closed with this. `admin_key`: see
-        `admin_hash`; None: nobody is admin. `watch`: look at what other servers did, and at who died, in a thread.
-        Raises ConfigError, ResourceError."""
+        """Open the database and start background work. Raises ConfigError, ResourceError.
+
+        `where`: a SQLite file, a postgresql:// URL, or an open store, which is closed with this. `admin_key`:
+        see `admin_hash`;
+        None for no admin. `watch`: follow other servers' usage and recover dead ones, in a thread.
+        """
         ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
         self.store = Store(where, patience=SERVING_PATIENCE) if isinstance(where, str) else where
@@ -87,10 +95,11 @@ class Tenants(Tenancy):
         if watch:
             self._watcher.start()
 
-    # -- who asks ------------------------------------------------------------------------------------------------------
+    # -- principals
+    # ------------------------------------------------------------------------------------------------------
 
     async def caller(self, key: str | None, user: str | None = None) -> Principal:
-        """Who asks with this key. Raises Refused (unauthorized, 401)."""
+        """The principal of a key. Raises Refused (unauthorized, 401)."""
         settings = await self._fresh()
         if key and self.is_admin(key):
             return Principal("operator", user=user)
@@ -111,8 +120,10 @@ class Tenants(Tenancy):
         return self.admin_hash is not None and same(key, self.admin_hash)
 
     async def _fresh(self) -> TenantSettings:
-        """The settings, looked at after this was called; who comes before a look begins shares it. Those of the last
-        look where the database does not answer at once: then nobody waits until it answers again."""
+        """The settings, refreshed after this call; calls before a refresh starts share it.
+
+        If the database does not answer at once, the last settings, without waiting until it answers again.
+        """
         with self._mutex:
             if self._next_look is None:
                 self._next_look = self._looker.submit(self._look)
@@ -145,19 +156,26 @@ class Tenants(Tenancy):
         self._away = True
 
     def shares(self, caller: Principal, served: Served) -> str:
-        """A tenant's prompts are its own, unless all that is in the mix is common to tenants: whether a prompt was
-        there tells what others asked."""
+        """The cache scope: the tenant, or "" if everything in the mix is shared by all tenants.
+
+        Prompts are separate by default, because a cache hit reveals that somebody sent the same prompt.
+        """
         common = self.store.settings.in_common
         return "" if all(common(name) for _, name, _ in served.parts()) else caller.tenant
 
-    # -- what they use -------------------------------------------------------------------------------------------------
+    # -- usage
+    # -----------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def admitted(
         self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[_Bill]:
-        """Raises Refused: rate_limited (429, with retry_after), invalid_request (400) for what no limit will ever let
-        through or for an id that was there before, overloaded (503) where the ledger can keep no more."""
+        """Reserve limits and record the admission; the block runs the request.
+
+        Raises Refused: rate_limited (429, with retry_after), invalid_request (400) for a request over a whole
+        limit or a
+        duplicate id, overloaded (503) if the ledger cannot store more.
+        """
         settings = self.store.settings
         training = Price(settings.training_terms(caller.tenant).price) if served.trained else None
         lines = tuple(
@@ -177,13 +195,19 @@ class Tenants(Tenancy):
             bill.end(opened)
 
     def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
-        """A line of the audit log for what is changed elsewhere: adapter.load, adapter.unload. Waits for the disk."""
+        """Write an audit entry for a change made elsewhere: adapter.load, adapter.unload.
+
+        Waits for the disk.
+        """
         from veneer.serve.tenancy.manage import note
 
         note(self.store, who, what, subject, before, after)
 
     def let_see_own(self, tenant: str) -> None:
-        """A line of the audit log the first time, and nothing after it. Waits for the disk."""
+        """Grant a tenant its own namespace, with an audit entry the first time only.
+
+        Waits for the disk.
+        """
         from veneer.serve.tenancy.manage import get_tenant, grant
 
         own = f"{tenant}/*"
@@ -200,7 +224,8 @@ class Tenants(Tenancy):
     def note_shadow(self, answer: ShadowAnswer) -> None:
         self._routes.note_shadow(answer)
 
-    # -- what others do ------------------------------------------------------------------------------------------------
+    # -- other servers
+    # ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         rounds = 0
@@ -232,7 +257,7 @@ class Tenants(Tenancy):
         return self.ledger.state()
 
     def close(self) -> None:
-        """Write what is owed and stop. Requests that still run are interrupted in the ledger."""
+        """Write what is owed and stop; running requests are interrupted in the ledger."""
         self._stop.set()
         if self._watcher.is_alive():
             self._watcher.join()
@@ -243,14 +268,19 @@ class Tenants(Tenancy):
 
 
 class OpenTenants(Tenants):
-    """Tenants on a server that listens only to this machine: requests without a key are accepted and see everything, so
-    routes, shadows, feedback and the ledger work before any tenant exists."""
+    """Tenants on a server that only this machine can reach: requests without a key are accepted.
+
+    They see everything, so routes, shadows, feedback and the ledger work before any tenant exists.
+    """
 
     keyless = True
 
     async def caller(self, key: str | None, user: str | None = None) -> Principal:
-        """As that of Tenants for a key that has the form of theirs, or is the admin's; clients that have to be given
-        some key send others. Raises Refused (unauthorized, 401) for a tenant's key that is none any more."""
+        """The principal of a tenant's or the admin key; any other text counts as no key.
+
+        Some clients require a key and send a dummy. Raises Refused (unauthorized, 401) for an invalid tenant
+        key.
+        """
         if key and key_id(key) is not None:
             return await super().caller(key, user)
         await self._fresh()
@@ -263,7 +293,10 @@ class _Bill:
         self._settled: Future[None] | None = None
 
     def used(self, usage: Usage) -> Awaitable[None]:
-        """When what comes back is there, the usage outlives this process. The first word holds."""
+        """Record the usage; the awaitable completes once it survives this process.
+
+        The first call counts.
+        """
         if self._settled is not None:
             _log.warning("request %s was billed twice; the first bill holds", self._request)
         else:
@@ -272,7 +305,7 @@ class _Bill:
         return asyncio.shield(asyncio.wrap_future(self._settled))
 
     def end(self, opened: Future[None]) -> None:
-        """Give back what was not used."""
+        """Release what was not used."""
         self._held.end()
         if self._settled is None:
             self._held.used(0)
