@@ -1,10 +1,11 @@
-"""Pictures for many callers from one image base: requests in, batches through the denoiser, pictures out.
+"""Image engine: batches image requests of many callers through one image base.
 
-    events([request, …]) -> check, lease their adapters -> queue -> the fairest batch -> attach, draw, watch
+    events([request, …]) -> check, lease adapters -> queue -> fairest batch -> attach, denoise, watch
                          -> Queued, PictureStep, PartialPicture …, FinishedPicture for each
 
-Pictures with the same settings are drawn together, each under its own mix and from its own noise, so that none depends
-on who shares its batch. One thread draws; nothing else touches the base or its attachment. Knows no HTTP.
+Images with the same settings are denoised together, each with its own mix and noise, so no image depends on
+its batch.
+One thread denoises; nothing else touches the base or its attachment. Independent of HTTP.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ if TYPE_CHECKING:
 
 _MAX_STEPS = 150
 _MOST_PARTS = 64
-"""Parts that the adapters of one picture may be divided into: one for each of an adapter's factors by block."""
+"""Parts that the adapters of one image can be split into: one for each of an adapter's factors by block."""
 _KEPT_SHAPES = 16
-"""Adapters that stay attached in parts for the next picture with the same factors."""
+"""Adapters that stay attached in parts for the next image with the same factors."""
 _LOST = 3
-"""Pictures in a row that failed by a fault of ours, after which the engine says so."""
+"""Consecutive images failed by internal errors, after which the engine reports unhealthy."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """An adapter in memory, as `Residents` keeps it."""
+    """An adapter in memory, managed by `Residents`."""
 
     key: str
     adapter: Adapter
@@ -66,11 +67,14 @@ class _Held:
 
 
 class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
-    """Draws on one base until it is closed. A context manager.
+    """Generates images on one base until closed. A context manager.
 
     `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet;
-    OWN_KINDS have the base's own. `window`: seconds that a first picture waits for company. `adapter_bytes`: what
-    adapters in memory may take up. `stuck_seconds`: how long it takes until a step that does not end is a fault."""
+    OWN_KINDS default
+    to the base's own. `window`: seconds that a first image waits for others to batch with. `adapter_bytes`:
+    memory for
+    adapters. `stuck_seconds`: a step longer than this counts as stuck.
+    """
 
     makes = "pictures"
 
@@ -101,7 +105,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self._control_names = dict(controls or {})
         self._controls: dict[str, tuple[str, Any]] = {}
         (tokenizer, limit), *_ = readers(base)
-        # A copy: a tokenizer remembers how it was last called, and its own is called by the thread that draws.
+        # A copy: a tokenizer stores its last call's settings, and the worker thread uses the original.
         self._counter = copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer)), limit
         self._preparing, self._counting = threading.Lock(), threading.Lock()
         self._wake = threading.Condition()
@@ -121,8 +125,12 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self.close()
 
     def close(self) -> None:
-        """Take no more, refuse what waits, and stop after the step being taken. Then the base is as it was. Blocks;
-        safe to call again."""
+        """Accept no more, reject what waits, and stop after the current step.
+
+        The base is restored.
+
+        Blocks; safe to call again.
+        """
         with self._wake:
             self._closing = True
             self._wake.notify_all()
@@ -133,14 +141,18 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     async def end(self) -> None:
         await asyncio.to_thread(self.close)
 
-    # -- what surfaces call --------------------------------------------------------------------------------------------
+    # -- interface for surfaces
+    # -----------------------------------------------------------------------------------------
 
     async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
-        """(which request, event): Queued at once for each, then steps and partial pictures, and FinishedPicture as its
-        last. All are taken or none. A consumer that closes the iterator cancels them: what waits leaves the queue, and
-        a batch that everybody has left ends at its next step.
+        """Generate images; yields (request index, event): Queued for each, then steps and previews.
 
-        Raises Refused, before the first event for what can be known at once; the first failure ends all."""
+        FinishedPicture is each request's last event. All requests are accepted or none. Closing the iterator
+        cancels them: waiting
+        images leave the queue, and an abandoned batch ends at its next step. Raises Refused, before the first
+        event if possible;
+        the first failure ends all.
+        """
         self._refuse_beyond(len(requests))
         await asyncio.to_thread(self._check, requests)
         lease = await self._leased(make_mix((digest, 1.0) for request in requests for digest, _ in request.mix))
@@ -166,8 +178,12 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             lease.release()
 
     def control(self, kind: str) -> tuple[str, Any]:
-        """(name, model) of the ControlNet for a kind of control picture, loaded once. Blocks. Raises Refused for a kind
-        that there is none for."""
+        """(name, model) of the ControlNet for a kind of control image, loaded once.
+
+        Blocks.
+
+        Raises Refused for a kind without a ControlNet.
+        """
         with self._preparing:
             if kind not in self._controls:
                 name = self._control_name(kind)
@@ -183,11 +199,11 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return self._controls[kind]
 
     def control_kinds(self) -> list[str]:
-        """The kinds of control pictures that there is a ControlNet for."""
+        """The kinds of control images that have a ControlNet."""
         return [kind for kind in sorted({*OWN_KINDS, *self._control_names}) if self._control_name(kind)]
 
     def _control_name(self, kind: str) -> str | None:
-        """What the ControlNet for a kind is loaded by; None where there is none."""
+        """The source of the ControlNet for a kind; None if there is none."""
         if kind in self._control_names or kind not in OWN_KINDS:
             return self._control_names.get(kind)
         try:
@@ -196,17 +212,17 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return None
 
     def in_campaign(self, strength: Strength) -> Strength:
-        """What a role means on this base."""
+        """Resolve a strength's role on this base."""
         return in_campaign(strength, self.base.prediction, self._modules)
 
     def tokens(self, *texts: str) -> int:
-        """How many tokens these prompts are."""
+        """The number of tokens in these prompts."""
         tokenizer, limit = self._counter
         with self._counting:
             return sum(min(limit, len(tokenizer(text, verbose=False)["input_ids"])) for text in texts)
 
     def places(self, settings: PictureSettings) -> int:
-        """How many places of latents the denoiser works on for a picture of that size."""
+        """The number of latent positions that the denoiser processes for an image of this size."""
         unit = self.base.unit
         return ((settings.width or self.base.size) // unit) * ((settings.height or self.base.size) // unit)
 
@@ -235,7 +251,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     async def _leased(self, mix: DigestMix) -> Lease[_Held]:
-        """Waits until all of the mix is in memory. Raises Refused where it cannot be."""
+        """Wait until all of the mix is in memory. Raises Refused if loading fails."""
         loop = asyncio.get_running_loop()
         told: asyncio.Future[Lease[_Held] | Refused] = loop.create_future()
 
@@ -265,7 +281,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             self._wake.notify_all()
 
     def _tidy(self) -> None:
-        """Detach what has left the memory; under `_wake`, on the thread that draws."""
+        """Detach evicted adapters; call under `_wake`, on the worker thread."""
         kept = list(self._divided)[-_KEPT_SHAPES:]
         for shape in [s for s in self._divided if s[0] in self._gone or s not in kept]:
             for part, _ in self._divided.pop(shape):
@@ -278,7 +294,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     # -- the queue -----------------------------------------------------------------------------------------------------
 
     def _check(self, requests: Sequence[PictureRequest]) -> None:
-        """Everything that can be refused before it waits."""
+        """Check everything that can be rejected before queueing."""
         for request in requests:
             s = request.settings
             if (s.width or 0) * (s.height or 0) > self.max_pixels:
@@ -323,7 +339,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             )
 
     def _submit(self, jobs: Sequence[_Job]) -> int:
-        """How many are ahead of them."""
+        """Queue jobs; returns how many images are ahead."""
         with self._wake:
             self._refuse_beyond(len(jobs))
             ahead = len(self._waiting) + len(self._running)
@@ -359,14 +375,17 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             self._draw(self._running)
 
     def _patience(self) -> float:
-        """Seconds that the oldest picture may still wait for company; none where its batch would be full."""
+        """Seconds the oldest image can still wait to be batched.
+
+        0 or less if its batch is ready.
+        """
         oldest = self._waiting[0]
         if sum(job.kind == oldest.kind for job in self._waiting) >= self.max_batch:
             return 0.0
         return oldest.arrived + self.window - time.monotonic()
 
     def _next(self) -> list[_Job]:
-        """The oldest picture of whoever's turn it is, and what can be drawn with it, in turn."""
+        """The oldest image of the tenant whose turn it is, and images that fit its batch, in turn."""
         batch: list[_Job] = []
         while len(batch) < self.max_batch:
             fitting = [job for job in self._waiting if not batch or job.kind == batch[0].kind]
@@ -378,7 +397,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             batch.append(job)
         return batch
 
-    # -- the thread that draws -----------------------------------------------------------------------------------------
+    # -- the worker thread
+    # ----------------------------------------------------------------------------------------------
 
     def _draw(self, jobs: Sequence[_Job]) -> None:
         jobs = [job for job in jobs if not job.gone and self._attached(job)]
@@ -399,7 +419,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 job.tell(shutting_down())
             return
         except Exception as error:
-            if len(jobs) > 1:  # one picture's fault is its own: each is drawn again by itself
+            if len(jobs) > 1:  # isolate the failing image: rerun each alone
                 for job in jobs:
                     self._draw([job])
                 return
@@ -411,7 +431,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         for job, picture in zip(jobs, pictures, strict=True):
             try:
                 job.tell(self._told(job, picture, began))
-            except Exception as error:  # the thread goes on, whatever one picture's record runs into
+            except Exception as error:  # the thread survives any error of one image's record
                 job.tell(picture_error(error))
 
     def _attached(self, job: _Job) -> bool:
@@ -426,7 +446,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         return True
 
     def _parts(self, digest: str, strength: Strength) -> NamedMix:
-        """An attached adapter under its factors by block; who was asked for last stays longest."""
+        """An attached adapter under its factors by block.
+
+        Most recently used entries are kept longest.
+        """
         key = digest, strength.by_block
         if key[1] == Strength():
             return ((digest, 1.0),)
@@ -448,7 +471,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 job.tell(PartialPicture(shown.index(moment.done), moment.look(i)))
 
     def _told(self, job: _Job, picture: GeneratedPicture, began: float) -> FinishedPicture:
-        """The record is of this picture alone: what else was in its batch belongs to other callers."""
+        """The finished image, with a record of this image only: the rest of its batch belongs to other
+        callers.
+        """
         request, now = job.request, time.monotonic()
         sources = {
             digest: AdapterSource(digest, "", digest, "", "", "", called=request.labels.get(digest, ""))
@@ -467,11 +492,11 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
 
 
 class _Left(Exception):
-    """Nobody waits for the batch any more."""
+    """Raised when nobody waits for the batch any more."""
 
 
 class _Job:
-    """A picture in the queue, and the way back to whoever waits for it."""
+    """An image in the queue, and the channel to its caller."""
 
     def __init__(
         self,
@@ -489,16 +514,20 @@ class _Job:
         self.gone = False
 
     def tell(self, event: PictureEvent | Refused) -> None:
-        """From any thread."""
+        """Send an event, from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, (self.index, event))
-        except RuntimeError:  # the loop was closed: nobody hears it
+        except RuntimeError:  # the loop is closed: nobody listens
             self.gone = True
 
 
 class PictureTurns:
-    """Weighted round robin by pictures: each tenant has a clock that a picture moves on by 1/weight, and whose clock is
-    furthest behind is next. Who comes back from a pause takes up at the present, and has saved nothing."""
+    """Weighted round robin by images.
+
+    Each tenant has a clock that an image advances by 1/weight; the tenant whose clock is furthest behind is
+    next. A tenant that
+    returns after a pause starts at the present, and has saved nothing.
+    """
 
     def __init__(self) -> None:
         self._clocks: dict[str, float] = {}
@@ -518,5 +547,8 @@ class PictureTurns:
 
 
 def _preview_steps(previews: int, of: int) -> list[int]:
-    """The steps after which a picture is shown, evenly spread; fewer than asked where there are fewer steps."""
+    """The steps after which a preview is sent, evenly spaced.
+
+    Fewer than requested if there are fewer steps.
+    """
     return sorted({min(of - 1, max(1, round(k * of / (previews + 1)))) for k in range(1, previews + 1)} - {0})

@@ -1,6 +1,7 @@
-"""What is asked of an engine that draws and what it answers: the words of `request`, for pictures.
+"""The requests and events of the image engine, as `serve.request` for text.
 
-surface -> PictureRequest -> PictureEngine -> Queued, PictureStep, PartialPicture …, FinishedPicture -> surface
+surface -> PictureRequest -> PictureEngine -> Queued, PictureStep, PartialPicture …, FinishedPicture ->
+surface
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class PictureRequest:
-    """One picture. `settings`: sizes and numbers, all stated but the scheduler, and its own `image`, `mask`,
-    `references` and controls' pictures. `factors`: by digest, how an adapter's strength differs by block and step, at
-    strength 1, without roles (`PictureEngine.in_campaign`). `labels`: what the client called the adapters, by digest,
-    for the infotext alone; `inputs`: what the record is to say of the pictures that went in. `previews`: how often to
-    show it on its way; the rest is as in `Request`."""
+    """A request for one image.
+
+    `settings`: sizes and numbers, all set except the scheduler, and the request's `image`, `mask`,
+    `references` and control
+    images. `factors`: by digest, how an adapter's strength varies by block and step, at strength 1, without
+    roles
+    (`PictureEngine.in_campaign`). `labels`: the client's names of the adapters, by digest, for the infotext
+    only. `inputs`:
+    what the record states about the input images. `previews`: number of previews. Other fields are as in
+    `Request`.
+    """
 
     prompt: str
     settings: PictureSettings
@@ -45,7 +52,7 @@ class PictureRequest:
     id: str = field(default_factory=lambda: f"p{next(_numbers)}")
 
     def uses(self) -> tuple[Use, ...]:
-        """The adapters by digest. Raises ConfigError where a factor makes a strength that there is not."""
+        """The adapters by digest. Raises ConfigError if a factor makes a strength invalid."""
         return tuple((d, replace(self.factors.get(d, Strength()), strength=strength)) for d, strength in self.mix)
 
     def row(self, plan: MixPlan) -> ImageRow:
@@ -54,7 +61,7 @@ class PictureRequest:
         return ImageRow(self.prompt, self.negative, self.seed, plan, s.image, s.mask, controls, s.references)
 
     def kind(self) -> tuple[Any, ...]:
-        """Equal where pictures can be drawn in one batch."""
+        """A batching key: images with equal keys can share a batch."""
         s = self.settings
         numbers = (s.width, s.height, s.steps, s.guidance, s.true_guidance, s.scheduler, s.denoise)
         controls = tuple((id(c.model), c.weight, c.begin, c.end) for c in s.controls)
@@ -63,7 +70,7 @@ class PictureRequest:
 
 @dataclass(frozen=True)
 class Queued:
-    """`ahead`: pictures that wait or are being drawn."""
+    """The request is queued. `ahead`: images waiting or running."""
 
     ahead: int
 
@@ -76,7 +83,7 @@ class PictureStep:
 
 @dataclass(frozen=True)
 class PartialPicture:
-    """The picture as far as it is; `index` counts a picture's previews."""
+    """A preview of the image; `index` counts an image's previews."""
 
     index: int
     image: Any
@@ -84,8 +91,12 @@ class PartialPicture:
 
 @dataclass(frozen=True)
 class FinishedPicture:
-    """The picture. Of `usage`, `prompt` is its prompts' tokens, `completion` the places of its latents that the
-    denoiser works on, `decode` the seconds of its batch, of which it was one of `batch`. `notes`: what was cut."""
+    """The finished image.
+
+    `usage`: `prompt` is the tokens of the prompts, `completion` the latent positions that the denoiser
+    processes, `decode` the
+    seconds of its batch of `batch` images. `notes`: warnings, such as truncated text.
+    """
 
     made: RecordedPicture
     usage: Usage
@@ -97,7 +108,10 @@ PictureEvent = Queued | PictureStep | PartialPicture | FinishedPicture
 
 
 def picture_error(error: BaseException) -> Refused:
-    """As an answer to the client. A picture that is not finite comes from what was asked for: not worth a retry."""
+    """The client error of an exception.
+
+    A non-finite image is the request's fault: retrying does not help.
+    """
     if isinstance(error, Refused):
         return error
     if is_outage(error) or not isinstance(error, VeneerError):
