@@ -1,11 +1,12 @@
-"""One HTTP request through the engine: admitted once, run as one or several engine requests, measured, billed.
+"""One HTTP request through the engine: admitted once, run as one or more engine requests, measured, billed.
 
-    run        (index, event) of all its answers, as they come
+    run        (index, event) of all its answers, as they arrive
     collect    whole answers
     stream     server-sent events
 
-An answer's events are taken from the engine as fast as they come and wait in a queue here, so that a client that reads
-slowly holds nobody up; the queue holds at most the answers' own tokens. Closing `run` cancels what still runs.
+Events are read from the engine as fast as they arrive and queued here, so that a slow client delays nobody;
+the queue holds
+at most the answers' own tokens. Closing `run` cancels what still runs.
 """
 
 from __future__ import annotations
@@ -30,20 +31,22 @@ from veneer.serve.request import EngineEvent, Finished, Refused, Request, Sampli
 
 T = TypeVar("T")
 IndexedEvent = tuple[int, EngineEvent]
-"""An event, and which of a request's answers it is of."""
+"""An event, with the index of its answer in the request."""
 
 
 class ClientLeft(Exception):
-    """The client closed the connection; what it had asked for is cancelled."""
+    """The client closed the connection; its request is cancelled."""
 
 
 @dataclass(frozen=True)
 class TextJob:
-    """What one HTTP request wants of the engine: answers = one of each (prompt, sampling), in this order.
+    """What one HTTP request asks of the engine: one answer for each (prompt, sampling), in order.
 
-    `choices`: answers to each prompt, so that answer i belongs to prompt i // choices. `cache_salt`: the client's own
-    word for those of its prompts that may share what was computed. `keep`: gets the texts of all answers once they are
-    whole; `keep_shadow`: that of the shadow's answer."""
+    `choices`: answers to each prompt; answer i belongs to prompt i // choices. `cache_salt`: the client's
+    salt; only prompts
+    with the same salt share cached blocks. `keep`: gets the texts of all answers once complete;
+    `keep_shadow`: the shadow's.
+    """
 
     caller: Principal
     chosen: ChosenMix
@@ -56,7 +59,7 @@ class TextJob:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def requests(self, whose: str = "") -> list[Request]:
-        """`whose`: with whom prompts share what was computed, as the tenancy says."""
+        """The engine requests. `whose`: the cache scope from the tenancy."""
         salt = json.dumps([whose, self.cache_salt]) if whose or self.cache_salt else ""
         made = []
         for i in range(len(self.prompts) * self.choices):
@@ -79,7 +82,7 @@ class TextJob:
 
 @dataclass
 class TextAnswer:
-    """One whole answer. `text` is all of it; `tokens` as the engine gave them."""
+    """One whole answer. `text`: the full text; `tokens`: as the engine emitted them."""
 
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
@@ -101,22 +104,25 @@ class TextAnswer:
         return self.end
 
     def took(self, prompt: int) -> Usage:
-        """What it took, as far as it came."""
+        """The usage so far."""
         return self.end.usage if self.end is not None else Usage(prompt, self.cached, len(self.tokens))
 
 
 def seed_of(seed: int | None, k: int) -> int | None:
-    """The seed of the k-th answer to one prompt: the client's own for the first."""
+    """The seed of the k-th answer to one prompt; the client's seed for the first."""
     return seed if seed is None or k == 0 else (seed + k) % 2**63
 
 
 def finite_logprob(logprob: float | None) -> float:
-    """JSON has no infinity; -9999 is OpenAI's word for it."""
+    """A finite logprob: JSON has no infinity, and OpenAI uses -9999."""
     return logprob if logprob is not None and logprob > -9999.0 else -9999.0
 
 
 def total(usages: Sequence[Usage], choices: int) -> Usage:
-    """What a request took: each prompt counted once, all answers; times are the longest."""
+    """The usage of a request: each prompt counted once, all answers.
+
+    Times are the maximum.
+    """
     firsts = usages[::choices]
     return Usage(
         prompt=sum(u.prompt for u in firsts),
@@ -129,7 +135,10 @@ def total(usages: Sequence[Usage], choices: int) -> Usage:
 
 
 async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, None]:
-    """(index, event) until every answer has finished. Raises Refused for anything that goes wrong in any of them."""
+    """(index, event) until every answer has finished.
+
+    Raises Refused if any of them fails.
+    """
     requests = job.requests(service.tenancy.shares(job.caller, job.chosen.served))
     usages = [Usage(0, 0, 0) for _ in requests]
     admitted = service.tenancy.admitted(
@@ -157,7 +166,7 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
                         raise event.error or _broken(event)
                 if not isinstance(event, Started):
                     texts[i] += event.text
-                if not going:  # before the last event goes out: an answer that a client has is in the ledger
+                if not going:  # before the last event: a delivered answer is in the ledger
                     billed = True
                     await bill.used(total(usages, job.choices))
                     if job.keep is not None:
@@ -182,7 +191,7 @@ def _broken(event: Finished) -> Refused:
 async def _pump(
     service: Service, job: TextJob, request: Request, i: int, queue: asyncio.Queue[Any], usages: list[Usage]
 ) -> None:
-    """One engine request's events into the queue; its usage into `usages`, whole or as far as it came."""
+    """Copy one engine request's events into the queue, and its usage so far into `usages`."""
     meter, reason = Meter(service.metrics, job.chosen.label, job.caller.tenant), "abort"
     try:
         events: Any = service.texts(request)
@@ -209,7 +218,7 @@ async def _pump(
 
 
 async def collect(request: HttpRequest, service: Service, job: TextJob) -> list[TextAnswer]:
-    """Raises as `run`, and ClientLeft."""
+    """Collect whole answers. Raises as `run`, and ClientLeft."""
     answers = [TextAnswer() for _ in range(len(job.prompts) * job.choices)]
 
     async def read() -> None:
@@ -229,13 +238,16 @@ async def stream(
     told: Callable[[Refused], bytes],
     headers: Mapping[str, str],
 ) -> EventStream:
-    """`lines`: writes the events; `told`: an error behind the first. Raises as `collect` until that one is there."""
+    """Stream answers as server-sent events. Raises as `collect` until the first event.
+
+    `lines`: formats the events; `told`: formats an error after the first event.
+    """
     events = await open_stream(request, run(service, job))
     return EventStream(lines(events), events, told, service.settings.stall, headers)
 
 
 class OpenStream(Generic[T]):
-    """Events once the first is there: what is refused at once is refused with its own HTTP status."""
+    """Events whose first is already received, so that immediate errors get their own HTTP status."""
 
     def __init__(self, first: T, rest: AsyncGenerator[T, None]) -> None:
         self.first, self.rest = first, rest
@@ -250,12 +262,15 @@ class OpenStream(Generic[T]):
 
 
 async def open_stream(request: HttpRequest, events: AsyncGenerator[T, None]) -> OpenStream[T]:
-    """Waits for the first event. Raises what it raises, and ClientLeft."""
+    """Wait for the first event. Raises its errors, and ClientLeft."""
     return OpenStream(await unless_left(request, anext(events)), events)
 
 
 async def unless_left(request: HttpRequest, work: Awaitable[T]) -> T:
-    """The result of `work`; ClientLeft, with the work cancelled, when the client leaves before."""
+    """The result of `work`.
+
+    If the client leaves first, cancels the work and raises ClientLeft.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(client_left(request.receive))
     try:
@@ -270,14 +285,17 @@ async def unless_left(request: HttpRequest, work: Awaitable[T]) -> T:
 
 
 _Sent = tuple[str, Usage]
-"""The answer that a client got, and what it took."""
+"""The answer sent to a client, and its usage."""
 
 
 # -- shadows -----------------------------------------------------------------------------------------------------------
 
 
 def _shadow(service: Service, job: TextJob, request: Request) -> asyncio.Future[_Sent] | None:
-    """Starts the shadow's answer to the first prompt behind the request; told the sent text, it reports both."""
+    """Start the shadow's answer to the first prompt.
+
+    Set the future to the sent text to compare both.
+    """
     if job.chosen.served.shadow is None:
         return None
     name, mix = job.chosen.served.shadow
@@ -302,7 +320,7 @@ async def _follow(service: Service, job: TextJob, request: Request, shadow: str,
         if answer.end is None or answer.end.reason in ("error", "cancelled"):
             why = answer.end.error if answer.end is not None else None
             error = message_of(why) if why is not None else "its answer was broken off"
-    except Exception as problem:  # a shadow never disturbs what it follows
+    except Exception as problem:  # a shadow never disturbs its request
         error = problem_of(problem)
     with suppress(asyncio.CancelledError):
         text, usage = await sent

@@ -1,8 +1,10 @@
-"""The application: one door for all requests, errors in each surface's own form, and the routes of every surface.
+"""The application: middleware for all requests, errors in each surface's format, and all routes.
 
-`Door` handles each request before any route. It assigns a request ID, checks Host, Origin and Content-Type (421, 403,
-415), determines the principal (401), refuses new work while the server is loading or draining (503), and receives the
-body, within limits on size and memory (413, 429) and time (408). At the end it releases the resources of the request.
+`Door` handles each request before any route. It assigns a request ID, checks Host, Origin and Content-Type
+(421, 403, 415),
+determines the principal (401), refuses new work while the server is loading or draining (503), and receives
+the body, within
+limits on size and memory (413, 429) and time (408). At the end it releases the resources of the request.
 """
 
 from __future__ import annotations
@@ -39,15 +41,17 @@ from veneer.serve.settings import HttpSettings
 _STRANGERS = "?"
 """Pseudo-tenant for resource shares of requests that need no key; no tenant can have this name."""
 _STRANGERS_BODY = 4 << 10
-"""Most bytes of a body on a path that needs no key, such as the sign-in form. These bodies do not count against the
-shared limit, so that slow bodies from strangers block nobody."""
+"""Maximum bytes of a body on a path that needs no key, such as the sign-in form.
+
+These bodies do not count against the shared limit, so that slow bodies from unknown clients block nobody.
+"""
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
 _NO_BASE = ("/v1/adapters", "/v1/adapter_", "/v1/files", "/v1/jobs/")
-"""Beginnings of paths that answer while the base is loading: pages of the Studio use them. All others answer 503."""
+"""Prefixes of paths that work while the base is loading, for pages of the Studio; all others return 503."""
 
 _LARGE_PACE = 256 << 10
-"""Bytes a second that a large body has to bring: it may take as much longer than others as it is larger."""
+"""Minimum bytes per second of a large body: its time limit grows with its size."""
 
 
 def create_app(
@@ -57,11 +61,14 @@ def create_app(
     unguarded: Sequence[str] = (),
     large: Mapping[str, int] | None = None,
 ) -> FastAPI:
-    """All surfaces over one engine, each of which finds `request.app.state.service`.
+    """All surfaces over one engine; each reads `request.app.state.service`.
 
-    `routers`: further routes behind the same door. `unguarded`: prefixes of paths that look after their own keys.
-    `large`: whole paths, as regular expressions, whose routes put what is posted on the disk as it comes, and how many
-    bytes that may be; they see to it that not too many come at once."""
+    `routers`: more routes behind the same middleware. `unguarded`: path prefixes that check their own keys.
+    `large`: full paths,
+    as regular expressions, whose routes spool bodies to disk as they arrive, and the maximum bytes; those
+    routes limit their own
+    concurrency.
+    """
     origins = service.settings.allowed_origins
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service = service
@@ -90,22 +97,25 @@ def create_app(
 
 
 def add_images(app: FastAPI) -> None:
-    """Add the routes of a base that draws, which may be known only once the base is loaded."""
-    from veneer.serve.http.surfaces.images import images_routes  # late: a server of texts needs none of it
+    """Add the routes of an image base, whose kind can be known only once it is loaded."""
+    from veneer.serve.http.surfaces.images import images_routes  # late: a text server needs none of it
 
     check_guarded(images_routes)
     app.include_router(images_routes)
     app.openapi_schema = None
 
 
-# -- the door ----------------------------------------------------------------------------------------------------------
+# -- middleware
+# -------------------------------------------------------------------------------------------------------
 
 
 class Door:
     """ASGI middleware that sets `veneer.id`, `veneer.principal` and `veneer.place` in the scope.
 
-    It decides by the scope's path, as the router does: `request.url` of older Starlettes is made from the Host header,
-    which can hold a path of its own."""
+    Decides by the scope's path, as the router does: `request.url` of older Starlettes is built from the Host
+    header, which can
+    contain a path of its own.
+    """
 
     def __init__(
         self,
@@ -158,9 +168,12 @@ class Door:
                 self.service.tidy()
 
     def _large(self, request: HttpRequest) -> int | None:
-        """Return the size limit of a body that does not count against memory: spooled to disk, or a stranger's.
+        """The size limit of a body that does not count against memory.
 
-        None for a body that counts."""
+        None for a body that counts.
+
+        Such a body is spooled to disk, or comes without a key.
+        """
         if self._needs_no_key(request.scope["path"]):
             return _STRANGERS_BODY
         if request.method != "POST":
@@ -191,15 +204,17 @@ class Door:
 
 
 class _Body:
-    """A body as it comes: counted, and in time. What its head did not announce is taken when it is here, but for a
-    `large` one's (its limit), which goes to the disk."""
+    """An incoming body, counted and timed.
+
+    Undeclared bytes are charged as they arrive; `large` bodies (with that limit) are spooled to disk instead.
+    """
 
     def __init__(self, receive: Receive, place: AdmittedRequest, settings: HttpSettings, large: int | None) -> None:
         self.read, self.place, self.settings, self.large = receive, place, settings, large
         self.seen, self.whole, self.begun = 0, False, 0.0
 
     async def receive(self) -> Message:
-        if self.whole:  # what comes now is that the client has left
+        if self.whole:  # the next message is a disconnect
             return await self.read()
         self.begun = self.begun or asyncio.get_running_loop().time()
         time = self.settings.body_time + (self.seen / _LARGE_PACE if self.large is not None else 0)
@@ -256,7 +271,7 @@ def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientLeft, left)
-    app.add_exception_handler(ClientDisconnect, left)  # before all of its body was here
+    app.add_exception_handler(ClientDisconnect, left)  # before the whole body arrived
     app.add_exception_handler(Exception, unexpected)
 
 

@@ -1,9 +1,9 @@
-"""A conversation asked of the engine, by whichever way it came: a surface's body, or a view that runs in this process.
+"""Chat requests to the engine, from a surface's body or from a view in this process.
 
-    chat_job    admission's room, the prompt's tokens, what keeps the answer -> a TextJob, which `answers.run` runs
-    ask_texts   all of it for who has no HTTP request: events as they come, under the same limits, with the same bill
+    chat_job    admission, the prompt's tokens, storing the answer -> a TextJob, which `answers.run` runs
+    ask_texts   the whole request without HTTP: events as they arrive, under the same limits and bill
 
-A request carries its mix: nothing is loaded for it but what it names, and nothing is merged.
+A request carries its mix: only adapters that it names are loaded, and none is merged.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ from veneer.serve.request import Refused, Sampling, invalid
 
 @dataclass(frozen=True)
 class AskedChat:
-    """A conversation and what is wanted of it. `sampling`: of the tokens that its prompt leaves; `n`: answers;
-    `variables`: what the chat template gets beside messages and tools; `kept`: whether the answer may be kept for
-    feedback; `continued`: the last message is the assistant's, and the answer goes on with it."""
+    """A conversation and its options.
+
+    `sampling`: parameters for the tokens that the prompt leaves. `n`: answers. `variables`: template
+    variables besides messages
+    and tools. `kept`: whether the answer can be stored for feedback. `continued`: the last message is the
+    assistant's, and the
+    answer continues it.
+    """
 
     chosen: ChosenMix
     messages: Sequence[dict[str, Any]]
@@ -44,8 +49,10 @@ class AskedChat:
 async def chat_job(
     service: Service, caller: Principal, asked: AskedChat, place: AdmittedRequest, number: str
 ) -> TextJob:
-    """What the engine is to do. `number`: the answer's id. Raises Refused: too much at once (429), a prompt that the
-    context has no room for (400)."""
+    """The engine job of a chat request. `number`: the answer's id.
+
+    Raises Refused: too much at once (429), a prompt that does not fit the context (400).
+    """
     place.take("answers", asked.n)
     prompt = await service.prompts.of_messages(asked.messages, asked.use.shown, place, **asked.variables)
     room = service.prompts.fits(prompt, "messages")
@@ -64,7 +71,10 @@ async def chat_job(
 def _keeping(
     service: Service, caller: Principal, asked: AskedChat, served: Served, number: str
 ) -> Callable[[Sequence[str]], None] | None:
-    """What keeps an answer for feedback, where it is to be kept: conversations as rows of training have them."""
+    """A function that stores an answer for feedback, as a training conversation.
+
+    None if not stored.
+    """
     keep = service.tenancy.keeping(caller, served, number)
     if keep is None:
         return None
@@ -81,8 +91,12 @@ def _keeping(
 
 @dataclass(frozen=True)
 class AskedTexts:
-    """What a view asks. `mix`: (name, strength) of each part, none for the base; `logprobs`: likeliest tokens beside
-    each of the answer's, None for no log-probabilities; `id`: the answer's, by which feedback knows it."""
+    """A request from a view.
+
+    `mix`: (name, strength) of each part, empty for the base. `logprobs`: most likely tokens in addition to
+    each of the answer's,
+    None for no logprobs. `id`: the answer's id, used by feedback.
+    """
 
     messages: Sequence[dict[str, Any]]
     mix: Sequence[tuple[str, float]] = ()
@@ -97,9 +111,13 @@ class AskedTexts:
 async def ask_texts(
     service: Service, caller: Principal, asked: AskedTexts, served: Callable[[Served], None] | None = None
 ) -> AsyncGenerator[IndexedEvent, None]:
-    """(index, event) of `n` answers, until all have finished, as a chat completion of the same caller would be
-    answered, but as a trial (see `Served`); closing it cancels what still runs. `served`: called with what the names
-    mean now, before the first event. On the server's own loop. Raises Refused."""
+    """(index, event) of `n` answers, as for a chat completion of the same caller, but as a trial (see
+    `Served`).
+
+    Closing it cancels what still runs. `served`: called with the resolved names before the first event. Call
+    on the server's
+    event loop. Raises Refused.
+    """
     if service.phase != "ready":
         raise Refused(f"the server is {service.phase}", status=503, code="shutting_down", retry_after=5.0)
     most = service.settings.max_choices
@@ -133,7 +151,7 @@ async def ask_texts(
 
 
 def _chosen(service: Service, caller: Principal, mix: Sequence[tuple[str, float]]) -> ChosenMix:
-    """One name at its whole strength is asked for by itself, so that a route is one: with its weights and shadow."""
+    """The mix of a view; a single name at strength 1 resolves as `model`, so that routes apply."""
     if len(mix) == 1 and mix[0][1] == 1:
         return service.mixes.choose(caller, model=mix[0][0])
     return service.mixes.choose(caller, mix=list(mix))

@@ -1,18 +1,23 @@
-"""JSON bodies, read strictly and within bounds, as pydantic models in which nothing is silent.
+"""JSON bodies, parsed strictly and within limits, into pydantic models that drop nothing silently.
 
-    router = APIRouter(route_class=BodyRoute)      its routes' bodies are read here
+    router = APIRouter(route_class=BodyRoute)      parses the bodies of its routes
     read_json(data)                                the same for bytes
-    class Load(Body): …                            what a route's body may hold
+    class Load(Body): …                            the keys of a route's body
 
-Eight megabytes of text are one value; eight megabytes of `[],` are millions, each of them dearer in memory than its
-bytes by a factor of twenty. So values and depth are counted in the bytes (numpy, without the interpreter's lock), and
-large bodies are read in a thread. A key that is given twice is an error: which of the two was meant is anybody's guess.
+Eight megabytes of text are one value; eight megabytes of `[],` are millions, each taking twenty times its
+bytes in memory.
+So values and depth are counted in the bytes (numpy, without the GIL), and large bodies are parsed in a
+thread. A duplicate
+key is an error.
 
-A key is a field, and honoured; or in `ignored`, harmless, and named in the answer's `x-veneer-ignored` header; or in
-`refused`, where any value but its neutral ones is an error with the reason; or unknown, an error with the nearest name.
+A key is a field, and applied; or in `ignored`, harmless, and listed in the response's `x-veneer-ignored`
+header; or in
+`refused`, where any value but its neutral ones is an error with the reason; or unknown, an error with the
+nearest name.
 
-Whatever is wrong with a body, little is said of it: an object has at most `KEYS` keys, a list has a bound (`at_most`)
-and ends at its first error, and of several kinds of value the one is checked that the value looks like.
+Validation work is bounded: an object has at most `KEYS` keys, a list has a bound (`at_most`) and stops at its
+first error,
+and of a union only the type that the value looks like is checked.
 """
 
 from __future__ import annotations
@@ -40,16 +45,16 @@ from veneer.serve.request import Refused, invalid
 Neutral = tuple[Any, ...]
 
 VALUES = 1 << 18
-"""Values a body may hold, keys among them: two prompts of 128 thousand tokens as numbers."""
+"""Maximum values in a body, keys included: two prompts of 128 thousand tokens as numbers."""
 DEPTH = 64
-"""How deep a body's lists and objects may stand in one another."""
+"""Maximum nesting of a body's lists and objects."""
 LARGE_BODY = 64 << 10
-"""Bytes from which a body is read in a thread."""
+"""Bytes from which a body is parsed in a thread."""
 CHUNK = 1 << 20
 KEYS = 256
-"""Keys that an object of a body may have, where they have names."""
+"""Maximum keys of an object with known keys."""
 ITEMS = 4096
-"""What a list of a body may hold that has no bound of its own."""
+"""Maximum items of a list without a bound of its own."""
 
 _NEXT, _OPEN, _CLOSE = 1, 2, 3
 _KINDS = np.zeros(256, dtype=np.uint8)
@@ -61,7 +66,10 @@ _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 
 
 def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple[int, int]:
-    """(values and keys, the deepest nesting) of JSON, or of as much of it as passes one of the bounds."""
+    """(values and keys, maximum nesting) of JSON text.
+
+    Counting stops once a limit is passed.
+    """
     found, level, deepest = 1, 0, 0
     inside, escaped = np.uint8(0), False
     for start in range(0, len(data), CHUNK):
@@ -85,7 +93,10 @@ def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple
 
 
 def _unescaped(part: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], bool]:
-    """1 where a text begins or ends, uint8; and whether the first byte after this part is escaped."""
+    """1 where a string begins or ends, uint8.
+
+    And whether the first byte after this part is escaped.
+    """
     ends = (part == _QUOTE).view(np.uint8)
     at = np.flatnonzero(part == _BACKSLASH)
     if not len(at):
@@ -99,7 +110,7 @@ def _unescaped(part: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[np.ndarray[An
 
 
 def read_json(data: bytes) -> Any:
-    """Raises Refused (400) that says what is wrong with it."""
+    """Parse JSON. Raises Refused (400) that names the problem."""
     values, depth = count_values(data)
     if values > VALUES:
         raise invalid(f"the body holds more than {VALUES:,} values", fix="send less at once")
@@ -129,7 +140,7 @@ def _no_constant(name: str) -> Any:
 
 
 async def read_body(request: Request) -> Any:
-    """A request's JSON; that of a large one is read in a thread."""
+    """A request's JSON; a large body is parsed in a thread."""
     data = await request.body()
     place = request.scope.get("veneer.place")
     if len(data) < LARGE_BODY or place is None:
@@ -138,7 +149,7 @@ async def read_body(request: Request) -> Any:
 
 
 class BodyRoute(APIRoute):
-    """A route that checks its permission (`needs`), then reads its JSON body with `read_body`."""
+    """A route that checks its permission (`needs`), then parses its JSON body with `read_body`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -155,7 +166,7 @@ class BodyRoute(APIRoute):
 
 
 def check_guarded(router: APIRouter) -> None:
-    """Raises ValueError for a route that declares no permission, or that reads a body before checking permission."""
+    """Raises ValueError for a route that declares no permission, or reads a body before checking it."""
     for route in router.routes:
         if not isinstance(route, BodyRoute) or not permissions_of(route.dependencies):
             raise ValueError(f"the route {getattr(route, 'path', route)} names no permission")
@@ -169,11 +180,11 @@ def _is_json(headers: Headers) -> bool:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 FAIL_FAST = Field(fail_fast=True)
-"""A list that ends at its first error."""
+"""Makes a list stop at its first error."""
 
 
 def at_most(n: int) -> BeforeValidator:
-    """A list or an object is counted before anything in it is looked at."""
+    """A validator that limits the length of a list or object before its items are checked."""
 
     def counted(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > n:
@@ -186,7 +197,7 @@ def at_most(n: int) -> BeforeValidator:
 
 
 class Strict(BaseModel):
-    """An object with known keys, and no more of them than can be told apart."""
+    """An object with known keys, and a bounded number of them."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
@@ -199,7 +210,7 @@ class Strict(BaseModel):
 
 
 class Body(Strict):
-    """A request's body. `refused`: key -> (neutral values, why any other cannot be honoured)."""
+    """A request's body. `refused`: key -> (neutral values, why any other value is rejected)."""
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {}
@@ -221,7 +232,7 @@ class Body(Strict):
         return model
 
     def ignore(self, key: str) -> None:
-        """Name a key among those that are ignored."""
+        """List a key among the ignored ones."""
         self._ignored = sorted([*self._ignored, key])
 
     @property
@@ -229,7 +240,8 @@ class Body(Strict):
         return {"x-veneer-ignored": ", ".join(self._ignored)} if self._ignored else {}
 
 
-# -- values that several surfaces take ---------------------------------------------------------------------------------
+# -- values shared by several surfaces
+# ----------------------------------------------------------------------------------
 
 Objects = Annotated[list[dict[str, Any]], FAIL_FAST, at_most(ITEMS)]
 
@@ -274,12 +286,15 @@ MixField = Annotated[
 
 
 def mix_of(parts: Sequence[MixPart] | None) -> list[tuple[str, float]] | None:
-    """Return (name, strength) of each part of a body's `mix`."""
+    """(name, strength) of each part of a body's `mix`; None without one."""
     return None if parts is None else [(part.adapter, part.strength) for part in parts]
 
 
 def checked(model: type[BaseModel], value: Any, param: str) -> Any:
-    """`value` as a model, where a body holds one as a plain object."""
+    """Validate `value`, a plain object inside a body, as a model.
+
+    Raises Refused (400).
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -288,7 +303,8 @@ def checked(model: type[BaseModel], value: Any, param: str) -> Any:
         raise invalid(problem_text(where, first), param) from error
 
 
-# -- what is wrong with a body -----------------------------------------------------------------------------------------
+# -- validation errors
+# ----------------------------------------------------------------------------------------------------
 
 
 _PLAIN = [
@@ -300,7 +316,10 @@ _PLAIN = [
 
 
 def problem_text(where: str, problem: Mapping[str, Any]) -> str:
-    """Return one of pydantic's validation errors in plain words. `where`: the key; "" for the whole body."""
+    """One of pydantic's validation errors in plain words.
+
+    `where`: the key; "" for the whole body.
+    """
     text = str(problem["msg"])
     for pattern, instead in _PLAIN:
         text = pattern.sub(instead, text)
@@ -312,8 +331,11 @@ def problem_text(where: str, problem: Mapping[str, Any]) -> str:
 def body_error(
     errors: Iterable[Mapping[str, Any]], known: Iterable[str], inner: Mapping[str, Iterable[str]] | None = None
 ) -> Refused:
-    """pydantic's list of problems as one error. `known`: the body's keys, for the nearest name of an unknown one;
-    `inner`: those of the objects under some of its keys."""
+    """Combine pydantic's errors into one error.
+
+    `known`: the body's keys, to suggest the nearest name for an unknown key; `inner`: keys of the objects
+    under some keys.
+    """
     problems = list(errors)
     told: list[str] = []
     names = list(known)
@@ -341,7 +363,7 @@ def body_error(
 
 
 def keys_of_bodies(endpoint: Any) -> list[str]:
-    """Every key that a route's body may have, for the nearest name of one that it may not."""
+    """Every key that a route's body can have, to suggest the nearest name for an unknown key."""
     try:
         kinds = typing.get_type_hints(endpoint).values()
     except (NameError, TypeError):

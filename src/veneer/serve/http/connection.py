@@ -1,16 +1,17 @@
-"""Connections that nobody uses do not stay: time limits of one HTTP connection, and of how many there are.
+"""Time limits of HTTP connections, and a limit on their number.
 
-    head      a request's first line and headers have to come within `head_time`, on a new connection and on a kept one
-    body      see app.Door; what is still sent after an answer has to end within `body_time`
-    idle      a connection is kept for `idle` seconds after an answer
-    unread    a client that reads nothing for `stall` seconds is cut off, and what still runs for it is cancelled
+    head      a request's first line and headers must arrive within `head_time`, on new and on reused connections
+    body      see app.Door; data still sent after a response must end within `body_time`
+    idle      a connection is kept for `idle` seconds after a response
+    unread    if a client reads nothing for `stall` seconds, its connection is closed and its requests are cancelled
     many      above `connections`, the server closes the oldest WebSockets first (pages reconnect automatically), and
               then the connections that have waited longest for a request
 
-An event loop's timers are cheap: each connection has one, for whichever of these it is in.
+Each connection has one timer, for whichever of these applies.
 
-Of a flood that comes at once nobody knows who is about to ask. So whoever came within the last `_PATIENCE` seconds is
-let be, while there are no more than `_BEYOND` too many.
+In a burst of connections, it is unknown which ones will send a request. So connections younger than
+`_PATIENCE` seconds are
+kept while at most `_BEYOND` are surplus.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ _BEYOND = 256
 
 
 def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol] | str]:
-    """Return uvicorn's protocols with these limits, for `http` and `ws` of its Config. `sockets`: allow WebSockets."""
+    """uvicorn's protocols with these limits, for `http` and `ws` of its Config.
+
+    `sockets`: allow WebSockets.
+    """
     all = _All()
     http = type("Connection", (_Connection,), {"settings": settings, "all": all})
     if not sockets:
         return http, "none"
-    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol  # an extra has it
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol  # needs an extra
 
     class Socket(WebSocketsSansIOProtocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -50,7 +54,7 @@ def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Pr
 
 
 def many_files(wanted: int) -> None:
-    """Let this process have so many connections, as far as its hard limit goes."""
+    """Raise this process's limit of open files to `wanted` connections, within its hard limit."""
     with suppress(ImportError):  # Windows has no such limit
         import resource
 
@@ -63,8 +67,12 @@ def many_files(wanted: int) -> None:
 
 @dataclass
 class _All:
-    """All open connections. `waiting`: connections waiting for a request -> start of the wait, the longest wait first.
-    `sockets`: the WebSockets, the oldest first. `look`: the timer after which surplus connections are closed."""
+    """All open connections.
+
+    `waiting`: connections waiting for a request -> start of the wait, longest first. `sockets`: WebSockets,
+    oldest first.
+    `look`: the timer after which surplus connections are closed.
+    """
 
     waiting: dict[_Connection, float] = field(default_factory=dict)
     sockets: dict[Any, None] = field(default_factory=dict)
@@ -87,7 +95,10 @@ class _Connection(H11Protocol):
             self.all.look = self.loop.call_later(_PATIENCE, self._make_room)
 
     def _make_room(self) -> None:
-        """Close as many as there are too many, of those that have waited long enough; look again if some have not."""
+        """Close surplus connections that have waited long enough.
+
+        Check again later for the rest.
+        """
         self.all.look = None
         too_many = len(self.connections) - self.settings.connections
         too_many -= self._close_sockets(too_many)
@@ -98,7 +109,7 @@ class _Connection(H11Protocol):
             connection._close()
 
     def _close_sockets(self, most: int) -> int:
-        """Close up to `most` of the oldest WebSockets; return how many were closed."""
+        """Close up to `most` of the oldest WebSockets; returns how many were closed."""
         oldest = list(self.all.sockets)[: max(0, most)]
         for socket in oldest:
             self.all.sockets.pop(socket, None)
@@ -119,7 +130,7 @@ class _Connection(H11Protocol):
             if self._timer is None:
                 self._await_head()
         elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
-            if self._timer is None:  # its request is answered, and it still sends
+            if self._timer is None:  # its request is answered, but it still sends
                 self._rest(self.settings.body_time)
         else:
             self.all.waiting.pop(self, None)
@@ -139,7 +150,7 @@ class _Connection(H11Protocol):
         self.all.waiting[self] = self.loop.time()
 
     def _rest(self, seconds: float | None) -> None:
-        """Close in so many seconds, unless something else is said before."""
+        """Restart the timer: close after `seconds`; None stops it."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if seconds is None else self.loop.call_later(seconds, self._close)
@@ -151,9 +162,9 @@ class _Connection(H11Protocol):
         self.all.waiting.pop(self, None)
         super().timeout_keep_alive_handler()
         if self._unread is None:
-            self.pause_writing()  # what was written before has to be read, too
+            self.pause_writing()  # earlier writes must be read, too
 
-    # -- who does not read
+    # -- slow readers
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -1,4 +1,4 @@
-"""Files as answers: sent in pieces that a thread reads, so that no other request waits for a disk."""
+"""File downloads, read in pieces by a thread, so that no request waits for a disk."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ def file_response(
     after: Callable[[], object] | None = None,
     media_type: str = "application/octet-stream",
 ) -> Response:
-    """`size`: the bytes that `source` has. `disposition`: by which the client calls the file. The source is closed,
-    and `after` called in a thread, when all was sent or the client is gone."""
+    """A response that sends a file.
+
+    `size`: bytes in `source`. `disposition`: the Content-Disposition header, which names the file. When all
+    is sent or the client
+    is gone, the source is closed and `after` is called in a thread.
+    """
 
     async def chunks() -> AsyncIterator[bytes]:
         while chunk := await asyncio.to_thread(source.read, CHUNK):

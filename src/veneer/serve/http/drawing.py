@@ -1,10 +1,10 @@
-"""Pictures asked of the engine, by whichever way they came: an images body from a client, or one that a view makes.
+"""Image requests to the engine, from a client's images body or from a view.
 
-    ask_pictures    an ImageBody or EditBody -> DrawingPlan: a PictureRequest for each picture; and the engine's events
+    ask_pictures    an ImageBody or EditBody -> DrawingPlan: a PictureRequest for each image; and the engine's events
 
-They are drawn under the caller's limits, with the caller's bill. Nothing that is asked for is left out in silence: what
-cannot be done here is refused with the reason. A picture's size is read from its header before it is decoded, and no
-address is ever fetched.
+Requests run under the caller's limits and bill. No field is silently ignored: unsupported values are rejected
+with the
+reason. An image's size is read from its header before it is decoded, and no URL is ever fetched.
 """
 
 from __future__ import annotations
@@ -58,18 +58,23 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
 
 IndexedPicture = tuple[int, PictureEvent]
-"""An event, and which of a request's pictures it is of."""
+"""An event, with the index of its image in the request."""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 _STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
-"""Quality -> its share of the base's own number of steps."""
+"""Quality -> factor on the base's default number of steps."""
 
 
 async def ask_pictures(
     service: Service, caller: Principal, asked: ImageBody, number: str, *, trial: bool = False
 ) -> tuple[DrawingPlan, AsyncGenerator[IndexedPicture, None]]:
-    """What will be drawn, and its events, which begin when they are first asked for; closing them cancels what still
-    runs. `number`: the request's id. `trial`: see `Served`. Raises Refused."""
+    """Plan image generation.
+
+    Returns the plan and its events, which start when first awaited.
+
+    Closing the events cancels what still runs. `number`: the request's id. `trial`: see `Served`. Raises
+    Refused.
+    """
     if service.engine.makes != "pictures":
         raise invalid("this server answers in text", fix="ask /v1/chat/completions")
     chosen, labels, factors = _chosen(service, asked, caller)
@@ -84,8 +89,10 @@ async def ask_pictures(
 def _chosen(
     service: Service, asked: ImageBody, caller: Principal
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
-    """What acts, what the client calls each adapter, and the factors by block and step, or the role, of those that have
-    any. An empty `mix` is the base."""
+    """The mix, the client's name for each adapter, and factors by block and step, or roles, if any.
+
+    An empty `mix` is the base.
+    """
     catalog, mixes = service.catalog, service.mixes
     if (parts := asked.mix) is not None:
         if catalog.resolve(asked.model, caller).mix:
@@ -113,8 +120,12 @@ def _chosen(
 async def _run(
     service: Service, engine: PictureEngine, plan: DrawingPlan, caller: Principal, chosen: ChosenMix, number: str
 ) -> AsyncGenerator[IndexedPicture, None]:
-    """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too. Once
-    the first picture is there, a route's shadow draws it as well."""
+    """The engine's events, under the caller's limits.
+
+    Completed work is billed however it ends.
+
+    Once the first image is finished, a route's shadow generates it as well.
+    """
     served = chosen.served
     places = engine.places(plan.requests[0].settings)
     usages = [Usage(0, 0, 0) for _ in plan.requests]
@@ -135,7 +146,7 @@ async def _run(
                         usages[i], reasons[i] = event.usage, "stop"
                         if i == 0 and served.shadow is not None:
                             _shadow(service, engine, plan.requests[0], caller, served, number, event)
-                        if reasons.count("stop") == len(reasons):  # before the last picture goes out
+                        if reasons.count("stop") == len(reasons):  # before the last image is sent
                             billed = True
                             await bill.used(_total(plan, usages))
                     yield i, event
@@ -158,7 +169,7 @@ def _shadow(
     number: str,
     sent: FinishedPicture,
 ) -> None:
-    """Starts the shadow's picture behind the request."""
+    """Start the shadow's image in the background."""
     assert served.shadow is not None
     name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
     labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
@@ -176,7 +187,7 @@ def _shadow(
                             drawn = event if isinstance(event, FinishedPicture) else drawn
                 finally:
                     await bill.used(Usage(0, 0, 0) if drawn is None else drawn.usage)
-        except Exception as problem:  # a shadow never disturbs what it follows
+        except Exception as problem:  # a shadow never disturbs its request
             drawn, error = None, problem_of(problem)
         one, other, apart = await asyncio.to_thread(_compared, sent, drawn)
         own = Usage(0, 0, 0) if drawn is None else drawn.usage
@@ -199,12 +210,13 @@ def _total(plan: DrawingPlan, usages: list[Usage]) -> Usage:
     )
 
 
-# -- what is drawn -----------------------------------------------------------------------------------------------------
+# -- planning
+# -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DrawingPlan:
-    """The pictures, and what is to be said of their making."""
+    """The image requests, and notes for the response."""
 
     requests: tuple[PictureRequest, ...]
     notes: tuple[str, ...]
@@ -212,7 +224,7 @@ class DrawingPlan:
     height: int
     text_tokens: int
     image_tokens: int
-    """Places of the latents of the pictures that went in."""
+    """Latent positions of the input images."""
 
 
 def _planned(
@@ -224,7 +236,10 @@ def _planned(
     factors: dict[str, Strength],
     most: int,
 ) -> DrawingPlan:
-    """Decode, fit and check. `most`: pixels of a picture that is sent. Blocks. Raises Refused."""
+    """Decode, fit and check a body. `most`: pixels of an uploaded image. Blocks.
+
+    Raises Refused.
+    """
     base = engine.base
     notes: list[str] = []
     for part, digest in zip(asked.mix or (), chosen.served.meant, strict=False):
@@ -286,7 +301,10 @@ def _planned(
 
 
 def _numbers(base: ImageBase, asked: ImageBody) -> tuple[int, float, float]:
-    """Steps, guidance and true guidance. Qwen-Image's own guidance is what others call the true one."""
+    """Steps, guidance and true guidance.
+
+    Qwen-Image's guidance is what others call true guidance.
+    """
     steps, guidance = default_settings(base)
     taken = asked.num_inference_steps or max(1, round(steps * _STEPS.get(asked.quality, 1.0)))
     given, true = asked.guidance_scale, asked.true_cfg_scale
@@ -298,7 +316,7 @@ def _numbers(base: ImageBase, asked: ImageBody) -> tuple[int, float, float]:
 
 
 def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float:
-    """What a mask opens is made anew; without one something of the picture stays, as `veneer image` has it."""
+    """The denoising strength: full under a mask, else partial, as in `veneer image`."""
     if not isinstance(asked, EditBody) or image is None:
         return 1.0
     if asked.denoise is not None:
@@ -307,7 +325,7 @@ def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float
 
 
 def _check_edit(base: ImageBase, asked: EditBody) -> None:
-    """What a base that edits cannot do with the picture that it is sent."""
+    """Raises Refused for options that an editing base does not support."""
     if asked.mask is not None and (base.edits_alone or "inpaint" not in base.pipelines):
         what = f"{base.row.label} edits all of a picture, as the prompt says, and takes no mask"
         raise invalid(what, "mask", "leave it out, and say in the prompt what is to change and what stays")
@@ -322,19 +340,21 @@ def _check_edit(base: ImageBase, asked: EditBody) -> None:
 
 
 def _public(name: str) -> str:
-    """A ControlNet's name without the folders of this machine."""
+    """A ControlNet's name without local folders."""
     return Path(name).name if Path(name).exists() else name
 
 
 class _Sent:
-    """The pictures of one request, decoded."""
+    """The uploaded images of one request, decoded."""
 
     def __init__(self, most: int, notes: list[str]) -> None:
         self.most, self.notes = most, notes
 
     def edited(self, base: ImageBase, asked: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
-        """(the picture to start from, its mask in grey: white is made anew, what a base that edits is shown): without a
-        mask such a base is shown them all, and starts from none."""
+        """(image to start from, its mask in gray: white is regenerated, source images of an editing base).
+
+        Without a mask, an editing base gets all images as sources, and starts from none.
+        """
         given, mask = asked.pictures, asked.mask_data
         several = bool(base.references) and mask is None
         if not given:
@@ -387,7 +407,7 @@ class _Sent:
     def controls(
         self, engine: PictureEngine, held: Sequence[tuple[ControlBody, Image]], width: int, height: int
     ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
-        """(what the engine gets, what a record says of it)."""
+        """(controls for the engine, their entries in the record)."""
         controls, said = [], []
         for one, picture in held:
             name, model = engine.control(one.type)
@@ -408,7 +428,7 @@ class _Sent:
 
 
 def _opening(mask: Image) -> Image:
-    """OpenAI's masks are open where they are transparent; one without transparency where it is white."""
+    """The mask's open area: transparent pixels as in OpenAI, or white in a mask without transparency."""
     from PIL import ImageChops
 
     if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
@@ -429,7 +449,7 @@ def _bytes(data: Data, param: str) -> bytes:
 
 
 def _compared(sent: FinishedPicture, other: FinishedPicture | None) -> tuple[str, str, float]:
-    """The digests of both pictures' pixels ("" of one that is not there), and their mean difference, 0 … 1."""
+    """The digests of both images' pixels ("" for a missing one), and their mean difference, 0 … 1."""
     one, two = (None if drawn is None else np.asarray(drawn.made.image.convert("RGB")) for drawn in (sent, other))
     digests = ["" if pixels is None else hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in (one, two)]
     apart = 1.0 if one is None or two is None else float(np.abs(one.astype(float) - two).mean() / 255)

@@ -1,7 +1,8 @@
-"""How each surface tells an error: one Refused, four bodies.
+"""Errors in each surface's format: one Refused, four bodies.
 
-A route's first tag names the surface it belongs to, and with it the form; the status is the error's own, save where
-a surface has another word for the same thing (TGI: 422 for what cannot be, 424 for what failed).
+A route's first tag names its surface, and thus the format. The status is the error's own, except where a
+surface uses
+another (TGI: 422 for an invalid request, 424 for a failed generation).
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def problem_of(error: Exception) -> str:
 
 
 def as_refused(error: Exception) -> Refused:
-    """What a client is told of an error that no surface expected; the log has the rest, under the answer's id."""
+    """The client error of an unexpected exception.
+
+    Details go to the log, under the answer's id.
+    """
     if isinstance(error, Refused):
         return error
     return fault("the server", error)
@@ -69,7 +73,7 @@ def _openai(error: Refused) -> tuple[int, Any]:
 
 
 def _openai_code(error: Refused) -> str:
-    """OpenAI's own words where its clients test them."""
+    """OpenAI's error codes, which its clients check."""
     words = {"context_exceeded": "context_length_exceeded", "rate_limited": "rate_limit_exceeded"}
     words["unauthorized"] = "invalid_api_key"
     return words.get(error.code, error.code)
@@ -114,7 +118,10 @@ _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
 
 
 def error_body(error: Refused, surface: str) -> tuple[int, Any]:
-    """(status, body) of an error as a surface tells it; an unknown surface tells it as OpenAI does."""
+    """(status, body) of an error in a surface's format.
+
+    OpenAI's for an unknown surface.
+    """
     status, body = _FORMS.get(surface, _openai)(error)
     if surface.startswith("OpenAI") and (error.status, error.code) == (404, "not_found"):
         body["error"]["code"] = None  # OpenAI has codes only for models and jobs
@@ -134,13 +141,17 @@ def answer_error(error: Refused, surface: str) -> Json:
 
 
 KnownErrors = Mapping[type[Exception], Callable[[Any], Refused | None]]
-"""Kind of error -> the answer to an error of that kind; None: the answer is that of an outage or a fault."""
+"""Exception type -> error for the client; None: treat as an outage or internal error."""
 
 
 @contextmanager
 def answering(what: str, known: KnownErrors = MappingProxyType({})) -> Iterator[None]:
-    """Turn errors into the answer to the client. `what`: the part of the server that is used, for outages and faults.
-    `known`: errors that say what was wrong with the request; the first kind that fits counts."""
+    """Convert exceptions into client errors.
+
+    `what`: the part of the server in use, for outages and internal errors. `known`: exceptions caused by the
+    request; the first
+    matching type counts.
+    """
     try:
         yield
     except Refused:
@@ -156,6 +167,6 @@ async def in_thread(
     run: Callable[[Callable[[], _T]], Awaitable[_T]] = asyncio.to_thread,
     known: KnownErrors = MappingProxyType({}),
 ) -> _T:
-    """`do` in a thread, by `run`; errors as `answering` has them."""
+    """Run `do` in a thread, by `run`, with errors as in `answering`."""
     with answering(what, known):
         return await run(do)

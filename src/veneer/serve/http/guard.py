@@ -30,7 +30,7 @@ _EXEMPT = ("/health", "/ping", "/ready", "/metrics")
 """Paths that answer under any Host: probes and scrapers call by IP."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _UNASKED = ("", "text/plain", "application/x-www-form-urlencoded")
-"""Types that browsers send across sites without a preflight. multipart/form-data is another, with its own routes."""
+"""Types that browsers send across sites without a preflight; multipart/form-data has its own routes."""
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -45,23 +45,29 @@ class Need:
 
 
 def needs(permission: Permission) -> Any:
-    """Return a FastAPI dependency that requires a permission. A route with several dependencies requires them all."""
+    """A FastAPI dependency that requires a permission.
+
+    Several dependencies must all hold.
+    """
     return Depends(Need(permission))
 
 
 def permissions_of(dependencies: Iterable[Any]) -> list[Permission]:
-    """Return the permissions that the dependencies of a route or router require."""
+    """The permissions that the dependencies of a route or router require."""
     return [each.dependency.permission for each in dependencies if isinstance(each.dependency, Need)]
 
 
 def principal_of(scope: Scope) -> Principal:
-    """Return the principal that sent the request, as set by `serve.http.app.Door`."""
+    """The principal that sent the request, as set by `serve.http.app.Door`."""
     principal: Principal = scope["veneer.principal"]
     return principal
 
 
 def check_source(scope: Scope, settings: HttpSettings, keyless: bool) -> None:
-    """Raises Refused (421, 403) for a request that another site's page may have sent. `keyless`: of the Tenancy."""
+    """Raises Refused (421, 403) for a request that another site's page may have sent.
+
+    `keyless`: see Tenancy.
+    """
     headers = Headers(scope=scope)
     if keyless and scope["path"] not in _EXEMPT:
         _check_host(headers, {*HERE, *settings.allowed_hosts})
@@ -80,7 +86,7 @@ def _check_host(headers: Headers, allowed: Collection[str]) -> None:
 
 
 def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:
-    """Raises Refused (403) if another site's page sent a request that carries a cookie or could change something."""
+    """Raises Refused (403) for another site's request that has a cookie or could change something."""
     origin = headers.get("origin")
     if origin is None or _same_origin(origin, headers.get("host", "")) or origin in allowed:
         return
@@ -96,7 +102,7 @@ def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> N
 
 
 def check_content_type(scope: Scope, headers: Headers) -> None:
-    """Raises Refused (415) for a body type that a page on any site can send without a preflight."""
+    """Raises Refused (415) for a body type that any site's page can send without a preflight."""
     has_body = headers.get("transfer-encoding") is not None or headers.get("content-length", "0") != "0"
     if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _UNASKED:
         raise Refused(
@@ -108,7 +114,7 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
 
 
 def media_type(headers: Headers) -> str:
-    """Return the Content-Type without parameters, in lower case."""
+    """The Content-Type without parameters, in lower case."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 

@@ -1,8 +1,8 @@
-"""What Prometheus reads: vLLM's names where the meaning is the same, and a few of each adapter.
+"""Prometheus metrics: vLLM's names where the meaning is the same, and a few per adapter.
 
-An adapter's name is a label only for the first `adapters` of them, and a tenant's for as many tenants; the rest are
-counted together as "other", and requests that mix several as "mix": however many there are, the number of series stays
-bounded.
+An adapter's name is a label only for the first `adapters` names, likewise tenants; the rest are counted as
+"other", and
+requests with several adapters as "mix". So the number of series is bounded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 
 
 class Metrics:
-    """All series of one application, in a registry of its own."""
+    """All series of one application, in its own registry."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Metrics:
         adapters: int = 100,
         ledger: Callable[[], LedgerState | None] = lambda: None,
     ) -> None:
-        """`ledger`: how far it is behind, on a server that has one."""
+        """Create the series. `ledger`: its state, on a server that has a ledger."""
         self.registry = CollectorRegistry()
         self.limit, self._named, self._tenants = adapters, set[str](), set[str]()
         self.labels = (model, "0")
@@ -60,7 +60,9 @@ class Metrics:
             self.ended.labels(*self.labels, reason)
 
         def counters(of: str) -> tuple[Counter, Counter, Counter]:
-            """Answers by how they ended, prompt tokens and made tokens, of each adapter or tenant."""
+            """Counters of answers by finish reason, prompt tokens and generated tokens, per adapter or
+            tenant.
+            """
             kinds = {"requests": "Answers", "prompt_tokens": "Prompt tokens", "generation_tokens": "Tokens made"}
             made = [
                 Counter(
@@ -92,7 +94,7 @@ class Metrics:
         )
 
     def label(self, name: str, *, tenant: bool = False) -> str:
-        """The own name of an adapter, or of a tenant, while there is room for one more; else "other"."""
+        """The label of an adapter or tenant: its name while there is room, else "other"."""
         known = self._tenants if tenant else self._named
         if name not in known:
             if len(known) >= self.limit:
@@ -108,10 +110,13 @@ class Metrics:
 
 
 class Meter:
-    """One answer's times and counts, told as they happen; `end` once, however it ended."""
+    """Measures one answer; call `end` once, however it ended."""
 
     def __init__(self, metrics: Metrics, adapter: str, tenant: str = "") -> None:
-        """`tenant` "": a server without tenants, which has no series of them."""
+        """Start the measurement.
+
+        `tenant`: "" on a server without tenants, which has no series for them.
+        """
         self.metrics, self.adapter = metrics, metrics.label(adapter)
         self.counters = [(self.adapter, metrics.by_adapter)]
         if tenant:
@@ -159,14 +164,14 @@ class Meter:
         if self._state is to:
             return
         self._state[self.adapter] -= 1
-        self._state += Tally()  # forgets zeros
+        self._state += Tally()  # drops zeros
         self._state = to if to is not None else Tally()
         if to is not None:
             to[self.adapter] += 1
 
 
 class _Engine(Collector):
-    """The engine's own counts, and the ledger's, read when they are asked for."""
+    """The engine's and ledger's counters, read when scraped."""
 
     def __init__(
         self, metrics: Metrics, stats: Callable[[], EngineStats], ledger: Callable[[], LedgerState | None]
@@ -208,7 +213,8 @@ class _Engine(Collector):
             counter = CounterMetricFamily(name, what, labels=("model_name", "engine"))
             counter.add_metric(self.metrics.labels, float(value))
             yield counter
-        # What LoRA-aware routers read: names of adapters at work and waiting, comma-joined; the value is the time.
+        # Read by LoRA-aware routers: comma-joined names of running and waiting adapters; the value is the
+        # time.
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters at work and waiting.",

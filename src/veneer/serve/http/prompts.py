@@ -1,9 +1,14 @@
-"""Texts, messages and token ids -> prompts; tokens -> texts and bytes. All that a surface asks of a tokenizer.
+"""Texts, messages and token ids -> prompts.
 
-A text is measured before it is tokenised: one with more characters than a whole context of the longest tokens is
-refused at once. The rest is tokenised in the threads of admission, never on the event loop, and by a copy of the
-tokenizer that nobody changes, so that threads need not wait for one another. A tokenizer without such a copy (a slow
-one, or one whose class adds to it) encodes in one thread at a time.
+Tokens -> texts and bytes: the surfaces' tokenizer interface.
+
+A text is measured before it is tokenized: if it has more characters than a context of the longest tokens, it
+is rejected at
+once. Other texts are tokenized in the admission's threads, never on the event loop, by an immutable copy of
+the tokenizer,
+so that threads need not wait for each other. A tokenizer that cannot be copied (a slow one, or a class with
+additions)
+encodes in one thread at a time.
 """
 
 from __future__ import annotations
@@ -28,8 +33,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TokenizedBase:
-    """How a base reads prompts. `context`: the most tokens of a prompt and its answer; of a base that draws, those that
-    its first text encoder reads."""
+    """A base's tokenizer.
+
+    `context`: maximum tokens of a prompt and its answer; for an image base, the limit of its first text
+    encoder.
+    """
 
     name: str
     tokenizer: Any
@@ -47,12 +55,12 @@ class Prompts:
         self._special = frozenset(map(int, base.tokenizer.all_special_ids))
         self._lock = threading.Lock()
         self.piece = cache(self._piece)
-        """(text, bytes) of one token by itself; the text of half a character is "�", its bytes are right."""
+        """(text, bytes) of a single token; the text of a partial character is "�", its bytes are exact."""
         self._reader = _reader(base.tokenizer)
         self.most = self.context * max(map(len, base.tokenizer.get_vocab()))
-        """Characters that a context could hold, were each of its tokens the longest of all."""
+        """Characters that a context could hold if each token were the longest in the vocabulary."""
 
-    # -- in
+    # -- encoding
 
     async def of_parts(
         self,
@@ -62,24 +70,30 @@ class Prompts:
         place: AdmittedRequest | None = None,
         param: str = "prompt",
     ) -> list[tuple[int, ...]]:
-        """Token ids of each of some texts. Raises Refused (400, context_exceeded) for one that cannot fit."""
+        """Token ids of each text.
+
+        Raises Refused (400, context_exceeded) for a text that cannot fit.
+        """
         for text in texts:
             self.measure(len(text), param)
         return await self.work(sum(map(len, texts)), lambda: [self.encode(t, special=special) for t in texts], place)
 
     def measure(self, characters: int, param: str = "prompt") -> None:
-        """Raises Refused (400, context_exceeded) for a text that is longer than `most`, before it is tokenised."""
+        """Raises Refused (400, context_exceeded) for a text longer than `most`, before it is tokenized."""
         if characters > self.most:
             what = f"the prompt has {characters:,} characters; for a context of {self.context:,} tokens at most "
             what += f"{self.most:,} are read"
             raise Refused(what, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
 
     async def work(self, size: int, do: Callable[[], T], place: AdmittedRequest | None) -> T:
-        """What `do` makes of so many characters, in a thread of admission's; the tenant's of `place`."""
+        """Run `do`, work on `size` characters, in an admission thread.
+
+        Counts for the tenant of `place`.
+        """
         return await (place or _anybody()).work(size, do)
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        """Blocks: for a thread of admission's."""
+        """Token ids of a text. Blocks: run in an admission thread."""
         text = _clean(text)
         if self._reader is not None:
             return tuple(_ids(self._reader, text, special))
@@ -94,7 +108,10 @@ class Prompts:
         return [(i, *span) for i, span in zip(made.ids, made.offsets, strict=True)]
 
     def of_ids(self, ids: Sequence[int], param: str = "prompt") -> tuple[int, ...]:
-        """Token ids that a client gave. Raises Refused(400) for one that is not in the vocabulary."""
+        """Validated token ids of a client.
+
+        Raises Refused (400) for an id outside the vocabulary.
+        """
         wrong = [i for i in ids if not 0 <= i < self.size]
         if wrong:
             raise invalid(f"token id {str(wrong[0])[:20]} is not one of the vocabulary's 0 … {self.size - 1}", param)
@@ -107,14 +124,17 @@ class Prompts:
         place: AdmittedRequest | None = None,
         **variables: Any,
     ) -> tuple[int, ...]:
-        """A conversation through the chat template. `variables`: what the client gives the template.
+        """Token ids of a conversation, through the chat template.
 
-        Raises Refused(400) where there is no template, or it refuses."""
-        from veneer.models.text.generate import rendered  # late: a server listens before torch is there
+        Raises Refused (400) if that fails.
+
+        `variables`: the client's variables for the template. A base without a template is an error too.
+        """
+        from veneer.models.text.generate import rendered  # late: the server listens before torch is imported
 
         settings = set(inspect.signature(self.base.tokenizer.apply_chat_template).parameters) | {"base", "prompt"}
         reserved = sorted(set(variables) & (settings - {"add_generation_prompt", "continue_final_message"}))
-        if reserved:  # parameters of the call that renders are no business of a client's
+        if reserved:  # clients cannot set parameters of the render call
             raise invalid(f"{reserved[0]!r} is not a variable of the template", "chat_template_kwargs")
         if tools:
             variables["tools"] = [dict(tool) for tool in tools]
@@ -142,7 +162,7 @@ class Prompts:
         return any(re.search(r"\btools\b", str(t)) for t in texts)
 
     def fits(self, ids: Sequence[int], param: str = "prompt") -> int:
-        """How many tokens an answer may have at most. Raises Refused(400) where the prompt leaves no room for one."""
+        """Maximum tokens of an answer. Raises Refused (400) if the prompt leaves no room."""
         if not ids:
             raise invalid("the prompt has no tokens", param, "write something")
         room = self.context - len(ids)
@@ -151,7 +171,7 @@ class Prompts:
             raise Refused(what, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
         return room
 
-    # -- out
+    # -- decoding
 
     async def decode(self, ids: Sequence[int], *, place: AdmittedRequest | None = None) -> str:
         read = self.base.tokenizer.decode
@@ -177,7 +197,7 @@ class Prompts:
 
 @cache
 def _anybody() -> AdmittedRequest:
-    """For texts that no request brings: nothing is counted against anybody."""
+    """For texts without a request: counted against no tenant."""
     return Admission(bodies=0, answers=0, texts=1 << 40).enter()
 
 
@@ -191,15 +211,21 @@ _PROBES = (
 
 
 def _ids(reader: Any, text: str, special: bool) -> list[int]:
-    """Token ids of a text. As a batch of one: only a batch is tokenised without the interpreter's lock, which a long
-    text would otherwise keep from the engine for a twentieth of a second; and this one takes no note of places."""
+    """Token ids of a text, encoded as a batch of one.
+
+    Only batches are tokenized without the GIL, which a long text would otherwise hold for 50 ms, delaying the
+    engine; this
+    method also skips offsets.
+    """
     ids: list[int] = reader.encode_batch_fast([text], add_special_tokens=special)[0].ids
     return ids
 
 
 def _reader(tokenizer: Any) -> Any:
-    """A copy of a fast tokenizer's machine that neither pads nor cuts, by which any number of threads may encode at
-    once; None where it does not give what the tokenizer gives."""
+    """A copy of a fast tokenizer that neither pads nor truncates, for use by many threads at once.
+
+    None if its results differ from the tokenizer's.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not tokenizer.is_fast:
         return None
@@ -216,12 +242,12 @@ def _reader(tokenizer: Any) -> Any:
 
 
 def _clean(text: str) -> str:
-    """A lone surrogate has no UTF-8, and tokenizers fail on it."""
+    """The text without lone surrogates, which have no UTF-8 and make tokenizers fail."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _turn(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose content is a text."""
+    """A message with its content as one text."""
     turn = {key: value for key, value in message.items() if value is not None}
     content = turn.get("content", "")
     if isinstance(content, list):

@@ -1,6 +1,6 @@
-"""What a text surface's body asks of the sampler: its values' types, and a `Sampling` made of them.
+"""The sampling parameters of text bodies: their types, and conversion to `Sampling`.
 
-Whatever is out of range is Refused (400) by the name of the key that the client wrote.
+A value out of range is Refused (400), under the client's key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Bias = Annotated[dict[str, float], at_most(1024)]
 
 
 def _kind(value: Any) -> str:
-    """Which of the four forms of a prompt this is meant to be."""
+    """Which of the four forms of a prompt a value has."""
     if not isinstance(value, list):
         return "=text"
     first = value[0] if value else ""
@@ -48,8 +48,10 @@ Texts = Annotated[
     | Annotated[list[Ids], FAIL_FAST, at_most(ITEMS), Tag("=lists")],
     Discriminator(_kind),
 ]
-"""OpenAI's prompts: a text or token ids, or a list of either. Tags begin with = as they are no part of a body: no error
-names one."""
+"""OpenAI's prompts: a text or token ids, or a list of either.
+
+Tags begin with = because they are not part of a body: errors omit them.
+"""
 Stop = Annotated[
     Annotated[str, Tag("=one")] | Annotated[list[str], FAIL_FAST, at_most(KEYS), Tag("=several")],
     Discriminator(_one_or_several),
@@ -59,11 +61,15 @@ Paths = Annotated[
     Discriminator(_one_or_several),
 ]
 """SGLang's lora_path: one name, or one for each prompt."""
-# -- what is made of them ----------------------------------------------------------------------------------------------
+# -- conversion
+# --------------------------------------------------------------------------------------------------------
 
 
 def sampling_of(**values: Any) -> Sampling:
-    """A Sampling; None leaves the default. Raises Refused(400) that names the value out of range."""
+    """A Sampling; None leaves the default.
+
+    Raises Refused (400) that names the value out of range.
+    """
     try:
         return Sampling(**{key: value for key, value in values.items() if value is not None})
     except ConfigError as error:
@@ -90,7 +96,7 @@ def bias_of(bias: Bias | None, prompts: Prompts) -> dict[int, float]:
 
 
 def schema_text(schema: Any, param: str) -> str:
-    """A JSON schema, given as an object or as text, as text."""
+    """A JSON schema, given as an object or text, as text."""
     try:
         found = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(found, ensure_ascii=False)
@@ -119,7 +125,10 @@ def one_grammar(found: Sequence[GrammarSpec | None]) -> GrammarSpec | None:
 
 
 def limited(wanted: int, room: int, service: Service, *, asked: bool) -> int:
-    """How many tokens an answer gets. Raises Refused(400) for more than asked can be had."""
+    """The token limit of an answer.
+
+    Raises Refused (400) if more is requested than possible.
+    """
     most = service.settings.max_tokens or room
     if not asked:
         return max(1, min(wanted, room, most))

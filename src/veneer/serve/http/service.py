@@ -1,4 +1,4 @@
-"""What every surface works with: the engine, names, tenancy, limits and counts of one server; and who asks of it."""
+"""The objects that every surface shares: engine, names, tenancy, limits and metrics of one server."""
 
 from __future__ import annotations
 
@@ -33,17 +33,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChosenMix:
-    """What a body's names meant. `label`: the adapter for metrics, or "mix"."""
+    """A request's mix. `label`: the adapter's name for metrics, or "mix"."""
 
     served: Served
     label: str
 
 
 class MixChooser:
-    """Which mix of adapters a body means. A body names adapters in one way: `model`, `mix`, LoRAX's `adapter_id` or
-    SGLang's `lora_path`. Two ways at once are refused, and an unknown name is 404: never the base.
+    """Resolves the adapter mix of a body.
 
-    `default`: adapter -> strength for requests that name none, on every surface; the operator sets it at the start."""
+    A body names adapters in one way: `model`, `mix`, LoRAX's `adapter_id` or SGLang's `lora_path`. Two ways
+    at once are
+    rejected, and an unknown name is 404, never the base. `default`: adapter -> strength for requests that
+    name none, on every
+    surface; set by the operator at startup.
+    """
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
@@ -60,10 +64,12 @@ class MixChooser:
         mix: Sequence[tuple[str, float]] | None = None,
         lora_path: str | None = None,
     ) -> ChosenMix:
-        """Return the mix that a body asks for. A body that names nothing gets `default`, as far as the caller can see
-        it; an empty `mix` is the base.
+        """The mix that a body names; without any name, the visible part of `default`.
 
-        `lora_path` yields to a `model` that names an adapter itself, as SGLang has it."""
+        An empty `mix` is the base.
+
+        A `model` that names an adapter takes precedence over `lora_path`, as in SGLang.
+        """
         named = model if model and model != self.catalog.base else None
         if mix is not None and (named or lora_path):
             ways = [*(["model"] if named else []), "mix", *(["lora_path"] if lora_path else [])]
@@ -86,14 +92,20 @@ class MixChooser:
 
 
 class Shadows:
-    """`most`: answers of shadows that may be computed at a time; beyond them requests go without."""
+    """Runs shadow requests.
+
+    `most`: shadow answers at a time; beyond that, requests run without a shadow.
+    """
 
     def __init__(self, tenancy: Tenancy, metrics: Metrics, most: int) -> None:
         self.tenancy, self.metrics, self.most = tenancy, metrics, most
         self.running: set[asyncio.Task[None]] = set()
 
     def follow(self, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
-        """Whether `work` now runs behind a request: it does unless as many do already as may."""
+        """Run `work` in the background.
+
+        Returns False, and does nothing, if `most` are running.
+        """
         if len(self.running) >= self.most:
             return False
         task = asyncio.create_task(work())
@@ -102,7 +114,10 @@ class Shadows:
         return True
 
     def admitted(self, served: Served, *, request: str, prompt: int, most: int) -> AbstractAsyncContextManager[Bill]:
-        """Room under the limits for the answer of a route's shadow, and its bill. Raises Refused where it cannot be."""
+        """Admit the answer of a route's shadow, under its own bill.
+
+        Raises Refused if not possible.
+        """
         assert served.shadow is not None
         name, mix = served.shadow
         if isinstance(mix, Refused):
@@ -111,9 +126,9 @@ class Shadows:
         return self.tenancy.admitted(SHADOWS, own, request=request, prompt_tokens=prompt, max_tokens=most)
 
     def answered(self, answer: ShadowAnswer) -> None:
-        """A shadow has answered, or failed: it is counted, and the tenancy keeps how the two compare."""
+        """Record a shadow's answer or failure in the metrics and the tenancy."""
         self.metrics.shadow(answer.name, answer.shadow, answer.outcome)
-        if answer.error:  # nothing was compared: the log of shadows has that it failed, this one why
+        if answer.error:  # failures are in the shadow log; this log has the reason
             log.warning("the shadow %s of %s failed (%s): %s", answer.shadow, answer.name, answer.request, answer.error)
         self.tenancy.note_shadow(answer)
 
@@ -123,10 +138,14 @@ class Shadows:
 
 @dataclass(eq=False)
 class Service:
-    """`reader`: how the base reads prompts. `phase`: ready, unless the server is not; who drains it sets it. `inside`:
-    requests that are being answered. `fine_tunes`: whether POST /v1/fine_tuning/jobs accepts this server's models.
-    `loaded`: whether the base is loaded; until then `engine` and `reader` stand in for it (`use_base`), and `step` says
-    what loading does."""
+    """The parts of one server.
+
+    `reader`: tokenizes prompts. `phase`: set to draining by the server. `inside`: requests being answered.
+    `fine_tunes`:
+    whether POST /v1/fine_tuning/jobs accepts this server's models. `loaded`: whether the base is loaded;
+    until then `engine`
+    and `reader` are placeholders (`use_base`), and `step` describes the loading progress.
+    """
 
     engine: Engine[Any, Any]
     catalog: Catalog
@@ -155,13 +174,13 @@ class Service:
         self.quotas = Quotas(s.quotas)
 
     def use_base(self, engine: Engine[Any, Any], reader: TokenizedBase, settings: HttpSettings) -> None:
-        """Replace what stood in for the base while it was loading."""
+        """Replace the placeholders once the base is loaded."""
         self.engine, self.reader, self.prompts = engine, reader, Prompts(reader)
         if settings != self.settings:
             self.settings, self.admission = settings, _admission(settings)
 
     def ready(self) -> None:
-        """Take requests from now on."""
+        """Accept requests from now on."""
         self.loaded = True
         if self.phase == "loading":
             self.phase = "ready"
@@ -172,18 +191,20 @@ class Service:
             raise not_ready(self.phase)
 
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
-        """The events of a text's answer. Raises Refused (400) on a server that draws."""
+        """The events of a text answer. Raises Refused (400) on an image server."""
         if self.engine.makes != "texts":
             raise invalid("this server draws pictures", fix="ask /v1/images/generations")
         return self.engine.events(request)
 
     def trouble(self) -> str:
-        """Why requests had better go elsewhere for now; "" where they need not."""
+        """Why new requests should go elsewhere for now; "" if none."""
         return self.engine.problem() or self.engine.trouble()
 
     def tidy(self) -> None:
-        """Soon, and once for all who ask meanwhile, give the memory back that large bodies took: the C library keeps
-        what was freed between things that were not."""
+        """Schedule returning freed memory of large bodies to the system, once for concurrent calls.
+
+        The C library keeps freed memory between blocks that are still in use.
+        """
         if not self._tidies:
             self._tidies = True
             asyncio.get_running_loop().call_later(1.0, self._tidy)
@@ -197,7 +218,8 @@ def _admission(settings: HttpSettings) -> Admission:
     return Admission(bodies=8 * settings.max_body, answers=settings.queue, texts=4 * settings.max_body)
 
 
-# -- of one request ----------------------------------------------------------------------------------------------------
+# -- per request
+# ----------------------------------------------------------------------------------------------------
 
 
 def service_of(request: HttpRequest) -> Service:
@@ -206,8 +228,10 @@ def service_of(request: HttpRequest) -> Service:
 
 
 def client_key(request: HttpRequest) -> str | None:
-    """The client's key: a bearer token, or what Azure's and some older clients send. Tinker's SDK sends nothing that
-    does not begin with tml-, so there the key is what follows that."""
+    """The client's key: a bearer token, or the headers of Azure's and some older clients.
+
+    Tinker's SDK only sends keys with the prefix tml-, which is removed.
+    """
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and key.strip():
         return key.strip()
@@ -216,12 +240,12 @@ def client_key(request: HttpRequest) -> str | None:
 
 
 def caller_of(request: HttpRequest, user: str | None = None) -> Principal:
-    """Who asks, as the door established it, with the body's `user`."""
+    """The request's principal, as set by the middleware, with the body's `user`."""
     caller = principal_of(request.scope)
     return replace(caller, user=user) if user else caller
 
 
 def admission_of(request: HttpRequest) -> AdmittedRequest:
-    """What the request holds of the server, to which the surface adds what it is about to do."""
+    """The request's hold on the server's resources, to which the surface adds its own."""
     place: AdmittedRequest = request.scope["veneer.place"]
     return place

@@ -1,6 +1,6 @@
-"""Server-sent events to one client: `data:` lines until the source ends, the client leaves, or stops reading.
+"""Server-sent events to one client, until the source ends, the client leaves, or stops reading.
 
-However it ends, the source is closed, and with it what still ran for it.
+In every case the source is closed, which cancels what still runs for it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ def data(content: Any, *, tight: bool = False) -> bytes:
 
 
 class EventStream(Response):
-    """`lines`: the events' bytes, made from `source`. `told`: an error that came too late for a status, as bytes.
-    `stall`: seconds that the client may leave the stream unread."""
+    """A stream of server-sent events.
+
+    `lines`: the events' bytes, made from `source`. `told`: formats an error that comes too late for a status.
+    `stall`: seconds
+    for which the client can leave the stream unread.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(media_type="text/event-stream", headers=headers)
         self.headers["cache-control"] = "no-cache"
-        self.headers["x-accel-buffering"] = "no"  # nginx would collect the events
+        self.headers["x-accel-buffering"] = "no"  # nginx would buffer the events
         del self.headers["content-length"]
         self.lines, self.source, self.told, self.stall = lines, source, told, stall
 
@@ -61,7 +65,7 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async def put(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(self.stall):  # wait_for can lose that it was cancelled
+            async with asyncio.timeout(self.stall):  # wait_for can lose a cancellation
                 await send(message)
 
         try:
@@ -81,6 +85,6 @@ class EventStream(Response):
 
 
 async def client_left(receive: Receive) -> None:
-    """Returns when the client has left."""
+    """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,13 +1,14 @@
-"""Tools: what a model is asked to write so that it calls a function, and what it wrote, read back.
+"""Tools: prompts a model to call functions, and parses the calls from its answer.
 
-| tool_choice | the answer | read as |
+| tool_choice | the answer | parsed as |
 | --- | --- | --- |
 | none, or no tools | text | text |
-| auto | text in which `<tool_call>{"name": …, "arguments": {…}}</tool_call>` may come (Hermes, Qwen, SmolLM3) | both |
+| auto | text that can contain `<tool_call>{"name": …, "arguments": {…}}</tool_call>` (Hermes, Qwen, SmolLM3) | both |
 | required | by grammar, one object {"name", "arguments"} that fits one of the tools | one call |
 | a function | by grammar, an object that fits its parameters | the arguments of one call |
 
-The tools reach the model by its chat template; a base whose template has no place for them is refused tools.
+The tools are passed to the chat template; for a base whose template does not support tools, they are
+rejected.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How one request uses tools. `name`: of the function it must call."""
+    """How one request uses tools. `name`: the function that it must call."""
 
     mode: Literal["none", "auto", "required", "named"] = "none"
     shown: tuple[Mapping[str, Any], ...] = ()
@@ -53,7 +54,10 @@ class ToolUse:
 
 
 def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools: bool) -> ToolUse:
-    """Raises Refused(400) for tools that are not functions, a choice that is not among them, or a base without."""
+    """The tool use of a request.
+
+    Raises Refused (400) for tools that are not functions, an unknown choice, or a base without tool support.
+    """
     functions = {}
     for i, tool in enumerate(tools or []):
         function = tool.get("function")
@@ -98,7 +102,10 @@ def _call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ToolReader:
-    """Reads one answer as it comes: `feed` and `end` yield texts and calls; `calls` counts them."""
+    """Parses one answer as it arrives: `feed` and `end` yield texts and calls.
+
+    `calls` counts calls.
+    """
 
     def __init__(self, use: ToolUse) -> None:
         self.use, self.held, self.calls, self.inside = use, "", 0, False
@@ -118,7 +125,7 @@ class ToolReader:
                 yield from self._sorted()
 
     def end(self) -> Iterator[str | ToolCall]:
-        """What was held back: a call that was not closed counts if it can be read, else it is text."""
+        """The held-back text: an unclosed call if it can be parsed, else text."""
         rest, self.held = self.held, ""
         if not rest:
             return
@@ -138,7 +145,7 @@ class ToolReader:
             if start < 0:
                 keep = next((n for n in range(len(_OPEN) - 1, 0, -1) if self.held.endswith(_OPEN[:n])), 0)
                 free, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-                if free and not (self.calls and not free.strip()):  # newlines between calls are no answer
+                if free and not (self.calls and not free.strip()):  # newlines between calls are not an answer
                     yield free
                 return
             if self.held[:start].strip() or (start and not self.calls):
@@ -159,7 +166,7 @@ class ToolReader:
 
 
 def message_of_answer(use: ToolUse, text: str) -> dict[str, Any]:
-    """The assistant's message that a whole answer is: its content, and its calls where there are any."""
+    """The assistant's message of a whole answer: its content, and its calls if any."""
     reader = ToolReader(use)
     found = [*reader.feed(text), *reader.end()]
     calls = [piece.whole() for piece in found if isinstance(piece, ToolCall)]

@@ -1,17 +1,22 @@
-"""/v1/adapters: the library over HTTP; what hangs on an adapter, whose name has slashes, has paths of its own.
+"""/v1/adapters: the library over HTTP.
 
-    GET, POST /v1/adapters               browse; add what is posted, or what was inspected
+Subresources have separate paths, because names contain slashes.
+
+    GET, POST /v1/adapters               browse; add a posted file, or an inspected one
     GET, PATCH, DELETE /v1/adapters/acme/support@2
     GET /v1/adapter_previews/…, /v1/adapter_files/…?to=kohya
-    POST /v1/adapter_inspections         what a file is, and what other tools would make of it; kept for an hour
+    POST /v1/adapter_inspections         report on a file, and how other tools would read it; kept for an hour
     GET /v1/adapter_inspections/{id}, …/{id}/file?to=comfyui
 
-A tenant finds adapters visible to it (`Principal.can_see`), and can add, change, remove and download adapters in its
-own namespace; an operator can do so everywhere. An adapter that is not visible is a 404. Files, recipes and sources
-are shown only to principals that can change the adapter.
+A tenant finds adapters visible to it (`Principal.can_see`), and can add, change, remove and download adapters
+in its own
+namespace; an operator can do so everywhere. An adapter that is not visible is a 404. Files, recipes and
+sources are shown
+only to principals that can change the adapter.
 
-`keep_staged`, `change_adapter` and `remove_adapter` are the only ways to change the library, here and in the Studio:
-they check the principal and write the audit entry.
+`keep_staged`, `change_adapter` and `remove_adapter` are the only ways to change the library, here and in the
+Studio: they
+check the principal and write the audit entry.
 """
 
 from __future__ import annotations
@@ -59,9 +64,9 @@ _Base = Annotated[str, Query(max_length=512, description="for gguf and tgi: the 
 
 _AT_ONCE = 16
 _THREADS = 2
-"""That read, convert and hash adapters."""
+"""Threads that read, convert and hash adapters."""
 _LINES, _ITEMS = 40, 500
-"""How much is told of what is wrong with a file, and of any list in a report."""
+"""Maximum lines of a file's error, and maximum items of any list in a report."""
 _BYTES = {
     "requestBody": {
         "required": True,
@@ -71,7 +76,7 @@ _BYTES = {
 
 
 class AdapterChange(Body):
-    """Aliases and tags to put on a version, and to take away from it."""
+    """Aliases and tags to add to a version, and to remove from it."""
 
     add_aliases: _Names = Field(default_factory=list, description="name@alias means this version from now on")
     remove_aliases: _Names = Field(default_factory=list)
@@ -80,7 +85,7 @@ class AdapterChange(Body):
 
 
 def adapter_bodies(staging: Staging) -> dict[str, int]:
-    """Which routes put what is posted on the disk, as `create_app` takes it."""
+    """The routes that spool bodies to disk, with their size limit, for `create_app`."""
     return dict.fromkeys(("/v1/adapters", "/v1/adapter_inspections"), staging.most)
 
 
@@ -90,14 +95,14 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     coming, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
 
     async def worked(caller: Principal, size: int, do: Callable[[], T]) -> T:
-        """What goes through so many bytes."""
+        """Run work on `size` bytes in the adapters' thread pool."""
         return await in_thread(
             "the library", do, lambda work: working.run(caller.tenant, caller.weight, size, work), _KNOWN
         )
 
     @asynccontextmanager
     async def posted(request: HttpRequest, filename: str) -> AsyncIterator[StagedAdapter]:
-        """The body, on the disk."""
+        """The request's body, spooled to disk."""
         caller = caller_of(request)
         coming.take(caller.tenant, caller.weight, 1)
         try:
@@ -294,15 +299,17 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     async def file_of(
         request: HttpRequest, place: Path, size: int, stem: str, to: Layout | None, base: str
     ) -> Response:
-        """A file to download; what was made for it goes when it has been sent. `base`: the adapter's, as the client or
-        the library says."""
+        """A file to download; temporary files are deleted once it is sent.
+
+        `base`: the adapter's base, as stated by the client or the library.
+        """
         caller, catalog = caller_of(request), service_of(request).catalog
         if to in ("gguf", "tgi"):
             service_of(request).need_base()
             if base != catalog.base:
                 fix = f"base={catalog.base}, if it is of that one; else veneer adapter convert --to {to} --base BASE"
                 raise invalid(f"{to} depends on the base, and this server has {catalog.base}", "base", fix)
-            base = catalog.shelf.base.name  # where it is, of which it may be called by the last part alone
+            base = catalog.shelf.base.name  # the base's location; the name can be its last part only
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
         try:
             path = await worked(caller, 2 * size, lambda: _one_file(place, folder, stem, to, base))
@@ -320,7 +327,8 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     return router
 
 
-# -- what pages do too ----------------------------------------------------------------------------------------------
+# -- shared with the Studio
+# -----------------------------------------------------------------------------------------
 
 
 def keep_staged(
@@ -334,8 +342,10 @@ def keep_staged(
     tags: Sequence[str] = (),
     alias: str = "",
 ) -> Added:
-    """Puts what has come into the library under a name of the caller's. Blocks. Raises Refused (403, 400 where there
-    is no room), and what `Library.add` raises."""
+    """Add an uploaded file to the library under a name of the caller's. Blocks.
+
+    Raises Refused (403, 400 if there is no room), and the errors of `Library.add`.
+    """
     _need_own(caller, name)
     if caller.tenant:
         quotas.check_stored(caller.tenant, disk=(library.size_under(f"{caller.tenant}/"), staged.size))
@@ -357,8 +367,11 @@ def note_added(tenancy: Tenancy, caller: Principal, version: Version) -> None:
 def change_adapter(
     library: Library, tenancy: Tenancy, caller: Principal, reference: str, wanted: AdapterChange
 ) -> Version:
-    """Change aliases and tags of a version. Blocks. Raises Refused (404, 403, and 400 if an alias to remove does not
-    point to the version), and the library's errors."""
+    """Change aliases and tags of a version. Blocks.
+
+    Raises Refused (404, 403, and 400 if an alias to remove does not point to the version), and the library's
+    errors.
+    """
     before = _own(library, caller, reference)
     if missing := sorted(set(wanted.remove_aliases) - set(before.aliases)):
         raise invalid(f"no alias {missing[0]!r} points to {before.reference}", "remove_aliases")
@@ -379,8 +392,12 @@ def change_adapter(
 def remove_adapter(
     library: Library, tenancy: Tenancy, caller: Principal, reference: str, *, with_aliases: bool = False
 ) -> list[str]:
-    """Remove a name with its versions, one version, or an alias; return the removed references. Blocks. Raises Refused
-    (404, 403, and 400 if an alias still points to a removed version)."""
+    """Remove a name with its versions, one version, or an alias.
+
+    Returns the removed references. Blocks.
+
+    Raises Refused (404, 403, and 400 if an alias still points to a removed version).
+    """
     _own(library, caller, reference)
     try:
         gone = library.remove(reference, with_aliases=with_aliases)
@@ -393,26 +410,32 @@ def remove_adapter(
 
 
 def staged_report(staged: StagedAdapter) -> dict[str, Any]:
-    """What `adapters.inspect.inspect` says of what has come, with what other tools would do, no longer than anybody
-    reads. Blocks. Raises AdapterError for what is no adapter."""
+    """The report of `adapters.inspect.inspect` on an upload, with other tools' readings, shortened. Blocks.
+
+    Raises AdapterError for a file that is not an adapter.
+    """
     from veneer.adapters.inspect import inspect
 
     found: dict[str, Any] = _bounded({**inspect(str(staged.path), tools=True), "adapter": staged.name})
     return found
 
 
-# -- who may what ------------------------------------------------------------------------------------------------------
+# -- permissions
+# -------------------------------------------------------------------------------------------------------
 
 
 def _need_own(caller: Principal, name: str) -> None:
-    """Raises Refused (403) for a name that is not the caller's to give."""
+    """Raises Refused (403) for a name outside the caller's namespace."""
     if not caller.can_change(name):
         own = f"{caller.tenant}/NAME" if caller.tenant else None
         raise Refused(f"{quoted(name)} is not a name of yours", status=403, code="forbidden", param="name", fix=own)
 
 
 def _found(library: Library, caller: Principal, reference: str) -> Version:
-    """The version, where the caller sees it. Raises Refused (404); an operator is told what is nearest."""
+    """The version, if the caller sees it.
+
+    Raises Refused (404); for an operator, with the nearest name.
+    """
     try:
         version = library.find(reference)
     except AdapterError as error:
@@ -427,7 +450,7 @@ def _missing(reference: str, fix: str | None = None) -> Refused:
 
 
 def _own(library: Library, caller: Principal, reference: str) -> Version:
-    """The version, where the caller may change it. Raises Refused (404, 403)."""
+    """The version, if the caller can change it. Raises Refused (404, 403)."""
     version = _found(library, caller, reference)
     if not caller.can_change(version.name):
         raise Refused(f"{version.reference} is not yours", status=403, code="forbidden", param="reference")
@@ -435,7 +458,7 @@ def _own(library: Library, caller: Principal, reference: str) -> Version:
 
 
 def _unusable(error: AdapterError) -> Refused:
-    """The answer to a file that is no usable adapter, without where on the server the file was."""
+    """The error for a file that is not a usable adapter, without its path on the server."""
     unsafe = isinstance(error, UnsafeFileError)  # its advice is for a user's own machine
     lines = (error.what if unsafe else message_of(error)).splitlines()
     said = "\n".join([*lines[:_LINES], *(["…"] if len(lines) > _LINES else [])])
@@ -450,15 +473,16 @@ _KNOWN: KnownErrors = {
 
 
 async def _read(do: Callable[[], T]) -> T:
-    """Call `do`, which uses the library, in a thread."""
+    """Run `do`, which uses the library, in a thread."""
     return await in_thread("the library", do, known=_KNOWN)
 
 
-# -- what is shown and sent --------------------------------------------------------------------------------------------
+# -- responses
+# -----------------------------------------------------------------------------------------------------------
 
 
 def base_for(base: str, caller: Principal) -> str:
-    """What a caller is told of an adapter's base: only an operator learns where the base's folder is on this server."""
+    """An adapter's base as shown to a caller: only operators see its folder on this server."""
     return base if caller.can("operate") or not os.path.isabs(base) else os.path.basename(base.rstrip("/"))
 
 
@@ -500,7 +524,7 @@ def _shown(v: Version, caller: Principal) -> dict[str, Any]:
 
 
 def _bounded(value: Any) -> Any:
-    """A report as JSON may have it: no number that is none, and no more of a list than anybody reads."""
+    """A report for JSON: no NaN or infinity, and lists shortened."""
     if isinstance(value, dict):
         return {key: _bounded(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -521,7 +545,7 @@ def _files(library: Library, version: Version) -> dict[str, dict[str, Any]]:
 
 
 def _one_file(place: Path, folder: Path, stem: str, to: Layout | None, base: str) -> Path:
-    """A file for whoever downloads it: `place` itself, what was made of it in `folder`, or a zip of either."""
+    """The file to download: `place` itself, a conversion in `folder`, or a zip of either."""
     if to is not None:
         from veneer.adapters.convert import convert_adapter
 

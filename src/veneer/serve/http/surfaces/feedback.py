@@ -1,4 +1,4 @@
-"""/v1/feedback: what a tenant's users say of answers that were kept, the rows that come of it, and removal."""
+"""/v1/feedback: users' feedback on stored answers, training rows from it, and deletion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from veneer.serve.tenancy.store import ALL, Store
 
 _DATABASE = "the tenants' database"
 _LARGEST = 1 << 18
-"""Characters of a correction, with its tool calls as JSON."""
+"""Maximum characters of a correction, with its tool calls as JSON."""
 
 
 class ChosenOver(Strict):
@@ -33,7 +33,7 @@ class ChosenOver(Strict):
 
 
 class FeedbackBody(Body):
-    """Of thumb, corrected and rejected at least one; null takes back what was said."""
+    """Feedback: at least one of thumb, corrected and rejected; null clears a value."""
 
     id: str = Field(max_length=100, description="of a chat completion")
     choice: int = Field(default=0, ge=0, lt=1 << 31, description="the index of its choice")
@@ -68,7 +68,7 @@ class FeedbackBody(Body):
 
 
 def feedback_routes(answers: KeptAnswers) -> APIRouter:
-    """The routes over what one server keeps."""
+    """The routes over one server's stored answers."""
     router = APIRouter(tags=["feedback"], route_class=BodyRoute, dependencies=[needs("feedback")])
     store = answers.store
 
@@ -123,7 +123,10 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
 
 
 def _tenant(request: HttpRequest, store: Store) -> str:
-    """Whose feedback it is; ALL: that of whoever asks an open server, where their answers are kept."""
+    """The tenant of the feedback.
+
+    ALL for requests without a tenant on an open server that stores answers.
+    """
     tenant = caller_of(request).tenant
     if not tenant and ALL not in store.settings.feedback:
         fix = "a tenant's key; on an open server: veneer tenant feedback keep"

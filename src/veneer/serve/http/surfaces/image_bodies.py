@@ -1,9 +1,9 @@
-"""What bodies of the images surface may say: JSON, or a form, as one model.
+"""The bodies of the images surface: JSON or a form, as one model.
 
-    ImageBody, EditBody      the fields of docs/reference/serving-images.md, each checked by itself
+    ImageBody, EditBody      the fields of docs/reference/serving-images.md, each validated alone
     PictureMixPart           an adapter with its factors by block and step
 
-Knows no base: whether a block or a scheduler is there is seen later.
+Independent of the base: whether a block or scheduler exists is checked later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from veneer.serve.request import Refused, invalid
 
 
 def _json(value: Any) -> Any:
-    """A form has lists and objects as JSON text."""
+    """Parse JSON text, which forms use for lists and objects."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return read_json(value.encode())
@@ -43,14 +43,19 @@ def _listed(value: Any) -> Any:
 
 
 def _mix(value: Any) -> Any:
-    """Parse the parts of a mix: objects, or texts such as "name:0.8@FACTORS". A form can also hold one part alone, or
-    JSON text."""
+    """Parse the parts of a mix: objects, or texts such as "name:0.8@FACTORS".
+
+    A form can also contain a single part, or JSON text.
+    """
     listed = _listed(value)
     return [_part(item) if isinstance(item, str) else item for item in listed] if isinstance(listed, list) else listed
 
 
 def _part(text: str) -> dict[str, Any]:
-    """A part from what `veneer image --adapter` takes; it is never looked for on this machine."""
+    """Parse a part in the syntax of `veneer image --adapter`.
+
+    Never read as a local path.
+    """
     head, factors = split_factors(text)
     try:
         name, strength = split_strength(head)
@@ -72,10 +77,14 @@ _Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
 
 
 class PictureMixPart(MixPart):
-    """An adapter, and how its strength differs within the picture, as `veneer image` has it behind an `@`. `blocks`:
-    block -> factor, the last that fits a module counts; or 12, 17, 20 or 26 numbers in kohya's order. `steps`:
-    [from, to] or [from, to, factor], shares of the steps; in none of them the adapter does not act. `campaign`: its
-    role in a stack instead of both."""
+    """An adapter, and how its strength varies within the image, as `veneer image` writes it after an `@`.
+
+    `blocks`: block -> factor, the last match for a module counts; or 12, 17, 20 or 26 numbers in kohya's
+    order. `steps`: [from,
+    to] or [from, to, factor], fractions of the steps; outside them the adapter is inactive. `campaign`: its
+    role in a stack,
+    instead of both.
+    """
 
     blocks: Annotated[_Blocks | None, at_most(64), BeforeValidator(_json)] = None
     steps: Annotated[Annotated[list[_Range], FAIL_FAST] | None, at_most(64), BeforeValidator(_json)] = None
@@ -83,7 +92,7 @@ class PictureMixPart(MixPart):
 
     @property
     def factors(self) -> Strength:
-        """Beside a strength of 1. Raises ConfigError for factors that do not go together."""
+        """The factors, at strength 1. Raises ConfigError for conflicting factors."""
         blocks, weights = (self.blocks, ()) if isinstance(self.blocks, dict) else ({}, self.blocks or ())
         ranges = [(at[0], at[1], at[2] if len(at) > 2 else 1.0) for at in self.steps or []]
         return Strength(1.0, tuple(blocks.items()), tuple(weights), tuple(ranges), self.campaign or "")
@@ -98,7 +107,7 @@ class PictureMixPart(MixPart):
 
 
 Data = bytes | str
-"""A picture: an uploaded file's bytes; in JSON base64 or a data: URL."""
+"""An image: an uploaded file's bytes; in JSON, base64 or a data: URL."""
 
 
 class ImageReference(Strict):
@@ -106,7 +115,7 @@ class ImageReference(Strict):
 
 
 class ControlBody(Strict):
-    """`begin`, `end`: shares of the steps in which it acts."""
+    """A control image. `begin`, `end`: the fractions of the steps in which it is active."""
 
     type: str = Field(max_length=64)
     image: Data
@@ -146,9 +155,14 @@ class ImageBody(Strict):
 
 
 class EditBody(ImageBody):
-    """`image`, or OpenAI's JSON form of it, `images`: `pictures` are both, `mask_data` the mask in either form.
-    `denoise`: how far from them, the share of the steps taken. `input_fidelity`: OpenAI's effort to keep what they
-    show; a base that edits is always shown all of them."""
+    """A request to edit images.
+
+    `image`, or OpenAI's JSON form `images`; `pictures` has both, `mask_data` the mask in either form.
+    `denoise`: how far to move
+    from the image, the fraction of steps taken. `input_fidelity`: OpenAI's effort to preserve the input; an
+    editing base always
+    uses all of it.
+    """
 
     image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_listed)] = Field(default_factory=list)
     images: Annotated[list[ImageReference], FAIL_FAST, at_most(64)] = Field(default_factory=list)
@@ -166,7 +180,10 @@ class EditBody(ImageBody):
 
 
 def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int) -> ImageBody:
-    """The body, checked by itself; null is what is not there. Raises Refused that names everything wrong with it."""
+    """The validated body; null counts as absent.
+
+    Raises Refused that names every error.
+    """
     try:
         asked = kind.model_validate({key: value for key, value in fields.items() if value is not None})
     except ValidationError as error:
@@ -212,8 +229,11 @@ async def image_fields(request: HttpRequest) -> dict[str, Any]:
 
 
 def _unfolded(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
-    """A form's fields as JSON has them: `image[]` is a list, and clients write a list of objects as
-    `mix[][adapter]`, `mix[][strength]`. A control's picture may be the name of an upload."""
+    """A form's fields as in JSON: `image[]` is a list.
+
+    Clients write a list of objects as `mix[][adapter]`, `mix[][strength]`. A control's image can be the name
+    of an upload.
+    """
     out: dict[str, Any] = {}
     columns: dict[str, dict[str, list[Data]]] = {}
     for key, value in items:
@@ -248,7 +268,7 @@ def _used(out: dict[str, Any], value: Any) -> bool:
 
 
 def described_body(kind: type[ImageBody]) -> dict[str, Any]:
-    """A route's body for /openapi.json, since FastAPI reads none that may be JSON or a form."""
+    """A route's body for /openapi.json, because FastAPI cannot describe one that is JSON or a form."""
     schema = kind.model_json_schema()
     defined = schema.pop("$defs", {})
 

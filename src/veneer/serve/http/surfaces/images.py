@@ -1,15 +1,18 @@
 """OpenAI's images surface, with vLLM-Omni's fields and veneer's mixes and controls.
 
-    POST /v1/images/generations      a picture of a prompt                    JSON, or a form where controls are files
-    POST /v1/images/edits            a picture from another one, with a mask  a form, or JSON
-                                     on a base that edits: as the prompt says, from one or several
+    POST /v1/images/generations      an image from a prompt                   JSON, or a form if controls are files
+    POST /v1/images/edits            an image from another, with a mask       a form, or JSON
+                                     on an editing base: as the prompt says, from one or several
 
-    a body's fields -> ImageBody, EditBody -> drawing.ask_pictures -> the engine's events -> what is said
+    a body's fields -> ImageBody, EditBody -> drawing.ask_pictures -> the engine's events -> response
 
-Nothing that is asked for is left out in silence: what is not known, or cannot be done here, is refused with the reason.
-A picture's size is read from its header before it is decoded, and no address is ever fetched. With `stream`, events:
-`image_generation.progress` at each step, `.partial_image`, and `.completed` for each picture (`image_edit.…` for
-edits). A client that leaves cancels what it asked for. See docs/reference/serving-images.md.
+No field is silently ignored: unknown or unsupported values are rejected with the reason. An image's size is
+read from its
+header before it is decoded, and no URL is ever fetched. With `stream`, the events are
+`image_generation.progress` at each
+step, `.partial_image`, and `.completed` for each image (`image_edit.…` for edits). A client that disconnects
+cancels its
+request. See docs/reference/serving-images.md.
 """
 
 from __future__ import annotations
@@ -107,7 +110,8 @@ async def _collected(
     }
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- response formats
+# -------------------------------------------------------------------------------------------------
 
 
 def _file(drawn: FinishedPicture, asked: ImageBody) -> str:
@@ -143,7 +147,7 @@ def _notes(plan: DrawingPlan, drawn: FinishedPicture) -> dict[str, Any]:
 async def _lines(
     events: OpenStream[IndexedPicture], asked: ImageBody, plan: DrawingPlan, event: str
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events. What fails after the first is an event too (`_told`); its status was sent long ago."""
+    """Server-sent events; an error after the first is an event too (`_told`), because the status is sent."""
     created = int(time.time())
 
     async def line(i: int, told: PictureEvent) -> bytes | None:

@@ -1,7 +1,9 @@
-"""OpenAI's text API: chat completions, completions, models; `model` may be an adapter, and `mix` several.
+"""OpenAI's text API: chat completions, completions, models.
 
-bodies    what the two routes take: OpenAI's keys, vLLM's further ones, and the ways to a mix
-routes    a form (`_ChatForm`, `_TextForm`) says how an answer is written, whole and in pieces; the rest is one
+`model` can be an adapter, and `mix` several.
+
+bodies    OpenAI's keys, vLLM's extensions, and the ways to name a mix
+routes    a form (`_ChatForm`, `_TextForm`) writes answers, whole and streamed; the rest is shared
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class StreamOptions(Strict):
 
 
 class Shared(Body):
-    """What chat and completions have in common."""
+    """The keys that chat and completions share."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(
         {
@@ -167,7 +169,7 @@ class Shared(Body):
         return n
 
     def path(self) -> str | None:
-        """SGLang's lora_path, where it is the same for every prompt."""
+        """SGLang's lora_path, if it is the same for every prompt."""
         if not isinstance(self.lora_path, list):
             return self.lora_path
         if len(set(self.lora_path)) > 1:
@@ -177,7 +179,7 @@ class Shared(Body):
         return self.lora_path[0] if self.lora_path else None
 
     def adapters(self) -> dict[str, Any]:
-        """The arguments of Service.choose."""
+        """The arguments of MixChooser.choose."""
         return {"model": self.model, "mix": mix_of(self.mix), "lora_path": self.path()}
 
     def sampling(
@@ -191,7 +193,10 @@ class Shared(Body):
         prompt_logprobs: bool = False,
         grammar: GrammarSpec | None = None,
     ) -> Sampling:
-        """`room`: tokens that the context leaves; `default`: for a request that does not say how many it wants."""
+        """The Sampling of a request.
+
+        `room`: tokens that the context leaves; `default`: max_tokens if unset.
+        """
         wanted = min(default, room) if max_tokens is None else max_tokens
         return sampling_of(
             max_tokens=limited(wanted, room, service, asked=max_tokens is not None),
@@ -234,7 +239,7 @@ class _Structured(Strict):
 
 
 def grammar_of(body: Shared) -> GrammarSpec | None:
-    """The one form that the answer must have, by whatever name it was asked for."""
+    """The grammar of the answer, from whichever key names it; at most one."""
     found: list[GrammarSpec | None] = []
     if body.response_format is not None:
         form: _Format = checked(_Format, body.response_format, "response_format")
@@ -262,7 +267,7 @@ class Message(Strict):
     tool_calls: Objects | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    # What OpenAI's client gives back with an assistant's turn, always empty here.
+    # Returned by OpenAI's client with an assistant's turn; always empty here.
     refusal: None = None
     audio: None = None
     annotations: None = None
@@ -307,7 +312,7 @@ class ChatBody(Shared):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def variables(self) -> dict[str, Any]:
-        """What the template gets beside messages and tools."""
+        """The template's variables besides messages and tools."""
         found = dict(self.chat_template_kwargs or {})
         if self.continue_final_message:
             if self.messages[-1].role != "assistant":
@@ -331,7 +336,7 @@ class CompletionBody(Shared):
     add_special_tokens: bool = True
 
     def texts(self, service: Service) -> list[str | list[int]]:
-        """The prompts, one for each."""
+        """The prompts as a list."""
         given: Any = self.prompt
         prompts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
         most = service.settings.max_prompts
@@ -358,14 +363,17 @@ async def model(request: HttpRequest, model: str) -> Response:
 
 
 def _tuned(base: str, cards: Sequence[ModelCard], caller: Principal) -> list[ModelCard]:
-    """What the caller's own jobs made, a second time, by the names that OpenAI would give it."""
+    """Fine-tuned models of the caller again, under OpenAI's names."""
     names = {card.id: tuned_of(base, card.id) for card in cards if card.parent is not None}
     own = {id: str(name) for id, name in names.items() if name is not None and name.organisation == caller.tenant}
     return [replace(card, id=own[card.id]) for card in cards if card.id in own]
 
 
 def _card(service: Service, card: ModelCard) -> dict[str, Any]:
-    """A model as vLLM describes it, with the adapter's digest; what was tuned belongs to its organisation."""
+    """A model in vLLM's format, with the adapter's digest.
+
+    A fine-tuned model belongs to its organization.
+    """
     tuned = parse_tuned(card.id)
     trainable = (
         service.fine_tunes
@@ -442,7 +450,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
         raise invalid(
             f"{len(texts)} prompts with {n} answers each", "n", f"at most {service.settings.max_prompts} answers"
         )
-    if body.store:  # conversations are kept, and no other texts
+    if body.store:  # only conversations are stored
         body.ignore("store")
     chosen = service.mixes.choose(caller, **body.adapters())
     place = admission_of(request)
@@ -482,7 +490,8 @@ async def _answered(request: HttpRequest, service: Service, job: TextJob, body: 
     return await stream(request, service, job, lambda events: form.stream(events, options), told, body.headers)
 
 
-# -- forms -------------------------------------------------------------------------------------------------------------
+# -- response formats
+# -------------------------------------------------------------------------------------------------
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -495,7 +504,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 class _Form:
-    """How answers are written. Subclasses say what a piece and a whole choice look like."""
+    """Writes answers; subclasses define the format of a chunk and a whole choice."""
 
     kind = whole_kind = ""
 
@@ -557,11 +566,14 @@ class _Form:
 
     @property
     def alternatives(self) -> int | None:
-        """How many likeliest tokens of each of the answer's were asked for; None for no logprobs."""
+        """Number of most likely tokens requested per token; None for no logprobs."""
         return self.job.sampling.logprobs
 
     def best(self, token: Token) -> list[tuple[int, float]]:
-        """The likeliest tokens, best first, as many as were asked for; the chosen one among them if it is one."""
+        """The most likely tokens, best first, as many as requested.
+
+        The chosen token competes with them.
+        """
         known = {id: logprob for id, _, logprob in token.top}
         known.setdefault(token.id, token.logprob if token.logprob is not None else -9999.0)
         ranked = sorted(known.items(), key=lambda pair: -pair[1])
@@ -632,7 +644,7 @@ class _TextForm(_Form):
         super().__init__(prompts, job)
         self.echoes = echoes if body.echo else []
         self.beside, self.places = body.logprobs, body.prompt_logprobs
-        # then a prompt is told with its logprobs, by the first token
+        # then the first token carries the prompt with its logprobs
         self.scored = bool(body.echo) and body.logprobs is not None
         self.at = [0 if self.scored else len(self.echo(i)) for i in range(self.count)]
 
@@ -649,7 +661,10 @@ class _TextForm(_Form):
         return made
 
     def place(self, token: Token, most: int) -> dict[str, Any] | None:
-        """vLLM's form: the likeliest by id, and the prompt's own token; `rank` is known of the likeliest alone."""
+        """vLLM's prompt_logprobs: the most likely tokens by id, and the prompt's own.
+
+        Other ranks are unknown.
+        """
         if token.logprob is None:
             return None
         ranks = {id: rank for rank, (id, _, _) in enumerate(token.top, 1)}
@@ -681,8 +696,13 @@ class _TextForm(_Form):
         return [self.piece(i, text, logprobs)] if text or logprobs else []
 
     def told(self, token: Token) -> list[Token]:
-        """The tokens whose logprobs come with this one: the prompt's before the first. Whoever asks for the prompt's
-        counts tokens, so that one that ends the answer is among them there."""
+        """The tokens whose logprobs come with this one.
+
+        For the first, the prompt's tokens too.
+
+        If the prompt's logprobs are requested, the ending token is included, because such clients count
+        tokens.
+        """
         if self.scored:
             return [*token.prompt, token]
         return [token] if _is_visible(token) else []
@@ -691,7 +711,10 @@ class _TextForm(_Form):
         return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": None}
 
     def logprobs(self, i: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        """OpenAI's older form: lists beside each other; alternatives by text, the chosen token always among them."""
+        """OpenAI's older logprobs format: parallel lists.
+
+        Alternatives by text, always with the chosen token.
+        """
         if self.beside is None:
             return None
         texts = [self.prompts.piece(token.id)[0] for token in tokens]
@@ -708,5 +731,5 @@ class _TextForm(_Form):
 
 
 def _is_visible(token: Token) -> bool:
-    """Whether a token is part of the answer: the special one that ends it is not."""
+    """Whether a token is part of the answer; the special token that ends it is not."""
     return not (token.special and not token.text)

@@ -1,5 +1,7 @@
-"""TGI's routes, which are LoRAX's: /generate, /generate_stream, /info; one adapter by `adapter_id`, several by
-`mix`. TGI serves the base where it does not know an adapter_id; here that is 404.
+"""TGI's and LoRAX's routes: /generate, /generate_stream, /info.
+
+`adapter_id` names one adapter, `mix` several. TGI serves the base for an unknown adapter_id; here that is
+404.
 """
 
 from __future__ import annotations
@@ -157,7 +159,7 @@ async def _ask(request: HttpRequest, service: Service, body: Generate) -> TextJo
     best = given.best_of or 1
     if best > service.settings.max_best_of:
         raise invalid(f"best_of is {best}", "best_of", f"at most {service.settings.max_best_of}")
-    # As TGI has it: any setting that only matters to sampling asks for sampling.
+    # As in TGI, any setting that only affects sampling enables sampling.
     sampled = (
         given.do_sample or given.temperature not in (None, 1.0) or bool(given.top_k) or given.top_p not in (None, 1)
     )
@@ -204,7 +206,7 @@ def _reason(end: Finished) -> str:
 
 
 def _text(body: Generate, answer: TextAnswer) -> str:
-    """TGI keeps the stop text at the end of the answer."""
+    """The answer's text with its stop text, as in TGI."""
     stop = answer.finished.stop
     text = answer.text + (stop if isinstance(stop, str) else "")
     return body.inputs + text if body.parameters.return_full_text else text
@@ -216,7 +218,7 @@ def _token(service: Service, token: Token, text: str | None = None) -> dict[str,
 
 
 def _prefill(service: Service, token: Token) -> dict[str, Any]:
-    """A token of the prompt; nothing stands before the first, so it has no logprob."""
+    """A token of the prompt; the first has no predecessor, so no logprob."""
     logprob = None if token.logprob is None else finite_logprob(token.logprob)
     return {"id": token.id, "text": service.prompts.piece(token.id)[0], "logprob": logprob}
 
@@ -269,10 +271,12 @@ def _details(service: Service, given: Parameters, answer: TextAnswer, seed: int 
 async def _lines(
     service: Service, job: TextJob, body: Generate, events: OpenStream[IndexedEvent]
 ) -> AsyncIterator[bytes]:
-    """One event a token; the last carries the whole text and the details.
+    """One event per token; the last carries the whole text and the details.
 
-    Which token is the last is known when the answer has ended, so one that may be (it has no text, or is the last that
-    was asked for) waits for what comes after it; all others go at once."""
+    Which token is the last is known only when the answer ends, so a token that can be the last (without text,
+    or at max_tokens)
+    waits for its successor; all others are sent at once.
+    """
     answer, held = TextAnswer(), None
     async for _, event in events:
         answer.add(event)

@@ -1,6 +1,6 @@
-"""vLLM's and SGLang's routes beside OpenAI's: loading and unloading adapters while the server runs, tokens, version.
+"""vLLM's and SGLang's routes besides OpenAI's: loading and unloading adapters, tokens, version.
 
-A source that a client names is the catalog's to judge: a library reference, or a path where the operator allowed one.
+The catalog checks the source that a client names: a library reference, or a path in an allowed folder.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ async def load(request: HttpRequest, body: Load) -> Response:
     try:
         await _load(request, body, "Both 'lora_name' and 'lora_path' must be provided.")
     except Refused as error:
-        if error.code != "adapter_exists" or error.where:  # in vLLM's words, where it is what vLLM means
+        if error.code != "adapter_exists" or error.where:  # use vLLM's message if it means the same
             raise
         what = f"The lora adapter '{body.lora_name}' has already been loaded. "
         what += "If you want to load the adapter in place, set 'load_inplace' to True."
@@ -103,7 +103,7 @@ async def _load(request: HttpRequest, body: Load, missing: str) -> None:
 
 
 def _unusable(error: VeneerError) -> Refused | None:
-    """The answer to an adapter that was not loaded, without where on the server it was."""
+    """The error for an adapter that failed to load, without its path on the server."""
     if is_outage(error):
         return None
     log.warning("an adapter was not loaded: %s", error)
@@ -128,7 +128,7 @@ def _loaded(request: HttpRequest) -> Response:
 
 
 class Tokenize(Body):
-    """vLLM's `prompt` or `messages`, or TGI's `inputs`: the answer has that surface's form."""
+    """Tokenizes vLLM's `prompt` or `messages`, or TGI's `inputs`, and responds in that surface's format."""
 
     prompt: str | None = None
     messages: Annotated[list[Message], FAIL_FAST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
@@ -153,7 +153,7 @@ async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
     ways = [key for key in ("prompt", "messages", "inputs") if getattr(body, key) is not None]
     if len(ways) != 1:
         raise invalid("one of prompt, messages and inputs is needed", ways[0] if ways else "prompt")
-    service.mixes.choose(caller_of(request), model=body.model)  # a model that is not there is an error here too
+    service.mixes.choose(caller_of(request), model=body.model)  # an unknown model is an error here too
     place = admission_of(request)
     place.take("answers", 1)
     if body.messages is not None:
@@ -195,6 +195,6 @@ async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
 
 
 def _spans(prompts: Prompts, text: str, special: bool) -> list[dict[str, Any]]:
-    """TGI's tokens: each with the characters of the text that it covers."""
+    """TGI's tokens, each with the characters that it covers."""
     found = prompts.spans(text, special=special)
     return [{"id": i, "text": text[start:stop], "start": start, "stop": stop} for i, start, stop in found]
