@@ -1,4 +1,6 @@
-"""Serving: requests, scheduler, cache, runner, adapters in memory; the HTTP surfaces; tenants, limits, accounting.
+"""Serving: requests, scheduler, cache, runner, adapters in memory; HTTP surfaces.
+
+Tenants, limits, billing.
 
 Imports library, models, core and formats; train and serve never import each other.
 """

@@ -1,12 +1,13 @@
 """Access checks for every surface: the principal of a request, the meaning of a name, and the limits.
 
     caller = await tenancy.caller(key)                        401 for an unknown key
-    served = catalog.resolve(model, caller)                   404 for what is not there or not theirs: never the base
+    served = catalog.resolve(model, caller)                   404 if unknown or not visible; never the base instead
     async with tenancy.admitted(caller, served, …) as bill:   429 beyond a limit
         …                                                     bill.used(usage) once, at the end
 
-`OpenAccess` is the tenancy of a server without tenants: everybody sees everything and nothing is counted; `KeyAccess`
-that of one whose keys are all alike.
+`OpenAccess` is the tenancy of a server without keys: everything is visible and nothing is billed. `KeyAccess`
+is for a
+server whose keys all have the same rights.
 """
 
 from __future__ import annotations
@@ -26,18 +27,25 @@ SHADOWS = Principal("operator", weight=0.1)
 BEHIND = "~shadows"
 """Pseudo-tenant that shadow requests are scheduled under, so they never use a real tenant's share."""
 TRIALS = "~studio"
-"""Pseudo-tenant that the ledger books the operator's trials in the Studio on, apart from the use of clients."""
+"""Pseudo-tenant for usage of the operator's trials in the Studio, to separate it from client usage."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a name meant when it was asked. `name`: the client's own word, given back as `model`. `target`: the adapter
-    that a route chose, else `name`. `shadow`: a mix whose answer is computed too, and logged, never sent; or why it
-    cannot be. `adapters`: what the operator calls each part of `mix`, in its order, whatever the client called it: the
-    name that was loaded, or the library's with its version. Limits, prices and the ledger know a request by these.
-    `meant`: the digest that each name of a mix came to, in the client's order, "" for the base. `trained`: it is not
-    asked but trained, which has a price of its own. `trial`: asked on a page of the Studio, by no client; it has no
-    shadow, and a trial of the operator is booked on TRIALS."""
+    """What a name meant when it was requested.
+
+    `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, else `name`.
+    `shadow`: a mix
+    whose answer is also computed and logged, never sent; or why it cannot be. `adapters`: the operator's name
+    of each part of
+    `mix`, in order: the loaded name, or the library reference with its version; limits, prices and the ledger
+    use these
+    names. `meant`: the digest of each name of a mix, in the client's order, "" for the base. `trained`: used
+    for training,
+    which has its own price. `trial`: requested in the Studio, not by a client; has no shadow, and the
+    operator's trials are
+    booked on TRIALS.
+    """
 
     mix: DigestMix
     name: str
@@ -49,11 +57,14 @@ class Served:
     trial: bool = False
 
     def as_trial(self) -> Served:
-        """The same, asked on a page of the Studio."""
+        """The same, as a trial in the Studio."""
         return replace(self, trial=True, shadow=None)
 
     def parts(self) -> list[tuple[str, str, float]]:
-        """(digest, the operator's name, strength) of each part; of the base alone ("", its name, 1)."""
+        """(digest, the operator's name, strength) of each part.
+
+        For the base alone ("", its name, 1).
+        """
         if not self.mix:
             return [("", self.target, 1.0)]
         names = dict(zip((digest for digest, _ in self.mix), self.adapters, strict=False))
@@ -62,8 +73,12 @@ class Served:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A line of /v1/models. `parent`: the base's name; None for the base. `root`: where it came from, as the operator
-    named it (a library reference, never a path). `digest`: of the adapter."""
+    """An entry of /v1/models.
+
+    `parent`: the base's name; None for the base. `root`: the source, as the operator named it (a library
+    reference, never a
+    path). `digest`: the adapter's digest.
+    """
 
     id: str
     root: str
@@ -77,11 +92,14 @@ class Routes(Protocol):
     """Names with weighted targets."""
 
     def choose(self, route: str, caller: Principal) -> str | None:
-        """The name that answers this caller; None where there is no such route for them."""
+        """The target that answers this caller.
+
+        None if the route does not exist for the caller.
+        """
         ...
 
     def shadow(self, route: str, caller: Principal) -> str | None:
-        """The name whose answer is computed too."""
+        """The target whose answer is also computed, or None."""
         ...
 
     def names(self, caller: Principal) -> list[str]:
@@ -90,14 +108,18 @@ class Routes(Protocol):
 
 
 def shadow_id(request: str) -> str:
-    """By which id the answer of a request's shadow is kept for feedback, where the request's own is."""
+    """The id under which the answer of a request's shadow is kept for feedback."""
     return f"{request}-shadow"
 
 
 @dataclass(frozen=True)
 class ShadowAnswer:
-    """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the route. Of pictures
-    `sent` and `answer` are the digests of their pixels, and `distance` is how far these are apart on average, 0 … 1."""
+    """Compares a shadow's answer with the sent answer of `target`, for the log.
+
+    `name`: the route.
+
+    For images, `sent` and `answer` are digests of the pixels, and `distance` is their mean difference, 0 … 1.
+    """
 
     request: str
     tenant: str
@@ -118,20 +140,26 @@ class ShadowAnswer:
 
 class Bill(Protocol):
     def used(self, usage: Usage) -> Awaitable[None]:
-        """What the request took, also of one that failed or was cancelled; called once. It holds from the call on; what
-        comes back is awaited before the last word goes out, and is there when the bill outlives this process."""
+        """Record a request's usage, also if it failed or was cancelled; called once.
+
+        Counts from the call on. Await the result before the last event is sent; then the bill survives the
+        process.
+        """
         ...
 
 
 KeepAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
-"""Takes what was asked, {"messages", "tools"?}, and the assistant's message of each choice. Does not block."""
+"""Keeps {"messages", "tools"?} of a request and the assistant's message of each choice. Does not block."""
 
 
 @dataclass(frozen=True)
 class LedgerState:
-    """`owed`: requests in the outbox, running ones included; with SQLite, ends that are being written. `lag`: seconds
-    since the end of the oldest ended request that the database does not have. `away`: the database is unavailable, or
-    takes long to answer."""
+    """How far the ledger is behind.
+
+    `owed`: requests in the outbox, running ones included; with SQLite, ends being written. `lag`: seconds
+    since the end of
+    the oldest ended request that the database does not have. `away`: the database is unavailable or slow.
+    """
 
     owed: int
     lag: float
@@ -139,52 +167,64 @@ class LedgerState:
 
 
 class Tenancy(Protocol):
-    """Access and billing. Tenancies derive from this class for its defaults: no ledger, no logs, no routes. `keyless`:
-    requests without a key are accepted, as principals of kind "open"."""
+    """Access and billing.
+
+    Tenancies derive from this class for its defaults: no ledger, no logs, no routes. `keyless`: requests
+    without a key are
+    accepted, as principals of kind "open".
+    """
 
     keyless: bool = False
 
     async def caller(self, key: str | None, user: str | None = None) -> Principal:
-        """Raises Refused(unauthorized, 401)."""
+        """The principal of a key. Raises Refused (unauthorized, 401)."""
         ...
 
     def shares(self, caller: Principal, served: Served) -> str:
-        """With whom the caller's prompts share what was computed: "" with everybody, else with those of this word."""
+        """The cache scope of the caller's prompts: "" is shared with everybody, else with the same value
+        only.
+        """
         ...
 
     def admitted(
         self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AbstractAsyncContextManager[Bill]:
-        """Room for one request under every limit, given back at the end. Raises Refused(rate_limited, 429)."""
+        """Hold one request's share of every limit while it runs.
+
+        Raises Refused (rate_limited, 429).
+        """
         ...
 
     @property
     def routes(self) -> Routes | None:
-        """The operator's routes, where there can be any."""
+        """The operator's routes, or None if unsupported."""
         return None
 
     def ledger_state(self) -> LedgerState | None:
-        """How far the ledger is behind, where there is one; for metrics."""
+        """How far the ledger is behind, for metrics; None without a ledger."""
         return None
 
     def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
-        """A line of the audit log for what an operator changed (`what`: adapter.load, adapter.unload). May block."""
+        """Write an operator's change (`what`: adapter.load, adapter.unload) to the audit log. May block."""
         return None
 
     def let_see_own(self, tenant: str) -> None:
-        """From now on a tenant sees what is in the namespace of its name, as what it trains will be. May block."""
+        """Let a tenant see all names in its own namespace, such as its trained adapters.
+
+        May block.
+        """
         return None
 
     def note_shadow(self, answer: ShadowAnswer) -> None:
-        """Keep how a shadow's answer compares with the one that was sent."""
+        """Record how a shadow's answer compares with the sent one."""
         return None
 
     def keeping(self, caller: Principal, served: Served, request: str) -> KeepAnswer | None:
-        """What keeps the whole answer to a request that comes now, for feedback on it; None where it is not kept."""
+        """A function that keeps a request's answer for feedback; None if it is not kept."""
         return None
 
     def close(self) -> None:
-        """Write what has come, and end."""
+        """Write pending records, and end."""
         return None
 
 
@@ -194,7 +234,7 @@ class _FreeBill:
 
 
 class NoWait:
-    """Nothing to wait for, whether it is awaited or not."""
+    """An awaitable that is already done; it can be left unawaited."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield from ()
@@ -219,8 +259,12 @@ class OpenAccess(Tenancy):
 
 
 class KeyAccess(OpenAccess):
-    """Read-only keys that see everything, and one admin key, given as plain text or as its hash. No limits, no
-    ledger."""
+    """Keys with read access to everything, and an optional admin key.
+
+    No limits, no ledger.
+
+    `admin_key`: plain text or its hash.
+    """
 
     keyless = False
 

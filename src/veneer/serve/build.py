@@ -1,9 +1,9 @@
-"""Where a server's parts are put together, and nowhere else.
+"""Builds a server from its parts.
 
-    build()    tenancy, shelf, names, service -> application      quick; its pages and the library work from here on
-    load()     base -> engine -> service                          takes as long as the base does
+    build()    tenancy, shelf, names, service -> application      quick; pages and the library work from here on
+    load()     base -> engine -> service                          as slow as loading the base
 
-What each part is, its own module says; here is which of them a server has, and in which order they begin and end.
+Decides which parts a server has, and in which order they start and stop.
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ async def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Application:
-    """An ASGI application and what goes with it, all on the server's loop: `start` before the first request, `load`
-    beside requests until the server is ready, `stop` after the drain."""
+    """An ASGI application and its lifecycle functions, all run on the server's event loop.
+
+    `start` runs before the first request, `load` in parallel with requests until the server is ready, `stop`
+    after the
+    drain.
+    """
 
     app: FastAPI
     start: Callable[[], Awaitable[Any]] = _nothing
@@ -55,9 +59,14 @@ class Application:
 
 @dataclass(frozen=True)
 class Extension:
-    """What a room above adds to a server: `routers` behind the same door; `large` and `unguarded` as create_app takes
-    them; `start` and `stop` as an Application has them, within the server's own; `mount` adds what is no router to the
-    application once that is made. `fine_tunes`: POST /v1/fine_tuning/jobs accepts this server's models."""
+    """What a higher package adds to a server.
+
+    `routers`: behind the same authentication. `large`, `unguarded`: see create_app. `start`, `stop`: see
+    Application; run
+    inside the server's own. `mount`: adds what is not a router to the finished application. `fine_tunes`:
+    POST
+    /v1/fine_tuning/jobs accepts this server's models.
+    """
 
     routers: Sequence[APIRouter] = ()
     large: Mapping[str, int] = field(default_factory=dict)
@@ -69,11 +78,11 @@ class Extension:
 
 
 Extend = Callable[[Service, Library], Extension]
-"""Makes the extension of a server from its parts, whose base is not loaded yet."""
+"""Creates a server's extension from its parts, before the base is loaded."""
 
 
 def together(*extends: Extend) -> Extend:
-    """Several as one, which begin in this order and end in the other."""
+    """Combine extensions; they start in this order and stop in reverse."""
 
     def extend(service: Service, library: Library) -> Extension:
         parts = [each(service, library) for each in extends]
@@ -106,8 +115,12 @@ def together(*extends: Extend) -> Extend:
 def build(
     settings: ServeSettings, say: Callable[[str], None], opened: Opened | None = None, extend: Extend | None = None
 ) -> Application:
-    """Everything that `settings` (checked: checks.py) ask for but the base, over what checking has `opened`. Raises
-    ConfigError."""
+    """Build everything but the base from `settings` (checked by checks.py).
+
+    Raises ConfigError.
+
+    `opened`: the stores that the check has opened.
+    """
     opened = opened or open_stores(settings)
     try:
         tenancy, base = tenancy_of(settings, say, opened.store), UnloadedBase(settings.base)
@@ -124,8 +137,10 @@ def build(
 
 
 def _load_base(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
-    """Blocks while the base loads. Raises ConfigError for options that its kind does not have, and what loading
-    raises."""
+    """Load the base; blocks.
+
+    Raises loading errors, and ConfigError for options its kind does not have.
+    """
     from veneer.models.sources import find_base, is_image_base
 
     kind: ServerKind = "fleet"
@@ -147,7 +162,7 @@ def _load_texts(settings: ServeSettings, service: Service, say: Callable[[str], 
     engine = TextEngine(base, catalog.shelf.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog.use_base(base, engine.problems, engine.residents)
-    # The engine's cache may hold less than the base could take.
+    # The engine's cache may allow a shorter context than the base.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
     service.use_base(engine, reader, settings.http)
 
@@ -164,12 +179,12 @@ def _load_pictures(settings: ServeSettings, service: Service, say: Callable[[str
     catalog.use_base(base, lambda adapter: [], engine.residents)
     (tokenizer, limit), *_ = readers(base)
     reader = TokenizedBase(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
-    limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))  # pictures come in bodies
+    limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))  # request bodies contain images
     service.use_base(engine, reader, limits)
 
 
 def _load_fleet(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
-    """The same front door before servers that run elsewhere. They read the library's files by the same paths."""
+    """Set up the fleet; its replicas read the library's files by the same paths."""
     from veneer.models.home import veneer_home
     from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.fleet import Fleet, FleetAdapters
@@ -193,7 +208,10 @@ def _load_fleet(settings: ServeSettings, service: Service, say: Callable[[str], 
 def _application(
     settings: ServeSettings, service: Service, library: Library, say: Callable[[str], None], extend: Extend | None
 ) -> Application:
-    """The surfaces over it all. It ends with the tenancy's last bill."""
+    """The application with all surfaces.
+
+    Stopping it ends with the tenancy's last bill.
+    """
 
     def step(text: str) -> None:
         service.step = text
@@ -247,14 +265,14 @@ def _application(
 
 
 def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog) -> list[APIRouter]:
-    """What is under /admin for whoever has the admin key, on a server with tenants."""
+    """The routes under /admin, for the admin key, on a server with tenants."""
     if settings.admin_key is None or not isinstance(tenancy, Tenants):
         return []
     return [admin_router(tenancy, catalog)]
 
 
 def tenancy_of(settings: ServeSettings, say: Callable[[str], None], store: Store | None) -> Tenancy:
-    """Who may ask. `store`: the tenants', where there are any."""
+    """The tenancy that the settings ask for. `store`: the tenants' database, or None."""
     if store is None:
         refuse_ledger(settings.ledger)
         if needs_no_key(settings, store):

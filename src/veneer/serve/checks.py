@@ -1,10 +1,11 @@
-"""What is wrong with a server's settings, found before it listens and before anything heavy is imported.
+"""Checks a server's settings before it listens and before heavy imports.
 
-    opened = check_settings(settings)  bad values, options that exclude each other, bases and adapters that do not exist
-    refuse_idle(settings, kind)        an option that would do nothing on such a server
+    opened = check_settings(settings)  bad values, conflicting options, missing bases and adapters
+    refuse_idle(settings, kind)        options that have no effect on this kind of server
 
-Of a base on the hub its configuration is fetched; what needs its weights (memory, adapters of another base) is checked
-while the server is built.
+For a base on the hub, its configuration is downloaded. Checks that need its weights (memory, adapters of
+another base)
+run while the server is built.
 """
 
 from __future__ import annotations
@@ -27,26 +28,28 @@ from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
 ServerKind = Literal["texts", "pictures", "fleet"]
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@*\s]+", re.I)
-"""As browsers send it; `null` is that of a page in a file."""
+"""An origin as browsers send it; `null` is the origin of a page in a file."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What a server keeps its things in: what was opened to check the settings, and is built with. `store`: of the
-    tenants, None on a server without any."""
+    """The stores that the check opened and the server uses.
+
+    `store`: the tenants' database, None on a server without tenants.
+    """
 
     library: Library
     store: Store | None
 
     def close(self) -> None:
-        """Safe to call again, and after those who were built with them have closed them."""
+        """Close the stores; safe to call again, and after their users have closed them."""
         self.library.close()
         if self.store is not None:
             self.store.close()
 
 
 def open_stores(settings: ServeSettings) -> Opened:
-    """Raises what opening the library and the tenants' database raises."""
+    """Open the library and the tenants' database. Raises their errors."""
     place = _tenants_place(settings)
     store = None if place is None else Store(place, patience=SERVING_PATIENCE)
     try:
@@ -58,7 +61,10 @@ def open_stores(settings: ServeSettings) -> Opened:
 
 
 def needs_no_key(settings: ServeSettings, store: Store | None) -> bool:
-    """Whether the server takes requests without a key. `store`: of the tenants, if there are any."""
+    """Whether the server accepts requests without a key.
+
+    `store`: the tenants' database, or None.
+    """
     if store is None:
         return not settings.keys and (settings.open or settings.admin_key is None)
     nobody = settings.tenants is None and settings.admin_key is None and not store.settings.tenants
@@ -66,17 +72,19 @@ def needs_no_key(settings: ServeSettings, store: Store | None) -> bool:
 
 
 def _tenants_place(settings: ServeSettings) -> str | None:
-    """The tenants' database: the one that was named, or the usual one, where it is there and nothing else says who may
-    ask."""
+    """The tenants' database: the named one, or the default if it exists and no other option sets access."""
     if settings.tenants is not None or settings.keys or (settings.open and not settings.here):
         return settings.tenants
     return database_here()
 
 
 def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
-    """Check the settings and return the stores that the server keeps its things in, opened. `page`: the server has the
-    Studio. Raises ConfigError, BaseError or AdapterError for settings with which no server can be built, and what
-    `open_stores` raises."""
+    """Check the settings and return the opened stores.
+
+    `page`: the server has the Studio. Raises ConfigError, BaseError or AdapterError for invalid settings, and
+    the errors of
+    `open_stores`.
+    """
     one_of(settings.engine.weights, get_args(WeightKind), "a kind of weights", "--weights")
     if settings.quantise is not None:
         one_of(settings.quantise, get_args(QuantiseKind), "a quantisation", "--quantise")
@@ -116,7 +124,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
 
 
 def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> None:
-    """Raises ConfigError for a server without keys that any web page, or anybody's browser, could use."""
+    """Raises ConfigError for a server without keys that any web page, or any browser, could use."""
     if not needs_no_key(settings, store):
         return
     fix = "--api-keys or --tenants"
@@ -129,8 +137,10 @@ def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> 
 
 
 def _kind_here(settings: ServeSettings) -> ServerKind | None:
-    """What the server will be, None where the base is to be made first. Raises BaseError for a base that does not
-    exist, here or on the hub."""
+    """The kind of server, None if the base must be created first.
+
+    Raises BaseError for a base that does not exist, here or on the hub.
+    """
     base = base_outline(settings.base)
     if base is not None and (file := base / "config.json").is_file():
         read_config_json(file)
@@ -155,13 +165,13 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("tenant_mixes", lambda s: s.fleet.mixes, "fleet", "mixes on the servers of --upstream"),
     ("mix_disk", lambda s: s.fleet.mix_bytes, "fleet", "mixes on the servers of --upstream"),
 )
-"""Option or key of --config, its value in the settings, the kinds of servers that use it, and what it is for."""
+"""Option or key of --config, its value in the settings, the kinds of servers that use it, its purpose."""
 _LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledger_folder"}
 _LEDGER_OPTIONS["synced"] = "ledger_sync"
 
 
 def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
-    """Raises ConfigError for an option that would do nothing on a server of that kind."""
+    """Raises ConfigError for an option that has no effect on this kind of server."""
     usual = ServeSettings("")
     why = {"fleet": "the servers of --upstream compute", "pictures": "this base draws pictures"}
     for option, of, kinds, what in _OPTIONS:
@@ -171,7 +181,7 @@ def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
 
 
 def refuse_ledger(ledger: LedgerSettings) -> None:
-    """Raises ConfigError for an option of the ledger on a server without tenants, which has none."""
+    """Raises ConfigError for a ledger option on a server without tenants, which has no ledger."""
     usual = LedgerSettings()
     for name, option in _LEDGER_OPTIONS.items():
         if getattr(ledger, name) != getattr(usual, name):
@@ -180,7 +190,7 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
 
 
 def _refuse_twice_rounded(settings: ServeSettings) -> None:
-    """Raises ConfigError where two options say how a base's weights are kept."""
+    """Raises ConfigError if two options set the format of a base's weights."""
     if settings.quantise is not None and settings.engine.weights != "dense":
         raise ConfigError(
             "--quantise and --weights both say how the base's weights are kept",
@@ -190,8 +200,8 @@ def _refuse_twice_rounded(settings: ServeSettings) -> None:
 
 
 def _check_fleet(settings: ServeSettings) -> None:
-    """Raises ConfigError for upstreams that are not addresses, and for what servers elsewhere cannot read."""
-    from veneer.serve.fleet.remote import parse_upstream  # httpx comes with it
+    """Raises ConfigError for invalid upstream addresses, and for sources that replicas cannot read."""
+    from veneer.serve.fleet.remote import parse_upstream  # imports httpx
 
     given = settings.fleet.upstreams
     for place in given:
@@ -203,8 +213,10 @@ def _check_fleet(settings: ServeSettings) -> None:
 
 
 def _check_names(settings: ServeSettings) -> None:
-    """Raises ConfigError for names that no adapter can have here. Whether adapters fit the base is known when they are
-    loaded."""
+    """Raises ConfigError for invalid adapter names.
+
+    Whether adapters fit the base is checked when they are loaded.
+    """
     if settings.pin and not settings.preload:
         raise ConfigError("pin keeps the adapters of --adapter, and there are none", where="pin", fix="leave it out")
     names = [each.name for each in settings.preload]
@@ -224,7 +236,7 @@ def _check_names(settings: ServeSettings) -> None:
 
 
 def _find(library: Library, wanted: Preload, folders: Sequence[str]) -> None:
-    """Raises ConfigError or NotInLibrary where a reference leads nowhere."""
+    """Raises ConfigError or NotInLibrary if a reference does not exist."""
     reference = wanted.reference
     try:
         parse_reference(reference)

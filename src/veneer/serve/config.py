@@ -20,12 +20,12 @@ _Seconds = Annotated[float, Field(ge=0.1)]
 
 
 class ServerConfig(BaseModel):
-    """Sizes are bytes, or text such as 64M.
+    """The keys of the configuration file. Sizes are bytes, or text such as 64M.
 
     pin: keep the adapters of --adapter in memory
     allowed_hosts: values of Host, besides localhost and --host, that a server without keys accepts
-    context: most tokens of a sequence; 0: as many as base and cache have room for
-    max_tokens: most tokens of an answer; 0: as many as the context leaves
+    context: maximum tokens of a sequence; 0: as many as base and cache allow
+    max_tokens: maximum tokens of an answer; 0: as many as the context leaves
     queue: answers that can run or wait at once; one tenant can have half
     max_connections: connections at once; over the limit, the connection that was idle longest is closed
     head_seconds, body_seconds: time in which a request's head and body have to arrive
@@ -60,7 +60,7 @@ class ServerConfig(BaseModel):
     ledger_sync: bool = False
 
     def bytes(self, key: str) -> int:
-        """Return a size in bytes. Raises ConfigError."""
+        """The size of a key in bytes. Raises ConfigError."""
         return bytes_of(str(getattr(self, key)), key)
 
 

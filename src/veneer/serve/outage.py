@@ -1,10 +1,10 @@
-"""What is nobody's fault who asks: a database, a store, a disk or a replica that cannot be used now.
+"""Transient errors: a database, store, disk or replica that cannot be used now.
 
-    is_outage(error)            whether it is one, whatever it was raised as on its way
-    outage(what, error)         503, to be tried again; the log has the rest under the id that the answer carries
-    fault(what, error)          the same for one, 500 for an error of ours
+    is_outage(error)            whether an error is one, also through its causes
+    outage(what, error)         503, to be retried; details go to the log under the id in the answer
+    fault(what, error)          the same for an outage, 500 for an internal error
 
-What a driver says holds hosts, paths and addresses, so a caller never sees it, least of all one that nobody knows yet.
+Driver messages contain hosts, paths and addresses, so they never reach a client.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _ERRNO = {
 
 
 def is_outage(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, is of the machines and not of what was asked."""
+    """Whether an error or its cause comes from the environment, not from the request."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, _KINDS) or (isinstance(error, OSError) and error.errno in _ERRNO) or lacks_memory(error):
             return True
-        if type(error) is DatabaseError:  # SQLite's of a damaged file; kinds of it are of what was asked of a database
+        if type(error) is DatabaseError:  # SQLite: a damaged file. Subclasses are errors of the statement
             return True
         seen.add(id(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -55,7 +55,10 @@ def is_outage(error: BaseException | None) -> bool:
 
 
 def outage(what: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Refused:
-    """The answer while `what` (in a caller's words: "the library") cannot be used. `error` goes to the log alone."""
+    """The error while `what` (in client terms: "the library") is unavailable.
+
+    `error` is only logged.
+    """
     number = _logged(what, error)
     return Refused(
         f"{what} cannot be used at the moment",
@@ -67,7 +70,7 @@ def outage(what: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Re
 
 
 def fault(what: str, error: BaseException) -> Refused:
-    """The answer to an error that is not what was asked for: an outage, or a fault of ours."""
+    """The error for an unexpected exception: an outage, or an internal error."""
     if is_outage(error):
         return outage(what, error)
     number = _logged(what, error, trace=True)
@@ -75,7 +78,10 @@ def fault(what: str, error: BaseException) -> Refused:
 
 
 def _logged(what: str, error: object, *, trace: bool = False) -> str:
-    """An id under which the log has the error: in one line for an outage, of which there may be many."""
+    """Log an error and return its id.
+
+    An outage is logged in one line, because there can be many.
+    """
     number = secrets.token_hex(4)
     told = " ".join(str(error).split()) or type(error).__name__
     kind = f"{type(error).__name__}: " if isinstance(error, BaseException) else ""

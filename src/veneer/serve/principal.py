@@ -50,8 +50,12 @@ _DENIED: dict[Permission, tuple[str, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class Principal:
-    """The sender of a request. `tenant`: "" except for kind "tenant". `sees(name)`: whether an adapter or route of this
-    name is visible. `user`: the client's ID for its end user; routes stick to it. `weight`: share of the engine."""
+    """The sender of a request.
+
+    `tenant`: "" except for kind "tenant". `sees(name)`: whether an adapter or route of this name is visible.
+    `user`: the client's
+    ID for its end user; routes stick to it. `weight`: share of the engine.
+    """
 
     kind: _Kind
     tenant: str = ""
@@ -64,13 +68,13 @@ class Principal:
         return permission in PERMISSIONS[self.kind]
 
     def require(self, permission: Permission | None) -> None:
-        """Raises Refused (403) without the permission, or if `permission` is None (none was declared)."""
+        """Raises Refused (403) without the permission, or if `permission` is None (undeclared)."""
         if permission is None or not self.can(permission):
             what, fix = _DENIED.get(permission, ("this is not allowed", "use the admin key"))  # type: ignore[arg-type]
             raise Refused(what, status=403, code="forbidden", fix=fix)
 
     def can_change(self, name: str) -> bool:
-        """Whether the principal can change an adapter of this name: a tenant in its namespace, an operator anywhere."""
+        """Whether the principal can change this name: a tenant in its namespace, an operator anywhere."""
         return self.can("operate") or (self.can("write") and name.startswith(f"{self.tenant}/"))
 
     def can_see(self, *names: str) -> bool:

@@ -65,7 +65,10 @@ class Quotas:
             return self._refusal(owner, amounts, amounts) is None
 
     def check_stored(self, owner: str, **stored: tuple[int, int]) -> None:
-        """Check resources that the caller has measured: (in use, more) of each. Raises Refused (storage_full)."""
+        """Check measured usage: (in use, more) of each resource.
+
+        Raises Refused (storage_full).
+        """
         for name, (used, more) in stored.items():
             if used + more > getattr(self.limits, name):
                 raise self._over(owner, name, used, more)
@@ -75,7 +78,7 @@ class Quotas:
             return self._used.get(owner, Counter())[resource]
 
     def spend(self, owner: str, seconds: float) -> None:
-        """Count seconds that a helper (a process or a thread of its own) worked for an owner."""
+        """Count seconds that a helper (a separate process or thread) worked for an owner."""
         with self._lock:
             window = self._helpers.setdefault(owner, Window(_WINDOW))
             window.add(self.clock(), round(seconds * 1000))
@@ -99,7 +102,10 @@ class Quotas:
             )
 
     def _refusal(self, owner: str, amounts: dict[str, int], whole: dict[str, int]) -> Refused | None:
-        """Return the error of raising a hold by `amounts` to `whole`; None if the quota allows it."""
+        """The error of raising a hold by `amounts` to `whole`.
+
+        None if the quota allows it.
+        """
         used = self._used.get(owner, Counter())
         for name, amount in amounts.items():
             most: int = getattr(self.limits, name)
@@ -133,7 +139,10 @@ class Quotas:
 
 
 class QuotaHold:
-    """The part of an owner's quota that one request or stored object uses. A context manager that releases it."""
+    """The part of an owner's quota that one request or stored object uses.
+
+    A context manager that releases it.
+    """
 
     def __init__(self, quotas: Quotas, owner: str) -> None:
         self._quotas, self.owner = quotas, owner
@@ -153,14 +162,20 @@ class QuotaHold:
             self._held.update(amounts)
 
     def change(self, **amounts: int) -> None:
-        """Set the named resources to these amounts. Raises Refused and then leaves the hold unchanged."""
+        """Set the named resources to these amounts.
+
+        Raises Refused and then leaves the hold unchanged.
+        """
         with self._lock:
             more = {name: amount - self._held[name] for name, amount in amounts.items()}
             self._quotas._change(self.owner, more, amounts)
             self._held.update(more)
 
     def set(self, **amounts: int) -> None:
-        """Set the named resources to measured amounts. Never refused, because the resources are already in use."""
+        """Set the named resources to measured amounts.
+
+        Never refused, because they are already in use.
+        """
         with self._lock:
             more = {name: amount - self._held[name] for name, amount in amounts.items()}
             self._quotas._change(self.owner, more, None)
@@ -178,8 +193,10 @@ current_owner: ContextVar[str] = ContextVar("current_owner", default="")
 
 
 class FairThreads(FairPool):
-    """An event loop's default executor in which each tenant can use `share` threads at a time. Work for "" (the server,
-    the operator) can use all threads."""
+    """An event loop's default executor in which each tenant can use `share` threads at a time.
+
+    Work for "" (the server, the operator) can use all threads.
+    """
 
     def __init__(self, threads: int, share: int) -> None:
         super().__init__(threads, "veneer-work", share)

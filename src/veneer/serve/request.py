@@ -1,9 +1,10 @@
-"""What is asked of an engine and what it answers: the words that all of `serve` shares.
+"""The requests and events of an engine: the types that all of `serve` shares.
 
     surface -> catalog (name -> mix of digests) -> Request -> engine -> Started, Token …, Finished -> surface
 
-A mix is made of digests, never of names: whatever a name means later, a request keeps what it meant when it came in.
-Knows no tensors, no HTTP.
+A mix consists of digests, never names: if a name changes its meaning, running requests keep the old one.
+Independent of
+tensors and HTTP.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, VeneerError, quoted
 
 DigestMix = tuple[tuple[str, float], ...]
-"""(adapter digest, strength), sorted by digest, each digest once, no strength 0; () is the base alone."""
+"""(adapter digest, strength), sorted by digest, unique, strengths nonzero; () is the base alone."""
 
 BASE: DigestMix = ()
 
 
 def make_mix(parts: Iterable[tuple[str, float]]) -> DigestMix:
-    """The one form of a mix: strengths of one digest are added, zeros are left out, the order is by digest."""
+    """The canonical form of a mix: strengths summed per digest, zeros removed, sorted by digest."""
     sums: dict[str, float] = {}
     for digest, strength in parts:
         sums[digest] = sums.get(digest, 0.0) + float(strength)
@@ -32,7 +33,10 @@ def make_mix(parts: Iterable[tuple[str, float]]) -> DigestMix:
 
 
 def check_strengths(parts: Iterable[tuple[str, float]]) -> None:
-    """Raises Refused for a strength that there is not (`check_strength`); parts: (name, strength)."""
+    """Raises Refused for an invalid strength (`check_strength`).
+
+    Parts: (name, strength).
+    """
     try:
         for name, strength in parts:
             check_strength(quoted(name), strength)
@@ -41,26 +45,31 @@ def check_strengths(parts: Iterable[tuple[str, float]]) -> None:
 
 
 def mix_digest(mix: DigestMix) -> bytes:
-    """What keys of caches carry: equal exactly where the mixes are equal; b"" for the base."""
+    """A digest for cache keys: equal exactly for equal mixes; b"" for the base."""
     return hashlib.sha256(repr(mix).encode()).digest() if mix else b""
 
 
 def cache_root(mix: DigestMix, salt: str = "") -> bytes:
-    """The key before a prompt's first block: equal exactly where two requests may share what was computed, which is
-    under equal mixes and with equal salts."""
+    """The cache key before a prompt's first block: equal exactly for equal mixes and equal salts.
+
+    Only requests with the same root can share cached blocks.
+    """
     if not salt:
         return mix_digest(mix)
-    # The word in front and the fixed width keep what a client writes from ever being another mix's digest.
+    # The prefix and the fixed width keep a client's salt from forging another mix's digest.
     return hashlib.sha256(b"salted" + mix_digest(mix).rjust(32, b"\0") + salt.encode("utf-8", "surrogatepass")).digest()
 
 
 class Refused(VeneerError):
-    """A request that is answered with an error: `status` is HTTP's, `code` a word that programs test.
+    """An error response: `status` is the HTTP status, `code` a word for programs.
 
-    Codes: model_not_found (404), adapter_unusable, adapter_exists, invalid_request (400), context_exceeded (400),
-    overloaded (429, 503), unavailable (503: a store or a database does not answer), rate_limited (429, with
-    `retry_after` seconds), unauthorized (401), too_large (413),
-    storage_full (400), too_slow (408), shutting_down (503), internal (500)."""
+    Codes: model_not_found (404), adapter_unusable, adapter_exists, invalid_request (400), context_exceeded
+    (400), overloaded
+    (429, 503), unavailable (503: a store or a database does not answer), rate_limited (429, with
+    `retry_after` seconds),
+    unauthorized (401), too_large (413), storage_full (400), too_slow (408), shutting_down (503), internal
+    (500).
+    """
 
     def __init__(
         self,
@@ -78,7 +87,7 @@ class Refused(VeneerError):
 
 
 def invalid(what: str, param: str | None = None, fix: str | None = None) -> Refused:
-    """A request that asks for what cannot be: 400."""
+    """The error of an invalid request: 400."""
     return Refused(what, status=400, code="invalid_request", param=param, fix=fix)
 
 
@@ -87,7 +96,7 @@ def shutting_down() -> Refused:
 
 
 def not_ready(phase: str) -> Refused:
-    """The error of a request that a server in this phase (loading, draining) does not take: 503 with Retry-After."""
+    """The error of requests to a server in this phase (loading, draining): 503 with Retry-After."""
     return Refused(f"the server is {phase}", status=503, code="shutting_down", retry_after=5.0)
 
 
@@ -97,13 +106,20 @@ GrammarSpec = tuple[Literal["json_schema", "json_object", "regex"], str]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. In this order: grammar, logit bias, penalties, temperature, top-k, min-p, top-p.
+    """Sampling parameters, applied in this order.
 
-    `temperature` 0 is greedy. `top_k` 0: all. `seed` None: one from the system. `logprobs`: None for none, else how
-    many alternatives beside the chosen token's own; they are of the model's distribution before any of the above.
-    `drawn_logprob`: with them, the chosen token's in the distribution that all of the above leave to draw from.
-    `prompt_logprobs`: those of the prompt's tokens too, which is then computed whole, whatever the cache knows of it.
-    `stop`: texts that end the answer and are not part of it. `grammar`: what the answer must match."""
+    Order: grammar, logit bias, penalties, temperature, top-k, min-p, top-p.
+
+    `temperature`: 0 is greedy. `top_k`: 0 for all tokens. `seed`: None for a random one. `logprobs`: None for
+    none, else the
+    number of alternatives in addition to the chosen token; from the model's distribution before any of the
+    above.
+    `drawn_logprob`: with logprobs, also the chosen token's logprob in the final distribution.
+    `prompt_logprobs`: logprobs of
+    the prompt's tokens too, which disables the prefix cache for the prompt. `stop`: texts that end the
+    answer, not included
+    in it. `grammar`: what the answer must match.
+    """
 
     max_tokens: int = 256
     min_tokens: int = 0
@@ -146,9 +162,14 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class Request:
-    """One answer to one prompt. `prompt`: token ids, at least one. `tenant` and `weight`: whose it is and its share,
-    for fair queueing; `name`: what the client called the mix, for metrics and messages, never for a cache. `salt`:
-    prompts that begin alike share what was computed where it is equal too."""
+    """A request for one answer to one prompt.
+
+    `prompt`: token ids, at least one. `tenant`, `weight`: owner and share, for fair queueing. `name`: the
+    client's name for
+    the mix, for metrics and messages, never for a cache. `salt`: requests share cached prompt blocks only if
+    their salts are
+    equal.
+    """
 
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
@@ -162,18 +183,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Started:
-    """The first part of the prompt is being computed. `cached`: prompt tokens whose keys and values were there."""
+    """The prompt is being computed. `cached`: prompt tokens found in the cache."""
 
     cached: int
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token. `text` is what it adds to the answer; the texts of all tokens joined are the answer. It may be empty:
-    a character in parts, a text held back because a stop text may begin in it, or the token that ended the answer.
-    `logprob` and `top` ((id, text, logprob), best first) are of the model's distribution, `drawn` of the one that it
-    was drawn from, where asked for. `prompt`: with an answer's first token those of the prompt, where their logprobs
-    were asked for; the very first has none."""
+    """One token of the answer.
+
+    `text`: the text that the token adds; all texts joined are the answer. Empty for a partial character, text
+    held back
+    because a stop text can begin in it, or the token that ended the answer. `logprob` and `top` ((id, text,
+    logprob), best
+    first) are from the model's distribution, `drawn` from the final one, if requested. `prompt`: on the first
+    token, the
+    prompt's tokens, if their logprobs were requested; the very first has no logprob.
+    """
 
     id: int
     text: str
@@ -186,7 +212,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Usage:
-    """`queued`, `prefill`, `decode`: seconds until the first step, until the first token, until the last."""
+    """Token counts, and seconds: `queued` until the first step, `prefill` to the first token, `decode` to the
+    last.
+    """
 
     prompt: int
     cached: int
@@ -198,8 +226,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event. `reason`: stop (`stop`: the text or token id that did it), length, cancelled, or error with
-    `error`. `text`: what was held back and belongs to the answer."""
+    """The last event of an answer.
+
+    `reason`: stop (`stop`: the text or token id), length, cancelled, or error with `error`. `text`: held-back
+    text that
+    belongs to the answer.
+    """
 
     reason: Literal["stop", "length", "cancelled", "error"]
     usage: Usage
@@ -213,8 +245,12 @@ EngineEvent = Started | Token | Finished
 
 @dataclass(frozen=True)
 class EngineStats:
-    """`cache_used`: share of the blocks of keys and values; `adapters`, `adapter_bytes`: in memory now (of a fleet: on
-    replicas, each once); `evictions`: adapters that made room."""
+    """Counters of an engine.
+
+    `cache_used`: share of used key-value blocks. `adapters`, `adapter_bytes`: in memory now (in a fleet: on
+    replicas, each
+    counted once). `evictions`: adapters evicted to make room.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -235,13 +271,16 @@ _Happened = TypeVar("_Happened", covariant=True)
 
 
 class Engine(Protocol[_Asked, _Happened]):
-    """What a server asks of whatever does its work: the embedded engine and a fleet (`Engine[Request, EngineEvent]`),
-    and the engine that draws. Engines derive from it, for its defaults.
+    """What does a server's work: the embedded engine, a fleet, or the image engine.
 
-    `events`: what happens to a request until it is answered; a consumer that closes the iterator (a client that left)
-    cancels it. Raises Refused before the first event for what can be known at once: a prompt that does not fit
-    (context_exceeded), a full queue (overloaded), shutting down. What goes wrong with a text later is a Finished with
-    `error`."""
+    Text engines are `Engine[Request, EngineEvent]`. Engines derive from this class for its defaults.
+
+    `events`: yields the events of a request until it is answered; closing the iterator (the client left)
+    cancels it. Raises
+    Refused before the first event for immediate errors: a prompt that does not fit (context_exceeded), a full
+    queue
+    (overloaded), shutting down. Later errors of a text request come as Finished with `error`.
+    """
 
     makes: ClassVar[Literal["texts", "pictures"]] = "texts"
 
@@ -250,19 +289,22 @@ class Engine(Protocol[_Asked, _Happened]):
     def stats(self) -> EngineStats: ...
 
     async def begin(self) -> None:
-        """On the server's event loop, before the first request."""
+        """Start, on the server's event loop, before the first request."""
         return None
 
     async def end(self) -> None:
-        """Take no more requests, cancel what runs, and end."""
+        """Stop accepting requests, cancel running ones, and end."""
         return None
 
     def problem(self) -> str:
-        """Why nobody is served, if nobody is: a step that does not end, a thread that has, a device that fails."""
+        """Why the engine is unhealthy: a stuck step, an ended thread, a failing device.
+
+        "" if healthy.
+        """
         return ""
 
     def trouble(self) -> str:
-        """Why requests had better go elsewhere for now, although the engine works: no replica answers."""
+        """Why new requests should go elsewhere for now, such as no replica; "" if none."""
         return ""
 
 

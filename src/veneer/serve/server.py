@@ -1,11 +1,11 @@
-"""A server's life: it is checked, listens, is built, drains, and ends.
+"""A server's lifecycle: check, listen, build, drain, end.
 
-checked     settings with which no server can be built end it here (checks.py)
-listening   /health answers, /ready says 503 loading, everything else is turned away
-built       catalog, tenants, library: the Studio's pages open, /ready still says 503 loading
-loaded      base, engine, adapters to preload; then /ready says 200
-SIGTERM     /ready says 503 draining, new work is turned away (503, Retry-After), running answers end
-ended       when they have, or after `drain` seconds; a second signal ends at once
+checked     invalid settings end it here (checks.py)
+listening   /health answers, /ready returns 503 loading, everything else is rejected
+built       catalog, tenants, library: the Studio's pages work, /ready still returns 503 loading
+loaded      base, engine, preloaded adapters; then /ready returns 200
+SIGTERM     /ready returns 503 draining, new work is rejected (503, Retry-After), running answers finish
+ended       once they have, or after `drain` seconds; a second signal ends at once
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("veneer.serve")
 
 _SWITCH = 0.001
-"""Seconds after which a thread that computes in Python gives the interpreter to one that waits for it. A step gives it
-up and takes it back at each of its operations; at the usual 5 ms it would wait for a second beside one such thread."""
+"""Interpreter switch interval in seconds.
+
+An engine step releases and reacquires the GIL at each operation; at the default 5 ms, one busy Python thread
+would delay
+a step by a second.
+"""
 
 
 _WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="1">
@@ -49,21 +53,25 @@ _WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-eq
   overflow-wrap: anywhere }} p:not([role]) {{ color: light-dark(#6b625a, #a89d92) }}
 </style><p role="status">{what}</p></html>
 """
-"""What a person sees in the seconds before the page is there; it reloads by itself. {{ and }} are braces."""
+"""Shown to people until the page is available; it reloads itself. {{ and }} are literal braces."""
 
 
 @dataclass(frozen=True)
 class WebPage:
-    """An extension's page for people: it gets WebSockets. `path`: where it is. `show`: called with its address as soon
-    as the server listens."""
+    """An extension's web page; its server accepts WebSockets.
+
+    `path`: where it is. `show`: called with its address as soon as the server listens.
+    """
 
     path: str
     show: Callable[[str], object]
 
 
 class _Front:
-    """The ASGI application that listens from the first moment: until the real one is built it says so. `page`: a page
-    for people, if there is one."""
+    """The ASGI application that listens from the start, and answers until the real one is built.
+
+    `page`: a web page for people, or None.
+    """
 
     def __init__(self, make: Callable[[], Application], page: WebPage | None = None) -> None:
         self.make, self.page = make, page
@@ -125,7 +133,7 @@ class _Front:
 
 
 class _Server(uvicorn.Server):
-    """Ends when its application could not be built; a first signal drains it, a second ends it at once."""
+    """A uvicorn server that drains on the first signal, and ends on the second or on a build failure."""
 
     def __init__(self, config: uvicorn.Config, front: _Front, drain: float) -> None:
         super().__init__(config)
@@ -166,8 +174,12 @@ def serve(
     extend: Extend | None = None,
     page: WebPage | None = None,
 ) -> None:
-    """Serve until a signal says to stop. `extend`: what a room above adds, `page` among it. Raises what is wrong with
-    the settings before it listens, and what kept the server from being built."""
+    """Serve until a signal.
+
+    Raises errors in the settings before it listens, and build errors.
+
+    `extend`: adds parts of higher packages; `page`: the web page among them.
+    """
     forbid_inspection()
     opened = check_settings(settings, page=page is not None) if make is None else None
     try:
@@ -198,7 +210,7 @@ def _serve(
         backlog=1024,
         use_colors=False,
     )
-    if not logging.getLogger().handlers:  # else the process that serves has its own way to log
+    if not logging.getLogger().handlers:  # else the embedding process has configured logging
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("veneer").setLevel(logging.INFO)
     many_files(settings.http.connections)
@@ -218,13 +230,16 @@ def _serve(
 def _build(
     settings: ServeSettings, say: Callable[[str], None], opened: Opened | None, extend: Extend | None
 ) -> Application:
-    from veneer.serve.build import build  # late: the server listens before torch is there
+    from veneer.serve.build import build  # late: the server listens before torch is imported
 
     return build(settings, say, opened, extend)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """A bound socket for each address that `host` stands for, before anything is loaded. Raises ResourceError."""
+    """A bound socket for each address of `host`, before anything is loaded.
+
+    Raises ResourceError.
+    """
     made: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

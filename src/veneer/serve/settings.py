@@ -1,6 +1,6 @@
-"""The settings of a server, said once: what `veneer serve` takes and every part reads.
+"""The settings of a server, as `veneer serve` accepts them and every part reads them.
 
-Needs nothing heavy, so that the command line may take its defaults from here.
+Imports nothing heavy, so that the command line can take its defaults from here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from veneer.errors import ConfigError, quoted
 from veneer.formats.strengths import split_strength
 
 HERE = ("localhost", "127.0.0.1", "::1")
-"""Hosts by which only this machine can reach a server."""
+"""Hosts that only this machine can reach."""
 
 
 @dataclass(frozen=True)
 class QuotaLimits:
-    """Limits for one owner (a tenant, or everyone on a server without tenants); see `serve.quota`.
+    """Limits for one owner (a tenant, or everyone on a server without tenants).
+
+    See `serve.quota`.
 
     memory: bytes of waiting requests, of results to be fetched, and of unpacked requests
-    disk: bytes of adapters; of uploaded files; of training clients' states, checkpoints and answers kept for feedback
-    files: uploaded files; sessions, runs, samplers, checkpoints of training clients and answers kept for feedback
-    descriptors: archive downloads at once
+    disk: bytes of adapters; of uploaded files; of training clients' states, checkpoints and answers stored
+    for feedback
+    files: uploaded files; sessions, runs, samplers, checkpoints of training clients and answers stored for
+    feedback
+    descriptors: concurrent archive downloads
     requests: requests for Tinker samples and graders that run, wait, or have a result to fetch
     helper_seconds: seconds of graders in ten minutes
     helpers: graders running at once for all owners; `helper_share`: for one owner
@@ -49,14 +53,22 @@ class QuotaLimits:
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """Limits of one server. `max_adapter`: bytes of an adapter that is sent. `max_tokens` 0: up to the context.
-    `queue`: answers that may run or wait at once, of all tenants. In seconds: `head_time` and `body_time`, in which a
-    request's head and its body have to come; `idle`, how long a connection is kept for the next one; `stall`, how long
-    an answer may be unread before it ends. `connections`: how many there may be before the one that was idle longest
-    is closed for another. `max_pixels`: of a picture that is sent; `max_pictures`: asked for at once.
-    `metric_adapters`: most adapters with separate metric series. `allowed_origins`: origins whose pages can use this
-    server from a browser; "*" (any) needs keys. `allowed_hosts`: values of Host, besides localhost, that a server
-    without keys accepts. `quotas`: limits for each owner."""
+    """HTTP limits of one server. Times are in seconds.
+
+    `max_adapter`: bytes of an uploaded adapter. `max_tokens`: 0 for up to the context. `queue`: answers that
+    run or wait, of
+    all tenants. `head_time`, `body_time`: time for a request's head and body to arrive. `idle`: time an idle
+    connection is
+    kept. `stall`: close a connection whose client has not read for this long. `connections`: over this limit,
+    the connection
+    idle longest is closed. `max_pixels`: of an uploaded image. `max_pictures`: images per request.
+    `metric_adapters`: most
+    adapters with separate metric series. `allowed_origins`: origins whose pages can use this server from a
+    browser; "*"
+    (any) needs keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys accepts.
+    `quotas`: limits
+    for each owner.
+    """
 
     max_body: int = 8 << 20
     max_adapter: int = 2 << 30
@@ -83,7 +95,10 @@ class HttpSettings:
 
 @dataclass(frozen=True)
 class Preload:
-    """An adapter to load before the server is ready. `strength`: what requests that name no adapter get of it."""
+    """An adapter to load before the server is ready.
+
+    `strength`: applied to requests that name no adapter.
+    """
 
     name: str
     reference: str
@@ -96,11 +111,16 @@ QuantiseKind = Literal["nf4", "fp4", "int8", "keep"]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
-    adapters in memory, which is the only limit to how many are loaded; `queue`: requests that may wait. `weights`,
-    `batch_invariant`: see Runner. `step_seconds`: how long a step may take where there are tenants, so that whoever
-    comes need not wait long for it to end; `stuck_seconds`: how long it takes until one that does not end is a
-    fault. `context`: tokens a sequence may have, 0 for as many as the base and the cache have room for."""
+    """Settings of the text engine.
+
+    `rows`: sequences at once. `budget`: tokens per step. `cache_bytes`: for keys and values. `adapter_bytes`:
+    for adapters in
+    memory, the only limit on their number. `queue`: waiting requests. `weights`, `batch_invariant`: see
+    Runner.
+    `step_seconds`: longest step if there are tenants, which bounds a new request's wait. `stuck_seconds`: a
+    step longer than
+    this counts as stuck. `context`: tokens per sequence, 0 for as many as the base and the cache allow.
+    """
 
     rows: int = 32
     budget: int = 512
@@ -116,9 +136,14 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class LedgerSettings:
-    """`days`: for which lines are kept; sums by day stay. `folder`: of outboxes or reserves, on a local disk; None:
-    beside the SQLite file, or in the veneer home. `room`: bytes of this server's, claimed at once. `synced`: usage
-    outlives a loss of power, not only a kill."""
+    """Settings of the ledger.
+
+    `days`: retention of lines; daily sums are kept. `folder`: for outboxes or reserves, on a local disk;
+    None: next to the
+    SQLite file, or in the veneer home. `room`: bytes reserved by this server, allocated at start. `synced`:
+    usage survives a
+    power loss, not only a kill.
+    """
 
     days: float = 400.0
     folder: Path | None = None
@@ -128,9 +153,12 @@ class LedgerSettings:
 
 @dataclass(frozen=True)
 class FleetSettings:
-    """`upstreams`: servers that do the work, none for a server that does its own; `key`: sent to them as a bearer
-    token. `mixes`: of those that clients make of strengths, how many each tenant has there at a time; `mix_bytes`: of
-    all of them on disk."""
+    """Settings of a fleet.
+
+    `upstreams`: the servers that compute, empty to compute locally. `key`: sent to them as a bearer token.
+    `mixes`:
+    client-chosen mixes per tenant. `mix_bytes`: size of all mixes on disk.
+    """
 
     upstreams: tuple[str, ...] = ()
     key: str | None = None
@@ -140,11 +168,16 @@ class FleetSettings:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """`folders`: where load requests may name files. `tenants`: a database of tenants; without it `keys` are all the
-    server's keys; without these it is the tenants.sqlite of the veneer home, if there is one; and else nobody needs a
-    key. `open`: nobody needs one although there are tenants: who listens to this machine alone has their routes, prices
-    and ledger all the same, who listens to others has not. With a fleet the base is read for its names and its
-    tokenizer alone. `quantise`: see models.text.base.load_text. `drain`: seconds."""
+    """All settings of a server.
+
+    `folders`: where load requests may name files. `tenants`: the tenants' database; without it `keys` are all
+    keys; without
+    both, tenants.sqlite in the veneer home if it exists; else no key is needed. `open`: no key is needed even
+    if there are
+    tenants; on localhost their routes, prices and ledger stay in use, on other hosts not. In a fleet only the
+    base's names
+    and tokenizer are read. `quantise`: see models.text.base.load_text. `drain`: seconds.
+    """
 
     base: str
     host: str = "127.0.0.1"
@@ -168,15 +201,16 @@ class ServeSettings:
 
     @property
     def here(self) -> bool:
-        """Whether this machine alone can reach the server."""
+        """Whether only this machine can reach the server."""
         return self.host in HERE
 
 
-# -- as people write them ----------------------------------------------------------------------------------------------
+# -- parsing
+# -------------------------------------------------------------------------------------------------------------
 
 
 def parse_preload(text: str) -> Preload:
-    """NAME[=REFERENCE][:STRENGTH]. Raises ConfigError."""
+    """Parse NAME[=REFERENCE][:STRENGTH]. Raises ConfigError."""
     own, named, rest = text.partition("=")
     try:
         reference, strength = split_strength(rest if named else own)
@@ -194,7 +228,7 @@ def parse_preload(text: str) -> Preload:
 
 
 def bytes_of(text: str, where: str) -> int:
-    """A size as people write it: 512M, 2G, 1.5GB. Raises ConfigError."""
+    """Parse a size such as 512M, 2G, 1.5GB into bytes. Raises ConfigError."""
     found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)i?b?", text.strip(), re.I)
     try:
         assert found is not None
@@ -207,13 +241,16 @@ def bytes_of(text: str, where: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """A size in the largest unit of which it is a whole number: 32M, 1G."""
+    """A size in its largest whole unit: 32M, 1G."""
     power = max(n for n in range(5) if size % 1024**n == 0)
     return f"{size // 1024**power}{' KMGT'[power].strip()}"
 
 
 def keys_of(file: Path) -> list[str]:
-    """Keys of a file, a line each; lines that begin with # are comments. Raises ConfigError."""
+    """Keys of a file, one per line; lines that start with # are comments.
+
+    Raises ConfigError.
+    """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -1,14 +1,15 @@
-"""Adapters that clients send: on the disk as they come, under an id for an hour, each tenant's its own.
+"""Uploaded adapters: stored on disk under an id for an hour, visible to their tenant only.
 
     staging = Staging(most=2 << 30)
     incoming = staging.begin("acme", "style.safetensors")
     incoming.write(chunk), …                     raises Refused (413) beyond `most`
-    staged = staging.keep(incoming)              .path: the file; or the folder that an archive's files were put in
-    staging.get("acme", staged.id)               Refused (404) once it is gone, and for everybody else
+    staged = staging.keep(incoming)              .path: the file, or the folder unpacked from an archive
+    staging.get("acme", staged.id)               raises Refused (404) once expired, and for other tenants
     staging.drop(staged), staging.close()
 
-Of an archive the files of a PEFT folder are taken and nothing else, whatever their paths say: each is written under the
-one name it may have, so that none leads anywhere. Nothing is loaded here. Knows files; no adapters.
+Only the files of a PEFT folder are unpacked from an archive, each under its fixed name whatever its path, so
+no file can
+escape the folder. Nothing is loaded. Handles files only, not adapters.
 """
 
 from __future__ import annotations
@@ -38,18 +39,21 @@ _SINGLES = (".safetensors", ".gguf")
 _ARCHIVE = ".zip"
 _KEPT = 3600.0
 _TENANTS_ROOM = 2
-"""How many of the largest files a tenant may have here at a time: its oldest go."""
+"""A tenant's storage, in files of maximum size; its oldest files are dropped first."""
 _MOST_INDEX = 1 << 20
-"""Bytes of an archive's index, which are read at once."""
+"""Maximum bytes of an archive's index, which is read at once."""
 _INDEX_END = 22 + (1 << 16)
-"""Bytes in which the end of a zip's index is, its longest comment with it."""
+"""Bytes at the end of a zip that contain the end of its index, with the longest comment."""
 _STRAY = 86400.0
-"""Seconds after which the folder of a process that was killed goes."""
+"""Seconds after which the folder of a killed process is deleted."""
 
 
 @dataclass(frozen=True)
 class StagedAdapter:
-    """`name`: the file's, as the client called it, made plain. `until`: seconds since 1970."""
+    """An uploaded file. `name`: the client's file name, sanitized.
+
+    `until`: seconds since 1970.
+    """
 
     id: str
     tenant: str
@@ -61,7 +65,7 @@ class StagedAdapter:
 
 @dataclass
 class IncomingAdapter:
-    """A file that is being sent."""
+    """A file being uploaded."""
 
     id: str
     tenant: str
@@ -72,7 +76,7 @@ class IncomingAdapter:
     _file: IO[bytes] | None = None
 
     def write(self, chunk: bytes | bytearray) -> None:
-        """Blocks. Raises Refused (413) beyond `most`."""
+        """Append a chunk. Blocks. Raises Refused (413) beyond `most`."""
         self.size += len(chunk)
         if self.size > self.most:
             raise _large(self.most)
@@ -88,7 +92,10 @@ class IncomingAdapter:
 
 @dataclass
 class Staging:
-    """Staged adapters. Thread-safe. `most`: bytes of one adapter, unpacked. `clock`: seconds since 1970."""
+    """Staged adapters. Thread-safe. `most`: bytes of one adapter, unpacked.
+
+    `clock`: seconds since 1970.
+    """
 
     most: int
     clock: Callable[[], float] = time.time
@@ -97,7 +104,10 @@ class Staging:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def begin(self, tenant: str, filename: str) -> IncomingAdapter:
-        """A file that is about to come. Raises Refused (400) for a name that no adapter's file has. Blocks."""
+        """Start an upload. Raises Refused (400) for a file name that no adapter has.
+
+        Blocks.
+        """
         name = _plain(filename)
         if not name.lower().endswith((*_SINGLES, _ARCHIVE)):
             said = "pickles run whatever code is in them; " if re.search(r"\.(pt|pth|bin|ckpt|pkl)$", name) else ""
@@ -111,8 +121,10 @@ class Staging:
         return IncomingAdapter(id, tenant, name, folder / name, self.most)
 
     def keep(self, incoming: IncomingAdapter) -> StagedAdapter:
-        """What has come, in the place of its tenant's oldest where there is no room. Raises Refused (400) for an
-        archive that holds no adapter. Blocks."""
+        """Finish an upload, dropping the tenant's oldest files if needed. Blocks.
+
+        Raises Refused (400) for an archive without an adapter.
+        """
         incoming.end()
         if not incoming.size:
             raise invalid("the body is empty", None, "send the file as the body")
@@ -132,7 +144,7 @@ class Staging:
         return staged
 
     def get(self, tenant: str, id: str) -> StagedAdapter:
-        """Raises Refused (404)."""
+        """A tenant's staged file. Raises Refused (404)."""
         with self._lock:
             found = self._held.get(id)
         if found is None or found.tenant != tenant or found.until < self.clock():
@@ -142,7 +154,7 @@ class Staging:
         return found
 
     def drop(self, staged: StagedAdapter | IncomingAdapter) -> None:
-        """Its bytes go. Blocks."""
+        """Delete a staged file. Blocks."""
         with self._lock:
             self._held.pop(staged.id, None)
             folder = self._folder
@@ -152,7 +164,7 @@ class Staging:
             shutil.rmtree(folder / staged.id, ignore_errors=True)
 
     def close(self) -> None:
-        """Everything goes."""
+        """Delete everything."""
         with self._lock:
             self._held.clear()
             folder, self._folder = self._folder, None
@@ -160,7 +172,10 @@ class Staging:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _home(self) -> Path:
-        """This process's folder, made when it is first needed; those of processes that were killed go then."""
+        """This process's folder, created on first use.
+
+        Folders of killed processes are deleted then.
+        """
         with self._lock:
             if self._folder is None:
                 place = private_folder(veneer_home() / "cache" / "staged")
@@ -179,7 +194,7 @@ class Staging:
 
 
 def _plain(filename: str) -> str:
-    """A client's name for a file, as a plain one: its last part, of letters, digits and `._-` alone."""
+    """A client's file name, sanitized: its last part, only letters, digits and `._-`."""
     last = re.split(r"[/\\]", filename)[-1]
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", last).strip("._-")
     return stem[-100:].lstrip("._-") or "adapter"
@@ -193,7 +208,10 @@ def _large(most: int) -> Refused:
 
 
 def _unpack(archive: Path, folder: Path, most: int) -> int:
-    """Puts a PEFT folder's files out of an archive into `folder`; their bytes. Raises Refused."""
+    """Unpack a PEFT folder's files from an archive into `folder`.
+
+    Returns their bytes. Raises Refused.
+    """
     size = 0
     try:
         for name, source in _members(archive):
@@ -214,8 +232,10 @@ def _unpack(archive: Path, folder: Path, most: int) -> int:
 
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """(name, bytes) of the files of an archive that an adapter has, in the archive's order. Of ways to pack those that
-    need little memory to unpack."""
+    """(name, stream) of the adapter files in an archive, in order.
+
+    Accepts only compression methods that need little memory to unpack.
+    """
     with archive.open("rb") as file:
         file.seek(max(0, archive.stat().st_size - _INDEX_END))
         end = file.read()
