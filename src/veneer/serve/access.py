@@ -181,8 +181,9 @@ class Tenancy(Protocol):
         ...
 
     def shares(self, caller: Principal, served: Served) -> str:
-        """The cache scope of the caller's prompts: "" is shared with everybody, else with the same value
-        only.
+        """The cache scope of the caller's prompts.
+
+        "" is shared with everybody, any other value only with itself.
         """
         ...
 
@@ -205,7 +206,10 @@ class Tenancy(Protocol):
         return None
 
     def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
-        """Write an operator's change (`what`: adapter.load, adapter.unload) to the audit log. May block."""
+        """Write an operator's change to the audit log. May block.
+
+        what: adapter.load, adapter.unload.
+        """
         return None
 
     def let_see_own(self, tenant: str) -> None:

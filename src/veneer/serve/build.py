@@ -39,7 +39,9 @@ async def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Application:
-    """An ASGI application and its lifecycle functions, all run on the server's event loop.
+    """An ASGI application and its lifecycle functions.
+
+    All run on the server's event loop.
 
     `start` runs before the first request, `load` in parallel with requests until the server is ready, `stop`
     after the

@@ -72,7 +72,10 @@ def needs_no_key(settings: ServeSettings, store: Store | None) -> bool:
 
 
 def _tenants_place(settings: ServeSettings) -> str | None:
-    """The tenants' database: the named one, or the default if it exists and no other option sets access."""
+    """The tenants' database: the named one, or the default.
+
+    The default applies if it exists and no other option sets access.
+    """
     if settings.tenants is not None or settings.keys or (settings.open and not settings.here):
         return settings.tenants
     return database_here()
@@ -124,7 +127,10 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
 
 
 def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> None:
-    """Raises ConfigError for a server without keys that any web page, or any browser, could use."""
+    """Raises ConfigError for a server without keys that any web page could use.
+
+    Also if any browser could use its Studio.
+    """
     if not needs_no_key(settings, store):
         return
     fix = "--api-keys or --tenants"
@@ -181,7 +187,7 @@ def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
 
 
 def refuse_ledger(ledger: LedgerSettings) -> None:
-    """Raises ConfigError for a ledger option on a server without tenants, which has no ledger."""
+    """Raises ConfigError for a ledger option on a server without tenants."""
     usual = LedgerSettings()
     for name, option in _LEDGER_OPTIONS.items():
         if getattr(ledger, name) != getattr(usual, name):
@@ -200,7 +206,7 @@ def _refuse_twice_rounded(settings: ServeSettings) -> None:
 
 
 def _check_fleet(settings: ServeSettings) -> None:
-    """Raises ConfigError for invalid upstream addresses, and for sources that replicas cannot read."""
+    """Raises ConfigError for bad upstreams, or sources that replicas cannot read."""
     from veneer.serve.fleet.remote import parse_upstream  # imports httpx
 
     given = settings.fleet.upstreams

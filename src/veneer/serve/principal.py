@@ -68,13 +68,16 @@ class Principal:
         return permission in PERMISSIONS[self.kind]
 
     def require(self, permission: Permission | None) -> None:
-        """Raises Refused (403) without the permission, or if `permission` is None (undeclared)."""
+        """Raises Refused (403) without the permission, or if it is None (undeclared)."""
         if permission is None or not self.can(permission):
             what, fix = _DENIED.get(permission, ("this is not allowed", "use the admin key"))  # type: ignore[arg-type]
             raise Refused(what, status=403, code="forbidden", fix=fix)
 
     def can_change(self, name: str) -> bool:
-        """Whether the principal can change this name: a tenant in its namespace, an operator anywhere."""
+        """Whether the principal can change this name.
+
+        A tenant in its namespace, an operator anywhere.
+        """
         return self.can("operate") or (self.can("write") and name.startswith(f"{self.tenant}/"))
 
     def can_see(self, *names: str) -> bool:

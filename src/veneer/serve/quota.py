@@ -193,7 +193,9 @@ current_owner: ContextVar[str] = ContextVar("current_owner", default="")
 
 
 class FairThreads(FairPool):
-    """An event loop's default executor in which each tenant can use `share` threads at a time.
+    """An event loop's default executor, with a thread limit per tenant.
+
+    A tenant can use `share` threads at a time.
 
     Work for "" (the server, the operator) can use all threads.
     """

@@ -25,7 +25,10 @@ BASE: DigestMix = ()
 
 
 def make_mix(parts: Iterable[tuple[str, float]]) -> DigestMix:
-    """The canonical form of a mix: strengths summed per digest, zeros removed, sorted by digest."""
+    """The canonical form of a mix.
+
+    Strengths are summed per digest, zeros removed, and digests sorted.
+    """
     sums: dict[str, float] = {}
     for digest, strength in parts:
         sums[digest] = sums.get(digest, 0.0) + float(strength)
@@ -50,7 +53,9 @@ def mix_digest(mix: DigestMix) -> bytes:
 
 
 def cache_root(mix: DigestMix, salt: str = "") -> bytes:
-    """The cache key before a prompt's first block: equal exactly for equal mixes and equal salts.
+    """The cache key before a prompt's first block.
+
+    Equal exactly for equal mixes and equal salts.
 
     Only requests with the same root can share cached blocks.
     """
@@ -96,7 +101,10 @@ def shutting_down() -> Refused:
 
 
 def not_ready(phase: str) -> Refused:
-    """The error of requests to a server in this phase (loading, draining): 503 with Retry-After."""
+    """The error of requests to a server in this phase: 503 with Retry-After.
+
+    phase: loading or draining.
+    """
     return Refused(f"the server is {phase}", status=503, code="shutting_down", retry_after=5.0)
 
 
@@ -212,8 +220,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts, and seconds: `queued` until the first step, `prefill` to the first token, `decode` to the
-    last.
+    """Token counts, and times in seconds.
+
+    `queued` until the first step, `prefill` to the first token, `decode` to the last.
     """
 
     prompt: int

@@ -68,7 +68,9 @@ class WebPage:
 
 
 class _Front:
-    """The ASGI application that listens from the start, and answers until the real one is built.
+    """The ASGI application that listens from the start.
+
+    It answers until the real application is built.
 
     `page`: a web page for people, or None.
     """
@@ -133,7 +135,10 @@ class _Front:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that drains on the first signal, and ends on the second or on a build failure."""
+    """A uvicorn server that drains on the first signal.
+
+    It ends on a second signal, or if the build fails.
+    """
 
     def __init__(self, config: uvicorn.Config, front: _Front, drain: float) -> None:
         super().__init__(config)

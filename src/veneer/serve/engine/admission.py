@@ -72,7 +72,9 @@ class _Work:
 
 
 class FairPool(ThreadPoolExecutor):
-    """A thread pool that tenants share fairly: free threads take work of the least served tenant, by weight.
+    """A thread pool that tenants share fairly, by weight.
+
+    Free threads take work of the least served tenant.
 
     Idle time earns no credit. `share`: the most threads that one tenant can use at a time, for long work that
     must not

@@ -90,8 +90,9 @@ class Cache:
         return True
 
     def computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
-        """Record that the table holds the keys and values of all these tokens, so its full blocks can be
-        found.
+        """Record that the table holds the keys and values of all these tokens.
+
+        Its full blocks can be found from now on.
 
         If another sequence has computed the same block meanwhile, the cache keeps the other one.
         """
@@ -104,7 +105,10 @@ class Cache:
                 self._known[key], self._key[block] = block, key
 
     def close(self, table: BlockTable) -> None:
-        """Release the blocks; those with a key stay findable until evicted, the end of a prompt first."""
+        """Release the blocks; those with a key stay findable until evicted.
+
+        The end of a prompt is evicted first.
+        """
         for block in reversed(table.blocks):
             self._holders[block] -= 1
             if not self._holders[block]:

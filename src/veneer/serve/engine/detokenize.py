@@ -21,7 +21,10 @@ from veneer.serve.request import Sampling
 
 @dataclass(frozen=True)
 class Piece:
-    """The text that a token adds, and whether it ends the answer: `reason` "stop" names the stop text or id."""
+    """The text that a token adds, and whether the token ends the answer.
+
+    `reason` "stop" names the stop text or id in `stop`.
+    """
 
     text: str
     reason: Literal["stop", "length"] | None = None

@@ -376,8 +376,9 @@ class TextEngine(Engine[Request, EngineEvent]):
                     self._take(still, choices[id(chunk)], now)
 
     def _measure(self, chunks: list[Chunk], seconds: float) -> None:
-        """Fit the step cost by least squares over recent steps: seconds = fixed + row · rows + token ·
-        tokens.
+        """Fit the step cost by least squares over recent steps.
+
+        seconds = fixed + row · rows + token · tokens
         """
         rows = sum(chunk.end - chunk.start == 1 for chunk in chunks)
         self._took.append((1.0, rows, sum(chunk.end - chunk.start for chunk in chunks) - rows, seconds))

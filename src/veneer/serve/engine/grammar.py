@@ -182,7 +182,10 @@ _WORDS = {
 
 
 def _refused(what: str) -> Refused:
-    """An error with llguidance's first line or our own explanation, without llguidance's internal state."""
+    """An error with llguidance's first line or our own explanation.
+
+    Excludes llguidance's internal state.
+    """
     first = what.strip().splitlines()[0].strip()[:300] if what.strip() else "it cannot be followed"
     if "regex parse error:" in first:
         why = re.search(r"^error: (.+)$", what, re.MULTILINE)

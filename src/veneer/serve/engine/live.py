@@ -117,7 +117,10 @@ class _LiveSampler(Sampler):
     async def _all(
         self, asked: Sequence[AnswerWanted], mixes: dict[str, DigestMix], interrupted: Callable[[], bool]
     ) -> list[Rollout] | None:
-        """Run all requests; the first of each prompt starts alone, so that the others find its cached prefix."""
+        """Run all requests; the first of each prompt starts alone.
+
+        The others then find its cached prefix.
+        """
         ahead: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
         many = Counter((one.adapter, one.prompt) for one in asked)
 
@@ -243,7 +246,7 @@ class _ReplayedRows:
 
 
 class _EngineReplay(Replay):
-    """The engine's forward over whole rows, with the pages of one layer reused for all layers.
+    """The engine's forward over whole rows; all layers reuse one layer's pages.
 
     `wanted`: indices of the tokens whose logprobs are requested.
     """

@@ -58,7 +58,7 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
 
 
 def answering_bytes(base: TextBase, weights: int, *, rows: int = 32) -> int:
-    """Upper bound of the bytes that `answering` allocates on a CPU, in addition to the base.
+    """Upper bound of the bytes that `answering` adds to the base on a CPU.
 
     Includes a prepacked copy of the projections, and keys and values. `weights`: bytes of the base's weights.
     """

@@ -106,7 +106,7 @@ class SampledRow:
         return not (self.sampling.temperature or self._changes or self.made < self.sampling.min_tokens)
 
     def ahead(self, submit: Callable[[Callable[[], Tensor]], Future[Tensor]]) -> None:
-        """Start to compute the grammar's mask for the next token, in parallel with the model."""
+        """Start to compute the next token's grammar mask, in parallel with the model."""
         if self.grammar is not None and self._mask is None:
             self._mask = submit(self.grammar.mask)
 
@@ -306,7 +306,9 @@ def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
 
 
 def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
-    """Sample a token for each row from softmax(scores / temperature) within top-k, min-p and top-p.
+    """Sample a token per row from softmax(scores / temperature), within the cuts.
+
+    The cuts are top-k, min-p and top-p.
 
     Returns the tokens and their logprobs in that distribution; the logprobs are 0 unless some row requests
     `drawn_logprob` for a modified distribution. scores: (rows, vocabulary), float32.
@@ -415,7 +417,10 @@ def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[SampledTo
 
 
 def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs of the tokens (n,), logprobs and ids of the `most` best tokens, both (n, most))."""
+    """Logprobs of the tokens (n,), and of the `most` best tokens with their ids.
+
+    Alternatives and ids: both (n, most).
+    """
     logits = logits.float()
     tokens = _best(logits, min(most, logits.shape[-1])) if most else ids.new_empty(len(ids), 0)
     p = logits.log_softmax(-1)
@@ -461,7 +466,7 @@ def _read(*tensors: Tensor) -> list[list[float]]:
 def _sampled(
     ids: Sequence[int], counts: Sequence[int], own: Sequence[float], values: Sequence[float], tokens: Sequence[float]
 ) -> list[SampledToken]:
-    """Build the results; `values` and `tokens` have the same number of entries for every row."""
+    """Build the results; `values` and `tokens` have equally many entries per row."""
     each = len(values) // max(1, len(ids))
     out = []
     for r, (token, n, logprob) in enumerate(zip(ids, counts, own, strict=True)):

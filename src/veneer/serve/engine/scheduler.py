@@ -110,7 +110,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepCost:
-    """The time of a step in seconds: `fixed` + `row` · decoding rows + `token` · prompt tokens.
+    """The time of a step in seconds.
+
+    `fixed` + `row` · decoding rows + `token` · prompt tokens.
 
     `step`: longest time a step may take; 0 for no limit.
     """
@@ -127,7 +129,7 @@ class StepCost:
 
     @property
     def generated(self) -> float:
-        """The cost of a generated token in prompt tokens, by time, from _GENERATED to _DEAREST."""
+        """The cost of a generated token in prompt tokens, from _GENERATED to _DEAREST."""
         return min(max(_GENERATED, self.row / self.token), _DEAREST) if self.token else _GENERATED
 
 

@@ -90,7 +90,10 @@ def export(
 
 
 def _served_base(base: str) -> tuple[str, list[str]]:
-    """What another server loads for `base`, with notes: a built-in base's folder, else its hub ID."""
+    """What another server loads for `base`, with notes.
+
+    The folder of a built-in base, or its hub ID.
+    """
     from veneer.models.builtin import BUILTIN, builtin_place
 
     if (builtin := BUILTIN.get(base)) is None:

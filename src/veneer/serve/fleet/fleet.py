@@ -229,7 +229,10 @@ class Fleet(Engine[Request, EngineEvent]):
         replica.up, replica.failures, replica.faults, replica.rest_until = True, 0, 0, 0.0
 
     def _failed(self, replica: Replica, error: Failed) -> None:
-        """Pause a replica, unless it is paused already: many requests can see the same failure."""
+        """Pause a replica, unless it is paused already.
+
+        Many requests can see the same failure.
+        """
         replica.faults += 1
         if time.monotonic() < replica.rest_until or (replica.up and error.answered and replica.faults < FAULTS):
             return
@@ -241,7 +244,9 @@ class Fleet(Engine[Request, EngineEvent]):
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     async def load(self, mix: DigestMix) -> dict[str, str]:
-        """Load a mix on its replicas and wait for all: upstream -> "" or the reason it failed.
+        """Load a mix on its replicas and wait for all.
+
+        Returns upstream -> "" or the reason it failed.
 
         Raises Refused if no replica has the mix in the end.
         """

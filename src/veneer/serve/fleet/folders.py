@@ -101,7 +101,9 @@ def vllm_problems(adapter: Adapter) -> list[str]:
 
 
 def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
-    """Whether any vLLM reads exactly this adapter from its own folder: one scale, by vLLM's formula.
+    """Whether any vLLM reads exactly this adapter from its own folder.
+
+    True for a single scale, by vLLM's formula.
 
     Adapters that vLLM supports in no layout raise AdapterError later, when written.
     """
@@ -128,7 +130,9 @@ def is_made(mix: DigestMix) -> bool:
 
 
 def rendezvous(name: str, place: str) -> bytes:
-    """The hash that ranks replicas for a mix (rendezvous hashing, Thaler and Ravishankar 1998).
+    """The hash that ranks replicas for a mix.
+
+    Rendezvous hashing (Thaler and Ravishankar 1998).
 
     A mix goes to the replicas with the highest values. All front doors agree, and adding or removing a
     replica moves only

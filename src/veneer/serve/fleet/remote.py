@@ -59,7 +59,7 @@ class Failed(Exception):
 
 
 class NotThere(Exception):
-    """The server no longer has an adapter it had before: restarted, or unloaded by somebody."""
+    """The server no longer has an adapter: it restarted, or somebody unloaded it."""
 
 
 class Remote:
@@ -81,7 +81,10 @@ class Remote:
         raise NotImplementedError
 
     async def load(self, name: str, folder: str) -> None:
-        """Load an adapter. Raises Refused if the server rejects it, Failed if it does not answer."""
+        """Load an adapter. Raises Refused or Failed.
+
+        Refused if the server rejects the adapter, Failed if it does not answer.
+        """
         raise NotImplementedError
 
     async def unload(self, name: str) -> None:
@@ -138,7 +141,10 @@ async def _kind(url: str, client: httpx.AsyncClient) -> str:
 
 
 class Completions(Remote):
-    """A server of /v1/completions: vLLM with its extensions, others with OpenAI's own fields."""
+    """A server of /v1/completions: vLLM with its extensions, or any other.
+
+    Others get OpenAI's own fields only.
+    """
 
     def __init__(self, url: str, client: httpx.AsyncClient, decode: Decode, *, vllm: bool) -> None:
         super().__init__(url, client, decode)

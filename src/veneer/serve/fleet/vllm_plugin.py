@@ -66,7 +66,9 @@ def _resolve_or_say(base: str, name: str) -> _Found | None:
 
 
 def resolve_name(base: str, name: str) -> _Found:
-    """The adapter that `name` means in the library, for vLLM's `base` (a folder or a hub id).
+    """The adapter that `name` means in the library, for vLLM's `base`.
+
+    base: a folder or a hub id.
 
     Raises ConfigError for text that is no reference (such as a path), AdapterError for an adapter that the
     library does not
@@ -96,7 +98,7 @@ def resolve_name(base: str, name: str) -> _Found:
 
 
 def _check_base(base: str, version: Version, adapter: Adapter) -> None:
-    """Raises AdapterError if the adapter belongs to another base, as far as that can be checked.
+    """Raises AdapterError if the adapter belongs to another base.
 
     Compares the card's fingerprint, and every name and shape; skipped if the base's files are not on this
     machine or have an
@@ -154,8 +156,9 @@ def _shapes(files: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _tail(name: str) -> str:
-    """A parameter's name without the prefix before the decoder, which files and transformers name
-    differently.
+    """A parameter's name without the prefix before the decoder.
+
+    Files and transformers use different prefixes.
     """
     at = name.find("layers.")
     return name[at:] if at >= 0 else name.removeprefix("model.")

@@ -91,7 +91,7 @@ class LlamaForward:
         return self._normed(x, self.norm)
 
     def each_layer(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Iterator[Tensor]:
-        """Yield the output of each layer, (tokens, dim), then the normed output, as `hidden`.
+        """Yield the output of each layer, (tokens, dim), then the normed output.
 
         The bits equal those of `hidden`. Each yielded tensor is overwritten by the next layer. All layers can
         share the pages

@@ -48,7 +48,9 @@ _STACK_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Linear modules with one input: names, output sizes and biases, in the order of the output's columns.
+    """Linear modules with one input: names, output sizes and biases.
+
+    In the order of the output's columns.
 
     `weight(i)`: the i-th module's weight (out, in), as served.
     """
@@ -230,7 +232,10 @@ def _add_rows(y: Tensor, rows: Tensor | slice, more: Tensor) -> None:
 
 
 def _sixteens(A: Tensor) -> Tensor:
-    """A in the kernel's layout: (rank, in), `in` even, to (⌈rank/16⌉, in/2, 16, 2), zero-padded."""
+    """A in the kernel's layout.
+
+    (rank, in), `in` even, to (⌈rank/16⌉, in/2, 16, 2), zero-padded.
+    """
     rank, n = A.shape
     A = torch.nn.functional.pad(A, (0, 0, 0, -rank % 16))
     return A.view(-1, 16, n // 2, 2).permute(0, 2, 1, 3).contiguous()
@@ -366,7 +371,10 @@ class Segments:
         self._add_gains(group, before, y)
 
     def pointers(self, x: Tensor, group: int = 0) -> tuple[int, ...]:
-        """The arguments of ops/cpu/serving.c for these rows, from `group` on, with scratch in x's dtype."""
+        """The arguments of ops/cpu/serving.c for these rows, from `group` on.
+
+        Includes scratch in x's dtype.
+        """
         tables = self._tables()
         if self.scratch is None:
             self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
@@ -398,7 +406,10 @@ class Segments:
         return any(a.gains for a in self.adapters)
 
     def gained(self, group: int) -> bool:
-        """Whether any adapter uses DoRA in the group, so that `add` needs the base's own output."""
+        """Whether any adapter uses DoRA in the group.
+
+        Then `add` needs the base's own output.
+        """
         return any(group in a.gains for a in self.adapters)
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
@@ -439,8 +450,9 @@ class Segments:
         return len(self.adapters) > 1 and not self.layout.rows and sum(a.bytes for a in self.adapters) <= _STACK_BYTES
 
     def add_grouped(self, group: int, x: Tensor, y: Tensor) -> None:
-        """Add the group's low-rank products to y in place: one grouped product for A and one per module for
-        B.
+        """Add the group's low-rank products to y in place, with grouped products.
+
+        One grouped product for A and one for each module's B.
         """
         if not any(group in a.groups for a in self.adapters):
             return
@@ -459,7 +471,7 @@ class Segments:
         return y.clone() if self.gained(group) else None
 
     def _add_gains(self, group: int, before: Tensor | None, y: Tensor) -> None:
-        """Add DoRA's share of the base's own output, computed from the output before any adapter."""
+        """Add DoRA's share of the base's own output, from the output before adapters."""
         if before is None:
             return
         for adapter, rows, strengths in self._each:

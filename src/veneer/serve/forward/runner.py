@@ -195,7 +195,7 @@ class Runner:
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def problems(self, adapter: Adapter) -> list[str]:
-        """Reasons why an adapter cannot be served on this base with full effect, one line each."""
+        """Reasons why an adapter cannot be served with full effect, one line each."""
         out = fit_problems(self.model, adapter)
         if not out and (self.weights != "dense" or self.batch_invariant):
             what = f"a base in {self.weights}" if self.weights != "dense" else "a batch-invariant base"
@@ -224,8 +224,9 @@ class Runner:
 
     @property
     def attached(self) -> frozenset[str]:
-        """Keys of the adapters attached to the model: those with no low-rank form, or on a base that is not
-        fused.
+        """Keys of the adapters attached to the model.
+
+        Those with no low-rank form, or all adapters on a base that is not fused.
         """
         return frozenset() if self._attachment is None else frozenset(self._attachment.adapters)
 
@@ -297,8 +298,9 @@ class Runner:
         return batch, put_numbers(self.base.device, [t for r in rows for t in r.tokens])[0]
 
     def _packed(self, rows: Sequence[RunnerRow]) -> Tensor:
-        """Run the model with every token as a row, so that each module, fused experts included, has a mix per
-        token.
+        """Run the model with every token as a row.
+
+        Each module, fused experts included, then has a mix per token.
         """
         batch, ids = self._batch(rows)
         with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
@@ -324,7 +326,7 @@ class Runner:
 
     @contextmanager
     def _using(self, mixes: Sequence[tuple[Sequence[tuple[Prepared, float]], int]]) -> Iterator[None]:
-        """Use core's attachment with a mix for each run of tokens, for the duration of the with-block."""
+        """Use core's attachment with a mix for each run of tokens, inside the block."""
         acting = {p.key: p for mix, _ in mixes for p, _ in mix}
         if not acting:
             yield
@@ -473,7 +475,10 @@ class Runner:
 
     @torch.no_grad()
     def _quantise(self, pack: Callable[[Tensor], QuantizedWeight]) -> None:
-        """Quantize the weights of a fused base, group by group, so that two full copies never exist at once."""
+        """Quantize the weights of a fused base.
+
+        Works group by group, so that two full copies never exist at once.
+        """
         base, modules = self.base, dict(base_modules(self.model))
         if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
             raise ConfigError(
@@ -522,7 +527,10 @@ class Runner:
             self._second.close()
 
     def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: AttentionSettings) -> Tensor:
-        """Attention of one layer, every token a row: q (tokens, heads, d), k and v (tokens, kv, d)."""
+        """Attention of one layer, with every token as a row.
+
+        q (tokens, heads, d), k and v (tokens, kv, d).
+        """
         pages, at = self._layer_pages[layer]
         if q.shape[1] != pages.heads or k.shape[1:] != (pages.kv, pages.d) or how.sinks:
             raise NotImplementedError(f"attention over {tuple(q.shape)} and {tuple(k.shape)}, sinks {how.sinks}")

@@ -22,7 +22,7 @@ ROWS = 8
 
 
 def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """product(x), a row-wise function, computed in blocks of `rows` rows, the last zero-padded.
+    """product(x), a row-wise function, in zero-padded blocks of `rows` rows.
 
     torch and oneDNN choose the order of summation by shape, so a fixed shape makes a row's bits independent
     of its batch.

@@ -40,7 +40,9 @@ class ClientLeft(Exception):
 
 @dataclass(frozen=True)
 class TextJob:
-    """What one HTTP request asks of the engine: one answer for each (prompt, sampling), in order.
+    """What one HTTP request asks of the engine.
+
+    One answer for each (prompt, sampling), in order.
 
     `choices`: answers to each prompt; answer i belongs to prompt i // choices. `cache_salt`: the client's
     salt; only prompts
@@ -191,7 +193,10 @@ def _broken(event: Finished) -> Refused:
 async def _pump(
     service: Service, job: TextJob, request: Request, i: int, queue: asyncio.Queue[Any], usages: list[Usage]
 ) -> None:
-    """Copy one engine request's events into the queue, and its usage so far into `usages`."""
+    """Copy one engine request's events into the queue.
+
+    Also keeps its usage so far in `usages`.
+    """
     meter, reason = Meter(service.metrics, job.chosen.label, job.caller.tenant), "abort"
     try:
         events: Any = service.texts(request)
@@ -247,7 +252,10 @@ async def stream(
 
 
 class OpenStream(Generic[T]):
-    """Events whose first is already received, so that immediate errors get their own HTTP status."""
+    """Events whose first is already received.
+
+    So immediate errors get their own HTTP status.
+    """
 
     def __init__(self, first: T, rest: AsyncGenerator[T, None]) -> None:
         self.first, self.rest = first, rest

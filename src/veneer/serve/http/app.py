@@ -110,7 +110,9 @@ def add_images(app: FastAPI) -> None:
 
 
 class Door:
-    """ASGI middleware that sets `veneer.id`, `veneer.principal` and `veneer.place` in the scope.
+    """ASGI middleware in front of all routes.
+
+    Sets `veneer.id`, `veneer.principal` and `veneer.place` in the scope.
 
     Decides by the scope's path, as the router does: `request.url` of older Starlettes is built from the Host
     header, which can

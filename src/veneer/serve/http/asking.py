@@ -111,8 +111,9 @@ class AskedTexts:
 async def ask_texts(
     service: Service, caller: Principal, asked: AskedTexts, served: Callable[[Served], None] | None = None
 ) -> AsyncGenerator[IndexedEvent, None]:
-    """(index, event) of `n` answers, as for a chat completion of the same caller, but as a trial (see
-    `Served`).
+    """(index, event) of `n` answers, as for a chat completion of the caller.
+
+    The request is a trial (see `Served`).
 
     Closing it cancels what still runs. `served`: called with the resolved names before the first event. Call
     on the server's
@@ -151,7 +152,10 @@ async def ask_texts(
 
 
 def _chosen(service: Service, caller: Principal, mix: Sequence[tuple[str, float]]) -> ChosenMix:
-    """The mix of a view; a single name at strength 1 resolves as `model`, so that routes apply."""
+    """The mix of a view.
+
+    A single name at strength 1 resolves as `model`, so that routes apply.
+    """
     if len(mix) == 1 and mix[0][1] == 1:
         return service.mixes.choose(caller, model=mix[0][0])
     return service.mixes.choose(caller, mix=list(mix))

@@ -149,7 +149,10 @@ async def read_body(request: Request) -> Any:
 
 
 class BodyRoute(APIRoute):
-    """A route that checks its permission (`needs`), then parses its JSON body with `read_body`."""
+    """A route that checks its permission, then parses its JSON body.
+
+    See `needs` and `read_body`.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -166,7 +169,10 @@ class BodyRoute(APIRoute):
 
 
 def check_guarded(router: APIRouter) -> None:
-    """Raises ValueError for a route that declares no permission, or reads a body before checking it."""
+    """Raises ValueError for a route that is not guarded.
+
+    A guarded route declares a permission, and checks it before reading a body.
+    """
     for route in router.routes:
         if not isinstance(route, BodyRoute) or not permissions_of(route.dependencies):
             raise ValueError(f"the route {getattr(route, 'path', route)} names no permission")
@@ -184,7 +190,7 @@ FAIL_FAST = Field(fail_fast=True)
 
 
 def at_most(n: int) -> BeforeValidator:
-    """A validator that limits the length of a list or object before its items are checked."""
+    """A validator that checks a list's or object's length before its items."""
 
     def counted(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > n:
@@ -210,7 +216,10 @@ class Strict(BaseModel):
 
 
 class Body(Strict):
-    """A request's body. `refused`: key -> (neutral values, why any other value is rejected)."""
+    """A request's body.
+
+    `refused`: key -> (neutral values, why any other value is rejected).
+    """
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {}
@@ -363,7 +372,7 @@ def body_error(
 
 
 def keys_of_bodies(endpoint: Any) -> list[str]:
-    """Every key that a route's body can have, to suggest the nearest name for an unknown key."""
+    """Every key that a route's body can have, to suggest the nearest name."""
     try:
         kinds = typing.get_type_hints(endpoint).values()
     except (NameError, TypeError):

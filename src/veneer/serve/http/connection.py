@@ -54,7 +54,10 @@ def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Pr
 
 
 def many_files(wanted: int) -> None:
-    """Raise this process's limit of open files to `wanted` connections, within its hard limit."""
+    """Raise this process's open file limit for `wanted` connections.
+
+    Limited by the hard limit.
+    """
     with suppress(ImportError):  # Windows has no such limit
         import resource
 

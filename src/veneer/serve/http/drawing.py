@@ -89,7 +89,9 @@ async def ask_pictures(
 def _chosen(
     service: Service, asked: ImageBody, caller: Principal
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
-    """The mix, the client's name for each adapter, and factors by block and step, or roles, if any.
+    """The mix, the client's name for each adapter, and factors or roles, if any.
+
+    Factors are by block and step.
 
     An empty `mix` is the base.
     """
@@ -351,7 +353,9 @@ class _Sent:
         self.most, self.notes = most, notes
 
     def edited(self, base: ImageBase, asked: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
-        """(image to start from, its mask in gray: white is regenerated, source images of an editing base).
+        """The image to start from, its mask in gray, and an editing base's sources.
+
+        White in the mask is regenerated.
 
         Without a mask, an editing base gets all images as sources, and starts from none.
         """
@@ -428,7 +432,10 @@ class _Sent:
 
 
 def _opening(mask: Image) -> Image:
-    """The mask's open area: transparent pixels as in OpenAI, or white in a mask without transparency."""
+    """The mask's open area.
+
+    Transparent pixels as in OpenAI, or white in a mask without transparency.
+    """
     from PIL import ImageChops
 
     if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
@@ -449,7 +456,10 @@ def _bytes(data: Data, param: str) -> bytes:
 
 
 def _compared(sent: FinishedPicture, other: FinishedPicture | None) -> tuple[str, str, float]:
-    """The digests of both images' pixels ("" for a missing one), and their mean difference, 0 … 1."""
+    """The pixel digests of both images, and their mean difference, 0 … 1.
+
+    The digest of a missing image is "".
+    """
     one, two = (None if drawn is None else np.asarray(drawn.made.image.convert("RGB")) for drawn in (sent, other))
     digests = ["" if pixels is None else hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in (one, two)]
     apart = 1.0 if one is None or two is None else float(np.abs(one.astype(float) - two).mean() / 255)

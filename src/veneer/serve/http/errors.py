@@ -28,7 +28,10 @@ _T = TypeVar("_T")
 
 
 class Json(Response):
-    """JSON as the surfaces write it: no NaN, and a lone surrogate becomes "?" rather than an error."""
+    """JSON as the surfaces write it.
+
+    No NaN, and a lone surrogate becomes "?" rather than an error.
+    """
 
     media_type = "application/json"
 

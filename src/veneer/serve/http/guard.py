@@ -86,7 +86,10 @@ def _check_host(headers: Headers, allowed: Collection[str]) -> None:
 
 
 def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:
-    """Raises Refused (403) for another site's request that has a cookie or could change something."""
+    """Raises Refused (403) for an unsafe request of another site's page.
+
+    Unsafe: it carries a cookie or could change something.
+    """
     origin = headers.get("origin")
     if origin is None or _same_origin(origin, headers.get("host", "")) or origin in allowed:
         return
@@ -102,7 +105,10 @@ def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> N
 
 
 def check_content_type(scope: Scope, headers: Headers) -> None:
-    """Raises Refused (415) for a body type that any site's page can send without a preflight."""
+    """Raises Refused (415) for a body type that needs no preflight.
+
+    Any site's page can send such a body.
+    """
     has_body = headers.get("transfer-encoding") is not None or headers.get("content-length", "0") != "0"
     if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _UNASKED:
         raise Refused(

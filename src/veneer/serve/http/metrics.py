@@ -60,8 +60,9 @@ class Metrics:
             self.ended.labels(*self.labels, reason)
 
         def counters(of: str) -> tuple[Counter, Counter, Counter]:
-            """Counters of answers by finish reason, prompt tokens and generated tokens, per adapter or
-            tenant.
+            """Counters of answers, prompt tokens and generated tokens.
+
+            Per adapter or tenant; answers also by finish reason.
             """
             kinds = {"requests": "Answers", "prompt_tokens": "Prompt tokens", "generation_tokens": "Tokens made"}
             made = [

@@ -79,7 +79,10 @@ class Prompts:
         return await self.work(sum(map(len, texts)), lambda: [self.encode(t, special=special) for t in texts], place)
 
     def measure(self, characters: int, param: str = "prompt") -> None:
-        """Raises Refused (400, context_exceeded) for a text longer than `most`, before it is tokenized."""
+        """Raises Refused (400, context_exceeded) for a text longer than `most`.
+
+        Called before the text is tokenized.
+        """
         if characters > self.most:
             what = f"the prompt has {characters:,} characters; for a context of {self.context:,} tokens at most "
             what += f"{self.most:,} are read"
@@ -222,7 +225,9 @@ def _ids(reader: Any, text: str, special: bool) -> list[int]:
 
 
 def _reader(tokenizer: Any) -> Any:
-    """A copy of a fast tokenizer that neither pads nor truncates, for use by many threads at once.
+    """A copy of a fast tokenizer that neither pads nor truncates.
+
+    Many threads can use it at once.
 
     None if its results differ from the tokenizer's.
     """

@@ -201,7 +201,9 @@ class Service:
         return self.engine.problem() or self.engine.trouble()
 
     def tidy(self) -> None:
-        """Schedule returning freed memory of large bodies to the system, once for concurrent calls.
+        """Schedule returning freed memory of large bodies to the system.
+
+        Concurrent calls schedule it once.
 
         The C library keeps freed memory between blocks that are still in use.
         """
@@ -228,7 +230,9 @@ def service_of(request: HttpRequest) -> Service:
 
 
 def client_key(request: HttpRequest) -> str | None:
-    """The client's key: a bearer token, or the headers of Azure's and some older clients.
+    """The client's key: a bearer token, or the headers of older clients.
+
+    Azure's clients among them.
 
     Tinker's SDK only sends keys with the prefix tml-, which is removed.
     """

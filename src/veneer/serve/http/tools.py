@@ -27,7 +27,10 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call, or a part of one: `name` in its first part, `arguments` the next piece of its JSON."""
+    """A call, or a part of one.
+
+    `name` in its first part, `arguments` the next piece of its JSON.
+    """
 
     index: int
     arguments: str

@@ -213,7 +213,10 @@ class Catalog:
             self.shelf.read(found.digest, self.problems)
 
     def models(self, caller: Principal) -> list[ModelCard]:
-        """The base, then everything the caller can see: loaded adapters, routes, library adapters."""
+        """The base, then everything the caller can see.
+
+        Loaded adapters, routes, library adapters.
+        """
         cards = {card.id: card for card in self._library_cards()}
         cards |= dict(self._loaded)
         out = [ModelCard(self.base, self.base, None, self._started)]
@@ -243,7 +246,10 @@ class Catalog:
         return self._library_models[1]
 
     def in_memory(self) -> list[tuple[str, ResidentAdapter]]:
-        """(the operator's name, the adapter) of each adapter in memory, most recently used first."""
+        """(the operator's name, the adapter) of each adapter in memory, newest first.
+
+        Sorted by last use.
+        """
         named = {card.digest: name for name, card in self._loaded.items()}
         found = []
         for each in self.residents.listed():
@@ -323,7 +329,10 @@ class Catalog:
             raise Refused(what, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
 
     def _check_library(self, name: str, digest: str, replace: bool) -> None:
-        """Raises Refused if the name would hide a different adapter of the library, unless `replace`."""
+        """Raises Refused if the name would hide a different library adapter.
+
+        Allowed with `replace`.
+        """
         known = self.shelf.look(name, sure=True)
         if known is None or known.digest == digest:
             return
@@ -339,7 +348,10 @@ class Catalog:
         _log.warning("%r now means what was loaded, and no longer the library's %s", name, known.reference)
 
     def _forget(self, digest: str) -> None:
-        """Drop a name's reference: free the adapter if no other name uses it, unpin it if no other pins it."""
+        """Drop a name's reference to an adapter.
+
+        Frees the adapter if no other name uses it, and unpins it if no other name pins it.
+        """
         with self._lock:
             others = [card for card in self._loaded.values() if card.digest == digest]
         if not others:

@@ -195,7 +195,10 @@ class Residents(Generic[T]):
         return None
 
     def withdraw(self, ready: _Ready[T]) -> bool:
-        """Stop waiting; returns False if `ready` was or will be called: then release its lease."""
+        """Stop waiting; returns False if `ready` was or will be called.
+
+        In that case, release its lease.
+        """
         with self._changing():
             found = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
             if not found:
@@ -368,7 +371,10 @@ class Residents(Generic[T]):
         self._tidy(group.entries)
 
     def _advance(self) -> None:
-        """Do all that is possible now: start loads for the next groups, admit groups that fit."""
+        """Do all that is possible now.
+
+        Starts loads for the next groups, and admits groups that fit.
+        """
         loaded = sum(e.state in ("loading", "loaded") for e in self._entries.values())
         first, blocked = True, False  # is it first in line; is memory blocked
         for key, group in list(self._groups.items()):

@@ -150,12 +150,15 @@ class Shelf:
         return (self.names.looked() if sure else self.names.now).find(wanted)
 
     async def fresh(self) -> None:
-        """Wait until everything committed before this call is visible, unless the index does not answer."""
+        """Wait until everything committed before this call is visible.
+
+        Returns early if the index does not answer.
+        """
         if self.names is not None:
             await self.names.fresh()
 
     def listed(self, fingerprint: str) -> list[NamedVersion]:
-        """The latest readable version of each name that belongs to the base with this fingerprint."""
+        """The latest readable version of each name for the base of this fingerprint."""
         if self.names is None:
             return []
         now = self.names.now
@@ -203,7 +206,7 @@ class Shelf:
         return None
 
     def _check_inside(self, real: Path, folder: Path) -> None:
-        """Raises Refused if a link leads out of the allowed folder, or for more bytes than the limit."""
+        """Raises Refused for a link out of the allowed folder, or too many bytes."""
         inner = real / "adapter"
         parts = (
             [real] if real.is_file() else [p for d in (real, inner) if d.is_dir() for p in islice(d.iterdir(), 5000)]
@@ -232,7 +235,10 @@ class Shelf:
                 del self._recent[next(iter(self._recent))]
 
     def keep(self, digest: str, place: AdapterPlace) -> None:
-        """Read the adapter with this digest from `place` until `release`, because a loaded name refers to it."""
+        """Read the adapter with this digest from `place` until `release`.
+
+        Used for adapters that a loaded name refers to.
+        """
         with self._lock:
             self._kept[digest] = place
 
@@ -313,7 +319,7 @@ class Shelf:
             raise fault(f"the library's copy of {place.root}", error) from error
 
     def _reads_as(self, path: Path, digest: str) -> bool:
-        """Whether the digest matches when read without a base, as the library's index computes it."""
+        """Whether the digest matches when read without a base, as in the library."""
         return reader.read(path).adapter.digest() == digest
 
     def _refusal(self, place: AdapterPlace, error: Exception) -> Refused:

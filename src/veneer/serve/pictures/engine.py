@@ -145,7 +145,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     # -----------------------------------------------------------------------------------------
 
     async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
-        """Generate images; yields (request index, event): Queued for each, then steps and previews.
+        """Generate images; yields (request index, event).
+
+        Queued for each request, then steps and previews.
 
         FinishedPicture is each request's last event. All requests are accepted or none. Closing the iterator
         cancels them: waiting
@@ -222,7 +224,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return sum(min(limit, len(tokenizer(text, verbose=False)["input_ids"])) for text in texts)
 
     def places(self, settings: PictureSettings) -> int:
-        """The number of latent positions that the denoiser processes for an image of this size."""
+        """The latent positions that the denoiser processes for an image of this size."""
         unit = self.base.unit
         return ((settings.width or self.base.size) // unit) * ((settings.height or self.base.size) // unit)
 
@@ -385,7 +387,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         return oldest.arrived + self.window - time.monotonic()
 
     def _next(self) -> list[_Job]:
-        """The oldest image of the tenant whose turn it is, and images that fit its batch, in turn."""
+        """The next batch.
+
+        The oldest image of the tenant whose turn it is, and images that fit its batch, in turn.
+        """
         batch: list[_Job] = []
         while len(batch) < self.max_batch:
             fitting = [job for job in self._waiting if not batch or job.kind == batch[0].kind]
@@ -471,8 +476,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 job.tell(PartialPicture(shown.index(moment.done), moment.look(i)))
 
     def _told(self, job: _Job, picture: GeneratedPicture, began: float) -> FinishedPicture:
-        """The finished image, with a record of this image only: the rest of its batch belongs to other
-        callers.
+        """The finished image, with a record of this image only.
+
+        The rest of its batch belongs to other callers.
         """
         request, now = job.request, time.monotonic()
         sources = {

@@ -97,7 +97,10 @@ class TrainingBody(_Body):
 
 
 class KeptBody(_Body):
-    """Which of a tenant's answers are stored for feedback: those under `names`, or all; for `days`."""
+    """Which of a tenant's answers are stored for feedback, and for how long.
+
+    Those under `names`, or all; for `days`.
+    """
 
     days: float
     names: list[str] = []

@@ -281,7 +281,7 @@ class KeptAnswers:
         return json.loads(row.asked), choices[choice]
 
     def _unknown(self, tenant: str, answer: str) -> Refused:
-        """The error for an answer that never existed, belongs to another tenant, or is not stored.
+        """The error for an answer that is unknown, not stored, or another tenant's.
 
         The cases are indistinguishable to the client.
         """
@@ -413,7 +413,10 @@ def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class KeptAnswer:
-    """A stored answer: the request's messages, and the assistant's message of each choice."""
+    """A stored answer.
+
+    The request's messages, and the assistant's message of each choice.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     choices: Sequence[Mapping[str, Any]]

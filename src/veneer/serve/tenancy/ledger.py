@@ -146,7 +146,10 @@ def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
 
 
 def _add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], Sequence[Any]]) -> None:
-    """Add figures to the rows of a table by key, in key order, so that writers cannot deadlock."""
+    """Add figures to the rows of a table by key.
+
+    Rows are written in key order, so that writers cannot deadlock.
+    """
     if not deltas:
         return
     keys = [column.name for column in table.primary_key]
@@ -418,7 +421,10 @@ class Ledger:
     # ---------------------------------------------------------------------------------------
 
     def recover(self) -> dict[str, int]:
-        """Settle what dead servers left: {"done": from their outboxes, "interrupted": the rest}."""
+        """Settle what dead servers left.
+
+        Returns {"done": from their outboxes, "interrupted": the rest}.
+        """
         counts = {"done": 0, "interrupted": 0}
         for path in outboxes(self.folder):
             if not path.stem.endswith(".answers") and not (self.outbox and path == self.outbox.path):
@@ -495,7 +501,9 @@ class Ledger:
     def seen_elsewhere(
         self, window: float, adapters: Iterable[str] | None = None
     ) -> list[tuple[str, str, float, int, int]]:
-        """Usage admitted by other servers and earlier runs in the last `window` seconds, in 60 slots.
+        """Usage of other servers and earlier runs in the last `window` seconds.
+
+        Given as 60 slots.
 
         Returns (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: only
         these.

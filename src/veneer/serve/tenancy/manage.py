@@ -183,7 +183,10 @@ def add_tenant(
 def change_tenant(
     store: Store, name: str, *, weight: float | None = None, enabled: bool | None = None, who: str
 ) -> Tenant:
-    """Change a tenant's weight, or disable it: its data stays, and its keys are rejected."""
+    """Change a tenant's weight, or disable it.
+
+    A disabled tenant keeps its data, and its keys are rejected.
+    """
     values: dict[str, Any] = {}
     if weight is not None:
         values["weight"] = _check_weight(weight)
@@ -276,7 +279,9 @@ def _patterns(before: list[str], add: Iterable[str], remove: Iterable[str]) -> l
 def make_tenant_key(
     store: Store, tenant: str, *, label: str = "", expires: float | None = None, who: str, now: float | None = None
 ) -> tuple[KeyRow, str]:
-    """Create a key; returns the stored row and the key itself, which cannot be shown again.
+    """Create a key; returns the stored row and the key itself.
+
+    The key cannot be shown again.
 
     `expires`: seconds since 1970.
     """
@@ -499,7 +504,10 @@ def note(store: Store, who: str, what: str, subject: str, before: Any = None, af
 
 
 def when(text: str, now: float) -> float:
-    """Seconds since 1970 of `90d`, `12h`, `30m` from now, or of a day or time such as 2027-01-31 (UTC)."""
+    """Parse a time into seconds since 1970.
+
+    `90d`, `12h`, `30m` from now, or a day or time such as 2027-01-31 (UTC).
+    """
     units = {"d": 86400, "h": 3600, "m": 60}
     if text[-1:] in units and text[:-1].isascii() and text[:-1].isdigit() and len(text) <= 7:
         return now + int(text[:-1]) * units[text[-1]]

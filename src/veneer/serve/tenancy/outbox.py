@@ -141,7 +141,10 @@ def write_all(
 
 
 class Sender:
-    """A thread that calls `step` until it returns False, on each `wake`, and after a pause if it raised."""
+    """A thread that calls `step` until it returns False.
+
+    Runs on each `wake`, and after a pause if `step` raised.
+    """
 
     def __init__(self, step: Callable[[], bool], what: str) -> None:
         """Start the thread. `what`: name for the log, such as "usage"."""
@@ -274,7 +277,10 @@ class Outbox:
         return kept
 
     def take(self, most: int) -> list[tuple[str, str, bool]]:
-        """Up to `most` items to send, oldest first: (key, body, whether it is the last body)."""
+        """Up to `most` items to send, oldest first.
+
+        (key, body, whether it is the last body).
+        """
         with self._mutex:
             late = dict(self._unwritten)
             marks = ", ".join("?" * len(late))

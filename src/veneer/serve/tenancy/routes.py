@@ -65,7 +65,7 @@ class RouteMoved(ConfigError):
 
 
 class TenantRoutes:
-    """The routes at request time, answered from memory as of the last refresh of the settings.
+    """The routes at request time, from the last refresh of the settings.
 
     `Tenants.caller` refreshes the settings for each request.
     """
@@ -155,7 +155,10 @@ def owner(runs: Sequence[tuple[str, int]], number: int) -> str:
 
 
 def share_out(targets: Sequence[tuple[str, int]], before: Sequence[tuple[str, int]] = ()) -> Runs:
-    """Assign buckets to targets by weight (largest remainder), moving as few as possible from `before`."""
+    """Assign buckets to targets by weight (largest remainder).
+
+    Moves as few buckets as possible from their owners in `before`.
+    """
     total = sum(weight for _, weight in targets)
     quota = {name: weight * BUCKETS // total for name, weight in targets}
     rest = sorted(targets, key=lambda t: (-(t[1] * BUCKETS % total), t[0]))
@@ -351,7 +354,9 @@ def rollback_route(
 
 
 def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Collection[int] = ()) -> tuple[Route, Route]:
-    """The current move, and the move that a rollback returns to, skipping those in `undone`.
+    """The current move, and the move that a rollback returns to.
+
+    Skips the moves in `undone`.
 
     Raises ConfigError if there is none.
     """
@@ -371,7 +376,10 @@ def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Colle
 
 
 def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], object] | None) -> None:
-    """Raises ConfigError that names a target that cannot be served, before a route moves to it."""
+    """Raises ConfigError that names a target or shadow that cannot be served.
+
+    Called before a route moves to it.
+    """
     for role, name in [*(("target", name) for name in targets), *([("shadow", shadow)] if shadow else [])]:
         try:
             if check is not None:

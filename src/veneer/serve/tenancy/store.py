@@ -325,7 +325,9 @@ class Limit:
 
 @dataclass(frozen=True)
 class Price:
-    """Price of a million tokens, in millionths of the operator's currency: 150_000 is 0.15 a million.
+    """Price of a million tokens, in millionths of the operator's currency.
+
+    150_000 is 0.15 for a million tokens.
 
     `cached`: for prompt tokens found in the cache; `prompt`: for the other prompt tokens.
     """

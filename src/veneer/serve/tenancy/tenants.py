@@ -156,7 +156,9 @@ class Tenants(Tenancy):
         self._away = True
 
     def shares(self, caller: Principal, served: Served) -> str:
-        """The cache scope: the tenant, or "" if everything in the mix is shared by all tenants.
+        """The cache scope of a request.
+
+        The tenant, or "" if all tenants share the cache of everything in the mix.
 
         Prompts are separate by default, because a cache hit reveals that somebody sent the same prompt.
         """
@@ -246,7 +248,10 @@ class Tenants(Tenancy):
                 self._lost(error)
 
     def look_elsewhere(self, window: float) -> None:
-        """Count what other servers, and this one's earlier runs, admitted in the last `window` seconds."""
+        """Count what others admitted in the last `window` seconds.
+
+        Others are other servers, and this one's earlier runs.
+        """
         limits = self.store.settings.limits
         named = {adapter for (_, adapter), limit in limits.items() if limit.in_window(window)}
         if named or self.limits.counters:
@@ -268,7 +273,9 @@ class Tenants(Tenancy):
 
 
 class OpenTenants(Tenants):
-    """Tenants on a server that only this machine can reach: requests without a key are accepted.
+    """Tenants on a server that only this machine can reach.
+
+    Requests without a key are accepted.
 
     They see everything, so routes, shadows, feedback and the ledger work before any tenant exists.
     """

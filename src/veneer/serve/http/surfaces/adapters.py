@@ -410,7 +410,9 @@ def remove_adapter(
 
 
 def staged_report(staged: StagedAdapter) -> dict[str, Any]:
-    """The report of `adapters.inspect.inspect` on an upload, with other tools' readings, shortened. Blocks.
+    """The report of `adapters.inspect.inspect` on an upload, shortened. Blocks.
+
+    Includes how other tools read the file.
 
     Raises AdapterError for a file that is not an adapter.
     """
@@ -482,7 +484,10 @@ async def _read(do: Callable[[], T]) -> T:
 
 
 def base_for(base: str, caller: Principal) -> str:
-    """An adapter's base as shown to a caller: only operators see its folder on this server."""
+    """An adapter's base as shown to a caller.
+
+    Only operators see the base's folder on this server.
+    """
     return base if caller.can("operate") or not os.path.isabs(base) else os.path.basename(base.rstrip("/"))
 
 
@@ -545,7 +550,10 @@ def _files(library: Library, version: Version) -> dict[str, dict[str, Any]]:
 
 
 def _one_file(place: Path, folder: Path, stem: str, to: Layout | None, base: str) -> Path:
-    """The file to download: `place` itself, a conversion in `folder`, or a zip of either."""
+    """The file to download.
+
+    `place` itself, a conversion in `folder`, or a zip of either.
+    """
     if to is not None:
         from veneer.adapters.convert import convert_adapter
 

@@ -77,7 +77,9 @@ _Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
 
 
 class PictureMixPart(MixPart):
-    """An adapter, and how its strength varies within the image, as `veneer image` writes it after an `@`.
+    """An adapter, and how its strength varies within the image.
+
+    The same settings as after an `@` in `veneer image`.
 
     `blocks`: block -> factor, the last match for a module counts; or 12, 17, 20 or 26 numbers in kohya's
     order. `steps`: [from,
@@ -268,7 +270,10 @@ def _used(out: dict[str, Any], value: Any) -> bool:
 
 
 def described_body(kind: type[ImageBody]) -> dict[str, Any]:
-    """A route's body for /openapi.json, because FastAPI cannot describe one that is JSON or a form."""
+    """A route's body for /openapi.json.
+
+    FastAPI cannot describe a body that is JSON or a form.
+    """
     schema = kind.model_json_schema()
     defined = schema.pop("$defs", {})
 

@@ -147,7 +147,10 @@ def _notes(plan: DrawingPlan, drawn: FinishedPicture) -> dict[str, Any]:
 async def _lines(
     events: OpenStream[IndexedPicture], asked: ImageBody, plan: DrawingPlan, event: str
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events; an error after the first is an event too (`_told`), because the status is sent."""
+    """Server-sent events.
+
+    An error after the first event is an event too (`_told`), because the status is already sent.
+    """
     created = int(time.time())
 
     async def line(i: int, told: PictureEvent) -> bytes | None:

@@ -128,7 +128,10 @@ def _loaded(request: HttpRequest) -> Response:
 
 
 class Tokenize(Body):
-    """Tokenizes vLLM's `prompt` or `messages`, or TGI's `inputs`, and responds in that surface's format."""
+    """Tokenizes a text or a conversation.
+
+    vLLM's `prompt` or `messages`, or TGI's `inputs`; the response has that surface's format.
+    """
 
     prompt: str | None = None
     messages: Annotated[list[Message], FAIL_FAST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
