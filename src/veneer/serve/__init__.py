@@ -1,6 +1,4 @@
-"""Serving: requests, scheduler, cache, runner, adapters in memory; HTTP surfaces.
-
-Tenants, limits, billing.
+"""Serving: engines, adapters in memory, HTTP surfaces, tenants.
 
 Imports library, models, core and formats; train and serve never import each other.
 """

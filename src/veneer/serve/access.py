@@ -1,13 +1,12 @@
 """Access checks for every surface: the principal of a request, the meaning of a name, and the limits.
 
     caller = await tenancy.caller(key)                        401 for an unknown key
-    served = catalog.resolve(model, caller)                   404 if unknown or not visible; never the base instead
+    served = catalog.resolve(model, caller)                   404 if unknown or not visible, never the base
     async with tenancy.admitted(caller, served, …) as bill:   429 beyond a limit
         …                                                     bill.used(usage) once, at the end
 
 `OpenAccess` is the tenancy of a server without keys: everything is visible and nothing is billed. `KeyAccess`
-is for a
-server whose keys all have the same rights.
+is for a server whose keys all have the same rights.
 """
 
 from __future__ import annotations
@@ -35,16 +34,11 @@ class Served:
     """What a name meant when it was requested.
 
     `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, else `name`.
-    `shadow`: a mix
-    whose answer is also computed and logged, never sent; or why it cannot be. `adapters`: the operator's name
-    of each part of
-    `mix`, in order: the loaded name, or the library reference with its version; limits, prices and the ledger
-    use these
-    names. `meant`: the digest of each name of a mix, in the client's order, "" for the base. `trained`: used
-    for training,
-    which has its own price. `trial`: requested in the Studio, not by a client; has no shadow, and the
-    operator's trials are
-    booked on TRIALS.
+    `shadow`: a mix whose answer is also computed and logged, never sent; or why it cannot be. `adapters`: the
+    operator's name of each part of `mix`, in order: the loaded name, or the library reference with its
+    version; limits, prices and the ledger use these names. `meant`: the digest of each name of a mix, in the
+    client's order, "" for the base. `trained`: used for training, which has its own price. `trial`: requested
+    in the Studio, not by a client; has no shadow, and the operator's trials are booked on TRIALS.
     """
 
     mix: DigestMix
@@ -76,8 +70,7 @@ class ModelCard:
     """An entry of /v1/models.
 
     `parent`: the base's name; None for the base. `root`: the source, as the operator named it (a library
-    reference, never a
-    path). `digest`: the adapter's digest.
+    reference, never a path). `digest`: the adapter's digest.
     """
 
     id: str
@@ -116,9 +109,8 @@ def shadow_id(request: str) -> str:
 class ShadowAnswer:
     """Compares a shadow's answer with the sent answer of `target`, for the log.
 
-    `name`: the route.
-
-    For images, `sent` and `answer` are digests of the pixels, and `distance` is their mean difference, 0 … 1.
+    `name`: the route. For images, `sent` and `answer` are digests of the pixels, and `distance` is their mean
+    difference, 0 … 1.
     """
 
     request: str
@@ -157,8 +149,8 @@ class LedgerState:
     """How far the ledger is behind.
 
     `owed`: requests in the outbox, running ones included; with SQLite, ends being written. `lag`: seconds
-    since the end of
-    the oldest ended request that the database does not have. `away`: the database is unavailable or slow.
+    since the end of the oldest ended request that the database does not have. `away`: the database is
+    unavailable or slow.
     """
 
     owed: int
@@ -170,8 +162,7 @@ class Tenancy(Protocol):
     """Access and billing.
 
     Tenancies derive from this class for its defaults: no ledger, no logs, no routes. `keyless`: requests
-    without a key are
-    accepted, as principals of kind "open".
+    without a key are accepted, as principals of kind "open".
     """
 
     keyless: bool = False
@@ -265,9 +256,7 @@ class OpenAccess(Tenancy):
 class KeyAccess(OpenAccess):
     """Keys with read access to everything, and an optional admin key.
 
-    No limits, no ledger.
-
-    `admin_key`: plain text or its hash.
+    No limits, no ledger. `admin_key`: plain text or its hash.
     """
 
     keyless = False

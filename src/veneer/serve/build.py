@@ -1,7 +1,7 @@
 """Builds a server from its parts.
 
-    build()    tenancy, shelf, names, service -> application      quick; pages and the library work from here on
-    load()     base -> engine -> service                          as slow as loading the base
+    build()    tenancy, shelf, names, service -> application   quick; pages and the library work from here on
+    load()     base -> engine -> service                       as slow as loading the base
 
 Decides which parts a server has, and in which order they start and stop.
 """
@@ -41,11 +41,8 @@ async def _nothing() -> None:
 class Application:
     """An ASGI application and its lifecycle functions.
 
-    All run on the server's event loop.
-
-    `start` runs before the first request, `load` in parallel with requests until the server is ready, `stop`
-    after the
-    drain.
+    All run on the server's event loop. `start` runs before the first request, `load` in parallel with
+    requests until the server is ready, `stop` after the drain.
     """
 
     app: FastAPI
@@ -64,10 +61,8 @@ class Extension:
     """What a higher package adds to a server.
 
     `routers`: behind the same authentication. `large`, `unguarded`: see create_app. `start`, `stop`: see
-    Application; run
-    inside the server's own. `mount`: adds what is not a router to the finished application. `fine_tunes`:
-    POST
-    /v1/fine_tuning/jobs accepts this server's models.
+    Application; run inside the server's own. `mount`: adds what is not a router to the finished application.
+    `fine_tunes`: POST /v1/fine_tuning/jobs accepts this server's models.
     """
 
     routers: Sequence[APIRouter] = ()
@@ -119,9 +114,7 @@ def build(
 ) -> Application:
     """Build everything but the base from `settings` (checked by checks.py).
 
-    Raises ConfigError.
-
-    `opened`: the stores that the check has opened.
+    Raises ConfigError. `opened`: the stores that the check has opened.
     """
     opened = opened or open_stores(settings)
     try:

@@ -4,8 +4,7 @@
     refuse_idle(settings, kind)        options that have no effect on this kind of server
 
 For a base on the hub, its configuration is downloaded. Checks that need its weights (memory, adapters of
-another base)
-run while the server is built.
+another base) run while the server is built.
 """
 
 from __future__ import annotations
@@ -85,8 +84,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     """Check the settings and return the opened stores.
 
     `page`: the server has the Studio. Raises ConfigError, BaseError or AdapterError for invalid settings, and
-    the errors of
-    `open_stores`.
+    the errors of `open_stores`.
     """
     one_of(settings.engine.weights, get_args(WeightKind), "a kind of weights", "--weights")
     if settings.quantise is not None:
@@ -129,7 +127,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
 def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> None:
     """Raises ConfigError for a server without keys that any web page could use.
 
-    Also if any browser could use its Studio.
+    Also for a Studio without keys that other machines can reach.
     """
     if not needs_no_key(settings, store):
         return

@@ -4,8 +4,8 @@
     principal.require("train")                 403 without that permission
     principal.can_change("acme/support")       whether the principal can change an adapter with this name
 
-Each route of the server and each handler of the Studio declares the permission it needs: `needs` in `serve.http.guard`,
-`permit` in `studio.parts`. A route or handler without a permission is refused.
+Each route of the server and each handler of the Studio declares the permission it needs: `needs` in
+`serve.http.guard`, `permit` in `studio.parts`. A route or handler without a permission is refused.
 
     kind        who                                         permissions
     stranger    sent no key, on a path that needs none      public
@@ -24,10 +24,11 @@ from typing import Literal, get_args
 from veneer.serve.request import Refused
 
 Permission = Literal["public", "infer", "read", "metrics", "feedback", "write", "train", "operate", "administer"]
-"""public: health, sign in. infer: use the base and visible adapters. read: browse visible adapters in the library.
-metrics: /metrics. feedback: rate answers. write: add, change and remove the principal's own adapters. train: the
-principal's own files, jobs, graders and Tinker sessions. operate: change the server for everybody, read the server's
-own files. administer: tenants, keys, limits, prices and the audit log."""
+"""public: health, sign in. infer: use the base and visible adapters. read: browse visible adapters in the
+library. metrics: /metrics. feedback: rate answers. write: add, change and remove the principal's own
+adapters. train: the principal's own files, jobs, graders and Tinker sessions. operate: change the server for
+everybody, read the server's own files. administer: tenants, keys, limits, prices and the audit log.
+"""
 _Kind = Literal["stranger", "key", "tenant", "open", "operator"]
 
 _ALL = frozenset(get_args(Permission))
@@ -53,8 +54,7 @@ class Principal:
     """The sender of a request.
 
     `tenant`: "" except for kind "tenant". `sees(name)`: whether an adapter or route of this name is visible.
-    `user`: the client's
-    ID for its end user; routes stick to it. `weight`: share of the engine.
+    `user`: the client's ID for its end user; routes stick to it. `weight`: share of the engine.
     """
 
     kind: _Kind

@@ -1,20 +1,20 @@
 """Quotas: limits on the resources that one owner uses at a time.
 
-    with quotas.take("acme", memory=size, requests=1):     before a body is unpacked, a file is stored, work is begun
+    with quotas.take("acme", memory=size, requests=1):    before a body is unpacked, a file stored, work begun
         ...
-    quotas.spend("acme", 2.5)                              seconds that a helper worked for the owner
+    quotas.spend("acme", 2.5)                             seconds that a helper worked for the owner
 
-An owner is a tenant's name, or "" for the operator and for everyone on a server without tenants. `QuotaLimits` sets the
-same limits for every owner. `take` raises Refused and takes nothing if a limit would be exceeded, and
-`check_helpers` raises the last of these:
+An owner is a tenant's name, or "" for the operator and for everyone on a server without tenants.
+`QuotaLimits` sets the same limits for every owner. `take` raises Refused and takes nothing if a limit would
+be exceeded, and `check_helpers` raises the last of these:
 
     413 too_large         the amount alone is over the limit: it can never be taken
     400 storage_full      no room on disk: the owner has to remove something
-    429 overloaded        memory, requests or open files that other requests of the owner give back
+    429 overloaded        memory, requests or open files that other requests of the owner release
     429 rate_limited      the helper seconds of the last ten minutes are used up
 
-Uploaded files and the library's adapters are counted in their databases; `check_stored` compares them with the same
-limits. All blocking work runs in the executor `FairThreads`, which tenants share.
+Uploaded files and the library's adapters are counted in their databases; `check_stored` compares them with
+the same limits. All blocking work runs in the executor `FairThreads`, which tenants share.
 """
 
 from __future__ import annotations
@@ -195,9 +195,7 @@ current_owner: ContextVar[str] = ContextVar("current_owner", default="")
 class FairThreads(FairPool):
     """An event loop's default executor, with a thread limit per tenant.
 
-    A tenant can use `share` threads at a time.
-
-    Work for "" (the server, the operator) can use all threads.
+    A tenant can use `share` threads at a time. Work for "" (the server, the operator) can use all threads.
     """
 
     def __init__(self, threads: int, share: int) -> None:

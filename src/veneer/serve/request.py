@@ -3,8 +3,7 @@
     surface -> catalog (name -> mix of digests) -> Request -> engine -> Started, Token …, Finished -> surface
 
 A mix consists of digests, never names: if a name changes its meaning, running requests keep the old one.
-Independent of
-tensors and HTTP.
+Independent of tensors and HTTP.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ def make_mix(parts: Iterable[tuple[str, float]]) -> DigestMix:
 
 
 def check_strengths(parts: Iterable[tuple[str, float]]) -> None:
-    """Raises Refused for an invalid strength (`check_strength`).
+    """Raises Refused for an invalid strength (see `check_strength`).
 
-    Parts: (name, strength).
+    parts: (name, strength).
     """
     try:
         for name, strength in parts:
@@ -55,9 +54,7 @@ def mix_digest(mix: DigestMix) -> bytes:
 def cache_root(mix: DigestMix, salt: str = "") -> bytes:
     """The cache key before a prompt's first block.
 
-    Equal exactly for equal mixes and equal salts.
-
-    Only requests with the same root can share cached blocks.
+    Equal exactly for equal mixes and equal salts. Only requests with the same root can share cached blocks.
     """
     if not salt:
         return mix_digest(mix)
@@ -69,11 +66,9 @@ class Refused(VeneerError):
     """An error response: `status` is the HTTP status, `code` a word for programs.
 
     Codes: model_not_found (404), adapter_unusable, adapter_exists, invalid_request (400), context_exceeded
-    (400), overloaded
-    (429, 503), unavailable (503: a store or a database does not answer), rate_limited (429, with
-    `retry_after` seconds),
-    unauthorized (401), too_large (413), storage_full (400), too_slow (408), shutting_down (503), internal
-    (500).
+    (400), overloaded (429, 503), unavailable (503: a store or a database does not answer), rate_limited (429,
+    with `retry_after` seconds), unauthorized (401), too_large (413), storage_full (400), too_slow (408),
+    shutting_down (503), internal (500).
     """
 
     def __init__(
@@ -114,19 +109,16 @@ GrammarSpec = tuple[Literal["json_schema", "json_object", "regex"], str]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters, applied in this order.
+    """Sampling parameters of a request.
 
-    Order: grammar, logit bias, penalties, temperature, top-k, min-p, top-p.
+    Applied in this order: grammar, logit bias, penalties, temperature, top-k, min-p, top-p. Order: grammar,
+    logit bias, penalties, temperature, top-k, min-p, top-p.
 
     `temperature`: 0 is greedy. `top_k`: 0 for all tokens. `seed`: None for a random one. `logprobs`: None for
-    none, else the
-    number of alternatives in addition to the chosen token; from the model's distribution before any of the
-    above.
-    `drawn_logprob`: with logprobs, also the chosen token's logprob in the final distribution.
-    `prompt_logprobs`: logprobs of
-    the prompt's tokens too, which disables the prefix cache for the prompt. `stop`: texts that end the
-    answer, not included
-    in it. `grammar`: what the answer must match.
+    none, else the number of alternatives in addition to the chosen token; from the model's distribution
+    before any of the above. `drawn_logprob`: with logprobs, also the chosen token's logprob in the final
+    distribution. `prompt_logprobs`: logprobs of the prompt's tokens too, which disables the prefix cache for
+    the prompt. `stop`: texts that end the answer, not included in it. `grammar`: what the answer must match.
     """
 
     max_tokens: int = 256
@@ -173,10 +165,8 @@ class Request:
     """A request for one answer to one prompt.
 
     `prompt`: token ids, at least one. `tenant`, `weight`: owner and share, for fair queueing. `name`: the
-    client's name for
-    the mix, for metrics and messages, never for a cache. `salt`: requests share cached prompt blocks only if
-    their salts are
-    equal.
+    client's name for the mix, for metrics and messages, never for a cache. `salt`: requests share cached
+    prompt blocks only if their salts are equal.
     """
 
     prompt: tuple[int, ...]
@@ -201,12 +191,10 @@ class Token:
     """One token of the answer.
 
     `text`: the text that the token adds; all texts joined are the answer. Empty for a partial character, text
-    held back
-    because a stop text can begin in it, or the token that ended the answer. `logprob` and `top` ((id, text,
-    logprob), best
-    first) are from the model's distribution, `drawn` from the final one, if requested. `prompt`: on the first
-    token, the
-    prompt's tokens, if their logprobs were requested; the very first has no logprob.
+    held back because a stop text can begin in it, or the token that ended the answer. `logprob` and `top`
+    ((id, text, logprob), best first) are from the model's distribution, `drawn` from the final one, if
+    requested. `prompt`: on the first token, the prompt's tokens, if their logprobs were requested; the very
+    first has no logprob.
     """
 
     id: int
@@ -238,8 +226,7 @@ class Finished:
     """The last event of an answer.
 
     `reason`: stop (`stop`: the text or token id), length, cancelled, or error with `error`. `text`: held-back
-    text that
-    belongs to the answer.
+    text that belongs to the answer.
     """
 
     reason: Literal["stop", "length", "cancelled", "error"]
@@ -257,8 +244,7 @@ class EngineStats:
     """Counters of an engine.
 
     `cache_used`: share of used key-value blocks. `adapters`, `adapter_bytes`: in memory now (in a fleet: on
-    replicas, each
-    counted once). `evictions`: adapters evicted to make room.
+    replicas, each counted once). `evictions`: adapters evicted to make room.
     """
 
     running: int = 0
@@ -285,10 +271,9 @@ class Engine(Protocol[_Asked, _Happened]):
     Text engines are `Engine[Request, EngineEvent]`. Engines derive from this class for its defaults.
 
     `events`: yields the events of a request until it is answered; closing the iterator (the client left)
-    cancels it. Raises
-    Refused before the first event for immediate errors: a prompt that does not fit (context_exceeded), a full
-    queue
-    (overloaded), shutting down. Later errors of a text request come as Finished with `error`.
+    cancels it. Raises Refused before the first event for immediate errors: a prompt that does not fit
+    (context_exceeded), a full queue (overloaded), shutting down. Later errors of a text request come as
+    Finished with `error`.
     """
 
     makes: ClassVar[Literal["texts", "pictures"]] = "texts"

@@ -41,8 +41,7 @@ _SWITCH = 0.001
 """Interpreter switch interval in seconds.
 
 An engine step releases and reacquires the GIL at each operation; at the default 5 ms, one busy Python thread
-would delay
-a step by a second.
+would delay a step by a second.
 """
 
 
@@ -70,9 +69,7 @@ class WebPage:
 class _Front:
     """The ASGI application that listens from the start.
 
-    It answers until the real application is built.
-
-    `page`: a web page for people, or None.
+    It answers until the real application is built. `page`: a web page for people, or None.
     """
 
     def __init__(self, make: Callable[[], Application], page: WebPage | None = None) -> None:
@@ -181,9 +178,8 @@ def serve(
 ) -> None:
     """Serve until a signal.
 
-    Raises errors in the settings before it listens, and build errors.
-
-    `extend`: adds parts of higher packages; `page`: the web page among them.
+    Raises errors in the settings before it listens, and build errors. `extend`: adds parts of higher
+    packages; `page`: the web page among them.
     """
     forbid_inspection()
     opened = check_settings(settings, page=page is not None) if make is None else None

@@ -56,17 +56,12 @@ class HttpSettings:
     """HTTP limits of one server. Times are in seconds.
 
     `max_adapter`: bytes of an uploaded adapter. `max_tokens`: 0 for up to the context. `queue`: answers that
-    run or wait, of
-    all tenants. `head_time`, `body_time`: time for a request's head and body to arrive. `idle`: time an idle
-    connection is
-    kept. `stall`: close a connection whose client has not read for this long. `connections`: over this limit,
-    the connection
-    idle longest is closed. `max_pixels`: of an uploaded image. `max_pictures`: images per request.
-    `metric_adapters`: most
-    adapters with separate metric series. `allowed_origins`: origins whose pages can use this server from a
-    browser; "*"
-    (any) needs keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys accepts.
-    `quotas`: limits
+    run or wait, of all tenants. `head_time`, `body_time`: time for a request's head and body to arrive.
+    `idle`: time an idle connection is kept. `stall`: close a connection whose client has not read for this
+    long. `connections`: over this limit, the connection idle longest is closed. `max_pixels`: of an uploaded
+    image. `max_pictures`: images per request. `metric_adapters`: most adapters with separate metric series.
+    `allowed_origins`: origins whose pages can use this server from a browser; "*" (any) needs keys.
+    `allowed_hosts`: values of Host, besides localhost, that a server without keys accepts. `quotas`: limits
     for each owner.
     """
 
@@ -114,12 +109,10 @@ class EngineSettings:
     """Settings of the text engine.
 
     `rows`: sequences at once. `budget`: tokens per step. `cache_bytes`: for keys and values. `adapter_bytes`:
-    for adapters in
-    memory, the only limit on their number. `queue`: waiting requests. `weights`, `batch_invariant`: see
-    Runner.
-    `step_seconds`: longest step if there are tenants, which bounds a new request's wait. `stuck_seconds`: a
-    step longer than
-    this counts as stuck. `context`: tokens per sequence, 0 for as many as the base and the cache allow.
+    for adapters in memory, the only limit on their number. `queue`: waiting requests. `weights`,
+    `batch_invariant`: see Runner. `step_seconds`: longest step if there are tenants, which bounds a new
+    request's wait. `stuck_seconds`: a step longer than this counts as stuck. `context`: tokens per sequence,
+    0 for as many as the base and the cache allow.
     """
 
     rows: int = 32
@@ -139,10 +132,8 @@ class LedgerSettings:
     """Settings of the ledger.
 
     `days`: retention of lines; daily sums are kept. `folder`: for outboxes or reserves, on a local disk;
-    None: next to the
-    SQLite file, or in the veneer home. `room`: bytes reserved by this server, allocated at start. `synced`:
-    usage survives a
-    power loss, not only a kill.
+    None: next to the SQLite file, or in the veneer home. `room`: bytes reserved by this server, allocated at
+    start. `synced`: usage survives a power loss, not only a kill.
     """
 
     days: float = 400.0
@@ -156,8 +147,7 @@ class FleetSettings:
     """Settings of a fleet.
 
     `upstreams`: the servers that compute, empty to compute locally. `key`: sent to them as a bearer token.
-    `mixes`:
-    client-chosen mixes per tenant. `mix_bytes`: size of all mixes on disk.
+    `mixes`: client-chosen mixes per tenant. `mix_bytes`: size of all mixes on disk.
     """
 
     upstreams: tuple[str, ...] = ()
@@ -171,12 +161,10 @@ class ServeSettings:
     """All settings of a server.
 
     `folders`: where load requests may name files. `tenants`: the tenants' database; without it `keys` are all
-    keys; without
-    both, tenants.sqlite in the veneer home if it exists; else no key is needed. `open`: no key is needed even
-    if there are
-    tenants; on localhost their routes, prices and ledger stay in use, on other hosts not. In a fleet only the
-    base's names
-    and tokenizer are read. `quantise`: see models.text.base.load_text. `drain`: seconds.
+    keys; without both, tenants.sqlite in the veneer home if it exists; else no key is needed. `open`: no key
+    is needed even if there are tenants; on localhost their routes, prices and ledger stay in use, on other
+    hosts not. In a fleet only the base's names and tokenizer are read. `quantise`: see
+    models.text.base.load_text. `drain`: seconds.
     """
 
     base: str
@@ -205,8 +193,7 @@ class ServeSettings:
         return self.host in HERE
 
 
-# -- parsing
-# -------------------------------------------------------------------------------------------------------------
+# -- parsing -----------------------------------------------------------------------------------------------------------
 
 
 def parse_preload(text: str) -> Preload:

@@ -8,8 +8,7 @@
     staging.drop(staged), staging.close()
 
 Only the files of a PEFT folder are unpacked from an archive, each under its fixed name whatever its path, so
-no file can
-escape the folder. Nothing is loaded. Handles files only, not adapters.
+no file can escape the folder. Nothing is loaded. Handles files only, not adapters.
 """
 
 from __future__ import annotations

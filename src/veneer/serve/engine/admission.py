@@ -7,12 +7,9 @@
     place.leave()                                the request has ended: release everything
 
 A tenant can hold as much of each quantity as is still free, times its weight (dynamic thresholds: Choudhury
-and
-Hahne, IEEE/ACM Transactions on Networking 6, 1998). A single tenant gets half, two that flood get a third
-each, n of
-them 1/(n + 1), and the remainder stays free for a new tenant: nobody can fill the queue. Without tenants,
-requests
-share everything. Runs on one event loop; only `work` waits.
+and Hahne, IEEE/ACM Transactions on Networking 6, 1998). A single tenant gets half, two that flood get a third
+each, n of them 1/(n + 1), and the remainder stays free for a new tenant: nobody can fill the queue. Without
+tenants, requests share everything. Runs on one event loop; only `work` waits.
 """
 
 from __future__ import annotations
@@ -74,11 +71,8 @@ class _Work:
 class FairPool(ThreadPoolExecutor):
     """A thread pool that tenants share fairly, by weight.
 
-    Free threads take work of the least served tenant.
-
-    Idle time earns no credit. `share`: the most threads that one tenant can use at a time, for long work that
-    must not
-    block other tenants; by default all.
+    Free threads take work of the least served tenant. Idle time earns no credit. `share`: the most threads
+    that one tenant can use at a time, for long work that must not block other tenants; by default all.
     """
 
     def __init__(self, threads: int, name: str, share: int | None = None) -> None:
@@ -160,8 +154,7 @@ class Admission:
     """The limits of one server.
 
     `bodies`: bytes of request bodies in memory. `answers`: answers running or waiting. `texts`: characters
-    waiting to be
-    tokenized.
+    waiting to be tokenized.
     """
 
     def __init__(self, *, bodies: int, answers: int, texts: int) -> None:
@@ -171,8 +164,7 @@ class Admission:
             "texts": SharedQuantity("characters to be tokenised", texts),
         }
         # One thread each: a thread tokenizes megabytes a second, and a second thread would double the time
-        # for which the
-        # engine waits for the GIL, which each step takes dozens of times.
+        # for which the engine waits for the GIL, which each step takes dozens of times.
         self._short, self._long = FairPool(1, "short"), FairPool(1, "long")
 
     def enter(self, tenant: str = "", weight: float = 1.0) -> AdmittedRequest:

@@ -1,17 +1,15 @@
 """Block allocation of the key-value cache: pages of `block` tokens, shared by prompts with a common prefix.
 
-    key of a full block = sha256(key of the previous block, its tokens);  key before the first = `request.cache_root`
+    key of a full block  = sha256(key of the previous block, its tokens)
+    key before the first = `request.cache_root`
 
 Two sequences share a block only if everything its keys and values depend on is the same: all tokens up to the
 block's end, the mix, and the salt. Salts separate tenants, because a cache hit reveals that somebody sent the
-same
-prompt. A mix is identified by the digests of its weights and its strengths, so a renamed, reloaded or
-replaced
-adapter never finds another adapter's blocks.
+same prompt. A mix is identified by the digests of its weights and its strengths, so a renamed, reloaded or
+replaced adapter never finds another adapter's blocks.
 
 A block is free (empty), in use (one or more holders), or evictable (no holder, key still known). When free
-blocks
-run out, evictable blocks are reused, least recently used first. Plain numbers only: no tensors.
+blocks run out, evictable blocks are reused, least recently used first. Plain numbers only: no tensors.
 """
 
 from __future__ import annotations
@@ -92,9 +90,8 @@ class Cache:
     def computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Record that the table holds the keys and values of all these tokens.
 
-        Its full blocks can be found from now on.
-
-        If another sequence has computed the same block meanwhile, the cache keeps the other one.
+        Its full blocks can be found from now on. If another sequence has computed the same block meanwhile,
+        the cache keeps the other one.
         """
         for i in range(len(table.keys), len(tokens) // self.block):
             before = table.keys[-1] if table.keys else table.root

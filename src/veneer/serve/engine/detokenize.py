@@ -5,8 +5,7 @@
     answer.rest()                        text that was held back and belongs to the answer
 
 Text is held back while later tokens can change it (a partial character) or a stop text may have begun.
-Depends on the
-tokenizer's decoder only; no model, no HTTP.
+Depends on the tokenizer's decoder only; no model, no HTTP.
 """
 
 from __future__ import annotations
@@ -35,12 +34,10 @@ class AnswerText:
     """The text of one answer up to its end.
 
     `ends`: the base's stop ids, which end an answer unless the request ignores them; with a grammar they
-    always apply,
-    because nothing else can follow. The request's own `stop_ids` always apply.
+    always apply, because nothing else can follow. The request's own `stop_ids` always apply.
 
     Stop texts are matched after the first `min_tokens` tokens. The first to complete ends the answer; of
-    several that
-    complete together, the longest, however the text is split into tokens.
+    several that complete together, the longest, however the text is split into tokens.
     """
 
     def __init__(self, tokenizer: Decoder, sampling: Sampling, ends: Collection[int] = ()) -> None:

@@ -3,10 +3,8 @@
     a step    inbox → scheduler (which rows and tokens) → runner (one forward) → sampler → text → events
 
 All mutable state belongs to the step thread; other threads post callbacks to its queue. A request's adapters
-are
-leased before it runs and released when it ends, however it ends. An error ends only the request that caused
-it: a
-failed step is rerun row by row, and only the rows that fail again end with an error.
+are leased before it runs and released when it ends, however it ends. An error ends only the request that
+caused it: a failed step is rerun row by row, and only the rows that fail again end with an error.
 """
 
 from __future__ import annotations
@@ -98,8 +96,7 @@ class TextEngine(Engine[Request, EngineEvent]):
     """Serves a text base.
 
     `read(digest, problems)`: reads an adapter from disk and raises Refused if `problems` reports any.
-    `pack_bytes`: see
-    Runner. Call `start` before use and `stop` at the end.
+    `pack_bytes`: see Runner. Call `start` before use and `stop` at the end.
     """
 
     def __init__(
@@ -144,8 +141,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._beat, self._lost = time.monotonic(), 0
         self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="engine", daemon=True)
 
-    # -- lifecycle
-    # -------------------------------------------------------------------------------------------------------
+    # -- lifecycle -----------------------------------------------------------------------------------------------------
 
     def start(self) -> TextEngine:
         self._state = "open"
@@ -216,7 +212,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             evictions=memory.evictions,
         )
 
-    # -- the async side ------------------------------------------------------------------------------------------------
+    # -- async interface -----------------------------------------------------------------------------------------------
 
     async def events(self, request: Request) -> AsyncIterator[EngineEvent]:
         """Answer a request; see `request.Engine`."""
@@ -288,8 +284,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._box.put(lambda: self._begin(live))
         return live
 
-    # -- the step thread
-    # -------------------------------------------------------------------------------------------------
+    # -- the step thread -----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while self._state != "closed":
@@ -422,8 +417,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         """The runner's row for a chunk. `again`: recompute the sequence from its start.
 
         Paged keys and values can be rewritten safely; the state of recurrent layers may have advanced by part
-        of the failed
-        step, so it has to be recomputed.
+        of the failed step, so it has to be recomputed.
         """
         sequence, live = chunk.sequence, self._live[chunk.sequence]
         assert sequence.table is not None

@@ -5,10 +5,9 @@
     here.mask()    here.advance(token)    here.done                        the sampler, each step
 
 llguidance compiles and matches; a mask takes well under a millisecond. Compiling can take a second, with the
-GIL
-released, and is cached by text. Both times grow with the square of a schema's size, so the size is bounded.
-The first
-mask is computed at compile time, so that a grammar that cannot start is rejected before the request runs.
+GIL released, and is cached by text. Both times grow with the square of a schema's size, so the size is
+bounded. The first mask is computed at compile time, so that a grammar that cannot start is rejected before
+the request runs.
 """
 
 from __future__ import annotations
@@ -36,7 +35,10 @@ GrammarKind = Literal["json_schema", "json_object", "regex"]
 
 MAX_TEXT = 256 << 10
 _MAX_PARTS = 2000
-"""Objects and lists in a JSON schema: 0.5 s to compile, 40 ms a mask if all are properties of one object."""
+"""Maximum objects and lists in a JSON schema.
+
+2000 take half a second to compile, and 40 ms a mask if all are properties of one object.
+"""
 CACHED = 256
 _ANY_OBJECT = '{"type": "object"}'
 
@@ -63,8 +65,7 @@ class Matcher:
         """The tokens that can come next: bool, (vocabulary,).
 
         Stop ids are allowed only if the answer is complete, and are the only ones allowed if nothing can
-        follow. Raises
-        Refused if the grammar turns out to be too large.
+        follow. Raises Refused if the grammar turns out to be too large.
         """
         bits = self._state.compute_bitmask()
         self._check()
@@ -100,13 +101,9 @@ def compile_grammar(
 ) -> Matcher:
     """Compile the grammar of `text` into a start state; copy it for each answer.
 
-    Blocks: call in a thread.
-
-    `tokenizer`: a fast tokenizer of transformers. `vocabulary`: the model's number of logits, if not the
-    tokenizer's
-    length. `ends`: stop ids; by default the tokenizer's eos. Raises Refused (400) with llguidance's message
-    if the
-    grammar does not compile, MissingExtraError without llguidance.
+    Blocks: call in a thread. `tokenizer`: a fast tokenizer of transformers. `vocabulary`: the model's number
+    of logits, if not the tokenizer's length. `ends`: stop ids; by default the tokenizer's eos. Raises Refused
+    (400) with llguidance's message if the grammar does not compile, MissingExtraError without llguidance.
     """
     if len(text) > MAX_TEXT:
         raise _refused(f"{len(text):,} characters; at most {MAX_TEXT:,}")

@@ -6,10 +6,8 @@ values.
         answers = sampler.draw([AnswerWanted(prompt, seed, Drawing(), "run"), …])      from the current values
 
 Uses the engine's continuous batching, prefix caching for answers that share a prompt, and grammars. It
-multiplies by
-the base's own weights in place; quantized weights stay quantized. Adapters are identified by the digest of
-their
-values, so after an optimizer step no cached keys and values of old values are found.
+multiplies by the base's own weights in place; quantized weights stay quantized. Adapters are identified by
+the digest of their values, so after an optimizer step no cached keys and values of old values are found.
 
 Enter `live_sampler` before `fast`, so that weights are joined once; no adapter may be active on the model
 meanwhile.
@@ -208,9 +206,8 @@ class _ReplayedRows:
     """The tokens that a replay computes.
 
     `rows`: (first position, end, blocks) of each row, as in the engine. `places`: index of each computed
-    token among the
-    rows' tokens. `made`: index of each of the rows' tokens among the computed ones; `before`: index of its
-    predecessor.
+    token among the rows' tokens. `made`: index of each of the rows' tokens among the computed ones; `before`:
+    index of its predecessor.
     """
 
     rows: list[tuple[int, int, list[int]]]

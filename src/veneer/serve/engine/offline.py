@@ -4,8 +4,7 @@
         answer(prompts, [("support", 1.0)], max_new_tokens=64)      same as `complete`, several times as fast
 
 If the base or an adapter does not run on the engine's own forward, `answer` is `complete` itself, and the
-caller must
-have the mix active on the model, as `complete` requires.
+caller must have the mix active on the model, as `complete` requires.
 """
 
 from __future__ import annotations

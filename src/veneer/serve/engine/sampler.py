@@ -1,19 +1,17 @@
 """Sampling: turns the logits of many rows into one token each, with per-row settings.
 
-    row = SampledRow(request.sampling, request.prompt, vocabulary=base_vocabulary, ends=stop_ids)     once a request
-    for choice in sample(logits, rows): …                                                      once a step
+    row = SampledRow(request.sampling, request.prompt, vocabulary=n, ends=stop_ids)    once a request
+    for choice in sample(logits, rows): …                                              once a step
 
 A greedy row with no other settings costs its share of one argmax. Other rows go through, in this order:
-grammar,
-logit bias, penalties, temperature, top-k, min-p, top-p. The sample is a function of (seed, number of tokens
-generated, scores): there is no generator state, so a row samples the same tokens in any batch, on any device,
-and
-after it resumes elsewhere. Sampling uses the Gumbel trick: argmax(score − log e) with e ~ Exp(1) samples from
-softmax(score). Unlike inverting the distribution function, rounding in the scores seldom changes the token.
+grammar, logit bias, penalties, temperature, top-k, min-p, top-p. The sample is a function of (seed, number of
+tokens generated, scores): there is no generator state, so a row samples the same tokens in any batch, on any
+device, and after it resumes elsewhere. Sampling uses the Gumbel trick: argmax(score − log e) with e ~ Exp(1)
+samples from softmax(score). Unlike inverting the distribution function, rounding in the scores seldom changes
+the token.
 
 Settings are sent to the device in a few asynchronous copies; results come back in one read per step. Depends
-on
-torch and `request` only; no tokenizer, no model.
+on torch and `request` only; no tokenizer, no model.
 """
 
 from __future__ import annotations
@@ -48,8 +46,7 @@ class SampledToken:
     """A sampled token.
 
     `logprob` and `top` ((id, logprob), best first) are from the model's own distribution, `drawn` is the
-    logprob in
-    the distribution sampled from; each only if the row requests it.
+    logprob in the distribution sampled from; each only if the row requests it.
     """
 
     id: int
@@ -62,10 +59,8 @@ class SampledRow:
     """The sampling state of one request: settings, seed, and tokens so far.
 
     `ends`: the base's stop ids, which must not come before `min_tokens`; the request's own are added. `seed`:
-    the seed
-    used, also if the request leaves it to the server. `under`: the adapter mix that produces the scores, as
-    the client
-    named it. Raises Refused for ids outside the vocabulary.
+    the seed used, also if the request leaves it to the server. `under`: the adapter mix that produces the
+    scores, as the client named it. Raises Refused for ids outside the vocabulary.
     """
 
     def __init__(
@@ -162,8 +157,7 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
     """Choose the next token of every row, and record it in the row.
 
     logits: (rows, vocabulary), any float type; not changed. A row whose scores are not finite, or whose
-    grammar fails,
-    gets a Refused; the other rows get their tokens.
+    grammar fails, gets a Refused; the other rows get their tokens.
     """
     if len(rows) != len(logits):
         raise ValueError(f"{len(rows)} rows for logits {tuple(logits.shape)}")
@@ -308,10 +302,9 @@ def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
 def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
     """Sample a token per row from softmax(scores / temperature), within the cuts.
 
-    The cuts are top-k, min-p and top-p.
-
-    Returns the tokens and their logprobs in that distribution; the logprobs are 0 unless some row requests
-    `drawn_logprob` for a modified distribution. scores: (rows, vocabulary), float32.
+    The cuts are top-k, min-p and top-p. Returns the tokens and their logprobs in that distribution; the
+    logprobs are 0 unless some row requests `drawn_logprob` for a modified distribution. scores: (rows,
+    vocabulary), float32.
     """
     heat = _numbers(scores, [r.sampling.temperature for r in rows])[:, None].clamp_min(1e-20)
     scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the maximum is 0, so none becomes infinite
@@ -358,8 +351,7 @@ def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """(rows, 1): the lowest score that stays.
 
     A bound on the score, not on the rank: equal scores are kept or cut together, and the result does not
-    depend on
-    how a sort breaks ties. scores: (rows, vocabulary), with a maximum of 0.
+    depend on how a sort breaks ties. scores: (rows, vocabulary), with a maximum of 0.
     """
     vocabulary = scores.shape[-1]
     floor = _numbers(scores, [math.log(s.min_p) if s.min_p else -math.inf for s in settings])[:, None]
@@ -395,8 +387,7 @@ def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tupl
     """The lowest score in the nucleus, and whether `order` reaches the nucleus's end.
 
     A token stays if those before it hold less than `share` of the probability above `floor`. order: the best
-    scores,
-    descending.
+    scores, descending.
     """
     order = order.masked_fill(order < floor, -math.inf)
     p = (order - total).double().exp_()
@@ -430,10 +421,8 @@ def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, T
 def _best(scores: Tensor, count: int) -> Tensor:
     """The ids of the `count` best scores, best first.
 
-    Ties go to the lower id, as in argmax.
-
-    Ties are common in 16 bits, and which tied tokens `topk` returns depends on k. scores: (n, vocabulary),
-    float32.
+    Ties go to the lower id, as in argmax. Ties are common in 16 bits, and which tied tokens `topk` returns
+    depends on k. scores: (n, vocabulary), float32.
     """
     least = scores.topk(max(1, count)).values[:, -1:]
     if free_to_ask(scores):
@@ -453,7 +442,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 def _read(*tensors: Tensor) -> list[list[float]]:
     """The values of each tensor, in one device read.
 
-    Float32 represents every token id below 2²⁴.
+    Read as float32, which represents every token id below 2²⁴.
     """
     flat: list[float] = torch.cat([t.flatten().float() for t in tensors]).cpu().tolist()
     out, at = [], 0
@@ -477,14 +466,13 @@ def _sampled(
     return out
 
 
-# -- randomness: a hash of (seed, position, token)
-# ------------------------------------------------------------------
+# -- randomness: a hash of (seed, position, token) ---------------------------------------------------------------------
 
 
 def draw_key(seed: int, position: int) -> tuple[int, int]:
-    """Two signed 32-bit words: splitmix64 (Steele et al.
+    """Two signed 32-bit words, by splitmix64 (Steele and others 2014).
 
-    2014) of the seed, then of the result plus the position.
+    Hashes the seed, then the result plus the position.
     """
     z = _splitmix(_splitmix(seed) + position)
     low, high = z & 0xFFFFFFFF, z >> 32

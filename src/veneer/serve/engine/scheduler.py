@@ -1,33 +1,25 @@
 """Continuous batching scheduler: picks the sequences and tokens of each step.
 
 A step has at most `budget` tokens: one per decoding sequence; the rest go to prompts, computed in chunks, so
-a
-long prompt never delays the next tokens of other sequences. With tenants, `StepCost` also limits a step's
-time:
-work that does not fit waits for the next step, ordered by the tenants' counters and, within a tenant, by
-longest wait.
+a long prompt never delays the next tokens of other sequences. With tenants, `StepCost` also limits a step's
+time: work that does not fit waits for the next step, ordered by the tenants' counters and, within a tenant,
+by longest wait.
 
 Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of the tokens it
 received (1 per computed prompt token, 2 or more per generated token, by their time) divided by its weight.
-The
-tenant with the lowest counter gets the next slot and the next prompt tokens. A tenant that returns after a
-pause
-is raised to the lowest counter of the active tenants: idle time earns no credit. A prompt of ordinary length
-is
-charged after its first token, so a tenant that arrives at a busy server is not delayed halfway through a
-prompt.
-Within a tenant: first come, first served, skipping sequences whose adapters are still loading. Other tenants'
-prompts can at most double a step that produces a first token.
+The tenant with the lowest counter gets the next slot and the next prompt tokens. A tenant that returns after
+a pause is raised to the lowest counter of the active tenants: idle time earns no credit. A prompt of ordinary
+length is charged after its first token, so a tenant that arrives at a busy server is not delayed halfway
+through a prompt. Within a tenant: first come, first served, skipping sequences whose adapters are still
+loading. Other tenants' prompts can at most double a step that produces a first token.
 
 Slots: if the tenant with the lowest counter has less than its share (by weight, among active tenants) of
-slots
-and blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
+slots and blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
 
 Memory: when no block is free, the scheduler preempts the youngest sequence of the tenant with the highest
 counter. The preempted sequence loses its blocks, keeps its tokens, and is recomputed from whatever the cache
 still has. The caller of `add` must ensure that each request fits the cache when run alone. Plain numbers
-only:
-no tensors, no clock.
+only: no tensors, no clock.
 """
 
 from __future__ import annotations
@@ -62,10 +54,8 @@ class Sequence:
     """A running or waiting request.
 
     `tokens`: prompt and generated tokens. `computed`: tokens whose keys and values are in the cache.
-    `cached`: prompt
-    tokens found in the cache when the sequence first ran. `charged`: prompt tokens charged to the tenant.
-    `served`:
-    number of the sequence's last chunk, counted over all sequences.
+    `cached`: prompt tokens found in the cache when the sequence first ran. `charged`: prompt tokens charged
+    to the tenant. `served`: number of the sequence's last chunk, counted over all sequences.
     """
 
     request: Request
@@ -112,9 +102,8 @@ class Chunk:
 class StepCost:
     """The time of a step in seconds.
 
-    `fixed` + `row` · decoding rows + `token` · prompt tokens.
-
-    `step`: longest time a step may take; 0 for no limit.
+    `fixed` + `row` · decoding rows + `token` · prompt tokens. `step`: longest time a step may take; 0 for no
+    limit.
     """
 
     fixed: float = 0.0
@@ -146,10 +135,8 @@ class Scheduler:
     """Schedules the sequences of all tenants.
 
     `rows`: sequences that run at once. `budget`: tokens in a step, at least `rows`. `loaded(sequence)`:
-    whether the
-    sequence's adapters are in memory; called for the next sequences in line, so it can start to load them.
-    `shares`:
-    whether sequences can share blocks. `cost`: set by the engine, which measures steps.
+    whether the sequence's adapters are in memory; called for the next sequences in line, so it can start to
+    load them. `shares`: whether sequences can share blocks. `cost`: set by the engine, which measures steps.
     """
 
     def __init__(
@@ -256,7 +243,7 @@ class Scheduler:
         sequence.tokens.append(token)
         self._charge(sequence, self.cost.generated)
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- internals -----------------------------------------------------------------------------------------------------
 
     def _lowest(self) -> float:
         """The lowest counter of the active tenants; with no active tenant, its last value."""

@@ -1,9 +1,8 @@
 """Export an adapter as a folder that vLLM or TGI serves, with the command to serve it.
 
 An adapter that the server would load with less than full effect is rejected with the reason; `merge=True`
-instead writes
-a full model with the adapter merged, which any server loads. formats/servers.py lists each server's silent
-errors.
+instead writes a full model with the adapter merged, which any server loads. formats/servers.py lists each
+server's silent errors.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ class Exported:
     """The result of an export.
 
     `command`: serves the folder. `name`: the adapter's name in requests, also used by a veneer front door.
-    `digest`: of the
-    exported adapter. `ranks`: rank -> modules, {} for a merged model.
+    `digest`: of the exported adapter. `ranks`: rank -> modules, {} for a merged model.
     """
 
     folder: Path
@@ -61,10 +59,8 @@ def export(
     """Write `adapter` (a name, folder or file) to `folder` for `server`.
 
     base: by default the base that the adapter states; needed for TGI, to know its layers. merge: write a full
-    model. dtype:
-    round to this dtype. Raises AdapterError if the server does not support the adapter, with every module and
-    a fix;
-    ConfigError if a base is needed and not known.
+    model. dtype: round to this dtype. Raises AdapterError if the server does not support the adapter, with
+    every module and a fix; ConfigError if a base is needed and not known.
     """
     if server not in _SERVERS:
         raise ConfigError(f"there is no export for {server!r}", fix=" or ".join(_SERVERS))

@@ -5,35 +5,23 @@
         async for event in fleet.events(request): …
 
 A request goes to the replica with the fewest running requests among those that have its mix loaded. If none
-has it, the
-mix is written to one folder (`folders`), every running replica is told to load it, and the request goes to
-the first
-that has. A replica that failed to load the mix never gets the request: it would answer with the base under
-the
-adapter's name.
+has it, the mix is written to one folder (`folders`), every running replica is told to load it, and the
+request goes to the first that has. A replica that failed to load the mix never gets the request: it would
+answer with the base under the adapter's name.
 
-| replica                              | reaction
-|
-| ------------------------------------ |
------------------------------------------------------------------------------ |
-| does not answer                      | before the first token, try another; pause it for 1, 2, 4 … 30
-seconds        |
-| answers 5xx or 429                   | try another; pause it after the third in a row
-|
-| forgot an adapter (restarted)        | load the adapter again, there or elsewhere, before the first token
-|
-| fails after the first token          | Finished with an error: tokens already sent cannot be taken back
-|
-| rejects an adapter                   | return its reason to the client; remember it for `_REFUSED_FOR`
-seconds       |
-| has more than `capacity` adapters    | unload the least recently used without running requests
-|
+| replica                           | reaction |
+| -------                           | -------- |
+| does not answer                   | before the first token, try another; pause it for 1, 2, 4 … 30 seconds |
+| answers 5xx or 429                | try another; pause it after the third in a row |
+| forgot an adapter (restarted)     | load the adapter again, there or elsewhere, before the first token |
+| fails after the first token       | Finished with an error: tokens already sent cannot be taken back |
+| rejects an adapter                | return its reason to the client; remember it for `_REFUSED_FOR` s |
+| has more than `capacity` adapters | unload the least recently used without running requests |
 
 A plain adapter goes to all replicas; a mix with client-chosen strengths to `mix_copies` of them. The choice
-follows from
-the names alone (rendezvous hashing: the replicas with the highest hash of replica and mix), so that every
-front door
-agrees, and adding or removing a replica moves only its own mixes. Stored mixes are bounded (`folders`).
+follows from the names alone (rendezvous hashing: the replicas with the highest hash of replica and mix), so
+that every front door agrees, and adding or removing a replica moves only its own mixes. Stored mixes are
+bounded (`folders`).
 
 Handles replicas, residency and routing; `remote` implements the protocol of one server.
 """
@@ -96,8 +84,7 @@ class Replica:
     """One upstream server.
 
     `server`: None until the server first answered. `rest_until`: no requests before this time. `failures`:
-    consecutive
-    pauses. `faults`: consecutive failed answers. `last`: time of its last request.
+    consecutive pauses. `faults`: consecutive failed answers. `last`: time of its last request.
     """
 
     place: str
@@ -117,14 +104,10 @@ class Fleet(Engine[Request, EngineEvent]):
     """Routes requests to replicas.
 
     `files`: digest -> path of the adapter's files in the library. `decode`: decodes with the base's
-    tokenizer, special
-    tokens included. `cache`: where folders for replicas are written; replicas read the cache and the library
-    by the same
-    paths, so both must be on shared storage. `mix_copies`: replicas on which a client-chosen mix is loaded.
-    `capacity`:
-    adapters per replica. `mixes`: mixes per tenant. `cache_bytes`: size of all folders. `key`: sent to
-    replicas as a bearer
-    token.
+    tokenizer, special tokens included. `cache`: where folders for replicas are written; replicas read the
+    cache and the library by the same paths, so both must be on shared storage. `mix_copies`: replicas on
+    which a client-chosen mix is loaded. `capacity`: adapters per replica. `mixes`: mixes per tenant.
+    `cache_bytes`: size of all folders. `key`: sent to replicas as a bearer token.
     """
 
     def __init__(
@@ -168,8 +151,7 @@ class Fleet(Engine[Request, EngineEvent]):
         self._unwanted: list[str] = []
         self._going: set[str] = set()
 
-    # -- lifecycle
-    # -----------------------------------------------------------------------------------------------------
+    # -- lifecycle -----------------------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
         """Check every replica once, then keep checking in the background."""
@@ -246,9 +228,7 @@ class Fleet(Engine[Request, EngineEvent]):
     async def load(self, mix: DigestMix) -> dict[str, str]:
         """Load a mix on its replicas and wait for all.
 
-        Returns upstream -> "" or the reason it failed.
-
-        Raises Refused if no replica has the mix in the end.
+        Returns upstream -> "" or the reason it failed. Raises Refused if no replica has the mix in the end.
         """
         name, up = served_name(mix), await self._up(set())
         tasks = await self._bring(mix, up)
@@ -351,9 +331,7 @@ class Fleet(Engine[Request, EngineEvent]):
     async def _bring(self, mix: DigestMix, up: Sequence[Replica]) -> dict[Replica, asyncio.Task[Refused | None]]:
         """Start loading a mix on the replicas of `up` that should have it.
 
-        Returns the load tasks.
-
-        Loads already running are included. Raises Refused if the mix has no folder.
+        Returns the load tasks. Loads already running are included. Raises Refused if the mix has no folder.
         """
         name, now = served_name(mix), time.monotonic()
         tasks: dict[Replica, asyncio.Task[Refused | None]] = {}
@@ -511,8 +489,7 @@ class Fleet(Engine[Request, EngineEvent]):
             for counted in (replica, adapter):
                 counted.running -= 1
 
-    # -- status
-    # --------------------------------------------------------------------------------------------------------
+    # -- status --------------------------------------------------------------------------------------------------------
 
     def trouble(self) -> str:
         """Why no request can be answered now; "" if the fleet can answer."""

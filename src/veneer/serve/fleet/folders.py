@@ -1,25 +1,20 @@
 """Mixes as folders that other servers load with full effect, under names unique to the mix.
 
-    one plain adapter, strength 1, readable by any vLLM  the adapter's own folder; nothing is copied
-    any other mix of low-rank pairs                      Σ strength·ΔW, one adapter of summed rank: CACHE/veneer-3fa9…
+    one plain adapter, strength 1, for any vLLM  the adapter's own folder; nothing is copied
+    any other mix of low-rank pairs              Σ strength·ΔW, one adapter of summed rank: CACHE/veneer-3fa9…
 
 A server keys its prompt caches by adapter name and remembers names forever. Names here derive from the mix's
-digests, so
-a stale name can never mean other weights.
+digests, so a stale name can never mean other weights.
 
 Every distinct vector of strengths is a separate mix, so a client that sends a new one with each request
-creates a folder
-and a loaded adapter each time. Two limits bound this: a tenant has at most `each` mixes at a time, and all
-folders
-together take at most `limit_bytes`. Over the first limit, the tenant's least recently used mix is removed,
-over the
-second, anybody's; never a mix with running requests. A removed mix is unloaded from the replicas before its
-folder is
-deleted, because servers reread the folder after they evict the adapter.
+creates a folder and a loaded adapter each time. Two limits bound this: a tenant has at most `each` mixes at a
+time, and all folders together take at most `limit_bytes`. Over the first limit, the tenant's least recently
+used mix is removed, over the second, anybody's; never a mix with running requests. A removed mix is unloaded
+from the replicas before its folder is deleted, because servers reread the folder after they evict the
+adapter.
 
 Several front doors can share the cache: a folder is renamed before it is deleted, and a front door that still
-needs the
-mix writes it again. Each front door counts its own tenants.
+needs the mix writes it again. Each front door counts its own tenants.
 
 Handles adapters and folders; the fleet knows which replica has which.
 """
@@ -72,8 +67,7 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
     """Write the folder for a mix of adapters, given as (path of its files, strength).
 
     `name`: the mix's `served_name`, its folder in `cache`. Raises AdapterError with every module that vLLM
-    does not
-    support, and a fix.
+    does not support, and a fix.
     """
     own, made = parts[0][0], cache / name
     if (made / CARD_FILE).is_file():  # written last, so the folder is complete
@@ -91,9 +85,7 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
 def vllm_problems(adapter: Adapter) -> list[str]:
     """What vLLM does not support in any layout, with its modules.
 
-    [] if a fleet can serve the adapter.
-
-    A catalog checks this before it registers a name.
+    [] if a fleet can serve the adapter. A catalog checks this before it registers a name.
     """
     refused: Refusals = defaultdict(list)
     refuse_unservable(adapter, leaves_of(adapter), "vLLM", refused)
@@ -103,9 +95,8 @@ def vllm_problems(adapter: Adapter) -> list[str]:
 def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
     """Whether any vLLM reads exactly this adapter from its own folder.
 
-    True for a single scale, by vLLM's formula.
-
-    Adapters that vLLM supports in no layout raise AdapterError later, when written.
+    True for a single scale, by vLLM's formula. Adapters that vLLM supports in no layout raise AdapterError
+    later, when written.
     """
     if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
         return False
@@ -120,8 +111,7 @@ def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
     return not vllm_problems(adapter) and all(p.rank == rank and p.scale == scale for p in adapter.pairs.values())
 
 
-# -- which exist, who uses them, which are removed first
-# ---------------------------------------------------------------
+# -- which exist, who uses them, which are removed first ---------------------------------------------------------------
 
 
 def is_made(mix: DigestMix) -> bool:
@@ -132,11 +122,8 @@ def is_made(mix: DigestMix) -> bool:
 def rendezvous(name: str, place: str) -> bytes:
     """The hash that ranks replicas for a mix.
 
-    Rendezvous hashing (Thaler and Ravishankar 1998).
-
-    A mix goes to the replicas with the highest values. All front doors agree, and adding or removing a
-    replica moves only
-    its own mixes.
+    Rendezvous hashing (Thaler and Ravishankar 1998). A mix goes to the replicas with the highest values. All
+    front doors agree, and adding or removing a replica moves only its own mixes.
     """
     return hashlib.sha256(f"{place}\0{name}".encode()).digest()
 
@@ -145,8 +132,7 @@ class Folders:
     """The folders of mixes, with limits.
 
     `each`: mixes per tenant. `limit_bytes`: size of all folders in `cache`. `grace`: seconds for which a new
-    folder is kept,
-    because another front door may be about to load it.
+    folder is kept, because another front door may be about to load it.
     """
 
     def __init__(self, cache: Path, *, limit_bytes: int = 16 << 30, each: int = 64, grace: float = 60.0) -> None:
@@ -157,9 +143,8 @@ class Folders:
     def use(self, name: str, tenant: str, busy: Callable[[str], bool]) -> list[str]:
         """Record a tenant's use of a mix.
 
-        Returns mixes dropped for it that nobody else uses.
-
-        Raises Refused (429) if the tenant's maximum of mixes all have running requests.
+        Returns mixes dropped for it that nobody else uses. Raises Refused (429) if the tenant's maximum of
+        mixes all have running requests.
         """
         own = {n: by[tenant] for n, by in self._used.items() if tenant in by and n != name}
         over = max(0, len(own) + 1 - self.each)

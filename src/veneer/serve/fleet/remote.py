@@ -1,21 +1,16 @@
 """One remote server over HTTP: vLLM, TGI, or any server of OpenAI's /v1/completions.
 
-| kind   | prompt, answer       | adapters                                    | unsupported settings
-|
-| ------ | -------------------- | ------------------------------------------- |
-------------------------------------- |
-| vllm   | ids, ids             | POST /v1/load_lora_adapter, /v1/models      | none
-|
-| openai | ids, text            | those that /v1/models lists                 | anything OpenAI's API has no
-field for |
-| tgi    | text, text with ids  | those it was started with, named in its URL | anything /generate_stream has
-no field for |
+| kind   | prompt, answer      | adapters                               | unsupported |
+| ----   | --------------      | --------                               | ----------- |
+| vllm   | ids, ids            | POST /v1/load_lora_adapter, /v1/models | nothing |
+| openai | ids, text           | those that /v1/models lists            | fields not in OpenAI's API |
+| tgi    | text, text with ids | started with, named in its URL         | fields not in /generate_stream |
 
-    http://host:8000    vllm+http://…    openai+https://…    tgi+http://host:8080?adapters=veneer-3fa9…,veneer-77c0…
+    http://host:8000   vllm+http://…   openai+https://…   tgi+http://host:8080?adapters=veneer-3fa9…,…
 
 Without a kind prefix the kind is detected. TGI answers an unknown adapter id with the base and status 200,
-and has no
-list of adapters: so the URL names them, and each counts as loaded once its answer differs from the base's.
+and has no list of adapters: so the URL names them, and each counts as loaded once its answer differs from the
+base's.
 
 Handles HTTP and one server; `fleet` decides which server gets a request.
 """
@@ -66,8 +61,7 @@ class Remote:
     """A server.
 
     `base`: the server's name for its base. `room`: context size in tokens, 0 if unknown. `loads`: whether
-    adapters can be
-    loaded at runtime.
+    adapters can be loaded at runtime.
     """
 
     loads = False
@@ -270,15 +264,14 @@ class Completions(Remote):
 
 
 _VLLM_ONLY = ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_ids", "ignore_eos", "grammar", "logprobs")
-"""logprobs, because OpenAI's alternatives are texts, and a Token's have ids."""
+"""Includes logprobs, because OpenAI's alternatives are texts, and a Token's have ids."""
 
 
 class TextGeneration(Remote):
     """A TGI server.
 
     TGI sends stop texts as part of the answer; they are cut here. Its logprobs are of the distribution after
-    temperature and
-    penalties, so they are supported only without these.
+    temperature and penalties, so they are supported only without these.
     """
 
     def __init__(self, url: str, client: httpx.AsyncClient, decode: Decode, adapters: tuple[str, ...]) -> None:

@@ -4,16 +4,13 @@
     POST /v1/chat/completions {"model": "support@prod", …}
 
 vLLM imports this module through the entry point `vllm.general_plugins` in each of its processes and calls
-`register`. It
-then resolves unknown names in the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX): to a folder if the adapter
-belongs to
-the base and vLLM serves it with full effect, else to None, which is a 404, with the reason in the log.
+`register`. It then resolves unknown names in the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX): to a folder
+if the adapter belongs to the base and vLLM serves it with full effect, else to None, which is a 404, with the
+reason in the log.
 
 vLLM remembers a name's meaning until it is unloaded, and keys its prefix cache by adapter name. So a name
-that can move
-(`support`, `support@prod`) resolves to a name with its version, `support@prod=support@3`: after an unload and
-a moved
-alias, no cached prompt of the old version can match.
+that can move (`support`, `support@prod`) resolves to a name with its version, `support@prod=support@3`: after
+an unload and a moved alias, no cached prompt of the old version can match.
 
 Runs in vLLM's environment, and also needs SQLAlchemy. Handles vLLM's resolver; `folders` does the rest.
 """
@@ -42,7 +39,7 @@ _Found = tuple[str, Path]
 def register() -> None:
     """Register the resolver.
 
-    VLLM calls this in every process, possibly more than once.
+    vLLM calls this function in every process, possibly more than once.
     """
     from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # type: ignore[import-not-found]
@@ -68,11 +65,9 @@ def _resolve_or_say(base: str, name: str) -> _Found | None:
 def resolve_name(base: str, name: str) -> _Found:
     """The adapter that `name` means in the library, for vLLM's `base`.
 
-    base: a folder or a hub id.
-
-    Raises ConfigError for text that is no reference (such as a path), AdapterError for an adapter that the
-    library does not
-    have, that belongs to another base, or that vLLM would not serve with full effect.
+    base: a folder or a hub id. Raises ConfigError for text that is no reference (such as a path),
+    AdapterError for an adapter that the library does not have, that belongs to another base, or that vLLM
+    would not serve with full effect.
     """
     from veneer.formats.read import read
     from veneer.library.library import library_place, open_library
@@ -101,8 +96,7 @@ def _check_base(base: str, version: Version, adapter: Adapter) -> None:
     """Raises AdapterError if the adapter belongs to another base.
 
     Compares the card's fingerprint, and every name and shape; skipped if the base's files are not on this
-    machine or have an
-    unknown layout.
+    machine or have an unknown layout.
     """
     if version.kind == "image":
         raise AdapterError(f"{version.reference} is of an image model, and vLLM serves language models")

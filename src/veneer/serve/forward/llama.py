@@ -3,10 +3,8 @@
     x ← x + o(attention(qkv(norm(x))))        x ← x + down(silu(gate(h)) ⊙ up(h)), h = norm(x)
 
 Supports Llama, Mistral, Qwen2, Qwen3, Phi-3 and compatible families; the runner probes whether a base is one.
-All
-layers are one call of ops/cpu/decoder.c if available; otherwise, or with a DoRA adapter, Python runs layer by
-layer,
-with the same bits.
+All layers are one call of ops/cpu/decoder.c if available; otherwise, or with a DoRA adapter, Python runs
+layer by layer, with the same bits.
 """
 
 from __future__ import annotations
@@ -94,8 +92,7 @@ class LlamaForward:
         """Yield the output of each layer, (tokens, dim), then the normed output.
 
         The bits equal those of `hidden`. Each yielded tensor is overwritten by the next layer. All layers can
-        share the pages
-        of one layer.
+        share the pages of one layer.
         """
         x = self._embedded(ids, segments)
         for i in range(len(self.blocks)):
@@ -252,8 +249,8 @@ def llama_forward(
     """Build the forward of a Llama-like base.
 
     If `layout.rows` is above 0, its products are batch-invariant (packed.in_blocks). Raises
-    NotImplementedError for a base
-    that is recognizably different; only a probe confirms that the result is right.
+    NotImplementedError for a base that is recognizably different; only a probe confirms that the result is
+    right.
     """
     root: Any = base.model.model
     config: Any = base.model.config.get_text_config()

@@ -1,19 +1,17 @@
 """Adapters as the runner uses them, and their low-rank products for a batch with a mix per row.
 
-    y[i] += Σ over the mix of row i:  strength · s·B·(A·x[i])           for each projection
-          +                           strength · (g - 1) ⊙ (y₀[i] - b)  DoRA: g = m / ‖W + s·B·A‖, y₀ the base's
+    y[i] += Σ over the mix of row i: strength · s·B·(A·x[i])           for each projection
+          +                          strength · (g - 1) ⊙ (y₀[i] - b)  DoRA: g = m / ‖W + s·B·A‖, y₀: base
 
 Projections that share an input (q, k, v; gate, up) form a *group*: their A are stacked, so each adapter takes
-two
-products per group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
-uses the
-fast kernel (ops/cpu/serving.c) if available, `add_reference` otherwise. A row's result does not depend on the
-rest of
-its batch: bit for bit with the kernel, and with the others if the layout has `rows`; else within rounding.
+two products per group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
+uses the fast kernel (ops/cpu/serving.c) if available, `add_reference` otherwise. A row's result does not
+depend on the rest of its batch: bit for bit with the kernel, and with the others if the layout has `rows`;
+else within rounding.
 
 Anything but a pair on a projection, the embedding or the head (full copies, token rows, LoHa …) has no
-low-rank form:
-`low_rank_problems` reports it, and the runner then runs the base's own modules with core's attachment.
+low-rank form: `low_rank_problems` reports it, and the runner then runs the base's own modules with core's
+attachment.
 """
 
 from __future__ import annotations
@@ -39,8 +37,7 @@ _RECORD = 2 + 5 * _PARTS
 """Integers in an adapter's record in ops/cpu/serving.c, for each group.
 
 The address of A (0: none) and its rank, then for each part the address of B (0: no part), its first column in
-y,
-columns, first row in A, rank.
+y, columns, first row in A, rank.
 """
 _STACK_BYTES = 1 << 30
 """Upper bound for the stacked factors of a step's adapters; above it, adapters are multiplied one by one."""
@@ -50,9 +47,7 @@ _STACK_BYTES = 1 << 30
 class Group:
     """Linear modules with one input: names, output sizes and biases.
 
-    In the order of the output's columns.
-
-    `weight(i)`: the i-th module's weight (out, in), as served.
+    In the order of the output's columns. `weight(i)`: the i-th module's weight (out, in), as served.
     """
 
     modules: tuple[str, ...]
@@ -82,9 +77,7 @@ class Group:
 class BaseLayout:
     """Every group of a base, and the name of its embedding.
 
-    At most three modules in a group.
-
-    `rows`: rows per block of a product, see packed.in_blocks.
+    At most three modules in a group. `rows`: rows per block of a product, see packed.in_blocks.
     """
 
     groups: tuple[Group, ...]
@@ -123,13 +116,10 @@ class PackedAdapter:
     """An adapter prepared for batched products.
 
     `groups`: group -> (A, parts), laid out for the kernel, or for torch, which would otherwise transpose them
-    in every
-    step. `gains`: group -> (g - 1 (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank,
-    dim)).
-    `records`: the kernel's records of all groups, on the CPU. `rank`: the largest sum of ranks of a group.
-    `key`: the
-    adapter's digest; a row adds up its adapters in the order of their keys, so the result does not depend on
-    its batch.
+    in every step. `gains`: group -> (g - 1 (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ
+    (rank, dim)). `records`: the kernel's records of all groups, on the CPU. `rank`: the largest sum of ranks
+    of a group. `key`: the adapter's digest; a row adds up its adapters in the order of their keys, so the
+    result does not depend on its batch.
     """
 
     adapter: Adapter
@@ -163,8 +153,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
     """Prepare an adapter that has no `low_rank_problems`.
 
     Each pair's `low_rank()` is converted to the base's dtype and to the layout of the kernel or torch; scales
-    are
-    multiplied in and rounded once.
+    are multiplied in and rounded once.
     """
     groups: dict[int, tuple[Tensor, list[_PackedB]]] = {}
     gains: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -269,8 +258,7 @@ class _Tables:
         """The factors of a group, zero-padded to the largest rank, for grouped products.
 
         Returns A, (adapters, in, Σ ranks), and for each module its first column in y, its first rank and B,
-        (adapters, rank,
-        columns). An adapter without a factor has zeros.
+        (adapters, rank, columns). An adapter without a factor has zeros.
         """
         if group not in self._stacks:
             own = [(i, *a.groups[group]) for i, a in enumerate(self.adapters) if group in a.groups]
@@ -356,9 +344,7 @@ class Segments:
     def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
         """Add the group's low-rank products to y (rows, columns) in place; x (rows, in).
 
-        Both contiguous.
-
-        `own`: the base's own product, if y contains more than that.
+        Both contiguous. `own`: the base's own product, if y contains more than that.
         """
         before = self._before_gains(group, y) if own is None else own
         run = dispatch("rows_low_rank", x, y)

@@ -2,13 +2,11 @@
 
 `Pages` holds the tensors; `engine.cache` assigns blocks to sequences.
 
-    out[t] = softmax(scale · q[t]·Kᵀ) · V      over the positions of t's own sequence up to its own, window at most
+    out[t] = softmax(scale · q[t]·Kᵀ) · V     over the positions of t's sequence up to its own, window at most
 
 On a CPU with AVX512-BF16 the pages use the layout of ops/cpu/serving.c, elsewhere (block, position, head, d)
-for torch.
-A token's result does not depend on its batch: bit for bit with the kernel and with torch's `tiles`, else
-within
-rounding, because the order of summation depends on the shape. A block is 16 tokens.
+for torch. A token's result does not depend on its batch: bit for bit with the kernel and with torch's
+`tiles`, else within rounding, because the order of summation depends on the shape. A block is 16 tokens.
 """
 
 from __future__ import annotations
@@ -64,8 +62,7 @@ class PackedRows:
         """Sequences that attend together: equally many tokens in the step, similar length.
 
         For each group: rows (sequences · tokens,), positions (sequences, tokens) and key slots (sequences,
-        longest). Cached for
-        all layers of a step.
+        longest). Cached for all layers of a step.
         """
         device = self.positions.device
         alike: dict[tuple[int, int], list[int]] = {}
@@ -91,8 +88,7 @@ class Rotary:
     """Rotary position embedding on halves: (a, b) -> (a cos - b sin, b cos + a sin).
 
     `cos`, `sin`: float32 (positions, d/2). `q_norm`, `k_norm`: weights (d,) of the preceding RMS norms, if
-    the family has
-    them.
+    the family has them.
     """
 
     cos: Tensor
@@ -130,7 +126,7 @@ class Pages:
     def rope_and_cache(self, layer: int, qkv: Tensor, rotary: Rotary, batch: PackedRows) -> None:
         """Norm and rotate queries and keys in place, and store keys and values.
 
-        Qkv (tokens, (heads + 2 kv) d).
+        qkv (tokens, (heads + 2 kv) d).
         """
         if self.native is not None:
             weights = [0 if w is None else w.data_ptr() for w in (rotary.q_norm, rotary.k_norm)]
@@ -221,8 +217,7 @@ class Pages:
         """Same as `_attend_reference`, tile by tile in fixed shapes.
 
         A tile has queries 16 i … 16 i + 15 of a sequence, zeros for those not in this step, over keys 0 … 16
-        i + 15, zeros for
-        those not computed yet.
+        i + 15, zeros for those not computed yet.
         """
         out = torch.empty_like(q)
         for s in range(len(batch.lengths)):

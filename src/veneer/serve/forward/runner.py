@@ -1,18 +1,16 @@
 """One forward of the base over the tokens of many sequences, each with its mix: ids in, logits out.
 
 Three ways, tried in this order when a base is loaded. Each is accepted only if it reproduces the logits of
-the base's
-own forward on a probe, token by token (models/text/probe.py):
+the base's own forward on a probe, token by token (models/text/probe.py):
 
-    fused     families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): our own forward over the base's weights,
-              q, k, v and gate, up joined, all layers one compiled call if available; low-rank products by `lowrank`
-    packed    any family whose attention goes through transformers' interface: its own modules, every token a row,
-              attention over pages; core's attachment gives each row its mix
-    alone     the rest (recurrent layers, other caches): one sequence at a time with transformers' own cache
+    fused   families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): our forward over the base's weights,
+            q, k, v and gate, up joined, all layers one compiled call if possible, low-rank part by `lowrank`
+    packed  any family whose attention goes through transformers' interface: its own modules, every token a
+            row, attention over pages; core's attachment gives each row its mix
+    alone   the rest (recurrent layers, other caches): one sequence at a time with transformers' own cache
 
 On a fused base, adapters with no low-rank form (full copies, token rows, LoHa …) run packed in the same step,
-over the
-same pages. Independent of scheduling.
+over the same pages. Independent of scheduling.
 """
 
 from __future__ import annotations
@@ -103,26 +101,19 @@ class Runner:
     """A base prepared for serving.
 
     `cache_bytes`: memory for keys and values. `pack_bytes`: upper bound for a prepacked second copy of the
-    projections.
-    `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with chunked
-    attention run
-    packed only if a context fits one chunk. `batch_invariant`: an answer's bits do not depend on the other
-    rows of its
-    steps or on how its prompt is chunked, at some cost in speed; needs a base of Llama's kind and adapters
-    with a low-rank
-    form. `weights`: dense, or int8 or int4 for machines with little memory: projections and head then exist
-    in that form
-    only, and the model loses its own weights.
+    projections. `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with
+    chunked attention run packed only if a context fits one chunk. `batch_invariant`: an answer's bits do not
+    depend on the other rows of its steps or on how its prompt is chunked, at some cost in speed; needs a base
+    of Llama's kind and adapters with a low-rank form. `weights`: dense, or int8 or int4 for machines with
+    little memory: projections and head then exist in that form only, and the model loses its own weights.
 
     For a quantized base of Llama's kind in bfloat16, the codes are moved into the compiled step's layout, and
-    the model
-    reads them from there. Other quantized weights stay as they are and are dequantized for each product.
+    the model reads them from there. Other quantized weights stay as they are and are dequantized for each
+    product.
 
     `how` and `why`: the way chosen, and why not an earlier one. `llama`: the base as tensors if `how` is
-    "fused", else
-    None. `pages`: keys and values, one `Pages` for each shape of attention heads. `shares`: whether sequences
-    can share
-    blocks. `close` restores a base with dense weights.
+    "fused", else None. `pages`: keys and values, one `Pages` for each shape of attention heads. `shares`:
+    whether sequences can share blocks. `close` restores a base with dense weights.
     """
 
     def __init__(
@@ -348,8 +339,7 @@ class Runner:
         finally:
             self._attachment.use()
 
-    # -- choosing the way
-    # ------------------------------------------------------------------------------------------------
+    # -- choosing the way ----------------------------------------------------------------------------------------------
 
     def _choose(self) -> tuple[str, str]:
         ways: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
@@ -386,8 +376,7 @@ class Runner:
         """How the logits differ from the base's own; "" if they do not.
 
         Runs the probe in pieces of different lengths, so that keys and values come from the pages, and each
-        row's last token
-        alone, as in serving.
+        row's last token alone, as in serving.
         """
         rows, blocks, used = own.ids.split(LENGTHS), [], 0
         for n in LENGTHS:

@@ -1,15 +1,11 @@
 """Choose the number of CPU threads for an engine step: one, or all.
 
 A step of few rows is hundreds of parallel regions of a few microseconds each. If waking a second thread takes
-as long
-as its half of the work, all threads are slower than one: 35 ms a token instead of 24 on a 2-core VM
+as long as its half of the work, all threads are slower than one: 35 ms a token instead of 24 on a 2-core VM
 (docs/notes/serving.md). The threshold depends on the machine and the model, so it is measured: for each size
-of step
-(token counts between two powers of two) the first few steps alternate between one thread and all, later steps
-use the
-faster, and after some thousand steps the trial repeats. For bases in bfloat16, whose products by our kernels
-have the
-same bits either way; float32 products do not.
+of step (token counts between two powers of two) the first few steps alternate between one thread and all,
+later steps use the faster, and after some thousand steps the trial repeats. For bases in bfloat16, whose
+products by our kernels have the same bits either way; float32 products do not.
 
 Depends on numbers and the clock only; no tensors.
 """

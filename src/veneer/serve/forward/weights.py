@@ -25,8 +25,7 @@ def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tens
     """product(x), a row-wise function, in zero-padded blocks of `rows` rows.
 
     torch and oneDNN choose the order of summation by shape, so a fixed shape makes a row's bits independent
-    of its batch.
-    0 rows: all at once.
+    of its batch. 0 rows: all at once.
     """
     if not rows or not len(x):
         return product(x)
@@ -53,9 +52,8 @@ class Coded:
     """Stacked weights of a quantized base, some of which may be plain; used in place.
 
     A few rows are multiplied by the codes if the device supports it; otherwise the weight is dequantized for
-    the duration
-    of one product, which all rows of a step share. `rows`: see `in_blocks`; the product by codes is not
-    blocked.
+    the duration of one product, which all rows of a step share. `rows`: see `in_blocks`; the product by codes
+    is not blocked.
     """
 
     parts: tuple[Tensor, ...]

@@ -1,6 +1,6 @@
-"""The HTTP surfaces: OpenAI's, vLLM's, SGLang's, LoRAX's and TGI's for text.
+"""The HTTP surfaces.
 
-OpenAI's for images.
+OpenAI's, vLLM's, SGLang's, LoRAX's and TGI's for text; OpenAI's for images.
 
 app.py         the application: middleware for all requests, error handlers, routers; health, metrics
 service.py     what all surfaces share: engine, names, tenancy, limits, metrics; the request's principal

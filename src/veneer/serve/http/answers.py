@@ -5,8 +5,7 @@
     stream     server-sent events
 
 Events are read from the engine as fast as they arrive and queued here, so that a slow client delays nobody;
-the queue holds
-at most the answers' own tokens. Closing `run` cancels what still runs.
+the queue holds at most the answers' own tokens. Closing `run` cancels what still runs.
 """
 
 from __future__ import annotations
@@ -42,12 +41,9 @@ class ClientLeft(Exception):
 class TextJob:
     """What one HTTP request asks of the engine.
 
-    One answer for each (prompt, sampling), in order.
-
-    `choices`: answers to each prompt; answer i belongs to prompt i // choices. `cache_salt`: the client's
-    salt; only prompts
-    with the same salt share cached blocks. `keep`: gets the texts of all answers once complete;
-    `keep_shadow`: the shadow's.
+    One answer for each (prompt, sampling), in order. `choices`: answers to each prompt; answer i belongs to
+    prompt i // choices. `cache_salt`: the client's salt; only prompts with the same salt share cached blocks.
+    `keep`: gets the texts of all answers once complete; `keep_shadow`: the shadow's.
     """
 
     caller: Principal

@@ -1,10 +1,9 @@
 """The application: middleware for all requests, errors in each surface's format, and all routes.
 
 `Door` handles each request before any route. It assigns a request ID, checks Host, Origin and Content-Type
-(421, 403, 415),
-determines the principal (401), refuses new work while the server is loading or draining (503), and receives
-the body, within
-limits on size and memory (413, 429) and time (408). At the end it releases the resources of the request.
+(421, 403, 415), determines the principal (401), refuses new work while the server is loading or draining
+(503), and receives the body, within limits on size and memory (413, 429) and time (408). At the end it
+releases the resources of the request.
 """
 
 from __future__ import annotations
@@ -64,10 +63,8 @@ def create_app(
     """All surfaces over one engine; each reads `request.app.state.service`.
 
     `routers`: more routes behind the same middleware. `unguarded`: path prefixes that check their own keys.
-    `large`: full paths,
-    as regular expressions, whose routes spool bodies to disk as they arrive, and the maximum bytes; those
-    routes limit their own
-    concurrency.
+    `large`: full paths, as regular expressions, whose routes spool bodies to disk as they arrive, and the
+    maximum bytes; those routes limit their own concurrency.
     """
     origins = service.settings.allowed_origins
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
@@ -105,18 +102,15 @@ def add_images(app: FastAPI) -> None:
     app.openapi_schema = None
 
 
-# -- middleware
-# -------------------------------------------------------------------------------------------------------
+# -- middleware --------------------------------------------------------------------------------------------------------
 
 
 class Door:
     """ASGI middleware in front of all routes.
 
-    Sets `veneer.id`, `veneer.principal` and `veneer.place` in the scope.
-
-    Decides by the scope's path, as the router does: `request.url` of older Starlettes is built from the Host
-    header, which can
-    contain a path of its own.
+    Sets `veneer.id`, `veneer.principal` and `veneer.place` in the scope. Decides by the scope's path, as the
+    router does: `request.url` of older Starlettes is built from the Host header, which can contain a path of
+    its own.
     """
 
     def __init__(
@@ -172,9 +166,7 @@ class Door:
     def _large(self, request: HttpRequest) -> int | None:
         """The size limit of a body that does not count against memory.
 
-        None for a body that counts.
-
-        Such a body is spooled to disk, or comes without a key.
+        None for a body that counts. Such a body is spooled to disk, or comes without a key.
         """
         if self._needs_no_key(request.scope["path"]):
             return _STRANGERS_BODY

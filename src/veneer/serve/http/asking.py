@@ -29,10 +29,8 @@ class AskedChat:
     """A conversation and its options.
 
     `sampling`: parameters for the tokens that the prompt leaves. `n`: answers. `variables`: template
-    variables besides messages
-    and tools. `kept`: whether the answer can be stored for feedback. `continued`: the last message is the
-    assistant's, and the
-    answer continues it.
+    variables besides messages and tools. `kept`: whether the answer can be stored for feedback. `continued`:
+    the last message is the assistant's, and the answer continues it.
     """
 
     chosen: ChosenMix
@@ -94,8 +92,7 @@ class AskedTexts:
     """A request from a view.
 
     `mix`: (name, strength) of each part, empty for the base. `logprobs`: most likely tokens in addition to
-    each of the answer's,
-    None for no logprobs. `id`: the answer's id, used by feedback.
+    each of the answer's, None for no logprobs. `id`: the answer's id, used by feedback.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -113,11 +110,8 @@ async def ask_texts(
 ) -> AsyncGenerator[IndexedEvent, None]:
     """(index, event) of `n` answers, as for a chat completion of the caller.
 
-    The request is a trial (see `Served`).
-
-    Closing it cancels what still runs. `served`: called with the resolved names before the first event. Call
-    on the server's
-    event loop. Raises Refused.
+    The request is a trial (see `Served`). Closing it cancels what still runs. `served`: called with the
+    resolved names before the first event. Call on the server's event loop. Raises Refused.
     """
     if service.phase != "ready":
         raise Refused(f"the server is {service.phase}", status=503, code="shutting_down", retry_after=5.0)

@@ -5,19 +5,15 @@
     class Load(Body): …                            the keys of a route's body
 
 Eight megabytes of text are one value; eight megabytes of `[],` are millions, each taking twenty times its
-bytes in memory.
-So values and depth are counted in the bytes (numpy, without the GIL), and large bodies are parsed in a
-thread. A duplicate
-key is an error.
+bytes in memory. So values and depth are counted in the bytes (numpy, without the GIL), and large bodies are
+parsed in a thread. A duplicate key is an error.
 
 A key is a field, and applied; or in `ignored`, harmless, and listed in the response's `x-veneer-ignored`
-header; or in
-`refused`, where any value but its neutral ones is an error with the reason; or unknown, an error with the
-nearest name.
+header; or in `refused`, where any value but its neutral ones is an error with the reason; or unknown, an
+error with the nearest name.
 
 Validation work is bounded: an object has at most `KEYS` keys, a list has a bound (`at_most`) and stops at its
-first error,
-and of a union only the type that the value looks like is checked.
+first error, and of a union only the type that the value looks like is checked.
 """
 
 from __future__ import annotations
@@ -93,9 +89,9 @@ def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple
 
 
 def _unescaped(part: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], bool]:
-    """1 where a string begins or ends, uint8.
+    """Mark where strings begin or end.
 
-    And whether the first byte after this part is escaped.
+    Returns uint8, 1 at each such byte, and whether the first byte after this part is escaped.
     """
     ends = (part == _QUOTE).view(np.uint8)
     at = np.flatnonzero(part == _BACKSLASH)
@@ -249,8 +245,7 @@ class Body(Strict):
         return {"x-veneer-ignored": ", ".join(self._ignored)} if self._ignored else {}
 
 
-# -- values shared by several surfaces
-# ----------------------------------------------------------------------------------
+# -- values shared by several surfaces ---------------------------------------------------------------------------------
 
 Objects = Annotated[list[dict[str, Any]], FAIL_FAST, at_most(ITEMS)]
 
@@ -312,8 +307,7 @@ def checked(model: type[BaseModel], value: Any, param: str) -> Any:
         raise invalid(problem_text(where, first), param) from error
 
 
-# -- validation errors
-# ----------------------------------------------------------------------------------------------------
+# -- validation errors -------------------------------------------------------------------------------------------------
 
 
 _PLAIN = [

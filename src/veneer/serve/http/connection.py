@@ -1,17 +1,16 @@
 """Time limits of HTTP connections, and a limit on their number.
 
-    head      a request's first line and headers must arrive within `head_time`, on new and on reused connections
+    head      a request's head must arrive within `head_time`, on new and on reused connections
     body      see app.Door; data still sent after a response must end within `body_time`
     idle      a connection is kept for `idle` seconds after a response
-    unread    if a client reads nothing for `stall` seconds, its connection is closed and its requests are cancelled
-    many      above `connections`, the server closes the oldest WebSockets first (pages reconnect automatically), and
-              then the connections that have waited longest for a request
+    unread    if a client reads nothing for `stall` seconds, its connection is closed, its requests cancelled
+    many      above `connections`, the server closes the oldest WebSockets first (pages reconnect), and then
+              the connections that have waited longest for a request
 
 Each connection has one timer, for whichever of these applies.
 
 In a burst of connections, it is unknown which ones will send a request. So connections younger than
-`_PATIENCE` seconds are
-kept while at most `_BEYOND` are surplus.
+`_PATIENCE` seconds are kept while at most `_BEYOND` are surplus.
 """
 
 from __future__ import annotations
@@ -73,8 +72,7 @@ class _All:
     """All open connections.
 
     `waiting`: connections waiting for a request -> start of the wait, longest first. `sockets`: WebSockets,
-    oldest first.
-    `look`: the timer after which surplus connections are closed.
+    oldest first. `look`: the timer after which surplus connections are closed.
     """
 
     waiting: dict[_Connection, float] = field(default_factory=dict)
@@ -167,7 +165,7 @@ class _Connection(H11Protocol):
         if self._unread is None:
             self.pause_writing()  # earlier writes must be read, too
 
-    # -- slow readers
+    # -- slow readers --------------------------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
         super().pause_writing()

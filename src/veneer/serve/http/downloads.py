@@ -24,8 +24,7 @@ def file_response(
     """A response that sends a file.
 
     `size`: bytes in `source`. `disposition`: the Content-Disposition header, which names the file. When all
-    is sent or the client
-    is gone, the source is closed and `after` is called in a thread.
+    is sent or the client is gone, the source is closed and `after` is called in a thread.
     """
 
     async def chunks() -> AsyncIterator[bytes]:

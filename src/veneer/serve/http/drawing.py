@@ -1,10 +1,9 @@
 """Image requests to the engine, from a client's images body or from a view.
 
-    ask_pictures    an ImageBody or EditBody -> DrawingPlan: a PictureRequest for each image; and the engine's events
+    ask_pictures    an ImageBody or EditBody -> DrawingPlan (PictureRequests), and the engine's events
 
 Requests run under the caller's limits and bill. No field is silently ignored: unsupported values are rejected
-with the
-reason. An image's size is read from its header before it is decoded, and no URL is ever fetched.
+with the reason. An image's size is read from its header before it is decoded, and no URL is ever fetched.
 """
 
 from __future__ import annotations
@@ -70,10 +69,8 @@ async def ask_pictures(
 ) -> tuple[DrawingPlan, AsyncGenerator[IndexedPicture, None]]:
     """Plan image generation.
 
-    Returns the plan and its events, which start when first awaited.
-
-    Closing the events cancels what still runs. `number`: the request's id. `trial`: see `Served`. Raises
-    Refused.
+    Returns the plan and its events, which start when first awaited. Closing the events cancels what still
+    runs. `number`: the request's id. `trial`: see `Served`. Raises Refused.
     """
     if service.engine.makes != "pictures":
         raise invalid("this server answers in text", fix="ask /v1/chat/completions")
@@ -91,9 +88,7 @@ def _chosen(
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
     """The mix, the client's name for each adapter, and factors or roles, if any.
 
-    Factors are by block and step.
-
-    An empty `mix` is the base.
+    Factors are by block and step. An empty `mix` is the base.
     """
     catalog, mixes = service.catalog, service.mixes
     if (parts := asked.mix) is not None:
@@ -124,9 +119,8 @@ async def _run(
 ) -> AsyncGenerator[IndexedPicture, None]:
     """The engine's events, under the caller's limits.
 
-    Completed work is billed however it ends.
-
-    Once the first image is finished, a route's shadow generates it as well.
+    Completed work is billed however it ends. Once the first image is finished, a route's shadow generates it
+    as well.
     """
     served = chosen.served
     places = engine.places(plan.requests[0].settings)
@@ -212,8 +206,7 @@ def _total(plan: DrawingPlan, usages: list[Usage]) -> Usage:
     )
 
 
-# -- planning
-# -------------------------------------------------------------------------------------------------------------
+# -- planning ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -355,9 +348,8 @@ class _Sent:
     def edited(self, base: ImageBase, asked: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
         """The image to start from, its mask in gray, and an editing base's sources.
 
-        White in the mask is regenerated.
-
-        Without a mask, an editing base gets all images as sources, and starts from none.
+        White in the mask is regenerated. Without a mask, an editing base gets all images as sources, and
+        starts from none.
         """
         given, mask = asked.pictures, asked.mask_data
         several = bool(base.references) and mask is None

@@ -1,8 +1,7 @@
 """Errors in each surface's format: one Refused, four bodies.
 
 A route's first tag names its surface, and thus the format. The status is the error's own, except where a
-surface uses
-another (TGI: 422 for an invalid request, 424 for a failed generation).
+surface uses another (TGI: 422 for an invalid request, 424 for a failed generation).
 """
 
 from __future__ import annotations
@@ -152,8 +151,7 @@ def answering(what: str, known: KnownErrors = MappingProxyType({})) -> Iterator[
     """Convert exceptions into client errors.
 
     `what`: the part of the server in use, for outages and internal errors. `known`: exceptions caused by the
-    request; the first
-    matching type counts.
+    request; the first matching type counts.
     """
     try:
         yield

@@ -5,9 +5,10 @@
 
 `BodyRoute` (bodies.py) checks the permission before the body is read, and refuses a route that declares none.
 
-Any page that a user visits can make the browser send requests to servers on the user's machine, also through a domain
-of the attacker that resolves to this machine (DNS rebinding). So a server without keys accepts only known hosts, and a
-request that could change something or carries a cookie must come from the server's own pages or an `--allowed-origin`.
+Any page that a user visits can make the browser send requests to servers on the user's machine, also through
+a domain of the attacker that resolves to this machine (DNS rebinding). So a server without keys accepts only
+known hosts, and a request that could change something or carries a cookie must come from the server's own
+pages or an `--allowed-origin`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Prometheus metrics: vLLM's names where the meaning is the same, and a few per adapter.
 
 An adapter's name is a label only for the first `adapters` names, likewise tenants; the rest are counted as
-"other", and
-requests with several adapters as "mix". So the number of series is bounded.
+"other", and requests with several adapters as "mix". So the number of series is bounded.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-"""Texts, messages and token ids -> prompts.
+"""The tokenizer interface of the surfaces.
 
-Tokens -> texts and bytes: the surfaces' tokenizer interface.
-
-A text is measured before it is tokenized: if it has more characters than a context of the longest tokens, it
-is rejected at
-once. Other texts are tokenized in the admission's threads, never on the event loop, by an immutable copy of
-the tokenizer,
-so that threads need not wait for each other. A tokenizer that cannot be copied (a slow one, or a class with
-additions)
-encodes in one thread at a time.
+Texts, messages and token ids -> prompts; tokens -> texts and bytes. A text is measured before it is
+tokenized: if it has more characters than a context of the longest tokens, it is rejected at once. Other texts
+are tokenized in the admission's threads, never on the event loop, by an immutable copy of the tokenizer, so
+that threads need not wait for each other. A tokenizer that cannot be copied (a slow one, or a class with
+additions) encodes in one thread at a time.
 """
 
 from __future__ import annotations
@@ -60,7 +56,7 @@ class Prompts:
         self.most = self.context * max(map(len, base.tokenizer.get_vocab()))
         """Characters that a context could hold if each token were the longest in the vocabulary."""
 
-    # -- encoding
+    # -- encoding ------------------------------------------------------------------------------------------------------
 
     async def of_parts(
         self,
@@ -129,9 +125,8 @@ class Prompts:
     ) -> tuple[int, ...]:
         """Token ids of a conversation, through the chat template.
 
-        Raises Refused (400) if that fails.
-
-        `variables`: the client's variables for the template. A base without a template is an error too.
+        Raises Refused (400) if that fails. `variables`: the client's variables for the template. A base
+        without a template is an error too.
         """
         from veneer.models.text.generate import rendered  # late: the server listens before torch is imported
 
@@ -174,7 +169,7 @@ class Prompts:
             raise Refused(what, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
         return room
 
-    # -- decoding
+    # -- decoding ------------------------------------------------------------------------------------------------------
 
     async def decode(self, ids: Sequence[int], *, place: AdmittedRequest | None = None) -> str:
         read = self.base.tokenizer.decode
@@ -217,8 +212,7 @@ def _ids(reader: Any, text: str, special: bool) -> list[int]:
     """Token ids of a text, encoded as a batch of one.
 
     Only batches are tokenized without the GIL, which a long text would otherwise hold for 50 ms, delaying the
-    engine; this
-    method also skips offsets.
+    engine; this method also skips offsets.
     """
     ids: list[int] = reader.encode_batch_fast([text], add_special_tokens=special)[0].ids
     return ids
@@ -227,9 +221,7 @@ def _ids(reader: Any, text: str, special: bool) -> list[int]:
 def _reader(tokenizer: Any) -> Any:
     """A copy of a fast tokenizer that neither pads nor truncates.
 
-    Many threads can use it at once.
-
-    None if its results differ from the tokenizer's.
+    Many threads can use it at once. None if its results differ from the tokenizer's.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not tokenizer.is_fast:

@@ -61,8 +61,7 @@ Paths = Annotated[
     Discriminator(_one_or_several),
 ]
 """SGLang's lora_path: one name, or one for each prompt."""
-# -- conversion
-# --------------------------------------------------------------------------------------------------------
+# -- conversion --------------------------------------------------------------------------------------------------------
 
 
 def sampling_of(**values: Any) -> Sampling:

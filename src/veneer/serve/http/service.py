@@ -43,10 +43,8 @@ class MixChooser:
     """Resolves the adapter mix of a body.
 
     A body names adapters in one way: `model`, `mix`, LoRAX's `adapter_id` or SGLang's `lora_path`. Two ways
-    at once are
-    rejected, and an unknown name is 404, never the base. `default`: adapter -> strength for requests that
-    name none, on every
-    surface; set by the operator at startup.
+    at once are rejected, and an unknown name is 404, never the base. `default`: adapter -> strength for
+    requests that name none, on every surface; set by the operator at startup.
     """
 
     def __init__(self, catalog: Catalog) -> None:
@@ -66,9 +64,8 @@ class MixChooser:
     ) -> ChosenMix:
         """The mix that a body names; without any name, the visible part of `default`.
 
-        An empty `mix` is the base.
-
-        A `model` that names an adapter takes precedence over `lora_path`, as in SGLang.
+        An empty `mix` is the base. A `model` that names an adapter takes precedence over `lora_path`, as in
+        SGLang.
         """
         named = model if model and model != self.catalog.base else None
         if mix is not None and (named or lora_path):
@@ -141,10 +138,9 @@ class Service:
     """The parts of one server.
 
     `reader`: tokenizes prompts. `phase`: set to draining by the server. `inside`: requests being answered.
-    `fine_tunes`:
-    whether POST /v1/fine_tuning/jobs accepts this server's models. `loaded`: whether the base is loaded;
-    until then `engine`
-    and `reader` are placeholders (`use_base`), and `step` describes the loading progress.
+    `fine_tunes`: whether POST /v1/fine_tuning/jobs accepts this server's models. `loaded`: whether the base
+    is loaded; until then `engine` and `reader` are placeholders (`use_base`), and `step` describes the
+    loading progress.
     """
 
     engine: Engine[Any, Any]
@@ -203,9 +199,8 @@ class Service:
     def tidy(self) -> None:
         """Schedule returning freed memory of large bodies to the system.
 
-        Concurrent calls schedule it once.
-
-        The C library keeps freed memory between blocks that are still in use.
+        Concurrent calls schedule it once. The C library keeps freed memory between blocks that are still in
+        use.
         """
         if not self._tidies:
             self._tidies = True
@@ -220,8 +215,7 @@ def _admission(settings: HttpSettings) -> Admission:
     return Admission(bodies=8 * settings.max_body, answers=settings.queue, texts=4 * settings.max_body)
 
 
-# -- per request
-# ----------------------------------------------------------------------------------------------------
+# -- per request -------------------------------------------------------------------------------------------------------
 
 
 def service_of(request: HttpRequest) -> Service:
@@ -232,9 +226,7 @@ def service_of(request: HttpRequest) -> Service:
 def client_key(request: HttpRequest) -> str | None:
     """The client's key: a bearer token, or the headers of older clients.
 
-    Azure's clients among them.
-
-    Tinker's SDK only sends keys with the prefix tml-, which is removed.
+    Azure's clients among them. Tinker's SDK only sends keys with the prefix tml-, which is removed.
     """
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and key.strip():

@@ -30,8 +30,7 @@ class EventStream(Response):
     """A stream of server-sent events.
 
     `lines`: the events' bytes, made from `source`. `told`: formats an error that comes too late for a status.
-    `stall`: seconds
-    for which the client can leave the stream unread.
+    `stall`: seconds for which the client can leave the stream unread.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 | tool_choice | the answer | parsed as |
 | --- | --- | --- |
 | none, or no tools | text | text |
-| auto | text that can contain `<tool_call>{"name": …, "arguments": {…}}</tool_call>` (Hermes, Qwen, SmolLM3) | both |
+| auto | text with `<tool_call>{"name": …, "arguments": {…}}</tool_call>` (Hermes, Qwen, SmolLM3) | both |
 | required | by grammar, one object {"name", "arguments"} that fits one of the tools | one call |
 | a function | by grammar, an object that fits its parameters | the arguments of one call |
 

@@ -6,19 +6,14 @@
     served = catalog.resolve("support@prod", caller)
 
 A name is looked up in this order: the base's name; a route (`routes`); a loaded name; a library reference
-(`support`,
-`support@2`, `support@prod`, `sha256:…`). Each can have the prefix `base:`; `ft:base:acme:support:id` is
-OpenAI's form
-(library/names.py). Unknown names and names that the caller may not see give the same 404; for the latter,
-before any
-lookup.
+(`support`, `support@2`, `support@prod`, `sha256:…`). Each can have the prefix `base:`;
+`ft:base:acme:support:id` is OpenAI's form (library/names.py). Unknown names and names that the caller may not
+see give the same 404; for the latter, before any lookup.
 
 Names from clients never reach the file system: they are compared with known names and looked up in the
-library's index.
-A loaded adapter is fully checked before its name becomes visible. A library adapter that was not loaded is
-checked by the
-same rules on its first request, off the engine's thread; the index already tells if it belongs to another
-base.
+library's index. A loaded adapter is fully checked before its name becomes visible. A library adapter that was
+not loaded is checked by the same rules on its first request, off the engine's thread; the index already tells
+if it belongs to another base.
 """
 
 from __future__ import annotations
@@ -52,8 +47,7 @@ class _Meaning:
     """What a client's name means.
 
     `target`: the adapter's name, or the one that a route chose. `digest`, `own`: the adapter, and the
-    operator's name for
-    it; "" for the base.
+    operator's name for it; "" for the base.
     """
 
     target: str
@@ -92,10 +86,8 @@ class Catalog:
     """Resolves names, and loads and unloads adapters.
 
     `problems`: reasons why an adapter cannot be served with full effect, one line each. `residents`: where
-    loaded adapters
-    are kept. `name`: the base's served name; by default the last part of its own name. Thread-safe; only
-    `load` and `check`
-    read files.
+    loaded adapters are kept. `name`: the base's served name; by default the last part of its own name.
+    Thread-safe; only `load` and `check` read files.
 
     Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `shelf`).
     """
@@ -126,8 +118,7 @@ class Catalog:
         """Serve names over a base that has just been loaded."""
         self.shelf.base, self.problems, self.residents = base, problems, residents
 
-    # -- resolving names
-    # -------------------------------------------------------------------------------------------------
+    # -- resolving names -----------------------------------------------------------------------------------------------
 
     def resolve(self, model: str, caller: Principal) -> Served:
         """Resolve a client's model name for a caller.
@@ -246,10 +237,7 @@ class Catalog:
         return self._library_models[1]
 
     def in_memory(self) -> list[tuple[str, ResidentAdapter]]:
-        """(the operator's name, the adapter) of each adapter in memory, newest first.
-
-        Sorted by last use.
-        """
+        """(the operator's name, the adapter) of each in memory, most recently used first."""
         named = {card.digest: name for name, card in self._loaded.items()}
         found = []
         for each in self.residents.listed():
@@ -273,13 +261,9 @@ class Catalog:
     def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
         """Read an adapter, check it against the base and keep it in memory.
 
-        A rejected load changes nothing.
-
-        With `replace` the name switches to the new weights between two requests; running requests keep the
-        old weights, which
-        are freed with the last of them. `source`: a library reference, or a path inside the operator's
-        allowed folders. Blocks:
-        call in a thread.
+        A rejected load changes nothing. With `replace` the name switches to the new weights between two
+        requests; running requests keep the old weights, which are freed with the last of them. `source`: a
+        library reference, or a path inside the operator's allowed folders. Blocks: call in a thread.
         """
         try:
             check_name(name, cased=True)

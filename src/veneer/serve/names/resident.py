@@ -1,22 +1,18 @@
 """Adapters in memory: loading, leases, and eviction.
 
-    lease = residents.acquire(request.mix, ready)      at once if all are in memory; else None, then ready(lease)
+    lease = residents.acquire(request.mix, ready)   at once if all are in memory; else None, then ready(lease)
     … lease.parts: what `prepare` made of each adapter, with its strength …
     lease.release()
 
 Each adapter has one entry: wanted → loading → loaded → resident. A few threads load (read and prepare).
-Requests for the
-same adapters wait in one group; groups get memory in order of arrival, for all of a mix or none, so that two
-mixes cannot
-hold half each. Leased adapters are never evicted. If a group waits longer than `patience` for memory that
-others keep in
-use, the adapters resident longest are drained: they take no new requests until the group fits. So with twice
-as many
-adapters in demand as fit, they take turns of at least `patience`.
+Requests for the same adapters wait in one group; groups get memory in order of arrival, for all of a mix or
+none, so that two mixes cannot hold half each. Leased adapters are never evicted. If a group waits longer than
+`patience` for memory that others keep in use, the adapters resident longest are drained: they take no new
+requests until the group fits. So with twice as many adapters in demand as fit, they take turns of at least
+`patience`.
 
 Only `load` blocks. In addition to the limit, loaded adapters can wait for memory: as many as there are
-threads, or as the
-next group needs. Depends on adapters and sizes; not on models or names.
+threads, or as the next group needs. Depends on adapters and sizes; not on models or names.
 """
 
 from __future__ import annotations
@@ -101,8 +97,7 @@ class _Entry(Generic[T]):
     """The state of one adapter.
 
     `adapter`: already read, to be prepared. `thing`: the prepared adapter, once loaded. `dropped`: no name
-    refers to it.
-    `used`: counter value of its last use. `since`: when it became resident.
+    refers to it. `used`: counter value of its last use. `since`: when it became resident.
     """
 
     digest: str
@@ -137,10 +132,8 @@ class Residents(Generic[T]):
     """Loads and evicts adapters.
 
     `read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: (adapter, digest) ->
-    what the runner
-    needs. Both run on this object's threads. `freed`: called with each evicted object, from any thread.
-    `submit`: runs jobs;
-    by default on `threads` threads.
+    what the runner needs. Both run on this object's threads. `freed`: called with each evicted object, from
+    any thread. `submit`: runs jobs; by default on `threads` threads.
     """
 
     def __init__(
@@ -172,17 +165,13 @@ class Residents(Generic[T]):
         assert self._pool is not None
         self._pool.submit(copy_context().run, job)
 
-    # -- for the engine's step: none of these block
-    # --------------------------------------------------------------------
+    # -- for the engine's step: none of these block --------------------------------------------------------------------
 
     def acquire(self, mix: DigestMix, ready: _Ready[T]) -> Lease[T] | None:
         """The lease if everything is in memory.
 
-        Else None, and `ready` is called once later.
-
-        `ready` gets a lease or the error, from another thread or within a later call of this object, so it
-        must only post a
-        message.
+        Else None, and `ready` is called once later. `ready` gets a lease or the error, from another thread or
+        within a later call of this object, so it must only post a message.
         """
         with self._changing():
             entries = [self._entries.get(digest) for digest, _ in mix]
@@ -210,17 +199,14 @@ class Residents(Generic[T]):
             self._advance()
         return True
 
-    # -- loading and unloading
-    # -----------------------------------------------------------------------------------------
+    # -- loading and unloading -----------------------------------------------------------------------------------------
 
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False, timeout: float = 60.0) -> None:
         """Load an adapter and wait until it is in memory.
 
-        `adapter`: the adapter, if already read.
-
-        Raises Refused if it cannot be prepared or can never fit; overloaded (503) if it is to be pinned and
-        running requests
-        leave no room within `timeout` seconds. If it is not pinned, it is then loaded on demand instead.
+        `adapter`: the adapter, if already read. Raises Refused if it cannot be prepared or can never fit;
+        overloaded (503) if it is to be pinned and running requests leave no room within `timeout` seconds. If
+        it is not pinned, it is then loaded on demand instead.
         """
         answers: SimpleQueue[Lease[T] | Refused] = SimpleQueue()
         with self._changing():
@@ -277,8 +263,7 @@ class Residents(Generic[T]):
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    # -- status
-    # --------------------------------------------------------------------------------------------------------
+    # -- status --------------------------------------------------------------------------------------------------------
 
     def stats(self) -> ResidentStats:
         with self._changing():
@@ -315,8 +300,7 @@ class Residents(Generic[T]):
         with self._changing():
             return {e.digest: e.leases for e in self._entries.values()}
 
-    # -- with the lock held
-    # --------------------------------------------------------------------------------------------
+    # -- with the lock held --------------------------------------------------------------------------------------------
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -467,8 +451,7 @@ class Residents(Generic[T]):
         if not self._wanted(entry):
             self._entries.pop(entry.digest, None)
 
-    # -- jobs, on the threads
-    # -------------------------------------------------------------------------------------------
+    # -- jobs, on the threads ------------------------------------------------------------------------------------------
 
     def _load(self, entry: _Entry[T]) -> None:
         """Load an adapter; a failure fails only the groups that want it."""

@@ -7,40 +7,24 @@
 
 Adapters that cannot be served raise Refused (adapter_unusable) with a message that starts with a reason:
 
-    | reason                       | status |
-    |
-    | not_found                    | 404    | no such reference, no such file, or the file is in no allowed
-    folder     |
-    | wrong_base                   | 400    | it belongs to another base
-    |
-    | shape_mismatch               | 400    | names or shapes that this base does not have
-    |
-    | unsafe_file                  | 400    | a pickle, an inconsistent header, a link that leads out of its
-    folder    |
-    | corrupt                      | 400    | a truncated file, no adapter, settings that contradict its
-    tensors       |
-    | not_finite                   | 400    | NaN or infinity
-    |
-    | unstated_scale               | 400    | a file in PEFT's names without its configuration
-    |
-    | too_large                    | 400    | more bytes than the limit
-    |
-    | dora_unsupported             | 400    | reported by the runner, whose message follows
-    |
-    | modules_to_save_unsupported  | 400    | reported by the runner: full copies of modules, token rows
-    |
-    | new_tokens_unsupported       | 400    | tokens that the tokenizer does not have
-    |
-    | form_unsupported             | 400    | anything else that the runner cannot serve with full effect
-    |
-    | changed                      | 409    | the file was replaced since it was loaded: load it again
-    |
-    | damaged                      | 503    | the library's copy is missing or differs from what was added
-    |
+    | reason                       | status | |
+    | not_found                    | 404    | no such reference, or file in an allowed folder |
+    | wrong_base                   | 400    | it belongs to another base |
+    | shape_mismatch               | 400    | names or shapes that this base does not have |
+    | unsafe_file                  | 400    | a pickle, an inconsistent header, a link out of its folder |
+    | corrupt                      | 400    | a truncated file, no adapter, contradictory settings |
+    | not_finite                   | 400    | NaN or infinity |
+    | unstated_scale               | 400    | a file in PEFT's names without its configuration |
+    | too_large                    | 400    | more bytes than the limit |
+    | dora_unsupported             | 400    | reported by the runner, whose message follows |
+    | modules_to_save_unsupported  | 400    | reported by the runner: full copies of modules, token rows |
+    | new_tokens_unsupported       | 400    | tokens that the tokenizer does not have |
+    | form_unsupported             | 400    | anything else that the runner cannot serve with full effect |
+    | changed                      | 409    | the file was replaced since it was loaded: load it again |
+    | damaged                      | 503    | the library's copy is missing or differs from what was added |
 
 A store, database or disk that does not answer is not the adapter's fault: 503 `unavailable`, to be retried.
-Depends on
-the library, files and one base; not on a server's names or requests.
+Depends on the library, files and one base; not on a server's names or requests.
 """
 
 from __future__ import annotations
@@ -78,8 +62,7 @@ class AdapterPlace:
     """The location of an adapter's files.
 
     `root`: the operator's name for the adapter; never a path. `reference`: its library reference by content,
-    with its
-    `entry` and `format` there; "" for a `path`.
+    with its `entry` and `format` there; "" for a `path`.
     """
 
     root: str
@@ -130,16 +113,13 @@ class Shelf:
         self._lock = threading.Lock()
         self._listed: tuple[object, list[NamedVersion]] = (None, [])
 
-    # -- looking up references
-    # ---------------------------------------------------------------------------------------
+    # -- looking up references -----------------------------------------------------------------------------------------
 
     def look(self, reference: str, *, sure: bool = False) -> NamedVersion | None:
         """Look up a reference in the in-memory index.
 
-        None if it is unknown or not a reference.
-
-        Reads no adapter and queries no database. `sure`: wait for an index refresh that starts now, for
-        callers that can block.
+        None if it is unknown or not a reference. Reads no adapter and queries no database. `sure`: wait for
+        an index refresh that starts now, for callers that can block.
         """
         if self.names is None or len(reference) > 200:
             return None
@@ -170,8 +150,7 @@ class Shelf:
         if self.names is not None:
             self.names.close()
 
-    # -- locating files
-    # ----------------------------------------------------------------------------------------------
+    # -- locating files ------------------------------------------------------------------------------------------------
 
     def locate(self, source: str) -> AdapterPlace:
         """The location of a library reference, or of a path in an allowed folder.
@@ -224,9 +203,7 @@ class Shelf:
     def remember(self, digest: str, place: AdapterPlace) -> None:
         """Read the adapter with this digest from `place` for running requests.
 
-        Keep the newest `MOST_PLACES`.
-
-        A location in the library is preferred to a path.
+        Keep the newest `MOST_PLACES`. A location in the library is preferred to a path.
         """
         with self._lock:
             old = self._recent.pop(digest, place)
@@ -272,11 +249,8 @@ class Shelf:
     def read_from(self, place: AdapterPlace, problems: Problems, digest: str = "") -> Adapter:
         """Read an adapter, and check that this base serves it with full effect.
 
-        Raises Refused.
-
-        `digest`: required digest of the adapter. Tensors from an allowed folder are copied: if somebody
-        writes to a mapped file,
-        running requests would see the change.
+        Raises Refused. `digest`: required digest of the adapter. Tensors from an allowed folder are copied:
+        if somebody writes to a mapped file, running requests would see the change.
         """
         if place.path is not None and not place.path.exists():
             raise unusable("not_found", f"{place.root} is no longer there", status=404)

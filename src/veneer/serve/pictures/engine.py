@@ -4,8 +4,7 @@
                          -> Queued, PictureStep, PartialPicture …, FinishedPicture for each
 
 Images with the same settings are denoised together, each with its own mix and noise, so no image depends on
-its batch.
-One thread denoises; nothing else touches the base or its attachment. Independent of HTTP.
+its batch. One thread denoises; nothing else touches the base or its attachment. Independent of HTTP.
 """
 
 from __future__ import annotations
@@ -70,10 +69,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     """Generates images on one base until closed. A context manager.
 
     `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet;
-    OWN_KINDS default
-    to the base's own. `window`: seconds that a first image waits for others to batch with. `adapter_bytes`:
-    memory for
-    adapters. `stuck_seconds`: a step longer than this counts as stuck.
+    OWN_KINDS default to the base's own. `window`: seconds that a first image waits for others to batch with.
+    `adapter_bytes`: memory for adapters. `stuck_seconds`: a step longer than this counts as stuck.
     """
 
     makes = "pictures"
@@ -127,9 +124,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     def close(self) -> None:
         """Accept no more, reject what waits, and stop after the current step.
 
-        The base is restored.
-
-        Blocks; safe to call again.
+        The base is restored. Blocks; safe to call again.
         """
         with self._wake:
             self._closing = True
@@ -141,19 +136,15 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     async def end(self) -> None:
         await asyncio.to_thread(self.close)
 
-    # -- interface for surfaces
-    # -----------------------------------------------------------------------------------------
+    # -- interface for surfaces ----------------------------------------------------------------------------------------
 
     async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
         """Generate images; yields (request index, event).
 
-        Queued for each request, then steps and previews.
-
-        FinishedPicture is each request's last event. All requests are accepted or none. Closing the iterator
-        cancels them: waiting
-        images leave the queue, and an abandoned batch ends at its next step. Raises Refused, before the first
-        event if possible;
-        the first failure ends all.
+        Queued for each request, then steps and previews. FinishedPicture is each request's last event. All
+        requests are accepted or none. Closing the iterator cancels them: waiting images leave the queue, and
+        an abandoned batch ends at its next step. Raises Refused, before the first event if possible; the
+        first failure ends all.
         """
         self._refuse_beyond(len(requests))
         await asyncio.to_thread(self._check, requests)
@@ -182,9 +173,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     def control(self, kind: str) -> tuple[str, Any]:
         """(name, model) of the ControlNet for a kind of control image, loaded once.
 
-        Blocks.
-
-        Raises Refused for a kind without a ControlNet.
+        Blocks. Raises Refused for a kind without a ControlNet.
         """
         with self._preparing:
             if kind not in self._controls:
@@ -402,8 +391,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             batch.append(job)
         return batch
 
-    # -- the worker thread
-    # ----------------------------------------------------------------------------------------------
+    # -- the worker thread ---------------------------------------------------------------------------------------------
 
     def _draw(self, jobs: Sequence[_Job]) -> None:
         jobs = [job for job in jobs if not job.gone and self._attached(job)]
@@ -531,8 +519,7 @@ class PictureTurns:
     """Weighted round robin by images.
 
     Each tenant has a clock that an image advances by 1/weight; the tenant whose clock is furthest behind is
-    next. A tenant that
-    returns after a pause starts at the present, and has saved nothing.
+    next. A tenant that returns after a pause starts at the present, and has saved nothing.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The requests and events of the image engine, as `serve.request` for text.
 
-surface -> PictureRequest -> PictureEngine -> Queued, PictureStep, PartialPicture …, FinishedPicture ->
-surface
+surface -> PictureRequest -> PictureEngine
+        -> Queued, PictureStep, PartialPicture …, FinishedPicture -> surface
 """
 
 from __future__ import annotations
@@ -29,13 +29,10 @@ class PictureRequest:
     """A request for one image.
 
     `settings`: sizes and numbers, all set except the scheduler, and the request's `image`, `mask`,
-    `references` and control
-    images. `factors`: by digest, how an adapter's strength varies by block and step, at strength 1, without
-    roles
-    (`PictureEngine.in_campaign`). `labels`: the client's names of the adapters, by digest, for the infotext
-    only. `inputs`:
-    what the record states about the input images. `previews`: number of previews. Other fields are as in
-    `Request`.
+    `references` and control images. `factors`: by digest, how an adapter's strength varies by block and step,
+    at strength 1, without roles (`PictureEngine.in_campaign`). `labels`: the client's names of the adapters,
+    by digest, for the infotext only. `inputs`: what the record states about the input images. `previews`:
+    number of previews. Other fields are as in `Request`.
     """
 
     prompt: str
@@ -94,8 +91,7 @@ class FinishedPicture:
     """The finished image.
 
     `usage`: `prompt` is the tokens of the prompts, `completion` the latent positions that the denoiser
-    processes, `decode` the
-    seconds of its batch of `batch` images. `notes`: warnings, such as truncated text.
+    processes, `decode` the seconds of its batch of `batch` images. `notes`: warnings, such as truncated text.
     """
 
     made: RecordedPicture

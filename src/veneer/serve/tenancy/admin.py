@@ -3,8 +3,7 @@
     app.include_router(admin_router(tenants, catalog))
 
 Bodies are strict: an unknown key is an error that names the nearest. Errors have OpenAI's format. Names are
-in bodies and
-queries as well as in paths, because a route's name can contain a slash.
+in bodies and queries as well as in paths, because a route's name can contain a slash.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A request as the ledger records it: the request, one line for each part of its mix, and how it ended.
 
 A part's price does not depend on the other parts: each line charges its adapter's price for all of the
-request's tokens,
-and the request costs the sum of its lines.
+request's tokens, and the request costs the sum of its lines.
 """
 
 from __future__ import annotations

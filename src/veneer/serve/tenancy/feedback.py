@@ -1,29 +1,23 @@
 """Feedback: stored answers, users' feedback on them, and training rows from both.
 
     answer          `keeping` checks whether the tenant allows storing it; then the ledger's thread writes it
-    into SQLite,
-                    or an outbox on the local disk holds it until PostgreSQL has it: no request waits
-    feedback        on an answer by its id: a thumb, a correction, answers it was preferred to; the last
-    feedback counts
+                    into SQLite, or an outbox on the local disk holds it until PostgreSQL has it
+    feedback        on an answer by its id: a thumb, a correction, answers it beats; the last counts
     rows            exported for `veneer train`
 
-    supervised      the correction of an answer, or an answer with a thumb up       messages, tools?
-    preference      a correction over the original answer; an answer over each      prompt, chosen, rejected, tools?
-                    that it was preferred to
-    unpaired        an answer with a thumb                                          prompt, completion, label, tools?
+    supervised    the correction of an answer, or an answer with a thumb up  messages, tools?
+    preference    a correction over the original answer; an answer over      prompt, chosen, rejected, tools?
+                  each that it was preferred to
+    unpaired      an answer with a thumb                                     prompt, completion, label, tools?
 
 Nothing is stored for a tenant without `FeedbackTerms`. A stored answer has an expiry time; after it, the
-answer is
-hidden, and the next sweep deletes it. The request's `user` is stored as a hash, by which all answers of a
-user can be
-deleted, with or without feedback; answers requested before the deletion that arrive later are not stored
-either.
+answer is hidden, and the next sweep deletes it. The request's `user` is stored as a hash, by which all
+answers of a user can be deleted, with or without feedback; answers requested before the deletion that arrive
+later are not stored either.
 
 While the database is unavailable, feedback returns 503. Answers for PostgreSQL wait in the outbox, up to a
-limit of which
-one tenant can use half. A tenant's rows in the database are limited too (`files` and `disk` of QuotaLimits).
-Over a
-limit, answers are sent but not stored, with an entry in the log.
+limit of which one tenant can use half. A tenant's rows in the database are limited too (`files` and `disk` of
+QuotaLimits). Over a limit, answers are sent but not stored, with an entry in the log.
 """
 
 from __future__ import annotations
@@ -73,8 +67,7 @@ _MEASURED = 60.0
 _REMEMBERED = 400 * 86400.0
 """Seconds for which deletions are remembered, for answers that arrive late."""
 
-# -- storing answers
-# -----------------------------------------------------------------------------------------------------
+# -- storing answers ---------------------------------------------------------------------------------------------------
 
 
 class KeptAnswers:
@@ -225,14 +218,13 @@ class KeptAnswers:
             return False
         return True
 
-    # -- giving feedback
+    # -- giving feedback -----------------------------------------------------------------------------------------------
 
     def give(self, tenant: str, feedback: AnswerFeedback) -> dict[str, Any]:
         """Store feedback on an answer, replacing earlier values of the same fields.
 
-        Returns the result.
-
-        Raises Refused: not_found (404) for an answer that is not stored, whatever the reason; 400.
+        Returns the result. Raises Refused: not_found (404) for an answer that is not stored, whatever the
+        reason; 400.
         """
         self._find(tenant, {feedback.id, *(other for other, _ in feedback.rejected or ())})
         with write_transaction(self.store.engine, _LOCK) as c:
@@ -291,7 +283,7 @@ class KeptAnswers:
         what = f"no answer {quoted(answer, 100)} is kept"
         return Refused(what, status=404, code="not_found", param="id", fix=fix)
 
-    # -- deletion
+    # -- deletion ------------------------------------------------------------------------------------------------------
 
     def forget(self, tenant: str, *, user: str | None = None, id: str | None = None) -> int:
         """Delete the stored answers of a user, one answer, or everything.
@@ -337,9 +329,8 @@ def user_hash(tenant: str, user: str) -> str:
 def forget_answers(c: Connection, tenant: str, what: str, now: float) -> int:
     """Delete stored answers with their feedback, within a transaction.
 
-    Returns how many were deleted.
-
-    Also records the deletion, so that answers requested before `now` that arrive later are not stored.
+    Returns how many were deleted. Also records the deletion, so that answers requested before `now` that
+    arrive later are not stored.
     """
     a, f = answer_table.c, feedback_table.c
     _erase(c)
@@ -359,8 +350,7 @@ def _erase(c: Connection) -> None:
         c.exec_driver_sql("PRAGMA secure_delete = ON")
 
 
-# -- feedback values
-# ----------------------------------------------------------------------------------------------------
+# -- feedback values ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -368,9 +358,8 @@ class AnswerFeedback:
     """Feedback on a choice of an answer.
 
     `said`: which other fields apply: a value replaces the earlier one, None clears it. `up`: thumb up or
-    down. `corrected`:
-    the message that should have been the answer. `rejected`: (answer, choice) of each answer it was preferred
-    to.
+    down. `corrected`: the message that should have been the answer. `rejected`: (answer, choice) of each
+    answer it was preferred to.
     """
 
     id: str
@@ -388,8 +377,7 @@ class AnswerFeedback:
         return {name: value for name, value in found.items() if name in self.said}
 
 
-# -- counts and rows
-# -----------------------------------------------------------------------------------------------------
+# -- counts and rows ---------------------------------------------------------------------------------------------------
 
 
 def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
@@ -434,9 +422,8 @@ def feedback_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows for training, in the order of feedback, without duplicates.
 
-    Raises ConfigError for an unknown kind.
-
-    `adapter`: only answers requested under this name, or given by any version of this adapter.
+    Raises ConfigError for an unknown kind. `adapter`: only answers requested under this name, or given by any
+    version of this adapter.
     """
     one_of(kind, get_args(FeedbackKind), "a kind of rows", "kind")
     return _rows(engine, tenant, kind, adapter, time.time() if now is None else now)

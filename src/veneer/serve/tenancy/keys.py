@@ -3,10 +3,8 @@
     vnr-3f9a0c21d4-Q1x…          vnr-, ten hexadecimal digits that identify the row (its id), and a secret
 
 The secret is 256 random bits, so the hash is plain SHA-256 of the whole key. Slow hashes such as bcrypt
-protect passwords,
-which can be guessed; 2²⁵⁶ possibilities cannot be guessed at any speed, and a slow hash per request would let
-a client
-with wrong keys keep the server busy.
+protect passwords, which can be guessed; 2²⁵⁶ possibilities cannot be guessed at any speed, and a slow hash
+per request would let a client with wrong keys keep the server busy.
 """
 
 from __future__ import annotations

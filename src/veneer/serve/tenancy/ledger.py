@@ -4,28 +4,19 @@
     PostgreSQL    both go to an outbox on the local disk, and a thread sends them to the database from there
 
 A request is served once its admission is written, and its last event is sent once its usage is written: a
-kill loses no
-usage. While PostgreSQL is unavailable, requests continue and the outbox stores what is owed, up to its size;
-then no
-request is admitted. While SQLite's disk is full or its file is locked, no request is admitted; the reserve
-keeps space
-for the ends of requests admitted before.
+kill loses no usage. While PostgreSQL is unavailable, requests continue and the outbox stores what is owed, up
+to its size; then no request is admitted. While SQLite's disk is full or its file is locked, no request is
+admitted; the reserve keeps space for the ends of requests admitted before.
 
 "Exactly once": a request is identified by (server, request), and a server is one run of one process. Posting
-a request
-sets its state and never adds to it, so a repeated post changes nothing; states go open, interrupted, done,
-and never
-back. The next server on the same folder settles what a dead server left: the entries of its outbox, and
-`interrupted` (no
-tokens, no cost) for the rest. If the folder is lost too, the server's open requests become interrupted after
-ten minutes;
-if that server returns, its usage still counts.
+a request sets its state and never adds to it, so a repeated post changes nothing; states go open,
+interrupted, done, and never back. The next server on the same folder settles what a dead server left: the
+entries of its outbox, and `interrupted` (no tokens, no cost) for the rest. If the folder is lost too, the
+server's open requests become interrupted after ten minutes; if that server returns, its usage still counts.
 
 Daily sums, and slots of the last minute and day, change in the same transaction by exactly what changed. They
-are never
-recounted from the lines, so their cost does not grow with the number of lines. `usage` reports usage by
-tenant, adapter
-and day, in figures that add up exactly.
+are never recounted from the lines, so their cost does not grow with the number of lines. `usage` reports
+usage by tenant, adapter and day, in figures that add up exactly.
 """
 
 from __future__ import annotations
@@ -84,7 +75,7 @@ _log = logging.getLogger("veneer.serve.tenancy")
 
 
 _SLOT_WIDTHS = {1: 60.0, 1440: 86400.0}
-"""Seconds of a slot by window: a window has 60 slots (a minute of one second each, a day of 24 minutes)."""
+"""Seconds of a slot -> seconds of its window; a window has 60 slots."""
 _FIGURES = ("prompt", "cached", "completion", "queued", "prefill", "decode")
 _Deltas = dict[tuple[Any, ...], list[Any]]
 
@@ -243,11 +234,8 @@ class Ledger:
     ) -> None:
         """Open the ledger, and settle what dead servers left in `folder`.
 
-        Raises ResourceError if the disk is full.
-
-        `folder`: on a local disk, for outboxes and reserves. `room`: bytes for this server. `synced`: usage
-        survives a power
-        loss.
+        Raises ResourceError if the disk is full. `folder`: on a local disk, for outboxes and reserves.
+        `room`: bytes for this server. `synced`: usage survives a power loss.
         """
         self.store, self.wall, self.folder = store, wall, folder
         self.server = secrets.token_hex(8)
@@ -417,8 +405,7 @@ class Ledger:
         owed = self.outbox.owed if self.outbox else len(self._ended)
         return LedgerState(owed, lag, self._sender.away or late)
 
-    # -- recovery of dead servers
-    # ---------------------------------------------------------------------------------------
+    # -- recovery of dead servers --------------------------------------------------------------------------------------
 
     def recover(self) -> dict[str, int]:
         """Settle what dead servers left.
@@ -503,8 +490,6 @@ class Ledger:
     ) -> list[tuple[str, str, float, int, int]]:
         """Usage of other servers and earlier runs in the last `window` seconds.
 
-        Given as 60 slots.
-
         Returns (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: only
         these.
         """
@@ -557,8 +542,7 @@ def _duplicate(request: str) -> Refused:
     return invalid(f"the id {request} was used by an earlier request", fix="a new id for each request")
 
 
-# -- usage reports
-# ----------------------------------------------------------------------------------------------------
+# -- usage reports -----------------------------------------------------------------------------------------------------
 
 
 BY = ("tenant", "adapter", "day")
@@ -568,8 +552,7 @@ _SUMMED = (
 """`requests` is done + interrupted + open; tokens, seconds and cost (in millionths) count done requests only.
 
 Grouped by adapter, a request counts for each adapter of its mix, with all of its tokens and that adapter's
-own cost. So
-costs add up to the total, in whole millionths; the other figures do only without mixes.
+own cost. So costs add up to the total, in whole millionths; the other figures do only without mixes.
 """
 _SECONDS = ("queued", "prefill", "decode")
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")

@@ -1,18 +1,14 @@
 """Limits: usage of the last minute and the last day, and the number of running requests.
 
 A window has 60 slots, and a slot counts until all of it is older than the window. So no period as long as the
-window
-admits more than the limit, not even across a minute boundary, where a token bucket admits twice the limit. In
-exchange, a
-slot's amount is released up to one slot (a second; 24 minutes of a day) late.
+window admits more than the limit, not even across a minute boundary, where a token bucket admits twice the
+limit. In exchange, a slot's amount is released up to one slot (a second; 24 minutes of a day) late.
 
 A request counts on admission: one request, and the tokens of its prompt and its max_tokens. Its bill corrects
-the tokens
-in the same slot. A rejected request takes nothing.
+the tokens in the same slot. A rejected request takes nothing.
 
 The `limits` package is not used: its windows handle one amount at a time, cannot take from several scopes
-atomically,
-cannot correct an amount later or count other servers and earlier runs, and read the system clock.
+atomically, cannot correct an amount later or count other servers and earlier runs, and read the system clock.
 
 Depends on numbers and scopes only; no database, and the given clock.
 """

@@ -1,20 +1,17 @@
 """Every change of settings, for the command line and the routes under /admin.
 
 Each function checks, changes, and writes the audit entry, in one transaction. `who`: the actor, such as
-`cli:ana` or
-`admin`. Raises ConfigError for an unknown name (with the nearest known), a duplicate, or an invalid value.
+`cli:ana` or `admin`. Raises ConfigError for an unknown name (with the nearest known), a duplicate, or an
+invalid value.
 
 The audit log records who changed what, when, and the values before and after; each entry contains the hash of
-the
-previous one.
+the previous one.
 
     hash = sha256(number, at, who, what, subject, before, after, previous), as one JSON list
 
 A changed, removed or inserted entry breaks the chain at its number, and the database itself rejects changes
-and deletes.
-Entries cut off at the end break nothing: store the head (`veneer tenant audit --verify` prints it) elsewhere
-from time to
-time, and check it with `--expect`.
+and deletes. Entries cut off at the end break nothing: store the head (`veneer tenant audit --verify` prints
+it) elsewhere from time to time, and check it with `--expect`.
 """
 
 from __future__ import annotations
@@ -76,9 +73,7 @@ FIRST_HASH = "0" * 64
 def append_audit(c: Connection, who: str, what: str, subject: str, before: Any, after: Any) -> str:
     """Append an entry within a transaction of `Store.change`.
 
-    Returns its hash, the head.
-
-    `before`, `after`: JSON values; None if there was or is nothing.
+    Returns its hash, the head. `before`, `after`: JSON values; None if there was or is nothing.
     """
     last = c.execute(
         select(audit_table.c.number, audit_table.c.hash).order_by(audit_table.c.number.desc()).limit(1)
@@ -248,9 +243,7 @@ def grant(
 def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str) -> tuple[str, ...]:
     """Change the patterns of adapters (and the base) whose prompt cache tenants share.
 
-    Returns the patterns.
-
-    A tenant that shares the cache can probe which prompts others have sent.
+    Returns the patterns. A tenant that shares the cache can probe which prompts others have sent.
     """
     with store.change() as c:
         row = c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON))
@@ -281,9 +274,7 @@ def make_tenant_key(
 ) -> tuple[KeyRow, str]:
     """Create a key; returns the stored row and the key itself.
 
-    The key cannot be shown again.
-
-    `expires`: seconds since 1970.
+    The key cannot be shown again. `expires`: seconds since 1970.
     """
     with store.change() as c:
         tenant_row(c, tenant)
@@ -362,11 +353,9 @@ def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
 def set_limit(store: Store, tenant: str, adapter: str, values: Mapping[str, int | None], *, who: str) -> Limit | None:
     """Set the limits named in `values`; None removes one.
 
-    Returns the limits now in force; None if there are none.
-
-    tenant acme: this tenant; EACH: each tenant without limits of its own; ALL: all tenants together. adapter:
-    requests
-    answered by any version of this adapter; ALL: all adapters together.
+    Returns the limits now in force; None if there are none. tenant: a name for this tenant; EACH for each
+    tenant without limits of its own; ALL for all tenants together. adapter: for requests answered by any
+    version of this adapter; ALL for all adapters together.
     """
     for name, value in values.items():
         if name not in LIMITS:
@@ -415,11 +404,8 @@ def set_training(store: Store, tenant: str, terms: TrainingTerms | None, *, who:
 def set_feedback(store: Store, tenant: str, terms: FeedbackTerms | None, *, who: str) -> FeedbackTerms | None:
     """Set which of a tenant's answers are stored, and how long.
 
-    None: none from now on.
-
-    Stored answers stay until they expire, which fewer days bring forward. `tenant` ALL: requests without a
-    tenant, on an open
-    server.
+    None: none from now on. Stored answers stay until they expire, which fewer days bring forward. `tenant`
+    ALL: requests without a tenant, on an open server.
     """
     if terms is not None:
         if not 0 < terms.days <= 3660:
@@ -493,8 +479,7 @@ def _replace(
     return after
 
 
-# -- other changes, and parsing
-# --------------------------------------------------------------------------------------------
+# -- other changes, and parsing ----------------------------------------------------------------------------------------
 
 
 def note(store: Store, who: str, what: str, subject: str, before: Any = None, after: Any = None) -> None:

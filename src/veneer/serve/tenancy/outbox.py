@@ -1,17 +1,15 @@
 """Delivers usage and stored answers to the database, despite failures of process, disk or database.
 
     Writer     a thread that commits other threads' items, in groups
-    Outbox     a queue on a local disk, for a PostgreSQL that can be unavailable: a SQLite file per run of a process
+    Outbox     a queue on a local disk, for a PostgreSQL that can be unavailable: a SQLite file per process
     Sender     a thread that empties a queue into the database, and retries while the database is unavailable
     Reserve    bytes of disk for a ledger in SQLite, which is written directly: freed when the disk is full
 
 A lock on the file of an Outbox or Reserve shows that its process is alive: the lock ends with the process,
-however it
-dies. The next server on the folder settles what an unlocked file contains.
+however it dies. The next server on the folder settles what an unlocked file contains.
 
 Committed means written to the operating system: a commit survives a killed process. `synced`: written to
-disk: a commit
-also survives a power loss, at the cost of one fsync per group.
+disk: a commit also survives a power loss, at the cost of one fsync per group.
 """
 
 from __future__ import annotations
@@ -220,10 +218,8 @@ class Outbox:
     """A queue on a local disk. Thread-safe; no method waits for the database.
 
     With `claim` the file has its full size from the start, its log has the size that a group of items needs,
-    and neither
-    grows: a full disk never prevents writing the end of an added item. An item has two bodies: the first from
-    `add`, the last
-    from `end`.
+    and neither grows: a full disk never prevents writing the end of an added item. An item has two bodies:
+    the first from `add`, the last from `end`.
     """
 
     def __init__(self, path: Path, *, room: int, claim: bool = True, synced: bool = False) -> None:
@@ -260,9 +256,8 @@ class Outbox:
     def end(self, key: str, body: str) -> Future[None]:
         """Replace an item's body; the first end counts.
 
-        The future completes when the body is written.
-
-        The future never fails: a body that cannot be written is logged, kept in memory and sent from there.
+        The future completes when the body is written. The future never fails: a body that cannot be written
+        is logged, kept in memory and sent from there.
         """
         kept: Future[None] = Future()
 
@@ -379,11 +374,8 @@ def outboxes(folder: Path) -> list[Path]:
 def left_behind(path: Path) -> Iterator[Iterator[list[str]]]:
     """The bodies in a dead process's outbox, in batches.
 
-    Its files are deleted after the block.
-
-    If the block raises, the files stay. Raises BlockingIOError if the process is alive, FileNotFoundError if
-    there is no such
-    outbox.
+    Its files are deleted after the block. If the block raises, the files stay. Raises BlockingIOError if the
+    process is alive, FileNotFoundError if there is no such outbox.
     """
     try:
         c = _connect(path, wait=0.0)
@@ -474,9 +466,8 @@ class Reserve:
 def dead_reserve(path: Path) -> Iterator[None]:
     """Hold a dead process's reserve.
 
-    It is deleted after the block, unless the block raises.
-
-    Raises BlockingIOError if the process is alive, FileNotFoundError if there is no such file.
+    It is deleted after the block, unless the block raises. Raises BlockingIOError if the process is alive,
+    FileNotFoundError if there is no such file.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:

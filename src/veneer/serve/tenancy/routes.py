@@ -4,18 +4,13 @@ A user always gets the same target. A shadow's answer is compared and never sent
 move.
 
 A route has 10,000 buckets, each owned by a target. A user is hashed to a bucket; without a user, the tenant
-is; without a
-tenant, each request gets a random bucket. When weights change, only as many buckets change owner as the
-shares differ, so
-most users stay. A move stores the owners, and a rollback makes the previous move current again: every user is
-back where
-they were.
+is; without a tenant, each request gets a random bucket. When weights change, only as many buckets change
+owner as the shares differ, so most users stay. A move stores the owners, and a rollback makes the previous
+move current again: every user is back where they were.
 
 A route belongs to one tenant, or to all (tenant ALL); a tenant's own comes first. A tenant sees its own
-routes and their
-targets without a grant. Targets are checked before a route moves to them. A library alias such as
-`support@prod` is
-different: it points to one version.
+routes and their targets without a grant. Targets are checked before a route moves to them. A library alias
+such as `support@prod` is different: it points to one version.
 """
 
 from __future__ import annotations
@@ -60,8 +55,7 @@ class RouteMoved(ConfigError):
     """Raised if a route has moved since a move was planned."""
 
 
-# -- choosing a target
-# ---------------------------------------------------------------------------------------------------
+# -- choosing a target -------------------------------------------------------------------------------------------------
 
 
 class TenantRoutes:
@@ -190,8 +184,7 @@ def _first_difference(one: str, other: str) -> int | None:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-# -- planning a move
-# -----------------------------------------------------------------------------------------------------
+# -- planning a move ---------------------------------------------------------------------------------------------------
 
 
 def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> dict[tuple[str, str], int]:
@@ -303,8 +296,7 @@ def set_route(
     """Point a route to its targets, (adapter, weight), from the next request on.
 
     `fraction` of requests also go to `shadow`. `check`: raises for a name that cannot be served; then nothing
-    moves.
-    `from_move`: required current move (0: none), else RouteMoved.
+    moves. `from_move`: required current move (0: none), else RouteMoved.
     """
     asked = planned_route(None, route, targets, tenant=tenant, shadow=shadow, fraction=fraction)
     _check([name for name, _ in asked.targets], shadow, check)
@@ -356,9 +348,7 @@ def rollback_route(
 def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Collection[int] = ()) -> tuple[Route, Route]:
     """The current move, and the move that a rollback returns to.
 
-    Skips the moves in `undone`.
-
-    Raises ConfigError if there is none.
+    Skips the moves in `undone`. Raises ConfigError if there is none.
     """
     now = _current(c, tenant, route)
     if now is None:
@@ -427,8 +417,7 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     """Totals of the stored comparisons, one row for each (route, target, shadow).
 
     Counts of all, same, different and failed comparisons, and means of tokens, seconds and, for images,
-    distance. Means
-    exclude failures; None if there is no other.
+    distance. Means exclude failures; None if there is no other.
     """
     s = shadow_table.c
     fell = s.shadow_sha256 == ""

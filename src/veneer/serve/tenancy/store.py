@@ -3,17 +3,14 @@
     tenants 1─n keys, grants            routes ─1 moves (current)           limits, prices: (tenant, adapter)
     training: price and limits of a tenant's training
     feedback_terms: which answers are stored, and how long
-    answers 1─n feedback                                                   forgotten: users whose answers are
-    not stored
-    lines: a row for each part of each request                             shadows: the newest comparisons
-    sums: lines by day      slots: of the last minute and day               audit: a row per change, chained
+    answers 1─n feedback                                        forgotten: deletions, for late answers
+    lines: a row for each part of each request                  shadows: the newest comparisons
+    sums: lines by day      slots: of the last minute and day   audit: a row per change, chained
 
 Every change of settings increments the revision in the same transaction. A server queries the revision, one
-number,
-before each request and rereads the settings if it changed: a revoked key, a moved route or a lower limit
-applies from
-the next request on, in every process on the database. While the database is unavailable, the last settings
-apply.
+number, before each request and rereads the settings if it changed: a revoked key, a moved route or a lower
+limit applies from the next request on, in every process on the database. While the database is unavailable,
+the last settings apply.
 
 Patterns define which names a tenant sees:
 
@@ -23,12 +20,11 @@ Patterns define which names a tenant sees:
     *            every name
 
 Patterns are only compared with names, and never become paths; names that could escape a folder are rejected
-anyway.
-Digests (sha256:…) belong to no namespace, so a pattern matches them only if it contains `sha256:` itself.
+anyway. Digests (sha256:…) belong to no namespace, so a pattern matches them only if it contains `sha256:`
+itself.
 
 Contains tables (their migrations are in `versions`) and connections; changes are in `manage` and `routes`,
-usage in
-`ledger`.
+usage in `ledger`.
 """
 
 from __future__ import annotations
@@ -276,8 +272,7 @@ COMMON = "common prefixes"
 _LOCK = 0x74656E616E74  # "tenant": the key of PostgreSQL's advisory lock for changes of settings
 
 
-# -- in-memory settings
-# ------------------------------------------------------------------------------------------------
+# -- in-memory settings ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -327,9 +322,8 @@ class Limit:
 class Price:
     """Price of a million tokens, in millionths of the operator's currency.
 
-    150_000 is 0.15 for a million tokens.
-
-    `cached`: for prompt tokens found in the cache; `prompt`: for the other prompt tokens.
+    150_000 is 0.15 for a million tokens. `cached`: for prompt tokens found in the cache; `prompt`: for the
+    other prompt tokens.
     """
 
     prompt: int = 0
@@ -371,8 +365,7 @@ class Route:
     """A route with weighted targets.
 
     `targets`: (name, weight). `runs`: bucket owners, as (name, number of consecutive buckets). `fraction`:
-    share of requests
-    that also go to `shadow`.
+    share of requests that also go to `shadow`.
     """
 
     tenant: str
@@ -402,9 +395,7 @@ class TenantSettings:
     def training_terms(self, tenant: str) -> TrainingTerms:
         """The tenant's own terms, or the default.
 
-        A removed or disabled tenant has no jobs.
-
-        The operator, tenant "", trains without a price.
+        A removed or disabled tenant has no jobs. The operator, tenant "", trains without a price.
         """
         if not tenant:
             return TrainingTerms()

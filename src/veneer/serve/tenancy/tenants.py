@@ -1,20 +1,17 @@
-"""`Tenants`: the tenancy of a server with tenants.
+"""The tenancy of a server with tenants.
 
-`OpenTenants`: one that needs no key.
+`Tenants` needs keys; `OpenTenants` accepts requests without a key.
 
     caller      key -> principal, visible names, share; from the settings now in the database
     admitted    limits (memory) -> ledger -> served -> bill (ledger)
 
 Limits are counted in this process. Processes that share a database exchange usage through it: every second
-this one reads
-what the others admitted in the last minute, every minute what they (and its own earlier runs) admitted in the
-last day.
-So a window holds across processes except for what others admit between two reads; a restart forgets nothing.
-`concurrency` is per process.
+this one reads what the others admitted in the last minute, every minute what they (and its own earlier runs)
+admitted in the last day. So a window holds across processes except for what others admit between two reads; a
+restart forgets nothing. `concurrency` is per process.
 
 While the database is unavailable, requests continue: keys, names and limits are those last read, windows
-count this
-process only, and the outbox stores ledger entries. Changes apply once the database is back.
+count this process only, and the outbox stores ledger entries. Changes apply once the database is back.
 """
 
 from __future__ import annotations
@@ -69,8 +66,8 @@ class Tenants(Tenancy):
         """Open the database and start background work. Raises ConfigError, ResourceError.
 
         `where`: a SQLite file, a postgresql:// URL, or an open store, which is closed with this. `admin_key`:
-        see `admin_hash`;
-        None for no admin. `watch`: follow other servers' usage and recover dead ones, in a thread.
+        see `admin_hash`; None for no admin. `watch`: follow other servers' usage and recover dead ones, in a
+        thread.
         """
         ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
@@ -95,8 +92,7 @@ class Tenants(Tenancy):
         if watch:
             self._watcher.start()
 
-    # -- principals
-    # ------------------------------------------------------------------------------------------------------
+    # -- principals ----------------------------------------------------------------------------------------------------
 
     async def caller(self, key: str | None, user: str | None = None) -> Principal:
         """The principal of a key. Raises Refused (unauthorized, 401)."""
@@ -158,15 +154,13 @@ class Tenants(Tenancy):
     def shares(self, caller: Principal, served: Served) -> str:
         """The cache scope of a request.
 
-        The tenant, or "" if all tenants share the cache of everything in the mix.
-
-        Prompts are separate by default, because a cache hit reveals that somebody sent the same prompt.
+        The tenant, or "" if all tenants share the cache of everything in the mix. Prompts are separate by
+        default, because a cache hit reveals that somebody sent the same prompt.
         """
         common = self.store.settings.in_common
         return "" if all(common(name) for _, name, _ in served.parts()) else caller.tenant
 
-    # -- usage
-    # -----------------------------------------------------------------------------------------------------------
+    # -- usage ---------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def admitted(
@@ -175,8 +169,7 @@ class Tenants(Tenancy):
         """Reserve limits and record the admission; the block runs the request.
 
         Raises Refused: rate_limited (429, with retry_after), invalid_request (400) for a request over a whole
-        limit or a
-        duplicate id, overloaded (503) if the ledger cannot store more.
+        limit or a duplicate id, overloaded (503) if the ledger cannot store more.
         """
         settings = self.store.settings
         training = Price(settings.training_terms(caller.tenant).price) if served.trained else None
@@ -226,8 +219,7 @@ class Tenants(Tenancy):
     def note_shadow(self, answer: ShadowAnswer) -> None:
         self._routes.note_shadow(answer)
 
-    # -- other servers
-    # ---------------------------------------------------------------------------------------------------
+    # -- other servers -------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         rounds = 0
@@ -275,9 +267,8 @@ class Tenants(Tenancy):
 class OpenTenants(Tenants):
     """Tenants on a server that only this machine can reach.
 
-    Requests without a key are accepted.
-
-    They see everything, so routes, shadows, feedback and the ledger work before any tenant exists.
+    Requests without a key are accepted. They see everything, so routes, shadows, feedback and the ledger work
+    before any tenant exists.
     """
 
     keyless = True

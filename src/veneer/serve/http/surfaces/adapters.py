@@ -9,14 +9,11 @@ Subresources have separate paths, because names contain slashes.
     GET /v1/adapter_inspections/{id}, …/{id}/file?to=comfyui
 
 A tenant finds adapters visible to it (`Principal.can_see`), and can add, change, remove and download adapters
-in its own
-namespace; an operator can do so everywhere. An adapter that is not visible is a 404. Files, recipes and
-sources are shown
-only to principals that can change the adapter.
+in its own namespace; an operator can do so everywhere. An adapter that is not visible is a 404. Files,
+recipes and sources are shown only to principals that can change the adapter.
 
 `keep_staged`, `change_adapter` and `remove_adapter` are the only ways to change the library, here and in the
-Studio: they
-check the principal and write the audit entry.
+Studio: they check the principal and write the audit entry.
 """
 
 from __future__ import annotations
@@ -327,8 +324,7 @@ def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIR
     return router
 
 
-# -- shared with the Studio
-# -----------------------------------------------------------------------------------------
+# -- shared with the Studio --------------------------------------------------------------------------------------------
 
 
 def keep_staged(
@@ -394,9 +390,8 @@ def remove_adapter(
 ) -> list[str]:
     """Remove a name with its versions, one version, or an alias.
 
-    Returns the removed references. Blocks.
-
-    Raises Refused (404, 403, and 400 if an alias still points to a removed version).
+    Returns the removed references. Blocks. Raises Refused (404, 403, and 400 if an alias still points to a
+    removed version).
     """
     _own(library, caller, reference)
     try:
@@ -412,9 +407,7 @@ def remove_adapter(
 def staged_report(staged: StagedAdapter) -> dict[str, Any]:
     """The report of `adapters.inspect.inspect` on an upload, shortened. Blocks.
 
-    Includes how other tools read the file.
-
-    Raises AdapterError for a file that is not an adapter.
+    Includes how other tools read the file. Raises AdapterError for a file that is not an adapter.
     """
     from veneer.adapters.inspect import inspect
 
@@ -422,8 +415,7 @@ def staged_report(staged: StagedAdapter) -> dict[str, Any]:
     return found
 
 
-# -- permissions
-# -------------------------------------------------------------------------------------------------------
+# -- permissions -------------------------------------------------------------------------------------------------------
 
 
 def _need_own(caller: Principal, name: str) -> None:
@@ -479,8 +471,7 @@ async def _read(do: Callable[[], T]) -> T:
     return await in_thread("the library", do, known=_KNOWN)
 
 
-# -- responses
-# -----------------------------------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------------------------------
 
 
 def base_for(base: str, caller: Principal) -> str:

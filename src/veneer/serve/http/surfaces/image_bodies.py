@@ -79,13 +79,10 @@ _Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
 class PictureMixPart(MixPart):
     """An adapter, and how its strength varies within the image.
 
-    The same settings as after an `@` in `veneer image`.
-
-    `blocks`: block -> factor, the last match for a module counts; or 12, 17, 20 or 26 numbers in kohya's
-    order. `steps`: [from,
-    to] or [from, to, factor], fractions of the steps; outside them the adapter is inactive. `campaign`: its
-    role in a stack,
-    instead of both.
+    The same settings as after an `@` in `veneer image`. `blocks`: block -> factor, the last match for a
+    module counts; or 12, 17, 20 or 26 numbers in kohya's order. `steps`: [from, to] or [from, to, factor],
+    fractions of the steps; outside them the adapter is inactive. `campaign`: its role in a stack, instead of
+    both.
     """
 
     blocks: Annotated[_Blocks | None, at_most(64), BeforeValidator(_json)] = None
@@ -160,10 +157,8 @@ class EditBody(ImageBody):
     """A request to edit images.
 
     `image`, or OpenAI's JSON form `images`; `pictures` has both, `mask_data` the mask in either form.
-    `denoise`: how far to move
-    from the image, the fraction of steps taken. `input_fidelity`: OpenAI's effort to preserve the input; an
-    editing base always
-    uses all of it.
+    `denoise`: how far to move from the image, the fraction of steps taken. `input_fidelity`: OpenAI's effort
+    to preserve the input; an editing base always uses all of it.
     """
 
     image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_listed)] = Field(default_factory=list)

@@ -1,18 +1,15 @@
 """OpenAI's images surface, with vLLM-Omni's fields and veneer's mixes and controls.
 
-    POST /v1/images/generations      an image from a prompt                   JSON, or a form if controls are files
-    POST /v1/images/edits            an image from another, with a mask       a form, or JSON
-                                     on an editing base: as the prompt says, from one or several
+    POST /v1/images/generations   an image from a prompt               JSON, or a form if controls are files
+    POST /v1/images/edits         an image from another, with a mask   a form, or JSON
+                                  on an editing base: as the prompt says, from one or several
 
     a body's fields -> ImageBody, EditBody -> drawing.ask_pictures -> the engine's events -> response
 
 No field is silently ignored: unknown or unsupported values are rejected with the reason. An image's size is
-read from its
-header before it is decoded, and no URL is ever fetched. With `stream`, the events are
-`image_generation.progress` at each
-step, `.partial_image`, and `.completed` for each image (`image_edit.…` for edits). A client that disconnects
-cancels its
-request. See docs/reference/serving-images.md.
+read from its header before it is decoded, and no URL is ever fetched. With `stream`, the events are
+`image_generation.progress` at each step, `.partial_image`, and `.completed` for each image (`image_edit.…`
+for edits). A client that disconnects cancels its request. See docs/reference/serving-images.md.
 """
 
 from __future__ import annotations
@@ -110,8 +107,7 @@ async def _collected(
     }
 
 
-# -- response formats
-# -------------------------------------------------------------------------------------------------
+# -- response formats --------------------------------------------------------------------------------------------------
 
 
 def _file(drawn: FinishedPicture, asked: ImageBody) -> str:

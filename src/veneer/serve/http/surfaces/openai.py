@@ -490,8 +490,7 @@ async def _answered(request: HttpRequest, service: Service, job: TextJob, body: 
     return await stream(request, service, job, lambda events: form.stream(events, options), told, body.headers)
 
 
-# -- response formats
-# -------------------------------------------------------------------------------------------------
+# -- response formats --------------------------------------------------------------------------------------------------
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -698,10 +697,8 @@ class _TextForm(_Form):
     def told(self, token: Token) -> list[Token]:
         """The tokens whose logprobs come with this one.
 
-        For the first, the prompt's tokens too.
-
-        If the prompt's logprobs are requested, the ending token is included, because such clients count
-        tokens.
+        For the first, the prompt's tokens too. If the prompt's logprobs are requested, the ending token is
+        included, because such clients count tokens.
         """
         if self.scored:
             return [*token.prompt, token]

@@ -274,8 +274,7 @@ async def _lines(
     """One event per token; the last carries the whole text and the details.
 
     Which token is the last is known only when the answer ends, so a token that can be the last (without text,
-    or at max_tokens)
-    waits for its successor; all others are sent at once.
+    or at max_tokens) waits for its successor; all others are sent at once.
     """
     answer, held = TextAnswer(), None
     async for _, event in events:
