@@ -31,7 +31,7 @@ TRIALS = "~studio"
 
 @dataclass(frozen=True)
 class Served:
-    """What a name meant when it was requested.
+    """A model name, resolved when it was requested.
 
     `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, else `name`.
     `shadow`: a mix whose answer is also computed and logged, never sent; or why it cannot be. `adapters`: the

@@ -58,7 +58,7 @@ class Application:
 
 @dataclass(frozen=True)
 class Extension:
-    """What a higher package adds to a server.
+    """The parts that a higher package adds to a server.
 
     `routers`: behind the same authentication. `large`, `unguarded`: see create_app. `start`, `stop`: see
     Application; run inside the server's own. `mount`: adds what is not a router to the finished application.

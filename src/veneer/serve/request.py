@@ -266,7 +266,7 @@ _Happened = TypeVar("_Happened", covariant=True)
 
 
 class Engine(Protocol[_Asked, _Happened]):
-    """What does a server's work: the embedded engine, a fleet, or the image engine.
+    """The part of a server that computes: text engine, fleet, or image engine.
 
     Text engines are `Engine[Request, EngineEvent]`. Engines derive from this class for its defaults.
 

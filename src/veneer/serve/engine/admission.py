@@ -180,7 +180,7 @@ class Admission:
 
 @dataclass(eq=False)
 class AdmittedRequest:
-    """What one request holds of each quantity until it leaves."""
+    """The quantities that one request holds until it leaves."""
 
     admission: Admission
     tenant: str = ""

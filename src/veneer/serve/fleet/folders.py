@@ -83,9 +83,11 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
 
 
 def vllm_problems(adapter: Adapter) -> list[str]:
-    """What vLLM does not support in any layout, with its modules.
+    """The parts of an adapter that vLLM does not support in any layout, with modules.
 
-    [] if a fleet can serve the adapter. A catalog checks this before it registers a name.
+    [] if a fleet can serve the adapter.
+
+    A catalog checks this before it registers a name.
     """
     refused: Refusals = defaultdict(list)
     refuse_unservable(adapter, leaves_of(adapter), "vLLM", refused)

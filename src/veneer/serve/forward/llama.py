@@ -1,4 +1,4 @@
-"""The forward of a Llama-like base on plain tensors: the runner's "fused" way.
+"""The forward of a Llama-like base on plain tensors: the runner's "fused" path.
 
     x ← x + o(attention(qkv(norm(x))))        x ← x + down(silu(gate(h)) ⊙ up(h)), h = norm(x)
 

@@ -1,7 +1,7 @@
 """One forward of the base over the tokens of many sequences, each with its mix: ids in, logits out.
 
-Three ways, tried in this order when a base is loaded. Each is accepted only if it reproduces the logits of
-the base's own forward on a probe, token by token (models/text/probe.py):
+Three execution paths, tried in this order when a base is loaded. Each is accepted only if it reproduces the
+logits of the base's own forward on a probe, token by token (models/text/probe.py):
 
     fused   families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): our forward over the base's weights,
             q, k, v and gate, up joined, all layers one compiled call if possible, low-rank part by `lowrank`
@@ -111,7 +111,7 @@ class Runner:
     the model reads them from there. Other quantized weights stay as they are and are dequantized for each
     product.
 
-    `how` and `why`: the way chosen, and why not an earlier one. `llama`: the base as tensors if `how` is
+    `how` and `why`: the path chosen, and why not an earlier one. `llama`: the base as tensors if `how` is
     "fused", else None. `pages`: keys and values, one `Pages` for each shape of attention heads. `shares`:
     whether sequences can share blocks. `close` restores a base with dense weights.
     """
@@ -159,7 +159,7 @@ class Runner:
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self._segments: Segments | None = None
         self.llama: LlamaForward | None = None
-        self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # of the fused way, by joined modules
+        self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # of the fused path, by joined modules
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         same_bits = (
@@ -339,7 +339,7 @@ class Runner:
         finally:
             self._attachment.use()
 
-    # -- choosing the way ----------------------------------------------------------------------------------------------
+    # -- choosing the path ---------------------------------------------------------------------------------------------
 
     def _choose(self) -> tuple[str, str]:
         ways: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
@@ -440,7 +440,7 @@ class Runner:
         self.llama = llama_forward(self.base, self.layout, weights, embedding, self.context, self.pages[0])
 
     def _lay_codes(self) -> bool:
-        """Move the fused way's codes into panels; returns whether any fit.
+        """Move the fused path's codes into panels; returns whether any fit.
 
         Works group by group, so that two full copies never exist at once.
         """
@@ -530,7 +530,7 @@ class Runner:
 
 
 _UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, KeyError, NotImplementedError)
-"""Errors that mean a way does not support a base."""
+"""Errors by which a path rejects a base."""
 
 
 def _first_line(error: Exception) -> str:

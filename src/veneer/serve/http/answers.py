@@ -39,7 +39,7 @@ class ClientLeft(Exception):
 
 @dataclass(frozen=True)
 class TextJob:
-    """What one HTTP request asks of the engine.
+    """The engine work of one HTTP request.
 
     One answer for each (prompt, sampling), in order. `choices`: answers to each prompt; answer i belongs to
     prompt i // choices. `cache_salt`: the client's salt; only prompts with the same salt share cached blocks.

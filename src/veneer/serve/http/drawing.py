@@ -311,7 +311,10 @@ def _numbers(base: ImageBase, asked: ImageBody) -> tuple[int, float, float]:
 
 
 def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float:
-    """The denoising strength: full under a mask, else partial, as in `veneer image`."""
+    """The fraction of steps denoised: as requested, else 1 with a mask, 0.6 without.
+
+    1 if no image is edited.
+    """
     if not isinstance(asked, EditBody) or image is None:
         return 1.0
     if asked.denoise is not None:

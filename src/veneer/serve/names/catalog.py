@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Meaning:
-    """What a client's name means.
+    """A client's name, resolved.
 
     `target`: the adapter's name, or the one that a route chose. `digest`, `own`: the adapter, and the
     operator's name for it; "" for the base.
@@ -165,7 +165,7 @@ class Catalog:
         return tuned.reference
 
     def _mean(self, model: str, caller: Principal) -> _Meaning:
-        """What a client's name means. Raises Refused (404, or `unusable`)."""
+        """Resolve a client's name. Raises Refused (404, or `unusable`)."""
         word = self._word(model)
         if word == self.base:
             return _Meaning(word)
@@ -177,7 +177,7 @@ class Catalog:
         return replace(self._adapter(target or word, model), routed=target is not None)
 
     def _adapter(self, name: str, model: str) -> _Meaning:
-        """What an adapter's name means. Raises Refused; errors name `model`."""
+        """Resolve an adapter's name. Raises Refused; errors name `model`."""
         if name == self.base:
             return _Meaning(name)
         loaded = self._loaded.get(name)

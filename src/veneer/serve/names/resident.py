@@ -35,7 +35,7 @@ from veneer.serve.request import DigestMix, Refused, shutting_down
 
 
 class Sized(Protocol):
-    """What a runner makes of an adapter. `bytes`: its share of the limited memory."""
+    """An adapter as a runner uses it. `bytes`: its share of the limited memory."""
 
     @property
     def bytes(self) -> int: ...

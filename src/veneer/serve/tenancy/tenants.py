@@ -116,9 +116,10 @@ class Tenants(Tenancy):
         return self.admin_hash is not None and same(key, self.admin_hash)
 
     async def _fresh(self) -> TenantSettings:
-        """The settings, refreshed after this call; calls before a refresh starts share it.
+        """The settings, refreshed after this call.
 
-        If the database does not answer at once, the last settings, without waiting until it answers again.
+        Calls made before a refresh starts share it. If the database does not answer at once, the last
+        settings, without waiting until it answers again.
         """
         with self._mutex:
             if self._next_look is None:
