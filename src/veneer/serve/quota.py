@@ -45,7 +45,10 @@ _WINDOW = 600.0
 
 
 class Quotas:
-    """The quotas of one server. Thread-safe; no method waits. `clock`: a monotonic clock in seconds."""
+    """The quotas of one server. Thread-safe; no method blocks.
+
+    `clock`: a monotonic clock in seconds.
+    """
 
     def __init__(self, limits: QuotaLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits, self.clock = limits or QuotaLimits(), clock

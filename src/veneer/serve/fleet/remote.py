@@ -314,7 +314,7 @@ class TextGeneration(Remote):
         return out
 
     def body(self, request: Request, model: str) -> dict[str, Any]:
-        """The request body for /generate_stream, without default values, which TGI rejects."""
+        """The request body for /generate_stream, without defaults, which TGI rejects."""
         s = request.sampling
         settings: dict[str, Any] = {"max_new_tokens": s.max_tokens, "details": True, "do_sample": s.temperature > 0}
         settings |= {"adapter_id": model} if model != self.base else {}

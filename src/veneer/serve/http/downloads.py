@@ -41,7 +41,7 @@ def file_response(
 
 
 class _Download(StreamingResponse):
-    """A response that calls `end` even if the client disconnects before the first chunk."""
+    """A response that calls `end` even if the client disconnects at once."""
 
     def __init__(
         self, chunks: AsyncIterator[bytes], end: Callable[[], Awaitable[None]], headers: Mapping[str, str], kind: str

@@ -266,7 +266,7 @@ def _part(i: int, part: Any) -> str:
 
 @cache
 def _byte_level() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for 256, 257, …"""
+    """GPT-2's alphabet: printable bytes map to themselves, others to 256, 257, …"""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(256 + n): b for n, b in enumerate(rest)}}

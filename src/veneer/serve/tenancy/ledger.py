@@ -206,7 +206,7 @@ def _count_day(by_day: _Deltas, owed: OwedEntry, before: str | None) -> None:
 
 
 def _count_slots(by_slot: _Deltas, server: str, owed: OwedEntry, before: str | None, now: float) -> None:
-    """Add the request as a whole, and each adapter that a limit can name, to the slots."""
+    """Add the request, and each adapter that a limit can name, to the slots."""
     entry = owed.entry
     tokens = owed.tokens() - (OwedEntry(entry).tokens() if before == "open" else 0)
     for width, window in _SLOT_WIDTHS.items():

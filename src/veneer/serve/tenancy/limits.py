@@ -118,7 +118,10 @@ class LimitHold:
 
 
 def _scopes(tenant: str, adapters: Iterable[str]) -> list[_Scope]:
-    """The scopes a request counts in: the server, the tenant, and each adapter in both."""
+    """The scopes that a request counts in.
+
+    The server, the tenant, and each adapter in both.
+    """
     of_tenant = [ALL] if tenant == ALL else [ALL, tenant]
     return [(t, a) for a in dict.fromkeys((ALL, *adapters)) for t in of_tenant]
 

@@ -208,7 +208,7 @@ _OF_A_TENANT = (
 
 
 def remove_tenant(store: Store, name: str, *, who: str) -> None:
-    """Remove a tenant with its keys, grants, limits, prices, routes, and stored answers.
+    """Remove a tenant with its keys, grants, limits, prices, routes and answers.
 
     Its usage stays in the ledger, and its history in the audit log.
     """

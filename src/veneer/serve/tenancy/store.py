@@ -420,7 +420,7 @@ class TenantSettings:
 
     @cached_property
     def in_common(self) -> Callable[[str], bool]:
-        """Whether tenants share the prompt cache of an adapter, or the base, with that name."""
+        """Whether tenants share the prompt cache of a name (an adapter, or the base)."""
         return seeing(self.common)
 
     @cached_property

@@ -452,7 +452,7 @@ def _own(library: Library, caller: Principal, reference: str) -> Version:
 
 
 def _unusable(error: AdapterError) -> Refused:
-    """The error for a file that is not a usable adapter, without its path on the server."""
+    """The error for an unusable adapter file, without its path on the server."""
     unsafe = isinstance(error, UnsafeFileError)  # its advice is for a user's own machine
     lines = (error.what if unsafe else message_of(error)).splitlines()
     said = "\n".join([*lines[:_LINES], *(["…"] if len(lines) > _LINES else [])])

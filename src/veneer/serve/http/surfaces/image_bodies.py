@@ -114,7 +114,7 @@ class ImageReference(Strict):
 
 
 class ControlBody(Strict):
-    """A control image. `begin`, `end`: the fractions of the steps in which it is active."""
+    """A control image. `begin`, `end`: fractions of the steps in which it is active."""
 
     type: str = Field(max_length=64)
     image: Data
