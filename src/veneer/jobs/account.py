@@ -1,11 +1,11 @@
-"""What tenants may train and what it costs them: one account for jobs and for Tinker clients.
+"""Training terms and budgets of tenants, shared by jobs and Tinker clients.
 
-    account.terms("acme")                      price, monthly budget and jobs at once, as the database has them now
-    account.spent("acme")                      what the ledger has recorded this month for Tinker clients
-    taken = account.reserve("acme", tokens)    before a client's request is accepted; `give_back` if it fails
+    account.terms("acme")                      price, monthly budget and concurrent jobs, current values
+    account.spent("acme")                      this month's ledger cost of Tinker clients
+    taken = account.reserve("acme", tokens)    before accepting a client's request; `give_back` if the request fails
 
-A job is billed by the queue when it ends; until then its planned cost counts. A Tinker client's passes are billed by
-the ledger, one by one, under the name that `trained_name` returns. Amounts are in millionths, months are UTC's.
+The queue bills a job when the job ends; until then the planned cost counts. The ledger bills each pass of a
+Tinker client under the name that `trained_name` returns. Amounts are in millionths, months are in UTC.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ _TRAINED = "@train"
 
 
 def trained_name(run: str) -> str:
-    """Return the ledger's name for what was trained of a run, as opposed to requests that its adapter answered."""
+    """Return the ledger's name for a run's training, not its adapter's requests."""
     return run + _TRAINED
 
 
 class TrainingAccount:
-    """The accounts of a queue's tenants. Thread-safe. `tenants`: None if the server has none; training is then free."""
+    """Accounts of a queue's tenants. Thread-safe.
+
+    `tenants`: None on a server without tenants; training is then free."""
 
     def __init__(self, jobs: JobStore, tenants: Store | None) -> None:
         self.jobs, self.tenants = jobs, tenants
@@ -49,10 +51,10 @@ class TrainingAccount:
         return sum(int(row["cost"]) for row in rows if row["adapter"].endswith(_TRAINED))
 
     def reserve(self, tenant: str, tokens: int) -> int:
-        """Take the price of these tokens from the tenant's budget and return it. Raises Refused (402).
+        """Reserve the cost of `tokens` in the tenant's budget and return the cost.
 
-        The reservation is in the jobs' database before the ledger has the bill, so that simultaneous requests and jobs
-        see each other's costs."""
+        The reservation is in the jobs' database before the ledger has the bill, so that concurrent requests
+        and jobs see each other's costs. Raises Refused (402)."""
         terms = self.terms(tenant)
         cost = Price(terms.price).cost(tokens, 0, 0) if terms.budget is not None else 0
         if cost and terms.budget is not None:
@@ -63,6 +65,6 @@ class TrainingAccount:
         return cost
 
     def give_back(self, tenant: str, amount: int) -> None:
-        """Return a reservation of a request that failed."""
+        """Release the reservation of a failed request."""
         if amount:
             self.jobs.unreserve(tenant, amount)

@@ -1,14 +1,15 @@
-"""What a job does once it is trained, by the section `after` of its file; read strictly, before anything is trained.
+"""The section `after` of a job's file: actions after training.
+
+The section is validated before training.
 
     after:
-      evaluate: {data: held-out.jsonl, metrics: [exact_match, loss]}       or the run's own validation rows
-      route: {name: acme/support, weight: 0.1, shadow: true}               the new version beside what serves now
-      promote: {metric: exact_match, against: serving, by: 0.01}           or by hand
-      alias: prod                                                          in place of a route: support@prod
+      evaluate: {data: held-out.jsonl, metrics: [exact_match, loss]}     default data: the validation rows
+      route: {name: acme/support, weight: 0.1, shadow: true}             canary next to the serving version
+      promote: {metric: exact_match, against: serving, by: 0.01}         without: promote manually
+      alias: prod                                                        instead of a route: support@prod
 
-A new version is promoted if its metric is better than that of `against` (serving or base) by at least `by`, in the
-metric's own unit. `jobs.canary` does what is read here.
-Knows no job.
+A new version is promoted if its metric is better than the metric of `against` (serving or base) by at least
+`by`, in the metric's own unit. `jobs.canary` executes the section.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _METRICS = (
 """Metrics of `train.text.evaluate`."""
 _LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 _ANSWERED = frozenset({"exact_match", "valid_json", "rouge_l", "bleu"})
-"""Metrics for which the model has to answer."""
+"""Metrics that need generated answers."""
 _ROUNDING = 1e-9
 
 
@@ -48,7 +49,7 @@ class _Section(pydantic.BaseModel):
 
 
 class HeldOut(_Section):
-    """`data`: files; by default the run's own validation rows."""
+    """The section `evaluate`. `data`: files; default: the run's validation rows."""
 
     data: str | list[str] | None = None
     metrics: list[str] = pydantic.Field(default=["exact_match", "loss"], min_length=1)
@@ -65,8 +66,10 @@ class HeldOut(_Section):
 
 
 class CanaryRoute(_Section):
-    """`weight`: the share of users that the new version gets as long as nobody has promoted it. `shadow`: it also
-    answers what goes to the others, unseen."""
+    """The section `route`.
+
+    `weight`: share of users that the new version gets before promotion. `shadow`: the new version also
+    answers the other users' requests, unseen."""
 
     name: str
     weight: float = pydantic.Field(default=0.1, ge=0, lt=1)
@@ -74,7 +77,9 @@ class CanaryRoute(_Section):
 
 
 class PromotionRule(_Section):
-    """Promote if `metric` is better than that of `against` by at least `by`, in the metric's own unit."""
+    """Promote if `metric` is better than `against`'s by at least `by`.
+
+    `by` has the metric's own unit."""
 
     metric: str
     against: Literal["serving", "base"] = "serving"
@@ -84,16 +89,18 @@ class PromotionRule(_Section):
         return f"{self.metric} better than {self.against} by at least {self.by:g}"
 
     def holds(self, scores: Mapping[str, Mapping[str, float | None]]) -> bool | None:
-        """Whether `scores` (of new, serving, base) meet the rule; None if one of them was not measured."""
+        """Return whether `scores` of new, serving and base meet the rule.
+
+        Returns None if a score is missing or not finite."""
         new, old = scores["new"].get(self.metric), scores[self.against].get(self.metric)
         if new is None or old is None or not (math.isfinite(new) and math.isfinite(old)):
             return None
         gain = old - new if self.metric in _LOWER_IS_BETTER else new - old
-        return gain >= self.by - _ROUNDING  # 0.51 - 0.5 is not quite 0.01
+        return gain >= self.by - _ROUNDING  # 0.51 - 0.5 is slightly below 0.01
 
 
 class AfterJob(_Section):
-    """The section `after`. `alias`: of the adapter's name in the library, in place of a route."""
+    """The section `after`. `alias`: alias of the adapter's name, instead of a route."""
 
     evaluate: HeldOut | None = None
     route: CanaryRoute | None = None
@@ -101,7 +108,7 @@ class AfterJob(_Section):
     promote: PromotionRule | None = None
 
     def on(self, data: list[str]) -> AfterJob:
-        """The same, evaluated on these files."""
+        """Return a copy that is evaluated on these files."""
         held = (self.evaluate or HeldOut()).model_copy(update={"data": data})
         return self.model_copy(update={"evaluate": held})
 
@@ -117,8 +124,9 @@ _MODELS: Mapping[str, type[_Section]] = {
 def load_job_config(
     path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, AfterJob | None]:
-    """Read a job's file (what `veneer train` reads, and `after`) with overrides of both, or overrides alone (None).
-    Raises ConfigError as `load_config`."""
+    """Read a job's file: a `veneer train` configuration and `after`, with overrides.
+
+    `path`: None for overrides only. Raises ConfigError, as `load_config`."""
     own = [override for override in overrides if override.lstrip().startswith("after.")]
     others = [override for override in overrides if override not in own]
     if path is None:
@@ -134,7 +142,9 @@ def load_job_config(
 
 
 def _overridden(after: Any, override: str) -> Any:
-    """The section's values with one that `after.route.weight=0.2` names; paths in it are of the current folder."""
+    """Return the section's values with an override such as `after.route.weight=0.2`.
+
+    Paths in the override are relative to the current folder. Raises ConfigError."""
     name, equals, text = override.partition("=")
     *sections, key = name.strip().split(".")
     if not equals or not key:
@@ -153,8 +163,10 @@ def _overridden(after: Any, override: str) -> Any:
 
 
 def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
-    """The section of these values; relative paths are of `folder`. Raises ConfigError with all that is wrong."""
-    if isinstance(values, dict):  # `evaluate:` with nothing under it is everything at its default
+    """Return the section of these values; `folder` is the root of relative paths.
+
+    Raises ConfigError that lists every error."""
+    if isinstance(values, dict):  # an empty `evaluate:` means all defaults
         values = {key: {} if value is None and key in _MODELS else value for key, value in values.items()}
     try:
         after = AfterJob.model_validate(values)
@@ -166,7 +178,7 @@ def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
 
 
 def _whole_paths(files: Any, folder: Path) -> Any:
-    """Files by their whole paths; what is none stays as it is."""
+    """Return the files as absolute paths; other values stay unchanged."""
     named = [files] if isinstance(files, str) else files
     if not isinstance(named, list):
         return files
@@ -184,12 +196,14 @@ def _line(error: Any) -> str:
     return f"`{name}`: {str(error['msg']).removeprefix('Value error, ')}"
 
 
-# -- what is looked at before anything is trained ----------------------------------------------------------------------
+# -- checks before training --------------------------------------------------------------------------------------------
 
 
 def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tenants: Store | None) -> None:
-    """Raises ConfigError for what could not be done once the job is trained, whatever its rows are. `name`: of its
-    adapter."""
+    """Check the section against the run's configuration and the tenant's routes.
+
+    `name`: name of the job's adapter. Raises ConfigError if an action would fail after training, whatever the
+    rows."""
     rule = after.promote
     if after.route is not None and after.alias is not None:
         raise ConfigError("a route and an alias: a job moves one of them", where="after", fix="leave one out")
@@ -233,8 +247,10 @@ def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
 
 
 def serving_of(route: Route | None, name: str) -> str | None:
-    """What a route leads to, which is one version; None where there is no such route. `name`: of the job's adapter.
-    Raises ConfigError where it leads to several, or to the newest of that name, which the job's would at once be."""
+    """Return the version that a route serves; None without a route.
+
+    `name`: name of the job's adapter. Raises ConfigError if the route has several targets, or targets the
+    newest version of `name`, which the job's adapter would become at once."""
     if route is None or not route.targets:
         return None
     if len(route.targets) > 1:
@@ -250,7 +266,7 @@ def serving_of(route: Route | None, name: str) -> str | None:
 
 
 def held_out_rows(held: HeldOut, config: TrainConfig) -> list[Row]:
-    """Raises DataError, and ConfigError where there are none."""
+    """Return the held-out rows of a job. Raises DataError; ConfigError without rows."""
     if held.data is not None:
         rows, _ = read_rows(held.data, limit=held.limit)
         return rows

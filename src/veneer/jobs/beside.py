@@ -1,9 +1,9 @@
-"""A worker beside a server on one machine: a process of its own, which stands back behind the server.
+"""A worker process next to a server on one machine, with a lower priority.
 
     with worker_beside(library="…", tenants="…", say=print): …       serve
 
-It is started again when it ends by itself, and ends when the server does, whatever ends that: its jobs are saved and
-given back. So a server that is started again goes on with them.
+The worker is restarted if it exits, and ends when the server ends for any reason. It then saves its jobs and
+returns them to the queue, so that a restarted server resumes them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from contextlib import contextmanager
 
 _NICE = 15
 _AGAIN = 5.0
-"""Seconds until a worker that ended is started again."""
+"""Seconds before an exited worker is restarted."""
 _PATIENCE = 70.0
-"""Seconds in which it may save what it trains: a process has a minute for that."""
+"""Seconds to wait for the worker on exit: a training process has 60 s to save."""
 
 
 @contextmanager
 def worker_beside(
     *, library: str | None, tenants: str | None, say: Callable[[str], None], at_once: int = 1
 ) -> Iterator[None]:
-    """`library`, `tenants`: as the server was given them."""
+    """Run a worker process during the context. `library`, `tenants`: the server's."""
     command = [sys.executable, "-m", "veneer.cli.main", "worker", "--tied", "--nice", str(_NICE)]
     command += ["--at-once", str(at_once)]
     given = {
@@ -38,7 +38,8 @@ def worker_beside(
 
     def keep() -> None:
         while not stopping.is_set():
-            # by its standard input it is tied to this process; a Ctrl-C of the terminal is the server's to pass on
+            # The pipe to standard input ends the worker with this process. The new session keeps Ctrl-C of
+            # the terminal from the worker: the server terminates it.
             child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, start_new_session=os.name == "posix", env=environment
             )

@@ -1,7 +1,7 @@
-"""What a server gets that trains too: OpenAI's routes of files and of jobs, Tinker's, and who cleans up after them.
+"""The training extension of a server: OpenAI's and Tinker's routes, and cleanup.
 
-`serve(settings, say, extend=training)`: see `serve.build.Extension`. What it is made of is imported late: a server
-listens before torch is there.
+`serve(settings, say, extend=training)`: see `serve.build.Extension`. Imports are late, because a server
+listens before torch is loaded.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger("veneer.jobs")
 
 _EVERY = 300.0
-"""Seconds between two sweeps of what has expired."""
+"""Seconds between two sweeps of expired files."""
 
 
 def training(
     service: Service, library: Library, *, python_graders: bool = False, session_days: float = 30.0
 ) -> Extension:
-    """The training extension of a server with its own library. `python_graders`: run Python graders from clients in a
-    sandbox. `session_days`: days after which unused Tinker sessions are removed. Raises ResourceError if
-    `python_graders` is set and no sandbox works."""
+    """Return the training extension of a server with its own library.
+
+    `python_graders`: run Python graders from clients in a sandbox. `session_days`: days after which unused
+    Tinker sessions are removed. Raises ResourceError if `python_graders` is set and no sandbox works."""
     from veneer.jobs.account import TrainingAccount
     from veneer.jobs.files import open_files
     from veneer.jobs.http.canary import canary_routes
@@ -80,7 +81,9 @@ def training(
 
 
 def _tinker(service: Service, library: Library, days: float) -> TinkerService:
-    """Over the base that is served. Its folder is one process's at a time. Raises ConfigError where there is none."""
+    """Return the Tinker service of the served base.
+
+    Only one process can use the service's folder at a time. Raises ConfigError without a text base."""
     from veneer.jobs.tinker.service import TinkerService
     from veneer.models.home import veneer_home
     from veneer.serve.engine.engine import TextEngine
@@ -97,7 +100,7 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
 
 
 async def _sweep(files: Files, jobs: JobStore) -> None:
-    """At once and again and again; a database or a store that is away is asked again the next time."""
+    """Remove expired files now and every _EVERY seconds; retry after an outage."""
     from veneer.jobs.inputs import sweep_inputs
 
     while True:

@@ -1,22 +1,23 @@
-"""The loop closed: what was trained is compared, gets its place on a route or an alias, is promoted or taken back.
+"""Canary release: compare a job's adapter, move its route or alias, roll back.
 
-    compared = compare_job(store, lease, tenants, result, base)     base, what serves now, the new one; on its card
-    place_job(store, lease, tenants, reference, compared)           its route or its alias moves, as its rule says
+    compared = compare_job(store, lease, tenants, result, base)     scores of base, serving, new; on the card
+    place_job(store, lease, tenants, reference, compared)           moves the route or alias, as the rule says
 
-    promote_job(store, tenants, "acme", job)                        by hand: all users
-    rollback_job(store, tenants, "acme", job)                       what was there before the job moved it
+    promote_job(store, tenants, "acme", job)                        manually: all users
+    rollback_job(store, tenants, "acme", job)                       restores the targets from before the job
 
-| rule          | the new version gets                                                                            |
-| none          | its weight of the users, and is the shadow of the rest, if its route says so; a hand decides      |
-| it is met     | all users                                                                                         |
-| it is not met | no user; where its route has a shadow it answers unseen; what serves stays as it is               |
+| promotion rule | the new version gets |
+| none           | the route's weight of users, and shadows the others if the route says so; then manual |
+| met            | all users |
+| not met        | no user; with `shadow` it answers as a shadow; the serving version stays |
 
-Where nothing serves yet the base stands for it, and the first version that is let through gets all users. An alias
-points to one version: without a rule it waits for a hand, unless it points nowhere yet.
+Without a serving version, the comparison uses the base, and the first accepted version gets all users. An
+alias points to one version: without a rule, a person moves it, unless the alias does not exist yet.
 
-Each step is an event of the job, written before the next one begins, and the route's own history says which move is the
-job's: whoever goes on after a kill finds what was done. What cannot be done here (the route was moved meanwhile, what
-serves cannot be read) is a warning among the events and moves nothing; the adapter is in the library all the same.
+Each action is an event of the job, written before the next action, and the route's history says which
+revisions are the job's, so that a worker can continue after a kill. An action that fails (the route was moved
+meanwhile, the serving version cannot be read) becomes a warning event and moves nothing; the adapter is in
+the library anyway.
 """
 
 from __future__ import annotations
@@ -43,25 +44,27 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _WHOLE = 10_000
-"""Parts of a route's users, as many as it can tell apart."""
+"""Total weight of a route: the resolution of a route's weights."""
 
 
-# -- a job goes on by itself -------------------------------------------------------------------------------------------
+# -- automatic actions of a job ----------------------------------------------------------------------------------------
 
 
 def compare_job(
     store: JobStore, lease: JobLease, tenants: Store | None, result: Mapping[str, Any], base: TextBase | None
 ) -> dict[str, Any] | None:
-    """What the event `evaluation` has: `scores` of base, serving and new, and what serves by which move. None where
-    nothing is evaluated, or could not be. The card of the adapter has it then. `base`: what the run was on. Raises
-    LeaseLost, and what may pass."""
+    """Compare the new adapter, write the scores to its card, return the event's data.
+
+    The data has `scores` of base, serving and new, the serving version and the route's revision. Returns None
+    if no evaluation is configured or the evaluation failed. `base`: the run's base. Raises LeaseLost and
+    transient errors."""
     after = after_of(lease.job)
     if after is None or after.evaluate is None:
         return None
     adapter = Path(result["adapter"])
     there = _told(store, lease.job, "evaluation")
     if there is None:
-        assert base is not None  # who is compared is trained by itself
+        assert base is not None  # a compared job is trained alone, so its base is here
         compare = partial(_compared, lease.job, after, after.evaluate, store.library, tenants, adapter, base)
         there = _tried(store, lease, "evaluation", "it could not be compared", compare)
     if "scores" not in there.data:
@@ -73,7 +76,9 @@ def compare_job(
 def place_job(
     store: JobStore, lease: JobLease, tenants: Store | None, reference: str, compared: Mapping[str, Any] | None
 ) -> None:
-    """Moves the job's route or alias to where `reference` belongs, once. Raises LeaseLost, and what may pass."""
+    """Move the job's route or alias once, for the adapter `reference`.
+
+    Raises LeaseLost and transient errors."""
     after = after_of(lease.job)
     if after is None or (after.route is None and after.alias is None):
         return
@@ -85,8 +90,10 @@ def place_job(
 
 
 def _tried(store: JobStore, lease: JobLease, kind: str, otherwise: str, do: Callable[[], JobEvent]) -> JobEvent:
-    """The event that `do` makes, or the one that says why it could not be; noted."""
-    store.get_lease(lease.job.id, lease.token)  # a job that was cancelled moves nothing
+    """Record and return the event of `do`, or a warning event if `do` fails.
+
+    Raises LeaseLost, Interrupted and transient errors."""
+    store.get_lease(lease.job.id, lease.token)  # a cancelled job moves nothing
     try:
         event = do()
     except (LeaseLost, Interrupted):
@@ -123,7 +130,7 @@ def _compared(
     from veneer.train.text.evaluate import score_mixes
 
     config = job_config(job, adapter)
-    assert isinstance(config, TrainConfig)  # looked at when it was submitted
+    assert isinstance(config, TrainConfig)  # checked on submission
     rows = held_out_rows(held, config)
     data: dict[str, Any] = {"rows": len(rows), "serving": None}
     mixes: dict[str, list[tuple[str, float]]] = {"base": [], "new": [(str(adapter), 1.0)]}
@@ -167,7 +174,7 @@ def _text(data: Mapping[str, Any]) -> str:
 
 
 def _on_card(folder: Path, data: Mapping[str, Any]) -> None:
-    """The same whenever it is done again."""
+    """Write the scores to the adapter's card and README. Idempotent."""
     from veneer.formats.card import CARD_FILE, README_FILE, card_bytes, is_ours, read_card, readme_bytes
     from veneer.formats.peft import load_folder
 
@@ -186,7 +193,9 @@ def _on_card(folder: Path, data: Mapping[str, Any]) -> None:
 
 
 def _verdict(after: AfterJob, compared: Mapping[str, Any] | None) -> tuple[bool | None, str, str]:
-    """Whether the rule is met, None where there is none, and that in words; why nothing may move, "" where it may."""
+    """Return (rule is met, in words, why nothing may move).
+
+    The first is None without a rule; the third is "" if the route or alias may move."""
     if after.evaluate is not None and compared is None:
         return None, "", "it was not compared"
     if (rule := after.promote) is None:
@@ -198,7 +207,7 @@ def _verdict(after: AfterJob, compared: Mapping[str, Any] | None) -> tuple[bool 
 
 
 def _version(library: Library, name: str) -> str | None:
-    """What an alias points to; None where there is no such alias."""
+    """Return the reference that an alias points to; None if the alias does not exist."""
     try:
         return library.find(name).reference
     except NotInLibrary:
@@ -211,7 +220,7 @@ def _pointed(
     now, before = _version(library, name), None if compared is None else compared["serving"]
     if not met and not (met is None and before is None and now in (None, reference)):
         return f"{name} stays as it is", {}
-    if now not in (before, reference):  # the latter: before a kill
+    if now not in (before, reference):  # `reference`: moved before a kill
         fix = "veneer jobs promote, if the job's is to be there"
         raise ConfigError(f"{name} was moved since {reference} was compared", where="after.alias", fix=fix)
     library.alias(reference, name.rpartition("@")[2])
@@ -220,7 +229,7 @@ def _pointed(
 
 
 def _standing(tenants: Store, tenant: str, route: str) -> tuple[int, Route | None]:
-    """The number of the move that holds, 0 where there is none, and where it leads, None where nowhere."""
+    """Return (number of the current revision or 0, the route or None)."""
     now = next((move for move in _moves(tenants, tenant, route) if move["current"]), None)
     return (0 if now is None else int(now["move"])), tenants.look().routes.get((tenant, route))
 
@@ -238,7 +247,7 @@ def _hand(job: Job) -> str:
 
 
 def _of_job(job: Job, moves: list[dict[str, Any]]) -> list[int]:
-    """The moves that were made for a job, by itself or by hand."""
+    """Return the revisions made for a job, automatically or manually."""
     return [int(move["move"]) for move in moves if move["who"] in (f"job {job.id}", _hand(job))]
 
 
@@ -273,7 +282,7 @@ def _shared_out(
 ) -> tuple[str, dict[str, Any]]:
     name = route.name
     move, now = _standing(tenants, job.tenant, name)
-    if mine := _of_job(job, _moves(tenants, job.tenant, name)):  # before a kill
+    if mine := _of_job(job, _moves(tenants, job.tenant, name)):  # moved before a kill
         return f"{name} was moved", {"move": max(mine), "promoted": bool(met)}
     if compared is not None and compared.get("move", move) != move:
         raise routes.RouteMoved(f"{name} was moved since {reference} was compared", where="route")
@@ -301,12 +310,14 @@ def _shared_out(
     return text, {"move": made.move, "promoted": bool(met)}
 
 
-# -- by hand -----------------------------------------------------------------------------------------------------------
+# -- manual actions ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class JobPlace:
-    """Where a job's route or alias leads now: to nothing, where it is gone, as it was before the job. `shown`: as JSON
+    """The current targets of a job's route or alias.
+
+    `leads`: empty if the route or alias was removed, because it did not exist before the job. `shown`: JSON
     values."""
 
     name: str
@@ -328,7 +339,9 @@ class JobPlace:
 
 
 def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job: str) -> JobPlace:
-    """All users of its route, or its alias, get what the job made. Raises UnknownJob, WrongState, ConfigError."""
+    """Point the job's route or alias to the job's adapter, for all users.
+
+    Raises UnknownJob, WrongState, ConfigError."""
     found, after = _placing(store, tenant, job)
     if found.result is None:
         raise WrongState(f"job {job} is {found.state}", where="job", fix="only one that has succeeded can be promoted")
@@ -353,9 +366,10 @@ def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job:
 
 
 def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job: str) -> JobPlace:
-    """The route leads again to what it led to before the job moved it, for the same users, or the alias; to nothing
-    where there was none. Raises UnknownJob, WrongState, ConfigError where the job did not move it, or somebody else has
-    since."""
+    """Restore the targets of the job's route or alias from before the job.
+
+    A route keeps its users. A route or alias that did not exist before the job is removed. Raises UnknownJob,
+    WrongState, and ConfigError if the job did not move the route or alias, or if it was moved again since."""
     found, after = _placing(store, tenant, job)
     if after.route is not None:
         kind, place = "route", _route_back(found, after.route.name, store.library, _known(tenants))
@@ -402,7 +416,9 @@ def _elsewhere(job: Job, name: str, fix: str, *, moved: bool) -> ConfigError:
 
 
 def _placing(store: JobStore, tenant: str | None, job: str) -> tuple[Job, AfterJob]:
-    """A job, and what it is for: a route or an alias."""
+    """Return a job and its `after` section, which has a route or an alias.
+
+    Raises UnknownJob, and WrongState if the section has neither."""
     found = store.get(tenant, job)
     after = after_of(found)
     if after is None or (after.route is None and after.alias is None):

@@ -1,10 +1,10 @@
-"""A job's checkpoints as adapters of the library, each a version of the job's name under its own alias.
+"""Publish a job's checkpoints as adapters in the library.
 
-    publish_checkpoints(library, "acme/support-kq7vz2mh", run, adapter)      {40: "acme/support-kq7vz2mh@40"}
-    publish_steps(library, job, run)                                        {40: "support.jp8v6w@40"}, while it trains
+    publish_checkpoints(library, "acme/support-kq7vz2mh", run, adapter)   {40: "acme/support-kq7vz2mh@40"}
+    publish_steps(library, job, run)           {40: "support.jp8v6w@40"} (training)
 
-A checkpoint of step 40 is version 40, `@ckpt-step-40`; what the job made is the version after all of them, so that the
-name alone means that and nothing before it.
+The checkpoint of step 40 is version 40 with alias `@ckpt-step-40`. The job's final adapter is the version
+after all checkpoints, so that the plain name means the final adapter.
 """
 
 from __future__ import annotations
@@ -24,24 +24,28 @@ from veneer.train.checkpoint import by_step, is_extra
 from veneer.train.text.offpolicy import DRAWN_FROM
 
 STEPS_TAG = "steps-of:"
-"""How the tag of such an adapter begins, before its job."""
+"""Prefix of the tag of a checkpoint's adapter; the job's id follows."""
 
 
 def job_of_tag(tag: str) -> str:
-    """Of a tag that a job puts on its adapters, the job; "" of any other."""
+    """Return the job id of a job's tag; "" for other tags."""
     kind, _, job = tag.partition(":")
     return job if kind in ("job", "step-of", "steps-of") else ""
 
 
 def steps_name(job: Job) -> str:
-    """What the checkpoints of a job are called in the library while it trains, each a version of it: a name of the
-    job's own, so that nothing unfinished is ever the newest version of what the job makes."""
+    """Return the library's name for a job's checkpoints during training.
+
+    The name differs from the job's name, so that no unfinished adapter is ever the newest version of that
+    name."""
     return f"{job.name}.{job.id[-6:].lower()}"
 
 
 def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
-    """The references, by step, of the checkpoints in a run's folder that have their adapter beside them
-    (`checkpoint.adapters`). One that is in the library already stays as it is."""
+    """Add a run's checkpoints with an adapter folder to the library.
+
+    Such folders exist with `checkpoint.adapters`. Returns references by step. Existing versions stay
+    unchanged."""
     name = steps_name(job)
     there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
     out: dict[int, str] = {}
@@ -66,12 +70,12 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
 def publish_checkpoints(
     library: Library, name: str, run: Path, adapter: Path, note: Callable[[str], None]
 ) -> dict[int, str]:
-    """Add the run's requested checkpoints that still exist to the library; return their references by step.
+    """Add the run's requested checkpoints that still exist to the library.
 
-    `adapter`: the run's final adapter, with the same tensor names and shapes as each checkpoint. A version that is
-    already in the library stays: after a kill the card's times differ, so the same checkpoint would be added again, as
-    the newest version. `note`: called with the reason for each checkpoint that is left out because its tensors differ
-    from the adapter's."""
+    Returns references by step. `adapter`: the run's final adapter, with the same tensor names and shapes as
+    each checkpoint. Existing versions stay unchanged: after a kill the card's times differ, so the same
+    checkpoint would be added again as the newest version. `note`: called with the reason for each checkpoint
+    whose tensors differ from the adapter's; this checkpoint is skipped."""
     whole = load_folder(adapter).adapter
     out: dict[int, str] = {}
     there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
@@ -99,7 +103,7 @@ def publish_checkpoints(
 
 
 def _difference(adapter: Mapping[str, torch.Size], state: Mapping[str, torch.Size]) -> str:
-    """Return how a checkpoint's tensors differ from the adapter's; "" if names and shapes are equal."""
+    """Return how a checkpoint's tensors differ from the adapter's, or ""."""
     for key in sorted(adapter.keys() | state.keys()):
         if key not in state:
             return f"the checkpoint lacks {key}, which the adapter has"

@@ -1,24 +1,24 @@
-"""What tenants' adapters cost and bring, of what was: the ledger's sums and the jobs' bills, never a plan's.
+"""Cost and revenue of tenants' adapters, from the ledger and the jobs' bills.
 
     for row in economics(store, jobs, 2_500_000).rows: …
 
-A row for each tenant and adapter, all its versions together; the base is an adapter of its own. Money is in millionths,
-P is the price of an hour of a machine, H the hours of the period, both as given; s is the row's seconds of prefill and
-decoding, n its requests that were answered; over all rows, of every tenant, S = Σ s.
+One row per tenant and adapter, over all versions; the base has rows of its own. Money is in millionths. P is
+the given price of a machine-hour, H the hours of the period; s is the row's seconds of prefill and decoding,
+n its answered requests; S = Σ s over all rows of all tenants.
 
-    training            hours its jobs took, whatever came of them × P of training
-    training_billed     what the tenant was billed for them: its price of tokens, as each job kept it
-    serving             H · P · s/S: all that the shared machine costs, idle hours too, by who made it work
-    billed              what the ledger charged for its requests
-    dedicated           H · P of a machine of its own, with the adapter merged into a base of its own
-    serving_thousand    1000 · serving/n, and dedicated_thousand likewise
-    dedicated_from      24 · P of such a machine / (serving/n): requests a day from which it costs no more than sharing
-    paid_back_after     (training − training_billed) / (billed/n − serving/n): requests that pay what training left open
+    training            machine-hours of the adapter's jobs, in every end state × P of training
+    training_billed     the tenant's bills for these jobs, at each job's token price
+    serving             H · P · s/S: the whole cost of the shared machine, including idle hours, by use
+    billed              the ledger's charges for the adapter's requests
+    dedicated           H · P of a dedicated machine, with the adapter merged into its base
+    serving_thousand    1000 · serving/n; dedicated_thousand likewise
+    dedicated_from      24 · P of a dedicated machine / (serving/n): requests per day at which it costs no more
+    paid_back_after     (training − training_billed) / (billed/n − serving/n): requests that pay for training
 
-The last two take a request to cost and bring what it did in the period: one that a machine of its own could not answer,
-or that comes when the shared one is full, is not in them. Where nothing divides, they are None: nothing was answered,
-or a request brings no more than it costs. A request of a mix counts for each adapter of it, with all of its seconds and
-with that adapter's own charge.
+The last two assume the period's average cost and revenue per request. They ignore requests that a dedicated
+machine could not answer or that arrive when the shared machine is full. They are None without answered
+requests, or if a request brings no more than it costs. A request of a mix counts for each adapter of the mix,
+with all its seconds and with the adapter's own charge.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ from veneer.serve.tenancy.store import Store
 
 @dataclass(frozen=True)
 class EconomicsRow:
-    """One tenant's use of one adapter: see the module. Seconds are of machines; money in millionths."""
+    """One tenant's use of one adapter; see the module. Money is in millionths.
+
+    Seconds are machine time."""
 
     tenant: str
     adapter: str
@@ -62,7 +64,7 @@ class EconomicsRow:
 
 @dataclass(frozen=True)
 class Economics:
-    """`hours`: of the period, which the shared machine is paid for. `rows`: by tenant and adapter."""
+    """A report by tenant and adapter. `hours`: paid hours of the shared machine."""
 
     since: str
     until: str
@@ -83,13 +85,17 @@ def economics(
     hours: float | None = None,
     now: float | None = None,
 ) -> Economics:
-    """Costs and income of each tenant's adapters.
+    """Return cost and revenue of each tenant's adapters.
 
-    jobs: None if nothing is trained. hour: price of an hour of all machines that serve together, in millionths;
-    dedicated: of a machine that would serve one adapter; training: of one that trains; both default to `hour`. tenant:
-    report only its rows; the requests of others still count in the machine's use. since, until: days in UTC, both
-    included; by default from the first day with a request or a bill to now. hours: for which the machines that serve
-    were paid; by default all of the period. Raises ConfigError."""
+    jobs: None if nothing is trained
+    hour: hourly price of all serving machines together, in millionths
+    dedicated: hourly price of a machine for one adapter; default: `hour`
+    training: hourly price of a training machine; default: `hour`
+    tenant: report only this tenant's rows; other tenants' requests still count as use of the machine
+    since, until: days in UTC, both included; default: from the first day with a request or a bill to now
+    hours: paid hours of the serving machines; default: the whole period
+
+    Raises ConfigError."""
     dedicated = hour if dedicated is None else dedicated
     training = hour if training is None else training
     for name, price in (("hour", hour), ("dedicated", dedicated), ("training", training)):
@@ -157,12 +163,14 @@ def _row(
 
 
 def _up(number: float) -> int:
-    """The next whole number, but for what rounding left over."""
+    """Round up, except for a relative rounding error of 1e-9."""
     return math.ceil(number - 1e-9 * abs(number))
 
 
 def _hours(since: str, until: str, now: float) -> float:
-    """From the start of the first day to the end of the last, or to `now`. Raises ConfigError for what is no day."""
+    """Return hours from the start of `since` to the end of `until`, or to `now`.
+
+    Raises ConfigError for an invalid day."""
     if not since:
         return 0.0
     try:

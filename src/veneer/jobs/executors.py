@@ -1,11 +1,11 @@
-"""Where jobs' processes run, behind one small protocol, and the first such place: this machine.
+"""Executors run jobs' processes: the protocol, and the executor of this machine.
 
-    place = executor.start(lease, environment)          a process of `jobs.process` for it
-    executor.look(place)                                None as long as it is there, else how it ended
-    executor.stop(place), .stop(place, hard=True)       asked to save its state and end; ended
+    place = executor.start(lease, environment)          starts a `jobs.process` process for the lease
+    executor.look(place)                                None while the process runs, else how it ended
+    executor.stop(place), .stop(place, hard=True)       SIGTERM, to save and exit; SIGKILL
 
-An executor starts, watches and stops; whose job it is, is the queue's affair. It schedules nothing: whoever outgrows
-one machine has Ray or Kubernetes for that.
+An executor starts, polls and stops processes. The queue manages leases. This module schedules nothing across
+machines: use Ray or Kubernetes for several machines.
 """
 
 from __future__ import annotations
@@ -31,34 +31,41 @@ _VALIDATION_NICE = 10
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job's process ended, in words. `memory`: it took more of it than it may, and will again."""
+    """How a job's process ended. `memory`: the process exceeded its memory limit.
+
+    A retry would exceed the limit again."""
 
     why: str
     memory: bool = False
 
 
 class Executor(Protocol):
-    """Raises nothing for a place where there is nothing (any more): that has ended."""
+    """Starts, polls and stops jobs' processes.
+
+    A place without a process counts as ended and raises no error."""
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
-        """A process for this lease; returns where it is, for the other two. Raises ResourceError."""
+        """Start a process for this lease and return its place. Raises ResourceError."""
 
     def look(self, place: str) -> Ended | None:
-        """None as long as it runs, or is about to."""
+        """Return None while the process runs or is starting, else how it ended."""
 
     def stop(self, place: str, *, hard: bool = False) -> None:
-        """Ask it to save its state and end, as SIGTERM does, and return; `hard`: it ends as SIGKILL has it."""
+        """Ask the process to save and exit, like SIGTERM, without waiting.
+
+        `hard`: kill the process, like SIGKILL."""
 
 
 def hand_over(
     lease: JobLease, environment: Mapping[str, str], validation: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Write the handover file for a lease; return the arguments for Python to run its process.
+    """Write the handover file of a lease; return Python's arguments for the process.
 
-    The file holds the lease's token and the environment variables, which can contain passwords, so that neither
-    appears in the command or in a cluster's dashboard. The file is in the job's folder and readable by this user only;
-    the process reads the file once and removes it. `validation`: for a process that only validates its job, the
-    `device` to plan for and its `room` in bytes. Raises ResourceError and AdapterError."""
+    The file holds the lease's token and the environment variables, which can contain passwords, so that
+    neither appears in the command or in a cluster's dashboard. The file is in the job's folder and readable
+    by this user only; the process reads the file once and removes it. `validation`: for a process that only
+    validates its job, the `device` to plan for and its `room` in bytes. Raises ResourceError and
+    AdapterError."""
     job = lease.job
     path = job.make_folder() / f"{_HANDOVER}-{job.attempt}.json"
     given = {"job": job.id, "token": lease.token, "environment": dict(environment), "validation": validation}
@@ -68,9 +75,12 @@ def hand_over(
 
 
 def taken_over(path: Path) -> tuple[str, str, dict[str, Any] | None]:
-    """Read a file of `hand_over`: remove the file, set its variables, and return job, token and `validation`.
+    """Read and remove a file of `hand_over`; return (job, token, `validation`).
 
-    Raises ConfigError if the file does not exist: it was read already, or this machine has another veneer home."""
+    Sets the file's environment variables.
+
+    Raises ConfigError if the file does not exist: it was read already, or this machine has another veneer
+    home."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
@@ -87,7 +97,7 @@ def taken_over(path: Path) -> tuple[str, str, dict[str, Any] | None]:
 
 
 def drop_handover(job: Job) -> None:
-    """Remove handover files that no process has read, once the job's process has ended."""
+    """Remove handover files that no process has read, after the process has ended."""
     for path in job.folder.glob(f"{_HANDOVER}-*.json"):
         path.unlink(missing_ok=True)
 
@@ -96,22 +106,25 @@ _HANDOVER = "handover"
 
 
 _BEYOND, _BESIDE = 1.5, 512 << 20
-"""A process may hold so many times what its plan says, and so much beside: plans that are guessed are a tenth off."""
+"""Memory limit: factor on the plan, plus bytes. Estimated plans are off by 10 %."""
 
 
 def memory_of(job: Job) -> int:
-    """The most bytes of this machine's memory that its process may hold, by its plan; 0 where that is of a GPU's."""
+    """Return the process's limit of host memory in bytes, by the job's plan.
+
+    Returns 0 if the plan is for a GPU."""
     plan = job.plan or {}
     planned = int(plan.get("peak_bytes") or 0) if plan.get("device", {}).get("name") == "cpu" else 0
     return int(planned * _BEYOND) + _BESIDE if planned else 0
 
 
 class LocalExecutor(Executor):
-    """Processes of this machine, children of this one: they end when it does, and none may take more memory than its
-    plan says."""
+    """Runs jobs as child processes on this machine.
+
+    The children end with this process. A child that exceeds its plan's memory limit is killed."""
 
     def __init__(self, *, nice: int = 0) -> None:
-        """`nice`: how far they stand back behind others of this machine."""
+        """Create the executor. `nice`: niceness of the child processes."""
         self.nice = nice
         self._children: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
 
@@ -122,9 +135,10 @@ class LocalExecutor(Executor):
             return self._process(f"{job.id}-{job.attempt}", lease, log, environment, memory_of(job))
 
     def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
-        """Start a process that validates a new job for `device`; kill the process if it uses more than `room` bytes.
+        """Start a process that validates a new job for `device`.
 
-        The process writes its log to this process's output, so that a refused job leaves no folder."""
+        The process is killed if it uses more than `room` bytes. It writes its log to this process's output,
+        so that a refused job leaves no folder."""
         validation = {"device": asdict(device), "room": room}
         return self._process(f"{lease.job.id}-validation", lease, None, environment, room, _VALIDATION_NICE, validation)
 
@@ -144,7 +158,7 @@ class LocalExecutor(Executor):
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True
         )
-        place = f"{name}, process {child.pid}"  # a pid alone may come again
+        place = f"{name}, process {child.pid}"  # the system can reuse a pid
         self._children[place] = child, room
         return place
 
@@ -179,7 +193,7 @@ class LocalExecutor(Executor):
 
 
 def _resident(pid: int) -> int:
-    """Bytes that the process holds, 0 where it has just gone."""
+    """Return a process's resident bytes; 0 if the process has ended."""
     import psutil
 
     try:

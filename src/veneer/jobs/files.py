@@ -1,17 +1,17 @@
-"""Files that clients upload: training data, and what jobs give back.
+"""Files of clients: uploaded training data, and result files of jobs.
 
-    files = open_files(library)                    beside the library: rows in its database, bytes in its store
+    files = open_files(library)                    rows in the library's database, bytes in its store
     made = files.add("acme", "tickets.jsonl", "fine-tune", opened)
     files.get("acme", made.id), files.list("acme"), files.open(made), files.delete("acme", made.id)
 
-    upload = files.begin("acme", "big.jsonl", "fine-tune", bytes=10**9)      a large file in parts, in any order
+    upload = files.begin("acme", "big.jsonl", "fine-tune", bytes=10**9)      a large file in parts
     part = files.add_part("acme", upload.id, opened)
-    files.complete("acme", upload.id, [part.id])   whole and checked, or still to be completed
+    files.complete("acme", upload.id, [part.id])   checks and assembles; on error, the upload stays open
 
-Each tenant's bytes are apart, under their sha256, so nobody can find out by uploading what others have. A file is there
-when its row is, which is written after its bytes are on the disk; bytes without a row are debris, which `sweep` takes
-with what has expired. Whoever removes bytes looks, holding the one lock of writers, that no row has them; whoever adds
-a row looks, holding it, that its bytes are still there.
+Each tenant's bytes are stored separately under their sha256, so an upload reveals nothing about other
+tenants' files. A file exists once its row exists; the row is written after the bytes are on disk. `sweep`
+removes bytes without a row, and expired files. Under one lock of writers, code that removes bytes checks that
+no row has them, and code that adds a row checks that its bytes still exist.
 
 Raises Refused: not_found (404), too_large (413), invalid_request (400), storage_full (400).
 """
@@ -45,22 +45,26 @@ from veneer.serve.request import Refused, invalid
 _Purpose = Literal["fine-tune", "fine-tune-results"]
 _UploadStatus = Literal["pending", "completed", "cancelled", "expired"]
 
-_LOCK = 0x66696C6573  # "files": the key of PostgreSQL's advisory lock
+_LOCK = 0x66696C6573  # "files": key of PostgreSQL's advisory lock
 _GRACE = 3600.0
-"""Seconds for which bytes without a row are let be: their row may be on its way."""
+"""Seconds to keep bytes without a row: the row may be about to be written."""
 _BATCH = 500
-"""Rows per statement and per removing transaction: databases limit the number of values in a statement."""
+"""Rows per statement and deletion: databases limit the values of a statement."""
 _HOLD = 0.25
-"""Seconds for which one batch may remove bytes while holding the lock."""
+"""Seconds that one batch may remove bytes while holding the lock."""
 _REMEMBERED = 30 * 86400.0
-"""Seconds for which an upload that ended is still told of."""
+"""Seconds for which an ended upload can still be queried."""
 
 
 @dataclass(frozen=True)
 class FileLimits:
-    """In bytes: `file`, one that is sent at once; `part`, a part of an upload; `upload`, all of one. `parts`: of an
-    upload. `uploads`: how many a tenant may have begun. `upload_seconds`: how long an upload may take; its parts are
-    removed then. `QuotaLimits` says how much a tenant may have here in all."""
+    """Limits of files and uploads; `QuotaLimits` has a tenant's total.
+
+    file: bytes of a file in one request
+    part, upload: bytes of an upload's part, and of a whole upload
+    parts: parts per upload
+    uploads: pending uploads per tenant
+    upload_seconds: lifetime of a pending upload; its parts are removed afterwards"""
 
     file: int = 512 << 20
     part: int = 64 << 20
@@ -72,7 +76,9 @@ class FileLimits:
 
 @dataclass(frozen=True)
 class UploadedFile:
-    """`sha256`: of its bytes. `created`, `expires`: seconds since 1970; None: never."""
+    """A file. `created`, `expires`: seconds since 1970; `expires`: None for never.
+
+    `sha256`: hash of the file's bytes."""
 
     id: str
     tenant: str
@@ -86,7 +92,7 @@ class UploadedFile:
 
 @dataclass(frozen=True)
 class Upload:
-    """`bytes`: of the whole file, as announced. `file`: what it became."""
+    """An upload in parts. `bytes`: announced size of the file; `file`: the result."""
 
     id: str
     tenant: str
@@ -110,8 +116,10 @@ class UploadPart:
 
 
 def open_files(library: Library, limits: FileLimits | None = None, quotas: Quotas | None = None) -> Files:
-    """The uploaded files beside a library: their rows in its database, their bytes below `uploads` in its store. Raises
-    what opening a store or a database does."""
+    """Open the uploaded files of a library.
+
+    Rows are in the library's database, bytes under `uploads` in its store. Raises the errors of opening a
+    store or a database."""
     migrate(library.engine, JOB_SCHEMA, library.location)
     store = open_store(f"{library.location.rstrip('/')}/uploads")
     if isinstance(store, LocalStore):
@@ -121,7 +129,7 @@ def open_files(library: Library, limits: FileLimits | None = None, quotas: Quota
 
 @dataclass
 class Files:
-    """`clock`: seconds since 1970."""
+    """Uploaded files and uploads of all tenants. `clock`: seconds since 1970."""
 
     engine: Engine
     store: LocalStore | RemoteStore
@@ -141,9 +149,11 @@ class Files:
         keep: float | None = None,
         id: str | None = None,
     ) -> UploadedFile:
-        """Keeps what is in `source`, which is read from its beginning, more than once. `keep`: seconds until it
-        expires. `id`: its own, for a file that is made here, whatever room there is; if there is one with it already,
-        that stays. Blocks."""
+        """Store the content of `source`, and return the file.
+
+        Reads `source` from its beginning, more than once. `keep`: seconds until the file expires. `id`: id of
+        a file that the server makes, which is exempt from quotas; an existing file with this id stays.
+        Blocks."""
         made = self._file(tenant, filename, purpose, source, keep, id)
         with self._adding(tenant, made, source) as c:
             if id is None:
@@ -168,7 +178,7 @@ class Files:
         return UploadedFile(id, tenant, name, purpose, size, sha256, now, None if keep is None else now + keep)
 
     def known(self, tenant: str, id: str) -> bool:
-        """Whether there is a file with this id."""
+        """Return whether a file with this id exists."""
         with reading(self.engine) as c:
             return self._known(c, tenant, id)
 
@@ -196,8 +206,9 @@ class Files:
         after: str | None = None,
         newest_first: bool = True,
     ) -> tuple[list[UploadedFile], bool]:
-        """Some of a tenant's files, and whether there are more. `after`: the id of the last one of the page before.
-        Raises Refused for one that is not there."""
+        """Return (a page of a tenant's files, whether more exist).
+
+        `after`: id of the last file of the previous page. Raises Refused for an unknown `after`."""
         t = job_file_table.c
         query = select(*_columns()).where(t.tenant == tenant, (t.expires.is_(None)) | (t.expires > self.clock()))
         if purpose is not None:
@@ -213,15 +224,16 @@ class Files:
         return [UploadedFile(**row._mapping) for row in rows[:limit]], len(rows) > limit
 
     def open(self, file: UploadedFile) -> IO[bytes]:
-        """Its bytes. Reading those of a remote store raises what the store does."""
+        """Open a file's bytes. Reads from a remote store raise the store's errors."""
         try:
             return self.store.open(_path(file.tenant, file.sha256))
         except FileNotFoundError:
             raise _missing("File", file.id, "id") from None
 
     def put_in(self, file: UploadedFile, folder: Path) -> Path:
-        """Its bytes in a folder, under its own name, for a job that reads them: linked where that can be, so that
-        many jobs on one file take no more room than it."""
+        """Place a file in a folder under its own name, and return the path.
+
+        Uses a hard link if possible, so that many jobs on one file need no more disk space."""
         target = folder / (file.filename if not file.filename.startswith(".") else f"file{file.filename}")
         if isinstance(self.store, LocalStore):
             with suppress(OSError):
@@ -240,7 +252,7 @@ class Files:
     # -- uploads -------------------------------------------------------------------------------------------------------
 
     def begin(self, tenant: str, filename: str, purpose: _Purpose, bytes: int, *, keep: float | None = None) -> Upload:
-        """A file of so many bytes is going to come in parts."""
+        """Begin an upload of `bytes` bytes in parts."""
         if bytes > self.limits.upload:
             raise Refused(f"the upload has more than {self.limits.upload:,} bytes", status=413, code="too_large")
         now = self.clock()
@@ -270,13 +282,13 @@ class Files:
             return _upload(c, tenant, id, self.clock())
 
     def add_part(self, tenant: str, upload: str, source: IO[bytes]) -> UploadPart:
-        """Keeps one part. Blocks."""
+        """Store one part. Blocks."""
         sha256, size = _measured(source)
         if not size:
             raise invalid("the part is empty", "data")
         now = self.clock()
         made = UploadPart(f"part_{secrets.token_hex(12)}", upload, size, sha256, now)
-        with reading(self.engine) as c:  # before anything is kept of it
+        with reading(self.engine) as c:  # before any byte is stored
             _pending(c, tenant, upload, now)
         with self._adding(tenant, made, source) as c:
             whole = _pending(c, tenant, upload, now).bytes
@@ -286,15 +298,17 @@ class Files:
             ).one()
             if count >= self.limits.parts:
                 raise invalid(f"an upload has at most {self.limits.parts:,} parts", "data", "send larger parts")
-            if sent + size > 2 * whole + self.limits.part:  # parts may be sent again, and need not all be used
+            if sent + size > 2 * whole + self.limits.part:  # a part can be sent again, or stay unused
                 raise invalid(f"the parts have more than the {whole:,} bytes of the upload", "data")
             self._check_room(c, tenant, size)
             c.execute(insert(job_part_table), vars(made) | {"tenant": tenant})
         return made
 
     def complete(self, tenant: str, id: str, parts: Sequence[str], md5: str | None = None) -> Upload:
-        """The file of these parts, in this order. Raises Refused where they are not what was announced; the upload is
-        pending still. Blocks."""
+        """Assemble the file from these parts, in this order.
+
+        Raises Refused if the parts do not match the announced size or md5; the upload then stays pending.
+        Blocks."""
         with reading(self.engine) as c:
             upload = _pending(c, tenant, id, self.clock())
             rows = c.execute(select(job_part_table).where(job_part_table.c.upload == id)).all()
@@ -330,7 +344,7 @@ class Files:
         return self.get_upload(tenant, id)
 
     def cancel(self, tenant: str, id: str) -> Upload:
-        """The upload is over; what was sent of it is removed."""
+        """Cancel an upload and remove its parts."""
         with self._change() as c:
             _pending(c, tenant, id, self.clock())
             c.execute(update(job_upload_table).where(job_upload_table.c.id == id).values(status="cancelled"))
@@ -340,10 +354,10 @@ class Files:
     # -- upkeep --------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> int:
-        """Remove expired files and uploads, leftovers of killed processes, and uploads that ended long ago.
+        """Remove expired files and uploads, and leftovers of killed processes.
 
-        Return how many were removed. Safe to run concurrently with other work and to kill: rows and bytes are removed
-        in batches, each in a short transaction."""
+        Also removes uploads that ended long ago. Returns how many were removed. Safe to run concurrently and
+        to kill: rows and bytes are removed in batches, each in a short transaction."""
         now, u = self.clock(), job_upload_table.c
         count = self._drop(job_file_table, job_file_table.c.expires <= now)
         with self._change() as c:
@@ -364,7 +378,9 @@ class Files:
         self._drop(job_part_table, job_part_table.c.upload == upload)
 
     def _drop(self, table: Table, which: ColumnElement[bool]) -> int:
-        """Delete the selected rows of files or parts, and bytes left without a row. Return the number of rows."""
+        """Delete selected rows of files or parts, and bytes without a row.
+
+        Returns the number of rows."""
         count, t = 0, table.c
         while True:
             with self._change() as c:
@@ -376,7 +392,7 @@ class Files:
                 return count
 
     def _release(self, contents: Iterable[tuple[str, str]]) -> int:
-        """Removes those of some bytes, by tenant and sha256, that no row has. Returns how many."""
+        """Remove contents (tenant, sha256) without a row; return how many."""
         count, wanted = 0, sorted(set(contents))
         with reading(self.engine) as c:  # most contents still have a row and need no lock
             kept = _with_rows(c, wanted)
@@ -392,7 +408,7 @@ class Files:
         return count
 
     def _check_room(self, c: Connection, tenant: str, more: int) -> None:
-        """That there is room for one file more, of so many bytes."""
+        """Check the tenant's quota for one more file of `more` bytes."""
         count = c.scalar(select(func.count()).where(job_file_table.c.tenant == tenant)) or 0
         have = sum(
             int(c.scalar(select(func.coalesce(func.sum(t.c.bytes), 0)).where(t.c.tenant == tenant)) or 0)
@@ -402,7 +418,7 @@ class Files:
 
     @contextmanager
     def _adding(self, tenant: str, made: UploadedFile | UploadPart, source: IO[bytes]) -> Iterator[Connection]:
-        """A transaction that adds a row, with its bytes on the disk before it begins and when it ends."""
+        """Open a transaction that adds a row, with its bytes on disk before and after."""
         path = _path(tenant, made.sha256)
         if self.store.size(path) != made.bytes:
             self._write(path, source, made.sha256)
@@ -430,11 +446,11 @@ class Files:
 
 
 def _path(tenant: str, sha256: str) -> str:
-    return f"tenants/{tenant or '_'}/{blob_path(sha256)}"  # no tenant can be called so
+    return f"tenants/{tenant or '_'}/{blob_path(sha256)}"  # `_` is no valid tenant name
 
 
 def _content(path: str) -> tuple[str, str]:
-    """(tenant, sha256) of `_path`."""
+    """Return the (tenant, sha256) of a `_path`."""
     tenant, sha256 = path.split("/")[1], path.rpartition("/")[2]
     return "" if tenant == "_" else tenant, sha256
 
@@ -444,7 +460,7 @@ def _columns() -> list[Column[Any]]:
 
 
 def _with_rows(c: Connection, contents: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Return which of these contents (tenant, sha256) a file or a part still uses."""
+    """Return the contents (tenant, sha256) that a file or part still uses."""
     found: set[tuple[str, str]] = set()
     for tenant in {tenant for tenant, _ in contents}:
         hashes = [sha256 for owner, sha256 in contents if owner == tenant]
@@ -477,7 +493,7 @@ def _pending(c: Connection, tenant: str, id: str, now: float) -> Upload:
 
 
 def _measured(source: IO[bytes]) -> tuple[str, int]:
-    """(sha256, bytes) of what is in it, from its beginning."""
+    """Return (sha256, bytes) of a stream, read from its beginning."""
     digest, size = hashlib.sha256(), 0
     source.seek(0)
     while chunk := source.read(CHUNK):
@@ -487,7 +503,7 @@ def _measured(source: IO[bytes]) -> tuple[str, int]:
 
 
 def _plain(filename: str) -> str:
-    """A file's own name, without folders. Raises Refused for one that is none."""
+    """Return a file's base name. Raises Refused for an invalid name."""
     name = filename.replace("\\", "/").rpartition("/")[2].strip()
     if not name or name in (".", "..") or not name.isprintable() or len(name.encode("utf-8", "replace")) > 200:
         raise invalid("the file's name is empty, too long, or has signs that cannot be printed", "filename")

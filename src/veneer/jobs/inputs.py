@@ -1,8 +1,9 @@
-"""The files that jobs read: copies of what was uploaded, under its own names, until the job has ended.
+"""Input files of jobs: copies of uploaded files under their own names.
 
-    jobs' folder/inputs/kq7vz2mh/train/tickets.jsonl         kq7vz2mh: the id in the name of what comes of it
+    jobs' folder/inputs/kq7vz2mh/train/tickets.jsonl         kq7vz2mh: the id in the new adapter's name
 
-So a file may be deleted as soon as a job was made of it, and messages say `tickets.jsonl:3`.
+A copy stays until its job has ended, so a client can delete a file once a job exists, and messages say
+`tickets.jsonl:3`.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from veneer.train.records import read_data_files
 from veneer.train.text.rows import About, Row, UnusableRow, look_at_rows
 
 _GRACE = 3600.0
-"""Seconds for which a folder without a job is let be: its job may be on its way."""
+"""Seconds to keep a folder without a job: the job may be about to be created."""
 
 
 LINE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv")
-"""Endings of files with about a row on each line: the first rows can be read without the rest."""
+"""Suffixes of line-based files, whose first rows can be read without the rest."""
 _BEGINNING, _QUOTED_LINES = 256 << 10, 200
-"""Bytes that a look at a file reads, and lines of it that may be dropped to end it outside of a quoted cell."""
+"""Bytes read of a file; lines that may be dropped to end outside a quoted cell."""
 
 
 @dataclass(frozen=True)
 class FileBeginning:
-    """The first rows of an uploaded file. `whole`: whether there are no more. `problem`: why the rows cannot be read;
-    then `about` is None."""
+    """The first rows of an uploaded file. `whole`: the file has no further rows.
+
+    `problem`: why the rows cannot be read; then `about` is None."""
 
     columns: tuple[str, ...] = ()
     rows: tuple[Row | UnusableRow, ...] = ()
@@ -46,8 +48,9 @@ class FileBeginning:
 
 
 def look_at_file(files: Files, file: UploadedFile, format: str, columns: Mapping[str, str], most: int) -> FileBeginning:
-    """Read up to `most` rows from the first 256 KiB of a file, in a format and with columns as `look_at_rows` has
-    them. Blocks."""
+    """Read up to `most` rows from the first 256 KiB of a file.
+
+    `format`, `columns`: as for `look_at_rows`. Blocks."""
     if not file.filename.lower().endswith(LINE_FILES):
         return FileBeginning(problem=f"Rows are read from {', '.join(LINE_FILES)} files. Paste rows of another kind.")
     with files.open(file) as source:
@@ -78,7 +81,9 @@ def _inputs() -> Path:
 
 
 def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
-    """A copy for one job. `which`: train, validation, or held-out/0 and on. Blocks."""
+    """Copy a file for one job and return the copy's path.
+
+    `which`: train, validation, or held-out/0 and up. Blocks."""
     private_folder(jobs_home())
     folder = _inputs() / id / which
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +91,9 @@ def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
 
 
 def input_bytes(job: Job) -> int | None:
-    """Return the total size of the files that validating a job reads; None if one is not a file on this machine."""
+    """Return the total bytes of the files that validating a job reads.
+
+    Returns None if one is not a file on this machine."""
     data, after = job.config.get("data"), job.about.get("after") or {}
     sections: list[Any] = [data, after.get("evaluate")]
     names: list[Any] = []
@@ -101,12 +108,12 @@ def input_bytes(job: Job) -> int | None:
 
 
 def drop_inputs(id: str) -> None:
-    """Of a job that was not made."""
+    """Remove the copies of a job that was not created."""
     shutil.rmtree(_inputs() / id, ignore_errors=True)
 
 
 def sweep_inputs(jobs: JobStore) -> int:
-    """Removes those of jobs that have ended, or were never made. Returns how many."""
+    """Remove copies of jobs that have ended or were never created; return how many."""
     folder = _inputs()
     if not folder.is_dir():
         return 0

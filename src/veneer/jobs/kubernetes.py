@@ -1,11 +1,13 @@
 """Jobs as Kubernetes Jobs: Kubernetes finds a node for each, and this says what each needs.
 
-    KubernetesExecutor(image="registry/veneer:1.0", namespace="training", claim="veneer-home", secret="veneer")
+    KubernetesExecutor(image="registry/veneer:1.0", namespace="training", claim="veneer-home",
+    secret="veneer")
 
-`image`: with veneer in it. `claim`: a volume that all nodes may write to, with the veneer home; it is mounted where the
-worker's veneer home is. A job's process reads its lease and the queue's addresses from a file there; its Job has
-neither. `secret`: its keys become environment variables; VENEER_LIBRARY_INDEX, and VENEER_TENANTS if it is a URL,
-then come from the secret. Uses the official client, with the worker's service account or the kubeconfig.
+`image`: with veneer in it. `claim`: a volume that all nodes may write to, with the veneer home; it is mounted
+where the worker's veneer home is. A job's process reads its lease and the queue's addresses from a file
+there; its Job has neither. `secret`: its keys become environment variables; VENEER_LIBRARY_INDEX, and
+VENEER_TENANTS if it is a URL, then come from the secret. Uses the official client, with the worker's service
+account or the kubeconfig.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ _LABEL = "veneer.dev/job"
 
 
 class KubernetesExecutor(Executor):
-    """`gpus`: that a job gets. `grace`: seconds in which a process that is asked to end saves its state. `api`: the
-    official client's, for another way to the cluster than the usual ones."""
+    """`gpus`: that a job gets. `grace`: seconds in which a process that is asked to end saves its state.
+    `api`: the official client's, for another way to the cluster than the usual ones."""
 
     def __init__(
         self,
@@ -117,8 +119,8 @@ class KubernetesExecutor(Executor):
         self._ask(delete, place, self.namespace, propagation_policy="Foreground", also=404, **options)
 
     def _ask(self, call: Any, *arguments: Any, also: int, **options: Any) -> Any:
-        """The answer; None for the status `also`. Raises UnavailableError where there is no answer or a fault of
-        theirs, ConfigError for what they refuse."""
+        """The answer; None for the status `also`. Raises UnavailableError where there is no answer or a fault
+        of theirs, ConfigError for what they refuse."""
         from urllib3.exceptions import HTTPError
 
         try:

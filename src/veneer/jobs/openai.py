@@ -14,7 +14,8 @@
     eval_interval              an epoch
     eval_samples               1: held-out prompts are answered once, with the likeliest tokens
 
-Every row is trained on unless there is a validation file, as at OpenAI; rows longer than the context are refused.
+Every row is trained on unless there is a validation file, as at OpenAI; rows longer than the context are
+refused.
 """
 
 from __future__ import annotations
@@ -232,9 +233,9 @@ def tuning_config(
     start: str | None = None,
     settings: FormSettings | None = None,
 ) -> dict[str, Any]:
-    """The configuration that a request means, every number in it. `base`: as `veneer train` takes it; `start`: the
-    adapter to go on training; `rows`: of the training file, or ROWS_COUNTED; `context`: the longest row. Raises
-    ConfigError."""
+    """The configuration that a request means, every number in it. `base`: as `veneer train` takes it;
+    `start`: the adapter to go on training; `rows`: of the training file, or ROWS_COUNTED; `context`: the
+    longest row. Raises ConfigError."""
     numbers = asked.numbers
     batch = numbers.batch_size if numbers.batch_size != "auto" else min(16, max(1, rows // 25))
     steps = math.ceil(rows / batch)
@@ -417,8 +418,8 @@ def _paths(job: Job) -> dict[str, str]:
 
 
 def _plain_text(job: Job, text: str) -> str:
-    """Without where on the server things are, and which machines there are: files by the names with which they were
-    uploaded."""
+    """Without where on the server things are, and which machines there are: files by the names with which
+    they were uploaded."""
     for path in (*_paths(job), str(job.config["base"]["name"])):
         text = text.replace(path, Path(path).name)
     text = text.replace(f"{job.folder}/", "").replace(f"{jobs_home().parent}/", "")
@@ -447,8 +448,8 @@ _METRICS: Mapping[str, Mapping[str, Sequence[str]]] = {
         TOKEN_ACCURACY: ["valid_mean_token_accuracy", "full_valid_mean_token_accuracy"],
     },
 }
-"""Kind of an event -> what it has -> what OpenAI calls that: all held-out rows are scored each time, so that what is
-theirs is the full one too."""
+"""Kind of an event -> what it has -> what OpenAI calls that: all held-out rows are scored each time, so that
+what is theirs is the full one too."""
 MEASURED = tuple(_METRICS)
 """Kinds of events that measure something."""
 
@@ -481,8 +482,8 @@ _COLUMNS = {
 
 
 def results_of(measured: Iterable[JobEvent]) -> bytes:
-    """A job's result file: a line of CSV for each step that was measured, with its loss and accuracy and, where the
-    held-out rows were scored after it, theirs. Its columns are called as OpenAI's."""
+    """A job's result file: a line of CSV for each step that was measured, with its loss and accuracy and,
+    where the held-out rows were scored after it, theirs. Its columns are called as OpenAI's."""
     lines: dict[int, dict[str, Any]] = {}
     for event in measured:
         lines.setdefault(int(event.data["step"]), {}).update(_data_of(event))

@@ -2,13 +2,13 @@
 
     python -m veneer.jobs.process FILE [--tied]
 
-The starting process (`executors`) holds and renews the lease; this process writes under the lease's token. `FILE`: from
-`executors.hand_over`, with the job's token and the queue's addresses. `--tied`: end as soon as standard input ends,
-which happens when the starting process ends.
+The starting process (`executors`) holds and renews the lease; this process writes under the lease's token.
+`FILE`: from `executors.hand_over`, with the job's token and the queue's addresses. `--tied`: end as soon as
+standard input ends, which happens when the starting process ends.
 
-Each lease has a folder of its own, `attempt-N`. The folder of the lease before is renamed to it with its checkpoints,
-so a process that was taken for dead can still write, but never where its successor writes. The run resumes from its
-last checkpoint, on the CPU bit for bit as if nothing had happened.
+Each lease has a folder of its own, `attempt-N`. The folder of the lease before is renamed to it with its
+checkpoints, so a process that was taken for dead can still write, but never where its successor writes. The
+run resumes from its last checkpoint, on the CPU bit for bit as if nothing had happened.
 
 | what ends the process                             | the job                                               |
 | the run is done                                   | succeeded; its adapter is a version in the library    |
@@ -172,8 +172,8 @@ def _folder(job: Job) -> Path:
 
 
 def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
-    """The adapter's reference in the library: once, whoever tried before and was killed after it. Where checkpoints are
-    published too, each is the version of its step, and this the one after them."""
+    """The adapter's reference in the library: once, whoever tried before and was killed after it. Where
+    checkpoints are published too, each is the version of its step, and this the one after them."""
     tag = f"job:{job.id}"
     if there := library.search(tags=[tag], all_versions=True):
         return there[0].reference
@@ -185,8 +185,8 @@ def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
 class _JobReporter:
     """Reports a run's events to the queue: checkpoints at once, everything else at most once a second.
 
-    Events are kept while the database is unavailable. When the lease is lost, the process sends itself SIGTERM, so that
-    the run saves its state and ends."""
+    Events are kept while the database is unavailable. When the lease is lost, the process sends itself
+    SIGTERM, so that the run saves its state and ends."""
 
     def __init__(self, store: JobStore, lease: JobLease) -> None:
         self.store, self.lease = store, lease
@@ -201,8 +201,9 @@ class _JobReporter:
         self.scored, self.sampled, self.published = heard["validation"], heard["sample"], heard["checkpoint"]
 
     def catch_up(self, folder: Path) -> None:
-        """What the last checkpoint in `folder` has, of which a kill may have kept the queue from hearing. The run's own
-        log has the steps one by one; the checkpoint their number and their tokens, should the log have lost some."""
+        """What the last checkpoint in `folder` has, of which a kill may have kept the queue from hearing. The
+        run's own log has the steps one by one; the checkpoint their number and their tokens, should the log
+        have lost some."""
         progress = _last_progress(folder / "checkpoints", self)
         if progress is None:
             return
@@ -252,8 +253,8 @@ class _JobReporter:
             self.checkpoints.append(JobCheckpoint(step, dict(self.newest)))
 
     def _publish(self, folder: Path) -> None:
-        """The checkpoints in a run's folder that have their adapters beside them, into the library, so that they can be
-        asked while the run goes on. A library that is away is asked again at the next one."""
+        """The checkpoints in a run's folder that have their adapters beside them, into the library, so that
+        they can be asked while the run goes on. A library that is away is asked again at the next one."""
         if not dict(self.lease.job.config.get("checkpoint") or {}).get("adapters"):
             return
         from veneer.jobs.checkpoints import publish_steps  # late: a worker needs no torch
@@ -318,8 +319,8 @@ def _last_progress(checkpoints: Path, reporter: _JobReporter) -> dict[str, Any] 
 
 
 def tied(end: Callable[[], object]) -> None:
-    """Has `end` called, in a thread, when standard input ends, that is with whoever has its other end. Read by its
-    number: a stream has a lock, which Python wants at its own end."""
+    """Has `end` called, in a thread, when standard input ends, that is with whoever has its other end. Read
+    by its number: a stream has a lock, which Python wants at its own end."""
 
     def wait() -> None:
         with contextlib.suppress(OSError):

@@ -2,8 +2,8 @@
 
     RayExecutor("http://head:8265", gpus=1)
 
-The machines of the cluster need veneer, the base, and the same veneer home, on a file system that all share. A job's
-process reads its lease and the queue's addresses from a file there; Ray's dashboard shows neither.
+The machines of the cluster need veneer, the base, and the same veneer home, on a file system that all share.
+A job's process reads its lease and the queue's addresses from a file there; Ray's dashboard shows neither.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _ALIVE = frozenset({"PENDING", "RUNNING"})
 
 
 class RayExecutor(Executor):
-    """`address`: of the dashboard. `gpus`, `cpus`: that a job gets. `python`: what runs there. `grace`: seconds in
-    which a process that is asked to end saves its state."""
+    """`address`: of the dashboard. `gpus`, `cpus`: that a job gets. `python`: what runs there. `grace`:
+    seconds in which a process that is asked to end saves its state."""
 
     def __init__(
         self, address: str, *, gpus: int = 0, cpus: int = 1, python: str = "python", grace: float = 60.0

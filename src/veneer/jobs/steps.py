@@ -1,11 +1,11 @@
-"""What one does with the steps of a job: go on from one with other settings, keep one, look at its sample pictures.
+"""Actions on a job's steps: fork a step, store its adapter, get its sample images.
 
-    forked(store, job, 300, ["optimizer.learning_rate=1e-4"])      a new job that begins where the other one was
+    forked(store, job, 300, ["optimizer.learning_rate=1e-4"])      a new job that starts from step 300
     kept_step(store, job, 300, alias="prod")                       support@prod is the adapter of step 300
-    sample_file(store.get(…), 300)                                 the sheet of pictures after step 300
+    sample_file(store, store.get(…), 300)                          the image grid of step 300
 
-A step can be gone on from, asked and kept where the job has put its adapter into the library: with
-`checkpoint.adapters`, while it trains, or as what the job made.
+A step can be forked and stored if the job has added its adapter to the library: with `checkpoint.adapters`
+during training, or as the job's result.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from veneer.train.config.load import RunConfig, config_from
 from veneer.train.config.text import TrainConfig
 
 _KEPT = ("dropout",)
-"""Of `adapter`, what a run has of its own that goes on from another's."""
+"""Keys of `adapter` that a fork keeps; the rest comes from the starting adapter."""
 
 
 def _step_reference(store: JobStore, job: Job, step: int | None = None) -> str:
-    """The adapter of a step in the library; without one what the job made, or the newest that there is. Raises
-    ConfigError for a step that has none, with those that do."""
+    """Return the library's reference of a step's adapter.
+
+    `step`: None for the job's result, else for the newest step. Raises ConfigError that lists the available
+    steps."""
     found = {point.step: point.reference for point in store.checkpoints(None, job.id) if point.reference}
     made = (job.result or {}).get("reference")
     if step is None and (made or found):
@@ -46,8 +48,9 @@ def _step_reference(store: JobStore, job: Job, step: int | None = None) -> str:
 
 
 def fork_config(store: JobStore, job: Job, step: int | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a job that goes on from a step of another: its own, from there, with `overrides`. Raises
-    ConfigError for pictures, for a step that has no adapter in the library, and for settings that cannot be."""
+    """Return a job's configuration that starts from one of its steps, with overrides.
+
+    Raises ConfigError for an image run, a step without an adapter in the library, and invalid settings."""
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in job.config.items()}
     adapter = {key: value for key, value in dict(values.get("adapter") or {}).items() if key in _KEPT}
     values["adapter"] = {**adapter, "start": _step_reference(store, job, step)}
@@ -70,14 +73,16 @@ def forked(
     tenants: Store | None = None,
     device: Device | None = None,
 ) -> Job:
-    """A new job of the same rows that begins with the adapter of a step of `job`, looked at and queued, or failed.
-    `tenant`: whose `job` is, None for anybody's. `name`: of its adapter, by default the same, as its next version.
-    Raises UnknownJob, ConfigError, and what `submitted` does."""
+    """Create a job on the same rows that starts from a step of `job`, and return it.
+
+    The new job is validated, and queued or failed. `tenant`: owner of `job`; None for any owner. `name`: the
+    new adapter's name; default: the same name, as the next version. Raises UnknownJob, ConfigError and the
+    errors of `submitted`."""
     found = store.get(tenant, job)
     config = fork_config(store, found, step, overrides)
     own = found.name.removeprefix(f"{found.tenant}/") if found.tenant else found.name
     about: dict[str, Any] = {"fork": {"job": found.id, "step": step}}
-    if "input" in found.about:  # what it reads stays as long as one of the two has not ended
+    if "input" in found.about:  # input files stay until both jobs have ended
         about["input"] = found.about["input"]
     return submitted(store, config, tenant=found.tenant, name=name or own, tenants=tenants, device=device, about=about)
 
@@ -85,8 +90,9 @@ def forked(
 def kept_step(
     store: JobStore, job: str, step: int | None = None, *, alias: str = "", tenant: str | None = None
 ) -> Version:
-    """The adapter of a step as the newest version of the job's name, under an `alias` where one is given. Raises
-    UnknownJob, ConfigError."""
+    """Store a step's adapter as the newest version of the job's name.
+
+    `alias`: alias to point to the version. Raises UnknownJob, ConfigError."""
     found = store.get(tenant, job)
     if alias:
         check_alias(alias)
@@ -102,7 +108,7 @@ def kept_step(
 
 
 def sample_file(store: JobStore, job: Job, step: int) -> Path:
-    """The sheet of sample pictures that a job has drawn after a step. Raises ConfigError where there is none."""
+    """Return the file of a step's sample images. Raises ConfigError if none exists."""
     drawn = {int(event.data["step"]): str(event.data["file"]) for event in store.events_of(None, job.id, "sample")}
     runs = sorted(job.folder.glob("attempt-*[0-9]"), key=lambda place: int(place.name.rpartition("-")[2]))
     places = [run / drawn[step] for run in reversed(runs)] if step in drawn else []

@@ -1,35 +1,36 @@
-"""The queue: jobs, their events, checkpoints and bills, in the database of the library.
+"""The job queue: jobs, events, checkpoints and bills, in the library's database.
 
     store = JobStore(open_library())
     job = store.create("acme", {"base": "smollm2-135m", "data": {"train": "/data/a.jsonl"}}, name="support")
-    store.get("acme", job.id).state                     validating, then queued, running, succeeded …
-    jobs, more = store.jobs("acme", after=None, limit=20)       the newest first; the next page: after=jobs[-1].id
-    store.events("acme", job.id, after=0)               the oldest first; what came since: after=the last one's number
-    store.checkpoints("acme", job.id)                   the newest first
-    store.pause("acme", job.id), .resume(…), .cancel(…) at once, whoever trains it
-    store.bill("acme", job.id)                          once it has ended: tokens, seconds, what it cost
+    store.get("acme", job.id).state                     validating, queued, running, succeeded …
+    jobs, more = store.jobs("acme", after=None, limit=20)       newest first; next page: after=jobs[-1].id
+    store.events("acme", job.id, after=0)               oldest first; later: after=the last one's number
+    store.checkpoints("acme", job.id)                   newest first
+    store.pause("acme", job.id), .resume(…), .cancel(…) immediate, even while a worker trains the job
+    store.bill("acme", job.id)                          after the end: tokens, seconds and cost
 
-Every query names the tenant, and what is another tenant's is not there. "" is whoever has the machine, with its own
-jobs alone; None is the operator, who sees everybody's, and is never to come from a request.
+Every query names the tenant and returns only this tenant's rows. "" is the machine's owner, with jobs that
+have no tenant. None is the operator, who sees every tenant's jobs; a request must never pass None.
 
-    validating ─> queued ─> running ─> succeeded, failed       (TRANSITIONS has them all)
-                    ^ └─> paused <─┘      and every state that is not an end ─> cancelled
+    validating ─> queued ─> running ─> succeeded, failed       (TRANSITIONS has every transition)
+                    ^ └─> paused <─┘      and every unfinished state ─> cancelled
                     └───────┘
 
-Who works on a job has a lease of it: a token in the job's row, and the time until which it holds.
+A worker holds a lease of each of its jobs: a token in the job's row, and an expiry time.
 
-    lease = store.take("worker-1", 60)         the next job (None: there is none), or one whose lease ran out
-    store.renew(lease, 60)                     before it does
+    lease = store.take("worker-1", 60)         the next job, or a job with an expired lease
+    store.renew(lease, 60)                     before the lease expires
     store.note(lease, …), .queue(…), .release(…), .finish(…)
 
-Each of these is one transaction that compares the token and changes the row; with another token in the row it changes
-nothing and raises LeaseLost, and whoever held the lease has to stop. So a job that was paused, cancelled, or taken over
-by somebody else after a kill or a broken wire, is written to by nobody else any more. Leases run by the database's
-clock, whatever the machines' clocks say. Writes follow one another under one lock, as those of the index do.
+Each of these calls is one transaction that compares the token and changes the row. With another token in the
+row, the call changes nothing and raises LeaseLost, and the worker must stop. So only the current lease's
+holder writes to a job, even after a pause, a cancellation, or a takeover after a kill or a network failure.
+Leases expire by the database's clock, whatever the machines' clocks say. One lock serializes all writes, as
+in the library's index.
 
-A job ends in one transaction with its last state, its last event and its one bill. Steps are counted and billed once,
-however often a kill made them be computed again: what is at or below the furthest step that was noted is left out.
-Knows tables and connections; not what a job does.
+One transaction ends a job with its last state, its last event and its only bill. Each step is counted and
+billed once, even if a kill made a worker compute the step again: steps up to the furthest recorded step are
+ignored. This module knows tables and connections, not what a job does.
 """
 
 from __future__ import annotations
@@ -78,33 +79,33 @@ TRANSITIONS: Mapping[_JobState, frozenset[_JobState]] = {
     "failed": frozenset(),
     "cancelled": frozenset(),
 }
-"""State -> those that may follow it."""
+"""State -> the states that can follow."""
 ENDS = frozenset(state for state, following in TRANSITIONS.items() if not following)
 UNFINISHED = frozenset(TRANSITIONS) - ENDS
 _BILLED = frozenset({"succeeded", "cancelled"})
-"""Ends after which the tokens that were trained are paid for."""
+"""End states in which the trained tokens are billed."""
 
 _WAITING = 1000
-"""Jobs that a tenant may have which have not ended."""
+"""Maximum number of a tenant's unfinished jobs."""
 _MONTH = 30 * 86400.0
 _FAULTS = 3
-"""So often in a row a job may lose who trains it without one new checkpoint."""
+"""Consecutive lost workers or processes without a new checkpoint that fail a job."""
 
 
 class UnknownJob(ConfigError):
-    """Raised for a job that the tenant does not have."""
+    """The tenant has no such job."""
 
 
 class WrongState(ConfigError):
-    """Raised where a job is asked for what its state does not allow."""
+    """The job's state does not allow the requested transition."""
 
 
 class OverBudget(ConfigError):
-    """Raised where a job would cost more than the tenant has left."""
+    """The job would cost more than the rest of the tenant's budget."""
 
 
 class LeaseLost(VeneerError):
-    """Raised to whoever works on a job that is no longer its own: it was paused, cancelled, or taken over."""
+    """The lease is gone: the job was paused, cancelled or taken over."""
 
 
 # -- what is in them ---------------------------------------------------------------------------------------------------
@@ -112,12 +113,20 @@ class LeaseLost(VeneerError):
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it is kept. `name`: what its adapter is called in the library, the tenant's namespace in front. `about`:
-    whatever its maker wants to have back. `plan`: what it needs, once it was validated. `error`: kind, message, fix,
-    where. `result`: what came out, its `reference` in the library among it. `step` of `steps`, `tokens`: what was
-    trained. `seconds`: of machines. `price`: of a million tokens; `planned`: what all of them are going to cost; both
-    in millionths. `attempt`: how often it was begun or gone on with; `faults`: how often in a row without a new
-    checkpoint. `worker`, `until`: of its lease. `place`: of its process, in the words of who started it."""
+    """A stored job.
+
+    name: the adapter's name in the library, with the tenant's namespace as prefix
+    about: data of the job's creator, stored unchanged
+    plan: required resources; None before validation
+    error: kind, message, fix, where
+    result: result of training, including `reference`, the adapter in the library
+    step, steps, tokens: trained steps, planned steps, trained tokens
+    seconds: machine time
+    price, planned: price of a million tokens and planned cost, in millionths
+    attempt: how often training was started or resumed
+    faults: consecutive losses without a new checkpoint
+    worker, until: holder and expiry of the lease
+    place: location of the job's process, as the executor names it"""
 
     id: str
     number: int
@@ -147,31 +156,37 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where its files are, on every machine that works on it: the veneer home is theirs in common."""
+        """The folder of the job's files; all machines of a queue share the veneer home."""
         return jobs_home() / self.id
 
     def make_folder(self) -> Path:
-        """`folder`, made where it is not there, for this user alone, as `private_folder` has it. Raises OSError."""
+        """Create `folder`, private to this user, if missing, and return its path.
+
+        Raises OSError."""
         private_folder(jobs_home())
         self.folder.mkdir(exist_ok=True)
         return self.folder
 
     @property
     def log(self) -> Path:
-        """What its processes print, one after another."""
+        """The log file of the job's processes."""
         return self.folder / "process.log"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the job as JSON values."""
         return {**self.__dict__}
 
 
 @dataclass(frozen=True)
 class JobEvent:
-    """Something that happened to a job. `number`: from 1, without gaps. `level`: info, warn, error. `kind`: state,
-    note, preflight, metrics, whose `data` has step, steps, and what was measured, validation, sample (`file`: of the
-    run's folder), checkpoint (`reference`: its adapter's in the library), and what comes after the training. `data` can
-    have `public`: the text for the tenant, if the message names workers or repeats what a driver said."""
+    """An event of a job.
+
+    level: info, warn or error
+    kind: state, note, preflight, metrics, validation, sample, checkpoint, evaluation, route or alias
+    data: metrics: step, steps and the metrics; sample: `file`, in the run's folder; checkpoint: `reference`,
+        the adapter in the library. `public`: text for the tenant, if the message names workers or quotes a
+        driver.
+    number: from 1, without gaps"""
 
     level: str
     kind: str
@@ -183,8 +198,9 @@ class JobEvent:
 
 @dataclass(frozen=True)
 class JobCheckpoint:
-    """A state that the job can go on from. `metrics`: the newest of its step. `reference`: its adapter's in the
-    library, where it was put there."""
+    """A checkpoint from which a job can resume.
+
+    `metrics`: newest metrics at this step. `reference`: the checkpoint's adapter in the library, or None."""
 
     step: int
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -194,8 +210,10 @@ class JobCheckpoint:
 
 @dataclass(frozen=True)
 class JobBill:
-    """What a job that ended is paid for: `cost`, in millionths, is `tokens` at `price` where it succeeded or was
-    cancelled, 0 where it failed. `seconds`: of machines, whatever came of them. `day`: of its end, in UTC."""
+    """The bill of an ended job.
+
+    `cost` in millionths: `tokens` at `price` for succeeded and cancelled jobs, 0 for failed jobs. `seconds`:
+    machine time, in every end state. `day`: day of the end, in UTC."""
 
     job: str
     tenant: str
@@ -211,19 +229,21 @@ class JobBill:
 
 @dataclass(frozen=True)
 class JobLease:
-    """A job as it was when the lease was taken, and the lease's token."""
+    """A lease: the job at the time of the lease, and the lease's token."""
 
     job: Job
     token: str
 
 
 def jobs_home() -> Path:
-    """Where jobs' files are: `jobs` in the veneer home."""
+    """Return the folder of jobs' files: `jobs` in the veneer home."""
     return veneer_home() / "jobs"
 
 
 def cost_of(tokens: int, price: int) -> int:
-    """In millionths, rounded half up. `price`: of a million tokens, in millionths."""
+    """Return tokens · price / 1,000,000 in millionths, rounded half up.
+
+    `price`: price of a million tokens, in millionths."""
     return (tokens * price + 500_000) // 1_000_000
 
 
@@ -243,22 +263,24 @@ def _json(value: Any) -> str | None:
 
 
 class JobStore:
-    """The queue of a `library`. Thread-safe; it lives as long as the library is open."""
+    """The queue of an open `library`. Thread-safe."""
 
     def __init__(self, library: Library) -> None:
-        """Tables are made where there are none. Raises ConfigError for those of a later veneer."""
+        """Create or migrate the tables. Raises ConfigError for tables of a later veneer."""
         self.library, self.engine = library, library.engine
         migrate(self.engine, JOB_SCHEMA, library.location)
 
-    # -- whoever has jobs ----------------------------------------------------------------------------------------------
+    # -- for owners of jobs --------------------------------------------------------------------------------------------
 
     def create(
         self, tenant: str, config: Mapping[str, Any], *, name: str, about: Mapping[str, Any] | None = None
     ) -> Job:
-        """A new job, to be validated. `config`: as `veneer train` reads it, with absolute paths; where its output goes
-        is the job's own affair. `name`: of the adapter to come, which is the library's `tenant/name`. `about`: see Job.
+        """Create a job in state `validating`, and return it.
 
-        Raises ConfigError for a name or a tenant that cannot be, and for one job too many."""
+        `config`: as for `veneer train`, with absolute paths; `output` is ignored. `name`: the new adapter's
+        name; the library's name is `tenant/name`. `about`: see Job.
+
+        Raises ConfigError for an invalid name or tenant, and for too many unfinished jobs."""
         if tenant:
             check_tenant(tenant)
         full = f"{tenant}/{name}" if tenant else name
@@ -298,15 +320,17 @@ class JobStore:
         return job
 
     def get(self, tenant: str | None, job: str) -> Job:
-        """Raises UnknownJob."""
+        """Return a job. Raises UnknownJob."""
         with reading(self.engine) as c:
             return self._row(c, tenant, job)
 
     def jobs(
         self, tenant: str | None, *, after: str | None = None, limit: int = 20, states: Iterable[str] = ()
     ) -> tuple[list[Job], bool]:
-        """Jobs, the newest first, and whether there are more. `after`: the id of the last one of the page before.
-        Raises UnknownJob for an `after` that the tenant does not have, ConfigError for a state that is none."""
+        """Return (jobs, newest first; whether more exist).
+
+        `after`: id of the last job of the previous page. Raises UnknownJob for an unknown `after`,
+        ConfigError for an unknown state."""
         query = _of(tenant).order_by(job_table.c.number.desc()).limit(limit + 1)
         wanted = [*states]
         for state in wanted:
@@ -320,7 +344,7 @@ class JobStore:
         return found[:limit], len(found) > limit
 
     def unfinished(self, tenant: str) -> int:
-        """How many of a tenant's jobs have not ended."""
+        """Return the number of a tenant's unfinished jobs."""
         query = select(func.count()).where(job_table.c.tenant == tenant, job_table.c.state.in_(UNFINISHED))
         with reading(self.engine) as c:
             return int(c.execute(query).scalar_one())
@@ -335,9 +359,10 @@ class JobStore:
         newest: bool = False,
         diagnostics: bool = True,
     ) -> tuple[list[JobEvent], bool]:
-        """Events, the oldest first, those with a number above `after`, and whether there are more. `newest`: the newest
-        first, those with a number below `after`, if that is not 0. `diagnostics`: include notes of level info, which
-        describe how a run used its machine. Raises UnknownJob."""
+        """Return (events with a number above `after`, oldest first; whether more exist).
+
+        `newest`: newest first, numbers below `after` unless `after` is 0. `diagnostics`: include notes of
+        level info, which describe how a run used its machine. Raises UnknownJob."""
         e = job_event_table.c
         query = select(job_event_table).order_by(e.number.desc() if newest else e.number).limit(limit + 1)
         if after or not newest:
@@ -348,7 +373,7 @@ class JobStore:
         return found[:limit], len(found) > limit
 
     def events_of(self, tenant: str | None, job: str, *kinds: str) -> list[JobEvent]:
-        """All events of these kinds, the oldest first. Raises UnknownJob."""
+        """Return all events of these kinds, oldest first. Raises UnknownJob."""
         e = job_event_table.c
         return self._events(tenant, job, select(job_event_table).where(e.kind.in_(kinds)).order_by(e.number))
 
@@ -359,7 +384,7 @@ class JobStore:
         return [JobEvent(r.level, r.kind, r.message, json.loads(r.data), r.number, r.at) for r in rows]
 
     def checkpoints(self, tenant: str | None, job: str) -> list[JobCheckpoint]:
-        """The newest first. Raises UnknownJob."""
+        """Return a job's checkpoints, newest first. Raises UnknownJob."""
         k = job_checkpoint_table.c
         with reading(self.engine) as c:
             self._row(c, tenant, job)
@@ -367,17 +392,17 @@ class JobStore:
         return [JobCheckpoint(r.step, json.loads(r.metrics), r.reference, r.at) for r in rows]
 
     def bill(self, tenant: str | None, job: str) -> JobBill | None:
-        """None as long as the job has not ended. Raises UnknownJob."""
+        """Return the bill of a job; None before the job has ended. Raises UnknownJob."""
         with reading(self.engine) as c:
             self._row(c, tenant, job)
             row = c.execute(select(job_bill_table).where(job_bill_table.c.job == job)).first()
         return None if row is None else JobBill(**row._mapping)
 
     def reserve(self, tenant: str, cost: int, budget: int, posted: int) -> None:
-        """Take `cost` from a tenant's budget for this month (UTC), for training by a Tinker client.
+        """Reserve `cost` of a tenant's budget for this month (UTC), for a Tinker client.
 
-        Check and reservation are one transaction, so that jobs and clients see each other's costs. `posted`: the cost
-        of such training that the ledger already has. All amounts are in millionths. Raises OverBudget."""
+        Check and reservation are one transaction, so that jobs and clients see each other's costs. `posted`:
+        cost of Tinker training already in the ledger. All amounts are in millionths. Raises OverBudget."""
         r = job_reservation_table.c
         with self._writing() as (c, now):
             jobs, spent = _committed(c, tenant, now), max(posted, _reserved(c, tenant, now))
@@ -390,27 +415,32 @@ class JobStore:
             c.execute(insert(job_reservation_table), row)
 
     def unreserve(self, tenant: str, cost: int) -> None:
-        """Give back what `reserve` took this month."""
+        """Release part of this month's reservation."""
         r = job_reservation_table.c
         with self._writing() as (c, now):
             left = max(0, _reserved(c, tenant, now) - cost)
             c.execute(update(job_reservation_table).where(r.tenant == tenant).values(spent=left))
 
     def bills(self, since: str = "", until: str = "") -> list[JobBill]:
-        """Every tenant's, of jobs that ended on these days, both included; the oldest first. For the operator."""
+        """Return all tenants' bills of jobs that ended on these days, oldest first.
+
+        `since`, `until`: days, both included; "": no bound. For the operator."""
         b = job_bill_table.c
         query = select(job_bill_table).where(b.day >= since).order_by(b.at, b.job)
         with reading(self.engine) as c:
             return [JobBill(**row._mapping) for row in c.execute(query.where(b.day <= until) if until else query)]
 
     def long_over(self, seconds: float, *states: str) -> list[str]:
-        """Jobs that ended so more than so many seconds ago, whose folders nobody needs any more."""
+        """Return ids of jobs that ended in `states` more than `seconds` ago."""
         with reading(self.engine) as c:
             return [*c.scalars(select(job_table.c.id).where(*self._over(c, seconds, states)))]
 
     def forget_metrics(self, seconds: float) -> int:
-        """Of jobs that ended more than so many seconds ago (the database itself wants a month) the measures of each
-        step go, and what they came to stays: the job, its other events, checkpoints, bill. Returns how many went."""
+        """Delete old metrics events, and return how many.
+
+        Deletes events of jobs that ended more than `seconds` ago.
+        The minimum is 30 days, which the database enforces. The job, its other events, checkpoints and bill
+        stay."""
         e = job_event_table.c
         with self._writing() as (c, _):
             jobs = select(job_table.c.id).where(*self._over(c, max(seconds, _MONTH), ENDS))
@@ -420,24 +450,30 @@ class JobStore:
         return job_table.c.state.in_([*states]), job_table.c.ended < self._now(c) - seconds
 
     def spent(self, tenant: str, since: str = "") -> int:
-        """What a tenant's jobs cost that ended on the day `since` (2026-11-01) or later, in millionths."""
+        """Return the cost in millionths of a tenant's jobs that ended on `since` or later.
+
+        `since`: a day such as 2026-11-01."""
         with reading(self.engine) as c:
             return _spent(c, tenant, since)
 
     def pause(self, tenant: str | None, job: str) -> Job:
-        """A job that waits or is trained rests until it is resumed. Raises UnknownJob, WrongState."""
+        """Pause a queued or running job. Raises UnknownJob, WrongState."""
         return self._ask(tenant, job, "paused")
 
     def resume(self, tenant: str | None, job: str) -> Job:
-        """A paused job waits again, to go on from its last checkpoint. Raises UnknownJob, WrongState."""
+        """Queue a paused job, to resume from its last checkpoint.
+
+        Raises UnknownJob, WrongState."""
         return self._ask(tenant, job, "queued", only="paused")
 
     def cancel(self, tenant: str | None, job: str) -> Job:
-        """Ends a job for good; steps that were trained are billed. Raises UnknownJob, WrongState."""
+        """Cancel a job permanently and bill its trained steps.
+
+        Raises UnknownJob, WrongState."""
         return self._ask(tenant, job, "cancelled")
 
     def remark(self, tenant: str | None, job: str, event: JobEvent) -> None:
-        """Adds what somebody did by hand about a job, whatever its state. Raises UnknownJob."""
+        """Record an event of a manual action, in any state of the job. Raises UnknownJob."""
         with self._writing() as (c, now):
             _tell(c, self._row(c, tenant, job), now, event)
 
@@ -445,12 +481,12 @@ class JobStore:
         with self._writing() as (c, now):
             found = self._row(c, tenant, job)
             if found.state == state and state in ("paused", "cancelled"):
-                return found  # asked twice
+                return found  # repeated request
             _allowed(found, state, only)
             c.execute(update(job_table).where(job_table.c.id == job).values(**_LEFT))
             return self._move(c, found, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled"))
 
-    # -- whoever works on them -----------------------------------------------------------------------------------------
+    # -- for workers ---------------------------------------------------------------------------------------------------
 
     def take(
         self,
@@ -461,14 +497,14 @@ class JobStore:
         only: str | None = None,
         order: Callable[[str], float] = lambda tenant: 0.0,
     ) -> JobLease | None:
-        """A lease, for so many seconds, of a job to validate or to train; None where nothing is to be done.
+        """Return a lease of `seconds` for the next job to validate or train, or None.
 
-        Jobs with an expired lease come first; then the oldest job of the tenant with the fewest running jobs, and among
-        equal tenants the tenant with the lowest `order`. `at_once`: how many running jobs a tenant may have, None for
-        any number. For `validating`, jobs being validated count as running. `only`: this job or none. A job that lost
-        its worker too often fails here."""
+        Jobs with an expired lease come first; then the oldest job of the tenant with the fewest running jobs;
+        ties go to the tenant with the lowest `order`. `at_once`: returns a tenant's maximum of running jobs,
+        None for no limit. For `validating`, jobs being validated count as running. `only`: consider this job
+        only. A job that lost its worker _FAULTS times in a row fails here."""
 
-        while self.waiting(state, at_once, order, only, limit=1):  # tried often, and mostly in vain: that takes no lock
+        while self.waiting(state, at_once, order, only, limit=1):  # polled often, mostly without a job: takes no lock
             with self._writing() as (c, now):
                 found = next(iter(self._waiting(c, now, state, at_once, order, only, 1)), None)
                 if found is None:
@@ -519,8 +555,8 @@ class JobStore:
     ) -> list[Job]:
         """Return the next jobs: jobs with an expired lease first, then waiting jobs.
 
-        Among waiting jobs, every tenant's first job comes before any tenant's second; running jobs count, and no tenant
-        exceeds `at_once`. Ties go to the tenant with the lowest `order`, then to the oldest job."""
+        Among waiting jobs, every tenant's first job comes before any tenant's second; running jobs count, and
+        no tenant exceeds `at_once`. Ties go to the tenant with the lowest `order`, then to the oldest job."""
         j, chosen = job_table.c, () if only is None else (job_table.c.id == only,)
         held = "running" if state == "queued" else state
         late = select(job_table).where(j.state == held, j.until <= now, *chosen).order_by(j.number).limit(limit)
@@ -549,7 +585,7 @@ class JobStore:
         return JobLease(_job(row), token)
 
     def renew(self, lease: JobLease, seconds: float) -> Job:
-        """The lease holds for so many seconds from now on. Raises LeaseLost."""
+        """Extend the lease to `seconds` from now. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             c.execute(update(job_table).where(job_table.c.id == job.id).values(until=now + seconds))
         return job
@@ -563,9 +599,11 @@ class JobStore:
         trained: tuple[int, int, int] | None = None,
         place: str | None = None,
     ) -> None:
-        """Adds what happened, in one transaction. `trained`: (step, steps, tokens of all steps to there). What is not
-        beyond the furthest step that was noted is left out, of `trained` and of events of kind metrics; a checkpoint
-        that is there already too. `place`: see Job. Raises LeaseLost."""
+        """Record events, checkpoints and progress, in one transaction.
+
+        `trained`: (step, steps, total tokens up to the step). `trained` and metrics events up to the furthest
+        recorded step are ignored, and so is a checkpoint that already exists, except for a new `reference`.
+        `place`: see Job. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             for event in events:
                 if event.kind != "metrics" or event.data["step"] > job.step:
@@ -588,12 +626,13 @@ class JobStore:
     def queue(
         self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None, spent: int = 0
     ) -> Job:
-        """A validated job waits to be trained, and nobody has it any more. `plan`: with `tokens` and `steps`. `price`:
-        for a million tokens; `budget`: the tenant's for a month (UTC); `spent`: the part that the ledger has recorded
-        for training by Tinker clients; all in millionths.
+        """Queue a validated job and release its lease.
 
-        Raises OverBudget where this job, what waits and runs, and what was spent this month are together more than the
-        budget; LeaseLost."""
+        `plan`: has `tokens` and `steps`. `price`: of a million tokens; `budget`: the tenant's per month
+        (UTC); `spent`: the part that the ledger has recorded for Tinker clients; all in millionths.
+
+        Raises OverBudget if this job, the tenant's unfinished jobs and this month's spending exceed the
+        budget. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             planned = cost_of(int(plan["tokens"]), price)
             spent = max(spent, _reserved(c, job.tenant, now))
@@ -611,8 +650,10 @@ class JobStore:
             return self._move(c, job, "queued", now, what)
 
     def release(self, lease: JobLease, why: str, detail: str = "") -> Job:
-        """Return a job in training to the queue, to resume from its last checkpoint; a job in validation will be
-        validated again. `detail`: more of the reason, for the operator. Raises LeaseLost."""
+        """Return a job to the queue, to resume from its last checkpoint.
+
+        A job in validation will be validated again. `detail`: details of the reason, for the operator only.
+        Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             c.execute(update(job_table).where(job_table.c.id == job.id).values(**_LEFT))
             if job.state == "validating":
@@ -621,8 +662,9 @@ class JobStore:
             return self._move(c, job, "queued", now, text, public=why if detail else "")
 
     def died(self, lease: JobLease, why: str, *, fix: str = "") -> Job:
-        """As `release`, where the job's process is gone and nobody asked for it; it fails the third time in a row
-        without a new checkpoint. Raises LeaseLost."""
+        """Return a job to the queue after its process died unexpectedly.
+
+        The job fails the third time in a row without a new checkpoint. Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             if job.faults + 1 >= _FAULTS:
                 what = f"its process died {_FAULTS} times in a row before a new checkpoint: {why}"
@@ -634,7 +676,9 @@ class JobStore:
     def finish(
         self, lease: JobLease, *, result: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
     ) -> Job:
-        """Ends a job: succeeded with a `result`, or failed with an `error`, both as Job has them. Raises LeaseLost."""
+        """End a job as succeeded with `result`, or as failed with `error`; see Job.
+
+        Raises LeaseLost."""
         with self._working(lease) as (c, now, job):
             return self._end(c, job, "succeeded" if error is None else "failed", now, result=result, error=error)
 
@@ -642,7 +686,7 @@ class JobStore:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[Connection, float]]:
-        """A transaction that no other one of this queue overlaps, and the time."""
+        """Open a serialized write transaction; yield the connection and the time."""
         with write_transaction(self.engine, JOB_SCHEMA.lock) as c:
             yield c, self._now(c)
 
@@ -651,10 +695,12 @@ class JobStore:
 
     @contextlib.contextmanager
     def _working(self, lease: JobLease) -> Iterator[tuple[Connection, float, Job]]:
-        """As `_writing`, for whoever has the lease; the time that passed since the last of these is counted."""
+        """Open a write transaction under a lease, and add the machine time since the last.
+
+        Raises LeaseLost."""
         mine = job_table.c.id == lease.job.id, job_table.c.token == lease.token
         with self._writing() as (c, now):
-            since = case((job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0)  # clocks are set back, too
+            since = case((job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0)  # a clock can be set back
             passed = since if lease.job.state == "running" else 0.0
             done = c.execute(update(job_table).where(*mine).values(seconds=job_table.c.seconds + passed, renewed=now))
             if done.rowcount != 1:
@@ -670,7 +716,7 @@ class JobStore:
     def _move(
         self, c: Connection, job: Job, state: _JobState, now: float, text: str, level: str = "info", public: str = ""
     ) -> Job:
-        """Change a job's state; nothing else does. `public`: what the tenant reads in place of the text."""
+        """Change a job's state. No other code does. `public`: the tenant's text."""
         _allowed(job, state)
         c.execute(update(job_table).where(job_table.c.id == job.id).values(state=state))
         _tell(c, job, now, JobEvent(level, "state", text, {"state": state} | ({"public": public} if public else {})))
@@ -706,7 +752,7 @@ def _of(tenant: str | None) -> Select[Any]:
 
 
 def _allowed(job: Job, state: _JobState, only: str | None = None) -> None:
-    """Raises WrongState."""
+    """Check a transition. Raises WrongState."""
     if state in TRANSITIONS[job.state] and only in (None, job.state):
         return
     asked = {"paused": "paused", "queued": "resumed", "cancelled": "cancelled"}.get(state, state)
@@ -720,7 +766,7 @@ def _allowed(job: Job, state: _JobState, only: str | None = None) -> None:
 
 def _tell(c: Connection, job: Job, now: float, event: JobEvent) -> None:
     number = (c.scalar(select(func.max(job_event_table.c.number)).where(job_event_table.c.job == job.id)) or 0) + 1
-    text = shown(event.message, lines=True)  # PostgreSQL keeps no NUL
+    text = shown(event.message, lines=True)  # PostgreSQL stores no NUL
     values = replace(event, number=number, at=now, message=text).__dict__ | {"job": job.id, "data": _json(event.data)}
     c.execute(insert(job_event_table), values)
 
@@ -732,7 +778,7 @@ def _spent(c: Connection, tenant: str, since: str) -> int:
 
 def _committed(c: Connection, tenant: str, now: float) -> int:
     j = job_table.c
-    planned = select(func.sum(j.planned)).where(j.tenant == tenant, j.state.not_in(ENDS))  # 0 while one is validated
+    planned = select(func.sum(j.planned)).where(j.tenant == tenant, j.state.not_in(ENDS))  # 0 while a job is validated
     return int(c.scalar(planned) or 0) + _spent(c, tenant, _day(now)[:8] + "01")
 
 
@@ -747,7 +793,7 @@ def _lost(job: str) -> LeaseLost:
 
 _LETTERS = string.ascii_letters + string.digits
 _ID = re.compile(r"ftjob-[A-Za-z0-9]{24}")
-"""As OpenAI's look, so that one id serves everywhere."""
+"""The form of OpenAI's ids, so that all APIs share one id."""
 
 
 def _new_id() -> str:
@@ -759,6 +805,6 @@ def _day(at: float) -> str:
 
 
 def money(millionths: int) -> str:
-    """An amount with two digits after the point, or as many as it needs, up to six."""
+    """Format an amount with two to six decimals, as many as needed."""
     whole, part = divmod(millionths, 1_000_000)
     return f"{whole:,}.{f'{part:06d}'.rstrip('0').ljust(2, '0')}"

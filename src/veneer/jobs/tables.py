@@ -1,6 +1,6 @@
-"""The tables of jobs, and of the files that clients upload for them, in the library's database.
+"""Tables of jobs and uploaded files in the library's database.
 
-Times are seconds since 1970, money is in millionths. Knows tables alone; what is in them: `store`, `files`.
+Times are seconds since 1970, money is in millionths. `store` and `files` define the contents.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ job_table = Table(
     "jobs",
     _TABLES,
     Column("id", Key(), primary_key=True),
-    Column("number", BigInteger, nullable=False, unique=True),  # in the order in which they were made
+    Column("number", BigInteger, nullable=False, unique=True),  # order of creation
     *_columns(Key(), "tenant", "name", "state"),
     *_columns(Text, "config", "about"),  # JSON
     *_columns(Text, "plan", "error", "result", nullable=True),  # JSON
     *_columns(Float, "created"),
     *_columns(Float, "queued", "started", "ended", nullable=True),
-    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned"),  # planned: what it is going to cost
+    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned"),  # planned: planned cost
     *_columns(Float, "seconds"),
     *_columns(Integer, "attempt", "faults"),
     *_columns(Key(), "token", "worker", nullable=True),
     *_columns(Float, "renewed", "until", nullable=True),
-    *_columns(Text, "place"),  # where its process is, in the words of who started it
+    *_columns(Text, "place"),  # location of the process, as the executor names it
     Index("jobs_of_tenant", "tenant", "number"),
     Index("jobs_by_state", "state", "number"),
 )
@@ -83,7 +83,7 @@ _COUNTED = BigInteger().with_variant(Integer, "sqlite")
 job_file_table = Table(
     "job_files",
     _TABLES,
-    Column("number", _COUNTED, primary_key=True, autoincrement=True),  # the order in which they came
+    Column("number", _COUNTED, primary_key=True, autoincrement=True),  # order of upload
     Column("id", Key(), nullable=False, unique=True),
     *_columns(Key(), "tenant"),
     *_columns(Text, "filename"),
@@ -102,7 +102,7 @@ job_upload_table = Table(
     *_columns(Key(), "purpose", "status"),
     *_columns(BigInteger, "bytes"),  # as announced
     *_columns(Float, "created", "expires"),
-    Column("keep", Float),  # seconds that the file is to be kept for; NULL: for ever
+    Column("keep", Float),  # lifetime of the file in seconds; NULL: no expiry
     Column("file", Key()),
 )
 job_part_table = Table(
@@ -122,7 +122,7 @@ _OLD = "OLD.kind = 'metrics' AND EXISTS (SELECT 1 FROM jobs WHERE id = OLD.job A
 
 
 def _add_triggers(c: Connection) -> None:
-    """Make events and bills append-only, except for metrics events of jobs that ended a month ago or earlier."""
+    """Make events and bills append-only, except metrics 30 days after a job's end."""
     append_only(c, ("job_events", "job_bills"), "events and bills of jobs are", "job_records_fixed")
     if c.dialect.name == "postgresql":
         old = _OLD.format(now="EXTRACT(EPOCH FROM clock_timestamp())")
@@ -151,5 +151,5 @@ JOB_SCHEMA = Schema(
     "job_version",
     0x6A6F6273,
     _add_triggers,
-    private=True,  # events show rows, and the preflight's one of them whole
+    private=True,  # events quote training rows; the preflight event quotes one in full
 )

@@ -3,9 +3,9 @@
     validated(store, lease, account, device)       the job afterwards: queued with its plan, or failed with the reason
     submitted(store, config, name=…)               a new job of a configuration, looked at in the same breath
 
-The base's tokenizer reads the rows as the run will, so the first bad line is named here and tokens are counted, not
-guessed; its weights are not read. What needs them (vocabulary, the longest batch) the run looks at before its first
-step. Nothing is changed but the job.
+The base's tokenizer reads the rows as the run will, so the first bad line is named here and tokens are
+counted, not guessed; its weights are not read. What needs them (vocabulary, the longest batch) the run looks
+at before its first step. Nothing is changed but the job.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def validated(
 ) -> Job:
     """Validate a job and queue it, or end it as failed; return the job.
 
-    `room`: bytes of memory that this process may use; by default, all free memory. Raises LeaseLost. Also raises errors
-    that the job did not cause (a disk or database outage); the job then stays as it is, to be validated again."""
+    `room`: bytes of memory that this process may use; by default, all free memory. Raises LeaseLost. Also
+    raises errors that the job did not cause (a disk or database outage); the job then stays as it is, to be
+    validated again."""
     terms = account.terms(lease.job.tenant)
     try:
         if terms.jobs == 0:
@@ -115,9 +116,9 @@ def submitted(
     device: Device | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Job:
-    """A new job that has been looked at: queued, or failed. `name`: by default that of the output folder. `after`: what
-    it does once it is trained. `tenants`: with their terms and routes. `about`: what else it keeps. Raises what
-    `JobStore.create` and `check_after` do."""
+    """A new job that has been looked at: queued, or failed. `name`: by default that of the output folder.
+    `after`: what it does once it is trained. `tenants`: with their terms and routes. `about`: what else it
+    keeps. Raises what `JobStore.create` and `check_after` do."""
     name, about = name or Path(config.output.directory).name, dict(about or {})
     if after is not None:
         check_after(after, config, f"{tenant}/{name}" if tenant else name, tenant, tenants)
@@ -133,16 +134,16 @@ def submitted(
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error is nobody's fault who asked, so that the same may work at another time, or on another machine: a
-    database, a disk, memory."""
+    """Whether an error is nobody's fault who asked, so that the same may work at another time, or on another
+    machine: a database, a disk, memory."""
     if isinstance(error, VeneerError):
         return isinstance(error, UnavailableError | ResourceError | CheckpointError)
     return is_outage(error)
 
 
 def told(error: BaseException) -> dict[str, Any]:
-    """An error as a job keeps it. `kind`: data, config, preflight, base, training, overbudget …; internal where it is
-    veneer's own fault, which the log has in full."""
+    """An error as a job keeps it. `kind`: data, config, preflight, base, training, overbudget …; internal
+    where it is veneer's own fault, which the log has in full."""
     if not isinstance(error, VeneerError):
         traceback.print_exception(error)
         what = f"{type(error).__name__}: {error}"
@@ -154,8 +155,8 @@ def told(error: BaseException) -> dict[str, Any]:
 
 
 def _plan_of_job(job: Job, device: Device, room: int | None) -> dict[str, Any]:
-    """What the job needs, by its rows as they are: `Plan.to_dict`, how many rows there are, what was counted. Raises
-    ConfigError, DataError, BaseError, PreflightError."""
+    """What the job needs, by its rows as they are: `Plan.to_dict`, how many rows there are, what was counted.
+    Raises ConfigError, DataError, BaseError, PreflightError."""
     from veneer.models.text.base import text_without_weights
     from veneer.train.planning import plan_of_config
 
@@ -179,8 +180,8 @@ def _plan_of_job(job: Job, device: Device, room: int | None) -> dict[str, Any]:
 
 
 def _answering_peak(base: TextBase, plan: Plan) -> int:
-    """Bytes that the process holds while the adapter is compared by its answers, on the base that it was trained on.
-    Raises PreflightError where that is more than there is."""
+    """Bytes that the process holds while the adapter is compared by its answers, on the base that it was
+    trained on. Raises PreflightError where that is more than there is."""
     from veneer.serve.engine.offline import answering_bytes
 
     memory = plan.memory
@@ -196,8 +197,8 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
 
 
 def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
-    """Rows, their tokens and the longest one, of what is trained on. Raises PreflightError with all that stops the data
-    from being learned."""
+    """Rows, their tokens and the longest one, of what is trained on. Raises PreflightError with all that
+    stops the data from being learned."""
     from veneer.train.planning import rows_as_planned
     from veneer.train.preflight import Report
     from veneer.train.text.checks import TextSubject, data_findings
@@ -212,8 +213,8 @@ def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
 
 
 _ROW, _BYTE = 3000, 8
-"""Bytes of memory that a row takes once it is read, at least and for each byte that it has in its file: measured at 90
-bytes a row, where it is 37 times as much."""
+"""Bytes of memory that a row takes once it is read, at least and for each byte that it has in its file:
+measured at 90 bytes a row, where it is 37 times as much."""
 
 
 def _check_size(config: TrainConfig, held: HeldOut | None, room: int | None) -> None:

@@ -2,14 +2,16 @@
 
     Worker(library, LocalExecutor(), tenants=store).run()         until SIGTERM or Ctrl-C
 
-It holds a lease of each of its jobs and renews it; when it is killed, its leases run out, and another worker goes on
-from the last checkpoint of each. Asked to end, it has its jobs' processes save their state and give the jobs back. It
-looks all the time whether a job is still its own: one that was paused or cancelled is not, and its process is stopped.
-While the database is away jobs go on as long as their leases are sure to be its own.
+It holds a lease of each of its jobs and renews it; when it is killed, its leases run out, and another worker
+goes on from the last checkpoint of each. Asked to end, it has its jobs' processes save their state and give
+the jobs back. It looks all the time whether a job is still its own: one that was paused or cancelled is not,
+and its process is stopped. While the database is away jobs go on as long as their leases are sure to be its
+own.
 
-New jobs are validated in separate processes on this machine, while other jobs are trained. A validation has limits on
-memory and time and stops if its job is cancelled. No tenant has more than one validation at a time, and the tenant that
-has waited longest is next. One slot is reserved for jobs with small files, so that large files never delay them.
+New jobs are validated in separate processes on this machine, while other jobs are trained. A validation has
+limits on memory and time and stops if its job is cancelled. No tenant has more than one validation at a time,
+and the tenant that has waited longest is next. One slot is reserved for jobs with small files, so that large
+files never delay them.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ _SHORTEST, _LONGEST, _RATE = 180.0, 1800.0, 50_000
 
 @dataclass
 class _Running:
-    """A process of `executor`. `sure`: the monotonic time until which its lease surely holds. `stopping`: since when
-    the process is asked to end. `validation`: set if the process validates its job."""
+    """A process of `executor`. `sure`: the monotonic time until which its lease surely holds. `stopping`:
+    since when the process is asked to end. `validation`: set if the process validates its job."""
 
     executor: Executor
     lease: JobLease
@@ -65,8 +67,8 @@ class _Running:
 
 @dataclass(frozen=True)
 class _Validation:
-    """The limits of a validation. `large`: its files are large. `seconds`: its time limit; `deadline`: when the limit
-    ends on the monotonic clock. `room`: bytes of memory."""
+    """The limits of a validation. `large`: its files are large. `seconds`: its time limit; `deadline`: when
+    the limit ends on the monotonic clock. `room`: bytes of memory."""
 
     large: bool
     seconds: float
@@ -75,11 +77,11 @@ class _Validation:
 
 
 class Worker:
-    """One for a process. `at_once`: processes that it has running. In seconds, `lease`: how long its leases hold
-    without it; `poll`: how often it looks; `grace`: how long a process may take to save its state. `device`: what jobs
-    are planned for, by default what this machine has. `failed_days`: how long folders of jobs that failed or were
-    cancelled are kept, whoever trained them; `ended_days`: those of the others, and the measures of each step of all of
-    them. `say`: hears what it does, in sentences."""
+    """One for a process. `at_once`: processes that it has running. In seconds, `lease`: how long its leases
+    hold without it; `poll`: how often it looks; `grace`: how long a process may take to save its state.
+    `device`: what jobs are planned for, by default what this machine has. `failed_days`: how long folders of
+    jobs that failed or were cancelled are kept, whoever trained them; `ended_days`: those of the others, and
+    the measures of each step of all of them. `say`: hears what it does, in sentences."""
 
     def __init__(
         self,
