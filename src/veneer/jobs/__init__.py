@@ -1,1 +1,1 @@
-"""Training as a service: a queue in the library's database, and what carries its jobs out."""
+"""Training as a service: a job queue in the library's database, and its workers."""

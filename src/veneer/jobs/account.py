@@ -2,7 +2,7 @@
 
     account.terms("acme")                      price, monthly budget and concurrent jobs, current values
     account.spent("acme")                      this month's ledger cost of Tinker clients
-    taken = account.reserve("acme", tokens)    before accepting a client's request; `give_back` if the request fails
+    taken = account.reserve("acme", tokens)    before accepting a request; `give_back` on failure
 
 The queue bills a job when the job ends; until then the planned cost counts. The ledger bills each pass of a
 Tinker client under the name that `trained_name` returns. Amounts are in millionths, months are in UTC.

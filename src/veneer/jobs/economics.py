@@ -12,7 +12,7 @@ n its answered requests; S = Σ s over all rows of all tenants.
     billed              the ledger's charges for the adapter's requests
     dedicated           H · P of a dedicated machine, with the adapter merged into its base
     serving_thousand    1000 · serving/n; dedicated_thousand likewise
-    dedicated_from      24 · P of a dedicated machine / (serving/n): requests per day at which it costs no more
+    dedicated_from      24 · P of a dedicated machine / (serving/n): requests per day that break even
     paid_back_after     (training − training_billed) / (billed/n − serving/n): requests that pay for training
 
 The last two assume the period's average cost and revenue per request. They ignore requests that a dedicated

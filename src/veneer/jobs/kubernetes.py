@@ -1,13 +1,13 @@
-"""Jobs as Kubernetes Jobs: Kubernetes finds a node for each, and this says what each needs.
+"""Executor that runs jobs as Kubernetes Jobs.
 
     KubernetesExecutor(image="registry/veneer:1.0", namespace="training", claim="veneer-home",
     secret="veneer")
 
-`image`: with veneer in it. `claim`: a volume that all nodes may write to, with the veneer home; it is mounted
-where the worker's veneer home is. A job's process reads its lease and the queue's addresses from a file
-there; its Job has neither. `secret`: its keys become environment variables; VENEER_LIBRARY_INDEX, and
-VENEER_TENANTS if it is a URL, then come from the secret. Uses the official client, with the worker's service
-account or the kubeconfig.
+`image`: container image with veneer. `claim`: PersistentVolumeClaim of the veneer home, writable by all
+nodes, mounted at the worker's path of the veneer home. A job's process reads its lease and the queue's
+addresses from a file there; the Kubernetes Job has neither. `secret`: a Secret whose keys become environment
+variables; VENEER_LIBRARY_INDEX, and VENEER_TENANTS if it is a URL, then come from the Secret. Uses the
+official client, with the worker's service account or the kubeconfig.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from veneer.jobs.executors import Ended, Executor, hand_over, memory_of
 from veneer.jobs.store import JobLease
 
 _KEPT_SECONDS = 86400
-"""How long Kubernetes keeps what has ended, for whoever wants to look."""
+"""Seconds for which Kubernetes keeps ended Jobs, for inspection."""
 _LABEL = "veneer.dev/job"
 
 
 class KubernetesExecutor(Executor):
-    """`gpus`: that a job gets. `grace`: seconds in which a process that is asked to end saves its state.
-    `api`: the official client's, for another way to the cluster than the usual ones."""
+    """Runs jobs as Kubernetes Jobs.
+
+    `gpus`: GPUs per job. `grace`: seconds that a process has to save its state. `api`: the official client's
+    ApiClient; default: in-cluster configuration, else the kubeconfig."""
 
     def __init__(
         self,
@@ -39,7 +41,7 @@ class KubernetesExecutor(Executor):
         grace: float = 60.0,
         api: Any = None,
     ) -> None:
-        """Raises MissingExtraError without the client, ConfigError where no cluster is configured."""
+        """Raises MissingExtraError without the client, ConfigError without a cluster."""
         try:
             from kubernetes import client
         except ImportError as error:
@@ -86,7 +88,7 @@ class KubernetesExecutor(Executor):
             "apiVersion": "batch/v1",
             "kind": "Job",
             "metadata": {"name": place, "labels": labels},
-            # one try: whether there is another is the queue's to say
+            # no retries by Kubernetes: the queue decides about retries
             "spec": {
                 "backoffLimit": 0,
                 "ttlSecondsAfterFinished": _KEPT_SECONDS,
@@ -113,14 +115,15 @@ class KubernetesExecutor(Executor):
         return Ended(f"Kubernetes says {'; '.join(filter(None, [*reasons, why])) or 'it is over'}")
 
     def stop(self, place: str, *, hard: bool = False) -> None:
-        """In the foreground: the Job is there until its pod has ended."""
+        """Delete the Job in the foreground: the Job exists until its pod has ended."""
         options = {"grace_period_seconds": 0} if hard else {}
         delete = self._jobs.delete_namespaced_job
         self._ask(delete, place, self.namespace, propagation_policy="Foreground", also=404, **options)
 
     def _ask(self, call: Any, *arguments: Any, also: int, **options: Any) -> Any:
-        """The answer; None for the status `also`. Raises UnavailableError where there is no answer or a fault
-        of theirs, ConfigError for what they refuse."""
+        """Call the API and return its answer; None for the status `also`.
+
+        Raises UnavailableError for no answer or a server error, ConfigError for a client error."""
         from urllib3.exceptions import HTTPError
 
         try:

@@ -1,21 +1,20 @@
-"""OpenAI's words for jobs: a request as a configuration, and a job as their clients read it.
+"""Conversion between OpenAI's fine-tuning API and jobs.
 
     asked = TuningBody.model_validate(body)
     config = tuning_config(asked, base="smollm2-135m", train=path, rows=5000)       as `veneer train` reads it
     shown_job(job), shown_event(job, event), shown_checkpoint(job, point)
 
-`auto` becomes a number by the rows of the training file, and the job shows it:
+`auto` becomes a number that depends on the training file's rows; the job shows the number:
 
-    batch_size                 16 rows; fewer where an epoch would have under 25 steps
-    n_epochs                   3; more, up to 10, where all of them would have under 100 steps
-    learning_rate_multiplier   1: veneer's own rate, which for dpo is a tenth of what it is else
+    batch_size                 16 rows; fewer if an epoch would have under 25 steps
+    n_epochs                   3; up to 10 if all epochs would have under 100 steps
+    learning_rate_multiplier   1: veneer's default rate; for dpo a tenth of the usual rate
     beta                       0.1
-    compute_multiplier         1: 8 answers to each prompt
+    compute_multiplier         1: 8 completions per prompt
     eval_interval              an epoch
-    eval_samples               1: held-out prompts are answered once, with the likeliest tokens
+    eval_samples               1: one greedy completion per held-out prompt
 
-Every row is trained on unless there is a validation file, as at OpenAI; rows longer than the context are
-refused.
+Without a validation file, every row is trained on, as at OpenAI. Rows longer than the context are refused.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ from veneer.train.config.text import TrainConfig, config_keys
 from veneer.train.events import TOKEN_ACCURACY
 
 _LONG = 100
-"""Steps of an epoch from which there are checkpoints within it."""
+"""Steps between checkpoints; an epoch with more steps gets checkpoints within it."""
 _LARGEST = 256
-"""Rows of a step at most."""
+"""Maximum rows per step."""
 ROWS_COUNTED = _LONG * _LARGEST + 1
-"""Rows of a training file from which on their number changes nothing."""
+"""Number of rows from which on the exact number has no effect."""
 
 
 def _is_auto(value: Any) -> Any:
@@ -56,7 +55,8 @@ def _is_auto(value: Any) -> Any:
 _Auto = Annotated[Literal["auto"], BeforeValidator(_is_auto)]
 _Number = TypeVar("_Number")
 _OrAuto = Annotated[
-    Annotated[_Number, Tag("=number")] | Annotated[_Auto, Tag("=auto")],  # = as no part of a body: no error names it
+    Annotated[_Number, Tag("=number")]
+    | Annotated[_Auto, Tag("=auto")],  # "=": no part of a body has it, so errors do not name the tag
     Discriminator(lambda value: "=auto" if isinstance(value, str) else "=number"),
 ]
 _Batch = _OrAuto[Annotated[int, Field(ge=1, le=_LARGEST)]]
@@ -66,11 +66,11 @@ _Beta = _OrAuto[Annotated[float, Field(gt=0, le=2)]]
 _Compute = _OrAuto[Annotated[float, Field(gt=1e-5, le=10)]]
 _Count = _OrAuto[Annotated[int, Field(ge=1, le=1_000_000)]]
 _GROUP = 8
-"""Answers to each prompt, times `compute_multiplier`."""
+"""Completions per prompt, for a `compute_multiplier` of 1."""
 _Words = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-# -- what is asked for -------------------------------------------------------------------------------------------------
+# -- requests ----------------------------------------------------------------------------------------------------------
 
 
 class Hyperparameters(Strict):
@@ -116,7 +116,7 @@ class Reinforced(Strict):
     response_format: _ResponseFormat | None = None
 
     def shown(self) -> dict[str, Any]:
-        """What a job shows of it beside its hyperparameters."""
+        """Return the fields that a job shows in addition to its hyperparameters."""
         return self.model_dump(mode="json", exclude={"hyperparameters"}, exclude_none=True, by_alias=True)
 
 
@@ -171,7 +171,7 @@ _Value = Annotated[str, Field(max_length=512)]
 
 
 class TuningBody(Body):
-    """What POST /v1/fine_tuning/jobs takes."""
+    """Body of POST /v1/fine_tuning/jobs."""
 
     model: str = Field(min_length=1, max_length=512)
     training_file: str = Field(min_length=1, max_length=100)
@@ -190,12 +190,12 @@ class TuningBody(Body):
 
     @property
     def reinforced(self) -> Reinforced | None:
-        """What the method `reinforcement` says, where it is that."""
+        """The method's `reinforcement` section, if the method is reinforcement."""
         return self.method.reinforcement if self.method is not None and self.kind == "reinforcement" else None
 
     @property
     def numbers(self) -> Hyperparameters:
-        """The method's own hyperparameters, or those of before there were methods."""
+        """The method's hyperparameters, else the deprecated top-level hyperparameters."""
         own = self.hyperparameters if self.method is None else self.method.hyperparameters
         return own or self.hyperparameters or _PLAIN[self.kind]()
 
@@ -208,7 +208,7 @@ class TuningBody(Body):
 
 
 class FormSettings(Strict):
-    """What the Studio's form can say beyond OpenAI's body: how rows are read, and the adapter's numbers."""
+    """Settings of the Studio's form beyond OpenAI's body."""
 
     format: _Words = "auto"
     columns: Annotated[dict[_Words, _Words], at_most(16)] = Field(default_factory=dict)
@@ -217,7 +217,7 @@ class FormSettings(Strict):
 
 
 def suffix_of(text: str | None) -> str:
-    """A suffix as it can stand in a name: letters and digits in lower case, and dashes between them."""
+    """Return a suffix for a name: lower-case letters, digits and single dashes."""
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")
 
 
@@ -233,9 +233,14 @@ def tuning_config(
     start: str | None = None,
     settings: FormSettings | None = None,
 ) -> dict[str, Any]:
-    """The configuration that a request means, every number in it. `base`: as `veneer train` takes it;
-    `start`: the adapter to go on training; `rows`: of the training file, or ROWS_COUNTED; `context`: the
-    longest row. Raises ConfigError."""
+    """Return a request's training configuration, with `auto` values resolved.
+
+    base: as for `veneer train`
+    start: adapter to continue training, or None
+    rows: rows of the training file, or ROWS_COUNTED if it has more
+    context: maximum tokens of a row
+
+    Raises ConfigError."""
     numbers = asked.numbers
     batch = numbers.batch_size if numbers.batch_size != "auto" else min(16, max(1, rows // 25))
     steps = math.ceil(rows / batch)
@@ -252,7 +257,7 @@ def tuning_config(
         config["data"]["split"] = 0
     else:
         config["data"]["validation"] = str(validation)
-        config["evaluation"] = {"keep": "last"}  # as at OpenAI, where one chooses among the checkpoints oneself
+        config["evaluation"] = {"keep": "last"}  # as at OpenAI: clients choose among the checkpoints
     if start is not None:
         config["adapter"] = {"start": start}
     if isinstance(numbers, DpoHyperparameters):
@@ -272,14 +277,16 @@ def tuning_config(
     times = 1.0 if numbers.learning_rate_multiplier == "auto" else numbers.learning_rate_multiplier
     plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
     assert isinstance(plain, TrainConfig)
-    config["base"]["name"] = plain.base.name  # a folder's path is absolute there
+    config["base"]["name"] = plain.base.name  # a folder's path becomes absolute
     own = None if settings is None else settings.learning_rate
     config["optimizer"] = {"learning_rate": own or plain.optimizer.learning_rate * times}
     return config
 
 
 def _reinforce(config: dict[str, Any], asked: Reinforced) -> None:
-    """What the method `reinforcement` adds to a configuration. Raises ConfigError for what cannot be honoured."""
+    """Add the reinforcement method to a configuration.
+
+    Raises ConfigError for unsupported hyperparameters."""
     where = "method.reinforcement.hyperparameters"
     numbers = asked.hyperparameters or ReinforcementHyperparameters()
     if numbers.reasoning_effort != "default":
@@ -297,16 +304,16 @@ def _reinforce(config: dict[str, Any], asked: Reinforced) -> None:
         config["evaluation"]["every"] = numbers.eval_interval
 
 
-# -- what is answered --------------------------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------------------------------
 
 _STATUS = {"validating": "validating_files"}
 
 
 def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[str, Any]:
-    """A job as OpenAI's clients read it. `results`: ids of its result files."""
+    """Return a job in OpenAI's format. `results`: ids of the job's result files."""
     asked, config = job.about["openai"], job.config
     shown = dict(asked["hyperparameters"])
-    if job.plan is not None:  # what `auto` came to
+    if job.plan is not None:  # resolved `auto` values
         found = {"batch_size": config["batching"]["rows"], "n_epochs": config["schedule"]["epochs"], "beta": 0.1}
         found |= {"learning_rate_multiplier": 1.0, "compute_multiplier": 1.0, "eval_samples": 1}
         found |= {"eval_interval": max(1, job.steps // config["schedule"]["epochs"])}
@@ -343,7 +350,9 @@ def _finish(job: Job) -> int | None:
 
 
 def shown_error(job: Job) -> dict[str, Any] | None:
-    """What a failed job says: files by the names they were uploaded with, and the line."""
+    """Return a failed job's error in OpenAI's format, or None.
+
+    Files appear under their uploaded names, with line numbers."""
     if job.error is None:
         return None
     error = {key: str(value) for key, value in job.error.items() if value}
@@ -367,7 +376,7 @@ _OURS = {
     "died": "its process died again and again; the operator of this server finds in its log why",
     "lost": "its worker was lost again and again; the operator of this server finds in its log why",
 }
-"""Errors whose texts are an interpreter's, a driver's or a system's: with hosts and paths, and the operator's alone."""
+"""Errors whose texts can name hosts and paths, which only the operator may see."""
 
 
 _KEYS = "|".join(re.escape(key) for key, _ in config_keys() if "." in key)
@@ -375,11 +384,13 @@ _SETTING = re.compile(rf"\b(?:{_KEYS})\b(?!\.\w)(?:=\S+)?|\bveneer [a-z]+")
 """A configuration setting or a command, neither of which an API client can use."""
 _SETTINGS = {"data.max_length": "what the base reads", "data.format": "the format"}
 _LISTED = 3
-"""Most lines of a list that a client sees; the text before the list gives their number."""
+"""Maximum lines of a list in a client's message; the text before gives the total."""
 
 
 def _in_one_line(text: str) -> str:
-    """Join a message for the command line into one line; describe settings in words and drop hints (`fix:`)."""
+    """Join a command-line message into one line.
+
+    Describes settings in words and drops hints (`fix:`)."""
     head, *lines = text.splitlines() or [""]
     listed = [line.strip().removeprefix("- ") for line in lines if not line.strip().startswith(("fix:", "…"))]
     more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
@@ -388,7 +399,9 @@ def _in_one_line(text: str) -> str:
 
 
 def _event_text(job: Job, event: JobEvent) -> str:
-    """Return an event's message in one line; for preflight events, only findings about the rows."""
+    """Return an event's message in one line.
+
+    For preflight events, returns only findings about the rows."""
     kind = (job.error or {}).get("kind")
     if kind in _OURS and event.data.get("state") == "failed":
         return f"failed: {_OURS[kind]}"
@@ -406,7 +419,7 @@ _CHECKS = ("format", "learned", "long rows")
 
 
 def _paths(job: Job) -> dict[str, str]:
-    """The files that a job reads, and where they were asked for."""
+    """Return file path -> request parameter, for the files that a job reads."""
     data = job.config["data"]
     held = (job.about.get("after") or {}).get("evaluate") or {}
     found = dict.fromkeys(held.get("data") or [], "after.evaluate.data")
@@ -418,8 +431,7 @@ def _paths(job: Job) -> dict[str, str]:
 
 
 def _plain_text(job: Job, text: str) -> str:
-    """Without where on the server things are, and which machines there are: files by the names with which
-    they were uploaded."""
+    """Replace server paths in a text by the uploaded files' names."""
     for path in (*_paths(job), str(job.config["base"]["name"])):
         text = text.replace(path, Path(path).name)
     text = text.replace(f"{job.folder}/", "").replace(f"{jobs_home().parent}/", "")
@@ -431,7 +443,7 @@ def _event_id(job: Job, number: int) -> str:
 
 
 def event_number(job: Job, id: str) -> int | None:
-    """The number of a job's event; None for an id that is none of its."""
+    """Return the number of a job's event; None for the id of another job or no event."""
     head, _, number = id.rpartition("-")
     mine = head == _event_id(job, 0)[:-2] and number.isascii() and number.isdigit() and len(number) < 16
     return int(number) if mine else None
@@ -448,14 +460,15 @@ _METRICS: Mapping[str, Mapping[str, Sequence[str]]] = {
         TOKEN_ACCURACY: ["valid_mean_token_accuracy", "full_valid_mean_token_accuracy"],
     },
 }
-"""Kind of an event -> what it has -> what OpenAI calls that: all held-out rows are scored each time, so that
-what is theirs is the full one too."""
+"""Event kind -> metric -> OpenAI's names.
+
+Every validation scores all held-out rows, so it counts as `full_valid` too."""
 MEASURED = tuple(_METRICS)
-"""Kinds of events that measure something."""
+"""Kinds of events with metrics."""
 
 
 def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
-    """An event as OpenAI's clients read it."""
+    """Return an event in OpenAI's format."""
     data = {} if event.kind == "preflight" else _data_of(event)
     return {
         "object": "fine_tuning.job.event",
@@ -478,12 +491,13 @@ _COLUMNS = {
     name: name.replace("train_accuracy", "train_mean_token_accuracy")
     for name in ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 }
-"""Of OpenAI's result file -> what that is called in its events."""
+"""Column of OpenAI's result file -> name in OpenAI's events."""
 
 
 def results_of(measured: Iterable[JobEvent]) -> bytes:
-    """A job's result file: a line of CSV for each step that was measured, with its loss and accuracy and,
-    where the held-out rows were scored after it, theirs. Its columns are called as OpenAI's."""
+    """Return a job's result file: CSV with OpenAI's columns, a line per measured step.
+
+    Validation metrics are present for steps with a validation."""
     lines: dict[int, dict[str, Any]] = {}
     for event in measured:
         lines.setdefault(int(event.data["step"]), {}).update(_data_of(event))
@@ -496,7 +510,7 @@ def checkpoint_id(job: Job, step: int) -> str:
 
 
 def shown_checkpoint(job: Job, point: JobCheckpoint) -> dict[str, Any]:
-    """A checkpoint that can be asked, as OpenAI's clients read it."""
+    """Return a published checkpoint in OpenAI's format."""
     found = point.metrics
     own = {"step": point.step, "train_loss": found.get("loss"), "train_mean_token_accuracy": found.get(TOKEN_ACCURACY)}
     for which in ("valid", "full_valid"):

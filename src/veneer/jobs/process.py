@@ -1,4 +1,4 @@
-"""The process of a job: train, report to the queue, add the adapter to the library, end the job.
+"""A job's process: train, report to the queue, publish the adapter, end the job.
 
     python -m veneer.jobs.process FILE [--tied]
 
@@ -6,13 +6,14 @@ The starting process (`executors`) holds and renews the lease; this process writ
 `FILE`: from `executors.hand_over`, with the job's token and the queue's addresses. `--tied`: end as soon as
 standard input ends, which happens when the starting process ends.
 
-Each lease has a folder of its own, `attempt-N`. The folder of the lease before is renamed to it with its
-checkpoints, so a process that was taken for dead can still write, but never where its successor writes. The
-run resumes from its last checkpoint, on the CPU bit for bit as if nothing had happened.
+Each lease has its own folder, `attempt-N`. This process renames the previous lease's folder, with its
+checkpoints, so that a process that was wrongly considered dead never writes to its successor's folder. The
+run resumes from the last checkpoint; on the CPU, the result is the same bit for bit as without the
+interruption.
 
 | what ends the process                             | the job                                               |
 | the run is done                                   | succeeded; its adapter is a version in the library    |
-| an error in what the user gave, a loss that is not finite | failed, with the error                        |
+| an error in the user's input, a non-finite loss           | failed, with the error                        |
 | SIGTERM, or the lease is lost                     | returned to the queue, if the lease still holds       |
 | memory, a disk, a database                        | returned to the queue; failed the third time in a row |
 | a kill                                            | returned by the worker, or once the lease has expired |
@@ -51,13 +52,13 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _EVERY = 1.0
-"""Seconds between two writes of what happened."""
+"""Seconds between two writes of events."""
 _AGAIN = 2.0
-"""Seconds after which a database that was away is tried again."""
+"""Seconds before a retry when the database is unavailable."""
 
 
 def _validate_job(library: Library, job: str, token: str, device: Device, room: int) -> int:
-    """Validate one job in this process; return 0, or 75 if the job has to be validated again."""
+    """Validate one job in this process; return 0, or 75 to validate the job again."""
     store = JobStore(library)
     try:
         lease = store.get_lease(job, token)
@@ -74,7 +75,7 @@ def _validate_job(library: Library, job: str, token: str, device: Device, room: 
 
 
 def run_job(library: Library, job: str, token: str) -> int:
-    """Train the job of this token in this process and end it; return 0, or 75 if the job was returned to the queue."""
+    """Train and end the token's job; return 0, or 75 if the job returned to the queue."""
     store = JobStore(library)
     try:
         lease = store.get_lease(job, token)
@@ -96,7 +97,7 @@ def run_job(library: Library, job: str, token: str) -> int:
 
 
 def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: TextBase | None) -> str:
-    """Compare the adapter, add it to the library and move its route; return its reference."""
+    """Compare and publish the adapter, move its route, and return its reference."""
     library, job = store.library, lease.job
     with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
         compared = compare_job(store, lease, tenants, result, base)
@@ -134,7 +135,9 @@ def _stopped(reporter: _JobReporter, error: BaseException) -> int:
 
 
 def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
-    """Train in the job's folder; return the result as JSON values, and the base if a comparison needs it."""
+    """Train in the job's folder; return (result as JSON values, base or None).
+
+    The base is returned if a comparison needs it."""
     from veneer.models.loading import errors_only
 
     job = reporter.lease.job
@@ -162,7 +165,7 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
 
 
 def _folder(job: Job) -> Path:
-    """This lease's own: what earlier ones left, under its name."""
+    """Return this lease's folder, renamed from the previous lease's folder if any."""
     job.make_folder()
     own = job.folder / f"attempt-{job.attempt}"
     earlier = [(int(p.name.rpartition("-")[2]), p) for p in job.folder.glob("attempt-*[0-9]")]
@@ -172,8 +175,10 @@ def _folder(job: Job) -> Path:
 
 
 def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
-    """The adapter's reference in the library: once, whoever tried before and was killed after it. Where
-    checkpoints are published too, each is the version of its step, and this the one after them."""
+    """Add the adapter to the library and return its reference.
+
+    Idempotent: returns the version that an earlier, killed process added. If checkpoints are published too,
+    each is the version of its step, and the adapter is the version after them."""
     tag = f"job:{job.id}"
     if there := library.search(tags=[tag], all_versions=True):
         return there[0].reference
@@ -183,9 +188,9 @@ def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
 
 
 class _JobReporter:
-    """Reports a run's events to the queue: checkpoints at once, everything else at most once a second.
+    """Reports a run's events to the queue: checkpoints at once, others once a second.
 
-    Events are kept while the database is unavailable. When the lease is lost, the process sends itself
+    Events are buffered while the database is unavailable. When the lease is lost, the process sends itself
     SIGTERM, so that the run saves its state and ends."""
 
     def __init__(self, store: JobStore, lease: JobLease) -> None:
@@ -201,9 +206,9 @@ class _JobReporter:
         self.scored, self.sampled, self.published = heard["validation"], heard["sample"], heard["checkpoint"]
 
     def catch_up(self, folder: Path) -> None:
-        """What the last checkpoint in `folder` has, of which a kill may have kept the queue from hearing. The
-        run's own log has the steps one by one; the checkpoint their number and their tokens, should the log
-        have lost some."""
+        """Report the events up to the last checkpoint in `folder` that a kill kept back.
+
+        The run's log has each step; the checkpoint has their number and tokens, in case the log lost some."""
         progress = _last_progress(folder / "checkpoints", self)
         if progress is None:
             return
@@ -228,7 +233,7 @@ class _JobReporter:
             self.flush()
 
     def _hear(self, record: Mapping[str, Any]) -> None:
-        """Of an event, as the run's log has it, what is counted."""
+        """Collect the events and progress of one record of the run's log."""
         kind, step = record.get("event"), int(record.get("step", 0))
         if kind == "stepped":
             if step > self.step:
@@ -253,8 +258,11 @@ class _JobReporter:
             self.checkpoints.append(JobCheckpoint(step, dict(self.newest)))
 
     def _publish(self, folder: Path) -> None:
-        """The checkpoints in a run's folder that have their adapters beside them, into the library, so that
-        they can be asked while the run goes on. A library that is away is asked again at the next one."""
+        """Add the run's checkpoints with adapters to the library during training.
+
+        @@
+
+                If the library is unavailable, the next checkpoint retries."""
         if not dict(self.lease.job.config.get("checkpoint") or {}).get("adapters"):
             return
         from veneer.jobs.checkpoints import publish_steps  # late: a worker needs no torch
@@ -274,7 +282,9 @@ class _JobReporter:
                 self.events.append(JobEvent("info", "checkpoint", text, {"step": step, "reference": reference}))
 
     def flush(self, *, wait: bool = False) -> None:
-        """Writes what there is. `wait`: until the database has it. Raises LeaseLost then, and if it was told before."""
+        """Write buffered events and progress. `wait`: retry until the database has them.
+
+        With `wait`, raises LeaseLost; without, a lost lease sends SIGTERM to this process."""
         while not self.lost:
             self.last = time.monotonic()
             try:
@@ -308,7 +318,9 @@ def _accuracy(record: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def _last_progress(checkpoints: Path, reporter: _JobReporter) -> dict[str, Any] | None:
-    """How far the newest whole checkpoint is. A damaged one is put aside, so that the run takes the one before it."""
+    """Return the progress of the newest valid checkpoint, or None.
+
+    Renames damaged checkpoints, so that the run resumes from an earlier one."""
     while (newest := checkpoint.latest(checkpoints)) is not None:
         try:
             return dict(checkpoint.read_checkpoint(newest)["progress"])
@@ -319,8 +331,9 @@ def _last_progress(checkpoints: Path, reporter: _JobReporter) -> dict[str, Any] 
 
 
 def tied(end: Callable[[], object]) -> None:
-    """Has `end` called, in a thread, when standard input ends, that is with whoever has its other end. Read
-    by its number: a stream has a lock, which Python wants at its own end."""
+    """Call `end` in a thread when standard input closes, because its other end exited.
+
+    Reads the file descriptor, because Python needs the stream's lock at interpreter exit."""
 
     def wait() -> None:
         with contextlib.suppress(OSError):
@@ -342,13 +355,13 @@ def main(arguments: list[str]) -> int:
             if validation is not None:
                 return _validate_job(library, job, token, Device(**validation["device"]), validation["room"])
             return run_job(library, job, token)
-    except VeneerError as error:  # a library or a database that is away
+    except VeneerError as error:  # the library or database is unavailable
         print(error, file=sys.stderr)
         return 75
 
 
 def environment_of(library: Library, tenants: str | None = None) -> Mapping[str, str]:
-    """What a process needs to find the same queue, the same files and, by its place, the same tenants' database."""
+    """Return the environment variables of a job's process: library, home and tenants."""
     from veneer.models.home import veneer_home
 
     return {

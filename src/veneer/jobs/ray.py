@@ -1,9 +1,9 @@
-"""Jobs as Ray Jobs: Ray finds a machine of its cluster for each, and this says what each needs.
+"""Executor that runs jobs as Ray Jobs.
 
     RayExecutor("http://head:8265", gpus=1)
 
-The machines of the cluster need veneer, the base, and the same veneer home, on a file system that all share.
-A job's process reads its lease and the queue's addresses from a file there; Ray's dashboard shows neither.
+The cluster's machines need veneer, the base, and one veneer home on a shared file system. A job's process
+reads its lease and the queue's addresses from a file there; Ray's dashboard shows neither.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ _ALIVE = frozenset({"PENDING", "RUNNING"})
 
 
 class RayExecutor(Executor):
-    """`address`: of the dashboard. `gpus`, `cpus`: that a job gets. `python`: what runs there. `grace`:
-    seconds in which a process that is asked to end saves its state."""
+    """Runs jobs as Ray Jobs.
+
+    `address`: URL of the dashboard. `gpus`, `cpus`: resources per job. `python`: Python interpreter on the
+    cluster. `grace`: seconds that a process has to save its state."""
 
     def __init__(
         self, address: str, *, gpus: int = 0, cpus: int = 1, python: str = "python", grace: float = 60.0
     ) -> None:
-        """Raises MissingExtraError without Ray, UnavailableError where there is no cluster."""
+        """Raises MissingExtraError without Ray, UnavailableError without a cluster."""
         try:
             from ray.job_submission import JobSubmissionClient
         except ImportError as error:
@@ -40,7 +42,7 @@ class RayExecutor(Executor):
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         job = lease.job
         place, command = f"{job.id}-{job.attempt}", hand_over(lease, environment)
-        # Ray ends a job's process by SIGTERM and, so many seconds later, by SIGKILL
+        # Ray sends SIGTERM and, after this many seconds, SIGKILL
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(self.grace))}
         try:
             self._dashboard.submit_job(
@@ -71,7 +73,7 @@ class RayExecutor(Executor):
         return Ended(f"Ray says {state.lower()}: {why}", memory="OutOfMemory" in why)
 
     def stop(self, place: str, *, hard: bool = False) -> None:
-        """Ray has one way to stop, with SIGTERM first."""
+        """Stop the job. Ray always sends SIGTERM first, also with `hard`."""
         try:
             self._dashboard.stop_job(place)
         except (RuntimeError, OSError) as error:

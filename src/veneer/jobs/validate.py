@@ -1,11 +1,11 @@
-"""What is looked at before a job is queued: its config, its rows, whether it fits, how long it takes, what it costs.
+"""Validation of a job before queueing: config, rows, memory, duration, cost.
 
-    validated(store, lease, account, device)       the job afterwards: queued with its plan, or failed with the reason
-    submitted(store, config, name=…)               a new job of a configuration, looked at in the same breath
+    validated(store, lease, account, device)       the job: queued with its plan, or failed with the reason
+    submitted(store, config, name=…)               create and validate a job
 
-The base's tokenizer reads the rows as the run will, so the first bad line is named here and tokens are
-counted, not guessed; its weights are not read. What needs them (vocabulary, the longest batch) the run looks
-at before its first step. Nothing is changed but the job.
+The base's tokenizer encodes the rows as the run will, so validation names the first bad line and counts
+tokens exactly. Validation does not read the base's weights; the run itself checks what needs them
+(vocabulary, the longest batch) before its first step. Validation changes nothing but the job.
 """
 
 from __future__ import annotations
@@ -42,24 +42,26 @@ if TYPE_CHECKING:
 
 
 def after_of(job: Job) -> AfterJob | None:
-    """The section `after` that a job was submitted with."""
+    """Return a job's `after` section, or None."""
     found = job.about.get("after")
     return None if found is None else AfterJob.model_validate(found)
 
 
 def is_compared(job: Job) -> bool:
-    """Whether its adapter is compared once it is trained: by itself, on the base that it was trained on."""
+    """Return whether the job's adapter is evaluated after training.
+
+    Such a job is trained alone, and compared on the base of its training."""
     after = after_of(job)
     return after is not None and after.evaluate is not None
 
 
 def job_config(job: Job, output: Path) -> RunConfig:
-    """The job's configuration with its output. Raises ConfigError."""
+    """Return a job's configuration with this output folder. Raises ConfigError."""
     return config_from({**job.config, "output": str(output)})[0]
 
 
 def device_of(gpu: str | None = None, count: int = 1) -> Device:
-    """Where jobs are planned for: a card of the plan's table by its name, or what this machine has."""
+    """Return the device to plan jobs for: a GPU by name, or this machine's."""
     import torch
 
     from veneer.plan.calibration import cpu_device
@@ -82,9 +84,9 @@ def validated(
 ) -> Job:
     """Validate a job and queue it, or end it as failed; return the job.
 
-    `room`: bytes of memory that this process may use; by default, all free memory. Raises LeaseLost. Also
-    raises errors that the job did not cause (a disk or database outage); the job then stays as it is, to be
-    validated again."""
+    `room`: bytes of memory that this process can use; default: all free memory. Raises LeaseLost, and
+    transient errors that the job did not cause (a disk or database outage); the job then stays in
+    validation."""
     terms = account.terms(lease.job.tenant)
     try:
         if terms.jobs == 0:
@@ -116,9 +118,14 @@ def submitted(
     device: Device | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Job:
-    """A new job that has been looked at: queued, or failed. `name`: by default that of the output folder.
-    `after`: what it does once it is trained. `tenants`: with their terms and routes. `about`: what else it
-    keeps. Raises what `JobStore.create` and `check_after` do."""
+    """Create and validate a job; return the job, queued or failed.
+
+    name: the adapter's name; default: the output folder's name
+    after: actions after training
+    tenants: database of tenants' terms and routes
+    about: more data to store with the job
+
+    Raises the errors of `JobStore.create` and `check_after`."""
     name, about = name or Path(config.output.directory).name, dict(about or {})
     if after is not None:
         check_after(after, config, f"{tenant}/{name}" if tenant else name, tenant, tenants)
@@ -129,21 +136,24 @@ def submitted(
         lease = store.take("submit", 600, "validating", only=job.id)
         if lease is not None:
             return validated(store, lease, TrainingAccount(store, tenants), device or device_of())
-        time.sleep(0.2)  # a worker was quicker, and looks at it
+        time.sleep(0.2)  # a worker already validates the job
     return now
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error is nobody's fault who asked, so that the same may work at another time, or on another
-    machine: a database, a disk, memory."""
+    """Return whether an error is transient or local: a database, a disk, memory.
+
+    A retry later or on another machine can succeed."""
     if isinstance(error, VeneerError):
         return isinstance(error, UnavailableError | ResourceError | CheckpointError)
     return is_outage(error)
 
 
 def told(error: BaseException) -> dict[str, Any]:
-    """An error as a job keeps it. `kind`: data, config, preflight, base, training, overbudget …; internal
-    where it is veneer's own fault, which the log has in full."""
+    """Return an error as a job stores it: kind, message, where, fix.
+
+    `kind`: data, config, preflight, base, training, overbudget …; `internal` for a bug in veneer, whose
+    traceback goes to the log."""
     if not isinstance(error, VeneerError):
         traceback.print_exception(error)
         what = f"{type(error).__name__}: {error}"
@@ -155,7 +165,8 @@ def told(error: BaseException) -> dict[str, Any]:
 
 
 def _plan_of_job(job: Job, device: Device, room: int | None) -> dict[str, Any]:
-    """What the job needs, by its rows as they are: `Plan.to_dict`, how many rows there are, what was counted.
+    """Return the job's plan by its actual rows: `Plan.to_dict`, `rows` and `counted`.
+
     Raises ConfigError, DataError, BaseError, PreflightError."""
     from veneer.models.text.base import text_without_weights
     from veneer.train.planning import plan_of_config
@@ -180,8 +191,9 @@ def _plan_of_job(job: Job, device: Device, room: int | None) -> dict[str, Any]:
 
 
 def _answering_peak(base: TextBase, plan: Plan) -> int:
-    """Bytes that the process holds while the adapter is compared by its answers, on the base that it was
-    trained on. Raises PreflightError where that is more than there is."""
+    """Return the process's peak bytes while it generates answers for the evaluation.
+
+    Raises PreflightError if they exceed the plan's memory."""
     from veneer.serve.engine.offline import answering_bytes
 
     memory = plan.memory
@@ -197,8 +209,9 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
 
 
 def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
-    """Rows, their tokens and the longest one, of what is trained on. Raises PreflightError with all that
-    stops the data from being learned."""
+    """Return the training data's rows, tokens and longest row.
+
+    Raises PreflightError that lists every problem of the data."""
     from veneer.train.planning import rows_as_planned
     from veneer.train.preflight import Report
     from veneer.train.text.checks import TextSubject, data_findings
@@ -213,19 +226,22 @@ def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
 
 
 _ROW, _BYTE = 3000, 8
-"""Bytes of memory that a row takes once it is read, at least and for each byte that it has in its file:
-measured at 90 bytes a row, where it is 37 times as much."""
+"""Memory of a row: minimum bytes, and bytes per byte of its file.
+
+Measured: a row of 90 bytes takes 37 times as much memory."""
 
 
 def _check_size(config: TrainConfig, held: HeldOut | None, room: int | None) -> None:
-    """Raises PreflightError if the rows do not fit into `room` bytes or this machine's free memory."""
+    """Check that the rows fit into `room` bytes and this machine's free memory.
+
+    Raises PreflightError."""
     import psutil
 
     names = [*config.data.files("train"), *config.data.files("validation"), *(held.files if held is not None else ())]
     files = [Path(name) for name in names if Path(name).is_file()]
     size, free = sum(path.stat().st_size for path in files), int(psutil.virtual_memory().available)
     free = free if room is None else min(free, room)
-    if size * (_BYTE + _ROW) < free:  # with a byte a row
+    if size * (_BYTE + _ROW) < free:  # even if every row had one byte
         return
     needed = size * _BYTE + sum(count_lines(path, 1 + free // _ROW) for path in files) * _ROW
     if needed > free:

@@ -1,12 +1,12 @@
-"""A worker: it takes jobs, looks at new ones, has others trained where its executor says, and watches over them.
+"""A worker: validates new jobs, and trains queued jobs with its executor.
 
     Worker(library, LocalExecutor(), tenants=store).run()         until SIGTERM or Ctrl-C
 
-It holds a lease of each of its jobs and renews it; when it is killed, its leases run out, and another worker
-goes on from the last checkpoint of each. Asked to end, it has its jobs' processes save their state and give
-the jobs back. It looks all the time whether a job is still its own: one that was paused or cancelled is not,
-and its process is stopped. While the database is away jobs go on as long as their leases are sure to be its
-own.
+A worker holds and renews a lease of each of its jobs. If the worker is killed, its leases expire, and another
+worker resumes each job from the last checkpoint. On SIGTERM, the worker's processes save their state and
+return their jobs. The worker polls whether it still holds each lease; if a job was paused or cancelled, the
+worker stops its process. While the database is unavailable, jobs run as long as their leases are certainly
+valid.
 
 New jobs are validated in separate processes on this machine, while other jobs are trained. A validation has
 limits on memory and time and stops if its job is cancelled. No tenant has more than one validation at a time,
@@ -41,19 +41,22 @@ from veneer.serve.tenancy.store import Store
 from veneer.train.signals import heard
 
 _SWEEP = 3600.0
-"""Seconds between two looks at what is left of jobs that ended."""
+"""Seconds between two cleanups of ended jobs' files."""
 _VALIDATIONS = 2
-"""Jobs validated at once, of which one can have large files."""
+"""Concurrent validations, of which one can have large files."""
 _SMALL = 4 << 20
 """Total bytes from which a job's files count as large."""
 _SHORTEST, _LONGEST, _RATE = 180.0, 1800.0, 50_000
-"""Time limit of a validation in seconds: minimum, maximum, and bytes of files per second added to the minimum."""
+"""Seconds of a validation: minimum, maximum; file bytes per second above the minimum."""
 
 
 @dataclass
 class _Running:
-    """A process of `executor`. `sure`: the monotonic time until which its lease surely holds. `stopping`:
-    since when the process is asked to end. `validation`: set if the process validates its job."""
+    """A process of `executor`.
+
+    sure: monotonic time until which the lease is certainly valid
+    stopping: monotonic time at which the process was asked to stop
+    validation: set if the process validates its job"""
 
     executor: Executor
     lease: JobLease
@@ -67,8 +70,11 @@ class _Running:
 
 @dataclass(frozen=True)
 class _Validation:
-    """The limits of a validation. `large`: its files are large. `seconds`: its time limit; `deadline`: when
-    the limit ends on the monotonic clock. `room`: bytes of memory."""
+    """Limits of a validation.
+
+    large: the job's files are large
+    seconds, deadline: time limit, and its end on the monotonic clock
+    room: memory limit in bytes"""
 
     large: bool
     seconds: float
@@ -77,11 +83,16 @@ class _Validation:
 
 
 class Worker:
-    """One for a process. `at_once`: processes that it has running. In seconds, `lease`: how long its leases
-    hold without it; `poll`: how often it looks; `grace`: how long a process may take to save its state.
-    `device`: what jobs are planned for, by default what this machine has. `failed_days`: how long folders of
-    jobs that failed or were cancelled are kept, whoever trained them; `ended_days`: those of the others, and
-    the measures of each step of all of them. `say`: hears what it does, in sentences."""
+    """A worker; create one per process.
+
+    at_once: maximum concurrent training processes
+    device: device to plan jobs for; default: this machine's
+    lease: seconds that a lease lasts without renewal
+    poll: seconds between polls
+    grace: seconds that a process has to save its state
+    failed_days: days to keep folders of failed and cancelled jobs, of any worker
+    ended_days: days to keep folders of succeeded jobs, and the metrics of each step of all jobs
+    say: called with log messages"""
 
     def __init__(
         self,
@@ -111,16 +122,16 @@ class Worker:
         self._running: list[_Running] = []
         self._local = executor if isinstance(executor, LocalExecutor) else LocalExecutor()
         self._served: dict[str, float] = {}
-        """When this worker last started to validate a job, by tenant."""
+        """Tenant -> monotonic time of this worker's last validation."""
         self._stop = threading.Event()
         self._away = False
 
     def stop(self) -> None:
-        """Have `run` end, from another thread or a signal's handler."""
+        """Stop `run`, from another thread or a signal handler."""
         self._stop.set()
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Works until it is stopped, or until there is nothing to do."""
+        """Work until stopped, or with `until_idle` until no job is left."""
         with heard(lambda number: self.stop(), signal.SIGINT, signal.SIGTERM, once=True):
             try:
                 while not self._stop.is_set():
@@ -135,7 +146,7 @@ class Worker:
     # -- new jobs ------------------------------------------------------------------------------------------------------
 
     def _validate_next(self) -> bool:
-        """Start to validate one more job if there is a free slot; return whether a validation was started."""
+        """Start one validation if a slot is free; return whether one was started."""
         now = [each.validation for each in self._running if each.validation is not None]
         if len(now) >= _VALIDATIONS:
             return False
@@ -165,9 +176,10 @@ class Worker:
         self._running.append(_Running(self._local, lease, place, begun + self.lease, validation=bounds))
 
     def _validation_ended(self, lease: JobLease, bounds: _Validation, ended: Ended, stopping: bool) -> None:
-        """Settle the job of a validation that has ended; nothing is left to do if the process ended by itself.
+        """Settle the job of a validation that has ended.
 
-        If the database or a disk was unavailable, the lease expires and the job is validated again."""
+        If the process ended by itself, it settled the job. If the database or a disk was unavailable, the
+        lease expires and the job is validated again."""
         error = {"kind": "preflight", "where": "data.train"}
         if ended.memory:
             what = f"reading the rows takes more than the limit of {gigabytes(bounds.room)} of memory"
@@ -179,10 +191,11 @@ class Worker:
         elif stopping:
             self.store.release(lease, "")
 
-    # -- jobs that are trained -----------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def _round(self, *, validate_first: bool = False) -> bool:
-        """Watch all running jobs, and start one more if there is room; return whether a job was started.
+        """Poll all running jobs, start one more if a slot is free; return if one started.
+
 
         `validate_first`: do not start training while jobs are being validated."""
         with self._outlasting():
@@ -204,7 +217,7 @@ class Worker:
         return False
 
     def _sweep(self) -> None:
-        """Once an hour removes what is left of jobs that ended long ago."""
+        """Once an hour, remove folders and metrics of jobs that ended long ago."""
         now = time.monotonic()
         if self._swept is None or now - self._swept > _SWEEP:
             self._swept = now
@@ -256,13 +269,13 @@ class Worker:
         elif ended.memory:
             fix = "smaller batches (batching.micro_rows), shorter rows, or another plan"
             self.store.finish(lease, error={"kind": "memory", "message": ended.why, "fix": fix})
-        elif running.stopping is not None:  # before it could save anything
+        elif running.stopping is not None:  # stopped before it saved its state
             self.store.release(lease, "stopped, to go on from its last checkpoint")
         else:
             self.store.died(lease, ended.why)
 
     def _let_go(self, lease: JobLease) -> None:
-        """Of a job that this worker has no more."""
+        """Report a job's state after its process has ended; drop checkpoints on success."""
         now_is = self.store.get(None, lease.job.id).state
         self.say(f"{lease.job.id}: {now_is}")
         if now_is == "succeeded":  # its adapter is in the library

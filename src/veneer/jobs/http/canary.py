@@ -1,6 +1,6 @@
-"""What a job made, promoted or taken back over HTTP, by the operator.
+"""Operator's routes that promote or roll back a job's adapter.
 
-POST /admin/jobs/ID/promote, /rollback       the route as it is then, or the alias; null where there is none any more
+POST /admin/jobs/ID/promote, /rollback       the new route or alias; null if it was removed
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from veneer.serve.tenancy.tenants import Tenants
 
 
 def canary_routes(jobs: JobStore, tenants: Tenants) -> APIRouter:
-    """For a server whose `tenants` have an admin key."""
+    """Return the routes, for a server whose `tenants` have an admin key."""
     router = APIRouter(prefix="/admin/jobs", tags=["admin"], route_class=AdminRoute, dependencies=[needs("administer")])
 
     def changes(what: str, change: Any) -> None:

@@ -1,8 +1,8 @@
-"""OpenAI's routes of files: /v1/files, and /v1/uploads for those that come in parts.
+"""OpenAI's file routes: /v1/files, and /v1/uploads for files in parts.
 
-What is posted goes to the disk as it comes; `large_bodies` says how much that may be. At once come at most `_AT_ONCE`,
-of which a tenant has its share. Bytes are hashed and copied by threads of their own, fairly between tenants, so that
-nobody's look-up waits for gigabytes.
+Request bodies stream to disk; `large_bodies` sets their limits. At most `_AT_ONCE` uploads run concurrently,
+shared between tenants. A separate thread pool hashes and copies bytes, fairly between tenants, so that a
+large file never delays another request.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _DATABASE = "the database of uploaded files"
 
 _AT_ONCE = 32
 _THREADS = 2
-"""That hash and copy what has come."""
+"""Threads that hash and copy uploads."""
 _FORM = 4096
-"""Bytes of a form beside its file, and of each of its texts."""
+"""Maximum bytes of a form besides its file, and of each text field."""
 _PURPOSE = "files here are for fine-tuning; send purpose=fine-tune"
 
 
 def large_bodies(files: Files) -> Mapping[str, int]:
-    """Which routes put what is posted on the disk, as `create_app` takes it."""
+    """Return path pattern -> maximum body bytes of routes that spool bodies to disk."""
     return {"/v1/files": files.limits.file + 4 * _FORM, "/v1/uploads/[^/]+/parts": files.limits.part + 4 * _FORM}
 
 
@@ -63,19 +63,19 @@ class CompleteBody(Body):
 
 
 def file_routes(files: Files) -> APIRouter:
-    """The routes over some files."""
+    """Return the file routes."""
     router = APIRouter(tags=["OpenAI files"], route_class=thread_route(_DATABASE), dependencies=[needs("train")])
     coming = SharedQuantity("uploads", _AT_ONCE)
     copying = FairPool(_THREADS, "veneer-files")
 
     async def copied(request: HttpRequest, size: int, do: Callable[[], T]) -> T:
-        """What goes through so many bytes."""
+        """Run work on `size` bytes in the copy threads."""
         caller = caller_of(request)
         return await in_thread(_DATABASE, do, run=lambda work: copying.run(caller.tenant, caller.weight, size, work))
 
     @asynccontextmanager
     async def form(request: HttpRequest, wanted: str) -> AsyncIterator[tuple[FormData, UploadFile]]:
-        """A form and the file in it, which is gone afterwards."""
+        """Yield a form and its file; the file is removed afterwards."""
         caller = caller_of(request)
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise invalid("a form is expected", None, "send multipart/form-data")
@@ -148,7 +148,7 @@ def file_routes(files: Files) -> APIRouter:
     @router.post("/v1/uploads/{id}/parts", summary="A part of it.", openapi_extra=_posted("data"))
     async def part(request: HttpRequest, id: str) -> Response:
         tenant = caller_of(request).tenant
-        await in_thread(_DATABASE, lambda: files.get_upload(tenant, id))  # before much is sent for nothing
+        await in_thread(_DATABASE, lambda: files.get_upload(tenant, id))  # before the client sends a large body
         async with form(request, "data") as (read, sent):
             if unknown := sorted(set(read) - {"data"}):
                 raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
@@ -170,7 +170,7 @@ def file_routes(files: Files) -> APIRouter:
 
 
 def page_shown(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
-    """A page as OpenAI's clients read it."""
+    """Return a page in OpenAI's format."""
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
@@ -181,7 +181,7 @@ def _keep(read: FormData) -> float | None:
 
 
 def _shown_file(file: UploadedFile) -> dict[str, Any]:
-    """As OpenAI's clients read it."""
+    """Return a file in OpenAI's format."""
     return {
         "id": file.id,
         "object": "file",
@@ -196,7 +196,7 @@ def _shown_file(file: UploadedFile) -> dict[str, Any]:
 
 
 def _shown_upload(upload: Upload) -> dict[str, Any]:
-    """As OpenAI's clients read it."""
+    """Return an upload in OpenAI's format."""
     return {
         "id": upload.id,
         "object": "upload",
@@ -211,7 +211,7 @@ def _shown_upload(upload: Upload) -> dict[str, Any]:
 
 
 def _posted(file: str, *texts: str) -> dict[str, Any]:
-    """A form for the description of the routes."""
+    """Return the OpenAPI description of a multipart form."""
     fields: dict[str, Any] = {file: {"type": "string", "format": "binary"}, **{t: {"type": "string"} for t in texts}}
     form = {"schema": {"type": "object", "properties": fields, "required": list(fields)}}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}

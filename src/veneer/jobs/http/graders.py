@@ -1,11 +1,12 @@
-"""OpenAI's routes of graders: tried on one answer before a job is paid for.
+"""OpenAI's grader routes: test a grader on one completion before starting a job.
 
     POST /v1/fine_tuning/alpha/graders/validate   {grader}                        -> {grader}
     POST /v1/fine_tuning/alpha/graders/run        {grader, model_sample, item?}   -> {reward, metadata, sub_rewards, …}
 
-Graders are parsed and run in separate threads, of which each tenant has a share; their seconds count against its quota.
-`score_model` asks a model of this server as its caller may ask it: admitted, within its limits, and billed as any other
-request. `python` runs in a sandbox, and only if the operator allows it (`veneer serve --train --python-graders`).
+Graders are parsed and run in a thread pool with a share per tenant; their seconds count against the tenant's
+quota. `score_model` sends a request to a model of this server with the caller's permissions, limits and
+billing. `python` runs in a sandbox, and only if the operator allows it (`veneer serve --train
+--python-graders`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from veneer.train.rewards.sandbox import Sandbox
 from veneer.train.rewards.template import sample_of
 
 _SECONDS = 60.0
-"""Seconds that all python graders of one request may take together."""
+"""Total seconds of all Python graders of one request."""
 _ERRORS = (
     "formula_parse_error", "sample_parse_error", "truncated_observation_error", "unresponsive_reward_error",
     "invalid_variable_error", "other_error", "python_grader_server_error", "python_grader_runtime_error",
@@ -68,8 +69,10 @@ ParseGrader = Callable[[Any, str], Any]
 
 
 def grader_of(given: Any, param: str = "grader", sandbox: Sandbox | None = None) -> Any:
-    """Parse a client's grader. Blocks while parsing. Raises Refused for an invalid grader, and for a python grader if
-    there is no sandbox for it, before any source is parsed."""
+    """Parse a client's grader. Blocks.
+
+    Raises Refused for an invalid grader. Refuses a Python grader without a sandbox before parsing any
+    source."""
     if sandbox is None and has_python(given):
         raise Refused(
             "graders of Python are off on this server",
@@ -85,14 +88,15 @@ def grader_of(given: Any, param: str = "grader", sandbox: Sandbox | None = None)
 
 
 def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None = None) -> APIRouter:
-    """The routes. `limits`: how many graders run at a time. `sandbox`: where python graders run; if None, python
-    graders are refused."""
+    """Return the grader routes.
+
+    `limits`: number of concurrent graders. `sandbox`: sandbox of Python graders; None refuses them."""
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=BodyRoute, dependencies=[needs("train")])
     limits = limits or QuotaLimits()
     helpers = FairPool(limits.helpers, "veneer-graders", limits.helper_share)
 
     async def helped(request: HttpRequest, do: Callable[[], bytes]) -> Response:
-        """Return the response with the bytes that `do` returns, run in a thread of the caller's share."""
+        """Run `do` in a thread of the caller's share; return a response with its bytes."""
         caller, quotas = caller_of(request), service_of(request).quotas
         size = len(await request.body())
         with quotas.take(caller.tenant, requests=1, memory=size):
@@ -142,7 +146,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
 
 
 class _Timed:
-    """Counts the seconds of its block as helper seconds, except those spent waiting for the engine.
+    """Counts its block's seconds as helper seconds, except waiting for the engine.
 
     Raises Refused (429) at the beginning if the caller has no helper seconds left."""
 
@@ -169,7 +173,7 @@ class _Timed:
 async def _asked(
     service: Service, caller: Principal, number: str, questions: Sequence[Question], place: AdmittedRequest
 ) -> list[Reply]:
-    """Raises Refused, as a chat completion of the same would."""
+    """Return replies to questions. Raises Refused, as for a chat completion."""
     return [await _ask(service, caller, f"{number}-{i}", question, place) for i, question in enumerate(questions)]
 
 
@@ -202,7 +206,9 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 def _shown(grader: Any, grade: Grade, seconds: float) -> dict[str, Any]:
-    """As OpenAI's clients read it. What has no value has the reward 0 and says why in `errors`."""
+    """Return a grade in OpenAI's format.
+
+    A grader without a value has the reward 0 and the reason in `errors`."""
     errors: dict[str, Any] = {word: word in grade.errors for word in _ERRORS}
     for word in ("python_grader_runtime_error", "model_grader_server_error"):
         errors[f"{word}_details"] = grade.errors.get(word)

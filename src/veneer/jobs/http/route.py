@@ -1,4 +1,4 @@
-"""Routes whose plain functions run in the server's threads and return JSON values."""
+"""Routes whose functions run in threads and return JSON values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def thread_route(what: str) -> type[BodyRoute]:
-    """Return a route class for `what`, which errors name.
+    """Return a route class; `what` names the resource in errors.
 
-    A function that is not a coroutine runs in a thread; it returns JSON values, None (204) or a response. Its
-    ConfigErrors are the client's mistakes (400)."""
+    A function that is not a coroutine runs in a thread; it returns JSON values, None (204) or a response.
+    ConfigErrors become 400."""
 
     class ThreadRoute(BodyRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -47,7 +47,9 @@ def _threaded(what: str, endpoint: Callable[..., Any]) -> Callable[..., Any]:
 async def blocking(
     what: str, do: Callable[[], T], run: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread
 ) -> T:
-    """Call `do` in a thread, by `run`. Raises Refused: 400 for a ConfigError, an outage or a fault of `what`."""
+    """Call `do` in a thread, with `run`.
+
+    Raises Refused: 400 for a ConfigError, else an outage or an internal error of `what`."""
 
     def call() -> T:
         try:

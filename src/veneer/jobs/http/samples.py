@@ -1,5 +1,6 @@
-"""What a job has drawn: GET /v1/jobs/ID/samples/STEP, the sheet of sample pictures after a step, as PNG. A job is there
-for who made it, and for the operator."""
+"""GET /v1/jobs/ID/samples/STEP: a job's sample images after a step, as PNG.
+
+A job is visible to its owner and the operator."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def sample_routes(jobs: JobStore) -> APIRouter:
         try:
             job = jobs.get(caller_of(request).owner, id)
             return FileResponse(sample_file(jobs, job, step), media_type="image/png")
-        except ConfigError as error:  # no such job, or no such sheet
+        except ConfigError as error:  # unknown job or step
             raise Refused(error.what, status=404, code="not_found", param=error.where, fix=error.fix) from None
 
     return router

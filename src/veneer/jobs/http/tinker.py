@@ -1,12 +1,12 @@
-"""Tinker's routes: what its SDK asks of a server (docs/notes/tinker.md), over `TinkerService`.
+"""Routes of Tinker's API (docs/notes/tinker.md), on top of `TinkerService`.
 
     TINKER_BASE_URL=http://localhost:8000 TINKER_API_KEY=tml-<key> python a_recipe.py
 
-A request is answered with an id. Its result is at /api/v1/retrieve_future, which waits for up to `_WAIT` seconds and
-then says 408, as the SDK expects. A mistake in a numbered request is the result of that request and no error of the
-route, because the client's next requests have their numbers already. A request is billed before its result is visible:
-forward passes as training of the run's name, with the tenant's price and budget of training, samples as any other
-answer. A spent budget is 402, at which the SDK waits.
+The response to a request is an id. /api/v1/retrieve_future returns the result; it waits up to `_WAIT` seconds
+and then returns 408, as the SDK expects. A mistake in a numbered request becomes the result of the request,
+not an HTTP error, because the client's next requests already have numbers. A request is billed before its
+result is visible: forward passes as training under the run's name, with the tenant's training price and
+budget; samples like other completions. A spent budget is 402; the SDK then waits.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ T = TypeVar("T")
 
 _WAIT = 20.0
 KEPT = 600.0
-"""Seconds for which the result of a request stays in memory."""
+"""Seconds for which a result stays in memory."""
 NUMBERS = 10**9
-"""Numbers of a session's clients and of a client's requests are below this."""
+"""Exclusive bound of client numbers in a session and of a client's request numbers."""
 TINKER_ROUTE = thread_route("what training clients left")
 
 
 class TinkerBody(Strict):
-    """A body of the SDK's, which may name its own type."""
+    """A request body of the SDK, with an optional type name."""
 
     type: str = ""
 
@@ -104,7 +104,7 @@ class FutureBody(Strict):
 
 @dataclass(frozen=True)
 class Call:
-    """One request of a client: the server, the principal, and the training service."""
+    """One request of a client: server, principal and training service."""
 
     http: Service
     caller: Principal
@@ -115,9 +115,10 @@ class Call:
         return self.caller.tenant
 
     def model_name(self, session: str | None = None) -> str:
-        """Return a name by which the client can load the base's tokenizer: a hub ID, or its own name for the base.
+        """Return a name with which the client can load the base's tokenizer.
 
-        Only the operator gets the folder on this machine; other clients get the served name."""
+        The name is a hub ID, or the client's own name for the base. Only the operator gets the folder on this
+        machine; other clients get the served name."""
         base = self.service.base
         name = base.name.partition("@")[0]
         if "/" in name and not Path(name).expanduser().exists():
@@ -129,7 +130,9 @@ class Call:
         )
 
     def check_base(self, name: str) -> None:
-        """Raises Refused if the base is not served here. Only the last part counts: clients name their own folders."""
+        """Check that a base is served here. Raises Refused.
+
+        Compares only the last part of the name, because clients name their own folders."""
         served = self.http.catalog.base
         if name.rstrip("/").rpartition("/")[2].lower() != served.lower():
             what, fix = f"The model {quoted(name)} is not served here", f"base_model={served!r}"
@@ -138,8 +141,10 @@ class Call:
 
 @dataclass(eq=False)
 class TinkerRoutes:
-    """The state of the routes. `make`: creates the service at the first request, so that a server without Tinker
-    clients pays nothing. `results`: of numbered requests, once they are billed, by request id."""
+    """The state of the routes.
+
+    `make`: creates the service on the first request, so that a server without Tinker clients pays nothing.
+    `results`: request id -> result of a billed, numbered request."""
 
     make: Callable[[], TinkerService]
     account: TrainingAccount
@@ -156,7 +161,7 @@ class TinkerRoutes:
         return Call(service_of(request), caller_of(request), self._made)
 
     async def stop(self) -> None:
-        """Write all states to the disk, and drop what waits."""
+        """Write all states to disk and cancel pending bills."""
         if self._made is not None:
             await asyncio.to_thread(self._made.close)
         await cancelled(self._bills)
@@ -182,12 +187,12 @@ class TinkerRoutes:
                         bill = await admission.enter_async_context(_training(call, run, seq, tokens))
                     await tinker_blocking(lambda: service.submit(run, seq, kind, data))
                 except Refused as error:
-                    # what no limit will ever let through is accepted and fails, so that no number is missing
+                    # accept a request that exceeds every limit, and let it fail, so that no number is missing
                     if error.code not in ("too_large", "storage_full") and (bill or error.status != 400 or not tokens):
                         raise
                     said, bill = message_of(error).encode(), None
                     await tinker_blocking(lambda: service.submit(run, seq, "refused", said))
-                if number not in self.results:  # else the request came twice at once
+                if number not in self.results:  # otherwise the request arrived twice at once
                     undo.pop_all()
                     self._follow(service, run, seq, admission, bill, tokens, taken)
         return future(number, run.id)
@@ -202,7 +207,9 @@ class TinkerRoutes:
         tokens: int,
         taken: int = 0,
     ) -> None:
-        """Bill a request once it is done, then show its result. `taken`: of the budget, given back if it failed."""
+        """Bill a request when it is done, then publish its result.
+
+        `taken`: reserved budget, released if the request fails."""
         number, loop = f"{run.id}:{seq}", asyncio.get_running_loop()
         shown: asyncio.Future[FutureResult] = loop.create_future()
         self.results[number] = shown
@@ -221,8 +228,8 @@ class TinkerRoutes:
             except Exception as error:
                 if not shown.done():
                     shown.set_exception(error if isinstance(error, Refused) else fault("the request", error))
-                    shown.exception()  # perhaps nobody waits for it
-                    if seq > run.applied:  # what was trained is paid for, whatever became of its result
+                    shown.exception()  # retrieve it, since possibly no caller waits
+                    if seq > run.applied:  # training is billed even if the result failed
                         await self._give_back(run.tenant, taken)
             finally:
                 await admission.aclose()
@@ -233,7 +240,9 @@ class TinkerRoutes:
         task.add_done_callback(self._bills.discard)
 
     async def result(self, call: Call, number: str) -> FutureResult | None:
-        """Return the result of a numbered request, None if there is none yet. Raises Refused: 404, 410."""
+        """Return the result of a numbered request, or None if pending.
+
+        Raises Refused: 404, 410."""
         id, _, last = number.rpartition(":")
         run = await tinker_blocking(lambda: call.service.run(call.tenant, id))
         if last in ("0", "unload"):
@@ -242,7 +251,7 @@ class TinkerRoutes:
         if not re.fullmatch("[1-9][0-9]{0,8}", last):
             raise missing
         seq = int(last)
-        if number not in self.results:  # done before, or accepted by an earlier process
+        if number not in self.results:  # done earlier, or accepted by an earlier process
             done = await tinker_blocking(lambda: call.service.answer(run, seq))
             if done is None and seq > run.applied:
                 raise missing
@@ -253,7 +262,9 @@ class TinkerRoutes:
         return await waited(call.http, self.results[number])
 
     async def _bill_late(self, call: Call, run: TrainingRun, seq: int) -> None:
-        """Bill a request that an earlier process accepted and did not do. Raises Refused if a limit forbids it."""
+        """Bill a request that an earlier process accepted but did not execute.
+
+        Raises Refused if a limit forbids the request."""
         asked, tokens = run.journal.requests.get(seq), 0
         if asked is not None and asked.kind == "forward":
             tokens = (await tinker_blocking(lambda: read_head(run.journal.body(seq)))).tokens
@@ -266,7 +277,7 @@ class TinkerRoutes:
                 self._follow(call.service, run, seq, admission, bill, tokens)
 
     async def _give_back(self, tenant: str, taken: int) -> None:
-        """Give back the budget of a failed request. If the database is unavailable, the budget stays taken."""
+        """Release a failed request's budget; it stays reserved if the database is down."""
         try:
             await tinker_blocking(lambda: self.account.give_back(tenant, taken))
         except Refused as error:
@@ -274,7 +285,7 @@ class TinkerRoutes:
 
 
 async def tinker_blocking(do: Callable[[], T]) -> T:
-    """`blocking`, for the files of training clients."""
+    """Call `do` in a thread with `blocking`, for files of training clients."""
     return await blocking("what training clients left", do)
 
 
@@ -285,7 +296,7 @@ def _training(call: Call, run: TrainingRun, seq: int, tokens: int) -> AbstractAs
 
 
 def _still_there(number: str, answer: T | None) -> T:
-    """Raises Refused (410) for a request whose answer is no longer kept."""
+    """Return `answer`. Raises Refused (410) if the answer has expired."""
     if answer is None:
         fix = "the request was applied; its effect is in the training state"
         raise Refused(f"the result of {quoted(number)} has expired", status=410, code="gone", fix=fix)
@@ -293,7 +304,7 @@ def _still_there(number: str, answer: T | None) -> T:
 
 
 async def waited(http: Service, answer: asyncio.Future[FutureResult]) -> FutureResult | None:
-    """Wait for a result for a while, or until the server is to stop."""
+    """Wait for a result, up to `_WAIT` seconds or until the server stops."""
     end = time.monotonic() + _WAIT
     while not answer.done() and http.phase == "ready" and time.monotonic() < end:
         await asyncio.wait({answer}, timeout=1.0)
@@ -301,7 +312,7 @@ async def waited(http: Service, answer: asyncio.Future[FutureResult]) -> FutureR
 
 
 async def cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks that run and wait for their ends."""
+    """Cancel running tasks and wait for them."""
     running = [task for task in tasks if not task.done()]
     for task in running:
         task.cancel()
@@ -309,7 +320,7 @@ async def cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 def future(number: str, model: str | None, sequences: list[str] | None = None) -> Response:
-    """Return a request id, as the SDK reads it."""
+    """Return a response with a request id, in the SDK's format."""
     made: dict[str, Any] = {"request_id": number, "model_id": model}
     return Json(made if sequences is None else made | {"sample_sequence_ids": sequences})
 
@@ -332,7 +343,7 @@ def tinker_router(permission: Any = "train") -> APIRouter:
 
 
 def training_routes(own: TinkerRoutes) -> APIRouter:
-    """Sessions, training clients and their numbered requests."""
+    """Return the routes of sessions, training clients and numbered requests."""
     router, asked = tinker_router(), Depends(own.call)
 
     @router.get("/healthz", summary="The server is there.")
@@ -464,7 +475,7 @@ def _create_from(own: TinkerRoutes, call: Call, body: Mapping[str, Any]) -> Resp
 
 
 def _created(call: Call, make: Callable[[], TrainingRun]) -> Response:
-    """Create a training client, whose adapters its tenant can use."""
+    """Create a training client, and grant its tenant access to its adapters."""
     if call.tenant:
         call.http.tenancy.let_see_own(call.tenant)
     made = make()

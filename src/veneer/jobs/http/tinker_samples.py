@@ -1,4 +1,6 @@
-"""Tinker's routes of sampling: sessions that sample from a checkpoint or the base, and the samples of a prompt."""
+"""Tinker's sampling routes: sampling sessions and samples of a prompt.
+
+A sampling session samples from a checkpoint or the base."""
 
 from __future__ import annotations
 
@@ -42,8 +44,7 @@ from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, Sampling, invalid
 
 _SAMPLE, _PROMPT_TOKEN, _ANSWER_TOKEN, _TOP_TOKEN = 2048, 64, 400, 100
-"""Bytes in memory of a waiting sample, of each prompt token, of each sampled token, and of each requested top-k
-logprob."""
+"""Bytes per waiting sample, per prompt token, per sampled token, per top-k logprob."""
 _TOP = 20
 
 
@@ -89,7 +90,7 @@ class SampleBody(TinkerBody):
 
 @dataclass
 class _Share:
-    """What one tenant has: `requests` that have no result yet, and samples that are in the engine (`running`)."""
+    """One tenant's pending `requests`, and samples in the engine (`running`)."""
 
     requests: int = 0
     running: int = 0
@@ -97,8 +98,10 @@ class _Share:
 
 @dataclass(eq=False)
 class _Sampled:
-    """Requested samples of one prompt. `hold`: the tenant's quota used by the samples, and later by their result.
-    `fetched`: whether the client has fetched the result."""
+    """Requested samples of one prompt.
+
+    `hold`: the tenant's quota used by the samples, and later by their result. `fetched`: whether the client
+    has fetched the result."""
 
     tenant: str
     task: asyncio.Task[FutureResult]
@@ -109,8 +112,9 @@ class _Sampled:
 
 @dataclass(eq=False)
 class Samples:
-    """The requested samples of all clients, by request id. Half of the engine's queue is for them; tenants that wait
-    share it equally."""
+    """Requested samples of all clients, by request id.
+
+    Samples can use half of the engine's queue; waiting tenants share it equally."""
 
     known: dict[str, _Sampled] = field(default_factory=dict)
     shares: dict[str, _Share] = field(default_factory=dict)
@@ -140,7 +144,7 @@ class Samples:
         return future(number, None, [f"{number}:{i}" for i in range(known.count)])
 
     async def result(self, call: Call, number: str) -> FutureResult | None:
-        """Return the result of samples, None if there is none yet. Raises Refused (410)."""
+        """Return the result of samples, or None if pending. Raises Refused (410)."""
         found = self.known.get(number)
         if found is None or found.tenant != call.tenant:
             what = f"the sample {quoted(number)} is not here any more"
@@ -160,7 +164,9 @@ class Samples:
             found.task.cancel()
 
     def _take_quota(self, quotas: Quotas, tenant: str, memory: int) -> QuotaHold:
-        """Take quota for samples; if needed, forget fetched results first, the oldest first. Raises Refused."""
+        """Take quota for samples. Raises Refused.
+
+        If necessary, first drops fetched results, oldest first."""
         fetched = (number for number, each in [*self.known.items()] if each.tenant == tenant and each.fetched)
         while not quotas.fits(tenant, requests=1, memory=memory) and (number := next(fetched, None)) is not None:
             self._forget(number)
@@ -176,13 +182,14 @@ class Samples:
         asyncio.get_running_loop().call_later(KEPT, self._forget, number, sample)
 
     def _forget(self, number: str, sample: _Sampled | None = None) -> None:
-        """Drop a result. `sample`: drop the result only if it still belongs to this sample."""
+        """Drop a result. `sample`: only if the result still belongs to this sample."""
         if sample is None or self.known.get(number) is sample:
             self.known.pop(number).hold.release()
 
     async def _sample(self, call: Call, source: SamplerSource, body: SampleBody, hold: QuotaHold) -> FutureResult:
-        """Return the samples, or what was wrong with the request. Over a limit for now, the samples wait, because the
-        SDK does not repeat a result that failed."""
+        """Return the samples, or the request's error.
+
+        Over a temporary limit, the samples wait, because the SDK does not retry a failed result."""
         count, share = body.num_samples, self.shares[call.tenant]
         most = _most_samples(call.http)
         try:
@@ -209,12 +216,12 @@ class Samples:
 
 
 def _most_samples(http: Service) -> int:
-    """Return the most samples per request: half of the queue, which is reserved for samples."""
+    """Return the maximum samples per request: half of the engine's queue."""
     return max(1, http.settings.queue // 2)
 
 
 async def _answers(http: Service, job: TextJob, hold: QuotaHold, memory: int) -> list[TextAnswer]:
-    """Have the engine answer, again and again while a limit is in the way."""
+    """Return the engine's completions; retry while a temporary limit refuses them."""
     while True:
         answers = [TextAnswer() for _ in range(job.choices)]
         try:
@@ -231,7 +238,7 @@ async def _answers(http: Service, job: TextJob, hold: QuotaHold, memory: int) ->
 
 
 def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
-    """Raises Refused."""
+    """Convert a sampling request to a TextJob. Raises Refused."""
     asked, context = body.sampling_params, call.http.reader.context
     for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info"):
         if getattr(body, name) not in (None, 0):
@@ -298,7 +305,7 @@ def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer], prompt: int) 
 
 
 def sampling_routes(own: TinkerRoutes, samples: Samples) -> APIRouter:
-    """Sampling, and the results of all requests."""
+    """Return the routes of sampling and of all requests' results."""
     router, asked = tinker_router(), Depends(own.call)
 
     @router.post("/create_sampling_session", summary="Something to sample from: the base, or a checkpoint.")

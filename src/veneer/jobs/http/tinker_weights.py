@@ -117,7 +117,7 @@ def weights_routes(own: TinkerRoutes) -> APIRouter:
 
 
 def signed_routes(own: TinkerRoutes) -> APIRouter:
-    """Files by signed URLs, which need no key."""
+    """Return the routes of signed URLs, which need no key."""
     router = tinker_router("public")
 
     @router.get("/files/{reference:path}/{ends}/{signature}/{name}", summary="One of them.")
@@ -160,7 +160,7 @@ def _shown_run(run: TrainingRun, call: Call) -> dict[str, Any]:
 
 
 class _Tar:
-    """A folder's files as a tar archive that is generated while it is read. `size`: bytes of the archive."""
+    """A folder as a tar archive, generated while it is read. `size`: its bytes."""
 
     def __init__(self, folder: Path) -> None:
         self._files = [(path, path.stat()) for path in sorted(folder.iterdir())]

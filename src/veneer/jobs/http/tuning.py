@@ -1,13 +1,13 @@
-"""OpenAI's routes of fine-tuning: jobs, their events and checkpoints, and the models that come of them.
+"""OpenAI's fine-tuning routes: jobs, events, checkpoints, and tuned models.
 
-    POST /v1/fine_tuning/jobs        model and training_file, and what `jobs.openai.TuningBody` has; beyond OpenAI's
-                                     `after`: what the job does once it is trained, with ids of files for paths
+    POST /v1/fine_tuning/jobs        model, training_file and the fields of `jobs.openai.TuningBody`; in addition
+                                     `after`: actions after training, with file ids as paths
     GET  …/jobs, …/jobs/ID, …/jobs/ID/events, …/jobs/ID/checkpoints
     POST …/jobs/ID/cancel, /pause, /resume
-    DELETE /v1/models/ft:…           of a tenant's own; the other routes of models know these names already
+    DELETE /v1/models/ft:…           removes a tenant's own model; the other model routes accept these names
 
-A job belongs to who made it, and is not there for anybody else. `/events?stream=true` sends the events as they come,
-the oldest first, until the job has ended.
+A job is visible only to its owner. `/events?stream=true` streams the events, oldest first, until the job has
+ended.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader
 
 _TABLE = "the table of jobs"
 _LOOK = 0.5
-"""Seconds between two looks at a job whose events are streamed."""
+"""Seconds between two polls of a job whose events are streamed."""
 _PAGE = 100
 _LINES = (".jsonl",)
 _HELD_OUT, _HELD_ROWS, _HELD_TOKENS = 16, 1000, 1024
-"""Files, rows, and tokens of an answer, that a job is evaluated on at most; more is the operator's to ask for."""
+"""Limits of a client's evaluation: files, rows, and tokens per completion."""
 
 _Limit = Annotated[int, Query(ge=1, le=_PAGE)]
 _After = Annotated[str | None, Query(max_length=100)]
 
 
 def tuning_routes(queue: TuningQueue) -> APIRouter:
-    """The routes over a queue."""
+    """Return the fine-tuning routes of a queue."""
     jobs, files = queue.jobs, queue.files
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=thread_route(_TABLE), dependencies=[needs("train")])
 
@@ -127,7 +127,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
             return _stream(service_of(request), jobs, job, number)
         page: dict[str, Any] = {"after": number, "limit": limit, "newest": True, "diagnostics": False}
         found, more = await blocking(_TABLE, lambda: jobs.events(tenant, id, **page))
-        job = await blocking(_TABLE, lambda: jobs.get(tenant, id))  # after its events: the job says what they may say
+        job = await blocking(_TABLE, lambda: jobs.get(tenant, id))  # after the events: the job decides what they show
         return Json({"object": "list", "data": [shown_event(job, each) for each in found], "has_more": more})
 
     @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="Those that can be asked, the newest first.")
@@ -145,7 +145,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
     @router.delete("/v1/models/{model:path}", summary="Remove what was tuned, or a checkpoint of it.")
     def remove(request: HttpRequest, model: str) -> Any:
         caller, library = caller_of(request), jobs.library
-        service_of(request).catalog.card(model, caller)  # 404 for what is not there or not theirs
+        service_of(request).catalog.card(model, caller)  # 404 if missing or not visible
         tuned = parse_tuned(model)
         if tuned is None or tuned.organisation != caller.tenant:
             what, fix = f"the model {quoted(model)} cannot be deleted here", "only your own that jobs made can: ft:…"
@@ -161,19 +161,23 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
 
 
 class TuningQueue:
-    """Queues the jobs that clients request: by OpenAI's route, and by the Studio's form. `grader`: parses a grader."""
+    """Queues jobs of OpenAI's route and of the Studio's form.
+
+    `grader`: parses a client's grader."""
 
     def __init__(
         self, jobs: JobStore, files: Files, tenants: Store | None = None, grader: ParseGrader = grader_of
     ) -> None:
         self.jobs, self.files, self.tenants, self.grader = jobs, files, tenants, grader
-        self.copying = FairPool(1, "veneer-inputs")  # what a job reads may be gigabytes, and in a store elsewhere
+        self.copying = FairPool(1, "veneer-inputs")  # copies inputs: gigabytes, possibly from a remote store
         self.looking = FairPool(1, "veneer-rows")  # reads the beginnings of files
 
     async def create(
         self, service: Service, caller: Principal, body: TuningBody, settings: FormSettings | None = None
     ) -> Job:
-        """Queue a job on the caller's own uploaded files. `settings`: the form's. Raises Refused."""
+        """Queue a job on the caller's uploaded files. Raises Refused.
+
+        `settings`: settings of the Studio's form."""
         start = _start(service, caller, body.model)
         if body.integrations:
             _check_wandb(caller)
@@ -192,7 +196,9 @@ class TuningQueue:
 
 
 def _start(service: Service, caller: Principal, model: str) -> str | None:
-    """The adapter to go on training; None for the base. Raises Refused for what is neither."""
+    """Return the adapter to continue training, or None for the base.
+
+    Raises Refused for an unknown model."""
     base = service.catalog.base
     if service.engine.makes != "texts":
         raise invalid("this server draws pictures, and jobs here are of texts", "model", "see `veneer train`")
@@ -210,8 +216,9 @@ def _start(service: Service, caller: Principal, model: str) -> str | None:
 
 
 def _graded_here(service: Service, caller: Principal, grader: Any) -> dict[str, Any]:
-    """Return the grader of a job, its models by the names under which a run finds them. Raises Refused for a model that
-    the caller may not ask."""
+    """Return a job's grader, with models by the names under which a run finds them.
+
+    Raises Refused for a model that the caller cannot use."""
 
     def named(each: Any) -> Any:
         if not isinstance(each, ScoreModelGrader):
@@ -226,7 +233,9 @@ def _graded_here(service: Service, caller: Principal, grader: Any) -> dict[str, 
 
 
 def _check_wandb(caller: Principal) -> None:
-    """Raises Refused where a job cannot report to W&B: a worker does it by its operator's account."""
+    """Check that the job can report to W&B, with the operator's account.
+
+    Raises Refused for a tenant, and if wandb is not installed."""
     if caller.tenant:
         what = "jobs here report to W&B by the account of the server's operator"
         raise invalid(what, "integrations", "leave it out: the events of a job have its metrics")
@@ -274,7 +283,7 @@ def _create(
             "integrations": [each.model_dump() for each in body.integrations or []],
             "after": None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True),
         }
-        if body.reinforced is not None and grader is not None:  # shown as it was asked for, and run as it is found
+        if body.reinforced is not None and grader is not None:  # stored as requested; the run uses the resolved grader
             asked["reinforcement"] = body.reinforced.shown()
             body.reinforced.grader = grader
         config = tuning_config(
@@ -303,8 +312,10 @@ def _create(
 
 
 def _check_held(jobs: JobStore, tenant: str, more: int, room: int) -> None:
-    """Raises Refused where jobs that have not ended hold too much: they keep what they read, whose files may be gone,
-    and in a store elsewhere each has a copy of its own."""
+    """Check the total input bytes of a tenant's unfinished jobs. Raises Refused.
+
+    A job's inputs stay even if the uploaded files are deleted, and with a remote store each job has its own
+    copy."""
     unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
     held = sum(int(job.about.get("bytes", 0)) for job in unfinished)
     if held + more > room:
@@ -318,7 +329,7 @@ def _check_held(jobs: JobStore, tenant: str, more: int, room: int) -> None:
 
 
 def _held_out(files: Files, tenant: str, asked: AfterJob | None) -> list[UploadedFile]:
-    """The files of held-out rows, which are named by their ids. Raises Refused."""
+    """Return the held-out files of a request, by their ids. Raises Refused."""
     ids = [] if asked is None or asked.evaluate is None else asked.evaluate.files
     if len(ids) > _HELD_OUT:
         raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
@@ -326,7 +337,9 @@ def _held_out(files: Files, tenant: str, asked: AfterJob | None) -> list[Uploade
 
 
 def _after(files: Files, id: str, asked: AfterJob, found: Sequence[UploadedFile]) -> AfterJob:
-    """What is asked for, on copies of its files. Raises Refused."""
+    """Return the requested `after` section with paths of the copied files.
+
+    Raises Refused."""
     if asked.alias is not None:
         what = "each job here has a name of its own, which no alias of another can point to"
         raise invalid(what, "after.alias", "a route: its name stays, whatever it leads to")
@@ -367,7 +380,7 @@ def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ..
 
 
 def _job(jobs: JobStore, tenant: str, id: str) -> Job:
-    """Raises Refused for one that is not the tenant's, or was not made here."""
+    """Return a tenant's job. Raises Refused if this API did not create the job."""
     try:
         found = jobs.get(tenant, id)
     except UnknownJob:
@@ -379,7 +392,9 @@ def _job(jobs: JobStore, tenant: str, id: str) -> Job:
 
 
 def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
-    """The ids of a job's result files: one where it succeeded, made when it is first asked for."""
+    """Return the ids of a job's result files: one file after success.
+
+    The file is created on the first call."""
     if job.state != "succeeded":
         return []
     id = f"file-{hashlib.sha256(job.id.encode()).hexdigest()[:24]}"
@@ -393,7 +408,9 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
 def _some(
     jobs: JobStore, tenant: str, after: str | None, limit: int, wanted: dict[str, str] | None
 ) -> tuple[list[Job], bool]:
-    """Jobs with this metadata, and whether there are more. `wanted`: None for any; empty for those that have none."""
+    """Return (jobs with this metadata, whether more exist).
+
+    `wanted`: None for any metadata; empty for jobs without metadata."""
     if after is not None:
         _job(jobs, tenant, after)
     found: list[Job] = []
@@ -412,7 +429,9 @@ def _fits(metadata: dict[str, str] | None, wanted: dict[str, str] | None) -> boo
 
 
 def _metadata(request: HttpRequest) -> dict[str, str] | None:
-    """`metadata[key]=value`, any number of times, or `metadata=null` for those without."""
+    """Return the metadata filter of a query: `metadata[key]=value`, `metadata=null`.
+
+    `metadata=null` selects jobs without metadata. None: no filter."""
     given = request.query_params
     if given.get("metadata") == "null":
         return {}
@@ -424,18 +443,18 @@ def _metadata(request: HttpRequest) -> dict[str, str] | None:
 
 
 class _Following:
-    """A job's events from a number on, until the job has ended or the server is to stop."""
+    """A job's events after a number, until the job has ended or the server stops."""
 
     def __init__(self, service: Service, jobs: JobStore, job: Job, after: int) -> None:
         self.service, self.jobs, self.job, self.after = service, jobs, job, after
 
     def _next(self) -> tuple[bool, list[JobEvent]]:
-        """Return the next events, and whether they are the last. An ended job has all of its events."""
+        """Return (whether these are the last events, the next events)."""
         tenant, id = self.job.tenant, self.job.id
         ended = self.jobs.get(tenant, id).state in ENDS
         found, more = self.jobs.events(tenant, id, after=self.after, diagnostics=False)
         if found:
-            self.job = self.jobs.get(tenant, id)  # after its events: the job says what they may say
+            self.job = self.jobs.get(tenant, id)  # after the events: the job decides what they show
         return ended and not more, found
 
     async def lines(self) -> AsyncIterator[bytes]:
@@ -452,7 +471,7 @@ class _Following:
         yield data("[DONE]")
 
     async def aclose(self) -> None:
-        """Do nothing: nothing stays open between two looks."""
+        """Do nothing: nothing stays open between polls."""
 
 
 def _stream(service: Service, jobs: JobStore, job: Job, after: int) -> Response:

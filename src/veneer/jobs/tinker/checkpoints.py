@@ -4,8 +4,8 @@
     tinker://<run>/sampler_weights/<name>      to sample from
     tinker://<run>/external_weights/<name>     to download
 
-Each is an adapter of the library too, a version of the run's name there, and downloads as PEFT's files; what is beside
-it in the run's folder says which. One that has a time to live is not there after it.
+Each is an adapter of the library too, a version of the run's name there, and downloads as PEFT's files; what
+is beside it in the run's folder says which. One that has a time to live is not there after it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _YEARS = 10 * 366 * 86400
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """`id`: kind and name, as in its path. `seq`: of the request that made it. `reference`: in the library. `made`,
-    `expires`: seconds since 1970; None: never."""
+    """`id`: kind and name, as in its path. `seq`: of the request that made it. `reference`: in the library.
+    `made`, `expires`: seconds since 1970; None: never."""
 
     id: str
     run: str
@@ -151,8 +151,8 @@ class Checkpoints:
         self._write(replace(found, expires=None if ttl is None else time.time() + ttl))
 
     def remove(self, id: str) -> None:
-        """Its adapter goes too, unless another has the same version, or an alias points there. Raises ConfigError where
-        it is not there."""
+        """Its adapter goes too, unless another has the same version, or an alias points there. Raises
+        ConfigError where it is not there."""
         found = self._there(id)
         shutil.rmtree(self.folder / id)
         self._let_go(found.reference)

@@ -5,13 +5,13 @@
     journal.told(3, FutureResult("proto", data))      before its answer can be had
     journal.trim(40)                                  a state holds all up to 40: its requests are not needed any more
 
-A client's state is a function of the last state that was written and the requests after it, in the order of their
-numbers. So whoever opens this again has all that is needed to be where the process before was killed: answers are found
-and not computed again, and a request is never carried out twice. What was written outlives the process, as the system
-has it; a loss of power may take the last seconds.
+A client's state is a function of the last state that was written and the requests after it, in the order of
+their numbers. So whoever opens this again has all that is needed to be where the process before was killed:
+answers are found and not computed again, and a request is never carried out twice. What was written outlives
+the process, as the system has it; a loss of power may take the last seconds.
 
-Bodies and answers are read from the file when needed, and no file stays open, so that a waiting client uses neither
-memory for them nor a descriptor.
+Bodies and answers are read from the file when needed, and no file stays open, so that a waiting client uses
+neither memory for them nor a descriptor.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class JournalEntry:
 
 
 class Journal:
-    """The journal of one training client. Thread-safe. `requests`: those since the last state, by number. `answers`:
-    the newest answers, by number. `last`: the highest number received. `bytes`: size of `requests`."""
+    """The journal of one training client. Thread-safe. `requests`: those since the last state, by number.
+    `answers`: the newest answers, by number. `last`: the highest number received. `bytes`: size of
+    `requests`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,6 +1,7 @@
 """Tinker's losses: of a row's log-probabilities, and what the row says of each token.
 
-p is what is trained, q what sampled (`logprobs`), A the `advantages`, r = exp(log p − log q); all are sums over tokens:
+p is what is trained, q what sampled (`logprobs`), A the `advantages`, r = exp(log p − log q); all are sums
+over tokens:
 
     cross_entropy          −w·log p                                                 `weights`
     importance_sampling    −r·A
@@ -9,9 +10,9 @@ p is what is trained, q what sampled (`logprobs`), A the `advantages`, r = exp(l
     dro                    −(A·log p − β/2·(log p − log q)²)
     gspo                   ppo with r_t = sg[s]·p_t/sg[p_t], log s the mean of log r over `sequence_ratio_mask`
 
-low and high are 0.8 and 1.2 (`clip_low_threshold`, `clip_high_threshold`: an option, or a tensor), β is 0.05 (`beta`).
-sg stops gradients. Source: https://tinker-docs.thinkingmachines.ai/tinker/losses
-A loss of the client's own is cross_entropy with −∂loss/∂log p as weights, which its SDK computes.
+low and high are 0.8 and 1.2 (`clip_low_threshold`, `clip_high_threshold`: an option, or a tensor), β is 0.05
+(`beta`). sg stops gradients. Source: https://tinker-docs.thinkingmachines.ai/tinker/losses A loss of the
+client's own is cross_entropy with −∂loss/∂log p as weights, which its SDK computes.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def row_loss(name: str, logps: Tensor, row: Inputs, options: Options) -> Tensor:
 
 
 def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
-    """The tensors that a loss needs of each row beside its targets. Raises ConfigError for one that is not known, and
-    for options that it does not have."""
+    """The tensors that a loss needs of each row beside its targets. Raises ConfigError for one that is not
+    known, and for options that it does not have."""
     if name in _ELSEWHERE:
         raise ConfigError(f"the loss {name} is not here: {_ELSEWHERE[name]}", where="loss_fn", fix=_all())
     if name not in _LOSSES:

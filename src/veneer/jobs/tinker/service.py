@@ -6,18 +6,18 @@
     service.submit(run, 1, "forward_backward", body)        on the disk; done in its turn
     answer = service.answer(run, 1)                         a future
 
-A client numbers its requests, and they are done in the order of their numbers, each once: one that comes again is the
-one that came before. One thread trains. Each pass of the base takes the next rows of clients that have some, beside one
-another where they can be; whose tenant was given least has the first place in it. What is not trained by rows (a step
-of the optimiser, saving, loading) is done between two passes.
+A client numbers its requests, and they are done in the order of their numbers, each once: one that comes
+again is the one that came before. One thread trains. Each pass of the base takes the next rows of clients
+that have some, beside one another where they can be; whose tenant was given least has the first place in it.
+What is not trained by rows (a step of the optimiser, saving, loading) is done between two passes.
 
-An answer is written before it can be had, so a server that is killed has lost nothing: a client's state is made again
-from the last that was written and the requests since (journal.py), when somebody asks for it. At most `_AGAIN` seconds
-of a client's computing are made again. The same way those that are idle make room in memory for others: their state
-goes to the disk and comes back with their next request.
+An answer is written before it can be had, so a server that is killed has lost nothing: a client's state is
+made again from the last that was written and the requests since (journal.py), when somebody asks for it. At
+most `_AGAIN` seconds of a client's computing are made again. The same way those that are idle make room in
+memory for others: their state goes to the disk and comes back with their next request.
 
-Now and then it removes what nobody comes back for: the states of sessions that their client ended, and of those that
-were not used for `days`. What a client saved by name stays, as long as it said.
+Now and then it removes what nobody comes back for: the states of sessions that their client ended, and of
+those that were not used for `days`. What a client saved by name stays, as long as it said.
 
 Knows a base, a library and folders; no HTTP and no bills.
 """
@@ -109,8 +109,8 @@ class SessionOver(Refused):
 
 @dataclass(eq=False)
 class Session:
-    """Everything that one ServiceClient of a tenant created. `made`: seconds since 1970. `runs`: quota holds of its
-    training clients, by number. `hold`: quota of the session's files and its samplers' files."""
+    """Everything that one ServiceClient of a tenant created. `made`: seconds since 1970. `runs`: quota holds
+    of its training clients, by number. `hold`: quota of the session's files and its samplers' files."""
 
     id: str
     tenant: str
@@ -156,9 +156,9 @@ class Session:
 
 @dataclass(frozen=True)
 class SamplerSource:
-    """What a sampling session draws from: `reference` of the library, or weights that no name keeps, of the run `name`,
-    by their digest in `folder`; with neither the base. `follows`: a run whose newest such weights these are, whenever
-    it is asked."""
+    """What a sampling session draws from: `reference` of the library, or weights that no name keeps, of the
+    run `name`, by their digest in `folder`; with neither the base. `follows`: a run whose newest such weights
+    these are, whenever it is asked."""
 
     id: str
     tenant: str
@@ -172,10 +172,10 @@ class SamplerSource:
 
 @dataclass(eq=False)
 class TrainingRun:
-    """A training client, as the server has it. `applied`: the last request whose effect its state has. `unbilled`:
-    requests that came to a process before this one, and were not done there. `came`: when the client last sent one,
-    taken or not; `used`: when it last asked for anything. `over`: its state is gone, and nothing but what it saved is
-    left. `hold`: quota of its files and waiting requests."""
+    """A training client, as the server has it. `applied`: the last request whose effect its state has.
+    `unbilled`: requests that came to a process before this one, and were not done there. `came`: when the
+    client last sent one, taken or not; `used`: when it last asked for anything. `over`: its state is gone,
+    and nothing but what it saved is left. `hold`: quota of its files and waiting requests."""
 
     id: str
     session: str
@@ -227,9 +227,9 @@ class _Start:
 
 
 class TinkerService:
-    """The Tinker sessions, runs and samplers of a server. Close it at the end. `room`: bytes of memory for the states
-    of training clients. `folder`: this service's own folder. `days`: days after which unused sessions are removed.
-    `quotas`: limits per tenant; existing files in the folder count from the start."""
+    """The Tinker sessions, runs and samplers of a server. Close it at the end. `room`: bytes of memory for
+    the states of training clients. `folder`: this service's own folder. `days`: days after which unused
+    sessions are removed. `quotas`: limits per tenant; existing files in the folder count from the start."""
 
     def __init__(
         self,
@@ -338,8 +338,8 @@ class TinkerService:
     ) -> TrainingRun:
         """Create a run, or return the session's existing run of this number.
 
-        Raises NotHere, SessionOver, ConfigError for modules that the base does not have, and Refused if a quota has no
-        room."""
+        Raises NotHere, SessionOver, ConfigError for modules that the base does not have, and Refused if a
+        quota has no room."""
         owner = self.session(tenant, session)
         owner.seen()
         self._bytes(lora)
@@ -378,8 +378,8 @@ class TinkerService:
         metadata: dict[str, Any] | None,
         weight: float = 1.0,
     ) -> TrainingRun:
-        """A client that begins as another was saved; `optimizer`: with its moments. Raises NotHere, SessionOver,
-        ConfigError."""
+        """A client that begins as another was saved; `optimizer`: with its moments. Raises NotHere,
+        SessionOver, ConfigError."""
         saved, source = self.saved(tenant, path), self.run_of(tenant, path)
         start = _Start(saved.path, source.checkpoints.state(saved.id), optimizer)
         return self.create_run(tenant, session, number, source.lora, metadata, weight, start)
@@ -460,9 +460,9 @@ class TinkerService:
         return [f"{s.id}:train:{number}" for s in self.sessions_of(tenant) for number in sorted(s.runs)]
 
     def submit(self, run: TrainingRun, seq: int, kind: str, body: bytes) -> bool:
-        """Whether it is new; it is done once all before it are. One of the kind `refused` fails with what its body
-        says, so that its number is not missed. Raises ConfigError for a number that another kind of request has or
-        that cannot be, SessionOver, and Refused if a quota has no room."""
+        """Whether it is new; it is done once all before it are. One of the kind `refused` fails with what its
+        body says, so that its number is not missed. Raises ConfigError for a number that another kind of
+        request has or that cannot be, SessionOver, and Refused if a quota has no room."""
         if not 1 <= seq <= run.applied + _AHEAD:
             raise ConfigError(f"seq_id is {seq}", where="seq_id", fix="from 1 on, one more for each request")
         with self._changed:
@@ -999,8 +999,8 @@ class TinkerService:
         return needed
 
     def _make_room(self, run: TrainingRun) -> None:
-        """For what is to come into memory others are put away, the one unused longest first. Raises ConfigError where
-        that is not enough."""
+        """For what is to come into memory others are put away, the one unused longest first. Raises
+        ConfigError where that is not enough."""
         trainer, needed = self._ready_trainer(), self._bytes(run.lora)
 
         def taken() -> int:

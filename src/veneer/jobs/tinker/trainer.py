@@ -8,12 +8,12 @@
 
     gradient of a client = Σ over its passes since its last optimiser step  ∇ Σ loss of its rows
 
-Rows of clients of unlike rank, targets and loss share a pass as those of runs do (train/text/together.py): each row is
-under its own client's adapter, and no gradient reaches another's. A client whose adapter cannot (span_problem), and all
-of them on a base that cannot (why_apart), have passes of their own, in turn.
+Rows of clients of unlike rank, targets and loss share a pass as those of runs do (train/text/together.py):
+each row is under its own client's adapter, and no gradient reaches another's. A client whose adapter cannot
+(span_problem), and all of them on a base that cannot (why_apart), have passes of their own, in turn.
 
-A row of n tokens is run with its last target after them, which is what a row of veneer's own training is: the same
-numbers then come out of both, to the bit. Knows tensors and one base; no requests, no tenants.
+A row of n tokens is run with its last target after them, which is what a row of veneer's own training is: the
+same numbers then come out of both, to the bit. Knows tensors and one base; no requests, no tenants.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ _BOUNDS = {
     "learning_rate": (0.0, 1.0), "beta1": (0.0, 0.999999), "beta2": (0.0, 0.999999), "eps": (1e-30, 1.0),
     "weight_decay": (0.0, 1.0), "clip": (-_LARGEST, _LARGEST),
 }  # fmt: skip
-"""Bounds that keep weights finite in an AdamW step, learning_rate * m / (√v + eps). eps must not round to 0 in float32:
-for a parameter without a gradient, the step is 0 / eps."""
+"""Bounds that keep weights finite in an AdamW step, learning_rate * m / (√v + eps). eps must not round to 0
+in float32: for a parameter without a gradient, the step is 0 / eps."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class Trainee:
 
 @dataclass(frozen=True, eq=False)
 class TrainRow:
-    """`ids`: (n,), and maybe one more behind them that nothing is asked of. `targets`: (n, k). `inputs`: of the loss,
-    (n,) or (n, k) as the client's targets were (`flat`)."""
+    """`ids`: (n,), and maybe one more behind them that nothing is asked of. `targets`: (n, k). `inputs`: of
+    the loss, (n,) or (n, k) as the client's targets were (`flat`)."""
 
     ids: Tensor
     targets: Tensor
@@ -247,7 +247,8 @@ class Trainer:
         self.model, self.names, self.learners = model, target_names(model), dict[str, Trainee]()
         self._undo = ExitStack()
         self.attachment = self._undo.enter_context(attach(model))
-        # The fast paths hold the modules that they find: all that a client may train is wrapped from the first.
+        # The fast paths hold the modules that they find: all that a client may train is wrapped from the
+        # first.
         self.attachment.add(_WRAPS, create(model, Lora(1).spec(self.names), seed=0))
         self.how = self._undo.enter_context(fast(model)).summary()
         self.apart = why_apart(model)
@@ -285,9 +286,9 @@ class Trainer:
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def step(self, works: Sequence[PassWork]) -> list[PassWork]:
-        """One pass over the next rows of works that are not done, the first before the others; those that had some.
-        Raises TrainingError for a loss that is not finite (the gradients of those works are then not to be used), and
-        ResourceError."""
+        """One pass over the next rows of works that are not done, the first before the others; those that had
+        some. Raises TrainingError for a loss that is not finite (the gradients of those works are then not to
+        be used), and ResourceError."""
         first, *others = works
         beside = [] if first.learner.alone else [work for work in others if not work.learner.alone]
         parts = self._parts([first, *beside])
@@ -380,8 +381,8 @@ class Trainer:
         return [part[:, 0] if row.flat else part for row, part in zip(rows, parts, strict=True)]
 
     def optimise(self, learner: Trainee, adam: Adam) -> dict[str, float]:
-        """One step by the gradients since the last one, which are then gone. Raises TrainingError where there are none,
-        or one is not finite: nothing has changed then but that they are gone."""
+        """One step by the gradients since the last one, which are then gone. Raises TrainingError where there
+        are none, or one is not finite: nothing has changed then but that they are gone."""
         parameters = [p for p in learner.parameters.values() if p.grad is not None]
         if not parameters:
             raise TrainingError("there is no gradient", fix="forward_backward comes before optim_step")
@@ -412,8 +413,8 @@ class Trainer:
         )
 
     def read(self, learner: Trainee, folder: Path, optimizer: bool = True) -> int:
-        """The newest state of `folder`, and its number. `optimizer`: its moments and gradients too, or the weights
-        alone. Raises CheckpointError where there is none, or it is of another kind of adapter."""
+        """The newest state of `folder`, and its number. `optimizer`: its moments and gradients too, or the
+        weights alone. Raises CheckpointError where there is none, or it is of another kind of adapter."""
         path = newest_state(folder)
         kept = list(read_checkpoint(path)["about"]["gradients"])
         gradients = {name: torch.empty_like(learner.parameters[name.removesuffix(_GRADIENT)]) for name in kept}

@@ -5,8 +5,8 @@
     forward_bytes(outputs, metrics)            what its future gives back
     sample_bytes(sequences, …)                 that of a sampling future
 
-`protobuf` reads and writes the messages of `_MESSAGES`. Before it unpacks a request, the request's fields are counted,
-because an empty row has 2 bytes on the wire but 500 in memory. Unknown fields are ignored.
+`protobuf` reads and writes the messages of `_MESSAGES`. Before it unpacks a request, the request's fields are
+counted, because an empty row has 2 bytes on the wire but 500 in memory. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class ForwardAsked:
 
 @dataclass(frozen=True)
 class ForwardHead:
-    """The part of a request that can be read without creating tensors. `tokens`: of all rows. `memory`: bytes needed to
-    unpack and check the request."""
+    """The part of a request that can be read without creating tensors. `tokens`: of all rows. `memory`: bytes
+    needed to unpack and check the request."""
 
     model: str
     seq: int
@@ -70,8 +70,8 @@ class ForwardHead:
 
 
 def read_head(body: bytes) -> ForwardHead:
-    """Read a request's sizes without creating tensors. Raises Refused: 413 for tensors or fields over a limit, 400 for
-    bytes that are not a forward_backward message."""
+    """Read a request's sizes without creating tensors. Raises Refused: 413 for tensors or fields over a
+    limit, 400 for bytes that are not a forward_backward message."""
     return _head(_parsed(body))
 
 
@@ -205,8 +205,8 @@ def sample_bytes(
     top: int = 0,
     cached: int = 0,
 ) -> bytes:
-    """`prompt`: log p of the prompt's tokens; None for those that have none. `top`: how many of the most likely tokens
-    are in `top_prompt`, and at least in the samples' own."""
+    """`prompt`: log p of the prompt's tokens; None for those that have none. `top`: how many of the most
+    likely tokens are in `top_prompt`, and at least in the samples' own."""
     made = _Samples(cached=cached)
     for sample in samples:
         one = made.sequences.add(stop=0 if sample.stopped else 1)
@@ -283,8 +283,8 @@ _Forward, _Outputs, _Samples = (_classes()[name] for name in ("Forward", "Output
 
 
 def _count_fields(data: memoryview, nested: Mapping[int, Any], most: int) -> int:
-    """Return how many fewer fields than `most` a message has, with those of its nested messages; below 0, no further
-    field is read. Raises IndexError for bytes that end in the middle of a field."""
+    """Return how many fewer fields than `most` a message has, with those of its nested messages; below 0, no
+    further field is read. Raises IndexError for bytes that end in the middle of a field."""
     at = 0
     while at < len(data) and most >= 0:
         most -= 1
