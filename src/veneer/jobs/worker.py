@@ -47,7 +47,7 @@ _VALIDATIONS = 2
 _SMALL = 4 << 20
 """Total bytes from which a job's files count as large."""
 _SHORTEST, _LONGEST, _RATE = 180.0, 1800.0, 50_000
-"""Seconds of a validation: minimum, maximum; file bytes per second above the minimum."""
+"""Seconds of a validation: minimum, maximum; bytes per second above the minimum."""
 
 
 @dataclass

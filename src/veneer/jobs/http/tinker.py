@@ -51,7 +51,7 @@ _WAIT = 20.0
 KEPT = 600.0
 """Seconds for which a result stays in memory."""
 NUMBERS = 10**9
-"""Exclusive bound of client numbers in a session and of a client's request numbers."""
+"""Exclusive bound of a session's client numbers and a client's request numbers."""
 TINKER_ROUTE = thread_route("what training clients left")
 
 

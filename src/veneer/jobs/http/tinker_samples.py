@@ -44,7 +44,7 @@ from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, Sampling, invalid
 
 _SAMPLE, _PROMPT_TOKEN, _ANSWER_TOKEN, _TOP_TOKEN = 2048, 64, 400, 100
-"""Bytes per waiting sample, per prompt token, per sampled token, per top-k logprob."""
+"""Bytes per waiting sample, prompt token, sampled token and top-k logprob."""
 _TOP = 20
 
 

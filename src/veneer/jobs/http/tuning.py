@@ -1,6 +1,6 @@
 """OpenAI's fine-tuning routes: jobs, events, checkpoints, and tuned models.
 
-    POST /v1/fine_tuning/jobs        model, training_file and the fields of `jobs.openai.TuningBody`; in addition
+    POST /v1/fine_tuning/jobs        model, training_file and the fields of `jobs.openai.TuningBody`; also
                                      `after`: actions after training, with file ids as paths
     GET  …/jobs, …/jobs/ID, …/jobs/ID/events, …/jobs/ID/checkpoints
     POST …/jobs/ID/cancel, /pause, /resume

@@ -1,1 +1,1 @@
-"""Tinker's training API: rows and gradients by the client's own loop, over the base that a server serves."""
+"""Tinker's training API: the client's own training loop on a server's base."""

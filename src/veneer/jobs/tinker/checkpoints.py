@@ -1,11 +1,11 @@
-"""What a training client saved: its names, and where it is.
+"""Saved checkpoints of a training client: paths, files, library versions.
 
-    tinker://<run>/weights/<name>              to go on from: a state on the server's disk, with the optimiser's
-    tinker://<run>/sampler_weights/<name>      to sample from
-    tinker://<run>/external_weights/<name>     to download
+    tinker://<run>/weights/<name>              training state on the server's disk, with optimizer state
+    tinker://<run>/sampler_weights/<name>      weights to sample from
+    tinker://<run>/external_weights/<name>     weights to download
 
-Each is an adapter of the library too, a version of the run's name there, and downloads as PEFT's files; what
-is beside it in the run's folder says which. One that has a time to live is not there after it.
+Each checkpoint is also an adapter in the library, a version of the run's name, and downloads as PEFT files. A
+file in the run's folder maps the checkpoint to the version. A checkpoint expires after its time to live.
 """
 
 from __future__ import annotations
@@ -30,15 +30,19 @@ from veneer.models.text.base import TextBase
 from veneer.train.text.save import write_adapter
 
 _KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-"""What stands in a path -> what Tinker calls it."""
+"""Part of a path -> Tinker's checkpoint type."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _YEARS = 10 * 366 * 86400
 
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """`id`: kind and name, as in its path. `seq`: of the request that made it. `reference`: in the library.
-    `made`, `expires`: seconds since 1970; None: never."""
+    """A saved checkpoint.
+
+    id: kind and name, as in the path
+    seq: number of the request that saved it
+    reference: version in the library
+    made, expires: seconds since 1970; `expires`: None for never"""
 
     id: str
     run: str
@@ -55,7 +59,7 @@ class SavedWeights:
         return f"tinker://{self.run}/{self.id}"
 
     def shown(self) -> dict[str, Any]:
-        """As Tinker tells it."""
+        """Return the checkpoint in Tinker's format."""
         return {
             "checkpoint_id": self.id,
             "checkpoint_type": _KINDS[self.id.partition("/")[0]],
@@ -73,7 +77,7 @@ def _date(seconds: float) -> str:
 
 
 def parse_path(path: str) -> tuple[str, str]:
-    """(run, id) of a tinker:// path. Raises ConfigError."""
+    """Return (run, id) of a tinker:// path. Raises ConfigError."""
     parts = path.removeprefix("tinker://").split("/")
     if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in _KINDS:
         what = f"{path[:200]!r} is no path of a checkpoint"
@@ -82,13 +86,13 @@ def parse_path(path: str) -> tuple[str, str]:
 
 
 class Checkpoints:
-    """Those of one run, in its folder. `name`: what the run is called in the library."""
+    """Checkpoints of one run, in its folder. `name`: the run's name in the library."""
 
     def __init__(self, run: str, folder: Path, name: str, library: Library) -> None:
         self.run, self.folder, self.name, self.library = run, folder, name, library
 
     def all(self) -> list[SavedWeights]:
-        """The oldest first."""
+        """Return all checkpoints, oldest first."""
         found = [self._read(path) for path in self.folder.glob("*/*/about.json")]
         return sorted((each for each in found if each is not None), key=lambda each: (each.made, each.id))
 
@@ -96,11 +100,11 @@ class Checkpoints:
         return self._read(self.folder / id / "about.json") if self._sound(id) else None
 
     def state(self, id: str) -> Path:
-        """Where the training state of one is."""
+        """Return the folder of a checkpoint's training state."""
         return self.folder / id / "state"
 
     def place(self, kind: str, name: str) -> Path:
-        """The folder of one that is to be made. Raises ConfigError for a name that cannot be one."""
+        """Return the folder of a new checkpoint. Raises ConfigError for an invalid name."""
         if not self._sound(f"{kind}/{name}"):
             what = f"{name[:100]!r} cannot name a checkpoint"
             raise ConfigError(what, where="path", fix="letters, digits and . _ - between them, at most 100")
@@ -117,7 +121,9 @@ class Checkpoints:
         ttl: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> SavedWeights:
-        """Into the library; whole once this is back."""
+        """Save a checkpoint and add its adapter to the library.
+
+        The checkpoint is complete when this call returns."""
         place = self.place(kind, name)
         if ttl is not None and not 3600 <= ttl <= _YEARS:
             raise ConfigError(f"ttl_seconds is {ttl}", where="ttl_seconds", fix="from an hour to ten years")
@@ -146,25 +152,29 @@ class Checkpoints:
         return made
 
     def keep_for(self, id: str, ttl: int | None) -> None:
-        """From now on; None: for good. Raises ConfigError where it is not there."""
+        """Set the time to live in seconds from now; None: no expiry.
+
+        Raises ConfigError for an unknown checkpoint."""
         found = self._there(id)
         self._write(replace(found, expires=None if ttl is None else time.time() + ttl))
 
     def remove(self, id: str) -> None:
-        """Its adapter goes too, unless another has the same version, or an alias points there. Raises
-        ConfigError where it is not there."""
+        """Remove a checkpoint, and its adapter from the library.
+
+        The adapter stays if another checkpoint has the same version, or an alias points to it. Raises
+        ConfigError for an unknown checkpoint."""
         found = self._there(id)
         shutil.rmtree(self.folder / id)
         self._let_go(found.reference)
 
     def _let_go(self, reference: str) -> None:
-        """Of the library, unless another has it too."""
+        """Remove a version from the library, unless another checkpoint has it."""
         if all(other.reference != reference for other in self.all()):
-            with suppress(AdapterError):  # somebody promoted it, or removed it before
+            with suppress(AdapterError):  # an alias points to it, or it is gone already
                 self.library.remove(reference)
 
     def sweep(self) -> None:
-        """Those whose time is over go."""
+        """Remove expired checkpoints."""
         for path in self.folder.glob("*/*/about.json"):
             if self._read(path) is None:
                 data = SavedWeights(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,17 +1,17 @@
-"""What a training client asked and what it was told, on the disk before anybody hears of it.
+"""Write-ahead journal of a training client's requests and results.
 
-    journal = Journal.open(folder / "journal")        what a kill cut off at its end is as if it had not come
-    journal.asked(3, "forward_backward", body)        before the request is taken
-    journal.told(3, FutureResult("proto", data))      before its answer can be had
-    journal.trim(40)                                  a state holds all up to 40: its requests are not needed any more
+    journal = Journal.open(folder / "journal")        ignores an incomplete record at the end, after a kill
+    journal.asked(3, "forward_backward", body)        before the request is accepted
+    journal.told(3, FutureResult("proto", data))      before the result is visible
+    journal.trim(40)                                  a saved state includes requests up to 40: drop them
 
-A client's state is a function of the last state that was written and the requests after it, in the order of
-their numbers. So whoever opens this again has all that is needed to be where the process before was killed:
-answers are found and not computed again, and a request is never carried out twice. What was written outlives
-the process, as the system has it; a loss of power may take the last seconds.
+A client's state is a function of the last saved state and of the later requests in the order of their
+numbers. So a new process can restore the state of a killed process: it reads results from the journal instead
+of computing them again, and never executes a request twice. Records survive the process through the system's
+page cache; a power failure can lose the last seconds.
 
-Bodies and answers are read from the file when needed, and no file stays open, so that a waiting client uses
-neither memory for them nor a descriptor.
+Bodies and results are read from the file when needed, and no file stays open, so that a waiting client needs
+no memory for them and no file descriptor.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typing import IO, Any, Literal
 from veneer.files.atomic import replace_file
 
 KEPT = 512
-"""Answers that are kept, the newest, for clients that ask for them again."""
+"""Number of newest results to keep, for clients that retrieve a result again."""
 _KEPT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class FutureResult:
-    """`kind`: what `data` is; of one that failed it is JSON with the error."""
+    """A result. `kind`: format of `data`; for `failed`, JSON with the error."""
 
     kind: Literal["proto", "json", "failed"]
     data: bytes
@@ -40,7 +40,9 @@ class FutureResult:
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A request or an answer. `seq`: the request's number within its client. `at`: the offset of its bytes."""
+    """A request or a result in the journal.
+
+    `seq`: the request's number within its client. `at`: offset of the bytes."""
 
     seq: int
     kind: Any
@@ -49,9 +51,12 @@ class JournalEntry:
 
 
 class Journal:
-    """The journal of one training client. Thread-safe. `requests`: those since the last state, by number.
-    `answers`: the newest answers, by number. `last`: the highest number received. `bytes`: size of
-    `requests`."""
+    """The journal of one training client. Thread-safe.
+
+    requests: requests since the last saved state, by number
+    answers: newest results, by number
+    last: highest number received
+    bytes: size of `requests`"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,7 +68,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Makes it where there is none. Raises OSError."""
+        """Open a journal, or create it if missing. Raises OSError."""
         made, whole = cls(path), 0
         with path.open("a+b") as file:
             for head, at in _records(file):
@@ -95,13 +100,13 @@ class Journal:
             return self._read(self.requests[seq])
 
     def answer(self, seq: int) -> FutureResult | None:
-        """Return the answer to a request; None if there is no answer yet, or if the answer has expired."""
+        """Return a request's result; None if pending or expired."""
         with self._lock:
             found = self.answers.get(seq)
             return None if found is None else FutureResult(found.kind, self._read(found))
 
     def trim(self, upto: int) -> None:
-        """Requests up to that number are in a state; of answers the newest stay."""
+        """Drop requests up to `upto`, and all but the newest KEPT results."""
         with self._lock:
             requests = [entry for seq, entry in self.requests.items() if seq > upto]
             newest = [self.answers[seq] for seq in sorted(self.answers)[-KEPT:]]
@@ -130,7 +135,7 @@ class Journal:
             return file.read(entry.size)
 
     def _write(self, what: str, seq: int, kind: str, body: bytes) -> None:
-        """Raises OSError; then as if nothing had been written."""
+        """Append a record. On OSError, restores the file and raises."""
         head = _head(what, seq, kind, len(body))
         with self._lock, self.path.open("ab", buffering=0) as file:
             before, left = file.tell(), memoryview(head + body)
@@ -148,7 +153,7 @@ def _head(what: str, seq: int, kind: str, size: int) -> bytes:
 
 
 def _records(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the head of each complete record, and the offset of the record's bytes."""
+    """Yield (head of a complete record, offset of the record's bytes)."""
     end = file.seek(0, 2)
     at = file.seek(0)
     while (line := file.readline()).endswith(b"\n"):

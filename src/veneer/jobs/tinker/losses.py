@@ -1,6 +1,6 @@
-"""Tinker's losses: of a row's log-probabilities, and what the row says of each token.
+"""Tinker's losses, on a row's log-probabilities and per-token inputs.
 
-p is what is trained, q what sampled (`logprobs`), A the `advantages`, r = exp(log p − log q); all are sums
+p is the trained policy, q the sampler (`logprobs`), A the `advantages`, r = exp(log p − log q). All are sums
 over tokens:
 
     cross_entropy          −w·log p                                                 `weights`
@@ -11,8 +11,8 @@ over tokens:
     gspo                   ppo with r_t = sg[s]·p_t/sg[p_t], log s the mean of log r over `sequence_ratio_mask`
 
 low and high are 0.8 and 1.2 (`clip_low_threshold`, `clip_high_threshold`: an option, or a tensor), β is 0.05
-(`beta`). sg stops gradients. Source: https://tinker-docs.thinkingmachines.ai/tinker/losses A loss of the
-client's own is cross_entropy with −∂loss/∂log p as weights, which its SDK computes.
+(`beta`). sg stops gradients. Source: https://tinker-docs.thinkingmachines.ai/tinker/losses A custom loss is
+cross_entropy with the weights −∂loss/∂log p, which the SDK computes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _LOSSES: Mapping[str, tuple[Callable[[Tensor, Inputs, Options], Tensor], tuple[s
     "dro": (_dro, _SAMPLED, ("beta",)),
     "gspo": (_gspo, (*_SAMPLED, "sequence_ratio_mask"), _CLIPS),
 }
-"""A loss, the tensors that it needs of a row beside its targets, and its options."""
+"""Loss -> (function, tensors required of a row besides its targets, options)."""
 _ELSEWHERE = {
     "stable_reinforce": "it needs what a sampler recorded, which this server does not",
     "custom": "this server runs no losses of clients: forward_backward_custom computes them there",
@@ -87,13 +87,16 @@ _ELSEWHERE = {
 
 
 def row_loss(name: str, logps: Tensor, row: Inputs, options: Options) -> Tensor:
-    """The loss of one row, a scalar. `logps` and its tensors: (n,), or (n, k) for several targets of a token."""
+    """Return the loss of one row, a scalar.
+
+    `logps` and the row's tensors: (n,), or (n, k) for k targets per token."""
     return _LOSSES[name][0](logps, row, options).sum()
 
 
 def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
-    """The tensors that a loss needs of each row beside its targets. Raises ConfigError for one that is not
-    known, and for options that it does not have."""
+    """Return the tensors that a loss requires of each row besides the targets.
+
+    Raises ConfigError for an unknown loss or option."""
     if name in _ELSEWHERE:
         raise ConfigError(f"the loss {name} is not here: {_ELSEWHERE[name]}", where="loss_fn", fix=_all())
     if name not in _LOSSES:
@@ -110,7 +113,7 @@ def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
 
 
 def optional_inputs(name: str) -> tuple[str, ...]:
-    """Options that a row may have as tensors too."""
+    """Return the options of a loss that a row can also give as tensors."""
     return tuple(key for key in _LOSSES[name][2] if key in _CLIPS)
 
 

@@ -1,25 +1,25 @@
-"""Sessions, training clients and their requests: who asked what, in which order it is done, and what came of it.
+"""Tinker service: sessions, training clients, and the execution of their requests.
 
     service = TinkerService(base, library, folder)
     session = service.create_session("acme", {})
     run = service.create_run(session.id, 0, Lora(8), {})
-    service.submit(run, 1, "forward_backward", body)        on the disk; done in its turn
+    service.submit(run, 1, "forward_backward", body)        written to disk; executed in order
     answer = service.answer(run, 1)                         a future
 
-A client numbers its requests, and they are done in the order of their numbers, each once: one that comes
-again is the one that came before. One thread trains. Each pass of the base takes the next rows of clients
-that have some, beside one another where they can be; whose tenant was given least has the first place in it.
-What is not trained by rows (a step of the optimiser, saving, loading) is done between two passes.
+A client numbers its requests. The service executes them in the order of their numbers, each once; a repeated
+number is the same request. One thread trains. Each pass of the base takes the next rows of clients that have
+rows, together in one batch if possible; the tenant that has received the least comes first. Other requests
+(an optimizer step, saving, loading) run between passes.
 
-An answer is written before it can be had, so a server that is killed has lost nothing: a client's state is
-made again from the last that was written and the requests since (journal.py), when somebody asks for it. At
-most `_AGAIN` seconds of a client's computing are made again. The same way those that are idle make room in
-memory for others: their state goes to the disk and comes back with their next request.
+A result is written to disk before it is visible, so that a kill loses nothing: on the next access, the
+service restores a client's state from the last saved state and the later requests (journal.py). It repeats at
+most `_AGAIN` seconds of a client's computing. In the same way, idle clients make room in memory for others:
+their state goes to disk, and returns with their next request.
 
-Now and then it removes what nobody comes back for: the states of sessions that their client ended, and of
-those that were not used for `days`. What a client saved by name stays, as long as it said.
+The service periodically removes states of sessions that their client ended, and of sessions unused for
+`days`. Checkpoints that a client saved by name stay until they expire.
 
-Knows a base, a library and folders; no HTTP and no bills.
+Knows a base, a library and folders, but no HTTP and no bills.
 """
 
 from __future__ import annotations
@@ -70,23 +70,23 @@ from veneer.train.text.save import write_adapter
 _log = logging.getLogger("veneer.tinker")
 
 _AGAIN, _JOURNAL = 60.0, 64 << 20
-"""A state is written after so many seconds of a client's computing, and after so many bytes of its requests."""
+"""Seconds of computing, or bytes of requests, after which a state is saved."""
 _IDLE = 600.0
-"""Seconds without a request after which a client's state need not be in memory."""
+"""Seconds without a request after which a client's state can leave memory."""
 _SNAPSHOTS = 16
-"""Weights to sample from that no name keeps: so many of a run, the newest."""
+"""Number of newest unnamed sampler weights to keep per run."""
 _SWEEP, _ENDED = 3600.0, 3600.0
-"""Seconds between two sweeps, and seconds that the results of a session are there after its client ended it."""
+"""Seconds between sweeps; seconds for which an ended session's results stay."""
 _GAP, _AHEAD = 400.0, 10_000
-"""Seconds that requests wait for one before them that does not come, and how far a number may be ahead of it."""
+"""Seconds that requests wait for a missing earlier number; maximum distance to it."""
 _LOADED = 64
-"""Most runs of one tenant in memory; idle runs beyond this number are unloaded, since their files hold everything."""
+"""Maximum runs per tenant in memory; idle runs above are unloaded to their files."""
 _SESSION, _NUMBER = "(s[0-9a-f]{12})", "(0|[1-9][0-9]{0,8})"
-"""Ids as they are made here: another text of the same number would be a second client of one folder."""
+"""Patterns of ids. `01` is invalid: it would be a second client of one folder."""
 _BASE_NAME = "base-name"
-"""The file of a session that holds the client's name for the base."""
+"""A session's file with the client's name for the base."""
 _OVER = "over"
-"""The file that says that a session was ended, or that of a run only its checkpoints are there."""
+"""Marker file: the session has ended, or only the run's checkpoints are left."""
 
 
 _T = TypeVar("_T")
@@ -94,14 +94,14 @@ _KINDS = {str: "a text", int: "a whole number", dict: "an object"}
 
 
 class NotHere(Refused):
-    """Raised for a session, a run or a sampler that the tenant does not have."""
+    """The tenant has no such session, run or sampler (404)."""
 
     def __init__(self, what: str, *, where: str, fix: str | None = None) -> None:
         super().__init__(what, status=404, code="not_found", param=where, where=where, fix=fix)
 
 
 class SessionOver(Refused):
-    """Raised for a session or a run that existed and has ended."""
+    """The session or run has ended (410)."""
 
     def __init__(self, what: str, *, where: str, fix: str | None = None) -> None:
         super().__init__(what, status=410, code="gone", param=where, where=where, fix=fix)
@@ -109,8 +109,11 @@ class SessionOver(Refused):
 
 @dataclass(eq=False)
 class Session:
-    """Everything that one ServiceClient of a tenant created. `made`: seconds since 1970. `runs`: quota holds
-    of its training clients, by number. `hold`: quota of the session's files and its samplers' files."""
+    """Everything that one ServiceClient of a tenant created.
+
+    made: seconds since 1970
+    runs: quota holds of its training clients, by number
+    hold: quota of the session's and its samplers' files"""
 
     id: str
     tenant: str
@@ -122,7 +125,7 @@ class Session:
 
     @property
     def metadata(self) -> dict[str, Any] | None:
-        """The client's metadata, read from disk: there are many sessions, but few reads."""
+        """Return the client's metadata from disk: reads are rare, sessions are many."""
         found: dict[str, Any] | None = json.loads((self.folder / "session.json").read_text(encoding="utf-8"))[
             "metadata"
         ]
@@ -130,11 +133,11 @@ class Session:
 
     @property
     def over(self) -> bool:
-        """Whether its client said that it is."""
+        """Whether the client ended the session."""
         return (self.folder / _OVER).exists()
 
     def seen(self) -> None:
-        """Somebody uses it. Raises SessionOver."""
+        """Record a use of the session. Raises SessionOver."""
         if self.over:
             raise _over(self.id)
         with suppress(FileNotFoundError):  # swept at this moment
@@ -142,23 +145,26 @@ class Session:
 
     @property
     def base_name(self) -> str:
-        """The client's last name for the base, if the name was a path or a hub ID; else ""."""
+        """The client's last name for the base, if it was a path or hub ID; else ""."""
         try:
             return (self.folder / _BASE_NAME).read_text(encoding="utf-8")
         except FileNotFoundError:
             return ""
 
     def keep_base_name(self, name: str) -> None:
-        """Save the client's name for the base, up to 1,000 characters, if the name is a path or a hub ID."""
+        """Save the client's name for the base, if it is a path or a hub ID.
+
+        Keeps up to 1,000 characters."""
         if "/" in name and name[:1000] != self.base_name:
             atomic_write(self.folder / _BASE_NAME, [name[:1000].encode()])
 
 
 @dataclass(frozen=True)
 class SamplerSource:
-    """What a sampling session draws from: `reference` of the library, or weights that no name keeps, of the
-    run `name`, by their digest in `folder`; with neither the base. `follows`: a run whose newest such weights
-    these are, whenever it is asked."""
+    """The weights of a sampling session.
+
+    A `reference` of the library; or unnamed weights of the run `name`, by their digest in `folder`; with
+    neither, the base. `follows`: a run whose newest unnamed weights the session uses for each request."""
 
     id: str
     tenant: str
@@ -172,10 +178,14 @@ class SamplerSource:
 
 @dataclass(eq=False)
 class TrainingRun:
-    """A training client, as the server has it. `applied`: the last request whose effect its state has.
-    `unbilled`: requests that came to a process before this one, and were not done there. `came`: when the
-    client last sent one, taken or not; `used`: when it last asked for anything. `over`: its state is gone,
-    and nothing but what it saved is left. `hold`: quota of its files and waiting requests."""
+    """A training client on the server.
+
+    applied: number of the last request that the state includes
+    unbilled: requests that an earlier process accepted but did not execute
+    came: time of the client's last request, accepted or not
+    used: time of the last access
+    over: the state is gone; only checkpoints are left
+    hold: quota of its files and waiting requests"""
 
     id: str
     session: str
@@ -215,7 +225,7 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class _Start:
-    """The saved training state that a run starts from: its path, its folder, and whether with the optimizer's state."""
+    """A saved training state to start from: path, folder, with optimizer state or not."""
 
     path: str
     state: Path
@@ -227,9 +237,12 @@ class _Start:
 
 
 class TinkerService:
-    """The Tinker sessions, runs and samplers of a server. Close it at the end. `room`: bytes of memory for
-    the states of training clients. `folder`: this service's own folder. `days`: days after which unused
-    sessions are removed. `quotas`: limits per tenant; existing files in the folder count from the start."""
+    """Tinker sessions, runs and samplers of a server. Call `close` at the end.
+
+    folder: folder of this service only
+    room: bytes of memory for the states of training clients
+    days: days after which unused sessions are removed
+    quotas: limits per tenant; existing files in the folder count from the start"""
 
     def __init__(
         self,
@@ -258,7 +271,7 @@ class TinkerService:
         self._thread.start()
 
     def close(self) -> None:
-        """After the pass that runs; the states of all clients are then on the disk."""
+        """Stop after the current pass, and write all clients' states to disk."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -271,7 +284,7 @@ class TinkerService:
     # -- sessions ------------------------------------------------------------------------------------------------------
 
     def create_session(self, tenant: str, metadata: dict[str, Any] | None, name: str | None = None) -> Session:
-        """Create a session. Raises Refused if a quota has no room."""
+        """Create a session. Raises Refused if a quota is exceeded."""
         id, made = f"s{secrets.token_hex(6)}", time.time()
         data = self._json({"tenant": tenant, "metadata": metadata, "name": name, "made": made}, metadata)
         session = Session(id, tenant, self.folder / id, made, self.quotas.take(tenant, files=1, disk=len(data)), name)
@@ -282,7 +295,7 @@ class TinkerService:
         return session
 
     def _json(self, content: Mapping[str, Any], metadata: Any) -> bytes:
-        """Return a file's content as JSON. Raises Refused (413) if the client's metadata is over the limit."""
+        """Return content as JSON. Raises Refused (413) for metadata over the limit."""
         most = self.quotas.limits.metadata
         if metadata and len(json.dumps(metadata)) > most:
             raise Refused(
@@ -306,7 +319,7 @@ class TinkerService:
         return session
 
     def session(self, tenant: str, id: str) -> Session:
-        """Raises NotHere."""
+        """Return a session. Raises NotHere."""
         with self._changed:
             found = self.sessions.get(id)
         if found is None or found.tenant != tenant:
@@ -314,12 +327,13 @@ class TinkerService:
         return found
 
     def finish(self, tenant: str, id: str) -> None:
-        """Its client is done with it: nothing new is taken, and what it did not save goes in a while. Raises
-        NotHere."""
+        """End a session. Raises NotHere.
+
+        The session accepts no further requests; unsaved states are removed later."""
         (self.session(tenant, id).folder / _OVER).touch()
 
     def sessions_of(self, tenant: str) -> list[Session]:
-        """The newest first."""
+        """Return a tenant's sessions, newest first."""
         with self._changed:
             found = [session for session in self.sessions.values() if session.tenant == tenant]
         return sorted(found, key=lambda session: session.made, reverse=True)
@@ -338,8 +352,8 @@ class TinkerService:
     ) -> TrainingRun:
         """Create a run, or return the session's existing run of this number.
 
-        Raises NotHere, SessionOver, ConfigError for modules that the base does not have, and Refused if a
-        quota has no room."""
+        Raises NotHere, SessionOver, ConfigError for modules that the base lacks, and Refused if a quota is
+        exceeded."""
         owner = self.session(tenant, session)
         owner.seen()
         self._bytes(lora)
@@ -378,14 +392,15 @@ class TinkerService:
         metadata: dict[str, Any] | None,
         weight: float = 1.0,
     ) -> TrainingRun:
-        """A client that begins as another was saved; `optimizer`: with its moments. Raises NotHere,
-        SessionOver, ConfigError."""
+        """Create a run from a checkpoint; `optimizer`: with the optimizer state.
+
+        Raises NotHere, SessionOver, ConfigError."""
         saved, source = self.saved(tenant, path), self.run_of(tenant, path)
         start = _Start(saved.path, source.checkpoints.state(saved.id), optimizer)
         return self.create_run(tenant, session, number, source.lora, metadata, weight, start)
 
     def run_of(self, tenant: str, path: str) -> TrainingRun:
-        """Whose training state a path is. Raises NotHere, ConfigError."""
+        """Return the run that saved a training state. Raises NotHere, ConfigError."""
         run, id = parse_path(path)
         if not id.startswith("weights/"):
             what = f"{path[:200]} is to sample from, and has no training state"
@@ -393,7 +408,9 @@ class TinkerService:
         return self.described(tenant, run)
 
     def described(self, tenant: str, id: str) -> TrainingRun:
-        """Return a run's description and checkpoints; with its journal only if the run is in memory. Raises NotHere."""
+        """Return a run's description and checkpoints. Raises NotHere.
+
+        The run has its journal only if it is in memory."""
         with self._changed:
             found = self.runs.get(id)
         if found is not None and found.tenant == tenant:
@@ -433,7 +450,7 @@ class TinkerService:
             made.journal = Journal(made.folder / "journal") if made.over else Journal.open(made.folder / "journal")
             with suppress(VeneerError):
                 made.applied = _number_of_state(made)
-            while made.applied + 1 in made.journal.answers:  # what they did is made again when it is wanted
+            while made.applied + 1 in made.journal.answers:  # their effects are restored on demand
                 made.applied += 1
             made.unbilled = {seq for seq in made.journal.requests if seq > made.applied}
             made.hold.set(requests=len(made.unbilled))
@@ -443,26 +460,30 @@ class TinkerService:
         return made
 
     def _unload(self, tenant: str) -> None:
-        """Unload a tenant's idle runs to make room for one; an idle run's files hold everything."""
+        """Unload a tenant's idle runs to make room for one more.
+
+        An idle run's files hold its whole state."""
         own = [run for run in self.runs.values() if run.tenant == tenant]
         idle = [run for run in own if run.learner is None and run.work is None and not run.waits]
         for run in sorted(idle, key=lambda run: run.used)[: max(0, len(own) + 1 - _LOADED)]:
             del self.runs[run.id]
 
     def _checkpoints(self, session: Session, folder: Path) -> Checkpoints:
-        """Of the run in that folder."""
+        """Return the checkpoints of the run in a folder."""
         number, namespace = _number(folder), f"{session.tenant}/" if session.tenant else ""
         name = f"{namespace}tinker-{session.id}-{number}"
         return Checkpoints(f"{session.id}:train:{number}", folder / "checkpoints", name, self.library)
 
     def runs_of(self, tenant: str) -> list[str]:
-        """The newest session's first."""
+        """Return ids of a tenant's runs, newest session first."""
         return [f"{s.id}:train:{number}" for s in self.sessions_of(tenant) for number in sorted(s.runs)]
 
     def submit(self, run: TrainingRun, seq: int, kind: str, body: bytes) -> bool:
-        """Whether it is new; it is done once all before it are. One of the kind `refused` fails with what its
-        body says, so that its number is not missed. Raises ConfigError for a number that another kind of
-        request has or that cannot be, SessionOver, and Refused if a quota has no room."""
+        """Accept a request, to execute after all earlier numbers; return if it is new.
+
+        A request of kind `refused` fails with the error in its body, so that no number is missing. Raises
+        ConfigError for an invalid number, or a number that a request of another kind has; SessionOver;
+        Refused if a quota is exceeded."""
         if not 1 <= seq <= run.applied + _AHEAD:
             raise ConfigError(f"seq_id is {seq}", where="seq_id", fix="from 1 on, one more for each request")
         with self._changed:
@@ -486,7 +507,9 @@ class TinkerService:
             return True
 
     def answer(self, run: TrainingRun, seq: int) -> Future[FutureResult] | None:
-        """Of a request that came; None for one that did not, or whose answer is kept no more. Raises SessionOver."""
+        """Return the future of a request's result. Raises SessionOver.
+
+        Returns None for an unknown request or an expired result."""
         with self._changed:
             run = self._present(run)
             run.used = time.monotonic()
@@ -501,17 +524,19 @@ class TinkerService:
             return run.futures.setdefault(seq, Future())
 
     def tried(self, run: TrainingRun) -> None:
-        """Its client sent a request that could not be taken now: those after it have to wait for it."""
+        """Record a request that was not accepted yet: later requests wait for it."""
         run.came = time.monotonic()
 
     def rest(self, run: TrainingRun) -> None:
-        """It is not wanted for now: its state is among the first to leave the memory."""
+        """Mark a run as idle, so that its state leaves memory early."""
         run.used = -_IDLE
 
     # -- sampling ------------------------------------------------------------------------------------------------------
 
     def create_sampler(self, tenant: str, session: str, number: int, path: str | None) -> SamplerSource:
-        """Raises NotHere, SessionOver, ConfigError for a path that is not there."""
+        """Create a sampling session.
+
+        Raises NotHere, SessionOver, and ConfigError for an unknown path."""
         owner = self.session(tenant, session)
         owner.seen()
         id = f"{owner.id}:sample:{number}"
@@ -519,7 +544,7 @@ class TinkerService:
         return self._put_sampler(owner, SamplerSource(id, tenant, path, reference))
 
     def sampler(self, tenant: str, id: str) -> SamplerSource:
-        """As it is to be drawn from now. Raises NotHere."""
+        """Return a sampling session with its current weights. Raises NotHere."""
         form = re.fullmatch(f"{_SESSION}:sample:{_NUMBER}", id)
         missing = NotHere(f"there is no sampling session {id[:80]!r}", where="sampling_session_id")
         if form is None:
@@ -548,7 +573,7 @@ class TinkerService:
         return made
 
     def saved(self, tenant: str, path: str) -> SavedWeights:
-        """The checkpoint of a tinker:// path. Raises NotHere, ConfigError."""
+        """Return the checkpoint of a tinker:// path. Raises NotHere, ConfigError."""
         run, id = parse_path(path)
         found = self.described(tenant, run).checkpoints.find(id)
         if found is None:
@@ -560,7 +585,7 @@ class TinkerService:
         run.checkpoints.remove(id)
         self._measure(run.hold, run.folder, run.checkpoints)
 
-    # -- the thread that trains ----------------------------------------------------------------------------------------
+    # -- training thread -----------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
         while True:
@@ -575,14 +600,14 @@ class TinkerService:
                 self._round(ready)
                 self._give_up_gaps()
                 self._let_idle_go()
-            except Exception as error:  # a fault of ours: those who wait are told, and the next are served
+            except Exception as error:  # a bug: waiting clients get the error, and the thread continues
                 _log.exception("a round of training failed")
                 for run in ready:
                     self._fail(run, error)
         for run in list(self.runs.values()):
             try:
                 self._put_away(run)
-            except Exception:  # the other runs are still written
+            except Exception:  # still write the other runs
                 _log.exception(
                     "the state of %s could not be written; requests since its last state will be replayed", run.id
                 )
@@ -590,12 +615,12 @@ class TinkerService:
             self._trainer.close()
 
     def _ready(self) -> list[TrainingRun]:
-        """Runs with something to do, who was given least first."""
+        """Return runs with pending work; the tenant that received the least comes first."""
         found = [run for run in self.runs.values() if run.work is not None or run.following is not None]
         return sorted(found, key=lambda run: self._served.get(run.tenant, 0.0))
 
     def _give_up_gaps(self) -> None:
-        """Requests that wait for one which was not sent for long fail; the client goes on after them."""
+        """Fail requests that waited too long for a missing number."""
         for run in list(self.runs.values()):
             late = time.monotonic() - run.came > _GAP
             if not late or run.work is not None or run.following is not None or run.journal.last <= run.applied:
@@ -606,7 +631,7 @@ class TinkerService:
                 self._tell(run, _failure(said))
 
     def _round(self, ready: list[TrainingRun]) -> None:
-        """What is no pass of each, then one pass for those that have rows."""
+        """Execute each run's requests that need no pass, then one pass for runs with rows."""
         training = []
         for run in ready:
             if run.work is None:
@@ -628,7 +653,9 @@ class TinkerService:
             self._pass(training)
 
     def _begin(self, run: TrainingRun, request: JournalEntry) -> bool:
-        """Whether there is memory to unpack the request; if not, other requests of the tenant finish first."""
+        """Unpack a request; return False if the tenant's other requests must finish first.
+
+        A tenant's memory quota limits its unpacked requests."""
         body = run.journal.body(request.seq)
         memory = read_head(body).memory
         others = any(other.unpacked is not None and other.tenant == run.tenant for other in self.runs.values())
@@ -663,7 +690,7 @@ class TinkerService:
         try:
             acted = trainer.step(works)
         except Exception as error:
-            if len(works) > 1:  # each by itself, so that the one whose fault it is ends alone
+            if len(works) > 1:  # one by one, so that only the faulty request fails
                 for run in runs:
                     if run.work is not None:
                         self._again(run)
@@ -682,7 +709,7 @@ class TinkerService:
                 self._complete(run, run.work)
 
     def _again(self, run: TrainingRun) -> None:
-        """As it was before the request that runs."""
+        """Restore the state from before the current request."""
         self._stop_work(run)
         self._forget(run)
         request = run.following
@@ -711,7 +738,7 @@ class TinkerService:
         self._write_if_due(run)
 
     def _tell(self, run: TrainingRun, answer: FutureResult) -> None:
-        """Written, then there for who waits."""
+        """Write a result to the journal, then publish it."""
         seq = run.applied + 1
         with self._changed:
             run.journal.told(seq, answer)
@@ -723,7 +750,7 @@ class TinkerService:
             future.set_result(answer)
 
     def _fail(self, run: TrainingRun, error: Exception) -> None:
-        """The request that is next is answered by this; what it did to the state in memory is undone."""
+        """Fail the next request with an error, and undo its effect on the state in memory."""
         if run.following is None:
             return
         if run.work is not None or not isinstance(error, VeneerError):
@@ -760,7 +787,7 @@ class TinkerService:
         try:
             return {"metrics": self._ready_trainer().optimise(learner, _adam_of(body))}
         except VeneerError:
-            learner.forget_gradients()  # the next step is not to be made of what this one refused
+            learner.forget_gradients()  # the next step must not use gradients that this step refused
             raise
 
     def _save(self, run: TrainingRun, seq: int, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -774,7 +801,7 @@ class TinkerService:
         return {"path": made.path, "size_bytes": made.bytes, "type": "save_weights_external"}
 
     def _saved(self, run: TrainingRun, seq: int, body: Mapping[str, Any], kind: str) -> SavedWeights:
-        """Save a run's weights as a checkpoint of this kind; `weights` with the training state."""
+        """Save a run's weights as a checkpoint of `kind`; `weights` has a training state."""
         whole, metadata = kind == "weights", _given(body, "user_metadata", dict)
         name = _given(body, "path", str) or (f"{seq:06d}" if whole else "")
         place, found = run.checkpoints.place(kind, name), run.checkpoints.find(f"{kind}/{name}")
@@ -811,7 +838,7 @@ class TinkerService:
 
     @contextmanager
     def _storing(self, run: TrainingRun, **amounts: int) -> Iterator[None]:
-        """Hold quota while these amounts are written to a run's folder. Raises Refused if the quota has no room."""
+        """Hold quota while writing these amounts to a run's folder. Raises Refused."""
         run.checkpoints.sweep()
         self._measure(run.hold, run.folder, run.checkpoints)
         run.hold.add(**amounts)
@@ -821,7 +848,7 @@ class TinkerService:
             self._measure(run.hold, run.folder, run.checkpoints)
 
     def _measure(self, hold: QuotaHold, folder: Path, checkpoints: Checkpoints) -> None:
-        """Set the quota hold to a run's files on disk, including its adapters in the library."""
+        """Set the quota hold to a run's files, including its adapters in the library."""
         saved = checkpoints.all()
         hold.set(files=1 + len(saved), disk=_size(folder.rglob("*")) + sum(each.bytes for each in saved))
 
@@ -841,7 +868,7 @@ class TinkerService:
             run.learner = trainer.create(run.id, run.lora)
             trainer.read(run.learner, source.checkpoints.state(saved.id), bool(body.get("optimizer")))
             run.learner.forget_gradients()
-            trainer.write(run.learner, run.folder / "states", seq)  # what it was loaded from may go or change
+            trainer.write(run.learner, run.folder / "states", seq)  # the source can be removed or overwritten
         except BaseException:
             self._forget(run)
             raise
@@ -861,7 +888,7 @@ class TinkerService:
     # -- what nobody comes back for ------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        """If it is time."""
+        """Sweep sessions, at most once per `_pause` seconds."""
         if time.monotonic() - self._swept < self._pause:
             return
         self._swept = time.monotonic()
@@ -870,11 +897,11 @@ class TinkerService:
         for session in sessions:
             try:
                 self._sweep_session(session)
-            except Exception:  # the others are swept all the same
+            except Exception:  # still sweep the other sessions
                 _log.exception("the files of session %s could not be removed", session.id)
 
     def _sweep_session(self, session: Session) -> None:
-        """Decides by its files: a session that nobody asks for is not read for this."""
+        """Sweep a session by its files, without loading its runs."""
         folders = [path.parent for path in _runs_in(session.folder)]
         for folder in folders:
             checkpoints = self._checkpoints(session, folder)
@@ -887,7 +914,7 @@ class TinkerService:
         with self._changed:
             runs = {each: self.runs.get(f"{session.id}:train:{_number(each)}") for each in folders}
             if any(run is not None and (run.work is not None or run.following is not None) for run in runs.values()):
-                return  # something is asked of it at this moment
+                return  # a client uses it right now
             for folder, run in runs.items():
                 (folder / _OVER).touch()
                 if run is not None:
@@ -913,7 +940,7 @@ class TinkerService:
         shutil.rmtree(session.folder, ignore_errors=True)
 
     def _leave(self, run: TrainingRun) -> None:
-        """Those who wait for what cannot come to its turn any more are told."""
+        """Fail the futures of requests that can never be executed."""
         self._forget(run)
         for future in run.futures.values():
             future.set_result(_failure("its client went away before the requests before it had come"))
@@ -921,12 +948,12 @@ class TinkerService:
         run.hold.set(requests=0)
 
     def _clear(self, folder: Path, checkpoints: Checkpoints) -> bool:
-        """Remove all files of a run except its checkpoints. Return whether any checkpoints are left."""
+        """Remove a run's files except checkpoints; return whether checkpoints are left."""
         if not checkpoints.all():
             shutil.rmtree(folder)
             return False
         journal = folder / "journal"
-        asked = _time(journal)  # when it was asked last is still to be seen
+        asked = _time(journal)  # keep the time of the last request
         journal.write_bytes(b"")
         os.utime(journal, (asked, asked))
         for name in ("states", "start", "snapshots"):
@@ -943,7 +970,9 @@ class TinkerService:
         return self._trainer
 
     def _learner(self, run: TrainingRun) -> Trainee:
-        """With the effect of all requests that were done. May put others away."""
+        """Return a run's adapter in memory, with all applied requests.
+
+        Can move other runs' states to disk."""
         run.used = time.monotonic()
         if run.learner is not None:
             return run.learner
@@ -968,7 +997,7 @@ class TinkerService:
         return learner
 
     def _replay(self, run: TrainingRun, learner: Trainee, at: int) -> None:
-        """Requests after a state that were done before, and changed it."""
+        """Repeat applied requests after a saved state that changed the state."""
         trainer = self._ready_trainer()
         for seq in range(at + 1, run.applied + 1):
             request, answer = run.journal.requests.get(seq), run.journal.answers.get(seq)
@@ -988,7 +1017,7 @@ class TinkerService:
                         trainer.step([work])
 
     def _bytes(self, lora: Lora) -> int:
-        """What a client of it takes in memory. Raises ConfigError where that is more than there is room for."""
+        """Return a client's bytes of memory. Raises ConfigError if they exceed `room`."""
         needed = trained_bytes(self.base.model, lora.spec(self.names))
         if needed > self.room:
             raise ConfigError(
@@ -999,8 +1028,9 @@ class TinkerService:
         return needed
 
     def _make_room(self, run: TrainingRun) -> None:
-        """For what is to come into memory others are put away, the one unused longest first. Raises
-        ConfigError where that is not enough."""
+        """Move other runs' states to disk to make room, least recently used first.
+
+        Raises ConfigError if the room is still too small."""
         trainer, needed = self._ready_trainer(), self._bytes(run.lora)
 
         def taken() -> int:
@@ -1014,7 +1044,7 @@ class TinkerService:
                 self._put_away(other)
 
     def _let_idle_go(self) -> None:
-        """Out of memory, results too; the next who asks reads it again."""
+        """Unload idle runs and their results; the next access reads them again."""
         for run in list(self.runs.values()):
             if run.work is not None or time.monotonic() - run.used <= _IDLE:
                 continue
@@ -1028,7 +1058,7 @@ class TinkerService:
             self._served = {tenant: amount for tenant, amount in self._served.items() if tenant in here}
 
     def _present(self, run: TrainingRun) -> TrainingRun:
-        """The one in memory, should that be another by now. Raises SessionOver."""
+        """Return the run's current object in memory. Raises SessionOver."""
         if not run.over and self.runs.get(run.id) is not run:
             run = self.run(run.tenant, run.id)
         if run.over:
@@ -1038,10 +1068,10 @@ class TinkerService:
         return run
 
     def _put_away(self, run: TrainingRun) -> None:
-        """Its state is on the disk, and no more in memory."""
+        """Write a run's state to disk and drop it from memory."""
         if run.learner is None:
             return
-        if run.work is not None:  # what it did of it is made again
+        if run.work is not None:  # the request starts over later
             self._stop_work(run)
             self._forget(run)
             return
@@ -1061,7 +1091,7 @@ class TinkerService:
         self._measure(run.hold, run.folder, run.checkpoints)
 
     def _forget(self, run: TrainingRun) -> None:
-        """Out of memory as it is, be it wrong there: it is read again when it is wanted."""
+        """Drop a run's state from memory without writing; it is read again on demand."""
         if run.learner is not None:
             self._ready_trainer().drop(run.learner)
             run.learner = None
@@ -1076,7 +1106,7 @@ def _over(session: str) -> SessionOver:
 
 
 def _runs_in(session: Path) -> list[Path]:
-    """What the training clients of a session's folder are, each a file."""
+    """Return the run files in a session's folder."""
     return sorted(session.glob("train-*/run.json"))
 
 
@@ -1085,7 +1115,7 @@ def _number(folder: Path) -> str:
 
 
 def _size(paths: Iterable[Path]) -> int:
-    """Return the total size of the paths that are existing files."""
+    """Return the total bytes of the paths that are existing files."""
     size = 0
     for path in paths:
         with suppress(FileNotFoundError):
@@ -1098,7 +1128,7 @@ def _time(path: Path) -> float:
 
 
 def _own(folder: Path) -> int:
-    """The folder's lock, which goes with the process. Raises ConfigError where another has it."""
+    """Lock a folder for this process. Raises ConfigError if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -1111,7 +1141,7 @@ def _own(folder: Path) -> int:
 
 
 def _given(body: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
-    """What a client's body has of a name; None where it has nothing. Raises ConfigError for another kind of value."""
+    """Return a body's value of type `kind`, or None. Raises ConfigError."""
     value = body.get(name)
     if value is not None and type(value) is not kind:
         raise ConfigError(f"{name} is {str(value)[:50]!r}", where=name, fix=f"{_KINDS[kind]}, or leave it out")
@@ -1119,7 +1149,7 @@ def _given(body: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
 
 
 def _adam_of(body: Mapping[str, Any]) -> Adam:
-    """What a body of optim_step asks for. Raises ConfigError."""
+    """Return the AdamW parameters of an optim_step body. Raises ConfigError."""
     given = body.get("adam_params")
     if not isinstance(given, dict):
         raise ConfigError("a step here is AdamW's alone", where="optimizer_params", fix="AdamParams(…)")
@@ -1133,5 +1163,5 @@ def _adam_of(body: Mapping[str, Any]) -> Adam:
 
 
 def _number_of_state(run: TrainingRun) -> int:
-    """Of the newest state on the disk. Raises CheckpointError where there is none."""
+    """Return the number of the newest saved state. Raises CheckpointError."""
     return int(newest_state(run.folder / "states").name.rpartition("-")[2])

@@ -1,19 +1,20 @@
-"""Adapters that clients train step by step, on one base and in one pass of it where they can be.
+"""Clients' adapters on one base, trained step by step, in shared passes if possible.
 
-    trainer = Trainer(base)                        modules of its own over the base's tensors
+    trainer = Trainer(base)                        own modules on the base's tensors
     learner = trainer.create("a", Lora(rank=8))
     work = PassWork(learner, checked_rows(asked, …), "cross_entropy", {}, backward=True)
-    while not work.done: trainer.step([work, …])   a pass: rows of all of them beside one another
+    while not work.done: trainer.step([work, …])   a pass: rows of all works in one batch
     trainer.optimise(learner, Adam(1e-4))
 
     gradient of a client = Σ over its passes since its last optimiser step  ∇ Σ loss of its rows
 
-Rows of clients of unlike rank, targets and loss share a pass as those of runs do (train/text/together.py):
-each row is under its own client's adapter, and no gradient reaches another's. A client whose adapter cannot
-(span_problem), and all of them on a base that cannot (why_apart), have passes of their own, in turn.
+Rows of clients with different ranks, targets and losses share a pass, as in runs that train together
+(train/text/together.py): each row uses its own client's adapter, and no gradient reaches another client's. A
+client whose adapter cannot share a pass (span_problem), and all clients on a base that cannot (why_apart),
+get their own passes, in turn.
 
-A row of n tokens is run with its last target after them, which is what a row of veneer's own training is: the
-same numbers then come out of both, to the bit. Knows tensors and one base; no requests, no tenants.
+A row of n tokens runs with its last target appended, as in veneer's own training, so that both give the same
+numbers, bit for bit. Knows tensors and one base, but no requests and no tenants.
 """
 
 from __future__ import annotations
@@ -53,17 +54,17 @@ from veneer.train.preflight import trainable_parameters
 from veneer.train.text.together import why_apart
 
 ALPHA = 32.0
-"""Of every adapter, whatever its rank, as Tinker has it."""
+"""Alpha of every adapter, whatever its rank, as in Tinker."""
 _PASS, _PASS_ON_GPU = 2048, 8192
-"""Tokens of a pass."""
+"""Tokens per pass, on the CPU and on a GPU."""
 _GRADIENT = "@gradient"
 _WRAPS = "~"
-"""An adapter that never acts."""
+"""Name of an adapter that is never active."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What a client asks for. `seed`: None for 0."""
+    """A client's LoRA configuration. `seed`: None for 0."""
 
     rank: int
     seed: int | None = None
@@ -72,7 +73,7 @@ class Lora:
     unembed: bool = True
 
     def spec(self, names: TargetNames) -> LoraSpec:
-        """Raises ConfigError for what the base does not have."""
+        """Return the LoraSpec. Raises ConfigError for modules that the base lacks."""
         if not 1 <= self.rank <= 4096:
             raise ConfigError(f"rank {self.rank} is not possible", where="lora_config.rank", fix="from 1 to 4096")
         wanted = (names.attention, self.attention), (names.mlp, self.mlp), (names.head, self.unembed)
@@ -85,7 +86,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class TargetNames:
-    """The modules of a base that can have pairs, as Tinker tells them apart."""
+    """A base's LoRA target modules, in Tinker's groups."""
 
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
@@ -104,7 +105,9 @@ def target_names(model: Any) -> TargetNames:
 
 
 def trained_bytes(model: Any, spec: LoraSpec) -> int:
-    """What a client's weights take, with their gradient and both moments in float32, before any of it is there."""
+    """Return a client's bytes of weights, gradients and both moments in float32.
+
+    Allocates nothing."""
     return 16 * trainable_parameters(model, resolve_targets(model, spec), spec)[0]
 
 
@@ -113,13 +116,17 @@ _BOUNDS = {
     "learning_rate": (0.0, 1.0), "beta1": (0.0, 0.999999), "beta2": (0.0, 0.999999), "eps": (1e-30, 1.0),
     "weight_decay": (0.0, 1.0), "clip": (-_LARGEST, _LARGEST),
 }  # fmt: skip
-"""Bounds that keep weights finite in an AdamW step, learning_rate * m / (√v + eps). eps must not round to 0
+"""Bounds that keep weights finite in an AdamW step.
+
+The step is learning_rate * m / (√v + eps). eps must not round to 0
 in float32: for a parameter without a gradient, the step is 0 / eps."""
 
 
 @dataclass(frozen=True)
 class Adam:
-    """AdamW's numbers for one step, with Tinker's defaults. `clip`: the largest norm of the gradient; 0 for any."""
+    """AdamW's parameters for one step, with Tinker's defaults.
+
+    `clip`: maximum gradient norm; 0: no clipping."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -138,7 +145,9 @@ class Adam:
 
 @dataclass(eq=False)
 class Trainee:
-    """An adapter in training, in memory. `alone`: why its rows cannot go beside others'; "" where they can."""
+    """An adapter in training, in memory.
+
+    `alone`: why its rows cannot share a pass with other clients; "" if they can."""
 
     name: str
     parameters: Mapping[str, nn.Parameter]
@@ -147,7 +156,7 @@ class Trainee:
 
     @property
     def bytes(self) -> int:
-        """With its gradient and both moments."""
+        """Bytes of weights, gradients and both moments."""
         return 4 * sum(parameter.nbytes for parameter in self.parameters.values())
 
     def forget_gradients(self) -> None:
@@ -157,8 +166,11 @@ class Trainee:
 
 @dataclass(frozen=True, eq=False)
 class TrainRow:
-    """`ids`: (n,), and maybe one more behind them that nothing is asked of. `targets`: (n, k). `inputs`: of
-    the loss, (n,) or (n, k) as the client's targets were (`flat`)."""
+    """A checked row.
+
+    ids: (n,), or (n + 1,) with the last target appended
+    targets: (n, k)
+    inputs: tensors of the loss, (n,) if the client's targets were flat (`flat`), else (n, k)"""
 
     ids: Tensor
     targets: Tensor
@@ -169,7 +181,7 @@ class TrainRow:
 def checked_rows(
     rows: Sequence[WireRow], loss: str, options: Mapping[str, float | str], *, vocabulary: int, context: int
 ) -> list[TrainRow]:
-    """What a client sent, checked. Raises ConfigError that names the row."""
+    """Check a client's rows and return them. Raises ConfigError that names the row."""
     names = needed_inputs(loss, options)
     if not rows:
         raise ConfigError("there are no rows", where="data")
@@ -219,7 +231,9 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
 
 @dataclass(eq=False)
 class PassWork:
-    """One forward, or forward and backward, as far as it is. `logps`: of the rows that are done, (n,) or (n, k)."""
+    """A forward, or forward_backward, in progress.
+
+    `logps`: log-probabilities of finished rows, each (n,) or (n, k)."""
 
     learner: Trainee
     rows: Sequence[TrainRow]
@@ -239,7 +253,9 @@ class PassWork:
 
 
 class Trainer:
-    """The clients' adapters on a twin of `base`. Everything is to be called by one thread."""
+    """Clients' adapters on own modules that share `base`'s tensors.
+
+    Call all methods from one thread."""
 
     def __init__(self, base: TextBase) -> None:
         self.base = base_twin(base)
@@ -247,8 +263,7 @@ class Trainer:
         self.model, self.names, self.learners = model, target_names(model), dict[str, Trainee]()
         self._undo = ExitStack()
         self.attachment = self._undo.enter_context(attach(model))
-        # The fast paths hold the modules that they find: all that a client may train is wrapped from the
-        # first.
+        # Fast paths keep references to modules, so wrap every module that a client can train first.
         self.attachment.add(_WRAPS, create(model, Lora(1).spec(self.names), seed=0))
         self.how = self._undo.enter_context(fast(model)).summary()
         self.apart = why_apart(model)
@@ -262,11 +277,13 @@ class Trainer:
     # -- clients -------------------------------------------------------------------------------------------------------
 
     def create(self, name: str, lora: Lora) -> Trainee:
-        """A fresh one, the same for the same seed. Raises ConfigError, TargetError."""
+        """Create an adapter; equal seeds give equal weights.
+
+        Raises ConfigError, TargetError."""
         adapter = create(self.model, lora.spec(self.names), seed=lora.seed or 0)
         self.attachment.add(name, adapter, trainable=True)
         parameters = self.attachment.parameters(name)
-        # The head runs by itself, on each client's own rows.
+        # The head runs separately on each client's rows.
         others = {key: pair for key, pair in adapter.pairs.items() if key not in self.names.head}
         alone = self.apart or span_problem(replace(adapter, pairs=others))
         optimizer = make_optimizer(parameters, name="adamw", learning_rate=1.0)
@@ -274,21 +291,22 @@ class Trainer:
         return learner
 
     def drop(self, learner: Trainee) -> None:
-        """Out of memory; what is not written is lost."""
+        """Remove an adapter from memory without writing its state."""
         del self.learners[learner.name]
         self.attachment.use()
         self.attachment.remove(learner.name)
 
     def adapter(self, learner: Trainee) -> Adapter:
-        """A copy of it as it is now."""
+        """Return a copy of the adapter's current weights."""
         return self.attachment.adapter(learner.name)
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def step(self, works: Sequence[PassWork]) -> list[PassWork]:
-        """One pass over the next rows of works that are not done, the first before the others; those that had
-        some. Raises TrainingError for a loss that is not finite (the gradients of those works are then not to
-        be used), and ResourceError."""
+        """Run one pass over the next rows of unfinished works; return works with rows.
+
+        The first work has priority. Raises TrainingError for a non-finite loss (the gradients of these works
+        must not be used) and ResourceError."""
         first, *others = works
         beside = [] if first.learner.alone else [work for work in others if not work.learner.alone]
         parts = self._parts([first, *beside])
@@ -308,7 +326,9 @@ class Trainer:
         return [work for work, _ in parts]
 
     def _parts(self, works: Sequence[PassWork]) -> list[tuple[PassWork, list[TrainRow]]]:
-        """A row of each in turn until a pass is full, of one learner in one work at a time."""
+        """Return each work's rows of the next pass: one row in turn until it is full.
+
+        Each learner takes part with one work only."""
         own: dict[str, PassWork] = {}
         for work in works:
             own.setdefault(work.learner.name, work)
@@ -325,7 +345,7 @@ class Trainer:
         return [(own[name], rows) for name, rows in taken.items() if rows]
 
     def _pass(self, parts: Sequence[tuple[PassWork, list[TrainRow]]]) -> list[tuple[list[Tensor], float]]:
-        """Forward, and backward of those that want it: the rows' log-probabilities and their loss, for each part."""
+        """Run forward, and backward if requested; return (logps of rows, loss) per part."""
         rows = [row for _, own in parts for row in own]
         device = self.base.device
         lengths = [len(row.ids) for row in rows]
@@ -360,7 +380,7 @@ class Trainer:
             looking = [p for work, _ in parts if not work.backward for p in work.learner.parameters.values()]
             untouched = [p for p in looking if p.grad is None]
             torch.stack(wanted).sum().backward()  # type: ignore[no-untyped-call]
-            for parameter in untouched:  # zeros, from the rows beside its own
+            for parameter in untouched:  # zeros, from other clients' rows
                 parameter.grad = None
         totals = torch.stack(losses).tolist()
         return [([p.cpu() for p in own], total) for own, total in zip(found, totals, strict=True)]
@@ -368,7 +388,7 @@ class Trainer:
     def _logps(
         self, rows: Sequence[TrainRow], hidden: Tensor, acting: Callable[[], AbstractContextManager[Any]]
     ) -> list[Tensor]:
-        """Of each row, in the shape of its targets."""
+        """Return each row's log-probabilities, in the shape of its targets."""
         counts, device = [len(row.targets) for row in rows], hidden.device
         if len({row.targets.shape[1] for row in rows}) == 1:
             targets = sent(torch.cat([row.targets for row in rows]), device)
@@ -381,8 +401,10 @@ class Trainer:
         return [part[:, 0] if row.flat else part for row, part in zip(rows, parts, strict=True)]
 
     def optimise(self, learner: Trainee, adam: Adam) -> dict[str, float]:
-        """One step by the gradients since the last one, which are then gone. Raises TrainingError where there
-        are none, or one is not finite: nothing has changed then but that they are gone."""
+        """Step the optimizer with the gradients since the last step, and clear them.
+
+        Raises TrainingError without gradients or with a non-finite gradient; the weights are then unchanged
+        and the gradients cleared."""
         parameters = [p for p in learner.parameters.values() if p.grad is not None]
         if not parameters:
             raise TrainingError("there is no gradient", fix="forward_backward comes before optim_step")
@@ -400,7 +422,9 @@ class Trainer:
     # -- on disk -------------------------------------------------------------------------------------------------------
 
     def write(self, learner: Trainee, folder: Path, number: int) -> None:
-        """The whole state, gradients too, as number `number`; what was there before goes once this is whole."""
+        """Save the whole state, including gradients, as number `number`.
+
+        Removes the previous state once the new one is complete."""
         gradients = {f"{k}{_GRADIENT}": p.grad for k, p in learner.parameters.items() if p.grad is not None}
         save_checkpoint(
             folder,
@@ -413,8 +437,10 @@ class Trainer:
         )
 
     def read(self, learner: Trainee, folder: Path, optimizer: bool = True) -> int:
-        """The newest state of `folder`, and its number. `optimizer`: its moments and gradients too, or the
-        weights alone. Raises CheckpointError where there is none, or it is of another kind of adapter."""
+        """Load the newest state of `folder` and return its number.
+
+        `optimizer`: also load moments and gradients. Raises CheckpointError without a state, or for a state
+        of another kind of adapter."""
         path = newest_state(folder)
         kept = list(read_checkpoint(path)["about"]["gradients"])
         gradients = {name: torch.empty_like(learner.parameters[name.removesuffix(_GRADIENT)]) for name in kept}
@@ -426,14 +452,14 @@ class Trainer:
         try:
             progress = restore(path, parameters=state, optimizer=learner.optimizer, identity={}).progress
         finally:
-            rng_restore(before)  # others draw from them meanwhile
+            rng_restore(before)  # other code uses the global generators
         for name, gradient in gradients.items():
             learner.parameters[name.removesuffix(_GRADIENT)].grad = gradient
         return progress.step
 
 
 def newest_state(folder: Path) -> Path:
-    """Raises CheckpointError where there is none."""
+    """Return the folder of the newest state. Raises CheckpointError without a state."""
     found = latest(folder)
     if found is None:
         raise CheckpointError("there is no state", where=folder.name)

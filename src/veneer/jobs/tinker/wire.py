@@ -1,9 +1,9 @@
-"""What Tinker's SDK sends and expects as protobuf (docs/notes/tinker.md): rows in, log-probabilities and samples out.
+"""Protobuf messages of Tinker's SDK (docs/notes/tinker.md).
 
     head = read_head(body)                     ForwardHead: model, request number, memory needed to unpack
     asked = read_forward(body)                 ForwardAsked: also rows and loss
-    forward_bytes(outputs, metrics)            what its future gives back
-    sample_bytes(sequences, …)                 that of a sampling future
+    forward_bytes(outputs, metrics)            result of a forward request
+    sample_bytes(sequences, …)                 result of a sampling request
 
 `protobuf` reads and writes the messages of `_MESSAGES`. Before it unpacks a request, the request's fields are
 counted, because an empty row has 2 bytes on the wire but 500 in memory. Unknown fields are ignored.
@@ -28,18 +28,20 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _NUMPY = {1: "<f4", 2: "<i8", 3: "<i4"}
 _FLOAT = 1
 _LARGEST = 1 << 28
-"""Bytes of tensors in one request: those that are mostly zeros take next to nothing on the wire."""
+"""Maximum bytes of a request's tensors, unpacked: sparse ones are small on the wire."""
 _FIELDS = 1 << 18
-"""Most fields of a request, counting those of nested messages."""
+"""Maximum fields of a request, including nested messages."""
 _ROW, _COPIES = 512, 3
-"""Bytes of memory per row besides its tensors; number of copies of the tensors during the checks."""
+"""Bytes of memory per row besides tensors; copies of the tensors during checks."""
 _ABSENT = -99999.0
-"""The log-probability of a token that is not there, in a table of the most likely ones."""
+"""Log-probability of padding in a top-k table."""
 
 
 @dataclass(frozen=True, eq=False)
 class WireRow:
-    """`tokens`: (n,) of the input. `inputs`: the loss's tensors by name. `other`: what the input has beside text."""
+    """A row. `tokens`: (n,) input ids; `inputs`: the loss's tensors by name.
+
+    `other`: kind of input that is not text, or ""."""
 
     tokens: Array
     inputs: Mapping[str, Array]
@@ -48,7 +50,9 @@ class WireRow:
 
 @dataclass(frozen=True, eq=False)
 class ForwardAsked:
-    """`seq`: the number of the request among all that its client sends, from 1. `options`: of the loss."""
+    """A forward request.
+
+    `seq`: number of the request within its client, from 1. `options`: options of the loss."""
 
     model: str
     seq: int
@@ -60,8 +64,9 @@ class ForwardAsked:
 
 @dataclass(frozen=True)
 class ForwardHead:
-    """The part of a request that can be read without creating tensors. `tokens`: of all rows. `memory`: bytes
-    needed to unpack and check the request."""
+    """The part of a request that can be read without creating tensors.
+
+    `tokens`: tokens of all rows. `memory`: bytes needed to unpack and check the request."""
 
     model: str
     seq: int
@@ -70,13 +75,17 @@ class ForwardHead:
 
 
 def read_head(body: bytes) -> ForwardHead:
-    """Read a request's sizes without creating tensors. Raises Refused: 413 for tensors or fields over a
-    limit, 400 for bytes that are not a forward_backward message."""
+    """Read a request's sizes without creating tensors.
+
+    Raises Refused: 413 for tensors or fields over a limit, 400 for bytes that are not a forward_backward
+    message."""
     return _head(_parsed(body))
 
 
 def read_forward(body: bytes) -> ForwardAsked:
-    """Read a whole request. Raises Refused like `read_head`, before any tensor is created."""
+    """Read a whole request.
+
+    Raises Refused like `read_head`, before any tensor is created."""
     message = _parsed(body)
     _head(message)
     options = {entry.name: entry.value for entry in message.old_options}
@@ -144,7 +153,7 @@ def _row(row: Any) -> WireRow:
 
 
 def _tensor(tensor: Any) -> Array:
-    """Return a tensor, given dense or in compressed rows whose other values are 0. Raises ValueError."""
+    """Return a tensor from a dense or CSR (sparse) message. Raises ValueError."""
     if tensor.kind not in _NUMPY:
         raise ValueError(f"a tensor of the kind {tensor.kind}")
     shape, sparse = list(tensor.shape), tensor.sparse
@@ -167,7 +176,10 @@ def _tensor(tensor: Any) -> Array:
 
 
 def forward_bytes(outputs: Sequence[Mapping[str, Array]], metrics: Mapping[str, float]) -> bytes:
-    """`outputs`: of each row, float32; a name's tensors share all but their first size. Rows whose do not are apart."""
+    """Return the result of a forward request.
+
+    `outputs`: each row's tensors by name, float32. Consecutive rows share a record if each name's tensors
+    agree in all sizes but the first."""
     made, at = _Outputs(kind="ArrayRecord"), 0
     while at < len(outputs):
         shapes = {name: value.shape[1:] for name, value in outputs[at].items()}
@@ -189,7 +201,7 @@ def forward_bytes(outputs: Sequence[Mapping[str, Array]], metrics: Mapping[str, 
 
 @dataclass(frozen=True, eq=False)
 class WireSample:
-    """`top`: (token, log p) of the most likely ones at each place, where they are asked for."""
+    """A sample. `top`: (token, log p) of likeliest tokens per position, if requested."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
@@ -205,8 +217,10 @@ def sample_bytes(
     top: int = 0,
     cached: int = 0,
 ) -> bytes:
-    """`prompt`: log p of the prompt's tokens; None for those that have none. `top`: how many of the most
-    likely tokens are in `top_prompt`, and at least in the samples' own."""
+    """Return the result of a sampling request.
+
+    `prompt`: log p of the prompt's tokens; None for tokens without one. `top`: number of likeliest tokens in
+    `top_prompt`, and the minimum in the samples."""
     made = _Samples(cached=cached)
     for sample in samples:
         one = made.sequences.add(stop=0 if sample.stopped else 1)
@@ -252,9 +266,9 @@ _MESSAGES = {
     "Sequence": ["int stop", "bytes tokens", "bytes logprobs", "Table top"],
     "Samples": ["Sequence* sequences", "bytes prompt", "Table top_prompt", "int cached"],
 }  # fmt: skip
-"""The fields of each message, numbered from 1; `*` and `ints` are repeated."""
+"""Fields of each message, numbered from 1; `*` and `ints` are repeated."""
 _NESTED = {3: {1: {1: {}}, 2: {2: {2: {}}}}, 5: {}, 7: {2: {}}}
-"""The nested messages of a request, by the numbers of their fields."""
+"""Nested messages of a request, by field number."""
 
 
 def _classes() -> dict[str, Any]:
@@ -283,8 +297,9 @@ _Forward, _Outputs, _Samples = (_classes()[name] for name in ("Forward", "Output
 
 
 def _count_fields(data: memoryview, nested: Mapping[int, Any], most: int) -> int:
-    """Return how many fewer fields than `most` a message has, with those of its nested messages; below 0, no
-    further field is read. Raises IndexError for bytes that end in the middle of a field."""
+    """Return `most` minus the number of a message's fields, including nested ones.
+
+    Stops reading when the result falls below 0. Raises IndexError for bytes that end within a field."""
     at = 0
     while at < len(data) and most >= 0:
         most -= 1
