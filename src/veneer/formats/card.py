@@ -1,9 +1,9 @@
-"""The card beside an adapter: `veneer.json` for programs, `README.md` for people.
+"""An adapter's card: `veneer.json` for programs, `README.md` for people.
 
     veneer.json = {"veneer": 1, "digest": "sha256:…", "files": {name: "sha256:…"}, …every field of core.Card}
 
-Keys it does not know are kept in the card's `extra` and reported, so that a card from a later version loses nothing.
-Both files are the same bytes for the same card. Knows JSON and Markdown; nothing of tensors.
+Unknown keys are kept in the card's `extra` and reported, so that a card of a later version loses nothing.
+Equal cards give equal bytes in both files. Uses JSON and Markdown; no tensors.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ MARK = (
 
 @dataclass
 class CardFile:
-    """A card as it stands in a file. `digest` is the adapter's, `files` has the sha256 of the files beside it.
-    `unknown`: the keys that were not understood; they are in `card.extra` too."""
+    """A card read from a file.
+
+    `digest`: the adapter's. `files`: sha256 of the other files in the folder. `unknown`: unknown keys, also
+    in `card.extra`."""
 
     card: Card
     digest: str = ""
@@ -43,7 +45,7 @@ class CardFile:
 
 
 def file_digest(data: Path | Iterable[bytes | memoryview]) -> str:
-    """The sha256 of a file, or of its bytes in chunks, as `sha256:` and hexadecimal."""
+    """Return the sha256 of a file, or of bytes in chunks, as `sha256:<hex>`."""
     if isinstance(data, Path):
         with data.open("rb") as file:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
@@ -54,7 +56,7 @@ def file_digest(data: Path | Iterable[bytes | memoryview]) -> str:
 
 
 def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None = None) -> bytes:
-    """`veneer.json`. Raises AdapterError for anything in the card that JSON cannot hold."""
+    """Return the bytes of `veneer.json`. Raises AdapterError for values that JSON cannot hold."""
     body = {"veneer": _VERSION, "digest": digest, "files": dict(files or {}), **card.to_dict()}
     try:
         text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -64,7 +66,7 @@ def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None 
 
 
 def read_card(folder: str | Path) -> CardFile:
-    """The card in a folder. Raises one AdapterError that lists every field of the wrong type."""
+    """Read the card in a folder. Raises one AdapterError listing every field of wrong type."""
     path = Path(folder) / CARD_FILE
     where = str(path)
     try:
@@ -103,7 +105,7 @@ def read_card(folder: str | Path) -> CardFile:
 
 
 def _type_problem(value: Any, like: Any) -> str | None:
-    """Whether `value` is of the kind of `like`, the field's default."""
+    """Return what is wrong with the type of `value`, given the field's default `like`, or None."""
     if isinstance(like, float):
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return None if ok else "a number is expected"
@@ -116,9 +118,9 @@ def _type_problem(value: Any, like: Any) -> str | None:
 
 
 def sample_messages(extra: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The prompt that a card keeps under `extra["sample"]`, as the messages of the row it came from; [] without one.
+    """Return the messages of a card's sample prompt (`extra["sample"]`), or [].
 
-    Older cards kept the text of the user alone."""
+    They are the messages of a training row. Older cards stored only the user's text."""
     sample = extra.get("sample") if isinstance(extra, Mapping) else None
     if not isinstance(sample, Mapping):
         return []
@@ -133,7 +135,7 @@ def _is_text_message(message: Any) -> bool:
 
 
 def opening(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """How the conversation of a row begins: (system message, first text of the user); "" for what it lacks."""
+    """Return the (system message, first user text) of a conversation; "" if missing."""
     system = ""
     for message in messages:
         role, content = message.get("role"), message.get("content")
@@ -147,7 +149,7 @@ def opening(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def is_ours(readme: Path) -> bool:
-    """Whether a README may be replaced: it carries the line that says so."""
+    """Return whether a README has veneer's mark, so that it can be replaced."""
     try:
         return MARK in readme.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -155,7 +157,7 @@ def is_ours(readme: Path) -> bool:
 
 
 def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: str = "adapter") -> bytes:
-    """`README.md`: the front matter that hubs read, what is known of the adapter, and how to use it."""
+    """Return `README.md`: front matter for hubs, facts about the adapter, and how to use it."""
     import yaml
 
     card = adapter.card
@@ -203,7 +205,7 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
 
 
 def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
-    """`messages`: a prompt as the rows of the run had it."""
+    """Return usage code. `messages`: a prompt in the form of the run's rows."""
     system, _ = opening(messages)
     asked = generate_command(base, "FOLDER", messages)
     about = [f"Its rows had this system message: give it with every prompt.\n\n{_fenced(system)}\n"] if system else []
@@ -218,20 +220,20 @@ def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _own_copy(base: str) -> list[str]:
-    """Where the very weights are that the adapter was trained on."""
+    """Return where to get the exact weights that the adapter was trained on."""
     copy = f"It was trained on veneer's copy of `{hub_id(base)}`, called `{base}`, whose weights were quantized once."
     return ["", f"{copy} `veneer base get {base}` prints the folder of the copy, which `from_pretrained` takes too."]
 
 
 def generate_command(base: str, adapter: str, messages: Sequence[Mapping[str, str]]) -> str:
-    """The command that asks an adapter as the rows of its run did: with their system message."""
+    """Return the command that prompts an adapter like its training rows, with system message."""
     system, text = opening(messages)
     command = f"veneer generate {shlex.quote(text or '…')} --base {shlex.quote(base)} --adapter {shlex.quote(adapter)}"
     return f"{command} --system {shlex.quote(system)}" if system else command
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """A code block of Markdown, with a fence that the text itself cannot close."""
+    """Return a Markdown code block with a fence longer than any in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 

@@ -1,8 +1,8 @@
-"""Whether an adapter read back from what was written is the one that was meant, module by module, by ΔW.
+"""Compare a written adapter with the one read back, module by module, by ΔW.
 
     ‖s·B·A − s'·B'·A'‖ / ‖s·B·A‖     from the Gram matrices of the factors [s·B, −s'·B'] and [A; A'], in float64
 
-so that nothing of the weight's size is made for a pair. Knows two adapters; nothing of files.
+No matrix of the weight's size is created for a pair. Compares two adapters in memory; reads no files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from veneer.core.truncate import distance, factors
 
 TOLERANCE = 1e-6
 Refusals = defaultdict[str, list[str]]
-"""Why something cannot be written, and the way out -> the modules it is true of."""
+"""(Reason why something cannot be written, workaround) -> affected modules."""
 
 
 def differences(meant: Adapter, got: Adapter) -> list[str]:
-    """One line for each module that would not have the same effect. A part that nothing changes may come back as a
-    change by zero: fused projections are written whole."""
+    """Return one line for each module with a different effect.
+
+    An unchanged part can be read back as a zero change, because fused projections are written whole."""
     out = []
     for name in sorted({*meant.pairs, *got.pairs}):
         a, b = meant.pairs.get(name), got.pairs.get(name)
@@ -52,7 +53,7 @@ def differences(meant: Adapter, got: Adapter) -> list[str]:
 
 
 def _replaced(adapter: Adapter) -> dict[str, Tensor]:
-    """Full copies, rows of tokens and learned words, each under a name that says all that must be the same."""
+    """Return full copies, token rows and learned words, under names with all that must match."""
     out = {f"{name}.{key}": t for name, own in adapter.modules.items() for key, t in own.items()}
     out |= {f"{name}, rows {rows.indices}": rows.rows for name, rows in adapter.token_rows.items()}
     return out | {f"{name}, {word!r}": t for name, own in adapter.new_tokens.items() for word, t in own.items()}
@@ -74,7 +75,7 @@ def _same_magnitude(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _shape(pair: Pair) -> tuple[int, ...]:
-    """(out, in) with a kernel's 1×1 left out."""
+    """(out, in) and the kernel size, unless it is 1×1."""
     A = pair.A
     tail = A.shape[2:] if pair.kind != "experts" and math.prod(A.shape[2:]) != 1 else ()
     first = 1 if pair.kind == "experts" else 0
@@ -82,7 +83,7 @@ def _shape(pair: Pair) -> tuple[int, ...]:
 
 
 def relative_error(a: Pair, b: Pair) -> float:
-    """‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius); where ΔW_a is zero, ‖ΔW_b‖."""
+    """‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius); ‖ΔW_b‖ if ΔW_a is zero."""
     if _same(a, b):
         return 0.0
     (A, B), (C, D) = factors(a), factors(b)

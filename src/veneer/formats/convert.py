@@ -1,4 +1,4 @@
-"""An adapter written in another tool's layout: exactly, or not at all.
+"""Write an adapter in another tool's layout, exactly or not at all.
 
 | to        | written                                    | names                   | cannot hold                   |
 | peft      | folder: a denoiser's, or a text model's    | the model's own         | what formats/peft.py refuses  |
@@ -10,10 +10,10 @@
 | tgi       | the same, in every layer of the base       | the model's own         | the same, embeddings, lm_head |
 | gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same                      |
 
-Fused projections are joined at the same rank where their parts share A, block-diagonally elsewhere, with zero rows for
-a part that nothing changes. Before anything reaches the disk it is read back and compared by ΔW
-(formats/comparison.py), and its names are looked up as the target's own loader does (formats/loaders.py). All
-that cannot be expressed is one AdapterError: every module, why, and the nearest way.
+Fused projections are joined at the same rank if their parts share A, otherwise block-diagonally, with zero
+rows for an unchanged part. Before writing, the result is read back and compared by ΔW
+(formats/comparison.py), and its names are looked up by the rules of the target's loader (formats/loaders.py).
+One AdapterError lists every module that the layout cannot express, why, and the closest alternative.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ _PIPELINES = ("kohya", "diffusers", "comfyui")
 
 
 def target_of(out: str | Path, like: str = "") -> str:
-    """The layout for a new file or folder: a folder is PEFT's; what ends in .safetensors has the layout of the adapter
-    it is made from (`like`) if that is one, else kohya's, which most tools read; what ends in .gguf is llama.cpp's."""
+    """Return the layout for a new file or folder.
+
+    A folder: peft. A .safetensors file: the layout of the source adapter (`like`) if it is a file layout,
+    else kohya, which most tools read. A .gguf file: gguf."""
     ending = Path(out).suffix
     if ending == ".safetensors":
         return like if like in _PIPELINES else "kohya"
@@ -67,7 +69,9 @@ def target_of(out: str | Path, like: str = "") -> str:
 
 @dataclass(frozen=True)
 class EncodedAdapter:
-    """A layout, before it is a file. `config`: PEFT's, {} for the others. `notes`: what its reader should know."""
+    """An adapter in a layout, before it is written.
+
+    `config`: PEFT's, {} for other layouts. `notes`: messages for the user."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -77,9 +81,10 @@ class EncodedAdapter:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What was written. `digest`: the adapter's, as anyone reading it gets it. `files`: name -> "sha256:…".
+    """The result of writing an adapter.
 
-    `hashes`: of the one file, as A1111 and CivitAI show them; None for a folder. `ranks`: rank -> how many modules."""
+    `digest`: the digest of the adapter as read back. `files`: name -> "sha256:…". `hashes`: of a single file,
+    as A1111 and CivitAI show them; None for a folder. `ranks`: rank -> number of modules."""
 
     path: Path
     to: str
@@ -101,13 +106,14 @@ def encode(
     head_dim: int | None = None,
     layers: int | None = None,
 ) -> EncodedAdapter:
-    """The tensors, metadata and configuration of `adapter` as `to`, one of TARGETS, has it; checked by reading them.
+    """Return `adapter` as tensors, metadata and config in layout `to`, checked by reading back.
 
-    `family`: of the image model, by its name in `topology.families()`, by default what the modules, their widths and
-    the card tell; for gguf the architecture as llama.cpp calls it. `metadata`: goes over what is written from the card,
-    for the three that have one. `dtype`: every tensor is rounded to it first. Of the base: `head_dim`, rows of a head,
-    which gguf needs for Llama's q and k; `layers`, how many, which tgi needs. Raises one AdapterError that lists every
-    module which `to` cannot express, with the reason and the nearest way."""
+    `to`: one of TARGETS. `family`: of the image model, a name in `topology.families()`, by default found from
+    modules, widths and card; for gguf llama.cpp's name of the architecture. `metadata`: overrides metadata
+    from the card, in the three layouts with metadata. `dtype`: every tensor is rounded to it first.
+    `head_dim`: the base's rows per head, needed by gguf for Llama's q and k. `layers`: the base's number of
+    layers, needed by tgi. Raises one AdapterError listing every module that `to` cannot express, with the
+    reason and the closest alternative."""
     meant, notes = _meant(adapter, to, dtype)
     if to == "gguf":
         with TemporaryDirectory() as folder:
@@ -129,9 +135,10 @@ def write(
     head_dim: int | None = None,
     layers: int | None = None,
 ) -> WriteReport:
-    """Write `adapter` to `out` as `encode` has it: a folder for peft and vllm, one file for the others.
+    """Write `adapter` to `out` in layout `to`: a folder for peft, vllm and tgi, else one file.
 
-    Whole or not at all, and equal adapters give equal bytes. Raises as `encode`, and ResourceError for a full disk."""
+    Arguments: as in `encode`. Writes atomically; equal adapters give equal bytes. Raises as `encode`, and
+    ResourceError for a full disk."""
     path = Path(out)
     meant, notes = _meant(adapter, to, dtype)
     _check_name(path, to)
@@ -158,12 +165,14 @@ def write(
 
 
 def layout_ending(to: str) -> str:
-    """What the name of an adapter in this layout ends in; "" for a folder's."""
+    """Return the file extension of a layout; "" for a folder."""
     return "" if to in _FOLDERS else ".gguf" if to == "gguf" else ".safetensors"
 
 
 def _check_name(path: Path, to: str) -> None:
-    """Readers choose by the ending; and a folder in a file's place would have to be removed."""
+    """Raise AdapterError if the extension does not fit the layout, or a folder is in the way.
+
+    Readers choose a format by the extension."""
     ending = layout_ending(to)
     if ending and path.suffix != ending:
         raise AdapterError(f"{to} is one file, called …{ending}", where=str(path), fix=f"{path.name}{ending}")
@@ -175,7 +184,10 @@ def _check_name(path: Path, to: str) -> None:
 
 @dataclass(frozen=True)
 class _Done:
-    """`written`: the adapter in the shape in which it was written; `back`: as read back; `pairs`: of the layout."""
+    """The result of an encoding.
+
+    `written`: the adapter in the shape in which it was written. `back`: the adapter read back. `pairs`: the
+    layout's pairs."""
 
     encoded: EncodedAdapter
     written: Adapter
@@ -189,7 +201,7 @@ def _ranks(done: _Done) -> dict[int, int]:
 
 
 def _meant(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[str]]:
-    """What is to be expressed: the adapter without origins, on the CPU, rounded; and how far that moved it."""
+    """Return the adapter to write (no origins, on the CPU, rounded) and notes on the rounding."""
     if to not in TARGETS:
         raise AdapterError(f"there is no layout {to!r}", fix=", ".join(TARGETS))
     meant, notes = _rounded(adapter.collapsed().mapped(lambda t: t.detach().cpu()), dtype)
@@ -200,7 +212,7 @@ def _meant(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[
 
 
 def _advised(meant: Adapter, to: str, family: str | None, make: Callable[[], _Done]) -> _Done:
-    """What `make` gives. A refusal of it that says no way out is given one."""
+    """Return the result of `make`; add a workaround to an error without one."""
     try:
         return make()
     except AdapterError as error:
@@ -210,7 +222,7 @@ def _advised(meant: Adapter, to: str, family: str | None, make: Callable[[], _Do
 
 
 def _elsewhere(meant: Adapter, to: str, family: str | None) -> str:
-    """Which other layouts hold the adapter whole: those are advised that were tried."""
+    """Return which other layouts can hold the whole adapter, by trying them."""
     held = []
     for other in ("peft", *_PIPELINES, "vllm"):
         try:
@@ -260,8 +272,9 @@ def _encoded(
 
 
 def _folder_digest(meant: Adapter, done: _Done) -> str | None:
-    """What reading a folder gives where a family's names are seen in the folder's own: the digest under canonical
-    names. None where the folder's names are the adapter's."""
+    """Return the folder's digest under canonical names, as a reader gets it.
+
+    None if the folder's names are the adapter's own."""
     part = component_of(next(iter(leaves_of(meant)), ""))
     names = dict.fromkeys(leaves_of(done.back))
     choice = choose_family(names)
@@ -271,7 +284,7 @@ def _folder_digest(meant: Adapter, done: _Done) -> str | None:
 
 
 def _servable(meant: Adapter, to: str) -> Adapter:
-    """The adapter itself. Raises one AdapterError that lists what the server cannot hold."""
+    """Return the adapter. Raises one AdapterError listing what the server cannot hold."""
     refused: Refusals = defaultdict(list)
     refuse_unservable(meant, leaves_of(meant), {"vllm": "vLLM", "tgi": "TGI", "gguf": "llama.cpp"}[to], refused)
     _raise(refused, to, meant)
@@ -281,7 +294,7 @@ def _servable(meant: Adapter, to: str) -> Adapter:
 def _gguf(
     meant: Adapter, path: Path, architecture: str | None, head_dim: int | None, name: str, notes: list[str]
 ) -> _Done:
-    """Writes the file at `path`, and reads it back."""
+    """Write the file at `path` and read it back."""
     written = folded(_servable(meant, "gguf"))
     if architecture is None:
         raise AdapterError(
@@ -298,7 +311,7 @@ def _gguf(
 
 
 def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
-    """The adapter in `dtype`, and how far that moved it."""
+    """Return the adapter in `dtype`, and a note on the rounding error."""
     if dtype is None:
         return adapter, []
     if dtype not in DTYPES:
@@ -309,7 +322,9 @@ def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
 
 
 def _raise(refused: Refusals, to: str, meant: Adapter) -> None:
-    """One error with every module that is in the way, by reason; a reason that holds for all of them names none."""
+    """Raise one error with every refused module, by reason.
+
+    A reason that applies to all modules names none."""
     if not refused:
         return
     lines = []
@@ -341,7 +356,9 @@ def _reach(meant: Adapter, tensors: Mapping[str, Tensor], to: str, family: Famil
 
 
 def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
-    """The adapter under the names that its model itself has, without the component: the denoiser, or a text model."""
+    """Return the adapter under its model's own names, without the component.
+
+    The model is the denoiser or a text model."""
     for module, pair in adapter.pairs.items():
         if pair.magnitude is not None and pair.magnitude.ndim > 1:
             refused["PEFT has no magnitude along the inputs; merge it into the base"].append(module)
@@ -357,7 +374,7 @@ def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
 
 
 def _family(adapter: Adapter, name: str | None, to: str) -> Family:
-    """The family given, or the one that the adapter's modules, their widths and its card tell."""
+    """Return the given family, or the one found from modules, widths and card."""
     known = families()
     if name is not None:
         if name not in known:
@@ -388,7 +405,7 @@ def _shape(adapter: Adapter, module: str) -> tuple[int, int] | None:
 def _for_pipelines(
     meant: Adapter, to: str, family: Family, metadata: Mapping[str, str], name: str, notes: list[str]
 ) -> _Done:
-    """kohya, comfyui, diffusers: one safetensors file with the card in its metadata."""
+    """Write kohya, comfyui or diffusers: one safetensors file with the card in its metadata."""
     refused: Refusals = defaultdict(list)
     leaves = leaves_of(meant)
     for module in meant.token_rows:
@@ -405,7 +422,8 @@ def _for_pipelines(
     else:
         tensors, pairs, more = kohya_tensors(leaves, family, to, refused)
         notes = [*notes, *more]
-        # Joined parts look as sd-scripts' split_qkv does, where alpha is for the rank of one part; here it is not.
+        # Joined parts look like sd-scripts' split_qkv, whose alpha refers to one part's rank; here alpha
+        # refers to the whole rank.
         extra["ss_network_args"] = '{"split_qkv": "False"}'
     _raise(refused, to, meant)
     card = replace(meant.card, kind=meant.card.kind or "image")
@@ -423,7 +441,9 @@ def _for_pipelines(
 
 
 def _own_ranks(leaves: Mapping[str, Leaf], family: Family) -> dict[str, Leaf]:
-    """The parts of a block-diagonal fused pair with their own ranks alone: the same ΔW without the other parts' A."""
+    """Return the parts of a block-diagonal fused pair at their own ranks.
+
+    ΔW stays the same; each part loses the other parts' A."""
     parts = {p.module for places in family.originals.values() for p in places if p.part is not None}
     return {
         module: replace(leaf, pair=trimmed(leaf.pair)) if module in parts and leaf.pair is not None else leaf

@@ -1,12 +1,12 @@
-"""An adapter as diffusers' own LoRA files have it, and only what its loader gives the right effect.
+"""Write an adapter in diffusers' LoRA format, if its loader applies it correctly.
 
     key = component.name_in_its_class.lora_A.weight, .lora_B.weight, .lora_magnitude_vector, .lora_B.bias
     metadata["lora_adapter_metadata"] = {"unet.r": 16, "unet.lora_alpha": 8, "unet.alpha_pattern": {…}, …}
 
-Ranks and scales are in that JSON: PEFT's LoraConfig, one for each component, which diffusers (0.34 and later) takes as
-it is. An older one reads the tensors alone and takes every scale for 1. What diffusers 0.42 does with the rest:
+Ranks and scales are in the JSON, as PEFT's LoraConfig of each component, which diffusers 0.34 and later uses.
+Older versions read only the tensors and use scale 1. What diffusers 0.42 does with other contents:
 
-| what                                     | diffusers                                                                |
+| content                                  | diffusers                                                                |
 | dora_scale, LoHa, LoKr, diff, diff_b, …  | dropped with a warning at most, or an error                              |
 | DoRA of the outputs                      | right, if every module of the component has it (one switch: use_dora)    |
 | a change of the bias, with its pair's s  | right, if every module of the component has one (one switch: lora_bias)  |
@@ -14,7 +14,7 @@ it is. An older one reads the tensors alone and takes every scale for 1. What di
 | a text encoder without attention pairs   | an error                                                                 |
 | FLUX.1's norm_q, norm_k, norm_added_…    | a whole new weight, by name                                              |
 
-Knows diffusers' names, which are the canonical ones; nothing of other tools.
+Uses diffusers' names, which are the canonical ones.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ _ELSEWHERE = "merge it into the base"
 def diffusers_tensors(
     leaves: Mapping[str, Leaf], family: Family, refused: Refusals
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The tensors, and the PEFT settings by component. What cannot be said goes to `refused`; then both are partial."""
+    """Return the tensors, and the PEFT settings by component.
+
+    Contents that the format cannot hold are added to `refused`; the result is then partial."""
     parts: dict[str, dict[str, Leaf]] = defaultdict(dict)
     tensors: dict[str, Tensor] = {}
     for module, leaf in leaves.items():
@@ -79,7 +81,7 @@ def _is_norm(module: str, leaf: Leaf, family: Family) -> bool:
 
 
 def _are_sayable(own: Mapping[str, Leaf], component: str, refused: Refusals) -> bool:
-    """Whether PEFT's settings can say all of a component's leaves; the reasons go to `refused`."""
+    """Return whether PEFT's settings can express a component; adds reasons to `refused`."""
     before = sum(map(len, refused.values()))
     for module, leaf in own.items():
         for parameter, delta in leaf.deltas.items():
@@ -116,11 +118,12 @@ def _is_lora_bias(leaf: Leaf, parameter: str, delta: Delta) -> bool:
 def _component(
     own: Mapping[str, Leaf], component: str, known: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As a PEFT folder of the component alone; `known`: all its modules, so that target_modules means these and no
-    others. transformers' CLIP text models have dropped the `text_model.` that their
-    adapters still have, and diffusers takes it off where it must: settings without it, unanchored, match both. A text
-    encoder's magnitude is found only under the name it has in memory, with `.weight`; without, transformers leaves it
-    out and says nothing."""
+    """Return a component's tensors and settings, as a PEFT folder of it.
+
+    `known`: all modules of the component, so that target_modules matches exactly the adapter's. transformers'
+    CLIP text models have dropped the `text_model.` that adapter files still have, and diffusers removes it if
+    necessary: unanchored settings without it match both. A text encoder's magnitude is only found under its
+    name in memory, with `.weight`; without, transformers ignores it silently."""
     lead = f"{component}.text_model." if component.startswith("text_encoder") else f"{component}."
     pairs: dict[str, Pair] = {}
     deltas: dict[str, Delta] = {}

@@ -1,17 +1,17 @@
-"""What other tools would make of an adapter's file as it is: what each does not load, or takes for something else.
+"""Predict what other tools do with an adapter's file: load it, refuse it or misread it.
 
-| tool                  | looked at                                            | how it is known                     |
+| tool                  | version                                              | method                              |
 | PEFT                  | 0.21                                                 | run (tests/formats/test_elsewhere)  |
 | diffusers             | 0.42                                                 | run                                 |
-| sd-scripts, A1111     | networks/lora.py 02298e3; A1111's network_*.py,      | read                                |
-|                       | as Forge has them                                    |                                     |
-| ComfyUI               | comfy/lora.py 17358c8f, weight_adapter/lora.py       | read                                |
+| sd-scripts, A1111     | networks/lora.py 02298e3; A1111's network_*.py,      | source read                         |
+|                       | in the version of Forge                              |                                     |
+| ComfyUI               | comfy/lora.py 17358c8f, weight_adapter/lora.py       | source read                         |
 | vLLM                  | 0.32                                                 | run (docs/how-to/vllm.md)           |
-| TGI                   | January 2026, db931fcf                               | read                                |
-| llama.cpp             | convert_lora_to_gguf.py 0b03adaa                     | read                                |
+| TGI                   | January 2026, db931fcf                               | source read                         |
+| llama.cpp             | convert_lora_to_gguf.py 0b03adaa                     | source read                         |
 
-A tool of which nothing is said here is not known to do anything wrong, which is less than that it does everything
-right. What is right for each is written by `formats.convert`. Knows files and names; no values of tensors.
+"fine" means that no problem is known, not that the tool is proven correct. `formats.convert` writes the right
+layout for each tool. Uses files and names; no values of tensors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FORMS = {"hadamard": "LoHa", "kronecker": "LoKr", "gain": "(IA)³", "dense": "d
 _LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.+)")
 
 _TOOLS = {"mlx": "mlx-lm", "tinker": "Tinker"}
-"""Other tools' folders that have an adapter_config.json too."""
+"""Other tools whose folders also have an adapter_config.json."""
 
 _Verdict = Literal["fine", "wrong", "refused"]
 _Found = Iterator[tuple[_Verdict, str]]
@@ -51,9 +51,11 @@ _Found = Iterator[tuple[_Verdict, str]]
 
 @dataclass(frozen=True)
 class ElsewhereVerdict:
-    """`verdict`: refused, where the tool does not load the file; wrong, where it does, and does something else than is
-    meant; fine, where neither is known. `why`: of the first two; for the last what its user should know. `to`: the
-    layout that is right for it, one of convert.TARGETS. `version`: which was looked at."""
+    """What a tool does with a file.
+
+    `verdict`: refused, if the tool does not load the file; wrong, if it loads it with another effect; fine,
+    if no problem is known. `why`: reasons, or for fine, notes for the user. `to`: the right layout for the
+    tool, one of convert.TARGETS. `version`: the tool's version."""
 
     tool: str
     version: str
@@ -64,7 +66,7 @@ class ElsewhereVerdict:
 
 @dataclass(frozen=True)
 class _File:
-    """What is known of a file without its values."""
+    """A file's facts without tensor values."""
 
     path: Path
     reading: Reading
@@ -80,17 +82,17 @@ class _File:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """PEFT's; {} of what is no such folder."""
+        """PEFT's configuration; {} if this is not a PEFT folder."""
         return read_config(self.path) if (self.path / CONFIG_FILE).is_file() else {}
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder as PEFT writes it."""
+        """Whether the file is a PEFT folder."""
         return bool(self.config) and self.reading.format not in _TOOLS
 
     @property
     def is_no_folder(self) -> str:
-        """Why it is none."""
+        """Why the file is not a PEFT folder."""
         tool = _TOOLS.get(self.reading.format)
         return f"this is a folder of {tool}'s, in names of its own" if tool else "this is one file"
 
@@ -108,13 +110,13 @@ class _File:
 
     @cached_property
     def forms(self) -> Counter[str]:
-        """Form -> changes of a weight that are no pair, and whole new weights."""
+        """Form -> number of weight changes that are not pairs, and of whole new weights."""
         out = Counter(d.form for name, d in self.adapter.deltas.items() if name.endswith(".weight"))
         return out + Counter({"whole new weight": sum("weight" in own for own in self.adapter.modules.values())})
 
     @cached_property
     def dora(self) -> tuple[int, int]:
-        """How many magnitudes there are along the outputs, and along the inputs."""
+        """Number of magnitudes along the outputs, and along the inputs."""
         magnitudes = [p.magnitude for p in self.adapter.pairs.values()]
         magnitudes += [d.magnitude for d in self.adapter.deltas.values()]
         ndims = [m.ndim for m in magnitudes if m is not None]
@@ -122,20 +124,22 @@ class _File:
 
     @cached_property
     def split(self) -> bool:
-        """Fused projections in blocks, whose alpha is for one part."""
+        """Whether there are block-diagonal fused projections whose alpha refers to one part."""
         return any("split_qkv parts" in note for note in self.reading.notes)
 
     def has(self, *suffixes: str) -> int:
-        """How many keys end so."""
+        """Return how many keys end in one of these suffixes."""
         return sum(key.endswith(suffixes) for key in self.keys)
 
     def forms_text(self, *but: str) -> str:
-        """The changes that are no pair, in words: "3 LoKr, 1 difference"."""
+        """Return the changes that are not pairs as text: "3 LoKr, 1 difference"."""
         return ", ".join(f"{n} {_FORMS.get(form, form)}" for form, n in sorted(self.forms.items()) if form not in but)
 
 
 def elsewhere(path: Path, reading: Reading) -> list[ElsewhereVerdict]:
-    """What each tool for its kind of base would do with the adapter at `path`, which was read as `reading`."""
+    """Return what each tool for this kind of base does with the adapter at `path`.
+
+    reading: the adapter as read from `path`."""
     file = _File(path, reading)
     tools: list[tuple[str, str, str, Callable[[_File], _Found]]] = [("PEFT", "0.21", "peft", _peft)]
     if file.of_image:
@@ -170,7 +174,7 @@ def _peft(file: _File) -> _Found:
 
 
 def _diffusers(file: _File) -> _Found:
-    """Through a pipeline's load_lora_weights."""
+    """Check a pipeline's load_lora_weights."""
     family = file.reading.family or ""
     if file.is_gguf:
         yield "refused", "it reads no GGUF adapters"
@@ -308,7 +312,7 @@ def _tgi(file: _File) -> _Found:
 
 
 def _llama_cpp(file: _File) -> _Found:
-    """A GGUF file itself, or a folder through its converter."""
+    """Check a GGUF file, or a folder for llama.cpp's converter."""
     if file.is_gguf:
         return
     if not file.is_folder:

@@ -1,5 +1,4 @@
-"""An adapter's folder: the files that PEFT's and mlx-lm's have, and which file of any has the tensors. Needs no
-torch."""
+"""An adapter's folder: file names of PEFT and mlx-lm, and the tensor file. No torch."""
 
 from __future__ import annotations
 
@@ -10,18 +9,18 @@ from veneer.files.safetensors import PICKLE_SUFFIXES
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_KEY = "veneer.adapter_config"
-"""Metadata of our own tensor files: the configuration, so that the file alone states its scale."""
+"""Metadata key of veneer's tensor files: the configuration, so that the file states its scale."""
 MLX_FILE = "adapters.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PREFERRED = (TENSOR_FILE, "pytorch_lora_weights.safetensors")
 
 
 def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
-    """The file with the tensors of a folder; a file is itself. A folder with PEFT's configuration has them under PEFT's
-    name; another has one file of tensors, or one that is called as diffusers or PEFT call it.
+    """Return the file with a folder's tensors; a file is returned unchanged.
 
-    Raises AdapterError where there is none, or several of which none has such a name; UnsafeFileError for a pickle
-    without `from_pickle`."""
+    With PEFT's configuration: the file with PEFT's name. Otherwise: the only tensor file, or the one named
+    like diffusers' or PEFT's. Raises AdapterError if there is no such file, or several without such a name;
+    UnsafeFileError for a pickle without `from_pickle`."""
     if not folder.is_dir():
         return folder
     if (folder / CONFIG_FILE).is_file():

@@ -1,16 +1,16 @@
-"""A change of a fused projection as changes of its row parts, and back, without touching ΔW.
+"""Split a change of a fused projection into its row parts, and join parts, with the same ΔW.
 
     W = [W₀; W₁; …]      ΔW = s·B·A  ⇒  ΔWᵢ = s·Bᵢ·A          Bᵢ: rows of B, A the same tensor
     back, A the same:    B = [B₀; B₁; …], the same rank
     back, A different:   A = [A₀; A₁; …], B = diag(B₀, B₁, …), the ranks add up; an A of several parts counts once
 
-Scales that differ: with s the largest of them, Bᵢ becomes (sᵢ/s)·Bᵢ, computed in float64 and kept as float32, or as
-float64 where it was. That is exact for 16-bit factors where sᵢ/s has at most 13 significant bits, as quotients of small
-powers of two have, and correct to half a unit in the last place of a float32 otherwise.
+For different scales, s is the largest and Bᵢ becomes (sᵢ/s)·Bᵢ, computed in float64 and kept as float32, or
+as float64 if Bᵢ was float64. This is exact for 16-bit factors if sᵢ/s has at most 13 significant bits, like
+quotients of small powers of two; otherwise correct to half a unit in the last place of float32.
 
-A LoHa is cut and joined at its left factors in the same way. A LoKr is cut by counting only some rows of its product. A
-magnitude of the outputs goes with its rows; one of the inputs is a norm over all rows together and cannot be cut. Knows
-pairs and deltas; no names of modules.
+A LoHa is split and joined at its left factors in the same way. A LoKr is split by using only some rows of its
+product. A magnitude of the outputs is split with its rows; a magnitude of the inputs is a norm over all rows
+and cannot be split. Uses pairs and deltas; no names of modules.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ T = TypeVar("T", bound=Pair | Delta)
 
 
 def split(item: T, parts: Sequence[RowRange]) -> list[T]:
-    """The change of each part of the rows. Every tensor is a view; A (and what else spans all rows) is shared.
+    """Return the change of each part of the rows.
 
-    AdapterError where the rows are no multiple of the units, for a magnitude of the inputs, and for pairs of embeddings
-    and experts, which are never fused by rows."""
+    Every tensor is a view; A, and any other tensor that spans all rows, is shared. Raises AdapterError if the
+    rows are not a multiple of the units, for a magnitude of the inputs, and for pairs of embeddings and
+    experts, which are never fused by rows."""
     out: list[T] = []
     for begin, end, total in parts:
         if not 0 <= begin < end <= total:
@@ -49,9 +50,10 @@ def split(item: T, parts: Sequence[RowRange]) -> list[T]:
 
 
 def swap_halves(item: T) -> T:
-    """The change of [W₁; W₀] from that of [W₀; W₁]: BFL and diffusers differ so in the final layer's shift and scale.
+    """Convert the change of [W₀; W₁] to that of [W₁; W₀].
 
-    AdapterError for an odd number of rows, and for a LoKr whose first factor has an odd number."""
+    BFL and diffusers order the final layer's shift and scale differently. Raises AdapterError for an odd
+    number of rows, and for a LoKr whose first factor has an odd number."""
     if isinstance(item, Delta) and item.form == "kronecker":
         return cast(T, _swap_kronecker(item))
     rows = _rows(item)
@@ -61,7 +63,7 @@ def swap_halves(item: T) -> T:
 
 
 def _swap_kronecker(delta: Delta) -> Delta:
-    """w1 ⊗ w2 with the halves of w1's rows swapped."""
+    """Swap the halves of w1's rows in w1 ⊗ w2."""
     first = "w1" if "w1" in delta.parts else "a1"
     if delta.rows is not None or delta.parts[first].shape[0] % 2:
         raise AdapterError(
@@ -94,7 +96,7 @@ def _cut(item: Pair | Delta, begin: int, end: int) -> Pair | Delta:
 
 
 def _on_rows(item: Pair | Delta, take: Callable[[Tensor], Tensor]) -> Pair | Delta:
-    """`take` applied to every tensor that has one row for each row of the weight."""
+    """Apply `take` to every tensor with one row per row of the weight."""
     m = item.magnitude if item.magnitude is None or item.magnitude.ndim > 1 else take(item.magnitude)
     if isinstance(item, Pair):
         origin = None if item.origin is None else (item.origin[0], take(item.origin[1]))
@@ -108,7 +110,7 @@ def _on_rows(item: Pair | Delta, take: Callable[[Tensor], Tensor]) -> Pair | Del
 
 
 def _rows(item: Pair | Delta) -> int | None:
-    """How many rows of the weight it is for; None for a gain on the inputs, which is for any."""
+    """Return the number of rows of the weight; None for a gain on the inputs, which fits any."""
     if isinstance(item, Delta):
         value = item.parts.get("value")
         return item.shape[0] if item.form != "gain" else len(value) if value is not None and value.ndim == 1 else None
@@ -124,9 +126,10 @@ def _shown(item: Pair | Delta) -> str:
 
 
 def trimmed(pair: Pair) -> Pair:
-    """The pair without the ranks that B multiplies by zero everywhere, at least one kept: the same ΔW and scale.
+    """Return the pair without ranks that B multiplies by zero; keeps at least one.
 
-    It gives a part of a block-diagonal B (of `join`, or of sd-scripts' `split_qkv`) its own rank again."""
+    ΔW and scale stay the same. Restores the own rank of a part of a block-diagonal B (of `join`, or of
+    sd-scripts' `split_qkv`)."""
     if pair.kind not in ("linear", "conv") or pair.origin is not None:
         return pair
     used = pair.B.flatten(1).ne(0).any(0).nonzero().reshape(-1)
@@ -137,10 +140,11 @@ def trimmed(pair: Pair) -> Pair:
 
 
 def join(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> T:
-    """One change of the fused projection, ΔW = [ΔW₀; ΔW₁; …], as the module's text has it.
+    """Return one change of the fused projection, ΔW = [ΔW₀; ΔW₁; …].
 
-    None is a part that nothing changes; `rows` then gives how many rows each part has. AdapterError where no pair or
-    delta is that: unlike forms, a magnitude on some parts only or of the inputs, LoKr parts of different products."""
+    None is an unchanged part; `rows` then has the number of rows of each part. Raises AdapterError if no pair
+    or delta can express the result: different forms, a magnitude on only some parts or of the inputs, LoKr
+    parts of different products."""
     items = [p for p in parts if p is not None]
     if not items:
         raise ValueError("nothing to join")
@@ -189,7 +193,7 @@ def _join_pairs(parts: Sequence[Pair | None], sizes: Sequence[int | None], magni
 
 
 def _blocks(blocks: Sequence[tuple[int, Tensor] | None], ranks: Sequence[int], sizes: Sequence[int | None]) -> Tensor:
-    """(Σ sizes, Σ ranks, 1…): part i's block in its rows and in the columns of its A, zero elsewhere."""
+    """Return (Σ sizes, Σ ranks, 1…): block i in part i's rows and A's columns, else zero."""
     some = [b[1] for b in blocks if b is not None]
     dtype = some[0].dtype
     for t in some:
@@ -243,7 +247,7 @@ def _join_deltas(
         )
     joined: dict[str, Tensor] = {}
     for n in "12":
-        # The right factors (and cores) count as one A: equal ones are shared, others stand one after the other.
+        # Right factors (and cores) count as one A: equal ones are shared, different ones concatenated.
         rights = [tuple(p.parts[k] for k in (f"b{n}", f"t{n}") if k in p.parts) for p in have]
         distinct: list[tuple[Tensor, ...]] = []
         for r in rights:
@@ -266,7 +270,7 @@ def _join_deltas(
 
 
 def _join_rows(have: Sequence[Delta], all_there: bool, magnitude: Tensor | None) -> Delta:
-    """Neighbouring rows of one LoKr product; all of them give the product without `rows`."""
+    """Join neighboring rows of one LoKr product; all rows give the product without `rows`."""
     first = have[0]
     same = all(
         p.scale == first.scale and p.whole == first.whole and p.parts.keys() == first.parts.keys() for p in have

@@ -1,13 +1,14 @@
-"""llama.cpp's LoRA files: a GGUF file of type `adapter`, as an adapter under Hugging Face names, and back.
+"""Read and write llama.cpp's LoRA files: GGUF files of type `adapter`.
 
     blk.0.attn_q.weight.lora_a (rank, in), .lora_b (out, rank)      scale = adapter.lora.alpha / rank; alpha 0: 1
     token_embd.weight.lora_a (rows, rank), .lora_b (dim, rank)      an embedding's pair, its A transposed
 
-llama.cpp turns the rows of Llama's q and k within each head of d rows, for its rotary embedding: row 2i+s of the file
-is row s·d/2+i of Hugging Face's, s in {0, 1}. So are the rows of B turned, and turned back here; for that the size of a
-head must be known, which llama.cpp's own converter does not write (this one does: `<arch>.rope.dimension_count`).
-One alpha serves the whole file: where the pairs' alphas differ, B takes up the quotient. Knows the Llama (and Mistral),
-Qwen 2 and 3, and Gemma families; no magnitudes, deltas or full weights, which llama.cpp does not apply.
+llama.cpp permutes the rows of Llama's q and k within each head of d rows, for its rotary embedding: row 2i+s
+of the file is row s·d/2+i of Hugging Face's, s in {0, 1}. The rows of B are permuted too, and this module
+undoes it. That needs the head size, which llama.cpp's converter does not write (veneer does:
+`<arch>.rope.dimension_count`). The whole file has one alpha: if the pairs' alphas differ, B absorbs the
+quotient. Supports the Llama (and Mistral), Qwen 2 and 3, and Gemma families; no magnitudes, deltas or full
+weights, which llama.cpp does not apply.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from veneer.formats.tensors import check_finite
 GGUF_ARCHITECTURES: dict[str, bool] = {
     **{"llama": True, "qwen2": False, "qwen3": False, "gemma": False, "gemma2": False, "gemma3": False}
 }
-"""Architecture by GGUF's name -> whether the rows of q and k are turned. Mistral's is llama."""
+"""GGUF architecture -> whether rows of q and k are permuted. Mistral's is llama."""
 
 _MODULES = ["model.embed_tokens", "lm_head"] + [
     f"model.layers.0.{part}"
@@ -40,7 +41,9 @@ _MODULES = ["model.embed_tokens", "lm_head"] + [
 
 @dataclass
 class GgufAdapter:
-    """What a file holds. `unused`: norms, which llama.cpp itself leaves aside. `fields`: the header's."""
+    """The contents of a file.
+
+    `unused`: norms, which llama.cpp ignores. `fields`: of the header."""
 
     adapter: Adapter
     architecture: str
@@ -49,7 +52,7 @@ class GgufAdapter:
 
 
 def _names(architecture: str) -> dict[str, str]:
-    """Module -> GGUF name of the block 0, by the gguf package's own table."""
+    """Return module -> GGUF name in block 0, from the gguf package's table."""
     import gguf
 
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -76,7 +79,7 @@ def _turned(module: str) -> bool:
 
 
 def _turn(B: Tensor, head_dim: int) -> Tensor:
-    """Hugging Face's rows in llama.cpp's order."""
+    """Permute Hugging Face's rows to llama.cpp's order."""
     return B.reshape(-1, 2, head_dim // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
 
 
@@ -85,10 +88,11 @@ def _turn_back(B: Tensor, head_dim: int) -> Tensor:
 
 
 def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
-    """The adapter in a GGUF file. `head_dim`: rows of a head of the base, for Llama's q and k where the file is silent.
+    """Read the adapter in a GGUF file under Hugging Face names.
 
-    One AdapterError lists what is unpaired, misshapen or unknown, another what is not finite; and all errors of
-    `read_gguf_file`."""
+    `head_dim`: the base's rows per head, for Llama's q and k if the file does not state it. Raises one
+    AdapterError listing unpaired, misshapen or unknown tensors, another for values that are not finite, and
+    all errors of `read_gguf_file`."""
     file = read_gguf_file(path)
     where = file.where
     texts = {key: value for key, value in file.fields.items() if isinstance(value, str)}
@@ -166,10 +170,11 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
 def write_gguf(
     adapter: Adapter, path: str | Path, *, architecture: str, head_dim: int | None = None, name: str = ""
 ) -> list[str]:
-    """Write an adapter as llama.cpp's convert_lora_to_gguf does, and return notes on what was changed to fit.
+    """Write an adapter like llama.cpp's convert_lora_to_gguf; return notes on changes.
 
-    Tensors keep float32, float16 and bfloat16; others become float32. One AdapterError lists all that the format has no
-    place for: magnitudes, deltas, full modules, token rows, pairs of other kinds or on modules it has no name for."""
+    Tensors keep float32, float16 and bfloat16; other dtypes become float32. Raises one AdapterError listing
+    what the format cannot hold: magnitudes, deltas, full modules, token rows, other kinds of pairs, and
+    modules without a name in it."""
     if architecture not in GGUF_ARCHITECTURES:
         raise AdapterError(
             f"no GGUF adapter for the architecture {architecture!r}", fix=f"known: {', '.join(GGUF_ARCHITECTURES)}"

@@ -1,10 +1,10 @@
-"""What the names of tensors in a file say: the module and the suffix, the adapter's name, and whose layout it is.
+"""Parse tensor names in a file: module and suffix, adapter name, and the tool's layout.
 
-    key = module text + suffix    `split_key`: the suffixes of all tools, by role; what they mean is in leaves.py
-    lora_A.NAME.weight            `one_adapter`: PEFT's layers have the adapter's name in the key before it saves; a
-                                  state dict taken from a model has such names, and may hold several adapters
-    whose layout it is            `detect_format`: the tool, and why. It decides nothing: a file with names of several
-                                  tools is read all the same
+    key = module text + suffix    `split_key`: the suffixes of all tools, by role; their meaning is in leaves.py
+    lora_A.NAME.weight            `one_adapter`: PEFT's layers have the adapter's name in the key until it is saved; a
+                                  state dict taken from a model has such names, and can hold several adapters
+    layout                        `detect_format`: the tool, and why. For information only: a file with names of
+                                  several tools is read all the same
 
 | format        | names                                                                                        |
 | cloneofsimo   | unet:0:up                                                                                    |
@@ -19,7 +19,7 @@
 | diffusers     | unet.… transformer.… text_encoder.… with lora_A; also without a prefix                       |
 | plain         | module names without a prefix, with lora_down                                                |
 
-Knows names alone; needs no torch.
+Uses names only; needs no torch.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ REFUSED: dict[str, str] = {
     r"lokr_t1": "a LoKr with a core on its first factor, which LyCORIS itself never reads",
 }
 _ANY = "|".join(f"(?:{p})" for p in (*ROLES.values(), *REFUSED, "weight|scale"))
-# The shortest module text that leaves a whole suffix. `_lora_down` is how one mistaken converter joined the two;
-# a colon is how lists of pairs (`unet:0:up`) do.
+# The shortest module text before a whole suffix. One faulty converter joins the two as `_lora_down`; lists of
+# pairs (`unet:0:up`) use a colon.
 _KEY = re.compile(
     rf"(?P<module>.+?)(?:\.|_(?=lora_(?:up|down|mid)\.weight$)|(?<=\d):(?=(?:up|down)$))(?P<suffix>{_ANY})"
 )
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(module text, suffix) of a tensor's name, or None for a name that no adapter format ends like this.
+    """Return (module text, suffix) of a tensor's name, or None for an unknown suffix.
 
-    The module text is as the file has it: `x.processor.to_q_lora.down.weight` gives `x.processor.to_q_lora` and
-    `down.weight`, XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` the text up to `qkv_lora1`, and `unet:0:up`
-    gives `unet:0` and `up`."""
+    The module text is as in the file: `x.processor.to_q_lora.down.weight` gives `x.processor.to_q_lora` and
+    `down.weight`, XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` the text up to `qkv_lora1`, and
+    `unet:0:up` gives `unet:0` and `up`."""
     match = _KEY.fullmatch(key)
     if match is None or (match["suffix"] in ("up", "down") and ":" not in key):
         return None
@@ -87,16 +87,18 @@ _NAMED = re.compile(
 
 
 def named_adapters(keys: Iterable[str]) -> Counter[str]:
-    """Adapter's name -> how many keys have it; "" for keys of pairs that have none. Empty where no key has a name."""
+    """Return adapter name -> number of keys; "" for pairs without a name.
+
+    Empty if no key has a name."""
     found = Counter(match["name"] or "" for key in keys if (match := _NAMED.fullmatch(key)))
     return found if set(found) - {""} else Counter()
 
 
 def one_adapter(tensors: Mapping[str, T], wanted: str = "", *, where: str = "") -> dict[str, T]:
-    """The tensors of the adapter `wanted`, its name taken out of the keys; what has no place for a name stays.
+    """Return the tensors of the adapter `wanted`, without its name in the keys.
 
-    Without `wanted` the file must hold one adapter, and keys stay as they are. Raises AdapterError that names all that
-    are there, for several without `wanted` and for one that is not there."""
+    Keys of other kinds are unchanged. Without `wanted`, the file must hold one adapter, and no key changes.
+    Raises AdapterError with all adapter names, for several without `wanted` and for a missing one."""
     found = named_adapters(tensors)
     listed = ", ".join(f"{n or '(no name)'} ({count} tensors)" for n, count in sorted(found.items()))
     if not wanted:
@@ -153,12 +155,12 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 )
 _COMPILED = [(name, re.compile(pattern), why) for name, pattern, why in _RULES]
 FORMATS = (*(name for name, _, _ in _RULES), "gguf", "mlx", "tinker")
-# These mark a whole file; the names beside theirs are plain ones of another format.
+# These names mark a whole file; the other names in it are plain names of another format.
 _MARKS = {"bfl-control", "xlabs", "lycoris", "cloneofsimo", "onetrainer"}
 
 
 def detect_format(keys: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The format, and the reasons: what names there are and how many of each; "unknown" where none is known."""
+    """Return the format ("unknown" if none matches), and the reasons: names and their counts."""
     keys = list(keys)
     counts: Counter[str] = Counter()
     for key in keys:

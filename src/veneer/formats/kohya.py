@@ -1,8 +1,8 @@
-"""kohya's and ComfyUI's files: an adapter under the original code's names of modules, with its fused projections.
+"""Write kohya's and ComfyUI's files: original module names with fused projections.
 
     canonical module  --(family.originals, inverted)-->  original module, rows joined, halves swapped  --> prefix + name
 
-| who                    | denoiser                                          | text encoders                     |
+| tool and family        | denoiser                                          | text encoders                     |
 | kohya: SD 1, SD 2      | lora_unet_ + diffusers' name, flat                | lora_te_                          |
 | kohya: SDXL            | lora_unet_ + sgm's name, flat                     | lora_te1_ (CLIP-L), lora_te2_ (G) |
 | kohya: SD 3            | lora_unet_ + original name, flat                  | the same, lora_te3_ (T5)          |
@@ -14,8 +14,8 @@
 | ComfyUI: all           | diffusion_model. + original name                  | text_encoders.NAME.transformer. + |
 |                        |                                                   | transformers' name                |
 
-"flat" is with _ for each dot. ComfyUI's NAME is what its own models call the encoder: clip_l, clip_g, clip_h, t5xxl.
-Knows names, rows and tensors; no files.
+"flat" replaces each dot with _. ComfyUI's NAME is its own name for the encoder: clip_l, clip_g, clip_h,
+t5xxl. Uses names, rows and tensors; no files.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from veneer.formats.topology import DENOISERS, Family, ModulePlace, flat
 T = TypeVar("T", bound=Pair | Delta)
 
 LYCORIS = "lycoris_"
-"""Before diffusers' name of a denoiser's module, flat."""
+"""Prefix of flat diffusers names of a denoiser's modules."""
 
 
 def kohya_tensors(
     leaves: Mapping[str, Leaf], family: Family, to: str, refused: Refusals
 ) -> tuple[dict[str, Tensor], list[Pair], list[str]]:
-    """The tensors as `to`, "kohya" or "comfyui", has them, the pairs in the shape in which they are written, and notes.
+    """Return the tensors in layout `to`, the pairs as written, and notes.
 
-    What cannot be said goes to `refused`; then all three are partial."""
+    to: "kohya" or "comfyui". Contents that the layout cannot hold are added to `refused`; the result is then
+    partial."""
     named = _foreign_leaves(leaves, family, to, refused)
     pairs = [leaf.pair for leaf, _ in named.values() if leaf.pair is not None]
     tensors = _suffixed(named, family, to, refused)
@@ -55,9 +56,10 @@ def kohya_tensors(
 def _foreign_leaves(
     leaves: Mapping[str, Leaf], family: Family, to: str, refused: Refusals
 ) -> dict[str, tuple[Leaf, tuple[str, ...]]]:
-    """The leaves under the names of `to`, "kohya" or "comfyui", each with the canonical modules it is made of.
+    """Return the leaves under the names of `to`, each with its canonical modules.
 
-    What has no name there, or no one change of its fused projection, goes to `refused`."""
+    to: "kohya" or "comfyui". Modules without a name there, or without a single change for their fused
+    projection, are added to `refused`."""
     out: dict[str, tuple[Leaf, tuple[str, ...]]] = {}
     denoiser: dict[str, Leaf] = {}
     for module, leaf in leaves.items():
@@ -87,8 +89,10 @@ def _hint(module: str, family: Family) -> str:
 def _originals(
     leaves: Mapping[str, Leaf], family: Family, refused: Refusals
 ) -> dict[str, tuple[Leaf, tuple[str, ...]]]:
-    """The denoiser's leaves by original module, fused where it is. Several LoKr that are no one LoKr of a fused
-    projection stay apart, under the names that LyCORIS gives diffusers' modules: ComfyUI knows which rows those are."""
+    """Return the denoiser's leaves by original module, fused if the original is.
+
+    LoKr changes that cannot be joined stay separate under LyCORIS' names for diffusers' modules, whose rows
+    ComfyUI knows."""
     owner: dict[str, str] = {}
     for name, places in family.originals.items():
         for place in places:
@@ -117,7 +121,7 @@ def _is_lokr(leaf: Leaf) -> bool:
 
 
 def _fused(parts: Sequence[Leaf | None], places: Sequence[ModulePlace]) -> Leaf:
-    """One leaf of what changes the parts of a fused module. A part that nothing changes is rows of zeros."""
+    """Join the changes of a fused module's parts; an unchanged part becomes rows of zeros."""
     have = [p for p in parts if p is not None]
     if len(places) == 1 and places[0].part is None and not places[0].swap:
         return have[0]
@@ -166,13 +170,13 @@ def _rows(item: Pair | Delta) -> int | None:
 def _suffixed(
     named: Mapping[str, tuple[Leaf, tuple[str, ...]]], family: Family, to: str, refused: Refusals
 ) -> dict[str, Tensor]:
-    """The tensors of foreign leaves; ComfyUI's are kohya's under PEFT's two names."""
+    """Return the tensors of foreign leaves; ComfyUI's are kohya's with PEFT's two names."""
     out: dict[str, Tensor] = {}
     for name, (leaf, modules) in named.items():
         for reason in _unread(name, leaf, family, to):
             refused[reason] += modules
         if to == "comfyui" and leaf.pair is not None and leaf.pair.kind == "embedding":
-            # ComfyUI adds up·down to any weight; an embedding's pair is of the transpose.
+            # ComfyUI adds up·down to any weight; an embedding's pair changes the transpose.
             leaf = replace(leaf, pair=Pair(leaf.pair.B.t(), leaf.pair.A.t(), leaf.pair.scale))
         try:
             parts = write_leaf(leaf)
@@ -190,7 +194,7 @@ _COMFY = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"
 
 
 def _unread(name: str, leaf: Leaf, family: Family, to: str) -> list[str]:
-    """What has tensors that readers of `to` ignore or take for something else."""
+    """Return the contents that readers of `to` ignore or misread."""
     out = []
     if leaf.full and (to == "kohya" or set(leaf.full) != {"weight"}):
         out.append("it cannot hold whole new weights; subtract the base's, or merge it into the base")

@@ -1,22 +1,22 @@
-"""The tensors of one module, as the tools name them, and the pair and deltas they stand for; and back.
+"""Convert the tensors of one module to pairs and deltas, and back.
 
 | suffixes (any of)                                                  | reading                                  |
 | lora_down/_up, lora_A/_B, lora.down/.up, lora_linear_layer.…,      | pair, s = alpha/rank; no alpha: s = 1    |
 | down/up (`.default` too)                                           |                                          |
 | … with lora_mid (Tucker)                                           | A'[p,i,k…] = Σ_q mid[p,q,k…]·down[q,i]   |
 | lora_B.bias                                                        | delta of the bias, with the pair's s     |
-| bias_indices, bias_values, bias_size (sparse, LyCORIS)             | dense delta beside the pair, with its s  |
+| bias_indices, bias_values, bias_size (sparse, LyCORIS)             | dense delta next to the pair, with its s |
 | hada_w1_a …_w2_b, hada_t1, hada_t2                                 | LoHa, s = alpha/(rows of w1_b)           |
 | lokr_w1 or _a·_b, lokr_w2 or _a·_b (lokr_t2)                       | LoKr, s = alpha/rank; 1 if both are full |
 | weight, on_input                                                   | (IA)³ gain                               |
 | diff, diff_b · w_norm, b_norm                                      | dense deltas of weight and bias          |
-| set_weight · scale, or weight alone (a vector)                     | whole new weight                         |
+| set_weight · scale, or only weight (a vector)                      | whole new weight                         |
 | dora_scale (out, 1…) or (1, in, 1…) · lora_magnitude_vector (out)  | magnitude of the pair, the LoHa, the LoKr|
 
-Sources: the files of sd-scripts, LyCORIS, PEFT, diffusers and ComfyUI. A LoHa or LoKr of a convolution may be stored
-flat: its shape is (out, in·k·k) until `fitted` to the weight. Knows one module's tensors; no names of modules, no
-files. LyCORIS ignores alpha where both factors of a LoKr are full; PEFT's own LoKr files do not, and say so in a config
-that this module does not see.
+Sources: the files of sd-scripts, LyCORIS, PEFT, diffusers and ComfyUI. A LoHa or LoKr of a convolution can be
+stored flat: its shape is (out, in·k·k) until `fitted` to the weight. LyCORIS ignores alpha if both factors of
+a LoKr are full; PEFT's LoKr files do not, and say so in a config that this module does not read. Uses one
+module's tensors; no names of modules, no files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ _REFUSE = [(re.compile(pattern), why) for pattern, why in REFUSED.items()]
 
 @dataclass
 class Leaf:
-    """What one module of a file holds. `deltas`: "weight" or "bias" -> Delta. `full`: parameter -> its whole value."""
+    """The changes of one module in a file.
+
+    `deltas`: "weight" or "bias" -> Delta. `full`: parameter -> its whole value."""
 
     pair: Pair | None = None
     deltas: dict[str, Delta] = field(default_factory=dict)
@@ -51,7 +53,9 @@ class Leaf:
 
 
 def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
-    """Canonical module -> all that changes it, sorted by name. Token rows and learned words are no module's."""
+    """Return canonical module -> all its changes, sorted by name.
+
+    Token rows and learned words belong to no module and are left out."""
     out: dict[str, Leaf] = defaultdict(Leaf)
     for name, pair in adapter.pairs.items():
         out[name].pair = pair
@@ -64,8 +68,10 @@ def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
 
 
 def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """8-bit floats as bfloat16, which holds every value of both kinds exactly and can be computed with, and a note;
-    all else as it is."""
+    """Return tensors with 8-bit floats as bfloat16, and a note.
+
+    bfloat16 holds every value of both 8-bit kinds exactly and supports arithmetic. Other tensors are
+    unchanged."""
     narrow = {key for key, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize == 1}
     out = {key: t.to(torch.bfloat16) if key in narrow else t for key, t in tensors.items()}
     said = f"{len(narrow)} tensors are stored in 8 bits: they are read as bfloat16, which holds the same values"
@@ -75,11 +81,11 @@ def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
 def read_leaf(
     suffixes: Mapping[str, Tensor], *, alpha: float | None = None, rslora: bool = False, where: str = ""
 ) -> Leaf:
-    """The leaf that tensors named by `split_key`'s suffixes stand for. Tensors are not copied, but for a Tucker pair.
+    """Return the leaf of tensors named by `split_key`'s suffixes.
 
-    `alpha`, where the caller knows it (from a config, or a correction), goes before a tensor of that name; without
-    either, alpha is the rank. Raises one AdapterError naming every tensor that is unknown, unpaired, misshapen or of an
-    algorithm that is refused (OFT, BOFT, GLoRA, T-LoRA)."""
+    Tensors are not copied, except for a Tucker pair. `alpha`: from a config or a correction; overrides the
+    stored alpha. Without either, alpha is the rank. Raises one AdapterError naming every tensor that is
+    unknown, unpaired, misshapen or of an unsupported algorithm (OFT, BOFT, GLoRA, T-LoRA)."""
     reader = _Reader({}, rslora)
     for suffix, tensor in suffixes.items():
         role = next((role for role, pattern in _ROLE if pattern.fullmatch(suffix)), None)
@@ -102,13 +108,13 @@ def read_leaf(
     return reader.leaf(alpha, where)
 
 
-_MOST = 1 << 29  # values of one weight that is made here; the largest known has a quarter of that
+_MOST = 1 << 29  # maximum elements of a weight created here; 4 times the largest known
 _WHOLE_NUMBERS = {"alpha", "on_input", "bias_indices", "bias_size", "reshape_weight"}
 
 
 @dataclass
 class _Reader:
-    """Takes tensors out of `have` by role; what stays behind belonged to nothing."""
+    """Takes tensors out of `have` by role; the remaining ones are unknown."""
 
     have: dict[str, Tensor]
     rslora: bool
@@ -142,7 +148,7 @@ class _Reader:
         leaf.deltas[name] = delta
 
     def _take(self, *roles: str) -> list[Tensor] | None:
-        """All of these, or None and nothing taken."""
+        """Return all of these tensors, or None without taking any."""
         if any(role not in self.have for role in roles):
             return None
         return [self.have.pop(role) for role in roles]
@@ -168,7 +174,9 @@ class _Reader:
         return scale * self._scalar()
 
     def _scalar(self) -> float:
-        """LyCORIS' learned factor on ΔW. It is folded into the file by today's versions, stored by some older ones."""
+        """Return LyCORIS' learned factor on ΔW.
+
+        Current versions fold it into the weights; some older ones store it."""
         scalar = self.have.pop("scalar", None)
         if scalar is not None and scalar.numel() != 1:
             self.problems.append(f"scalar {tuple(scalar.shape)}: one number is expected")
@@ -209,7 +217,9 @@ class _Reader:
         self.problems.append(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in…) and (out, rank)")
 
     def _without_core(self, A: Tensor, mid: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ_q mid[p,q,k…]·A[q,i] in float64, kept as float32: a plain convolution's pair with the same ΔW."""
+        """Merge the core into A: Σ_q mid[p,q,k…]·A[q,i], for a plain convolution pair with the same ΔW.
+
+        Computed in float64, kept as float32."""
         rank = A.shape[0] if A.ndim else 0
         if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or A.ndim < 2 or math.prod(A.shape[2:]) != 1:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: (rank, rank, k…) is expected")
@@ -221,7 +231,7 @@ class _Reader:
         return torch.einsum("pq...,qi->pi...", mid.double(), A.double().flatten(1)).to(wide), B.to(wide)
 
     def _sparse(self, leaf: Leaf, indices: Tensor, values: Tensor, size: Tensor) -> None:
-        """ΔW += s·(sparse matrix). LyCORIS stores the indices and sizes as int16, which wraps from 32,768 on."""
+        """ΔW += s·(sparse matrix). LyCORIS' int16 indices and sizes wrap from 32,768 on."""
         assert leaf.pair is not None
         A, B = leaf.pair.A, leaf.pair.B
         shape = (B.shape[0], *A.shape[1:])
@@ -317,7 +327,9 @@ class _Reader:
         return scale if scale is not None else None if vector is None else vector.reshape(-1)
 
     def _decompose(self, leaf: Leaf, stored: Tensor) -> None:
-        """Give the magnitude to the pair, the LoHa or the LoKr. Its shape tells its axis: (out, 1…) or (1, in, 1…)."""
+        """Assign the magnitude to the pair, the LoHa or the LoKr.
+
+        Its shape determines its axis: (out, 1…) or (1, in, 1…)."""
         delta = leaf.deltas.get("weight")
         if leaf.pair is not None and (delta is not None or leaf.pair.kind == "embedding"):
             self.problems.append(f"dora_scale {tuple(stored.shape)}: with a second change beside it, it has no meaning")
@@ -341,14 +353,16 @@ class _Reader:
 
 
 def _unflattened(flat: tuple[int, ...], width: int) -> tuple[int, ...]:
-    """(out, in·k·k) as (out, in, k, k), for a square kernel; else as it is."""
+    """(out, in·k·k) as (out, in, k, k), for a square kernel; else unchanged."""
     side = math.isqrt(flat[1] // width) if width and len(flat) == 2 else 0
     return (flat[0], width, side, side) if side and side * side * width == flat[1] else flat
 
 
 def fitted(leaf: Leaf, shape: tuple[int, ...], *, where: str = "") -> Leaf:
-    """The leaf for a weight of this shape: a 1×1 convolution's pair for a linear, and the other way round; the shape
-    of a LoHa or LoKr that was stored flat. Nothing is computed. AdapterError where the sizes do not allow it."""
+    """Return the leaf in the shape of this weight, without computation.
+
+    Converts a 1×1 convolution's pair to a linear one and back, and shapes a LoHa or LoKr that was stored
+    flat. Raises AdapterError if the sizes do not fit."""
     pair, deltas = leaf.pair, dict(leaf.deltas)
     if pair is not None and pair.kind != "embedding":
         have = (pair.B.shape[0], *pair.A.shape[1:])
@@ -378,7 +392,7 @@ def fitted(leaf: Leaf, shape: tuple[int, ...], *, where: str = "") -> Leaf:
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the ones after the second dimension, where all of them are one."""
+    """Return the shape without dimensions after the second, if all of those are one."""
     return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)
 
 
@@ -436,7 +450,9 @@ def _write_delta(name: str, delta: Delta, leaf: Leaf, out: dict[str, Tensor], pr
 
 
 def _write_product(delta: Delta, out: dict[str, Tensor]) -> None:
-    """hada_… and lokr_… of a LoHa or LoKr. A factor with a core is stored (rank, out), another one (out, rank)."""
+    """Add hada_… and lokr_… tensors of a LoHa or LoKr.
+
+    A factor with a core is stored (rank, out), other factors (out, rank)."""
     prefix = "hada" if delta.form == "hadamard" else "lokr"
     for part, t in delta.parts.items():
         letter, n = part[0], part[1]

@@ -1,10 +1,10 @@
-"""Under which names the loaders of other tools look for a module: what is written is checked by their rules, not ours.
+"""Check names by the rules of other tools' loaders.
 
-A loader walks the model that it loads into, makes of each module's name the text that it expects in a file, and takes
-what it finds there. What no module asks for is dropped, by most of them without a word: so a name that has lost or
-gained a level has no effect, however well veneer's own reader, which knows many spellings, would read it back.
+A loader walks its model, forms a key from each module's name, and loads what it finds under the key. Most
+loaders silently drop other keys, so a name with a missing or extra level has no effect, even if veneer's own
+reader accepts it.
 
-| target    | whose rule                                                 | asked for, for module m of its model       |
+| target    | rule of                                                    | key for module m of the model              |
 | peft      | PeftModel.load_adapter (load_state_dict, not strict)       | base_model.model.m                         |
 | vllm      | parse_fine_tuned_lora_name, get_lora(m) for each m         | base_model.model.m                         |
 | tgi       | adapters/lora.py, map_weights_for_model                    | base_model.model.m                         |
@@ -12,9 +12,9 @@ gained a level has no effect, however well veneer's own reader, which knows many
 | kohya     | LoRANetwork.create_modules of sd-scripts and musubi-tuner  | lora_unet_, lora_te(1, 2, 3)_ + m, _ for . |
 | comfyui   | comfy/lora.py, model_lora_keys_unet and _clip              | diffusion_model.m, text_encoders.NAME.m    |
 
-m is the name in that tool's own class: a language model's as it is; a denoiser's without the component, under the names
-of the original code (kohya, ComfyUI) or of diffusers' class. llama.cpp's names are in formats/gguf.py, from its own
-table. Knows names; no tensors.
+m is the name in the tool's own class: a language model's unchanged; a denoiser's without the component, under
+the original names (kohya, ComfyUI) or those of diffusers' class. llama.cpp's names are in formats/gguf.py,
+from its own table. Uses names; no tensors.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _PEFT_KEY = re.compile(
 
 
 def _own_names(modules: Iterable[str]) -> dict[str, str]:
-    """Canonical name -> the name in its own class, to which PEFT would attach it. Only where one image family has every
-    module is a component taken off: the same condition under which the reader puts it on. (No language model calls
-    anything `unet`.)"""
+    """Return canonical name -> the name in its own class, to which PEFT attaches it.
+
+    The component is removed only if one image family has every module, the condition under which the reader
+    adds it. (No language model has a module `unet`.)"""
     modules = list(modules)
     choice = choose_family(dict.fromkeys(modules))
     whole = choice.family is not None and all(m in choice.family.modules for m in modules)
@@ -47,8 +48,10 @@ def _own_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: Family | None = None) -> list[str]:
-    """One line for each name in `keys` that no module of the target's model asks for, and each of the canonical
-    `modules` that is meant and that its loader finds nothing for. `family`: of an image model's targets."""
+    """Return one line for each name that the target's loader does not find.
+
+    Lists `keys` that no module of the target's model asks for, and canonical `modules` without a key.
+    `family`: for targets of image models."""
     loader = _LOADERS.get(to, to)
     if family is None:
         asked: Mapping[str, Collection[str]] = {
@@ -64,18 +67,19 @@ def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: 
 
 
 def _module_of(key: str, asked: Mapping[str, Collection[str]]) -> str:
-    """The module of a key of a PEFT file: in front of PEFT's suffix, or, of a full copy, the longest that is asked
-    for."""
+    """Return the module of a PEFT key: the text before PEFT's suffix.
+
+    For a full copy: the longest known module name."""
     match = _PEFT_KEY.fullmatch(key)
     if match is not None and (match["module"] in asked or not key.endswith(".bias")):
         return match["module"]
-    parts = key.split(".")  # a bias can be one of a full copy, and of a module inside it
+    parts = key.split(".")  # a bias can belong to a full copy or to a module inside it
     owners = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
     return next((owner for owner in owners if owner in asked), match["module"] if match else key)
 
 
 def _asked(family: Family, to: str) -> Mapping[str, Collection[str]]:
-    """Text -> the canonical modules that what is found under it changes."""
+    """Return text -> the canonical modules changed by tensors under it."""
     out: dict[str, list[str]] = defaultdict(list)
     for module in family.modules:
         component, _, own = module.partition(".")
@@ -91,6 +95,6 @@ def _asked(family: Family, to: str) -> Mapping[str, Collection[str]]:
         for original, places in family.originals.items():
             text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"
             out[text] += [place.module for place in places]
-            for place in places if len(places) > 1 else ():  # LyCORIS' and ComfyUI's names for rows of it
+            for place in places if len(places) > 1 else ():  # LyCORIS' and ComfyUI's names for parts of its rows
                 out[LYCORIS + flat(place.module.partition(".")[2])].append(place.module)
     return out

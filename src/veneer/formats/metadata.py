@@ -1,11 +1,11 @@
-"""The metadata of a safetensors file: what others wrote about an adapter, as a card; and a card, for others to read.
+"""Convert safetensors metadata of other tools to a card, and a card to metadata.
 
-Written: modelspec 1.0.1, the `ss_` keys that A1111, Forge and the managers of ComfyUI look at, and the card itself as
-JSON under `veneer.card`. `files.hashes.sealed` adds the hashes last. Equal cards give equal metadata: no time of day,
-unless the card has one. `modelspec.` and `ss_` values are texts; lists in them are separated by commas.
+Writes modelspec 1.0.1, the `ss_` keys that A1111, Forge and ComfyUI's managers read, and the card as JSON
+under `veneer.card`. `files.hashes.sealed` adds the hashes last. Equal cards give equal metadata: no time of
+day, unless the card has one. `modelspec.` and `ss_` values are texts; lists in them are separated by commas.
 
-Trigger words hide in many places. Those that somebody wrote down as such come first; a tag that is in every caption, or
-a data set's folder (`10_sks dog`), is a guess, and taken only where nothing better is there. Knows texts; no tensors.
+Trigger words occur under many keys. Explicit trigger words come first; a tag in every caption, or a data
+set's folder (`10_sks dog`), is a guess, used only without explicit ones. Uses texts; no tensors.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ MODELSPEC_ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "krea2": ("Krea-2", "https://github.com/krea-ai/krea-2", "krea2"),
     "anima": ("anima-preview", "https://huggingface.co/circlestone-labs/Anima", "anima"),
 }
-"""Family -> modelspec.architecture without `/lora`, modelspec.implementation, ss_base_model_version, as sd-scripts and
-musubi-tuner write them."""
+"""Family -> modelspec.architecture without `/lora`, modelspec.implementation, ss_base_model_version.
 
-# Of a text in lower case without anything but letters and digits; the first that it starts with.
+As sd-scripts and musubi-tuner write them."""
+
+# For text in lower case with only letters and digits; the first matching prefix counts.
 _FAMILIES = [
     ("stablediffusionv1", "sd15"), ("sdv1", "sd15"), ("sd15", "sd15"), ("sd1", "sd15"),
     ("stablediffusionv2", "sd2"), ("sdv2", "sd2"), ("sd2", "sd2"), ("stablediffusionxl", "sdxl"), ("sdxl", "sdxl"),
@@ -47,7 +48,7 @@ _FAMILIES = [
     ("zimage", "z-image"), ("krea2", "krea2"), ("anima", "anima"),
 ]  # fmt: skip
 
-# Where somebody wrote the words down as such; JSON lists and texts with commas both occur.
+# Keys with explicit trigger words; values are JSON lists or comma-separated texts.
 _SAID = (
     *("modelspec.trigger_phrase", "trained_words", "ss_trained_words", "trainedWords", "trigger_words", "trigger_word"),
     *("ss_trigger_words", "trigger_phrase", "ss_activation_tags", "activation text", "instance_prompt"),
@@ -58,7 +59,7 @@ _MAX_JSON = 32 << 20
 
 
 def json_value(metadata: Mapping[str, str], key: str) -> Any:
-    """The value of a key that holds JSON, or None where it does not; sd-scripts' statistics may hold NaN."""
+    """Return the value of a JSON key, or None; sd-scripts' statistics can contain NaN."""
     text = metadata.get(key, "")
     if not text or len(text) > _MAX_JSON:
         return None
@@ -69,7 +70,7 @@ def json_value(metadata: Mapping[str, str], key: str) -> Any:
 
 
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
-    """The family that the metadata claims, or None. A claim, which the tensors can refute."""
+    """Return the family that the metadata claims, or None. Tensors can refute the claim."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
         text = re.sub(r"[^a-z0-9]", "", metadata.get(key, "").lower())
         for start, family in _FAMILIES:
@@ -79,7 +80,7 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Word or phrase -> the key it was found under, best first; guesses end in `?`."""
+    """Return word or phrase -> the key it was found under, best first; guesses end in `?`."""
     out: dict[str, str] = {}
     for key in _SAID:
         for word in _words(metadata, key):
@@ -118,10 +119,11 @@ def _words(metadata: Mapping[str, str], key: str) -> list[str]:
 
 
 def card_from_metadata(metadata: Mapping[str, str]) -> Card:
-    """A card from anyone's metadata. `veneer.card`, where it is there, goes first; the rest fills what it leaves empty.
+    """Return a card from any tool's metadata.
 
-    `extra` has title, author, description, tags and what else is said of the file under modelspec's names; `recipe` the
-    training settings under sd-scripts' names without `ss_`. The bulky ones (tags, data sets, buckets) are left out."""
+    `veneer.card` has priority; other keys fill its empty fields. `extra` has title, author, description, tags
+    and other facts under modelspec's names; `recipe` the training settings under sd-scripts' names without
+    `ss_`, except bulky ones (tags, data sets, buckets)."""
     card = Card(kind="image")
     for name in _TEXTS:
         if metadata.get(f"modelspec.{name}"):
@@ -140,7 +142,7 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
     card.rank = int(_number(metadata.get("ss_network_dim", "")))
     card.alpha = _number(metadata.get("ss_network_alpha", ""))
     words, own = trigger_words(metadata), json_value(metadata, "veneer.card")
-    if isinstance(own, dict):  # who wrote it knew: a folder's name and what every caption says are no trigger words
+    if isinstance(own, dict):  # its author knew the words: folder names and common caption tags are not trigger words
         words = {word: key for word, key in words.items() if key in _SAID}
     sure = [w for w, key in words.items() if not key.endswith("?")]
     card.trigger_words = sure or list(words)
@@ -170,7 +172,7 @@ def _known(text: str) -> str:
 
 
 def _number(text: str) -> float:
-    """A finite positive number, or 0: `Dynamic` and `None` occur too."""
+    """Return a finite positive number, or 0; `Dynamic` and `None` occur too."""
     try:
         value = float(text)
     except ValueError:
@@ -179,18 +181,18 @@ def _number(text: str) -> float:
 
 
 def _moment(text: str) -> str:
-    """Seconds since 1970 as ISO-8601 in UTC."""
+    """Convert seconds since 1970 to ISO-8601 in UTC."""
     seconds = int(_number(text))
     return datetime.fromtimestamp(seconds, tz=UTC).isoformat() if seconds else ""
 
 
 def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter") -> dict[str, str]:
-    """The metadata that says a card to everyone, without the hashes: `sealed` adds those last.
+    """Return a card's metadata for all tools, without hashes, which `sealed` adds last.
 
-    `name`: the file's, which A1111 shows. `card.extra` gives title, author, description, tags, usage_hint, thumbnail
-    (a data address), prediction_type and architecture, and `tag_frequency`, {folder: {tag: count}}; `card.created` the
-    date, ISO-8601. A family that is not in MODELSPEC_ARCHITECTURES and no architecture: modelspec, which requires one,
-    is left out. Rank 0 stands for several ranks."""
+    `name`: of the file, shown by A1111. `card.extra` provides title, author, description, tags, usage_hint,
+    thumbnail (a data address), prediction_type and architecture, and `tag_frequency`, {folder: {tag: count}};
+    `card.created` the date, ISO-8601. Modelspec requires an architecture and is left out if neither the
+    family (MODELSPEC_ARCHITECTURES) nor the card has one. Rank 0 stands for several ranks."""
     extra = {k: v for k, v in card.extra.items() if isinstance(v, str) and v}
     words = ", ".join(card.trigger_words)
     out = {"format": "pt", "ss_output_name": name}
@@ -218,7 +220,9 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
         out |= {f"modelspec.{key}": value for key, value in spec.items() if value}
     try:
         body = {k: v for k, v in card.to_dict().items() if v}
-        body["extra"] = {k: v for k, v in card.extra.items() if k not in ("tag_frequency", "thumbnail")}  # said above
+        body["extra"] = {
+            k: v for k, v in card.extra.items() if k not in ("tag_frequency", "thumbnail")
+        }  # written above
         body = {k: v for k, v in body.items() if v}
         out["veneer.card"] = json.dumps(body, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -227,7 +231,9 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
 
 
 def training_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
-    """A run's facts under sd-scripts' names: `facts` has those names without `ss_`; None is `None`, as it writes it."""
+    """Return a run's facts under sd-scripts' names.
+
+    `facts`: the names without `ss_`; None becomes `None`, as in sd-scripts."""
 
     def text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
@@ -236,15 +242,17 @@ def training_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def pack_configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """`lora_adapter_metadata`: diffusers' JSON of PEFT settings by component, {"unet.r": 16, "unet.lora_alpha": 8}."""
+    """Return diffusers' `lora_adapter_metadata`: PEFT settings by component as JSON.
+
+    {"unet.r": 16, "unet.lora_alpha": 8}"""
     flat = {f"{component}.{key}": value for component, own in configs.items() for key, value in own.items()}
     return json.dumps(flat, indent=2, sort_keys=True, allow_nan=False)
 
 
 def unpack_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The PEFT settings by component under `lora_adapter_metadata`; {} where there are none.
+    """Return the PEFT settings by component from `lora_adapter_metadata`, or {}.
 
-    AdapterError for a value that is no JSON object with `component.setting` keys."""
+    Raises AdapterError for a value that is not a JSON object with `component.setting` keys."""
     if not metadata.get("lora_adapter_metadata"):
         return {}
     flat = json_value(metadata, "lora_adapter_metadata")

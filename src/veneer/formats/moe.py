@@ -1,18 +1,19 @@
-"""Mixtures of experts, laid out otherwise than PEFT does: read into PEFT's names, and onto fused expert weights.
+"""Convert mixture-of-experts layouts to PEFT's names and to fused expert weights.
 
-| layout, of a module X = ….experts                                         | who                                     |
+| layout, of a module X = ….experts                                         | written by                              |
 | X.N.gate_proj.lora_A (r, in), X.N.gate_proj.lora_B (out, r)               | transformers 4, Megatron, Tinker        |
 | X.gate_proj.lora_A (E or 1, r, in), X.gate_proj.lora_B (E or 1, out, r)   | Megatron Bridge, Tinker                 |
-| X.gate_proj.lora_A (1, r, in) beside X.N.gate_proj.lora_B (out, r)        | Megatron Bridge's shared outer          |
-| X.lora_gate_and_up_A (E, in, r), X.lora_gate_and_up_B (E, r, out)         | NeMo AutoModel before it wrote X.N      |
+| X.gate_proj.lora_A (1, r, in) with X.N.gate_proj.lora_B (out, r)          | Megatron Bridge's shared outer          |
+| X.lora_gate_and_up_A (E, in, r), X.lora_gate_and_up_B (E, r, out)         | older NeMo AutoModel (now X.N)          |
 
-gate_proj, up_proj and down_proj are w1, w3 and w2 in Mixtral. On a base that fuses its experts,
+gate_proj, up_proj and down_proj are w1, w3 and w2 in Mixtral. On a base with fused experts,
 
     gate_up_proj[e] = [gate_e; up_e]      A = [A_gate; A_up], B = diag(B_gate, B_up), or one A where the two share it
 
-with gpt-oss' rows gate_0, up_0, gate_1, up_1, …: its module says `is_concatenated = False`. Nothing is rounded where an
-adapter's scales are all the same. Files of a base often store single experts where its model fuses them: for a merge
-into such files fused pairs come apart again (`as_stored`). Knows names, pairs and a base's outline; no files.
+gpt-oss interleaves the rows as gate_0, up_0, gate_1, up_1, …: its module has `is_concatenated = False`.
+Nothing is rounded if all scales of an adapter are equal. Files of a base often store single experts although
+its model fuses them: for a merge into such files, fused pairs are split again (`as_stored`). Uses names,
+pairs and a base's outline; no files.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """The tensors with every packed expert tensor as one 2-d tensor for each expert (views), what was so read, and what
-    cannot be. Tensors of other layouts are as they were."""
+    """Split packed expert tensors into one 2-d view for each expert.
+
+    Returns (tensors, notes on what was split, problems). Tensors of other layouts are unchanged."""
     out, notes, problems = dict(tensors), [], []
     for kind, label in ((_nemo, "NeMo AutoModel's grouped experts"), (_packed, "experts packed in three dimensions")):
         before = set(out)
@@ -102,9 +104,10 @@ def _packed(tensors: dict[str, Tensor]) -> None:
 
 
 def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], list[str], list[str]]:
-    """The pairs with those of single experts put onto the fused parameters that the base has; notes; and what keeps
-    some from there. A base with a module for each expert, or none given, leaves them as they are; without a base they
-    are fused where the file's own names are of fused projections (gate_up_proj)."""
+    """Move pairs of single experts to the base's fused parameters.
+
+    Returns (pairs, notes, problems). A base with a module for each expert leaves them unchanged. Without a
+    base they are fused if the file's own names are those of fused projections (gate_up_proj)."""
     found: dict[str, dict[str, dict[int, Pair]]] = defaultdict(lambda: defaultdict(dict))
     names: dict[str, list[str]] = defaultdict(list)
     for name, pair in pairs.items():
@@ -139,7 +142,7 @@ def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], l
 def _module(
     module: str, leaves: Mapping[str, Mapping[int, Pair]], parameters: Sequence[str], base: Structure
 ) -> dict[str, Pair]:
-    """The fused pairs of one module by parameter."""
+    """Return the fused pairs of one module by parameter."""
     if dora := [leaf for leaf, own in leaves.items() if any(p.magnitude is not None for p in own.values())]:
         raise AdapterError(f"DoRA on single experts ({', '.join(dora)}): fused expert weights have none")
     out: dict[str, Pair] = {}
@@ -165,18 +168,18 @@ def _module(
 
 
 _TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
-"""Model types whose expert modules say `is_transposed`: they store (experts, in, out)."""
+"""Model types whose expert modules set `is_transposed`: they store (experts, in, out)."""
 
 
 def as_stored(
     pairs: Mapping[str, Pair], find: Callable[[str], str | None], model_types: Collection[str]
 ) -> dict[str, Pair]:
-    """The pairs as a base's files store its weights, with equal changes. `find`: parameter name -> the stored one, or
-    None. `model_types`: those of the base's config and its text model's.
+    """Convert the pairs to the layout of a base's files, with equal changes.
 
-    A pair of a fused expert parameter that is stored by single experts becomes a linear pair for each of them:
-    gate_up_proj[e] = [gate_e; up_e]. A router of Mixtral's layout gets its name in the files. Pairs that are stored as
-    they are stay. Raises AdapterError where the files have more experts than a pair."""
+    `find`: parameter name -> the stored name, or None. `model_types`: of the base's config and its text
+    model's. A pair of a fused expert parameter stored as single experts becomes a linear pair for each
+    expert: gate_up_proj[e] = [gate_e; up_e]. A router in Mixtral's layout gets its name in the files. Other
+    pairs are unchanged. Raises AdapterError if the files have more experts than a pair."""
     out: dict[str, Pair] = {}
     for name, pair in pairs.items():
         old = name.replace(".mlp.", ".block_sparse_moe.")
@@ -192,7 +195,7 @@ def as_stored(
 
 
 def _apart(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str, Pair]:
-    """A fused pair as one linear pair for each stored expert; {} where the files have no such experts."""
+    """Split a fused pair into one linear pair for each stored expert; {} without such experts."""
     module, _, parameter = name.rpartition(".")
     leaves = {"gate_up_proj": ("gate_proj", "up_proj")}.get(parameter, (parameter,))
     for own in (leaves, [new for leaf in leaves for new, kind in _MIXTRAL.items() if kind == leaf]):
@@ -212,7 +215,7 @@ def _apart(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str
 
 
 def _stacked(held: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pair:
-    """One pair of all experts: `held` has for each expert the pair of each part of the rows; None is no change."""
+    """Join the experts' pairs. `held`: for each expert the pair of each row part; None: no change."""
     have = [p for own in held for p in own if p is not None]
     scale = max((p.scale for p in have), key=abs)
     folded = any(p.scale != scale for p in have)
@@ -243,14 +246,16 @@ def _stacked(held: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pai
 
 
 def _share(own: Sequence[Pair | None]) -> bool:
-    """Whether all parts are changed, and by way of the same A."""
+    """Return whether all parts are changed, with the same A."""
     As = [p.A for p in own if p is not None]
     return len(As) == len(own) and all(A.shape == As[0].shape and torch.equal(A, As[0]) for A in As[1:])
 
 
 def _is_reversed(module: str, parameters: Sequence[str], base: Structure) -> bool:
-    """Whether the base stores (experts, in, out) without saying so, as Llama 4 does: gate_up_proj and down_proj are of
-    the widths (2·inner, hidden) and (hidden, inner), one way round or the other."""
+    """Return whether the base stores (experts, in, out) without stating it, like Llama 4.
+
+    gate_up_proj and down_proj have the widths (2·inner, hidden) and (hidden, inner), in one order or the
+    other."""
     if module in base.transposed or not {"gate_up_proj", "down_proj"} <= set(parameters):
         return False
     _, a, b = base.shapes[f"{module}.gate_up_proj"]

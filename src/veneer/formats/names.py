@@ -1,20 +1,20 @@
-"""What a tool's name of a module means in a family: a look-up in tables made of the topology's names.
+"""Look up a tool's module name in the tables of a family.
 
 | text                                                             | table                                             |
 | unet.… transformer.… text_encoder(_2, _3).…                      | canonical names                                   |
 | (model.)diffusion_model.… and no prefix                          | the denoiser's own names and its original ones    |
-| text_encoders.clip_l/clip_g/clip_h/t5xxl.transformer.…           | the text encoders, as ComfyUI calls them          |
+| text_encoders.clip_l/clip_g/clip_h/t5xxl.transformer.…           | the text encoders, by ComfyUI's names             |
 | lora_unet_… lora_unet__… lora_transformer_… lycoris_…            | the denoiser's names of both kinds, flattened     |
 | double_blocks.0.img_attn.qkv.0 (OneTrainer's split)              | part 0 of the fused original                      |
 | lora_te_… lora_te1_… lora_te2_… lora_te3_…                       | the text encoders' names, flattened               |
-| base_model.model. in front of any dotted one                     | the same                                          |
+| base_model.model. before any dotted name                         | the same                                          |
 | ….attn1.processor.to_q_lora, ….self_attn.to_out_lora             | aliases, of diffusers before PEFT                 |
 | double_blocks.0.processor.qkv_lora1 …                            | aliases, of XLabs                                 |
 | single_blocks.0.linear1_qkv                                      | an alias of FLUX.1, of ComfyUI (USO)              |
 | sformer_blocks.0.…                                               | an alias of FLUX.2, of files cut by diffusers     |
 
-lora_te3_ is T5 where kohya trains FLUX.1, lora_te2_ where OneTrainer does. No `_` is ever turned into a `.`: flattening
-cannot be undone. Knows names; no tensors.
+For FLUX.1's T5, kohya uses lora_te3_ and OneTrainer lora_te2_. A `_` is never converted to a `.`, because
+flattening is not invertible. Uses names; no tensors.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _XLABS = {
 
 
 def _all() -> Mapping[str, Family]:
-    """The families, and those whose names are like theirs and are never claimed."""
+    """Return the families, and similar models that are never claimed."""
     return {**families(), **strangers()}
 
 
 @cache
 def _table(name: str) -> Mapping[str, tuple[ModulePlace, ...]]:
-    """Every text without the prefixes that `lookup` takes off -> where it lands."""
+    """Return each text, without the prefixes that `lookup` removes -> its places."""
     family = _all()[name]
     out: dict[str, tuple[ModulePlace, ...]] = {}
     denoiser = family.denoiser
@@ -61,7 +61,7 @@ def _table(name: str) -> Mapping[str, tuple[ModulePlace, ...]]:
         if component != denoiser:
             for text in (own, *_old(own)):
                 out[f"{component}.{text}"] = places
-                if own.startswith("text_model."):  # transformers 5 has dropped it from the class
+                if own.startswith("text_model."):  # transformers 5 dropped it from the class
                     out[f"{component}.{text.removeprefix('text_model.')}"] = places
             for prefix in prefixes[component]:
                 out[prefix + (flat(own) if prefix.endswith("_") else own)] = places
@@ -83,12 +83,12 @@ def _table(name: str) -> Mapping[str, tuple[ModulePlace, ...]]:
 
 
 def _cut(text: str) -> str:
-    """The name of a double block as some files of FLUX.2 have it, whose writer took off too long a prefix."""
+    """Return a double block's name in FLUX.2 files whose writer removed too long a prefix."""
     return text.replace("transformer_blocks.", "sformer_blocks.", 1)
 
 
 def _old(name: str) -> Iterator[str]:
-    """What diffusers called an attention's projection before it had PEFT."""
+    """Yield the names of an attention projection in diffusers before PEFT."""
     parent, _, leaf = name.removesuffix(".0").rpartition(".")
     if re.fullmatch(r"to_[qkv]|to_out|to_add_out|add_[qkv]_proj", leaf):
         yield f"{parent}.processor.{leaf}_lora"
@@ -99,11 +99,11 @@ def _old(name: str) -> Iterator[str]:
 
 
 def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:
-    """The flat prefixes kohya and OneTrainer give a text encoder, and ComfyUI's dotted one."""
+    """Yield kohya's and OneTrainer's flat prefixes of a text encoder, and ComfyUI's dotted one."""
     if not component.startswith("text_encoder"):
         return
     if len(family.encoders) > 1:
-        yield f"lora_te{family.encoders.index(component) + 1}_"  # OneTrainer's of FLUX.1's T5 is the second
+        yield f"lora_te{family.encoders.index(component) + 1}_"  # OneTrainer counts FLUX.1's T5 as the second
     yield family.kohya_encoder(component)
     yield f"text_encoders.{family.comfyui_encoder(component)}.transformer."
 
@@ -116,7 +116,7 @@ def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModulePlace, ...]]]:
             i += 1
     i = 0
     while (found := family.originals.get(f"single_blocks.{i}.linear1")) is not None:
-        # These pairs are of q, k and v alone, without the feed-forward's rows.
+        # These pairs cover only q, k and v, without the rows of the feed-forward.
         qkv = tuple(ModulePlace(place.module, (n, n + 1, 3)) for n, place in enumerate(found[:3]))
         yield f"single_blocks.{i}.processor.qkv_lora", qkv
         yield f"single_blocks.{i}.linear1_qkv", qkv
@@ -124,7 +124,7 @@ def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModulePlace, ...]]]:
 
 
 def lookup(family: Family, text: str) -> tuple[ModulePlace, ...] | None:
-    """Where the module that a file calls `text` lands, or None."""
+    """Return the places of the module that a file calls `text`, or None."""
     table = _table(family.name)
     text = text.removeprefix("base_model.model.")
     if (found := table.get(text)) is not None:
@@ -136,11 +136,10 @@ def lookup(family: Family, text: str) -> tuple[ModulePlace, ...] | None:
 
 
 def component_of(module: str) -> str:
-    """The part of the pipeline that a canonical name (of a module, or of its parameter) begins with; "" for a text
-    adapter's bare name.
+    """Return the component that a canonical name begins with; "" for a text adapter.
 
-    GPT-2, Falcon, MPT, Bloom and others call their decoder `transformer` as well: that is a component only where some
-    family's denoiser has such a module, whatever its block's number."""
+    GPT-2, Falcon, MPT, Bloom and others also call their decoder `transformer`: this counts as a component
+    only if some family's denoiser has such a module, whatever its block's number."""
     first = module.partition(".")[0]
     if first == "transformer":
         name = _kind(module)
@@ -150,12 +149,12 @@ def component_of(module: str) -> str:
 
 @cache
 def _transformers() -> frozenset[str]:
-    """The modules of every family's transformer, without the numbers of their blocks."""
+    """Return the modules of all families' transformers, without block numbers."""
     return frozenset(_kind(m) for f in _all().values() for m in f.modules if m.startswith("transformer."))
 
 
 def near(family: Family | None, text: str) -> str | None:
-    """The known text that has the longest start in common with it, of 8 letters at least."""
+    """Return the known text with the longest common prefix, at least 8 letters, or None."""
     if family is None:
         return None
     text = text.removeprefix("base_model.model.")
@@ -166,13 +165,13 @@ def near(family: Family | None, text: str) -> str | None:
 
 
 def _common(a: str, b: str) -> int:
-    """Letters that both start with."""
+    """Return the length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @cache
 def texts_of(name: str) -> list[str]:
-    """Every text that a file may have for a module of this family, without the prefixes that `lookup` takes off."""
+    """Return every text for a module of this family, without the prefixes `lookup` removes."""
     return sorted(_table(name))
 
 
@@ -181,11 +180,10 @@ _Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class FamilyChoice:
-    """The family that is claimed, how many of the names its tables cover, and why it and no other.
+    """The chosen family, the number of names its tables cover, and the reasons.
 
-    `near`: where none is claimed, the families that have these names, for messages alone. `fitting`: those of them
-    whose widths and depth fit too, but that nothing tells apart; where all of these mean the same modules by the names,
-    the names can be read all the same."""
+    `near`: without a chosen family, the families with these names, for messages only. `fitting`: those whose
+    widths and depth also fit; if they all map the names to the same modules, the names can still be read."""
 
     family: Family | None
     covered: int
@@ -194,7 +192,7 @@ class FamilyChoice:
     fitting: tuple[str, ...] = ()
 
     def lookup(self, text: str) -> tuple[ModulePlace, ...] | None:
-        """Where a module lands: in the family; with none, where all that fit agree."""
+        """Return a module's places: in the chosen family, or where all fitting families agree."""
         if self.family is not None:
             return lookup(self.family, text)
         found = {lookup(_all()[name], text) for name in self.fitting}
@@ -209,7 +207,7 @@ _HIDDEN = {
     **{"hunyuan-video": {3072}, "ltx-video": {2048}},
 }
 _TEXT_FUSION = 2560
-"""The width of Krea 2's text_fusion blocks, which the other blocks do not share."""
+"""Width of Krea 2's text_fusion blocks, unlike the other blocks."""
 _CROSS = {"anima": 1024, "ltx-video": 2048}
 _HIDDEN_INPUTS = re.compile(
     r"^transformer\..*(blocks|layers|refiner)\.\d+\.((attn\d?|attention)\.(to_[qkv]|add_[qkv]_proj)|"
@@ -217,25 +215,27 @@ _HIDDEN_INPUTS = re.compile(
 )
 """Modules whose inputs are a transformer's hidden states."""
 _TOY = 512
-"""Widths that no real model is below."""
+"""Minimum width of a real model."""
 
 _OTHER_DEPTHS = {
     "flux1": {"transformer_blocks": {8}},
     "flux2": {"transformer_blocks": {5}, "single_transformer_blocks": {20, 24}},
 }
-"""Of smaller models of the same family: FLUX.1 lite, FLUX.2 klein."""
+"""Depths of smaller models in a family: FLUX.1 lite, FLUX.2 klein."""
 
 
 def choose_family(
     shapes: Mapping[str, _Shape | None], claim: str | None = None, wanted: str | None = None
 ) -> FamilyChoice:
-    """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says. `wanted`: the
-    family of the base that the adapter is to act on.
+    """Choose the family of a file's modules.
 
-    A family is claimed only if at least half of the names are its own and nothing known of its widths and depth speaks
-    against it. Names that several have are of the one family whose shapes and depth alone are the file's; else of the
-    one that the metadata claims, or the base is; else no family is claimed, and the result says which are near. A toy,
-    whose widths are no model's, is of the family that it fills most, or the more common one."""
+    `shapes`: module text -> (out, in) of its weight if known. `claim`: the family in the metadata. `wanted`:
+    the family of the target base.
+
+    A family is chosen only if it has at least half of the names and no known width or depth contradicts it.
+    If several families have the names, the one whose shapes and depth uniquely fit is chosen; else the one in
+    the metadata, or the base's; else none, and the result lists the near ones. A toy model, whose widths are
+    no real model's, gets the family of which it has the largest share, or the more common one."""
     found = {
         name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
         for name, family in _all().items()
@@ -254,7 +254,7 @@ def choose_family(
     toy = all(max(shape) < _TOY for shape in shapes.values() if shape)
     wide = {text: shape for text, shape in shapes.items() if shape and shape[1] >= _TOY}
     possible = [n for n in known if _fits(n, found[n], wide, shapes)]
-    if not wide and not possible:  # a toy's proportions tell families apart, and speak against none
+    if not wide and not possible:  # a toy's proportions can distinguish families, but not exclude them
         possible = [n for n in known if _fits(n, found[n], {}, dict.fromkeys(shapes))]
     if len(known) + len(others) > 1 or not possible:
         fit = [n for n in possible if _depth(_all()[n], found[n].values())]
@@ -283,7 +283,7 @@ def choose_family(
 
 
 def _claimed(names: Sequence[str], claim: str | None) -> list[str]:
-    """The family that metadata name; those of SD3.5 Large say SD3 too."""
+    """Return the family in the metadata; SD3.5 Large's metadata also name SD3."""
     return [n for n in names if n == claim] or [n for n in names if claim == "sd3" and n == "sd3-large"]
 
 
@@ -294,21 +294,21 @@ def _kind(text: str) -> str:
 
 @cache
 def _kinds(name: str) -> frozenset[str]:
-    """The texts of a family without their numbers."""
+    """Return the texts of a family without block numbers."""
     texts = {_kind(text) for text in _table(name)}
     own = {t for t in texts if not t.startswith(_DENOISER_FLAT)}
     return frozenset(texts | {prefix + t for prefix in _DENOISER_DOTTED for t in own})
 
 
 def has_image_names(texts: Iterable[str]) -> bool:
-    """Whether names have the prefixes of an image model's parts, or call projections as diffusers does."""
+    """Return whether names have image model prefixes or diffusers' projection names."""
     parts = r"(unet|transformer(?!\.h\.)|text_encoder(_\d)?|diffusion_model)\..*|lora_(unet|te\d?|transformer)_.*"
     ours = re.compile(rf"{parts}|(unet|text_encoder):\d+|.*\.(to_[qkv]|add_[qkv]_proj)")
     return any(ours.fullmatch(text) for text in texts)
 
 
 def _shown(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
-    """Each kind of name with its weights' shapes, and how many there are."""
+    """Return each kind of name with its count and a weight shape, as text."""
     by: dict[str, list[_Shape | None]] = defaultdict(list)
     for text, shape in shapes.items():
         by[_kind(text)].append(shape)
@@ -317,7 +317,9 @@ def _shown(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
 
 
 def _share(family: Family, found: Collection[tuple[ModulePlace, ...]]) -> float:
-    """Of the family's modules that have the file's names but for their numbers, how many the file has."""
+    """Return the share of the family's modules that the file has, among kinds it has.
+
+    A kind is a name without block numbers."""
     have = {place.module for places in found for place in places}
     kinds = {_kind(module) for module in have}
     return len(have) / sum(_kind(module) in kinds for module in family.modules)
@@ -329,8 +331,9 @@ def _fits(
     wide: Mapping[str, _Shape | None],
     shapes: Mapping[str, _Shape | None],
 ) -> bool:
-    """Whether at least half of the names are the family's, and nothing known of its shapes speaks against it, nor more
-    blocks than it has. `wide`: those of `shapes` whose widths count."""
+    """Return whether the family has at least half of the names, and its shapes and depth fit.
+
+    `wide`: the subset of `shapes` whose widths count."""
     if 2 * len(found) < len(shapes) or _deeper(name, found, shapes):
         return False
     known = [_width(name, places[0].module, wide.get(text)) for text, places in found.items()]
@@ -341,7 +344,7 @@ def _fits(
 
 
 def _deeper(name: str, found: Mapping[str, tuple[ModulePlace, ...]], shapes: Iterable[str]) -> bool:
-    """Whether a name is the family's but for the number of its block, which is the one after the family's last."""
+    """Return whether the file has a block one beyond the family's last."""
     family = _all()[name]
     return family.denoiser != "unet" and any(
         lookup(family, f"{text[: at.start()]}{int(at[0]) - 1}{text[at.end() :]}") is not None
@@ -352,14 +355,15 @@ def _deeper(name: str, found: Mapping[str, tuple[ModulePlace, ...]], shapes: Ite
 
 
 def _is_thirds(places: Sequence[ModulePlace], shape: _Shape | None) -> bool:
-    """Whether a fused q, k and v has three times as many outputs as inputs, as in every family here; Lumina 2 has
-    fewer heads of keys and values, and its rows are no equal thirds."""
+    """Return whether a fused q, k and v has three times as many outputs as inputs.
+
+    True in every family here; Lumina 2 has fewer key and value heads, so its rows are not equal thirds."""
     fused = [place.part for place in places if place.part is not None and place.part[2] == 3]
     return len(fused) < 3 or shape is None or shape[0] == 3 * shape[1]
 
 
 def _width(name: str, module: str, shape: _Shape | None) -> bool | None:
-    """Whether a weight's inputs are as many as the official model's; None where they are not known."""
+    """Return whether a weight has as many inputs as the official model's; None if unknown."""
     if shape is None:
         return None
     if re.search(r"^unet\..*\.attn2\.to_[kv]$", module):
@@ -379,18 +383,20 @@ _PROPORTIONS = {
     "flux1": {"linear1": (7, 1), "linear2": (1, 5), "mlp.0": (4, 1), "mlp.2": (1, 4)},
     "flux2": {"linear1": (9, 1), "linear2": (1, 4), "mlp.0": (6, 1), "mlp.2": (1, 3)},
 }
-"""out : in of the modules that have BFL's names in both families."""
+"""out : in of the modules with BFL's names in both families."""
 
 
 def _ratio(name: str, text: str, shape: _Shape | None) -> bool | None:
-    """Whether a weight's proportions are the family's; None where they are not known."""
+    """Return whether a weight's proportions are the family's; None if unknown."""
     match = re.search(r"(linear[12]|mlp[._][02])$", text)
     want = _PROPORTIONS.get(name, {}).get(match[1].replace("_", ".")) if match else None
     return None if want is None or shape is None else shape[0] * want[1] == shape[1] * want[0]
 
 
 def _depth(family: Family, found: Iterable[tuple[ModulePlace, ...]]) -> bool:
-    """Whether every run of blocks from the first one on is as long as the family's. Some blocks alone are any's."""
+    """Return whether every run of blocks from 0 has the family's length.
+
+    A subset of the blocks fits any family."""
     ours = _family_blocks(family.name)
     for group, have in _blocks(p.module for places in found for p in places).items():
         count = len(ours.get(group, ()))
@@ -406,7 +412,7 @@ def _family_blocks(name: str) -> dict[str, set[int]]:
 
 
 def _blocks(modules: Iterable[str]) -> dict[str, set[int]]:
-    """Name up to the first number, of what is no U-Net -> the numbers."""
+    """Return name up to the first number -> the numbers, except for U-Nets."""
     out: dict[str, set[int]] = defaultdict(set)
     for module in modules:
         if not module.startswith("unet.") and (match := re.match(r"(.+?)\.(\d+)\.", module)):

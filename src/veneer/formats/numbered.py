@@ -1,11 +1,13 @@
-"""cloneofsimo's files: numbered pairs and learned words, `unet:0:up`, `unet:0:down`, `text_encoder:0:up`, `<word>`.
+"""Read cloneofsimo's files: numbered pairs and learned words.
 
-The numbers count the modules as diffusers 0.11 and older registered them, down, up, then middle; in a block of the
-transformer attn1, then the feed-forward's first projection, then attn2 (later versions: the feed-forward last); within
-an attention q, k, v, out; CLIP's attention k, v, q, out. The order is taken from the topology and must fit the shapes:
-widths are one number a level, in the ratios of the U-Net, the feed-forward's out is eight times its in. CLIP's four are
-of one shape, so there only their count can be checked. s = 1. Source: the repository cloneofsimo/lora and its files.
-Knows names and shapes.
+    unet:0:up  unet:0:down  text_encoder:0:up  <word>
+
+The numbers count the modules as diffusers 0.11 and older registered them: down, up, then middle; in a
+transformer block attn1, then the feed-forward's first projection, then attn2 (later versions: the
+feed-forward last); in an attention q, k, v, out; in CLIP's attention k, v, q, out. The order comes from the
+topology and must fit the shapes: each level has one width, in the U-Net's ratios, and the feed-forward's out
+is eight times its in. CLIP's four projections have one shape, so only their count can be checked. s = 1.
+Source: the repository cloneofsimo/lora and its files. Uses names and shapes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def is_list(keys: Mapping[str, Tensor]) -> bool:
 
 
 def list_words(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """The learned words of a list file: word -> its vector or vectors (n, dim)."""
+    """Return the learned words of a list file: word -> its vectors (n, dim)."""
     found = {}
     for key, tensor in tensors.items():
         named = metadata.get(key) == "<embed>" or re.fullmatch(r"<[^<>:]+>", key)
@@ -40,8 +42,9 @@ def list_words(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> di
 
 
 def list_modules(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, where: str) -> dict[str, str]:
-    """`unet:0` -> canonical module, for every number in the file. AdapterError where no order fits the shapes, naming
-    the first misfit of the nearest."""
+    """Return `unet:0` -> canonical module, for every number in the file.
+
+    Raises AdapterError if no order fits the shapes, with the first misfit of the best order."""
     shapes: dict[str, dict[int, tuple[int, int]]] = {"unet": {}, "text_encoder": {}}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -99,7 +102,7 @@ def _orders(family: Family, component: str, metadata: Mapping[str, str], where: 
 
 
 def _classes(metadata: Mapping[str, str], where: str) -> set[str]:
-    """The classes whose linears (and convolutions) were trained, where the file says so."""
+    """Return the classes whose linears (and convolutions) were trained, if stated."""
     named = json_value(metadata, "unet") if "unet" in metadata else []
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
         raise AdapterError(
@@ -111,7 +114,9 @@ def _classes(metadata: Mapping[str, str], where: str) -> set[str]:
 
 
 def _unet_order(family: Family, wanted: set[str], parts: Sequence[str]) -> list[str]:
-    """The linears and convolutions of the wanted classes, as registered: attentions before resnets in each block."""
+    """Return the wanted classes' linears and convolutions in registration order.
+
+    Attentions come before resnets in each block."""
     blocks: dict[str, None] = {}
     for name in family.modules:
         if match := re.match(r"unet\.((?:down|up)_blocks\.\d+|mid_block)\.", name):
@@ -136,7 +141,7 @@ def _stems(names: Sequence[str], pattern: str) -> list[str]:
 
 
 def _misfit(order: Sequence[str], shapes: Sequence[tuple[int, int]]) -> str | None:
-    """The first number whose shape is not what its name says."""
+    """Return the first number whose shape does not fit its name, or None."""
     if order[0].startswith("text_encoder"):
         odd = next((i for i, s in enumerate(shapes) if s != (shapes[0][0],) * 2), None)
         return None if odd is None else f"{order[odd]} would be {shapes[odd]}"
@@ -154,7 +159,7 @@ def _misfit(order: Sequence[str], shapes: Sequence[tuple[int, int]]) -> str | No
 
 
 def _level(name: str) -> int:
-    """The channels of the block in units of the first level's, for the four levels of SD 1 and 2."""
+    """Return a block's channels in units of the first level's, for the levels of SD 1 and 2."""
     match = re.match(r"unet\.(down|up)_blocks\.(\d)\.", name)
     if match is None:
         return 4

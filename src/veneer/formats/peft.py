@@ -1,4 +1,6 @@
-r"""PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors`, read and written strictly.
+r"""Read and write PEFT's adapter folders strictly.
+
+`adapter_config.json` and `adapter_model.safetensors`:
 
     key = "base_model.model." + module + suffix                              the adapter's name is not in the key
 
@@ -11,15 +13,15 @@ r"""PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors
 |                   | Of several parameters of one module the last declared has the plain key, each earlier one a     |
 |                   | further `.base_layer` in front of the suffix                                                    |
 | modules_to_save   | .PARAMETER: full copies                                                                         |
-| token indices     | .token_adapter.trainable_tokens_delta (tokens, dim): whole rows; which ones is in the config    |
-| targeted embedding| .base_layer.weight: PEFT's copy of the base's own rows, no part of the adapter                  |
+| token indices     | .token_adapter.trainable_tokens_delta (tokens, dim): whole rows, whose indices are in the config|
+| targeted embedding| .base_layer.weight: PEFT's copy of the base's own rows, not part of the adapter                 |
 
-    scale = alpha/r, rsLoRA alpha/√r;  r and alpha from rank_pattern and alpha_pattern where the first key that matches
-    `(.*\.)?(KEY)$` says so
+    scale = alpha/r, rsLoRA alpha/√r;  r and alpha from rank_pattern and alpha_pattern if a key matches, by the first
+    key with `(.*\.)?(KEY)$`
 
-Folders of LOHA and LOKR: formats/peft_lycoris.py. docs/formats/peft.md has the whole specification, numbered. What
-cannot be read with the same effect is refused with the reason; everything wrong with a folder is one AdapterError.
-Knows files and names; does not know what made the base.
+Folders of LOHA and LOKR: formats/peft_lycoris.py. The numbered specification is in docs/formats/peft.md.
+Contents that cannot be read with the same effect are refused with the reason; one AdapterError lists all
+faults of a folder. Uses files and names, independent of the base's source.
 """
 
 from __future__ import annotations
@@ -64,31 +66,34 @@ SUFFIXES = {
 }  # fmt: skip
 
 BaseLike = nn.Module | Structure | Iterable[str] | Callable[[], Any] | None
-"""What a caller may give of the base: the model, its outline, or its module names."""
+"""A base as an argument: the model, its outline, or its module names."""
 
 
 # -- a folder ---------------------------------------------------------------------------------------------------------
 
 
 def read_folder(folder: str | Path, base: BaseLike = None) -> Adapter:
-    """The adapter in a PEFT folder.
+    """Read the adapter in a PEFT folder.
 
-    Plain pairs need no base. With one (the model, its outline, or its module names) every name, kind and shape is
-    checked against it, and old layouts of expert weights are recognised. Raises one AdapterError that lists everything
-    missing, extra, misshapen or not understood; UnsafeFileError for pickles and headers that lie."""
+    Plain pairs need no base. With a base (the model, its outline, or its module names) every name, kind and
+    shape is checked, and old layouts of expert weights are recognized. Raises one AdapterError listing
+    everything missing, extra, misshapen or not understood; UnsafeFileError for pickles and invalid headers.
+    """
     return load_folder(folder, base).adapter
 
 
 def load_folder(folder: str | Path, base: BaseLike = None) -> PeftAdapter:
-    """`read_folder`, with the configuration and the notes."""
+    """Read like `read_folder`, and also return the configuration and notes."""
     opened = open_folder(folder)
     return interpret(opened.config, opened.tensors, base, where=str(folder), card=opened.card)
 
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """What is in a PEFT folder, uninterpreted. `format`: mlx or tinker where another tool wrote it, and both are
-    translated; `reason`: how that is known. `in_file`: the configuration is from the tensor file's metadata."""
+    """The contents of a PEFT folder, uninterpreted.
+
+    `format`: mlx or tinker if another tool wrote it (config and tensors are translated); `reason`: how this
+    was detected. `in_file`: the configuration comes from the tensor file's metadata."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -99,8 +104,10 @@ class PeftFolder:
 
 
 def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bool = False) -> PeftFolder:
-    """The configuration, the tensors and the card of a folder; `file`: the one with the tensors, where it is not called
-    adapter_model. A pickle is read only with `from_pickle`. Raises as `read_folder`."""
+    """Return the configuration, the tensors and the card of a folder.
+
+    `file`: the tensor file, if it is not named adapter_model. A pickle is read only with `from_pickle`.
+    Raises as `read_folder`."""
     folder = Path(folder)
     config = read_config(folder)
     file = file or tensor_file(folder, from_pickle)
@@ -116,7 +123,7 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
 
 @dataclass
 class PeftAdapter:
-    """An adapter as read: with `config` as it stands in the file, and `notes` on what was left aside and why."""
+    """An adapter as read, with the file's `config`, and `notes` on ignored contents and reasons."""
 
     adapter: Adapter
     config: dict[str, Any]
@@ -132,8 +139,10 @@ def interpret(
     card: Card | None = None,
     moe_layout: str = "",
 ) -> PeftAdapter:
-    """What a configuration and tensors mean together. `moe_layout`: how expert pairs' B is laid out, where the file
-    does not say (formats/peft.py). Raises as `read_folder` does."""
+    """Interpret a configuration and tensors.
+
+    `moe_layout`: the layout of expert pairs' B, if the file does not state it (see the comment on expert
+    parameters). Raises as `read_folder`."""
     if is_lycoris(config):
         return _lycoris(config, tensors, structure_of(base) if base is not None else Structure({}), where, card)
     parsed, problems = cfg.parse_config(config)
@@ -171,7 +180,9 @@ def interpret(
 def _lycoris(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Structure, where: str | None, card: Card | None
 ) -> PeftAdapter:
-    """A folder of LOHA or LOKR; with a base each delta in its weight's shape, which flat parts do not tell."""
+    """Interpret a folder of LOHA or LOKR.
+
+    With a base, each delta gets its weight's shape, which flat parts do not determine."""
     adapter, parsed, rest, problems = read_lycoris(config, tensors)
     reader = _Reader(parsed, base, problems)
     if not problems:
@@ -195,21 +206,21 @@ def _refuse(problems: list[str], where: str | None) -> None:
 
 @dataclass
 class _Reader:
-    """Sorts tensors into pairs, full copies and token rows, and collects every problem on the way."""
+    """Sorts tensors into pairs, full copies and token rows, and collects every problem."""
 
     config: cfg.PeftConfig
     base: Structure
     problems: list[str]
     layout: str = ""
     other: Renaming | None = None
-    """The file's names, where they are those of another class than the base's."""
+    """Renames the file's modules, if they are those of another class than the base's."""
     notes: list[str] = field(default_factory=list)
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
     deltas: dict[str, Delta] = field(default_factory=dict)
     packed: set[str] = field(default_factory=set)
-    """Modules that the file has in another tool's packing, so that its target_modules may not name them."""
+    """Modules in another tool's packing, which target_modules need not name."""
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
         given = set(tensors)
@@ -302,7 +313,7 @@ class _Reader:
     # -- pairs -------------------------------------------------------------------------------------------------------
 
     def _pair(self, name: str, parts: dict[str, Tensor]) -> None:
-        """A pair on a linear, a convolution or an embedding."""
+        """Read a pair on a linear, a convolution or an embedding."""
         rows = "rows A" in parts or "rows B" in parts
         a, b = ("rows A", "rows B") if rows else ("A", "B")
         shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in sorted(parts.items()))
@@ -335,12 +346,12 @@ class _Reader:
         self._bias(name, parts.get("bias"), B.shape[0], scale)
 
     def _key(self, name: str) -> str:
-        """What PEFT's patterns are matched with for a pair."""
+        """Return the name that PEFT's patterns are matched with."""
         parameter = f"{name}.weight"
         return parameter if cfg.names_parameter(self.config, parameter) else name
 
     def _bias(self, name: str, bias: Tensor | None, out: int, scale: float) -> None:
-        """lora_bias: B has a bias b, so that the output moves by s·b as well."""
+        """Read lora_bias: B has a bias b, so the output changes by s·b as well."""
         if (bias is not None) != self.config.lora_bias:
             said = "is set, but there is no" if bias is None else "is not set, but there is a"
             self.problems.append(f"{name}: lora_bias {said} lora_B.bias")
@@ -362,8 +373,10 @@ class _Reader:
         return magnitude.reshape(-1)
 
     def _is_plain(self, name: str, depths: dict[int, dict[str, Tensor]]) -> bool:
-        """Whether target_modules means this module itself. PEFT never puts both on one module, and without a base a
-        short target_parameters entry, such as `down_proj`, could be a parameter of any module."""
+        """Return whether target_modules means this module itself.
+
+        PEFT never puts both on one module, and without a base a short target_parameters entry, such as
+        `down_proj`, could be a parameter of any module."""
         A = depths.get(0, {}).get("A")
         ranked = A is None or A.shape[:1] == (cfg.rank_of_module(self.config, name)[0],)
         return list(depths) == [0] and not self.base.detailed and ranked and cfg.selects(self.config, name)
@@ -425,12 +438,14 @@ class _Reader:
             self.problems.append(f"{name}: token rows {tuple(rows.shape)} that trainable_token_indices does not name")
 
     def _is_tied(self, key: str) -> bool:
-        """A tied head writes no rows of its own."""
+        """Return whether this is a tied head, which stores no rows."""
         return key == "lm_head" if not self.base.detailed else any(n.endswith(key) for n in self.base.tied)
 
     def _copies(self, copies: dict[str, Tensor]) -> None:
-        """PEFT puts the base's own embedding beside a pair on it, and on loading writes it over the base. Equal to the
-        base it says nothing; if it differs, the adapter belongs to a base whose embedding was changed."""
+        """Check PEFT's copies of the base's embeddings against the base.
+
+        PEFT stores the base's embedding with a pair on it and on loading overwrites the base. An equal copy
+        is redundant; a different one means that the adapter belongs to a base with a changed embedding."""
         for path, tensor in copies.items():
             name = path.rpartition(".base_layer.")[0]
             own = self.base.weight(name) if path.endswith(".weight") else None
@@ -475,17 +490,17 @@ class _Reader:
                 "omits this module, so PEFT would leave them out without a word"
             )
         idle, all_of_them = cfg.idle_targets(config, plain)
-        all_of_them = all_of_them and not parameters  # one that target_parameters selects is enough for PEFT
+        all_of_them = all_of_them and not parameters  # PEFT requires only one match of target_parameters
         if idle and all_of_them:
             self.problems.append(f"target_modules names {', '.join(map(repr, idle))}, and there are no tensors for any")
         for entry in () if all_of_them else idle:
-            # PEFT keeps names that matched nothing, as long as another did; what one of them selects in a base that is
-            # given must be there (`_check_expected`).
+            # PEFT keeps names without a match if another name matches; what a name selects in a given base
+            # must be present (`_check_expected`).
             self.notes.append(f"target_modules names {entry!r}, and there are no tensors for it: it has no effect")
         for entry in config.target_parameters:
             if any(cfg.is_or_ends(name, [entry]) for name in [*self.pairs, *(f"{p}.weight" for p in plain)]):
                 continue
-            # PEFT keeps an entry that matches no parameter, as long as the adapter has another target.
+            # PEFT keeps an entry that matches no parameter if the adapter has another target.
             others = bool(self.pairs) if self.base.detailed else bool(parameters)
             without = others and not any(cfg.is_or_ends(name, [entry]) for name in self.base.shapes)
             told = f"target_parameters names {entry!r}, and there are no tensors for it"
@@ -494,7 +509,9 @@ class _Reader:
             self._check_expected()
 
     def _is_tied_pair(self, name: str) -> bool:
-        """ensure_weight_tying gives the tied head the embedding's pair, transposed, without naming it."""
+        """Return whether ensure_weight_tying created this pair for the tied head.
+
+        The pair is the embedding's, transposed, and is not named in the configuration."""
         if not self.config.tie or self.pairs[name].kind != "linear":
             return False
         twins = [p for p in self.pairs.values() if p.kind == "embedding"]
@@ -502,7 +519,7 @@ class _Reader:
         return any(torch.equal(mine.A, p.B.T) and torch.equal(mine.B, p.A.T) for p in twins)
 
     def _check_expected(self) -> None:
-        """What the configuration selects in this base must all be in the file."""
+        """Check that the file has everything that the configuration selects in this base."""
         everything = self.config.target_modules == cfg.ALL_LINEAR
         guessed = self.config.target_modules is None and not self.config.target_parameters
         for name, kind in self.base.kinds.items():
@@ -531,7 +548,7 @@ class _Reader:
                     )
 
     def _check_base(self) -> None:
-        """Names against a list of names; names, kinds and shapes against a model."""
+        """Check names against a list of names; names, kinds and shapes against a model."""
         if self.base.detailed:
             found = Adapter(self.pairs, self.modules, self.token_rows, deltas=self.deltas)
             self.problems += self.base.problems(found)
@@ -543,16 +560,17 @@ class _Reader:
 
 
 # -- biases ------------------------------------------------------------------------------------------------------------
-# Biases of the base itself that PEFT trains: `bias = "lora_only"` of the target modules, `"all"` of every module.
+# Biases of the base that PEFT trains: `bias = "lora_only"` of the target modules, `"all"` of every module.
 #
 #     model.layers.0.self_attn.q_proj.base_layer.bias (out,)      a module that carries a pair
-#     model.layers.0.self_attn.k_proj.bias (out,)                 another one; "all" alone writes those
+#     model.layers.0.self_attn.k_proj.bias (out,)                 another module, only with "all"
 #
-# The file holds the new values whole. As a change it is a `replacement` (core/forms.py): Δb = s·(value − b), which
-# needs the base's own b only where it acts.
+# The file holds whole new values. As a change a bias is a `replacement` (core/forms.py): Δb = s·(value − b),
+# which needs the base's b only when it is applied.
 #
-# Of a module that is saved whole "all" writes the bias three times: in the copy, where it counts, and under PEFT's own
-# two names for the copy and the base's (`….modules_to_save.bias`, `….original_module.bias`), where nothing reads it.
+# For a module in modules_to_save, "all" writes the bias three times: in the full copy, which counts, and
+# under PEFT's names for the copy and the base's (`….modules_to_save.bias`, `….original_module.bias`), which
+# are not read.
 
 _WITHIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.((?:.+\.)?bias)")
 
@@ -565,8 +583,10 @@ def _trained_biases(
     problems: list[str],
     notes: list[str],
 ) -> dict[str, Delta]:
-    """The changes of biases by name (`….bias`); what is one is taken out of `copies` and `rest` (paths in the file
-    without PEFT's prefix). Those inside of a module that is saved whole are part of it."""
+    """Return the changes of biases by name (`….bias`).
+
+    Removes them from `copies` and `rest` (paths in the file without PEFT's prefix). Biases inside a module in
+    modules_to_save belong to its full copy."""
     if config.bias == "none":
         return {}
     for path in [p for p in rest if _WITHIN.fullmatch(p)]:
@@ -580,7 +600,7 @@ def _trained_biases(
     for path in [p for p in copies if p.endswith(".base_layer.bias")]:
         found[path.replace(".base_layer.bias", ".bias")] = copies.pop(path)
     for path in [p for p in rest if p.endswith(".bias") and not any(s in f".{p}" for s in saved)]:
-        if config.bias == "all" or path.removesuffix(".bias") in pairs:  # PEFT before 0.7 had no base_layer in the name
+        if config.bias == "all" or path.removesuffix(".bias") in pairs:  # no base_layer before PEFT 0.7
             found[path] = rest.pop(path)
     if not found:
         notes.append(f"bias = {config.bias!r}, but there are no biases in the file: it has no effect")
@@ -593,13 +613,13 @@ def _trained_biases(
 
 
 def _bias_switch(adapter: Adapter) -> str:
-    """What `bias` has to be for PEFT to load the adapter's trained biases."""
+    """Return the `bias` setting with which PEFT loads the adapter's trained biases."""
     owners = {name.removesuffix(".bias") for name, d in adapter.deltas.items() if d.form == "replacement"}
     return "none" if not owners else "lora_only" if owners <= set(adapter.pairs) else "all"
 
 
 def _bias_problems(name: str, delta: Delta) -> list[str]:
-    """What keeps a replacement from being one of PEFT's trained biases."""
+    """Return why a replacement cannot be one of PEFT's trained biases."""
     if not name.endswith(".bias") or len(delta.shape) != 1:
         return [f"{name}: PEFT trains whole biases, and no other parameter so; merge it into the base"]
     if delta.scale != 1:
@@ -609,7 +629,7 @@ def _bias_problems(name: str, delta: Delta) -> list[str]:
 
 
 def _bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Path -> the new values, as PEFT stores them."""
+    """Return path -> the new values, in PEFT's layout."""
     out = {}
     for name, delta in adapter.deltas.items():
         if delta.form == "replacement":
@@ -619,48 +639,52 @@ def _bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 # -- expert parameters -------------------------------------------------------------------------------------------------
-# Pairs of expert parameters, as PEFT's `target_parameters` and Unsloth store them: which parameter, which way round.
+# Pairs of expert parameters, in the layouts of PEFT's `target_parameters` and Unsloth.
 #
 #     A (E·r, in): expert 0 rank 0, expert 0 rank 1, …
 #     B (out, r·E): rank_major          rank 0 expert 0, rank 0 expert 1, …   PEFT, and Unsloth since 2026-09-17
 #                   grouped_by_expert   expert 0 rank 0, expert 0 rank 1, …   Unsloth before
 #
-# Both layouts of B have the same shapes, and Unsloth puts no version into its files: since that day it writes
+# Both layouts of B have the same shapes, and Unsloth's files have no version: since that day it writes
 # `lora_B_layout` into the configuration.
 
 _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 _SWAPPED_SINCE = (0, 19, 1)
-"""The first PEFT that lays out 3-d parameters as formats/peft.py says."""
+"""The first PEFT version with the current layout of 3-d parameters."""
 
 
 @dataclass
 class ExpertReader:
-    """`layout`: the caller's word on B's columns, "" where it has none; `problems` collects what is wrong."""
+    """Reads pairs of expert parameters.
+
+    `layout`: the caller's layout of B's columns, "" if unknown. `problems` collects faults."""
 
     config: cfg.PeftConfig
     base: Structure
     problems: list[str]
     layout: str = ""
     unclear: list[str] = field(default_factory=list)
-    """Parameters whose layout of B only the caller can tell."""
+    """Parameters whose layout of B only the caller knows."""
 
     def parameters(self, name: str, count: int) -> list[str]:
-        """The parameters of module `name` that target_parameters names, in the order PEFT wraps them. `count`: how many
-        the file has tensors for."""
+        """Return the parameters of module `name` in target_parameters, in PEFT's order.
+
+        count: the number of parameters in the file."""
         entries = self.config.target_parameters
         leaves = {t.rpartition(".")[2] for t in entries}
         found = {leaf for leaf in leaves if cfg.names_parameter(self.config, f"{name}.{leaf}")}
         if self.base.detailed:
             own = [key[len(name) + 1 :] for key in self.base.shapes if key.startswith(f"{name}.")]
             return [p for p in own if p in found]
-        # Without a base an entry that is only a parameter's name fits every module: one that names the module counts.
+        # Without a base, an entry with only a parameter's name fits every module: an entry that names the
+        # module counts.
         named = {leaf for leaf in found if cfg.is_or_ends(f"{name}.{leaf}", [t for t in entries if "." in t])}
         found = named if 0 < len(named) == count < len(found) else found
         known = [p for p in _EXPERT_ORDER if p in found]
         return known + sorted(found - set(known))
 
     def read(self, name: str, parameters: list[str], depths: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Pair]:
-        """The pairs of one module's parameters; `depths`: how many `.base_layer` -> tensors by part."""
+        """Read the pairs of a module's parameters. `depths`: number of `.base_layer` -> tensors by part."""
         listed = ", ".join(
             f"{'base_layer ' * d}{part} {tuple(t.shape)}"
             for d, parts in sorted(depths.items())
@@ -698,14 +722,14 @@ class ExpertReader:
             self.problems.append(f"{full}: {shapes} do not fit rank {rank} (the config's {source}) per expert{of}")
             return {}
         if plain:
-            return {name: Pair(A, B, scale)}  # a weight named as a parameter is a linear pair
+            return {name: Pair(A, B, scale)}  # a weight in target_parameters is a linear pair
         A3, B3 = A.view(experts, rank, -1), self._by_expert(full, B, experts, rank)
         if self._is_flipped(name, full, shapes, (A.shape[1], B.shape[0]), stored):
             A3, B3 = B3.transpose(1, 2), A3.transpose(1, 2)
         return {full: Pair(A3.contiguous(), B3.contiguous(), scale, "experts")}
 
     def _by_expert(self, full: str, B: Tensor, experts: int, rank: int) -> Tensor:
-        """(out, r·E) -> (E, out, r), by the layout that the file, or the caller, says; PEFT's where nobody does."""
+        """(out, r·E) -> (E, out, r), in the layout of the file or the caller; default PEFT's."""
         told = self.config.b_layout or self.layout
         if experts > 1 and rank > 1 and not told and self.config.unsloth:
             self.unclear.append(full)
@@ -716,8 +740,9 @@ class ExpertReader:
     def _is_flipped(
         self, name: str, full: str, shapes: str, got: tuple[int, int], stored: tuple[int, ...] | None
     ) -> bool:
-        """Whether the file holds the pair of the transposed parameter, as PEFT before 0.19.1 wrote it: shapes decide,
-        and where a square parameter lets both pass, the version that wrote the file."""
+        """Return whether the file holds the transposed parameter's pair, as before PEFT 0.19.1.
+
+        Shapes decide; for a square parameter, the PEFT version in the file."""
         version = self.config.version
         old = version is not None and version < _SWAPPED_SINCE
         if stored is None:
@@ -741,7 +766,7 @@ class ExpertReader:
         return old and (not transposed or version >= (0, 19, 0))  # type: ignore[operator]
 
     def ask(self) -> None:
-        """One problem for all that is unclear, which says how to tell."""
+        """Add one problem for all unclear parameters, with how to resolve it."""
         if self.unclear:
             self.problems.append(
                 f"{len(self.unclear)} expert parameter(s) ({', '.join(self.unclear[:3])}, …) of a file with Unsloth's "
@@ -753,18 +778,20 @@ class ExpertReader:
 
 
 _LAYOUT = "0.21.2"
-"""The PEFT whose layout of expert weights is written; readers need it where a parameter is square."""
+"""The PEFT version of the written expert layout; readers need it for square parameters."""
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-# The configuration is the smallest that PEFT's rules of matching resolve to exactly these modules, ranks and scales.
-# What is written is interpreted again before a byte reaches the disk, and the folder appears whole or not at all.
+# The configuration is the smallest that PEFT's matching rules resolve to exactly these modules, ranks and
+# scales. The result is interpreted again before writing, and the folder is written atomically.
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What was written: the adapter's digest as anyone reading the folder gets it, the sha256 of each file, and notes
-    on what the format could not carry."""
+    """The result of writing a folder.
+
+    `digest`: the adapter's as read back. `files`: name -> sha256. `notes`: on what the format could not
+    carry."""
 
     folder: Path
     digest: str
@@ -777,7 +804,7 @@ class _Encoded:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     adapter: Adapter
-    """As read back."""
+    """The adapter as read back."""
     notes: list[str]
 
 
@@ -790,15 +817,15 @@ def write_folder(
     task_type: str | None = "auto",
     digest: str | None = None,
 ) -> FolderReport:
-    """Write `adapter` to `folder` as PEFT's two files, the card `veneer.json` and a model card `README.md`.
+    """Write `adapter` to `folder` as PEFT's two files, `veneer.json` and `README.md`.
 
-    `base`: the model or its outline; with it target_modules is a short list of suffixes, without it the exact names.
-    Adapters on several expert parameters that are not called gate_up_proj and down_proj need it. `base_name` defaults
-    to the card's. `task_type` "auto": that of the PEFT folder which the adapter was read from, else CAUSAL_LM for a
-    text adapter. A README.md without veneer's mark is left alone.
-    `digest`: the adapter's, where its modules are known by longer names than the folder has (a pipeline's component in
-    front). The same adapter gives the same bytes. Raises AdapterError for anything that PEFT's format cannot express,
-    ResourceError when the disk is full; after any error the folder is as it was before."""
+    `base`: the model or its outline; with it target_modules is a short list of suffixes, without it the exact
+    names. It is required for pairs on several expert parameters with names other than gate_up_proj and
+    down_proj. `base_name` defaults to the card's. `task_type` "auto": that of the PEFT folder which the
+    adapter was read from, else CAUSAL_LM for a text adapter. `digest`: the adapter's, if its module names are
+    longer than the folder's (with a pipeline's component). A README.md without veneer's mark is not replaced.
+    The same adapter gives the same bytes. Raises AdapterError for anything that PEFT's format cannot express,
+    ResourceError for a full disk; after any error the folder is unchanged."""
     folder = Path(folder)
     name = base_name or adapter.card.base
     done = _encode(adapter, base_name=name, base=base, task_type=task_type, where=str(folder))
@@ -831,8 +858,9 @@ def write_folder(
 def encode_folder(
     adapter: Adapter, *, base_name: str = "", base: BaseLike = None, task_type: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of a PEFT folder, checked by reading them back. `task_type` and errors: as
-    `write_folder`."""
+    """Return the configuration and tensors of a PEFT folder, checked by reading back.
+
+    `task_type` and errors: as in `write_folder`."""
     done = _encode(adapter, base_name=base_name, base=base, task_type=task_type, where=None)
     return done.config, done.tensors
 
@@ -866,8 +894,10 @@ def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str 
 
 
 def _regrouped(pair: Pair, base: Structure, name: str) -> Pair:
-    """A pair whose A each group of a convolution runs on its own channels, as the equal one whose A sees them all:
-    PEFT knows only the latter, of `groups` times the rank."""
+    """Convert a grouped convolution's pair to an equal pair that PEFT supports.
+
+    In veneer each group applies A to its own channels; PEFT's A sees all channels, at `groups` times the
+    rank."""
     groups = base.grouped.get(name, 1)
     shape = base.shapes.get(f"{name}.weight", ())
     if groups == 1 or pair.kind != "conv" or pair.magnitude is not None or pair.A.shape[1] != shape[1]:
@@ -879,7 +909,7 @@ def _regrouped(pair: Pair, base: Structure, name: str) -> Pair:
 
 
 def _problems(adapter: Adapter, base: Structure) -> list[str]:
-    """What PEFT's format cannot say."""
+    """Return what PEFT's format cannot express."""
     out = []
     if not (adapter.pairs or adapter.modules or adapter.token_rows or adapter.deltas or adapter.new_tokens):
         out.append("it is empty")
@@ -917,8 +947,9 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
 
 
 def _delta_problems(adapter: Adapter) -> list[str]:
-    """Of deltas PEFT has two kinds: trained biases, whole; and lora_bias, a bias beside every pair, of the pair's
-    scale."""
+    """Return the deltas that PEFT cannot express.
+
+    PEFT has two kinds: trained biases, whole; and lora_bias, a bias with every pair, at the pair's scale."""
     out, biased = [], set()
     for name, delta in sorted(adapter.deltas.items()):
         if delta.form == "replacement":
@@ -953,7 +984,7 @@ def _pair_problems(name: str, pair: Pair) -> list[str]:
 
 
 def _by_module(adapter: Adapter) -> dict[str, list[str]]:
-    """Module -> its expert parameters that carry a pair."""
+    """Return module -> its expert parameters with a pair."""
     out: dict[str, list[str]] = defaultdict(list)
     for name, pair in adapter.pairs.items():
         if pair.kind == "experts":
@@ -966,10 +997,10 @@ _ROUTER = re.compile(r"(?:.+\.)?layers\.\d+\.(?:mlp|block_sparse_moe|feed_forwar
 
 
 def _routers(adapter: Adapter, base: Structure) -> set[str]:
-    """The linear pairs on modules that are no linear layers, so that PEFT is given their `weight` as a parameter.
+    """Return the linear pairs on modules that are not linear layers.
 
-    Without a base those beside fused experts, and those that are called as routers are; PEFT takes the `weight` of a
-    linear layer as well."""
+    PEFT gets their `weight` as a parameter. Without a base: those next to fused experts, and those with a
+    router's name; PEFT accepts the `weight` of a linear layer as well."""
     linear = {n for n, p in adapter.pairs.items() if p.kind == "linear"}
     if base.detailed:
         return {n for n in linear if base.kinds.get(n) == "other"}
@@ -1011,10 +1042,12 @@ def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
 def _config(
     adapter: Adapter, base: Structure, base_name: str, task_type: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The smallest configuration that PEFT resolves to this adapter, and notes on what it cannot say."""
+    """Return the smallest configuration that PEFT resolves to this adapter, and notes."""
     notes: list[str] = []
     routers = _routers(adapter, base)
-    pairs = {f"{n}.weight" if n in routers else n: p for n, p in adapter.pairs.items()}  # as PEFT's patterns name them
+    pairs = {
+        f"{n}.weight" if n in routers else n: p for n, p in adapter.pairs.items()
+    }  # the names that PEFT's patterns match
     ranks = {n: p.rank for n, p in pairs.items()}
     rooted = ((p.scale, scale_of(cfg.exact_alpha(p.scale, p.rank, True), p.rank, True)) for p in pairs.values())
     rslora = adapter.rslora and all(scale == again for scale, again in rooted)
@@ -1060,7 +1093,7 @@ def _config(
 
 
 def _target_modules(names: set[str], known: set[str]) -> list[str] | str:
-    """As `_targets`; a regular expression where even a whole name is the end of another module's."""
+    """Return `_targets`, or a regular expression if a whole name is another module's suffix."""
     found = _targets(names, known)
     if any(k.endswith(f".{t}") for t in found for k in known - names):
         return "|".join(re.escape(name) for name in sorted(names))
@@ -1068,9 +1101,11 @@ def _target_modules(names: set[str], known: set[str]) -> list[str] | str:
 
 
 def _targets(names: set[str], known: set[str], parts: int = 1) -> list[str]:
-    """The shortest list whose entries, as suffixes, select exactly `names` among `known`; whole names where `known` is
-    empty or a suffix would select more. `parts`: how many parts a suffix has, besides those that are a number alone:
-    PEFT takes `2`, the end of `net.2`, for the block `layers.2` too, which is no module that `known` need have."""
+    """Return the shortest list of suffixes that select exactly `names` among `known`.
+
+    Whole names if `known` is empty or a suffix would select more. `parts`: number of parts of a suffix, not
+    counting bare numbers: PEFT matches `2`, the end of `net.2`, with the block `layers.2` too, which is no
+    module and need not be in `known`."""
     out: set[str] = set()
     for name in names:
         split = name.split(".")
@@ -1082,7 +1117,7 @@ def _targets(names: set[str], known: set[str], parts: int = 1) -> list[str]:
 
 
 def _differences(own: Adapter, read: Adapter) -> list[str]:
-    """Where the adapter read back is not the one written."""
+    """Return the differences between the adapter and the one read back."""
     out = []
     mine, theirs = dict(own.tensors()), dict(read.tensors())
     for name in sorted(set(mine) | set(theirs)):

@@ -1,8 +1,7 @@
-"""`adapter_config.json`: the keys of PEFT 0.21 and of others, what veneer does with each, and PEFT's rules of matching,
-by which values of many modules are read and written.
+"""`adapter_config.json`: keys of PEFT 0.21 and others, their handling, and PEFT's matching rules.
 
-Knows the configuration; nothing of tensors. `parse_config` never raises: it returns what it could read, and all
-problems.
+The matching rules give values for many modules. Uses the configuration; no tensors. `parse_config` never
+raises: it returns what it could read, and all problems.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ DUMMY_TARGETS = "dummy-target-modules"
 ALL_LINEAR = "all-linear"
 PATTERN_SECONDS = 2.0
 
-IGNORED = {  # do not touch what the adapter does to the base
+IGNORED = {  # no influence on what the adapter does to the base
     "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "base_model_name_or_path",
     "fan_in_fan_out", "velora_config", "astra_config", "merge_weights",
 }  # fmt: skip
 
 _STAMP = re.compile(r"(.+_)?(version|commit|date|time|timestamp|created_at|saved_at|license|author|notes?|description)")
-"""Keys that say where a file comes from: kept in the card and shown."""
+"""Keys about a file's origin: kept in the card and shown."""
 
 GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
-"""The two layouts of expert pairs' B (formats/peft.py), as Unsloth's `lora_B_layout` has them."""
+"""The two layouts of expert pairs' B (formats/peft.py), by the names of Unsloth's `lora_B_layout`."""
 
-REFUSED: dict[str, str] = {  # a value that is neither null nor false changes what the adapter does
+REFUSED: dict[str, str] = {  # a value other than null or false changes what the adapter does
     "alora_invocation_tokens": "aLoRA switches the adapter on in the middle of a text, at its invocation tokens; "
     "no fixed change of weights does that. Train it as plain LoRA",
     "arrow_config": "Arrow routes between several adapters by token. Use its adapters one by one, or as a mix",
@@ -70,21 +69,21 @@ CONVERTIBLE = frozenset(
     {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA"}
     | {"VBLORA", "VERA", "WAVEFT"}
 )
-"""Types whose layers PEFT 0.21 can convert: their `supports_lora_conversion` is not False."""
+"""Types that PEFT 0.21 can convert: their `supports_lora_conversion` is not False."""
 NO_WEIGHTS = frozenset(
     {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "PREFIX_TUNING"}
     | {"PROMPT_TUNING", "SHADOW", "XLORA"}
 )
-"""Types that act on activations or route between adapters."""
+"""Types that change activations or route between adapters."""
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""What PEFT adds to modules_to_save for a task; of a pair of names a model has one."""
+"""Modules that PEFT adds to modules_to_save for a task; a model has one of two names."""
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *HEADS)
-"""PEFT's tasks, all of them of text."""
+"""PEFT's tasks for text models."""
 
 
 @dataclass
 class PeftConfig:
-    """The parts of adapter_config.json that decide what the tensors mean."""
+    """The parts of adapter_config.json that determine the meaning of the tensors."""
 
     r: int = 8
     alpha: float = 8.0
@@ -98,7 +97,7 @@ class PeftConfig:
     target_parameters: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
     heads: tuple[str, ...] = ()
-    """Those of `modules_to_save` that PEFT adds for the task."""
+    """Modules in `modules_to_save` that PEFT adds for the task."""
     token_indices: list[int] | dict[str, list[int]] | None = None
     layers: list[int] | None = None
     layers_pattern: list[str] = field(default_factory=list)
@@ -109,18 +108,18 @@ class PeftConfig:
     task_type: str | None = None
     version: tuple[int, ...] | None = None
     b_layout: str = ""
-    """How expert pairs' B is laid out, where the file says so: RANK_MAJOR or GROUPED."""
+    """Layout of expert pairs' B, if the file states it: RANK_MAJOR or GROUPED."""
     unsloth: str = ""
-    """What in the configuration shows that Unsloth wrote it."""
+    """What shows that Unsloth wrote the configuration."""
     velora: bool = False
-    """VeLoRA compressed what training kept for the backward pass; its groups' means are no part of the adapter."""
+    """VeLoRA compressed saved activations in training; its group means are not part of the adapter."""
     stamps: dict[str, Any] = field(default_factory=dict)
     usable: bool = True
-    """False where a pattern does not compile, so that nothing can be matched."""
+    """False if a pattern does not compile, so that nothing can be matched."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration in a folder, uninterpreted. Raises AdapterError; UnsafeFileError for one that is too large."""
+    """Read a folder's configuration. Raises AdapterError, or UnsafeFileError if it is too large."""
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
@@ -146,7 +145,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def way_of(kind: Any) -> str:
-    """What PEFT itself can make of an adapter of another type."""
+    """Return what PEFT can do with an adapter of another type."""
     merge = "merge it with PEFT (`merge_and_unload`) and use the merged model as a base"
     if not isinstance(kind, str):
         return "Give the folder that PEFT's `save_pretrained` wrote"
@@ -160,7 +159,7 @@ def way_of(kind: Any) -> str:
 
 
 def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
-    """The configuration and everything wrong with it, each as one line."""
+    """Return the configuration and a list of problems, one line each."""
     problems: list[str] = []
     kind = raw.get("peft_type")
     if kind != "LORA":
@@ -196,7 +195,7 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
 
 
 def card_from_config(config: PeftConfig) -> Card:
-    """What a configuration says of an adapter that has no card of its own."""
+    """Return a card from the configuration, for an adapter without a card."""
     targets = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
     kind = "text" if config.task_type in _TASKS else ""
     targets = sorted({t for t in [*targets, *config.target_parameters] if t})
@@ -204,14 +203,16 @@ def card_from_config(config: PeftConfig) -> Card:
 
 
 def with_task(card: Card, config: PeftConfig) -> Card:
-    """`card` with the task of the configuration in `extra`; PEFT loads an adapter of another task by no other class."""
+    """Return `card` with the configuration's task in `extra`.
+
+    PEFT loads an adapter of another task only with the class of the task."""
     if config.task_type in (None, "CAUSAL_LM"):
         return card
     return replace(card, extra={**card.extra, "task_type": config.task_type})
 
 
 def unsloth_marks(raw: Mapping[str, Any]) -> str:
-    """What in a configuration shows that Unsloth wrote it, or ""."""
+    """Return what shows that Unsloth wrote a configuration, or ""."""
     mapping, base, targets = (raw.get(k) for k in ("auto_mapping", "base_model_name_or_path", "target_modules"))
     if isinstance(mapping, dict) and "unsloth_fixed" in mapping:
         return "unsloth_fixed in auto_mapping"
@@ -291,7 +292,7 @@ def _pattern(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     def of(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("a mapping from module names to numbers is expected")
-        return {key: check(v) for key, v in value.items()}  # the order counts: the first match wins
+        return {key: check(v) for key, v in value.items()}  # order matters: the first match wins
 
     return of
 
@@ -336,7 +337,7 @@ def _version(value: Any) -> tuple[int, ...] | None:
 
 
 def _pattern_problems(config: PeftConfig) -> list[str]:
-    """Regular expressions that do not compile."""
+    """Return the regular expressions that do not compile."""
     expressions = [("rank_pattern", k) for k in config.rank_pattern] + [
         ("alpha_pattern", k) for k in config.alpha_pattern
     ]
@@ -367,12 +368,12 @@ def _combination_problems(config: PeftConfig) -> list[str]:
 
 
 class PatternError(Exception):
-    """A regular expression that cannot be run, or backtracks without end and would hang whoever reads the file."""
+    """A regular expression that is invalid, or that backtracks for too long."""
 
 
 def _regex_match(expression: str, name: str, *, full: bool = False) -> bool:
-    """`re.match`/`re.fullmatch` that gives up after a while, as a hostile expression can take forever."""
-    if not re.search(r"[*+{]", expression):  # nothing repeats, nothing can blow up
+    """Run `re.match` or `re.fullmatch` with a time limit, against hostile expressions."""
+    if not re.search(r"[*+{]", expression):  # without repetition, matching is fast
         return bool((re.fullmatch if full else re.match)(expression, name))
     import regex  # type: ignore[import-untyped]
 
@@ -395,12 +396,12 @@ def _compiled(expression: str) -> Any:
 
 
 def is_or_ends(name: str, entries: Iterable[str]) -> bool:
-    """Whether `name` is one of the entries, or ends in one after a dot."""
+    """Return whether `name` is one of the entries, or ends in one after a dot."""
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
 def excluded(config: PeftConfig, name: str) -> bool:
-    """Whether exclude_modules or modules_to_save keeps a pair off `name`."""
+    """Return whether exclude_modules or modules_to_save prevents a pair on `name`."""
     if isinstance(config.exclude_modules, str) and config.exclude_modules:
         if _regex_match(config.exclude_modules, name, full=True):
             return True
@@ -410,10 +411,11 @@ def excluded(config: PeftConfig, name: str) -> bool:
 
 
 def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None) -> bool:
-    """Whether PEFT puts a pair on the module `name`; with `entries`, as if those were the target_modules.
+    """Return whether PEFT puts a pair on the module `name`.
 
-    "all-linear" depends on the model and is the caller's to decide: here it matches every name; so do no targets and no
-    target_parameters at all, for which PEFT has a default by architecture."""
+    `entries`: used instead of target_modules. "all-linear" depends on the model and is left to the caller:
+    here it matches every name, as does a configuration without targets and target_parameters, for which PEFT
+    has a default by architecture."""
     targets = config.target_modules if entries is None else list(entries)
     if targets is None and not config.target_parameters:
         return not excluded(config, name)
@@ -438,10 +440,12 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
 
 
 def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], bool]:
-    """The entries of target_modules (an expression is one) that select none of `names`; and whether those are all."""
+    """Return the entries of target_modules that select none of `names`, and whether all do.
+
+    An expression counts as one entry."""
     targets, names = config.target_modules, list(names)
     entries = targets if isinstance(targets, list) else [targets] if targets and targets != DUMMY_TARGETS else []
-    ending: dict[str, list[str]] = {}  # an entry of a list fits names that end in it: thousands of each are common
+    ending: dict[str, list[str]] = {}  # an entry selects names that end in it; thousands of each are common
     for name in names:
         parts = name.split(".")
         for at in range(len(parts)):
@@ -455,13 +459,13 @@ def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], b
 
 
 def idle_patterns(config: PeftConfig, names: Collection[str]) -> list[tuple[str, str]]:
-    """(rank_pattern or alpha_pattern, its pattern) of those that match none of `names`."""
+    """Return (rank_pattern or alpha_pattern, pattern) for patterns that match none of `names`."""
     both = [("rank_pattern", p) for p in config.rank_pattern] + [("alpha_pattern", p) for p in config.alpha_pattern]
     return [(key, p) for key, p in both if not any(_regex_match(rf"(.*\.)?({p})$", name) for name in names)]
 
 
 def names_parameter(config: PeftConfig, name: str) -> bool:
-    """Whether target_parameters names the parameter `name` (its full path)."""
+    """Return whether target_parameters names the parameter `name` (its full path)."""
     return is_or_ends(name, config.target_parameters)
 
 
@@ -470,19 +474,19 @@ def _first(patterns: Mapping[str, Any], name: str) -> str | None:
 
 
 def rank_of_module(config: PeftConfig, name: str) -> tuple[int, str]:
-    """The rank that the configuration gives to a module or parameter, and which key says so."""
+    """Return a module's or parameter's rank, and the key that sets it."""
     key = _first(config.rank_pattern, name)
     return (config.r, "r") if key is None else (config.rank_pattern[key], f"rank_pattern[{key!r}]")
 
 
 def alpha_of_module(config: PeftConfig, name: str) -> float:
-    """The alpha that the configuration gives to a module or parameter."""
+    """Return a module's or parameter's alpha."""
     key = _first(config.alpha_pattern, name)
     return config.alpha if key is None else config.alpha_pattern[key]
 
 
 def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
-    """The alpha that gives the scale back exactly, where there is one: whole or short if possible."""
+    """Return the alpha that gives back the scale exactly if possible, preferably short."""
     alpha = alpha_of(scale, rank, rslora)
     near = [float(round(alpha)), round(alpha, 6), alpha]
     for step in (math.inf, -math.inf):
@@ -493,14 +497,16 @@ def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
 
 
 def commonest(values: Iterable[Any], default: Any) -> Any:
-    """The value that is there most often, of several the smallest; the default of none."""
+    """Return the most frequent value, the smallest in a tie; the default without values."""
     counts = Counter(values)
     return min(counts, key=lambda v: (-counts[v], v)) if counts else default
 
 
 def patterns_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Keys for the names whose value is not the default, no name matched by two: the last part of the name where all
-    names that end in it agree, the whole name from its start otherwise."""
+    """Return patterns for the names whose value is not the default.
+
+    No name matches two patterns: the pattern is the name's last part if all names with this end agree,
+    otherwise the whole name from its start."""
     out: dict[str, Any] = {}
     by_leaf: dict[str, set[Any]] = defaultdict(set)
     for name, value in values.items():

@@ -1,12 +1,12 @@
-"""PEFT's folders of `peft_type` LOHA and LOKR: their configuration and tensors, and the deltas they stand for.
+"""PEFT folders with `peft_type` LOHA or LOKR: config and tensors as deltas.
 
     base_model.model.MODULE.PARAMETER                             of modules_to_save: full copies
     base_model.model.MODULE.hada_w1_a … hada_w2_b, hada_t1, hada_t2
     base_model.model.MODULE.lokr_w1 or _w1_a, _w1_b; lokr_w2 or …, lokr_t2        scaled by alpha and r, ranks or none
 
-PEFT makes empty parts by its configuration before it fills them from the file: which factor of a LoKr is whole follows
-from r, `decompose_both` and `decompose_factor` (core.forms.trained_shapes), so what is written has to follow that rule.
-Knows a configuration and tensors; formats.peft reads and writes the files.
+PEFT creates empty parts from its configuration before it loads the file: r, `decompose_both` and
+`decompose_factor` determine which factor of a LoKr is whole (core.forms.trained_shapes), so written files
+must follow this rule. Uses a configuration and tensors; formats.peft reads and writes the files.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ _PREFIX = "base_model.model."
 
 
 def is_lycoris(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is of one of the two types."""
+    """Return whether a configuration has one of the two types."""
     return config.get("peft_type") in _FORMS.values()
 
 
 def read_lycoris(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Adapter, cfg.PeftConfig, dict[str, Tensor], list[str]]:
-    """The adapter that they stand for, and its configuration as a LoRA's; the tensors of whole modules, by their keys
-    without PEFT's prefix; and everything wrong with the rest, each as one line."""
+    """Return the adapter, its configuration as a LoRA's, whole modules and problems.
+
+    Tensors of whole modules have keys without PEFT's prefix. Each problem is one line."""
     problems = [
         f"{key} = {str(value)[:60]!r} is not understood in a folder of {config['peft_type']}"
         for key, value in sorted(config.items())
         if key not in _COMMON | _NO_EFFECT and value
     ]
-    # What a LoRA's configuration has too is read as one, with its checks.
+    # Fields shared with a LoRA's configuration are parsed and checked as a LoRA's.
     shared = {"lora_alpha" if key == "alpha" else key: value for key, value in config.items() if key in _COMMON}
     parsed, wrong = cfg.parse_config(shared | {"peft_type": "LORA"})
     problems += [problem.removeprefix("lora_") for problem in wrong]
@@ -85,7 +86,7 @@ def read_lycoris(
 
 
 def can_be_lycoris(adapter: Adapter) -> bool:
-    """Whether an adapter is LoHa, or LoKr, alone, or beside full copies of modules."""
+    """Return whether an adapter has only LoHa or only LoKr changes, and full copies of modules."""
     forms = {d.form for d in adapter.deltas.values()}
     others = adapter.pairs or adapter.token_rows or adapter.new_tokens
     return not others and len(forms) == 1 and forms <= set(_FORMS)
@@ -94,8 +95,10 @@ def can_be_lycoris(adapter: Adapter) -> bool:
 def write_lycoris(
     adapter: Adapter, *, base_name: str, task_type: str | None, targets: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors. `targets`: what PEFT's target_modules are to say. Raises AdapterError that
-    lists each delta which PEFT would not make of any configuration."""
+    """Return the configuration and the tensors.
+
+    `targets`: PEFT's target_modules. Raises AdapterError listing each delta that PEFT creates from no
+    configuration."""
     kind = _FORMS[next(iter(adapter.deltas.values())).form]
     problems = [p for name, delta in adapter.deltas.items() for p in _problems(name, delta)]
     problems += [f"{name}: a delta inside {m}, which is a full copy" for name, m in _inside(adapter)]
@@ -138,7 +141,7 @@ def write_lycoris(
 
 
 def _inside(adapter: Adapter) -> Iterator[tuple[str, str]]:
-    """(delta, full copy) of each delta on a module that is replaced whole."""
+    """Yield (delta, full copy) for each delta on a module that is replaced whole."""
     for name in adapter.deltas:
         yield from ((name, module) for module in adapter.modules if name.startswith(f"{module}."))
 
@@ -153,12 +156,14 @@ def _problems(name: str, delta: Delta) -> Iterator[str]:
 
 
 def _rank(delta: Delta) -> int | None:
-    """The rank of its thin parts; None where there are none."""
+    """Return the rank of a delta's low-rank parts, or None."""
     return next((int(delta.parts[b].shape[0]) for b in ("b2", "b1") if b in delta.parts), None)
 
 
 def _rank_for(delta: Delta, rank: int) -> int:
-    """The rank to write: its own; of two whole factors the adapter's where that leaves them whole, else the least."""
+    """Return the rank to write: the delta's own.
+
+    For two whole factors: the adapter's rank if it keeps them whole, else the smallest that does."""
     own = _rank(delta)
     if own is not None:
         return own
@@ -167,7 +172,7 @@ def _rank_for(delta: Delta, rank: int) -> int:
 
 
 def _factor_of(adapter: Adapter, both: bool) -> int | None:
-    """The decompose_factor by which PEFT makes the parts that are there; -1 for none."""
+    """Return the decompose_factor with which PEFT creates these parts; -1 for none."""
     firsts = {n for d in adapter.deltas.values() for n in _first_factor(d)}
     for factor in (None, *sorted(firsts), *range(1, 2 * max(firsts) + 2)):
         if all(_follows(delta, factor, both) for delta in adapter.deltas.values()):
@@ -182,7 +187,7 @@ def _first_factor(delta: Delta) -> tuple[int, ...]:
 
 def _follows(delta: Delta, factor: int | None, both: bool) -> bool:
     want = trained_shapes("lokr", delta.shape, _rank_for(delta, 1), factor, both)
-    if "t2" in delta.parts:  # b2 is (r, n) beside a core
+    if "t2" in delta.parts:  # b2 is (r, n) with a core
         want = {**want, "b2": (want["b2"][0], delta.parts["b2"].shape[1])} if "b2" in want else want
         return {k: tuple(t.shape) for k, t in delta.parts.items() if k != "t2"} == want
     return {k: tuple(t.shape) for k, t in delta.parts.items()} == want

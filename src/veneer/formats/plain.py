@@ -1,10 +1,10 @@
-"""A plain adapter inspected without torch, which takes longer to load than a small file takes to be read.
+"""Inspect a plain adapter without torch, whose import takes longer than reading a small file.
 
-Only what is plain: one safetensors file of a known image family, of nothing but pairs of linears and convolutions with
-their alphas, each on a module of its own; or a PEFT folder of a language model, of nothing but pairs of linears, whose
-configuration and tensors agree to the last entry. `inspect_plain` gives what `adapters.inspect` gives of such a one,
-by the header and numpy; and None of every other, also of one in which anything is wrong or worth a note: that is read
-whole, and its reader says what it is. Reference: `inspect`; tests compare the two over every layout.
+Plain means: one safetensors file of a known image family with only pairs of linears and convolutions with
+alphas, each on its own module; or a PEFT folder of a language model with only pairs of linears, whose
+configuration and tensors agree completely. `inspect_plain` returns the result of `adapters.inspect` for such
+an adapter, from the header and numpy; and None for all others, including any with a fault or a note, which
+are read in full. Reference: `inspect`; tests compare the two over every layout.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 _MAX_BYTES = 64 << 20
-"""Beyond it torch, which computes norms on all cores, is the faster for all that it takes to load."""
+"""Maximum size; above it torch is faster despite its import, as it computes norms on all cores."""
 _KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LARGE = 1e60
-"""Whose products are far from float64's end."""
+"""Maximum value, so that products stay in float64's range."""
 LAYERS = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
-"""How names of most language models begin, and none of any image family, whose tables take a while to be made."""
+"""Names in most language models and no image family; avoids building the family tables."""
 _PEFT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 _AB = {role: re.compile(ROLES[role]) for role in "AB"}
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor that is only looked at: what a torch tensor would say of itself, and its bytes."""
+    """A tensor's shape and kind like a torch tensor's, and its bytes."""
 
     entry: HeaderEntry
     raw: bytes
@@ -67,7 +67,7 @@ class _Stored:
         return len(self.raw) // self.numel()
 
     def values(self) -> ndarray:
-        """In float64."""
+        """Return the values in float64."""
         import numpy as np
 
         if self.entry.kind == "BF16":  # the upper half of a float32
@@ -77,8 +77,8 @@ class _Stored:
 
 
 def inspect_plain(path: Path) -> dict[str, Any] | None:
-    """What is in the file or folder, as `inspect` says it, or None where only reading it whole can say."""
-    if path.is_dir():  # as `using.adapter_path` looks for it
+    """Return the result of `inspect` for a file or folder, or None if it must be read in full."""
+    if path.is_dir():  # like `using.adapter_path`
         path = next((p for p in (path, path / "adapter") if (p / CONFIG_FILE).is_file()), path)
     file = path / TENSOR_FILE if path.is_dir() else path
     if file.suffix.lower() != ".safetensors" or not file.is_file() or file.stat().st_size > _MAX_BYTES:
@@ -100,7 +100,7 @@ def inspect_plain(path: Path) -> dict[str, Any] | None:
 
 
 def _stored(path: Path) -> tuple[dict[str, _Stored] | None, dict[str, str]]:
-    """Every tensor, if all are floats of a size to compute with, and the metadata."""
+    """Return every tensor and the metadata; None if a tensor is not a float of usable size."""
     import numpy as np
 
     header = read_header(path)
@@ -112,7 +112,7 @@ def _stored(path: Path) -> tuple[dict[str, _Stored] | None, dict[str, str]]:
 
 
 def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> Reading | None:
-    """The adapter, under canonical names, or None where it is not plain."""
+    """Return the adapter under canonical names, or None if it is not plain."""
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     for key in sorted(stored):
         parts = split_key(key)
@@ -154,7 +154,7 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> Reading | No
 
 
 def _folder(folder: Path, stored: dict[str, _Stored]) -> Reading | None:
-    """The adapter of a PEFT folder, as `peft` reads it of plain pairs, or None."""
+    """Return the adapter of a PEFT folder with plain pairs, as `peft` reads it, or None."""
     config, problems = cfg.parse_config(cfg.read_config(folder))
     more = (config.dora, config.lora_bias, config.bias != "none", config.modules_to_save, config.target_parameters)
     if problems or any(more) or config.token_indices is not None or config.stamps or config.velora:
@@ -212,7 +212,7 @@ def _pair(stored: dict[str, _Stored], own: dict[str, str], kind: str) -> Pair | 
 
 
 def _norm(pair: Pair) -> float:
-    """‖s·B·A‖ from the Gram matrices: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ); from the factors of B = QR where that cancels."""
+    """‖s·B·A‖ from Gram matrices: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ); from B = QR under cancellation."""
     import numpy as np
 
     A, B = (cast(_Stored, t).values().reshape(t.shape[0], -1) for t in (pair.A, pair.B))

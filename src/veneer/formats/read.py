@@ -1,10 +1,10 @@
-"""An adapter file or folder of any layout -> an adapter under canonical names, with what became of every tensor.
+"""Read an adapter file or folder of any layout under canonical names, and account for every tensor.
 
     keys --split_key--> module text, suffix      texts --names--> family and places      tensors --read_leaf--> leaf
     leaf --rows and halves of its places--> pairs, deltas and whole tensors under canonical names
 
-Nothing is dropped in silence: what is unused, unpaired, or lands where something else has landed is an error that lists
-all of it, or, with `allow_partial`, a list. Knows files and names; no bases, but for the shapes of one that is given.
+Nothing is dropped silently: tensors that are unused, unpaired or duplicates cause an error that lists all of
+them; with `allow_partial` they are returned as lists. Uses files and names, and the shapes of a given base.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ from veneer.formats.tensors import read_adapter_tensors
 from veneer.formats.topology import DENOISERS, Family, ModulePlace, families
 
 _SCALED = re.compile(r"lora[_.]|hada_|lokr_|down|up")
-"""Beginnings of the suffixes of changes that alpha scales."""
+"""Prefixes of the suffixes of changes that alpha scales."""
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
 
 
 def _canonical_structure(base: Any, family: Family | None) -> Structure:
-    """The outline of a base under canonical names. A denoiser alone, whose names have no component, gets its own."""
+    """Return the outline of a base under canonical names.
+
+    The names of a bare denoiser, which have no component, get one."""
     found = structure_of(base) if base is not None else Structure({})
     if family is None or any(name.partition(".")[0] in family.components for name in found.kinds):
         return found
@@ -53,7 +55,7 @@ def _canonical_structure(base: Any, family: Family | None) -> Structure:
 
 @dataclass
 class _Placer:
-    """Collects what leaves become; `used`: canonical module -> keys of the file."""
+    """Collects the changes of leaves. `used`: canonical module -> keys of the file."""
 
     family: Family | None
     base: Structure
@@ -67,7 +69,7 @@ class _Placer:
         return Adapter(self.pairs, self.modules, deltas=self.deltas)
 
     def misfits(self) -> list[str]:
-        """Whatever of what has been placed does not fit the base, where one is given."""
+        """Return which changes do not fit the base, if one is given."""
         if not self.base.kinds:
             return []
         names = {name for name in self.used if name not in self.base.kinds}
@@ -77,7 +79,7 @@ class _Placer:
     def place(
         self, text: str, leaf: Leaf, places: Sequence[ModulePlace], keys: list[str], *, blocks: bool = False
     ) -> list[str]:
-        """Put a leaf where it belongs, or say all that keeps it from there, and put nothing."""
+        """Put a leaf at its places, or return all obstacles and place nothing."""
         problems = [
             f"{text}: lands on {p.module}, where {self.owner[p.module]} has landed"
             for p in places
@@ -101,7 +103,7 @@ class _Placer:
         return []
 
     def _fitted(self, leaf: Leaf, name: str) -> Leaf:
-        """The leaf in the shape of its module: of the base's weight where it is given, else as its kind asks."""
+        """Return the leaf in the shape of its module: the base's weight, else by its kind."""
         kind = self.family.modules.get(name) if self.family else None
         pair = leaf.pair
         if kind == "norm" and pair is not None:
@@ -109,7 +111,7 @@ class _Placer:
         if kind in ("linear", "conv", "embedding") and "weight" in leaf.full and leaf.full["weight"].ndim == 1:
             raise AdapterError(f"a vector as the whole new weight of {name}, which is of a {kind}")
         if kind == "embedding" and pair is not None and pair.kind == "linear":
-            # ΔW = B·A of a weight (rows, dim); an embedding's pair is the transpose of that.
+            # ΔW = B·A of a weight (rows, dim); an embedding's pair is the transpose of this.
             leaf = replace(leaf, pair=replace(pair, A=pair.B.t(), B=pair.A.t(), kind="embedding"))
         if (shape := self.base.shapes.get(f"{name}.weight")) is not None and len(shape) >= 2:
             return fitted(leaf, shape, where=name)
@@ -124,7 +126,7 @@ class _Placer:
 
 
 def _parts(leaf: Leaf, places: Sequence[ModulePlace], blocks: bool) -> list[Leaf]:
-    """The leaf of each place."""
+    """Return the leaf of each place."""
     if len(places) == 1 and places[0].part is None and not places[0].swap:
         return [leaf]
     out = [Leaf() for _ in places]
@@ -156,7 +158,9 @@ def _halves_swapped(leaf: Leaf) -> Leaf:
 
 
 def _block(pair: Pair, i: int, n: int) -> Pair:
-    """Part i's own A and B, which are views, of a block-diagonal B's rows. The scale is already that of one part."""
+    """Return part i's own A and B, as views, of a block-diagonal pair.
+
+    The scale already refers to one part."""
     rank = pair.rank // n
     own = slice(i * rank, (i + 1) * rank)
     return replace(pair, A=pair.A[own], B=pair.B[:, own])
@@ -168,15 +172,15 @@ def _alphas_of_blocks(
     metadata: Mapping[str, str],
     notes: list[str],
 ) -> dict[str, float]:
-    """Module text -> the alpha that its stored rank needs, for the fused modules of a `split_qkv` file."""
+    """Return module text -> alpha for the stored rank, for fused modules of a `split_qkv` file."""
     said = _said_split(metadata)
-    if said is False:  # as veneer's own files say, whose alpha is for the rank that is stored
+    if said is False:  # veneer's own files, whose alpha refers to the stored rank
         return {}
     plain = {
         (float(own["alpha"]), own["lora_down.weight"].shape[0])
         for text, own in known.items()
         if {"alpha", "lora_down.weight"} <= set(own) and len(places[text] or ()) == 1
-        if own["alpha"].numel() == 1 and own["lora_down.weight"].ndim  # what is not is said where it is read
+        if own["alpha"].numel() == 1 and own["lora_down.weight"].ndim  # reading reports other values
     }
     out: dict[str, float] = {}
     unclear: list[str] = []
@@ -195,7 +199,7 @@ def _alphas_of_blocks(
             continue
         value, rank = float(alpha), down.shape[0]
         kept = _number(metadata.get("ss_network_alpha"))
-        whole = value == rank or (value / n, rank // n) in plain  # alpha is for the stored rank already
+        whole = value == rank or (value / n, rank // n) in plain  # alpha already refers to the stored rank
         if (value, rank // n) in plain or (said and (kept == value or (kept is None and not whole))):
             out[text] = value * n
         elif not said and value != rank and not plain:
@@ -213,7 +217,7 @@ def _alphas_of_blocks(
 
 
 def _said_split(metadata: Mapping[str, str]) -> bool | None:
-    """What ss_network_args says of split_qkv; None where it says nothing."""
+    """Return the split_qkv setting in ss_network_args, or None."""
     arguments = json_value(metadata, "ss_network_args")
     said = str(arguments.get("split_qkv", "")).lower() if isinstance(arguments, dict) else ""
     return {"true": True, "1": True, "false": False, "0": False}.get(said)
@@ -227,7 +231,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool:
-    """Whether each part's rows use its own ranks alone, all of them some."""
+    """Return whether each part's rows use only the part's own ranks, at least one of them."""
     rank, n = up.shape[1] if up.ndim == 2 else 0, len(parts)
     if rank == 0 or rank % n or any(p is None or up.shape[0] % p[2] for p in parts):
         return False
@@ -244,7 +248,7 @@ def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool
 
 
 class ReadOptions(TypedDict, total=False):
-    """What a caller may say of a file that the file does not: see `read`."""
+    """Facts about a file that the caller can provide: see `read`."""
 
     from_pickle: bool
     moe_layout: str
@@ -265,7 +269,7 @@ def read(
     alpha: float | None = None,
     assume_scale: bool = False,
 ) -> Reading:
-    """The adapter in a file or folder, whatever wrote it.
+    """Read the adapter in a file or folder of any tool.
 
     `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their shapes.
     `family`: the base's, taken where the names are those of several families alike. `moe_layout`: how expert pairs' B
@@ -303,7 +307,7 @@ def read(
 
 
 def scale_error(reading: Reading, path: Path) -> AdapterError:
-    """The refusal of an adapter whose file does not state its scale."""
+    """Return the error for an adapter whose file does not state its scale."""
     count = counted(len(reading.assumed_scale), "module")
     return AdapterError(
         f"the file does not state the scale (alpha) of {count}, and no {CONFIG_FILE} does",
@@ -314,7 +318,7 @@ def scale_error(reading: Reading, path: Path) -> AdapterError:
 
 
 def _refuse_alpha(alpha: float | None, where: str) -> None:
-    """Raises AdapterError for an alpha that is given although the files state their own."""
+    """Raise AdapterError for a given alpha if the files state their own."""
     if alpha is not None:
         raise AdapterError(
             f"alpha {alpha:g} is given, and the adapter's files state their own", where=where, fix="leave out --alpha"
@@ -334,7 +338,7 @@ def _from_gguf(path: Path, base: peft.BaseLike, alpha: float | None) -> Reading:
 
 
 def _head_dim(base: peft.BaseLike) -> int | None:
-    """The rows of a head of a loaded base; None where they are not known, or differ between layers."""
+    """Return a loaded base's rows per head; None if unknown or different between layers."""
     sizes: set[int] = set()
     for layer in getattr(getattr(base, "config", None), "per_layer_config", ()):
         heads = getattr(layer, "num_attention_heads", None)
@@ -351,8 +355,9 @@ def _from_peft(
     adapter_name: str,
     alpha: float | None,
 ) -> Reading:
-    """A PEFT folder: by PEFT's rules; and, where its names are those of an image family's denoiser, under canonical
-    names."""
+    """Read a PEFT folder by PEFT's rules.
+
+    If its names are those of an image family's denoiser, returns canonical names."""
     where = str(path)
     _refuse_alpha(alpha, where)
     tensors = one_adapter(opened.tensors, adapter_name, where=where)
@@ -383,7 +388,7 @@ def _from_peft(
     problems = []
     for name, leaf in leaves.items():
         found = choice.lookup(name)
-        assert found is not None  # every module was covered
+        assert found is not None  # every module is covered
         problems += placer.place(name, leaf, found, own[name])
     problems += placer.misfits()
     adapter.card.kind = adapter.card.kind or "image"
@@ -395,7 +400,7 @@ def _from_peft(
 
 
 def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError:
-    """One error with all of it. `some`: there is a rest to go on with."""
+    """Return one error with all problems. `some`: whether a partial read is possible."""
     if not problems:
         return AdapterError("no tensor of the file is an adapter's", where=where)
     partial = "`veneer adapter convert --allow-partial` (allow_partial=True) goes on with the rest and lists the others"
@@ -416,8 +421,9 @@ def read_state_dict(
     family: str | None = None,
     alpha: float | None = None,
 ) -> Reading:
-    """The adapter that tensors by name and metadata are, of any layout but a PEFT folder and GGUF. `alpha`: of modules
-    whose alpha the file does not state. Raises as `read`."""
+    """Read an adapter from tensors by name and metadata, of any layout except PEFT folder and GGUF.
+
+    `alpha`: of modules whose alpha the file does not state. Raises as `read`."""
     fmt, reasons = detect_format(tensors, metadata)
     tensors, notes = widened(tensors)
     if unreal := sorted(key for key, t in tensors.items() if t.is_complex()):
@@ -516,8 +522,10 @@ def read_state_dict(
 
 
 def _is_other_model(places: Mapping[str, Sequence[ModulePlace] | None]) -> bool:
-    """Whether modules are named as in diffusers' classes, and the known family lacks some of them: the file is of
-    another model, whose modules have the names that the file says."""
+    """Return whether the file belongs to an unknown model with diffusers' class names.
+
+    This is the case if modules have names as in diffusers' classes, and the known family lacks some of them.
+    """
     own = {text: text.removeprefix("base_model.model.") for text in places}
     dotted = all(name.partition(".")[0] in DENOISERS for name in own.values())
     same = any(found is not None and tuple(found) == (ModulePlace(own[text]),) for text, found in places.items())
@@ -532,8 +540,10 @@ def _of_no_family(choice: FamilyChoice, places: Mapping[str, Sequence[ModulePlac
 
 
 def _swapped(leaf: Leaf, metadata: Mapping[str, str]) -> str | None:
-    """What is wrong with a pair of more ranks than its weight has rows and columns, both the same: that is what A and B
-    that have changed places look like. Where the file names its rank, or is ours, it is taken at its word."""
+    """Return a problem if a pair's A and B seem exchanged, else None.
+
+    The sign of this is a rank above the weight's rows and columns, both equal. A file that states its rank,
+    or that veneer wrote, is trusted."""
     pair = leaf.pair
     if pair is None or pair.kind != "linear" or "veneer.card" in metadata:
         return None
@@ -547,7 +557,7 @@ def _swapped(leaf: Leaf, metadata: Mapping[str, str]) -> str | None:
 
 
 def _fill_card(adapter: Adapter, *, text: bool) -> None:
-    """What the tensors say of themselves goes before what the metadata claims."""
+    """Fill the card from the tensors, which override the metadata's claims."""
     ranks = {pair.rank for pair in adapter.pairs.values()}
     if adapter.card.rank not in ranks:
         adapter.card.rank = ranks.pop() if len(ranks) == 1 else 0
@@ -568,7 +578,7 @@ def _unknown(key: str, tensor: Tensor, choice: FamilyChoice) -> str:
 
 
 def _shape(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> tuple[int, int] | None:
-    """(out, in) of a module's weight, from the factors of a pair, a LoHa or a LoKr; None where it cannot be told."""
+    """Return (out, in) of a module's weight from a pair, a LoHa or a LoKr; None if unknown."""
     own = {suffix: tensors[key] for suffix, key in suffixes.items() if tensors[key].ndim >= 2}
     for suffix, down in own.items():
         if re.fullmatch(r".*down\.weight|lora_A(\..*)?\.weight|down", suffix):
@@ -586,7 +596,7 @@ def _shape(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> tuple[
 
 
 def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, cfg.PeftConfig]:
-    """diffusers' lora_adapter_metadata: a PEFT configuration for each component."""
+    """Parse diffusers' lora_adapter_metadata: a PEFT configuration for each component."""
     out = {}
     for component, raw in unpack_configs(metadata).items():
         given: dict[str, Any] = {"peft_type": "LORA", "target_modules": cfg.ALL_LINEAR, **raw}
@@ -599,7 +609,9 @@ def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, cfg.
 def _settings(
     configs: Mapping[str, cfg.PeftConfig], module: str, suffixes: Mapping[str, Tensor], block: float | None
 ) -> tuple[float | None, bool]:
-    """(alpha, rslora) of a module that its own tensors do not say. AdapterError where the two contradict."""
+    """Return (alpha, rslora) of a module from outside its tensors.
+
+    Raises AdapterError if tensors and settings contradict each other."""
     component, _, name = module.partition(".")
     config = configs.get(component)
     if block is not None or config is None:

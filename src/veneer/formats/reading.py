@@ -1,7 +1,7 @@
-"""What was read of an adapter, and all there is to say of it, ready for JSON: counts, ranks, shapes, norms, hashes.
+"""The result of reading an adapter, and its JSON summary: counts, ranks, shapes, norms, hashes.
 
-The reader says how a digest and a norm are made of its tensors, of which all else needs shapes and kinds alone.
-Knows adapters and their files; loads no torch.
+The reader provides functions for digest and norm; all other facts need only shapes and kinds. Uses adapters
+and their files; does not import torch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reading:
-    """What reading an adapter gives.
+    """The result of reading an adapter.
 
-    `used`: canonical module -> the keys of the file it came from. `unused`: keys whose module no family knows, or
-    that no layout has. `unpaired`: keys of modules that could not be read, each with why in `notes`. `assumed_scale`:
-    modules whose scale the file does not state, taken for 1 (PEFT's names without a configuration)."""
+    `used`: canonical module -> the keys of the file it came from. `unused`: keys whose module no family has,
+    or that no layout has. `unpaired`: keys of modules that could not be read, with reasons in `notes`.
+    `assumed_scale`: modules whose scale the file does not state, assumed to be 1 (PEFT's names without a
+    configuration)."""
 
     adapter: Adapter
     format: str
@@ -47,7 +48,9 @@ class Reading:
 def summary(
     path: Path, reading: Reading, refusal: AdapterError | None, *, digest: str, norm: Callable[[Pair], float]
 ) -> dict[str, Any]:
-    """What `veneer.adapters.inspect.inspect` returns. `refusal`: why it is not read for use. `norm`: ‖ΔW‖ of a pair."""
+    """Return the result of `veneer.adapters.inspect.inspect`.
+
+    `refusal`: why the adapter cannot be used. `norm`: computes ‖ΔW‖ of a pair."""
     adapter = reading.adapter
     file = read_card(path) if (path / CARD_FILE).is_file() else CardFile(adapter.card)
     groups: dict[str, list[Pair]] = defaultdict(list)
@@ -103,7 +106,7 @@ _FORMS = {"hadamard": "LoHa", "kronecker": "LoKr", "gain": "(IA)³", "dense": "d
 
 
 def _variants(adapter: Adapter) -> list[str]:
-    """What kinds of change it holds, as people call them."""
+    """Return the adapter's kinds of change, by their common names."""
     out = ["rsLoRA" if adapter.rslora else "LoRA"] if adapter.pairs else []
     out += list(dict.fromkeys(_FORMS[d.form] for d in adapter.deltas.values()))
     out += ["DoRA"] if any(m is not None for m in _magnitudes(adapter)) else []
@@ -112,7 +115,7 @@ def _variants(adapter: Adapter) -> list[str]:
 
 
 def _leaf(module: str) -> str:
-    """The last part of a name that is no number, and what follows it: `to_out.0`."""
+    """Return the last part of a name that is not a number, with what follows: `to_out.0`."""
     parts = module.split(".")
     at = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
     return ".".join(parts[at:])
@@ -123,7 +126,7 @@ def _files(path: Path) -> dict[str, int]:
 
 
 def _counted(values: Iterable[Any]) -> dict[str, int]:
-    """Value -> how often, in order of the values; numbers to six digits."""
+    """Return value -> count, sorted by value; numbers to six digits."""
     shown = Counter(values)
     return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(shown.items())}
 

@@ -1,19 +1,19 @@
-"""An adapter for servers that know one rank and one scale: every scale folded into B, ranks padded with zeros.
+"""Convert an adapter for servers with one rank and one scale: fold scales into B, pad ranks.
 
     B' = s·B padded to (out, r)    A' = A padded to (r, in)    alpha = r = the largest rank, so that alpha/r = 1
 
-s·B stays in B's dtype where that is exact (s a power of two), and becomes float32 elsewhere. Refused, each with the way
-out, is what the loader of vLLM, TGI or llama.cpp has no place for.
+s·B stays in B's dtype if this is exact (s a power of two), and becomes float32 otherwise. Contents that the
+loader of vLLM, TGI or llama.cpp cannot hold are refused, each with a workaround.
 
-vLLM (`vllm/lora`): knows lora_A, lora_B, lora_embedding_A, _B, and wants no DoRA, no bias, no modules_to_save. Before
+vLLM (`vllm/lora`): reads lora_A, lora_B, lora_embedding_A, _B; no DoRA, no bias, no modules_to_save. Before
 0.32 it reads one alpha and one r and drops the patterns.
 
-TGI (`server/text_generation_server/adapters/lora.py`, January 2026), all of it without a word to the client:
+TGI (`server/text_generation_server/adapters/lora.py`, January 2026), without any message to the client:
     - a kind of module (q_proj, …) that any layer lacks is dropped in all layers: the others get pairs of zeros here;
-    - after the first kind, `config.r` is the rank as padded for its kernels (at least 8, then multiples of 16), and
-      every later kind is scaled by alpha over that: the rank written here is one that its padding leaves alone;
+    - after the first kind, `config.r` is the rank padded for its kernels (at least 8, then multiples of 16), and every
+      later kind is scaled by alpha over the padded rank: the rank written here is unchanged by the padding;
     - patterns are dropped, and so are lm_head, embeddings, DoRA's magnitudes, biases and full copies.
-Knows pairs; no files.
+Uses pairs; no files.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from veneer.formats.leaves import Leaf
 from veneer.formats.names import component_of
 
 MAX_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank."""
+"""Values that vLLM accepts for --max-lora-rank."""
 _MAX_VLLM_VOCABULARY = 258_048
 TGI_RANK = 16
-"""TGI pads ranks to multiples of this; a multiple stays as it is on up to rank/8 GPUs."""
+"""TGI pads ranks to multiples of this; a multiple is unchanged on up to rank/8 GPUs."""
 _TGI_MODULE = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.(self_attn\.(q|k|v|o|qkv)_proj|mlp\.((gate|up|down)_proj|c_fc|c_proj))"
 )
@@ -44,7 +44,7 @@ MERGE = "merge it into the base"
 
 
 def refuse_unservable(adapter: Adapter, leaves: Mapping[str, Leaf], server: str, refused: Refusals) -> None:
-    """Put into `refused` what `server`, "vLLM", "TGI" or "llama.cpp", cannot hold."""
+    """Add to `refused` what `server` ("vLLM", "TGI" or "llama.cpp") cannot hold."""
     for module, leaf in leaves.items():
         if component_of(module):
             refused[f"{server} serves language models, and this is of an image model"].append(module)
@@ -87,8 +87,9 @@ def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> Non
 
 
 def folded(adapter: Adapter, multiple: int = 1) -> Adapter:
-    """The same ΔW with every scale 1 and every rank the largest one, or the next `multiple` above it. Of linears and
-    embeddings."""
+    """Return the same ΔW with every scale 1 and one rank.
+
+    The rank is the largest one, rounded up to a `multiple`. For linears and embeddings."""
     rank = max((p.rank for p in adapter.pairs.values()), default=0)
     rank += -rank % multiple
     pairs = {}
@@ -102,9 +103,11 @@ def folded(adapter: Adapter, multiple: int = 1) -> Adapter:
 
 
 def in_every_layer(adapter: Adapter, layers: int) -> tuple[Adapter, int]:
-    """The adapter with pairs of zeros where a kind of module has one in some of the base's `layers` and not in all;
-    and how many were put in. Of modules that TGI knows. Raises AdapterError for a layer that the base has not, and
-    where the widths of a missing pair cannot be told because layers differ (Gemma 4)."""
+    """Add pairs of zeros so that each kind of module has a pair in all layers.
+
+    Returns (adapter, number of added pairs). For modules that TGI supports. `layers`: the base's number of
+    layers. Raises AdapterError for a layer that the base does not have, and if the widths of a missing pair
+    are unknown because layers differ (Gemma 4)."""
     kinds: dict[str, dict[int, str]] = defaultdict(dict)
     for name in adapter.pairs:
         found = _TGI_MODULE.fullmatch(name)
@@ -130,7 +133,7 @@ def in_every_layer(adapter: Adapter, layers: int) -> tuple[Adapter, int]:
 
 
 def tgi_notes(adapter: Adapter, filled: int) -> list[str]:
-    """What to know of an adapter folded for TGI."""
+    """Return notes on an adapter folded for TGI."""
     rank = next(p.rank for p in adapter.pairs.values())
     notes = [f"rank {rank}: TGI scales it right on up to {rank // 8} GPUs"]
     if filled:
@@ -147,7 +150,7 @@ def _times(B: Tensor, scale: float) -> Tensor:
 
 
 def vllm_notes(adapter: Adapter) -> list[str]:
-    """What vLLM's command line needs for a folded adapter."""
+    """Return the vLLM options that a folded adapter needs."""
     rank = next(p.rank for p in adapter.pairs.values())
     need = next(n for n in MAX_VLLM_RANKS if n >= rank)
     return [f"rank {rank}: start vLLM with --enable-lora --max-lora-rank {need} or more (its default is 16)"]

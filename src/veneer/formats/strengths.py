@@ -1,22 +1,22 @@
-"""How strongly an adapter acts: on the whole, by block and component of its model, and by share of the steps.
+"""An adapter's strength: overall, by block and component of its model, and by share of the steps.
 
-    0.8                                                the strength of the whole
-    0.8@down=0.5,mid=1,up.1=0.2,text=0                 times a factor for each block; the last that fits counts
-    0.8@double.0-2=0.5,single.3=0                      blocks of a transformer, runs of them
+    0.8                                                the overall strength
+    0.8@down=0.5,mid=1,up.1=0.2,text=0                 times a factor for each block; the last matching key counts
+    0.8@double.0-2=0.5,single.3=0                      blocks of a transformer, ranges of blocks
     0.8@1,0,0,0,1,1,1,1,1,1,0,0                        factors in kohya's order (lbw): 12, 17, 20 or 26 numbers
     0.8@steps=0-0.6                                    in the first 60% of the steps, 0 after them
-    0.8@steps=0-0.3:0.2+0.3-1                          a factor of its own for each range
-    0.8@campaign=product                               its role in a stack, which says blocks and steps (campaign.py)
+    0.8@steps=0-0.3:0.2+0.3-1                          a separate factor for each range
+    0.8@campaign=product                               its role in a mix, which sets blocks and steps (campaign.py)
 
 | key                            | modules                                            |
-| text                           | every text encoder; `text_encoder_2` for one alone |
+| text                           | every text encoder; `text_encoder_2` for only one  |
 | down, down.0, mid, up, up.1    | down_blocks, mid_block, up_blocks of a U-Net       |
 | double, double.0-2, joint      | transformer_blocks of a transformer                |
 | single, single.3               | single_transformer_blocks of a transformer         |
 | anything else: `attn2`, `ff`,  | modules with these whole dotted parts in their     |
 | `attentions.1`, `unet`, `*`    | canonical names                                    |
 
-Knows names; not tensors, not models.
+Uses names; no tensors, no models.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from veneer.formats.campaign import CAMPAIGN, CAMPAIGN_ROLES
 
 
 def split_strength(text: str) -> tuple[str, float | None]:
-    """(name, strength) of "NAME[:STRENGTH]", the one grammar of it; None where none is said. What follows the last
-    colon is a strength where it reads as a number, but for `sha256:12`, which is a digest. Raises ConfigError for a
-    number that is no strength (`check_strength`)."""
+    """Parse "NAME[:STRENGTH]" into (name, strength or None).
+
+    The text after the last colon is a strength if it is a number, except in `sha256:12`, a digest. Raises
+    ConfigError for an invalid strength (`check_strength`)."""
     name, colon, number = text.rpartition(":")
     if not colon or name == "sha256":
         return text, None
@@ -46,8 +47,10 @@ def split_strength(text: str) -> tuple[str, float | None]:
 
 
 def split_factors(text: str) -> tuple[str, str]:
-    """(NAME[:STRENGTH], FACTORS) of "NAME[:STRENGTH][@FACTORS]", "" where there are none. What follows the last `@` are
-    factors if it has a `=` or a `,`: `brand@2` and `brand@prod` are versions."""
+    """Split "NAME[:STRENGTH][@FACTORS]" into (NAME[:STRENGTH], FACTORS or "").
+
+    The text after the last `@` is FACTORS if it has a `=` or a `,`: `brand@2` and `brand@prod` are versions.
+    """
     head, at, factors = text.rpartition("@")
     return (head, factors) if at and ("=" in factors or "," in factors) else (text, "")
 
@@ -56,18 +59,22 @@ _INDEX = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
 
 def block_of(module: str) -> str:
-    """The block that a module belongs to: its name up to the first number, and for a U-Net up to the attention or
-    resnet in it (`unet.down_blocks.1.attentions.0`); the whole name where there is no number."""
+    """Return a module's block: its name up to the first number.
+
+    For a U-Net up to the attention or resnet (`unet.down_blocks.1.attentions.0`); the whole name without a
+    number."""
     unet = re.match(r"^(.*?(?:down_blocks|up_blocks)\.\d+\.\w+\.\d+|.*?mid_block\.\w+\.\d+)(?:\.|$)", module)
     found = unet or _INDEX.match(module)
     return found[1] if found else module
 
 
 def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
-    """Module -> strength. `text` is "PATTERN=NUMBER,…": a pattern is whole dotted parts of the name ("mid_block",
-    "down_blocks.0", "layers.3-7" for a run of numbers), the last that fits a module counts, `*` fits all; or kohya's
-    list of numbers, 12, 17, 20 or 26 of them, for the U-Net of Stable Diffusion 1.5 or SDXL (see `LBW`). Modules that
-    no pattern names stay at 1. Raises ConfigError listing patterns that fit nothing, and what is not understood."""
+    """Return module -> strength.
+
+    `text` is "PATTERN=NUMBER,…": a pattern is whole dotted parts of the name ("mid_block", "down_blocks.0",
+    "layers.3-7" for a range); the last matching pattern counts, `*` matches all. Or kohya's list of 12, 17,
+    20 or 26 numbers, for the U-Net of Stable Diffusion 1.5 or SDXL (see `LBW`). Other modules stay at 1.
+    Raises ConfigError listing patterns without a match, and invalid parts."""
     parts = [p.strip() for p in text.split(",") if p.strip()]
     if parts and all("=" not in p for p in parts):
         return _kohya_blocks([_block_number(p) for p in parts], modules)
@@ -94,7 +101,7 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
 
 
 def _finite(text: str) -> float | None:
-    """The number that a text is; None for any other."""
+    """Return the finite number in a text, or None."""
     try:
         value = float(text)
     except ValueError:
@@ -109,11 +116,11 @@ def _block_number(text: str) -> float:
 
 
 _LONGEST_RUN = 1000
-"""Numbers in a run of blocks: each is spelled out, and the text may be a stranger's."""
+"""Maximum length of a range of blocks: ranges are expanded, and the text can come from a stranger."""
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    """Raises ConfigError for a run of numbers that is none."""
+    """Return the regular expression of a pattern. Raises ConfigError for an invalid range."""
     span = re.fullmatch(r"(.*?)(?<!\d)(\d{1,9})-(\d{1,9})", text)
     body = re.escape(text)
     if span:
@@ -125,7 +132,9 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _places() -> dict[str, tuple[str, ...]]:
-    """Block -> the beginnings of its modules' names in a U-Net with two layers a block; SD 1.5 has four levels."""
+    """Return block -> prefixes of its modules, for a U-Net with two layers per block.
+
+    SD 1.5 has four levels."""
     out: dict[str, tuple[str, ...]] = {"IN00": ("conv_in",), "MID": ("mid_block",)}
     for i in range(4):
         for j in range(2):
@@ -150,8 +159,9 @@ LBW = {
     20: _names(range(9), range(9)),
     26: _names(range(12), range(12)),
 }
-"""Length of a list -> its blocks, BASE (the text encoders) first: 12 and 20 for SDXL, 17 and 26 for SD 1.5. A block
-that a list leaves out stays at 1, as in kohya's merge scripts."""
+"""Length of a list -> its blocks, BASE (the text encoders) first: 12 and 20 for SDXL, 17 and 26 for SD 1.5.
+
+A block not in the list stays at 1, as in kohya's merge scripts."""
 
 
 def _kohya_blocks(numbers: Sequence[float], modules: Sequence[str]) -> dict[str, float]:
@@ -193,11 +203,11 @@ _EXAMPLE = "as in brand:0.8@down=0.5,text=0,steps=0-0.6"
 class Strength:
     """`strength` times the factor of a module times the factor of a step.
 
-    `blocks`: (key, factor), see the module's table. `weights`: a list in kohya's order instead. `steps`: (from, to,
-    factor), shares of the run in 0..1: step i of n is in a range where from ≤ i/n < to, and at 0 where it is in none;
-    empty for all steps. The part on text encoders acts when the prompt is read, before the first step.
-
-    `campaign`: a role instead of all these; `in_campaign` says what it means on a base, before anything acts."""
+    `blocks`: (key, factor), see the module's table. `weights`: a list in kohya's order instead. `steps`:
+    (from, to, factor), shares of the run in 0..1: step i of n is in a range if from ≤ i/n < to, and has
+    factor 0 outside all ranges; empty for all steps. The part on text encoders acts when the prompt is
+    encoded, before the first step. `campaign`: a role instead of these; `in_campaign` replaces it by its
+    meaning on a base before use."""
 
     strength: float = 1.0
     blocks: tuple[tuple[str, float], ...] = ()
@@ -236,29 +246,29 @@ class Strength:
             end = until
 
     def at(self, share: float) -> float:
-        """The factor at this share of the steps."""
+        """Return the factor at this share of the steps."""
         if not self.steps:
             return 1.0
         return next((f for begin, end, f in self.steps if begin <= share < end), 0.0)
 
     def idle(self, steps: int) -> list[str]:
-        """Ranges that hold no step of a run of so many: in a short run a narrow one may lie between two."""
+        """Return the ranges that contain no step of a run with this many steps."""
         shares = [i / steps for i in range(steps)]
         ranges = [(begin, end) for begin, end, _ in self.steps if not any(begin <= share < end for share in shares)]
         return [f"{_text(begin)}-{_text(end)}" for begin, end in ranges]
 
     @property
     def by_block(self) -> Strength:
-        """The factors by block alone."""
+        """Return only the factors by block."""
         return Strength(1.0, self.blocks, self.weights)
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Where the factor of a step may change, 0 first."""
+        """Return the shares where the factor of a step can change, 0 first."""
         return tuple(sorted({0.0, *(e for begin, end, _ in self.steps for e in (begin, end) if e < 1)}))
 
     def __str__(self) -> str:
-        """As it is read; every number comes back to the last bit."""
+        """Return the text that parses to this strength, exact to the last bit."""
         parts = [*(f"{key}={_text(factor)}" for key, factor in self.blocks), *map(_text, self.weights)]
         if self.steps:
             ranges = (f"{_text(b)}-{_text(e)}" + ("" if f == 1 else f":{_text(f)}") for b, e, f in self.steps)
@@ -272,9 +282,10 @@ def _text(number: float) -> str:
 
 
 def parse_strength(options: str, strength: float = 1.0) -> Strength:
-    """What stands behind the `@`: "down=0.5,steps=0-0.6". Raises ConfigError for a part that is neither KEY=NUMBER nor
-    a number, for a key given twice and for an unknown role; whether a block exists is seen with a base
-    (`factors_by_module`)."""
+    """Parse the text after the `@`: "down=0.5,steps=0-0.6".
+
+    Raises ConfigError for a part that is neither KEY=NUMBER nor a number, for a repeated key and for an
+    unknown role. `factors_by_module` checks that blocks exist."""
     blocks: dict[str, float] = {}
     weights: list[float] = []
     campaign = ""
@@ -309,7 +320,7 @@ def _role(text: str) -> str:
 
 
 def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
-    """Raises ConfigError where two adapters (name, strength) of one mix play the same role."""
+    """Raise ConfigError if two adapters (name, strength) of one mix have the same role."""
     played: dict[str, str] = {}
     for name, strength in uses:
         if strength.campaign and strength.campaign in played:
@@ -321,9 +332,10 @@ def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
 
 
 def in_campaign(strength: Strength, prediction: str, modules: Sequence[str]) -> Strength:
-    """What a role means on a base that predicts so and has these modules, by the table of `campaign`; what has no role
-    as it is. On a base that lacks a block of its row every role is in the plain sum: a part of the row would weaken
-    adapters and set nothing apart."""
+    """Return the meaning of a role on a base with this prediction type and these modules.
+
+    A strength without a role is unchanged. If the base lacks a block of the `campaign` table's row, every
+    role is in the plain sum, because part of the row would weaken adapters without separating them."""
     if not strength.campaign:
         return strength
     said = CAMPAIGN["flow" if prediction == "flow" else "noise"]
@@ -354,8 +366,9 @@ def _range(text: str) -> tuple[float, float, float]:
 
 
 def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, float]:
-    """Module -> factor, for all `modules` of a base by canonical name. Raises ConfigError for a key that fits none of
-    them, with the nearest that do."""
+    """Return module -> factor, for all `modules` of a base by canonical name.
+
+    Raises ConfigError for a key that matches no module, with the nearest keys that do."""
     if strength.weights:
         return parse_blocks(",".join(f"{w!r}" for w in strength.weights), modules)
     encoders = sorted({m.partition(".")[0] for m in modules if m.startswith("text_encoder")})
@@ -384,7 +397,7 @@ def _fits(pattern: str, modules: Sequence[str]) -> bool:
 
 
 def _short(block: str) -> str:
-    """A block's name in the short form of the table."""
+    """Return a block's name in the short form of the table."""
     for short, long in _SHORT.items():
         whole = long if "." in long else f"unet.{long}"
         if block == whole or block.startswith(f"{whole}."):

@@ -1,7 +1,7 @@
-"""What a file needs to know of a base: its module names, kinds and shapes, without importing what made the base.
+"""The outline of a base: module names, kinds and shapes, without importing its library.
 
-A reader uses it to tell that an adapter fits; a writer to choose names that match those modules and no others. Works on
-any torch model, attached or not, also with its parameters on the meta device. Knows nothing of files.
+A reader checks an adapter against it; a writer chooses names that match exactly certain modules. Works on any
+torch model, with or without adapters, also on the meta device. Uses no files.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from veneer.core.targets import base_modules, expert_parameters, kind_of
 class Structure:
     """A base's outline.
 
-    `kinds`: every module name -> linear, embedding, conv, other, or unknown where only names were given.
-    `shapes`: state-dict name -> shape. `experts`: module -> its 3-d parameters in the order they were declared.
-    `transposed`: modules that set `is_transposed`. `interleaved`: expert modules whose gate_up_proj has gate and up in
-    turn instead of one after the other (`is_concatenated` is false). `grouped`: convolution -> its number of groups,
-    where more than one.
-    `fan_in_fan_out`: linears stored (in, out). `tied`: modules that use the input embedding's weight."""
+    `kinds`: every module name -> linear, embedding, conv, other, or unknown if only names were given.
+    `shapes`: state-dict name -> shape. `experts`: module -> its 3-d parameters in declaration order.
+    `transposed`: modules that set `is_transposed`. `interleaved`: expert modules whose gate_up_proj
+    alternates rows of gate and up (`is_concatenated` is false). `grouped`: convolution -> its number of
+    groups, if more than one. `fan_in_fan_out`: linears stored (in, out). `tied`: modules that use the input
+    embedding's weight."""
 
     kinds: dict[str, str]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -39,17 +39,17 @@ class Structure:
     input_embedding: str | None = None
     output_embedding: str | None = None
     weight: Callable[[str], Tensor | None] = lambda _: None
-    """A module's weight, where it has data."""
+    """Return a module's weight, if it has data."""
     problems: Callable[[Adapter], list[str]] = lambda _: []
-    """Every way in which an adapter does not fit."""
+    """Return every way in which an adapter does not fit."""
 
     @property
     def detailed(self) -> bool:
-        """Kinds and shapes are known, not names alone."""
+        """Whether kinds and shapes are known, not only names."""
         return bool(self.shapes)
 
     def under(self, rename: Callable[[str], str], back: Callable[[str], str]) -> Structure:
-        """The same outline under other names: `rename` is one to one, and `back` its inverse."""
+        """Return the outline under other names. `rename` is one to one, `back` its inverse."""
         named = {n: rename(n) for n in {*self.kinds, *self.experts, *self.shapes}}
         one = lambda name: None if name is None else rename(name)  # noqa: E731
         return replace(
@@ -70,7 +70,7 @@ class Structure:
 
 
 def structure_of(model: nn.Module | Structure | Iterable[str] | Callable[[], Any]) -> Structure:
-    """The outline of a model; of an attached one, the base's. Plain module names give an outline of names only."""
+    """Return the outline of a model without its adapters, or of module names only."""
     if isinstance(model, Structure):
         return model
     if not isinstance(model, nn.Module):
@@ -99,7 +99,7 @@ def structure_of(model: nn.Module | Structure | Iterable[str] | Callable[[], Any
 
 
 def _tensors(modules: dict[str, nn.Module]) -> Iterable[tuple[str, Tensor]]:
-    """What a state dict would hold, under the base's own names."""
+    """Yield what a state dict holds, under the base's own names."""
     for name, module in modules.items():
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and key not in module._non_persistent_buffers_set:

@@ -1,6 +1,6 @@
-"""The tensors of an adapter's file, whatever kind of file it is, and whether their values can be used.
+"""Read the tensors of an adapter's file of any kind, and check that they are finite.
 
-Knows files and tensors; not what the tensors mean.
+Uses files and tensors, not the tensors' meaning.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from veneer.files.safetensors import PICKLE_SUFFIXES, read_tensors
 
 
 def read_adapter_tensors(path: Path, *, from_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file by name, and its metadata. A pickle is read only with `from_pickle`. Raises as
-    `read_tensors`, `read_pickle` and `check_finite`."""
+    """Return all tensors of a file by name, and its metadata.
+
+    A pickle is read only with `from_pickle`. Raises as `read_tensors`, `read_pickle` and `check_finite`."""
     pickled = from_pickle and path.suffix.lower() in PICKLE_SUFFIXES
     tensors, metadata = read_pickle(path) if pickled else read_tensors(path)
     check_finite(tensors, where=str(path))
@@ -27,7 +28,7 @@ def read_adapter_tensors(path: Path, *, from_pickle: bool = False) -> tuple[dict
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, where: str | None = None) -> None:
-    """AdapterError that lists every tensor holding NaN or infinity, with its shape and how many."""
+    """Raise AdapterError for NaN or infinity, with each tensor's name, shape and count."""
     bad = []
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):

@@ -1,5 +1,4 @@
-"""The image families: every module of each component under diffusers' and transformers' own names, and where the
-modules of the original code (LDM, sgm, BFL, …) land among them.
+"""The image families: every module by canonical name, and its place in the original code.
 
 | family     | components                                                | original names                            |
 | sd15       | unet, text_encoder (CLIP-L)                               | LDM                                       |
@@ -14,12 +13,13 @@ modules of the original code (LDM, sgm, BFL, …) land among them.
 | krea2      | transformer                                               | krea-ai/krea-2                            |
 | anima      | transformer (Cosmos Predict 2), text_conditioner          | blocks, llm_adapter                       |
 
-Canonical name = component + "." + the name in the class. SD3's two sizes are two families: their last blocks differ,
-and so does where the last context modulation lands. Counts are the official ones, widths appear nowhere: a file of any
-width reads the same. Sources: diffusers' and transformers' classes and diffusers' checkpoint converters, against which
-the tests hold every name. Where an original has q, k and v in one
-projection and diffusers has three, each of the three is a part of its rows; in the last modulation the original has
-(shift, scale) and diffusers (scale, shift). The U-Nets' names follow from a few counts:
+Canonical name = component + "." + the name in diffusers' or transformers' class. SD3's two sizes are two
+families: their last blocks differ, and so does the place of the last context modulation. Counts are the
+official ones; widths are not used, so a file of any width is read in the same way. Sources: diffusers' and
+transformers' classes and diffusers' checkpoint converters, against which the tests check every name. If an
+original fuses q, k and v and diffusers does not, each of the three is a part of its rows; in the last
+modulation the original has (shift, scale) and diffusers (scale, shift). The U-Nets' names follow from a few
+counts:
 
     input_blocks.0.0                conv_in
     input_blocks.{3i+j+1}.0 / .1    down_blocks.i.resnets.j / attentions.j        j = 0, 1
@@ -28,7 +28,7 @@ projection and diffusers has three, each of the three is a part of its rows; in 
     output_blocks.{3i+j}.0 / .1     up_blocks.i.resnets.j / attentions.j          j = 0, 1, 2
     output_blocks.{3i+2}.n.conv     up_blocks.i.upsamplers.0.conv                 n = 2, or 1 without attentions
 
-Knows names; no tensors, no files.
+Uses names; no tensors, no files.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ RowRange = tuple[int, int, int]
 
 
 class ModuleRow(NamedTuple):
-    """A module, its kind, and its name in the original code ("" where that is the same): all of that original module,
-    or `part` of its rows, or with its halves in the other order."""
+    """A module, its kind, and its original name ("" if equal).
+
+    It is the whole original module, or `part` of its rows, or has its halves swapped."""
 
     module: str
     kind: str = "linear"
@@ -57,8 +58,10 @@ class ModuleRow(NamedTuple):
 
 
 def clip(component: str, layers: int, projection: bool) -> Iterator[ModuleRow]:
-    """CLIP's text model: with `projection` transformers' CLIPTextModelWithProjection, else its CLIPTextModel (under the
-    names of its files, with `text_model.`, which transformers 5 dropped from the class)."""
+    """Yield CLIP's text model: transformers' CLIPTextModel, or CLIPTextModelWithProjection.
+
+    CLIPTextModel has the names of its files, with `text_model.`, which transformers 5 dropped from the class.
+    """
     top = f"{component}.text_model"
     yield ModuleRow(f"{top}.embeddings.token_embedding", "embedding")
     yield ModuleRow(f"{top}.embeddings.position_embedding", "embedding")
@@ -76,7 +79,7 @@ def clip(component: str, layers: int, projection: bool) -> Iterator[ModuleRow]:
 
 
 def t5(component: str, layers: int) -> Iterator[ModuleRow]:
-    """transformers' T5EncoderModel with a gated feed-forward (T5 v1.1)."""
+    """Yield transformers' T5EncoderModel with a gated feed-forward (T5 v1.1)."""
     yield ModuleRow(f"{component}.shared", "embedding")
     yield ModuleRow(f"{component}.encoder.embed_tokens", "embedding")
     for i in range(layers):
@@ -102,9 +105,11 @@ _RESNET = (
 
 
 def unet(depths: Sequence[int], widths: Sequence[int], proj: str, extra: bool, layers: int = 2) -> Iterator[ModuleRow]:
-    """diffusers' UNet2DConditionModel. `depths`: transformer blocks of each attention, level by level on the way down
-    (0: a level without attention; the way up mirrors it, the middle has the last that is not 0). `widths`: the levels'
-    channels in any unit. `proj`: the kind of proj_in and proj_out. `extra`: SDXL's second embedding."""
+    """Yield diffusers' UNet2DConditionModel.
+
+    `depths`: transformer blocks of each attention, for each level on the way down (0: a level without
+    attention; the way up mirrors it, the middle has the last that is not 0). `widths`: the levels' channels
+    in any unit. `proj`: the kind of proj_in and proj_out. `extra`: SDXL's second embedding."""
     levels = len(depths)
     yield ModuleRow("unet.conv_in", "conv", "input_blocks.0.0")
     yield ModuleRow("unet.time_embedding.linear_1", "linear", "time_embed.0")
@@ -145,7 +150,7 @@ def _resnet(name: str, original: str, shortcut: bool) -> Iterator[ModuleRow]:
 
 
 def _attention(name: str, original: str, depth: int, proj: str) -> Iterator[ModuleRow]:
-    """The inside of a Transformer2DModel has the same names in both."""
+    """Yield a Transformer2DModel, whose inner names are the same in the original."""
     if not depth:
         return
     inside = [("norm", "norm"), ("proj_in", proj), ("proj_out", proj)]
@@ -164,7 +169,7 @@ _CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def _fused(names: tuple[str, ...], prefix: str, original: str, units: int = 3) -> Iterator[ModuleRow]:
-    """One unit of the original's rows for each name; the last name takes all the rest."""
+    """Yield one unit of the original's rows for each name; the last name takes all the rest."""
     for i, name in enumerate(names):
         end = units if i == len(names) - 1 else i + 1
         yield ModuleRow(f"{prefix}.{name}", "linear", original, (i, end, units))
@@ -181,8 +186,9 @@ def _last(original_linear: str = "final_layer.linear") -> Iterator[ModuleRow]:
 
 
 def sd3(layers: int, dual: Collection[int]) -> Iterator[ModuleRow]:
-    """SD3Transformer2DModel with query and key norms. `dual`: layers with a second attention. The last layer reads the
-    text and does not write it."""
+    """Yield SD3Transformer2DModel with query and key norms.
+
+    `dual`: layers with a second attention. The last layer reads the text and does not write it."""
     yield ModuleRow(f"{_TOP}.pos_embed.proj", "conv", "x_embedder.proj")
     for name, its in (("timestep", "t_embedder"), ("text", "y_embedder")):
         yield ModuleRow(f"{_TOP}.time_text_embed.{name}_embedder.linear_1", "linear", f"{its}.mlp.0")
@@ -230,8 +236,9 @@ def _flux_embedders(prefix: str, names: tuple[tuple[str, str], ...]) -> Iterator
 
 
 def flux1(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
-    """FluxTransformer2DModel: dev with guidance, schnell without. A single block's linear1 is q, k, v and the
-    feed-forward, which is four times as wide: 7 units."""
+    """Yield FluxTransformer2DModel: dev with guidance, schnell without.
+
+    A single block's linear1 is q, k, v and the feed-forward, which is four times as wide: 7 units."""
     names = (("timestep", "time_in"), ("text", "vector_in"), *([("guidance", "guidance_in")] if guidance else []))
     yield from _flux_embedders("time_text_embed", names)
     for i in range(double):
@@ -249,8 +256,10 @@ def flux1(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
 
 
 def flux2(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
-    """Flux2Transformer2DModel: 8 and 48 blocks (dev), 8 and 24 (klein 9B), 5 and 20 (klein 4B); klein without guidance.
-    Modulations are shared by all blocks; a single block's projections are fused in diffusers too."""
+    """Yield Flux2Transformer2DModel; klein without guidance.
+
+    8 and 48 blocks (dev), 8 and 24 (klein 9B), 5 and 20 (klein 4B). All blocks share the modulations; a
+    single block's projections are fused in diffusers too."""
     names = (("timestep", "time_in"), *([("guidance", "guidance_in")] if guidance else []))
     yield from _flux_embedders("time_guidance_embed", names)
     for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
@@ -266,7 +275,7 @@ def flux2(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
 
 
 def qwen_image(layers: int) -> Iterator[ModuleRow]:
-    """QwenImageTransformer2DModel; diffusers is the original."""
+    """Yield QwenImageTransformer2DModel; diffusers is the original."""
     for name in ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"):
         yield ModuleRow(f"{_TOP}.{name}")
     yield ModuleRow(f"{_TOP}.txt_norm", "norm")
@@ -284,7 +293,9 @@ def qwen_image(layers: int) -> Iterator[ModuleRow]:
 
 
 def z_image(layers: int, refiners: int) -> Iterator[ModuleRow]:
-    """ZImageTransformer2DModel with one patch size, 2 by 1. The context refiner has no modulation."""
+    """Yield ZImageTransformer2DModel with one patch size, 2 by 1.
+
+    The context refiner has no modulation."""
     yield ModuleRow(f"{_TOP}.all_x_embedder.2-1", "linear", "x_embedder")
     yield ModuleRow(f"{_TOP}.all_final_layer.2-1.linear", "linear", "final_layer.linear")
     yield ModuleRow(f"{_TOP}.all_final_layer.2-1.adaLN_modulation.1", "linear", "final_layer.adaLN_modulation.1")
@@ -307,7 +318,7 @@ def z_image(layers: int, refiners: int) -> Iterator[ModuleRow]:
 
 
 def krea2(layers: int, layerwise: int, refiners: int) -> Iterator[ModuleRow]:
-    """Krea2Transformer2DModel. Its modulations are no modules but tables."""
+    """Yield Krea2Transformer2DModel, whose modulations are tables, not modules."""
     yield ModuleRow(f"{_TOP}.txt_in.norm", "norm", "txtmlp.0")
     yield ModuleRow(f"{_TOP}.final_layer.norm", "norm", "last.norm")
     for name, its in (
@@ -333,7 +344,7 @@ def krea2(layers: int, layerwise: int, refiners: int) -> Iterator[ModuleRow]:
 
 
 def anima(layers: int, adapter: int) -> Iterator[ModuleRow]:
-    """CosmosTransformer3DModel as Anima has it, and AnimaTextConditioner, which the original calls llm_adapter."""
+    """Yield Anima's CosmosTransformer3DModel, and AnimaTextConditioner (originally llm_adapter)."""
     yield ModuleRow(f"{_TOP}.patch_embed.proj", "linear", "x_embedder.proj.1")
     for n in "12":
         yield ModuleRow(f"{_TOP}.time_embed.t_embedder.linear_{n}", "linear", f"t_embedder.1.linear_{n}")
@@ -367,7 +378,9 @@ def anima(layers: int, adapter: int) -> Iterator[ModuleRow]:
 
 
 def attention_blocks(double: int, single: int, *, joint: bool) -> Iterator[ModuleRow]:
-    """Attention and feed-forward as diffusers calls them: `joint` with the text's projections, else attn1, attn2."""
+    """Yield attention and feed-forward by diffusers' names.
+
+    `joint`: with the text's projections, else attn1, attn2."""
     for i in range(double):
         block = f"{_TOP}.transformer_blocks.{i}"
         for attn in ("attn",) if joint else ("attn1", "attn2"):
@@ -386,8 +399,10 @@ DENOISERS = ("unet", "transformer")
 
 @dataclass(frozen=True)
 class ModulePlace:
-    """Where (a part of) a foreign module lands: rows [begin, end) of `total` in equal units, None for all; with `swap`
-    the two halves of the rows change places."""
+    """The place of (a part of) a foreign module.
+
+    `part`: rows [begin, end) of `total` in equal units, None for all. `swap`: the two halves of the rows are
+    swapped."""
 
     module: str
     part: RowRange | None = None
@@ -396,9 +411,11 @@ class ModulePlace:
 
 @dataclass(frozen=True)
 class Family:
-    """`modules`: canonical name -> linear, conv, embedding or norm. `originals`: the original name of each module of
-    the denoiser, without a prefix -> where it lands. `diffusers_named`: sd-scripts and musubi-tuner name the denoiser's
-    modules as diffusers does. `clip`: what ComfyUI calls its first text encoder."""
+    """An image family.
+
+    `modules`: canonical name -> linear, conv, embedding or norm. `originals`: original name of each denoiser
+    module, without a prefix -> its places. `diffusers_named`: sd-scripts and musubi-tuner use diffusers'
+    names for the denoiser. `clip`: ComfyUI's name of the first text encoder."""
 
     name: str
     label: str
@@ -420,13 +437,13 @@ class Family:
         return tuple(c for c in self.components if c != self.denoiser)
 
     def kohya_encoder(self, component: str) -> str:
-        """What sd-scripts puts before the names of a text encoder's modules; a T5 is always its third."""
+        """Return sd-scripts' prefix of a text encoder's modules; a T5 is always its third."""
         if len(self.encoders) == 1:
             return "lora_te_"
         return "lora_te3_" if self._is_t5(component) else f"lora_te{component[13:] or 1}_"
 
     def comfyui_encoder(self, component: str) -> str:
-        """What ComfyUI calls a text encoder."""
+        """Return ComfyUI's name of a text encoder."""
         if self._is_t5(component):
             return "t5xxl"
         return "clip_g" if component == "text_encoder_2" else self.clip
@@ -436,13 +453,13 @@ class Family:
 
 
 def flat(name: str) -> str:
-    """Dots to underscores, as kohya's keys have module names. It cannot be undone without a table."""
+    """Replace dots with underscores, as in kohya's keys; not invertible without a table."""
     return name.replace(".", "_")
 
 
 @cache
 def families() -> Mapping[str, Family]:
-    """All of them by name, made once; the more common first."""
+    """Return all families by name, cached, the more common ones first."""
     l_g_t5 = [*clip("text_encoder", 12, True), *clip("text_encoder_2", 32, True), *t5("text_encoder_3", 24)]
     made = [
         _family(
@@ -481,7 +498,7 @@ def families() -> Mapping[str, Family]:
 
 @cache
 def strangers() -> Mapping[str, Family]:
-    """Models whose names in diffusers are some family's too, and whose adapters are not read as that family's."""
+    """Return models that share diffusers names with a family and must not be read as it."""
     made = [
         _family("hunyuan-video", "Hunyuan Video", attention_blocks(20, 40, joint=True)),
         _family("ltx-video", "LTX Video", attention_blocks(28, 0, joint=False)),

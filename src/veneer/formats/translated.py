@@ -1,4 +1,4 @@
-"""Folders of mlx-lm and of Tinker, as the PEFT folder that means the same.
+"""Translate folders of mlx-lm and Tinker to equivalent PEFT folders.
 
 | tool   | a pair on module X                                                             | scale                 |
 | mlx-lm | X.lora_a (in, r), X.lora_b (r, out); DoRA's magnitude X.m (out,)               | lora_parameters.scale |
@@ -6,9 +6,9 @@
 | Tinker | PEFT's keys with some names of its own (`_TINKER`); experts in three           | lora_alpha / r        |
 |        | dimensions (formats/moe.py)                                                    |                       |
 
-mlx-lm's `scale` is the whole scale since 2024; before, it was scale·alpha/r, which a config with `lora_layers` and
-`alpha` leaves open. Tinker cuts Qwen 3.5's `in_proj_qkv` into q, k and v, whose pairs are joined block-diagonally.
-Knows configurations and tensors; no files.
+mlx-lm's `scale` is the whole scale since 2024; before, the scale was scale·alpha/r, and a config with
+`lora_layers` and `alpha` is ambiguous. Tinker splits Qwen 3.5's `in_proj_qkv` into q, k and v, whose pairs
+are joined block-diagonally. Uses configurations and tensors; no files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _OWN = re.compile(r"model\.unembed_tokens")
 _EXPERTS = re.compile(r"model\.layers\.\d+\.mlp\.experts\.w[123]")
-"""Names by which a file of Tinker's is known."""
+"""Module names that identify a Tinker file."""
 _TINKER = (
     (_OWN, "lm_head"),
     (re.compile(r"(model\.layers\.\d+)\.attn\.([qkvo]_proj)"), r"\1.self_attn.\2"),  # gpt-oss
@@ -40,7 +40,9 @@ _CUT = re.compile(r"(.+\.linear_attn\.in_proj_)([qkv])")
 
 @dataclass(frozen=True)
 class TranslatedFolder:
-    """A configuration and tensors as PEFT has them, and what they were. `format`: mlx or tinker."""
+    """A configuration and tensors in PEFT's layout, and their origin.
+
+    `format`: mlx or tinker."""
 
     format: str
     reason: str
@@ -49,8 +51,9 @@ class TranslatedFolder:
 
 
 def translated(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TranslatedFolder | None:
-    """The folder as PEFT would have it; None where it is neither mlx-lm's nor Tinker's. Raises AdapterError for one of
-    theirs that no PEFT folder can mean."""
+    """Return the folder in PEFT's layout; None if it is neither mlx-lm's nor Tinker's.
+
+    Raises AdapterError for a folder that no PEFT folder can express."""
     pairs = any(key.endswith((".lora_a", ".lora_b")) for key in tensors)
     if pairs or "fine_tune_type" in config:
         return _from_mlx(config, tensors)
@@ -102,7 +105,7 @@ def _from_mlx(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trans
 
 
 def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, float, float]:
-    """Rank, scale and dropout of a configuration."""
+    """Return rank, scale and dropout of a configuration."""
     given = config.get("lora_parameters")
     own: Mapping[str, Any] = given if isinstance(given, dict) else {}
     rank, scale, dropout = own.get("rank"), own.get("scale"), own.get("dropout", 0.0)
@@ -130,7 +133,7 @@ def _tinker_module(key: str) -> str:
 
 
 def _renamed(module: str) -> str:
-    """The module under transformers' name."""
+    """Return the module under transformers' name."""
     for pattern, new in _TINKER:
         if pattern.fullmatch(module):
             return pattern.sub(new, module)
@@ -166,5 +169,5 @@ def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tr
 
 
 def _targets(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The modules that have pairs, but for experts in three dimensions, which are none in the base."""
+    """Return the modules with pairs, except 3-d experts, which are not modules of the base."""
     return sorted({_tinker_module(key) for key, t in tensors.items() if ".lora_" in key and t.ndim == 2})

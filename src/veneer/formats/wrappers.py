@@ -1,13 +1,13 @@
-"""The same module under the name that a base has for it: a language model by itself, or inside a vision-language one.
+"""Map module names between a language model and its vision-language wrapper.
 
-| the text model's layers        | where                                                                       |
-| model.layers.N                 | a text model by itself; Qwen2-VL before transformers 4.52                   |
+| the text model's layers        | model                                                                       |
+| model.layers.N                 | a text model; Qwen2-VL before transformers 4.52                             |
 | model.language_model.layers.N  | Qwen-VL, Qwen 3.5, Gemma 3 and 4, Mistral 3, … since transformers 4.52      |
 | language_model.model.layers.N  | Gemma 3, Mistral 3, Llava, … before; Llama 4                                |
 
-Towers, projectors and the head go along, and Mixtral's `block_sparse_moe`, which is `mlp` since transformers 5. A file
-and a base that agree are left alone; where either has several names for one part nothing is renamed, and what does not
-fit is said by name. Knows names alone.
+Also maps towers, projectors and the head, and Mixtral's `block_sparse_moe`, which is `mlp` since transformers
+5. If a file and a base agree, nothing is renamed; if either has several names for one part, nothing is
+renamed, and errors name what does not fit. Uses names only.
 """
 
 from __future__ import annotations
@@ -31,22 +31,26 @@ _PARTS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (("model.embed_audio.", "embed_audio."), _ANY),
     (("language_model.lm_head", "lm_head"), _WHOLE),
 )
-"""The names that one part has had, longer ones before those they begin with, and what follows them."""
+"""Past and present names of one part, longer ones before their prefixes, and what follows."""
 
 _MIXTRAL = (re.compile(r"(layers\.\d+)\.block_sparse_moe\."), re.compile(r"(layers\.\d+)\.mlp\."))
 
 
 @dataclass(frozen=True)
 class Renaming:
-    """`rules`: (the file's start, the base's, what follows). `mixtral`: the file says block_sparse_moe for mlp.
-    `parts`: (start, what follows) of the parts of a model that the file has anything of."""
+    """How to rename a file's modules.
+
+    `rules`: (the file's prefix, the base's, what follows). `mixtral`: the file uses block_sparse_moe for mlp.
+    `parts`: (prefix, what follows) of the model parts in the file."""
 
     rules: tuple[tuple[str, str, re.Pattern[str]], ...]
     mixtral: bool = False
     parts: tuple[tuple[str, re.Pattern[str]], ...] = ()
 
     def concerns(self, name: str) -> bool:
-        """Whether the file's model has the part of a module, under the file's name: a text model has no tower."""
+        """Return whether the file's model has a module's part, under the file's name.
+
+        A text model, for example, has no tower."""
         return any(_is(name, start, rest) for start, rest in self.parts)
 
     def to_base(self, name: str) -> str:
@@ -64,7 +68,9 @@ class Renaming:
 
 
 def renaming(file: Iterable[str], base: Collection[str]) -> Renaming | None:
-    """How names in a file become a base's; None where nothing does. `file`, `base`: names of modules or parameters."""
+    """Return how names in a file map to a base's, or None if none changes.
+
+    `file`, `base`: names of modules or parameters."""
     file = list(file)
     rules, parts = [], []
     for starts, rest in _PARTS if base else ():
@@ -82,6 +88,6 @@ def _is(name: str, start: str, rest: re.Pattern[str]) -> bool:
 
 
 def _start(names: Iterable[str], starts: tuple[str, ...], rest: re.Pattern[str]) -> str | None:
-    """The one start that names have; None where they have none, or several."""
+    """Return the one prefix that names have; None for no prefix or several."""
     found = {s for n in names if (s := next((s for s in starts if _is(n, s, rest)), None)) is not None}
     return found.pop() if len(found) == 1 else None
