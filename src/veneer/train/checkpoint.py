@@ -1,16 +1,16 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: the complete state of a run, for an exact continuation.
 
     checkpoints/
       step-00000040/
         adapter.safetensors      the trained parameters by name, in their own dtype
         optimizer.safetensors    every tensor of the optimizer, keyed "<parameter>|<entry>"
         random.safetensors       torch's, Python's and numpy's generators (and each CUDA device's)
-        adapter/                 the adapter in its own format, where checkpoint.adapters asks for it
+        adapter/                 the adapter in its own format, with checkpoint.adapters
         state.json               the rest: progress, optimizer scalars, identity, and a sha256 of each file
                                  above
 
-A directory is written under a temporary name, synced and renamed, so it is there whole or not at all; an older one is
-renamed away before it is removed. No pickles: safetensors and JSON only.
+A directory is written under a temporary name, synced and renamed, so it is never incomplete; an older one is
+renamed before it is removed. No pickles: safetensors and JSON only.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ _VERSION = 1
 
 @dataclass
 class Progress:
-    """How far a run is. `recent`: (Σ NLL, trained tokens or pairs) of the last steps. `evaluated`: the last step after
-    which the validation rows were scored, −1 for never. `waited`: evaluations since the best one. `first_loss`:
-    validation before the first step, that is of the base; `last_loss`: at the last evaluation."""
+    """The progress of a run.
+
+    `recent`: (Σ NLL, trained tokens or pairs) of the last steps. `evaluated`: the last step after which the
+    validation rows were scored, −1 for never. `waited`: evaluations since the best one. `first_loss`:
+    validation loss before the first step, which is the base's; `last_loss`: at the last evaluation."""
 
     step: int = 0
     tokens: int = 0
@@ -66,7 +68,9 @@ class Progress:
         return sum(nll for nll, _ in self.recent) / trained if trained else None
 
     def metrics(self) -> dict[str, Any]:
-        """What a card keeps of a run that goes on; the validation loss where the rows were scored after this step."""
+        """Return the card's metrics of an unfinished run.
+
+        The validation losses are included if the rows were scored after this step."""
         scored = self.last_loss if self.evaluated == self.step else None
         found = {"steps": self.step, "training_loss": self.loss, "validation_loss": scored}
         found |= {"validation_loss_before": self.first_loss if scored is not None else None}
@@ -88,19 +92,17 @@ def save(
     beside: Mapping[str, Any] | None = None,
     fill: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Writes the state after `progress.step` and removes all but the newest `keep` checkpoints and the best one.
+    """Write the state after `progress.step`; keep only the newest `keep` and the best one.
 
-    `extra`: one that this run had no wish for, and others that are trained with it had: it takes the place of none that
-    is kept; the newest so many (`newest`) of all are there too.
-    `parameters`: what is trained, and any other state of the adapter that is not the optimizer's (moving averages).
-    `identity` is what a resumed run must have in common with this one (JSON values): data, base. `about` is kept
-    beside it and not compared. `devices`: on how many the run is, which a resumed one may change. `beside`: what else
-    than its environment bit-for-bit equality depends on. `fill`: writes what else is in it, into the folder that it is
-    given.
-    A checkpoint of this very step that is already there is left as it is: a run is a function of its step.
+    `extra`: another run in the group requested this checkpoint; it does not count against `keep`. The
+    `newest` checkpoints of all kinds are kept too. `parameters`: the trained tensors, and other state of the
+    adapter outside the optimizer (moving averages). `identity`: what a resumed run must have in common with
+    this one (JSON values): data, base. `about`: stored, not compared. `devices`: number of devices, which a
+    resumed run can change. `beside`: further conditions of bit-for-bit equality, besides the environment.
+    `fill`: writes further files into the folder that it gets.
 
-    Raises ResourceError on a full disk; the checkpoints that were there stay, and nothing half-written is left.
-    """
+    An existing checkpoint of this step is left unchanged, because a run is a function of its step. Raises
+    ResourceError for a full disk; existing checkpoints stay, and nothing incomplete is left."""
     final = directory / f"{_PREFIX}{progress.step:08d}"
     if final.is_dir():
         return final
@@ -140,18 +142,18 @@ def save(
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest checkpoint in `directory`, None when there is none."""
+    """Return the newest checkpoint in `directory`, or None."""
     found = _all(directory)
     return found[-1] if found else None
 
 
 def by_step(directory: Path) -> dict[int, Path]:
-    """All checkpoints in `directory`, the oldest first."""
+    """Return step -> checkpoint for all checkpoints in `directory`, the oldest first."""
     return {int(path.name.removeprefix(_PREFIX)): path for path in _all(directory)}
 
 
 def at_step(directory: Path, step: int) -> Path:
-    """The checkpoint of `step`. Raises CheckpointError when it is not there."""
+    """Return the checkpoint of `step`. Raises CheckpointError if it does not exist."""
     path = directory / f"{_PREFIX}{step:08d}"
     if not path.is_dir():
         raise CheckpointError(f"the checkpoint of step {step} is gone", where=str(path))
@@ -159,7 +161,7 @@ def at_step(directory: Path, step: int) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint's `state.json`, after every file has been compared with its digest there."""
+    """Return the checkpoint's `state.json`, after checking every file's digest."""
     fix = f"delete {path} and resume from the one before it"
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -178,8 +180,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class Restored(NamedTuple):
-    """What a checkpoint says of the run beside its state. `notes`: a sentence for each difference of the environment
-    (torch, threads, devices) that may cost bit-for-bit equality. `about`: as `save` was given it."""
+    """A checkpoint's facts besides its state.
+
+    `notes`: a sentence for each difference of the environment (torch, threads, devices) that can cost
+    bit-for-bit equality. `about`: the argument of `save`."""
 
     progress: Progress
     notes: list[str]
@@ -195,10 +199,9 @@ def restore(
     devices: int = 1,
     beside: Mapping[str, Any] | None = None,
 ) -> Restored:
-    """Puts parameters, optimizer and random generators into the state of `path`; nothing is changed on an error.
+    """Restore parameters, optimizer and random generators from `path`; all or nothing.
 
-    Raises CheckpointError, listing the keys, when `identity` differs.
-    """
+    Raises CheckpointError, listing the keys, if `identity` differs."""
     state = read_checkpoint(path)
     differences = _differences(state["identity"], json.loads(json.dumps(dict(identity))))
     if differences:
@@ -235,13 +238,13 @@ def restore(
 
 
 def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Puts only the trained parameters of the checkpoint into `parameters`."""
+    """Restore only the trained parameters of the checkpoint into `parameters`."""
     read_checkpoint(path)
     _put(_read_parameters(path, parameters), parameters)
 
 
 def environment(devices: int = 1) -> dict[str, Any]:
-    """What bit-for-bit equality depends on beside the run's own settings."""
+    """Return what bit-for-bit equality depends on besides the run's settings."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -256,14 +259,14 @@ def environment(devices: int = 1) -> dict[str, Any]:
 
 
 def seed_all(*key: int | str) -> None:
-    """Seeds torch's and Python's generators by a digest of `key`: the same draws on every device."""
+    """Seed torch's and Python's generators by a digest of `key`, equal on every device."""
     seed = _seed_of(key)
     torch.manual_seed(seed)
     random.seed(seed)
 
 
 def seeded_generator(*key: int | str) -> torch.Generator:
-    """A generator that draws what torch's own draws after `seed_all`."""
+    """Return a generator equal to torch's own after `seed_all`."""
     return torch.Generator().manual_seed(_seed_of(key))
 
 
@@ -272,7 +275,7 @@ def _seed_of(key: tuple[int | str, ...]) -> int:
 
 
 def rng_state() -> dict[str, Tensor]:
-    """The state of torch's, Python's and (where it is imported) numpy's global generators, as tensors."""
+    """Return the state of torch's, Python's and (if imported) numpy's global generators."""
     version, words, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
@@ -291,7 +294,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def rng_restore(state: Mapping[str, Tensor]) -> None:
-    """The inverse of `rng_state`."""
+    """Restore a state of `rng_state`."""
     torch.set_rng_state(state["torch"])
     version, *words = state["python"].tolist()
     gauss = state["python.gauss"].tolist()
@@ -313,7 +316,9 @@ def rng_restore(state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turns the system's errors while writing `where` into ResourceError (disk full) or CheckpointError."""
+    """Convert the system's errors while writing `where`.
+
+    To ResourceError (disk full) or CheckpointError."""
     try:
         yield
     except OSError as error:
@@ -325,7 +330,7 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 
 def _after_space(where: Path) -> str:
-    """What to do once there is space: go on from the newest checkpoint, if there is one."""
+    """Return what to do once there is space: resume from the newest checkpoint, if any."""
     folders = [place for p in list(where.parents)[:2] for place in (p, p / "checkpoints")]
     newest = next((found for folder in folders if (found := latest(folder)) is not None), None)
     if newest is None:
@@ -334,16 +339,16 @@ def _after_space(where: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all. Errors as `disk_errors`."""
+    """Write a file atomically. Errors as in `disk_errors`."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed; a folder has one at a time
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # left by a killed run; a folder has one run at a time
             left.unlink(missing_ok=True)
         replace_file(path, [content])
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Writes and syncs; returns the sha256 of what was written."""
+    """Write and sync; return the sha256 of the contents."""
     digest = hashlib.sha256()
 
     def seen() -> Iterator[bytes | memoryview]:
@@ -357,7 +362,8 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        # Not finite is no error here: an optimizer may hold infinities, and the loop has checked the parameters.
+        # Values that are not finite are allowed: an optimizer can hold infinities, and the loop has checked
+        # the parameters.
         return read_tensors(path)[0]
     except AdapterError as error:
         raise CheckpointError(f"cannot be read: {error.what}", where=str(path)) from error
@@ -371,13 +377,13 @@ def _all(directory: Path) -> list[Path]:
 
 
 def _sweep(directory: Path) -> None:
-    """Removes what a killed run left half-written or half-removed."""
+    """Remove incomplete directories of a killed run."""
     for leftover in directory.glob(f".{_PREFIX}*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def is_extra(path: Path) -> bool:
-    """Whether a checkpoint was written for others' sake. False for one that cannot be read."""
+    """Return whether a checkpoint was written for other runs only. False if unreadable."""
     try:
         return bool(json.loads((path / "state.json").read_text(encoding="utf-8")).get("extra"))
     except (OSError, ValueError):
@@ -385,7 +391,9 @@ def is_extra(path: Path) -> bool:
 
 
 def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> None:
-    """The best one of every kept checkpoint is kept too: resuming from that one may still want it."""
+    """Remove old checkpoints.
+
+    The best checkpoint as of every kept one is kept too, because a run resumed from it can need its best."""
     found = _all(directory)
     kept = {*[path for path in found if not is_extra(path)][-max(1, keep) :], *found[-newest:]}
     bests = {best_step}
@@ -410,7 +418,9 @@ def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> No
 
 
 def _read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the checkpoint's tensors for `parameters`. Raises CheckpointError if names, shapes or dtypes differ."""
+    """Return the checkpoint's tensors for `parameters`.
+
+    Raises CheckpointError if names, shapes or dtypes differ."""
     tensors = _load(path / "adapter.safetensors")
     wrong = [f"{name}: not in the run" for name in sorted(tensors.keys() - parameters.keys())]
     wrong += [f"{name}: not in the checkpoint" for name in sorted(parameters.keys() - tensors.keys())]
@@ -436,7 +446,9 @@ def _put(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Non
 def _optimizer_out(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's tensors by "<parameter>|<entry>", and its scalars and groups as JSON values."""
+    """Return the optimizer's tensors by "<parameter>|<entry>", and its scalars and groups.
+
+    Scalars and groups are JSON values."""
     names = {id(p): name for name, p in parameters.items()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -461,7 +473,9 @@ def _optimizer_state(
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return a state for `optimizer.load_state_dict`. Raises CheckpointError for another optimizer or other groups."""
+    """Return a state for `optimizer.load_state_dict`.
+
+    Raises CheckpointError for another optimizer or other groups."""
     by_id = {id(p): name for name, p in parameters.items()}
     here = [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     if scalars["kind"] != type(optimizer).__name__ or [g["names"] for g in scalars["groups"]] != here:
@@ -484,7 +498,7 @@ def _optimizer_state(
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line for each key whose value differs, nested keys joined by dots."""
+    """Return one line for each key with different values; nested keys are joined by dots."""
     lines: list[str] = []
     for key in sorted(saved.keys() | here.keys()):
         a, b = saved.get(key), here.get(key)

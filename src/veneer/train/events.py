@@ -1,7 +1,7 @@
-"""What a run tells whoever watches: frozen records, in the order in which things happen.
+"""Events of a run: frozen records, emitted in order.
 
-The loop calls `on_event(event)`; the progress bar, the JSONL log, TensorBoard and the HTML report are all such
-listeners. Knows nothing of models, data or files.
+The loop calls `on_event(event)`; the progress bar, the JSONL log, TensorBoard and the HTML report are
+listeners. Uses no models, data or files.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TOKEN_ACCURACY = "token_accuracy"
-"""Among `extra`: the share of trained tokens than which no other was likelier."""
+"""Key in `extra`: the share of trained tokens with the highest probability at their position."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Anything that happened. `to_record` gives the JSON form."""
+    """An event of a run. `to_record` returns the JSON form."""
 
 
 @dataclass(frozen=True)
 class Note(Event):
-    """A sentence for the person who watches: a decision, a warning, a number with no better place."""
+    """A sentence for the user: a decision, a warning, a number without a better place."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Resolved(Event):
-    """The settings that the run goes by: key -> value, and key -> where it came from."""
+    """The settings of the run: key -> value, and key -> origin."""
 
     settings: dict[str, Any]
     sources: dict[str, str]
@@ -36,7 +36,9 @@ class Resolved(Event):
 
 @dataclass(frozen=True)
 class Checked(Event):
-    """The preflight's findings. `text`: for a person; `markup`: the same for rich. `data`: as JSON values."""
+    """The preflight's findings.
+
+    `text`: for the user; `markup`: the text with rich markup. `data`: as JSON values."""
 
     text: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +47,9 @@ class Checked(Event):
 
 @dataclass(frozen=True)
 class Probed(Event):
-    """The longest batch went forward and backward once, before step one and without an optimizer step."""
+    """The longest batch ran forward and backward once, before step one.
+
+    Without an optimizer step."""
 
     tokens: int
     rows: tuple[int | str, ...]
@@ -55,10 +59,12 @@ class Probed(Event):
 
 @dataclass(frozen=True)
 class Stepped(Event):
-    """One optimizer step is done. `loss`: nats per learned token. `tokens`: tokens of this step; `learned_tokens`:
-    those with a loss. `seconds`: of this step alone. `gradient_norm`: global, before clipping. `memory_bytes`: the peak
-    so far, on the first device. `extra`: other measurements of the loss, such as preference rewards; a preference
-    `loss` is a mean over pairs."""
+    """One optimizer step is done.
+
+    `loss`: nats per learned token; a preference loss is a mean over pairs. `tokens`: tokens of this step;
+    `learned_tokens`: those with a loss. `seconds`: of this step only. `gradient_norm`: global, before
+    clipping. `memory_bytes`: the peak so far, on the first device. `extra`: other measurements of the loss,
+    such as preference rewards."""
 
     step: int
     steps: int
@@ -79,9 +85,11 @@ class Stepped(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The validation rows were scored after `step`. `loss`: nats per trained token, or pictures' mean squared error or
-    the mean over pairs, which have no perplexity. `best`: the lowest until now, that of before step one
-    among them; `worse`: above that one. `extra`: as Stepped's."""
+    """The validation rows were scored after `step`.
+
+    `loss`: nats per trained token, or pictures' mean squared error or the mean over pairs, which have no
+    perplexity. `best`: the lowest so far, including the one before step one; `worse`: above the one before
+    step one. `extra`: as in Stepped."""
 
     step: int
     loss: float
@@ -96,7 +104,7 @@ class Evaluated(Event):
 
 @dataclass(frozen=True)
 class Sampled(Event):
-    """A sheet of sample pictures was drawn after `step`: a file, and what it shows."""
+    """A sheet of sample pictures was drawn after `step`; `path`: its file."""
 
     step: int
     path: str
@@ -105,7 +113,7 @@ class Sampled(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """A checkpoint of the state after `step` is on the disk."""
+    """A checkpoint of the state after `step` is on disk."""
 
     step: int
     path: str
@@ -123,11 +131,11 @@ Listener = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """A listener that does nothing."""
+    """Do nothing with an event."""
 
 
 def to_record(event: Event) -> dict[str, Any]:
-    """One JSON object: `event` is the record's name in lower case, then its fields."""
+    """Return a JSON object: `event` is the lower-case class name, then the fields."""
     record = {"event": type(event).__name__.lower(), **asdict(event)}  # type: ignore[call-overload]
     record.pop("markup", None)
     if isinstance(event, Stepped):
@@ -141,10 +149,10 @@ def loss_text(loss: float) -> str:
 
 
 def mean_rewards(extra: Mapping[str, float]) -> dict[str, float] | None:
-    """Return the mean rewards of a reinforcement step or evaluation: `reward`, then each reward and its parts.
+    """Return the mean rewards of a step or an evaluation: `reward`, then each part.
 
-    {} if no answer could be scored; None for steps and evaluations without rewards of sampled answers. A single reward
-    that equals the sum is not repeated."""
+    {} if no answer could be scored; None for steps and evaluations without rewards of sampled answers. A
+    single reward that equals the sum is not repeated."""
     if "reward_failed" not in extra:
         return None
     found = {
@@ -157,7 +165,7 @@ def mean_rewards(extra: Mapping[str, float]) -> dict[str, float] | None:
 
 
 def measure_text(loss: float, extra: Mapping[str, float]) -> str:
-    """Return the result of a step or an evaluation as text: the loss, or the mean reward with its parts."""
+    """Return a step's or evaluation's result as text: the loss, or the mean reward with parts."""
     rewards = mean_rewards(extra)
     if rewards is None:
         return f"loss {loss_text(loss)}"
@@ -176,7 +184,7 @@ def validation_text(loss: float, rewarded: bool) -> str:
 
 
 def fan_out(*listeners: Listener | None) -> Listener:
-    """One listener that tells all the others, in order; None is left out."""
+    """Return a listener that calls all the others, in order; None is left out."""
     heard = [listener for listener in listeners if listener is not None]
 
     def tell(event: Event) -> None:

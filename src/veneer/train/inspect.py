@@ -1,5 +1,4 @@
-"""What a run would do, found without changing anything: whether it fits, how long it takes, what of its data is
-learned.
+"""Predict a run without changing anything: memory, duration, and which data is learned.
 
     report = inspect_run(config)                     before a base is loaded: the first 200 rows, and report.guesses
     report = inspect_run(config, base, data)         the base is loaded and its data read: everything
@@ -8,8 +7,8 @@ learned.
     seen = rows_seen(config, offset=0, limit=50)     each row: learned, cut, held out, left out, and why
     seen = pictures_seen(config)                     each picture: its crop, its caption, and why it is left out
 
-Without a base, only its tokenizer and config are read. What was read of the data is kept as long as the files do not
-change, so a change of the rank costs no second look.
+Without a base, only its tokenizer and config are read. Data is cached while its files do not change, so that
+a new rank does not read the data again.
 """
 
 from __future__ import annotations
@@ -43,21 +42,23 @@ if TYPE_CHECKING:
 
 _C = TypeVar("_C", TrainConfig, ImageTrainConfig)
 _MOST_ROWS = 5000
-"""Rows that a table is made of; of more the first."""
+"""Maximum rows of a table, from the start of the data."""
 _MOST_PICTURES = 400
-"""Pictures that are opened; of more none is."""
+"""Maximum number of pictures; with more, none is opened."""
 _SAID = 400
-"""Letters of a row in a table."""
+"""Maximum characters of a row in a table."""
 
 RowVerdict = Literal["learned", "cut", "held out", "left out", "unusable"]
 VERDICTS: tuple[RowVerdict, ...] = get_args(RowVerdict)
-"""What may become of a row, or a picture."""
+"""The possible verdicts on a row or a picture."""
 
 
 @dataclass(frozen=True)
 class SeenRow:
-    """A row of a table. `where`: its file and line. `said`: its beginning. `pieces`: all of it as (text, learned).
-    `why`: of what is not learned as it is."""
+    """A row of a table.
+
+    `where`: its file and line. `said`: its beginning. `pieces`: its whole text as (text, learned). `why`: the
+    reason for a verdict other than learned."""
 
     where: str
     verdict: RowVerdict
@@ -70,7 +71,9 @@ class SeenRow:
 
 @dataclass(frozen=True)
 class SeenRows:
-    """Some rows of `matching`. `counts`: verdict -> of how many of the `looked` rows. `total`: rows of the data."""
+    """A page of the `matching` rows.
+
+    `counts`: verdict -> number among the `looked` rows. `total`: rows of the data."""
 
     rows: tuple[SeenRow, ...]
     matching: int
@@ -82,9 +85,11 @@ class SeenRows:
 
 @dataclass(frozen=True)
 class SeenPicture:
-    """`id`: of its content, by which it can be asked for. `crop`: (left, top, width, height) of what is learned, as
-    shares of the picture; None where it is left out. `size`: what is learned, in pixels. `source`: where its caption
-    is from."""
+    """A picture of a table.
+
+    `id`: identifies its content, for requests. `crop`: (left, top, width, height) of the learned part, as
+    shares of the picture; None if it is left out. `size`: the learned size in pixels. `source`: the origin of
+    its caption."""
 
     id: str
     name: str
@@ -101,13 +106,13 @@ class SeenPicture:
 def inspect_run(
     config: RunConfig, base: Any = None, rows: Any = None, *, device: Device | None = None, **options: Any
 ) -> Report:
-    """Inspects a run.
+    """Inspect a run.
 
-    Without `base`: reads the first `rows` rows (200) and plans for `device` (this machine). Raises ConfigError and
-    BaseError for a base that is nowhere; problems of the data are findings.
+    Without `base`: reads the first `rows` rows (200) and plans for `device` (this machine). Raises
+    ConfigError and BaseError for a base that cannot be found; problems of the data are findings.
 
-    With `base`: `rows` is the data, TextData or ImageData, as the run has read it; `options` are `RunSubject`'s. Raises
-    nothing of its own: see `Report.raise_if_stopped`."""
+    With `base`: `rows` is the data, TextData or ImageData, as the run has read it; `options` are
+    `RunSubject`'s. Raises no errors of its own: see `Report.raise_if_stopped`."""
     if base is None:
         if device is None:
             from veneer.plan.calibration import cpu_device
@@ -188,14 +193,14 @@ _SECTIONS: Any = {"base": {"name"}} | dict.fromkeys(
 
 
 def _key(config: TrainConfig, rows: int) -> _Key:
-    """What of a configuration decides how its rows are read, with the state of its files."""
+    """Return the settings that determine how rows are read, and the state of the files."""
     own = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
     stamp = data_stamp([*config.data.files("train"), *config.data.files("validation")])
     return own, stamp, rows
 
 
 def _config(kind: type[_C], own: str) -> _C:
-    """What a key has of a configuration."""
+    """Return the configuration in a cache key."""
     return kind.model_validate_json(json.dumps({**json.loads(own), "output": {"directory": "."}}))
 
 
@@ -208,7 +213,7 @@ def _base(name: str) -> TextBase:
 
 @functools.lru_cache(maxsize=8)
 def _sample(own: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sample:
-    """Raises DataError, BaseError."""
+    """Read and check the first rows. Raises DataError, BaseError."""
     from veneer.train.text.checks import TextSubject, data_findings
     from veneer.train.text.data import read_data
     from veneer.train.text.preflight import marked_pieces
@@ -225,7 +230,7 @@ def _sample(own: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sa
 
 
 def _bounded(config: TrainConfig, rows: int) -> Any:
-    """The data's settings for its first rows: of those held out as large a share."""
+    """Return the data's settings for its first rows, with the same share held out."""
     data, total = config.data, count_records(config.data.files("train"))
     changes: dict[str, Any] = {"limit": min(rows, data.limit or rows)}
     if total is not None and isinstance(data.split, int) and data.split and total > rows:
@@ -243,8 +248,10 @@ def rows_seen(
     verdicts: Sequence[RowVerdict] = (),
     most: int = _MOST_ROWS,
 ) -> SeenRows:
-    """Rows in the order of their files, and what becomes of each. `verdicts`: those of these alone. `most`: rows that
-    are looked at. Raises DataError for files that cannot be read, ConfigError and BaseError for the base."""
+    """Return rows in file order, with a verdict on each.
+
+    `verdicts`: only rows with one of these. `most`: maximum number of rows read. Raises DataError for files
+    that cannot be read, ConfigError and BaseError for the base."""
     look = _table(*_key(config, most))
     places = [i for i, verdict in enumerate(look.verdicts) if not verdicts or verdict[0] in verdicts]
     counts: dict[str, int] = {}
@@ -258,7 +265,7 @@ def rows_seen(
 
 @dataclass(frozen=True)
 class _Table:
-    """`verdicts`: of each row, with the reason. `owners`: of each encoded text, its row."""
+    """The rows of a table. `verdicts`: of each row, with the reason. `owners`: encoded text -> row."""
 
     found: Sequence[Row | UnusableRow]
     about: About
@@ -389,7 +396,7 @@ def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
         pictures, held = split_pictures(pictures, settings.split, config.seed)
     shape = base_fields(config.base.name)
     scale = int(shape.get("vae_scale", 8))
-    unit = scale if "down_block_types" in shape else 2 * scale  # a U-Net takes latents one by one, others in squares
+    unit = scale if "down_block_types" in shape else 2 * scale  # a U-Net takes single latents, other denoisers 2 × 2
     plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
     found = check_pictures(pictures, about, plan, settings)
     if held:
@@ -398,8 +405,9 @@ def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
 
 
 def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:
-    """Every picture with its crop and its caption as they are learned, those held out and left out after them. Raises
-    DataError for a folder that cannot be learned from; no more than `_MOST_PICTURES` are opened."""
+    """Return every picture with its learned crop and caption, then held out and left out ones.
+
+    Raises DataError for a folder that cannot be learned from; opens at most `_MOST_PICTURES`."""
     from veneer.train.image.pictures import count_pictures
     from veneer.train.image.views import draw_row
 
@@ -438,7 +446,7 @@ def _seen(
 
 
 def picture_of(config: ImageTrainConfig, id: str) -> SeenPicture:
-    """One of `pictures_seen` by its id. Raises DataError for one that is not among them."""
+    """Return one of `pictures_seen` by its id. Raises DataError for an unknown id."""
     for one in pictures_seen(config):
         if one.id == id:
             return one
@@ -446,7 +454,7 @@ def picture_of(config: ImageTrainConfig, id: str) -> SeenPicture:
 
 
 def inspection_text(report: Report) -> str:
-    """The report as `veneer data preview` prints it."""
+    """Return the report as `veneer data preview` prints it."""
     from veneer.plan.render import plan_text
 
     lines = [report.text()] if report.findings or report.sample else []

@@ -1,19 +1,19 @@
-"""The training loop: knows learners, planned steps and numbers; no text, no images.
+"""The training loop over learners and planned steps; no text, no images.
 
     loop = Loop(Learner(parameters, loss), TrainingPlan(steps, schedule), optimizer)
-    train([loop])                  all steps; loop.progress says how far the run is
+    train([loop])                  all steps; loop.progress is the current state
 
     gradient of a step = ∇ Σ NLL over all its micro-batches / Σ trained tokens of the step
 
-so k micro-batches equal one large batch, however the trained tokens fall. `Learner.loss(batch)` is Σ NLL as a scalar
-tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors; preferences are counted in
-pairs (`Micro.units`), and Σ NLL is the sum of the pairs' losses. After the step: clip by the global norm, set the
-schedule's rate, step the optimizer, notify the listeners, evaluate and save when due. A run is a function of
-(parameters, steps, settings, random state), so a state saved after step k and restored continues bit for bit. The
-generators are seeded for each micro-batch by (seed, step, its index in the step), so dropout does not depend on how
-many devices share the work.
+so k micro-batches equal one large batch, however the trained tokens are distributed. `Learner.loss(batch)` is
+Σ NLL as a scalar tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors;
+preferences are counted in pairs (`Micro.units`), and Σ NLL is the sum of the pairs' losses. After the
+backward passes: clip by the global norm, set the schedule's rate, step the optimizer, notify the listeners,
+evaluate and save when due. A run is a function of (parameters, steps, settings, random state), so a state
+saved after step k and restored continues bit for bit. The generators are seeded for each micro-batch by
+(seed, step, its index in the step), so dropout does not depend on the number of devices.
 
-Several runs on one base take their steps together: `train(loops, compute)`, where `compute` puts their rows into one
+Several runs on one base can step together: `train(loops, compute)`, where `compute` joins their rows into one
 pass (train/text/together.py).
 """
 
@@ -55,15 +55,17 @@ from veneer.train.optim import Schedule
 from veneer.train.signals import heard
 
 _RECENT = 20
-_SHOWN = 12  # rows that a message names
+_SHOWN = 12  # rows named in a message
 _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch that is made when its turn comes. `rows`: where it comes from, for messages. `items`: what `make`
-    makes it of. `size`: what it needs of memory, in any unit that is the same for the whole run; its tokens where it is
-    not given. `units`: how many losses its loss is the sum of, where that is not its trained tokens."""
+    """A micro-batch, created on demand.
+
+    `rows`: its origin, for messages. `items`: the inputs of `make`. `size`: its memory need, in any unit
+    common to the run; default: its tokens. `units`: number of losses summed in its loss, if not its trained
+    tokens."""
 
     tokens: int
     trained: int
@@ -76,13 +78,13 @@ class Micro:
 
     @property
     def counted(self) -> int:
-        """What a mean loss divides by."""
+        """The divisor of a mean loss."""
         return self.trained if self.units is None else self.units
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `epoch`: how many passes over the data are done after it."""
+    """One optimizer step. `epoch`: passes over the data completed after this step."""
 
     micros: tuple[Micro, ...]
     epoch: float = 0.0
@@ -105,9 +107,9 @@ class Step:
 
 
 class LazySteps(Sequence[Step]):
-    """All steps of a run, with the plan of one epoch in memory; another is planned when a step of it is needed.
+    """All steps of a run, with the plan of one epoch in memory at a time.
 
-    `plan(epoch)`: the steps of an epoch, a pure function. The run has `epochs` of them, or `steps` steps.
+    `plan(epoch)`: the steps of an epoch, a pure function. The run has `epochs` epochs, or `steps` steps.
     `ends`: the numbers of the steps that end an epoch."""
 
     def __init__(
@@ -124,7 +126,7 @@ class LazySteps(Sequence[Step]):
         self.ends = [end for end in self._starts[1:] if end <= self._count]
 
     def mapped(self, change: Callable[[Step], Step]) -> LazySteps:
-        """The same steps, each changed when it is planned."""
+        """Return the same steps, each changed by `change` when it is planned."""
         out = copy.copy(self)
         plan = self._plan
         out._plan = lru_cache(maxsize=1)(lambda epoch: [change(step) for step in plan(epoch)])
@@ -147,9 +149,11 @@ class LazySteps(Sequence[Step]):
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found: Σ NLL over `trained` tokens of `rows` rows. `extra`: further means over the rows, for
-    the log. `likelihood`: false for what has no perplexity: squared errors, preferences. `units`: as Micro's. `right`:
-    trained tokens than which no other was likelier."""
+    """The result of an evaluation: Σ NLL over `trained` tokens of `rows` rows.
+
+    `extra`: further means over the rows, for the log. `likelihood`: false for losses without a perplexity:
+    squared errors, preferences. `units`: as in Micro. `right`: trained tokens with the highest probability at
+    their position."""
 
     nll: float
     trained: int
@@ -161,7 +165,7 @@ class Score:
 
     @property
     def measures(self) -> dict[str, float]:
-        """`extra`, and of likelihoods `token_accuracy`."""
+        """`extra`, and `token_accuracy` for likelihoods."""
         return self.extra | (
             {TOKEN_ACCURACY: self.right / self.trained} if self.right is not None and self.trained else {}
         )
@@ -177,7 +181,7 @@ class Score:
 
     @staticmethod
     def total(parts: Sequence[Score]) -> Score:
-        """What several found, each on other rows."""
+        """Combine results on different rows."""
         if len(parts) == 1:
             return parts[0]
         rows = sum(part.rows for part in parts)
@@ -191,7 +195,7 @@ class Score:
 
 @dataclass
 class Means:
-    """Running means by name; what nothing was added to is not there."""
+    """Running means by name."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -203,7 +207,7 @@ class Means:
                 self.counts[name] = self.counts.get(name, 0) + value.numel()
 
     def values(self) -> dict[str, float]:
-        """The means; the difference of two rewards as `reward_margin`."""
+        """Return the means; adds `reward_margin`, the difference of the two rewards."""
         out = {name: total / self.counts[name] for name, total in self.sums.items()}
         if "reward_chosen" in out and "reward_rejected" in out:
             out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
@@ -211,7 +215,7 @@ class Means:
 
     @staticmethod
     def total(parts: Sequence[Means]) -> Means:
-        """Over what several have added."""
+        """Combine several sets of means."""
         out = Means()
         for part in parts:
             for name, value in part.sums.items():
@@ -225,20 +229,21 @@ Stop = Callable[[], bool]
 
 
 def _nothing(*args: Any) -> None:
-    """The default of a learner's optional functions."""
+    """Do nothing: the default of a learner's optional functions."""
 
 
 @dataclass(frozen=True)
 class Learner:
     """What the loop trains: parameters by name, and functions.
 
-    loss(batch)              Σ NLL in nats over the trained tokens of what `Micro.make` made: a scalar with a graph
+    loss(batch)              Σ NLL in nats over the trained tokens of a batch from `Micro.make`: a scalar with a graph
     send(batch)              copies a batch to a GPU, so that a thread can make the next batch meanwhile; None on a CPU
     score(stop)              evaluates the held-out rows (of several processes, this one's share); None once `stop()`
-    draw(step, number, stop) makes the micro-batches of a step, if they are not known when the step is planned; None
+    draw(step, number, stop) makes the micro-batches of a step, if they are not known when the step is
+    planned; None
                              once `stop()`
     begin_step(step), end_step(number)   called around each step; `end_step` comes before evaluation and checkpoint
-    metrics()                what else the loss has measured since `begin_step`, for the log
+    metrics()                further measurements of the loss since `begin_step`, for the log
     activate()               selects the learner's adapter, if other runs train adapters on the same base"""
 
     parameters: Mapping[str, nn.Parameter]
@@ -257,16 +262,18 @@ class Learner:
 
 
 def sender(device: torch.device) -> Callable[[Any], Any] | None:
-    """A learner's `send` for batches that have a method `sent`; None on a CPU."""
+    """Return a learner's `send` for batches with a method `sent`; None on a CPU."""
     return None if device.type == "cpu" else lambda batch: batch.sent(device)
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is known before step one. `clip`: largest global norm of a gradient, None for any. `evaluate_at`: the steps
-    after which the learner is scored (0: before the first step), in addition to the last step; None if there is nothing
-    to score. `patience`: stop after this many evaluations in a row without a new lowest loss; 0 never. `save_at`: the
-    steps after which a checkpoint is due. `seed`: seeds each micro-batch."""
+    """Settings fixed before step one.
+
+    `clip`: maximum global norm of a gradient, None for no limit. `evaluate_at`: the steps after which the
+    learner is scored (0: before the first step), in addition to the last step; None if there is nothing to
+    score. `patience`: stop after this many evaluations in a row without a new lowest loss; 0: never.
+    `save_at`: the steps after which a checkpoint is due. `seed`: seeds each micro-batch."""
 
     steps: Sequence[Step]
     schedule: Schedule
@@ -289,8 +296,10 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one process computed for a step: Σ NLL by micro-batch, the indices of the parameters that have a gradient,
-    other measurements of the loss, and the seconds it took."""
+    """What one process computed for a step.
+
+    `nlls`: Σ NLL by micro-batch. `reached`: indices of the parameters with a gradient. `means`: other
+    measurements of the loss. `seconds`: duration."""
 
     nlls: dict[int, float]
     reached: list[int]
@@ -300,10 +309,11 @@ class StepResult:
 
 @dataclass(eq=False)
 class Loop:
-    """A run under way. `save(progress)` writes a checkpoint. `devices`: the processes that share the work; each is
-    given the same arguments and makes the same steps, and the loss runs on its own micro-batches.
+    """A run in progress.
 
-    `step`: the step that comes next, as far as it is known; `due`: a checkpoint of the state before it is due."""
+    `save(progress)` writes a checkpoint. `devices`: the processes that share the work; each has the same
+    arguments and makes the same steps, and computes the loss of its own micro-batches. `step`: the next step,
+    as far as it is known; `due`: whether a checkpoint of the state before `step` is due."""
 
     learner: Learner
     plan: TrainingPlan
@@ -325,15 +335,17 @@ class Loop:
 
     @property
     def micros(self) -> list[Micro]:
-        """The micro-batches of `step` that are learned from."""
+        """The micro-batches of `step` with trained tokens."""
         return [micro for micro in self.step.micros if micro.trained]
 
     def seed(self, index: int) -> tuple[int | str, ...]:
-        """The key that seeds the generators for micro-batch `index` (`seed_all`)."""
+        """Return the key that seeds the generators for micro-batch `index` (`seed_all`)."""
         return self.plan.seed, self.number, index
 
     def batch(self, index: int, later: Sequence[int] = ()) -> Any:
-        """The batch of micro-batch `index`. `later`: the micro-batches that this process runs after it."""
+        """Return the batch of micro-batch `index`.
+
+        `later`: the micro-batches that this process runs after it."""
         micros = self.micros
         if self.prefetcher is None:
             return micros[index].make()
@@ -344,22 +356,24 @@ class Loop:
         return self.prefetcher.take(micros[index].make, coming[0].make if coming else None)
 
     def deal(self, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
-        """Which micro-batches are this process's, in order."""
+        """Return the micro-batches of this process, in order."""
         return self.devices.deal([micro.tokens for micro in micros])
 
     def result(self, nlls: Mapping[int, float], seconds: float, means: Means | None = None) -> StepResult:
-        """The step's result. `nlls`: Σ NLL of each micro-batch processed here, from `read_losses`."""
+        """Return the step's result. `nlls`: Σ NLL of each local micro-batch, from `read_losses`."""
         parameters = self.learner.parameters.values()
         reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
         return StepResult(dict(nlls), reached, self.metrics() if means is None else means, seconds)
 
     def metrics(self) -> Means:
-        return Means.total([self.learner.metrics()])  # a copy: what follows may not count
+        return Means.total([self.learner.metrics()])  # a copy: later measurements must not count
 
 
 Compute = Callable[[Sequence[Loop]], Mapping[Loop, "StepResult | VeneerError | None"]]
-"""Does the forward and backward passes of each loop's step. An error ends only its own loop; None says that the step
-was stopped by a signal, and then no loop keeps its step."""
+"""Computes the forward and backward passes of each loop's step.
+
+An error ends only its own loop; None means that a signal stopped the step, and then no loop keeps its step.
+"""
 
 
 def train(
@@ -369,23 +383,25 @@ def train(
     ended: Callable[[Loop, VeneerError | None], None] | None = None,
     leave: Callable[[Sequence[Loop]], Mapping[Loop, VeneerError]] = lambda loops: {},
 ) -> None:
-    """Runs each loop, usually one, from its progress to its end; step k of one goes with step k of the others.
+    """Run each loop, usually one, from its progress to its end, in lockstep.
 
-    A checkpoint is written after the steps in `plan.save_at`, at each validation loss below all before it (including
-    that of step 0), and at the end; if one loop is due, all write one, so that they can be resumed together.
+    A checkpoint is written after the steps in `plan.save_at`, at each validation loss below all before it
+    (including that of step 0), and at the end; if one loop is due, all write one, so that they can be resumed
+    together.
 
-    After Ctrl-C or SIGTERM (the first; a second one kills) the current step is dropped, the random state put back to
-    its beginning, the state saved, and Interrupted raised. The state is saved, too, if drawing a step or scoring
-    raises. Raises TrainingError naming step and rows if a loss or a gradient is not finite, before the optimizer moves:
-    nothing is saved over the good checkpoint.
+    After Ctrl-C or SIGTERM (the first; a second one kills) the current step is dropped, the random state is
+    restored to its beginning, the state is saved, and Interrupted is raised. The state is also saved if
+    drawing a step or scoring raises. Raises TrainingError naming step and rows if a loss or a gradient is not
+    finite, before the optimizer moves and without overwriting the good checkpoint.
 
-    `ended(loop, error)` is called when a loop ends, with None if it finished; the other loops continue. Without it, an
-    error is raised. `leave(loops)`: called after each step; the loops that end there, and their errors."""
+    `ended(loop, error)` is called when a loop ends, with None if it finished; the other loops continue.
+    Without `ended`, an error is raised. `leave(loops)`: called after each step; returns the loops that end
+    there, and their errors."""
     active = list(loops)
     interrupted: list[Interrupted] = []
 
     def run(part: Callable[[Loop], None], loop: Loop) -> None:
-        """Runs a part of a loop, and takes the loop out if it ended there."""
+        """Run a part of a loop, and remove the loop if it ended there."""
         error: VeneerError | None = None
         try:
             loop.learner.activate()
@@ -428,7 +444,7 @@ def train(
 
 
 def train_step(loop: Loop) -> StepResult | None:
-    """Forward and backward of this process's micro-batches of a step; None if a signal came."""
+    """Run this process's micro-batches of a step forward and backward; None after a signal."""
     began, learner = time.perf_counter(), loop.learner
     if not begin_step(loop):
         return None
@@ -456,7 +472,7 @@ def train_step(loop: Loop) -> StepResult | None:
 
 
 def begin_step(loop: Loop) -> bool:
-    """Prepares a step's first forward. False if a signal came before the step was drawn."""
+    """Prepare a step's first forward. Returns False if a signal came before the draw ended."""
     loop.optimizer.zero_grad(set_to_none=True)
     with _save_on_error(loop):
         step = loop.learner.draw(loop.step, loop.number, loop.stop)
@@ -474,13 +490,13 @@ def read_losses(nlls: Mapping[int, Tensor]) -> dict[int, float]:
 
 
 def _start(loop: Loop) -> None:
-    """Before the first step."""
+    """Evaluate if due and plan the first step."""
     _evaluate_if_due(loop)
     _plan_next_step(loop)
 
 
 def _plan_next_step(loop: Loop) -> None:
-    """Sets the loop's next step; after the last one, saves the state and ends the loop."""
+    """Set the loop's next step; after the last one, save the state and end the loop."""
     progress = loop.progress
     if progress.step >= len(loop.plan.steps) and not progress.stopped:
         progress.stopped = "finished"
@@ -496,7 +512,7 @@ def _plan_next_step(loop: Loop) -> None:
 
 
 def _advance(loop: Loop, result: StepResult | VeneerError | None) -> None:
-    """Ends a step: moves the optimizer, evaluates if due, and plans the next step."""
+    """End a step: move the optimizer, evaluate if due, and plan the next step."""
     if isinstance(result, VeneerError):
         raise result
     _apply(loop, result)
@@ -509,7 +525,7 @@ def _advance(loop: Loop, result: StepResult | VeneerError | None) -> None:
 
 
 def _apply(loop: Loop, result: StepResult | None) -> None:
-    """Moves the optimizer by a step's gradients; raises Interrupted through `_stop` if a signal came."""
+    """Move the optimizer by a step's gradients; raise Interrupted if a signal came."""
     progress, number, began = loop.progress, loop.number, time.perf_counter()
     shares = loop.devices.gather(result)
     done = [share for share in shares if share is not None]
@@ -564,7 +580,7 @@ def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micr
 
 
 def _evaluate_if_due(loop: Loop) -> bool:
-    """Scores the validation rows if this step wants it and has not had it; True for a new lowest loss."""
+    """Score the validation rows if due; return True for a new lowest loss."""
     progress = loop.progress
     if (
         loop.plan.evaluate_at is None
@@ -576,7 +592,7 @@ def _evaluate_if_due(loop: Loop) -> bool:
     if progress.step != len(loop.plan.steps) and progress.step not in loop.plan.evaluate_at:
         return False
     began = time.perf_counter()
-    # In lockstep nobody may leave while others score; the step after it sees the signal.
+    # In lockstep no process can leave while others score; the next step handles the signal.
     with shared(), _save_on_error(loop):
         own = loop.learner.score((lambda: False) if loop.devices.lockstep else loop.stop)
     scores = loop.devices.gather(own)
@@ -590,7 +606,7 @@ def _evaluate_if_due(loop: Loop) -> bool:
             f"the validation loss after step {progress.step} is not finite",
             fix="lower optimizer.learning_rate, or look at the validation rows; no later state was saved",
         )
-    # What the run began with counts too: an adapter that is not better than that is not the best.
+    # The initial state counts too: an adapter that is not better is not the best.
     if progress.step == 0:
         progress.first_loss = score.loss
     to_beat = [loss for loss in (progress.first_loss, progress.best_loss) if loss is not None]
@@ -623,13 +639,15 @@ def _save(loop: Loop) -> None:
 
 @contextmanager
 def _save_on_error(loop: Loop) -> Iterator[None]:
-    """Around what changes no weight and may need others, a server that judges or teaches: if it fails, nothing that was
-    learned is lost."""
+    """Save the state if the with-block fails.
+
+    For code that changes no weight and can depend on another server (a judge or a teacher), so that no
+    progress is lost."""
     before = rng_state()
     try:
         yield
     except VeneerError:
-        # saving is for all devices, and one has failed; before step 1 there is nothing to lose
+        # saving needs all devices, and one has failed; before step 1 there is nothing to lose
         if loop.devices.count == 1 and loop.save is not None and loop.progress.step:
             rng_restore(before)
             _save(loop)
@@ -638,10 +656,10 @@ def _save_on_error(loop: Loop) -> Iterator[None]:
 
 
 def _stop(loop: Loop) -> None:
-    """Saves the state after the last whole step and raises Interrupted."""
+    """Save the state after the last whole step and raise Interrupted."""
     _save(loop)
     loop.emit(Stopped(loop.progress.step, "interrupted"))
-    came = max(loop.devices.gather(loop.stop.signal))  # maybe to another process alone
+    came = max(loop.devices.gather(loop.stop.signal))  # a signal can reach only one process
     raise Interrupted(
         f"stopped after step {loop.progress.step} of {len(loop.plan.steps)}"
         + ("; the state is saved" if loop.save is not None else "; nothing was asked to be saved"),
@@ -650,12 +668,10 @@ def _stop(loop: Loop) -> None:
 
 
 def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Probed:
-    """Runs the longest micro-batch forward and backward, so that a run which will not fit fails now and not in an
-    hour. No optimizer step; gradients are dropped and the random state is put back.
+    """Run the longest micro-batch forward and backward, so that lack of memory shows at once.
 
-    Raises ResourceError when the memory does not suffice, PreflightError when the loss is not finite or no parameter
-    gets a gradient.
-    """
+    No optimizer step; gradients are dropped and the random state is restored. Raises ResourceError if memory
+    does not suffice, PreflightError if the loss is not finite or no parameter gets a gradient."""
     longest = max(micros, key=lambda m: (m.tokens if m.size is None else m.size, m.trained))
     before, began = rng_state(), time.perf_counter()
     try:
@@ -687,7 +703,7 @@ def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Prob
 
 @contextmanager
 def memory_errors(micro: Micro) -> Iterator[None]:
-    """Turns torch's ways of saying "out of memory" into one ResourceError that names the batch."""
+    """Convert torch's out-of-memory errors to a ResourceError that names the batch."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -701,8 +717,9 @@ def memory_errors(micro: Micro) -> Iterator[None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return this process's peak memory for `device` since `forget_peaks`: torch's allocations on a CUDA device,
-    resident memory for any other device."""
+    """Return this process's peak memory for `device` since `forget_peaks`, in bytes.
+
+    torch's allocations on a CUDA device, resident memory for any other device."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident()
 
 
@@ -716,7 +733,7 @@ def forget_peaks() -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """While inside, the first SIGINT or SIGTERM only sets the yielded flag; the second acts as usual."""
+    """Set the yielded flag at the first SIGINT or SIGTERM; the second one acts as usual."""
     flag = StopFlag()
     with heard(partial(setattr, flag, "signal"), signal.SIGINT, signal.SIGTERM, once=True):
         yield flag

@@ -1,9 +1,9 @@
-"""A text run's configuration as what veneer.plan asks for, and the plan of the run.
+"""Plan a text run: from its configuration to the inputs of veneer.plan.
 
-plan_of_run(config, base, …) the base is loaded, the rows are encoded: exact lengths
-plan_of_config(config, …)    neither: rows are counted, tokens guessed by their characters
-rows_as_planned(config, …)   what the latter is told of rows that were read
-plan_of_texts(configs, …)    of several that are trained in one pass
+plan_of_run(config, base, …) with the loaded base and encoded rows: exact lengths
+plan_of_config(config, …)    without them: rows are counted, tokens estimated from characters
+rows_as_planned(config, …)   the arguments of plan_of_config for rows already read
+plan_of_texts(configs, …)    for several runs trained in one pass
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
     from veneer.train.config.load import RunConfig
 
 _CHARACTERS = 4
-"""Characters a token, where nothing is tokenised: about right for English."""
+"""Characters per token if nothing is tokenized: about right for English."""
 _MANY = 1024
-"""Rows of one length that stand for all."""
+"""Number of rows of one length that represent all rows."""
 
 
 def load_of(
     config: TrainConfig, lengths: Sequence[int], *, trained: float, dtype: str, checkpointing: bool, whole: int = 0
 ) -> Load:
-    """The largest micro-batch of the run. `lengths`: tokens of every row."""
+    """Return the largest micro-batch of the run. `lengths`: tokens of every row."""
     from veneer.train.text.batches import plan_steps
 
     steps = plan_steps(list(lengths), config.batching, seed=config.seed, epoch=0)
@@ -77,7 +77,9 @@ def load_of(
 
 
 def _special_pairs(config: TrainConfig) -> LoraSpec | None:
-    """The pairs where they are others than one of the same rank on every linear, or begin as a part of the base."""
+    """Return the spec of pairs, unless they are LoRA of one rank on every linear.
+
+    Also returned if the pairs are initialized from a part of the base."""
     a = config.adapter
     other = a.exclude or a.rank_pattern or a.layers is not None or a.dora or a.init in ("pissa", "olora")
     other = other or a.kind != "lora"
@@ -85,13 +87,15 @@ def _special_pairs(config: TrainConfig) -> LoraSpec | None:
 
 
 def with_micro_tokens(config: TrainConfig, tokens: int) -> TrainConfig:
-    """The same configuration with `batching.micro_tokens`."""
+    """Return the configuration with `batching.micro_tokens`."""
     batching = config.batching.model_copy(update={"micro_tokens": tokens})
     return config.model_copy(update={"batching": batching})
 
 
 def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int:
-    """Tokens of a micro-batch of a run about to start, by its device and what is `free` there; None: it is measured."""
+    """Return the micro-batch size in tokens of a run about to start, for its device.
+
+    `free`: free bytes there; None: measured."""
     where = computes_on(base)
     if where.type != "cuda":
         return MICRO_TOKENS
@@ -107,7 +111,7 @@ def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int
 def _micro_tokens_of(
     config: TrainConfig, shape: TextShape, device: Device, room: int, dtype: str, quantise: str | None
 ) -> int:
-    """By rows as long as they may become, all of them learned."""
+    """Compute with rows of maximum length whose tokens are all learned."""
     on = config.memory.recomputing == "on"
     rows = [config.data.max_length] * _MANY
 
@@ -127,8 +131,10 @@ def plan_of_run(
     checkpointing: bool,
     room: int,
 ) -> Plan:
-    """The plan of a run about to start. `items`: what a step is made of. `trainable`: parameters. `held_out`: rows.
-    `room`: bytes that are free beside what is in memory already."""
+    """Return the plan of a run about to start.
+
+    `items`: the contents of a step. `trainable`: parameters. `held_out`: rows. `room`: free bytes, besides
+    the memory in use."""
     from veneer.plan.calibration import device_here, rates_here
 
     drawing, config, items = config, _of_answers(config), [*items] * _answers_each(config)
@@ -150,7 +156,7 @@ def plan_of_run(
     )
     job = _job(config, len(items), tokens / max(1, len(items)), held_out)
     rates, process = rates_here(device, dtype), None
-    if device.kind == "cpu":  # libraries and rows are in memory already: what they take is known
+    if device.kind == "cpu":  # libraries and rows are in memory already: their size is known
         weights = sum(weight_bytes(shape, dtype, load.quantise))
         weights -= sum(unread_bytes(weight) for weight in base.model.parameters() if not isinstance(weight, Quantized))
         process = max(FITS["cpu", "text"].process, held_memory(here) - weights + CPU_LATER)
@@ -163,7 +169,9 @@ def plan_of_run(
 
 
 def drawn_at_once(config: TrainConfig, held_out: int) -> int:
-    """Answers that a run draws at once, at most: all of a step, or one to each of `held_out` prompts."""
+    """Return the maximum number of answers that a run samples at once.
+
+    All answers of a step, or one to each of `held_out` prompts."""
     r = config.drawn
     return 0 if r is None else min(r.rows, max(config.batching.rows * r.group, held_out))
 
@@ -173,7 +181,7 @@ def _answers_each(config: TrainConfig) -> int:
 
 
 def _of_answers(config: TrainConfig) -> TrainConfig:
-    """A run that learns from the answers that it draws, as one whose rows they are."""
+    """Return the configuration of a run on its sampled answers as one with these rows."""
     r, schedule = config.drawn, config.schedule
     if r is None:
         return config
@@ -184,7 +192,7 @@ def _of_answers(config: TrainConfig) -> TrainConfig:
 
 
 def _draws(config: TrainConfig, job: TrainingJob, longest: int) -> Draws | None:
-    """What a run draws, if it does. `longest`: tokens of a prompt and its answer."""
+    """Return what a run samples, or None. `longest`: tokens of a prompt and its answer."""
     r = config.drawn
     if r is None:
         return None
@@ -194,7 +202,7 @@ def _draws(config: TrainConfig, job: TrainingJob, longest: int) -> Draws | None:
 
 
 def _beside(draws: Draws | None, teacher: _Teacher, shape: TextShape, dtype: str) -> int:
-    """Bytes beside training: of keys and values of what is drawn, and of a teacher that is another base."""
+    """Return the bytes besides training: KV cache of sampling, and a teacher's own base."""
     return teacher.beside + (0 if draws is None else draws.cache(shape, dtype))
 
 
@@ -206,21 +214,23 @@ def _with_draws(
     plan = with_draws(plan, shape, load, device, draws)
     if teacher.shape is None:
         return plan
-    # as it is loaded: whatever the trained base is, this one is not quantised
+    # as loaded: it is not quantized, whatever the trained base is
     plain = replace(load, quantise=None if teacher.beside else load.quantise)
     return with_teacher(plan, teacher.shape, plain, device, draws, teacher.beside)
 
 
 class _Teacher(NamedTuple):
-    """A teacher in this process; None for none. `beside`: its bytes, where it is another base."""
+    """A teacher in this process; None for none. `beside`: bytes of a base of its own."""
 
     shape: TextShape | None
     beside: int = 0
 
 
 def _teacher(config: TrainConfig, shape: TextShape, dtype: str, *, of_run: bool = False) -> _Teacher:
-    """Of a run on a base of `shape`, which the teacher has the dtype of. `of_run`: one that is about to load it,
-    wherever it finds it. Raises ConfigError, BaseError for one that is nowhere."""
+    """Return the teacher of a run on a base of `shape`, in the base's dtype.
+
+    `of_run`: for a run that is about to load the teacher, wherever it is found. Raises ConfigError, BaseError
+    for a teacher that cannot be found."""
     d = config.distillation
     if d.teacher is None or d.url is not None:
         return _Teacher(None)
@@ -236,7 +246,7 @@ def _teacher(config: TrainConfig, shape: TextShape, dtype: str, *, of_run: bool 
 
 
 def still_needed(memory: Any, device: Device) -> int:
-    """Bytes to come where process and base are in memory already."""
+    """Return the bytes still to come after process and base are in memory."""
     return int(memory.beyond_base + (CPU_LATER if device.kind == "cpu" else 0))
 
 
@@ -251,7 +261,7 @@ def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Traini
 
 
 def to_be_set(plan: Plan) -> str:
-    """The first change that a text configuration can say, as settings; nothing where there is none."""
+    """Return the first change that a text configuration can express, as settings, or ""."""
     for change in plan.changes:
         if all("=" in setting for setting in change.settings):
             cut = any(setting.startswith("data.max_length=") for setting in change.settings)
@@ -272,10 +282,10 @@ def plan_of_config(
     trained: float = 1.0,
     traffic: Traffic | None = None,
 ) -> Plan:
-    """The plan of a configuration whose base need not be here. What is not given is counted in the data's files, four
-    characters for a token.
+    """Return the plan of a configuration whose base need not be downloaded.
 
-    Raises ConfigError for a base whose config is nowhere, DataError for data that is not there and is to be counted."""
+    Missing arguments are counted in the data's files, with four characters per token. Raises ConfigError for
+    a base whose config cannot be found, DataError for missing data that must be counted."""
     if not isinstance(config, TrainConfig):
         return _plan_of_pictures(config, base_fields(config.base.name), device, rows)
     return _plan_of_text(config, device, rows, tokens_per_row, longest, trained, traffic)
@@ -321,8 +331,9 @@ def _plan_of_text(
 
 
 def rows_as_planned(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
-    """`rows`, `tokens_per_row`, `longest` and `trained` of what a step is made of, as `plan_of_config` takes them: of a
-    prompt without its answer, which the plan adds."""
+    """Return `rows`, `tokens_per_row`, `longest` and `trained` for `plan_of_config`.
+
+    items: the contents of a step. Lengths are those of prompts without answers, which the plan adds."""
     answer = 0 if config.drawn is None else config.drawn.max_tokens
     lengths, tokens = [item.tokens - answer for item in items], sum(item.tokens for item in items)
     return {
@@ -336,10 +347,12 @@ def rows_as_planned(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]
 def plan_of_texts(
     configs: Sequence[RunConfig], names: Sequence[str], device: Device, given: Sequence[Mapping[str, Any]]
 ) -> GroupPlan:
-    """The plan of configurations that are trained in one pass. `names`: what errors call them. `given`: of each, as
-    `plan_of_config` has it. Raises ConfigError for those that cannot be, with names and keys."""
+    """Return the plan of configurations that are trained in one pass.
+
+    `names`: their names in errors. `given`: for each, the arguments of `plan_of_config`. Raises ConfigError
+    for configurations that cannot be trained together, with names and keys."""
     check_group(configs, names)
-    texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
+    texts = [config for config in configs if isinstance(config, TrainConfig)]  # all of them are
     name = texts[0].base.name
     shape = text_shape(base_fields(name), name)
     most = max(_with_planned_tokens(config, shape, device).batching.at_once for config in texts)
@@ -352,7 +365,7 @@ def _planned_dtype(config: TrainConfig) -> str:
 
 
 def _with_planned_tokens(config: TrainConfig, shape: TextShape, device: Device) -> TrainConfig:
-    """With the tokens of a micro-batch, where it does not say them."""
+    """Return the configuration with a planned micro-batch size, unless it sets one."""
     if config.batching.micro_tokens is not None:
         return config
     dtype, quantise = _planned_dtype(config), config.base.quantise
@@ -404,7 +417,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
 
 
 def base_fields(name: str) -> dict[str, Any]:
-    """The config.json of a base that comes along, one in the veneer home, a folder, or the table."""
+    """Return the config.json of a base in the package, the veneer home, a folder, or the table."""
     from veneer.models.builtin import packaged_place
     from veneer.models.home import bases_home
 

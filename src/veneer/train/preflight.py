@@ -1,12 +1,12 @@
-"""Preflight: what a run would do, looked at before step one, in findings that stop it, warnings, and numbers.
+"""Preflight: predict a run before step one, in stops, warnings and numbers.
 
     report = inspect_run(config, base, data)        train/inspect.py
     print(report.text())           also report.markup() for rich, report.to_dict() for JSON
     report.raise_if_stopped()      PreflightError with everything that must change
 
-A finding stops the run when going on would train nothing, the wrong thing, or not fit. What only may be meant is a
-warning. Here is what all runs share: the report, the checks of settings, processes, precision, output and disk, and the
-one rule of what fits into memory. Changes nothing.
+A finding stops the run if the run would train nothing, train the wrong thing, or not fit. Settings that can
+be intentional are a warning. This module has what all runs share: the report, the checks of settings,
+processes, precision, output and disk, and the memory rule. Changes nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from veneer.train.config.section import HOW_ASKED
 from veneer.train.config.text import TrainConfig
 
 CACHE = "cache"
-"""A folder in the output that an earlier run may have left: latents and class pictures, which are never stale."""
+"""Output subfolder with latents and class pictures of an earlier run, which stay valid."""
 _WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
-_PREFERENCE_WINDOW = (1e-6, 5e-4)  # around what published preference runs with LoRA took, 5e-6 to 5e-5
-_FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run may change
+_PREFERENCE_WINDOW = (1e-6, 5e-4)  # around the rates of published LoRA preference runs, 5e-6 to 5e-5
+_FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run can change
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
-_FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # where they are; what is in them is compared
+_FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations; their contents are compared
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
 _FREE_KEYS |= {"reinforcement.most_failed", "distillation.most_failed", "distillation.price"}
 _FREE_KEYS |= {f"distillation.{key}" for key in HOW_ASKED}
@@ -47,7 +47,7 @@ Level = Literal["stop", "warn", "ok"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`check` names what was looked at and stays the same between versions; `fix` is the way out."""
+    """A result of a check. `check`: its name, stable between versions. `fix`: what to do."""
 
     level: Level
     check: str
@@ -57,11 +57,13 @@ class Finding:
 
 @dataclass
 class Report:
-    """What `inspect_run` found. `findings`: stops first. `numbers`: what was measured, by name. `sample`: one row as
-    (text, learned) pieces. `plan`: memory and time; None if the data cannot be read, or if memory is measured later.
+    """The result of `inspect_run`.
 
-    Without a loaded base only some rows are read: `looked` of `rows` (None: only the source knows), and `guesses` says
-    in sentences what is not known for sure. With a base, `looked` is None."""
+    `findings`: stops first. `numbers`: measurements by name. `sample`: one row as (text, learned) pieces.
+    `plan`: memory and time; None if the data cannot be read, or if memory is measured later.
+
+    Without a loaded base only some rows are read: `looked` of `rows` (None: only the source knows), and
+    `guesses` lists uncertain assumptions as sentences. With a base, `looked` is None."""
 
     findings: list[Finding] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -86,12 +88,12 @@ class Report:
         return [f for f in self.findings if f.level == "warn"]
 
     def add(self, *findings: Finding) -> None:
-        """Adds what was found later, the gravest first still."""
+        """Add findings, keeping the most severe first."""
         order = {"stop": 0, "warn": 1, "ok": 2}
         self.findings = sorted([*self.findings, *findings], key=lambda finding: order[finding.level])
 
     def raise_if_stopped(self) -> None:
-        """PreflightError listing every finding that stops the run, with its fix."""
+        """Raise PreflightError listing every finding that stops the run, with its fix."""
         stops = self.stops
         if len(stops) == 1:
             raise PreflightError(stops[0].text, fix=stops[0].fix or None)
@@ -100,8 +102,9 @@ class Report:
             raise PreflightError(f"{len(stops)} things would make this run fail or teach nothing:\n{lines}")
 
     def text(self) -> str:
-        """Plain text: the sample with its learned tokens between ⟦ and ⟧, then the findings, the gravest last: nothing
-        follows that would push them out of sight."""
+        """Return plain text: the sample with learned tokens between ⟦ and ⟧, then the findings.
+
+        The most severe finding comes last, where a terminal shows it."""
         signs = {"stop": "STOP", "warn": "warn", "ok": "ok"}
         lines = [
             f"{signs[f.level]:>4}  {f.text}" + (f"\n      fix: {f.fix}" if f.fix else "")
@@ -111,7 +114,7 @@ class Report:
         return "\n".join(["one row, learned tokens between ⟦ and ⟧:", shown, "", *lines] if shown else lines)
 
     def markup(self) -> str:
-        """The same for rich: colours for levels, learned tokens in bold green."""
+        """Return the text with rich markup: colors for levels, learned tokens in bold green."""
         from rich.markup import escape
 
         styles = {"stop": "bold red", "warn": "yellow", "ok": "green"}
@@ -124,7 +127,7 @@ class Report:
         return "\n".join(["one row, [bold green]learned tokens[/] marked:", shown, "", *lines] if shown else lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values. Without a loaded base: the plan and what it is based on, in place of the numbers."""
+        """Return JSON values. Without a loaded base: the plan and its basis instead of the numbers."""
         findings = [{"level": f.level, "check": f.check, "text": f.text, "fix": f.fix} for f in self.findings]
         sample = [{"text": piece, "learned": learned} for piece, learned in self.sample]
         if self.looked is None:
@@ -136,11 +139,12 @@ class Report:
 
 @dataclass(kw_only=True)
 class RunSubject:
-    """A run about to start, whatever its data. Checks read it, and leave what they measured in `numbers` and `plan`.
+    """A run about to start. Checks read it, and store measurements in `numbers` and `plan`.
 
     `previous`: the recipe of the run that is resumed. `free_memory`, `free_disk`: bytes; None to measure.
-    `largest_micro`: in `unit`s (token, picture). `devices`: how many share the run. `micros`: how many micro-batches
-    each step of an epoch has. `force`: a run that does not fit by its plan is tried with a warning."""
+    `largest_micro`: in `unit`s (token, picture). `devices`: number of devices that share the run. `micros`:
+    number of micro-batches in each step of an epoch. `force`: try a run that does not fit by its plan, with a
+    warning."""
 
     base: Any
     config: RunConfig
@@ -159,7 +163,7 @@ class RunSubject:
 
 
 def share(part: float, whole: float) -> str:
-    """`12 of 40 (30%)`, with a decimal where it matters."""
+    """Format as `12 of 40 (30%)`, with more digits below 1%."""
     percent = 100 * part / whole if whole else 0.0
     return (
         f"{part:,} of {whole:,} ({percent:.0f}%)"
@@ -172,7 +176,7 @@ def share(part: float, whole: float) -> str:
 
 
 def learning_rate(s: RunSubject) -> Iterator[Finding]:
-    """The rate, the warm-up and the length of the run."""
+    """Check the rate, the warm-up and the length of the run."""
     rate, steps = s.config.optimizer.learning_rate, s.config.steps
     preference = isinstance(s.config, TrainConfig) and s.config.preference.loss is not None
     low, high = _PREFERENCE_WINDOW if preference else _WINDOW
@@ -201,7 +205,7 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
 
 
 def shared_out(s: RunSubject) -> Iterator[Finding]:
-    """How the work of a step falls to several devices."""
+    """Check how the work of a step is distributed over several devices."""
     n = s.devices
     sharded = getattr(s.config.memory, "shard", False)
     if n == 1:
@@ -212,7 +216,7 @@ def shared_out(s: RunSubject) -> Iterator[Finding]:
     least, most = min(s.micros, default=0), max(s.micros, default=0)
     s.numbers.update(devices=n, micro_batches=[least, most])
     idle = sum(count < n for count in s.micros)
-    if 10 * idle > len(s.micros):  # the last step of an epoch may be a small one
+    if 10 * idle > len(s.micros):  # an epoch's last step can be small
         text = f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices: some of them wait"
         yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
     each = f"{-(-least // n)} to {-(-most // n)}" if -(-least // n) != -(-most // n) else f"{-(-most // n)}"
@@ -222,7 +226,7 @@ def shared_out(s: RunSubject) -> Iterator[Finding]:
 
 
 def precision(s: RunSubject) -> Iterator[Finding]:
-    """Failure class 10: dtypes that overflow or underflow without a word."""
+    """Failure class 10: dtypes that silently overflow or underflow."""
     model = s.base.model
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
     device = computes_on(s.base)
@@ -240,7 +244,7 @@ def precision(s: RunSubject) -> Iterator[Finding]:
 
 
 def computes_on(base: Any) -> torch.device:
-    """Where a base computes: where its weights are, or will be once they are read."""
+    """Return the device of the base's weights, or their target if they are unread."""
     if getattr(base, "unread", None) is not None:
         there: torch.device = base.device
         return there
@@ -249,7 +253,7 @@ def computes_on(base: Any) -> torch.device:
 
 
 def where_it_goes(s: RunSubject) -> Iterator[Finding]:
-    """Output in use, disk space, and resuming into a different configuration."""
+    """Check output in use, disk space, and resuming into a different configuration."""
     folder = Path(s.config.output.directory)
     if folder.exists() and not folder.is_dir():
         yield Finding("stop", "output", f"{folder} is a file, not a folder", "give another output.directory")
@@ -266,7 +270,8 @@ def where_it_goes(s: RunSubject) -> Iterator[Finding]:
                 "stop", "resume", text, "resume with the same settings, or start anew in another output.directory"
             )
     trainable = int(s.numbers.get("trainable", 0))
-    # a checkpoint: weights and AdamW's two moments; the newest ones, the one being written, the best; and the adapter
+    # A checkpoint: weights and AdamW's two moments. On disk: the newest ones, the one being written, the
+    # best; and the adapter.
     need = (s.config.checkpoint.keep + 2) * 12 * trainable + 8 * trainable
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = s.free_disk if s.free_disk is not None else shutil.disk_usage(there).free
@@ -281,7 +286,9 @@ def where_it_goes(s: RunSubject) -> Iterator[Finding]:
 
 
 def _recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two recipes and changes what a run learns, as `adapter.rank: 16 before, 8 now`."""
+    """Return differences between recipes that change what a run learns.
+
+    For example `adapter.rank: 16 before, 8 now`."""
 
     def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -299,7 +306,7 @@ def _recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def _told_apart(key: str, value: Any) -> Any:
-    """What of a setting is compared: of a server that is asked whether there is one, wherever it has moved to."""
+    """Return the part of a setting to compare: of a server only its presence, not its address."""
     if key == "distillation.url":
         return value is not None
     if key != "reinforcement.rewards":
@@ -325,16 +332,18 @@ def _over_the_data(passes: float) -> str:
 
 
 def available_memory(config: RunConfig, device: torch.device, free: int | None = None) -> int:
-    """Bytes that the run may still take on the device, within `memory.limit_gb`. `free`: where that is known."""
+    """Return the bytes that the run can still use, within `memory.limit_gb`.
+
+    `free`: free bytes, if known."""
     free = free_memory(device) if free is None else free
     return free if config.memory.limit_gb is None else min(free, int(config.memory.limit_gb * 1e9))
 
 
 def recomputes(mode: str, need: int | None, free: int | None) -> tuple[bool, str]:
-    """Whether activations are recomputed in the backward pass, and why.
+    """Return whether activations are recomputed in the backward pass, and why.
 
-    `mode`: memory.activation_checkpointing. auto: on when `need`, the bytes beyond the base with all activations kept,
-    is above 90% of the `free` ones."""
+    `mode`: memory.activation_checkpointing. auto: on if `need`, the bytes beyond the base with all
+    activations kept, is above 90% of the `free` ones."""
     if mode != "auto":
         return mode == "on", ""
     if need is None or free is None:
@@ -343,7 +352,7 @@ def recomputes(mode: str, need: int | None, free: int | None) -> tuple[bool, str
 
 
 def memory_finding(need: int, free: int, detail: str, *, fix: str, force: bool) -> Finding:
-    """Whether `need`, the bytes beyond the base, are there. `force`: what does not fit is a warning."""
+    """Return whether `need`, the bytes beyond the base, fit. `force`: a warning instead of a stop."""
     if need <= free:
         return Finding("ok", "memory", f"about {gigabytes(need)} beyond the base, {gigabytes(free)} free; {detail}")
     text = f"it needs about {gigabytes(need)} beyond the base, and {gigabytes(free)} are free; {detail}"
@@ -351,7 +360,7 @@ def memory_finding(need: int, free: int, detail: str, *, fix: str, force: bool) 
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on the device: what is free, within the container's limit."""
+    """Return the bytes that can still be allocated, within the container's limit."""
     if device.type == "cuda":
         return free_on_gpu(device)
     import psutil
@@ -372,7 +381,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def held_memory(device: torch.device) -> int:
-    """Bytes that this process holds on the device now: what torch allocated on CUDA, else resident memory."""
+    """Return the bytes in use by this process: torch's on CUDA, else resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     import psutil
@@ -381,7 +390,7 @@ def held_memory(device: torch.device) -> int:
 
 
 def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec) -> tuple[int, int]:
-    """(in pairs, in full modules and token rows)."""
+    """Return the number of trainable parameters (in pairs, in full modules and token rows)."""
     modules = dict(base_modules(model))
     pairs = sum(_pair_parameters(modules[t.module_name], t, spec) for t in targets)
     whole = sum(p.numel() for name in full_modules(model, spec) for p in modules[name].parameters())
@@ -392,15 +401,17 @@ def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec
 
 
 def undivided(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> Iterator[Finding]:
-    """`adapter.factor` where it does not divide a weight's rows or columns: there PEFT's rule, which is kept, takes the
-    largest divisor below it. It stops a run where it divides none. `parts`: of the base, with what is trained there."""
+    """Report an `adapter.factor` that does not divide a weight's rows or columns.
+
+    PEFT's rule then uses the largest divisor below it. Stops a run if the factor divides no weight. `parts`:
+    of the base, with their targets."""
     factor, sides, other = 0, 0, list[str]()
     for model, targets, spec in parts:
         if spec.kind != "lokr" or not spec.factor:
             continue
         factor, modules = spec.factor, dict(base_modules(model))
         for target in targets:
-            if target.kind not in ("linear", "conv"):  # there is no LoKr for it, which is said where it is made
+            if target.kind not in ("linear", "conv"):  # other kinds have no LoKr, which is reported on creation
                 continue
             shape = _shape_of(modules[target.module_name])[:2]
             missed = [size for size in shape if size % factor]
@@ -417,12 +428,14 @@ def undivided(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> 
 
 
 def _shape_of(module: Any) -> tuple[int, ...]:
-    """Of a module's weight; quantised weights have a shape of their own."""
+    """Return the shape of a module's weight; quantized weights have another stored shape."""
     return (module.out_features, module.in_features) if hasattr(module, "in_features") else tuple(module.weight.shape)
 
 
 def _pair_parameters(module: nn.Module, target: Target, spec: LoraSpec) -> int:
-    """Parameters of what `spec` puts on `target`: A, B and DoRA's magnitude, or the parts of a LoHa or LoKr."""
+    """Return the parameters that `spec` adds to `target`.
+
+    A, B and DoRA's magnitude, or the parts of a LoHa or LoKr."""
     rank = next((r for p, r in spec.rank_pattern.items() if target_matches(p, target.name)), spec.rank)
     form = PairForm.of(spec)
     if target.kind == "experts":

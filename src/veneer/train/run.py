@@ -1,11 +1,11 @@
-"""A run, whatever it trains: what all tasks have in common, from an empty folder to a proven adapter and its report.
+"""Run a training task, from an empty folder to a verified adapter and its report.
 
-    with opened(config, unit="tokens", …) as run:        its processes and listeners; everything is put back at the end
+    with opened(config, unit="tokens", …) as run:        processes and listeners; restores global state at the end
         …                                                read data, check, attach: train/text/task, train/image/task
-        result = carry_out(run, task, report, newest)    train → save → prove → report
+        result = carry_out(run, task, report, newest)    train → save → verify → report
 
-A `Task` holds what differs, as functions; tests/train/test_run.py has one in a few lines. Knows configurations,
-parameters and steps; no rows, no pictures, no bases by kind.
+A `Task` holds what differs between tasks, as functions; tests/train/test_run.py has a small one. Uses
+configurations, parameters and steps; no rows, no pictures, no kinds of base.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ NAME = "run"
 
 @dataclass(frozen=True)
 class Run:
-    """A run from its first second on. `tell`: whoever listens; `early`: what was told before there was a log to write
-    it to. `devices`: the processes that share it, of which the first writes and speaks. `sources`: setting -> where it
-    came from. `resume`, `dry_run`, `force`: as `train_text` has them. `group`: what the runs are called that are
-    trained in one pass with it and have not ended, itself among them; none where it is alone."""
+    """A run from its start.
+
+    `tell`: the listener; `early`: events before the log was open. `devices`: the processes of the run, of
+    which the first writes and reports. `sources`: setting -> its origin. `resume`, `dry_run`, `force`: as in
+    `train_text`. `group`: names of the unfinished runs trained together with this one, including its own;
+    empty for a single run."""
 
     config: RunConfig
     folder: Path
@@ -66,43 +68,46 @@ class Run:
         self.tell(Note(text))
 
     def fetch(self, base: str) -> None:
-        """The base's files on this machine before anybody loads them: one process of it fetches what is missing."""
+        """Download the base's missing files in one process, before any process loads the base."""
         if self.devices.count > 1 and self.devices.local == 0:
             find_base(base, say=self.note)
         self.devices.gather(None)
 
     def say(self, report: Report, settled: Iterable[tuple[str, Any, str]]) -> None:
-        """Tells the settings and the preflight's findings. `settled`: as `resolved` takes it."""
+        """Report the settings and the preflight's findings. `settled`: as in `resolved`."""
         self.tell(resolved(self.config, self.sources, settled))
         self.tell(Checked(report.text(), report.to_dict(), report.markup()))
 
 
 _R = TypeVar("_R", bound=Outcome)
-"""What a run comes to."""
+"""The result type of a task."""
 
 
 def _nothing(*args: Any) -> None:
-    """The default of a task's optional functions."""
+    """Do nothing: the default of a task's optional functions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Generic[_R]):
-    """What is trained, attached to its base: a learner, its steps, and the functions of a run around the loop.
+    """What is trained, attached to its base: a learner, its steps, and functions for the run.
 
-    steps, ends: all of the run, in order, and the numbers of the steps that end an epoch
-    result(outcome, progress): the outcome with what this kind of task counts
-    save(result, progress, emit): writes the adapter with its card; the result with what was written
-    write(folder, progress): writes the adapter as it is now, with its card, into a new folder (checkpoint.adapters)
-    prove(): reads what was saved and compares it with what was trained; the finding as a sentence, or AdapterError
-    report(result, progress): what the page beside the adapter has of its own
-    check(): PreflightError if the base is unusable for the data
-    begin(progress, emit), end(emit): called before the loop (on a dry run too) and after the last step
-    kept(step), restore(kept): what else a checkpoint of a step holds, as JSON values
-    state: the tensors of a checkpoint, if more than the parameters (moving averages)
-    identity: what must be the same when the run is resumed, apart from the settings, which the preflight compares
-    environment: what bit-for-bit equality depends on, apart from what it does for every run (`checkpoint`)
-    rates: start of a parameter's name -> a learning rate of its own
-    rewarded: whether the held-out loss is minus a mean reward
+    - steps, ends: all steps of the run, in order, and the numbers of the steps that end an epoch
+    - result(outcome, progress): adds the counts of this kind of task to the outcome
+    - save(result, progress, emit): writes the adapter with its card; returns the result with the files
+      written
+    - write(folder, progress): writes the current adapter, with its card, into a new folder
+      (checkpoint.adapters)
+    - prove(): reads the saved adapter and compares it with the trained one; returns a sentence or raises
+      AdapterError
+    - report(result, progress): the task's own parts of the report page
+    - check(): raises PreflightError if the base is unusable for the data
+    - begin(progress, emit), end(emit): called before the loop (on a dry run too) and after the last step
+    - kept(step), restore(kept): further contents of a step's checkpoint, as JSON values
+    - state: the tensors of a checkpoint, if more than the parameters (moving averages)
+    - identity: what a resumed run must have in common, besides the settings, which the preflight compares
+    - environment: what bit-for-bit equality depends on, besides what is common to every run (`checkpoint`)
+    - rates: prefix of parameter names -> a separate learning rate
+    - rewarded: whether the held-out loss is minus a mean reward
 
     Only the first process calls `save` and `write`."""
 
@@ -135,9 +140,11 @@ class Task(Generic[_R]):
 def opened(
     config: RunConfig, *, unit: str, on_event: Listener | None, lockstep: bool = False, **options: Any
 ) -> Iterator[Run]:
-    """Around a whole run: its processes, who is told what happens, and random generators as before at the end, after
-    any error too. Without `on_event` the run is shown in the terminal, speed in `unit`s a second. An interruption says
-    how to go on. `lockstep`: as Devices has it; `options`: sources, resume, dry_run and force of the Run."""
+    """Set up a run: processes, listeners and random generators, restored at the end.
+
+    Random generators are restored after an error too. Without `on_event` the run is shown in the terminal,
+    with its speed in `unit`s per second. An interruption says how to resume. `lockstep`: as in Devices;
+    `options`: sources, resume, dry_run and force of the Run."""
     check_trackers(config.report)
     folder = Path(config.output.directory)
     with joined(config.base.device, lockstep=lockstep) as devices:
@@ -158,7 +165,7 @@ def opened(
 
 
 def newest_checkpoint(run: Run) -> Path | None:
-    """The checkpoint that a run to be resumed continues from; None, with a note, if there is none."""
+    """Return the checkpoint to resume from; None, with a note, if there is none."""
     newest = checkpoint.latest(run.folder / "checkpoints") if run.resume else None
     if run.resume and newest is None:
         run.note(f"there is no checkpoint in {run.folder}: the run starts from its beginning")
@@ -166,18 +173,20 @@ def newest_checkpoint(run: Run) -> Path | None:
 
 
 def recipe_of(newest: Path | None) -> Mapping[str, Any] | None:
-    """The recipe of the run that a checkpoint belongs to."""
+    """Return the recipe of the run that a checkpoint belongs to."""
     return None if newest is None else checkpoint.read_checkpoint(newest).get("about", {}).get("recipe")
 
 
 def raise_if_stopped(run: Run, report: Report) -> None:
-    """Raises PreflightError for the report's stops; no process writes before all have checked."""
+    """Raise PreflightError if the report has stops; waits until all processes have checked."""
     report.raise_if_stopped()
     run.devices.gather(None)
 
 
 def carry_out(run: Run, task: Task[_R], report: Report, newest: Path | None) -> _R:
-    """Trains from the checkpoint `newest` (or the beginning) to the report; a dry run ends before the first step."""
+    """Train from the checkpoint `newest` (or the start), save and report.
+
+    A dry run ends before the first step."""
     if run.dry_run:
         return dry_outcome(run, task, report)
     with started(run, task, newest) as loop:
@@ -186,7 +195,7 @@ def carry_out(run: Run, task: Task[_R], report: Report, newest: Path | None) -> 
 
 
 def dry_outcome(run: Run, task: Task[_R], report: Report) -> _R:
-    """The result of a dry run: the largest micro-batch is tried, and no file is written."""
+    """Return the result of a dry run: runs the largest micro-batch and writes no file."""
     task.check()
     _probe(run, task)
     steps = task.steps
@@ -200,7 +209,7 @@ def dry_outcome(run: Run, task: Task[_R], report: Report) -> _R:
 
 @contextmanager
 def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
-    """The loop of a run at the checkpoint `newest`, or at its beginning; its log is open meanwhile."""
+    """Yield the loop of a run at the checkpoint `newest`, or at its start, with an open log."""
     config, devices = run.config, run.devices
     o, e, total = config.optimizer, config.evaluation, len(task.steps)
     task.check()
@@ -231,7 +240,7 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
     )
 
     def save(progress: Progress) -> Path:
-        """Writes the checkpoint of `progress`, whose tensors are the same on all devices."""
+        """Write the checkpoint of `progress`, whose tensors are equal on all devices."""
         devices.agree("adapter", digest_of(task.tensors) if devices.count > 1 else "")
         place = run.folder / "checkpoints"
         wanted = progress.stopped or progress.step in plan.save_at or progress.step == progress.best_step
@@ -259,7 +268,7 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
 
 
 def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
-    """Puts the state that is kept in place, saves it, proves the file, and writes the report."""
+    """Restore the state to keep, save it, verify the file, and write the report."""
     devices, progress, tell = run.devices, loop.progress, loop.emit
     task.end(tell)
     kept, validation = _put_kept(run, task, progress, tell)
@@ -280,7 +289,7 @@ def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
     if devices.first or devices.lockstep:
         tell(Note(task.prove()))
     predicted = was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds)
-    if predicted and not run.group:  # of a run by itself
+    if predicted and not run.group:  # only for a single run
         tell(Note(predicted))
     if devices.first:
         page = write_report(run.folder, result, task.report(result, progress))
@@ -292,7 +301,7 @@ def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
 
 
 def _probe(run: Run, task: Task[Any]) -> None:
-    """The largest micro-batch, forward and backward, before anything is written."""
+    """Run the largest micro-batch, forward and backward, before anything is written."""
     probe(task.learner, (micro for step in task.steps for micro in step.micros), run.tell)
 
 
@@ -318,7 +327,9 @@ def _restored(run: Run, task: Task[Any], optimizer: Optimizer, identity: Mapping
 
 @contextmanager
 def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
-    """The output folder and the log in it, which the first process makes; whoever listens, the log, and trackers."""
+    """Yield the listener that writes to the given listener, the log and trackers.
+
+    The first process creates the output folder and the log in it."""
     with ExitStack() as open_now:
         log = trackers = None
         if run.devices.first:
@@ -344,8 +355,10 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While inside, no other run writes there. Raises CheckpointError where one does."""
-    if os.name != "posix":  # a folder cannot be opened there
+    """Hold a lock on the folder inside the with-block.
+
+    Raises CheckpointError if another run writes there."""
+    if os.name != "posix":  # folders cannot be opened here
         yield
         return
     held = os.open(folder, os.O_RDONLY)
@@ -356,7 +369,7 @@ def _alone(folder: Path) -> Iterator[None]:
         fix = "wait for its end, or stop it; another run has an output.directory of its own"
         raise CheckpointError("another run is writing into this folder", where=str(folder), fix=fix) from error
     except OSError:
-        pass  # a file system that has no locks
+        pass  # the file system has no locks
     try:
         yield
     finally:
@@ -364,9 +377,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _put_kept(run: Run, task: Task[Any], progress: Progress, tell: Listener) -> tuple[int, float | None]:
-    """Puts the state that is to be saved in place, by `evaluation.keep`; (its step, its validation loss).
+    """Restore the state to save, by `evaluation.keep`; return (its step, its validation loss).
 
-    Raises NoGain where nothing that was scored is better than what the run began with."""
+    Raises NoGain if no evaluated state is better than the initial one."""
     best, first, last = progress.best_step, progress.first_loss, progress.last_loss
     worse = ""
     if first is not None and last is not None and last > first:
@@ -393,15 +406,17 @@ def _put_kept(run: Run, task: Task[Any], progress: Progress, tell: Listener) -> 
 
 
 def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> set[int]:
-    """The steps after which something is due: each `every`-th, or the ends of epochs; 0 with `start`."""
+    """Return the steps after which an event is due: each `every`-th or ends of epochs.
+
+    Includes 0 with `start`."""
     after = set(ends) if every == "epoch" else set(range(int(every), steps + 1, int(every)))
     return after | {0} if start else after
 
 
 def resolved(config: RunConfig, sources: Mapping[str, Any] | None, settled: Iterable[tuple[str, Any, str]]) -> Resolved:
-    """Every setting with its value in this run and where that came from.
+    """Return every setting with its value in this run and its origin.
 
-    `settled`: (key, value, why) for what was left open, as `auto`, and is decided now."""
+    `settled`: (key, value, why) for settings that were open, such as `auto`, and are now decided."""
     dump = config.model_dump(mode="json")
     settings: dict[str, Any] = {}
     origins: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The end of a run: what it came to, the proof that the file is the adapter, and the report beside it."""
+"""The end of a run: its result, verification of the file, and the report."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ _RELOADED = "reloaded"
 
 @dataclass
 class Outcome:
-    """What a run came to. `loss`: over the last 20 steps. `validation`: of the adapter that was kept, None without
-    held-out data; `validation_before`: of the base."""
+    """The result of a run.
+
+    `loss`: over the last 20 steps. `validation`: of the kept adapter, None without held-out data;
+    `validation_before`: of the base."""
 
     adapter: str = ""
     digest: str = ""
@@ -45,14 +47,14 @@ class Outcome:
     preflight: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of `--json`; the preflight's findings only for a dry run, where there is nothing else."""
+        """Return the object of `--json`; the preflight's findings only for a dry run."""
         values = asdict(self)
         if not self.dry_run:
             del values["preflight"]
         return values
 
     def metrics(self, **counted: Any) -> dict[str, Any]:
-        """What the card keeps of it, with what the task has `counted`; None is left out."""
+        """Return the card's metrics, with the task's `counted` ones; None is left out."""
         common = {
             "training_loss": self.loss,
             "validation_loss": self.validation,
@@ -74,12 +76,12 @@ def prove(
     what: str,
     rounding: float,
 ) -> str:
-    """Attaches what was read back, and compares the `outputs` under it with those under the trained adapter `name`.
+    """Attach the adapter read back, and compare its `outputs` with the trained adapter's.
 
-    `what` they are, in a word: logits. Equal bit for bit is expected; they may differ by `rounding`, as a share of the
-    largest, where the file has another dtype or form. Returns the finding as a sentence; raises AdapterError when they
-    differ by more."""
-    attachment.add(_RELOADED, saved, trainable=True)  # on the same path through the layers as the trained one
+    `name`: the trained adapter. `what`: the outputs in one word, such as logits. Outputs should be equal bit
+    for bit; they can differ by `rounding`, as a share of the largest output, if the file has another dtype or
+    form. Returns a sentence; raises AdapterError for a larger difference."""
+    attachment.add(_RELOADED, saved, trainable=True)  # the same path through the layers as the trained one
     try:
         with torch.no_grad():
             with attachment.using(name):
@@ -103,9 +105,11 @@ def prove(
 
 @dataclass(frozen=True)
 class ReportParts:
-    """What the page of one kind of task has of its own. `base`: its name. `weights`: the file of tensors. `cards`:
-    (title, value, remark), between the losses and the sizes. `facts`: (name, value). `usage`: (title, commands).
-    `files`: name -> what it is, of those in the folder. `unit`, `loss`, `sheets`: as Page has them."""
+    """The task's parts of the report page.
+
+    `base`: its name. `weights`: the file of tensors. `cards`: (title, value, remark), between the losses and
+    the sizes. `facts`: (name, value). `usage`: (title, commands). `files`: name -> description, for files in
+    the folder. `unit`, `loss`, `sheets`: as in Page."""
 
     base: str = ""
     weights: Path | None = None
@@ -119,7 +123,7 @@ class ReportParts:
 
 
 def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
-    """`report.html` beside the adapter, made from the run's log, its result and what the task adds; its path."""
+    """Write `report.html` from the run's log, its result and `parts`; return its path."""
     records = run_records(folder)
     resolved = next(record for record in reversed(records) if record.get("event") == "resolved")
     headline = _reward_cards(result, records) or _loss_cards(result)
@@ -144,7 +148,7 @@ def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
 
 
 def was_predicted(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
-    """What the plan said beside what came, as a sentence; nothing for a run without a plan."""
+    """Return predicted and actual values as a sentence; "" for a run without a plan."""
     parts = []
     if said := numbers.get("predicted_peak_bytes"):
         parts.append(f"peak memory {peak / 1e9:.2f} GB, {said / 1e9:.2f} predicted ({peak / said - 1:+.0%})")
@@ -156,7 +160,7 @@ def was_predicted(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
 
 
 def run_records(folder: Path) -> list[dict[str, Any]]:
-    """The run's log. Notes are told again by a resumed run; once is enough on the page."""
+    """Return the run's log without repeated notes, which a resumed run writes again."""
     records: list[dict[str, Any]] = []
     for record in read_log(folder / "log.jsonl"):
         if record.get("event") != "note" or record not in records:
@@ -165,7 +169,7 @@ def run_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
-    """Which base it was, and how it ran."""
+    """Return the name of the base, and how it ran."""
     return [
         ("base", base.name),
         ("base fingerprint", base.fingerprint),
@@ -175,8 +179,10 @@ def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
 
 
 def _reward_cards(result: Outcome, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return report cards with the saved adapter's rewards against those before training, and the mean rewards of the
-    last steps; [] without rewards."""
+    """Return report cards with rewards; [] without rewards.
+
+    The saved adapter's rewards compared with those before training, and the mean rewards of the last steps.
+    """
     scores = {r["step"]: mean_rewards(r["extra"]) or {} for r in records if r.get("event") == "evaluated"}
     first, kept = scores.get(0, {}), scores.get(result.kept_step, {})
     where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
@@ -215,7 +221,7 @@ def _loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
 
 
 def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, str]]:
-    """Memory, and the adapter's file."""
+    """Return report cards of peak memory and of the adapter's file size."""
     numbers = result.preflight.get("numbers", {})
     predicted, share = numbers.get("predicted_peak_bytes"), ""
     if numbers.get("trainable") and numbers.get("base_parameters"):
@@ -226,7 +232,7 @@ def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, s
 
 
 def _files(folder: Path, known: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """(name, size, what it is) of those of the `known` files that are there, and of what every run leaves."""
+    """Return (name, size, description) of existing files: the `known` ones and every run's."""
     known = dict(known) | {
         "log.jsonl": "everything that happened, one JSON object a line",
         "veneer.json": "the card: base, data, recipe, results",
@@ -242,6 +248,6 @@ def _files(folder: Path, known: Mapping[str, str]) -> list[tuple[str, str, str]]
 
 
 def _today() -> str:
-    """24 November 2026."""
+    """Return today's date as in 24 November 2026."""
     date = datetime.date.today()
     return f"{date.day} {date:%B %Y}"

@@ -1,4 +1,4 @@
-"""What a signal does for a while: a run is asked to stop, a trace ends, the processes of a run are told."""
+"""Temporary signal handlers: to stop a run or a trace, or to notify a run's processes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _ECHO = 0.2
-"""Seconds within which a signal that comes again is the same one: `timeout` and batch systems send it to a process and
-to its group, and the second would kill a run that is about to save its state."""
+"""Seconds within which a repeated signal counts as the same one.
+
+`timeout` and batch systems signal a process and its group, and the second signal would kill a run that is
+saving its state."""
 
 
 @contextmanager
 def heard(handle: Callable[[int], None], *numbers: int, once: bool = False) -> Iterator[None]:
-    """While inside, each of these signals calls `handle` with its number; after it, they do what they did before.
+    """Call `handle` with the number of each of these signals inside the with-block.
 
-    `once`: the first of them alone; a second one acts as usual, unless it is an echo of the first. Outside of the main
-    thread nothing changes: Python runs handlers there alone."""
+    The previous handlers are restored afterwards. `once`: only for the first signal; a second one acts as
+    usual, unless it is an echo of the first. Outside the main thread nothing changes, because Python runs
+    handlers only there."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
