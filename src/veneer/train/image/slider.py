@@ -1,18 +1,18 @@
-"""Sliders: an adapter whose strength moves along a direction between two prompts, learned from no pictures.
+"""Sliders: adapters whose strength moves along a direction between two prompts, without pictures.
 
-    the base draws scenes of the three prompts → they are noised at random times → at strength ±1 the adapter is held to
+    the base draws scenes of the three prompts → noise is added at random times → at strength ±1 the adapter's target is
 
         target(x_t, t, ±1) = ε(x_t, t, c) ± η·(ε(x_t, t, c₊) − ε(x_t, t, c₋))                  ε: the base's prediction
 
-c: `slider.target`, c₊ and c₋: positive and negative, each with one of `preserve` behind it, drawn anew for each row; η:
-`slider.guidance`. With one p it is the paper's target (Concept Sliders, arXiv 2311.12092, equation 8); of several the
-mean over them is what the squared error is least at, where the paper has their sum. The paper trains one sign; here
-both see the same scene, noise and time, so that what is even in the strength cancels and a negative strength is the
-opposite. Of flow families ε is the velocity, in which the same guidance is linear. A distilled base is asked at the
-guidance that pictures are made with.
+c: `slider.target`, c₊ and c₋: positive and negative, each followed by one of `preserve`, chosen randomly for
+each row; η: `slider.guidance`. With one p it is the paper's target (Concept Sliders, arXiv 2311.12092,
+equation 8); with several, the squared error is minimal at the mean over them, while the paper uses their sum.
+The paper trains one sign; here both signs see the same scene, noise and time, so that terms even in the
+strength cancel and a negative strength is the opposite. For flow families ε is the velocity, in which the
+same guidance is linear. A distilled base is evaluated at the guidance used for generation.
 
-The run is one on pictures (train.image.task) whose pictures are the scenes; all that it has of its own is here, but for
-its settings (`SliderSection`, train.config.checks).
+The run is a run on pictures (train.image.task) whose pictures are the scenes. This module has all its own
+parts, except its settings (`SliderSection`, train.config.checks).
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ if TYPE_CHECKING:
 
 
 def slider_config(config: ImageTrainConfig) -> ImageTrainConfig:
-    """The configuration as one of pictures: the scenes, none held out, the target as their caption and as the sample
-    prompt where there is none."""
+    """Return the configuration as one of pictures.
+
+    The pictures are the scenes, none held out; the target is their caption, and the default sample prompt."""
     slider, data = config.slider, config.data
     cache = Path(data.cache) if data.cache else Path(config.output.directory) / CACHE
     prompts = slider.model_dump(mode="json", include={"positive", "negative", "target", "preserve"})
@@ -67,7 +68,7 @@ def slider_config(config: ImageTrainConfig) -> ImageTrainConfig:
 
 
 def _read(image: ImageRun) -> ImageData:
-    """The scenes, after the missing ones are drawn; their captions are nobody's tags."""
+    """Return the scenes, after drawing missing ones; their captions are not used as tags."""
     config = _with_scenes(image.base, image.config, image.run)
     data = read_images(replace(image, config=config))
     return replace(data, steps=_signed(data.steps), tags={})
@@ -86,7 +87,7 @@ def _findings(image: ImageRun, data: ImageData) -> Iterator[Finding]:
 
 
 def _same_prompts(image: ImageRun, data: ImageData) -> Iterator[Finding]:
-    """Prompts that read differently and are the same to the base; what is encoded here is kept for the steps."""
+    """Stop for prompts that differ as text but not to the base; encodings are kept for steps."""
     slider, encoders = image.config.slider, data.encoders
     encoders.text([slider.target])
     for plus, minus in _directions(slider):
@@ -101,11 +102,13 @@ def _loss(image: ImageRun, data: ImageData, attachment: Attachment) -> SliderLos
 
 
 SLIDER = ImageKind(_read, _texts, _findings, _same_prompts, _loss, lambda config: config.slider.strengths)
-"""Scenes of the base's own, learned at both signs of the strength. The configuration is `slider_config`'s."""
+"""Scenes drawn by the base, learned at both signs of the strength.
+
+The configuration is the result of `slider_config`."""
 
 
 def _directions(slider: SliderSection) -> list[tuple[str, str]]:
-    """(positive, negative) prompt for each of `preserve`, or the two as they are."""
+    """Return a (positive, negative) prompt for each of `preserve`, or the two unchanged."""
     ends = slider.positive or "", slider.negative or ""
     return [(_joined(ends[0], p), _joined(ends[1], p)) for p in slider.preserve or ("",)]
 
@@ -116,13 +119,13 @@ def _joined(prompt: str, more: str) -> str:
 
 @dataclass
 class SignedBatch(ImageBatch):
-    """A batch that is learned at strength `sign`."""
+    """A batch at strength `sign`."""
 
     sign: float = 1.0
 
 
 def _signed(steps: LazySteps) -> LazySteps:
-    """Each micro-batch twice, at +1 and at −1."""
+    """Return the steps with each micro-batch twice, at +1 and at −1."""
 
     def both(step: Step) -> Step:
         return replace(step, micros=tuple(_at(micro, sign) for micro in step.micros for sign in (1.0, -1.0)))
@@ -140,8 +143,10 @@ def _signed_batch(micro: Micro, sign: float) -> SignedBatch:
 
 @dataclass
 class SliderLoss(ImageLoss):
-    """The error against the base's own prediction, moved along the direction. Selects the adapter at the batch's sign,
-    and leaves it so: activations that are recomputed in the backward pass have to see the same."""
+    """The error against the base's prediction, moved along the direction.
+
+    Selects the adapter at the batch's sign, and keeps it selected, because activations recomputed in the
+    backward pass must use the same sign."""
 
     attachment: Attachment = field(kw_only=True)
 
@@ -171,8 +176,9 @@ class SliderLoss(ImageLoss):
     def _direction(
         self, batch: ImageBatch, neutral: Sequence[str], predicted: Callable[[Sequence[str]], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """(ε of the target, ε of positive − ε of negative) of the base alone, in float32; kept for the other sign,
-        whose batch comes next."""
+        """Return (ε of the target, ε of positive − ε of negative) of the base, in float32.
+
+        Cached for the other sign, whose batch comes next."""
         key = tuple(row.key for row in batch.rows)
         if self._last is None or self._last[0] != key:
             pairs = _directions(self.config.slider)
@@ -186,8 +192,9 @@ class SliderLoss(ImageLoss):
 
 
 def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTrainConfig:
-    """The configuration with the folder of its scenes, those drawn that were missing; on a dry run a single one, in a
-    folder for temporary files."""
+    """Return the configuration with the folder of its scenes, after drawing missing ones.
+
+    A dry run draws one scene, in a folder for temporary files."""
     if base.edits_alone:
         what = f"{base.name} edits pictures, and a slider is learned of what a base draws from prompts"
         raise BaseError(what, where="base", fix="train on the base it was made from, as FLUX.1 dev or Qwen-Image")
@@ -205,7 +212,9 @@ def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTr
 
 
 def _draw_scenes(base: ImageBase, config: ImageTrainConfig, folder: Path, count: int) -> int:
-    """Draws the first `count` scenes that are not in `folder` yet, each by a seed of its own; how many they were."""
+    """Draw the first `count` scenes missing in `folder`, each with its own seed.
+
+    Returns the number of scenes drawn."""
     drawing_folder(folder)
     size = config.data.resolution if isinstance(config.data.resolution, int) else base.size
     sized = config.model_copy(update={"samples": config.samples.model_copy(update={"size": size})})

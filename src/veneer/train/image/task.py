@@ -1,15 +1,16 @@
-"""Pictures with their captions, learned by an image base: the task of a run, from the folder to a proven adapter.
+"""Train an adapter on pictures with captions, from the folder to a verified adapter.
 
-load the base → pictures → preflight → missing class pictures → latents and prompts cached → encoders freed → attach →
-memory measured → settings with their sources → largest batch first → loop → save → reload and compare predictions →
-report. A dry run does the same without a file, and leaves the sheet of what the model would see in a temporary folder.
+load the base → pictures → preflight → missing class pictures → latents and prompts cached → encoders freed →
+attach → memory measured → settings with their sources → largest batch first → loop → save → reload and
+compare predictions → report. A dry run does the same without a file, and leaves the sheet of what the model
+would see in a temporary folder.
 
     output/
       NAME.safetensors, veneer.json                 the adapter (layout peft: PEFT's folder)
-      report.html, log.jsonl, pictures.png          how it came to be, and what the model saw
-      samples/                                      sheets drawn on the way
-      cache/                                        latents, prompts, class pictures; may be deleted
-      checkpoints/                                  to resume from; may be deleted after
+      report.html, log.jsonl, pictures.png          report and log of the run, and what the model saw
+      samples/                                      sheets drawn during training
+      cache/                                        latents, prompts, class pictures; deletable
+      checkpoints/                                  to resume from; deletable afterwards
 """
 
 from __future__ import annotations
@@ -74,12 +75,16 @@ if TYPE_CHECKING:
 
 _TIMES_LOOKED_AT = 4
 _WORSE_THAN_ZERO = 1.5
-"""Limit as a multiple of the error of predicting 0. Random weights have about 1.2, trained bases less than 1."""
+"""Limit as a multiple of the error of predicting 0. Random weights have about 1.2, trained bases less
+than 1."""
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """What was decided about memory, and why. `kept`: why the encoders stay. `parked`: those that wait on the CPU."""
+    """Decisions about memory.
+
+    `because`: why activations are recomputed or not. `kept`: why the encoders stay. `parked`: components on
+    the CPU."""
 
     recompute: bool = False
     because: str = ""
@@ -89,8 +94,10 @@ class _Memory:
 
 @dataclass(frozen=True)
 class ImageRun:
-    """A run on an image base. `own`: whether the base is this run's alone, so that its encoders can be freed. `kind`:
-    what it learns from."""
+    """A run on an image base.
+
+    `own`: whether only this run uses the base, so that its encoders can be freed. `kind`: what the run learns
+    from."""
 
     run: Run
     config: ImageTrainConfig
@@ -107,9 +114,9 @@ class ImageRun:
 class ImageKind:
     """What differs between a run on pictures and a slider (train.image.slider), as functions.
 
-    read: the data. texts: all that the base's encoders will read, by what it is. findings: of the data.
-    last_findings: those that take forward passes, asked only if nothing else stops the run. loss: what is minimized.
-    strengths: the columns of the sample sheets, if those are not seeds."""
+    read: the data. texts: all texts for the base's encoders, by purpose. findings: of the data.
+    last_findings: findings that need forward passes, only if nothing else stops the run. loss: the loss to
+    minimize. strengths: the columns of the sample sheets, if not seeds."""
 
     read: Callable[[ImageRun], ImageData]
     texts: Callable[[ImageRun, ImageData], dict[str, Iterable[str]]]
@@ -120,7 +127,7 @@ class ImageKind:
 
 
 def train_images(image: ImageRun) -> ImageResult:
-    """Reads, checks, attaches and trains."""
+    """Read and check the data, attach the adapter, and train."""
     run = image.run
     newest = newest_checkpoint(run)
     data = image.kind.read(image)
@@ -140,7 +147,7 @@ def image_texts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
 
 
 def read_images(image: ImageRun) -> ImageData:
-    """Pictures, those held out, the rows of an epoch, all steps, and how many class pictures are missing."""
+    """Read pictures, held-out pictures, rows of an epoch, steps, and missing class pictures."""
     config, base, run = image.config, image.base, image.run
     settings = config.data
     missing = 0
@@ -167,8 +174,8 @@ def read_images(image: ImageRun) -> ImageData:
 def _checked(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
     run, config, base = image.run, image.config, image.base
     texts = image.kind.texts(image, data)
-    # A prompt is read for its length alone, so that a dry run and a wrong setting cost no forward passes.
-    if base.reads_references and data.about.before:  # with what is before: then nothing is cut
+    # A prompt is read only for its length, so that a dry run and a wrong setting cost no forward passes.
+    if base.reads_references and data.about.before:  # with source images, nothing is cut
         texts |= {"captions": [], "sample prompts": []}
     cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(base, c))} for w, said in texts.items()}
     report = inspect_run(
@@ -193,8 +200,9 @@ def _checked(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | Non
 
 @contextmanager
 def attached_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[Task[ImageResult]]:
-    """Class pictures drawn that are missing, caches filled, encoders freed; then the fresh adapter on the base,
-    memory measured and settled. What is on the base is undone at the end."""
+    """Draw missing class pictures, fill caches, free encoders and attach the fresh adapter.
+
+    Then memory is measured and settings are decided. Changes to the base are undone at the end."""
     run, config, base = image.run, image.config, image.base
     memory = _Memory()
     if not run.dry_run:
@@ -210,9 +218,9 @@ def attached_images(image: ImageRun, data: ImageData, report: Report) -> Iterato
         del created  # the attachment has its own copy
         attachment.use(NAME)
         undo.enter_context(training_layers(base, True))
-        if not config.memory.offload_blocks:  # the fast paths hold on to weights
+        if not config.memory.offload_blocks:  # fast paths keep references to weights
             run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-        if config.memory.offload_blocks:  # before free memory is measured, so that the run can use it all
+        if config.memory.offload_blocks:  # before free memory is measured, so that the run can use all of it
             moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
             run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
         loss = image.kind.loss(image, data, attachment)
@@ -224,7 +232,7 @@ def attached_images(image: ImageRun, data: ImageData, report: Report) -> Iterato
 
 
 def _with_class_pictures(image: ImageRun, data: ImageData) -> ImageData:
-    """Class pictures that are missing, by the base alone; then everything is read again with them."""
+    """Draw missing class pictures with the base, then read all data again."""
     if not data.missing_classes:
         return data
     run, place = image.run, class_folder(image.config, image.base, image.cache)
@@ -239,9 +247,9 @@ def _with_class_pictures(image: ImageRun, data: ImageData) -> ImageData:
 
 
 def _encode(image: ImageRun, data: ImageData) -> None:
-    """The caches filled."""
+    """Fill the caches."""
     run, began, devices = image.run, time.perf_counter(), image.run.devices
-    if devices.count > 1:  # each encodes a share and reads the rest
+    if devices.count > 1:  # each process encodes a share and reads the rest
         data.encoders.fill(islice(chain(planned_rows(data.steps), data.scored), devices.rank, None, devices.count))
         devices.gather(None)
     views, captions = data.encoders.fill(chain(planned_rows(data.steps), data.scored))
@@ -254,7 +262,7 @@ def _encode(image: ImageRun, data: ImageData) -> None:
 
 
 def _free_encoders(image: ImageRun) -> _Memory:
-    """What made the caches dropped, or parked on the CPU, or why it stays."""
+    """Free the components that filled the caches, or park them on the CPU; or return why not."""
     run, base, config = image.run, image.base, image.config
     if not config.memory.free_encoders or not image.own:
         return _Memory()
@@ -278,7 +286,9 @@ def _free_encoders(image: ImageRun) -> _Memory:
 
 
 def _created(base: ImageBase, config: ImageTrainConfig) -> Adapter:
-    """One adapter over the denoiser and the text encoders asked for, under canonical names."""
+    """Create one adapter over the denoiser and the configured text encoders.
+
+    Module names are canonical."""
     whole = Adapter()
     targets: list[str] = []
     spec = config.adapter.spec()
@@ -292,8 +302,9 @@ def _created(base: ImageBase, config: ImageTrainConfig) -> Adapter:
 
 
 def _measured(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
-    """Measures what one picture of the largest shape keeps, decides whether activations are recomputed, and adds
-    to the report whether it fits."""
+    """Measure the activations of one picture of the largest shape, and decide on recomputation.
+
+    Adds a memory finding to the report."""
     config, base = image.config, image.base
     largest = max((m for s in data.steps for m in s.micros), key=lambda m: m.size or 0)
     one = data.encoders.batch(largest.make().rows[:1])
@@ -332,7 +343,7 @@ def _measured(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report,
 
 
 def _settled(image: ImageRun, data: ImageData, memory: _Memory) -> Iterator[tuple[str, Any, str]]:
-    """What was `auto` or left open, as it is now, with the reason."""
+    """Yield each setting that was `auto` or open, with its value and the reason."""
     config, base = image.config, image.base
     if config.base.dtype == "auto":
         yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
@@ -356,7 +367,9 @@ def _settled(image: ImageRun, data: ImageData, memory: _Memory) -> Iterator[tupl
 
 
 def _draw_sheet(run: Run, config: ImageTrainConfig, data: ImageData, tell: Listener) -> str:
-    """The sheet of what the model sees; its path. Of a dry run it is in a folder for temporary files."""
+    """Draw the sheet of what the model sees, and return its path.
+
+    A dry run writes to a folder for temporary files."""
     place = Path(tempfile.mkdtemp(prefix="veneer-")) if run.dry_run else run.folder
     path = str(place / "pictures.png")
     count = contact_sheet(data.plan.rows, config.data, seed=config.seed, path=path)
@@ -365,9 +378,10 @@ def _draw_sheet(run: Run, config: ImageTrainConfig, data: ImageData, tell: Liste
 
 
 class AttachedPictures:
-    """The denoiser's error on the pictures, lowered; with a moving average and sample sheets where they are asked for.
+    """The task that lowers the denoiser's error on the pictures.
 
-    `sheet`: what the model sees, once it was drawn. `drawn`: the first picture of the last sample sheet."""
+    With a moving average and sample sheets, if configured. `sheet`: path of what the model sees, once drawn.
+    `drawn`: the first picture of the last sample sheet."""
 
     def __init__(
         self, image: ImageRun, data: ImageData, attachment: Attachment, loss: ImageLoss, memory: _Memory
@@ -383,7 +397,7 @@ class AttachedPictures:
         if config.samples.prompts:
             self.sample_at |= {total}
         self.tell, self.sheet = image.run.tell, ""
-        self.shown = -1 if self.strengths else 0  # of a line of strengths the last
+        self.shown = -1 if self.strengths else 0  # the last one of a row of strengths
         self.drawn: Image | None = None
 
     def task(self) -> Task[ImageResult]:
@@ -416,8 +430,9 @@ class AttachedPictures:
         )
 
     def check_base(self) -> None:
-        """Raises PreflightError if the base's error is clearly above that of predicting 0, or is not finite, because
-        training on such a base is useless. Only warns with `force`."""
+        """Raise PreflightError if the base is much worse than predicting 0, or not finite.
+
+        Training on such a base is useless. Only warns with `force`."""
         row = next(planned_rows(self.data.steps))
         with training_layers(self.base, False), memory_errors(Micro(1, 0, (0,), lambda: None)):
             error, zero = self.loss.base_error(row, _TIMES_LOOKED_AT)
@@ -435,7 +450,7 @@ class AttachedPictures:
         )
 
     def begin(self, progress: Progress, tell: Listener) -> None:
-        """Before the first step: what the model sees, and (not when resumed) what the base draws."""
+        """Draw what the model sees and, unless resumed, samples of the base."""
         self.tell = tell
         if self.run.devices.first:
             self.sheet = _draw_sheet(self.run, self.config, self.data, tell)
@@ -461,7 +476,7 @@ class AttachedPictures:
         )
 
     def save(self, result: ImageResult, progress: Progress, tell: Listener) -> ImageResult:
-        """Writes the file; of the moving average, if there is one."""
+        """Write the file, with the moving average if there is one."""
         config, base, data = self.config, self.base, self.data
         if self.ema is not None:
             self.ema.put()
@@ -486,7 +501,7 @@ class AttachedPictures:
         return replace(result, adapter=str(output_of(config)), digest=written.digest, hashes=found, samples=samples)
 
     def write(self, folder: Path, progress: Progress) -> None:
-        """Writes the adapter as it is now, under the name `adapter` and without a thumbnail."""
+        """Write the current adapter, under the name `adapter` and without a thumbnail."""
         output = self.config.output.model_copy(update={"directory": str(folder), "name": "adapter"})
         with self.ema.acting() if self.ema else nullcontext():
             adapter = self._adapter(progress.metrics())
@@ -495,7 +510,7 @@ class AttachedPictures:
         save_image_adapter(adapter, self.base, config, {}, "", self.data.tags)
 
     def _adapter(self, metrics: dict[str, Any]) -> Adapter:
-        """The adapter as it is now, with its card."""
+        """Return the current adapter with its card."""
         with training_layers(self.base, False):
             trained = self.attachment.adapter(NAME)
         card = replace(
@@ -541,7 +556,7 @@ class AttachedPictures:
             tell(Note("the file has no thumbnail: with samples.prompts the first of them is drawn for it"))
             return ""
         drawn = self.drawn
-        if kept != last or drawn is None:  # another state than that of the last sheet, or a resumed end
+        if kept != last or drawn is None:  # another state than in the last sheet, or resumed after the last step
             first = samples.model_copy(
                 update={"prompts": samples.prompts[:1], "seeds": samples.seeds[:1], "before": samples.before[:1]}
             )
@@ -557,4 +572,4 @@ PICTURES = ImageKind(
     loss=lambda image, data, attachment: ImageLoss(image.base, image.config, data.encoders, bare=attachment.using),
     strengths=lambda config: (),
 )
-"""Pictures with their captions, learned by the denoiser, and by text encoders if that is asked for."""
+"""Pictures with captions, learned by the denoiser, and by text encoders if configured."""

@@ -1,21 +1,22 @@
-"""Distillation: the student answers, and learns a teacher's distribution at each token of its answers.
+"""Distillation: the student learns a teacher's distribution at each token of its own answers.
 
     a step   prompts → draw (`rollouts.Sampler`) → both models over the same answers → KL (`policy_losses.divergences`)
 
     L = 1/T Σ_t KL_t        T tokens of the step's answers; KL over the whole vocabulary, reverse or forward
 
-The teacher is an adapter on the same base, the base alone, or another base with the same tokenizer, in this process;
-or a model on a server (`served_teacher`), of which the KL is taken as far as it tells: reverse by the drawn tokens,
-forward by the likeliest tokens and the rest as one. It reads the same answers after its own prompt, which may say more
-(`distillation.system`): what it is told is trained into the student, who is not told. Sampler and trainer are one model
-as in `reinforce`, and the gap of both is measured there and here alike. Answers are drawn anew for every step: nothing
-of them is in a checkpoint. Logged, of each step:
+The teacher is an adapter on the same base, the base without adapter, or another base with the same tokenizer,
+in this process; or a model on a server (`served_teacher`), whose KL uses the log-probabilities it returns:
+reverse by the sampled tokens, forward by the most likely tokens and the rest as one. The teacher reads the
+same answers after its own prompt, which can contain more (`distillation.system`): the additional instructions
+are trained into the student, whose prompt does not have them. Sampler and trainer are one model as in
+`reinforce`, and their mismatch (gap) is measured in the same way. Answers are sampled anew for every step,
+and not stored in checkpoints. Logged for each step:
 
     teacher_kl                         mean KL of a token
-    teacher_failed, teacher_seconds    answers that a server did not read, which are left out; how long it read
-    answer_tokens, drawn_…, cut_…, prompt_cached, gap_…      as of `reinforce`
-    teacher_long                       prompts left out, because the teacher's prompt and an answer pass its context
-    saved_tokens                       tokens that the teacher's prompts have beyond the student's, mean
+    teacher_failed, teacher_seconds    answers that a server could not read, which are left out; its reading time
+    answer_tokens, drawn_…, cut_…, prompt_cached, gap_…      as in `reinforce`
+    teacher_long                       prompts left out, because the teacher's prompt and an answer exceed its context
+    saved_tokens                       tokens of the teacher's prompts beyond the student's, mean
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Teacher:
-    """`attachment`: what its adapter `name` is on, "" for the base alone; None for a base of its own."""
+    """A teacher in this process.
+
+    `attachment`: carries its adapter `name`, "" for the base without adapter; None for a separate base."""
 
     base: TextBase
     attachment: Attachment | None = None
@@ -88,15 +91,17 @@ class Teacher:
 
 
 AnyTeacher = Teacher | ServedTeacher
-"""In this process, or on a server."""
+"""A teacher in this process, or on a server."""
 
 
 @contextmanager
 def teacher_of(
     section: DistillationSection, base: TextBase, attachment: Attachment, say: Callable[[str], None] = lambda line: None
 ) -> Iterator[AnyTeacher]:
-    """The teacher that a configuration names, loaded or asked once. Raises MismatchError for one with another tokenizer
-    or an adapter of another base, and what loading and `served_teacher` raise."""
+    """Yield the configured teacher, loaded or contacted once.
+
+    Raises MismatchError for a teacher with another tokenizer or an adapter of another base, and the errors of
+    loading and `served_teacher`."""
     if section.url is not None:
         with served_teacher(section, base) as served:
             yield served
@@ -113,7 +118,7 @@ def teacher_of(
 
 
 def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
-    """Raises MismatchError where a token id is not the same text to both."""
+    """Raise MismatchError if a token id has another text for the teacher."""
     ours, theirs = (dict(each.tokenizer.get_vocab()) for each in (base, teacher))
     if ours == theirs:
         return
@@ -127,7 +132,7 @@ def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
 
 
 def _teacher_prompt(renderer: Renderer, row: Row, system: str) -> str:
-    """What the teacher reads before an answer: the row's prompt, told `system` first, before what its own says."""
+    """Return the teacher's prompt: the row's, with `system` before its own instructions."""
     row = prompt_of(row)
     if not system:
         return renderer.prompt(row)
@@ -141,7 +146,9 @@ def _teacher_prompt(renderer: Renderer, row: Row, system: str) -> str:
 
 @dataclass(frozen=True)
 class _TaughtRollout:
-    """An answer, and what its teacher is asked before it. `row`: of its prompt. `read`: what one on a server gave."""
+    """An answer with its teacher's prompt.
+
+    `asked`: the prompt's token ids. `row`: of the prompt. `read`: the log-probabilities from a server."""
 
     rollout: Rollout
     asked: tuple[int, ...]
@@ -156,7 +163,7 @@ class _TaughtRollout:
 
 @dataclass
 class Distillation:
-    """`name`: of the adapter that is trained."""
+    """A run's distillation. `name`: of the trained adapter."""
 
     config: TrainConfig
     base: TextBase
@@ -165,9 +172,9 @@ class Distillation:
     teacher: AnyTeacher
     renderer: Renderer
     measured: dict[str, float] = field(default_factory=dict)
-    """What was found of the answers when they were drawn."""
+    """Measurements of the answers at sampling."""
     failed: list[str] = field(default_factory=list)
-    """Answers of the last draw that are left out, and why."""
+    """Answers of the last sampling that are left out, and why."""
     seen: Means = field(default_factory=Means)
     gap: Gap = field(default_factory=Gap)
 
@@ -176,8 +183,9 @@ class Distillation:
         self.drawing = Drawing(self.settings.max_tokens, self.settings.temperature)
 
     def said_first(self, prompts: Sequence[PromptItem], rows: Sequence[Row]) -> Iterator[str]:
-        """What is to be known of the teacher's prompts before anything is drawn. Raises TrainingError where it can read
-        none of them."""
+        """Yield notes on the teacher's prompts before sampling.
+
+        Raises TrainingError if the teacher can read none of them."""
         asked = [self._asked(item, rows) for item in prompts]
         long = [rows[item.row].where for item, ids in zip(prompts, asked, strict=True) if not self._reads(ids)]
         if asked and len(long) == len(asked):
@@ -197,7 +205,7 @@ class Distillation:
             yield f"{saved:.0f} tokens a request are saved once they are trained in{_saved_cents(saved, self.settings)}"
 
     def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
-        """Step `number` of what was drawn for it. `rows`: those that its prompts are of."""
+        """Return step `number` on answers sampled for it. `rows`: the rows of its prompts."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
         chosen = [prompts[row] for row in sorted(prompts)]
         found = self._drawn(chosen, rows, self.drawing, number, self.settings.group, interrupted)
@@ -227,7 +235,7 @@ class Distillation:
         group: int,
         interrupted: Callable[[], bool],
     ) -> tuple[list[_TaughtRollout], dict[str, float], list[str]] | None:
-        """Answers to those prompts that the teacher can read, what was found of them, and why others are left out."""
+        """Return (answers to prompts the teacher can read, measurements, reasons for omissions)."""
         asked = {item.row: self._asked(item, rows) for item in prompts}
         read = [item for item in prompts if self._reads(asked[item.row])]
         wanted = [
@@ -263,8 +271,9 @@ class Distillation:
         rows: Sequence[Row],
         interrupted: Callable[[], bool],
     ) -> tuple[list[_TaughtRollout], list[str]] | None:
-        """Answers with what a teacher on a server gives them, and why it did not read the others. Raises TrainingError
-        where these are too many."""
+        """Return the answers with a served teacher's log-probabilities, and reasons for failures.
+
+        Raises TrainingError for too many failures."""
         asked = [((*a.asked, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers]
         found = teacher.read(asked, interrupted)
         if found is None:
@@ -296,7 +305,7 @@ class Distillation:
         self.seen, self.gap = Means(), Gap()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
-        """Σ over the batch's answers; the loop divides by their number."""
+        """Return Σ loss over the batch's answers; the loop divides by their number."""
         kl, logps = self._compared(batch)
         self.seen.add(teacher_kl=kl.detach())
         if batch.old is not None:
@@ -304,7 +313,7 @@ class Distillation:
         return (per_token(batch.factors.to(kl), batch.answers) * kl).sum()
 
     def _compared(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
-        """KL of each token of the answers, and the student's log p of it, without a gradient."""
+        """Return the KL of each answer token, and the student's log p without gradient."""
         model, teacher = self.base.model, self.teacher
         if isinstance(teacher, ServedTeacher):
             return self._by_what_was_read(batch)
@@ -328,7 +337,9 @@ class Distillation:
         return kl, logps.detach()
 
     def _by_what_was_read(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
-        """The same by what a server gave. A batch of none, which tries the memory, is compared with made-up numbers."""
+        """Return the same from a served teacher's log-probabilities.
+
+        A batch without log-probabilities, for the memory test, uses fake numbers."""
         model = self.base.model
         ids, places = sent(batch.input_ids, self.base.device), _places(batch, self.base)
         said = ids[places + 1]
@@ -347,12 +358,14 @@ class Distillation:
         return kl, logps.detach()
 
     def means(self) -> Means:
-        """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
+        """Return the measurements since `begin`.
+
+        Raises TrainingError if the sampler's model differs from the trained one."""
         gap = self.gap.checked(self.settings, "this is worth a report")
         return Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
     def said_after(self, number: int) -> Iterator[str]:
-        """What is to be known of step `number`."""
+        """Yield notes on step `number`."""
         return answers_left_out(number, self.failed)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
@@ -360,8 +373,10 @@ class Distillation:
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> Score | None:
-        """The mean KL of a token of greedy answers; where it is measured by drawn tokens, of answers drawn with the
-        same seeds each time. None as soon as `interrupted()`."""
+        """Return the mean KL of a token of greedy answers.
+
+        If KL is measured by sampled tokens, answers are sampled with fixed seeds. None once `interrupted()`.
+        """
         drawing = self.drawing
         if not (isinstance(self.teacher, ServedTeacher) and self.settings.divergence == "reverse"):
             drawing = replace(drawing, temperature=0.0)
@@ -388,7 +403,7 @@ class Distillation:
 
 
 def _saved_cents(tokens: float, section: DistillationSection) -> str:
-    """What prompt tokens cost at `distillation.price`, of a thousand requests; "" where it is not given."""
+    """Return the cost of prompt tokens per thousand requests at `distillation.price`, or ""."""
     if section.price is None:
         return ""
     cents = tokens * section.price / 1e6 * 1000 * 100
@@ -419,7 +434,7 @@ def _batch(answers: Sequence[_TaughtRollout], factors: Tensor) -> PolicyBatch:
 
 
 def _likeliest(read: Sequence[TeacherLogps]) -> tuple[Tensor, Tensor] | None:
-    """(T, K) tokens that the teacher names and their log q, as `PolicyBatch` has them."""
+    """Return the (T, K) most likely tokens and their log q, as in `PolicyBatch`."""
     places = [place for each in read for place in each.likeliest]
     if not places:
         return None
@@ -437,9 +452,10 @@ def _likeliest(read: Sequence[TeacherLogps]) -> tuple[Tensor, Tensor] | None:
 def taught_rows(
     rows: Sequence[Row], config: TrainConfig, base: TextBase, sampler: Sampler, name: str = ""
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The answers of a teacher to rows' prompts, as rows to train on, and where prompts stood that it cannot read or
-    whose answer was cut: these are no rows. base, name: the teacher's, and of its adapter on the sampler's attachment.
-    What it is told beyond the prompts is not in the rows."""
+    """Return a teacher's answers as training rows, and the places of omitted prompts.
+
+    Omitted are prompts that the teacher cannot read, and cut answers. base, name: of the teacher and its
+    adapter on the sampler's attachment. The teacher's additional instructions are not in the rows."""
     d, renderer = config.distillation, Renderer(base.tokenizer, config.data.chat_template)
     how = Drawing(d.max_tokens, d.temperature)
     wanted, owners, left = [], [], []

@@ -1,15 +1,15 @@
-"""The loss of answers that were drawn and given a reward: one formula, of which the published ones are settings.
+"""The loss of sampled answers with rewards: one formula with the published losses as settings.
 
     L = 1/N Σ_i f_i Σ_t  w_it · max(−ρ_it·A_i, −clip(ρ_it, 1 − ε_low, 1 + ε_high)·A_i)  +  β·k_it
 
-    A_i    `advantages`: the reward beside a baseline, divided by a spread or not
-    ρ_it   `policy_ratios`: p now / p when it was drawn, of the token, or the geometric mean over its answer
-    f_i    `length_factors`: what an answer's tokens are divided by
-    k_it   `kl_estimates`: how far it is from the reference; as a part of the reward (k1) it is in A_i
-    w_it   `importance_weights`: where tokens were drawn from another distribution than p (a temperature, a grammar)
+    A_i    `advantages`: the reward minus a baseline, optionally divided by a standard deviation
+    ρ_it   `policy_ratios`: p now / p at sampling, of the token, or the geometric mean over its answer
+    f_i    `length_factors`: length normalization of an answer
+    k_it   `kl_estimates`: KL to the reference; as a part of the reward (k1) it is in A_i
+    w_it   `importance_weights`: if tokens were sampled from another distribution than p (a temperature, a grammar)
 
 | loss                     | baseline | scale | ratio    | ε          | f_i          | source           |
-| ppo (its clip alone)     | batch    | batch | token    | 0.2 0.2    | batch        | arXiv 1707.06347 |
+| ppo (only its clip)      | batch    | batch | token    | 0.2 0.2    | batch        | arXiv 1707.06347 |
 | reinforce, with baseline | batch    | none  | token    | none       | none         | Williams 1992    |
 | rloo                     | others   | none  | token    | none       | none         | arXiv 2402.14740 |
 | grpo                     | group    | group | token    | 0.2 0.2    | answer       | arXiv 2402.03300 |
@@ -17,8 +17,9 @@
 | dapo                     | group    | group | token    | 0.2 0.28   | batch        | arXiv 2503.14476 |
 | gspo                     | group    | group | sequence | 3e-4 4e-4  | answer       | arXiv 2507.18071 |
 
-Without a clip and with one update ρ is 1, and the gradient of ρ·A is that of A·log p: REINFORCE's. Pure functions of
-tensors; answers lie end to end, T tokens of N answers, each token's answer found by the answers' lengths.
+Without a clip and with one update ρ is 1, and the gradient of ρ·A is that of A·log p: REINFORCE's. Pure
+functions of tensors; answers are concatenated, T tokens of N answers, and the answers' lengths assign tokens
+to answers.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ _Lengths = Literal["answer", "batch", "limit", "none"]
 _KlEstimator = Literal["k1", "k2", "k3"]
 
 _LEAST = 1e-4
-"""Added to a spread, as TRL has it."""
+"""Added to a standard deviation, as in TRL."""
 
 
 def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, scale: _Spread) -> Tensor:
-    """A_i = (r_i − b_i) / (s_i + 1e-4), float64: (N,). rewards: (N,); groups: whose answer each is.
+    """A_i = (r_i − b_i) / (s_i + 1e-4), float64: (N,). rewards: (N,); groups: of each answer.
 
-    b: the mean of the group (GRPO, eq. 1 of 2402.03300), of the group's other answers (RLOO, eq. 8 of 2402.14740), of
-    all, or 0. s + 1e-4: the standard deviation of the group or of all, with n − 1; or, for `none`, 1. A group of one
-    has nothing to be compared with: 0 by the first two, as all have that are worth the same, to the bit."""
+    b: the mean of the group (GRPO, eq. 1 of 2402.03300), of the group's other answers (RLOO, eq. 8 of
+    2402.14740), of all, or 0. s + 1e-4: the standard deviation of the group or of all, with n − 1; or, for
+    `none`, 1. For the first two baselines a group of one has advantage 0, exactly like a group with equal
+    rewards."""
     r = rewards.double()
     out = r.clone()
     parts: dict[int, list[int]] = {}
@@ -65,7 +67,9 @@ def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, s
 
 
 def _centred(r: Tensor) -> Tensor:
-    """A mean of equal numbers may be another number in its last bit, and a spread of 0 would blow that up."""
+    """Subtract the mean; exactly 0 for equal numbers.
+
+    The mean of equal numbers can differ in its last bit, which a standard deviation of 0 would amplify."""
     return r - r.mean() if bool((r != r[:1]).any()) else torch.zeros_like(r)
 
 
@@ -74,8 +78,10 @@ def _spread(r: Tensor) -> Tensor:
 
 
 def policy_ratios(logps: Tensor, old: Tensor, lengths: Sequence[int], *, level: Literal["token", "sequence"]) -> Tensor:
-    """ρ of each token, (T,), with its gradient. `token`: p / p_old (PPO's eq. 6). `sequence`: the same number for each
-    token of an answer, exp of the mean over them of log p − log p_old (GSPO's eq. 7)."""
+    """ρ of each token, (T,), with its gradient.
+
+    `token`: p / p_old (PPO's eq. 6). `sequence`: one number for all tokens of an answer, exp of their mean
+    log p − log p_old (GSPO's eq. 7)."""
     difference = logps - old
     if level == "sequence":
         means = torch.stack([part.mean() for part in difference.split(list(lengths))])
@@ -84,8 +90,9 @@ def policy_ratios(logps: Tensor, old: Tensor, lengths: Sequence[int], *, level: 
 
 
 def clipped(ratios: Tensor, advantages: Tensor, low: float | None, high: float | None) -> Tensor:
-    """max(−ρ·A, −clip(ρ, 1 − low, 1 + high)·A) of each token (PPO's eq. 7; with high above low DAPO's clip-higher,
-    its eq. 10); None: no bound on that side. advantages: (T,)."""
+    """max(−ρ·A, −clip(ρ, 1 − low, 1 + high)·A) of each token (PPO's eq. 7).
+
+    With high above low: DAPO's clip-higher, its eq. 10. None: no bound on this side. advantages: (T,)."""
     plain = -ratios * advantages
     if low is None and high is None:
         return plain
@@ -94,12 +101,13 @@ def clipped(ratios: Tensor, advantages: Tensor, low: float | None, high: float |
 
 
 def kl_estimates(logps: Tensor, reference: Tensor, estimator: _KlEstimator) -> Tensor:
-    """KL(p ‖ p_ref) by each token that was drawn from p, (T,), with d = log p − log p_ref (Schulman 2020,
-    "Approximating KL divergence"):
+    """KL(p ‖ p_ref) by each token sampled from p, (T,), with d = log p − log p_ref.
 
         k1  d                       unbiased; its gradient is 0 in the mean, so it belongs into the reward
-        k2  d²/2                    its gradient is KL's, where tokens come from p
-        k3  e^(−d) + d − 1          unbiased and never below 0: GRPO's (eq. 4)"""
+        k2  d²/2                    its gradient is KL's, if tokens come from p
+        k3  e^(−d) + d − 1          unbiased and never below 0: GRPO's (eq. 4)
+
+    Schulman 2020, "Approximating KL divergence"."""
     d = logps - reference
     if estimator == "k1":
         return d
@@ -107,12 +115,12 @@ def kl_estimates(logps: Tensor, reference: Tensor, estimator: _KlEstimator) -> T
 
 
 def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "forward"]) -> Tensor:
-    """KL of each place's p = softmax(logits) and the teacher's q, over the whole vocabulary: (M, V) -> (M,).
+    """KL of p = softmax(logits) and the teacher's q over the whole vocabulary: (M, V) -> (M,).
 
-        reverse   KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)      goes where q is high and leaves out the rest of it
+        reverse   KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)      concentrates where q is high
         forward   KL(q ‖ p) = Σ_v q_v (log q_v − log p_v)      covers all of q
 
-    Of answers that p itself has drawn (Agarwal et al. 2024, "On-policy distillation", arXiv 2306.13649)."""
+    For answers sampled from p itself (Agarwal et al. 2024, "On-policy distillation", arXiv 2306.13649)."""
     ours, theirs = logits.log_softmax(-1), teacher.log_softmax(-1)
     if direction == "forward":
         ours, theirs = theirs, ours
@@ -120,30 +128,30 @@ def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "
 
 
 def drawn_divergence(logps: Tensor, teacher: Tensor) -> Tensor:
-    """KL(p ‖ q) by the tokens y that p has drawn: (T,) log p(y) and log q(y) -> (T,).
+    """KL(p ‖ q) by the tokens y sampled from p: (T,) log p(y) and log q(y) -> (T,).
 
-        value      d = log p(y) − log q(y)        its mean over y ~ p is KL(p ‖ q); one alone may be below 0
-        gradient   d · ∇ log p(y)                 its mean is KL's: that of ∇ log p(y) alone is 0
+        value      d = log p(y) − log q(y)        its mean over y ~ p is KL(p ‖ q); a single one can be below 0
+        gradient   d · ∇ log p(y)                 its mean is KL's, because the mean of ∇ log p(y) is 0
 
-    The least that a teacher can say, one number a token; the policy gradient whose reward is −d (Lu and Thinking
+    Needs only one number per token from the teacher; the policy gradient with reward −d (Lu and Thinking
     Machines Lab 2025, "On-policy distillation")."""
     d = (logps - teacher).detach()
     return d + d * (logps - logps.detach())
 
 
 def likeliest_divergence(logits: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
-    """KL(q ‖ p) with all that the teacher does not name as one token, at each place: logits (M, V) -> (M,).
+    """KL(q ‖ p) with all tokens that the teacher does not name as one: logits (M, V) -> (M,).
 
         Σ_{v ∈ K} q_v (log q_v − log p_v) + q_rest (log q_rest − log p_rest),     rest = 1 − Σ_K
 
-    ids, teacher: (M, K), tokens that it names and their log q, −inf where there are fewer. At most KL(q ‖ p) of whole
-    distributions, and equal to it where the rest is alike in both (the log sum inequality)."""
+    ids, teacher: (M, K), the named tokens and their log q, −inf for padding. At most KL(q ‖ p) of the whole
+    distributions, and equal to it if the rest is alike in both (the log sum inequality)."""
     known = teacher.isfinite()
     ours = logits.log_softmax(-1)
     named = torch.where(known, ours.gather(1, ids), 0.0)
-    # a place that names fewer repeats one that it names, or what is masked would be a token of the rest
+    # padding repeats a named token; another token would be masked out of the rest
     hidden = torch.zeros_like(ours, dtype=torch.bool).scatter_(1, torch.where(known, ids, ids[:, :1]), True)
-    rest = ours.masked_fill(hidden, -1e30).logsumexp(-1)  # not −inf, of which gradients are NaN where all are named
+    rest = ours.masked_fill(hidden, -1e30).logsumexp(-1)  # −inf would give NaN gradients if all tokens are named
     q = torch.where(known, teacher, -torch.inf).exp()
     left = (1 - q.sum(-1)).clamp(min=0.0)
     of_named = (q * (torch.where(known, teacher, 0.0) - named)).sum(-1)
@@ -152,8 +160,10 @@ def likeliest_divergence(logits: Tensor, ids: Tensor, teacher: Tensor) -> Tensor
 
 
 def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
-    """f_i, float64: (N,). `answer`: 1/|o_i|, GRPO's mean of means. `batch`: N / Σ|o|, so that every token of the step
-    weighs the same: DAPO's. `limit`: 1/limit, a constant, Dr. GRPO's. `none`: 1, log p of whole answers."""
+    """f_i, float64: (N,).
+
+    `answer`: 1/|o_i|, GRPO's mean of means. `batch`: N / Σ|o|, so that every token of the step has the same
+    weight: DAPO's. `limit`: 1/limit, a constant, Dr. GRPO's. `none`: 1, log p of whole answers."""
     n = torch.tensor(list(lengths), dtype=torch.float64)
     if how == "answer":
         return 1 / n
@@ -163,11 +173,12 @@ def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
 
 
 def importance_weights(logps: Tensor, drawn: Tensor, cap: float) -> Tensor:
-    """min(p / q, cap) of each token, (T,): q is what it was drawn from, p the model's own. Truncated importance
-    sampling (Ionides 2008)."""
+    """min(p / q, cap) of each token, (T,): q is the sampling distribution, p the model's.
+
+    Truncated importance sampling (Ionides 2008)."""
     return (logps - drawn).exp().clamp(max=cap)
 
 
 def per_token(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Each answer's value for all of its tokens: (N,) -> (T,)."""
+    """Repeat each answer's value for all of its tokens: (N,) -> (T,)."""
     return values.repeat_interleave(torch.tensor(list(lengths), device=values.device))

@@ -1,7 +1,6 @@
-"""Preference training: rows as the items that a loss compares, the reference beside them, and the loss that the loop is
-given.
+"""Preference training: items that a loss compares, their reference, and the loss.
 
-    rows    → answer_rows       a pair as two ordinary rows, chosen and rejected, which `encode_rows` takes as others
+    rows    → answer_rows       a pair as two ordinary rows, chosen and rejected, for `encode_rows`
     encoded → items_of          pairs of examples again; for KTO each answer alone, with its judgement
     items   → collate_items     the answers end to end in one batch
               mismatched        KTO: prompts with the answers that belong to others
@@ -9,20 +8,20 @@ given.
     preference = Preference(config, base, attachment)
     preference.know(items, path, say)        the reference's log-probabilities, once, before step one
     preference.loss(batch)                   Σ loss over the batch's pairs (kto: answers)
-    preference.begin(step), .measured()      kto's reference point of the step; rewards and the rest for the log
+    preference.begin(step), .measured()      kto's reference point of the step; rewards and other values for the log
     preference.score(items, …)               the same over held-out pairs
 
-The reference is the same base with the adapter off, or with the adapter that the run goes on from, as it was: never a
-second model. The formulas are in ops.loss. What is measured, as means over the pairs:
+The reference is the same base with the adapter off, or with the adapter that the run started from: never a
+second model. The formulas are in ops.loss. Measurements, as means over the pairs:
 
     reward_chosen, reward_rejected    β·(log π − log π_ref); orpo and simpo have no reference: β·log π / |y|
-    reward_margin, reward_accuracy    their difference, and the share of pairs where it is above 0
+    reward_margin, reward_accuracy    their difference, and the share of pairs with a difference above 0
     logp_chosen, logp_rejected        log π, in nats: whether the chosen answers themselves become less likely
     tokens_chosen, tokens_rejected    lengths
     kl                                kto: z₀, and its accuracy is the share of answers on their side of it
 
-k micro-batches equal one, and so do several devices: each loss is of one pair alone, and z₀ is of the whole step,
-whatever its micro-batches. Passes without a gradient are dealt out among the devices.
+k micro-batches equal one, and so do several devices: each loss depends on one pair only, and z₀ on the whole
+step, whatever its micro-batches. Passes without a gradient are distributed over the devices.
 """
 
 from __future__ import annotations
@@ -59,9 +58,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Item:
-    """(chosen, rejected), or one answer that is `desirable` or not. `row`: the index of the row it is from.
+    """(chosen, rejected), or one answer that is `desirable` or not.
 
-    `reference`: log p of each answer under the reference model, once it is known; empty where no loss asks for it."""
+    `row`: index of its row. `reference`: log p of each answer under the reference model, once it is known;
+    empty if no loss needs it."""
 
     answers: tuple[Example, ...]
     row: int
@@ -79,15 +79,15 @@ class Item:
 
 @dataclass
 class AnswerBatch(Batch):
-    """The answers of some items, in order: those of a pair one after the other."""
+    """The answers of some items, in order; those of a pair are consecutive."""
 
     items: list[Item]
 
 
 def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
-    """Each answer as a row of its own, and for each the index of the row that it is from.
+    """Return each answer as a row, and the index of its original row.
 
-    What both answers of a pair begin with is their prompt and not learned, whoever said it."""
+    The common beginning of both answers of a pair is their prompt and not learned, whatever its roles."""
     out: list[Row] = []
     owners: list[int] = []
     for i, row in enumerate(rows):
@@ -103,10 +103,11 @@ def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
 def items_of(
     encoded: EncodedRows, rows: Sequence[Row], owners: Sequence[int], *, paired: bool
 ) -> tuple[list[Item], EncodedRows]:
-    """The items in the rows' order, and `encoded` with what is left of its examples.
+    """Return the items in the rows' order, and `encoded` with the remaining examples.
 
-    rows, owners: the preference rows, and `answer_rows`' second result. `paired`: a pair is one item, and an answer
-    whose partner was left out is left out too (counted as `partners`); otherwise each answer is an item."""
+    rows, owners: the preference rows, and the second result of `answer_rows`. `paired`: a pair is one item,
+    and an answer whose partner was left out is left out too (counted as `partners`); otherwise each answer is
+    an item."""
     first = {i: at for at, i in reversed(list(enumerate(owners)))}  # of a pair, the chosen answer
     by_row: dict[int, list[Example]] = {}
     for example in encoded.examples:
@@ -134,7 +135,7 @@ def items_of(
 
 
 def _one_prompt(a: Example, b: Example) -> tuple[Example, Example]:
-    """Both after the shorter of their two prompts, where that is what cutting left of the longer one."""
+    """Return both with the shorter of their prompts, if the longer was cut to it."""
     short = min(a.prompt, b.prompt, key=len)
 
     def after(example: Example) -> Example:
@@ -155,8 +156,10 @@ def collate_items(items: Sequence[Item]) -> AnswerBatch:
 
 
 def mismatched(items: Sequence[Item], max_length: int) -> list[Example]:
-    """For each item its prompt with the answer of the next item, in the order given and round again, that has another
-    prompt; at most `max_length` tokens, the answer's end cut. Empty where all have the same prompt."""
+    """Pair each item's prompt with the answer of the next item with another prompt.
+
+    The order is cyclic. At most `max_length` tokens; the answer's end is cut. Empty if all prompts are equal.
+    """
     out: list[Example] = []
     firsts = [item.answers[0] for item in items]
     prompts = [e.prompt for e in firsts]
@@ -172,8 +175,10 @@ def mismatched(items: Sequence[Item], max_length: int) -> list[Example]:
 
 @dataclass
 class Preference:
-    """A run's preference loss. `start`: the adapter that the run continues from; if the loss has a reference, `start`
-    is added to the attachment once more under `name`, as the reference."""
+    """A run's preference loss.
+
+    `start`: the adapter that the run continues from; if the loss has a reference, `start` is attached a
+    second time under `name`, as the reference."""
 
     config: TrainConfig
     base: TextBase
@@ -183,7 +188,7 @@ class Preference:
     call: CallWithWeights = call_whole
     devices: Devices = ALONE
     point: float = 0.0
-    """kto's z₀ in the step that is under way."""
+    """kto's z₀ in the current step."""
     seen: Means = field(default_factory=Means)
 
     def __post_init__(self) -> None:
@@ -195,7 +200,7 @@ class Preference:
 
     @property
     def whose(self) -> str:
-        """What distinguishes the reference's log-probabilities from another reference's."""
+        """The key of the reference's log-probabilities in the cache."""
         start = self.start.digest() if self.start is not None else "base"
         return f"{self.base.fingerprint}|{self.base.quantised}|{self.base.dtype}|{start}"
 
@@ -204,7 +209,7 @@ class Preference:
         return self.settings.needs_reference
 
     def know(self, items: Sequence[Item], path: Path, say: Callable[[str], None] = lambda line: None) -> None:
-        """Fills each item's `reference`, from the file at `path` where it is there, else computed and added to it."""
+        """Fill each item's `reference` from the file at `path`; compute and append missing ones."""
         if not self.needs_reference:
             return
         examples = [e for item in items for e in item.answers]
@@ -213,14 +218,14 @@ class Preference:
             item.reference = tuple(next(found) for _ in item.answers)
 
     def begin(self, step: Step) -> None:
-        """Before each step: z₀ of all its items, in the rows' order: how the step is cut does not change it."""
+        """Compute z₀ of all items of the step, in row order, so that micro-batches do not matter."""
         self.seen = Means()
         if self.settings.loss == "kto":
             items = [item for micro in step.micros for item in micro.items]
             self.point = self._point(sorted(items, key=lambda item: (item.row, not item.desirable)))
 
     def measured(self) -> Means:
-        """Of this process's pairs since `begin`."""
+        """Return the measurements of this process's pairs since `begin`."""
         if self.settings.loss != "kto":
             return self.seen
         own = Means()
@@ -228,7 +233,9 @@ class Preference:
         return Means.total([self.seen, own])
 
     def loss(self, batch: AnswerBatch) -> Tensor:
-        """Σ loss over the items of the batch. Before `know` the reference is the policy itself, as at the start."""
+        """Return Σ loss over the items of the batch.
+
+        Before `know`, the reference is the policy itself, as at the start."""
         device = self.base.device
         return self.call(self._loss, sent(batch.input_ids, device), batch, batch.trained)
 
@@ -237,8 +244,10 @@ class Preference:
         return self._losses(logps, batch.items, self.seen, self.point).sum()
 
     def score(self, items: Sequence[Item], *, interrupted: Callable[[], bool] = lambda: False) -> Score | None:
-        """The mean loss over `items` and its numbers, in eval mode; None as soon as `interrupted()`. With several
-        devices the first has it all, and the others an empty score."""
+        """Return the mean loss over `items` and its measures, in eval mode.
+
+        None once `interrupted()`. With several devices the first has the whole result, and the others an
+        empty score."""
         point = self._point(items) if self.settings.loss == "kto" else 0.0
         logps = self._logps([e for item in items for e in item.answers], interrupted=interrupted)
         if logps is None:
@@ -252,7 +261,7 @@ class Preference:
         return Score(total, learned, len(items), extra, likelihood=False, units=len(items))
 
     def _losses(self, logps: Tensor, items: Sequence[Item], seen: Means, point: float) -> Tensor:
-        """(items,) from the log p of all answers, (Σ answers,)."""
+        """Return the losses (items,) from the log p of all answers, (Σ answers,)."""
         s, beta = self.settings, self.settings.beta or 0.0
         lengths = logps.new_tensor([e.learned for item in items for e in item.answers])
         known = [value for item in items for value in item.reference]
@@ -314,7 +323,7 @@ class Preference:
         )
 
     def _point(self, items: Sequence[Item]) -> float:
-        """z₀: the mismatched pairs change with every step, so that their reference is computed when it is needed."""
+        """Return z₀. Mismatched pairs change every step, so their reference is computed each time."""
         examples = mismatched(items, self.config.data.max_length)
         policy = self._logps(examples)
         assert policy is not None
@@ -333,8 +342,10 @@ def answer_logps(
     call: CallWithWeights = call_whole,
     devices: Devices = ALONE,
 ) -> list[float] | None:
-    """Σ log p of the trained tokens of each example, in eval mode and without gradient; None when `interrupted()` on
-    any of the devices, which share the work and have all of it. The model is in its own mode again afterwards."""
+    """Return Σ log p of the trained tokens of each example, in eval mode without gradient.
+
+    None once `interrupted()` on any device. The devices share the work, and all return the whole result. The
+    model's mode is restored."""
     model = base.model
     groups = grouped([e.tokens for e in examples], micro_tokens)
     own, stopped = dict[int, float](), False
@@ -359,18 +370,19 @@ def cached_logps(
     devices: Devices = ALONE,
     chunk: int = 256,
 ) -> list[float]:
-    """log p of each of the examples: from the file at `path` where it has them, else by `compute`, and added to it.
+    """Return log p of each example, cached in the file at `path`.
 
-    A line of the file is ["sha256 of key, tokens and trained-mask", log p], so that a changed row, base or adapter is
-    another line and nothing is ever stale. Lines are added as they are computed: a run that is stopped finds them.
-    `key`: whose they are (base, precision, adapter). `say` hears what is done. With several devices the first reads and
-    writes the file, and `compute` is called on all. `chunk`: examples between two writes.
+    A line of the file is ["sha256 of key, tokens and trained-mask", log p], so that a changed row, base or
+    adapter has another line and no line is stale. Lines are appended as they are computed, so that an
+    interrupted run keeps them. `key`: identifies base, precision and adapter. `say`: called with progress.
+    With several devices the first reads and writes the file, and `compute` is called on all. `chunk`:
+    examples between two writes.
 
-    Equal examples are computed once. Raises ResourceError for a full disk and what `compute` raises."""
+    Equal examples are computed once. Raises ResourceError for a full disk and the errors of `compute`."""
     known = devices.gather(_read_logps(path) if devices.first else {})[0]
     names = [_digest(key, e) for e in examples]
     missing = {name: e for name, e in zip(names, examples, strict=True) if name not in known}
-    # Long ones first, so that what does not fit shows at once, and like with like.
+    # Long ones first, so that lack of memory shows at once; similar lengths together.
     order = sorted(missing.items(), key=lambda item: (-item[1].tokens, item[0]))
     total = len(set(names))
     say(f"reference: log-probabilities of {counted(total, 'answer')}, {total - len(order):,} already computed")
@@ -397,7 +409,7 @@ def _digest(key: str, example: Example) -> str:
 
 
 def _read_logps(path: Path) -> dict[str, float]:
-    """What the file has; a last line that a kill cut short is left out, and what follows it begins a new line."""
+    """Return the file's entries; an incomplete last line is left out and terminated."""
     known: dict[str, float] = {}
     if not path.is_file():
         return known

@@ -1,31 +1,33 @@
-"""Reinforcement: answers drawn from the adapter as it is, what they are worth, and the loss that the loop is given.
+"""Reinforcement learning: answers sampled from the current adapter, rewards, and the loss.
 
     a step   prompts → draw (`rollouts.Sampler`) → rewards (`train.rewards`) → advantages → loss (`policy_losses`)
 
-What is drawn from is what is trained: the sampler reads the pairs on the attachment, and with `reinforcement.exact` the
-trainer's forward has the sampler's values (`models.text.replay`). The first update of each draw measures that, token by
-token, and a run whose gap is above `reinforcement.gap` stops before its optimizer moves. Logged, of each step:
+Sampler and trainer are the same model: the sampler reads the pairs on the attachment, and with
+`reinforcement.exact` the trainer's forward has the sampler's values (`models.text.replay`). The first update
+after each sampling measures the mismatch token by token, and a run whose gap is above `reinforcement.gap`
+stops before its optimizer moves. Logged for each step:
 
-    reward, reward_NAME…               means over the answers that have one; reward_failed: how many have none
-    constant_groups, constant_share    groups whose answers are all worth the same: nothing is learned from them
-    idle                               1 where no answer has an advantage at all, else 0
+    reward, reward_NAME…               means over the answers with a reward; reward_failed: number without one
+    constant_groups, constant_share    groups whose answers all have one reward: nothing is learned from them
+    idle                               1 if no answer has an advantage, else 0
     cut_answers, cut_share             answers that ended at max_tokens
-    answer_tokens, drawn_tokens        mean length, and how many were drawn for this step, 0 where it is a later update
-                                       of a draw; drawn_seconds: how long it took
-    prompt_cached                      share of the prompts' tokens whose keys and values were there
-    gap_mean, gap_max, gap_share       |Δ log p| of the tokens that are learned from; the share beyond 1%
-    policy_lag                         optimizer steps since the adapter was what the answers were drawn from
-    drift                              |log p − log p when it was drawn|, mean, where that is not 0
-    kl, clipped, weight                means over these tokens, where there is a reference, a clip, a correction
+    answer_tokens, drawn_tokens        mean length, and number sampled for this step, 0 for a later update on the
+                                       same answers; drawn_seconds: sampling time
+    prompt_cached                      share of the prompts' tokens found in the KV cache
+    gap_mean, gap_max, gap_share       |Δ log p| of the trained tokens; the share beyond 1%
+    policy_lag                         optimizer steps since the adapter that the answers were sampled from
+    drift                              mean |log p − log p at sampling|, if not 0
+    kl, clipped, weight                means over these tokens, with a reference, a clip, a correction
 
-Held-out prompts are answered greedily; their loss is minus the mean reward. A step's answers are a function of the
-seed, the step and the adapter's values, so a run that is resumed draws what it would have drawn; those of which some
-updates are still to come are in the checkpoint.
+Held-out prompts are answered greedily; their loss is minus the mean reward. A step's answers are a function
+of the seed, the step and the adapter's values, so a resumed run samples the same answers; answers with
+updates still to come are in the checkpoint.
 
-With `reinforcement.one_step_off_policy` a thread draws for the next draw while this one is trained on, from a copy of
-the pairs as they were when that began (`offpolicy`): the second draw comes from what the first came from. Ratios are
-those of now to then. The copy is in the checkpoint, so that what was drawn from it can be drawn again; the gap is that
-of the first micro-batch of a draw, whose likelihood under the copy is computed anew.
+With `reinforcement.one_step_off_policy` a thread samples the next answers during training on the current
+ones, from a copy of the pairs as of the start of that training (`offpolicy`): the second answers come from
+the same pairs as the first. Ratios are those of the current pairs to the copy. The copy is in the checkpoint,
+so that its answers can be sampled again; the gap is measured on the first micro-batch of each sampling, whose
+likelihood under the copy is recomputed.
 """
 
 from __future__ import annotations
@@ -80,8 +82,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _JudgedRollout:
-    """An answer that is learned from. `row`: of its prompt. `worth`: its advantage; `reference`: log-probabilities of
-    its tokens under the reference, where there is one."""
+    """An answer to learn from.
+
+    `row`: of its prompt. `worth`: its advantage. `reference`: log-probabilities of its tokens under the
+    reference, if any."""
 
     rollout: Rollout
     row: int
@@ -94,7 +98,7 @@ class _JudgedRollout:
 
     @property
     def size(self) -> tuple[tuple[int, ...], int]:
-        """Its prompt, and how many tokens it has."""
+        """Its prompt, and its number of tokens."""
         return self.rollout.prompt, len(self.rollout.tokens)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +112,9 @@ class _JudgedRollout:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Answers, and what they are worth. `groups`: the row whose prompt each answers. `failed`: which have none."""
+    """Sampled answers and their rewards.
+
+    `groups`: the row of each answer's prompt. `failed`: reasons of answers without a reward."""
 
     groups: list[int]
     drawn: list[Rollout]
@@ -119,9 +125,11 @@ class _Draw:
 
 @dataclass
 class Reinforcement:
-    """`name`: of the adapter that is trained. `reference`: of the one it is compared with, "" for the base alone.
-    `conversing`: what answers the model, where conversations go on. `planned`: all steps of the run. `off_policy`: what
-    has the next draw made meanwhile, where that is asked for."""
+    """A run's reinforcement learning.
+
+    `name`: of the trained adapter. `reference`: of the reference adapter, "" for the base without adapter.
+    `conversing`: answers the model in multi-turn runs. `planned`: all steps of the run. `off_policy`: samples
+    the next answers during training, if configured."""
 
     config: TrainConfig
     base: TextBase
@@ -134,12 +142,12 @@ class Reinforcement:
     planned: Sequence[Step] = ()
     off_policy: OffPolicyDraws | None = None
     first: int = 0
-    """The step that the answers at hand were drawn for; 0 for none."""
+    """The step that the current answers were sampled for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
-    """What was found of them when they were drawn."""
+    """Measurements of the answers at sampling."""
     failed: list[str] = field(default_factory=list)
-    """Answers of the last draw that are left out, and why."""
+    """Answers of the last sampling that are left out, and why."""
     seen: Means = field(default_factory=Means)
     gap: Gap = field(default_factory=Gap)
 
@@ -151,7 +159,7 @@ class Reinforcement:
     # -- drawing -------------------------------------------------------------------------------------------------------
 
     def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
-        """Step `number` of what was drawn for it. `rows`: those that its prompts are of."""
+        """Return step `number` on answers sampled for it. `rows`: the rows of its prompts."""
         s, update = self.settings, (number - 1) % self.settings.updates
         first, following = number - update, number + s.updates
         made_at = first - 1 if self.off_policy is None else max(0, first - 1 - s.updates)
@@ -162,7 +170,7 @@ class Reinforcement:
                 return None
             self._learn_from(draw, first, now=made_at == first - 1)
         self.measured["policy_lag"] = float(number - 1 - made_at)
-        if update:  # what was found once is not found again
+        if update:  # measured once per sampling
             self.measured |= {"drawn_tokens": 0.0, "drawn_seconds": 0.0}
             self.measured = {key: value for key, value in self.measured.items() if not key.startswith("gap_")}
         elif self.off_policy is not None and following <= len(self.planned):
@@ -173,7 +181,7 @@ class Reinforcement:
     def _making(
         self, number: int, step: Step, rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> Callable[[], _Draw | None]:
-        """What draws for step `number`, as it is planned."""
+        """Return the function that samples for step `number`, as planned."""
         items, off = {item.row: item for micro in step.micros for item in micro.items}, self.off_policy
         prompts = [items[row] for row in sorted(items)]
         if off is None:
@@ -204,7 +212,7 @@ class Reinforcement:
         return _Draw([item.row for item in owners], drawn, judged, seconds, judged.why(answers))
 
     def _learn_from(self, draw: _Draw, number: int, *, now: bool) -> None:
-        """Makes them the answers at hand. `now`: they come from the adapter as it is."""
+        """Make these the current answers. `now`: they come from the current adapter."""
         s, groups, drawn, judged = self.settings, draw.groups, draw.drawn, draw.judged
         self.failed = draw.failed
         found = judged.logged() | reward_findings(judged, groups) | drawn_figures(drawn, draw.seconds)
@@ -234,7 +242,7 @@ class Reinforcement:
         self.first, self.answers, self.measured = number, answers, found
 
     def _gap_as_drawn(self, answers: Sequence[_JudgedRollout], name: str) -> dict[str, float]:
-        """The gap of the first micro-batch of answers, under the adapter that they were drawn from."""
+        """Return the gap of the first micro-batch, under the adapter it was sampled from."""
         drawn = [answers[i].rollout for i in shared_groups([a.size for a in answers], self.config)[0]]
         old, gap = torch.tensor([x for rollout in drawn for x in rollout.logps], dtype=torch.float64), Gap()
         gap.add(self._logps_under(name, drawn), old)
@@ -243,7 +251,9 @@ class Reinforcement:
     def _held(
         self, asked: Sequence[AnswerWanted], prompts: Sequence[Answer], interrupted: Callable[[], bool]
     ) -> tuple[list[Rollout], list[Answer]] | None:
-        """Answers, or where there is an environment conversations, and what rewards see of them."""
+        """Return rollouts, and the answers or conversations that rewards judge.
+
+        Conversations if there is an environment. None if interrupted."""
         if self.conversing is None:
             drawn = self.sampler.draw(asked, interrupted)
             held = None if drawn is None else [Conversation(rollout) for rollout in drawn]
@@ -254,7 +264,7 @@ class Reinforcement:
         return [each.rollout for each in held], [said_so_far(p, each) for p, each in zip(prompts, held, strict=True)]
 
     def _references(self, drawn: Sequence[Rollout]) -> list[tuple[float, ...]]:
-        """log p of each answer's tokens under the reference."""
+        """Return log p of each answer's tokens under the reference."""
         out: dict[int, tuple[float, ...]] = {}
         for group in shared_groups([(r.prompt, len(r.tokens)) for r in drawn], self.config):
             parts = self._logps_under(self.reference, [drawn[i] for i in group]).tolist()
@@ -264,7 +274,9 @@ class Reinforcement:
         return [out[i] for i in range(len(drawn))]
 
     def _logps_under(self, name: str, drawn: Sequence[Rollout]) -> Tensor:
-        """log p of the tokens of answers, end to end, under another adapter; "" for the base alone."""
+        """Return log p of the answers' tokens, end to end, under another adapter.
+
+        name: "" for the base without adapter."""
         batch, shared = collate_shared(drawn)
         ids = sent(batch.input_ids, self.base.device)
         with torch.no_grad(), without_dropout(self.base.model):
@@ -274,13 +286,15 @@ class Reinforcement:
                 return self._own_logps(batch, shared)
 
     def _step_of(self, step: Step, rows: Sequence[Row], *, fresh: bool) -> Step:
-        """The micro-batches of the answers at hand; those that move nothing are left out, and counted all the same."""
+        """Return the micro-batches of the current answers.
+
+        Answers without effect are left out of the micro-batches but counted."""
         s, answers = self.settings, self.answers
         factors = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
         in_loss = bool(s.kl) and s.kl_estimator != "k1"
         moving = [i for i, a in enumerate(answers) if a.worth or in_loss]
-        moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # a step has a token at least
-        factors = factors * (len(moving) / len(answers))  # the loop divides by those that it is given
+        moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # a step has at least one token
+        factors = factors * (len(moving) / len(answers))  # the loop divides by the number of answers it gets
         micros = []
         for group in shared_groups([answers[i].size for i in moving], self.config):
             own = [answers[moving[k]] for k in group]
@@ -295,7 +309,7 @@ class Reinforcement:
         self.seen, self.gap = Means(), Gap()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
-        """Σ over the batch's answers; the loop divides by their number."""
+        """Return Σ loss over the batch's answers; the loop divides by their number."""
         s = self.settings
         logps = in_float64(self._policy(batch))
         old = logps.detach() if batch.old is None else batch.old.to(logps)
@@ -331,7 +345,9 @@ class Reinforcement:
         return token_logps(self.base.model, ids, batch.lengths, batch.trained, shared)
 
     def means(self) -> Means:
-        """What was measured since `begin`. Raises TrainingError where what was drawn from is not what is trained."""
+        """Return the measurements since `begin`.
+
+        Raises TrainingError if the sampler's model differs from the trained one."""
         gap = self.gap.checked(self.settings, self._gap_fix)
         return Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
@@ -340,13 +356,13 @@ class Reinforcement:
         return "set reinforcement.exact=true" if not self.settings.exact else "this is worth a report"
 
     def said_after(self, number: int) -> Iterator[str]:
-        """Warnings of step `number`, if it is one that answers were drawn for."""
+        """Yield warnings on step `number`, if answers were sampled for it."""
         if number == self.first:
             yield from answers_left_out(number, self.failed)
             yield from self.findings.of_step(number, self.measured)
 
     def said_last(self, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
-        """What was found in all steps, which have measured so much."""
+        """Yield a summary of all steps' measurements."""
         return draw_summary(self.settings, steps)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
@@ -354,9 +370,9 @@ class Reinforcement:
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> Score | None:
-        """The mean reward of greedy answers; its loss is minus that. None as soon as `interrupted()`."""
+        """Return the mean reward of greedy answers; the loss is minus that. None once `interrupted()`."""
         if self.off_policy is not None:
-            self.off_policy.ahead.settle()  # one draw at a time
+            self.off_policy.ahead.settle()  # one sampling at a time
         greedy = replace(self.drawing, temperature=0.0, top_p=1.0)
         asked = [AnswerWanted(item.ids, 0, greedy, self.name) for item in prompts]
         held = self._held(asked, [_unanswered(rows[item.row]) for item in prompts], interrupted)
@@ -379,7 +395,7 @@ class Reinforcement:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def kept(self, step: int) -> dict[str, Any]:
-        """The answers of which updates are still to come after `step`."""
+        """Return the answers with updates still to come after `step`."""
         if not self.first or step >= self.first + self.settings.updates - 1:
             return {}
         return {"first": self.first, "measured": self.measured, "answers": [a.to_dict() for a in self.answers]}
@@ -391,7 +407,7 @@ class Reinforcement:
 
 
 def _unanswered(row: Row) -> Answer:
-    """What rewards see of a prompt."""
+    """Return a prompt in the form that rewards read."""
     end = row.last_assistant()
     columns = dict(row.values)
     if end < len(row.messages):

@@ -1,12 +1,12 @@
-"""Answers drawn from an adapter while it is trained: what is asked, what comes back, and who draws.
+"""Answers sampled from an adapter during training: requests, results and the sampler protocol.
 
-    with make(base, attachment, settings) as sampler:        `make`: handed in, for drawing is serving's and above this
+    with make(base, attachment, settings) as sampler:        `make`: an argument, because sampling is in serve, above
         drawn = sampler.draw([AnswerWanted(prompt, seed, how, "run"), …])
         logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained, "run"))
 
-What is drawn from are the very pairs that an attachment has now, over the base that it is on: nothing is saved, merged
-or synchronised, and of the base nothing is copied that was not asked for. `veneer.serve.engine.live` is the one that
-there is.
+Answers are sampled from the attachment's current pairs over its base: nothing is saved, merged or
+synchronized, and nothing of the base is copied unless requested. `veneer.serve.engine.live` is the only
+implementation.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How an answer is drawn. `temperature` 0 is the best token always. `grammar`: what it must match, by its kind,
-    `json_schema`, `json_object` or `regex`, and as text. Ranges as `veneer.serve.request.Sampling` has them."""
+    """Sampling parameters of an answer.
+
+    `temperature` 0: always the best token. `grammar`: (kind, text) that the answer must match; kinds are
+    `json_schema`, `json_object` and `regex`. Ranges as in `veneer.serve.request.Sampling`."""
 
     max_tokens: int = 256
     temperature: float = 1.0
@@ -41,8 +43,10 @@ class Drawing:
 
 @dataclass(frozen=True)
 class AnswerWanted:
-    """An answer that is wanted. `prompt`: token ids. `seed`: the answer is a function of it, the prompt, `how` and the
-    adapter's values, whoever is drawn beside it. `adapter`: its name on the attachment, "" for the base alone."""
+    """A request for an answer.
+
+    `prompt`: token ids. `seed`: the answer is a function of it, the prompt, `how` and the adapter's values,
+    independent of other requests. `adapter`: its name on the attachment, "" for the base without adapter."""
 
     prompt: tuple[int, ...]
     seed: int
@@ -52,11 +56,13 @@ class AnswerWanted:
 
 @dataclass(frozen=True)
 class Rollout:
-    """An answer that was drawn. `tokens`: the one that ended it with them. `logps`: the log-probability of each, in
-    nats, in the model's distribution at temperature 1, with nothing changed; `drawn`: in the one it was drawn from.
-    `text`: without what ended it. `cut`: whether it ended at `max_tokens`. `cached`: tokens of the prompt whose keys
-    and values were there. `others`: parts of `tokens`, from and to, that an environment said and nobody drew: `logps`
-    and `drawn` have none of them."""
+    """A sampled answer.
+
+    `tokens`: including the stop token. `logps`: log-probability of each token in nats, in the model's
+    distribution at temperature 1 without changes; `drawn`: in the distribution it was sampled from. `text`:
+    without the stop token. `cut`: whether it ended at `max_tokens`. `cached`: tokens of the prompt found in
+    the KV cache. `others`: ranges (from, to) of `tokens` that come from an environment and were not sampled:
+    they are not in `logps` and `drawn`."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -69,14 +75,14 @@ class Rollout:
 
     @property
     def trained(self) -> list[bool]:
-        """Which of `tokens` were drawn."""
+        """Which of `tokens` were sampled."""
         own = [True] * len(self.tokens)
         for first, last in self.others:
             own[first:last] = [False] * (last - first)
         return own
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, which keep every float."""
+        """Return JSON values, which keep every float."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
 
     @classmethod
@@ -87,11 +93,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """`rows`: answers drawn at once. `context`: tokens of a prompt and its answer, 0 for the base's own. `pack_bytes`:
-    what a second copy of the base's projections may take, in the order in which few rows are multiplied by them
-    fastest; 0 for none.
+    """Settings of a sampler.
 
-    `exact`: an answer's bits depend on nothing beside it, and a `replay` gives them again."""
+    `rows`: answers sampled at once. `context`: tokens of a prompt and its answer, 0 for the base's own limit.
+    `pack_bytes`: budget for prepacked copies of the base's projections, for fast products with few rows; 0
+    for none. `exact`: an answer's bits do not depend on other requests, and a `replay` reproduces them."""
 
     rows: int = 32
     context: int = 0
@@ -100,21 +106,22 @@ class SamplerSettings:
 
 
 class Sampler(Protocol):
-    """Draws from the adapters of an attachment, as they are when it is asked."""
+    """Samples from the adapters of an attachment, in their current state."""
 
     settings: SamplerSettings
 
     @abstractmethod
     def problems(self, adapter: str) -> list[str]:
-        """Why nothing can be drawn from an adapter on the attachment, one line each."""
+        """Return why an adapter on the attachment cannot be sampled from, one line each."""
 
     @abstractmethod
     def draw(
         self, asked: Sequence[AnswerWanted], interrupted: Callable[[], bool] = lambda: False
     ) -> list[Rollout] | None:
-        """The answers, in the order in which they are asked for; None as soon as `interrupted()`. Adapters must not
-        change meanwhile. Raises VeneerError for what cannot be drawn: a prompt beyond the context, an unusable
-        adapter, a grammar that is none."""
+        """Return the answers in the order of the requests; None once `interrupted()`.
+
+        Adapters must not change meanwhile. Raises VeneerError for requests that cannot be sampled: a prompt
+        beyond the context, an unusable adapter, an invalid grammar."""
 
     @abstractmethod
     def replay(
@@ -125,16 +132,19 @@ class Sampler(Protocol):
         adapter: str = "",
         shared: SharedRows | None = None,
     ) -> Replay:
-        """The forward that `draw` runs, over rows that are there: arguments as `token_logps` has them. Where it is
-        `exact` its values are those with which the rows' tokens were drawn, to the bit."""
+        """Return the forward of `draw` over given rows; arguments as in `token_logps`.
+
+        If `exact`, its values equal those at sampling to the bit."""
 
 
 MakeSampler = Callable[["TextBase", "Attachment", SamplerSettings], AbstractContextManager[Sampler]]
 
 
 def drawn_figures(drawn: Sequence[Rollout], seconds: float) -> dict[str, float]:
-    """What is logged of a draw: tokens of an answer (mean) and of all, seconds, how many answers were cut, and their
-    share; and that of the prompts' tokens whose keys and values were there."""
+    """Return the log's measurements of a sampling.
+
+    Mean tokens of an answer, all tokens, seconds, number and share of cut answers, and the share of the
+    prompts' tokens found in the KV cache."""
     tokens, cut, count = sum(len(r.logps) for r in drawn), sum(r.cut for r in drawn), max(1, len(drawn))
     return {
         "answer_tokens": tokens / count,
@@ -147,5 +157,5 @@ def drawn_figures(drawn: Sequence[Rollout], seconds: float) -> dict[str, float]:
 
 
 def draw_seed(*key: int | str) -> int:
-    """A seed of 63 bits, the same on every machine."""
+    """Return a seed of 63 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1

@@ -1,16 +1,17 @@
-"""A training run on a text base, from configuration to a saved and proven adapter.
+"""Train an adapter on a text base, from configuration to a saved and verified adapter.
 
     result = run_text(config)                    result.adapter is the folder, in PEFT's format
 
-load the base → rows → tokens → settings with their sources → preflight → attach → longest batch first → loop →
-save → reload and compare logits → report. Everything before the loop happens on a dry run too, and leaves no file.
-Where answers are compared with a reference, its log-probabilities are computed, or found, before step one.
+load the base → rows → tokens → settings with their sources → preflight → attach → longest batch first → loop
+→ save → reload and compare logits → report. A dry run does everything before the loop, and leaves no file. If
+answers are compared with a reference, its log-probabilities are computed, or read from the cache, before step
+one.
 
     output/
       adapter_config.json, adapter_model.safetensors, veneer.json, README.md      the adapter
-      report.html, log.jsonl                                                      how it came to be
-      checkpoints/                                                                to resume from; may be deleted after
-      cache/                                                                      preferences: the reference; as well
+      report.html, log.jsonl                                                      report and log of the run
+      checkpoints/                                                                to resume from; deletable afterwards
+      cache/                                                                      preferences: the reference; deletable
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _LOOKED_AT = 1024
-"""Tokens of the first rows by which a base is told from one that is broken."""
+"""Tokens of the first rows used to detect a broken base."""
 _OVER_CHANCE = 2.0
-"""Nats a token: a base with random weights is a little worse than a uniform guess, and may be trained."""
+"""Nats per token above chance. A base with random weights is slightly above; it can be trained."""
 
 
 def run_text(
@@ -91,22 +92,21 @@ def run_text(
     sources: Mapping[str, Any] | None = None,
     sampler: MakeSampler | None = None,
 ) -> RunResult:
-    """Trains one adapter as `config` says and returns what came out.
+    """Train one adapter by `config` and return the result.
 
-    `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
-    stopped. `dry_run` stops after preflight and the longest batch, with no file written. `force`: a run that does not
-    fit by its plan is tried with a warning. `on_event` hears everything that happens; without it the run is shown in
-    the terminal (stderr). `base`: one that is loaded already. `sources`: setting -> where it came from, as
-    `load_config` gives it. `sampler`: who draws answers, where `reinforcement.loss` asks for them.
+    `resume`: continue from the newest checkpoint in the output folder, on the CPU bit for bit as without the
+    interruption. `dry_run`: stop after preflight and the longest batch, with no file written. `force`: try a
+    run that does not fit by its plan, with a warning. `on_event`: called with every event; by default the run
+    is shown in the terminal (stderr). `base`: a base that is already loaded. `sources`: setting -> its
+    origin, from `load_config`. `sampler`: makes the sampler of answers, for a `reinforcement.loss`.
 
-    In processes that torchrun or the like started, each takes a device and a share of every step (train.devices); only
-    the first is heard, and writes. All return the same numbers.
+    In processes started by torchrun or similar tools, each process takes a device and a share of every step
+    (train.devices); only the first reports and writes. All return the same numbers.
 
-    Random generators, the base's mode and its modules are as before afterwards, after any error too. Raises
-    PreflightError before step one for what would go wrong, TrainingError for a loss that is not finite,
-    Interrupted on Ctrl-C with the state saved, ResourceError for a full disk or memory, and what reading
-    configuration, base, data and checkpoints raises.
-    """
+    Random generators, the base's mode and its modules are restored, after any error too. Raises
+    PreflightError before step one for predictable failures, TrainingError for a loss that is not finite,
+    Interrupted on Ctrl-C with the state saved, ResourceError for a full disk or memory, and the errors of
+    reading configuration, base, data and checkpoints."""
     with opened(
         config,
         unit="tokens",
@@ -127,8 +127,10 @@ def run_text(
 
 
 def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
-    """The base, on this process's device. Where it is going to be sharded its weights are still in their files; or on
-    the CPU where the fresh adapter begins as a part of their values, or they cannot be read in parts."""
+    """Load the base on this process's device.
+
+    A base to be sharded keeps its weights in the files; or on the CPU if the adapter is initialized from
+    their values, or if they cannot be read in parts."""
     sharded = config.memory.shard and run.devices.count > 1
     if base is not None:
         if sharded:
@@ -155,7 +157,7 @@ def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBas
 
 
 def cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
-    """The configuration with `batching.micro_tokens`, the same on every process, where it does not say it."""
+    """Return the configuration with `batching.micro_tokens`, equal on every process."""
     if config.batching.micro_tokens is not None:
         return config
     free = _free_memory(base, run.devices)
@@ -163,22 +165,24 @@ def cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
 
 
 def _free_memory(base: TextBase, devices: Devices) -> int | None:
-    """Bytes for this process where several share the run; None to measure them."""
+    """Return the free bytes for this process if several share the run; None to measure."""
     if devices.count == 1:
         return None
     device = torch.device(devices.device)
     free = free_memory(device)
-    if device.type == "cpu":  # whose memory the processes of a machine share
+    if device.type == "cpu":  # shared by the processes of a machine
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
-    if base.device != device or base.unread is not None:  # the base comes there later, in parts
+    if base.device != device or base.unread is not None:  # the base is moved there later, in parts
         free -= whole_bytes(base.model) // devices.count
     return free
 
 
 @dataclass(frozen=True)
 class TextRun:
-    """A run on text whose data is read and checked. `name`: its adapter's on the attachment. `sampler`: makes the
-    sampler of answers, if the run learns from its own (`reinforcement.loss`, `distillation.teacher`)."""
+    """A text run with its data read and checked.
+
+    `name`: its adapter's name on the attachment. `sampler`: makes the sampler of answers, if the run learns
+    from sampled answers (`reinforcement.loss`, `distillation.teacher`)."""
 
     config: TrainConfig
     base: TextBase
@@ -189,7 +193,7 @@ class TextRun:
     sampler: MakeSampler | None = None
 
     def recomputes(self) -> tuple[bool, str]:
-        """Whether activations are recomputed, and why; the first process decides."""
+        """Return whether activations are recomputed, and why; decided by the first process."""
         return _recomputes(self.config, self.run.devices, self.report)
 
 
@@ -203,11 +207,13 @@ def checked_text(
     taken: int = 0,
     sampler: MakeSampler | None = None,
 ) -> TextRun:
-    """Reads and checks what can be checked before anything is changed. `newest`: the checkpoint that the run continues
-    from. `taken`: bytes that other runs on the same base will take. Raises DataError, PreflightError."""
+    """Read the data and check everything that can be checked without changes.
+
+    `newest`: the checkpoint to resume from. `taken`: bytes that other runs on the same base will use. Raises
+    DataError, PreflightError."""
     data = read_data(config, base)
     if config.adapter.start is not None:
-        # the adapter that the run continues from, in the precision that pairs are trained in
+        # the adapter to continue from, in the precision of trained pairs
         loaded = load_adapter(base, config.adapter.start)
         wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
         data = replace(data, start=replace(wide, dropout=config.adapter.dropout))
@@ -235,7 +241,7 @@ def _recomputes(config: TrainConfig, devices: Devices, report: Report) -> tuple[
 def _settled(
     run: Run, config: TrainConfig, base: TextBase, data: TextData, report: Report
 ) -> Iterator[tuple[str, Any, str]]:
-    """Each setting that was `auto` or left open: its value now, and the reason."""
+    """Yield each setting that was `auto` or open, with its value and the reason."""
     devices = run.devices
     recompute, reason = _recomputes(config, devices, report)
     if config.base.dtype == "auto":
@@ -253,7 +259,7 @@ def _settled(
     if base.quantised and config.memory.keep_dequantised_gb is None:
         because = "what the plan finds room for on a GPU; on a CPU dequantising costs next to nothing"
         yield "memory.keep_dequantised_gb", int(report.numbers.get("kept_dequantised", 0)) / 1e9, because
-    if run.config.batching != config.batching:  # `cut_by_device` settled it
+    if run.config.batching != config.batching:  # settled by `cut_by_device`
         because = "what makes products faster on this device, where it fits"
         yield "batching.micro_tokens", config.batching.at_once, because
     if config.memory.keep_packed_gb is None:
@@ -275,8 +281,10 @@ def _settled(
 
 @contextmanager
 def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
-    """The runs with their adapters on their one base, the first's selected, the base in training mode on its fast
-    paths, and sharded if that is asked for. All but the sharding is undone at the end."""
+    """Attach the runs' adapters to their common base, and select the first one.
+
+    The base is in training mode on its fast paths, and sharded if configured. All except the sharding is
+    undone at the end."""
     first = texts[0]
     config, base, run = first.config, first.base, first.run
     model, devices = base.model, run.devices
@@ -289,7 +297,7 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         attachment = undo.enter_context(attach(model))
         fresh = {text.name: _fresh_adapter(text) for text in texts}
         for name in list(fresh):
-            attachment.add(name, fresh.pop(name), trainable=True)  # which makes its own copy
+            attachment.add(name, fresh.pop(name), trainable=True)  # makes its own copy
         attachment.use(first.name)
         undo.callback(model.train, model.training)
         model.train()
@@ -320,7 +328,7 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
 
 
 def _fresh_adapter(text: TextRun) -> Adapter:
-    """What is trained, as it begins: new, or what the run continues from."""
+    """Return the initial adapter: new, or the one that the run continues from."""
     seed_all(text.config.seed)
     if text.data.start is not None:
         return text.data.start
@@ -329,7 +337,7 @@ def _fresh_adapter(text: TextRun) -> Adapter:
 
 
 def host_store(config: TrainConfig, base: TextBase, run: Run) -> HostStore | None:
-    """Keeps the inputs of recomputed layers in host memory, if that is asked for and is another memory."""
+    """Return the offloader of recomputed layers' inputs, if configured and on a GPU."""
     if not config.memory.offload_activations:
         return None
     if computes_on(base).type != "cuda":
@@ -339,14 +347,14 @@ def host_store(config: TrainConfig, base: TextBase, run: Run) -> HostStore | Non
 
 
 _REPLY = 30.0
-"""Seconds that an environment may take over what the model said."""
+"""Seconds that an environment can take to reply."""
 
 _Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, AnyTeacher]
 
 
 @contextmanager
 def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
-    """Who draws a run's answers and who judges them; None for a run that draws none."""
+    """Yield the sampler and the judge of a run's answers; None for a run without sampling."""
     r = text.config.drawn
     if r is None:
         yield None
@@ -359,7 +367,7 @@ def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
         )
     judges = judges_here(r.rewards) if isinstance(r, ReinforcementSection) else set()
     longest = max(item.tokens for split in (text.data.train, text.data.held) for item in split.items)
-    context = 0 if judges else longest  # what they are asked is as long as it is
+    context = 0 if judges else longest  # the length of judges' prompts is not limited
     exact = isinstance(r, ReinforcementSection) and r.exact
     pack = int(text.report.numbers.get("drawer_packed", 0))
     rows = drawn_at_once(text.config, len(text.data.held.items[: text.config.evaluation.rows]))
@@ -381,7 +389,7 @@ def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
 
 
 def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> Conversing | None:
-    """What answers the model, where a run's conversations go on."""
+    """Return the environment that answers the model in multi-turn runs, or None."""
     r = text.config.reinforcement
     if r.environment is None:
         return None
@@ -393,8 +401,10 @@ def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> Conversin
 
 
 def recompute_activations(model: Any, store: HostStore | None = None) -> None:
-    """Layers keep their inputs alone, in `store` where there is one, which takes the place of the function that
-    transformers gives each of its `GradientCheckpointingLayer`s. Raises ConfigError for a model that cannot."""
+    """Make layers keep only their inputs, in `store` if given.
+
+    Replaces the checkpoint function of transformers' `GradientCheckpointingLayer`s. Raises ConfigError for a
+    model without support."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
@@ -417,8 +427,9 @@ def recompute_activations(model: Any, store: HostStore | None = None) -> None:
 
 
 class AttachedText:
-    """A text run whose adapter is on its base. `call`: runs a function of the model with its weights, sharded or not.
-    `task`: what is done with it."""
+    """A text run whose adapter is attached to its base.
+
+    `call`: runs a function of the model with its weights, sharded or not. `task`: the task to run."""
 
     task: Task[RunResult]
 
@@ -459,7 +470,7 @@ class AttachedText:
         self.attachment.use(self.name)
 
     def why_alone(self) -> str:
-        """Why the run's rows cannot share a pass with other runs' rows; "" if they can."""
+        """Return why the run's rows cannot share a pass with other runs, or ""."""
         if self.config.preference.loss is not None:
             return "its loss compares answers"
         if self.config.drawn is not None:
@@ -471,8 +482,10 @@ class AttachedText:
         return span_problem(adapter)
 
     def check_base(self) -> None:
-        """PreflightError where what the run begins with predicts its rows worse than chance, all their tokens counted:
-        whatever is wrong then, training against it teaches nothing. A warning with `force`."""
+        """Raise PreflightError if the initial model predicts its rows worse than chance.
+
+        All tokens of the rows are counted. Training cannot succeed on such a model, whatever the cause. Only
+        warns with `force`."""
         rows, left = [], _LOOKED_AT
         for example in self.data.train.encoded.examples:
             rows.append(torch.tensor(example.input_ids[:left]))
@@ -505,8 +518,7 @@ class AttachedText:
         )
 
     def result(self, outcome: Outcome, progress: Progress) -> RunResult:
-        """The result; with what the evaluations of the kept step, and of step 0, measured, if the loss is no
-        likelihood."""
+        """Return the result; without a likelihood also the measures of the kept step and of step 0."""
         result = RunResult(
             **vars(outcome),
             tokens=progress.tokens,
@@ -520,7 +532,7 @@ class AttachedText:
         return replace(result, measured=measured.get(result.kept_step, {}), measured_before=measured.get(0, {}))
 
     def logged(self, event: str) -> list[dict[str, Any]]:
-        """The run's log records of a kind, as the first process has them."""
+        """Return the run's log records of a kind; [] except on the first process."""
         log = read_log(self.run.folder / "log.jsonl") if self.run.devices.first else []
         return [record for record in log if record.get("event") == event]
 
@@ -534,8 +546,8 @@ class AttachedText:
     def _answers(self, sample: Mapping[str, Any], tell: Listener) -> dict[str, str]:
         """Return the answers to the card's prompt, or {} if the card should have none.
 
-        A base split over devices would need all devices to answer, and answers to training rows do not show what was
-        learned."""
+        A base split over devices would need all devices to answer, and answers to training rows do not show
+        what was learned."""
         tokens = self.config.evaluation.sampled(len(self.steps))
         if not tokens or self.run.devices.count > 1 or not sample_prompt(self.data.held.rows):
             return {}
@@ -574,7 +586,8 @@ class AttachedText:
             return out
 
         def proven() -> str:
-            # PiSSA and OLoRA are written with twice the rank: one rounding of the base's dtype, through a few layers.
+            # PiSSA and OLoRA are written with twice the rank: one rounding of the base's dtype, through a few
+            # layers.
             rewritten = any(pair.origin is not None for pair in self.attachment.adapters[self.name].pairs.values())
             return prove(
                 self.attachment,
@@ -603,7 +616,7 @@ def _task_of(a: AttachedText, drawer: _Drawer | None, undo: ExitStack) -> Task[R
 
 
 class Likelihood:
-    """The likelihood of the rows' answers, and how many of their trained tokens are the likeliest ones."""
+    """Likelihood of the rows' answers, and the count of their tokens with highest probability."""
 
     def __init__(self, text: AttachedText) -> None:
         self.text = text
@@ -614,7 +627,9 @@ class Likelihood:
         self._right, self._seen = [], 0
 
     def loss(self, batch: Batch) -> Tensor:
-        """Σ NLL over the trained tokens; the rows are on the CPU, so that the host waits for no device."""
+        """Return Σ NLL over the trained tokens.
+
+        The rows are on the CPU, so that the host does not wait for a device."""
         base = self.text.base
         right = torch.empty(batch.trained_tokens, dtype=torch.bool, device=base.device)
         ids = sent(batch.input_ids, base.device)
@@ -623,14 +638,14 @@ class Likelihood:
         return nll
 
     def add_accuracy(self, right: Tensor) -> None:
-        """Counts trained tokens of this step for which no other token was likelier."""
+        """Count the trained tokens of this step with the highest probability at their position."""
         self._right.append(right.sum())
         self._seen += len(right)
 
     def metrics(self) -> Means:
         if not self._seen:
             return Means()
-        right = float(torch.stack(self._right).sum())  # once a step, after its losses were read: nobody waits for it
+        right = float(torch.stack(self._right).sum())  # one synchronization per step, after its losses were read
         return Means({TOKEN_ACCURACY: right}, {TOKEN_ACCURACY: self._seen})
 
     def score(self, stop: Stop) -> Score | None:
@@ -647,16 +662,18 @@ class Likelihood:
 
 
 def _preference_task(a: AttachedText) -> Task[RunResult]:
-    """Rows with answers to compare: the loss is of pairs (kto: of answers), and its reference is the base alone or the
-    adapter that the run began with."""
+    """Return the task of rows with answers to compare.
+
+    The loss is over pairs (kto: over answers). Its reference is the base without adapter, or the adapter that
+    the run started from."""
     name = f"{a.name}, as it began"
     preference = Preference(a.config, a.base, a.attachment, a.data.start, name, a.call, a.run.devices)
 
     def begin(progress: Progress, tell: Listener) -> None:
-        """Computes the reference's log-probabilities of every pair; a stop on the way keeps what is done."""
+        """Compute the reference's log-probabilities of every pair; a stop keeps finished ones."""
         if a.run.dry_run:
             return
-        # A run of few steps does not come to every pair.
+        # a short run does not use every pair
         used = {id(item): item for step in a.steps for micro in step.micros for item in micro.items}
         path = a.run.folder / CACHE / "reference.jsonl"
         try:
@@ -674,12 +691,14 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
 
 
 def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[RunResult]:
-    """Prompts whose answers are drawn, and judged or compared with a teacher. If they are judged, the reference is the
-    base alone or the adapter that the run began with."""
+    """Return the task of prompts whose sampled answers are judged or compared with a teacher.
+
+    If they are judged, the reference is the base without adapter, or the adapter that the run started from.
+    """
     config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
     off_policy = None
     if r.one_step_off_policy:
-        thread = undo.enter_context(Ahead(lambda draw: draw))  # draws while the draw before is trained on
+        thread = undo.enter_context(Ahead(lambda draw: draw))  # samples during training on the previous samples
         off_policy = OffPolicyDraws(a.attachment, a.name, thread)
     drawing: Distillation | Reinforcement
     if len(drawer) == 2:
@@ -726,7 +745,7 @@ def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[Run
     learner = a.learner(
         drawing.loss,
         lambda stop: drawing.score(a.held_out, a.data.held.rows, stop),
-        send=None,  # what the next step is made of is not drawn yet
+        send=None,  # the next step's answers are not sampled yet
         draw=lambda step, number, stop: drawing.draw_step(step, number, rows, stop),
         begin_step=lambda step: drawing.begin(),
         end_step=end_step,
