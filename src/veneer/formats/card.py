@@ -56,7 +56,9 @@ def file_digest(data: Path | Iterable[bytes | memoryview]) -> str:
 
 
 def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None = None) -> bytes:
-    """Return the bytes of `veneer.json`. Raises AdapterError for values that JSON cannot hold."""
+    """Return the bytes of `veneer.json`.
+
+    Raises AdapterError for values that JSON cannot hold."""
     body = {"veneer": _VERSION, "digest": digest, "files": dict(files or {}), **card.to_dict()}
     try:
         text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -66,7 +68,9 @@ def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None 
 
 
 def read_card(folder: str | Path) -> CardFile:
-    """Read the card in a folder. Raises one AdapterError listing every field of wrong type."""
+    """Read the card in a folder.
+
+    Raises one AdapterError listing every field of wrong type."""
     path = Path(folder) / CARD_FILE
     where = str(path)
     try:

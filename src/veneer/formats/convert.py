@@ -284,7 +284,9 @@ def _folder_digest(meant: Adapter, done: _Done) -> str | None:
 
 
 def _servable(meant: Adapter, to: str) -> Adapter:
-    """Return the adapter. Raises one AdapterError listing what the server cannot hold."""
+    """Return the adapter.
+
+    Raises one AdapterError listing what the server cannot hold."""
     refused: Refusals = defaultdict(list)
     refuse_unservable(meant, leaves_of(meant), {"vllm": "vLLM", "tgi": "TGI", "gguf": "llama.cpp"}[to], refused)
     _raise(refused, to, meant)

@@ -1,4 +1,7 @@
-"""An adapter's folder: file names of PEFT and mlx-lm, and the tensor file. No torch."""
+"""An adapter's folder: file names of PEFT and mlx-lm, and the tensor file.
+
+No torch.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ def json_value(metadata: Mapping[str, str], key: str) -> Any:
 
 
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
-    """Return the family that the metadata claims, or None. Tensors can refute the claim."""
+    """Return the family that the metadata claims, or None.
+
+    Tensors can refute the claim."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
         text = re.sub(r"[^a-z0-9]", "", metadata.get(key, "").lower())
         for start, family in _FAMILIES:

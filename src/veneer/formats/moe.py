@@ -215,7 +215,9 @@ def _apart(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str
 
 
 def _stacked(held: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pair:
-    """Join the experts' pairs. `held`: for each expert the pair of each row part; None: no change."""
+    """Join the experts' pairs.
+
+    `held`: for each expert the pair of each row part; None: no change."""
     have = [p for own in held for p in own if p is not None]
     scale = max((p.scale for p in have), key=abs)
     folded = any(p.scale != scale for p in have)

@@ -684,7 +684,9 @@ class ExpertReader:
         return known + sorted(found - set(known))
 
     def read(self, name: str, parameters: list[str], depths: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Pair]:
-        """Read the pairs of a module's parameters. `depths`: number of `.base_layer` -> tensors by part."""
+        """Read the pairs of a module's parameters.
+
+        `depths`: number of `.base_layer` -> tensors by part."""
         listed = ", ".join(
             f"{'base_layer ' * d}{part} {tuple(t.shape)}"
             for d, parts in sorted(depths.items())

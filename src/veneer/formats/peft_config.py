@@ -119,7 +119,9 @@ class PeftConfig:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's configuration. Raises AdapterError, or UnsafeFileError if it is too large."""
+    """Read a folder's configuration.
+
+    Raises AdapterError, or UnsafeFileError if it is too large."""
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []

@@ -120,7 +120,9 @@ _LONGEST_RUN = 1000
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    """Return the regular expression of a pattern. Raises ConfigError for an invalid range."""
+    """Return the regular expression of a pattern.
+
+    Raises ConfigError for an invalid range."""
     span = re.fullmatch(r"(.*?)(?<!\d)(\d{1,9})-(\d{1,9})", text)
     body = re.escape(text)
     if span:

@@ -49,7 +49,9 @@ class Structure:
         return bool(self.shapes)
 
     def under(self, rename: Callable[[str], str], back: Callable[[str], str]) -> Structure:
-        """Return the outline under other names. `rename` is one to one, `back` its inverse."""
+        """Return the outline under other names.
+
+        `rename` is one to one, `back` its inverse."""
         named = {n: rename(n) for n in {*self.kinds, *self.experts, *self.shapes}}
         one = lambda name: None if name is None else rename(name)  # noqa: E731
         return replace(

@@ -113,7 +113,9 @@ class Mixer:
         self._controls: dict[str, Any] = {}
 
     def control(self, name: str) -> Any:
-        """Return a ControlNet of the base's family, loaded once. Raises as `load_control`."""
+        """Return a ControlNet of the base's family, loaded once.
+
+        Raises as `load_control`."""
         if name not in self._controls:
             self._controls[name] = load_control(name, self.base)
         return self._controls[name]

@@ -55,7 +55,9 @@ class ControlSpec:
 
 
 def parse_control(spec: str | ControlSpec) -> ControlSpec:
-    """Parse KIND[@MODEL]=PICTURE[:weight][@FROM-TO]. Raises ConfigError for any other text."""
+    """Parse KIND[@MODEL]=PICTURE[:weight][@FROM-TO].
+
+    Raises ConfigError for any other text."""
     if isinstance(spec, ControlSpec):
         return spec
     if (found := _FORM.fullmatch(spec)) is None:
@@ -102,7 +104,9 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
 
 
 def _one_frame(picture: Image, where: str) -> Image:
-    """Return the picture upright. Raises DataError for an animation, as the frame is ambiguous."""
+    """Return the picture upright.
+
+    Raises DataError for an animation, as the frame is ambiguous."""
     frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # a phone's photo with a preview
     if frames > 1:
         fix = "save the one that is meant as a picture of its own"

@@ -68,7 +68,9 @@ BUILTIN = {
 
 @dataclass(frozen=True)
 class Packaged:
-    """An image base in the package. `controlnets`: kind of control picture -> ControlNet."""
+    """An image base in the package.
+
+    `controlnets`: kind of control picture -> ControlNet."""
 
     summary: str
     controlnets: Mapping[str, str]

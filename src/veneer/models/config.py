@@ -83,7 +83,9 @@ def read_config_json(file: Path) -> dict[str, Any]:
 
 
 def check_config(fields: _Fields, where: str) -> None:
-    """Raise ConfigError for the first invalid value. `where`: the file, or the base's name."""
+    """Raise ConfigError for the first invalid value.
+
+    `where`: the file, or the base's name."""
     if (inner := _text_part(fields)) is not None:
         check_config(inner, f"{where}: text_config")
         return
@@ -202,7 +204,9 @@ class _Check:
             self.refuse(key, "a number above 0", value)
 
     def rotary(self, key: str, own: Any = None) -> None:
-        """Check rotary settings. `own`: the object of one kind of layer, if each has its own."""
+        """Check rotary settings.
+
+        `own`: the object of one kind of layer, if each has its own."""
         whole, own = own is None, self.fields.get(key) if own is None else own
         if own is None:
             return

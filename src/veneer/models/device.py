@@ -29,7 +29,9 @@ _DEVICE_NAME = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 
 
 def check_dtype_name(dtype: str, where: str) -> None:
-    """Raise ConfigError for a dtype that no base can be loaded in. `where`: the option."""
+    """Raise ConfigError for a dtype that no base can be loaded in.
+
+    `where`: the option."""
     if dtype not in _DTYPES:
         one_of(dtype, _NAMES, "a dtype", where)
 

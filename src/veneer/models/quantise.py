@@ -203,7 +203,9 @@ def forget_quantiser(model: Any) -> None:
 
 
 def _quantiser(kind: str) -> Any:
-    """Return transformers' config object for our quantizer. `kind` "": keep the tensors as read."""
+    """Return transformers' config object for our quantizer.
+
+    `kind` "": keep the tensors as read."""
     config, quantiser = _quantiser_classes()
     register_quantiser(_METHOD, quantiser, config)
     asked = config(quant_method=_METHOD)

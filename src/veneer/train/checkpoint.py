@@ -383,7 +383,9 @@ def _sweep(directory: Path) -> None:
 
 
 def is_extra(path: Path) -> bool:
-    """Return whether a checkpoint was written for other runs only. False if unreadable."""
+    """Return whether a checkpoint was written for other runs only.
+
+    False if unreadable."""
     try:
         return bool(json.loads((path / "state.json").read_text(encoding="utf-8")).get("extra"))
     except (OSError, ValueError):

@@ -121,7 +121,9 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Stopped(Event):
-    """The loop ended after `step`. `reason`: "finished", "early stopping" or "interrupted"."""
+    """The loop ended after `step`.
+
+    `reason`: "finished", "early stopping" or "interrupted"."""
 
     step: int
     reason: str

@@ -265,7 +265,9 @@ def rows_seen(
 
 @dataclass(frozen=True)
 class _Table:
-    """The rows of a table. `verdicts`: of each row, with the reason. `owners`: encoded text -> row."""
+    """The rows of a table.
+
+    `verdicts`: of each row, with the reason. `owners`: encoded text -> row."""
 
     found: Sequence[Row | UnusableRow]
     about: About

@@ -360,7 +360,9 @@ class Loop:
         return self.devices.deal([micro.tokens for micro in micros])
 
     def result(self, nlls: Mapping[int, float], seconds: float, means: Means | None = None) -> StepResult:
-        """Return the step's result. `nlls`: Σ NLL of each local micro-batch, from `read_losses`."""
+        """Return the step's result.
+
+        `nlls`: Σ NLL of each local micro-batch, from `read_losses`."""
         parameters = self.learner.parameters.values()
         reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
         return StepResult(dict(nlls), reached, self.metrics() if means is None else means, seconds)
@@ -472,7 +474,9 @@ def train_step(loop: Loop) -> StepResult | None:
 
 
 def begin_step(loop: Loop) -> bool:
-    """Prepare a step's first forward. Returns False if a signal came before the draw ended."""
+    """Prepare a step's first forward.
+
+    Returns False if a signal came before the draw ended."""
     loop.optimizer.zero_grad(set_to_none=True)
     with _save_on_error(loop):
         step = loop.learner.draw(loop.step, loop.number, loop.stop)
@@ -484,7 +488,9 @@ def begin_step(loop: Loop) -> bool:
 
 
 def read_losses(nlls: Mapping[int, Tensor]) -> dict[int, float]:
-    """Return the losses as numbers. Waits for the device, so read a step's clock afterwards."""
+    """Return the losses as numbers.
+
+    Waits for the device, so read a step's clock afterwards."""
     values = torch.stack(list(nlls.values())).tolist() if nlls else []
     return dict(zip(nlls, values, strict=True))
 

@@ -192,7 +192,9 @@ def _of_answers(config: TrainConfig) -> TrainConfig:
 
 
 def _draws(config: TrainConfig, job: TrainingJob, longest: int) -> Draws | None:
-    """Return what a run samples, or None. `longest`: tokens of a prompt and its answer."""
+    """Return what a run samples, or None.
+
+    `longest`: tokens of a prompt and its answer."""
     r = config.drawn
     if r is None:
         return None

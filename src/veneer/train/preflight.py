@@ -47,7 +47,9 @@ Level = Literal["stop", "warn", "ok"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A result of a check. `check`: its name, stable between versions. `fix`: what to do."""
+    """A result of a check.
+
+    `check`: its name, stable between versions. `fix`: what to do."""
 
     level: Level
     check: str
@@ -127,7 +129,9 @@ class Report:
         return "\n".join(["one row, [bold green]learned tokens[/] marked:", shown, "", *lines] if shown else lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values. Without a loaded base: the plan and its basis instead of the numbers."""
+        """Return JSON values.
+
+        Without a loaded base: the plan and its basis instead of the numbers."""
         findings = [{"level": f.level, "check": f.check, "text": f.text, "fix": f.fix} for f in self.findings]
         sample = [{"text": piece, "learned": learned} for piece, learned in self.sample]
         if self.looked is None:
@@ -139,7 +143,9 @@ class Report:
 
 @dataclass(kw_only=True)
 class RunSubject:
-    """A run about to start. Checks read it, and store measurements in `numbers` and `plan`.
+    """A run about to start.
+
+    Checks read it, and store measurements in `numbers` and `plan`.
 
     `previous`: the recipe of the run that is resumed. `free_memory`, `free_disk`: bytes; None to measure.
     `largest_micro`: in `unit`s (token, picture). `devices`: number of devices that share the run. `micros`:
@@ -352,7 +358,9 @@ def recomputes(mode: str, need: int | None, free: int | None) -> tuple[bool, str
 
 
 def memory_finding(need: int, free: int, detail: str, *, fix: str, force: bool) -> Finding:
-    """Return whether `need`, the bytes beyond the base, fit. `force`: a warning instead of a stop."""
+    """Return whether `need`, the bytes beyond the base, fit.
+
+    `force`: a warning instead of a stop."""
     if need <= free:
         return Finding("ok", "memory", f"about {gigabytes(need)} beyond the base, {gigabytes(free)} free; {detail}")
     text = f"it needs about {gigabytes(need)} beyond the base, and {gigabytes(free)} are free; {detail}"

@@ -84,7 +84,9 @@ def require_diffusers() -> None:
 def read_directory(
     path: Path, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
 ) -> LoadedParts:
-    """Load every component of a diffusers directory. Raises BaseError as in `load_image`."""
+    """Load every component of a diffusers directory.
+
+    Raises BaseError as in `load_image`."""
     index = read_index(path)
     classes = component_classes(index, path)
     family = family_of_directory(path, classes)
@@ -118,7 +120,9 @@ def read_directory(
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Read a directory's model_index.json. Raises BaseError if the file is missing or unreadable."""
+    """Read a directory's model_index.json.
+
+    Raises BaseError if the file is missing or unreadable."""
     try:
         found = json.loads((path / _INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -163,7 +167,9 @@ def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[s
 
 
 def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> ImageFamily:
-    """Return the family of a directory with these components. Raises BaseError for an unknown family."""
+    """Return the family of a directory with these components.
+
+    Raises BaseError for an unknown family."""
     denoiser = next((n for n in ("unet", "transformer") if n in classes), None)
     if denoiser is None:
         raise BaseError("this base has neither a unet nor a transformer", where=str(path / _INDEX))
@@ -328,7 +334,9 @@ def _plain(value: Any) -> Any:
 
 
 def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load a ControlNet for a base of `family` with this denoiser. Raises BaseError as in `load_control`."""
+    """Load a ControlNet for a base of `family` with this denoiser.
+
+    Raises BaseError as in `load_control`."""
     try:
         folder = find_base(name)
     except BaseError as error:
@@ -598,8 +606,10 @@ _HARMLESS = re.compile(
     r"|betas|(\w+_)?alphas_cumprod(_prev)?|posterior_\w+|logvar|denoiser\.sigmas|model_sampling\..*"  # noise schedule
     r"|v_pred|ztsnr"  # see `_check_prediction`
 )
-"""Names of tensors that do not affect a picture. Any other unused tensor is an error, because an ignored tensor can
-change every picture, such as the scales of 8-bit weights."""
+"""Names of tensors that do not affect a picture.
+
+Any other unused tensor is an error, because an ignored tensor can change every picture, such as the scales of
+8-bit weights."""
 
 
 def _of_others(unused: Iterable[str], held: set[str]) -> set[str]:
@@ -800,7 +810,9 @@ def _flux_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flux_model(tensors: Mapping[str, Tensor], own: Mapping[str, Any], dtype: torch.dtype, where: str = "") -> Any:
-    """Build the denoiser of a file. Raises BaseError with every missing name and wrong shape."""
+    """Build the denoiser of a file.
+
+    Raises BaseError with every missing name and wrong shape."""
     import diffusers
 
     config = flux_config({name: tuple(tensor.shape) for name, tensor in tensors.items()}, own, where)

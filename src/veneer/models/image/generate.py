@@ -120,7 +120,9 @@ def check_seed(seed: int) -> None:
 
 _MOST = {"steps": 10_000, "width": 1 << 16, "height": 1 << 16}
 _MOST_PIXELS = 1 << 27
-"""Maximum pixels. Beyond it, bases fail, some after minutes or after using all memory."""
+"""Maximum pixels.
+
+Beyond it, bases fail, some after minutes or after using all memory."""
 
 
 def check_numbers(settings: Any) -> None:
@@ -234,7 +236,9 @@ def generate_images(
     on_picture: Callable[[int, GeneratedPicture], None] | None = None,
     watch: Callable[[Moment], None] | None = None,
 ) -> list[GeneratedPicture]:
-    """Generate a picture for each row, in order. Restores the selection of `attachment`.
+    """Generate a picture for each row, in order.
+
+    Restores the selection of `attachment`.
 
     `on_step(done, of)`: progress over all batches. `on_picture(i, picture)`: called as soon as the picture is
     finished. `watch`: called at the end of each step; an exception in it ends the call. Raises ConfigError

@@ -311,7 +311,9 @@ def _unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int)
 
 
 def alphas_cumprod(base: ImageBase) -> Tensor:
-    """Return ᾱ_t, float32 (1000,), of a noise family. Raises BaseError for a flow family."""
+    """Return ᾱ_t, float32 (1000,), of a noise family.
+
+    Raises BaseError for a flow family."""
     if base.prediction == "flow":
         raise BaseError(f"{base.row.label} learns a flow; it has no noise schedule", where=base.name)
     from diffusers import DDPMScheduler

@@ -55,8 +55,9 @@ _now = _Now()
 
 
 def divert_attention(model: Any) -> Callable[[], None]:
-    """Route every layer's attention through the function set by `attending`. Return a function that undoes
-    this."""
+    """Route every layer's attention through the function set by `attending`.
+
+    Return a function that undoes this."""
     register_attention(_NAME, _attention, _mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)

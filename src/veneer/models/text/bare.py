@@ -42,7 +42,9 @@ def bare_text(config: PreTrainedConfig, *, dtype: torch.dtype, quantise: str = "
 
 
 def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """Build transformers' model of a config. Raises ConfigError if transformers rejects the config."""
+    """Build transformers' model of a config.
+
+    Raises ConfigError if transformers rejects the config."""
     from transformers import AutoModelForCausalLM
 
     try:

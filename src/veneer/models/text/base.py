@@ -151,7 +151,9 @@ def load_text(
 
 
 def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list[StoredTensor], PreTrainedConfig, Any]:
-    """Return path, tensor table, config and tokenizer of a language model. Raises BaseError."""
+    """Return path, tensor table, config and tokenizer of a language model.
+
+    Raises BaseError."""
     path = find_base(name, say=say)
     if is_image_base(path):
         fix = "a language model's folder or hub id; `veneer image` and data.pictures of `veneer train` take image bases"
@@ -217,7 +219,9 @@ def read_base_config(path: Path) -> PreTrainedConfig:
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a base directory or GGUF file. Raises BaseError if the tokenizer is missing."""
+    """Read the tokenizer of a base directory or GGUF file.
+
+    Raises BaseError if the tokenizer is missing."""
     from transformers import AutoTokenizer
 
     tokenizer: Any

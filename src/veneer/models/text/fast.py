@@ -315,7 +315,9 @@ def _drops(module: nn.Module) -> bool:
 def _swap_attention(
     model: Any, modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, *, move: bool
 ) -> str:
-    """Swap the attention; return "" or the reason why not. `_rows_problem` verifies the swap."""
+    """Swap the attention; return "" or the reason why not.
+
+    `_rows_problem` verifies the swap."""
     before = getattr(model.config, "_attn_implementation", None)
     if before not in ("sdpa", "eager"):
         return f"its attention runs on {before}"

@@ -105,8 +105,9 @@ def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]
 
 
 def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """Render messages with the chat template, including special tokens. `variables`: as in
-    `encode_prompt`."""
+    """Render messages with the chat template, including special tokens.
+
+    `variables`: as in `encode_prompt`."""
     if not base.has_chat_template:
         raise BaseError(
             f"{base.name} has no chat template, so it takes texts, not messages", fix="give the prompt as plain text"

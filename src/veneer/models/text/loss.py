@@ -246,7 +246,9 @@ def _rows_hidden(
 
 
 def _decoder(model: Any) -> Any:
-    """Return the model below the head. Some families' get_decoder returns the whole model."""
+    """Return the model below the head.
+
+    Some families' get_decoder returns the whole model."""
     decoder = model.get_decoder()
     return model.model if decoder is model else decoder
 

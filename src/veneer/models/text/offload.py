@@ -31,10 +31,14 @@ _LEAST = 1 << 20
 
 
 class Lane(Protocol):
-    """A copy stream next to the compute stream. A returned mark stands for the end of a copy."""
+    """A copy stream next to the compute stream.
+
+    A returned mark stands for the end of a copy."""
 
     def out(self, source: Tensor, into: Tensor) -> Any:
-        """Copy to the host after all work issued so far. The caller can drop `source` at once."""
+        """Copy to the host after all work issued so far.
+
+        The caller can drop `source` at once."""
 
     def back(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
         """Copy to the device; return the tensor and the mark after which the tensor can be read."""
@@ -72,8 +76,9 @@ class CudaLane:
 
 
 class _Waiting:
-    """A tensor on the host. `before`: the tensor offloaded just before it, which the backward pass needs
-    next."""
+    """A tensor on the host.
+
+    `before`: the tensor offloaded just before it, which the backward pass needs next."""
 
     def __init__(self, held: Tensor, device: torch.device, before: weakref.ref[_Waiting] | None) -> None:
         self.held, self.device, self.before = held, device, before
@@ -81,7 +86,9 @@ class _Waiting:
 
 
 class HostStore:
-    """Offloads layer inputs to the host. `least`: minimum size in bytes of a tensor to offload."""
+    """Offloads layer inputs to the host.
+
+    `least`: minimum size in bytes of a tensor to offload."""
 
     def __init__(self, lane: Lane, *, least: int = _LEAST) -> None:
         self._lane, self._least = lane, least

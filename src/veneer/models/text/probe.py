@@ -174,7 +174,9 @@ def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
 
 
 def norm_of(module: nn.Module) -> float:
-    """Return what the formula of an RMS norm adds to the weight: 0 or 1. Raises OtherKind."""
+    """Return what the formula of an RMS norm adds to the weight: 0 or 1.
+
+    Raises OtherKind."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
@@ -232,7 +234,9 @@ def gate_parts(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
 
 
 def gate_of(module: nn.Module) -> str:
-    """Return the activation of a module with `gate_parts`: silu, gelu or gelu_tanh. Raises OtherKind."""
+    """Return the activation of a module with `gate_parts`: silu, gelu or gelu_tanh.
+
+    Raises OtherKind."""
     act = _activation(module)
     if act is None:
         raise OtherKind("its activation is not silu or gelu")

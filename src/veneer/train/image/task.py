@@ -75,8 +75,9 @@ if TYPE_CHECKING:
 
 _TIMES_LOOKED_AT = 4
 _WORSE_THAN_ZERO = 1.5
-"""Limit as a multiple of the error of predicting 0. Random weights have about 1.2, trained bases less
-than 1."""
+"""Limit as a multiple of the error of predicting 0.
+
+Random weights have about 1.2, trained bases less than 1."""
 
 
 @dataclass(frozen=True)

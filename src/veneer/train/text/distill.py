@@ -205,7 +205,9 @@ class Distillation:
             yield f"{saved:.0f} tokens a request are saved once they are trained in{_saved_cents(saved, self.settings)}"
 
     def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
-        """Return step `number` on answers sampled for it. `rows`: the rows of its prompts."""
+        """Return step `number` on answers sampled for it.
+
+        `rows`: the rows of its prompts."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
         chosen = [prompts[row] for row in sorted(prompts)]
         found = self._drawn(chosen, rows, self.drawing, number, self.settings.group, interrupted)

@@ -40,7 +40,9 @@ _LEAST = 1e-4
 
 
 def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, scale: _Spread) -> Tensor:
-    """A_i = (r_i − b_i) / (s_i + 1e-4), float64: (N,). rewards: (N,); groups: of each answer.
+    """A_i = (r_i − b_i) / (s_i + 1e-4), float64: (N,).
+
+    rewards: (N,); groups: of each answer.
 
     b: the mean of the group (GRPO, eq. 1 of 2402.03300), of the group's other answers (RLOO, eq. 8 of
     2402.14740), of all, or 0. s + 1e-4: the standard deviation of the group or of all, with n − 1; or, for

@@ -159,7 +159,9 @@ class Reinforcement:
     # -- drawing -------------------------------------------------------------------------------------------------------
 
     def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
-        """Return step `number` on answers sampled for it. `rows`: the rows of its prompts."""
+        """Return step `number` on answers sampled for it.
+
+        `rows`: the rows of its prompts."""
         s, update = self.settings, (number - 1) % self.settings.updates
         first, following = number - update, number + s.updates
         made_at = first - 1 if self.off_policy is None else max(0, first - 1 - s.updates)
@@ -370,7 +372,9 @@ class Reinforcement:
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> Score | None:
-        """Return the mean reward of greedy answers; the loss is minus that. None once `interrupted()`."""
+        """Return the mean reward of greedy answers; the loss is minus that.
+
+        None once `interrupted()`."""
         if self.off_policy is not None:
             self.off_policy.ahead.settle()  # one sampling at a time
         greedy = replace(self.drawing, temperature=0.0, top_p=1.0)

@@ -78,7 +78,9 @@ if TYPE_CHECKING:
 _LOOKED_AT = 1024
 """Tokens of the first rows used to detect a broken base."""
 _OVER_CHANCE = 2.0
-"""Nats per token above chance. A base with random weights is slightly above; it can be trained."""
+"""Nats per token above chance.
+
+A base with random weights is slightly above; it can be trained."""
 
 
 def run_text(
