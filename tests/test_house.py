@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
+import io
 import os
 import re
 import resource
 import subprocess
 import sys
 import textwrap
+import tokenize
 import tomllib
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -252,6 +256,62 @@ def test_help_is_fast_and_loads_no_torch(arguments: list[str]) -> None:
     assert spent < 1.5, (
         f"{spent:.2f} s of processor time"
     )  # about 0.3 s alone; a busy machine and a cold disk add to it
+
+
+LINES = {
+    "files": 1_150, "ops": 3_850, "core": 2_800, "formats": 6_200, "models": 6_500, "library": 2_450, "plan": 2_000,
+    "adapters": 1_200, "train": 16_100, "imaging": 1_150, "serve": 13_700, "jobs": 6_800, "studio": 4_050, "cli": 4_200,
+}  # fmt: skip
+"""Budgets: lines of code of each package, without blank lines, comments and docstrings. Only an issue raises one."""
+
+
+def code_lines(path: Path) -> int:
+    """The lines of a file that have code, counted by tokens."""
+    text, documented = text_of(path), set[int]()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                documented.update(range(first.lineno, (first.end_lineno or 0) + 1))
+    empty = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in empty:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - documented)
+
+
+def test_each_package_keeps_its_budget_of_lines() -> None:
+    counted = Counter[str]()
+    for path in MODULES:
+        counted[room(path)] += code_lines(path)
+    over = {name: f"{counted[name]:,} of {most:,}" for name, most in LINES.items() if counted[name] > most}
+    assert not over, over
+
+
+def test_a_folder_has_at_most_forty_files() -> None:
+    folders = Counter(path.parent for path in MODULES)
+    assert not {str(folder): count for folder, count in folders.items() if count > 40}
+
+
+def test_serve_keeps_its_budget_of_options() -> None:
+    from veneer.cli import serve
+
+    options = [name for name in inspect.signature(serve.serve).parameters if name != "ctx"]
+    assert len(options) <= 24, options
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "most"), [("text", "TrainConfig", 122), ("image", "ImageTrainConfig", 116)]
+)
+def test_configurations_keep_their_budget_of_keys(module: str, config: str, most: int) -> None:
+    sections = getattr(importlib.import_module(f"veneer.train.config.{module}"), config).model_fields.values()
+    keys = sum(len(getattr(each.annotation, "model_fields", {0: 0})) for each in sections)
+    assert keys <= most, keys
 
 
 def test_scale_is_computed_in_one_place() -> None:
