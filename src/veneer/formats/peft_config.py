@@ -236,34 +236,34 @@ def _init_problems(value: Any) -> list[str]:
     return [f"init_lora_weights = {value!r} is not understood"]
 
 
+def _expect(ok: bool, what: str) -> None:
+    if not ok:
+        raise ValueError(f"{what} is expected")
+
+
 def _int(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError("a whole number of at least 1 is expected")
-    return value
+    _expect(type(value) is int and value >= 1, "a whole number of at least 1")
+    return int(value)
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise ValueError("a number is expected")
+    _expect(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30, "a number")
     return float(value)
 
 
 def _probability(value: Any) -> float:
     number = _number(value)
-    if not 0 <= number < 1:
-        raise ValueError("a number from 0 to below 1 is expected")
+    _expect(0 <= number < 1, "a number from 0 to below 1")
     return number
 
 
 def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false is expected")
-    return value
+    _expect(isinstance(value, bool), "true or false")
+    return bool(value)
 
 
 def _strings(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        raise ValueError("a list of names is expected")
+    _expect(isinstance(value, list) and all(isinstance(v, str) and v for v in value), "a list of names")
     return sorted(value)
 
 
@@ -276,12 +276,12 @@ def _names_or_regex(value: Any) -> list[str] | str:
 
 
 def _indices(value: Any) -> list[int]:
-    value = [value] if isinstance(value, int) else value
-    if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
-        raise ValueError("a list of whole numbers of at least 0 is expected")
-    if len(set(value)) != len(value):
+    given = [value] if isinstance(value, int) else value
+    whole = isinstance(given, list) and all(type(v) is int and v >= 0 for v in given)
+    _expect(whole, "a list of whole numbers of at least 0")
+    if len(set(given)) != len(given):
         raise ValueError("an index appears twice")
-    return value
+    return list(given)
 
 
 def _tokens(value: Any) -> list[int] | dict[str, list[int]]:
@@ -292,23 +292,18 @@ def _tokens(value: Any) -> list[int] | dict[str, list[int]]:
 
 def _pattern(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     def of(value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise ValueError("a mapping from module names to numbers is expected")
-        return {key: check(v) for key, v in value.items()}  # order matters: the first match wins
+        _expect(isinstance(value, dict), "a mapping from module names to numbers")
+        return {key: check(v) for key, v in value.items()}  # the order counts: the first match wins
 
     return of
 
 
-def _bias(value: Any) -> str:
-    if value not in ("none", "all", "lora_only"):
-        raise ValueError("none, all or lora_only is expected")
-    return str(value)
+def _one_of(words: str, *allowed: str) -> Callable[[Any], str]:
+    def of(value: Any) -> str:
+        _expect(value in allowed, words)
+        return str(value)
 
-
-def _b_layout(value: Any) -> str:
-    if value not in (GROUPED, RANK_MAJOR):
-        raise ValueError(f"{GROUPED} or {RANK_MAJOR} is expected")
-    return str(value)
+    return of
 
 
 FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -326,10 +321,10 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "trainable_token_indices": ("token_indices", _tokens),
     "layers_to_transform": ("layers", _indices),
     "layers_pattern": ("layers_pattern", _string_or_strings),
-    "bias": ("bias", _bias),
+    "bias": ("bias", _one_of("none, all or lora_only", "none", "all", "lora_only")),
     "lora_bias": ("lora_bias", _bool),
     "ensure_weight_tying": ("tie", _bool),
-    "lora_B_layout": ("b_layout", _b_layout),
+    "lora_B_layout": ("b_layout", _one_of(f"{GROUPED} or {RANK_MAJOR}", GROUPED, RANK_MAJOR)),
 }
 
 
@@ -339,11 +334,9 @@ def _version(value: Any) -> tuple[int, ...] | None:
 
 
 def _pattern_problems(config: PeftConfig) -> list[str]:
-    """Return the regular expressions that do not compile."""
-    expressions = [("rank_pattern", k) for k in config.rank_pattern] + [
-        ("alpha_pattern", k) for k in config.alpha_pattern
-    ]
-    expressions += [("layers_pattern", k) for k in config.layers_pattern]
+    """Regular expressions that do not compile."""
+    keys = ("rank_pattern", "alpha_pattern", "layers_pattern")
+    expressions = [(key, pattern) for key in keys for pattern in getattr(config, key)]
     for key in ("target_modules", "exclude_modules"):
         if isinstance(value := getattr(config, key), str):
             expressions.append((key, value))
