@@ -103,15 +103,8 @@ def mix_adapters(
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
     read = [using.read_adapter(name) for name, _ in chosen]
     parts = [(_by_block(r.adapter, blocks), strength) for r, (_, strength) in zip(read, chosen, strict=True)]
-    mixed = mix(
-        parts,
-        method,
-        _bound(rank, energy, error),
-        density=density,
-        seed=seed,
-        dtype=_dtype(dtype),
-        weights=_weights(base),
-    )
+    bound, kind, weights = _bound(rank, energy, error), _dtype(dtype), _weights(base)
+    mixed = mix(parts, method, bound, density=density, seed=seed, dtype=kind, weights=weights)
     _check_finite(mixed, chosen, dtype)
     recipe: dict[str, Any] = {"made": "mix", "method": method, **_given(rank=rank, energy=energy, error_bound=error)}
     if method not in ("sum", "svd", "orthogonal"):

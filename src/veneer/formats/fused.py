@@ -238,13 +238,8 @@ def _join_deltas(
             _folded(p.parts["value"], p.scale, scale) if p is not None else torch.zeros(n, *like.shape[1:])  # type: ignore[arg-type]
             for p, n in zip(parts, sizes, strict=True)
         ]
-        return replace(
-            first,
-            parts={"value": _cat(values)},
-            shape=first.shape and (total, *first.shape[1:]),
-            scale=scale,
-            magnitude=magnitude,
-        )
+        value, shape = _cat(values), first.shape and (total, *first.shape[1:])
+        return replace(first, parts={"value": value}, shape=shape, scale=scale, magnitude=magnitude)
     joined: dict[str, Tensor] = {}
     for n in "12":
         # Right factors (and cores) count as one A: equal ones are shared, different ones concatenated.

@@ -158,15 +158,9 @@ def interpret(
         except cfg.PatternError as error:
             problems.append(str(error))
     _refuse(problems, where)
-    adapter = Adapter(
-        reader.pairs,
-        reader.modules,
-        reader.token_rows,
-        card or cfg.card_from_config(parsed),
-        rslora=parsed.rslora,
-        dropout=parsed.dropout,
-        deltas=reader.deltas,
-    )
+    card = card or cfg.card_from_config(parsed)
+    adapter = Adapter(reader.pairs, reader.modules, reader.token_rows, card, deltas=reader.deltas)
+    adapter.rslora, adapter.dropout = parsed.rslora, parsed.dropout
     if other:
         adapter = adapter.renamed(other.to_base)
         reader.notes.append(other.note())

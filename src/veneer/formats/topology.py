@@ -514,10 +514,5 @@ def _family(name: str, label: str, *components: Iterable[ModuleRow], **facts: An
         component, _, own = row.module.partition(".")
         if component in DENOISERS or row.original:
             originals[row.original or own].append(ModulePlace(row.module, row.part, row.swap))
-    return Family(
-        name,
-        label,
-        MappingProxyType(modules),
-        MappingProxyType({key: tuple(places) for key, places in originals.items()}),
-        **facts,
-    )
+    landed = MappingProxyType({key: tuple(places) for key, places in originals.items()})
+    return Family(name, label, MappingProxyType(modules), landed, **facts)

@@ -35,6 +35,7 @@ _OWN_WORDS = {"florence2": "<MORE_DETAILED_CAPTION>", "paligemma": "caption en"}
 _SIDE = 1024
 """Longer sides are scaled down to this many pixels, because some processors keep every pixel."""
 _ENDS = ".!?"
+_GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,7 @@ class VisionModel:
         try:
             with errors_only(), torch.no_grad():
                 inputs = self._inputs(picture, instruction).to(self.device, self.dtype)
-                made = self.model.generate(
-                    **inputs,
-                    max_new_tokens=max_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                )[0].tolist()
+                made = self.model.generate(**inputs, **_GREEDY, max_new_tokens=max_tokens)[0].tolist()
                 asked = inputs["input_ids"][0].tolist() if "input_ids" in inputs else []
                 new = made[len(asked) :] if made[: len(asked)] == asked else made
                 text = self.processor.decode(new, skip_special_tokens=True)

@@ -106,17 +106,8 @@ def read_directory(
         quant = quantise if name == family.denoiser or classname in _LARGE_ENCODERS else None
         parts[name], more = _load_component(folders[name], library, classname, kind, where, quant, name in tables)
         notes += [f"{name}: {note}" for note in more]
-    return LoadedParts(
-        family,
-        parts,
-        parts_fingerprint(parts, tables),
-        kind,
-        reason,
-        where,
-        notes,
-        _own_pipelines(index),
-        _flags_of(index),
-    )
+    digest = parts_fingerprint(parts, tables)
+    return LoadedParts(family, parts, digest, kind, reason, where, notes, _own_pipelines(index), _flags_of(index))
 
 
 def read_index(path: Path) -> dict[str, Any]:

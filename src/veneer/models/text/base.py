@@ -172,20 +172,10 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
     with loading(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     turn, stops, _ = _ends(model, tokenizer)
-    kind, reason = torch.float32, "nothing is computed here"
-    return TextBase(
-        name,
-        model,
-        tokenizer,
-        path,
-        fingerprint(path, config, table),
-        kind,
-        torch.device("meta"),
-        reason,
-        end_of_turn_id=turn,
-        stop_ids=stops,
-        context=_context(model.config),
-    )
+    digest, meta, reason = fingerprint(path, config, table), torch.device("meta"), "nothing is computed here"
+    base = TextBase(name, model, tokenizer, path, digest, torch.float32, meta, reason, turn, stops)
+    base.context = _context(model.config)
+    return base
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
