@@ -71,30 +71,30 @@ def bradford() -> np.ndarray:
     return np.linalg.inv(cone) @ np.diag((cone @ D50) / (cone @ D65)) @ cone
 
 
-def profile(primaries: tuple[tuple[float, float], ...], gamma: float, name: str = "made by hand") -> bytes:
+def _xyz(values: np.ndarray) -> bytes:
+    return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+
+
+def _curve(gamma: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+
+
+def profile(primaries: tuple[tuple[float, float], ...], gamma: float) -> bytes:
     """A matrix profile of ICC version 2: primaries under D50 and one exponent for all channels."""
     matrix = bradford() @ to_xyz(primaries)
-
-    def xyz(values: np.ndarray) -> bytes:
-        return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in values)
-
-    text = name.encode() + b"\0"
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78), b"cprt": b"text\0\0\0\0none\0"}
-    tags |= {b"wtpt": xyz(D50), b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
-    tags |= {b"rXYZ": xyz(matrix[:, 0]), b"gXYZ": xyz(matrix[:, 1]), b"bXYZ": xyz(matrix[:, 2])}
+    tags = {name: _curve(gamma) for name in (b"rTRC", b"gTRC", b"bTRC")}
+    tags |= {name: _xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T, strict=True)}
     return _icc(b"RGB ", tags)
 
 
 def grey_profile(gamma: float) -> bytes:
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    white = b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in D50)
-    text = b"grey\0"
-    desc = b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78)
-    return _icc(b"GRAY", {b"desc": desc, b"cprt": b"text\0\0\0\0none\0", b"wtpt": white, b"kTRC": curve})
+    return _icc(b"GRAY", {b"kTRC": _curve(gamma)})
 
 
-def _icc(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+def _icc(space: bytes, own: dict[bytes, bytes]) -> bytes:
+    text = b"made by hand\0"
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78), b"cprt": b"text\0\0\0\0none\0"}
+    tags |= {b"wtpt": _xyz(D50), **own}
     at = 128 + 4 + 12 * len(tags)
     table, body = struct.pack(">I", len(tags)), b""
     for signature, data in tags.items():

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from veneer.errors import CheckpointError, ResourceError
-from veneer.ops.cpu import compiled
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress
 from veneer.train.optim import make_optimizer
@@ -66,16 +65,6 @@ def test_restoring_goes_on_bit_for_bit_with_every_optimizer(name: str, tmp_path:
     _move(b, other, 2)
     for name_, p in a.items():
         assert torch.equal(p, b[name_])
-
-
-def test_compiled_kernels_that_came_or_went_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a = _parameters()
-    optimizer = make_optimizer(a, learning_rate=0.1)
-    path = _save(tmp_path, 1, a, optimizer=optimizer)
-    there = compiled.kernels() is not None
-    monkeypatch.setattr(compiled, "kernels", lambda: None if there else object())
-    notes = checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={}).notes
-    assert any(note.startswith(f"compiled kernels was {there} and is {not there}") for note in notes)
 
 
 def test_another_pin_of_ops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

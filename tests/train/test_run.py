@@ -87,9 +87,8 @@ def test_a_third_task_is_a_whole_run(tmp_path: Path) -> None:
     assert any(isinstance(e, Note) and e.text == "read back: the same line" for e in seen)
     assert read_log(tmp_path / "out" / "log.jsonl") == json.loads(json.dumps([to_record(e) for e in seen]))
     page = Path(result.report).read_text(encoding="utf-8")
-    assert "Validation loss" in page
-    assert "24 points" in page
-    assert "float32" in page
+    for said in ("Validation loss", "24 points", "float32"):
+        assert said in page
     assert checkpoint.latest(tmp_path / "out" / "checkpoints") == tmp_path / "out" / "checkpoints" / "step-00000012"
 
 

@@ -25,16 +25,6 @@ from veneer.train.image.pictures import read_pictures
 from veneer.train.image.views import plan_rows
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("batches")
-
-
-@pytest.fixture(scope="module")
-def base(shared: Path) -> ImageBase:
-    return load_image(str(tiny_image_base(shared, "flux1")))
-
-
 def _config(shared: Path, **sections: Any) -> Any:
     return config_from(image_values(shared, shared / "out", **sections))[0]
 

@@ -76,9 +76,8 @@ def test_a_pair_without_its_partner_is_named(tmp_path: Path) -> None:
     put(tmp_path, "dog.png")
     put(tmp_path, "cat.before.png", None)
     message = wrong(tmp_path)
-    assert "1 of 2 pictures have no picture before them:\n" in message
-    assert "dog.png" in message
-    assert "data.before: off" in message
+    for said in ("1 of 2 pictures have no picture before them:\n", "dog.png", "data.before: off"):
+        assert said in message
     put(tmp_path, "dog.before.png", None)
     put(tmp_path, "dot.before.png", None)
     put(tmp_path / "before", "bird.png", None)

@@ -37,11 +37,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn'
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("edits")
-
-
-@pytest.fixture(scope="module")
 def pairs(shared: Path) -> Path:
     """Six drawings with their negatives before them."""
     folder = drawings(shared / "pairs")
@@ -111,9 +106,7 @@ def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(
     assert levels(ours, bare) > 5
 
 
-def test_latents_of_both_are_cached_once_and_only_the_target_is_in_the_loss(
-    shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path
-) -> None:
+def test_latents_of_pairs_are_cached_once(shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path) -> None:
     config, base = _config(shared, pairs, tmp_path), kontext
     pictures = read_pictures(config.data)[0][:2]
     rows = plan_rows(pictures, config.data, size=base.size, unit=base.unit).rows
@@ -253,9 +246,8 @@ def test_bad_pairs_and_bases_stop_the_run(shared: Path, pairs: Path, kontext: Im
     said = bad("kontext", data={"pictures": str(pairs), "before": "off"})
     assert "has captions alone" in said
     said = bad("flux1", **settings_of(pairs))
-    assert "1 picture before each, and" in said
-    assert "is no base that edits" in said
-    assert "data.before: off" in said
+    for words in ("1 picture before each, and", "is no base that edits", "data.before: off"):
+        assert words in said
     said = bad("kontext", **settings_of(pairs), samples={"prompts": ["sks"]})
     assert "sample prompts are instructions here, and have no picture to edit" in said
     lost = {"prompts": ["sks"], "before": [str(pairs / "none.png")]}

@@ -70,9 +70,8 @@ def test_metadata_that_does_not_fit(tmp_path: Path) -> None:
     message = wrong(tmp_path)
     assert "5 metadata rows cannot be used" in message
     assert "metadata.jsonl:1: there is no picture `cats.png`; the nearest is cat.png" in message
-    assert "leaves the folder" in message
-    assert "should be text, found int" in message
-    assert "has a row already" in message
+    for said in ("leaves the folder", "should be text, found int", "has a row already"):
+        assert said in message
     metadata(tmp_path, [{"file_name": "cat.png", "words": "x"}])
     assert "no column text or caption or prompt or instruction; the columns are file_name, words" in wrong(tmp_path)
 

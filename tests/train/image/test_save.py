@@ -22,13 +22,8 @@ from veneer.formats.read import read
 from veneer.models.image.base import load_image, pipeline
 from veneer.models.image.memory import blocks_of, fetched, measured_activations, offloading, park, recomputing
 from veneer.train.checkpoint import latest
-from veneer.train.events import Event, Note, Resolved
+from veneer.train.events import Event, Note
 from veneer.train.image import save as image_save
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("saves")
 
 
 def _notes(seen: list[Event]) -> str:
@@ -229,16 +224,6 @@ def test_missing_class_pictures_are_drawn_by_the_base_once(shared: Path, tmp_pat
     assert read_tensors(Path(result.adapter))[1]["ss_num_reg_images"] == "3"
     with Image.open(folder / "class-00000.png") as image:
         assert image.size == (32, 32)
-
-
-def test_a_preset_shows_in_the_settings(shared: Path, tmp_path: Path) -> None:
-    seen: list[Event] = []
-    run(shared, tmp_path / "out", preset="style", dry_run=True, on_event=seen.append)
-    resolved = next(e for e in seen if isinstance(e, Resolved))
-    assert resolved.settings["ema.decay"] == 0.99
-    assert resolved.sources["ema.decay"].startswith("from preset style (")
-    assert resolved.settings["adapter.rank"] == 4
-    assert resolved.sources["adapter.rank"] == "given values"
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -38,11 +38,6 @@ ROOT = Path(__file__).resolve().parents[3]
 WORDS = {"positive": "a red house", "negative": "a blue house", "target": "a house"}
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sliders")
-
-
 def settings(folder: Path, output: Path, family: str, **sections: Any) -> tuple[ImageTrainConfig, Any]:
     values: dict[str, Any] = {
         "base": str(tiny_image_base(folder, family)),

@@ -39,16 +39,6 @@ Whole = tuple[Path, ImageResult, list[Event]]
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("images")
-
-
-@pytest.fixture(scope="module")
-def base(shared: Path) -> ImageBase:
-    return load_image(str(tiny_image_base(shared, "flux1")))
-
-
-@pytest.fixture(scope="module")
 def whole(shared: Path) -> Whole:
     """One uninterrupted run with a moving average and sample sheets, that many tests look at."""
     seen: list[Event] = []
@@ -347,9 +337,7 @@ def test_a_dry_run_checks_everything_and_leaves_only_a_sheet_elsewhere(shared: P
         ({"memory": {"limit_gb": 1e-6}}, "does not fit"),
     ],
 )
-def test_preflight_stops_runs(
-    sections: dict[str, Any], says: str, shared: Path, tmp_path: Path, base: ImageBase
-) -> None:
+def test_preflight_stops(sections: dict[str, Any], says: str, shared: Path, tmp_path: Path, base: ImageBase) -> None:
     with pytest.raises(PreflightError) as error:
         run(shared, tmp_path / "out", base=base, **sections)
     assert says in str(error.value)

@@ -1,19 +1,9 @@
-"""Runs that draw their answers, on the tiny base: what the tests of reinforcement and of distillation have in common.
-
-`python -m tests.train.text.drawn_runs SHARED RUNS`, with RUNS as JSON, {output: [settings, kill, …]}: for each kill the
-run is gone on with, and killed by SIGKILL: in the Nth pass of the engine, `pass:N`, or when step N is on the disk,
-`saved:N`.
-"""
+"""Runs that draw their answers, on the tiny base: for tests of reinforcement and distillation."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +13,10 @@ from tests.tiny_base import tiny_base_dir
 from tests.train.stopping import interrupt_at
 from tests.train.text.tiny_runs import TENSORS, merged
 from veneer.errors import Interrupted
-from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.base import TextBase
 from veneer.serve.engine.live import live_sampler
-from veneer.serve.forward.runner import Runner
 from veneer.train.config.load import config_from
-from veneer.train.events import Event, Saved
+from veneer.train.events import Event
 from veneer.train.report.log import read_log
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
@@ -98,44 +87,3 @@ def same_ends(one: Path, other: Path) -> None:
     assert (one / TENSORS).read_bytes() == (other / TENSORS).read_bytes()
     ours, theirs = ([{k: v for k, v in x.items() if k not in _TIMED} for x in measured(each)] for each in (one, other))
     assert ours == theirs
-
-
-def killed_runs(shared: Path, runs: dict[Path, list[Any]]) -> None:
-    """The program above, as a process."""
-    named = {str(output): given for output, given in runs.items()}
-    command = [sys.executable, "-m", "tests.train.text.drawn_runs", str(shared), json.dumps(named)]
-    subprocess.run(command, cwd=Path(__file__).parents[3], timeout=300, check=True)
-
-
-def main(shared: Path, runs: dict[str, list[Any]]) -> None:
-    import torch._dynamo  # noqa: F401  before the forks, each of which would import them
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    from tests.forks import expect, fork
-
-    def killed(output: Path, settings: dict[str, Any], what: str, number: int) -> None:
-        passes, real = 0, Runner.run
-
-        def run(self: Runner, rows: Any) -> Any:
-            nonlocal passes
-            passes += 1
-            if what == "pass" and passes == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(self, rows)
-
-        def saved(event: Event) -> None:
-            if what == "saved" and isinstance(event, Saved) and event.step == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Runner.run = run  # type: ignore[method-assign]
-        base = load_text(str(shared / "tiny-base"))
-        run_drawn(config_of(settings, shared, output), base, saved, resume=True)
-
-    for output, (settings, *kills) in runs.items():
-        for kill in kills:
-            what, _, number = kill.partition(":")
-            expect(fork(partial(killed, Path(output), settings, what, int(number))), killed=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -14,7 +14,7 @@ from tests.tiny_base import tiny_base_dir
 from tests.train.text.drawn_runs import REWARDED, config_of, measured, run_drawn
 from veneer.core.attach import attach
 from veneer.errors import TrainingError
-from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.base import TextBase
 from veneer.serve.engine.live import live_sampler
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Answer
@@ -46,11 +46,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [{"prompt": f"Is number {i} there?", "odd": False} for i in range(6)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
-
-
-@pytest.fixture(scope="module")
-def base(shared: Path) -> TextBase:
-    return load_text(str(shared / "tiny-base"))
 
 
 def held(

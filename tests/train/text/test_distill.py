@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.cli.run import run
-from tests.train.text.drawn_runs import config_of, measured, run_drawn, stopped_and_resumed, with_prompts
+from tests.train.text.drawn_runs import config_of, measured, run_drawn, with_prompts
 from veneer.errors import ConfigError, MismatchError, TrainingError
-from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.base import TextBase
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at
 from veneer.serve.engine.live import live_sampler
 from veneer.serve.forward.runner import block_bytes
@@ -29,11 +29,6 @@ from veneer.train.text.task import run_text
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_prompts(tmp_path_factory.mktemp("distill"), lambda i: {"completion": " it"})
-
-
-@pytest.fixture(scope="module")
-def base(shared: Path) -> TextBase:
-    return load_text(str(shared / "tiny-base"))
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +109,6 @@ def test_an_equal_teacher_teaches_nothing(shared: Path, base: TextBase, teacher:
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 1}, adapter={"start": teacher})
     (found,) = measured(tmp_path)
     assert found["teacher_kl"] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_a_stopped_run_ends_as_one_that_was_not(shared: Path, base: TextBase, teacher: str, tmp_path: Path) -> None:
-    def run(output: Path, on_event: Any, resume: bool) -> None:
-        own = {"distillation": {"teacher": teacher}, "schedule": {"steps": 2, "name": "constant"}}
-        train(shared, output, base, on_event, resume, **own)
-
-    stopped_and_resumed(run, tmp_path, at=1)
 
 
 def test_a_teachers_system_message_is_learned(shared: Path, base: TextBase, tmp_path: Path) -> None:

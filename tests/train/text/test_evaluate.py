@@ -12,23 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tiny_base import tiny_base_dir
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import AdapterError, DataError
 from veneer.formats import peft
-from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.base import TextBase
 from veneer.models.text.fast import fast
 from veneer.train.text import evaluate as module
 from veneer.train.text.encode import Example
 from veneer.train.text.evaluate import Scores, answers_of, score_answers, score_examples, score_mixes
 from veneer.train.text.rows import Row
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> TextBase:
-    return load_text(str(tiny_base_dir(tmp_path_factory.mktemp("base"))))
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_base import tiny_base_dir
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import AdapterError
 from veneer.formats import peft
-from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.base import TextBase
 from veneer.models.text.generate import complete
 from veneer.serve.engine.live import live_sampler
 from veneer.train.rewards.judge import Question
@@ -23,11 +22,6 @@ from veneer.train.text.judging import sampled_judge
 from veneer.train.text.rollouts import SamplerSettings
 
 MESSAGES = [[{"role": "user", "content": text}] for text in ("The printer is on fire.", "Where is my invoice?")]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> TextBase:
-    return load_text(str(tiny_base_dir(tmp_path_factory.mktemp("judging"))))
 
 
 def strong(base: TextBase, seed: int) -> Adapter:

@@ -94,14 +94,6 @@ def test_the_clipped_loss_and_its_gradient_by_hand(level: str, bounds: tuple[flo
     torch.testing.assert_close(gradient, torch.tensor(wanted, dtype=torch.float64))
 
 
-def test_without_a_clip_and_at_the_first_update_the_gradient_is_reinforces() -> None:
-    now, _, rewards = drawn(2)
-    now.requires_grad_()
-    losses = clipped(policy_ratios(now, now.detach(), LENGTHS, level="token"), per_token(rewards, LENGTHS), None, None)
-    (gradient,) = torch.autograd.grad(losses.sum(), now)
-    torch.testing.assert_close(gradient, -per_token(rewards, LENGTHS))
-
-
 def test_what_an_answers_tokens_are_divided_by() -> None:
     sums = torch.tensor([sum(range(n)) for n in LENGTHS], dtype=torch.float64)
     tokens = sum(LENGTHS)

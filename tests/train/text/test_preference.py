@@ -60,11 +60,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def base(shared: Path) -> TextBase:
-    return load_text(str(shared / "tiny-base"))
-
-
 def train(shared: Path, output: Path, loss: str | None = "dpo", base: TextBase | None = None, **more: Any) -> RunResult:
     own: dict[str, Any] = {
         "data": {"train": str(shared / "pairs.jsonl"), "split": 4},
@@ -227,9 +222,7 @@ def test_before_the_first_step_the_policy_is_its_reference(whole: Whole) -> None
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
-    loss: str, whole: Whole, shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_interrupted_runs_resume_exactly(loss: str, whole: Whole, shared: Path, base: TextBase, tmp_path: Path) -> None:
     output = tmp_path / "stopped"
     dropout = {"dropout": 0.2} if loss == "kto" else {}
     with pytest.raises(Interrupted):

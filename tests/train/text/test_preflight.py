@@ -295,12 +295,6 @@ def test_a_run_that_does_not_fit_is_told_the_cheapest_change(tmp_path: Path) -> 
     assert not run("batching.rows=200", rows=rows, free_memory=free).stops
 
 
-def test_what_is_predicted_is_in_the_numbers(run: Run) -> None:
-    numbers = run().numbers
-    assert numbers["predicted_peak_bytes"] == sum(numbers["predicted_parts"].values())
-    assert numbers["predicted_seconds"] > 0
-
-
 def test_what_is_predicted_begins_with_what_the_process_holds(run: Run) -> None:
     libraries = b"x" * 600_000_000
     held = psutil.Process().memory_info().rss

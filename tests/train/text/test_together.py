@@ -14,7 +14,7 @@ import pytest
 from tests.train.text.tiny_runs import TENSORS, merged, values_of, with_rows
 from veneer.errors import ConfigError, DataError, Interrupted, TrainingError, VeneerError
 from veneer.files.safetensors import read_tensors
-from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.base import TextBase
 from veneer.train.config.load import config_from
 from veneer.train.events import Event, Note, Stepped
 from veneer.train.report.log import read_log
@@ -36,11 +36,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return folder
-
-
-@pytest.fixture(scope="module")
-def base(shared: Path) -> TextBase:
-    return load_text(str(shared / "tiny-base"))
 
 
 CUSTOMERS: dict[str, dict[str, Any]] = {
