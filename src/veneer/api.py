@@ -292,7 +292,7 @@ def generate(
     """Return the base's answers to `prompts`, with `adapters` acting together.
 
     prompts: a string is a user message and goes through the base's chat template; with `raw`, or if the
-    base has no template, the base continues the string itself. A list of messages is used as given.
+        base has no template, the base continues the string itself. A list of messages is used as given.
     system: a system message placed before each string.
     temperature: 0 picks the most likely token; above 0, tokens are sampled, reproducibly for a given `seed`.
     top_k, top_p: sample from the `top_k` most likely tokens (0: all) within a total probability of `top_p`.
@@ -335,12 +335,12 @@ def image(
     reference can be given without a list.
 
     adapters: "brand:0.8@down=0.5,steps=0-0.6", "lock@campaign=product" or ("brand", Strength(…)); see
-    formats.strengths.
+        formats.strengths.
     controls: as "canny=sketch.png:0.7".
     seed: one for all prompts, or one per prompt.
     say: called with notes about inputs that were resized, cut or ignored, and about what a role means.
     options: width, height, steps, guidance, true_guidance, scheduler, batch_size, image, mask, denoise,
-    references (imaging.make.Options)."""
+        references (imaging.make.Options)."""
     from veneer.imaging.adapters import Mixer, parse_use
     from veneer.imaging.controls import parse_control
     from veneer.imaging.make import Options, asks_of, make

@@ -38,7 +38,8 @@ _BUT_LINES = re.compile(f"(?![\n\t])[{_UNSHOWABLE}]")
 def shown(text: object, *, lines: bool = False) -> str:
     r"""Return `text` with terminal control and direction characters escaped.
 
-    Prevents text from moving the cursor, setting the title, or recoloring, hiding or reordering other text.
+    Escaped as in JSON, \u001b. Such characters could move the cursor, set the title, or recolor, hide or
+    reorder other text.
 
     lines: keep line ends and tabs, for text that veneer formatted."""
     pattern = _BUT_LINES if lines else _ALL
@@ -77,8 +78,8 @@ def gigabytes(count: float) -> str:
 class VeneerError(Exception):
     """Base of all errors.
 
-    what: one sentence. where: a file, line, key or module. fix: how to resolve the error.
-    already_shown: another process of the same run has already printed the error."""
+    what: one sentence. where: a file, line, key or module. fix: how to resolve the error. already_shown:
+        another process of the same run has already printed the error."""
 
     exit_code = 2
     already_shown = False
@@ -216,7 +217,7 @@ def one_of(value: str, known: Iterable[str], what: str, where: str) -> None:
     """Raise ConfigError, with the nearest match, if `value` is not one of `known`.
 
     what: what the value should be, with its article, as in "'nf5' is not a quantization". where: the
-    option or key."""
+        option or key."""
     words = list(known)
     if value not in words:
         near = nearest(value.lower(), words, 1)

@@ -54,7 +54,7 @@ class MergeReport:
 
     changed: share of the weights with a nonzero exact delta that differ from the base after rounding.
     delta_error: ‖(W'−W) − Δ‖/‖Δ‖ over all of them, W' and W rounded to `dtype`: 0 means the delta is
-    intact, 1 that it is about as wrong as no delta.
+        intact, 1 that it is about as wrong as no delta.
     delta_kept: ⟨W'−W, Δ⟩/‖Δ‖²; 1 means that all of the delta is there, on average.
     untied: the head no longer shares the embedding's weight, because the mix changes only one of them.
     rounding: the rounding method.
@@ -121,15 +121,15 @@ def merge(
 ) -> MergeReport:
     """Write a model folder: `base` with `adapters` merged in, and merge.json.
 
-    Computed in float32 and rounded once; the result says how much of the adapters' effect rounding lost.
-    The base does not change. The folder appears complete or not at all.
+    The folder includes the tokenizer, and appears complete or not at all. Computed in float32 and rounded
+    once; the result says how much of the adapters' effect rounding lost. The base does not change.
 
     base: can be quantized. The written weight is then W' = W̃ + ΔW in full, W̃ the dequantized weight,
-    which an adapter trained over that base has seen.
+        which an adapter trained over that base has seen.
     adapters: folders, files or names, each optionally with ":strength".
     dtype: float32, bfloat16 or float16; by default the dtype in which the base is loaded.
     requantise: nf4 or fp4 quantizes the merged weights to 4 bits, as a bitsandbytes checkpoint; this loses
-    most of a small ΔW (`compare_merges` shows how much).
+        most of a small ΔW (`compare_merges` shows how much).
     difference: the result of `compare_merges`, for the report.
     seed: round stochastically, without bias (core.rounding), with this seed.
     accept_loss: if False, refuse a merge in which rounding loses half of the change or more.
@@ -418,12 +418,12 @@ def merge_shards(
     folded in. The folder appears whole or not at all.
 
     base: a folder of transformers' or diffusers' (the first part of an adapter's name is then a
-    component's folder).
+        component's folder).
     names: adapter parameter name -> tensor name in a component, if they differ by more than a prefix.
     seed: round stochastically, without bias (core.rounding), with this seed.
     accept_loss: as in `merge`.
     seen: nf4, fp4 or int8 for adapters trained over such weights: every quantizable weight is written
-    dequantized, with the mix merged in.
+        dequantized, with the mix merged in.
 
     Raises ConfigError for an invalid request; AdapterError that lists every change without a matching
     weight, on a weight of another shape or dtype, or on only one of two tied weights (token rows change

@@ -48,8 +48,8 @@ class MixReport:
     """The result of a mix.
 
     error: over all modules. worst: the modules with the largest errors. parts: each module's rank, norm,
-    error and cut (core.mix.MixedModule). left: parts of the inputs that the result does not contain, with
-    the reason."""
+        error and cut (core.mix.MixedModule). left: parts of the inputs that the result does not contain,
+        with the reason."""
 
     path: str = ""
     layout: str = ""
@@ -201,7 +201,7 @@ def extract(
     One weight of each model is in memory at a time.
 
     targets: a regular expression to search for in module names; by default all weights of two or more
-    dimensions except embeddings.
+        dimensions except embeddings.
     prefix: placed before every name, such as "unet.".
 
     Differences that the result cannot contain (other shapes, vectors, modules outside the targets) are
@@ -345,7 +345,7 @@ def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: 
     """Return ‖ΔW‖, share and strength of each block; write the result to `out`.
 
     blocks: strengths by block. If `out` is given, the adapter is written there with these strengths,
-    exactly: scales change, tensors do not."""
+        exactly: scales change, tensors do not."""
     read = using.read_adapter(name)
     adapter = read.adapter
     modules = _modules(adapter)

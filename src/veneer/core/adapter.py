@@ -95,11 +95,11 @@ class Pair:
     s·B·A is still a delta of the right shape.
 
     `magnitude`: DoRA's m (arXiv 2402.09353). (out,): one norm per output, as in the paper's code and PEFT;
-    or (1, in, 1…): one norm per input, as LyCORIS and OneTrainer have written it (core.forms).
+        or (1, in, 1…): one norm per input, as LyCORIS and OneTrainer have written it (core.forms).
 
     `origin`: a frozen (A₀, B₀) whose product is subtracted, so that an initialization from W (PiSSA,
-    OLoRA) starts at delta zero on an unchanged base: ΔW = s·(B·A − B₀·A₀). `collapsed()` returns the same
-    delta as one pair of twice the rank."""
+        OLoRA) starts at delta zero on an unchanged base: ΔW = s·(B·A − B₀·A₀). `collapsed()` returns the
+        same delta as one pair of twice the rank."""
 
     A: Tensor
     B: Tensor
@@ -203,11 +203,11 @@ class LoraSpec:
     `targets`, `exclude`: see core.targets. `layers`: indices of the repeated blocks, None for all.
     `rank_pattern`, `alpha_pattern`: target pattern -> value; the first match wins.
     `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa",
-    "olora", "loftq" (from the quantization error of the base).
+        "olora", "loftq" (from the quantization error of the base).
     `kind`: "lora" makes pairs; "loha" and "lokr" make deltas of those forms (core.forms), with LyCORIS'
-    initialization. `factor` and `decompose_both` are passed to `trained_shapes` for these.
+        initialization. `factor` and `decompose_both` are passed to `trained_shapes` for these.
     `modules_to_save`: modules trained in full, as copies. `token_rows`: embedding name -> ids of the only
-    tokens trained."""
+        tokens trained."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -233,11 +233,11 @@ class Adapter:
 
     `pairs`: module name -> pair; for `experts` the key is the parameter's name (`…experts.gate_up_proj`).
     `modules`: module name -> {parameter name: tensor}, full copies that replace the base's tensors while
-    attached.
+        attached.
     `deltas`: parameter name (`….weight`, `….bias`) -> a change that is not a pair. A module can have both
-    a pair and a delta; each is relative to the base's weight, and they add up.
+        a pair and a delta; each is relative to the base's weight, and they add up.
     `new_tokens`: embedding name -> {token as text: vector or vectors (n, dim)}, learned words that the
-    base's tokenizer does not have yet (textual inversion). They act as token rows, once they have ids."""
+        base's tokenizer does not have yet (textual inversion). They act as token rows, once they have ids."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -393,7 +393,7 @@ def with_token_ids(adapter: Adapter, ids: Mapping[str, Mapping[str, tuple[int, .
     """Return the adapter with its learned words as token rows.
 
     ids: embedding name -> {word: token ids}, one id per vector of the word. The base's embedding must have
-    those rows.
+        those rows.
 
     Raises KeyError for a word without ids, ValueError if the number of ids is not the number of vectors."""
     import torch

@@ -45,7 +45,7 @@ class Delta:
 
     shape: the parameter's shape; () for a gain, which fits any.
     rows: use only rows [begin, end) of the product, for one part of a fused projection whose form cannot
-    be split.
+        be split.
     whole: the shape before `rows` was applied; () without `rows`."""
 
     form: _Form

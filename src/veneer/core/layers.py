@@ -53,7 +53,7 @@ class Layer(nn.Module):
     """A replacement for the module `base`.
 
     embeddings: names of embeddings that share this module's weight, including the module itself if it is
-    an embedding. Token rows for any of these names apply here (T5 ties three embeddings and the head)."""
+        an embedding. Token rows for any of these names apply here (T5 ties three embeddings and the head)."""
 
     is_veneer_layer = True
     base: Any  # an nn.Module; its attributes depend on its class
@@ -502,7 +502,7 @@ class LoraLinear(_Lora):
         return torch.matmul(w1, F.linear(parts, w2)).flatten(-2)
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        """Add the change of replaced rows' logits: out[…, i] += strength·(x·row_i − x·W_i)"""
+        """Add the changed logits of replaced rows, out[…, i] += strength·x·(row_i − W_i)."""
         for token_rows, strength in rows:
             index = torch.tensor(token_rows.indices, device=y.device)
             bias = getattr(self.base, "bias", None)
@@ -549,8 +549,8 @@ class LoraConv(_Lora):
     """A convolution with low-rank pairs.
 
     A: (rank, in/groups, k…): each group runs the same A on its own channels, so that ΔW has W's shape. A:
-    (rank, in, k…) with B: (out, rank/groups, 1…), PEFT's form for grouped convolutions, reads all
-    channels."""
+        (rank, in, k…) with B: (out, rank/groups, 1…), PEFT's form for grouped convolutions, reads all
+        channels."""
 
     def least_dims(self) -> int:
         return weight_of(self.base).ndim

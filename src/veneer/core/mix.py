@@ -61,9 +61,9 @@ class MixedModule:
     """One module of a result, with its norms and errors.
 
     rank: 0 if the result is not a pair. norm: ‖Σ strength·ΔW‖. error: ‖result − Σ strength·ΔW‖ after
-    rounding.
+        rounding.
     cut: the part of `error` that comes from the bound and from rounding, ‖result − the method's exact
-    answer‖.
+        answer‖.
 
     Changes without a norm unless the base is known count as 0 (gains) or as ‖s·B·A‖ (copied DoRA)."""
 

@@ -67,7 +67,7 @@ class _Table:
     """Everything cached for one mix.
 
     how: "copy", "stack" or "" for neither. needs: bytes of all entries. made: module -> entry, None if it
-    cannot be made."""
+        cannot be made."""
 
     mix: Acting
     how: str

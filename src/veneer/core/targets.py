@@ -4,7 +4,7 @@
 | name, .name  | the module of exactly that name, or every module whose name ends in `.name` (as PEFT's lists do)     |
 | glob `*?[`   | every name that matches it, whole or after a dot; `*` crosses dots                                   |
 | `re:REGEX`   | every name that the expression matches in full                                                       |
-| `all-linear` | every linear module, quantised ones too, and every fused expert parameter, but not the output head   |
+| `all-linear` | every linear module, quantized ones too, and every fused expert parameter, but not the output head   |
 
 A fused expert parameter is named `module.parameter`. No pattern selects a router: transformers' routers are bare
 parameters or return two tensors, and a pair on a router changes which expert is chosen. A file can still contain a
@@ -103,7 +103,7 @@ def has_bare_weight(module: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Return the 3-d parameters of a module of another kind than those of `kind_of`.
+    """Return the names of 3-d parameters: fused experts' weights.
 
     Linears, convolutions and embeddings have none."""
     if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):

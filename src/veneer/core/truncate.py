@@ -27,7 +27,7 @@ class Bound:
     """How much to keep; set exactly one field, otherwise AdapterError.
 
     rank: at most this rank. energy: the smallest rank that keeps this share of ‖Δ‖². error: the smallest
-    rank with ‖Δ − kept‖/‖Δ‖ at most this."""
+        rank with ‖Δ − kept‖/‖Δ‖ at most this."""
 
     rank: int | None = None
     energy: float | None = None
@@ -54,7 +54,7 @@ class Cut:
     """The result of a truncation, in Frobenius norms.
 
     norm: ‖Δ‖ before. error: ‖Δ − kept‖. rank: the rank kept. rounding: the error from rounding to the
-    dtype, nearly orthogonal to `error`."""
+        dtype, nearly orthogonal to `error`."""
 
     norm: float
     error: float
@@ -153,7 +153,7 @@ def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(U, S, V) with B·A = U·diag(S)·V: U (…, out, k), S (…, k) falling, V (…, k, n), k = min(rank, out, n), float64.
 
     A: (…, rank, n), B: (…, out, rank). U (…, out, k), S (…, k) descending, V (…, k, n), k = min(rank, out,
-    n). Exact: thin QR of both factors and the decomposition of the small core."""
+        n). Exact: thin QR of both factors and the decomposition of the small core."""
     QB, RB = torch.linalg.qr(B.double())
     QA, RA = torch.linalg.qr(A.double().mT)
     U, S, V = torch.linalg.svd(RB @ RA.mT, full_matrices=False)

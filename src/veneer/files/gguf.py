@@ -45,7 +45,7 @@ class GgufEntry:
     """One tensor of a header.
 
     type, kind: ggml's number and name of the type. shape: outermost first. begin, end: bytes [begin, end)
-    from the start of the file."""
+        from the start of the file."""
 
     type: int
     kind: str

@@ -211,7 +211,7 @@ class Checkpoint:
     """A full model's weights in safetensors: a file, or a folder's *.safetensors.
 
     files: path -> header. entries: tensor name -> its entry. Raises BaseError if there are no safetensors,
-    or if a tensor is in two files; AdapterError for a damaged file."""
+        or if a tensor is in two files; AdapterError for a damaged file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

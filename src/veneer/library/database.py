@@ -52,7 +52,7 @@ def open_engine(where: str, what: str, patience: float = PATIENCE, *, synced: bo
 
     what: names the database in errors.
     patience: seconds after which an unresponsive PostgreSQL is unavailable; if less than the default, also
-    the seconds that a writer waits for SQLite's lock.
+        the seconds that a writer waits for SQLite's lock.
     synced: SQLite's commits survive a power loss.
 
     Raises ConfigError for an invalid address, MissingExtraError without psycopg."""

@@ -30,7 +30,7 @@ class Gain:
     """An adapter's gain over its base on held-out data.
 
     before: the loss before training. after: the loss of the saved adapter. rewarded: from reinforcement
-    learning, where the loss is minus the mean reward."""
+        learning, where the loss is minus the mean reward."""
 
     before: float
     after: float
@@ -104,7 +104,7 @@ class AdapterDescription:
     """The description of an adapter.
 
     digest: core's digest, "" if the format is not understood. card: the fields of core.adapter.Card as
-    JSON; each can be missing."""
+        JSON; each can be missing."""
 
     digest: str = ""
     format: str = ""

@@ -144,7 +144,7 @@ def connect(where: str) -> Engine:
     """Open the index in a SQLite file or database; create or migrate its tables.
 
     where: a path, or a URL such as postgresql://user@host/database. Raises ConfigError for a URL that
-    cannot be opened, MissingExtraError without psycopg."""
+        cannot be opened, MissingExtraError without psycopg."""
     engine = open_engine(where, "an index")
     migrate(engine, INDEX_SCHEMA, where)
     return engine

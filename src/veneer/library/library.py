@@ -255,7 +255,7 @@ class Library:
         """Store the adapter at `path` as the next version of `name`.
 
         path: a PEFT folder, a run's folder with one in `adapter/`, or one file. If the latest version
-        already has this content, only the tags are added.
+            already has this content, only the tags are added.
 
         source: where the adapter came from.
         number: the version number to use if it is free and no other version has the content.
@@ -449,7 +449,7 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
 
     location: by default VENEER_LIBRARY, or `library` in the veneer home.
     index: a path or database URL; by default VENEER_LIBRARY_INDEX, or index.sqlite in a local library. For
-    a remote library, the default is a file in the veneer home, which works for one machine only.
+        a remote library, the default is a file in the veneer home, which works for one machine only.
     check: False is for `upkeep.rebuild`.
 
     Raises ConfigError if the index belongs to another store: collection by a wrong index would empty the

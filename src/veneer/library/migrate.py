@@ -1,12 +1,12 @@
-"""Revisions of a database's tables, and how a database reaches the current one.
+"""Migrate a database's tables to the current revision.
 
-A folder holds one Alembic script for each revision (v0010.py and on), and a table of the database holds the revision.
-A new database gets the current tables at once. All of it happens in one transaction under the database's own lock: two
-processes that start together migrate once, and a kill leaves the tables as they were.
+A folder holds one Alembic script per revision (v0010.py and on), and a table of the database holds the
+revision. A new database gets the current tables at once. Everything runs in one transaction under the
+database's own lock: two processes that start together migrate once, and a kill leaves the tables
+unchanged.
 
-Revision 0010 is the first that every later build reads: later builds add scripts and never remove one. A database that
-an earlier, unreleased build wrote is refused with what to do instead, and so is the database of a later build.
-"""
+Every later build can read revision 0010 and later: builds add scripts and never remove one. A database of
+an earlier, unreleased build is refused with instructions, and so is the database of a later build."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Schema:
     """The tables of a database.
 
     what: names the database in errors. scripts: the folder of the revisions. table: the table with the
-    revision. lock: the key of PostgreSQL's advisory lock. first: what a new database needs besides
-    `tables`. older: instructions for a database of an unreleased build. private: other users of this
-    machine cannot read the database."""
+        revision. lock: the key of PostgreSQL's advisory lock. first: what a new database needs besides
+        `tables`. older: instructions for a database of an unreleased build. private: other users of this
+        machine cannot read the database."""
 
     what: str
     tables: MetaData

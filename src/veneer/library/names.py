@@ -82,7 +82,7 @@ class TunedName:
 
 
 def new_tuned(base: str, organisation: str, suffix: str) -> TunedName:
-    """Return an unused name."""
+    """Return a name with a new random id."""
     id = secrets.choice(_LETTERS) + "".join(secrets.choice(_LETTERS + "23456789") for _ in range(7))
     return TunedName(base, organisation, suffix, id)
 

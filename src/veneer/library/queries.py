@@ -47,9 +47,9 @@ class Version:
     """One version of a name, with the description of its content.
 
     entry: the manifest's sha256. digest: the adapter's, "" if it could not be read. size: bytes of all its
-    files. rank: 0 if its pairs have several ranks, or if it has none. gain: relative change of the
-    held-out loss (`describe.Gain`). health: sound, faulty or unknown. aliases: the aliases that point to
-    this version."""
+        files. rank: 0 if its pairs have several ranks, or if it has none. gain: relative change of the
+        held-out loss (`describe.Gain`). health: sound, faulty or unknown. aliases: the aliases that point
+        to this version."""
 
     name: str
     version: int
@@ -86,7 +86,7 @@ class SearchPage:
     """A page of search results.
 
     total: number of matches. facets: for base, kind, rank, tag and health, value -> number of matches if
-    that value replaced the current one, most frequent first."""
+        that value replaced the current one, most frequent first."""
 
     versions: list[Version]
     total: int
@@ -175,7 +175,7 @@ def search(
     tags: the version has all of them.
     base: the base's name, in full or its last part, or a prefix of its fingerprint.
     more: name, a prefix of the version's name; trigger, one of its trigger words, in any case; parent, the
-    digest of an adapter it was made from, or a prefix; all_versions."""
+        digest of an adapter it was made from, or a prefix; all_versions."""
     conditions = [*_fitting(text, **more), *_tagged(tags), *_of_base(base)]
     return _page(connection, conditions, (), limit, offset)
 

@@ -97,10 +97,10 @@ class RowLayout:
     keep: tokens whose output is needed at the end of a model, None for all; optional for layers to use.
     attended: the layers that have used this layout so far.
     starts: (rows + 1,), start of each row, and the end, on the CPU; `ends`: the same as int32 on the
-    tokens' device.
+        tokens' device.
     groups: the row groups, computed when an implementation needs them. masks: of flex attention, by window.
     shared: rows with common tokens. N then counts each token once; only attention, which is cheap next to
-    the products, has each row in full: `whole` is the layout of the full rows."""
+        the products, has each row in full: `whole` is the layout of the full rows."""
 
     keep: Tensor | None = None
 
@@ -243,7 +243,7 @@ class VarlenSettings(NamedTuple):
     """Settings of packed-row attention.
 
     kv: number of key heads. layout: the rows. scale: the factor of scores. window: how many tokens a query
-    sees, including itself (None: all)."""
+        sees, including itself (None: all)."""
 
     kv: int
     layout: RowLayout
@@ -514,7 +514,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate by rotary positions in halves (arXiv 2104.09864, in Llama's layout).
 
     x: (N, heads, dim), cos, sin: (N, dim/2). y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. The reference for
-    the rotation inside `rope_varlen_attention`."""
+        the rotation inside `rope_varlen_attention`."""
     return _rotated(x, cos, sin, 1.0)
 
 

@@ -33,7 +33,7 @@ class LinearMap:
     products: all see the same dropped x: one dropout, as in loralib's MergedLinear.
     copies: prepacked copies of the weight, if any.
     spans: each product sees only the rows of its own segment, with that segment's dropout; there is no
-    DoRA scale then."""
+        DoRA scale then."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -242,7 +242,7 @@ class LinearOutput(NamedTuple):
     """`y`, and what its backward pass needs.
 
     u: x·Aᵀ. plain: the input of the DoRA scale. products: the low-rank products, which are cheaper to keep
-    than to rebuild for small layers. copies: the weight's prepacked copies."""
+        than to rebuild for small layers. copies: the weight's prepacked copies."""
 
     y: Tensor
     u: Tensor | None = None
@@ -376,8 +376,8 @@ def linear(x: Tensor, linear_map: LinearMap) -> Tensor:
     """Return y = x·Wᵀ + b plus s·(x·Aᵀ)·Bᵀ on each product's columns.
 
     x: (…, in) → (…, Σ out). The DoRA scale applies to everything but b. Keeps x, the narrow x·Aᵀ and, with
-    a DoRA scale, its input. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to its
-    columns, with Dropout's mask on the products' input."""
+        a DoRA scale, its input. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to
+        its columns, with Dropout's mask on the products' input."""
     y: Tensor = _Linear.apply(
         x.reshape(-1, x.shape[-1]), linear_map, linear_map.dora_scale, *low_rank_tensors(linear_map)
     )

@@ -115,8 +115,8 @@ def token_nll(
     """Return −log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32.
 
     hidden: (M, d), weight: (vocabulary, d) frozen. A target of −100 is ignored: loss 0, no gradient. The
-    gradient is computed in the forward pass, chunk by chunk, so that at most chunk × vocabulary logits
-    exist; the backward pass only scales row i by the gradient of loss i.
+        gradient is computed in the forward pass, chunk by chunk, so that at most chunk × vocabulary logits
+        exist; the backward pass only scales row i by the gradient of loss i.
 
     chunk: positions per chunk; None: `logits_chunk` of the device.
     copies: the weight's prepacked copies.
@@ -135,9 +135,9 @@ def dpo(chosen: Tensor, rejected: Tensor, *, beta: float, smoothing: float = 0.0
     """Return −(1−ε)·log σ(β·(chosen − rejected)) − ε·log σ(−β·(chosen − rejected)).
 
     chosen, rejected: log-ratios log π − log π_ref in nats. Direct preference optimization (arXiv
-    2305.18290, eq. 7). `smoothing` ε is the share of labels assumed to be flipped: conservative DPO, from
-    the authors' note and code. With log-ratios per token, this is Tülu 3's length-normalized DPO (arXiv
-    2411.15124)."""
+        2305.18290, eq. 7). `smoothing` ε is the share of labels assumed to be flipped: conservative DPO,
+        from the authors' note and code. With log-ratios per token, this is Tülu 3's length-normalized DPO
+        (arXiv 2411.15124)."""
     return _preferred(beta * (chosen - rejected), smoothing)
 
 
@@ -147,7 +147,7 @@ def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     arXiv 2310.12036, eq. 17; β is the paper's τ.
 
     chosen, rejected: log-ratios. The paper defines them for whole answers; its authors' results, and TRL,
-    divide them by the answers' lengths."""
+        divide them by the answers' lengths."""
     return (chosen - rejected - 1 / (2 * beta)).square()
 
 

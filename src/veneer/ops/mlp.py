@@ -179,7 +179,7 @@ def gated_mlp(x: Tensor, gate_up: LinearMap, down: LinearMap, act: str = "silu")
     """Return y = down(act(gate(x)) ⊙ up(x)). x: (…, d) → (…, d).
 
     act: "silu", "gelu" or "gelu_tanh". `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x);
-    their product is recomputed in backward. Reference: the same formula with `linear`."""
+        their product is recomputed in backward. Reference: the same formula with `linear`."""
     given = gate_up, down, act, gate_up.dora_scale, down.dora_scale, *low_rank_tensors(gate_up), *low_rank_tensors(down)
     y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *given)
     return y.view(*x.shape[:-1], y.shape[-1])

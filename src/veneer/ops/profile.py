@@ -44,7 +44,7 @@ class Profile:
     """Measured rates.
 
     gflops: dtype -> "rows x inputs x outputs" -> GFLOP/s; dtypes without products are missing. bandwidth:
-    GB/s. spread: how much slower the median round was than the fastest, for the noisiest measurement."""
+        GB/s. spread: how much slower the median round was than the fastest, for the noisiest measurement."""
 
     processor: str
     key: str

@@ -66,8 +66,8 @@ class Groups:
         w = values[code]·scale + zero
 
     codes: (rows, columns) uint8, indices into `values` (16,) float32; or int8, each its own value, if
-    `values` is None.
-    scales, and zeros if any: (rows, columns / size), one per `size` columns of a row."""
+        `values` is None. scales, and zeros if any: (rows, columns / size), one per `size` columns of a
+        row."""
 
     codes: Tensor
     scales: Tensor
@@ -177,7 +177,7 @@ class Blocks4(_Stored):
     """4-bit codes in blocks.
 
     packed: (⌈n/2⌉,) uint8, two codes a byte, the first in the high half. absmax: (⌈n/64⌉,) float32; or
-    double-quantized: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (), float32."""
+        double-quantized: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (), float32."""
 
     kind: str
     shape: tuple[int, ...]

@@ -33,7 +33,7 @@ def micro_tokens(
 
     device: torch's device type.
     corner: operations per second over bytes per second, the corner of the roofline: 295 for an H100 (989
-    TFLOP/s at 3.35 TB/s), 153 for an A100.
+        TFLOP/s at 3.35 TB/s), 153 for an A100.
     weights: W, of all products of the base's layers.
     operations: O, weights that one token is multiplied by (fewer if tokens choose experts).
     values: A, inputs and outputs per token.
@@ -63,9 +63,9 @@ def logits_chunk(device: str) -> int:
     """Return the positions whose logits exist at once in `ops.loss.token_nll`.
 
     device: torch's device type. Each chunk reads the whole head, so r positions take at most r operations
-    per byte. 256 on a CPU; on a GPU that is below the 295 that an H100 needs, whatever the vocabulary.
-    1,024 on a GPU: 1 / (1/1,024 + 1/4,096 + 1/128,256) = 814 at Llama 3.1 8B's sizes, and logits of 0.26
-    GB (Gemma 3: 0.54 GB), which are freed before the backward pass allocates its own temporaries."""
+        per byte. 256 on a CPU; on a GPU that is below the 295 that an H100 needs, whatever the vocabulary.
+        1,024 on a GPU: 1 / (1/1,024 + 1/4,096 + 1/128,256) = 814 at Llama 3.1 8B's sizes, and logits of
+        0.26 GB (Gemma 3: 0.54 GB), which are freed before the backward pass allocates its own temporaries."""
     return 1024 if device == "cuda" else 256
 
 

@@ -163,7 +163,7 @@ def packing(dtype: torch.dtype, device: torch.device, bits: int = 16) -> Callabl
     """Return the function that packs weights of `dtype` best on this device.
 
     bits: 16, or 8 or 4 to round. Returns `Dense` if there is no other layout. The function raises
-    ValueError for a shape that the layout does not support."""
+        ValueError for a shape that the layout does not support."""
     probe = torch.empty(0, dtype=dtype, device=device)
     orders = dispatch("weight_layout", probe, bits) or _PLAIN
     found: Callable[[Tensor], PrepackedWeight] = orders[bits]

@@ -46,7 +46,7 @@ class Panels:
     beyond W.
 
     codes: bfloat16 or int8 (⌈out/64⌉, in/2, 64, 2), int8 with one scale per row (⌈out/64⌉, in/4, 256), 4
-    bits (⌈out/64⌉, in/8, 4, 16, 4) uint8.
+        bits (⌈out/64⌉, in/8, 4, 16, 4) uint8.
     kernel: the function that multiplies by them. A row's product does not depend on other rows."""
 
     out: int

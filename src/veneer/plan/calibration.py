@@ -35,7 +35,7 @@ class Calibration:
     """Measured training rates of a device.
 
     operations, bandwidth: per second. device: the device, with its number of threads. base, dtype: of the
-    model that was trained."""
+        model that was trained."""
 
     device: str
     operations: float

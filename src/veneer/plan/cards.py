@@ -38,7 +38,8 @@ class CardFit:
     """A card that fits, with the settings for it.
 
     settings: configuration keys with their values. training, loading: peak bytes of either phase, of the
-    `room` available. lacking: the next smaller card, and the bytes that the most economical settings need."""
+        `room` available. lacking: the next smaller card, and the bytes that the most economical settings
+        need."""
 
     card: int
     device: Device

@@ -48,7 +48,7 @@ class ImageLoad(RunLoad):
     """Images in a micro-batch, and how they are trained.
 
     targets: a key of _TARGET_ENDINGS. blocks: number of the denoiser's blocks. before: source images per
-    image (editing), of the image's size. form: the adapter's form, of `rank`."""
+        image (editing), of the image's size. form: the adapter's form, of `rank`."""
 
     pictures: int = 1
     height: int = 1024
@@ -64,7 +64,7 @@ class ImageCounts(Counts):
     """The counts of one image.
 
     encoders: parameters of text encoders and VAE. buffers: values in the base's dtype that are not
-    parameters but take memory."""
+        parameters but take memory."""
 
     encoders: int = 0
     buffers: int = 0
@@ -75,7 +75,7 @@ class _Walk:
     """Counts a denoiser's matrices in the order of its forward pass.
 
     pictures: images whose tokens are processed together: the trained image and its source images. share:
-    the family's coefficient in `_KEPT`."""
+        the family's coefficient in `_KEPT`."""
 
     counts: ImageCounts
     targets: set[str]

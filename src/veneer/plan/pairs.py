@@ -23,7 +23,7 @@ class PairCosts:
     """The cost of one pair.
 
     forward: operations per token. rank: kept values per token. made: float32 values computed from the
-    parts and kept, for any number of tokens."""
+        parts and kept, for any number of tokens."""
 
     parameters: int
     forward: float

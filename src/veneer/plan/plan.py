@@ -41,7 +41,7 @@ class Draws:
     """Answers that a run samples.
 
     prompt, answer: most tokens of each. group: answers per prompt, which is computed once. together:
-    sampled at once. total: in the whole run. room: the most bytes of keys and values."""
+        sampled at once. total: in the whole run. room: the most bytes of keys and values."""
 
     prompt: int
     answer: int
@@ -89,10 +89,10 @@ class Plan:
 
     memory: of the run as given, on one device. peak: bytes of it on each device, of the `room` available.
     changes: changes that make it fit, if it does not. planned, planned_memory: the load and device of
-    `seconds` and `cost`: as given, or with the first of `changes`; None if nothing helps.
+        `seconds` and `cost`: as given, or with the first of `changes`; None if nothing helps.
     keeps: bytes of a quantized base's layers that can stay dequantized in the remaining memory. packs:
-    bytes of prepacked weight copies of a plain base in the remaining memory, on a CPU whose products are
-    all faster with copies.
+        bytes of prepacked weight copies of a plain base in the remaining memory, on a CPU whose products
+        are all faster with copies.
     facts: what was planned, for the user."""
 
     base: str
@@ -265,7 +265,7 @@ def text_plan(
     """Return the plan of a run on text.
 
     room: usable bytes of each device, by default `usable_memory`. process: bytes of the process before the
-    base is loaded, if known (CPU)."""
+        base is loaded, if known (CPU)."""
     plan = _plan(
         base,
         text_counts(shape, load, device),

@@ -34,8 +34,8 @@ class Serving:
     """The serving capacity of a device.
 
     adapters: how many fit beside base and cache. cache_bytes: of keys and values. cents: per thousand
-    requests at full load, None without a price. shared, dedicated: dollars per hour of one base for all
-    tenants, and of one model per tenant."""
+        requests at full load, None without a price. shared, dedicated: dollars per hour of one base for
+        all tenants, and of one model per tenant."""
 
     adapter_bytes: int
     cache_bytes: int

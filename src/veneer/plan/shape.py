@@ -28,7 +28,7 @@ class LinearShape:
     """One matrix of a layer, or `times` of one shape, of which a token uses `active`.
 
     product: matrices with the same product share their input and are multiplied as one. pair: whether
-    all-linear includes it."""
+        all-linear includes it."""
 
     name: str
     inputs: int
@@ -53,7 +53,7 @@ class LayerShape:
     """A decoder layer.
 
     small: parameters of norms, biases and routers, never quantized. normed: values per token kept by norms
-    other than those before attention and MLP. window: keys a query sees, None for all."""
+        other than those before attention and MLP. window: keys a query sees, None for all."""
 
     linears: tuple[LinearShape, ...]
     small: int

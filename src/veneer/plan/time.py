@@ -25,7 +25,7 @@ class Work:
     """The work of one micro-batch, forward and backward.
 
     bytes: of activations and weights, read and written. fetched: bytes from CPU memory that the device
-    waits for. copied: bytes to and from CPU memory during computation."""
+        waits for. copied: bytes to and from CPU memory during computation."""
 
     operations: float = 0.0
     bytes: float = 0.0
@@ -38,7 +38,7 @@ class Rates:
     """Operations and bytes per second of a device.
 
     source: where the numbers come from, as a sentence. measured: whether a calibration on this device
-    measured them."""
+        measured them."""
 
     operations: float
     bandwidth: float

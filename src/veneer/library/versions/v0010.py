@@ -1,8 +1,6 @@
-"""The first revision of the index, which never runs.
+"""The first revision of the index, which never runs: `library.migrate` creates it.
 
-`library.migrate` creates its tables.
-
-Every later revision is a script of its own, and every database from this revision on stays readable."""
+Every later revision has its own script, and every database from this revision on can be migrated."""
 
 revision = "0010"
 down_revision = None

@@ -44,7 +44,7 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
     notes: list[str] = []
     folder = trusted_folder(notes)
     library = folder / f"native-{key}.so"
-    record = folder / f"native-{key}-{torch.__version__}.json"  # some call libtorch
+    record = folder / f"native-{key}-{torch.__version__}.json"  # some kernels call libtorch
     for path in (library, record):
         if path.exists() and (why := distrusted(path)):
             notes.append(f"{path.name} was made anew: {why}")

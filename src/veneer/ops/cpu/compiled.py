@@ -90,7 +90,7 @@ class Kernels:
     """The usable kernels, each an attribute; `compiled` has all kernels.
 
     wrong: kernel -> how it failed its self-test. A kernel raises MemoryError if it has no memory, or
-    IndexError for an invalid target."""
+        IndexError for an invalid target."""
 
     def __init__(self, compiled: ctypes.CDLL, path: Path) -> None:
         self.compiled, self.path = compiled, path

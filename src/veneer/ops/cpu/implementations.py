@@ -414,7 +414,7 @@ def _token_nll(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | 
     return nll
 
 
-# -- quantised weights -------------------------------------------------------------------------------------------------
+# -- quantized weights -------------------------------------------------------------------------------------------------
 
 
 def _takes_bytes(name: str) -> Callable[..., bool]:

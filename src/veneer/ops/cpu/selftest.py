@@ -61,7 +61,7 @@ class Case(NamedTuple):
     """One comparison.
 
     run: returns the results to compare. kernels: the kernels it calls; if the case fails, none of them is
-    used."""
+        used."""
 
     run: Callable[[Draw], Sequence[Tensor]]
     kernels: tuple[str, ...]
@@ -266,7 +266,7 @@ def _low_rank(draw: Draw) -> list[Tensor]:
     return draw.gradients(run, draw(197, 48), *factors)
 
 
-# -- quantised weights -------------------------------------------------------------------------------------------------
+# -- quantized weights -------------------------------------------------------------------------------------------------
 
 
 @_case("blocks4_dense", "blocks4_quantize", dtypes=(_BF16, _F32))

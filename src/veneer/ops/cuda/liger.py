@@ -80,9 +80,8 @@ def takes_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return q and k rotated.
 
-    q: (N, heads, dim), k: (N, kv heads, dim), cos, sin: (N, dim/2).
-
-    Liger rotates in place, so it gets copies; with tables in float32 the results are rounded once."""
+    q: (N, heads, dim), k: (N, kv heads, dim), cos, sin: (N, dim/2). Liger rotates in place, so it gets
+        copies; with tables in float32 the results are rounded once."""
     rotation = LIGER("liger_kernel.ops.rope.LigerRopeFunction")
     given = (x.clone(memory_format=torch.contiguous_format)[None].transpose(1, 2) for x in (q, k))
     rotated = rotation.apply(*given, cos.float(), sin.float(), None, 1, q.shape[2])
