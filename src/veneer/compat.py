@@ -25,7 +25,8 @@ class MissingInternalError(MissingExtraError, AttributeError):
 class Internals:
     """Undocumented names of one library.
 
-    names: dotted, from the top of the library. versions: the versions known to have them."""
+    names: dotted, from the top of the library.
+    versions: the versions known to have them."""
 
     library: str
     versions: str

@@ -78,8 +78,10 @@ def gigabytes(count: float) -> str:
 class VeneerError(Exception):
     """Base of all errors.
 
-    what: one sentence. where: a file, line, key or module. fix: how to resolve the error. already_shown:
-        another process of the same run has already printed the error."""
+    what: one sentence.
+    where: a file, line, key or module.
+    fix: how to resolve the error.
+    already_shown: another process of the same run has already printed the error."""
 
     exit_code = 2
     already_shown = False
@@ -216,8 +218,8 @@ def _edits(a: str, b: str, most: int) -> int:
 def one_of(value: str, known: Iterable[str], what: str, where: str) -> None:
     """Raise ConfigError, with the nearest match, if `value` is not one of `known`.
 
-    what: what the value should be, with its article, as in "'nf5' is not a quantization". where: the
-        option or key."""
+    what: what the value should be, with its article, as in "'nf5' is not a quantization".
+    where: the option or key."""
     words = list(known)
     if value not in words:
         near = nearest(value.lower(), words, 1)

@@ -27,7 +27,8 @@ _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "g
 class ConvertedAdapter:
     """The result of a conversion.
 
-    reading: what was read. words: learned words that were left out."""
+    reading: what was read.
+    words: learned words that were left out."""
 
     reading: Reading
     written: WriteReport

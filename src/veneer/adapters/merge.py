@@ -574,7 +574,8 @@ def _folded(
 ) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a shard with its changes, in the order of the file.
 
-    seen: (kind, names of its quantized tensors). under: the mix as text."""
+    seen: (kind, names of its quantized tensors).
+    under: the mix as text."""
     header = part.files[file]
     with file.open("rb") as source:
         yield source.read(header.data_start)

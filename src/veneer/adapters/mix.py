@@ -47,9 +47,10 @@ _EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding
 class MixReport:
     """The result of a mix.
 
-    error: over all modules. worst: the modules with the largest errors. parts: each module's rank, norm,
-        error and cut (core.mix.MixedModule). left: parts of the inputs that the result does not contain,
-        with the reason."""
+    error: over all modules.
+    worst: the modules with the largest errors.
+    parts: each module's rank, norm, error and cut (core.mix.MixedModule).
+    left: parts of the inputs that the result does not contain, with the reason."""
 
     path: str = ""
     layout: str = ""
@@ -127,7 +128,8 @@ def keep_mix(
 
     Each adapter is "support@2[:strength]". The card names the parts by their current versions.
 
-    alias: points to the new version. base: as in `mix_adapters`.
+    alias: points to the new version.
+    base: as in `mix_adapters`.
 
     Raises as `mix_adapters` and Library.add; nothing is added then."""
     chosen = [using.parse_spec(s) for s in specs]

@@ -182,7 +182,8 @@ def load_adapter(
 
     Attach the result with `attach(base.model).add(…)`.
 
-    name: a folder, a file or a name in the library. how: options of `formats.read.read`.
+    name: a folder, a file or a name in the library.
+    how: options of `formats.read.read`.
     allow_other_base: accept an adapter of another base if every name and shape fits.
 
     Raises MismatchError for an adapter of another family, or one whose card names another base, with both

@@ -200,14 +200,15 @@ def hub_id(base: str) -> str:
 class LoraSpec:
     """What to create: which modules get a pair, its rank and its initialization.
 
-    `targets`, `exclude`: see core.targets. `layers`: indices of the repeated blocks, None for all.
+    `targets`, `exclude`: see core.targets.
+    `layers`: indices of the repeated blocks, None for all.
     `rank_pattern`, `alpha_pattern`: target pattern -> value; the first match wins.
     `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa",
         "olora", "loftq" (from the quantization error of the base).
     `kind`: "lora" makes pairs; "loha" and "lokr" make deltas of those forms (core.forms), with LyCORIS'
         initialization. `factor` and `decompose_both` are passed to `trained_shapes` for these.
-    `modules_to_save`: modules trained in full, as copies. `token_rows`: embedding name -> ids of the only
-        tokens trained."""
+    `modules_to_save`: modules trained in full, as copies.
+    `token_rows`: embedding name -> ids of the only tokens trained."""
 
     rank: int = 16
     alpha: float = 32.0

@@ -65,8 +65,10 @@ def acting_on(model: nn.Module) -> NamedMix:
 class Attachment:
     """The adapters of one base, and which of them act.
 
-    adapters: name -> adapter. selection: what acts now; empty at first. cache.limit: byte limit for cached
-        weights of mixes used without gradients (core.mix_cache); 0 disables the cache.
+    adapters: name -> adapter.
+    selection: what acts now; empty at first.
+    cache.limit: byte limit for cached weights of mixes used without gradients (core.mix_cache); 0 disables
+        the cache.
 
     Use as a context manager to detach at its end."""
 

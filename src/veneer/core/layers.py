@@ -548,8 +548,8 @@ class LoraEmbedding(_Lora):
 class LoraConv(_Lora):
     """A convolution with low-rank pairs.
 
-    A: (rank, in/groups, k…): each group runs the same A on its own channels, so that ΔW has W's shape. A:
-        (rank, in, k…) with B: (out, rank/groups, 1…), PEFT's form for grouped convolutions, reads all
+    A: (rank, in/groups, k…): each group runs the same A on its own channels, so that ΔW has W's shape.
+    A: (rank, in, k…) with B: (out, rank/groups, 1…), PEFT's form for grouped convolutions, reads all
         channels."""
 
     def least_dims(self) -> int:

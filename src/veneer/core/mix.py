@@ -60,8 +60,9 @@ Weights = Callable[[str], Tensor | None]
 class MixedModule:
     """One module of a result, with its norms and errors.
 
-    rank: 0 if the result is not a pair. norm: ‖Σ strength·ΔW‖. error: ‖result − Σ strength·ΔW‖ after
-        rounding.
+    rank: 0 if the result is not a pair.
+    norm: ‖Σ strength·ΔW‖.
+    error: ‖result − Σ strength·ΔW‖ after rounding.
     cut: the part of `error` that comes from the bound and from rounding, ‖result − the method's exact
         answer‖.
 

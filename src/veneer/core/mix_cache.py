@@ -66,8 +66,9 @@ class CachedModule:
 class _Table:
     """Everything cached for one mix.
 
-    how: "copy", "stack" or "" for neither. needs: bytes of all entries. made: module -> entry, None if it
-        cannot be made."""
+    how: "copy", "stack" or "" for neither.
+    needs: bytes of all entries.
+    made: module -> entry, None if it cannot be made."""
 
     mix: Acting
     how: str
@@ -79,7 +80,8 @@ class _Table:
 class MixCache:
     """The cached tables of one attachment.
 
-    modules: name -> base of each wrapped module. limit: bytes for all tables together."""
+    modules: name -> base of each wrapped module.
+    limit: bytes for all tables together."""
 
     def __init__(self, modules: dict[str, nn.Module], limit: int) -> None:
         self.modules, self._limit = modules, limit

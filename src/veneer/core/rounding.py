@@ -52,7 +52,8 @@ class Rounding:
 
     Computed in float64.
 
-    changed: share of the weights with a nonzero exact delta that moved. error: ‖(W'−W) − Δ‖/‖Δ‖.
+    changed: share of the weights with a nonzero exact delta that moved.
+    error: ‖(W'−W) − Δ‖/‖Δ‖.
     kept: ⟨W'−W, Δ⟩/‖Δ‖², the share of the delta in the written weights; 1 means all of it, on average."""
 
     moved: int = 0

@@ -26,8 +26,9 @@ from veneer.errors import AdapterError
 class Bound:
     """How much to keep; set exactly one field, otherwise AdapterError.
 
-    rank: at most this rank. energy: the smallest rank that keeps this share of ‖Δ‖². error: the smallest
-        rank with ‖Δ − kept‖/‖Δ‖ at most this."""
+    rank: at most this rank.
+    energy: the smallest rank that keeps this share of ‖Δ‖².
+    error: the smallest rank with ‖Δ − kept‖/‖Δ‖ at most this."""
 
     rank: int | None = None
     energy: float | None = None
@@ -53,8 +54,10 @@ class Bound:
 class Cut:
     """The result of a truncation, in Frobenius norms.
 
-    norm: ‖Δ‖ before. error: ‖Δ − kept‖. rank: the rank kept. rounding: the error from rounding to the
-        dtype, nearly orthogonal to `error`."""
+    norm: ‖Δ‖ before.
+    error: ‖Δ − kept‖.
+    rank: the rank kept.
+    rounding: the error from rounding to the dtype, nearly orthogonal to `error`."""
 
     norm: float
     error: float

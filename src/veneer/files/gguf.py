@@ -44,8 +44,9 @@ _NUMPY = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
 class GgufEntry:
     """One tensor of a header.
 
-    type, kind: ggml's number and name of the type. shape: outermost first. begin, end: bytes [begin, end)
-        from the start of the file."""
+    type, kind: ggml's number and name of the type.
+    shape: outermost first.
+    begin, end: bytes [begin, end) from the start of the file."""
 
     type: int
     kind: str

@@ -210,8 +210,11 @@ def _gguf_table(file: Path) -> list[StoredTensor]:
 class Checkpoint:
     """A full model's weights in safetensors: a file, or a folder's *.safetensors.
 
-    files: path -> header. entries: tensor name -> its entry. Raises BaseError if there are no safetensors,
-        or if a tensor is in two files; AdapterError for a damaged file."""
+    files: path -> header.
+    entries: tensor name -> its entry.
+
+    Raises BaseError if there are no safetensors, or if a tensor is in two files; AdapterError for a
+    damaged file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

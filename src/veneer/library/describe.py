@@ -29,8 +29,9 @@ _PICTURE = re.compile(r"data:(image/(?:jpeg|png|webp));base64,([A-Za-z0-9+/=]+)"
 class Gain:
     """An adapter's gain over its base on held-out data.
 
-    before: the loss before training. after: the loss of the saved adapter. rewarded: from reinforcement
-        learning, where the loss is minus the mean reward."""
+    before: the loss before training.
+    after: the loss of the saved adapter.
+    rewarded: from reinforcement learning, where the loss is minus the mean reward."""
 
     before: float
     after: float
@@ -91,7 +92,9 @@ def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
 class Content:
     """The files of an adapter.
 
-    place: the folder or file. files: name -> path of the stored files. left_out: other files in the folder.
+    place: the folder or file.
+    files: name -> path of the stored files.
+    left_out: other files in the folder.
     """
 
     place: Path
@@ -103,8 +106,8 @@ class Content:
 class AdapterDescription:
     """The description of an adapter.
 
-    digest: core's digest, "" if the format is not understood. card: the fields of core.adapter.Card as
-        JSON; each can be missing."""
+    digest: core's digest, "" if the format is not understood.
+    card: the fields of core.adapter.Card as JSON; each can be missing."""
 
     digest: str = ""
     format: str = ""

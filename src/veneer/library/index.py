@@ -143,8 +143,9 @@ tags = _table(
 def connect(where: str) -> Engine:
     """Open the index in a SQLite file or database; create or migrate its tables.
 
-    where: a path, or a URL such as postgresql://user@host/database. Raises ConfigError for a URL that
-        cannot be opened, MissingExtraError without psycopg."""
+    where: a path, or a URL such as postgresql://user@host/database.
+
+    Raises ConfigError for a URL that cannot be opened, MissingExtraError without psycopg."""
     engine = open_engine(where, "an index")
     migrate(engine, INDEX_SCHEMA, where)
     return engine

@@ -25,10 +25,13 @@ from veneer.library.database import URL_FIX, keep_private, reading, shown_url, w
 class Schema:
     """The tables of a database.
 
-    what: names the database in errors. scripts: the folder of the revisions. table: the table with the
-        revision. lock: the key of PostgreSQL's advisory lock. first: what a new database needs besides
-        `tables`. older: instructions for a database of an unreleased build. private: other users of this
-        machine cannot read the database."""
+    what: names the database in errors.
+    scripts: the folder of the revisions.
+    table: the table with the revision.
+    lock: the key of PostgreSQL's advisory lock.
+    first: what a new database needs besides `tables`.
+    older: instructions for a database of an unreleased build.
+    private: other users of this machine cannot read the database."""
 
     what: str
     tables: MetaData
@@ -52,7 +55,8 @@ class Schema:
 def append_only(connection: Connection, tables: Sequence[str], what: str, function: str) -> None:
     """Make the database refuse to change or delete rows of these tables.
 
-    what: as in "the audit log is". function: the function that PostgreSQL's triggers call."""
+    what: as in "the audit log is".
+    function: the function that PostgreSQL's triggers call."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(
             f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS "

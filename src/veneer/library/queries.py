@@ -46,10 +46,13 @@ _SOME = 500  # values in one IN list
 class Version:
     """One version of a name, with the description of its content.
 
-    entry: the manifest's sha256. digest: the adapter's, "" if it could not be read. size: bytes of all its
-        files. rank: 0 if its pairs have several ranks, or if it has none. gain: relative change of the
-        held-out loss (`describe.Gain`). health: sound, faulty or unknown. aliases: the aliases that point
-        to this version."""
+    entry: the manifest's sha256.
+    digest: the adapter's, "" if it could not be read.
+    size: bytes of all its files.
+    rank: 0 if its pairs have several ranks, or if it has none.
+    gain: relative change of the held-out loss (`describe.Gain`).
+    health: sound, faulty or unknown.
+    aliases: the aliases that point to this version."""
 
     name: str
     version: int
@@ -85,8 +88,9 @@ class Version:
 class SearchPage:
     """A page of search results.
 
-    total: number of matches. facets: for base, kind, rank, tag and health, value -> number of matches if
-        that value replaced the current one, most frequent first."""
+    total: number of matches.
+    facets: for base, kind, rank, tag and health, value -> number of matches if that value replaced the
+        current one, most frequent first."""
 
     versions: list[Version]
     total: int
@@ -97,7 +101,8 @@ class SearchPage:
 class AdapterFamily:
     """The parents, children and versions of an adapter.
 
-    unknown: digests of parents that are not in the library. versions: all versions of its name, newest first.
+    unknown: digests of parents that are not in the library.
+    versions: all versions of its name, newest first.
     """
 
     parents: list[Version]

@@ -49,7 +49,8 @@ _AGAIN = 60.0
 class NamedVersion:
     """One version of a name.
 
-    digest: the adapter's, "" if it could not be read. entry: the sha256 of its manifest."""
+    digest: the adapter's, "" if it could not be read.
+    entry: the sha256 of its manifest."""
 
     name: str
     version: int

@@ -213,8 +213,9 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
     """Write versions with files, tags and aliases to a tar (*.tar) or a new folder.
 
     references: `support` for all its versions, `support@2`, `support@prod`; none: everything. The target
-        appears complete or not at all. Raises AdapterError if it exists, or if the store misses a file or
-        has a damaged one."""
+        appears complete or not at all.
+
+    Raises AdapterError if it exists, or if the store misses a file or has a damaged one."""
     target = Path(target).expanduser()
     if target.exists():
         raise AdapterError("something is there already", where=str(target), fix="name a new file or folder")

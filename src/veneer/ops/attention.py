@@ -98,7 +98,8 @@ class RowLayout:
     attended: the layers that have used this layout so far.
     starts: (rows + 1,), start of each row, and the end, on the CPU; `ends`: the same as int32 on the
         tokens' device.
-    groups: the row groups, computed when an implementation needs them. masks: of flex attention, by window.
+    groups: the row groups, computed when an implementation needs them.
+    masks: of flex attention, by window.
     shared: rows with common tokens. N then counts each token once; only attention, which is cheap next to
         the products, has each row in full: `whole` is the layout of the full rows."""
 
@@ -242,8 +243,10 @@ def _attend_backward(
 class VarlenSettings(NamedTuple):
     """Settings of packed-row attention.
 
-    kv: number of key heads. layout: the rows. scale: the factor of scores. window: how many tokens a query
-        sees, including itself (None: all)."""
+    kv: number of key heads.
+    layout: the rows.
+    scale: the factor of scores.
+    window: how many tokens a query sees, including itself (None: all)."""
 
     kv: int
     layout: RowLayout
@@ -370,7 +373,8 @@ def rope_varlen_attention(
 ) -> Tensor:
     """Return attention of [q | k | v] heads with rotary positions in q and k.
 
-    qkv: (N, heads + 2·kv, dim) → (N, heads, dim). cos, sin: (N, dim/2).
+    qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
+    cos, sin: (N, dim/2).
     window: a query sees itself and the window − 1 tokens before it; None: all tokens before it.
 
     Keeps the rotated q, k, v and the probabilities in their dtype, or with tiles qkv, the output and log Σ

@@ -82,10 +82,12 @@ OPS = {
 class Implementation(NamedTuple):
     """An implementation of an op.
 
-    run: the function, or an object with the functions, that the op calls instead of its reference. takes:
-        whether it runs on the op's arguments. wants: the same in words. missing: why it cannot run here;
-        "" if it can. name: for VENEER_OPS and reports. others: further implementations of the op, in
-        order."""
+    run: the function, or an object with the functions, that the op calls instead of its reference.
+    takes: whether it runs on the op's arguments.
+    wants: the same in words.
+    missing: why it cannot run here; "" if it can.
+    name: for VENEER_OPS and reports.
+    others: further implementations of the op, in order."""
 
     run: Any
     takes: Callable[..., bool]
@@ -98,8 +100,8 @@ class Implementation(NamedTuple):
 class Rule(NamedTuple):
     """A choice between implementations.
 
-    prefer: (names of the implementations that take the input, the op's arguments) -> the one to run. why:
-        the reason in words."""
+    prefer: (names of the implementations that take the input, the op's arguments) -> the one to run.
+    why: the reason in words."""
 
     prefer: Callable[..., str]
     why: str
@@ -209,8 +211,9 @@ def _override_of(op: str) -> str | None:
 class Choice(NamedTuple):
     """The chosen implementation of an op.
 
-    name: one implementation, or several in order. reason: why. wants: the inputs they take, if not all;
-        the reference runs everything else."""
+    name: one implementation, or several in order.
+    reason: why.
+    wants: the inputs they take, if not all; the reference runs everything else."""
 
     name: str
     reason: str

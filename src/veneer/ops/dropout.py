@@ -23,7 +23,8 @@ _CHUNK = 1 << 20  # positions per chunk of the reference, whose temporaries are 
 class Dropout(NamedTuple):
     """Dropout with a fixed mask.
 
-    p: share of values dropped, below 1. seed: below 2⁶²."""
+    p: share of values dropped, below 1.
+    seed: below 2⁶²."""
 
     p: float
     seed: int

@@ -29,7 +29,8 @@ class LinearMap:
 
     One projection, or several of the same x joined by rows.
 
-    bias: (out,). dora_scale: (out,) float32, DoRA's factor of each output, applied before the bias.
+    bias: (out,).
+    dora_scale: (out,) float32, DoRA's factor of each output, applied before the bias.
     products: all see the same dropped x: one dropout, as in loralib's MergedLinear.
     copies: prepacked copies of the weight, if any.
     spans: each product sees only the rows of its own segment, with that segment's dropout; there is no
@@ -241,8 +242,10 @@ def low_rank_tensors(linear_map: LinearMap) -> list[Tensor]:
 class LinearOutput(NamedTuple):
     """`y`, and what its backward pass needs.
 
-    u: x·Aᵀ. plain: the input of the DoRA scale. products: the low-rank products, which are cheaper to keep
-        than to rebuild for small layers. copies: the weight's prepacked copies."""
+    u: x·Aᵀ.
+    plain: the input of the DoRA scale.
+    products: the low-rank products, which are cheaper to keep than to rebuild for small layers.
+    copies: the weight's prepacked copies."""
 
     y: Tensor
     u: Tensor | None = None
@@ -260,7 +263,8 @@ def frozen_linear(
 ) -> Tensor:
     """Return x·Wᵀ + b, or x·W if not `transposed`; without autograd.
 
-    x: (N, in) or (N, out). copies: the weight's prepacked copies."""
+    x: (N, in) or (N, out).
+    copies: the weight's prepacked copies."""
     if copies is not None and (by_copy := copies.product(x, weight, bias, transposed)) is not None:
         return by_copy
     return F.linear(x, weight, bias) if transposed else x @ weight

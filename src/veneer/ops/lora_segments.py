@@ -23,9 +23,9 @@ from veneer.ops.dropout import Dropout
 class LoraSegments:
     """Which rows belong to which adapter.
 
-    tokens, kept: rows of each adapter, among all tokens and among those kept at a model's end. generators:
-        the random generator of each adapter. sizes: total rows of `tokens` and `kept`, with padding, which
-        tell the two apart."""
+    tokens, kept: rows of each adapter, among all tokens and among those kept at a model's end.
+    generators: the random generator of each adapter.
+    sizes: total rows of `tokens` and `kept`, with padding, which tell the two apart."""
 
     tokens: Sequence[int]
     kept: Sequence[int]

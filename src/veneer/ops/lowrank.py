@@ -15,8 +15,9 @@ class LowRank:
 
         y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ
 
-    A: (…, rank, in), B: (…, out, rank). scale: s, including an adapter's strength. dropout: dropout
-        probability of the product's x, 0 outside training.
+    A: (…, rank, in), B: (…, out, rank).
+    scale: s, including an adapter's strength.
+    dropout: dropout probability of the product's x, 0 outside training.
     first: the row of W of B's first row, if W is several weights concatenated; `last` is one past B's last
         row.
     span: the segment of x's rows that the product sees, if there are several adapters

@@ -43,8 +43,9 @@ _LOCK_SECONDS = 30.0
 class Profile:
     """Measured rates.
 
-    gflops: dtype -> "rows x inputs x outputs" -> GFLOP/s; dtypes without products are missing. bandwidth:
-        GB/s. spread: how much slower the median round was than the fastest, for the noisiest measurement."""
+    gflops: dtype -> "rows x inputs x outputs" -> GFLOP/s; dtypes without products are missing.
+    bandwidth: GB/s.
+    spread: how much slower the median round was than the fastest, for the noisiest measurement."""
 
     processor: str
     key: str

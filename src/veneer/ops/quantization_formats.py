@@ -176,8 +176,9 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 class Blocks4(_Stored):
     """4-bit codes in blocks.
 
-    packed: (⌈n/2⌉,) uint8, two codes a byte, the first in the high half. absmax: (⌈n/64⌉,) float32; or
-        double-quantized: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (), float32."""
+    packed: (⌈n/2⌉,) uint8, two codes a byte, the first in the high half.
+    absmax: (⌈n/64⌉,) float32; or double-quantized: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (),
+        float32."""
 
     kind: str
     shape: tuple[int, ...]

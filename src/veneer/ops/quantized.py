@@ -289,8 +289,8 @@ _OWN: dict[Any, Callable[..., Any]] = {
 def quantize(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dtype | None = None) -> Quantized:
     """Quantize `weight` (…, columns), float32, bfloat16 or float16, to one of KINDS.
 
-    double: store the absmax of 4-bit kinds in 8 bits. dtype: the result's compute dtype, by default the
-        weight's.
+    double: store the absmax of 4-bit kinds in 8 bits.
+    dtype: the result's compute dtype, by default the weight's.
 
     Raises ValueError for another kind, and for weights that are not finite, which codes cannot represent."""
     if kind not in KINDS:

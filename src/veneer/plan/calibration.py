@@ -34,8 +34,9 @@ _FILE = "plan-calibration.json"
 class Calibration:
     """Measured training rates of a device.
 
-    operations, bandwidth: per second. device: the device, with its number of threads. base, dtype: of the
-        model that was trained."""
+    operations, bandwidth: per second.
+    device: the device, with its number of threads.
+    base, dtype: of the model that was trained."""
 
     device: str
     operations: float

@@ -37,9 +37,9 @@ size; assumed."""
 class CardFit:
     """A card that fits, with the settings for it.
 
-    settings: configuration keys with their values. training, loading: peak bytes of either phase, of the
-        `room` available. lacking: the next smaller card, and the bytes that the most economical settings
-        need."""
+    settings: configuration keys with their values.
+    training, loading: peak bytes of either phase, of the `room` available.
+    lacking: the next smaller card, and the bytes that the most economical settings need."""
 
     card: int
     device: Device

@@ -35,8 +35,8 @@ _MARGIN = 0.03
 class Change:
     """Settings to change together.
 
-    slower: seconds per token relative to the given run. settings: `section.key=value`, or a description
-        for more devices, which have no key."""
+    slower: seconds per token relative to the given run.
+    settings: `section.key=value`, or a description for more devices, which have no key."""
 
     names: tuple[str, ...]
     settings: tuple[str, ...]

@@ -47,8 +47,10 @@ to what autograd keeps for small denoisers of each family with pairs on attentio
 class ImageLoad(RunLoad):
     """Images in a micro-batch, and how they are trained.
 
-    targets: a key of _TARGET_ENDINGS. blocks: number of the denoiser's blocks. before: source images per
-        image (editing), of the image's size. form: the adapter's form, of `rank`."""
+    targets: a key of _TARGET_ENDINGS.
+    blocks: number of the denoiser's blocks.
+    before: source images per image (editing), of the image's size.
+    form: the adapter's form, of `rank`."""
 
     pictures: int = 1
     height: int = 1024
@@ -63,8 +65,8 @@ class ImageLoad(RunLoad):
 class ImageCounts(Counts):
     """The counts of one image.
 
-    encoders: parameters of text encoders and VAE. buffers: values in the base's dtype that are not
-        parameters but take memory."""
+    encoders: parameters of text encoders and VAE.
+    buffers: values in the base's dtype that are not parameters but take memory."""
 
     encoders: int = 0
     buffers: int = 0
@@ -74,8 +76,8 @@ class ImageCounts(Counts):
 class _Walk:
     """Counts a denoiser's matrices in the order of its forward pass.
 
-    pictures: images whose tokens are processed together: the trained image and its source images. share:
-        the family's coefficient in `_KEPT`."""
+    pictures: images whose tokens are processed together: the trained image and its source images.
+    share: the family's coefficient in `_KEPT`."""
 
     counts: ImageCounts
     targets: set[str]

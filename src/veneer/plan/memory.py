@@ -38,9 +38,10 @@ _STATES = {"adamw": 8, "adam": 8, "adafactor": 0, "sgd": 0}
 class Fit(NamedTuple):
     """Coefficients that shapes do not determine.
 
-    process: bytes before anything is loaded. working: bytes allocated in the backward pass of the widest
-        block, relative to the bytes this block keeps. unplaced: share of activations lost to allocator
-        fragmentation."""
+    process: bytes before anything is loaded.
+    working: bytes allocated in the backward pass of the widest block, relative to the bytes this block
+        keeps.
+    unplaced: share of activations lost to allocator fragmentation."""
 
     process: int
     working: float
@@ -68,10 +69,13 @@ _ON_THEIR_WAY = 4
 class RunLoad:
     """How a run trains.
 
-    micros: micro-batches per step. dtype: of the base. quantise: nf4, fp4, int8 or None; `double`: the
-        constants are quantized too. inputs_on_host: inputs of recomputed layers stay in CPU memory. kept:
-        bytes of layers that stay dequantized. offload: number of the base's last blocks that stay in CPU
-        memory until needed. bare: forward passes of the base without adapter per step."""
+    micros: micro-batches per step.
+    dtype: of the base.
+    quantise: nf4, fp4, int8 or None; `double`: the constants are quantized too.
+    inputs_on_host: inputs of recomputed layers stay in CPU memory.
+    kept: bytes of layers that stay dequantized.
+    offload: number of the base's last blocks that stay in CPU memory until needed.
+    bare: forward passes of the base without adapter per step."""
 
     micros: int = 1
     rank: int = 16
@@ -90,9 +94,10 @@ class RunLoad:
 class Load(RunLoad):
     """The input of a run on a language model.
 
-    lengths: tokens of each row in the largest micro-batch. trained: the share of these tokens with a loss.
-    whole: parameters trained besides the pairs (full copies, token rows). compared: each token's
-        distribution is compared with another model's."""
+    lengths: tokens of each row in the largest micro-batch.
+    trained: the share of these tokens with a loss.
+    whole: parameters trained besides the pairs (full copies, token rows).
+    compared: each token's distribution is compared with another model's."""
 
     lengths: tuple[int, ...]
     trained: float = 1.0
@@ -128,9 +133,10 @@ class Counts:
 
     matrices: parameters that `quantise` quantizes, with `rows` rows; `largest`: the largest weight that is
         dequantized at once. In values of the base's dtype: `kept` for the backward pass, `inputs` of all
-        blocks, `block` kept by the widest block, `ends` kept after the last block. made: float32 values
-        computed from an adapter's parts. forward, backward: operations. head: the head's operations in
-        both.
+        blocks, `block` kept by the widest block, `ends` kept after the last block.
+    made: float32 values computed from an adapter's parts.
+    forward, backward: operations.
+    head: the head's operations in both.
     logits: bytes. blocks: parameters of each block."""
 
     parameters: int = 0
@@ -154,10 +160,14 @@ class Counts:
 class Memory:
     """Peak bytes of one device.
 
-    constants: quantization constants. dequantised: the one weight that is in full precision at a time, and
-        layers kept so. working: gradients inside a block. context: the process (CPU) or CUDA itself.
-        rounding: lost to fragmentation. cache: keys and values of sampled answers. teacher: another base
-        that the run learns from. host: bytes in CPU memory, not in the sum."""
+    constants: quantization constants.
+    dequantised: the one weight that is in full precision at a time, and layers kept so.
+    working: gradients inside a block.
+    context: the process (CPU) or CUDA itself.
+    rounding: lost to fragmentation.
+    cache: keys and values of sampled answers.
+    teacher: another base that the run learns from.
+    host: bytes in CPU memory, not in the sum."""
 
     weights: int = 0
     constants: int = 0
@@ -222,8 +232,8 @@ def run_memory(
 ) -> Memory:
     """Return bytes by part.
 
-    units: how many units the counts are multiplied by. process: bytes of the process before the base is
-        loaded, if known (CPU)."""
+    units: how many units the counts are multiplied by.
+    process: bytes of the process before the base is loaded, if known (CPU)."""
     fit, e, trainable = FITS[device.kind, kind], dtype_bytes(load.dtype), counts.trainable
     weights, constants = weight_bytes(counts, load.dtype, load.quantise, load.double)
     inputs, ends = e * units * counts.inputs, e * units * counts.ends

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class PairCosts:
     """The cost of one pair.
 
-    forward: operations per token. rank: kept values per token. made: float32 values computed from the
-        parts and kept, for any number of tokens."""
+    forward: operations per token.
+    rank: kept values per token.
+    made: float32 values computed from the parts and kept, for any number of tokens."""
 
     parameters: int
     forward: float

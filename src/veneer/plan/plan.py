@@ -40,8 +40,11 @@ from veneer.plan.time import Rates, Work, reading_work, run_seconds, text_work
 class Draws:
     """Answers that a run samples.
 
-    prompt, answer: most tokens of each. group: answers per prompt, which is computed once. together:
-        sampled at once. total: in the whole run. room: the most bytes of keys and values."""
+    prompt, answer: most tokens of each.
+    group: answers per prompt, which is computed once.
+    together: sampled at once.
+    total: in the whole run.
+    room: the most bytes of keys and values."""
 
     prompt: int
     answer: int
@@ -87,12 +90,14 @@ class TrainingJob:
 class Plan:
     """A plan of one run.
 
-    memory: of the run as given, on one device. peak: bytes of it on each device, of the `room` available.
-    changes: changes that make it fit, if it does not. planned, planned_memory: the load and device of
-        `seconds` and `cost`: as given, or with the first of `changes`; None if nothing helps.
-    keeps: bytes of a quantized base's layers that can stay dequantized in the remaining memory. packs:
-        bytes of prepacked weight copies of a plain base in the remaining memory, on a CPU whose products
-        are all faster with copies.
+    memory: of the run as given, on one device.
+    peak: bytes of it on each device, of the `room` available.
+    changes: changes that make it fit, if it does not.
+    planned, planned_memory: the load and device of `seconds` and `cost`: as given, or with the first of
+        `changes`; None if nothing helps.
+    keeps: bytes of a quantized base's layers that can stay dequantized in the remaining memory.
+    packs: bytes of prepacked weight copies of a plain base in the remaining memory, on a CPU whose
+        products are all faster with copies.
     facts: what was planned, for the user."""
 
     base: str
@@ -182,7 +187,8 @@ def _plan(
 ) -> Plan:
     """Return a plan without its time and facts.
 
-    counts: of the load as given. units: returns the tokens or images of a load."""
+    counts: of the load as given.
+    units: returns the tokens or images of a load."""
     memory, limit = memory_of(load, device), usable_memory(device) if room is None else room
     peak, changes = each_holds(memory, device), []
     if peak > limit:
@@ -264,8 +270,8 @@ def text_plan(
 ) -> Plan:
     """Return the plan of a run on text.
 
-    room: usable bytes of each device, by default `usable_memory`. process: bytes of the process before the
-        base is loaded, if known (CPU)."""
+    room: usable bytes of each device, by default `usable_memory`.
+    process: bytes of the process before the base is loaded, if known (CPU)."""
     plan = _plan(
         base,
         text_counts(shape, load, device),
@@ -323,7 +329,9 @@ def text_plan(
 class GroupPlan:
     """Runs trained in one pass.
 
-    plans: the plan of each run separately. memory: of all together. tokens: of their largest pass."""
+    plans: the plan of each run separately.
+    memory: of all together.
+    tokens: of their largest pass."""
 
     plans: tuple[Plan, ...]
     memory: Memory

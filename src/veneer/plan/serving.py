@@ -21,7 +21,8 @@ from veneer.plan.time import Rates
 class Traffic:
     """Requests: `prompt` tokens read, `answer` tokens written.
 
-    together: requests per step. tenants: adapters."""
+    together: requests per step.
+    tenants: adapters."""
 
     prompt: int = 600
     answer: int = 100
@@ -33,9 +34,10 @@ class Traffic:
 class Serving:
     """The serving capacity of a device.
 
-    adapters: how many fit beside base and cache. cache_bytes: of keys and values. cents: per thousand
-        requests at full load, None without a price. shared, dedicated: dollars per hour of one base for
-        all tenants, and of one model per tenant."""
+    adapters: how many fit beside base and cache.
+    cache_bytes: of keys and values.
+    cents: per thousand requests at full load, None without a price.
+    shared, dedicated: dollars per hour of one base for all tenants, and of one model per tenant."""
 
     adapter_bytes: int
     cache_bytes: int

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class LinearShape:
     """One matrix of a layer, or `times` of one shape, of which a token uses `active`.
 
-    product: matrices with the same product share their input and are multiplied as one. pair: whether
-        all-linear includes it."""
+    product: matrices with the same product share their input and are multiplied as one.
+    pair: whether all-linear includes it."""
 
     name: str
     inputs: int
@@ -52,8 +52,9 @@ class LinearShape:
 class LayerShape:
     """A decoder layer.
 
-    small: parameters of norms, biases and routers, never quantized. normed: values per token kept by norms
-        other than those before attention and MLP. window: keys a query sees, None for all."""
+    small: parameters of norms, biases and routers, never quantized.
+    normed: values per token kept by norms other than those before attention and MLP.
+    window: keys a query sees, None for all."""
 
     linears: tuple[LinearShape, ...]
     small: int
@@ -178,7 +179,8 @@ Config = Mapping[str, Any]
 def text_shape(config: Config, where: str = "config.json") -> TextShape:
     """Return the shape of a language model (the language part of a multimodal one).
 
-    config: as in config.json. where: the base, for errors.
+    config: as in config.json.
+    where: the base, for errors.
 
     Raises ConfigError for a family that is not in the table, and for a config without the required fields."""
     inner = config.get("text_config")

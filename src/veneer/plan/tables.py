@@ -30,8 +30,11 @@ _MIB = 1 << 20
 class Device:
     """The device that a run is planned for.
 
-    memory: total bytes. flops: peak bfloat16 operations per second. bandwidth: bytes per second. price: US
-        dollars per hour of one device, None if unknown. count: number of devices."""
+    memory: total bytes.
+    flops: peak bfloat16 operations per second.
+    bandwidth: bytes per second.
+    price: US dollars per hour of one device, None if unknown.
+    count: number of devices."""
 
     name: str
     kind: str
@@ -60,8 +63,10 @@ def base_names() -> list[str]:
 def base_config(name: str) -> dict[str, Any]:
     """Return the config of a base (for an image base: of its denoiser).
 
-    name: in the table, or a directory, a config.json or a GGUF file. Raises ConfigError with near names,
-        and for bad values (models/config.py); BaseError for an unreadable GGUF file."""
+    name: in the table, or a directory, a config.json or a GGUF file.
+
+    Raises ConfigError with near names, and for bad values (models/config.py); BaseError for an unreadable
+    GGUF file."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _gguf_config(path)

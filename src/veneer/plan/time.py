@@ -24,8 +24,9 @@ HOST_LINK = 20e9
 class Work:
     """The work of one micro-batch, forward and backward.
 
-    bytes: of activations and weights, read and written. fetched: bytes from CPU memory that the device
-        waits for. copied: bytes to and from CPU memory during computation."""
+    bytes: of activations and weights, read and written.
+    fetched: bytes from CPU memory that the device waits for.
+    copied: bytes to and from CPU memory during computation."""
 
     operations: float = 0.0
     bytes: float = 0.0
@@ -37,8 +38,8 @@ class Work:
 class Rates:
     """Operations and bytes per second of a device.
 
-    source: where the numbers come from, as a sentence. measured: whether a calibration on this device
-        measured them."""
+    source: where the numbers come from, as a sentence.
+    measured: whether a calibration on this device measured them."""
 
     operations: float
     bandwidth: float

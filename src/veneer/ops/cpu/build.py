@@ -29,7 +29,9 @@ _FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-
 class BuiltKernels:
     """A built library.
 
-    library: the file. wrong: kernel -> why it must not be used. notes: messages for the user."""
+    library: the file.
+    wrong: kernel -> why it must not be used.
+    notes: messages for the user."""
 
     def __init__(self, library: Path, wrong: dict[str, str], notes: list[str]) -> None:
         self.library, self.wrong, self.notes = library, wrong, notes

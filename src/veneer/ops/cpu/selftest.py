@@ -60,8 +60,8 @@ class Draw:
 class Case(NamedTuple):
     """One comparison.
 
-    run: returns the results to compare. kernels: the kernels it calls; if the case fails, none of them is
-        used."""
+    run: returns the results to compare.
+    kernels: the kernels it calls; if the case fails, none of them is used."""
 
     run: Callable[[Draw], Sequence[Tensor]]
     kernels: tuple[str, ...]
