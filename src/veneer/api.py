@@ -223,7 +223,7 @@ def evaluate(
 def open_jobs(location: str | os.PathLike[str] | None = None, index: str | None = None) -> Iterator[JobStore]:
     """Open the training job queue of a library for the length of the block.
 
-    The queue is the one that `veneer jobs` uses; `submit` adds a run. The methods `jobs`, `get`, `events`,
+    `veneer jobs` uses the same queue; `submit` adds a run. The methods `jobs`, `get`, `events`,
     `checkpoints`, `pause`, `resume` and `cancel` take the tenant first (jobs.store).
 
     location, index: the library's; by default the library of the veneer home."""

@@ -110,7 +110,7 @@ LIGER = Internals(
 def varlen_attention() -> Any:
     """Return `torch.nn.attention.varlen.varlen_attn`, or None if torch's is too old.
 
-    It was added in torch 2.10; scale and window came later, grouped heads in 2.12."""
+    torch added the function in 2.10, its scale and window later, and grouped heads in 2.12."""
     try:
         varlen = importlib.import_module("torch.nn.attention.varlen")
     except ImportError:

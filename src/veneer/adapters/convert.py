@@ -1,6 +1,6 @@
 """Convert an adapter of any layout to another tool's layout.
 
-The command, server downloads and pages use this module. It reads and writes through `formats`. Some
+The command, server downloads and pages use this module, which reads and writes through `formats`. Some
 layouts depend on a few numbers of the base; the base's weights are never needed.
 """
 

@@ -1,6 +1,6 @@
 """Inspect and verify an adapter of any format; no base needed.
 
-Nothing here changes a file or a base. This module may import formats and models.
+Nothing here changes a file or a base.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def hub_id(base: str) -> str:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What to create: which modules get a pair, its rank and its initialization.
+    """A new adapter's modules, ranks and initialization.
 
     `targets`, `exclude`: see core.targets.
     `layers`: indices of the repeated blocks, None for all.
@@ -238,7 +238,8 @@ class Adapter:
     `deltas`: parameter name (`….weight`, `….bias`) -> a change that is not a pair. A module can have both
         a pair and a delta; each is relative to the base's weight, and they add up.
     `new_tokens`: embedding name -> {token as text: vector or vectors (n, dim)}, learned words that the
-        base's tokenizer does not have yet (textual inversion). They act as token rows, once they have ids."""
+        base's tokenizer does not have yet (textual inversion). New tokens act as token rows, once they
+        have ids."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)

@@ -253,7 +253,7 @@ def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Ca
         B = torch.cat([torch.stack([pairs[k][0].B for _, _, pairs, _ in group]) for k in each], dim=2).flatten(2)
         scales = [[p.scale * s for p, s in pairs for _ in range(p.rank)] for _, _, pairs, _ in group]
         A = A * sent(torch.tensor(scales, dtype=precise), A.device)[:, :, None]
-        # As in `_copied`, the product sums in float32 and rounds once. It runs in place, so that
+        # As in `_copied`, the product sums in float32 and rounds once. The product runs in place, so that
         # nothing is held twice.
         weight.baddbmm_(B.to(weight.dtype), A.to(weight.dtype))
         for copy, (name, base, _, sources) in zip(weight, group, strict=True):

@@ -1,4 +1,4 @@
-"""What acts now: one mix for all rows, one per row, or an adapter per segment.
+"""The selection: one mix for all rows, one per row, or an adapter per segment.
 
 Rows are the first dimension of a module's input. A batch of k·n rows under n mixes repeats the mixes k
 times, as guidance arranges rows: [negative…, positive…]. The call of the model sets the number of rows of
@@ -158,7 +158,7 @@ def span_problem(adapter: Adapter) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """What acts now: `spans` or `rows` if not None, else `mix` on every row.
+    """The acting adapters: `spans` or `rows` if not None, else `mix` on every row.
 
     An empty mix is the base, at the base's cost."""
 

@@ -94,7 +94,7 @@ def hashes(path: str | Path) -> Hashes:
 def short_hash(path: str | Path, found: Hashes) -> str:
     """Return the name of an adapter file in A1111's and Forge's `Lora hashes`.
 
-    They also look files up by this hash (extensions-builtin/Lora, NetworkOnDisk). found: the computed
+    Both also look files up by this hash (extensions-builtin/Lora, NetworkOnDisk). found: the computed
     hashes, used if the header states no valid hash."""
     try:
         stated = read_header(path).metadata.get("sshs_model_hash", "")
@@ -194,7 +194,7 @@ def _other_order(file: Any, header: Header, plain: str) -> str:
 def _legacy_of(file: Any, header: Header) -> tuple[str, bool]:
     """Return the legacy hash, and whether it is certain.
 
-    It is certain if the header with only ss_ keys ends before the hashed bytes begin."""
+    The hash is certain if the header with only ss_ keys ends before the hashed bytes begin."""
     by_place = sorted(header.entries.items(), key=lambda item: (item[1].begin, item[1].end))
     table: dict[str, Any] = {
         "__metadata__": {k: v for k, v in sorted(header.metadata.items()) if k.startswith("ss_")},

@@ -213,7 +213,7 @@ def claim(connection: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def clear(connection: Connection) -> None:
-    """Empty every table except the one that names the store."""
+    """Empty every table except the store's id."""
     for table in reversed(_INDEX_TABLES.sorted_tables):
         if table is not _meta:
             connection.execute(delete(table))

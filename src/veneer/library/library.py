@@ -162,7 +162,7 @@ class Library:
     def checks(self, reference: str) -> list[dict[str, Any]]:
         """Return the results of the last checks of an adapter.
 
-        They determine its `health`.
+        The results determine the adapter's `health`.
 
         Each has name, ok (None: could not run), detail, at. Raises as `find`."""
         version = self.find(reference)

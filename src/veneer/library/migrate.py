@@ -79,8 +79,8 @@ def append_only(connection: Connection, tables: Sequence[str], what: str, functi
 def migrate(engine: Engine, schema: Schema, where: str) -> None:
     """Migrate the tables to the current revision.
 
-    Raises ConfigError for a database of an unreleased or a later build, and for one that cannot be opened; the engine
-    is then disposed of."""
+    Raises ConfigError for a database of an unreleased or a later build, and for a database that cannot be
+    opened; the engine is then disposed of."""
     if schema.private:
         keep_private(engine)
     try:

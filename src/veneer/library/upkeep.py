@@ -52,7 +52,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass
 class GcReport:
-    """What `gc` removed, or would remove.
+    """The result of `gc`: what was removed, or would be.
 
     Entries, files and bytes of the store, and debris."""
 

@@ -14,8 +14,8 @@ heads H and K of size h, MLP width f, e bytes a value
 and half as much again for each expert that a token chooses, because experts gather their inputs.
 
 The peak is at the start of the backward pass: all of this is kept, and the gradients inside one block are
-allocated. They take the block's kept bytes times a coefficient of `FITS`. A run measures its longest batch
-before the first step, and shows that number.
+allocated. These gradients take the block's kept bytes times a coefficient of `FITS`. A run measures its
+longest batch before the first step, and shows that number.
 """
 
 from __future__ import annotations

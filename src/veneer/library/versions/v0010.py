@@ -1,4 +1,4 @@
-"""The first revision of the index, which never runs: `library.migrate` creates it.
+"""The first revision of the index, which never runs; `library.migrate` makes it.
 
 Every later revision has its own script, and every database from this revision on can be migrated."""
 
