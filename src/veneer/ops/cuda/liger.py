@@ -1,7 +1,7 @@
 """Liger-Kernel's functions as ops: RMS norm, rotary positions, cross-entropy.
 
 Liger's gated MLPs are not included. Those functions need gate and up as two contiguous tensors and
-overwrite both in the backward pass, but a joined product has the two interleaved in one tensor. With the
+overwrite both in the backward pass, but a joined product has the two side by side. With the
 copies, a forward pass moves 7 values where torch moves 5.
 """
 
