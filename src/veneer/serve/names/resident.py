@@ -360,7 +360,7 @@ class Residents(Generic[T]):
         Starts loads for the next groups, and admits groups that fit.
         """
         loaded = sum(e.state in ("loading", "loaded") for e in self._entries.values())
-        first, blocked = True, False  # is it first in line; is memory blocked
+        first, blocked = True, False  # first waiting group; memory is blocked
         for key, group in list(self._groups.items()):
             new = [e for e in group.entries if e.state != "resident"]
             for entry in new:

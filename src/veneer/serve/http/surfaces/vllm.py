@@ -57,7 +57,7 @@ async def load(request: HttpRequest, body: Load) -> Response:
     try:
         await _load(request, body, "Both 'lora_name' and 'lora_path' must be provided.")
     except Refused as error:
-        if error.code != "adapter_exists" or error.where:  # use vLLM's message if it means the same
+        if error.code != "adapter_exists" or error.where:  # else vLLM's own message applies
             raise
         what = f"The lora adapter '{body.lora_name}' has already been loaded. "
         what += "If you want to load the adapter in place, set 'load_inplace' to True."
