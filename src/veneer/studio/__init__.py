@@ -1,4 +1,5 @@
-"""Studio: the page where people look at adapters, compare them, train them and let them go live, over one server's own
-library, engine, jobs and routes. It keeps nothing: what is on a page is in its link, the library, the jobs or the
-tenants' database.
+"""Studio: a web page to browse, compare, train and release adapters.
+
+The Studio uses one server's library, engine, jobs and routes, and stores no state of its own: everything on a
+page comes from its link, the library, the jobs or the tenants' database.
 """

@@ -1,13 +1,13 @@
 """Sign-in and access control of the Studio.
 
     without keys         only from this machine (serve.http.guard defines the accepted Hosts)
-    keys or tenants      a form asks for a key and stores it in a cookie that scripts cannot read and that the browser
-                         sends only to /studio; the server stores nothing. Each action on a page checks the key again,
-                         so that a revoked key stops working at once
+    keys or tenants      a form asks for a key and stores it in a cookie, which scripts cannot read and which the
+                         browser sends only to /studio; the server stores nothing. Each action on a page checks the
+                         key again, so that a revoked key stops working at once
 
-`Gate` runs before the server's `Door`. Without a key, the only answer is the sign-in form, as static HTML: no page, and
-no socket, because a socket needs an open page of the same key. A page's pictures, downloads and uploads go through
-/studio/api/…, where the gate converts the cookie to an API key: the API reads no cookies.
+`Gate` runs before the server's `Door`. Without a key, the only answer is the sign-in form, as static HTML: no
+page, and no socket, because a socket needs an open page of the same key. A page's pictures, downloads and
+uploads go through /studio/api/…, where the gate converts the cookie to an API key: the API reads no cookies.
 """
 
 from __future__ import annotations
@@ -38,26 +38,30 @@ from veneer.train.report.page import escaping, palette
 ROOT = "/studio"
 _COOKIE = "veneer_studio"
 _WRONG = 1.0
-"""Seconds that a wrong key waits for its answer."""
+"""Seconds of delay after a wrong key."""
 _WAITING, _AT_ONCE = 32, 2
-"""Most pages waiting to be rendered, and most pages rendered at once."""
+"""Maximum pages waiting to be rendered, and rendered concurrently."""
 _PAGES, _SOCKETS = 200, 4
-"""Most open pages per key, and most sockets per page: a page reconnects before its old socket has closed."""
+"""Maximum pages per key, and sockets per page, which can overlap in a reconnect."""
 _ASSETS, _SOCKET = f"{ROOT}/_nicegui/", f"{ROOT}/_nicegui_ws"
 _FOR_EVER = "public, max-age=31536000, immutable"
 _UNUSED = ("/fonts.css", "/quasar.unimportant.prod.css", "/quasar.important.prod.css")
-"""Looks of widgets that no view has: a quarter of a megabyte that a browser would read before it paints anything."""
+"""Unused stylesheets, which would delay the first paint by 250 kB."""
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; connect-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'; "
     "object-src 'none'"
 )
-"""Nothing on a page can come from, or be sent, elsewhere, whatever slips into it. Vue compiles in the browser: eval."""
+"""Content Security Policy: even after an injection, a page contacts no other server.
+
+Vue compiles templates in the browser, which needs eval."""
 
 
 @dataclass(eq=False)
 class Visitor:
-    """The visitor of one page. `caller`: the principal at the last action. `sockets`: open sockets of the page."""
+    """The visitor of one page.
+
+    `caller`: the principal at the last action. `sockets`: open sockets of the page."""
 
     tenancy: Tenancy
     key: str | None
@@ -65,22 +69,22 @@ class Visitor:
     sockets: int = 0
 
     def same_as(self, other: Visitor) -> bool:
-        """Whether both visitors are the same tenant, or have the same key."""
+        """Return whether both visitors are the same tenant or have the same key."""
         mine, theirs = self.caller.tenant, other.caller.tenant
         return mine == theirs if mine or theirs else self.key == other.key
 
     async def again(self) -> Principal:
-        """Raises Refused (401) for a key that is none any more."""
+        """Authenticate again and return the principal. Raises Refused (401)."""
         self.caller = await self.tenancy.caller(self.key)
         return self.caller
 
 
 VISITORS: WeakKeyDictionary[object, Visitor] = WeakKeyDictionary()
-"""Of each page that is open, by its client (NiceGUI's)."""
+"""NiceGUI client of an open page -> its visitor."""
 
 
 async def _caller_with(tenancy: Tenancy, key: str | None) -> Principal | None:
-    """Who has this key; None for one that opens nothing."""
+    """Return the principal of a key; None for an invalid key."""
     try:
         return await tenancy.caller(key)
     except Refused as error:
@@ -90,15 +94,16 @@ async def _caller_with(tenancy: Tenancy, key: str | None) -> Principal | None:
 
 
 async def _visitor_of(tenancy: Tenancy, request: HTTPConnection) -> Visitor | None:
-    """Who sent this; None for who has to say so first. Where nobody needs a key, one that a browser has of another
-    server of this machine is let be."""
+    """Return the visitor of a request; None if the visitor must sign in.
+
+    A server without keys ignores the cookie, which can belong to another server on this machine."""
     key = None if tenancy.keyless else request.cookies.get(_COOKIE)
     caller = await _caller_with(tenancy, key)
     return None if caller is None else Visitor(tenancy, key, caller)
 
 
 def key_routes(tenancy: Tenancy) -> APIRouter:
-    """In and out: a form with a key, and a button that forgets it."""
+    """Return the routes of signing in and signing out."""
     router = APIRouter(tags=["studio"], include_in_schema=False, route_class=BodyRoute, dependencies=[needs("public")])
 
     @router.post(f"{ROOT}/enter")
@@ -124,7 +129,9 @@ def key_routes(tenancy: Tenancy) -> APIRouter:
 
 
 class Gate:
-    """ASGI middleware that runs before all others, including `Door`. `settings`: the accepted Hosts and Origins."""
+    """ASGI middleware that runs before all others, including `Door`.
+
+    `settings`: accepted Hosts and Origins."""
 
     def __init__(self, app: ASGIApp, tenancy: Tenancy, settings: HttpSettings) -> None:
         self.app, self.tenancy, self.settings = app, tenancy, settings
@@ -164,7 +171,7 @@ class Gate:
             await self._page(scope, receive, _guarded(send, path))
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Render a page, a few at a time, because each blocks the event loop for tens of milliseconds."""
+        """Render a page, a few concurrently: each blocks the event loop for tens of ms."""
         visitor = await _visitor_of(self.tenancy, HTTPConnection(scope))
         if visitor is None:
             return await _sign_in(scope)(scope, receive, send)
@@ -181,7 +188,9 @@ class Gate:
             self.pages.give(caller.tenant, 1)
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Accept a socket. Raises Refused (403) if no open page of the same key has its ID, or above `_SOCKETS`."""
+        """Accept a socket.
+
+        Raises Refused (403) above `_SOCKETS`, or if no open page of the same key has the socket's id."""
         query = parse_qs(scope["query_string"].decode("latin-1"))
         id = query.get("client_id", [""])[0]
         page = next((each for client, each in VISITORS.items() if getattr(client, "id", None) == id), None)
@@ -210,7 +219,7 @@ def _guarded(send: Send, path: str) -> Send:
 
 
 def _sign_in(scope: Scope) -> Response:
-    """Return the sign-in form as static HTML, which needs no page or other state on the server."""
+    """Return the sign-in form as static HTML, without state on the server."""
     path, query = scope["path"], scope["query_string"].decode("latin-1")
     wrong = "wrong" in parse_qs(query, keep_blank_values=True)
     then = path + (f"?{query}" if query and not wrong else "")
@@ -221,14 +230,16 @@ def _sign_in(scope: Scope) -> Response:
 
 
 def head_html() -> str:
-    """Return the end of every page's <head>: a script that sets the theme before the first paint, colors, styles."""
+    """Return the end of each page's <head>: theme script, colors and styles.
+
+    The script sets the theme before the first paint."""
     css = palette() + (files("veneer.studio") / "studio.css").read_text(encoding="utf-8")
     theme = 'document.documentElement.dataset.theme = localStorage.getItem("veneer-theme") || "";'
     return f"<script>{theme}</script>\n<style>{css}</style>"
 
 
 def _with_key(scope: Scope, path: str, key: str | None) -> Scope:
-    """As a client would have sent it who has that key."""
+    """Return a scope as if an API client with this key had sent the request."""
     drop = (b"cookie", b"authorization", b"x-api-key", b"api-key")
     headers = [(name, value) for name, value in scope["headers"] if name not in drop]
     if key is not None:

@@ -1,4 +1,4 @@
-"""The page of one adapter: what it says, what is known of it, where it comes from, and what can be done with it."""
+"""The view of one adapter: answers, metadata, relatives and actions."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ _TARGETS = {
     "text": ("peft", "vllm", "tgi", "gguf"),
     "image": ("kohya", "comfyui", "diffusers", "peft"),
 }
-"""In whose layout an adapter may be wanted, of each kind."""
+"""Kind of adapter -> layouts to convert to."""
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is known of a version. Its content stays; names, checks, children and routes come and go."""
+    """The data of a version on its page.
+
+    The content never changes; names, checks, children and routes can."""
 
     version: Version
     family: AdapterFamily
@@ -81,7 +83,7 @@ async def adapter_view(page: ViewPage) -> None:
         try:
             seen = await asyncio.to_thread(_read, page, version.reference)
         except NothingHere:
-            if page.frame.page is page:  # not where it was removed here, which leads elsewhere
+            if page.frame.page is page:  # removing the version here opens another view
                 await page.again()
             return
         names.show(own=own, **_named(seen.version))
@@ -101,7 +103,7 @@ async def adapter_view(page: ViewPage) -> None:
 
 
 def _read(page: ViewPage, reference: str) -> _Seen:
-    """Raises NothingHere for what whoever looks does not see, as for what is not there."""
+    """Read a version. Raises NothingHere if it does not exist or is not visible."""
     library = page.studio.library
     try:
         parse_reference(reference)
@@ -149,7 +151,9 @@ def _asked(version: Version) -> None:
 
 
 def _ask_both(page: ViewPage, version: Version) -> None:
-    """Offer to ask base and adapter the card's prompt, if the card has no answers and this server can answer."""
+    """Offer to send the card's prompt to base and adapter.
+
+    Only if the card has no answers and this server can answer."""
     studio, messages = page.studio, card_prompt(version.card)
     if not messages or studio.service.engine.makes != "texts":
         return
@@ -175,7 +179,7 @@ def _use(page: ViewPage, version: Version) -> str:
 
 
 def _relatives(page: ViewPage, seen: _Seen) -> dict[str, Any]:
-    """What family.html.j2 shows."""
+    """Return the values of family.html.j2."""
     family = seen.family
 
     def those(all: list[Version]) -> list[Version]:
@@ -287,7 +291,7 @@ def _download(page: ViewPage, version: Version) -> None:
 
 
 def _facts(version: Version) -> list[tuple[str, str]]:
-    """What the card says, one line each, without what stands elsewhere on the page."""
+    """Return (name, value) lines of the card that the page does not show elsewhere."""
     out: list[tuple[str, str]] = [("digest", version.digest), ("base fingerprint", version.fingerprint)]
     out += [("source", version.source), ("created", version.created)]
     for key in ("recipe", "metrics", "data"):

@@ -1,5 +1,6 @@
-"""What a server gets that has a Studio: the page under /studio. The only file that knows how NiceGUI is put on an
-application and begun.
+"""The Studio's extension of a server: the page under /studio.
+
+The only file that mounts and starts NiceGUI.
 
 `serve(settings, say, extend=studio_of, page=WebPage(ROOT, …))`: see `serve.build.Extension`. NiceGUI
 has one application a process, so there is one Studio a process.
@@ -36,18 +37,18 @@ _ICON = (
     '<path d="M4 14h24v11H4z" fill="#8d8379"/></svg>'
 )
 _KEPT = 60.0
-"""Seconds for which the page of a browser that is away, a laptop that sleeps, goes on where it was."""
+"""Seconds for which a disconnected page can reconnect, such as on a sleeping laptop."""
 _made = False
 
 
 def check_studio() -> None:
-    """Raises MissingExtraError where what the page is made with is not installed."""
+    """Check that NiceGUI is installed. Raises MissingExtraError."""
     if find_spec("nicegui") is None:
         raise MissingExtraError("the Studio needs NiceGUI", fix='pip install "veneer[studio]"')
 
 
 def studio_of(service: Service, library: Library, *, trains: bool = False) -> Extension:
-    """The extension of a server. `trains`: whether jobs are carried out beside it."""
+    """Return the Studio's extension of a server. `trains`: the server trains jobs."""
     from veneer.jobs.files import open_files
     from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.http.tuning import TuningQueue
@@ -90,19 +91,22 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
         life.append(app.router.lifespan_context(app))
 
     async def start() -> None:
-        with warnings.catch_warnings():  # NiceGUI looks at every object there is, one of torch's warns at that
+        with warnings.catch_warnings():  # NiceGUI inspects all objects, and one of torch's warns
             warnings.simplefilter("ignore", FutureWarning)
             await life[0].__aenter__()
 
     async def stop() -> None:
         await life[0].__aexit__(None, None, None)
 
-    routers = [key_routes(service.tenancy), *([] if trains else [sample_routes(jobs)])]  # who trains has them
+    routers = [
+        key_routes(service.tenancy),
+        *([] if trains else [sample_routes(jobs)]),
+    ]  # the training extension has them
     return Extension(routers, unguarded=(ROOT,), start=start, stop=stop, mount=mount)
 
 
 def _mount(app: FastAPI, studio: Studio) -> None:
-    """Raises ConfigError for a second one of this process."""
+    """Mount the Studio. Raises ConfigError for a second Studio in this process."""
     global _made
     if _made:
         raise ConfigError("this process has a Studio already", fix="one server a process")
@@ -114,7 +118,7 @@ def _mount(app: FastAPI, studio: Studio) -> None:
     from veneer.studio.links import query_of
 
     own.config.socket_io_js_transports = ["websocket"]
-    own.config.quasar_config["loadingBar"]["skipHijack"] = True  # its bar over the page for each upload
+    own.config.quasar_config["loadingBar"]["skipHijack"] = True  # no loading bar for each upload
     ui.add_head_html(head_html(), shared=True)
 
     _guard_messages()
@@ -147,7 +151,7 @@ def _mount(app: FastAPI, studio: Studio) -> None:
 
 
 def _guard_messages() -> None:
-    """Keep what a browser sends out of the server's log: its own log lines, and tracebacks for malformed messages."""
+    """Keep a browser's log lines and malformed messages out of the server's log."""
     from nicegui import core
 
     def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
-"""Columns to compare: what each is, how they are found, mixed, left out, and kept as adapters of their own. What one
-answers is its view's: texts in compare.py, pictures in pictures.py."""
+"""Columns of the Compare view: find, mix and remove adapters, and save mixes.
+
+compare.py shows texts, pictures.py images."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ MOST_COLUMNS = 8
 
 @dataclass(eq=False)
 class Column:
-    """One of the things that are compared. `mix`: none is the base. `shown`: where its answers are. `id`, `answers`: of
-    the last ones, which are its view's: texts or pictures."""
+    """A column. `mix`: empty for the base. `shown`: element of the answers.
+
+    `id`, `answers`: the last request and its answers, texts or images."""
 
     mix: _Mix
     command: Command | None = None
@@ -37,7 +39,7 @@ class Column:
     answers: list[Any] = field(default_factory=list)
 
     def end(self) -> None:
-        """What it is doing is cancelled."""
+        """Cancel the column's task."""
         if self.task is not None:
             self.task.cancel()
             self.task = None
@@ -46,17 +48,18 @@ class Column:
         return " + ".join(name for name, _ in self.mix) or base
 
     def specs(self) -> list[str]:
-        """As commands take them."""
+        """Return the mix as arguments of a command."""
         return [f"{name}:{strength:g}" for name, strength in self.mix]
 
     def written(self) -> str:
-        """As the link has it."""
+        """Return the mix as in a link."""
         return "+".join(f"{name}:{strength:g}" for name, strength in self.mix) or "base"
 
 
 def _columns_of(written: Sequence[str]) -> list[_Mix]:
-    """The mixes that a link names, as support@2:0.8+billing, or base; the base's first, whether or not it is named.
-    Raises NothingHere for what names none."""
+    """Return the mixes of a link, such as support@2:0.8+billing; the base comes first.
+
+    Raises NothingHere for an invalid mix."""
     found: list[_Mix] = [[]]
     for text in written[: MOST_COLUMNS + 1]:
         mix: _Mix = []
@@ -74,7 +77,7 @@ def _columns_of(written: Sequence[str]) -> list[_Mix]:
 
 
 class Board:
-    """The columns of one visit. A view of its own has `draw_answers`, `answer` and `same_command`."""
+    """The columns of one visit. Subclasses define draw_answers, answer, same_command."""
 
     prompt: parts.Field
 
@@ -98,22 +101,22 @@ class Board:
         raise NotImplementedError
 
     async def added(self, name: str) -> None:
-        """Called after an adapter with this name is added to a column."""
+        """Handle an adapter that was added to a column."""
 
     # -- drawing
 
     def kept(self, name: str) -> Any:
-        """What a field does when it is another: the link says so."""
+        """Return a field's handler that stores its value in the link."""
         return permit("read", lambda value: self.page.keep(**{name: value}))
 
     def number(self, label: str, name: str, usual: float, low: float, high: float, step: float) -> parts.Field:
-        """A field of the link's, within its bounds whatever the link says."""
+        """Draw a number field of the link, clamped to its bounds."""
         given = self.page.query.number(name, usual)
         now = min(high, max(low, given)) if math.isfinite(given) else usual
         return parts.form_field(label, now, self.kept(name), kind="number", low=low, high=high, step=step)
 
     def draw_prompt(self, hint: str) -> None:
-        """What every column is asked."""
+        """Draw the prompt of all columns."""
         self.prompt = parts.form_field(
             "Prompt",
             self.page.query.get("p"),
@@ -125,7 +128,7 @@ class Board:
         )
 
     def _command(self, column: Column) -> str:
-        """Return the command equivalent to asking a column; "" without a prompt."""
+        """Return the command that sends the prompt to a column; "" without a prompt."""
         return self.same_command(column) if str(self.prompt.value or "").strip() else ""
 
     def draw_all(self) -> None:
@@ -188,7 +191,7 @@ class Board:
     # -- what is compared
 
     def finder(self) -> None:
-        """Find an adapter of this base, for a new column or to mix into one."""
+        """Draw the search for an adapter of this base, for a new column or a mix."""
         with box("div", "another"):
             heading("Compare with another", 2)
             with box("div", "row foot"):
@@ -248,7 +251,7 @@ class Board:
         self.changed()
 
     def changed(self) -> None:
-        """There are other columns now: all of them answer anew."""
+        """Redraw the columns and request all answers again."""
         self.stop()
         self.draw_columns()
         self.into.put("new" if len(self.columns) <= MOST_COLUMNS else "1")
@@ -257,7 +260,7 @@ class Board:
             self.ask_all()
 
     def stronger(self, column: Column, k: int, to: float | None) -> None:
-        """Another strength acts at once: what runs is cancelled, and asked again."""
+        """Set a strength; cancel the running request and repeat it."""
         if to is None or to == column.mix[k][1]:
             return
         column.mix[k] = (column.mix[k][0], to)
@@ -278,7 +281,7 @@ class Board:
 
     def ask(self, column: Column) -> None:
         column.end()
-        with self.place:  # where who asked may be gone: its column was drawn anew
+        with self.place:  # the caller's own element can be gone after a redraw
             column.task = self.page.task(self.answer(column))
 
     def stop(self) -> None:

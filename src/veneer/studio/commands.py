@@ -1,4 +1,4 @@
-"""The command that does the same as a page: what is shown beside it, to copy.
+"""Command lines that do the same as a page, for users to copy.
 
 command("library", "alias", "support@2", "prod")                veneer library alias support@2 prod
 command("library", "search", "sql", tag=["a", "b"], all=True)   veneer library search sql --tag a --tag b --all
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 
 def command(*words: str | int, **options: object) -> str:
-    """`options`: a text or a number, a list of them for an option that is given again and again, True for a flag; None,
-    False, "" and an empty list for one that is not given. Their underscores are dashes."""
+    """Return a `veneer` command line.
+
+    `options`: text or number; a list repeats the option; True is a flag; None, False, "" and [] omit the
+    option. Underscores in names become dashes."""
     parts = ["veneer", *map(str, words)]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
@@ -28,5 +30,5 @@ def command(*words: str | int, **options: object) -> str:
 
 
 def command_base(page: ViewPage) -> str:
-    """Return this server's base as a command accepts it; only the operator sees the path of a base in a folder."""
+    """Return this server's base as an argument; only the operator sees its path."""
     return str(page.studio.service.catalog.shelf.base.name) if page.caller.can("operate") else page.studio.base

@@ -1,7 +1,7 @@
-"""Compare: one prompt, and the answers of the base, of versions and of mixes beside each other, with strengths that act
-at once: a request carries its mix. A vote is a row of preferences, a correction one of examples; a mix can be kept.
+"""The Compare view: one prompt, and the answers of base, versions and mixes.
 
-On a base that draws, pictures.py is this view."""
+Strengths act at once, because a request carries its mix. A vote is a preference row, a correction a training
+row; a mix can be saved. On an image base, pictures.py is this view."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from veneer.studio.talk import prompt_messages
 from veneer.train.text.judged import add_row, corrected_row, judged_file, preference_row
 
 _PAUSE = 1 / 30
-"""Seconds between two sendings of tokens to the browser."""
+"""Seconds between two updates of tokens in the browser."""
 _SAMPLES, _TOKENS = 8, 160
 
 
 async def compare_view(page: ViewPage) -> None:
     if page.studio.service.engine.makes == "pictures":
-        from veneer.studio.pictures import pictures_view  # late: a server of texts needs none of it
+        from veneer.studio.pictures import pictures_view  # late: a text server does not need it
 
         return await pictures_view(page)
     board = _Texts(page)
@@ -46,7 +46,7 @@ async def compare_view(page: ViewPage) -> None:
 
 
 class _Texts(Board):
-    """The view of one visit."""
+    """The Compare view of one visit, for texts."""
 
     def draw(self) -> None:
         query = self.page.query
@@ -94,7 +94,7 @@ class _Texts(Board):
 
     @property
     def most(self) -> int:
-        """Tokens of an answer, for the request and its command."""
+        """Maximum tokens of an answer, for the request and its command."""
         return int(self.tokens.value or _TOKENS)
 
     @property
@@ -153,15 +153,14 @@ class _Texts(Board):
                 shown.end(i, f"No answer: {message_of(error)}")
 
     async def offer(self, names: Iterable[str]) -> None:
-        """If there is no prompt yet, fill in the card's prompt of the first of these adapters, with its system
-        message."""
+        """Without a prompt, fill in the first prompt and system message of these cards."""
         query, library = self.page.query, self.page.studio.library
         if query.get("p") or query.get("s"):
             return
         for name in names:
             try:
                 version = await asyncio.to_thread(library.find, name)
-            except (AdapterError, ConfigError):  # a loaded adapter or a route, not in the library
+            except (AdapterError, ConfigError):  # a loaded adapter or a route
                 continue
             caller = self.page.caller
             if not caller.can_see(name, version.reference):
@@ -179,7 +178,7 @@ class _Texts(Board):
     # -- judging
 
     async def better(self, column: Column, i: int) -> None:
-        """A vote: this answer was better than those of the same number in the other columns."""
+        """Record a vote: the answer beats the other columns' answers of the same number."""
         others = [
             other
             for other in self.columns
@@ -209,12 +208,13 @@ class _Texts(Board):
         column.shown.judged(i, f"Corrected: {kept}")
 
     def _judged(self, file: str, **said: str) -> None:
-        """The command that adds the same row."""
+        """Show the command that adds the same row."""
         self.judgement.show(command("data", "add", file, str(self.prompt.value), system=self.system.value, **said))
 
     async def _given(self, feedback: AnswerFeedback) -> str:
-        """Where it is kept: with the answers, if these are; "" where a file has to do. Raises for a tenant whose
-        answers are not kept, who has no file here."""
+        """Store feedback with the stored answers; return where, or "" to use a file.
+
+        Raises for a tenant whose answers are not stored: a tenant has no file here."""
         tenancy, caller = self.page.studio.service.tenancy, self.page.caller
         if isinstance(tenancy, Tenants) and caller.tenant in tenancy.store.settings.feedback:
             try:
@@ -230,7 +230,7 @@ class _Texts(Board):
 
 
 def _note(event: Finished, first: float, whole: float, by: str) -> str:
-    """`by`: the versions that answered."""
+    """Return a note on a finished answer. `by`: the versions that answered."""
     count = event.usage.completion
     pace = f"{(count - 1) / (whole - first):.0f} tokens a second" if count > 1 and whole > first else ""
     why = {"length": "cut at the limit", "stop": ""}.get(event.reason, "broken off")

@@ -1,4 +1,4 @@
-"""The Doctor: what any adapter file is, what other tools would do wrong with it, and the right one for each of them."""
+"""The Doctor view: identify an adapter file, and convert it for other tools."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _show(page: ViewPage, staged: StagedAdapter, report: dict[str, Any]) -> None
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What it is, one line each."""
+    """Return (name, value) lines of an inspection report."""
     card = report["card"]
 
     def several(counts: dict[str, int]) -> str:
@@ -120,7 +120,7 @@ def _words(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_assumed(report: dict[str, Any]) -> bool:
-    """Whether nothing but the scale is unknown of the adapter."""
+    """Return whether only the adapter's scale is unknown."""
     coverage = report["coverage"]
     return bool(report["assumed_scale"]) and not (coverage["unused"] or coverage["unpaired"])
 
@@ -135,7 +135,9 @@ def _tool(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: d
 
 
 def _offer(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: dict[str, Any], place: Any) -> None:
-    """A button that writes it for a tool and downloads it, or says why it cannot be."""
+    """Draw a button that converts the adapter for a tool and downloads the result.
+
+    On failure, shows why."""
     to, tool, base = said["to"], said["tool"], _base(page, report)
 
     def told(wrong: str) -> None:
@@ -162,7 +164,9 @@ def _offer(page: ViewPage, staged: StagedAdapter, report: dict[str, Any], said: 
 
 
 def _base(page: ViewPage, report: dict[str, Any]) -> str:
-    """This server's base, where the adapter is of it, or does not say and is called so."""
+    """Return this server's base if the adapter belongs to it, else "".
+
+    Compares fingerprints; without one, the base's name."""
     same = report["base_fingerprint"] == page.studio.service.catalog.fingerprint
     called = not report["base_fingerprint"] and report["base"].rstrip("/").rpartition("/")[2] == page.studio.base
     return page.studio.base if same or called else ""

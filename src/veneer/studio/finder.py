@@ -1,4 +1,4 @@
-"""One field for everything: views, adapters, runs and routes whose name has what was typed."""
+"""Search for views, adapters, runs and routes by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _EACH = 6
 
 
 async def finds(page: ViewPage, text: str) -> list[dict[str, str]]:
-    """`title`, `what` it is and where it leads `to`; views first."""
+    """Return results with `title`, `what` (kind) and `to` (link), views first."""
     words = text.lower().split()[:8]
     out = [
         {"title": view.title, "what": f"view · g {view.key}", "to": page.link(view.path)}

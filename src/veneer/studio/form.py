@@ -1,7 +1,7 @@
-"""A form that trains on uploaded rows: bring a file, look at its questions and answers, start a run.
+"""A form to train on uploaded rows: choose a file, preview its rows, start a run.
 
-Everybody who can train gets it, and nobody names a path of the server: a file is the caller's own upload, known by its
-id, and the run is queued by the function behind POST /v1/fine_tuning/jobs, with its checks.
+Available to all principals with permission to train. The form accepts no server paths: a file is the caller's
+own upload, with an id, and the function behind POST /v1/fine_tuning/jobs checks and queues the run.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _FORMATS = {
 _COLUMNS = tuple(dict.fromkeys(name for each in _FORMATS if each != "auto" for name in format_columns(each)))
 _WORDS = {"prompt": "Question", "completion": "Answer"}
 _FILES, _LOOKED, _SHOWN, _LETTERS = 100, 50, 8, 600
-"""Files to choose from, rows that are read for the preview, rows that it shows, and characters of each text."""
+"""Preview limits: files to offer, rows read, rows shown, characters per text."""
 _PASTED = 200_000
-"""Characters that can be pasted; more is uploaded as a file."""
+"""Maximum pasted characters; longer text must be uploaded as a file."""
 
 
 async def train_form(page: ViewPage, queue: TuningQueue) -> None:
@@ -103,7 +103,7 @@ class _TrainForm:
     # -- the file
 
     def place_of(self, filename: str) -> str:
-        """Where a file of rows is posted. Raises ConfigError for another file."""
+        """Return the upload route of a file of rows. Raises ConfigError for another file."""
         if not filename.lower().endswith(LINE_FILES):
             raise ConfigError(
                 f"{filename} is no file of rows", fix=f"one of {', '.join(LINE_FILES)}, or paste the rows"
@@ -114,7 +114,7 @@ class _TrainForm:
         await self.offer(str(answer.get("id", "")))
 
     async def offer(self, chosen: str) -> None:
-        """The caller's uploaded files, with one of them chosen."""
+        """Offer the caller's uploaded files, with one selected."""
         tenant = self.page.caller.tenant
         files, _ = await asyncio.to_thread(self.queue.files.list, tenant, purpose="fine-tune", limit=_FILES)
         self.known = {file.id: file for file in files}
@@ -150,7 +150,9 @@ class _TrainForm:
     # -- how it is read
 
     def _settings(self) -> FormSettings:
-        """How the rows are read, with the adapter's numbers. Raises Refused."""
+        """Return the form's settings: row format, columns, rank, learning rate.
+
+        Raises Refused."""
         columns = {name: str(field.value) for name, field in self.columns.items() if field.value}
         format = str(self.format.value)
         names = () if format not in _FORMATS or format == "auto" else format_columns(format)
@@ -164,7 +166,7 @@ class _TrainForm:
         return found
 
     async def looked_again(self) -> FileBeginning:
-        """Read the beginning of the file anew, and show it unless another look has begun meanwhile."""
+        """Read the file's first rows again; show them unless a newer read has started."""
         self.number += 1
         number, caller, id = self.number, self.page.caller, str(self.file.value or "")
         beginning = self.beginning = FileBeginning()
@@ -177,7 +179,7 @@ class _TrainForm:
 
             beginning = await self.queue.looking.run(caller.tenant, caller.weight, 1, do)
             if beginning.columns and beginning.about is None and settings.format == "auto":
-                self.format.put("prompt-completion")  # so that its columns can be named
+                self.format.put("prompt-completion")  # so that the user can map columns
         if number == self.number:
             self.beginning = beginning
             self._show()
@@ -220,7 +222,7 @@ class _TrainForm:
 
     async def start(self) -> None:
         self.page.studio.service.need_base()
-        beginning = await self.looked_again()  # as the fields are now
+        beginning = await self.looked_again()  # with the current fields
         caller, settings, about = self.page.caller, self._settings(), beginning.about
         if about is None or any(isinstance(row, UnusableRow) for row in beginning.rows):
             raise ConfigError(
@@ -242,12 +244,12 @@ class _TrainForm:
 
 
 def _kind(about: About | None) -> str:
-    """OpenAI's method for rows of this kind."""
+    """Return OpenAI's method for rows of this format."""
     return "dpo" if about is not None and about.format in ("preference", "openai-preference") else "supervised"
 
 
 def _number(label: str, hint: str, low: float, high: float, step: float | None) -> Any:
-    """A number that has a default, which its hint says."""
+    """Draw a number field whose hint states the default."""
     return form_field(
         label, None, permit("train", lambda _: None), kind="number", hint=hint, low=low, high=high, step=step
     )

@@ -1,40 +1,43 @@
-"""The page round every view, and how a view is written.
+"""The frame around every view, and the guide to writing a view.
 
-A view is an async function in a file of its own, at most 400 lines, that draws into the page it is given:
+A view is an async function in its own file of at most 400 lines, which draws into the given page:
 
     async def compare_view(page: ViewPage) -> None:
-        prompt = page.query.get("p")                       what the link says: get, all, number
+        prompt = page.query.get("p")                       state from the link: get, all, number
         page.title("Compare", "One prompt, several adapters.")
         asked = form_field("Prompt", prompt, permit("read", typed), kind="area", entered=permit("infer", ask), key="p")
         answers = Fragment("answers.html.j2", acts={"vote": permit("feedback", vote)}, answers=[])
         Command(command("generate", prompt))
-        page.task(ask())                                   goes on beside the page; ends when it is left
+        page.task(ask())                                   background task; ends when the view is left
 
 and a row of `views` in build.py: path, title, shortcut letter after `g`, and required permission.
 
-    parts         parts.py alone (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …): never
-                  `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test holds that
-    principal     `page.caller`, determined again before each handler. Query jobs by `page.caller.owner` (None for
-                  all tenants). An object that is not visible raises `NothingHere`, with the same message as an
-                  object that does not exist
-    slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the page goes out as
-                  far as it is, and the rest is drawn when it comes
-    state         none but the link: `page.keep(q="sty")` changes it without a load (None or "" takes a key out);
-                  everything else is read from the library, the jobs, the tenants
-    other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in a handler
-    dropped files `page.drops(words, to, done)` where they are not for the library; `page.pick()` opens the window
-    made files    `page.fetch(url, done)`: a download that may fail
-    lists         `data-step` on what j and k go through, `data-own="x"` on the button of a card that a letter presses
-                  while that card has the focus, `data-id` on what goes on being the same when all is drawn anew: each
-                  of many, and whatever can be chosen
-    bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller, never a path
+    parts         only parts.py (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …):
+                  never `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test checks this
+    principal     `page.caller`, determined again before each handler. Query jobs by `page.caller.owner` (None
+                  for all tenants). An object that is not visible raises `NothingHere`, with the same message
+                  as an object that does not exist
+    slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the browser
+                  gets the page as drawn so far, and the rest follows
+    state         only the link: `page.keep(q="sty")` changes it without a load (None or "" removes a key);
+                  read everything else from the library, the jobs, the tenants
+    other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in
+                  a handler
+    dropped files `page.drops(words, to, done)` for files that are not for the library; `page.pick()` opens
+                  the picker
+    made files    `page.fetch(url, done)`: a download that can fail
+    lists         `data-step` on the items that j and k step through; `data-own="x"` on a card's button that
+                  the letter x presses while the card has the focus; `data-id` on list items and selectable
+                  elements, so that they keep their identity in a redraw
+    bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller,
+                  never a path
     errors        raise: a VeneerError is shown as what · where · fix, anything else as an internal error
-    changes       `on_change(mark, 1.0, refill)` (watch.py) where others may write what is shown. `refill` changes what
-                  is another and draws nothing else: elements that somebody may be about to click stay, by `show`, `put`
-                  and `Fragment.show`; never `clear()`
-    commands      `Command(command("library", "alias", ref, name))` (commands.py): what does the same
-    success       `page.say("support@2 is prod now")`, once, at an end
-    looks         studio.css; its classes are listed at its top
+    changes       `on_change(mark, 1.0, refill)` (watch.py) for data that others can change. `refill` updates
+                  only what differs, with `show`, `put` and `Fragment.show`, never `clear()`: a user can be
+                  about to click
+    commands      `Command(command("library", "alias", ref, name))` (commands.py): the equivalent command line
+    success       `page.say("support@2 is prod now")`, once, at the end
+    styles        studio.css; its head lists the classes
 """
 
 from __future__ import annotations
@@ -69,20 +72,24 @@ from veneer.studio.transfers import Transfers
 _log = logging.getLogger("veneer.studio")
 
 _PATIENCE = 1.0
-"""Seconds after which a page goes out as far as it is drawn."""
+"""Seconds after which the browser gets a page that is not fully drawn."""
 _LOADING = 0.5
-"""Seconds between two looks at a base that is loading."""
+"""Seconds between two polls of a loading base."""
 
 
 class NothingHere(VeneerError):
-    """Raised for what is not there and for what whoever looks does not see: nobody can tell which."""
+    """The object does not exist or is not visible; the message is the same for both."""
 
 
 @dataclass(frozen=True)
 class StudioView:
-    """`path`: after /studio/. `key`: the letter after g; "": it is not in the list of views, where it stands `under`
-    another. `draw`: draws the view. `needs`: the permission; without it, the view is not found. `uses_base`: while the
-    base is loading, the view says so instead of being drawn."""
+    """A view.
+
+    path: after /studio/
+    key: shortcut letter after g; "": not in the list of views, but `under` another view
+    draw: draws the view
+    needs: required permission; without it, the view is not found
+    uses_base: while the base is loading, show a notice instead of the view"""
 
     path: str
     title: str
@@ -95,8 +102,11 @@ class StudioView:
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """What all pages of one server work with. `jobs`: the queue, whether or not this server trains (`trains`). `finds`:
-    what one field for everything finds (finder.py). `queue`: trains on uploaded rows, if this server can."""
+    """Shared objects of all pages of a server.
+
+    jobs: the queue, also on a server that does not train (`trains`)
+    finds: search function (finder.py)
+    queue: trains on uploaded rows, or None"""
 
     service: Service
     library: Library
@@ -108,22 +118,22 @@ class Studio:
 
     @property
     def base(self) -> str:
-        """What the base is called."""
+        """The base's name."""
         return self.service.catalog.base
 
     @property
     def tenants(self) -> Store | None:
-        """The tenants' database, where there is one: routes, votes and costs."""
+        """The tenants' database of routes, votes and costs, or None."""
         tenancy = self.service.tenancy
         return tenancy.store if isinstance(tenancy, Tenants) else None
 
     @property
     def loading(self) -> str:
-        """Why nothing can be asked yet; "" once the base is loaded."""
+        """Why the server cannot answer yet; "" once the base is loaded."""
         return "" if self.service.loaded else f"{self.base} is still loading"
 
     def library_mark(self) -> object:
-        """Another object whenever names of the library may have changed."""
+        """Return an object that differs after a possible change of the library's names."""
         names = self.service.catalog.shelf.names
         return None if names is None else names.now
 
@@ -146,18 +156,20 @@ class ViewPage:
         return self.frame.visitor.caller
 
     def name_for(self, filename: str) -> str:
-        """What a file would be called in the library, in a tenant's own namespace."""
+        """Return a library name for a file, in the caller's namespace."""
         own = f"{self.caller.tenant}/" if self.caller.tenant else ""
         return own + (likely_name(filename.rpartition(".")[0] or filename) or "adapter")
 
     # -- links
 
     def link(self, view: str, **query: Any) -> str:
-        """To a view; values are texts, numbers or lists of them; None and "" are left out."""
+        """Return a link to a view. Values: text, number or list; None and "" are omitted."""
         return self._to(view, query)
 
     def api(self, path: str, **query: Any) -> str:
-        """A route of the API for an img, a download or an upload: under the same caller."""
+        """Return the URL of an API route, for an img, a download or an upload.
+
+        The request has the page's caller."""
         return self._to(f"api{path}", query)
 
     def _to(self, path: str, query: Mapping[str, Any]) -> str:
@@ -165,14 +177,14 @@ class ViewPage:
         return f"{self.frame.root}/{path}" + (f"?{said}" if said else "")
 
     def keep(self, **query: Any) -> None:
-        """The link of this page says this too, from now on; nothing is loaded."""
+        """Change keys of this page's link without loading."""
         rest = [(k, v) for k, v in self.query.pairs if k not in query]
         self.query = Query((*rest, *query_pairs(query)))
         if self.frame.page is self:
             self.frame.tell("keep", f"{self.frame.root}/{self.view.path}", urlencode(self.query.pairs))
 
     async def go(self, view: str, **query: Any) -> None:
-        """To another view, as a link would."""
+        """Open another view, like a link."""
         to = self.link(view, **query)
         self.frame.tell("went", to)
         await self.frame.visit(view, Query(tuple(query_pairs(query))))
@@ -180,18 +192,18 @@ class ViewPage:
     # -- what it says
 
     def title(self, title: str, lede: str = "") -> None:
-        """The view's heading, and what it is for in one line."""
+        """Draw the view's heading and a one-line description."""
         parts.heading(title, 1)
         if lede:
             parts.line(lede, "lede")
         self.frame.called(title)
 
     async def again(self) -> None:
-        """Draw the view anew, as its link says now."""
+        """Redraw the view from its current link."""
         await self.frame.visit(self.view.path, self.query)
 
     def pick(self) -> None:
-        """The browser's window for files; what is picked is as if it were dropped."""
+        """Open the browser's file picker; picked files are handled like dropped files."""
         self.frame.tell("pick")
 
     def drops(
@@ -201,21 +213,30 @@ class ViewPage:
         done: Callable[[dict[str, Any]], Any],
         form: Mapping[str, str] | None = None,
     ) -> None:
-        """What becomes of files that are dropped on this view, instead of the library's. `words`: said over the page
-        meanwhile. `to(filename)`: where it is posted, made by `api`. `done(answer)`: with that route's JSON. `form`:
-        fields that are posted with the file."""
+        """Set the handling of files dropped on this view; default: add to the library.
+
+        words: text shown over the page while dragging
+        to(filename): upload URL, from `api`
+        done(answer): called with the route's JSON
+        form: form fields to post with the file"""
         self.frame.files.take(words, to, done, form)
 
     def fetch(self, url: str, done: Callable[[str], Any]) -> None:
-        """Download what a route (made by `api`) makes when it is asked. `done`: with "", or with why there is none."""
+        """Download the response of a route. `url`: from `api`.
+
+        `done`: called with "", or with the reason for a failure."""
         self.frame.files.fetch(url, done)
 
     def say(self, text: str) -> None:
-        """A few words at the foot of the page, told also to who hears it. At an end, never for each step."""
+        """Show a short message at the page's bottom, also to screen readers.
+
+        Call it at the end of an action, not for each step."""
         self.frame.say(text)
 
     def task(self, does: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Goes on beside the page, drawing where it began; ends at the latest when the view is left."""
+        """Start a background task that draws in the current element.
+
+        The task is cancelled when the view is left."""
         slot = ui.context.slot
         task = background_tasks.create(does, name=f"studio {self.view.path}", context=slot)
         self.tasks.append(task)
@@ -223,7 +244,9 @@ class ViewPage:
         return task
 
     def when_loaded(self, does: Callable[[], Any]) -> None:
-        """Call `does` once the base is loaded, unless the base is loaded already or the view is left before."""
+        """Call `does` once the base is loaded.
+
+        Does nothing if the base is loaded already, or if the view is left before."""
 
         async def wait() -> None:
             while not self.studio.service.loaded:
@@ -242,14 +265,14 @@ class ViewPage:
 
 
 class Browser(ui.element, component="browser.js"):
-    """What only the browser can do: its address, keys, copying, light and dark, what is dropped on it."""
+    """Browser features: address bar, keys, clipboard, color scheme, dropped files."""
 
 
 class Frame:
-    """The page round the views of one browser's window: nav, errors, keys. One view at a time is in it."""
+    """The frame of one browser window: navigation, errors, keys, and one view."""
 
     def __init__(self, studio: Studio, visitor: Visitor, root: str, address: str) -> None:
-        """`address`: of this server, as the browser has it."""
+        """Draw the frame. `address`: this server's address, as the browser sees it."""
         self.studio, self.visitor, self.root, self.address = studio, visitor, root, address
         self.page: ViewPage | None = None
         self.client = ui.context.client
@@ -296,7 +319,7 @@ class Frame:
     # -- views
 
     async def visit(self, path: str, query: Query) -> int:
-        """Draw the view of a path in place of the one that is there. Returns what HTTP says of it."""
+        """Replace the current view by the view of a path. Returns the HTTP status."""
         self.leave()
         view = next((view for view in self.studio.views if view.path == path), None)
         if view is None or not self.visitor.caller.can(view.needs):
@@ -312,7 +335,7 @@ class Frame:
         before = list(self.place)
         with self.place:
             place = parts.box("div", "view")
-        if before:  # what is there stays until there is something to see
+        if before:  # keep the old view until the new one shows something
             parts.show(place, False)
 
         async def draw() -> int:
@@ -322,7 +345,7 @@ class Frame:
                 place.clear()
                 _not_here(page, error)
                 return 404
-            except Exception as error:  # whatever it is, the page goes out, and says so
+            except Exception as error:  # the page shows any error
                 place.clear()
                 page.title(view.title)
                 return self.wrong(error)
@@ -338,7 +361,7 @@ class Frame:
         return drawing.result() if done and not drawing.cancelled() else 200
 
     async def _went(self, to: str) -> None:
-        """The browser is at another address: a link of ours, back or forward."""
+        """Handle a new address in the browser: a link, back or forward."""
         path, _, said = str(to).partition("?")
         await self.visit(path.removeprefix(self.root).strip("/"), query_of(parse_qsl(said)))
 
@@ -351,7 +374,7 @@ class Frame:
             self.tell("found", text, await self.studio.finds(self.page, str(text)))
 
     def _take_adapters(self, page: ViewPage) -> None:
-        """Whatever the view: a file that is dropped is kept in the library."""
+        """Add dropped files to the library: the default of every view."""
 
         def to(filename: str) -> str:
             return page.api("/v1/adapters", name=page.name_for(filename), filename=filename)
@@ -375,7 +398,7 @@ class Frame:
         self.tell("said")
 
     def tell(self, what: str, *given: Any) -> None:
-        """One of the few things that only the browser can do: browser.js has them."""
+        """Call a method of browser.js."""
         if self.client.has_socket_connection:
             self.browser.run_method(what, *given)
 
@@ -383,8 +406,9 @@ class Frame:
         self.trouble.show(error=None, title="")
 
     def wrong(self, error: Exception) -> int:
-        """What a view, a handler or a task raised, in words. Of what nobody foresaw the log has the rest. Returns what
-        HTTP says of it."""
+        """Show an error of a view, a handler or a task, and return the HTTP status.
+
+        Logs unexpected errors."""
         if isinstance(error, RuntimeError) and "has been deleted" in str(error):
             return 200  # the view was left meanwhile
         if isinstance(error, Refused) and error.status == 401:
@@ -401,7 +425,7 @@ class Frame:
 
 
 async def _still_loading(page: ViewPage) -> None:
-    """Draw what a view shows while the base is loading, and the view itself afterwards."""
+    """Draw a notice while the base is loading, and the view afterwards."""
     service = page.studio.service
     page.title(page.view.title)
     with parts.box("div", "empty"):

@@ -1,4 +1,4 @@
-"""The Library: a card for each adapter, found as one types, by what it is of, and as it changes."""
+"""The Library view: a card per adapter, with live search and filters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.studio.train import beginnings
 from veneer.studio.watch import on_change
 
 _SOME, _MOST = 60, 600
-"""Cards at a time, and at most on a page: beyond them it is quicker to say what one looks for."""
+"""Cards per batch, and maximum cards on a page."""
 _ORDERS = {
     "added": "newest first", "name": "by name", "gain": "most gained first", "rank": "highest rank first",
     "size": "largest first",
@@ -32,7 +32,7 @@ _HEALTH = {"sound": "sound", "faulty": "faulty", "unknown": "not checked yet"}
 
 @dataclass(frozen=True)
 class LibraryCard:
-    """What a card shows of a version."""
+    """The data of a version's card."""
 
     version: Version
     base: str
@@ -60,7 +60,7 @@ def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -
 
 
 def routes_of(page: ViewPage) -> dict[str, list[str]]:
-    """What each name answers on, as whoever looks may know: "live 90 %", "live, as a shadow"."""
+    """Return adapter name -> its visible routes: "live 90 %", "live, as a shadow"."""
     found: dict[str, list[str]] = {}
     tenants = page.studio.tenants
     for route in tenants.settings.routes.values() if tenants is not None else ():
@@ -76,14 +76,14 @@ def routes_of(page: ViewPage) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the link asks for."""
+    """The search of a link."""
 
     text: str
     order: str
     picks: dict[str, str]
 
     def search(self) -> dict[str, Any]:
-        """As `queries.browse` takes it."""
+        """Return the arguments of `queries.browse`."""
         given: dict[str, Any] = {k: v for k, v in self.picks.items() if v and k != "tag"}
         if "rank" in given:
             given["rank"] = int(given["rank"])
@@ -92,7 +92,7 @@ class _Asked:
 
     @property
     def without(self) -> str:
-        """Steps of runs have a view of their own; here they would hide what came of them."""
+        """Return the tag prefix to exclude: steps of runs, which have their own view."""
         return "" if self.picks["tag"] else STEPS_TAG
 
     def command(self) -> str:
@@ -171,7 +171,7 @@ async def library_view(page: ViewPage) -> None:
         return await asyncio.to_thread(look)
 
     async def fill() -> None:
-        """The cards from the first; of several asked for one after another, the last alone."""
+        """Draw the cards from the first; a newer call supersedes an older one."""
         nonlocal shown, turn, told_empty
         turn = own = turn + 1
         asked = _asked(page)
@@ -194,7 +194,7 @@ async def library_view(page: ViewPage) -> None:
         if why and why != told_empty:
             _say_empty(page, empty, bool(narrow))
         told_empty = why or told_empty
-        for each in (find, order):  # where there is nothing yet, the page offers the one thing to do
+        for each in (find, order):  # an empty library shows only how to add an adapter
             show(each, bool(cards) or bool(narrow))
         show(teach, page.caller.can("train") and (bool(cards) or bool(narrow)))
         show(more, shown < min(found.total, _MOST))
@@ -210,7 +210,7 @@ async def library_view(page: ViewPage) -> None:
         show(more, bool(cards) and shown < min(found.total, _MOST))
 
     def leafed(k: int, cards: list[LibraryCard]) -> None:
-        """The k-th leaf of the list: it goes on being what it was where its cards do."""
+        """Draw or update the k-th batch of cards; unchanged cards keep their elements."""
         given: dict[str, Any] = {"cards": cards, "marked": marked.all, "link": page.link}
         if k < len(leaves):
             leaves[k].show(**given)
@@ -235,7 +235,7 @@ async def library_view(page: ViewPage) -> None:
 
 
 def _offer(page: ViewPage, picks: Mapping[str, Any], asked: _Asked, found: SearchPage) -> None:
-    """Each choice has what there is, with how many, and stays away where there is nothing to choose."""
+    """Offer each filter's values with counts; hide a filter without values."""
     for name, choice in picks.items():
         there = found.facets[name]
         if name == "base":
@@ -277,7 +277,7 @@ def _say_empty(page: ViewPage, place: Any, narrow: bool) -> None:
 
 
 class _Marked:
-    """The adapters that are marked to be compared: in the link, and in a bar at the foot."""
+    """Adapters marked for comparison, in the link and in a bar at the bottom."""
 
     def __init__(self, page: ViewPage) -> None:
         self.page = page

@@ -1,4 +1,4 @@
-"""What links of the Studio say: a view's path, and behind the question mark all that it is to show."""
+"""Links of the Studio: a view's path, and its state as a query string."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.errors import shown
 
 @dataclass(frozen=True)
 class Query:
-    """What a link says behind its question mark."""
+    """The query string of a link."""
 
     pairs: tuple[tuple[str, str], ...] = ()
 
@@ -23,7 +23,7 @@ class Query:
         return [value for key, value in self.pairs if key == name]
 
     def number(self, name: str, default: float) -> float:
-        """What stands there, where it is a number."""
+        """Return a value as a number, or `default`."""
         try:
             return float(self.get(name))
         except ValueError:
@@ -31,12 +31,12 @@ class Query:
 
 
 def query_of(pairs: Iterable[tuple[str, str]]) -> Query:
-    """Of a link, which anybody may have made."""
+    """Return the Query of an untrusted link, with at most 200 pairs."""
     return Query(tuple((shown(key), shown(value, lines=True)) for key, value in islice(pairs, 200)))
 
 
 def query_pairs(query: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Of texts, numbers or lists of them; None and "" are left out."""
+    """Return (name, text) pairs of texts, numbers or lists; omit None and ""."""
     return [
         (name, f"{each:g}" if isinstance(each, float) else str(each))
         for name, value in query.items()

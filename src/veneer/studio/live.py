@@ -1,5 +1,6 @@
-"""Live: which versions answer under which names, for how many users; shadows beside what was sent; what tenants use,
-and what is in memory. What a move does is said before it is made, and the way back is one click."""
+"""The Live view: routes and versions, shadows, tenants' usage, loaded adapters.
+
+The view describes each change of a route before it is made, and can roll it back with one click."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ from veneer.studio.route import WHO, NewRoute, RouteMoves, RoutePanel
 from veneer.studio.watch import on_change
 
 _PAIRS = 6
-"""Comparisons with shadows that are shown."""
+"""Maximum number of shadow comparisons shown."""
 _MOVES = 8
-"""Moves of a route that are shown, the newest first."""
+"""Maximum number of a route's revisions shown, newest first."""
 
 
 async def live_view(page: ViewPage) -> None:
@@ -39,7 +40,7 @@ async def live_view(page: ViewPage) -> None:
             line("This server keeps no routes: it was started with keys of its own, or without a tenants' database.")
             Command(command("serve", studio=True, open=True, tenants="tenants.sqlite", base=command_base(page)))
         return
-    await page.studio.service.catalog.fresh()  # what a link wants to go live may have been kept just now
+    await page.studio.service.catalog.fresh()  # the link's adapter can be new in the library
     await asyncio.to_thread(tenancy.store.look)
     view = _Live(page, tenancy)
     view.draw()
@@ -72,7 +73,7 @@ class _Live:
     # -- what is looked at again and again
 
     def seen(self) -> object:
-        """Another one where something that is shown may have changed. In a thread."""
+        """Return a value that differs after a change of the shown data. Runs in a thread."""
         with reading(self.store.engine) as c:
             log = routes.shadow_log(c, limit=1)
         stats = self.page.studio.service.engine.stats()
@@ -91,7 +92,7 @@ class _Live:
         self.resident.show(rows=found, bytes=sum(each.bytes for _, each in found), limit=limit)
 
     async def _fill_routes(self, settings: TenantSettings) -> None:
-        """A panel goes on as long as there is its route: somebody may be about to click in it."""
+        """Update the routes' panels; a panel stays while its route exists, for clicks."""
         now, panels = settings.routes, self.panels
         moved = [key for key, route in now.items() if key not in panels or panels[key].route != route]
 
@@ -99,13 +100,13 @@ class _Live:
             found = {}
             with reading(self.store.engine) as c:
                 for tenant, name in moved:
-                    with suppress(ConfigError):  # removed since
+                    with suppress(ConfigError):  # removed meanwhile
                         found[tenant, name] = routes.route_history(c, name, tenant=tenant, limit=_MOVES)
             return found
 
         before = await asyncio.to_thread(read)
         if self.revision != settings.revision:
-            return  # another look was quicker, and saw more
+            return  # a newer refill was faster
         offered, names = self.moves.offered(), self.moves.names()
         for key in panels.keys() - now.keys():
             panels.pop(key).end()
@@ -120,7 +121,7 @@ class _Live:
         self.new.offer(names)
 
     async def _again(self) -> None:
-        """What somebody did here is seen at once."""
+        """Show a change made on this page at once."""
         await asyncio.to_thread(self.store.look)
         await self.refill()
 
@@ -166,7 +167,7 @@ class _Live:
         confirm("Keep answers", f"{what} {why}", permit("operate", do), button_text="Keep them", command=same)
 
     async def better(self, data: dict[str, str]) -> None:
-        """Of a pair, this one is better: a row of preferences."""
+        """Record a preference row: this answer of a pair is better."""
         given = AnswerFeedback(data["id"], 0, rejected=((data["other"], 0),), said=frozenset({"rejected"}))
         await asyncio.to_thread(self.tenancy.answers.give, data["tenant"], given)
         self.page.say("Kept as a row of preferences")
@@ -177,13 +178,13 @@ def _whose(tenant: str) -> str:
 
 
 def _limits(limit: Limit) -> str:
-    """As people say them."""
+    """Return limits in words."""
     given = [(name, value) for name, value in asdict(limit).items() if value is not None]
     return ", ".join(f"{v:,} {'at once' if n == 'concurrency' else n.replace('_per_', ' a ')}" for n, v in given)
 
 
 def _pair(row: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
-    """A comparison, with both answers where they are kept."""
+    """Return a comparison, with both answers if they are stored."""
     sent, unseen = texts.get(row["request"]), texts.get(shadow_id(row["request"]))
     said = [each.choices[0].get("content", "") if each else "" for each in (sent, unseen)]
     questions = [str(m.get("content", "")) for m in sent.messages if m.get("role") == "user"] if sent else []

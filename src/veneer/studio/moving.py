@@ -1,6 +1,7 @@
-"""Parts that move by themselves in the browser, each with a file beside this one: answers that come token by token,
-pictures that come step by step, two of them with a wipe between them, a picture from the visitor's disk, shares of a
-whole as a bar to drag."""
+"""Interactive parts, each with its own JavaScript file.
+
+Streaming answers, images with progress, a wipe between two images, an image picker, a draggable bar of
+shares."""
 
 from __future__ import annotations
 
@@ -11,12 +12,15 @@ from nicegui import ui
 from veneer.studio import parts
 
 SpokenToken = tuple[str, float | None, list[tuple[str, float]]]
-"""(its text, its log-probability, the likeliest in its place)."""
+"""(text, log-probability, [(text, log-probability) of the likeliest tokens])."""
 
 
 class Answers(ui.element, component="answers.js"):
-    """The answers of one column. `leads`: the other columns are compared with this one. `better(i)` and
-    `corrected([i, text])` are what somebody says of its i-th answer; `better` is None where there is one column."""
+    """The answers of one column.
+
+    leads: other columns are compared with this column
+    better(i): handler of a vote for the i-th answer; None for a single column
+    corrected([i, text]): handler of a correction of the i-th answer"""
 
     def __init__(
         self,
@@ -36,24 +40,24 @@ class Answers(ui.element, component="answers.js"):
         self.on("corrected", parts.heard(corrected))
 
     def begin(self, count: int) -> None:
-        """So many answers come now; what was there is gone."""
+        """Clear the column and expect `count` answers."""
         self.run_method("begin", count)
 
     def add(self, tokens: Sequence[tuple[int, SpokenToken]]) -> None:
-        """(which answer, the token) of each that has come."""
+        """Append (answer index, token) pairs."""
         self.run_method("add", tokens)
 
     def end(self, index: int, note: str) -> None:
-        """An answer is whole. `note`: what is said under it."""
+        """Finish an answer. `note`: text below the answer."""
         self.run_method("end", index, note)
 
     def judged(self, index: int, text: str) -> None:
-        """What became of a vote or a correction."""
+        """Show the result of a vote or a correction."""
         self.run_method("judged", index, text)
 
 
 class Wipe(ui.element, component="wipe.js"):
-    """Two pictures of one size, each as a data: URL that this process made, under their names."""
+    """Two images of equal size with a wipe, as data: URLs that this process created."""
 
     def __init__(self, left: str, right: str, names: tuple[str, str]) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class Wipe(ui.element, component="wipe.js"):
 
 
 class WeightBar(ui.element, component="weights.js"):
-    """Shares in per cent, (name, share). `moved(shares)`: while an edge is moved, in the parts' order."""
+    """A bar of (name, share in percent). `moved(shares)`: called while an edge moves."""
 
     def __init__(self, shares: Sequence[tuple[str, float]], moved: parts.Handler) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class WeightBar(ui.element, component="weights.js"):
 
 
 class Drawn(ui.element, component="drawn.js"):
-    """The pictures of one column. `marked(i)`: one is to be laid over another."""
+    """The images of one column. `marked(i)`: called to overlay the i-th image."""
 
     def __init__(self, label: str, marked: parts.Handler) -> None:
         super().__init__()
@@ -83,14 +87,14 @@ class Drawn(ui.element, component="drawn.js"):
         self.on("marked", parts.heard(marked))
 
     def begin(self, seeds: Sequence[int], width: int, height: int) -> None:
-        """So many pictures come now; what was there is gone."""
+        """Clear the column and expect one image per seed."""
         self.run_method("begin", list(seeds), width, height)
 
     def step(self, index: int, share: float) -> None:
         self.run_method("step", index, share)
 
     def show(self, index: int, source: str, note: str) -> None:
-        """`source`: a data: URL that this process made."""
+        """Show an image. `source`: a data: URL that this process created."""
         self.run_method("show", index, source, note)
 
     def lay(self, index: int, marked: bool) -> None:
@@ -98,7 +102,7 @@ class Drawn(ui.element, component="drawn.js"):
 
 
 class Sketch(ui.element, component="sketch.js"):
-    """A picture from the visitor's disk. `picked(data)`: it, as a data: URL; "" where it was taken away."""
+    """A picker for an image file. `picked(data)`: a data: URL, or "" after removal."""
 
     def __init__(self, label: str, picked: parts.Handler) -> None:
         super().__init__()

@@ -1,6 +1,8 @@
-"""What views are made of. The only file that gives NiceGUI texts, attributes and markup, so that nothing can slip into
-a page as markup or as code: texts are text nodes, attributes are properties under constant names, and HTML comes out of
-`templates/` with escaping on. Plain HTML elements: they have names, keys and focus already.
+"""Building blocks of views.
+
+The only file that passes texts, attributes and markup to NiceGUI, so that no text can become markup or code:
+texts are text nodes, attributes are properties with constant names, and templates in `templates/` escape
+their values. Uses plain HTML elements, which have accessible names, keys and focus.
 
     with box("section", "panel"):                       <section class="panel"> … </section>
         heading("Files", 2)
@@ -11,11 +13,12 @@ a page as markup or as code: texts are text nodes, attributes are properties und
     cards = Fragment("cards.html.j2", acts=acts, versions=found)     many items in one element
     cards.show(versions=others)                                      redraws only the parts that changed
 
-Handlers: `permit` declares the permission that a handler needs, even if its button is hidden, because a browser can
-send any event. Before each call, the principal is determined again (`Visitor.again`), so that `page.caller` is current,
-and the permission is checked; a handler without a permission is refused. Handlers can be async. Errors that they raise
-are shown on the page: a VeneerError as what · where · fix. Work that takes more than a millisecond belongs in
-`await asyncio.to_thread(…)`, because all pages run on the engine's event loop.
+Handlers: `permit` declares the permission that a handler needs, even if its button is hidden, because a
+browser can send any event. Before each call, the principal is determined again (`Visitor.again`), so that
+`page.caller` is current, and the permission is checked; a handler without a permission is refused. Handlers
+can be async. Errors that they raise are shown on the page: a VeneerError as what · where · fix. Work that
+takes more than a millisecond belongs in `await asyncio.to_thread(…)`, because all pages run on the engine's
+event loop.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from veneer.train.report.log import duration, size
 from veneer.train.report.page import escaping
 
 Does = Callable[..., Any]
-"""Called with nothing, or with what came (a field's value, the data of what was clicked)."""
+"""A callback with no argument, or with the event: a field's value or clicked data."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,12 @@ def permit(permission: Permission, does: Does) -> Handler:
 
 
 def _coded(text: Any) -> Markup:
-    """A text in which what stands between backticks is code."""
+    """Return escaped markup in which `text between backticks` is code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(shown(text, lines=True)))))
 
 
 def _foldable(text: Any) -> Markup:
-    """A text whose lines may end after a comma or a colon, as in JSON without spaces."""
+    """Return escaped markup with line-break opportunities after commas and colons."""
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[,;:])", shown(text, lines=True)))
 
 
@@ -78,7 +81,9 @@ _ENV.filters |= {
 
 
 def heard(handler: Handler) -> Callable[[Any], Any]:
-    """Wrap a handler for NiceGUI: check the permission first, then pass the event if the handler takes an argument."""
+    """Wrap a handler for NiceGUI: check its permission, then call it.
+
+    Passes the event if the handler takes an argument."""
 
     async def hear(event: Any) -> None:
         try:
@@ -86,14 +91,14 @@ def heard(handler: Handler) -> Callable[[Any], Any]:
             principal.require(handler.permission if isinstance(handler, Handler) else None)
             current_owner.set(principal.tenant)
             await _done(handler.does, event.args)
-        except VeneerError as error:  # the page says it; NiceGUI would write a stack trace into the log, too
+        except VeneerError as error:  # shown on the page; NiceGUI would also log a traceback
             event.client.handle_exception(error)
 
     return hear
 
 
 async def _done(does: Does, came: Any) -> None:
-    """`does(came)`, or `does()` where it has no argument without a default."""
+    """Call `does(came)`, or `does()` if it has no required argument."""
     wants = [p for p in inspect.signature(does).parameters.values() if p.default is p.empty]
     made = does(came) if wants else does()
     if inspect.isawaitable(made):
@@ -101,7 +106,7 @@ async def _done(does: Does, came: Any) -> None:
 
 
 def once(handler: Handler) -> Handler:
-    """Wrap a handler to ignore calls while it runs, such as double clicks and repeated keys."""
+    """Wrap a handler to ignore calls while it runs, such as double clicks."""
     going = False
 
     async def do(came: Any) -> None:
@@ -118,8 +123,9 @@ def once(handler: Handler) -> Handler:
 
 
 def box(tag: str = "div", look: str = "", **attributes: str | int | bool) -> ui.element:
-    """An HTML element to put others in: `with box("section", "panel", aria_label="Files"):`. Underscores in the names
-    of attributes are dashes. `look`: classes of studio.css."""
+    """Return an HTML container: `with box("section", "panel", aria_label="Files"):`.
+
+    `look`: classes of studio.css. Underscores in attribute names become dashes."""
     element = ui.element(tag)
     if look:
         element.classes(look)
@@ -128,21 +134,21 @@ def box(tag: str = "div", look: str = "", **attributes: str | int | bool) -> ui.
 
 
 def line(text: object, look: str = "", tag: str = "p", **attributes: str | int | bool) -> ui.element:
-    """An element with a text in it. `put(element, text)` changes it."""
+    """Return an element with a text. `put(element, text)` changes the text."""
     element = box(tag, look, **attributes)
     element._text = _plain(text)
     return element
 
 
 def put(element: ui.element, text: object) -> None:
-    """Another text for a `line`, a heading or a button."""
+    """Change the text of a `line`, a heading or a button."""
     if element._text != (text := _plain(text)):
         element._text = text
         element.update()
 
 
 def mark(element: ui.element, **attributes: str | int | bool) -> None:
-    """Other attributes for what `box` or `line` made."""
+    """Change attributes of a `box` or `line`."""
     before = dict(element.props)
     _set(element, attributes)
     if element.props != before:
@@ -150,12 +156,12 @@ def mark(element: ui.element, **attributes: str | int | bool) -> None:
 
 
 def show(element: ui.element, visible: bool) -> None:
-    """Whether it is there for anybody."""
+    """Show or hide an element."""
     element.set_visibility(visible)
 
 
 def place_at(element: ui.element, place: int) -> None:
-    """Where it stands among what it is beside: 0 is the first."""
+    """Move an element among its siblings; 0 is first."""
     assert element.parent_slot is not None
     element.move(target_index=place)
 
@@ -165,15 +171,21 @@ def heading(text: object, level: Literal[1, 2, 3] = 2) -> ui.element:
 
 
 Kind = Literal["filled", "quiet", "word", "danger"]
-"""`filled`: the one thing to do in a view. `quiet`: an outline. `word`: underlined under the mouse. `danger`: takes
-something away; it has a sentence beside it."""
+"""Kinds of buttons.
+
+filled: the view's main action
+quiet: outlined
+word: text only, underlined on hover
+danger: removes something; place an explanation next to it"""
 
 
 def button(
     text: object, does: Handler, *, kind: Kind = "quiet", key: str = "", look: str = "", **attributes: str | int | bool
 ) -> ui.element:
-    """`key`: what presses it: a letter, or several with spaces ("g l"), or "ctrl+enter"; not while a text is typed,
-    but for those with ctrl. `enable(button, False)` greys it."""
+    """Return a button. `enable(button, False)` disables it.
+
+    `key`: shortcut: a letter, a sequence ("g l"), or "ctrl+enter". Shortcuts without ctrl do not act while
+    the user types."""
     element = line(text, f"button {kind} {look}", "button", type="button", **attributes)
     if key:
         _set(element, {"data-key": key, "aria-keyshortcuts": key.replace("ctrl", "Control")})
@@ -182,12 +194,14 @@ def button(
 
 
 def enable(element: ui.element, can: bool, why: str = "") -> None:
-    """`why`: said under the mouse, and to who hears the page, where it cannot be used."""
+    """Enable or disable an element. `why`: tooltip of a disabled element."""
     mark(element, disabled=not can, title="" if can else why)
 
 
 def link(text: object, to: str, look: str = "", *, key: str = "", **attributes: str | int | bool) -> ui.element:
-    """`to`: made by `ViewPage.link` (another view) or `ViewPage.api` (a file; give `download=True`)."""
+    """Return a link. Raises ValueError for a link to another server.
+
+    `to`: from `ViewPage.link` (another view) or `ViewPage.api` (a file; pass `download=True`)."""
     if not to.startswith("/") or to.startswith("//"):
         raise ValueError("links lead to this server alone")
     element = line(text, look, "a", href=to, **attributes)
@@ -197,18 +211,20 @@ def link(text: object, to: str, look: str = "", *, key: str = "", **attributes: 
 
 
 class Field(ui.element, component="field.js"):
-    """See `form_field`. It keeps what is typed while the page around it is drawn anew."""
+    """A form field; see `form_field`. Keeps typed text during a redraw of the page."""
 
     value: Any = None
 
     def put(self, value: Any) -> None:
-        """Another value, which is not told to `changed`. Whatever else of the field is sent, what is typed stays."""
+        """Set the value without calling `changed`.
+
+        Other updates of the field keep the text that the user has typed."""
         self.value = self.props["value"] = value
         self.props["turn"] += 1
         self.update()
 
     def offer(self, options: Mapping[str, str] | Sequence[str]) -> None:
-        """Other options of a choice."""
+        """Set the options of a choice."""
         if (other := _options(options)) != self.props["options"]:
             self.props["options"] = other
             self.update()
@@ -235,11 +251,14 @@ def form_field(
     look: str = "",
     hidden_label: bool = False,
 ) -> Field:
-    """A field with its name above it (`hidden_label`: for who hears the page alone). `changed(value)`: after `wait`
-    seconds in which nothing else was typed; of a range while it moves, at most each `wait`. `entered(value)`: Enter, in
-    an area Ctrl+Enter. `hint`: what it looks like while empty. `options`: value -> text, of a choice. `most`:
-    characters. Values: texts; numbers of number, within `low` and `high`, and of range (None where it is none); a bool
-    of check."""
+    """Return a labelled form field.
+
+    changed(value): called `wait` seconds after the last input; for a range while it moves, at most every
+    `wait` s entered(value): called on Enter, in an area on Ctrl+Enter hint: placeholder hidden_label: show
+    the label to screen readers only options: value -> text, of a choice most: maximum characters low, high:
+    bounds of a number or a range
+
+    Values: text; float for number and range (None if invalid); bool for check."""
     element = Field()
     element.value = value
     element.classes(f"field {look}")
@@ -263,9 +282,9 @@ def form_field(
 
     def both(handler: Handler | None) -> Handler:
         async def do(value: Any) -> None:
-            if kind == "number" and isinstance(value, int | float):  # as the browser shows it when it is left
+            if kind == "number" and isinstance(value, int | float):  # the browser clamps on blur
                 value = min(value if high is None else high, max(value if low is None else low, value))
-            element.value = element.props["value"] = value  # the browser has it: nothing to send back
+            element.value = element.props["value"] = value  # the browser already shows the value
             if handler is not None:
                 await _done(handler.does, value)
 
@@ -278,9 +297,11 @@ def form_field(
 
 
 class Fragment(ui.element, component="fragment.js"):
-    """A template of `templates/`, rendered with escaping into one element. `acts`: what a click on an element with
-    `data-act="NAME"` does, called with all its data- attributes as a dict of texts. What can be chosen, and what there
-    are many of, has a `data-id` of its own: so it is the same element when all is drawn anew (fragment.js)."""
+    """A template of `templates/`, rendered with escaping into one element.
+
+    `acts`: name -> handler of a click on an element with `data-act="NAME"`; the handler gets the element's
+    data- attributes as a dict of texts. Give list items and selectable elements a `data-id`, so that a redraw
+    keeps the elements (fragment.js)."""
 
     def __init__(
         self, template: str, *, look: str = "", acts: Mapping[str, Handler] | None = None, **values: Any
@@ -314,7 +335,7 @@ _CLICKED = """(e) => {
 
 
 class Command:
-    """The command that does the same, to copy. `show` changes it; "" hides it."""
+    """An equivalent command line to copy. `show` changes the text; "" hides it."""
 
     def __init__(self, text: str = "") -> None:
         self.fragment = Fragment("command.html.j2", text=text)
@@ -324,8 +345,9 @@ class Command:
 
 
 class Dialog(ui.element):
-    """A window over the page. Once it is closed it is gone: as soon as what was decided in it is done, which goes on
-    drawing from where it began."""
+    """A modal dialog. A closed dialog is deleted once its action has finished.
+
+    The action can draw in the dialog's element until then."""
 
     def __init__(self, title: str) -> None:
         super().__init__("dialog")
@@ -341,7 +363,7 @@ class Dialog(ui.element):
 
     async def act(self, does: Does) -> None:
         if self.closing:
-            return  # clicked twice, the second time before the browser had closed it
+            return  # second click before the browser closed the dialog
         self.acting = True
         try:
             await _done(does, None)
@@ -352,18 +374,20 @@ class Dialog(ui.element):
 
 
 def dialog(title: str) -> Dialog:
-    """A window, closed by Escape: `with dialog("Shortcuts") as window: …`, then `opened(window)`."""
+    """Return a dialog: `with dialog("Shortcuts") as window: …`, then `opened(window)`.
+
+    Escape closes the dialog."""
     with Dialog(title) as element:
         heading(title, 2)
     return element
 
 
 _OPEN: WeakKeyDictionary[Client, Dialog] = WeakKeyDictionary()
-"""The window over each page, or the last that there was."""
+"""Client -> its current or last dialog."""
 
 
 def opened(window: Dialog) -> None:
-    """One window at a time: two clicks on what opens it are one."""
+    """Open a dialog. A page has one dialog at a time, so a double click opens one."""
     before = _OPEN.get(window.client)
     if before is not None and not (before.acting or before.is_deleted):
         before.delete()
@@ -379,7 +403,7 @@ def closed(window: Dialog) -> None:
 def confirm(
     title: str, sentence: str, does: Handler, *, button_text: str, command: str = "", danger: bool = False
 ) -> None:
-    """Says what will happen, then does it if that is wanted. Call it in a handler."""
+    """Ask for confirmation, then call `does`. Call `confirm` in a handler."""
     with dialog(title) as window:
         line(sentence)
         if command:
@@ -394,7 +418,7 @@ def confirm(
 
 
 def decide(window: Dialog, button_text: str, does: Handler, *, danger: bool = False) -> None:
-    """The foot of a window: Cancel, and what does it, which closes the window where it went well."""
+    """Draw a dialog's buttons: Cancel, and the action, which closes it on success."""
     with box("div", "row end"):
         button("Cancel", permit("public", lambda: closed(window)), kind="word")
         button(
@@ -403,7 +427,9 @@ def decide(window: Dialog, button_text: str, does: Handler, *, danger: bool = Fa
 
 
 def progress(label: str, share: float | None = None) -> ui.element:
-    """`share`: 0 … 1; None: it is not known. `move(bar, share)`."""
+    """Return a progress bar; `move(bar, share)` updates it.
+
+    `share`: 0 to 1, or None if unknown."""
     bar = box("progress", aria_label=_plain(label), max=1)
     move(bar, share)
     return bar

@@ -1,5 +1,7 @@
-"""Compare on a base that draws: the same seeds side by side for the base, for adapters and for mixes; strengths in
-steps; two pictures one over the other; a control picture."""
+"""The Compare view on an image base.
+
+Images of equal seeds for base, adapters and mixes; a series of strengths; an overlay of two images; a control
+image."""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from veneer.studio.parts import box, button, dialog, line, permit
 
 _SEEDS = 4
 _STEPS = (0.25, 0.5, 0.75, 1.0, 1.25)
-"""The strengths that one adapter is drawn at, to see what a strength does."""
+"""Strengths of an adapter's series."""
 
 
 async def pictures_view(page: ViewPage) -> None:
@@ -39,14 +41,14 @@ async def pictures_view(page: ViewPage) -> None:
 
 @dataclass
 class _Picture:
-    """One of a column. `source`: a data: URL, once it is drawn."""
+    """An image of a column. `source`: a data: URL, once the image is generated."""
 
     seed: int
     source: str = ""
 
 
 class _Pictures(Board):
-    """The view of one visit. `over`: the column and the picture that waits to be laid over another."""
+    """The Compare view of one visit. `over`: column and index of the image to overlay."""
 
     def __init__(self, page: ViewPage) -> None:
         super().__init__(page)
@@ -77,7 +79,7 @@ class _Pictures(Board):
         self.draw_all()
 
     def _control(self) -> None:
-        """Where the base has ControlNets: a picture that says where things are."""
+        """Draw the control image's fields, if the base has ControlNets."""
         self.kind: parts.Field | None = None
         if not (kinds := self.engine.control_kinds()):
             return
@@ -118,7 +120,7 @@ class _Pictures(Board):
         )
 
     def spread(self, column: Column) -> None:
-        """One adapter in steps of its strength: a column each."""
+        """Replace an adapter's column by one column per strength of `_STEPS`."""
         ((name, now),) = column.mix
         at = self.columns.index(column)
         there = {each.mix[0][1] for each in self.columns if len(each.mix) == 1 and each.mix[0][0] == name}
@@ -130,7 +132,7 @@ class _Pictures(Board):
     # -- drawing
 
     def _fields(self, column: Column) -> dict[str, Any]:
-        """As a client's body has them."""
+        """Return the fields of a client's request body."""
         fields: dict[str, Any] = {
             "prompt": str(self.prompt.value),
             "negative_prompt": str(self.negative.value or ""),
@@ -164,16 +166,16 @@ class _Pictures(Board):
             raise ConfigError(f"{column.named(self.page.studio.base)}: {message_of(error)}") from error
 
     def _begin(self, column: Column, seeds: list[int], width: int, height: int) -> None:
-        """Other pictures come; one of the earlier ones waits no more."""
+        """Clear a column for new images, and drop its pending overlay."""
         column.answers = [_Picture(seed) for seed in seeds]
         column.shown.begin(seeds, width, height)
         if self.over is not None and self.over[0] is column:
             self.over = None
 
     def marked(self, column: Column, i: int) -> None:
-        """The first of two waits; with the second both are seen one over the other."""
+        """Mark an image; a second mark shows both images as an overlay."""
         if i >= len(column.answers):
-            return  # of pictures that are gone meanwhile
+            return  # the image is gone meanwhile
         if self.over is None or self.over[0] not in self.columns:
             self.over = column, i
             column.shown.lay(i, True)
@@ -199,6 +201,6 @@ def _titled(column: Column, base: str, seed: int) -> str:
 
 
 def _source(drawn: FinishedPicture) -> str:
-    """The picture as a data: URL, small enough for the page; its own record is in a file that a command makes."""
+    """Return an image as a small data: URL, without the record that PNG files have."""
     data = encoded(drawn.made.image, drawn.made.text, {}, "webp", 92)
     return f"data:image/webp;base64,{base64.b64encode(data).decode()}"

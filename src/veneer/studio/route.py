@@ -1,5 +1,7 @@
-"""The routes of Live, one by one: its shares as a bar to drag, what a move would do before it is made, its moves until
-now and the way back; and a new one, with a canary from its first user on."""
+"""Panels of the Live view: one per route, and a form for a new route.
+
+A panel has the shares as a draggable bar, a description of the planned change, the revisions and a rollback.
+A new route can start with a canary."""
 
 from __future__ import annotations
 
@@ -40,44 +42,46 @@ from veneer.studio.parts import (
 
 WHO = "studio"
 _CANARY = 10.0
-"""Per cent of the users that a further version begins with."""
+"""Initial share of a further version, in percent of users."""
 
 
 class RouteMoves:
-    """What moves the routes of a server, from the page of somebody who may. `again`: draws what there is now."""
+    """Changes a server's routes, for a permitted page. `again`: redraws the page."""
 
     def __init__(self, page: ViewPage, store: Store, again: Callable[[], Awaitable[None]]) -> None:
         self.page, self.store, self.again = page, store, again
         self.force = not (self.base in BUILTIN or page.studio.library.knows_base(self.base))
-        """Whether the command cannot know the base's name: no adapter in the library says it."""
+        """Whether commands need --force: no adapter in the library names the base."""
 
     @property
     def base(self) -> str:
         return self.page.studio.base
 
     def names(self) -> list[str]:
-        """What a route can lead to: the base, what is loaded, the newest versions of this base in the library, and the
-        version that the link names, which may be an older one."""
+        """Return possible targets of a route.
+
+        The base, loaded adapters, newest versions of this base in the library, and the link's version, which
+        can be an older one."""
         catalog, wanted = self.page.studio.service.catalog, self.page.query.get("ref")
         cards = [card for card in catalog.models(self.page.caller) if card.parent is None or card.digest]
         found = list(dict.fromkeys(card.root if card.digest else card.id for card in cards))[:300]
         return found if wanted in found or not self._is_version(wanted) else [*found, wanted]
 
     def _is_version(self, name: str) -> bool:
-        """Whether it is a version of this base, as it is called here."""
+        """Return whether a name is a version of this base."""
         try:
             return self.page.studio.service.catalog.resolve(name, self.page.caller).adapters == (name,)
         except Refused:
             return False
 
     def offered(self) -> str:
-        """The adapter that the link wants to go live, where no route leads to it yet."""
+        """Return the link's adapter if no route targets it yet, else ""."""
         wanted = self.page.query.get("ref")
         leads = {name for route in self.store.settings.routes.values() for name, _ in route.targets}
         return "" if wanted in leads or wanted not in self.names() else wanted
 
     async def set(self, wanted: Route, from_move: int) -> None:
-        """Raises RouteMoved where somebody else made a move meanwhile, ConfigError."""
+        """Set a route. Raises RouteMoved if the route changed meanwhile, ConfigError."""
         await asyncio.to_thread(
             routes.set_route,
             self.store,
@@ -94,7 +98,7 @@ class RouteMoves:
         await self.again()
 
     async def moved(self, now: Route, wanted: Route) -> None:
-        """Make a move that was said."""
+        """Apply a described change."""
         await self.set(wanted, now.move)
         self.page.say(f"{wanted.name} moved")
 
@@ -143,19 +147,19 @@ class RouteMoves:
 
 
 class _Shares:
-    """A bar of shares, which a route is moved by. A view of it has `say`: what they would do, in words."""
+    """A route's bar of shares. Subclasses define `say`, which describes the change."""
 
     shares: list[tuple[str, float]]
     bar: WeightBar
 
     def dragged(self, shares: Sequence[float]) -> None:
         if len(shares) != len(self.shares):
-            return  # somebody else's move came between
+            return  # another user changed the route meanwhile
         self.shares = [(name, float(share)) for (name, _), share in zip(self.shares, shares, strict=True)]
         self.say()
 
     def added(self, name: str) -> None:
-        """A further version begins as a canary."""
+        """Add a version with the canary's share."""
         if not name or name in dict(self.shares):
             return
         rest = 1 - _CANARY / 100
@@ -164,7 +168,7 @@ class _Shares:
         self.say()
 
     def weights(self) -> list[tuple[str, int]]:
-        """Whole numbers, in hundredths where they have to be."""
+        """Return integer weights: percent, or hundredths of a percent if necessary."""
         exact = [(name, round(share * 100)) for name, share in self.shares]
         whole = all(weight % 100 == 0 for _, weight in exact)
         return [(name, weight // 100) for name, weight in exact] if whole else exact
@@ -174,7 +178,7 @@ class _Shares:
 
 
 class NewRoute(_Shares):
-    """A route that there is not yet. `offered`: the adapter that is to be its canary."""
+    """The form of a new route. `offered`: adapter to propose as the canary."""
 
     def __init__(self, moves: RouteMoves, offered: str, *, opened: bool) -> None:
         self.moves = moves
@@ -210,7 +214,7 @@ class NewRoute(_Shares):
         self._led(None)
 
     def offer(self, names: Sequence[str]) -> None:
-        """What it can lead to may be more by now."""
+        """Update the possible targets."""
         self.first.offer(names)
         self.other.offer(_or_none("nothing else", names))
 
@@ -249,7 +253,7 @@ class NewRoute(_Shares):
 
 
 class RoutePanel(_Shares):
-    """One route, the `place`-th of the view, from when it is there until it is gone. `fill`: where it was moved."""
+    """The panel of one route, at position `place`. `fill` updates the panel."""
 
     def __init__(self, moves: RouteMoves, route: Route, place: int) -> None:
         self.moves, self.route, self.wanted, self.offered = moves, route, route, ""
@@ -308,7 +312,7 @@ class RoutePanel(_Shares):
         place_at(self.panel, place)
 
     def fill(self, route: Route, before: Sequence[dict[str, Any]]) -> None:
-        """As it is since a move. `before`: its moves, the newest first."""
+        """Show the current route. `before`: its revisions, newest first."""
         self.route = route
         for each in (self.back, self.before):
             show(each, len(before) > 1)
@@ -316,7 +320,7 @@ class RoutePanel(_Shares):
         self._left()
 
     def offer(self, names: Sequence[str], wanted: str) -> None:
-        """What it can lead to may be more by now. `wanted`: what the link wants to go live."""
+        """Update the possible targets. `wanted`: the adapter that the link proposes."""
         self.offered = wanted
         led = dict(self.route.targets)
         self.other.offer(_or_none("none", [name for name in names if name not in led]))
@@ -327,11 +331,11 @@ class RoutePanel(_Shares):
         self._show_ways()
 
     def end(self) -> None:
-        """There is no such route any more."""
+        """Remove the panel of a removed route."""
         self.panel.delete()
 
     def _left(self) -> None:
-        """As the route is: what was not moved is let go."""
+        """Reset the bar to the current route."""
         route = self.route
         total = sum(weight for _, weight in route.targets)
         self.shares = [(name, weight * 100 / total) for name, weight in route.targets]
@@ -358,7 +362,7 @@ class RoutePanel(_Shares):
         )
 
     def say(self) -> None:
-        """What the shares as they stand now would do."""
+        """Describe the effect of the current shares."""
         route = self.route
         fraction = min(100.0, max(0.0, float(self.fraction.value or 0))) / 100
         shadow = str(self.shadow.value or "") or None
@@ -378,7 +382,7 @@ class RoutePanel(_Shares):
 
 
 def request_texts(page: ViewPage, model: str) -> tuple[str, str]:
-    """A request to this server for a model: as a curl command, and in OpenAI's Python client."""
+    """Return a sample request for a model: (curl command, OpenAI Python code)."""
     address, key = page.frame.address, page.frame.visitor.key is not None
     body: dict[str, Any] = {"model": model, "prompt": "A red apple"}
     if page.studio.service.engine.makes == "pictures":
@@ -420,5 +424,5 @@ def _set_command(route: Route, moves: RouteMoves) -> str:
 
 
 def _or_none(none: str, names: Sequence[str]) -> dict[str, str]:
-    """Options of a choice: these, or none of them, which is called so."""
+    """Return options of a choice, with `none` as the label of an empty choice."""
     return {"": none} | {name: name for name in names}

@@ -1,5 +1,7 @@
-"""One run: its curves as they grow, its figures, its sample pictures; pause, resume, stop, and a word with any step of
-it while the next one trains. All of it is read from the job's own events, so that its link is all there is to keep.
+"""The view of one run: live charts, figures, sample images, actions and chat.
+
+Pause, resume and stop the run, and chat with any of its steps during training. All data comes from the job's
+events, so the link is the only state.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from veneer.train.report.log import duration, size
 from veneer.train.report.page import Series, chart, smooth
 
 _LOOK = 0.7
-"""Seconds between two looks at a run."""
+"""Seconds between two polls of a run."""
 _NEWEST = 6
-"""Sheets and steps that are shown to choose from."""
+"""Number of newest image grids and steps to choose from."""
 
 
 def of_pictures(job: Job) -> bool:
-    """Whether it trains a base that draws."""
+    """Return whether a job trains an image base."""
     return "pictures" in job.config.get("data", {}) or "slider" in job.config
 
 
@@ -42,7 +44,7 @@ def _run_settings(job: Job, **more: Any) -> list[str]:
 
 @dataclass
 class _Heard:
-    """What the events of a job have said until now. `last`: the number of the last one."""
+    """Data collected from a job's events. `last`: number of the last event read."""
 
     last: int = 0
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -52,7 +54,7 @@ class _Heard:
     checked: dict[str, Any] = field(default_factory=dict)
 
     def hear(self, page: ViewPage, job: Job) -> None:
-        """Reads what is new; of where things are on the server a tenant hears nothing."""
+        """Read new events; hide server paths from a tenant."""
         more = True
         while more:
             events, more = page.studio.jobs.events(page.caller.owner, job.id, after=self.last)
@@ -73,7 +75,7 @@ class _Heard:
                     self.notes.append((event.level, event.message))
 
     def charts(self, pictures: bool) -> list[tuple[str, list[Markup], list[tuple[str, str]]]]:
-        """(title, pictures, legend), the loss first: for a wide page, and for a narrow one."""
+        """Return (title, [wide SVG, narrow SVG], legend) per chart, the loss first."""
         if not self.steps:
             return []
         rewarded = any(mean_rewards(each) is not None for each in self.steps)
@@ -103,7 +105,7 @@ class _Heard:
         return out
 
     def figures(self, job: Job) -> list[tuple[str, str, str]]:
-        """(what, figure, remark)."""
+        """Return (label, figure, remark) tuples."""
         out = []
         rewards = mean_rewards(self.steps[-1]) if self.steps else None
         if rewards is not None:
@@ -212,7 +214,7 @@ async def run_view(page: ViewPage) -> None:
             danger=True,
         )
 
-    await fill()  # before anything is followed: with the first timer the page goes out
+    await fill()  # before any timer: the first timer sends the page
     on_change(lambda: (jobs.get(page.caller.owner, job.id), _newest(page, job.id)), _LOOK, fill)
     if follow is not None:
         follow()

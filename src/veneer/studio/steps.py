@@ -1,5 +1,6 @@
-"""Steps: every checkpoint of a run with its held-out score and the same prompts' answers, or pictures; one of them is
-used from now on, or gone on from."""
+"""The Steps view: a run's checkpoints with held-out scores and answers or images.
+
+A step can be published, or continued in a new run."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ from veneer.train.events import mean_rewards
 
 _WORDS = 60
 _KNOWN: dict[tuple[str, str, str, str], str] = {}
-"""Cache of greedy answers, the oldest first: (the adapter's reference or the base, job, system prompt, prompt) ->
-text."""
+"""Cache of greedy answers, oldest first.
+
+(adapter's reference or the base, job, system prompt, prompt) -> text."""
 _MOST = 4000
 
 
@@ -141,7 +143,9 @@ def _keeping(job: Job, step: str, alias: str) -> str:
 
 
 def _fork_settings(page: ViewPage, job: Job, step: int) -> list[str]:
-    """The settings of a run that goes on from a step of this one. Raises ConfigError for a step without an adapter."""
+    """Return the settings of a run that continues from a step of this job.
+
+    Raises ConfigError for a step without an adapter."""
     config = fork_config(page.studio.jobs, job, step)
     values = config.model_dump(mode="json", exclude_unset=True)
     values["checkpoint"] = {k: v for k, v in dict(values.get("checkpoint") or {}).items() if k != "adapters"}
@@ -149,7 +153,7 @@ def _fork_settings(page: ViewPage, job: Job, step: int) -> list[str]:
 
 
 def _used(page: ViewPage, job: Job) -> dict[str, list[Version]]:
-    """Step -> the versions of the job's name that are the very adapter of that step."""
+    """Return step -> versions of the job's name with this step's adapter."""
     out: dict[str, list[Version]] = {}
     for version in page.studio.library.search(name=job.name, all_versions=True):
         if version.name == job.name:
@@ -169,7 +173,9 @@ def _version(page: ViewPage, reference: str) -> Any:
 
 
 class _StepAnswers:
-    """The same prompts at the base and at each step, one answer after another: the engine has others to answer, too."""
+    """Answers of base and steps to the same prompts.
+
+    Requests run one after another, to leave the engine to other users."""
 
     def __init__(self, page: ViewPage, job: Job) -> None:
         self.page, self.job, self.columns = page, job, list[tuple[str, str]]()
@@ -200,7 +206,7 @@ class _StepAnswers:
         return self.page.query.all("p")
 
     def steps(self, points: list[JobCheckpoint]) -> None:
-        """The columns are these, the base first."""
+        """Set the columns: the base, then the newest steps."""
         found = [(f"step {point.step:,}", point.reference) for point in points[::-1] if point.reference]
         columns = [(self.page.studio.base, ""), *found[-6:]]
         if columns == self.columns:

@@ -1,4 +1,4 @@
-"""A word with a run: what the base and its steps answer, while it goes on or when it is done."""
+"""Chat with a run's steps and the base, during and after training."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import read_rows, split_rows
 
 _WORDS = 160
-"""Tokens of an answer at most."""
+"""Maximum tokens of an answer."""
 _LONGEST = 2000
-"""Characters of the longest prompt that is offered."""
+"""Maximum characters of a suggested prompt."""
 _PROMPTS = 2
-"""Prompts of a run's own rows."""
+"""Number of prompts suggested from a run's rows."""
 
 
 async def job_of(page: ViewPage) -> Job:
-    """The job of the link. Raises NothingHere for one that whoever looks does not see."""
+    """Return the link's job. Raises NothingHere for a missing or invisible job."""
     try:
         return await asyncio.to_thread(page.studio.jobs.get, page.caller.owner, page.query.get("job"))
     except UnknownJob:
@@ -42,7 +42,7 @@ def base_name(job: Job) -> str:
 
 
 def asked_here(page: ViewPage, job: Job) -> str:
-    """Why this server cannot ask the steps of a job; "" where it can."""
+    """Return why this server cannot run a job's steps, or ""."""
     if page.studio.loading:
         return page.studio.loading
     name = base_name(job)
@@ -53,8 +53,9 @@ def asked_here(page: ViewPage, job: Job) -> str:
 
 
 def own_prompts(job: Job) -> tuple[str, list[str]]:
-    """How the first rows that a run holds out begin, or its rows: their system message, and what the user asks under
-    it. ("", []) if the rows are gone."""
+    """Return (system message, user prompts) of a run's first held-out rows.
+
+    Uses training rows if none are held out. ("", []) if the rows are gone."""
     try:
         config = job_config(job, job.folder)
         if not isinstance(config, TrainConfig):
@@ -77,7 +78,7 @@ def own_prompts(job: Job) -> tuple[str, list[str]]:
 
 
 def prompt_messages(prompt: str, system: str) -> list[dict[str, Any]]:
-    """A prompt as messages, after the system message if there is one."""
+    """Return a prompt as messages, after the system message if given."""
     first = [{"role": "system", "content": system}] if system else []
     return [*first, {"role": "user", "content": prompt}]
 
@@ -90,7 +91,9 @@ async def answer_of(
     *,
     most: int = _WORDS,
 ) -> str:
-    """What the base (reference "") or an adapter answers, with the likeliest tokens; `told` hears it as it comes."""
+    """Return the greedy answer of the base (reference "") or an adapter.
+
+    `told` is called with the text as it arrives."""
     mix = [(reference, 1.0)] if reference else []
     said, text = AskedTexts([dict(message) for message in messages], mix, max_tokens=most), ""
     async for _, event in ask_texts(page.studio.service, page.caller, said):
@@ -106,13 +109,15 @@ async def answer_of(
 def start_answers(
     page: ViewPage, answers: Fragment, messages: Sequence[dict[str, Any]], reference: str
 ) -> list[asyncio.Task[Any]]:
-    """Ask the base and an adapter the same, and show both answers (answers_two.html.j2) as they come."""
+    """Send the same messages to base and adapter, and stream both answers.
+
+    Template: answers_two.html.j2."""
     columns = [{"name": name, "text": "", "done": False} for name in (page.studio.base, reference)]
 
     async def ask(column: dict[str, Any], name: str) -> None:
         try:
             await answer_of(page, messages, name, lambda text: column.update(text=text))
-        finally:  # also after an error: `show` waits for it
+        finally:  # after an error too: `show` waits for it
             column["done"] = True
 
     async def show() -> None:
@@ -127,8 +132,9 @@ def start_answers(
 
 
 async def talk_to(page: ViewPage, job: Job) -> Callable[[], object]:
-    """A prompt, and what the base and a step of the run answer, while the run goes on. Returns what begins to follow
-    its steps."""
+    """Draw a prompt and the answers of base and step, also during training.
+
+    Returns a function that starts to follow the run's steps."""
     heading("Chat with a step", 2)
     with box("section", "stack talk"):
         hint = line("", "soft")

@@ -1,5 +1,7 @@
-"""Train: rows that are uploaded (form.py); for the operator also files of the server, with what the run would be beside
-them, and each row and picture one by one; the newest runs."""
+"""The Train view: uploaded rows (form.py), files of the server, newest runs.
+
+Only the operator can train on files of the server; this form previews the run's plan, and each row and
+image."""
 
 from __future__ import annotations
 
@@ -47,15 +49,15 @@ from veneer.train.inspect import VERDICTS, RowVerdict, SeenPicture, inspect_run,
 from veneer.train.preflight import Report, free_memory
 
 _ROWS = 20
-"""Rows of a table at a time."""
+"""Rows per page of the table."""
 _SHOWN = 48
-"""Pictures of a sheet at a time."""
+"""Images per page of the grid."""
 _RUNS = 8
-"""Runs below the forms."""
+"""Number of runs listed below the forms."""
 _SIDE = 260
-"""Pixels of a picture in the sheet."""
+"""Side of a thumbnail, in pixels."""
 _POINTS = 8
-"""Checkpoints that a short run gets."""
+"""Number of checkpoints of a short run."""
 _EXAMPLE = Path("examples/tickets/config.yaml")
 
 
@@ -65,7 +67,7 @@ def _device() -> Device:
 
 
 _looking = threading.Lock()
-"""One preview at a time: each change asks for one, and only the last is wanted."""
+"""Lock for one preview at a time: of several requested previews, the last counts."""
 
 
 async def train_view(page: ViewPage) -> None:
@@ -87,9 +89,9 @@ async def train_view(page: ViewPage) -> None:
 
 
 class _ServerForm:
-    """A run on files of the server. The link keeps its settings as `section.key=value`, the way a command takes them.
+    """The form of a run on server files. Its link has the settings: section.key=value.
 
-    `number`: of the last change, so that an older preview is not shown over a newer one."""
+    `number`: number of the last change, so that an older preview never replaces a newer one."""
 
     def __init__(self, page: ViewPage) -> None:
         self.page, self.studio = page, page.studio
@@ -168,7 +170,7 @@ class _ServerForm:
     # -- settings
 
     def settings(self) -> list[str]:
-        """The settings of the fields, as `section.key=value`."""
+        """Return the fields' settings as `section.key=value`."""
         given = {name: str(field.value or "").strip() for name, field in self.fields.items()}
         return [*common_settings(**given), *filter(None, map(str.strip, str(self.more.value or "").splitlines()))]
 
@@ -177,7 +179,7 @@ class _ServerForm:
         return "base" in sections and bool(sections & {"data", "slider"})
 
     def for_checkpoints(self) -> list[str]:
-        """Settings that let checkpoints be compared, and asked during training, where nothing else is set."""
+        """Return defaults that let users compare and chat with checkpoints in training."""
         given = {setting.partition("=")[0] for setting in self.settings()}
         out = ["checkpoint.adapters=true"] if self.talk.value and "checkpoint.adapters" not in given else []
         plan = None if self.preview is None else self.preview.plan
@@ -188,7 +190,7 @@ class _ServerForm:
         return out + ([] if "evaluation.every" in given else [f"evaluation.every={every}"])
 
     def take(self, number: int) -> Any:
-        """Fill in one of the beginnings."""
+        """Fill in one of the suggestions."""
         return self.page.go("train", s=beginnings(self.studio)[number][1])
 
     def asking(self, on: bool) -> None:
@@ -198,7 +200,7 @@ class _ServerForm:
     # -- what the run would be
 
     async def changed(self) -> None:
-        """Plan the run and look at its rows anew; a preview that a later change has overtaken is not shown."""
+        """Plan the run and read its rows again; a later change discards this preview."""
         self.page.keep(s=self.settings())
         self.number += 1
         self.config = self.preview = None
@@ -248,7 +250,7 @@ class _ServerForm:
         self.same.show(command("jobs", "submit", *self.settings(), *self.for_checkpoints()) if self.whole() else "")
 
     async def show_rows(self) -> None:
-        """Show the rows, or the pictures, one by one."""
+        """Show the rows or images one by one."""
         config, number = self.config, self.number
         if config is None or (isinstance(config, ImageTrainConfig) and config.slider.wanted):
             return
@@ -267,7 +269,7 @@ class _ServerForm:
                         | {"seen": rows, "verdict": self.verdict, "offset": self.offset, "said": _rows_said(rows)}
                     )
         except VeneerError:
-            return  # it stands among the findings
+            return  # the findings already show the error
         if number == self.number:
             self.same_rows.show(command("data", "show", *self.settings(), only=self.verdict, offset=self.offset or ""))
 
@@ -280,7 +282,7 @@ class _ServerForm:
         await self.show_rows()
 
     async def caption(self, id: str) -> None:
-        """Change one caption, in place: the picture is named by what is in it."""
+        """Edit the caption of the image with this id."""
         if isinstance(self.config, ImageTrainConfig):
             picture = await asyncio.to_thread(picture_of, self.config, id)
             await _ask_caption(self.page, picture, self.config, self.changed)
@@ -313,7 +315,7 @@ _NO_ROWS: dict[str, Any] = {
 
 
 def beginnings(studio: Studio) -> list[tuple[str, list[str]]]:
-    """Return what a newcomer could train on, of the files in the working directory: (what it is, the settings)."""
+    """Return suggestions from files in the working directory: (description, settings)."""
     base = str(studio.service.catalog.shelf.base.name)
     with os.scandir() as entries:
         names = sorted(entry.name for entry in itertools.islice(entries, 2000) if not entry.name.startswith("."))
@@ -335,7 +337,7 @@ def _short_path(path: str) -> str:
 
 
 def _says(plan: Plan) -> dict[str, str]:
-    """The plan's figures in words."""
+    """Return a plan's figures as text."""
     import torch  # late: a page without a plan needs no device
 
     cost = plan.cost
@@ -353,7 +355,7 @@ def _rows_said(seen: Any) -> str:
 
 
 def _thumbnails(pictures: tuple[SeenPicture, ...]) -> list[dict[str, Any]]:
-    """Each picture small, as an address of its own bytes: no path leaves this process."""
+    """Return images with thumbnails as data: URLs, so that no path leaves the process."""
     return [{"picture": picture, "source": _thumbnail(picture.path, picture.id)} for picture in pictures]
 
 
@@ -395,7 +397,7 @@ async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainC
 
 
 async def _runs(page: ViewPage) -> None:
-    """The newest runs: whatever was begun can be left, and come back to."""
+    """Draw the newest runs."""
     runs = Fragment("runs.html.j2", jobs=(), errors={}, link=page.link)
 
     def newest() -> list[Job]:

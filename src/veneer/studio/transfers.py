@@ -1,7 +1,7 @@
-"""Files between a window and the API: dropped on it or picked, where each is sent, and what becomes of the answer; and
-files that are made when they are asked for, which may fail.
+"""File transfers between a browser window and the API.
 
-The browser sends and fetches them (browser.js) by routes of the API, so that it is as for every other client.
+Uploads of dropped and picked files, and downloads of files that are created on request and can fail.
+browser.js sends and fetches the files through API routes, like any other client.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from veneer.errors import VeneerError
 from veneer.studio import parts
 
 _FILES = 50
-"""At most so many are taken at a time."""
+"""Maximum number of files dropped at once."""
 
 
 class Transfers:
-    """Of one window. `browser`: its browser.js. `count`: how many came together last. `to`, `done`, `form`: see
+    """Transfers of one window.
+
+    `browser`: its Browser element. `count`: number of files in the last drop. `to`, `done`, `form`: see
     `take`."""
 
     def __init__(self, browser: Any, tell: Callable[..., None]) -> None:
@@ -39,14 +41,17 @@ class Transfers:
         done: Callable[[dict[str, Any]], Any],
         form: Mapping[str, str] | None = None,
     ) -> None:
-        """What becomes of dropped files from now on. `words`: said over the page meanwhile. `to(filename)`: where it is
-        posted. `done(answer)`: with that route's JSON. `form`: the fields of the form that the file is posted in, for a
-        route that wants a form."""
+        """Set the handling of dropped files.
+
+        words: text shown over the page while dragging
+        to(filename): upload URL
+        done(answer): called with the route's JSON
+        form: fields of a multipart form; None to post the plain file"""
         self.to, self.done, self.form = to, done, form
         parts.mark(self.browser, words=words)
 
     def fetch(self, url: str, done: Callable[[str], Any]) -> None:
-        """Download a file. `done`: with "" when it is there, or with why there is none."""
+        """Download a file. `done`: called with "", or with the reason for a failure."""
         self.fetched[url] = done
         self.tell("fetchFile", url)
 
@@ -69,7 +74,7 @@ class Transfers:
 
 
 def _answer(came: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The JSON of a route, and what of it is an error's message."""
+    """Return (a route's JSON, its error message or "")."""
     try:
         answer = json.loads(came["text"])
     except (ValueError, RecursionError):

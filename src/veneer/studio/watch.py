@@ -1,6 +1,6 @@
-"""Pages that follow what changes beneath them: others write to the library and the jobs, too.
+"""Polling for changes by others, such as new adapters and job events.
 
-on_change(page.studio.library_mark, 1.0, refill)         asks for the mark each second; `refill` when it is another
+on_change(page.studio.library_mark, 1.0, refill)         polls the mark each second; calls `refill` on a change
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from veneer.studio.access import VISITORS
 
 
 def on_change(mark: Callable[[], Any], every: float, changed: Callable[[], Awaitable[None] | None]) -> ui.timer:
-    """`mark`: what is compared with what it was; it is called in a thread. `changed`: called on the loop, where parts
-    may be drawn anew. It ends with the view that it was called in; `.deactivate()` ends it before."""
+    """Call `changed` whenever the value of `mark` changes; return the timer.
+
+    `mark` runs in a thread; `changed` runs on the event loop and can draw. `every`: seconds between polls.
+    The timer ends with the current view; `.deactivate()` ends it earlier."""
     last: list[Any] = []
     visitor = VISITORS[ui.context.client]
 
