@@ -1,4 +1,4 @@
-"""The `campaign` recipe: roles of product, brand and lens adapters in one picture.
+"""The `campaign` recipe: roles of product, brand and lens adapters in a picture.
 
 The caller assigns roles (`lock:0.8@campaign=product`). A role expands to the factors that a user would write
 after the `@` (`strengths`): blocks, steps or both, by the base's prediction type; "" means the plain sum.

@@ -109,7 +109,9 @@ def read_card(folder: str | Path) -> CardFile:
 
 
 def _type_problem(value: Any, like: Any) -> str | None:
-    """Return what is wrong with the type of `value`, given the field's default `like`, or None."""
+    """Return what is wrong with the type of `value`, or None.
+
+    `like`: the field's default."""
     if isinstance(like, float):
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return None if ok else "a number is expected"
@@ -161,7 +163,7 @@ def is_ours(readme: Path) -> bool:
 
 
 def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: str = "adapter") -> bytes:
-    """Return `README.md`: front matter for hubs, facts about the adapter, and how to use it."""
+    """Return `README.md`: front matter for hubs, facts and usage."""
     import yaml
 
     card = adapter.card
@@ -230,7 +232,9 @@ def _own_copy(base: str) -> list[str]:
 
 
 def generate_command(base: str, adapter: str, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return the command that prompts an adapter like its training rows, with system message."""
+    """Return the command that prompts an adapter like its training rows.
+
+    Includes their system message."""
     system, text = opening(messages)
     command = f"veneer generate {shlex.quote(text or '…')} --base {shlex.quote(base)} --adapter {shlex.quote(adapter)}"
     return f"{command} --system {shlex.quote(system)}" if system else command

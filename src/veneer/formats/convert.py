@@ -106,14 +106,14 @@ def encode(
     head_dim: int | None = None,
     layers: int | None = None,
 ) -> EncodedAdapter:
-    """Return `adapter` as tensors, metadata and config in layout `to`, checked by reading back.
+    """Encode `adapter` in layout `to`, and check it by reading back.
 
-    `to`: one of TARGETS. `family`: of the image model, a name in `topology.families()`, by default found from
-    modules, widths and card; for gguf llama.cpp's name of the architecture. `metadata`: overrides metadata
-    from the card, in the three layouts with metadata. `dtype`: every tensor is rounded to it first.
-    `head_dim`: the base's rows per head, needed by gguf for Llama's q and k. `layers`: the base's number of
-    layers, needed by tgi. Raises one AdapterError listing every module that `to` cannot express, with the
-    reason and the closest alternative."""
+    Returns tensors, metadata and config. `to`: one of TARGETS. `family`: of the image model, a name in
+    `topology.families()`, by default found from modules, widths and card; for gguf llama.cpp's name of the
+    architecture. `metadata`: overrides metadata from the card, in the three layouts with metadata. `dtype`:
+    every tensor is rounded to it first. `head_dim`: the base's rows per head, needed by gguf for Llama's q
+    and k. `layers`: the base's number of layers, needed by tgi. Raises one AdapterError listing every module
+    that `to` cannot express, with the reason and the closest alternative."""
     meant, notes = _meant(adapter, to, dtype)
     if to == "gguf":
         with TemporaryDirectory() as folder:
@@ -135,10 +135,10 @@ def write(
     head_dim: int | None = None,
     layers: int | None = None,
 ) -> WriteReport:
-    """Write `adapter` to `out` in layout `to`: a folder for peft, vllm and tgi, else one file.
+    """Write `adapter` to `out` in layout `to`.
 
-    Arguments: as in `encode`. Writes atomically; equal adapters give equal bytes. Raises as `encode`, and
-    ResourceError for a full disk."""
+    A folder for peft, vllm and tgi, one file for the others. Arguments: as in `encode`. Writes atomically;
+    equal adapters give equal bytes. Raises as `encode`, and ResourceError for a full disk."""
     path = Path(out)
     meant, notes = _meant(adapter, to, dtype)
     _check_name(path, to)
@@ -170,7 +170,7 @@ def layout_ending(to: str) -> str:
 
 
 def _check_name(path: Path, to: str) -> None:
-    """Raise AdapterError if the extension does not fit the layout, or a folder is in the way.
+    """Raise AdapterError for a wrong extension or a folder in the file's place.
 
     Readers choose a format by the extension."""
     ending = layout_ending(to)
@@ -201,7 +201,9 @@ def _ranks(done: _Done) -> dict[int, int]:
 
 
 def _meant(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[str]]:
-    """Return the adapter to write (no origins, on the CPU, rounded) and notes on the rounding."""
+    """Return the adapter to write, and notes on the rounding.
+
+    The adapter has no origins, and is on the CPU and rounded."""
     if to not in TARGETS:
         raise AdapterError(f"there is no layout {to!r}", fix=", ".join(TARGETS))
     meant, notes = _rounded(adapter.collapsed().mapped(lambda t: t.detach().cpu()), dtype)
@@ -407,7 +409,9 @@ def _shape(adapter: Adapter, module: str) -> tuple[int, int] | None:
 def _for_pipelines(
     meant: Adapter, to: str, family: Family, metadata: Mapping[str, str], name: str, notes: list[str]
 ) -> _Done:
-    """Write kohya, comfyui or diffusers: one safetensors file with the card in its metadata."""
+    """Write kohya, comfyui or diffusers: one safetensors file.
+
+    The card is in its metadata."""
     refused: Refusals = defaultdict(list)
     leaves = leaves_of(meant)
     for module in meant.token_rows:

@@ -81,7 +81,9 @@ def _is_norm(module: str, leaf: Leaf, family: Family) -> bool:
 
 
 def _are_sayable(own: Mapping[str, Leaf], component: str, refused: Refusals) -> bool:
-    """Return whether PEFT's settings can express a component; adds reasons to `refused`."""
+    """Return whether PEFT's settings can express a component.
+
+    Adds reasons to `refused`."""
     before = sum(map(len, refused.values()))
     for module, leaf in own.items():
         for parameter, delta in leaf.deltas.items():

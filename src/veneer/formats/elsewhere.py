@@ -1,4 +1,4 @@
-"""Predict what other tools do with an adapter's file: load it, refuse it or misread it.
+"""Predict whether other tools load, refuse or misread an adapter's file.
 
 | tool                  | version                                              | method                              |
 | PEFT                  | 0.21                                                 | run (tests/formats/test_elsewhere)  |
@@ -124,7 +124,7 @@ class _File:
 
     @cached_property
     def split(self) -> bool:
-        """Whether there are block-diagonal fused projections whose alpha refers to one part."""
+        """Whether fused projections are block-diagonal with alpha for one part."""
         return any("split_qkv parts" in note for note in self.reading.notes)
 
     def has(self, *suffixes: str) -> int:

@@ -12,7 +12,9 @@ from veneer.files.safetensors import PICKLE_SUFFIXES
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_KEY = "veneer.adapter_config"
-"""Metadata key of veneer's tensor files: the configuration, so that the file states its scale."""
+"""Metadata key of the configuration in veneer's tensor files.
+
+With it the file itself states its scale."""
 MLX_FILE = "adapters.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PREFERRED = (TENSOR_FILE, "pytorch_lora_weights.safetensors")

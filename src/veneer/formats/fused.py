@@ -1,4 +1,4 @@
-"""Split a change of a fused projection into its row parts, and join parts, with the same ΔW.
+"""Split a fused projection's change into row parts, and join parts; ΔW is equal.
 
     W = [W₀; W₁; …]      ΔW = s·B·A  ⇒  ΔWᵢ = s·Bᵢ·A          Bᵢ: rows of B, A the same tensor
     back, A the same:    B = [B₀; B₁; …], the same rank
@@ -110,7 +110,9 @@ def _on_rows(item: Pair | Delta, take: Callable[[Tensor], Tensor]) -> Pair | Del
 
 
 def _rows(item: Pair | Delta) -> int | None:
-    """Return the number of rows of the weight; None for a gain on the inputs, which fits any."""
+    """Return the number of rows of the weight.
+
+    None for a gain on the inputs, which fits any."""
     if isinstance(item, Delta):
         value = item.parts.get("value")
         return item.shape[0] if item.form != "gain" else len(value) if value is not None and value.ndim == 1 else None
@@ -193,7 +195,9 @@ def _join_pairs(parts: Sequence[Pair | None], sizes: Sequence[int | None], magni
 
 
 def _blocks(blocks: Sequence[tuple[int, Tensor] | None], ranks: Sequence[int], sizes: Sequence[int | None]) -> Tensor:
-    """Return (Σ sizes, Σ ranks, 1…): block i in part i's rows and A's columns, else zero."""
+    """Return the block-diagonal matrix (Σ sizes, Σ ranks, 1…).
+
+    Block i is in part i's rows and its A's columns; other entries are zero."""
     some = [b[1] for b in blocks if b is not None]
     dtype = some[0].dtype
     for t in some:
@@ -265,7 +269,9 @@ def _join_deltas(
 
 
 def _join_rows(have: Sequence[Delta], all_there: bool, magnitude: Tensor | None) -> Delta:
-    """Join neighboring rows of one LoKr product; all rows give the product without `rows`."""
+    """Join neighboring rows of one LoKr product.
+
+    All rows give the product without `rows`."""
     first = have[0]
     same = all(
         p.scale == first.scale and p.whole == first.whole and p.parts.keys() == first.parts.keys() for p in have

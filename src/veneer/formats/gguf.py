@@ -170,11 +170,11 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
 def write_gguf(
     adapter: Adapter, path: str | Path, *, architecture: str, head_dim: int | None = None, name: str = ""
 ) -> list[str]:
-    """Write an adapter like llama.cpp's convert_lora_to_gguf; return notes on changes.
+    """Write an adapter like llama.cpp's convert_lora_to_gguf.
 
-    Tensors keep float32, float16 and bfloat16; other dtypes become float32. Raises one AdapterError listing
-    what the format cannot hold: magnitudes, deltas, full modules, token rows, other kinds of pairs, and
-    modules without a name in it."""
+    Returns notes on changes. Tensors keep float32, float16 and bfloat16; other dtypes become float32. Raises
+    one AdapterError listing what the format cannot hold: magnitudes, deltas, full modules, token rows, other
+    kinds of pairs, and modules without a name in it."""
     if architecture not in GGUF_ARCHITECTURES:
         raise AdapterError(
             f"no GGUF adapter for the architecture {architecture!r}", fix=f"known: {', '.join(GGUF_ARCHITECTURES)}"

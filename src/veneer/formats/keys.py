@@ -1,4 +1,4 @@
-"""Parse tensor names in a file: module and suffix, adapter name, and the tool's layout.
+"""Parse tensor names: module and suffix, adapter name, and the tool's layout.
 
     key = module text + suffix    `split_key`: the suffixes of all tools, by role; their meaning is in leaves.py
     lora_A.NAME.weight            `one_adapter`: PEFT's layers have the adapter's name in the key until it is saved; a
@@ -160,7 +160,9 @@ _MARKS = {"bfl-control", "xlabs", "lycoris", "cloneofsimo", "onetrainer"}
 
 
 def detect_format(keys: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, list[str]]:
-    """Return the format ("unknown" if none matches), and the reasons: names and their counts."""
+    """Return the format and the reasons: names and their counts.
+
+    The format is "unknown" if none matches."""
     keys = list(keys)
     counts: Counter[str] = Counter()
     for key in keys:

@@ -1,4 +1,4 @@
-"""Write kohya's and ComfyUI's files: original module names with fused projections.
+"""Write kohya's and ComfyUI's files: original names with fused projections.
 
     canonical module  --(family.originals, inverted)-->  original module, rows joined, halves swapped  --> prefix + name
 
@@ -121,7 +121,9 @@ def _is_lokr(leaf: Leaf) -> bool:
 
 
 def _fused(parts: Sequence[Leaf | None], places: Sequence[ModulePlace]) -> Leaf:
-    """Join the changes of a fused module's parts; an unchanged part becomes rows of zeros."""
+    """Join the changes of a fused module's parts.
+
+    An unchanged part becomes rows of zeros."""
     have = [p for p in parts if p is not None]
     if len(places) == 1 and places[0].part is None and not places[0].swap:
         return have[0]
@@ -170,7 +172,9 @@ def _rows(item: Pair | Delta) -> int | None:
 def _suffixed(
     named: Mapping[str, tuple[Leaf, tuple[str, ...]]], family: Family, to: str, refused: Refusals
 ) -> dict[str, Tensor]:
-    """Return the tensors of foreign leaves; ComfyUI's are kohya's with PEFT's two names."""
+    """Return the tensors of foreign leaves.
+
+    ComfyUI's are kohya's with PEFT's two names."""
     out: dict[str, Tensor] = {}
     for name, (leaf, modules) in named.items():
         for reason in _unread(name, leaf, family, to):

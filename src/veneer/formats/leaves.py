@@ -217,9 +217,9 @@ class _Reader:
         self.problems.append(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in…) and (out, rank)")
 
     def _without_core(self, A: Tensor, mid: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Merge the core into A: Σ_q mid[p,q,k…]·A[q,i], for a plain convolution pair with the same ΔW.
+        """Merge the core into A, for a plain convolution pair with equal ΔW.
 
-        Computed in float64, kept as float32."""
+        A' = Σ_q mid[p,q,k…]·A[q,i]. Computed in float64, kept as float32."""
         rank = A.shape[0] if A.ndim else 0
         if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or A.ndim < 2 or math.prod(A.shape[2:]) != 1:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: (rank, rank, k…) is expected")

@@ -34,9 +34,10 @@ MODELSPEC_ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "krea2": ("Krea-2", "https://github.com/krea-ai/krea-2", "krea2"),
     "anima": ("anima-preview", "https://huggingface.co/circlestone-labs/Anima", "anima"),
 }
-"""Family -> modelspec.architecture without `/lora`, modelspec.implementation, ss_base_model_version.
+"""Family -> (architecture without `/lora`, implementation, base model version).
 
-As sd-scripts and musubi-tuner write them."""
+The keys are modelspec.architecture, modelspec.implementation and ss_base_model_version. As sd-scripts and
+musubi-tuner write them."""
 
 # For text in lower case with only letters and digits; the first matching prefix counts.
 _FAMILIES = [
@@ -59,7 +60,9 @@ _MAX_JSON = 32 << 20
 
 
 def json_value(metadata: Mapping[str, str], key: str) -> Any:
-    """Return the value of a JSON key, or None; sd-scripts' statistics can contain NaN."""
+    """Return the value of a JSON key, or None.
+
+    sd-scripts' statistics can contain NaN."""
     text = metadata.get(key, "")
     if not text or len(text) > _MAX_JSON:
         return None
@@ -82,7 +85,9 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return word or phrase -> the key it was found under, best first; guesses end in `?`."""
+    """Return word or phrase -> the key it was found under, best first.
+
+    Guesses end in `?`."""
     out: dict[str, str] = {}
     for key in _SAID:
         for word in _words(metadata, key):
@@ -189,12 +194,13 @@ def _moment(text: str) -> str:
 
 
 def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter") -> dict[str, str]:
-    """Return a card's metadata for all tools, without hashes, which `sealed` adds last.
+    """Return a card's metadata for all tools.
 
-    `name`: of the file, shown by A1111. `card.extra` provides title, author, description, tags, usage_hint,
-    thumbnail (a data address), prediction_type and architecture, and `tag_frequency`, {folder: {tag: count}};
-    `card.created` the date, ISO-8601. Modelspec requires an architecture and is left out if neither the
-    family (MODELSPEC_ARCHITECTURES) nor the card has one. Rank 0 stands for several ranks."""
+    Hashes are not included; `sealed` adds them last. `name`: of the file, shown by A1111. `card.extra`
+    provides title, author, description, tags, usage_hint, thumbnail (a data address), prediction_type and
+    architecture, and `tag_frequency`, {folder: {tag: count}}; `card.created` the date, ISO-8601. Modelspec
+    requires an architecture and is left out if neither the family (MODELSPEC_ARCHITECTURES) nor the card has
+    one. Rank 0 stands for several ranks."""
     extra = {k: v for k, v in card.extra.items() if isinstance(v, str) and v}
     words = ", ".join(card.trigger_words)
     out = {"format": "pt", "ss_output_name": name}

@@ -168,7 +168,9 @@ def _module(
 
 
 _TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
-"""Model types whose expert modules set `is_transposed`: they store (experts, in, out)."""
+"""Model types that store experts as (experts, in, out).
+
+Their expert modules set `is_transposed`."""
 
 
 def as_stored(
@@ -195,7 +197,9 @@ def as_stored(
 
 
 def _apart(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str, Pair]:
-    """Split a fused pair into one linear pair for each stored expert; {} without such experts."""
+    """Split a fused pair into one linear pair for each stored expert.
+
+    {} if single experts are not stored."""
     module, _, parameter = name.rpartition(".")
     leaves = {"gate_up_proj": ("gate_proj", "up_proj")}.get(parameter, (parameter,))
     for own in (leaves, [new for leaf in leaves for new, kind in _MIXTRAL.items() if kind == leaf]):
@@ -254,7 +258,7 @@ def _share(own: Sequence[Pair | None]) -> bool:
 
 
 def _is_reversed(module: str, parameters: Sequence[str], base: Structure) -> bool:
-    """Return whether the base stores (experts, in, out) without stating it, like Llama 4.
+    """Return whether the base stores (experts, in, out) unmarked, like Llama 4.
 
     gate_up_proj and down_proj have the widths (2·inner, hidden) and (hidden, inner), in one order or the
     other."""

@@ -83,7 +83,7 @@ def _table(name: str) -> Mapping[str, tuple[ModulePlace, ...]]:
 
 
 def _cut(text: str) -> str:
-    """Return a double block's name in FLUX.2 files whose writer removed too long a prefix."""
+    """Return a double block's name in FLUX.2 files with a wrongly cut prefix."""
     return text.replace("transformer_blocks.", "sformer_blocks.", 1)
 
 
@@ -99,7 +99,7 @@ def _old(name: str) -> Iterator[str]:
 
 
 def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:
-    """Yield kohya's and OneTrainer's flat prefixes of a text encoder, and ComfyUI's dotted one."""
+    """Yield a text encoder's prefixes: kohya's, OneTrainer's and ComfyUI's."""
     if not component.startswith("text_encoder"):
         return
     if len(family.encoders) > 1:
@@ -154,7 +154,9 @@ def _transformers() -> frozenset[str]:
 
 
 def near(family: Family | None, text: str) -> str | None:
-    """Return the known text with the longest common prefix, at least 8 letters, or None."""
+    """Return the known text with the longest common prefix, or None.
+
+    The common prefix has at least 8 letters."""
     if family is None:
         return None
     text = text.removeprefix("base_model.model.")
@@ -171,7 +173,9 @@ def _common(a: str, b: str) -> int:
 
 @cache
 def texts_of(name: str) -> list[str]:
-    """Return every text for a module of this family, without the prefixes `lookup` removes."""
+    """Return every text for a module of this family.
+
+    Without the prefixes that `lookup` removes."""
     return sorted(_table(name))
 
 
@@ -192,7 +196,9 @@ class FamilyChoice:
     fitting: tuple[str, ...] = ()
 
     def lookup(self, text: str) -> tuple[ModulePlace, ...] | None:
-        """Return a module's places: in the chosen family, or where all fitting families agree."""
+        """Return a module's places in the chosen family.
+
+        Without a chosen family, the places on which all fitting families agree."""
         if self.family is not None:
             return lookup(self.family, text)
         found = {lookup(_all()[name], text) for name in self.fitting}
@@ -331,7 +337,7 @@ def _fits(
     wide: Mapping[str, _Shape | None],
     shapes: Mapping[str, _Shape | None],
 ) -> bool:
-    """Return whether the family has at least half of the names, and its shapes and depth fit.
+    """Return whether the family has half of the names and fits by shape and depth.
 
     `wide`: the subset of `shapes` whose widths count."""
     if 2 * len(found) < len(shapes) or _deeper(name, found, shapes):
@@ -363,7 +369,7 @@ def _is_thirds(places: Sequence[ModulePlace], shape: _Shape | None) -> bool:
 
 
 def _width(name: str, module: str, shape: _Shape | None) -> bool | None:
-    """Return whether a weight has as many inputs as the official model's; None if unknown."""
+    """Return whether a weight's inputs are the official model's; None if unknown."""
     if shape is None:
         return None
     if re.search(r"^unet\..*\.attn2\.to_[kv]$", module):

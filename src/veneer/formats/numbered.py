@@ -159,7 +159,7 @@ def _misfit(order: Sequence[str], shapes: Sequence[tuple[int, int]]) -> str | No
 
 
 def _level(name: str) -> int:
-    """Return a block's channels in units of the first level's, for the levels of SD 1 and 2."""
+    """Return a block's channels in units of the first level's (SD 1 and 2)."""
     match = re.match(r"unet\.(down|up)_blocks\.(\d)\.", name)
     if match is None:
         return 4

@@ -123,7 +123,9 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
 
 @dataclass
 class PeftAdapter:
-    """An adapter as read, with the file's `config`, and `notes` on ignored contents and reasons."""
+    """An adapter as read.
+
+    `config`: from the file. `notes`: on ignored contents and reasons."""
 
     adapter: Adapter
     config: dict[str, Any]
@@ -200,7 +202,9 @@ def _refuse(problems: list[str], where: str | None) -> None:
 
 @dataclass
 class _Reader:
-    """Sorts tensors into pairs, full copies and token rows, and collects every problem."""
+    """Sorts tensors into pairs, full copies and token rows.
+
+    Collects every problem."""
 
     config: cfg.PeftConfig
     base: Structure
@@ -725,7 +729,9 @@ class ExpertReader:
         return {full: Pair(A3.contiguous(), B3.contiguous(), scale, "experts")}
 
     def _by_expert(self, full: str, B: Tensor, experts: int, rank: int) -> Tensor:
-        """(out, r·E) -> (E, out, r), in the layout of the file or the caller; default PEFT's."""
+        """(out, r·E) -> (E, out, r), in the layout of the file or the caller.
+
+        Default: PEFT's layout."""
         told = self.config.b_layout or self.layout
         if experts > 1 and rank > 1 and not told and self.config.unsloth:
             self.unclear.append(full)
@@ -736,9 +742,10 @@ class ExpertReader:
     def _is_flipped(
         self, name: str, full: str, shapes: str, got: tuple[int, int], stored: tuple[int, ...] | None
     ) -> bool:
-        """Return whether the file holds the transposed parameter's pair, as before PEFT 0.19.1.
+        """Return whether the file holds the pair of the transposed parameter.
 
-        Shapes decide; for a square parameter, the PEFT version in the file."""
+        PEFT before 0.19.1 wrote it so. Shapes decide; for a square parameter, the PEFT version in the file.
+        """
         version = self.config.version
         old = version is not None and version < _SWAPPED_SINCE
         if stored is None:
@@ -774,7 +781,9 @@ class ExpertReader:
 
 
 _LAYOUT = "0.21.2"
-"""The PEFT version of the written expert layout; readers need it for square parameters."""
+"""The PEFT version of the written expert layout.
+
+Readers need it for square parameters."""
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -1038,7 +1047,7 @@ def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
 def _config(
     adapter: Adapter, base: Structure, base_name: str, task_type: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the smallest configuration that PEFT resolves to this adapter, and notes."""
+    """Return the smallest configuration for this adapter in PEFT, and notes."""
     notes: list[str] = []
     routers = _routers(adapter, base)
     pairs = {
@@ -1089,7 +1098,9 @@ def _config(
 
 
 def _target_modules(names: set[str], known: set[str]) -> list[str] | str:
-    """Return `_targets`, or a regular expression if a whole name is another module's suffix."""
+    """Return `_targets`, or a regular expression.
+
+    The latter if a whole name is another module's suffix."""
     found = _targets(names, known)
     if any(k.endswith(f".{t}") for t in found for k in known - names):
         return "|".join(re.escape(name) for name in sorted(names))

@@ -1,4 +1,4 @@
-"""`adapter_config.json`: keys of PEFT 0.21 and others, their handling, and PEFT's matching rules.
+"""Parse `adapter_config.json` of PEFT 0.21 and others, by PEFT's matching rules.
 
 The matching rules give values for many modules. Uses the configuration; no tensors. `parse_config` never
 raises: it returns what it could read, and all problems.
@@ -36,7 +36,9 @@ _STAMP = re.compile(r"(.+_)?(version|commit|date|time|timestamp|created_at|saved
 """Keys about a file's origin: kept in the card and shown."""
 
 GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
-"""The two layouts of expert pairs' B (formats/peft.py), by the names of Unsloth's `lora_B_layout`."""
+"""The two layouts of expert pairs' B, by Unsloth's `lora_B_layout` names.
+
+See formats/peft.py."""
 
 REFUSED: dict[str, str] = {  # a value other than null or false changes what the adapter does
     "alora_invocation_tokens": "aLoRA switches the adapter on in the middle of a text, at its invocation tokens; "
@@ -69,14 +71,18 @@ CONVERTIBLE = frozenset(
     {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA"}
     | {"VBLORA", "VERA", "WAVEFT"}
 )
-"""Types that PEFT 0.21 can convert: their `supports_lora_conversion` is not False."""
+"""Types that PEFT 0.21 can convert.
+
+Their `supports_lora_conversion` is not False."""
 NO_WEIGHTS = frozenset(
     {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "PREFIX_TUNING"}
     | {"PROMPT_TUNING", "SHADOW", "XLORA"}
 )
 """Types that change activations or route between adapters."""
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Modules that PEFT adds to modules_to_save for a task; a model has one of two names."""
+"""Modules that PEFT adds to modules_to_save for a task.
+
+A model has one of two names."""
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *HEADS)
 """PEFT's tasks for text models."""
 
@@ -112,7 +118,9 @@ class PeftConfig:
     unsloth: str = ""
     """What shows that Unsloth wrote the configuration."""
     velora: bool = False
-    """VeLoRA compressed saved activations in training; its group means are not part of the adapter."""
+    """VeLoRA compressed saved activations in training.
+
+    Its group means are not part of the adapter."""
     stamps: dict[str, Any] = field(default_factory=dict)
     usable: bool = True
     """False if a pattern does not compile, so that nothing can be matched."""
@@ -367,7 +375,9 @@ class PatternError(Exception):
 
 
 def _regex_match(expression: str, name: str, *, full: bool = False) -> bool:
-    """Run `re.match` or `re.fullmatch` with a time limit, against hostile expressions."""
+    """Run `re.match` or `re.fullmatch` with a time limit.
+
+    Protects against hostile expressions."""
     if not re.search(r"[*+{]", expression):  # without repetition, matching is fast
         return bool((re.fullmatch if full else re.match)(expression, name))
     import regex  # type: ignore[import-untyped]
@@ -435,9 +445,9 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
 
 
 def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], bool]:
-    """Return the entries of target_modules that select none of `names`, and whether all do.
+    """Return the entries of target_modules that select none of `names`.
 
-    An expression counts as one entry."""
+    Also returns whether these are all entries. An expression counts as one entry."""
     targets, names = config.target_modules, list(names)
     entries = targets if isinstance(targets, list) else [targets] if targets and targets != DUMMY_TARGETS else []
     ending: dict[str, list[str]] = {}  # an entry selects names that end in it; thousands of each are common
@@ -454,7 +464,9 @@ def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], b
 
 
 def idle_patterns(config: PeftConfig, names: Collection[str]) -> list[tuple[str, str]]:
-    """Return (rank_pattern or alpha_pattern, pattern) for patterns that match none of `names`."""
+    """Return (key, pattern) for patterns that match none of `names`.
+
+    key: rank_pattern or alpha_pattern."""
     both = [("rank_pattern", p) for p in config.rank_pattern] + [("alpha_pattern", p) for p in config.alpha_pattern]
     return [(key, p) for key, p in both if not any(_regex_match(rf"(.*\.)?({p})$", name) for name in names)]
 
@@ -481,7 +493,9 @@ def alpha_of_module(config: PeftConfig, name: str) -> float:
 
 
 def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
-    """Return the alpha that gives back the scale exactly if possible, preferably short."""
+    """Return the alpha that gives back the scale, exactly if possible.
+
+    Prefers whole or short numbers."""
     alpha = alpha_of(scale, rank, rslora)
     near = [float(round(alpha)), round(alpha, 6), alpha]
     for step in (math.inf, -math.inf):
@@ -492,7 +506,9 @@ def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
 
 
 def commonest(values: Iterable[Any], default: Any) -> Any:
-    """Return the most frequent value, the smallest in a tie; the default without values."""
+    """Return the most frequent value, or the default without values.
+
+    The smallest in a tie."""
     counts = Counter(values)
     return min(counts, key=lambda v: (-counts[v], v)) if counts else default
 

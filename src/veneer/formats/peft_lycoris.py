@@ -86,7 +86,9 @@ def read_lycoris(
 
 
 def can_be_lycoris(adapter: Adapter) -> bool:
-    """Return whether an adapter has only LoHa or only LoKr changes, and full copies of modules."""
+    """Return whether an adapter is purely LoHa or purely LoKr.
+
+    Full copies of modules are allowed."""
     forms = {d.form for d in adapter.deltas.values()}
     others = adapter.pairs or adapter.token_rows or adapter.new_tokens
     return not others and len(forms) == 1 and forms <= set(_FORMS)

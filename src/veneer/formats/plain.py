@@ -1,10 +1,11 @@
-"""Inspect a plain adapter without torch, whose import takes longer than reading a small file.
+"""Inspect a plain adapter without torch, for speed.
 
-Plain means: one safetensors file of a known image family with only pairs of linears and convolutions with
-alphas, each on its own module; or a PEFT folder of a language model with only pairs of linears, whose
-configuration and tensors agree completely. `inspect_plain` returns the result of `adapters.inspect` for such
-an adapter, from the header and numpy; and None for all others, including any with a fault or a note, which
-are read in full. Reference: `inspect`; tests compare the two over every layout.
+Importing torch takes longer than reading a small file. Plain means: one safetensors file of a known image
+family with only pairs of linears and convolutions with alphas, each on its own module; or a PEFT folder of a
+language model with only pairs of linears, whose configuration and tensors agree completely. `inspect_plain`
+returns the result of `adapters.inspect` for such an adapter, from the header and numpy; and None for all
+others, including any with a fault or a note, which are read in full. Reference: `inspect`; tests compare the
+two over every layout.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 _MAX_BYTES = 64 << 20
-"""Maximum size; above it torch is faster despite its import, as it computes norms on all cores."""
+"""Maximum size in bytes.
+
+Above it torch is faster despite its import, because it computes norms on all cores."""
 _KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LARGE = 1e60
 """Maximum value, so that products stay in float64's range."""
 LAYERS = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
-"""Names in most language models and no image family; avoids building the family tables."""
+"""Names in most language models and no image family.
+
+Avoids building the family tables."""
 _PEFT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 _AB = {role: re.compile(ROLES[role]) for role in "AB"}
 
@@ -77,7 +82,7 @@ class _Stored:
 
 
 def inspect_plain(path: Path) -> dict[str, Any] | None:
-    """Return the result of `inspect` for a file or folder, or None if it must be read in full."""
+    """Return the result of `inspect`, or None if the adapter must be read in full."""
     if path.is_dir():  # like `using.adapter_path`
         path = next((p for p in (path, path / "adapter") if (p / CONFIG_FILE).is_file()), path)
     file = path / TENSOR_FILE if path.is_dir() else path
@@ -100,7 +105,9 @@ def inspect_plain(path: Path) -> dict[str, Any] | None:
 
 
 def _stored(path: Path) -> tuple[dict[str, _Stored] | None, dict[str, str]]:
-    """Return every tensor and the metadata; None if a tensor is not a float of usable size."""
+    """Return every tensor and the metadata.
+
+    None if a tensor is not a float of usable size."""
     import numpy as np
 
     header = read_header(path)
@@ -154,7 +161,9 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> Reading | No
 
 
 def _folder(folder: Path, stored: dict[str, _Stored]) -> Reading | None:
-    """Return the adapter of a PEFT folder with plain pairs, as `peft` reads it, or None."""
+    """Return the adapter of a PEFT folder with plain pairs, or None.
+
+    Reads like `peft`."""
     config, problems = cfg.parse_config(cfg.read_config(folder))
     more = (config.dora, config.lora_bias, config.bias != "none", config.modules_to_save, config.target_parameters)
     if problems or any(more) or config.token_indices is not None or config.stamps or config.velora:
@@ -212,7 +221,9 @@ def _pair(stored: dict[str, _Stored], own: dict[str, str], kind: str) -> Pair | 
 
 
 def _norm(pair: Pair) -> float:
-    """‖s·B·A‖ from Gram matrices: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ); from B = QR under cancellation."""
+    """‖s·B·A‖ from Gram matrices: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ).
+
+    Under cancellation from B = QR."""
     import numpy as np
 
     A, B = (cast(_Stored, t).values().reshape(t.shape[0], -1) for t in (pair.A, pair.B))

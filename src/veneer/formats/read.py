@@ -1,4 +1,4 @@
-"""Read an adapter file or folder of any layout under canonical names, and account for every tensor.
+"""Read an adapter of any layout under canonical names; account for every tensor.
 
     keys --split_key--> module text, suffix      texts --names--> family and places      tensors --read_leaf--> leaf
     leaf --rows and halves of its places--> pairs, deltas and whole tensors under canonical names
@@ -103,7 +103,7 @@ class _Placer:
         return []
 
     def _fitted(self, leaf: Leaf, name: str) -> Leaf:
-        """Return the leaf in the shape of its module: the base's weight, else by its kind."""
+        """Return the leaf in the shape of the base's weight, else by its kind."""
         kind = self.family.modules.get(name) if self.family else None
         pair = leaf.pair
         if kind == "norm" and pair is not None:
@@ -172,7 +172,9 @@ def _alphas_of_blocks(
     metadata: Mapping[str, str],
     notes: list[str],
 ) -> dict[str, float]:
-    """Return module text -> alpha for the stored rank, for fused modules of a `split_qkv` file."""
+    """Return module text -> alpha for the stored rank.
+
+    For fused modules of a `split_qkv` file."""
     said = _said_split(metadata)
     if said is False:  # veneer's own files, whose alpha refers to the stored rank
         return {}
@@ -231,7 +233,9 @@ def _number(text: str | None) -> float | None:
 
 
 def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool:
-    """Return whether each part's rows use only the part's own ranks, at least one of them."""
+    """Return whether each part's rows use only the part's own ranks.
+
+    Each part uses at least one of them."""
     rank, n = up.shape[1] if up.ndim == 2 else 0, len(parts)
     if rank == 0 or rank % n or any(p is None or up.shape[0] % p[2] for p in parts):
         return False
@@ -338,7 +342,9 @@ def _from_gguf(path: Path, base: peft.BaseLike, alpha: float | None) -> Reading:
 
 
 def _head_dim(base: peft.BaseLike) -> int | None:
-    """Return a loaded base's rows per head; None if unknown or different between layers."""
+    """Return a loaded base's rows per head.
+
+    None if unknown or different between layers."""
     sizes: set[int] = set()
     for layer in getattr(getattr(base, "config", None), "per_layer_config", ()):
         heads = getattr(layer, "num_attention_heads", None)
@@ -421,9 +427,10 @@ def read_state_dict(
     family: str | None = None,
     alpha: float | None = None,
 ) -> Reading:
-    """Read an adapter from tensors by name and metadata, of any layout except PEFT folder and GGUF.
+    """Read an adapter from tensors by name and metadata.
 
-    `alpha`: of modules whose alpha the file does not state. Raises as `read`."""
+    Any layout except PEFT folder and GGUF. `alpha`: of modules whose alpha the file does not state. Raises as
+    `read`."""
     fmt, reasons = detect_format(tensors, metadata)
     tensors, notes = widened(tensors)
     if unreal := sorted(key for key, t in tensors.items() if t.is_complex()):
@@ -522,7 +529,7 @@ def read_state_dict(
 
 
 def _is_other_model(places: Mapping[str, Sequence[ModulePlace] | None]) -> bool:
-    """Return whether the file belongs to an unknown model with diffusers' class names.
+    """Return whether the file is an unknown model's with diffusers' class names.
 
     This is the case if modules have names as in diffusers' classes, and the known family lacks some of them.
     """
@@ -578,7 +585,7 @@ def _unknown(key: str, tensor: Tensor, choice: FamilyChoice) -> str:
 
 
 def _shape(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return (out, in) of a module's weight from a pair, a LoHa or a LoKr; None if unknown."""
+    """Return (out, in) of a weight from a pair, LoHa or LoKr; None if unknown."""
     own = {suffix: tensors[key] for suffix, key in suffixes.items() if tensors[key].ndim >= 2}
     for suffix, down in own.items():
         if re.fullmatch(r".*down\.weight|lora_A(\..*)?\.weight|down", suffix):
@@ -596,7 +603,7 @@ def _shape(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> tuple[
 
 
 def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, cfg.PeftConfig]:
-    """Parse diffusers' lora_adapter_metadata: a PEFT configuration for each component."""
+    """Parse diffusers' lora_adapter_metadata: a PEFT configuration per component."""
     out = {}
     for component, raw in unpack_configs(metadata).items():
         given: dict[str, Any] = {"peft_type": "LORA", "target_modules": cfg.ALL_LINEAR, **raw}

@@ -1,7 +1,7 @@
-"""The result of reading an adapter, and its JSON summary: counts, ranks, shapes, norms, hashes.
+"""The result of reading an adapter, and its JSON summary.
 
-The reader provides functions for digest and norm; all other facts need only shapes and kinds. Uses adapters
-and their files; does not import torch.
+The summary has counts, ranks, shapes, norms and hashes. The reader provides functions for digest and norm;
+all other facts need only shapes and kinds. Uses adapters and their files; does not import torch.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _variants(adapter: Adapter) -> list[str]:
 
 
 def _leaf(module: str) -> str:
-    """Return the last part of a name that is not a number, with what follows: `to_out.0`."""
+    """Return a name's last part that is not a number, and what follows.
+
+    For example `to_out.0`."""
     parts = module.split(".")
     at = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
     return ".".join(parts[at:])

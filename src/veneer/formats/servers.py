@@ -1,4 +1,4 @@
-"""Convert an adapter for servers with one rank and one scale: fold scales into B, pad ranks.
+"""Convert adapters for servers with one rank and scale: fold scales, pad ranks.
 
     B' = s·B padded to (out, r)    A' = A padded to (r, in)    alpha = r = the largest rank, so that alpha/r = 1
 
@@ -36,7 +36,9 @@ MAX_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for --max-lora-rank."""
 _MAX_VLLM_VOCABULARY = 258_048
 TGI_RANK = 16
-"""TGI pads ranks to multiples of this; a multiple is unchanged on up to rank/8 GPUs."""
+"""TGI pads ranks to multiples of this.
+
+A multiple is unchanged on up to rank/8 GPUs."""
 _TGI_MODULE = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.(self_attn\.(q|k|v|o|qkv)_proj|mlp\.((gate|up|down)_proj|c_fc|c_proj))"
 )

@@ -1,4 +1,4 @@
-"""An adapter's strength: overall, by block and component of its model, and by share of the steps.
+"""An adapter's strength: overall, by block and component, and by step.
 
     0.8                                                the overall strength
     0.8@down=0.5,mid=1,up.1=0.2,text=0                 times a factor for each block; the last matching key counts
@@ -116,7 +116,9 @@ def _block_number(text: str) -> float:
 
 
 _LONGEST_RUN = 1000
-"""Maximum length of a range of blocks: ranges are expanded, and the text can come from a stranger."""
+"""Maximum length of a range of blocks.
+
+Ranges are expanded, and the text can come from a stranger."""
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -161,9 +163,9 @@ LBW = {
     20: _names(range(9), range(9)),
     26: _names(range(12), range(12)),
 }
-"""Length of a list -> its blocks, BASE (the text encoders) first: 12 and 20 for SDXL, 17 and 26 for SD 1.5.
+"""Length of kohya's list -> its blocks, BASE (the text encoders) first.
 
-A block not in the list stays at 1, as in kohya's merge scripts."""
+12 and 20 for SDXL, 17 and 26 for SD 1.5. A block not in the list stays at 1, as in kohya's merge scripts."""
 
 
 def _kohya_blocks(numbers: Sequence[float], modules: Sequence[str]) -> dict[str, float]:
@@ -322,7 +324,7 @@ def _role(text: str) -> str:
 
 
 def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
-    """Raise ConfigError if two adapters (name, strength) of one mix have the same role."""
+    """Raise ConfigError if two adapters (name, strength) of a mix share a role."""
     played: dict[str, str] = {}
     for name, strength in uses:
         if strength.campaign and strength.campaign in played:
@@ -334,10 +336,11 @@ def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
 
 
 def in_campaign(strength: Strength, prediction: str, modules: Sequence[str]) -> Strength:
-    """Return the meaning of a role on a base with this prediction type and these modules.
+    """Return the meaning of a role on a base.
 
-    A strength without a role is unchanged. If the base lacks a block of the `campaign` table's row, every
-    role is in the plain sum, because part of the row would weaken adapters without separating them."""
+    The base has this prediction type and these modules. A strength without a role is unchanged. If the base
+    lacks a block of the `campaign` table's row, every role is in the plain sum, because part of the row would
+    weaken adapters without separating them."""
     if not strength.campaign:
         return strength
     said = CAMPAIGN["flow" if prediction == "flow" else "noise"]

@@ -1,7 +1,8 @@
-"""The outline of a base: module names, kinds and shapes, without importing its library.
+"""The outline of a base: module names, kinds and shapes.
 
-A reader checks an adapter against it; a writer chooses names that match exactly certain modules. Works on any
-torch model, with or without adapters, also on the meta device. Uses no files.
+Needs no import of the base's library. A reader checks an adapter against it; a writer chooses names that
+match exactly certain modules. Works on any torch model, with or without adapters, also on the meta device.
+Uses no files.
 """
 
 from __future__ import annotations

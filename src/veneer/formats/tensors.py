@@ -1,4 +1,4 @@
-"""Read the tensors of an adapter's file of any kind, and check that they are finite.
+"""Read the tensors of any adapter file, and check that they are finite.
 
 Uses files and tensors, not the tensors' meaning.
 """
@@ -28,7 +28,9 @@ def read_adapter_tensors(path: Path, *, from_pickle: bool = False) -> tuple[dict
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, where: str | None = None) -> None:
-    """Raise AdapterError for NaN or infinity, with each tensor's name, shape and count."""
+    """Raise AdapterError for NaN or infinity.
+
+    The error lists each tensor's name, shape and count."""
     bad = []
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):

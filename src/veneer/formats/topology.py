@@ -1,4 +1,4 @@
-"""The image families: every module by canonical name, and its place in the original code.
+"""The image families: every module's canonical name and original place.
 
 | family     | components                                                | original names                            |
 | sd15       | unet, text_encoder (CLIP-L)                               | LDM                                       |
@@ -58,10 +58,10 @@ class ModuleRow(NamedTuple):
 
 
 def clip(component: str, layers: int, projection: bool) -> Iterator[ModuleRow]:
-    """Yield CLIP's text model: transformers' CLIPTextModel, or CLIPTextModelWithProjection.
+    """Yield CLIP's text model.
 
-    CLIPTextModel has the names of its files, with `text_model.`, which transformers 5 dropped from the class.
-    """
+    transformers' CLIPTextModelWithProjection with `projection`, else CLIPTextModel. CLIPTextModel has the
+    names of its files, with `text_model.`, which transformers 5 dropped from the class."""
     top = f"{component}.text_model"
     yield ModuleRow(f"{top}.embeddings.token_embedding", "embedding")
     yield ModuleRow(f"{top}.embeddings.position_embedding", "embedding")
@@ -169,7 +169,9 @@ _CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def _fused(names: tuple[str, ...], prefix: str, original: str, units: int = 3) -> Iterator[ModuleRow]:
-    """Yield one unit of the original's rows for each name; the last name takes all the rest."""
+    """Yield one unit of the original's rows for each name.
+
+    The last name takes all the rest."""
     for i, name in enumerate(names):
         end = units if i == len(names) - 1 else i + 1
         yield ModuleRow(f"{prefix}.{name}", "linear", original, (i, end, units))
@@ -344,7 +346,9 @@ def krea2(layers: int, layerwise: int, refiners: int) -> Iterator[ModuleRow]:
 
 
 def anima(layers: int, adapter: int) -> Iterator[ModuleRow]:
-    """Yield Anima's CosmosTransformer3DModel, and AnimaTextConditioner (originally llm_adapter)."""
+    """Yield Anima's CosmosTransformer3DModel and AnimaTextConditioner.
+
+    The original calls the latter llm_adapter."""
     yield ModuleRow(f"{_TOP}.patch_embed.proj", "linear", "x_embedder.proj.1")
     for n in "12":
         yield ModuleRow(f"{_TOP}.time_embed.t_embedder.linear_{n}", "linear", f"t_embedder.1.linear_{n}")
@@ -437,7 +441,9 @@ class Family:
         return tuple(c for c in self.components if c != self.denoiser)
 
     def kohya_encoder(self, component: str) -> str:
-        """Return sd-scripts' prefix of a text encoder's modules; a T5 is always its third."""
+        """Return sd-scripts' prefix of a text encoder's modules.
+
+        A T5 is always its third."""
         if len(self.encoders) == 1:
             return "lora_te_"
         return "lora_te3_" if self._is_t5(component) else f"lora_te{component[13:] or 1}_"
@@ -453,7 +459,9 @@ class Family:
 
 
 def flat(name: str) -> str:
-    """Replace dots with underscores, as in kohya's keys; not invertible without a table."""
+    """Replace dots with underscores, as in kohya's keys.
+
+    Not invertible without a table."""
     return name.replace(".", "_")
 
 
@@ -498,7 +506,7 @@ def families() -> Mapping[str, Family]:
 
 @cache
 def strangers() -> Mapping[str, Family]:
-    """Return models that share diffusers names with a family and must not be read as it."""
+    """Return models with a family's diffusers names that must not be read as it."""
     made = [
         _family("hunyuan-video", "Hunyuan Video", attention_blocks(20, 40, joint=True)),
         _family("ltx-video", "LTX Video", attention_blocks(28, 0, joint=False)),

@@ -51,7 +51,7 @@ class TranslatedFolder:
 
 
 def translated(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TranslatedFolder | None:
-    """Return the folder in PEFT's layout; None if it is neither mlx-lm's nor Tinker's.
+    """Return an mlx-lm or Tinker folder in PEFT's layout; None for other folders.
 
     Raises AdapterError for a folder that no PEFT folder can express."""
     pairs = any(key.endswith((".lora_a", ".lora_b")) for key in tensors)
@@ -169,5 +169,7 @@ def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tr
 
 
 def _targets(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the modules with pairs, except 3-d experts, which are not modules of the base."""
+    """Return the modules with pairs, except 3-d experts.
+
+    Those are not modules of the base."""
     return sorted({_tinker_module(key) for key, t in tensors.items() if ".lora_" in key and t.ndim == 2})

@@ -31,7 +31,9 @@ _PARTS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (("model.embed_audio.", "embed_audio."), _ANY),
     (("language_model.lm_head", "lm_head"), _WHOLE),
 )
-"""Past and present names of one part, longer ones before their prefixes, and what follows."""
+"""Past and present names of one part, and what follows.
+
+Longer names come before their prefixes."""
 
 _MIXTRAL = (re.compile(r"(layers\.\d+)\.block_sparse_moe\."), re.compile(r"(layers\.\d+)\.mlp\."))
 

@@ -1,4 +1,4 @@
-"""Adapters on an image base: by name, with strengths by block, component and step.
+"""Adapters on an image base, with strengths by block, component and step.
 
     with Mixer(base) as mixer:
         plan = mixer.plan(["brand:0.8@down=0.5,steps=0-0.6", "product:0.6"])
@@ -68,10 +68,10 @@ _SAYING_NOTHING = ("adapter", "adapter_model", "pytorch_lora_weights")
 
 
 def label_of(name: str) -> str:
-    """Return a short display name: the file or folder without extension, or the library name.
+    """Return a short display name: the file or folder, or the library name.
 
-    If a tool gives every file the same name, the folder's name is used. The separators of infotext (`:,<>`)
-    become `_`."""
+    Without extension. If a tool gives every file the same name, the folder's name is used. The separators of
+    infotext (`:,<>`) become `_`."""
     at = Path(name)
     short = at.stem if at.suffix in (".safetensors", ".gguf") else at.name
     if short in _SAYING_NOTHING and at.parent.name:
@@ -80,9 +80,10 @@ def label_of(name: str) -> str:
 
 
 def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
-    """Parse "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]" or "NAME[:strength][@campaign=ROLE]".
+    """Parse an adapter's name, strength and factors.
 
-    Returns (name, strength). Raises ConfigError for any other text."""
+    "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]" or "NAME[:strength][@campaign=ROLE]". Returns (name,
+    strength). Raises ConfigError for any other text."""
     if isinstance(spec, tuple):
         name, strength = spec
         return name, strength if isinstance(strength, Strength) else Strength(using.parse_spec((name, strength))[1])
@@ -237,7 +238,9 @@ def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:
 
 
 def mix_plan(parts: Sequence[tuple[Strength, NamedMix]]) -> MixPlan:
-    """Return the plan of adapters, each as attached parts (`add_divided`) under its strength."""
+    """Return the plan of adapters under their strengths.
+
+    Each adapter is given as attached parts (`add_divided`)."""
     phases: list[tuple[float, NamedMix]] = []
     for edge in sorted({0.0, *(edge for strength, _ in parts for edge in strength.edges)}):
         mix = _scaled([(part, strength.strength * strength.at(edge)) for strength, part in parts])

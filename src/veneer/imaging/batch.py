@@ -1,4 +1,4 @@
-"""Read a batch file: one JSON object per line, each with its own prompt, mix and seed.
+"""Read a batch file: one JSON object per line, with its prompt, mix and seed.
 
     {"prompt": "a fox", "adapters": ["brand:0.8"], "seed": 5}
     {"prompt": "a fox", "adapters": ["brand:0.4", "look:0.6@steps=0.5-1"], "negative": "blurry"}
@@ -22,10 +22,10 @@ _BATCH_KEYS = ("prompt", "adapters", "seed", "negative")
 
 
 def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
-    """Return the requests of a file, in order; `shared` has the values of missing keys.
+    """Return the requests of a file, in order.
 
-    Raises DataError for an unreadable or empty file, and for invalid lines: the error lists every line number
-    and fault."""
+    `shared`: the values of missing keys. Raises DataError for an unreadable or empty file, and for invalid
+    lines: the error lists every line number and fault."""
     place = Path(path).expanduser()
     try:
         text = place.read_text(encoding="utf-8-sig")
@@ -90,7 +90,9 @@ def _asked(line: str, shared: Ask) -> Ask | list[str]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object; raise ValueError for duplicate keys, of which JSON readers keep the last."""
+    """Return the object; raise ValueError for duplicate keys.
+
+    JSON readers would keep the last one."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

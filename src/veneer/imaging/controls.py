@@ -1,4 +1,4 @@
-"""Control pictures: the ControlNet, the picture, the weight, and Canny edge detection.
+"""Control pictures: ControlNet, picture, weight, and Canny edge detection.
 
 canny=sketch.png:0.7             the edges of sketch.png, found by OpenCV's Canny, through the base's canny ControlNet
 edges=edges.png:0.7              the same ControlNet, the picture as it is (white edges on black)
@@ -35,7 +35,7 @@ _FORM = re.compile(
 )
 _EXAMPLE = "KIND[@MODEL]=PICTURE[:weight][@FROM-TO], as in canny=sketch.png:0.7"
 OWN_KINDS = {"canny": "canny", "edges": "canny", "depth": "depth"}
-"""Kinds of control pictures with a ControlNet for the base -> the kind it was trained on."""
+"""Kinds of control pictures -> the kind that the ControlNet was trained on."""
 CANNY = (100, 200)
 """Gradient thresholds: no edge below the first, an edge above the second."""
 
@@ -115,7 +115,7 @@ def _one_frame(picture: Image, where: str) -> Image:
 
 
 def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
-    """Return the picture, upright and without transparency, and the sha256 of its file.
+    """Return the picture, upright and opaque, and the sha256 of its file.
 
     Raises as `opened_picture`."""
     with opened_picture(path) as (found, data):
@@ -150,7 +150,9 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
 
 
 def flattened(picture: Image, paper: str = "white") -> Image:
-    """Return the picture in 8-bit RGB or gray; transparent parts get the color of `paper`."""
+    """Return the picture in 8-bit RGB or gray.
+
+    Transparent parts get the color of `paper`."""
     from PIL import Image
 
     if picture.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to 255

@@ -1,4 +1,4 @@
-"""A generated picture's metadata: A1111's infotext and veneer's exact record, in a PNG.
+"""A generated picture's metadata: A1111's infotext and veneer's record, in a PNG.
 
     a fox in the snow <lora:brand:0.8>
     Negative prompt: blurry
@@ -144,9 +144,10 @@ def lora_hashes(fields: Mapping[str, str]) -> dict[str, str]:
 
 
 def sampler_of(fields: Mapping[str, str], flow: bool = False) -> str | None:
-    """Return veneer's scheduler for "Sampler" and "Schedule type", or None if unknown.
+    """Return veneer's scheduler for an A1111 sampler, or None if unknown.
 
-    Older texts join the two ("DPM++ 2M Karras"). `flow`: for a flow matching base."""
+    Reads "Sampler" and "Schedule type". Older texts join the two ("DPM++ 2M Karras"). `flow`: for a flow
+    matching base."""
     name, kind = fields.get("Sampler", ""), fields.get("Schedule type", "Automatic")
     if name.endswith(" Karras"):
         name, kind = name.removesuffix(" Karras"), "Karras"
@@ -212,7 +213,9 @@ def read_picture(path: str | Path) -> tuple[Infotext | None, dict[str, Any] | No
 
 
 def _comment_text(comment: object) -> str:
-    """Decode an Exif UserComment: eight bytes name the encoding; UNICODE is UTF-16 in either order."""
+    """Decode an Exif UserComment.
+
+    Eight bytes name the encoding; UNICODE is UTF-16 in either order."""
     if not isinstance(comment, bytes):
         return comment if isinstance(comment, str) else ""
     code, body = comment[:8], comment[8:]

@@ -1,4 +1,4 @@
-"""Generate pictures with full metadata: requests in, pictures with infotext and record out.
+"""Generate pictures from requests, with infotext and record.
 
     with Mixer(base) as mixer:
         made = make(mixer, [Ask("a fox", seed=5, uses=(parse_use("brand:0.8"),))], Options(steps=20))
@@ -262,7 +262,9 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str
 
 
 _SAME_PROPORTION = 1 / 15
-"""Maximum deviation of a reference's proportion: the rounding of `size_for` to whole units."""
+"""Maximum deviation of a reference's proportion.
+
+`size_for` loses this much by rounding to whole units."""
 
 
 def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -> tuple[Image, str]:
@@ -293,7 +295,9 @@ def _referred(mixer: Mixer, picture: Image, width: int, height: int) -> Image:
 
 
 def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Image | None, dict[str, str] | None]:
-    """Open a picture with `paper` behind transparent parts (black for a mask, so that they are kept)."""
+    """Open a picture with `paper` behind transparent parts.
+
+    Black for a mask, so that these parts are kept."""
     if given is None:
         return None, None
     if isinstance(given, str | Path):
@@ -312,7 +316,9 @@ def _fit(mixer: Mixer, picture: Image | None, width: int, height: int, what: str
 
 
 def size_for(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
-    """Return (width, height): the given ones, else the base's area in the guide's proportion."""
+    """Return the requested (width, height), or one in the guide's proportion.
+
+    Of the base's default area."""
     if width and height:
         return width, height
     if guide is None:

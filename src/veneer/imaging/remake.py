@@ -1,4 +1,6 @@
-"""Reproduce a picture from its metadata: exactly from veneer's record, closely from A1111's text.
+"""Reproduce a picture from its metadata.
+
+Exactly from veneer's record, closely from A1111's text.
 
     wanted = read_recipe("out.png")         the requests, with hashes of base, adapters and inputs
     with Mixer(base) as mixer:

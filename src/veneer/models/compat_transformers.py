@@ -1,4 +1,4 @@
-"""Undocumented parts of transformers that veneer uses, and its process-wide registries."""
+"""Undocumented parts of transformers in use, and its process-wide registries."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TRANSFORMERS = Internals(
 )
 
 PRE_NORM_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
-"""Family -> layer class, for layers that compute h + attention(norm(h)), then h + mlp(norm(h)).
+"""Family -> class of layers with h + attention(norm(h)), then h + mlp(norm(h)).
 
 The last such layer can run on trained tokens only. models/text/fast.py checks this on the actual model; plans
 assume it."""
@@ -54,7 +54,9 @@ registered: set[str] = set()
 
 
 def _once(name: str, register: Callable[[], None]) -> None:
-    """Call `register` once for each name; two threads can load bases at the same time."""
+    """Call `register` once for each name.
+
+    Two threads can load bases at the same time."""
     with _lock:
         if name not in registered:
             register()

@@ -31,7 +31,9 @@ PLANNED_DENOISERS = {
     "SD3Transformer2DModel": "sd3", "ZImageTransformer2DModel": "z-image",
     "QwenImageTransformer2DModel": "qwen-image",
 }  # fmt: skip
-"""diffusers class -> its name in the plan's table; sdxl stands for all U-Nets, SD1.5's too."""
+"""diffusers class -> its name in the plan's table.
+
+sdxl stands for all U-Nets, SD1.5's too."""
 
 LOADED_BYTES = {"nf4": 0.6, "int8": 1.1}
 """Estimated bytes per weight of a quantized image component.
@@ -98,9 +100,10 @@ def check_config(fields: _Fields, where: str) -> None:
 
 
 def layer_heads(config: Any) -> list[tuple[int, int, int]]:
-    """Return (heads, key and value heads, size of a head) for each layer, from a language model's transformers config.
+    """Return (heads, key and value heads, size of a head) for each layer.
 
-    Layers can differ (Gemma 4's full attention has wider heads); the config then lists each layer's values."""
+    config: a language model's in transformers. Layers can differ (Gemma 4's full attention has wider heads);
+    the config then lists each layer's values."""
     found = []
     for layer in config.per_layer_config:
         heads = getattr(layer, "num_attention_heads", None) or 1

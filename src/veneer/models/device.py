@@ -147,7 +147,7 @@ def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.devic
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the number of processors that cgroup limits allow, or None without a limit.
+    """Return the number of processors in the cgroup limits, or None without a limit.
 
     The minimum over the process's cgroup and its parents. Reads cgroup 2's cpu.max, and version 1's
     cpu.cfs_quota_us over cpu.cfs_period_us."""
@@ -202,7 +202,7 @@ def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path(
 
 
 def settle_threads() -> None:
-    """Lower torch's number of threads to `thread_count()`, unless it was changed before.
+    """Lower torch's number of threads to `thread_count()`, unless already changed.
 
     torch uses the affinity mask and ignores the quota; the kernel stops all threads of a process that exceeds
     its quota for the rest of each tenth of a second."""

@@ -1,4 +1,4 @@
-"""The veneer home, for downloads and generated files: `$VENEER_HOME` or `~/.veneer`."""
+"""The veneer home (`$VENEER_HOME` or `~/.veneer`): downloads and generated files."""
 
 from __future__ import annotations
 
@@ -14,5 +14,7 @@ def veneer_home() -> Path:
 
 
 def bases_home() -> Path:
-    """Return the folder of built-in bases, each a transformers directory under its name."""
+    """Return the folder of built-in bases.
+
+    Each is a transformers directory under its name."""
     return veneer_home() / "bases"

@@ -20,7 +20,7 @@ _NOT_DRAWN = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae
 def hub_snapshot(
     name: str, *, looked: str, ways: str, weights: bool = True, say: Callable[[str], None] | None = None
 ) -> Path:
-    """Return the snapshot directory of `org/name[@revision]` in the hub client's cache.
+    """Return the snapshot directory of `org/name[@revision]` in the hub's cache.
 
     Without a connection the cached copy is used. `weights` False: only the small files that identify a base.
     Variants of an image base (fp16, EMA) are downloaded only if there is nothing else. `looked`: where the
@@ -97,7 +97,7 @@ def _progress(repo: str, say: Callable[[str], None] | None, **wanted: Any) -> It
 
 
 def _missing_bytes(repo: str, **wanted: Any) -> int:
-    """Return the bytes that a snapshot still has to download; 0 if the hub does not say."""
+    """Return the bytes of a snapshot still to download; 0 if unknown."""
     from huggingface_hub import snapshot_download
 
     try:

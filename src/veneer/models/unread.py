@@ -1,4 +1,6 @@
-"""Weights still in their files, for a model on the meta device that is read in shards.
+"""Weights still in their files, to be read in shards.
+
+For a model on the meta device.
 
     unread = Unread.of(model, table, kind, dtype)      or, as text, why this model must be read whole
     unread.part("model.layers.0.mlp.up_proj.weight", rank, count, device)
@@ -32,7 +34,9 @@ from veneer.ops.quantized import Quantized, quantize
 
 
 def rows_of(n: int, rank: int, count: int) -> tuple[int, int]:
-    """Return (first, last) row of process `rank`; the last processes can have fewer rows."""
+    """Return (first, last) row of process `rank`.
+
+    The last processes can have fewer rows."""
     each = -(-n // count)
     return min(rank * each, n), min((rank + 1) * each, n)
 
@@ -154,7 +158,7 @@ class Unread:
 
 
 def _state(file: Path) -> tuple[int, int, int]:
-    """Return the inode, size and time of a file, which change when it is written or replaced."""
+    """Return a file's inode, size and time, which change with its contents."""
     now = file.stat()
     return now.st_ino, now.st_size, now.st_mtime_ns
 
@@ -166,7 +170,9 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _gathered(mine: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Concatenate the processes' values, `sizes` of each; the result is the same on all."""
+    """Concatenate the processes' values; the result is the same on all.
+
+    sizes: number of values of each process."""
     import torch.distributed as dist
 
     padded = torch.zeros(max(sizes), dtype=mine.dtype, device=mine.device)

@@ -1,4 +1,4 @@
-"""Describe a picture with a local vision-language model, through transformers' auto classes.
+"""Describe pictures with a local vision-language model of transformers.
 
     model = load_vision("Qwen/Qwen2.5-VL-3B-Instruct")
     said = model.describe(picture)         said.text · said.cut
@@ -31,9 +31,13 @@ INSTRUCTION = (
     "looks and where it is. Plain sentences, no introduction."
 )
 _OWN_WORDS = {"florence2": "<MORE_DETAILED_CAPTION>", "paligemma": "caption en"}
-"""Default prompt of families without a chat template; other families get only the picture."""
+"""Default prompt of families without a chat template.
+
+Other families get only the picture."""
 _SIDE = 1024
-"""Longer sides are scaled down to this many pixels, because some processors keep every pixel."""
+"""Longer sides are scaled down to this many pixels.
+
+Some processors keep every pixel."""
 _ENDS = ".!?"
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 

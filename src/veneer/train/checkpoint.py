@@ -63,7 +63,7 @@ class Progress:
 
     @property
     def loss(self) -> float | None:
-        """Nats per trained token over the last steps, token-weighted; None before the first step."""
+        """Nats per trained token over the last steps; None before the first step."""
         trained = sum(n for _, n in self.recent)
         return sum(nll for nll, _ in self.recent) / trained if trained else None
 
@@ -92,14 +92,14 @@ def save(
     beside: Mapping[str, Any] | None = None,
     fill: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write the state after `progress.step`; keep only the newest `keep` and the best one.
+    """Write the state after `progress.step` and remove old checkpoints.
 
-    `extra`: another run in the group requested this checkpoint; it does not count against `keep`. The
-    `newest` checkpoints of all kinds are kept too. `parameters`: the trained tensors, and other state of the
-    adapter outside the optimizer (moving averages). `identity`: what a resumed run must have in common with
-    this one (JSON values): data, base. `about`: stored, not compared. `devices`: number of devices, which a
-    resumed run can change. `beside`: further conditions of bit-for-bit equality, besides the environment.
-    `fill`: writes further files into the folder that it gets.
+    Keeps the newest `keep` and the best one. `extra`: another run in the group requested this checkpoint; it
+    does not count against `keep`. The `newest` checkpoints of all kinds are kept too. `parameters`: the
+    trained tensors, and other state of the adapter outside the optimizer (moving averages). `identity`: what
+    a resumed run must have in common with this one (JSON values): data, base. `about`: stored, not compared.
+    `devices`: number of devices, which a resumed run can change. `beside`: further conditions of bit-for-bit
+    equality, besides the environment. `fill`: writes further files into the folder that it gets.
 
     An existing checkpoint of this step is left unchanged, because a run is a function of its step. Raises
     ResourceError for a full disk; existing checkpoints stay, and nothing incomplete is left."""
@@ -199,7 +199,7 @@ def restore(
     devices: int = 1,
     beside: Mapping[str, Any] | None = None,
 ) -> Restored:
-    """Restore parameters, optimizer and random generators from `path`; all or nothing.
+    """Restore parameters, optimizer and random generators, all or nothing.
 
     Raises CheckpointError, listing the keys, if `identity` differs."""
     state = read_checkpoint(path)
@@ -259,7 +259,9 @@ def environment(devices: int = 1) -> dict[str, Any]:
 
 
 def seed_all(*key: int | str) -> None:
-    """Seed torch's and Python's generators by a digest of `key`, equal on every device."""
+    """Seed torch's and Python's generators by a digest of `key`.
+
+    The same on every device."""
     seed = _seed_of(key)
     torch.manual_seed(seed)
     random.seed(seed)
@@ -275,7 +277,7 @@ def _seed_of(key: tuple[int | str, ...]) -> int:
 
 
 def rng_state() -> dict[str, Tensor]:
-    """Return the state of torch's, Python's and (if imported) numpy's global generators."""
+    """Return the state of torch's, Python's and (if imported) numpy's generators."""
     version, words, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
@@ -330,7 +332,7 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 
 def _after_space(where: Path) -> str:
-    """Return what to do once there is space: resume from the newest checkpoint, if any."""
+    """Return advice for a full disk: resume from the newest checkpoint, if any."""
     folders = [place for p in list(where.parents)[:2] for place in (p, p / "checkpoints")]
     newest = next((found for folder in folders if (found := latest(folder)) is not None), None)
     if newest is None:
@@ -448,9 +450,9 @@ def _put(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Non
 def _optimizer_out(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's tensors by "<parameter>|<entry>", and its scalars and groups.
+    """Return the optimizer's tensors, and its scalars and groups.
 
-    Scalars and groups are JSON values."""
+    Tensor keys are "<parameter>|<entry>". Scalars and groups are JSON values."""
     names = {id(p): name for name, p in parameters.items()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -500,7 +502,9 @@ def _optimizer_state(
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return one line for each key with different values; nested keys are joined by dots."""
+    """Return one line for each key with different values.
+
+    Nested keys are joined by dots."""
     lines: list[str] = []
     for key in sorted(saved.keys() | here.keys()):
         a, b = saved.get(key), here.get(key)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TOKEN_ACCURACY = "token_accuracy"
-"""Key in `extra`: the share of trained tokens with the highest probability at their position."""
+"""Key in `extra`: share of trained tokens with their position's top probability."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Note(Event):
-    """A sentence for the user: a decision, a warning, a number without a better place."""
+    """A sentence for the user: a decision, a warning, or a number."""
 
     text: str
 
@@ -167,7 +167,7 @@ def mean_rewards(extra: Mapping[str, float]) -> dict[str, float] | None:
 
 
 def measure_text(loss: float, extra: Mapping[str, float]) -> str:
-    """Return a step's or evaluation's result as text: the loss, or the mean reward with parts."""
+    """Return a result as text: the loss, or the mean reward with parts."""
     rewards = mean_rewards(extra)
     if rewards is None:
         return f"loss {loss_text(loss)}"
@@ -181,7 +181,7 @@ def parts_text(rewards: Mapping[str, float]) -> str:
 
 
 def validation_text(loss: float, rewarded: bool) -> str:
-    """Format a validation loss; with `rewarded`, the mean reward, which is minus the loss."""
+    """Format a validation loss, or with `rewarded` the mean reward (minus the loss)."""
     return f"validation reward {0.0 - loss:.3f}" if rewarded else f"validation loss {loss_text(loss)}"
 
 

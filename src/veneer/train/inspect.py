@@ -1,4 +1,4 @@
-"""Predict a run without changing anything: memory, duration, and which data is learned.
+"""Predict a run's memory, duration and learned data, without changing anything.
 
     report = inspect_run(config)                     before a base is loaded: the first 200 rows, and report.guesses
     report = inspect_run(config, base, data)         the base is loaded and its data read: everything
@@ -155,7 +155,7 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
 
 
 def _of_the_first(finding: Finding, looked: int) -> Finding:
-    """Return the finding with a note that its counts cover only the first `looked` rows."""
+    """Return the finding with a note that its counts cover only `looked` rows."""
     return replace(finding, text=f"of the first {counted(looked, 'row')}: {finding.text}")
 
 
@@ -193,7 +193,7 @@ _SECTIONS: Any = {"base": {"name"}} | dict.fromkeys(
 
 
 def _key(config: TrainConfig, rows: int) -> _Key:
-    """Return the settings that determine how rows are read, and the state of the files."""
+    """Return the settings that determine how rows are read, and the files' state."""
     own = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
     stamp = data_stamp([*config.data.files("train"), *config.data.files("validation")])
     return own, stamp, rows
@@ -407,9 +407,10 @@ def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
 
 
 def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:
-    """Return every picture with its learned crop and caption, then held out and left out ones.
+    """Return every picture with its learned crop and caption.
 
-    Raises DataError for a folder that cannot be learned from; opens at most `_MOST_PICTURES`."""
+    Held out and left out ones come last. Raises DataError for a folder that cannot be learned from; opens at
+    most `_MOST_PICTURES`."""
     from veneer.train.image.pictures import count_pictures
     from veneer.train.image.views import draw_row
 

@@ -286,7 +286,9 @@ class TrainingPlan:
 
 @dataclass
 class StopFlag:
-    """True when called once a signal has asked the run to stop; `signal`: which signal."""
+    """True when called once a signal has asked to stop.
+
+    `signal`: which signal."""
 
     signal: int = 0
 
@@ -446,7 +448,7 @@ def train(
 
 
 def train_step(loop: Loop) -> StepResult | None:
-    """Run this process's micro-batches of a step forward and backward; None after a signal."""
+    """Run this process's micro-batches forward and backward; None after a signal."""
     began, learner = time.perf_counter(), loop.learner
     if not begin_step(loop):
         return None
@@ -674,10 +676,11 @@ def _stop(loop: Loop) -> None:
 
 
 def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Probed:
-    """Run the longest micro-batch forward and backward, so that lack of memory shows at once.
+    """Run the longest micro-batch once, so that lack of memory shows at once.
 
-    No optimizer step; gradients are dropped and the random state is restored. Raises ResourceError if memory
-    does not suffice, PreflightError if the loss is not finite or no parameter gets a gradient."""
+    Forward and backward. No optimizer step; gradients are dropped and the random state is restored. Raises
+    ResourceError if memory does not suffice, PreflightError if the loss is not finite or no parameter gets a
+    gradient."""
     longest = max(micros, key=lambda m: (m.tokens if m.size is None else m.size, m.trained))
     before, began = rng_state(), time.perf_counter()
     try:
@@ -739,7 +742,9 @@ def forget_peaks() -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Set the yielded flag at the first SIGINT or SIGTERM; the second one acts as usual."""
+    """Set the yielded flag at the first SIGINT or SIGTERM.
+
+    The second one acts as usual."""
     flag = StopFlag()
     with heard(partial(setattr, flag, "signal"), signal.SIGINT, signal.SIGTERM, once=True):
         yield flag

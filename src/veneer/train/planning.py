@@ -181,7 +181,7 @@ def _answers_each(config: TrainConfig) -> int:
 
 
 def _of_answers(config: TrainConfig) -> TrainConfig:
-    """Return the configuration of a run on its sampled answers as one with these rows."""
+    """Return the configuration of a run whose rows are its sampled answers."""
     r, schedule = config.drawn, config.schedule
     if r is None:
         return config
@@ -204,7 +204,7 @@ def _draws(config: TrainConfig, job: TrainingJob, longest: int) -> Draws | None:
 
 
 def _beside(draws: Draws | None, teacher: _Teacher, shape: TextShape, dtype: str) -> int:
-    """Return the bytes besides training: KV cache of sampling, and a teacher's own base."""
+    """Return the bytes for sampling's KV cache and a teacher's own base."""
     return teacher.beside + (0 if draws is None else draws.cache(shape, dtype))
 
 
@@ -263,7 +263,7 @@ def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Traini
 
 
 def to_be_set(plan: Plan) -> str:
-    """Return the first change that a text configuration can express, as settings, or ""."""
+    """Return the first change expressible as settings, as text, or ""."""
     for change in plan.changes:
         if all("=" in setting for setting in change.settings):
             cut = any(setting.startswith("data.max_length=") for setting in change.settings)
@@ -419,7 +419,9 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
 
 
 def base_fields(name: str) -> dict[str, Any]:
-    """Return the config.json of a base in the package, the veneer home, a folder, or the table."""
+    """Return the config.json of a base.
+
+    From the package, the veneer home, a folder, or the table."""
     from veneer.models.builtin import packaged_place
     from veneer.models.home import bases_home
 

@@ -32,7 +32,7 @@ from veneer.train.config.section import HOW_ASKED
 from veneer.train.config.text import TrainConfig
 
 CACHE = "cache"
-"""Output subfolder with latents and class pictures of an earlier run, which stay valid."""
+"""Output subfolder with latents and class pictures, valid for later runs."""
 _WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
 _PREFERENCE_WINDOW = (1e-6, 5e-4)  # around the rates of published LoRA preference runs, 5e-6 to 5e-5
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run can change
@@ -104,9 +104,9 @@ class Report:
             raise PreflightError(f"{len(stops)} things would make this run fail or teach nothing:\n{lines}")
 
     def text(self) -> str:
-        """Return plain text: the sample with learned tokens between ⟦ and ⟧, then the findings.
+        """Return the sample and the findings as plain text.
 
-        The most severe finding comes last, where a terminal shows it."""
+        Learned tokens are between ⟦ and ⟧. The most severe finding comes last, where a terminal shows it."""
         signs = {"stop": "STOP", "warn": "warn", "ok": "ok"}
         lines = [
             f"{signs[f.level]:>4}  {f.text}" + (f"\n      fix: {f.fix}" if f.fix else "")
@@ -116,7 +116,9 @@ class Report:
         return "\n".join(["one row, learned tokens between ⟦ and ⟧:", shown, "", *lines] if shown else lines)
 
     def markup(self) -> str:
-        """Return the text with rich markup: colors for levels, learned tokens in bold green."""
+        """Return the text with rich markup.
+
+        Colors mark levels, and bold green learned tokens."""
         from rich.markup import escape
 
         styles = {"stop": "bold red", "warn": "yellow", "ok": "green"}
@@ -312,7 +314,9 @@ def _recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def _told_apart(key: str, value: Any) -> Any:
-    """Return the part of a setting to compare: of a server only its presence, not its address."""
+    """Return the part of a setting to compare.
+
+    Of a server only its presence, not its address."""
     if key == "distillation.url":
         return value is not None
     if key != "reinforcement.rewards":
@@ -398,7 +402,7 @@ def held_memory(device: torch.device) -> int:
 
 
 def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec) -> tuple[int, int]:
-    """Return the number of trainable parameters (in pairs, in full modules and token rows)."""
+    """Return the trainable parameters (in pairs, in full modules and token rows)."""
     modules = dict(base_modules(model))
     pairs = sum(_pair_parameters(modules[t.module_name], t, spec) for t in targets)
     whole = sum(p.numel() for name in full_modules(model, spec) for p in modules[name].parameters())
@@ -436,7 +440,9 @@ def undivided(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> 
 
 
 def _shape_of(module: Any) -> tuple[int, ...]:
-    """Return the shape of a module's weight; quantized weights have another stored shape."""
+    """Return the shape of a module's weight, quantized or not.
+
+    Quantized weights are stored in another shape."""
     return (module.out_features, module.in_features) if hasattr(module, "in_features") else tuple(module.weight.shape)
 
 

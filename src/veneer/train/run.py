@@ -68,7 +68,7 @@ class Run:
         self.tell(Note(text))
 
     def fetch(self, base: str) -> None:
-        """Download the base's missing files in one process, before any process loads the base."""
+        """Download the base's missing files in one process, before any process loads it."""
         if self.devices.count > 1 and self.devices.local == 0:
             find_base(base, say=self.note)
         self.devices.gather(None)
@@ -89,7 +89,7 @@ def _nothing(*args: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Generic[_R]):
-    """What is trained, attached to its base: a learner, its steps, and functions for the run.
+    """A learner attached to its base, its steps, and functions for the run.
 
     - steps, ends: all steps of the run, in order, and the numbers of the steps that end an epoch
     - result(outcome, progress): adds the counts of this kind of task to the outcome
@@ -178,7 +178,9 @@ def recipe_of(newest: Path | None) -> Mapping[str, Any] | None:
 
 
 def raise_if_stopped(run: Run, report: Report) -> None:
-    """Raise PreflightError if the report has stops; waits until all processes have checked."""
+    """Raise PreflightError if the report has stops.
+
+    Waits until all processes have checked."""
     report.raise_if_stopped()
     run.devices.gather(None)
 
@@ -195,7 +197,9 @@ def carry_out(run: Run, task: Task[_R], report: Report, newest: Path | None) -> 
 
 
 def dry_outcome(run: Run, task: Task[_R], report: Report) -> _R:
-    """Return the result of a dry run: runs the largest micro-batch and writes no file."""
+    """Return the result of a dry run.
+
+    Runs the largest micro-batch and writes no file."""
     task.check()
     _probe(run, task)
     steps = task.steps
@@ -209,7 +213,9 @@ def dry_outcome(run: Run, task: Task[_R], report: Report) -> _R:
 
 @contextmanager
 def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
-    """Yield the loop of a run at the checkpoint `newest`, or at its start, with an open log."""
+    """Yield the loop of a run, with an open log.
+
+    The loop is at the checkpoint `newest`, or at its start."""
     config, devices = run.config, run.devices
     o, e, total = config.optimizer, config.evaluation, len(task.steps)
     task.check()
@@ -377,9 +383,10 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _put_kept(run: Run, task: Task[Any], progress: Progress, tell: Listener) -> tuple[int, float | None]:
-    """Restore the state to save, by `evaluation.keep`; return (its step, its validation loss).
+    """Restore the state to save; return (its step, its validation loss).
 
-    Raises NoGain if no evaluated state is better than the initial one."""
+    `evaluation.keep` selects the state. Raises NoGain if no evaluated state is better than the initial one.
+    """
     best, first, last = progress.best_step, progress.first_loss, progress.last_loss
     worse = ""
     if first is not None and last is not None and last > first:
@@ -406,9 +413,9 @@ def _put_kept(run: Run, task: Task[Any], progress: Progress, tell: Listener) -> 
 
 
 def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> set[int]:
-    """Return the steps after which an event is due: each `every`-th or ends of epochs.
+    """Return the steps after which an event is due.
 
-    Includes 0 with `start`."""
+    Each `every`-th step, or the ends of epochs. Includes 0 with `start`."""
     after = set(ends) if every == "epoch" else set(range(int(every), steps + 1, int(every)))
     return after | {0} if start else after
 

@@ -76,7 +76,7 @@ def prove(
     what: str,
     rounding: float,
 ) -> str:
-    """Attach the adapter read back, and compare its `outputs` with the trained adapter's.
+    """Attach the saved adapter and compare its `outputs` with the trained one's.
 
     `name`: the trained adapter. `what`: the outputs in one word, such as logits. Outputs should be equal bit
     for bit; they can differ by `rounding`, as a share of the largest output, if the file has another dtype or
@@ -123,7 +123,7 @@ class ReportParts:
 
 
 def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
-    """Write `report.html` from the run's log, its result and `parts`; return its path."""
+    """Write `report.html` from log, result and `parts`; return its path."""
     records = run_records(folder)
     resolved = next(record for record in reversed(records) if record.get("event") == "resolved")
     headline = _reward_cards(result, records) or _loss_cards(result)
@@ -232,7 +232,9 @@ def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, s
 
 
 def _files(folder: Path, known: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """Return (name, size, description) of existing files: the `known` ones and every run's."""
+    """Return (name, size, description) of existing files.
+
+    The `known` ones and those of every run."""
     known = dict(known) | {
         "log.jsonl": "everything that happened, one JSON object a line",
         "veneer.json": "the card: base, data, recipe, results",

@@ -1,4 +1,4 @@
-"""Temporary signal handlers: to stop a run or a trace, or to notify a run's processes."""
+"""Temporary signal handlers: stop a run or a trace, notify a run's processes."""
 
 from __future__ import annotations
 

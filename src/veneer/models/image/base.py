@@ -33,7 +33,7 @@ from veneer.ops.quantized import Quantized
 
 PipelineKind = Literal["text", "image", "inpaint", "edit"]
 _ControlNet = nn.Module
-"""A diffusers ControlNet: ControlNetModel, or the class of Flux, SD3 or QwenImage."""
+"""A diffusers ControlNet, of the class for U-Nets, Flux, SD3 or QwenImage."""
 
 
 @dataclass
@@ -58,7 +58,9 @@ class ImageBase:
     prediction: Literal["epsilon", "v", "flow"]
     size: int
     pipelines: dict[str, str] = field(default_factory=dict, repr=False)
-    """Kind -> pipeline class: the family's classes, overridden by those in the directory's index."""
+    """Kind -> pipeline class.
+
+    The family's classes, overridden by those in the directory's index."""
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
     """Pipeline arguments set by the directory's index."""
     notes: tuple[str, ...] = ()
@@ -107,7 +109,7 @@ class ImageBase:
 
     @property
     def reads_references(self) -> bool:
-        """Whether prompts are encoded together with the reference pictures (Qwen-Image-Edit)."""
+        """Whether prompts are encoded with the reference pictures (Qwen-Image-Edit)."""
         return self.editing.read > 0
 
     @property
@@ -134,7 +136,9 @@ class ImageBase:
 
 
 class Components(nn.Module):
-    """The module tree that adapters attach to: a child for each component, by canonical name."""
+    """The module tree that adapters attach to.
+
+    It has a child for each component, by canonical name."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -143,7 +147,9 @@ class Components(nn.Module):
 
 
 class _Level(nn.Module):
-    """The `text_model` level in CLIP adapter files, which transformers 5 removed from one class."""
+    """The `text_model` level in CLIP adapter files.
+
+    transformers 5 removed it from one class."""
 
     def __init__(self, text_model: nn.Module) -> None:
         super().__init__()
@@ -215,7 +221,7 @@ def _base(name: str, path: Path, read: LoadedParts, quantise: str | None) -> Ima
 
 
 def _quantised_as(denoiser: nn.Module) -> str | None:
-    """Return the format in which the denoiser was saved, if its weights are quantized; else None."""
+    """Return the format of the denoiser's quantized weights, or None."""
     return next((p.stored.kind for p in denoiser.parameters() if isinstance(p, Quantized)), None)
 
 
@@ -328,7 +334,7 @@ _CONTROLLED_KEPT = 4
 
 
 def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments in `given` that the class accepts, and None for missing models."""
+    """Return the arguments that the class accepts, and None for missing models."""
     import inspect
 
     empty = inspect.Parameter.empty
@@ -369,7 +375,7 @@ def text_length(base: ImageBase) -> int:
 
 
 def text_settings(base: ImageBase) -> dict[str, int]:
-    """Return the argument that sets the prompt length in pipelines and `encode_prompt`."""
+    """Return the prompt length argument of pipelines and `encode_prompt`."""
     return {} if base.row.denoiser == "unet" else {"max_sequence_length": text_length(base)}
 
 
@@ -381,7 +387,9 @@ def _limit(base: ImageBase, name: str) -> int:
 
 
 def readers(base: ImageBase) -> list[tuple[Any, int]]:
-    """Return the tokenizers whose tokens the denoiser attends to, with their token limits."""
+    """Return the denoiser's tokenizers, with their token limits.
+
+    The denoiser attends to their tokens."""
     out = []
     for name in base.row.readers:
         encoder = name.replace("tokenizer", "text_encoder")

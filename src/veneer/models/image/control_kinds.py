@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _BLACK, _DARK, _LIGHT, _WHITE = 16, 48, 208, 239
 _COLOURED = 48
-"""Minimum difference between a pixel's channels for it to count as colored; at most 255."""
+"""Minimum difference between a colored pixel's channels; at most 255."""
 _GREY = {"canny": "a picture of edges", "depth": "a depth picture"}
 
 

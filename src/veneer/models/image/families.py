@@ -167,7 +167,7 @@ OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "QwenImageEditPipeline": {"edit": "QwenImageEditPipeline"},
     "QwenImageEditPlusPipeline": {"edit": "QwenImageEditPlusPipeline"},
 }
-"""Pipeline class in a base's index -> the pipelines in which the base differs from its family."""
+"""Pipeline class in a base's index -> pipelines that differ from the family's."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | 
 
 
 def topology_name(row: ImageFamily, config: Mapping[str, Any]) -> str:
-    """Return the family's name in formats.topology, which distinguishes SD3's two sizes.
+    """Return the family's name in formats.topology.
 
-    Their last blocks differ."""
+    It distinguishes SD3's two sizes. Their last blocks differ."""
     return "sd3-large" if row.name == "sd3" and config.get("num_layers", 0) > 24 else row.name
 
 
@@ -222,7 +222,9 @@ def is_image_family(family: str) -> bool:
 
 
 def family_label(name: str) -> str:
-    """Return the usual name of a family, for messages; an unknown name is returned unchanged."""
+    """Return the usual name of a family, for messages.
+
+    An unknown name is returned unchanged."""
     row = FAMILIES.get(name.removesuffix("-large"))
     return f"{row.label} (large)" if row and name.endswith("-large") else row.label if row else name
 

@@ -73,7 +73,9 @@ def _swap(denoiser: nn.Module, report: DenoiserReport, undo: ExitStack) -> None:
 
 
 def _parts(module: Any, *names: str) -> list[nn.Module] | None:
-    """Return the linear modules of these names, with or without adapters, or None if one is missing."""
+    """Return the linear modules of these names, or None if one is missing.
+
+    With or without adapters."""
     found = [getattr(module, name, None) for name in names]
     kept = [m for m in found if isinstance(m, nn.Module) and type(base_of(m)) is nn.Linear]
     return kept if len(kept) == len(names) else None
@@ -126,7 +128,7 @@ def _product(join: Join, x: Tensor) -> Tensor | None:
 
 
 def _map(join: Join, x: Tensor) -> LinearMap | None:
-    """Return the joined projections, or None if they cannot be multiplied by x as it is."""
+    """Return the joined projections, or None if x cannot be multiplied as it is."""
     joined = join.linear_map()
     return None if joined is None or not same_dtype(x, joined.weight) else joined
 
@@ -148,7 +150,9 @@ def _geglu(module: Any, undo: ExitStack) -> str:
 
 
 def _gelu(module: Any, undo: ExitStack) -> str:
-    """Swap torch's nn.GELU, which has no weights to take a dtype from, or diffusers' projection + GELU."""
+    """Swap torch's nn.GELU, or diffusers' projection + GELU.
+
+    torch's has no weights to take a dtype from."""
     proj = getattr(module, "proj", None)
     if module.approximate != "tanh":
         return "it is another function"
@@ -162,7 +166,7 @@ def _gelu(module: Any, undo: ExitStack) -> str:
 
 
 def _dropout(module: Any, undo: ExitStack) -> str:
-    """Skip dropout with p = 0, which torch copies in the forward and the backward pass."""
+    """Skip dropout with p = 0, which torch copies forward and backward."""
     if module.p:
         return "it drops something"
     replace_forward(module, lambda self, x: x, undo)
@@ -382,11 +386,11 @@ def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tenso
 
 
 _BEFORE_SKIP: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Residual blocks with a skip connection in their input -> channels before the skip connection."""
+"""Residual blocks that read a skip connection -> channels before it."""
 
 
 def _up(module: Any, undo: ExitStack) -> str:
-    """Record where the skip connection begins in the input of each block on the up path."""
+    """Record where the skip connection begins in the inputs of up blocks."""
 
     def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         skips = kwargs.get("res_hidden_states_tuple") or (args[1] if len(args) > 1 else ())

@@ -1,4 +1,4 @@
-"""Load image components from a diffusers directory or one file of original weights.
+"""Load image components from a diffusers directory or a file of original weights.
 
     model_index.json      name -> [library, class]; each component in a folder of its name
     <name>/config.json    the component's shape; its weights as safetensors, whole, sharded, or a variant (.fp16)
@@ -179,7 +179,7 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
 
 
 def _own_pipelines(index: Mapping[str, Any]) -> dict[str, str]:
-    """Return the pipelines that the index names, such as FLUX.2 klein's or FLUX.1 Kontext's.
+    """Return the pipelines that the index names, such as FLUX.2 klein's or Kontext's.
 
     The denoiser does not tell them: klein's pipelines differ from dev's, and Kontext has FLUX.1 dev's
     denoiser."""
@@ -203,7 +203,9 @@ def _has_weights(classname: str) -> bool:
 
 
 def table_of(folder: Path) -> tuple[list[StoredTensor], str]:
-    """Return a component's stored tensors and variant: "fp16" if the folder has only that, else ""."""
+    """Return a component's stored tensors and variant.
+
+    The variant is "fp16" if the folder has only that, else ""."""
     files, variant = component_files(folder)
     return file_table(files), variant
 
@@ -278,7 +280,9 @@ def _read_small(part: Any) -> None:
 
 
 def _load_quantised(cls: Any, folder: Path, library: str, kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Load a component with linear weights quantized as `kind`, or as in its bitsandbytes checkpoint."""
+    """Load a component with quantized linear weights.
+
+    Quantized as `kind`, or as in its bitsandbytes checkpoint."""
     from transformers import AutoConfig
 
     table, _ = table_of(folder)
@@ -292,19 +296,19 @@ def _load_quantised(cls: Any, folder: Path, library: str, kind: str, dtype: torc
 
 
 def unreadable(where: Path, error: Exception) -> BaseError:
-    """Return the error for a component that its library cannot read, with the library's first words."""
+    """Return the error for an unreadable component, with the library's first words."""
     said = " ".join(str(error).split())[:300] or type(error).__name__
     return BaseError(f"this component of the base cannot be read: {said}", where=str(where))
 
 
 def parts_fingerprint(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:
-    """Compute a base's fingerprint from each component's shaping fields and stored tensors."""
+    """Compute a base's fingerprint from its components' fields and tensors."""
     fields = {name: _fields_of(part) for name, part in parts.items() if name in tables}
     return fingerprint_parts({name: (fields[name], tables[name]) for name in fields})
 
 
 def _fields_of(part: Any) -> dict[str, Any]:
-    """Return the component's class and the config fields that differ from the class's defaults."""
+    """Return the component's class and its config fields that are not defaults."""
     from transformers import PreTrainedConfig
 
     if isinstance(part.config, PreTrainedConfig):
@@ -380,10 +384,11 @@ _OF_ADAPTERS = (".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".hada_
 def read_single_file(
     path: Path, config: str | Path | None, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
 ) -> LoadedParts:
-    """Load a checkpoint of original names through from_single_file, with local configs.
+    """Load a checkpoint of original names through from_single_file.
 
-    Components that the checkpoint does not hold (tokenizers, scheduler; for FLUX text encoders and VAE) come
-    from `config`, or from the hub cache of the repository that diffusers uses for this kind of checkpoint."""
+    Configs are local. Components that the checkpoint does not hold (tokenizers, scheduler; for FLUX text
+    encoders and VAE) come from `config`, or from the hub cache of the repository that diffusers uses for this
+    kind of checkpoint."""
     import diffusers
 
     table = file_table([path])
@@ -481,7 +486,9 @@ def read_single_file(
 
 
 def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the file's tensors by name, floats in `dtype` and scaled weights multiplied by their scales."""
+    """Return the file's tensors by name.
+
+    Floats are in `dtype`, and scaled weights are multiplied by their scales."""
     from safetensors.torch import load_file
 
     if not scaled_weights(table):
@@ -492,7 +499,9 @@ def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict
 
 
 def _denoiser_of(state: Mapping[str, Tensor], cls: Any, name: str, options: Mapping[str, Any]) -> Any:
-    """Load the denoiser of a family for which diffusers can read only the denoiser, not the pipeline, from one file."""
+    """Load the denoiser from one file for a family without a single-file pipeline.
+
+    diffusers reads only the denoiser of these families from one file."""
     plain = {n.removeprefix("model.diffusion_model."): tensor for n, tensor in state.items()}
     return cls.from_single_file(plain, subfolder=name, **options)
 
@@ -500,7 +509,7 @@ def _denoiser_of(state: Mapping[str, Tensor], cls: Any, name: str, options: Mapp
 def _flux(
     path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
-    """Return FLUX.1's denoiser, sized by the shapes in the file, and notes where the directory's config differs."""
+    """Return FLUX.1's denoiser, sized by the file, and notes on config differences."""
     made = _flux_model(state, config, dtype, str(path))
     other = [
         f"{key} is {made.config[key]} ({config[key]} there)"
@@ -604,13 +613,13 @@ Any other unused tensor is an error, because an ignored tensor can change every 
 
 
 def _of_others(unused: Iterable[str], held: set[str]) -> set[str]:
-    """Return the unused tensors of components that are read from the directory instead of the file."""
+    """Return the unused tensors of components that the directory provides."""
     prefixes = tuple(prefix for prefix, parts in _HELD.items() if not parts & held)
     return {name for name in unused if name.startswith(prefixes)}
 
 
 def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None:
-    """Raises BaseError if the file marks a v-prediction model and the scheduler's config says otherwise."""
+    """Raise BaseError for a v-prediction file whose scheduler says otherwise."""
     said = scheduler.config.get("prediction_type")
     if "v_pred" in unused and said != "v_prediction":
         raise BaseError(
@@ -621,7 +630,9 @@ def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None
 
 
 class _Attached(TorchFunctionMode):
-    """Make `detach` return the tensor itself inside the with-block, so that converters keep its history."""
+    """Make `detach` return the tensor itself inside the with-block.
+
+    Converters then keep its history."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
@@ -728,7 +739,7 @@ _FLUX_NAME = re.compile(
 
 
 def _is_flux_original(names: list[str]) -> bool:
-    """Return whether a FLUX.1 file has the original names instead of diffusers' names."""
+    """Return whether a FLUX.1 file has the original names, not diffusers'."""
     return any(name.removeprefix(_FLUX_PREFIX).startswith("double_blocks.") for name in names)
 
 

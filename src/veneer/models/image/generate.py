@@ -74,9 +74,9 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet of the base's family and its control picture, which has the output size.
+    """A ControlNet of the base's family and its control picture.
 
-    `begin`, `end`: shares of the steps between which the ControlNet acts."""
+    The picture has the output size. `begin`, `end`: shares of the steps between which the ControlNet acts."""
 
     model: Any
     picture: Image
@@ -126,7 +126,7 @@ Beyond it, bases fail, some after minutes or after using all memory."""
 
 
 def check_numbers(settings: Any) -> None:
-    """Raise ConfigError for numbers of PictureSettings that are invalid for every base.
+    """Raise ConfigError for PictureSettings numbers invalid for every base.
 
     `settings`: PictureSettings or an object with the same fields. None is always valid."""
     for name in ("steps", "batch_size", "width", "height"):
@@ -267,7 +267,9 @@ def generate_images(
 
 
 _TOGETHER = ("transformer.all_x_embedder.", "transformer.cap_embedder.")
-"""Z-Image modules that get the tokens of all rows concatenated, so that rows cannot have separate mixes."""
+"""Z-Image modules that get the tokens of all rows concatenated.
+
+Rows cannot have separate mixes there."""
 
 
 def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None) -> list[tuple[ImageRow, ...]]:
@@ -386,8 +388,9 @@ class _Run:
         return {key: value for key, value in found.items() if value is not None and key in self.accepts}
 
     def unresized(self, area: int) -> dict[str, Any]:
-        """Return arguments that stop a pipeline from resizing inputs, as Kontext does to about a
-        megapixel."""
+        """Return arguments that stop a pipeline from resizing inputs.
+
+        Kontext resizes to about a megapixel."""
         return {k: v for k, v in {"max_area": area, "_auto_resize": False}.items() if k in self.accepts}
 
     def emptied(self, text: Conditioning, rows: Sequence[ImageRow]) -> Conditioning:
@@ -455,7 +458,9 @@ class _Run:
         return callback
 
     def finished(self, array: Any, row: ImageRow) -> Image:
-        """Convert (h, w, 3) in 0..1 to a picture; black mask areas keep the given picture's pixels."""
+        """Convert (h, w, 3) in 0..1 to a picture.
+
+        Black mask areas keep the given picture's pixels."""
         import numpy as np
         from PIL import Image as pil
 
@@ -475,7 +480,9 @@ class _Run:
 
 
 def _batch(pictures: Sequence[Image]) -> torch.Tensor:
-    """Convert pictures of one size to (n, 3, h, w) in 0..1, like the pipelines' processors."""
+    """Convert pictures of one size to (n, 3, h, w) in 0..1.
+
+    Like the pipelines' processors."""
     import numpy as np
 
     arrays = [np.array(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Measure the bytes that autograd keeps after `forward()`, except those of `parameters`."""
+    """Measure the bytes that autograd keeps after `forward()`.
+
+    Without those of `parameters`."""
     known = {storage.data_ptr() for p in parameters for storage in _storages(p)}
     kept: dict[int, int] = {}
 
@@ -41,7 +43,9 @@ def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Ten
 
 
 def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Yield a tensor's storages; for a quantized weight its codes, constants and dequantized copy."""
+    """Yield a tensor's storages.
+
+    For a quantized weight its codes, constants and dequantized copy."""
     parts = [t]
     if isinstance(t, Quantized):
         parts = [*t.stored.tensors().values(), *([] if t.kept is None else [t.kept])]
@@ -50,9 +54,9 @@ def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:
 
 @contextmanager
 def recomputing(base: ImageBase) -> Iterator[None]:
-    """Keep only the inputs of the denoiser's blocks and recompute the rest in the backward pass.
+    """Recompute the denoiser's blocks in the backward pass.
 
-    Raises ConfigError for a denoiser without support for recomputation."""
+    Only the blocks' inputs are kept. Raises ConfigError for a denoiser without support for recomputation."""
     denoiser = base.denoiser
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
         raise ConfigError(

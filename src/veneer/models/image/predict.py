@@ -56,7 +56,9 @@ class Conditioning:
         return replace(out, cut=[self.cut[i] for i in index.tolist()] if self.cut else [])
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Return a copy on another device and in another dtype (the mask keeps its dtype)."""
+        """Return a copy on another device and in another dtype.
+
+        The mask keeps its dtype."""
 
         def moved(t: Tensor) -> Tensor:
             return t if device is None else sent(t, torch.device(device))
@@ -101,10 +103,10 @@ class Conditioning:
 
 
 def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[Sequence[Image]] = ()) -> Conditioning:
-    """Encode n prompts like the pipeline; differentiable, for adapters on text encoders.
+    """Encode n prompts like the pipeline.
 
-    `references`: for each prompt the pictures it edits; ignored unless the base encodes prompts and
-    references together.
+    Differentiable, for adapters on text encoders. `references`: for each prompt the pictures it edits;
+    ignored unless the base encodes prompts and references together.
 
     `cut` has the part of each prompt that exceeds the denoiser's tokens. (FLUX's pooled vector always covers
     only CLIP's 77 tokens; this does not count as cut.) Raises BaseError if a text encoder was released."""
@@ -123,9 +125,9 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[
 
 
 def _seen(base: ImageBase, prompt: str, references: Sequence[Image]) -> Conditioning:
-    """Encode one prompt with its reference pictures, each resized like in the pipeline.
+    """Encode one prompt with its reference pictures.
 
-    The prompt is never cut."""
+    Pictures are resized like in the pipeline. The prompt is never cut."""
     base.part("processor")
     pipe = pipeline(base, "edit")
     sizes = [_calculated(base, picture.size, base.editing.read) for picture in references]
@@ -159,7 +161,7 @@ def reference_size(base: ImageBase, width: int, height: int) -> tuple[int, int]:
 
 
 def cut_of(base: ImageBase, prompt: str) -> str:
-    """Return the end of a prompt that no encoder for the denoiser's tokens reads, or ""."""
+    """Return the end of a prompt beyond the denoiser's text encoders, or ""."""
     return min((_unread(base, prompt, tokenizer, limit) for tokenizer, limit in readers(base)), key=len)
 
 
@@ -181,7 +183,9 @@ def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
 
 
 def _around(base: ImageBase) -> tuple[str, str, bool]:
-    """Return the text before and after a prompt, and whether the tokenizer adds special tokens."""
+    """Return the text before and after a prompt, and whether to add special tokens.
+
+    The tokenizer adds them."""
     pipe = pipeline(base)
     mark = "\x00"
     template = base.row.template
@@ -208,7 +212,9 @@ def _around(base: ImageBase) -> tuple[str, str, bool]:
 
 @contextmanager
 def _vae_of(base: ImageBase) -> Iterator[Any]:
-    """Yield the VAE, in float32 if it overflows in float16 (force_upcast), as in the pipelines."""
+    """Yield the VAE, in float32 if it overflows in float16.
+
+    As in the pipelines; its config sets force_upcast."""
     vae = base.part("vae")
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if upcast:
@@ -222,10 +228,10 @@ def _vae_of(base: ImageBase) -> Iterator[Any]:
 
 @torch.no_grad()
 def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Encode pixels (n, 3, h, w) in -1..1 as latents (n, c, h/f, w/f) in the base's dtype.
+    """Encode pixels as latents (n, c, h/f, w/f) in the base's dtype.
 
-    Latents are shifted and scaled. Returns the mean of the posterior; with a generator, a sample. h and w are
-    multiples of `base.unit`."""
+    pixels: (n, 3, h, w) in -1..1. Latents are shifted and scaled. Returns the mean of the posterior; with a
+    generator, a sample. h and w are multiples of `base.unit`."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % base.unit for side in pixels.shape[2:]):
         raise BaseError(f"pictures of shape {tuple(pixels.shape)}: want (n, 3, h, w), sides multiples of {base.unit}")
     with _vae_of(base) as vae:
@@ -239,7 +245,9 @@ def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator 
 
 @torch.no_grad()
 def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
-    """Decode latents of `encode_pictures` to pixels (n, 3, h, w), nominally -1..1, not clamped."""
+    """Decode latents to pixels (n, 3, h, w), nominally -1..1, not clamped.
+
+    latents: as `encode_pictures` returns them."""
     with _vae_of(base) as vae:
         z = _denormalise(base, vae, latents.to(base.device, vae.dtype))
         out: Tensor = vae.decode(z, return_dict=False)[0]
@@ -280,7 +288,7 @@ def _per_channel(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batch_norm(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and std of FLUX.2's patched latents, from the buffers of a batch norm."""
+    """Return mean and std of FLUX.2's patched latents, from batch norm buffers."""
     mean = vae.bn.running_mean.view(1, -1, 1, 1).to(like.device, like.dtype)
     std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(like.device, like.dtype)
     return mean, std
@@ -297,9 +305,9 @@ def _whole(x: Tensor) -> Tensor:
 
 
 def _unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
-    """Convert a pipeline's latents, possibly tokens, to the shape of `decode_latents`.
+    """Convert a pipeline's latents to the shape of `decode_latents`.
 
-    width, height: of the pictures in pixels."""
+    They can be tokens. width, height: of the pictures in pixels."""
     if latents.ndim != 3:
         return latents
     side = 2 * base.vae_scale
@@ -334,14 +342,15 @@ def predict(
     residuals: dict[str, Any] | None = None,
     references: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Return the denoiser's prediction in the latents' shape: ε or v; for flow families ε - x.
+    """Return the denoiser's prediction: ε or v; for flow families ε - x.
 
-    `timesteps`: (n,) or a scalar; 0..999 for noise families, σ in 0..1 for flow. `sizes`: SDXL's time ids (n,
-    6): original height and width, crop's top and left, target height and width. `guidance`: for models that
-    take guidance as an input (FLUX.1 dev, FLUX.2 dev), default 1.0. `residuals`: a ControlNet's outputs, by
-    the denoiser's argument names. `references`: clean latents (n, c, h, w) of reference pictures of any size;
-    their tokens follow the picture's and differ in the frame coordinate. Raises BaseError for missing or
-    unexpected sizes, for unexpected guidance, and for references in a family without support."""
+    It has the latents' shape. `timesteps`: (n,) or a scalar; 0..999 for noise families, σ in 0..1 for flow.
+    `sizes`: SDXL's time ids (n, 6): original height and width, crop's top and left, target height and width.
+    `guidance`: for models that take guidance as an input (FLUX.1 dev, FLUX.2 dev), default 1.0. `residuals`:
+    a ControlNet's outputs, by the denoiser's argument names. `references`: clean latents (n, c, h, w) of
+    reference pictures of any size; their tokens follow the picture's and differ in the frame coordinate.
+    Raises BaseError for missing or unexpected sizes, for unexpected guidance, and for references in a family
+    without support."""
     denoiser, n = base.denoiser, len(latents)
     dtype = base.dtype
     x = latents.to(dtype)
@@ -384,7 +393,9 @@ class _Asked:
 
     @property
     def sigma(self) -> Tensor:
-        """The timestep, rounded like in the pipelines, which pass σ·1000 in the latents' dtype."""
+        """The timestep, rounded like in the pipelines.
+
+        They pass σ·1000 in the latents' dtype."""
         return (self.t * 1000).to(self.x.dtype) / 1000
 
 
@@ -400,8 +411,9 @@ def _sd3(asked: _Asked) -> Tensor:
 
 
 def _z_image(asked: _Asked) -> Tensor:
-    """Call Z-Image, with time 1 - σ (noise to picture), a prediction of x - ε, and lists of videos and
-    texts."""
+    """Call Z-Image.
+
+    Its time is 1 - σ (noise to picture), it predicts x - ε, and takes lists of videos and texts."""
     films = list(asked.x[:, :, None].unbind())
     out = asked.denoiser(films, 1 - asked.t, asked.text.unpadded(), **asked.more)[0]
     return -torch.stack(out)[:, :, 0]
@@ -420,7 +432,9 @@ def _qwen_image(asked: _Asked) -> Tensor:
 
 
 def _packed(asked: _Asked, **given: Any) -> Tensor:
-    """Call a denoiser on tokens of 2 × 2 latents; reference tokens follow the picture's."""
+    """Call a denoiser on tokens of 2 × 2 latents.
+
+    Reference tokens follow the picture's."""
     h, w = asked.x.shape[2] // 2, asked.x.shape[3] // 2
     tokens = torch.cat([_patches(y).flatten(2).transpose(1, 2) for y in (asked.x, *asked.references)], dim=1)
     out = asked.denoiser(
@@ -435,7 +449,7 @@ def _packed(asked: _Asked, **given: Any) -> Tensor:
 
 
 def _flux_ids(latents: Tensor, frame: int) -> Tensor:
-    """Return FLUX.1's positions of a picture's tokens, (tokens, 3): frame, row, column."""
+    """Return FLUX.1's token positions, (tokens, 3): frame, row, column."""
     h, w = latents.shape[2] // 2, latents.shape[3] // 2
     rows, columns = (torch.arange(n, device=latents.device, dtype=latents.dtype) for n in (h, w))
     grid = torch.meshgrid(rows, columns, indexing="ij")
@@ -447,7 +461,9 @@ _FLUX2_FRAMES = 10
 
 
 def _flux2(asked: _Asked) -> Tensor:
-    """Call FLUX.2: latents are patched already; positions are (frame, row, column, token)."""
+    """Call FLUX.2.
+
+    Latents are patched already; positions are (frame, row, column, token)."""
     x, text, pictures = asked.x, asked.text, (asked.x, *asked.references)
     n, _, h, w = x.shape
 

@@ -1,4 +1,4 @@
-"""Process the prompts of Qwen-Image-Edit: text with pictures, in the format of Qwen2.5-VL.
+"""Process Qwen-Image-Edit's prompts: text with pictures, as in Qwen2.5-VL.
 
     processor = read_processor(folder)
     processor(text=["…<|vision_start|><|image_pad|><|vision_end|>make it red"], images=[picture], return_tensors="pt")

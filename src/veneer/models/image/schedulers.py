@@ -63,7 +63,7 @@ def scheduler_names(base: ImageBase) -> list[str]:
 
 
 def scheduler_name(base: ImageBase) -> str:
-    """Return the name of the base's scheduler; its class name if it has no short name."""
+    """Return the short name of the base's scheduler, or its class name."""
     own = base.parts["scheduler"]
     for name in scheduler_names(base):
         kind, settings = NAMES[name]

@@ -40,8 +40,9 @@ _KNOWN = {
     "scaling", "softcap", "sliding_window", "s_aux", "dropout", "is_causal", "position_ids",
     "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
-"""Keyword arguments that `AttentionSettings` carries or that do not affect attention. Others raise an
-error."""
+"""Keyword arguments that `AttentionSettings` carries or that are irrelevant.
+
+Others raise an error."""
 
 _Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
 """(layer, q (tokens, heads, d), k, v (tokens, kv, d), how) -> (tokens, heads, d)"""
@@ -65,8 +66,9 @@ def divert_attention(model: Any) -> Callable[[], None]:
 
 
 def as_it_came(model: Any) -> None:
-    """Restore SDPA attention on a copy of a diverted model, as the diverted model uses outside
-    `attending`."""
+    """Restore SDPA attention on a copy of a diverted model.
+
+    A diverted model uses SDPA outside `attending`."""
     if model.config._attn_implementation == _NAME:
         model.set_attn_implementation("sdpa")
 
@@ -77,7 +79,9 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def attending(attend: _Attend) -> Iterator[None]:
-    """Compute the attention of diverted models with `attend` inside the with-block, in this thread."""
+    """Compute diverted models' attention with `attend` inside the with-block.
+
+    Only in this thread."""
     _now.attend = attend
     try:
         yield

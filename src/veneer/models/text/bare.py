@@ -61,12 +61,12 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
 
 def tied_weights(folder: Path) -> list[list[str]]:
-    """Return groups of parameters that share one weight in the transformers model saved in `folder`.
+    """Return groups of parameters that share one weight.
 
-    The model's class decides, even if config.json has no `tie_word_embeddings`; the model is built without weights.
-    Returns [] for a folder without a transformers config.json. If transformers does not know the family and only one
-    stored matrix has a row for every token, this matrix counts as shared with the head unless config.json says
-    otherwise."""
+    folder: a saved transformers model. The model's class decides, even if config.json has no
+    `tie_word_embeddings`; the model is built without weights. Returns [] for a folder without a transformers
+    config.json. If transformers does not know the family and only one stored matrix has a row for every
+    token, this matrix counts as shared with the head unless config.json says otherwise."""
     import transformers
 
     file = folder / "config.json"

@@ -59,10 +59,11 @@ class TextBase:
     context: int = 0
     notes: tuple[str, ...] = ()
     quantised: str = ""
-    """nf4, fp4, int8 or gguf if the linear weights are stored in 4 or 8 bits; "" in full precision."""
+    """Format of linear weights in 4 or 8 bits: nf4, fp4, int8 or gguf; else ""."""
     unread: Unread | None = None
-    """Location of the weights while `model` is on the meta device, until `shard` reads each process's
-    part."""
+    """Locations of weights of a `model` on the meta device.
+
+    `shard` reads each process's part from them."""
 
     @property
     def family(self) -> str:
@@ -74,8 +75,9 @@ class TextBase:
         return short_name(self.name)
 
     def original(self, name: str) -> torch.Tensor:
-        """Return an unquantized weight of a quantized base from its files, in 16 or 32 bits. Raises
-        BaseError."""
+        """Return an unquantized weight of a quantized base, in 16 or 32 bits.
+
+        Reads it from the base's files. Raises BaseError."""
         return original_weight(self.directory, self._stored, name)
 
     @cached_property
@@ -227,7 +229,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConfig) -> str:
-    """Return the format of the linear weights: nf4, fp4, int8, gguf, or "" (full precision).
+    """Return the format of linear weights: nf4, fp4, int8, gguf, or "" (full).
 
     Raises ConfigError."""
     saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
@@ -322,7 +324,7 @@ def _unread_model(
 
 
 def _without_a_place(unread: Unread, model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the notes of `check_loaded` about stored weights that the model does not have."""
+    """Return notes on stored weights that the model does not have (`check_loaded`)."""
     return check_loaded(Path(), {"unexpected_keys": unread.stored.keys() - model.state_dict().keys()})
 
 
@@ -365,7 +367,7 @@ def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedT
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the special token after an assistant's answer in the chat template, or None.
+    """Return the special token after an answer in the chat template, or None.
 
     Renders a conversation and reads the token after the answer: <|im_end|>, <|eot_id|>, <end_of_turn>, …"""
     if not tokenizer.chat_template:
@@ -384,7 +386,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _ends(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int | None, tuple[int, ...], tuple[str, ...]]:
-    """Return (token that ends a turn, all tokens that end a generation, notes on missing tokens)."""
+    """Return (token that ends a turn, all stop tokens, notes on missing tokens)."""
     turn, notes = end_of_turn(tokenizer), list[str]()
     if turn is None and tokenizer.chat_template:
         notes.append("the chat template puts no special token after an answer: an answer ends with the eos token")
@@ -400,7 +402,7 @@ def _context(config: Any) -> int:
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:
-    """Return the end of turn, the tokenizer's eos, then the eos tokens of both configs."""
+    """Return the stop tokens: end of turn, the tokenizer's eos, then configs' eos."""
     found: list[int] = []
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     named = [getattr(config, "eos_token_id", None) for config in configs]

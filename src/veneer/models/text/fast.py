@@ -91,7 +91,9 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
 
 
 def _swap(model: Any, own: OwnForward, report: FastReport, undo: ExitStack, sharded: Sharded | None) -> None:
-    """Swap modules and rows; only modules if packed rows do not reproduce the model; or nothing."""
+    """Swap modules and rows; or only modules; or nothing.
+
+    Only modules if packed rows do not reproduce the model."""
     call = sharded or call_whole
     found = [module for module in model.modules() if not isinstance(module, LoraLinear)]
 
@@ -163,8 +165,9 @@ def _norm_forward(weight: Tensor, eps: float) -> Callable[..., Tensor]:
 
 
 def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, *, move: bool) -> None:
-    """Swap MLPs of the form down(act(gate(x)) ⊙ up(x)), with gate_proj and up_proj separate or in
-    gate_up_proj."""
+    """Swap MLPs of the form down(act(gate(x)) ⊙ up(x)).
+
+    gate_proj and up_proj are separate or in gate_up_proj."""
     for module in modules:
         found = gate_parts(module)
         if found is None:
@@ -255,12 +258,12 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 _LLAMA_LIKE = ("LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention")
-"""Attention with q, k, v and o projections, rotary halves and causal softmax only.
+"""Attention with q, k, v, o projections, rotary halves and causal softmax only.
 
 `_rows_problem` checks this on the actual model."""
 
 _WITH_HEAD_NORMS = ("Gemma3Attention", "Qwen3Attention", "Qwen3MoeAttention")
-"""The same, with RMS norms q_norm and k_norm on each head before the rotary positions."""
+"""The same, with RMS norms q_norm and k_norm on each head before rotation."""
 
 
 _KNOWN = {
@@ -307,7 +310,9 @@ def _interface(
 
 
 def _drops(module: nn.Module) -> bool:
-    """Return whether the module applies attention dropout in training, which no kernel here supports."""
+    """Return whether the module has attention dropout.
+
+    No kernel here supports it."""
     found = [getattr(module, name, None) for name in ("attention_dropout", "attn_dropout", "dropout")]
     return any(p > 0 for p in (getattr(f, "p", f) for f in found) if isinstance(p, float | int))
 
@@ -349,7 +354,9 @@ def _attention_parts(module: nn.Module) -> list[nn.Module] | None:
 
 
 def weights_together(model: nn.Module) -> list[list[nn.Module]]:
-    """Return the groups of projections that share an input and would be joined, for a model to be sharded."""
+    """Return the groups of projections with one input, to be joined.
+
+    For a model that will be sharded."""
     out = []
     for module in model.modules():
         gate = gate_parts(module)
@@ -361,7 +368,9 @@ def weights_together(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def _head_norms(module: Any, report: FastReport) -> tuple[list[nn.Module], HeadNorms] | None:
-    """Return q_norm and k_norm with their combined parameters if both were swapped as norms, else None."""
+    """Return q_norm and k_norm with their combined parameters.
+
+    None unless both were swapped as norms."""
     own = [module.q_norm, module.k_norm]
     kinds = [type(norm).__name__ for norm in own]
     if not all(kind in report.norms and "forward" in norm.__dict__ for kind, norm in zip(kinds, own, strict=True)):
@@ -445,7 +454,9 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor:
-    """Return the NLL of the probe's tokens, for packed rows if `layout` is given, else for padded rows."""
+    """Return the NLL of the probe's tokens.
+
+    For packed rows if `layout` is given, else for padded rows."""
     with torch.no_grad(), short_windows(model):
         if layout is not None:
             return rows_nll(model, own.ids, LENGTHS, own.trained, layout)
@@ -453,7 +464,7 @@ def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor
 
 
 def _rows_problem(model: Any, own: OwnForward, call: CallWithWeights) -> str:
-    """Return why packed rows differ from the model's original output, or "" if they agree."""
+    """Return why packed rows differ from the model's original output, or ""."""
     layout = RowLayout(LENGTHS, own.ids.device)
     try:
         nll = call(_nll, model, own, layout)

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""A text to continue, used as it is, or the messages of a conversation, rendered by the chat template."""
+"""A text to continue, or the messages of a conversation.
+
+A text is used as it is; messages are rendered by the chat template."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> 
 
 @contextmanager
 def _settled(model: PreTrainedModel) -> Iterator[None]:
-    """Set eval mode and an empty generation config, from which transformers takes unset options."""
+    """Set eval mode and an empty generation config.
+
+    transformers takes unset options from the generation config."""
     from transformers import GenerationConfig
 
     kept, model.generation_config = model.generation_config, GenerationConfig()
@@ -202,7 +206,7 @@ def _run(
 
 
 def _check_scores(base: TextBase, input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Return the scores (rows, vocabulary); raise an error for a row without a finite maximum.
+    """Return the scores (rows, vocabulary); raise if a row has no finite maximum.
 
     Without this check, such a row would generate the first token of the vocabulary."""
     if bool(scores.amax(-1).isfinite().all()):
@@ -218,7 +222,7 @@ def _check_scores(base: TextBase, input_ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Completion:
-    """Return the completion for the tokens after a prompt, up to the first stop token."""
+    """Return the completion for the generated tokens, up to the first stop token."""
     end = next((k for k, token in enumerate(new) if token in base.stop_ids), None)
     ids = new if end is None else new[: end + 1]
     body = new if end is None else new[:end]

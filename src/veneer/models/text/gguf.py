@@ -61,7 +61,9 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
 
 
 def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load with linear weights in blocks; each tensor is read when the loader asks for it."""
+    """Load with linear weights in blocks.
+
+    Each tensor is read when the loader asks for it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -145,7 +147,7 @@ def _dequantised(processor: Any, tensors: list[Any], shape: tuple[int, ...], whe
 
 
 class GgufReader:
-    """The attributes of gguf's GGUFReader that transformers uses: `fields` and `tensors`.
+    """The `fields` and `tensors` of gguf's GGUFReader, for transformers.
 
     Read by files/gguf.py. Without `long_arrays` a tokenizer's arrays are empty and have only their length.
     Raises the errors of `read_gguf_file`."""
@@ -176,7 +178,7 @@ class GgufReader:
 
 
 def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
-    """Return gguf's header field: key with its length, and type, before the data parts."""
+    """Return gguf's header field: key with its length, type, then the data."""
     parts: list[Any] = [np.array([len(name)], np.uint64), _bytes(name), np.array([types[0]], np.uint32)]
     kinds = [GGUFValueType(kind) for kind in types]
     if len(types) == 1:
@@ -212,7 +214,7 @@ def dequantise(data: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def merges_of(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Return transformers' `generate_merges` in one pass: every split into two tokens.
+    """Return transformers' `generate_merges` in one pass: splits into two tokens.
 
     Sorted by highest score, then by longest left part, then by longest right part."""
     found: list[tuple[str, str]] = []
@@ -237,7 +239,7 @@ _dequantize = gguf.dequantize
 
 @contextmanager
 def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
-    """Replace the functions with which transformers reads GGUF headers by faster ones with the same results.
+    """Replace transformers' GGUF header functions by faster equivalents.
 
     Only this thread gets the replacements; other threads get the originals, and other loads wait (`loading`).
     `vocabulary`: for reading a tokenizer."""
@@ -262,7 +264,7 @@ def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
 
 
 def _for_this_thread(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls `ours` in the current thread and `theirs` in every other thread."""
+    """Return a function that calls `ours` in this thread and `theirs` in others."""
     me = threading.get_ident()
     return lambda *args, **named: (ours if threading.get_ident() == me else theirs)(*args, **named)
 
@@ -274,7 +276,9 @@ _OF_A_VOCABULARY: dict[str, Callable[..., Any]] = {
 
 
 _DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-"""Byte-level tokenizers that split digits first, by the name in a header; GPT-2's does not."""
+"""Byte-level tokenizers that split digits first, by the name in a header.
+
+GPT-2's does not."""
 
 
 def read_gguf_tokenizer(file: Path) -> Any:

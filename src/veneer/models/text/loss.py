@@ -44,8 +44,9 @@ def text_loss(
 
 
 def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """Return Σ log p of each row's trained tokens: (rows,), float32, 0 for rows without any. See
-    `text_loss`."""
+    """Return Σ log p of each row's trained tokens: (rows,), float32.
+
+    0 for rows without any. See `text_loss`."""
     nll = _text_nll(model, input_ids, lengths, trained)
     counts = torch.stack([part.sum() for part in trained.split(list(lengths))]).tolist()
     return -torch.stack([part.sum() for part in nll.split(counts)])
@@ -195,7 +196,7 @@ def of_logits(
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Return the head's logits for the output of `hidden_at`: (M, vocabulary), float32."""
+    """Return the head's float32 logits for `hidden_at`'s output: (M, vocabulary)."""
     logits: Tensor = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
@@ -288,7 +289,7 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor, right: Tensor | None 
 
 
 def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
-    """Return the head's weight if its logits are a plain product with this weight, else None."""
+    """Return the head's weight if logits are a plain product with it, else None."""
     plain = projection_of(model.get_output_embeddings())
     weight = plain.weight if plain is not None and not plain.products and plain.bias is None else None
     return weight if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype else None

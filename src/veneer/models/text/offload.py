@@ -41,7 +41,9 @@ class Lane(Protocol):
         The caller can drop `source` at once."""
 
     def back(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
-        """Copy to the device; return the tensor and the mark after which the tensor can be read."""
+        """Copy to the device; return the tensor and its mark.
+
+        The tensor can be read after the mark."""
 
     def wait(self, mark: Any) -> None:
         """Make subsequent compute wait for the mark."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 _BROKEN = "�"
-"""The replacement character, decoded from bytes that are no character or not yet a whole one."""
+"""The replacement character, decoded from invalid or incomplete bytes."""
 _WINDOW = 16
-"""Number of last tokens, or a few more, that are decoded again with each new token."""
+"""Number of last tokens, or a few more, to decode again with each new token."""
 
 
 class Decoder(Protocol):

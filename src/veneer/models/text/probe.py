@@ -34,17 +34,21 @@ from veneer.core.targets import base_of
 from veneer.ops.device_transfer import in_float64
 
 LENGTHS = (21, 9, 2)
-"""Tokens of the probe's rows: beyond a short window, beyond it by one, and the shortest row with a loss."""
+"""Tokens of the probe's rows.
+
+Beyond a short window, beyond it by one, and the shortest row with a loss."""
 
 WINDOW = 8
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size")
 _FACTOR = 8
-"""Allowed deviation of another summation order, as a multiple of the measured rounding."""
+"""Allowed deviation of another summation order, in units of measured rounding."""
 
 
 @contextmanager
 def short_windows(model: Any) -> Iterator[None]:
-    """Limit attention windows to WINDOW tokens, in the config and in each module that stores a window."""
+    """Limit attention windows to WINDOW tokens.
+
+    In the config and in each module that stores a window."""
     with ExitStack() as undo:
         for holder in (model.config.get_text_config(), *model.modules()):
             for name in _WINDOWS:
@@ -102,7 +106,9 @@ class OwnForward:
         return self._problem(nll.detach().float()[:, None], own[:, None], moved[:, None], size, "loss")
 
     def logits_problem(self, logits: Tensor, at: Tensor | None = None) -> str:
-        """Return how logits (tokens, vocabulary) after the tokens `at` (default: all) differ, or ""."""
+        """Return how logits (tokens, vocabulary) differ, or "".
+
+        at: the tokens before the logits, by default all."""
         chosen = slice(None) if at is None else at
         own = self.logits[chosen]
         return self._problem(logits.float(), own, self.moved[chosen], own.abs().amax(1), "largest logit")
@@ -135,7 +141,7 @@ def near_rows(got: Tensor, wanted: Tensor, eps: float) -> bool:
 
 @contextmanager
 def _moved_rounding(model: Any, first: int) -> Iterator[None]:
-    """Move every layer's output by one unit in the last place, from row `first` of the batch on."""
+    """Move layer outputs by one unit in the last place, from row `first` on."""
     generator = torch.Generator().manual_seed(1)
 
     def move(_module: nn.Module, _args: Any, out: Any) -> Any:
@@ -224,7 +230,9 @@ _PARTS = ("gate_proj", "up_proj", "gate_up_proj")
 
 
 def gate_parts(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
-    """Return the projections of a candidate gated MLP: [gate, up] or [both in one], and down; or None."""
+    """Return a candidate gated MLP's projections: [gate, up] or [both], and down.
+
+    None if the module is no candidate."""
     children = dict(module.named_children())
     parts = [children[n] for n in _PARTS if n in children]
     down = children.get("down_proj")

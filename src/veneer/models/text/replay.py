@@ -1,4 +1,4 @@
-"""Log-probabilities of another forward of the same model, with this model's gradient.
+"""Log-probabilities of another forward of a model, with this model's gradient.
 
     x_i = values of layer i by the other forward        ∂x_i/∂x_{i-1}, ∂x_i/∂θ by this model's own layer i, at x_{i-1}
 
@@ -33,8 +33,9 @@ class Replay(Protocol):
 
     @abstractmethod
     def logps(self) -> Tensor:
-        """Return log p of each trained token, (M,) float32, after the last layer or without a call to
-        `layer`."""
+        """Return log p of each trained token, (M,) float32.
+
+        After the last layer, or without a call to `layer`."""
 
 
 def replayed_logps(
@@ -45,10 +46,11 @@ def replayed_logps(
     replay: Replay,
     shared: SharedRows | None = None,
 ) -> Tensor:
-    """Return log p of each trained token, (M,): the replay's values, this model's gradient.
+    """Return log p of each trained token, (M,).
 
-    The gradient is taken at the replay's values. Arguments: as in `token_logps`. For models inside `fast`
-    that support packed rows; raises ConfigError for others."""
+    The values are the replay's; the gradient is this model's. The gradient is taken at the replay's values.
+    Arguments: as in `token_logps`. For models inside `fast` that support packed rows; raises ConfigError for
+    others."""
     if not report_of(model).rows:
         why = report_of(model).left.get("rows", "it is not within its fast paths")
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Sliders: adapters whose strength moves along a direction between two prompts, without pictures.
+"""Sliders: adapters whose strength moves between two prompts, without pictures.
 
     the base draws scenes of the three prompts → noise is added at random times → at strength ±1 the adapter's target is
 
@@ -68,7 +68,9 @@ def slider_config(config: ImageTrainConfig) -> ImageTrainConfig:
 
 
 def _read(image: ImageRun) -> ImageData:
-    """Return the scenes, after drawing missing ones; their captions are not used as tags."""
+    """Return the scenes, after drawing missing ones.
+
+    Their captions are not used as tags."""
     config = _with_scenes(image.base, image.config, image.run)
     data = read_images(replace(image, config=config))
     return replace(data, steps=_signed(data.steps), tags={})
@@ -87,7 +89,9 @@ def _findings(image: ImageRun, data: ImageData) -> Iterator[Finding]:
 
 
 def _same_prompts(image: ImageRun, data: ImageData) -> Iterator[Finding]:
-    """Stop for prompts that differ as text but not to the base; encodings are kept for steps."""
+    """Stop for different prompts that are equal to the base.
+
+    Encodings are kept for the steps."""
     slider, encoders = image.config.slider, data.encoders
     encoders.text([slider.target])
     for plus, minus in _directions(slider):
@@ -108,7 +112,7 @@ The configuration is the result of `slider_config`."""
 
 
 def _directions(slider: SliderSection) -> list[tuple[str, str]]:
-    """Return a (positive, negative) prompt for each of `preserve`, or the two unchanged."""
+    """Return a (positive, negative) prompt for each of `preserve`, or the two."""
     ends = slider.positive or "", slider.negative or ""
     return [(_joined(ends[0], p), _joined(ends[1], p)) for p in slider.preserve or ("",)]
 
@@ -176,9 +180,9 @@ class SliderLoss(ImageLoss):
     def _direction(
         self, batch: ImageBatch, neutral: Sequence[str], predicted: Callable[[Sequence[str]], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return (ε of the target, ε of positive − ε of negative) of the base, in float32.
+        """Return (ε of the target, ε of positive − ε of negative), in float32.
 
-        Cached for the other sign, whose batch comes next."""
+        Both are the base's. Cached for the other sign, whose batch comes next."""
         key = tuple(row.key for row in batch.rows)
         if self._last is None or self._last[0] != key:
             pairs = _directions(self.config.slider)
@@ -192,7 +196,7 @@ class SliderLoss(ImageLoss):
 
 
 def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTrainConfig:
-    """Return the configuration with the folder of its scenes, after drawing missing ones.
+    """Return the configuration with its scenes' folder, after drawing missing ones.
 
     A dry run draws one scene, in a folder for temporary files."""
     if base.edits_alone:

@@ -1,4 +1,4 @@
-"""Train an adapter on pictures with captions, from the folder to a verified adapter.
+"""Train an adapter on captioned pictures, from the folder to a verified adapter.
 
 load the base → pictures → preflight → missing class pictures → latents and prompts cached → encoders freed →
 attach → memory measured → settings with their sources → largest batch first → loop → save → reload and
@@ -113,11 +113,11 @@ class ImageRun:
 
 @dataclass(frozen=True)
 class ImageKind:
-    """What differs between a run on pictures and a slider (train.image.slider), as functions.
+    """The differences between a run on pictures and a slider, as functions.
 
-    read: the data. texts: all texts for the base's encoders, by purpose. findings: of the data.
-    last_findings: findings that need forward passes, only if nothing else stops the run. loss: the loss to
-    minimize. strengths: the columns of the sample sheets, if not seeds."""
+    The slider is in train.image.slider. read: the data. texts: all texts for the base's encoders, by purpose.
+    findings: of the data. last_findings: findings that need forward passes, only if nothing else stops the
+    run. loss: the loss to minimize. strengths: the columns of the sample sheets, if not seeds."""
 
     read: Callable[[ImageRun], ImageData]
     texts: Callable[[ImageRun, ImageData], dict[str, Iterable[str]]]
@@ -148,7 +148,7 @@ def image_texts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
 
 
 def read_images(image: ImageRun) -> ImageData:
-    """Read pictures, held-out pictures, rows of an epoch, steps, and missing class pictures."""
+    """Read pictures, held-out pictures, rows, steps, and missing class pictures."""
     config, base, run = image.config, image.base, image.run
     settings = config.data
     missing = 0
@@ -201,7 +201,7 @@ def _checked(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | Non
 
 @contextmanager
 def attached_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[Task[ImageResult]]:
-    """Draw missing class pictures, fill caches, free encoders and attach the fresh adapter.
+    """Draw missing class pictures, fill caches, free encoders, attach the adapter.
 
     Then memory is measured and settings are decided. Changes to the base are undone at the end."""
     run, config, base = image.run, image.config, image.base
@@ -263,7 +263,7 @@ def _encode(image: ImageRun, data: ImageData) -> None:
 
 
 def _free_encoders(image: ImageRun) -> _Memory:
-    """Free the components that filled the caches, or park them on the CPU; or return why not."""
+    """Free or park the components that filled the caches, or return why not."""
     run, base, config = image.run, image.base, image.config
     if not config.memory.free_encoders or not image.own:
         return _Memory()
@@ -303,9 +303,9 @@ def _created(base: ImageBase, config: ImageTrainConfig) -> Adapter:
 
 
 def _measured(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
-    """Measure the activations of one picture of the largest shape, and decide on recomputation.
+    """Measure one picture's activations and decide on recomputation.
 
-    Adds a memory finding to the report."""
+    The picture has the largest shape. Adds a memory finding to the report."""
     config, base = image.config, image.base
     largest = max((m for s in data.steps for m in s.micros), key=lambda m: m.size or 0)
     one = data.encoders.batch(largest.make().rows[:1])
@@ -431,9 +431,9 @@ class AttachedPictures:
         )
 
     def check_base(self) -> None:
-        """Raise PreflightError if the base is much worse than predicting 0, or not finite.
+        """Raise PreflightError if the base is much worse than predicting 0.
 
-        Training on such a base is useless. Only warns with `force`."""
+        Or if its error is not finite. Training on such a base is useless. Only warns with `force`."""
         row = next(planned_rows(self.data.steps))
         with training_layers(self.base, False), memory_errors(Micro(1, 0, (0,), lambda: None)):
             error, zero = self.loss.base_error(row, _TIMES_LOOKED_AT)
@@ -573,4 +573,6 @@ PICTURES = ImageKind(
     loss=lambda image, data, attachment: ImageLoss(image.base, image.config, data.encoders, bare=attachment.using),
     strengths=lambda config: (),
 )
-"""Pictures with captions, learned by the denoiser, and by text encoders if configured."""
+"""Pictures with captions, learned by the denoiser.
+
+Text encoders learn too if configured."""

@@ -1,4 +1,4 @@
-"""Distillation: the student learns a teacher's distribution at each token of its own answers.
+"""Distillation: the student learns a teacher's distribution on its own answers.
 
     a step   prompts → draw (`rollouts.Sampler`) → both models over the same answers → KL (`policy_losses.divergences`)
 
@@ -132,7 +132,7 @@ def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
 
 
 def _teacher_prompt(renderer: Renderer, row: Row, system: str) -> str:
-    """Return the teacher's prompt: the row's, with `system` before its own instructions."""
+    """Return the teacher's prompt: the row's, with `system` first."""
     row = prompt_of(row)
     if not system:
         return renderer.prompt(row)
@@ -237,7 +237,9 @@ class Distillation:
         group: int,
         interrupted: Callable[[], bool],
     ) -> tuple[list[_TaughtRollout], dict[str, float], list[str]] | None:
-        """Return (answers to prompts the teacher can read, measurements, reasons for omissions)."""
+        """Return (answers, measurements, reasons for omissions).
+
+        Answers are to the prompts that the teacher can read."""
         asked = {item.row: self._asked(item, rows) for item in prompts}
         read = [item for item in prompts if self._reads(asked[item.row])]
         wanted = [
@@ -273,7 +275,7 @@ class Distillation:
         rows: Sequence[Row],
         interrupted: Callable[[], bool],
     ) -> tuple[list[_TaughtRollout], list[str]] | None:
-        """Return the answers with a served teacher's log-probabilities, and reasons for failures.
+        """Return answers with a served teacher's log-probabilities, and failures.
 
         Raises TrainingError for too many failures."""
         asked = [((*a.asked, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers]
@@ -405,7 +407,9 @@ class Distillation:
 
 
 def _saved_cents(tokens: float, section: DistillationSection) -> str:
-    """Return the cost of prompt tokens per thousand requests at `distillation.price`, or ""."""
+    """Return the cost of prompt tokens per thousand requests, or "".
+
+    By `distillation.price`."""
     if section.price is None:
         return ""
     cents = tokens * section.price / 1e6 * 1000 * 100

@@ -1,4 +1,4 @@
-"""The loss of sampled answers with rewards: one formula with the published losses as settings.
+"""The loss of sampled answers with rewards: one formula for published losses.
 
     L = 1/N Σ_i f_i Σ_t  w_it · max(−ρ_it·A_i, −clip(ρ_it, 1 − ε_low, 1 + ε_high)·A_i)  +  β·k_it
 
@@ -117,7 +117,9 @@ def kl_estimates(logps: Tensor, reference: Tensor, estimator: _KlEstimator) -> T
 
 
 def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "forward"]) -> Tensor:
-    """KL of p = softmax(logits) and the teacher's q over the whole vocabulary: (M, V) -> (M,).
+    """KL of p = softmax(logits) and the teacher's q: (M, V) -> (M,).
+
+    Over the whole vocabulary:
 
         reverse   KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)      concentrates where q is high
         forward   KL(q ‖ p) = Σ_v q_v (log q_v − log p_v)      covers all of q
@@ -142,7 +144,7 @@ def drawn_divergence(logps: Tensor, teacher: Tensor) -> Tensor:
 
 
 def likeliest_divergence(logits: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
-    """KL(q ‖ p) with all tokens that the teacher does not name as one: logits (M, V) -> (M,).
+    """KL(q ‖ p) with tokens the teacher does not name as one: (M, V) -> (M,).
 
         Σ_{v ∈ K} q_v (log q_v − log p_v) + q_rest (log q_rest − log p_rest),     rest = 1 − Σ_K
 
@@ -175,9 +177,9 @@ def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
 
 
 def importance_weights(logps: Tensor, drawn: Tensor, cap: float) -> Tensor:
-    """min(p / q, cap) of each token, (T,): q is the sampling distribution, p the model's.
+    """min(p / q, cap) of each token, (T,).
 
-    Truncated importance sampling (Ionides 2008)."""
+    q is the sampling distribution, p the model's. Truncated importance sampling (Ionides 2008)."""
     return (logps - drawn).exp().clamp(max=cap)
 
 

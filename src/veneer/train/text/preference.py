@@ -209,7 +209,9 @@ class Preference:
         return self.settings.needs_reference
 
     def know(self, items: Sequence[Item], path: Path, say: Callable[[str], None] = lambda line: None) -> None:
-        """Fill each item's `reference` from the file at `path`; compute and append missing ones."""
+        """Fill each item's `reference` from the file at `path`.
+
+        Computes and appends missing ones."""
         if not self.needs_reference:
             return
         examples = [e for item in items for e in item.answers]
@@ -218,7 +220,9 @@ class Preference:
             item.reference = tuple(next(found) for _ in item.answers)
 
     def begin(self, step: Step) -> None:
-        """Compute z₀ of all items of the step, in row order, so that micro-batches do not matter."""
+        """Compute z₀ of all items of the step.
+
+        In row order, so that micro-batches do not matter."""
         self.seen = Means()
         if self.settings.loss == "kto":
             items = [item for micro in step.micros for item in micro.items]
@@ -323,7 +327,9 @@ class Preference:
         )
 
     def _point(self, items: Sequence[Item]) -> float:
-        """Return z₀. Mismatched pairs change every step, so their reference is computed each time."""
+        """Return z₀.
+
+        Mismatched pairs change every step, so their reference is computed each time."""
         examples = mismatched(items, self.config.data.max_length)
         policy = self._logps(examples)
         assert policy is not None
@@ -342,10 +348,10 @@ def answer_logps(
     call: CallWithWeights = call_whole,
     devices: Devices = ALONE,
 ) -> list[float] | None:
-    """Return Σ log p of the trained tokens of each example, in eval mode without gradient.
+    """Return Σ log p of each example's trained tokens.
 
-    None once `interrupted()` on any device. The devices share the work, and all return the whole result. The
-    model's mode is restored."""
+    In eval mode, without gradient. None once `interrupted()` on any device. The devices share the work, and
+    all return the whole result. The model's mode is restored."""
     model = base.model
     groups = grouped([e.tokens for e in examples], micro_tokens)
     own, stopped = dict[int, float](), False

@@ -1,4 +1,4 @@
-"""Reinforcement learning: answers sampled from the current adapter, rewards, and the loss.
+"""Reinforcement learning: sampled answers, their rewards, and the loss.
 
     a step   prompts → draw (`rollouts.Sampler`) → rewards (`train.rewards`) → advantages → loss (`policy_losses`)
 

@@ -1,4 +1,4 @@
-"""Answers sampled from an adapter during training: requests, results and the sampler protocol.
+"""Answers sampled in training: requests, results and the sampler protocol.
 
     with make(base, attachment, settings) as sampler:        `make`: an argument, because sampling is in serve, above
         drawn = sampler.draw([AnswerWanted(prompt, seed, how, "run"), …])

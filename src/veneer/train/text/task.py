@@ -1,4 +1,4 @@
-"""Train an adapter on a text base, from configuration to a saved and verified adapter.
+"""Train an adapter on a text base, from configuration to a verified adapter.
 
     result = run_text(config)                    result.adapter is the folder, in PEFT's format
 
@@ -167,7 +167,7 @@ def cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
 
 
 def _free_memory(base: TextBase, devices: Devices) -> int | None:
-    """Return the free bytes for this process if several share the run; None to measure."""
+    """Return the free bytes for this process in a shared run; None to measure."""
     if devices.count == 1:
         return None
     device = torch.device(devices.device)
@@ -195,7 +195,9 @@ class TextRun:
     sampler: MakeSampler | None = None
 
     def recomputes(self) -> tuple[bool, str]:
-        """Return whether activations are recomputed, and why; decided by the first process."""
+        """Return whether activations are recomputed, and why.
+
+        The first process decides."""
         return _recomputes(self.config, self.run.devices, self.report)
 
 
@@ -356,7 +358,9 @@ _Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, AnyTeacher
 
 @contextmanager
 def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
-    """Yield the sampler and the judge of a run's answers; None for a run without sampling."""
+    """Yield the sampler and the judge of a run's answers.
+
+    None for a run without sampling."""
     r = text.config.drawn
     if r is None:
         yield None
@@ -520,7 +524,9 @@ class AttachedText:
         )
 
     def result(self, outcome: Outcome, progress: Progress) -> RunResult:
-        """Return the result; without a likelihood also the measures of the kept step and of step 0."""
+        """Return the result, with measures of the evaluations if not a likelihood.
+
+        The measures are those of the kept step and of step 0."""
         result = RunResult(
             **vars(outcome),
             tokens=progress.tokens,
@@ -618,7 +624,7 @@ def _task_of(a: AttachedText, drawer: _Drawer | None, undo: ExitStack) -> Task[R
 
 
 class Likelihood:
-    """Likelihood of the rows' answers, and the count of their tokens with highest probability."""
+    """Likelihood of the rows' answers, and their token accuracy."""
 
     def __init__(self, text: AttachedText) -> None:
         self.text = text
@@ -640,7 +646,7 @@ class Likelihood:
         return nll
 
     def add_accuracy(self, right: Tensor) -> None:
-        """Count the trained tokens of this step with the highest probability at their position."""
+        """Count this step's trained tokens with their position's top probability."""
         self._right.append(right.sum())
         self._seen += len(right)
 
@@ -672,7 +678,9 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
     preference = Preference(a.config, a.base, a.attachment, a.data.start, name, a.call, a.run.devices)
 
     def begin(progress: Progress, tell: Listener) -> None:
-        """Compute the reference's log-probabilities of every pair; a stop keeps finished ones."""
+        """Compute the reference's log-probabilities of every pair.
+
+        A stop keeps finished ones."""
         if a.run.dry_run:
             return
         # a short run does not use every pair
@@ -693,10 +701,10 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
 
 
 def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[RunResult]:
-    """Return the task of prompts whose sampled answers are judged or compared with a teacher.
+    """Return the task of prompts with sampled answers.
 
-    If they are judged, the reference is the base without adapter, or the adapter that the run started from.
-    """
+    The answers are judged, or compared with a teacher. If they are judged, the reference is the base without
+    adapter, or the adapter that the run started from."""
     config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
     off_policy = None
     if r.one_step_off_policy:
