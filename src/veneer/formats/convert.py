@@ -138,7 +138,7 @@ def write(
     """Write `adapter` to `out` in layout `to`.
 
     A folder for peft, vllm and tgi, one file for the others. Arguments: as in `encode`. Writes atomically;
-    equal adapters give equal bytes. Raises as `encode`, and ResourceError for a full disk."""
+    equal adapters give equal bytes. Raises the errors of `encode`, and ResourceError for a full disk."""
     path = Path(out)
     meant, notes = _meant(adapter, to, dtype)
     _check_name(path, to)

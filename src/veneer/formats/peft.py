@@ -107,7 +107,7 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
     """Return the configuration, the tensors and the card of a folder.
 
     `file`: the tensor file, if it is not named adapter_model. A pickle is read only with `from_pickle`.
-    Raises as `read_folder`."""
+    Raises the errors of `read_folder`."""
     folder = Path(folder)
     config = read_config(folder)
     file = file or tensor_file(folder, from_pickle)
@@ -144,7 +144,7 @@ def interpret(
     """Interpret a configuration and tensors.
 
     `moe_layout`: the layout of expert pairs' B, if the file does not state it (see the comment on expert
-    parameters). Raises as `read_folder`."""
+    parameters). Raises the errors of `read_folder`."""
     if is_lycoris(config):
         return _lycoris(config, tensors, structure_of(base) if base is not None else Structure({}), where, card)
     parsed, problems = cfg.parse_config(config)

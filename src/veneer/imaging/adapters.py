@@ -116,7 +116,7 @@ class Mixer:
     def control(self, name: str) -> Any:
         """Return a ControlNet of the base's family, loaded once.
 
-        Raises as `load_control`."""
+        Raises the errors of `load_control`."""
         if name not in self._controls:
             self._controls[name] = load_control(name, self.base)
         return self._controls[name]
@@ -158,7 +158,7 @@ class Mixer:
     def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
         """Return the mix for encoding the prompt, and the mix for each range of steps.
 
-        Raises as `add`; ConfigError for an adapter named twice, a role used twice, or a block that the base
+        Raises the errors of `add`; ConfigError for an adapter named twice, a role used twice, or a block that the base
         does not have."""
         parsed = self.resolved(uses)
         names = [name for name, _ in parsed]

@@ -117,7 +117,7 @@ def _one_frame(picture: Image, where: str) -> Image:
 def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
     """Return the picture, upright and opaque, and the sha256 of its file.
 
-    Raises as `opened_picture`."""
+    Raises the errors of `opened_picture`."""
     with opened_picture(path) as (found, data):
         return flattened(_one_frame(found, str(path)), paper), hashlib.sha256(data).hexdigest()
 

@@ -128,7 +128,7 @@ def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] 
 
 
 def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] | None = None) -> None:
-    """Raises BaseError for unused tensors that are not harmless.
+    """Raise BaseError for unused tensors that are not harmless.
 
     `harmless`: as in `check_loaded`."""
     names = list(names)

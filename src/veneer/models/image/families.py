@@ -155,7 +155,7 @@ FAMILIES: Mapping[str, ImageFamily] = {family.name: family for family in _TABLE}
 PLANNED_FAMILIES: Mapping[str, ImageFamily] = {
     PLANNED_DENOISERS[f.classname]: f for f in FAMILIES.values() if f.classname in PLANNED_DENOISERS
 }
-"""Denoiser name in the plan's table -> its family; "sdxl" for all U-Nets."""
+"""Denoiser name in the plan's table -> its family; U-Nets map to SDXL."""
 
 OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "Flux2KleinPipeline": {

@@ -376,7 +376,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template may refuse anything, in any way
+    except Exception:  # a template can raise any error
         return None
     _, found, after = text.rpartition(answer)
     ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
