@@ -1,10 +1,10 @@
 """Parse tensor names: module and suffix, adapter name, and the tool's layout.
 
-    key = module text + suffix    `split_key`: the suffixes of all tools, by role; their meaning is in leaves.py
-    lora_A.NAME.weight            `one_adapter`: PEFT's layers have the adapter's name in the key until it is saved; a
-                                  state dict taken from a model has such names, and can hold several adapters
-    layout                        `detect_format`: the tool, and why. For information only: a file with names of
-                                  several tools is read all the same
+    key = module text + suffix    `split_key`: all tools' suffixes, by role; leaves.py has their meaning
+    lora_A.NAME.weight            `one_adapter`: before saving, PEFT's keys have the adapter's name; a state dict
+                                  taken from a model has such keys, and can hold several adapters
+    layout                        `detect_format`: the tool, and why. For information only: a file with
+                                  names of several tools is read all the same
 
 | format        | names                                                                                        |
 | cloneofsimo   | unet:0:up                                                                                    |

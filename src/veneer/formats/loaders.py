@@ -95,6 +95,6 @@ def _asked(family: Family, to: str) -> Mapping[str, Collection[str]]:
         for original, places in family.originals.items():
             text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"
             out[text] += [place.module for place in places]
-            for place in places if len(places) > 1 else ():  # LyCORIS' and ComfyUI's names for parts of its rows
+            for place in places if len(places) > 1 else ():  # LyCORIS' and ComfyUI's names for row parts
                 out[LYCORIS + flat(place.module.partition(".")[2])].append(place.module)
     return out

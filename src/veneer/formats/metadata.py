@@ -149,7 +149,7 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
     card.rank = int(_number(metadata.get("ss_network_dim", "")))
     card.alpha = _number(metadata.get("ss_network_alpha", ""))
     words, own = trigger_words(metadata), json_value(metadata, "veneer.card")
-    if isinstance(own, dict):  # its author knew the words: folder names and common caption tags are not trigger words
+    if isinstance(own, dict):  # its author knew the trigger words; no guesses needed
         words = {word: key for word, key in words.items() if key in _SAID}
     sure = [w for w, key in words.items() if not key.endswith("?")]
     card.trigger_words = sure or list(words)

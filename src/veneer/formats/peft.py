@@ -16,8 +16,8 @@ r"""Read and write PEFT's adapter folders strictly.
 | token indices     | .token_adapter.trainable_tokens_delta (tokens, dim): whole rows, whose indices are in the config|
 | targeted embedding| .base_layer.weight: PEFT's copy of the base's own rows, not part of the adapter                 |
 
-    scale = alpha/r, rsLoRA alpha/√r;  r and alpha from rank_pattern and alpha_pattern if a key matches, by the first
-    key with `(.*\.)?(KEY)$`
+    scale = alpha/r, rsLoRA alpha/√r;  r and alpha from rank_pattern and alpha_pattern if a key matches,
+    by the first key with `(.*\.)?(KEY)$`
 
 Folders of LOHA and LOKR: formats/peft_lycoris.py. The numbered specification is in docs/formats/peft.md.
 Contents that cannot be read with the same effect are refused with the reason; one AdapterError lists all

@@ -10,8 +10,8 @@ vLLM (`vllm/lora`): reads lora_A, lora_B, lora_embedding_A, _B; no DoRA, no bias
 
 TGI (`server/text_generation_server/adapters/lora.py`, January 2026), without any message to the client:
     - a kind of module (q_proj, …) that any layer lacks is dropped in all layers: the others get pairs of zeros here;
-    - after the first kind, `config.r` is the rank padded for its kernels (at least 8, then multiples of 16), and every
-      later kind is scaled by alpha over the padded rank: the rank written here is unchanged by the padding;
+    - after the first kind, `config.r` is the rank padded for its kernels (at least 8, then multiples of 16), and
+      every later kind is scaled by alpha over the padded rank: the rank written here is unchanged by the padding;
     - patterns are dropped, and so are lm_head, embeddings, DoRA's magnitudes, biases and full copies.
 Uses pairs; no files.
 """

@@ -1,12 +1,12 @@
 """An adapter's strength: overall, by block and component, and by step.
 
     0.8                                                the overall strength
-    0.8@down=0.5,mid=1,up.1=0.2,text=0                 times a factor for each block; the last matching key counts
+    0.8@down=0.5,mid=1,up.1=0.2,text=0                 times block factors; the last matching key counts
     0.8@double.0-2=0.5,single.3=0                      blocks of a transformer, ranges of blocks
     0.8@1,0,0,0,1,1,1,1,1,1,0,0                        factors in kohya's order (lbw): 12, 17, 20 or 26 numbers
     0.8@steps=0-0.6                                    in the first 60% of the steps, 0 after them
     0.8@steps=0-0.3:0.2+0.3-1                          a separate factor for each range
-    0.8@campaign=product                               its role in a mix, which sets blocks and steps (campaign.py)
+    0.8@campaign=product                               its role in a mix: sets blocks and steps (campaign.py)
 
 | key                            | modules                                            |
 | text                           | every text encoder; `text_encoder_2` for only one  |

@@ -20,7 +20,8 @@ from veneer.files.safetensors import PICKLE_SUFFIXES, read_tensors
 def read_adapter_tensors(path: Path, *, from_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all tensors of a file by name, and its metadata.
 
-    A pickle is read only with `from_pickle`. Raises the errors of `read_tensors`, `read_pickle` and `check_finite`."""
+    A pickle is read only with `from_pickle`. Raises the errors of `read_tensors`, `read_pickle` and
+    `check_finite`."""
     pickled = from_pickle and path.suffix.lower() in PICKLE_SUFFIXES
     tensors, metadata = read_pickle(path) if pickled else read_tensors(path)
     check_finite(tensors, where=str(path))

@@ -158,8 +158,8 @@ class Mixer:
     def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
         """Return the mix for encoding the prompt, and the mix for each range of steps.
 
-        Raises the errors of `add`; ConfigError for an adapter named twice, a role used twice, or a block that the base
-        does not have."""
+        Raises the errors of `add`; ConfigError for an adapter named twice, a role used twice, or a block that
+        the base does not have."""
         parsed = self.resolved(uses)
         names = [name for name, _ in parsed]
         if twice := sorted({n for n in names if names.count(n) > 1}):

@@ -1,7 +1,7 @@
 """Replace forwards of modules inside a with-block, over joined weights.
 
     replace_forward(module, forward, undo)       on this instance; `undo` restores the module's own
-    Join([q, k, v], undo).linear_map()           projections that share an input as one product, with the active pairs
+    Join([q, k, v], undo).linear_map()           projections of one input as one product, with active pairs
 
 Building blocks of the fast paths in models/text/fast.py and models/image/fast.py.
 """

@@ -123,7 +123,7 @@ class Unread:
 
     def _blocks(self, name: str, n: int, rank: int, count: int, device: torch.device) -> list[Tensor]:
         """Return packed, absmax, absmax2 and mean of a 4-bit weight of n values."""
-        bounds = [rows_of(-(-n // 2), each, count) for each in range(count)]  # bytes of codes, two codes per byte
+        bounds = [rows_of(-(-n // 2), each, count) for each in range(count)]  # in bytes, two codes each
         starts = [min(-(-2 * first // BLOCK), -(-n // BLOCK)) for first, _ in bounds] + [-(-n // BLOCK)]
         first, last = bounds[rank]
         low, high = 2 * first // BLOCK, starts[rank + 1]  # blocks whose codes are needed

@@ -344,7 +344,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file atomically. Errors as in `disk_errors`."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # left by a killed run; a folder has one run at a time
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # left by a killed run
             left.unlink(missing_ok=True)
         replace_file(path, [content])
 

@@ -398,7 +398,7 @@ def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
         pictures, held = split_pictures(pictures, settings.split, config.seed)
     shape = base_fields(config.base.name)
     scale = int(shape.get("vae_scale", 8))
-    unit = scale if "down_block_types" in shape else 2 * scale  # a U-Net takes single latents, other denoisers 2 × 2
+    unit = scale if "down_block_types" in shape else 2 * scale  # U-Nets take single latents, others 2 × 2
     plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
     found = check_pictures(pictures, about, plan, settings)
     if held:

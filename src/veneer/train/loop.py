@@ -236,7 +236,7 @@ def _nothing(*args: Any) -> None:
 class Learner:
     """What the loop trains: parameters by name, and functions.
 
-    loss(batch)              Σ NLL in nats over the trained tokens of a batch from `Micro.make`: a scalar with a graph
+    loss(batch)              Σ NLL in nats over a batch's trained tokens (from `Micro.make`), a scalar with a graph
     send(batch)              copies a batch to a GPU, so that a thread can make the next batch meanwhile; None on a CPU
     score(stop)              evaluates the held-out rows (of several processes, this one's share); None once `stop()`
     draw(step, number, stop) makes the micro-batches of a step, if they are not known when the step is

@@ -423,7 +423,7 @@ def undivided(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> 
             continue
         factor, modules = spec.factor, dict(base_modules(model))
         for target in targets:
-            if target.kind not in ("linear", "conv"):  # other kinds have no LoKr, which is reported on creation
+            if target.kind not in ("linear", "conv"):  # no LoKr, which is reported on creation
                 continue
             shape = _shape_of(modules[target.module_name])[:2]
             missed = [size for size in shape if size % factor]

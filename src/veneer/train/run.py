@@ -1,6 +1,6 @@
 """Run a training task, from an empty folder to a verified adapter and its report.
 
-    with opened(config, unit="tokens", …) as run:        processes and listeners; restores global state at the end
+    with opened(config, unit="tokens", …) as run:        processes, listeners; restores global state at the end
         …                                                read data, check, attach: train/text/task, train/image/task
         result = carry_out(run, task, report, newest)    train → save → verify → report
 

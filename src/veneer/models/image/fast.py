@@ -1,6 +1,6 @@
 """Run a denoiser's training step on the fast paths of ops.
 
-    with fast_denoiser(base.denoiser) as how:        how.summary() lists what was swapped, and what was not and why
+    with fast_denoiser(base.denoiser) as how:        how.summary() lists swapped modules, and why others were not
         loss.backward()
 
 Swapped modules:
@@ -98,7 +98,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     tiny = torch.finfo(a.dtype).tiny
     off, size = wide_a - wide_b, wide_b.norm() / max(wide_b.numel(), 1) ** 0.5
     for along in (0, 1):
-        least = 1e-2 * size * wide_b.shape[along] ** 0.5  # a value much smaller than the rest can be rounding only
+        least = 1e-2 * size * wide_b.shape[along] ** 0.5  # a much smaller value can be rounding only
         if (off.norm(dim=along) > tolerance * wide_b.norm(dim=along).clamp_min(least) + tiny).any():
             return False
     return True
@@ -269,7 +269,7 @@ def _flux_forward(
         image_rotary_emb: Any = None,
         **kwargs: Any,
     ) -> Any:
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # such as Qwen-Image's mask
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # Qwen-Image's mask
         streams = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
         products: list[Tensor | None] = []
         if attention_mask is None and not kwargs and len(streams) == len(joins):

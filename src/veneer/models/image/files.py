@@ -1,7 +1,7 @@
 """Load image components from a diffusers directory or a file of original weights.
 
     model_index.json      name -> [library, class]; each component in a folder of its name
-    <name>/config.json    the component's shape; its weights as safetensors, whole, sharded, or a variant (.fp16)
+    <name>/config.json    the component's shape; weights as safetensors, whole, sharded, or a variant (.fp16)
     sdxl.safetensors      original weights in one file; missing components come from a diffusers directory
 
 Only classes of diffusers and transformers are created, only safetensors are opened, and every tensor must be
@@ -575,7 +575,7 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
         shapes = {t.name: torch.empty(t.shape, device="meta") for t in table}
         kind = kind_of(shapes)
         repo = paths[kind]["pretrained_model_name_or_path"]
-        if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers mistakes it for Stable Diffusion 1
+        if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers mistakes it for SD 1
             repo = "Qwen/Qwen-Image"
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise BaseError("diffusers does not know what kind of model this file is", where=str(path), fix=fix) from error

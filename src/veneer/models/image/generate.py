@@ -1,6 +1,6 @@
 """Generate pictures from an image base, through diffusers' pipelines.
 
-    rows (prompt, seed, plan of mixes) -> prompts encoded, each under its own mix -> one batch through the denoiser
+    rows (prompt, seed, plan of mixes) -> prompts encoded under their mixes -> one batch through the denoiser
                                        -> the mixes change at the ends of steps -> pictures
 
 A row's noise comes from its own generator on the CPU, so that it is independent of batch and device. Changing

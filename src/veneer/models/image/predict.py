@@ -169,7 +169,7 @@ def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
     before, after, special = _around(base)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
     if base.row.template == "pipeline":
-        limit += pipeline(base).prompt_template_encode_start_idx  # the pipeline drops this many template tokens
+        limit += pipeline(base).prompt_template_encode_start_idx  # template tokens the pipeline drops
     with errors_only():  # transformers warns about the length, which is expected here
         read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = read["input_ids"], read["offset_mapping"]

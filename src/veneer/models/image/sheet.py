@@ -76,7 +76,7 @@ def sheet(
         for j, cell in enumerate(row):
             box = (left + _GAP + j * (side[0] + _GAP), y)
             corner = (box[0] + side[0], box[1] + side[1])
-            draw.rectangle((box[0] - 1, box[1] - 1, *corner), outline=_FRAME)  # shows the border of a white picture
+            draw.rectangle((box[0] - 1, box[1] - 1, *corner), outline=_FRAME)  # border of a white picture
             if cell is None:
                 draw.rectangle((*box, corner[0] - 1, corner[1] - 1), _EMPTY)
             else:

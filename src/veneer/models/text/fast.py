@@ -248,7 +248,7 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         ends = counts.index_add_(0, expert, torch.ones_like(expert)).cumsum(0)
         token = order // self.top_k if at is None else at[order // self.top_k]
-        given = x[token] * scores.gather(1, chosen).flatten()[order, None]  # Llama 4 weights expert inputs, not outputs
+        given = x[token] * scores.gather(1, chosen).flatten()[order, None]  # weights expert inputs
         gate, up = expert_product(given, own["gate_up_proj"], ends).chunk(2, dim=-1)
         return token, expert_product(up * self.experts.act_fn(gate), own["down_proj"], ends)
 

@@ -5,7 +5,7 @@
     text_loss    Σ nll over all rows                 for supervised training and evaluation
     row_logps    −Σ nll of each row                  for preference losses
     token_logps  −nll of each token                  for reinforcement learning
-    hidden_at, target_logps    log p of given tokens after given positions, independent of the rows' next tokens
+    hidden_at, target_logps    log p of any tokens after given positions, not only the rows' next tokens
     of_logits                  a function of the whole distributions at given positions
     compared_logits            the same, with another model's distributions: for distillation
 

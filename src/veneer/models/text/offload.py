@@ -1,7 +1,7 @@
 """Keep the inputs of recomputed layers in CPU memory until the backward pass.
 
     store = HostStore(CudaLane(device))
-    y = store.checkpoint(layer, x)        like torch.utils.checkpoint; x is on the host until y's gradient is computed
+    y = store.checkpoint(layer, x)        like torch.utils.checkpoint; x is on the host until y's gradient
 
 A recomputed layer keeps only its input: e·tokens·hidden bytes. Over all layers these inputs are the memory
 that grows with a micro-batch (70B, 8,192 tokens: 10.7 GB). Each input is copied to the host while the next

@@ -1,6 +1,6 @@
 """A second module tree over the tensors of a base, independent of the first.
 
-    trained = base_twin(base)        attach, `fast` and hooks on the twin while `base` is served; weights are shared
+    trained = base_twin(base)        attach, `fast` and hooks, while `base` is served; weights are shared
 
 A server and a training run each modify modules in their own way; neither writes to the weights.
 """

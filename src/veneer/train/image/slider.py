@@ -1,6 +1,6 @@
 """Sliders: adapters whose strength moves between two prompts, without pictures.
 
-    the base draws scenes of the three prompts → noise is added at random times → at strength ±1 the adapter's target is
+    the base draws scenes of the three prompts → noise at random times → at strength ±1 the adapter's target is
 
         target(x_t, t, ±1) = ε(x_t, t, c) ± η·(ε(x_t, t, c₊) − ε(x_t, t, c₋))                  ε: the base's prediction
 

@@ -557,7 +557,7 @@ class AttachedPictures:
             tell(Note("the file has no thumbnail: with samples.prompts the first of them is drawn for it"))
             return ""
         drawn = self.drawn
-        if kept != last or drawn is None:  # another state than in the last sheet, or resumed after the last step
+        if kept != last or drawn is None:  # not the last sheet's state, or resumed at the end
             first = samples.model_copy(
                 update={"prompts": samples.prompts[:1], "seeds": samples.seeds[:1], "before": samples.before[:1]}
             )

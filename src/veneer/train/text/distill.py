@@ -13,9 +13,9 @@ are trained into the student, whose prompt does not have them. Sampler and train
 and not stored in checkpoints. Logged for each step:
 
     teacher_kl                         mean KL of a token
-    teacher_failed, teacher_seconds    answers that a server could not read, which are left out; its reading time
+    teacher_failed, teacher_seconds    answers a server could not read, left out; its reading time
     answer_tokens, drawn_…, cut_…, prompt_cached, gap_…      as in `reinforce`
-    teacher_long                       prompts left out, because the teacher's prompt and an answer exceed its context
+    teacher_long                       prompts left out: teacher's prompt and answer exceed its context
     saved_tokens                       tokens of the teacher's prompts beyond the student's, mean
 """
 

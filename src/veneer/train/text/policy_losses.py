@@ -6,7 +6,7 @@
     ρ_it   `policy_ratios`: p now / p at sampling, of the token, or the geometric mean over its answer
     f_i    `length_factors`: length normalization of an answer
     k_it   `kl_estimates`: KL to the reference; as a part of the reward (k1) it is in A_i
-    w_it   `importance_weights`: if tokens were sampled from another distribution than p (a temperature, a grammar)
+    w_it   `importance_weights`: if tokens were not sampled from p (a temperature, a grammar)
 
 | loss                     | baseline | scale | ratio    | ε          | f_i          | source           |
 | ppo (only its clip)      | batch    | batch | token    | 0.2 0.2    | batch        | arXiv 1707.06347 |
@@ -134,7 +134,7 @@ def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "
 def drawn_divergence(logps: Tensor, teacher: Tensor) -> Tensor:
     """KL(p ‖ q) by the tokens y sampled from p: (T,) log p(y) and log q(y) -> (T,).
 
-        value      d = log p(y) − log q(y)        its mean over y ~ p is KL(p ‖ q); a single one can be below 0
+        value      d = log p(y) − log q(y)        its mean over y ~ p is KL(p ‖ q); one can be below 0
         gradient   d · ∇ log p(y)                 its mean is KL's, because the mean of ∇ log p(y) is 0
 
     Needs only one number per token from the teacher; the policy gradient with reward −d (Lu and Thinking
@@ -155,7 +155,7 @@ def likeliest_divergence(logits: Tensor, ids: Tensor, teacher: Tensor) -> Tensor
     named = torch.where(known, ours.gather(1, ids), 0.0)
     # padding repeats a named token; another token would be masked out of the rest
     hidden = torch.zeros_like(ours, dtype=torch.bool).scatter_(1, torch.where(known, ids, ids[:, :1]), True)
-    rest = ours.masked_fill(hidden, -1e30).logsumexp(-1)  # −inf would give NaN gradients if all tokens are named
+    rest = ours.masked_fill(hidden, -1e30).logsumexp(-1)  # −inf: NaN gradients if all tokens are named
     q = torch.where(known, teacher, -torch.inf).exp()
     left = (1 - q.sum(-1)).clamp(min=0.0)
     of_named = (q * (torch.where(known, teacher, 0.0) - named)).sum(-1)

@@ -8,7 +8,7 @@
     preference = Preference(config, base, attachment)
     preference.know(items, path, say)        the reference's log-probabilities, once, before step one
     preference.loss(batch)                   Σ loss over the batch's pairs (kto: answers)
-    preference.begin(step), .measured()      kto's reference point of the step; rewards and other values for the log
+    preference.begin(step), .measured()      kto's reference point of the step; values for the log
     preference.score(items, …)               the same over held-out pairs
 
 The reference is the same base with the adapter off, or with the adapter that the run started from: never a

@@ -11,8 +11,8 @@ stops before its optimizer moves. Logged for each step:
     constant_groups, constant_share    groups whose answers all have one reward: nothing is learned from them
     idle                               1 if no answer has an advantage, else 0
     cut_answers, cut_share             answers that ended at max_tokens
-    answer_tokens, drawn_tokens        mean length, and number sampled for this step, 0 for a later update on the
-                                       same answers; drawn_seconds: sampling time
+    answer_tokens, drawn_tokens        mean length, and number sampled for this step, 0 for a later update on
+                                       the same answers; drawn_seconds: sampling time
     prompt_cached                      share of the prompts' tokens found in the KV cache
     gap_mean, gap_max, gap_share       |Δ log p| of the trained tokens; the share beyond 1%
     policy_lag                         optimizer steps since the adapter that the answers were sampled from
@@ -295,7 +295,7 @@ class Reinforcement:
         factors = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
         in_loss = bool(s.kl) and s.kl_estimator != "k1"
         moving = [i for i, a in enumerate(answers) if a.worth or in_loss]
-        moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # a step has at least one token
+        moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # at least one token
         factors = factors * (len(moving) / len(answers))  # the loop divides by the number of answers it gets
         micros = []
         for group in shared_groups([answers[i].size for i in moving], self.config):

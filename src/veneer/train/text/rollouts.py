@@ -1,6 +1,6 @@
 """Answers sampled in training: requests, results and the sampler protocol.
 
-    with make(base, attachment, settings) as sampler:        `make`: an argument, because sampling is in serve, above
+    with make(base, attachment, settings) as sampler:        `make` is an argument: sampling is in serve
         drawn = sampler.draw([AnswerWanted(prompt, seed, how, "run"), …])
         logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained, "run"))
 

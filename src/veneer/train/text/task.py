@@ -10,8 +10,8 @@ one.
     output/
       adapter_config.json, adapter_model.safetensors, veneer.json, README.md      the adapter
       report.html, log.jsonl                                                      report and log of the run
-      checkpoints/                                                                to resume from; deletable afterwards
-      cache/                                                                      preferences: the reference; deletable
+      checkpoints/                                                                to resume from; deletable later
+      cache/                                                                      reference of preferences; deletable
 """
 
 from __future__ import annotations
@@ -653,7 +653,7 @@ class Likelihood:
     def metrics(self) -> Means:
         if not self._seen:
             return Means()
-        right = float(torch.stack(self._right).sum())  # one synchronization per step, after its losses were read
+        right = float(torch.stack(self._right).sum())  # one synchronization per step
         return Means({TOKEN_ACCURACY: right}, {TOKEN_ACCURACY: self._seen})
 
     def score(self, stop: Stop) -> Score | None:
@@ -708,7 +708,7 @@ def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[Run
     config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
     off_policy = None
     if r.one_step_off_policy:
-        thread = undo.enter_context(Ahead(lambda draw: draw))  # samples during training on the previous samples
+        thread = undo.enter_context(Ahead(lambda draw: draw))  # samples while the previous ones train
         off_policy = OffPolicyDraws(a.attachment, a.name, thread)
     drawing: Distillation | Reinforcement
     if len(drawer) == 2:
