@@ -98,7 +98,9 @@ def _label(use: Use) -> str:
 def draw_grid(
     mixer: Mixer, plan: GridLayout, options: Options | None = None, *, on_step: Callable[[int, int], None] | None = None
 ) -> PictureGrid:
-    """Generate the pictures of a layout and draw them on one sheet. Raises the errors of `make`."""
+    """Generate the pictures of a layout and draw them on one sheet.
+
+    Raises the errors of `make`."""
     made = make(mixer, plan.asks, options, on_step=on_step)
     wide = len(plan.columns)
     cells = [[m.image for m in made[i : i + wide]] for i in range(0, len(made), wide)]
