@@ -210,22 +210,10 @@ def test_full_copies(modules: tuple[str, ...]) -> None:
 def test_rank_alpha_patterns_and_rslora() -> None:
     """The scale that PEFT derives from the same settings."""
     model = FAMILIES["mistral"]()
-    spec = LoraSpec(
-        rank=4,
-        alpha=9.0,
-        targets=("q_proj", "v_proj", "down_proj"),
-        rank_pattern={"v_proj": 2, "layers.1.mlp.down_proj": 3},
-        alpha_pattern={"down_proj": 5.0},
-        rslora=True,
-    )
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=9.0,
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        rank_pattern={"v_proj": 2, "layers.1.mlp.down_proj": 3},
-        alpha_pattern={"down_proj": 5.0},
-        use_rslora=True,
-    )
+    targets = ("q_proj", "v_proj", "down_proj")
+    patterns = {"rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 3}, "alpha_pattern": {"down_proj": 5.0}}
+    spec = LoraSpec(rank=4, alpha=9.0, targets=targets, rslora=True, **patterns)
+    config = peft.LoraConfig(r=4, lora_alpha=9.0, target_modules=list(targets), use_rslora=True, **patterns)
     ours = create(model, spec, seed=0)
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     layers = {n.removeprefix("base_model.model."): m for n, m in theirs.named_modules() if hasattr(m, "lora_A")}

@@ -98,17 +98,9 @@ def test_copies_made_together_are_those_made_one_by_one(
 ) -> None:
     """Modules of one shape: other scales and ranks, with and without biases, with one adapter or two, one with DoRA."""
     torch.manual_seed(0)
-    model = (
-        nn.ModuleDict(
-            {
-                f"{kind}{i}": nn.Linear(24, 20, bias=i % 2 == 0) if kind == "l" else nn.Conv2d(3, 7, 3)
-                for kind in "lc"
-                for i in range(5)
-            }
-        )
-        .requires_grad_(False)
-        .to(dtype)
-    )
+    parts: dict[str, nn.Module] = {f"l{i}": nn.Linear(24, 20, bias=i % 2 == 0) for i in range(5)}
+    parts |= {f"c{i}": nn.Conv2d(3, 7, 3) for i in range(5)}
+    model = nn.ModuleDict(parts).requires_grad_(False).to(dtype)
     for i in range(5):
         model[f"c{i}"].to(memory_format=order)
 

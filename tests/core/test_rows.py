@@ -244,17 +244,9 @@ def test_a_shared_expert_that_is_given_the_tokens_of_all_rows_together(tokens: i
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2MoeConfig(
-        vocab_size=160,
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=8,
-        num_hidden_layers=1,
-        shared_expert_intermediate_size=24,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_experts=4,
-    )
+    sizes = {"vocab_size": 160, "hidden_size": 16, "intermediate_size": 24, "shared_expert_intermediate_size": 24}
+    sizes |= {"moe_intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen2MoeConfig(**sizes, num_experts=4)
     model = Qwen2MoeForCausalLM(config).eval().requires_grad_(False)
     ids = torch.randint(3, 160, (2, tokens), generator=torch.Generator().manual_seed(0))
     mixes: list[Mix] = [(("a", 1.0),), (("b", 1.0),)]

@@ -44,13 +44,8 @@ def test_a_wrapped_state_dict_and_what_stands_beside_it(tmp_path):
 
 
 def test_an_embedding_of_a1111(tmp_path):
-    value = {
-        "string_to_token": {"*": 265},
-        "string_to_param": {"*": A},
-        "name": "dog",
-        "step": 100,
-        "sd_checkpoint": None,
-    }
+    value = {"string_to_token": {"*": 265}, "string_to_param": {"*": A}, "name": "dog", "step": 100}
+    value |= {"sd_checkpoint": None}
     tensors, metadata = read_pickle(save(tmp_path, value, "dog.pt"))
     assert list(tensors) == ["string_to_param.*"]
     assert metadata["string_to_token.*"] == "265"

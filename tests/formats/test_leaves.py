@@ -119,18 +119,18 @@ def test_a_bias_beside_b_has_the_scale_of_the_pair():
     close(product_of(leaf.deltas["bias"]), 0.5 * bias)
 
 
+def sparse_parts(matrix: Tensor) -> dict[str, Tensor]:
+    """As LyCORIS stores it."""
+    whole = {"bias_indices": matrix.indices(), "bias_size": torch.tensor(matrix.shape)}
+    return {name: t.to(torch.int16) for name, t in whole.items()} | {"bias_values": matrix.values()}
+
+
 def test_a_sparse_part_beside_the_pair():
     A, B = rand(2, 3, 3, 3), rand(5, 2, 1, 1)
     dense = torch.zeros(5, 27)
     dense[1, 20], dense[4, 0] = 2.0, -3.0
     sparse = dense.to_sparse().coalesce()
-    parts = {
-        "lora_down.weight": A,
-        "lora_up.weight": B,
-        "bias_indices": sparse.indices().to(torch.int16),
-        "bias_values": sparse.values(),
-        "bias_size": torch.tensor(dense.shape).to(torch.int16),
-    }
+    parts = {"lora_down.weight": A, "lora_up.weight": B} | sparse_parts(sparse)
     leaf = read_leaf(parts, alpha=1, where="x")
     close(product(leaf, (5, 27)), 0.5 * (B.flatten(1) @ A.flatten(1) + dense.double()))
     parts["bias_size"] = torch.tensor([5, 28])
@@ -142,16 +142,8 @@ def test_a_sparse_part_of_a_wide_weight_has_wrapped_indices():
     flat = torch.zeros(2, 40_000)
     flat[1, 39_999] = 1.5
     sparse = flat.to_sparse().coalesce()
-    leaf = read_leaf(
-        {
-            "lora_down.weight": torch.zeros(1, 40_000),
-            "lora_up.weight": torch.zeros(2, 1),
-            "bias_indices": sparse.indices().to(torch.int16),
-            "bias_values": sparse.values(),
-            "bias_size": torch.tensor(flat.shape).to(torch.int16),
-        },
-        where="x",
-    )
+    parts = {"lora_down.weight": torch.zeros(1, 40_000), "lora_up.weight": torch.zeros(2, 1)}
+    leaf = read_leaf(parts | sparse_parts(sparse), where="x")
     assert torch.equal(product_of(leaf.deltas["weight"]), flat)
 
 

@@ -70,14 +70,8 @@ def test_what_peft_saved_is_read_to_the_same_effect(way: str, cores: bool, tmp_p
     torch.manual_seed(0)
     model, spec, given = Sums(), dict(WAYS[way]), inputs(torch.float32)
     both, factor = spec.get("decompose_both", False), spec.get("factor") or -1
-    common: dict[str, Any] = {
-        "r": spec["rank"],
-        "alpha": 3,
-        "target_modules": list(NAMES),
-        "use_effective_conv2d": cores,
-        "init_weights": False,
-        "alpha_pattern": {"conv": 5},
-    }
+    common: dict[str, Any] = {"r": spec["rank"], "alpha": 3, "alpha_pattern": {"conv": 5}, "init_weights": False}
+    common |= {"target_modules": list(NAMES), "use_effective_conv2d": cores}
     config = (
         peft.LoHaConfig(**common)
         if spec["kind"] == "loha"

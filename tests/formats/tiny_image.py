@@ -41,35 +41,19 @@ def flux(double: int = 2, single: int = 2) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=double,
-        num_single_layers=single,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=CONTEXT,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    ).double()
+    sizes = {"in_channels": 4, "joint_attention_dim": CONTEXT, "pooled_projection_dim": 16}
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 8)}
+    blocks = {"num_layers": double, "num_single_layers": single}
+    return FluxTransformer2DModel(patch_size=1, guidance_embeds=True, **sizes, **heads, **blocks).double()
 
 
 def clip(projection: bool) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    config = CLIPTextConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=100,
-        projection_dim=12,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": 100, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    config = CLIPTextConfig(projection_dim=12, **sizes, **tokens)
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).double()
 
 

@@ -142,15 +142,8 @@ def test_loading_takes_the_quantised_model_and_one_weight(tmp_path: Path, folder
     """135 MB of bfloat16 in shards of a layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=512,
-        tie_word_embeddings=True,
-    )
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=512, tie_word_embeddings=True)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in LlamaForCausalLM(config).named_parameters()}

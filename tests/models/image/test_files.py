@@ -135,14 +135,8 @@ def test_one_file_of_flux_1_at_its_real_width(bases: Path, tmp_path: Path) -> No
     folder = Path(shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "flux"))
     shutil.rmtree(folder / "transformer")
     with torch.device("meta"):
-        wide = diffusers.FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            joint_attention_dim=16,
-            pooled_projection_dim=16,
-            guidance_embeds=True,
-        )
+        sizes = dict.fromkeys(("in_channels", "joint_attention_dim", "pooled_projection_dim"), 16)
+        wide = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True, **sizes)
     wide = wide.to_empty(device="cpu").to(torch.bfloat16)
     for number, parameter in enumerate(wide.parameters()):
         rows = torch.arange(len(parameter)) % 97 + 100 * number
