@@ -243,12 +243,8 @@ def test_a_diffusers_folder_is_merged_by_component(tmp_path):
 
 def test_all_that_does_not_fit_the_files_is_listed_and_nothing_is_written(saved, tmp_path):
     saved("tied embedding")
-    bad = Adapter(
-        {
-            "model.layers.0.nope": Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0),
-            "model.layers.0.mlp.down_proj": Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0),
-        }
-    )
+    wrong = Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0)
+    bad = Adapter({"model.layers.0.nope": wrong, "model.layers.0.mlp.down_proj": wrong})
     peft.write_folder(bad, tmp_path / "bad")
     with pytest.raises(AdapterError, match="3 problems") as error:
         merge_shards(tmp_path / "base", [str(tmp_path / "a"), str(tmp_path / "bad")], tmp_path / "out")

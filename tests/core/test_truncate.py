@@ -117,12 +117,8 @@ def test_an_error_of_zero_keeps_everything_and_drops_empty_ranks(kind):
     pair = pair_of(kind)
     out, cut = truncate(pair, Bound(error=0.0))
     assert (out.rank, cut.error) == (5, 0.0)
-    twice = Pair(
-        torch.cat([pair.A] * 2, -2 if kind == "experts" else 0),
-        torch.cat([pair.B] * 2, -1 if kind == "experts" else 1),
-        1.0,
-        pair.kind,
-    )
+    down, up = (-2, -1) if kind == "experts" else (0, 1)
+    twice = Pair(torch.cat([pair.A] * 2, down), torch.cat([pair.B] * 2, up), 1.0, pair.kind)
     assert truncate(twice, Bound(error=1e-9))[0].rank == 5
 
 

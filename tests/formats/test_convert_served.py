@@ -21,12 +21,8 @@ from veneer.formats.gguf import read_gguf
 from veneer.formats.read import read
 from veneer.formats.servers import folded
 
-Q, K, EMBED, HEAD = (
-    "model.layers.0.self_attn.q_proj",
-    "model.layers.0.self_attn.k_proj",
-    "model.embed_tokens",
-    "lm_head",
-)
+Q, K = (f"model.layers.0.self_attn.{p}_proj" for p in "qk")
+EMBED, HEAD = "model.embed_tokens", "lm_head"
 PATTERNS = LoraSpec(rank=4, alpha=6, rank_pattern={"q_proj": 2, "down_proj": 3}, alpha_pattern={"v_proj": 7})
 
 
@@ -60,17 +56,11 @@ def test_vllms_folder_has_one_rank_and_scale_one_and_the_same_outputs(tmp_path):
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
 )
 def test_folding_changes_no_effect(pairs, dtype):
-    adapter = Adapter(
-        {
-            f"m.{i}": Pair(
-                numbers((r, 6), f"A{i}", dtype),
-                numbers((4, r), f"B{i}", dtype),
-                2.0 ** round(s / 25) if power else s,
-                "embedding" if power else "linear",
-            )
-            for i, (r, s, power) in enumerate(pairs)
-        }
-    )
+    adapter = Adapter()
+    for i, (r, s, power) in enumerate(pairs):
+        scale, kind = (2.0 ** round(s / 25), "embedding") if power else (s, "linear")
+        A, B = numbers((r, 6), f"A{i}", dtype), numbers((4, r), f"B{i}", dtype)
+        adapter.pairs[f"m.{i}"] = Pair(A, B, scale, kind)
     out = folded(adapter)
     assert {p.rank for p in out.pairs.values()} == {max(p.rank for p in adapter.pairs.values())}
     for name, pair in out.pairs.items():

@@ -41,12 +41,8 @@ def item_of(form: str, rows: int, scale: float, seed: int = 0, kernel: tuple[int
             parts |= {f"t{n}": rand(2, 2, *kernel, seed=seed + int(n)) for n in "12"}
         return Delta("hadamard", parts, (rows, 6, *kernel), scale)
     assert rows % 2 == 0
-    return Delta(
-        "kronecker",
-        {"w1": rand(2, 3, seed=seed), "w2": rand(rows // 2, 2, *kernel, seed=seed)},
-        (rows, 6, *kernel),
-        scale,
-    )
+    parts = {"w1": rand(2, 3, seed=seed), "w2": rand(rows // 2, 2, *kernel, seed=seed)}
+    return Delta("kronecker", parts, (rows, 6, *kernel), scale)
 
 
 FORMS = ["pair", "dense", "bias", "loha", "lokr"]

@@ -174,12 +174,8 @@ def fails(path: Path, words: str, **how: Any) -> None:
 def small(path: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
     from veneer.files.gguf import write_gguf_file
 
-    own = {
-        "general.architecture": "qwen2",
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        "adapter.lora.alpha": 1.0,
-    }
+    own = {"general.architecture": "qwen2", "general.type": "adapter", "adapter.type": "lora"}
+    own |= {"adapter.lora.alpha": 1.0}
     own |= {k.replace("__", "."): v for k, v in fields.items()}
     write_gguf_file(path, {k: v for k, v in own.items() if v is not None}, tensors)
     return path

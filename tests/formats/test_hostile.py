@@ -87,12 +87,8 @@ def test_each_is_refused_in_its_own_words(folder, name, monkeypatch):
 
 
 def test_the_script_makes_the_folder(tmp_path):
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.formats.hostile", str(tmp_path / "x")],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tests.formats.hostile", str(tmp_path / "x")]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == sorted(FILES)
     assert not (Path(__file__).parents[2] / MARK).exists()
@@ -105,11 +101,8 @@ def test_a_pipe_is_no_file(tmp_path):
             action(tmp_path / "x.safetensors")
 
 
-GOOD = b"".join(
-    encode_tensors(
-        {"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.zeros(4, 2)}, {"ss_network_dim": "2"}
-    )
-)
+PAIR = {"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.zeros(4, 2)}
+GOOD = b"".join(encode_tensors(PAIR, {"ss_network_dim": "2"}))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +116,7 @@ def good_gguf(folder: Path) -> bytes:
 
 def saved() -> bytes:
     out = io.BytesIO()
-    torch.save({"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.zeros(4, 2)}, out)
+    torch.save(PAIR, out)
     return out.getvalue()
 
 

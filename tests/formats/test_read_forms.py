@@ -318,21 +318,15 @@ def test_an_extended_list_has_the_resnets_after_the_attentions() -> None:
                 order = [f"{t}.attn1.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")] + [f"{t}.ff.net.0.proj"]
                 order += [f"{t}.attn2.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
                 for name in order:
-                    shape = (
-                        (8 * width, width)
-                        if "ff" in name
-                        else (width, 5 if name.endswith(("attn2.to_k", "attn2.to_v")) else width)
-                    )
+                    into = 5 if name.endswith(("attn2.to_k", "attn2.to_v")) else width
+                    shape = (8 * width if "ff" in name else width, into)
                     layout.lora(f"unet:{i}", (ModulePlace(name),), shape, naming="numbered")
                     i += 1
             for j in range(len({n.split(".")[-2] for n in own if ".resnets." in n})):
                 for part in ("conv1", "time_emb_proj", "conv2", "conv_shortcut"):
                     if (name := f"{block}.resnets.{j}.{part}") in family.modules:
-                        shape = (
-                            (width, 3)
-                            if part == "time_emb_proj"
-                            else (width, 7, *([1, 1] if "short" in part else [3, 3]))
-                        )
+                        kernel = (1, 1) if "short" in part else (3, 3)
+                        shape = (width, 3) if part == "time_emb_proj" else (width, 7, *kernel)
                         layout.lora(f"unet:{i}", (ModulePlace(name),), shape, naming="numbered")
                         i += 1
     layout.metadata = {"unet": '["ResnetBlock2D", "CrossAttention", "Attention", "GEGLU"]'}

@@ -63,13 +63,8 @@ def mlx(path: Path, pairs: Pairs, more: dict[str, Tensor] | None = None, **confi
         name = name.replace(".experts.", ".switch_mlp.")
         tensors[f"{name}.lora_a"] = A if A.ndim == 3 else A.t()
         tensors[f"{name}.lora_b"] = B if B.ndim == 3 else B.t()
-    settings = {
-        "fine_tune_type": "lora",
-        "model": "mlx-community/Llama-3.2-1B-Instruct-4bit",
-        "num_layers": 16,
-        "batch_size": 4,
-        "lora_parameters": {"rank": R, "scale": SCALE, "dropout": 0.0},
-    }
+    settings = {"fine_tune_type": "lora", "model": "mlx-community/Llama-3.2-1B-Instruct-4bit", "num_layers": 16}
+    settings |= {"batch_size": 4, "lora_parameters": {"rank": R, "scale": SCALE, "dropout": 0.0}}
     return written(path, "adapters.safetensors", tensors, settings | config)
 
 

@@ -49,11 +49,8 @@ def test_blocks_and_the_text_part_are_what_set_adapters_makes(tmp_path: Path, mo
     write(own, "brand.safetensors", to="diffusers", family="sdxl")
     with errors_only():
         pipe.load_lora_weights(str(tmp_path), weight_name="brand.safetensors", adapter_name="brand")
-        scales: dict[str, Any] = {
-            "text_encoder": 0.3,
-            "text_encoder_2": 0.3,
-            "unet": {"down": 0.5, "mid": 1.5, "up": 0.2},
-        }
+        scales: dict[str, Any] = {"text_encoder": 0.3, "text_encoder_2": 0.3}
+        scales["unet"] = {"down": 0.5, "mid": 1.5, "up": 0.2}
         pipe.set_adapters(["brand"], [scales])
     use = parse_use("brand.safetensors@text=0.3,down=0.5,mid=1.5,up=0.2")
     with Mixer(base) as mixer:

@@ -106,14 +106,8 @@ def test_a_picture_is_made_again_to_the_bit(base: ImageBase, tmp_path: Path) -> 
 def test_with_its_pictures_and_controls(base: ImageBase, place: Path, tmp_path: Path) -> None:
     given, control = noise(tmp_path / "in.png"), tiny_control(tmp_path, "sdxl")
     Image.new("L", (SIZE, SIZE), 255).save(tmp_path / "mask.png")
-    made = pictures(
-        base,
-        [Ask("a cat", seed=3)],
-        image=given,
-        mask=str(tmp_path / "mask.png"),
-        denoise=0.8,
-        controls=(parse_control(f"edges@{control}={given}:0.7@0-0.5"),),
-    )[0]
+    how = {"mask": str(tmp_path / "mask.png"), "controls": (parse_control(f"edges@{control}={given}:0.7@0-0.5"),)}
+    made = pictures(base, [Ask("a cat", seed=3)], image=given, denoise=0.8, **how)[0]
     made.save(tmp_path / "a.png")
     assert "Denoising strength: 0.8" in made.text
     assert made.infotext.fields["ControlNet 0"].startswith("Module: none, Model: tiny-sdxl-canny, Weight: 0.7")

@@ -128,11 +128,8 @@ def test_what_is_no_such_model_is_refused(place: Path, tmp_path: Path) -> None:
         assert words in said(folder)
     remote = tmp_path / "remote"
     shutil.copytree(whole, remote)
-    (remote / "config.json").write_text(
-        json.dumps(
-            {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForImageTextToText": "c.M"}}
-        )
-    )
+    own = {"AutoConfig": "code.Mine", "AutoModelForImageTextToText": "c.M"}
+    (remote / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": own}))
     (remote / "code.py").write_text("raise SystemExit('ran')")
     assert "cannot read the config" in said(remote)
     with pytest.raises(ConfigError):

@@ -219,14 +219,9 @@ def test_residual_blocks_of_another_kind(changed: str) -> None:
     from diffusers.models.resnet import ResnetBlock2D
 
     torch.manual_seed(0)
-    block = ResnetBlock2D(
-        in_channels=8,
-        out_channels=16,
-        groups=4,
-        temb_channels=None if changed == "no time" else 6,
-        dropout=0.5 if changed == "dropout" else 0.0,
-        output_scale_factor=2.0 if changed.startswith("output") else 1.0,
-    )
+    more = {"temb_channels": None if changed == "no time" else 6, "dropout": 0.5 if changed == "dropout" else 0.0}
+    factor = 2.0 if changed.startswith("output") else 1.0
+    block = ResnetBlock2D(in_channels=8, out_channels=16, groups=4, output_scale_factor=factor, **more)
     block.bfloat16().requires_grad_(False).norm1.requires_grad_(changed == "trained norm")
     x = torch.randn(2, 8, 5, 5).bfloat16().requires_grad_()
     time = None if changed == "no time" else torch.randn(2, 6).bfloat16()

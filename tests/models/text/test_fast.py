@@ -148,12 +148,8 @@ def test_full_copies_act_and_train_whichever_came_first(family: str, name: str, 
 def test_generation_inside_fast_is_generation_outside(family: str) -> None:
     model = FAMILIES[family]().requires_grad_(False)
     ids = torch.tensor([[0, 0, 5, 9, 7], [4, 8, 6, 3, 9]])
-    arguments: dict[str, Any] = {
-        "attention_mask": (ids != 0).long(),
-        "max_new_tokens": 6,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
+    arguments: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    arguments["attention_mask"] = (ids != 0).long()
     wanted = model.generate(ids, **arguments)
     with fast(model):
         assert torch.equal(model.generate(ids, **arguments), wanted)
