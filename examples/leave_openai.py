@@ -1,14 +1,14 @@
-"""Takes the training files of your fine-tuning jobs down from OpenAI and puts them on a veneer server.
+"""Copy the training files of your fine-tuning jobs from OpenAI to a veneer server.
 
-    export OPENAI_API_KEY=sk-…                            theirs; yours is VENEER_API_KEY, where the server wants one
+    export OPENAI_API_KEY=sk-…                            and VENEER_API_KEY, if your server needs a key
     python examples/leave_openai.py --to http://127.0.0.1:8000/v1 --list
     python examples/leave_openai.py --to http://127.0.0.1:8000/v1
     python examples/leave_openai.py --to http://127.0.0.1:8000/v1 --train smollm2-135m
 
-Every file that a job was trained on is saved in a folder (`--folder`), looked through as veneer will read it, and
-uploaded once; `moved.json` there says what became of what, and a second run goes on from it. With `--train BASE` each
-job is made again here, on that base, with its method, epochs, batch size, beta, suffix, seed and metadata. Files that
-OpenAI has no more are said, and their jobs left out. Nothing is changed at OpenAI.
+The script saves every training file in a folder (`--folder`), checks that veneer can read it, and uploads it
+once. `moved.json` in the folder maps old ids to new ids, so a second run resumes the first. With `--train
+BASE`, the script repeats each job on this base, with its method, epochs, batch size, beta, suffix, seed and
+metadata. It reports files that OpenAI no longer has, and skips their jobs. Nothing changes at OpenAI.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FROM = "https://api.openai.com/v1"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 1 where something could not be moved."""
+    """Run the script; return 1 if any job could not be copied, else 0."""
     asked = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     asked.add_argument("--to", required=True, help="the server's address, with /v1")
     asked.add_argument("--from", dest="source", default=os.environ.get("OPENAI_BASE_URL", FROM), help="where they are")
@@ -68,11 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Unreadable(Exception):
-    """A file that a run here would refuse."""
+    """veneer cannot train on this file."""
 
 
 def move(there: openai.OpenAI, here: openai.OpenAI, moved: _Moved, folder: Path, id: str) -> str:
-    """The id that a file of theirs has here."""
+    """Copy a file unless it was copied before; return its id on the veneer server."""
     if id in moved.known:
         return moved.known[id]
     name = Path(there.files.retrieve(id).filename).name
@@ -91,11 +91,11 @@ def move(there: openai.OpenAI, here: openai.OpenAI, moved: _Moved, folder: Path,
 
 
 def look_through(path: Path) -> None:
-    """Raises Unreadable with the lines that a run here would refuse."""
+    """Check a file's rows. Raises Unreadable with the invalid lines."""
     try:
         from veneer.errors import DataError
         from veneer.train.text.rows import read_rows
-    except ImportError:  # on a machine without veneer: the server will say it
+    except ImportError:  # without veneer installed, the server checks the rows
         return
     try:
         read_rows(str(path))
@@ -104,14 +104,15 @@ def look_through(path: Path) -> None:
 
 
 def suffix_of(job: Any) -> str | None:
-    """The suffix that the job was given: the fourth part of its model's name."""
+    """Return the job's suffix: the fourth part of its model's name."""
     parts = (job.fine_tuned_model or "").split(":")
     return parts[3] if len(parts) > 3 and parts[3] else None
 
 
 def method_of(job: Any) -> dict[str, Any]:
-    """The job's method and the numbers that OpenAI came to, as a request has them; but for the learning rate, whose
-    multiplier is of another rate there."""
+    """Return the job's method and hyperparameters in the format of a request.
+
+    Omits the learning rate multiplier, because OpenAI's default rate differs."""
     kind = job.method.type if job.method is not None else "supervised"
     own = getattr(job.method, kind, None)
     numbers = own.hyperparameters if own is not None else job.hyperparameters
@@ -121,7 +122,7 @@ def method_of(job: Any) -> dict[str, Any]:
 
 
 class _Moved:
-    """Their ids and ours, on the disk after each."""
+    """Map of OpenAI's ids to the server's, written to disk after each change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -137,5 +138,5 @@ class _Moved:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except openai.OpenAIError as error:  # no key, a wrong one, or nobody at that address
+    except openai.OpenAIError as error:  # no key, a wrong key, or no server at this address
         sys.exit(f"stopped: {error}")

@@ -1,9 +1,9 @@
-"""Teach a small language model to prefer short, polite replies to support tickets, and measure what that changes.
+"""Train a small language model to prefer short, polite replies to support tickets.
 
     python examples/preferences.py [--output runs/preferences] [--base smollm2-135m] [--tickets 40]
 
-It learns from pairs of replies (examples/tickets/preferences.yaml) and is measured on tickets and sentences of others:
-what it prefers there, and how long and polite its own replies are.
+The model trains on pairs of replies (examples/tickets/preferences.yaml). The script evaluates it on other
+tickets with other sentences: which replies it prefers, and how long and polite its own replies are.
 """
 
 from __future__ import annotations

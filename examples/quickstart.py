@@ -1,8 +1,8 @@
-"""`make quickstart`: teach a small language model to route support tickets, and show what it learned.
+"""`make quickstart`: train a small language model to route support tickets.
 
     python examples/quickstart.py [--output runs/quickstart] [--base smollm2-135m] [--tickets 200]
 
-Everything that veneer does here is in `main`, through the public functions; the rest draws tables.
+`main` has all calls of veneer, through its public functions; the rest prints tables.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def emptied(folder: Path) -> None:
-    """Removes what an earlier call left there, and nobody else's files."""
+    """Remove the results of an earlier run. Raises ConfigError for other files."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "log.jsonl").is_file():
         raise ConfigError(f"{folder} holds files that are not of an earlier run", fix="--output, a folder of its own")
     shutil.rmtree(folder, ignore_errors=True)
@@ -91,7 +91,7 @@ def line(text: str) -> None:
 
 
 class Watch:
-    """Shows what goes on: a bar on a terminal, a line every tenth of the way elsewhere."""
+    """Shows progress: a bar on a terminal, else a line per 10 %."""
 
     def __init__(self) -> None:
         columns = [TextColumn("   {task.description}"), BarColumn(36), TextColumn("{task.percentage:3.0f}%")]
@@ -108,7 +108,7 @@ class Watch:
         self.bar.stop()
 
     def __call__(self, event: Any) -> None:
-        """Hears a training run; veneer.train.events has the records."""
+        """Handle an event of a training run; see veneer.train.events."""
         kind = type(event).__name__
         if kind == "Stepped":
             note = f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s"
@@ -144,7 +144,7 @@ def table(scores: Mapping[str, Any]) -> Table:
 
 
 def samples(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any], count: int = 3) -> Table:
-    """The first tickets of `count` teams, short enough to read here, with both answers, be they right or wrong."""
+    """Return the first short ticket of each of `count` teams, with both answers."""
     out = Table.grid(padding=(0, 2))
     out.title, out.title_justify, out.title_style = f"{count} of them\n", "left", "bold"
     out.add_column(justify="right", style="cyan", no_wrap=True)
@@ -178,7 +178,7 @@ def facts(run: Any, seconds: float) -> Table:
 
 
 def commands(output: Path, row: Mapping[str, Any]) -> str:
-    """The next three commands, to be pasted as they are."""
+    """Return three commands to try next."""
     command, folder = shown(Path(sys.executable).parent / "veneer"), shown(output)
     system = row["messages"][0]["content"]
     lines = [
@@ -191,7 +191,7 @@ def commands(output: Path, row: Mapping[str, Any]) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as short as it can be typed here."""
+    """Return a path, relative to the working directory if possible."""
     path = Path(os.path.abspath(path))
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 

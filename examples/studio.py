@@ -1,4 +1,6 @@
-"""`make studio`: the page, with the quickstart's adapter in the library where there is one, or an offer to train it.
+"""`make studio`: open the Studio with the quickstart's adapter.
+
+Adds the adapter to the library, or offers to train it first.
 
 python examples/studio.py [--output runs/quickstart] [--base smollm2-135m] [--port 8000] [--no-browser]
 """
@@ -28,7 +30,9 @@ def main(argv: Sequence[str] | None = None, run: Callable[[list[str]], None] = v
 
 
 def keep_quickstart(output: Path) -> bool:
-    """Whether the quickstart's adapter is in the library, where it is put if it was trained."""
+    """Add the quickstart's adapter to the library if trained.
+
+    Returns whether the library has the adapter."""
     with open_library() as library:
         if (output / "adapter").is_dir():
             added = library.add(output, NAME)
