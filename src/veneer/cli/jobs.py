@@ -182,7 +182,7 @@ def fork(
 ) -> None:
     """Queue a new job that continues from a step of this job, with other settings.
 
-    The original job is unchanged. Forking needs a job with checkpoint.adapters=true."""
+    The original job is unchanged. Steps can be forked if the job has checkpoint.adapters=true."""
     from veneer.jobs.steps import forked
     from veneer.serve.tenancy.store import tenants_at
 

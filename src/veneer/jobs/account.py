@@ -38,7 +38,7 @@ class TrainingAccount:
         return TrainingTerms() if self.tenants is None else self.tenants.look().training_terms(tenant)
 
     def check_allowed(self, tenant: str) -> None:
-        """Raises Refused (403) if the tenant's terms allow no training."""
+        """Check that the tenant may train. Raises Refused (403)."""
         if self.terms(tenant).jobs == 0:
             raise Refused("this tenant may not train", status=403, code="forbidden", fix="the operator can allow it")
 

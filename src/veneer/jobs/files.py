@@ -51,7 +51,7 @@ _GRACE = 3600.0
 _BATCH = 500
 """Rows per statement and deletion: databases limit the values of a statement."""
 _HOLD = 0.25
-"""Seconds that one batch may remove bytes while holding the lock."""
+"""Maximum seconds for which one batch of removals holds the lock."""
 _REMEMBERED = 30 * 86400.0
 """Seconds for which an ended upload can still be queried."""
 

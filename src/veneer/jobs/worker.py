@@ -283,7 +283,7 @@ class Worker:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _keep(self, running: _Running, now: float) -> None:
-        """Check that the lease still holds, and renew it in good time."""
+        """Check that the lease is still valid, and renew it early."""
         late = now - running.renewed > self.lease / 4
         with self._outlasting():
             try:
@@ -306,7 +306,7 @@ class Worker:
             running.executor.stop(running.place)
 
     def _end_all(self) -> None:
-        """Everything that runs saves its state and is given back."""
+        """Ask all processes to save their state, and return their jobs to the queue."""
         for running in self._running:
             self._ask_to_end(running)
         while self._running:
@@ -318,7 +318,7 @@ class Worker:
 
     @contextmanager
     def _outlasting(self) -> Iterator[None]:
-        """An outage within ends what is done there, is said, and no more."""
+        """Suppress an outage in the block, and report the first of several in a row."""
         try:
             yield
         except Exception as error:
