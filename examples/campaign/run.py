@@ -1,11 +1,11 @@
-"""Tarnhill's campaign: teach an image base a product, a brand's look and a lens, and draw with all three.
+"""Tarnhill's campaign: train product, brand and lens adapters, and combine them.
 
     python examples/campaign/run.py [--base catalogue-flux] [--output runs/campaign]
-    python examples/campaign/run.py --small                       # product and brand alone: `make image-quickstart`
+    python examples/campaign/run.py --small                  # only product and brand: `make image-quickstart`
 
-The pictures are drawn by the world of the base (bases/catalogue), which has never shown it the product, the
-brand's colours or the lens's light; so what an adapter should have made can be drawn as well, and stands in the last
-row of the sheet. Everything that veneer does here is in `main`, `drawn` and teach.py, through the public functions.
+The world of the base (bases/catalogue) generates the training images. The base has never seen the product,
+the brand's colors or the lens's light. The world can also generate the ideal result, which is the last row of
+the sheet. `main`, `drawn` and teach.py have all calls of veneer, through its public functions.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def emptied(folder: Path) -> None:
-    """Removes what an earlier call left there, and nobody else's files."""
+    """Remove the results of an earlier run. Raises ConfigError for other files."""
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if others := sorted(found - {"data", "sheet.png", *campaign.ROLES}):
         raise ConfigError(f"{folder} holds {others[0]}, which is not from here", fix="--output, a folder of its own")
@@ -86,13 +86,15 @@ def emptied(folder: Path) -> None:
 
 
 def shown_of(folder: Path, count: int) -> list[Image.Image]:
-    """The first of the pictures that an adapter learned from."""
+    """Return the first `count` training images of an adapter."""
     return [Image.open(path) for path in sorted(folder.glob("*.png"))[:count]]
 
 
 def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[str, list[Image.Image]]:
-    """Rows of a sheet: the base, each adapter alone, all, and the truth. The same scene starts from the same noise.
-    Without the product's adapter nobody knows the product: there an ordinary padlock is asked for."""
+    """Return the rows of the sheet: base, each adapter, all adapters, ideal result.
+
+    Equal scenes start from equal noise. Rows without the product's adapter use an ordinary padlock, because
+    the base does not know the product."""
     ordinary = [replace(s, kind="padlock", colour="teal") for s in scenes]
 
     def row(*roles: str) -> list[Image.Image]:

@@ -1,4 +1,6 @@
-"""Teaching the campaign's adapters and stacking them, as run.py does and benchmarks/image_campaign.py measures."""
+"""Train and stack the campaign's adapters.
+
+Used by run.py and benchmarks/image_campaign.py."""
 
 from __future__ import annotations
 
@@ -18,17 +20,19 @@ from words import GUIDANCE  # noqa: E402
 import veneer  # noqa: E402
 
 OTHERS = 200
-"""Class pictures beside the product: with fewer its adapter draws more of all other things worse
-(docs/notes/campaign.md)."""
+"""Class images of prior preservation.
+
+With fewer images, the product's adapter degrades more of other objects (docs/notes/campaign.md)."""
 
 FOR_NOISE = ("adapter.targets=attention+ff+conv", "loss.noise_offset=0.5", "loss.shift=auto")
-"""Settings for a base that predicts noise, as the configurations are for a flow: pairs on the UNet's convolutions;
-noise that moves whole channels, without which a brand's ground and a lens's light are hardly learned; and no shift,
-which is of flows."""
+"""Settings for a noise-prediction base; the configurations are for a flow base.
+
+LoRA on the UNet's convolutions; offset noise, because otherwise the model hardly learns a brand's background
+and a lens's light; and no shift, which only flow bases have."""
 
 
 def distilled(base: Any) -> bool:
-    """Whether guidance is an input of the base."""
+    """Return whether guidance is an input of the base."""
     return bool(base.denoiser.config.get("guidance_embeds"))
 
 
@@ -37,8 +41,9 @@ def guidance_of(base: Any) -> float:
 
 
 def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **options: Any) -> str:
-    """The role's adapter, learned from pictures that are drawn into `data` first. `settings` and
-    `options` are train_image's."""
+    """Generate a role's images in `data`, train its adapter and return its folder.
+
+    `settings`, `options`: passed to train_image."""
     campaign.write_pictures(data, [role])
     beside: list[str] = []
     if role == "product":
@@ -48,8 +53,10 @@ def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **opti
 
 
 def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: str, **options: Any) -> str:
-    """The adapter that is learned from a folder of pictures, by a configuration for a flow, which FOR_NOISE changes on
-    another base. `settings` go before both."""
+    """Train an adapter on a folder of images and return its folder.
+
+    `config`: configuration for a flow base; a noise-prediction base adds FOR_NOISE. `settings` override
+    both."""
     given = [f"base={base.name}", f"data.pictures={pictures}", f"output={output}"]
     if base.prediction != "flow":
         given += FOR_NOISE
@@ -57,8 +64,9 @@ def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: st
 
 
 def write_others(folder: Path, base: Any) -> None:
-    """Class pictures for the product: other things as the base itself draws them, which it is to go on doing. With
-    distilled guidance at 1, which is what it is told while it learns from them."""
+    """Generate class images of other objects with the base, for prior preservation.
+
+    A guidance-distilled base uses guidance 1, as in training."""
     r = random.Random(60)
     captions = [campaign.words(campaign.plain_scene(r)) for _ in range(OTHERS)]
     guidance = 1.0 if distilled(base) else guidance_of(base)
@@ -67,7 +75,7 @@ def write_others(folder: Path, base: Any) -> None:
 
 
 def stacked(adapters: Mapping[str, str]) -> list[str]:
-    """Each with its role: veneer knows how they are stacked (formats/campaign.py)."""
+    """Return adapter specs with roles, which formats/campaign.py stacks."""
     return [f"{place}@campaign={role}" for role, place in adapters.items()]
 
 

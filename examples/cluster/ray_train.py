@@ -1,8 +1,10 @@
-"""One training run on a Ray cluster: `python examples/cluster/ray_train.py CONFIG.yaml [section.key=value]...`.
+"""Run one training on a Ray cluster.
 
-Ray starts a process for each of `--workers`, with a GPU of its own, and makes the process group; veneer finds both and
-shares the work of each step among them. Configuration, data, output and VENEER_HOME lie on a file system that all nodes
-see. A worker that is lost is started again with the others, and the run goes on from its newest checkpoint.
+    python examples/cluster/ray_train.py CONFIG.yaml [section.key=value]...
+
+Ray starts `--workers` processes, each with one GPU, and creates the process group; veneer detects the group
+and distributes each step. Configuration, data, output and VENEER_HOME must be on a shared file system. If a
+worker is lost, Ray restarts all workers, and the run resumes from its newest checkpoint.
 
 Needs `pip install 'ray[train]'`.
 """
@@ -14,7 +16,7 @@ from typing import Any
 
 
 def work(job: dict[str, Any]) -> None:
-    """What each worker runs."""
+    """Train in a worker."""
     import veneer
 
     veneer.train_text(job["config"], *job["overrides"], resume=True)

@@ -1,10 +1,11 @@
-"""Write preferences-train.jsonl and preferences-test.jsonl: pairs of replies to tickets, the short, polite one chosen.
+"""Write preferences-train.jsonl and preferences-test.jsonl: pairs of replies.
 
     python examples/tickets/make_preferences.py [--check]
 
-Deterministic: same arguments, same bytes. The tickets are those of train.jsonl and test.jsonl, and what a reply says
-follows from how its ticket is routed. A rejected reply is long, or curt, or both, so that neither its length alone nor
-one polite word gives the answer away. No sentence of a reply is on both sides. `--check` compares and writes nothing.
+The chosen reply is short and polite. Deterministic: same arguments, same bytes. Tickets come from train.jsonl
+and test.jsonl, and a reply's content follows from the ticket's routing. A rejected reply is long, curt, or
+both, so that neither length nor one polite word decides. No sentence of a reply is on both sides. `--check`
+compares the files and writes nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ RAMBLING = {
 
 
 def pairs(side: str) -> list[dict[str, Any]]:
-    """The rows of one side, in the order of its tickets."""
+    """Return the rows of one side, in the order of its tickets."""
     lines = (HERE / f"{side}.jsonl").read_text(encoding="utf-8").splitlines()
     rng = random.Random(f"preferences {side}")
     rows = []
@@ -105,7 +106,7 @@ def pairs(side: str) -> list[dict[str, Any]]:
 
 
 def replies(side: str, route: dict[str, str], rng: random.Random) -> tuple[str, str]:
-    """(short and polite, one that is long, curt or both)."""
+    """Return (short and polite reply, reply that is long, curt or both)."""
     product, when = route["product_area"].replace("_", " "), WHEN[route["priority"]]
     act = rng.choice(ACTS[side][route["team"]]).format(product=product, when=when)
     polite, curt = rng.choice(POLITE[side]), rng.choice(CURT[side])

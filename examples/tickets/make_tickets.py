@@ -1,10 +1,10 @@
-"""Write the support tickets: train.jsonl and test.jsonl beside this file.
+"""Write the support tickets: train.jsonl and test.jsonl next to this file.
 
     python examples/tickets/make_tickets.py [--rows 1500] [--seed 7] [--output FOLDER]
 
-A ticket is an issue (who deals with it, and what it is about), cues (what sets the priority), and everything else that
-people write around the matter. All sentences come from templates.toml, where each stands either on the `train` or on
-the `test` side, so the held-out tickets share no sentence with the training tickets. Same arguments, same bytes.
+A ticket has an issue (team and product area), cues (priority) and filler sentences. All sentences come from
+templates.toml, on either the `train` or the `test` side, so held-out tickets share no sentence with training
+tickets. Same arguments, same bytes.
 
 Python's standard library only.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 HELD_OUT = 0.2
-SHARES = {  # level of the issue -> how often each priority is wanted
+SHARES = {  # level of the issue -> weight of each priority
     "normal": {"urgent": 5, "high": 4, "normal": 7, "low": 4},
     "high": {"urgent": 2, "high": 3},
     "low": {"high": 1, "low": 3},
@@ -38,10 +38,10 @@ class Ticket:
     team: str
     priority: str
     area: str
-    templates: list[str] = field(default_factory=list)  # ids of every sentence it was made of
+    templates: list[str] = field(default_factory=list)  # ids of the ticket's sentences
 
     def row(self, system: str) -> dict[str, Any]:
-        """The training row: three messages, the last one the wanted answer as compact JSON."""
+        """Return the training row: three messages; the last is the answer as compact JSON."""
         answer = {"team": self.team, "priority": self.priority, "product_area": self.area}
         return {
             "messages": [
@@ -53,7 +53,7 @@ class Ticket:
 
 
 def priority_of(level: str, cues: list[str]) -> str:
-    """The policy of README.md. Tone, capitals and thanks have no say."""
+    """Return the priority by the policy in README.md. Tone has no influence."""
     if "critical" in cues:
         return "urgent"
     if level == "high" or any(cue in RAISING for cue in cues):
@@ -83,7 +83,7 @@ class Writer:
     # -- what it says
 
     def cues_for(self, issue: dict[str, Any], want: str) -> list[str]:
-        """Names of the cues that bring an issue to the wanted priority."""
+        """Return names of cues that give an issue the wanted priority."""
         rng, level = self.rng, issue["level"]
         if want == "urgent":
             return ["critical"] + rng.choices([[], ["again"], ["many"]], [6, 1, 1])[0]
@@ -108,7 +108,7 @@ class Writer:
         return self.take(name, node)
 
     def take(self, name: str, node: dict[str, Any]) -> str:
-        """The next sentence of a list, in shuffled rounds so that each is used about equally often."""
+        """Return the next sentence of a list, in shuffled rounds for equal use."""
         sentences: list[str] = node[self.side]
         deck = self.decks.get(name) or self.rng.sample(range(len(sentences)), len(sentences))
         index, self.decks[name] = deck[0], deck[1:]
@@ -170,7 +170,7 @@ class Writer:
         return person if self.rng.random() < 0.4 else f"{person} {surname}"
 
     def mistype(self, text: str) -> str:
-        """A slip of the finger in every fourth ticket: letters swapped, doubled or left out inside long words."""
+        """Add a typo to every fourth ticket: swapped, doubled or omitted letters."""
         rng = self.rng
         if rng.random() > 0.25:
             return text
@@ -183,7 +183,9 @@ class Writer:
 
 
 def priorities_of(issue: dict[str, Any]) -> list[str]:
-    """A deck of the priorities wanted for an issue; an invoice or a parcel is urgent only if it stops a whole site."""
+    """Return a deck of priorities for an issue.
+
+    An invoice or a parcel is urgent only if it stops a whole site."""
     shares = dict(SHARES[issue["level"]])
     if issue["team"] in ("billing", "logistics") and issue["area"] != "subscription":
         del shares["urgent"]
@@ -191,7 +193,9 @@ def priorities_of(issue: dict[str, Any]) -> list[str]:
 
 
 def make(rows: int = 1500, seed: int = 7) -> tuple[list[Ticket], list[Ticket], str]:
-    """(train tickets, test tickets, system prompt). Deterministic in (rows, seed, templates.toml)."""
+    """Return (train tickets, test tickets, system prompt).
+
+    Deterministic in (rows, seed, templates.toml)."""
     spec = tomllib.loads((HERE / "templates.toml").read_text(encoding="utf-8"))
     issues = spec["issue"]
     weights = [0.6 if issue["team"] == "success" else 1.0 for issue in issues]
