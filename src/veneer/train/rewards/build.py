@@ -1,9 +1,9 @@
-"""The rewards of a configuration, built: every entry of `reinforcement.rewards` becomes a reward of its kind.
+"""Build the rewards of a configuration from `reinforcement.rewards`.
 
     with rewards_of(config.reinforcement.rewards, ask=ask) as rewards: …
 
-`ask`: who answers for models of this process, the base and adapters by name (`judge.AskModel`); whoever has an engine
-hands it in. A judge with a `url` needs none.
+`ask` answers questions to models of this process, the base and adapters by name (`judge.AskModel`); the owner
+of the engine passes it. A judge with a `url` needs no `ask`.
 """
 
 from __future__ import annotations
@@ -43,17 +43,20 @@ _RULES: dict[str, Callable[[Any], Reward]] = {
 
 
 def rewards_of(sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1) -> Rewards:
-    """Build the rewards of a configuration. Raises ConfigError for an invalid schema, grader or file, and for a judge
-    without a model to ask; MissingExtraError for a missing package; ResourceError if a grader needs a sandbox and none
-    works on this machine."""
+    """Build the rewards of a configuration.
+
+    Raises ConfigError for an invalid schema, grader or file, and for a judge without a model to ask;
+    MissingExtraError for a missing package; ResourceError if a grader needs a sandbox and no sandbox works on
+    this machine."""
     with ExitStack() as opened:
         made = [NamedReward(each.called, _reward(each, ask, opened), each.weight) for each in sections]
         return Rewards(made, most_failed=most_failed, close=opened.pop_all().close)
 
 
 def judges_here(sections: Sequence[RewardSection]) -> set[str]:
-    """The models of this process that these rewards ask: `BASE_MODEL`, and adapters. Raises ConfigError for a grader
-    that is none."""
+    """Return the models of this process that the rewards ask.
+
+    They are `BASE_MODEL` and adapters. Raises ConfigError for an invalid grader."""
     models: set[str] = set()
     for section in sections:
         if isinstance(section, JudgeReward) and section.url is None:
@@ -68,7 +71,7 @@ def _grader(section: GraderReward) -> Any:
 
 
 def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> Reward:
-    """`opened`: gets what has to be closed."""
+    """Build one reward. Resources to close are registered with `opened`."""
     if isinstance(section, JudgeReward):
         return judge_reward(section, _asked(section, ask, opened))
     if isinstance(section, PythonReward):
@@ -93,7 +96,7 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
 
 
 def _asked(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
-    """Who answers the reward's questions."""
+    """Return the function that answers the reward's questions."""
     if section.url is not None:
         return opened.enter_context(ServerJudge(section.url, **how_asked(section)))
     if ask is None:

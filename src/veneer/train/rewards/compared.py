@@ -1,8 +1,9 @@
-"""Two texts compared: an answer and what was wanted.
+"""Compare two texts: an answer and the expected text.
 
-same_text     equal, ignoring white space at both ends; JSON by value: key order is ignored, and 12.0 equals 12
-bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1        (extra `metrics`)
-fuzzy         2·LCS(a, b) / (|a| + |b|), rapidfuzz's ratio, from 0 to 1
+same_text     equal, ignoring white space at both ends; JSON by value: key order is ignored, and 12.0 equals
+12
+ bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1        (extra `metrics`)
+ fuzzy         2·LCS(a, b) / (|a| + |b|), rapidfuzz's ratio, from 0 to 1
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _FREQUENT = 8
 
 
 def as_json(text: str) -> Any:
-    """The value of a JSON text; None where it is none."""
+    """Return the value of a JSON text; None if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -27,7 +28,9 @@ def as_json(text: str) -> Any:
 
 
 def _equal_json(a: Any, b: Any) -> bool:
-    """Whether two JSON values are equal: 12.0 equals 12, true does not equal 1. No recursion, so any depth works."""
+    """Return whether two JSON values are equal: 12.0 equals 12, not true and 1.
+
+    Does not recurse, so any depth works."""
     pairs = [(a, b)]
     while pairs:
         a, b = pairs.pop()
@@ -45,7 +48,9 @@ def _equal_json(a: Any, b: Any) -> bool:
 
 
 def same_text(answer: str, wanted: Any) -> bool:
-    """Whether an answer equals `wanted`: a text or another JSON value. Bare numbers in texts are compared as text."""
+    """Return whether an answer equals `wanted`, a text or another JSON value.
+
+    Bare numbers in texts are compared as text."""
     text = wanted if isinstance(wanted, str) else json.dumps(wanted, ensure_ascii=False)
     if answer.strip() == text.strip():
         return True
@@ -55,12 +60,12 @@ def same_text(answer: str, wanted: Any) -> bool:
 
 
 def same_field(value: Any, wanted: dict[str, Any], key: str) -> bool:
-    """Whether an answer's JSON value has the wanted object's value under `key`."""
+    """Return whether an answer's JSON value has the expected value under `key`."""
     return isinstance(value, dict) and key in value and _equal_json(value[key], wanted[key])
 
 
 def bleu(answer: str, wanted: str) -> float:
-    """sacrebleu's sentence BLEU, of 1. Raises MissingExtraError."""
+    """Return sacrebleu's sentence BLEU, from 0 to 1. Raises MissingExtraError."""
     try:
         from sacrebleu import sentence_bleu
     except ImportError as error:
@@ -69,7 +74,7 @@ def bleu(answer: str, wanted: str) -> float:
 
 
 def rouge(answer: str, wanted: str, measure: str = "rougeL") -> float:
-    """F1 of one of rouge-score's measures. Raises MissingExtraError."""
+    """Return the F1 of one of rouge-score's measures. Raises MissingExtraError."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
         from rouge_score.tokenizers import DefaultTokenizer
@@ -97,11 +102,11 @@ def fuzzy(a: str, b: str) -> float:
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """The length of a longest common subsequence.
+    """Return the length of a longest common subsequence.
 
-    Hyyrö's bit vectors ("Bit-parallel LCS-length computation revisited", 2004): bit i of `row` is 0 where the length of
-    the LCS grows at a's item i. A step is a few operations on one integer of |a| bits. Masks are cached only for the
-    few frequent items: |a| masks of |a| bits would need quadratic memory."""
+    Hyyrö's bit vectors ("Bit-parallel LCS-length computation revisited", 2004): bit i of `row` is 0 where the
+    length of the LCS grows at a's item i. A step is a few operations on one integer of |a| bits. Masks are
+    cached only for the few frequent items: |a| masks of |a| bits would need quadratic memory."""
     places: dict[str, list[int]] = {}
     for i, item in enumerate(a):
         places.setdefault(item, []).append(i)

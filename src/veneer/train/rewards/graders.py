@@ -1,16 +1,16 @@
-"""OpenAI's graders: one is a reward, and is run by `/v1/fine_tuning/alpha/graders/run`.
+"""OpenAI's graders, as rewards and for `/v1/fine_tuning/alpha/graders/run`.
 
-    string_check      1 where input and reference are eq, ne, like (the reference is in the input) or ilike, else 0
+    string_check      1 if eq, ne, like (the reference is in the input) or ilike holds for the texts, else 0
     text_similarity   fuzzy_match, bleu, gleu, meteor or rouge_1 … rouge_l of input and reference, from 0 to 1
     score_model       the number that a model gives, within `range`
-    python            `grade(sample, item)` of the grader's source, in a separate process (`limited`) or a sandbox
+    python            `grade(sample, item)` of the source, in a separate process (`limited`) or a sandbox
     multi             a formula of other graders' values: + - * / ^, min max abs floor ceil exp sqrt log
 
     with GraderRun(parse_grader({"type": "string_check", …})) as run:
         (grade,) = run.grade([(sample, item)])
 
-What the model is to blame for is a 0: a template that looks into `sample.output_json` where the answer is no such JSON
-(`sample_parse_error`). What it is not to blame for has no value, and `errors` says what it was, in OpenAI's words.
+A fault of the model's answer has the value 0: a template reads `sample.output_json` and the answer is not
+such JSON (`sample_parse_error`). Any other fault has no value, and `errors` names it in OpenAI's words.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ from veneer.train.rewards.sandbox import Sandbox
 from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem
 
 _SOURCE = 256 << 10
-"""Most bytes of a python grader's source, as at OpenAI, and of all sources of a multi grader together."""
+"""Maximum bytes of python sources in a grader, as at OpenAI.
+
+For a multi grader, the maximum is for all its sources together."""
 _PARSED_HERE = 8 << 10
-"""Most characters of a source that this process parses itself: `ast.parse` holds the GIL, for 0.2 s with the largest
-source."""
+"""Maximum characters of a source that this process parses itself.
+
+`ast.parse` holds the GIL, for 0.2 s with the largest source."""
 _PARSE_SECONDS = 20.0
 _COMPARED = 64 << 10
-"""Most characters of each text that a metric compares."""
+"""Maximum characters of each text that a metric compares."""
 TOO_LARGE = "too_large"
 """The error for a text over a limit. OpenAI has no such error; neither the model nor the row is at fault."""
 _MEMORY = 2e9
@@ -87,7 +90,7 @@ class TextSimilarityGrader(_Grader):
     reference: _Text
     evaluation_metric: Literal[
         "fuzzy_match", "bleu", "gleu", "meteor", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
-    ]  # cosine needs a model of embeddings, and at OpenAI is of evals alone
+    ]  # cosine needs an embedding model, and OpenAI supports it for evals only
 
     def templates(self) -> list[str]:
         return [self.input, self.reference]
@@ -182,7 +185,7 @@ class MultiGrader(_Grader):
     @pydantic.field_validator("graders", mode="before")
     @classmethod
     def _by_name(cls, given: Any) -> Any:
-        """Graders by name; one alone, as the reference has it, goes by its own."""
+        """Return graders by name; a single grader gets its own name, as at OpenAI."""
         if isinstance(given, Mapping) and isinstance(given.get("type"), str) and isinstance(given.get("name"), str):
             return {given["name"]: dict(given)}
         return given
@@ -212,7 +215,7 @@ _ADAPTER: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(_AnyGrader)
 
 
 def parse_grader(given: Any, where: str = "grader") -> Any:
-    """A grader of JSON. Raises ConfigError that says which key is wrong."""
+    """Parse a JSON grader. Raises ConfigError naming the invalid key."""
     kind = given.get("type") if isinstance(given, Mapping) else None
     if kind not in _TYPES:
         near = nearest(str(kind), _TYPES, 1)
@@ -230,19 +233,19 @@ def parse_grader(given: Any, where: str = "grader") -> Any:
 
 
 def has_python(given: Any) -> bool:
-    """Whether an unparsed JSON grader is a python grader or contains one."""
+    """Return whether an unparsed JSON grader is a python grader or contains one."""
     inner = given.get("graders") if isinstance(given, Mapping) else None
     found = [given, inner, *(inner.values() if isinstance(inner, Mapping) else ())]
     return any(isinstance(each, Mapping) and each.get("type") == "python" for each in found)
 
 
 def single_graders(grader: Any) -> dict[str, Any]:
-    """Those of a multi grader by their names, and any other as it is, by none."""
+    """Return a multi grader's graders by name; any other grader under the name ""."""
     return dict(grader.graders) if isinstance(grader, MultiGrader) else {"": grader}
 
 
 def grader_models(grader: Any) -> set[str]:
-    """The models that a grader, or one in it, asks."""
+    """Return the models that a grader or its sub-graders ask."""
     return {each.model for each in single_graders(grader).values() if isinstance(each, ScoreModelGrader)}
 
 
@@ -270,9 +273,11 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
 
 
 def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str, float]], float]:
-    """A formula of numbers, `names` and the functions above, as a function of the names' values. What is no identifier
-    cannot be named in it. Raises ValueError for what is no formula; the function raises ArithmeticError or ValueError
-    where there is no value, as for 1/0."""
+    """Compile a formula of numbers, `names` and the functions above.
+
+    Returns a function of the names' values. A name that is not an identifier cannot be used in a formula.
+    Raises ValueError for an invalid formula; the returned function raises ArithmeticError or ValueError if
+    there is no value, as for 1/0."""
     try:
         body = ast.parse(text.replace("^", "**").strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -312,8 +317,10 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
 
 @dataclass(frozen=True)
 class Grade:
-    """`errors`: OpenAI's name of an error -> what it was. `parts`: of a multi grader. `usage`: of tokens, by the model
-    that was asked."""
+    """The result of a grader.
+
+    `errors`: OpenAI's name of an error -> its description. `parts`: values of a multi grader's graders. `usage`:
+    tokens, by model."""
 
     value: float | None
     errors: Mapping[str, str] = field(default_factory=dict)
@@ -322,9 +329,11 @@ class Grade:
 
 
 class GraderRun:
-    """A grader that is ready to run. `ask`: asks the model of score_model. `timeout`: seconds for a python function.
-    `sandbox`: where Python runs; if None, with this process's rights. Raises ConfigError if score_model has no model to
-    ask, and MissingExtraError if a metric's package is missing."""
+    """A grader that is ready to run.
+
+    `ask`: asks the model of score_model. `timeout`: seconds for a python function. `sandbox`: where Python
+    runs; if None, with this process's rights. Raises ConfigError if score_model has no model to ask, and
+    MissingExtraError if a metric's package is missing."""
 
     def __init__(
         self, grader: Any, *, ask: AskModel | None = None, timeout: float = 120.0, sandbox: Sandbox | None = None
@@ -352,7 +361,9 @@ class GraderRun:
         self._open.close()
 
     def grade(self, asked: Sequence[Asked]) -> list[Grade]:
-        """A grade for each (sample, item). Raises UnavailableError where the model that is asked is away."""
+        """Return a grade for each (sample, item).
+
+        Raises UnavailableError if the model server is unavailable."""
         own = {name: self._grades(name, each, asked) for name, each in single_graders(self.grader).items()}
         if not isinstance(self.grader, MultiGrader):
             return own[""]
@@ -369,7 +380,7 @@ class GraderRun:
     def _by_function(self, name: str, asked: Sequence[Asked]) -> list[Grade]:
         try:
             scores = self._functions[name].score(asked)
-        except ConfigError as error:  # it cannot be loaded, whatever it is asked
+        except ConfigError as error:  # the source cannot be loaded, whatever the sample
             return [Grade(None, {"python_grader_runtime_error": error.what})] * len(asked)
         return [
             Grade(score.value, {}, score.parts)
@@ -392,8 +403,9 @@ class GraderRun:
 
 
 def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Question:
-    """Return the question: the grader's filled messages, followed by the required form of the answer, whose `result` is
-    the grade. Raises NoValue, TextTooLong."""
+    """Return the question: the grader's filled messages and the required answer form.
+
+    The `result` of the answer is the grade. Raises NoValue, TextTooLong."""
     low, high = grader.range or (0.0, 1.0)
     messages: list[dict[str, str]] = []
     left = FILLED
@@ -467,7 +479,7 @@ def _of_texts(
 
 
 def _gleu(text: str, wanted: str) -> float:
-    """Google's BLEU of one answer (arXiv 1609.08144): min(precision, recall) of all n-grams of 1 to 4 words."""
+    """Return Google's BLEU: min(precision, recall) of 1- to 4-grams (arXiv 1609.08144)."""
 
     def grams(of: str) -> Counter[tuple[str, ...]]:
         words = of.split()

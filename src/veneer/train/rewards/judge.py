@@ -1,19 +1,19 @@
-"""A model as judge: asked about each answer, it gives a number.
+"""A model as judge: it answers a question about each answer with a number.
 
-    judge    score = (n − low) / (high − low), where n is the number in the judge's reply and `range` = (low, high)
+    judge    score = (n − low) / (high − low); n: the number in the judge's reply; `range` = (low, high)
 
 Every question asks for JSON, `{"steps": [...], "result": n}`, and includes the schema for judges that support
 constrained decoding. `reply_score` reads the reply; a truncated or ambiguous reply has no score.
 
-Who is asked is a function of many questions at once, `AskModel`: the engine of this process, handed in by whoever has
-one, or a server that speaks OpenAI's chat completions:
+`AskModel` answers many questions at once. It is the engine of this process, passed by its owner, or a server
+with OpenAI's chat completions:
 
     with ServerJudge("https://api.openai.com/v1", key="OPENAI_API_KEY") as server:
         replies = server([Question([{"role": "user", "content": "…"}], model="gpt-4o-mini")])
 
-One that is away is waited for, and a question without an answer has no score (`rewards.server`). Equal questions of
-one call are asked once. Temperature 0 and a seed, so that equal questions are answered equally where the server can do
-that.
+An unavailable server is retried, and a question without an answer has no score (`rewards.server`). Equal
+questions of one call are asked once. Temperature 0 and a fixed seed give equal answers to equal questions if
+the server supports it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ _NUMBER = re.compile(
 
 @dataclass(frozen=True)
 class Question:
-    """A question to a model. `model`: the model's name at the server or engine that answers. `tokens`: maximum tokens
-    of the answer. `form`: JSON schema of the answer, enforced if constrained decoding is supported."""
+    """A question to a model.
+
+    `model`: the model's name at the server or engine that answers. `tokens`: maximum tokens of the answer.
+    `form`: JSON schema of the answer, enforced if constrained decoding is supported."""
 
     messages: Sequence[Mapping[str, Any]]
     model: str
@@ -57,15 +59,19 @@ class Question:
 
     @property
     def grammar(self) -> tuple[Literal["json_schema"], str] | None:
-        """`form` for the engine's sampler, without optional white space, which small models repeat endlessly."""
+        """Return `form` for the engine's sampler.
+
+        Excludes optional white space, which small models repeat endlessly."""
         compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         return None if self.form is None else ("json_schema", json.dumps({**self.form, "x-guidance": compact}))
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's reply. `error`: why there is no text; `refused`: the model refused to answer. `usage`: tokens, in
-    OpenAI's form. `cut`: the reply was truncated at its token limit."""
+    """A model's reply.
+
+    `error`: why there is no text; `refused`: the model refused to answer. `usage`: tokens, in OpenAI's form.
+    `cut`: the reply was truncated at its token limit."""
 
     text: str = ""
     usage: Mapping[str, int] = field(default_factory=dict)
@@ -75,11 +81,13 @@ class Reply:
 
 
 AskModel = Callable[[Sequence[Question]], Sequence[Reply]]
-"""Many questions -> as many replies, in their order. Raises UnavailableError where the model is away."""
+"""Answers questions in order; raises UnavailableError if the model is away."""
 
 
 class ServerJudge:
-    """An `AskModel` over HTTP. `how`: key, timeout, patience and at_once, as `AwaitedServer` has them."""
+    """An `AskModel` over HTTP.
+
+    `how`: key, timeout, patience and at_once of `AwaitedServer`."""
 
     def __init__(self, url: str, **how: Any) -> None:
         self._server = AwaitedServer(url, "judge", "the reward's `patience`", **how)
@@ -92,12 +100,14 @@ class ServerJudge:
         self._server.close()
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
-        """Raises UnavailableError, ConfigError as `AwaitedServer` does."""
+        """Return the replies. Raises the errors of `AwaitedServer`."""
         return self._server.each(self._ask, questions) or []
 
     def _ask(self, question: Question) -> Reply:
-        """Ask a question. If the server's error names an unsupported setting, omit the setting now and in all later
-        questions. If the error names none, ask once more without `response_format`, which many servers lack."""
+        """Ask a question.
+
+        If the server's error names an unsupported setting, omit the setting now and in all later questions.
+        If the error names none, ask once more without `response_format`, which many servers lack."""
         formless = False
         try:
             while True:
@@ -153,7 +163,7 @@ class ServerJudge:
 
 
 def ask_once(ask: AskModel, questions: Sequence[Question]) -> list[Reply]:
-    """The replies, with equal questions asked once."""
+    """Return the replies, asking equal questions once."""
     keys = [json.dumps([vars(q)], sort_keys=True, default=str) for q in questions]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     order = sorted(first.values())
@@ -162,7 +172,7 @@ def ask_once(ask: AskModel, questions: Sequence[Question]) -> list[Reply]:
 
 
 def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
-    """Return the instruction about the form of a judge's answer, and the JSON schema of this form."""
+    """Return the instruction for the form of a judge's answer, and its JSON schema."""
     told = (
         'Answer with a JSON object alone: {"steps": [what you considered, in short sentences], '
         f'"result": a number from {low:g} to {high:g}}}.'
@@ -180,11 +190,11 @@ def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
 
 
 def reply_score(reply: Reply, low: float, high: float) -> float | str:
-    """Return the score in a judge's reply, from `low` to `high`; or the reason why the reply has no score.
+    """Return the score in a judge's reply, or the reason why the reply has no score.
 
-    A JSON object with `result`, even fenced or inside other text, gives its `result`. Any other text gives a score if
-    all its numbers have the same value: `n/m`, `n out of m` and `n%` count as n if m (or 100) equals `high`, and give
-    no score otherwise."""
+    The score is from `low` to `high`. A JSON object with `result`, even fenced or inside other text, gives
+    its `result`. Any other text gives a score if all its numbers have the same value: `n/m`, `n out of m` and
+    `n%` count as n if m (or 100) equals `high`, and give no score otherwise."""
     if reply.error:
         return reply.error
     if reply.cut:
@@ -216,12 +226,16 @@ def _in_range(value: float, said: str, low: float, high: float) -> float | str:
 
 
 def _braced(text: str) -> str:
-    """Return the text from the first brace to the last, because models put words and fences around JSON."""
+    """Return the text from the first brace to the last.
+
+    Models put words and fences around JSON."""
     return text[text.find("{") : text.rfind("}") + 1] if "{" in text else text
 
 
 def _refused_setting(answer: Any) -> str:
-    """Return the setting that a server's error names, in `param` as at OpenAI; "" if it names none."""
+    """Return the setting that a server's error names; "" if it names none.
+
+    Read from the error's `param`, as at OpenAI."""
     try:
         return str(answer.json()["error"]["param"] or "").partition(".")[0]
     except (ValueError, LookupError, TypeError):
@@ -229,7 +243,9 @@ def _refused_setting(answer: Any) -> str:
 
 
 def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:
-    """A judge's reward. No score for a row that lacks a column of the prompt, or that makes the prompt too long."""
+    """Return a judge's reward.
+
+    A row without a column of the prompt, or with a prompt that is too long, has no score."""
     low, high = section.range
     told, form = score_form(low, high)
 

@@ -1,19 +1,20 @@
-"""A user's Python function in a process of its own, within limits of time and memory.
+"""A user's Python function in a separate process with time and memory limits.
 
     with LimitedFunction("score", file="score.py", timeout=10, memory=2e9) as function:
         (score,) = function.score([(sample, item)])
 
-The process starts at the first call. If an answer takes longer than `timeout`, the process is killed with its process
-group and started again for the next answer. The function can import installed packages and modules next to its file.
-Its output is discarded. Its random numbers are seeded by the question, so that the same answer gets the same score.
+The process starts at the first call. If an answer takes longer than `timeout`, the process is killed with its
+process group and started again for the next answer. The function can import installed packages and modules
+next to its file. Its output is discarded. Its random numbers are seeded by the question, so the same answer
+gets the same score.
 
-These limits are for the operator's own functions and do not protect against malice: the process has the rights of the
-parent process, even with `bare`, which removes environment variables. Python from clients runs in a `sandbox` (see
-`sandbox.py` and `working_sandbox`). There, `memory` is for all processes together, leftover processes at an answer end
-the sandbox, and the sandbox is stopped between calls.
+These limits are for the operator's own functions and do not protect against malice: the process has the
+rights of the parent process, even with `bare`, which removes environment variables. Python from clients runs
+in a `sandbox` (see `sandbox.py` and `working_sandbox`). There, `memory` is for all processes together,
+leftover processes at an answer end the sandbox, and the sandbox is stopped between calls.
 
-Only the function's own process can answer: on Linux, the kernel identifies the sender of each message, messages from
-other processes are dropped, and an answer repeats the token of its question.
+Only the function's own process can answer: on Linux, the kernel identifies the sender of each message,
+messages from other processes are dropped, and an answer repeats the token of its question.
 
 Raises ConfigError if the file cannot be read or loaded, or lacks the function.
 """
@@ -58,26 +59,29 @@ from veneer.train.rewards.sandbox import (
 
 _CHILD = Path(__file__).with_name("limited_child.py")
 _LOADING = 120.0
-"""Seconds that the file may take to be loaded, its imports among them."""
+"""Maximum seconds to load the file, including its imports."""
 _ANSWER = 1 << 20
-"""Bytes that a process may answer."""
+"""Maximum bytes of an answer."""
 _GIVES_UP = 5
-"""Failures of one call, one after the other, after which the rest of its answers are not asked about."""
+"""Consecutive failures in one call after which the rest is skipped."""
 _WATCH = 0.02
 """Seconds between memory checks of a running sandbox."""
 _CREDENTIALS = struct.Struct("3i")
 """A message's sender as the kernel reports it: process, user, group."""
 
 Asked = tuple[Mapping[str, Any], Mapping[str, Any]]
-"""(sample, item), as OpenAI's graders have them."""
+"""(sample, item), as in OpenAI's graders."""
 
 
 class _Ended(Exception):
-    """The process is no more, or had to be ended; its text says why."""
+    """The process has ended or was killed; the text is the reason."""
 
 
 class LimitedFunction:
-    """`file` or `source`: where the function is. `at_once`: so many processes, each within the limits. Thread-safe."""
+    """A function in separate processes. Thread-safe.
+
+    `file` or `source`: where the function is defined. `at_once`: number of processes; the limits hold for
+    each."""
 
     def __init__(
         self,
@@ -117,13 +121,17 @@ class LimitedFunction:
             process.end()
 
     def score(self, asked: Sequence[Asked]) -> list[RewardScore]:
-        """A score for each, in their order: the function gives a number, or a mapping with `score` and numbers that are
-        its parts. Where there is none, why. Raises ConfigError as said above."""
+        """Return a score for each question, in order, or the reason for a missing score.
+
+        The function returns a number, or a mapping with `score` and numeric parts. Raises ConfigError as
+        above."""
         given = self.call(asked)
         return [RewardScore(None, each.why) if isinstance(each, NoAnswer) else _score_of(each) for each in given]
 
     def call(self, asked: Sequence[Asked]) -> list[Any]:
-        """What the function gives for each, as it comes out of JSON; NoAnswer where it gives none. Raises as score."""
+        """Return the function's JSON result for each question; NoAnswer if there is none.
+
+        Raises the errors of `score`."""
         failed = _Row()
 
         def one(pair: Asked) -> Any:
@@ -145,13 +153,13 @@ class LimitedFunction:
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """`why` a function gave nothing."""
+    """No result of a function; `why` is the reason."""
 
     why: str
 
 
 class _Row:
-    """How many failed one after the other."""
+    """Counts consecutive failures."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -162,7 +170,7 @@ class _Row:
 
 
 def _value_of(answer: Any) -> Any:
-    """What a process said, which a user's code may have had its hands in."""
+    """Return the value in a process's answer, which user code can have forged."""
     if not isinstance(answer, dict) or not ("value" in answer or isinstance(answer.get("error"), str)):
         return NoAnswer("the function's process gave no answer")
     return answer["value"] if "value" in answer else NoAnswer(answer["error"][:2000])
@@ -179,7 +187,7 @@ def _score_of(value: Any) -> RewardScore:
 
 
 def _float(number: int | float) -> float:
-    """JSON's whole numbers have any size."""
+    """Convert a JSON number to float; JSON integers have any size."""
     try:
         return float(number)
     except OverflowError:
@@ -195,7 +203,7 @@ class _Process:
         self._lock = threading.Lock()
 
     def ask(self, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
-        """Raises _Ended, with the reason, where there is no answer in time."""
+        """Return the function's answer. Raises _Ended if there is none in time."""
         self._start()
         try:
             text = json.dumps([sample, item], sort_keys=True, default=str)
@@ -402,7 +410,7 @@ def _plain(channel: socket.socket, bare: bool) -> subprocess.Popen[bytes]:
 
 
 def _says_who() -> bool:
-    """Whether the kernel reports the sender of a message."""
+    """Return whether the kernel reports the sender of a message."""
     return sys.platform == "linux"
 
 

@@ -1,16 +1,19 @@
-"""The process that a user's function runs in: started as a script by `limited`, and imports nothing of veneer.
+"""The process that runs a user's function.
+
+`limited` starts this script, which imports nothing of veneer.
 
     limited_child.py [--user ID] [--confined]
 
-Messages are JSON, each after its length in 4 bytes (big-endian), on the socket that was descriptor 0. For the function,
-descriptors 0 to 2 are an empty input and a discarded output. Every message has a token that its answer repeats, so that
-data written earlier cannot pass for an answer.
+Messages are JSON, each after its length in 4 bytes (big-endian), on the socket that was descriptor 0. For the
+function, descriptors 0 to 2 are an empty input and a discarded output. Every message has a token that its
+answer repeats, so that data written earlier cannot pass for an answer.
 
-    at its start                                                                         -> {}
-    first     {"file" or "source", "function", "memory" (bytes), "timeout" (seconds)}    -> {} or {"error"}
-    then      {"sample", "item", "seed"}                                                 -> {"value"} or {"error"}
+    start                                                                             -> {}
+    first    {"file" or "source", "function", "memory" (bytes), "timeout" (seconds)}  -> {} or {"error"}
+    then     {"sample", "item", "seed"}                                               -> {"value"} or {"error"}
 
-`--user`: switch to this user first, permanently. `--confined`: the process is in a sandbox, so its limits are final.
+`--user`: switch to this user first, permanently. `--confined`: the process is in a sandbox, so its limits are
+final.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import types
 from typing import Any, BinaryIO
 
 _PROCESSES, _FILES = 32, 64
-"""Most processes and threads of a sandbox, and most open files of each process."""
+"""Maximum processes and threads of a sandbox, and open files of each process."""
 
 
 def _main(arguments: list[str]) -> None:
@@ -64,7 +67,7 @@ def _main(arguments: list[str]) -> None:
     _write(sink, json.dumps(found | {"token": first["token"]}), own)
     cores = os.cpu_count() or 1
     while function is not None and (asked := _read(source)) is not None:
-        # Whoever loses its parent in the middle of a loop that never ends is ended by the system.
+        # The system ends a child that loses its parent during an endless loop.
         _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + (first["timeout"] + 1) * cores) + 1)
         try:
             _seed(asked["seed"])
@@ -98,7 +101,7 @@ def _loaded(first: dict[str, Any]) -> Any:
         text = first["source"]
     module = types.ModuleType("reward")
     module.__file__ = file
-    sys.modules["reward"] = module  # dataclasses look their module up
+    sys.modules["reward"] = module  # dataclasses look up their module
     exec(compile(text, _name(first), "exec"), module.__dict__)
     function = getattr(module, first["function"], None)
     if not callable(function):
@@ -111,7 +114,7 @@ def _name(first: dict[str, Any]) -> str:
 
 
 def _seed(seed: int) -> None:
-    """For what draws: of the libraries that the function has loaded, each is seeded."""
+    """Seed the random generators of the libraries that the function has loaded."""
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed % 2**32)
@@ -120,20 +123,22 @@ def _seed(seed: int) -> None:
 
 
 def _told(error: BaseException, first: dict[str, Any]) -> str:
-    """The error in a line, with the last line of the user's own code that it came through."""
+    """Return the error in one line, with the last line of the user's code."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _name(first)]
     at = f"line {lines[-1]} of {os.path.basename(_name(first))}: " if lines else ""
     return f"{at}{type(error).__name__}: {error}"[:2000]
 
 
 def _read(source: BinaryIO) -> Any:
-    """The next message; None at the end."""
+    """Return the next message; None at the end."""
     head = source.read(4)
     return json.loads(source.read(struct.unpack(">I", head)[0])) if len(head) == 4 else None
 
 
 def _write(sink: BinaryIO, text: str, own: int) -> None:
-    """Write a message. `own`: the ID of the process that has to answer; a fork of the user's function exits here."""
+    """Write a message.
+
+    `own`: ID of the process that has to answer; a fork of the user's function exits here."""
     if os.getpid() != own:
         os._exit(0)
     data = text.encode()

@@ -1,19 +1,20 @@
-"""What an answer is worth: many answers in, a score for each out; several rewards are one weighted sum.
+"""Rewards: functions that score many answers at once; several form a weighted sum.
 
     with Rewards([NamedReward("exact_match", exact, 1.0), NamedReward("length", short, 0.2)]) as rewards:
         judged = rewards.judge(answers)
-        judged.values                the sum of each answer; None where a reward of it failed
-        judged.scores["length"]      the same apart, for the log
-        reward_findings(judged, groups)     what makes a group teach nothing, counted
+        judged.values                the sum for each answer; None if one of its rewards failed
+        judged.scores["length"]      a reward's scores, for the log
+        reward_findings(judged, groups)     counts of groups without a training signal
 
     value(answer) = Σ weight · score(answer), over the rewards;  None as soon as one of them is None
 
-A reward is a function of *many* answers at once, so that a judge may be asked about all of them together. It says for
-each a finite number, or why there is none. What has none is left out of its group by whoever trains on it, and never
-becomes a zero: an answer that nobody could judge is not a bad one. Where more than a share of them (`most_failed`) have
-none, the run stops: TrainingError. A judge that is away raises UnavailableError, which stops it too, resumable.
+A reward scores *many* answers at once, so that a judge can be asked about all of them together. The score of
+an answer is a finite number, or the reason why there is no number. Trainers leave an answer without a value
+out of its group; the value never becomes zero, because an unjudged answer is not a bad answer. If more than
+the share `most_failed` have no value, the run stops with TrainingError. An unavailable judge raises
+UnavailableError, which stops the run resumably.
 
-Knows neither models nor servers.
+Independent of models and servers.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ from veneer.errors import DataError, TrainingError, bullets, counted, first_few,
 Turn = Mapping[str, Any]
 
 _LARGEST = 1e30
-"""Of a score: squares of them, and sums of these, are numbers."""
+"""Maximum absolute score: squares of scores, and their sums, stay finite."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a prompt.
+    """A model's answer to a prompt.
 
-    prompt: the messages before it. text: the last thing it said. row: the columns of the prompt's row, and as `answer`,
-    where the row's conversation ends in an assistant's turn, that turn's text. tokens: of all that it said. cut: it
-    ended at a limit and not by itself. turns: of a conversation that went on, every message after the prompt, the
-    answers of tools among them. tools: those that it could call. error: why it cannot be judged."""
+    prompt: the messages before the answer. text: the last text of the model. row: the columns of the prompt's
+    row; if the row's conversation ends in an assistant's turn, `answer` is that turn's text. tokens: number
+    of all the model's tokens. cut: the answer was truncated at a limit. turns: in a multi-turn conversation,
+    every message after the prompt, including tool results. tools: the available tools. error: why the answer
+    cannot be judged."""
 
     prompt: Sequence[Turn]
     text: str
@@ -52,14 +54,16 @@ class Answer:
 
     @property
     def calls(self) -> list[Mapping[str, Any]]:
-        """The calls of tools in its last message, as chat templates have them."""
+        """Return the tool calls of the last message, in chat template form."""
         return list((self.turns[-1].get("tool_calls") if self.turns else None) or ())
 
 
 @dataclass(frozen=True)
 class RewardScore:
-    """`value`: a finite number; None where there is none, and then `error` says why. `parts`: what it is made of, for
-    the log: means of them stand beside the reward's own."""
+    """A reward's score of an answer.
+
+    `value`: a finite number, or None, with the reason in `error`. `parts`: components of the score, whose means are
+    logged."""
 
     value: float | None
     error: str = ""
@@ -67,7 +71,7 @@ class RewardScore:
 
 
 class Reward(Protocol):
-    """Many answers at once -> as many scores, in their order. Raises UnavailableError where what it needs is away."""
+    """Scores many answers, in order; raises UnavailableError if a server is away."""
 
     def __call__(self, answers: Sequence[Answer], /) -> Sequence[RewardScore]: ...
 
@@ -81,7 +85,9 @@ class NamedReward:
 
 @dataclass(frozen=True)
 class Judged:
-    """`values`: the weighted sums; `scores`: each reward's own, by its name. Both in the order of the answers."""
+    """Scores of several answers, in order.
+
+    `values`: the weighted sums; `scores`: each reward's scores, by its name."""
 
     values: list[float | None]
     scores: dict[str, list[RewardScore]]
@@ -91,7 +97,9 @@ class Judged:
         return self.values.count(None)
 
     def why(self, answers: Sequence[Answer]) -> list[str]:
-        """Why answers failed, the commonest reason first, with their number and the first of their rows."""
+        """Return the reasons for failed answers, the most common first.
+
+        Each has its number of answers and its first rows."""
         reasons: dict[str, list[str]] = {}
         for name, scores in self.scores.items():
             for score, answer in zip(scores, answers, strict=True):
@@ -107,7 +115,9 @@ class Judged:
         return [told(reason, rows) for reason, rows in ranked]
 
     def logged(self) -> dict[str, float]:
-        """Means over the answers that have a value: of the sum, each reward and its parts; and how many failed."""
+        """Return means over the answers with a value, and the number of failures.
+
+        The means are of the sum, of each reward and of its parts."""
         found = {"reward": _mean(self.values)}
         for name, scores in self.scores.items():
             found[f"reward_{name}"] = _mean([s.value for s in scores])
@@ -118,8 +128,10 @@ class Judged:
 
 
 class Rewards:
-    """A weighted sum of rewards. `most_failed`: the share of the answers judged at once that may have no value, and one
-    answer always may. `close`: ends what the rewards keep open, such as processes."""
+    """A weighted sum of rewards.
+
+    `most_failed`: maximum share of answers without a value in one call; one such answer is always allowed.
+    `close`: releases the rewards' resources, such as processes."""
 
     def __init__(
         self, rewards: Sequence[NamedReward], *, most_failed: float = 0.1, close: Callable[[], None] = lambda: None
@@ -135,7 +147,10 @@ class Rewards:
         self.close()
 
     def judge(self, answers: Sequence[Answer]) -> Judged:
-        """Raises TrainingError where too many fail, with the first reasons; UnavailableError where a judge is away."""
+        """Score the answers.
+
+        Raises TrainingError with the first reasons if too many fail; UnavailableError if a judge is
+        unavailable."""
         scores = {each.name: _scored(each.name, each.reward, answers) for each in self.rewards}
         values: list[float | None] = []
         for i in range(len(answers)):
@@ -149,8 +164,9 @@ class Rewards:
 
 
 def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[RewardScore]:
-    """The scores of one reward, as they may be used: none is infinite, NaN or beyond what advantages are computed of,
-    nor is a part of it, and what is no number says so."""
+    """Return the scores of one reward, with unusable scores replaced by a reason.
+
+    A score is unusable if it or a part is infinite, NaN or above `_LARGEST`."""
     sound = [answer for answer in answers if not answer.error]
     given = list(reward(sound)) if sound else []
     if len(given) != len(sound):
@@ -184,11 +200,13 @@ def _too_many(judged: Judged, answers: Sequence[Answer]) -> TrainingError:
 
 
 def reward_findings(judged: Judged, groups: Sequence[int]) -> dict[str, float]:
-    """Counts for the log, of answers that were drawn in groups. `groups`: whose group each answer is of.
+    """Count the groups of answers without a training signal, for the log.
 
-    groups                            how many there are
-    constant_groups, constant_share   those in which every answer has the same sum: no advantage, nothing to learn
-    constant_NAME                     1 where this reward is the same within each group and moves nothing; else 0"""
+    `groups`: the group of each answer.
+
+     groups                            number of groups
+     constant_groups, constant_share   groups whose answers all have the same sum: no advantage
+     constant_NAME                     1 if this reward is constant within each group; else 0"""
     count, constant = len(set(groups)), _constant(judged.values, groups)
     found = {"groups": float(count), "constant_groups": float(constant), "constant_share": constant / max(1, count)}
     for name, scores in judged.scores.items():
@@ -197,7 +215,7 @@ def reward_findings(judged: Judged, groups: Sequence[int]) -> dict[str, float]:
 
 
 def _constant(values: Sequence[float | None], groups: Sequence[int]) -> int:
-    """Groups with at most one value among those of their answers that have any."""
+    """Return the number of groups whose answers have at most one distinct value."""
     seen: dict[int, set[float]] = {group: set() for group in groups}
     for value, group in zip(values, groups, strict=True):
         if value is not None:
@@ -224,8 +242,10 @@ def each_answer(score: Callable[[Answer], RewardScore | float]) -> Reward:
 
 
 def column(answer: Answer, name: str) -> Any:
-    """The column of the answer's row that a reward compares with. Raises DataError, with the nearest, where it has
-    none: every row of a run has to have it, so the run stops."""
+    """Return the column of the answer's row that a reward compares with.
+
+    Raises DataError, with the nearest column, if the row lacks it: every row of a run needs it, so the run
+    stops."""
     if name not in answer.row:
         near = nearest(name, map(str, answer.row), 1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, answer.row)) or 'none'}"

@@ -1,14 +1,14 @@
-"""Rewards that are formulas of the answer and its row: the same input, the same value.
+"""Rewards that are deterministic formulas of the answer and its row.
 
-    exact_match   1 if answer = wanted, as `compared.same_text` has it
-    json_schema   1 if the answer is JSON and the schema allows it                  parts: json, 1 if it is JSON at all
-    json_fields   |{k : answer[k] = wanted[k]}| / |k|, of the wanted object's keys  parts: a key each
-    regex         1 if the pattern matches, and its group is what is wanted
+    exact_match   1 if answer = wanted, by `compared.same_text`
+    json_schema   1 if the answer is JSON and matches the schema               parts: json, 1 if it is JSON
+    json_fields   |{k : answer[k] = wanted[k]}| / |k|, k: the wanted keys      parts: one per key
+    regex         1 if the pattern matches, and its group equals the wanted value
     length        max(0, 1 − max(0, least − n, n − most) / slack);  without slack 0 beyond either
-    bleu, rouge   as `compared` has them
+    bleu, rouge   see `compared`
 
-Each of these takes its section of the configuration and gives a reward. A column that a row lacks, or a schema that is
-none, stops the run with a DataError: it is wrong with every answer alike.
+Each function takes its section of the configuration and returns a reward. A missing column or an invalid
+schema stops the run with a DataError, because it affects every answer.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from veneer.train.rewards.compared import as_json, bleu, rouge, same_field, same
 from veneer.train.rewards.reward import Answer, Reward, RewardScore, column, each_answer
 
 _PATIENCE = 1.0
-"""Seconds of the processor that a regular expression may take over one answer: some take for ever."""
+"""Maximum seconds for a regular expression on one answer: some patterns never end."""
 
 
 def _wanted(answer: Answer, name: str) -> str:
-    """A column as text: what is no text is JSON."""
+    """Return a column as text; other values as JSON."""
     value = column(answer, name)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
@@ -76,7 +76,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         key = json.dumps(schema, sort_keys=True)
         if key not in made:
             Draft202012Validator.check_schema(schema)
-            made[key] = bounded(schema, registry=Registry())  # an empty one: nothing is fetched
+            made[key] = bounded(schema, registry=Registry())  # an empty registry: nothing is fetched
         return made[key]
 
     def score(answer: Answer) -> RewardScore:

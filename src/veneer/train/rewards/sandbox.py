@@ -47,7 +47,7 @@ SANDBOX_VARIABLES = {
 }  # fmt: skip
 """The whole environment in a sandbox."""
 _USERS = range(61184, 65520)
-"""User IDs without accounts: systemd reserves them for services with temporary users."""
+"""User IDs without accounts, which systemd reserves for temporary users."""
 _FIX = (
     "install bubblewrap (apt install bubblewrap) and allow user namespaces, which most container runtimes forbid; "
     "or leave Python graders off"
@@ -61,16 +61,18 @@ def no_sandbox(reason: str) -> ResourceError:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """`command`: bubblewrap's path. `paths`: visible paths, read-only. `hidden`: folders below them shown as empty."""
+    """A bubblewrap sandbox.
+
+    `command`: bubblewrap's path. `paths`: visible paths, read-only. `hidden`: folders below them shown as empty."""
 
     command: str
     paths: tuple[str, ...]
     hidden: tuple[str, ...] = ()
 
     def arguments(self) -> tuple[list[str], list[str]]:
-        """Return bubblewrap's arguments, and the arguments with which the child script drops its remaining rights.
+        """Return the arguments of bubblewrap and of the child script.
 
-        If the server runs as root, no user namespace is needed: each child switches to a random user ID without an
+        The child script drops its remaining rights with its arguments. If the server runs as root, no user namespace is needed: each child switches to a random user ID without an
         account. An ordinary user cannot switch users; its sandbox is a user namespace with the user `nobody`. The
         kernel still accounts this sandbox to the server's user, and the namespaces isolate the two."""
         if os.geteuid() == 0:
@@ -98,10 +100,10 @@ class Sandbox:
         return made, [*inside, "--confined"]
 
     def start(self, command: Sequence[str], channel: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-        """Start a command in a new sandbox with `channel` as standard input. `errors`: receives bubblewrap's messages.
+        """Start a command in a new sandbox with `channel` as standard input.
 
-        bubblewrap ends with the thread that started it, so one thread that lives as long as this process starts all
-        sandboxes."""
+        `errors` receives bubblewrap's messages. bubblewrap ends with the thread that started it, so one thread that
+        lives as long as this process starts all sandboxes."""
         outside, inside = self.arguments()
         filters = os.memfd_create("seccomp")
         try:
@@ -127,8 +129,9 @@ class Sandbox:
 
 
 def bubblewrap(script: Path) -> Sandbox:
-    """Return this machine's sandbox without testing it. `script`: another visible file. Raises ResourceError with the
-    reason if there is none."""
+    """Return this machine's sandbox without testing it.
+
+    `script`: another visible file. Raises ResourceError with the reason if there is no sandbox."""
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         raise no_sandbox(f"the sandbox needs Linux on {' or '.join(_MACHINES)}")
     command = shutil.which("bwrap")
@@ -148,9 +151,10 @@ def bubblewrap(script: Path) -> Sandbox:
 
 
 def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
-    """Return bubblewrap's arguments for the mounts: outer folders first, so that deeper mounts stay visible.
+    """Return bubblewrap's arguments for the mounts.
 
-    Parent folders of mounts are created explicitly, because bubblewrap would make them readable only by their owner."""
+    Outer folders come first, so that deeper mounts stay visible. Parent folders of mounts are created explicitly,
+    because bubblewrap would make them readable only by their owner."""
     above = {str(folder) for path in paths for folder in Path(path).parents} - {"/", "/tmp"}
     made = [word for folder in sorted(above) for word in ("--perms", "0755", "--dir", folder)]
     for path in sorted({*paths, *hidden}, key=lambda each: (each.count("/"), each)):
@@ -165,8 +169,9 @@ def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
 
 @functools.cache
 def _starter(process: int) -> ThreadPoolExecutor:
-    """Return the thread that starts sandboxes. `process`: this process's ID, because a fork does not inherit
-    threads."""
+    """Return the thread that starts sandboxes.
+
+    `process`: this process's ID, because a fork does not inherit threads."""
     return ThreadPoolExecutor(1, "sandbox")
 
 
@@ -192,9 +197,11 @@ def descendants(process: int) -> list[int]:
 
 
 def sandbox_memory(processes: Sequence[int], inside: int) -> int:
-    """Return the bytes that a sandbox uses: its processes' private and shared memory, swapped or not, their page
-    tables, and the files in the sandbox's /tmp. Pages that a fork shares with its parent count for both. `inside`: a
-    process that sees the sandbox's files."""
+    """Return the bytes that a sandbox uses.
+
+    Counts its processes' private and shared memory, swapped or not, their page tables, and the files in the
+    sandbox's /tmp. Pages that a fork shares with its parent count for both. `inside`: a process that sees the
+    sandbox's files."""
     total = 0
     for process in processes:
         try:
@@ -219,7 +226,9 @@ _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
 _NAMESPACES = 0x7E020000
-"""The flags of clone for new namespaces (linux/sched.h): NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
+"""The flags of clone for new namespaces (linux/sched.h).
+
+They are NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
 # fmt: off
 _REFUSED = {  # name: (x86_64, aarch64); -1 if the machine has no such call
     # other processes and their descriptors
@@ -247,13 +256,17 @@ _REFUSED = {  # name: (x86_64, aarch64); -1 if the machine has no such call
 _EPERM, _ENOSYS = 1, 38
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-"""Instructions of classic BPF (linux/bpf_common.h): a word of the call's data into A; jumps by A; the verdict."""
+"""Instructions of classic BPF (linux/bpf_common.h).
+
+They load a word of the call's data into A, jump by A, and return the verdict."""
 
 
 def _syscall_filter() -> bytes:
-    """Return the filter in the format of `bwrap --seccomp`: instructions of 8 bytes (code: u16, jumps if true and if
-    false: u8 each, operand: u32). The filter's input (struct seccomp_data) has the call's number at offset 0, its
-    machine at 4, and the low half of its first argument at 16."""
+    """Return the filter in the format of `bwrap --seccomp`.
+
+    An instruction has 8 bytes (code: u16, jumps if true and if false: u8 each, operand: u32). The filter's input
+    (struct seccomp_data) has the call's number at offset 0, its machine at 4, and the low half of its first
+    argument at 16."""
     machine = platform.machine()
     column = list(_MACHINES).index(machine)
 

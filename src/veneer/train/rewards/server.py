@@ -1,15 +1,17 @@
-"""A server of models over HTTP that may be away for a while: what judges and teachers are asked through.
+"""A client of a model server over HTTP that can be unavailable for a while.
 
-    with AwaitedServer("https://api.openai.com/v1", "judge", "the reward's `patience`", key="OPENAI_API_KEY") as server:
-        found = server.each(ask, questions)              ask(question) calls server.response("/chat/completions", body)
+Judges and teachers use it:
 
-    refused connections, 408, 409, 425, 429, 5xx    asked again, after 0.5, 1, 2 … 30 s or as Retry-After says, while
-                                            it is away for no longer than `patience`; then UnavailableError
-    no answer within `timeout`              asked again twice; then that one has no answer
-    400, 413, 422                           that one has no answer
-    401, 403, 404 and whatever else         ConfigError: it is wrong with every question
+    with AwaitedServer(url, "judge", "the reward's `patience`", key="OPENAI_API_KEY") as server:
+        found = server.each(ask, questions)         ask(question) calls server.response("/chat/completions", body)
 
-The key is read from the environment and in no message.
+    refused connections,                    retried after 0.5, 1, 2 … 30 s or per Retry-After, until the server
+    408, 409, 425, 429, 5xx                 has been unavailable for `patience`; then UnavailableError
+    no answer within `timeout`              retried twice; then this question has no answer
+    400, 413, 422                           this question has no answer
+    401, 403, 404 and all others            ConfigError: every question would fail
+
+The key is read from the environment and appears in no message.
 """
 
 from __future__ import annotations
@@ -30,20 +32,22 @@ B = TypeVar("B")
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _OF_ONE = {400, 413, 422}
 _TIMEOUTS = 3
-"""How often something is asked that is not answered in time."""
+"""Attempts for a request that times out."""
 _LARGEST = 64 << 20
-"""Bytes of an answer."""
+"""Maximum bytes of an answer."""
 _LOOKED = 0.2
-"""Seconds between two looks at whether a run was asked to stop."""
+"""Seconds between checks of whether a run was asked to stop."""
 
 
 class Unanswered(Exception):
-    """Raised where one question has no answer, and others may have; `str` says why."""
+    """Raised if a single question has no answer; `str` is the reason."""
 
 
 class AwaitedServer:
-    """`who`: what messages call it. `setting`: where its `patience` stands. `key`: the variable of the environment that
-    holds its key. `timeout`, `patience`: seconds. `at_once`: questions on their way."""
+    """An HTTP client that retries while its server is unavailable.
+
+    `who`: the server's name in messages. `setting`: the setting of its `patience`. `key`: the environment
+    variable with the API key. `timeout`, `patience`: seconds. `at_once`: concurrent requests."""
 
     def __init__(
         self,
@@ -99,7 +103,9 @@ class AwaitedServer:
     def each(
         self, ask: Callable[[A], B], asked: Sequence[A], interrupted: Callable[[], bool] = lambda: False
     ) -> list[B] | None:
-        """`ask` of each, several at once, in their order; None as soon as `interrupted()`. Raises what `ask` does."""
+        """Return `ask` of each item, in order; None as soon as `interrupted()`.
+
+        Several items run at once. Raises the errors of `ask`."""
         self._away_since, self._over = None, threading.Event()
         pool = ThreadPoolExecutor(self._at_once, self.who)
         found = [pool.submit(ask, one) for one in asked]
@@ -111,12 +117,14 @@ class AwaitedServer:
                     one.result()
             return None if left else [one.result() for one in found]
         finally:
-            self._over.set()  # whoever waits for the server waits no more
+            self._over.set()  # stop the retries of the other requests
             pool.shutdown(wait=False, cancel_futures=True)
 
     def response(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """What the server answers to POST, or to GET without a `body`, whatever the status, once it is there. Raises
-        Unanswered, UnavailableError as the table above says."""
+        """Return the server's response to POST (GET without a `body`), of any status.
+
+        Retries while the server is unavailable. Raises Unanswered and UnavailableError per the table above.
+        """
         late, wait = 0, 0.5
         while True:
             after = 0.0
@@ -144,8 +152,10 @@ class AwaitedServer:
             wait = min(30.0, 2 * wait)
 
     def _read_whole(self, method: str, url: str, body: Mapping[str, Any] | None) -> Any:
-        """A response with all of its content. Raises TimeoutError where it keeps coming for longer than `timeout`, as
-        from servers that send a blank now and then while they wait, and Unanswered where it has no end."""
+        """Return a response with its complete content.
+
+        Raises TimeoutError if the content arrives for longer than `timeout`, as from servers that send white
+        space while they work; Unanswered if it exceeds the size limit."""
         ends, parts, size = time.monotonic() + self._timeout, list[bytes](), 0
         with self._http.stream(method, url, json=body) as answer:
             for part in answer.iter_bytes():
@@ -159,8 +169,9 @@ class AwaitedServer:
             return self._httpx.Response(answer.status_code, headers=headers, content=b"".join(parts))
 
     def read(self, answer: Any, what: str) -> Any:
-        """The JSON of a response with status 200. `what`: it should be. Raises Unanswered, ConfigError as the table
-        above says."""
+        """Return the JSON of a response with status 200.
+
+        `what`: the expected content, for messages. Raises Unanswered and ConfigError per the table above."""
         status = answer.status_code
         if status != 200:
             said = f"HTTP {status}: {shown(answer.text)[:300]}"
@@ -176,7 +187,7 @@ class AwaitedServer:
         return Unanswered(f"the {self.who}'s answer is no {what}: {shown(answer.text)[:100]}")
 
     def _hold_out(self, said: str, wait: float) -> None:
-        """Waits, as long as the server may be away. Raises UnavailableError."""
+        """Wait before a retry. Raises UnavailableError once `patience` is over."""
         now = time.monotonic()
         with self._lock:
             since = self._away_since = now if self._away_since is None else self._away_since
@@ -190,7 +201,7 @@ class AwaitedServer:
 
 
 def _seconds(text: str | None) -> float:
-    """Retry-After in seconds; a date, or what is none, counts as nothing."""
+    """Return Retry-After in seconds; 0 for a date or an invalid value."""
     try:
         return min(60.0, max(0.0, float(text or 0)))
     except ValueError:

@@ -1,14 +1,15 @@
-"""OpenAI's templates of graders: `{{ sample.output_text }}`, `{{ item.reference_answer }}`, and paths into both.
+"""OpenAI's grader templates, such as `{{ sample.output_text }}`.
 
     filled("{{ item.city }}: {{ sample.output_json.total }}", sample, item)
-    sample_of(answer)         what `sample` holds, below
+    sample_of(answer)         the content of `sample`, below
 
-    sample.output_text    what the model said                sample.output_tools   its calls of tools
-    sample.output_json    the same as JSON, if it is any     sample.choices        as chat completions have them
-    sample.input_text     the last thing said before it (veneer's own)
+    sample.output_text    the model's answer                 sample.output_tools   its tool calls
+    sample.output_json    the answer as JSON, if it is JSON  sample.choices        as in chat completions
+    sample.input_text     the last message before it (veneer's own)
 
-A path is a name and then names and places of lists, behind dots or in brackets: `item.tags[0]`, `item.tags.0`. Texts
-are put in as they are, anything else as JSON. Nothing is evaluated, and what is put in is not looked at again.
+A path is a name, followed by names and list indices after dots or in brackets: `item.tags[0]`, `item.tags.0`.
+Texts are inserted as they are, other values as JSON. Nothing is evaluated, and inserted text is not filled
+again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from veneer.errors import nearest, quoted
 from veneer.train.rewards.reward import Answer
 
 FILLED = 1 << 20
-"""Most characters of a filled template: a path to a long text can occur many times."""
+"""Maximum characters of a filled template, which can repeat a long text."""
 _PATH = re.compile(r"\s*(sample|item)((?:\.[\w-]+|\[\d+\])+)\s*")
 _STEP = re.compile(r"[\w-]+")
 _SAMPLE = ("output_text", "output_json", "output_tools", "choices", "input_text")
@@ -34,7 +35,9 @@ class TextTooLong(Exception):
 
 
 class NoValue(Exception):
-    """A path of a template that leads nowhere. `of_sample`: in what the model said, so that it is the model's doing."""
+    """A template's path that has no value.
+
+    `of_sample`: the path is in `sample`, so the model's answer is at fault."""
 
     def __init__(self, path: str, of_sample: bool) -> None:
         super().__init__(f"{path} has no value")
@@ -58,8 +61,9 @@ def sample_of(answer: Answer) -> dict[str, Any]:
 
 
 def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], most: int = FILLED) -> str:
-    """Return the template with each path replaced by its text. Raises NoValue; raises TextTooLong above `most`
-    characters, before the text is built."""
+    """Return the template with each path replaced by its text.
+
+    Raises NoValue; raises TextTooLong above `most` characters, before the text is built."""
     parts: list[str] = []
     size = 0
     for text, path in _split(template):
@@ -95,7 +99,7 @@ def _split(template: str) -> Iterator[tuple[str, str | None]]:
 
 
 def template_problem(template: str) -> str:
-    """What is wrong with a template whatever the rows; "" where nothing is."""
+    """Return what is wrong with a template for any row; "" if nothing is."""
     for text, given in _split(template):
         if given is None:
             return "a {{ has no matching }}" if "{{" in text else ""
