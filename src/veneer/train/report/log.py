@@ -1,7 +1,9 @@
-"""What listens to a run: the JSONL log and the terminal. Trackers are in report.trackers, the HTML page in report.page.
+"""Listeners of a run: the JSONL log and the terminal.
 
-JsonLog      one JSON object a line in `log.jsonl`; a resumed run goes on in it without repeating a step
-ConsoleView  settings with their sources, preflight, a progress bar with loss, speed, memory and time left
+    JsonLog      one JSON object per line in `log.jsonl`; a resumed run appends without repeating a step
+    ConsoleView  settings with their sources, preflight, a progress bar with loss, speed, memory and time left
+
+Trackers are in report.trackers, the HTML page is in report.page.
 """
 
 from __future__ import annotations
@@ -36,21 +38,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 _MEASURED = ("reward_accuracy", "reward_margin", "logp_chosen", "cut_share")
-"""Which of an evaluation's further numbers the terminal shows; the log has them all."""
+"""Metrics of an evaluation that the terminal shows; the log has all of them."""
 
 
 class JsonLog:
-    """Writes each event as one line and flushes it, so that the log of a killed run is complete up to the kill.
+    """Writes each event as one line and flushes it.
 
-    `resumed`: the progress of a run that goes on. What the log holds beyond it is removed first: those steps run again.
-    None starts a new log."""
+    The log of a killed run is complete up to the kill. `resumed`: the progress of a resumed run; later
+    records are removed, because their steps run again. None starts a new log."""
 
     def __init__(self, path: Path, resumed: Progress | None = None) -> None:
         self.path = path
         kept = [r for r in read_log(path) if _before(r, resumed)] if resumed is not None else []
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(path, lines.encode())
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the run's length
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the length of the run
 
     def __call__(self, event: Event) -> None:
         with disk_errors(self.path):
@@ -62,7 +64,9 @@ class JsonLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The log's records, without a last line that a kill cut short. Empty when there is no log."""
+    """Return the log's records; [] if there is no log.
+
+    Omits a last line that a kill truncated."""
     records = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -90,8 +94,10 @@ def _headline(event: Stepped) -> str:
 
 
 def _drawn(event: Stepped) -> str:
-    """What there is to say of answers, where a step has drawn them: what of them teaches nothing, how far the adapter
-    has moved since, and the gap of who drew them beside who trains."""
+    """Return a summary of the completions of a step; "" if the step sampled none.
+
+    Names completions without a training signal, the staleness of the adapter, and the sampler-trainer
+    mismatch."""
     found, told = event.extra, []
     if "answer_tokens" not in found:
         return ""
@@ -107,11 +113,12 @@ def _drawn(event: Stepped) -> str:
 
 
 class ConsoleView:
-    """Shows a run in a terminal, with a progress bar; a pipe or a CI log gets a line about 20 times a run instead.
+    """Shows a run in a terminal, with a progress bar.
 
-    `unit`: what is counted, tokens or pictures; where answers are drawn their tokens are, over the whole time of the
-    steps: drawing, judging and training. `verbose`: show the settings at their defaults as well. `name`: of the run
-    where it is one of several, each of which then gets lines with its name before them."""
+    A pipe or a CI log gets a line about 20 times per run instead. `unit`: what is counted, tokens or
+    pictures; with sampling, the sampled tokens over the whole time of the steps: sampling, scoring and
+    training. `verbose`: also show settings at their defaults. `name`: the run's name, which precedes each
+    line if there are several runs."""
 
     def __init__(
         self, console: Console | None = None, *, unit: str = "tokens", verbose: bool = False, name: str = ""
@@ -133,7 +140,7 @@ class ConsoleView:
             case Checked():
                 self.console.print()
                 self._line("Checked before step one", style="bold")
-                coloured = bool(event.markup) and self.console.is_terminal  # without colours the text has brackets
+                coloured = bool(event.markup) and self.console.is_terminal  # without colors, the text has brackets
                 text = event.markup if coloured else event.text
                 self.console.print(shown(text, lines=True), markup=coloured, soft_wrap=True)
                 self.console.print()
@@ -164,7 +171,7 @@ class ConsoleView:
                     self._line(f"stopped after step {event.step}: {shown(event.reason)}")
 
     def close(self) -> None:
-        """Removes the progress bar. Call it however the run ends."""
+        """Remove the progress bar; call this at the end of every run."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -188,7 +195,7 @@ class ConsoleView:
             self._line(Text.assemble(f"  {shown(key):<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
 
     def _line(self, what: Any, **style: str) -> None:
-        """One line, however long: a terminal wraps it, a pipe gets it whole."""
+        """Print one line of any length: a terminal wraps it, a pipe does not."""
         name = [f"{shown(self.name)}:"] if self.name else []
         self.console.print(*name, what, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
@@ -250,7 +257,7 @@ class ConsoleView:
 
 
 def size(n: float) -> str:
-    """Bytes for people: 3.4 GB (10⁹), 19.6 MB, 812 kB."""
+    """Format bytes: 3.4 GB (10⁹), 19.6 MB, 812 kB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= factor:
             return f"{n / factor:.{1 if n < 100 * factor else 0}f} {unit}"
@@ -258,7 +265,7 @@ def size(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Format seconds: 42 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -268,7 +275,7 @@ def duration(seconds: float) -> str:
 
 
 def short(value: Any) -> str:
-    """A setting for people: yes and no, lists without brackets, `~` for the home folder."""
+    """Format a setting: yes and no, lists without brackets, `~` for the home folder."""
     if value is None:
         return "none"
     if isinstance(value, bool):

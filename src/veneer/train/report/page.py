@@ -1,9 +1,10 @@
-"""The report beside each adapter: one HTML file with everything in it, for light and dark, with no scripts.
+"""The report of an adapter: one self-contained HTML file, light and dark, no scripts.
 
     page = Page(title=…, records=read_log(…), …)
     write_page(folder / "report.html", page)
 
-Curves are SVG made here; the layout is `report.html.j2`, rendered with escaping on. Knows records and numbers only.
+Curves are inline SVG; the layout is `report.html.j2`, rendered with escaping on. Uses only records and
+numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. `kind`: "line", "faint" (thin and pale) or "dots" (with a mark at each point)."""
+    """One line of a chart.
+
+    `kind`: "line", "faint" (thin and pale) or "dots" (with a mark at each point)."""
 
     name: str
     points: Sequence[_Point]
@@ -39,10 +42,12 @@ class Series:
 
 @dataclass
 class Page:
-    """What the page shows. `records`: the run's log. `cards`: headline numbers as (label, value, note).
-    `settings`: (section, [(key, value, source, is a default)]). `checks`: a preflight report as JSON values.
-    `usage`: (title, commands). `unit`: what is counted, tokens or pictures. `loss`: the loss in words. `sheets`:
-    (title, picture as a data address), in the order of the run."""
+    """The content of a report.
+
+    `records`: the run's log. `cards`: headline numbers as (label, value, note). `settings`: (section, [(key,
+    value, source, is a default)]). `checks`: a preflight report as JSON values. `usage`: (title, commands).
+    `unit`: what is counted, tokens or pictures. `loss`: the loss in words. `sheets`: (title, picture as a
+    data URL), in the order of the run."""
 
     title: str
     subtitle: str = ""
@@ -60,15 +65,16 @@ class Page:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Renders and writes atomically; ResourceError on a full disk."""
+    """Render and write a page atomically. Raises ResourceError on a full disk."""
     write_atomically(path, render_page(page).encode())
 
 
 def write_sweep_page(
     path: Path, title: str, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[_Point]]
 ) -> None:
-    """One page of many runs, atomically. `rows`: of each its `name` and what is known of it, the best first. `curves`:
-    name -> validation loss by step."""
+    """Write one page about many runs, atomically.
+
+    `rows`: the `name` and values of each run, the best first. `curves`: name -> validation loss by step."""
     from markupsafe import Markup
 
     best = rows[0]["name"]
@@ -95,12 +101,16 @@ def _cell(value: Any) -> str:
 
 
 def palette() -> str:
-    """The colours and types of all pages, as CSS variables of their root: each colour for light and for dark."""
+    """Return the colors and fonts of all pages, as CSS variables.
+
+    Each color has a light and a dark value."""
     return (files("veneer.train.report") / "tokens.css").read_text(encoding="utf-8")
 
 
 def escaping(package: str, folder: str = ".") -> Environment:
-    """Templates of a package's folder: every text in them is escaped, and shown without what reorders or hides."""
+    """Return the templates of a package's folder, with escaping on.
+
+    Characters that reorder or hide text are removed from all texts."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -115,12 +125,14 @@ def escaping(package: str, folder: str = ".") -> Environment:
 
 
 def _plain(value: Any, markup: type) -> Any:
-    """Texts without the characters that reorder or hide others (`shown`); numbers and markup as they are."""
+    """Return a text without characters that reorder or hide others (`shown`).
+
+    Numbers and markup are returned unchanged."""
     return shown(value, lines=True) if isinstance(value, str) and not isinstance(value, markup) else value
 
 
 def render_page(page: Page) -> str:
-    """The page as HTML, every text in it escaped."""
+    """Return the page as HTML with all texts escaped."""
     from markupsafe import Markup
 
     env = escaping("veneer.train.report")
@@ -140,7 +152,9 @@ def render_page(page: Page) -> str:
 
 
 def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Mapping[str, Any], list[str]]]]:
-    """Return the metric names of evaluations (loss and perplexity, or rewards), and each record with its values."""
+    """Return the metric names of evaluations, and each record with its values.
+
+    The metrics are loss and perplexity, or rewards."""
     rewards = [mean_rewards(r.get("extra", {})) for r in scores]
     if any(each is not None for each in rewards):
         heads = list(dict.fromkeys(name for each in rewards for name in each or ()))
@@ -154,7 +168,9 @@ def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[t
 def _charts(
     steps: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], page: Page
 ) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Return (title, SVG, legend) of each chart; the first chart shows the loss, or the rewards if there are any."""
+    """Return (title, SVG, legend) of each chart.
+
+    The first chart shows the loss, or the rewards if there are any."""
     out = []
     for i, (title, lines, mark) in enumerate(_curves(steps, scores, page) if steps else ()):
         from_zero = i > 0 and title not in ("Learning rate", "Loss")
@@ -195,7 +211,7 @@ def _curves(
 
 
 def _points(name: str, records: Sequence[Mapping[str, Any]]) -> list[_Point]:
-    """Return (step, value) of a measure, from those records that have it."""
+    """Return (step, value) of a metric, from the records that have it."""
     values = [(r["step"], r["loss"] if name == "loss" else r.get("extra", {}).get(name)) for r in records]
     return [(float(step), float(value)) for step, value in values if value is not None]
 
@@ -218,11 +234,11 @@ _MEASURED = {
     "teacher_kl": "Divergence from the teacher, nats per token",
     "clipped": "Share of tokens beyond the clip",
 }
-"""What a run on text measures in each step beside the loss -> the title of its chart."""
+"""Per-step metrics of a text run except the loss -> chart titles."""
 
 
 def _speed(record: Mapping[str, Any]) -> float:
-    """Of a step by itself; where answers are drawn, of these."""
+    """Return tokens per second: sampled tokens if the step sampled, else all tokens."""
     drawn = record.get("extra", {}).get("drawn_tokens")
     if drawn is None:
         return float(record["tokens_per_second"])
@@ -230,7 +246,7 @@ def _speed(record: Mapping[str, Any]) -> float:
 
 
 def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:
-    """The token-weighted mean over a window of about a fiftieth of the run that ends at each point."""
+    """Return token-weighted trailing means over about a fiftieth of the run."""
     window = max(1, len(points) // 50)
     out = []
     for i in range(len(points)):
@@ -244,7 +260,9 @@ def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:
 def chart(
     series: Sequence[Series], *, wide: bool = True, mark: _Point | None = None, label: str = "", from_zero: bool = False
 ) -> str:
-    """An SVG of lines over steps, with axes, grid and a ring around `mark`. Colours come from the page's CSS."""
+    """Return an SVG of lines over steps, with axes, grid and a ring around `mark`.
+
+    Colors come from the page's CSS."""
     width, height, left, bottom, top, right = (900, 300, 58, 28, 12, 14) if wide else (430, 190, 54, 26, 10, 12)
     points = [p for s in series for p in s.points if all(map(math.isfinite, p))]
     if not points:
@@ -289,9 +307,11 @@ def chart(
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Around `about` round numbers (1, 2, 2.5 or 5 times a power of ten apart) that cover [low, high]."""
+    """Return around `about` round numbers that cover [low, high].
+
+    They are 1, 2, 2.5 or 5 times a power of ten apart."""
     largest = max(abs(low), abs(high))
-    if high - low <= 1e-9 * max(largest, 1e-3):  # all but flat: give it a band of its own height
+    if high - low <= 1e-9 * max(largest, 1e-3):  # nearly flat: use a band around the value
         half = max(largest / 2, 1e-6)
         low, high = low - half, high + half
     span = high - low
@@ -314,7 +334,9 @@ def _number(value: float) -> str:
 
 
 def _every_nth(points: Sequence[_Point], most: int) -> Sequence[_Point]:
-    """At most about `most` points: a chart is no wider than that many pixels. The last one always stays."""
+    """Return at most about `most` points, including the last.
+
+    A chart has no more pixels in its width."""
     if len(points) <= most:
         return points
     every = math.ceil(len(points) / most)
@@ -322,7 +344,7 @@ def _every_nth(points: Sequence[_Point], most: int) -> Sequence[_Point]:
 
 
 def _sections(page: Page) -> list[tuple[str, list[tuple[str, str, str, bool]]]]:
-    """Settings by section: (section, [(key, value, source, default?)]), in the order of the configuration."""
+    """Return (section, [(key, value, source, default?)]), in configuration order."""
     out: dict[str, list[tuple[str, str, str, bool]]] = {}
     for key, value in page.settings.items():
         section, _, name = key.rpartition(".")
@@ -332,7 +354,7 @@ def _sections(page: Page) -> list[tuple[str, list[tuple[str, str, str, bool]]]]:
 
 
 def _numbers(checks: dict[str, Any]) -> list[tuple[str, str]]:
-    """The preflight's plain numbers, in words."""
+    """Return the preflight's plain numbers with readable names."""
     out = []
     for key, value in checks.get("numbers", {}).items():
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):

@@ -1,14 +1,16 @@
-"""Trackers, as `report.trackers` names them: a run's scalars and sample sheets in TensorBoard, W&B, MLflow or Trackio.
+"""Trackers for `report.trackers`: TensorBoard, W&B, MLflow and Trackio.
 
-| name        | package, an extra of the same name | where it goes |
-| tensorboard | tensorboard  | OUTPUT/tensorboard |
-| wandb       | wandb        | as `wandb login` and WANDB_MODE say; files in OUTPUT/wandb |
-| mlflow      | mlflow-skinny | as MLFLOW_TRACKING_URI says |
-| trackio     | trackio      | on this machine (TRACKIO_DIR), or as its variables say |
+They receive a run's scalars and sample sheets.
 
-A run that is resumed goes on in the tracker's run that it began, whose id is kept in OUTPUT/trackers.json; the steps
-since the checkpoint run again with the same values, so a tracker that has them already loses nothing. A tracker that
-cannot begin stops the run before step one; one that fails later is named once, and the run goes on without it.
+    | name        | package, an extra of the same name | destination |
+    | tensorboard | tensorboard   | OUTPUT/tensorboard |
+    | wandb       | wandb         | set by `wandb login` and WANDB_MODE; files in OUTPUT/wandb |
+    | mlflow      | mlflow-skinny | set by MLFLOW_TRACKING_URI |
+    | trackio     | trackio       | this machine (TRACKIO_DIR), or set by its variables |
+
+A resumed run continues its tracker run, whose ID is in OUTPUT/trackers.json. The steps since the checkpoint
+run again with the same values, so a tracker that already has them loses nothing. If a tracker cannot start,
+the run stops before step one; a tracker that fails later is reported once, and the run continues without it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from veneer.train.events import Evaluated, Event, Listener, Note, Resolved, Samp
 
 
 class Tracker(Protocol):
-    """One tracker's run."""
+    """A run in one tracker."""
 
     id: str
 
@@ -42,7 +44,9 @@ class Tracker(Protocol):
 
 
 def check_trackers(report: ReportSection) -> None:
-    """Raises MissingExtraError, with all names, where packages are missing."""
+    """Check that the packages of the trackers are installed.
+
+    Raises MissingExtraError with all missing names."""
     missing = [name for name in report.trackers if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
@@ -55,16 +59,17 @@ def check_trackers(report: ReportSection) -> None:
 def tracked(
     report: ReportSection, folder: Path, settings: Resolved, resumed: bool, tell: Listener
 ) -> Iterator[Listener]:
-    """A listener for the length of a run. `folder`: the run's output. `tell`: hears of a tracker that fails.
+    """Return a listener that sends events to the trackers inside a with-block.
 
-    Raises ConfigError with the tracker's own words where one cannot begin."""
+    `folder`: the run's output. `tell`: receives a note about a tracker that fails. Raises ConfigError with
+    the tracker's message if a tracker cannot start."""
     ids_path = folder / "trackers.json"
     ids: dict[str, str] = json.loads(ids_path.read_text()) if resumed and ids_path.is_file() else {}
     name = report.name or folder.resolve().name
     running: dict[str, Tracker] = {}
     for each in report.trackers:
         try:
-            with redirect_stdout(sys.stderr):  # a tracker greets; stdout is for programs
+            with redirect_stdout(sys.stderr):  # trackers print greetings; stdout is for programs
                 running[each] = _TRACKERS[each](report, name, folder, settings.settings, ids.get(each))
         except Exception as error:
             for begun in running.values():
@@ -103,7 +108,7 @@ def tracked(
 
 
 def scalars(event: Stepped | Evaluated) -> dict[str, float]:
-    """What trackers are told of a step or of an evaluation, by the names that all of them get."""
+    """Return the scalars of a step or an evaluation, by their names in all trackers."""
     if isinstance(event, Stepped):
         return {
             "train/loss": event.loss,
@@ -145,7 +150,7 @@ class _TensorBoard:
             self._writer.close()
 
     def _at(self, step: int) -> Any:
-        if self._writer is None:  # purge_step hides what an earlier part of the run wrote after where it is resumed
+        if self._writer is None:  # purge_step hides values that an earlier part of the run wrote after the resumed step
             self._writer = self._make(str(self._folder), purge_step=step)
         return self._writer
 
@@ -190,7 +195,7 @@ class _MLflow:
         from mlflow.entities import Metric, Param
 
         self._metric, self._tracking = Metric, MlflowClient()
-        self._last: dict[str, int] = {}  # metric -> the last step of it that an earlier part of the run wrote
+        self._last: dict[str, int] = {}  # metric -> last step that an earlier part of the run wrote
         self._again = id is not None
         if id is None:
             found = self._tracking.get_experiment_by_name(report.project)
@@ -198,7 +203,7 @@ class _MLflow:
             tags = dict.fromkeys(report.tags, "true")
             id = self._tracking.create_run(experiment, run_name=name, tags=tags).info.run_id
             params = [Param(k, str(v)[:6000]) for k, v in settings.items()]
-            for i in range(0, len(params), 100):  # as many as it takes at once
+            for i in range(0, len(params), 100):  # the maximum per request
                 self._tracking.log_batch(id, params=params[i : i + 100])
         else:
             self._tracking.set_terminated(id, "RUNNING")

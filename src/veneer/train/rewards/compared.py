@@ -1,9 +1,8 @@
 """Compare two texts: an answer and the expected text.
 
-same_text     equal, ignoring white space at both ends; JSON by value: key order is ignored, and 12.0 equals
-12
- bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1        (extra `metrics`)
- fuzzy         2·LCS(a, b) / (|a| + |b|), rapidfuzz's ratio, from 0 to 1
+same_text     equal, ignoring outer white space; JSON by value: key order is ignored, 12.0 equals 12
+bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1        (extra `metrics`)
+fuzzy         2·LCS(a, b) / (|a| + |b|), rapidfuzz's ratio, from 0 to 1
 """
 
 from __future__ import annotations

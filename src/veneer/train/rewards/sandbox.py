@@ -72,9 +72,10 @@ class Sandbox:
     def arguments(self) -> tuple[list[str], list[str]]:
         """Return the arguments of bubblewrap and of the child script.
 
-        The child script drops its remaining rights with its arguments. If the server runs as root, no user namespace is needed: each child switches to a random user ID without an
-        account. An ordinary user cannot switch users; its sandbox is a user namespace with the user `nobody`. The
-        kernel still accounts this sandbox to the server's user, and the namespaces isolate the two."""
+        The child script drops its remaining rights with its arguments. If the server runs as root, no user namespace
+        is needed: each child switches to a random user ID without an account. An ordinary user cannot switch users;
+        its sandbox is a user namespace with the user `nobody`. The kernel still accounts this sandbox to the server's
+        user, and the namespaces isolate the two."""
         if os.geteuid() == 0:
             user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             inside = ["--user", str(secrets.choice(_USERS))]
