@@ -1,10 +1,11 @@
-"""Rows as tokens with a mask of those that are trained, and counts of everything that was left out.
+"""Tokenize rows with a loss mask, and count everything that was left out.
 
     encoded = encode_rows(rows, tokenizer, config.data)
     encoded.examples[0].input_ids, .trained        same length; trained[i]: token i is a target
 
-The whole text is tokenised once and the mask follows from character positions, so tokens are those inference sees.
-Tokens after the last trained one are left off: nothing is predicted from them. Does not know models.
+The whole text is tokenized once and character positions give the mask, so the tokens equal those of
+inference. Tokens after the last target are dropped, because nothing is predicted from them. Independent of
+models.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from veneer.train.text.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1024  # rows tokenised per call: keeps the tokenizer's own structures small
+_CHUNK = 1024  # rows tokenized per call: limits the tokenizer's memory
 
 
 @dataclass
 class Example:
-    """One row as tokens. trained[i]: token i is a target, predicted from the tokens before it in its own row.
+    """The tokens of one row.
 
-    `row` is the index in the rows given to `encode_rows`. The two lists have the same length; trained[0] is False."""
+    trained[i]: token i is a target, predicted from the tokens before it in its own row. `row`: index in the
+    rows given to `encode_rows`. The two lists have the same length; trained[0] is False."""
 
     input_ids: list[int]
     trained: list[bool]
@@ -40,24 +42,25 @@ class Example:
 
     @property
     def learned(self) -> int:
-        """How many of its tokens are targets."""
+        """Return the number of targets."""
         return sum(self.trained)
 
     @property
     def prompt(self) -> list[int]:
-        """The tokens before the first target."""
+        """Return the tokens before the first target."""
         return self.input_ids[: self.trained.index(True)]
 
 
 @dataclass
 class Counts:
-    """What happened to the rows while they were encoded. `places`: for each count, the first few rows it is of.
+    """What happened to the rows during encoding.
 
-    `cut_ends`: cut rows that lost their end, and with it the end-of-turn token. `merged`: rows where one token
-    straddles prompt and answer. `changed_turns`: turns that render differently once later turns follow.
-    `control`: rows whose own text holds the base's control tokens. `longest`: before cutting, in tokens. Of
-    preferences, where each answer is such a row: `partners`, answers left out with the other one of their pair;
-    `other_prompts`, pairs whose two prompts are not the same tokens."""
+    `places`: for each count, its first few rows. `cut_ends`: cut rows that lost their end, including the
+    end-of-turn token. `merged`: rows with a token that straddles prompt and answer. `changed_turns`: turns
+    that render differently once later turns follow. `control`: rows whose own text contains the base's
+    control tokens. `longest`: tokens before cutting. For preferences, each answer is a row: `partners`,
+    answers dropped because the other answer of the pair was; `other_prompts`, pairs whose two prompts have
+    different tokens."""
 
     rows: int = 0
     kept: int = 0
@@ -85,10 +88,11 @@ class Counts:
 
 @dataclass
 class EncodedRows:
-    """`end_ids`: the token ids that end an answer in these rows (end-of-turn, or end-of-text for plain rows).
+    """Rows as examples.
 
-    `cut_rows`: indices of the rows that were cut. `chat`: rendered by a chat template. `left`: of the rows that were
-    left out, by their indices, why."""
+    `end_ids`: token IDs that end an answer in these rows (end-of-turn, or end-of-text for plain rows).
+    `cut_rows`: indices of cut rows. `chat`: rendered by a chat template. `left`: index of each dropped row ->
+    reason."""
 
     examples: list[Example]
     counts: Counts
@@ -102,11 +106,13 @@ class EncodedRows:
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection, *, refuse: bool = True
 ) -> EncodedRows:
-    """Tokenise rows as `data` says (chat_template, train_on, max_length, long_rows). `refuse`: False
-    leaves out, for whoever wants to see them, what stops a run.
+    """Tokenize rows according to `data`.
 
-    Raises DataError, listing rows, for rows that cannot be rendered without guessing, and for long ones when
-    they are to be refused; BaseError for conversations on a base without a chat template."""
+    Uses its chat_template, train_on, max_length and long_rows. `refuse`: False drops rows that would stop a
+    run.
+
+    Raises DataError, listing rows, for rows that cannot be rendered unambiguously, and for long rows if they
+    are to be refused; BaseError for conversations on a base without a chat template."""
     renderer = Renderer(tokenizer, data.chat_template)
     counts = Counts(rows=len(rows))
     rendered: list[Rendered] = []
@@ -175,9 +181,9 @@ def _notice(counts: Counts, row: Row, r: Rendered, merged: bool, renderer: Rende
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered], eos: int | None
 ) -> Iterable[tuple[list[int], list[bool], bool]]:
-    """(ids, trained, whether a token straddles the start of a learned part) of each text, in order.
+    """Yield (ids, trained, whether a token straddles a trained start) of each text.
 
-    A chat template writes BOS and EOS itself; plain text gets what the tokenizer adds to any prompt, and then EOS."""
+    A chat template writes BOS and EOS itself; plain text gets the tokenizer's special tokens, then EOS."""
     for at in range(0, len(rendered), _CHUNK):
         chunk = rendered[at : at + _CHUNK]
         chats = {r.chat for r in chunk}
@@ -207,20 +213,21 @@ def _tokens(
 
 
 def _spans_fast(encoding: Any, r: Rendered) -> list[tuple[int, int, bool]]:
-    """Token ranges of the learned character ranges, from the tokenizer's own offsets.
+    """Return the token ranges of the trained character ranges, from token offsets.
 
-    A token that straddles the start is learned, since it holds the answer's first letters, and reported."""
+    A token that straddles the start is trained on, because it has the answer's first letters, and is
+    reported."""
     spans = []
     count = len(encoding.ids)
     for start, end in r.learned:
         at = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
         if at is None:
             continue
-        # Some tokenizers trim spaces off offsets: a token of spaces over [a, b) says (b, b).
+        # Some tokenizers trim spaces from offsets: a token of spaces over [a, b) has (b, b).
         while at > 0 and (o := encoding.token_to_chars(at - 1)) is not None and o[0] == o[1] and o[0] > start:
             at -= 1
         last = next(t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None) + 1
-        # A letter of several bytes may be several tokens with the same offsets; char_to_token names the first.
+        # Several tokens of one multi-byte letter can have the same offsets; char_to_token returns the first.
         while last < count and (o := encoding.token_to_chars(last)) is not None and start < o[1] <= end:
             last += 1
         begins = encoding.token_to_chars(at)
@@ -229,7 +236,9 @@ def _spans_fast(encoding: Any, r: Rendered) -> list[tuple[int, int, bool]]:
 
 
 def _spans_slow(tokenizer: PreTrainedTokenizerBase, ids: list[int], r: Rendered) -> list[tuple[int, int, bool]]:
-    """The same for tokenizers without offsets: how many leading tokens the text up to the boundary shares."""
+    """Return the same for tokenizers without offsets.
+
+    Counts the leading tokens that the text up to each boundary shares with the row."""
     spans = []
     for start, end in r.learned:
         bounds = []
@@ -252,8 +261,10 @@ def _without_tail(ids: list[int], trained: list[bool]) -> tuple[list[int], list[
 
 
 def _cut(ids: list[int], trained: list[bool], limit: int, bos: int | None) -> tuple[list[int], list[bool], bool]:
-    """At most `limit` tokens: the oldest of what comes before the first trained token go first (a leading BOS and the
-    token just before the answer stay), then the row's end. Something trained always stays; says if the end went."""
+    """Cut a row to at most `limit` tokens; returns whether the end was cut.
+
+    First drops the oldest tokens before the first target (a leading BOS and the token before the answer
+    stay), then the row's end. At least one target stays."""
     first = trained.index(True)
     head = 1 if bos is not None and ids[0] == bos and first > 1 and limit > 2 else 0
     spare = max(0, first - 1 - head)
@@ -266,7 +277,9 @@ def _cut(ids: list[int], trained: list[bool], limit: int, bos: int | None) -> tu
 
 
 def _end_ids(renderer: Renderer, rendered: Sequence[Rendered], eos: int | None) -> set[int]:
-    """Ids that end an answer: the first token of the template's end marker, and EOS where plain rows append it."""
+    """Return the token IDs that end an answer.
+
+    They are the template's end marker, and EOS if plain rows append it."""
     ends: set[int] = set()
     if any(r.append_eos for r in rendered) and eos is not None:
         ends.add(eos)

@@ -1,14 +1,14 @@
-"""A row as the exact text the model is trained on, and which of its characters are learned.
+"""Render a row as its training text, and mark the trained characters.
 
     Rendered(text="<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n", learned=[(53, 68)])
 
-With a chat template, an assistant turn's learned part starts where the generation prompt ends (what inference shows
-the model) and ends after the end-of-turn marker. This is found by rendering the conversation up to the turn, so it
-works for templates without `{% generation %}`. Where that rendering is not a prefix of the whole conversation's, the
-template's own generation marks are used, or the row is refused: it is never guessed.
+With a chat template, the trained part of an assistant turn starts where the generation prompt ends (the text
+that inference shows the model) and ends after the end-of-turn marker. Rendering the conversation up to the
+turn finds it, so it works for templates without `{% generation %}`. If that rendering is not a prefix of the
+whole conversation's, the template's own generation marks are used, or the row is refused; nothing is guessed.
 
-Without one (`chat_template: none`, or a base that has none), prompt and completion are joined with nothing between
-them, instruction rows take alpaca's prompt, and the end-of-text token follows. Knows nothing of token ids.
+Without a template (`chat_template: none`, or a base that has none), prompt and completion are concatenated,
+instruction rows use alpaca's prompt, and the end-of-text token follows. Independent of token IDs.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_MARK = "\ue000\ue001\ue002"  # private use: in no text, so that a common prefix or suffix stops exactly at it
+_MARK = "\ue000\ue001\ue002"  # private use: occurs in no text, so a common prefix or suffix stops exactly at it
 
 
 @dataclass
 class Rendered:
-    """`learned`: character ranges [start, end). `chat`: rendered by a template, which writes all special tokens itself.
+    """A rendered row.
 
-    `append_eos`: the end-of-text token follows and is learned. `changed_turns`: turns that the template renders
-    differently once later turns follow (as when it strips earlier thinking); trained as they stand in `text`."""
+    `learned`: character ranges [start, end) to train on. `chat`: rendered by a template, which writes all
+    special tokens itself. `append_eos`: the end-of-text token follows and is trained on. `changed_turns`:
+    turns that the template renders differently once later turns follow (for example, if it strips earlier
+    thinking); they are trained as in `text`."""
 
     text: str
     learned: list[tuple[int, int]] = field(default_factory=list)
@@ -53,10 +55,10 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows with one tokenizer's template. `chat_template`: auto, none, or the path of a .jinja file.
+    """Renders rows with one tokenizer's template.
 
-    `template` is None when rows are plain text; `end_marker` is the text that ends an assistant turn (`<|im_end|>`),
-    empty when the template writes none."""
+    `chat_template`: auto, none, or the path of a .jinja file. `template` is None if rows are plain text;
+    `end_marker` is the text that ends an assistant turn (`<|im_end|>`), empty if the template writes none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str = "auto") -> None:
         self.tokenizer = tokenizer
@@ -70,11 +72,13 @@ class Renderer:
         self.end_marker = self._tail[: match.end()] if match else self._tail.rstrip()
 
     def has_control(self, text: str) -> bool:
-        """Whether the text contains one of the base's special tokens, which the tokenizer would read as such."""
+        """Return whether the text contains a special token of the base."""
         return any(c in text for c in self._starts) and self._control.search(text) is not None
 
     def render(self, row: Row, train_on: str) -> Rendered:
-        """The whole row. Raises ValueError with the reason when it cannot be rendered without guessing."""
+        """Return the rendered row.
+
+        Raises ValueError with the reason if the row cannot be rendered unambiguously."""
         if row.format == "text":
             return Rendered(row.text, [(0, len(row.text))], append_eos=True)
         if self.template is None:
@@ -86,7 +90,9 @@ class Renderer:
         return self._chat(row, train_on)
 
     def prompt(self, row: Row) -> str:
-        """What inference shows the model before the last assistant turn: the text that must precede it in training."""
+        """Return the text that inference shows the model before the last assistant turn.
+
+        The same text must precede the turn in training."""
         if row.format == "text":
             return row.text
         if self.template is None:
@@ -94,7 +100,9 @@ class Renderer:
         return self._text(row.messages[: row.last_assistant()], row, generate=True)
 
     def plain_prompt(self, row: Row) -> str:
-        """The prompt of a row without a chat template. Raises BaseError for conversations, which need one."""
+        """Return the prompt of a row without a chat template.
+
+        Raises BaseError for conversations, which need a template."""
         if row.instruction is not None:
             system, instruction, inp, _ = row.instruction
             text = (_ALPACA_INPUT if inp else _ALPACA).format(instruction=instruction, input=inp)
@@ -127,7 +135,9 @@ class Renderer:
         return out
 
     def _turns(self, row: Row, text: str, turns: Sequence[int], out: Rendered) -> list[tuple[int, int]]:
-        """The character range of each of these assistant turns in `text`, end-of-turn marker included."""
+        """Return the character range of each assistant turn in `text`.
+
+        A range includes the end-of-turn marker."""
         spans = []
         for k in turns:
             before = self._text(row.messages[:k], row, generate=True) if k else ""
@@ -139,7 +149,7 @@ class Renderer:
                 upto = self._text(row.messages[: k + 1], row)
                 if text.startswith(upto) and len(upto) > start:
                     end = len(upto)
-                else:  # something follows a last turn only, or this turn looks different when it is the last one
+                else:  # only a last turn is followed by text, or is rendered differently
                     end = self._content(row, text, k)[1]
                     following = text[end:]
                     space = len(following) - len(following.lstrip())
@@ -150,12 +160,16 @@ class Renderer:
                     end += space + len(self.end_marker)
                     out.changed_turns += upto[start:end] != text[start:end]
             if self._tail and text[start:end].endswith(self._tail):
-                end -= len(self._tail) - len(self.end_marker)  # the line break after the marker is not the model's
+                end -= len(self._tail) - len(
+                    self.end_marker
+                )  # the model does not generate the line break after the marker
             spans.append((start, end))
         return spans
 
     def _marked_turns(self, row: Row, text: str, turns: Sequence[int], k: int) -> list[tuple[int, int]]:
-        """Spans by the template's `{% generation %}` marks, for templates whose renderings are not prefixes."""
+        """Return spans from the template's `{% generation %}` marks.
+
+        Used for templates whose renderings are not prefixes."""
         if "generation" in re.findall(r"{%-?\s*(\w+)", self.template or ""):
             from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -177,7 +191,9 @@ class Renderer:
         )
 
     def _content(self, row: Row, text: str, k: int) -> tuple[int, int]:
-        """Where message k's content stands in `text`: what changes when the content is replaced."""
+        """Return the range of message k's content in `text`.
+
+        Found by replacing the content and comparing the renderings."""
         changed = [dict(m) for m in row.messages]
         changed[k]["content"] = _MARK
         other = self._text(changed, row)
@@ -203,7 +219,9 @@ class Renderer:
         return str(text)
 
     def _turn_tail(self) -> str:
-        """What the template writes after the content of a final assistant turn, as `<|im_end|>` and a line break."""
+        """Return the text that the template writes after a final assistant turn.
+
+        For example `<|im_end|>` and a line break."""
         row = Row("messages", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}))
         try:
             return self._text(row.messages, row).rpartition(_MARK)[2]
@@ -215,7 +233,7 @@ class Renderer:
 
 
 def _learned_turns(row: Row, train_on: str) -> list[int]:
-    """Assistant turns that are learned; turns of weight 0 and turns that say nothing are not."""
+    """Return the assistant turns to train on; not empty turns or turns of weight 0."""
     turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
     if train_on == "last":
         turns = turns[-1:]
@@ -227,7 +245,7 @@ def _learned_turns(row: Row, train_on: str) -> list[int]:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[str | None, str]:
-    """(template text or None, where it is from)."""
+    """Return (template text or None, its source)."""
     if chat_template == "none":
         return None, "none"
     if chat_template == "auto":
@@ -249,7 +267,7 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str]:
 
 
 def _common(a: str, b: str) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     n = min(len(a), len(b))
     low = 0
     while low < n and a[low] == b[low]:

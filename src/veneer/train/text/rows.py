@@ -1,22 +1,22 @@
-"""Rows of files or of a hub data set: which format they have, what is wrong with them, and which are held out.
+"""Read rows of files or a hub data set; detect their format and validate them.
 
     rows, about = read_rows(["tickets.jsonl"])
     about.format, about.why          "messages", "a `messages` column of role and content"
 
-| format              | columns                                         | becomes                                    |
-| messages            | messages: [{role, content, weight?}], tools?,   | a conversation                             |
-|                     | parallel_tool_calls?                            |                                            |
-| sharegpt            | conversations: [{from, value}], system?, tools? | a conversation                             |
-| prompt-completion   | prompt, completion (texts or message lists)     | a user turn and an assistant turn          |
-| instruction         | instruction, input?, output, system?            | a user turn and an assistant turn (alpaca) |
-| text                | text                                            | plain text, all of it learned              |
-| preference          | prompt?, chosen, rejected (texts or lists)      | a conversation that ends in either way     |
-| openai-preference   | input: {messages, tools?, …}, preferred_output, | the same                                   |
-|                     | non_preferred_output (message lists)            |                                            |
-| unpaired-preference | prompt, completion, label (true or false)       | a conversation with a judgement            |
-| prompt              | prompt (text or a message list)                 | a conversation to be answered              |
+    | format              | columns                                         | result                            |
+    | messages            | messages: [{role, content, weight?}], tools?,   | a conversation                    |
+    |                     | parallel_tool_calls?                            |                                   |
+    | sharegpt            | conversations: [{from, value}], system?, tools? | a conversation                    |
+    | prompt-completion   | prompt, completion (texts or message lists)     | a user and an assistant turn      |
+    | instruction         | instruction, input?, output, system?            | the same (alpaca)                 |
+    | text                | text                                            | plain text, all of it trained on  |
+    | preference          | prompt?, chosen, rejected (texts or lists)      | a conversation with two endings   |
+    | openai-preference   | input: {messages, tools?, …}, preferred_output, | the same                          |
+    |                     | non_preferred_output (message lists)            |                                   |
+    | unpaired-preference | prompt, completion, label (true or false)       | a conversation with a label       |
+    | prompt              | prompt (text or a message list)                 | a conversation without an answer  |
 
-Every row that cannot be used is reported with its file, line and reason. Does not know tokenizers or models.
+Every unusable row is reported with its file, line and reason. Independent of tokenizers and models.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
-# our column -> other names for it, which are used when ours is absent and data.columns does not name one
+# our column -> other names, used if our name is absent and data.columns names none
 _ALIASES = {
     "messages": ("conversation", "dialog"),
     "completion": ("response", "answer"),
     "prompt": ("question",),
     "output": ("response",),
 }
-_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {  # needed, optional, in words
+_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {  # needed, optional, description
     "messages": (("messages",), ("tools", "parallel_tool_calls"), "a `messages` column of role and content"),
     "sharegpt": (("conversations",), ("system", "tools"), "a `conversations` column of from and value"),
     "prompt-completion": (("prompt", "completion"), (), "`prompt` and `completion` columns"),
@@ -74,20 +74,20 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {  # needed,
     "prompt": (("prompt",), ("tools",), "a `prompt` column"),
 }
 _UNASKED = _FORMATS.keys() - {
-    "unpaired-preference",  # its columns are prompt-completion's, and one whose name may mean anything
-    "prompt",  # there is nothing in it to learn
+    "unpaired-preference",  # its columns are those of prompt-completion and one with an ambiguous name
+    "prompt",  # nothing in it can be learned
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training row. `messages` is empty for plain text, `text` is empty for everything else.
+    """One training row.
 
-    `instruction`: (system, instruction, input, output), kept so that a base without a chat template gets alpaca's
-    prompt. `where`: file and line. Messages are dicts with role and content, as chat templates take them. Of a
-    preference row `messages` ends in the chosen answer, and `rejected` is the same conversation with the other one.
-    `label`: whether the answer of an unpaired row is a desirable one. `values`: all of the row's columns, where answers
-    are going to be judged by them."""
+    `messages` is empty for plain text, `text` is empty for all other formats. `instruction`: (system,
+    instruction, input, output), for alpaca's prompt on a base without a chat template. `where`: file and
+    line. Messages are dicts with role and content, as chat templates require. In a preference row, `messages`
+    ends in the chosen answer, and `rejected` is the same conversation with the rejected answer. `label`:
+    whether the answer of an unpaired row is desirable. `values`: all columns of the row, for rewards."""
 
     format: str
     messages: tuple[dict[str, Any], ...] = ()
@@ -101,7 +101,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """sha256 of all content that is learned from; equal for rows that differ only in their place."""
+        """Return the sha256 of all trained content, independent of the row's location."""
         parts: list[Any] = [self.format, self.messages, self.text, self.instruction, self.tools]
         if self.rejected or self.label is not None:
             parts += [self.rejected, self.label]
@@ -111,17 +111,19 @@ class Row:
 
     @property
     def prompt_key(self) -> str:
-        """sha256 of what comes before the last assistant turn, or of the whole text."""
+        """Return the sha256 of the content before the last assistant turn.
+
+        For plain text, of the whole text."""
         before: Sequence[Any] = self.messages[: self.last_assistant()]
         return hashlib.sha256(json.dumps([before, self.text], sort_keys=True, default=str).encode()).hexdigest()
 
     def last_assistant(self) -> int:
-        """Index of the last assistant message, or the number of messages when there is none."""
+        """Return the index of the last assistant message, or the number of messages."""
         turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
         return turns[-1] if turns else len(self.messages)
 
     def shared(self) -> int:
-        """Number of leading messages that the two conversations of a preference row have in common: its prompt."""
+        """Return the number of leading messages shared with `rejected`: the prompt."""
         return next(
             (i for i, (a, b) in enumerate(zip(self.messages, self.rejected, strict=False)) if a != b),
             min(len(self.messages), len(self.rejected)),
@@ -130,7 +132,7 @@ class Row:
 
 @dataclass(frozen=True)
 class UnusableRow:
-    """A row that nothing can be made of. `values`: its columns."""
+    """A row that cannot be parsed. `values`: its columns."""
 
     where: str
     why: str
@@ -139,7 +141,7 @@ class UnusableRow:
 
 @dataclass
 class About:
-    """What was read: the format and why it was taken to be that, and columns that nothing uses."""
+    """A summary of the rows: the format, the reason for it, and unused columns."""
 
     format: str
     why: str
@@ -151,7 +153,9 @@ class About:
 
 @dataclass
 class Leak:
-    """What the held-out rows share with the training rows. `examples`: places as (held-out row, training row)."""
+    """Overlap of held-out and training rows.
+
+    `examples`: locations as (held-out row, training row)."""
 
     identical: int = 0
     same_prompt: int = 0
@@ -167,13 +171,14 @@ def read_rows(
     formats: Collection[str] | None = None,
     values: bool = False,
 ) -> tuple[list[Row], About]:
-    """Rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the order given; names sorted within a glob.
+    """Read rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the given order.
 
-    `formats`: those that `auto` may choose; by default all but unpaired-preference, whose completions a supervised run
-    would learn whatever their label. `values`: rows keep all of their columns.
+    Names within a glob are sorted. `formats`: the candidates of `auto`; by default all but
+    unpaired-preference, whose completions a supervised run would learn whatever their label. `values`: keep
+    all columns of each row.
 
-    Raises DataError for a missing or empty file, for a row that cannot be read (all of them, up to 20, with line
-    numbers), and when the format cannot be recognised by the columns."""
+    Raises DataError for a missing or empty file, for unusable rows (all of them, up to 20, with line
+    numbers), and if the format cannot be recognized from the columns."""
     found, about = look_at_rows(sources, format=format, columns=columns, limit=limit, formats=formats, values=values)
     rows = [row for row in found if isinstance(row, Row)]
     if bad := [f"{row.where}: {row.why}" for row in found if isinstance(row, UnusableRow)]:
@@ -193,7 +198,7 @@ def look_at_rows(
     formats: Collection[str] | None = None,
     values: bool = False,
 ) -> tuple[list[Row | UnusableRow], About]:
-    """As `read_rows`, with the rows that cannot be used among the others, for whoever wants to see them."""
+    """Read rows like `read_rows`, but return unusable rows among the others."""
     names = [sources] if isinstance(sources, str) else list(sources)
     records, files = read_data_files(names, limit)
     columns = dict(columns or {})
@@ -216,13 +221,15 @@ def look_at_rows(
 
 
 def format_columns(format: str) -> tuple[str, ...]:
-    """The columns of a format: those that it needs, then those that it can have."""
+    """Return the columns of a format: required, then optional."""
     needed, optional, _ = _FORMATS[format]
     return (*needed, *optional)
 
 
 def question_and_answer(row: Row) -> tuple[str, str, str]:
-    """What a row asks, the answer that is learned, and the rejected answer of a preference row; "" for none."""
+    """Return a row's prompt, its trained answer and its rejected answer.
+
+    Missing parts are ""."""
 
     def said(messages: Sequence[Mapping[str, Any]]) -> str:
         texts = [m.get("content") or json.dumps(m.get("tool_calls") or "", ensure_ascii=False) for m in messages]
@@ -236,13 +243,15 @@ def question_and_answer(row: Row) -> tuple[str, str, str]:
 
 
 def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held out), as `hold_out` chooses them. None: 5% but at most 500 rows; none below 20 rows."""
+    """Return (train, held out), chosen by `hold_out`.
+
+    None: 5%, at most 500 rows; none below 20 rows."""
     default = min(500, max(1, round(0.05 * len(rows)))) if len(rows) >= 20 else 0
     return hold_out(rows, split, seed=seed, default=default)
 
 
 def leakage(train: Iterable[Row], held_out: Iterable[Row]) -> Leak:
-    """Held-out rows that are also training rows, and those whose prompt is a training row's prompt."""
+    """Count held-out rows that are training rows, or share a prompt with one."""
     keys: dict[str, str] = {}
     prompts: dict[str, str] = {}
     for row in train:
@@ -261,7 +270,9 @@ def leakage(train: Iterable[Row], held_out: Iterable[Row]) -> Leak:
 
 
 def data_digest(rows: Iterable[Row]) -> str:
-    """sha256 over the rows' contents in order: the same data in other files or another file format is equal."""
+    """Return the sha256 over the rows' contents in order.
+
+    The same data in other files or another file format has the same digest."""
     h = hashlib.sha256()
     for row in rows:
         h.update(bytes.fromhex(row.key))
@@ -271,7 +282,9 @@ def data_digest(rows: Iterable[Row]) -> str:
 def _choose(
     seen: list[str], format: str, columns: dict[str, str], records: Sequence[Record], formats: Collection[str]
 ) -> tuple[str, dict[str, str], str]:
-    """(format, our column -> theirs, why). Raises DataError when the columns fit nothing."""
+    """Return (format, our column -> the data's column, reason).
+
+    Raises DataError if the columns fit no format."""
     known = {c for needed, optional, _ in _FORMATS.values() for c in (*needed, *optional)}
     for ours, theirs in columns.items():
         if ours not in known:
@@ -319,7 +332,9 @@ def _choose(
 
 
 def present_column(column: str, seen: Sequence[str], taken: Collection[str] = ()) -> str:
-    """The name that one of our columns has among `seen`, by its own name or a usual other one; "" if it is absent."""
+    """Return the name of one of our columns in `seen`; "" if it is absent.
+
+    The name is its own or a usual alias."""
     for name in (column, *_ALIASES.get(column, ())):
         if name in seen and name not in taken:
             return name
@@ -332,7 +347,7 @@ def _is_sharegpt(records: Sequence[Record], column: str) -> bool:
 
 
 def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
-    """The record as a Row. Raises ValueError with what is wrong with it."""
+    """Return the record as a Row. Raises ValueError with the problem."""
     needed, optional, _ = _FORMATS[format]
     values = {c: record.values.get(mapping.get(c, c)) for c in (*needed, *optional)}
     for c in needed:
@@ -379,7 +394,9 @@ def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
 
 
 def _openai_preference(values: Mapping[str, Any], where: str) -> Row:
-    """OpenAI's: a prompt with its tools, and the messages of either answer."""
+    """Return the row of OpenAI's preference format.
+
+    The format has a prompt with its tools, and the messages of each answer."""
     given = values["input"]
     if not isinstance(given, Mapping):
         raise ValueError(f"`input` should be a mapping with messages, found {_kind(given)}")
@@ -398,7 +415,7 @@ def _openai_preference(values: Mapping[str, Any], where: str) -> Row:
 
 
 def _tools(value: Any) -> tuple[Any, ...]:
-    """The functions that a row says the assistant may call, as templates take them. Raises ValueError."""
+    """Return the tools of a row for chat templates. Raises ValueError."""
     tools = _decoded(value) or ()
     if not isinstance(tools, list | tuple):
         raise ValueError("`tools` is not a list")
@@ -411,7 +428,7 @@ def _tools(value: Any) -> tuple[Any, ...]:
 
 
 def _check_parallel(value: Any, messages: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Raises ValueError where a row does what it says that it does not: call several tools at once."""
+    """Check that a row without parallel tool calls has none. Raises ValueError."""
     if value is None or value is True:
         return
     if value is not False:
@@ -422,7 +439,9 @@ def _check_parallel(value: Any, messages: Sequence[Mapping[str, Any]], name: str
 
 
 def _preference(values: Mapping[str, Any], tools: tuple[Any, ...], where: str) -> Row:
-    """A conversation with its chosen end and its rejected one. Where no prompt is given it is what both begin with."""
+    """Return a conversation with its chosen and its rejected ending.
+
+    Without a `prompt`, the common beginning is the prompt."""
     prompt = _decoded(values.get("prompt"))
     (kind, chosen), (other, rejected) = (_conversation(prompt, _decoded(values[c]), c) for c in ("chosen", "rejected"))
     row = Row(kind if kind == other else "messages", chosen, tools=tools, where=where, rejected=rejected)
@@ -437,9 +456,10 @@ def _preference(values: Mapping[str, Any], tools: tuple[Any, ...], where: str) -
 
 
 def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[str, Any], ...]]:
-    """(format, messages) of a prompt and an answer, texts or message lists each.
+    """Return (format, messages) of a prompt and an answer, texts or message lists.
 
-    Many data sets give the prompt as text and again as the first message of the answers: that is one prompt."""
+    Many data sets give the prompt as text and again as the first message of the answers: that is one prompt.
+    """
     if isinstance(answer, list):
         messages = _messages(answer, name)
         if prompt is None or (isinstance(prompt, str) and messages[0] == {"role": "user", "content": prompt}):
@@ -455,12 +475,14 @@ def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[
 
 
 def unlearned(messages: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """The same messages with weight 0: the assistant turns of a prompt are read, and not learned."""
+    """Return the messages with weight 0 for assistant turns, as a prompt needs.
+
+    The model reads these turns but is not trained on them."""
     return tuple({**m, "weight": 0} if m["role"] == "assistant" else m for m in messages)
 
 
 def _label(value: Any) -> bool:
-    """true or false, also as text, which is how CSV files hold it."""
+    """Return a label: a boolean or, as in CSV files, the text "true" or "false"."""
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
     if not isinstance(value, bool):
@@ -469,7 +491,9 @@ def _label(value: Any) -> bool:
 
 
 def _decoded(value: Any) -> Any:
-    """A list that a CSV or Parquet file holds as JSON text; any other value as it is."""
+    """Decode a list that a CSV or Parquet file stores as JSON text.
+
+    Returns other values unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             return json.loads(value)
@@ -509,7 +533,7 @@ def _message(m: Any, name: str) -> dict[str, Any]:
         raise ValueError(
             f"`{name}.role` is {role!r}{hint}; roles are {', '.join(ROLES)}" if role else f"`{name}` has no role"
         )
-    kept = {k: v for k, v in m.items() if v is not None}  # Parquet fills the keys a message lacks with nothing
+    kept = {k: v for k, v in m.items() if v is not None}  # Parquet fills missing keys with None
     if isinstance(content, list):
         content = "".join(_part(p, name) for p in content)
     if "function_call" in kept:
@@ -526,8 +550,9 @@ def _message(m: Any, name: str) -> dict[str, Any]:
 
 
 def _tool_calls(value: Any, name: str, role: str) -> list[Any]:
-    """Calls of functions, whose arguments OpenAI has as a text of JSON and templates as a mapping: here as given, and
-    whole. Raises ValueError."""
+    """Return the valid tool calls of a message, unchanged.
+
+    OpenAI has the arguments as JSON text, templates as a mapping. Raises ValueError."""
     if role != "assistant":
         raise ValueError(f"`{name}` belongs to the assistant, and the role is {role!r}")
     if not isinstance(value, list | tuple) or not value:
