@@ -1,4 +1,6 @@
-"""The report of an adapter: one self-contained HTML file, light and dark, no scripts.
+"""The report of an adapter: one self-contained HTML file without scripts.
+
+It has light and dark colors.
 
     page = Page(title=…, records=read_log(…), …)
     write_page(folder / "report.html", page)

@@ -150,7 +150,7 @@ class _TensorBoard:
             self._writer.close()
 
     def _at(self, step: int) -> Any:
-        if self._writer is None:  # purge_step hides values that an earlier part of the run wrote after the resumed step
+        if self._writer is None:  # purge_step hides values written after the resumed step
             self._writer = self._make(str(self._folder), purge_step=step)
         return self._writer
 
@@ -178,7 +178,7 @@ class _WandB:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)  # a step before the newest is dropped there: it is the same
+        self._run.log(dict(values), step=step)  # W&B drops older steps, whose values are the same
 
     def picture(self, step: int, path: str) -> None:
         self._run.log({"samples": self._wandb.Image(path)}, step=step)

@@ -1,17 +1,20 @@
-"""Conversations that go on: the model says something, an environment answers it (a tool's result, a further question),
-and the model goes on, until the environment has nothing to say, the turns are used up or the tokens are.
+"""Multi-turn rollouts: the model and an environment alternate.
 
-    draw = Conversing(sampler, renderer, environment, turns=8).draw        instead of `Sampler.draw`, of conversations
+The environment answers each turn (with a tool result or a further question) until it has nothing to say, or
+the turns or tokens are used up.
+
+    draw = Conversing(sampler, renderer, environment, turns=8).draw        replaces `Sampler.draw`
     held = draw(asked, prompts, interrupted)
 
-The environment is a function of the user's file, `reply(sample, item)`, in a limited process (`rewards.limited`): of
-what the model said, with the conversation so far as `messages`, and of the row. It gives nothing (the conversation has
-ended), a text (a user's turn) or messages, such as {"role": "tool", "content": …}. Where it fails, the conversation has
-no reward.
+The environment is a function of the user's file, `reply(sample, item)`, in a limited process
+(`rewards.limited`). Its arguments are the model's output, with the conversation so far as `messages`, and the
+row. It returns None (the conversation has ended), a text (a user turn) or messages, such as {"role": "tool",
+"content": …}. If it fails, the conversation has no reward.
 
-The model's own tokens stay as they were drawn: what the template writes between two turns is found around a mark that
-stands for what was said, and put behind them. Only the model's tokens are learned (`Rollout.others` are not).
-`max_tokens` counts all tokens behind the prompt, so that a conversation is no longer than an answer may be.
+The model's own tokens stay as sampled: the template's text between two turns is found around a mark that
+replaces the model's output, and is appended to the output. Only the model's tokens are targets
+(`Rollout.others` are not). `max_tokens` counts all tokens after the prompt, so a conversation is no longer
+than a single completion.
 """
 
 from __future__ import annotations
@@ -31,13 +34,16 @@ from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, draw_seed
 from veneer.train.text.rows import Row
 
-_MARK = "\ue100veneer\ue101"  # private use: no text has it
-_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # as Hermes, Qwen and SmolLM3 write them
+_MARK = "\ue100veneer\ue101"  # private use: occurs in no text
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # Hermes, Qwen, SmolLM3
 
 
 @dataclass
 class Conversation:
-    """`turns`: every message behind the prompt; of a single answer none. `error`: why the environment failed."""
+    """A rollout of one or more turns.
+
+    `turns`: every message after the prompt; empty for a single answer. `error`: why the environment failed.
+    """
 
     rollout: Rollout
     turns: list[Turn] = field(default_factory=list)
@@ -46,7 +52,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Conversing:
-    """`turns`: most that the model has."""
+    """Samples conversations. `turns`: maximum turns of the model."""
 
     sampler: Sampler
     renderer: Renderer
@@ -56,8 +62,10 @@ class Conversing:
     def draw(
         self, asked: Sequence[AnswerWanted], prompts: Sequence[Answer], interrupted: Callable[[], bool]
     ) -> list[Conversation] | None:
-        """`prompts`: answers that say nothing yet. Raises as the sampler; DataError for a template that cannot put
-        messages behind an answer."""
+        """Return the conversations; None once interrupted.
+
+        `prompts`: answers without text. Raises the sampler's errors; DataError for a template that cannot add
+        messages after an answer."""
         held: list[Conversation] = []
         going = list(range(len(asked)))
         for turn in range(self.turns):
@@ -85,7 +93,7 @@ class Conversing:
     def _answered(
         self, going: Sequence[int], held: list[Conversation], asked: Sequence[AnswerWanted], prompts: Sequence[Answer]
     ) -> list[int]:
-        """Those that go on, with what the environment said behind them."""
+        """Append the environment's messages; return the conversations that continue."""
         pairs = [
             (
                 sample_of(said_so_far(prompts[i], held[i])) | {"messages": [*prompts[i].prompt, *held[i].turns]},
@@ -112,7 +120,7 @@ class Conversing:
         return still
 
     def _between(self, prompt: Answer, own: Conversation, messages: Sequence[Turn]) -> tuple[int, ...]:
-        """The tokens from the end of what was said to where the model goes on."""
+        """Return the tokens between the model's output and its next turn."""
         marked = [*prompt.prompt, *own.turns[:-1], {"role": "assistant", "content": _MARK}, *messages]
         row = prompt_of(Row("messages", tuple(map(dict, marked)), tools=tuple(prompt.tools)))
         try:
@@ -128,7 +136,7 @@ class Conversing:
 
 
 def said_so_far(prompt: Answer, own: Conversation) -> Answer:
-    """What rewards and the environment see of a conversation."""
+    """Return the conversation in the form for rewards and the environment."""
     rollout = own.rollout
     turns = own.turns if len(own.turns) > 1 or (own.turns and own.turns[-1].get("tool_calls")) else ()
     return replace(
@@ -154,7 +162,7 @@ def _said(text: str) -> Turn:
 
 
 def _messages(given: Any) -> list[Turn] | NoAnswer:
-    """What an environment gave, as messages."""
+    """Return the environment's result as messages."""
     if given is None:
         return []
     if isinstance(given, str):
@@ -170,7 +178,7 @@ def _messages(given: Any) -> list[Turn] | NoAnswer:
 
 
 def _joined(first: Rollout, then: Rollout) -> Rollout:
-    """A conversation with one more turn of the model's."""
+    """Return a conversation with one more model turn."""
     return replace(
         first,
         tokens=(*first.tokens, *then.tokens),

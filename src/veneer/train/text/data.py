@@ -1,6 +1,6 @@
-"""The rows of a text run as what steps are made of.
+"""Read the rows of a text run and plan its steps.
 
-data = read_data(config, base)               rows as they were read, and as tokens: to train on, and held out
+data = read_data(config, base)               rows, and their tokens: for training and validation
 steps = planned_steps(data.train.items, config, …)
 """
 
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class DataSplit:
-    """Rows as they were read, and as tokens. `texts`: the rows that `encoded` is of: those, or of preferences each
-    answer. `items`: what a step is made of: examples, pairs of them, or prompts that are answered."""
+    """Rows and their tokens.
+
+    `texts`: the rows of `encoded`: the same rows, or for preferences each answer. `items`: the units of a
+    step: examples, pairs of them, or prompts."""
 
     rows: list[Row]
     texts: list[Row]
@@ -38,7 +40,7 @@ class DataSplit:
 
 @dataclass
 class TextData:
-    """`start`: the adapter that the run goes on from."""
+    """The data of a run. `start`: the adapter that training starts from."""
 
     train: DataSplit
     held: DataSplit
@@ -47,7 +49,9 @@ class TextData:
 
 
 def read_data(config: TrainConfig, base: TextBase) -> TextData:
-    """Read, split and encoded. Raises DataError for rows that do not go with the loss, and what reading raises."""
+    """Read, split and encode the rows.
+
+    Raises DataError for rows that do not fit the loss, and the errors of reading."""
     loss = config.preference.loss
     draws = config.drawn is not None
     formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
@@ -72,7 +76,7 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
 
 
 def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
-    """Rows as tokens: each an example, of preferences each an item of its answers, or a prompt."""
+    """Encode rows as items: an example, a pair of answers, or a prompt each."""
     if config.drawn is not None:
         prompts, encoded = prompt_split(rows, config, base)
         return DataSplit(rows, rows, encoded, prompts)
@@ -86,8 +90,9 @@ def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
 
 
 def planned_steps(items: Sequence[Any], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1) -> LazySteps:
-    """All steps of the run in order, planned an epoch at a time. A step is cut into a micro-batch for each of `devices`
-    at least. `items`: a DataSplit's."""
+    """Return all steps of the run in order, planned one epoch at a time.
+
+    A step is cut into at least one micro-batch per device. `items`: those of a DataSplit."""
     if config.drawn is not None:
         return planned_rollouts(items, config, rows)
     lengths = [e.tokens for e in items]

@@ -1,19 +1,20 @@
-"""Base against adapters on held-out rows: loss on the answers, and answers of their own compared with those wanted.
+"""Score the base and adapters on held-out rows: loss, and generated answers.
 
     scores = score_mixes(base, rows, {"base": [], "support": ["runs/support"]})
     scores["support"].exact_match
 
-    loss         Σ −log p(trained token) / trained tokens, over the rows' trained tokens as in training
-    exact_match  share of rows whose greedy answer is the wanted one, white space at both ends aside;
+    loss         Σ −log p(target) / targets, over the rows' targets as in training
+    exact_match  share of rows whose greedy answer equals the expected one, ignoring outer white space;
                  JSON answers are compared by value: key order is ignored, 12.0 equals 12
     valid_json   share of rows whose answer is a JSON object or array
-    json_fields  for each key of the wanted JSON objects: share of rows where the answer has an equal value there
-    likelier     of pairs: share whose chosen answer has a higher log p than the rejected one
-    reward_…     of pairs: accuracy, the share whose log p(chosen) − log p(rejected) is above the base's; margin, by how
-                 many nats on average: dpo's reward with β = 1
-    rouge_l      mean F1 of rouge-score's rougeL;   bleu: sacrebleu's corpus BLEU, 0 to 100   (extra `metrics`)
+    json_fields  for each key of the expected JSON objects: share of rows whose answer has an equal value
+    likelier     pairs: share whose chosen answer has a higher log p than the rejected one
+    reward_…     pairs: accuracy, the share whose log p(chosen) − log p(rejected) is above the base's; margin,
+                 the mean difference in nats: dpo's reward with β = 1
+    rouge_l      mean F1 of rouge-score's rougeL;   bleu: sacrebleu's corpus BLEU, 0 to 100  (extra `metrics`)
 
-Rows of plain text have no answer: they get loss and perplexity only. Of pairs, loss and answers are of the chosen side.
+Rows of plain text have no answer: they get loss and perplexity only. For pairs, loss and answers are those of
+the chosen side.
 """
 
 from __future__ import annotations
@@ -51,18 +52,24 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
-"""A name for the table -> adapters acting together: "NAME_OR_PATH[:strength]" or (name, strength); none: the base."""
+"""A name for the table -> adapters that act together; none: the base.
+
+An adapter is "NAME_OR_PATH[:strength]" or (name, strength)."""
 
 _Answering = Callable[..., AbstractContextManager[Callable[..., list[Completion]]]]
-"""(base, adapters by name, rows=) -> a context manager of (prompts, mix=, max_new_tokens=) -> completions. The mix is
-selected on the model while that is called. `veneer.serve.engine.offline.answering` is one."""
+"""(base, adapters by name, rows=) -> a context manager.
+
+The context manager returns (prompts, mix=, max_new_tokens=) -> completions; the mix is selected on the model
+during that call. `veneer.serve.engine.offline.answering` is an example."""
 
 _MICRO_TOKENS = 4096
 
 
 @dataclass
 class Scores:
-    """The scores of one mix. `answers`: the model's own, for each row that has a wanted answer, in the rows' order."""
+    """The scores of one mix.
+
+    `answers`: the model's answer to each row with an expected answer, in the rows' order."""
 
     rows: int = 0
     exact_match: float | None = None
@@ -80,7 +87,7 @@ class Scores:
     answers: list[str] = field(default_factory=list, repr=False)
 
     def to_dict(self, *, answers: bool = False) -> dict[str, Any]:
-        """All fields as plain values; the answers themselves only when they are asked for."""
+        """Return all fields as plain values; includes `answers` only on request."""
         values = asdict(self)
         if not answers:
             del values["answers"]
@@ -101,12 +108,13 @@ def score_mixes(
     answering: _Answering | None = None,
     on_progress: Callable[[str, int, int], None] = lambda mix, done, rows: None,
 ) -> dict[str, Scores]:
-    """Scores of each mix on `rows`. All adapters are attached once; a mix is then one assignment.
+    """Score each mix on `rows`.
 
-    `data`: how rows become tokens (max_length, train_on, chat_template); by default as in training, rows that are too
-    long for the base cut. `generate=False`: loss and perplexity alone. `attachment`: the one the base has already.
-    `answering`: used in place of models.text.generate.complete; see `_Answering`.
-    `on_progress(mix, done, rows)` counts answered rows. Raises DataError when no row can be scored."""
+    All adapters are attached once; selecting a mix is one assignment. `data`: how rows are tokenized
+    (max_length, train_on, chat_template); by default as in training, with rows that are too long for the base
+    cut. `generate=False`: loss and perplexity only. `attachment`: the base's existing attachment.
+    `answering`: replaces models.text.generate.complete; see `_Answering`. `on_progress(mix, done, rows)`
+    counts answered rows. Raises DataError if no row can be scored."""
     from veneer.adapters.use import attach_adapters, parse_spec
 
     if not rows:
@@ -130,7 +138,7 @@ def score_mixes(
         with own.off():
             bare = _margins(base, pairs)
             answerer = answering(base, own.adapters, rows=batch_size) if answering and asked else nullcontext()
-            with answerer as answer:  # before anything is scored: it may change the model while it is open
+            with answerer as answer:  # opened before any scoring, because the engine can change the model
                 for mix, spec in specs.items() if asked else ():
                     began = time.perf_counter()
                     own.use(*spec)
@@ -175,7 +183,7 @@ def score_mixes(
 
 
 def _margins(base: TextBase, pairs: Sequence[Item]) -> list[float]:
-    """log p(chosen) − log p(rejected) of each pair under what is selected."""
+    """Return log p(chosen) − log p(rejected) of each pair under the selected mix."""
     if not pairs:
         return []
     with fast(base.model):
@@ -194,10 +202,11 @@ def score_examples(
     interrupted: Callable[[], bool] = lambda: False,
     devices: Devices = ALONE,
 ) -> Score | None:
-    """Σ NLL over the trained tokens of `examples`, in eval mode and without gradient; None as soon as `interrupted()`.
+    """Return Σ NLL over the targets of `examples`; None as soon as `interrupted()`.
 
-    The model is in its own mode again afterwards. A row longer than `micro_tokens` is a batch of its own; one without a
-    trained token is left out. With several `devices`: of this process's share alone."""
+    Runs in eval mode without gradients and restores the model's mode. A row longer than `micro_tokens` is a
+    separate batch; a row without targets is skipped. With several `devices`, covers this process's share
+    only."""
     examples = [e for e in examples if e.learned]
     groups = grouped([e.tokens for e in examples], micro_tokens)
     total, trained, rows, best = 0.0, 0, 0, 0
@@ -225,14 +234,16 @@ def answers_of(
     on_progress: Callable[[int, int], None] = lambda done, rows: None,
     answer: Callable[..., list[Completion]] | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of the prompts; equal prompts are answered once. `answer(prompts, max_new_tokens=)`:
-    used in place of models.text.generate.complete."""
+    """Return greedy answers in the order of the prompts.
+
+    Equal prompts are answered once. `answer(prompts, max_new_tokens=)` replaces
+    models.text.generate.complete."""
     answer = answer or functools.partial(complete, base, batch_size=batch_size)
     keys = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
     first: dict[str, int] = {}
     for i, key in enumerate(keys):
         first.setdefault(key, i)
-    # Long ones first and like with like, so that a batch has little padding; chunks of batches for the progress.
+    # Longest first, so that batches have little padding; progress is reported per chunk of batches.
     order = sorted(first.values(), key=lambda i: (-len(keys[i]), i))
     answers: dict[str, str] = {}
     for at in range(0, len(order), 4 * batch_size):
@@ -244,7 +255,7 @@ def answers_of(
 
 
 def score_answers(scores: Scores, wanted: Sequence[str]) -> None:
-    """Fills in the scores that compare `scores.answers` with the `wanted` ones."""
+    """Set the scores that compare `scores.answers` with the expected answers."""
     pairs = list(zip(scores.answers, wanted, strict=True))
     scores.exact_match = _mean(same_text(answer, want) for answer, want in pairs)
     scores.valid_json = _mean(isinstance(as_json(answer), dict | list) for answer, _ in pairs)
@@ -258,14 +269,14 @@ def score_answers(scores: Scores, wanted: Sequence[str]) -> None:
 
 
 def _prompt(base: TextBase, row: Row, renderer: Renderer) -> Prompt:
-    """What inference shows the model before the row's last answer."""
+    """Return the prompt that inference gives the model before the row's last answer."""
     before = row.messages[: row.last_assistant()]
     if renderer.template is not None and not row.tools and renderer.template == base.tokenizer.chat_template:
         return [{k: v for k, v in m.items() if k != "weight"} for m in before]
     text = renderer.prompt(row)
     bos = base.tokenizer.bos_token
     if renderer.template is not None and bos and text.startswith(bos):
-        # A template writes BOS itself, and so does the tokenizer for a plain text: one is enough.
+        # Both a template and the tokenizer write BOS; one is enough.
         ids = base.tokenizer("x")["input_ids"]
         text = text.removeprefix(bos) if ids and ids[0] == base.tokenizer.bos_token_id else text
     return text

@@ -1,10 +1,10 @@
-"""What is said of answers that were drawn and teach nothing: in the steps where it happens, and at a run's end in all.
+"""Warnings about completions that give no training signal.
 
-    findings = Findings(settings)        `settings`: the run's `reinforcement`, settled
-    findings.of_step(3, measured)        warnings of a step: no answer has an advantage, or most of them are cut
-    draw_summary(settings, steps)        all steps' numbers -> counts, and what to do about them
+    findings = Findings(settings)        `settings`: the run's resolved `reinforcement`
+    findings.of_step(3, measured)        warnings of a step: no completion has an advantage, or most are cut
+    draw_summary(settings, steps)        counts over all steps, and advice
 
-A run in which something happens at every step says it at the first, the second, the fourth … of them in a row.
+A condition that holds at every step is reported at the first, second, fourth … of the consecutive steps.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ _EASIER = (
 )
 _LONGER = "raise reinforcement.max_tokens, or reward short answers (kind: length)"
 _MOST = 0.5
-"""Share of a step's answers, or of a run's groups, above which something is to be done about it."""
+"""Share of a step's completions, or of a run's groups, above which to give advice."""
 _MANY_CUT = 0.1
-"""The same for answers that were cut, over the whole run."""
+"""The same for truncated completions over the whole run."""
 _NAMED = 3
-"""Lines about answers of a step that are left out."""
+"""Maximum lines about the dropped completions of a step."""
 
 
 def answers_left_out(number: int, failed: Sequence[str]) -> Iterator[str]:
-    """Of answers of step `number` that nobody could judge, or whose tokens no teacher read: why, with their rows."""
+    """Yield why completions of step `number` were dropped, with their rows.
+
+    They could not be scored, or the teacher did not read their tokens."""
     yield from (f"step {number}, left out: {line}" for line in failed[:_NAMED])
     if len(failed) > _NAMED:
         yield f"step {number}, left out: … and {len(failed) - _NAMED} more"
@@ -38,13 +40,13 @@ def answers_left_out(number: int, failed: Sequence[str]) -> Iterator[str]:
 
 @dataclass
 class Findings:
-    """`in_a_row`: draws until now, by what was found in each of them."""
+    """Warnings of a run. `in_a_row`: consecutive steps with a condition, by condition."""
 
     settings: ReinforcementSection
     in_a_row: dict[str, int] = field(default_factory=dict)
 
     def of_step(self, number: int, measured: Mapping[str, float]) -> Iterator[str]:
-        """`measured`: what was found of the answers that were drawn for step `number`."""
+        """Yield the warnings of a step. `measured`: metrics of its completions."""
         if self._said("idle", bool(measured["idle"])):
             worth = f" ({measured['reward']:.3f} on average)" if "reward" in measured else ""
             compared = "to each prompt" if self.settings.baseline in ("group", "others") else "of the step"
@@ -68,7 +70,9 @@ class Findings:
 
 
 def draw_summary(settings: ReinforcementSection, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """`steps`: what each step of a run has measured. Says nothing where nothing was found."""
+    """Yield the summary of a run; nothing if there is nothing to report.
+
+    `steps`: the metrics of each step."""
     draws = [found for found in steps if found.get("drawn_tokens")]
     groups, constant, cut, failed = (
         round(sum(found.get(key, 0.0) for found in draws))

@@ -1,10 +1,10 @@
-"""Prompts that answers are drawn to, as the steps of a run are made of them; what is planned before anything is drawn.
+"""Prompts of a run that samples completions, and the planned steps.
 
-    split = prompt_split(rows, config, base)                 rows → the tokens that an answer follows
-    steps = planned_rollouts(split.items, config, rows)      a rollout is `batching.rows` prompts, `updates` steps long
+    items, encoded = prompt_split(rows, config, base)        rows → prompt tokens
+    steps = planned_rollouts(items, config, rows)            a rollout: `batching.rows` prompts, `updates` steps
 
-A planned step has the rows that it may come to: as many answers as are drawn, each as long as it may become. What was
-drawn takes their place when the step's turn comes (`train.text.reinforce`).
+A planned step has the largest possible rows: all completions, each of maximum length. When the step's turn
+comes, the sampled completions replace them (`train.text.reinforce`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptItem:
-    """A prompt. `row`: its place in the rows. `most`: tokens that an answer to it may have."""
+    """A prompt.
+
+    `row`: its index in the rows. `most`: maximum tokens of a completion."""
 
     ids: tuple[int, ...]
     row: int
@@ -40,7 +42,7 @@ class PromptItem:
 
     @property
     def tokens(self) -> int:
-        """Of the prompt and its longest answer."""
+        """Return the tokens of the prompt and its longest completion."""
         return len(self.ids) + self.most
 
     @property
@@ -50,13 +52,15 @@ class PromptItem:
 
 @dataclass
 class PolicyBatch(Batch):
-    """Prompts with their answers. `answers`: tokens of each answer, T in all. `worth`, `factors`: each answer's
-    advantage, and what its tokens' losses are multiplied by. `old`, `drawn`, `reference`: (T,) log-probabilities when
-    the tokens were drawn, of what they were drawn from, and of the reference; None where there are none. `fresh`:
-    whether the adapter is the one that they were drawn from. `teacher`: the same answers after what their teacher is
-    asked; None for these rows themselves. `likeliest`: (T, K) tokens that a teacher elsewhere names at each place, and
-    their log-probabilities, −inf where there are fewer. `shared`: where a prompt's answers share its tokens;
-    `input_ids` and `trained` then have it once."""
+    """Prompts with their completions, T completion tokens in total.
+
+    `answers`: tokens of each completion. `worth`, `factors`: each completion's advantage, and the factor of
+    its tokens' losses. `old`, `drawn`, `reference`: (T,) log-probabilities at sampling time, of the sampling
+    distribution, and of the reference; None if absent. `fresh`: whether the adapter is unchanged since
+    sampling. `teacher`: the same completions after the teacher's prompt; None for these rows themselves.
+    `likeliest`: (T, K) tokens that a served teacher names at each position, and their log-probabilities, −inf
+    padded. `shared`: set if the completions of a prompt share its tokens; `input_ids` and `trained` then have
+    the prompt once."""
 
     answers: list[int]
     worth: Tensor
@@ -71,16 +75,17 @@ class PolicyBatch(Batch):
 
 
 def prompt_of(row: Row) -> Row:
-    """The row with a last assistant turn, which is what its prompt stands before."""
+    """Return the row with a final assistant turn, before which the prompt ends."""
     if row.messages and row.messages[-1]["role"] == "assistant":
         return row
     return replace(row, messages=(*row.messages, {"role": "assistant", "content": ""}))
 
 
 def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tuple[list[PromptItem], EncodedRows]:
-    """The prompts of rows, as inference shows them to the model.
+    """Return the prompts of rows, as inference gives them to the model.
 
-    One that leaves an answer no room is refused or left out, by `data.long_rows`. Raises DataError, listing rows."""
+    A prompt that leaves no room for a completion is refused or dropped, per `data.long_rows`. Raises
+    DataError, listing rows."""
     drawn, data = config.drawn, config.data
     assert drawn is not None
     most = drawn.max_tokens
@@ -120,19 +125,21 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
 
 
 def prompt_ids(base: TextBase, renderer: Renderer, text: str) -> tuple[int, ...]:
-    """Tokens of what `renderer` made: a chat template has written the special ones already."""
+    """Return the tokens of a rendered text.
+
+    A chat template has already written the special tokens."""
     chat = renderer.template is not None
     return tuple(base.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
 
 
 def rollout_example(rollout: Rollout) -> Example:
-    """A prompt with its answer, of which what was drawn is learned."""
+    """Return a prompt with its completion; the sampled tokens are the targets."""
     prompt, said = list(rollout.prompt), list(rollout.tokens)
     return Example([*prompt, *said], [False] * len(prompt) + rollout.trained, 0)
 
 
 def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make: Callable[[], PolicyBatch]) -> Micro:
-    """A micro-batch of answers. where: of each one's row."""
+    """Return a micro-batch of completions. `where`: the location of each one's row."""
     return Micro(
         tokens=sum(len(r.prompt) + len(r.tokens) for r in answers),
         trained=sum(len(r.logps) for r in answers),
@@ -143,15 +150,17 @@ def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make: Callab
 
 
 def answer_groups(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
-    """Micro-batches of rows of these lengths: indices, from long to short."""
+    """Return micro-batches for rows of these lengths: indices, longest first."""
     rows = config.batching.micro_rows or len(lengths)
     groups = grouped(lengths, config.batching.at_once)
     return [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
 
 
 def shared_groups(answers: Sequence[tuple[tuple[int, ...], int]], config: TrainConfig) -> list[list[int]]:
-    """Micro-batches of answers, (prompt, tokens of the answer), whose prompts are computed once: indices, a prompt's
-    beside one another, from long to short, cut before `batching.at_once` tokens."""
+    """Return micro-batches of completions that compute each prompt once.
+
+    `answers`: (prompt, completion tokens). A micro-batch has indices, grouped by prompt and from long to
+    short, and is cut before `batching.at_once` tokens."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i in sorted(range(len(answers)), key=lambda i: (-len(answers[i][0]) - answers[i][1], i)):
         by_prompt.setdefault(answers[i][0], []).append(i)
@@ -170,7 +179,9 @@ def shared_groups(answers: Sequence[tuple[tuple[int, ...], int]], config: TrainC
 
 
 def collate_shared(drawn: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
-    """Rows of prompts with their answers, each prompt's tokens once: `lengths` are of whole rows."""
+    """Return rows of prompts with completions, each prompt's tokens once.
+
+    `lengths` are those of whole rows."""
     ids: list[int] = []
     trained: list[bool] = []
     places: list[int] = []
@@ -192,10 +203,10 @@ def collate_shared(drawn: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
 
 
 def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> LazySteps:
-    """All steps of the run in order, as they are at most."""
+    """Return all steps of the run in order, at their largest possible size."""
     r = config.drawn
     assert r is not None
-    shares = config.reinforcement.loss is not None  # what is distilled may be another prompt to its teacher
+    shares = config.reinforcement.loss is not None  # in distillation, the teacher can have another prompt
 
     def micro(chosen: list[PromptItem]) -> Micro:
         prompts = dict.fromkeys(item.ids for item in chosen) if shares else [item.ids for item in chosen]
@@ -227,13 +238,13 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
 
 
 def first_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> list[Step]:
-    """The steps of the first epoch, whole."""
+    """Return the complete steps of the first epoch."""
     once = config.schedule.model_copy(update={"epochs": 1, "steps": None})
     return list(planned_rollouts(items, config.model_copy(update={"schedule": once}), rows))
 
 
 def _made_up(items: Sequence[PromptItem], shares: bool) -> PolicyBatch:
-    """The longest answers that there may be, of the prompts' own tokens."""
+    """Return the longest possible completions, filled with the prompts' own tokens."""
     drawn = []
     for item in items:
         said = tuple(item.ids[i % len(item.ids)] for i in range(item.most))

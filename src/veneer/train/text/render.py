@@ -1,6 +1,7 @@
 """Render a row as its training text, and mark the trained characters.
 
-    Rendered(text="<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n", learned=[(53, 68)])
+    text       "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n"
+    learned    [(53, 68)]
 
 With a chat template, the trained part of an assistant turn starts where the generation prompt ends (the text
 that inference shows the model) and ends after the end-of-turn marker. Rendering the conversation up to the
@@ -35,7 +36,7 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_MARK = "\ue000\ue001\ue002"  # private use: occurs in no text, so a common prefix or suffix stops exactly at it
+_MARK = "\ue000\ue001\ue002"  # private use: in no text, so common prefixes and suffixes stop at it
 
 
 @dataclass
@@ -160,9 +161,7 @@ class Renderer:
                     end += space + len(self.end_marker)
                     out.changed_turns += upto[start:end] != text[start:end]
             if self._tail and text[start:end].endswith(self._tail):
-                end -= len(self._tail) - len(
-                    self.end_marker
-                )  # the model does not generate the line break after the marker
+                end -= len(self._tail) - len(self.end_marker)  # the model writes no line break after the marker
             spans.append((start, end))
         return spans
 

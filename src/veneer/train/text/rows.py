@@ -3,18 +3,18 @@
     rows, about = read_rows(["tickets.jsonl"])
     about.format, about.why          "messages", "a `messages` column of role and content"
 
-    | format              | columns                                         | result                            |
-    | messages            | messages: [{role, content, weight?}], tools?,   | a conversation                    |
-    |                     | parallel_tool_calls?                            |                                   |
-    | sharegpt            | conversations: [{from, value}], system?, tools? | a conversation                    |
-    | prompt-completion   | prompt, completion (texts or message lists)     | a user and an assistant turn      |
-    | instruction         | instruction, input?, output, system?            | the same (alpaca)                 |
-    | text                | text                                            | plain text, all of it trained on  |
-    | preference          | prompt?, chosen, rejected (texts or lists)      | a conversation with two endings   |
-    | openai-preference   | input: {messages, tools?, …}, preferred_output, | the same                          |
-    |                     | non_preferred_output (message lists)            |                                   |
-    | unpaired-preference | prompt, completion, label (true or false)       | a conversation with a label       |
-    | prompt              | prompt (text or a message list)                 | a conversation without an answer  |
+| format              | columns                                         | result                            |
+| messages            | messages: [{role, content, weight?}], tools?,   | a conversation                    |
+|                     | parallel_tool_calls?                            |                                   |
+| sharegpt            | conversations: [{from, value}], system?, tools? | a conversation                    |
+| prompt-completion   | prompt, completion (texts or message lists)     | a user and an assistant turn      |
+| instruction         | instruction, input?, output, system?            | the same (alpaca)                 |
+| text                | text                                            | plain text, all of it trained on  |
+| preference          | prompt?, chosen, rejected (texts or lists)      | a conversation with two endings   |
+| openai-preference   | input: {messages, tools?, …}, preferred_output, | the same                          |
+|                     | non_preferred_output (message lists)            |                                   |
+| unpaired-preference | prompt, completion, label (true or false)       | a conversation with a label       |
+| prompt              | prompt (text or a message list)                 | a conversation without an answer  |
 
 Every unusable row is reported with its file, line and reason. Independent of tokenizers and models.
 """

@@ -1,18 +1,18 @@
-"""A teacher on a server: log-probabilities that it gives to tokens that the student has drawn.
+"""A teacher on a server: its log-probabilities of the student's tokens.
 
-    with served_teacher(section, base) as teacher:                   its tokens are compared with the student's
-        found = teacher.read([(ids, count), …], interrupted)         of the last `count` tokens of each
+    with served_teacher(section, base) as teacher:                   compares its tokens with the student's
+        found = teacher.read([(ids, count), …], interrupted)         for the last `count` tokens of each
 
-A request is /v1/completions with token ids as the prompt: what the teacher is asked, and the answer. One token is
-drawn, because most servers draw at least one, and left aside. Two forms are known, and the first that is answered is
-kept:
+A request is /v1/completions with token IDs as the prompt: the teacher's prompt and the completion. One token
+is sampled, because most servers require one, and ignored. There are two forms; the first that the server
+answers is used:
 
-    prompt_logprobs: k      vLLM's, and veneer's: choices[0].prompt_logprobs[i] = {id: {logprob, decoded_token}, …}
-    echo, logprobs: 1       OpenAI's older one: choices[0].logprobs = {tokens, token_logprobs}, the prompt's first
+    prompt_logprobs: k      vLLM and veneer: choices[0].prompt_logprobs[i] = {id: {logprob, decoded_token}, …}
+    echo, logprobs: 1       OpenAI's older form: choices[0].logprobs = {tokens, token_logprobs}, prompt first
 
-The second tells likeliest tokens by text, which need not name one token: it is enough for the drawn tokens alone.
-Waiting and failing are as of a judge (`rewards.server`); an answer that the server does not read has the reason in its
-place.
+The second form names the likeliest tokens by text, which can be ambiguous, so it serves only the sampled
+tokens. Retries and failures are those of a judge (`rewards.server`); an answer that the server refuses has
+the reason in its place.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ if TYPE_CHECKING:
     from veneer.train.config.distillation import DistillationSection
 
 _PROBED = 128
-"""Tokens whose texts are compared."""
+"""Number of tokens whose texts are compared."""
 _SPACES = str.maketrans("\u2581\u0120\u010a", "   ")
 _CERTAIN = 1.05
-"""Rounded probabilities of one place add up to no more."""
+"""Maximum sum of one position's rounded probabilities."""
 _NEVER = -9000.0
-"""Servers write −9999 for a probability of 0."""
+"""Lower bound of log-probabilities: servers write −9999 for probability 0."""
 
 
 @dataclass(frozen=True)
 class TeacherLogps:
-    """Of the tokens of an answer: log q of each, and at each place the tokens that the teacher names and their log q,
-    the drawn one among them; nothing where it was not asked for them."""
+    """The teacher's log-probabilities for a completion.
+
+    `logps`: log q of each token. `likeliest`: the named tokens of each position with their log q, including
+    the sampled token; empty if not requested."""
 
     logps: tuple[float, ...]
     likeliest: tuple[Mapping[int, float], ...] = ()
@@ -51,8 +53,10 @@ class TeacherLogps:
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """`named`: likeliest tokens of each place that are asked for; 0 for none. `by_id`: whether the server has vLLM's
-    form. `context`: tokens that it reads."""
+    """A teacher on a server.
+
+    `named`: number of likeliest tokens requested per position; 0 for none. `by_id`: whether the server has
+    vLLM's form. `context`: maximum tokens of a prompt."""
 
     server: AwaitedServer
     model: str
@@ -67,8 +71,10 @@ class ServedTeacher:
     def read(
         self, answers: Sequence[tuple[Sequence[int], int]], interrupted: Callable[[], bool] = lambda: False
     ) -> list[TeacherLogps | str] | None:
-        """What the teacher gives the last tokens of each, `count` of `ids`, or why it gives nothing; None as soon as
-        `interrupted()`. Raises UnavailableError where it stays away, ConfigError where it takes no question at all."""
+        """Return the log-probabilities of the last `count` of `ids`, for each item.
+
+        An item without a result has the reason instead. Returns None as soon as `interrupted()`. Raises
+        UnavailableError if the server stays unavailable, ConfigError if it refuses all questions."""
         return self.server.each(self._read, answers, interrupted)
 
     def _read(self, answer: tuple[Sequence[int], int]) -> TeacherLogps | str:
@@ -83,23 +89,27 @@ class ServedTeacher:
 
 
 _Place = Mapping[int, tuple[float, str | None]]
-"""Tokens at a place of a prompt, by id: log q, and the token's text where it is told."""
+"""The tokens at a position of a prompt: ID -> (log q, the token's text or None)."""
 
 
 @contextmanager
 def served_teacher(section: DistillationSection, base: TextBase) -> Iterator[ServedTeacher]:
-    """The teacher of `section.url`, asked once. Raises MismatchError where its tokens are not the student's,
-    ConfigError where it gives no log-probabilities of prompts or cannot be asked, UnavailableError where it is away."""
+    """Connect to the teacher of `section.url` and check it with one request.
+
+    Raises MismatchError if its tokens differ from the student's, ConfigError if it gives no prompt
+    log-probabilities or refuses requests, UnavailableError if it is unavailable."""
     assert section.url is not None
     model, named = str(section.teacher), section.top_logprobs if section.divergence == "forward" else 0
     with AwaitedServer(section.url, "teacher", "distillation.patience", **how_asked(section)) as server:
         by_id = _compared(server, model, named, base)
         context = _context(server, model) or base.context
-        yield ServedTeacher(server, model, named, by_id, min(base.context, context - 1))  # a request draws a token
+        yield ServedTeacher(server, model, named, by_id, min(base.context, context - 1))  # one token is sampled
 
 
 def _compared(server: AwaitedServer, model: str, named: int, base: TextBase) -> bool:
-    """Whether the server has vLLM's form, found by tokens of all the student's vocabulary."""
+    """Return whether the server has vLLM's form.
+
+    The request has tokens from the student's entire vocabulary, whose texts are compared."""
     special, tokenizer = set(base.tokenizer.all_special_ids), base.tokenizer
     plain = [id for id in range(len(tokenizer)) if id not in special]
     count = min(_PROBED, base.context // 2, len(plain))
@@ -130,7 +140,9 @@ def _compared(server: AwaitedServer, model: str, named: int, base: TextBase) -> 
 
 
 def _check_texts(server: AwaitedServer, model: str, base: TextBase, told: Mapping[int, str | None]) -> None:
-    """Raises MismatchError where a token id has another text to the server, ConfigError where it tells no texts."""
+    """Check that token IDs have the same texts on the server.
+
+    Raises MismatchError if they differ, ConfigError if the server sends no texts."""
     known = {id: text for id, text in told.items() if text and not text.startswith(("token_id:", "bytes:"))}
     if not known:
         raise ConfigError(
@@ -151,8 +163,9 @@ def _check_texts(server: AwaitedServer, model: str, base: TextBase, told: Mappin
 
 
 def _alike(ours: str, theirs: str) -> bool:
-    """Whether two texts may be of one token: servers write space as it is, as ▁ or Ġ, or leave it out, and a part of a
-    character in ways of their own."""
+    """Return whether two texts can be the same token.
+
+    Servers write a space as it is, as ▁ or Ġ, or omit it, and differ for parts of a character."""
     if "\ufffd" in ours or "\ufffd" in theirs:
         return True
     a, b = (text.translate(_SPACES).strip() for text in (ours, theirs))
@@ -160,7 +173,7 @@ def _alike(ours: str, theirs: str) -> bool:
 
 
 def _context(server: AwaitedServer, model: str) -> int | None:
-    """Tokens that the server's model reads, where it says so."""
+    """Return the context length of the server's model; None if it is unknown."""
     try:
         cards = server.read(server.response("/models"), "list of models")["data"]
         lengths = [card["max_model_len"] for card in cards if card.get("id") == model]
@@ -170,7 +183,9 @@ def _context(server: AwaitedServer, model: str) -> int | None:
 
 
 def _places(server: AwaitedServer, model: str, ids: Sequence[int], named: int, *, by_id: bool) -> list[_Place | None]:
-    """What the server says of each token of `ids`; None where it says nothing, as of the first. Raises Unanswered."""
+    """Return the server's tokens at each position of `ids`.
+
+    None where the server gives none, as for the first token. Raises Unanswered."""
     body: dict[str, Any] = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
     body |= {"prompt_logprobs": named} if by_id else {"echo": True, "logprobs": 1}
     answer = server.response("/completions", body)
@@ -197,14 +212,16 @@ def _by_id(place: Mapping[str, Any]) -> _Place:
 
 
 def _naming(token: int, place: _Place | None) -> _Place:
-    """The place of a token. Raises Unanswered where the server leaves it out."""
+    """Return the position's tokens. Raises Unanswered if they lack `token`."""
     if place is None or token not in place:
         raise Unanswered(f"the teacher gives the token {token} no log-probability")
     return place
 
 
 def _checked(place: _Place | None, token: int) -> _Place:
-    """The place of a drawn token, with its log q. Raises Unanswered where it has none that is a number."""
+    """Return a sampled token's position with valid log-probabilities.
+
+    Raises Unanswered if the token's log q is not a valid number."""
     named = _naming(token, place)
     value = named[token][0]
     if value <= _NEVER:

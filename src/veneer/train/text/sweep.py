@@ -1,17 +1,17 @@
-"""A grid of settings: an adapter for each combination, all trained in one pass of their base, and one report of them.
+"""Train a grid of settings in one pass of the base, and write one report.
 
     run_sweep(file, ["adapter.rank=8,16,64", "optimizer.learning_rate=1e-4,5e-4", "schedule.steps=200"])
 
-Every setting with commas outside of brackets is swept, the others hold for all. Each combination has its folder in the
-output, `rank=8,learning_rate=1e-4`, as if it were trained alone; `sweep.html` and `sweep.json` beside them compare what
-came out, the lowest validation loss first.
+Every setting with commas outside of brackets is swept; the others hold for all runs. Each combination has its
+own folder in the output, such as `rank=8,learning_rate=1e-4`, as if trained separately; `sweep.html` and
+`sweep.json` next to the folders compare the results, lowest validation loss first.
 
-Losses are compared only if they measure the same thing: all runs hold out the same rows, even with different seeds
-(`data.split_seed`), and settings that change what the loss measures are refused.
+Losses are compared only if they measure the same thing: all runs hold out the same rows, even with different
+seeds (`data.split_seed`), and settings that change what the loss measures are refused.
 
-Early halving: of n runs of T steps the better half stays at the first evaluation from T/2^r on, r = ⌊log2 n⌋, half of
-those from 2T/2^r on, … until one is left at T/2. It is successive halving (arXiv 1502.07943), with
-validation losses that are there anyway.
+Early halving: of n runs of T steps, the better half stays at the first evaluation from T/2^r on, r = ⌊log2
+n⌋, half of those from 2T/2^r on, … until one is left at T/2. This is successive halving (arXiv 1502.07943)
+with validation losses that are computed anyway.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _NAME = 120
-"""Characters of a combination's folder."""
+"""Maximum characters of a combination's folder name."""
 _MOST = 256
-"""Combinations: more is a slip of the keyboard."""
+"""Maximum combinations; more are probably a typo."""
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One of a grid: `name`, also of its folder; `swept`: setting -> its value here; `overrides`: all that it is
-    given."""
+    """One combination of a grid.
+
+    `name`: also its folder; `swept`: setting -> value; `overrides`: all its settings."""
 
     name: str
     swept: Mapping[str, str]
@@ -56,10 +57,11 @@ class Combination:
 
 
 def grid(overrides: Sequence[str]) -> list[Combination]:
-    """Every combination of the values that are given with commas, the last setting changing fastest.
+    """Return every combination of the comma-separated values.
 
-    Raises ConfigError where nothing is swept, for more than 256, for a setting or a value that is given twice, and for
-    the output, in which they all are."""
+    The last setting changes fastest. Raises ConfigError if nothing is swept, for more than 256 combinations,
+    for a setting or a value given twice, and for a swept output, because the output holds all combinations.
+    """
     given = [override.partition("=") for override in overrides]
     values = {key: _values(text) for key, _, text in given}
     swept = {key: own for key, own in values.items() if len(own) > 1}
@@ -84,7 +86,7 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
     for n, chosen in enumerate(itertools.product(*swept.values()), 1):
         own = dict(zip(swept, chosen, strict=True))
         name = ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9._+-]+', '_', value)}" for key, value in own.items())
-        if len(name) > _NAME or name in names:  # two paths may read alike, or be too long for a folder's name
+        if len(name) > _NAME or name in names:  # two paths can give equal or too long names
             name = f"{name[:_NAME]},{n}"
         names.add(name)
         out.append(Combination(name, own, [*held, *(f"{key}={value}" for key, value in own.items())]))
@@ -92,7 +94,7 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
 
 
 def _values(text: str) -> list[str]:
-    """The parts of a text between its commas, but for those within brackets and quotes."""
+    """Split a text at its commas, except within brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -110,14 +112,16 @@ def _values(text: str) -> list[str]:
 
 @dataclass
 class Sweep:
-    """What a sweep came to: of each combination its result or the error that ended it, and the report."""
+    """A finished sweep: the result or error of each combination, and the report."""
 
     combinations: list[Combination]
     results: list[RunResult | VeneerError]
     report: str = ""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One for each, the lowest validation loss (else training loss) first, those without an adapter last."""
+        """Return one row per combination, lowest loss first, failures last.
+
+        Compares validation loss, or training loss without validation."""
         rows = []
         for combination, result in zip(self.combinations, self.results, strict=True):
             row: dict[str, Any] = {"name": combination.name, **combination.swept}
@@ -157,10 +161,10 @@ def run_sweep(
     base: TextBase | None = None,
     listener: Callable[[str], Listener] = lambda name: lambda event: None,
 ) -> Sweep:
-    """Trains every combination of `grid` on the configuration `file`. `listener`: who hears the run of a name.
+    """Train every combination of `grid` on the configuration `file`.
 
-    Raises ConfigError for an invalid grid and for runs whose losses cannot be compared, and the errors of `run_texts`;
-    a failed run is a row of the report."""
+    `listener`: returns the listener of a run by its name. Raises ConfigError for an invalid grid and for runs
+    whose losses cannot be compared, and the errors of `run_texts`; a failed run is a row of the report."""
     combinations = grid(overrides)
     held = [o for o in overrides if o.partition("=")[0] not in combinations[0].swept]
     common = load_config(file, held)[0]
@@ -203,7 +207,7 @@ def run_sweep(
 
 
 def _splits_by_seed(config: RunConfig) -> bool:
-    """Whether the run's `seed` chooses its held-out rows."""
+    """Return whether the run's `seed` chooses its held-out rows."""
     data = config.data
     return isinstance(data, DataSection) and data.validation is None and data.split != 0 and data.split_seed is None
 
@@ -227,7 +231,7 @@ def _check_comparable(configs: Sequence[RunConfig], names: Sequence[str]) -> Non
 
 
 def _measure(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that define a held-out loss: its rows, its tokens and its formula."""
+    """Return the settings that define a held-out loss: its rows, tokens and formula."""
     data = config.data.model_dump(mode="json") | {"split_seed": config.split_seed}
     if config.data.validation is not None:
         data = {key: value for key, value in data.items() if key not in ("train", "limit", "split_seed")}
@@ -241,7 +245,10 @@ def _measure(config: TrainConfig) -> dict[str, Any]:
 
 
 class _Halving:
-    """Who leaves, and when. `steps`: of each run, 0 where only its data say it: they are known with its first step."""
+    """Selects the runs to stop early.
+
+    `steps`: the steps of each run; 0 if the data determine the number, which is known at the run's first
+    step."""
 
     def __init__(self, steps: Sequence[int], *, on: bool) -> None:
         self.on, self.steps = on, list(steps)
@@ -254,7 +261,7 @@ class _Halving:
             self.scores[place] = event.step, event.loss
 
     def leave(self, running: Sequence[int]) -> dict[int, VeneerError]:
-        """Those of the runs that are under way that leave now."""
+        """Return the running runs to stop now."""
         if not self.on:
             return {}
         total, longest = len(self.steps), max(self.steps)
