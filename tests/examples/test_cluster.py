@@ -15,7 +15,7 @@ import yaml
 
 from tests.test_readme import ROOT, parse
 from tests.tiny_base import tiny_base_dir
-from tests.train.test_devices import write_rows
+from tests.train.text.tiny_runs import write_rows
 
 FOLDER = ROOT / "examples" / "cluster"
 PAGE = ROOT / "docs" / "how-to" / "several-devices.md"
