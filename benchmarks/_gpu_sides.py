@@ -349,12 +349,12 @@ def _filled(model: Any, device: str, kept_as: Callable[[str, Any], Any] = lambda
     return model
 
 
-def _quantiser(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
+def _quantizer(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
     """What `_filled` keeps of a weight where the base is to be in 4 or 8 bits."""
-    from veneer.models.quantise import quantised_weights
+    from veneer.models.quantize import quantized_weights
     from veneer.ops.quantized import quantize
 
-    names = set(quantised_weights(model)) if kind else set()
+    names = set(quantized_weights(model)) if kind else set()
     return lambda name, weight: quantize(weight, str(kind)) if name in names else weight
 
 
@@ -376,7 +376,7 @@ def _described(plan: Any, load: Any) -> str:
     changed = "" if plan.fits else f"; as the plan changes it: {', '.join(plan.changes[0].settings)}"
     rows = f"{len(load.lengths)} × {load.longest} tokens" if hasattr(load, "lengths") else f"{load.pictures} picture"
     kept = "made again" if load.checkpointing else "kept"
-    return f"{rows}, rank {load.rank}, {load.quantise or load.dtype}, activations {kept}{changed}"
+    return f"{rows}, rank {load.rank}, {load.quantize or load.dtype}, activations {kept}{changed}"
 
 
 def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
@@ -400,7 +400,7 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
     if load is None:
         return {"left_out": why}
     bare = _bare_text(base)
-    model = _filled(bare, where, _quantiser(bare, load.quantise))
+    model = _filled(bare, where, _quantizer(bare, load.quantize))
     attachment = veneer.attach(model)
     spec = veneer.LoraSpec(rank=load.rank, alpha=ALPHA, targets="all-linear")
     attachment.add("a", veneer.create(model, spec, seed=0), trainable=True)
@@ -470,10 +470,10 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
     return _result(figures, *notes)
 
 
-def _load_8b(task: Task, quantise: str | None = None) -> Any:
+def _load_8b(task: Task, quantize: str | None = None) -> Any:
     from veneer.plan.memory import Load
 
-    return Load((task.sizes.length,) * task.sizes.rows, rank=RANK, quantise=quantise)
+    return Load((task.sizes.length,) * task.sizes.rows, rank=RANK, quantize=quantize)
 
 
 def _load_70b(task: Task) -> Any:
@@ -481,7 +481,7 @@ def _load_70b(task: Task) -> Any:
     from veneer.plan.memory import Load
 
     s = task.sizes
-    load = Load.of(s.large_row, s.large_tokens, 16, rank=RANK, quantise="nf4", checkpointing=s.recomputes)
+    load = Load.of(s.large_row, s.large_tokens, 16, rank=RANK, quantize="nf4", checkpointing=s.recomputes)
     return replace(load, micros=1)
 
 
@@ -866,7 +866,7 @@ def flux(task: Task) -> dict[str, Any]:
     if load.height != s.picture:
         return {"left_out": f"pictures of {s.picture} × {s.picture} do not fit: {plan.changes[0].text}"}
     bare = _bare_denoiser(s.denoiser, s.more)
-    model = _filled(bare, s.device, _quantiser(bare, load.quantise))
+    model = _filled(bare, s.device, _quantizer(bare, load.quantize))
     given = _flux_inputs(config, s.picture, s.device)
     t = torch.full((1,), 0.5, device=s.device).bfloat16()
 

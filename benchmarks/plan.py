@@ -48,7 +48,7 @@ WIDTHS = {
 
 
 def text(base: str, rows: int, length: int, rank: int = 16, trained: float = 0.25, **more: Any) -> dict[str, Any]:
-    """`more`: dtype, checkpointing, quantise, dora, dropout, init; `unlike`: rows of other lengths in each step, of
+    """`more`: dtype, checkpointing, quantize, dora, dropout, init; `unlike`: rows of other lengths in each step, of
     which `length` is the mean."""
     return {"kind": "text", "base": base, "rows": rows, "length": length, "rank": rank, "trained": trained, **more}
 
@@ -67,12 +67,12 @@ GRID: list[dict[str, Any]] = [
     text("llama-110m", 1, 1024, 64), text("llama-110m", 4, 256, 4), text("llama-110m", 4, 256, 16, dtype="float32"),
     text("llama-100m", 4, 256), text("llama-100m", 2, 1024, 32, checkpointing=True),
     text("llama-100m", 2, 512, 16, 1.0, dtype="float32"), text("llama-100m", 1, 2048, 16),
-    text("smollm2-135m", 4, 512, quantise="nf4"), text("smollm2-135m", 1, 2048, 8, quantise="nf4"),
-    text("smollm2-135m", 4, 256, 16, checkpointing=True, quantise="nf4"),
-    text("llama-110m", 2, 512, 16, 1.0, quantise="nf4"), text("llama-100m", 2, 1024, 32, quantise="nf4"),
-    text("llama-100m", 4, 256, 16, quantise="int8"),
+    text("smollm2-135m", 4, 512, quantize="nf4"), text("smollm2-135m", 1, 2048, 8, quantize="nf4"),
+    text("smollm2-135m", 4, 256, 16, checkpointing=True, quantize="nf4"),
+    text("llama-110m", 2, 512, 16, 1.0, quantize="nf4"), text("llama-100m", 2, 1024, 32, quantize="nf4"),
+    text("llama-100m", 4, 256, 16, quantize="int8"),
     text("smollm2-135m", 4, 512, dropout=0.05), text("smollm2-135m", 4, 512, dora=True),
-    text("llama-100m", 2, 1024, 32, dora=True), text("llama-110m", 2, 512, 16, 1.0, quantise="nf4", dora=True),
+    text("llama-100m", 2, 1024, 32, dora=True), text("llama-110m", 2, 512, 16, 1.0, quantize="nf4", dora=True),
     text("smollm2-135m", 4, 256, dora=True, dropout=0.05), text("llama-50m", 4, 512, dora=True, dropout=0.05),
     text("llama-50m", 4, 512, 64, init="pissa"),
     text("smollm2-135m", 6, 100, unlike=True), text("smollm2-135m", 6, 100, dtype="float32", unlike=True),
@@ -89,7 +89,7 @@ def name_of(run: dict[str, Any]) -> str:
     else:
         about = "about " if run.get("unlike") else ""
         shape = f"{run['rows']} × {about}{run['length']}, {run['trained']:.0%} learned"
-    more = [run.get(key) for key in ("quantise", "dtype", "init")]
+    more = [run.get(key) for key in ("quantize", "dtype", "init")]
     more += [key for key in ("checkpointing", "dora", "dropout") if run.get(key)]
     return ", ".join([run["base"], shape, f"rank {run['rank']}", *(m for m in more if m)])
 
@@ -127,8 +127,8 @@ def _text(run: dict[str, Any]) -> dict[str, Any]:
 
     config = LlamaConfig(**WIDTHS[run["base"]], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
     dtype = getattr(torch, run.get("dtype", "bfloat16"))
-    if "quantise" in run:
-        model: Any = _quantised(config, run["quantise"])
+    if "quantize" in run:
+        model: Any = _quantized(config, run["quantize"])
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     attachment = veneer.attach(model)
@@ -149,12 +149,12 @@ def _text(run: dict[str, Any]) -> dict[str, Any]:
         return _steps(attachment, loss, 16 if run.get("unlike") else 4)
 
 
-def _quantised(config: Any, kind: str) -> Any:
+def _quantized(config: Any, kind: str) -> Any:
     """Read from a checkpoint that another process has written: the weights in full were never in this one."""
     import torch
 
     from veneer.files.weights import tensor_table
-    from veneer.models.quantise import load_quantised
+    from veneer.models.quantize import load_quantized
 
     folder = Path("base").absolute()
     config.save_pretrained(folder)
@@ -163,7 +163,7 @@ def _quantised(config: Any, kind: str) -> Any:
         "M.from_config(AutoConfig.from_pretrained(sys.argv[1]), dtype=torch.bfloat16).save_pretrained(sys.argv[1])"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder)], check=True, capture_output=True)
-    model, _ = load_quantised(folder, config, tensor_table(folder), kind, torch.bfloat16)
+    model, _ = load_quantized(folder, config, tensor_table(folder), kind, torch.bfloat16)
     return model.eval().requires_grad_(False)
 
 
@@ -273,7 +273,7 @@ def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
         run["trained"],
         rank=run["rank"],
         dtype=run.get("dtype", "bfloat16"),
-        quantise=run.get("quantise"),
+        quantize=run.get("quantize"),
         checkpointing=run.get("checkpointing", False),
         spec=spec_of(run),
     )

@@ -66,7 +66,7 @@ def image(base: str, height: int, width: int, rank: int, **more: Any) -> float:
 def figures() -> list[Figure]:
     qlora, tune = "QLoRA (arXiv 2305.14314)", "torchtune README"
     again = {"checkpointing": True}
-    nf4 = {"quantise": "nf4", **again}
+    nf4 = {"quantize": "nf4", **again}
     mlp = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
     seventy, eight = "meta-llama/Llama-3.1-70B", "meta-llama/Llama-3.1-8B"
     return [
@@ -132,15 +132,15 @@ def figures() -> list[Figure]:
             "LitGPT",
             "the same, NF4",
             14.1,
-            text("meta-llama/Llama-2-7b-hf", (1024,), 8, QV, quantise="nf4", double=False),
+            text("meta-llama/Llama-2-7b-hf", (1024,), 8, QV, quantize="nf4", double=False),
             "1,024 tokens, rank 8 on q and v, all activations kept",
             "as above",
         ),
         Figure(
             "LitGPT",
-            "the same, NF4 and double quantisation",
+            "the same, NF4 and double quantization",
             13.8,
-            text("meta-llama/Llama-2-7b-hf", (1024,), 8, QV, quantise="nf4"),
+            text("meta-llama/Llama-2-7b-hf", (1024,), 8, QV, quantize="nf4"),
             "1,024 tokens, rank 8 on q and v, all activations kept",
             "as above",
         ),
@@ -203,7 +203,7 @@ def figures() -> list[Figure]:
             "SimpleTuner's quick start",
             "FLUX.1 int8, 512",
             18,
-            image("flux.1-dev", 512, 512, 16, quantise="int8", **again),
+            image("flux.1-dev", 512, 512, 16, quantize="int8", **again),
             "batch 1, rank 16, recomputing",
             "as above",
         ),

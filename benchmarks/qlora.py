@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "veneer nf4": lambda work: side_veneer(work, "nf4"),
     "bitsandbytes nf4 + peft": lambda work: side_peft(work, "nf4"),
-    "veneer nf4, all kept dequantised": lambda work: side_veneer(work, "nf4", 1 << 40),
+    "veneer nf4, all kept dequantized": lambda work: side_veneer(work, "nf4", 1 << 40),
     "veneer int8": lambda work: side_veneer(work, "int8"),
     "veneer bf16": lambda work: side_veneer(work, None),
     "peft bf16": lambda work: side_peft(work, "bf16"),
@@ -80,22 +80,22 @@ def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any
 TOKENS = 512
 
 
-def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, Any]:
+def side_large(folder: Path, quantize: str, checkpointing: bool) -> dict[str, Any]:
     """Load, one step of 512 tokens, peaks of both, and what the parts add up to."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import veneer
     from veneer.files.weights import tensor_table
-    from veneer.models.quantise import load_quantised
+    from veneer.models.quantize import load_quantized
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
     from veneer.ops.quantized import Quantized
 
     config = AutoConfig.from_pretrained(folder)
     before, start = peak_bytes(), time.perf_counter()
-    if quantise:
-        model, _ = load_quantised(folder, config, tensor_table(folder), quantise, torch.bfloat16)
+    if quantize:
+        model, _ = load_quantized(folder, config, tensor_table(folder), quantize, torch.bfloat16)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.requires_grad_(False)
@@ -130,7 +130,7 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
     return {
         "parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
         "weights_bytes": weights,
-        "quantised": sum(p.numel() for p in codes),
+        "quantized": sum(p.numel() for p in codes),
         "bits": 8 * sum(p.bytes for p in codes) / max(1, sum(p.numel() for p in codes)),
         "adapter_bytes": adapter,
         "gradient_bytes": adapter,
@@ -155,7 +155,7 @@ def _parts(size: str, kind: str) -> Any:
         0.25,
         rank=RANK,
         dtype="bfloat16",
-        quantise="nf4" if kind.startswith("nf4") else None,
+        quantize="nf4" if kind.startswith("nf4") else None,
         checkpointing=kind.endswith("checkpointing"),
     )
     shape = text_shape({"model_type": "llama", **LARGE[size]})
@@ -197,10 +197,10 @@ def large(sizes: list[str], say: Callable[[str], None]) -> dict[str, Any]:
             bars.append(bar(f"{label}: peak off the sum of its parts, as a plan counts them", 0.1, off, False))
         nf4, bf16 = found["nf4"], found["bf16"]
         rows.append(row(f"{size} nf4", "parameters", nf4["parameters"] / 1e9, "billions"))
-        rows.append(row(f"{size} nf4", "bits a quantised parameter", nf4["bits"], "bits"))
+        rows.append(row(f"{size} nf4", "bits a quantized parameter", nf4["bits"], "bits"))
         loading = nf4["loaded_bytes"] - nf4["before_bytes"] - nf4["weights_bytes"]
         bars += [
-            bar(f"{size}: bits a quantised parameter", 4.128, nf4["bits"], False),
+            bar(f"{size}: bits a quantized parameter", 4.128, nf4["bits"], False),
             bar(f"{size}: peak of loading beyond the weights, over the largest shard", 1.0, loading / shard, False),
             bar(f"{size}: peak over bf16 LoRA's", 1.0, nf4["peak_bytes"] / bf16["peak_bytes"], False),
             bar(f"{size}: step time over bf16's", 1.15, nf4["step_seconds"] / bf16["step_seconds"], False),
@@ -222,13 +222,13 @@ def side_quality(kind: str, tokens: int) -> dict[str, Any]:
     import torch
 
     import veneer
-    from veneer.models.quantise import quantised_weights
+    from veneer.models.quantize import quantized_weights
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
     from veneer.ops.quantized import quantize
 
     base = veneer.load_base("smollm2-135m", dtype="float32")
-    for name in quantised_weights(base.model) if kind != "as stored" else ():
+    for name in quantized_weights(base.model) if kind != "as stored" else ():
         weight = base.model.get_parameter(name)
         weight.data = quantize(weight.data, kind.split()[0], double=kind.endswith("dq")).dense().clone()
     ids = torch.tensor(base.tokenizer(held_out_text()).input_ids[:tokens])
@@ -254,25 +254,25 @@ def quality(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     nll = {k: f["nll"] for k, f in found.items()}
     bars = [
         bar(
-            "nats by which nf4 with double quantisation is better than bitsandbytes' fp4",
+            "nats by which nf4 with double quantization is better than bitsandbytes' fp4",
             0.0,
             nll["fp4"] - nll["nf4 dq"],
         ),
-        bar("nats that double quantisation costs", 0.005, nll["nf4 dq"] - nll["nf4"], False),
+        bar("nats that double quantization costs", 0.005, nll["nf4 dq"] - nll["nf4"], False),
     ]
     return report(rows, bars, {"tokens": found["nf4"]["tokens"]})
 
 
-def side_banking(folder: Path, quantise: str | None, seed: int, train_rows: int, test_rows: int) -> dict[str, Any]:
+def side_banking(folder: Path, quantize: str | None, seed: int, train_rows: int, test_rows: int) -> dict[str, Any]:
     import veneer
 
     with tempfile.TemporaryDirectory() as scratch:
         for name, count in (("train", train_rows), ("test", test_rows)):
             text = "".join(json.dumps({"messages": m}) + "\n" for m in banking_rows(folder, name, count))
             (Path(scratch) / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        base = veneer.load_base("smollm2-135m", dtype="bfloat16", device="cpu", quantise=quantise)
+        base = veneer.load_base("smollm2-135m", dtype="bfloat16", device="cpu", quantize=quantize)
         config = {
-            "base": {"name": "smollm2-135m", "quantise": quantise},
+            "base": {"name": "smollm2-135m", "quantize": quantize},
             "seed": seed,
             "output": str(Path(scratch) / "run"),
             "adapter": {"rank": RANK, "alpha": ALPHA, "targets": LINEARS},

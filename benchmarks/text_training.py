@@ -84,8 +84,8 @@ def timed_steps(ids: Any, step: Callable[[Any], float]) -> dict[str, Any]:
 # -- the sides ---------------------------------------------------------------------------------------------------------
 
 
-def side_veneer(work: Path, quantise: str | None = None, keep: int = 0) -> dict[str, Any]:
-    """`quantise`, `keep`: as `load_text` and `fast` have them."""
+def side_veneer(work: Path, quantize: str | None = None, keep: int = 0) -> dict[str, Any]:
+    """`quantize`, `keep`: as `load_text` and `fast` have them."""
     import torch
 
     import veneer
@@ -93,7 +93,7 @@ def side_veneer(work: Path, quantise: str | None = None, keep: int = 0) -> dict[
     from veneer.models.text.loss import text_loss
 
     base_path, ids = workload(work)
-    base = veneer.load_base(base_path, dtype="bfloat16", device="cpu", quantise=quantise)
+    base = veneer.load_base(base_path, dtype="bfloat16", device="cpu", quantize=quantize)
     attachment = veneer.attach(base.model)
     attachment.add("a", veneer.load_adapter(base, work / "start"), trainable=True)
     attachment.use("a")

@@ -19,7 +19,7 @@ def qlora_run(folder: Path) -> tuple[Path, str, Path]:
             answer = {"role": "assistant", "content": json.dumps({"team": "it" if i % 2 else "billing"})}
             file.write(json.dumps({"messages": [asked, answer]}) + "\n")
     values = {
-        "base": {"name": str(base), "quantise": "nf4", "dtype": "float32"},
+        "base": {"name": str(base), "quantize": "nf4", "dtype": "float32"},
         "data": {"train": str(folder / "rows.jsonl"), "split": 4},
         "output": str(folder / "run"),
         "optimizer": {"learning_rate": 1e-2},

@@ -38,7 +38,7 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def tiny_gguf(
     file: Path,
-    quantised: bool = False,
+    quantized: bool = False,
     model: PreTrainedModel | None = None,
     kind_of: Callable[[str], str | None] | None = None,
 ) -> PreTrainedModel:
@@ -81,7 +81,7 @@ def tiny_gguf(
             array = interleaved(array, config.num_attention_heads)
         elif ".k_proj" in name:
             array = interleaved(array, config.num_key_value_heads)
-        if own is not None or (quantised and array.ndim == 2 and array.shape[1] % 32 == 0):
+        if own is not None or (quantized and array.ndim == 2 and array.shape[1] % 32 == 0):
             kind = gguf.GGMLQuantizationType[own or "Q8_0"]
             w.add_tensor(_gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
         else:

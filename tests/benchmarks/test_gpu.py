@@ -344,7 +344,7 @@ def test_what_runs_is_what_the_plan_settles_on(gpu: Any) -> None:
     load = Load((s.length,) * s.rows)
     settled, why = sides.settled(plan_of(s.text, "h100-80gb", load))
     assert (settled, why) == (load, "")
-    seventy = Load.of(s.large_row, s.large_tokens, 16, quantise="nf4")
+    seventy = Load.of(s.large_row, s.large_tokens, 16, quantize="nf4")
     assert sides.settled(plan_of(s.large, "h100-80gb", seventy)) == (seventy, "")
     changed = plan_of(s.text, "rtx-4090", load)
     settled, why = sides.settled(changed)

@@ -30,34 +30,34 @@ def test_it_merges_into_what_the_card_says_and_asks_before_4_bits(
     def merge(*more: str) -> Ran:
         return run(capsys, "adapter", "merge", adapter, "--base", str(folder), *more)
 
-    four = ("--requantise", "nf4", "-o", str(tmp_path / "four"))
+    four = ("--requantize", "nf4", "-o", str(tmp_path / "four"))
     shown = merge("--check", str(rows), "--check-rows", "4", *four)
     assert shown.code == 0, shown.err
     assert "the weights it was trained on (nf4, in full)" in shown.out
     assert "the 16-bit weights" in shown.out
-    assert "nf4, quantised again" in shown.out
+    assert "nf4, quantized again" in shown.out
     assert "nothing was written" in shown.out
     refused = merge(*four)
     assert refused.code == 2
     assert "loses most" in refused.err
     assert not (tmp_path / "four").exists()
     assert "a checkpoint of bitsandbytes" in merge(*four, "--accept-loss").out
-    assert load_text(str(tmp_path / "four")).quantised == "nf4"
-    assert "folded into the dequantised nf4 weights" in merge("-o", str(tmp_path / "m")).out
+    assert load_text(str(tmp_path / "four")).quantized == "nf4"
+    assert "folded into the dequantized nf4 weights" in merge("-o", str(tmp_path / "m")).out
     original = merge("--into", "original", "-o", str(tmp_path / "o"))
     assert original.code == 0
-    assert "dequantised" not in original.out
+    assert "dequantized" not in original.out
     assert merge().code == 2
 
 
-def test_adapters_of_different_precisions_merge_into_the_weights_before_quantising_alone(
+def test_adapters_of_different_precisions_merge_into_the_weights_before_quantizing_alone(
     qlora: Qlora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, adapter, rows = qlora
     plain = tmp_path / "plain"
     shutil.copytree(adapter, plain)
     card = json.loads((plain / CARD_FILE).read_text(encoding="utf-8"))
-    del card["recipe"]["base"]["quantise"]
+    del card["recipe"]["base"]["quantize"]
     (plain / CARD_FILE).write_text(json.dumps(card), encoding="utf-8")
 
     def merge(*more: str) -> Ran:

@@ -29,7 +29,7 @@ def test_a_newcomer_gets_an_answer_with_one_command(capsys: pytest.CaptureFixtur
     assert ran.code == 0
     first = ran.out.splitlines()
     assert first[0].startswith("It does not fit as given")
-    assert "base.quantise=nf4" in first[1]
+    assert "base.quantize=nf4" in first[1]
     assert "at $2.5 an hour" in first[2]
     assert "adapters of" in ran.out
 
@@ -90,8 +90,8 @@ def test_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         ),
         (["plan", "--base", "sdxl", "--gpu", "rtx-4091", "--rows", "5"], "no GPU 'rtx-4091'"),
         ([*SMALL, "--gpu", ""], "no GPU ''"),
-        ([*SMALL, "--quantise", "nf5"], "'nf5' is not a quantisation"),
-        ([*SMALL, "--quantise", "keep"], "'keep' is not a quantisation"),
+        ([*SMALL, "--quantize", "nf5"], "'nf5' is not a quantization"),
+        ([*SMALL, "--quantize", "keep"], "'keep' is not a quantization"),
         ([*SMALL, "--dtype", "float61"], "'float61' is not a precision"),
         ([*SMALL, "--gpus", "2"], "--gpus: the plan is for this machine's processor"),
         ([*SMALL, "--price", "3"], "--price: the plan is for this machine's processor"),
@@ -162,7 +162,7 @@ def test_the_smallest_card_of_each_base_is_on_the_page(capsys: pytest.CaptureFix
     ("options", "said"),
     [
         (["--gpu", "h100-80gb"], "--gpu: --smallest-card looks for the card"),
-        (["--base", "flux.1-dev", "--quantise", "nf4"], "--quantise"),
+        (["--base", "flux.1-dev", "--quantize", "nf4"], "--quantize"),
         (["--base", "Qwen/Qwen3-8B"], "no image base that can be planned"),
         (["--base", "flux.1-dve"], "did you mean"),
         (["--base", "flux.1-dev", "--targets", "atention"], "does not know the targets"),

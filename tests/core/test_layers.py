@@ -183,7 +183,7 @@ def test_transposed_linear_of_gpt2() -> None:
 
 
 def test_a_linear_that_hides_its_weight() -> None:
-    """A quantised base: the layer calls it, and DoRA and merging read its weight off by the identity."""
+    """A quantized base: the layer calls it, and DoRA and merging read its weight off by the identity."""
 
     class LinearPacked(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.families import llama3, qwen3_moe
-from tests.models.test_quantise import dequantised_twin, quantised
+from tests.models.test_quantize import dequantized_twin, quantized
 from veneer.core import Adapter, LoraSpec, attach, create
 from veneer.core.forms import product_of
 from veneer.errors import AdapterError, ConfigError, TargetError
@@ -179,8 +179,8 @@ def test_nothing_as_large_as_the_weight_is_kept_for_the_backward_pass(kind: Any,
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_over_four_bits_it_is_what_it_is_over_what_they_stand_for(kind: Any, tmp_path: Path) -> None:
-    model = quantised(llama3(), tmp_path, "nf4")
-    plain, tokens = dequantised_twin(model), torch.arange(12)[None]
+    model = quantized(llama3(), tmp_path, "nf4")
+    plain, tokens = dequantized_twin(model), torch.arange(12)[None]
     adapter = create(plain, LoraSpec(rank=4, kind=kind), seed=0)
     g = torch.Generator().manual_seed(1)
     adapter = adapter.mapped(lambda t: 0.3 * torch.randn(t.shape, generator=g))

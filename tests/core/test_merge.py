@@ -190,7 +190,7 @@ def test_delta_of_each_kind_by_hand() -> None:
 
 @pytest.mark.parametrize(("kind", "within"), [(None, 1e-4), ("nf4", 1e-4), ("float64", 1e-12)])
 def test_the_norm_that_makes_no_matrix_is_the_norm(kind: str | None, within: float) -> None:
-    """Beside a float32 pair with a 16-bit W, quantised too; and exact where nothing is rounded."""
+    """Beside a float32 pair with a 16-bit W, quantized too; and exact where nothing is rounded."""
     g = torch.Generator().manual_seed(0)
     dtype = torch.float64 if kind == "float64" else torch.float32
     W = (0.05 * torch.randn(96, 256, generator=g)).to(torch.float64 if kind == "float64" else torch.bfloat16)

@@ -147,7 +147,7 @@ def test_alpha_zero_means_scale_one(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
-def test_quantised_tensors_are_dequantised(tmp_path, kind):
+def test_quantized_tensors_are_dequantized(tmp_path, kind):
     pair = Pair(rand(2, 64).float(), rand(8, 2).float(), 0.5)
     qtype = gguf.GGMLQuantizationType[kind]
     raw = gguf.quants.quantize(pair.A.numpy(), qtype)

@@ -28,7 +28,7 @@ USERS_HOME = os.environ.get("VENEER_HOME") or "~/.veneer"  # read before a test 
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Builtin, Path]:
     """A built-in like the real one, in a wheel with a tiny GGUF."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
-    tiny_gguf(tmp_path / "tiny.gguf", quantised=True)
+    tiny_gguf(tmp_path / "tiny.gguf", quantized=True)
     data = (tmp_path / "tiny.gguf").read_bytes()
     file = tmp_path / "tiny_pkg-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as z:

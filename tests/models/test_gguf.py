@@ -1,4 +1,4 @@
-"""GGUF files are bases like any other: dequantised, plain, with their tokenizer and chat template."""
+"""GGUF files are bases like any other: dequantized, plain, with their tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from veneer.core.init import create
 from veneer.errors import BaseError
 from veneer.models.text.base import load_text, read_base_config, read_tokenizer
 from veneer.models.text.generate import complete
-from veneer.models.text.gguf import GgufReader, dequantise, fast_headers, merges_of
+from veneer.models.text.gguf import GgufReader, dequantize, fast_headers, merges_of
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config
 
@@ -40,8 +40,8 @@ def test_float32_weights_load_exactly(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert any("GGUF" in note for note in base.notes)
 
 
-def test_quantised_weights_are_plain_tensors_near_the_original(tmp_path: Path) -> None:
-    model = tiny_gguf(tmp_path / "tiny.gguf", quantised=True)
+def test_quantized_weights_are_plain_tensors_near_the_original(tmp_path: Path) -> None:
+    model = tiny_gguf(tmp_path / "tiny.gguf", quantized=True)
     base = load_text(str(tmp_path / "tiny.gguf"), dtype="float32")
     theirs, ours = model.state_dict(), base.model.state_dict()
     assert ours.keys() == theirs.keys()
@@ -53,7 +53,7 @@ def test_quantised_weights_are_plain_tensors_near_the_original(tmp_path: Path) -
 
 
 def test_it_generates_carries_adapters_and_can_be_saved(tmp_path: Path) -> None:
-    tiny_gguf(tmp_path / "tiny.gguf", quantised=True)
+    tiny_gguf(tmp_path / "tiny.gguf", quantized=True)
     base = load_text(str(tmp_path / "tiny.gguf"), dtype="float32")
     assert base.has_chat_template
     assert base.tokenizer.convert_ids_to_tokens(base.end_of_turn_id) == "<|im_end|>"
@@ -74,7 +74,7 @@ def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     tiny_gguf(tmp_path / "tiny.gguf")
     tiny_gguf(tmp_path / "a" / "other-name.gguf")
-    tiny_gguf(tmp_path / "q8.gguf", quantised=True)
+    tiny_gguf(tmp_path / "q8.gguf", quantized=True)
     plain, moved, q8 = (load_text(str(tmp_path / n)) for n in ["tiny.gguf", "a/other-name.gguf", "q8.gguf"])
     assert plain.fingerprint == moved.fingerprint != q8.fingerprint
 
@@ -118,7 +118,7 @@ def test_the_tokenizer_has_the_file_s_tokens_and_no_more(tmp_path: Path) -> None
 
 
 def test_headers_are_what_gguf_s_own_reader_finds(tmp_path: Path) -> None:
-    tiny_gguf(tmp_path / "tiny.gguf", quantised=True)
+    tiny_gguf(tmp_path / "tiny.gguf", quantized=True)
     ours, theirs = GgufReader(str(tmp_path / "tiny.gguf")), gguf.GGUFReader(str(tmp_path / "tiny.gguf"))
     assert list(ours.fields) == list(theirs.fields)
     for name, field in theirs.fields.items():
@@ -183,7 +183,7 @@ def test_blocks_have_the_values_that_gguf_finds(kind: str) -> None:
     raw = np.random.default_rng(0).integers(0, 60, (3, 4, max(256 // block, 1) * size), dtype=np.uint8)
     raw = raw if kind not in ("F16", "F32") else raw.view(np.float16 if kind == "F16" else np.float32)
     wanted = gguf.quants.dequantize(raw, of)
-    found = dequantise(raw, of)
+    found = dequantize(raw, of)
     assert found.dtype == np.float32
     assert found.shape == wanted.shape
     np.testing.assert_array_equal(found, wanted)

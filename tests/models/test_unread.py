@@ -20,7 +20,7 @@ from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError
 from veneer.files.safetensors import write_tensors
 from veneer.files.weights import read_values, tensor_table
-from veneer.models.quantise import load_quantised
+from veneer.models.quantize import load_quantized
 from veneer.models.shard import blocks, shard
 from veneer.models.text.base import load_text, read_base_config
 from veneer.models.unread import Unread, rows_of
@@ -122,10 +122,10 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     where, device, found = str(tiny_base_dir(folder)), torch.device("cpu"), {}
     for kind, dtype in KINDS.items():
-        base = load_text(where, dtype=dtype, device="cpu", quantise=kind or None, parts=COUNT)
+        base = load_text(where, dtype=dtype, device="cpu", quantize=kind or None, parts=COUNT)
         assert base.unread is not None, base.notes
         call = shard(base.model, blocks(base.model), device, base.unread)
-        whole = load_text(where, dtype=dtype, device="cpu", quantise=kind or None)
+        whole = load_text(where, dtype=dtype, device="cpu", quantize=kind or None)
         before = {n: b.clone() for n, b in whole.model.named_buffers()}
         held = shard(whole.model, blocks(whole.model), device)
         mine, theirs = local_parts(base.model), local_parts(whole.model)
@@ -170,16 +170,16 @@ def test_a_family_whose_files_have_other_names_is_read_whole_and_says_so(tmp_pat
 @pytest.mark.parametrize("kind", ["", "nf4"])
 def test_rows_and_whole_weights_are_those_of_the_files(kind: str, tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
-    base = load_text(str(folder), dtype="float32", device="cpu", quantise=kind or None, parts=2)
+    base = load_text(str(folder), dtype="float32", device="cpu", quantize=kind or None, parts=2)
     assert base.unread is not None
     assert all(p.is_meta for p in base.model.parameters())
-    model, _ = load_quantised(folder, read_base_config(folder), tensor_table(folder), kind, torch.float32)
+    model, _ = load_quantized(folder, read_base_config(folder), tensor_table(folder), kind, torch.float32)
     name = "model.embed_tokens.weight"
     own = model.get_parameter(name)
     assert torch.equal(base.unread.rows(name, [3, 0]).float(), own[[3, 0]])
     assert torch.equal(base.unread.whole(name, torch.device("cpu")), own)
-    quantised = [n for n, p in base.model.named_parameters() if isinstance(p, Quantized)]
-    assert quantised == [n for n, p in model.named_parameters() if isinstance(p, Quantized)]
+    quantized = [n for n, p in base.model.named_parameters() if isinstance(p, Quantized)]
+    assert quantized == [n for n, p in model.named_parameters() if isinstance(p, Quantized)]
 
 
 def test_a_model_with_weights_kept_in_float32_is_read_whole(tmp_path: Path) -> None:

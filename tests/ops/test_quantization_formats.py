@@ -67,7 +67,7 @@ def test_rows_of_stacked_weights_are_those_of_each(kind: str, native: bool, monk
 
 
 @pytest.mark.parametrize("kind", [*(k for k in HALVES if k not in ("Q2_K", "Q3_K", "IQ4_NL")), "nf4", "fp4", "int8"])
-def test_a_weight_code_by_code_is_the_dequantised_one(kind: str) -> None:
+def test_a_weight_code_by_code_is_the_dequantized_one(kind: str) -> None:
     """Of int8 but for the last bit: its scale is one number there, and two, one after another, here."""
     for columns in (512,) if kind in HALVES else (512, 96, 40):
         if kind in HALVES:

@@ -117,7 +117,7 @@ def test_the_compiled_kernels_give_the_bits_of_the_reference(
 
 
 def test_bits_a_weight_are_accounted_for() -> None:
-    """4 + 8/64 + 32/(64·256) = 4.127 with double quantisation, 4.5 without; 8 and a scale a row for int8."""
+    """4 + 8/64 + 32/(64·256) = 4.127 with double quantization, 4.5 without; 8 and a scale a row for int8."""
     w = weight(1024, 1024, dtype=torch.bfloat16)
     assert 8 * quantize(w, "nf4").bytes / w.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
     assert 8 * quantize(w, "nf4", double=False).bytes / w.numel() == 4.5
@@ -196,7 +196,7 @@ def test_where_constants_differ_from_bitsandbytes_ours_are_nearer() -> None:
     assert bool((mine.abs() <= other.abs() + 1e-9).all())
 
 
-def test_narrow_weights_are_dequantised_where_bitsandbytes_fails() -> None:
+def test_narrow_weights_are_dequantized_where_bitsandbytes_fails() -> None:
     """Rows that are no whole number of blocks: its CPU kernel takes the constants of other blocks."""
     bnb = _bnb()
     for shape in ((32, 32), (64, 96), (10, 160)):
@@ -226,7 +226,7 @@ def test_int8_codes_are_bitsandbytes_bits() -> None:
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_product_is_the_product_with_the_dequantised_weight(
+def test_a_product_is_the_product_with_the_dequantized_weight(
     kind: str, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
@@ -263,7 +263,7 @@ def test_backward_keeps_codes_and_no_dense_weight() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_views_by_rows_stay_quantised_and_all_else_is_computed(kind: str) -> None:
+def test_views_by_rows_stay_quantized_and_all_else_is_computed(kind: str) -> None:
     q = quantize(weight(4, 32, 128, dtype=torch.bfloat16), kind)
     dense = q.dense()
     views: list[tuple[Any, Tensor]] = [
@@ -386,7 +386,7 @@ def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
     assert torch.equal(product, want[0] @ want[1].t())
 
 
-def test_a_state_dict_is_not_copied_over_a_quantised_weight_in_silence() -> None:
+def test_a_state_dict_is_not_copied_over_a_quantized_weight_in_silence() -> None:
     layer = nn.Linear(64, 32)
     state = {name: t.detach().clone() for name, t in layer.state_dict().items()}
     layer.weight = nn.Parameter(quantize(layer.weight, "nf4"), requires_grad=False)

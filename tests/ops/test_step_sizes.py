@@ -31,7 +31,7 @@ CARDS = ("a100-80gb", "h100-80gb", "l40s-48gb", "rtx-4090-24gb")
 def test_a_gpu_s_micro_batch_is_above_the_corner_or_as_far_as_its_width_lets_it(
     card: str, power: int, code: float | None
 ) -> None:
-    """For one square weight: operations a byte, in corners of the roof; and dequantising beside the product."""
+    """For one square weight: operations a byte, in corners of the roof; and dequantizing beside the product."""
     device, d = device_named(card), 1 << power
     corner = device.flops / device.bandwidth
     n = micro_tokens("cuda", corner, weights=d * d, operations=d * d, values=2 * d, code_bytes=code)
@@ -43,8 +43,8 @@ def test_a_gpu_s_micro_batch_is_above_the_corner_or_as_far_as_its_width_lets_it(
 
     assert reach(n) >= min(3.0, 0.8 * reach(1e12)) or n == 16384
     if code is not None and n < 16384:
-        dequantising, product = (2 + code) * d * d / device.bandwidth, 2 * n * d * d / device.flops
-        assert dequantising <= 0.05 * product
+        dequantizing, product = (2 + code) * d * d / device.bandwidth, 2 * n * d * d / device.flops
+        assert dequantizing <= 0.05 * product
     if n > MICRO_TOKENS and code is None:
         assert reach(n / 2) < min(3.0, 0.8 * reach(1e12)) * 1.0001
 

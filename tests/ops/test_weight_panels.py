@@ -47,7 +47,7 @@ def rounding(x: Tensor, w: Tensor, kind: str) -> Tensor:
 @has_panels
 @pytest.mark.parametrize(("out", "n"), [(16, 256), (80, 512), (208, 1280)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_by_codes_are_those_of_the_dequantised_weight(kind: str, out: int, n: int) -> None:
+def test_products_by_codes_are_those_of_the_dequantized_weight(kind: str, out: int, n: int) -> None:
     """Of float64, one row or forty, in int8 before it is rounded to bfloat16; a row by itself has the same bits, and
     the codes are as they were."""
     g = torch.Generator().manual_seed(1)

@@ -53,10 +53,10 @@ def test_ways_go_from_fast_to_frugal_and_say_what_they_set() -> None:
     assert len({load for load, _ in ways}) == len(ways)
     for load, said in ways:
         words = dict(line.split("=") for line in said)
-        assert words.get("base.quantise") == load.quantise
+        assert words.get("base.quantize") == load.quantize
         assert ("memory.activation_checkpointing" in words) == load.checkpointing
         assert int(words.get("memory.offload_blocks", 0)) == load.offload
-        assert load.quantise is None or not load.offload, "quantised blocks stay on the card"
+        assert load.quantize is None or not load.offload, "quantized blocks stay on the card"
         assert load.checkpointing or not load.offload, "blocks that wait on the CPU are recomputed"
         assert int(words.get("adapter.rank", 16)) == load.rank
     assert {load.offload for load, _ in ways} == {0, 3, 5, 8, 10}
@@ -78,7 +78,7 @@ def test_loading_asks_for_no_more_than_is_planned() -> None:
     """A denoiser and text encoders in 4 bits, CLIP and the VAE in 16; then the planned rest is what encoding takes."""
     config = base_config("flux.1-dev")
     counts = image_counts(config, height=512, width=512)
-    load = ImageLoad(1, 512, 512, quantise="nf4")
+    load = ImageLoad(1, 512, 512, quantize="nf4")
     weights = 0.6 * (counts.parameters + config["encoders"]["text_encoder_2"])
     weights += 2 * (config["encoders"]["text_encoder"] + config["vae"])
     more = loaded_bytes(counts, config, replace(load, height=1024, width=1024)) - loaded_bytes(counts, config, load)

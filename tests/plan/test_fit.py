@@ -12,7 +12,7 @@ from veneer.plan.tables import base_config, device_named
 
 
 @pytest.mark.parametrize(
-    ("base", "quantise", "rank", "tokens"),
+    ("base", "quantize", "rank", "tokens"),
     [
         ("meta-llama/Llama-3.1-8B", None, 16, 2048),  # 1,233 are enough
         ("meta-llama/Llama-3.1-8B", "nf4", 16, 8192),  # 7,375 are
@@ -20,17 +20,17 @@ from veneer.plan.tables import base_config, device_named
     ],
 )
 def test_products_say_how_many_tokens_and_memory_how_many_there_can_be(
-    base: str, quantise: str | None, rank: int, tokens: int
+    base: str, quantize: str | None, rank: int, tokens: int
 ) -> None:
     shape, device = text_shape(base_config(base)), device_named("h100-80gb")
 
     def load(n: int) -> Load:
-        return Load.of(512, n, 1024, rank=rank, quantise=quantise)
+        return Load.of(512, n, 1024, rank=rank, quantize=quantize)
 
-    room = left_beside_base(shape, device, "bfloat16", quantise)
-    assert fitting_micro_tokens(shape, device, quantise, room, load) == tokens
+    room = left_beside_base(shape, device, "bfloat16", quantize)
+    assert fitting_micro_tokens(shape, device, quantize, room, load) == tokens
     assert tokens == MICRO_TOKENS or text_memory(shape, load(tokens), device).beyond_base <= 0.9 * room
-    assert fitting_micro_tokens(shape, device, quantise, 1 << 50, load) == (8192 if quantise else 2048)
-    if fitting_micro_tokens(shape, device, quantise, 1 << 50, load) > tokens:
+    assert fitting_micro_tokens(shape, device, quantize, 1 << 50, load) == (8192 if quantize else 2048)
+    if fitting_micro_tokens(shape, device, quantize, 1 << 50, load) > tokens:
         assert text_memory(shape, load(2 * tokens), device).beyond_base > 0.9 * room
-    assert fitting_micro_tokens(shape, device, quantise, 0, load) == MICRO_TOKENS
+    assert fitting_micro_tokens(shape, device, quantize, 0, load) == MICRO_TOKENS

@@ -24,7 +24,7 @@ from veneer.ops.linear import keeps_copy
 from veneer.plan.image import ImageLoad, image_counts, image_memory
 from veneer.plan.memory import (
     Load,
-    kept_dequantised,
+    kept_dequantized,
     memory_together,
     packed_weights,
     text_memory,
@@ -51,7 +51,7 @@ loads = st.builds(
     micros=st.integers(1, 4),
     rank=st.sampled_from([4, 16, 64]),
     dtype=st.sampled_from(["bfloat16", "float32"]),
-    quantise=st.sampled_from([None, "nf4", "int8"]),
+    quantize=st.sampled_from([None, "nf4", "int8"]),
     checkpointing=st.booleans(),
 )
 
@@ -63,7 +63,7 @@ def test_parts_are_never_negative_and_add_up(load: Load) -> None:
         memory = text_memory(LLAMA, load, device)
         assert all(value >= 0 for value in memory.parts.values())
         assert memory.peak == sum(memory.parts.values())
-        assert memory.weights + memory.constants == sum(weight_bytes(LLAMA, load.dtype, load.quantise))
+        assert memory.weights + memory.constants == sum(weight_bytes(LLAMA, load.dtype, load.quantize))
 
 
 @given(loads)
@@ -81,7 +81,7 @@ def test_more_of_anything_never_takes_less(load: Load) -> None:
 
 
 def test_nf4_takes_the_bits_of_the_paper() -> None:
-    """arXiv 2305.14314: double quantisation takes 0.127 bits a parameter for constants, 0.5 without it."""
+    """arXiv 2305.14314: double quantization takes 0.127 bits a parameter for constants, 0.5 without it."""
     for double, bits in ((True, 0.127), (False, 0.5)):
         _, constants = weight_bytes(LLAMA, "bfloat16", "nf4", double)
         assert 8 * constants / LLAMA.matrices == pytest.approx(bits, abs=5e-4)
@@ -89,18 +89,18 @@ def test_nf4_takes_the_bits_of_the_paper() -> None:
     assert weights == LLAMA.matrices // 2 + 2 * (LLAMA.parameters - LLAMA.matrices)
 
 
-def test_a_quantised_base_dequantises_one_joined_weight_at_a_time() -> None:
-    load = Load((512,), quantise="nf4")
-    assert text_memory(LLAMA, load, CPU).dequantised == 2 * 4096 * 2 * 14336  # gate and up
-    assert text_memory(LLAMA, replace(load, quantise=None), CPU).dequantised == 0
+def test_a_quantized_base_dequantizes_one_joined_weight_at_a_time() -> None:
+    load = Load((512,), quantize="nf4")
+    assert text_memory(LLAMA, load, CPU).dequantized == 2 * 4096 * 2 * 14336  # gate and up
+    assert text_memory(LLAMA, replace(load, quantize=None), CPU).dequantized == 0
 
 
-def test_what_is_kept_dequantised_fills_whole_layers_and_no_more_than_there_is() -> None:
-    memory = text_memory(LLAMA, Load((512,), quantise="nf4"), CPU)
+def test_what_is_kept_dequantized_fills_whole_layers_and_no_more_than_there_is() -> None:
+    memory = text_memory(LLAMA, Load((512,), quantize="nf4"), CPU)
     layer = 2 * LLAMA.layers[0].matrices
-    assert kept_dequantised(LLAMA, memory, memory.peak) == 0
-    assert kept_dequantised(LLAMA, memory, memory.peak + 3 * layer + 5) == 3 * layer
-    assert kept_dequantised(LLAMA, memory, memory.peak + 1000 * layer) == 32 * layer
+    assert kept_dequantized(LLAMA, memory, memory.peak) == 0
+    assert kept_dequantized(LLAMA, memory, memory.peak + 3 * layer + 5) == 3 * layer
+    assert kept_dequantized(LLAMA, memory, memory.peak + 1000 * layer) == 32 * layer
 
 
 def test_packed_weights_are_two_copies_of_all_but_what_needs_no_gradient() -> None:
@@ -262,5 +262,5 @@ def test_pictures_take_memory_by_their_number_and_area(name: str) -> None:
     assert two.activations == pytest.approx(2 * one.activations)
     assert two.weights == one.weights
     assert image_memory(counts, ImageLoad(1, checkpointing=True), card).peak < one.peak
-    assert image_memory(counts, ImageLoad(1, quantise="nf4"), card).weights < 0.6 * one.weights
+    assert image_memory(counts, ImageLoad(1, quantize="nf4"), card).weights < 0.6 * one.weights
     assert image_counts(config, height=512, width=512).kept < counts.kept / 2

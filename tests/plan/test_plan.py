@@ -34,7 +34,7 @@ TICKETS = Load((600,) * 3, micros=6)
 def test_70b_in_16_bits_does_not_fit_80_gb_and_in_4_bits_does() -> None:
     found = plan("meta-llama/Llama-3.1-70B", "h100-80gb", TICKETS)
     assert not found.fits
-    assert found.changes[0].settings[-1] == "base.quantise=nf4"
+    assert found.changes[0].settings[-1] == "base.quantize=nf4"
     assert found.changes[0].peak <= found.room
     assert found.cost == pytest.approx(found.seconds / 3600 * 2.5)  # type: ignore[operator]
     text = plan_text(found)
@@ -88,7 +88,7 @@ def test_flux_fits_24_gb_with_what_people_do() -> None:
     found = image_plan(
         "flux.1-dev", base_config("flux.1-dev"), ImageLoad(), device, rates_of(device), TrainingJob(20, 1, 35, 1)
     )
-    assert set(found.changes[0].settings) == {"memory.activation_checkpointing=on", "base.quantise=nf4"}
+    assert set(found.changes[0].settings) == {"memory.activation_checkpointing=on", "base.quantize=nf4"}
     assert "text encoders and VAE" in plan_text(found)
 
 
@@ -199,9 +199,9 @@ def test_a_plan_for_a_card_says_what_is_assumed() -> None:
     assert any("memory.offload_blocks=" in change.text for change in pictures.changes)
     assert "from the CPU's memory, assumed" in plan_text(pictures)
     own = Rates(1e12, 1e12, "measured here", measured=True)
-    small = text_plan("b", shape, Load((600,), quantise="nf4"), device, own, TrainingJob(5000, 600.0))
+    small = text_plan("b", shape, Load((600,), quantize="nf4"), device, own, TrainingJob(5000, 600.0))
     assert "from the CPU's memory, assumed" not in plan_text(small)
-    away = Load((600,), quantise="nf4", checkpointing=True, inputs_on_host=True)
+    away = Load((600,), quantize="nf4", checkpointing=True, inputs_on_host=True)
     assert "from the CPU's memory, assumed" in plan_text(
         text_plan("b", shape, away, device, own, TrainingJob(5000, 600.0))
     )
@@ -220,8 +220,8 @@ def test_adapters_fill_what_the_base_leaves() -> None:
     held = 2 * shape.parameters + found.cache_bytes + found.adapters * found.adapter_bytes
     assert held <= device.memory < held + 0.1 * device.memory
     assert found.dedicated == 100 * found.shared  # type: ignore[operator]
-    quantised = serving(shape, device, rates_of(device), Traffic(), quantise="nf4")
-    assert quantised.adapters > found.adapters
+    quantized = serving(shape, device, rates_of(device), Traffic(), quantize="nf4")
+    assert quantized.adapters > found.adapters
 
 
 def test_serving_is_bound_by_bandwidth_with_one_request_and_by_operations_with_many() -> None:

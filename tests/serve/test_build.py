@@ -77,7 +77,7 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
         ("--adapter-memory", {"engine": EngineSettings(adapter_bytes=1 << 20)}),
         ("--dtype", {"dtype": "float32"}),
         ("--device", {"device": "cpu"}),
-        ("--quantise", {"quantise": "nf4"}),
+        ("--quantize", {"quantize": "nf4"}),
     ],
 )
 def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, more: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, 
     ("option", "more"),
     [
         ("--weights", {"engine": EngineSettings(weights="int4")}),
-        ("--quantise", {"quantise": "nf4"}),
+        ("--quantize", {"quantize": "nf4"}),
         ("--cache-memory", {"engine": EngineSettings(cache_bytes=1 << 20)}),
         ("max_tokens", {"http": HttpSettings(max_tokens=100)}),
         ("tenant_mixes", {"fleet": FleetSettings(mixes=3)}),

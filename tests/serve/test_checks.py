@@ -18,7 +18,7 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.ops.quantization_formats import KINDS
 from veneer.serve.build import build
 from veneer.serve.checks import check_settings
-from veneer.serve.settings import HttpSettings, Preload, QuantiseKind, ServeSettings
+from veneer.serve.settings import HttpSettings, Preload, QuantizeKind, ServeSettings
 from veneer.serve.tenancy.tenants import Tenants
 
 
@@ -35,14 +35,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--quantise", "nf5"], "'nf5' is not a quantisation | --quantise | did you mean nf4? There are nf4, fp4"),
-        (["--quantise", "NF4"], "'NF4' is not a quantisation | did you mean nf4?"),
-        (["--quantise", ""], "'' is not a quantisation"),
+        (["--quantize", "nf5"], "'nf5' is not a quantization | --quantize | did you mean nf4? There are nf4, fp4"),
+        (["--quantize", "NF4"], "'NF4' is not a quantization | did you mean nf4?"),
+        (["--quantize", ""], "'' is not a quantization"),
         (["--weights", "int5"], "'int5' is not a kind of weights | --weights | did you mean int"),
         (["--dtype", "bfloat61"], "'bfloat61' is not a dtype | --dtype | did you mean bfloat16?"),
         (["--device", "cudda"], "'cudda' is not a device | --device | did you mean cuda?"),
         (["--device", "cuda:99"], "there is no CUDA device cuda:99"),
-        (["--quantise", "nf4", "--weights", "int8"], "--quantise and --weights both say"),
+        (["--quantize", "nf4", "--weights", "int8"], "--quantize and --weights both say"),
         (["--upstream", "there"], "'there' is not the address of a server"),
         (["--upstream", "http://there"] * 2, "http://there is named twice"),
         (["--cache-memory", "lots"], "'lots' is not a size | --cache-memory"),
@@ -168,8 +168,8 @@ def test_what_a_base_on_the_hub_is_is_known_before_its_weights_are_fetched(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     check_settings(ServeSettings("somebody/pictures")).close()
-    with pytest.raises(ConfigError, match=r"--quantise is for texts .* this base draws pictures"):
-        check_settings(ServeSettings("somebody/pictures", quantise="nf4"))
+    with pytest.raises(ConfigError, match=r"--quantize is for texts .* this base draws pictures"):
+        check_settings(ServeSettings("somebody/pictures", quantize="nf4"))
     assert not any("safetensors" in pattern for patterns in wanted for pattern in patterns)
 
 
@@ -177,7 +177,7 @@ def test_what_is_well_passes_and_what_is_not_known_yet_too(home: Path) -> None:
     base = str(tiny_base_dir(home))
     for each in (
         ServeSettings(base),
-        ServeSettings("smollm2-135m", quantise="keep"),  # not made yet
+        ServeSettings("smollm2-135m", quantize="keep"),  # not made yet
         ServeSettings(base, dtype="bf16", device="cpu"),
         ServeSettings(base, preload=(Preload("mine", "an-adapter"),), folders=(str(home),)),
         ServeSettings(
@@ -213,7 +213,7 @@ def test_what_checking_has_opened_is_what_the_server_is_built_with(home: Path) -
 
 
 def test_the_words_are_those_that_loading_knows() -> None:
-    assert get_args(QuantiseKind) == (*KINDS, "keep")
+    assert get_args(QuantizeKind) == (*KINDS, "keep")
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -1,4 +1,4 @@
-"""A GGUF file as they come, of many types, served by its own codes: `veneer serve --quantise keep` over real HTTP."""
+"""A GGUF file as they come, of many types, served by its own codes: `veneer serve --quantize keep` over real HTTP."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def shop(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @pytest.fixture(scope="module")
 def server(shop: Shop) -> Iterator[Whole]:
-    with served(shop, dtype="bfloat16", quantise="keep") as server:
+    with served(shop, dtype="bfloat16", quantize="keep") as server:
         yield server
 
 
 @torch.no_grad()
 def wanted(shop: Shop, mix: Mix, ids: list[int]) -> Tensor:
-    """Log-probabilities of a prompt's own tokens by the dequantised weights, in float32."""
+    """Log-probabilities of a prompt's own tokens by the dequantized weights, in float32."""
     model: Any = shop.base.model
     with attach(model) as attachment:
         for name, _ in mix:
@@ -86,7 +86,7 @@ MIXES: list[dict[str, float]] = [
 ]  # fmt: skip
 
 
-def test_32_at_once_under_many_mixes_are_as_by_the_dequantised_weights(shop: Shop, server: Whole) -> None:
+def test_32_at_once_under_many_mixes_are_as_by_the_dequantized_weights(shop: Shop, server: Whole) -> None:
     """Each prompt's own tokens, within what a forward in bfloat16 rounds; long ones are in steps beside the others."""
     work = [(MIXES[i % len(MIXES)], prompt((LONG, 17, 64, 131)[i % 4], i)) for i in range(32)]
     asked = [

@@ -1,4 +1,4 @@
-"""`veneer serve --weights int8|int4` and `--quantise`: the answers of a base whose weights are what the pages say."""
+"""`veneer serve --weights int8|int4` and `--quantize`: the answers of a base whose weights are what the pages say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.serve.whole import CONTEXT, Shop, asking, prompt, served
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.core.attach import attach
 from veneer.formats import peft
-from veneer.models.quantise import quantised_weights
+from veneer.models.quantize import quantized_weights
 from veneer.models.text.base import load_text
 from veneer.ops.quantized import dequantized
 
@@ -103,16 +103,16 @@ def test_32_at_once_with_long_prompts_are_as_by_rounded_weights(shop: Shop, kind
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_server_over_a_quantised_base_answers_as_the_library_does_over_it(shop: Shop, kind: str) -> None:
-    """The weights are `load_text(quantise=…)`'s, which are QLoRA's own; computed in float32 on both sides."""
+def test_a_server_over_a_quantized_base_answers_as_the_library_does_over_it(shop: Shop, kind: str) -> None:
+    """The weights are `load_text(quantize=…)`'s, which are QLoRA's own; computed in float32 on both sides."""
     ids = prompt(40)
-    quantised = load_text(str(shop.base_dir), dtype="float32", quantise=kind).model
-    values = {name: dequantized(quantised.get_parameter(name)) for name in quantised_weights(quantised)}
+    quantized = load_text(str(shop.base_dir), dtype="float32", quantize=kind).model
+    values = {name: dequantized(quantized.get_parameter(name)) for name in quantized_weights(quantized)}
     own = wanted(shop, ids, lambda w: w, values)
-    got = scored(shop, ids, dtype="float32", quantise=kind)
+    got = scored(shop, ids, dtype="float32", quantize=kind)
     for name in own:
         assert (got[name] - own[name]).abs().max() < 1e-4, name
-    assert (own["tiny"] - wanted(shop, ids, lambda w: w)["tiny"]).abs().max() > 1e-3  # quantising has its effect
+    assert (own["tiny"] - wanted(shop, ids, lambda w: w)["tiny"]).abs().max() > 1e-3  # quantizing has its effect
 
 
 def test_what_is_in_memory_and_what_went_out_of_it_is_in_the_metrics(shop: Shop) -> None:

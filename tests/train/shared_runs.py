@@ -37,11 +37,11 @@ SHARDED: dict[str, dict[str, Any]] = {
         "memory": {"shard": True, "activation_checkpointing": "on"},
     },
     "shard-nf4": {
-        **NO_DROPOUT, "base": {"quantise": "nf4", "dtype": "float32"}, "schedule": {"steps": 5},
+        **NO_DROPOUT, "base": {"quantize": "nf4", "dtype": "float32"}, "schedule": {"steps": 5},
         "memory": {"shard": True},
     },
     "shard-int8": {
-        **NO_DROPOUT, "base": {"quantise": "int8", "dtype": "float32"}, "schedule": {"steps": 3},
+        **NO_DROPOUT, "base": {"quantize": "int8", "dtype": "float32"}, "schedule": {"steps": 3},
         "memory": {"shard": True, "activation_checkpointing": "on"},
     },
     "shard-whole": {

@@ -22,11 +22,11 @@ def _run(folder: Path, name: str, **sections: Any) -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_run_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
+def test_a_run_on_a_quantized_base(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from tests.tiny_image_base import tiny_image_base
 
-    base = {"name": str(tiny_image_base(tmp_path, "flux1")), "quantise": kind, "dtype": "bfloat16", "device": "cuda"}
+    base = {"name": str(tiny_image_base(tmp_path, "flux1")), "quantize": kind, "dtype": "bfloat16", "device": "cuda"}
     result, said = _run(tmp_path, "out", base=base)
     assert "read back and compared: predictions equal" in said
     assert all(pair.B.any() for pair in read(Path(result.adapter)).adapter.pairs.values())

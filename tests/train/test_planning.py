@@ -73,7 +73,7 @@ PICTURES = {"base": "flux.1-dev", "data": {"pictures": "p", "resolution": 1024},
         (VALUES, "meta-llama/Llama-3.1-70B", ("data.max_length=4096",)),
         (PICTURES, "flux.1-dev", ()),
         (PICTURES, "flux.1-dev", ("batching.micro_rows=1", "memory.activation_checkpointing=on")),
-        (PICTURES, "stable-diffusion-xl-base-1.0", ("base.quantise=nf4",)),
+        (PICTURES, "stable-diffusion-xl-base-1.0", ("base.quantize=nf4",)),
         (PICTURES, "qwen-image", ("memory.offload_blocks=10",)),
     ],
 )  # fmt: skip

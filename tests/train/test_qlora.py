@@ -1,4 +1,4 @@
-"""QLoRA: a run over a base in 4 bits is the run over its dequantised weights; stopped anywhere; and what it says."""
+"""QLoRA: a run over a base in 4 bits is the run over its dequantized weights; stopped anywhere; and what it says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.models.test_quantise import dequantised_twin
+from tests.models.test_quantize import dequantized_twin
 from tests.tiny_gguf import tiny_gguf
 from tests.train.text.tiny_runs import merged, train, with_rows
 from veneer.core.adapter import LoraSpec
@@ -18,7 +18,7 @@ from veneer.core.init import create
 from veneer.core.merge import pair_matrix
 from veneer.errors import ConfigError
 from veneer.formats.card import read_card
-from veneer.models.quantise import quantised_weights
+from veneer.models.quantize import quantized_weights
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
@@ -33,10 +33,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(
-    shared: Path, output: Path, base: TextBase | None = None, quantise: str | None = "nf4", **more: Any
+    shared: Path, output: Path, base: TextBase | None = None, quantize: str | None = "nf4", **more: Any
 ) -> RunResult:
     own = {
-        "base": {"quantise": quantise, "dtype": "float32"},
+        "base": {"quantize": quantize, "dtype": "float32"},
         "adapter": {"dropout": 0.0},
         "schedule": {"steps": 6},
         "evaluation": {"every": "epoch"},
@@ -49,8 +49,8 @@ def _losses(seen: list[Event]) -> list[float]:
 
 
 def test_a_run_over_codes_is_the_run_over_what_they_stand_for(shared: Path, tmp_path: Path) -> None:
-    base, twin = (load_text(str(shared / "tiny-base"), dtype="float32", quantise="nf4") for _ in range(2))
-    twin.model = dequantised_twin(twin.model)
+    base, twin = (load_text(str(shared / "tiny-base"), dtype="float32", quantize="nf4") for _ in range(2))
+    twin.model = dequantized_twin(twin.model)
     first: list[Event] = []
     second: list[Event] = []
     one = _run(shared, tmp_path / "codes", base, on_event=first.append)
@@ -62,16 +62,16 @@ def test_a_run_over_codes_is_the_run_over_what_they_stand_for(shared: Path, tmp_
     assert one.validation == pytest.approx(two.validation, rel=1e-5)
     assert one.validation < one.validation_before
     card = read_card(tmp_path / "codes").card
-    assert card.recipe["base"]["quantise"] == "nf4"
+    assert card.recipe["base"]["quantize"] == "nf4"
     assert card.base_fingerprint == load_text(str(shared / "tiny-base")).fingerprint
-    assert all(isinstance(base.model.get_parameter(n), Quantized) for n in quantised_weights(base.model))
+    assert all(isinstance(base.model.get_parameter(n), Quantized) for n in quantized_weights(base.model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", ["none", "some", "all"])
-def test_the_fast_paths_take_quantised_weights(shared: Path, dtype: torch.dtype, kept: str) -> None:
-    base = load_text(str(shared / "tiny-base"), dtype=dtype, quantise="nf4")
-    reference = dequantised_twin(base.model)
+def test_the_fast_paths_take_quantized_weights(shared: Path, dtype: torch.dtype, kept: str) -> None:
+    base = load_text(str(shared / "tiny-base"), dtype=dtype, quantize="nf4")
+    reference = dequantized_twin(base.model)
     ids = torch.randint(3, 384, (30,), generator=torch.Generator().manual_seed(0))
     trained = torch.ones(30, dtype=torch.bool)
     trained[[0, 12]] = False
@@ -116,9 +116,9 @@ def test_the_run_says_how_many_bits_its_base_has(shared: Path, tmp_path: Path) -
     assert any("nf4" in e.text and "bits each" in e.text for e in seen if isinstance(e, Note))
 
 
-def test_loftq_starts_where_quantising_left_off(shared: Path, tmp_path: Path) -> None:
+def test_loftq_starts_where_quantizing_left_off(shared: Path, tmp_path: Path) -> None:
     """The best rank-r part of W − W̃ (Eckart-Young), so the adapted base is nearer to the 16-bit one."""
-    base = load_text(str(shared / "tiny-base"), dtype="float32", quantise="nf4")
+    base = load_text(str(shared / "tiny-base"), dtype="float32", quantize="nf4")
     adapter = create(base.model, LoraSpec(rank=4, init="loftq"), seed=0, original=base.original)
     for name, pair in adapter.pairs.items():
         lost = base.original(f"{name}.weight").double() - base.model.get_parameter(f"{name}.weight").double()
@@ -134,7 +134,7 @@ def test_loftq_starts_where_quantising_left_off(shared: Path, tmp_path: Path) ->
 
 
 def test_modules_trained_whole_start_as_what_the_codes_stand_for(shared: Path) -> None:
-    base = load_text(str(shared / "tiny-base"), dtype="float32", quantise="nf4")
+    base = load_text(str(shared / "tiny-base"), dtype="float32", quantize="nf4")
     adapter = create(base.model, LoraSpec(rank=2, modules_to_save=("model.layers.0.mlp.up_proj",)), seed=0)
     weight = adapter.modules["model.layers.0.mlp.up_proj"]["weight"]
     assert not isinstance(weight, Quantized)
@@ -143,11 +143,11 @@ def test_modules_trained_whole_start_as_what_the_codes_stand_for(shared: Path) -
 
 def test_a_run_over_the_blocks_of_a_gguf_file_is_the_run_over_their_values(shared: Path, tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
-    tiny_gguf(file, quantised=True)
+    tiny_gguf(file, quantized=True)
     losses = []
-    for quantise in ("keep", None):
-        base = load_text(str(file), dtype="float32", quantise=quantise)
+    for quantize in ("keep", None):
+        base = load_text(str(file), dtype="float32", quantize=quantize)
         seen: list[Event] = []
-        _run(shared, tmp_path / f"run-{quantise}", base, on_event=seen.append, quantise=quantise)
+        _run(shared, tmp_path / f"run-{quantize}", base, on_event=seen.append, quantize=quantize)
         losses.append(_losses(seen))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

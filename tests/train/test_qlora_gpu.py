@@ -32,7 +32,7 @@ def test_a_run_in_4_bits_learns_and_resumes(optimizer: str, tmp_path: Path) -> N
     result = train(
         with_rows(tmp_path),
         tmp_path / "run",
-        base={"quantise": "nf4", "dtype": "bfloat16", "device": "cuda"},
+        base={"quantize": "nf4", "dtype": "bfloat16", "device": "cuda"},
         optimizer={"name": optimizer, "learning_rate": 1e-2},
         schedule={"steps": 8},
     )

@@ -35,7 +35,7 @@ from veneer.files.safetensors import strict_json
 from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.formats.moe import as_stored
 from veneer.models.loading import errors_only, loading
-from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
+from veneer.models.quantize import quantized_weights, saved_config, saved_tensors
 from veneer.models.text.bare import tied_weights
 from veneer.ops.quantization_formats import KINDS
 from veneer.ops.quantized import Quantized, dequantized, quantize
@@ -59,7 +59,7 @@ class MergeReport:
     untied: the head no longer shares the embedding's weight, because the mix changes only one of them.
     rounding: the rounding method.
     seen: nf4, … if the base's weights are dequantized.
-    requantised: nf4 or fp4 if the merged weights were quantized to 4 bits.
+    requantized: nf4 or fp4 if the merged weights were quantized to 4 bits.
     difference: the result of `compare_merges`."""
 
     folder: str = ""
@@ -74,7 +74,7 @@ class MergeReport:
     untied: bool = False
     rounding: str = "nearest"
     seen: str = ""
-    requantised: str = ""
+    requantized: str = ""
     difference: dict[str, Any] = field(default_factory=dict, repr=False)
     bytes: int = 0
 
@@ -114,7 +114,7 @@ def merge(
     *,
     dtype: str | None = None,
     allow_other_base: bool = False,
-    requantise: str | None = None,
+    requantize: str | None = None,
     difference: Mapping[str, Difference] | None = None,
     seed: int | None = None,
     accept_loss: bool = True,
@@ -128,7 +128,7 @@ def merge(
         which an adapter trained over that base has seen.
     adapters: folders, files or names, each optionally with ":strength".
     dtype: float32, bfloat16 or float16; by default the dtype in which the base is loaded.
-    requantise: nf4 or fp4 quantizes the merged weights to 4 bits, as a bitsandbytes checkpoint; this loses
+    requantize: nf4 or fp4 quantizes the merged weights to 4 bits, as a bitsandbytes checkpoint; this loses
         most of a small ΔW (`compare_merges` shows how much).
     difference: the result of `compare_merges`, for the report.
     seed: round stochastically, without bias (core.rounding), with this seed.
@@ -139,7 +139,7 @@ def merge(
     folder = Path(folder)
     target = _target(base, dtype)
     _check_request(adapters, folder)
-    report = MergeReport(str(folder), base.name, dtype=str(target).removeprefix("torch."), seen=base.quantised)
+    report = MergeReport(str(folder), base.name, dtype=str(target).removeprefix("torch."), seen=base.quantized)
     with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
         mix = attachment.selection.mix
         strengths = [using.parse_spec(a) for a in adapters]
@@ -148,10 +148,10 @@ def merge(
     report.check(accept_loss, "--dtype float32, --stochastic 0")
     report.difference = {name: asdict(found) for name, found in (difference or {}).items()}
     state = None
-    if requantise is not None:
-        report.requantised = requantise
-        model.config.quantization_config = saved_config(requantise, target)
-        state = saved_tensors(requantised(model, requantise).state_dict())
+    if requantize is not None:
+        report.requantized = requantize
+        model.config.quantization_config = saved_config(requantize, target)
+        state = saved_tensors(requantized(model, requantize).state_dict())
     try:
         with as_veneer_errors(folder), new_folder(folder) as temporary, errors_only():
             if state is None:
@@ -168,9 +168,9 @@ def merge(
     return report
 
 
-def requantised(model: Any, kind: str) -> Any:
+def requantized(model: Any, kind: str) -> Any:
     """Quantize the linear weights of `model` to 4 bits, in place; return the model."""
-    for name in quantised_weights(model):
+    for name in quantized_weights(model):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         module._parameters[key] = nn.Parameter(quantize(module.get_parameter(key), kind), requires_grad=False)
@@ -232,7 +232,7 @@ def compare_merges(
     rows: Sequence[HeldOutRow],
     *,
     original: TextBase | None = None,
-    requantise: Sequence[str] = (),
+    requantize: Sequence[str] = (),
     seed: int | None = None,
     dtype: str | None = None,
     allow_other_base: bool = False,
@@ -240,7 +240,7 @@ def compare_merges(
     """Compare each way to merge with not merging, on held-out rows of tokens.
 
     Keys of the result: "seen": ΔW on the weights of `base` as loaded, dequantized if it is quantized.
-    "original": ΔW on the weights of `original`, the same base in 16 bits. Each kind of `requantise`:
+    "original": ΔW on the weights of `original`, the same base in 16 bits. Each kind of `requantize`:
     "seen" quantized to 4 bits.
 
     seed: as in `merge`. Both models are in memory; rows are computed one at a time."""
@@ -258,8 +258,8 @@ def compare_merges(
         merged: dict[str, Callable[[], Any]] = {"seen": partial(merged_model, base.model, mix, target, seed=seed)}
         if original is not None:
             merged["original"] = partial(_merged_on, original, adapters, target, allow_other_base, seed)
-        for kind in requantise:
-            merged[kind] = lambda kind=kind: requantised(merged_model(base.model, mix, target), kind)  # type: ignore[misc]
+        for kind in requantize:
+            merged[kind] = lambda kind=kind: requantized(merged_model(base.model, mix, target), kind)  # type: ignore[misc]
         for name, make in merged.items():
             model = make().eval()
             parts = [_apart(p, _log_probabilities(model, row, device), row) for p, row in zip(exact, rows, strict=True)]
@@ -436,7 +436,7 @@ def merge_shards(
     mix = [(using.read_adapter(name).adapter, strength) for name, strength in chosen]
     parts = checkpoint_parts(base)
     plan = _plan(parts, _as_stored(parts, mix))
-    quantised = _seen_weights(base, parts, seen) if seen else frozenset()
+    quantized = _seen_weights(base, parts, seen) if seen else frozenset()
     report = MergeReport(str(folder), str(base), seen=seen)
     report.rounding = _rounding_name(seed)
     report.adapters = [
@@ -454,7 +454,7 @@ def merge_shards(
         for component, part in parts.items():
             for file in part.files:
                 chunks = _folded(
-                    part, file, plan[component], rounding, seed, component, (seen, quantised), mix_text(tuple(chosen))
+                    part, file, plan[component], rounding, seed, component, (seen, quantized), mix_text(tuple(chosen))
                 )
                 atomic_write(temporary / file.relative_to(base), chunks)
                 report.bytes += file.stat().st_size
@@ -474,11 +474,11 @@ def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozen
 
     if kind not in KINDS:
         raise ConfigError(f"adapters trained over {kind} weights are not merged by shard", fix="leave out --by-shard")
-    names = quantised_weights(text_without_weights(str(base)).model)
+    names = quantized_weights(text_without_weights(str(base)).model)
     if "" not in parts or (missing := [n for n in names if n not in parts[""].entries]):
         joined = f" ({missing[0]})" if "" in parts else ""
         raise BaseError(
-            f"the files keep quantised weights in parts{joined}, which were joined first",
+            f"the files keep quantized weights in parts{joined}, which were joined first",
             where=str(base),
             fix="leave out --by-shard",
         )

@@ -286,7 +286,7 @@ def draw(
         given.base or loaded.base.name,
         dtype=loaded.base.dtype,
         device=loaded.base.device,
-        quantise=None if given.base else loaded.base.quantise,
+        quantize=None if given.base else loaded.base.quantize,
         say=say,
     )
     name = "" if given.teacher == BASE_MODEL else str(given.teacher)

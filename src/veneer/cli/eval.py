@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantise, chosen_base
+from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantize, chosen_base
 from veneer.cli.output import field, say
 from veneer.errors import ConfigError
 
@@ -47,7 +47,7 @@ def evaluate(
     ] = False,
     answers: Annotated[bool, typer.Option("--answers", help="With --json: include every answer.")] = False,
     dtype: LoadedDtype = "auto",
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     device: ChosenDevice = "auto",
     allow_other_base: AllowOtherBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: base and each mix.")] = False,
@@ -79,7 +79,7 @@ def evaluate(
     rows, about = read_rows(files, limit=limit)
     say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
     with errors_only():
-        found = load_text(name, dtype=dtype, device=device, quantise=quantise, say=say)
+        found = load_text(name, dtype=dtype, device=device, quantize=quantize, say=say)
         results = score_mixes(
             found,
             rows,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantise, chosen_base, say_loaded
+from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantize, chosen_base, say_loaded
 from veneer.cli.output import own, print_json, say
 from veneer.errors import ConfigError, DataError
 
@@ -49,7 +49,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Random seed of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
     dtype: LoadedDtype = "auto",
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     device: ChosenDevice = "auto",
     allow_other_base: AllowOtherBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, without streaming.")] = False,
@@ -74,7 +74,7 @@ def generate(
     name = chosen_base(base, names, "" if specs else _FALLBACK)
     if not name:
         raise ConfigError(f"adapter {names[0]!r} does not say which base it belongs to", fix="add --base NAME")
-    found = load_text(name, dtype=dtype, device=device, quantise=quantise, say=say)
+    found = load_text(name, dtype=dtype, device=device, quantize=quantize, say=say)
     say_loaded(found)
     with attach_adapters(found, specs, allow_other_base=allow_other_base) as attachment:
         for adapter_name, strength in map(parse_spec, specs):

@@ -47,8 +47,8 @@ LoadedDtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat
 WrittenDtype = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: each tensor's own dtype.")
 ]
-Quantise = Annotated[
-    str | None, typer.Option("--quantise", help="Quantize the base: nf4, fp4 or int8; keep: a GGUF file's own types.")
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", help="Quantize the base: nf4, fp4 or int8; keep: a GGUF file's own types.")
 ]
 ChosenDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 

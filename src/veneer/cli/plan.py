@@ -24,7 +24,7 @@ _EXAMPLE = (
 _OF_DATA = {"tokens_per_row", "longest", "trained"}
 _OF_TEXT = _OF_DATA | {"micro_tokens"}
 _OF_PICTURES = {"size", "micro_pictures", "before", "targets"}
-_OF_BOTH = {"epochs", "batch", "rank", "dtype", "quantise", "checkpointing"}
+_OF_BOTH = {"epochs", "batch", "rank", "dtype", "quantize", "checkpointing"}
 _OF_SMALLEST = {"smallest", "base", "size", "rank", "targets", "before", "as_json"}
 _SERVED = {"tenants", "prompt", "answer", "together"}
 _OF_CARDS = {"gpus", "price"}
@@ -85,7 +85,7 @@ def plan(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Dtype of the base: bfloat16, float16 or float32.")
     ] = "bfloat16",
-    quantise: Annotated[str | None, typer.Option("--quantise", help="Quantize the base: nf4, fp4 or int8.")] = None,
+    quantize: Annotated[str | None, typer.Option("--quantize", help="Quantize the base: nf4, fp4 or int8.")] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Activation checkpointing: less memory, more time.")
     ] = False,
@@ -133,8 +133,8 @@ def plan(
         _calibrate(base or "smollm2-135m", dtype)
         if config is None and base is None:
             return
-    if quantise is not None:
-        one_of(quantise, ("nf4", "fp4", "int8"), "a quantisation that can be planned", "--quantise")
+    if quantize is not None:
+        one_of(quantize, ("nf4", "fp4", "int8"), "a quantization that can be planned", "--quantize")
     one_of(dtype, ("bfloat16", "float32", "float16"), "a precision that can be planned", "--dtype")
     if gpu is None or gpu == "cpu":
         _refuse(context, _OF_CARDS, "the plan is for this machine's processor", "name a card with --gpu")
@@ -190,7 +190,7 @@ def plan(
                 micros=-(-batch // micro_pictures),
                 rank=rank,
                 dtype=dtype,
-                quantise=quantise,
+                quantize=quantize,
                 checkpointing=checkpointing,
                 targets=targets,
                 before=before,
@@ -208,12 +208,12 @@ def plan(
                 batch=batch,
                 rank=rank,
                 dtype=dtype,
-                quantise=quantise,
+                quantize=quantize,
                 checkpointing=checkpointing,
                 trained=trained,
             )
-            room = left_beside_base(shape, device, dtype, quantise)
-            load = of(micro_tokens or fitting_micro_tokens(shape, device, quantise, room, of))
+            room = left_beside_base(shape, device, dtype, quantize)
+            load = of(micro_tokens or fitting_micro_tokens(shape, device, quantize, room, of))
             traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
             job = TrainingJob(rows, tokens_per_row, epochs, batch)
             made = text_plan(base, shape, load, device, rates, job, traffic=traffic)

@@ -101,9 +101,9 @@ def serve(
         str,
         typer.Option("--weights", help="Projection weights: dense, int8 or int4 (for small machines)."),
     ] = EngineSettings.weights,
-    quantise: Annotated[
+    quantize: Annotated[
         str | None,
-        typer.Option("--quantise", help="Quantize the base: nf4, fp4 or int8; keep: a GGUF file's own types."),
+        typer.Option("--quantize", help="Quantize the base: nf4, fp4 or int8; keep: a GGUF file's own types."),
     ] = None,
     batch_invariant: Annotated[
         bool,
@@ -168,7 +168,7 @@ def serve(
         open=open_to_all,
         dtype=dtype,
         device=device,
-        quantise=quantise,
+        quantize=quantize,
         drain=more.drain_seconds,
         engine=EngineSettings(
             rows=max_batch,

@@ -194,9 +194,9 @@ def _lost(
     """Return W − W̃, the quantization error, as a matrix."""
     if not isinstance(weight, Quantized) or original is None:
         raise ConfigError(
-            f"loftq starts from what quantising lost, and {target.name} lost nothing that is known",
+            f"loftq starts from what quantizing lost, and {target.name} lost nothing that is known",
             where="adapter.init",
-            fix="use a base quantised from 16 bits (base.quantise=nf4), quantised targets, or another init",
+            fix="use a base quantized from 16 bits (base.quantize=nf4), quantized targets, or another init",
         )
     before = original(f"{target.module_name}.{target.parameter or 'weight'}").to(matrix.device)
     return to_matrix(module, target.kind, before).float() - matrix

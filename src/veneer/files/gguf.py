@@ -98,7 +98,7 @@ class GgufFile:
         try:
             values = gguf.quants.dequantize(raw.reshape(*entry.shape[:-1], -1), gguf.GGMLQuantizationType(entry.type))
         except NotImplementedError:
-            raise AdapterError(f"{name} is {entry.kind}, which cannot be dequantised here", where=self.where) from None
+            raise AdapterError(f"{name} is {entry.kind}, which cannot be dequantized here", where=self.where) from None
         return torch.from_numpy(values).reshape(entry.shape)
 
 

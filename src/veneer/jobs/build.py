@@ -93,7 +93,7 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
     if not isinstance(engine, TextEngine):
         raise ConfigError("this server computes no texts itself, and trains none", fix="serve a text base by itself")
     base = engine.base
-    kind = f"{base.fingerprint.rpartition(':')[2][:16]}-{base.quantised or str(base.dtype).removeprefix('torch.')}"
+    kind = f"{base.fingerprint.rpartition(':')[2][:16]}-{base.quantized or str(base.dtype).removeprefix('torch.')}"
     room = engine.settings.adapter_bytes
     folder = veneer_home() / "tinker" / kind
     return TinkerService(base, library, folder, room=room, days=days, quotas=service.quotas)

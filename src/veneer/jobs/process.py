@@ -159,7 +159,7 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
 
             if is_compared(job):
                 own = config.base
-                base = load_text(own.name, dtype=own.dtype, device=own.device, quantise=own.quantise)
+                base = load_text(own.name, dtype=own.dtype, device=own.device, quantize=own.quantize)
             result = run_text(config, base=base, **options, sampler=live_sampler)
     return dict(result.to_dict()), base
 

@@ -62,7 +62,7 @@ BUILTIN = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size_mb=93,
             licence="Apache-2.0",
-            origin="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
+            origin="HuggingFaceTB/SmolLM2-135M-Instruct, quantized to Q4_1",
         )
     ]
 }

@@ -90,11 +90,11 @@ def own_attention(module: Any, name: str) -> Callable[..., Any]:
     return own
 
 
-def register_quantiser(name: str, quantiser: type, config: type) -> None:
+def register_quantizer(name: str, quantizer: type, config: type) -> None:
     """Register a quantizer for configs with this `quant_method`, once."""
 
     def register() -> None:
-        TRANSFORMERS("transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING")[name] = quantiser
+        TRANSFORMERS("transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING")[name] = quantizer
         TRANSFORMERS("transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING")[name] = config
 
-    _once(f"quantiser {name}", register)
+    _once(f"quantizer {name}", register)

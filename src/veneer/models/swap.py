@@ -39,7 +39,7 @@ class FastReport:
     rows: bool = False
     """Whether packed rows without padding reproduce this model (tested on it)."""
     kept: int = 0
-    """Bytes of cached dequantized weights (`keep_dequantised`)."""
+    """Bytes of cached dequantized weights (`keep_dequantized`)."""
     room: ByteBudget = field(default_factory=lambda: ByteBudget(0))
     """Budget for prepacked copies of weights (`keep_packed`)."""
     head: PrepackedWeights | None = field(default=None, repr=False)
@@ -63,7 +63,7 @@ class FastReport:
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
         text += "; last layer at trained tokens alone" if self.keeps else ""
-        text += f"; {self.kept / 1e6:,.0f} MB of weights kept dequantised" if self.kept else ""
+        text += f"; {self.kept / 1e6:,.0f} MB of weights kept dequantized" if self.kept else ""
         text += f"; {self.room.most / 1e6:,.0f} MB of weights kept packed" if self.room.most else ""
         for kind, why in sorted(self.left.items()):
             text += f"; {kind} as transformers has it ({why})"
@@ -160,11 +160,11 @@ class Join:
         if not plain or len({(w.dtype, w.device, w.shape[1]) for w in weights if w is not None}) != 1:
             return
         parameters = [w for w in weights if w is not None]
-        quantised = [w for w in parameters if isinstance(w, Quantized)]
-        if len(quantised) == len(parameters):
-            self.weight = stacked_rows(quantised)
+        quantized = [w for w in parameters if isinstance(w, Quantized)]
+        if len(quantized) == len(parameters):
+            self.weight = stacked_rows(quantized)
             return
-        if len(modules) < 2 or quantised or len({_start_of(p) for p in parameters}) != len(parameters):
+        if len(modules) < 2 or quantized or len({_start_of(p) for p in parameters}) != len(parameters):
             return
         self.weight = _lying_together(parameters)
         if self.weight is not None or not move:
@@ -204,7 +204,7 @@ class Join:
         return joined if self.copies is None else replace(joined, copies=self.copies)
 
 
-def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
+def keep_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
     """Cache dequantized weights, in order of use, up to `most` bytes.
 
     The choice of weights does not matter, because every weight is used equally often."""

@@ -22,7 +22,7 @@ _MOST_MICRO_TOKENS = 16384
 _ABOVE_CORNER = 3.0
 """Arithmetic intensity of a product as a multiple of the roofline's corner: at the corner itself, no
 product reaches its roof. Assumed; no card was timed."""
-_DEQUANTISING = 0.05
+_DEQUANTIZING = 0.05
 """Share of a product's time that dequantizing its weight can take."""
 
 
@@ -55,7 +55,7 @@ def micro_tokens(
     reach = operations / (_ABOVE_CORNER * corner) - values
     wanted = min(4 * weights / values, weights / reach if reach > 0 else math.inf)
     if code_bytes is not None:
-        wanted = max(wanted, corner * (2 + code_bytes) / 2 / _DEQUANTISING * weights / operations)
+        wanted = max(wanted, corner * (2 + code_bytes) / 2 / _DEQUANTIZING * weights / operations)
     return min(_MOST_MICRO_TOKENS, max(MICRO_TOKENS, power_of_2(math.ceil(wanted))))
 
 

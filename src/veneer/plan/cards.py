@@ -74,11 +74,11 @@ def image_settings(load: ImageLoad) -> Iterator[tuple[ImageLoad, tuple[str, ...]
     ways += [(None, True, count) for count in shares_of_blocks(load.blocks)]
     for rank in sorted({load.rank, min(load.rank, 4)}, reverse=True):
         for kind, again, count in ways:
-            said = [f"base.quantise={kind}"] if kind else []
+            said = [f"base.quantize={kind}"] if kind else []
             said += ["memory.activation_checkpointing=on"] if again else []
             said += [f"memory.offload_blocks={count}"] if count else []
             said += [f"adapter.rank={rank}"] if rank != load.rank else []
-            yield replace(load, rank=rank, quantise=kind, checkpointing=again, offload=count), tuple(said)
+            yield replace(load, rank=rank, quantize=kind, checkpointing=again, offload=count), tuple(said)
 
 
 def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad) -> int:
@@ -86,7 +86,7 @@ def loaded_bytes(counts: ImageCounts, config: Mapping[str, Any], load: ImageLoad
 
     Includes what loading requires to start, the VAE's encoder and CUDA's own memory."""
     e = dtype_bytes(load.dtype)
-    each = LOADED_BYTES.get(load.quantise or "", e)
+    each = LOADED_BYTES.get(load.quantize or "", e)
     encoders = (config.get("encoders") or {}).values()
     held: float = each * (counts.parameters + counts.buffers) + sum(n * (each if n >= _LARGE else e) for n in encoders)
     held += e * (int(config.get("vae") or 0) + _VAE_VALUES * encoded_pixels(config, load))

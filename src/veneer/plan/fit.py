@@ -58,7 +58,7 @@ def usable_memory(device: Device) -> int:
 
 
 def fitting_micro_tokens(
-    shape: TextShape, device: Device, quantise: str | None, room: int, load: Callable[[int], Load]
+    shape: TextShape, device: Device, quantize: str | None, room: int, load: Callable[[int], Load]
 ) -> int:
     """Return the tokens of a micro-batch that fits in `room` beside the base.
 
@@ -72,16 +72,16 @@ def fitting_micro_tokens(
         weights=shape.matrices,
         operations=sum(linear.multiplied for parts in products for linear in parts),
         values=sum(parts[0].active * parts[0].inputs + sum(p.active * p.outputs for p in parts) for parts in products),
-        code_bytes=None if quantise is None else 1.0 if quantise == "int8" else 0.5,
+        code_bytes=None if quantize is None else 1.0 if quantize == "int8" else 0.5,
     )
     while tokens > MICRO_TOKENS and text_memory(shape, load(tokens), device).beyond_base > 0.9 * room:
         tokens //= 2
     return tokens
 
 
-def left_beside_base(shape: TextShape, device: Device, dtype: str, quantise: str | None) -> int:
+def left_beside_base(shape: TextShape, device: Device, dtype: str, quantize: str | None) -> int:
     """Return the bytes of a device that remain after loading a base."""
-    return usable_memory(device) - sum(weight_bytes(shape, dtype, quantise)) - FITS[device.kind, "text"].process
+    return usable_memory(device) - sum(weight_bytes(shape, dtype, quantize)) - FITS[device.kind, "text"].process
 
 
 Step = tuple[str, str, AnyLoad, Device]
@@ -126,15 +126,15 @@ def _rank(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _four_bits(load: AnyLoad, device: Device) -> Iterator[Step]:
-    if load.quantise is None and not (isinstance(load, ImageLoad) and load.offload):
-        yield "a 4-bit base", "base.quantise=nf4", replace(load, quantise="nf4"), device
+    if load.quantize is None and not (isinstance(load, ImageLoad) and load.offload):
+        yield "a 4-bit base", "base.quantize=nf4", replace(load, quantize="nf4"), device
 
 
 def _offload(load: AnyLoad, device: Device) -> Iterator[Step]:
     """Yield steps with memory.offload_blocks.
 
     For image loads with recomputed, unquantized blocks on a GPU."""
-    if device.kind == "cuda" and isinstance(load, ImageLoad) and load.checkpointing and load.quantise is None:
+    if device.kind == "cuda" and isinstance(load, ImageLoad) and load.checkpointing and load.quantize is None:
         for count in shares_of_blocks(load.blocks):
             if count > load.offload:
                 yield "weights on the CPU", f"memory.offload_blocks={count}", replace(load, offload=count), device

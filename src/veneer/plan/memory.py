@@ -71,7 +71,7 @@ class RunLoad:
 
     micros: micro-batches per step.
     dtype: of the base.
-    quantise: nf4, fp4, int8 or None; `double`: the constants are quantized too.
+    quantize: nf4, fp4, int8 or None; `double`: the constants are quantized too.
     inputs_on_host: inputs of recomputed layers stay in CPU memory.
     kept: bytes of layers that stay dequantized.
     offload: number of the base's last blocks that stay in CPU memory until needed.
@@ -80,7 +80,7 @@ class RunLoad:
     micros: int = 1
     rank: int = 16
     dtype: str = "bfloat16"
-    quantise: str | None = None
+    quantize: str | None = None
     double: bool = True
     checkpointing: bool = False
     optimizer: str = "adamw"
@@ -131,7 +131,7 @@ class Load(RunLoad):
 class Counts:
     """A base, and one micro-batch on it (for image bases: one image).
 
-    matrices: parameters that `quantise` quantizes, with `rows` rows; `largest`: the largest weight that is
+    matrices: parameters that `quantize` quantizes, with `rows` rows; `largest`: the largest weight that is
         dequantized at once. In values of the base's dtype: `kept` for the backward pass, `inputs` of all
         blocks, `block` kept by the widest block, `ends` kept after the last block.
     made: float32 values computed from an adapter's parts.
@@ -161,7 +161,7 @@ class Memory:
     """Peak bytes of one device.
 
     constants: quantization constants.
-    dequantised: the one weight that is in full precision at a time, and layers kept so.
+    dequantized: the one weight that is in full precision at a time, and layers kept so.
     working: gradients inside a block.
     context: the process (CPU) or CUDA itself.
     rounding: lost to fragmentation.
@@ -177,7 +177,7 @@ class Memory:
     activations: int = 0
     logits: int = 0
     working: int = 0
-    dequantised: int = 0
+    dequantized: int = 0
     context: int = 0
     rounding: int = 0
     cache: int = 0
@@ -212,16 +212,16 @@ class _Weights(Protocol):
     def rows(self) -> int: ...
 
 
-def weight_bytes(base: _Weights, dtype: str, quantise: str | None, double: bool = True) -> tuple[int, int]:
+def weight_bytes(base: _Weights, dtype: str, quantize: str | None, double: bool = True) -> tuple[int, int]:
     """Return (weights, quantization constants) of a base in memory, in bytes.
 
     nf4, fp4: 4 bits a weight and an absmax for each 64, as float32, or as 8 bits with a float32 for each
     256 of them: 4 + 8/64 + 32/(64·256) = 4.127 bits (arXiv 2305.14314). int8: a byte per weight and a
     float32 per row. Embeddings, norms and head stay in `dtype`."""
-    if quantise is None:
+    if quantize is None:
         return base.parameters * dtype_bytes(dtype), 0
     plain = (base.parameters - base.matrices) * dtype_bytes(dtype)
-    if quantise == "int8":
+    if quantize == "int8":
         return plain + base.matrices, 4 * base.rows
     bits = 8 / 64 + 32 / (64 * 256) if double else 32 / 64
     return plain + base.matrices // 2, round(base.matrices * bits / 8)
@@ -235,7 +235,7 @@ def run_memory(
     units: how many units the counts are multiplied by.
     process: bytes of the process before the base is loaded, if known (CPU)."""
     fit, e, trainable = FITS[device.kind, kind], dtype_bytes(load.dtype), counts.trainable
-    weights, constants = weight_bytes(counts, load.dtype, load.quantise, load.double)
+    weights, constants = weight_bytes(counts, load.dtype, load.quantize, load.double)
     inputs, ends = e * units * counts.inputs, e * units * counts.ends
     kept, block, host = e * units * counts.kept + ends + 4 * counts.made, e * units * counts.block, 0
     working = fit.working * block
@@ -248,9 +248,9 @@ def run_memory(
         host = e * sum(away)
         weights -= host - e * max(away)  # the block in use is on the device
     working = max(0.0, working - counts.logits)  # the logits are freed by then
-    moving, dequantised = kept + counts.logits + working, 0
-    if load.quantise:
-        dequantised = e * counts.largest + load.kept
+    moving, dequantized = kept + counts.logits + working, 0
+    if load.quantize:
+        dequantized = e * counts.largest + load.kept
     # initial values stay
     begins = 2 if getattr(getattr(load, "spec", None), "init", "") in ("pissa", "olora") else 1
     return Memory(
@@ -262,9 +262,9 @@ def run_memory(
         activations=round(kept),
         logits=counts.logits,
         working=round(working),
-        dequantised=dequantised,
+        dequantized=dequantized,
         context=fit.process if process is None else process,
-        rounding=round(fit.unplaced * (moving + dequantised)),
+        rounding=round(fit.unplaced * (moving + dequantized)),
         host=host,
     )
 
@@ -370,7 +370,7 @@ def memory_together(shape: TextShape, loads: Sequence[Load], device: Device, mos
     return together, sum(lengths)
 
 
-def kept_dequantised(shape: TextShape, memory: Memory, room: int) -> int:
+def kept_dequantized(shape: TextShape, memory: Memory, room: int) -> int:
     """Return bytes of the first layers that can stay dequantized in `room` bytes."""
     spare = room - memory.peak
     each = 2 * max((layer.matrices for layer in shape.layers), default=0)

@@ -23,7 +23,7 @@ from veneer.plan.memory import (
     Load,
     Memory,
     dtype_bytes,
-    kept_dequantised,
+    kept_dequantized,
     memory_together,
     packed_weights,
     text_counts,
@@ -154,7 +154,7 @@ class Plan:
                 }
                 for c in self.changes
             ],
-            "kept_dequantised_bytes": self.keeps,
+            "kept_dequantized_bytes": self.keeps,
             "kept_packed_bytes": self.packs,
             "seconds": self.seconds,
             "cost": self.cost,
@@ -237,7 +237,7 @@ def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: 
     Adds the answers' keys and values, and the time to sample them (`serving`)."""
     shared = Traffic(max(1, draws.prompt // draws.group), draws.answer, draws.together, 1)
     rank = load.spec.rank if load.spec is not None else load.rank
-    each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantise=load.quantise)
+    each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantize=load.quantize)
     cache, seconds = draws.cache(shape, load.dtype), draws.total / each.requests_per_second
     told = f"{draws.total:,} drawn, {draws.together} at once: {gigabytes(cache)} of keys and values, {seconds:,.0f} s"
     return _with(plan, "cache", cache, seconds, ("answers", told))
@@ -284,12 +284,12 @@ def text_plan(
         lambda load, device: text_work(shape, load, device),
         lambda load: load.tokens,
     )
-    rank, quantise = load.spec.rank if load.spec is not None else load.rank, load.quantise
+    rank, quantize = load.spec.rank if load.spec is not None else load.rank, load.quantize
     seconds, keeps, packs = None, 0, 0
     if plan.planned is not None and plan.planned_memory is not None:
         own, where = plan.planned
         assert isinstance(own, Load)
-        quantise, spare = own.quantise, max(0, plan.room - plan.planned_memory.peak)
+        quantize, spare = own.quantize, max(0, plan.room - plan.planned_memory.peak)
         seconds = run_seconds(
             shape,
             own,
@@ -301,17 +301,17 @@ def text_plan(
             tokens_per_row=min(job.tokens_per_row, own.longest),
             evaluations=job.evaluations,
         )
-        if quantise:
-            keeps = kept_dequantised(shape, plan.planned_memory, plan.room)
+        if quantize:
+            keeps = kept_dequantized(shape, plan.planned_memory, plan.room)
         elif where.kind == "cpu":
             packs = min(packed_weights(shape, own.dtype, lambda *product: True), spare)
     served = None
     if traffic is not None:
-        served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantise=quantise)
+        served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
     times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them learned"
     facts = (
-        ("base", f"{base}: {shape.parameters:,} parameters, {load.quantise or load.dtype}"),
+        ("base", f"{base}: {shape.parameters:,} parameters, {load.quantize or load.dtype}"),
         (
             "adapter",
             f"{_form(PairForm.of(load.spec))}rank {rank}: {plan.trainable:,} parameters, "
@@ -430,7 +430,7 @@ def image_plan(
         seconds = rates.seconds(image_work(of(own), own, where), where.count) / own.pictures * job.rows * job.passes
     pairs = f", each with {load.before} before it" if load.before else ""
     facts = [
-        ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantise or load.dtype}"),
+        ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantize or load.dtype}"),
         ("adapter", f"{_form(load.form)}rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
         (
             "data",

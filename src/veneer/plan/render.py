@@ -11,9 +11,9 @@ from veneer.plan.plan import GroupPlan, Plan
 from veneer.plan.time import HOST_LINK
 
 _WORDS = {
-    "weights": "weights", "constants": "quantisation constants", "adapter": "adapter", "gradients": "gradients",
+    "weights": "weights", "constants": "quantization constants", "adapter": "adapter", "gradients": "gradients",
     "optimizer": "optimizer", "activations": "activations", "logits": "logits",
-    "working": "gradients of activations", "dequantised": "temporary dequantisation", "context": "process",
+    "working": "gradients of activations", "dequantized": "temporary dequantization", "context": "process",
     "rounding": "allocator", "cache": "keys and values",
     "teacher": "teacher's weights",
 }  # fmt: skip
@@ -67,7 +67,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"  {'of each device':<26}{gigabytes(plan.peak):>12}"
     yield f"  {'may be taken':<26}{gigabytes(plan.room):>12}"
     if plan.keeps:
-        yield f"  {'may stay dequantised':<26}{gigabytes(plan.keeps):>12}   faster, in what is left over"
+        yield f"  {'may stay dequantized':<26}{gigabytes(plan.keeps):>12}   faster, in what is left over"
     if plan.packs:
         yield f"  {'may be kept packed':<26}{gigabytes(plan.packs):>12}   where that is faster, in what is left over"
     if len(plan.changes) > 1:

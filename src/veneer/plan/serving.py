@@ -63,13 +63,13 @@ def serving(
     *,
     rank: int = 16,
     dtype: str = "bfloat16",
-    quantise: str | None = None,
+    quantize: str | None = None,
 ) -> Serving:
     """Return the serving capacity by the roofline above.
 
     `devices` of the result: as many as the base needs; each dedicated model needs as many."""
     e = dtype_bytes(dtype)
-    weights, constants = weight_bytes(shape, dtype, quantise)
+    weights, constants = weight_bytes(shape, dtype, quantize)
     adapter = e * pair_parameters(shape, rank=rank)
     each = cache_bytes(shape, dtype)
     context = traffic.prompt + traffic.answer

@@ -70,8 +70,8 @@ def run_work(counts: Counts, load: RunLoad, device: Device, units: int = 1) -> W
     e, forwards = dtype_bytes(load.dtype), load.bare + load.checkpointing
     reads = 2 + forwards
     moved = 4.0 * (units * e * (counts.kept + counts.ends) + counts.logits)
-    moved += reads * sum(weight_bytes(counts, load.dtype, load.quantise, load.double))
-    moved += 2 * reads * e * counts.matrices if load.quantise else 0
+    moved += reads * sum(weight_bytes(counts, load.dtype, load.quantize, load.double))
+    moved += 2 * reads * e * counts.matrices if load.quantize else 0
     away = load.checkpointing and load.inputs_on_host and device.kind == "cuda"
     return Work(
         units * (counts.forward * (1 + forwards) + counts.backward + counts.head),
@@ -94,7 +94,7 @@ def reading_work(shape: TextShape, load: Load) -> Work:
     for layer in shape.layers:
         operations += sum(2.0 * load.tokens * linear.multiplied for linear in layer.linears)
         operations += 4.0 * layer.heads * layer.head_dim * sum(seen_keys(n, layer.window) for n in load.lengths)
-    return Work(operations, float(sum(weight_bytes(shape, load.dtype, load.quantise))))
+    return Work(operations, float(sum(weight_bytes(shape, load.dtype, load.quantize))))
 
 
 def run_seconds(

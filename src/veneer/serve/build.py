@@ -150,7 +150,7 @@ def _load_texts(settings: ServeSettings, service: Service, say: Callable[[str], 
     from veneer.serve.engine.engine import TextEngine
 
     catalog = service.catalog
-    base = load_text(settings.base, dtype=settings.dtype, device=settings.device, quantise=settings.quantise, say=say)
+    base = load_text(settings.base, dtype=settings.dtype, device=settings.device, quantize=settings.quantize, say=say)
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         say(f"note: {note}")

@@ -21,7 +21,7 @@ from veneer.library.names import check_name, parse_reference
 from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_outline, is_image_base
-from veneer.serve.settings import LedgerSettings, Preload, QuantiseKind, ServeSettings, WeightKind
+from veneer.serve.settings import LedgerSettings, Preload, QuantizeKind, ServeSettings, WeightKind
 from veneer.serve.tenancy.keys import admin_hash, database_here
 from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
@@ -87,8 +87,8 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     the errors of `open_stores`.
     """
     one_of(settings.engine.weights, get_args(WeightKind), "a kind of weights", "--weights")
-    if settings.quantise is not None:
-        one_of(settings.quantise, get_args(QuantiseKind), "a quantisation", "--quantise")
+    if settings.quantize is not None:
+        one_of(settings.quantize, get_args(QuantizeKind), "a quantization", "--quantize")
     check_dtype_name(settings.dtype, "--dtype")
     check_device_name(settings.device, "--device")
     for origin in settings.http.allowed_origins:
@@ -163,7 +163,7 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("context", lambda s: s.engine.context, "texts", _HERE),
     ("max_tokens", lambda s: s.http.max_tokens, "texts fleet", "texts"),
     ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "what is computed here"),
-    ("--quantise", lambda s: s.quantise, "texts", _HERE),
+    ("--quantize", lambda s: s.quantize, "texts", _HERE),
     ("--dtype", lambda s: s.dtype, "texts pictures", "what is computed here"),
     ("--device", lambda s: s.device, "texts pictures", "what is computed here"),
     ("tenant_mixes", lambda s: s.fleet.mixes, "fleet", "mixes on the servers of --upstream"),
@@ -195,11 +195,11 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
 
 def _refuse_twice_rounded(settings: ServeSettings) -> None:
     """Raises ConfigError if two options set the format of a base's weights."""
-    if settings.quantise is not None and settings.engine.weights != "dense":
+    if settings.quantize is not None and settings.engine.weights != "dense":
         raise ConfigError(
-            "--quantise and --weights both say how the base's weights are kept",
-            where=f"--quantise {settings.quantise} --weights {settings.engine.weights}",
-            fix="leave one out: --quantise is what QLoRA trains beside, --weights rounds a 16-bit base",
+            "--quantize and --weights both say how the base's weights are kept",
+            where=f"--quantize {settings.quantize} --weights {settings.engine.weights}",
+            fix="leave one out: --quantize is what QLoRA trains beside, --weights rounds a 16-bit base",
         )
 
 

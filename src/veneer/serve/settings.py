@@ -101,7 +101,7 @@ class Preload:
 
 
 WeightKind = Literal["dense", "int8", "int4"]
-QuantiseKind = Literal["nf4", "fp4", "int8", "keep"]
+QuantizeKind = Literal["nf4", "fp4", "int8", "keep"]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class ServeSettings:
     `folders`: where load requests may name files. `tenants`: the tenants' database; without it `keys` are all
     keys; without both, tenants.sqlite in the veneer home if it exists; else no key is needed. `open`: no key
     is needed even if there are tenants; on localhost their routes, prices and ledger stay in use, on other
-    hosts not. In a fleet only the base's names and tokenizer are read. `quantise`: see
+    hosts not. In a fleet only the base's names and tokenizer are read. `quantize`: see
     models.text.base.load_text. `drain`: seconds.
     """
 
@@ -180,7 +180,7 @@ class ServeSettings:
     open: bool = False
     dtype: str = "auto"
     device: str = "auto"
-    quantise: str | None = None
+    quantize: str | None = None
     drain: float = 30.0
     engine: EngineSettings = field(default_factory=EngineSettings)
     http: HttpSettings = field(default_factory=HttpSettings)

@@ -67,7 +67,7 @@ def load_of(
         rank=config.adapter.rank,
         spec=_special_pairs(config),
         dtype=dtype,
-        quantise=config.base.quantise,
+        quantize=config.base.quantize,
         checkpointing=checkpointing,
         optimizer=config.optimizer.name,
         whole=whole,
@@ -105,11 +105,11 @@ def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int
     device = device_here(where)
     dtype = str(base.dtype).removeprefix("torch.")
     room = available_memory(config, where, free) - _teacher(config, shape, dtype, of_run=True).beside
-    return _micro_tokens_of(config, shape, device, room, dtype, base.quantised or None)
+    return _micro_tokens_of(config, shape, device, room, dtype, base.quantized or None)
 
 
 def _micro_tokens_of(
-    config: TrainConfig, shape: TextShape, device: Device, room: int, dtype: str, quantise: str | None
+    config: TrainConfig, shape: TextShape, device: Device, room: int, dtype: str, quantize: str | None
 ) -> int:
     """Compute with rows of maximum length whose tokens are all learned."""
     on = config.memory.recomputing == "on"
@@ -118,7 +118,7 @@ def _micro_tokens_of(
     def load(tokens: int) -> Load:
         return load_of(with_micro_tokens(config, tokens), rows, trained=1.0, dtype=dtype, checkpointing=on)
 
-    return fitting_micro_tokens(shape, device, quantise, room, load)
+    return fitting_micro_tokens(shape, device, quantize, room, load)
 
 
 def plan_of_run(
@@ -157,7 +157,7 @@ def plan_of_run(
     job = _job(config, len(items), tokens / max(1, len(items)), held_out)
     rates, process = rates_here(device, dtype), None
     if device.kind == "cpu":  # libraries and rows are in memory already: their size is known
-        weights = sum(weight_bytes(shape, dtype, load.quantise))
+        weights = sum(weight_bytes(shape, dtype, load.quantize))
         weights -= sum(unread_bytes(weight) for weight in base.model.parameters() if not isinstance(weight, Quantized))
         process = max(FITS["cpu", "text"].process, held_memory(here) - weights + CPU_LATER)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
@@ -217,7 +217,7 @@ def _with_draws(
     if teacher.shape is None:
         return plan
     # as loaded: it is not quantized, whatever the trained base is
-    plain = replace(load, quantise=None if teacher.beside else load.quantise)
+    plain = replace(load, quantize=None if teacher.beside else load.quantize)
     return with_teacher(plan, teacher.shape, plain, device, draws, teacher.beside)
 
 
@@ -370,9 +370,9 @@ def _with_planned_tokens(config: TrainConfig, shape: TextShape, device: Device) 
     """Return the configuration with a planned micro-batch size, unless it sets one."""
     if config.batching.micro_tokens is not None:
         return config
-    dtype, quantise = _planned_dtype(config), config.base.quantise
-    room = left_beside_base(shape, device, dtype, quantise) - _teacher(config, shape, dtype).beside
-    return with_micro_tokens(config, _micro_tokens_of(config, shape, device, room, dtype, quantise))
+    dtype, quantize = _planned_dtype(config), config.base.quantize
+    room = left_beside_base(shape, device, dtype, quantize) - _teacher(config, shape, dtype).beside
+    return with_micro_tokens(config, _micro_tokens_of(config, shape, device, room, dtype, quantize))
 
 
 def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None) -> Plan:
@@ -406,7 +406,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         micros=signs * -(-batch // at_once),
         rank=config.adapter.rank,
         dtype=dtype,
-        quantise=config.base.quantise,
+        quantize=config.base.quantize,
         checkpointing=config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0,
         targets=words,
         bare=bare,

@@ -25,7 +25,7 @@ from veneer.formats.topology import families, flux2
 from veneer.models.image.base import ImageBase, load_control, load_image, pipeline, release, text_length, text_settings
 from veneer.models.image.families import FAMILIES, topology_name
 from veneer.models.image.predict import embed_prompts, predict
-from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
+from veneer.models.quantize import quantized_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text
 from veneer.ops.quantized import Quantized
 
@@ -365,17 +365,17 @@ def test_only_the_fp16_variant_is_used_and_said(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "quantise"),
+    ("family", "quantize"),
     [
         *((family, "nf4") for family in ("sdxl", "flux1", "sd3", "z-image")),
         *(pytest.param(family, "int8", marks=pytest.mark.slow) for family in ("sdxl", "sd3", "z-image")),
         ("flux1", "int8"),
     ],
 )
-def test_a_quantised_base_computes_what_its_dequantised_weights_do(family: str, quantise: Any, tmp_path: Path) -> None:
+def test_a_quantized_base_computes_what_its_dequantized_weights_do(family: str, quantize: Any, tmp_path: Path) -> None:
     folder = str(tiny_image_base(tmp_path, family))
-    base, twin = (load_image(folder, dtype="float32", quantise=quantise) for _ in range(2))
-    names = quantised_weights(base.denoiser)
+    base, twin = (load_image(folder, dtype="float32", quantize=quantize) for _ in range(2))
+    names = quantized_weights(base.denoiser)
     assert names
     assert all(isinstance(base.denoiser.get_parameter(n), Quantized) for n in names)
     assert base.fingerprint == load_image(folder).fingerprint
@@ -399,7 +399,7 @@ def test_a_quantised_base_computes_what_its_dequantised_weights_do(family: str, 
 
 def test_a_component_that_bitsandbytes_saved_is_read_on_any_device(copy: Path) -> None:
     """Its constants beside the codes, as diffusers leaves them; no GPU is asked for."""
-    base = load_image(str(copy), dtype="bfloat16", quantise="nf4")
+    base = load_image(str(copy), dtype="bfloat16", quantize="nf4")
     folder = copy / "unet"
     state = saved_tensors({n: t.contiguous() for n, t in base.denoiser.state_dict().items()})
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
@@ -407,20 +407,20 @@ def test_a_component_that_bitsandbytes_saved_is_read_on_any_device(copy: Path) -
     found = json.loads(config.read_text()) | {"quantization_config": saved_config("nf4", torch.bfloat16)}
     config.write_text(json.dumps(found))
     again = load_image(str(copy), dtype="bfloat16")
-    for name in quantised_weights(base.denoiser):
+    for name in quantized_weights(base.denoiser):
         one, two = base.denoiser.get_parameter(name), again.denoiser.get_parameter(name)
         assert isinstance(two, Quantized)
         assert torch.equal(one.dense(), two.dense())  # type: ignore[attr-defined]
 
 
-def test_dtype_device_and_quantisation_are_checked(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_device_and_quantization_are_checked(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = load_image(str(copy), dtype="bfloat16")
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
     assert half.dtype_reason == "as asked for"
     with pytest.raises(ConfigError, match="is not a dtype"):
         load_image(str(copy), dtype="int3")
-    with pytest.raises(ConfigError, match="is not a known quantisation"):
-        load_image(str(copy), quantise="q4")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="is not a known quantization"):
+        load_image(str(copy), quantize="q4")  # type: ignore[arg-type]
 
     class Memory:
         available = 1000
@@ -442,10 +442,10 @@ def test_large_text_encoders_are_counted_as_they_will_be_held(tmp_path: Path, mo
         available = int(1.01 * wanted)
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
-    assert load_image(folder, dtype="bfloat16", quantise="nf4").quantised == "nf4"
+    assert load_image(folder, dtype="bfloat16", quantize="nf4").quantized == "nf4"
     Memory.available = int(0.99 * wanted)
     with pytest.raises(ResourceError, match="memory are free"):
-        load_image(folder, dtype="bfloat16", quantise="nf4")
+        load_image(folder, dtype="bfloat16", quantize="nf4")
 
 
 def test_names_of_built_ins_are_known_even_where_they_did_not_come(

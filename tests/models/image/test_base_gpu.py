@@ -20,10 +20,10 @@ from veneer.ops.quantized import Quantized
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("quantise", ["nf4", "int8"])
-def test_a_quantised_base_predicts_nearly_the_same_and_trains_an_adapter(quantise: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantized_base_predicts_nearly_the_same_and_trains_an_adapter(quantize: Any, tmp_path: Path) -> None:
     folder = str(tiny_image_base(tmp_path, "flux1"))
-    base = load_image(folder, dtype="bfloat16", device="cuda", quantise=quantise)
+    base = load_image(folder, dtype="bfloat16", device="cuda", quantize=quantize)
     plain = load_image(folder, dtype="bfloat16", device="cuda")
     assert base.fingerprint == plain.fingerprint
     assert any(isinstance(p, Quantized) for p in base.denoiser.parameters())
@@ -41,9 +41,9 @@ def test_a_quantised_base_predicts_nearly_the_same_and_trains_an_adapter(quantis
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("quantise", ["nf4", "int8"])
-def test_a_quantised_base_is_on_the_device_that_was_asked_for(quantise: Any, tmp_path: Path) -> None:
-    base = load_image(str(tiny_image_base(tmp_path, "flux1")), dtype="bfloat16", device="cuda:1", quantise=quantise)
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantized_base_is_on_the_device_that_was_asked_for(quantize: Any, tmp_path: Path) -> None:
+    base = load_image(str(tiny_image_base(tmp_path, "flux1")), dtype="bfloat16", device="cuda:1", quantize=quantize)
     assert {p.device for p in base.model.parameters()} == {torch.device("cuda:1")}
     x = torch.randn(1, *latent_shape(base, SIZE, SIZE), device="cuda:1")
     with torch.no_grad():

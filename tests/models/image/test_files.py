@@ -220,16 +220,16 @@ def test_scales_of_eight_bit_floats_are_applied_exactly(
         assert [n for n, t in got.parts[name].state_dict().items() if not torch.equal(t, theirs[n])] == [], name
 
 
-@pytest.mark.parametrize("quantise", [None, "nf4"])
-def test_scales_in_a_directory_are_applied_too(quantise: Any, bases: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_scales_in_a_directory_are_applied_too(quantize: Any, bases: Path, tmp_path: Path) -> None:
     folders = [Path(shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / name)) for name in ("scaled", "plain")]
     file = "transformer/diffusion_pytorch_model.safetensors"
     states = _in_fp8(load_file(folders[0] / file), "scale_weight", False)
     for folder, state in zip(folders, states, strict=True):
         save_file(state, folder / file, {"format": "pt"})
-    got, want = (load_image(str(folder), dtype="float32", quantise=quantise).denoiser for folder in folders)
+    got, want = (load_image(str(folder), dtype="float32", quantize=quantize).denoiser for folder in folders)
     for name, parameter in want.named_parameters():
-        one, two = (p.dense() if quantise and hasattr(p, "dense") else p for p in (got.get_parameter(name), parameter))
+        one, two = (p.dense() if quantize and hasattr(p, "dense") else p for p in (got.get_parameter(name), parameter))
         assert torch.equal(one, two), name
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.families import FAMILIES
-from veneer.models.quantise import quantised_weights
+from veneer.models.quantize import quantized_weights
 from veneer.models.text.bare import bare_text
 from veneer.ops.quantized import Quantized, quantize
 
@@ -20,10 +20,10 @@ def test_a_bare_base_has_the_shapes_of_a_real_one_and_no_bytes(family: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_it_has_the_codes_that_a_load_would_make(kind: str) -> None:
+def test_quantized_it_has_the_codes_that_a_load_would_make(kind: str) -> None:
     real = FAMILIES["qwen3_moe"]()
-    bare = bare_text(real.config, dtype=torch.bfloat16, quantise=kind)
-    names = quantised_weights(real)
+    bare = bare_text(real.config, dtype=torch.bfloat16, quantize=kind)
+    names = quantized_weights(real)
     assert names == [n for n, p in bare.named_parameters() if isinstance(p, Quantized)]
     for name in names:
         made, found = quantize(real.get_parameter(name), kind), bare.get_parameter(name)

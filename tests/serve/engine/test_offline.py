@@ -72,9 +72,9 @@ def test_the_engine_is_taken_where_it_has_a_forward_of_its_own() -> None:
             assert isinstance(answer, EngineAnswers) == engine
 
 
-def test_a_quantised_base_answers_by_the_engine_too() -> None:
+def test_a_quantized_base_answers_by_the_engine_too() -> None:
     model = model_of("llama3")
-    module = model.model.layers[0].mlp.down_proj  # one alone: its groups are of plain and quantised weights
+    module = model.model.layers[0].mlp.down_proj  # one alone: its groups are of plain and quantized weights
     module.weight = nn.Parameter(quantize(module.weight.detach(), "int8"), requires_grad=False)
     with answering(base_of(model), {}) as answer:
         assert isinstance(answer, EngineAnswers)

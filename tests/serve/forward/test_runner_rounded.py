@@ -22,7 +22,7 @@ def test_a_vocabulary_of_any_size_is_served_in_int8() -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantised_base_with_adapters_is_its_rounded_weights_with_them(kind: str) -> None:
+def test_a_quantized_base_with_adapters_is_its_rounded_weights_with_them(kind: str) -> None:
     model = FAMILIES["llama3"](hidden_size=64, intermediate_size=96, tie_word_embeddings=True).bfloat16()
     adapters = {"a": trained(model, 1), "b": trained(model, 2, dora=True)}
     runner = Runner(base_of(model), cache_bytes=1 << 20, weights=kind)  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ def test_a_quantised_base_with_adapters_is_its_rounded_weights_with_them(kind: s
         assert (g.double() - w.double()).norm() <= 0.04 * w.double().norm()
 
 
-def test_what_a_quantised_base_cannot_serve_is_said() -> None:
+def test_what_a_quantized_base_cannot_serve_is_said() -> None:
     from veneer.core.adapter import Adapter
 
     model = FAMILIES["llama3"](hidden_size=64, intermediate_size=96).bfloat16()

@@ -190,7 +190,7 @@ def test_a_dropped_caption_is_the_pipelines_empty_prompt(family: str, live: bool
 
 
 def test_a_base_that_reads_prompts_otherwise_shares_no_cached_text(shared: Path, tmp_path: Path) -> None:
-    """Neither one whose tokenizer reads less, nor one whose text encoders are quantised."""
+    """Neither one whose tokenizer reads less, nor one whose text encoders are quantized."""
     base = load_image(str(tiny_image_base(shared, "flux1")))
     config = _config(shared)
 
@@ -201,7 +201,7 @@ def test_a_base_that_reads_prompts_otherwise_shares_no_cached_text(shared: Path,
     assert [cached(), cached()] == [(24, 0), (24, 1)]
     base.parts["tokenizer_2"].model_max_length = 12
     assert [cached(), cached()] == [(12, 0), (12, 1)]
-    base.quantised = "nf4"
+    base.quantized = "nf4"
     assert cached() == (12, 0)
 
 

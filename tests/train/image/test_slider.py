@@ -249,7 +249,7 @@ def test_the_examples_run(name: str, shared: Path, tmp_path: Path) -> None:
 def test_a_plan_counts_scenes_both_signs_and_the_bases_own_forwards() -> None:
     card = device_named("rtx-4090-24gb")
     file = ROOT / "examples" / "images" / "slider.yaml"
-    made = plan_of_config(load_config(file, ["base=flux.1-dev", "base.quantise=nf4", "schedule.steps=10"])[0], card)
+    made = plan_of_config(load_config(file, ["base=flux.1-dev", "base.quantize=nf4", "schedule.steps=10"])[0], card)
     assert (made.job.rows, made.job.total_steps, made.job.batch) == (24, 10, 8)
     assert "at both signs" in dict(made.facts)["note"]
     assert made.seconds is not None

@@ -22,7 +22,7 @@ from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, PictureSettings, default_settings, generate_images
 from veneer.models.image.predict import cut_of
-from veneer.models.quantise import saved_config, saved_tensors
+from veneer.models.quantize import saved_config, saved_tensors
 from veneer.ops.quantized import Quantized
 from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE
@@ -210,7 +210,7 @@ def _slow_where_its_codes_are_held_alone(family: str) -> Any:
 def test_a_run_over_a_base_in_4_bits_is_the_run_over_its_values(family: str, shared: Path, tmp_path: Path) -> None:
     """Computed in 16 bits, text encoders in 4 as well; every linear module learns."""
     for name in ("codes", "values"):
-        base = load_image(str(tiny_image_base(shared, family)), dtype="bfloat16", quantise="nf4")
+        base = load_image(str(tiny_image_base(shared, family)), dtype="bfloat16", quantize="nf4")
         held = [
             (m, key)
             for m in base.parts.values()
@@ -346,14 +346,14 @@ def test_preflight_stops(sections: dict[str, Any], says: str, shared: Path, tmp_
 
 def test_offloading_blocks_of_a_four_bit_base_is_refused(tmp_path: Path) -> None:
     folder = tiny_image_base(tmp_path, "flux1")
-    saved = load_image(str(folder), dtype="bfloat16", quantise="nf4").denoiser.state_dict()
+    saved = load_image(str(folder), dtype="bfloat16", quantize="nf4").denoiser.state_dict()
     place = folder / "transformer"
     save_file(saved_tensors({n: t.contiguous() for n, t in saved.items()}), place / f"{STEM}.safetensors")
     found = json.loads((place / "config.json").read_text())
     found["quantization_config"] = saved_config("nf4", torch.bfloat16)
     (place / "config.json").write_text(json.dumps(found))
     base = load_image(str(folder))
-    assert base.quantised == "nf4"
+    assert base.quantized == "nf4"
     with pytest.raises(PreflightError, match="this run is on the CPU"):
         run(tmp_path, tmp_path / "out", base=base, memory={"offload_blocks": 1})
     base.device = torch.device("cuda", 0)

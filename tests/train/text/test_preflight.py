@@ -37,7 +37,7 @@ class TinyBase:
     model: Any
     tokenizer: Any
     end_of_turn_id: int | None = 2
-    quantised: str = ""
+    quantized: str = ""
 
 
 def talk(question: str, answer: str, where: str, **extra: Any) -> Row:
@@ -348,11 +348,11 @@ def test_what_is_to_be_kept_where_nothing_is_to_keep_is_said(run: Run) -> None:
     asked = "memory.keep_packed_gb=1"
     assert "no product is measured faster so here" in warned(run(asked), "memory")
     assert "it is sharded" in warned(run(asked, "memory.shard=true"), "memory")
-    run.base.quantised = "nf4"
-    assert "it is quantised" in warned(run(asked), "memory")
-    run.base.quantised = ""
-    assert "this base is not quantised" in warned(run("memory.keep_dequantised_gb=1"), "memory")
-    quiet = run("memory.keep_packed_gb=0", "memory.keep_dequantised_gb=0").text()
+    run.base.quantized = "nf4"
+    assert "it is quantized" in warned(run(asked), "memory")
+    run.base.quantized = ""
+    assert "this base is not quantized" in warned(run("memory.keep_dequantized_gb=1"), "memory")
+    quiet = run("memory.keep_packed_gb=0", "memory.keep_dequantized_gb=0").text()
     assert "memory.keep_" not in quiet
 
 

@@ -43,7 +43,7 @@ class ImageBase:
     `family`: its name in formats.topology; `row`: its row in families.py. `model`: the module tree that
     adapters attach to, under canonical names. `parts`: diffusers' components by name, shared by `model` and
     every pipeline. `prediction`: what the denoiser predicts. `size`: default side of a picture in pixels.
-    `notes`: messages about loading for the user, one sentence each. `quantised`: the format of quantized
+    `notes`: messages about loading for the user, one sentence each. `quantized`: the format of quantized
     denoiser weights, or None."""
 
     name: str
@@ -64,7 +64,7 @@ class ImageBase:
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
     """Pipeline arguments set by the directory's index."""
     notes: tuple[str, ...] = ()
-    quantised: str | None = None
+    quantized: str | None = None
     _scale: int = field(default=8, repr=False)
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
     _released: set[str] = field(default_factory=set, repr=False)
@@ -165,33 +165,33 @@ def load_image(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
-    quantise: Literal["nf4", "int8"] | None = None,
+    quantize: Literal["nf4", "int8"] | None = None,
     config: str | Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> ImageBase:
     """Find and load an image base: eval mode, `requires_grad` False everywhere.
 
-    `quantise`: format of the linear weights of the denoiser and of large text encoders: nf4 (4 bits) or int8.
+    `quantize`: format of the linear weights of the denoiser and of large text encoders: nf4 (4 bits) or int8.
     `config`: for a single file, the diffusers directory with its model_index.json and configs. Raises
     BaseError (not found, incomplete, unknown family, weights that do not match the configs), ConfigError (an
     unknown dtype, device or quantization), ResourceError (not enough memory), MissingExtraError."""
     require_diffusers()
-    if quantise not in (None, "nf4", "int8"):
-        raise ConfigError(f"{quantise!r} is not a known quantisation", fix="nf4 or int8")
+    if quantize not in (None, "nf4", "int8"):
+        raise ConfigError(f"{quantize!r} is not a known quantization", fix="nf4 or int8")
     if name in BUILTIN:
         raise BaseError(f"{name} is a text base", fix=f"an image base: {', '.join(PACKAGED)}, a directory, a hub id, …")
     path = find_base(name, say=say)
     settle_threads()
     if path.is_file():
-        read = read_single_file(path, config, dtype, device, quantise)
+        read = read_single_file(path, config, dtype, device, quantize)
     elif config is not None:
         raise ConfigError("config is for a single-file base; a directory has its own", where=str(path))
     else:
-        read = read_directory(path, dtype, device, quantise)
-    return _base(name, path, read, quantise)
+        read = read_directory(path, dtype, device, quantize)
+    return _base(name, path, read, quantize)
 
 
-def _base(name: str, path: Path, read: LoadedParts, quantise: str | None) -> ImageBase:
+def _base(name: str, path: Path, read: LoadedParts, quantize: str | None) -> ImageBase:
     row = read.family
     for part in read.parts.values():
         if isinstance(part, nn.Module):
@@ -215,12 +215,12 @@ def _base(name: str, path: Path, read: LoadedParts, quantise: str | None) -> Ima
         pipelines={**row.pipelines, **read.pipelines},
         settings=read.settings,
         notes=tuple(read.notes),
-        quantised=quantise or _quantised_as(denoiser),
+        quantized=quantize or _quantized_as(denoiser),
         _scale=scale,
     )
 
 
-def _quantised_as(denoiser: nn.Module) -> str | None:
+def _quantized_as(denoiser: nn.Module) -> str | None:
     """Return the format of the denoiser's quantized weights, or None."""
     return next((p.stored.kind for p in denoiser.parameters() if isinstance(p, Quantized)), None)
 

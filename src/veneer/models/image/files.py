@@ -39,7 +39,7 @@ from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image.families import FAMILIES, OWN_PIPELINES, ImageFamily, denoiser_family, family_label
 from veneer.models.image.processor import PROCESSORS, read_processor
 from veneer.models.loading import check_left_out, check_loaded, errors_only, loading
-from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind, scaled_weights
+from veneer.models.quantize import lazy_state, load_part, load_state, saved_kind, scaled_weights
 from veneer.models.sources import find_base
 
 _INDEX = "model_index.json"
@@ -82,7 +82,7 @@ def require_diffusers() -> None:
 
 
 def read_directory(
-    path: Path, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
+    path: Path, dtype: str | torch.dtype, device: str | torch.device, quantize: str | None
 ) -> LoadedParts:
     """Load every component of a diffusers directory.
 
@@ -99,11 +99,11 @@ def read_directory(
                 notes.append(f"{name}: only the {variant} weights are there, and they are used")
     where = choose_device(device)
     kind, reason = choose_dtype(dtype, where, stored_dtype(tables[family.denoiser]))
-    held = {name for name in tables if quantise and (name == family.denoiser or classes[name][1] in _LARGE_ENCODERS)}
-    _check_room(path, tables, kind, where, quantise, held)
+    held = {name for name in tables if quantize and (name == family.denoiser or classes[name][1] in _LARGE_ENCODERS)}
+    _check_room(path, tables, kind, where, quantize, held)
     parts: dict[str, Any] = {}
     for name, (library, classname) in classes.items():
-        quant = quantise if name == family.denoiser or classname in _LARGE_ENCODERS else None
+        quant = quantize if name == family.denoiser or classname in _LARGE_ENCODERS else None
         parts[name], more = _load_component(folders[name], library, classname, kind, where, quant, name in tables)
         notes += [f"{name}: {note}" for note in more]
     digest = parts_fingerprint(parts, tables)
@@ -215,11 +215,11 @@ def _check_room(
     tables: Mapping[str, list[StoredTensor]],
     dtype: torch.dtype,
     device: torch.device,
-    quantise: str | None,
+    quantize: str | None,
     held: set[str],
 ) -> None:
     """Check memory for loading. `held`: the components that will be quantized."""
-    bytes_each = LOADED_BYTES.get(quantise or "", dtype.itemsize)
+    bytes_each = LOADED_BYTES.get(quantize or "", dtype.itemsize)
     needs = 0.0
     for name, table in tables.items():
         needs += sum(t.elements for t in table) * (bytes_each if name in held else dtype.itemsize)
@@ -232,7 +232,7 @@ def _load_component(
     classname: str,
     dtype: torch.dtype,
     device: torch.device,
-    quantise: str | None,
+    quantize: str | None,
     weights: bool,
 ) -> tuple[Any, tuple[str, ...]]:
     cls = getattr(importlib.import_module(library), classname, None)
@@ -252,8 +252,8 @@ def _load_component(
         try:
             if classname in PROCESSORS:
                 made = read_processor(folder)
-            elif saved or (weights and (quantise or scaled_weights(table_of(folder)[0]))):
-                made = _load_quantised(cls, folder, library, quantise or "", dtype)
+            elif saved or (weights and (quantize or scaled_weights(table_of(folder)[0]))):
+                made = _load_quantized(cls, folder, library, quantize or "", dtype)
             else:
                 made = cls.from_pretrained(folder, **options)
         except Exception as error:
@@ -279,7 +279,7 @@ def _read_small(part: Any) -> None:
         backend.normalizer = Lowercase()
 
 
-def _load_quantised(cls: Any, folder: Path, library: str, kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def _load_quantized(cls: Any, folder: Path, library: str, kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """Load a component with quantized linear weights.
 
     Quantized as `kind`, or as in its bitsandbytes checkpoint."""
@@ -382,7 +382,7 @@ _OF_ADAPTERS = (".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".hada_
 
 
 def read_single_file(
-    path: Path, config: str | Path | None, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
+    path: Path, config: str | Path | None, dtype: str | torch.dtype, device: str | torch.device, quantize: str | None
 ) -> LoadedParts:
     """Load a checkpoint of original names through from_single_file.
 
@@ -398,9 +398,9 @@ def read_single_file(
     index = read_index(folder)
     classes = component_classes(index, folder)
     family = family_of_directory(folder, classes)
-    if quantise:
+    if quantize:
         raise BaseError(
-            "a single-file base cannot be quantised while it is read", where=str(path), fix="save it as a directory"
+            "a single-file base cannot be quantized while it is read", where=str(path), fix="save it as a directory"
         )
     held = components_in(table)
     if held and family.denoiser not in held:

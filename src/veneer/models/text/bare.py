@@ -1,6 +1,6 @@
 """Language models built from their configuration, without weights.
 
-model = bare_text(config, dtype=torch.bfloat16, quantise="nf4")      on the meta device, as load_text would leave it
+model = bare_text(config, dtype=torch.bfloat16, quantize="nf4")      on the meta device, as load_text would leave it
 groups = tied_weights(folder)                                        parameters of a model folder that share a weight
 """
 
@@ -15,17 +15,17 @@ from veneer.errors import BaseError, ConfigError, lacks_memory
 from veneer.files.safetensors import strict_json
 from veneer.files.weights import tensor_table
 from veneer.models.loading import loading
-from veneer.models.quantise import loop_over_experts, put_empty_codes
+from veneer.models.quantize import loop_over_experts, put_empty_codes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def bare_text(config: PreTrainedConfig, *, dtype: torch.dtype, quantise: str = "") -> Any:
+def bare_text(config: PreTrainedConfig, *, dtype: torch.dtype, quantize: str = "") -> Any:
     """Build the frozen causal language model of `config` in eval mode, with its weights on the meta device and its
     buffers, with their values, on the CPU.
 
-    `quantise`: the linear weights are doubly quantized codes, as `load_text` would make them."""
+    `quantize`: the linear weights are doubly quantized codes, as `load_text` would make them."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
@@ -34,9 +34,9 @@ def bare_text(config: PreTrainedConfig, *, dtype: torch.dtype, quantise: str = "
         with init_empty_weights(include_buffers=False):
             model = _built(config, dtype)
         model.tie_weights()
-        if quantise:
-            put_empty_codes(model, quantise, dtype, meta)
-    if quantise:
+        if quantize:
+            put_empty_codes(model, quantize, dtype, meta)
+    if quantize:
         loop_over_experts(model, meta)
     return model.eval().requires_grad_(False)
 

@@ -23,7 +23,7 @@ from veneer.models.config import check_config, check_words, read_config_json
 from veneer.models.device import check_memory, choose_device, choose_dtype, settle_threads
 from veneer.models.fingerprint import fingerprint
 from veneer.models.loading import check_loaded, errors_only, loading, straight_to
-from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
+from veneer.models.quantize import check_kind, load_quantized, original_weight, quantized_bytes, saved_kind
 from veneer.models.sources import find_base, is_image_base, short_name
 from veneer.models.text.bare import bare_text
 from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
@@ -58,7 +58,7 @@ class TextBase:
     pad_id: int = 0
     context: int = 0
     notes: tuple[str, ...] = ()
-    quantised: str = ""
+    quantized: str = ""
     """Format of linear weights in 4 or 8 bits: nf4, fp4, int8 or gguf; else ""."""
     unread: Unread | None = None
     """Locations of weights of a `model` on the meta device.
@@ -94,13 +94,13 @@ def load_text(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
-    quantise: str | None = None,
+    quantize: str | None = None,
     say: Callable[[str], None] | None = None,
     parts: int = 1,
 ) -> TextBase:
     """Find and load a base: eval mode, `requires_grad` False everywhere.
 
-    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4
+    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantize`: nf4, fp4
     or int8 quantizes the linear weights while they are read; keep leaves the weights of a GGUF file in their
     blocks; None uses the precision of the files and dequantizes GGUF. A bitsandbytes checkpoint keeps its
     quantization. `say` is called with a line before each slow step. `parts`: number of processes that will
@@ -111,17 +111,17 @@ def load_text(
     path, table, config, tokenizer = _described(name, say)
     where = choose_device(device)
     settle_threads()
-    quantised = _choose_quantisation(quantise, path, config)
-    kind, reason = choose_dtype(dtype, where, "BF16" if quantised else stored_dtype(table))
+    quantized = _choose_quantization(quantize, path, config)
+    kind, reason = choose_dtype(dtype, where, "BF16" if quantized else stored_dtype(table))
     unread: Unread | None = None
     why = ""
     if parts > 1:
-        model, unread, why = _unread_model(path, config, kind, table, quantised, saved=quantise is None)
+        model, unread, why = _unread_model(path, config, kind, table, quantized, saved=quantize is None)
         where = where if unread else torch.device("cpu")
-    check_memory(path, _bytes(table, kind, quantised) // (parts if unread else 1), kind, where)
+    check_memory(path, _bytes(table, kind, quantized) // (parts if unread else 1), kind, where)
     digest = fingerprint(path, config, table)
     if unread is None:
-        model, notes = _load_model(path, config, kind, table, quantised, where, saved=quantise is None)
+        model, notes = _load_model(path, config, kind, table, quantized, where, saved=quantize is None)
         notes = (*notes, f"each process reads all of the weights: {why}") if why else notes
         model.to(where)  # type: ignore[arg-type]
     else:
@@ -147,7 +147,7 @@ def load_text(
         pad_id=int(pad),
         context=_context(model.config),
         notes=(*notes, *more),
-        quantised=quantised,
+        quantized=quantized,
         unread=unread,
     )
 
@@ -228,42 +228,42 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConfig) -> str:
+def _choose_quantization(quantize: str | None, path: Path, config: PreTrainedConfig) -> str:
     """Return the format of linear weights: nf4, fp4, int8, gguf, or "" (full).
 
     Raises ConfigError."""
     saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
-    if quantise == "keep":
+    if quantize == "keep":
         if not saved and not path.is_file():
             raise ConfigError(
-                "the weights of this base are not quantised, so there is nothing to keep",
+                "the weights of this base are not quantized, so there is nothing to keep",
                 where=str(path),
                 fix="nf4 instead of keep puts them in 4 bits while they are read",
             )
         return saved or "gguf"
-    if quantise is None:
+    if quantize is None:
         return saved
-    check_kind(quantise)
+    check_kind(quantize)
     if saved or path.is_file():
         raise ConfigError(
-            f"the weights are quantised already ({saved or 'GGUF'}); quantised a second time they would be worse",
+            f"the weights are quantized already ({saved or 'GGUF'}); quantized a second time they would be worse",
             where=str(path),
-            fix="quantise=keep, or the 16-bit weights of this base",
+            fix="quantize=keep, or the 16-bit weights of this base",
         )
-    return quantise
+    return quantize
 
 
-def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantised: str) -> int:
+def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantized: str) -> int:
     """Estimate the bytes of the weights; embeddings and heads are not quantized."""
-    if quantised in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
+    if quantized in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
         full = ("embed", "lm_head", "wte", "wpe", "output")
         return sum(
             t.elements * dtype.itemsize
             if len(t.shape) < 2 or any(f in t.name for f in full)
-            else quantised_bytes(t.shape, quantised)
+            else quantized_bytes(t.shape, quantized)
             for t in table
         )
-    return sum(t.size if quantised else t.elements * dtype.itemsize for t in table)
+    return sum(t.size if quantized else t.elements * dtype.itemsize for t in table)
 
 
 def _load_model(
@@ -271,7 +271,7 @@ def _load_model(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     table: list[StoredTensor],
-    quantised: str,
+    quantized: str,
     device: torch.device,
     saved: bool,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -279,13 +279,13 @@ def _load_model(
 
     with loading():
         try:
-            if quantised == "gguf":
+            if quantized == "gguf":
                 return load_gguf(path, dtype, keep=True), ("the weights stay in the blocks of their GGUF file",)
             if path.is_file():
-                return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantised",)
-            if quantised:
-                model, info = load_quantised(path, config, table, "" if saved else quantised, dtype, device)
-                return model, (*check_loaded(path, info), _size_note(model, quantised))
+                return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantized",)
+            if quantized:
+                model, info = load_quantized(path, config, table, "" if saved else quantized, dtype, device)
+                return model, (*check_loaded(path, info), _size_note(model, quantized))
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -304,17 +304,17 @@ def _load_model(
 
 
 def _unread_model(
-    path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], quantised: str, saved: bool
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], quantized: str, saved: bool
 ) -> tuple[Any, Unread | None, str]:
     """Return (model on the meta device, location of its weights, "").
 
     Returns (None, None, reason) if the base must be read whole."""
     from transformers import GenerationConfig
 
-    if path.is_file() or (quantised and saved):
-        return None, None, f"they are quantised in their files ({quantised or 'GGUF'})"
-    model = bare_text(config, dtype=dtype, quantise=quantised)
-    found = Unread.of(model, table, quantised, dtype)
+    if path.is_file() or (quantized and saved):
+        return None, None, f"they are quantized in their files ({quantized or 'GGUF'})"
+    model = bare_text(config, dtype=dtype, quantize=quantized)
+    found = Unread.of(model, table, quantized, dtype)
     if isinstance(found, str):
         return None, None, found
     if (path / "generation_config.json").is_file():
@@ -328,10 +328,10 @@ def _without_a_place(unread: Unread, model: PreTrainedModel) -> tuple[str, ...]:
     return check_loaded(Path(), {"unexpected_keys": unread.stored.keys() - model.state_dict().keys()})
 
 
-def _size_note(model: PreTrainedModel, quantised: str) -> str:
+def _size_note(model: PreTrainedModel, quantized: str) -> str:
     weights = [p for p in model.parameters() if isinstance(p, Quantized)]
     count, size = sum(p.numel() for p in weights), sum(p.bytes for p in weights)
-    return f"{count:,} weights are {quantised}: {size / 1e6:,.0f} MB, {8 * size / max(count, 1):.3f} bits each"
+    return f"{count:,} weights are {quantized}: {size / 1e6:,.0f} MB, {8 * size / max(count, 1):.3f} bits each"
 
 
 def _unreadable(what: str, path: Path, error: Exception) -> BaseError:

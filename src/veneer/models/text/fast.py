@@ -32,7 +32,7 @@ from veneer.models.shard import CallWithWeights, Sharded, call_whole
 from veneer.models.swap import (
     FastReport,
     Join,
-    keep_dequantised,
+    keep_dequantized,
     keep_packed,
     marked,
     replace_forward,
@@ -84,7 +84,7 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
             else:
                 _swap(model, own, report, undo, sharded)
             if keep:
-                keep_dequantised(report, keep, undo)
+                keep_dequantized(report, keep, undo)
             if pack:
                 keep_packed(model, report, pack, undo)
         yield report

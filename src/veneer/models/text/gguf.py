@@ -27,7 +27,7 @@ from veneer.errors import BaseError
 from veneer.files.gguf import SCALARS, SkippedArray, read_gguf_file
 from veneer.models.compat_transformers import TRANSFORMERS
 from veneer.models.loading import loading
-from veneer.models.quantise import LazyTensor, forget_quantiser, load_state, quantised_weights
+from veneer.models.quantize import LazyTensor, forget_quantizer, load_state, quantized_weights
 from veneer.ops.quantization_formats import GgmlBlocks
 from veneer.ops.quantized import Quantized
 
@@ -56,7 +56,7 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
         )
     # The weights are dequantized, but transformers marks the model as quantized and refuses to save it.
     model.config.__dict__.pop("_model_name_or_path", None)
-    forget_quantiser(model)
+    forget_quantizer(model)
     return model
 
 
@@ -75,7 +75,7 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     architecture = str(reader.fields["general.architecture"].contents())
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     names = get_gguf_hf_weights_map(empty, processor)
-    wanted = {n: tuple(empty.get_parameter(n).shape) for n in quantised_weights(empty)}
+    wanted = {n: tuple(empty.get_parameter(n).shape) for n in quantized_weights(empty)}
     stored: dict[str, list[Any]] = {}
     for tensor in reader.tensors:
         key = tensor.name.removesuffix(".weight")  # fused experts have no suffix in the model
@@ -87,7 +87,7 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
         if name in wanted and all(t.tensor_type.name not in _PLAIN for t in tensors):
             read = partial(_blocks, processor, tensors, wanted[name], dtype)
         else:
-            read = partial(_dequantised, processor, tensors, tuple(empty.get_parameter(name).shape), str(file))
+            read = partial(_dequantized, processor, tensors, tuple(empty.get_parameter(name).shape), str(file))
         state[name] = LazyTensor("BF16", tuple(empty.get_parameter(name).shape), read)
     model, info = load_state(type(empty), config, state, "", dtype)
     if missing := sorted(info["missing_keys"]):
@@ -127,10 +127,10 @@ def _row_order(processor: Any, tensor: Any, rows: int) -> torch.Tensor | None:
 
 
 def _values(tensor: Any) -> torch.Tensor:
-    return torch.from_numpy(dequantise(tensor.data, tensor.tensor_type).copy())
+    return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
 
 
-def _dequantised(processor: Any, tensors: list[Any], shape: tuple[int, ...], where: str) -> torch.Tensor:
+def _dequantized(processor: Any, tensors: list[Any], shape: tuple[int, ...], where: str) -> torch.Tensor:
     parts = sorted(tensors, key=lambda t: "_up_" in t.name)
     values = [_values(t) for t in parts]
     if len(values) > 1:
@@ -200,7 +200,7 @@ def _bytes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
 
 
-def dequantise(data: np.ndarray, kind: Any) -> np.ndarray:
+def dequantize(data: np.ndarray, kind: Any) -> np.ndarray:
     """Dequantize as gguf's `dequantize`, with compiled kernels where available.
 
     (…, bytes of a row) -> (…, values of a row) float32."""
@@ -246,7 +246,7 @@ def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
     with loading(), ExitStack() as undo:
         ours: dict[str, Callable[..., Any]] = {
             "gguf.GGUFReader": partial(GgufReader, long_arrays=False),
-            "gguf.dequantize": dequantise,
+            "gguf.dequantize": dequantize,
             "gguf.get_tensor_name_map": lru_cache(2)(gguf.get_tensor_name_map),  # called for each module of a model
             # uses tqdm directly, so transformers' switch for progress bars has no effect
             "transformers.modeling_gguf_pytorch_utils.tqdm": lambda items, **_: items,

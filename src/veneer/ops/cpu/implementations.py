@@ -424,11 +424,11 @@ def _takes_bytes(name: str) -> Callable[..., bool]:
     return takes
 
 
-def _quantised(op: str, name: str) -> Callable[[Any], Any]:
+def _quantized(op: str, name: str) -> Callable[[Any], Any]:
     return _implements(op, name, takes=_takes_bytes(name), wants="contiguous, bfloat16 or float32")
 
 
-@_quantised("dequantize_blocks4", "blocks4_dense")
+@_quantized("dequantize_blocks4", "blocks4_dense")
 def _dequantize_blocks4(
     packed: Tensor,
     absmax: Tensor,
@@ -459,7 +459,7 @@ def _dequantize_blocks4(
     )
 
 
-@_quantised("quantize_blocks4", "blocks4_quantize")
+@_quantized("quantize_blocks4", "blocks4_quantize")
 def _quantize_blocks4(
     packed: Tensor, absmax: Tensor, weight: Tensor, bounds: Tensor, order: Tensor, block: int
 ) -> None:
@@ -474,7 +474,7 @@ def _quantize_blocks4(
     )
 
 
-@_quantised("dequantize_rows8", "rows8_dense")
+@_quantized("dequantize_rows8", "rows8_dense")
 def _dequantize_rows8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     single = int(out.dtype == torch.float32)
     _kernel("rows8_dense")(*_at(codes, absmax), *codes.shape, out.data_ptr(), single, torch.get_num_threads())

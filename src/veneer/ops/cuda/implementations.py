@@ -6,7 +6,7 @@ without an implementation, or whose library is missing, runs its reference in to
 
 from __future__ import annotations
 
-from veneer.ops.cuda import attention, liger, quantised
+from veneer.ops.cuda import attention, liger, quantized
 from veneer.ops.dispatch import Implementation
 
 _NORM = Implementation(liger.rms_norm, liger.takes_norm, "contiguous rows", liger.why_missing, "liger")
@@ -31,10 +31,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         (Implementation(attention.flex, attention.takes_flex, "caps or sinks", attention.flex_missing, "flex"),),
     ),
     "quantized_linear": Implementation(
-        quantised.quantized_linear,
-        quantised.takes_codes,
+        quantized.quantized_linear,
+        quantized.takes_codes,
         "nf4 and fp4, blocks within rows",
-        quantised.why_missing,
+        quantized.why_missing,
         "bitsandbytes",
     ),
 }

@@ -131,7 +131,7 @@ class Runner:
         self.model: Any = base.model
         if weights != "dense" and any(isinstance(p, Quantized) for p in self.model.parameters()):
             raise ConfigError(
-                f"the base is quantised already ({base.quantised or 'some of it'}); its weights rounded to {weights} "
+                f"the base is quantized already ({base.quantized or 'some of it'}); its weights rounded to {weights} "
                 "would be worse",
                 fix="leave out --weights, or serve the 16-bit base with it",
             )
@@ -176,7 +176,7 @@ class Runner:
                 fix="serve it without --batch-invariant",
             )
         if weights != "dense":
-            self._quantise(quantized_prepacking(8 if weights == "int8" else 4))
+            self._quantize(quantized_prepacking(8 if weights == "int8" else 4))
 
     def close(self) -> None:
         if self._attachment is not None:
@@ -463,7 +463,7 @@ class Runner:
         return sum(weight.nbytes for weight in weights if not isinstance(weight, Quantized))
 
     @torch.no_grad()
-    def _quantise(self, pack: Callable[[Tensor], QuantizedWeight]) -> None:
+    def _quantize(self, pack: Callable[[Tensor], QuantizedWeight]) -> None:
         """Quantize the weights of a fused base.
 
         Works group by group, so that two full copies never exist at once.

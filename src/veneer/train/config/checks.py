@@ -319,8 +319,8 @@ def _memory_and_output(config: ImageTrainConfig) -> Iterator[str]:
             "`memory.offload_blocks` needs `memory.activation_checkpointing`: a block's weights leave after its "
             "forward pass and come again for its backward pass"
         )
-    if config.base.quantise is not None and memory.offload_blocks > 0:
-        yield "`base.quantise` and `memory.offload_blocks` exclude each other: quantised weights stay where they are"
+    if config.base.quantize is not None and memory.offload_blocks > 0:
+        yield "`base.quantize` and `memory.offload_blocks` exclude each other: quantized weights stay where they are"
     if output.name is not None and ("/" in output.name or "\\" in output.name):
         yield f"`output.name: {output.name}` is a file's name, without folders"
 

@@ -49,7 +49,7 @@ class ImageBaseSection(BaseSection):
     name: str = setting(
         ..., "built-in name (catalogue-sdxl, catalogue-flux), hub id, diffusers folder or .safetensors checkpoint"
     )
-    quantise: Literal["nf4", "int8"] | None = setting(
+    quantize: Literal["nf4", "int8"] | None = setting(
         None, "4- or 8-bit denoiser and large text encoders", "full precision"
     )
 

@@ -34,7 +34,7 @@ class BaseSection(Section):
         "auto", "precision of frozen weights", "bfloat16 if in hardware, else float32"
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if present")
-    quantise: Literal["nf4", "fp4", "int8", "keep"] | None = setting(
+    quantize: Literal["nf4", "fp4", "int8", "keep"] | None = setting(
         None,
         "4- or 8-bit linear weights (QLoRA; nf4 with double quantization); keep: GGUF blocks",
         "full precision",
@@ -333,7 +333,7 @@ class MemorySection(Section):
         False,
         "split frozen weights over devices (FSDP2); slower",
     )
-    keep_dequantised_gb: float | None = setting(
+    keep_dequantized_gb: float | None = setting(
         None,
         "memory for dequantized weights between uses; 0: none",
         "as planned",

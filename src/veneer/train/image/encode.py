@@ -68,7 +68,7 @@ class Encoders:
         mark = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
         self.latents = LatentCache(folder and folder / "latents", fingerprint=mark)
         # Quantized text encoders say other things, and a tokenizer is no part of the base's fingerprint.
-        reads = f"{mark}|{base.quantised}|{text_length(base)}|{_tokenizers(base)}"
+        reads = f"{mark}|{base.quantized}|{text_length(base)}|{_tokenizers(base)}"
         self.texts = TextCache(folder and folder / "texts", fingerprint=reads)
 
     def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:

@@ -279,11 +279,11 @@ def _devices(s: RunSubject) -> Iterator[Finding]:
     if config.memory.offload_blocks and s.base.device.type == "cpu":
         text = "memory.offload_blocks moves blocks between the CPU's memory and a GPU's, and this run is on the CPU"
         yield Finding("stop", "offload", text, "leave it out: everything is in the CPU's memory already")
-    elif config.memory.offload_blocks and s.base.quantised:
-        text = f"memory.offload_blocks moves unquantized weights, but this base is saved in {s.base.quantised}"
+    elif config.memory.offload_blocks and s.base.quantized:
+        text = f"memory.offload_blocks moves unquantized weights, but this base is saved in {s.base.quantized}"
         yield Finding("stop", "offload", text, "remove memory.offload_blocks, or use the 16-bit weights of this base")
-    if getattr(s.base, "quantised", None):
-        yield Finding("ok", "quantised", f"the frozen denoiser is held in {s.base.quantised}; pairs are float32")
+    if getattr(s.base, "quantized", None):
+        yield Finding("ok", "quantized", f"the frozen denoiser is held in {s.base.quantized}; pairs are float32")
 
 
 def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:

@@ -53,7 +53,7 @@ def run_images(
                 config.base.name,
                 dtype=config.base.dtype,
                 device=run.devices.device,
-                quantise=config.base.quantise,
+                quantize=config.base.quantize,
                 say=run.note,
             )
         for note in base.notes:

@@ -272,7 +272,7 @@ def _free_encoders(image: ImageRun) -> _Memory:
     kept = ""
     if config.adapter.text_encoders:
         kept = "text encoders learn"
-    elif config.samples.prompts and (base.device.type == "cpu" or base.quantised):
+    elif config.samples.prompts and (base.device.type == "cpu" or base.quantized):
         kept = "samples draw with them"
     elif config.samples.prompts:
         run.note(f"{', '.join(names)} wait on the CPU between sheets: {park(base, names) / 1e6:,.0f} MB")
@@ -424,7 +424,7 @@ class AttachedPictures:
             begin=self.begin,
             state={**self.parameters, **(self.ema.averages if self.ema else {})},
             identity={
-                "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype), "quantised": base.quantised},
+                "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype), "quantized": base.quantized},
                 "data": {"pictures": pictures_digest(data.learned), "held-out pictures": pictures_digest(data.held)},
             },
             rates={f"{name}.": rate for name in self.config.adapter.text_encoders},

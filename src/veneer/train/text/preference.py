@@ -202,7 +202,7 @@ class Preference:
     def whose(self) -> str:
         """The key of the reference's log-probabilities in the cache."""
         start = self.start.digest() if self.start is not None else "base"
-        return f"{self.base.fingerprint}|{self.base.quantised}|{self.base.dtype}|{start}"
+        return f"{self.base.fingerprint}|{self.base.quantized}|{self.base.dtype}|{start}"
 
     @property
     def needs_reference(self) -> bool:

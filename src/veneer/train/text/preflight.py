@@ -231,7 +231,7 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     keeps, packs = _keeps(s, chosen, device.type), drawer + kept
     peak, parts = chosen.memory.peak + keeps + packs, {**chosen.memory.parts, "packed": packs}
     s.numbers.update(predicted_peak_bytes=peak, predicted_parts=parts)
-    s.numbers.update(kept_dequantised=keeps, kept_packed=kept, drawer_packed=drawer)
+    s.numbers.update(kept_dequantized=keeps, kept_packed=kept, drawer_packed=drawer)
     if not chosen.changes and chosen.seconds is not None:
         s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
     wanted = (less if on else need) + packs
@@ -256,9 +256,9 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
 
 def _why_unpacked(s: TextSubject, device: str) -> str:
     """Why no weight of this base can be kept packed, whatever its products; "" where some may."""
-    quantised = bool(getattr(s.base, "quantised", ""))
+    quantized = bool(getattr(s.base, "quantized", ""))
     reasons = {
-        "it is quantised": quantised,
+        "it is quantized": quantized,
         "it is sharded": s.config.memory.shard,
         "it is not on a CPU": device != "cpu",
     }
@@ -271,18 +271,18 @@ def _nothing_kept(s: TextSubject, packs: int, why: str) -> Iterator[Finding]:
     if memory.keep_packed_gb and not packs:
         text = f"memory.keep_packed_gb: no weight of this base is kept in the order of its products: {why}"
         yield Finding("warn", "memory", text, "leave it out")
-    if memory.keep_dequantised_gb and not getattr(s.base, "quantised", ""):
-        text = "memory.keep_dequantised_gb: this base is not quantised, so no weight is kept dequantised"
-        yield Finding("warn", "memory", text, "leave it out, or set base.quantise")
+    if memory.keep_dequantized_gb and not getattr(s.base, "quantized", ""):
+        text = "memory.keep_dequantized_gb: this base is not quantized, so no weight is kept dequantized"
+        yield Finding("warn", "memory", text, "leave it out, or set base.quantize")
 
 
 def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
-    """Bytes of a quantised base's weights that stay dequantised: as asked for; else on a GPU most of what the plan
+    """Bytes of a quantized base's weights that stay dequantized: as asked for; else on a GPU most of what the plan
     finds room for, and on a CPU none, where it gives 4% (docs/notes/qlora.md)."""
-    if not getattr(s.base, "quantised", ""):
+    if not getattr(s.base, "quantized", ""):
         return 0
-    if s.config.memory.keep_dequantised_gb is not None:
-        return int(s.config.memory.keep_dequantised_gb * 1e9)
+    if s.config.memory.keep_dequantized_gb is not None:
+        return int(s.config.memory.keep_dequantized_gb * 1e9)
     return 8 * plan.keeps // 10 if device == "cuda" else 0
 
 

@@ -152,7 +152,7 @@ def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBas
         config.base.name,
         dtype=config.base.dtype,
         device="cpu" if sharded and of_values else run.devices.device,
-        quantise=config.base.quantise,
+        quantize=config.base.quantize,
         say=run.note,
         parts=1 if not sharded or of_values else run.devices.count,
     )
@@ -260,9 +260,9 @@ def _settled(
     if config.schedule.epochs is None and config.schedule.steps is None:
         because = "3 when neither epochs nor steps are given; the best one is kept"
         yield "schedule.epochs", config.epochs, because
-    if base.quantised and config.memory.keep_dequantised_gb is None:
-        because = "what the plan finds room for on a GPU; on a CPU dequantising costs next to nothing"
-        yield "memory.keep_dequantised_gb", int(report.numbers.get("kept_dequantised", 0)) / 1e9, because
+    if base.quantized and config.memory.keep_dequantized_gb is None:
+        because = "what the plan finds room for on a GPU; on a CPU dequantizing costs next to nothing"
+        yield "memory.keep_dequantized_gb", int(report.numbers.get("kept_dequantized", 0)) / 1e9, because
     if run.config.batching != config.batching:  # settled by `cut_by_device`
         because = "what makes products faster on this device, where it fits"
         yield "batching.micro_tokens", config.batching.at_once, because
@@ -295,7 +295,7 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
     sharded = config.memory.shard and devices.count > 1
     recompute = any(text.recomputes()[0] for text in texts)
     keep, pack = (
-        min(int(text.report.numbers.get(key, 0)) for text in texts) for key in ("kept_dequantised", "kept_packed")
+        min(int(text.report.numbers.get(key, 0)) for text in texts) for key in ("kept_dequantized", "kept_packed")
     )
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(model))

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: every family, read one weight at a time, and the same model as the dequantised one."""
+"""A base in 4 or 8 bits: every family, read one weight at a time, and the same model as the dequantized one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
 from veneer.errors import BaseError, ConfigError
 from veneer.files.weights import tensor_table
-from veneer.models.quantise import load_quantised, quantised_bytes, quantised_weights, saved_config, saved_tensors
+from veneer.models.quantize import load_quantized, quantized_bytes, quantized_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text, read_base_config
 from veneer.ops.quantization_formats import KINDS, Blocks4
 from veneer.ops.quantized import Quantized
@@ -29,7 +29,7 @@ from veneer.ops.quantized import Quantized
 IDS = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def dequantised_twin(model: Any) -> Any:
+def dequantized_twin(model: Any) -> Any:
     """The same model with plain weights of the same values."""
     twin = type(model)(model.config)
     state = {n: t.dense().clone() if isinstance(t, Quantized) else t for n, t in model.state_dict().items()}
@@ -41,9 +41,9 @@ def dequantised_twin(model: Any) -> Any:
     return twin.eval().requires_grad_(False)
 
 
-def quantised(model: Any, folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
+def quantized(model: Any, folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
     model.save_pretrained(folder)
-    loaded, info = load_quantised(folder, read_base_config(folder), tensor_table(folder), kind, dtype)
+    loaded, info = load_quantized(folder, read_base_config(folder), tensor_table(folder), kind, dtype)
     assert not info["missing_keys"], info
     assert not info["mismatched_keys"], info
     return loaded.eval()
@@ -52,27 +52,27 @@ def quantised(model: Any, folder: Path, kind: str, dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize(
     ("family", "kind"), [*((f, k) for f in FAMILIES for k in ("nf4", "int8")), *(("llama3", k) for k in KINDS[1:4])]
 )
-def test_every_family_computes_what_its_dequantised_weights_do(family: str, kind: str, tmp_path: Path) -> None:
+def test_every_family_computes_what_its_dequantized_weights_do(family: str, kind: str, tmp_path: Path) -> None:
     source = FAMILIES[family]()
-    model = quantised(source, tmp_path / "m", kind)
-    names = quantised_weights(source)
+    model = quantized(source, tmp_path / "m", kind)
+    names = quantized_weights(source)
     assert [n for n, p in model.named_parameters() if isinstance(p, Quantized)] == names
     assert not {n for n in names if "embed" in n or "lm_head" in n or "norm" in n or "router" in n}
     assert all(not p.requires_grad for p in model.parameters() if isinstance(p, Quantized))
-    twin = dequantised_twin(model)
+    twin = dequantized_twin(model)
     with torch.no_grad():
         assert torch.equal(model(IDS % VOCAB).logits, twin(IDS % VOCAB).logits)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, Quantized):
-            assert parameter.bytes == quantised_bytes(parameter.shape, kind), name
+            assert parameter.bytes == quantized_bytes(parameter.shape, kind), name
             got, want = parameter.dense().double(), source.get_parameter(name).detach().double()
             assert float((got - want).norm() / want.norm()) < (0.01 if kind == "int8" else 0.15), name
 
 
-def test_fused_experts_are_quantised_and_one_is_dequantised_at_a_time(
+def test_fused_experts_are_quantized_and_one_is_dequantized_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = quantised(FAMILIES["mixtral"](), tmp_path / "m", "nf4")
+    model = quantized(FAMILIES["mixtral"](), tmp_path / "m", "nf4")
     experts = {n: p for n, p in model.named_parameters() if p.ndim == 3}
     assert experts
     made: list[int] = []
@@ -90,26 +90,26 @@ def test_fused_experts_are_quantised_and_one_is_dequantised_at_a_time(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base_dir(tmp_path_factory.mktemp("quantised"))
+    return tiny_base_dir(tmp_path_factory.mktemp("quantized"))
 
 
 def test_a_text_base_says_what_it_is_in(folder: Path) -> None:
-    base = load_text(str(folder), quantise="nf4")
-    assert base.quantised == "nf4"
+    base = load_text(str(folder), quantize="nf4")
+    assert base.quantized == "nf4"
     assert any("4.1" in note and "nf4" in note for note in base.notes), base.notes
     assert load_text(str(folder)).fingerprint == base.fingerprint
-    name = quantised_weights(base.model)[0]
+    name = quantized_weights(base.model)[0]
     assert torch.equal(base.original(name), load_text(str(folder)).model.get_parameter(name))
     with pytest.raises(BaseError, match="no weight nothing"):
         base.original("nothing")
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"), [("nf5", "nearest: nf4"), ("keep", "not quantised"), ("int9", "not a known quantisation")]
+    ("kind", "says"), [("nf5", "nearest: nf4"), ("keep", "not quantized"), ("int9", "not a known quantization")]
 )
-def test_what_is_no_quantisation_is_refused(folder: Path, kind: str, says: str) -> None:
+def test_what_is_no_quantization_is_refused(folder: Path, kind: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        load_text(str(folder), quantise=kind)
+        load_text(str(folder), quantize=kind)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ import sys, json
 from pathlib import Path
 import torch
 from veneer.ops.quantized import Quantized
-from veneer.models.quantise import load_quantised
+from veneer.models.quantize import load_quantized
 from veneer.models.text.base import read_base_config
 from veneer.files.weights import tensor_table
 from transformers import LlamaForCausalLM
@@ -128,17 +128,17 @@ from veneer.train.loop import peak_memory_bytes
 folder = Path(sys.argv[1])
 config, table = read_base_config(folder), tensor_table(folder)
 small = Path(sys.argv[2])
-load_quantised(small, read_base_config(small), tensor_table(small), "nf4", torch.bfloat16)  # its own imports
+load_quantized(small, read_base_config(small), tensor_table(small), "nf4", torch.bfloat16)  # its own imports
 cpu = torch.device("cpu")
 before = peak_memory_bytes(cpu)
-model, _ = load_quantised(folder, config, table, "nf4", torch.bfloat16)
+model, _ = load_quantized(folder, config, table, "nf4", torch.bfloat16)
 weights = sum(p.bytes if isinstance(p, Quantized) else p.nbytes for p in model.parameters())
 print(json.dumps({"took": peak_memory_bytes(cpu) - before, "weights": weights}))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-def test_loading_takes_the_quantised_model_and_one_weight(tmp_path: Path, folder: Path) -> None:
+def test_loading_takes_the_quantized_model_and_one_weight(tmp_path: Path, folder: Path) -> None:
     """135 MB of bfloat16 in shards of a layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -170,8 +170,8 @@ def test_loading_takes_the_quantised_model_and_one_weight(tmp_path: Path, folder
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose rows are whole blocks: bitsandbytes 0.50 dequantises narrower ones wrongly on a CPU (see
-    tests/ops/test_quantised.py)."""
+    """A base whose rows are whole blocks: bitsandbytes 0.50 dequantizes narrower ones wrongly on a CPU (see
+    tests/ops/test_quantized.py)."""
     folder = tmp_path_factory.mktemp("wide")
     llama3(vocab_size=384, hidden_size=64, intermediate_size=128).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_bitsandbytes_saved_is_the_same_model(
     theirs.save_pretrained(tmp_path / "m")
     AutoTokenizer.from_pretrained(wide).save_pretrained(tmp_path / "m")
     base = load_text(str(tmp_path / "m"), dtype="float32")
-    assert base.quantised == kind
+    assert base.quantized == kind
     own = dict(base.model.named_parameters())
     for name, parameter in theirs.named_parameters():
         if getattr(parameter, "quant_state", None) is not None:
@@ -207,9 +207,9 @@ def test_a_checkpoint_that_bitsandbytes_saved_is_the_same_model(
             assert torch.equal(weight.dense(), functional.dequantize_4bit(parameter.data, parameter.quant_state))
     theirs.train()  # in eval mode its linears may round to bfloat16
     torch.testing.assert_close(base.model(IDS).logits, theirs(IDS).logits)
-    with pytest.raises(ConfigError, match="quantised already"):
-        load_text(str(tmp_path / "m"), quantise="nf4")
-    assert load_text(str(tmp_path / "m"), quantise="keep").quantised == kind
+    with pytest.raises(ConfigError, match="quantized already"):
+        load_text(str(tmp_path / "m"), quantize="nf4")
+    assert load_text(str(tmp_path / "m"), quantize="keep").quantized == kind
 
 
 def test_an_8_bit_checkpoint_of_bitsandbytes_loads(folder: Path, tmp_path: Path) -> None:
@@ -223,8 +223,8 @@ def test_an_8_bit_checkpoint_of_bitsandbytes_loads(folder: Path, tmp_path: Path)
     theirs.save_pretrained(tmp_path / "m")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "m")
     base = load_text(str(tmp_path / "m"), dtype="float32")
-    assert base.quantised == "int8"
-    for name in quantised_weights(base.model):
+    assert base.quantized == "int8"
+    for name in quantized_weights(base.model):
         weight, parameter = base.model.get_parameter(name), theirs.get_parameter(name)
         assert isinstance(weight, Quantized)
         exact = parameter.data.double() * parameter.SCB.double()[:, None] / 127
@@ -235,7 +235,7 @@ def test_what_is_saved_loads_in_bitsandbytes(wide: Path, tmp_path: Path) -> None
     functional = pytest.importorskip("bitsandbytes.functional")
     from transformers import AutoModelForCausalLM
 
-    model, _ = load_quantised(wide, read_base_config(wide), tensor_table(wide), "nf4", torch.bfloat16)
+    model, _ = load_quantized(wide, read_base_config(wide), tensor_table(wide), "nf4", torch.bfloat16)
     model.config.quantization_config = saved_config("nf4", torch.bfloat16)
     model.config.save_pretrained(tmp_path)
     state = {n: t.contiguous() for n, t in saved_tensors(model.state_dict()).items() if n != "lm_head.weight"}
@@ -247,7 +247,7 @@ def test_what_is_saved_loads_in_bitsandbytes(wide: Path, tmp_path: Path) -> None
             assert torch.equal(weight.dense(), functional.dequantize_4bit(parameter.data, parameter.quant_state))
 
 
-def test_a_quantisation_that_is_not_read_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+def test_a_quantization_that_is_not_read_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     base = tmp_path / "m"
     base.mkdir()
     for file in folder.iterdir():
@@ -264,24 +264,24 @@ def test_a_quantisation_that_is_not_read_is_refused_by_name(folder: Path, tmp_pa
 
 def test_blocks_of_a_gguf_file_stay_and_compute_what_they_stand_for(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
-    tiny_gguf(file, quantised=True)
-    full, kept = load_text(str(file), dtype="float32"), load_text(str(file), dtype="float32", quantise="keep")
+    tiny_gguf(file, quantized=True)
+    full, kept = load_text(str(file), dtype="float32"), load_text(str(file), dtype="float32", quantize="keep")
     weights = [p for p in kept.model.parameters() if isinstance(p, Quantized)]
-    assert kept.quantised == "gguf"
+    assert kept.quantized == "gguf"
     assert {p.stored.kind for p in weights} == {"Q8_0"}
     assert len(weights) == len(
-        [n for n in quantised_weights(full.model) if full.model.get_parameter(n).shape[1] % 32 == 0]
+        [n for n in quantized_weights(full.model) if full.model.get_parameter(n).shape[1] % 32 == 0]
     )
     assert all(8 * p.bytes == 8.5 * p.numel() for p in weights)  # 32 weights: 32 bytes and a float16
     with torch.no_grad():
         assert torch.equal(kept.model(IDS).logits, full.model(IDS).logits)
     assert kept.fingerprint == full.fingerprint
-    with pytest.raises(ConfigError, match="quantised already"):
-        load_text(str(file), quantise="nf4")
+    with pytest.raises(ConfigError, match="quantized already"):
+        load_text(str(file), quantize="nf4")
 
 
 def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
-    """transformers' registry of quantisers is the process's: one load neither lends another its kind nor takes the
+    """transformers' registry of quantizers is the process's: one load neither lends another its kind nor takes the
     entry from under it."""
     source = FAMILIES["llama3"]()
     source.save_pretrained(tmp_path / "m")
@@ -291,7 +291,7 @@ def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
 
     def load(kind: str) -> set[str]:
         together.wait(30)
-        loaded, _ = load_quantised(tmp_path / "m", config, tensors, kind, torch.float32)
+        loaded, _ = load_quantized(tmp_path / "m", config, tensors, kind, torch.float32)
         return {p.stored.kind for p in loaded.parameters() if isinstance(p, Quantized)}
 
     tie = PreTrainedModel.tie_weights

@@ -1,4 +1,4 @@
-"""Products with 4-bit weights by bitsandbytes, on a CPU by its own reference, against the dequantised weight."""
+"""Products with 4-bit weights by bitsandbytes, on a CPU by its own reference, against the dequantized weight."""
 
 from __future__ import annotations
 

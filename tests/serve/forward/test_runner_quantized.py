@@ -1,4 +1,4 @@
-"""The runner over a quantised base: each row as if alone, over the weights that the codes stand for and no others."""
+"""The runner over a quantized base: each row as if alone, over the weights that the codes stand for and no others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.serve.forward.test_runner import WAYS, base_of, loha, prompts, refere
 from veneer.core.adapter import Adapter
 from veneer.core.merge import merged_state
 from veneer.errors import ConfigError
-from veneer.models.quantise import quantised_weights
+from veneer.models.quantize import quantized_weights
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import override_ops
 from veneer.ops.quantized import Quantized, dequantized
@@ -26,9 +26,9 @@ KINDS = ("nf4", "fp4", "int8", "Q8_0")
 
 
 def model_in(kind: str, family: str = "llama3", dtype: torch.dtype = torch.float32) -> Any:
-    """A model as a quantised load leaves it: linear layers and experts in codes, the rest as it was."""
+    """A model as a quantized load leaves it: linear layers and experts in codes, the rest as it was."""
     model: Any = FAMILIES[family](hidden_size=64, intermediate_size=96).to(dtype)
-    for name in quantised_weights(model):
+    for name in quantized_weights(model):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         setattr(module, key, nn.Parameter(coded(getattr(module, key).detach(), kind), requires_grad=False))
@@ -63,13 +63,13 @@ MIXES: list[list[tuple[str, float]]] = [
     ("family", "kind"),
     [*(("llama3", kind) for kind in KINDS), ("qwen3", "nf4"), ("gemma3", "nf4"), ("mixtral", "nf4")],
 )
-def test_every_row_as_if_it_were_alone_over_the_dequantised_weights(family: str, kind: str) -> None:
+def test_every_row_as_if_it_were_alone_over_the_dequantized_weights(family: str, kind: str) -> None:
     model = model_in(kind, family)
     plain = plain_of(model, family)
     adapters = adapters_of(plain, family)
     ids = prompts([1, 20, 33, 17, 40, 16])
     want = [reference(plain, adapters, mix, p) for mix, p in zip(MIXES, ids, strict=True)]
-    codes = {n: [t.clone() for t in p.stored.tensors().values()] for n, p in quantised_of(model)}
+    codes = {n: [t.clone() for t in p.stored.tensors().values()] for n, p in quantized_of(model)}
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == WAYS.get(family, "fused"), runner.why
     assert not any(runner.problems(a) for a in adapters.values())
@@ -78,12 +78,12 @@ def test_every_row_as_if_it_were_alone_over_the_dequantised_weights(family: str,
     for g, w in zip(serve(runner, work, [7, 16, 1, 30]), want, strict=True):
         same(g, w)
     runner.close()
-    for name, weight in quantised_of(model):  # the base is what it was, and nothing dense was kept of it
+    for name, weight in quantized_of(model):  # the base is what it was, and nothing dense was kept of it
         assert weight.kept is None
         assert all(map(torch.equal, codes[name], weight.stored.tensors().values()))
 
 
-def quantised_of(model: Any) -> list[tuple[str, Quantized]]:
+def quantized_of(model: Any) -> list[tuple[str, Quantized]]:
     return [(n, p) for n, p in model.named_parameters() if isinstance(p, Quantized)]
 
 
@@ -120,11 +120,11 @@ def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: 
 @pytest.mark.skipif(not compiled.has("decode"), reason="no kernels for a decoder on this processor")
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "Q8_0", "Q4_0"])
 def test_from_codes_as_by_the_slow_path(kind: str) -> None:
-    """One compiled step over codes, and modules that dequantise them: the same answers at temperature 0, wherever the
+    """One compiled step over codes, and modules that dequantize them: the same answers at temperature 0, wherever the
     likeliest token is one by more than roundings of bfloat16. The base's weights stay the same to the bit."""
     model = model_in(kind, dtype=torch.bfloat16)
     adapter = trained(plain_of(model), 1, rank=3)
-    before, texts = {n: p.dense() for n, p in quantised_of(model)}, prompts([9, 20, 5, 33])
+    before, texts = {n: p.dense() for n, p in quantized_of(model)}, prompts([9, 20, 5, 33])
     found: list[Tensor] = []
     for laid in (False, True):
         with override_ops(panel_linear="compiled" if laid else "torch"):
@@ -144,7 +144,7 @@ def test_from_codes_as_by_the_slow_path(kind: str) -> None:
     assert clear.any()
     if same_weights:
         assert torch.equal(fast.argmax(-1)[clear], slow.argmax(-1)[clear])
-    assert all(torch.equal(before[n], p.dense()) for n, p in quantised_of(model))
+    assert all(torch.equal(before[n], p.dense()) for n, p in quantized_of(model))
 
 
 def test_codes_that_cannot_be_laid_are_served_the_next_way_which_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_what_has_no_thin_form_runs_beside_what_has() -> None:
     runner.close()
 
 
-def test_merged_into_the_dequantised_weights_is_what_is_served_beside_the_codes() -> None:
+def test_merged_into_the_dequantized_weights_is_what_is_served_beside_the_codes() -> None:
     model = model_in("int8")
     plain = plain_of(model)
     adapter = trained(plain, 3, dora=True)
@@ -208,7 +208,7 @@ def test_batch_invariant_over_codes_too() -> None:
     runner.close()
 
 
-def test_quantised_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match="quantised already") as caught:
+def test_quantized_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="quantized already") as caught:
         Runner(base_of(model_in("nf4", dtype=torch.bfloat16)), cache_bytes=1 << 20, weights="int8")
     assert "leave out --weights" in str(caught.value)

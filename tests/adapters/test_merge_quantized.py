@@ -32,10 +32,10 @@ def examples_of(base: TextBase, rows: Path) -> list[Example]:
 
 def test_merged_into_what_it_saw_it_computes_what_it_did_unmerged(qlora: Qlora, tmp_path: Path) -> None:
     folder, adapter, rows = qlora
-    base = load_text(str(folder), dtype="float32", quantise="nf4")
+    base = load_text(str(folder), dtype="float32", quantize="nf4")
     original = load_text(str(folder), dtype="float32")
     examples = examples_of(base, rows)
-    found = compare_merges(base, [adapter], examples, original=original, requantise=["nf4"])
+    found = compare_merges(base, [adapter], examples, original=original, requantize=["nf4"])
     assert set(found) == {"seen", "original", "nf4"}
     assert found["seen"].kl < 1e-8
     assert found["seen"].agree == 1.0
@@ -44,9 +44,9 @@ def test_merged_into_what_it_saw_it_computes_what_it_did_unmerged(qlora: Qlora, 
     assert found["original"].kl > 1e3 * max(found["seen"].kl, 1e-12)  # it was trained on other weights
     assert found["nf4"].kl > 1e3 * max(found["seen"].kl, 1e-12)
     report = merge(base, [adapter], tmp_path / "m", difference=found)
-    assert (report.seen, report.requantised) == ("nf4", "")
+    assert (report.seen, report.requantized) == ("nf4", "")
     merged = load_text(str(tmp_path / "m"), dtype="float32")
-    assert merged.quantised == ""
+    assert merged.quantized == ""
     ids = torch.tensor(examples[0].input_ids)[None]
     with using.attach_adapters(base, [adapter]), torch.no_grad():
         torch.testing.assert_close(merged.model(ids).logits, base.model(ids).logits, rtol=1e-4, atol=1e-4)
@@ -57,7 +57,7 @@ def test_merged_into_what_it_saw_it_computes_what_it_did_unmerged(qlora: Qlora, 
 
 def test_kl_and_losses_are_those_of_float64_arithmetic(qlora: Qlora) -> None:
     folder, adapter, rows = qlora
-    base = load_text(str(folder), dtype="float32", quantise="nf4")
+    base = load_text(str(folder), dtype="float32", quantize="nf4")
     original = load_text(str(folder), dtype="float32")
     examples = examples_of(base, rows)
     found = compare_merges(base, [adapter], examples, original=original)["original"]
@@ -79,13 +79,13 @@ def test_kl_and_losses_are_those_of_float64_arithmetic(qlora: Qlora) -> None:
     assert found.loss == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
 
 
-def test_merged_and_quantised_again_it_is_a_checkpoint_of_4_bits(qlora: Qlora, tmp_path: Path) -> None:
+def test_merged_and_quantized_again_it_is_a_checkpoint_of_4_bits(qlora: Qlora, tmp_path: Path) -> None:
     folder, adapter, _ = qlora
-    base = load_text(str(folder), dtype="float32", quantise="nf4")
-    report = merge(base, [adapter], tmp_path / "m", requantise="nf4")
-    assert report.requantised == "nf4"
+    base = load_text(str(folder), dtype="float32", quantize="nf4")
+    report = merge(base, [adapter], tmp_path / "m", requantize="nf4")
+    assert report.requantized == "nf4"
     again = load_text(str(tmp_path / "m"), dtype="float32")
-    assert again.quantised == "nf4"
+    assert again.quantized == "nf4"
     name = "model.layers.0.mlp.up_proj.weight"
     with using.attach_adapters(base, [adapter]) as attachment:
         exact = attachment.merged(*attachment.adapters)[name]
@@ -96,13 +96,13 @@ def test_merged_and_quantised_again_it_is_a_checkpoint_of_4_bits(qlora: Qlora, t
 def test_a_kind_that_bitsandbytes_would_read_as_another_is_not_written(qlora: Qlora, tmp_path: Path, kind: str) -> None:
     folder, adapter, _ = qlora
     with pytest.raises(ConfigError, match=f"'{kind}' cannot be saved"):
-        merge(load_text(str(folder), dtype="float32"), [adapter], tmp_path / "m", requantise=kind)
+        merge(load_text(str(folder), dtype="float32"), [adapter], tmp_path / "m", requantize=kind)
     assert not (tmp_path / "m").exists()
 
 
 def test_by_shard_it_is_the_same_model(qlora: Qlora, tmp_path: Path) -> None:
     folder, adapter, _ = qlora
-    base = load_text(str(folder), dtype="float32", quantise="nf4")
+    base = load_text(str(folder), dtype="float32", quantize="nf4")
     merge(base, [adapter], tmp_path / "whole")
     report = merge_shards(folder, [adapter], tmp_path / "shards", seen="nf4")
     assert report.seen == "nf4"

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
 from veneer.files.weights import StoredTensor, read_values
-from veneer.models.compat_transformers import TRANSFORMERS, register_quantiser
+from veneer.models.compat_transformers import TRANSFORMERS, register_quantizer
 from veneer.models.loading import loading, straight_to
 from veneer.ops.cpu import memory
 from veneer.ops.quantization_formats import (
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def quantised_weights(model: nn.Module) -> list[str]:
+def quantized_weights(model: nn.Module) -> list[str]:
     """Return the names of the parameters of `model` that a quantized load quantizes."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     found = []
@@ -59,14 +59,14 @@ def quantised_weights(model: nn.Module) -> list[str]:
 
 def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
     """Replace the weights that a quantized load quantizes with empty codes."""
-    for name in quantised_weights(model):
+    for name in quantized_weights(model):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         code = empty_format(module.get_parameter(key).shape, kind, device)
         module._parameters[key] = nn.Parameter(Quantized(code, dtype), requires_grad=False)
 
 
-def quantised_bytes(shape: Iterable[int], kind: str) -> int:
+def quantized_bytes(shape: Iterable[int], kind: str) -> int:
     """Return the bytes of a weight quantized as `kind`.
 
     With doubly quantized constants a 4-bit weight has 4.127 bits."""
@@ -96,7 +96,7 @@ class LazyTensor:
         return self.read()
 
 
-def load_quantised(
+def load_quantized(
     path: Path,
     config: PreTrainedConfig,
     table: list[StoredTensor],
@@ -130,19 +130,19 @@ def load_state(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model of transformers' class `cls` from these tensors.
 
-    Returns (model, transformers' loading info). `kind`: quantization of `quantised_weights`; "": the tensors
-    are final, quantized or not. `device`: as in `load_quantised`."""
+    Returns (model, transformers' loading info). `kind`: quantization of `quantized_weights`; "": the tensors
+    are final, quantized or not. `device`: as in `load_quantized`."""
     with loading(), memory.returned_memory():
         model, info = cls.from_pretrained(
             None,
             config=config,
             state_dict=dict(state),
             dtype=dtype,
-            quantization_config=_quantiser(kind),
+            quantization_config=_quantizer(kind),
             output_loading_info=True,
             device_map=straight_to(device),
         )
-    forget_quantiser(model)
+    forget_quantizer(model)
     loop_over_experts(model, device)
     return model, info
 
@@ -169,7 +169,7 @@ def load_part(
     with init_empty_weights(include_buffers=False):
         model = cls.from_config(config)
     wide = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
-    names, places = set(quantised_weights(model)), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names, places = set(quantized_weights(model)), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     info: dict[str, Any] = {"missing_keys": set(model.state_dict()), "unexpected_keys": set(), "mismatched_keys": set()}
     with memory.returned_memory():
         for name, lazy in lazy_state(table).items():
@@ -194,7 +194,7 @@ def load_part(
     return model.eval(), info
 
 
-def forget_quantiser(model: Any) -> None:
+def forget_quantizer(model: Any) -> None:
     """Make transformers treat `model` as unquantized.
 
     It can then be moved, cast and trained."""
@@ -204,12 +204,12 @@ def forget_quantiser(model: Any) -> None:
         model.__dict__.pop(name, None)
 
 
-def _quantiser(kind: str) -> Any:
+def _quantizer(kind: str) -> Any:
     """Return transformers' config object for our quantizer.
 
     `kind` "": keep the tensors as read."""
-    config, quantiser = _quantiser_classes()
-    register_quantiser(_METHOD, quantiser, config)
+    config, quantizer = _quantizer_classes()
+    register_quantizer(_METHOD, quantizer, config)
     asked = config(quant_method=_METHOD)
     asked.kind = kind
     return asked
@@ -219,7 +219,7 @@ _METHOD = "veneer"
 
 
 @functools.cache
-def _quantiser_classes() -> tuple[Any, Any]:
+def _quantizer_classes() -> tuple[Any, Any]:
     """Return our (config, quantizer), subclasses of transformers'.
 
     The `kind` is stored in the config, because several loads can run at the same time."""
@@ -237,7 +237,7 @@ def _quantiser_classes() -> tuple[Any, Any]:
     class Config(mixin):  # type: ignore[misc]
         kind = ""
 
-    class Quantise(operation):  # type: ignore[misc]
+    class Quantize(operation):  # type: ignore[misc]
         def __init__(self, kind: str) -> None:
             self.kind = kind
 
@@ -250,11 +250,11 @@ def _quantiser_classes() -> tuple[Any, Any]:
                 out[name] = nn.Parameter(value, requires_grad=False)
             return out
 
-    class Quantiser(HfQuantizer):
+    class Quantizer(HfQuantizer):
         names: frozenset[str] = frozenset()
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            self.names = frozenset(quantised_weights(model))
+            self.names = frozenset(quantized_weights(model))
             return model
 
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -262,13 +262,13 @@ def _quantiser_classes() -> tuple[Any, Any]:
 
         def get_quantize_ops(self) -> Any:
             config: Any = self.quantization_config
-            return Quantise(config.kind)
+            return Quantize(config.kind)
 
         def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
             """Return bytes per value, with which transformers preallocates GPU memory."""
             config: Any = self.quantization_config
             if param_name in self.names and config.kind:
-                return quantised_bytes(param.shape, config.kind) / float(math.prod(param.shape))
+                return quantized_bytes(param.shape, config.kind) / float(math.prod(param.shape))
             plain: float = super().param_element_size(model, param_name, param)
             return plain
 
@@ -279,7 +279,7 @@ def _quantiser_classes() -> tuple[Any, Any]:
         def is_trainable(self) -> bool:
             return True
 
-    return Config, Quantiser
+    return Config, Quantizer
 
 
 def original_weight(path: Path, stored: Mapping[str, StoredTensor], name: str) -> Tensor:
@@ -309,9 +309,9 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
     if method == "bitsandbytes":
         return str(found.get("bnb_4bit_quant_type", "fp4")) if found.get("load_in_4bit") else "int8"
     raise BaseError(
-        f"the weights are quantised by {method}, which veneer does not read",
+        f"the weights are quantized by {method}, which veneer does not read",
         where=where,
-        fix="use the 16-bit weights with base.quantise=nf4, or a bitsandbytes or GGUF file",
+        fix="use the 16-bit weights with base.quantize=nf4, or a bitsandbytes or GGUF file",
     )
 
 
@@ -419,7 +419,7 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
             raise BaseError(f"its table of values is not {kind}'s", where=where)
         nested = found.get("nested_quant_map")
         if nested is not None and not torch.equal(nested.float(), dynamic_map()):
-            raise BaseError("the constants are quantised with a map that is not bitsandbytes' own", where=where)
+            raise BaseError("the constants are quantized with a map that is not bitsandbytes' own", where=where)
         mean = torch.tensor(float(about["nested_offset"])) if nested is not None else None
         code = Blocks4(
             kind,
@@ -488,6 +488,6 @@ def check_kind(kind: str) -> None:
     if kind not in KINDS:
         near = nearest(kind.lower(), [*KINDS, "keep"])
         raise ConfigError(
-            f"{kind!r} is not a known quantisation" + (f"; nearest: {near[0]}" if near else ""),
+            f"{kind!r} is not a known quantization" + (f"; nearest: {near[0]}" if near else ""),
             fix=f"{', '.join(KINDS)}, or keep",
         )
