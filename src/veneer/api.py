@@ -341,14 +341,14 @@ def image(
     say: called with notes about inputs that were resized, cut or ignored, and about what a role means.
     options: width, height, steps, guidance, true_guidance, scheduler, batch_size, image, mask, denoise,
         references (imaging.make.Options)."""
-    from veneer.imaging.adapters import Mixer, parse_use
+    from veneer.imaging.adapters import ImagePipeline, parse_use
     from veneer.imaging.controls import parse_control
     from veneer.imaging.make import Options, asks_of, make
 
     uses = [parse_use((os.fspath(a[0]), a[1]) if isinstance(a, tuple) else os.fspath(a)) for a in _several(adapters)]
     asks = asks_of(_several(prompts), uses, negative, seed, count)
     options |= {"references": _several(options.get("references", ()))}
-    with Mixer(base, say=say) as mixer:
+    with ImagePipeline(base, say=say) as mixer:
         return make(mixer, asks, Options(controls=tuple(parse_control(c) for c in _several(controls)), **options))
 
 

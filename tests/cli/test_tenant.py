@@ -121,7 +121,7 @@ def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
 
 
 def test_what_was_said_is_exported_and_forgotten(capsys: Any, quick: Path, tmp_path: Path) -> None:  # noqa: F811
-    from veneer.serve.access import Served
+    from veneer.serve.access import ResolvedModel
     from veneer.serve.tenancy.feedback import AnswerFeedback
     from veneer.serve.tenancy.tenants import Tenants
 
@@ -130,7 +130,7 @@ def test_what_was_said_is_exported_and_forgotten(capsys: Any, quick: Path, tmp_p
     tenants = Tenants(str(quick / "tenants.sqlite"), watch=False)
     for name, user in (("support", "ana"), ("sales", "bob")):
         keep = tenants.keeping(
-            Principal("tenant", "acme", user=user), Served((), name, f"{name}@2"), f"chatcmpl-{user}"
+            Principal("tenant", "acme", user=user), ResolvedModel((), name, f"{name}@2"), f"chatcmpl-{user}"
         )
         assert keep is not None
         keep({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": f"I am {name}"}])

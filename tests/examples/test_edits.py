@@ -14,7 +14,7 @@ from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings
 from veneer.errors import MismatchError
 from veneer.formats.read import read
-from veneer.imaging.adapters import Mixer
+from veneer.imaging.adapters import ImagePipeline
 from veneer.imaging.remake import read_recipe, remake
 from veneer.models.image.base import load_image
 
@@ -65,7 +65,7 @@ def test_the_example_trains_and_its_file_edits_and_is_made_again(
         base = load_image(str(place))
         by_python = veneer.image(base, "invert it", adapters=[result.adapter], references=[start], steps=2)[0]
         assert np.array_equal(np.asarray(made), np.asarray(by_python.image))
-        with Mixer(base) as mixer:
+        with ImagePipeline(base) as mixer:
             again = remake(mixer, read_recipe(out))
             assert np.array_equal(np.asarray(made), np.asarray(again.image))
             Image.open(start).rotate(180).save(start)

@@ -15,8 +15,8 @@ from veneer.errors import AdapterError, ConfigError, MismatchError
 from veneer.files.hashes import hashes
 from veneer.formats.campaign import CAMPAIGN
 from veneer.formats.strengths import Strength
-from veneer.imaging.adapters import Mixer, label_of, parse_use
-from veneer.imaging.make import Ask, Options, make
+from veneer.imaging.adapters import ImagePipeline, label_of, parse_use
+from veneer.imaging.make import ImageRequest, Options, make
 from veneer.models.image.base import ImageBase
 
 
@@ -54,8 +54,8 @@ def test_what_is_no_spec_is_refused(spec: str) -> None:
 
 
 def one(base: ImageBase, *uses: Any, say: Any = None, **options: Any) -> Any:
-    with Mixer(base, say=say) as mixer:
-        ask = Ask("a cat", seed=1, uses=tuple(parse_use(use) for use in uses))
+    with ImagePipeline(base, say=say) as mixer:
+        ask = ImageRequest("a cat", seed=1, uses=tuple(parse_use(use) for use in uses))
         return make(mixer, [ask], Options(**({"steps": 4} | options)))[0].image
 
 
@@ -81,7 +81,7 @@ def test_strengths_by_block_are_weights_folded_in_by_hand(
 
 
 def test_a_plan_has_a_phase_for_each_range(base: ImageBase) -> None:
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         plan = mixer.plan(["brand.safetensors:0.5@steps=0-0.6", "look.safetensors:2@steps=0.3-0.6:0.25+0.6-1"])
         assert plan.text == (("brand.safetensors", 0.5), ("look.safetensors", 2.0))
         assert plan.phases == (
@@ -104,10 +104,10 @@ def test_a_drawing_with_roles_is_the_one_with_what_they_mean_typed_out(
     monkeypatch.setitem(CAMPAIGN, "noise", row)
     roles = {"brand.safetensors": "brand", "look.safetensors": "lens"}
     said: list[str] = []
-    with Mixer(base, say=said.append) as mixer:
+    with ImagePipeline(base, say=said.append) as mixer:
 
         def made(*uses: str) -> Any:
-            return make(mixer, [Ask("a cat", seed=1, uses=tuple(map(parse_use, uses)))], Options(steps=3))[0]
+            return make(mixer, [ImageRequest("a cat", seed=1, uses=tuple(map(parse_use, uses)))], Options(steps=3))[0]
 
         found = made(*(f"{name}:0.8@campaign={role}" for name, role in roles.items()))
         table = [row[role] for role in roles.values()]
@@ -121,11 +121,11 @@ def test_a_drawing_with_roles_is_the_one_with_what_they_mean_typed_out(
 
 def test_one_role_for_two_adapters_is_refused_before_anything_is_read() -> None:
     with pytest.raises(ConfigError, match="brand is given twice: a, b"):
-        Ask("a cat", uses=(parse_use("a@campaign=brand"), parse_use("b@campaign=brand")))
+        ImageRequest("a cat", uses=(parse_use("a@campaign=brand"), parse_use("b@campaign=brand")))
 
 
 def test_a_source_has_the_hashes_of_its_file(base: ImageBase, files: Path) -> None:
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         source = mixer.add("brand.safetensors")
         assert source is mixer.add("brand.safetensors")
         assert source.label == "brand"
@@ -139,7 +139,7 @@ def test_what_has_no_effect_is_said(base: ImageBase, files: Path, brand: Adapter
     alone = Adapter({n: p for n, p in brand.pairs.items() if n.startswith("unet.")})
     write(alone, files / "alone.safetensors", to="kohya", family="sdxl")
     said: list[str] = []
-    with Mixer(base, say=said.append) as mixer:
+    with ImagePipeline(base, say=said.append) as mixer:
         mixer.plan(["alone.safetensors@text=0,mid=1"])
         mixer.plan(["brand.safetensors@steps=0-0.5"])
     assert len(said) == 2
@@ -157,7 +157,7 @@ def test_unknown_adapters_blocks_and_families_are_refused(base: ImageBase, files
     from veneer.formats.topology import families
 
     write(random_adapter(families()["flux1"]), files / "flux.safetensors", to="kohya", family="flux1")
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         with pytest.raises(AdapterError, match=r"did you mean brand.safetensors"):
             mixer.plan(["brnd.safetensors"])
         with pytest.raises(MismatchError, match=r"this is a FLUX.1 adapter, the base is SDXL"):
@@ -172,7 +172,7 @@ def test_unknown_adapters_blocks_and_families_are_refused(base: ImageBase, files
 
 
 def test_switching_is_one_assignment_however_many_are_known(base: ImageBase, brand: Adapter) -> None:
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         mixer.plan(["brand.safetensors", "look.safetensors"])
         for i in range(60):
             mixer.attachment.add(f"known {i}", brand)
@@ -191,7 +191,7 @@ def test_switching_does_the_same_with_3_and_with_60_known(base: ImageBase, brand
     """Counted in calls of Python and of C, which no other load of the machine changes."""
 
     def calls(known: int) -> int:
-        with Mixer(base) as mixer:
+        with ImagePipeline(base) as mixer:
             uses = ["brand.safetensors:0.8", "look.safetensors:0.5"]
             mixer.plan(uses)
             for i in range(known - 2):
@@ -229,7 +229,7 @@ def test_a_label_is_short_and_holds_no_mark_of_infotext(name: str, label: str) -
 def test_one_adapter_under_two_names_is_said(base: ImageBase, files: Path, tmp_path: Path) -> None:
     shutil.copy(files / "brand.safetensors", tmp_path / "copy.safetensors")
     said: list[str] = []
-    with Mixer(base, say=said.append) as mixer:
+    with ImagePipeline(base, say=said.append) as mixer:
         mixer.plan(["brand.safetensors", str(tmp_path / "copy.safetensors")])
     assert any("the same adapter as brand.safetensors" in line for line in said)
 
@@ -237,12 +237,12 @@ def test_one_adapter_under_two_names_is_said(base: ImageBase, files: Path, tmp_p
 def test_the_hash_is_of_the_file_that_was_read(base: ImageBase, files: Path, tmp_path: Path) -> None:
     shutil.copy(files / "brand.safetensors", tmp_path / "pytorch_lora_weights.safetensors")
     shutil.copy(files / "look.safetensors", tmp_path / "a-checkpoint.safetensors")
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         assert mixer.add(str(tmp_path)).sha256 == hashes(files / "brand.safetensors").sha256
 
 
 def test_what_is_behind_a_name_and_no_strength_is_named(base: ImageBase) -> None:
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         for use, wrong in (("./brand.safetensors:strong", "strong"), ("./brand.safetensors@text:0.5", "text")):
             with pytest.raises(AdapterError, match=f"'{wrong}' is not a strength") as caught:
                 mixer.plan([use])
@@ -251,6 +251,6 @@ def test_what_is_behind_a_name_and_no_strength_is_named(base: ImageBase) -> None
 
 def test_a_tag_in_a_prompt_is_said_to_be_plain_text(base: ImageBase) -> None:
     said: list[str] = []
-    with Mixer(base, say=said.append) as mixer:
-        make(mixer, [Ask("a cat <lora:brand:0.8>")], Options(steps=1))
+    with ImagePipeline(base, say=said.append) as mixer:
+        make(mixer, [ImageRequest("a cat <lora:brand:0.8>")], Options(steps=1))
     assert any("plain text" in line for line in said)

@@ -10,7 +10,7 @@ import pytest
 from veneer.errors import DataError
 from veneer.imaging.adapters import parse_use
 from veneer.imaging.batch import read_batch
-from veneer.imaging.make import Ask
+from veneer.imaging.make import ImageRequest
 
 
 def lines(path: Path, *rows: object) -> Path:
@@ -19,7 +19,7 @@ def lines(path: Path, *rows: object) -> Path:
 
 
 def test_a_line_is_an_ask_and_what_it_leaves_out_is_the_callers(tmp_path: Path) -> None:
-    shared = Ask("", "blurry", 7, (parse_use("house"),))
+    shared = ImageRequest("", "blurry", 7, (parse_use("house"),))
     found = read_batch(
         lines(
             tmp_path / "b.jsonl",
@@ -31,11 +31,11 @@ def test_a_line_is_an_ask_and_what_it_leaves_out_is_the_callers(tmp_path: Path) 
         shared,
     )
     assert found == [
-        Ask("a fox", "", 5, (parse_use("brand:0.8"), parse_use("look@steps=0.5-1"))),
-        Ask("a\u2028hat", "blurry", 7, shared.uses),
-        Ask("a hat", "blurry", 7, ()),
+        ImageRequest("a fox", "", 5, (parse_use("brand:0.8"), parse_use("look@steps=0.5-1"))),
+        ImageRequest("a\u2028hat", "blurry", 7, shared.uses),
+        ImageRequest("a hat", "blurry", 7, ()),
     ]
-    assert read_batch(tmp_path / "b.jsonl")[1] == Ask("a\u2028hat")
+    assert read_batch(tmp_path / "b.jsonl")[1] == ImageRequest("a\u2028hat")
 
 
 @pytest.mark.parametrize(

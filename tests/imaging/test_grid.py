@@ -9,9 +9,9 @@ from PIL import Image
 
 from tests.image_twins import levels
 from veneer.errors import ConfigError
-from veneer.imaging.adapters import Mixer, parse_use
+from veneer.imaging.adapters import ImagePipeline, parse_use
 from veneer.imaging.grid import draw_grid, layout
-from veneer.imaging.make import Ask, Options, make
+from veneer.imaging.make import ImageRequest, Options, make
 from veneer.models.image.base import ImageBase
 from veneer.models.image.sheet import sheet
 
@@ -53,7 +53,7 @@ def test_what_is_no_sheet(kind: str, prompts: list[str], uses: list, says: str) 
 
 def test_cells_are_the_pictures_made_alone(base: ImageBase) -> None:
     options = Options(steps=3)
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         plan = layout("strength", ["a cat"], [BRAND], seeds=[1, 2], strengths=[0, 1])
         drawn = draw_grid(mixer, plan, options)
         alone = [make(mixer, [ask], options)[0] for ask in plan.asks]
@@ -66,7 +66,7 @@ def test_cells_are_the_pictures_made_alone(base: ImageBase) -> None:
         x = right - 4 - (128 + 4) * (2 - i % 2) + 4
         y = bottom - (128 + 4) * (2 - i // 2)
         assert levels(drawn.image.crop((x, y, x + 128, y + 128)), shown) == 0
-    assert isinstance(plan.asks[0], Ask)
+    assert isinstance(plan.asks[0], ImageRequest)
 
 
 @pytest.mark.parametrize("machines", [True, False])

@@ -16,14 +16,14 @@ from tests.image_twins import levels
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer import api
 from veneer.errors import ConfigError, DataError
-from veneer.imaging.adapters import Mixer, parse_use
-from veneer.imaging.make import Ask, Options, RecordedPicture, asks_of, make, size_for
+from veneer.imaging.adapters import ImagePipeline, parse_use
+from veneer.imaging.make import ImageRequest, Options, RecordedPicture, asks_of, make, size_for
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import fitted_picture
 
 
-def one(base: ImageBase, ask: Ask, say: Any = None, **options: Any) -> RecordedPicture:
-    with Mixer(base, say=say) as mixer:
+def one(base: ImageBase, ask: ImageRequest, say: Any = None, **options: Any) -> RecordedPicture:
+    with ImagePipeline(base, say=say) as mixer:
         return make(mixer, [ask], Options(**({"steps": 2} | options)))[0]
 
 
@@ -61,7 +61,7 @@ def test_a1111_reads_it_and_finds_every_adapter(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(files / f"{source}.safetensors", f"{name}.safetensors")
     specs = ["a/x.safetensors:0.8", "b/x.safetensors:-0.5@text=0.5", "red, blue.safetensors:0.3@unet=2"]
-    ask = Ask('a "cat", red:\nsecond line', "blue: 1, 2", 5, tuple(map(parse_use, specs)))
+    ask = ImageRequest('a "cat", red:\nsecond line', "blue: 1, 2", 5, tuple(map(parse_use, specs)))
     made = one(base, ask, scheduler="euler-a", guidance=4.5)
     found = theirs(made.text)
     tags = "<lora:x:0.8> <lora:x-2:-0.25:-0.5> <lora:red_ blue:0.3:0.6>"
@@ -69,7 +69,7 @@ def test_a1111_reads_it_and_finds_every_adapter(
     assert found["Negative prompt"] == "blue: 1, 2"
     assert (found["Steps"], found["Sampler"], found["CFG scale"], found["Seed"]) == ("2", "Euler a", "4.5", "5")
     assert (found["Size-1"], found["Size-2"]) == ("32", "32")
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         own = [mixer.add(spec.rpartition(":")[0]).autov3 for spec in specs]
     assert list(their_adapters(found).items()) == list(zip(["x", "x-2", "red_ blue"], own, strict=True))
 
@@ -77,14 +77,14 @@ def test_a1111_reads_it_and_finds_every_adapter(
 def test_adapters_may_be_paths(base: ImageBase, files: Path) -> None:
     adapters = [files / "brand.safetensors", (files / "look.safetensors", 0.5)]
     (made,) = api.image(base, "a cat", adapters=adapters, steps=2)
-    named = one(base, Ask("a cat", uses=(parse_use("brand.safetensors"), parse_use("look.safetensors:0.5"))))
+    named = one(base, ImageRequest("a cat", uses=(parse_use("brand.safetensors"), parse_use("look.safetensors:0.5"))))
     assert levels(made.image, named.image) == 0
     assert json.loads(json.dumps(made.record)) == made.record
 
 
 def test_prompts_may_have_a_seed_each(base: ImageBase) -> None:
     both = api.image(base, ["a cat", "a dog"], seed=[3, 7], steps=2, batch_size=1)
-    apart = [one(base, Ask(prompt, seed=seed)) for prompt, seed in (("a cat", 3), ("a dog", 7))]
+    apart = [one(base, ImageRequest(prompt, seed=seed)) for prompt, seed in (("a cat", 3), ("a dog", 7))]
     assert [levels(a.image, b.image) for a, b in zip(both, apart, strict=True)] == [0, 0]
     with pytest.raises(ConfigError, match="2 prompts with 1 seed"):
         api.image(base, ["a cat", "a dog"], seed=[3], steps=2)
@@ -126,7 +126,7 @@ def test_what_is_no_seed_is_named(seed: Any) -> None:
 )
 def test_an_ask_that_no_base_could_read_is_refused_at_once(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        Ask(**given)
+        ImageRequest(**given)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_size_that_nothing_draws_is_refused_at_once() -> None:
 
 def test_of_a_very_long_prompt_the_note_has_where_it_was_cut(base: ImageBase) -> None:
     said: list[str] = []
-    made = one(base, Ask("a cat " * 1000), said.append, steps=1)
+    made = one(base, ImageRequest("a cat " * 1000), said.append, steps=1)
     (note,) = (line for line in said if "does not read the end" in line)
     assert len(note) < 300
     assert note.endswith(f"({len(made.cut):,} characters)")
@@ -171,7 +171,7 @@ def test_a_mask_is_what_one_sees_on_black(base: ImageBase, tmp_path: Path) -> No
     plain.paste(255, (0, 0, SIZE // 2, SIZE))
     clear = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 0))
     clear.paste((255, 255, 255, 255), (0, 0, SIZE // 2, SIZE))
-    ask = Ask("a cat", seed=1)
+    ask = ImageRequest("a cat", seed=1)
     pictures = [one(base, ask, image=given, mask=mask, denoise=1.0).image for mask in (plain, clear)]
     assert levels(*pictures) == 0, "what is transparent is kept"
     plain.paste(0, (0, 0, SIZE, SIZE))
@@ -182,12 +182,12 @@ def test_a_mask_is_what_one_sees_on_black(base: ImageBase, tmp_path: Path) -> No
 
 def test_a_picture_may_be_all_that_says_the_size(base: ImageBase) -> None:
     said: list[str] = []
-    made = one(base, Ask("a cat"), said.append, image=Image.effect_noise((80, 40), 90), denoise=1.0)
+    made = one(base, ImageRequest("a cat"), said.append, image=Image.effect_noise((80, 40), 90), denoise=1.0)
     assert made.image.size == (48, 24)
     assert said == ["note: the picture was resized from 80×40 to 48×24"]
-    small = one(base, Ask("a cat"), image=Image.effect_noise((8, 8), 90), denoise=1.0)
+    small = one(base, ImageRequest("a cat"), image=Image.effect_noise((8, 8), 90), denoise=1.0)
     assert small.image.size == (SIZE, SIZE), "a small picture is no wish for a small one"
-    assert one(base, Ask("a cat"), image=Image.effect_noise((24, 20), 90), denoise=1.0).image.size == (24, 20)
+    assert one(base, ImageRequest("a cat"), image=Image.effect_noise((24, 20), 90), denoise=1.0).image.size == (24, 20)
 
 
 @pytest.mark.parametrize(("side", "unit"), [(64, 8), (64, 4), (1024, 16)])
@@ -205,11 +205,11 @@ def test_a_size_in_a_pictures_proportion_is_one_that_the_picture_fits(side: int,
 def test_an_edit_base_that_is_given_nothing_to_edit_says_so_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), "kontext")))
     told: list[str] = []
-    with Mixer(base, say=told.append) as mixer:
+    with ImagePipeline(base, say=told.append) as mixer:
         for seed in range(2):
-            make(mixer, [Ask("a fox", seed=seed)], Options(steps=1))
+            make(mixer, [ImageRequest("a fox", seed=seed)], Options(steps=1))
         assert len(told) == 1
         assert "is made to edit, and draws from the prompt alone here" in told[0]
         assert "--reference photo.png" in told[0]
-        make(mixer, [Ask("a fox")], Options(steps=1, references=[Image.new("RGB", (SIZE, SIZE))]))
+        make(mixer, [ImageRequest("a fox")], Options(steps=1, references=[Image.new("RGB", (SIZE, SIZE))]))
     assert len(told) == 1

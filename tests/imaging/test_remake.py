@@ -20,22 +20,22 @@ from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError, DataError, MismatchError
 from veneer.formats.convert import write
-from veneer.imaging.adapters import Mixer, parse_use
+from veneer.imaging.adapters import ImagePipeline, parse_use
 from veneer.imaging.controls import parse_control
 from veneer.imaging.infotext import Infotext, lora_hashes, parse_infotext, png_bytes, read_picture, render_infotext
-from veneer.imaging.make import Ask, Options, RecordedPicture, asks_of, make
+from veneer.imaging.make import ImageRequest, Options, RecordedPicture, asks_of, make
 from veneer.imaging.remake import read_recipe, remake
 from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
 
 
-def pictures(base: ImageBase, asks: list[Ask], **options: Any) -> list[RecordedPicture]:
-    with Mixer(base) as mixer:
+def pictures(base: ImageBase, asks: list[ImageRequest], **options: Any) -> list[RecordedPicture]:
+    with ImagePipeline(base) as mixer:
         return make(mixer, asks, Options(**({"steps": 3} | options)))
 
 
 def again(base: ImageBase, path: Path, said: Callable[[str], None] | None = None, **how: Any) -> RecordedPicture:
-    with Mixer(base, say=said) as mixer:
+    with ImagePipeline(base, say=said) as mixer:
         return remake(mixer, read_recipe(path), **how)
 
 
@@ -49,7 +49,7 @@ def noise(path: Path) -> str:
 
 
 def test_the_infotext_is_what_a1111_reads(base: ImageBase, tmp_path: Path) -> None:
-    ask = Ask("a cat, red", "blue", 5, uses("brand.safetensors:0.8", "look.safetensors:0.5@text=0"))
+    ask = ImageRequest("a cat, red", "blue", 5, uses("brand.safetensors:0.8", "look.safetensors:0.5@text=0"))
     (made,) = pictures(base, [ask], guidance=4.5, scheduler="dpm++2m-karras")
     made.save(tmp_path / "a.png")
     info, record = read_picture(tmp_path / "a.png")
@@ -63,7 +63,7 @@ def test_the_infotext_is_what_a1111_reads(base: ImageBase, tmp_path: Path) -> No
     want["Base fingerprint"] = base.fingerprint.removeprefix("sha256:")[:16]
     assert {key: info.fields[key] for key in want} == want
     assert "Model hash" not in info.fields, "a directory has none that A1111 or a hub could look up"
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         hashes = {name: mixer.add(f"{name}.safetensors").autov3 for name in ("brand", "look")}
     assert lora_hashes(info.fields) == hashes
     assert all(len(h) == 12 for h in hashes.values())
@@ -77,7 +77,7 @@ def test_the_model_hash_of_a_checkpoint_file_is_a1111s(
     file = tmp_path / "my.safetensors"
     save_file(original(load_image(str(folder))), file)
     base = load_image(str(file), config=folder)
-    (made,) = pictures(base, [Ask("a cat", seed=1)], steps=1)
+    (made,) = pictures(base, [ImageRequest("a cat", seed=1)], steps=1)
     fields = parse_infotext(made.text).fields
     assert fields["Model hash"] == hashlib.sha256(file.read_bytes()).hexdigest()[:10]
     assert fields["Model"] == "my"
@@ -93,9 +93,9 @@ def test_the_model_hash_of_a_checkpoint_file_is_a1111s(
 def test_a_picture_is_made_again_to_the_bit(base: ImageBase, tmp_path: Path) -> None:
     """From a batch in which every picture has its own prompt, seed and mix."""
     asks = [
-        Ask("a cat", seed=1),
-        Ask("a dog", "blue", seed=9, uses=uses("brand.safetensors:0.8@down=0.3,steps=0-0.5")),
-        Ask("a tree", seed=2**40, uses=uses("look.safetensors:0.7", "brand.safetensors:-0.123456789")),
+        ImageRequest("a cat", seed=1),
+        ImageRequest("a dog", "blue", seed=9, uses=uses("brand.safetensors:0.8@down=0.3,steps=0-0.5")),
+        ImageRequest("a tree", seed=2**40, uses=uses("look.safetensors:0.7", "brand.safetensors:-0.123456789")),
     ]
     for i, made in enumerate(pictures(base, asks, scheduler="euler-a", guidance=3.3)):
         made.save(tmp_path / f"{i}.png")
@@ -107,7 +107,7 @@ def test_with_its_pictures_and_controls(base: ImageBase, place: Path, tmp_path: 
     given, control = noise(tmp_path / "in.png"), tiny_control(tmp_path, "sdxl")
     Image.new("L", (SIZE, SIZE), 255).save(tmp_path / "mask.png")
     how = {"mask": str(tmp_path / "mask.png"), "controls": (parse_control(f"edges@{control}={given}:0.7@0-0.5"),)}
-    made = pictures(base, [Ask("a cat", seed=3)], image=given, denoise=0.8, **how)[0]
+    made = pictures(base, [ImageRequest("a cat", seed=3)], image=given, denoise=0.8, **how)[0]
     made.save(tmp_path / "a.png")
     assert "Denoising strength: 0.8" in made.text
     assert made.infotext.fields["ControlNet 0"].startswith("Module: none, Model: tiny-sdxl-canny, Weight: 0.7")
@@ -131,7 +131,7 @@ def test_another_adapter_under_the_name_is_refused_and_a_moved_one_found(
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     shutil.copy(files / "brand.safetensors", "mine.safetensors")
-    (made,) = pictures(base, [Ask("a cat", uses=uses("mine.safetensors:0.8"))])
+    (made,) = pictures(base, [ImageRequest("a cat", uses=uses("mine.safetensors:0.8"))])
     made.save("a.png")
     with open_library() as library:
         library.add("mine.safetensors", "kept")
@@ -149,7 +149,7 @@ def test_another_adapter_under_the_name_is_refused_and_a_moved_one_found(
 
 
 def test_another_base_is_refused(base: ImageBase, tmp_path: Path) -> None:
-    (made,) = pictures(base, [Ask("a cat")])
+    (made,) = pictures(base, [ImageRequest("a cat")])
     made.save(tmp_path / "a.png")
     other = load_image(str(tiny_image_base(tmp_path, "sd15")))
     with pytest.raises(MismatchError, match="another base") as caught:
@@ -158,7 +158,7 @@ def test_another_base_is_refused(base: ImageBase, tmp_path: Path) -> None:
 
 
 def test_a_text_of_a1111_is_taken_over(base: ImageBase, tmp_path: Path) -> None:
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         right = mixer.add("brand.safetensors").autov3
     fields = {"Steps": "3", "Sampler": "Euler a", "CFG scale": "4", "Seed": "77", "Size": "32x32"}
     fields |= {"Model hash": "0123456789", "Clip skip": "2", "Lora hashes": f"brand: {right}"}
@@ -171,7 +171,7 @@ def test_a_text_of_a1111_is_taken_over(base: ImageBase, tmp_path: Path) -> None:
 
     said: list[str] = []
     found = again(base, saved(text), said.append)
-    ask = Ask("a cat (red:1.2)", "blue", 77, uses("brand.safetensors:0.8@text=0.625"))
+    ask = ImageRequest("a cat (red:1.2)", "blue", 77, uses("brand.safetensors:0.8@text=0.625"))
     (ours,) = pictures(base, [ask], scheduler="euler-a", guidance=4.0)
     assert levels(found.image, ours.image) == 0
     heard = "\n".join(said)
@@ -193,12 +193,12 @@ def test_what_says_nothing_or_nonsense(base: ImageBase, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(path)
     with pytest.raises(DataError, match="does not say"):
         read_recipe(path)
-    (made,) = pictures(base, [Ask("a cat")])
+    (made,) = pictures(base, [ImageRequest("a cat")])
     for damage in ({"rows": None}, {"index": 5}, {"version": 2}, {"settings": {}}):
         path.write_bytes(png_bytes(made.image, made.text, made.record | damage))
         with pytest.raises(DataError):
             read_recipe(path)
-    (in_memory,) = pictures(base, [Ask("a cat")], image=Image.new("RGB", (SIZE, SIZE)))
+    (in_memory,) = pictures(base, [ImageRequest("a cat")], image=Image.new("RGB", (SIZE, SIZE)))
     in_memory.save(path)
     with pytest.raises(DataError, match="in memory"):
         read_recipe(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from veneer.errors import ResourceError
 from veneer.jobs.account import TrainingAccount
-from veneer.jobs.executors import Ended, LocalExecutor
+from veneer.jobs.executors import ExitStatus, LocalExecutor
 from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import Store, TrainingTerms
@@ -48,7 +48,7 @@ class Pretended(LocalExecutor):
         super().__init__()
         self.running: dict[str, JobLease] = {}
         self.validating: dict[str, JobLease] = {}
-        self.over: dict[str, Ended] = {}
+        self.over: dict[str, ExitStatus] = {}
         self.asked: list[tuple[str, bool]] = []
         self.stubborn = self.refuse = False
 
@@ -64,15 +64,15 @@ class Pretended(LocalExecutor):
         self.validating[place] = lease
         return place
 
-    def look(self, place: str) -> Ended | None:
+    def look(self, place: str) -> ExitStatus | None:
         known = place in self.running or place in self.validating
-        return self.over.get(place) if known else Ended("it is gone")
+        return self.over.get(place) if known else ExitStatus("it is gone")
 
     def stop(self, place: str, *, hard: bool = False) -> None:
         if place in self.running or place in self.validating:
             self.asked.append((place, hard))
             if hard or not self.stubborn:
-                self.over[place] = Ended("ended by a signal")
+                self.over[place] = ExitStatus("ended by a signal")
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.jobs.pretended import queued, until
 from veneer.errors import ConfigError
-from veneer.jobs.executors import Ended, LocalExecutor, hand_over, memory_of, taken_over
+from veneer.jobs.executors import ExitStatus, LocalExecutor, hand_over, memory_of, taken_over
 from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.library.library import Library
 
@@ -23,7 +23,7 @@ def planned(store: JobStore, peak: int, device: str = "cpu") -> Job:
     return queued(store, plan={"peak_bytes": peak, "device": {"name": device}})
 
 
-def ended(executor: LocalExecutor, place: str) -> Ended:
+def ended(executor: LocalExecutor, place: str) -> ExitStatus:
     end = time.monotonic() + 60
     while (found := executor.look(place)) is None:
         assert time.monotonic() < end
@@ -37,8 +37,8 @@ def test_a_process_is_asked_to_end_or_killed(library: Library, store: JobStore, 
     place = executor.start(JobLease(job, "token"), {})
     assert executor.look(place) is None
     executor.stop(place, hard=hard)
-    assert ended(executor, place) == Ended(f"ended by {signal}")
-    assert executor.look(place) == Ended("it is not a process of this worker")
+    assert ended(executor, place) == ExitStatus(f"ended by {signal}")
+    assert executor.look(place) == ExitStatus("it is not a process of this worker")
     executor.stop(place)  # it is gone: nothing to do
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from tests.jobs.pretended import FixedTerms, Pretended, queued, until
 from tests.jobs.small import small_config
-from veneer.jobs.executors import Ended, LocalExecutor
+from veneer.jobs.executors import ExitStatus, LocalExecutor
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.worker import Worker
 from veneer.library.library import Library
@@ -100,7 +100,7 @@ def test_tenants_take_turns_at_validation(library: Library, store: JobStore, tmp
             place = [*executor.validating][len(started)]
             started.append(executor.validating[place].job.tenant)
             store.queue(executor.validating[place], {"tokens": 1, "steps": 1})
-            executor.over[place] = Ended("ended with exit code 0")
+            executor.over[place] = ExitStatus("ended with exit code 0")
             until(lambda: state(store, executor.validating[place].job) != "validating")  # noqa: B023
         assert sorted(started) == ["acme", "acme", "best", "best"]
     assert state(store, other) != "validating"
@@ -144,7 +144,7 @@ def test_a_validation_that_takes_too_much_memory_fails(library: Library, store: 
     executor, job = Pretended(), new_job(store, "acme")
     with working(library, executor):
         until(lambda: executor.validating)
-        executor.over[f"validation of {job.id}"] = Ended("it held 9 GB", memory=True)
+        executor.over[f"validation of {job.id}"] = ExitStatus("it held 9 GB", memory=True)
         until(lambda: state(store, job) == "failed")
     assert "reading the rows takes more than the limit of" in str(store.get(None, job.id).error)
 
@@ -200,7 +200,7 @@ def test_a_process_that_dies_is_started_again_and_fails_in_the_end(library: Libr
         for attempt in (1, 2, 3):
             place = f"pretended {job.id} {attempt}"
             until(lambda: place in executor.running)  # noqa: B023
-            executor.over[place] = Ended("ended by SIGSEGV")
+            executor.over[place] = ExitStatus("ended by SIGSEGV")
         until(lambda: state(store, job) == "failed")
     assert "died 3 times in a row" in str(store.get(None, job.id).error)
 
@@ -209,7 +209,7 @@ def test_a_process_that_takes_more_memory_than_planned_fails_at_once(library: Li
     executor, job = Pretended(), queued(store)
     with working(library, executor):
         until(lambda: executor.running)
-        executor.over[next(iter(executor.running))] = Ended("it held 9 GB", memory=True)
+        executor.over[next(iter(executor.running))] = ExitStatus("it held 9 GB", memory=True)
         until(lambda: state(store, job) == "failed")
     error = store.get(None, job.id).error or {}
     assert (error["kind"], error["message"]) == ("memory", "it held 9 GB")
@@ -240,7 +240,7 @@ def test_the_checkpoints_of_what_succeeded_are_not_kept(library: Library, store:
             store.cancel("acme", job.id)
         else:
             store.finish(executor.running[place], result={"reference": "acme/support@1"})
-        executor.over[place] = Ended("ended with exit code 0")
+        executor.over[place] = ExitStatus("ended with exit code 0")
     assert state(store, job) == end
     assert kept.is_dir() == (end == "cancelled")
     assert (job.folder / "attempt-1" / "log.jsonl").is_file()

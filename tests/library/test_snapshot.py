@@ -23,7 +23,7 @@ from veneer.library.database import reading
 from veneer.library.library import Library
 from veneer.library.names import parse_reference
 from veneer.library.queries import find_versions
-from veneer.library.snapshot import Names, Snapshot
+from veneer.library.snapshot import NameIndex, Names
 
 
 def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -51,7 +51,7 @@ def test_every_reference_means_what_the_index_says(library: Library, tmp_path: P
     words += ["acme/a", "acme/a@prod", "acme/a@2", "globex/a"]
     words += [f"sha256:{e.id[:n]}" for e in entries for n in (4, 12, 64)]
     words += [e.digest[: 7 + n] for e in entries if e.digest for n in (4, 12, 64)] + ["sha256:0000"]
-    with Snapshot(library) as names:
+    with NameIndex(library) as names:
         for word in words:
             with reading(library.engine) as c:
                 wanted = find_versions(c, parse_reference(word))
@@ -69,10 +69,10 @@ def test_what_another_process_changed_is_known_and_nobody_asks_the_database_for_
     for number in (1, 2):
         library.add(made(tmp_path, number), "a", describe=read_made)
 
-    async def now(names: Snapshot, reference: str) -> str | None:
+    async def now(names: NameIndex, reference: str) -> str | None:
         return meaning(await names.fresh(), reference)
 
-    with Snapshot(library) as names, open_made(library.location, index) as other:
+    with NameIndex(library) as names, open_made(library.location, index) as other:
         asked: list[str] = []
         for turn in range(6):
             other.alias(f"a@{turn % 2 + 1}", "prod")
@@ -119,7 +119,7 @@ def test_a_postgresql_that_is_stopped_stalls_nobody_and_names_that_are_known_go_
             library.add(made(tmp_path, 1), "a", describe=read_made)
             version = library.find("a")
 
-            async def work(names: Snapshot) -> float:
+            async def work(names: NameIndex) -> float:
                 longest, end = 0.0, time.monotonic() + 1.5
                 while time.monotonic() < end:
                     began = time.monotonic()
@@ -129,7 +129,7 @@ def test_a_postgresql_that_is_stopped_stalls_nobody_and_names_that_are_known_go_
                     await asyncio.sleep(0.01)
                 return longest
 
-            with Snapshot(library) as names:
+            with NameIndex(library) as names:
                 with stopped(url):
                     assert asyncio.run(work(names)) < 0.25
                     began = time.monotonic()
@@ -142,7 +142,7 @@ def test_a_postgresql_that_is_stopped_stalls_nobody_and_names_that_are_known_go_
 
 def test_a_thread_that_meets_anything_goes_on(library: Library, tmp_path: Path, monkeypatch: Any) -> None:
     library.add(made(tmp_path, 1), "a", describe=read_made)
-    with Snapshot(library) as names:
+    with NameIndex(library) as names:
         with monkeypatch.context() as patch:
 
             def fails(connection: Any) -> Any:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import veneer.models.image.base as image_models
-from veneer.imaging.adapters import Mixer
+from veneer.imaging.adapters import ImagePipeline
 from veneer.imaging.controls import parse_control
-from veneer.imaging.make import Ask, Options, make
+from veneer.imaging.make import ImageRequest, Options, make
 from veneer.models.builtin import packaged_place
 from veneer.models.loading import errors_only
 
@@ -164,9 +164,12 @@ def test_a_controlled_picture_is_diffusers_own(name: str, tmp_path: Path) -> Non
 
     base = image_models.load_image(name, dtype="float32", device="cpu")
     spec = parse_control(f"edges={tmp_path / 'lines.png'}:0.8")
-    with Mixer(base) as mixer, told(mixer.control(f"{name}-control"), base.denoiser) as ours:
+    with ImagePipeline(base) as mixer, told(mixer.control(f"{name}-control"), base.denoiser) as ours:
         options = Options(steps=4, guidance=3.0, controls=(spec,))
-        made = torch.from_numpy(np.array(make(mixer, [Ask(prompt, seed=3)], options)[0].image)).permute(2, 0, 1) / 255
+        made = (
+            torch.from_numpy(np.array(make(mixer, [ImageRequest(prompt, seed=3)], options)[0].image)).permute(2, 0, 1)
+            / 255
+        )
     pixels = torch.from_numpy(np.array(lines)).permute(2, 0, 1)[None] / 255
     for given in (lines, pixels * 2 - 1 if flux else pixels):
         picture, heard = run(given)

@@ -13,10 +13,10 @@ from tests.tiny_base import tiny_base_dir
 from veneer.core.attach import fit_problems
 from veneer.library.library import Library, open_library
 from veneer.models.text.base import TextBase, load_text
-from veneer.serve.access import ModelCard, Served
+from veneer.serve.access import ModelCard, ResolvedModel
 from veneer.serve.names.catalog import Catalog
-from veneer.serve.names.resident import Residents
-from veneer.serve.names.shelf import Shelf
+from veneer.serve.names.resident import AdapterCache
+from veneer.serve.names.shelf import AdapterSources
 from veneer.serve.principal import Principal
 
 
@@ -40,11 +40,11 @@ def folder(tmp_path: Path) -> Path:
 class Prompt(Catalog):
     """A catalog whose names are those of this moment, as surfaces see to before each request."""
 
-    def resolve(self, model: str, caller: Principal) -> Served:
+    def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         self._look()
         return super().resolve(model, caller)
 
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> ResolvedModel:
         self._look()
         return super().resolve_mix(parts, caller)
 
@@ -59,14 +59,14 @@ class Prompt(Catalog):
 
 @pytest.fixture
 def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
-    made: list[Residents[Ready]] = []
+    made: list[AdapterCache[Ready]] = []
     catalogs: list[Catalog] = []
 
     def build(limit: int = 1 << 30, servable: Any = None, **options: Any) -> Catalog:
         places = {"library": library, "folders": [folder]}
         places |= {k: options.pop(k) for k in ("library", "folders", "max_bytes") if k in options}
-        shelf, problems = Shelf(base, **places), servable or (lambda a: fit_problems(base.model, a))
-        residents: Residents[Ready] = Residents(
+        shelf, problems = AdapterSources(base, **places), servable or (lambda a: fit_problems(base.model, a))
+        residents: AdapterCache[Ready] = AdapterCache(
             lambda digest: shelf.read(digest, problems),
             lambda a, digest: Ready(a, a.size_bytes()),
             limit_bytes=limit,

@@ -20,7 +20,7 @@ from veneer.core.adapter import Adapter
 from veneer.errors import MismatchError
 from veneer.models.image.base import ImageBase
 from veneer.models.image.generate import PictureSettings
-from veneer.serve.access import ModelCard, OpenAccess, Served, Tenancy
+from veneer.serve.access import ModelCard, OpenAccess, ResolvedModel, Tenancy
 from veneer.serve.http.app import create_app
 from veneer.serve.http.service import Service
 from veneer.serve.pictures.engine import PictureEngine
@@ -100,10 +100,10 @@ class Names:
     async def fresh(self) -> None:
         """Names mean what they say."""
 
-    def resolve(self, model: str, caller: Principal) -> Served:
+    def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         name = model.removeprefix("tiny:")
         if name in ("", "tiny"):
-            return Served((), model, name)
+            return ResolvedModel((), model, name)
         if name in self.files:
             try:
                 load_adapter(self.of, self.files[name])
@@ -111,12 +111,12 @@ class Names:
                 raise Refused(error.what, status=400, code="adapter_unusable", param="model") from error
         if name not in self.shelf.digest or not caller.sees(name):
             raise Refused(f"the model {model!r} does not exist", status=404, code="model_not_found", param="model")
-        return Served(((self.shelf.digest[name], 1.0),), model, name)
+        return ResolvedModel(((self.shelf.digest[name], 1.0),), model, name)
 
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> ResolvedModel:
         found = [self.resolve(name, caller).mix for name, _ in parts]
         mix = [(d, s * own) for one, (_, s) in zip(found, parts, strict=True) for d, own in one]
-        return Served(make_mix(mix), "mix", "mix", meant=tuple(one[0][0] if one else "" for one in found))
+        return ResolvedModel(make_mix(mix), "mix", "mix", meant=tuple(one[0][0] if one else "" for one in found))
 
     def models(self, caller: Principal) -> list[ModelCard]:
         return [ModelCard(name, name, self.base, 0, digest) for name, digest in self.shelf.digest.items()]

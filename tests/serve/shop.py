@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from veneer.core.adapter import Adapter, Pair
-from veneer.serve.names.resident import Lease, Residents
+from veneer.serve.names.resident import AdapterCache, Lease
 from veneer.serve.request import DigestMix, Refused, make_mix
 
 UNIT = 64
@@ -51,8 +51,8 @@ class Shop:
             raise RuntimeError("no room on the device")
         return Thing(name, adapter.size_bytes() * self.factor)
 
-    def residents(self, limit: int, patience: float = 1.0) -> Residents[Thing]:
-        return Residents(
+    def residents(self, limit: int, patience: float = 1.0) -> AdapterCache[Thing]:
+        return AdapterCache(
             self.read,
             self.prepare,
             limit_bytes=limit * UNIT,
@@ -71,7 +71,7 @@ class Shop:
 class Asked:
     """A request's side: acquires, and takes what `ready` brings."""
 
-    def __init__(self, residents: Residents[Thing], *digests: str) -> None:
+    def __init__(self, residents: AdapterCache[Thing], *digests: str) -> None:
         self.mix: DigestMix = make_mix((d, 1.0) for d in digests)
         self.told: list[Lease[Thing] | Refused] = []
         self.at_once = residents.acquire(self.mix, self.ready)

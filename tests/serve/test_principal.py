@@ -28,7 +28,7 @@ from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.http.surfaces.images import images_routes
 from veneer.serve.principal import PERMISSIONS, STRANGER, Permission, Principal
 from veneer.serve.request import Refused
-from veneer.serve.staging import Staging
+from veneer.serve.staging import UploadStage
 from veneer.serve.tenancy.admin import admin_router
 from veneer.studio.access import key_routes
 
@@ -77,7 +77,7 @@ class ByName(OpenAccess):
 
 @pytest.fixture(scope="module")
 def app() -> Iterator[FastAPI]:
-    staging, nothing = Staging(1 << 20), MagicMock()  # denied requests never use these objects
+    staging, nothing = UploadStage(1 << 20), MagicMock()  # denied requests never use these objects
     routers = [
         adapter_routes(nothing, staging, ByName()),
         feedback_routes(nothing),

@@ -29,7 +29,7 @@ from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.studio.access import VISITORS, Gate, Visitor
+from veneer.studio.access import VISITORS, StudioMiddleware, Visitor
 from veneer.studio.parts import box, heard, link, permit
 
 _REBOUND = {"host": "evil.example:8000"}
@@ -236,7 +236,7 @@ def test_one_key_cannot_open_pages_without_bound() -> None:
             return Principal("tenant", key)
 
     async def ask() -> dict[str, list[int]]:
-        app = Gate(draws, Two(), HttpSettings())
+        app = StudioMiddleware(draws, Two(), HttpSettings())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
 
             async def get(key: str) -> int:

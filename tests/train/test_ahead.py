@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.train.stopping import interrupt_at
 from veneer.errors import Interrupted, ResourceError
-from veneer.train.ahead import Ahead
+from veneer.train.ahead import Prefetcher
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Event, Stepped
 from veneer.train.loop import LazySteps, Learner, Loop, Micro, Step, TrainingPlan, train
@@ -157,7 +157,7 @@ def test_another_turn_than_was_foreseen_takes_its_own_batch() -> None:
         return make
 
     a, b, c = map(maker, "abc")
-    with Ahead(str.upper) as ahead:
+    with Prefetcher(str.upper) as ahead:
         assert ahead.take(a, b) == "A"
         assert ahead.take(c, a) == "C"
         assert ahead.take(a) == "A"
@@ -185,7 +185,7 @@ def test_on_a_card_what_is_computed_of_a_sent_batch_is_of_its_own_tokens() -> No
     device, n = torch.device("cuda"), 4096
     makers = [lambda i=i: collate([Example([i] * n, [False] + [True] * (n - 1), 0)]) for i in range(30)]
     busy, sums = torch.randn(4096, 4096, device=device), []
-    with Ahead(lambda batch: batch.sent(device)) as ahead:
+    with Prefetcher(lambda batch: batch.sent(device)) as ahead:
         for i, make in enumerate(makers):
             batch = ahead.take(make, makers[i + 1] if i + 1 < len(makers) else None)
             busy = (busy @ busy).clamp(-1, 1)

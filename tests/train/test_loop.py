@@ -21,7 +21,7 @@ from tests.elsewhere import OnMps
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Evaluated, Event, Probed, Saved, Stepped, Stopped
-from veneer.train.loop import LazySteps, Learner, Loop, Means, Micro, Score, Step, TrainingPlan, probe, train
+from veneer.train.loop import EvalResult, LazySteps, Learner, Loop, MetricMeans, Micro, Step, TrainingPlan, probe, train
 from veneer.train.optim import Schedule, make_optimizer
 
 ROWS, WIDTH = 24, 3
@@ -53,9 +53,9 @@ class Problem:
         trained = sum(self.counts[r] for r in rows)
         return Micro(2 * trained, trained, tuple(rows), lambda: rows)
 
-    def score(self, interrupted: Callable[[], bool] = lambda: False) -> Score | None:
+    def score(self, interrupted: Callable[[], bool] = lambda: False) -> EvalResult | None:
         with torch.no_grad():
-            return Score(self.loss(list(range(ROWS))).item(), sum(self.counts), ROWS)
+            return EvalResult(self.loss(list(range(ROWS))).item(), sum(self.counts), ROWS)
 
 
 class Other(Problem):
@@ -68,8 +68,8 @@ class Other(Problem):
     def loss(self, batch: list[int]) -> Tensor:
         return super().loss(batch) if self._loss is None else self._loss(batch)
 
-    def score(self, interrupted: Callable[[], bool] = lambda: False) -> Score | None:
-        found: Score | None = self._score(interrupted)
+    def score(self, interrupted: Callable[[], bool] = lambda: False) -> EvalResult | None:
+        found: EvalResult | None = self._score(interrupted)
         return found
 
 
@@ -212,7 +212,7 @@ def test_evaluations_happen_at_the_start_when_due_and_at_the_end() -> None:
 
 def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) -> None:
     losses, seen = iter([9.0, 5.0, 3.0, 4.0, 3.5, 1.0]), []
-    problem = Other(score=lambda stop: Score(next(losses), 1, 1))
+    problem = Other(score=lambda stop: EvalResult(next(losses), 1, 1))
     steps = [problem.step([[0, 1]])] * 10
     progress = _train(
         problem, steps, evaluate_at=range(10), patience=2, save=lambda p: tmp_path / str(p.step), on_event=seen.append
@@ -223,7 +223,7 @@ def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) ->
 
 
 def test_evaluation_that_is_not_finite_stops() -> None:
-    problem = Other(score=lambda stop: Score(math.nan, 1, 1))
+    problem = Other(score=lambda stop: EvalResult(math.nan, 1, 1))
     with pytest.raises(TrainingError, match="validation loss"):
         _train(problem, [problem.step([[0]])], evaluate_at=())
 
@@ -268,7 +268,7 @@ def test_ctrl_c_drops_the_unfinished_step_and_saves_what_is_whole(tmp_path: Path
 def test_ctrl_c_during_an_evaluation_saves_too(tmp_path: Path) -> None:
     saved: list[tuple[int, int]] = []
 
-    def score(stop: Callable[[], bool]) -> Score | None:
+    def score(stop: Callable[[], bool]) -> EvalResult | None:
         os.kill(os.getpid(), signal.SIGTERM)
         return None if stop() else Problem().score()
 
@@ -360,6 +360,6 @@ def test_steps_are_planned_an_epoch_at_a_time(length: dict[str, int], count: int
 
 def test_means_need_no_float64_of_the_device() -> None:
     values = torch.tensor([1.5, 2.0, -0.25])
-    means = Means()
+    means = MetricMeans()
     means.add(margin=values.as_subclass(OnMps), share=(values > 0).as_subclass(OnMps))
     assert means.values() == {"margin": 3.25 / 3, "share": 2 / 3}

@@ -22,7 +22,7 @@ from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, write_atomically
 from veneer.train.config.load import config_from
 from veneer.train.events import Event, Listener, Note, Stepped, to_record
-from veneer.train.loop import Learner, Micro, Score, Step
+from veneer.train.loop import EvalResult, Learner, Micro, Step
 from veneer.train.preflight import Finding, Report
 from veneer.train.report.log import read_log
 from veneer.train.run import Task, carry_out, due, newest_checkpoint, opened, raise_if_stopped
@@ -37,8 +37,8 @@ def lines(folder: Path, slope: float = 3.0) -> Task[Outcome]:
     def loss(batch: list[int]) -> Tensor:
         return (w * x[batch] - slope * x[batch]).square().sum()
 
-    def score(stop: Callable[[], bool]) -> Score:
-        return Score(float(loss(list(range(24))).detach()), 24, 24, likelihood=False)
+    def score(stop: Callable[[], bool]) -> EvalResult:
+        return EvalResult(float(loss(list(range(24))).detach()), 24, 24, likelihood=False)
 
     def save(result: Outcome, progress: Progress, emit: Listener) -> Outcome:
         write_atomically(file, b"".join(encode_tensors({"w": w.detach()})))

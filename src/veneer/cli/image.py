@@ -17,8 +17,8 @@ from veneer.cli.output import print_json, say
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.imaging.adapters import Mixer
-    from veneer.imaging.make import Ask, Options, RecordedPicture
+    from veneer.imaging.adapters import ImagePipeline
+    from veneer.imaging.make import ImageRequest, Options, RecordedPicture
     from veneer.models.image.base import ImageBase
 
 _FALLBACK = "catalogue-sdxl"
@@ -177,11 +177,11 @@ def make_pictures(
         raise ConfigError("grid is not the first word", fix=f"veneer image grid {prompts[1]} …, then the options")
 
     from veneer.imaging.batch import read_batch
-    from veneer.imaging.make import MOST_COUNT, Ask, Options
+    from veneer.imaging.make import MOST_COUNT, ImageRequest, Options
 
     if not 1 <= count <= MOST_COUNT:
         raise ConfigError(f"--count {count}", fix=f"at least 1, at most {MOST_COUNT:,}")
-    shared = Ask("", negative or "", seed or 0, uses)
+    shared = ImageRequest("", negative or "", seed or 0, uses)
     wanted = read_batch(batch, shared) if batch else [replace(shared, prompt=prompt) for prompt in prompts or []]
     asks = [replace(ask, seed=ask.seed + i) for ask in wanted for i in range(count)]
     files = _files(out or Path("out.png"), len(asks))
@@ -334,13 +334,13 @@ def _find(uses: tuple[Any, ...], options: Options) -> None:
         say(f"adapter {name} at strength {strength}")
 
 
-def _mixer(name: str, loading: dict[str, Any]) -> Mixer:
-    from veneer.imaging.adapters import Mixer
+def _mixer(name: str, loading: dict[str, Any]) -> ImagePipeline:
+    from veneer.imaging.adapters import ImagePipeline
     from veneer.models.image.base import load_image
 
     base: ImageBase = load_image(name, say=say, **loading)
     say_loaded(base)
-    return Mixer(base, say=say)
+    return ImagePipeline(base, say=say)
 
 
 def _progress() -> Callable[[int, int], None] | None:
@@ -354,7 +354,7 @@ def _progress() -> Callable[[int, int], None] | None:
     return show
 
 
-def _write(mixer: Mixer, asks: list[Ask], options: Options, files: list[Path], as_json: bool) -> None:
+def _write(mixer: ImagePipeline, asks: list[ImageRequest], options: Options, files: list[Path], as_json: bool) -> None:
     from veneer.imaging.make import make
 
     start = time.perf_counter()
@@ -397,7 +397,7 @@ def _remake(
     start = time.perf_counter()
     with _mixer(name, loading | {"dtype": dtype or wanted.dtype}) as mixer:
 
-        def changed(old: Ask, before: Options) -> tuple[Ask, Options]:
+        def changed(old: ImageRequest, before: Options) -> tuple[ImageRequest, Options]:
             return replace(old, **ask), replace(before, **options)
 
         made = remake(mixer, wanted, changes=changed if ask or options else None, on_step=_progress())

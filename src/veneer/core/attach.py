@@ -24,7 +24,7 @@ from veneer.core.forms import Delta, part_problems
 from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
 from veneer.core.mix_cache import MixCache
-from veneer.core.selection import RowMixes, Selection, SpanAdapters, span_problem
+from veneer.core.selection import MixBatch, Selection, SpanAdapters, span_problem
 from veneer.core.targets import base_modules, expert_parameters, has_bare_weight, kind_of
 from veneer.errors import AdapterError, bullets, nearest
 from veneer.ops.lora_segments import LoraSegments
@@ -165,7 +165,7 @@ class Attachment:
             self._watched = [
                 m.register_forward_pre_hook(self._called, with_kwargs=True) for m in _entrances(self.model)
             ]
-        self.selection = Selection(rows=RowMixes(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
+        self.selection = Selection(rows=MixBatch(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
     def use_spans(self, names: Sequence[str], spans: LoraSegments) -> None:
         """Select one adapter per segment of the tokens, at strength 1.

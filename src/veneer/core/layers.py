@@ -36,7 +36,7 @@ from veneer.core.forms import Delta, as_low_rank, is_trained, kronecker_factors,
 from veneer.core.merge import adapted_norm, delta_of, low_rank_norm, pair_matrix, to_matrix, weight_of
 from veneer.core.merge import delta as module_delta
 from veneer.core.mix_cache import CachedModule, MixCache
-from veneer.core.selection import Acting, RowMixes, Selection, SpanAdapters, run_apart
+from veneer.core.selection import Acting, MixBatch, Selection, SpanAdapters, run_apart
 from veneer.errors import AdapterError
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.lowrank import LowRank
@@ -88,7 +88,7 @@ class Layer(nn.Module):
                 return _stand_in(self.base, full)(*args, **kwargs)
         return self.adapted(mix, *args, **kwargs)
 
-    def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
+    def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Return the output with one mix per row.
 
         Reference: each row separately, with `under`."""
@@ -303,7 +303,7 @@ class _Lora(Layer):
             out = out + self.moved(x, key, delta) * strength
         return self.replaced(x, y, out, self.rows(mix)).to(y.dtype)
 
-    def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
+    def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Run the base once for all rows, and each adapter once for the rows it acts on.
 
         Rows without an adapter cost nothing more."""
@@ -605,7 +605,7 @@ class LoraExperts(Layer):
     def acts(self, adapter: Adapter) -> bool:
         return super().acts(adapter) or any(f"{self.name}.{key}" in adapter.pairs for key in self.base._parameters)
 
-    def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
+    def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Run the tokens of each mix through the experts separately.
 
         Possible only if every row is one token, routed on its own."""

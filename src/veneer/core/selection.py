@@ -44,7 +44,7 @@ class AdapterRows(NamedTuple):
 
 
 @dataclass(eq=False)
-class RowMixes:
+class MixBatch:
     """A mix per row: row i of a batch is under mixes[i]; n = len(mixes).
 
     In a repeated batch, rows i + n, i + 2n, … are under mixes[i] too.
@@ -82,8 +82,8 @@ class RowMixes:
             found.setdefault(tuple((id(a), s) for a, s in own), (own, []))[1].append(row)
         return [Segment(mix, tuple(rows)) for mix, rows in found.values()]
 
-    def without(self, gone: Adapter) -> RowMixes:
-        return RowMixes(tuple(tuple((a, s) for a, s in mix if a is not gone) for mix in self.mixes), self.batch)
+    def without(self, gone: Adapter) -> MixBatch:
+        return MixBatch(tuple(tuple((a, s) for a, s in mix if a is not gone) for mix in self.mixes), self.batch)
 
     def repeats(self, batch: int, where: str) -> int:
         """Return k of a batch of k·n rows.
@@ -163,7 +163,7 @@ class Selection:
     An empty mix is the base, at the base's cost."""
 
     mix: Acting = ()
-    rows: RowMixes | None = None
+    rows: MixBatch | None = None
     spans: SpanAdapters | None = None
 
     def without(self, gone: Adapter) -> Selection:
@@ -175,7 +175,7 @@ class Selection:
 
 
 def run_apart(
-    rows: RowMixes,
+    rows: MixBatch,
     segments: Sequence[Segment],
     run: Callable[..., Any],
     args: tuple[Any, ...],

@@ -98,7 +98,7 @@ def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
         raise ConfigError(error.what, where=spec, fix=error.fix) from error
 
 
-class Mixer:
+class ImagePipeline:
     """The adapters of one image base. A context manager: they are off at its end.
 
     On exit the adapters are detached, unless `attachment` was given. `sources`: attached adapters by
@@ -169,7 +169,7 @@ class Mixer:
     def close(self) -> None:
         self.attachment.detach()
 
-    def __enter__(self) -> Mixer:
+    def __enter__(self) -> ImagePipeline:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

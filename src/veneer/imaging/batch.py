@@ -16,12 +16,12 @@ from typing import Any
 
 from veneer.errors import DataError, VeneerError, bullets, nearest
 from veneer.imaging.adapters import parse_use
-from veneer.imaging.make import Ask
+from veneer.imaging.make import ImageRequest
 
 _BATCH_KEYS = ("prompt", "adapters", "seed", "negative")
 
 
-def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
+def read_batch(path: str | Path, shared: ImageRequest | None = None) -> list[ImageRequest]:
     """Return the requests of a file, in order.
 
     `shared`: the values of missing keys. Raises DataError for an unreadable or empty file, and for invalid
@@ -36,12 +36,12 @@ def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
         raise DataError("there is no such batch", where=str(path), fix=fix) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the batch cannot be read: {error}", where=str(path)) from error
-    asks: list[Ask] = []
+    asks: list[ImageRequest] = []
     bad: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a prompt can contain U+2028
         if line.strip():
-            found = _asked(line, shared or Ask(""))
-            if isinstance(found, Ask):
+            found = _asked(line, shared or ImageRequest(""))
+            if isinstance(found, ImageRequest):
                 asks.append(found)
             else:
                 bad += [f"line {number}: {problem}" for problem in found]
@@ -56,7 +56,7 @@ def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
 _EXAMPLE = '{"prompt": "a fox", "adapters": ["brand:0.8"], "seed": 5, "negative": "blurry"}'
 
 
-def _asked(line: str, shared: Ask) -> Ask | list[str]:
+def _asked(line: str, shared: ImageRequest) -> ImageRequest | list[str]:
     """Return the request of a line, or a list of its faults."""
     try:
         row = json.loads(line, object_pairs_hook=_once)

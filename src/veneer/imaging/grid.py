@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError, nearest
-from veneer.imaging.adapters import Mixer, Use, label_of
-from veneer.imaging.make import Ask, Options, RecordedPicture, make
+from veneer.imaging.adapters import ImagePipeline, Use, label_of
+from veneer.imaging.make import ImageRequest, Options, RecordedPicture, make
 from veneer.models.image.sheet import sheet
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class GridLayout:
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    asks: tuple[Ask, ...]
+    asks: tuple[ImageRequest, ...]
     title: str = ""
 
 
@@ -73,7 +73,11 @@ def layout(
             raise ConfigError(f"the strength sheet is of one prompt, not {len(prompts)}", fix="draw a sheet for each")
         if not strengths:
             raise ConfigError("the strength sheet needs strengths", fix="--strengths 0,0.5,1")
-        asks = [Ask(prompts[0], negative, seed, _times(uses, by) if by else ()) for seed in seeds for by in strengths]
+        asks = [
+            ImageRequest(prompts[0], negative, seed, _times(uses, by) if by else ())
+            for seed in seeds
+            for by in strengths
+        ]
         rows = [f"seed {seed}" for seed in seeds]
         columns = tuple(f"strength {by:g}" for by in strengths)
         return GridLayout(tuple(rows), columns, tuple(asks), f"{prompts[0]}\n{named}")
@@ -81,7 +85,7 @@ def layout(
     mixes += [(_label(use), (use,)) for use in uses] if kind == "adapters" else [(named, tuple(uses))]
     places = [(prompt, seed) for prompt in prompts for seed in seeds]
     rows = [prompt if len(seeds) == 1 else f"{prompt}\nseed {seed}" for prompt, seed in places]
-    asks = [Ask(prompt, negative, seed, mix) for prompt, seed in places for _, mix in mixes]
+    asks = [ImageRequest(prompt, negative, seed, mix) for prompt, seed in places for _, mix in mixes]
     title = f"seed {seeds[0]}" if len(seeds) == 1 else ""
     return GridLayout(tuple(rows), tuple(name for name, _ in mixes), tuple(asks), title)
 
@@ -96,7 +100,11 @@ def _label(use: Use) -> str:
 
 
 def draw_grid(
-    mixer: Mixer, plan: GridLayout, options: Options | None = None, *, on_step: Callable[[int, int], None] | None = None
+    mixer: ImagePipeline,
+    plan: GridLayout,
+    options: Options | None = None,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> PictureGrid:
     """Generate the pictures of a layout and draw them on one sheet.
 

@@ -21,7 +21,7 @@ from veneer import __version__
 from veneer.errors import ConfigError, DataError, counted
 from veneer.files.atomic import atomic_write
 from veneer.formats.strengths import check_roles
-from veneer.imaging.adapters import AdapterSource, Mixer, Use, idle_ranges
+from veneer.imaging.adapters import AdapterSource, ImagePipeline, Use, idle_ranges
 from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, hashed_picture
 from veneer.imaging.infotext import SAMPLERS, Infotext, png_bytes, render_infotext
 from veneer.models.fingerprint import file_sha256
@@ -52,7 +52,7 @@ MOST_COUNT = 100_000
 
 
 @dataclass(frozen=True)
-class Ask:
+class ImageRequest:
     """A request for one picture."""
 
     prompt: str
@@ -127,7 +127,7 @@ class RecordedPicture:
 
 def asks_of(
     prompts: Sequence[str], uses: Sequence[Use], negative: str = "", seed: int | Sequence[int] = 0, count: int = 1
-) -> list[Ask]:
+) -> list[ImageRequest]:
     """Return `count` requests for each prompt, with the seeds seed, seed + 1, …
 
     `seed`: one for all prompts, or one for each. Raises ConfigError for seeds that are not integers or whose
@@ -142,15 +142,15 @@ def asks_of(
         said = f"{counted(len(prompts), 'prompt')} with {counted(len(seeds), 'seed')}"
         raise ConfigError(f"{said}: give one for each, or one number for all")
     return [
-        Ask(prompt, negative, first + i, tuple(uses))
+        ImageRequest(prompt, negative, first + i, tuple(uses))
         for prompt, first in zip(prompts, seeds, strict=True)
         for i in range(count)
     ]
 
 
 def make(
-    mixer: Mixer,
-    asks: Sequence[Ask],
+    mixer: ImagePipeline,
+    asks: Sequence[ImageRequest],
     options: Options | None = None,
     *,
     on_step: Callable[[int, int], None] | None = None,
@@ -210,7 +210,7 @@ def unread_notes(picture: GeneratedPicture) -> list[str]:
 # -- what goes in ------------------------------------------------------------------------------------------------------
 
 
-def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str, Any]]:
+def _prepared(mixer: ImagePipeline, options: Options) -> tuple[PictureSettings, dict[str, Any]]:
     """Return the settings with all pictures loaded at one size, and their records."""
     base = mixer.base
     image, image_from = _opened(options.image)
@@ -287,7 +287,7 @@ def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -
     return fitted_picture(picture, width, height, "reference picture")
 
 
-def _referred(mixer: Mixer, picture: Image, width: int, height: int) -> Image:
+def _referred(mixer: ImagePipeline, picture: Image, width: int, height: int) -> Image:
     out, said = fitted_reference(mixer.base, picture, width, height)
     if said:
         mixer.say(f"note: {said}")
@@ -306,7 +306,7 @@ def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Ima
     return flattened(given, paper), {"path": "", "sha256": ""}
 
 
-def _fit(mixer: Mixer, picture: Image | None, width: int, height: int, what: str) -> Image | None:
+def _fit(mixer: ImagePipeline, picture: Image | None, width: int, height: int, what: str) -> Image | None:
     if picture is None:
         return None
     out, said = fitted_picture(picture, width, height, what)
@@ -376,7 +376,7 @@ def recorded_picture(
     base: ImageBase,
     sources: Mapping[str, AdapterSource],
     picture: GeneratedPicture,
-    batch: Sequence[Ask],
+    batch: Sequence[ImageRequest],
     index: int,
     shared: Mapping[str, Any],
 ) -> RecordedPicture:
@@ -399,12 +399,14 @@ def _said_of(source: AdapterSource) -> dict[str, str]:
     return {"digest": source.digest, "sha256": source.sha256, "autov3": source.autov3}
 
 
-def _row(ask: Ask) -> dict[str, Any]:
+def _row(ask: ImageRequest) -> dict[str, Any]:
     uses = [[name, str(strength)] for name, strength in ask.uses]
     return {"prompt": ask.prompt, "negative": ask.negative, "seed": ask.seed, "adapters": uses}
 
 
-def _infotext(base: ImageBase, sources: Mapping[str, AdapterSource], ask: Ask, record: dict[str, Any]) -> Infotext:
+def _infotext(
+    base: ImageBase, sources: Mapping[str, AdapterSource], ask: ImageRequest, record: dict[str, Any]
+) -> Infotext:
     settings = record["settings"]
     sampler, schedule = SAMPLERS.get(settings["scheduler"], (settings["scheduler"], "Automatic"))
     distilled = base.row.distilled

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from veneer.adapters import use as using
 from veneer.errors import AdapterError, DataError, MismatchError
 from veneer.formats.strengths import Strength
-from veneer.imaging.adapters import AdapterSource, Mixer, parse_use
+from veneer.imaging.adapters import AdapterSource, ImagePipeline, parse_use
 from veneer.imaging.controls import ControlSpec, hashed_picture
 from veneer.imaging.infotext import Infotext, lora_hashes, lora_tags, read_picture, sampler_of
-from veneer.imaging.make import RECORDED, Ask, Options, RecordedPicture, library_versions, make, model_hash
+from veneer.imaging.make import RECORDED, ImageRequest, Options, RecordedPicture, library_versions, make, model_hash
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
@@ -45,7 +45,7 @@ class PictureRecipe:
 
     path: str
     base: str
-    asks: list[Ask]
+    asks: list[ImageRequest]
     index: int
     options: Options
     exact: bool
@@ -83,7 +83,9 @@ def _of_record(path: str, record: dict[str, Any]) -> PictureRecipe:
         raise DataError(f"a record of version {record['version']}", where=path, fix="a newer veneer reads it")
     settings = record["settings"]
     asks = [
-        Ask(r["prompt"], r["negative"], int(r["seed"]), tuple(_use(name, text) for name, text in r["adapters"]))
+        ImageRequest(
+            r["prompt"], r["negative"], int(r["seed"]), tuple(_use(name, text) for name, text in r["adapters"])
+        )
         for r in record["rows"]
     ]
     references = record.get("references", [])
@@ -164,7 +166,7 @@ def _of_text(path: str, text: Infotext) -> PictureRecipe:
         raise DataError(f"its infotext has an invalid number: {error}", where=path) from error
     if "Sampler" in fields and options.scheduler is None:
         notes.append(f"sampler {fields['Sampler']!r} is not known here: the base's own is used")
-    ask = Ask(prompt, text.negative, seed, uses)
+    ask = ImageRequest(prompt, text.negative, seed, uses)
     return PictureRecipe(
         path,
         "",
@@ -184,10 +186,10 @@ def _number(text: str | None) -> float | None:
 
 
 def remake(
-    mixer: Mixer,
+    mixer: ImagePipeline,
     wanted: PictureRecipe,
     *,
-    changes: Callable[[Ask, Options], tuple[Ask, Options]] | None = None,
+    changes: Callable[[ImageRequest, Options], tuple[ImageRequest, Options]] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RecordedPicture:
     """Generate the picture again.
@@ -223,7 +225,7 @@ def _same_base(base: ImageBase, wanted: PictureRecipe) -> None:
         )
 
 
-def _same_adapter(mixer: Mixer, name: str, wanted: PictureRecipe) -> str:
+def _same_adapter(mixer: ImagePipeline, name: str, wanted: PictureRecipe) -> str:
     """Return the name under which the same adapter is attached."""
     digest = wanted.digests.get(name, "")
     if not wanted.exact and not Path(name).exists() and (file := Path(f"{name}.safetensors")).exists():

@@ -30,7 +30,7 @@ _VALIDATION_NICE = 10
 
 
 @dataclass(frozen=True)
-class Ended:
+class ExitStatus:
     """How a job's process ended. `memory`: the process exceeded its memory limit.
 
     A retry would exceed the limit again."""
@@ -47,7 +47,7 @@ class Executor(Protocol):
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         """Start a process for this lease and return its place. Raises ResourceError."""
 
-    def look(self, place: str) -> Ended | None:
+    def look(self, place: str) -> ExitStatus | None:
         """Return None while the process runs or is starting, else how it ended."""
 
     def stop(self, place: str, *, hard: bool = False) -> None:
@@ -162,9 +162,9 @@ class LocalExecutor(Executor):
         self._children[place] = child, room
         return place
 
-    def look(self, place: str) -> Ended | None:
+    def look(self, place: str) -> ExitStatus | None:
         if place not in self._children:
-            return Ended("it is not a process of this worker")
+            return ExitStatus("it is not a process of this worker")
         child, room = self._children[place]
         code = child.poll()
         if code is None:
@@ -174,12 +174,14 @@ class LocalExecutor(Executor):
             child.kill()
             child.wait()
             self._forget(place)
-            return Ended(f"it held {held / 1e9:.1f} GB, and {room / 1e9:.1f} GB are the most by its plan", memory=True)
+            return ExitStatus(
+                f"it held {held / 1e9:.1f} GB, and {room / 1e9:.1f} GB are the most by its plan", memory=True
+            )
         self._forget(place)
         if code < 0:
             with contextlib.suppress(ValueError):
-                return Ended(f"ended by {signal.Signals(-code).name}")
-        return Ended(f"ended with exit code {code}")
+                return ExitStatus(f"ended by {signal.Signals(-code).name}")
+        return ExitStatus(f"ended with exit code {code}")
 
     def stop(self, place: str, *, hard: bool = False) -> None:
         if place in self._children:

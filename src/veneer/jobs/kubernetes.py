@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.errors import ConfigError, MissingExtraError, UnavailableError
-from veneer.jobs.executors import Ended, Executor, hand_over, memory_of
+from veneer.jobs.executors import Executor, ExitStatus, hand_over, memory_of
 from veneer.jobs.store import JobLease
 
 _KEPT_SECONDS = 86400
@@ -96,10 +96,10 @@ class KubernetesExecutor(Executor):
             },
         }
 
-    def look(self, place: str) -> Ended | None:
+    def look(self, place: str) -> ExitStatus | None:
         found = self._ask(self._jobs.read_namespaced_job_status, place, self.namespace, also=404)
         if found is None:
-            return Ended("Kubernetes does not know it (any more)")
+            return ExitStatus("Kubernetes does not know it (any more)")
         if not (found.status.succeeded or found.status.failed):
             return None
         why = "; ".join(f"{c.reason}: {c.message}" for c in found.status.conditions or () if c.reason)
@@ -111,8 +111,8 @@ class KubernetesExecutor(Executor):
             if each.state is not None and each.state.terminated is not None
         ]
         if "OOMKilled" in reasons:
-            return Ended("Kubernetes ended it: it took more memory than its plan says", memory=True)
-        return Ended(f"Kubernetes says {'; '.join(filter(None, [*reasons, why])) or 'it is over'}")
+            return ExitStatus("Kubernetes ended it: it took more memory than its plan says", memory=True)
+        return ExitStatus(f"Kubernetes says {'; '.join(filter(None, [*reasons, why])) or 'it is over'}")
 
     def stop(self, place: str, *, hard: bool = False) -> None:
         """Delete the Job in the foreground: the Job exists until its pod has ended."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.errors import MissingExtraError, UnavailableError
-from veneer.jobs.executors import Ended, Executor, hand_over, memory_of
+from veneer.jobs.executors import Executor, ExitStatus, hand_over, memory_of
 from veneer.jobs.store import JobLease
 
 _ALIVE = frozenset({"PENDING", "RUNNING"})
@@ -59,18 +59,18 @@ class RayExecutor(Executor):
                 raise self._away(error) from error
         return place
 
-    def look(self, place: str) -> Ended | None:
+    def look(self, place: str) -> ExitStatus | None:
         try:
             found = self._dashboard.get_job_info(place)
         except (RuntimeError, OSError) as error:
             if "does not exist" in str(error):
-                return Ended("Ray does not know it (any more)")
+                return ExitStatus("Ray does not know it (any more)")
             raise self._away(error) from error
         state = str(getattr(found.status, "value", found.status))
         if state in _ALIVE:
             return None
         why = " ".join(str(found.message or "").split())[:500]
-        return Ended(f"Ray says {state.lower()}: {why}", memory="OutOfMemory" in why)
+        return ExitStatus(f"Ray says {state.lower()}: {why}", memory="OutOfMemory" in why)
 
     def stop(self, place: str, *, hard: bool = False) -> None:
         """Stop the job. Ray always sends SIGTERM first, also with `hard`."""

@@ -29,7 +29,7 @@ from typing import Any
 
 from veneer.errors import VeneerError, counted, gigabytes
 from veneer.jobs.account import TrainingAccount
-from veneer.jobs.executors import Ended, Executor, LocalExecutor, drop_handover
+from veneer.jobs.executors import Executor, ExitStatus, LocalExecutor, drop_handover
 from veneer.jobs.inputs import input_bytes
 from veneer.jobs.process import environment_of
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home
@@ -175,7 +175,7 @@ class Worker:
         bounds = _Validation(large, seconds, begun + seconds, room)
         self._running.append(_Running(self._local, lease, place, begun + self.lease, validation=bounds))
 
-    def _validation_ended(self, lease: JobLease, bounds: _Validation, ended: Ended, stopping: bool) -> None:
+    def _validation_ended(self, lease: JobLease, bounds: _Validation, ended: ExitStatus, stopping: bool) -> None:
         """Settle the job of a validation that has ended.
 
         If the process ended by itself, it settled the job. If the database or a disk was unavailable, the
@@ -261,7 +261,7 @@ class Worker:
             running.killed = True
             running.executor.stop(running.place, hard=True)
 
-    def _process_ended(self, running: _Running, ended: Ended) -> None:
+    def _process_ended(self, running: _Running, ended: ExitStatus) -> None:
         """Settle the job of a process that has ended."""
         lease = running.lease
         if running.validation is not None:

@@ -126,7 +126,7 @@ def read(connection: Connection) -> Names:
     return Names(kept, latest, [tuple(row) for row in connection.execute(select(a.name, a.alias, a.version))])
 
 
-class Snapshot:
+class NameIndex:
     """The names of one library, and the thread that reloads them.
 
     Loads once before the constructor returns; raises as the index does."""
@@ -145,7 +145,7 @@ class Snapshot:
         self._thread = threading.Thread(target=self._run, name="veneer-names", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Snapshot:
+    def __enter__(self) -> NameIndex:
         return self
 
     def __exit__(

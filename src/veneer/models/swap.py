@@ -44,7 +44,7 @@ class FastReport:
     """Budget for prepacked copies of weights (`keep_packed`)."""
     head: PrepackedWeights | None = field(default=None, repr=False)
     """The prepacked head weight."""
-    joins: list[Join] = field(default_factory=list, repr=False)
+    joins: list[FusedProjection] = field(default_factory=list, repr=False)
     keeps: bool = False
     """Whether the last layer, after attention, runs only on `RowLayout.keep`."""
     active: bool = False
@@ -144,7 +144,7 @@ def _lying_together(weights: list[Tensor]) -> Tensor | None:
     return weights[0].detach().as_strided((rows, columns), (columns, 1), first)
 
 
-class Join:
+class FusedProjection:
     """Weights of linear modules with one input, joined as rows of one tensor.
 
     `undo` separates them. Quantized weights are not copied: the joined tensor refers to their codes. Weights

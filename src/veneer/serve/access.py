@@ -30,7 +30,7 @@ TRIALS = "~studio"
 
 
 @dataclass(frozen=True)
-class Served:
+class ResolvedModel:
     """A model name, resolved when it was requested.
 
     `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, else `name`.
@@ -50,7 +50,7 @@ class Served:
     trained: bool = False
     trial: bool = False
 
-    def as_trial(self) -> Served:
+    def as_trial(self) -> ResolvedModel:
         """The same, as a trial in the Studio."""
         return replace(self, trial=True, shadow=None)
 
@@ -171,7 +171,7 @@ class Tenancy(Protocol):
         """The principal of a key. Raises Refused (unauthorized, 401)."""
         ...
 
-    def shares(self, caller: Principal, served: Served) -> str:
+    def shares(self, caller: Principal, served: ResolvedModel) -> str:
         """The cache scope of the caller's prompts.
 
         "" is shared with everybody, any other value only with itself.
@@ -179,7 +179,7 @@ class Tenancy(Protocol):
         ...
 
     def admitted(
-        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AbstractAsyncContextManager[Bill]:
         """Hold one request's share of every limit while it runs.
 
@@ -214,7 +214,7 @@ class Tenancy(Protocol):
         """Record how a shadow's answer compares with the sent one."""
         return None
 
-    def keeping(self, caller: Principal, served: Served, request: str) -> KeepAnswer | None:
+    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> KeepAnswer | None:
         """A function that keeps a request's answer for feedback; None if it is not kept."""
         return None
 
@@ -243,12 +243,12 @@ class OpenAccess(Tenancy):
     async def caller(self, key: str | None, user: str | None = None) -> Principal:
         return Principal("open", user=user)
 
-    def shares(self, caller: Principal, served: Served) -> str:
+    def shares(self, caller: Principal, served: ResolvedModel) -> str:
         return ""
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[Bill]:
         yield _FreeBill()
 

@@ -24,7 +24,7 @@ from veneer.serve.http.service import Service
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.names.catalog import Catalog, NoAdapters
-from veneer.serve.names.shelf import Shelf, UnloadedBase
+from veneer.serve.names.shelf import AdapterSources, UnloadedBase
 from veneer.serve.quota import FairThreads
 from veneer.serve.request import LoadingEngine
 from veneer.serve.settings import ServeSettings
@@ -120,7 +120,7 @@ def build(
     try:
         tenancy, base = tenancy_of(settings, say, opened.store), UnloadedBase(settings.base)
         folders = () if settings.fleet.upstreams else settings.folders
-        shelf = Shelf(base, library=opened.library, folders=folders)
+        shelf = AdapterSources(base, library=opened.library, folders=folders)
         catalog = Catalog(shelf, lambda adapter: [], NoAdapters(), routes=tenancy.routes)
         service = Service(
             LoadingEngine(), catalog, tenancy, TokenizedBase(base.name, None, 0), settings.http, "loading", loaded=False

@@ -1,6 +1,6 @@
 """Principals: who sent a request, and with which permissions.
 
-    principal = await tenancy.caller(key)      once per request, in `serve.http.app.Door`
+    principal = await tenancy.caller(key)      once per request, in `serve.http.app.AuthMiddleware`
     principal.require("train")                 403 without that permission
     principal.can_change("acme/support")       whether the principal can change an adapter with this name
 

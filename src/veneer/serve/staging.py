@@ -90,7 +90,7 @@ class IncomingAdapter:
 
 
 @dataclass
-class Staging:
+class UploadStage:
     """Staged adapters. Thread-safe. `most`: bytes of one adapter, unpacked.
 
     `clock`: seconds since 1970.

@@ -5,10 +5,10 @@
                          browser sends only to /studio; the server stores nothing. Each action on a page checks the
                          key again, so that a revoked key stops working at once
 
-`Gate` runs before the server's `Door`. Without a key, the only answer is the sign-in form, as static HTML: no
-page, and no socket, because a socket needs an open page of the same key. A page's pictures, downloads and
-uploads go through /studio/api/…, where the gate converts the cookie to an API key: the API reads no cookies.
-"""
+`StudioMiddleware` runs before the server's `AuthMiddleware`. Without a key, the only answer is the sign-in
+form, as static HTML: no page, and no socket, because a socket needs an open page of the same key. A page's
+pictures, downloads and uploads go through /studio/api/…, where the gate converts the cookie to an API key:
+the API reads no cookies."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def key_routes(tenancy: Tenancy) -> APIRouter:
     return router
 
 
-class Gate:
-    """ASGI middleware that runs before all others, including `Door`.
+class StudioMiddleware:
+    """ASGI middleware that runs before all others, including `AuthMiddleware`.
 
     `settings`: accepted Hosts and Origins."""
 

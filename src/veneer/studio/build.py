@@ -20,7 +20,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from veneer.errors import ConfigError, MissingExtraError
-from veneer.studio.access import ROOT, Gate, head_html, key_routes
+from veneer.studio.access import ROOT, StudioMiddleware, head_html, key_routes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -87,7 +87,7 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
 
     def mount(app: FastAPI) -> None:
         _mount(app, made)
-        app.add_middleware(Gate, tenancy=service.tenancy, settings=service.settings)
+        app.add_middleware(StudioMiddleware, tenancy=service.tenancy, settings=service.settings)
         life.append(app.router.lifespan_context(app))
 
     async def start() -> None:

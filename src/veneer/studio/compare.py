@@ -14,8 +14,8 @@ from typing import Any
 from veneer.errors import AdapterError, ConfigError, VeneerError, counted
 from veneer.formats.card import opening
 from veneer.library.describe import card_prompt
-from veneer.serve.access import Served
-from veneer.serve.http.asking import AskedTexts, ask_texts
+from veneer.serve.access import ResolvedModel
+from veneer.serve.http.asking import TextRequest, ask_texts
 from veneer.serve.http.errors import message_of
 from veneer.serve.request import Finished, Refused, Token
 from veneer.serve.tenancy.feedback import AnswerFeedback
@@ -104,7 +104,7 @@ class _Texts(Board):
     async def answer(self, column: Column) -> None:
         shown: Answers = column.shown
         n = max(1, min(_SAMPLES, int(self.n.value or 1)))
-        asked = AskedTexts(
+        asked = TextRequest(
             self.messages,
             tuple(column.mix),
             n,
@@ -119,7 +119,7 @@ class _Texts(Board):
         begun = sent = time.perf_counter()
         first, by = 0.0, ""
 
-        def answering(served: Served) -> None:
+        def answering(served: ResolvedModel) -> None:
             nonlocal by
             by = " + ".join(name for name in served.adapters if self.page.caller.can_see(name))
 

@@ -10,7 +10,7 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.formats.card import opening
 from veneer.jobs.store import Job, UnknownJob
 from veneer.jobs.validate import job_config
-from veneer.serve.http.asking import AskedTexts, ask_texts
+from veneer.serve.http.asking import TextRequest, ask_texts
 from veneer.serve.request import Finished, Token
 from veneer.studio.commands import command, command_base
 from veneer.studio.frame import NothingHere, ViewPage
@@ -95,7 +95,7 @@ async def answer_of(
 
     `told` is called with the text as it arrives."""
     mix = [(reference, 1.0)] if reference else []
-    said, text = AskedTexts([dict(message) for message in messages], mix, max_tokens=most), ""
+    said, text = TextRequest([dict(message) for message in messages], mix, max_tokens=most), ""
     async for _, event in ask_texts(page.studio.service, page.caller, said):
         if isinstance(event, Token | Finished):
             text += event.text

@@ -19,7 +19,7 @@ from typing import Any
 _Make = Callable[[], Any]
 
 
-class Ahead:
+class Prefetcher:
     """`send`: what is done with each batch in the thread as soon as it is made: a copy to the device that nobody waits
     for. On CUDA a thread's stream is the same as every other's, so the copy is queued behind the step that runs, and
     what is computed of it behind the copy. `ended`: what is still being made is nobody's any more."""
@@ -53,7 +53,7 @@ class Ahead:
     def _asked(self, make: _Make) -> Future[Any]:
         return self._thread.submit(copy_context().run, lambda: self._send(make()))
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -47,7 +47,7 @@ from veneer.errors import (
 from veneer.ops.cpu.memory import forget_peak_resident, peak_resident
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import in_float64
-from veneer.train.ahead import Ahead
+from veneer.train.ahead import Prefetcher
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
 from veneer.train.events import TOKEN_ACCURACY, Evaluated, Listener, Note, Probed, Saved, Stepped, Stopped, silent
@@ -148,7 +148,7 @@ class LazySteps(Sequence[Step]):
 
 
 @dataclass(frozen=True)
-class Score:
+class EvalResult:
     """The result of an evaluation: Σ NLL over `trained` tokens of `rows` rows.
 
     `extra`: further means over the rows, for the log. `likelihood`: false for losses without a perplexity:
@@ -180,7 +180,7 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
     @staticmethod
-    def total(parts: Sequence[Score]) -> Score:
+    def total(parts: Sequence[EvalResult]) -> EvalResult:
         """Combine results on different rows."""
         if len(parts) == 1:
             return parts[0]
@@ -190,11 +190,11 @@ class Score:
         nll, trained = sum(part.nll for part in parts), sum(part.trained for part in parts)
         units = None if parts[0].units is None else sum(part.units or 0 for part in parts)
         right = None if parts[0].right is None else sum(part.right or 0 for part in parts)
-        return Score(nll, trained, rows, extra, parts[0].likelihood, units, right)
+        return EvalResult(nll, trained, rows, extra, parts[0].likelihood, units, right)
 
 
 @dataclass
-class Means:
+class MetricMeans:
     """Running means by name."""
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -214,9 +214,9 @@ class Means:
         return dict(sorted(out.items()))
 
     @staticmethod
-    def total(parts: Sequence[Means]) -> Means:
+    def total(parts: Sequence[MetricMeans]) -> MetricMeans:
         """Combine several sets of means."""
-        out = Means()
+        out = MetricMeans()
         for part in parts:
             for name, value in part.sums.items():
                 out.sums[name] = out.sums.get(name, 0.0) + value
@@ -249,11 +249,11 @@ class Learner:
     parameters: Mapping[str, nn.Parameter]
     loss: Callable[[Any], Tensor]
     send: Callable[[Any], Any] | None = None
-    score: Callable[[Stop], Score | None] | None = None
+    score: Callable[[Stop], EvalResult | None] | None = None
     draw: Callable[[Step, int, Stop], Step | None] = lambda step, number, stop: step
     begin_step: Callable[[Step], None] = _nothing
     end_step: Callable[[int], None] = _nothing
-    metrics: Callable[[], Means] = Means
+    metrics: Callable[[], MetricMeans] = MetricMeans
     activate: Callable[[], None] = _nothing
 
     @property
@@ -305,7 +305,7 @@ class StepResult:
 
     nlls: dict[int, float]
     reached: list[int]
-    means: Means
+    means: MetricMeans
     seconds: float
 
 
@@ -327,7 +327,7 @@ class Loop:
     stop: StopFlag = field(default_factory=StopFlag)
     step: Step = Step(())
     due: bool = False
-    prefetcher: Ahead | None = None
+    prefetcher: Prefetcher | None = None
     rng: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -361,7 +361,7 @@ class Loop:
         """Return the micro-batches of this process, in order."""
         return self.devices.deal([micro.tokens for micro in micros])
 
-    def result(self, nlls: Mapping[int, float], seconds: float, means: Means | None = None) -> StepResult:
+    def result(self, nlls: Mapping[int, float], seconds: float, means: MetricMeans | None = None) -> StepResult:
         """Return the step's result.
 
         `nlls`: Σ NLL of each local micro-batch, from `read_losses`."""
@@ -369,8 +369,8 @@ class Loop:
         reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
         return StepResult(dict(nlls), reached, self.metrics() if means is None else means, seconds)
 
-    def metrics(self) -> Means:
-        return Means.total([self.learner.metrics()])  # a copy: later measurements must not count
+    def metrics(self) -> MetricMeans:
+        return MetricMeans.total([self.learner.metrics()])  # a copy: later measurements must not count
 
 
 Compute = Callable[[Sequence[Loop]], Mapping[Loop, "StepResult | VeneerError | None"]]
@@ -427,7 +427,7 @@ def train(
         for loop in loops:
             loop.stop = flag
             if loop.learner.send is not None:
-                loop.prefetcher = stack.enter_context(Ahead(loop.learner.send))
+                loop.prefetcher = stack.enter_context(Prefetcher(loop.learner.send))
         for loop in loops:
             run(_start, loop)
         while active:
@@ -454,7 +454,7 @@ def train_step(loop: Loop) -> StepResult | None:
         return None
     micros = loop.micros
     parts: dict[int, Tensor] = {}
-    means: Means | None = None
+    means: MetricMeans | None = None
     stopped = loop.stop()
     dealt = loop.deal(micros)
     for place, (index, counts) in enumerate(dealt):
@@ -567,7 +567,7 @@ def _apply(loop: Loop, result: StepResult | None) -> None:
             learned_tokens=step.trained,
             seconds=seconds,
             memory_bytes=peak_memory_bytes(loop.learner.device),
-            extra=Means.total([share.means for share in done]).values(),
+            extra=MetricMeans.total([share.means for share in done]).values(),
         )
     )
     loop.learner.end_step(number)
@@ -608,7 +608,7 @@ def _evaluate_if_due(loop: Loop) -> bool:
     if len(found) < len(scores):
         _stop(loop)
         return False
-    score = Score.total(found)
+    score = EvalResult.total(found)
     if not math.isfinite(score.loss):
         raise TrainingError(
             f"the validation loss after step {progress.step} is not finite",

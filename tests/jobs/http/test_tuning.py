@@ -21,7 +21,7 @@ from veneer.jobs.openai import TuningBody, tuning_config
 from veneer.jobs.store import JobCheckpoint, JobEvent, JobLease, JobStore, OverBudget
 from veneer.jobs.validate import told
 from veneer.library.library import Library, open_library
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.settings import QuotaLimits
@@ -68,7 +68,7 @@ class Jobs:
 class Catalog(ToyCatalog):
     """One that says what an adapter is called where jobs run."""
 
-    def resolve(self, model: str, caller: Principal) -> Served:
+    def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         found = super().resolve(model, caller)
         return replace(found, adapters=(f"library/{found.target}@1",)) if found.mix else found
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from veneer.models.text.offload import HostStore
+from veneer.models.text.offload import ActivationOffloader
 from veneer.ops.step_sizes import COPIES_OUT
 
 LAYERS, SIZE = 7, (5, 64)
@@ -95,7 +95,7 @@ def gradients(layers: list[Layer], run: Callable[..., Tensor], x: Tensor) -> lis
 
 @pytest.mark.parametrize("lane", [InOrder, Late])
 def test_gradients_are_those_of_layers_that_keep_everything_to_the_bit(lane: Callable[[], Any]) -> None:
-    layers, store = [Layer(i) for i in range(LAYERS)], HostStore(lane(), least=1)
+    layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(lane(), least=1)
     for step in range(3):  # later steps use the buffers again
         x = torch.randn(*SIZE, generator=torch.Generator().manual_seed(step))
         plain = gradients(layers, lambda layer, x: layer(x), x)
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_layers_that_keep_everything_to_the_bit(lane: Cal
 
 def test_few_are_on_their_way_and_the_next_one_comes_ahead() -> None:
     lane = Late()
-    layers, store = [Layer(i) for i in range(LAYERS)], HostStore(lane, least=1)
+    layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(lane, least=1)
     gradients(layers, store.checkpoint, torch.randn(*SIZE))
     assert lane.log.count("out") == lane.log.count("back") == LAYERS
     assert lane.most_back == 2  # the one that is wanted, and the one before it
@@ -124,7 +124,7 @@ def test_buffers_are_used_again_and_only_when_nobody_asks_for_them() -> None:
             return super().out(source, into)
 
     lane = Seen()
-    layers, store = [Layer(i) for i in range(LAYERS)], HostStore(lane, least=1)
+    layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(lane, least=1)
     for _ in range(3):
         gradients(layers, store.checkpoint, torch.randn(*SIZE))
         gc.collect()
@@ -138,5 +138,5 @@ def test_buffers_are_used_again_and_only_when_nobody_asks_for_them() -> None:
 
 def test_small_tensors_stay() -> None:
     lane = Late()
-    gradients([Layer(0)], HostStore(lane).checkpoint, torch.randn(*SIZE))
+    gradients([Layer(0)], ActivationOffloader(lane).checkpoint, torch.randn(*SIZE))
     assert not lane.log

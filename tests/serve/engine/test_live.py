@@ -24,10 +24,10 @@ from veneer.models.text.replay import replayed_logps
 from veneer.ops.quantized import quantize
 from veneer.serve.engine.live import live_sampler
 from veneer.train.text.prompts import collate_shared
-from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, SamplerSettings, draw_seed
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplerSettings, SamplingParams, draw_seed
 
 PROMPTS = [tuple(range(5, 45)), tuple(range(60, 67))]
-HOW = Drawing(max_tokens=12)
+HOW = SamplingParams(max_tokens=12)
 
 
 @contextmanager
@@ -47,11 +47,11 @@ def drawing(
             yield base, attachment, sampler
 
 
-def asked(adapter: str = "run", how: Drawing = HOW, each: int = 2) -> list[AnswerWanted]:
-    return [AnswerWanted(p, draw_seed(i, j), how, adapter) for i, p in enumerate(PROMPTS) for j in range(each)]
+def asked(adapter: str = "run", how: SamplingParams = HOW, each: int = 2) -> list[CompletionRequest]:
+    return [CompletionRequest(p, draw_seed(i, j), how, adapter) for i, p in enumerate(PROMPTS) for j in range(each)]
 
 
-def draw(sampler: Sampler, wanted: list[AnswerWanted]) -> list[Rollout]:
+def draw(sampler: Sampler, wanted: list[CompletionRequest]) -> list[Rollout]:
     drawn = sampler.draw(wanted)
     assert drawn is not None
     return drawn
@@ -149,7 +149,7 @@ def test_a_prefix_of_older_values_would_be_seen_in_the_gap(monkeypatch: pytest.M
 
 def test_the_log_probability_of_what_was_drawn_from_is_told_beside_the_models_own() -> None:
     with drawing() as (base, _, sampler):
-        for how in (Drawing(12, temperature=0.6), Drawing(12, top_p=0.6), Drawing(12)):
+        for how in (SamplingParams(12, temperature=0.6), SamplingParams(12, top_p=0.6), SamplingParams(12)):
             drawn = draw(sampler, asked(how=how))
             for r in drawn:
                 with torch.no_grad():
@@ -166,10 +166,10 @@ def test_the_log_probability_of_what_was_drawn_from_is_told_beside_the_models_ow
 def test_grammars_and_limits_hold_and_an_interruption_is_heard() -> None:
     with drawing() as (_, _, sampler):
         pattern = "(yes|no) ?[0-9]{2}"
-        for r in draw(sampler, asked(how=Drawing(12, grammar=("regex", pattern)))):
+        for r in draw(sampler, asked(how=SamplingParams(12, grammar=("regex", pattern)))):
             assert re.fullmatch(pattern, r.text)
         assert all(r.cut == (len(r.tokens) == 12) for r in draw(sampler, asked()))
-        assert sampler.draw(asked(how=Drawing(100)), lambda: True) is None
+        assert sampler.draw(asked(how=SamplingParams(100)), lambda: True) is None
         assert len(draw(sampler, asked())) == 4
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import delta
 from veneer.ops.cpu import compiled
-from veneer.serve.forward.lowrank import BaseLayout, Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
+from veneer.serve.forward.lowrank import AdapterBatch, BaseLayout, Group, PackedAdapter, low_rank_problems, pack_adapter
 
 NATIVE = compiled.usable("lora_rows") is not None
 INPUTS, COLUMNS = 70, (24, 33, 16)
@@ -78,7 +78,7 @@ def test_every_row_has_its_own_mix(dtype: torch.dtype, tolerance: float, dora: b
     ]
     x = torch.randn(19, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
     y = before = base_output(layout, x)
-    segments = Segments.of(layout, spans)
+    segments = AdapterBatch.of(layout, spans)
     assert segments is not None
     y = before.clone()
     (segments.add_reference if reference else segments.add)(0, x, y)
@@ -103,7 +103,7 @@ def test_grouped_products_of_all_adapters_equal_each_alone(device: str, dtype: t
     spans = [(1, 4, [(one, 1.0)]), (4, 9, [(two, -0.5), (one, 0.75)]), (10, 12, [(three, 2.0)])]
     x = torch.randn(13, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
     y = base_output(layout, x).to(device)
-    segments = Segments.of(layout, spans)
+    segments = AdapterBatch.of(layout, spans)
     assert segments is not None
     (segments.add_grouped if device == "cpu" else segments.add)(0, x.to(device), y)
     y = y.cpu()
@@ -125,12 +125,12 @@ def test_a_rows_result_does_not_depend_on_its_batch(threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         together = before.clone()
-        segments = Segments.of(layout, [(i, i + 1, mix) for i, mix in enumerate(mixes)])
+        segments = AdapterBatch.of(layout, [(i, i + 1, mix) for i, mix in enumerate(mixes)])
         assert segments is not None
         segments.add(0, x, together)
         for i, mix in enumerate(mixes):
             alone = before[i : i + 1].clone()
-            own = Segments.of(layout, [(0, 1, mix)])
+            own = AdapterBatch.of(layout, [(0, 1, mix)])
             if own is not None:
                 own.add(0, x[i : i + 1].contiguous(), alone)
             assert torch.equal(alone[0], together[i])
@@ -143,8 +143,10 @@ def test_tables_are_made_again_only_when_who_takes_part_changes() -> None:
     one, two, _ = some_adapters(layout, dora=False)
     x = torch.randn(3, INPUTS).bfloat16()
 
-    def step(mixes: list[list[tuple[PackedAdapter, float]]], before: Segments | None) -> tuple[Segments, Tensor]:
-        segments = Segments.of(layout, [(i, i + 1, m) for i, m in enumerate(mixes)], before)
+    def step(
+        mixes: list[list[tuple[PackedAdapter, float]]], before: AdapterBatch | None
+    ) -> tuple[AdapterBatch, Tensor]:
+        segments = AdapterBatch.of(layout, [(i, i + 1, m) for i, m in enumerate(mixes)], before)
         assert segments is not None
         y = base_output(layout, x)
         segments.add(0, x, y)

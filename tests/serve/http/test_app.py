@@ -19,7 +19,7 @@ from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.principal import Principal
 from veneer.serve.request import Finished, Request, Usage
 from veneer.serve.settings import HttpSettings
-from veneer.serve.staging import Staging
+from veneer.serve.staging import UploadStage
 
 CHAT: Any = {"model": "sql", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30}
 
@@ -334,7 +334,7 @@ def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
                 seen.add(case.call(timeout=20).status_code)
         assert max(seen) < 500, (case.path, case.body)
 
-    staging = Staging(1 << 20)
+    staging = UploadStage(1 << 20)
     with (
         open_library(tmp_path) as library,
         live(

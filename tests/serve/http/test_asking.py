@@ -12,7 +12,7 @@ import pytest
 from tests.serve.whole import Whole, make_shop, served
 from veneer.library.database import reading
 from veneer.serve.http.answers import TextAnswer, finite_logprob
-from veneer.serve.http.asking import AskedTexts, ask_texts
+from veneer.serve.http.asking import TextRequest, ask_texts
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Token
 from veneer.serve.tenancy import manage, routes
@@ -34,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
 def ask(whole: Whole, caller: Principal = OPERATOR, **asked: Any) -> list[TextAnswer]:
     async def all_of_it() -> list[TextAnswer]:
         answers = [TextAnswer() for _ in range(asked.get("n", 1))]
-        async with aclosing(ask_texts(whole.built.service, caller, AskedTexts(MESSAGES, **asked))) as events:
+        async with aclosing(ask_texts(whole.built.service, caller, TextRequest(MESSAGES, **asked))) as events:
             async for i, event in events:
                 answers[i].add(event)
         behind = asyncio.all_tasks() - {asyncio.current_task()}  # a shadow, which goes on when the answer is there
@@ -77,7 +77,7 @@ def test_they_are_billed_kept_and_known_by_their_id(whole: Whole) -> None:
     manage.set_feedback(store, "", FeedbackTerms(1.0), who="me")
     routes.set_route(store, "support", [("plain", 1)], shadow="rs", who="me")
     store.look()
-    first = AskedTexts(MESSAGES).id
+    first = TextRequest(MESSAGES).id
     with reading(store.engine) as c:
         before = sum(row["requests"] for row in usage(c, by=()))
     (answer,) = ask(whole, mix=[("support", 1.0)], max_tokens=4, id=first)
@@ -127,7 +127,7 @@ def test_what_is_in_memory_is_listed_by_the_operators_names(whole: Whole) -> Non
 
 def test_one_that_is_closed_is_cancelled_and_gives_everything_back(whole: Whole) -> None:
     async def first_token() -> None:
-        asked = AskedTexts(MESSAGES, [("plain", 0.5)], n=2, max_tokens=500)
+        asked = TextRequest(MESSAGES, [("plain", 0.5)], n=2, max_tokens=500)
         async with aclosing(ask_texts(whole.built.service, OPERATOR, asked)) as events:
             async for _, event in events:
                 if isinstance(event, Token):

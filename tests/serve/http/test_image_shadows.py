@@ -15,7 +15,7 @@ from tests.serve.http.toy import Noting
 from tests.serve.pictures_here import Names, picture_app, served, shelf_of
 from tests.tiny_image_base import tiny_image_base
 from veneer.models.image.base import load_image
-from veneer.serve.access import BEHIND, Served
+from veneer.serve.access import BEHIND, ResolvedModel
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import PictureRequest
 from veneer.serve.principal import Principal
@@ -26,11 +26,11 @@ class Shadowed(Names):
 
     shadow = ("", "")
 
-    def resolve(self, model: str, caller: Principal) -> Served:
+    def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         if model != "stable":
             return super().resolve(model, caller)
         name, digest = self.shadow
-        return Served(((self.shelf.digest["look"], 1.0),), model, "look", (name, ((digest, 1.0),)))
+        return ResolvedModel(((self.shelf.digest["look"], 1.0),), model, "look", (name, ((digest, 1.0),)))
 
 
 def pixels(b64: str) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 from tests.library.conftest import quick  # noqa: F401
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live, wait_for
 from veneer.library.database import reading
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, make_mix
 from veneer.serve.tenancy import manage, routes
@@ -25,7 +25,7 @@ from veneer.serve.tenancy.tenants import Tenants
 class Shadowed(ToyCatalog):
     """`stable` is sql with one shadow, `canary` with another that is the same, `risky` with one that is gone."""
 
-    def resolve(self, model: str, caller: Principal) -> Served:
+    def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         shadows: dict[str, Any] = {
             "stable": ("polite", make_mix([("d-polite", 1.0)])),
             "canary": ("sql@2", make_mix([("d-sql", 1.0)])),
@@ -33,7 +33,7 @@ class Shadowed(ToyCatalog):
         }
         if model not in shadows:
             return super().resolve(model, caller)
-        return Served(make_mix([("d-sql", 1.0)]), model, "sql", shadows[model], ("sql",))
+        return ResolvedModel(make_mix([("d-sql", 1.0)]), model, "sql", shadows[model], ("sql",))
 
 
 @pytest.fixture

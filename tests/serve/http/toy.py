@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.tiny_base import tiny_tokenizer
-from veneer.serve.access import ModelCard, NoWait, OpenAccess, Served, ShadowAnswer, Tenancy
+from veneer.serve.access import ModelCard, NoWait, OpenAccess, ResolvedModel, ShadowAnswer, Tenancy
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
@@ -207,19 +207,19 @@ class ToyCatalog:
     def check(self, name: str) -> None:
         """Any may be served."""
 
-    def resolve(self, model: str, caller: Principal) -> Served:
+    def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         name = model.removeprefix(f"{self.base}:")
         if name in ("", self.base):
-            return Served((), self.base, self.base)
+            return ResolvedModel((), self.base, self.base)
         if name == "stable":
-            return Served(make_mix([("d-sql", 1.0)]), model, "sql", ("polite", make_mix([("d-polite", 1.0)])))
+            return ResolvedModel(make_mix([("d-sql", 1.0)]), model, "sql", ("polite", make_mix([("d-polite", 1.0)])))
         card = self._card(name, caller)
-        return Served(make_mix([(card.digest, 1.0)]), model, card.id)
+        return ResolvedModel(make_mix([(card.digest, 1.0)]), model, card.id)
 
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> ResolvedModel:
         found = [(self._card(name, caller).digest, strength) for name, strength in parts]
         name = "+".join(f"{n}:{s:g}" for n, s in parts)
-        return Served(make_mix(found), name, name)
+        return ResolvedModel(make_mix(found), name, name)
 
     def _card(self, name: str, caller: Principal) -> ModelCard:
         card = self.adapters.get(name)
@@ -272,12 +272,12 @@ class ToyTenancy(Tenancy):
             return Principal("tenant", "acme", lambda name: name in ("sql", "stable"), user)
         raise Refused("this key is not known", status=401, code="unauthorized")
 
-    def shares(self, caller: Principal, served: Served) -> str:
+    def shares(self, caller: Principal, served: ResolvedModel) -> str:
         return caller.tenant
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[ToyBill]:
         if caller.tenant and max_tokens > 40:
             raise Refused("beyond this minute's tokens", status=429, code="rate_limited", retry_after=7)

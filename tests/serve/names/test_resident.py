@@ -6,7 +6,7 @@ import pytest
 
 from tests.serve.shop import LETTERS, UNIT, Asked, Shop, Thing
 from veneer.errors import AdapterError
-from veneer.serve.names.resident import Lease, Residents
+from veneer.serve.names.resident import AdapterCache, Lease
 from veneer.serve.request import Refused
 
 
@@ -308,7 +308,7 @@ def test_dropped_while_it_comes() -> None:
 
 def test_dropped_and_loaded_again() -> None:
     shop = Shop(LETTERS)
-    residents = Residents(shop.read, shop.prepare, limit_bytes=4 * UNIT)
+    residents = AdapterCache(shop.read, shop.prepare, limit_bytes=4 * UNIT)
     residents.load("a")
     lease = residents.acquire((("a", 1.0),), lambda result: None)
     assert lease is not None
@@ -323,7 +323,7 @@ def test_dropped_and_loaded_again() -> None:
 
 def test_load_takes_what_was_read_already_and_waits() -> None:
     shop = Shop(LETTERS)
-    residents = Residents(shop.read, shop.prepare, limit_bytes=4 * UNIT)
+    residents = AdapterCache(shop.read, shop.prepare, limit_bytes=4 * UNIT)
     residents.load("a", shop.read("a"))
     assert shop.reads == ["a"]
     assert residents.resident() == {"a": UNIT}

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.serve.shop import LETTERS, UNIT, Asked, Shop, Thing
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
-from veneer.serve.names.resident import Lease, Residents
+from veneer.serve.names.resident import AdapterCache, Lease
 from veneer.serve.request import Refused, make_mix
 
 
@@ -166,7 +166,7 @@ def test_many_threads() -> None:
     """Requests from many threads over real loaders: limits hold, all are served, nothing is left behind."""
     sizes = {str(i): 1 + i % 3 for i in range(12)}
     shop = Shop(sizes)
-    residents = Residents(shop.read, shop.prepare, limit_bytes=8 * UNIT, patience=0.001)
+    residents = AdapterCache(shop.read, shop.prepare, limit_bytes=8 * UNIT, patience=0.001)
     served, errors = [0] * 6, list[BaseException]()
 
     def client(n: int) -> None:
@@ -219,7 +219,7 @@ def test_a_slow_disk_holds_up_only_who_waits_for_it() -> None:
             assert gate.wait(30)
         return shop.read(digest)
 
-    residents = Residents(read, shop.prepare, limit_bytes=4 * UNIT)
+    residents = AdapterCache(read, shop.prepare, limit_bytes=4 * UNIT)
     slow: SimpleQueue[Lease[Thing] | Refused] = SimpleQueue()
     assert residents.acquire((("a", 1.0),), slow.put) is None
     residents.load("b")  # another loader
@@ -240,7 +240,7 @@ def test_memory_is_really_given_back() -> None:
         made.extend([weakref.ref(adapter), weakref.ref(adapter.pairs[digest].A)])
         return adapter
 
-    residents = Residents(read, shop.prepare, limit_bytes=4 * UNIT)
+    residents = AdapterCache(read, shop.prepare, limit_bytes=4 * UNIT)
     residents.load("a")
     gc.collect()
     assert [ref() for ref in made] == [None, None], "on a CPU only what was prepared stays"

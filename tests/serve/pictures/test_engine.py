@@ -22,7 +22,7 @@ from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.adapters.use import load_adapter
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
-from veneer.imaging.adapters import Mixer
+from veneer.imaging.adapters import ImagePipeline
 from veneer.imaging.remake import read_recipe, remake
 from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
@@ -320,7 +320,7 @@ def test_a_picture_is_made_again_from_the_library(base: ImageBase, shelf: Shelf,
         asked = ask(3, (kept.digest["brand"], 0.7), labels={kept.digest["brand"]: "brand"})
         made = drawn(engine, asked)[0].made
     wanted = read_recipe(made.save(tmp_path / "out.png"))
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         assert levels(remake(mixer, wanted).image, made.image) == 0
 
 

@@ -26,7 +26,7 @@ from sqlalchemy import Connection, select
 
 from tests.forks import expect, fork
 from veneer.library.database import reading
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Usage
 from veneer.serve.settings import LedgerSettings
@@ -59,7 +59,7 @@ def opened(url: str, folder: Path, *, watch: bool = False) -> Tenants:
 async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any]], Any], pause: float) -> None:
     """What a surface does: admit, send words, bill, send the last."""
     took, pick = answer(request), random.Random(f"{request}-")
-    served = Served((), "support", pick.choice(["v1", "v2"]))
+    served = ResolvedModel((), "support", pick.choice(["v1", "v2"]))
     async with tenants.admitted(
         Principal("tenant", tenant_of(request)),
         served,
@@ -213,7 +213,7 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
             took = answer(f"s{step}-x")
             async with tenants.admitted(
                 Principal("tenant", "t0"),
-                Served((), "n", "v1"),
+                ResolvedModel((), "n", "v1"),
                 request=f"s{step}-x",
                 prompt_tokens=took.prompt,
                 max_tokens=5,
@@ -271,7 +271,7 @@ def feedback(url: str, folder: Path, told: int, step: int) -> None:
         os.write(told, (json.dumps([what, answer]) + "\n").encode())
 
     def keep(answer: str, user: str) -> None:
-        took = tenants.keeping(Principal("tenant", "t0", user=user), Served((), "support", "support"), answer)
+        took = tenants.keeping(Principal("tenant", "t0", user=user), ResolvedModel((), "support", "support"), answer)
         assert took is not None
         took({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": f"to {answer}"}])
 

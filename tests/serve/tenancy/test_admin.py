@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.admin import admin_router
@@ -101,7 +101,7 @@ def test_limits_prices_routes_usage_and_audit(call: Call, tenants: Tenants) -> N
     assert call("GET", "/shadows", route="acme/support").json() == {"summary": [], "comparisons": []}
 
     async def one() -> None:
-        served = Served((), "support", "v1")
+        served = ResolvedModel((), "support", "v1")
         async with tenants.admitted(
             Principal("tenant", "acme"), served, request="a", prompt_tokens=1, max_tokens=1
         ) as bill:

@@ -11,7 +11,7 @@ import pytest
 from tests.serve.tenancy.conftest import Clock
 from veneer.errors import ConfigError
 from veneer.library.database import reading
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused
@@ -25,7 +25,7 @@ NOW = 1_800_001_000.0
 
 
 def keep(tenants: Tenants, id: str, user: str, text: str, asked: str = "Hi", tenant: str = "acme") -> None:
-    took = tenants.keeping(Principal("tenant", tenant, user=user), Served((), "support", "support"), id)
+    took = tenants.keeping(Principal("tenant", tenant, user=user), ResolvedModel((), "support", "support"), id)
     assert took is not None
     took({"messages": [{"role": "user", "content": asked}]}, [{"role": "assistant", "content": text}])
 

@@ -29,7 +29,7 @@ from tests.serve.tenancy.conftest import Clock
 from tests.serve.tenancy.test_tenants import ask, refused, rows, run
 from veneer.errors import ResourceError
 from veneer.library.database import reading, write_transaction
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
@@ -47,7 +47,7 @@ ADMIN = "an admin key of some length"
 
 async def mixed(tenants: Tenants, request: str, took: Usage, *parts: tuple[str, float]) -> None:
     mix = tuple((f"d-{name.partition('@')[0]}", strength) for name, strength in parts)
-    served = Served(mix, "the client's text", "the client's text", adapters=tuple(name for name, _ in parts))
+    served = ResolvedModel(mix, "the client's text", "the client's text", adapters=tuple(name for name, _ in parts))
     async with tenants.admitted(
         Principal("tenant", "acme"), served, request=request, prompt_tokens=1, max_tokens=1
     ) as bill:
@@ -105,7 +105,7 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
         for n in range(120):
             parts = pick.sample([("a@1", 0.5), ("b", 1.0), ("c@3", -1.0)], pick.randrange(0, 4))
             mix = tuple((f"d-{name}", strength) for name, strength in parts)
-            served = Served(mix, "x", "tiny", adapters=tuple(name for name, _ in parts))
+            served = ResolvedModel(mix, "x", "tiny", adapters=tuple(name for name, _ in parts))
             clock.now += 40_000 * (pick.random() < 0.1)
             tenant = Principal("tenant", pick.choice(["acme", "globex"]))
             async with tenants.admitted(tenant, served, request=f"r{n}", prompt_tokens=9, max_tokens=9) as bill:
@@ -179,7 +179,7 @@ def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_
     other = Tenants(where, ledger=LedgerSettings(folder=quick / "other"), watch=False)
 
     async def work() -> None:
-        served = Served((), "tiny", "tiny")
+        served = ResolvedModel((), "tiny", "tiny")
         async with lost.admitted(Principal("tenant", "t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
             assert lost.ledger.flush()
             assert other.ledger.recover() == {"done": 0, "interrupted": 0}  # it was seen a moment ago
@@ -215,7 +215,7 @@ def test_two_servers_on_one_folder_leave_each_other_alone(quick: Path) -> None:
     first, second = Tenants(where, ledger=kept, watch=False), Tenants(where, ledger=kept, watch=False)
 
     async def work() -> None:
-        served = Served((), "tiny", "tiny")
+        served = ResolvedModel((), "tiny", "tiny")
         async with first.admitted(Principal("tenant", "t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
             assert first.ledger.flush()
             assert second.ledger.recover() == {"done": 0, "interrupted": 0}
@@ -398,7 +398,7 @@ def test_a_locked_sqlite_file_refuses_new_requests_and_keeps_the_ends_of_others(
     tenants = Tenants(str(quick / "t.sqlite"), ledger=LedgerSettings(folder=quick / "outbox"), watch=False)
 
     async def work() -> None:
-        served, caller = Served((), "tiny", "tiny"), Principal("tenant", "t")
+        served, caller = ResolvedModel((), "tiny", "tiny"), Principal("tenant", "t")
         async with tenants.admitted(caller, served, request="a", prompt_tokens=1, max_tokens=1) as bill:
             locked = sqlite3.connect(quick / "t.sqlite", isolation_level=None)
             locked.execute("BEGIN IMMEDIATE")
@@ -440,7 +440,7 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
         )
         manage.add_tenant(tenants.store, "acme", who="me")
         _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
-        served = Served((), "tiny", "tiny")
+        served = ResolvedModel((), "tiny", "tiny")
         refusals: list[tuple[int, str, str]] = []
 
         async def one(name: str) -> float:

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from tests.serve.tenancy.conftest import Clock
 from veneer.errors import ConfigError
 from veneer.library.database import reading
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
@@ -49,7 +49,7 @@ async def ask(
     target: str = "v1",
     adapters: tuple[str, ...] = (),
 ) -> None:
-    served = Served(tuple((f"d-{name}", 0.5) for name in adapters), "support", target, adapters=adapters)
+    served = ResolvedModel(tuple((f"d-{name}", 0.5) for name in adapters), "support", target, adapters=adapters)
     async with tenants.admitted(caller, served, request=request, prompt_tokens=prompt, max_tokens=most) as bill:
         if took is not None:
             bill.used(took)
@@ -209,7 +209,7 @@ def test_what_was_reserved_and_not_used_is_given_back(tenants: Tenants, clock: C
     acme = Principal("tenant", "acme")
 
     async def work() -> None:
-        served = Served((), "support", "v1")
+        served = ResolvedModel((), "support", "v1")
         async with tenants.admitted(acme, served, request="a", prompt_tokens=40, max_tokens=60) as bill:
             with pytest.raises(Refused, match="1 requests running"):
                 await ask(tenants, acme, "b", None)
@@ -318,7 +318,7 @@ def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest
     acme = Principal("tenant", "acme")
 
     async def work() -> None:
-        served = Served((), "support", "v1")
+        served = ResolvedModel((), "support", "v1")
         async with tenants.admitted(acme, served, request="a", prompt_tokens=1, max_tokens=1) as bill:
             again = await asyncio.gather(
                 ask(tenants, acme, "a", None), ask(tenants, acme, "b", None), return_exceptions=True

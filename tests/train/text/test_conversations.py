@@ -20,7 +20,7 @@ from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Answer
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
 from veneer.train.text.render import Renderer
-from veneer.train.text.rollouts import AnswerWanted, Drawing, SamplerSettings
+from veneer.train.text.rollouts import CompletionRequest, SamplerSettings, SamplingParams
 
 REPLY = """
 def reply(sample, item):
@@ -54,8 +54,8 @@ def held(
     """Conversations in which every turn of the model's is three letters."""
     text = base.tokenizer.apply_chat_template(list(PROMPT), tokenize=False, add_generation_prompt=True)
     ids = tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"])
-    how = Drawing(most, grammar=("regex", "[a-z]{3}"))
-    asked = [AnswerWanted(ids, seed, how) for seed in range(len(rows))]
+    how = SamplingParams(most, grammar=("regex", "[a-z]{3}"))
+    asked = [CompletionRequest(ids, seed, how) for seed in range(len(rows))]
     with (
         attach(base.model) as attachment,
         live_sampler(base, attachment, SamplerSettings(rows=4)) as sampler,

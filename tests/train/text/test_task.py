@@ -33,7 +33,7 @@ from veneer.files.safetensors import read_tensors
 from veneer.formats import peft
 from veneer.formats.card import read_card
 from veneer.models.text.base import TextBase, load_text
-from veneer.models.text.offload import HostStore
+from veneer.models.text.offload import ActivationOffloader
 from veneer.train import checkpoint, loop
 from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE
@@ -463,7 +463,7 @@ def test_activations_leave_the_card_of_the_base(shared: Path, tmp_path: Path, mo
     own = Run(config, tmp_path, ALONE, lambda event: None, [])
     assert host_store(config, base, own) is None  # on a CPU, there is no other memory to offload to
     base.unread, base.device = object(), torch.device("cuda", 1)  # type: ignore[assignment]
-    assert isinstance(host_store(config, base, own), HostStore)
+    assert isinstance(host_store(config, base, own), ActivationOffloader)
     assert streams == [torch.device("cuda", 1)]
 
 
@@ -473,5 +473,5 @@ def test_activations_of_layers_that_keep_them_where_they_are_are_not_said_to_be_
             """As of a model whose layers call torch's own function."""
 
     with pytest.raises(ConfigError, match="another place") as error:
-        recompute_activations(Keeps(2, 2), HostStore(InOrder()))
+        recompute_activations(Keeps(2, 2), ActivationOffloader(InOrder()))
     assert error.value.where == "memory.offload_activations"

@@ -36,7 +36,7 @@ from veneer.jobs.tinker.service import TinkerService, TrainingRun
 from veneer.jobs.tinker.trainer import Lora
 from veneer.jobs.tinker.wire import read_head
 from veneer.library.library import Library
-from veneer.serve.access import Bill, Served
+from veneer.serve.access import Bill, ResolvedModel
 from veneer.serve.http.bodies import Strict, read_body
 from veneer.serve.http.errors import Json, log, message_of
 from veneer.serve.http.guard import needs
@@ -291,7 +291,7 @@ async def tinker_blocking(do: Callable[[], T]) -> T:
 
 def _training(call: Call, run: TrainingRun, seq: int, tokens: int) -> AbstractAsyncContextManager[Bill]:
     name = trained_name(run.name)
-    served, number = Served((), name, name, trained=True), f"{run.id}:{seq}-{secrets.token_hex(3)}"
+    served, number = ResolvedModel((), name, name, trained=True), f"{run.id}:{seq}-{secrets.token_hex(3)}"
     return call.http.tenancy.admitted(call.caller, served, request=number, prompt_tokens=tokens, max_tokens=0)
 
 

@@ -34,7 +34,7 @@ from veneer.jobs.http.tinker import (
 from veneer.jobs.tinker.journal import FutureResult
 from veneer.jobs.tinker.service import SamplerSource
 from veneer.jobs.tinker.wire import WireSample, sample_bytes
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.http.answers import TextAnswer, TextJob, run
 from veneer.serve.http.bodies import Strict
 from veneer.serve.http.errors import Json, as_refused, message_of
@@ -271,7 +271,7 @@ def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
     )
 
 
-def _served(call: Call, source: SamplerSource) -> Served:
+def _served(call: Call, source: SamplerSource) -> ResolvedModel:
     catalog = call.http.catalog
     if not source.digest:
         return catalog.resolve(source.reference or catalog.base, call.caller)
@@ -280,7 +280,7 @@ def _served(call: Call, source: SamplerSource) -> Served:
         fix = "save_weights_for_sampler(name) keeps what is to be asked for longer"
         raise Refused(what, status=410, code="gone", fix=fix)
     catalog.shelf.remember(source.digest, AdapterPlace(source.name, path=Path(source.folder)))
-    return Served(((source.digest, 1.0),), source.name, source.name, adapters=(source.name,))
+    return ResolvedModel(((source.digest, 1.0),), source.name, source.name, adapters=(source.name,))
 
 
 def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer], prompt: int) -> bytes:

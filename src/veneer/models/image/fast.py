@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from veneer.core.targets import base_of
 from veneer.models.compat_diffusers import DIFFUSERS
-from veneer.models.swap import FastReport, Join, random_input, replace_forward, same_dtype, without_dropout
+from veneer.models.swap import FastReport, FusedProjection, random_input, replace_forward, same_dtype, without_dropout
 from veneer.ops.attention import cross_attention, joint_attention
 from veneer.ops.conv import live_conv
 from veneer.ops.cpu import memory
@@ -119,7 +119,7 @@ def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *a
     return "" if same else "its result differs"
 
 
-def _product(join: Join, x: Tensor) -> Tensor | None:
+def _product(join: FusedProjection, x: Tensor) -> Tensor | None:
     """Return the joined projections of x, or None if the modules must be called.
 
     This is the case if a module has hooks, or if x has another dtype."""
@@ -127,7 +127,7 @@ def _product(join: Join, x: Tensor) -> Tensor | None:
     return None if joined is None else linear(x, joined)
 
 
-def _map(join: Join, x: Tensor) -> LinearMap | None:
+def _map(join: FusedProjection, x: Tensor) -> LinearMap | None:
     """Return the joined projections, or None if x cannot be multiplied as it is."""
     joined = join.linear_map()
     return None if joined is None or not same_dtype(x, joined.weight) else joined
@@ -194,7 +194,7 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
         return "its projections are not plain linears"
     if not _frozen(norms):
         return _NORMS
-    joins = [Join(own, undo)] + ([Join(added, undo)] if added is not None else [])
+    joins = [FusedProjection(own, undo)] + ([FusedProjection(added, undo)] if added is not None else [])
     like = base_of(own[0]).weight
     assert isinstance(like, Tensor)
     x = random_input(2, 12, like.shape[1], like=like)
@@ -248,7 +248,7 @@ class _Turns:
 
 
 def _flux_forward(
-    original: Callable[..., Any], joins: list[Join], norms: list[Any], head_dim: int
+    original: Callable[..., Any], joins: list[FusedProjection], norms: list[Any], head_dim: int
 ) -> Callable[..., Any]:
     turns = _Turns()
     eps = float(norms[0].eps)
@@ -294,7 +294,7 @@ def _flux2_feed_forward(module: Any, undo: ExitStack) -> str:
     first, last = _parts(module, "linear_in"), _parts(module, "linear_out")
     if first is None or last is None or type(module.act_fn).__name__ != "Flux2SwiGLU":
         return "its projections are not plain linears"
-    gate_up, down = Join(first, undo), Join(last, undo)
+    gate_up, down = FusedProjection(first, undo), FusedProjection(last, undo)
     original = type(module).forward
 
     def forward(self: Any, x: Tensor) -> Any:
@@ -319,7 +319,7 @@ def _flux2_parallel(module: Any, undo: ExitStack) -> str:
         return "its projections are not plain linears"
     if not _frozen(norms):
         return _NORMS
-    join, out, turns, eps = Join(first, undo), Join(last, undo), _Turns(), float(norms[0].eps)
+    join, out, turns, eps = FusedProjection(first, undo), FusedProjection(last, undo), _Turns(), float(norms[0].eps)
     original = type(module).forward
 
     def forward(
@@ -437,16 +437,18 @@ def _unet_attention(module: Any, undo: ExitStack) -> str:
     if not plain or q is None or kv is None or last is None:
         return "it has norms or projections of its own"
     crossed = bool(module.is_cross_attention)
-    joins = [Join(q, undo), Join(kv, undo)] if crossed else [Join([*q, *kv], undo)]
+    joins = [FusedProjection(q, undo), FusedProjection(kv, undo)] if crossed else [FusedProjection([*q, *kv], undo)]
     like, other = base_of(q[0]).weight, base_of(kv[0]).weight
     assert isinstance(like, Tensor)
     assert isinstance(other, Tensor)
     given = {"encoder_hidden_states": random_input(2, 3, other.shape[1], like=other)} if crossed else {}
-    forward = _unet_forward(type(module).forward, joins, Join(last, undo))
+    forward = _unet_forward(type(module).forward, joins, FusedProjection(last, undo))
     return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like), **given)
 
 
-def _unet_forward(original: Callable[..., Any], joins: list[Join], last: Join) -> Callable[..., Any]:
+def _unet_forward(
+    original: Callable[..., Any], joins: list[FusedProjection], last: FusedProjection
+) -> Callable[..., Any]:
     def forward(
         self: Any,
         hidden_states: Tensor,

@@ -31,7 +31,7 @@ from veneer.models.compat_transformers import PRE_NORM_LAYERS, own_attention, re
 from veneer.models.shard import CallWithWeights, Sharded, call_whole
 from veneer.models.swap import (
     FastReport,
-    Join,
+    FusedProjection,
     keep_dequantized,
     keep_packed,
     marked,
@@ -178,7 +178,7 @@ def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack
         except OtherKind as why:
             report.left[kind] = str(why)
             continue
-        join, down = Join(parts, undo, move=move), Join([last], undo)
+        join, down = FusedProjection(parts, undo, move=move), FusedProjection([last], undo)
         replace_forward(module, _mlp_forward(type(module).forward, join, down, act), undo)
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
         report.joins += [join, down]
@@ -194,7 +194,9 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _mlp_forward(original: Callable[..., Any], join: Join, down: Join, act: str) -> Callable[..., Tensor]:
+def _mlp_forward(
+    original: Callable[..., Any], join: FusedProjection, down: FusedProjection, act: str
+) -> Callable[..., Tensor]:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         first, last = join.linear_map(), down.linear_map()
         if first is None or last is None or not same_dtype(x, first.weight):
@@ -339,7 +341,7 @@ def _swap_attention(
             continue
         parts = _attention_parts(module)
         if parts is not None:
-            join, out = Join(parts[:3], undo, move=move), Join(parts[3:], undo)
+            join, out = FusedProjection(parts[:3], undo, move=move), FusedProjection(parts[3:], undo)
             replace_forward(module, _attention_forward(type(module).forward, join, out, norms), undo)
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
             report.joins += [join, out]
@@ -382,7 +384,10 @@ def _head_norms(module: Any, report: FastReport) -> tuple[list[nn.Module], HeadN
 
 
 def _attention_forward(
-    original: Callable[..., Any], join: Join, out: Join, norms: tuple[list[nn.Module], HeadNorms] | None
+    original: Callable[..., Any],
+    join: FusedProjection,
+    out: FusedProjection,
+    norms: tuple[list[nn.Module], HeadNorms] | None,
 ) -> Callable[..., Any]:
     head_norms = None if norms is None else norms[1]
 

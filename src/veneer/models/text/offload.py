@@ -1,6 +1,6 @@
 """Keep the inputs of recomputed layers in CPU memory until the backward pass.
 
-    store = HostStore(CudaLane(device))
+    store = ActivationOffloader(CudaLane(device))
     y = store.checkpoint(layer, x)        like torch.utils.checkpoint; x is on the host until y's gradient
 
 A recomputed layer keeps only its input: e·tokens·hidden bytes. Over all layers these inputs are the memory
@@ -87,7 +87,7 @@ class _Waiting:
         self.coming: tuple[Tensor, Any] | None = None
 
 
-class HostStore:
+class ActivationOffloader:
     """Offloads layer inputs to the host.
 
     `least`: minimum size in bytes of a tensor to offload."""

@@ -35,7 +35,7 @@ from veneer.serve.engine.sampler import SampledRow, SampledToken, sample, scored
 from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence, StepCost
 from veneer.serve.forward.paged import BLOCK
 from veneer.serve.forward.runner import Prepared, Runner, RunnerRow
-from veneer.serve.names.resident import Lease, Residents
+from veneer.serve.names.resident import AdapterCache, Lease
 from veneer.serve.names.shelf import Problems
 from veneer.serve.outage import fault
 from veneer.serve.request import (
@@ -117,7 +117,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             batch_invariant=settings.batch_invariant,
             context=settings.context,
         )
-        self.residents: Residents[Prepared] = Residents(
+        self.residents: AdapterCache[Prepared] = AdapterCache(
             lambda digest: read(digest, self.problems),
             self.runner.prepare,
             limit_bytes=settings.adapter_bytes,

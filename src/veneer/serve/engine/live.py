@@ -3,7 +3,7 @@ values.
 
     with attach(model) as attachment, live_sampler(base, attachment) as sampler, fast(model):
         attachment.add("run", adapter, trainable=True)
-        answers = sampler.draw([AnswerWanted(prompt, seed, Drawing(), "run"), …])      from the current values
+        answers = sampler.draw([CompletionRequest(prompt, seed, Drawing(), "run"), …])      from the current values
 
 Uses the engine's continuous batching, prefix caching for answers that share a prompt, and grammars. It
 multiplies by the base's own weights in place; quantized weights stay quantized. Adapters are identified by
@@ -36,12 +36,12 @@ from veneer.ops.device_transfer import sent
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.engine.sampler import scored
 from veneer.serve.forward.llama import LlamaForward
-from veneer.serve.forward.lowrank import PackedAdapter, Segments, low_rank_problems, pack_adapter
+from veneer.serve.forward.lowrank import AdapterBatch, PackedAdapter, low_rank_problems, pack_adapter
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
 from veneer.serve.forward.runner import Runner, block_bytes
 from veneer.serve.request import BASE, DigestMix, Finished, Request, Sampling, Started, Token
 from veneer.serve.settings import EngineSettings
-from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, SamplerSettings
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplerSettings
 
 _LOOK = 0.1
 """Seconds between checks for an interrupt."""
@@ -98,7 +98,7 @@ class _LiveSampler(Sampler):
         return low_rank_problems(self.attachment.adapters[adapter], self.runner.layout)
 
     def draw(
-        self, asked: Sequence[AnswerWanted], interrupted: Callable[[], bool] = lambda: False
+        self, asked: Sequence[CompletionRequest], interrupted: Callable[[], bool] = lambda: False
     ) -> list[Rollout] | None:
         mixes: dict[str, DigestMix] = {"": BASE}
         fresh: dict[str, Adapter] = {}
@@ -113,7 +113,7 @@ class _LiveSampler(Sampler):
         return self.thread.submit(asyncio.run, self._all(asked, mixes, interrupted)).result()
 
     async def _all(
-        self, asked: Sequence[AnswerWanted], mixes: dict[str, DigestMix], interrupted: Callable[[], bool]
+        self, asked: Sequence[CompletionRequest], mixes: dict[str, DigestMix], interrupted: Callable[[], bool]
     ) -> list[Rollout] | None:
         """Run all requests; the first of each prompt starts alone.
 
@@ -122,7 +122,7 @@ class _LiveSampler(Sampler):
         ahead: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
         many = Counter((one.adapter, one.prompt) for one in asked)
 
-        async def one(wanted: AnswerWanted) -> Rollout:
+        async def one(wanted: CompletionRequest) -> Rollout:
             key = (wanted.adapter, wanted.prompt)
             if key in ahead:
                 await ahead[key].wait()
@@ -147,7 +147,7 @@ class _LiveSampler(Sampler):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, wanted: AnswerWanted, mix: DigestMix, begun: asyncio.Event | None) -> Rollout:
+    async def _one(self, wanted: CompletionRequest, mix: DigestMix, begun: asyncio.Event | None) -> Rollout:
         how = wanted.how
         sampling = Sampling(
             max_tokens=how.max_tokens,
@@ -266,7 +266,7 @@ class _EngineReplay(Replay):
         self.made, self.before = sent(rows.made, device), sent(rows.before, device)
         computed = ids[sent(rows.places, device)]
         spans = [] if packed is None else [(0, len(computed), [(packed, 1.0)])]
-        segments = Segments.of(self.layout, spans) if spans else None
+        segments = AdapterBatch.of(self.layout, spans) if spans else None
         self._layers = self.llama.each_layer(computed, PackedRows.of(rows.rows, device), segments)
 
     @torch.no_grad()
@@ -284,7 +284,7 @@ class _EngineReplay(Replay):
             x = hidden[self.before[places]]
             segments = None
             if self.packed is not None and head in self.packed.groups:
-                segments = Segments.of(self.layout, [(0, len(x), [(self.packed, 1.0)])])
+                segments = AdapterBatch.of(self.layout, [(0, len(x), [(self.packed, 1.0)])])
             logits = self.llama.logits(x, segments)
             found = scored(logits, self.ids[places], [0] * len(places))
             out += [token.logprob or 0.0 for token in found]

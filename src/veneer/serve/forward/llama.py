@@ -25,7 +25,7 @@ from veneer.ops.mlp import gated
 from veneer.ops.norms import normed
 from veneer.ops.weight_layouts import PrepackedWeight
 from veneer.ops.weight_panels import Panels
-from veneer.serve.forward.lowrank import BaseLayout, Group, Segments
+from veneer.serve.forward.lowrank import AdapterBatch, BaseLayout, Group
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
 from veneer.serve.forward.weights import in_blocks, invariant
 
@@ -82,13 +82,13 @@ class LlamaForward:
     rows: int = 0
     """Rows per block of row-wise functions (packed.in_blocks); 0: all at once."""
 
-    def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Tensor:
+    def hidden(self, ids: Tensor, batch: PackedRows, segments: AdapterBatch | None) -> Tensor:
         """The normed output of the last layer, (tokens, dim)."""
         x = self._embedded(ids, segments)
         self._run(x, range(len(self.blocks)), batch, segments)
         return self._normed(x, self.norm)
 
-    def each_layer(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Iterator[Tensor]:
+    def each_layer(self, ids: Tensor, batch: PackedRows, segments: AdapterBatch | None) -> Iterator[Tensor]:
         """Yield the output of each layer, (tokens, dim), then the normed output.
 
         The bits equal those of `hidden`. Each yielded tensor is overwritten by the next layer. All layers can
@@ -100,13 +100,13 @@ class LlamaForward:
             yield x
         yield self._normed(x, self.norm)
 
-    def _embedded(self, ids: Tensor, segments: Segments | None) -> Tensor:
+    def _embedded(self, ids: Tensor, segments: AdapterBatch | None) -> Tensor:
         x = F.embedding(ids, self.embedding)
         if segments is not None:
             segments.embed(ids, x)
         return x
 
-    def _run(self, x: Tensor, layers: range, batch: PackedRows, segments: Segments | None) -> None:
+    def _run(self, x: Tensor, layers: range, batch: PackedRows, segments: AdapterBatch | None) -> None:
         """Run these layers in place."""
         if self._table is not None and (segments is None or not segments.gains):
             self._decode(x, self._table, layers, batch, segments)
@@ -166,7 +166,9 @@ class LlamaForward:
         wide = out.out + (2 * pages.heads + 2 * pages.kv) * pages.d + 3 * ffn
         return _Table(library.decode, torch.tensor(rows), sizes, torch.tensor([self.eps, self.scale]), wide)
 
-    def _decode(self, x: Tensor, table: _Table, layers: range, batch: PackedRows, segments: Segments | None) -> None:
+    def _decode(
+        self, x: Tensor, table: _Table, layers: range, batch: PackedRows, segments: AdapterBatch | None
+    ) -> None:
         rotary, room = self.blocks[0].rotary, x.new_empty(len(x) * table.room)
         pointers = (0,) * 7 if segments is None else segments.pointers(x, 4 * layers.start)
         table.run(
@@ -190,7 +192,7 @@ class LlamaForward:
             torch.get_num_threads(),
         )
 
-    def _layer_by_layer(self, x: Tensor, layers: range, batch: PackedRows, segments: Segments | None) -> None:
+    def _layer_by_layer(self, x: Tensor, layers: range, batch: PackedRows, segments: AdapterBatch | None) -> None:
         pages = self.pages
         for i in layers:
             block = self.blocks[i]
@@ -208,7 +210,7 @@ class LlamaForward:
             h = in_blocks(lambda part: gated(part, "silu"), both, self.rows)
             _add_onto(x, h, block.down, None, segments, 4 * i + 3)
 
-    def logits(self, x: Tensor, segments: Segments | None) -> Tensor:
+    def logits(self, x: Tensor, segments: AdapterBatch | None) -> Tensor:
         out = self.head(x, self.head_bias)
         if segments is not None:
             segments.add(4 * len(self.blocks), x, out)
@@ -300,7 +302,7 @@ def llama_forward(
 
 
 def _add_onto(
-    x: Tensor, h: Tensor, weight: PrepackedWeight, bias: Tensor | None, segments: Segments | None, g: int
+    x: Tensor, h: Tensor, weight: PrepackedWeight, bias: Tensor | None, segments: AdapterBatch | None, g: int
 ) -> None:
     """x += h·Wᵀ + b and its low-rank products, in place."""
     y = None

@@ -281,7 +281,7 @@ class _Tables:
 
 
 @dataclass(eq=False)
-class Segments:
+class AdapterBatch:
     """The rows of one batch by adapter.
 
     `spans`: (first row, end, mix) of each run of rows with the same mix.
@@ -314,8 +314,8 @@ class Segments:
         cls,
         layout: BaseLayout,
         spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]],
-        before: Segments | None = None,
-    ) -> Segments | None:
+        before: AdapterBatch | None = None,
+    ) -> AdapterBatch | None:
         """Build from spans; None if no row has an adapter.
 
         `before`: the last step's segments, whose tables are reused if the adapters are the same.

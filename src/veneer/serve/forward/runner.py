@@ -29,7 +29,7 @@ from veneer.core.attach import Attachment, attach, fit_problems
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, ResourceError
 from veneer.models.config import layer_heads
-from veneer.models.swap import Join
+from veneer.models.swap import FusedProjection
 from veneer.models.text.attention import AttentionSettings, attending, divert_attention, new_cache
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import route_experts
@@ -48,7 +48,7 @@ from veneer.ops.weight_layouts import (
 )
 from veneer.ops.weight_panels import panels_here, panels_of_codes
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
-from veneer.serve.forward.lowrank import Group, PackedAdapter, Segments, low_rank_problems, pack_adapter
+from veneer.serve.forward.lowrank import AdapterBatch, Group, PackedAdapter, low_rank_problems, pack_adapter
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
 from veneer.serve.forward.threads import ThreadTuner
 from veneer.serve.forward.weights import ROWS, Coded
@@ -157,7 +157,7 @@ class Runner:
         for own in self.pages:
             own.tiles = batch_invariant
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
-        self._segments: Segments | None = None
+        self._segments: AdapterBatch | None = None
         self.llama: LlamaForward | None = None
         self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # of the fused path, by joined modules
         self._pasts: dict[int, Any] = {}
@@ -271,7 +271,7 @@ class Runner:
             for a, b, mix in zip(batch.bounds, batch.bounds[1:], mixes, strict=False)
             if mix
         ]
-        segments = Segments.of(self.layout, spans, self._segments) if spans else None  # type: ignore[arg-type]
+        segments = AdapterBatch.of(self.layout, spans, self._segments) if spans else None  # type: ignore[arg-type]
         self._segments = segments or self._segments
         hidden = llama.hidden(ids, batch, segments)
         kept = [i for i, row in enumerate(rows) for _ in range(row.wants)]
@@ -279,7 +279,7 @@ class Runner:
         head = len(self.layout.groups) - 1
         if segments is not None and any(head in a.groups for a in segments.adapters):
             last = [(j, j + 1, [(p.packed, s) for p, s in mixes[i]]) for j, i in enumerate(kept)]
-            segments = Segments.of(self.layout, last)  # type: ignore[arg-type]
+            segments = AdapterBatch.of(self.layout, last)  # type: ignore[arg-type]
         else:
             segments = None
         return llama.logits(x, segments)
@@ -422,7 +422,7 @@ class Runner:
                 for weight in weights:  # read again only by adapters with no low-rank form
                     memory.page_out(weight)
                 return made
-            whole = Join(parts, self._undo).weight if len(parts) > 1 else weights[0]
+            whole = FusedProjection(parts, self._undo).weight if len(parts) > 1 else weights[0]
             if whole is None:
                 raise NotImplementedError(f"{', '.join(names)} cannot be joined")
             return Dense(whole)

@@ -1,6 +1,6 @@
 """The application: middleware for all requests, errors in each surface's format, and all routes.
 
-`Door` handles each request before any route. It assigns a request ID, checks Host, Origin and Content-Type
+`AuthMiddleware` handles each request before any route. It assigns a request ID, checks Host, Origin and Content-Type
 (421, 403, 415), determines the principal (401), refuses new work while the server is loading or draining
 (503), and receives the body, within limits on size and memory (413, 429) and time (408). At the end it
 releases the resources of the request.
@@ -79,7 +79,9 @@ def create_app(
     if service.engine.makes == "pictures":
         add_images(app)
     _tell_errors(app, surfaces)
-    app.add_middleware(Door, service=service, surfaces=surfaces, unguarded=tuple(unguarded), large=large or {})
+    app.add_middleware(
+        AuthMiddleware, service=service, surfaces=surfaces, unguarded=tuple(unguarded), large=large or {}
+    )
     if origins:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -105,7 +107,7 @@ def add_images(app: FastAPI) -> None:
 # -- middleware --------------------------------------------------------------------------------------------------------
 
 
-class Door:
+class AuthMiddleware:
     """ASGI middleware in front of all routes.
 
     Sets `veneer.id`, `veneer.principal` and `veneer.place` in the scope. Decides by the scope's path, as the

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from veneer.serve.access import Served, shadow_id
+from veneer.serve.access import ResolvedModel, shadow_id
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import IndexedEvent, TextJob, run
 from veneer.serve.http.sampling import limited, sampling_of
@@ -61,13 +61,13 @@ async def chat_job(
         keep = _keeping(service, caller, asked, served, number)
         if keep is not None and served.shadow is not None and not isinstance(mix := served.shadow[1], Refused):
             name = served.shadow[0]
-            behind = Served(mix, served.name, name, adapters=(name,) if mix else ())
+            behind = ResolvedModel(mix, served.name, name, adapters=(name,) if mix else ())
             keep_shadow = _keeping(service, caller, asked, behind, shadow_id(number))
     return TextJob(caller, asked.chosen, [prompt], sampling, asked.n, asked.cache_salt, keep, keep_shadow, number)
 
 
 def _keeping(
-    service: Service, caller: Principal, asked: AskedChat, served: Served, number: str
+    service: Service, caller: Principal, asked: AskedChat, served: ResolvedModel, number: str
 ) -> Callable[[Sequence[str]], None] | None:
     """A function that stores an answer for feedback, as a training conversation.
 
@@ -88,7 +88,7 @@ def _keeping(
 
 
 @dataclass(frozen=True)
-class AskedTexts:
+class TextRequest:
     """A request from a view.
 
     `mix`: (name, strength) of each part, empty for the base. `logprobs`: most likely tokens in addition to
@@ -106,11 +106,11 @@ class AskedTexts:
 
 
 async def ask_texts(
-    service: Service, caller: Principal, asked: AskedTexts, served: Callable[[Served], None] | None = None
+    service: Service, caller: Principal, asked: TextRequest, served: Callable[[ResolvedModel], None] | None = None
 ) -> AsyncGenerator[IndexedEvent, None]:
     """(index, event) of `n` answers, as for a chat completion of the caller.
 
-    The request is a trial (see `Served`). Closing it cancels what still runs. `served`: called with the
+    The request is a trial (see `ResolvedModel`). Closing it cancels what still runs. `served`: called with the
     resolved names before the first event. Call on the server's event loop. Raises Refused.
     """
     if service.phase != "ready":

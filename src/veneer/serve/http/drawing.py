@@ -36,7 +36,7 @@ from veneer.models.image.generate import (
     fitted_picture,
     whole_denoise,
 )
-from veneer.serve.access import BEHIND, SHADOWS, Served, ShadowAnswer
+from veneer.serve.access import BEHIND, SHADOWS, ResolvedModel, ShadowAnswer
 from veneer.serve.http.errors import problem_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.service import ChosenMix, Service
@@ -70,7 +70,7 @@ async def ask_pictures(
     """Plan image generation.
 
     Returns the plan and its events, which start when first awaited. Closing the events cancels what still
-    runs. `number`: the request's id. `trial`: see `Served`. Raises Refused.
+    runs. `number`: the request's id. `trial`: see `ResolvedModel`. Raises Refused.
     """
     if service.engine.makes != "pictures":
         raise invalid("this server answers in text", fix="ask /v1/chat/completions")
@@ -161,7 +161,7 @@ def _shadow(
     engine: PictureEngine,
     request: PictureRequest,
     caller: Principal,
-    served: Served,
+    served: ResolvedModel,
     number: str,
     sent: FinishedPicture,
 ) -> None:

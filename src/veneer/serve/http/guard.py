@@ -59,7 +59,7 @@ def permissions_of(dependencies: Iterable[Any]) -> list[Permission]:
 
 
 def principal_of(scope: Scope) -> Principal:
-    """The principal that sent the request, as set by `serve.http.app.Door`."""
+    """The principal that sent the request, as set by `serve.http.app.AuthMiddleware`."""
     principal: Principal = scope["veneer.principal"]
     return principal
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from starlette.requests import Request as HttpRequest
 
 from veneer.ops.cpu.memory import give_back
-from veneer.serve.access import SHADOWS, Bill, ModelCard, Served, ShadowAnswer, Tenancy
+from veneer.serve.access import SHADOWS, Bill, ModelCard, ResolvedModel, ShadowAnswer, Tenancy
 from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.errors import log
 from veneer.serve.http.guard import principal_of
@@ -22,7 +22,7 @@ from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Engine, EngineEvent, Refused, Request, check_strengths, invalid, not_ready
 from veneer.serve.settings import HttpSettings
-from veneer.serve.staging import Staging
+from veneer.serve.staging import UploadStage
 
 if TYPE_CHECKING:
     from veneer.serve.names.catalog import Catalog
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class ChosenMix:
     """A request's mix. `label`: the adapter's name for metrics, or "mix"."""
 
-    served: Served
+    served: ResolvedModel
     label: str
 
 
@@ -110,7 +110,9 @@ class Shadows:
         task.add_done_callback(self.running.discard)
         return True
 
-    def admitted(self, served: Served, *, request: str, prompt: int, most: int) -> AbstractAsyncContextManager[Bill]:
+    def admitted(
+        self, served: ResolvedModel, *, request: str, prompt: int, most: int
+    ) -> AbstractAsyncContextManager[Bill]:
         """Admit the answer of a route's shadow, under its own bill.
 
         Raises Refused if not possible.
@@ -119,7 +121,7 @@ class Shadows:
         name, mix = served.shadow
         if isinstance(mix, Refused):
             raise mix
-        own = Served(mix, served.name, name, adapters=(name,) if mix else ())
+        own = ResolvedModel(mix, served.name, name, adapters=(name,) if mix else ())
         return self.tenancy.admitted(SHADOWS, own, request=request, prompt_tokens=prompt, max_tokens=most)
 
     def answered(self, answer: ShadowAnswer) -> None:
@@ -166,7 +168,7 @@ class Service:
         )
         self.admission = _admission(s)
         self.shadows = Shadows(self.tenancy, self.metrics, s.shadows)
-        self.staging = Staging(s.max_adapter)
+        self.staging = UploadStage(s.max_adapter)
         self.quotas = Quotas(s.quotas)
 
     def use_base(self, engine: Engine[Any, Any], reader: TokenizedBase, settings: HttpSettings) -> None:

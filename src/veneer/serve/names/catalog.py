@@ -30,9 +30,9 @@ from veneer.adapters.use import AnyBase
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of, parse_tuned
-from veneer.serve.access import ModelCard, Routes, Served
+from veneer.serve.access import ModelCard, ResolvedModel, Routes
 from veneer.serve.names.resident import ResidentAdapter
-from veneer.serve.names.shelf import Problems, Shelf, place_of, unusable
+from veneer.serve.names.shelf import AdapterSources, Problems, place_of, unusable
 from veneer.serve.principal import Principal
 from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix, not_ready
 
@@ -57,7 +57,7 @@ class _Meaning:
 
 
 class AdapterMemory(Protocol):
-    """Where loaded adapters are kept: `Residents`, or remote replicas."""
+    """Where loaded adapters are kept: `AdapterCache`, or remote replicas."""
 
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None: ...
 
@@ -94,7 +94,7 @@ class Catalog:
 
     def __init__(
         self,
-        shelf: Shelf,
+        shelf: AdapterSources,
         problems: Problems,
         residents: AdapterMemory,
         *,
@@ -120,7 +120,7 @@ class Catalog:
 
     # -- resolving names -----------------------------------------------------------------------------------------------
 
-    def resolve(self, model: str, caller: Principal) -> Served:
+    def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         """Resolve a client's model name for a caller.
 
         `model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`.
@@ -133,9 +133,9 @@ class Catalog:
             except Refused as error:
                 shadow = (other, error)
                 _log.warning("the shadow %r of %r cannot be served: %s", other, model, error.what)
-        return Served(_alone(found), model or self.base, found.target, shadow, (found.own,) if found.own else ())
+        return ResolvedModel(_alone(found), model or self.base, found.target, shadow, (found.own,) if found.own else ())
 
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> Served:
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> ResolvedModel:
         """Resolve a mix of (name, strength); strengths of the same adapter are added."""
         if len(parts) > MAX_MIX:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
@@ -149,7 +149,7 @@ class Catalog:
         target = name if len(mix) > 1 else self.base
         if len(mix) == 1:
             target = next(meaning.target for meaning, _ in found if meaning.digest == mix[0][0])
-        return Served(mix, name, target, adapters=adapters, meant=tuple(meaning.digest for meaning, _ in found))
+        return ResolvedModel(mix, name, target, adapters=adapters, meant=tuple(meaning.digest for meaning, _ in found))
 
     def _word(self, model: str) -> str:
         """The name without the `base:` prefix.

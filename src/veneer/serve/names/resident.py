@@ -128,7 +128,7 @@ class _Group(Generic[T]):
     blocked: float | None = None
 
 
-class Residents(Generic[T]):
+class AdapterCache(Generic[T]):
     """Loads and evicts adapters.
 
     `read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: (adapter, digest) ->

@@ -41,7 +41,7 @@ from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileEr
 from veneer.formats import read as reader
 from veneer.library.library import Library
 from veneer.library.names import parse_reference
-from veneer.library.snapshot import NamedVersion, Snapshot
+from veneer.library.snapshot import NamedVersion, NameIndex
 from veneer.models.sources import short_name
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import Refused, not_ready
@@ -89,7 +89,7 @@ class UnloadedBase:
         return short_name(self.name)
 
 
-class Shelf:
+class AdapterSources:
     """The readable adapters. Thread-safe.
 
     `base`: can be replaced, once, by the loaded base. `folders`: allowed folders; files anywhere below them
@@ -106,7 +106,7 @@ class Shelf:
     ) -> None:
         self.base, self.library, self.max_bytes = base, library, max_bytes
         self._folders = [_folder(folder) for folder in folders]
-        self.names = None if library is None else Snapshot(library)
+        self.names = None if library is None else NameIndex(library)
         self._kept: dict[str, AdapterPlace] = {}
         self._recent: dict[str, AdapterPlace] = {}
         """Recently used locations, newest last."""

@@ -24,10 +24,10 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.formats.strengths import Strength, factors_by_module, in_campaign
 from veneer.imaging.adapters import AdapterSource, add_divided, idle_ranges, mix_plan, without_effect
 from veneer.imaging.controls import OWN_KINDS, ControlSpec, control_model_of
-from veneer.imaging.make import Ask, recorded_picture, shared_record, unread_notes
+from veneer.imaging.make import ImageRequest, recorded_picture, shared_record, unread_notes
 from veneer.models.image.base import load_control, readers
 from veneer.models.image.generate import MixPlan, Moment, PictureSettings, check_rows, generate_images
-from veneer.serve.names.resident import Lease, Residents
+from veneer.serve.names.resident import AdapterCache, Lease
 from veneer.serve.pictures.request import (
     FinishedPicture,
     PartialPicture,
@@ -55,7 +55,7 @@ _LOST = 3
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """An adapter in memory, managed by `Residents`."""
+    """An adapter in memory, managed by `AdapterCache`."""
 
     key: str
     adapter: Adapter
@@ -95,7 +95,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self.attachment = attach(base.model)
         self._modules = [name for name, _ in base_modules(base.model) if name]
         self._divided: dict[tuple[str, Strength], NamedMix] = {}
-        self.residents: Residents[_Held] = Residents(
+        self.residents: AdapterCache[_Held] = AdapterCache(
             read, lambda adapter, digest: _Held(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
         )
         self._gone: list[str] = []
@@ -473,7 +473,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             digest: AdapterSource(digest, "", digest, "", "", "", called=request.labels.get(digest, ""))
             for digest, _ in request.mix
         }
-        ask = Ask(request.prompt, request.negative, request.seed, request.uses())
+        ask = ImageRequest(request.prompt, request.negative, request.seed, request.uses())
         shared = shared_record(self.base, request.settings) | dict(request.inputs)
         shared["base"]["name"] = self.base.short_name
         made = recorded_picture(self.base, sources, picture, [ask], 0, shared)

@@ -41,7 +41,7 @@ from sqlalchemy import Connection, Engine, delete, func, insert, select, tuple_,
 from veneer.errors import one_of, quoted
 from veneer.library.database import reading, write_transaction
 from veneer.library.names import name_of
-from veneer.serve.access import KeepAnswer, Served, shadow_id
+from veneer.serve.access import KeepAnswer, ResolvedModel, shadow_id
 from veneer.serve.principal import Principal
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, invalid
@@ -89,7 +89,7 @@ class KeptAnswers:
             self.recover()
             self._sender = Sender(self._send, "answers kept for feedback")
 
-    def keeping(self, caller: Principal, served: Served, request: str) -> KeepAnswer | None:
+    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> KeepAnswer | None:
         """A function that stores the answer to a new request.
 
         None if it is not to be stored.

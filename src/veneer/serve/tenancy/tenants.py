@@ -32,7 +32,7 @@ from veneer.errors import ResourceError
 from veneer.library.database import shown_url
 from veneer.library.names import name_of
 from veneer.models.home import veneer_home
-from veneer.serve.access import TRIALS, KeepAnswer, LedgerState, Served, ShadowAnswer, Tenancy
+from veneer.serve.access import TRIALS, KeepAnswer, LedgerState, ResolvedModel, ShadowAnswer, Tenancy
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
@@ -152,7 +152,7 @@ class Tenants(Tenancy):
             _log.warning("the tenants' database is away, what was read last holds: %s", error)
         self._away = True
 
-    def shares(self, caller: Principal, served: Served) -> str:
+    def shares(self, caller: Principal, served: ResolvedModel) -> str:
         """The cache scope of a request.
 
         The tenant, or "" if all tenants share the cache of everything in the mix. Prompts are separate by
@@ -165,7 +165,7 @@ class Tenants(Tenancy):
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[_Bill]:
         """Reserve limits and record the admission; the block runs the request.
 
@@ -214,7 +214,7 @@ class Tenants(Tenancy):
     def routes(self) -> TenantRoutes:
         return self._routes
 
-    def keeping(self, caller: Principal, served: Served, request: str) -> KeepAnswer | None:
+    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> KeepAnswer | None:
         return self.answers.keeping(caller, served, request)
 
     def note_shadow(self, answer: ShadowAnswer) -> None:

@@ -46,7 +46,7 @@ from veneer.train.image.loss import (
 )
 from veneer.train.image.training_picture import TrainingPicture
 from veneer.train.image.views import View, shapes_of, view_before, whole_part
-from veneer.train.loop import Score
+from veneer.train.loop import EvalResult
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
@@ -264,7 +264,7 @@ class ImageLoss:
     @torch.no_grad()
     def score(
         self, rows: Sequence[PlannedRow], stopped: Callable[[], bool] = lambda: False, devices: Devices = ALONE
-    ) -> Score | None:
+    ) -> EvalResult | None:
         """The mean squared error of held-out rows, each at `evaluation.times` times in the middle of equal parts of the
         range, with noise that is of the picture and the time alone. Without min-SNR or any weight, so that runs with
         other losses can be compared. `extra` has the loss at each time. None as soon as `stopped()`. With several
@@ -283,7 +283,7 @@ class ImageLoss:
                 noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in fixed])
                 sums[k] += float(in_float64(self.row_errors(batch, noise, time.expand(len(group)))).sum())
         extra = {f"loss at {time:g}": s / max(1, count) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
-        return Score(float(sums.mean()), count, count, extra, likelihood=False)
+        return EvalResult(float(sums.mean()), count, count, extra, likelihood=False)
 
 
 def _same_shape(rows: Sequence[PlannedRow], most: int) -> Iterator[list[PlannedRow]]:

@@ -63,7 +63,7 @@ from veneer.train.image.save import (
 from veneer.train.image.training_picture import pictures_digest
 from veneer.train.image.views import plan_rows
 from veneer.train.inspect import inspect_run
-from veneer.train.loop import Learner, Micro, Score, memory_errors, sender
+from veneer.train.loop import EvalResult, Learner, Micro, memory_errors, sender
 from veneer.train.optim import Ema
 from veneer.train.preflight import CACHE, Finding, Report, available_memory, memory_finding, recomputes
 from veneer.train.run import NAME, Run, Task, carry_out, due, newest_checkpoint, raise_if_stopped, recipe_of
@@ -464,7 +464,7 @@ class AttachedPictures:
         if number in self.sample_at:
             self._sample(number)
 
-    def score(self, interrupted: Callable[[], bool]) -> Score | None:
+    def score(self, interrupted: Callable[[], bool]) -> EvalResult | None:
         with training_layers(self.base, False), self.ema.acting() if self.ema else nullcontext():
             return self.loss.score(self.data.scored, interrupted, self.run.devices)
 

@@ -31,7 +31,7 @@ from veneer.train.rewards.reward import Answer, Turn
 from veneer.train.rewards.template import sample_of
 from veneer.train.text.prompts import prompt_of
 from veneer.train.text.render import Renderer
-from veneer.train.text.rollouts import AnswerWanted, Rollout, Sampler, draw_seed
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, draw_seed
 from veneer.train.text.rows import Row
 
 _MARK = "\ue100veneer\ue101"  # private use: occurs in no text
@@ -60,7 +60,7 @@ class Conversing:
     turns: int
 
     def draw(
-        self, asked: Sequence[AnswerWanted], prompts: Sequence[Answer], interrupted: Callable[[], bool]
+        self, asked: Sequence[CompletionRequest], prompts: Sequence[Answer], interrupted: Callable[[], bool]
     ) -> list[Conversation] | None:
         """Return the conversations; None once interrupted.
 
@@ -85,13 +85,17 @@ class Conversing:
                 going = self._answered(going, held, asked, prompts)
         return held
 
-    def _next(self, asked: AnswerWanted, so_far: Rollout, turn: int) -> AnswerWanted:
+    def _next(self, asked: CompletionRequest, so_far: Rollout, turn: int) -> CompletionRequest:
         left = asked.how.max_tokens - len(so_far.tokens)
         how = replace(asked.how, max_tokens=left)
         return replace(asked, prompt=(*so_far.prompt, *so_far.tokens), seed=draw_seed(asked.seed, turn), how=how)
 
     def _answered(
-        self, going: Sequence[int], held: list[Conversation], asked: Sequence[AnswerWanted], prompts: Sequence[Answer]
+        self,
+        going: Sequence[int],
+        held: list[Conversation],
+        asked: Sequence[CompletionRequest],
+        prompts: Sequence[Answer],
     ) -> list[int]:
         """Append the environment's messages; return the conversations that continue."""
         pairs = [

@@ -38,7 +38,7 @@ from veneer.models.text.base import load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at, of_logits, token_logps
 from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.config.section import BASE_MODEL
-from veneer.train.loop import Means, Score, Step
+from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.text.batches import Batch, collate
 from veneer.train.text.findings import answers_left_out
 from veneer.train.text.gap import Gap
@@ -59,7 +59,7 @@ from veneer.train.text.prompts import (
     rollout_example,
 )
 from veneer.train.text.render import Renderer
-from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed, drawn_figures
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams, draw_seed, drawn_figures
 from veneer.train.text.rows import Row
 from veneer.train.text.served_teacher import ServedTeacher, TeacherLogps, served_teacher
 
@@ -175,12 +175,12 @@ class Distillation:
     """Measurements of the answers at sampling."""
     failed: list[str] = field(default_factory=list)
     """Answers of the last sampling that are left out, and why."""
-    seen: Means = field(default_factory=Means)
+    seen: MetricMeans = field(default_factory=MetricMeans)
     gap: Gap = field(default_factory=Gap)
 
     def __post_init__(self) -> None:
         self.settings = self.config.distillation
-        self.drawing = Drawing(self.settings.max_tokens, self.settings.temperature)
+        self.drawing = SamplingParams(self.settings.max_tokens, self.settings.temperature)
 
     def said_first(self, prompts: Sequence[PromptItem], rows: Sequence[Row]) -> Iterator[str]:
         """Yield notes on the teacher's prompts before sampling.
@@ -232,7 +232,7 @@ class Distillation:
         self,
         prompts: Sequence[PromptItem],
         rows: Sequence[Row],
-        how: Drawing,
+        how: SamplingParams,
         number: int,
         group: int,
         interrupted: Callable[[], bool],
@@ -243,7 +243,7 @@ class Distillation:
         asked = {item.row: self._asked(item, rows) for item in prompts}
         read = [item for item in prompts if self._reads(asked[item.row])]
         wanted = [
-            AnswerWanted(item.ids, draw_seed(self.config.seed, number, item.row, k), how, self.name)
+            CompletionRequest(item.ids, draw_seed(self.config.seed, number, item.row, k), how, self.name)
             for item in read
             for k in range(group)
         ]
@@ -306,7 +306,7 @@ class Distillation:
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.seen, self.gap = Means(), Gap()
+        self.seen, self.gap = MetricMeans(), Gap()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Return Σ loss over the batch's answers; the loop divides by their number."""
@@ -361,12 +361,12 @@ class Distillation:
         kl, logps = of_logits(model, hidden_at(model, ids, batch.lengths, places), compare).unbind(1)
         return kl, logps.detach()
 
-    def means(self) -> Means:
+    def means(self) -> MetricMeans:
         """Return the measurements since `begin`.
 
         Raises TrainingError if the sampler's model differs from the trained one."""
         gap = self.gap.checked(self.settings, "this is worth a report")
-        return Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
+        return MetricMeans.total([self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
     def said_after(self, number: int) -> Iterator[str]:
         """Yield notes on step `number`."""
@@ -376,7 +376,7 @@ class Distillation:
 
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
-    ) -> Score | None:
+    ) -> EvalResult | None:
         """Return the mean KL of a token of greedy answers.
 
         If KL is measured by sampled tokens, answers are sampled with fixed seeds. None once `interrupted()`.
@@ -403,7 +403,9 @@ class Distillation:
                 total += float(in_float64(self._compared(batch)[0]).sum())
         told = ("cut_share", "answer_tokens", "teacher_long", "teacher_failed")
         extra = {key: figures[key] for key in told if key in figures}
-        return Score(total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers))
+        return EvalResult(
+            total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers)
+        )
 
 
 def _saved_cents(tokens: float, section: DistillationSection) -> str:
@@ -463,14 +465,14 @@ def taught_rows(
     Omitted are prompts that the teacher cannot read, and cut answers. base, name: of the teacher and its
     adapter on the sampler's attachment. The teacher's additional instructions are not in the rows."""
     d, renderer = config.distillation, Renderer(base.tokenizer, config.data.chat_template)
-    how = Drawing(d.max_tokens, d.temperature)
+    how = SamplingParams(d.max_tokens, d.temperature)
     wanted, owners, left = [], [], []
     for i, row in enumerate(rows):
         ids = prompt_ids(base, renderer, _teacher_prompt(renderer, row, d.system))
         if len(ids) + d.max_tokens > base.context:
             left.append(f"{row.where}: longer than the teacher's context")
             continue
-        wanted += [AnswerWanted(ids, draw_seed(config.seed, 0, i, k), how, name) for k in range(d.group)]
+        wanted += [CompletionRequest(ids, draw_seed(config.seed, 0, i, k), how, name) for k in range(d.group)]
         owners += [row] * d.group
     made = []
     for row, drawn in zip(owners, sampler.draw(wanted) or [], strict=True):

@@ -39,7 +39,7 @@ from veneer.models.text.generate import Completion, Prompt, complete
 from veneer.models.text.loss import text_loss
 from veneer.train.config.text import DataSection
 from veneer.train.devices import ALONE, Devices
-from veneer.train.loop import Score
+from veneer.train.loop import EvalResult
 from veneer.train.rewards.compared import as_json, rouge, same_field, same_text
 from veneer.train.text.batches import collate, grouped
 from veneer.train.text.encode import Example, encode_rows
@@ -201,7 +201,7 @@ def score_examples(
     micro_tokens: int = _MICRO_TOKENS,
     interrupted: Callable[[], bool] = lambda: False,
     devices: Devices = ALONE,
-) -> Score | None:
+) -> EvalResult | None:
     """Return Σ NLL over the targets of `examples`; None as soon as `interrupted()`.
 
     Runs in eval mode without gradients and restores the model's mode. A row longer than `micro_tokens` is a
@@ -222,7 +222,7 @@ def score_examples(
                 best += int(right.sum())
                 trained += batch.trained_tokens
                 rows += len(batch.lengths)
-    return Score(total, trained, rows, right=best)
+    return EvalResult(total, trained, rows, right=best)
 
 
 def answers_of(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.errors import TrainingError
 from veneer.ops.device_transfer import in_float64
-from veneer.train.loop import Means
+from veneer.train.loop import MetricMeans
 
 if TYPE_CHECKING:
     from veneer.train.config.distillation import DistillationSection
@@ -29,7 +29,7 @@ _BEYOND = 0.01
 class Gap:
     """Of one step."""
 
-    seen: Means = field(default_factory=Means)
+    seen: MetricMeans = field(default_factory=MetricMeans)
     worst: float = 0.0
 
     def add(self, trainer: Tensor, sampler: Tensor) -> None:
@@ -39,7 +39,7 @@ class Gap:
         self.worst = max(self.worst, float(gap.max()))
         self.seen.add(gap_mean=gap, gap_share=gap.expm1() > _BEYOND)
 
-    def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> Means:
+    def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> MetricMeans:
         """What was seen, and nothing where nothing was. Raises TrainingError where the mean is above the bound."""
         if "gap_mean" not in self.seen.counts:
             return self.seen
@@ -52,4 +52,4 @@ class Gap:
                 fix=f"{fix}; a base in float32 has less rounding (base.dtype=float32); a higher {section.named}.gap "
                 "trains all the same, off-policy by that much",
             )
-        return Means.total([self.seen, Means({"gap_max": self.worst}, {"gap_max": 1})])
+        return MetricMeans.total([self.seen, MetricMeans({"gap_max": self.worst}, {"gap_max": 1})])

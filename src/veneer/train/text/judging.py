@@ -16,7 +16,7 @@ from veneer.errors import AdapterError, bullets
 from veneer.models.text.generate import rendered
 from veneer.train.config.section import BASE_MODEL
 from veneer.train.rewards.judge import AskModel, Question, Reply
-from veneer.train.text.rollouts import AnswerWanted, Drawing, Sampler
+from veneer.train.text.rollouts import CompletionRequest, Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
@@ -35,20 +35,20 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
                 f"nothing can be drawn from {model}:\n{bullets(problems)}", where="reinforcement.rewards"
             )
 
-    def asked(question: Question) -> AnswerWanted | Reply:
+    def asked(question: Question) -> CompletionRequest | Reply:
         text = rendered(base, question.messages)
         ids = tuple(base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) + question.tokens > base.context:
             return Reply(error=f"the question has {len(ids)} tokens, and {question.tokens} are left for its answer")
-        how = Drawing(question.tokens, question.temperature, question.top_p, question.grammar)
-        return AnswerWanted(ids, question.seed, how, names[question.model])
+        how = SamplingParams(question.tokens, question.temperature, question.top_p, question.grammar)
+        return CompletionRequest(ids, question.seed, how, names[question.model])
 
     def ask(questions: Sequence[Question], /) -> list[Reply]:
         made = [asked(question) for question in questions]
-        drawn = iter(sampler.draw([each for each in made if isinstance(each, AnswerWanted)]) or ())
+        drawn = iter(sampler.draw([each for each in made if isinstance(each, CompletionRequest)]) or ())
         replies = []
         for each in made:
-            if isinstance(each, AnswerWanted):
+            if isinstance(each, CompletionRequest):
                 said = next(drawn)
                 usage = {"prompt_tokens": len(each.prompt), "completion_tokens": len(said.tokens)}
                 usage["total_tokens"] = sum(usage.values())

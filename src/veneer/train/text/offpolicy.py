@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from veneer.train.ahead import Ahead
+from veneer.train.ahead import Prefetcher
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
@@ -31,7 +31,7 @@ class OffPolicyDraws:
 
     attachment: Attachment
     name: str
-    ahead: Ahead
+    ahead: Prefetcher
     _begun: tuple[int, Callable[[], Any]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ from veneer.ops.device_transfer import sent
 from veneer.train.checkpoint import disk_errors
 from veneer.train.config.text import TrainConfig
 from veneer.train.devices import ALONE, Devices
-from veneer.train.loop import Means, Score, Step
+from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.text.batches import Batch, collate, grouped
 from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.rows import Row, unlearned
@@ -189,7 +189,7 @@ class Preference:
     devices: Devices = ALONE
     point: float = 0.0
     """kto's z₀ in the current step."""
-    seen: Means = field(default_factory=Means)
+    seen: MetricMeans = field(default_factory=MetricMeans)
 
     def __post_init__(self) -> None:
         self.settings = self.config.preference.settled()
@@ -223,18 +223,18 @@ class Preference:
         """Compute z₀ of all items of the step.
 
         In row order, so that micro-batches do not matter."""
-        self.seen = Means()
+        self.seen = MetricMeans()
         if self.settings.loss == "kto":
             items = [item for micro in step.micros for item in micro.items]
             self.point = self._point(sorted(items, key=lambda item: (item.row, not item.desirable)))
 
-    def measured(self) -> Means:
+    def measured(self) -> MetricMeans:
         """Return the measurements of this process's pairs since `begin`."""
         if self.settings.loss != "kto":
             return self.seen
-        own = Means()
+        own = MetricMeans()
         own.add(kl=torch.tensor([self.point]))
-        return Means.total([self.seen, own])
+        return MetricMeans.total([self.seen, own])
 
     def loss(self, batch: AnswerBatch) -> Tensor:
         """Return Σ loss over the items of the batch.
@@ -247,7 +247,7 @@ class Preference:
         logps = row_logps(self.base.model, ids, batch.lengths, trained)
         return self._losses(logps, batch.items, self.seen, self.point).sum()
 
-    def score(self, items: Sequence[Item], *, interrupted: Callable[[], bool] = lambda: False) -> Score | None:
+    def score(self, items: Sequence[Item], *, interrupted: Callable[[], bool] = lambda: False) -> EvalResult | None:
         """Return the mean loss over `items` and its measures, in eval mode.
 
         None once `interrupted()`. With several devices the first has the whole result, and the others an
@@ -257,14 +257,14 @@ class Preference:
         if logps is None:
             return None
         if not self.devices.first:
-            return Score(0.0, 0, 0, likelihood=False, units=0)
-        seen = Means()
+            return EvalResult(0.0, 0, 0, likelihood=False, units=0)
+        seen = MetricMeans()
         total = float(self._losses(torch.tensor(logps, device=self.base.device), items, seen, point).sum())
         extra = seen.values() | ({"kl": point} if self.settings.loss == "kto" else {})
         learned = sum(item.learned for item in items)
-        return Score(total, learned, len(items), extra, likelihood=False, units=len(items))
+        return EvalResult(total, learned, len(items), extra, likelihood=False, units=len(items))
 
-    def _losses(self, logps: Tensor, items: Sequence[Item], seen: Means, point: float) -> Tensor:
+    def _losses(self, logps: Tensor, items: Sequence[Item], seen: MetricMeans, point: float) -> Tensor:
         """Return the losses (items,) from the log p of all answers, (Σ answers,)."""
         s, beta = self.settings, self.settings.beta or 0.0
         lengths = logps.new_tensor([e.learned for item in items for e in item.answers])

@@ -47,7 +47,7 @@ from veneer.models.text.loss import token_logps
 from veneer.models.text.replay import replayed_logps
 from veneer.ops.attention import SharedRows
 from veneer.ops.device_transfer import in_float64, sent
-from veneer.train.loop import Means, Score, Step
+from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.rewards.reward import Answer, Judged, Rewards, reward_findings
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
@@ -71,7 +71,7 @@ from veneer.train.text.prompts import (
     prompt_of,
     shared_groups,
 )
-from veneer.train.text.rollouts import AnswerWanted, Drawing, Rollout, Sampler, draw_seed, drawn_figures
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams, draw_seed, drawn_figures
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
@@ -148,13 +148,13 @@ class Reinforcement:
     """Measurements of the answers at sampling."""
     failed: list[str] = field(default_factory=list)
     """Answers of the last sampling that are left out, and why."""
-    seen: Means = field(default_factory=Means)
+    seen: MetricMeans = field(default_factory=MetricMeans)
     gap: Gap = field(default_factory=Gap)
 
     def __post_init__(self) -> None:
         s = self.settings = self.config.reinforcement.settled()
         self.findings = Findings(s)
-        self.drawing = Drawing(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
+        self.drawing = SamplingParams(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class Reinforcement:
         s, seed = self.settings, self.config.seed
         owners = [item for item in prompts for _ in range(s.group)]
         asked = [
-            AnswerWanted(item.ids, draw_seed(seed, number, item.row, i % s.group), self.drawing, name)
+            CompletionRequest(item.ids, draw_seed(seed, number, item.row, i % s.group), self.drawing, name)
             for i, item in enumerate(owners)
         ]
         began = time.perf_counter()
@@ -251,7 +251,7 @@ class Reinforcement:
         return gap.checked(self.settings, self._gap_fix).values()
 
     def _held(
-        self, asked: Sequence[AnswerWanted], prompts: Sequence[Answer], interrupted: Callable[[], bool]
+        self, asked: Sequence[CompletionRequest], prompts: Sequence[Answer], interrupted: Callable[[], bool]
     ) -> tuple[list[Rollout], list[Answer]] | None:
         """Return rollouts, and the answers or conversations that rewards judge.
 
@@ -308,7 +308,7 @@ class Reinforcement:
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.seen, self.gap = Means(), Gap()
+        self.seen, self.gap = MetricMeans(), Gap()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Return Σ loss over the batch's answers; the loop divides by their number."""
@@ -346,12 +346,12 @@ class Reinforcement:
         ids = sent(batch.input_ids, self.base.device)
         return token_logps(self.base.model, ids, batch.lengths, batch.trained, shared)
 
-    def means(self) -> Means:
+    def means(self) -> MetricMeans:
         """Return the measurements since `begin`.
 
         Raises TrainingError if the sampler's model differs from the trained one."""
         gap = self.gap.checked(self.settings, self._gap_fix)
-        return Means.total([self.seen, Means(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
+        return MetricMeans.total([self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
     @property
     def _gap_fix(self) -> str:
@@ -371,14 +371,14 @@ class Reinforcement:
 
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
-    ) -> Score | None:
+    ) -> EvalResult | None:
         """Return the mean reward of greedy answers; the loss is minus that.
 
         None once `interrupted()`."""
         if self.off_policy is not None:
             self.off_policy.ahead.settle()  # one sampling at a time
         greedy = replace(self.drawing, temperature=0.0, top_p=1.0)
-        asked = [AnswerWanted(item.ids, 0, greedy, self.name) for item in prompts]
+        asked = [CompletionRequest(item.ids, 0, greedy, self.name) for item in prompts]
         held = self._held(asked, [_unanswered(rows[item.row]) for item in prompts], interrupted)
         if held is None:
             return None
@@ -394,7 +394,7 @@ class Reinforcement:
         figures = drawn_figures(drawn, 0.0)
         extra = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
         tokens = int(figures["drawn_tokens"])
-        return Score(-sum(values), tokens, len(drawn), extra, likelihood=False, units=len(values))
+        return EvalResult(-sum(values), tokens, len(drawn), extra, likelihood=False, units=len(values))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

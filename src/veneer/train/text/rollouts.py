@@ -1,7 +1,7 @@
 """Answers sampled in training: requests, results and the sampler protocol.
 
     with make(base, attachment, settings) as sampler:        `make` is an argument: sampling is in serve
-        drawn = sampler.draw([AnswerWanted(prompt, seed, how, "run"), …])
+        drawn = sampler.draw([CompletionRequest(prompt, seed, how, "run"), …])
         logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained, "run"))
 
 Answers are sampled from the attachment's current pairs over its base: nothing is saved, merged or
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingParams:
     """Sampling parameters of an answer.
 
     `temperature` 0: always the best token. `grammar`: (kind, text) that the answer must match; kinds are
@@ -42,7 +42,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class AnswerWanted:
+class CompletionRequest:
     """A request for an answer.
 
     `prompt`: token ids. `seed`: the answer is a function of it, the prompt, `how` and the adapter's values,
@@ -50,7 +50,7 @@ class AnswerWanted:
 
     prompt: tuple[int, ...]
     seed: int
-    how: Drawing
+    how: SamplingParams
     adapter: str = ""
 
 
@@ -116,7 +116,7 @@ class Sampler(Protocol):
 
     @abstractmethod
     def draw(
-        self, asked: Sequence[AnswerWanted], interrupted: Callable[[], bool] = lambda: False
+        self, asked: Sequence[CompletionRequest], interrupted: Callable[[], bool] = lambda: False
     ) -> list[Rollout] | None:
         """Return the answers in the order of the requests; None once `interrupted()`.
 

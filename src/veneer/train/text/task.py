@@ -39,16 +39,16 @@ from veneer.models.swap import report_of, without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
-from veneer.models.text.offload import CudaLane, HostStore
+from veneer.models.text.offload import ActivationOffloader, CudaLane
 from veneer.ops.device_transfer import sent
-from veneer.train.ahead import Ahead
+from veneer.train.ahead import Prefetcher
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
 from veneer.train.devices import Devices
 from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.inspect import inspect_run
-from veneer.train.loop import Learner, Means, Micro, Score, Step, Stop, memory_errors, sender
+from veneer.train.loop import EvalResult, Learner, MetricMeans, Micro, Step, Stop, memory_errors, sender
 from veneer.train.planning import drawn_at_once, micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
@@ -340,14 +340,14 @@ def _fresh_adapter(text: TextRun) -> Adapter:
     return create(base.model, config.adapter.spec(), seed=config.seed, original=base.original)
 
 
-def host_store(config: TrainConfig, base: TextBase, run: Run) -> HostStore | None:
+def host_store(config: TrainConfig, base: TextBase, run: Run) -> ActivationOffloader | None:
     """Return the offloader of recomputed layers' inputs, if configured and on a GPU."""
     if not config.memory.offload_activations:
         return None
     if computes_on(base).type != "cuda":
         run.note("memory.offload_activations: this device has no other memory, so activations stay where they are")
         return None
-    return HostStore(CudaLane(computes_on(base)))
+    return ActivationOffloader(CudaLane(computes_on(base)))
 
 
 _REPLY = 30.0
@@ -406,7 +406,7 @@ def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> Conversin
     return Conversing(sampler, renderer, environment, r.turns)
 
 
-def recompute_activations(model: Any, store: HostStore | None = None) -> None:
+def recompute_activations(model: Any, store: ActivationOffloader | None = None) -> None:
     """Make layers keep only their inputs, in `store` if given.
 
     Replaces the checkpoint function of transformers' `GradientCheckpointingLayer`s. Raises ConfigError for a
@@ -446,7 +446,9 @@ class AttachedText:
         self.held_out: Sequence[Any] = self.data.held.items[: self.config.evaluation.rows]
         self.likelihood = Likelihood(self)
 
-    def learner(self, loss: Callable[[Any], Tensor], score: Callable[[Stop], Score | None], **more: Any) -> Learner:
+    def learner(
+        self, loss: Callable[[Any], Tensor], score: Callable[[Stop], EvalResult | None], **more: Any
+    ) -> Learner:
         options = {"send": sender(self.base.device), "activate": self.activate, **more}
         return Learner(self.attachment.parameters(self.name), loss, score=score if self.held_out else None, **options)
 
@@ -650,13 +652,13 @@ class Likelihood:
         self._right.append(right.sum())
         self._seen += len(right)
 
-    def metrics(self) -> Means:
+    def metrics(self) -> MetricMeans:
         if not self._seen:
-            return Means()
+            return MetricMeans()
         right = float(torch.stack(self._right).sum())  # one synchronization per step
-        return Means({TOKEN_ACCURACY: right}, {TOKEN_ACCURACY: self._seen})
+        return MetricMeans({TOKEN_ACCURACY: right}, {TOKEN_ACCURACY: self._seen})
 
-    def score(self, stop: Stop) -> Score | None:
+    def score(self, stop: Stop) -> EvalResult | None:
         text = self.text
         return score_examples(
             text.base.model,
@@ -708,7 +710,7 @@ def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[Run
     config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
     off_policy = None
     if r.one_step_off_policy:
-        thread = undo.enter_context(Ahead(lambda draw: draw))  # samples while the previous ones train
+        thread = undo.enter_context(Prefetcher(lambda draw: draw))  # samples while the previous ones train
         off_policy = OffPolicyDraws(a.attachment, a.name, thread)
     drawing: Distillation | Reinforcement
     if len(drawer) == 2:

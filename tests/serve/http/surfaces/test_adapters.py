@@ -26,7 +26,7 @@ from veneer.library.library import Library, open_library
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
-from veneer.serve.staging import Staging
+from veneer.serve.staging import UploadStage
 
 PICTURE = b"\xff\xd8\xff picture"
 
@@ -72,7 +72,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder, tenancy, staging = tmp_path_factory.mktemp("library"), Tenants(), Staging(1 << 20)
+    folder, tenancy, staging = tmp_path_factory.mktemp("library"), Tenants(), UploadStage(1 << 20)
     with open_library(folder) as library:
         more = {"routers": [adapter_routes(library, staging, tenancy)], "large": adapter_bodies(staging)}
         with live(ToyEngine(ToyText()), ToyCatalog(), tenancy, **more) as server:

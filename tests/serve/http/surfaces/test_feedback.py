@@ -14,7 +14,7 @@ import pytest
 
 from tests.library.conftest import postgres, quick  # noqa: F401
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.principal import Principal
 from veneer.serve.settings import LedgerSettings
@@ -24,7 +24,7 @@ from veneer.serve.tenancy.tenants import Tenants
 from veneer.train.text.rows import read_rows
 
 DAY = 86400.0
-SQL = Served((), "sql", "sql")
+SQL = ResolvedModel((), "sql", "sql")
 
 
 @dataclass

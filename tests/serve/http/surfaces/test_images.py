@@ -28,11 +28,11 @@ from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.campaign import CAMPAIGN
 from veneer.formats.convert import write
-from veneer.imaging.adapters import AdapterSource, Mixer, parse_use
+from veneer.imaging.adapters import AdapterSource, ImagePipeline, parse_use
 from veneer.imaging.infotext import read_picture
-from veneer.imaging.make import Ask, Options, make
+from veneer.imaging.make import ImageRequest, Options, make
 from veneer.models.image.base import ImageBase, load_image
-from veneer.serve.access import NoWait, OpenAccess, Served
+from veneer.serve.access import NoWait, OpenAccess, ResolvedModel
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
@@ -295,12 +295,12 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
                 {"mask": b64(left_open()), "image": body["image"][:1], "input_fidelity": "high"},
             )
         ]
-    with Mixer(base) as mixer:
+    with ImagePipeline(base) as mixer:
         mixer.attachment.add("brand", shelf.adapters[shelf.digest["brand"]])
         mixer.sources["brand"] = AdapterSource("brand", "", "", "", "", "")
-        asks = [Ask("make it red", seed=seed, uses=(parse_use("brand"),)) for seed in (7, 8)]
+        asks = [ImageRequest("make it red", seed=seed, uses=(parse_use("brand"),)) for seed in (7, 8)]
         made = make(mixer, asks, Options(2 * SIZE, 2 * SIZE, 2, 1.0, references=given))
-        alone = make(mixer, [Ask("make it red", seed=7)], Options(2 * SIZE, 2 * SIZE, 2, 1.0))[0]
+        alone = make(mixer, [ImageRequest("make it red", seed=7)], Options(2 * SIZE, 2 * SIZE, 2, 1.0))[0]
     for ours, data in zip(made, found.data, strict=True):
         assert levels(ours.image, picture(data.b64_json)) == 0
     assert levels(picture(found.data[0].b64_json), picture(found.data[1].b64_json)) > 0
@@ -336,9 +336,9 @@ def by_hand(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFact
     own = load_image(str(base.directory))
 
     def drawn(spec: str) -> Image.Image:
-        with Mixer(own) as mixer:
+        with ImagePipeline(own) as mixer:
             uses = (parse_use(f"{folder}/{spec.replace('brand', 'brand.safetensors')}"),)
-            return make(mixer, [Ask("a red cat", seed=7, uses=uses)], Options(steps=6))[0].image
+            return make(mixer, [ImageRequest("a red cat", seed=7, uses=uses)], Options(steps=6))[0].image
 
     return drawn
 
@@ -623,7 +623,7 @@ class Tenants(OpenAccess):
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Principal, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+        self, caller: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[Any]:
         if caller.tenant == "poor":
             raise Refused("no budget", status=429, code="rate_limited", retry_after=7.0)

@@ -51,7 +51,7 @@ from veneer.serve.http.service import caller_of, service_of
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused, invalid
-from veneer.serve.staging import StagedAdapter, Staging
+from veneer.serve.staging import StagedAdapter, UploadStage
 
 T = TypeVar("T")
 Layout = Literal["peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi"]
@@ -81,12 +81,12 @@ class AdapterChange(Body):
     remove_tags: _Names = Field(default_factory=list)
 
 
-def adapter_bodies(staging: Staging) -> dict[str, int]:
+def adapter_bodies(staging: UploadStage) -> dict[str, int]:
     """The routes that spool bodies to disk, with their size limit, for `create_app`."""
     return dict.fromkeys(("/v1/adapters", "/v1/adapter_inspections"), staging.most)
 
 
-def adapter_routes(library: Library, staging: Staging, tenancy: Tenancy) -> APIRouter:
+def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> APIRouter:
     """The routes over a library."""
     router = APIRouter(tags=["adapters"], route_class=BodyRoute, dependencies=[needs("read")])
     coming, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
