@@ -26,7 +26,7 @@ from typing import Any
 from _report import bar, lines_of, report, row
 
 from veneer.library import index as ix
-from veneer.library.describe import AdapterDescription
+from veneer.library.describe_files import AdapterDescription
 from veneer.library.library import Library, open_library
 from veneer.library.store import blob_path, canonical, manifest_path
 

@@ -15,7 +15,7 @@ import yaml
 from tests.cli.run import run
 from tests.jobs.small import small_config
 from tests.test_readme import ROOT, blocks
-from veneer.jobs.after import after_from
+from veneer.jobs.post_training import after_from
 from veneer.jobs.process import run_job
 from veneer.jobs.store import TRANSITIONS, JobStore
 from veneer.library.library import open_library

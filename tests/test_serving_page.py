@@ -131,7 +131,7 @@ def test_every_program_runs(place: Place) -> None:
 
 
 def test_the_table_of_reasons_is_the_one_of_the_code() -> None:
-    from veneer.serve.names import shelf
+    from veneer.serve.names import adapter_sources as shelf
 
     told = set(re.findall(r"\| (\w+) +\| (\d{3}) ", shelf.__doc__ or ""))
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\d{3}) \|", PAGE, flags=re.M)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.errors import VeneerError
     from veneer.formats.strengths import Strength
-    from veneer.imaging.make import RecordedPicture
+    from veneer.imaging.generate import RecordedPicture
     from veneer.jobs.store import Job, JobStore
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
@@ -250,7 +250,7 @@ def submit(
     tenants: the database with the tenants' limits and routes; by default the veneer home's, if it exists.
 
     Raises ConfigError for an invalid configuration, an invalid name, or an `after` that cannot be done."""
-    from veneer.jobs.after import load_job_config
+    from veneer.jobs.post_training import load_job_config
     from veneer.jobs.validate import submitted
     from veneer.serve.tenancy.store import tenants_at
 
@@ -343,7 +343,7 @@ def image(
         references (imaging.make.Options)."""
     from veneer.imaging.adapters import ImagePipeline, parse_use
     from veneer.imaging.controls import parse_control
-    from veneer.imaging.make import Options, asks_of, make
+    from veneer.imaging.generate import Options, asks_of, make
 
     uses = [parse_use((os.fspath(a[0]), a[1]) if isinstance(a, tuple) else os.fspath(a)) for a in _several(adapters)]
     asks = asks_of(_several(prompts), uses, negative, seed, count)

@@ -21,7 +21,7 @@ from veneer.core.init import create
 from veneer.errors import AdapterError
 from veneer.formats import peft
 from veneer.formats.read import read
-from veneer.library.describe import describe_adapter
+from veneer.library.describe_files import describe_adapter
 from veneer.serve.fleet.folders import servable
 
 

@@ -14,7 +14,7 @@ import pytest
 import veneer
 from tests.browser.conftest import LONG, ROUTE, Window
 from tests.studio.conftest import Served
-from veneer.jobs.steps import kept_step
+from veneer.jobs.step_actions import kept_step
 from veneer.jobs.store import JobStore
 from veneer.library.library import open_library
 from veneer.serve.tenancy import routes

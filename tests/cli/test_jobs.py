@@ -14,7 +14,7 @@ import yaml
 from tests.cli.run import run
 from tests.jobs.small import STEPS, small_config
 from veneer.cli.main import main
-from veneer.jobs.beside import worker_beside
+from veneer.jobs.local_worker import worker_beside
 from veneer.jobs.store import JobStore
 from veneer.library.library import open_library
 from veneer.serve.build import Extension
@@ -110,7 +110,7 @@ def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyP
         yield
         told.append("worker ended")
 
-    monkeypatch.setattr("veneer.jobs.beside.worker_beside", worker_beside)
+    monkeypatch.setattr("veneer.jobs.local_worker.worker_beside", worker_beside)
 
     def training(service: Any, library: Any, **options: object) -> Extension:
         told.append(options)

@@ -15,7 +15,7 @@ import pytest
 
 import veneer
 from tests.cli.run import run
-from veneer.cli import fault
+from veneer.cli import crash_report as fault
 from veneer.cli import main as module
 from veneer.errors import Interrupted, VeneerError
 

@@ -15,7 +15,7 @@ from tests.train.tiny_pictures import drawings
 from veneer.errors import MismatchError
 from veneer.formats.read import read
 from veneer.imaging.adapters import ImagePipeline
-from veneer.imaging.remake import read_recipe, remake
+from veneer.imaging.reproduce import read_recipe, remake
 from veneer.models.image.base import load_image
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "edits" / "config.yaml"

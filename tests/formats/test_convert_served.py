@@ -19,7 +19,7 @@ from veneer.formats.card import read_card
 from veneer.formats.convert import encode, write
 from veneer.formats.gguf import read_gguf
 from veneer.formats.read import read
-from veneer.formats.servers import folded
+from veneer.formats.server_export import folded
 
 Q, K = (f"model.layers.0.self_attn.{p}_proj" for p in "qk")
 EMBED, HEAD = "model.embed_tokens", "lm_head"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.formats.test_leaves import close, rand
+from tests.formats.test_module_tensors import close, rand
 from veneer.core.adapter import Pair
 from veneer.core.forms import Delta, change_of, delta_of, part_problems, product_of
 from veneer.core.merge import pair_matrix

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.formats.test_leaves import rand
+from tests.formats.test_module_tensors import rand
 from tests.tiny_gguf import interleaved
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta

@@ -28,7 +28,7 @@ from veneer.errors import AdapterError
 from veneer.files.safetensors import encode_tensors, read_header, read_tensors
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.keys import split_key
-from veneer.formats.leaves import read_leaf
+from veneer.formats.module_tensors import read_leaf
 from veneer.formats.tensors import read_adapter_tensors
 
 MUCH = 16 << 20

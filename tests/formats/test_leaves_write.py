@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.formats.test_leaves import close, product, rand
+from tests.formats.test_module_tensors import close, product, rand
 from veneer.core.adapter import Pair
 from veneer.core.forms import Delta, change_of, delta_of
 from veneer.errors import AdapterError
-from veneer.formats.leaves import Leaf, fitted, read_leaf, write_leaf
+from veneer.formats.module_tensors import Leaf, fitted, read_leaf, write_leaf
 
 
 def test_alpha_is_written_so_that_the_scale_survives():

@@ -11,7 +11,7 @@ from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, prod
 from tests.formats.test_read import check, reading
 from veneer.errors import AdapterError
 from veneer.formats.metadata import pack_configs
-from veneer.formats.numbered import TOKEN_EMBEDDING
+from veneer.formats.numbered_pairs import TOKEN_EMBEDDING
 from veneer.formats.topology import ModulePlace, families, flat
 
 FLUX, SDXL = families()["flux1"], families()["sdxl"]

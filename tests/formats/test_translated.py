@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.formats.twins import model, our_outputs, outputs, peft_outputs
 from veneer.errors import AdapterError
 from veneer.formats import peft
-from veneer.formats.elsewhere import elsewhere
+from veneer.formats.compatibility import elsewhere
 from veneer.formats.read import read
 
 R, SCALE = 3, 2.5

@@ -10,7 +10,7 @@ import pytest
 from veneer.errors import DataError
 from veneer.imaging.adapters import parse_use
 from veneer.imaging.batch import read_batch
-from veneer.imaging.make import ImageRequest
+from veneer.imaging.generate import ImageRequest
 
 
 def lines(path: Path, *rows: object) -> Path:

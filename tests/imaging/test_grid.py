@@ -10,8 +10,8 @@ from PIL import Image
 from tests.image_twins import levels
 from veneer.errors import ConfigError
 from veneer.imaging.adapters import ImagePipeline, parse_use
+from veneer.imaging.generate import ImageRequest, Options, make
 from veneer.imaging.grid import draw_grid, layout
-from veneer.imaging.make import ImageRequest, Options, make
 from veneer.models.image.base import ImageBase
 from veneer.models.image.sheet import sheet
 

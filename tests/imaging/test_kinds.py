@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.image_twins import diffusers_pipeline, levels, parameter_of, picture
 from veneer.imaging.adapters import ImagePipeline, parse_use
-from veneer.imaging.make import ImageRequest, Options, make
+from veneer.imaging.generate import ImageRequest, Options, make
 from veneer.models.image.base import ImageBase
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"

@@ -12,7 +12,7 @@ from tests.tiny_image_base import tiny_image_base
 from veneer.core.adapter import Adapter
 from veneer.formats.convert import write
 from veneer.imaging.adapters import ImagePipeline, parse_use
-from veneer.imaging.make import ImageRequest, Options, make
+from veneer.imaging.generate import ImageRequest, Options, make
 from veneer.models.image.base import load_image
 from veneer.models.loading import errors_only
 

@@ -21,9 +21,9 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.errors import ConfigError
 from veneer.formats.card import read_card
 from veneer.formats.peft import write_folder
-from veneer.jobs.after import after_from
 from veneer.jobs.canary import place_job, promote_job, rollback_job
 from veneer.jobs.http.canary import canary_routes
+from veneer.jobs.post_training import after_from
 from veneer.jobs.process import run_job
 from veneer.jobs.store import Job, JobStore, WrongState
 from veneer.jobs.validate import device_of, submitted

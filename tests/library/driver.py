@@ -25,7 +25,7 @@ from pathlib import Path
 from tests.forks import expect, fork
 from tests.library.made import adapter_bytes, made, open_made, read_made
 from veneer.errors import AdapterError
-from veneer.library import upkeep
+from veneer.library import maintenance as upkeep
 from veneer.library.library import Library
 from veneer.library.store import LocalStore, blob_path
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError
-from veneer.library.describe import AdapterDescription
+from veneer.library.describe_files import AdapterDescription
 from veneer.library.library import Library, open_library
 
 __all__ = ["adapter_bytes", "made", "open_made", "read_made"]

@@ -92,7 +92,7 @@ def test_a_digest_finds_what_begins_so(library: Library, tmp_path: Path) -> None
 
 
 def test_a_prefix_of_two_adapters_is_refused_with_both(library: Library, tmp_path: Path) -> None:
-    from veneer.library.describe import AdapterDescription
+    from veneer.library.describe_files import AdapterDescription
 
     for n in "12":
         told = AdapterDescription("sha256:abcd" + n * 60, "made", {})
@@ -103,7 +103,7 @@ def test_a_prefix_of_two_adapters_is_refused_with_both(library: Library, tmp_pat
 
 
 def test_removal_never_takes_what_another_name_or_an_alias_needs(library: Library, tmp_path: Path) -> None:
-    from veneer.library.upkeep import gc
+    from veneer.library.maintenance import gc
 
     shared = made(tmp_path / "s", 1)
     library.add(shared, "one", describe=read_made)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.library.made import made, read_made
 from veneer.errors import AdapterError, ConfigError
 from veneer.library.library import Library, open_library
+from veneer.library.maintenance import rebuild, verify_library
 from veneer.library.names import (
     Reference,
     check_file_name,
@@ -22,7 +23,6 @@ from veneer.library.names import (
     tuned_of,
 )
 from veneer.library.transfer import export_to, import_from
-from veneer.library.upkeep import rebuild, verify_library
 
 NOT_NAMES = [
     "",

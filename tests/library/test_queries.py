@@ -12,8 +12,8 @@ import pytest
 from tests.library.made import made, read_made
 from veneer.errors import ConfigError
 from veneer.library.library import Library
+from veneer.library.maintenance import verify_library
 from veneer.library.queries import Version
-from veneer.library.upkeep import verify_library
 
 
 def fill(library: Library, folder: Path) -> list[Version]:

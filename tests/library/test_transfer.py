@@ -15,7 +15,7 @@ import pytest
 from tests.library.made import adapter_bytes, made, open_made, read_made
 from veneer.errors import AdapterError, ConfigError
 from veneer.library import transfer
-from veneer.library.describe import AdapterDescription
+from veneer.library.describe_files import AdapterDescription
 from veneer.library.library import Library, open_library
 
 

@@ -14,7 +14,7 @@ import torch
 import veneer.models.image.base as image_models
 from veneer.imaging.adapters import ImagePipeline
 from veneer.imaging.controls import parse_control
-from veneer.imaging.make import ImageRequest, Options, make
+from veneer.imaging.generate import ImageRequest, Options, make
 from veneer.models.builtin import packaged_place
 from veneer.models.loading import errors_only
 

@@ -132,7 +132,7 @@ def _optimise(W: nn.Parameter) -> None:
      (_write, True), (_load, True), (_optimise, True)],
 )  # fmt: skip
 def test_no_copy_is_read_after_its_weight_was_changed(change: Callable[[nn.Parameter], None], joined: bool) -> None:
-    """`joined`: the parameter is a part of what is multiplied (that it lies elsewhere now models/swap.py sees)."""
+    """`joined`: the parameter is a part of what is multiplied (that it lies elsewhere now models/patching.py sees)."""
     x, W = draw(5, IN, dtype=torch.float32), nn.Parameter(draw(OUT, IN, dtype=torch.float32), requires_grad=False)
     whole: Tensor = W
     if joined:

@@ -14,9 +14,9 @@ from veneer.core.attach import fit_problems
 from veneer.library.library import Library, open_library
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.access import ModelCard, ResolvedModel
+from veneer.serve.names.adapter_cache import AdapterCache
+from veneer.serve.names.adapter_sources import AdapterSources
 from veneer.serve.names.catalog import Catalog
-from veneer.serve.names.resident import AdapterCache
-from veneer.serve.names.shelf import AdapterSources
 from veneer.serve.principal import Principal
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from veneer.core.adapter import Adapter, Pair
-from veneer.serve.names.resident import AdapterCache, Lease
+from veneer.serve.names.adapter_cache import AdapterCache, Lease
 from veneer.serve.request import DigestMix, Refused, make_mix
 
 UNIT = 64

@@ -20,13 +20,13 @@ from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
 from tests.serve.saved_adapters import Make, of, reason, refused, saved
 from veneer.errors import AdapterError, ResourceError, UnavailableError
 from veneer.library.library import open_library
-from veneer.library.upkeep import gc
+from veneer.library.maintenance import gc
 from veneer.models.text.base import TextBase
-from veneer.serve.outage import fault, is_outage
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.transient import fault, is_outage
 
 SECRET = "s3.secret-host.internal:9000/bucket, /var/run/postgresql/.s.PGSQL.5432"
 ADMIN = "an-admin-key-of-some-length"
@@ -119,7 +119,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_adapters(
         except OSError as error:  # as readers tell of a file that they cannot read
             raise AdapterError(f"cannot be read: {error}") from error
 
-    monkeypatch.setattr("veneer.serve.names.shelf.load_adapter", fails)
+    monkeypatch.setattr("veneer.serve.names.adapter_sources.load_adapter", fails)
     kept_back(refused(lambda: catalog.load("x", "a")), caplog.text)
 
 

@@ -28,8 +28,8 @@ from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.http.surfaces.images import images_routes
 from veneer.serve.principal import PERMISSIONS, STRANGER, Permission, Principal
 from veneer.serve.request import Refused
-from veneer.serve.staging import UploadStage
 from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.upload_stage import UploadStage
 from veneer.studio.access import key_routes
 
 KINDS = {

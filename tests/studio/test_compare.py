@@ -15,7 +15,7 @@ from tests.studio.conftest import HOSTILE, Served
 from tests.studio.windows import Window, opened, page_html
 from veneer.library.library import open_library
 from veneer.models.text.base import load_text
-from veneer.train.text.judged import corrected_row
+from veneer.train.text.feedback_rows import corrected_row
 from veneer.train.text.rows import read_rows
 
 ASKED = [{"role": "user", "content": "Where is my parcel?"}]

@@ -21,7 +21,7 @@ from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.files.hashes import verify_hashes
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
-from veneer.formats.elsewhere import elsewhere
+from veneer.formats.compatibility import elsewhere
 from veneer.formats.reading import Reading, summary
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def verify_kept(library: Library, reference: str) -> list[AdapterCheck]:
 
     The bytes must be those that were added. The result is stored in the library as the adapter's health.
     Raises NotInLibrary."""
+    from veneer.library.maintenance import FILES_CHECK
     from veneer.library.store import hash_file
-    from veneer.library.upkeep import FILES_CHECK
 
     version = library.find(reference)
     kept = library.files(version.entry)

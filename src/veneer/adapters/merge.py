@@ -36,7 +36,7 @@ from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.formats.moe import as_stored
 from veneer.models.loading import errors_only, loading
 from veneer.models.quantize import quantized_weights, saved_config, saved_tensors
-from veneer.models.text.bare import tied_weights
+from veneer.models.text.meta_model import tied_weights
 from veneer.ops.quantization_formats import KINDS
 from veneer.ops.quantized import Quantized, dequantized, quantize
 

@@ -41,7 +41,7 @@ def inspect(
 
     Reads every supported format, and shows whether veneer can use the adapter, and why. Needs no base. Exit
     code 0 if veneer can use the adapter, else 2."""
-    from veneer.formats.plain import inspect_plain
+    from veneer.formats.quick_inspect import inspect_plain
 
     everything(show_all)
     found = inspect_plain(Path(name)) if not (adapter_name or elsewhere or alpha is not None) else None

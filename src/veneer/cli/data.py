@@ -120,7 +120,7 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Append a training row: a preference between two answers, or a correct answer."""
-    from veneer.train.text.judged import add_row, corrected_row, preference_row
+    from veneer.train.text.feedback_rows import add_row, corrected_row, preference_row
 
     if bool(answer) == bool(chosen or rejected) or bool(chosen) != bool(rejected):
         raise ConfigError(

@@ -18,7 +18,7 @@ from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.imaging.adapters import ImagePipeline
-    from veneer.imaging.make import ImageRequest, Options, RecordedPicture
+    from veneer.imaging.generate import ImageRequest, Options, RecordedPicture
     from veneer.models.image.base import ImageBase
 
 _FALLBACK = "catalogue-sdxl"
@@ -177,7 +177,7 @@ def make_pictures(
         raise ConfigError("grid is not the first word", fix=f"veneer image grid {prompts[1]} …, then the options")
 
     from veneer.imaging.batch import read_batch
-    from veneer.imaging.make import MOST_COUNT, ImageRequest, Options
+    from veneer.imaging.generate import MOST_COUNT, ImageRequest, Options
 
     if not 1 <= count <= MOST_COUNT:
         raise ConfigError(f"--count {count}", fix=f"at least 1, at most {MOST_COUNT:,}")
@@ -223,8 +223,8 @@ def grid(
     Cells with the same seed start from the same noise."""
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.controls import parse_control
+    from veneer.imaging.generate import Options
     from veneer.imaging.grid import STRENGTHS, draw_grid, layout
-    from veneer.imaging.make import Options
 
     uses = [parse_use(spec) for spec in adapter or []]
     if strengths is not None and sheet != "strength":
@@ -355,7 +355,7 @@ def _progress() -> Callable[[int, int], None] | None:
 
 
 def _write(mixer: ImagePipeline, asks: list[ImageRequest], options: Options, files: list[Path], as_json: bool) -> None:
-    from veneer.imaging.make import make
+    from veneer.imaging.generate import make
 
     start = time.perf_counter()
     made = make(mixer, asks, options, on_step=_progress(), on_made=lambda i, one: _save(one, files[i]))
@@ -386,7 +386,7 @@ def _remake(
     as_json: bool,
     dtype: str | None,
 ) -> None:
-    from veneer.imaging.remake import read_recipe, remake
+    from veneer.imaging.reproduce import read_recipe, remake
 
     wanted = read_recipe(picture)
     _find((), replace(wanted.options, **options))

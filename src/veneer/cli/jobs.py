@@ -55,7 +55,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Check, plan and queue a run. Exit code 2 if the run cannot be queued."""
-    from veneer.jobs.after import load_job_config
+    from veneer.jobs.post_training import load_job_config
     from veneer.jobs.validate import submitted
     from veneer.serve.tenancy.store import tenants_at
 
@@ -183,7 +183,7 @@ def fork(
     """Queue a new job that continues from a step of this job, with other settings.
 
     The original job is unchanged. Steps can be forked if the job has checkpoint.adapters=true."""
-    from veneer.jobs.steps import forked
+    from veneer.jobs.step_actions import forked
     from veneer.serve.tenancy.store import tenants_at
 
     with _opened() as store, tenants_at(tenants) as known:
@@ -202,7 +202,7 @@ def keep(
     as_json: AsJson = False,
 ) -> None:
     """Store a step's adapter as the newest version of the job's name."""
-    from veneer.jobs.steps import kept_step
+    from veneer.jobs.step_actions import kept_step
 
     with _opened() as store:
         version = kept_step(store, job, step, alias=alias, tenant=tenant)

@@ -184,7 +184,7 @@ def _listing(library: Library, limit: int, after: int, text: str, **asked: Any) 
 def show(library: Library, reference: Reference) -> Result:
     """Show an adapter's metadata, parents and children, last checks and files."""
     from veneer.formats.card import opening
-    from veneer.library.describe import card_prompt, card_sample, gain_of
+    from veneer.library.describe_files import card_prompt, card_sample, gain_of
 
     version = library.find(reference)
     files = library.files(version.entry)
@@ -289,7 +289,7 @@ def verify(
     Compares every file with its sha256, and the records of names with the index; for given adapters, also
     checks their contents. `list` and `show` report the stored result of each adapter. Exit code 0 if
     everything is valid, else 2."""
-    from veneer.library import upkeep
+    from veneer.library import maintenance as upkeep
 
     if references:
         if repair or rebuild:
@@ -335,7 +335,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count, but remove nothing.")] = False,
 ) -> Result:
     """Remove files that no name refers to. Safe during concurrent changes."""
-    from veneer.library import upkeep
+    from veneer.library import maintenance as upkeep
 
     done = upkeep.gc(library, grace=grace, dry_run=dry_run)
     would = "would remove" if dry_run else "removed"

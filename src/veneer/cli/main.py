@@ -14,7 +14,7 @@ The file is imported when its command runs.
 | Ctrl-C                          | "stopped"                                   | 130 |
 | a full disk, no memory, no rights | the cause and a fix                     | 2 |
 | a closed pipe                   | nothing                                     | 141 |
-| anything else: an internal error | what to report (cli/fault.py)           | 70 |
+| anything else: an internal error | what to report (cli/crash_report.py)           | 70 |
 
 `cli/output.py` wraps stdout and stderr: text from files never reaches the terminal as an escape sequence.
 """
@@ -35,7 +35,7 @@ import typer
 from typer.core import TyperGroup
 
 from veneer import __version__
-from veneer.cli import fault
+from veneer.cli import crash_report as fault
 from veneer.cli.output import error_text, guard, own
 from veneer.errors import ConfigError, ResourceError, VeneerError, lacks_memory, quoted
 

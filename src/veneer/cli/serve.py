@@ -242,8 +242,8 @@ def serve_with(
     page = None
     with ExitStack() as beside:
         if train:
-            from veneer.jobs.beside import worker_beside
             from veneer.jobs.build import training
+            from veneer.jobs.local_worker import worker_beside
 
             extends.append(partial(training, python_graders=python_graders, session_days=session_days))
             beside.enter_context(worker_beside(library=settings.library, tenants=settings.tenants, say=say))

@@ -40,12 +40,20 @@ from veneer.formats.diffusers import diffusers_tensors
 from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.kohya import kohya_tensors
-from veneer.formats.leaves import Leaf, leaves_of
 from veneer.formats.loaders import unreachable
 from veneer.formats.metadata import family_in_metadata, metadata_of, pack_configs
+from veneer.formats.module_tensors import Leaf, leaves_of
 from veneer.formats.names import choose_family, component_of
 from veneer.formats.read import read_state_dict
-from veneer.formats.servers import MERGE, TGI_RANK, folded, in_every_layer, refuse_unservable, tgi_notes, vllm_notes
+from veneer.formats.server_export import (
+    MERGE,
+    TGI_RANK,
+    folded,
+    in_every_layer,
+    refuse_unservable,
+    tgi_notes,
+    vllm_notes,
+)
 from veneer.formats.tensors import check_finite
 from veneer.formats.topology import Family, families
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
 from veneer.formats.comparison import Refusals
-from veneer.formats.leaves import Leaf
+from veneer.formats.module_tensors import Leaf
 from veneer.formats.names import component_of
 from veneer.formats.peft import PREFIX, encode_folder
 from veneer.formats.topology import Family

@@ -31,7 +31,7 @@ from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
 from veneer.formats.comparison import Refusals
 from veneer.formats.fused import join, swap_halves
-from veneer.formats.leaves import Leaf, write_leaf
+from veneer.formats.module_tensors import Leaf, write_leaf
 from veneer.formats.topology import DENOISERS, Family, ModulePlace, flat
 
 T = TypeVar("T", bound=Pair | Delta)

@@ -53,7 +53,7 @@ from veneer.formats.peft_lycoris import can_be_lycoris, is_lycoris, read_lycoris
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import check_finite, read_adapter_tensors
 from veneer.formats.translated import translated
-from veneer.formats.wrappers import Renaming, renaming
+from veneer.formats.vision_wrappers import Renaming, renaming
 
 PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")

@@ -23,8 +23,8 @@ from veneer.core.adapter import Adapter, scale_of
 from veneer.core.forms import Delta, trained_shapes
 from veneer.errors import AdapterError
 from veneer.formats import peft_config as cfg
-from veneer.formats.leaves import Leaf as _Leaf
-from veneer.formats.leaves import read_leaf, write_leaf
+from veneer.formats.module_tensors import Leaf as _Leaf
+from veneer.formats.module_tensors import read_leaf, write_leaf
 
 _FORMS = {"hadamard": "LOHA", "kronecker": "LOKR"}
 _COMMON = {

@@ -27,10 +27,10 @@ from veneer.formats import peft_config as cfg
 from veneer.formats.folder import CONFIG_FILE, CONFIG_KEY, tensor_file
 from veneer.formats.fused import split, swap_halves
 from veneer.formats.keys import detect_format, one_adapter, split_key
-from veneer.formats.leaves import Leaf, fitted, leaves_of, read_leaf, widened
 from veneer.formats.metadata import card_from_metadata, family_in_metadata, json_value, unpack_configs
+from veneer.formats.module_tensors import Leaf, fitted, leaves_of, read_leaf, widened
 from veneer.formats.names import FamilyChoice, choose_family, has_image_names, near
-from veneer.formats.numbered import TOKEN_EMBEDDING, is_list, list_modules, list_words
+from veneer.formats.numbered_pairs import TOKEN_EMBEDDING, is_list, list_modules, list_words
 from veneer.formats.reading import Reading
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, bullets, nearest, quoted
-from veneer.formats.campaign import CAMPAIGN, CAMPAIGN_ROLES
+from veneer.formats.campaign_roles import CAMPAIGN, CAMPAIGN_ROLES
 
 
 def split_strength(text: str) -> tuple[str, float | None]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from veneer.errors import DataError, VeneerError, bullets, nearest
 from veneer.imaging.adapters import parse_use
-from veneer.imaging.make import ImageRequest
+from veneer.imaging.generate import ImageRequest
 
 _BATCH_KEYS = ("prompt", "adapters", "seed", "negative")
 

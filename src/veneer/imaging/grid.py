@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError, nearest
 from veneer.imaging.adapters import ImagePipeline, Use, label_of
-from veneer.imaging.make import ImageRequest, Options, RecordedPicture, make
+from veneer.imaging.generate import ImageRequest, Options, RecordedPicture, make
 from veneer.models.image.sheet import sheet
 
 if TYPE_CHECKING:

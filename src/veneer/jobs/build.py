@@ -101,7 +101,7 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
 
 async def _sweep(files: Files, jobs: JobStore) -> None:
     """Remove expired files now and every _EVERY seconds; retry after an outage."""
-    from veneer.jobs.inputs import sweep_inputs
+    from veneer.jobs.input_files import sweep_inputs
 
     while True:
         try:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, Interrupted, counted
 from veneer.files.atomic import atomic_write
-from veneer.jobs.after import AfterJob, CanaryRoute, HeldOut, held_out_rows, serving_of
+from veneer.jobs.post_training import AfterJob, CanaryRoute, HeldOut, held_out_rows, serving_of
 from veneer.jobs.store import Job, JobEvent, JobLease, JobStore, LeaseLost, WrongState
 from veneer.jobs.validate import after_of, job_config, may_pass, told
 from veneer.library.database import reading

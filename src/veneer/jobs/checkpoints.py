@@ -21,7 +21,7 @@ from veneer.jobs.store import Job
 from veneer.library.library import Library
 from veneer.library.names import checkpoint_alias
 from veneer.train.checkpoint import by_step, is_extra
-from veneer.train.text.offpolicy import DRAWN_FROM
+from veneer.train.text.async_sampling import DRAWN_FROM
 
 STEPS_TAG = "steps-of:"
 """Prefix of the tag of a checkpoint's adapter; the job's id follows."""

@@ -31,7 +31,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.errors import ConfigError
-from veneer.jobs.after import AfterJob
+from veneer.jobs.post_training import AfterJob
 from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent, jobs_home
 from veneer.serve.http.bodies import FAIL_FAST, Body, Strict, at_most
 from veneer.train.config.load import config_from

@@ -41,8 +41,8 @@ from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, 
 from veneer.jobs.validate import is_compared, job_config, may_pass, told, validated
 from veneer.library.library import Library, open_library
 from veneer.plan.tables import Device
-from veneer.serve.outage import is_outage
 from veneer.serve.tenancy.store import tenants_at
+from veneer.serve.transient import is_outage
 from veneer.train import checkpoint
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import TOKEN_ACCURACY, Checked, Event, Note, Saved, measure_text, to_record

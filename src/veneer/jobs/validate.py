@@ -27,12 +27,12 @@ from veneer.errors import (
     gigabytes,
 )
 from veneer.jobs.account import TrainingAccount
-from veneer.jobs.after import AfterJob, HeldOut, check_after, held_out_rows
+from veneer.jobs.post_training import AfterJob, HeldOut, check_after, held_out_rows
 from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
 from veneer.plan.plan import Plan
 from veneer.plan.tables import Device
-from veneer.serve.outage import is_outage
 from veneer.serve.tenancy.store import Store
+from veneer.serve.transient import is_outage
 from veneer.train.config.load import RunConfig, config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.records import count_lines

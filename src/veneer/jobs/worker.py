@@ -30,14 +30,14 @@ from typing import Any
 from veneer.errors import VeneerError, counted, gigabytes
 from veneer.jobs.account import TrainingAccount
 from veneer.jobs.executors import Executor, ExitStatus, LocalExecutor, drop_handover
-from veneer.jobs.inputs import input_bytes
+from veneer.jobs.input_files import input_bytes
 from veneer.jobs.process import environment_of
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home
 from veneer.jobs.validate import device_of
 from veneer.library.library import Library
 from veneer.plan.tables import Device
-from veneer.serve.outage import is_outage
 from veneer.serve.tenancy.store import Store
+from veneer.serve.transient import is_outage
 from veneer.train.signals import heard
 
 _SWEEP = 3600.0

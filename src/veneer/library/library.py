@@ -34,7 +34,7 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 from veneer.errors import AdapterError, ConfigError, nearest
 from veneer.library import index as ix
 from veneer.library.database import reading, shown_url
-from veneer.library.describe import AdapterDescription, content_of, describe_adapter
+from veneer.library.describe_files import AdapterDescription, content_of, describe_adapter
 from veneer.library.names import Reference, check_alias, check_file_name, check_name, check_tag, parse_reference
 from veneer.library.queries import (
     AdapterFamily,

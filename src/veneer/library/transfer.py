@@ -32,12 +32,12 @@ from sqlalchemy import select
 from veneer.errors import AdapterError, ConfigError, MissingExtraError, VeneerError
 from veneer.library import index as ix
 from veneer.library.database import reading
-from veneer.library.describe import PEFT_FILES, AdapterDescription, describe_adapter
+from veneer.library.describe_files import PEFT_FILES, AdapterDescription, describe_adapter
 from veneer.library.library import Added, Library
+from veneer.library.maintenance import check_record, parse_manifest
 from veneer.library.names import parse_reference
 from veneer.library.queries import record
 from veneer.library.store import CHUNK, blob_path, canonical, hash_file, manifest_path, open_remote
-from veneer.library.upkeep import check_record, parse_manifest
 
 _PLACE_MANIFEST = "veneer-manifest.json"
 _MAX_JSON = 64 << 20

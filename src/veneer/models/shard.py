@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.targets import base_modules, base_of
-from veneer.models.unread import Unread, read_buffers
+from veneer.models.sharded_weights import Unread, read_buffers
 from veneer.ops.quantization_formats import with_tensors
 from veneer.ops.quantized import Quantized
 

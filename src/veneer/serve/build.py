@@ -23,8 +23,8 @@ from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.http.surfaces.feedback import feedback_routes
+from veneer.serve.names.adapter_sources import AdapterSources, UnloadedBase
 from veneer.serve.names.catalog import Catalog, NoAdapters
-from veneer.serve.names.shelf import AdapterSources, UnloadedBase
 from veneer.serve.quota import FairThreads
 from veneer.serve.request import LoadingEngine
 from veneer.serve.settings import ServeSettings

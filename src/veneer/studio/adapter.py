@@ -10,7 +10,7 @@ from typing import Any
 from veneer.errors import AdapterError, ConfigError
 from veneer.formats.card import opening
 from veneer.jobs.checkpoints import job_of_tag
-from veneer.library.describe import card_prompt, gain_of
+from veneer.library.describe_files import card_prompt, gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
 from veneer.serve.http.surfaces.adapters import AdapterChange, change_adapter, remove_adapter

@@ -13,10 +13,10 @@ from typing import Any
 
 from veneer.errors import AdapterError, ConfigError, VeneerError, counted
 from veneer.formats.card import opening
-from veneer.library.describe import card_prompt
+from veneer.library.describe_files import card_prompt
 from veneer.serve.access import ResolvedModel
-from veneer.serve.http.asking import TextRequest, ask_texts
 from veneer.serve.http.errors import message_of
+from veneer.serve.http.text_requests import TextRequest, ask_texts
 from veneer.serve.request import Finished, Refused, Token
 from veneer.serve.tenancy.feedback import AnswerFeedback
 from veneer.serve.tenancy.tenants import Tenants
@@ -27,7 +27,7 @@ from veneer.studio.frame import ViewPage
 from veneer.studio.moving import Answers, SpokenToken
 from veneer.studio.parts import Command, box, button, line, permit
 from veneer.studio.talk import prompt_messages
-from veneer.train.text.judged import add_row, corrected_row, judged_file, preference_row
+from veneer.train.text.feedback_rows import add_row, corrected_row, judged_file, preference_row
 
 _PAUSE = 1 / 30
 """Seconds between two updates of tokens in the browser."""

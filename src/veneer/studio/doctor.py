@@ -9,7 +9,7 @@ from veneer.errors import AdapterError, counted
 from veneer.formats.topology import families
 from veneer.serve.http.surfaces.adapters import keep_staged, staged_report
 from veneer.serve.request import Refused
-from veneer.serve.staging import StagedAdapter
+from veneer.serve.upload_stage import StagedAdapter
 from veneer.studio.commands import command
 from veneer.studio.frame import NothingHere, ViewPage
 from veneer.studio.parts import (

@@ -15,7 +15,7 @@ from typing import Any
 from veneer.errors import ConfigError, counted
 from veneer.jobs.files import UploadedFile
 from veneer.jobs.http.tuning import TuningQueue
-from veneer.jobs.inputs import LINE_FILES, FileBeginning, look_at_file
+from veneer.jobs.input_files import LINE_FILES, FileBeginning, look_at_file
 from veneer.jobs.openai import FormSettings, TuningBody
 from veneer.serve.http.bodies import checked
 from veneer.studio.frame import ViewPage

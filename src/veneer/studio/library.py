@@ -10,7 +10,7 @@ from typing import Any
 
 from veneer.errors import counted
 from veneer.jobs.checkpoints import STEPS_TAG, job_of_tag
-from veneer.library.describe import card_picture, card_sample, gain_of
+from veneer.library.describe_files import card_picture, card_sample, gain_of
 from veneer.library.queries import SearchPage, Version
 from veneer.serve.http.surfaces.adapters import facet_of_bases
 from veneer.serve.tenancy.store import ALL

@@ -8,7 +8,7 @@ import asyncio
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.jobs.steps import fork_config, kept_step
+from veneer.jobs.step_actions import fork_config, kept_step
 from veneer.jobs.store import Job, JobCheckpoint
 from veneer.library.library import NotInLibrary
 from veneer.library.queries import Version

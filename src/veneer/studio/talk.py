@@ -10,7 +10,7 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.formats.card import opening
 from veneer.jobs.store import Job, UnknownJob
 from veneer.jobs.validate import job_config
-from veneer.serve.http.asking import TextRequest, ask_texts
+from veneer.serve.http.text_requests import TextRequest, ask_texts
 from veneer.serve.request import Finished, Token
 from veneer.studio.commands import command, command_base
 from veneer.studio.frame import NothingHere, ViewPage

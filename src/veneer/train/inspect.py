@@ -34,8 +34,8 @@ from veneer.train.records import count_records, data_stamp
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
+    from veneer.train.image.augmentation import PictureRow
     from veneer.train.image.training_picture import TrainingPicture
-    from veneer.train.image.views import PictureRow
     from veneer.train.text.data import TextData
     from veneer.train.text.encode import EncodedRows
     from veneer.train.text.rows import About, Row, UnusableRow
@@ -385,10 +385,10 @@ def _picture_key(config: ImageTrainConfig) -> tuple[str, tuple[tuple[str, int, i
 
 @functools.lru_cache(maxsize=4)
 def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
+    from veneer.train.image.augmentation import plan_rows
     from veneer.train.image.batches import split_pictures
     from veneer.train.image.checks import check_held_out, check_pictures
     from veneer.train.image.pictures import read_pictures
-    from veneer.train.image.views import plan_rows
 
     config = _config(ImageTrainConfig, own)
     settings = config.data
@@ -411,8 +411,8 @@ def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:
 
     Held out and left out ones come last. Raises DataError for a folder that cannot be learned from; opens at
     most `_MOST_PICTURES`."""
+    from veneer.train.image.augmentation import draw_row
     from veneer.train.image.pictures import count_pictures
-    from veneer.train.image.views import draw_row
 
     if (count := count_pictures(config.data)[0]) > _MOST_PICTURES:
         what = f"{count:,} pictures are more than a sheet shows"

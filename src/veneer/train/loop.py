@@ -47,11 +47,11 @@ from veneer.errors import (
 from veneer.ops.cpu.memory import forget_peak_resident, peak_resident
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import in_float64
-from veneer.train.ahead import Prefetcher
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
 from veneer.train.events import TOKEN_ACCURACY, Evaluated, Listener, Note, Probed, Saved, Stepped, Stopped, silent
 from veneer.train.optim import Schedule
+from veneer.train.prefetch import Prefetcher
 from veneer.train.signals import heard
 
 _RECENT = 20

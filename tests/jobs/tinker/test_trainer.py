@@ -21,7 +21,7 @@ from veneer.jobs.tinker.trainer import ALPHA, Adam, Lora, PassWork, Trainer, che
 from veneer.jobs.tinker.wire import WireRow
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
-from veneer.models.text.twin import base_twin
+from veneer.models.text.probe_model import base_twin
 from veneer.train.optim import make_optimizer
 
 

@@ -13,7 +13,7 @@ from tests.families import FAMILIES, OTHERS, VOCAB, large_norms
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.models.swap import report_of
+from veneer.models.patching import report_of
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import padded_nll, row_logps, text_loss
 

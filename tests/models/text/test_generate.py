@@ -21,7 +21,7 @@ from veneer.core.init import create
 from veneer.errors import BaseError, ConfigError, DataError
 from veneer.models.text.base import TextBase
 from veneer.models.text.generate import complete, encode_prompt
-from veneer.models.text.pieces import Pieces
+from veneer.models.text.incremental_decoding import Pieces
 
 PROMPTS = [
     "The printer",

@@ -13,7 +13,7 @@ from tests.families import FAMILIES, VOCAB
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
-from veneer.models.swap import report_of
+from veneer.models.patching import report_of
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import rows_nll, text_loss, token_logps
 from veneer.ops.attention import SharedRows

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
-from veneer.models.text.pieces import Pieces
+from veneer.models.text.incremental_decoding import Pieces
 from veneer.serve.engine.detokenize import AnswerText
 from veneer.serve.request import Sampling
 

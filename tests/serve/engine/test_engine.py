@@ -24,7 +24,7 @@ from veneer.errors import AdapterError
 from veneer.serve.engine import grammar
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.forward.paged import Pages
-from veneer.serve.names.shelf import Problems
+from veneer.serve.names.adapter_sources import Problems
 from veneer.serve.request import BASE, DigestMix, EngineEvent, Finished, Refused, Request, Sampling, Started, Token
 from veneer.serve.settings import EngineSettings
 

@@ -19,8 +19,8 @@ from veneer.core.attach import Attachment, attach
 from veneer.errors import ConfigError
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import fast
+from veneer.models.text.logprob_replay import replayed_logps
 from veneer.models.text.loss import token_logps
-from veneer.models.text.replay import replayed_logps
 from veneer.ops.quantized import quantize
 from veneer.serve.engine.live import live_sampler
 from veneer.train.text.prompts import collate_shared

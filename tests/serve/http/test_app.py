@@ -19,7 +19,7 @@ from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.principal import Principal
 from veneer.serve.request import Finished, Request, Usage
 from veneer.serve.settings import HttpSettings
-from veneer.serve.staging import UploadStage
+from veneer.serve.upload_stage import UploadStage
 
 CHAT: Any = {"model": "sql", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30}
 

@@ -18,7 +18,7 @@ from tests.serve.saved_adapters import Make, of, reason, refused, saved
 from veneer.formats import peft
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
-from veneer.serve.names.resident import Lease
+from veneer.serve.names.adapter_cache import Lease
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.store import seeing

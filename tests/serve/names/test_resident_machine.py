@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.serve.shop import LETTERS, UNIT, Asked, Shop, Thing
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
-from veneer.serve.names.resident import AdapterCache, Lease
+from veneer.serve.names.adapter_cache import AdapterCache, Lease
 from veneer.serve.request import Refused, make_mix
 
 

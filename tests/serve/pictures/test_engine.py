@@ -23,7 +23,7 @@ from veneer.adapters.use import load_adapter
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
 from veneer.imaging.adapters import ImagePipeline
-from veneer.imaging.remake import read_recipe, remake
+from veneer.imaging.reproduce import read_recipe, remake
 from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.pictures import engine as pictures

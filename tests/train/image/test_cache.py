@@ -14,10 +14,10 @@ from torch import Tensor
 from tests.train.make_pictures import put, scene, settings
 from veneer.errors import DataError, ResourceError
 from veneer.train.config.image import ImageDataSection
+from veneer.train.image.augmentation import View, place, prepare
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
 from veneer.train.image.pictures import read_pictures
 from veneer.train.image.training_picture import TrainingPicture
-from veneer.train.image.views import View, place, prepare
 
 
 class Encoder:

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from tests.train.make_pictures import put, scene, settings, wrong
+from veneer.train.image.augmentation import plan_rows
 from veneer.train.image.checks import check_held_out, check_pictures
 from veneer.train.image.pictures import read_pictures
-from veneer.train.image.views import plan_rows
 from veneer.train.preflight import Finding
 
 

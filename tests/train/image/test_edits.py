@@ -27,11 +27,11 @@ from veneer.plan.image import image_counts
 from veneer.plan.tables import base_config
 from veneer.train.config.load import ImageTrainConfig, config_from
 from veneer.train.events import Event, Note
+from veneer.train.image.augmentation import draw_row, place, plan_rows, view_before
 from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.checks import check_pictures
 from veneer.train.image.encode import Encoders, ImageLoss
 from veneer.train.image.pictures import read_pictures
-from veneer.train.image.views import draw_row, place, plan_rows, view_before
 
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")]
 

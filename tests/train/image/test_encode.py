@@ -34,12 +34,12 @@ from veneer.models.loading import errors_only
 from veneer.plan.tables import base_config
 from veneer.train.config.image import TARGET_WORDS
 from veneer.train.config.load import config_from
+from veneer.train.image.augmentation import plan_rows
 from veneer.train.image.batches import ImageBatch, plan_image_steps, planned_rows
 from veneer.train.image.encode import Encoders, ImageLoss
 from veneer.train.image.loss import draw
 from veneer.train.image.pictures import read_pictures
 from veneer.train.image.preflight import parts_of
-from veneer.train.image.views import plan_rows
 
 FAMILIES = pytest.mark.parametrize("family", ["flux2", "klein", "qwen-image"])
 SIDE = 32

@@ -286,10 +286,10 @@ def test_offloaded_blocks_give_equal_gradients_and_return(family: str, shared: P
     """On one device the moves are copies; that every block has its weights when they are needed is the same."""
     from tests.train.tiny_pictures import image_values
     from veneer.train.config.load import config_from
+    from veneer.train.image.augmentation import plan_rows
     from veneer.train.image.batches import plan_image_steps
     from veneer.train.image.encode import Encoders, ImageLoss
     from veneer.train.image.pictures import read_pictures
-    from veneer.train.image.views import plan_rows
 
     config: Any = config_from(image_values(shared, tmp_path / "out", family))[0]
     base = load_image(str(tiny_image_base(shared, family)))

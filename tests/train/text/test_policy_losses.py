@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tests.elsewhere import OnMps
 from veneer.ops.device_transfer import in_float64
-from veneer.train.text.gap import Gap
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
@@ -23,6 +22,7 @@ from veneer.train.text.policy_losses import (
     per_token,
     policy_ratios,
 )
+from veneer.train.text.sampler_mismatch import Gap
 
 LENGTHS = [3, 1, 4, 2]
 GROUPS = [0, 0, 1, 1]

@@ -13,7 +13,7 @@ from tests.tiny_base import tiny_base_dir
 from veneer.adapters.use import load_adapter
 from veneer.core.attach import attach
 from veneer.formats.card import read_card
-from veneer.library.describe import card_prompt, card_sample
+from veneer.library.describe_files import card_prompt, card_sample
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.generate import complete
 from veneer.train.config.load import config_from

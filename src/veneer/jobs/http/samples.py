@@ -10,7 +10,7 @@ from starlette.responses import FileResponse, Response
 
 from veneer.errors import ConfigError
 from veneer.jobs.http.route import thread_route
-from veneer.jobs.steps import sample_file
+from veneer.jobs.step_actions import sample_file
 from veneer.jobs.store import JobStore
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import caller_of

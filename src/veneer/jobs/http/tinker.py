@@ -41,9 +41,9 @@ from veneer.serve.http.bodies import Strict, read_body
 from veneer.serve.http.errors import Json, log, message_of
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import Service, caller_of, service_of
-from veneer.serve.outage import fault
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage, invalid
+from veneer.serve.transient import fault
 
 T = TypeVar("T")
 

@@ -39,7 +39,7 @@ from veneer.serve.http.answers import TextAnswer, TextJob, run
 from veneer.serve.http.bodies import Strict
 from veneer.serve.http.errors import Json, as_refused, message_of
 from veneer.serve.http.service import ChosenMix, Service
-from veneer.serve.names.shelf import AdapterPlace
+from veneer.serve.names.adapter_sources import AdapterPlace
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, Sampling, invalid
 

@@ -25,12 +25,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer.errors import quoted
-from veneer.jobs.after import AfterJob, check_after
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import page_shown
 from veneer.jobs.http.graders import ParseGrader, grader_of
 from veneer.jobs.http.route import blocking, thread_route
-from veneer.jobs.inputs import LINE_FILES, drop_inputs, put_input
+from veneer.jobs.input_files import LINE_FILES, drop_inputs, put_input
 from veneer.jobs.openai import (
     MEASURED,
     ROWS_COUNTED,
@@ -45,6 +44,7 @@ from veneer.jobs.openai import (
     suffix_of,
     tuning_config,
 )
+from veneer.jobs.post_training import AfterJob, check_after
 from veneer.jobs.store import ENDS, UNFINISHED, Job, JobEvent, JobStore, UnknownJob, WrongState
 from veneer.library.library import NotInLibrary
 from veneer.library.names import name_of, new_tuned, organisation_of, parse_tuned

@@ -42,7 +42,7 @@ from veneer.jobs.tinker.wire import WireRow
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import hidden_at, target_logps
-from veneer.models.text.twin import base_twin
+from veneer.models.text.probe_model import base_twin
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import sent
 from veneer.ops.lora_segments import LoraSegments

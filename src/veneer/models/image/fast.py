@@ -29,7 +29,14 @@ from torch import Tensor, nn
 
 from veneer.core.targets import base_of
 from veneer.models.compat_diffusers import DIFFUSERS
-from veneer.models.swap import FastReport, FusedProjection, random_input, replace_forward, same_dtype, without_dropout
+from veneer.models.patching import (
+    FastReport,
+    FusedProjection,
+    random_input,
+    replace_forward,
+    same_dtype,
+    without_dropout,
+)
 from veneer.ops.attention import cross_attention, joint_attention
 from veneer.ops.conv import live_conv
 from veneer.ops.cpu import memory

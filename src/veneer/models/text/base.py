@@ -24,10 +24,10 @@ from veneer.models.device import check_memory, choose_device, choose_dtype, sett
 from veneer.models.fingerprint import fingerprint
 from veneer.models.loading import check_loaded, errors_only, loading, straight_to
 from veneer.models.quantize import check_kind, load_quantized, original_weight, quantized_bytes, saved_kind
+from veneer.models.sharded_weights import Unread
 from veneer.models.sources import find_base, is_image_base, short_name
-from veneer.models.text.bare import bare_text
 from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
-from veneer.models.unread import Unread
+from veneer.models.text.meta_model import bare_text
 from veneer.ops.quantization_formats import KINDS
 from veneer.ops.quantized import Quantized
 

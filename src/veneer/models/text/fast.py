@@ -28,8 +28,7 @@ from veneer.core.experts import expert_product
 from veneer.core.layers import LoraExperts, LoraLinear
 from veneer.core.targets import base_of
 from veneer.models.compat_transformers import PRE_NORM_LAYERS, own_attention, register_attention
-from veneer.models.shard import CallWithWeights, Sharded, call_whole
-from veneer.models.swap import (
+from veneer.models.patching import (
     FastReport,
     FusedProjection,
     keep_dequantized,
@@ -40,6 +39,7 @@ from veneer.models.swap import (
     same_dtype,
     without_dropout,
 )
+from veneer.models.shard import CallWithWeights, Sharded, call_whole
 from veneer.models.text.loss import padded_nll, rows_nll
 from veneer.models.text.probe import (
     LENGTHS,

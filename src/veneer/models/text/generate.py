@@ -23,10 +23,10 @@ from torch import Tensor
 from veneer.core.adapter import mix_text
 from veneer.core.attach import acting_on
 from veneer.errors import AdapterError, BaseError, ConfigError, DataError
-from veneer.models.swap import without_dropout
+from veneer.models.patching import without_dropout
 from veneer.models.text.base import TextBase
-from veneer.models.text.pieces import Pieces, decode_text
-from veneer.models.text.turns import template_turn
+from veneer.models.text.chat_messages import template_turn
+from veneer.models.text.incremental_decoding import Pieces, decode_text
 from veneer.ops.cpu.sharing import forwards
 
 if TYPE_CHECKING:

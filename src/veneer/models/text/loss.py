@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.models.swap import projection_of, report_of
+from veneer.models.patching import projection_of, report_of
 from veneer.ops.attention import RowLayout, SharedRows
 from veneer.ops.device_transfer import sent
 from veneer.ops.lora_segments import LoraSegments

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from veneer.models.text.pieces import Decoder, Pieces
+from veneer.models.text.incremental_decoding import Decoder, Pieces
 from veneer.serve.request import Sampling
 
 

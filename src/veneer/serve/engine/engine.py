@@ -35,9 +35,8 @@ from veneer.serve.engine.sampler import SampledRow, SampledToken, sample, scored
 from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence, StepCost
 from veneer.serve.forward.paged import BLOCK
 from veneer.serve.forward.runner import Prepared, Runner, RunnerRow
-from veneer.serve.names.resident import AdapterCache, Lease
-from veneer.serve.names.shelf import Problems
-from veneer.serve.outage import fault
+from veneer.serve.names.adapter_cache import AdapterCache, Lease
+from veneer.serve.names.adapter_sources import Problems
 from veneer.serve.request import (
     BASE,
     Engine,
@@ -53,6 +52,7 @@ from veneer.serve.request import (
     shutting_down,
 )
 from veneer.serve.settings import EngineSettings
+from veneer.serve.transient import fault
 
 if TYPE_CHECKING:
     from veneer.serve.engine.grammar import Matcher

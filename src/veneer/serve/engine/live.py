@@ -28,9 +28,9 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import VeneerError
-from veneer.models.swap import without_dropout
+from veneer.models.patching import without_dropout
 from veneer.models.text.base import TextBase
-from veneer.models.text.replay import Replay
+from veneer.models.text.logprob_replay import Replay
 from veneer.ops.attention import SharedRows
 from veneer.ops.device_transfer import sent
 from veneer.serve.engine.engine import TextEngine

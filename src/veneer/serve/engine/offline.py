@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from veneer.core.adapter import Adapter, mix_text
-from veneer.models.swap import without_dropout
+from veneer.models.patching import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.generate import Completion, Prompt, complete, completion_of, encode_prompts
 from veneer.serve.engine.engine import TextEngine

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from veneer.errors import quoted
 from veneer.ops.device_transfer import put_numbers, sent
-from veneer.serve.outage import fault
 from veneer.serve.request import Refused, Sampling, invalid
+from veneer.serve.transient import fault
 
 if TYPE_CHECKING:
     from veneer.serve.engine.grammar import Matcher

@@ -1,7 +1,7 @@
 """Export an adapter as a folder that vLLM or TGI serves, with the command to serve it.
 
 An adapter that the server would load with less than full effect is rejected with the reason; `merge=True`
-instead writes a full model with the adapter merged, which any server loads. formats/servers.py lists each
+instead writes a full model with the adapter merged, which any server loads. formats/server_export.py lists each
 server's silent errors.
 """
 
@@ -18,7 +18,7 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.files.atomic import atomic_write
 from veneer.formats.card import README_FILE
 from veneer.formats.convert import write
-from veneer.formats.servers import MAX_VLLM_RANKS
+from veneer.formats.server_export import MAX_VLLM_RANKS
 from veneer.serve.fleet.folders import served_name
 from veneer.serve.request import make_mix
 

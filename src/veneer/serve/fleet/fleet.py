@@ -44,8 +44,7 @@ from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.fleet.folders import Folders, is_made, rendezvous, servable, served_name
 from veneer.serve.fleet.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
-from veneer.serve.names.resident import ResidentAdapter
-from veneer.serve.outage import fault, is_outage, outage
+from veneer.serve.names.adapter_cache import ResidentAdapter
 from veneer.serve.request import (
     DigestMix,
     Engine,
@@ -60,6 +59,7 @@ from veneer.serve.request import (
     invalid,
     shutting_down,
 )
+from veneer.serve.transient import fault, is_outage, outage
 
 log = logging.getLogger("veneer.serve.fleet.fleet")
 

@@ -39,9 +39,9 @@ from veneer.formats.card import CARD_FILE
 from veneer.formats.comparison import Refusals
 from veneer.formats.convert import write
 from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
-from veneer.formats.leaves import leaves_of
+from veneer.formats.module_tensors import leaves_of
 from veneer.formats.read import read
-from veneer.formats.servers import refuse_unservable
+from veneer.formats.server_export import refuse_unservable
 from veneer.serve.request import DigestMix, Refused, mix_digest
 
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}

@@ -29,7 +29,7 @@ from veneer.core.attach import Attachment, attach, fit_problems
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, ResourceError
 from veneer.models.config import layer_heads
-from veneer.models.swap import FusedProjection
+from veneer.models.patching import FusedProjection
 from veneer.models.text.attention import AttentionSettings, attending, divert_attention, new_cache
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import route_experts

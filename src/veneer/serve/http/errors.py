@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 
 from veneer.errors import VeneerError
-from veneer.serve.outage import fault
 from veneer.serve.request import Refused
+from veneer.serve.transient import fault
 
 log = logging.getLogger("veneer.serve")
 

@@ -22,7 +22,7 @@ from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Engine, EngineEvent, Refused, Request, check_strengths, invalid, not_ready
 from veneer.serve.settings import HttpSettings
-from veneer.serve.staging import UploadStage
+from veneer.serve.upload_stage import UploadStage
 
 if TYPE_CHECKING:
     from veneer.serve.names.catalog import Catalog

@@ -31,8 +31,8 @@ from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of, parse_tuned
 from veneer.serve.access import ModelCard, ResolvedModel, Routes
-from veneer.serve.names.resident import ResidentAdapter
-from veneer.serve.names.shelf import AdapterSources, Problems, place_of, unusable
+from veneer.serve.names.adapter_cache import ResidentAdapter
+from veneer.serve.names.adapter_sources import AdapterSources, Problems, place_of, unusable
 from veneer.serve.principal import Principal
 from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix, not_ready
 

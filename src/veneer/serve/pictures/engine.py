@@ -24,10 +24,10 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.formats.strengths import Strength, factors_by_module, in_campaign
 from veneer.imaging.adapters import AdapterSource, add_divided, idle_ranges, mix_plan, without_effect
 from veneer.imaging.controls import OWN_KINDS, ControlSpec, control_model_of
-from veneer.imaging.make import ImageRequest, recorded_picture, shared_record, unread_notes
+from veneer.imaging.generate import ImageRequest, recorded_picture, shared_record, unread_notes
 from veneer.models.image.base import load_control, readers
 from veneer.models.image.generate import MixPlan, Moment, PictureSettings, check_rows, generate_images
-from veneer.serve.names.resident import AdapterCache, Lease
+from veneer.serve.names.adapter_cache import AdapterCache, Lease
 from veneer.serve.pictures.request import (
     FinishedPicture,
     PartialPicture,

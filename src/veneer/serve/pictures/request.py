@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import AdapterError, BaseError, MismatchError, VeneerError
 from veneer.formats.strengths import Strength
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings
-from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import BASE, DigestMix, Refused, Usage
+from veneer.serve.transient import fault, is_outage
 
 if TYPE_CHECKING:
     from veneer.imaging.adapters import Use
-    from veneer.imaging.make import RecordedPicture
+    from veneer.imaging.generate import RecordedPicture
 
 _numbers = itertools.count()
 

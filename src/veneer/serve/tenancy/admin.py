@@ -22,12 +22,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.serve.http.bodies import BodyRoute, problem_text
 from veneer.serve.http.guard import needs
-from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import BY, as_csv, usage
 from veneer.serve.tenancy.store import ALL, FeedbackTerms, Limit, Price, Store, TrainingTerms, UnknownName
 from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.transient import fault, is_outage
 
 if TYPE_CHECKING:
     from veneer.serve.names.catalog import Catalog

@@ -32,7 +32,7 @@ from typing import Any, Generic, TypeVar
 from veneer.errors import ResourceError
 from veneer.files.locks import take_lock
 from veneer.files.rights import private_folder
-from veneer.serve.outage import is_outage
+from veneer.serve.transient import is_outage
 
 _log = logging.getLogger("veneer.serve.tenancy")
 

@@ -28,7 +28,6 @@ from sqlalchemy import ColumnElement, Connection, Table, case, delete, func, ins
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.access import ShadowAnswer
-from veneer.serve.outage import is_outage
 from veneer.serve.principal import STRANGER, Principal
 from veneer.serve.tenancy.manage import append_audit
 from veneer.serve.tenancy.store import (
@@ -46,6 +45,7 @@ from veneer.serve.tenancy.store import (
     tenant_row,
     unknown_name,
 )
+from veneer.serve.transient import is_outage
 
 BUCKETS = 10_000
 Runs = tuple[tuple[str, int], ...]

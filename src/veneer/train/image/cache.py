@@ -28,8 +28,8 @@ from torch import Tensor
 from veneer.errors import AdapterError, DataError, ResourceError
 from veneer.files.safetensors import read_tensors, write_tensors
 from veneer.train.config.image import ImageDataSection
+from veneer.train.image.augmentation import View, ViewTensors, latent_mask, prepare
 from veneer.train.image.training_picture import TrainingPicture
-from veneer.train.image.views import View, ViewTensors, latent_mask, prepare
 
 _VERSION = 1  # of what is stored and how pixels are made; a change makes every older entry unknown
 _CHECKSUM = "veneer.sha256"

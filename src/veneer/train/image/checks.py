@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from veneer.errors import counted, first_few
 from veneer.train.config.image import ImageDataSection
+from veneer.train.image.augmentation import PicturePlan, place, prepare
 from veneer.train.image.near_duplicates import near_duplicates
 from veneer.train.image.training_picture import AboutPictures, TrainingPicture
-from veneer.train.image.views import PicturePlan, place, prepare
 from veneer.train.preflight import Finding, share
 
 _NAMED = 5

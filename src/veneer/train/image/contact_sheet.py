@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
 from veneer.train.config.image import ImageDataSection
-from veneer.train.image.views import PictureRow, View, ViewTensors, draw_row, prepare, view_before
+from veneer.train.image.augmentation import PictureRow, View, ViewTensors, draw_row, prepare, view_before
 
 _FONT = 12
 _LINES = 4

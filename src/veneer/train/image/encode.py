@@ -32,6 +32,7 @@ from veneer.models.image.predict import (
 )
 from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.devices import ALONE, Devices
+from veneer.train.image.augmentation import View, shapes_of, view_before, whole_part
 from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
 from veneer.train.image.loss import (
@@ -45,7 +46,6 @@ from veneer.train.image.loss import (
     row_losses,
 )
 from veneer.train.image.training_picture import TrainingPicture
-from veneer.train.image.views import View, shapes_of, view_before, whole_part
 from veneer.train.loop import EvalResult
 
 if TYPE_CHECKING:

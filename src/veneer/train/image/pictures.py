@@ -17,12 +17,12 @@ from typing import Literal
 
 from veneer.errors import DataError, bullets, counted, first_few
 from veneer.train.config.image import ImageDataSection, SliderSection
-from veneer.train.image.befores import before_files, check_befores, each_before, open_before
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.folder import PictureFile, picture_folder
 from veneer.train.image.folder_captions import caption_files, has_word, kohya_folder, metadata_rows, triggered
 from veneer.train.image.masks import check_masks, mask_files
 from veneer.train.image.near_duplicates import perceptual_hash
+from veneer.train.image.source_images import before_files, check_befores, each_before, open_before
 from veneer.train.image.training_picture import AboutPictures, TrainingPicture
 
 _OWN = ("caption files", "metadata")

@@ -20,13 +20,13 @@ from veneer.errors import ConfigError, TargetError, counted, gigabytes
 from veneer.models.image.base import too_long
 from veneer.models.image.generate import ImageRow, check_rows
 from veneer.train.config.image import PRESETS
+from veneer.train.image.augmentation import PicturePlan
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.encode import Encoders
 from veneer.train.image.samples import sample_settings
 from veneer.train.image.training_picture import AboutPictures, TrainingPicture
-from veneer.train.image.views import PicturePlan
 from veneer.train.loop import LazySteps, peak_memory_bytes
 from veneer.train.preflight import (
     Finding,

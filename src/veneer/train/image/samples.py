@@ -24,8 +24,8 @@ from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, gen
 from veneer.models.image.predict import reference_size
 from veneer.models.image.sheet import sheet
 from veneer.train import checkpoint
+from veneer.train.image.augmentation import View, place, seen_part
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
-from veneer.train.image.views import View, place, seen_part
 from veneer.train.run import NAME
 
 if TYPE_CHECKING:

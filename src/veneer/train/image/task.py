@@ -36,12 +36,13 @@ from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import Listener, Note, Sampled
+from veneer.train.image.augmentation import plan_rows
 from veneer.train.image.batches import plan_image_steps, planned_rows, split_pictures, validation_rows
 from veneer.train.image.checks import check_pictures
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
-from veneer.train.image.facts import tag_frequency, training_facts
+from veneer.train.image.file_metadata import tag_frequency, training_facts
 from veneer.train.image.pictures import read_pictures
 from veneer.train.image.preflight import ImageData, memory_numbers, parts_of
 from veneer.train.image.samples import (
@@ -61,7 +62,6 @@ from veneer.train.image.save import (
     save_image_adapter,
 )
 from veneer.train.image.training_picture import pictures_digest
-from veneer.train.image.views import plan_rows
 from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, Micro, memory_errors, sender
 from veneer.train.optim import Ema

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from veneer.adapters.use import load_adapter
 from veneer.errors import MismatchError, TrainingError, bullets, counted
-from veneer.models.swap import without_dropout
+from veneer.models.patching import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at, of_logits, token_logps
 from veneer.ops.device_transfer import in_float64, sent
@@ -41,7 +41,6 @@ from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.text.batches import Batch, collate
 from veneer.train.text.findings import answers_left_out
-from veneer.train.text.gap import Gap
 from veneer.train.text.policy_losses import (
     divergences,
     drawn_divergence,
@@ -61,6 +60,7 @@ from veneer.train.text.prompts import (
 from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams, draw_seed, drawn_figures
 from veneer.train.text.rows import Row
+from veneer.train.text.sampler_mismatch import Gap
 from veneer.train.text.served_teacher import ServedTeacher, TeacherLogps, served_teacher
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from veneer.core.adapter import mix_text
 from veneer.errors import AdapterError, DataError, MissingExtraError
-from veneer.models.swap import without_dropout
+from veneer.models.patching import without_dropout
 from veneer.models.text.fast import fast
 from veneer.models.text.generate import Completion, Prompt, complete
 from veneer.models.text.loss import text_loss

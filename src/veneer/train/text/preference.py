@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import counted
+from veneer.models.patching import without_dropout
 from veneer.models.shard import CallWithWeights, call_whole
-from veneer.models.swap import without_dropout
 from veneer.models.text.loss import row_logps
 from veneer.ops import loss as formulas
 from veneer.ops.device_transfer import sent

@@ -42,18 +42,17 @@ import torch
 from torch import Tensor
 
 from veneer.errors import TrainingError, bullets, counted
-from veneer.models.swap import without_dropout
+from veneer.models.patching import without_dropout
+from veneer.models.text.logprob_replay import replayed_logps
 from veneer.models.text.loss import token_logps
-from veneer.models.text.replay import replayed_logps
 from veneer.ops.attention import SharedRows
 from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.rewards.reward import Answer, Judged, Rewards, reward_findings
+from veneer.train.text.async_sampling import OffPolicyDraws
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
 from veneer.train.text.findings import Findings, answers_left_out, draw_summary
-from veneer.train.text.gap import Gap
-from veneer.train.text.offpolicy import OffPolicyDraws
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
@@ -73,6 +72,7 @@ from veneer.train.text.prompts import (
 )
 from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams, draw_seed, drawn_figures
 from veneer.train.text.rows import Row
+from veneer.train.text.sampler_mismatch import Gap
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import BaseError, ConfigError
-from veneer.models.text.turns import template_turn
+from veneer.models.text.chat_messages import template_turn
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:

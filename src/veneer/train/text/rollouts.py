@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from veneer.models.text.replay import Replay
+from veneer.models.text.logprob_replay import Replay
 from veneer.ops.attention import SharedRows
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from typing import Any
 
 from veneer.errors import DataError, bullets, nearest
 from veneer.train.records import Record, read_data_files
-from veneer.train.split import hold_out
+from veneer.train.validation_split import hold_out
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {

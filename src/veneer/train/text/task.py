@@ -34,14 +34,13 @@ from veneer.core.selection import span_problem
 from veneer.core.targets import base_modules, base_of
 from veneer.errors import ConfigError, Interrupted, PreflightError, VeneerError, bullets
 from veneer.formats import peft
+from veneer.models.patching import report_of, without_dropout
 from veneer.models.shard import CallWithWeights, Sharded, blocks, call_whole, local_bytes, shard, whole_bytes
-from veneer.models.swap import report_of, without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
 from veneer.models.text.offload import ActivationOffloader, CudaLane
 from veneer.ops.device_transfer import sent
-from veneer.train.ahead import Prefetcher
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
@@ -50,6 +49,7 @@ from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, MetricMeans, Micro, Step, Stop, memory_errors, sender
 from veneer.train.planning import drawn_at_once, micro_tokens_of_run, with_micro_tokens
+from veneer.train.prefetch import Prefetcher
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
 from veneer.train.rewards.build import judges_here, rewards_of
@@ -57,13 +57,13 @@ from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Rewards
 from veneer.train.run import NAME, Run, Task, carry_out, newest_checkpoint, opened, raise_if_stopped, recipe_of
 from veneer.train.save import Outcome, ReportParts, prove
+from veneer.train.text.async_sampling import OffPolicyDraws
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversing
 from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.distill import AnyTeacher, Distillation, teacher_of
 from veneer.train.text.evaluate import score_examples
-from veneer.train.text.judging import sampled_judge
-from veneer.train.text.offpolicy import OffPolicyDraws
+from veneer.train.text.local_judge import sampled_judge
 from veneer.train.text.preference import Preference
 from veneer.train.text.prompts import PromptItem
 from veneer.train.text.reinforce import Reinforcement

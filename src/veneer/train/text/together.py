@@ -38,7 +38,7 @@ from veneer.errors import (
     counted,
     gigabytes,
 )
-from veneer.models.swap import report_of
+from veneer.models.patching import report_of
 from veneer.models.text.loss import rows_nll
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import sent

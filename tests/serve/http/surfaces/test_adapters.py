@@ -26,7 +26,7 @@ from veneer.library.library import Library, open_library
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
-from veneer.serve.staging import UploadStage
+from veneer.serve.upload_stage import UploadStage
 
 PICTURE = b"\xff\xd8\xff picture"
 

@@ -37,7 +37,7 @@ from starlette.responses import Response
 
 from veneer.errors import AdapterError, ConfigError, UnsafeFileError, quoted
 from veneer.formats.convert import layout_ending
-from veneer.library.describe import card_picture, card_prompt, card_sample, gain_of
+from veneer.library.describe_files import card_picture, card_prompt, card_sample, gain_of
 from veneer.library.library import Added, Library, NotInLibrary
 from veneer.library.queries import AdapterFamily, Order, Version
 from veneer.library.store import CHUNK
@@ -51,7 +51,7 @@ from veneer.serve.http.service import caller_of, service_of
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused, invalid
-from veneer.serve.staging import StagedAdapter, UploadStage
+from veneer.serve.upload_stage import StagedAdapter, UploadStage
 
 T = TypeVar("T")
 Layout = Literal["peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi"]

@@ -29,9 +29,9 @@ from starlette.responses import Response
 from veneer.imaging.infotext import encoded, png_bytes
 from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unless_left
 from veneer.serve.http.bodies import BodyRoute
-from veneer.serve.http.drawing import DrawingPlan, IndexedPicture, ask_pictures
 from veneer.serve.http.errors import Json, as_refused, error_body
 from veneer.serve.http.guard import needs
+from veneer.serve.http.image_requests import DrawingPlan, IndexedPicture, ask_pictures
 from veneer.serve.http.service import caller_of, service_of
 from veneer.serve.http.sse import EventStream
 from veneer.serve.http.surfaces.image_bodies import (

@@ -31,7 +31,6 @@ from veneer.serve.http.answers import (
     stream,
     total,
 )
-from veneer.serve.http.asking import AskedChat, chat_job
 from veneer.serve.http.bodies import (
     FAIL_FAST,
     ITEMS,
@@ -65,6 +64,7 @@ from veneer.serve.http.sampling import (
 )
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import data
+from veneer.serve.http.text_requests import AskedChat, chat_job
 from veneer.serve.http.tools import ToolCall, ToolReader, ToolUse, tool_use
 from veneer.serve.principal import Principal
 from veneer.serve.request import EngineEvent, Finished, GrammarSpec, Refused, Sampling, Started, Token, Usage, invalid

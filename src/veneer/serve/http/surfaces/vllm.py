@@ -22,8 +22,8 @@ from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.sampling import Ids
 from veneer.serve.http.service import admission_of, caller_of, service_of
 from veneer.serve.http.surfaces.openai import Message
-from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, invalid
+from veneer.serve.transient import is_outage
 
 vllm_routes = APIRouter(tags=["vLLM"], route_class=BodyRoute, dependencies=[needs("infer")])
 sglang_routes = APIRouter(tags=["SGLang"], route_class=BodyRoute, dependencies=[needs("operate")])

@@ -1,0 +1,428 @@
+"""Upkeep of a library: collect unreferenced files, verify, rebuild the index.
+
+Collection runs during any number of adds and other collections (`library` has the add's half):
+
+    1. entries without a version, not touched within the grace period, lose their rows, in one transaction with
+    2. objects that no entry refers to, not touched within it, are condemned: their generation becomes CONDEMNED
+    3. in batches, one transaction each: objects that are still condemned lose their file, then their row
+
+A claim between 2 and 3 saves an object, because it gives a condemned object a new generation. An add that
+claimed before 2 sees another generation at its commit and stores the file again under the write lock. So
+correctness does not depend on the grace period, on clocks or on the duration of an upload: the grace
+period only saves work and keeps removed content for a while. A kill within 3 leaves condemned rows whose
+files can be gone; a process that claims one checks for the file itself, and an add that had seen the file
+sees the other generation. One case is not covered: a process whose transaction PostgreSQL ended as dead,
+but which keeps deleting its batch. `verify_library` then lists the file as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, delete, exists, select, update
+
+from veneer.errors import AdapterError, ConfigError
+from veneer.library import index as ix
+from veneer.library.database import reading
+from veneer.library.describe_files import AdapterDescription
+from veneer.library.library import Library, open_library
+from veneer.library.names import check_alias, check_file_name, check_name, check_tag
+from veneer.library.queries import record
+from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, canonical, manifest_path
+
+_GRACE = 3600.0
+"""Seconds that content is kept after its last name is removed, or after an unfinished add began."""
+
+FILES_CHECK = "files"
+"""The check that an entry's files have the bytes that were added."""
+
+_BATCH = 100
+_STRAY_TEMPORARY = 86400.0
+_OBJECT = re.compile(r"(blobs|manifests)/([0-9a-f]{2})/\2[0-9a-f]{62}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass
+class GcReport:
+    """The result of `gc`: what was removed, or would be.
+
+    Entries, files and bytes of the store, and debris."""
+
+    entries: int = 0
+    files: int = 0
+    bytes: int = 0
+    debris: int = 0
+
+
+@dataclass
+class VerifyReport:
+    """The result of `verify_library`.
+
+    Orphans are not faults: no entry refers to these files (yet), and `gc` removes them later."""
+
+    files: int = 0
+    bytes: int = 0
+    missing: list[str] = field(default_factory=list)
+    corrupt: list[str] = field(default_factory=list)
+    records: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing or self.corrupt or self.records)
+
+
+@dataclass
+class RebuildReport:
+    """The result of `rebuild`, and what it could not restore, with the reasons."""
+
+    names: int = 0
+    versions: int = 0
+    lost: list[str] = field(default_factory=list)
+
+
+def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcReport:
+    """Remove entries without a name, unreferenced files, and debris.
+
+    Content touched in the last `grace` seconds is kept. `dry_run` only counts. Safe during any other
+    operation, and after a kill."""
+    out, cutoff = GcReport(), time.time() - grace
+    e, o = ix.entries.c, ix.objects.c
+    nameless = ~exists().where(ix.versions.c.entry == e.id)
+    quiet = exists().where(o.path == e.manifest, o.touched < cutoff)
+    with ix.index_transaction(library.engine) as connection:
+        dead = list(connection.scalars(select(e.id).where(nameless, quiet)).all())
+        out.entries = len(dead)
+        if dry_run:
+            _count_unused(connection, cutoff, set(dead), out)
+            return out
+        connection.execute(delete(ix.entries).where(nameless, quiet))
+        connection.execute(update(ix.objects).where(_unused(), o.touched < cutoff).values(generation=ix.CONDEMNED))
+    while _delete_condemned(library, out):
+        pass
+    _delete_strays(library, cutoff, out)
+    with reading(library.engine) as connection:
+        entries = set(connection.scalars(select(e.id)).all())
+        blobs = set(connection.scalars(select(ix.files.c.object)).all())
+    if isinstance(library.store, LocalStore):
+        out.debris += library.store.sweep(entries)
+    else:
+        out.debris += _sweep_remote(library.store, grace)
+        out.debris += library.cache.sweep(entries)
+        for path, _, _ in list(library.cache.walk("blobs")):
+            if path not in blobs:
+                library.cache.delete(path)
+    return out
+
+
+def _unused() -> ColumnElement[bool]:
+    o = ix.objects.c
+    return ~exists().where(ix.files.c.object == o.path) & ~exists().where(ix.entries.c.manifest == o.path)
+
+
+def _count_unused(connection: Connection, cutoff: float, dead: set[str], out: GcReport) -> None:
+    """Count what would be removed once the entries in `dead` are gone."""
+    f, o, e = ix.files.c, ix.objects.c, ix.entries.c
+    used = {row.object for row in connection.execute(select(f.object, f.entry)) if row.entry not in dead}
+    used |= {row.manifest for row in connection.execute(select(e.manifest, e.id)) if row.id not in dead}
+    for row in connection.execute(select(o.path, o.size).where(o.touched < cutoff)):
+        if row.path not in used:
+            out.files += 1
+            out.bytes += row.size
+
+
+def _delete_condemned(library: Library, out: GcReport) -> bool:
+    """Delete one batch of condemned objects.
+
+    Files are deleted in the transaction that deletes their rows, so that no claim can come in between."""
+    o = ix.objects.c
+    with ix.index_transaction(library.engine) as connection:
+        rows = connection.execute(
+            select(o.path, o.size).where(o.generation == ix.CONDEMNED, _unused()).limit(_BATCH)
+        ).all()
+        for row in rows:
+            library.store.delete(row.path)
+            out.files += 1
+            out.bytes += row.size
+        connection.execute(delete(ix.objects).where(o.path.in_([row.path for row in rows])))
+    return bool(rows)
+
+
+def _delete_strays(library: Library, cutoff: float, out: GcReport) -> None:
+    """Delete files without a row in the index.
+
+    Such files are uploads that ended after their claim was collected, and were then killed."""
+    o = ix.objects.c
+    with reading(library.engine) as connection:
+        known = set(connection.scalars(select(o.path)).all())
+    strays = [f for f in _stored(library) if f[0] not in known and f[2] < cutoff]
+    for at in range(0, len(strays), _BATCH):
+        part = strays[at : at + _BATCH]
+        with ix.index_transaction(library.engine) as connection:
+            claimed = set(connection.scalars(select(o.path).where(o.path.in_([path for path, _, _ in part]))).all())
+            for path, size, _ in part:
+                if path not in claimed:
+                    library.store.delete(path)
+                    out.files += 1
+                    out.bytes += size
+
+
+def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
+    for prefix in ("blobs", "manifests"):
+        yield from (f for f in library.store.walk(prefix) if _OBJECT.fullmatch(f[0]))
+
+
+def _sweep_remote(store: RemoteStore, grace: float) -> int:
+    """Delete old remote temporary files, by age.
+
+    Whether the writer is alive is unknown."""
+    old = [path for path, _, when in store.walk("tmp") if when < time.time() - max(grace, _STRAY_TEMPORARY)]
+    for path in old:
+        store.delete(path)
+    return len(old)
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+def verify_library(library: Library, *, repair: bool = False, say: Callable[[str], None] | None = None) -> VerifyReport:
+    """Compare every file with its sha256, and names' records with the index.
+
+    Results are stored as the adapters' checks.
+
+    repair: remove corrupt files, so that adding the adapter again restores them, and rewrite the records."""
+    out = VerifyReport()
+    wanted = _referenced(library)
+    stored = {path: size for path, size, _ in _stored(library)}
+    out.orphans = sorted(set(stored) - set(wanted))
+    absent, corrupt = [], []
+    for at, (path, size) in enumerate(sorted(wanted.items())):
+        if stored.get(path) is None and library.store.size(path) is None:
+            absent.append(path)
+            continue
+        if _hash(library.store, path) != path.rpartition("/")[2]:
+            corrupt.append(path)
+        out.files += 1
+        out.bytes += size
+        if say is not None and (at + 1) % 1000 == 0:
+            say(f"{at + 1:,} of {len(wanted):,} files")
+    if absent or corrupt:  # files collected meanwhile are not faults
+        wanted = _referenced(library)
+    out.missing = [_told(library, path) for path in absent if path in wanted]
+    bad = [path for path in corrupt if path in wanted]
+    out.corrupt = [_told(library, path) for path in bad]
+    _remember(library, {path for path in absent if path in wanted}, set(bad))
+    if isinstance(library.store, RemoteStore):
+        for path, _, _ in list(library.cache.walk("blobs")):
+            if _hash(library.cache, path) != path.rpartition("/")[2]:
+                library.cache.delete(path)
+                out.repaired.append(f"removed from this machine's cache: {path}")
+    if repair:
+        _drop(library, bad, out)
+    _check_records(library, repair, out)
+    return out
+
+
+def _remember(library: Library, missing: set[str], corrupt: set[str]) -> None:
+    """Replace the recorded checks of every entry's files."""
+    e, f = ix.entries.c, ix.files.c
+    with ix.index_transaction(library.engine) as connection:
+        wrong: dict[str, list[str]] = {entry: [] for entry in connection.scalars(select(e.id))}
+        objects = select(f.entry, f.object).union_all(select(e.id, e.manifest))
+        for entry, path in connection.execute(objects) if missing | corrupt else ():
+            if path in missing | corrupt:
+                wrong[entry].append(f"{path} is {'missing' if path in missing else 'corrupt'}")
+        connection.execute(delete(ix.checks).where(ix.checks.c.name == FILES_CHECK))
+        sound = "every file has its sha256"
+        ix.add_checks(connection, ((n, FILES_CHECK, not w, "\n".join(sorted(w)) or sound) for n, w in wrong.items()))
+
+
+def _referenced(library: Library) -> dict[str, int]:
+    """Return path -> size of everything that entries refer to."""
+    o = ix.objects.c
+    with reading(library.engine) as connection:
+        return {row.path: row.size for row in connection.execute(select(o.path, o.size).where(~_unused()))}
+
+
+def _hash(store: LocalStore | RemoteStore, path: str) -> str:
+    digest = hashlib.sha256()
+    with contextlib.suppress(FileNotFoundError), store.open(path) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _told(library: Library, path: str) -> str:
+    """Return a path with the versions that need it."""
+    v, f, e = ix.versions.c, ix.files.c, ix.entries.c
+    users = select(f.entry).where(f.object == path).union(select(e.id).where(e.manifest == path))
+    with reading(library.engine) as connection:
+        rows = connection.execute(
+            select(v.name, v.version).where(v.entry.in_(users)).order_by(v.name, v.version).limit(4)
+        ).all()
+    shown = ", ".join(f"{row.name}@{row.version}" for row in rows[:3]) + (", …" if len(rows) > 3 else "")
+    return f"{path} ({shown or 'no version'})"
+
+
+def _drop(library: Library, bad: list[str], out: VerifyReport) -> None:
+    f = ix.files.c
+    for path in bad:
+        with ix.index_transaction(library.engine) as connection:
+            if _hash(library.store, path) == path.rpartition("/")[2]:
+                continue  # restored meanwhile
+            library.store.delete(path)
+            connection.execute(update(ix.objects).where(ix.objects.c.path == path).values(generation=ix.CONDEMNED))
+            entries = connection.scalars(select(f.entry).where(f.object == path)).all()
+        if isinstance(library.store, LocalStore):
+            for entry in entries:
+                library.store.drop_folder(entry)
+        out.repaired.append(f"removed {path}: add the adapter again to restore it")
+
+
+def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
+    n = ix.names.c
+    with reading(library.engine) as connection:
+        every = list(connection.scalars(select(n.name).order_by(n.name)).all())
+    for name in every:
+        path = f"names/{name}.json"
+
+        def right(c: Connection, name: str = name, path: str = path) -> bytes | None:
+            """Return the correct record; None if the store has it."""
+            wanted = canonical(record(c, name))
+            return None if _read(library, path) == wanted else wanted
+
+        with reading(library.engine) as connection:
+            if right(connection) is None:
+                continue
+        with ix.index_transaction(library.engine) as connection:  # no process writes the record now
+            wanted = right(connection)
+            if wanted is not None and repair:
+                library.store.replace(path, wanted)
+        if wanted is not None:
+            (out.repaired if repair else out.records).append(path)
+
+
+def _read(library: Library, path: str) -> bytes | None:
+    try:
+        return library.store.read(path)
+    except FileNotFoundError:
+        return None
+
+
+# -- making the index again --------------------------------------------------------------------------------------------
+
+
+def rebuild(location: str | Path | None = None, index: str | None = None) -> RebuildReport:
+    """Rebuild the index from the store's records and manifests.
+
+    Replaces the content of the index in one transaction. A version with a missing manifest or file is left
+    out and listed.
+
+    A record is written just before its transaction commits. After a kill between the two, the record is
+    one step ahead of the lost index, never behind."""
+    out = RebuildReport()
+    with open_library(location, index, check=False) as library:
+        mark = json.loads(library.store.read("library.json"))["id"]
+        with ix.index_transaction(library.engine) as connection:
+            ix.clear(connection)
+            ix.identify(connection, mark)
+            for path, _, _ in sorted(library.store.walk("names")):
+                try:
+                    found = check_record(json.loads(library.store.read(path)))
+                except (ValueError, AdapterError, ConfigError) as error:
+                    out.lost.append(f"{path}: {error}")
+                    continue
+                _restore(library, connection, found, out)
+            ix.changed(connection)
+    return out
+
+
+def _restore(library: Library, connection: Connection, found: dict[str, Any], out: RebuildReport) -> None:
+    name, kept = found["name"], []
+    connection.execute(ix.names.insert(), {"name": name, "latest": None, "next": found["next"]})
+    for number, v in sorted(found["versions"].items(), key=lambda item: int(item[0])):
+        try:
+            raw = library.store.read(manifest_path(v["entry"]))
+            files = parse_manifest(raw, v["entry"])
+        except FileNotFoundError:
+            out.lost.append(f"{name}@{number}: its manifest is missing")
+            continue
+        except (AdapterError, ConfigError) as error:
+            out.lost.append(f"{name}@{number}: {error}")
+            continue
+        if gone := [n for n, (sha256, size) in files.items() if library.store.size(blob_path(sha256)) != size]:
+            out.lost.append(f"{name}@{number}: missing or of another size: {', '.join(gone)}")
+            continue
+        sizes = {blob_path(sha256): size for sha256, size in files.values()} | {manifest_path(v["entry"]): len(raw)}
+        ix.claim(connection, sizes)
+        library.enter(connection, v["entry"], files, AdapterDescription(v["digest"], v["format"], v["card"]))
+        row = {"name": name, "version": int(number), "entry": v["entry"], "added": v["added"], "source": v["source"]}
+        connection.execute(ix.versions.insert(), row)
+        ix.many(connection, ix.tags, [{"name": name, "version": int(number), "tag": t} for t in v["tags"]])
+        kept.append(int(number))
+    out.names += 1
+    out.versions += len(kept)
+    following = max([found["next"], *(k + 1 for k in kept)])
+    connection.execute(
+        update(ix.names).where(ix.names.c.name == name).values(latest=max(kept, default=None), next=following)
+    )
+    for alias, number in sorted(found["aliases"].items()):
+        if number in kept:
+            connection.execute(ix.name_aliases.insert(), {"name": name, "alias": alias, "version": number})
+        else:
+            out.lost.append(f"{name}@{alias}: its version {number} is not there")
+
+
+def check_record(found: Any) -> dict[str, Any]:
+    """Validate a name's record from a file.
+
+    Raises AdapterError or ConfigError if it is invalid."""
+    try:
+        if found["veneer-name"] != 1:
+            raise AdapterError(f"a record of version {found['veneer-name']!r}, and this veneer knows 1")
+        check_name(found["name"])
+        for alias, number in found["aliases"].items():
+            check_alias(alias)
+            _ok(type(number) is int)
+        for number, v in found["versions"].items():
+            _ok(number.isdigit() and int(number) >= 1 and _SHA256.fullmatch(v["entry"]) is not None)
+            _ok(all(isinstance(v[k], str) for k in ("added", "source", "digest", "format")))
+            _ok(isinstance(v["card"], dict) and len(set(v["tags"])) == len(v["tags"]))
+            for tag in v["tags"]:
+                check_tag(tag)
+        _ok(type(found["next"]) is int and found["next"] >= 1)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"the record of a name is damaged: {type(error).__name__} {error}") from None
+    checked: dict[str, Any] = found
+    return checked
+
+
+def parse_manifest(raw: bytes, entry: str) -> dict[str, tuple[str, int]]:
+    """Return name -> (sha256, size) of a manifest.
+
+    Raises AdapterError for bytes with another sha256, or that are not a manifest."""
+    if (found := hashlib.sha256(raw).hexdigest()) != entry:
+        raise AdapterError(f"the manifest has sha256 {found}, not {entry}")
+    try:
+        read = json.loads(raw)
+        _ok(read["veneer-manifest"] == 1 and len(read["files"]) > 0)
+        for name, file in read["files"].items():
+            check_file_name(name)
+            _ok(_SHA256.fullmatch(file["sha256"]) is not None and type(file["size"]) is int and file["size"] >= 0)
+        return {name: (file["sha256"], file["size"]) for name, file in read["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"the manifest is damaged: {type(error).__name__} {error}") from None
+
+
+def _ok(holds: bool) -> None:
+    if not holds:
+        raise TypeError("a value of the wrong kind")

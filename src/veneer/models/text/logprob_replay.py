@@ -1,0 +1,102 @@
+"""Log-probabilities of another forward of a model, with this model's gradient.
+
+    x_i = values of layer i by the other forward        ∂x_i/∂x_{i-1}, ∂x_i/∂θ by this model's own layer i, at x_{i-1}
+
+The other forward is the server's, which samples answers: log-probabilities are then equal to the sampler's to
+the bit, without differences from another summation order. Each layer is differentiated at the other forward's
+values, so the result is the gradient of that forward, up to the rounding of a backward pass.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError
+from veneer.models.patching import report_of
+from veneer.models.text.loss import token_logps
+from veneer.ops.attention import SharedRows
+
+
+class Replay(Protocol):
+    """Another forward over the tokens of some rows. Runs layer by layer, once."""
+
+    @abstractmethod
+    def layer(self) -> Tensor:
+        """Return the next layer's output, (tokens, dim). The next call can overwrite it."""
+
+    @abstractmethod
+    def logps(self) -> Tensor:
+        """Return log p of each trained token, (M,) float32.
+
+        After the last layer, or without a call to `layer`."""
+
+
+def replayed_logps(
+    model: Any,
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    trained: Tensor,
+    replay: Replay,
+    shared: SharedRows | None = None,
+) -> Tensor:
+    """Return log p of each trained token, (M,).
+
+    The values are the replay's; the gradient is this model's. The gradient is taken at the replay's values.
+    Arguments: as in `token_logps`. For models inside `fast` that support packed rows; raises ConfigError for
+    others."""
+    if not report_of(model).rows:
+        why = report_of(model).left.get("rows", "it is not within its fast paths")
+        raise ConfigError(
+            f"this base's layers cannot be given other values: {why}", fix="set reinforcement.exact to false"
+        )
+    at = trained.nonzero()[:, 0].to(input_ids.device)
+    kept = at - 1 if shared is None else shared.sent(at.device).before[at]
+    with _given(model.model.layers, replay, kept if report_of(model).keeps else None):
+        own = token_logps(model, input_ids, lengths, trained, shared)
+        return _with_values(own, replay.logps())
+
+
+class _Valued(torch.autograd.Function):
+    """Replace the values of y's first rows; the gradient stays y's."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, values: Tensor) -> Tensor:
+        out = y.detach().clone()
+        out.view(-1, y.shape[-1])[: len(values)] = values
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _with_values(y: Tensor, values: Tensor) -> Tensor:
+    out: Tensor = _Valued.apply(y[..., None], values[..., None])[..., 0]  # type: ignore[no-untyped-call]
+    return out
+
+
+@contextmanager
+def _given(layers: Sequence[nn.Module], replay: Replay, kept: Tensor | None) -> Iterator[None]:
+    """Give the layers' outputs the replay's values inside the with-block.
+
+    Recomputation in the backward pass, after the block, reads only its inputs. `kept`: the tokens for which
+    the last layer returns an output, if not all."""
+
+    def valued(i: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        values = replay.layer()
+        if i == len(layers) - 1 and kept is not None:
+            values = values[kept]
+        out: Tensor = _Valued.apply(output, values)  # type: ignore[no-untyped-call]
+        return out
+
+    with ExitStack() as undo:
+        for i, layer in enumerate(layers):
+            undo.callback(layer.register_forward_hook(partial(valued, i)).remove)
+        yield

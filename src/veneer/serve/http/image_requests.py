@@ -1,0 +1,461 @@
+"""Image requests to the engine, from a client's images body or from a view.
+
+    ask_pictures    an ImageBody or EditBody -> DrawingPlan (PictureRequests), and the engine's events
+
+Requests run under the caller's limits and bill. No field is silently ignored: unsupported values are rejected
+with the reason. An image's size is read from its header before it is decoded, and no URL is ever fetched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import re
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from veneer.errors import VeneerError, quoted
+from veneer.formats.strengths import Strength, check_roles
+from veneer.imaging.adapters import campaign_note
+from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
+from veneer.imaging.generate import fitted_reference, size_for
+from veneer.models.image.base import too_long
+from veneer.models.image.generate import (
+    SEEDS,
+    Control,
+    PictureSettings,
+    default_settings,
+    fitted_picture,
+    whole_denoise,
+)
+from veneer.serve.access import BEHIND, SHADOWS, ResolvedModel, ShadowAnswer
+from veneer.serve.http.errors import problem_of
+from veneer.serve.http.metrics import Meter
+from veneer.serve.http.service import ChosenMix, Service
+from veneer.serve.http.surfaces.image_bodies import (
+    ControlBody,
+    Data,
+    EditBody,
+    ImageBody,
+)
+from veneer.serve.pictures.engine import PictureEngine
+from veneer.serve.pictures.request import FinishedPicture, PictureEvent, PictureRequest, PictureStep
+from veneer.serve.principal import Principal
+from veneer.serve.request import Refused, Usage, invalid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from veneer.models.image.base import ImageBase
+
+IndexedPicture = tuple[int, PictureEvent]
+"""An event, with the index of its image in the request."""
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+_STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
+"""Quality -> factor on the base's default number of steps."""
+
+
+async def ask_pictures(
+    service: Service, caller: Principal, asked: ImageBody, number: str, *, trial: bool = False
+) -> tuple[DrawingPlan, AsyncGenerator[IndexedPicture, None]]:
+    """Plan image generation.
+
+    Returns the plan and its events, which start when first awaited. Closing the events cancels what still
+    runs. `number`: the request's id. `trial`: see `ResolvedModel`. Raises Refused.
+    """
+    if service.engine.makes != "pictures":
+        raise invalid("this server answers in text", fix="ask /v1/chat/completions")
+    chosen, labels, factors = _chosen(service, asked, caller)
+    if trial:
+        chosen = replace(chosen, served=chosen.served.as_trial())
+    engine = cast(PictureEngine, service.engine)
+    most = service.settings.max_pixels
+    plan = await asyncio.to_thread(_planned, engine, asked, caller, chosen, labels, factors, most)
+    return plan, _run(service, engine, plan, caller, chosen, number)
+
+
+def _chosen(
+    service: Service, asked: ImageBody, caller: Principal
+) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
+    """The mix, the client's name for each adapter, and factors or roles, if any.
+
+    Factors are by block and step. An empty `mix` is the base.
+    """
+    catalog, mixes = service.catalog, service.mixes
+    if (parts := asked.mix) is not None:
+        if catalog.resolve(asked.model, caller).mix:
+            raise invalid("model and mix both name adapters", "mix", f"model {catalog.base!r}, or none, beside mix")
+        try:
+            check_roles((part.adapter, part.factors) for part in parts)
+        except VeneerError as error:
+            raise invalid(error.what, "mix", error.fix) from error
+        chosen = mixes.choose(caller, mix=[(part.adapter, part.strength) for part in parts])
+        factors: dict[str, Strength] = {}
+        for part, digest in zip(parts, chosen.served.meant, strict=True):
+            if digest and factors.setdefault(digest, part.factors) != part.factors:
+                raise invalid(
+                    f"{quoted(part.adapter)} is named twice, with unlike blocks, steps or roles", "mix", "name it once"
+                )
+        labels = {digest: part.adapter for part, digest in zip(parts, chosen.served.meant, strict=True)}
+        return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
+    chosen = mixes.choose(caller, model=asked.model)
+    if len(chosen.served.mix) == 1:
+        return chosen, {digest: chosen.served.target for digest, _ in chosen.served.mix}, {}
+    words = list(mixes.default) if chosen.served.mix else []
+    return chosen, {digest: word for word in words for digest, _ in catalog.resolve(word, caller).mix}, {}
+
+
+async def _run(
+    service: Service, engine: PictureEngine, plan: DrawingPlan, caller: Principal, chosen: ChosenMix, number: str
+) -> AsyncGenerator[IndexedPicture, None]:
+    """The engine's events, under the caller's limits.
+
+    Completed work is billed however it ends. Once the first image is finished, a route's shadow generates it
+    as well.
+    """
+    served = chosen.served
+    places = engine.places(plan.requests[0].settings)
+    usages = [Usage(0, 0, 0) for _ in plan.requests]
+    admitted = service.tenancy.admitted(
+        caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=places * len(usages)
+    )
+    async with admitted as bill:
+        meters = [Meter(service.metrics, chosen.label, caller.tenant) for _ in usages]
+        reasons = ["abort"] * len(usages)
+        billed = False
+        try:
+            async with aclosing(engine.events(plan.requests)) as events:
+                async for i, event in events:
+                    if isinstance(event, PictureStep):
+                        usages[i] = replace(usages[i], completion=round(places * event.done / event.of))
+                        meters[i].started()
+                    elif isinstance(event, FinishedPicture):
+                        usages[i], reasons[i] = event.usage, "stop"
+                        if i == 0 and served.shadow is not None:
+                            _shadow(service, engine, plan.requests[0], caller, served, number, event)
+                        if reasons.count("stop") == len(reasons):  # before the last image is sent
+                            billed = True
+                            await bill.used(_total(plan, usages))
+                    yield i, event
+        except Exception:
+            reasons = ["error" if reason == "abort" else reason for reason in reasons]
+            raise
+        finally:
+            for meter, reason, usage in zip(meters, reasons, usages, strict=True):
+                meter.end(reason, usage)
+            if not billed:
+                bill.used(_total(plan, usages))
+
+
+def _shadow(
+    service: Service,
+    engine: PictureEngine,
+    request: PictureRequest,
+    caller: Principal,
+    served: ResolvedModel,
+    number: str,
+    sent: FinishedPicture,
+) -> None:
+    """Start the shadow's image in the background."""
+    assert served.shadow is not None
+    name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
+    labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
+    own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight}
+    behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow", **own)
+    most = engine.places(request.settings)
+
+    async def follow() -> None:
+        drawn, error = None, ""
+        try:
+            async with service.shadows.admitted(served, request=behind.id, prompt=sent.usage.prompt, most=most) as bill:
+                try:
+                    async with aclosing(engine.events([behind])) as events:
+                        async for _, event in events:
+                            drawn = event if isinstance(event, FinishedPicture) else drawn
+                finally:
+                    await bill.used(Usage(0, 0, 0) if drawn is None else drawn.usage)
+        except Exception as problem:  # a shadow never disturbs its request
+            drawn, error = None, problem_of(problem)
+        one, other, apart = await asyncio.to_thread(_compared, sent, drawn)
+        own = Usage(0, 0, 0) if drawn is None else drawn.usage
+        service.shadows.answered(
+            ShadowAnswer(
+                number, caller.tenant, served.name, name, served.target, one, other, sent.usage, own, error, apart
+            )
+        )
+
+    service.shadows.follow(follow)
+
+
+def _total(plan: DrawingPlan, usages: list[Usage]) -> Usage:
+    return Usage(
+        plan.text_tokens if any(usage.completion for usage in usages) else 0,
+        0,
+        sum(usage.completion for usage in usages),
+        max(usage.queued for usage in usages),
+        decode=max(usage.decode for usage in usages),
+    )
+
+
+# -- planning ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DrawingPlan:
+    """The image requests, and notes for the response."""
+
+    requests: tuple[PictureRequest, ...]
+    notes: tuple[str, ...]
+    width: int
+    height: int
+    text_tokens: int
+    image_tokens: int
+    """Latent positions of the input images."""
+
+
+def _planned(
+    engine: PictureEngine,
+    asked: ImageBody,
+    caller: Principal,
+    chosen: ChosenMix,
+    labels: dict[str, str],
+    factors: dict[str, Strength],
+    most: int,
+) -> DrawingPlan:
+    """Decode, fit and check a body. `most`: pixels of an uploaded image. Blocks.
+
+    Raises Refused.
+    """
+    base = engine.base
+    notes: list[str] = []
+    for part, digest in zip(asked.mix or (), chosen.served.meant, strict=False):
+        if not digest and part.factors != Strength():
+            what = "role" if part.campaign else "blocks and steps"
+            notes.append(f"{part.adapter} is the base: its {what} {'has' if part.campaign else 'have'} no effect")
+    meant = {digest: engine.in_campaign(own) for digest, own in factors.items()}
+    notes += [campaign_note(labels[d], own, meant[d]) for d, own in factors.items() if own.campaign]
+    if "<lora:" in asked.prompt:
+        notes.append("<lora:…> in a prompt is read as plain text here; adapters are named in mix")
+    sent = _Sent(most, notes)
+    image, mask, shown = sent.edited(base, asked) if isinstance(asked, EditBody) else (None, None, [])
+    held = [(one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in asked.control]
+    if base.edits_alone and not shown and image is None:
+        notes.append("this base is made to edit, and draws from the prompt alone here; /v1/images/edits takes pictures")
+    size = None if asked.size in (None, "auto") else tuple(map(int, asked.size.split("x")))
+    guide = image or next((picture for _, picture in held), None) or next(iter(shown), None)
+    width, height = size if size is not None else size_for(base, None, None, guide)
+    if width * height > engine.max_pixels:
+        raise invalid(f"{width}×{height}: at most {engine.max_pixels} pixels are drawn here", "size")
+    image, mask = (sent.fitted(picture, width, height, what) for picture, what in ((image, "image"), (mask, "mask")))
+    controls, said = sent.controls(engine, held, width, height)
+    references = tuple(sent.referred(base, picture, width, height) for picture in shown)
+    pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(asked, image, mask)}
+    settings = PictureSettings(
+        width,
+        height,
+        *_numbers(base, asked),
+        scheduler=asked.scheduler,
+        controls=controls,
+        references=references,
+        **pictures,
+    )
+    notes += [said_whole] if (said_whole := whole_denoise(base, settings)) else []
+    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+    edit = asked if isinstance(asked, EditBody) else None
+    first = PictureRequest(
+        asked.prompt,
+        settings,
+        asked.negative_prompt,
+        mix=chosen.served.mix,
+        factors=meant,
+        labels=labels,
+        inputs={
+            "image": sent.record(edit.pictures[0]) if edit and image else None,
+            "mask": sent.record(edit.mask_data) if edit and edit.mask_data is not None else None,
+            "controls": said,
+        }
+        | ({"references": [sent.record(one) for one in edit.pictures]} if edit and shown else {}),
+        previews=asked.partial_images,
+        tenant=caller.tenant,
+        weight=caller.weight,
+    )
+    requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(asked.n))
+    texts = [text for text in (asked.prompt, asked.negative_prompt) if text]
+    places = engine.places(settings) * ((image is not None) + len(controls))
+    places += sum(engine.places(replace(settings, width=one.width, height=one.height)) for one in references)
+    return DrawingPlan(requests, tuple(notes), width, height, engine.tokens(*texts), places)
+
+
+def _numbers(base: ImageBase, asked: ImageBody) -> tuple[int, float, float]:
+    """Steps, guidance and true guidance.
+
+    Qwen-Image's guidance is what others call true guidance.
+    """
+    steps, guidance = default_settings(base)
+    taken = asked.num_inference_steps or max(1, round(steps * _STEPS.get(asked.quality, 1.0)))
+    given, true = asked.guidance_scale, asked.true_cfg_scale
+    if base.row.guidance == "true_cfg_scale":
+        if given is not None and true is not None:
+            raise invalid("true_cfg_scale is this base's guidance_scale", "true_cfg_scale", "leave one out")
+        given, true = true if given is None else given, None
+    return taken, guidance if given is None else given, 1.0 if true is None else true
+
+
+def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float:
+    """The fraction of steps denoised: as requested, else 1 with a mask, 0.6 without.
+
+    1 if no image is edited.
+    """
+    if not isinstance(asked, EditBody) or image is None:
+        return 1.0
+    if asked.denoise is not None:
+        return asked.denoise
+    return 0.6 if mask is None else 1.0
+
+
+def _check_edit(base: ImageBase, asked: EditBody) -> None:
+    """Raises Refused for options that an editing base does not support."""
+    if asked.mask is not None and (base.edits_alone or "inpaint" not in base.pipelines):
+        what = f"{base.row.label} edits all of a picture, as the prompt says, and takes no mask"
+        raise invalid(what, "mask", "leave it out, and say in the prompt what is to change and what stays")
+    if asked.mask is None and asked.denoise is not None:
+        what = f"{base.row.label} edits from its own noise and takes all steps"
+        raise invalid(what, "denoise", "leave it out; strengths of adapters say how far an edit goes")
+    if asked.mask is None and asked.control:
+        raise invalid("pictures that are edited and controls do not go together", "control", "leave them out")
+    if asked.mask is None and len(asked.pictures) > base.references:
+        what = f"{len(asked.pictures)} images, and {base.row.label} is shown at most {base.references}"
+        raise invalid(what, "image", "leave some out, or paste some beside each other into one")
+
+
+def _public(name: str) -> str:
+    """A ControlNet's name without local folders."""
+    return Path(name).name if Path(name).exists() else name
+
+
+class _Sent:
+    """The uploaded images of one request, decoded."""
+
+    def __init__(self, most: int, notes: list[str]) -> None:
+        self.most, self.notes = most, notes
+
+    def edited(self, base: ImageBase, asked: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
+        """The image to start from, its mask in gray, and an editing base's sources.
+
+        White in the mask is regenerated. Without a mask, an editing base gets all images as sources, and
+        starts from none.
+        """
+        given, mask = asked.pictures, asked.mask_data
+        several = bool(base.references) and mask is None
+        if not given:
+            raise invalid("there is no image to edit", "image", "send one")
+        if base.references:
+            _check_edit(base, asked)
+        if asked.input_fidelity == "high" and not several:
+            near = "denoise says how near a picture stays to the one it is drawn from"
+            what = f"input_fidelity high is for what a base is shown to edit, and here {near}"
+            raise invalid(what, "input_fidelity", "leave it out; a smaller denoise stays nearer")
+        if len(given) > 1 and not several:
+            further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
+            raise invalid(f"{len(given)} images", "image", f"send one{further}")
+        opened = [flattened(self.opened(one, "image", "the image")) for one in given]
+        if several:
+            for picture in opened:
+                if why := too_long(*picture.size):
+                    raise invalid(f"the image has {why}", "image", "crop it")
+            return None, None, opened
+        if mask is None:
+            return opened[0], None, []
+        opening = _opening(self.opened(mask, "mask", "the mask"))
+        if not opening.getbbox():
+            raise invalid("the mask opens nothing: all would be kept", "mask", "make transparent what is to change")
+        return opened[0], opening, []
+
+    def referred(self, base: ImageBase, picture: Image, width: int, height: int) -> Image:
+        made, said = fitted_reference(base, picture, width, height)
+        self.notes += [said] if said else []
+        return made
+
+    def opened(self, data: Data, param: str, what: str) -> Image:
+        try:
+            return decoded(_bytes(data, param), what, formats=FORMATS, max_pixels=self.most)
+        except VeneerError as error:
+            if isinstance(error, Refused):
+                raise
+            raise invalid(f"{what}: {error.what}", param, error.fix) from error
+
+    def fitted(self, picture: Image | None, width: int, height: int, what: str) -> Image | None:
+        if picture is None:
+            return None
+        try:
+            made, said = fitted_picture(picture, width, height, what)
+        except VeneerError as error:
+            raise invalid(error.what, what, f"crop it, or ask for size {picture.width}x{picture.height}") from error
+        self.notes += [said] if said else []
+        return made
+
+    def controls(
+        self, engine: PictureEngine, held: Sequence[tuple[ControlBody, Image]], width: int, height: int
+    ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
+        """(controls for the engine, their entries in the record)."""
+        controls, said = [], []
+        for one, picture in held:
+            name, model = engine.control(one.type)
+            if one.begin >= one.end:
+                raise invalid(f"a control from {one.begin:g} to {one.end:g} of the steps", "control")
+            try:
+                made, told = control_picture(ControlSpec(one.type, "(sent)"), picture, width, height)
+            except VeneerError as error:
+                raise invalid(error.what, "control", error.fix) from error
+            self.notes += told
+            controls.append(Control(model, made, one.strength, one.begin, one.end))
+            about: dict[str, Any] = {"kind": one.type, "model": _public(name), **self.record(one.image)}
+            said.append(about | {"weight": one.strength, "begin": one.begin, "end": one.end})
+        return tuple(controls), said
+
+    def record(self, data: Data) -> dict[str, str]:
+        return {"path": "", "sha256": hashlib.sha256(_bytes(data, "image")).hexdigest()}
+
+
+def _opening(mask: Image) -> Image:
+    """The mask's open area.
+
+    Transparent pixels as in OpenAI, or white in a mask without transparency.
+    """
+    from PIL import ImageChops
+
+    if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
+        return ImageChops.invert(mask.convert("RGBA").getchannel("A"))
+    return mask.convert("L")
+
+
+def _bytes(data: Data, param: str) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    if re.match(r"(?i)https?://", data):
+        raise invalid("addresses are not fetched", param, "send the picture itself, in base64 or as a data: URL")
+    head, comma, rest = data.partition(",")
+    try:
+        return base64.b64decode(rest if comma and head.startswith("data:") else data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise invalid(f"{param} is not base64: {error}", param) from error
+
+
+def _compared(sent: FinishedPicture, other: FinishedPicture | None) -> tuple[str, str, float]:
+    """The pixel digests of both images, and their mean difference, 0 … 1.
+
+    The digest of a missing image is "".
+    """
+    one, two = (None if drawn is None else np.asarray(drawn.made.image.convert("RGB")) for drawn in (sent, other))
+    digests = ["" if pixels is None else hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in (one, two)]
+    apart = 1.0 if one is None or two is None else float(np.abs(one.astype(float) - two).mean() / 255)
+    return digests[0], digests[1], apart

@@ -1,0 +1,485 @@
+"""Adapters in memory: loading, leases, and eviction.
+
+    lease = residents.acquire(request.mix, ready)   at once if all are in memory; else None, then ready(lease)
+    … lease.parts: what `prepare` made of each adapter, with its strength …
+    lease.release()
+
+Each adapter has one entry: wanted → loading → loaded → resident. A few threads load (read and prepare).
+Requests for the same adapters wait in one group; groups get memory in order of arrival, for all of a mix or
+none, so that two mixes cannot hold half each. Leased adapters are never evicted. If a group waits longer than
+`patience` for memory that others keep in use, the adapters resident longest are drained: they take no new
+requests until the group fits. So with twice as many adapters in demand as fit, they take turns of at least
+`patience`.
+
+Only `load` blocks. In addition to the limit, loaded adapters can wait for memory: as many as there are
+threads, or as the next group needs. Depends on adapters and sizes; not on models or names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from veneer.core.adapter import Adapter
+from veneer.serve.request import DigestMix, Refused, shutting_down
+from veneer.serve.transient import fault
+
+
+class Sized(Protocol):
+    """An adapter as a runner uses it. `bytes`: its share of the limited memory."""
+
+    @property
+    def bytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=Sized)
+
+
+@dataclass(frozen=True)
+class ResidentStats:
+    """Counters. `hits`: mixes acquired at once; `misses`: the others.
+
+    `loads`: adapters read and prepared.
+    """
+
+    limit: int
+    bytes: int
+    adapters: int
+    pinned: int
+    waiting: int
+    hits: int
+    misses: int
+    evictions: int
+    failures: int
+    loads: int
+
+
+@dataclass(frozen=True)
+class ResidentAdapter:
+    """An adapter in memory. `leases`: running requests that use it."""
+
+    digest: str
+    bytes: int
+    pinned: bool
+    leases: int
+
+
+class Lease(Generic[T]):
+    """Keeps a mix in memory until `release`, which can be called more than once."""
+
+    def __init__(
+        self, mix: DigestMix, parts: tuple[tuple[T, float], ...], release: Callable[[DigestMix], None]
+    ) -> None:
+        self.mix, self.parts = mix, parts
+        self._release: Callable[[DigestMix], None] | None = release
+
+    def release(self) -> None:
+        release, self._release = self._release, None
+        self.parts = ()
+        if release is not None:
+            release(self.mix)
+
+
+_Ready = Callable[[Lease[T] | Refused], None]
+
+
+@dataclass(eq=False)
+class _Entry(Generic[T]):
+    """The state of one adapter.
+
+    `adapter`: already read, to be prepared. `thing`: the prepared adapter, once loaded. `dropped`: no name
+    refers to it. `used`: counter value of its last use. `since`: when it became resident.
+    """
+
+    digest: str
+    state: Literal["wanted", "loading", "loaded", "resident"] = "wanted"
+    adapter: Adapter | None = None
+    thing: T | None = None
+    leases: int = 0
+    pinned: bool = False
+    dropped: bool = False
+    draining: bool = False
+    used: int = 0
+    since: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return 0 if self.thing is None else self.thing.bytes
+
+
+@dataclass(eq=False)
+class _Group(Generic[T]):
+    """Requests that wait for the same adapters.
+
+    `blocked`: since when the group waits for memory, or None.
+    """
+
+    entries: list[_Entry[T]]
+    members: list[tuple[DigestMix, _Ready[T]]] = field(default_factory=list)
+    blocked: float | None = None
+
+
+class AdapterCache(Generic[T]):
+    """Loads and evicts adapters.
+
+    `read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: (adapter, digest) ->
+    what the runner needs. Both run on this object's threads. `freed`: called with each evicted object, from
+    any thread. `submit`: runs jobs; by default on `threads` threads.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str], Adapter],
+        prepare: Callable[[Adapter, str], T],
+        *,
+        limit_bytes: int,
+        threads: int = 2,
+        patience: float = 1.0,
+        freed: Callable[[T], None] | None = None,
+        submit: Callable[[Callable[[], None]], Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read, self._prepare, self._freed, self._clock = read, prepare, freed, clock
+        self.limit, self.patience, self._ahead = limit_bytes, patience, threads
+        self._pool = None if submit else ThreadPoolExecutor(threads, thread_name_prefix="adapters")
+        self._submit = submit or self._in_pool
+        self._lock = threading.Lock()
+        self._calls: list[Callable[[], None]] = []
+        self._entries: dict[str, _Entry[T]] = {}
+        self._groups: dict[tuple[str, ...], _Group[T]] = {}
+        self._drainer: _Group[T] | None = None
+        self._ticks = itertools.count()
+        self._bytes = self._hits = self._misses = self._evictions = self._failures = self._loads = 0
+        self._closed = False
+
+    def _in_pool(self, job: Callable[[], None]) -> None:
+        assert self._pool is not None
+        self._pool.submit(copy_context().run, job)
+
+    # -- for the engine's step: none of these block --------------------------------------------------------------------
+
+    def acquire(self, mix: DigestMix, ready: _Ready[T]) -> Lease[T] | None:
+        """The lease if everything is in memory.
+
+        Else None, and `ready` is called once later. `ready` gets a lease or the error, from another thread or
+        within a later call of this object, so it must only post a message.
+        """
+        with self._changing():
+            entries = [self._entries.get(digest) for digest, _ in mix]
+            there = [e for e in entries if e is not None and e.state == "resident" and not e.draining]
+            if len(there) == len(mix):
+                self._hits += 1
+                return self._lease(mix, there)
+            self._misses += 1
+            self._join(mix, ready)
+        return None
+
+    def withdraw(self, ready: _Ready[T]) -> bool:
+        """Stop waiting; returns False if `ready` was or will be called.
+
+        In that case, release its lease.
+        """
+        with self._changing():
+            found = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
+            if not found:
+                return False
+            key, group, member = found[0]
+            group.members.remove(member)
+            if not group.members:
+                self._leave(key)
+            self._advance()
+        return True
+
+    # -- loading and unloading -----------------------------------------------------------------------------------------
+
+    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False, timeout: float = 60.0) -> None:
+        """Load an adapter and wait until it is in memory.
+
+        `adapter`: the adapter, if already read. Raises Refused if it cannot be prepared or can never fit;
+        overloaded (503) if it is to be pinned and running requests leave no room within `timeout` seconds. If
+        it is not pinned, it is then loaded on demand instead.
+        """
+        answers: SimpleQueue[Lease[T] | Refused] = SimpleQueue()
+        with self._changing():
+            entry = self._entry(digest)
+            entry.dropped = False
+            if entry.state == "wanted":
+                entry.adapter = adapter
+            self._join(((digest, 1.0),), answers.put)
+        try:
+            result = answers.get(timeout=timeout)
+        except Empty as late:
+            if self.withdraw(answers.put):
+                if pinned:
+                    raise Refused(
+                        "running requests use all of the memory for adapters", status=503, code="overloaded"
+                    ) from late
+                return
+            result = answers.get()
+        if isinstance(result, Refused):
+            raise result
+        if pinned:
+            self.pin(digest)
+        result.release()
+
+    def pin(self, digest: str) -> None:
+        """Keep an adapter in memory until `unpin` or a later `drop`.
+
+        Raises KeyError if it is not in memory.
+        """
+        with self._changing():
+            entry = self._entries[digest]
+            entry.pinned, entry.dropped = True, False
+
+    def unpin(self, digest: str) -> None:
+        self._let_go(digest, drop=False)
+
+    def drop(self, digest: str) -> None:
+        """Free an adapter that no name refers to, now or when its last lease is released."""
+        self._let_go(digest, drop=True)
+
+    def _let_go(self, digest: str, drop: bool) -> None:
+        with self._changing():
+            if (entry := self._entries.get(digest)) is not None:
+                entry.pinned, entry.dropped = False, entry.dropped or drop
+                self._tidy([entry])
+            self._advance()
+
+    def close(self) -> None:
+        """Fail waiting requests, and end the threads."""
+        with self._changing():
+            self._closed = True
+            for key in list(self._groups):
+                self._leave(key, shutting_down())
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # -- status --------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> ResidentStats:
+        with self._changing():
+            there = [e for e in self._entries.values() if e.state == "resident"]
+            waiting = sum(len(g.members) for g in self._groups.values())
+            return ResidentStats(
+                self.limit,
+                self._bytes,
+                len(there),
+                sum(e.pinned for e in there),
+                waiting,
+                self._hits,
+                self._misses,
+                self._evictions,
+                self._failures,
+                self._loads,
+            )
+
+    def resident(self) -> dict[str, int]:
+        """Digest -> bytes of each adapter in memory, least recently used first."""
+        with self._changing():
+            there = [e for e in self._entries.values() if e.state == "resident"]
+            return {e.digest: e.size for e in sorted(there, key=lambda e: e.used)}
+
+    def listed(self) -> list[ResidentAdapter]:
+        """Each adapter in memory, most recently used first."""
+        with self._changing():
+            there = [e for e in self._entries.values() if e.state == "resident"]
+            there = sorted(there, key=lambda e: -e.used)
+            return [ResidentAdapter(e.digest, e.size, e.pinned, e.leases) for e in there]
+
+    def leases(self) -> dict[str, int]:
+        """Digest -> leases of each adapter that is wanted or in memory."""
+        with self._changing():
+            return {e.digest: e.leases for e in self._entries.values()}
+
+    # -- with the lock held --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock, then run the collected callbacks without it."""
+        with self._lock:
+            yield
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+    def _entry(self, digest: str) -> _Entry[T]:
+        return self._entries.setdefault(digest, _Entry(digest))
+
+    def _lease(self, mix: DigestMix, entries: Iterable[_Entry[T]]) -> Lease[T]:
+        parts = []
+        for (_, strength), entry in zip(mix, entries, strict=True):
+            assert entry.thing is not None
+            entry.leases += 1
+            entry.used = next(self._ticks)
+            parts.append((entry.thing, strength))
+        return Lease(mix, tuple(parts), self._release)
+
+    def _release(self, mix: DigestMix) -> None:
+        with self._changing():
+            entries = [self._entries[digest] for digest, _ in mix]
+            for entry in entries:
+                entry.leases -= 1
+                entry.used = next(self._ticks)
+            self._tidy(entries)
+            if self._groups:
+                self._advance()
+
+    def _join(self, mix: DigestMix, ready: _Ready[T]) -> None:
+        if self._closed:
+            self._calls.append(partial(ready, shutting_down()))
+            return
+        key = tuple(digest for digest, _ in mix)
+        if key not in self._groups:
+            self._groups[key] = _Group([self._entry(digest) for digest in key])
+        self._groups[key].members.append((mix, ready))
+        self._advance()
+
+    def _leave(self, key: tuple[str, ...], error: Refused | None = None) -> None:
+        """Remove a group from the queue; its remaining members get `error`, if given."""
+        group = self._groups.pop(key)
+        if error is not None:
+            self._calls += [partial(ready, error) for _, ready in group.members]
+        if group is self._drainer:
+            self._drainer = None
+            for entry in self._entries.values():
+                entry.draining = False
+        self._tidy(group.entries)
+
+    def _advance(self) -> None:
+        """Do all that is possible now.
+
+        Starts loads for the next groups, and admits groups that fit.
+        """
+        loaded = sum(e.state in ("loading", "loaded") for e in self._entries.values())
+        first, blocked = True, False  # first waiting group; memory is blocked
+        for key, group in list(self._groups.items()):
+            new = [e for e in group.entries if e.state != "resident"]
+            for entry in new:
+                if entry.state == "wanted" and (first or loaded < self._ahead):
+                    loaded += 1
+                    entry.state = "loading"
+                    self._submit(partial(self._load, entry))
+            if all(e.state == "loaded" for e in new):
+                if error := self._too_large(group):
+                    self._leave(key, error)
+                    continue
+                overtakes = not new and not any(e.draining for e in group.entries)
+                if overtakes or (not blocked and self._make_room(new, group)):
+                    self._admit(key, group, new)
+                    continue
+                if not blocked:
+                    self._drain(group, new)
+                blocked = True
+            first = False
+
+    def _admit(self, key: tuple[str, ...], group: _Group[T], new: list[_Entry[T]]) -> None:
+        for entry in new:
+            self._settle(entry)
+        self._calls += [partial(ready, self._lease(mix, group.entries)) for mix, ready in group.members]
+        self._leave(key)
+
+    def _settle(self, entry: _Entry[T]) -> None:
+        entry.state, entry.since = "resident", self._clock()
+        self._bytes += entry.size
+
+    def _too_large(self, group: _Group[T]) -> Refused | None:
+        """The error for a mix that can never fit; None if it can."""
+        need = sum(e.size for e in group.entries)
+        pinned = sum(e.size for e in self._entries.values() if e.pinned and e not in group.entries)
+        return None if need + pinned <= self.limit else _over_limit(need, pinned, self.limit)
+
+    def _make_room(self, new: Iterable[_Entry[T]], group: _Group[T]) -> bool:
+        """Evict idle adapters, least recently used first, if that makes room for `new`.
+
+        Else none.
+        """
+        need = sum(e.size for e in new) + self._bytes - self.limit
+        idle = [e for e in self._entries.values() if e.state == "resident" and not e.leases and not e.pinned]
+        idle = sorted((e for e in idle if e not in group.entries), key=lambda e: e.used)
+        if need > sum(e.size for e in idle):
+            return False
+        for entry in idle:
+            if need <= 0:
+                break
+            need -= entry.size
+            self._evictions += 1
+            self._free(entry)
+        return True
+
+    def _drain(self, group: _Group[T], new: Iterable[_Entry[T]]) -> None:
+        now = self._clock()
+        group.blocked = now if group.blocked is None else group.blocked
+        if now - group.blocked < self.patience:
+            return
+        self._drainer = group
+        need = sum(e.size for e in new) + self._bytes - self.limit
+        others = [e for e in self._entries.values() if e.state == "resident" and not e.pinned]
+        for entry in sorted((e for e in others if e not in group.entries), key=lambda e: (not e.draining, e.since)):
+            if need <= 0:
+                break
+            entry.draining = True
+            need -= entry.size
+
+    def _tidy(self, entries: Iterable[_Entry[T]]) -> None:
+        """Free entries that nobody needs; loaded adapters stay resident if there is room."""
+        for entry in entries:
+            if entry.leases or entry.state == "loading" or self._wanted(entry):
+                continue
+            if entry.state == "loaded" and not entry.dropped and self._bytes + entry.size <= self.limit:
+                self._settle(entry)
+            if entry.state != "resident" or entry.dropped:
+                self._free(entry)
+
+    def _wanted(self, entry: _Entry[T]) -> bool:
+        return any(entry in group.entries for group in self._groups.values())
+
+    def _free(self, entry: _Entry[T]) -> None:
+        if entry.state == "resident":
+            self._bytes -= entry.size
+        if entry.thing is not None and self._freed is not None:
+            self._calls.append(partial(self._freed, entry.thing))
+        entry.state, entry.thing, entry.adapter, entry.draining = "wanted", None, None, False
+        if not self._wanted(entry):
+            self._entries.pop(entry.digest, None)
+
+    # -- jobs, on the threads ------------------------------------------------------------------------------------------
+
+    def _load(self, entry: _Entry[T]) -> None:
+        """Load an adapter; a failure fails only the groups that want it."""
+        try:
+            adapter, entry.adapter = entry.adapter or self._read(entry.digest), None
+            if (size := adapter.size_bytes()) > self.limit:
+                raise _over_limit(size, 0, self.limit)
+            thing = self._prepare(adapter, entry.digest)
+        except Exception as error:
+            refused = error if isinstance(error, Refused) else fault(f"adapter {entry.digest}", error)
+            with self._changing():
+                self._failures += 1
+                entry.state = "wanted"
+                for key, group in list(self._groups.items()):
+                    if entry in group.entries:
+                        self._leave(key, refused)
+                self._tidy([entry])
+                self._advance()
+            return
+        with self._changing():
+            self._loads += 1
+            entry.state, entry.thing = "loaded", thing
+            del thing, adapter
+            self._tidy([entry])
+            self._advance()
+
+
+def _over_limit(need: int, pinned: int, limit: int) -> Refused:
+    beside = f" beside {pinned:,} of adapters that are pinned" if pinned else ""
+    what = f"too_large: {need:,} bytes{beside}; the limit for adapters in memory is {limit:,}"
+    return Refused(what, status=400, code="adapter_unusable")

@@ -1,0 +1,354 @@
+"""The adapters that a server may read: the library, and files in allowed folders.
+
+    shelf = Shelf(base, library=open_library())
+    place = shelf.locate("support@2")            a library reference, or a path in an allowed folder
+    shelf.remember(digest, place)
+    adapter = shelf.read(digest, problems)       from disk, fully checked
+
+Adapters that cannot be served raise Refused (adapter_unusable) with a message that starts with a reason:
+
+    | reason                       | status | |
+    | not_found                    | 404    | no such reference, or file in an allowed folder |
+    | wrong_base                   | 400    | it belongs to another base |
+    | shape_mismatch               | 400    | names or shapes that this base does not have |
+    | unsafe_file                  | 400    | a pickle, an inconsistent header, a link out of its folder |
+    | corrupt                      | 400    | a truncated file, no adapter, contradictory settings |
+    | not_finite                   | 400    | NaN or infinity |
+    | unstated_scale               | 400    | a file in PEFT's names without its configuration |
+    | too_large                    | 400    | more bytes than the limit |
+    | dora_unsupported             | 400    | reported by the runner, whose message follows |
+    | modules_to_save_unsupported  | 400    | reported by the runner: full copies of modules, token rows |
+    | new_tokens_unsupported       | 400    | tokens that the tokenizer does not have |
+    | form_unsupported             | 400    | anything else that the runner cannot serve with full effect |
+    | changed                      | 409    | the file was replaced since it was loaded: load it again |
+    | damaged                      | 503    | the library's copy is missing or differs from what was added |
+
+A store, database or disk that does not answer is not the adapter's fault: 503 `unavailable`, to be retried.
+Depends on the library, files and one base; not on a server's names or requests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from veneer.adapters.use import AnyBase, load_adapter
+from veneer.core.adapter import Adapter
+from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, VeneerError, quoted
+from veneer.formats import read as reader
+from veneer.library.library import Library
+from veneer.library.name_index import NamedVersion, NameIndex
+from veneer.library.names import parse_reference
+from veneer.models.sources import short_name
+from veneer.serve.request import Refused, not_ready
+from veneer.serve.transient import fault, is_outage, outage
+
+MOST_PLACES = 4096
+"""Maximum number of adapter locations kept for running requests; most are in the library anyway."""
+
+Problems = Callable[[Adapter], list[str]]
+"""Reasons why an adapter cannot be served with full effect, one line each; defined by the engine."""
+
+
+def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = None) -> Refused:
+    return Refused(f"{reason}: {what}", status=status, code="adapter_unusable", fix=fix)
+
+
+@dataclass(frozen=True)
+class AdapterPlace:
+    """The location of an adapter's files.
+
+    `root`: the operator's name for the adapter; never a path. `reference`: its library reference by content,
+    with its `entry` and `format` there; "" for a `path`.
+    """
+
+    root: str
+    reference: str = ""
+    path: Path | None = None
+    entry: str = ""
+    format: str = ""
+
+
+def place_of(version: NamedVersion) -> AdapterPlace:
+    reference = version.digest or f"sha256:{version.entry}"
+    return AdapterPlace(version.reference, reference, entry=version.entry, format=version.format)
+
+
+@dataclass(frozen=True)
+class UnloadedBase:
+    """A base that is not loaded yet; its fingerprint matches no adapter."""
+
+    name: str
+    fingerprint: str = "not loaded"
+
+    @property
+    def short_name(self) -> str:
+        return short_name(self.name)
+
+
+class AdapterSources:
+    """The readable adapters. Thread-safe.
+
+    `base`: can be replaced, once, by the loaded base. `folders`: allowed folders; files anywhere below them
+    can be loaded.
+    """
+
+    def __init__(
+        self,
+        base: AnyBase | UnloadedBase,
+        *,
+        library: Library | None = None,
+        folders: Sequence[str | Path] = (),
+        max_bytes: int = 8 << 30,
+    ) -> None:
+        self.base, self.library, self.max_bytes = base, library, max_bytes
+        self._folders = [_folder(folder) for folder in folders]
+        self.names = None if library is None else NameIndex(library)
+        self._kept: dict[str, AdapterPlace] = {}
+        self._recent: dict[str, AdapterPlace] = {}
+        """Recently used locations, newest last."""
+        self._lock = threading.Lock()
+        self._listed: tuple[object, list[NamedVersion]] = (None, [])
+
+    # -- looking up references -----------------------------------------------------------------------------------------
+
+    def look(self, reference: str, *, sure: bool = False) -> NamedVersion | None:
+        """Look up a reference in the in-memory index.
+
+        None if it is unknown or not a reference. Reads no adapter and queries no database. `sure`: wait for
+        an index refresh that starts now, for callers that can block.
+        """
+        if self.names is None or len(reference) > 200:
+            return None
+        try:
+            wanted = parse_reference(reference)
+        except ConfigError:
+            return None
+        return (self.names.looked() if sure else self.names.now).find(wanted)
+
+    async def fresh(self) -> None:
+        """Wait until everything committed before this call is visible.
+
+        Returns early if the index does not answer.
+        """
+        if self.names is not None:
+            await self.names.fresh()
+
+    def listed(self, fingerprint: str) -> list[NamedVersion]:
+        """The latest readable version of each name for the base of this fingerprint."""
+        if self.names is None:
+            return []
+        now = self.names.now
+        if self._listed[0] is not now:
+            self._listed = (now, [version for version in now.latest(fingerprint) if version.digest])
+        return self._listed[1]
+
+    def close(self) -> None:
+        if self.names is not None:
+            self.names.close()
+
+    # -- locating files ------------------------------------------------------------------------------------------------
+
+    def locate(self, source: str) -> AdapterPlace:
+        """The location of a library reference, or of a path in an allowed folder.
+
+        Raises Refused.
+        """
+        found = self.look(source, sure=True)
+        if found is not None:
+            return place_of(found)
+        path = self._path(source)
+        if path is None:
+            hint = "a library reference" + (", or a path in an allowed folder" if self._folders else "")
+            raise unusable("not_found", f"there is no adapter {quoted(source)}", status=404, fix=f"give {hint}")
+        return AdapterPlace(path.name, path=path)
+
+    def _path(self, source: str) -> Path | None:
+        """The resolved path inside an allowed folder.
+
+        None for paths outside, as if they did not exist.
+        """
+        given = Path(source)
+        if not source.isprintable() or len(source) > 4096 or ".." in given.parts:
+            return None
+        for folder in self._folders:
+            try:
+                real = (folder / given).resolve(strict=True)
+                if real.is_relative_to(folder) and (real.is_file() or real.is_dir()):
+                    self._check_inside(real, folder)
+                    return real
+            except (OSError, RuntimeError):
+                continue
+        return None
+
+    def _check_inside(self, real: Path, folder: Path) -> None:
+        """Raises Refused for a link out of the allowed folder, or too many bytes."""
+        inner = real / "adapter"
+        parts = (
+            [real] if real.is_file() else [p for d in (real, inner) if d.is_dir() for p in islice(d.iterdir(), 5000)]
+        )
+        if any(not p.resolve().is_relative_to(folder) for p in parts):
+            raise unusable("unsafe_file", f"a link in {real.name} leads out of the allowed folder")
+        self._check_size(sum(p.stat().st_size for p in parts if p.is_file()))
+
+    def _check_size(self, size: int) -> None:
+        if size > self.max_bytes:
+            raise unusable("too_large", f"{size:,} bytes; the limit is {self.max_bytes:,}")
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def remember(self, digest: str, place: AdapterPlace) -> None:
+        """Read the adapter with this digest from `place` for running requests.
+
+        Keep the newest `MOST_PLACES`. A location in the library is preferred to a path.
+        """
+        with self._lock:
+            old = self._recent.pop(digest, place)
+            self._recent[digest] = old if old.reference and not place.reference else place
+            if len(self._recent) > MOST_PLACES:
+                del self._recent[next(iter(self._recent))]
+
+    def keep(self, digest: str, place: AdapterPlace) -> None:
+        """Read the adapter with this digest from `place` until `release`.
+
+        Used for adapters that a loaded name refers to.
+        """
+        with self._lock:
+            self._kept[digest] = place
+
+    def release(self, digest: str) -> None:
+        """Record that no loaded name refers to this adapter.
+
+        Running requests still find its location.
+        """
+        with self._lock:
+            place = self._kept.pop(digest, None)
+        if place is not None:
+            self.remember(digest, place)
+
+    def read(self, digest: str, problems: Problems = lambda adapter: []) -> Adapter:
+        """The adapter with this digest, read from its known location. Raises Refused."""
+        return self.read_from(self._place(digest), problems, digest)
+
+    def files(self, digest: str) -> Path:
+        """The path of the files of an adapter, for servers that read them. Raises Refused."""
+        return self._files(self._place(digest))
+
+    def _place(self, digest: str) -> AdapterPlace:
+        with self._lock:
+            place = self._recent.get(digest) or self._kept.get(digest)
+        if place is None and (found := self.look(digest)) is not None:
+            place = place_of(found)
+        if place is None:
+            raise unusable("not_found", f"no adapter has the digest {digest}", status=404)
+        return place
+
+    def read_from(self, place: AdapterPlace, problems: Problems, digest: str = "") -> Adapter:
+        """Read an adapter, and check that this base serves it with full effect.
+
+        Raises Refused. `digest`: required digest of the adapter. Tensors from an allowed folder are copied:
+        if somebody writes to a mapped file, running requests would see the change.
+        """
+        if place.path is not None and not place.path.exists():
+            raise unusable("not_found", f"{place.root} is no longer there", status=404)
+        try:
+            if isinstance(self.base, UnloadedBase):
+                raise not_ready("loading")
+            path = self._files(place)
+            adapter = load_adapter(self.base, str(path))
+            if place.path is not None:
+                adapter = adapter.mapped(lambda t: t.clone())
+            if digest and adapter.digest() != digest and not self._reads_as(path, digest):
+                raise unusable("changed", f"{place.root} has changed since it was loaded", status=409)
+        except Refused:
+            raise
+        except Exception as error:  # readers can raise anything on a hostile file
+            raise self._refusal(place, error) from error
+        if adapter.new_tokens:
+            raise unusable("new_tokens_unsupported", f"{place.root} adds tokens that this base does not have")
+        if found := problems(adapter):
+            raise _unservable(place, found)
+        return adapter
+
+    def _files(self, place: AdapterPlace) -> Path:
+        return place.path or self._from_library(place)
+
+    def _from_library(self, place: AdapterPlace) -> Path:
+        """The files in the library, fetched first if stored remotely.
+
+        Errors are not the adapter's fault.
+        """
+        assert self.library is not None
+        try:
+            return self.library.place(place.root, place.entry, place.format)
+        except AdapterError as error:
+            if self.look(place.reference) is None:
+                raise unusable("not_found", f"the library no longer has {place.root}", status=404) from error
+            refused = outage(f"the library's copy of {place.root}", error)
+            raise unusable("damaged", refused.what, status=503, fix=refused.fix) from error
+        except Exception as error:
+            raise fault(f"the library's copy of {place.root}", error) from error
+
+    def _reads_as(self, path: Path, digest: str) -> bool:
+        """Whether the digest matches when read without a base, as in the library."""
+        return reader.read(path).adapter.digest() == digest
+
+    def _refusal(self, place: AdapterPlace, error: Exception) -> Refused:
+        if is_outage(error):
+            return outage(place.root, error)
+        what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
+        for hidden, shown in self._paths(place).items():
+            what = what.replace(hidden, shown)
+        if isinstance(error, UnsafeFileError):
+            reason = "unsafe_file"
+        elif isinstance(error, MismatchError):
+            reason = "wrong_base"
+        elif "NaN" in what or "not finite" in what:
+            reason = "not_finite"
+        elif isinstance(error, AdapterError) and "does not state the scale" in what:
+            return unusable("unstated_scale", f"{place.root}: {what}", fix=error.fix)
+        else:
+            reason = "shape_mismatch" if self._sound(place) else "corrupt"
+        return unusable(reason, f"{place.root}: {what}")
+
+    def _paths(self, place: AdapterPlace) -> dict[str, str]:
+        """Local paths that messages can contain, and what clients see instead."""
+        paths = {} if place.path is None else {str(place.path): place.root}
+        if self.library is not None:
+            paths[self.library.location] = "the library"
+        if Path(self.base.name).is_absolute():
+            paths[self.base.name] = self.base.short_name
+        return paths
+
+    def _sound(self, place: AdapterPlace) -> bool:
+        """Whether the files are a readable adapter, of any base."""
+        try:
+            reader.read(self._files(place))
+        except Exception:  # the files are present, so any reader error is their fault
+            return False
+        return True
+
+
+def _folder(folder: str | Path) -> Path:
+    """The resolved folder. Raises ConfigError if it does not exist."""
+    try:
+        found = Path(folder).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError):
+        found = None
+    if found is None or not found.is_dir():
+        raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it first, or leave it out")
+    return found
+
+
+def _unservable(place: AdapterPlace, problems: list[str]) -> Refused:
+    said = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    low = said.lower()
+    reason = "form_unsupported"
+    if "dora" in low:
+        reason = "dora_unsupported"
+    elif any(words in low for words in ("full cop", "modules_to_save", "token rows")):
+        reason = "modules_to_save_unsupported"
+    return unusable(reason, f"{place.root} cannot be served with its full effect: {said}")

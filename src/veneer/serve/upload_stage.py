@@ -1,0 +1,252 @@
+"""Uploaded adapters: stored on disk under an id for an hour, visible to their tenant only.
+
+    staging = Staging(most=2 << 30)
+    incoming = staging.begin("acme", "style.safetensors")
+    incoming.write(chunk), …                     raises Refused (413) beyond `most`
+    staged = staging.keep(incoming)              .path: the file, or the folder unpacked from an archive
+    staging.get("acme", staged.id)               raises Refused (404) once expired, and for other tenants
+    staging.drop(staged), staging.close()
+
+Only the files of a PEFT folder are unpacked from an archive, each under its fixed name whatever its path, so
+no file can escape the folder. Nothing is loaded. Handles files only, not adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from veneer.files.rights import private_folder
+from veneer.library.describe_files import PEFT_FILES
+from veneer.library.store import CHUNK
+from veneer.models.home import veneer_home
+from veneer.serve.request import Refused, invalid
+
+_SINGLES = (".safetensors", ".gguf")
+_ARCHIVE = ".zip"
+_KEPT = 3600.0
+_TENANTS_ROOM = 2
+"""A tenant's storage, in files of maximum size; its oldest files are dropped first."""
+_MOST_INDEX = 1 << 20
+"""Maximum bytes of an archive's index, which is read at once."""
+_INDEX_END = 22 + (1 << 16)
+"""Bytes at the end of a zip that contain the end of its index, with the longest comment."""
+_STRAY = 86400.0
+"""Seconds after which the folder of a killed process is deleted."""
+
+
+@dataclass(frozen=True)
+class StagedAdapter:
+    """An uploaded file. `name`: the client's file name, sanitized.
+
+    `until`: seconds since 1970.
+    """
+
+    id: str
+    tenant: str
+    name: str
+    path: Path
+    size: int
+    until: float
+
+
+@dataclass
+class IncomingAdapter:
+    """A file being uploaded."""
+
+    id: str
+    tenant: str
+    name: str
+    path: Path
+    most: int
+    size: int = 0
+    _file: IO[bytes] | None = None
+
+    def write(self, chunk: bytes | bytearray) -> None:
+        """Append a chunk. Blocks. Raises Refused (413) beyond `most`."""
+        self.size += len(chunk)
+        if self.size > self.most:
+            raise _large(self.most)
+        if self._file is None:
+            self._file = self.path.open("wb")
+        self._file.write(chunk)
+
+    def end(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+@dataclass
+class UploadStage:
+    """Staged adapters. Thread-safe. `most`: bytes of one adapter, unpacked.
+
+    `clock`: seconds since 1970.
+    """
+
+    most: int
+    clock: Callable[[], float] = time.time
+    _held: dict[str, StagedAdapter] = field(default_factory=dict)
+    _folder: Path | None = None
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def begin(self, tenant: str, filename: str) -> IncomingAdapter:
+        """Start an upload. Raises Refused (400) for a file name that no adapter has.
+
+        Blocks.
+        """
+        name = _plain(filename)
+        if not name.lower().endswith((*_SINGLES, _ARCHIVE)):
+            said = "pickles run whatever code is in them; " if re.search(r"\.(pt|pth|bin|ckpt|pkl)$", name) else ""
+            raise invalid(
+                f"{said}{name} is not called as an adapter's file is", "filename", ", ".join((*_SINGLES, _ARCHIVE))
+            )
+        self._sweep()
+        id = secrets.token_hex(16)
+        folder = self._home() / id
+        folder.mkdir()
+        return IncomingAdapter(id, tenant, name, folder / name, self.most)
+
+    def keep(self, incoming: IncomingAdapter) -> StagedAdapter:
+        """Finish an upload, dropping the tenant's oldest files if needed. Blocks.
+
+        Raises Refused (400) for an archive without an adapter.
+        """
+        incoming.end()
+        if not incoming.size:
+            raise invalid("the body is empty", None, "send the file as the body")
+        path, size = incoming.path, incoming.size
+        if incoming.name.lower().endswith(_ARCHIVE):
+            path = incoming.path.parent / "adapter"
+            path.mkdir()
+            size = _unpack(incoming.path, path, self.most)
+            incoming.path.unlink()
+        until = self.clock() + _KEPT
+        staged = StagedAdapter(incoming.id, incoming.tenant, incoming.name, path, size, until)
+        with self._lock:
+            own = [each for each in self._held.values() if each.tenant == staged.tenant]
+            self._held[staged.id] = staged
+        while own and sum(each.size for each in own) + size > _TENANTS_ROOM * self.most:
+            self.drop(own.pop(0))
+        return staged
+
+    def get(self, tenant: str, id: str) -> StagedAdapter:
+        """A tenant's staged file. Raises Refused (404)."""
+        with self._lock:
+            found = self._held.get(id)
+        if found is None or found.tenant != tenant or found.until < self.clock():
+            raise Refused(
+                "there is no such file here", status=404, code="not_found", fix="send it again; it is kept for an hour"
+            )
+        return found
+
+    def drop(self, staged: StagedAdapter | IncomingAdapter) -> None:
+        """Delete a staged file. Blocks."""
+        with self._lock:
+            self._held.pop(staged.id, None)
+            folder = self._folder
+        if isinstance(staged, IncomingAdapter):
+            staged.end()
+        if folder is not None:
+            shutil.rmtree(folder / staged.id, ignore_errors=True)
+
+    def close(self) -> None:
+        """Delete everything."""
+        with self._lock:
+            self._held.clear()
+            folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _home(self) -> Path:
+        """This process's folder, created on first use.
+
+        Folders of killed processes are deleted then.
+        """
+        with self._lock:
+            if self._folder is None:
+                place = private_folder(veneer_home() / "cache" / "staged")
+                for old in place.iterdir():
+                    with contextlib.suppress(OSError):
+                        if old.stat().st_mtime < time.time() - _STRAY:
+                            shutil.rmtree(old, ignore_errors=True)
+                self._folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=place))
+            return self._folder
+
+    def _sweep(self) -> None:
+        with self._lock:
+            expired = [each for each in self._held.values() if each.until < self.clock()]
+        for each in expired:
+            self.drop(each)
+
+
+def _plain(filename: str) -> str:
+    """A client's file name, sanitized: its last part, only letters, digits and `._-`."""
+    last = re.split(r"[/\\]", filename)[-1]
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", last).strip("._-")
+    return stem[-100:].lstrip("._-") or "adapter"
+
+
+def _large(most: int) -> Refused:
+    return Refused(f"the adapter has more than {most:,} bytes", status=413, code="too_large")
+
+
+# -- archives ----------------------------------------------------------------------------------------------------------
+
+
+def _unpack(archive: Path, folder: Path, most: int) -> int:
+    """Unpack a PEFT folder's files from an archive into `folder`.
+
+    Returns their bytes. Raises Refused.
+    """
+    size = 0
+    try:
+        for name, source in _members(archive):
+            target = folder / name
+            if target.exists():
+                raise invalid(f"the archive has several files called {name}", None, "send the adapter of one folder")
+            with source, target.open("wb") as out:
+                while chunk := source.read(CHUNK):
+                    size += len(chunk)
+                    if size > most:
+                        raise _large(most)
+                    out.write(chunk)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise invalid(f"the archive cannot be read: {error}") from None
+    if not (folder / PEFT_FILES[0]).is_file():
+        raise invalid(f"the archive has no {PEFT_FILES[0]}", None, "an archive of the folder that training wrote")
+    return size
+
+
+def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """(name, stream) of the adapter files in an archive, in order.
+
+    Accepts only compression methods that need little memory to unpack.
+    """
+    with archive.open("rb") as file:
+        file.seek(max(0, archive.stat().st_size - _INDEX_END))
+        end = file.read()
+    whole = end[-22:-18] == b"PK\x05\x06" and end[-2:] == b"\0\0"  # where zipfile looks first
+    at = len(end) - 22 if whole else end.rfind(b"PK\x05\x06")
+    size, long = int.from_bytes(end[at + 12 : at + 16], "little"), end[max(0, at - 20) :].startswith(b"PK\x06\x07")
+    if at < 0 or size > _MOST_INDEX or long:
+        raise invalid("this is no zip archive of a few files", None, "a zip of the adapter's folder")
+    with zipfile.ZipFile(archive) as opened:
+        for info in opened.infolist():
+            name = info.filename.rpartition("/")[2]
+            if name in PEFT_FILES and not info.is_dir():
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise invalid("the archive is packed in a way that is not read here", None, "store or deflate")
+                yield name, opened.open(info)

@@ -1,0 +1,28 @@
+"""A worker next to a server: what other users of the machine can see."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from veneer.jobs.local_worker import worker_beside
+
+
+def test_a_worker_s_arguments_have_no_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    before, end = psutil.Process().children(), time.monotonic() + 30
+    with worker_beside(library=str(tmp_path / "library"), tenants="postgresql://u:secret@h/d", say=lambda text: None):
+        while not (found := [each for each in psutil.Process().children() if each not in before]):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        while "veneer.cli.main" not in (
+            arguments := found[0].cmdline()
+        ):  # until exec, the child is a fork of this process
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        variables = found[0].environ()
+    assert "secret" not in " ".join(arguments)
+    assert variables["VENEER_TENANTS"] == "postgresql://u:secret@h/d"

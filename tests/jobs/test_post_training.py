@@ -1,0 +1,167 @@
+"""The section `after` of a job's file, and the rule in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.jobs.small import small_config
+from veneer.errors import ConfigError, VeneerError
+from veneer.jobs.post_training import PromotionRule, after_from, check_after, held_out_rows, load_job_config
+from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy.store import Store
+from veneer.train.config.load import config_from
+
+
+@given(
+    new=st.integers(0, 100),
+    serving=st.integers(0, 100),
+    by=st.integers(-9, 9),
+    metric=st.sampled_from(["bleu", "loss"]),
+)
+def test_a_rule_compares_in_the_direction_of_its_metric(new: int, serving: int, by: int, metric: str) -> None:
+    """In whole hundredths, where arithmetic is exact: a difference of 0.01 in floats is one of 0.01."""
+    rule = PromotionRule(metric=metric, by=by / 100)
+    holds = rule.holds({"new": {metric: new / 100}, "serving": {metric: serving / 100}})
+    assert holds == ((serving - new if metric == "loss" else new - serving) >= by)
+
+
+@pytest.mark.parametrize(
+    ("rule", "holds"),
+    [
+        ({"metric": "loss", "against": "base", "by": 0.5}, True), ({"metric": "loss", "by": 0.6}, False),
+        ({"metric": "loss"}, True), ({"metric": "rouge_l"}, None), ({"metric": "exact_match"}, None),
+    ],
+)  # fmt: skip
+def test_a_rule_without_a_measurement_decides_nothing(rule: Any, holds: bool | None) -> None:
+    scores: Any = {
+        "new": {"loss": 1.5, "exact_match": 0.5, "rouge_l": None},
+        "serving": {"loss": 2.0, "rouge_l": 0.1},
+        "base": {"loss": 2.0},
+    }
+    assert PromotionRule(**rule).holds(scores) is holds
+
+
+@pytest.fixture
+def tenants(tmp_path: Path) -> Any:
+    store = Store(str(tmp_path / "tenants.sqlite"))
+    manage.add_tenant(store, "acme", who="test")
+    for name, targets in {"everybodys": [("a@1", 1)]}.items():
+        routes.set_route(store, name, targets, who="test")
+    for name, targets in {"split": [("a@1", 1), ("a@2", 1)], "moving": [("acme/support", 1)]}.items():
+        routes.set_route(store, name, targets, tenant="acme", who="test")
+    yield store
+    store.close()
+
+
+HELD: dict[str, Any] = {"evaluate": {}}
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ({"rout": {"name": "x"}}, "did you mean route"),
+        ({"route": {"name": "x", "wight": 0.1}}, "did you mean weight"),
+        ({"route": {"name": "x", "weight": 1.5}}, "`after.route.weight`"),
+        ({"route": {"weight": 0.1}}, "`after.route.name`"),
+        ({"route": {"name": "x", "weight": True}}, "`after.route.weight`"), ([1], "cannot be read"),
+        ({"evaluate": {"metrics": ["exact_mach"]}}, "did you mean exact_match"), ({}, "nothing to do"),
+        ({"route": None}, "`after.route.name`"),
+        ({**HELD, "promote": {"metric": "loss"}}, "no route"), ({"route": {"name": "No Route"}}, "cannot name a route"),
+        ({"route": {"name": "globex/x"}}, "the namespace of another tenant"),
+        ({"route": {"name": "everybodys"}}, "everybody's route"), ({"route": {"name": "split"}}, "shared out already"),
+        ({"route": {"name": "moving"}}, "the newest version"),
+        ({"route": {"name": "x"}, "promote": {"metric": "loss"}}, "loss decides and is not measured"),
+        ({**HELD, "route": {"name": "x"}, "promote": {"metric": "bleu"}}, "metrics: [exact_match, loss, bleu]"),
+        ({"promote": {"metric": "exact_mach"}, "alias": "x"}, "did you mean exact_match"),
+        ({"promote": {"metric": "loss", "against": "servin"}}, "`after.promote.against`"),
+        ({"promote": {"metric": "loss", "buy": 1}}, "did you mean by"), ({"promote": "loss < base"}, "`after.promote`"),
+        ({"route": {"name": "x"}, "alias": "prod"}, "leave one out"), ({"alias": "Prod"}, "cannot be an alias"),
+    ],
+)  # fmt: skip
+def test_what_could_not_be_done_is_said_before_anything_is_trained(
+    tenants: Store, tmp_path: Path, after: Any, said: str
+) -> None:
+    config, _ = config_from(small_config(tmp_path) | {"output": str(tmp_path / "out")})
+    with pytest.raises(VeneerError) as error:
+        check_after(after_from(after, tmp_path), config, "acme/support", "acme", tenants)
+    assert said in str(error.value)
+
+
+def test_without_held_out_rows_or_tenants_nothing_is_compared(tenants: Store, tmp_path: Path) -> None:
+    given = small_config(tmp_path) | {"output": str(tmp_path / "out")}
+    after = after_from({**HELD, "route": {"name": "x"}}, tmp_path)
+    config, _ = config_from(given)
+    check_after(after, config, "acme/support", "acme", tenants)
+    with pytest.raises(ConfigError, match="no tenants' database"):
+        check_after(after, config, "acme/support", "acme", None)
+    check_after(after_from({**HELD, "alias": "prod"}, tmp_path), config, "acme/support", "acme", None)
+    assert after.evaluate is not None
+    config, _ = config_from(given | {"data": {"train": str(tmp_path / "rows.jsonl"), "split": 0}})
+    with pytest.raises(ConfigError, match="no rows are held out"):
+        held_out_rows(after.evaluate, config)
+
+
+def test_overrides_reach_what_comes_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a section in the file or without; paths in them are of the current folder, as of a run's overrides."""
+    config = small_config(tmp_path) | {"output": "out"}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(config | {"after": {"route": {"name": "x", "weight": 0.1}}}))
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    rule = "after.promote.metric=loss"
+    given = [
+        "after.evaluate.data=held.jsonl",
+        "after.evaluate.metrics=[loss]",
+        rule,
+        "after.promote.by=0.02",
+        "adapter.rank=3",
+    ]
+    for file, name in (("a.yaml", "x"), ("b.yaml", "y")):
+        more = ["after.route.weight=0.25"] if name == "x" else ["after.route={name: y, weight: 0.25}"]
+        run, after = load_job_config(tmp_path / file, [*given, *more])
+        assert (run.adapter.rank, load_job_config(tmp_path / "b.yaml")[1]) == (3, None)
+        assert after is not None
+        assert after.model_dump() == {
+            "evaluate": {
+                "data": [str(tmp_path / "here" / "held.jsonl")],
+                "metrics": ["loss"],
+                "limit": None,
+                "max_new_tokens": 256,
+            },
+            "route": {"name": name, "weight": 0.25, "shadow": False},
+            "promote": {"metric": "loss", "against": "serving", "by": 0.02},
+            "alias": None,
+        }
+    for wrong, said in {
+        "after.route.wight=1": "did you mean weight",
+        "after.route.weight=2": "`after.route.weight`",
+        "after.promote.metric.now=1": "is no section",
+        "after.route": "not an override",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            load_job_config(tmp_path / "a.yaml", [rule, wrong])
+        assert said in f"{error.value}", wrong
+
+
+def test_a_jobs_file_is_a_run_and_what_comes_after_it(tmp_path: Path) -> None:
+    file = tmp_path / "support.yaml"
+    small_config(tmp_path)
+    run = "base: ./tiny-base\ndata: {train: rows.jsonl}\noutput: out\n"
+    file.write_text(f"{run}after:\n  evaluate: {{data: held.jsonl}}\n  route: {{name: support}}\n")
+    config, after = load_job_config(file, ["adapter.rank=3"])
+    assert config.adapter.rank == 3
+    assert after is not None
+    assert after.evaluate is not None
+    assert after.evaluate.data == [str(tmp_path / "held.jsonl")]
+    file.write_text(f"{run}after:\n  evaluate:\n  route: {{name: support}}\n")
+    _, after = load_job_config(file)
+    assert after is not None
+    assert after.evaluate is not None  # with nothing under it: its defaults
+    file.write_text(run)
+    assert load_job_config(file)[1] is None

@@ -1,0 +1,147 @@
+"""Steps of a job: asked while it trains, gone on from with other settings, kept; and its sample pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.cli.run import run
+from tests.jobs.small import STEPS, small_config
+from tests.library.conftest import quick  # noqa: F401
+from tests.train.tiny_pictures import image_values
+from veneer.adapters.use import load_adapter
+from veneer.errors import ConfigError, UnavailableError
+from veneer.jobs.checkpoints import steps_name
+from veneer.jobs.process import run_job
+from veneer.jobs.step_actions import fork_config, forked, kept_step, sample_file
+from veneer.jobs.store import Job, JobStore
+from veneer.jobs.validate import device_of, submitted
+from veneer.library.library import open_library
+from veneer.models.text.base import load_text
+from veneer.plan.tables import Device
+from veneer.train.config.load import config_from
+from veneer.train.config.text import TrainConfig
+
+
+@pytest.fixture
+def store(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:  # noqa: F811
+    with open_library(quick / "library") as library:
+        monkeypatch.setenv("VENEER_LIBRARY", library.location)
+        yield JobStore(library)
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return device_of("h100-80gb")  # what this machine does is not measured
+
+
+def asked(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
+    config, _ = config_from({"output": "runs/support", **values})
+    job = submitted(store, config, device=device)
+    assert job.state == "queued", job.error
+    return job
+
+
+def trained(store: JobStore) -> Job:
+    lease = store.take("here", 600)
+    assert lease is not None
+    assert run_job(store.library, lease.job.id, lease.token) == 0
+    ended = store.get(None, lease.job.id)
+    assert ended.state == "succeeded", ended.error
+    return ended
+
+
+def test_a_step_is_in_the_library_while_the_next_one_trains_and_can_be_gone_on_from(
+    store: JobStore,
+    device: Device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = small_config(tmp_path, checkpoint={"every": 1, "adapters": True, "keep": 2})
+    asked(store, device, values)
+    add, away = store.library.add, [UnavailableError("the store is away")]
+
+    def adding(path: Any, name: str, **options: Any) -> Any:
+        if away:
+            raise away.pop()
+        return add(path, name, **options)
+
+    monkeypatch.setattr(store.library, "add", adding)
+    job = trained(store)
+    events, _ = store.events(None, job.id)
+    told = [(event.kind, event.data["step"]) for event in events if event.kind in ("metrics", "checkpoint")]
+    # the first could not be put there at once; none waits for the end
+    assert [step for kind, step in told if kind == "checkpoint"] == [1, 2, 3]
+    assert told.index(("checkpoint", 2)) < told.index(("metrics", 3))
+    metrics = next(event.data for event in events if event.kind == "metrics")
+    assert metrics["memory_bytes"] > 0
+    assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.01)
+    name = steps_name(job)
+    points = store.checkpoints(None, job.id)
+    assert [(point.step, point.reference) for point in points] == [(n, f"{name}@{n}") for n in (3, 2, 1)]
+    made = store.library.find("support")
+    assert store.library.find(f"{name}@{STEPS}").digest == made.digest  # what it made is its last state
+    assert store.library.find(f"{name}@1").digest != made.digest
+    first = store.library.find(f"{name}@1")
+    assert first.card["metrics"]["steps"] == 1
+
+    asked_for = fork_config(store, job, 1, ["schedule.steps=7"])
+    assert isinstance(asked_for, TrainConfig)
+    assert (asked_for.adapter.start, asked_for.steps) == (first.reference, 7)
+    fork = forked(store, job.id, 1, ["optimizer.learning_rate=1e-4"], device=device)
+    assert (fork.state, fork.name, fork.about["fork"]) == ("queued", "support", {"job": job.id, "step": 1})
+    assert fork.config["optimizer"]["learning_rate"] == 1e-4
+    assert fork.config["data"] == job.config["data"]
+    again = trained(store)
+    assert again.result is not None
+    assert store.library.find("support").parents == [first.digest]
+    base = load_text(values["base"])
+    start, ended = (load_adapter(base, str(store.library.resolve(r))) for r in (first.reference, "support"))
+    assert dict(ended.tensors()).keys() == dict(start.tensors()).keys()
+
+    shown = run(capsys, "jobs", "--library", store.library.location, "show", job.id).out
+    assert f"asked as     {name}@3, {name}@2, {name}@1" in shown
+    ran = run(capsys, "jobs", "--library", store.library.location, "keep", job.id, "--step", "2", "--json")
+    assert json.loads(ran.out) == {"reference": "support@3", "aliases": []}
+    ran = run(capsys, "jobs", "--library", store.library.location, "fork", job.id, "--step", "7")
+    assert (ran.code, "step 7" in ran.err) == (2, True)
+    kept = kept_step(store, job.id, 1, alias="prod")
+    assert (kept.name, kept.digest) == ("support", first.digest)
+    assert store.library.find("support@prod").digest == first.digest
+    assert kept_step(store, job.id).digest == made.digest
+    with pytest.raises(ConfigError, match=r"(?s)step 9 .*is not in the library.*there are those of 1, 2, 3"):
+        forked(store, job.id, 9, device=device)
+    with pytest.raises(ConfigError, match=r"adapter\.rank"):
+        forked(store, job.id, 1, ["adapter.rank=4"], device=device)
+
+
+def test_pictures_are_seen_as_it_draws_them(store: JobStore, device: Device, tmp_path: Path) -> None:
+    values = image_values(
+        tmp_path,
+        tmp_path / "support",
+        samples={"prompts": ["sks, a house"], "every": 2, "steps": 2, "size": 32},
+        checkpoint={"every": 2, "adapters": True},
+        schedule={"steps": 4},
+        data={"trigger": "sks", "split": 0},
+    )
+    asked(store, device, values)
+    job = trained(store)
+    drawn = [event.data["step"] for event in store.events_of(None, job.id, "sample")]
+    assert drawn == [0, 2, 4]
+    for step in drawn:
+        with Image.open(sample_file(store, job, step)) as sheet:
+            assert min(sheet.size) >= 32
+    with pytest.raises(ConfigError, match="after steps 0, 2, 4"):
+        sample_file(store, job, 3)
+    name = steps_name(job)
+    assert [point.reference for point in store.checkpoints(None, job.id)] == [f"{name}@4", f"{name}@2"]
+    found = store.library.find(f"{name}@2")
+    assert (found.kind, found.trigger_words) == ("image", ["sks"])
+    with pytest.raises(ConfigError, match="cannot go on from another's"):
+        forked(store, job.id, 2, device=device)

@@ -1,0 +1,101 @@
+"""What cards say that people look at: gains, pictures, samples; and nothing of cards that hold something else."""
+
+from __future__ import annotations
+
+import base64
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from veneer.library.describe_files import (
+    AdapterDescription,
+    card_picture,
+    card_prompt,
+    card_sample,
+    content_of,
+    gain_of,
+)
+
+
+def test_a_gain_is_the_share_by_which_the_loss_changed() -> None:
+    gain = gain_of({"metrics": {"validation_loss_before": 2.5, "validation_loss": 1.5}})
+    assert gain is not None
+    assert gain.share == pytest.approx(1.5 / 2.5 - 1)
+    assert str(gain) == "held-out loss 2.5 → 1.5 (−40 %)"
+    below = gain_of({"metrics": {"validation_loss_before": -0.5, "validation_loss": -0.7}})
+    assert below is not None
+    assert below.share is None
+    assert str(below) == "held-out loss -0.5 → -0.7"
+    for before, after in ((-0.25, -0.75), (0.5, 0.0)):
+        metrics = {"validation_loss_before": before, "validation_loss": after, "measured": {"reward_failed": 0.0}}
+        rewarded = gain_of({"metrics": metrics})
+        assert rewarded is not None
+        assert rewarded.share is None
+        assert str(rewarded) == f"held-out reward {-before:.4g} → {abs(after):.4g}"
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [None, [], {}, {"validation_loss": 1.0}, {"validation_loss_before": 1.0, "validation_loss": "low"},
+     {"validation_loss_before": True, "validation_loss": 1}, {"validation_loss_before": 10**400, "validation_loss": 1},
+     {"validation_loss_before": float("nan"), "validation_loss": 1.0}],
+)  # fmt: skip
+def test_cards_without_both_numbers_tell_of_no_gain(metrics: Any) -> None:
+    assert gain_of({"metrics": metrics}) is None
+    assert AdapterDescription(card={"metrics": metrics, "rank": "8"}).figures() == {"rank": 0, "gain": None}
+
+
+def test_a_preview_is_a_picture_of_a_kind_that_pages_may_show() -> None:
+    data = random.Random(1).randbytes(300)
+    text = base64.b64encode(data).decode()
+
+    def preview(thumbnail: Any) -> Any:
+        return card_picture({"extra": {"thumbnail": thumbnail}})
+
+    assert preview(f"data:image/jpeg;base64,{text}") == ("image/jpeg", data)
+    assert preview(f"data:image/png;base64,{text}") == ("image/png", data)
+    for other in (
+        f"data:image/svg+xml;base64,{text}",
+        f"data:text/html;base64,{text}",
+        "https://there/x.png",
+        None,
+        7,
+        f"data:image/png;base64,{text}!",
+        "data:image/png;base64,A",
+    ):
+        assert preview(other) is None
+    assert card_picture({"extra": []}) is None
+
+
+def test_a_sample_is_whole_or_none() -> None:
+    whole = {"prompt": "p", "base": "b", "adapter": "a"}
+    assert card_sample({"extra": {"sample": {**whole, "more": 1}}}) == whole
+    for sample in (None, [], {}, {"prompt": "p", "base": "b"}, {**whole, "base": 3}):
+        assert card_sample({"extra": {"sample": sample}}) is None
+
+
+def test_a_card_prompt_is_messages_or_the_old_text() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
+    assert card_prompt({"extra": {"sample": {"prompt": "Where?", "messages": messages}}}) == messages
+    assert card_prompt({"extra": {"sample": {"prompt": "Where?", "base": "b"}}}) == messages[1:]
+    for sample in (None, [], {}, {"prompt": 3}, {"messages": [{"role": "user"}]}, {"messages": [3]}):
+        assert card_prompt({"extra": {"sample": sample}}) == []
+    assert card_prompt({"extra": []}) == []
+
+
+def test_a_free_search_looks_through_no_picture() -> None:
+    words = AdapterDescription(card={"extra": {"thumbnail": "data:image/png;base64,QUJD"}, "base": "org/B"}).columns(0)
+    assert words["words"].split() == ["org/b"]
+
+
+def test_the_library_keeps_the_tensors_of_mlx_lm_folders(tmp_path: Path) -> None:
+    """If PEFT's file is there too, it is the file that is read, and mlx-lm's file is left out."""
+    for name in ("adapter_config.json", "adapters.safetensors", "0000100_adapters.safetensors"):
+        (tmp_path / name).write_text("{}")
+    found = content_of(tmp_path)
+    assert set(found.files) == {"adapter_config.json", "adapters.safetensors"}
+    assert found.left_out == ["0000100_adapters.safetensors"]
+    (tmp_path / "adapter_model.safetensors").write_text("{}")
+    assert content_of(tmp_path).left_out == ["0000100_adapters.safetensors", "adapters.safetensors"]

@@ -1,0 +1,154 @@
+"""Collection against adds in every order, checks that find what is wrong, and an index made again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.library.made import adapter_bytes, made, open_made, read_made
+from veneer.library import maintenance as upkeep
+from veneer.library.library import Library
+from veneer.library.store import LocalStore
+
+
+def collect_during(library: Library, monkeypatch: pytest.MonkeyPatch, when: str) -> list[upkeep.GcReport]:
+    """Run `gc(grace=0)` within an add: before its first file is stored, or after its last and before it commits."""
+    own, done = library.store.put, []
+
+    def put(path: str, source: Any, sha256: str) -> None:
+        if when == "before" and not done:
+            done.append(upkeep.gc(library, grace=0))
+        own(path, source, sha256)
+        if when == "after" and path.startswith("manifests") and not done:
+            done.append(upkeep.gc(library, grace=0))
+
+    monkeypatch.setattr(library.store, "put", put)
+    return done
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("there", [False, True])
+def test_collection_within_an_add_takes_nothing_from_it(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, there: bool
+) -> None:
+    """`there`: the content lies in the store without a name, so that the add need not store it."""
+    source = made(tmp_path, 1)
+    if there:
+        library.add(source, "old", describe=read_made)
+        library.remove("old")
+    done = collect_during(library, monkeypatch, when)
+    library.add(source, "new", describe=read_made)
+    assert len(done) == 1
+    assert library.resolve("new").read_bytes() == adapter_bytes(1)
+    assert upkeep.verify_library(library).ok
+
+
+def test_a_collection_that_died_with_its_files_gone_fools_no_add(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It condemned, deleted files and died before its commit: rows of files that are gone."""
+    source = made(tmp_path, 1)
+    library.add(source, "old", describe=read_made)
+    library.remove("old")
+    own = library.store.delete
+
+    def delete(path: str) -> None:
+        own(path)
+        if path.startswith("manifests"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(library.store, "delete", delete)
+    with pytest.raises(KeyboardInterrupt):
+        upkeep.gc(library, grace=0)
+    monkeypatch.undo()
+    library.add(source, "new", describe=read_made)
+    assert library.resolve("new").read_bytes() == adapter_bytes(1)
+    assert upkeep.verify_library(library).ok
+
+
+def test_grace_keeps_what_was_just_removed(library: Library, tmp_path: Path) -> None:
+    library.add(made(tmp_path, 1), "x", describe=read_made)
+    library.remove("x")
+    assert upkeep.gc(library).files == 0
+    foreseen = upkeep.gc(library, grace=0, dry_run=True)
+    assert (foreseen.entries, foreseen.files) == (1, 2)
+    assert len(list(library.store.walk("blobs"))) == 1
+    done = upkeep.gc(library, grace=0)
+    assert (done.entries, done.files, done.bytes) == (1, 2, foreseen.bytes)
+    assert not [*library.store.walk("blobs"), *library.store.walk("manifests")]
+
+
+def test_collection_takes_files_that_the_index_never_knew_and_no_others(library: Library, tmp_path: Path) -> None:
+    library.add(made(tmp_path, 1), "x", describe=read_made)
+    library.store.replace("blobs/aa/" + "a" * 64, b"stray")
+    library.store.replace("blobs/notes.txt", b"someone's own")
+    assert upkeep.gc(library, grace=3600).files == 0
+    assert upkeep.gc(library, grace=0).files == 1
+    assert library.store.size("blobs/notes.txt") is not None
+    assert upkeep.verify_library(library).ok
+
+
+def test_debris_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    with open_made(str(tmp_path / "l")) as library:
+        assert isinstance(library.store, LocalStore)
+        (tmp_path / "l" / "tmp").mkdir(exist_ok=True)
+        (tmp_path / "l" / "tmp" / "dead").write_bytes(b"half")
+        (tmp_path / "l" / "tmp" / "deadfolder").mkdir()
+        with library.store.temporary() as (alive, _), library.store.temporary(folder=True) as (folder, _):
+            assert upkeep.gc(library, grace=0).debris == 2
+            assert alive.exists()
+            assert folder.exists()
+        assert not os.listdir(tmp_path / "l" / "tmp")
+
+
+def test_verify_names_what_is_missing_and_what_is_corrupt_with_its_versions(library: Library, tmp_path: Path) -> None:
+    for n in (1, 2, 3):
+        library.add(made(tmp_path / str(n), n), f"n{n}", describe=read_made)
+    blobs = {n: f"blobs/{h[:2]}/{h}" for n in (1, 2) for h, _ in library.files(library.find(f"n{n}").entry).values()}
+    library.store.delete(blobs[1])
+    library.store.delete(blobs[2])
+    library.store.replace(blobs[2], bytes(len(adapter_bytes(2))))
+    found = upkeep.verify_library(library)
+    assert not found.ok
+    assert found.missing == [f"{blobs[1]} (n1@1)"]
+    assert found.corrupt == [f"{blobs[2]} (n2@1)"]
+    upkeep.verify_library(library, repair=True)
+    for n in (1, 2):
+        library.add(made(tmp_path / str(n), n), f"again{n}", describe=read_made)
+        assert library.resolve(f"n{n}").read_bytes() == adapter_bytes(n)
+    assert upkeep.verify_library(library).ok
+
+
+def test_a_record_that_differs_is_found_and_written_anew(library: Library, tmp_path: Path) -> None:
+    library.add(made(tmp_path, 1), "x", describe=read_made)
+    library.store.replace("names/x.json", b"{}")
+    assert upkeep.verify_library(library).records == ["names/x.json"]
+    assert upkeep.verify_library(library, repair=True).repaired == ["names/x.json"]
+    assert upkeep.verify_library(library).ok
+
+
+def test_the_index_is_made_again_from_the_store(
+    place: str, index: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_made(place, index) as library:
+        for n in (1, 2):
+            card = {"base": "org/B", "trigger_words": ["w"], "parents": ["sha256:" + "1" * 64]}
+            library.add(made(tmp_path / str(n), n, **card), "support", tags=["t"], source="s", describe=read_made)
+        library.add(made(tmp_path / "3", 3), "other", describe=read_made)
+        library.alias("support@1", "prod")
+        library.remove("support@2")
+        before = [v.to_dict() for v in library.search(all_versions=True)]
+        gone = library.add(made(tmp_path / "4", 4), "gone", describe=read_made).version
+        for sha256, _ in library.files(gone.entry).values():
+            library.store.delete(f"blobs/{sha256[:2]}/{sha256}")
+    fresh = str(tmp_path / "fresh.sqlite")
+    made_again = upkeep.rebuild(place, fresh)
+    assert (made_again.versions, len(made_again.lost)) == (2, 1)
+    assert "gone@1: missing" in made_again.lost[0]
+    with open_made(place, fresh) as library:
+        assert [v.to_dict() for v in library.search(all_versions=True)] == before
+        assert library.resolve("support@prod").read_bytes().startswith(b'{"base"')
+        assert library.add(made(tmp_path / "5", 5), "support", describe=read_made).version.version == 3

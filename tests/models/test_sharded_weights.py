@@ -1,0 +1,195 @@
+"""What is read in parts is what is read whole and split afterwards, to the bit, and no byte more than a part's."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.tiny_base import tiny_base_dir
+from veneer.errors import BaseError
+from veneer.files.safetensors import write_tensors
+from veneer.files.weights import read_values, tensor_table
+from veneer.models.quantize import load_quantized
+from veneer.models.shard import blocks, shard
+from veneer.models.sharded_weights import Unread, rows_of
+from veneer.models.text.base import load_text, read_base_config
+from veneer.ops.quantized import Quantized, quantize
+from veneer.train.devices import launch
+
+COUNT = 3
+KINDS = {"": "bfloat16", "nf4": "bfloat16", "fp4": "float32", "int8": "bfloat16"}
+
+
+@given(st.integers(0, 300), st.integers(1, 9))
+def test_rows_are_parted_as_torch_chunks_them(n: int, count: int) -> None:
+    whole = torch.arange(n)
+    parts = [whole[slice(*rows_of(n, rank, count))] for rank in range(count)]
+    assert torch.equal(torch.cat(parts), whole)
+    chunks = whole.chunk(count) if n else ()
+    assert all(torch.equal(a, b) for a, b in zip(parts, chunks, strict=False))
+
+
+class Together:
+    """torch.distributed for threads that stand for processes: each knows its rank."""
+
+    def __init__(self, count: int) -> None:
+        self.here, self.given, self.barrier = threading.local(), [torch.empty(0)] * count, threading.Barrier(count)
+
+    def all_gather(self, out: list[Tensor], own: Tensor) -> None:
+        self.given[self.here.rank] = own
+        self.barrier.wait(60)
+        for into, value in zip(out, self.given, strict=True):
+            into.copy_(value)
+        self.barrier.wait(60)
+
+
+def test_a_file_that_changes_before_it_is_read_is_no_base_any_more(tmp_path: Path) -> None:
+    """Another one in its place, of the same shapes and size, or written to where it is."""
+    file = tmp_path / "model.safetensors"
+    values = {"weight": torch.zeros(4, 4), "other": torch.zeros(4, 4)}
+    write_tensors(file, values)
+    for change in ("replaced", "written"):
+        unread = Unread({t.name: t for t in tensor_table(tmp_path)}, "", torch.float32)
+        assert torch.equal(unread.whole("weight", torch.device("cpu")), values["weight"])
+        if change == "replaced":
+            write_tensors(file, {name: value + 1 for name, value in values.items()})
+        else:
+            file.write_bytes(file.read_bytes())
+            before = file.stat()
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))  # clocks of files may be coarse
+        with pytest.raises(BaseError, match="has changed since the base was found"):
+            unread.whole("other", torch.device("cpu"))
+        values = {name: value + 1 for name, value in values.items()}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", ""])
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (7, 64), (130, 129), (1, 1), (64, 300)])
+def test_parts_of_a_weight_are_the_pieces_of_the_whole_to_the_bit(
+    kind: str, rows: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 64 that two neighbours share, one row for several, none for some."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    write_tensors(tmp_path / "model.safetensors", {"weight": weight})
+    (stored,) = tensor_table(tmp_path)
+    whole: list[Tensor] = [weight.bfloat16()]
+    absent: Tensor = whole[0].to("meta")
+    if kind:
+        made = quantize(whole[0], kind)
+        whole, absent = list(made.stored.tensors().values()), made.like(made.stored.moved(lambda t: t.to("meta")))
+    for count in (2, 3, 5):
+        group, reads = Together(count), [Unread({"weight": stored}, kind, torch.bfloat16) for _ in range(count)]
+        monkeypatch.setattr("torch.distributed.all_gather", group.all_gather)
+
+        def one(rank: int, group: Any = group, reads: Any = reads, count: int = count) -> list[Tensor]:
+            group.here.rank = rank
+            parts: list[Tensor] = reads[rank].part(["weight"], absent, rank, count, torch.device("cpu"))
+            return parts
+
+        with ThreadPoolExecutor(count) as pool:
+            parts = list(pool.map(one, range(count)))
+        for i, tensor in enumerate(whole):
+            flat = tensor.reshape(tensor.shape or 1)
+            for rank in range(count):
+                assert torch.equal(parts[rank][i], flat[slice(*rows_of(len(flat), rank, count))])
+        edges = 2 * 64 * 4 * (count - 1) if kind in ("nf4", "fp4") else 0
+        assert stored.size <= sum(each.bytes_read for each in reads) <= stored.size + edges
+
+
+def local_parts(model: nn.Module) -> dict[str, Any]:
+    return {name: p.to_local() for name, p in model.named_parameters() if hasattr(p, "to_local")}
+
+
+def logits_of(model: Any) -> Tensor:
+    out: Tensor = model(input_ids=torch.arange(3, 20)[None], use_cache=False).logits
+    return out
+
+
+def main(folder: Path) -> None:
+    """In each process: its parts of a base that is read in parts, and of one that was read whole and split."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    where, device, found = str(tiny_base_dir(folder)), torch.device("cpu"), {}
+    for kind, dtype in KINDS.items():
+        base = load_text(where, dtype=dtype, device="cpu", quantize=kind or None, parts=COUNT)
+        assert base.unread is not None, base.notes
+        call = shard(base.model, blocks(base.model), device, base.unread)
+        whole = load_text(where, dtype=dtype, device="cpu", quantize=kind or None)
+        before = {n: b.clone() for n, b in whole.model.named_buffers()}
+        held = shard(whole.model, blocks(whole.model), device)
+        mine, theirs = local_parts(base.model), local_parts(whole.model)
+        assert mine.keys() == theirs.keys()
+        assert mine
+        for name, part in mine.items():
+            assert part.dtype == theirs[name].dtype, name
+            assert torch.equal(part, theirs[name]), name
+        for name, buffer in base.model.named_buffers():
+            assert torch.equal(buffer, before[name]), name
+        assert torch.equal(call(logits_of, base.model), held(logits_of, whole.model))
+        found[kind] = [base.unread.bytes_read, base.fingerprint == whole.fingerprint]
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_each_of_three_reads_its_part_and_has_the_bits_of_the_whole(tmp_path: Path) -> None:
+    table = tensor_table(tiny_base_dir(tmp_path))
+    stored = sum(t.size for t in table)
+    assert launch(COUNT, [sys.executable, "-m", "tests.models.test_sharded_weights", str(tmp_path)]) == 0
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(COUNT)]
+    blocks_at_edges = 2 * 64 * 4 * len(table)
+    for kind in KINDS:
+        read = [each[kind][0] for each in seen]
+        assert stored <= sum(read) <= stored + (COUNT * blocks_at_edges if kind in ("nf4", "fp4") else 0)
+        assert max(read) <= stored / COUNT + blocks_at_edges + max(t.size // t.shape[0] for t in table) * len(table)
+        assert all(each[kind][1] for each in seen)
+
+
+def test_a_family_whose_files_have_other_names_is_read_whole_and_says_so(tmp_path: Path) -> None:
+    folder = tiny_base_dir(tmp_path)
+    weights = {t.name: read_values(t) for t in tensor_table(folder)}
+    file = next(folder.glob("*.safetensors"))
+    first, *_ = sorted(n for n in weights if n.endswith("q_proj.weight"))
+    write_tensors(file, {n.replace("model.", "", 1) if n != first else n: t for n, t in weights.items()})
+    base = load_text(str(folder), device="cpu", parts=2)
+    assert base.unread is None
+    assert any("each process reads all of the weights" in note for note in base.notes)
+
+
+@pytest.mark.parametrize("kind", ["", "nf4"])
+def test_rows_and_whole_weights_are_those_of_the_files(kind: str, tmp_path: Path) -> None:
+    folder = tiny_base_dir(tmp_path)
+    base = load_text(str(folder), dtype="float32", device="cpu", quantize=kind or None, parts=2)
+    assert base.unread is not None
+    assert all(p.is_meta for p in base.model.parameters())
+    model, _ = load_quantized(folder, read_base_config(folder), tensor_table(folder), kind, torch.float32)
+    name = "model.embed_tokens.weight"
+    own = model.get_parameter(name)
+    assert torch.equal(base.unread.rows(name, [3, 0]).float(), own[[3, 0]])
+    assert torch.equal(base.unread.whole(name, torch.device("cpu")), own)
+    quantized = [n for n, p in base.model.named_parameters() if isinstance(p, Quantized)]
+    assert quantized == [n for n, p in model.named_parameters() if isinstance(p, Quantized)]
+
+
+def test_a_model_with_weights_kept_in_float32_is_read_whole(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2, device="meta")
+    model._keep_in_fp32_modules = ["weight"]  # type: ignore[assignment]
+    file = tmp_path / "model.safetensors"
+    write_tensors(file, {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
+    assert "float32" in str(Unread.of(model, tensor_table(tmp_path), "", torch.bfloat16))
+    assert "no bias" in str(Unread.of(nn.Linear(2, 2, device="meta"), tensor_table(tmp_path)[1:], "", torch.bfloat16))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

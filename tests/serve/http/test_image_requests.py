@@ -1,0 +1,64 @@
+"""What a view draws in this process is what a client gets over HTTP, and it is told the same."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Iterator
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.serve.pictures_here import Names, picture_app, served, shelf_of
+from tests.tiny_image_base import tiny_image_base
+from veneer.models.image.base import load_image
+from veneer.serve.http.image_requests import ask_pictures
+from veneer.serve.http.service import Service
+from veneer.serve.http.surfaces.image_bodies import ImageBody, checked_image_body
+from veneer.serve.pictures.engine import PictureEngine
+from veneer.serve.pictures.request import FinishedPicture, PictureStep
+from veneer.serve.principal import Principal
+from veneer.serve.request import Refused
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), "flux1")))
+    names = Names(base, shelf_of(base))
+    with PictureEngine(base, names.shelf.read, window=0.01) as engine:
+        made: Service = picture_app(engine, names).state.service
+        yield made
+
+
+BODY = {"prompt": "a red cat", "mix": ["look:0.7", "brand:-0.2"], "num_inference_steps": 2, "seed": 7, "n": 2}
+
+
+def test_pictures_of_a_view_are_those_of_the_route_and_a_caller_sees_no_more(service: Service) -> None:
+    asked = checked_image_body(ImageBody, BODY, 4)
+
+    async def drawn(caller: Principal) -> tuple[list[int], list[bytes]]:
+        plan, events = await ask_pictures(service, caller, asked, "view-1")
+        made: dict[int, bytes] = {}
+        steps: list[int] = []
+        async with aclosing(events):
+            async for i, event in events:
+                if isinstance(event, PictureStep):
+                    steps.append(i)
+                if isinstance(event, FinishedPicture):
+                    made[i] = event.made.image.tobytes()
+        assert [request.seed for request in plan.requests] == [7, 8]
+        return steps, [made[0], made[1]]
+
+    steps, mine = asyncio.run(drawn(Principal("open")))
+    assert {0, 1} <= set(steps)
+    engine: Any = service.engine
+    with served(picture_app(engine, service.catalog)) as at:  # type: ignore[arg-type]
+        sent = httpx.post(f"{at}/v1/images/generations", json=BODY, timeout=60).json()["data"]
+    assert mine == [Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))).tobytes() for one in sent]
+    with pytest.raises(Refused) as caught:
+        asyncio.run(drawn(Principal("tenant", "acme", sees=lambda name: name == "look")))
+    assert caught.value.status == 404

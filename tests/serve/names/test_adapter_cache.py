@@ -1,0 +1,353 @@
+"""Adapters in memory: leases, limits, who goes when another must come; what must always hold, and with threads."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.serve.shop import LETTERS, UNIT, Asked, Shop, Thing
+from veneer.errors import AdapterError
+from veneer.serve.names.adapter_cache import AdapterCache, Lease
+from veneer.serve.request import Refused
+
+
+def test_the_first_request_waits_and_the_next_does_not() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(4)
+    first = Asked(residents, "a", "b")
+    assert first.told == []
+    shop.run()
+    assert first.names() == ["a", "b"]
+    second = Asked(residents, "b")
+    assert second.at_once is not None
+    assert second.names() == ["b"]
+    stats = residents.stats()
+    assert (stats.bytes, stats.adapters, stats.hits, stats.misses, stats.loads) == (2 * UNIT, 2, 1, 1, 2)
+
+
+def test_the_base_alone_needs_nothing() -> None:
+    residents = Shop({}).residents(0)
+    lease = residents.acquire((), lambda result: pytest.fail("asked twice"))
+    assert lease is not None
+    assert lease.parts == ()
+    lease.release()
+
+
+def test_a_lease_has_the_mixes_strengths() -> None:
+    shop = Shop(LETTERS)
+    got: list[Lease[Thing] | Refused] = []
+    residents = shop.residents(4)
+    residents.acquire((("a", 0.5), ("b", -2.0)), got.append)
+    residents.acquire((("a", 1.5), ("b", 3.0)), got.append)
+    shop.run()
+    assert [[s for _, s in lease.parts] for lease in got if isinstance(lease, Lease)] == [[0.5, -2.0], [1.5, 3.0]]
+
+
+def test_requests_for_one_adapter_share_one_load() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(4)
+    asked = [Asked(residents, "a") for _ in range(5)] + [Asked(residents, "a", "b")]
+    shop.run()
+    assert all(a.lease for a in asked)
+    assert sorted(shop.reads) == ["a", "b"]
+
+
+def test_what_is_in_use_is_not_evicted_and_the_room_comes_with_its_end() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(2)
+    running = [Asked(residents, "a"), Asked(residents, "b")]
+    shop.run()
+    waiting = Asked(residents, "c")
+    shop.run()
+    assert waiting.told == []
+    assert set(residents.resident()) == {"a", "b"}
+    running[1].end()
+    shop.run()
+    assert waiting.names() == ["c"]
+    assert set(residents.resident()) == {"a", "c"}
+
+
+def test_nothing_is_evicted_where_it_would_not_be_enough() -> None:
+    shop = Shop({**LETTERS, "large": 3})
+    residents = shop.residents(3)
+    running, idle = Asked(residents, "a"), Asked(residents, "b")
+    shop.run()
+    idle.end()
+    large = Asked(residents, "large")
+    shop.run()
+    assert set(residents.resident()) == {"a", "b"}
+    running.end()
+    shop.run()
+    assert large.lease
+
+
+def test_memory_is_given_in_the_order_of_asking() -> None:
+    shop = Shop({**LETTERS, "large": 2})
+    residents = shop.residents(2)
+    running = [Asked(residents, "a"), Asked(residents, "b")]
+    shop.run()
+    large, small = Asked(residents, "large"), Asked(residents, "c")
+    shop.run()
+    running[0].end()
+    shop.run()
+    assert (large.told, small.told) == ([], [])  # the small one would fit, and does not overtake
+    running[1].end()
+    shop.run()
+    assert large.lease
+    assert small.told == []
+    large.end()
+    shop.run()
+    assert small.lease
+
+
+def test_a_mix_gets_room_for_all_of_it_or_for_none() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(3)
+    one, two = Asked(residents, "a", "b"), Asked(residents, "c", "d")
+    shop.run()
+    assert one.lease
+    assert two.told == []
+    assert set(residents.resident()) == {"a", "b"}
+    one.end()
+    shop.run()
+    assert two.names() == ["c", "d"]
+
+
+def test_a_mix_of_more_adapters_than_are_read_ahead() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(8)
+    many = Asked(residents, *LETTERS)
+    shop.run()
+    assert len(many.names()) == 8
+
+
+def test_whoever_keeps_memory_in_use_for_long_is_drained() -> None:
+    """Two adapters that are never without a request, room for them alone, and a third that wants in."""
+    shop = Shop(LETTERS)
+    residents = shop.residents(2)
+    running = {"a": Asked(residents, "a"), "b": Asked(residents, "b")}
+    shop.run()
+    third = Asked(residents, "c")
+    shop.run()
+
+    def renew(name: str) -> Asked:
+        new = Asked(residents, name)
+        running[name].end()
+        running[name] = new
+        return new
+
+    for _ in range(5):  # within its patience: the others go on
+        shop.now += 0.1
+        assert renew("a").at_once
+        assert renew("b").at_once
+    shop.now += 1
+    renew("b")  # whatever happens here tells that it has waited long enough
+    again = [renew("a"), renew("b")]
+    assert [bool(a.at_once) for a in again] == [False, True]  # the one that was there longest takes no more
+    shop.run()
+    assert third.lease
+    assert again[0].told == []
+    third.end()
+    shop.run()
+    assert again[0].lease, "and has its turn again"
+
+
+def test_twice_as_many_as_fit_take_turns() -> None:
+    """Every adapter always has a request that waits or runs: all are served, about equally, with few loads."""
+    shop = Shop({str(i): 1 for i in range(8)})
+    residents = shop.residents(4)
+    served = dict.fromkeys(shop.sizes, 0)
+    asked = {name: (Asked(residents, name), 0) for name in served}
+    for tick in range(2000):
+        shop.now += 0.05
+        shop.run(1)
+        for name, (request, ends) in list(asked.items()):
+            if request.lease and not ends:
+                asked[name] = (request, tick + 3)
+            elif request.lease and tick >= ends:
+                served[name] += 1
+                follower = Asked(residents, name)  # asked before the other ends: never idle
+                request.end()
+                asked[name] = (follower, 0)
+    assert min(served.values()) > 0.6 * max(served.values()) > 50, served
+    assert len(shop.reads) < sum(served.values()) / 4
+
+
+def test_pinned_after_it_was_dropped_in_use_stays() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(2)
+    one = Asked(residents, "a")
+    shop.run()
+    residents.drop("a")
+    residents.pin("a")
+    one.end()
+    assert list(residents.resident()) == ["a"]
+    residents.drop("a")
+    assert not residents.resident()
+
+
+def test_pinned_stays() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(2)
+    for name in "ab":
+        one = Asked(residents, name)
+        shop.run()
+        one.end()
+    residents.pin("a")
+    for name in "cd":
+        one = Asked(residents, name)
+        shop.run()
+        one.end()
+    assert set(residents.resident()) == {"a", "d"}
+    both = Asked(residents, "c", "d")
+    shop.run()
+    assert both.error is not None
+    assert "too_large" in str(both.error)
+    assert "pinned" in str(both.error)
+    residents.unpin("a")
+    both = Asked(residents, "c", "d")
+    shop.run()
+    assert both.lease
+    with pytest.raises(KeyError):
+        residents.pin("nowhere")
+
+
+def test_what_can_never_fit_is_refused_and_holds_nobody_up() -> None:
+    shop = Shop({**LETTERS, "giant": 9})
+    residents = shop.residents(4)
+    giant, small = Asked(residents, "giant"), Asked(residents, "a")
+    shop.run()
+    assert giant.error is not None
+    assert (giant.error.status, giant.error.code) == (400, "adapter_unusable")
+    assert small.lease
+    assert set(residents.resident()) == {"a"}
+
+
+def test_an_adapter_that_grows_when_prepared() -> None:
+    shop = Shop(LETTERS, factor=2)
+    residents = shop.residents(4)
+    running = [Asked(residents, "a")]
+    shop.run()
+    assert residents.stats().bytes == 2 * UNIT
+    waiting = [Asked(residents, "b"), Asked(residents, "c")]  # 1 each by their files, 2 as they turn out to be
+    shop.run()
+    assert residents.stats().bytes == 4 * UNIT
+    assert sum(bool(w.lease) for w in waiting) == 1
+    running[0].end()
+    shop.run()
+    assert all(w.lease for w in waiting)
+
+
+@pytest.mark.parametrize("error", [AdapterError("half a file"), OSError("gone"), RuntimeError("?")])
+def test_a_load_that_fails_fails_who_wanted_it(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    shop = Shop(LETTERS, broken={"b": error})
+    residents = shop.residents(4)
+    asked = [Asked(residents, "a"), Asked(residents, "b"), Asked(residents, "a", "b"), Asked(residents, "c")]
+    shop.run()
+    assert [bool(a.lease) for a in asked] == [True, False, False, True]
+    for failed in asked[1:3]:
+        assert failed.error is not None
+        assert (failed.error.status, failed.error.code) == (500, "internal")
+        assert str(error) not in str(failed.error), "a caller never sees a driver's text"
+        assert f"{type(error).__name__}: {error}" in caplog.text
+    assert residents.stats().failures == 1
+    del shop.broken["b"]
+    again = Asked(residents, "b")
+    shop.run()
+    assert again.lease, "and may be tried again"
+
+
+def test_a_refusal_of_the_reader_is_passed_on() -> None:
+    refused = Refused("wrong_base: no", status=422, code="adapter_unusable")
+    shop = Shop(LETTERS, broken={"b": refused})
+    asked = Asked(shop.residents(4), "b")
+    shop.run()
+    assert asked.error is refused
+
+
+def test_one_that_cannot_be_prepared_takes_no_room() -> None:
+    shop = Shop({**LETTERS, "odd": 3}, unpreparable={3})
+    residents = shop.residents(4)
+    odd = Asked(residents, "odd", "a")
+    shop.run()
+    assert odd.error is not None
+    assert odd.error.status == 500
+    assert residents.stats().bytes == UNIT  # a is there for others
+    for name in "bcd":
+        Asked(residents, name)
+    shop.run()
+    assert residents.stats().bytes == 4 * UNIT
+
+
+def test_a_request_that_leaves_while_it_waits() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(1)
+    running = Asked(residents, "a")
+    shop.run()
+    left, stays = Asked(residents, "b"), Asked(residents, "c")
+    assert residents.withdraw(left.ready)
+    assert not residents.withdraw(left.ready)
+    running.end()
+    shop.run()
+    assert left.told == []
+    assert stays.lease
+    assert not residents.withdraw(stays.ready)
+
+
+def test_dropped_while_it_comes() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(4)
+    for steps in (0, 1):
+        one = Asked(residents, "a")
+        shop.run(steps)
+        residents.drop("a")
+        shop.run()
+        assert one.lease, "who asked before still gets it"
+        one.end()
+        assert residents.stats().bytes == 0
+
+
+def test_dropped_and_loaded_again() -> None:
+    shop = Shop(LETTERS)
+    residents = AdapterCache(shop.read, shop.prepare, limit_bytes=4 * UNIT)
+    residents.load("a")
+    lease = residents.acquire((("a", 1.0),), lambda result: None)
+    assert lease is not None
+    residents.drop("a")
+    residents.load("a", pinned=True)
+    lease.release()
+    assert residents.resident() == {"a": UNIT}
+    assert residents.stats().pinned == 1
+    assert shop.reads == ["a"]
+    residents.close()
+
+
+def test_load_takes_what_was_read_already_and_waits() -> None:
+    shop = Shop(LETTERS)
+    residents = AdapterCache(shop.read, shop.prepare, limit_bytes=4 * UNIT)
+    residents.load("a", shop.read("a"))
+    assert shop.reads == ["a"]
+    assert residents.resident() == {"a": UNIT}
+    shop.broken["b"] = AdapterError("no")
+    with pytest.raises(Refused):
+        residents.load("b")
+    lease = residents.acquire((("a", 1.0),), lambda result: None)
+    shop.sizes["full"] = 4
+    residents.load("full", timeout=0.05)  # no room now: it is read when it is asked for
+    with pytest.raises(Refused) as caught:
+        residents.load("full", pinned=True, timeout=0.05)
+    assert caught.value.code == "overloaded"
+    assert lease is not None
+    lease.release()
+    residents.close()
+    with pytest.raises(Refused):
+        residents.load("c")
+
+
+def test_closing_tells_who_waits() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(4)
+    one = Asked(residents, "a")
+    residents.close()
+    assert one.error is not None
+    assert one.error.code == "shutting_down"
+    shop.run()

@@ -1,0 +1,274 @@
+"""What may be loaded from where, and the reasons for which an adapter is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.adapters.test_use import adapter_for, other_base
+from tests.formats import hostile
+from tests.serve.saved_adapters import Make, reason, refused, saved
+from veneer.core.adapter import LoraSpec
+from veneer.core.init import create
+from veneer.formats import peft
+from veneer.library.library import Library
+from veneer.models.text.base import TextBase
+from veneer.serve.names.adapter_sources import MOST_PLACES, AdapterPlace
+from veneer.serve.names.catalog import Catalog
+from veneer.serve.principal import Principal
+
+OPERATOR = Principal("operator")
+
+
+def untouched(catalog: Catalog) -> None:
+    assert [c.id for c in catalog.models(OPERATOR)] == ["tiny"]
+    assert catalog.residents.stats().bytes == 0
+    assert not catalog.residents.leases()
+    assert refused(lambda: catalog.resolve("x", OPERATOR)).status == 404
+
+
+def test_files_inside_the_allowed_folder(make: Make, base: TextBase, folder: Path) -> None:
+    digest = saved(base, folder / "deep" / "a")
+    catalog = make()
+    for i, source in enumerate(["deep/a", str(folder / "deep" / "a"), "./deep/a"]):
+        assert catalog.load(f"n{i}", source).digest == digest
+    assert catalog.load("run", "deep/a").root == "a"
+    (folder / "inner").symlink_to(folder / "deep")
+    assert catalog.load("linked", "inner/a").digest == digest
+
+
+def test_a_run_s_folder(make: Make, base: TextBase, folder: Path) -> None:
+    digest = saved(base, folder / "run" / "adapter")
+    assert make().load("x", "run").digest == digest
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{out}/a",
+        "../out/a",
+        "deep/../../out/a",
+        "link",
+        "link/../a",
+        "nowhere",
+        "{out}",
+        "/etc/passwd",
+        "a\0b",
+        "\0",
+        "x" * 5000,
+        "~/a",
+        "",
+        "loop",
+        "dangling",
+        "file:///etc/passwd",
+        "fifo",
+        "http://x/y",
+        "a\nb",
+        "/dev/zero",
+        "/proc/self/mem",
+    ],
+)
+def test_what_lies_outside_is_not_there(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+    tmp_path: Path,
+    source: str,
+) -> None:
+    saved(base, tmp_path / "out" / "a")
+    (folder / "link").symlink_to(tmp_path / "out" / "a")
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "dangling").symlink_to(folder / "nothing")
+    os.mkfifo(folder / "fifo")
+    catalog = make()
+    error = refused(lambda: catalog.load("x", source.replace("{out}", str(tmp_path / "out"))))
+    if source == "":  # the folder itself, which has no adapter
+        assert error.status == 400
+    else:
+        assert (reason(error), error.status) == ("not_found", 404)
+    assert str(tmp_path) not in error.what.replace(repr(str(tmp_path / "out" / "a")), "").replace(
+        repr(str(tmp_path / "out")), ""
+    )
+    untouched(catalog)
+
+
+def test_without_allowed_folders_no_path_is_an_adapter(make: Make, base: TextBase, folder: Path) -> None:
+    saved(base, folder / "a")
+    catalog = make(folders=())
+    for source in ("a", str(folder / "a")):
+        assert reason(refused(lambda s=source: catalog.load("x", s))) == "not_found"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "veneer.json"])
+def test_a_link_inside_that_leads_out(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    saved(base, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", folder / "a")
+    (folder / "a" / name).unlink(missing_ok=True)
+    (folder / "a" / name).symlink_to(tmp_path / "out" / name)
+    catalog = make()
+    assert reason(refused(lambda: catalog.load("x", "a"))) == "unsafe_file"
+    untouched(catalog)
+
+
+@pytest.mark.parametrize("name", sorted(hostile.FILES))
+def test_hostile_files(make: Make, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / name).write_bytes(hostile.FILES[name][0])
+    catalog = make()
+    error = refused(lambda: catalog.load("x", name))
+    assert error.status == 400
+    assert reason(error) in {"unsafe_file", "corrupt", "not_finite", "shape_mismatch"}
+    assert name.split(".")[0] not in {"nan"} or reason(error) == "not_finite"
+    assert not (folder / hostile.MARK).exists()
+    untouched(catalog)
+
+
+def broken(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def test_pickles(make: Make, folder: Path, base: TextBase) -> None:
+    saved(base, folder / "a")
+    (folder / "a" / "adapter_model.safetensors").unlink()
+    torch.save({"x": torch.ones(2)}, folder / "a" / "adapter_model.bin")
+    catalog = make()
+    assert 400 <= refused(lambda: catalog.load("x", "a")).status < 500
+    untouched(catalog)
+
+
+def test_another_base(make: Make, base: TextBase, folder: Path, tmp_path: Path) -> None:
+    other = other_base(tmp_path, hidden_size=96)
+    saved(other, folder / "a")
+    adapter = adapter_for(other)
+    adapter.card.base_fingerprint = adapter.card.base = ""
+    peft.write_folder(adapter, folder / "b")
+    saved(base, folder / "c", base_fingerprint="sha256:" + "1" * 64)
+    catalog = make()
+    assert [reason(refused(lambda s=s: catalog.load("x", s))) for s in "abc"] == [
+        "wrong_base",
+        "shape_mismatch",
+        "wrong_base",
+    ]
+    untouched(catalog)
+
+
+def test_a_file_without_its_scale_is_refused_with_the_fix(make: Make, base: TextBase, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved(base, folder / "a")
+    save_file(load_file(folder / "a" / "adapter_model.safetensors"), folder / "alone.safetensors")  # without metadata
+    error = refused(lambda: make().load("x", "alone.safetensors"))
+    assert reason(error) == "unstated_scale"
+    assert "veneer adapter convert FILE --alpha N" in str(error.fix)
+
+
+def test_not_finite(make: Make, base: TextBase, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved(base, folder / "a")
+    tensors = load_file(folder / "a" / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, folder / "a" / "adapter_model.safetensors")
+    assert reason(refused(lambda: make().load("x", "a"))) == "not_finite"
+
+
+@pytest.mark.parametrize(
+    ("problem", "word"),
+    [
+        ("q_proj: DoRA with a norm for each input", "dora_unsupported"),
+        ("lm_head: a full copy", "modules_to_save_unsupported"),
+        ("embed_tokens: token rows", "modules_to_save_unsupported"),
+        ("q_proj: a hadamard delta", "form_unsupported"),
+    ],
+)
+def test_what_the_runner_cannot_serve(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+    library: Library,
+    problem: str,
+    word: str,
+) -> None:
+    digest = saved(base, folder / "a")
+    library.add(folder / "a", "kept")
+    catalog = make(servable=lambda adapter: [problem])
+    error = refused(lambda: catalog.load("x", "a"))
+    assert reason(error) == word
+    assert problem in error.what
+    assert catalog.resolve("kept", OPERATOR).mix == ((digest, 1.0),)
+    assert reason(refused(lambda: catalog.shelf.read(digest, catalog.problems))) == word, (
+        "by the same rules when it is first asked for"
+    )
+
+
+SPECS = {
+    "rslora": LoraSpec(rank=4, alpha=8, rslora=True),
+    "dora": LoraSpec(rank=4, alpha=8, dora=True),
+    "patterns": LoraSpec(rank=4, alpha=8, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 32}),
+    "embedding and head": LoraSpec(rank=4, alpha=8, targets=("embed_tokens", "lm_head", "q_proj")),
+    "modules_to_save": LoraSpec(rank=4, alpha=8, targets=("q_proj",), modules_to_save=("norm",)),
+    "token rows": LoraSpec(rank=4, alpha=8, targets=("q_proj",), token_rows={"embed_tokens": (3, 5)}),
+}
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_every_kind_that_the_runner_serves_is_read_whole(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+    name: str,
+) -> None:
+    adapter = create(base.model, SPECS[name], seed=1)
+    peft.write_folder(adapter, folder / "a")
+    catalog = make()
+    card = catalog.load("x", "a")
+    again = catalog.shelf.read(card.digest, catalog.problems)
+    assert {n for n, _ in again.tensors()} == {n for n, _ in adapter.tensors()}
+    assert {n: p.scale for n, p in again.pairs.items()} == {n: p.scale for n, p in adapter.pairs.items()}
+
+
+def test_a_file_that_is_written_to_later_does_not_change_what_is_served(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+) -> None:
+    digest = saved(base, folder / "a")
+    catalog = make()
+    adapter = catalog.shelf.read_from(catalog.shelf.locate("a"), catalog.problems)
+    path = folder / "a" / "adapter_model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\1" * 64)
+    assert adapter.digest() == digest
+
+
+def test_loaded_adapters_are_found_after_many_other_requests(make: Make, base: TextBase, folder: Path) -> None:
+    digest = saved(base, folder / "a")
+    catalog = make()
+    catalog.load("x", "a")
+    for n in range(MOST_PLACES + 10):
+        catalog.shelf.remember(f"sha256:{n}", AdapterPlace("other", path=folder / "a"))
+    assert catalog.shelf.files(digest) == folder / "a"
+    assert refused(lambda: catalog.shelf.files("sha256:0")).status == 404  # the oldest location is forgotten
+    assert catalog.shelf.files(f"sha256:{MOST_PLACES}") == folder / "a"
+    catalog.unload("x")
+    assert catalog.shelf.files(digest) == folder / "a"  # a running request can still read the adapter
+    for n in range(MOST_PLACES):
+        catalog.shelf.remember(f"sha256:{n}", AdapterPlace("other", path=folder / "a"))
+    assert refused(lambda: catalog.shelf.files(digest)).status == 404

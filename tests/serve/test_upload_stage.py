@@ -1,0 +1,147 @@
+"""What is sent is there for its tenant and an hour; of archives an adapter's files alone, wherever their paths lead."""
+
+from __future__ import annotations
+
+import io
+import sys
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from veneer.models.home import veneer_home
+from veneer.serve.request import Refused
+from veneer.serve.upload_stage import StagedAdapter, UploadStage
+
+
+@pytest.fixture
+def staging() -> Iterator[UploadStage]:
+    made = UploadStage(1000)
+    yield made
+    made.close()
+
+
+def sent(staging: UploadStage, name: str, data: bytes, tenant: str = "acme") -> StagedAdapter:
+    incoming = staging.begin(tenant, name)
+    try:
+        incoming.write(data)
+        return staging.keep(incoming)
+    except BaseException:
+        staging.drop(incoming)
+        raise
+
+
+def packed(*files: tuple[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", how) as archive:
+        for name, data in files:
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def on_disk() -> list[Path]:
+    return [p for p in (veneer_home() / "cache" / "staged").rglob("*") if p.is_file()]
+
+
+def test_a_file_is_its_tenants_for_an_hour(staging: UploadStage) -> None:
+    now = [1000.0]
+    staging.clock = lambda: now[0]
+    staged = sent(staging, "a.safetensors", b"bytes")
+    assert staged.path.read_bytes() == b"bytes"
+    assert staging.get("acme", staged.id) == staged
+    for tenant, id in (("globex", staged.id), ("", staged.id), ("acme", "other")):
+        with pytest.raises(Refused, match="no such file"):
+            staging.get(tenant, id)
+    now[0] += 3601
+    with pytest.raises(Refused, match="no such file"):
+        staging.get("acme", staged.id)
+    sent(staging, "b.safetensors", b"b")
+    assert not staged.path.exists()
+
+
+def test_the_oldest_of_a_tenant_makes_room_and_nobody_elses(staging: UploadStage) -> None:
+    others = sent(staging, "o.gguf", b"o" * 900, "globex")
+    kept = [sent(staging, f"{n}.gguf", b"x" * 900) for n in range(3)]
+    assert [each.path.exists() for each in (others, *kept)] == [True, False, True, True]
+
+
+def test_too_much_is_refused_as_it_comes_and_leaves_nothing(staging: UploadStage) -> None:
+    incoming = staging.begin("acme", "a.safetensors")
+    incoming.write(b"x" * 1000)
+    with pytest.raises(Refused, match="more than 1,000 bytes"):
+        incoming.write(b"x")
+    staging.drop(incoming)
+    with pytest.raises(Refused, match="empty"):
+        sent(staging, "a.safetensors", b"")
+    assert on_disk() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("../../etc/x.safetensors", "x.safetensors"), ("C:\\a\\b.gguf", "b.gguf"), ("ü \u202e<b>.gguf", "b_.gguf"),
+     (".hidden.gguf", "hidden.gguf"), ("x" * 300 + ".gguf", "x" * 95 + ".gguf")],
+)  # fmt: skip
+def test_names_are_made_plain(staging: UploadStage, name: str, plain: str) -> None:
+    staged = sent(staging, name, b"x")
+    assert (staged.name, staged.path.name) == (plain, plain)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.ckpt", "adapter", "a.exe", ""])
+def test_what_is_not_called_as_an_adapter_is_refused(staging: UploadStage, name: str) -> None:
+    with pytest.raises(Refused, match="not called as") as caught:
+        staging.begin("acme", name)
+    assert ("pickles run whatever code" in caught.value.what) == (name.rpartition(".")[2] in ("pt", "bin", "ckpt"))
+
+
+def test_an_archive_gives_an_adapters_files_and_writes_nowhere_else(staging: UploadStage) -> None:
+    staged = sent(
+        staging,
+        "a.zip",
+        packed(
+            ("../../adapter_config.json", b"{}"),
+            ("/etc/adapter_model.safetensors", b"w"),
+            ("run/evil.py", b"x"),
+            ("run/README.md/", b""),
+        ),
+    )
+    assert {p.name: p.read_bytes() for p in staged.path.iterdir()} == {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": b"w",
+    }
+    assert {p.parent for p in on_disk()} == {staged.path}
+
+
+def test_archives_that_are_no_adapters_are_refused_and_leave_nothing(staging: UploadStage) -> None:
+    config = ("a/adapter_config.json", b"{}")
+    comment = packed(config)[:-2] + (5).to_bytes(2, "little") + b"PK\5\6!"
+    long = packed(*((f"f{n}", b"") for n in range(9)))
+    at = long.rfind(b"PK\5\6")
+    lies = long[: at + 12] + (2 << 20).to_bytes(4, "little") + long[at + 16 :]
+    for data, why in (
+        (packed(("x.txt", b"x")), "no adapter_config.json"),
+        (packed(config, ("b/adapter_config.json", b"{}")), "several files called"),
+        (packed(config, ("a/README.md", b"x" * 5000)), "more than 1,000 bytes"),
+        (packed(config, how=zipfile.ZIP_LZMA), "packed in a way"),
+        (packed(config)[:60], "no zip archive"),
+        (b"not a zip", "no zip archive"),
+        (lies, "no zip archive of a few files"),
+        (comment[:-30], "no zip archive"),
+    ):
+        with pytest.raises(Refused, match=why):
+            sent(staging, "a.zip", data)
+    assert on_disk() == []
+
+
+def test_threads_send_at_the_same_time(staging: UploadStage) -> None:
+    """Each thread finds its upload: there is one folder, and no upload fails because of another upload."""
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            made = [*pool.map(lambda n: sent(staging, "a.safetensors", b"x", tenant=f"t{n}"), range(600))]
+    finally:
+        sys.setswitchinterval(switch)
+    assert all(staging.get(f"t{n}", each.id).path.read_bytes() == b"x" for n, each in enumerate(made))
+    assert len({each.path.parent.parent for each in made}) == 1

@@ -1,0 +1,194 @@
+"""Batches that a thread makes ahead: in the same order, to the same bits, two at most, and its errors are the run's."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.train.stopping import interrupt_at
+from veneer.errors import Interrupted, ResourceError
+from veneer.train.checkpoint import Progress
+from veneer.train.events import Event, Stepped
+from veneer.train.loop import LazySteps, Learner, Loop, Micro, Step, TrainingPlan, train
+from veneer.train.optim import Schedule, make_optimizer
+from veneer.train.prefetch import Prefetcher
+from veneer.train.text.batches import Batch, collate
+from veneer.train.text.encode import Example
+from veneer.train.text.preference import AnswerBatch, Item, collate_items
+
+STEPS, MICROS = 4, 3
+
+
+class Rows:
+    """A batch: rows of numbers, which somebody may hold a weak reference to."""
+
+    def __init__(self, number: int) -> None:
+        self.x = torch.randn(2, 3, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+
+
+class Fitted:
+    """Squared error with dropout. `ahead`: whether a thread makes its batches, with a copy that stands for the one to a
+    device. `made`, `sent`, `used`: numbers of batches, in order; `most`: how many were alive at once."""
+
+    def __init__(self, ahead: bool, failing: Callable[[int], None] = lambda number: None) -> None:
+        self.parameters = {"w.A": nn.Parameter(torch.ones(3, dtype=torch.float64))}
+        self._ahead, self.failing = ahead, failing
+        self.made: list[int] = []
+        self.used: list[int] = []
+        self.threads: set[threading.Thread] = set()
+        self.alive: weakref.WeakSet[Rows] = weakref.WeakSet()
+        self.most = 0
+
+    def micro(self, number: int) -> Micro:
+        def make() -> Rows:
+            self.failing(number)
+            rows = Rows(number)
+            self.made.append(number)
+            self.threads.add(threading.current_thread())
+            self.alive.add(rows)
+            self.most = max(self.most, len(self.alive))
+            return rows
+
+        return Micro(2, 2, (number,), make, items=(number,))
+
+    @property
+    def learner(self) -> Learner:
+        def send(rows: Rows) -> Rows:
+            rows.x = rows.x.clone()
+            return rows
+
+        return Learner(self.parameters, self.loss, send=send if self._ahead else None)
+
+    def loss(self, batch: Rows) -> Tensor:
+        kept = torch.nn.functional.dropout(batch.x, 0.5)
+        value: Tensor = (kept @ self.parameters["w.A"] - 1).square().sum()
+        self.used.append(round(float(batch.x[0, 0]) * 1e6))
+        return value
+
+    def steps(self, epochs: int = 2) -> LazySteps:
+        """Epochs of two steps."""
+
+        def plan(epoch: int) -> list[Step]:
+            first = epoch * 2 * MICROS
+            return [Step(tuple(self.micro(first + i * MICROS + k) for k in range(MICROS))) for i in range(2)]
+
+        return LazySteps(plan, epochs=epochs)
+
+
+def _run(
+    learner: Fitted, *, progress: Progress | None = None, steps: Any = None, on_event: Any = None
+) -> tuple[Progress, list[Event]]:
+    events: list[Event] = []
+    optimizer = make_optimizer(learner.parameters, learning_rate=0.1)
+    steps = learner.steps() if steps is None else steps
+    plan = TrainingPlan(steps, Schedule.of("constant", len(steps)), seed=5)
+    loop = Loop(learner.learner, plan, optimizer, progress or Progress(), emit=on_event or events.append)
+    train([loop])
+    return loop.progress, events
+
+
+def test_a_thread_keeps_order_and_bits_has_two_batches_at_most_and_ends_with_the_run() -> None:
+    plain, ahead = Fitted(False), Fitted(True)
+    _, told = _run(plain)
+    _, also = _run(ahead)
+    assert ahead.made == plain.made == list(range(STEPS * MICROS))
+    assert ahead.used == plain.used
+    assert torch.equal(plain.parameters["w.A"], ahead.parameters["w.A"])
+    losses, others = ([e.loss for e in seen if isinstance(e, Stepped)] for seen in (told, also))
+    assert losses == others
+    assert len(losses) == STEPS
+    assert plain.threads == {threading.current_thread()}
+    (thread,) = ahead.threads
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+    assert ahead.most <= 2
+    assert not ahead.alive
+
+
+@pytest.mark.parametrize("number", [0, 1, MICROS, 3 * MICROS - 1])
+def test_what_it_raises_is_raised_at_its_turn(number: int) -> None:
+    """Whatever was to come before it has come."""
+
+    def failing(made: int) -> None:
+        if made == number:
+            raise ValueError(f"batch {made}")
+
+    learner = Fitted(True, failing)
+    with pytest.raises(ValueError, match=f"batch {number}"):
+        _run(learner)
+    assert len(learner.used) == number
+    assert all(not thread.is_alive() for thread in learner.threads)
+
+
+def test_out_of_memory_there_names_the_rows_that_it_was_for() -> None:
+    def failing(made: int) -> None:
+        if made == 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(ResourceError) as error:
+        _run(Fitted(True, failing))
+    assert error.value.where == "rows 4"
+
+
+def test_ctrl_c_ends_it() -> None:
+    learner = Fitted(True)
+
+    with pytest.raises(Interrupted):
+        _run(learner, on_event=interrupt_at(2))
+    assert len(learner.used) <= 3 * MICROS
+    assert all(not thread.is_alive() for thread in learner.threads)
+    assert not learner.alive
+
+
+def test_another_turn_than_was_foreseen_takes_its_own_batch() -> None:
+    made: list[str] = []
+
+    def maker(name: str) -> Callable[[], str]:
+        def make() -> str:
+            made.append(name)
+            return name
+
+        return make
+
+    a, b, c = map(maker, "abc")
+    with Prefetcher(str.upper) as ahead:
+        assert ahead.take(a, b) == "A"
+        assert ahead.take(c, a) == "C"
+        assert ahead.take(a) == "A"
+    assert [name for name in made if name != "b"] == ["a", "c", "a"]
+
+
+def test_a_sent_batch_has_its_tokens_there_and_the_host_s_part_here() -> None:
+    there = torch.device("meta")
+    answers = (Example([1, 2, 3], [False, True, True], 0), Example([1, 4], [False, True], 0))
+    plain, pairs = collate(answers), collate_items([Item(answers, 0)])
+    for batch in (plain, pairs):
+        sent: Batch = batch.sent(there)
+        assert type(sent) is type(batch)
+        assert (sent.input_ids.device, sent.input_ids.shape) == (there, batch.input_ids.shape)
+        assert sent.trained is batch.trained
+        assert (sent.lengths, sent.tokens, sent.trained_tokens) == ([3, 2], 5, 3)
+    moved = pairs.sent(there)
+    assert isinstance(moved, AnswerBatch)
+    assert moved.items == pairs.items
+
+
+@pytest.mark.gpu
+def test_on_a_card_what_is_computed_of_a_sent_batch_is_of_its_own_tokens() -> None:
+    """The card is kept busy, so that copies wait behind products and batches are let go of while they do."""
+    device, n = torch.device("cuda"), 4096
+    makers = [lambda i=i: collate([Example([i] * n, [False] + [True] * (n - 1), 0)]) for i in range(30)]
+    busy, sums = torch.randn(4096, 4096, device=device), []
+    with Prefetcher(lambda batch: batch.sent(device)) as ahead:
+        for i, make in enumerate(makers):
+            batch = ahead.take(make, makers[i + 1] if i + 1 < len(makers) else None)
+            busy = (busy @ busy).clamp(-1, 1)
+            sums.append(batch.input_ids.sum())
+            del batch
+    assert torch.stack(sums).tolist() == [i * n for i in range(30)]
