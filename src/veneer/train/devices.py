@@ -1,21 +1,22 @@
-"""The processes of one run, one a device: who each is, and the few things they do together.
+"""The processes of one run, one per device, and their communication.
 
-    with joined(base.device) as devices:      one process is ALONE, and nothing of torch.distributed is imported
-        devices.device                        where this process computes: "cuda:1"
-        devices.deal(sizes)                   which parts of the work are its own
-        devices.gather(value)                 what each process has, by rank
+    with joined(base.device) as devices:      a single process is ALONE and does not import torch.distributed
+        devices.device                        this process's device: "cuda:1"
+        devices.deal(sizes)                   this process's parts of the work
+        devices.gather(value)                 the values of all processes, by rank
         devices.add_gradients(parameters, …)  Σ over the processes, in place
 
-Each process holds the same adapter, optimizer and plan, computes its share of every step, and takes the same step:
+Each process has the same adapter, optimizer and plan, computes its share of every step, and makes the same
+step:
 
     gradient of a step = Σ over processes ∇ Σ NLL over their micro-batches / Σ trained tokens of the step
 
-so a sum of what each has is exact whatever the shares are. Only the first writes and speaks. `torchrun`, a Kubernetes
-job or Ray start such processes and say in the environment who each is (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT); `launch` starts them on one machine.
+so the sum is exact for any shares. Only the first process writes and prints. `torchrun`, a Kubernetes job or
+Ray start such processes and set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `launch` starts
+them on one machine.
 
-When one fails, all end: it leaves its error in the store they share and goes; whoever waits for it finds the error
-there and raises the same one, marked as `already_shown`, so that a person reads it once.
+If one process fails, all end: it leaves its error in the shared store and exits; waiting processes find the
+error and raise the same one, marked as `already_shown`, so that it is printed once.
 """
 
 from __future__ import annotations
@@ -44,15 +45,19 @@ from veneer.train.signals import heard
 T = TypeVar("T")
 _ERROR = "veneer/error"
 _TIMEOUT = timedelta(hours=3)
-"""How long one waits for the others, who may be drawing samples; a process that has ended is noticed at once."""
+"""Maximum wait for other processes, which can be drawing samples.
+
+A process that has ended is noticed at once."""
 PATIENCE = 20.0
-"""Seconds in which the others notice by themselves that a process is gone, before `launch` ends them."""
+"""Seconds for other processes to notice a failure before `launch` ends them."""
 
 
 @dataclass(frozen=True)
 class Devices:
-    """One process among `count`. `local`: its number on its machine. `lockstep`: each holds a part of the weights, so
-    that all must run the same number of forward passes."""
+    """One process among `count`.
+
+    `local`: its number on its machine. `lockstep`: each process has a part of the weights, so all must run
+    the same number of forward passes."""
 
     rank: int = 0
     count: int = 1
@@ -62,11 +67,13 @@ class Devices:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Return whether this process writes and prints."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """What each process gives, by rank; waits for all of them. Values are pickled: keep them small."""
+        """Return the values of all processes, by rank; waits for all of them.
+
+        Values are pickled: keep them small."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
@@ -76,8 +83,9 @@ class Devices:
         return out
 
     def deal(self, sizes: Sequence[int]) -> list[tuple[int, bool]]:
-        """(index, counts) of the parts that are this process's, in order; see `shares`. In lockstep the smallest part
-        fills up what is missing, as one that does not count."""
+        """Return (index, counts) of this process's parts, in order; see `shares`.
+
+        In lockstep, a process with fewer parts also runs the smallest part, which does not count."""
         hands = shares(sizes, self.count)
         mine = [(index, True) for index in hands[self.rank]]
         if self.lockstep and sizes:
@@ -86,7 +94,9 @@ class Devices:
         return mine
 
     def add_gradients(self, parameters: Sequence[nn.Parameter], reached: Sequence[int]) -> None:
-        """Σ over the processes of the gradients of `parameters[i]`, i in `reached`, in place; none counts as zero."""
+        """Sum the gradients of `parameters[i]`, i in `reached`, over processes in place.
+
+        A missing gradient counts as zero."""
         if self.count == 1:
             return
         import torch.distributed as dist
@@ -101,7 +111,9 @@ class Devices:
                 parameter.grad = part.view_as(parameter)
 
     def agree(self, what: str, digest: str) -> None:
-        """Raises TrainingError on all when the processes do not have the same `digest`."""
+        """Check that all processes have the same `digest`.
+
+        Raises TrainingError in all processes if they differ."""
         found = self.gather(digest)
         if len(set(found)) > 1:
             other = next(rank for rank, d in enumerate(found) if d != found[0])
@@ -116,8 +128,10 @@ ALONE = Devices()
 
 
 def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of `sizes` in `count` parts of about the same sum: the largest first, each to whoever has the least.
-    Pure, so that all processes agree without a word."""
+    """Divide `sizes` into `count` parts of about the same sum; returns indices.
+
+    The largest come first, each for the part with the smallest sum. Pure, so all processes agree without
+    communication."""
     loads = [0] * count
     hands: list[list[int]] = [[] for _ in loads]
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -128,7 +142,7 @@ def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 
 def digest_of(tensors: Mapping[str, Tensor], *more: Any) -> str:
-    """sha256 of named tensors, to the bit, and of JSON values."""
+    """Return the sha256 of the exact bits of named tensors, and of JSON values."""
     h = hashlib.sha256(json.dumps(more, sort_keys=True, default=str).encode())
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
@@ -138,7 +152,7 @@ def digest_of(tensors: Mapping[str, Tensor], *more: Any) -> str:
 
 
 def started() -> int:
-    """How many processes this run has, as whoever started them says; 1 where nobody did."""
+    """Return the number of processes of this run, from the launcher; 1 without one."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         return int(dist.get_world_size())
@@ -146,17 +160,18 @@ def started() -> int:
 
 
 def leads() -> bool:
-    """Whether this is the process that speaks: the only one, or the first of several."""
+    """Return whether this process prints: the only one, or the first of several."""
     return started() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]:
-    """This process among those of its run, for the length of a with-block; ALONE where it is the only one.
+    """Return this process among those of its run, inside a with-block.
 
-    `device`: as in the configuration; with several processes each takes its own, cuda:LOCAL_RANK, and nccl carries what
-    they add up; on the CPU gloo does. A process group that is there already (Ray's) is used and left as it is.
-    Raises ConfigError for a device that cannot be shared out, and on every process what one of them raised."""
+    It is ALONE if it is the only one. `device`: as in the configuration; with several processes each uses
+    cuda:LOCAL_RANK, and nccl does the reductions; on the CPU, gloo does. An existing process group (Ray's) is
+    used and kept. Raises ConfigError for a device that cannot be shared, and in every process the error of
+    any of them."""
     if started() == 1:
         yield Devices(device=device)
         return
@@ -178,8 +193,10 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
 
 
 def own_device(asked: str, local: int, count: int) -> str:
-    """The device of one of `count` processes, the `local`th of its machine, by what base.device asks for: "cpu", or a
-    CUDA device of its own, current from now on. Raises ConfigError where there is none."""
+    """Return the device of one of `count` processes, number `local` on its machine.
+
+    `asked`: base.device. The device is "cpu", or a separate CUDA device, which becomes the current one.
+    Raises ConfigError if there is none."""
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if asked not in ("auto", "cuda"):
@@ -206,7 +223,9 @@ def own_device(asked: str, local: int, count: int) -> str:
 
 
 def _shared(error: Exception, store: Any, rank: int) -> Exception:
-    """What to raise here when `error` ends the run here: itself if it is the first anywhere, else the first."""
+    """Return the error to raise in this process if `error` ends the run here.
+
+    It is `error` if it is the first in any process, else the first error."""
     mine = error
     if not isinstance(error, VeneerError) and _is_lost(error):
         mine = TrainingError(
@@ -220,7 +239,7 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
         own["signal"] = mine.signal
     try:
         first = json.loads(store.compare_set(_ERROR, "", json.dumps(own)))
-    except RuntimeError:  # whoever kept the store is gone too
+    except RuntimeError:  # the process with the store has also ended
         return mine
     if first["rank"] == rank:
         return mine
@@ -235,16 +254,19 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether this is torch.distributed's way to say that another process is not there."""
+    """Return whether the error means that another process is gone.
+
+    torch.distributed raises it."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def launch(count: int, command: Sequence[str]) -> int:
-    """Runs `command` in `count` processes on this machine, one a device, and returns the exit code: 0, or that of the
-    first process that failed. Signals go on to all of them; when one fails and the others do not notice, they are
-    ended."""
+    """Run `command` in `count` processes on this machine, one per device.
+
+    Returns 0, or the exit code of the first process that failed. Forwards signals to all processes; if one
+    fails and the others do not notice, ends them."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -267,7 +289,7 @@ def launch(count: int, command: Sequence[str]) -> int:
     with heard(forward, signal.SIGINT, signal.SIGTERM):
         for rank in range(count):
             own = settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A session of its own: a Ctrl-C in the terminal reaches it through `forward`, once.
+            # A separate session: Ctrl-C in the terminal reaches the process once, through `forward`.
             processes.append(subprocess.Popen(list(command), env=own, start_new_session=True))
         _wait(processes)
     codes = [process.returncode for process in processes]
@@ -278,7 +300,9 @@ def launch(count: int, command: Sequence[str]) -> int:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended. From the first failure on the others have their time, then SIGTERM, then SIGKILL."""
+    """Wait until all processes have ended.
+
+    After the first failure the others get time to end, then SIGTERM, then SIGKILL."""
     failed: float | None = None
     ways = [(2 * PATIENCE, signal.SIGKILL), (PATIENCE, signal.SIGTERM)]
     while None in (codes := [process.poll() for process in processes]):

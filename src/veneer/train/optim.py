@@ -1,9 +1,9 @@
-"""Optimizers by name, learning-rate schedules as pure functions of the step, and moving averages of what is trained.
+"""Optimizers by name, learning-rate schedules, and moving averages of parameters.
 
     lr(step, group) = learning_rate · (loraplus_ratio if the group holds B else 1) · factor(step)
 
-LoRA+ (arXiv 2402.12354): B learns `loraplus_ratio` times faster than A. A schedule keeps no state, so a resumed run
-needs nothing but the step number.
+LoRA+ (arXiv 2402.12354): the learning rate of B is `loraplus_ratio` times that of A. A schedule is a pure
+function of the step, so a resumed run needs only the step number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _OPTIMIZERS: dict[str, Any] = {
 """Our name -> torch's class."""
 
 _OPTIMIZERS_8BIT = {"adamw-8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw-8bit": "PagedAdamW8bit"}
-"""Our name -> bitsandbytes' class, CUDA alone: moments in 8 bits, or in memory that is paged out to the host."""
+"""Our name -> bitsandbytes' class, for CUDA only.
+
+Moments are in 8 bits, or in memory that is paged out to the host."""
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -45,15 +47,14 @@ def make_optimizer(
     momentum: float = 0.0,
     rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over named parameters, in up to four groups for each learning rate.
+    """Return the optimizer over named parameters, in up to four groups per rate.
 
-    `rates`: start of a name -> the learning rate of such parameters, in place of `learning_rate`.
-    Parameters whose name ends in `.B` learn at `loraplus_ratio · learning_rate`. Vectors (DoRA's magnitude, biases)
-    get no weight decay. Each group carries `base_lr`, which the loop multiplies by the schedule's factor.
+    `rates`: start of a name -> the learning rate of such parameters, instead of `learning_rate`. Parameters
+    whose name ends in `.B` learn at `loraplus_ratio · learning_rate`. Vectors (DoRA's magnitude, biases) get
+    no weight decay. Each group has `base_lr`, which the loop multiplies by the schedule's factor.
 
-    Raises ConfigError for an optimizer that is unknown or that needs a GPU; MissingExtraError for bitsandbytes'
-    without it.
-    """
+    Raises ConfigError for an unknown optimizer and for one that needs a GPU; MissingExtraError if
+    bitsandbytes is missing."""
     names = [*_OPTIMIZERS, *_OPTIMIZERS_8BIT]
     if name not in names:
         fix = f"use {' or '.join(nearest(name, names) or names)}"
@@ -99,7 +100,7 @@ def _groups(
         rate = next((own for start, own in rates.items() if name.startswith(start)), learning_rate)
         faster = ratio != 1.0 and name.rsplit(".", 1)[-1] == "B"
         decays = weight_decay > 0 and parameter.ndim >= 2
-        # Minus: the first group is the fastest, whose rate is shown.
+        # Minus: the first group has the highest rate, which is displayed.
         members.setdefault((-rate, faster, decays), []).append((name, parameter))
     groups = []
     for (rate, faster, decays), named in sorted(members.items(), key=lambda item: item[0]):
@@ -117,20 +118,24 @@ def _groups(
 
 
 def _can_fuse(parameters: Mapping[str, nn.Parameter]) -> bool:
-    """torch's fused kernels want floating tensors on one kind of device that has them."""
+    """Return whether torch's fused kernels support the parameters.
+
+    They need floating-point tensors on a supported kind of device."""
     tensors: list[Tensor] = list(parameters.values())
     return all(t.is_floating_point() and t.device.type in {"cpu", "cuda", "mps"} for t in tensors)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The factor on the learning rate: up linearly over `warmup` steps, then constant, or down to `floor` at `steps`.
+    """The learning-rate factor as a function of the step.
 
-    Step numbers count from 1; with s = step, w = warmup, n = steps:
-    warm-up s/w while s ≤ w; then with t = (s − w − 1)/(n − w) in [0, 1):
-    constant 1, linear 1 − t·(1 − floor), cosine floor + (1 − floor)·(1 + cos πt)/2.
-    The first step after the warm-up has the full rate and no step has rate zero.
-    """
+    It rises linearly over `warmup` steps, then is constant, or falls to `floor` at `steps`. Step numbers
+    count from 1; with s = step, w = warmup, n = steps:
+
+        warm-up s/w while s ≤ w; then with t = (s − w − 1)/(n − w) in [0, 1):
+        constant 1, linear 1 − t·(1 − floor), cosine floor + (1 − floor)·(1 + cos πt)/2
+
+    The first step after the warm-up has the full rate and no step has rate zero."""
 
     name: str
     steps: int
@@ -154,12 +159,15 @@ class Schedule:
 
     @classmethod
     def of(cls, name: str, steps: int, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
-        """`warmup` below 1 is a share of `steps`, rounded up; from 1 on it is a number of steps, at most `steps`."""
+        """Return a schedule with the warm-up in steps.
+
+        `warmup` below 1 is a share of `steps`, rounded up; from 1 on it is a number of steps, at most
+        `steps`."""
         in_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
         return cls(name, steps, min(in_steps, steps), floor)
 
     def factor(self, step: int) -> float:
-        """The factor for optimizer step `step`, counted from 1."""
+        """Return the factor for optimizer step `step`, counted from 1."""
         if step <= self.warmup:
             return step / self.warmup
         if self.name == "constant":
@@ -170,7 +178,7 @@ class Schedule:
         return self.floor + (1.0 - self.floor) * (1.0 + math.cos(math.pi * t)) / 2.0
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Sets every group's rate for `step`; returns the rate of the first group."""
+        """Set every group's rate for `step`; return the rate of the first group."""
         factor = self.factor(step)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -178,12 +186,13 @@ class Schedule:
 
 
 class Ema:
-    """An exponential moving average of the trained parameters, which lies nearer the minimum than any one step.
+    """An exponential moving average of the parameters.
 
         E_n = d_n·E_{n−1} + (1 − d_n)·P_n          d_1 = 0,  d_n = min(decay, n / (9 + n))
 
-    The schedule of diffusers' EMAModel: early steps, which are far from the end, are soon forgotten. `averages`: of
-    each parameter, in float32, by its name with `@ema`; they start as the parameters are."""
+    The average is nearer the minimum than any single step. The schedule is that of diffusers' EMAModel: early
+    steps, which are far from the end, soon lose weight. `averages`: float32, by parameter name with `@ema`;
+    they start as the parameters."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.parameters = dict(parameters)
@@ -191,25 +200,27 @@ class Ema:
         self.averages: dict[str, Tensor] = {f"{n}@ema": p.detach().clone() for n, p in parameters.items()}
 
     def decay_at(self, step: int) -> float:
-        """d for the average after optimizer step `step`, counted from 1."""
+        """Return d for the average after optimizer step `step`, counted from 1."""
         return 0.0 if step <= 1 else min(self.decay, step / (9 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the parameters as they are after `step`."""
+        """Update the averages with the parameters after `step`."""
         keep = self.decay_at(step)
         for average, parameter in zip(self.averages.values(), self.parameters.values(), strict=True):
             average.sub_((1.0 - keep) * (average - parameter))
 
     @torch.no_grad()
     def put(self) -> None:
-        """Makes the averages the parameters."""
+        """Copy the averages into the parameters."""
         for average, parameter in zip(self.averages.values(), self.parameters.values(), strict=True):
             parameter.copy_(average)
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """The averages in the place of the parameters for the length of a with-block, then the same bits again."""
+        """Replace the parameters with the averages inside a with-block.
+
+        Restores the same bits afterwards."""
         trained = [p.detach().clone() for p in self.parameters.values()]
         self.put()
         try:

@@ -1,11 +1,11 @@
-"""The next batch is made, and on its way to the device, while the step before it runs there.
+"""Make the next batch and copy it to the device while the current step runs.
 
     with Ahead(send) as ahead:
-        batch = ahead.take(make, following)     what make() gives, sent; following() is begun in the thread
+        batch = ahead.take(make, following)     the result of make(), sent; following() starts in the thread
 
-A thread makes one batch at a time, in the order in which they are asked for: beside the one that was taken there is
-never more than one. It has the context of whoever asks; what it raises is
-raised where its batch is taken. It draws nothing at random, so a run's numbers do not depend on it.
+A thread makes one batch at a time, in the order of the calls, so at most one batch waits. The thread has the
+context of the caller, and its errors are raised by `take`. It draws no random numbers, so a run's numbers do
+not depend on it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ class Prefetcher:
         self.ended = False
 
     def take(self, make: _Make, following: _Make | None = None) -> Any:
-        """The batch of `make`, which may have been begun as `following` of the call before; it is waited for."""
+        """Return the batch of `make`; start `following` for the next call.
+
+        Waits for the batch if the previous call already started it as `following`."""
         begun, self._begun = self._begun, None
-        if begun is not None and begun[0] is not make:  # another turn was taken than was foreseen
+        if begun is not None and begun[0] is not make:  # the order of batches changed
             begun[1].cancel()
             begun = None
         batch = (self._asked(make) if begun is None else begun[1]).result()
@@ -42,11 +44,11 @@ class Prefetcher:
         return batch
 
     def begin(self, following: _Make) -> None:
-        """Has the thread make what is going to be taken next."""
+        """Start making the next batch in the thread."""
         self._begun = following, self._asked(following)
 
     def settle(self) -> None:
-        """Waits until nothing is being made; what was begun is there to be taken."""
+        """Wait until the thread is idle; a finished batch stays available."""
         if self._begun is not None:
             wait([self._begun[1]])
 
@@ -57,6 +59,6 @@ class Prefetcher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Ends the thread, after the batch that it is at; that one is nobody's."""
+        """End the thread after its current batch, which is discarded."""
         self._begun, self.ended = None, True
         self._thread.shutdown(wait=True, cancel_futures=True)

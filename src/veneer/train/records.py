@@ -1,8 +1,8 @@
-"""Data files to records with their file and line: JSONL, JSON, CSV, TSV, Parquet, hub data sets, and rows that packages
-make (reasoning-gym, verifiers).
+"""Read data files as records with their file and line.
 
-Byte-order marks (UTF-16's too, as Excel and Notepad write it), CRLF and blank lines are fine, and so are semicolons and
-tabs between the cells of a CSV file. Does not know what the columns mean: text makes rows of them, pictures captions.
+Reads JSONL, JSON, CSV, TSV, Parquet, hub data sets, and rows that packages generate (reasoning-gym,
+verifiers). Byte-order marks (also UTF-16's, which Excel and Notepad write), CRLF, blank lines, and semicolons
+or tabs between CSV cells are accepted. Callers interpret the columns: text as rows, pictures as captions.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 @dataclass(frozen=True)
 class Record:
-    """One row as the file has it. `where`: `file:line` (JSONL, JSON, CSV) or `file row N`."""
+    """One row as in the file. `where`: `file:line` (JSONL, JSON, CSV) or `file row N`."""
 
     values: Mapping[str, Any]
     where: str
 
 
 def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[list[Record], list[str]]:
-    """All records of the files, globs and hub data sets, and the files they came from. Raises DataError."""
+    """Return all records of files, globs and hub data sets, and their files.
+
+    Raises DataError."""
     files = [file for name in names for file in _expand(name)]
     records: list[Record] = []
     for file in files:
@@ -50,16 +52,18 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[lis
 
 
 def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
-    """What changes when one of the files does: of each its name, time and size. Raises DataError for one that is not
-    there."""
+    """Return a value that changes when one of the files does.
+
+    It has each file's name, time and size. Raises DataError for a missing file."""
     files = [file for name in names for file in _expand(name)]
     found = [(file, None if file.startswith(SOURCES) else os.stat(file)) for file in files]
     return tuple((file, 0, 0) if stat is None else (file, stat.st_mtime_ns, stat.st_size) for file, stat in found)
 
 
 def count_records(names: Sequence[str]) -> int | None:
-    """Records of files, without reading what is in them where a line is one; None where only a hub or a package knows.
-    Raises DataError."""
+    """Return the number of records; None if only a hub or a package knows it.
+
+    Does not parse files with one record per line. Raises DataError."""
     total = 0
     for file in (file for name in names for file in _expand(name)):
         if file.startswith(SOURCES):
@@ -73,9 +77,11 @@ _LINE = re.compile(rb"\S[^\n]*")
 
 
 def count_lines(path: Path, most: int | None = None, *, chunk: int = 1 << 20) -> int:
-    """Lines with something in them, no more than `most`: then the rest is not read. Nobody sends so many blank lines
-    that others wait for it: they are passed over in C, and the interpreter's lock is free between chunks."""
-    count, within = 0, False  # within: a line that is counted
+    """Return the number of nonblank lines, at most `most`; then stop reading.
+
+    Blank lines are skipped in C, and the GIL is released between chunks, so a client's blank lines cannot
+    block others."""
+    count, within = 0, False  # within: the current line is already counted
     with path.open("rb") as file:
         while (most is None or count < most) and (read := file.read(chunk)):
             begin = read.find(b"\n") if within else 0
@@ -120,7 +126,7 @@ def _elsewhere(name: str, limit: int | None) -> list[Record]:
 
 
 def _file(path: Path, most: int | None = None) -> list[Record]:
-    """`most`: how many are wanted; there may be more."""
+    """Return the records of a file. `most`: how many are needed; can return more."""
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise DataError(
@@ -145,7 +151,9 @@ def _file(path: Path, most: int | None = None) -> list[Record]:
 
 
 def _first_lines(path: Path, most: int) -> bytes:
-    """So many lines with something in them; all of a file whose letters have two bytes, where lines end elsewhere."""
+    """Return the first `most` nonblank lines.
+
+    Returns a UTF-16 file whole, because its line ends are encoded differently."""
     if _is_wide(path):
         return path.read_bytes()
     lines: list[bytes] = []
@@ -164,7 +172,7 @@ def _is_wide(path: Path) -> bool:
 
 
 def _decoded(raw: bytes, path: Path) -> str:
-    """UTF-8, or UTF-16 that says so by its byte-order mark."""
+    """Decode UTF-8, or UTF-16 with a byte-order mark."""
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     fix = "save the file as UTF-8"
     if not wide and b"\0" in raw[:4]:
@@ -179,8 +187,10 @@ def _decoded(raw: bytes, path: Path) -> str:
 
 
 def _delimiter(text: str) -> str:
-    """The delimiter of a CSV file: a comma, or where its header has none, a semicolon or tab. Spreadsheets write
-    semicolons where commas are decimal marks."""
+    """Return the delimiter of a CSV file.
+
+    It is a comma, or a semicolon or tab if the header has no comma. Spreadsheets write semicolons in locales
+    with decimal commas."""
     header = next(line for line in text.splitlines() if line.strip())
     counts = {mark: _outside_quotes(header).count(mark) for mark in ",;\t"}
     return "," if counts[","] or not max(counts.values()) else max(counts, key=lambda mark: counts[mark])
@@ -192,7 +202,7 @@ def _outside_quotes(line: str) -> str:
 
 def _json_lines(text: str, path: Path) -> list[Record]:
     records, bad = [], []
-    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
+    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string can contain U+2028
         if not line.strip():
             continue
         where = f"{path}:{n}"
@@ -247,7 +257,7 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _unusable(value: Any, text: str, expected: str) -> str:
-    """Return why a JSON value, read from `text`, is no row; "" if it is one."""
+    """Return why a JSON value, read from `text`, is not a row; "" if it is a row."""
     if not isinstance(value, dict):
         return f"expected {expected}, found {type(value).__name__}"
     if _HALF.search(text):
@@ -259,7 +269,7 @@ def _unusable(value: Any, text: str, expected: str) -> str:
 
 
 def _beyond(error: Exception) -> str:
-    """Of what is JSON and is not read."""
+    """Return why valid JSON cannot be parsed."""
     return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
@@ -303,14 +313,16 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _hub(name: str, limit: int | None) -> list[Record]:
-    """`ID`, `ID@SPLIT` or `ID@SPLIT[:1000]`, `ID:CONFIG@SPLIT`; the split is `train` when none is named."""
+    """Return the records of a hub data set.
+
+    `name`: `ID`, `ID@SPLIT`, `ID@SPLIT[:1000]` or `ID:CONFIG@SPLIT`; the default split is `train`."""
     import datasets
 
     ident, _, split = name.partition("@")
     ident, _, subset = ident.partition(":")
     try:
         data = datasets.load_dataset(ident, subset or None, split=split or "train")
-    except Exception as error:  # the library raises many kinds; all mean that there are no rows
+    except Exception as error:  # the library raises many types, and each means that there are no rows
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"the hub data set `{ident}` cannot be loaded: {reason}",

@@ -1,4 +1,4 @@
-"""Which of a run's rows or pictures are held out to score it, where the configuration names none."""
+"""Choose a run's held-out rows or pictures, if the configuration names none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from veneer.errors import DataError
 
 
 class Keyed(Protocol):
-    """What can be held out: a row or a picture. `key` is a hash of all it teaches."""
+    """An item that can be held out: a row or a picture.
+
+    `key`: a hash of all its trained content."""
 
     @property
     def key(self) -> str: ...
@@ -32,11 +34,12 @@ def hold_out(
     what: str = "rows",
     order: Callable[[bytes], bytes] = _sha256,
 ) -> tuple[list[_AnyKeyed], list[_AnyKeyed]]:
-    """(to learn from, held out). `split`: how many (int), a share of them (float; one at least), None for `default`.
+    """Return (training items, held-out items).
 
-    Chosen by a seeded hash of each one's content, `order`: neither the order of the files nor their names decide, and
-    what is identical never stands on both sides. Both sides keep the order. Raises DataError when nothing would be left
-    to learn from; `what` they are is for its message."""
+    `split`: a number (int), a share (float; at least one item), or None for `default`. The choice depends on
+    `order`, a seeded hash of each item's content, and not on the order or names of files; identical items are
+    never on both sides. Both sides keep the order. `what`: the items in messages. Raises DataError if no
+    training item would be left."""
     if split is None:
         split = default
     wanted = split if isinstance(split, int) else max(1, round(split * len(items))) if split > 0 else 0

@@ -1,11 +1,13 @@
-"""Draws that a thread makes while what was drawn before is trained on: off-policy by one draw.
+"""Sample in a thread while the previous samples are trained on.
 
-    draw  1        2        3                 from the pairs before draw 1, before draw 1, before draw 2, …
-    train          1        2        3
+Sampling is off-policy by one step.
 
-What is drawn from is a copy of the pairs, made when training on a draw begins, beside them on the attachment: a few
-megabytes. It is a part of a run's state, so that a run that is resumed draws again what it would have had, bit for bit.
-Known elsewhere as one-step off-policy (verl) or an asynchrony of level 1 (PRIME-RL).
+    sample  1        2        3               from the pairs before step 1, before step 1, before step 2, …
+    train            1        2        3
+
+The sampler uses a copy of the pairs, made when training on samples begins and attached next to them: a few
+megabytes. The copy is part of a run's state, so a resumed run samples the same, bit for bit. Also called
+one-step off-policy (verl) or asynchrony level 1 (PRIME-RL).
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
     from veneer.core.attach import Attachment
 
 DRAWN_FROM = "@drawn from"
-"""What the names of the copy's tensors end with in a checkpoint."""
+"""The suffix of the copy's tensor names in a checkpoint."""
 
 
 @dataclass
 class OffPolicyDraws:
-    """`name`: of the adapter that is trained. `ahead`: the thread, open as long as this is used."""
+    """Samples one step ahead of training.
+
+    `name`: the trained adapter. `ahead`: the thread, open during the run."""
 
     attachment: Attachment
     name: str
@@ -39,21 +43,21 @@ class OffPolicyDraws:
 
     @property
     def copy(self) -> str:
-        """The adapter that answers are drawn from."""
+        """Return the name of the adapter that completions are sampled from."""
         return f"{self.name}, as it was"
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The copy's tensors, under names that no trained one has."""
+        """Return the copy's tensors, under names that no trained tensor has."""
         return {f"{key}{DRAWN_FROM}": tensor for key, tensor in self.attachment.adapters[self.copy].tensors()}
 
     def take(self, number: int, make: Callable[[], Any]) -> Any:
-        """The draw of step `number`: the one that was begun, or what `make` makes now."""
+        """Return the samples of step `number`: prefetched, or made by `make` now."""
         begun, self._begun = self._begun, None
         return self.ahead.take(begun[1] if begun is not None and begun[0] == number else make)
 
     def follow(self, number: int, make: Callable[[], Any]) -> None:
-        """The copy becomes the adapter as it is now, and the thread makes the draw of step `number` from it."""
+        """Copy the current adapter, and start sampling step `number` from the copy."""
         now = dict(self.attachment.adapter(self.name).tensors())
         for key, tensor in self.attachment.adapters[self.copy].tensors():
             tensor.copy_(now[key])

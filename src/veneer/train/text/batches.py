@@ -1,13 +1,13 @@
-"""Which rows make a step, and how a step is cut into what is in memory at once.
+"""Choose the rows of each step, and cut steps into micro-batches.
 
-    step         one optimizer update; its rows depend on seed, epoch and `rows` or `tokens` alone
-    micro-batch  part of a step: rows of similar length laid end to end, with no padding between them
+    step         one optimizer update; its rows depend on seed, epoch and `rows` or `tokens` only
+    micro-batch  part of a step: rows of similar length, concatenated without padding
 
     plan_steps(examples, batching, seed=0, epoch=0)[step][micro-batch] -> indices of examples
 
-Each row keeps its own bounds (`Batch.lengths`), so attention never crosses from one row to the next, packed or not.
-Since loss and gradients are sums over tokens, how a step is cut changes memory and speed, never the result.
-Does not know tokenizers, files or models.
+`Batch.lengths` keeps each row's bounds, so attention never crosses rows, packed or not. Loss and gradients
+are sums over tokens, so the cut changes memory and speed, never the result. Independent of tokenizers, files
+and models.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from veneer.train.text.encode import Example
 
 @dataclass
 class Batch:
-    """Rows laid end to end, without padding.
+    """Rows concatenated without padding.
 
-    input_ids: (N,) int64    lengths: of each row, summing to N    trained: (N,) bool, token i is a target
-    A row's first token has nothing before it and is never trained (`encode` sees to that)."""
+    input_ids: (N,) int64; lengths: of each row, summing to N; trained: (N,) bool, token i is a target. A
+    row's first token has no context and is never trained (`encode` guarantees this)."""
 
     input_ids: Tensor
     lengths: list[int]
@@ -46,7 +46,9 @@ class Batch:
         return int(self.trained.sum())
 
     def sent(self, device: torch.device) -> Self:
-        """The same with its tokens on a device, on their way there; `trained` is the host's, wherever the model is."""
+        """Return the batch with its tokens copied to a device asynchronously.
+
+        `trained` stays on the host."""
         return replace(self, input_ids=sent(self.input_ids, device))
 
 
@@ -56,21 +58,23 @@ _Steps = list[list[list[int]]]
 def plan_steps(
     examples: Sequence[Example] | Sequence[int], batching: BatchingSection, *, seed: int, epoch: int, pieces: int = 1
 ) -> _Steps:
-    """One epoch: step -> micro-batch -> indices into `examples` (or lengths), each index exactly once.
+    """Return the plan of one epoch: step -> micro-batch -> indices into `examples`.
 
-    Pure: the same arguments give the same plan on every machine, so a resumed run recomputes it.
-    A micro-batch has at most `micro_rows` rows and `micro_tokens` tokens; a longer row is one of its own. `pieces`:
-    a step first falls into so many of about the same tokens, where it has the rows: one for each device.
-    With `longest_first`, in epoch 0 the step with the longest row runs first."""
+    Each index occurs exactly once. Pure: the same arguments give the same plan on every machine, so a resumed
+    run recomputes it. `examples` can be lengths. A micro-batch has at most `micro_rows` rows and
+    `micro_tokens` tokens; a longer row is a separate micro-batch. `pieces`: a step is first divided into this
+    many parts with about the same number of tokens, one per device, if it has enough rows. With
+    `longest_first`, the step with the longest row runs first in epoch 0."""
     lengths = [e if isinstance(e, int) else len(e.input_ids) for e in examples]
     steps = step_rows(lengths, batching, seed=seed, epoch=epoch)
     return [_cut(step, lengths, batching, pieces) for step in steps]
 
 
 def step_rows(lengths: Sequence[int], batching: BatchingSection, *, seed: int, epoch: int) -> list[list[int]]:
-    """Which rows each step holds: a seeded shuffle cut every `rows` rows (bucket) or before `tokens` tokens (pack).
+    """Return the rows of each step, from a seeded shuffle.
 
-    Does not look at micro_rows and micro_tokens: those cannot change what a step learns."""
+    The shuffle is cut every `rows` rows (bucket) or before `tokens` tokens (pack). Independent of micro_rows
+    and micro_tokens, which cannot change what a step learns."""
     order = _shuffled(len(lengths), seed, epoch)
     if batching.mode == "bucket":
         steps = [order[i : i + batching.rows] for i in range(0, len(order), batching.rows)]
@@ -84,7 +88,7 @@ def step_rows(lengths: Sequence[int], batching: BatchingSection, *, seed: int, e
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """The batch of these rows, end to end in the order given."""
+    """Return a batch of these rows, concatenated in the given order."""
     ids = [token for e in examples for token in e.input_ids]
     trained = [t for e in examples for t in e.trained]
     return Batch(
@@ -95,19 +99,25 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def grouped(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """All indices from long to short, cut before `micro_tokens` tokens: batches for what needs no steps."""
+    """Return all indices from long to short, cut before `micro_tokens` tokens.
+
+    For batches outside of training steps."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return _fill(order, lengths, micro_tokens)
 
 
 def _shuffled(n: int, seed: int, epoch: int) -> list[int]:
-    """0..n-1 ordered by a hash: unlike a generator's shuffle, the same in every version of every library."""
+    """Return 0..n-1 ordered by a hash.
+
+    Unlike a generator's shuffle, the order is the same in every version of every library."""
     key = f"{seed}|{epoch}|".encode()
     return sorted(range(n), key=lambda i: hashlib.blake2b(key + str(i).encode(), digest_size=8).digest())
 
 
 def _fill(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut `order` where the next row would pass the budget; a row longer than it is a step of its own."""
+    """Cut `order` before the row that would exceed the budget.
+
+    A row longer than the budget is a separate step."""
     steps: list[list[int]] = []
     room = 0
     for i in order:
@@ -120,9 +130,10 @@ def _fill(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[lis
 
 
 def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection, pieces: int) -> list[list[int]]:
-    """Micro-batches of one step: in each piece rows sorted from long to short, cut where a bound would be passed.
+    """Return the micro-batches of one step.
 
-    The largest comes first, so that a step that does not fit fails in its first micro-batch."""
+    Each part's rows are sorted from long to short and cut before a bound is exceeded. The largest micro-batch
+    comes first, so that a step that does not fit in memory fails in its first micro-batch."""
     micro: list[list[int]] = []
     for piece in shares([lengths[i] for i in rows], pieces):
         room = -1

@@ -1,4 +1,4 @@
-"""Preflight of the data: is something learned, does the model learn to stop, will inference show the same prompt."""
+"""Preflight checks of the data: targets, end tokens, and the inference prompt."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from veneer.train.text.encode import EncodedRows
 from veneer.train.text.preference import Item
 from veneer.train.text.rows import leakage
 
-_SAMPLED = 200  # rows whose prompts are tokenised again; templates err on all rows or on none
+_SAMPLED = 200  # rows whose prompts are tokenized again; templates fail for all rows or for none
 
 
 @dataclass(kw_only=True)
 class TextSubject(RunSubject):
-    """A run on text. `rows`: those that `encoded` is of, of preferences each answer. `items`: what a step is made of.
-    `start`: the adapter it goes on from."""
+    """A text run to check.
+
+    `rows`: those of `encoded`; for preferences, each answer. `items`: the units of a step. `start`: the
+    adapter that training starts from."""
 
     config: TrainConfig
     data: TextData
 
     @property
     def encoded(self) -> EncodedRows:
-        """Of preferences, that of each answer."""
+        """Return the encoded training rows; for preferences, of each answer."""
         return self.data.train.encoded
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Return the tokens of the longest row."""
         return max((e.tokens for e in self.encoded.examples), default=0)
 
     @property
     def stop_ids(self) -> set[int]:
-        """The tokens that generation with this base stops at."""
+        """Return the tokens at which generation with this base stops."""
         found: set[int] = set()
         settings = getattr(self.base.model, "generation_config", None)
         for ids in (
@@ -52,7 +54,7 @@ class TextSubject(RunSubject):
 
 
 def _something_is_learned(s: TextSubject) -> Iterator[Finding]:
-    """Failure class 1 of the field: the loss is masked to nothing and the run "succeeds"."""
+    """Failure class 1: the loss is masked to nothing and the run "succeeds"."""
     c = s.encoded.counts
     s.numbers.update(rows=c.rows, rows_kept=c.kept, rows_untrained=c.untrained, tokens=c.tokens)
     s.numbers.update(learned_tokens=c.trained_tokens, learned_share=c.trained_tokens / c.tokens if c.tokens else 0.0)
@@ -77,7 +79,7 @@ def _something_is_learned(s: TextSubject) -> Iterator[Finding]:
 
 
 def long_rows(s: TextSubject) -> Iterator[Finding]:
-    """Truncation surprise: rows that are dropped or cut are counted and named."""
+    """Report rows that are dropped or cut, with their number and names."""
     c, data = s.encoded.counts, s.config.data
     s.numbers.update(rows_dropped=c.long_dropped, rows_cut=c.cut, longest_row=c.longest, max_length=data.max_length)
     fix = f"data.max_length={c.longest} keeps them whole"
@@ -101,7 +103,7 @@ def long_rows(s: TextSubject) -> Iterator[Finding]:
 
 
 def _the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
-    """Failure class 2: a model that never stops, because its end-of-turn token is never a target."""
+    """Failure class 2: a model that never stops, because its end token is no target."""
     examples, ends = s.encoded.examples, s.encoded.end_ids
     if not examples:
         return
@@ -137,7 +139,7 @@ def _the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
 
 
 def _begins_once(s: TextSubject) -> Iterator[Finding]:
-    """BOS twice, when text and tokenizer both write it; or never, when neither does."""
+    """Report BOS twice, if text and tokenizer both write it; or never."""
     c, tokenizer, examples = s.encoded.counts, s.base.tokenizer, s.encoded.examples
     bos = tokenizer.bos_token_id
     if bos is None or not examples:
@@ -157,7 +159,9 @@ def _begins_once(s: TextSubject) -> Iterator[Finding]:
 
 
 def _inference_agrees(s: TextSubject) -> Iterator[Finding]:
-    """Failure class 6: the prompt that inference builds must be, token for token, how the training row begins."""
+    """Failure class 6: training rows must begin with the prompt of inference.
+
+    They are compared token by token."""
     data, renderer = s.config.data, s.encoded.renderer
     own = s.base.tokenizer.chat_template
     if (
@@ -181,7 +185,7 @@ def _inference_agrees(s: TextSubject) -> Iterator[Finding]:
             "input_ids"
         ]
         if example.row in s.encoded.cut_rows or len(prompt) >= len(example.input_ids):
-            continue  # cut, or its last turn is not learned
+            continue  # cut, or its last turn is not trained on
         seen += 1
         if example.input_ids[: len(prompt)] != prompt:
             wrong.append(row.where)
@@ -219,7 +223,7 @@ def _turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
 
 
 def _answers_compare(s: TextSubject) -> Iterator[Finding]:
-    """What a preference run compares, and with which reference."""
+    """Report what a preference run compares, and with which reference."""
     loss, c = s.config.preference.loss, s.encoded.counts
     items = [item for item in s.data.train.items if isinstance(item, Item)]
     if loss is None or not items:
@@ -252,7 +256,7 @@ _FEW_PROMPTS = 8
 
 
 def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
-    """What a run draws and learns from."""
+    """Report what a run samples and learns from."""
     r, c = s.config.drawn, s.encoded.counts
     assert r is not None
     if not c.kept:
@@ -275,7 +279,7 @@ def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
 
 
 def _long_prompts(s: TextSubject) -> Iterator[Finding]:
-    """Prompts that leave an answer no room are counted and named."""
+    """Report prompts that leave no room for a completion, with number and names."""
     c, data, r = s.encoded.counts, s.config.data, s.config.drawn
     assert r is not None
     s.numbers.update(rows_dropped=c.long_dropped, rows_cut=c.cut, longest_row=c.longest, max_length=data.max_length)
@@ -327,7 +331,9 @@ def _is_rewarded(s: TextSubject, r: ReinforcementSection) -> Iterator[Finding]:
 
 
 def _judged(s: TextSubject, items: Sequence[Item]) -> Iterator[Finding]:
-    """KTO's weights should make up for unequal numbers: λ_D·n_D from 1 to 4/3 of λ_U·n_U (arXiv 2402.01306)."""
+    """Check KTO's weights, which should compensate for unequal numbers.
+
+    λ_D·n_D should be 1 to 4/3 of λ_U·n_U (arXiv 2402.01306)."""
     good = sum(bool(item.desirable) for item in items)
     bad = len(items) - good
     weights = s.config.preference
@@ -349,7 +355,7 @@ def _judged(s: TextSubject, items: Sequence[Item]) -> Iterator[Finding]:
 
 
 def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
-    """Held-out rows that are also trained on make the validation loss a lie."""
+    """Report held-out rows that are also trained on, which distort validation loss."""
     about = s.data.about
     if about is not None:
         yield Finding("ok", "format", f"{counted(about.rows, 'row')} in `{about.format}` format: {about.why}")
@@ -407,6 +413,8 @@ _PROMPT_CHECKS: _Checks = (
 
 
 def data_findings(subject: TextSubject) -> Iterator[Finding]:
-    """What is found of a run's rows, of prompts where it draws the answers; the base's weights are not needed."""
+    """Yield the findings about a run's rows or prompts.
+
+    The base's weights are not needed."""
     for check in _DATA_CHECKS if subject.config.drawn is None else _PROMPT_CHECKS:
         yield from check(subject)

@@ -1,10 +1,11 @@
-"""What somebody thinks of answers, as rows in a file that `veneer train` reads: which of two is better, or what the
-answer should have been.
+"""Store a person's judgments of answers as rows that `veneer train` reads.
+
+A judgment chooses one of two answers, or corrects an answer.
 
     add_row(file, preference_row(messages, chosen, rejected))        a vote       -> the format `preference`
     add_row(file, corrected_row(messages, answer))                   a correction -> the format `messages`
 
-A server with tenants keeps the same in its database (serve/tenancy/feedback.py), where the answers are kept.
+A server with tenants stores judgments in its database (serve/tenancy/feedback.py), which has the answers.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ _Messages = Sequence[Mapping[str, Any]]
 
 
 def preference_row(messages: _Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    """Of two answers to `messages`, `chosen` is better. Raises DataError where they are one."""
+    """Return the row for a vote between two answers to `messages`.
+
+    Raises DataError if the answers are equal."""
     if chosen == rejected:
         raise DataError("both answers are the same, so none is better", fix="ask again with a temperature above 0")
     return {"prompt": _turns(messages), "chosen": [_answer(chosen)], "rejected": [_answer(rejected)]}
 
 
 def corrected_row(messages: _Messages, answer: str) -> dict[str, Any]:
-    """What the answer to `messages` should have been."""
+    """Return the row for a corrected answer to `messages`."""
     return {"messages": [*_turns(messages), _answer(answer)]}
 
 
@@ -48,15 +51,18 @@ def _answer(text: str) -> dict[str, Any]:
 
 
 def judged_file(base: str, kind: Literal["preference", "messages"]) -> Path:
-    """Where rows of a kind are kept on a machine whose owner judges: in the veneer home, for each base."""
+    """Return the file of a kind of rows, in the veneer home, for a base.
+
+    For a machine whose owner judges."""
     own = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip(".-") or "base"
     return veneer_home() / "judged" / own / {"preference": "votes.jsonl", "messages": "corrections.jsonl"}[kind]
 
 
 def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
-    """Adds a row to the end of a file of JSON lines, made where there is none, and syncs it. Returns how many the file
-    has now. Raises DataError where the file has rows of another format, or some that cannot be read; nothing is added
-    then."""
+    """Append a row to a JSONL file, create the file if necessary, and sync it.
+
+    Returns the number of rows. Raises DataError and adds nothing if the file has rows of another format or
+    unreadable rows."""
     path = Path(file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     there = path.read_bytes() if path.exists() else b""
@@ -74,7 +80,7 @@ def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
                 fix="another file",
             )
     lead = b"\n" if there and not there.endswith(b"\n") else b""
-    with path.open("ab") as out:  # one write to the end: two who add at once do not mingle
+    with path.open("ab") as out:  # one append per row, so concurrent writers do not interleave
         out.write(lead + line)
         out.flush()
         os.fsync(out.fileno())

@@ -1,9 +1,10 @@
-"""A judge of this process: the base alone, or another adapter beside the one that is trained, asked by its sampler.
+"""A judge in this process: the base, or another adapter on the trained base.
 
     ask = sampled_judge(base, attachment, sampler, {"base", "acme/critic@2"})       a `rewards.judge.AskModel`
     rewards_of(sections, ask=ask)
 
-There is one base in memory and one engine, so a judge costs the tokens that it reads and says, and its adapter.
+The run's sampler answers. There is one base in memory and one engine, so a judge costs its tokens and its
+adapter.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
 
 def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, models: Collection[str]) -> AskModel:
-    """`models`: adapters by name or folder, put on the attachment here, and `BASE_MODEL`. Raises AdapterError for what
-    is no adapter or cannot be drawn from, MismatchError for one of another base."""
+    """Attach the judges' adapters; return the function that asks them.
+
+    `models`: adapters by name or folder, and `BASE_MODEL`. Raises AdapterError for an invalid adapter or one
+    that the sampler does not support, MismatchError for an adapter of another base."""
     names = {BASE_MODEL: ""}
     for model in sorted(set(models) - {BASE_MODEL}):
         own = names[model] = f"{model}, as a judge"

@@ -1,6 +1,6 @@
-"""Preflight of a run on text: its rows, what of the base is trained, the vocabulary, and whether it fits.
+"""Preflight of a text run: rows, trained modules, vocabulary, and memory.
 
-The checks of the data are in `checks`, those that all runs share in `train.preflight`. Changes nothing.
+The checks of the data are in `checks`, those for all runs in `train.preflight`. Changes nothing.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _GUESSED = (
     "elsewhere such guesses were right within a tenth of the peak, and runs took 1.2 to 3.3 times as long "
     "(docs/how-to/plan.md)"
 )
-"""The runs of benchmarks/plan.py beside what is planned without their calibration."""
+"""Error of the plans of benchmarks/plan.py without calibration of the machine."""
 
 
 def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: int = 1, **options: Any) -> Report:
-    """Inspects a run on a loaded base; see `inspect_run`."""
+    """Inspect a run on a loaded base; see `inspect_run`."""
     encoded, lengths = data.train.encoded, [item.tokens for item in data.train.items]
     if config.drawn is not None:
         prompts = [item for item in data.train.items if isinstance(item, PromptItem)]
@@ -77,7 +77,7 @@ def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: i
 
 
 def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The row as (text, learned) pieces: runs of tokens that are, and are not, trained."""
+    """Return the row as (text, trained) pieces: runs of tokens with equal masks."""
     pieces: list[tuple[list[int], bool]] = []
     for token, trained in zip(example.input_ids, example.trained, strict=True):
         if not pieces or pieces[-1][1] != trained:
@@ -87,7 +87,9 @@ def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
-    """Failure classes 3 and 12: an adapter that reaches nothing, and one that is huge because it holds full copies."""
+    """Failure classes 3 and 12: an adapter without targets, or with full copies.
+
+    Full copies make the adapter huge."""
     model, spec = s.base.model, s.config.adapter.spec()
     if s.data.start is not None:
         yield from _going_on(s, s.data.start)
@@ -134,7 +136,7 @@ def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
 def _experts_are_reached(s: TextSubject) -> Iterator[Finding]:
     """Failure class 4: experts, most of a mixture model's weights, silently frozen."""
     if s.data.start is not None:
-        return  # it trains what it was made for
+        return  # it trains the modules of its adapter
     model, spec = s.base.model, s.config.adapter.spec()
     experts: dict[str, int] = {}
     for name, module in base_modules(model):
@@ -151,7 +153,7 @@ def _experts_are_reached(s: TextSubject) -> Iterator[Finding]:
     try:
         reached = {t.name for t in resolve_targets(model, spec)} & set(experts)
     except TargetError:
-        return  # said by what_is_trained
+        return  # reported by _what_is_trained
     meant = {
         n for n in experts if any(target_matches(p, n) or target_matches(p, n.rpartition(".")[0]) for p in spec.exclude)
     }
@@ -171,7 +173,9 @@ def _experts_are_reached(s: TextSubject) -> Iterator[Finding]:
 
 
 def vocabulary(s: TextSubject) -> Iterator[Finding]:
-    """Tokens without an embedding row, and rows never trained (a chat template on a base that never saw one)."""
+    """Report tokens without an embedding row, and embedding rows never trained.
+
+    The latter occur with a chat template on a base without one."""
     embedding = s.base.model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     used = {token for e in s.encoded.examples for token in e.input_ids}
@@ -201,7 +205,7 @@ def vocabulary(s: TextSubject) -> Iterator[Finding]:
 
 
 def _it_fits(s: TextSubject) -> Iterator[Finding]:
-    """Failure class 8: out of memory hours in, when the longest rows come."""
+    """Failure class 8: out of memory hours into a run, at the longest rows."""
     model, config = s.base.model, s.config
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if context and s.longest > context:
@@ -266,7 +270,9 @@ def _why_unpacked(s: TextSubject, device: str) -> str:
 
 
 def _nothing_kept(s: TextSubject, packs: int, why: str) -> Iterator[Finding]:
-    """What was asked to be kept where there is nothing to keep; `why` nothing is packed."""
+    """Report settings that keep weights when there are none to keep.
+
+    `why`: the reason that nothing is packed."""
     memory = s.config.memory
     if memory.keep_packed_gb and not packs:
         text = f"memory.keep_packed_gb: no weight of this base is kept in the order of its products: {why}"
@@ -287,12 +293,13 @@ def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
 
 
 def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> tuple[int, int]:
-    """Bytes of weights that are kept packed, where some may be, by whoever draws and by training: what those take whose
-    products are clearly faster so here, or as much of it as was asked for; where nothing was, all of it if the plan
-    finds room for that, of training's only where no activations have to be made again, and else none.
+    """Return the bytes of packed weights for sampling and for training.
 
-    Whoever draws comes first: to lay out all weights anew for each token takes several times as long as to multiply
-    by them."""
+    The packed weights are those with clearly faster products on this machine, up to the configured bytes.
+    Without a setting, they are all of them if the plan has room, for training only without activation
+    checkpointing; else none.
+
+    Sampling comes first: repacking all weights for each token takes several times as long as the products."""
     asked = s.config.memory.keep_packed_gb
     if asked == 0:
         return 0, 0
@@ -311,7 +318,7 @@ def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> tuple[int, int]:
 
 
 def _predicted(plan: Plan, packs: int) -> Iterator[Finding]:
-    """The plan in short: what the process will hold at its peak, and how long training takes."""
+    """Report the plan: the process's peak memory and the training time."""
     if plan.seconds is None or plan.changes:
         return
     takes = f"{rough_duration(plan.seconds)} of training ({plan.rates.source})"

@@ -1,9 +1,9 @@
-"""The gap: how far the sampler's log-probabilities are from the trainer's, of the same tokens.
+"""The sampler-trainer mismatch: differences of log-probabilities per token.
 
-    gap_mean, gap_max     nats, of the tokens drawn for a step
+    gap_mean, gap_max     nats, over the tokens sampled for a step
     gap_share             tokens whose probability differs by more than 1 %
 
-Above a run's bound what was drawn from is not what is trained, and the run stops before its optimizer moves.
+Above a run's bound, the sampled model is not the trained model, and the run stops before the optimizer step.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ if TYPE_CHECKING:
     from veneer.train.config.reinforcement import ReinforcementSection
 
 _BEYOND = 0.01
-"""Relative difference of a probability that `gap_share` counts."""
+"""Relative difference of probabilities from which `gap_share` counts a token."""
 
 
 @dataclass
 class Gap:
-    """Of one step."""
+    """The mismatch of one step."""
 
     seen: MetricMeans = field(default_factory=MetricMeans)
     worst: float = 0.0
 
     def add(self, trainer: Tensor, sampler: Tensor) -> None:
-        """Add log-probabilities of the same tokens, from any devices; the sampler's are in float64."""
+        """Add log-probabilities of the same tokens from any devices.
+
+        The sampler's are in float64."""
         own = in_float64(trainer.detach())
         gap = (own - sampler.to(own.device)).abs()
         self.worst = max(self.worst, float(gap.max()))

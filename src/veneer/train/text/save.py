@@ -1,4 +1,4 @@
-"""What a run on text leaves: its result, the adapter in PEFT's format with its card, and its part of the report."""
+"""The output of a text run: result, adapter in PEFT's format with card, report."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 
 
 _PROMPT = 1000
-"""Most characters of the user's last message in a card's `prompt`."""
+"""Maximum characters of the user's last message in a card's `prompt`."""
 _LONGEST = 50_000
-"""Most characters of a prompt that is saved in a card."""
+"""Maximum characters of a prompt in a card."""
 
 
 @dataclass
 class RunResult(Outcome):
-    """What a run on text came to. `loss`, `validation`: nats per trained token, or of preferences the mean over pairs.
-    `tokens_per_second`: training alone. `measured`: rewards and the rest (train.text.preference) on the held-out pairs,
-    of the adapter that was kept; `measured_before`: before the first step."""
+    """The result of a text run.
+
+    `loss`, `validation`: nats per trained token, or for preferences the mean over pairs. `tokens_per_second`:
+    training only. `measured`: rewards and other metrics (train.text.preference) of the kept adapter on the
+    held-out pairs; `measured_before`: before the first step."""
 
     tokens: int = 0
     learned_tokens: int = 0
@@ -43,7 +45,7 @@ class RunResult(Outcome):
 
 
 def text_metrics(result: RunResult) -> dict[str, Any]:
-    """What the card keeps of it."""
+    """Return the metrics for the adapter's card."""
     return result.metrics(
         tokens=result.tokens,
         learned_tokens=result.learned_tokens,
@@ -53,15 +55,18 @@ def text_metrics(result: RunResult) -> dict[str, Any]:
 
 
 def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
-    """Writes the adapter in PEFT's format with its card; returns the digest of what anyone reads back."""
+    """Write the adapter in PEFT's format with its card; return its digest.
+
+    The digest is that of the adapter as read back."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     adapter = replace(adapter, card=replace(adapter.card, created=created))
     return peft.write_folder(adapter, folder, base_name=base.name, base=base.model).digest
 
 
 def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the prompt of the first row that is a text conversation: `messages`, all messages before the row's answer,
-    and `prompt`, the beginning of the last message. {} if there is no such row."""
+    """Return the prompt of the first row that is a text conversation; {} if none is.
+
+    `messages`: all messages before the row's answer; `prompt`: the beginning of the last message."""
     for row in rows:
         turns = [{"role": m.get("role"), "content": m.get("content")} for m in row.messages]
         asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
@@ -75,9 +80,9 @@ def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
 def sample_answers(
     base: TextBase, attachment: Attachment, name: str, messages: Sequence[Mapping[str, str]], tokens: int
 ) -> dict[str, str]:
-    """Return greedy answers to `messages` of at most `tokens` tokens: `base` and `adapter` (the one called `name`).
+    """Return greedy answers to `messages` of at most `tokens` tokens.
 
-    Raises BaseError, DataError."""
+    Keys are `base` and `adapter` (the adapter `name`). Raises BaseError, DataError."""
     said = {}
     for who, mix in (("base", ()), ("adapter", (name,))):
         with attachment.using(*mix):
@@ -88,7 +93,9 @@ def sample_answers(
 def text_report(
     result: RunResult, folder: Path, base: TextBase, seconds: float, preference: str | None = None
 ) -> ReportParts:
-    """What the report of a run on text has of its own. `seconds`: that the steps took. `preference`: its loss."""
+    """Return the text-specific parts of the report.
+
+    `seconds`: duration of the steps. `preference`: the preference loss."""
     predicted = result.preflight.get("numbers", {}).get("predicted_seconds")
     remark = f"{result.tokens:,} tokens in {duration(seconds)}"
     remark += "" if predicted is None else f" · {duration(predicted)} predicted"
