@@ -1,12 +1,13 @@
-"""Which part of a picture is learned at which size: buckets, crops, flips, captions as drawn, and a view's tensors.
+"""Views of pictures: buckets, crops, flips, sampled captions, and tensors.
 
-    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)   plan.rows: picture x resolution x repeat
-    view, caption = draw_row(plan.rows[i], settings, seed=0, epoch=3)          pure: a resumed run draws the same
+    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)   plan.rows: picture, resolution, repeat
+    view, caption = draw_row(plan.rows[i], settings, seed=0, epoch=3)      pure: a resumed run draws the same
     tensors = prepare(row.picture, view, settings)                         pixels, mask, SDXL's time ids
 
-A bucket is a (width, height) in multiples of the step with width * height <= resolution² and the longer side at most
-`bucket_ratio` times the shorter; a picture takes the one of the nearest aspect ratio, is resized to cover it and loses
-what is outside. A picture that would have to be enlarged gets a bucket of its own size. Knows no model.
+A bucket is a (width, height) in multiples of the step with width * height <= resolution² and the longer side
+at most `bucket_ratio` times the shorter. A picture is assigned the bucket with the nearest aspect ratio,
+resized to cover it and cropped. A picture that would have to be enlarged gets a bucket of its own size.
+Independent of models.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from veneer.train.image.training_picture import TrainingPicture, same_shape
 
 _Bucket = tuple[int, int]
 _CROPS = 4
-"""Random crops of a picture, each of which is cached."""
+"""Random crops per picture; each is cached."""
 
 
 @dataclass(frozen=True)
 class PictureRow:
-    """A picture at one bucket; `repeat` numbers the copies that repeats ask for, each drawn for itself."""
+    """A picture in one bucket.
+
+    `repeat` numbers the copies of a repeated picture, which have separate random numbers."""
 
     picture: TrainingPicture
     bucket: _Bucket
@@ -46,8 +49,11 @@ class PictureRow:
 
 @dataclass
 class PicturePlan:
-    """`rows`: what an epoch shows, in the pictures' order. `small`: pictures below a bucket, kept at their own size,
-    enlarged, or left out; `dropped`: those left out at every resolution. `step`: of the buckets' sides."""
+    """The rows of an epoch.
+
+    `rows`: in the pictures' order. `small`: pictures smaller than a bucket: kept at their own size, enlarged,
+    or dropped; `dropped`: those dropped at every resolution. `step`: the sides of buckets are multiples of
+    it."""
 
     rows: list[PictureRow] = field(default_factory=list)
     small: list[str] = field(default_factory=list)
@@ -56,16 +62,17 @@ class PicturePlan:
 
     @property
     def sizes(self) -> dict[_Bucket, int]:
-        """Rows in each bucket, the most used first."""
+        """Return bucket -> number of rows, the most used first."""
         counts = Counter(row.bucket for row in self.rows)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 @dataclass(frozen=True)
 class View:
-    """A crop of a resized picture: pixels [top, top + height) x [left, left + width) of it, then mirrored if `flip`.
+    """A crop of a resized picture.
 
-    `original`, `resized`: (width, height) of the picture before and after resizing."""
+    It has the pixels [top, top + height) x [left, left + width), mirrored if `flip`. `original`, `resized`:
+    (width, height) of the picture before and after resizing."""
 
     width: int
     height: int
@@ -77,21 +84,25 @@ class View:
 
     @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
-        """SDXL's micro-conditioning (arXiv 2307.01952, 2.2): original height and width, crop top and left in the
-        resized picture, target height and width. A mirrored crop lies `resized width - left - width` from the
-        mirrored picture's left side."""
+        """Return SDXL's micro-conditioning (arXiv 2307.01952, 2.2).
+
+        It is original height and width, crop top and left in the resized picture, target height and width. A
+        mirrored crop is `resized width - left - width` from the mirrored picture's left side."""
         left = self.resized[0] - self.left - self.width if self.flip else self.left
         return (self.original[1], self.original[0], self.top, left, self.height, self.width)
 
     @property
     def cut(self) -> float:
-        """Share of the picture that lies outside the crop."""
+        """Return the share of the picture outside the crop."""
         return 1 - self.width * self.height / (self.resized[0] * self.resized[1])
 
 
 @dataclass(frozen=True)
 class ViewTensors:
-    """pixels: (3, h, w) float32 in -1..1; mask: (1, h, w) float32 in 0..1 or None; sizes: (6,) float32 time ids."""
+    """The tensors of a view.
+
+    pixels: (3, h, w) float32 in -1..1; mask: (1, h, w) float32 in 0..1 or None; sizes: (6,) float32 time ids.
+    """
 
     pixels: Tensor
     mask: Tensor | None
@@ -100,11 +111,12 @@ class ViewTensors:
 
 @lru_cache(maxsize=64)
 def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
-    """All (width, height) that are as large as allowed: multiples of `step`, width * height <= resolution², the longer
-    side at most `ratio` times the shorter. The square is always there, the longest may be cut to the ratio if it keeps
-    three quarters of the area, and no other has room for one more step of its longer side.
+    """Return all maximal (width, height) buckets.
 
-    ConfigError when there is none."""
+    They are multiples of `step`, width * height <= resolution², the longer side at most `ratio` times the
+    shorter. The square is always included, the longest can be cut to the ratio if it keeps three quarters of
+    the area, and no other has room for one more step of its longer side. Raises ConfigError if there is none.
+    """
     area = resolution * resolution
     side = resolution // step * step
     found: set[_Bucket] = {(side, side)} if side else set()
@@ -130,9 +142,10 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
 def bucket_for(
     size: tuple[int, int], resolution: int, step: int, settings: ImageDataSection
 ) -> tuple[_Bucket | None, bool]:
-    """(bucket of a picture of (width, height), whether the picture is below it). None: it is left out.
+    """Return (bucket for a picture of `size`, whether the picture is smaller).
 
-    Among all buckets the one whose aspect ratio is nearest in logarithm; of equal ones the larger."""
+    The bucket has the aspect ratio nearest in logarithm, and among equals the largest size. None: the picture
+    is dropped."""
     width, height = size
     ratio = settings.bucket_ratio if settings.buckets else 1.0
     choices = buckets(resolution, step, ratio)
@@ -153,10 +166,11 @@ def bucket_for(
 
 
 def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *, size: int, unit: int) -> PicturePlan:
-    """The rows of an epoch: each picture at each resolution, as often as its repeats say. A small picture that has the
-    same bucket at several resolutions is there once. `size`, `unit`: of the base, in pixels.
+    """Return the rows of an epoch: each picture at each resolution, with repeats.
 
-    ConfigError when `bucket_step` is not a multiple of `unit`; DataError when nothing is left."""
+    A small picture with the same bucket at several resolutions occurs once. `size`, `unit`: those of the
+    base, in pixels. Raises ConfigError if `bucket_step` is not a multiple of `unit`; DataError if no row is
+    left."""
     step = settings.step(unit, size)
     if step % unit:
         raise ConfigError(
@@ -191,9 +205,10 @@ def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *
 
 
 def draw_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> tuple[View, str]:
-    """The view and the caption of a row in an epoch: a function of its arguments alone, and of no order or history.
+    """Return the view and the caption of a row in an epoch.
 
-    A random crop is one of four that belong to the picture and bucket, so that latents can be cached."""
+    A pure function of its arguments. A random crop is one of four per picture and bucket, so that latents can
+    be cached."""
     crop = 0
     if settings.crop == "random":
         crop = int(_chance(seed, epoch, row, "crop") * _CROPS) + 1
@@ -203,9 +218,10 @@ def draw_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: i
 
 
 def place(size: tuple[int, int], bucket: _Bucket, *, flip: bool = False, at: tuple[float, float] | None = None) -> View:
-    """The view of a picture of `size` in `bucket`: resized by max(bucket / size) so that it covers it, and cropped.
+    """Return the view of a picture of `size` in `bucket`.
 
-    `at`: where the crop lies in what is left over, (vertical, horizontal), each in [0, 1); None for the middle."""
+    The picture is resized by max(bucket / size), so that it covers the bucket, and cropped. `at`: position of
+    the crop in the excess, (vertical, horizontal), each in [0, 1); None for the center."""
     width, height = size
     w, h = bucket
     if w * height >= h * width:  # the width decides; the other side is at least h by construction
@@ -220,10 +236,11 @@ def place(size: tuple[int, int], bucket: _Bucket, *, flip: bool = False, at: tup
 def view_before(
     view: View, before: TrainingPicture, unit: int = 1, size: Callable[[int, int], tuple[int, int]] | None = None
 ) -> View:
-    """What is seen of the picture before one that is seen by `view`, whatever its size: the same part, at the same
-    place, mirrored alike. One of another proportion is seen whole, in about as many pixels, sides multiples of `unit`.
+    """Return the view of a source image for the `view` of its picture.
 
-    `size`: (width, height) that the base is shown it in, of what it would be."""
+    It is the same part at the same position, mirrored alike, for any size of the source image. A source image
+    of other proportions is shown whole, in about as many pixels, with sides that are multiples of `unit`.
+    `size`: maps (width, height) to the size for the base."""
     same = same_shape(before.size, view.original)
     wanted = (view.width, view.height)
     if not same:
@@ -240,14 +257,18 @@ def view_before(
 
 
 def shapes_of(picture: TrainingPicture, view: View) -> tuple[tuple[int, int], ...]:
-    """(height, width) of what is seen, and of each that is before it its size if that has another proportion, else
-    zeros: rows of equal ones can be one batch."""
+    """Return (height, width) of the view, then a shape for each source image.
+
+    The shape is the source image's size if its proportions differ, else zeros. Rows with equal results can
+    form one batch."""
     odd = ((0, 0) if same_shape(b.size, view.original) else b.size for b in picture.before)
     return ((view.height, view.width), *odd)
 
 
 def draw_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> str:
-    """The caption of a row in an epoch: empty with probability `caption_dropout`, its tags shuffled if asked."""
+    """Return the caption of a row in an epoch.
+
+    It is empty with probability `caption_dropout`; its tags are shuffled if configured."""
     if _chance(seed, epoch, row, "dropout") < settings.caption_dropout:
         return ""
     if not settings.shuffle_tags:
@@ -261,7 +282,9 @@ def draw_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoc
 
 
 def prepare(picture: TrainingPicture, view: View, settings: ImageDataSection) -> ViewTensors:
-    """The tensors of a view. DataError when the file is gone, or is no longer the one that was read."""
+    """Return the tensors of a view.
+
+    Raises DataError if the file is missing or has changed since it was read."""
     opened = decode_picture(_unchanged(picture.path, picture.digest), settings)
     mask = opened.alpha if picture.alpha else None
     if picture.mask is not None:
@@ -275,12 +298,14 @@ def prepare(picture: TrainingPicture, view: View, settings: ImageDataSection) ->
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """A mask (…, h, w) on the grid of the latents: each cell the mean of the pixels it stands for."""
+    """Return a mask (…, h, w) on the latents' grid: the mean over each cell."""
     return torch.nn.functional.adaptive_avg_pool2d(mask, (height, width))
 
 
 def whole_part(picture: TrainingPicture, view: View, settings: ImageDataSection) -> Image.Image:
-    """What a view shows of a picture, in the picture's own pixels. Raises DataError as `prepare` does."""
+    """Return a view's part of a picture at the picture's own resolution.
+
+    Raises DataError as `prepare` does."""
     image = decode_picture(_unchanged(picture.path, picture.digest), settings).colour
     across, down = image.width / view.resized[0], image.height / view.resized[1]
     left, right = (round(x * across) for x in (view.left, view.left + view.width))
@@ -290,7 +315,7 @@ def whole_part(picture: TrainingPicture, view: View, settings: ImageDataSection)
 
 
 def seen_part(image: Image.Image, view: View, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """The part of a picture that a view shows, as a picture."""
+    """Return a view's part of a picture at the view's size."""
     if image.size != view.resized:
         image = image.resize(view.resized, filter)
     image = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
@@ -316,7 +341,9 @@ def _unchanged(path: Path, digest: str) -> bytes:
 
 
 def _crop_place(row: PictureRow, seed: int, crop: int) -> tuple[float, float] | None:
-    """Where the crop of this number lies; the same in every epoch and for every repeat. Number 0 is the middle."""
+    """Return the position of crop number `crop`; None (the center) for 0.
+
+    It is the same in every epoch and for every repeat."""
     if crop == 0:
         return None
     down, right = (_uniform(seed, row.picture.key, row.bucket, crop, axis) for axis in ("down", "right"))
@@ -328,11 +355,13 @@ def _chance(seed: int, epoch: int, row: PictureRow, what: str) -> float:
 
 
 def _uniform(*parts: object) -> float:
-    """A number in [0, 1) made of its arguments by a hash: a generator's state would tie each row to those before it."""
+    """Return a number in [0, 1) from a hash of the arguments.
+
+    A generator's state would make each row depend on earlier rows."""
     digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
 def _rounded(above: int, below: int) -> int:
-    """above / below to the nearest whole number, halves up, in exact arithmetic."""
+    """Return above / below rounded to the nearest integer, halves up, exactly."""
     return (2 * above + below) // (2 * below)

@@ -1,13 +1,16 @@
-"""Which pictures make a step, and the tensors of a micro-batch.
+"""Choose the pictures of each step, and make the tensors of a micro-batch.
 
-    step         `rows` pictures of a seeded shuffle, and as many class pictures where there are some
+    step         `rows` pictures of a seeded shuffle, and as many class pictures if there are any
     micro-batch  part of a step: pictures of one shape, at most `micro_rows` of them
 
-A step may hold pictures of several shapes: its loss is a sum over pictures, so that how it is cut changes memory and
-speed, never the result. The plan is a pure function of seed and epoch: a resumed run plans the same, and all that will
-be needed of the caches is known before the first step. With class pictures the loss of a step is DreamBooth's (arXiv
-2208.12242),
-mean over its pictures + Σ weight · class picture's / number of its pictures. Knows neither models nor files.
+A step can have pictures of several shapes: its loss is a sum over pictures, so the cut changes memory and
+speed, never the result. The plan is a pure function of seed and epoch: a resumed run plans the same, and the
+cache entries to compute are known before the first step. With class pictures the loss of a step is
+DreamBooth's (arXiv 2208.12242),
+
+    mean over its pictures + Σ weight · class picture's loss / number of its pictures
+
+Independent of models and files.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from veneer.train.validation_split import hold_out
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A picture in a step: what is seen of it, what is said of it, what its loss counts, and what its draws are of."""
+    """A picture in a step: its view, caption, loss weight and random key."""
 
     picture: TrainingPicture
     view: View
@@ -42,8 +45,10 @@ class PlannedRow:
 
 @dataclass
 class ImageBatch:
-    """latents: (n, c, h, w), masks: (n, 1, h, w) or None, sizes: (n, 6) time ids, weights: (n,); rows: the plan's.
-    `before`: for each picture that an edit starts from its latents, (n, c, h, w)."""
+    """The tensors of a micro-batch.
+
+    latents: (n, c, h, w); masks: (n, 1, h, w) or None; sizes: (n, 6) time ids; weights: (n,); rows: those of
+    the plan. `before`: for each source image of an edit its latents, (n, c, h, w)."""
 
     latents: Tensor
     masks: Tensor | None
@@ -58,8 +63,10 @@ class ImageBatch:
         latents: Sequence[tuple[Tensor, Tensor | None, Tensor]],
         before: Sequence[Sequence[Tensor]] = (),
     ) -> ImageBatch:
-        """Rows of one shape and, for each, its (latents, mask, time ids), and the latents of what is before it. A row
-        without a mask is learned whole."""
+        """Return the batch of rows of one shape.
+
+        `latents`: (latents, mask, time ids) of each row; `before`: the latents of its source images. A row
+        without a mask is trained on whole."""
         masks = [mask for _, mask, _ in latents]
         joined = None
         if any(mask is not None for mask in masks):
@@ -76,7 +83,7 @@ class ImageBatch:
         )
 
     def sent(self, device: torch.device) -> ImageBatch:
-        """The same with latents and masks on a device, on their way there."""
+        """Return the batch with latents and masks copied to a device asynchronously."""
         masks = None if self.masks is None else sent(self.masks, device)
         before = [sent(x, device) for x in self.before]
         return replace(self, latents=sent(self.latents, device), masks=masks, before=before)
@@ -85,8 +92,9 @@ class ImageBatch:
 def split_pictures(
     pictures: Sequence[TrainingPicture], split: int | float | None, seed: int
 ) -> tuple[list[TrainingPicture], list[TrainingPicture]]:
-    """(learned, held out), as `hold_out` chooses them. None: a tenth from 20 pictures on, at most 50; none below. Class
-    pictures are never held out."""
+    """Return (training, held-out) pictures, chosen by `hold_out`.
+
+    None: from 20 pictures on a tenth, at most 50; none below 20. Class pictures are never held out."""
     own = [p for p in pictures if not p.is_class]
     default = min(50, len(own) // 10) if len(own) >= 20 else 0
     _, held = hold_out(own, split, seed=seed, default=default, what="pictures", order=_digest)
@@ -100,10 +108,10 @@ def plan_image_steps(
     make: Callable[[Sequence[PlannedRow]], ImageBatch],
     devices: int = 1,
 ) -> LazySteps:
-    """All steps of the run in order, planned an epoch at a time.
+    """Return all steps of the run in order, planned one epoch at a time.
 
-    `rows`: of one epoch. `make`: rows of one shape -> their batch, called when its turn comes. A step is cut into a
-    micro-batch for each of `devices` at least, where it has the pictures."""
+    `rows`: those of one epoch. `make`: rows of one shape -> their batch, called when the batch is needed. A
+    step is cut into at least one micro-batch per device, if it has enough pictures."""
     own = [row for row in rows if not row.picture.is_class]
     classes = [row for row in rows if row.picture.is_class]
     size = config.batching.rows
@@ -123,7 +131,7 @@ def plan_image_steps(
 
 
 def planned_rows(steps: Iterable[Step]) -> Iterator[PlannedRow]:
-    """Every row of these steps, in the order they were drawn in."""
+    """Yield every row of these steps, in sampling order."""
     for step in steps:
         yield from sorted((row for micro in step.micros for row in micro.items), key=lambda row: row.key)
 
@@ -131,7 +139,9 @@ def planned_rows(steps: Iterable[Step]) -> Iterator[PlannedRow]:
 def _drawn(
     rows: Sequence[PictureRow], instances: int, config: ImageTrainConfig, epoch: int, step: int
 ) -> list[PlannedRow]:
-    """The rows of one step as they are seen. The loop divides by all pictures; DreamBooth's loss by the instances."""
+    """Return the rows of one step with their views and captions.
+
+    The loop divides by the number of all pictures; DreamBooth's loss by that of the instances."""
     factor = len(rows) / instances
     out = []
     for slot, row in enumerate(rows):
@@ -142,8 +152,9 @@ def _drawn(
 
 
 def _endless(classes: Sequence[PictureRow], seed: int, start: int) -> Iterator[PictureRow]:
-    """The class pictures that stand beside the others: all of them in a shuffled order, again and again, without the
-    first `start`; none where there are no class pictures."""
+    """Yield class pictures endlessly, each cycle in another shuffled order.
+
+    Skips the first `start`; yields none if there are no class pictures."""
     if not classes:
         return iter(())
     first, skipped = divmod(start, len(classes))
@@ -156,7 +167,9 @@ def _micros(
     make: Callable[[Sequence[PlannedRow]], ImageBatch],
     pieces: int,
 ) -> list[Micro]:
-    """Rows of one shape together, the largest shape first, so that a step which does not fit fails at once."""
+    """Group rows of one shape, the largest shape first.
+
+    A step that does not fit in memory thus fails at once."""
     shapes: dict[tuple[tuple[int, int], ...], list[PlannedRow]] = {}
     for row in rows:
         shapes.setdefault(shapes_of(row.picture, row.view), []).append(row)
@@ -175,8 +188,10 @@ def _micros(
 
 
 def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, most: int | None) -> list[PlannedRow]:
-    """Each held-out picture once at each bucket, its middle, unmirrored, with its own caption; nothing of them is drawn
-    at random, and their keys do not depend on the run, so that curves of different runs can be compared."""
+    """Return each held-out picture once per bucket: center crop, unmirrored.
+
+    Each has its own caption. Nothing is random, and the keys do not depend on the run, so curves of different
+    runs can be compared."""
     once = {(row.picture.key, row.bucket): row for row in rows if row.repeat == 0}
     return [
         PlannedRow(row.picture, place(row.picture.size, row.bucket), row.picture.caption, 1.0, (row.picture.key,))
@@ -185,7 +200,9 @@ def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, most
 
 
 def _shuffled(rows: Sequence[PictureRow], seed: int, epoch: int) -> list[PictureRow]:
-    """Ordered by a hash of what each row is: the same in every version of every library, and for any order of files."""
+    """Order rows by a hash of their content.
+
+    The order is the same in every version of every library, and for any order of files."""
     return sorted(rows, key=lambda row: _hash(seed, epoch, row.picture.key, row.bucket, row.repeat))
 
 

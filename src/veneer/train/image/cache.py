@@ -1,15 +1,15 @@
-"""Latents and text embeddings on disk, computed once: a key is a hash of everything the value is made of.
+"""Caches latents and text embeddings on disk, keyed by a hash of their inputs.
 
     latents = LatentCache(folder, fingerprint=base.fingerprint)
-    entry = latents.get(picture, view, settings, encode)      encode: (1, 3, h, w) pixels -> (1, c, h/f, w/f) latents
+    entry = latents.get(picture, view, settings, encode)   encode: (1, 3, h, w) pixels -> (1, c, h/f, w/f) latents
     texts = TextCache(folder, fingerprint=base.fingerprint)
-    entry = texts.get("a red fox", encode)                    encode: prompt -> CacheEntry
+    entry = texts.get("a red fox", encode)                 encode: prompt -> CacheEntry
 
-A file's key is sha256 of the picture's and mask's bytes, the view, the settings that change pixels, the encoder's
-fingerprint and the version below: a changed picture, crop or base has another key, so nothing is ever stale and nothing
-has to be asked. Entries are safetensors files with a checksum; a damaged one is counted and made anew. Each entry is
-encoded alone: what it holds does not depend on which others were there already. Writes are atomic, so runs can share a
-folder.
+A file's key is the sha256 of the picture's and mask's bytes, the view, the settings that change pixels, the
+encoder's fingerprint and the version below. A changed picture, crop or base has another key, so entries are
+never stale. Entries are safetensors files with a checksum; a damaged one is counted and recomputed. Each
+entry is encoded separately, so its content does not depend on other entries. Writes are atomic, so runs can
+share a folder.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from veneer.train.config.image import ImageDataSection
 from veneer.train.image.augmentation import View, ViewTensors, latent_mask, prepare
 from veneer.train.image.training_picture import TrainingPicture
 
-_VERSION = 1  # of what is stored and how pixels are made; a change makes every older entry unknown
+_VERSION = 1  # version of the format and of pixel processing; a change invalidates all entries
 _CHECKSUM = "veneer.sha256"
 _TEXTS = "veneer.texts"
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Named tensors, and named texts beside them (as what an encoder cut off)."""
+    """Named tensors and named texts (such as the text that an encoder truncated)."""
 
     tensors: Mapping[str, Tensor]
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -46,7 +46,9 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class LatentRow:
-    """latents: (c, h/f, w/f); mask: (1, h/f, w/f) float32 in 0..1 or None; sizes: (6,) float32 time ids."""
+    """The latents of a view.
+
+    latents: (c, h/f, w/f); mask: (1, h/f, w/f) float32 in 0..1 or None; sizes: (6,) float32 time ids."""
 
     latents: Tensor
     mask: Tensor | None
@@ -54,9 +56,10 @@ class LatentRow:
 
 
 class _Store:
-    """Entries by key: in memory up to `memory` bytes, and in `folder` (nothing: in memory alone).
+    """Entries by key, in memory up to `memory` bytes, and in `folder`.
 
-    `found`, `made`, `damaged`: entries read, computed, and computed because what was there could not be trusted."""
+    Without a folder, entries are in memory only. `found`, `made`, `damaged`: entries read, computed, and
+    recomputed because the file was invalid."""
 
     def __init__(self, folder: str | Path | None, *, fingerprint: str, memory: int = 1 << 30) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
@@ -94,7 +97,7 @@ class _Store:
         return entry
 
     def _read(self, path: Path, key: str) -> CacheEntry | None:
-        """The entry, or None (counted) when the file is cut short, altered, or another entry's."""
+        """Return the entry; None (counted) if the file is truncated, altered or another's."""
         with contextlib.suppress(AdapterError, ValueError, OSError):
             tensors, metadata = read_tensors(path)
             entry = CacheEntry({n: t.clone() for n, t in tensors.items()}, json.loads(metadata.get(_TEXTS, "{}")))
@@ -105,15 +108,18 @@ class _Store:
 
 
 class LatentCache(_Store):
-    """Latents of pictures. `fingerprint`: of what encodes them: the base's, with the dtype it encodes in."""
+    """A cache of latents.
+
+    `fingerprint`: that of the encoder: the base's, with its dtype."""
 
     def get(
         self, picture: TrainingPicture, view: View, settings: ImageDataSection, encode: Callable[[Tensor], Tensor]
     ) -> LatentRow:
-        """The latents of a view, its mask on their grid, and its time ids.
+        """Return the latents of a view, its mask on their grid, and its time ids.
 
-        `encode`: (1, 3, h, w) float32 pixels in -1..1 -> (1, c, h/f, w/f). DataError when the picture changed on the
-        disk since it was read or its latents are not finite, ResourceError when the disk is full."""
+        `encode`: (1, 3, h, w) float32 pixels in -1..1 -> (1, c, h/f, w/f). Raises DataError if the picture
+        has changed on disk since it was read or its latents are not finite, ResourceError if the disk is
+        full."""
         masked = picture.alpha or picture.mask is not None
         made_of: list[Any] = [picture.digest, settings.colour if picture.transparent else None]
         made_of += [picture.mask_digest, picture.alpha, settings.mask_floor if masked else None]
@@ -128,7 +134,9 @@ class LatentCache(_Store):
 
 
 class TextCache(_Store):
-    """Text embeddings of prompts. `fingerprint`: the base's, with the dtype and length that prompts are encoded in."""
+    """A cache of text embeddings.
+
+    `fingerprint`: the base's, with the dtype and length of encoded prompts."""
 
     def get(
         self,
@@ -137,8 +145,10 @@ class TextCache(_Store):
         seen: Sequence[tuple[TrainingPicture, View]] = (),
         settings: ImageDataSection | None = None,
     ) -> CacheEntry:
-        """What `encode` makes of the prompt. `seen`: the pictures that it reads with it, decoded by `settings`. Errors
-        as LatentCache.get."""
+        """Return the prompt encoded by `encode`.
+
+        `seen`: pictures that it reads with the prompt, decoded by `settings`. Raises the errors of
+        LatentCache.get."""
         colour = settings.colour if settings is not None else None
         pictures = [[p.digest, colour if p.transparent else None, *_of_view(view)] for p, view in seen]
         key = self._key("text", prompt, *([pictures] if pictures else []))

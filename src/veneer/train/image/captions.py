@@ -1,10 +1,10 @@
-"""Captions for pictures that have none, where `read_pictures` finds them.
+"""Write captions for pictures without one, where `read_pictures` finds them.
 
     report = write_captions("drawings", describe, trigger="sks")
 
-Each is written as soon as it is there, whole or not at all, so that a call that is stopped goes on where it was: what
-has a caption is passed over. `txt` is `NAME.txt` beside `NAME.png`; `jsonl` a row of the folder's metadata.jsonl. Knows
-pictures and files; what says what is on a picture is the caller's.
+Each caption is written atomically as soon as it exists, and captioned pictures are skipped, so a stopped call
+resumes. `txt` is `NAME.txt` next to `NAME.png`; `jsonl` is a row of the folder's metadata.jsonl. The caller
+describes the pictures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ _CaptionForm = Literal["txt", "jsonl"]
 
 @dataclass(frozen=True)
 class WrittenCaption:
-    """`picture`: its name in the folder. `file`: where the caption is."""
+    """A written caption.
+
+    `picture`: the picture's name in the folder. `file`: the caption's file."""
 
     picture: str
     file: Path
@@ -42,7 +44,9 @@ class WrittenCaption:
 
 @dataclass
 class CaptionReport:
-    """`had`: pictures that were passed over, since they have a caption. `failed`: `name: reason`."""
+    """The result of a captioning call.
+
+    `had`: number of skipped pictures, which have a caption. `failed`: `name: reason`."""
 
     written: list[WrittenCaption] = field(default_factory=list)
     had: int = 0
@@ -50,10 +54,10 @@ class CaptionReport:
 
 
 def uncaptioned(folder: str, *, to: _CaptionForm = "txt", overwrite: bool = False) -> list[OwnCaption]:
-    """The pictures of a folder that are to get a caption: those that have none, with `overwrite` all.
+    """Return the pictures of a folder to caption: uncaptioned ones, or all.
 
-    Raises DataError for a folder that `read_pictures` would refuse, and where writing would be without effect or touch
-    another picture's caption; it lists all."""
+    `overwrite`: all pictures. Raises DataError for a folder that `read_pictures` would refuse, and, listing
+    all pictures, if writing would have no effect or change another picture's caption."""
     found = own_captions(folder)
     if not overwrite:
         return [one for one in found if one.caption is None]
@@ -86,11 +90,11 @@ def write_captions(
     overwrite: bool = False,
     on_caption: Callable[[WrittenCaption], None] | None = None,
 ) -> CaptionReport:
-    """A caption for each picture of `uncaptioned`, in the order of names. `describe`: (text, whether it is cut) of an
-    RGB picture. `trigger`: stands in front where the text does not have it.
+    """Write a caption for each picture of `uncaptioned`, in the order of names.
 
-    What cannot be read, and what nothing is said of, is in the report. Raises what `uncaptioned` raises, ResourceError
-    for a full disk."""
+    `describe`: (text, whether it is truncated) of an RGB picture. `trigger`: put in front of texts without
+    it. Unreadable pictures and empty descriptions are in the report. Raises the errors of `uncaptioned`,
+    ResourceError for a full disk."""
     root = Path(folder).expanduser()
     wanted = uncaptioned(folder, to=to, overwrite=overwrite)
     every = own_captions(folder)
@@ -103,7 +107,7 @@ def write_captions(
         except UnreadablePicture as error:
             report.failed.append(f"{one.name}: {error}")
             continue
-        except BaseError as error:  # of the model, which does not know which picture it is shown
+        except BaseError as error:  # the model does not know the picture's path
             raise BaseError(error.what, where=error.where or str(one.path), fix=error.fix) from error
         if not text:
             report.failed.append(f"{one.name}: the model says nothing of it")
@@ -117,10 +121,11 @@ def write_captions(
 
 
 def write_caption(picture: Path, text: str, folder: str | None = None) -> WrittenCaption:
-    """Another caption for one picture, where its caption is read: in its own file, in its row of metadata.jsonl, or in
-    a new NAME.txt beside it. `folder`: the one that is trained on, by default the picture's own.
+    """Replace the caption of one picture where it is read.
 
-    Raises DataError where that would be without effect or touch another picture's caption, and for an empty text."""
+    The caption is in the picture's own file, in its row of metadata.jsonl, or in a new NAME.txt next to it.
+    `folder`: the training folder, by default the picture's own. Raises DataError if writing would have no
+    effect or change another picture's caption, and for an empty text."""
     caption, root = " ".join(text.split()), Path(folder or picture.parent).expanduser()
     if not caption:
         raise DataError("a caption has at least one word", where=str(picture), fix="say what is to be seen")
@@ -145,7 +150,9 @@ def write_caption(picture: Path, text: str, folder: str | None = None) -> Writte
 
 
 def _write(root: Path, one: OwnCaption, caption: str, to: _CaptionForm, *, alone: bool) -> Path:
-    """Write a caption and return its file. `alone`: no other picture has this name with another suffix."""
+    """Write a caption and return its file.
+
+    `alone`: no other picture has this name with another suffix."""
     if to == "jsonl":
         file = root / "metadata.jsonl"
         atomic_write(file, [_with_row(root, one.name, caption)])
@@ -158,7 +165,7 @@ def _write(root: Path, one: OwnCaption, caption: str, to: _CaptionForm, *, alone
 
 
 def _caption_files(picture: Path) -> list[Path]:
-    """The files beside a picture that are read as its caption."""
+    """Return the caption files next to a picture."""
     places = (picture.with_suffix(""), picture)
     names = [place.with_name(place.name + suffix) for place in places for suffix in CAPTION_SUFFIXES]
     return [name for name in names if name.is_file()]
@@ -170,13 +177,17 @@ def _lines(root: Path) -> list[str]:
 
 
 def _rows(root: Path) -> dict[str, int]:
-    """Picture -> its line in the folder's metadata.jsonl, which `own_captions` has read."""
+    """Return picture -> its line in the folder's metadata.jsonl.
+
+    `own_captions` has read the file."""
     rows = map(json.loads, _lines(root))
     return {str(next((row[c] for c in FILE_COLUMNS if c in row), "")): i for i, row in enumerate(rows)}
 
 
 def _with_row(root: Path, name: str, caption: str) -> bytes:
-    """metadata.jsonl with this picture's caption in the column that it has for captions; other lines stay."""
+    """Return metadata.jsonl with this picture's caption in the caption column.
+
+    Other lines are unchanged."""
     lines, at = _lines(root), _rows(root).get(name)
     rows = [json.loads(line) for line in lines]
     column = next((c for c in CAPTION_COLUMNS if any(c in row for row in rows)), "text")

@@ -1,10 +1,10 @@
-"""Preflight of pictures: what was read and converted, what will be cut away, what looks alike, what is too small.
+"""Preflight checks of pictures: conversions, crops, duplicates and small sizes.
 
     findings = check_pictures(pictures, about, plan, settings)
     findings += check_held_out(pictures, held_out)
 
-Findings of the same kind as for text: `stop` ends the run, `warn` is shown, `ok` says what is well. Every count comes
-with names. Reads nothing from the disk but masks (are they empty where the crop is?).
+Findings are those of text runs: `stop` ends the run, `warn` and `ok` are shown. Every count has names. Reads
+only masks from the disk (to find masks that are empty in the crop).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from veneer.train.image.training_picture import AboutPictures, TrainingPicture
 from veneer.train.preflight import Finding, share
 
 _NAMED = 5
-_MUCH = 0.25  # share of a picture outside its bucket that is worth a warning
+_MUCH = 0.25  # share of a picture outside its bucket that causes a warning
 _CONVERTED_BADLY = ("a colour profile that cannot be used", "EXIF that cannot be read", "first frame")
 
 
 def check_pictures(
     pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> list[Finding]:
-    """All findings about the pictures of a run, in the order they are shown."""
+    """Return all findings about the pictures of a run, in display order."""
     findings: list[Finding] = []
     for check in _CHECKS:
         findings += check(pictures, about, plan, settings)
@@ -35,7 +35,7 @@ def check_pictures(
 
 
 def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[TrainingPicture]) -> list[Finding]:
-    """Held-out pictures that are also trained on, as the same file or one that looks the same."""
+    """Return findings about held-out pictures that are, or look like, training ones."""
     learned = [p for p in train if not p.is_class]
     pairs = _looking_alike(held_out, learned)
     if not pairs:
@@ -190,7 +190,9 @@ def _pairs(
 def _class_pictures(
     pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
-    """Those that are files of what is learned; `_alike` warns of those that only look like one."""
+    """Report class pictures that are the same file as one of the user's pictures.
+
+    `_alike` warns of those that only look like one."""
     own = {picture.digest for picture in pictures if not picture.is_class}
     if both := [picture.name for picture in pictures if picture.is_class and picture.digest in own]:
         text = f"{counted(len(both), 'class picture')} learned as one of your own as well: {_some(both)}"
@@ -224,8 +226,10 @@ def _alike(
 def _looking_alike(
     pictures: Sequence[TrainingPicture], others: Sequence[TrainingPicture] | None = None
 ) -> list[tuple[int, int]]:
-    """`near_duplicates` of pictures: of pairs those that look alike before and after, for one alone may be what the
-    edit is."""
+    """Return the near-duplicates of pictures.
+
+    In pairs, both the source image and the picture must look alike, because one of them can differ by the
+    edit only."""
 
     def of(side: Callable[[TrainingPicture], TrainingPicture]) -> list[tuple[int, int]]:
         left, right = ([side(p).perceptual_hash for p in group] for group in (pictures, others or ()))
@@ -243,6 +247,6 @@ _CHECKS: tuple[_Check, ...] = (_read, _captions, _buckets, _masks, _pairs, _clas
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few, and how many more."""
+    """Return the first few names and the number of others."""
     names = list(names)
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")

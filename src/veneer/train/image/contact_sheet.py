@@ -1,10 +1,9 @@
-"""A contact sheet of what the model will see: each view at its bucket's shape, its mask shaded, its caption below. Of a
-pair: what is before, and right of it what comes after.
+"""A contact sheet of the training views, with masks shaded and captions below.
 
     contact_sheet(plan.rows, settings, seed=0, path="pictures.png")
 
-What a mask leaves out is shown in red hatching over the picture. Captions are drawn in Pillow's own font, which knows
-Latin letters; others appear as boxes on the sheet, and only there.
+Each view has its bucket's shape; a pair shows the source images to the left. The area outside a mask has red
+hatching. Captions use Pillow's own font, which has Latin letters; other letters are boxes on the sheet only.
 """
 
 from __future__ import annotations
@@ -38,9 +37,10 @@ def contact_sheet(
     columns: int = 6,
     cell: int = 192,
 ) -> int:
-    """Write a PNG with at most `most` rows, evenly taken from all, as they are seen in `epoch`; returns how many.
+    """Write a PNG with at most `most` rows, evenly spaced; return their number.
 
-    Small pictures are enlarged by whole factors without smoothing, so that every pixel that is learned can be seen."""
+    Shows views as in `epoch`. Small pictures are enlarged by integer factors without smoothing, so that every
+    training pixel is visible."""
     chosen = [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
     several = 1 + max((len(row.picture.before) for row in chosen), default=0)
     columns = max(1, min(columns // several, len(chosen)))
@@ -75,7 +75,9 @@ def contact_sheet(
 
 
 def shaded(tensors: ViewTensors) -> Image.Image:
-    """The pixels as a picture; where the mask is below 1 they turn to red in stripes, fully where it is 0."""
+    """Return the pixels as a picture with red stripes where the mask is below 1.
+
+    The stripes are strongest where the mask is 0."""
     pixels = ((tensors.pixels.permute(1, 2, 0).double() + 1) * 127.5).round().clamp(0, 255).numpy()
     if tensors.mask is not None:
         height, width = pixels.shape[:2]
@@ -93,7 +95,7 @@ def _about(row: PictureRow, view: View) -> str:
 
 
 def _last(name: str, wide: int) -> str:
-    """The end of a path tells more than its beginning."""
+    """Return the end of a path, which is more informative than its beginning."""
     return name if len(name) <= wide else "…" + name[-wide + 1 :]
 
 

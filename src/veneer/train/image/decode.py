@@ -1,15 +1,15 @@
-"""A picture file to upright 8-bit sRGB: what is in it, what was converted, and what is refused.
+"""Decode a picture file to upright 8-bit sRGB, and note conversions.
 
-    opened = decode_picture(data, settings)    opened.colour: RGB, opened.alpha: L or None, opened.notes: what was done
+    opened = decode_picture(data, settings)    opened.colour: RGB; opened.alpha: L or None; opened.notes
 
-    EXIF orientation   turned upright, so that width and height are what a viewer shows
+    EXIF orientation   rotated upright, so that width and height are those in a viewer
     embedded profile   converted to sRGB (littleCMS, the profile's own intent); an unreadable one is noted
-    CMYK, grey, palette, YCbCr, Lab, 16 bit, 1 bit     to 8-bit RGB
+    CMYK, gray, palette, YCbCr, Lab, 16 bit, 1 bit     to 8-bit RGB
     animation          refused, or its first frame used and noted
-    transparency       composited on `settings.background`; the alpha is kept beside it
+    transparency       composited on `settings.background`; the alpha is kept
 
-Refused with its reason: not a picture, cut short, empty, a Git LFS pointer, floating point, more pixels than allowed
-(told from the header, before anything is unpacked). Knows Pillow; nothing of captions, buckets or tensors.
+Refused with a reason: not a picture, truncated, empty, a Git LFS pointer, floating point, more pixels than
+allowed (read from the header, before decoding). Independent of captions, buckets and tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ except ImportError as error:
 
 Image.init()
 _DECODERS = tuple(f for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if f in Image.OPEN)
-"""Decoders that may run. Others (EPS starts Ghostscript, PSD and ICO hold several pictures) are not asked."""
+"""Allowed decoders.
+
+Others are not used: EPS starts Ghostscript, PSD and ICO have several pictures."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _ORIENTATION = 274
 _SRGB = ImageCms.createProfile("sRGB")
@@ -39,14 +41,17 @@ _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 
 
 class UnreadablePicture(Exception):
-    """A file that cannot be used; the text is the reason. Callers collect them into one DataError, or count them."""
+    """A file that cannot be used; the text is the reason.
+
+    Callers collect these errors into one DataError, or count them."""
 
 
 @dataclass(frozen=True)
 class DecodedPicture:
-    """A decoded picture. `colour`: RGB on the background; `alpha`: L where something is transparent, else None.
+    """A decoded picture.
 
-    `size`: (width, height), upright. `notes`: what was converted, as counted in the report."""
+    `colour`: RGB on the background; `alpha`: L if a pixel is transparent, else None. `size`: (width, height),
+    upright. `notes`: the conversions, for the report."""
 
     colour: Image.Image
     alpha: Image.Image | None
@@ -58,7 +63,9 @@ class DecodedPicture:
 
 
 def read_bytes(path: Path) -> tuple[bytes, str]:
-    """The file's bytes and their sha256. UnreadablePicture when there are none."""
+    """Return the file's bytes and their sha256.
+
+    Raises UnreadablePicture for missing or empty files."""
     try:
         if path.exists() and not path.is_file():
             raise UnreadablePicture("is no file" if not path.is_dir() else "is a folder")
@@ -73,7 +80,7 @@ def read_bytes(path: Path) -> tuple[bytes, str]:
 
 
 def decode_picture(data: bytes, settings: ImageDataSection) -> DecodedPicture:
-    """Decode a file's bytes. UnreadablePicture says why not."""
+    """Decode a file's bytes. Raises UnreadablePicture with the reason."""
     notes: list[str] = []
     image = _decoded(data, settings, notes)
     image, alpha = _split_alpha(image)
@@ -89,8 +96,10 @@ def decode_picture(data: bytes, settings: ImageDataSection) -> DecodedPicture:
 
 
 def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
-    """A mask file as L, upright: white is learned. A transparent mask picture is its alpha; profiles are not applied,
-    since a mask's values are weights and not colours. UnreadablePicture says why not."""
+    """Return a mask file as L, upright; white is trained on.
+
+    The mask of a transparent picture is its alpha. Color profiles are not applied, because values are
+    weights. Raises UnreadablePicture with the reason."""
     image, alpha = _split_alpha(_decoded(data, settings, []))
     if alpha is not None and alpha.getextrema() != (255, 255):
         return alpha
@@ -99,10 +108,10 @@ def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
 
 
 def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image.Image:
-    """The first frame, upright, every pixel read."""
+    """Return the first frame, upright, with all pixels read."""
     most = int(settings.most_megapixels * 1e6)
     with warnings.catch_warnings():
-        # Pillow's own limit warns at 89 and stops at 179 megapixels; ours is stated, and asked before unpacking.
+        # Pillow's own limit warns at 89 and stops at 179 megapixels; our setting is checked before decoding.
         warnings.simplefilter("ignore")
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=_DECODERS)
@@ -112,7 +121,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
                     f"{width} x {height} pixels, more than data.most_megapixels = {settings.most_megapixels:g}"
                 )
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            if frames > 1:  # an MPO's further pictures are previews or the other eye
+            if frames > 1:  # the other pictures of an MPO are previews or the other eye's view
                 if settings.animated == "refuse":
                     raise UnreadablePicture(f"holds {frames} frames; data.animated: first would use the first of them")
                 notes.append("first frame of several")
@@ -134,7 +143,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
             if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
                 image = ImageOps.exif_transpose(image)
                 notes.append("turned upright (EXIF)")
-        except Exception:  # damaged EXIF is common, and says nothing of the pixels
+        except Exception:  # damaged EXIF is common and does not affect the pixels
             notes.append("EXIF that cannot be read")
     return image
 
@@ -155,12 +164,12 @@ def _what_it_is(data: bytes) -> str:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """(picture without transparency, alpha as L or None)."""
+    """Return (picture without transparency, alpha as L or None)."""
     profile = image.info.get("icc_profile")
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     elif "transparency" in image.info and image.mode not in ("LA", "RGBA", "PA"):
-        image = image.convert("RGBA")  # one colour, or palette entries, marked as transparent
+        image = image.convert("RGBA")  # one color, or palette entries, marked as transparent
     elif image.mode == "PA":
         image = image.convert("RGBA")
     if image.mode not in ("LA", "RGBA"):
@@ -173,7 +182,9 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    """8-bit sRGB. Without a profile grey and RGB are taken as sRGB, CMYK by Pillow's plain inversion."""
+    """Convert to 8-bit sRGB.
+
+    Without a profile, gray and RGB are treated as sRGB, and CMYK is converted by Pillow's plain inversion."""
     data = image.info.get("icc_profile")
     image = _eight_bit(image, notes)
     if data:
@@ -191,7 +202,7 @@ def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Modes that colour management and resizing understand: L, RGB, CMYK or LAB, 8 bits a channel."""
+    """Return a mode for color management and resizing: 8-bit L, RGB, CMYK or LAB."""
     mode = image.mode
     if mode.startswith("I"):
         import numpy as np
@@ -209,7 +220,9 @@ def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _by_profile(image: Image.Image, data: bytes) -> Image.Image | None:
-    """The picture by its embedded profile, or None when that is sRGB (a round trip would only move values by one)."""
+    """Convert a picture by its embedded profile; None if the profile is sRGB.
+
+    A round trip would only change values by one."""
     profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(data))
     wanted = _SPACES.get(profile.profile.xcolor_space)
     if wanted is None:
@@ -219,7 +232,7 @@ def _by_profile(image: Image.Image, data: bytes) -> Image.Image | None:
     if image.mode != wanted:
         if "CMYK" in (image.mode, wanted) or image.mode == "LAB" or wanted == "LAB":
             raise ValueError(f"a {wanted} profile in a {image.mode} picture")
-        if wanted == "L":  # a grey profile in a colour picture says nothing of its primaries
+        if wanted == "L":  # a gray profile does not define the primaries of a color picture
             raise ValueError("a grey profile in a colour picture")
         image = image.convert(wanted)
     intent: Any = ImageCms.getDefaultIntent(profile)

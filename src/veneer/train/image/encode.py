@@ -1,11 +1,11 @@
-"""The base's encoders behind caches, and the loss of a batch over its denoiser.
+"""The base's encoders with caches, and the loss of a batch over its denoiser.
 
-    encoders.batch(rows)        rows of one shape -> ImageBatch, latents from the cache or made now
-    encoders.text(captions)     -> Conditioning, from the cache, or through text encoders whose adapters train
+    encoders.batch(rows)        rows of one shape -> ImageBatch, with latents from the cache or encoded now
+    encoders.text(captions)     -> Conditioning, from the cache, or from text encoders with trained adapters
     ImageLoss(…)(batch)         Σ over rows of weight · min-SNR weight · mean squared error
     ImageLoss(…).score(…)       the same on held-out pictures at fixed noise and times
 
-Knows the base's functions (models.image.predict); no loop, no files but the caches'.
+Uses the base's functions (models.image.predict); no training loop, no files except the caches.
 """
 
 from __future__ import annotations
@@ -54,16 +54,18 @@ if TYPE_CHECKING:
 
 
 _Seen = tuple[tuple[TrainingPicture, View], ...]
-"""Pictures before another one, and what is seen of each."""
+"""Source images of a picture, with the view of each."""
 
 
 class Encoders:
-    """Latents and conditionings of one base. `live`: prompts go through text encoders each time, for they learn."""
+    """Latents and conditionings of one base.
+
+    `live`: text encoders have trained adapters, so prompts are encoded each time."""
 
     def __init__(self, base: ImageBase, config: ImageTrainConfig, folder: Path | None) -> None:
         self.base, self.config = base, config
         self.live = bool(config.adapter.text_encoders)
-        # SDXL's pipelines take zeros for no text, which is another thing than the text of no words; unless told not to.
+        # SDXL's pipelines use zeros for no text, not the encoding of an empty text, unless configured otherwise.
         self.zeros = base.row.time_ids and bool(base.settings.get("force_zeros_for_empty_prompt", True))
         mark = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
         self.latents = LatentCache(folder and folder / "latents", fingerprint=mark)
@@ -72,14 +74,16 @@ class Encoders:
         self.texts = TextCache(folder and folder / "texts", fingerprint=reads)
 
     def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:
-        """The batch of rows of one shape."""
+        """Return the batch of rows of one shape."""
         before = [self._before_latents(row) for row in rows]
         return ImageBatch.of(rows, [self._latents(row) for row in rows], before)
 
     def text(self, captions: Sequence[str], rows: Sequence[PlannedRow] = ()) -> Conditioning:
-        """What the denoiser is told of these captions, on the base's device. Of an empty one (a dropped caption) what
-        the pipeline guides away from where there is no negative prompt: that is what dropping captions trains. `rows`:
-        of each caption its pair, for a base that reads what is before together with it."""
+        """Return the denoiser's conditioning on these captions, on the base's device.
+
+        The conditioning on an empty (dropped) caption is that of the pipeline for no negative prompt, which
+        caption dropout trains. `rows`: each caption's row, for a base that encodes source images together
+        with it."""
         if self.live:
             found = embed_prompts(self.base, captions)
         else:
@@ -89,7 +93,7 @@ class Encoders:
         return _zeroed(found, [not caption for caption in captions]) if self.zeros and "" in captions else found
 
     def fill(self, rows: Iterable[PlannedRow]) -> tuple[int, int]:
-        """Makes everything that these rows will need; (views of pictures, captions)."""
+        """Compute all cache entries for these rows; return (views, captions)."""
         views: dict[tuple[str, View], PlannedRow] = {}
         captions: dict[tuple[str | View, ...], PlannedRow] = {}
         for row in rows:
@@ -109,7 +113,7 @@ class Encoders:
         return made.latents.float(), made.mask, made.sizes
 
     def _before(self, row: PlannedRow) -> _Seen:
-        """What is before it, as the base is shown it."""
+        """Return a row's source images in the sizes for the base."""
         base = self.base
 
         def size(width: int, height: int) -> tuple[int, int]:
@@ -118,7 +122,7 @@ class Encoders:
         return tuple((b, view_before(row.view, b, base.unit, size)) for b in row.picture.before)
 
     def _read(self, row: PlannedRow) -> _Seen:
-        """What of it is read together with the caption."""
+        """Return the pictures that are encoded together with the row's caption."""
         return self._before(row) if self.base.reads_references else ()
 
     def _before_latents(self, row: PlannedRow) -> list[Tensor]:
@@ -143,31 +147,33 @@ class Encoders:
 
 
 def _tokenizers(base: ImageBase) -> str:
-    """A digest of the base's tokenizers, of the template around a prompt, and of how pictures in it are read."""
+    """Return a digest of the base's tokenizers, prompt template and processor."""
     h = hashlib.sha256()
     for name, part in sorted(base.parts.items()):
         if name.startswith(("tokenizer", "processor")) and part is not None:
             if pictures := getattr(part, "pictures", None):  # Qwen-Image-Edit's processor
                 h.update(pictures.to_json_string().encode())
-            own = getattr(part, "tokenizer", part)  # FLUX.2's is a processor
+            own = getattr(part, "tokenizer", part)  # FLUX.2's tokenizer is a processor
             backend = getattr(own, "backend_tokenizer", None)
             said = json.loads(backend.to_str()) if backend is not None else own.get_vocab()
-            for state in ("truncation", "padding"):  # as its last call left them
+            for state in ("truncation", "padding"):  # depends on its last call
                 said.pop(state, None)
             h.update(f"{name}|{own.model_max_length}|{own.chat_template}|{json.dumps(said)}".encode())
     return h.hexdigest()
 
 
 def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
-    """Zeros in the place of the rows that are `empty`; nothing flows back from there."""
+    """Set the rows that are `empty` to zero; they get no gradient."""
     where = torch.tensor(empty, device=text.embeds.device)
     pooled = None if text.pooled is None else text.pooled.masked_fill(where[:, None], 0)
     return replace(text, embeds=text.embeds.masked_fill(where[:, None, None], 0), pooled=pooled)
 
 
 def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
-    """How the run draws its times: `auto` is logit-normal for flow, uniform elsewhere, and the shift that the base's
-    scheduler has for pictures of all sizes; FLUX's shift by the numbers there."""
+    """Return the distribution of timesteps of the run.
+
+    `auto` is logit-normal for flow, else uniform, with the scheduler's constant shift; FLUX's shift depends
+    on the resolution, by the scheduler's numbers."""
     loss = config.loss
     kind = loss.timesteps
     if kind == "auto":
@@ -193,8 +199,9 @@ def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
 
 @dataclass
 class ImageLoss:
-    """The loss of a run: `loss(batch)` for the loop, `score` for the held-out pictures. `bare`: the base without the
-    adapter, for the length of a with-block; what `keep_guidance` asks."""
+    """The loss of a run: `loss(batch)` for training, `score` for held-out pictures.
+
+    `bare`: context manager that disables the adapter, for `keep_guidance`."""
 
     base: ImageBase
     config: ImageTrainConfig
@@ -203,7 +210,7 @@ class ImageLoss:
 
     def __post_init__(self) -> None:
         self.times, self.noise = times_of(self.base, self.config), self.config.loss.noise_offset
-        # beside the times, which are drawn on the CPU, so that nobody waits for the device
+        # on the CPU, where times are drawn, so that nothing waits for the device
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base).cpu()
         distilled = self.base.denoiser.config.get("guidance_embeds")
         told = max(self.config.loss.guidance, self.config.loss.keep_guidance or 0.0)
@@ -220,7 +227,7 @@ class ImageLoss:
         return (sent(weights, losses.device) * losses).sum()
 
     def row_errors(self, batch: ImageBatch, noise: Tensor, times: Tensor) -> Tensor:
-        """The mean squared error of each row, (n,) in float32."""
+        """Return the mean squared error of each row, (n,) in float32."""
         base = self.base
 
         def there(t: Tensor) -> Tensor:
@@ -234,8 +241,8 @@ class ImageLoss:
         predicted = predict(base, noisy, times, text, guidance=self.guidance, **told)
         kept = self.config.loss.keep_guidance
         if kept is not None:
-            # Pictures have no guidance in them: at g > 1 a distilled base predicts past what they say, and an adapter
-            # that is held to them there learns to take guidance back. So they are held to the base's own step past.
+            # Pictures contain no guidance: at g > 1 a distilled base predicts beyond them, and an adapter
+            # trained toward them would undo the guidance. So the base's own guidance step moves the target.
             with torch.no_grad(), self.bare():
                 for guidance, sign in ((kept, 1), (1.0, -1)):
                     own = predict(base, noisy, times, text, guidance=guidance, **told)
@@ -244,8 +251,9 @@ class ImageLoss:
 
     @torch.no_grad()
     def base_error(self, row: PlannedRow, times: int) -> tuple[float, float]:
-        """Return the mean squared errors of the base's prediction for a row and of predicting 0, averaged over `times`
-        timesteps in the middles of equal parts of the range."""
+        """Return the mean squared errors of the base's prediction for a row and of 0.
+
+        Averages over `times` timesteps in the middles of equal parts of the range."""
         base, batch = self.base, self.encoders.batch([row])
         text = self.encoders.text([row.caption], [row])
         sizes = sent(batch.sizes, base.device) if base.row.time_ids else None

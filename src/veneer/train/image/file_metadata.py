@@ -1,4 +1,4 @@
-"""A run on pictures as sd-scripts names it in the metadata of its files, which readers of such files know."""
+"""The metadata of a picture run in sd-scripts' form, which many readers know."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def training_facts(
     recompute: bool,
     seconds: float,
 ) -> dict[str, Any]:
-    """What becomes `ss_` keys, without that prefix; None for what does not apply. `kept`: the step that is saved,
-    `seconds`: that the steps took."""
+    """Return the values of the `ss_` keys, without the prefix; None if inapplicable.
+
+    `kept`: the saved step; `seconds`: duration of the steps."""
     now, drawn, steps, ends = time.time(), config.loss, data.steps, data.steps.ends
     buckets = {f"{w}x{h}": count for (w, h), count in data.plan.sizes.items()}
     side = config.data.resolutions(base.size)[-1]
@@ -82,18 +83,18 @@ def training_facts(
 
 
 def tag_frequency(pictures: Iterable[TrainingPicture]) -> dict[str, dict[str, int]]:
-    """sd-scripts' ss_tag_frequency: folder -> tag -> in how many captions of an epoch."""
+    """Return sd-scripts' ss_tag_frequency: folder -> tag -> captions per epoch."""
     out: dict[str, Counter[str]] = {}
     for picture in pictures:
         folder, times = picture.path.parent.name, f"{picture.repeats}_"
-        folder = folder if folder.startswith(times) else times + folder  # kohya's folders have it in their names
+        folder = folder if folder.startswith(times) else times + folder  # kohya's folders already have it
         tags = dict.fromkeys(t.strip() for t in picture.caption.split(",") if t.strip())
         out.setdefault(folder, Counter()).update(list(tags))
     return {folder: dict(counts.most_common()) for folder, counts in out.items()}
 
 
 def _folders(pictures: list[TrainingPicture]) -> dict[str, dict[str, int]]:
-    """sd-scripts' dataset_dirs: folder -> how often an epoch shows its pictures, and how many there are."""
+    """Return sd-scripts' dataset_dirs: folder -> repeats and number of pictures."""
     out: dict[str, dict[str, int]] = {}
     for p in pictures:
         entry = out.setdefault(p.path.parent.name, {"n_repeats": p.repeats, "img_count": 0})

@@ -1,9 +1,9 @@
-"""What lies in a folder of pictures, each kind of file by itself, and which picture a file belongs to.
+"""List the files in a folder of pictures by kind, and match files to pictures.
 
     folder = picture_folder("drawings", settings)
-    folder.owners(Path("drawings/cat"))          the pictures that go by this name
+    folder.owners(Path("drawings/cat"))          the pictures of this name
 
-Goes by names alone and opens no file.
+Uses names only and opens no file.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from veneer.train.image.decode import SUFFIXES
 BEFORE = "before"
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# pictures that no allowed decoder reads: named as broken, not passed over
+# pictures that no allowed decoder reads: reported as broken, not skipped
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
 _NOT_CAPTIONS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
 
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A picture file and what belongs to it. `source`: where its caption is from; `caption`: None without one.
-    `before`: the pictures that an edit starts from."""
+    """A picture file and its related files.
+
+    `source`: where its caption is from; `caption`: None without one. `before`: source images of an edit."""
 
     path: Path
     name: str
@@ -44,8 +45,10 @@ class PictureFile:
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """A folder and all below it. `masks`, `befores`: what is called NAME.mask and NAME.before. `ignored`: ending ->
-    files of no kind that is read."""
+    """A folder and its subfolders.
+
+    `masks`, `befores`: files named NAME.mask and NAME.before. `ignored`: suffix -> number of files of other
+    kinds."""
 
     root: Path
     pictures: list[Path]
@@ -63,16 +66,20 @@ class PictureFolder:
         return names
 
     def owners(self, name: Path) -> list[Path]:
-        """The pictures of this path, without its ending or with it."""
+        """Return the pictures of this path, without its suffix or with it."""
         return self._names.get(name, [])
 
     def unowned(self, file: Path, name: Path | None = None) -> str:
-        """What is said of a file that belongs to no picture. `name`: where its picture would be, if not beside it."""
+        """Return the message about a file that belongs to no picture.
+
+        `name`: the path of its picture, if it is in another folder."""
         shown = file.relative_to(self.root) if file.is_relative_to(self.root) else file
         return f"{shown}: no picture of this name{self.nearest(name or file)}"
 
     def nearest(self, file: Path, pictures: Iterable[Path] | None = None) -> str:
-        """The nearest picture by name, in the same folder before others, as the end of a sentence."""
+        """Return the nearest picture by name, as the end of a sentence.
+
+        Prefers pictures in the same folder."""
         pictures = self.pictures if pictures is None else pictures
         beside = {p.name: p for p in pictures if p.parent == file.parent}
         stem = Path(file.stem).stem if Path(file.stem).suffix.lower() in (".mask", f".{BEFORE}") else file.stem
@@ -86,8 +93,10 @@ class PictureFolder:
 
 
 def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
-    """What is in `folder` and below it, in the order of names, but for hidden files and the settings' other folders.
-    Raises DataError where there is no such folder, and for one in it that cannot be looked into."""
+    """Return the content of `folder` and its subfolders, in the order of names.
+
+    Skips hidden files and the settings' other folders. Raises DataError if the folder does not exist, or if a
+    subfolder cannot be read."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise _no_folder(root)
@@ -105,7 +114,7 @@ def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
             suffix = path.suffix.lower()
             if name.startswith(".") or name in METADATA_FILES or name.lower() == "thumbs.db":
                 continue
-            if path.exists() and not path.is_file():  # a pipe's or a device's end may never come
+            if path.exists() and not path.is_file():  # reading a pipe or a device can block forever
                 ignored["pipe or device"] += 1
             elif suffix in SUFFIXES and Path(path.stem).suffix.lower() == ".mask":
                 masks.append(path)

@@ -1,8 +1,8 @@
-"""What a folder says of its pictures: caption files, metadata, the names of kohya's folders; and the trigger.
+"""Captions from files, metadata, and kohya's folder names; and the trigger.
 
-A caption comes from, first that is there: a `.txt` or `.caption` file beside the picture, a row of metadata.jsonl (or
-.csv, .parquet; Hugging Face's imagefolder), the words of a kohya folder `N_words` (each picture N times an epoch), the
-configured prompt. What belongs to nothing is an error that names the nearest picture.
+The first source that exists is used: a `.txt` or `.caption` file next to the picture, a row of metadata.jsonl
+(or .csv, .parquet; Hugging Face's imagefolder), the words of a kohya folder `N_words` (each picture N times
+per epoch), the configured prompt. A file or row without a picture is an error that names the nearest picture.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from veneer.train.records import read_data_files
 
 CAPTION_COLUMNS = ("text", "caption", "prompt", "instruction")
 FILE_COLUMNS = ("file_name", "after")
-"""Columns of metadata; the first of each that is there counts."""
+"""Metadata columns of the file name; the first existing one is used."""
 _PLACEHOLDER = "[trigger]"
 _KOHYA = re.compile(r"(\d+)_(.+)")
 _MOST_REPEATS = 1000
 
 
 def caption_files(folder: PictureFolder, about: AboutPictures) -> dict[Path, str]:
-    """picture -> caption. All lines of a file are one caption, white space drawn together."""
+    """Return picture -> caption.
+
+    All lines of a file are one caption, with white space collapsed."""
     captioned: dict[Path, tuple[str, Path]] = {}
     bad: list[str] = []
     for file in folder.captions:
@@ -62,8 +64,9 @@ def caption_files(folder: PictureFolder, about: AboutPictures) -> dict[Path, str
 def metadata_rows(
     folder: PictureFolder, settings: ImageDataSection, about: AboutPictures
 ) -> tuple[dict[Path, str], dict[Path, list[Path]]]:
-    """(picture -> caption, picture -> those before it), of every metadata file in the tree; `file_name` (or `after`)
-    and `before` are relative to the file's own folder."""
+    """Return (picture -> caption, picture -> source images) of all metadata files.
+
+    `file_name` (or `after`) and `before` are relative to the metadata file's folder."""
     rows: dict[Path, str] = {}
     before: dict[Path, list[Path]] = {}
     bad: list[str] = []
@@ -107,7 +110,7 @@ def metadata_rows(
 def _row_problem(
     name: object, caption: object, column: str, which: str, place: Path, folder: PictureFolder, rows: Collection[Path]
 ) -> str:
-    """What is wrong with a row of metadata in `place`, after `rows`."""
+    """Return what is wrong with a metadata row in `place`, given earlier `rows`."""
     if not isinstance(name, str) or not name:
         return f"no {which}"
     if not isinstance(caption, str):
@@ -121,7 +124,7 @@ def _row_problem(
 
 
 def _start_problem(name: object, place: Path, folder: PictureFolder) -> str:
-    """What is wrong with a `before` of a row."""
+    """Return what is wrong with a row's `before`."""
     if not isinstance(name, str) or not name:
         found = type(name).__name__ if name != "" else "nothing"
         return f"`{BEFORE}` should be a picture's path, found {found}"
@@ -135,7 +138,9 @@ def _start_problem(name: object, place: Path, folder: PictureFolder) -> str:
 
 
 def kohya_folder(path: Path, root: Path, about: AboutPictures) -> tuple[int, str | None]:
-    """(repeats, words) of the nearest folder named `N_words`, the root included."""
+    """Return (repeats, words) of the nearest folder named `N_words`.
+
+    Includes the root."""
     for folder in path.parents:
         match = _KOHYA.fullmatch(folder.name)
         if match:
@@ -156,8 +161,9 @@ def kohya_folder(path: Path, root: Path, about: AboutPictures) -> tuple[int, str
 def triggered(
     found: Sequence[PictureFile], folder: str, trigger: str | None, *, is_class: bool
 ) -> list[tuple[str, str]]:
-    """Every picture's caption with the trigger, and what was done for that; DataError for those that have none, or a
-    placeholder for nothing."""
+    """Return every picture's caption with the trigger, and how it was added.
+
+    Raises DataError for pictures without a caption, and for a placeholder without a trigger."""
     captions, bad = [], []
     missing = [f.name for f in found if f.caption is None] if trigger is None else []
     for f in found:
@@ -181,10 +187,11 @@ def triggered(
 
 
 def with_trigger(caption: str, trigger: str | None) -> tuple[str, str]:
-    """(caption with the trigger, what was done: "replaced", "already there", "added" or "" without a trigger).
+    """Return (caption with the trigger, what was done).
 
-    `[trigger]` is replaced wherever it stands; a caption that lacks the word gets it in front, as a tag of its own.
-    ValueError for a placeholder with nothing to put there."""
+    The second value is "replaced", "already there", "added", or "" without a trigger. `[trigger]` is replaced
+    everywhere; a caption without the word gets it in front, as a separate tag. Raises ValueError for a
+    placeholder without a trigger."""
     if trigger is None:
         if _PLACEHOLDER in caption:
             raise ValueError(f"holds {_PLACEHOLDER}, and data.trigger is not set")
@@ -197,5 +204,7 @@ def with_trigger(caption: str, trigger: str | None) -> tuple[str, str]:
 
 
 def has_word(caption: str, word: str) -> bool:
-    """Whether a word, or several, stands in a caption by itself, in capitals or not."""
+    """Return whether a caption contains a word or phrase, ignoring case.
+
+    Only whole words match."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None

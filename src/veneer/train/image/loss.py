@@ -1,14 +1,14 @@
-"""Losses of image models: what is drawn for each picture of each step, and the error of the prediction.
+"""Losses of image models: random noise and times, and the prediction error.
 
-| prediction | noisy x_t                    | target                   | time                                         |
-| epsilon    | √ᾱ·x + √(1−ᾱ)·n              | n                        | t in 0..999, uniform                         |
-| v          | √ᾱ·x + √(1−ᾱ)·n              | √ᾱ·n − √(1−ᾱ)·x          | the same                                     |
-| flow       | (1−σ)·x + σ·n                | n − x                    | σ in (0, 1): uniform or logit-normal, shifted |
+| prediction | noisy x_t         | target            | time                                          |
+| epsilon    | √ᾱ·x + √(1−ᾱ)·n   | n                 | t in 0..999, uniform                          |
+| v          | √ᾱ·x + √(1−ᾱ)·n   | √ᾱ·n − √(1−ᾱ)·x   | the same                                      |
+| flow       | (1−σ)·x + σ·n     | n − x             | σ in (0, 1): uniform or logit-normal, shifted |
 
-x: latents (n, c, h, w). The loss of a row is the mean squared error over its elements (with a mask: over the mask),
-times min-SNR's weight, times the row's own. All draws of a row come from a generator of its own, seeded by
-(seed, step, row): how a step is cut into micro-batches, and where a resumed run begins, cannot change them.
-Knows tensors and numbers; no models, no files.
+x: latents (n, c, h, w). The loss of a row is the mean squared error over its elements (with a mask: over the
+mask), times min-SNR's weight, times the row's own weight. Each row has a separate generator, seeded by (seed,
+step, row), so the random numbers do not depend on the cut into micro-batches or on where a run resumes.
+Independent of models and files.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ _Prediction = Literal["epsilon", "v", "flow"]
 
 @dataclass(frozen=True)
 class Times:
-    """How times are drawn. For flow: u uniform, or u = sigmoid(mean + std·z) (logit-normal, arXiv 2403.03206); then
-    `shift` moves it towards noise: a number s, or a function of the number of picture tokens that gives s. `patch`:
-    latents that are one token."""
+    """The distribution of timesteps.
+
+    For flow: u uniform, or u = sigmoid(mean + std·z) (logit-normal, arXiv 2403.03206); then `shift` moves it
+    towards noise: a number s, or a function of the number of picture tokens that returns s. `patch`: latents
+    per token."""
 
     kind: Literal["uniform", "logit-normal"] = "uniform"
     mean: float = 0.0
@@ -45,7 +47,9 @@ class Times:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A generator on the CPU whose seed is a digest of `key`: the same draws on every device and in every order."""
+    """Return a CPU generator seeded with a digest of `key`.
+
+    The random numbers are the same on every device and in every order."""
     digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
@@ -57,10 +61,10 @@ def draw(
     times: Times,
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Noise (n, c, h, w) and times (n,), one row for each key; `shape`: of one row of latents, (c, h, w). `offset`:
-    adds offset·z to the noise, one z for each channel of a row.
+    """Return noise (n, c, h, w) and times (n,), one row per key.
 
-    Times are whole numbers below `times.steps` for epsilon and v, sigmas in (0, 1) in float32 for flow."""
+    `shape`: that of one row of latents, (c, h, w). `offset`: adds offset·z to the noise, one z per channel of
+    a row. Times are integers below `times.steps` for epsilon and v, float32 sigmas in (0, 1) for flow."""
     drawn, moments = [], []
     for key in keys:
         g = generator(*key)
@@ -83,13 +87,17 @@ def _time(shape: Sequence[int], prediction: _Prediction, times: Times, g: torch.
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:
-    """σ = s·u / (1 + (s − 1)·u): monotone, keeps 0 and 1, the inverse of s is the inverse map (arXiv 2403.03206, eq.
-    23). FLUX's exp(μ)/(exp(μ) + 1/u − 1) is this with s = exp(μ)."""
+    """Return σ = s·u / (1 + (s − 1)·u).
+
+    Monotone, keeps 0 and 1; the inverse of s is the inverse map (arXiv 2403.03206, eq. 23). FLUX's
+    exp(μ)/(exp(μ) + 1/u − 1) is this with s = exp(μ)."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def mu_of_tokens(tokens: int, *, low: int = 256, high: int = 4096, at_low: float = 0.5, at_high: float = 1.15) -> float:
-    """FLUX's μ for a picture of so many tokens (2 × 2 latents each): a line through (low, at_low), (high, at_high)."""
+    """Return FLUX's μ for a picture of `tokens` tokens (2 × 2 latents each).
+
+    μ is a line through (low, at_low), (high, at_high)."""
     slope = (at_high - at_low) / (high - low)
     return at_low + slope * (tokens - low)
 
@@ -97,7 +105,9 @@ def mu_of_tokens(tokens: int, *, low: int = 256, high: int = 4096, at_low: float
 def noised(
     latents: Tensor, noise: Tensor, times: Tensor, prediction: _Prediction, alphas_cumprod: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(noisy latents, target), as the table above says; in the dtype of `latents`. `alphas_cumprod`: ᾱ by time."""
+    """Return (noisy latents, target) per the table above, in the dtype of `latents`.
+
+    `alphas_cumprod`: ᾱ by time."""
     if prediction == "flow":
         sigma = sent(times, latents.device).to(latents.dtype).view(-1, 1, 1, 1)
         return (1 - sigma) * latents + sigma * noise, noise - latents
@@ -109,9 +119,10 @@ def noised(
 
 
 def min_snr_weight(times: Tensor, prediction: _Prediction, alphas_cumprod: Tensor, gamma: float) -> Tensor:
-    """min(SNR, γ) / SNR for epsilon, / (SNR + 1) for v, with SNR = ᾱ / (1 − ᾱ) (arXiv 2303.09556, section 3.4).
+    """Return min(SNR, γ) / SNR for epsilon, / (SNR + 1) for v: (n,) in float32.
 
-    At SNR 0 (a schedule with zero terminal SNR) epsilon's weight is its limit, 1. (n,) in float32."""
+    SNR = ᾱ / (1 − ᾱ) (arXiv 2303.09556, section 3.4). At SNR 0 (a schedule with zero terminal SNR) the weight
+    of epsilon is its limit, 1."""
     a = alphas_cumprod.float()[times.to(alphas_cumprod.device)]
     snr = a / (1 - a)
     least = snr.clamp(max=gamma)
@@ -119,8 +130,10 @@ def min_snr_weight(times: Tensor, prediction: _Prediction, alphas_cumprod: Tenso
 
 
 def row_losses(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean squared error of each row, in float32: (n,). `mask`: (n, 1, h, w), weights from 0 to 1 for each place;
-    then the mean is over the mask, so that a small subject counts as much as a large one."""
+    """Return the mean squared error of each row: (n,) in float32.
+
+    `mask`: (n, 1, h, w), weights from 0 to 1 for each position; then the mean is over the mask, so that a
+    small subject counts as much as a large one."""
     error = (predicted.float() - target.float()).square()
     if mask is None:
         return error.mean(dim=(1, 2, 3))
@@ -129,11 +142,13 @@ def row_losses(predicted: Tensor, target: Tensor, mask: Tensor | None = None) ->
 
 
 def quantile_times(count: int, prediction: _Prediction, steps: int = 1000) -> Tensor:
-    """`count` times in the middle of equal parts of the whole range, for a validation that never draws any."""
+    """Return `count` times in the middles of equal parts of the whole range.
+
+    For validation without randomness."""
     middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return middle.float() if prediction == "flow" else (middle * steps).floor().long()
 
 
 def flux_shift(low: int, high: int, at_low: float, at_high: float) -> Callable[[int], float]:
-    """tokens -> s = exp(μ), for `Times.shift`."""
+    """Return tokens -> s = exp(μ), for `Times.shift`."""
     return lambda tokens: math.exp(mu_of_tokens(tokens, low=low, high=high, at_low=at_low, at_high=at_high))

@@ -1,7 +1,7 @@
-"""Loss masks: the files that belong to pictures, and whether they fit them.
+"""Find loss masks of pictures, and check their sizes.
 
-NAME.mask.png beside NAME.png; a `masks` folder, or the configured one, that mirrors the pictures' paths or holds
-their names alone
+Masks are NAME.mask.png next to NAME.png, or files in the folder `masks` or the configured folder, which
+mirrors the pictures' paths or has their names only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from veneer.train.image.training_picture import TrainingPicture
 
 
 def mask_files(folder: PictureFolder, masks: str) -> dict[Path, Path]:
-    """picture -> mask file. `masks`: as the setting of that name. Raises DataError for a mask without a picture."""
+    """Return picture -> mask file.
+
+    `masks`: the setting. Raises DataError for a mask without a picture."""
     if masks in ("off", "alpha"):
         return {}
     covers: dict[Path, Path] = {}
@@ -60,8 +62,9 @@ def mask_files(folder: PictureFolder, masks: str) -> dict[Path, Path]:
 
 
 def check_masks(pictures: Iterable[TrainingPicture], folder: str, settings: ImageDataSection) -> int:
-    """How many masks have another size than their picture. Raises DataError for those that cannot be read or have
-    another proportion."""
+    """Return the number of masks whose size differs from their picture's.
+
+    Raises DataError for masks that cannot be read or have other proportions."""
     resized, wrong = 0, []
     for picture in pictures:
         if picture.mask is None:

@@ -2,10 +2,10 @@
 
     near_duplicates([perceptual_hash(image) for image in images]) -> [(i, j), …]
 
-A difference hash (dHash, Krawetz 2013: is each of 16 x 16 grey samples brighter than its right neighbour, here by more
-than flat areas differ after JPEG) finds pairs, and a 16 x 16 colour thumbnail confirms them: flat drawings share
-outlines, and with them hashes, without being alike. Re-encoding, resizing and slight changes of colour stay within both
-bounds; mirrored pictures are compared too.
+A difference hash (dHash, Krawetz 2013: is each of 16 x 16 gray samples brighter than its right neighbor, here
+by more than flat areas differ after JPEG) finds pairs, and a 16 x 16 color thumbnail confirms them: flat
+drawings can share outlines, and so hashes, without being alike. Re-encoding, resizing and slight changes of
+color stay within both bounds; mirrored pictures are compared too.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import numpy as np
 from PIL import Image
 
 _SIDE = 16
-_MOST_BITS = 20  # of 256 that may differ
-_MOST_COLOUR = 0.03  # root mean square over the thumbnail, of 0 to 1
-_MARGIN = 2  # of 255: what counts as brighter
+_MOST_BITS = 20  # maximum of 256 that can differ
+_MOST_COLOUR = 0.03  # maximum root mean square over the thumbnail, in 0 to 1
+_MARGIN = 2  # of 255: minimum difference of a brighter sample
 
 
 @dataclass(frozen=True)
 class PerceptualHash:
-    """`bits`: 256 bits of the difference hash, packed to 32 bytes; `mirror`: those of the mirrored picture.
+    """The hash of a picture.
+
+    `bits`: 256 bits of the difference hash, packed to 32 bytes; `mirror`: those of the mirrored picture.
     `colours`: 16 x 16 RGB, 768 bytes."""
 
     bits: bytes
@@ -33,13 +35,13 @@ class PerceptualHash:
     colours: bytes
 
     def mirrored(self) -> PerceptualHash:
-        """The hash of the mirrored picture."""
+        """Return the hash of the mirrored picture."""
         colours = np.frombuffer(self.colours, np.uint8).reshape(_SIDE, _SIDE, 3)
         return PerceptualHash(self.mirror, self.bits, colours[:, ::-1].tobytes())
 
 
 def perceptual_hash(image: Image.Image) -> PerceptualHash:
-    """The hash of an RGB picture of any size."""
+    """Return the hash of an RGB picture of any size."""
     grey = np.asarray(image.convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX), dtype=np.int16)
     thumbnail = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     bits, mirror = (g[:, :-1] > g[:, 1:] + _MARGIN for g in (grey, grey[:, ::-1]))
@@ -49,9 +51,10 @@ def perceptual_hash(image: Image.Image) -> PerceptualHash:
 def near_duplicates(
     hashes: Sequence[PerceptualHash], others: Sequence[PerceptualHash] | None = None, *, block: int = 2048
 ) -> list[tuple[int, int]]:
-    """(i, j) of near-duplicates, i < j within `hashes`; with `others`, i in `hashes` and j in `others`.
+    """Return near-duplicates (i, j), i < j within `hashes`.
 
-    O(n²), a few seconds for 5,000 pictures. `block`: pictures compared at once; the products of 2048 take 16 MB."""
+    With `others`, i is in `hashes` and j in `others`. O(n²), a few seconds for 5,000 pictures. `block`:
+    pictures compared at once; the products of 2048 take 16 MB."""
     if not hashes or (others is not None and not others):
         return []
     pairs: set[tuple[int, int]] = set()
@@ -75,7 +78,7 @@ def _near(left: Sequence[Any], right: Sequence[Any], block: int) -> Iterator[tup
 
 
 def _matrices(hashes: Sequence[PerceptualHash]) -> tuple[Any, Any]:
-    """(signs of the bits: (n, 256), colours: (n, 768) in 0..1), float32."""
+    """Return (signs of the bits: (n, 256), colors: (n, 768) in 0..1), float32."""
     bits = np.unpackbits(np.frombuffer(b"".join(h.bits for h in hashes), np.uint8))
     colours = np.frombuffer(b"".join(h.colours for h in hashes), np.uint8)
     return (

@@ -1,11 +1,11 @@
-"""Folders of pictures to training pictures: every file decoded once, its caption with the trigger, its mask, what is
-before it, its weight, what is wrong.
+"""Read folders of pictures as training pictures.
 
     pictures, about = read_pictures(settings)                    training pictures and class pictures
     pictures, about = read_pictures(settings, "validation")      those of `settings.validation`
 
-What lies in a folder is in `folder`, what belongs to its pictures in `folder_captions`, `masks` and `befores`.
-Reads everything once, so that what cannot be used is known before step one. Knows neither buckets nor tensors.
+Every file is decoded once, before step one, with its caption and trigger, mask, source images and weight; all
+problems are reported. `folder` lists files, `folder_captions`, `masks` and `befores` match them to pictures.
+Independent of buckets and tensors.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _OWN = ("caption files", "metadata")
 def read_pictures(
     settings: ImageDataSection, which: Literal["train", "validation"] = "train"
 ) -> tuple[list[TrainingPicture], AboutPictures]:
-    """The pictures of the settings' folders, sorted by name within each; with "train" the class pictures follow.
+    """Return the pictures of the settings' folders, sorted by name in each.
 
-    Raises DataError for a folder that is missing or holds no picture; a caption, mask or metadata row without a
-    picture; pictures without a caption (when there is no trigger to stand alone); a mask of another shape; pairs that
-    lack one of the two, or do not begin with a picture of `settings.before_kind`, which if it is a control picture has
-    its picture's shape; and files that cannot be read unless `settings.broken` is `drop`. Each lists all that it found,
-    up to 20."""
+    With "train" the class pictures follow. Raises DataError for a folder that is missing or has no picture; a
+    caption, mask or metadata row without a picture; pictures without a caption (if there is no trigger to use
+    instead); a mask of other proportions; incomplete pairs; source images that are not of
+    `settings.before_kind`, and control pictures whose shape differs from their picture's; and unreadable
+    files unless `settings.broken` is `drop`. Each error lists all problems, up to 20."""
     folders = settings.folders if which == "train" else (settings.validation,) if settings.validation else ()
     about = AboutPictures()
     pictures: list[TrainingPicture] = []
@@ -60,8 +60,9 @@ def read_pictures(
 
 
 def count_pictures(settings: ImageDataSection) -> tuple[int, int]:
-    """(pictures in the settings' folders, how many are before each), by their names alone. Raises DataError as
-    `read_pictures` does of what lies in a folder."""
+    """Return (pictures in the settings' folders, source images per picture).
+
+    Uses names only. Raises DataError for a folder's content as `read_pictures` does."""
     about = AboutPictures()
     files = {f: _list_folder(f, settings, about, settings.prompt, settings.masks) for f in settings.folders}
     return sum(map(len, files.values())), each_before(files)
@@ -69,7 +70,7 @@ def count_pictures(settings: ImageDataSection) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class OwnCaption:
-    """A picture of a folder, its name there, and the caption of its own: None without one."""
+    """A picture of a folder, its name there, and its own caption or None."""
 
     path: Path
     name: str
@@ -77,8 +78,9 @@ class OwnCaption:
 
 
 def own_captions(folder: str) -> list[OwnCaption]:
-    """The pictures of a folder, sorted by name, with what caption files and metadata say of each. Raises DataError for
-    a folder that `read_pictures` would refuse before it opens a picture."""
+    """Return the pictures of a folder by name, with captions of files and metadata.
+
+    Raises DataError for a folder that `read_pictures` would refuse before opening a picture."""
     found = _list_folder(folder, ImageDataSection(pictures=folder, masks="off"), AboutPictures(), None, "off")
     return [OwnCaption(f.path, f.name, f.caption if f.source in _OWN else None) for f in found]
 
@@ -93,7 +95,7 @@ def _read(
             f.name for f, (c, _) in zip(files, captions, strict=True) if has_word(c, settings.trigger)
         ]
     pictures, broken = [], []
-    others: list[str] = []  # before pictures of another kind
+    others: list[str] = []  # source images of another kind
     for found, (caption, did) in zip(files, captions, strict=True):
         try:
             picture = _open(found, caption, settings, is_class=is_class)
@@ -128,7 +130,7 @@ def _open(found: PictureFile, caption: str, settings: ImageDataSection, *, is_cl
         try:
             mask_digest = read_bytes(mask)[1]
         except UnreadablePicture:
-            mask_digest = "unreadable"  # told by check_masks, with the mask's own name
+            mask_digest = "unreadable"  # check_masks reports it with the mask's name
     return TrainingPicture(
         found.path,
         found.name,
@@ -150,8 +152,9 @@ def _open(found: PictureFile, caption: str, settings: ImageDataSection, *, is_cl
 def _list_folder(
     place: str, settings: ImageDataSection, about: AboutPictures, prompt: str | None, masks: str
 ) -> list[PictureFile]:
-    """The pictures in `place` and below it, sorted by name; what else there is goes into `about`. `prompt`, `masks` as
-    the settings of those names. Raises DataError."""
+    """Return the pictures in `place` and its subfolders, sorted by name.
+
+    Counts other files in `about`. `prompt`, `masks`: the settings. Raises DataError."""
     folder = picture_folder(place, settings)
     about.ignored += folder.ignored
     rows, named = metadata_rows(folder, settings, about)
@@ -183,7 +186,8 @@ def _list_folder(
 
 
 def planned_slider(slider: SliderSection) -> tuple[int, int, float, str]:
-    """What the plan of a run counts: (scenes, how often each is learned, forwards of the base alone for each of those,
-    what is to be said of it)."""
+    """Return the numbers for a slider's plan.
+
+    They are (scenes, training rows per scene, extra base forward passes per row, description)."""
     text = f"a slider: {counted(slider.scenes, 'scene')} that the base draws first, learned at both signs, "
     return slider.scenes, 2, 1.5, text + "three forwards of the base for both"

@@ -1,8 +1,8 @@
-"""Preflight of a run on pictures: the data's findings, what is trained, what the loss can be, whether it fits.
+"""Preflight of a picture run: data, trained modules, loss settings, and memory.
 
-    numbers = memory_numbers(report.numbers, …)          once one picture's activations have been measured
+    numbers = memory_numbers(report.numbers, …)          after one picture's activations have been measured
 
-The data's checks are in checks, those that all runs share in train.preflight. Changes nothing.
+The data's checks are in checks, those for all runs in train.preflight. Changes nothing.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageData:
-    """What a run learns from. `learned` includes class pictures; `plan`: their rows of an epoch. `encoders`: what makes
-    batches of them. `scored`: the rows of the pictures held out. `missing_classes`: class pictures that are still to be
-    drawn. `tags`: folder -> tag -> in how many captions of an epoch."""
+    """The data of a run.
+
+    `learned` includes class pictures; `plan`: their rows in an epoch. `encoders`: encodes their batches.
+    `scored`: rows of the held-out pictures. `missing_classes`: class pictures still to be drawn. `tags`:
+    folder -> tag -> captions per epoch."""
 
     learned: list[TrainingPicture]
     held: list[TrainingPicture]
@@ -67,14 +69,15 @@ class ImageData:
 
     @property
     def own(self) -> list[TrainingPicture]:
-        """Those that are not class pictures."""
+        """Return the pictures that are not class pictures."""
         return [p for p in self.learned if not p.is_class]
 
 
 def parts_of(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Module, LoraSpec]]:
-    """Component -> (its module in the tree, what to create on it): the denoiser, then the text encoders asked for.
+    """Return component -> (its module, the adapter to create on it).
 
-    Raises TargetError for a text encoder that the base has not, or whose adapters have no place in its files."""
+    The denoiser comes first, then the requested text encoders. Raises TargetError for a text encoder that the
+    base lacks, or whose adapters its file format cannot hold."""
     spec = config.adapter.spec()
     out = {
         base.row.denoiser: (
@@ -107,9 +110,10 @@ def image_preflight(
     sources: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
-    """Inspects a run before anything is attached or encoded; see `inspect_run`. `found`: findings of the data. `cut`:
-    captions, sample prompts, class prompt -> each that is too long -> what the base does not read of it. `sources`:
-    setting -> where it came from."""
+    """Inspect a run before anything is attached or encoded; see `inspect_run`.
+
+    `found`: findings of the data. `cut`: captions, sample prompts, class prompt -> each text that is too long
+    -> the part that the base does not read. `sources`: setting -> its origin."""
     own = len([row for row in data.plan.rows if not row.picture.is_class])
     rows = config.batching.rows
     subject = RunSubject(
@@ -140,7 +144,7 @@ def image_preflight(
 
 
 def _targets(s: RunSubject) -> Iterator[Finding]:
-    """What gets a pair in each component."""
+    """Report the targets in each component."""
     config: Any = s.config
     pairs, total = 0, sum(p.numel() for p in s.base.model.parameters())
     found: dict[str, int] = {}
@@ -166,7 +170,9 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
 
 
 def _apart(s: RunSubject) -> Iterator[Finding]:
-    """The sheets and samples of a run that writes among its pictures are pictures of the next, and of one resumed."""
+    """Report an output folder inside a picture folder.
+
+    The next or resumed run would train on the sheets and samples in it."""
     config: Any = s.config
     out = Path(config.output.directory).expanduser().resolve()
     for folder in filter(None, (*config.data.folders, config.data.validation, config.data.class_folder)):
@@ -176,7 +182,7 @@ def _apart(s: RunSubject) -> Iterator[Finding]:
 
 
 def _loss(s: RunSubject) -> Iterator[Finding]:
-    """Settings of a loss that this base's prediction does not have."""
+    """Report loss settings that do not apply to this base's prediction."""
     config: Any = s.config
     loss, flow = config.loss, s.base.prediction == "flow"
     label = f"{s.base.name} predicts {'a flow' if flow else 'noise' if s.base.prediction == 'epsilon' else 'v'}"
@@ -208,7 +214,7 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
 
 
 def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
-    """Whether the base edits, and the pictures are pairs, and the samples have something to edit."""
+    """Report problems with pairs: a base that does not edit, pictures, samples."""
     before, samples = data.about.before, config.samples
     folder = ", ".join(config.data.folders)
     if before > base.references:
@@ -244,7 +250,7 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
         except UnreadablePicture as error:
             yield Finding("stop", "samples", f"{path} cannot be edited: {error}", "correct samples.before")
             continue
-        if most > 1 and (why := too_long(*size)):  # one alone is cut
+        if most > 1 and (why := too_long(*size)):  # a single picture is cropped
             yield Finding("stop", "samples", f"{path} has {why}", "crop it")
     if samples.before and not before:
         yield Finding(
@@ -253,7 +259,7 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
 
 
 def _samples(base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
-    """What this base cannot draw, said before a run that would end with it."""
+    """Report samples that this base cannot draw, before a run would end with it."""
     samples = config.samples
     if not samples.prompts:
         return
@@ -264,7 +270,7 @@ def _samples(base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
 
 
 def _distilled(s: RunSubject) -> Iterator[Finding]:
-    """A base that draws in few steps, which training on pictures takes back."""
+    """Report a base distilled for few steps, which training on pictures undoes."""
     if s.base.few_steps:
         text = f"{s.base.name} was distilled to draw in few steps; what is trained on it unlearns that"
         fix = (
@@ -274,7 +280,7 @@ def _distilled(s: RunSubject) -> Iterator[Finding]:
 
 
 def _devices(s: RunSubject) -> Iterator[Finding]:
-    """What needs a GPU and has none."""
+    """Report settings that need a GPU if there is none."""
     config: Any = s.config
     if config.memory.offload_blocks and s.base.device.type == "cpu":
         text = "memory.offload_blocks moves blocks between the CPU's memory and a GPU's, and this run is on the CPU"
@@ -287,7 +293,7 @@ def _devices(s: RunSubject) -> Iterator[Finding]:
 
 
 def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
-    """What of captions and prompts no encoder reads: its beginning is enough to find it."""
+    """Report captions and prompts that the encoders truncate, by their beginnings."""
     for what, long in cut.items():
         if long:
             shown = "; ".join(
@@ -307,7 +313,7 @@ def _short(text: str, most: int = 40) -> str:
 
 
 def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Finding]:
-    """What the preset is for, what it chose, and which of its keys were given another value."""
+    """Report the preset's purpose, its values, and its keys with other values."""
     if config.preset is None:
         return
     preset = PRESETS[config.preset]
@@ -323,8 +329,10 @@ def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Fi
 def memory_numbers(
     numbers: Mapping[str, Any], config: ImageTrainConfig, device: torch.device, measured: int, *, pictures: int
 ) -> dict[str, int]:
-    """What the run needs beyond the base, in bytes, and what is free. `measured`: that one picture of the largest shape
-    keeps for its backward pass, `pictures`: in the largest micro-batch."""
+    """Return the bytes that the run needs in addition to the base, and free bytes.
+
+    `measured`: bytes that one picture of the largest shape keeps for its backward pass; `pictures`: number in the
+    largest micro-batch."""
     trained = 16 * int(numbers.get("trainable", 0))  # float32 weights, gradient, two moments
     trained += 4 * int(numbers.get("trainable", 0)) if config.ema.decay else 0
     need = trained + measured * pictures

@@ -1,6 +1,6 @@
-"""A run on an image base by its configuration: of pictures, or of a slider.
+"""Run a training configuration on an image base: pictures, or a slider.
 
-result = run_images(config)                  result.adapter is the file (or, for peft, the folder)
+result = run_images(config)                  result.adapter is the file (for peft: the folder)
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ def run_images(
     base: ImageBase | None = None,
     sources: Mapping[str, Any] | None = None,
 ) -> ImageResult:
-    """Trains one adapter as `config` says and returns what came out.
+    """Train one adapter from `config` and return the result.
 
-    `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
-    stopped. `dry_run` stops after preflight and the largest batch. `force`: a run that does not fit is tried with a
-    warning. `on_event` hears everything that happens; without it the run is shown in the terminal (stderr). `base`: one
-    that is loaded already; its encoders are then not freed. `sources`: setting -> where it came from (`load_config`).
+    `resume` continues from the newest checkpoint in the output folder, on the CPU bit for bit as if the run
+    had never stopped. `dry_run` stops after preflight and the largest batch. `force`: try a run that does not
+    fit, with a warning. `on_event` receives all events; without it the run is shown in the terminal (stderr).
+    `base`: a loaded base, whose encoders are then not freed. `sources`: setting -> its origin
+    (`load_config`).
 
-    In processes that torchrun or the like started, each takes a device and a share of every step (train.devices); only
-    the first is heard, draws samples, and writes the adapter.
+    In processes started by torchrun or similar, each takes a device and a share of every step
+    (train.devices); only the first reports events, draws samples, and writes the adapter.
 
-    Random generators, the base's modules and weights are as before afterwards, after any error too. Raises DataError
-    for pictures that cannot be used, PreflightError before step one for what would go wrong, TrainingError for a loss
-    that is not finite, Interrupted on Ctrl-C with the state saved, and what the base and checkpoints raise."""
+    Afterwards, also after an error, the random generators, modules and weights of the base are as before.
+    Raises DataError for unusable pictures, PreflightError before step one for foreseeable failures,
+    TrainingError for a loss that is not finite, Interrupted on Ctrl-C with the state saved, and the errors of
+    the base and checkpoints."""
     kind = PICTURES
     if config.slider.wanted:
         kind, config = SLIDER, slider_config(config)

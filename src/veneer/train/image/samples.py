@@ -1,7 +1,7 @@
-"""Pictures that a run draws itself: sheets of its prompts, class pictures that are missing, the file's thumbnail.
+"""Pictures that a run draws: sample sheets, missing class pictures, a thumbnail.
 
-All go through models.image.generate, which is what `veneer image` uses, so that a sheet shows what the adapter will do.
-Nothing of the training's state is touched: random generators, the selection and the layers' mode are as before.
+All use models.image.generate, as `veneer image` does, so a sheet shows the adapter's later results. The
+training state (random generators, selected adapters, the layers' mode) is restored.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from veneer.train.config.image import ImageTrainConfig
 
 _THUMBNAIL = 256
-_MOST_THUMBNAIL = 65_536  # bytes: it stands in every header that is read
+_MOST_THUMBNAIL = 65_536  # bytes: the thumbnail is in every header
 
 
 @contextmanager
 def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
-    """The adapter's layers in training mode (their dropout acts) or not. The base's own modules stay as they are: their
-    dropout was for training them."""
+    """Set the training mode of the adapter's layers (for their dropout).
+
+    The base's own modules are unchanged: their dropout was for training the base."""
     layers = [m for m in base.model.modules() if isinstance(m, Layer)]
     before = [layer.training for layer in layers]
     for layer in layers:
@@ -57,7 +58,9 @@ def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
 def draw_samples(
     base: ImageBase, attachment: Attachment, config: ImageTrainConfig, strengths: Sequence[float] = ()
 ) -> list[list[Image]]:
-    """prompts x seeds, with the adapter that trains; with `strengths` of it prompts and seeds x those."""
+    """Return pictures with the trained adapter: prompts x seeds.
+
+    With `strengths` of the adapter, (prompts and seeds) x strengths."""
     samples = config.samples
     plans = [MixPlan(mix, ((0.0, mix),)) for s in strengths or (1.0,) for mix in [((NAME, s),) if s else ()]]
     starts = _starts(base, config)
@@ -71,8 +74,10 @@ def draw_samples(
 
 
 def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]]:
-    """What each prompt of the samples edits, cut as a picture that is learned; of several each whole, in a size of its
-    own. Raises DataError."""
+    """Return the source images of each sample prompt.
+
+    A single one is cropped like a training picture; several are whole, each in its own size. Raises
+    DataError."""
     samples = config.samples
     side = samples.size or base.size
 
@@ -91,7 +96,7 @@ def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]
 
 
 def sample_settings(config: ImageTrainConfig, steps: int) -> PictureSettings:
-    """How pictures are drawn in a run. Raises ConfigError."""
+    """Return the generation settings of a run's samples. Raises ConfigError."""
     size = config.samples.size
     return PictureSettings(width=size, height=size, steps=steps, guidance=config.samples.guidance)
 
@@ -104,7 +109,7 @@ def draw_rows(
     wide: int,
     steps: int,
 ) -> list[list[Image]]:
-    """A picture of each row, in lines of `wide`."""
+    """Return a picture of each row, in lines of `wide`."""
     settings = sample_settings(config, steps)
     before = checkpoint.rng_state()
     try:
@@ -124,7 +129,9 @@ def sheet_of(
     title: str,
     strengths: Sequence[float] = (),
 ) -> None:
-    """Writes the sheet of prompts by seeds, or by strengths, as `draw_samples`, with what each edits before them."""
+    """Write the sheet of prompts by seeds or strengths, from `draw_samples`.
+
+    Source images are on the left."""
     samples = config.samples
     rows, columns = list(samples.prompts), [f"seed {seed}" for seed in samples.seeds]
     starts = _starts(base, config)
@@ -141,7 +148,7 @@ def sheet_of(
 
 
 def thumbnail(image: Image) -> str:
-    """The picture as a data address of at most 256 x 256 pixels, as modelspec wants it."""
+    """Return the picture as a data URL of at most 256 x 256 pixels, for modelspec."""
     small = image.convert("RGB")
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     for quality in (90, 75, 50, 25):
@@ -152,13 +159,14 @@ def thumbnail(image: Image) -> str:
 
 
 def jpeg_address(data: bytes) -> str:
-    """A JPEG file as an address that holds it."""
+    """Return a data URL of a JPEG file."""
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
 def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path:
-    """Where class pictures are, or will be drawn to: the configured folder, or one in the cache that is named by what
-    they are made of."""
+    """Return the folder of class pictures.
+
+    It is the configured folder, or one in the cache that is named by a hash of their inputs."""
     if config.data.class_folder is not None:
         return Path(config.data.class_folder)
     made_of = [base.fingerprint, config.data.class_prompt, config.samples.steps, config.samples.size, config.seed]
@@ -166,7 +174,7 @@ def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path
 
 
 def drawing_folder(folder: Path) -> Path:
-    """The folder, made where it was not. Raises ResourceError where it cannot be."""
+    """Create the folder if necessary and return it. Raises ResourceError on failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -181,8 +189,9 @@ def drawing_folder(folder: Path) -> Path:
 def draw_missing(
     base: ImageBase, config: ImageTrainConfig, rows: Mapping[Path, ImageRow], steps: int, *, at_once: int = 4
 ) -> None:
-    """Draws the pictures of `rows`, by their files, with the base alone; a run that was stopped resumes with the
-    missing ones."""
+    """Draw the pictures of `rows`, by file, with the base only.
+
+    A stopped run resumes with the missing pictures."""
     files = list(rows)
     for start in range(0, len(files), at_once):
         these = files[start : start + at_once]
@@ -192,7 +201,9 @@ def draw_missing(
 
 
 def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path, missing: int) -> None:
-    """Draws `missing` pictures of `data.class_prompt` into `folder`, each by its own seed."""
+    """Draw `missing` pictures of `data.class_prompt` into `folder`.
+
+    Each has its own seed."""
     drawing_folder(folder)
     files = ((seed, folder / f"class-{seed:05d}.png") for seed in count())
     wanted = islice(((seed, file) for seed, file in files if not file.exists()), missing)

@@ -1,4 +1,4 @@
-"""What a run on pictures leaves: its result, the adapter in its layout, the proof of it, and its part of the report."""
+"""The output of a picture run: result, adapter, verification, report."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class ImageResult(Outcome):
-    """What a run on pictures came to. `loss`, `validation`: mean squared error. `hashes`: of the file, as A1111 and
-    CivitAI show them. `samples`: the sheets. `sheet`: what the model saw."""
+    """The result of a picture run.
+
+    `loss`, `validation`: mean squared error. `hashes`: of the file, as in A1111 and CivitAI. `samples`: the
+    sheets. `sheet`: the contact sheet."""
 
     pictures: int = 0
     pictures_per_second: float = 0.0
@@ -46,7 +48,7 @@ class ImageResult(Outcome):
 
 
 def output_of(config: ImageTrainConfig) -> Path:
-    """The file, or for peft the folder, that the adapter is written to."""
+    """Return the adapter's file, or its folder for peft."""
     folder = Path(config.output.directory)
     if config.output.layout == "peft":
         return folder
@@ -54,7 +56,7 @@ def output_of(config: ImageTrainConfig) -> Path:
 
 
 def layout_findings(adapter: Adapter, base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
-    """A stop where the layout cannot hold what will be trained: said now, not after hours."""
+    """Yield a stop if the layout cannot hold the adapter, before training."""
     try:
         convert.encode(adapter, config.output.layout, family=base.family)
     except AdapterError as error:
@@ -70,10 +72,10 @@ def save_image_adapter(
     picture: str,
     tags: dict[str, dict[str, int]],
 ) -> WriteReport:
-    """Writes the adapter in the configured layout with everything that readers of such files look for, and the card.
+    """Write the adapter in the configured layout with full metadata and the card.
 
-    `facts`: what became of the run (steps, times), for sd-scripts' keys. `picture`: the thumbnail, a data address.
-    `tags`: as `tag_frequency` counts them."""
+    `facts`: results of the run (steps, times) for sd-scripts' keys. `picture`: the thumbnail, a data URL.
+    `tags`: the result of `tag_frequency`."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     output = config.output
     said = {"title": output.title, "author": output.author, "description": output.description, "thumbnail": picture}
@@ -108,15 +110,16 @@ def save_image_adapter(
 def prove_image_adapter(
     attachment: Attachment, base: ImageBase, config: ImageTrainConfig, text: Conditioning, batch: ImageBatch
 ) -> str:
-    """Reads the file again and compares its prediction with the trained adapter's, for a batch of one picture and the
-    `text` of its caption; as `train.save.prove`."""
+    """Read the file again and compare its prediction with the trained adapter's.
+
+    Uses a batch of one picture and the `text` of its caption; see `train.save.prove`."""
     path = output_of(config)
     again = read(path, base=base.model).adapter
     if config.output.layout == "peft":
         again = _under(again, base.row.denoiser)
     time = torch.tensor([0.5 if base.prediction == "flow" else 500])
     latents, given = batch.latents.to(base.device), batch.sizes if base.row.time_ids else None
-    # One rounding of the file's and of the base's dtype, through a few layers.
+    # The rounding of the file's and of the base's dtype, through a few layers.
     rounding = 64 * max(torch.finfo(getattr(torch, config.output.dtype)).eps, torch.finfo(base.dtype).eps)
     return prove(
         attachment,
@@ -130,7 +133,7 @@ def prove_image_adapter(
 
 
 def _under(adapter: Adapter, component: str) -> Adapter:
-    """A denoiser's own names, under its component's; canonical names stay as they are."""
+    """Prefix a denoiser's own names with its component; canonical names stay."""
     start = f"{component}."
     return adapter.renamed(lambda name: name if name.startswith(start) else start + name)
 
@@ -138,7 +141,9 @@ def _under(adapter: Adapter, component: str) -> Adapter:
 def image_report(
     result: ImageResult, folder: Path, base: ImageBase, config: ImageTrainConfig, seconds: float
 ) -> ReportParts:
-    """What the report of a run on pictures has of its own. `seconds`: that the steps took."""
+    """Return the picture-specific parts of the report.
+
+    `seconds`: duration of the steps."""
     adapter = Path(result.adapter)
     speed = f"{result.pictures_per_second:,.3g} pictures/s"
     return ReportParts(
@@ -158,7 +163,7 @@ def image_report(
 
 
 def _sheets(folder: Path) -> list[tuple[str, str]]:
-    """What the model sees, then every sheet that the log tells of, as addresses inside the page."""
+    """Return the contact sheet and all sample sheets in the log, as data URLs."""
     found = [("What the model sees", folder / "pictures.png")]
     found += [
         ("The base, before training" if r["step"] == 0 else f"After step {r['step']}", folder / r["path"])

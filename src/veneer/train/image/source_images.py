@@ -1,8 +1,9 @@
-"""The pictures that an edit starts from: the files before each picture, and whether they can be that.
+"""Find and check the source images of editing pairs.
 
-For editing a picture has others before it: `NAME.before.png` beside it, a file of its name in a `before` folder or in
-each of the configured ones, or the `before` of its row of metadata, whose columns may then be before, instruction and
-after. Either every picture has as many of them, or none has any. A control picture has its picture's proportion.
+A picture's source images are `NAME.before.png` next to it, a file of the same name in the folder `before` or
+in each of the configured folders, or the `before` of its metadata row; the metadata columns can then be
+before, instruction and after. All pictures have the same number of source images. A control picture has the
+proportions of its picture.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from veneer.train.image.training_picture import AboutPictures, TrainingPicture
 def before_files(
     folder: PictureFolder, named: Mapping[Path, Sequence[Path]], settings: ImageDataSection
 ) -> dict[Path, list[Path]]:
-    """picture -> those before it, one of each source: its row of metadata (`named`), NAME.before.png beside it, and a
-    file of its name in each folder, which mirrors the pictures' paths. DataError for what belongs to no picture."""
+    """Return picture -> its source images, one from each source.
+
+    The sources are its metadata row (`named`), NAME.before.png next to it, and a file of the same path in
+    each folder. Raises DataError for files that belong to no picture."""
     if settings.before == "off":
         return {}
     auto, root = settings.before == "auto", folder.root
@@ -62,7 +65,9 @@ def before_files(
 
 
 def each_before(folders: Mapping[str, Sequence[PictureFile]]) -> int:
-    """How many pictures are before each. DataError where some have fewer than others."""
+    """Return the number of source images per picture.
+
+    Raises DataError if some have fewer than others."""
     files = [file for own in folders.values() for file in own]
     most = max((len(file.before) for file in files), default=0)
     fewer = [f"{f.name}: {len(f.before) or 'nothing'}" if most > 1 else f.name for f in files if len(f.before) < most]
@@ -81,8 +86,9 @@ def each_before(folders: Mapping[str, Sequence[PictureFile]]) -> int:
 
 
 def open_before(path: Path, after: TrainingPicture, settings: ImageDataSection, others: list[str]) -> TrainingPicture:
-    """A picture that an edit starts from; why it is not of the settings' kind goes into `others`. Raises
-    UnreadablePicture."""
+    """Return a source image.
+
+    If it is not of the settings' kind, appends the reason to `others`. Raises UnreadablePicture."""
     name = os.path.relpath(path, after.path.parents[len(Path(after.name).parts) - 1])
     try:
         data, digest = read_bytes(path)
@@ -104,8 +110,10 @@ def check_befores(
     settings: ImageDataSection,
     about: AboutPictures,
 ) -> None:
-    """What has another size or proportion than what comes after it goes into `about`. Raises DataError for control
-    pictures of another proportion, for those that are too long, and for `others`, as `open_before` finds them."""
+    """Report source images whose size or proportions differ, in `about`.
+
+    Raises DataError for control pictures of other proportions, for pictures that are too long, and for
+    `others` from `open_before`."""
     pairs = [(before, after) for after in pictures for before in after.before]
     unlike = [f"{before.name}: {why}" for before, after in pairs if (why := after.unlike(before.size))]
     about.own_shape += unlike

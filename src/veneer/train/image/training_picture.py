@@ -1,7 +1,7 @@
-"""A picture as it is learned, and what was read of all of them.
+"""A training picture, and a summary of all of them.
 
-A picture's `key` is a hash of its bytes, its mask's bytes and its caption, and of those before it: where the file
-stands does not matter.
+A picture's `key` is a hash of its bytes, its mask's bytes, its caption, and those of its source images,
+independent of its location.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from pathlib import Path
 
 from veneer.train.image.near_duplicates import PerceptualHash
 
-_SAME_SHAPE = 0.01  # how far another aspect ratio may be from its own
+_SAME_SHAPE = 0.01  # maximum relative difference of aspect ratios
 
 
 @dataclass(frozen=True)
 class TrainingPicture:
-    """A picture as it is learned.
+    """A training picture.
 
     `name`: its path in its folder. `caption`: with the trigger. `size`: (width, height) in pixels, upright.
-    `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask. `transparent`: some of
-    it shows the background. `repeats`: times an epoch. `weight`: of its loss. `is_class`: one of the class pictures.
-    `notes`: what decoding converted. `before`: the pictures that an edit starts from, without captions."""
+    `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask.
+    `transparent`: some of it shows the background. `repeats`: times per epoch. `weight`: weight of its loss.
+    `is_class`: whether it is a class picture. `notes`: conversions by decoding. `before`: source images of an
+    edit, without captions."""
 
     path: Path
     name: str
@@ -46,30 +47,32 @@ class TrainingPicture:
 
     @cached_property
     def key(self) -> str:
-        """sha256 of all content that is learned from."""
+        """Return the sha256 of all trained content."""
         parts = [self.digest, self.caption, self.mask_digest, self.alpha, self.weight, self.is_class]
         parts += [picture.digest for picture in self.before]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def unlike(self, size: tuple[int, int]) -> str:
-        """What is said of a file of `size` that has another proportion; else nothing."""
+        """Return the problem of a file of `size` with other proportions; else ""."""
         (width, height), (w, h) = self.size, size
         return "" if same_shape(size, self.size) else f"{w} x {h} pixels, but {self.name} has {width} x {height}"
 
 
 def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two (width, height) have one proportion, within a hundredth."""
+    """Return whether two (width, height) have equal proportions, within 1%."""
     return abs(size[0] * other[1] - size[1] * other[0]) <= _SAME_SHAPE * size[0] * other[1]
 
 
 @dataclass
 class AboutPictures:
-    """What was read. `captions`: source -> pictures. `trigger`: added, replaced, already there -> pictures.
-    `broken`: `name: reason` of files left out. `notes`: what decoding converted -> pictures. `repeats`: kohya folder ->
-    times. `ignored`: ending -> files of no kind that is read. `unused`: metadata columns that nothing uses.
-    `several_lines`: caption files whose lines were joined. `shared`: caption files that belong to several pictures.
-    `class_triggers`: class pictures whose caption holds the trigger. `before`: pictures before each; `resized_before`:
-    those of another size than theirs; `own_shape`: those of another proportion, `name: sizes`."""
+    """A summary of the read pictures.
+
+    `captions`: source -> pictures. `trigger`: added, replaced, already there -> pictures. `broken`: `name:
+    reason` of dropped files. `notes`: conversion by decoding -> pictures. `repeats`: kohya folder -> times.
+    `ignored`: suffix -> files of other kinds. `unused`: unused metadata columns. `several_lines`: caption
+    files whose lines were joined. `shared`: caption files of several pictures. `class_triggers`: class
+    pictures whose caption has the trigger. `before`: source images per picture; `resized_before`: those of
+    another size than their picture; `own_shape`: those of other proportions, `name: sizes`."""
 
     pictures: int = 0
     class_pictures: int = 0
@@ -93,7 +96,9 @@ class AboutPictures:
 
 
 def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
-    """sha256 over the pictures' keys and repeats, in order; the same wherever the folder is."""
+    """Return the sha256 over the pictures' keys and repeats, in order.
+
+    It is independent of the folder's location."""
     h = hashlib.sha256()
     for picture in pictures:
         h.update(f"{picture.key}|{picture.repeats}\n".encode())

@@ -96,7 +96,9 @@ def _missing(what: str, package: str) -> MissingExtraError:
 
 
 def fuzzy(a: str, b: str) -> float:
-    """Return the share of both texts in their longest common subsequence; 1 for two empty texts."""
+    """Return the share of both texts in their longest common subsequence.
+
+    1 for two empty texts."""
     return 2 * _common(a, b) / (len(a) + len(b)) if a or b else 1.0
 
 

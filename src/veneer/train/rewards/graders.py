@@ -50,7 +50,9 @@ _PARSE_SECONDS = 20.0
 _COMPARED = 64 << 10
 """Maximum characters of each text that a metric compares."""
 TOO_LARGE = "too_large"
-"""The error for a text over a limit. OpenAI has no such error; neither the model nor the row is at fault."""
+"""The error for a text over a limit.
+
+OpenAI has no such error; neither the model nor the row is at fault."""
 _MEMORY = 2e9
 """Bytes of memory that all python graders of one grader share."""
 _Text = Annotated[str, Field(max_length=100_000)]
@@ -479,7 +481,9 @@ def _of_texts(
 
 
 def _gleu(text: str, wanted: str) -> float:
-    """Return Google's BLEU: min(precision, recall) of 1- to 4-grams (arXiv 1609.08144)."""
+    """Return Google's BLEU (arXiv 1609.08144).
+
+    It is min(precision, recall) of all n-grams of 1 to 4 words."""
 
     def grams(of: str) -> Counter[tuple[str, ...]]:
         words = of.split()

@@ -38,7 +38,9 @@ _NUMBER = re.compile(
     rf"(?<![\w.])(?P<n>[-+\u2212]?{_N})(?![\w]|\.\d)"
     rf"(?:[*`\s]*(?:(?P<percent>%)|(?:/|\b(?:out\s+)?of\b)[*`\s]*(?P<m>{_N})(?![\w]|\.\d)))?"
 )
-"""A number in text with its maximum, if any: `8`, `8/10`, `**8** out of 10`, `8 of 10`, `80%`."""
+"""A number in text with its maximum, if any.
+
+For example `8`, `8/10`, `**8** out of 10`, `8 of 10`, `80%`."""
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,9 @@ class _Process:
 
 
 class _Running:
-    """A child process and this side's end of its socket. Raises _Ended if the process does not start."""
+    """A child process and this side's end of its socket.
+
+    Raises _Ended if the process does not start."""
 
     def __init__(self, sandbox: Sandbox | None, memory: int, bare: bool) -> None:
         self._sandboxed, self._memory = sandbox is not None, memory
@@ -297,7 +299,9 @@ class _Running:
                 raise
 
     def _began(self, errors: IO[bytes]) -> None:
-        """Wait for the first message, which comes from the child's own script, before any code of the function."""
+        """Wait for the first message.
+
+        The child's own script sends it before any code of the function runs."""
         try:
             self.receive(time.monotonic() + _LOADING)
             if self._sandboxed and self.sender is not None:
@@ -318,16 +322,18 @@ class _Running:
                 rest = rest[self._channel.send(rest) :]
 
     def receive(self, ends: float) -> Any:
-        """Return the next message. Raises EOFError at the end, TimeoutError, and ValueError for invalid JSON."""
+        """Return the next message.
+
+        Raises EOFError at the end, TimeoutError, and ValueError for invalid JSON."""
         size = struct.unpack(">I", self._received(4, ends))[0]
         if size > _ANSWER:
             raise _Ended("the function's answer is over the size limit")
         return json.loads(self._received(size, ends))
 
     def _received(self, count: int, ends: float) -> bytes:
-        """Return bytes from the function's process; drop bytes from other processes that hold its descriptors.
+        """Return bytes from the function's process.
 
-        The kernel never combines bytes of two senders in one part."""
+        Drops bytes from other processes that hold its descriptors. The kernel never combines bytes of two senders in one part."""
         found = bytearray()
         while len(found) < count:
             self._await(select.POLLIN, ends)
@@ -342,9 +348,9 @@ class _Running:
         return bytes(found)
 
     def _await(self, event: int, ends: float) -> None:
-        """Wait until the socket is ready (with poll, because a server can have more descriptors than select supports).
+        """Wait until the socket is ready.
 
-        Raises TimeoutError, and _Ended for a sandbox over its memory limit."""
+        Uses poll, because a server can have more descriptors than select supports. Raises TimeoutError, and _Ended for a sandbox over its memory limit."""
         waiting = select.poll()
         waiting.register(self._channel, event)
         while not waiting.poll(
@@ -362,7 +368,9 @@ class _Running:
             signal.pidfd_send_signal(self._function, signal.SIGCONT)
 
     def suspend(self) -> bool:
-        """Stop a sandbox until the next call. Return False if processes other than the function's are left."""
+        """Stop a sandbox until the next call.
+
+        Returns False if processes other than the function's are left."""
         if self._function is None:
             return True
         if descendants(self.process.pid)[1:] != [self.sender]:
@@ -371,13 +379,15 @@ class _Running:
         return True
 
     def code(self) -> int | None:
-        """Return the exit code of a process that has closed its socket; None if the process is still running."""
+        """Return the exit code of a process that has closed its socket.
+
+        None if the process is still running."""
         with suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=1)
         return None
 
     def end(self) -> None:
-        """Kill the process with its group, or all processes of a sandbox, and wait until they are gone."""
+        """Kill the process and its group, or the whole sandbox, and wait for the end."""
         for descriptor in (self._init, self._function):
             if descriptor is not None:
                 with suppress(ProcessLookupError):
@@ -415,7 +425,7 @@ def _says_who() -> bool:
 
 
 def _sender(about: Sequence[tuple[int, int, bytes]]) -> int | None:
-    """Return the ID of the process that sent a message; None if the kernel does not report it."""
+    """Return the ID of a message's sender; None if the kernel does not report it."""
     for level, kind, data in about:
         if _says_who() and (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
             return int(_CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0])
@@ -451,9 +461,9 @@ def look(sample, item):
 
 @functools.cache
 def working_sandbox() -> Sandbox:
-    """Return this machine's sandbox, after a function in the sandbox has probed for leaks. The result is cached.
+    """Return this machine's sandbox, after testing it for leaks; cached.
 
-    Raises ResourceError with the reason if no sandbox works."""
+    A function in the sandbox does the test. Raises ResourceError with the reason if no sandbox works."""
     sandbox = bubblewrap(_CHILD)
     with tempfile.TemporaryDirectory() as folder:
         hidden = [folder, "/proc/self", "/etc/passwd", *_private(sandbox)]
@@ -479,7 +489,7 @@ def working_sandbox() -> Sandbox:
 
 
 def _private(sandbox: Sandbox) -> list[str]:
-    """Return the entries of the user's home and the veneer home that contain no Python packages."""
+    """Return the entries of the user's and the veneer home without Python packages."""
     entries: list[str] = []
     for folder in (Path("~").expanduser(), veneer_home()):
         with suppress(OSError):

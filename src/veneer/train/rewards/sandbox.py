@@ -1,4 +1,6 @@
-"""A sandbox for Python from clients: bubblewrap, a system call filter, and a limit on total memory.
+"""A sandbox for Python from clients.
+
+It uses bubblewrap, a system call filter, and a limit on total memory.
 
     sandbox = bubblewrap(Path("child.py"))
     process = sandbox.start([sys.executable, "child.py"], channel, errors)

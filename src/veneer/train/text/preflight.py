@@ -296,8 +296,8 @@ def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> tuple[int, int]:
     """Return the bytes of packed weights for sampling and for training.
 
     The packed weights are those with clearly faster products on this machine, up to the configured bytes.
-    Without a setting, they are all of them if the plan has room, for training only without activation
-    checkpointing; else none.
+    Without a setting, all of them are packed if the plan has room (for training, only if no activations are
+    recomputed), else none.
 
     Sampling comes first: repacking all weights for each token takes several times as long as the products."""
     asked = s.config.memory.keep_packed_gb
