@@ -1,6 +1,6 @@
-"""Combinations of settings that cannot be meant: each check yields a sentence for everything that is wrong.
+"""Checks of combinations of settings; each check yields one message per problem.
 
-`given` holds the settings that somebody wrote, as `section.key`. Knows the settings alone, neither files nor models.
+`given` has the keys that the user set, as `section.key`. Uses settings only, neither files nor models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig, layer_indices
 
 
 def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
-    """What a configuration for text cannot mean."""
+    """Yield what is wrong with a configuration for text."""
     if not config.data.files("train"):
         yield "`data.train` is an empty list: name at least one file"
     yield from _held_out(config, "rows")
@@ -36,7 +36,9 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
 
 
 def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
-    """What a configuration for pictures cannot mean. `given`: without what a preset has filled in."""
+    """Yield what is wrong with a configuration for pictures.
+
+    `given`: the user's keys, without those of a preset."""
     yield from (_slider if config.slider.wanted else _pictures)(config, given)
     yield from _loss_and_samples(config, given)
     yield from _memory_and_output(config)
@@ -50,13 +52,15 @@ def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator
 
 
 _ONE = ("base", "memory")
-"""Sections of what there is one of, where several are trained in one pass."""
+"""Sections that must be equal for all adapters trained in one pass."""
 _ONE_RUN = ("wandb", "trackio")
-"""Trackers that know one run at a time."""
+"""Trackers that support one run per process."""
 
 
 def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequence[str]) -> None:
-    """Raises ConfigError, with files (`names`) and keys, for configurations that cannot be trained in one pass."""
+    """Check that configurations can be trained in one pass.
+
+    Raises ConfigError with the files (`names`) and keys that prevent it."""
     problems = [f"{n} is for pictures" for c, n in zip(configs, names, strict=True) if isinstance(c, ImageTrainConfig)]
     if len(configs) > 1:
         problems += [
@@ -93,7 +97,7 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
 
 
 def _held_out(config: TrainConfig | ImageTrainConfig, what: str) -> Iterator[str]:
-    """What is held out, of rows or of pictures."""
+    """Check the settings of held-out rows or pictures."""
     data = config.data
     if data.validation is not None and data.split:
         yield f"`data.validation` and `data.split` both hold {what} out: keep one"
@@ -165,7 +169,7 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
 
 
 _OF_SERVER = (*HOW_ASKED, "most_failed", "top_logprobs")
-"""Keys of `distillation` that are of a teacher on a server."""
+"""Keys of `distillation` for a teacher on a server."""
 
 
 def _distillation(config: TrainConfig) -> Iterator[str]:
@@ -205,7 +209,7 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
 
 
 def _drawn(config: TrainConfig) -> Iterator[str]:
-    """What a run whose answers are drawn cannot mean."""
+    """Check the settings of a run that samples completions."""
     data = config.data
     if data.format not in ("auto", *PROMPT_FORMATS):
         yield f"`data.format: {data.format}` has no prompts to draw answers to"
@@ -218,7 +222,7 @@ def _drawn(config: TrainConfig) -> Iterator[str]:
 
 
 def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
-    """What a LoHa or LoKr has not, and what a pair has not."""
+    """Check keys that do not apply to LoHa, LoKr or LoRA."""
     adapter, kind = config.adapter, config.adapter.kind
     changed = changed_keys(adapter)
     if kind != "lokr":
@@ -259,7 +263,7 @@ _OF_SLIDERS = ("resolution", "cache")
 
 
 def _slider(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
-    """A slider's prompts, and what is of pictures alone."""
+    """Check a slider's prompts, and keys that apply to pictures only."""
     slider = config.slider
     for key, other in (("positive", "negative"), ("negative", "positive")):
         if getattr(slider, key) is None:
@@ -297,7 +301,7 @@ def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Itera
         yield f"`{normal[0]}` is only used with `timesteps: logit-normal`"
     if isinstance(loss.shift, float) and loss.shift <= 0:
         yield f"`loss.shift: {loss.shift}` should be above 0, auto or resolution"
-    named = samples.prompts or config.slider.target  # what a slider moves is its prompt, where there is no other
+    named = samples.prompts or config.slider.target  # without a prompt, a slider's target is sampled
     if samples.every is not None and not named:
         yield "`samples.every` needs `samples.prompts`: what to draw"
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
@@ -326,7 +330,7 @@ def _memory_and_output(config: ImageTrainConfig) -> Iterator[str]:
 
 
 def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
-    """Keys that somebody wrote and that do nothing, with what each needs."""
+    """Report the user's keys that have no effect, with what each requires."""
     data = config.data
     classes = data.class_folder is not None or data.class_count > 0
     needs = {
@@ -346,7 +350,7 @@ def _does_nothing(key: str, needs: str) -> str:
 
 
 def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
-    """What text and pictures have in common: the schedule, the optimizer, which blocks get pairs."""
+    """Check settings common to text and pictures: schedule, optimizer, layers."""
     schedule, optimizer, adapter, warmup = config.schedule, config.optimizer, config.adapter, config.schedule.warmup
     if schedule.epochs is not None and schedule.steps is not None:
         yield "`schedule.epochs` and `schedule.steps` both say when to end: keep one"

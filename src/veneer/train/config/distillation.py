@@ -1,4 +1,4 @@
-"""What `distillation` holds: the teacher, how answers are drawn for it, and the divergence that is learned."""
+"""The section `distillation`: teacher, sampling, and divergence."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a training configuration for pictures holds, and the presets. A configuration with `data.pictures`, or
-with `slider`, is one.
+"""The training configuration for pictures, and its presets.
 
-The sections that text has too are the same classes; what differs is below, with the reason for each default.
-`docs/reference/image-config.md` is made from this file. Does not know files, overrides, models or torch.
+A configuration with `data.pictures` or `slider` is one for pictures. Sections common to text are the same
+classes; the others are below, with the reason for each default. `docs/reference/image-config.md` is generated
+from this file. Independent of files, overrides, models and torch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ TARGET_WORDS: dict[str, str] = {
     "attention+ff": _BLOCK + _FEED_FORWARD,
     "attention+ff+conv": f"{_BLOCK}{_FEED_FORWARD}|{_CONV}",
 }
-"""Words for `adapter.targets` -> what they select in a denoiser of any family: inside the transformer blocks of a UNet,
-of FLUX, SD3, Qwen-Image and Z-Image (its refiners too), the attention's projections, with them the feed-forward's, and
-with these the 3 × 3 convolutions of a UNet (LoCon, arXiv 2309.14859)."""
+"""Words for `adapter.targets` -> the modules that they select in a denoiser.
+
+They are inside the transformer blocks of a UNet, of FLUX, SD3, Qwen-Image and Z-Image (including its
+refiners): the attention's projections; also the feed-forward's; also the 3 × 3 convolutions of a UNet (LoCon,
+arXiv 2309.14859)."""
 
 
 class ImageBaseSection(BaseSection):
@@ -138,22 +140,24 @@ class ImageDataSection(Section):
 
     @property
     def before_folders(self) -> tuple[str, ...]:
-        """The folders that `before` names; none with auto and off."""
+        """Return the folders in `before`; () for auto and off."""
         return () if self.before in ("auto", "off") else (self.before,) if isinstance(self.before, str) else self.before
 
     @property
     def colour(self) -> tuple[int, int, int]:
-        """The background as (red, green, blue), 0 to 255."""
+        """Return the background as (red, green, blue), 0 to 255."""
         text = _NAMED.get(self.background, self.background)
         return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
     def resolutions(self, size: int) -> tuple[int, ...]:
-        """Sides from small to large; `size` is the base's, used when none is set."""
+        """Return sides from small to large; the default is `size`, the base's."""
         sides = (size,) if self.resolution is None else self.resolution
         return tuple(sorted({sides} if isinstance(sides, int) else set(sides)))
 
     def step(self, unit: int, size: int) -> int:
-        """Bucket step for a base whose sides are multiples of `unit` and whose default side is `size`."""
+        """Return the bucket step.
+
+        `unit`: the base's sides are multiples of it; `size`: the base's default side."""
         if self.bucket_step is not None:
             return self.bucket_step
         return max(unit, 64 // unit * unit) if min(self.resolutions(size)) >= 512 else unit
@@ -212,7 +216,7 @@ class ImageAdapterSection(PairsSection):
     text_targets: str | tuple[str, ...] = setting("all-linear", "modules of those text encoders")
 
     def denoiser_targets(self) -> tuple[str, ...]:
-        """The patterns that `targets` stands for."""
+        """Return the patterns that `targets` selects."""
         listed = (self.targets,) if isinstance(self.targets, str) else self.targets
         return tuple(TARGET_WORDS.get(t, t) for t in listed)
 
@@ -305,7 +309,7 @@ class SamplesSection(Section):
 
     @property
     def starts(self) -> tuple[tuple[str, ...], ...]:
-        """The files of `before`, those of each prompt."""
+        """Return the files of `before` for each prompt."""
         each = tuple((one,) if isinstance(one, str) else one for one in self.before)
         return each * len(self.prompts) if len(each) == 1 else each or ((),) * len(self.prompts)
 
@@ -370,12 +374,14 @@ class SliderSection(Section):
 
     @property
     def wanted(self) -> bool:
-        """Whether the run is of a slider."""
+        """Return whether the run trains a slider."""
         return self.positive is not None or self.negative is not None
 
 
 class ImageTrainConfig(Section):
-    """All of it. `base.name`, `data.pictures` (or a slider's two prompts) and `output.directory` must be given."""
+    """The configuration for pictures.
+
+    `base.name`, `data.pictures` (or a slider's two prompts) and `output.directory` are required."""
 
     base: ImageBaseSection
     data: ImageDataSection
@@ -399,16 +405,18 @@ class ImageTrainConfig(Section):
 
     @property
     def epochs(self) -> int | None:
-        """Times over the pictures, or None when a number of steps decides."""
+        """Return the number of epochs; None if the number of steps is set."""
         return None if self.schedule.steps is not None else self.schedule.epochs
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps, or None when `schedule.epochs` decides."""
+        """Return the number of optimizer steps; None if `schedule.epochs` is set."""
         return None if self.epochs is not None else self.schedule.steps or 1000
 
     def recipe(self) -> dict[str, Any]:
-        """What a card records: everything but where the run writes, with paths reduced to file names."""
+        """Return the settings for a card, without output and report.
+
+        Paths are reduced to file names."""
         recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recorded()}
         recipe["data"] = {k: _file_names(v) for k, v in recipe["data"].items()}
         recipe["samples"]["before"] = _file_names(recipe["samples"]["before"])
@@ -426,9 +434,9 @@ def _file_names(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings for one kind of image adapter, which fill what the user leaves open.
+    """Settings for one kind of image adapter, used for keys that the user leaves open.
 
-    `settings`: `section.key` -> (value, its evidence; where that is a convention and no measurement, it says so)."""
+    `settings`: `section.key` -> (value, evidence; the evidence names conventions that were not measured)."""
 
     meaning: str
     settings: Mapping[str, tuple[Any, str]]
@@ -498,7 +506,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def image_reference() -> str:
-    """docs/reference/image-config.md; a test compares them."""
+    """Return docs/reference/image-config.md; a test compares them."""
     command = "python -m veneer.train.config.image > docs/reference/image-config.md"
     return reference(ImageTrainConfig, command, "Configuration for pictures") + _preset_tables()
 

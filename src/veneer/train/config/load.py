@@ -1,19 +1,21 @@
-"""The training configuration: a YAML file plus `section.key=value` overrides, read strictly.
+"""Load the training configuration: a YAML file and `section.key=value` overrides.
 
     config, sources = load_config("support.yaml", ["optimizer.learning_rate=5e-4"])
     config.optimizer.learning_rate          0.0005
     sources["optimizer.learning_rate"]      override `optimizer.learning_rate=5e-4`
-    sources["adapter.rank"]                 default (enough for thousands of rows; 2 x alpha keeps the scale at 2)
+    sources["adapter.rank"]                 default (enough for thousands of rows (LoRA Without Regret))
 
-Without a file all settings are overrides; `common_settings` makes those that have options on the command line.
+Without a file all settings are overrides; `common_settings` returns overrides for the options of the command
+line.
 
 A configuration with `data.pictures` or `slider` is one for pictures (ImageTrainConfig), any other for text
-(TrainConfig). A misspelt key, a value of the wrong kind and an impossible combination are one ConfigError that lists
-them all. Paths in the file are relative to the file's folder, paths in overrides to the current folder.
+(TrainConfig). Validation is strict: one ConfigError lists all misspelled keys, values of the wrong type and
+invalid combinations. Paths in the file are relative to the file's folder, paths in overrides to the current
+folder.
 
-YAML is read as people expect it, which differs from PyYAML's rules (YAML 1.1) where those surprise: `5e-4` is a number,
-only `true` and `false` are booleans (`on`, `off`, `yes`, `no` are text), `1:30` and dates are text, and a key that is
-given twice is an error. Does not know models, data or torch.
+YAML differs from PyYAML's rules (YAML 1.1) where those surprise users: `5e-4` is a number, only `true` and
+`false` are booleans (`on`, `off`, `yes`, `no` are text), `1:30` and dates are text, and a duplicate key is an
+error. Independent of models, data and torch.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ RunConfig = TrainConfig | ImageTrainConfig
 
 @dataclass(frozen=True)
 class SettingSource:
-    """Where a setting came from. `where`: file:line, the override's text, or the preset. `why`: its reason."""
+    """The origin of a setting.
+
+    `where`: file:line, the override's text, or the preset. `why`: its reason."""
 
     kind: Literal["file", "override", "preset", "default"]
     where: str = ""
@@ -55,8 +59,10 @@ class SettingSource:
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of configuration. `page`: its reference. `paths`: keys that hold paths. `problems`: what it cannot mean,
-    by the keys that somebody wrote."""
+    """A kind of configuration.
+
+    `page`: its reference. `paths`: keys with paths. `problems`: yields invalid combinations, given the user's
+    keys."""
 
     config: type[TrainConfig] | type[ImageTrainConfig]
     page: str
@@ -91,11 +97,11 @@ _SHORT = {"base": "name", "output": "directory"}
 def load_config(
     path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
 ) -> tuple[RunConfig, dict[str, SettingSource]]:
-    """Read a YAML file and apply `section.key=value` overrides (values read as YAML). Without a file (None), the
-    output is `runs/NAME`, named after the data, unless an override gives one.
+    """Load a configuration from a YAML file and `section.key=value` overrides.
 
-    Returns the configuration, for text or for pictures, and the source of each value under its `section.key`.
-    Raises ConfigError naming the file and line, the override, and what to write instead."""
+    Override values are YAML. Without a file (None), the output is `runs/NAME`, named after the data, unless
+    an override gives one. Returns the configuration, for text or for pictures, and the source of each value
+    under its `section.key`. Raises ConfigError with the file and line, the override, and a correction."""
     if path is None:
         return config_from({}, _with_output(list(overrides)))
     values, lines = read_sections(path)
@@ -111,12 +117,14 @@ _COMMON = {
     "steps": ("schedule.steps",),
     "learning_rate": ("optimizer.learning_rate",),
 }
-"""Settings that have options on the command line and fields on the Train page, under their short names."""
+"""Settings with command-line options and Train page fields, by short name."""
 
 
 def common_settings(**given: Any) -> list[str]:
-    """Return common settings (`_COMMON`) as `section.key=value`; None, "" and () are left out. `data`: a file of rows,
-    several, or a folder of pictures. An `output` without a slash is a folder in `runs`."""
+    """Return common settings (`_COMMON`) as `section.key=value`.
+
+    Omits None, "" and (). `data`: one or several files of rows, or a folder of pictures. An `output` without
+    a slash is a folder in `runs`."""
     out = []
     for name, value in given.items():
         key = _COMMON[name][0]
@@ -133,7 +141,9 @@ def common_settings(**given: Any) -> list[str]:
 
 
 def short_names(settings: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Split settings into the common ones, by their short names, and all others: the inverse of `common_settings`."""
+    """Split settings into common ones, by short name, and others.
+
+    The inverse of `common_settings`."""
     short = {key: name for name, keys in _COMMON.items() for key in keys}
     found, rest = dict[str, str](), list[str]()
     for setting in settings:
@@ -146,7 +156,9 @@ def short_names(settings: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def settings_of(config: Mapping[str, Any]) -> list[str]:
-    """Return a configuration's values as `section.key=value`: with them `load_config` makes the same configuration."""
+    """Return a configuration's values as `section.key=value`.
+
+    `load_config` restores the same configuration from them."""
     out = []
     for section, value in config.items():
         values = value.items() if isinstance(value, Mapping) else [("", value)]
@@ -160,7 +172,9 @@ def _setting(key: str, value: Any) -> str:
 
 
 def _with_output(overrides: list[str]) -> list[str]:
-    """Overrides that name an output, if necessary after the data: data.train=desk.jsonl is written to runs/desk."""
+    """Return overrides that include an output.
+
+    The default is named after the data: data.train=desk.jsonl is written to runs/desk."""
     given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     if given.keys() & {"output", "output.directory"}:
         return overrides
@@ -171,7 +185,9 @@ def _with_output(overrides: list[str]) -> list[str]:
 
 
 def read_sections(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping[tuple[str, ...], int]]:
-    """The sections of a YAML file, and the line of each key. Raises ConfigError."""
+    """Return the sections of a YAML file, and the line of each key.
+
+    Raises ConfigError."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -201,7 +217,9 @@ def config_from(
     file: Path | None = None,
     lines: Mapping[tuple[str, ...], int] | None = None,
 ) -> tuple[RunConfig, dict[str, SettingSource]]:
-    """`load_config` for values that are read already: {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
+    """Return the configuration for parsed values, like `load_config`.
+
+    For example {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
     overrides = list(overrides)
     kind = _kind_of(values, overrides)
     raw: dict[str, Any] = {}
@@ -233,14 +251,14 @@ def config_from(
 
 
 def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
-    """Pictures where `data.pictures` or `slider` is given, text elsewhere."""
+    """Return pictures if `data.pictures` or `slider` is given, else text."""
     data = values.get("data")
     named = (isinstance(data, Mapping) and "pictures" in data) or "slider" in values
     return _IMAGE if named or any(o.startswith(("data.pictures=", "slider.")) for o in overrides) else _TEXT
 
 
 def _preset(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:
-    """Fills in the preset's value for every key that is not given."""
+    """Set the preset's value for every key that is not given."""
     name = raw.get("preset")
     for key, (value, because) in PRESETS[name].settings.items() if isinstance(name, str) and name in PRESETS else ():
         _fill(raw, given, key, value, SettingSource("preset", str(name), because))
@@ -253,7 +271,7 @@ _PREFERENCE_RATE = (
 
 
 def _preference_rate(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:
-    """The learning rate of a preference run, where none is given."""
+    """Set the learning rate of a preference run, if none is given."""
     preference = raw.get("preference")
     if isinstance(preference, dict) and preference.get("loss") is not None:
         rate, because = _PREFERENCE_RATE
@@ -291,7 +309,7 @@ def _override(
         return
     values = raw.setdefault(section, {})
     if not isinstance(values, dict):
-        return  # the file's section is wrong; that is reported
+        return  # the section in the file is invalid, which is reported
     if inner:  # adapter.rank_pattern.q_proj=8: one entry of a mapping
         entries = values.get(key)
         values[key] = {**(entries if isinstance(entries, Mapping) else {}), inner: value}
@@ -303,11 +321,11 @@ def _override(
 def _validate(kind: _Kind, raw: dict[str, Any], given: Mapping[str, SettingSource], problems: list[str]) -> RunConfig:
     for name in ("base", "data", "output"):
         raw.setdefault(name, {})
-    for name, value in list(raw.items()):  # `adapter:` with nothing under it, as when all its keys are commented out
+    for name, value in list(raw.items()):  # an empty `adapter:`, as when all its keys are commented out
         if value is None and name in kind.sections:
             raw[name] = {}
     try:
-        # Through JSON: strict for kinds ("16" is no number, true is no 1), while lists may fill tuples.
+        # Through JSON: strict about types ("16" is not a number, true is not 1), but tuples accept lists.
         config = kind.config.model_validate_json(json.dumps(raw, default=str), strict=True)
     except pydantic.ValidationError as error:
         _raise(problems + _explain(kind, error, given), kind)
@@ -332,7 +350,9 @@ _EXPECTED = {
 
 
 def _explain(kind: _Kind, error: pydantic.ValidationError, given: Mapping[str, SettingSource]) -> list[str]:
-    """One line per key: what was expected, what was found, and where; a union's alternatives are joined."""
+    """Return one line per key: the expected and the actual value, and the location.
+
+    The alternatives of a union are joined."""
     wanted: dict[str, list[str]] = {}
     values: dict[str, str] = {}
     lines: list[str] = []
@@ -346,7 +366,7 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, given: Mapping[str, S
             lines.append(_unknown(kind, loc) + suffix)
         elif e["type"] == "missing":
             lines.append(f"`{name}` is required: {described[name].description or ''}")
-        elif e["type"] == "value_error":  # a sentence of a validator of ours
+        elif e["type"] == "value_error":  # a message of our own validators
             lines.append(f"`{name}`: {str(e['msg']).removeprefix('Value error, ')}{suffix}")
         else:
             context = e.get("ctx") or {}
@@ -365,7 +385,7 @@ def _unknown(kind: _Kind, loc: list[str]) -> str:
     own = list(kind.sections[loc[0]].model_fields) if len(loc) > 1 else list(kind.config.model_fields)
     prefix = f"{loc[0]}." if len(loc) > 1 else ""
     named = {key: f"{prefix}{key}" for key in own}
-    for other, _ in config_keys(kind.config):  # the right key in the wrong place
+    for other, _ in config_keys(kind.config):  # the right key in the wrong section
         named.setdefault(other.rpartition(".")[2], other)
     near = nearest(last, named, 1)
     hint = f"did you mean `{named[near[0]]}`?" if near else f"valid keys: {', '.join(own)}"
@@ -378,7 +398,9 @@ _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
-    """`value` with relative paths resolved against `folder`, for the keys that hold paths; hub ids stay as they are."""
+    """Return `value` with relative paths resolved against `folder`.
+
+    Applies to the keys with paths; hub IDs are unchanged."""
     if isinstance(value, list | tuple) and name in kind.paths:
         return [_absolute(kind, name, v, folder) for v in value]
     if name == "reinforcement.rewards" and isinstance(value, list | tuple):
@@ -434,7 +456,9 @@ def _raise(problems: list[str], kind: _Kind) -> NoReturn:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's core rules for plain scalars; underscores in numbers (10_000) are allowed."""
+    """SafeLoader with YAML 1.2's core rules for plain scalars.
+
+    Underscores in numbers (10_000) are allowed."""
 
 
 _RULES = {
@@ -453,9 +477,9 @@ for _tag, (_pattern, _first) in _RULES.items():
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The value of a YAML text and the 1-based line of each key, by its path from the root.
+    """Return the value of a YAML text, and the 1-based line of each key by path.
 
-    Raises ConfigError with `where:line` for text that is not YAML, and for a key given twice."""
+    Raises ConfigError with `where:line` for invalid YAML, and for a duplicate key."""
     loader = _Loader(text)
     lines: dict[tuple[str, ...], int] = {}
     try:
@@ -483,7 +507,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
 
 
 def _tab(text: str, error: yaml.MarkedYAMLError) -> int | None:
-    """The 1-based line of the tab that a YAML error is about, or None when it is about something else."""
+    """Return the 1-based line of the tab that a YAML error is about, else None."""
     if error.problem_mark is None:
         return None
     line = error.problem_mark.line

@@ -1,4 +1,4 @@
-"""What `reinforcement` holds: how answers are drawn, what they are worth, and the loss of it."""
+"""The section `reinforcement`: sampling, rewards, and loss."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ReinforcementSection(Section):
     gap: float = setting(0.05, "maximum mean sampler-trainer mismatch, in nats", gt=0)
 
     def settled(self) -> ReinforcementSection:
-        """The same settings with what was left open as `loss` has it."""
+        """Return the settings with open keys set to the values of `loss`."""
         if self.loss is None:
             return self
         known = dict(zip(_OPEN, _LOSSES[self.loss], strict=True))
@@ -72,7 +72,7 @@ class ReinforcementSection(Section):
 
     @property
     def grammar_text(self) -> tuple[str, str] | None:
-        """Kind and text of the grammar."""
+        """Return the kind and text of the grammar."""
         for kind, value in self.grammar.items():
             return kind, value if isinstance(value, str) else json.dumps({} if value is True else value)
         return None
@@ -89,4 +89,4 @@ _LOSSES: dict[str, tuple[Any, ...]] = {
     "ppo": ("batch", "batch", "token", 0.2, 0.2, "batch"),
 }
 PROMPT_FORMATS = ("messages", "sharegpt", "prompt-completion", "instruction", "prompt")
-"""The formats of rows that answers are drawn to."""
+"""The row formats with prompts that completions can be sampled for."""

@@ -1,11 +1,11 @@
-"""What `reinforcement.rewards` holds: a list, and each entry a section of its kind.
+"""The entries of `reinforcement.rewards`: a list of sections, one per reward.
 
     rewards:
       - {kind: exact_match, column: answer}
       - {kind: length, most: 200, slack: 50, weight: 0.2}
 
-`REWARD_KINDS` has the section of each kind; `RewardList` is the field's type, which reads every entry strictly and says
-of an unknown kind or key which is nearest. What they do is in train/rewards.
+`REWARD_KINDS` has the section of each kind. `RewardList` is the type of the field; it validates every entry
+strictly and suggests the nearest name for an unknown kind or key. train/rewards computes the rewards.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from veneer.train.config.section import BASE_MODEL, HOW_ASKED, Section, changed_
 
 
 class RewardSection(Section):
-    """What every reward has. `kind` says which it is."""
+    """The keys of every reward. `kind` selects the reward."""
 
     paths: ClassVar[tuple[str, ...]] = ()
-    """Its keys that hold paths, relative to the configuration's folder."""
+    """Keys with paths, relative to the configuration's folder."""
 
     kind: str
     name: str | None = setting(None, "name in the log", "its kind", pattern=r"^\w[\w.-]{0,63}$")
@@ -43,7 +43,7 @@ class RewardSection(Section):
         return self
 
     def problem(self) -> str:
-        """What its keys cannot mean together; "" where they can."""
+        """Return what is wrong with the combination of keys; "" if nothing is."""
         return ""
 
 
@@ -52,14 +52,16 @@ class _Compared(RewardSection):
 
 
 class ExactMatchReward(_Compared):
-    """1 where the answer is the wanted one, else 0; white space at both ends aside, and JSON as values."""
+    """1 if the answer equals the expected one, else 0.
+
+    Ignores outer white space; compares JSON by value."""
 
     kind: Literal["exact_match"]
     ignore_case: bool = setting(False, "ignore case")
 
 
 class JsonSchemaReward(RewardSection):
-    """1 where the answer is JSON that a schema allows, else 0."""
+    """1 if the answer is JSON that matches a schema, else 0."""
 
     kind: Literal["json_schema"]
     json_schema: dict[str, Any] | None = setting(None, "the schema (JSON Schema 2020-12)")
@@ -70,14 +72,16 @@ class JsonSchemaReward(RewardSection):
 
 
 class JsonFieldsReward(_Compared):
-    """The share of the wanted JSON object's keys that the answer has with an equal value."""
+    """The share of the expected JSON object's keys with equal values in the answer."""
 
     kind: Literal["json_fields"]
     fields: tuple[str, ...] = setting((), "keys to compare", "every key of the wanted object")
 
 
 class RegexReward(RewardSection):
-    """1 where a regular expression matches the answer, else 0; with `column`, only where its group is what it holds."""
+    """1 if a regular expression matches the answer, else 0.
+
+    With `column`, its group must also equal the column's value."""
 
     kind: Literal["regex"]
     pattern: str = setting(..., "regular expression of the regex package; `.` matches line ends", min_length=1)
@@ -95,7 +99,7 @@ class RegexReward(RewardSection):
 
 
 class LengthReward(RewardSection):
-    """1 from `least` to `most`, and linearly down to 0 at `slack` beyond either."""
+    """1 from `least` to `most`, falling linearly to 0 at distance `slack`."""
 
     kind: Literal["length"]
     unit: Literal["tokens", "characters", "words"] = setting("tokens", "what is counted", "what is paid for")
@@ -123,7 +127,7 @@ class RougeReward(_Compared):
 
 
 class AskedModelReward(RewardSection):
-    """What rewards have that ask a model, of this process or of a server."""
+    """The keys of rewards that ask a model of this process or of a server."""
 
     url: str | None = setting(None, "server, as https://api.openai.com/v1", "this process", pattern=r"^https?://\S+$")
     key: str | None = setting(None, "environment variable with the server's key", "none", pattern=r"^[A-Za-z_]\w*$")
@@ -139,8 +143,9 @@ class AskedModelReward(RewardSection):
 
 
 class JudgeReward(AskedModelReward):
-    """A number that a model gives, scaled to 0 to 1: the base, another adapter, or a model of any OpenAI-compatible
-    server."""
+    """A number that a model gives, scaled to 0 to 1.
+
+    The model is the base, another adapter, or one of any OpenAI-compatible server."""
 
     kind: Literal["judge"]
     prompt: str = setting(
@@ -155,7 +160,7 @@ class JudgeReward(AskedModelReward):
 
 
 class PythonReward(RewardSection):
-    """A function of your file, in a process of its own."""
+    """A function of a user's file, in a separate process."""
 
     paths: ClassVar[tuple[str, ...]] = ("file",)
 
@@ -168,7 +173,7 @@ class PythonReward(RewardSection):
 
 
 class GraderReward(AskedModelReward):
-    """A grader as OpenAI's fine-tuning API has it; a score_model in it asks the server."""
+    """A grader of OpenAI's fine-tuning API; a score_model in it asks the server."""
 
     kind: Literal["grader"]
     grader: dict[str, Any] = setting(..., "string_check, text_similarity, score_model, python or multi")
@@ -176,7 +181,9 @@ class GraderReward(AskedModelReward):
 
 
 class VerifiersReward(RewardSection):
-    """The rewards of a taskset of verifiers, of which the rows are too (`data.train: verifiers:TASKSET@ROWS`)."""
+    """The rewards of a verifiers taskset.
+
+    The rows come from the same taskset (`data.train: verifiers:TASKSET@ROWS`)."""
 
     kind: Literal["verifiers"]
     taskset: str = setting(..., "id of the installed taskset", min_length=1)
@@ -184,7 +191,9 @@ class VerifiersReward(RewardSection):
 
 
 class ReasoningGymReward(RewardSection):
-    """reasoning-gym's own score of an answer to a task's question (`data.train: reasoning-gym:TASK@ROWS`)."""
+    """reasoning-gym's score of an answer to a task's question.
+
+    For `data.train: reasoning-gym:TASK@ROWS`."""
 
     kind: Literal["reasoning_gym"]
     answer: str | None = setting(
@@ -220,7 +229,7 @@ def _read(value: Any) -> tuple[RewardSection, ...]:
 
 
 def _section(value: Any, n: int) -> RewardSection:
-    """One entry. Raises ValueError with everything that is wrong with it."""
+    """Return one entry as its section. Raises ValueError with all problems."""
     if isinstance(value, RewardSection):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
@@ -231,7 +240,7 @@ def _section(value: Any, n: int) -> RewardSection:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(REWARD_KINDS)}"
         raise ValueError(f"entry {n}: {quoted(kind)} is no kind of reward; {hint}")
     model = REWARD_KINDS[kind]
-    try:  # lists may fill tuples; a number in quotes is none
+    try:  # tuples accept lists; a quoted number is not a number
         return model.model_validate_json(pydantic.TypeAdapter(Any).dump_json(value), strict=True)
     except pydantic.ValidationError as error:
         said = "; ".join(_problem(model, e) for e in error.errors())
@@ -251,11 +260,11 @@ def _problem(model: type[RewardSection], error: Any) -> str:
 
 
 RewardList = Annotated[tuple[SerializeAsAny[RewardSection], ...], BeforeValidator(_read)]
-"""The rewards of a configuration, read strictly."""
+"""The rewards of a configuration, validated strictly."""
 
 
 def rooted_rewards(entries: Sequence[Any], folder: Path) -> list[Any]:
-    """Entries as they were written, their paths resolved against `folder`."""
+    """Return entries with their paths resolved against `folder`."""
 
     def rooted(entry: Any) -> Any:
         kind = REWARD_KINDS.get(str(entry.get("kind"))) if isinstance(entry, dict) else None

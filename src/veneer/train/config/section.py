@@ -1,4 +1,7 @@
-"""What sections of a configuration are made of: strict, frozen models, whose fields say what they mean and why."""
+"""The base of configuration sections: strict, frozen models.
+
+Their fields have a description and the reason for the default.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 def setting(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
-    """A field: default, one line of meaning, and the reason for the default where it is a choice."""
+    """Return a field: default, description, and the reason for the default."""
     return Field(default, description=doc, json_schema_extra={"why": why}, **limits)
 
 
 BASE_MODEL = "base"
-"""The name of a teacher or a judge that means the base with nothing on it."""
+"""The name of a teacher or a judge for the base without adapters."""
 HOW_ASKED = ("key", "timeout", "patience", "at_once")
-"""Keys of whoever asks a model on a server: how it is asked, and not what."""
+"""Keys that set how a model on a server is asked."""
 SOURCES = ("hub:", "reasoning-gym:", "verifiers:")
-"""What the name of rows begins with that are no file."""
+"""Prefixes of row sources that are not files."""
 
 
 class Section(BaseModel):
-    """One section of a configuration: frozen, with no unknown keys and no numbers that are not finite."""
+    """A section of a configuration: frozen, no unknown keys, only finite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
 
@@ -32,5 +35,5 @@ def how_asked(section: Section) -> dict[str, Any]:
 
 
 def changed_keys(section: Section) -> list[str]:
-    """The keys that are not at their default."""
+    """Return the keys whose values differ from the default."""
     return [key for key, f in type(section).model_fields.items() if getattr(section, key) != f.default]

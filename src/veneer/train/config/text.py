@@ -1,7 +1,8 @@
-"""What a training configuration holds: every section and key, its default, its meaning, and the reason for the default.
+"""The training configuration for text: sections, keys, defaults and reasons.
 
-`TrainConfig` is the one for text; config.image has the one for pictures, of the same sections where both want the same.
-`docs/reference/config.md` is made from this file (`reference`). Does not know files, overrides, models or torch.
+config.image has the configuration for pictures, with the same sections where both are alike.
+`docs/reference/config.md` is generated from this file (`reference`). Independent of files, overrides, models
+and torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _SAMPLE_TOKENS, _SAMPLE_FROM = 40, 100
-"""Of the answers that a card keeps, and the steps from which a run has a card that does."""
+"""Maximum tokens of a card's sample answers, and steps from which a card has them."""
 
 
 class BaseSection(Section):
@@ -83,12 +84,14 @@ class PairsSection(Section):
     decompose_both: bool = setting(False, "lokr: decompose the first factor too, if rank is below half")
 
     def recorded(self) -> dict[str, Any]:
-        """What a recipe has of it: of plain pairs no kind, as runs before there were others."""
+        """Return the settings for a recipe.
+
+        Omits `kind` for LoRA, as in recipes from before other kinds existed."""
         form = {"kind", "factor", "decompose_both"} if self.kind == "lora" else set[str]()
         return self.model_dump(mode="json", exclude=form)
 
     def spec(self) -> LoraSpec:
-        """The same as core's LoraSpec, with `layers` as indices."""
+        """Return core's LoraSpec, with `layers` as indices."""
         from veneer.core.adapter import LoraSpec
 
         fields = LoraSpec.__dataclass_fields__
@@ -192,11 +195,13 @@ class PreferenceSection(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares answers with the base, or with the unchanged `adapter.start`."""
+        """Return whether the loss needs a reference.
+
+        The reference is the base, or the unchanged `adapter.start`."""
         return self.loss in ("dpo", "ipo", "kto")
 
     def settled(self) -> PreferenceSection:
-        """The same settings with every None replaced by the default of `loss`."""
+        """Return the settings with every None replaced by the default of `loss`."""
         beta = self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
         return self.model_copy(
             update={
@@ -209,7 +214,7 @@ class PreferenceSection(Section):
 
 
 def preference_formats(loss: str) -> tuple[str, ...]:
-    """The formats of rows that a loss of preferences can learn from."""
+    """Return the row formats for a preference loss."""
     return ("preference", "openai-preference", *(("unpaired-preference",) if loss == "kto" else ()))
 
 
@@ -222,7 +227,7 @@ PREFERENCE_KEYS = {
     "desirable": ("kto",),
     "undesirable": ("kto",),
 }
-"""Which losses each key of `preference` belongs to."""
+"""The losses to which each key of `preference` applies."""
 
 
 class BatchingSection(Section):
@@ -246,7 +251,7 @@ class BatchingSection(Section):
 
     @property
     def at_once(self) -> int:
-        """`micro_tokens`; before a run has settled it by its device, the least that it may become."""
+        """Return `micro_tokens`, or its minimum before the run sets it for its device."""
         return self.micro_tokens or MICRO_TOKENS
 
 
@@ -300,7 +305,7 @@ class EvaluationSection(Section):
     )
 
     def sampled(self, steps: int) -> int:
-        """How many tokens of answers the card of a run of so many steps keeps."""
+        """Return the tokens of the card's sample answers for a run of `steps` steps."""
         given = _SAMPLE_TOKENS if steps >= _SAMPLE_FROM else 0
         return given if self.sample is None else self.sample
 
@@ -348,7 +353,7 @@ class MemorySection(Section):
 
     @property
     def recomputing(self) -> Literal["auto", "on", "off"]:
-        """`activation_checkpointing`, which is on where its activations are to be offloaded."""
+        """Return `activation_checkpointing`; "on" if activations are offloaded."""
         return "on" if self.offload_activations else self.activation_checkpointing
 
 
@@ -374,7 +379,9 @@ class ReportSection(Section):
 
 
 class TrainConfig(Section):
-    """All of it. `base.name`, `data.train` and `output.directory` must be given."""
+    """The configuration for text.
+
+    `base.name`, `data.train` and `output.directory` are required."""
 
     base: BaseSection
     data: DataSection
@@ -394,28 +401,30 @@ class TrainConfig(Section):
 
     @property
     def split_seed(self) -> int:
-        """The seed that chooses the held-out rows."""
+        """Return the seed that chooses the held-out rows."""
         return self.seed if self.data.split_seed is None else self.data.split_seed
 
     @property
     def epochs(self) -> int | None:
-        """Times over the data, or None when `schedule.steps` decides."""
+        """Return the number of epochs; None if `schedule.steps` is set."""
         return None if self.schedule.steps is not None else self.schedule.epochs or 3
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps, or None when epochs decide."""
+        """Return the number of optimizer steps; None if epochs decide."""
         return self.schedule.steps
 
     @property
     def drawn(self) -> ReinforcementSection | DistillationSection | None:
-        """The section by which answers are drawn to the rows' prompts, where they are."""
+        """Return the section that samples completions; None if the run does not."""
         if self.distillation.teacher is not None:
             return self.distillation
         return self.reinforcement if self.reinforcement.loss is not None else None
 
     def recipe(self) -> dict[str, Any]:
-        """What a card records: everything but where the run writes, with paths reduced to file names."""
+        """Return the settings for a card, without output and report.
+
+        Paths are reduced to file names."""
         recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recorded()}
         for key in ("train", "validation", "chat_template"):
             value = recipe["data"][key]
@@ -440,12 +449,14 @@ class TrainConfig(Section):
 
 
 def file_name(value: str | None) -> str | None:
-    """The last part of an absolute path; anything else as it is."""
+    """Return the last part of an absolute path; other values unchanged."""
     return os.path.basename(value) if value and os.path.isabs(value) else value
 
 
 def layer_indices(layers: str | Iterable[int] | None) -> tuple[int, ...] | None:
-    """`"0-3,28"` -> (0, 1, 2, 3, 28); a list as it is; None (all blocks) as None. Raises ValueError."""
+    """Return layers as indices: `"0-3,28"` -> (0, 1, 2, 3, 28).
+
+    A list is returned as a tuple; None (all blocks) as None. Raises ValueError."""
     if layers is None or not isinstance(layers, str):
         return None if layers is None else tuple(layers)
     indices: list[int] = []
@@ -458,7 +469,7 @@ def layer_indices(layers: str | Iterable[int] | None) -> tuple[int, ...] | None:
 
 
 def sections(config: type[Section] = TrainConfig) -> dict[str, type[Section]]:
-    """The sections of a configuration by name."""
+    """Return the sections of a configuration by name."""
     return {
         name: f.annotation
         for name, f in config.model_fields.items()
@@ -470,7 +481,9 @@ SECTIONS = sections()
 
 
 def config_keys(config: type[Section] = TrainConfig) -> Iterator[tuple[str, pydantic.fields.FieldInfo]]:
-    """Every `section.key`, in the order of the reference page, then the keys that are in no section."""
+    """Yield every `section.key` in the order of the reference page.
+
+    Keys outside of sections come last."""
     own = sections(config)
     for name, model in own.items():
         for key, f in model.model_fields.items():
@@ -481,7 +494,7 @@ def config_keys(config: type[Section] = TrainConfig) -> Iterator[tuple[str, pyda
 
 
 def why(f: pydantic.fields.FieldInfo) -> str:
-    """The reason for a field's default, or nothing."""
+    """Return the reason for a field's default, or ""."""
     extra = f.json_schema_extra
     return str(extra.get("why", "")) if isinstance(extra, dict) else ""
 
@@ -491,7 +504,9 @@ def reference(
     made_by: str = "python -m veneer.train.config.text > docs/reference/config.md",
     title: str = "Configuration",
 ) -> str:
-    """The reference page of every key, made from the fields (docs/reference/config.md; a test compares them)."""
+    """Return the reference page of every key, generated from the fields.
+
+    A test compares docs/reference/config.md with the result."""
     out = [
         f"# {title}",
         "",
@@ -522,7 +537,7 @@ def reference(
 
 
 def _equal(f: pydantic.fields.FieldInfo, other: pydantic.fields.FieldInfo | None) -> bool:
-    """Whether two fields have the same row."""
+    """Return whether two fields have equal rows in the reference."""
     return other is not None and (f.description, why(f), _key("", f), _kind(f)) == (
         other.description,
         why(other),
@@ -532,7 +547,7 @@ def _equal(f: pydantic.fields.FieldInfo, other: pydantic.fields.FieldInfo | None
 
 
 def _kind(f: pydantic.fields.FieldInfo) -> str:
-    """The types that a key takes, in YAML's words; null only where it is not the default."""
+    """Return the types of a key in YAML's words; null only if it is not the default."""
     annotation = f.annotation
     text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
     literals = re.findall(r"Literal\[([^\]]*)\]", text)
@@ -550,7 +565,7 @@ def _kind(f: pydantic.fields.FieldInfo) -> str:
 
 
 def _key(key: str, f: pydantic.fields.FieldInfo) -> str:
-    """The key with its default, as YAML."""
+    """Return the key with its default, as YAML."""
     if f.is_required():
         return f"`{key}`, required"
     value = f.default

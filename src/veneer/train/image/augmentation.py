@@ -1,8 +1,8 @@
 """Views of pictures: buckets, crops, flips, sampled captions, and tensors.
 
-    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)   plan.rows: picture, resolution, repeat
-    view, caption = draw_row(plan.rows[i], settings, seed=0, epoch=3)      pure: a resumed run draws the same
-    tensors = prepare(row.picture, view, settings)                         pixels, mask, SDXL's time ids
+    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)  plan.rows: picture, resolution, repeat
+    view, caption = draw_row(plan.rows[i], settings, seed=0, epoch=3)     pure: a resumed run draws the same
+    tensors = prepare(row.picture, view, settings)                        pixels, mask, SDXL's time ids
 
 A bucket is a (width, height) in multiples of the step with width * height <= resolution² and the longer side
 at most `bucket_ratio` times the shorter. A picture is assigned the bucket with the nearest aspect ratio,

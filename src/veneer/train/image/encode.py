@@ -65,7 +65,7 @@ class Encoders:
     def __init__(self, base: ImageBase, config: ImageTrainConfig, folder: Path | None) -> None:
         self.base, self.config = base, config
         self.live = bool(config.adapter.text_encoders)
-        # SDXL's pipelines use zeros for no text, not the encoding of an empty text, unless configured otherwise.
+        # SDXL's pipelines use zeros for no text, not an empty text's encoding, unless configured otherwise.
         self.zeros = base.row.time_ids and bool(base.settings.get("force_zeros_for_empty_prompt", True))
         mark = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
         self.latents = LatentCache(folder and folder / "latents", fingerprint=mark)

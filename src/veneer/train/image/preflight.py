@@ -331,8 +331,8 @@ def memory_numbers(
 ) -> dict[str, int]:
     """Return the bytes that the run needs in addition to the base, and free bytes.
 
-    `measured`: bytes that one picture of the largest shape keeps for its backward pass; `pictures`: number in the
-    largest micro-batch."""
+    `measured`: bytes that one picture of the largest shape keeps for its backward pass; `pictures`: number in
+    the largest micro-batch."""
     trained = 16 * int(numbers.get("trainable", 0))  # float32 weights, gradient, two moments
     trained += 4 * int(numbers.get("trainable", 0)) if config.ema.decay else 0
     need = trained + measured * pictures

@@ -140,7 +140,8 @@ class ConsoleView:
             case Checked():
                 self.console.print()
                 self._line("Checked before step one", style="bold")
-                coloured = bool(event.markup) and self.console.is_terminal  # otherwise with brackets
+                # without color, `text` has brackets
+                coloured = bool(event.markup) and self.console.is_terminal
                 text = event.markup if coloured else event.text
                 self.console.print(shown(text, lines=True), markup=coloured, soft_wrap=True)
                 self.console.print()

@@ -59,7 +59,7 @@ _Text = Annotated[str, Field(max_length=100_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=100)]
 
 
-# -- what graders are --------------------------------------------------------------------------------------------------
+# -- the types of graders ----------------------------------------------------------------------------------------------
 
 
 class _Grader(Section):
@@ -314,15 +314,15 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
         raise ValueError("calculate_output is nested too deep, or has a number that is too large") from None
 
 
-# -- running them ------------------------------------------------------------------------------------------------------
+# -- running graders ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Grade:
     """The result of a grader.
 
-    `errors`: OpenAI's name of an error -> its description. `parts`: values of a multi grader's graders. `usage`:
-    tokens, by model."""
+    `errors`: OpenAI's name of an error -> its description. `parts`: values of a multi grader's graders.
+    `usage`: tokens, by model."""
 
     value: float | None
     errors: Mapping[str, str] = field(default_factory=dict)

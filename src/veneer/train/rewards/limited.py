@@ -333,7 +333,8 @@ class _Running:
     def _received(self, count: int, ends: float) -> bytes:
         """Return bytes from the function's process.
 
-        Drops bytes from other processes that hold its descriptors. The kernel never combines bytes of two senders in one part."""
+        Drops bytes from other processes that hold its descriptors. The kernel never combines bytes of two
+        senders in one part."""
         found = bytearray()
         while len(found) < count:
             self._await(select.POLLIN, ends)
@@ -350,7 +351,8 @@ class _Running:
     def _await(self, event: int, ends: float) -> None:
         """Wait until the socket is ready.
 
-        Uses poll, because a server can have more descriptors than select supports. Raises TimeoutError, and _Ended for a sandbox over its memory limit."""
+        Uses poll, because a server can have more descriptors than select supports. Raises TimeoutError, and
+        _Ended for a sandbox over its memory limit."""
         waiting = select.poll()
         waiting.register(self._channel, event)
         while not waiting.poll(
@@ -432,7 +434,7 @@ def _sender(about: Sequence[tuple[int, int, bytes]]) -> int | None:
     return None
 
 
-# -- whether a sandbox works here --------------------------------------------------------------------------------------
+# -- testing this machine's sandbox ------------------------------------------------------------------------------------
 
 _TRIAL = """
 import os, socket

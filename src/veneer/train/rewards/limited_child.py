@@ -8,9 +8,9 @@ Messages are JSON, each after its length in 4 bytes (big-endian), on the socket 
 function, descriptors 0 to 2 are an empty input and a discarded output. Every message has a token that its
 answer repeats, so that data written earlier cannot pass for an answer.
 
-    start                                                                             -> {}
-    first    {"file" or "source", "function", "memory" (bytes), "timeout" (seconds)}  -> {} or {"error"}
-    then     {"sample", "item", "seed"}                                               -> {"value"} or {"error"}
+    start                                                                          -> {}
+    first {"file" or "source", "function", "memory" (bytes), "timeout" (seconds)}  -> {} or {"error"}
+    then  {"sample", "item", "seed"}                                               -> {"value"} or {"error"}
 
 `--user`: switch to this user first, permanently. `--confined`: the process is in a sandbox, so its limits are
 final.

@@ -62,8 +62,8 @@ class Answer:
 class RewardScore:
     """A reward's score of an answer.
 
-    `value`: a finite number, or None, with the reason in `error`. `parts`: components of the score, whose means are
-    logged."""
+    `value`: a finite number, or None, with the reason in `error`. `parts`: components of the score, whose
+    means are logged."""
 
     value: float | None
     error: str = ""
@@ -196,7 +196,7 @@ def _too_many(judged: Judged, answers: Sequence[Answer]) -> TrainingError:
     )
 
 
-# -- what makes answers teach nothing ----------------------------------------------------------------------------------
+# -- groups without a training signal ----------------------------------------------------------------------------------
 
 
 def reward_findings(judged: Judged, groups: Sequence[int]) -> dict[str, float]:
@@ -228,7 +228,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-# -- what rewards read of a row ----------------------------------------------------------------------------------------
+# -- helpers for rewards -----------------------------------------------------------------------------------------------
 
 
 def each_answer(score: Callable[[Answer], RewardScore | float]) -> Reward:

@@ -5,17 +5,17 @@ It uses bubblewrap, a system call filter, and a limit on total memory.
     sandbox = bubblewrap(Path("child.py"))
     process = sandbox.start([sys.executable, "child.py"], channel, errors)
 
-`limited` runs functions in a sandbox, and `limited.working_sandbox` tests the sandbox of this machine before its first
-use. Inside the sandbox:
+`limited` runs functions in a sandbox, and `limited.working_sandbox` tests the sandbox of this machine before
+its first use. Inside the sandbox:
 
 | what | how |
 | --- | --- |
-| files | system libraries and Python's packages, read-only; an empty /tmp of 64 MiB in memory; no /proc, no home |
+| files | system libraries and Python's packages, read-only; an empty /tmp of 64 MiB in memory; no /proc, home |
 | network | none: an empty network namespace, and `socket` is refused |
-| processes | a separate process namespace: outside processes cannot be seen or signaled, and no process outlives it |
+| processes | a separate process namespace: outside processes are invisible, and no process outlives it |
 | user | not the server's (see `Sandbox.arguments`), with no capabilities and no way to gain any |
-| kernel | the system calls in `_REFUSED` fail: they are attack surface, or use memory that no process is charged for |
-| memory | `sandbox_memory` adds up every process and file of the sandbox; `limited` ends a sandbox over its limit |
+| kernel | the system calls in `_REFUSED` fail: they are attack surface, or use memory charged to no process |
+| memory | `sandbox_memory` adds up all processes and files; `limited` ends a sandbox over its limit |
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def no_sandbox(reason: str) -> ResourceError:
 class Sandbox:
     """A bubblewrap sandbox.
 
-    `command`: bubblewrap's path. `paths`: visible paths, read-only. `hidden`: folders below them shown as empty."""
+    `command`: bubblewrap's path. `paths`: visible paths, read-only. `hidden`: folders below them shown as
+    empty."""
 
     command: str
     paths: tuple[str, ...]
@@ -74,10 +75,10 @@ class Sandbox:
     def arguments(self) -> tuple[list[str], list[str]]:
         """Return the arguments of bubblewrap and of the child script.
 
-        The child script drops its remaining rights with its arguments. If the server runs as root, no user namespace
-        is needed: each child switches to a random user ID without an account. An ordinary user cannot switch users;
-        its sandbox is a user namespace with the user `nobody`. The kernel still accounts this sandbox to the server's
-        user, and the namespaces isolate the two."""
+        The child script drops its remaining rights with its arguments. If the server runs as root, no user
+        namespace is needed: each child switches to a random user ID without an account. An ordinary user
+        cannot switch users; its sandbox is a user namespace with the user `nobody`. The kernel still accounts
+        this sandbox to the server's user, and the namespaces isolate the two."""
         if os.geteuid() == 0:
             user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             inside = ["--user", str(secrets.choice(_USERS))]
@@ -105,8 +106,8 @@ class Sandbox:
     def start(self, command: Sequence[str], channel: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
         """Start a command in a new sandbox with `channel` as standard input.
 
-        `errors` receives bubblewrap's messages. bubblewrap ends with the thread that started it, so one thread that
-        lives as long as this process starts all sandboxes."""
+        `errors` receives bubblewrap's messages. bubblewrap ends with the thread that started it, so one
+        thread that lives as long as this process starts all sandboxes."""
         outside, inside = self.arguments()
         filters = os.memfd_create("seccomp")
         try:
@@ -156,8 +157,8 @@ def bubblewrap(script: Path) -> Sandbox:
 def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
     """Return bubblewrap's arguments for the mounts.
 
-    Outer folders come first, so that deeper mounts stay visible. Parent folders of mounts are created explicitly,
-    because bubblewrap would make them readable only by their owner."""
+    Outer folders come first, so that deeper mounts stay visible. Parent folders of mounts are created
+    explicitly, because bubblewrap would make them readable only by their owner."""
     above = {str(folder) for path in paths for folder in Path(path).parents} - {"/", "/tmp"}
     made = [word for folder in sorted(above) for word in ("--perms", "0755", "--dir", folder)]
     for path in sorted({*paths, *hidden}, key=lambda each: (each.count("/"), each)):
@@ -178,13 +179,14 @@ def _starter(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "sandbox")
 
 
-# -- what a sandbox holds ----------------------------------------------------------------------------------------------
+# -- the processes and memory of a sandbox -----------------------------------------------------------------------------
 
 
 def descendants(process: int) -> list[int]:
     """Return the IDs of all descendants of a process, parents first.
 
-    In a sandbox no process can escape the list: if its parent ends, it becomes a child of the sandbox's init."""
+    In a sandbox no process can escape the list: if its parent ends, it becomes a child of the sandbox's
+    init."""
     found: list[int] = []
     waiting = [process]
     while waiting:
@@ -267,9 +269,9 @@ They load a word of the call's data into A, jump by A, and return the verdict.""
 def _syscall_filter() -> bytes:
     """Return the filter in the format of `bwrap --seccomp`.
 
-    An instruction has 8 bytes (code: u16, jumps if true and if false: u8 each, operand: u32). The filter's input
-    (struct seccomp_data) has the call's number at offset 0, its machine at 4, and the low half of its first
-    argument at 16."""
+    An instruction has 8 bytes (code: u16, jumps if true and if false: u8 each, operand: u32). The filter's
+    input (struct seccomp_data) has the call's number at offset 0, its machine at 4, and the low half of its
+    first argument at 16."""
     machine = platform.machine()
     column = list(_MACHINES).index(machine)
 

@@ -3,13 +3,13 @@
 Judges and teachers use it:
 
     with AwaitedServer(url, "judge", "the reward's `patience`", key="OPENAI_API_KEY") as server:
-        found = server.each(ask, questions)         ask(question) calls server.response("/chat/completions", body)
+        found = server.each(ask, questions)        ask(question) calls server.response("/chat/completions", body)
 
-    refused connections,                    retried after 0.5, 1, 2 … 30 s or per Retry-After, until the server
-    408, 409, 425, 429, 5xx                 has been unavailable for `patience`; then UnavailableError
-    no answer within `timeout`              retried twice; then this question has no answer
-    400, 413, 422                           this question has no answer
-    401, 403, 404 and all others            ConfigError: every question would fail
+    refused connections,               retried after 0.5, 1, 2 … 30 s or per Retry-After, until the server
+    408, 409, 425, 429, 5xx            has been unavailable for `patience`; then UnavailableError
+    no answer within `timeout`         retried twice; then this question has no answer
+    400, 413, 422                      this question has no answer
+    401, 403, 404 and all others       ConfigError: every question would fail
 
 The key is read from the environment and appears in no message.
 """
@@ -123,7 +123,8 @@ class AwaitedServer:
     def response(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Return the server's response to POST (GET without a `body`), of any status.
 
-        Retries while the server is unavailable. Raises Unanswered and UnavailableError per the table above.
+        Retries while the server is unavailable. Raises Unanswered and UnavailableError per the table
+        above, and ConfigError for an invalid URL.
         """
         late, wait = 0, 0.5
         while True:

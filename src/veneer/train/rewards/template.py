@@ -90,7 +90,8 @@ def _value(path: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str
 def _split(template: str) -> Iterator[tuple[str, str | None]]:
     """Yield pairs of a text and the path in the braces after it.
 
-    The last path is None. Linear time: a regular expression would search to the end again for each {{ without }}."""
+    The last path is None. Linear time: a regular expression would search to the end again for each {{ without
+    }}."""
     at = 0
     while (start := template.find("{{", at)) >= 0 and (end := template.find("}}", start + 2)) >= 0:
         yield template[at:start], template[start + 2 : end]

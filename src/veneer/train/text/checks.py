@@ -21,10 +21,7 @@ _SAMPLED = 200  # rows whose prompts are tokenized again; templates fail for all
 
 @dataclass(kw_only=True)
 class TextSubject(RunSubject):
-    """A text run to check.
-
-    `rows`: those of `encoded`; for preferences, each answer. `items`: the units of a step. `start`: the
-    adapter that training starts from."""
+    """A text run to check."""
 
     config: TrainConfig
     data: TextData

@@ -1,7 +1,7 @@
 """Prompts of a run that samples completions, and the planned steps.
 
-    items, encoded = prompt_split(rows, config, base)        rows → prompt tokens
-    steps = planned_rollouts(items, config, rows)            a rollout: `batching.rows` prompts, `updates` steps
+    items, encoded = prompt_split(rows, config, base)   rows → prompt tokens
+    steps = planned_rollouts(items, config, rows)       a rollout: `batching.rows` prompts, `updates` steps
 
 A planned step has the largest possible rows: all completions, each of maximum length. When the step's turn
 comes, the sampled completions replace them (`train.text.reinforce`).
