@@ -1,6 +1,6 @@
 """Views of pictures: buckets, crops, flips, sampled captions, and tensors.
 
-    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)  plan.rows: picture, resolution, repeat
+    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)  picture x resolution x repeat
     view, caption = draw_row(plan.rows[i], settings, seed=0, epoch=3)     pure: a resumed run draws the same
     tensors = prepare(row.picture, view, settings)                        pixels, mask, SDXL's time ids
 

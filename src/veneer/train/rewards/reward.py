@@ -204,9 +204,9 @@ def reward_findings(judged: Judged, groups: Sequence[int]) -> dict[str, float]:
 
     `groups`: the group of each answer.
 
-     groups                            number of groups
-     constant_groups, constant_share   groups whose answers all have the same sum: no advantage
-     constant_NAME                     1 if this reward is constant within each group; else 0"""
+        groups                            number of groups
+        constant_groups, constant_share   groups whose answers all have the same sum: no advantage
+        constant_NAME                     1 if this reward is constant within each group; else 0"""
     count, constant = len(set(groups)), _constant(judged.values, groups)
     found = {"groups": float(count), "constant_groups": float(constant), "constant_share": constant / max(1, count)}
     for name, scores in judged.scores.items():

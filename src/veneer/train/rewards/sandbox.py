@@ -10,7 +10,7 @@ its first use. Inside the sandbox:
 
 | what | how |
 | --- | --- |
-| files | system libraries and Python's packages, read-only; an empty /tmp of 64 MiB in memory; no /proc, home |
+| files | system libraries and Python's packages, read-only; an empty 64 MiB /tmp in RAM; no /proc, no home |
 | network | none: an empty network namespace, and `socket` is refused |
 | processes | a separate process namespace: outside processes are invisible, and no process outlives it |
 | user | not the server's (see `Sandbox.arguments`), with no capabilities and no way to gain any |

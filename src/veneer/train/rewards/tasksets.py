@@ -1,10 +1,10 @@
 """Rows and rewards of reasoning-gym's tasks and verifiers' tasksets (extras).
 
-    data.train: reasoning-gym:chain_sum@2000?seed=7&max_terms=3   rows of the task with these settings
-    rewards: [{kind: reasoning_gym}]                              the task's score of an answer, from 0 to 1
+    data.train: reasoning-gym:chain_sum@2000?seed=7&max_terms=3  rows of the task with these settings
+    rewards: [{kind: reasoning_gym}]                             the task's score of an answer, from 0 to 1
 
-    data.train: verifiers:wordle@200                              the tasks of an installed taskset
-    rewards: [{kind: verifiers, taskset: wordle}]                 Σ weight · reward of the task; metrics are parts
+    data.train: verifiers:wordle@200                             the tasks of an installed taskset
+    rewards: [{kind: verifiers, taskset: wordle}]                Σ weight · reward of the task; parts: metrics
 
 Both packages compute the scores. A row is {prompt, completion, …}: the question, the expected answer if there
 is one, and the data for scoring. A verifiers taskset that needs a sandbox or tool servers is refused, because
