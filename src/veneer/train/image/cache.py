@@ -1,4 +1,4 @@
-"""Caches latents and text embeddings on disk, keyed by a hash of their inputs.
+"""Caches of latents and text embeddings on disk, keyed by a hash of their inputs.
 
     latents = LatentCache(folder, fingerprint=base.fingerprint)
     entry = latents.get(picture, view, settings, encode)   encode: (1, 3, h, w) pixels -> (1, c, h/f, w/f)

@@ -3,8 +3,8 @@
     findings = check_pictures(pictures, about, plan, settings)
     findings += check_held_out(pictures, held_out)
 
-Findings are those of text runs: `stop` ends the run, `warn` and `ok` are shown. Every count has names. Reads
-only masks from the disk (to find masks that are empty in the crop).
+Findings are those of text runs: `stop` ends the run, `warn` is a warning, `ok` reports a passed check. Every
+count has names. Reads only masks from the disk (to find masks that are empty in the crop).
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Return a mode for color management and resizing: 8-bit L, RGB, CMYK or LAB."""
+    """Convert to 8-bit L, RGB, CMYK or LAB, for color management and resizing."""
     mode = image.mode
     if mode.startswith("I"):
         import numpy as np

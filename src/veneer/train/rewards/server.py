@@ -3,7 +3,7 @@
 Judges and teachers use it:
 
     with AwaitedServer(url, "judge", "the reward's `patience`", key="OPENAI_API_KEY") as server:
-        found = server.each(ask, questions)      ask(question) calls server.response("/chat/completions", body)
+        found = server.each(ask, questions)   # ask(question): server.response("/chat/completions", body)
 
     refused connections,               retried after 0.5, 1, 2 … 30 s or per Retry-After, until the server
     408, 409, 425, 429, 5xx            has been unavailable for `patience`; then UnavailableError
