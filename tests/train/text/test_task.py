@@ -274,7 +274,7 @@ def test_the_state_that_is_asked_for_is_what_is_kept(
     """The validation loss is lowest after step 3, and three worse ones later the run stops: step 3 is what is saved, or
     the last one, step 6."""
     losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, 3.25, 3.1, 1.0])
-    monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.Score(next(losses), 1, 1))
+    monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.EvalResult(next(losses), 1, 1))
     seen: list[Event] = []
     result = train(
         shared, tmp_path / "out", base, on_event=seen.append, evaluation={"every": 1, "patience": 3, "keep": keep}
@@ -409,7 +409,7 @@ def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: 
 def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses of a run that diverged: 2.6 before, 9.1 at best after."""
     losses = iter([2.6, 9.1, 20.4])
-    monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.Score(next(losses), 1, 1))
+    monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.EvalResult(next(losses), 1, 1))
     seen: list[Event] = []
     evaluation = {"every": 5}
     with pytest.raises(NoGain, match=r"20\.4000 after step 10, 2\.6000 before step one") as error:

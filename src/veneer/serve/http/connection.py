@@ -1,7 +1,7 @@
 """Time limits of HTTP connections, and a limit on their number.
 
     head      a request's head must arrive within `head_time`, on new and on reused connections
-    body      see app.Door; data still sent after a response must end within `body_time`
+    body      see app.AuthMiddleware; data still sent after a response must end within `body_time`
     idle      a connection is kept for `idle` seconds after a response
     unread    if a client reads nothing for `stall` seconds, its connection is closed, its requests cancelled
     many      above `connections`, the server closes the oldest WebSockets first (pages reconnect), and then
