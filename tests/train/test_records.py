@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.train.text.test_rows import TURNS, jsonl, wrong
+from veneer.errors import DataError
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.folder import picture_folder
 from veneer.train.records import count_lines, count_records, data_stamp
 from veneer.train.text.rows import data_digest, read_rows
 
@@ -212,3 +215,10 @@ def test_of_lines_only_the_first_are_read(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\nthis is no JSON\n')
     rows, _ = read_rows(str(tmp_path / "rows.jsonl"), limit=2)
     assert [row.where for row in rows] == [f"{tmp_path}/rows.jsonl:2", f"{tmp_path}/rows.jsonl:4"]
+
+
+def test_a_name_that_is_too_long_for_a_file_is_that_of_none() -> None:
+    with pytest.raises(DataError, match="the data file does not exist"):
+        read_rows("x" * 1500)
+    with pytest.raises(DataError, match="the folder of pictures does not exist"):
+        picture_folder("x" * 1500, ImageDataSection())

@@ -98,22 +98,22 @@ def _expand(name: str) -> list[str]:
     if name.startswith(SOURCES):
         return [name]
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # no error for a name that is too long
         found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
         if not found:
             raise DataError("this folder holds no data file", where=name, fix=f"known endings: {', '.join(_SUFFIXES)}")
         return found
-    if path.exists():
+    if os.path.exists(path):
         return [str(path)]
     if glob.has_magic(name):
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
             raise DataError("this pattern matches no file", where=name, fix="check the folder and the ending")
         return found
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    beside = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
     near = nearest(path.name, beside, 1)
     fix = f"did you mean {path.parent / near[0]}?" if near else "give a file, a glob, or a hub data set as hub:ID@SPLIT"
-    missing_folder = "" if path.parent.is_dir() else f" (nor does the folder {path.parent})"
+    missing_folder = "" if os.path.isdir(path.parent) else f" (nor does the folder {path.parent})"
     raise DataError(f"the data file does not exist{missing_folder}", where=name, fix=fix)
 
 

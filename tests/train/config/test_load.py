@@ -62,6 +62,10 @@ def test_a_folder_is_of_pictures_and_names_the_output(tmp_path: Path) -> None:
     assert Path(load_config(None, slider)[0].output.directory).name == "a-happy-face"
 
 
+def test_data_can_have_a_name_that_no_file_can_have() -> None:
+    assert common_settings(data="x" * 1500) == [f"data.train={'x' * 1500}"]
+
+
 def test_a_file_and_overrides_and_where_each_value_came_from(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL + "optimizer:\n  learning_rate: 5e-4\n")
     config, sources = load_config(file, ["adapter.rank=8", "schedule.warmup=0.1"])

@@ -132,7 +132,7 @@ def common_settings(**given: Any) -> list[str]:
             continue
         if name == "data":
             files = [value] if isinstance(value, str) else list(value)
-            key = _COMMON[name][all(Path(file).expanduser().is_dir() for file in files)]
+            key = _COMMON[name][all(os.path.isdir(os.path.expanduser(file)) for file in files)]
             value = files[0] if len(files) == 1 else files
         if name == "output" and "/" not in value:
             value = f"runs/{value}"

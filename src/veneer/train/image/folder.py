@@ -98,7 +98,7 @@ def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
     Skips hidden files and the settings' other folders. Raises DataError if the folder does not exist, or if a
     subfolder cannot be read."""
     root = Path(folder).expanduser()
-    if not root.is_dir():
+    if not os.path.isdir(root):  # no error for a name that is too long
         raise _no_folder(root)
     pictures, captions, masks, befores, ignored = [], [], [], [], Counter[str]()
     apart = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
@@ -135,14 +135,14 @@ def _unread(error: OSError) -> NoReturn:
 
 
 def _no_folder(root: Path) -> DataError:
-    if root.is_file():
+    if os.path.isfile(root):
         return DataError(
             "this is a file, and a folder of pictures is needed", where=str(root), fix=f"give its folder, {root.parent}"
         )
-    beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+    beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if os.path.isdir(root.parent) else []
     near = nearest(root.name, beside, 1)
     return DataError(
-        "the folder of pictures does not exist" + ("" if root.parent.is_dir() else f" (nor does {root.parent})"),
+        "the folder of pictures does not exist" + ("" if os.path.isdir(root.parent) else f" (nor does {root.parent})"),
         where=str(root),
         fix=f"did you mean {root.parent / near[0]}?" if near else "give a folder that holds pictures",
     )
