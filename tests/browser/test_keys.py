@@ -46,14 +46,16 @@ def test_compare(window: Window) -> None:
     window.until("Better than 1 other")
 
 
-def test_train_a_run_and_its_steps(window: Window, served: Served, lesson: str, tmp_path: Path) -> None:
+def test_train_a_run_and_its_steps(window: Window, lesson: str, tmp_path: Path) -> None:
     page = window.at().page
     for key in "gt":
         page.keyboard.press(key)
     window.heading("Train")
     page.keyboard.press("/")
-    page.keyboard.type(f"teach {served.base} from {parcel_rows(tmp_path)}, rank 2, 40 steps, call it by-keys")
-    page.locator(".found li").first.wait_for()
+    page.keyboard.type(str(parcel_rows(tmp_path)))
+    for label, value in {"Name": "by-keys", "Rank": "2", "Steps": "40"}.items():
+        window.tab_to(label)
+        page.keyboard.type(value)
     page.keyboard.press("Control+Enter")
     window.heading("by-keys")
     page.keyboard.press("p")
@@ -78,7 +80,7 @@ def test_train_a_run_and_its_steps(window: Window, served: Served, lesson: str, 
     window.tab_to("Continue from here")
     page.keyboard.press("Enter")
     window.heading("Train")
-    assert "go on from support@1" in page.get_by_label("What to teach").input_value()
+    assert "adapter.start=support@1" in page.get_by_label("Other settings").input_value()
 
 
 @pytest.fixture

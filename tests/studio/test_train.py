@@ -81,6 +81,23 @@ def test_it_is_queued_with_what_lets_its_steps_be_asked(studio: Served, tmp_path
     assert job.config["evaluation"] == {"every": 5}
 
 
+def test_it_starts_with_what_was_typed_last(studio: Served, tmp_path: Path, store: JobStore) -> None:
+    """Though nothing of it has been looked at when Start is pressed, by a click or by a key in a field."""
+    file = parcel_rows(tmp_path)
+    with opened(f"{studio.address}/studio/train") as window:
+        window.fill("File of rows", str(file))
+        window.fill("Name", "clicked")
+        window.press("Start")
+        window.until("clicked is queued")
+    with opened(f"{studio.address}/studio/train") as window:
+        window.fill("File of rows", str(file))
+        window.fill("Name", "entered")
+        window.tell(lambda e: e.get("props", {}).get("label") == OTHER, "entered", "schedule.steps=3")
+        window.until("entered is queued")
+    entered, clicked, *_ = store.jobs(None, limit=5)[0]
+    assert (clicked.name, entered.name, entered.steps) == ("clicked", "entered", 3)
+
+
 def test_a_caption_is_changed_where_it_stands(studio: Served, tmp_path: Path) -> None:
     pictures = tmp_path / "photos"
     pictures.mkdir()

@@ -2,14 +2,14 @@
 export default {
   props: {
     label: String, value: null, kind: String, hint: String, wait: Number, most: Number, options: Array,
-    low: Number, high: Number, step: Number, shortcut: String, hides: Boolean, turn: Number,
+    low: Number, high: Number, step: Number, shortcut: String, hides: Boolean, turn: Number, enters: Boolean,
   },
   emits: ["changed", "entered"],
   template: `
     <label :class="{check: kind === 'check'}" @focusout="left">
       <span class="name" :class="{unseen: hides}">{{ label }}</span>
       <textarea v-if="kind === 'area'" ref="box" v-model="now" rows="3" :placeholder="hint" :maxlength="most"
-        :data-key="shortcut || null" @input="typed" @keydown.enter.ctrl.prevent="enter" @keydown.enter.meta.prevent="enter"></textarea>
+        :data-key="shortcut || null" @input="typed" @keydown.enter.ctrl="enter" @keydown.enter.meta="enter"></textarea>
       <select v-else-if="kind === 'choice'" v-model="now" :data-key="shortcut || null" @change="typed">
         <option v-for="each in options" :key="each[0]" :value="each[0]">{{ each[1] }}</option>
       </select>
@@ -19,7 +19,7 @@ export default {
       </span>
       <input v-else-if="kind === 'check'" type="checkbox" v-model="now" :data-key="shortcut || null" @change="send">
       <input v-else v-model="now" :type="kind" :placeholder="hint" :maxlength="most" :min="low" :max="high" :step="step"
-        :data-key="shortcut || null" autocomplete="off" spellcheck="false" @input="typed" @keydown.enter.prevent="enter">
+        :data-key="shortcut || null" autocomplete="off" spellcheck="false" @input="typed" @keydown.enter="enter">
     </label>`,
   data() {
     return { now: this.value, timer: null, last: 0 };
@@ -66,7 +66,12 @@ export default {
       if (this.kind === "number" && said !== null) this.now = Math.min(this.high ?? said, Math.max(this.low ?? said, said));
       if (this.timer) this.send();
     },
-    enter() {
+    enter(e) {
+      if (!this.enters) {  // Ctrl+Enter presses a button then: that acts on what was typed
+        if (this.timer) this.send();
+        return;
+      }
+      e.preventDefault();
       clearTimeout(this.timer);
       this.timer = null;
       this.$emit("entered", this.said());

@@ -276,6 +276,7 @@ def form_field(
         "shortcut": key,
         "hides": hidden_label,
         "turn": 0,
+        "enters": entered is not None,
     }
     for name, each in given.items():
         element.props[name] = each

@@ -37,6 +37,7 @@ from veneer.studio.parts import (
     form_field,
     heading,
     line,
+    once,
     permit,
     progress,
     show,
@@ -91,16 +92,20 @@ async def train_view(page: ViewPage) -> None:
 class _ServerForm:
     """The form of a run on server files. Its link has the settings: section.key=value.
 
-    `number`: number of the last change, so that an older preview never replaces a newer one."""
+    number: number of the last change, so that an older preview never replaces a newer one
+    settled: set unless a preview is being made; `start` waits for it, since a click can follow the last key at once"""
 
     def __init__(self, page: ViewPage) -> None:
         self.page, self.studio = page, page.studio
         self.config: RunConfig | None = None
         self.preview: Report | None = None
         self.number, self.verdict, self.offset = 0, "", 0
+        self.looked_at, self.settled = list[str](), asyncio.Event()
+        self.settled.set()
 
     def draw(self) -> None:
         changed = permit("operate", lambda: self.changed())
+        start = once(permit("operate", self.start))
         given, rest = short_names(self.page.query.all("s"))
         pictures = self.studio.service.engine.makes == "pictures"
 
@@ -138,10 +143,11 @@ class _ServerForm:
                     most=20_000,
                     hint="data.split=10%\noptimizer.name=adafactor",
                     wait=0.3,
+                    entered=start,
                 )
                 self.wrong = Fragment("wrong.html.j2", wrong=None)
                 with box("div", "row"):
-                    self.button = button("Start", permit("operate", self.start), kind="filled", key="ctrl+enter")
+                    self.button = button("Start", start, kind="filled", key="ctrl+enter")
                     self.talk = form_field(
                         "Draw with checkpoints during training"
                         if pictures
@@ -203,8 +209,17 @@ class _ServerForm:
         """Plan the run and read its rows again; a later change discards this preview."""
         self.page.keep(s=self.settings())
         self.number += 1
+        number, self.looked_at = self.number, self.settings()
+        self.settled.clear()
+        try:
+            await self._look(number, self.looked_at)
+        finally:
+            if number == self.number:
+                self.settled.set()
+
+    async def _look(self, number: int, settings: list[str]) -> None:
         self.config = self.preview = None
-        self.offset, number, settings = 0, self.number, self.settings()
+        self.offset = 0
         self.same_rows.show("")
         self.table.show(**_NO_ROWS)
         self.sheet.show(pictures=(), more=0)
@@ -240,7 +255,7 @@ class _ServerForm:
         elif preview is not None and not preview.starts:
             why = "what was found has to be mended first"
         self.wrong.show(wrong=wrong)
-        enable(self.button, not why and preview is not None, why or "the rows are being looked at")
+        enable(self.button, not why, why)
         plan, guesses = (None, ()) if preview is None else (preview.plan, preview.guesses)
         self.plan.show(look_at=preview, plan=plan, says=_says, busy=busy, guesses=guesses)
         self.found.show(
@@ -288,6 +303,10 @@ class _ServerForm:
             await _ask_caption(self.page, picture, self.config, self.changed)
 
     async def start(self) -> None:
+        """Start the run that the fields describe, once its preview is there."""
+        if self.settings() != self.looked_at:
+            await self.changed()
+        await self.settled.wait()
         preview = self.preview
         if preview is None or not preview.starts:
             raise ConfigError("this run cannot begin yet", fix="see what was found")
