@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tests.browser.conftest import LONG, Window
-from tests.studio.conftest import HOSTILE, Served
+from tests.studio.conftest import HOSTILE
 from tests.studio.lessons import parcel_rows
 
 SAID = "onerror=alert(1)"
@@ -17,8 +17,8 @@ LINKS = [
     f"adapter?ref={LONG}",
     f"compare?c={LONG}%401&p={quote(HOSTILE)}",
     f"compare?c=acme/tone%401&p={ENDLESS}",
-    f"train?q={quote(f'teach {HOSTILE}')}",
-    f"train?q=teach%20{ENDLESS}",
+    f"train?s=data.train%3D{quote(HOSTILE)}&s={quote(HOSTILE)}",
+    f"train?s=data.train%3D{ENDLESS}&s={ENDLESS}",
     "run?job={job}&p=" + quote(HOSTILE),
     "steps?job={job}&p=" + quote(HOSTILE) + f"&p={ENDLESS}",
     "live",
@@ -43,9 +43,10 @@ def test_by_a_link(window: Window, lesson: str) -> None:
             harmless(window)
 
 
-def test_in_rows_in_a_prompt_and_in_a_file_s_name(window: Window, served: Served, tmp_path: Path) -> None:
+def test_in_rows_in_a_prompt_and_in_a_file_s_name(window: Window, tmp_path: Path) -> None:
     page = window.at("train").page
-    page.get_by_label("What to teach").fill(f"teach {served.base} from {parcel_rows(tmp_path)}, 4 steps")
+    page.get_by_label("File of rows").fill(str(parcel_rows(tmp_path)))
+    page.get_by_label("Steps", exact=True).fill("4")
     page.locator(".rows", has_text=SAID).first.wait_for()
     harmless(window)
     window.at("compare?c=support%401&m=2")
