@@ -106,7 +106,7 @@ def test_a_batch_holds_a_mix_for_each_picture(
     capsys: Any, place: Path, base: ImageBase, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drawn together, yet each as it is alone; each PNG says its own mix and is made again with it."""
-    from veneer.imaging import make as making
+    from veneer.imaging import generate as making
 
     rows: list[dict[str, Any]] = [
         {"prompt": "a cat", "adapters": ["brand.safetensors:0.8"], "seed": 5},
@@ -292,7 +292,7 @@ def test_the_first_adapter_may_name_the_base(capsys: Any, place: Path, base: Ima
 def test_pictures_are_there_as_soon_as_they_are_made(
     capsys: Any, place: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from veneer.imaging import make as making
+    from veneer.imaging import generate as making
 
     real, calls = making.generate_images, []
 

@@ -248,7 +248,7 @@ def test_what_else_lies_in_the_folder_is_left_alone(quick: Path) -> None:
 FILLS = """
 import asyncio, contextlib, json, os, resource, signal, sys
 from pathlib import Path
-from veneer.serve.access import Served
+from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
@@ -273,7 +273,7 @@ else:
             ballast.truncate(ballast.tell() - (2 << 20))
 
 async def one(name, admitted, gate):
-    served = Served((("d" * 64, 1.0),), "x" * 500, "x", adapters=("big@1",))
+    served = ResolvedModel((("d" * 64, 1.0),), "x" * 500, "x", adapters=("big@1",))
     try:
         caller = Principal("tenant", "t")
         async with tenants.admitted(caller, served, request=name, prompt_tokens=1, max_tokens=1) as bill:
