@@ -50,6 +50,20 @@ def test_it_merges_into_what_the_card_says_and_asks_before_4_bits(
     assert merge().code == 2
 
 
+def test_a_card_with_the_older_spelling_merges_into_the_weights_it_names(
+    qlora: Qlora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, adapter, _ = qlora
+    older = tmp_path / "older"
+    shutil.copytree(adapter, older)
+    card = json.loads((older / CARD_FILE).read_text(encoding="utf-8"))
+    card["recipe"]["base"]["quantise"] = card["recipe"]["base"].pop("quantize")
+    (older / CARD_FILE).write_text(json.dumps(card), encoding="utf-8")
+    ran = run(capsys, "adapter", "merge", str(older), "--base", str(folder), "-o", str(tmp_path / "m"))
+    assert ran.code == 0, ran.err
+    assert "folded into the dequantized nf4 weights" in ran.out
+
+
 def test_adapters_of_different_precisions_merge_into_the_weights_before_quantizing_alone(
     qlora: Qlora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
