@@ -130,15 +130,10 @@ _LAST, _WIDE = 3, 200
 
 def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str] = ()) -> None:
     """Compile to `target`, atomically. `more`: further arguments."""
-    compile_library([compiler, *_FLAGS, *more], sources, target, ["-lm"])
-
-
-def compile_library(command: Sequence[str], sources: Sequence[Path], target: Path, links: Sequence[str]) -> None:
-    """Compile to `target`, atomically. `command`: the compiler and its flags."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         subprocess.run(
-            [*command, *map(str, sources), "-o", str(made), *links],
+            [compiler, *_FLAGS, *more, *map(str, sources), "-o", str(made), "-lm"],
             capture_output=True,
             text=True,
             check=True,
