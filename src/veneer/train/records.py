@@ -1,8 +1,8 @@
 """Read data files as records with their file and line.
 
-Reads JSONL, JSON, CSV, TSV, Parquet, hub data sets, and rows that packages generate (reasoning-gym,
-verifiers). Byte-order marks (also UTF-16's, which Excel and Notepad write), CRLF, blank lines, and semicolons
-or tabs between CSV cells are accepted. Callers interpret the columns: text as rows, pictures as captions.
+Reads JSONL, JSON, CSV, TSV, Parquet, hub data sets, and rows that reasoning-gym generates.
+Byte-order marks (also UTF-16's, which Excel and Notepad write), CRLF, blank lines, and semicolons or tabs
+between CSV cells are accepted. Callers interpret the columns: text as rows, pictures as captions.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _expand(name: str) -> list[str]:
 def _elsewhere(name: str, limit: int | None) -> list[Record]:
     if name.startswith("hub:"):
         return _hub(name[4:], limit)
-    from veneer.train.rewards.tasksets import generated_rows
+    from veneer.train.rewards.reasoning_gym import generated_rows
 
     return [Record(row, f"{name} row {n}") for n, row in enumerate(generated_rows(name, limit), 1)]
 

@@ -15,8 +15,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from veneer.errors import ConfigError, DataError
 from veneer.train.config.rewards import REWARD_KINDS
 from veneer.train.rewards.build import rewards_of
-from veneer.train.rewards.compared import fuzzy
 from veneer.train.rewards.reward import Answer, RewardScore
+from veneer.train.rewards.text_scores import fuzzy
 
 
 def judged(entry: dict[str, Any], text: str, row: dict[str, Any] | None = None, tokens: int = 0) -> RewardScore:

@@ -197,7 +197,7 @@ def test_rouge_and_bleu_are_the_libraries_own() -> None:
 def test_without_the_extra_they_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.tokenizers", None)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     scores = Scores(1, answers=["a"])
     score_answers(scores, ["a"])

@@ -180,16 +180,6 @@ class GraderReward(AskedModelReward):
     sandbox: bool = setting(False, "run its Python in the sandbox; jobs of OpenAI's routes always do")
 
 
-class VerifiersReward(RewardSection):
-    """The rewards of a verifiers taskset.
-
-    The rows come from the same taskset (`data.train: verifiers:TASKSET@ROWS`)."""
-
-    kind: Literal["verifiers"]
-    taskset: str = setting(..., "id of the installed taskset", min_length=1)
-    arguments: dict[str, Any] = setting({}, "arguments of the taskset")
-
-
 class ReasoningGymReward(RewardSection):
     """reasoning-gym's score of an answer to a task's question.
 
@@ -212,7 +202,6 @@ REWARD_KINDS: dict[str, type[RewardSection]] = {
     "judge": JudgeReward,
     "python": PythonReward,
     "grader": GraderReward,
-    "verifiers": VerifiersReward,
     "reasoning_gym": ReasoningGymReward,
 }
 

@@ -19,7 +19,7 @@ BASE_MODEL = "base"
 """The name of a teacher or a judge for the base without adapters."""
 HOW_ASKED = ("key", "timeout", "patience", "at_once")
 """Keys that set how a model on a server is asked."""
-SOURCES = ("hub:", "reasoning-gym:", "verifiers:")
+SOURCES = ("hub:", "reasoning-gym:")
 """Prefixes of row sources that are not files."""
 
 

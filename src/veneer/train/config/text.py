@@ -117,7 +117,7 @@ class DataSection(Section):
 
     train: str | tuple[str, ...] = setting(
         ...,
-        "JSONL, JSON, CSV, TSV or Parquet files, globs, hub:ID@SPLIT, reasoning-gym:TASK@ROWS, verifiers:TASKSET@ROWS",
+        "JSONL, JSON, CSV, TSV or Parquet files, globs, hub:ID@SPLIT, reasoning-gym:TASK@ROWS",
     )
     validation: str | tuple[str, ...] | None = setting(None, "held-out files")
     split: int | float | None = setting(

@@ -20,15 +20,14 @@ from veneer.train.config.rewards import (
     PythonReward,
     ReasoningGymReward,
     RewardSection,
-    VerifiersReward,
 )
 from veneer.train.config.section import how_asked
 from veneer.train.rewards import rules
 from veneer.train.rewards.graders import Grade, GraderRun, grader_models, has_python, parse_grader
 from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
 from veneer.train.rewards.limited import LimitedFunction, working_sandbox
+from veneer.train.rewards.reasoning_gym import reasoning_gym_reward
 from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, RewardScore
-from veneer.train.rewards.tasksets import reasoning_gym_reward, verifiers_reward
 from veneer.train.rewards.template import sample_of
 
 _RULES: dict[str, Callable[[Any], Reward]] = {
@@ -88,8 +87,6 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
         own = _asked(section, ask, opened) if grader_models(grader) else None
         sandbox = working_sandbox() if section.sandbox and has_python(section.grader) else None
         return _by_grader(opened.enter_context(GraderRun(grader, ask=own, sandbox=sandbox)))
-    if isinstance(section, VerifiersReward):
-        return verifiers_reward(section)
     if isinstance(section, ReasoningGymReward):
         return reasoning_gym_reward(section)
     return _RULES[section.kind](section)

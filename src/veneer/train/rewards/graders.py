@@ -1,7 +1,7 @@
 """OpenAI's graders, as rewards and for `/v1/fine_tuning/alpha/graders/run`.
 
     string_check      1 if eq, ne, like (the reference is in the input) or ilike holds for the texts, else 0
-    text_similarity   fuzzy_match, bleu, gleu, meteor or rouge_1 … rouge_l of input and reference, from 0 to 1
+    text_similarity   fuzzy_match, bleu, gleu or rouge_1 … rouge_l of input and reference, from 0 to 1
     score_model       the number that a model gives, within `range`
     python            `grade(sample, item)` of the source, in a separate process (`limited`) or a sandbox
     multi             a formula of other graders' values: + - * / ^, min max abs floor ceil exp sqrt log
@@ -16,37 +16,28 @@ such JSON (`sample_parse_error`). Any other fault has no value, and `errors` nam
 from __future__ import annotations
 
 import ast
-import inspect
 import math
 import operator
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from veneer.errors import ConfigError, MissingExtraError, nearest, quoted
+from veneer.errors import ConfigError, nearest, quoted
 from veneer.train.config.section import Section
-from veneer.train.rewards.compared import bleu, fuzzy, rouge
 from veneer.train.rewards.judge import AskModel, Question, Reply, ask_once, reply_score, score_form
 from veneer.train.rewards.limited import Asked, LimitedFunction
 from veneer.train.rewards.sandbox import Sandbox
 from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem
+from veneer.train.rewards.text_scores import bleu, fuzzy, gleu, rouge
 
-_SOURCE = 256 << 10
-"""Maximum bytes of python sources in a grader, as at OpenAI.
+_SOURCE = 64 << 10
+"""Maximum characters of the python sources in a grader, all together.
 
-For a multi grader, the maximum is for all its sources together."""
-_PARSED_HERE = 8 << 10
-"""Maximum characters of a source that this process parses itself.
-
-`ast.parse` holds the GIL, for 0.2 s with the largest source."""
-_PARSE_SECONDS = 20.0
+Parsing them takes 50 ms at most, and holds the GIL."""
 _COMPARED = 64 << 10
 """Maximum characters of each text that a metric compares."""
 TOO_LARGE = "too_large"
@@ -76,26 +67,24 @@ class _Grader(Section):
         return self
 
 
-class StringCheckGrader(_Grader):
-    type: Literal["string_check"]
+class _TextsGrader(_Grader):
     input: _Text
     reference: _Text
+
+    def templates(self) -> list[str]:
+        return [self.input, self.reference]
+
+
+class StringCheckGrader(_TextsGrader):
+    type: Literal["string_check"]
     operation: Literal["eq", "ne", "like", "ilike"]
 
-    def templates(self) -> list[str]:
-        return [self.input, self.reference]
 
-
-class TextSimilarityGrader(_Grader):
+class TextSimilarityGrader(_TextsGrader):
     type: Literal["text_similarity"]
-    input: _Text
-    reference: _Text
     evaluation_metric: Literal[
-        "fuzzy_match", "bleu", "gleu", "meteor", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
+        "fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
     ]  # cosine needs an embedding model, and OpenAI supports it for evals only
-
-    def templates(self) -> list[str]:
-        return [self.input, self.reference]
 
 
 class _ContentPart(Section):
@@ -129,9 +118,12 @@ class ScoreModelGrader(_Grader):
     range: tuple[float, float] | None = None
     sampling_params: _SamplingParams | None = None
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.range or (0.0, 1.0)
+
     def templates(self) -> list[str]:
-        low, high = self.range or (0.0, 1.0)
-        if low >= high:
+        if self.bounds[0] >= self.bounds[1]:
             raise ValueError("`range` has its lowest number first")
         return [message.text for message in self.input]
 
@@ -145,33 +137,14 @@ class PythonGrader(_Grader):
     @classmethod
     def _has_grade(cls, source: str) -> str:
         """Check the source by parsing it, without running it."""
-        problem = _source_problem(source) if len(source) <= _PARSED_HERE else _problem_by_child(source)
-        if problem:
-            raise ValueError(problem)
+        try:
+            names = {getattr(statement, "name", "") for statement in ast.parse(source).body}
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            at = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+            raise ValueError(f"the source is not valid Python: {at}{getattr(error, 'msg', error)}") from None
+        if "grade" not in names:
+            raise ValueError("the source defines no function grade(sample, item)")
         return source
-
-
-def _source_problem(source: str) -> str:
-    """Return what is wrong with a grader's source; "" if nothing is."""
-    try:
-        names = {getattr(statement, "name", "") for statement in ast.parse(source).body}
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        at = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
-        return f"the source is not valid Python: {at}{getattr(error, 'msg', error)}"
-    return "" if "grade" in names else "the source defines no function grade(sample, item)"
-
-
-def _problem_by_child(source: str) -> str:
-    """Return the result of `_source_problem`, computed in a separate process."""
-    code = f"import ast, sys\n{inspect.getsource(_source_problem)}\n"
-    code += "sys.stdout.buffer.write(_source_problem(sys.stdin.buffer.read().decode()).encode())"
-    try:
-        child = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", code], input=source.encode(), capture_output=True, timeout=_PARSE_SECONDS
-        )
-    except (subprocess.TimeoutExpired, UnicodeEncodeError):
-        return "the source cannot be parsed"
-    return child.stdout.decode() if child.returncode == 0 else "the source cannot be parsed"
 
 
 _Single = Annotated[
@@ -187,15 +160,11 @@ class MultiGrader(_Grader):
     @pydantic.field_validator("graders", mode="before")
     @classmethod
     def _by_name(cls, given: Any) -> Any:
-        """Return graders by name; a single grader gets its own name, as at OpenAI."""
-        if isinstance(given, Mapping) and isinstance(given.get("type"), str) and isinstance(given.get("name"), str):
-            return {given["name"]: dict(given)}
-        return given
+        """Return graders by name; a single grader gets its own name, as at OpenAI.
 
-    @pydantic.field_validator("graders", mode="before")
-    @classmethod
-    def _sources_fit(cls, given: Any) -> Any:
-        """Check the total size of the sources before parsing any of them."""
+        Checks the total size of the sources before any of them is parsed."""
+        if isinstance(given, Mapping) and isinstance(given.get("type"), str) and isinstance(given.get("name"), str):
+            given = {given["name"]: dict(given)}
         singles = given.values() if isinstance(given, Mapping) else ()
         sources = [each.get("source") for each in singles if isinstance(each, Mapping)]
         if sum(len(source) for source in sources if isinstance(source, str)) > _SOURCE:
@@ -208,12 +177,10 @@ class MultiGrader(_Grader):
         return self
 
 
-_AnyGrader = Annotated[
-    StringCheckGrader | TextSimilarityGrader | ScoreModelGrader | PythonGrader | MultiGrader,
-    Field(discriminator="type"),
-]
 _TYPES = ("string_check", "text_similarity", "score_model", "python", "multi")
-_ADAPTER: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(_AnyGrader)
+_ADAPTER: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(
+    Annotated[_Single | MultiGrader, Field(discriminator="type")]
+)
 
 
 def parse_grader(given: Any, where: str = "grader") -> Any:
@@ -340,16 +307,13 @@ class GraderRun:
     def __init__(
         self, grader: Any, *, ask: AskModel | None = None, timeout: float = 120.0, sandbox: Sandbox | None = None
     ) -> None:
-        self.grader, self._ask = grader, ask
-        self._open = ExitStack()
         if grader_models(grader) and ask is None:
             raise ConfigError("nobody here answers for a score_model", where=grader.name, fix="name a server: `url`")
+        self.grader, self._ask = grader, ask
         sources = {n: each.source for n, each in single_graders(grader).items() if isinstance(each, PythonGrader)}
         how: dict[str, Any] = {"timeout": timeout, "bare": True, "sandbox": sandbox}
         self._functions = {
-            name: self._open.enter_context(
-                LimitedFunction("grade", source=source, memory=_MEMORY / len(sources), **how)
-            )
+            name: LimitedFunction("grade", source=source, memory=_MEMORY / len(sources), **how)
             for name, source in sources.items()
         }
 
@@ -357,10 +321,8 @@ class GraderRun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._open.close()
+        for function in self._functions.values():
+            function.close()
 
     def grade(self, asked: Sequence[Asked]) -> list[Grade]:
         """Return a grade for each (sample, item).
@@ -375,9 +337,24 @@ class GraderRun:
     def _grades(self, name: str, grader: Any, asked: Sequence[Asked]) -> list[Grade]:
         if isinstance(grader, PythonGrader):
             return self._by_function(name, asked)
-        if isinstance(grader, ScoreModelGrader):
-            return self._by_model(grader, asked)
-        return [_caught(lambda pair=pair: _of_texts(grader, *pair)) for pair in asked]  # type: ignore[misc]
+        scores: list[Any] = []
+        for sample, item in asked:
+            try:
+                if isinstance(grader, ScoreModelGrader):
+                    scores.append(_question(grader, sample, item))
+                else:
+                    scores.append(Grade(_of_texts(grader, sample, item)))
+            except TextTooLong as error:
+                scores.append(Grade(None, {TOO_LARGE: str(error)}))
+            except NoValue as error:
+                word = "sample_parse_error" if error.of_sample else "invalid_variable_error"
+                scores.append(Grade(0.0 if error.of_sample else None, {word: str(error)}))
+        questions = [each for each in scores if isinstance(each, Question)]
+        if not questions:
+            return scores
+        assert self._ask is not None
+        replies = iter(ask_once(self._ask, questions))
+        return [_of_reply(next(replies), grader) if isinstance(each, Question) else each for each in scores]
 
     def _by_function(self, name: str, asked: Sequence[Asked]) -> list[Grade]:
         try:
@@ -391,37 +368,23 @@ class GraderRun:
             for score in scores
         ]
 
-    def _by_model(self, grader: ScoreModelGrader, asked: Sequence[Asked]) -> list[Grade]:
-        low, high = grader.range or (0.0, 1.0)
-        assert self._ask is not None
-        made: list[Question | Grade] = []
-        for sample, item in asked:
-            try:
-                made.append(_question(grader, sample, item))
-            except (NoValue, TextTooLong) as error:
-                made.append(_no_value(error))
-        replies = iter(ask_once(self._ask, [each for each in made if isinstance(each, Question)]))
-        return [each if isinstance(each, Grade) else _of_reply(next(replies), grader.model, low, high) for each in made]
-
 
 def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Question:
     """Return the question: the grader's filled messages and the required answer form.
 
     The `result` of the answer is the grade. Raises NoValue, TextTooLong."""
-    low, high = grader.range or (0.0, 1.0)
     messages: list[dict[str, str]] = []
     left = FILLED
     for message in grader.input:
         content = filled(message.text, sample, item, left)
         left -= len(content)
         messages.append({"role": message.role, "content": content})
-    told, form = score_form(low, high)
+    told, form = score_form(*grader.bounds)
     if messages[0]["role"] in ("system", "developer"):
         messages[0] |= {"content": f"{messages[0]['content']}\n\n{told}"}
     else:
         messages.insert(0, {"role": "system", "content": told})
     own = grader.sampling_params or _SamplingParams()
-    extra = {} if own.reasoning_effort is None else {"reasoning_effort": own.reasoning_effort}
     return Question(
         messages,
         grader.model,
@@ -430,80 +393,41 @@ def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping
         top_p=own.top_p or 1.0,
         seed=own.seed or 0,
         form=form,
-        extra=extra,
+        extra={} if own.reasoning_effort is None else {"reasoning_effort": own.reasoning_effort},
     )
 
 
-def _of_reply(reply: Reply, model: str, low: float, high: float) -> Grade:
-    usage = {model: reply.usage}
+def _of_reply(reply: Reply, grader: ScoreModelGrader) -> Grade:
+    usage = {grader.model: reply.usage}
     if reply.error:
         word = "model_grader_refusal_error" if reply.refused else "model_grader_server_error"
         return Grade(None, {word: reply.error}, usage=usage)
-    value = reply_score(reply, low, high)
+    value = reply_score(reply, *grader.bounds)
     if isinstance(value, str):
         return Grade(None, {"model_grader_parse_error": value}, usage=usage)
     return Grade(value, usage=usage)
 
 
-def _caught(do: Callable[[], float]) -> Grade:
-    try:
-        return Grade(do())
-    except (NoValue, TextTooLong) as error:
-        return _no_value(error)
-
-
-def _no_value(error: NoValue | TextTooLong) -> Grade:
-    if isinstance(error, TextTooLong):
-        return Grade(None, {TOO_LARGE: str(error)})
-    if error.of_sample:
-        return Grade(0.0, {"sample_parse_error": str(error)})
-    return Grade(None, {"invalid_variable_error": str(error)})
-
-
 def _of_texts(
     grader: StringCheckGrader | TextSimilarityGrader, sample: Mapping[str, Any], item: Mapping[str, Any]
 ) -> float:
-    text, wanted = filled(grader.input, sample, item), filled(grader.reference, sample, item)
+    text, reference = filled(grader.input, sample, item), filled(grader.reference, sample, item)
     if isinstance(grader, StringCheckGrader):
-        found = {
-            "eq": text == wanted,
-            "ne": text != wanted,
-            "like": wanted in text,
-            "ilike": wanted.casefold() in text.casefold(),
-        }
-        return float(found[grader.operation])
-    if max(len(text), len(wanted)) > _COMPARED:
+        match grader.operation:
+            case "eq":
+                return float(text == reference)
+            case "ne":
+                return float(text != reference)
+            case "like":
+                return float(reference in text)
+            case "ilike":
+                return float(reference.casefold() in text.casefold())
+    if max(len(text), len(reference)) > _COMPARED:
         raise TextTooLong(f"text_similarity compares texts of up to {_COMPARED:,} characters")
     metric = grader.evaluation_metric
     if metric.startswith("rouge_"):
-        return rouge(text, wanted, f"rouge{metric.removeprefix('rouge_').upper()}")
-    return {"fuzzy_match": fuzzy, "bleu": bleu, "gleu": _gleu, "meteor": _meteor}[metric](text, wanted)
-
-
-def _gleu(text: str, wanted: str) -> float:
-    """Return Google's BLEU (arXiv 1609.08144).
-
-    It is min(precision, recall) of all n-grams of 1 to 4 words."""
-
-    def grams(of: str) -> Counter[tuple[str, ...]]:
-        words = of.split()
-        return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
-
-    own, other = grams(text), grams(wanted)
-    most = max(own.total(), other.total())
-    return (own & other).total() / most if most else 0.0
-
-
-def _meteor(text: str, wanted: str) -> float:
-    try:
-        from nltk.translate.meteor_score import meteor_score
-
-        return float(meteor_score([wanted.split()], text.split()))
-    except ImportError as error:
-        raise MissingExtraError("METEOR needs nltk", fix="pip install 'veneer[metrics]'") from error
-    except LookupError as error:
-        fix = "python -m nltk.downloader wordnet"
-        raise MissingExtraError("METEOR needs WordNet, which nltk has not found", fix=fix) from error
+        return rouge(text, reference, f"rouge{metric.removeprefix('rouge_').upper()}")
+    return {"fuzzy_match": fuzzy, "bleu": bleu, "gleu": gleu}[metric](text, reference)
 
 
 def _together(formula: Callable[[Mapping[str, float]], float], own: Mapping[str, Grade]) -> Grade:

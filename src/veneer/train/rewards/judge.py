@@ -26,21 +26,14 @@ from typing import Any, Literal
 
 from veneer.errors import shown
 from veneer.train.config.rewards import JudgeReward
-from veneer.train.rewards.compared import as_json
 from veneer.train.rewards.reward import Answer, Reward, RewardScore
 from veneer.train.rewards.server import AwaitedServer, Unanswered
 from veneer.train.rewards.template import NoValue, TextTooLong, filled, sample_of
+from veneer.train.rewards.text_scores import as_json
 
 _SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
 _USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
-_N = r"(?:\d+(?:\.\d+)?|\.\d+)"
-_NUMBER = re.compile(
-    rf"(?<![\w.])(?P<n>[-+\u2212]?{_N})(?![\w]|\.\d)"
-    rf"(?:[*`\s]*(?:(?P<percent>%)|(?:/|\b(?:out\s+)?of\b)[*`\s]*(?P<m>{_N})(?![\w]|\.\d)))?"
-)
-"""A number in text with its maximum, if any.
-
-For example `8`, `8/10`, `**8** out of 10`, `8 of 10`, `80%`."""
+_NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?(?:\d+(?:\.\d+)?|\.\d+)(?!\w|\.\d)")
 
 
 @dataclass(frozen=True)
@@ -106,33 +99,27 @@ class ServerJudge:
         return self._server.each(self._ask, questions) or []
 
     def _ask(self, question: Question) -> Reply:
-        """Ask a question.
+        """Ask a question, again without each setting that the server's error names.
 
-        If the server's error names an unsupported setting, omit the setting now and in all later questions.
-        If the error names none, ask once more without `response_format`, which many servers lack."""
-        formless = False
+        If the error names none, ask without `response_format`, which many servers lack. Settings that had to
+        be omitted are omitted from later questions."""
+        without = self._without
         try:
             while True:
-                body = self._body(question)
-                if formless:
-                    body.pop("response_format", None)
+                body = self._body(question, without)
                 answer = self._server.response("/chat/completions", body)
-                if answer.status_code in (400, 422):
-                    setting = _refused_setting(answer)
-                    if setting in _SETTINGS and setting in body:
-                        self._without = self._without | {setting}
-                        continue
-                    if not setting and "response_format" in body:
-                        formless = True
-                        continue
-                elif formless:
-                    self._without = self._without | {"response_format"}
-                return self._read(answer)
+                if answer.status_code not in (400, 422):
+                    self._without |= without
+                    return self._read(answer)
+                setting = _refused_setting(answer) or "response_format"
+                if setting not in _SETTINGS or setting not in body:
+                    return self._read(answer)
+                without |= {setting}
         except Unanswered as error:
             return Reply(error=str(error))
 
-    def _body(self, question: Question) -> dict[str, Any]:
-        settings = {
+    def _body(self, question: Question, without: frozenset[str]) -> dict[str, Any]:
+        settings: dict[str, Any] = {
             "max_tokens": question.tokens,
             "temperature": question.temperature,
             "top_p": question.top_p,
@@ -142,10 +129,10 @@ class ServerJudge:
         if question.form is not None:
             form = {"name": "score", "strict": True, "schema": question.form}
             settings["response_format"] = {"type": "json_schema", "json_schema": form}
-        if "max_tokens" in self._without:
+        if "max_tokens" in without:
             settings["max_completion_tokens"] = question.tokens
-        kept = {key: value for key, value in settings.items() if key not in self._without}
-        return {"model": question.model, "messages": list(question.messages), **kept}
+        used = {key: value for key, value in settings.items() if key not in without}
+        return {"model": question.model, "messages": list(question.messages), **used}
 
     def _read(self, answer: Any) -> Reply:
         body = self._server.read(answer, "chat completion")
@@ -194,44 +181,23 @@ def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
 def reply_score(reply: Reply, low: float, high: float) -> float | str:
     """Return the score in a judge's reply, or the reason why the reply has no score.
 
-    The score is from `low` to `high`. A JSON object with `result`, even fenced or inside other text, gives
-    its `result`. Any other text gives a score if all its numbers have the same value: `n/m`, `n out of m` and
-    `n%` count as n if m (or 100) equals `high`, and give no score otherwise."""
+    The score is from `low` to `high`: the `result` of a JSON object, even fenced or inside other text, or the
+    only number in any other text."""
     if reply.error:
         return reply.error
+    said = f"{shown(reply.text)[-100:]!r}"
     if reply.cut:
-        return f"the judge's reply was truncated at its token limit: {shown(reply.text)[-100:]!r}"
-    text, found = reply.text, as_json(_braced(reply.text))
+        return f"the judge's reply was truncated at its token limit: {said}"
+    found = as_json(reply.text[reply.text.find("{") : reply.text.rfind("}") + 1])
     if isinstance(found, dict) and "result" in found:
-        result = found["result"]
-        if isinstance(result, int | float) and not isinstance(result, bool):
-            return _in_range(result, f"{result}", low, high)
-        text = result if isinstance(result, str) else ""
-    values: dict[float, str] = {}
-    for match in _NUMBER.finditer(text):
-        most = 100.0 if match["percent"] else float(match["m"] or high)
-        if most != high:
-            return f"the judge gave {shown(match[0])!r}, but its range ends at {high:g}"
-        values.setdefault(float(match["n"].replace("\u2212", "-")), match["n"])
-    if not values:
-        return f"the judge gave no number: {shown(reply.text)[-100:]!r}"
-    if len(values) > 1:
-        return f"the judge gave several numbers ({', '.join(list(values.values())[:5])}): {shown(text)[-100:]!r}"
-    ((value, said),) = values.items()
-    return _in_range(value, said, low, high)
-
-
-def _in_range(value: float, said: str, low: float, high: float) -> float | str:
-    if not low <= value <= high:  # also true for NaN
-        return f"the judge gave {said[:50]}, which is outside {low:g} to {high:g}"
-    return float(value)
-
-
-def _braced(text: str) -> str:
-    """Return the text from the first brace to the last.
-
-    Models put words and fences around JSON."""
-    return text[text.find("{") : text.rfind("}") + 1] if "{" in text else text
+        numbers = [found["result"]] if type(found["result"]) in (int, float) else []
+    else:
+        numbers = list({float(n.replace("\u2212", "-")) for n in _NUMBER.findall(reply.text)})
+    if len(numbers) != 1:
+        return f"the judge gave {'several numbers' if numbers else 'no number'}: {said}"
+    if not low <= numbers[0] <= high:  # also true for NaN
+        return f"the judge gave {str(numbers[0])[:50]}, which is outside {low:g} to {high:g}"
+    return float(numbers[0])
 
 
 def _refused_setting(answer: Any) -> str:

@@ -1,11 +1,11 @@
 """Rewards that are deterministic formulas of the answer and its row.
 
-    exact_match   1 if answer = wanted, by `compared.same_text`
+    exact_match   1 if answer = wanted, by `text_scores.same_text`
     json_schema   1 if the answer is JSON and matches the schema               parts: json, 1 if it is JSON
     json_fields   |{k : answer[k] = wanted[k]}| / |k|, k: the wanted keys      parts: one per key
     regex         1 if the pattern matches, and its group equals the wanted value
     length        max(0, 1 − max(0, least − n, n − most) / slack);  without slack 0 beyond either
-    bleu, rouge   see `compared`
+    bleu, rouge   see `text_scores`
 
 Each function takes its section of the configuration and returns a reward. A missing column or an invalid
 schema stops the run with a DataError, because it affects every answer.
@@ -29,8 +29,8 @@ from veneer.train.config.rewards import (
     RegexReward,
     RougeReward,
 )
-from veneer.train.rewards.compared import as_json, bleu, rouge, same_field, same_text
 from veneer.train.rewards.reward import Answer, Reward, RewardScore, column, each_answer
+from veneer.train.rewards.text_scores import as_json, bleu, rouge, same_field, same_text
 
 _PATIENCE = 1.0
 """Maximum seconds for a regular expression on one answer: some patterns never end."""

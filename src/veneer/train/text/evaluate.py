@@ -40,7 +40,7 @@ from veneer.models.text.loss import text_loss
 from veneer.train.config.text import DataSection
 from veneer.train.devices import ALONE, Devices
 from veneer.train.loop import EvalResult
-from veneer.train.rewards.compared import as_json, rouge, same_field, same_text
+from veneer.train.rewards.text_scores import as_json, rouge, same_field, same_text
 from veneer.train.text.batches import collate, grouped
 from veneer.train.text.encode import Example, encode_rows
 from veneer.train.text.preference import Item, answer_logps, answer_rows, items_of

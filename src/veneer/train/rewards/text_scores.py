@@ -1,0 +1,116 @@
+"""Compare an answer with the expected text; rewards, graders and evaluation share these functions.
+
+same_text     equal, ignoring outer white space; JSON by value: key order is ignored, 12.0 equals 12
+bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1                     (extra `metrics`)
+fuzzy         rapidfuzz's ratio, 2·LCS(a, b) / (|a| + |b|), from 0 to 1      (extra `metrics`)
+gleu          Google's BLEU, from 0 to 1
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from veneer.errors import MissingExtraError
+
+
+def as_json(text: str) -> Any:
+    """Return the value of a JSON text; None if the text is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _equal_json(a: Any, b: Any) -> bool:
+    """Return whether two JSON values are equal: 12.0 equals 12, not true and 1.
+
+    Does not recurse, so any depth works."""
+    pairs = [(a, b)]
+    while pairs:
+        a, b = pairs.pop()
+        if isinstance(a, dict) and isinstance(b, dict):
+            if a.keys() != b.keys():
+                return False
+            pairs += [(a[key], b[key]) for key in a]
+        elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+            if len(a) != len(b):
+                return False
+            pairs += zip(a, b, strict=True)
+        elif isinstance(a, bool) != isinstance(b, bool) or a != b:
+            return False
+    return True
+
+
+def same_text(answer: str, expected: Any) -> bool:
+    """Return whether an answer equals `expected`, a text or another JSON value.
+
+    Bare numbers in texts are compared as text."""
+    text = expected if isinstance(expected, str) else json.dumps(expected, ensure_ascii=False)
+    if answer.strip() == text.strip():
+        return True
+    value = as_json(text) if isinstance(expected, str) else expected
+    by_value = isinstance(value, dict | list | tuple) or isinstance(expected, int | float)
+    return by_value and _equal_json(as_json(answer), value)
+
+
+def same_field(value: Any, expected: dict[str, Any], key: str) -> bool:
+    """Return whether an answer's JSON value has the expected value under `key`."""
+    return isinstance(value, dict) and key in value and _equal_json(value[key], expected[key])
+
+
+def bleu(answer: str, expected: str) -> float:
+    """Return sacrebleu's sentence BLEU, from 0 to 1. Raises MissingExtraError."""
+    return float(_extra("sacrebleu").sentence_bleu(answer, [expected]).score) / 100
+
+
+def rouge(answer: str, expected: str, measure: str = "rougeL") -> float:
+    """Return the F1 of one of rouge-score's measures. Raises MissingExtraError."""
+    if measure != "rougeL":
+        return float(_rouge_scorer(measure).score(expected, answer)[measure].fmeasure)
+    words = _extra("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=False)
+    a, b = words.tokenize(answer), words.tokenize(expected)
+    return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0  # rouge-score needs a table of len(a) * len(b)
+
+
+@functools.cache
+def _rouge_scorer(measure: str) -> Any:
+    return _extra("rouge_score.rouge_scorer").RougeScorer([measure])
+
+
+def fuzzy(a: str, b: str) -> float:
+    """Return the share of both texts in their longest common subsequence.
+
+    1 for two empty texts. Raises MissingExtraError."""
+    return 2 * _common(a, b) / (len(a) + len(b)) if a or b else 1.0
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the length of a longest common subsequence."""
+    return int(_extra("rapidfuzz.distance").LCSseq.similarity(a, b))
+
+
+def gleu(answer: str, expected: str) -> float:
+    """Return Google's BLEU (arXiv 1609.08144).
+
+    It is min(precision, recall) of all n-grams of 1 to 4 words."""
+
+    def grams(text: str) -> Counter[tuple[str, ...]]:
+        words = text.split()
+        return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+    ours, theirs = grams(answer), grams(expected)
+    most = max(ours.total(), theirs.total())
+    return (ours & theirs).total() / most if most else 0.0
+
+
+def _extra(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise MissingExtraError(f"this score needs {package}", fix="pip install 'veneer[metrics]'") from error
