@@ -6,12 +6,14 @@ Pictures are compared in levels of 255: the same sums in another order may round
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -204,3 +206,24 @@ def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, in
     elif base.row.denoiser == "unet":
         channels = base.denoiser.config.out_channels  # an inpainting U-Net takes a mask and a picture as well
     return int(channels), height // scale, width // scale
+
+
+def infotext_of(path: str | Path) -> str:
+    with PIL.Image.open(path) as picture:
+        return str(picture.info["parameters"])
+
+
+def parse_as_a1111(text: str) -> dict[str, str]:
+    """Parse an infotext as stable-diffusion-webui 1.10 does (modules/infotext_utils.py, in short)."""
+    parameter = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    *lines, last = text.strip().split("\n")
+    assert len(parameter.findall(last)) >= 3
+    found = {"Prompt": "", "Negative prompt": ""}
+    key = "Prompt"
+    for line in map(str.strip, lines):
+        if line.startswith("Negative prompt:"):
+            key, line = "Negative prompt", line[16:].strip()
+        found[key] += ("\n" if found[key] else "") + line
+    for name, value in parameter.findall(last):
+        found[name] = json.loads(value) if value[:1] == '"' == value[-1:] else value
+    return found

@@ -15,7 +15,7 @@ from tests.train.tiny_pictures import drawings
 from veneer.errors import MismatchError
 from veneer.formats.read import read
 from veneer.imaging.adapters import ImagePipeline
-from veneer.imaging.reproduce import read_recipe, remake
+from veneer.imaging.reproduce import read_recipe, reproduce
 from veneer.models.image.base import load_image
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "edits" / "config.yaml"
@@ -66,8 +66,8 @@ def test_the_example_trains_and_its_file_edits_and_is_made_again(
         by_python = veneer.image(base, "invert it", adapters=[result.adapter], references=[start], steps=2)[0]
         assert np.array_equal(np.asarray(made), np.asarray(by_python.image))
         with ImagePipeline(base) as mixer:
-            again = remake(mixer, read_recipe(out))
+            again = reproduce(mixer, read_recipe(out))
             assert np.array_equal(np.asarray(made), np.asarray(again.image))
             Image.open(start).rotate(180).save(start)
             with pytest.raises(MismatchError, match="not the picture that was used then"):
-                remake(mixer, read_recipe(out))
+                reproduce(mixer, read_recipe(out))

@@ -15,7 +15,7 @@ from PIL import Image
 from veneer.errors import DataError
 from veneer.files.pictures import opened_picture, upright
 from veneer.imaging.controls import hashed_picture
-from veneer.imaging.infotext import read_picture
+from veneer.imaging.infotext import read_record
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("read", [read_picture, hashed_picture])
+@pytest.mark.parametrize("read", [read_record, hashed_picture])
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -66,7 +66,7 @@ def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
     white = tmp_path / "white.png"
     pixels = zlib.compress((b"\0" + b"\xff" * 2_500) * 20_000)
     white.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
-    for read in (read_picture, hashed_picture):
+    for read in (read_record, hashed_picture):
         with pytest.raises(DataError, match="more pixels than veneer opens: 178,956,970") as error:
             read(white)
         assert "not a picture" not in str(error.value)

@@ -86,25 +86,6 @@ def test_edges_are_opencvs_after_resizing() -> None:
         control_picture(ControlSpec("edges", "a.png"), drawn, 64, 32)
 
 
-def test_black_lines_on_white_are_no_edges(tmp_path: Path) -> None:
-    drawn = Image.new("RGB", (32, 32), "white")
-    ImageDraw.Draw(drawn).line((0, 0, 32, 32), fill="black")
-    _, notes = control_picture(ControlSpec("edges", "a.png"), drawn, 32, 32)
-    assert "mostly white" in notes[-1]
-    assert "canny=a.png" in notes[-1]
-
-
-def test_a_picture_of_another_kind_than_was_said_is_taken_and_said() -> None:
-    grey = Image.linear_gradient("L")
-    spec = ControlSpec("depth", "a.png", model="m")
-    assert len(control_picture(spec, grey, 32, 32)[1]) == 2, "resized, and as it is"
-    for picture, why in (("black", "black all over"), ("red", "it has colours")):
-        _, notes = control_picture(spec, Image.new("RGB", (32, 32), picture), 32, 32)
-        assert notes[-1].startswith("note: a.png is no picture of depth: ")
-        assert why in notes[-1]
-    assert len(control_picture(ControlSpec("scribble", "a.png", model="m"), grey, 256, 256)[1]) == 1
-
-
 def test_without_opencv_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
     with pytest.raises(MissingExtraError, match="OpenCV"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.image_twins import levels
+from tests.image_twins import levels, parse_as_a1111
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer import api
 from veneer.errors import ConfigError, DataError
@@ -25,25 +25,6 @@ from veneer.models.image.generate import fitted_picture
 def one(base: ImageBase, ask: ImageRequest, say: Any = None, **options: Any) -> RecordedPicture:
     with ImagePipeline(base, say=say) as mixer:
         return make(mixer, [ask], Options(**({"steps": 2} | options)))[0]
-
-
-def theirs(text: str) -> dict[str, str]:
-    """stable-diffusion-webui 1.10, modules/infotext_utils.py, parse_generation_parameters, in short."""
-    param = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-    *lines, last = text.strip().split("\n")
-    assert len(param.findall(last)) >= 3
-    found = {"Prompt": "", "Negative prompt": ""}
-    key = "Prompt"
-    for line in map(str.strip, lines):
-        if line.startswith("Negative prompt:"):
-            key, line = "Negative prompt", line[16:].strip()
-        found[key] += ("\n" if found[key] else "") + line
-    for name, value in param.findall(last):
-        if value[0] == '"' and value[-1] == '"':
-            value = json.loads(value)
-        size = re.match(r"^(\d+)x(\d+)$", value)
-        found |= {f"{name}-1": size[1], f"{name}-2": size[2]} if size else {name: value}
-    return found
 
 
 def their_adapters(found: dict[str, str]) -> dict[str, str]:
@@ -63,12 +44,12 @@ def test_a1111_reads_it_and_finds_every_adapter(
     specs = ["a/x.safetensors:0.8", "b/x.safetensors:-0.5@text=0.5", "red, blue.safetensors:0.3@unet=2"]
     ask = ImageRequest('a "cat", red:\nsecond line', "blue: 1, 2", 5, tuple(map(parse_use, specs)))
     made = one(base, ask, scheduler="euler-a", guidance=4.5)
-    found = theirs(made.text)
+    found = parse_as_a1111(made.text)
     tags = "<lora:x:0.8> <lora:x-2:-0.25:-0.5> <lora:red_ blue:0.3:0.6>"
     assert found["Prompt"] == f'a "cat", red:\nsecond line {tags}'
     assert found["Negative prompt"] == "blue: 1, 2"
     assert (found["Steps"], found["Sampler"], found["CFG scale"], found["Seed"]) == ("2", "Euler a", "4.5", "5")
-    assert (found["Size-1"], found["Size-2"]) == ("32", "32")
+    assert found["Size"] == "32x32"
     with ImagePipeline(base) as mixer:
         own = [mixer.add(spec.rpartition(":")[0]).autov3 for spec in specs]
     assert list(their_adapters(found).items()) == list(zip(["x", "x-2", "red_ blue"], own, strict=True))

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.image_twins import levels
 from veneer.errors import ConfigError
 from veneer.imaging.adapters import ImagePipeline, parse_use
-from veneer.imaging.generate import ImageRequest, Options, make
+from veneer.imaging.generate import Options, make
 from veneer.imaging.grid import draw_grid, layout
 from veneer.models.image.base import ImageBase
 from veneer.models.image.sheet import sheet
@@ -18,55 +18,47 @@ from veneer.models.image.sheet import sheet
 BRAND, LOOK = parse_use("brand.safetensors:0.8"), parse_use("look.safetensors")
 
 
-def test_what_is_where() -> None:
+def test_layout_places_every_request() -> None:
     strength = layout("strength", ["a cat"], [BRAND, LOOK], seeds=[1, 2], strengths=[0, 0.5])
     assert (strength.rows, strength.columns) == (("seed 1", "seed 2"), ("strength 0", "strength 0.5"))
-    assert [(ask.seed, [(n, s.strength) for n, s in ask.uses]) for ask in strength.asks] == [
+    assert strength.title == "a cat\nbrand:0.8 + look"
+    assert [(request.seed, [(n, s.strength) for n, s in request.uses]) for request in strength.requests] == [
         (seed, mix) for seed in (1, 2) for mix in ([], [("brand.safetensors", 0.4), ("look.safetensors", 0.5)])
     ]
+    several = layout("strength", ["a cat", "a dog"], [BRAND], seeds=[3], strengths=[0, 1])
+    assert several.rows == ("a cat\nseed 3", "a dog\nseed 3")
+    assert several.requests[3].uses == (BRAND,)
     adapters = layout("adapters", ["a cat", "a dog"], [BRAND, LOOK])
     assert adapters.columns == ("base", "brand:0.8", "look")
-    assert adapters.title == "seed 0", "a seed is on every sheet"
-    assert [(ask.prompt, ask.uses) for ask in adapters.asks[3:]] == [
+    assert (adapters.rows, adapters.title) == (("a cat", "a dog"), "seed 0")
+    assert [(request.prompt, request.uses) for request in adapters.requests[3:]] == [
         ("a dog", ()),
         ("a dog", (BRAND,)),
         ("a dog", (LOOK,)),
     ]
-    compare = layout("compare", ["a cat"], [BRAND, LOOK], seeds=[3, 4])
-    assert compare.rows == ("a cat\nseed 3", "a cat\nseed 4")
-    assert compare.columns == ("base", "brand:0.8 + look")
-    assert compare.asks[1].uses == (BRAND, LOOK)
 
 
-@pytest.mark.parametrize(
-    ("kind", "prompts", "uses", "says"),
-    [
-        ("stength", ["a"], [BRAND], "no sheet"),
-        ("strength", ["a", "b"], [BRAND], "one prompt"),
-        ("compare", ["a"], [], "an adapter"),
-    ],
-)
-def test_what_is_no_sheet(kind: str, prompts: list[str], uses: list, says: str) -> None:
+@pytest.mark.parametrize(("kind", "uses", "says"), [("stength", [BRAND], "no sheet"), ("adapters", [], "an adapter")])
+def test_invalid_sheet_is_refused(kind: str, uses: list, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        layout(kind, prompts, uses)
+        layout(kind, ["a"], uses)
 
 
 def test_cells_are_the_pictures_made_alone(base: ImageBase) -> None:
     options = Options(steps=3)
-    with ImagePipeline(base) as mixer:
+    with ImagePipeline(base) as pipeline:
         plan = layout("strength", ["a cat"], [BRAND], seeds=[1, 2], strengths=[0, 1])
-        drawn = draw_grid(mixer, plan, options)
-        alone = [make(mixer, [ask], options)[0] for ask in plan.asks]
-    assert max(levels(a.image, b.image) for a, b in zip(drawn.made, alone, strict=True)) <= 1
-    assert drawn.made[3].record["rows"][3]["adapters"] == [["brand.safetensors", "0.8"]]
+        image, pictures = draw_grid(pipeline, plan, options)
+        alone = [make(pipeline, [request], options)[0] for request in plan.requests]
+    assert max(levels(a.image, b.image) for a, b in zip(pictures, alone, strict=True)) <= 1
+    assert pictures[3].record["rows"][3]["adapters"] == [["brand.safetensors", "0.8"]]
     times = 4  # 32 pixels, shown at 128
-    for i, made in enumerate(drawn.made):
+    for i, made in enumerate(pictures):
         shown = made.image.resize((32 * times, 32 * times), Image.Resampling.NEAREST)
-        right, bottom = drawn.image.size
+        right, bottom = image.size
         x = right - 4 - (128 + 4) * (2 - i % 2) + 4
         y = bottom - (128 + 4) * (2 - i // 2)
-        assert levels(drawn.image.crop((x, y, x + 128, y + 128)), shown) == 0
-    assert isinstance(plan.asks[0], ImageRequest)
+        assert levels(image.crop((x, y, x + 128, y + 128)), shown) == 0
 
 
 @pytest.mark.parametrize("machines", [True, False])

@@ -17,9 +17,8 @@ from veneer.cli.output import print_json, say
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.imaging.adapters import ImagePipeline
+    from veneer.imaging.adapters import ImagePipeline, Use
     from veneer.imaging.generate import ImageRequest, Options, RecordedPicture
-    from veneer.models.image.base import ImageBase
 
 _FALLBACK = "catalogue-sdxl"
 _MOST_SEEDS = 1000
@@ -42,11 +41,7 @@ app = typer.Typer(cls=_Group, add_completion=False)
 
 BaseOption = Annotated[
     str | None,
-    typer.Option(
-        "--base",
-        "-b",
-        help="Image base: built-in name, hub id, folder or checkpoint. Default: the adapter's, else catalogue-sdxl.",
-    ),
+    typer.Option("--base", "-b", help="Image base: built-in name, hub id, folder or file. Default: the adapter's."),
 ]
 AdapterOption = Annotated[
     list[str] | None,
@@ -59,23 +54,13 @@ AdapterOption = Annotated[
 ]
 ControlOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--control",
-        "-c",
-        help="canny=IMAGE:weight detects edges; edges= takes an edge image, depth= a depth map; pose@MODEL= names any "
-        "ControlNet.",
-    ),
+    typer.Option("--control", "-c", help="canny=IMAGE:weight, edges=, depth=, or pose@MODEL= for any ControlNet."),
 ]
 NegativeOption = Annotated[str | None, typer.Option("--negative", "-n", help="Negative prompt.")]
-StepsOption = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps. Default: 30, or the model family's.")
-]
-GuidanceOption = Annotated[
-    float | None,
-    typer.Option("--guidance", "-g", help="Guidance scale. Default: the model family's."),
-]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps. Default: the family's.")]
+GuidanceOption = Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance. Default: the family's.")]
 TrueOption = Annotated[
-    float | None, typer.Option("--true-guidance", help="FLUX: scale of classifier-free guidance, for negative prompts.")
+    float | None, typer.Option("--true-guidance", help="FLUX: classifier-free guidance, for negative prompts.")
 ]
 SchedulerOption = Annotated[
     str | None, typer.Option("--scheduler", "-s", help="euler, euler-a, dpm++2m-karras, ddim, unipc, flow-euler, …")
@@ -111,26 +96,20 @@ def make_pictures(
     size: SizeOption = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Input image for image-to-image.")] = None,
     denoise: Annotated[
-        float | None,
-        typer.Option("--denoise", help="Strength of image-to-image: share of the steps that run. Default: 0.6."),
+        float | None, typer.Option("--denoise", help="Image-to-image: share of the steps that run. Default: 0.6.")
     ] = None,
     mask: Annotated[
         Path | None, typer.Option("--mask", help="Inpainting mask for --image: white is repainted, black is kept.")
     ] = None,
     reference: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--reference",
-            "-r",
-            help="Source image to edit, on an editing base; repeatable on FLUX.2 and Qwen-Image-Edit-Plus.",
-        ),
+        list[Path] | None, typer.Option("--reference", "-r", help="Source image to edit, on an editing base.")
     ] = None,
     batch_size: BatchOption = None,
     batch: Annotated[
         Path | None,
         typer.Option("--batch", help='JSONL file with one image per line: {"prompt", "adapters", "seed", …}.'),
     ] = None,
-    remade: Annotated[
+    from_picture: Annotated[
         Path | None, typer.Option("--from", help="Reproduce this PNG; other options override its settings.")
     ] = None,
     dtype: DtypeOption = None,
@@ -141,71 +120,63 @@ def make_pictures(
 
     Each PNG stores its settings; `--from` reproduces the image. For image grids, see `veneer image grid`."""
     from veneer.imaging.adapters import parse_use
-    from veneer.imaging.controls import parse_control
+    from veneer.imaging.batch import read_batch
+    from veneer.imaging.generate import MOST_COUNT, ImageRequest, Options, make
 
     uses = tuple(parse_use(spec) for spec in adapter or [])
-    width, height = _size(size)
-    asked: dict[str, Any] = {
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "guidance": guidance,
-        "true_guidance": true_guidance,
-        "scheduler": scheduler,
-        "denoise": denoise,
-        "image": image and str(image),
-        "mask": mask and str(mask),
-        "batch_size": batch_size,
-        "controls": tuple(parse_control(spec) for spec in control or []) or None,
-        "references": [str(path) for path in reference or []] or None,
-    }
-    asked = {key: value for key, value in asked.items() if value is not None}
-    loading = {"device": device, "dtype": dtype or "auto"}
-    if remade is not None:
+    given = _given(size, steps, guidance, true_guidance, scheduler, control, batch_size)
+    if image is not None:
+        given["image"] = str(image)
+    if mask is not None:
+        given["mask"] = str(mask)
+    if denoise is not None:
+        given["denoise"] = denoise
+    if reference:
+        given["references"] = [str(path) for path in reference]
+    began = time.perf_counter()
+    if from_picture is not None:
         if len(prompts or []) > 1 or count != 1 or batch_size is not None or batch is not None:
             fix = "leave --count, --batch, --batch-size and further prompts out"
             raise ConfigError("--from makes one picture", fix=fix)
         changes = {"prompt": prompts[0] if prompts else None, "negative": negative, "seed": seed, "uses": uses or None}
-        _remake(remade, out, base, {k: v for k, v in changes.items() if v is not None}, asked, loading, as_json, dtype)
+        changes = {key: value for key, value in changes.items() if value is not None}
+        picture, file = _reproduce(from_picture, out, base, changes, given, dtype, device)
+        _report([picture], [file], began, as_json)
         return
     if batch is not None and prompts:
         raise ConfigError(f"--batch has its own prompts, and {prompts[0]!r} is one more", fix="give it a line there")
     if batch is None and not prompts:
         fix = 'veneer image "a fox" -o fox.png, --batch FILE, or --from PICTURE'
         raise ConfigError("there is no prompt", fix=fix)
-    if prompts and prompts[0] == "grid" and prompts[1:2] in ([sheet] for sheet in ("strength", "adapters", "compare")):
+    if prompts and prompts[0] == "grid" and prompts[1:2] in (["strength"], ["adapters"]):
         raise ConfigError("grid is not the first word", fix=f"veneer image grid {prompts[1]} …, then the options")
-
-    from veneer.imaging.batch import read_batch
-    from veneer.imaging.generate import MOST_COUNT, ImageRequest, Options
-
     if not 1 <= count <= MOST_COUNT:
         raise ConfigError(f"--count {count}", fix=f"at least 1, at most {MOST_COUNT:,}")
     shared = ImageRequest("", negative or "", seed or 0, uses)
     wanted = read_batch(batch, shared) if batch else [replace(shared, prompt=prompt) for prompt in prompts or []]
-    asks = [replace(ask, seed=ask.seed + i) for ask in wanted for i in range(count)]
-    files = _files(out or Path("out.png"), len(asks))
-    options = Options(**asked)
-    every = tuple(dict.fromkeys(use for ask in asks for use in ask.uses))
-    _find(every, options)
-    with _mixer(chosen_base(base, [name for name, _ in every], _FALLBACK), loading) as mixer:
-        _write(mixer, asks, options, files, as_json)
+    requests = [replace(request, seed=request.seed + i) for request in wanted for i in range(count)]
+    files = _files(out or Path("out.png"), len(requests))
+    options = Options(**given)
+    all_uses = tuple(dict.fromkeys(use for request in requests for use in request.uses))
+    _check_files(all_uses, options)
+    with _pipeline(base, all_uses, dtype, device) as pipeline:
+        pictures = make(
+            pipeline, requests, options, on_step=_progress(), on_made=lambda i, picture: _save(picture, files[i])
+        )
+    _report(pictures, files, began, as_json)
 
 
 @app.command("grid", epilog='Example: veneer image grid strength "a fox" -a brand --strengths 0,0.5,1 --seeds 1,2,3')
 def grid(
-    sheet: Annotated[str, typer.Argument(help="strength (× seeds), adapters (× prompts), or compare (base, mix).")],
-    prompts: Annotated[list[str], typer.Argument(help="One prompt for strength; one or more for other grids.")],
+    sheet: Annotated[str, typer.Argument(help="Columns: strength (strengths of the mix), or adapters.")],
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts: a row for each prompt and seed.")],
     base: BaseOption = None,
     adapter: AdapterOption = None,
     control: ControlOption = None,
     out: OutOption = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds: 1,2,3 or FROM-TO.")] = "0",
     strengths: Annotated[
-        str | None,
-        typer.Option(
-            "--strengths", help="For strength grids: factors on the mix's strengths. Default: 0,0.25,0.5,0.75,1."
-        ),
+        str | None, typer.Option("--strengths", help="Factors on the mix's strengths. Default: 0,0.25,0.5,0.75,1.")
     ] = None,
     negative: NegativeOption = None,
     steps: StepsOption = None,
@@ -218,79 +189,65 @@ def grid(
     device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Generate a labelled grid: strength × seed, adapter × prompt, or base and mix.
+    """Generate a labelled grid: prompts and seeds by strength, or by adapter.
 
     Cells with the same seed start from the same noise."""
+    from veneer.files.atomic import atomic_write
     from veneer.imaging.adapters import parse_use
-    from veneer.imaging.controls import parse_control
     from veneer.imaging.generate import Options
     from veneer.imaging.grid import STRENGTHS, draw_grid, layout
+    from veneer.imaging.infotext import png_bytes
 
-    uses = [parse_use(spec) for spec in adapter or []]
+    uses = tuple(parse_use(spec) for spec in adapter or [])
     if strengths is not None and sheet != "strength":
         raise ConfigError(f"--strengths is for a strength sheet, this is {sheet!r}", fix="leave it out")
-    plan = layout(
-        sheet,
-        prompts,
-        uses,
-        seeds=_whole_numbers(seeds),
-        strengths=STRENGTHS if strengths is None else _numbers(strengths, "--strengths"),
-        negative=negative or "",
-    )
-    width, height = _size(size)
-    batch: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
-    options = Options(
-        width,
-        height,
-        steps,
-        guidance,
-        1.0 if true_guidance is None else true_guidance,
-        scheduler,
-        controls=tuple(parse_control(spec) for spec in control or []),
-        **batch,
-    )
+    factors = STRENGTHS if strengths is None else _numbers(strengths)
+    plan = layout(sheet, prompts, uses, seeds=_whole_numbers(seeds), strengths=factors, negative=negative or "")
+    options = Options(**_given(size, steps, guidance, true_guidance, scheduler, control, batch_size))
     file = _files(out or Path("grid.png"), 1)[0]
-    _find(tuple(uses), options)
-    start = time.perf_counter()
-    with _mixer(
-        chosen_base(base, [name for name, _ in uses], _FALLBACK), {"device": device, "dtype": dtype or "auto"}
-    ) as mixer:
-        drawn = draw_grid(mixer, plan, options, on_step=_progress())
-        from veneer.files.atomic import atomic_write
-        from veneer.imaging.infotext import png_bytes
-
-        record = {"version": 1, "sheet": sheet, "pictures": [m.record for m in drawn.made]}
-        atomic_write(file, [png_bytes(drawn.image, f"{sheet} sheet of {len(drawn.made)} pictures", {"grid": record})])
-        say(f"{file}: {len(plan.rows)} × {len(plan.columns)} pictures")
-        if as_json:
-            told: dict[str, Any] = {"file": str(file), "sheet": sheet, "rows": plan.rows, "columns": plan.columns}
-            print_json(
-                told | {"seconds": round(time.perf_counter() - start, 3), "infotexts": [m.text for m in drawn.made]}
-            )
+    _check_files(uses, options)
+    began = time.perf_counter()
+    with _pipeline(base, uses, dtype, device) as pipeline:
+        image, pictures = draw_grid(pipeline, plan, options, on_step=_progress())
+    record = {"version": 1, "sheet": sheet, "pictures": [picture.record for picture in pictures]}
+    atomic_write(file, [png_bytes(image, f"{sheet} sheet of {len(pictures)} pictures", {"grid": record})])
+    say(f"{file}: {len(plan.rows)} × {len(plan.columns)} pictures")
+    if as_json:
+        result: dict[str, Any] = {"file": str(file), "sheet": sheet, "rows": plan.rows, "columns": plan.columns}
+        result |= {"seconds": round(time.perf_counter() - began, 3), "infotexts": [p.text for p in pictures]}
+        print_json(result)
 
 
-# -- inside ------------------------------------------------------------------------------------------------------------
+def _given(
+    size: str | None,
+    steps: int | None,
+    guidance: float | None,
+    true_guidance: float | None,
+    scheduler: str | None,
+    control: list[str] | None,
+    batch_size: int | None,
+) -> dict[str, Any]:
+    """Return the arguments of `Options` that were given."""
+    from veneer.imaging.controls import parse_control
+
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "true_guidance": true_guidance}
+    given |= {"scheduler": scheduler, "batch_size": batch_size}
+    if control:
+        given["controls"] = tuple(parse_control(spec) for spec in control)
+    if size is not None:
+        width, times, height = size.lower().partition("x")
+        height = height if times else width
+        if not (width.isdecimal() and height.isdecimal()):
+            raise ConfigError(f"--size {size}", fix="WIDTHxHEIGHT, as in 1024x768, or one number for both")
+        given |= {"width": int(width), "height": int(height)}
+    return {key: value for key, value in given.items() if value is not None}
 
 
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    width, times, height = text.lower().partition("x")
-    if not times:
-        height = width
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ConfigError(f"--size {text}", fix="WIDTHxHEIGHT, as in 1024x768, or one number for both")
-    return int(width), int(height)
-
-
-def _numbers(text: str, option: str) -> list[float]:
+def _numbers(text: str) -> list[float]:
     try:
-        found = [float(part) for part in text.split(",") if part.strip()]
+        return [float(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found:
-        raise ConfigError(f"{option} {text!r} is not a list of numbers", fix=f"{option} 0,0.5,1")
-    return found
+        raise ConfigError(f"--strengths {text!r} is not a list of numbers", fix="--strengths 0,0.5,1") from None
 
 
 def _whole_numbers(text: str) -> list[int]:
@@ -319,7 +276,7 @@ def _files(out: Path, number: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i:0{len(str(number))}d}{out.suffix}") for i in range(1, number + 1)]
 
 
-def _find(uses: tuple[Any, ...], options: Options) -> None:
+def _check_files(uses: tuple[Use, ...], options: Options) -> None:
     """Check that adapters and input images exist, before a base loads.
 
     Raises AdapterError or DataError."""
@@ -334,13 +291,14 @@ def _find(uses: tuple[Any, ...], options: Options) -> None:
         say(f"adapter {name} at strength {strength}")
 
 
-def _mixer(name: str, loading: dict[str, Any]) -> ImagePipeline:
+def _pipeline(base: str | None, uses: tuple[Use, ...], dtype: str | None, device: str) -> ImagePipeline:
     from veneer.imaging.adapters import ImagePipeline
     from veneer.models.image.base import load_image
 
-    base: ImageBase = load_image(name, say=say, **loading)
-    say_loaded(base)
-    return ImagePipeline(base, say=say)
+    name = chosen_base(base, [name for name, _ in uses], _FALLBACK)
+    loaded = load_image(name, say=say, dtype=dtype or "auto", device=device)
+    say_loaded(loaded)
+    return ImagePipeline(loaded, say=say)
 
 
 def _progress() -> Callable[[int, int], None] | None:
@@ -354,53 +312,41 @@ def _progress() -> Callable[[int, int], None] | None:
     return show
 
 
-def _write(mixer: ImagePipeline, asks: list[ImageRequest], options: Options, files: list[Path], as_json: bool) -> None:
-    from veneer.imaging.generate import make
+def _save(picture: RecordedPicture, file: Path) -> None:
+    picture.save(file)
+    say(f"{file}: seed {picture.infotext.fields['Seed']}")
 
-    start = time.perf_counter()
-    made = make(mixer, asks, options, on_step=_progress(), on_made=lambda i, one: _save(one, files[i]))
+
+def _report(pictures: list[RecordedPicture], files: list[Path], began: float, as_json: bool) -> None:
     if as_json:
-        _print_made(made, files, time.perf_counter() - start)
+        results = [
+            {"file": str(file), "seed": int(p.infotext.fields["Seed"]), "infotext": p.text}
+            | {"cut": p.cut, "record": p.record}
+            for p, file in zip(pictures, files, strict=True)
+        ]
+        print_json({"pictures": results, "seconds": round(time.perf_counter() - began, 3)})
 
 
-def _save(made: RecordedPicture, file: Path) -> None:
-    made.save(file)
-    say(f"{file}: seed {made.infotext.fields['Seed']}")
-
-
-def _print_made(made: list[RecordedPicture], files: list[Path], seconds: float) -> None:
-    results = [
-        {"file": str(f), "seed": int(m.infotext.fields["Seed"]), "infotext": m.text, "cut": m.cut, "record": m.record}
-        for m, f in zip(made, files, strict=True)
-    ]
-    print_json({"pictures": results, "seconds": round(seconds, 3)})
-
-
-def _remake(
-    picture: Path,
+def _reproduce(
+    source: Path,
     out: Path | None,
     base: str | None,
-    ask: dict[str, Any],
-    options: dict[str, Any],
-    loading: dict[str, Any],
-    as_json: bool,
+    changes: dict[str, Any],
+    given: dict[str, Any],
     dtype: str | None,
-) -> None:
-    from veneer.imaging.reproduce import read_recipe, remake
+    device: str,
+) -> tuple[RecordedPicture, Path]:
+    """Generate the picture in `source` again, with `changes` of its request and the `given` options."""
+    from veneer.imaging.reproduce import read_recipe, reproduce
 
-    wanted = read_recipe(picture)
-    _find((), replace(wanted.options, **options))
-    name = base or wanted.base
-    if not name:
-        raise ConfigError("the picture does not name a base that can be loaded", fix="add --base NAME")
-    file = _files(out or picture.with_name(f"{picture.stem}-again.png"), 1)[0]
-    start = time.perf_counter()
-    with _mixer(name, loading | {"dtype": dtype or wanted.dtype}) as mixer:
+    recipe = read_recipe(source)
+    _check_files((), replace(recipe.options, **given))
+    file = _files(out or source.with_name(f"{source.stem}-again.png"), 1)[0]
 
-        def changed(old: ImageRequest, before: Options) -> tuple[ImageRequest, Options]:
-            return replace(old, **ask), replace(before, **options)
+    def changed(request: ImageRequest, options: Options) -> tuple[ImageRequest, Options]:
+        return replace(request, **changes), replace(options, **given)
 
-        made = remake(mixer, wanted, changes=changed if ask or options else None, on_step=_progress())
-        _save(made, file)
-        if as_json:
-            _print_made([made], [file], time.perf_counter() - start)
+    with _pipeline(base or recipe.base, (), dtype or recipe.dtype, device) as pipeline:
+        picture = reproduce(pipeline, recipe, changes=changed if changes or given else None, on_step=_progress())
+    _save(picture, file)
+    return picture, file

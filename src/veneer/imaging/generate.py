@@ -1,8 +1,8 @@
 """Generate pictures from requests, with infotext and record.
 
-    with Mixer(base) as mixer:
-        made = make(mixer, [Ask("a fox", seed=5, uses=(parse_use("brand:0.8"),))], Options(steps=20))
-        made[0].save("fox.png")
+    with ImagePipeline(base) as pipeline:
+        request = ImageRequest("a fox", seed=5, uses=(parse_use("brand:0.8"),))
+        make(pipeline, [request], Options(steps=20))[0].save("fox.png")
 
 Every request can have its own prompt, seed and mix; requests of one batch run together. Uses files and
 models, but no commands.
@@ -149,7 +149,7 @@ def asks_of(
 
 
 def make(
-    mixer: ImagePipeline,
+    pipeline: ImagePipeline,
     asks: Sequence[ImageRequest],
     options: Options | None = None,
     *,
@@ -158,19 +158,19 @@ def make(
 ) -> list[RecordedPicture]:
     """Generate a picture for each request, in order.
 
-    The mixer's `say` is called with notes on what was resized, cut or has no effect. `on_made(i, made)` is
+    `pipeline.say` is called with notes on what was resized, cut or has no effect. `on_made(i, made)` is
     called as soon as a picture is finished, so that an interrupted call leaves its pictures. Raises
     ConfigError, DataError, AdapterError and MismatchError before the first step."""
-    base, options = mixer.base, options or Options()
-    meant = {uses: mixer.resolved(uses) for uses in dict.fromkeys(ask.uses for ask in asks)}
+    base, options = pipeline.base, options or Options()
+    meant = {uses: pipeline.resolved(uses) for uses in dict.fromkeys(ask.uses for ask in asks)}
     asks = [replace(ask, uses=meant[ask.uses]) for ask in asks]  # a record has the meanings of roles
     plans: dict[tuple[Use, ...], MixPlan] = {}
     for ask in asks:
         if ask.uses not in plans:
-            plans[ask.uses] = mixer.plan(ask.uses)
+            plans[ask.uses] = pipeline.plan(ask.uses)
         if "<lora:" in ask.prompt:
-            mixer.say("note: <lora:…> in a prompt is read as plain text here; adapters are named apart")
-    settings, inputs = _prepared(mixer, options)
+            pipeline.say("note: <lora:…> in a prompt is read as plain text here; adapters are named apart")
+    settings, inputs = _prepared(pipeline, options)
     rows = [ImageRow(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
     shared = shared_record(base, settings) | inputs
     out: list[RecordedPicture] = []
@@ -178,18 +178,18 @@ def make(
 
     def finish(i: int, picture: GeneratedPicture) -> None:
         for note in unread_notes(picture):
-            mixer.say(f"note: {note}")
+            pipeline.say(f"note: {note}")
         if (asks[i].uses, picture.steps) not in told:
             told.add((asks[i].uses, picture.steps))
             for note in idle_ranges(asks[i].uses, picture.steps):
-                mixer.say(f"note: {note}")
+                pipeline.say(f"note: {note}")
         start = i - picture.index
         batch = asks[start : start + len(picture.batch)]
-        out.append(recorded_picture(base, mixer.sources, picture, batch, picture.index, shared))
+        out.append(recorded_picture(base, pipeline.sources, picture, batch, picture.index, shared))
         if on_made is not None:
             on_made(i, out[-1])
 
-    generate_images(base, rows, settings, attachment=mixer.attachment, on_step=on_step, on_picture=finish)
+    generate_images(base, rows, settings, attachment=pipeline.attachment, on_step=on_step, on_picture=finish)
     return out
 
 
@@ -210,29 +210,35 @@ def unread_notes(picture: GeneratedPicture) -> list[str]:
 # -- what goes in ------------------------------------------------------------------------------------------------------
 
 
-def _prepared(mixer: ImagePipeline, options: Options) -> tuple[PictureSettings, dict[str, Any]]:
+def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSettings, dict[str, Any]]:
     """Return the settings with all pictures loaded at one size, and their records."""
-    base = mixer.base
+    base = pipeline.base
     image, image_from = _opened(options.image)
     mask, mask_from = _opened(options.mask, paper="black")
     if mask is not None and not mask.convert("L").getbbox():
         where = mask_from["path"] if mask_from else None
         raise DataError("the mask is black all over: nothing would be made anew", where=where, fix="white is made anew")
-    held = [(spec, *hashed_picture(spec.path)) for spec in options.controls]
-    shown = [(picture, said) for picture, said in map(_opened, options.references) if picture and said]
-    guide = image or next((picture for _, picture, _ in held), None) or next((picture for picture, _ in shown), None)
+    opened = [(spec, *hashed_picture(spec.path)) for spec in options.controls]
+    shown = [(picture, record) for picture, record in map(_opened, options.references) if picture and record]
+    guide = image or next((picture for _, picture, _ in opened), None) or next((picture for picture, _ in shown), None)
     width, height = size_for(base, options.width, options.height, guide)
-    image = _fit(mixer, image, width, height, "picture")
-    mask = _fit(mixer, mask, width, height, "mask")
-    controls, said = [], []
-    for spec, picture, sha in held:
+
+    def noted(fitted: tuple[Image, str]) -> Image:
+        if fitted[1]:
+            pipeline.say(f"note: {fitted[1]}")
+        return fitted[0]
+
+    image = image and noted(fitted_picture(image, width, height, "picture"))
+    mask = mask and noted(fitted_picture(mask, width, height, "mask"))
+    controls, control_records = [], []
+    for spec, picture, sha in opened:
         name = control_model_of(base, spec)
-        model = mixer.control(name)
+        model = pipeline.control(name)
         made, notes = control_picture(spec, picture, width, height)
         for note in notes:
-            mixer.say(note)
+            pipeline.say(note)
         controls.append(Control(model, made, spec.weight, spec.begin, spec.end))
-        said.append(
+        control_records.append(
             {"kind": spec.kind, "model": name, "path": spec.path, "sha256": sha, "weight": spec.weight}
             | {"begin": spec.begin, "end": spec.end}
         )
@@ -250,15 +256,15 @@ def _prepared(mixer: ImagePipeline, options: Options) -> tuple[PictureSettings, 
         mask=mask,
         denoise=denoise,
         controls=tuple(controls),
-        references=tuple(_referred(mixer, picture, width, height) for picture, _ in shown),
+        references=tuple(noted(fitted_reference(base, picture, width, height)) for picture, _ in shown),
     )
     if said_whole := whole_denoise(base, settings):
-        mixer.say(f"note: {said_whole}")
+        pipeline.say(f"note: {said_whole}")
     if base.edits_alone and not shown and image is None:
         usual = "usually it is given a picture to change, as references (--reference photo.png)"
-        mixer.say(f"note: {base.short_name} is made to edit, and draws from the prompt alone here; {usual}")
-    from_where = {"image": image_from, "mask": mask_from, "controls": said}
-    return settings, from_where | ({"references": [said for _, said in shown]} if shown else {})
+        pipeline.say(f"note: {base.short_name} is made to edit, and draws from the prompt alone here; {usual}")
+    inputs = {"image": image_from, "mask": mask_from, "controls": control_records}
+    return settings, inputs | ({"references": [record for _, record in shown]} if shown else {})
 
 
 _SAME_PROPORTION = 1 / 15
@@ -287,13 +293,6 @@ def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -
     return fitted_picture(picture, width, height, "reference picture")
 
 
-def _referred(mixer: ImagePipeline, picture: Image, width: int, height: int) -> Image:
-    out, said = fitted_reference(mixer.base, picture, width, height)
-    if said:
-        mixer.say(f"note: {said}")
-    return out
-
-
 def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Image | None, dict[str, str] | None]:
     """Open a picture with `paper` behind transparent parts.
 
@@ -304,15 +303,6 @@ def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Ima
         picture, sha = hashed_picture(given, paper)
         return picture, {"path": str(given), "sha256": sha}
     return flattened(given, paper), {"path": "", "sha256": ""}
-
-
-def _fit(mixer: ImagePipeline, picture: Image | None, width: int, height: int, what: str) -> Image | None:
-    if picture is None:
-        return None
-    out, said = fitted_picture(picture, width, height, what)
-    if said:
-        mixer.say(f"note: {said}")
-    return out
 
 
 def size_for(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
@@ -385,23 +375,22 @@ def recorded_picture(
     `batch`: the requests generated together; the picture is number `index`. `sources`: adapters by the names
     in the requests. `shared`: the result of `shared_record` and records of the input pictures (`image`,
     `mask`, `controls`)."""
-    names = sorted({name for ask in batch for name, _ in ask.uses})
+    used = [sources[name] for name in sorted({name for request in batch for name, _ in request.uses})]
     record = {
         **shared,
-        "adapters": {name: _said_of(sources[name]) for name in names},
-        "rows": [_row(ask) for ask in batch],
+        "adapters": {s.name: {"digest": s.digest, "sha256": s.sha256, "autov3": s.autov3} for s in used},
+        "rows": [
+            {
+                "prompt": request.prompt,
+                "negative": request.negative,
+                "seed": request.seed,
+                "adapters": [[name, str(strength)] for name, strength in request.uses],
+            }
+            for request in batch
+        ],
         "index": index,
     }
     return RecordedPicture(picture.image, _infotext(base, sources, batch[index], record), record, picture.cut)
-
-
-def _said_of(source: AdapterSource) -> dict[str, str]:
-    return {"digest": source.digest, "sha256": source.sha256, "autov3": source.autov3}
-
-
-def _row(ask: ImageRequest) -> dict[str, Any]:
-    uses = [[name, str(strength)] for name, strength in ask.uses]
-    return {"prompt": ask.prompt, "negative": ask.negative, "seed": ask.seed, "adapters": uses}
 
 
 def _infotext(

@@ -23,7 +23,7 @@ from veneer.adapters.use import load_adapter
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
 from veneer.imaging.adapters import ImagePipeline
-from veneer.imaging.reproduce import read_recipe, remake
+from veneer.imaging.reproduce import read_recipe, reproduce
 from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.pictures import engine as pictures
@@ -321,7 +321,7 @@ def test_a_picture_is_made_again_from_the_library(base: ImageBase, shelf: Shelf,
         made = drawn(engine, asked)[0].made
     wanted = read_recipe(made.save(tmp_path / "out.png"))
     with ImagePipeline(base) as mixer:
-        assert levels(remake(mixer, wanted).image, made.image) == 0
+        assert levels(reproduce(mixer, wanted).image, made.image) == 0
 
 
 def test_what_is_not_read_of_a_prompt_is_said(engine: PictureEngine) -> None:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
-
 from tests.train.make_pictures import put, scene, settings, wrong
 from veneer.train.image.pictures import count_pictures, read_pictures
 
@@ -124,16 +122,3 @@ def test_class_pictures_that_lack_one_before_are_said_to_be_there(tmp_path: Path
     message = wrong(tmp_path / "own", class_folder=str(tmp_path / "class"))
     assert "2 of 4 pictures have no picture before them" in message
     assert f"where: {tmp_path / 'class'}\n" in message
-
-
-def test_a_photo_where_edges_are_declared_is_named_with_the_way_out(tmp_path: Path) -> None:
-    edges = Image.new("RGB", (96, 96))
-    ImageDraw.Draw(edges).ellipse((20, 20, 70, 70), outline="white")
-    for name, before in (("cat", edges), ("dog", scene(96, 96, seed=7))):
-        put(tmp_path, f"{name}.png", image=scene(96, 96, seed=ord(name[0])))
-        put(tmp_path, f"{name}.before.png", None, before)
-    message = wrong(tmp_path, before_kind="canny")
-    assert "1 picture not what data.before_kind: canny says" in message
-    assert "dog.before.png: it has colours" in message
-    assert "data.before_kind: picture, which takes any" in message
-    assert len(read_pictures(settings(tmp_path))[0]) == 2

@@ -338,7 +338,6 @@ def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
         "data.keep_tags": (data.shuffle_tags, "`data.shuffle_tags`"),
         "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
         "data.bucket_ratio": (data.buckets, "`data.buckets`"),
-        "data.before_kind": (data.before != "off", "`data.before` other than off"),
     }
     for key, (used, what) in needs.items():
         if key in given and not used:

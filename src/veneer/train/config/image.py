@@ -108,9 +108,6 @@ class ImageDataSection(Section):
         "reference)",
         "used if present",
     )
-    before_kind: Literal["picture", "canny", "depth", "pose"] = setting(
-        "picture", "expected kind of source images", "any"
-    )
     background: str = setting("#ffffff", "color behind transparency: #rrggbb, white, black or grey")
     animated: Literal["refuse", "first"] = setting("refuse", "animated files: stop, or first frame")
     broken: Literal["refuse", "drop"] = setting(

@@ -163,9 +163,8 @@ def _pairs(
 ) -> Iterator[Finding]:
     if not about.before:
         return
-    kind = "pictures" if settings.before_kind == "picture" else f"{settings.before_kind} pictures"
     each = "one picture before it" if about.before == 1 else f"{about.before} pictures before it"
-    yield Finding("ok", "pairs", f"each picture has {each} ({kind}); captions are instructions")
+    yield Finding("ok", "pairs", f"each picture has {each}; captions are instructions")
     if resized := about.resized_before - len(about.own_shape):
         text = f"{counted(resized, 'before picture')} of another size than what comes after: resized"
         yield Finding("warn", "pairs", text)

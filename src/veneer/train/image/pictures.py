@@ -35,9 +35,8 @@ def read_pictures(
 
     With "train" the class pictures follow. Raises DataError for a folder that is missing or has no picture; a
     caption, mask or metadata row without a picture; pictures without a caption (if there is no trigger to use
-    instead); a mask of other proportions; incomplete pairs; source images that are not of
-    `settings.before_kind`, and control pictures whose shape differs from their picture's; and unreadable
-    files unless `settings.broken` is `drop`. Each error lists all problems, up to 20."""
+    instead); a mask of other proportions; incomplete pairs; and unreadable files unless `settings.broken` is
+    `drop`. Each error lists all problems, up to 20."""
     folders = settings.folders if which == "train" else (settings.validation,) if settings.validation else ()
     about = AboutPictures()
     pictures: list[TrainingPicture] = []
@@ -95,11 +94,10 @@ def _read(
             f.name for f, (c, _) in zip(files, captions, strict=True) if has_word(c, settings.trigger)
         ]
     pictures, broken = [], []
-    others: list[str] = []  # source images of another kind
     for found, (caption, did) in zip(files, captions, strict=True):
         try:
             picture = _open(found, caption, settings, is_class=is_class)
-            before = tuple(open_before(path, picture, settings, others) for path in found.before)
+            before = tuple(open_before(path, picture, settings) for path in found.before)
         except UnreadablePicture as error:
             broken.append(f"{found.name}: {error}")
             continue
@@ -111,7 +109,7 @@ def _read(
         about.empty += not caption
         pictures.append(replace(picture, before=before))
     about.resized_masks += check_masks(pictures, folder, settings)
-    check_befores(pictures, others, folder, settings, about)
+    check_befores(pictures, folder, about)
     if broken and settings.broken == "refuse":
         raise DataError(
             f"{len(broken)} of {len(files)} pictures cannot be used:\n{bullets(broken)}",

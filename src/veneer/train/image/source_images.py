@@ -2,8 +2,7 @@
 
 A picture's source images are `NAME.before.png` next to it, a file of the same name in the folder `before` or
 in each of the configured folders, or the `before` of its metadata row; the metadata columns can then be
-before, instruction and after. All pictures have the same number of source images. A control picture has the
-proportions of its picture.
+before, instruction and after. All pictures have the same number of source images.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from pathlib import Path
 
 from veneer.errors import DataError, bullets, counted
 from veneer.models.image.base import too_long
-from veneer.models.image.control_kinds import unlike_kind
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.folder import BEFORE, PictureFile, PictureFolder
@@ -85,55 +83,31 @@ def each_before(folders: Mapping[str, Sequence[PictureFile]]) -> int:
     return most
 
 
-def open_before(path: Path, after: TrainingPicture, settings: ImageDataSection, others: list[str]) -> TrainingPicture:
-    """Return a source image.
-
-    If it is not of the settings' kind, appends the reason to `others`. Raises UnreadablePicture."""
+def open_before(path: Path, after: TrainingPicture, settings: ImageDataSection) -> TrainingPicture:
+    """Return a source image. Raises UnreadablePicture."""
     name = os.path.relpath(path, after.path.parents[len(Path(after.name).parts) - 1])
     try:
         data, digest = read_bytes(path)
         opened = decode_picture(data, settings)
     except UnreadablePicture as error:
         raise UnreadablePicture(f"what is before it, {name}, {error}") from None
-    if why := unlike_kind(opened.colour, settings.before_kind):
-        others.append(f"{name}: {why}")
     transparent = opened.alpha is not None
     return TrainingPicture(
         path, name, "", opened.size, digest, perceptual_hash(opened.colour), transparent=transparent, notes=opened.notes
     )
 
 
-def check_befores(
-    pictures: Iterable[TrainingPicture],
-    others: Sequence[str],
-    folder: str,
-    settings: ImageDataSection,
-    about: AboutPictures,
-) -> None:
+def check_befores(pictures: Iterable[TrainingPicture], folder: str, about: AboutPictures) -> None:
     """Report source images whose size or proportions differ, in `about`.
 
-    Raises DataError for control pictures of other proportions, for pictures that are too long, and for
-    `others` from `open_before`."""
+    Raises DataError for source images that are too long."""
     pairs = [(before, after) for after in pictures for before in after.before]
     unlike = [f"{before.name}: {why}" for before, after in pairs if (why := after.unlike(before.size))]
     about.own_shape += unlike
     about.resized_before += sum(before.size != after.size for before, after in pairs)
-    if unlike and settings.before_kind != "picture":
-        raise DataError(
-            f"{counted(len(unlike), 'pair')} of unlike sizes:\n{bullets(unlike)}",
-            where=folder,
-            fix=f"crop both to one proportion: {settings.before_kind} pictures lie where their picture does",
-        )
     if long := [f"{b.name}: {why}" for b, after in pairs if after.unlike(b.size) and (why := too_long(*b.size))]:
         raise DataError(
             f"{counted(len(long), 'before picture')} too long to be shown whole:\n{bullets(long)}",
             where=folder,
             fix="crop them",
-        )
-    if others:
-        many = counted(len(others), "picture")
-        raise DataError(
-            f"{many} not what data.before_kind: {settings.before_kind} says:\n{bullets(others)}",
-            where=folder,
-            fix="replace them, or set data.before_kind: picture, which takes any",
         )
