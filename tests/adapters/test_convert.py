@@ -22,7 +22,7 @@ from veneer.errors import AdapterError
 from veneer.formats import peft
 from veneer.formats.read import read
 from veneer.library.describe_files import describe_adapter
-from veneer.serve.fleet.folders import servable
+from veneer.serve.fleet.mixes import servable
 
 
 @pytest.mark.parametrize("to", ["tgi", "vllm"])

@@ -19,7 +19,7 @@ from veneer.serve.settings import EngineSettings, FleetSettings, HttpSettings, L
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 
-FLEET = FleetSettings(upstreams=("http://127.0.0.1:1",))
+FLEET = FleetSettings(upstream="http://127.0.0.1:1")
 
 
 def load(settings: ServeSettings) -> None:
@@ -81,7 +81,7 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     ],
 )
 def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, more: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"^{option} is for .* the servers of --upstream compute") as caught:
+    with pytest.raises(ConfigError, match=f"^{option} is for .* the server of --upstream computes") as caught:
         load(ServeSettings("anything", fleet=FLEET, **more))
     assert caught.value.where == option
 
@@ -107,9 +107,7 @@ def test_what_is_said_of_texts_is_refused_where_pictures_are_drawn(
 @pytest.mark.parametrize("more", [{"mixes": 3}, {"mix_bytes": 1 << 20}])
 def test_what_is_said_of_upstreams_is_refused_without_them(more: dict[str, Any], tmp_path: Path) -> None:
     base = str(tiny_base_dir(tmp_path))
-    with pytest.raises(
-        ConfigError, match="is for mixes on the servers of --upstream, and this server computes by itself"
-    ):
+    with pytest.raises(ConfigError, match="is for mixes with --upstream, and this server computes by itself"):
         load(ServeSettings(base, fleet=replace(FleetSettings(), **more)))
 
 

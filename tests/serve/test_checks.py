@@ -43,8 +43,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--device", "cudda"], "'cudda' is not a device | --device | did you mean cuda?"),
         (["--device", "cuda:99"], "there is no CUDA device cuda:99"),
         (["--quantize", "nf4", "--weights", "int8"], "--quantize and --weights both say"),
-        (["--upstream", "there"], "'there' is not the address of a server"),
-        (["--upstream", "http://there"] * 2, "http://there is named twice"),
+        (["--upstream", "there"], "'there' is not the URL of a server"),
+        (["--upstream", "http://there"] * 2, "there can be one --upstream"),
         (["--cache-memory", "lots"], "'lots' is not a size | --cache-memory"),
         (["--cache-memory", "0"], "'0' is too small | --cache-memory"),
         (["--adapter-memory", "-1G"], "'-1G' is not a size | --adapter-memory"),
@@ -92,7 +92,7 @@ def test_a_bad_value_is_said_before_it_listens(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("mix_disk: 4M", "mix_disk is for mixes on the servers of --upstream"),
+        ("mix_disk: 4M", "mix_disk is for mixes with --upstream"),
         ("ledger_days: 3", "ledger_days is for the ledger of tenants"),
         ("pin: true", "pin keeps the adapters of --adapter"),
         ("idle_seconds: .nan", "idle_seconds: Input should be a finite number"),

@@ -1,4 +1,4 @@
-"""The real vLLM: its names from the library, its replicas behind the front door, its own loader on what was exported.
+"""The real vLLM: names from the library, behind a front door, and its own loader on an exported folder.
 
 `make test-peers` installs it into .venv-vllm; VENEER_VLLM_PYTHON names another interpreter that has it.
 """
@@ -9,7 +9,7 @@ import asyncio
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from veneer.library.library import open_library
 from veneer.models.sources import find_base
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.fleet.export import export
-from veneer.serve.fleet.fleet import Fleet
-from veneer.serve.fleet.folders import served_name
+from veneer.serve.fleet.mixes import Mixes, served_name
+from veneer.serve.fleet.upstream import Upstream
 from veneer.serve.request import DigestMix, Finished, Refused, Request, Sampling, Token, make_mix
 
 pytestmark = pytest.mark.peers
@@ -223,16 +223,23 @@ def test_a_moved_alias_answers_anew_after_an_unload_prompts_cached_or_not(shop):
             library.alias("plain@1", "prod")
 
 
-# -- the fleet ---------------------------------------------------------------------------------------------------------
+# -- behind a front door -----------------------------------------------------------------------------------------------
 
 
-def fleet(shop: Shop, **more: Any) -> Fleet:
-    return Fleet(shop.urls, files=shop.path, decode=shop.base.tokenizer.decode, cache=shop.place / "served", **more)
+def run(shop: Shop, work: Callable[[Upstream], Awaitable[None]]) -> None:
+    """Run `work` with a front door before the replica that has the plug-in."""
+
+    async def live() -> None:
+        mixes = Mixes(shop.path, shop.place / "converted")
+        async with Upstream(shop.urls[0], mixes=mixes, decode=shop.base.tokenizer.decode) as door:
+            await work(door)
+
+    asyncio.run(live())
 
 
-async def answer(it: Fleet, shop: Shop, mix: DigestMix) -> tuple[list[int], list[float]]:
+async def answer(door: Upstream, shop: Shop, mix: DigestMix) -> tuple[list[int], list[float]]:
     sampling = Sampling(max_tokens=TOKENS, temperature=0, logprobs=2, ignore_eos=True)
-    events = [e async for e in it.events(Request(tuple(shop.prompt), sampling, mix))]
+    events = [e async for e in door.events(Request(tuple(shop.prompt), sampling, mix))]
     tokens = [e for e in events if isinstance(e, Token)]
     last = events[-1]
     assert isinstance(last, Finished)
@@ -243,71 +250,62 @@ async def answer(it: Fleet, shop: Shop, mix: DigestMix) -> tuple[list[int], list
     return [t.id for t in tokens], [t.logprob for t in tokens if t.logprob is not None]
 
 
-def test_two_replicas_answer_as_veneer_does_each_with_what_was_loaded_there_before(shop):
-    async def work() -> None:
-        async with fleet(shop) as it:
-            shop.check(*await answer(it, shop, ()))
-            assert set((await it.load(shop.mix(plain=1.0))).values()) == {""}
-            mixes: list[dict[str, float]] = [{"plain": 1.0}, {"stable": 1.0}, {"patterns": 0.5}, {"plain": 1.0}]
-            for strengths, got in zip(
-                mixes, await asyncio.gather(*(answer(it, shop, shop.mix(**m)) for m in mixes)), strict=True
-            ):
-                shop.check(*got, **strengths)
-            for url in shop.urls:  # both took part
-                names = {m["id"] for m in httpx.get(f"{url}/v1/models").json()["data"]}
-                assert served_name(shop.mix(plain=1.0)) in names
+def test_vllm_answers_as_veneer_does_behind_a_front_door(shop):
+    async def work(door: Upstream) -> None:
+        shop.check(*await answer(door, shop, ()))
+        mixes: list[dict[str, float]] = [{"plain": 1.0}, {"stable": 1.0}, {"patterns": 1.0}, {"patterns": 0.5}]
+        for strengths, got in zip(
+            mixes, await asyncio.gather(*(answer(door, shop, shop.mix(**m)) for m in mixes)), strict=True
+        ):
+            shop.check(*got, **strengths)
+        names = {m["id"] for m in httpx.get(f"{shop.urls[0]}/v1/models").json()["data"]}
+        assert served_name(shop.mix(plain=1.0)) in names
 
-    asyncio.run(work())
+    run(shop, work)
 
 
-def test_a_weighted_mix_that_vllm_cannot_batch_is_one_adapter_there(shop):
-    async def work() -> None:
-        async with fleet(shop, mix_copies=1) as it:
-            strengths = {"plain": 0.75, "stable": -0.5, "patterns": 0.5}
-            shop.check(*await answer(it, shop, shop.mix(**strengths)), **strengths)
+def test_a_weighted_mix_is_one_adapter_in_vllm(shop):
+    async def work(door: Upstream) -> None:
+        strengths = {"plain": 0.75, "stable": -0.5, "patterns": 0.5}
+        shop.check(*await answer(door, shop, shop.mix(**strengths)), **strengths)
 
-    asyncio.run(work())
+    run(shop, work)
 
 
 @pytest.mark.xfail(
     reason="vLLM on a CPU takes slot -1, the last one, for rows without an adapter (torch_ops/lora_ops.py)"
 )
-def test_the_base_beside_adapters_in_one_batch_is_the_base(shop):
-    async def work() -> None:
-        async with fleet(shop) as it:
-            it.replicas = it.replicas[:1]
-            mixes = [{"plain": 1.0}, {"stable": 1.0}, {"plain": 0.5}, {"stable": 0.5}]
-            for strengths in mixes:  # every one of its --max-loras slots is filled
-                await answer(it, shop, shop.mix(**strengths))
-            beside = [answer(it, shop, shop.mix(**m)) for m in ({"plain": 1.0}, {}, {"stable": 1.0})]
-            got = await asyncio.gather(*beside)
-            shop.check(*got[0], plain=1.0)
-            shop.check(*got[1])
+def test_the_base_in_one_batch_with_adapters_is_the_base(shop):
+    async def work(door: Upstream) -> None:
+        mixes = [{"plain": 1.0}, {"stable": 1.0}, {"plain": 0.5}, {"stable": 0.5}]
+        for strengths in mixes:  # every one of its --max-loras slots is filled
+            await answer(door, shop, shop.mix(**strengths))
+        requests = [answer(door, shop, shop.mix(**m)) for m in ({"plain": 1.0}, {}, {"stable": 1.0})]
+        got = await asyncio.gather(*requests)
+        shop.check(*got[0], plain=1.0)
+        shop.check(*got[1])
 
-    asyncio.run(work())
+    run(shop, work)
 
 
-@pytest.mark.parametrize(("name", "why"), [("wide", "max_lora_rank"), ("dora", "DoRA")])
-def test_what_vllm_does_not_load_is_refused_with_its_reason(shop, name, why):
-    async def work() -> None:
-        async with fleet(shop) as it:
-            with pytest.raises(Refused, match=why) as refusal:
-                await answer(it, shop, shop.mix(**{name: 1.0}))
-            assert refusal.value.code == "adapter_unusable"
+@pytest.mark.parametrize(("name", "why"), [("wide", "could not be loaded"), ("dora", "was not found")])
+def test_an_adapter_that_vllm_does_not_load_is_refused(shop, name, why):
+    async def work(door: Upstream) -> None:
+        with pytest.raises(Refused, match=why) as refusal:
+            await answer(door, shop, shop.mix(**{name: 1.0}))
+        assert refusal.value.code == "adapter_unusable"
 
-    asyncio.run(work())
+    run(shop, work)
 
 
-def test_a_replica_that_forgot_an_adapter_is_given_it_again(shop):
-    async def work() -> None:
-        async with fleet(shop) as it:
-            mix = shop.mix(stable=1.0)
-            await it.load(mix)
-            for url in shop.urls:
-                post(f"{url}/v1/unload_lora_adapter", {"lora_name": served_name(mix)})
-            shop.check(*await answer(it, shop, mix), stable=1.0)
+def test_vllm_loads_an_adapter_again_after_an_unload(shop):
+    async def work(door: Upstream) -> None:
+        mix = shop.mix(stable=1.0)
+        await answer(door, shop, mix)
+        post(f"{shop.urls[0]}/v1/unload_lora_adapter", {"lora_name": served_name(mix)})
+        shop.check(*await answer(door, shop, mix), stable=1.0)
 
-    asyncio.run(work())
+    run(shop, work)
 
 
 # -- the export --------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def serve(
     ] = False,
     upstream: Annotated[
         list[str] | None,
-        typer.Option("--upstream", help="URL of a vLLM, TGI or OpenAI-compatible server; repeatable."),
+        typer.Option("--upstream", help="URL of a vLLM, or of a router before several, that computes."),
     ] = None,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, max=1 << 16, help="Maximum requests in a batch.")
@@ -142,6 +142,8 @@ def serve(
     """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
     if tenants is not None and api_keys is not None:
         raise ConfigError("--tenants and --api-keys both say who may ask", fix="keep one")
+    if upstream and len(upstream) > 1:
+        raise ConfigError("there can be one --upstream", fix="the URL of a router before these servers")
     if open_to_all and api_keys is not None:
         raise ConfigError("--open serves whoever asks, and --api-keys say who may", fix="keep one")
     for folder in allow_folder or []:
@@ -197,7 +199,7 @@ def serve(
             synced=more.ledger_sync,
         ),
         fleet=FleetSettings(
-            upstreams=tuple(upstream or []),
+            upstream=upstream[0] if upstream else None,
             key=os.environ.get("VENEER_UPSTREAM_KEY"),
             mixes=more.tenant_mixes,
             mix_bytes=more.bytes("mix_disk"),

@@ -119,7 +119,7 @@ def build(
     opened = opened or open_stores(settings)
     try:
         tenancy, base = tenancy_of(settings, say, opened.store), UnloadedBase(settings.base)
-        folders = () if settings.fleet.upstreams else settings.folders
+        folders = () if settings.fleet.upstream else settings.folders
         shelf = AdapterSources(base, library=opened.library, folders=folders)
         catalog = Catalog(shelf, lambda adapter: [], NoAdapters(), routes=tenancy.routes)
         service = Service(
@@ -138,11 +138,11 @@ def _load_base(settings: ServeSettings, service: Service, say: Callable[[str], N
     """
     from veneer.models.sources import find_base, is_image_base
 
-    kind: ServerKind = "fleet"
-    if not settings.fleet.upstreams:
+    kind: ServerKind = "upstream"
+    if settings.fleet.upstream is None:
         kind = "pictures" if is_image_base(find_base(settings.base, say=say)) else "texts"
     refuse_idle(settings, kind)
-    {"fleet": _load_fleet, "pictures": _load_pictures, "texts": _load_texts}[kind](settings, service, say)
+    {"upstream": _load_upstream, "pictures": _load_pictures, "texts": _load_texts}[kind](settings, service, say)
 
 
 def _load_texts(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
@@ -178,26 +178,24 @@ def _load_pictures(settings: ServeSettings, service: Service, say: Callable[[str
     service.use_base(engine, reader, limits)
 
 
-def _load_fleet(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
-    """Set up the fleet; its replicas read the library's files by the same paths."""
-    from veneer.models.home import veneer_home
+def _load_upstream(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
+    """Connect to the upstream, whose vLLMs read the same library."""
     from veneer.models.text.base import text_without_weights
-    from veneer.serve.fleet.fleet import Fleet, FleetAdapters
-    from veneer.serve.fleet.folders import vllm_problems
+    from veneer.serve.fleet.mixes import Mixes, mix_folder, vllm_problems
+    from veneer.serve.fleet.upstream import Upstream, UpstreamAdapters
 
-    base = text_without_weights(settings.base, say=say)
-    fleet = Fleet(
-        settings.fleet.upstreams,
-        files=service.catalog.shelf.files,
-        cache=veneer_home() / "cache" / "served",
-        key=settings.fleet.key,
-        mixes=settings.fleet.mixes,
-        cache_bytes=settings.fleet.mix_bytes,
+    assert settings.fleet.upstream is not None
+    base, fleet = text_without_weights(settings.base, say=say), settings.fleet
+    mixes = Mixes(service.catalog.shelf.files, mix_folder(), each=fleet.mixes, limit_bytes=fleet.mix_bytes)
+    engine = Upstream(
+        settings.fleet.upstream,
+        mixes=mixes,
+        key=fleet.key,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
     )
-    service.catalog.use_base(base, vllm_problems, FleetAdapters(fleet))
+    service.catalog.use_base(base, vllm_problems, UpstreamAdapters())
     reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
-    service.use_base(fleet, reader, settings.http)
+    service.use_base(engine, reader, settings.http)
 
 
 def _application(

@@ -25,7 +25,7 @@ from veneer.serve.settings import LedgerSettings, Preload, QuantizeKind, ServeSe
 from veneer.serve.tenancy.keys import admin_hash, database_here
 from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
-ServerKind = Literal["texts", "pictures", "fleet"]
+ServerKind = Literal["texts", "pictures", "upstream"]
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@*\s]+", re.I)
 """An origin as browsers send it; `null` is the origin of a page in a file."""
 
@@ -105,7 +105,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
         what = f"whoever reaches {settings.host} would be the operator of these tenants"
         raise ConfigError(what, where="--open --tenants", fix="--host 127.0.0.1, or leave --open out")
     _refuse_twice_rounded(settings)
-    _check_fleet(settings)
+    _check_upstream(settings)
     kind = _kind_here(settings)
     if kind is not None:
         refuse_idle(settings, kind)
@@ -148,8 +148,8 @@ def _kind_here(settings: ServeSettings) -> ServerKind | None:
     base = base_outline(settings.base)
     if base is not None and (file := base / "config.json").is_file():
         read_config_json(file)
-    if settings.fleet.upstreams:
-        return "fleet"
+    if settings.fleet.upstream is not None:
+        return "upstream"
     if base is None:
         return None
     return "pictures" if is_image_base(base) else "texts"
@@ -161,13 +161,13 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("--batch-invariant", lambda s: s.engine.batch_invariant, "texts", _HERE),
     ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
     ("context", lambda s: s.engine.context, "texts", _HERE),
-    ("max_tokens", lambda s: s.http.max_tokens, "texts fleet", "texts"),
+    ("max_tokens", lambda s: s.http.max_tokens, "texts upstream", "texts"),
     ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "what is computed here"),
     ("--quantize", lambda s: s.quantize, "texts", _HERE),
     ("--dtype", lambda s: s.dtype, "texts pictures", "what is computed here"),
     ("--device", lambda s: s.device, "texts pictures", "what is computed here"),
-    ("tenant_mixes", lambda s: s.fleet.mixes, "fleet", "mixes on the servers of --upstream"),
-    ("mix_disk", lambda s: s.fleet.mix_bytes, "fleet", "mixes on the servers of --upstream"),
+    ("tenant_mixes", lambda s: s.fleet.mixes, "upstream", "mixes with --upstream"),
+    ("mix_disk", lambda s: s.fleet.mix_bytes, "upstream", "mixes with --upstream"),
 )
 """Option or key of --config, its value in the settings, the kinds of servers that use it, its purpose."""
 _LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledger_folder"}
@@ -177,7 +177,7 @@ _LEDGER_OPTIONS["synced"] = "ledger_sync"
 def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
     """Raises ConfigError for an option that has no effect on this kind of server."""
     usual = ServeSettings("")
-    why = {"fleet": "the servers of --upstream compute", "pictures": "this base draws pictures"}
+    why = {"upstream": "the server of --upstream computes", "pictures": "this base draws pictures"}
     for option, of, kinds, what in _OPTIONS:
         if kind not in kinds.split() and of(settings) != of(usual):
             reason = why.get(kind, "this server computes by itself")
@@ -203,17 +203,16 @@ def _refuse_twice_rounded(settings: ServeSettings) -> None:
         )
 
 
-def _check_fleet(settings: ServeSettings) -> None:
-    """Raises ConfigError for bad upstreams, or sources that replicas cannot read."""
-    from veneer.serve.fleet.remote import parse_upstream  # imports httpx
+def _check_upstream(settings: ServeSettings) -> None:
+    """Raises ConfigError for a bad --upstream, or sources that its vLLMs cannot read."""
+    if settings.fleet.upstream is None:
+        return
+    from veneer.serve.fleet.upstream import upstream_url  # imports httpx
 
-    given = settings.fleet.upstreams
-    for place in given:
-        parse_upstream(place)
-    if twice := [place for place in dict.fromkeys(given) if given.count(place) > 1]:
-        raise ConfigError(f"{', '.join(twice)} is named twice", where="--upstream", fix="name each server once")
-    if given and settings.folders:
-        raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
+    upstream_url(settings.fleet.upstream)
+    if settings.folders:
+        what = "the upstream reads the library, not folders"
+        raise ConfigError(what, where="--allow-folder", fix="veneer library add")
 
 
 def _check_names(settings: ServeSettings) -> None:

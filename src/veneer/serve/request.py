@@ -243,8 +243,8 @@ EngineEvent = Started | Token | Finished
 class EngineStats:
     """Counters of an engine.
 
-    `cache_used`: share of used key-value blocks. `adapters`, `adapter_bytes`: in memory now (in a fleet: on
-    replicas, each counted once). `evictions`: adapters evicted to make room.
+    `cache_used`: share of used key-value blocks. `adapters`, `adapter_bytes`: in memory now. `evictions`:
+    adapters evicted to make room.
     """
 
     running: int = 0
@@ -266,7 +266,7 @@ _Happened = TypeVar("_Happened", covariant=True)
 
 
 class Engine(Protocol[_Asked, _Happened]):
-    """The part of a server that computes: text engine, fleet, or image engine.
+    """The part of a server that computes: text engine, upstream, or image engine.
 
     Text engines are `Engine[Request, EngineEvent]`. Engines derive from this class for its defaults.
 
@@ -298,7 +298,7 @@ class Engine(Protocol[_Asked, _Happened]):
         return ""
 
     def trouble(self) -> str:
-        """Why new requests should go elsewhere for now, such as no replica; "" if none."""
+        """Why new requests should go elsewhere for now, such as no upstream; "" if none."""
         return ""
 
 

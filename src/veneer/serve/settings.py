@@ -144,13 +144,13 @@ class LedgerSettings:
 
 @dataclass(frozen=True)
 class FleetSettings:
-    """Settings of a fleet.
+    """Settings of a server before a vLLM.
 
-    `upstreams`: the servers that compute, empty to compute locally. `key`: sent to them as a bearer token.
-    `mixes`: client-chosen mixes per tenant. `mix_bytes`: size of all mixes on disk.
+    `upstream`: URL of the vLLM, or of a router before several; None to compute locally. `key`: sent to the
+    upstream as a bearer token. `mixes`: weighted mixes per tenant. `mix_bytes`: size of all mixes on disk.
     """
 
-    upstreams: tuple[str, ...] = ()
+    upstream: str | None = None
     key: str | None = None
     mixes: int = 64
     mix_bytes: int = 16 << 30
@@ -163,7 +163,7 @@ class ServeSettings:
     `folders`: where load requests may name files. `tenants`: the tenants' database; without it `keys` are all
     keys; without both, tenants.sqlite in the veneer home if it exists; else no key is needed. `open`: no key
     is needed even if there are tenants; on localhost their routes, prices and ledger stay in use, on other
-    hosts not. In a fleet only the base's names and tokenizer are read. `quantize`: see
+    hosts not. With an upstream only the base's names and tokenizer are read. `quantize`: see
     models.text.base.load_text. `drain`: seconds.
     """
 

@@ -1,4 +1,4 @@
-"""Transient errors: a database, store, disk or replica that cannot be used now.
+"""Transient errors: a database, store, disk or upstream that cannot be used now.
 
     is_outage(error)            whether an error is one, also through its causes
     outage(what, error)         503, to be retried; details go to the log under the id in the answer

@@ -24,7 +24,7 @@ from veneer.formats import peft
 from veneer.models.builtin import BUILTIN, builtin_place
 from veneer.models.text.base import load_text
 from veneer.serve.fleet.export import export
-from veneer.serve.fleet.folders import served_name
+from veneer.serve.fleet.mixes import served_name
 from veneer.serve.request import make_mix
 
 PATTERNS = LoraSpec(rank=4, alpha=6, rank_pattern={"q_proj": 2, "down_proj": 3}, alpha_pattern={"v_proj": 7})

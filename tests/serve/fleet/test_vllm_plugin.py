@@ -23,6 +23,7 @@ from veneer.formats import peft
 from veneer.library.library import open_library
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.fleet import vllm_plugin
+from veneer.serve.fleet.mixes import servable
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -113,7 +114,33 @@ def test_what_would_lose_its_effect_is_refused_with_the_reason(base, shelf, aske
         vllm_plugin.resolve_name(base.name, asked)
 
 
-@pytest.mark.parametrize("asked", ["../plain", "/etc/passwd", "plain/../plain", "", "..", "plain\x00", "C:\\x"])
+def test_a_front_doors_names_are_resolved(base, shelf):
+    with open_library() as library:
+        digest = library.find("stable").digest
+        paths = {name: library.resolve(f"{name}@1") for name in ("stable", "plain")}
+    name = f"veneer-{digest.removeprefix('sha256:')}"
+    assert vllm_plugin.resolve_name(base.name, name) == (name, paths["stable"])
+    mix = f"veneer-mix-{'0' * 32}"
+    with pytest.raises(AdapterError, match="VENEER_VLLM_CACHE"):
+        vllm_plugin.resolve_name(base.name, mix)
+    servable([(paths["plain"], 0.5), (paths["stable"], 2.0)], mix, shelf / "converted")
+    assert vllm_plugin.resolve_name(base.name, mix) == (mix, shelf / "converted" / mix)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "veneer-mix-../plain",
+        "veneer-../plain",
+        "../plain",
+        "/etc/passwd",
+        "plain/../plain",
+        "",
+        "..",
+        "plain\x00",
+        "C:\\x",
+    ],
+)
 def test_a_name_is_never_a_path(base, shelf, asked):
     with pytest.raises(ConfigError):
         vllm_plugin.resolve_name(base.name, asked)
@@ -172,7 +199,7 @@ def test_the_entry_point_is_declared_and_imports_without_veneers_extras():
     code = f"""
         import sys
         sys.modules.update(dict.fromkeys({missing}))
-        import veneer.serve.fleet.vllm_plugin, veneer.serve.fleet.folders
+        import veneer.serve.fleet.vllm_plugin, veneer.serve.fleet.mixes
         import veneer.library.library, veneer.models.fingerprint
     """
     settings = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

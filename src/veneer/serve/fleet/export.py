@@ -19,7 +19,7 @@ from veneer.files.atomic import atomic_write
 from veneer.formats.card import README_FILE
 from veneer.formats.convert import write
 from veneer.formats.server_export import MAX_VLLM_RANKS
-from veneer.serve.fleet.folders import served_name
+from veneer.serve.fleet.mixes import served_name
 from veneer.serve.request import make_mix
 
 _SERVERS = ("vllm", "tgi")

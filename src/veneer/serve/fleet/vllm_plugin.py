@@ -6,20 +6,20 @@
 vLLM imports this module through the entry point `vllm.general_plugins` in each of its processes and calls
 `register`. It then resolves unknown names in the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX): to a folder
 if the adapter belongs to the base and vLLM serves it with full effect, else to None, which is a 404, with the
-reason in the log.
+reason in the log. It also resolves the names that a front door uses (`mixes`).
 
 vLLM remembers a name's meaning until it is unloaded, and keys its prefix cache by adapter name. So a name
 that can move (`support`, `support@prod`) resolves to a name with its version, `support@prod=support@3`: after
 an unload and a moved alias, no cached prompt of the old version can match.
 
-Runs in vLLM's environment, and also needs SQLAlchemy. Handles vLLM's resolver; `folders` does the rest.
+Runs in vLLM's environment, and also needs SQLAlchemy. Handles vLLM's resolver; `mixes` does the rest.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,40 +69,59 @@ def resolve_name(base: str, name: str) -> _Found:
     AdapterError for an adapter that the library does not have, that belongs to another base, or that vLLM
     would not serve with full effect.
     """
+    from veneer.formats.card import CARD_FILE
     from veneer.formats.read import read
     from veneer.library.library import library_place, open_library
     from veneer.library.names import parse_reference
-    from veneer.models.home import veneer_home
-    from veneer.serve.fleet.folders import servable, served_name
+    from veneer.serve.fleet.mixes import mix_folder, servable, served_name
     from veneer.serve.request import make_mix
 
-    parse_reference(name)
+    if re.fullmatch("veneer-mix-[0-9a-f]{32}", name):  # a front door has written its folder
+        folder = mix_folder() / name
+        if not (folder / CARD_FILE).is_file():
+            raise AdapterError(f"there is no folder {folder}", fix="set VENEER_VLLM_CACHE to the front door's")
+        _check_modules(base, name, read(folder).adapter)
+        return name, folder
+    exact = re.fullmatch("veneer-([0-9a-f]{64})", name)
+    reference = f"sha256:{exact[1]}" if exact else name
+    parse_reference(reference)
     place = library_place()
     if "://" not in place and not Path(place).is_dir():  # opening a library would create it
         raise ConfigError(f"there is no library at {place}", fix="set VENEER_LIBRARY")
     with open_library() as library:
-        version = library.find(name)
+        version = library.find(reference)
         path = library.resolve(version.reference)
     adapter = read(path).adapter
     _check_base(base, version, adapter)
-    folder = Path(os.environ.get("VENEER_VLLM_CACHE") or veneer_home() / "cache" / "served")
     mix = make_mix([(version.digest or f"sha256:{version.entry}", 1.0)])
-    made = servable([(path, 1.0)], served_name(mix), folder)
-    log.info("veneer: %s is %s, rank %d, from %s", name, version.reference, made.rank, made.folder)
-    return name if name == version.reference else f"{name}={version.reference}", made.folder
+    served = servable([(path, 1.0)], served_name(mix), mix_folder())
+    log.info("veneer: %s is %s, rank %d, from %s", name, version.reference, served.rank, served.folder)
+    return name if exact or name == version.reference else f"{name}={version.reference}", served.folder
 
 
 def _check_base(base: str, version: Version, adapter: Adapter) -> None:
-    """Raises AdapterError if the adapter belongs to another base.
-
-    Compares the card's fingerprint, and every name and shape; skipped if the base's files are not on this
-    machine or have an unknown layout.
-    """
+    """Raises AdapterError if the adapter belongs to another base, by its modules or the card's fingerprint."""
     if version.kind == "image":
         raise AdapterError(f"{version.reference} is of an image model, and vLLM serves language models")
+    _check_modules(base, version.reference, adapter)
+    files = _base_files(base)
+    if files and version.fingerprint and version.fingerprint != (base_fingerprint := _fingerprint(files)):
+        raise AdapterError(
+            f"{version.reference} belongs to another base\n"
+            f"  its base:  {version.fingerprint} ({version.base})\n"
+            f"  this base: {base_fingerprint} ({base})",
+            fix="serve its own base",
+        )
+
+
+def _check_modules(base: str, name: str, adapter: Adapter) -> None:
+    """Raises AdapterError if a module's name or shape differs from the base's.
+
+    Skipped if the base's files are not on this machine or have an unknown layout.
+    """
     files = _base_files(base)
     if files is None:
-        log.warning("veneer: the files of %s are not here, so whether adapters fit it is not checked", base)
+        log.warning("veneer: the files of %s are not on this machine, so adapters are not checked against it", base)
         return
     shapes = _shapes(files)
     wrong = []
@@ -116,15 +135,8 @@ def _check_base(base: str, version: Version, adapter: Adapter) -> None:
         elif shape is not None and pair.kind in ("linear", "embedding") and shape not in (own, own[::-1]):
             wrong.append(f"{module}: {own[0]}×{own[1]}, and the base's is {shape[0]}×{shape[1]}")
     if wrong:
-        shown = "\n".join(f"  - {line}" for line in wrong[:6])
-        raise AdapterError(f"{version.reference} does not fit {base} in {len(wrong)} modules:\n{shown}")
-    if version.fingerprint and version.fingerprint != (own_print := _fingerprint(files)):
-        raise AdapterError(
-            f"{version.reference} belongs to another base\n"
-            f"  its base:  {version.fingerprint} ({version.base})\n"
-            f"  this base: {own_print} ({base})",
-            fix="serve its own base",
-        )
+        lines = "\n".join(f"  - {line}" for line in wrong[:6])
+        raise AdapterError(f"{name} does not fit {base} in {len(wrong)} modules:\n{lines}")
 
 
 @cache

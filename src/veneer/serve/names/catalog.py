@@ -57,7 +57,7 @@ class _Meaning:
 
 
 class AdapterMemory(Protocol):
-    """Where loaded adapters are kept: `AdapterCache`, or remote replicas."""
+    """Where loaded adapters are kept: `AdapterCache`, or nowhere with an upstream."""
 
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None: ...
 

@@ -1,0 +1,204 @@
+"""Mixes as folders that vLLM serves with full effect, under names that follow from the mix.
+
+| mix | name | folder |
+| --- | ---- | ------ |
+| one adapter at strength 1 | `veneer-` and its digest | the adapter's own in the library, or a converted copy |
+| any other | `veneer-mix-` and the mix's digest | one adapter of summed rank, Σ strength·ΔW |
+
+vLLM keys its prompt caches by adapter name and remembers names until it ends. A name here always means the
+same weights, so a deleted folder can be written again under its name.
+
+Every distinct vector of strengths is a separate mix. `Mixes` therefore limits the mixes per tenant and the
+size of all folders. Over a limit, the least recently used folder is deleted, never one with running requests
+or one used in the last `grace` seconds. Several front doors can share the folder: its modification times say
+when any of them used a mix. Each front door counts its own tenants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.core.adapter import Adapter, scale_of
+from veneer.core.mix import mix as mixed
+from veneer.formats.card import CARD_FILE
+from veneer.formats.comparison import Refusals
+from veneer.formats.convert import write
+from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
+from veneer.formats.module_tensors import leaves_of
+from veneer.formats.read import read
+from veneer.formats.server_export import refuse_unservable
+from veneer.models.home import veneer_home
+from veneer.serve.request import DigestMix, Refused, mix_digest
+
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
+
+
+@dataclass(frozen=True)
+class Servable:
+    """A folder to serve. `rank`: the minimum for the server's --max-lora-rank."""
+
+    folder: Path
+    rank: int
+
+
+def is_weighted(mix: DigestMix) -> bool:
+    """Whether a mix is anything but the base or one adapter at strength 1."""
+    return len(mix) > 1 or any(strength != 1 for _, strength in mix)
+
+
+def served_name(mix: DigestMix) -> str:
+    """The name of a mix in vLLM."""
+    if is_weighted(mix):
+        return f"veneer-mix-{mix_digest(mix).hex()[:32]}"
+    return f"veneer-{mix[0][0].removeprefix('sha256:')}"
+
+
+def mix_folder() -> Path:
+    """The folder of mixes and converted adapters, which front doors and vLLM share."""
+    return Path(os.environ.get("VENEER_VLLM_CACHE") or veneer_home() / "cache" / "served")
+
+
+def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Servable:
+    """Write the folder for a mix of adapters, given as (path of its files, strength).
+
+    `name`: the mix's `served_name`, its folder in `cache`. Raises AdapterError with every module that vLLM
+    does not support, and a fix.
+    """
+    own, written = parts[0][0], cache / name
+    if (written / CARD_FILE).is_file():  # written last, so the folder is complete
+        return Servable(written, int(json.loads((written / CONFIG_FILE).read_text(encoding="utf-8"))["r"]))
+    adapters = [(read(path).adapter, strength) for path, strength in parts]
+    adapter = adapters[0][0]
+    weighted = len(parts) > 1 or parts[0][1] != 1
+    if not weighted and _serves_as_it_is(own, adapter):
+        return Servable(own, max(p.rank for p in adapter.pairs.values()))
+    report = write(mixed(adapters).adapter if weighted else adapter, written, "vllm")
+    return Servable(written, max(report.ranks))
+
+
+def vllm_problems(adapter: Adapter) -> list[str]:
+    """The parts of an adapter that vLLM does not support in any layout, with modules; [] if there are none.
+
+    A catalog checks this before it registers a name.
+    """
+    refused: Refusals = defaultdict(list)
+    refuse_unservable(adapter, leaves_of(adapter), "vLLM", refused)
+    return [f"{reason}: {', '.join(sorted(modules)[:3])}" for reason, modules in refused.items()]
+
+
+def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
+    """Whether any vLLM reads exactly this adapter from its own folder.
+
+    True for a single scale, by vLLM's formula. Adapters that vLLM supports in no layout raise AdapterError
+    later, when written.
+    """
+    if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
+        return False
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    init = config.get("init_lora_weights", True)
+    if config.get("peft_type") != "LORA" or (isinstance(init, str) and init.lower() not in _PLAIN_INITS):
+        return False
+    if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "layer_replication")):
+        return False
+    rank = config["r"]
+    scale = scale_of(config["lora_alpha"], rank, bool(config.get("use_rslora")))
+    return not vllm_problems(adapter) and all(p.rank == rank and p.scale == scale for p in adapter.pairs.values())
+
+
+class Mixes:
+    """The folders of weighted mixes, within limits.
+
+    `files`: adapter digest -> path of its files. `each`: mixes per tenant. `limit_bytes`: size of all
+    folders. `grace`: seconds for which a folder is kept after its last use, because vLLM may be loading it.
+    """
+
+    def __init__(
+        self,
+        files: Callable[[str], Path],
+        folder: Path,
+        *,
+        each: int = 64,
+        limit_bytes: int = 16 << 30,
+        grace: float = 60.0,
+    ) -> None:
+        self.files, self.folder = files, folder
+        self.each, self.limit_bytes, self.grace = each, limit_bytes, grace
+        self._tenants: dict[str, dict[str, None]] = defaultdict(dict)
+        """Tenant -> names of its mixes, least recently used first."""
+        self._running: Counter[str] = Counter()
+        self._dropped: set[str] = set()
+        self._writing = threading.Lock()
+
+    @contextlib.contextmanager
+    def using(self, mix: DigestMix, tenant: str) -> Iterator[None]:
+        """Count a running request of a tenant; call on the event loop.
+
+        Over the tenant's maximum, drops its least recently used mix. Raises Refused (429) if requests are
+        running with all of them.
+        """
+        if not is_weighted(mix):
+            yield
+            return
+        name, own = served_name(mix), self._tenants[tenant]
+        own.pop(name, None)
+        if len(own) >= self.each:
+            idle = next((n for n in own if not self._running[n]), None)
+            if idle is None:
+                raise Refused(
+                    f"requests are running with {self.each} different mixes, the most that a tenant can have",
+                    status=429,
+                    code="overloaded",
+                    fix="wait for one of them, or use one of these mixes",
+                )
+            del own[idle]
+            if not any(idle in names for names in self._tenants.values()):
+                self._dropped.add(idle)
+        own[name] = None
+        self._dropped.discard(name)
+        self._running[name] += 1
+        try:
+            yield
+        finally:
+            self._running[name] -= 1
+            self._running += Counter()  # removes zeros
+
+    def write(self, mix: DigestMix) -> None:
+        """Write the folder of a mix unless it exists, then delete folders over the limits.
+
+        Reads and writes files: call in a thread. Raises AdapterError if vLLM does not support an adapter.
+        """
+        name = served_name(mix)
+        if not (self.folder / name / CARD_FILE).is_file():
+            with self._writing:
+                servable([(self.files(digest), strength) for digest, strength in mix], name, self.folder)
+                self._collect()
+        with contextlib.suppress(FileNotFoundError):  # deleted by another front door: the request is retried
+            os.utime(self.folder / name)
+
+    def _collect(self) -> None:
+        """Delete dropped folders, and the least recently used over the size limit."""
+        found = []
+        for path in self.folder.glob("veneer-mix-*"):
+            with contextlib.suppress(OSError):  # deleted by another front door meanwhile
+                found.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
+        total = sum(size for _, size, _ in found)
+        for used, size, path in sorted(found):
+            over = path.name in self._dropped or total > self.limit_bytes
+            if not over or self._running[path.name] or used > time.time() - self.grace:
+                continue
+            total -= size
+            self._dropped.discard(path.name)
+            aside = path.with_name(f".gone-{secrets.token_hex(8)}")
+            with contextlib.suppress(OSError):
+                os.rename(path, aside)  # so that nobody finds a partial folder
+                shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,390 @@
+"""A vLLM, or a router before several, that computes for this server, as an `Engine`.
+
+    upstream = Upstream("http://router:8000", mixes=Mixes(…), decode=…)
+    async with upstream:
+        async for event in upstream.events(request): …
+
+Prompts and answers are token ids, on /v1/completions. An adapter is requested by its name (`mixes`), which
+veneer's plug-in resolves in each vLLM from the shared library; a weighted mix is written to the shared folder
+before the request. Balancing is the router's task.
+
+| upstream | reaction |
+| -------- | -------- |
+| does not answer, answers 5xx or 429 | before the first token, try again, twice; then 503 with Retry-After |
+| does not know a mix | write its folder again, try again |
+| fails after the first token | Finished with an error: tokens already sent cannot be taken back |
+| rejects the adapter | 422 `adapter_unusable`; vLLM's log has the reason |
+| rejects the request | the same answer for the client |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from veneer.core.adapter import Adapter
+from veneer.errors import ConfigError, VeneerError
+from veneer.serve.fleet.mixes import Mixes, is_weighted, served_name
+from veneer.serve.names.catalog import NoAdapters
+from veneer.serve.request import (
+    DigestMix,
+    Engine,
+    EngineEvent,
+    EngineStats,
+    Finished,
+    Refused,
+    Request,
+    Sampling,
+    Started,
+    Token,
+    Usage,
+    invalid,
+    shutting_down,
+)
+from veneer.serve.transient import fault, is_outage, outage
+
+log = logging.getLogger(__name__)
+
+PAUSES = (0.1, 0.5)
+"""Seconds before the second attempt and the third."""
+_RETRY_AFTER = 2.0
+_CHECK_SECONDS = 5.0
+_SHORT_TIMEOUT = 10.0
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens included, with the base's tokenizer."""
+
+
+class _Failed(Exception):
+    """The upstream did not answer, or failed; another attempt may succeed.
+
+    `refused`: the answer if the last attempt fails, None for an outage.
+    """
+
+    def __init__(self, message: str, refused: Refused | None = None) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+def upstream_url(text: str) -> str:
+    """The URL of an --upstream without /v1. Raises ConfigError."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query:
+        raise ConfigError(f"{text!r} is not the URL of a server", where="--upstream", fix="http://host:port")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+
+
+class Upstream(Engine[Request, EngineEvent]):
+    """Sends requests to one URL.
+
+    `decode`: decodes with the base's tokenizer. `key`: sent as a bearer token. `timeout`: seconds without a
+    byte from the upstream.
+    """
+
+    def __init__(
+        self, url: str, *, mixes: Mixes, decode: Decode, key: str | None = None, timeout: float = 300.0
+    ) -> None:
+        self.url, self.mixes, self.decode = upstream_url(url), mixes, decode
+        self.client = httpx.AsyncClient(
+            timeout=httpx.Timeout(timeout, connect=5.0),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=None),
+        )
+        self.base, self.context = "", 0
+        """The upstream's name for its base, "" before its first answer, and its context, 0 if unknown."""
+        self.closing = False
+        self.running = self.prompt_tokens = self.generated_tokens = 0
+        self._trouble = ""
+        self._watch: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        """Check the upstream once, then keep checking in the background."""
+        await self._check()
+        self._watch = asyncio.create_task(self._watching())
+
+    async def end(self) -> None:
+        self.closing = True
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self.client.aclose()
+
+    async def __aenter__(self) -> Upstream:
+        await self.begin()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.end()
+
+    def trouble(self) -> str:
+        """Why no request can be answered now; "" if the upstream answered the last check."""
+        return self._trouble
+
+    def stats(self) -> EngineStats:
+        """Counters of this front door; vLLM reports caches and steps at its own /metrics."""
+        return EngineStats(self.running, prompt_tokens=self.prompt_tokens, generated_tokens=self.generated_tokens)
+
+    async def _watching(self) -> None:
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            await self._check()
+
+    async def _check(self) -> None:
+        """Read the base's name and context, and set `trouble`."""
+        trouble = ""
+        try:
+            answer = await self.client.get(f"{self.url}/v1/models", timeout=_SHORT_TIMEOUT)
+            cards = _json(answer).get("data") or []
+            if answer.status_code == 200 and cards:
+                base = next((c for c in cards if not c.get("parent")), cards[0])
+                self.base, self.context = str(base.get("id", "")), int(base.get("max_model_len") or 0)
+            else:
+                trouble = f"/v1/models: {answer.status_code} {_message(answer)}"
+        except (httpx.HTTPError, OSError) as error:
+            trouble = f"{type(error).__name__} {error}".rstrip()
+        if trouble and not self._trouble:
+            log.warning("%s does not answer: %s", self.url, trouble)
+        self._trouble = "the upstream does not answer" if trouble else ""
+
+    async def events(self, request: Request) -> AsyncGenerator[EngineEvent, None]:
+        """Answer a request: Started with the first token, Tokens, Finished."""
+        if self.closing:
+            raise shutting_down()
+        if request.sampling.prompt_logprobs:
+            raise invalid("the upstream does not support prompt_logprobs", "prompt_logprobs")
+        with self.mixes.using(request.mix, request.tenant):
+            self.running += 1
+            try:
+                async with aclosing(self._attempts(request)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                self.running -= 1
+
+    async def _attempts(self, request: Request) -> AsyncGenerator[EngineEvent, None]:
+        tokens = 0
+        for pause in (*PAUSES, None):
+            try:
+                async with aclosing(self._attempt(request)) as events:
+                    async for event in events:
+                        if not tokens:
+                            yield Started(0)
+                        tokens += 1
+                        yield event
+                return
+            except _Failed as error:
+                if tokens:
+                    wrong = outage("the rest of the answer", error)
+                    yield Finished("error", Usage(len(request.prompt), 0, tokens), error=wrong)
+                    return
+                if pause is None:
+                    raise error.refused or outage("the model", error, retry_after=_RETRY_AFTER) from error
+            await asyncio.sleep(pause)
+
+    async def _attempt(self, request: Request) -> AsyncGenerator[Token | Finished, None]:
+        if not self.base:
+            await self._check()
+        if not self.base:
+            raise _Failed(f"{self.url}: {self._trouble}")
+        if is_weighted(request.mix):
+            await self._write(request.mix)
+        model = served_name(request.mix) if request.mix else self.base
+        clock, reason, stop, last = _Clock(), None, None, None
+        usage: dict[str, Any] = {}
+        async with aclosing(self._chunks(_body(self._fitted(request), model), model)) as chunks:
+            async for chunk in chunks:
+                if model != self.base and chunk.get("model", model) != model:
+                    raise _Failed(f"{self.url} answered as {chunk['model']!r} instead of {model!r}")
+                usage = chunk.get("usage") or usage
+                for choice in chunk.get("choices") or []:
+                    for token in self._tokens(choice, request.sampling):
+                        clock.token()
+                        last = token.id
+                        yield token
+                    reason = choice.get("finish_reason") or reason
+                    stop = choice.get("stop_reason") if choice.get("stop_reason") is not None else stop
+        if reason is None:
+            raise _Failed(f"{self.url} ended the stream without a reason")
+        if reason == "stop" and stop is None:
+            stop = last
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        took = clock.usage(len(request.prompt), usage.get("completion_tokens"), cached)
+        self.prompt_tokens += took.prompt
+        self.generated_tokens += took.completion
+        if reason in ("length", "stop"):
+            yield Finished(reason, took, stop)
+        else:
+            wrong = Refused(f"the upstream ended with {reason!r}", status=500, code="internal")
+            yield Finished("error", took, stop, error=wrong)
+
+    async def _write(self, mix: DigestMix) -> None:
+        try:
+            await asyncio.to_thread(self.mixes.write, mix)
+        except Refused:
+            raise
+        except (VeneerError, OSError) as error:
+            if not isinstance(error, VeneerError) or is_outage(error):
+                raise fault("the adapter", error) from error
+            raise Refused(error.what, status=422, code="adapter_unusable", fix=error.fix) from error
+
+    def _fitted(self, request: Request) -> Request:
+        """The request with max_tokens cut to the upstream's context.
+
+        Raises Refused if the prompt does not fit.
+        """
+        left, sampling = self.context - len(request.prompt), request.sampling
+        if not self.context or sampling.max_tokens <= left:
+            return request
+        if left < 1:
+            raise Refused(
+                f"the prompt has {len(request.prompt)} tokens, and the context {self.context}",
+                status=400,
+                code="context_exceeded",
+            )
+        fitted = replace(sampling, max_tokens=left, min_tokens=min(sampling.min_tokens, left))
+        return replace(request, sampling=fitted)
+
+    def _tokens(self, choice: dict[str, Any], sampling: Sampling) -> list[Token]:
+        """The tokens of one chunk; the text of several tokens is on the last."""
+        text, ids = str(choice.get("text") or ""), choice.get("token_ids")
+        if not ids:  # text that was held back
+            return [Token(-1, text)] if text else []
+        logprobs = choice.get("logprobs") or {}
+        own, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
+        out = []
+        for token, logprob, near in zip_longest(ids, own[: len(ids)], tops[: len(ids)]):
+            ranked = sorted(((_id(k), v) for k, v in (near or {}).items()), key=lambda pair: -pair[1])
+            top = tuple((k, self.decode([k]), v) for k, v in ranked[: sampling.logprobs or 0])
+            out.append(Token(token, "", logprob, top))
+        return [*out[:-1], replace(out[-1], text=text)]
+
+    async def _chunks(self, body: dict[str, Any], model: str) -> AsyncGenerator[dict[str, Any], None]:
+        """The data of a stream of server-sent events. Closing the iterator closes the connection."""
+        try:
+            async with self.client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    await answer.aread()
+                    raise _error(answer, model)
+                async for line in answer.aiter_lines():
+                    data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+                    if not data or data == "[DONE]":
+                        continue
+                    chunk = json.loads(data)
+                    if chunk.get("error"):
+                        raise _Failed(f"{self.url}: {_text(chunk)}")
+                    yield chunk
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            raise _Failed(f"{self.url}: {type(error).__name__} {error}".rstrip()) from error
+
+
+class UpstreamAdapters(NoAdapters):
+    """The adapter memory of a server with an upstream, for `Catalog`: nothing is loaded in advance."""
+
+    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None:
+        if pinned:
+            raise invalid("adapters cannot be pinned on a server with --upstream", "pinned")
+
+
+def _body(request: Request, model: str) -> dict[str, Any]:
+    """The request's body for vLLM's /v1/completions."""
+    s = request.sampling
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": list(request.prompt),
+        "max_tokens": s.max_tokens,
+        "temperature": s.temperature,
+        "top_p": s.top_p,
+        "presence_penalty": s.presence_penalty,
+        "frequency_penalty": s.frequency_penalty,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "top_k": s.top_k,
+        "min_p": s.min_p,
+        "repetition_penalty": s.repetition_penalty,
+        "min_tokens": s.min_tokens,
+        "stop_token_ids": list(s.stop_ids),
+        "ignore_eos": s.ignore_eos,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+    body |= {"seed": s.seed} if s.seed is not None else {}
+    body |= {"stop": list(s.stop)} if s.stop else {}
+    body |= {"logprobs": s.logprobs} if s.logprobs is not None else {}
+    body |= {"logit_bias": {str(i): b for i, b in s.logit_bias.items()}} if s.logit_bias else {}
+    if request.salt:  # hashed: tenant names stay private
+        body["cache_salt"] = hashlib.sha256(request.salt.encode("utf-8", "surrogatepass")).hexdigest()
+    if s.grammar is not None:
+        kind, text = s.grammar
+        grammars = {"json_schema": ("json", text), "json_object": ("json_object", True), "regex": ("regex", text)}
+        key, value = grammars[kind]
+        body["structured_outputs"] = {key: value}
+    return body
+
+
+class _Clock:
+    """Counts tokens and measures the times of `Usage`."""
+
+    def __init__(self) -> None:
+        self.start, self.first, self.tokens = time.monotonic(), 0.0, 0
+
+    def token(self) -> None:
+        self.first = self.first or time.monotonic()
+        self.tokens += 1
+
+    def usage(self, prompt: int, completion: int | None, cached: int) -> Usage:
+        now = time.monotonic()
+        first = self.first or now
+        return Usage(prompt, cached, completion or self.tokens, 0.0, first - self.start, now - first)
+
+
+def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
+    """The error of an answer that is no stream."""
+    text, status = _message(answer), answer.status_code
+    message = f"{answer.url}: {status} {text}"
+    if model in text and model.startswith("veneer-") and status in (400, 404):
+        log.warning("the upstream cannot load an adapter: %s", message)
+        reason = "was found but could not be loaded" if status == 400 else "was not found"
+        refused = Refused(
+            f"the upstream cannot load the adapter: it {reason}",
+            status=422,
+            code="adapter_unusable",
+            fix="see vLLM's log; each vLLM needs veneer's plug-in, the library and a --max-lora-rank of the adapter's",
+        )
+        return refused if status == 400 else _Failed(message, refused)
+    if status >= 500 or status in (401, 403, 404, 408, 424, 429):
+        return _Failed(message)
+    long = status in (400, 413, 422) and any(word in text for word in ("context length", "max_model_len"))
+    return Refused(text, status=400, code="context_exceeded" if long else "invalid_request")
+
+
+def _json(answer: httpx.Response) -> dict[str, Any]:
+    """A JSON object; {} for anything else."""
+    try:
+        body = answer.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _message(answer: httpx.Response) -> str:
+    return _text(_json(answer)) or answer.text[:500]
+
+
+def _text(body: dict[str, Any]) -> str:
+    error = body.get("error", body.get("message") or body.get("detail") or "")
+    return str(error.get("message") or error if isinstance(error, dict) else error)
+
+
+def _id(token: str) -> int:
+    return int(token.removeprefix("token_id:"))
