@@ -347,12 +347,8 @@ def test_logprobs_are_the_models_whatever_was_asked_of_the_draw() -> None:
         assert [x for _, x in choice.top] == pytest.approx(p[r].topk(n).values.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("asks", [True, False])
-def test_alternatives_that_are_equally_likely_do_not_depend_on_the_batch(
-    asks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_alternatives_that_are_equally_likely_do_not_depend_on_the_batch() -> None:
     """In 16 bits many are. The best of them is the one that a greedy row takes."""
-    monkeypatch.setattr(sampler, "free_to_ask", lambda scores: asks)
     scores = logits(6, seed=3, spread=2.0).round().bfloat16()
     scores[0, 5:9] = 0.0
     scores[0, 6] = -0.0
@@ -372,28 +368,6 @@ def test_ids_that_the_vocabulary_does_not_have() -> None:
         with pytest.raises(Refused, match=f"{V} tokens") as caught:
             SampledRow(s, vocabulary=V)
         assert (caught.value.status, caught.value.param) == (400, param)
-
-
-KINDS = [
-    Sampling(temperature=0),
-    Sampling(),
-    Sampling(top_p=0.9, logprobs=3),
-    Sampling(top_k=7, min_p=0.01, presence_penalty=0.5),
-    Sampling(temperature=0, logit_bias={3: 2.0}, frequency_penalty=0.2),
-    Sampling(temperature=0.7, top_p=0.5, top_k=20, repetition_penalty=1.2, min_tokens=9),
-]
-
-
-def test_a_device_draws_the_same_without_being_asked_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs where a read would wait: noise for all tokens, and a nucleus out of all of them in order."""
-    rows = [
-        [SampledRow(replace(k, seed=i), (1, 2), vocabulary=V, ends=(5,)) for i in range(4) for k in KINDS]
-        for _ in range(2)
-    ]
-    scores = logits(len(rows[0]), 11)
-    want = [sample(scores.roll(step, 0), rows[0]) for step in range(4)]
-    monkeypatch.setattr(sampler, "free_to_ask", lambda _: False)
-    assert [sample(scores.roll(step, 0), rows[1]) for step in range(4)] == want
 
 
 @pytest.mark.gpu

@@ -10,8 +10,7 @@ device, and after it resumes elsewhere. Sampling uses the Gumbel trick: argmax(s
 samples from softmax(score). Unlike inverting the distribution function, rounding in the scores seldom changes
 the token.
 
-Settings are sent to the device in a few asynchronous copies; results come back in one read per step. Depends
-on torch and `request` only; no tokenizer, no model.
+Depends on torch and `request` only; no tokenizer, no model.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -81,11 +80,13 @@ class SampledRow:
         self.made = 0
         ending = {*sampling.stop_ids} | (set() if sampling.ignore_eos else {*ends})
         self._ends = sorted(ending if sampling.min_tokens else ())
-        self._counts: Counter[int] = Counter()
-        self._counted = bool(sampling.presence_penalty or sampling.frequency_penalty)
-        self._repeats = sampling.repetition_penalty != 1
-        self._seen = dict.fromkeys(prompt) if self._repeats else {}
-        self._changes = bool(grammar or sampling.logit_bias or self._counted or self._repeats)
+        self._penalizes_counts = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self._penalizes_repeats = sampling.repetition_penalty != 1
+        self.counts: Counter[int] = Counter()
+        """Token -> times generated; empty without a presence or frequency penalty."""
+        self.seen = dict.fromkeys(prompt) if self._penalizes_repeats else {}
+        """The tokens that a repetition penalty acts on."""
+        self._changes = bool(grammar or sampling.logit_bias or self._penalizes_counts or self._penalizes_repeats)
         self._mask: Future[Tensor] | None = None
 
     @property
@@ -108,10 +109,10 @@ class SampledRow:
     def take(self, token: int) -> None:
         """Record a generated token; `sample` calls this for each token it chooses."""
         self.made += 1
-        if self._counted:
-            self._counts[token] += 1
-        if self._repeats:
-            self._seen[token] = None
+        if self._penalizes_counts:
+            self.counts[token] += 1
+        if self._penalizes_repeats:
+            self.seen[token] = None
         if self.grammar is not None:
             self.grammar.advance(token)
 
@@ -129,16 +130,6 @@ class SampledRow:
     def forbidden(self) -> Sequence[int]:
         """Tokens that must not come next, unless the grammar allows nothing else."""
         return self._ends if self.made < self.sampling.min_tokens else ()
-
-    @property
-    def seen(self) -> Collection[int]:
-        """The tokens that a repetition penalty acts on."""
-        return self._seen
-
-    @property
-    def counts(self) -> Mapping[int, int]:
-        """Token -> times generated; empty without a presence or frequency penalty."""
-        return self._counts
 
 
 _NOTHING_ALLOWED, _NOT_FINITE = -1, -2
@@ -161,7 +152,7 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
     """
     if len(rows) != len(logits):
         raise ValueError(f"{len(rows)} rows for logits {tuple(logits.shape)}")
-    many = max(1, _NEAR // logits.shape[-1]) if free_to_ask(logits) else len(rows)
+    many = max(1, _NEAR // logits.shape[-1]) if logits.is_cpu else len(rows)
     parts = (slice(at, at + many) for at in range(0, len(rows), max(1, many)))
     return [choice for part in parts for choice in _sample(logits[part], rows[part])]
 
@@ -235,63 +226,30 @@ def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
         held = put_numbers(scores.device, list(masks))[0]
         allowed = sent(torch.stack(list(masks.values())), scores.device)
         scores.index_copy_(0, held, scores.index_select(0, held).masked_fill_(~allowed, -math.inf))
-    first = _Entries(scores)
-    for k, row in enumerate(rows):
-        first.add(k, row.forbidden)
-    if (there := first.there) is not None:
-        kept = scores[there]
-        scores[there] = -math.inf
+    if (at := _entries(scores, [row.forbidden for row in rows])) is not None:
+        kept = scores[at]
+        scores[at] = -math.inf
         if masks:  # a finished grammar wins: the answer is complete
-            over = (scores.amax(-1) == -math.inf).index_select(0, there[0])
-            scores[there] = torch.where(over, kept, -math.inf)
-    bias = _Entries(scores)
-    for k, row in enumerate(rows):
-        bias.add(k, row.sampling.logit_bias, row.sampling.logit_bias.values())
-    if (there := bias.there) is not None:
-        scores[there] += bias.values
-    repeated = _Entries(scores)
-    for k, row in enumerate(rows):
-        repeated.add(k, row.seen, [row.sampling.repetition_penalty] * len(row.seen))
-    if (there := repeated.there) is not None:
-        x, penalty = scores[there], repeated.values
-        scores[there] = torch.where(x > 0, x / penalty, x * penalty)
-    often = _Entries(scores)
-    for k, row in enumerate(rows):
-        s = row.sampling
-        often.add(k, row.counts, [s.frequency_penalty * n + s.presence_penalty for n in row.counts.values()])
-    if (there := often.there) is not None:
-        scores[there] -= often.values
+            over = (scores.amax(-1) == -math.inf).index_select(0, at[0])
+            scores[at] = torch.where(over, kept, -math.inf)
+    if (at := _entries(scores, [row.sampling.logit_bias for row in rows])) is not None:
+        scores[at] += _numbers(scores, [bias for row in rows for bias in row.sampling.logit_bias.values()])
+    if (at := _entries(scores, [row.seen for row in rows])) is not None:
+        x, penalty = scores[at], _numbers(scores, [row.sampling.repetition_penalty for row in rows for _ in row.seen])
+        scores[at] = torch.where(x > 0, x / penalty, x * penalty)
+    if (at := _entries(scores, [row.counts for row in rows])) is not None:
+        settings = [(row.sampling, n) for row in rows for n in row.counts.values()]
+        scores[at] -= _numbers(scores, [s.frequency_penalty * n + s.presence_penalty for s, n in settings])
     return failed
 
 
-class _Entries:
-    """Selected entries of a matrix, collected row by row, each with a value."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.like = matrix
-        self._rows: list[int] = []
-        self._columns: list[int] = []
-        self._values: list[float] = []
-
-    def add(self, row: int, columns: Collection[int], values: Collection[float] = ()) -> None:
-        self._rows += [row] * len(columns)
-        self._columns += columns
-        self._values += values
-
-    @property
-    def there(self) -> tuple[Tensor, Tensor] | None:
-        """Row and column indices of the entries on the matrix's device.
-
-        None without entries.
-        """
-        if not self._rows:
-            return None
-        rows, columns = put_numbers(self.like.device, self._rows, self._columns)
-        return rows, columns
-
-    @property
-    def values(self) -> Tensor:
-        return _numbers(self.like, self._values)
+def _entries(scores: Tensor, columns: Sequence[Collection[int]]) -> tuple[Tensor, Tensor] | None:
+    """(row, column) indices of the entries that `columns` names in each row; None without entries."""
+    rows = [row for row, own in enumerate(columns) for _ in own]
+    if not rows:
+        return None
+    at, where = put_numbers(scores.device, rows, [column for own in columns for column in own])
+    return at, where
 
 
 def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
@@ -315,32 +273,18 @@ def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
         at = put_numbers(scores.device, cut)[0]
         floor = scores.new_full((len(rows), 1), -math.inf)
         floor.index_copy_(0, at, lowest_kept(scores.index_select(0, at), [rows[k].sampling for k in cut]))
-    some = floor is not None and free_to_ask(scores)
-    noisy = _some_noisy(scores, floor, keys) if some and floor is not None else _noisy(scores, floor, keys)
-    chosen = noisy.argmax(-1)
+    chosen = _noisy(scores, floor, keys).argmax(-1)
     if not any(r.sampling.drawn_logprob and not r.unmodified for r in rows):
         return chosen, scores.new_zeros(len(rows))
     kept = scores if floor is None else scores.masked_fill(scores < floor, -math.inf)
     return chosen, kept.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
 
 
-def free_to_ask(scores: Tensor) -> bool:
-    """Whether values can be read without a device sync, which would stall the host."""
-    return scores.device.type == "cpu"
-
-
 def _noisy(scores: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
     """score − log e for scores at or above the row's floor, else −∞."""
-    tokens = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
-    noisy = scores - exponential(tokens, keys[:, None]).log_()
-    return noisy if floor is None else noisy.masked_fill_(scores < floor, -math.inf)
-
-
-def _some_noisy(scores: Tensor, floor: Tensor, keys: Tensor) -> Tensor:
-    """Same as `_noisy`, with e computed for the kept scores only.
-
-    On a GPU, counting these would cause a sync.
-    """
+    if floor is None:
+        tokens = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
+        return scores - exponential(tokens, keys[:, None]).log_()
     row, token = ((scores >= floor) & (scores > -math.inf)).nonzero(as_tuple=True)
     noisy = torch.full_like(scores, -math.inf)
     noisy[row, token] = scores[row, token] - exponential(token.to(torch.int32), keys[row]).log_()
@@ -357,9 +301,7 @@ def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     floor = _numbers(scores, [math.log(s.min_p) if s.min_p else -math.inf for s in settings])[:, None]
     ks = [min(s.top_k or vocabulary, vocabulary) for s in settings]
     nucleus = [r for r, s in enumerate(settings) if s.top_p < 1]
-    wanted = max(
-        [k for k in ks if k < vocabulary] + ([min(NUCLEUS, vocabulary)] if nucleus and free_to_ask(scores) else [1])
-    )
+    wanted = max([k for k in ks if k < vocabulary] + [min(NUCLEUS, vocabulary) if nucleus else 1])
     best = scores.topk(wanted).values
     if few := [r for r, k in enumerate(ks) if k < vocabulary]:
         at, place = put_numbers(scores.device, few, [ks[r] - 1 for r in few])
@@ -371,14 +313,11 @@ def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     own, least = scores.index_select(0, at), floor.index_select(0, at)
     total = own.masked_fill(own < least, -math.inf).logsumexp(-1, keepdim=True)
     share = sent(torch.tensor([[settings[r].top_p] for r in nucleus], dtype=torch.float64), scores.device)
-    if free_to_ask(scores):  # most nuclei are small, and checking is free here
-        lowest, held = _nucleus(best.index_select(0, at), least, total, share)
-        if wanted < vocabulary and not held.all():
-            some = (~held).nonzero().flatten()
-            order = own[some].sort(descending=True).values
-            lowest[some] = _nucleus(order, least[some], total[some], share[some])[0]
-    else:
-        lowest, _ = _nucleus(own.sort(descending=True).values, least, total, share)
+    lowest, held = _nucleus(best.index_select(0, at), least, total, share)
+    if wanted < vocabulary and not held.all():  # most nuclei are small
+        some = (~held).nonzero().flatten()
+        order = own[some].sort(descending=True).values
+        lowest[some] = _nucleus(order, least[some], total[some], share[some])[0]
     floor.index_copy_(0, at, torch.maximum(least, lowest))
     return floor
 
@@ -425,18 +364,12 @@ def _best(scores: Tensor, count: int) -> Tensor:
     depends on k. scores: (n, vocabulary), float32.
     """
     least = scores.topk(max(1, count)).values[:, -1:]
-    if free_to_ask(scores):
-        row, token = (~(scores < least)).nonzero(as_tuple=True)  # at least `count` per row, nan included
-        order = scores[row, token].argsort(descending=True, stable=True)
-        order = order[row[order].argsort(stable=True)]
-        many = row.bincount(minlength=len(scores))
-        first = (many.cumsum(0) - many)[:, None]
-        return token[order][first + torch.arange(count)]
-    vocabulary = scores.shape[-1]
-    token = torch.arange(vocabulary, dtype=torch.int32, device=scores.device)
-    place = torch.where(scores > least, token - vocabulary, token).masked_fill_(scores < least, vocabulary)
-    token = place.topk(count, largest=False, sorted=False).indices.sort().values
-    return token.gather(-1, scores.gather(-1, token).argsort(descending=True, stable=True))
+    row, token = (~(scores < least)).nonzero(as_tuple=True)  # at least `count` per row, nan included
+    order = scores[row, token].argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]
+    many = row.bincount(minlength=len(scores))
+    first = (many.cumsum(0) - many)[:, None]
+    return token[order][first + torch.arange(count, device=scores.device)]
 
 
 def _read(*tensors: Tensor) -> list[list[float]]:
