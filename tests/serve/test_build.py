@@ -71,7 +71,6 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("option", "more"),
     [
-        ("--weights", {"engine": EngineSettings(weights="int8")}),
         ("--batch-invariant", {"engine": EngineSettings(batch_invariant=True)}),
         ("--cache-memory", {"engine": EngineSettings(cache_bytes=1 << 20)}),
         ("--adapter-memory", {"engine": EngineSettings(adapter_bytes=1 << 20)}),
@@ -89,7 +88,6 @@ def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, 
 @pytest.mark.parametrize(
     ("option", "more"),
     [
-        ("--weights", {"engine": EngineSettings(weights="int4")}),
         ("--quantize", {"quantize": "nf4"}),
         ("--cache-memory", {"engine": EngineSettings(cache_bytes=1 << 20)}),
         ("max_tokens", {"http": HttpSettings(max_tokens=100)}),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,6 @@ from veneer.serve.settings import (
     HttpSettings,
     LedgerSettings,
     ServeSettings,
-    WeightKind,
     bytes_of,
     keys_of,
     parse_preload,
@@ -97,10 +96,6 @@ def serve(
     adapter_memory: Annotated[
         str, typer.Option("--adapter-memory", help="Memory for adapters, such as 512M or 4G.")
     ] = size_text(EngineSettings.adapter_bytes),
-    weights: Annotated[
-        str,
-        typer.Option("--weights", help="Projection weights: dense, int8 or int4 (for small machines)."),
-    ] = EngineSettings.weights,
     quantize: Annotated[
         str | None,
         typer.Option("--quantize", help="Quantize the base: nf4, fp4 or int8; keep: a GGUF file's own types."),
@@ -176,7 +171,6 @@ def serve(
             rows=max_batch,
             cache_bytes=bytes_of(cache_memory, "--cache-memory"),
             adapter_bytes=bytes_of(adapter_memory, "--adapter-memory"),
-            weights=cast(WeightKind, weights),
             batch_invariant=batch_invariant,
             context=more.context,
         ),

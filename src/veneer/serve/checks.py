@@ -21,7 +21,7 @@ from veneer.library.names import check_name, parse_reference
 from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_outline, is_image_base
-from veneer.serve.settings import LedgerSettings, Preload, QuantizeKind, ServeSettings, WeightKind
+from veneer.serve.settings import LedgerSettings, Preload, QuantizeKind, ServeSettings
 from veneer.serve.tenancy.keys import admin_hash, database_here
 from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
@@ -86,7 +86,6 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     `page`: the server has the Studio. Raises ConfigError, BaseError or AdapterError for invalid settings, and
     the errors of `open_stores`.
     """
-    one_of(settings.engine.weights, get_args(WeightKind), "a kind of weights", "--weights")
     if settings.quantize is not None:
         one_of(settings.quantize, get_args(QuantizeKind), "a quantization", "--quantize")
     check_dtype_name(settings.dtype, "--dtype")
@@ -104,7 +103,6 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     if settings.open and settings.tenants is not None and not settings.here:
         what = f"whoever reaches {settings.host} would be the operator of these tenants"
         raise ConfigError(what, where="--open --tenants", fix="--host 127.0.0.1, or leave --open out")
-    _refuse_twice_rounded(settings)
     _check_upstream(settings)
     kind = _kind_here(settings)
     if kind is not None:
@@ -157,7 +155,6 @@ def _kind_here(settings: ServeSettings) -> ServerKind | None:
 
 _HERE = "texts that are computed here"
 _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = (
-    ("--weights", lambda s: s.engine.weights, "texts", _HERE),
     ("--batch-invariant", lambda s: s.engine.batch_invariant, "texts", _HERE),
     ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
     ("context", lambda s: s.engine.context, "texts", _HERE),
@@ -191,16 +188,6 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
         if getattr(ledger, name) != getattr(usual, name):
             what = f"{option} is for the ledger of tenants, and this server has none"
             raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
-
-
-def _refuse_twice_rounded(settings: ServeSettings) -> None:
-    """Raises ConfigError if two options set the format of a base's weights."""
-    if settings.quantize is not None and settings.engine.weights != "dense":
-        raise ConfigError(
-            "--quantize and --weights both say how the base's weights are kept",
-            where=f"--quantize {settings.quantize} --weights {settings.engine.weights}",
-            fix="leave one out: --quantize is what QLoRA trains beside, --weights rounds a 16-bit base",
-        )
 
 
 def _check_upstream(settings: ServeSettings) -> None:

@@ -100,7 +100,6 @@ class Preload:
     strength: float | None = None
 
 
-WeightKind = Literal["dense", "int8", "int4"]
 QuantizeKind = Literal["nf4", "fp4", "int8", "keep"]
 
 
@@ -109,7 +108,7 @@ class EngineSettings:
     """Settings of the text engine.
 
     `rows`: sequences at once. `budget`: tokens per step. `cache_bytes`: for keys and values. `adapter_bytes`:
-    for adapters in memory, the only limit on their number. `queue`: waiting requests. `weights`,
+    for adapters in memory, the only limit on their number. `queue`: waiting requests.
     `batch_invariant`: see Runner. `step_seconds`: longest step if there are tenants, which bounds a new
     request's wait. `stuck_seconds`: a step longer than this counts as stuck. `context`: tokens per sequence,
     0 for as many as the base and the cache allow.
@@ -120,7 +119,6 @@ class EngineSettings:
     cache_bytes: int = 1 << 30
     adapter_bytes: int = 1 << 30
     queue: int = HttpSettings.queue
-    weights: WeightKind = "dense"
     batch_invariant: bool = False
     context: int = 0
     step_seconds: float = 0.2

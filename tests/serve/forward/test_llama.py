@@ -15,8 +15,7 @@ from tests.serve.forward.test_runner import base_of, prompts, serve, trained
 from veneer.ops.cpu import compiled
 from veneer.ops.weight_panels import panels_here
 from veneer.serve.forward.llama import LlamaForward
-from veneer.serve.forward.runner import Prepared, Runner, use_threads
-from veneer.serve.settings import WeightKind
+from veneer.serve.forward.runner import Prepared, Runner
 
 pytestmark = pytest.mark.skipif(not panels_here(16), reason="no kernels for a decoder on this processor")
 SHAPE: dict[str, Any] = {
@@ -31,7 +30,7 @@ BASES: dict[str, Any] = {
 }
 
 
-def runner_of(name: str, weights: WeightKind = "dense") -> tuple[Runner, LlamaForward, dict[str, Prepared]]:
+def runner_of(name: str) -> tuple[Runner, LlamaForward, dict[str, Prepared]]:
     model = BASES[name]().bfloat16()
     for part in model.modules():  # biases and norms that do something
         for key in ("bias", "weight"):
@@ -40,7 +39,7 @@ def runner_of(name: str, weights: WeightKind = "dense") -> tuple[Runner, LlamaFo
                 own.data += 0.3 * torch.randn(own.shape, generator=torch.Generator().manual_seed(5)).bfloat16()
     adapters = {n: trained(model, i, rank=3 + 14 * i) for i, n in enumerate("ab")}
     adapters["dora"] = trained(model, 7, dora=True)
-    runner = Runner(base_of(model), cache_bytes=1 << 20, weights=weights)
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == "fused", runner.why
     assert runner.llama is not None
     return runner, runner.llama, {n: runner.prepare(a, n) for n, a in adapters.items()}
@@ -61,11 +60,9 @@ def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, .
     return serve(runner, work, [7, 40, 1, 30])
 
 
-@pytest.mark.parametrize(
-    ("name", "weights"), [*((name, "dense") for name in BASES), ("llama", "int8"), ("norms of q and k", "int4")]
-)
-def test_the_same_bits_as_layer_by_layer(name: str, weights: WeightKind, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, llama, adapters = runner_of(name, weights)
+@pytest.mark.parametrize("name", BASES)
+def test_the_same_bits_as_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, llama, adapters = runner_of(name)
     assert llama.in_one_call
     together = answers(runner, adapters)
     line_by_line(runner, monkeypatch)
@@ -99,15 +96,17 @@ def test_layers_line_by_line_give_the_bits_of_one_call(monkeypatch: pytest.Monke
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     runner, _, adapters = runner_of("llama")
     found: dict[int, list[Tensor]] = {}
+    before = torch.get_num_threads()
 
     def run(threads: int) -> None:
-        use_threads(threads)
+        torch.set_num_threads(threads)
         found[threads] = answers(runner, adapters)
 
     for n in (1, 2, 5):
         thread = threading.Thread(target=run, args=(n,))
         thread.start()
         thread.join()
+    torch.set_num_threads(before)
     for n in (2, 5):
         assert all(torch.equal(a, b) for a, b in zip(found[1], found[n], strict=True))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -89,29 +87,6 @@ def test_every_row_has_its_own_mix(dtype: torch.dtype, tolerance: float, dora: b
             assert torch.equal(y[first:end], before[first:end])
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "tolerance"),
-    [
-        ("cpu", torch.float32, 1e-5),
-        ("cpu", torch.bfloat16, 1.5e-2),
-        pytest.param("cuda", torch.bfloat16, 1.5e-2, marks=pytest.mark.gpu),
-    ],
-)
-def test_grouped_products_of_all_adapters_equal_each_alone(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    layout = replace(layout_of(dtype), device=torch.device(device))
-    one, two, three = some_adapters(layout, dora=False)
-    spans = [(1, 4, [(one, 1.0)]), (4, 9, [(two, -0.5), (one, 0.75)]), (10, 12, [(three, 2.0)])]
-    x = torch.randn(13, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
-    y = base_output(layout, x).to(device)
-    segments = AdapterBatch.of(layout, spans)
-    assert segments is not None
-    (segments.add_grouped if device == "cpu" else segments.add)(0, x.to(device), y)
-    y = y.cpu()
-    for first, end, mix in [(0, 1, []), *spans, (9, 10, []), (12, 13, [])]:
-        want = exact(layout, mix, x[first:end])
-        assert (y[first:end].double() - want).abs().max() <= tolerance * want.abs().max()
-
-
 @pytest.mark.skipif(not NATIVE, reason="needs the compiled kernels and AVX512-BF16")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_rows_result_does_not_depend_on_its_batch(threads: int) -> None:
@@ -136,28 +111,6 @@ def test_a_rows_result_does_not_depend_on_its_batch(threads: int) -> None:
             assert torch.equal(alone[0], together[i])
     finally:
         torch.set_num_threads(had)
-
-
-def test_tables_are_made_again_only_when_who_takes_part_changes() -> None:
-    layout = layout_of(torch.bfloat16)
-    one, two, _ = some_adapters(layout, dora=False)
-    x = torch.randn(3, INPUTS).bfloat16()
-
-    def step(
-        mixes: list[list[tuple[PackedAdapter, float]]], before: AdapterBatch | None
-    ) -> tuple[AdapterBatch, Tensor]:
-        segments = AdapterBatch.of(layout, [(i, i + 1, m) for i, m in enumerate(mixes)], before)
-        assert segments is not None
-        y = base_output(layout, x)
-        segments.add(0, x, y)
-        return segments, y
-
-    first, _ = step([[(one, 1.0)], [(two, 1.0)], []], None)
-    second, y = step([[], [(one, 1.0)], [(two, 0.5)]], first)
-    assert second.tables is first.tables
-    third, _ = step([[(two, 1.0)], [], []], second)
-    assert (third.tables is None) or third.tables is not second.tables
-    assert torch.equal(y, step([[], [(one, 1.0)], [(two, 0.5)]], third)[1])
 
 
 def test_what_has_no_thin_form_is_named() -> None:

@@ -13,7 +13,6 @@ from tests.ops.draws import coded
 from tests.serve.forward.test_runner import WAYS, base_of, loha, prompts, reference, same, serve, trained
 from veneer.core.adapter import Adapter
 from veneer.core.merge import merged_state
-from veneer.errors import ConfigError
 from veneer.models.quantize import quantized_weights
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import override_ops
@@ -206,9 +205,3 @@ def test_batch_invariant_over_codes_too() -> None:
     for got, want in zip(serve(runner, work, [7, 3, 20]), alone, strict=True):
         assert torch.equal(got, want)
     runner.close()
-
-
-def test_quantized_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match="quantized already") as caught:
-        Runner(base_of(model_in("nf4", dtype=torch.bfloat16)), cache_bytes=1 << 20, weights="int8")
-    assert "leave out --weights" in str(caught.value)

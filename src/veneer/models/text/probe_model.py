@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.errors import ConfigError
 from veneer.models.text.attention import as_it_came
 from veneer.models.text.base import TextBase
 from veneer.ops.quantized import Quantized
@@ -23,13 +22,10 @@ from veneer.ops.quantized import Quantized
 def base_twin(base: TextBase) -> TextBase:
     """Return the base with modules of its own, over the same weights.
 
-    Changes made to the base's modules are not copied; adapters must not be attached to them. Raises
-    ConfigError if weights of the base are no longer as loaded."""
+    Changes made to the base's modules are not copied; adapters must not be attached to them."""
     model: Any = base.model
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_meta:
-            raise ConfigError("the base's weights are kept in another form alone", fix="serve it without --weights")
         same: Any = tensor
         if isinstance(tensor, nn.Parameter) and not isinstance(tensor, Quantized):
             same = nn.Parameter(tensor.detach(), requires_grad=False)

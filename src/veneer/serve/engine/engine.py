@@ -113,7 +113,6 @@ class TextEngine(Engine[Request, EngineEvent]):
             base,
             pack_bytes=pack_bytes,
             cache_bytes=settings.cache_bytes,
-            weights=settings.weights,
             batch_invariant=settings.batch_invariant,
             context=settings.context,
         )

@@ -266,7 +266,7 @@ class _EngineReplay(Replay):
         self.made, self.before = sent(rows.made, device), sent(rows.before, device)
         computed = ids[sent(rows.places, device)]
         spans = [] if packed is None else [(0, len(computed), [(packed, 1.0)])]
-        segments = AdapterBatch.of(self.layout, spans) if spans else None
+        segments = AdapterBatch.of(self.layout, spans)
         self._layers = self.llama.each_layer(computed, PackedRows.of(rows.rows, device), segments)
 
     @torch.no_grad()

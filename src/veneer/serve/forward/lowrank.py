@@ -16,16 +16,14 @@ attachment.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
-from veneer.core.experts import expert_product, has_grouped_product
 from veneer.core.merge import adapted_norm
 from veneer.ops.device_transfer import made_up, put_numbers, sent
 from veneer.ops.dispatch import dispatch
@@ -39,8 +37,6 @@ _RECORD = 2 + 5 * _PARTS
 The address of A (0: none) and its rank, then for each part the address of B (0: no part), its first column in
 y, columns, first row in A, rank.
 """
-_STACK_BYTES = 1 << 30
-"""Upper bound for the stacked factors of a step's adapters; above it, adapters are multiplied one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,56 +240,14 @@ def _gain(pair: Pair, weight: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class _Tables:
-    """The kernel records of a set of adapters for all groups.
-
-    Rebuilt only when the set changes.
-    """
-
-    adapters: tuple[PackedAdapter, ...]
-    records: Tensor  # (groups, adapters, _RECORD), on the layout's device
-    _stacks: dict[int, tuple[Tensor, list[tuple[int, int, Tensor]]]] = field(default_factory=dict)
-
-    def stacked(self, group: int) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
-        """The factors of a group, zero-padded to the largest rank, for grouped products.
-
-        Returns A, (adapters, in, Σ ranks), and for each module its first column in y, its first rank and B,
-        (adapters, rank, columns). An adapter without a factor has zeros.
-        """
-        if group not in self._stacks:
-            own = [(i, *a.groups[group]) for i, a in enumerate(self.adapters) if group in a.groups]
-            ranks: dict[int, int] = {}
-            for _, _, parts in own:
-                for part in parts:
-                    ranks[part.column] = max(part.rank, ranks.get(part.column, 0))
-            first = dict(zip(ranks, itertools.accumulate(ranks.values(), initial=0), strict=False))
-            factors = {part.column: part.turned() for _, _, parts in own for part in parts}
-            Bs = {c: B.new_zeros(len(self.adapters), ranks[c], B.shape[1]) for c, B in factors.items()}
-            whole = _dense(own[0][1])
-            A = whole.new_zeros(len(self.adapters), whole.shape[1], sum(ranks.values()))
-            for i, given, parts in own:
-                for part in parts:
-                    rows = _dense(given)[part.rank_from : part.rank_from + part.rank]
-                    A[i, :, first[part.column] : first[part.column] + part.rank] = rows.t()
-                    Bs[part.column][i, : part.rank] = part.turned()
-            self._stacks[group] = A, [(c, first[c], B) for c, B in Bs.items()]
-        return self._stacks[group]
-
-
-@dataclass(eq=False)
 class AdapterBatch:
-    """The rows of one batch by adapter.
-
-    `spans`: (first row, end, mix) of each run of rows with the same mix.
-    """
+    """The rows of one batch by adapter."""
 
     layout: BaseLayout
     adapters: tuple[PackedAdapter, ...]
-    spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]]
     _rows: list[int]
     _strengths: list[float]
     _bounds: list[int]
-    tables: _Tables | None = None
     scratch: Tensor | None = None
 
     @cached_property
@@ -311,15 +265,9 @@ class AdapterBatch:
 
     @classmethod
     def of(
-        cls,
-        layout: BaseLayout,
-        spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]],
-        before: AdapterBatch | None = None,
+        cls, layout: BaseLayout, spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]]
     ) -> AdapterBatch | None:
-        """Build from spans; None if no row has an adapter.
-
-        `before`: the last step's segments, whose tables are reused if the adapters are the same.
-        """
+        """Build from spans; None if no row has an adapter."""
         found: dict[int, tuple[PackedAdapter, list[int], list[float]]] = {}
         for first, end, mix in spans:
             for adapter, strength in mix:
@@ -333,13 +281,9 @@ class AdapterBatch:
         bounds = [0]
         for _, rows, _ in entries:
             bounds.append(bounds[-1] + len(rows))
-        tables = before.tables if before else None
         all_rows = [row for _, rows, _ in entries for row in rows]
         strengths = [strength for _, _, own in entries for strength in own]
-        out = cls(layout, adapters, spans, all_rows, strengths, bounds)
-        if tables is not None and tables.adapters == adapters:
-            out.tables = tables
-        return out
+        return cls(layout, adapters, all_rows, strengths, bounds)
 
     def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
         """Add the group's low-rank products to y (rows, columns) in place; x (rows, in).
@@ -350,8 +294,6 @@ class AdapterBatch:
         run = dispatch("rows_low_rank", x, y)
         if run is not None:
             run(x, y, self.pointers(x, group))
-        elif has_grouped_product(x) and self._stacks:
-            self.add_grouped(group, x, y)
         else:
             self._add_reference(group, x, y)
         self._add_gains(group, before, y)
@@ -361,11 +303,10 @@ class AdapterBatch:
 
         Includes scratch in x's dtype.
         """
-        tables = self._tables()
         if self.scratch is None:
             self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
         return (
-            tables.records[group].data_ptr(),
+            self.records[group].data_ptr(),
             len(self.adapters),
             self.starts.data_ptr(),
             self.rows.data_ptr(),
@@ -374,11 +315,10 @@ class AdapterBatch:
             self.scratch.shape[1],
         )
 
-    def _tables(self) -> _Tables:
-        if self.tables is None:
-            records = torch.stack([a.records for a in self.adapters], 1).contiguous()
-            self.tables = _Tables(self.adapters, sent(records, self.layout.device))
-        return self.tables
+    @cached_property
+    def records(self) -> Tensor:
+        """The kernel records of all groups: (groups, adapters, _RECORD)."""
+        return sent(torch.stack([a.records for a in self.adapters], 1).contiguous(), self.layout.device)
 
     def add_reference(self, group: int, x: Tensor, y: Tensor) -> None:
         """Same as `add`, with torch operations only."""
@@ -429,26 +369,6 @@ class AdapterBatch:
                 for part in parts:
                     made = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.turned())
                     _add_rows(y[:, part.column : part.column + part.B.shape[1]], rows, made)
-
-    @property
-    def _stacks(self) -> bool:
-        """Whether grouped products over stacked adapters pay off, within the memory bound."""
-        return len(self.adapters) > 1 and not self.layout.rows and sum(a.bytes for a in self.adapters) <= _STACK_BYTES
-
-    def add_grouped(self, group: int, x: Tensor, y: Tensor) -> None:
-        """Add the group's low-rank products to y in place, with grouped products.
-
-        One grouped product for A and one for each module's B.
-        """
-        if not any(group in a.groups for a in self.adapters):
-            return
-        A, parts = self._tables().stacked(group)
-        u = expert_product(x[self.rows], A, self.starts[1:])
-        u = (u * self.strengths[:, None]).to(x.dtype)
-        for column, first, B in parts:
-            made = expert_product(u[:, first : first + B.shape[1]], B, self.starts[1:])
-            for (_, rows, _), i, j in zip(self._each, self._bounds, self._bounds[1:], strict=False):
-                _add_rows(y[:, column : column + B.shape[2]], rows, made[i:j])
 
     def _product(self, x: Tensor, W: Tensor) -> Tensor:
         return in_blocks(lambda part: part @ W, x, self.layout.rows)

@@ -34,25 +34,16 @@ from veneer.models.text.attention import AttentionSettings, attending, divert_at
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import route_experts
 from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, near_rows, short_windows
-from veneer.ops.cpu import compiled, memory
+from veneer.ops.cpu import memory
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import put_numbers
 from veneer.ops.quantized import Quantized
-from veneer.ops.weight_layouts import (
-    Dense,
-    PrepackedWeight,
-    QuantizedWeight,
-    packing,
-    prepack_weight,
-    quantized_prepacking,
-)
+from veneer.ops.weight_layouts import Dense, PrepackedWeight, packing, prepack_weight
 from veneer.ops.weight_panels import panels_here, panels_of_codes
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
-from veneer.serve.forward.lowrank import AdapterBatch, Group, PackedAdapter, low_rank_problems, pack_adapter
+from veneer.serve.forward.lowrank import AdapterBatch, PackedAdapter, low_rank_problems, pack_adapter
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
-from veneer.serve.forward.threads import ThreadTuner
 from veneer.serve.forward.weights import ROWS, Coded
-from veneer.serve.settings import WeightKind
 
 
 @dataclass(eq=False)
@@ -104,8 +95,7 @@ class Runner:
     projections. `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with
     chunked attention run packed only if a context fits one chunk. `batch_invariant`: an answer's bits do not
     depend on the other rows of its steps or on how its prompt is chunked, at some cost in speed; needs a base
-    of Llama's kind and adapters with a low-rank form. `weights`: dense, or int8 or int4 for machines with
-    little memory: projections and head then exist in that form only, and the model loses its own weights.
+    of Llama's kind and adapters with a low-rank form.
 
     For a quantized base of Llama's kind in bfloat16, the codes are moved into the compiled step's layout, and
     the model reads them from there. Other quantized weights stay as they are and are dequantized for each
@@ -113,7 +103,7 @@ class Runner:
 
     `how` and `why`: the path chosen, and why not an earlier one. `llama`: the base as tensors if `how` is
     "fused", else None. `pages`: keys and values, one `Pages` for each shape of attention heads. `shares`:
-    whether sequences can share blocks. `close` restores a base with dense weights.
+    whether sequences can share blocks. `close` restores the base.
     """
 
     def __init__(
@@ -122,19 +112,12 @@ class Runner:
         *,
         cache_bytes: int = 1 << 30,
         pack_bytes: int = PACK_BYTES,
-        weights: WeightKind = "dense",
         batch_invariant: bool = False,
         context: int = 0,
     ) -> None:
-        self.pack_bytes, self.weights, self.batch_invariant = pack_bytes, weights, batch_invariant
+        self.pack_bytes, self.batch_invariant = pack_bytes, batch_invariant
         self.base = base
         self.model: Any = base.model
-        if weights != "dense" and any(isinstance(p, Quantized) for p in self.model.parameters()):
-            raise ConfigError(
-                f"the base is quantized already ({base.quantized or 'some of it'}); its weights rounded to {weights} "
-                "would be worse",
-                fix="leave out --weights, or serve the 16-bit base with it",
-            )
         self._undo, self._second = ExitStack(), ExitStack()
         self._attachment: Attachment | None = None
         self.layout = layout_of(base)
@@ -157,16 +140,10 @@ class Runner:
         for own in self.pages:
             own.tiles = batch_invariant
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
-        self._segments: AdapterBatch | None = None
         self.llama: LlamaForward | None = None
         self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # of the fused path, by joined modules
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
-        same_bits = (
-            base.device.type == "cpu" and base.dtype == torch.bfloat16 and compiled.usable("use_threads") is not None
-        )
-        same_bits = same_bits and not batch_invariant  # some of oneDNN's products change with the thread count
-        self._threads = ThreadTuner(use_threads if same_bits else None, torch.get_num_threads())
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
         if batch_invariant and self.how != "fused":
@@ -175,8 +152,6 @@ class Runner:
                 f"batch-invariant answers need a base of the Llama architecture; this one runs {self.how}: {self.why}",
                 fix="serve it without --batch-invariant",
             )
-        if weights != "dense":
-            self._quantize(quantized_prepacking(8 if weights == "int8" else 4))
 
     def close(self) -> None:
         if self._attachment is not None:
@@ -188,9 +163,8 @@ class Runner:
     def problems(self, adapter: Adapter) -> list[str]:
         """Reasons why an adapter cannot be served with full effect, one line each."""
         out = fit_problems(self.model, adapter)
-        if not out and (self.weights != "dense" or self.batch_invariant):
-            what = f"a base in {self.weights}" if self.weights != "dense" else "a batch-invariant base"
-            out = [f"{p}, which {what} cannot have" for p in low_rank_problems(adapter, self.layout)]
+        if not out and self.batch_invariant:
+            out = [f"{p}, which a batch-invariant base cannot have" for p in low_rank_problems(adapter, self.layout)]
         return out
 
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
@@ -228,22 +202,18 @@ class Runner:
 
     def let_go(self, key: str) -> None:
         """Drop everything derived from an evicted adapter. Call between two steps."""
-        self._segments = None
         if self._attachment is not None and key in self._attachment.adapters:
             self._attachment.remove(key)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @shared()
     def run(self, rows: Sequence[RunnerRow]) -> Tensor:
         """Logits (Σ wants, vocabulary), in the order of rows and tokens.
 
         The next call may overwrite them.
         """
-        with shared(), self._threads.step(sum(len(row.tokens) for row in rows)):
-            return self._run(rows)
-
-    def _run(self, rows: Sequence[RunnerRow]) -> Tensor:
         if self.how == "alone":
             return torch.cat([self._alone(row) for row in rows])
         unpacked = [any(p.packed is None for p, _ in row.mix) for row in rows]
@@ -271,8 +241,7 @@ class Runner:
             for a, b, mix in zip(batch.bounds, batch.bounds[1:], mixes, strict=False)
             if mix
         ]
-        segments = AdapterBatch.of(self.layout, spans, self._segments) if spans else None  # type: ignore[arg-type]
-        self._segments = segments or self._segments
+        segments = AdapterBatch.of(self.layout, spans)  # type: ignore[arg-type]
         hidden = llama.hidden(ids, batch, segments)
         kept = [i for i, row in enumerate(rows) for _ in range(row.wants)]
         x = hidden[_wanted(rows, batch)]
@@ -462,40 +431,6 @@ class Runner:
         weights = (group.weight(i) for group in self.layout.groups for i in range(len(group.modules)))
         return sum(weight.nbytes for weight in weights if not isinstance(weight, Quantized))
 
-    @torch.no_grad()
-    def _quantize(self, pack: Callable[[Tensor], QuantizedWeight]) -> None:
-        """Quantize the weights of a fused base.
-
-        Works group by group, so that two full copies never exist at once.
-        """
-        base, modules = self.base, dict(base_modules(self.model))
-        if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
-            raise ConfigError(
-                f"{self.weights} weights need a base of the Llama architecture in bfloat16 on a CPU; this one runs "
-                f"{self.how} in {str(base.dtype).removeprefix('torch.')} on {base.device}",
-                fix="use dense weights",
-            )
-        self.llama = None
-        self._undo.close()
-        self._weights.clear()
-        groups = []
-        for group in self.layout.groups:
-            whole = torch.cat([group.weight(i) for i in range(len(group.modules))])
-            try:
-                matrix = self._weights[group.modules] = pack(whole)
-            except ValueError as error:
-                where = ", ".join(group.modules)
-                fix = "use int8 or dense weights" if self.weights == "int4" else "use dense weights"
-                raise ConfigError(str(error), where=where, fix=fix) from error
-            for name in group.modules:
-                outline = modules[name].get_parameter("weight").detach().to("meta")
-                modules[name].weight = nn.Parameter(outline, requires_grad=False)
-            columns = group.columns
-            weight = partial(_part, matrix, columns)
-            groups.append(Group(group.modules, group.sizes, group.biases, weight))
-        self.layout = replace(self.layout, groups=tuple(groups))
-        self._put_together(self._weights.__getitem__)
-
     def _make_packed(self) -> None:
         config = self.model.config.get_text_config()
         static_positions(config)
@@ -537,24 +472,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _part(weight: QuantizedWeight, columns: list[tuple[int, int]], i: int) -> Tensor:
-    """The i-th module's rows of a quantized group, dequantized as in products."""
-    first, size = columns[i]
-    return weight.dense()[first : first + size]
-
-
 def _wanted(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:
     """Indices in a batch of the tokens whose logits are needed."""
     places = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
     return put_numbers(batch.positions.device, places)[0]
-
-
-def use_threads(n: int) -> None:
-    """Set the number of threads for the calling thread's work only.
-
-    Needs the compiled kernels.
-    """
-    native = compiled.usable("use_threads")
-    assert native is not None
-    torch.get_num_threads()  # a thread's first call sets torch's own number
-    native.use_threads(n)
