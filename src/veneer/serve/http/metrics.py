@@ -20,6 +20,43 @@ from veneer.serve.request import EngineStats, Usage
 _SECONDS: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
 _SECONDS += (1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_ENGINE = ("model_name", "engine")
+_FIRST = "vllm:time_to_first_token_seconds"
+_BETWEEN = "vllm:inter_token_latency_seconds"
+_PER_TOKEN = "vllm:request_time_per_output_token_seconds"
+_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    _FIRST: ("Seconds from arrival to the first token.", _SECONDS),
+    _BETWEEN: ("Seconds from one token to the next.", _SECONDS),
+    _PER_TOKEN: ("Decoding seconds per token, by request.", _SECONDS),
+    "vllm:e2e_request_latency_seconds": ("Seconds from arrival to the last token.", _SECONDS),
+    "vllm:request_queue_time_seconds": ("Seconds until the first step.", _SECONDS),
+    "vllm:request_prefill_time_seconds": ("Seconds until the first token, after the queue.", _SECONDS),
+    "vllm:request_decode_time_seconds": ("Seconds from the first token to the last.", _SECONDS),
+    "vllm:request_prompt_tokens": ("Prompt tokens.", _TOKENS),
+    "vllm:request_generation_tokens": ("Generated tokens.", _TOKENS),
+}
+_GAUGES = {
+    "vllm:num_requests_running": ("Requests in the engine's batch.", "running"),
+    "vllm:num_requests_waiting": ("Requests that wait for the engine.", "waiting"),
+    "vllm:kv_cache_usage_perc": ("Share of the cache's blocks in use; 1 is all.", "cache_used"),
+    "veneer:adapters_resident": ("Adapters in memory.", "adapters"),
+    "veneer:adapters_resident_bytes": ("Bytes of the adapters in memory.", "adapter_bytes"),
+}
+_COUNTERS = {
+    "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", "prefix_lookups"),
+    "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", "prefix_hits"),
+    "vllm:num_preemptions": ("Preempted requests.", "preemptions"),
+    "vllm:prompt_tokens": ("Prompt tokens computed.", "prompt_tokens"),
+    "vllm:generation_tokens": ("Generated tokens.", "generated_tokens"),
+    "veneer:engine_steps": ("Forward passes.", "steps"),
+    "veneer:adapter_evictions": ("Adapters evicted from memory.", "evictions"),
+}
+_LEDGER_GAUGES = {
+    "veneer:ledger_owed": ("Requests that the ledger's database does not have yet.", "owed"),
+    "veneer:ledger_lag_seconds": ("Seconds since the end of the oldest of these requests.", "lag"),
+    "veneer:ledger_away": ("1 while the ledger's database does not answer.", "away"),
+}
+"""Series -> its help text, and the attribute of EngineStats or LedgerState."""
 
 
 class Metrics:
@@ -33,65 +70,44 @@ class Metrics:
         ledger: Callable[[], LedgerState | None] = lambda: None,
     ) -> None:
         """Create the series. `ledger`: its state, on a server that has a ledger."""
-        self.registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.limit, self._named, self._tenants = adapters, set[str](), set[str]()
         self.labels = (model, "0")
         self.running, self.waiting = Tally[str](), Tally[str]()
-        self.registry.register(_Engine(self, stats, ledger))
-
-        def histogram(name: str, what: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
-            made = Histogram(name, what, ("model_name", "engine"), registry=self.registry, buckets=buckets)
-            made.labels(*self.labels)
-            return made
-
-        self.first = histogram("vllm:time_to_first_token_seconds", "Seconds from arrival to the first token.")
-        self.between = histogram("vllm:inter_token_latency_seconds", "Seconds from one token to the next.")
-        self.each = histogram("vllm:request_time_per_output_token_seconds", "Decoding seconds per token, by request.")
-        self.whole = histogram("vllm:e2e_request_latency_seconds", "Seconds from arrival to the last token.")
-        self.queued = histogram("vllm:request_queue_time_seconds", "Seconds until the first step.")
-        self.prefill = histogram("vllm:request_prefill_time_seconds", "Seconds until the first token, after the queue.")
-        self.decode = histogram("vllm:request_decode_time_seconds", "Seconds from the first token to the last.")
-        self.prompts = histogram("vllm:request_prompt_tokens", "Tokens of prompts.", _TOKENS)
-        self.answers = histogram("vllm:request_generation_tokens", "Tokens of answers.", _TOKENS)
-        names = ("model_name", "engine", "finished_reason")
-        self.ended = Counter("vllm:request_success", "Answers, by how they ended.", names, registry=self.registry)
+        registry.register(_Engine(self, stats, ledger))
+        self.histograms = {
+            name: Histogram(name, text, _ENGINE, registry=registry, buckets=buckets).labels(*self.labels)
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        self.ended = Counter(
+            "vllm:request_success", "Answers, by finish reason.", (*_ENGINE, "finished_reason"), registry=registry
+        )
         for reason in ("stop", "length", "abort", "error"):
             self.ended.labels(*self.labels, reason)
-
-        def counters(of: str) -> tuple[Counter, Counter, Counter]:
-            """Counters of answers, prompt tokens and generated tokens.
-
-            Per adapter or tenant; answers also by finish reason.
-            """
-            kinds = {"requests": "Answers", "prompt_tokens": "Prompt tokens", "generation_tokens": "Tokens made"}
-            made = [
-                Counter(
-                    f"veneer:{of}_{kind}",
-                    f"{what}, by {of}.",
-                    (of, *(["reason"] if kind == "requests" else [])),
-                    registry=self.registry,
-                )
-                for kind, what in kinds.items()
-            ]
-            return made[0], made[1], made[2]
-
-        self.by_adapter, self.by_tenant = counters("adapter"), counters("tenant")
+        self.by_adapter, self.by_tenant = self._counters("adapter"), self._counters("tenant")
         self.first_by_adapter = Histogram(
             "veneer:adapter_time_to_first_token_seconds",
             "Seconds to the first token, of each adapter.",
             ("adapter",),
-            registry=self.registry,
+            registry=registry,
             buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
         )
-        self.shadows = Counter(
-            "veneer:shadow_answers",
-            "Answers of shadows, by whether they were the one that was sent.",
-            ("route", "shadow", "outcome"),
-            registry=self.registry,
-        )
+        names = ("route", "shadow", "outcome")
+        self.shadows = Counter("veneer:shadow_answers", "Answers of shadows, by outcome.", names, registry=registry)
         self.refused = Counter(
-            "veneer:requests_refused", "Requests answered with an error.", ("code",), registry=self.registry
+            "veneer:requests_refused", "Requests answered with an error.", ("code",), registry=registry
         )
+
+    def _counters(self, label: str) -> tuple[Counter, Counter, Counter]:
+        """Counters of answers (also by finish reason), prompt tokens and generated tokens."""
+        answers = Counter(
+            f"veneer:{label}_requests", f"Answers, by {label}.", (label, "reason"), registry=self.registry
+        )
+        prompts, generated = (
+            Counter(f"veneer:{label}_{kind}", f"{text}, by {label}.", (label,), registry=self.registry)
+            for kind, text in (("prompt_tokens", "Prompt tokens"), ("generation_tokens", "Generated tokens"))
+        )
+        return answers, prompts, generated
 
     def label(self, name: str, *, tenant: bool = False) -> str:
         """The label of an adapter or tenant: its name while there is room, else "other"."""
@@ -110,13 +126,12 @@ class Metrics:
 
 
 class Meter:
-    """Measures one answer; call `end` once, however it ended."""
+    """Measures one answer; call `end` once, however it ended.
+
+    `tenant`: "" on a server without tenants, which has no series for them.
+    """
 
     def __init__(self, metrics: Metrics, adapter: str, tenant: str = "") -> None:
-        """Start the measurement.
-
-        `tenant`: "" on a server without tenants, which has no series for them.
-        """
         self.metrics, self.adapter = metrics, metrics.label(adapter)
         self.counters = [(self.adapter, metrics.by_adapter)]
         if tenant:
@@ -135,39 +150,41 @@ class Meter:
         self.tokens += 1
         if self.first is None:
             self.first = now
-            self.metrics.first.labels(*self.metrics.labels).observe(now - self.arrived)
+            self.metrics.histograms[_FIRST].observe(now - self.arrived)
             self.metrics.first_by_adapter.labels(self.adapter).observe(now - self.arrived)
         else:
-            self.metrics.between.labels(*self.metrics.labels).observe(now - self.last)
+            self.metrics.histograms[_BETWEEN].observe(now - self.last)
         self.last = now
 
     def end(self, reason: str, usage: Usage) -> None:
-        m, now = self.metrics, time.perf_counter()
-        self._move(None)
-        m.ended.labels(*m.labels, reason).inc()
-        for name, (requests, prompt, made) in self.counters:
-            requests.labels(name, reason).inc()
-            prompt.labels(name).inc(usage.prompt)
-            made.labels(name).inc(usage.completion)
+        metrics = self.metrics
+        self._move(Tally())
+        metrics.ended.labels(*metrics.labels, reason).inc()
+        for name, (answers, prompts, generated) in self.counters:
+            answers.labels(name, reason).inc()
+            prompts.labels(name).inc(usage.prompt)
+            generated.labels(name).inc(usage.completion)
         if reason not in ("stop", "length"):
             return
-        m.whole.labels(*m.labels).observe(now - self.arrived)
-        m.queued.labels(*m.labels).observe(usage.queued)
-        m.prefill.labels(*m.labels).observe(usage.prefill)
-        m.decode.labels(*m.labels).observe(usage.decode)
-        m.prompts.labels(*m.labels).observe(usage.prompt)
-        m.answers.labels(*m.labels).observe(usage.completion)
+        observed = {
+            "vllm:e2e_request_latency_seconds": time.perf_counter() - self.arrived,
+            "vllm:request_queue_time_seconds": usage.queued,
+            "vllm:request_prefill_time_seconds": usage.prefill,
+            "vllm:request_decode_time_seconds": usage.decode,
+            "vllm:request_prompt_tokens": usage.prompt,
+            "vllm:request_generation_tokens": usage.completion,
+        }
         if self.first is not None and self.tokens > 1:
-            m.each.labels(*m.labels).observe((self.last - self.first) / (self.tokens - 1))
+            observed[_PER_TOKEN] = (self.last - self.first) / (self.tokens - 1)
+        for name, value in observed.items():
+            metrics.histograms[name].observe(value)
 
-    def _move(self, to: Tally[str] | None) -> None:
-        if self._state is to:
-            return
-        self._state[self.adapter] -= 1
-        self._state += Tally()  # drops zeros
-        self._state = to if to is not None else Tally()
-        if to is not None:
-            to[self.adapter] += 1
+    def _move(self, state: Tally[str]) -> None:
+        if self._state is not state:
+            self._state[self.adapter] -= 1
+            self._state += Tally()  # drops zeros
+            self._state = state
+            state[self.adapter] += 1
 
 
 class _Engine(Collector):
@@ -182,47 +199,20 @@ class _Engine(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        now = self.stats()
-        gauges = {
-            "vllm:num_requests_running": ("Requests in the engine's batch.", now.running),
-            "vllm:num_requests_waiting": ("Requests that wait for the engine.", now.waiting),
-            "vllm:kv_cache_usage_perc": ("Share of the cache's blocks in use; 1 is all.", now.cache_used),
-            "veneer:adapters_resident": ("Adapters in memory.", now.adapters),
-            "veneer:adapters_resident_bytes": ("Bytes that they take.", now.adapter_bytes),
-        }
-        counters = {
-            "vllm:prefix_cache_queries": ("Looked up in the prefix cache.", now.prefix_lookups),
-            "vllm:prefix_cache_hits": ("Found in the prefix cache.", now.prefix_hits),
-            "vllm:num_preemptions": ("Requests put back to wait for room.", now.preemptions),
-            "vllm:prompt_tokens": ("Prompt tokens computed.", now.prompt_tokens),
-            "vllm:generation_tokens": ("Tokens made.", now.generated_tokens),
-            "veneer:engine_steps": ("Forward passes.", now.steps),
-            "veneer:adapter_evictions": ("Adapters that went out of memory to make room.", now.evictions),
-        }
-        if (state := self.ledger()) is not None:
-            gauges |= {
-                "veneer:ledger_owed": ("Requests that the ledger's database does not have yet.", state.owed),
-                "veneer:ledger_lag_seconds": ("Since the oldest of them that has ended did so.", state.lag),
-                "veneer:ledger_away": ("1 while the ledger's database does not answer.", int(state.away)),
-            }
-        for name, (what, value) in gauges.items():
-            gauge = GaugeMetricFamily(name, what, labels=("model_name", "engine"))
-            gauge.add_metric(self.metrics.labels, float(value))
-            yield gauge
-        for name, (what, value) in counters.items():
-            counter = CounterMetricFamily(name, what, labels=("model_name", "engine"))
-            counter.add_metric(self.metrics.labels, float(value))
-            yield counter
+        stats, state = self.stats(), self.ledger()
+        tables = [(GaugeMetricFamily, _GAUGES, stats), (CounterMetricFamily, _COUNTERS, stats)]
+        if state is not None:
+            tables.append((GaugeMetricFamily, _LEDGER_GAUGES, state))
+        for family, series, values in tables:
+            for name, (text, attribute) in series.items():
+                metric = family(name, text, labels=_ENGINE)
+                metric.add_metric(self.metrics.labels, float(getattr(values, attribute)))
+                yield metric
         # Read by LoRA-aware routers: comma-joined names of running and waiting adapters; the value is the
         # time.
-        info = GaugeMetricFamily(
-            "vllm:lora_requests_info",
-            "Adapters at work and waiting.",
-            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-        )
-        base = self.metrics.labels[0]
-        names = [
-            ",".join(sorted(set(t) - {base, "other", "mix"})) for t in (self.metrics.running, self.metrics.waiting)
-        ]
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        info = GaugeMetricFamily("vllm:lora_requests_info", "Running and waiting adapters.", labels=labels)
+        hidden = {self.metrics.labels[0], "other", "mix"}
+        names = [",".join(sorted(set(tally) - hidden)) for tally in (self.metrics.running, self.metrics.waiting)]
         info.add_metric(("0", *names), time.time())
         yield info
