@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event, insert
 
-from veneer.jobs.files import FileLimits, Files, UploadedFile, open_files
+from veneer.jobs.files import Files, UploadedFile, open_files
 from veneer.jobs.store import JobStore
 from veneer.jobs.tables import job_file_table
 from veneer.library.library import Library, open_library
@@ -29,11 +29,7 @@ HOUR = 3600.0
 @pytest.fixture
 def files(library: Library) -> Files:
     """Whose clock stands until a test sets another."""
-    made = open_files(
-        library,
-        FileLimits(file=1000, part=100, upload=300, parts=4, uploads=3),
-        Quotas(QuotaLimits(disk=2000, files=8)),
-    )
+    made = open_files(library, Quotas(QuotaLimits(disk=2000, files=8)))
     now = made.clock()
     made.clock = lambda: now
     return made
@@ -49,8 +45,8 @@ def kept(files: Files) -> set[str]:
     return {path.rpartition("/")[2] for path, _, _ in files.store.walk("tenants")}
 
 
-def add(files: Files, tenant: str, data: bytes = ROWS, name: str = "rows.jsonl", keep: float | None = None) -> str:
-    return files.add(tenant, name, "fine-tune", io.BytesIO(data), keep=keep).id
+def add(files: Files, tenant: str, data: bytes = ROWS, name: str = "rows.jsonl", ttl: float | None = None) -> str:
+    return files.add(tenant, name, "fine-tune", io.BytesIO(data), ttl=ttl).id
 
 
 def sha(data: bytes) -> str:
@@ -63,7 +59,7 @@ def test_a_file_comes_back_as_it_was(files: Files, tmp_path: Path) -> None:
     with files.open(made) as source:
         assert source.read() == ROWS
     files.delete("acme", add(files, "acme"))
-    copy = files.put_in(made, tmp_path)
+    copy = files.copy_to(made, tmp_path)
     files.delete("acme", made.id)
     assert (copy.parent, copy.name, copy.read_bytes()) == (tmp_path, "support rows.jsonl", ROWS)
 
@@ -72,12 +68,9 @@ def test_a_store_elsewhere(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("VENEER_HOME", str(quick / "home"))
     with open_library(f"memory://{quick.name}") as library:
         files = open_files(library)
-        upload = files.begin("acme", "a.jsonl", "fine-tune", 2 * len(ROWS))
-        parts = [files.add_part("acme", upload.id, io.BytesIO(ROWS)).id for _ in range(2)]
-        made = files.complete("acme", upload.id, parts).file
-        assert made is not None
+        made = files.get("acme", add(files, "acme"))
         with files.open(made) as source:
-            assert source.read() == 2 * ROWS
+            assert source.read() == ROWS
         files.delete("acme", made.id)
         assert kept(files) == set()
 
@@ -108,23 +101,15 @@ def test_nobody_else_on_the_machine_reads_what_people_wrote(quick: Path, monkeyp
 
 def test_nobody_reaches_what_is_anothers(files: Files) -> None:
     """By every way that takes an id; and the same bytes uploaded by two are kept for each."""
-    id, upload = add(files, "acme"), files.begin("acme", "a.jsonl", "fine-tune", len(ROWS))
-    part = files.add_part("acme", upload.id, io.BytesIO(ROWS))
-    other = files.begin("globex", "b.jsonl", "fine-tune", len(ROWS))
+    id = add(files, "acme")
     for attack in (
         lambda: files.get("globex", id),
         lambda: files.delete("globex", id),
         lambda: files.list("globex", after=id),
-        lambda: files.get_upload("globex", upload.id),
-        lambda: files.add_part("globex", upload.id, io.BytesIO(ROWS)),
-        lambda: files.complete("globex", upload.id, [part.id]),
-        lambda: files.cancel("globex", upload.id),
     ):
         with pytest.raises(Refused) as refused:
             attack()
         assert refused.value.status == 404
-    with pytest.raises(Refused, match="no part"):
-        files.complete("globex", other.id, [part.id])
     assert files.list("globex") == files.list("") == ([], False)
     add(files, "globex")
     files.delete("globex", files.list("globex")[0][0].id)
@@ -172,52 +157,8 @@ def test_pages_hold_every_file_once_in_order(files: Files) -> None:
     assert files.list("acme", purpose="fine-tune-results")[0] == []
 
 
-def test_an_upload_is_its_parts_in_the_order_that_is_said(files: Files) -> None:
-    data = bytes(range(250))
-    upload = files.begin("acme", "a.jsonl", "fine-tune", len(data))
-    parts = [files.add_part("acme", upload.id, io.BytesIO(data[at : at + 100])).id for at in (200, 0, 100)]
-    ordered, md5 = [parts[1], parts[2], parts[0]], hashlib.md5(data, usedforsecurity=False).hexdigest()
-    for wrong, what in (
-        (ordered[:2], "250"),
-        ([*ordered[:2], "part_x"], "no part"),
-        ([ordered[0]] * 3, "twice"),
-    ):
-        with pytest.raises(Refused, match=what):
-            files.complete("acme", upload.id, wrong)
-    with pytest.raises(Refused, match="md5"):
-        files.complete("acme", upload.id, parts, md5)
-    assert files.list("acme")[0] == []
-    done = files.complete("acme", upload.id, ordered, md5.upper())
-    assert done.status == "completed"
-    assert done.file is not None
-    with files.open(done.file) as source:
-        assert source.read() == data
-    assert kept(files) == {sha(data)}  # the parts have gone
-    for again in (lambda: files.complete("acme", upload.id, ordered), lambda: files.cancel("acme", upload.id)):
-        with pytest.raises(Refused, match="completed"):
-            again()
-
-
-def test_what_was_sent_of_an_upload_goes_with_it(files: Files) -> None:
-    upload = files.begin("acme", "a.jsonl", "fine-tune", 200)
-    files.add_part("acme", upload.id, io.BytesIO(b"part"))
-    assert files.cancel("acme", upload.id).status == "cancelled"
-    late = files.begin("acme", "a.jsonl", "fine-tune", 200)
-    files.add_part("acme", late.id, io.BytesIO(b"part"))
-    later(files, files.limits.upload_seconds)
-    assert files.get_upload("acme", late.id).status == "expired"
-    with pytest.raises(Refused, match="expired"):
-        files.add_part("acme", late.id, io.BytesIO(b"more"))
-    files.sweep()
-    assert kept(files) == set()
-    later(files, 31 * 86400)
-    files.sweep()
-    with pytest.raises(Refused, match="No such Upload"):
-        files.get_upload("acme", late.id)
-
-
 def test_a_file_expires_when_it_was_said_to(files: Files) -> None:
-    id, other = add(files, "acme", keep=HOUR), add(files, "acme", b"kept")
+    id, other = add(files, "acme", ttl=HOUR), add(files, "acme", b"kept")
     later(files, HOUR - 1)
     files.sweep()
     assert files.get("acme", id).id == id
@@ -243,7 +184,7 @@ def test_many_files_expire_in_few_transactions(files: Files) -> None:
     with files.engine.begin() as c:
         for at in range(0, count, 100):
             c.execute(insert(job_file_table), rows[at : at + 100])
-    add(files, "acme", b"0007", keep=2 * HOUR)
+    add(files, "acme", b"0007", ttl=2 * HOUR)
     later(files, HOUR)
     commits, most = [0], [0]
 
@@ -285,31 +226,13 @@ def test_a_kill_leaves_debris_that_a_sweep_takes_and_nothing_else(files: Files) 
     assert files.get("acme", id)
 
 
-def test_there_is_a_limit_to_everything(files: Files) -> None:
-    with pytest.raises(Refused) as refused:
-        files.begin("acme", "a.jsonl", "fine-tune", 301)
-    assert refused.value.status == 413
-    upload = files.begin("acme", "a.jsonl", "fine-tune", 10)
-    for n in range(4):
-        files.add_part("acme", upload.id, io.BytesIO(b"%d" % n))
-    with pytest.raises(Refused, match="at most 4 parts"):
-        files.add_part("acme", upload.id, io.BytesIO(b"5"))
-    small = files.begin("acme", "a.jsonl", "fine-tune", 10)
-    files.add_part("acme", small.id, io.BytesIO(bytes(100)))
-    with pytest.raises(Refused, match="more than the 10 bytes"):
-        files.add_part("acme", small.id, io.BytesIO(bytes(21)))
-    add(files, "acme", bytes(1800))
+def test_file_quotas_and_names_are_checked(files: Files) -> None:
+    add(files, "acme", bytes(1900))
     with pytest.raises(Refused) as refused:
         add(files, "acme", bytes(150))
     assert (refused.value.status, refused.value.code) == (400, "storage_full")
     made_here = files.add("acme", "a.csv", "fine-tune-results", io.BytesIO(bytes(150)), id="file-own")
     assert files.get("acme", made_here.id) == made_here  # else a job could not be looked at any more
-    for _ in range(3):
-        files.begin("globex", "a.jsonl", "fine-tune", 1)
-    with pytest.raises(Refused, match="3 uploads are begun"):
-        files.begin("globex", "a.jsonl", "fine-tune", 1)
-    later(files, HOUR)
-    files.begin("globex", "a.jsonl", "fine-tune", 1)
     for _ in range(8):
         add(files, "globex", bytes(150))
     with pytest.raises(Refused, match="8 files") as refused:

@@ -108,5 +108,5 @@ async def _sweep(files: Files, jobs: JobStore) -> None:
             await asyncio.to_thread(files.sweep)
             await asyncio.to_thread(sweep_inputs, jobs)
         except Exception as error:
-            _log.warning("expired uploads could not be removed now: %s", error)
+            _log.warning("expired files could not be removed: %s", error)
         await asyncio.sleep(_EVERY)

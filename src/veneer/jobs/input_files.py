@@ -87,7 +87,7 @@ def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
     private_folder(jobs_home())
     folder = _inputs() / id / which
     folder.mkdir(parents=True, exist_ok=True)
-    return files.put_in(file, folder)
+    return files.copy_to(file, folder)
 
 
 def input_bytes(job: Job) -> int | None:

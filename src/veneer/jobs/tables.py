@@ -93,28 +93,6 @@ job_file_table = Table(
     Column("expires", Float, index=True),  # NULL: never
     Index("job_files_content", "tenant", "sha256"),
 )
-job_upload_table = Table(
-    "job_uploads",
-    _TABLES,
-    Column("id", Key(), primary_key=True),
-    Column("tenant", Key(), nullable=False, index=True),
-    *_columns(Text, "filename"),
-    *_columns(Key(), "purpose", "status"),
-    *_columns(BigInteger, "bytes"),  # as announced
-    *_columns(Float, "created", "expires"),
-    Column("keep", Float),  # lifetime of the file in seconds; NULL: no expiry
-    Column("file", Key()),
-)
-job_part_table = Table(
-    "job_parts",
-    _TABLES,
-    Column("id", Key(), primary_key=True),
-    Column("upload", Key(), nullable=False, index=True),
-    *_columns(Key(), "tenant", "sha256"),
-    *_columns(BigInteger, "bytes"),
-    *_columns(Float, "created"),
-    Index("job_parts_content", "tenant", "sha256"),
-)
 
 
 _FIXED = "events and bills of jobs are append-only"

@@ -1,4 +1,4 @@
-"""Files and uploads over HTTP, by OpenAI's own clients."""
+"""Files over HTTP, by OpenAI's own clients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, wait_for
-from veneer.jobs.files import FileLimits, Files, open_files
+from veneer.jobs.files import Files, open_files
 from veneer.jobs.http.files import file_routes, large_bodies
 from veneer.library.library import open_library
 from veneer.serve.request import invalid
@@ -28,9 +28,9 @@ LARGE = 3 << 20
 @pytest.fixture(scope="module")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Files, Live]]:
     """A server whose other bodies may have a megabyte."""
-    limits = FileLimits(file=LARGE, part=LARGE, upload=2 * LARGE)
     with open_library(tmp_path_factory.mktemp("files") / "library") as library:
-        files = open_files(library, limits)
+        files = open_files(library)
+        files.max_bytes = LARGE
         more: dict[str, Any] = {"routers": [file_routes(files)], "large": large_bodies(files)}
         settings = HttpSettings(max_body=1 << 20, body_time=2)
         with live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), settings, **more) as served:
@@ -95,57 +95,24 @@ def test_a_file_may_expire(client: openai.OpenAI) -> None:
         sent(client, expires_after={"anchor": "created_at", "seconds": 60})
 
 
-def test_an_upload_by_the_client(client: openai.OpenAI, tmp_path: Path) -> None:
-    """Its own way to send a large file in parts."""
-    data = ROWS * 3000
-    path = tmp_path / "large.jsonl"
-    path.write_bytes(data)
-    done = client.uploads.upload_file_chunked(file=path, mime_type="text/jsonl", purpose="fine-tune", part_size=100_000)
-    assert done.status == "completed"
-    assert done.file is not None
-    assert client.files.content(done.file.id).read() == data
-    begun = client.uploads.create(bytes=9, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
-    assert begun.status == "pending"
-    assert begun.expires_at == begun.created_at + 3600
-    part = client.uploads.parts.create(begun.id, data=b"123")
-    assert part.upload_id == begun.id
-    with pytest.raises(openai.BadRequestError, match="9") as refused:
-        client.uploads.complete(begun.id, part_ids=[part.id])
-    assert refused.value.param == "part_ids"
-    assert client.uploads.cancel(begun.id).status == "cancelled"
-    with pytest.raises(openai.BadRequestError, match="cancelled"):
-        client.uploads.parts.create(begun.id, data=b"456")
-
-
 def test_the_asynchronous_client(server: Live, files: Files) -> None:
     async def use() -> bytes:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="acme", max_retries=0) as client:
             made = await client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune")
             assert [file.id async for file in client.files.list()] == [made.id]
-            begun = await client.uploads.create(
-                bytes=len(ROWS), filename="b.jsonl", mime_type="text/jsonl", purpose="fine-tune"
-            )
-            part = await client.uploads.parts.create(begun.id, data=ROWS)
-            done = await client.uploads.complete(begun.id, part_ids=[part.id])
-            assert done.file is not None
-            await client.files.delete(made.id)
-            return (await client.files.content(done.file.id)).read()
+            return (await client.files.content(made.id)).read()
 
     assert asyncio.run(use()) == ROWS
 
 
 def test_who_has_another_key_sees_nothing_of_it(client: openai.OpenAI, server: Live) -> None:
     made = sent(client)
-    begun = client.uploads.create(bytes=9, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin", max_retries=0) as other:
         assert other.files.list().data == []
         for attack in (
             lambda: other.files.retrieve(made.id),
             lambda: other.files.content(made.id),
             lambda: other.files.delete(made.id),
-            lambda: other.uploads.parts.create(begun.id, data=b"x"),
-            lambda: other.uploads.complete(begun.id, part_ids=["part_1"]),
-            lambda: other.uploads.cancel(begun.id),
         ):
             with pytest.raises(openai.NotFoundError):
                 attack()
@@ -156,29 +123,27 @@ def test_who_has_another_key_sees_nothing_of_it(client: openai.OpenAI, server: L
 def test_nobody_waits_for_the_gigabytes_of_another(
     client: openai.OpenAI, server: Live, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = client.uploads.create(bytes=9, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
     go = threading.Event()
 
-    def slow(*given: object) -> None:
+    def slow(*values: object, **options: object) -> None:
         go.wait(30)
         raise invalid("slow")
 
-    monkeypatch.setattr(files, "complete", slow)
-    headers = {"authorization": "Bearer acme"}
+    monkeypatch.setattr(files, "add", slow)
+    many = 8  # more than the threads that copy
 
-    def complete(_: int) -> int:
-        url = f"{server.url}/v1/uploads/{begun.id}/complete"
-        return httpx.post(url, json={"part_ids": ["x"]}, headers=headers, timeout=30).status_code
+    def upload(_: int) -> None:
+        with pytest.raises(openai.BadRequestError, match="slow"):
+            sent(client)
 
-    many = 33  # more threads than asyncio ever has
     with ThreadPoolExecutor(many) as posting:
-        answers = posting.map(complete, range(many))
+        answers = posting.map(upload, range(many))
         try:
             wait_for(lambda: server.service.inside == many)
             assert httpx.get(f"{server.url}/v1/files", headers={"authorization": "Bearer admin"}).status_code == 200
         finally:
             go.set()
-        assert set(answers) == {400}
+        list(answers)
 
 
 def test_large_files_come_where_other_bodies_may_not(client: openai.OpenAI, server: Live) -> None:
@@ -187,14 +152,12 @@ def test_large_files_come_where_other_bodies_may_not(client: openai.OpenAI, serv
     with pytest.raises(openai.APIStatusError) as refused:
         sent(client, bytes(LARGE + 1))
     assert refused.value.status_code == 413
-    assert "v1/uploads" in refused.value.message
     with pytest.raises(openai.APIStatusError) as refused:
         sent(client, bytes(2 * LARGE))
     assert refused.value.status_code == 413
     head = {"authorization": "Bearer acme", "content-type": "application/json"}
-    for path in ("/v1/uploads", "/v1/uploads/x/complete", "/v1/chat/completions"):
-        answer = server.client.post(path, content=bytes(2 << 20), headers=head)
-        assert answer.status_code == 413, path
+    answer = server.client.post("/v1/chat/completions", content=bytes(2 << 20), headers=head)
+    assert answer.status_code == 413
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from starlette.responses import Response
 
 from veneer.errors import quoted
 from veneer.jobs.files import Files, UploadedFile
-from veneer.jobs.http.files import page_shown
+from veneer.jobs.http.files import openai_page
 from veneer.jobs.http.graders import ParseGrader, grader_of
 from veneer.jobs.http.route import blocking, thread_route
 from veneer.jobs.input_files import LINE_FILES, drop_inputs, put_input
@@ -140,7 +140,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
             raise invalid(f"the job has no checkpoint {quoted(after)}", "after")
         first = 0 if after is None else ids.index(after) + 1
         shown = [shown_checkpoint(job, point) for point in found[first : first + limit]]
-        return page_shown(shown, first + limit < len(found))
+        return openai_page(shown, first + limit < len(found))
 
     @router.delete("/v1/models/{model:path}", summary="Remove what was tuned, or a checkpoint of it.")
     def remove(request: HttpRequest, model: str) -> Any:
@@ -398,7 +398,7 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
     if job.state != "succeeded":
         return []
     id = f"file-{hashlib.sha256(job.id.encode()).hexdigest()[:24]}"
-    if files.known(job.tenant, id):
+    if files.exists(job.tenant, id):
         return [id]
     measured = results_of(jobs.events_of(job.tenant, job.id, *MEASURED))
     files.add(job.tenant, f"{job.name.replace('/', '-')}.csv", "fine-tune-results", io.BytesIO(measured), id=id)
