@@ -14,7 +14,7 @@ import pytest
 import veneer
 from tests.browser.conftest import LONG, ROUTE, Window
 from tests.studio.conftest import Served
-from veneer.jobs.step_actions import kept_step
+from veneer.jobs.step_actions import keep_step
 from veneer.jobs.store import JobStore
 from veneer.library.library import open_library
 from veneer.serve.tenancy import routes
@@ -76,7 +76,7 @@ def test_among_the_steps_of_a_run(window: Window, served: Served, lesson: str) -
     page = window.at(f"steps?job={lesson}").page
     with open_library(served.library) as library:
         with pressed(page, page.get_by_role("button", name="Use this step")):
-            kept_step(JobStore(library), lesson, 2, alias="meanwhile")
+            keep_step(JobStore(library), lesson, 2, alias="meanwhile")
             page.get_by_role("link", name="Go live").wait_for()
         page.get_by_role("heading", name="Use step 2").wait_for()
         library.remove("lesson", with_aliases=True)

@@ -1,4 +1,4 @@
-"""Steps of a job: asked while it trains, gone on from with other settings, kept; and its sample pictures."""
+"""Steps of a job: published during training, stored; and its sample images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError, UnavailableError
 from veneer.jobs.checkpoints import steps_name
 from veneer.jobs.process import run_job
-from veneer.jobs.step_actions import fork_config, forked, kept_step, sample_file
+from veneer.jobs.step_actions import keep_step, sample_file
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.validate import device_of, submitted
 from veneer.library.library import open_library
 from veneer.models.text.base import load_text
 from veneer.plan.tables import Device
 from veneer.train.config.load import config_from
-from veneer.train.config.text import TrainConfig
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def trained(store: JobStore) -> Job:
     return ended
 
 
-def test_a_step_is_in_the_library_while_the_next_one_trains_and_can_be_gone_on_from(
+def test_a_step_is_in_the_library_while_the_next_one_trains(
     store: JobStore,
     device: Device,
     tmp_path: Path,
@@ -91,16 +90,6 @@ def test_a_step_is_in_the_library_while_the_next_one_trains_and_can_be_gone_on_f
     first = store.library.find(f"{name}@1")
     assert first.card["metrics"]["steps"] == 1
 
-    asked_for = fork_config(store, job, 1, ["schedule.steps=7"])
-    assert isinstance(asked_for, TrainConfig)
-    assert (asked_for.adapter.start, asked_for.steps) == (first.reference, 7)
-    fork = forked(store, job.id, 1, ["optimizer.learning_rate=1e-4"], device=device)
-    assert (fork.state, fork.name, fork.about["fork"]) == ("queued", "support", {"job": job.id, "step": 1})
-    assert fork.config["optimizer"]["learning_rate"] == 1e-4
-    assert fork.config["data"] == job.config["data"]
-    again = trained(store)
-    assert again.result is not None
-    assert store.library.find("support").parents == [first.digest]
     base = load_text(values["base"])
     start, ended = (load_adapter(base, str(store.library.resolve(r))) for r in (first.reference, "support"))
     assert dict(ended.tensors()).keys() == dict(start.tensors()).keys()
@@ -108,17 +97,13 @@ def test_a_step_is_in_the_library_while_the_next_one_trains_and_can_be_gone_on_f
     shown = run(capsys, "jobs", "--library", store.library.location, "show", job.id).out
     assert f"asked as     {name}@3, {name}@2, {name}@1" in shown
     ran = run(capsys, "jobs", "--library", store.library.location, "keep", job.id, "--step", "2", "--json")
-    assert json.loads(ran.out) == {"reference": "support@3", "aliases": []}
-    ran = run(capsys, "jobs", "--library", store.library.location, "fork", job.id, "--step", "7")
-    assert (ran.code, "step 7" in ran.err) == (2, True)
-    kept = kept_step(store, job.id, 1, alias="prod")
+    assert json.loads(ran.out) == {"reference": "support@2", "aliases": []}
+    kept = keep_step(store, job.id, 1, alias="prod")
     assert (kept.name, kept.digest) == ("support", first.digest)
     assert store.library.find("support@prod").digest == first.digest
-    assert kept_step(store, job.id).digest == made.digest
-    with pytest.raises(ConfigError, match=r"(?s)step 9 .*is not in the library.*there are those of 1, 2, 3"):
-        forked(store, job.id, 9, device=device)
-    with pytest.raises(ConfigError, match=r"adapter\.rank"):
-        forked(store, job.id, 1, ["adapter.rank=4"], device=device)
+    assert keep_step(store, job.id).digest == made.digest
+    with pytest.raises(ConfigError, match=r"(?s)step 9 .*is not in the library.*has steps 1, 2, 3"):
+        keep_step(store, job.id, 9)
 
 
 def test_pictures_are_seen_as_it_draws_them(store: JobStore, device: Device, tmp_path: Path) -> None:
@@ -143,5 +128,3 @@ def test_pictures_are_seen_as_it_draws_them(store: JobStore, device: Device, tmp
     assert [point.reference for point in store.checkpoints(None, job.id)] == [f"{name}@4", f"{name}@2"]
     found = store.library.find(f"{name}@2")
     assert (found.kind, found.trigger_words) == ("image", ["sks"])
-    with pytest.raises(ConfigError, match="cannot go on from another's"):
-        forked(store, job.id, 2, device=device)

@@ -141,7 +141,6 @@ def test_the_commands_of_a_run_and_its_steps_run(studio: Served, lesson: Job, sh
         (keep,) = shell.run_new(window)
         assert keep.startswith(f"veneer jobs keep {lesson.id} --step 2")
         window.act("go", step="2")
-    shell.run(f"veneer jobs fork {lesson.id} --step 2")
     with opened(f"{studio.address}/studio/run?job={lesson.id}") as window:
         window.press("Ask")
         while not any(each.startswith("veneer generate") for each in commands_in("".join(window.values("html")))):

@@ -167,32 +167,6 @@ _Step = Annotated[
 ]
 
 
-@app.command(epilog="Example: veneer jobs fork ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w --step 300 optimizer.learning_rate=1e-4")
-def fork(
-    job: _Id,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", help="Settings that differ from the original job's."),
-    ] = None,
-    step: _Step = None,
-    name: Annotated[str, typer.Option("--name", help="Name of the new adapter; default: the same name.")] = "",
-    tenant: _Whose = None,
-    tenants: TenantsDatabase = None,
-    as_json: AsJson = False,
-) -> None:
-    """Queue a new job that continues from a step of this job, with other settings.
-
-    The original job is unchanged. Steps can be forked if the job has checkpoint.adapters=true."""
-    from veneer.jobs.step_actions import forked
-    from veneer.serve.tenancy.store import tenants_at
-
-    with _opened() as store, tenants_at(tenants) as known:
-        made = forked(store, job, step, overrides or [], tenant=tenant, name=name, tenants=known)
-    _shown(made, as_json)
-    if made.state == "failed":
-        raise SystemExit(2)
-
-
 @app.command(epilog="Example: veneer jobs keep ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w --step 300 --alias prod")
 def keep(
     job: _Id,
@@ -202,10 +176,10 @@ def keep(
     as_json: AsJson = False,
 ) -> None:
     """Store a step's adapter as the newest version of the job's name."""
-    from veneer.jobs.step_actions import kept_step
+    from veneer.jobs.step_actions import keep_step
 
     with _opened() as store:
-        version = kept_step(store, job, step, alias=alias, tenant=tenant)
+        version = keep_step(store, job, step, alias=alias, tenant=tenant)
     print_json({"reference": version.reference, "aliases": version.aliases}) if as_json else print(version.reference)
 
 

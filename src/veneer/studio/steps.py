@@ -8,7 +8,7 @@ import asyncio
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.jobs.step_actions import fork_config, kept_step
+from veneer.jobs.step_actions import keep_step
 from veneer.jobs.store import Job, JobCheckpoint
 from veneer.library.library import NotInLibrary
 from veneer.library.queries import Version
@@ -53,7 +53,7 @@ async def steps_view(page: ViewPage) -> None:
         forks=False,
         live=False,
     )
-    same = Command(command("jobs", "show", job.id))
+    Command(command("jobs", "show", job.id))
     grid: _StepAnswers | None = None
     if pictures:
         sheets = Fragment("step_sheets.html.j2", samples=[], job=job, api=page.api)
@@ -111,7 +111,7 @@ async def steps_view(page: ViewPage) -> None:
                 name = str(alias.value or "").strip()
 
                 def keep() -> Version:
-                    kept = kept_step(page.studio.jobs, job.id, int(step), alias=name, tenant=page.caller.owner)
+                    kept = keep_step(page.studio.jobs, job.id, int(step), alias=name, tenant=page.caller.owner)
                     note_added(page.studio.service.tenancy, page.caller, kept)
                     return kept
 
@@ -124,9 +124,7 @@ async def steps_view(page: ViewPage) -> None:
         parts.opened(window)
 
     async def go_on(step: str) -> None:
-        settings = await asyncio.to_thread(_fork_settings, page, job, int(step))
-        same.show(command("jobs", "fork", job.id, step=int(step)))
-        await page.go("train", s=settings)
+        await page.go("train", s=await asyncio.to_thread(_continue_settings, page, job, int(step)))
 
     await fill()
     on_change(lambda: _mark(page, job), 1.0, fill)
@@ -142,14 +140,15 @@ def _keeping(job: Job, step: str, alias: str) -> str:
     return command("jobs", "keep", job.id, step=step, alias=alias)
 
 
-def _fork_settings(page: ViewPage, job: Job, step: int) -> list[str]:
-    """Return the settings of a run that continues from a step of this job.
-
-    Raises ConfigError for a step without an adapter."""
-    config = fork_config(page.studio.jobs, job, step)
-    values = config.model_dump(mode="json", exclude_unset=True)
-    values["checkpoint"] = {k: v for k, v in dict(values.get("checkpoint") or {}).items() if k != "adapters"}
-    return settings_of({**values, "output": f"runs/{job.name.rpartition('/')[2]}"})
+def _continue_settings(page: ViewPage, job: Job, step: int) -> list[str]:
+    """Return the settings of a run that continues from a step's adapter."""
+    points = page.studio.jobs.checkpoints(page.caller.owner, job.id)
+    adapter = {"start": next(point.reference for point in points if point.step == step)}
+    if "dropout" in (job.config.get("adapter") or {}):
+        adapter["dropout"] = job.config["adapter"]["dropout"]
+    checkpoint = {key: value for key, value in (job.config.get("checkpoint") or {}).items() if key != "adapters"}
+    output = f"runs/{job.name.rpartition('/')[2]}"
+    return settings_of({**job.config, "adapter": adapter, "checkpoint": checkpoint, "output": output})
 
 
 def _used(page: ViewPage, job: Job) -> dict[str, list[Version]]:
