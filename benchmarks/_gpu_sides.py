@@ -637,7 +637,7 @@ def _ops(task: Task, figures: list[Figure]) -> str:
     """Adds ops of a training step, forward and backward, each by its library and by torch's reference; a note."""
     import torch
 
-    from veneer.ops.attention import RowLayout, rope_varlen_attention
+    from veneer.ops.attention import RowLayout, VarlenSettings, rope_varlen_attention
     from veneer.ops.dispatch import override_ops
     from veneer.ops.loss import token_nll
     from veneer.ops.norms import rms_norm
@@ -653,11 +653,12 @@ def _ops(task: Task, figures: list[Figure]) -> str:
     x, qkv = normal(n, width).requires_grad_(), normal(n, heads + 2 * kv, dim).requires_grad_()
     weight, head, angles = normal(width), normal(config["vocab_size"], width), normal(n, dim // 2)
     targets = torch.randint(0, len(head), (n,), generator=generator, device=s.device)
-    layout, cos, sin = RowLayout([s.length] * s.rows, s.device), angles.cos(), angles.sin()
+    settings = VarlenSettings(RowLayout([s.length] * s.rows, s.device), dim**-0.5)
+    cos, sin = angles.cos(), angles.sin()
     given = {
         "rms_norm_autograd": ("liger", x, lambda: rms_norm(x, weight, 1e-5)),
-        "rope": ("liger", qkv, lambda: rope_varlen_attention(qkv, cos, sin, kv, layout, dim**-0.5)),
-        "varlen_attention": ("varlen", qkv, lambda: rope_varlen_attention(qkv, cos, sin, kv, layout, dim**-0.5)),
+        "rope": ("liger", qkv, lambda: rope_varlen_attention(qkv, cos, sin, kv, settings)),
+        "varlen_attention": ("varlen", qkv, lambda: rope_varlen_attention(qkv, cos, sin, kv, settings)),
         "linear_cross_entropy": ("liger", x, lambda: token_nll(x, head, targets)),
     }
     for op, (library, leaf, run) in given.items():

@@ -5,14 +5,12 @@
     joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike; both optional
     cross_attention                    o = softmax(q·kᵀ/√d)·v over other tokens' keys
 
-Packed rows need padding only inside the attention. Queries that share a key head are multiplied together
-(grouped-query attention without repeating keys), in blocks that skip the keys after them. With the
-compiled tiles (ops/cpu/tiles.c), rows need no padding at all, and only log Σ exp is kept besides qkv and
-the output. A denoiser's attention uses the compiled kernel if there is one (half the time of torch's flash
-attention on the CPU), which keeps only log Σ exp; otherwise probabilities are kept if they are hardly
-larger than q, k and v, or recomputed in backward for some heads at a time. References: torch's
-F.scaled_dot_product_attention, row by row for packed rows, and `joint_attention_reference`. This module
-does not know about models.
+The compiled tiles (ops/cpu/tiles.c) keep qkv, the output and log Σ exp of packed rows; without them,
+torch's F.scaled_dot_product_attention runs row by row. A denoiser's attention uses the compiled kernel if
+there is one (half the time of torch's flash attention on the CPU), which keeps only log Σ exp; otherwise
+probabilities are kept if they are hardly larger than q, k and v, or recomputed in backward for some heads at
+a time. References: `varlen_attention_reference` and `joint_attention_reference`. This module does not know
+about models.
 """
 
 from __future__ import annotations
@@ -33,27 +31,8 @@ from veneer.compat import TORCH
 from veneer.ops.device_transfer import sent
 from veneer.ops.dispatch import dispatch
 from veneer.ops.norms import rms_norm
-from veneer.ops.step_sizes import grouped_rows, key_ranges
 
 # -- rows that lie one after another -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Rows attended to together, as `rows` × `length` slots.
-
-    Shorter rows are padded at the end.
-
-    tokens: (real tokens,), their indices in the flat order; slots: row·length + time of each."""
-
-    rows: int
-    length: int
-    tokens: Tensor
-    slots: Tensor
-
-    @property
-    def padded(self) -> bool:
-        return len(self.tokens) < self.rows * self.length
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,18 +66,11 @@ class SharedRows:
 class RowLayout:
     """How packed rows of the given lengths, N = Σ lengths tokens, are attended to.
 
-    Rows of similar length are grouped (a row is at most `waste` shorter than its group's longest). Padding
-    at a row's end is harmless under causality, because no real token sees later ones, and its output is
-    dropped.
-
-    step: a group's length is rounded up to a multiple of this, so that rows of many lengths use few
-    product shapes.
     idle: tokens after the rows that belong to no row: they attend to nothing, and their output is zero.
     keep: tokens whose output is needed at the end of a model, None for all; optional for layers to use.
     attended: the layers that have used this layout so far.
     starts: (rows + 1,), start of each row, and the end, on the CPU; `ends`: the same as int32 on the
         tokens' device.
-    groups: the row groups, computed when an implementation needs them.
     masks: of flex attention, by window.
     shared: rows with common tokens. N then counts each token once; only attention, which is cheap next to
         the products, has each row in full: `whole` is the layout of the full rows."""
@@ -109,15 +81,13 @@ class RowLayout:
         self,
         lengths: Sequence[int],
         device: torch.device | str = "cpu",
-        waste: float = 0.25,
-        step: int = 1,
         idle: int = 0,
         shared: SharedRows | None = None,
     ) -> None:
         self.lengths, self.idle = list(lengths), idle
         self.attended: set[int] = set()
         self.masks: dict[int | None, Any] = {}
-        self.device, self._waste, self._step = torch.device(device), waste, step
+        self.device = torch.device(device)
         self.starts = torch.tensor(list(itertools.accumulate(self.lengths, initial=0)), dtype=torch.int64)
         self.ends = sent(self.starts.int(), self.device)
         self.shared = None if shared is None else shared.sent(self.device)
@@ -127,18 +97,9 @@ class RowLayout:
         self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @functools.cached_property
-    def groups(self) -> list[RowGroup]:
-        out, starts = [], self.starts.tolist()
-        for length, taken in grouped_rows(self.lengths, waste=self._waste, step=self._step):
-            tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in taken])
-            slots = torch.cat([torch.arange(self.lengths[i]) + at * length for at, i in enumerate(taken)])
-            out.append(RowGroup(len(taken), length, sent(tokens, self.device), sent(slots, self.device)))
-        return out
-
-    @functools.cached_property
     def whole(self) -> RowLayout:
         """The layout of every row in full, packed."""
-        return RowLayout(self.lengths, self.device, self._waste, self._step)
+        return RowLayout(self.lengths, self.device)
 
     def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return cos and sin of (1, N, dim) with equal halves, as (N, dim/2).
@@ -152,204 +113,43 @@ class RowLayout:
         return self._tables[key][1], self._tables[key][2]
 
 
-def _gather(x: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Gather (N, heads, dim) as (rows·kv, length·heads/kv, dim), rotated by +θ.
-
-    And multiplied by `scale`.
-
-    Padding is zero. Time-major, so that a block of queries is a contiguous range of rows of the product."""
-    heads, dim = x.shape[1], x.shape[2]
-    per = heads // kv
-    shape = (group.rows * kv, group.length * per, dim)
-    run = dispatch("gather_heads", x, cos, sin)
-    if run is not None:
-        out = x.new_zeros(shape) if group.padded else x.new_empty(shape)
-        run(x, cos, sin, group, kv, scale, out)
-        return out
-    if cos is not None and sin is not None:
-        x = _rotated(x, cos, sin, 1.0)
-    out = x.new_zeros(group.rows * group.length, heads, dim)
-    out[group.slots] = x[group.tokens] * scale
-    return out.view(group.rows, group.length, kv, per, dim).transpose(1, 2).reshape(shape)
-
-
-def _scatter(
-    g: Tensor, out: Tensor, group: RowGroup, kv: int, scale: float, cos: Tensor | None = None, sin: Tensor | None = None
-) -> None:
-    """Apply the transpose of `_gather`, into out: (N, heads, dim).
-
-    Only the group's tokens are written."""
-    heads, dim = out.shape[1], out.shape[2]
-    run = dispatch("scatter_heads", out, cos, sin)
-    if run is not None:
-        run(g, cos, sin, group, kv, scale, out)
-        return
-    flat = g.view(group.rows, kv, group.length, heads // kv, dim).transpose(1, 2).reshape(-1, heads, dim)
-    part = flat[group.slots] * scale
-    if cos is not None and sin is not None:
-        part = _rotated(part, cos[group.tokens], sin[group.tokens], -1.0)
-    out[group.tokens] = part
-
-
-def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int | None) -> Tensor:
-    """Apply softmax over the visible keys k0 … q1 of each query q0 … q1.
-
-    scores: (b, (q1−q0)·per, q1−k0), overwritten."""
-    run = dispatch("causal_softmax", scores)
-    if run is not None:
-        out: Tensor = run(scores, scores.shape[0], q1 - q0, per, q1 - k0, q0, k0, window or 0)
-        return out
-    view = scores.view(-1, q1 - q0, per, q1 - k0)
-    q = torch.arange(q0, q1, device=scores.device)[:, None, None]
-    k = torch.arange(k0, q1, device=scores.device)
-    hidden = k > q if window is None else (k > q) | (k <= q - window)
-    return torch.softmax(view.masked_fill_(hidden, -math.inf), -1).view_as(scores)
-
-
-def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
-    """Return p ⊙ (dp − Σ p⊙dp); dp is overwritten."""
-    run = dispatch("softmax_backward", p, dp)
-    out: Tensor = TORCH("torch._softmax_backward_data")(dp, p, -1, p.dtype) if run is None else run(p, dp)
-    return out
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, group: RowGroup, per: int, window: int | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Return output and probabilities of one group in the gathered layout."""
-    out = torch.empty_like(q)
-    probs = []
-    for q0, q1, k0 in key_ranges(group.length, window):
-        part = slice(q0 * per, q1 * per)
-        p = _softmax_(q[:, part] @ k[:, k0:q1].transpose(1, 2), per, q0, q1, k0, window)
-        torch.bmm(p, v[:, k0:q1], out=out[:, part])
-        probs.append(p)
-    return out, probs
-
-
-def _attend_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, probs: list[Tensor], group: RowGroup, per: int, window: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for (q0, q1, k0), p in zip(key_ranges(group.length, window), probs, strict=True):
-        part = slice(q0 * per, q1 * per)
-        dv[:, k0:q1].baddbmm_(p.transpose(1, 2), g[:, part])
-        ds = softmax_backward(p, g[:, part] @ v[:, k0:q1].transpose(1, 2))
-        torch.bmm(ds, k[:, k0:q1], out=dq[:, part])
-        dk[:, k0:q1].baddbmm_(ds.transpose(1, 2), q[:, part])
-    return dq, dk, dv
-
-
 class VarlenSettings(NamedTuple):
     """Settings of packed-row attention.
 
-    kv: number of key heads.
     layout: the rows.
     scale: the factor of scores.
-    window: how many tokens a query sees, including itself (None: all)."""
+    window: how many tokens a query sees, including itself (None: all before it).
+    cap: scores become cap·tanh(score/cap); 0 leaves them unchanged.
+    sinks: (heads,), a score per head that takes its share of the softmax and adds nothing."""
 
-    kv: int
     layout: RowLayout
     scale: float
-    window: int | None
-
-
-class _Attention(torch.autograd.Function):
-    """Attention of qkv: (N, heads + 2·kv, dim), the heads of q, k and v concatenated.
-
-    cos, sin rotate q and k; None leaves them unrotated."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings) -> Tensor:
-        kv, layout, scale, window = settings
-        heads = qkv.shape[1] - 2 * kv
-        q, k, v = qkv.split([heads, kv, kv], dim=1)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        out[len(out) - layout.idle :] = 0
-        saved: list[Tensor] = []
-        for group in layout.groups:
-            qg = _gather(q, group, kv, scale, cos, sin)
-            kg = _gather(k, group, kv, 1.0, cos, sin)
-            vg = _gather(v, group, kv, 1.0, None, None)
-            og, probs = _attend(qg, kg, vg, group, heads // kv, window)
-            _scatter(og, out, group, kv, 1.0)
-            saved += [qg, kg, vg, *probs]
-        ctx.save_for_backward(cos, sin, *saved)
-        ctx.settings, ctx.heads = settings, heads
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (kv, layout, scale, window), heads = ctx.settings, ctx.heads
-        cos, sin, *saved = ctx.saved_tensors
-        grad = grad.contiguous()
-        d_qkv = grad.new_empty(grad.shape[0], heads + 2 * kv, grad.shape[2])
-        d_qkv[len(d_qkv) - layout.idle :] = 0
-        dq, dk, dv = d_qkv.split([heads, kv, kv], dim=1)
-        for group in layout.groups:
-            blocks = len(key_ranges(group.length, window))
-            (qg, kg, vg, *probs), saved = saved[: 3 + blocks], saved[3 + blocks :]
-            g = _gather(grad, group, kv, 1.0, None, None)
-            dqg, dkg, dvg = _attend_backward(g, qg, kg, vg, probs, group, heads // kv, window)
-            _scatter(dqg, dq, group, kv, scale, cos, sin)
-            _scatter(dkg, dk, group, kv, 1.0, cos, sin)
-            _scatter(dvg, dv, group, kv, 1.0)
-        return d_qkv, None, None, None
+    window: int | None = None
+    cap: float = 0.0
+    sinks: Tensor | None = None
 
 
 class _Tiled(torch.autograd.Function):
-    """The same by an implementation of "rope_varlen_attention".
+    """Attention of qkv: (N, heads + 2·kv, dim) by an implementation of "rope_varlen_attention".
 
-    Keeps qkv, the output and log Σ exp; no probabilities."""
+    cos, sin rotate q and k; None leaves them unrotated. Keeps qkv, the output and log Σ exp; no
+    probabilities."""
 
     @staticmethod
     def forward(
-        ctx: Any, run: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings
+        ctx: Any, run: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, settings: VarlenSettings
     ) -> Tensor:
-        out, lse = run.forward(qkv, cos, sin, settings)
+        out, lse = run.forward(qkv, cos, sin, kv, settings)
         ctx.save_for_backward(qkv, cos, sin, out, lse)
-        ctx.run, ctx.settings = run, settings
+        ctx.run, ctx.kv, ctx.settings = run, kv, settings
         made: Tensor = out
         return made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         qkv, cos, sin, out, lse = ctx.saved_tensors
-        d_qkv = ctx.run.backward(grad.contiguous(), out, lse, qkv, cos, sin, ctx.settings)
-        return None, d_qkv, None, None, None
-
-
-def _rows(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings) -> Tensor:
-    run = dispatch("rope_varlen_attention", qkv, cos, sin)
-    if run is not None:
-        tiled: Tensor = _Tiled.apply(run, qkv, cos, sin, settings)
-        return tiled
-    out: Tensor = _Attention.apply(qkv, cos, sin, settings)
-    return out
-
-
-def sdpa_varlen_attention(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
-    """Run `varlen_attention` of [q | k | v] heads through torch's fused attention.
-
-    (N, heads + 2·kv, dim) → (N, heads, dim). Fast on a GPU (flash attention for 16-bit heads); torch
-    selects its kernel per device."""
-    heads, dim = qkv.shape[1] - 2 * kv, qkv.shape[2]
-    out = qkv.new_zeros(len(qkv), heads, dim)
-    for group in layout.groups:
-        places = qkv.new_zeros(group.rows * group.length, heads + 2 * kv, dim)
-        places = places.index_copy(0, group.slots, qkv[group.tokens]).view(group.rows, group.length, -1, dim)
-        q, k, v = places.transpose(1, 2).split([heads, kv, kv], dim=1)
-        seen = None
-        if window is not None and window < group.length:
-            place = torch.arange(group.length, device=qkv.device)
-            back = place[:, None] - place[None]
-            seen = (back >= 0) & (back < window)
-        o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=heads != kv
-        )
-        flat = o.transpose(1, 2).reshape(group.rows * group.length, heads, dim)
-        out = out.index_copy(0, group.tokens, flat[group.slots])
-    return out
+        d_qkv = ctx.run.backward(grad.contiguous(), out, lse, qkv, cos, sin, ctx.kv, ctx.settings)
+        return None, d_qkv, None, None, None, None
 
 
 class HeadNorms(NamedTuple):
@@ -362,39 +162,33 @@ class HeadNorms(NamedTuple):
 
 
 def rope_varlen_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    kv: int,
-    layout: RowLayout,
-    scale: float,
-    window: int | None = None,
-    norms: HeadNorms | None = None,
+    qkv: Tensor, cos: Tensor, sin: Tensor, kv: int, settings: VarlenSettings, norms: HeadNorms | None = None
 ) -> Tensor:
-    """Return attention of [q | k | v] heads with rotary positions in q and k.
+    """Return attention of [q | k | v] heads with rotary positions in q and k, without cap and sinks.
 
     qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
     cos, sin: (N, dim/2).
-    window: a query sees itself and the window − 1 tokens before it; None: all tokens before it.
 
-    Keeps the rotated q, k, v and the probabilities in their dtype, or with tiles qkv, the output and log Σ
-    exp; on a GPU, what flash attention keeps. With norms, also keeps q and k before the norm. Reference
-    for norms: `normed_heads`."""
+    With tiles, keeps qkv, the output and log Σ exp for backward; otherwise what torch's attention keeps.
+    With norms, also keeps q and k before the norm. Reference for norms: `normed_heads`."""
+    layout = settings.layout
     if layout.shared is not None:
-        places = layout.shared.places
+        places, whole = layout.shared.places, settings._replace(layout=layout.whole)
 
         def attend(own: Tensor) -> Tensor:
-            return rope_varlen_attention(own, cos[places], sin[places], kv, layout.whole, scale, window, norms)
+            return rope_varlen_attention(own, cos[places], sin[places], kv, whole, norms)
 
         return _each_whole(attend, layout, qkv)
     if norms is not None:
         qkv = normed_heads(qkv, kv, norms)
-    if qkv.device.type != "cpu":
-        q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
-        run = dispatch("rope", q, k, cos, sin)
-        q, k = (rotate(q, cos, sin), rotate(k, cos, sin)) if run is None else run(q, k, cos, sin)
-        return varlen_attention(q, k, v, layout, scale, window)
-    return _rows(qkv, cos, sin, VarlenSettings(kv, layout, scale, window))
+    run = dispatch("rope_varlen_attention", qkv, cos, sin)
+    if run is not None:
+        tiled: Tensor = _Tiled.apply(run, qkv, cos, sin, kv, settings)
+        return tiled
+    q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
+    run = dispatch("rope", q, k, cos, sin)
+    q, k = (rotate(q, cos, sin), rotate(k, cos, sin)) if run is None else run(q, k, cos, sin)
+    return varlen_attention(q, k, v, settings)
 
 
 def normed_heads(qkv: Tensor, kv: int, norms: HeadNorms) -> Tensor:
@@ -406,40 +200,24 @@ def normed_heads(qkv: Tensor, kv: int, norms: HeadNorms) -> Tensor:
     return torch.cat([q, k, v], dim=1)
 
 
-def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: RowLayout,
-    scale: float,
-    window: int | None = None,
-    cap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     """Return causal attention of packed rows, without rotation.
 
-    q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim).
-    cap: scores become cap·tanh(score/cap); 0 leaves them unchanged.
-    sinks: (heads,), a score per head that takes its share of the softmax and adds nothing.
-
-    Without a kernel, cap and sinks run `varlen_attention_reference`."""
+    q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim)."""
+    layout = settings.layout
     if layout.shared is not None:
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return varlen_attention(q, k, v, layout.whole, scale, window, cap, sinks)
-
-        return _each_whole(attend, layout, q, k, v)
-    run = dispatch("varlen_attention", q, k, v, cap, sinks)
-    if run is not None:
-        parts = (t[: len(t) - layout.idle] for t in (q, k, v))
-        attended: Tensor = run(*parts, layout, scale, window, cap, sinks)
-        return F.pad(attended, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else attended
-    if cap or sinks is not None:
-        return varlen_attention_reference(q, k, v, layout, scale, window, cap, sinks)
-    qkv = torch.cat([q, k, v], 1)
-    if qkv.device.type != "cpu":
-        return sdpa_varlen_attention(qkv, k.shape[1], layout, scale, window)
-    return _rows(qkv, None, None, VarlenSettings(k.shape[1], layout, scale, window))
+        whole = settings._replace(layout=layout.whole)
+        return _each_whole(lambda *own: varlen_attention(*own, whole), layout, q, k, v)
+    run = dispatch("varlen_attention", q, k, v, settings)
+    if run is None and not settings.cap and settings.sinks is None and q.device.type == "cpu":
+        qkv = torch.cat([q, k, v], 1)
+        tiles = dispatch("rope_varlen_attention", qkv, None, None)
+        if tiles is not None:
+            tiled: Tensor = _Tiled.apply(tiles, qkv, None, None, k.shape[1], settings)
+            return tiled
+    parts = (t[: len(t) - layout.idle] for t in (q, k, v))
+    attended: Tensor = (run or varlen_attention_reference)(*parts, settings)
+    return F.pad(attended, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else attended
 
 
 def _each_whole(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor) -> Tensor:
@@ -478,40 +256,32 @@ class _Taken(torch.autograd.Function):
         return added.to(grad.dtype).view(ctx.count, *grad.shape[1:]), None
 
 
-def varlen_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: RowLayout,
-    scale: float,
-    window: int | None,
-    cap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Compute `varlen_attention` directly, one row at a time."""
-    per, out = q.shape[1] // k.shape[1], [q.new_zeros(layout.idle, *q.shape[1:])]
-    lengths = [*layout.lengths, layout.idle]
-    rows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    for one, keys, values in list(rows)[:-1][::-1]:
-        keys, values = (t.repeat_interleave(per, 1).transpose(0, 1) for t in (keys, values))
-        scores = (one.transpose(0, 1) @ keys.transpose(1, 2)) * scale
-        scores = cap * torch.tanh(scores / cap) if cap else scores
-        place = torch.arange(len(one), device=q.device)
-        back = place[:, None] - place
-        hidden = back < 0 if window is None else (back < 0) | (back >= window)
-        scores = scores.masked_fill(hidden, -math.inf)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, len(one), 1)], -1)
-        p = torch.softmax(scores, -1)[..., : len(one)]
-        out.insert(0, (p @ values).transpose(0, 1))
-    return torch.cat(out)
+def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
+    """Compute `varlen_attention` of rows without idle tokens by torch, one row at a time."""
+    rows = zip(*(t.transpose(0, 1).split(settings.layout.lengths, 1) for t in (q, k, v)), strict=True)
+    return torch.cat([_row_attention(*row, settings) for row in rows], 1).transpose(0, 1)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    half = cos.shape[-1]
-    x1, x2 = x[..., :half], x[..., half:]
-    c, s = cos[:, None], sin[:, None] * sign
-    return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
+def _row_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
+    """Return causal attention of one row. q: (heads, n, dim), k, v: (kv heads, n, dim)."""
+    _, scale, window, cap, sinks = settings
+    heads, n, _ = q.shape
+    position = torch.arange(n, device=q.device)
+    distance = position[:, None] - position
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    if not cap and sinks is None:
+        mask = None if window is None or window >= n else visible
+        grouped = heads != len(k)
+        return F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )[0]
+    k, v = (t.repeat_interleave(heads // len(t), 0) for t in (k, v))
+    scores = (q @ k.transpose(1, 2)) * scale
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, n, 1)], -1)
+    return torch.softmax(scores, -1)[..., :n] @ v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -519,7 +289,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (N, heads, dim), cos, sin: (N, dim/2). y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. The reference for
         the rotation inside `rope_varlen_attention`."""
-    return _rotated(x, cos, sin, 1.0)
+    x1, x2 = x.split(cos.shape[-1], -1)
+    c, s = cos[:, None], sin[:, None]
+    return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
 
 
 # -- denoisers ---------------------------------------------------------------------------------------------------------
@@ -561,6 +333,13 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
         return torch.softmax(scores, -1)
     keys = scores.shape[-1]  # treated as queries at the end of a causal row, which see every key
     out: Tensor = run(scores, 1, 1, scores.numel() // keys, keys, keys - 1, 0, 0)
+    return out
+
+
+def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
+    """Return p ⊙ (dp − Σ p⊙dp); dp is overwritten."""
+    run = dispatch("softmax_backward", p, dp)
+    out: Tensor = TORCH("torch._softmax_backward_data")(dp, p, -1, p.dtype) if run is None else run(p, dp)
     return out
 
 

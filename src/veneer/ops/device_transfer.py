@@ -9,13 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-def made_up(tensor: Tensor) -> bool:
-    """Return whether a tensor has no values: a fake or meta tensor.
-
-    A step is traced with such tensors.
-
-    A kernel is not launched on a fake tensor; the result is what its host function allocated, of the right
-    shape."""
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has no values: a meta tensor, or a fake one as torch.compile traces with."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
@@ -44,7 +39,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     continues; torch keeps the memory until the copy is done. Copies from a GPU must be waited for."""
     if device.type == "cpu":
         return tensor.to(device)
-    if made_up(tensor):
+    if is_fake(tensor):
         return tensor if tensor.device.type == device.type else torch.empty_like(tensor, device=device)
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = pinned(tensor)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from veneer.compat import BITSANDBYTES
-from veneer.ops.device_transfer import made_up
+from veneer.ops.device_transfer import is_fake
 from veneer.ops.dispatch import dispatch
 
 KINDS = ("nf4", "fp4", "int8")
@@ -192,7 +192,7 @@ class Blocks4(_Stored):
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         columns = self.shape[-1]
         start, count = first * columns, (last - first) * columns
-        run, made = dispatch("dequantize_blocks4", self.packed, dtype), made_up(self.packed)
+        run, made = dispatch("dequantize_blocks4", self.packed, dtype), is_fake(self.packed)
         if made or run is not None:
             device = self.packed.device
             out = torch.empty(last - first, columns, dtype=dtype, device=device) if into is None else into

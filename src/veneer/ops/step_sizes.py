@@ -6,12 +6,7 @@ Does not load torch: plans read these sizes before anything is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-ATTENTION_BLOCK = 64
-"""Queries per block of attention. Fewer skip more of the triangle, in work and in kept probabilities; more
-make larger products. For a whole step at 512 tokens a row, 64 takes 1.5% longer than 128 and 0.15 GB
-less; 256 and above are worse in both."""
 COPIES_OUT = 2
 """Copies of activations to the host in flight at once; more would only hold memory while the link is the
 bottleneck."""
@@ -72,7 +67,7 @@ def logits_chunk(device: str) -> int:
 HEAD_CHUNK = 128
 """Positions whose logits exist at once if the head must be called as a module (models/text/loss.py)."""
 ROW_STEP = 16
-"""Row lengths are rounded up to multiples of this if `few_sizes` rounds a batch."""
+"""Least step of `few_sizes`, in tokens."""
 SMALL_INPUT = 1 << 18
 """Elements of an input up to which compiled calls, which keep no factors, pay off for low-rank products
 (1,024 × 80: 0.37 ms instead of 0.61 for three pairs of rank 16; 4,096 × 640: 16.7 instead of 14.9)."""
@@ -99,26 +94,3 @@ def padded_tokens(tokens: int, wanted: int) -> int:
     Always more than `few_sizes(wanted)`, because the number of outputs tells whether a layer returned all
     tokens or only the used ones."""
     return max(few_sizes(tokens), few_sizes(few_sizes(wanted) + 1))
-
-
-def grouped_rows(lengths: Sequence[int], *, waste: float = 0.25, step: int = 1) -> list[tuple[int, list[int]]]:
-    """Group rows that are attended to together, longest first: (length, row indices).
-
-    A row is shorter than its group's longest by at most the share `waste`; the length is the longest's,
-    rounded up to a multiple of `step`."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    out: list[tuple[int, list[int]]] = []
-    while order:
-        longest = lengths[order[0]]
-        taken = sorted(i for i in order if lengths[i] >= longest * (1 - waste))
-        out.append((longest + -longest % step, taken))
-        order = [i for i in order if i not in set(taken)]
-    return out
-
-
-def key_ranges(length: int, window: int | None = None) -> list[tuple[int, int, int]]:
-    """Return (first query, end, first key) of each block of queries of a row.
-
-    A block's keys run from `first key` to `end`: up to the block's end, at most `window` back."""
-    size = min(ATTENTION_BLOCK, length)
-    return [(q, min(q + size, length), 0 if window is None else max(0, q - window + 1)) for q in range(0, length, size)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.ops.attention import RowLayout, varlen_attention, varlen_attention_reference
+from veneer.ops.attention import RowLayout, VarlenSettings, varlen_attention, varlen_attention_reference
 from veneer.ops.cuda import attention
 from veneer.ops.cuda.implementations import IMPLEMENTATIONS
 from veneer.ops.dispatch import dispatch
@@ -46,9 +46,9 @@ def as_documented(
 def test_varlen_is_asked_for_causal_rows_and_their_window(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "varlen_attention", lambda: as_documented)
     q, k, v = heads(torch.float64)
-    layout = RowLayout(LENGTHS)
-    want = varlen_attention_reference(q, k, v, layout, 0.3, window, 0.0, None)
-    torch.testing.assert_close(VARLEN.run(q, k, v, layout, 0.3, window, 0.0, None), want)
+    settings = VarlenSettings(RowLayout(LENGTHS), 0.3, window)
+    want = varlen_attention_reference(q, k, v, settings)
+    torch.testing.assert_close(VARLEN.run(q, k, v, settings), want)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -57,13 +57,12 @@ def test_varlen_is_asked_for_causal_rows_and_their_window(window: int | None, mo
 def test_flex_has_caps_windows_and_sinks(window: int | None, cap: float, sunk: bool) -> None:
     q, k, v = heads(torch.float32)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sunk else None
-    layout = RowLayout(LENGTHS)
-    wide = None if sinks is None else sinks.double()
-    want = varlen_attention_reference(q.double(), k.double(), v.double(), layout, 0.3, window, cap, wide)
+    settings = VarlenSettings(RowLayout(LENGTHS), 0.3, window, cap, sinks)
+    want = varlen_attention_reference(q.double(), k.double(), v.double(), settings)
     for _ in range(2):  # the second layer finds the first one's mask
-        got = FLEX.run(q, k, v, layout, 0.3, window, cap, sinks)
+        got = FLEX.run(q, k, v, settings)
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
-    assert list(layout.masks) == [window]
+    assert list(settings.layout.masks) == [window]
 
 
 @pytest.mark.gpu
@@ -83,12 +82,12 @@ def test_on_a_gpu_rows_attend_as_on_a_cpu(
     given: list[Any] = [t.requires_grad_() for t in heads(dtype, "cuda", idle=3)]
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], device="cuda", dtype=dtype) if sunk else None
     runs = {None: "torch", VARLEN.run: "varlen", FLEX.run: "flex"}
-    assert runs[dispatch("varlen_attention", *given, cap, sinks)] == name
+    settings = VarlenSettings(RowLayout(LENGTHS, "cuda", idle=3), 0.3, window, cap, sinks)
+    assert runs[dispatch("varlen_attention", *given, settings)] == name
     wide = [t.detach().cpu().double().requires_grad_() for t in given]
     wide_sinks = None if sinks is None else sinks.cpu().double()
-    layout = RowLayout(LENGTHS, idle=3)
-    want = varlen_attention_reference(*wide, layout, 0.3, window, cap, wide_sinks)
-    got = varlen_attention(*given, RowLayout(LENGTHS, "cuda", idle=3), 0.3, window, cap, sinks)
+    want = varlen_attention(*wide, VarlenSettings(RowLayout(LENGTHS, idle=3), 0.3, window, cap, wide_sinks))
+    got = varlen_attention(*given, settings)
     g = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     found = [got, *torch.autograd.grad(got, given, g.to("cuda", dtype))]

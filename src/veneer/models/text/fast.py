@@ -51,7 +51,7 @@ from veneer.models.text.probe import (
     norm_parts,
     short_windows,
 )
-from veneer.ops.attention import HeadNorms, RowLayout, rope_varlen_attention, varlen_attention
+from veneer.ops.attention import HeadNorms, RowLayout, VarlenSettings, rope_varlen_attention, varlen_attention
 from veneer.ops.cpu import memory
 from veneer.ops.linear import linear
 from veneer.ops.mlp import gated_mlp
@@ -308,7 +308,7 @@ def _interface(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     window, cap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
-    return varlen_attention(q, k, v, layout, scale, window, cap or 0.0, sinks)[None], None
+    return varlen_attention(q, k, v, VarlenSettings(layout, scale, window, cap or 0.0, sinks))[None], None
 
 
 def _drops(module: nn.Module) -> bool:
@@ -414,7 +414,7 @@ def _attention_forward(
         kv = len(_weight(join.modules[1])) // self.head_dim
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         qkv = linear(hidden_states, first).view(n, -1, self.head_dim)
-        heads = rope_varlen_attention(qkv, cos, sin, kv, layout, self.scaling, window, head_norms)
+        heads = rope_varlen_attention(qkv, cos, sin, kv, VarlenSettings(layout, self.scaling, window), head_norms)
         if kept_alone:
             heads = heads[layout.keep]
         return linear(heads.view(1, len(heads), -1), last), None

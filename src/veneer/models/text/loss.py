@@ -28,7 +28,7 @@ from veneer.ops.attention import RowLayout, SharedRows
 from veneer.ops.device_transfer import sent
 from veneer.ops.lora_segments import LoraSegments
 from veneer.ops.loss import likeliest, token_nll
-from veneer.ops.step_sizes import HEAD_CHUNK, ROW_STEP, few_sizes, padded_tokens
+from veneer.ops.step_sizes import HEAD_CHUNK, few_sizes, padded_tokens
 
 
 def text_loss(
@@ -224,7 +224,7 @@ def _rows_hidden(
         idle = padded_tokens(len(input_ids), count) - len(input_ids)
         input_ids = torch.cat([input_ids, input_ids[:1].expand(idle)])
         at = torch.cat([at, at[-1:].expand(few_sizes(count) - count)]) if count else at
-        layout = RowLayout(lengths, device, step=ROW_STEP, idle=idle, shared=shared)
+        layout = RowLayout(lengths, device, idle=idle, shared=shared)
     layout = RowLayout(lengths, device, shared=shared) if layout is None else layout
     before = at - 1 if layout.shared is None else layout.shared.before[at]
     layout.keep = before if report_of(model).keeps else None

@@ -43,8 +43,6 @@ _EVERYWHERE = {
     "geglu_backward": "ppplli",
     "gelu_tanh": "ppli",
     "gelu_tanh_backward": "pppli",
-    "gather_heads": "plpppplllllfpi",
-    "scatter_heads": "plpppplllllfpi",
     "causal_softmax": "pllllllli",
     "softmax_backward": "pplli",
     "token_nll": "pipppllii",

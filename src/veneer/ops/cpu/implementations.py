@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.ops.attention import RowGroup, VarlenSettings
+from veneer.ops.attention import VarlenSettings
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import Implementation
 from veneer.ops.lowrank import LowRank
@@ -178,33 +178,6 @@ for _name in ("gelu_tanh", "gelu_tanh_backward"):
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-def _takes_heads(name: str) -> Callable[..., bool]:
-    def takes(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> bool:
-        tables = [t for t in (cos, sin) if t is not None]
-        flat = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.dtype == torch.bfloat16
-        return flat and compiled.usable(name, *tables, x[:1].contiguous()) is not None
-
-    return takes
-
-
-def _heads(name: str) -> Callable[..., None]:
-    def run(
-        x: Tensor, cos: Tensor | None, sin: Tensor | None, group: RowGroup, kv: int, scale: float, out: Tensor
-    ) -> None:
-        flat = x if name == "gather_heads" else out  # `flat` has the shape (N, heads, dim)
-        heads, dim = flat.shape[1], flat.shape[2]
-        given = x.data_ptr(), flat.stride(0), *_at(cos, sin, group.tokens, group.slots)
-        sizes = len(group.tokens), group.length, kv, heads // kv, dim, scale
-        _kernel(name)(*given, *sizes, out.data_ptr(), torch.get_num_threads())
-
-    return run
-
-
-for _name in ("gather_heads", "scatter_heads"):
-    _wants_heads = "bfloat16, contiguous heads"
-    _implements(_name, takes=_takes_heads(_name), wants=_wants_heads)(_heads(_name))
-
-
 @_implements("causal_softmax")
 def _causal_softmax(
     scores: Tensor, batch: int, queries: int, per: int, keys: int, first_query: int, first_key: int, window: int
@@ -258,15 +231,15 @@ class _Tiles:
         self.names = f"{prefix}rope_varlen_attention", f"{prefix}rope_varlen_attention_backward"
 
     def forward(
-        self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings
+        self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, settings: VarlenSettings
     ) -> tuple[Tensor, Tensor]:
         """Return the output (N, heads, dim) and log Σ exp of the scores.
 
         log Σ exp is (N, heads) float32."""
-        n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * settings.kv, qkv.shape[2]
+        n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * kv, qkv.shape[2]
         out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
         out[int(settings.layout.starts[-1]) :].zero_()
-        given = self._given(qkv, cos, sin, settings)
+        given = self._given(qkv, cos, sin, kv, settings)
         _kernel(self.names[0])(*given, *_at(out, lse), torch.get_num_threads())
         return out, lse
 
@@ -278,19 +251,27 @@ class _Tiles:
         qkv: Tensor,
         cos: Tensor | None,
         sin: Tensor | None,
+        kv: int,
         settings: VarlenSettings,
     ) -> Tensor:
         d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         d_qkv[int(settings.layout.starts[-1]) :].zero_()
-        given = self._given(qkv, cos, sin, settings)
+        given = self._given(qkv, cos, sin, kv, settings)
         _kernel(self.names[1])(*_at(g, out, lse), *given, d_qkv.data_ptr(), torch.get_num_threads())
         return d_qkv
 
     @staticmethod
-    def _given(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, settings: VarlenSettings) -> list[Any]:
-        kv, layout, scale, window = settings
-        per, starts = (qkv.shape[1] - 2 * kv) // kv, layout.starts
-        sizes = len(starts) - 1, kv, per, qkv.shape[2], scale, window or 0, int(qkv.dtype == torch.bfloat16)
+    def _given(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, settings: VarlenSettings) -> list[Any]:
+        per, starts = (qkv.shape[1] - 2 * kv) // kv, settings.layout.starts
+        sizes = (
+            len(starts) - 1,
+            kv,
+            per,
+            qkv.shape[2],
+            settings.scale,
+            settings.window or 0,
+            int(qkv.dtype == torch.bfloat16),
+        )
         return [qkv.data_ptr(), qkv.stride(0), *_at(cos, sin, starts), *sizes]
 
 

@@ -307,65 +307,6 @@ void gelu_tanh_backward(const bf16 *g, const bf16 *x, bf16 *dx, int64_t n, int t
     }
 }
 
-/* Gather the heads of flat tokens, (token, head, dim) with `ld` between tokens, into attention's
-   layout: (row, kv head, time, query head of that kv head, dim). tokens[i] is a flat token, slots[i] =
-   row * length + time its slot. cos, sin: (token, dim/2) rotate each head in halves by +theta; NULL
-   copies. Everything is multiplied by scale. */
-void gather_heads(const bf16 *x, int64_t ld, const bf16 *cs, const bf16 *sn, const int64_t *tokens, const int64_t *slots,
-                  int64_t count, int64_t length, int64_t kv, int64_t per, int64_t dim, float scale, bf16 *out, int threads) {
-    int64_t half = dim / 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++) {
-        int64_t t = tokens[i], row = slots[i] / length, time = slots[i] % length;
-        const bf16 *c = cs ? cs + t * half : 0, *s = sn ? sn + t * half : 0;
-        for (int64_t h = 0; h < kv * per; h++) {
-            const bf16 *a = x + t * ld + h * dim, *b = a + half;
-            bf16 *o = out + ((((row * kv + h / per) * length + time) * per) + h % per) * dim, *p = o + half;
-            if (c) {
-#pragma omp simd
-                for (int64_t j = 0; j < half; j++) {
-                    float cj = up(c[j]), sj = up(s[j]), aj = up(a[j]), bj = up(b[j]);
-                    o[j] = down((aj * cj - bj * sj) * scale);
-                    p[j] = down((bj * cj + aj * sj) * scale);
-                }
-            } else if (scale == 1.0f) {
-                memcpy(o, a, dim * sizeof(bf16));
-            } else {
-#pragma omp simd
-                for (int64_t j = 0; j < dim; j++) o[j] = down(up(a[j]) * scale);
-            }
-        }
-    }
-}
-
-/* The transpose of gather_heads: back to flat tokens, rotated by -theta. */
-void scatter_heads(const bf16 *g, int64_t ld, const bf16 *cs, const bf16 *sn, const int64_t *tokens, const int64_t *slots,
-                   int64_t count, int64_t length, int64_t kv, int64_t per, int64_t dim, float scale, bf16 *out, int threads) {
-    int64_t half = dim / 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++) {
-        int64_t t = tokens[i], row = slots[i] / length, time = slots[i] % length;
-        const bf16 *c = cs ? cs + t * half : 0, *s = sn ? sn + t * half : 0;
-        for (int64_t h = 0; h < kv * per; h++) {
-            const bf16 *a = g + ((((row * kv + h / per) * length + time) * per) + h % per) * dim, *b = a + half;
-            bf16 *o = out + t * ld + h * dim, *p = o + half;
-            if (c) {
-#pragma omp simd
-                for (int64_t j = 0; j < half; j++) {
-                    float cj = up(c[j]), sj = up(s[j]), aj = up(a[j]), bj = up(b[j]);
-                    o[j] = down((aj * cj + bj * sj) * scale);
-                    p[j] = down((bj * cj - aj * sj) * scale);
-                }
-            } else if (scale == 1.0f) {
-                memcpy(o, a, dim * sizeof(bf16));
-            } else {
-#pragma omp simd
-                for (int64_t j = 0; j < dim; j++) o[j] = down(up(a[j]) * scale);
-            }
-        }
-    }
-}
-
 /* In place, scores to probabilities: scores (b, queries * per, keys), query t = q0 + row / per, key k0
    + column. A query sees keys max(0, t - window + 1) ... t; other probabilities are 0. window <= 0: no
    window. */

@@ -213,20 +213,15 @@ def _gelu_tanh(draw: Draw) -> list[Tensor]:
 
 def _attended(draw: Draw, name: str) -> list[Tensor]:
     """Rows of several lengths, six heads over two key heads, of an odd width."""
-    layout, angle = attention.RowLayout([70, 1, 33], idle=2), draw.wide(106, 9)
+    settings, angle = attention.VarlenSettings(attention.RowLayout([70, 1, 33], idle=2), 0.3), draw.wide(106, 9)
     cos, sin = angle.cos().bfloat16().to(draw.dtype), angle.sin().bfloat16().to(draw.dtype)
     with override_ops(rope_varlen_attention=name):
         made = draw.gradients(
-            lambda qkv: attention.rope_varlen_attention(qkv, cos, sin, 2, layout, 0.3), draw(106, 10, 18)
+            lambda qkv: attention.rope_varlen_attention(qkv, cos, sin, 2, settings), draw(106, 10, 18)
         )
-        given = draw(106, 6, 18), draw(106, 2, 18), draw(106, 2, 18)
-        made += draw.gradients(lambda q, k, v: attention.varlen_attention(q, k, v, layout, 0.3, 20), *given)
+        given, narrow = (draw(106, 6, 18), draw(106, 2, 18), draw(106, 2, 18)), settings._replace(window=20)
+        made += draw.gradients(lambda q, k, v: attention.varlen_attention(q, k, v, narrow), *given)
     return made
-
-
-@_case("gather_heads", "scatter_heads", "causal_softmax", "softmax_backward")
-def _attended_in_groups(draw: Draw) -> list[Tensor]:
-    return _attended(draw, "torch")
 
 
 @_case("rope_varlen_attention", "rope_varlen_attention_backward", dtypes=(_BF16, _F32))
@@ -242,6 +237,12 @@ def _attended_in_tiles(draw: Draw) -> list[Tensor]:
 @_case("attend", "attend_backward")
 def _attend(draw: Draw) -> list[Tensor]:
     return draw.gradients(attention.cross_attention, draw(2, 70, 3, 40), draw(2, 300, 3, 40), draw(2, 300, 3, 40))
+
+
+@_case("causal_softmax", "softmax_backward")
+def _kept_probabilities(draw: Draw) -> list[Tensor]:
+    with override_ops(attend="torch"):
+        return _attend(draw)
 
 
 @_case("token_nll", dtypes=(_BF16, _F32))

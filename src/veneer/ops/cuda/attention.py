@@ -12,37 +12,29 @@ import torch
 from torch import Tensor
 
 from veneer.compat import varlen_attention
-from veneer.ops.attention import RowLayout
-from veneer.ops.device_transfer import made_up
+from veneer.ops.attention import RowLayout, VarlenSettings
+from veneer.ops.device_transfer import is_fake
 
 
 def varlen_missing() -> str:
     return "" if varlen_attention() is not None else "torch has no varlen_attn with scale, window and grouped heads"
 
 
-def takes_varlen(q: Tensor, k: Tensor, v: Tensor, cap: float, sinks: Tensor | None) -> bool:
+def takes_varlen(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> bool:
     """Return whether flash attention takes these inputs.
 
     16 bits, heads of up to 256 values in multiples of 8, compute capability 8.0 or later."""
-    if cap or sinks is not None or q.device.type != "cuda" or made_up(q) or varlen_missing():
+    if settings.cap or settings.sinks is not None or q.device.type != "cuda" or is_fake(q) or varlen_missing():
         return False
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= 256 and q.shape[2] % 8 == 0
     return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: RowLayout,
-    scale: float,
-    window: int | None,
-    cap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     """Return causal attention of each row, (N, heads, dim), by varlen attention.
 
     `torch.nn.attention.varlen.varlen_attn`."""
+    layout, scale, window, *_ = settings
     before = -1 if window is None else window - 1
     longest, grouped = max(layout.lengths, default=0), q.shape[1] != k.shape[1]
     options: dict[str, Any] = {"scale": scale, "window_size": (before, 0), "enable_gqa": grouped}
@@ -55,14 +47,14 @@ def flex_missing() -> str:
     return "" if importlib.util.find_spec("triton") is not None else "triton is not installed"
 
 
-def takes_flex(q: Tensor, k: Tensor, v: Tensor, cap: float, sinks: Tensor | None) -> bool:
+def takes_flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> bool:
     """Return whether to use flex attention.
 
     For capped scores or sinks, with heads of 16 values or more.
 
     Varlen attention supports neither capped scores nor sinks."""
-    wanted = bool(cap) or sinks is not None
-    return wanted and q.device.type == "cuda" and not made_up(q) and q.shape[2] >= 16 and not flex_missing()
+    extra = bool(settings.cap) or settings.sinks is not None
+    return extra and q.device.type == "cuda" and not is_fake(q) and q.shape[2] >= 16 and not flex_missing()
 
 
 @functools.cache
@@ -72,21 +64,14 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: RowLayout,
-    scale: float,
-    window: int | None,
-    cap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     """Return causal attention of each row, (N, heads, dim), by flex attention.
 
     Compiled on a GPU. `cap` c: scores are c·tanh(score/c). sinks: (heads,); softmax with a sink z is
     softmax · σ(log Σ exp − z)."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    layout, scale, window, cap, sinks = settings
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from veneer.compat import LIGER, MissingInternalError
-from veneer.ops.device_transfer import made_up
+from veneer.ops.device_transfer import is_fake
 
 _MOST_COLUMNS = 65536
 """Most values per row that Liger's norms support."""
@@ -48,7 +48,7 @@ def _runs_on(*tensors: Tensor) -> bool:
 
     Contiguous, on one GPU, not fake, not float64."""
     device = tensors[0].device
-    if device.type != "cuda" or made_up(tensors[0]):
+    if device.type != "cuda" or is_fake(tensors[0]):
         return False
     fits = all(t.device == device and t.is_contiguous() and t.dtype != torch.float64 for t in tensors)
     return fits and not why_missing() and not _trouble_on(device.index or 0)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import adapted_norm
-from veneer.ops.device_transfer import made_up, put_numbers, sent
+from veneer.ops.device_transfer import is_fake, put_numbers, sent
 from veneer.ops.dispatch import dispatch
 from veneer.ops.quantized import dequantized
 from veneer.serve.forward.weights import in_blocks
@@ -206,7 +206,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or made_up(tensor) else tensor.data_ptr()
+    return 0 if tensor is None or is_fake(tensor) else tensor.data_ptr()
 
 
 def _add_rows(y: Tensor, rows: Tensor | slice, more: Tensor) -> None:
