@@ -15,7 +15,7 @@ from veneer.errors import AdapterError, BaseError, ConfigError
 from veneer.files.weights import Checkpoint
 from veneer.formats import peft
 from veneer.formats.card import read_card
-from veneer.formats.strengths import LBW, block_of, parse_blocks
+from veneer.formats.strengths import block_of, parse_blocks
 from veneer.library.library import open_library
 
 NAMES = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.1.mlp"]
@@ -210,24 +210,9 @@ def test_strength_by_block_is_exact_and_reported(two, tmp_path):
 
 
 UNET = [
-    "unet.conv_in", "unet.down_blocks.1.attentions.0.proj_in", "unet.down_blocks.0.downsamplers.0.conv",
-    "unet.mid_block.attentions.0.proj_in", "unet.up_blocks.0.upsamplers.0.conv", "unet.up_blocks.1.resnets.2.conv1",
-    "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    "unet.down_blocks.1.attentions.0.proj_in", "unet.down_blocks.0.downsamplers.0.conv",
+    "unet.mid_block.attentions.0.proj_in",
 ]  # fmt: skip
-
-
-def test_block_weights_in_a_list_are_kohya_s():
-    """IN{3i+j+1}: down_blocks.i, layer j; IN{3i+3}: its downsampler; OUT{3i+j}: up_blocks.i, with its upsampler."""
-    twenty = {n: float(i) for i, n in enumerate(LBW[20])}
-    got = parse_blocks(",".join(str(v) for v in twenty.values()), UNET)
-    blocks = ["IN00", "IN04", "IN03", "MID", "OUT02", "OUT05", "BASE"]
-    assert got == dict(zip(UNET, (twenty[b] for b in blocks), strict=True))
-    twelve = parse_blocks("0.5" + ",0" * 11, UNET)
-    assert [twelve[m] for m in UNET] == [1, 0, 1, 0, 0, 0, 0.5]  # what twelve leave out stays at 1
-    with pytest.raises(ConfigError, match="list of 3"):
-        parse_blocks("1,2,3", UNET)
-    with pytest.raises(ConfigError, match="do not belong to a U-Net"):
-        parse_blocks(",".join("1" * 20), ["transformer.x"])
 
 
 def test_patterns_are_whole_parts_of_names_and_must_fit():
@@ -238,7 +223,7 @@ def test_patterns_are_whole_parts_of_names_and_must_fit():
     for text, words in wrong.items():
         with pytest.raises(ConfigError, match=words):
             parse_blocks(text, names)
-    assert [block_of(n) for n in UNET[1:4]] == [
+    assert [block_of(n) for n in UNET] == [
         "unet.down_blocks.1.attentions.0",
         "unet.down_blocks.0.downsamplers.0",
         "unet.mid_block.attentions.0",

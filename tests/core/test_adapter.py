@@ -87,12 +87,12 @@ def test_a_component_is_the_part_of_one_model_under_its_own_names() -> None:
     whole = Adapter(
         pairs={"unet.conv_in": one, "text_encoder.q": two, "text_encoder_2.q": two},
         deltas={"unet.norm.weight": norm},
-        new_tokens={"text_encoder.words": {"<s>": torch.ones(1, 3)}},
+        token_rows={"text_encoder.words": TokenRows((5,), torch.ones(1, 3))},
     )
     unet = whole.component("unet")
-    assert (unet.pairs, unet.deltas, unet.new_tokens) == ({"conv_in": one}, {"norm.weight": norm}, {})
+    assert (unet.pairs, unet.deltas, unet.token_rows) == ({"conv_in": one}, {"norm.weight": norm}, {})
     assert set(whole.component("text_encoder").pairs) == {"q"}
-    assert set(whole.component("text_encoder").new_tokens) == {"words"}
+    assert set(whole.component("text_encoder").token_rows) == {"words"}
     assert not whole.component("vae").pairs
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from veneer.core import Adapter, TokenRows, attach
-from veneer.core.adapter import with_token_ids
+from veneer.core import Adapter, attach
 from veneer.core.forms import Delta, change_of, delta_of, part_problems, product_of, tucker
 from veneer.errors import AdapterError
 
@@ -152,20 +151,6 @@ def test_a_norm_takes_deltas_of_both_parameters() -> None:
     torch.testing.assert_close(state["n.bias"], b.float())
     want = nn.functional.group_norm(x, 2, 1 + 2 * w.float(), b.float())
     torch.testing.assert_close(y, want)
-
-
-def test_learned_words_act_as_token_rows_once_they_have_ids() -> None:
-    model = nn.ModuleDict({"e": nn.Embedding(8, 4)})
-    words = {"<s1>": made(1, 4).float(), "<s2>": made(2, 4).float()}
-    adapter = Adapter(new_tokens={"e": words}, token_rows={"e": TokenRows((0,), made(1, 4).float())})
-    with attach(model) as attachment:
-        with pytest.raises(AdapterError, match="<s1>, <s2> have no token ids yet"):
-            attachment.add("a", adapter)
-        attachment.add("b", with_token_ids(adapter, {"e": {"<s1>": (6,), "<s2>": (5, 7)}}))
-        attachment.use("b")
-        assert torch.equal(model["e"](torch.tensor([6, 5, 7])), torch.cat([words["<s1>"], words["<s2>"]]))
-    with pytest.raises(ValueError, match="'<s2>' has 2 vectors and 1 ids"):
-        with_token_ids(adapter, {"e": {"<s1>": (6,), "<s2>": (5,)}})
 
 
 def test_digests_tell_deltas_apart() -> None:

@@ -387,15 +387,6 @@ def test_full_copies_and_token_rows_are_mixed_by_their_changes():
     close(full.rows, torch.stack([x[0], y[1], x[1] + y[0] - W[3]]))
 
 
-def test_learned_words_are_taken_over_and_never_scaled_or_mixed():
-    a, b = Adapter(new_tokens={"e": {"<cat>": noise(1, 4)}}), Adapter(new_tokens={"e": {"<dog>": noise(2, 4)}})
-    assert sorted(mix([(a, 1.0), (b, 1.0)]).adapter.new_tokens["e"]) == ["<cat>", "<dog>"]
-    with pytest.raises(AdapterError, match="<cat>"):
-        mix([(a, 0.5)])
-    with pytest.raises(AdapterError, match="two adapters have learned"):
-        mix([(a, 1.0), (Adapter(new_tokens={"e": {"<cat>": noise(1, 4, seed=9)}}), 1.0)])
-
-
 def test_mixing_leaves_its_inputs_alone():
     adapter = Adapter({"m": linear(2, 0)}, deltas={"m.bias": Delta("dense", {"value": noise(OUT)}, (OUT,))})
     before = copy.deepcopy(adapter).digest()

@@ -51,14 +51,6 @@ def test_an_embedding_of_a1111(tmp_path):
     assert metadata["string_to_token.*"] == "265"
 
 
-@pytest.mark.parametrize(("name", "component"), [("lora.pt", "unet"), ("lora.text_encoder.pt", "text_encoder")])
-def test_the_list_of_cloneofsimo(tmp_path, name, component):
-    tensors, _ = read_pickle(save(tmp_path, [B, A, B + 1, A + 1], name))
-    assert set(tensors) == {f"{component}:{i}:{part}" for i in (0, 1) for part in ("up", "down")}
-    assert torch.equal(tensors[f"{component}:1:up"], B + 1)
-    assert torch.equal(tensors[f"{component}:1:down"], A + 1)
-
-
 def test_views_and_tied_tensors_are_read(tmp_path):
     tensors, _ = read_pickle(save(tmp_path, {"a": A.t(), "b": A, "c": A[1:]}))
     assert torch.equal(tensors["a"], A.t())

@@ -25,7 +25,6 @@ PAIRS = {
     "dotted": ("{}.lora.down.weight", "{}.lora.up.weight"),
     "linear_layer": ("{}.lora_linear_layer.down.weight", "{}.lora_linear_layer.up.weight"),
     "plain": ("{}.down.weight", "{}.up.weight"),
-    "numbered": ("{}:down", "{}:up"),
 }
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

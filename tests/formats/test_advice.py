@@ -112,17 +112,12 @@ def gain(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def words(adapter: Adapter) -> Adapter:
-    adapter.new_tokens["text_encoder.text_model.embeddings.token_embedding"] = {"<cat>": torch.ones(1, 6)}
-    return adapter
-
-
 @pytest.mark.parametrize("to", ["peft", "kohya", "diffusers", "comfyui", "vllm"])
 @pytest.mark.parametrize(
     "adapter",
-    [pairs(TO_Q), pairs(TO_Q, TEXT), gain(pairs(TO_Q)), gain(pairs(TO_Q, TEXT)), words(pairs(TO_Q)),
-     words(pairs(TO_Q, TEXT)), linear_pairs(["a.q_proj"])],
-    ids=["one model", "two models", "a gain", "a gain and two models", "words", "words and two models", "text"],
+    [pairs(TO_Q), pairs(TO_Q, TEXT), gain(pairs(TO_Q)), gain(pairs(TO_Q, TEXT)),
+     linear_pairs(["a.q_proj"])],
+    ids=["one model", "two models", "a gain", "a gain and two models", "text"],
 )  # fmt: skip
 def test_what_is_advised_holds_the_adapter(adapter, to):
     """Every `--to` that a refusal names is one that writes; where it names none, none does."""
@@ -140,20 +135,6 @@ def test_what_is_advised_holds_the_adapter(adapter, to):
         elif other != to:
             with pytest.raises(AdapterError):
                 encode(adapter, other)
-
-
-def test_a_list_with_learned_words_is_written_without_them(tmp_path, capsys):
-    shapes = {"up": (6, 2), "down": (2, 6)}
-    layers = {f"text_encoder:{i}:{half}": torch.ones(s) for i in range(48) for half, s in shapes.items()}
-    write_tensors(tmp_path / "x.safetensors", {**layers, "<cat>": torch.ones(6)}, {"<cat>": "<embed>"})
-    asked = f"adapter convert --to kohya -o {tmp_path}/y.safetensors {tmp_path}/x.safetensors".split()
-    refused = run(capsys, *asked)
-    assert refused.code == 2
-    assert "a list of numbered pairs (unet:0:up) holds them; --without-words writes all else" in refused.err
-    written = run(capsys, *asked, "--without-words")
-    assert written.code == 0, written.err
-    assert "left out: 1 learned words: <cat>" in written.err
-    assert len(read(tmp_path / "y.safetensors").adapter.pairs) == 48
 
 
 def test_convert_to_lora_is_advised_where_peft_has_it():

@@ -63,7 +63,7 @@ MEANT = Adapter(
 
 
 def but(**changes) -> Adapter:
-    parts = {what: getattr(MEANT, what) for what in ("pairs", "modules", "token_rows", "deltas", "new_tokens")}
+    parts = {what: getattr(MEANT, what) for what in ("pairs", "modules", "token_rows", "deltas")}
     return Adapter(**(parts | changes))
 
 

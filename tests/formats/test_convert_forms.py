@@ -94,7 +94,6 @@ HELD: dict[str, tuple[Adapter, set[str]]] = {
     ),
     "full": (Adapter(modules={TO_Q: {"weight": numbers((ROWS, IN), "full")}}), {"comfyui", "peft"}),
     "token rows": (Adapter(token_rows={EMBEDDING: TokenRows((1, 4), numbers((2, IN), "rows"))}), set()),
-    "learned words": (Adapter(new_tokens={EMBEDDING: {"<dog>": numbers((1, IN), "word")}}), set()),
 }
 
 
@@ -152,7 +151,7 @@ def test_a_form_comes_back_or_is_refused_by_name(form, to, tmp_path):
 
 
 def _items(adapter: Adapter):
-    for what in ("pairs", "deltas", "modules", "token_rows", "new_tokens"):
+    for what in ("pairs", "deltas", "modules", "token_rows"):
         yield from getattr(adapter, what).items()
 
 
@@ -187,7 +186,6 @@ def test_every_module_in_the_way_is_listed_at_once():
             EMBEDDING: Pair(numbers((2, 5), "A"), numbers((IN, 2), "B"), 0.5, "embedding"),
         },
         modules={CONV: {"weight": numbers((ROWS, IN, 3, 3), "full")}},
-        new_tokens={EMBEDDING: {"<dog>": numbers((1, IN), "word")}},
     )
     with pytest.raises(AdapterError, match=r"3 module\(s\) are in the way") as refusal:
         encode(adapter, "kohya", family="sdxl")

@@ -84,7 +84,6 @@ def test_folding_changes_no_effect(pairs, dtype):
         ({"deltas": {f"{Q}.bias": Delta("dense", {"value": torch.ones(6)}, (6,))}}, "dense change of the bias"),
         ({"modules": {Q: {"weight": torch.ones(6, 4)}}}, "no full copies"),
         ({"token_rows": {EMBED: TokenRows((1,), torch.ones(1, 4))}}, "rows of tokens"),
-        ({"new_tokens": {EMBED: {"<a>": torch.ones(1, 4)}}}, "adds no tokens"),
         ({"pairs": {"unet.conv_in": Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)}}, "serves language models"),
     ],
 )

@@ -47,12 +47,6 @@ def loha() -> tuple[dict[str, Tensor], dict[str, str]]:
     return parts | other | {f"{name}.alpha": torch.tensor(1.0)}, {}
 
 
-def numbered() -> tuple[dict[str, Tensor], dict[str, str]]:
-    shapes = {"up": (4, 2), "down": (2, 4)}
-    pairs = {f"text_encoder:{i}:{ud}": torch.ones(shape) for i in range(8) for ud, shape in shapes.items()}
-    return pairs | {"<word>": torch.ones(4)}, {"<word>": "<embed>", "unet": '["CrossAttention"]'}
-
-
 def configured() -> tuple[dict[str, Tensor], dict[str, str]]:
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     pair = {f"{name}.lora_A.weight": torch.ones(2, 6), f"{name}.lora_B.weight": torch.ones(4, 2)}
@@ -68,7 +62,6 @@ MADE: dict[str, Callable[[], tuple[dict[str, Tensor], dict[str, str]]]] = {
     "comfyui qwen": lambda: few(layouts.dotted("qwen-image", "diffusion_model.", original=True, naming="peft")),
     "text": lambda: (TEXT, {}),
     "lycoris": loha,
-    "cloneofsimo": numbered,
     "diffusers with settings": configured,
 }
 

@@ -211,7 +211,6 @@ def test_what_is_no_adapter_is_refused(tmp_path):
         (lambda a: setattr(a.pairs[V], "kind", "conv"), "a pair of conv"),
         (lambda a: a.modules.update({"lm_head": {"weight": torch.ones(2)}}), "a full module"),
         (lambda a: a.deltas.update({"x.weight": Delta("dense", {"value": torch.ones(2)}, (2,))}), "a dense change"),
-        (lambda a: a.new_tokens.update({"model.embed_tokens": {"<a>": torch.ones(1, 2)}}), "token rows"),
         (lambda a: a.pairs.clear(), "nothing at all"),
     ],
 )

@@ -133,12 +133,7 @@ def packed(pairs: dict[str, tuple[Tensor, Tensor]], layout: str) -> dict[str, Te
             leaf: [torch.stack([pairs[f"{module}.{e}.{leaf}"][half] for e in range(4)]) for half in (0, 1)]
             for leaf in ("gate_proj", "up_proj", "down_proj")
         }
-        if layout == "nemo":
-            out[f"{module}.lora_gate_and_up_A"] = own["gate_proj"][0].transpose(1, 2)
-            both = torch.cat([own["gate_proj"][1], own["up_proj"][1]], 1)
-            out[f"{module}.lora_gate_and_up_B"] = both.transpose(1, 2)
-            out[f"{module}.lora_down_A"], out[f"{module}.lora_down_B"] = (t.transpose(1, 2) for t in own["down_proj"])
-        for leaf, (A, B) in own.items() if layout != "nemo" else ():
+        for leaf, (A, B) in own.items():
             for half, stack in (("A", A), ("B", B)):
                 one = layout == "shared" and (half == "B") == (leaf == "down_proj")
                 if layout == "packed" or one:
@@ -150,11 +145,11 @@ def packed(pairs: dict[str, tuple[Tensor, Tensor]], layout: str) -> dict[str, Te
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("layout", ["nemo", "packed", "shared"])
+@pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_packed_layouts_are_a_pair_for_each_expert(tmp_path, name, layout):
-    """NeMo AutoModel's grouped tensors, and Megatron Bridge's: in three dimensions, and with one shared outer half."""
+    """Megatron Bridge's tensors: in three dimensions, and with one shared outer half."""
     net = model(name)
-    pairs = single_pairs(net, name, share=layout == "nemo")
+    pairs = single_pairs(net, name)
     if layout == "shared":
         for module in EXPERTS[name]:
             first = {leaf: pairs[f"{module}.0.{leaf}"] for leaf in ("gate_proj", "down_proj")}
@@ -167,18 +162,6 @@ def test_packed_layouts_are_a_pair_for_each_expert(tmp_path, name, layout):
     got = peft.load_folder(path, net)
     torch.testing.assert_close(our_outputs(net, got.adapter), by_hand(name, pairs), rtol=1e-9, atol=1e-9)
     assert any("read as a pair for each expert" in note for note in got.notes)
-
-
-def test_gpt_oss_in_nemos_layout_keeps_the_order_of_the_base(tmp_path):
-    """Its gate_and_up has the base's own order of rows, gate and up in turn."""
-    net = model("gpt_oss")
-    pairs = single_pairs(net, "gpt_oss", share=True)
-    tensors = packed(pairs, "nemo")
-    for key in [k for k in tensors if k.endswith("gate_and_up_B")]:
-        half = tensors[key].shape[2] // 2
-        tensors[key] = torch.stack([tensors[key][..., :half], tensors[key][..., half:]], 3).flatten(2)
-    got = peft.read_folder(folder(tmp_path / "a", tensors), net)
-    torch.testing.assert_close(our_outputs(net, got), by_hand("gpt_oss", pairs), rtol=1e-9, atol=1e-9)
 
 
 def test_some_experts_and_unlike_scales_are_exact_too(tmp_path):

@@ -255,7 +255,7 @@ def test_gguf_by_its_ending(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("key", "fmt"),
     [
-        ("unet:0:up", "cloneofsimo"), ("double_blocks.0.processor.qkv_lora1.down.weight", "xlabs"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "xlabs"),
         ("single_blocks.0.norm.query_norm.scale", "bfl-control"),
         ("double_blocks.0.img_attn.qkv.lora_B.bias", "bfl-control"), ("lycoris_x.lora_up.weight", "lycoris"),
         ("lora_unet_x.hada_w1_a", "lycoris"), ("lora_unet_x.lokr_w2", "lycoris"), ("lora_unet_x.diff_b", "lycoris"),
@@ -271,5 +271,5 @@ def test_each_layout_has_its_name(key: str, fmt: str) -> None:
     assert (name, len(reasons)) == (fmt, 1)
     assert name in FORMATS or name == "unknown"
     many = [f"lora_unet_{i}.lora_down.weight" for i in range(5)]
-    marks = {"cloneofsimo", "xlabs", "bfl-control", "lycoris", "onetrainer"}
+    marks = {"xlabs", "bfl-control", "lycoris", "onetrainer"}
     assert detect_format([key, *many], {})[0] == (fmt if fmt in marks else "kohya")

@@ -142,17 +142,6 @@ def test_pickles_only_where_asked_for(tmp_path) -> None:
         assert_same(changes(read(place, from_pickle=True).adapter), layout.want)
 
 
-def test_a_list_pickle(tmp_path) -> None:
-    """cloneofsimo's first files: [up, down, up, …]."""
-    from tests.formats.test_read_forms import numbered
-
-    layout = numbered()
-    pairs = [layout.tensors[f"unet:{i}:{part}"] for i in range(144) for part in ("up", "down")]
-    torch.save(pairs, tmp_path / "lora_weight.pt")
-    want = {n: c for n, c in layout.want.items() if n.startswith("unet.")}
-    assert_same(changes(read(tmp_path / "lora_weight.pt", from_pickle=True).adapter), want)
-
-
 def test_a_base_is_checked_and_gives_shapes() -> None:
     """A LoHa of a convolution may be stored flat: the base says the kernel."""
     layout, name = Layout(), "unet.down_blocks.0.resnets.0.conv1"

@@ -1,4 +1,4 @@
-"""What is not a plain pair, read under its module's canonical name; split_qkv; diffusers' metadata; numbered lists."""
+"""What is not a plain pair, read under its module's canonical name; split_qkv; diffusers' metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, prod
 from tests.formats.test_read import check, reading
 from veneer.errors import AdapterError
 from veneer.formats.metadata import pack_configs
-from veneer.formats.numbered_pairs import TOKEN_EMBEDDING
 from veneer.formats.topology import ModulePlace, families, flat
 
 FLUX, SDXL = families()["flux1"], families()["sdxl"]
@@ -241,94 +240,3 @@ def test_diffusers_metadata_that_contradicts_the_tensors(change: dict[str, objec
     layout.metadata["lora_adapter_metadata"] = pack_configs({"transformer": config})
     with pytest.raises(AdapterError, match=message):
         reading(layout)
-
-
-# -- numbered lists --------------------------------------------------------------------------------------------------
-
-LEVELS = {"down": (1, 2, 4), "up": (4, 2, 1), "mid": (4,)}
-
-
-def numbered(parts: tuple[str, ...] = ("attn1", "ff", "attn2")) -> Layout:
-    """cloneofsimo's order by hand: down, up, mid; per block of the transformer the given parts."""
-    layout, i = Layout(), 0
-    names = [f"down_blocks.{b}.attentions.{a}" for b in (0, 1, 2) for a in (0, 1)]
-    names += [f"up_blocks.{b}.attentions.{a}" for b in (1, 2, 3) for a in (0, 1, 2)]
-    widths = [2, 2, 4, 4, 8, 8] + [8] * 3 + [4] * 3 + [2] * 3 + [8]
-    for name, w in zip([*names, "mid_block.attentions.0"], widths, strict=True):
-        for part in parts:
-            leaves = ("net.0.proj",) if part == "ff" else ("to_q", "to_k", "to_v", "to_out.0")
-            for leaf in leaves:
-                shape = (8 * w, w) if part == "ff" else (w, 5 if part == "attn2" and leaf in ("to_k", "to_v") else w)
-                module = f"unet.{name}.transformer_blocks.0.{part}.{leaf}"
-                layout.lora(f"unet:{i}", (ModulePlace(module),), shape, naming="numbered")
-                i += 1
-    assert i == 144
-    for n in range(48):
-        leaf = ("k_proj", "v_proj", "q_proj", "out_proj")[n % 4]
-        module = f"text_encoder.text_model.encoder.layers.{n // 4}.self_attn.{leaf}"
-        layout.lora(f"text_encoder:{n}", (ModulePlace(module),), (6, 6), naming="numbered")
-    layout.metadata = {"unet": '["CrossAttention", "Attention", "GEGLU"]', "text_encoder": '["CLIPAttention"]'}
-    return layout
-
-
-@pytest.mark.parametrize("parts", [("attn1", "ff", "attn2"), ("attn1", "attn2", "ff")])
-def test_numbered_lists_by_the_order_of_their_time(parts: tuple[str, ...]) -> None:
-    layout = numbered(parts)
-    layout.tensors["<s1>"], layout.metadata["<s1>"] = layout.random(6), "<embed>"
-    layout.tensors["<s2>"] = layout.random(2, 6)
-    found = reading(layout)
-    assert (found.format, found.family) == ("cloneofsimo", "sd15")
-    assert_same(changes(found.adapter), layout.want)
-    words = found.adapter.new_tokens[TOKEN_EMBEDDING]
-    assert {w: tuple(t.shape) for w, t in words.items()} == {"<s1>": (1, 6), "<s2>": (2, 6)}
-    first_of_mid = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    assert found.used[first_of_mid] == ["unet:135:down", "unet:135:up"]
-    layout.metadata = {}
-    assert_same(changes(reading(layout).adapter), layout.want)
-
-
-def test_a_numbered_list_that_fits_no_order_is_refused() -> None:
-    layout = numbered()
-    layout.tensors["unet:4:up"], layout.tensors["unet:5:up"] = layout.tensors["unet:5:up"], layout.tensors["unet:4:up"]
-    with pytest.raises(AdapterError, match=r"no order of unet's modules fits the file"):
-        reading(layout)
-    layout = numbered()
-    del layout.tensors["unet:7:up"], layout.tensors["unet:7:down"]
-    with pytest.raises(AdapterError, match=r"the numbers of unet have gaps: 143 of them, from 0 to 143"):
-        reading(layout)
-    layout = numbered()
-    layout.metadata["unet"] = '["SpatialTransformer"]'
-    with pytest.raises(AdapterError, match="unet trains SpatialTransformer"):
-        reading(layout)
-
-
-def test_an_extended_list_has_the_resnets_after_the_attentions() -> None:
-    layout, i = Layout(), 0
-    w = {"down": (2, 4, 8, 8), "up": (8, 8, 4, 2), "mid": (8,)}
-    family = families()["sd15"]
-    for side in ("down", "up", "mid"):
-        for b, width in enumerate(w[side]):
-            block = "unet.mid_block" if side == "mid" else f"unet.{side}_blocks.{b}"
-            own = [n for n, k in family.modules.items() if n.startswith(f"{block}.") and k in ("linear", "conv")]
-            attentions = sorted(
-                {n.split(".transformer_blocks")[0] for n in own if ".attentions." in n and "attn1" in n}
-            )
-            for a in attentions:
-                t = f"{a}.transformer_blocks.0"
-                order = [f"{t}.attn1.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")] + [f"{t}.ff.net.0.proj"]
-                order += [f"{t}.attn2.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
-                for name in order:
-                    into = 5 if name.endswith(("attn2.to_k", "attn2.to_v")) else width
-                    shape = (8 * width if "ff" in name else width, into)
-                    layout.lora(f"unet:{i}", (ModulePlace(name),), shape, naming="numbered")
-                    i += 1
-            for j in range(len({n.split(".")[-2] for n in own if ".resnets." in n})):
-                for part in ("conv1", "time_emb_proj", "conv2", "conv_shortcut"):
-                    if (name := f"{block}.resnets.{j}.{part}") in family.modules:
-                        kernel = (1, 1) if "short" in part else (3, 3)
-                        shape = (width, 3) if part == "time_emb_proj" else (width, 7, *kernel)
-                        layout.lora(f"unet:{i}", (ModulePlace(name),), shape, naming="numbered")
-                        i += 1
-    layout.metadata = {"unet": '["ResnetBlock2D", "CrossAttention", "Attention", "GEGLU"]'}
-    assert i == 144 + 22 * 3 + 14
-    assert_same(changes(reading(layout).adapter), layout.want)

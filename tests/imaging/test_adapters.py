@@ -29,7 +29,7 @@ from veneer.models.image.base import ImageBase
         ("brand@steps=0-0.6", "brand", "1@steps=0-0.6"),
         ("brand@prod:0.8", "brand@prod", "0.8"),
         ("brand@2:0.8@mid=0", "brand@2", "0.8@mid=0"),
-        ("runs/a.safetensors:-1@1,0,0,0,1,1,1,1,1,1,0,0", "runs/a.safetensors", "-1@1,0,0,0,1,1,1,1,1,1,0,0"),
+        ("runs/a.safetensors:-1@up.1=0", "runs/a.safetensors", "-1@up.1=0"),
         (("brand", 0.1), "brand", "0.1"),
         (("brand", Strength(0.3)), "brand", "0.3"),
         ("brand@2:0.8@campaign=lens", "brand@2", "0.8@campaign=lens"),

@@ -7,7 +7,7 @@ layouts depend on a few numbers of the base; the base's weights are never needed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -25,14 +25,10 @@ _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "g
 
 @dataclass(frozen=True)
 class ConvertedAdapter:
-    """The result of a conversion.
-
-    reading: what was read.
-    words: learned words that were left out."""
+    """The result of a conversion: what was read, and what was written."""
 
     reading: Reading
     written: WriteReport
-    words: list[str]
 
 
 def convert_adapter(
@@ -44,7 +40,6 @@ def convert_adapter(
     base: str | None = None,
     dtype: str | None = None,
     allow_partial: bool = False,
-    without_words: bool = False,
     say: Callable[[str], None] | None = None,
     **how: Unpack[ReadOptions],
 ) -> ConvertedAdapter:
@@ -54,7 +49,6 @@ def convert_adapter(
     family: the image model's family, or gguf's architecture, if it cannot be detected.
     base: for gguf and tgi, the name of the base; they need its head size and number of layers.
     allow_partial: convert only what can be read.
-    without_words: leave out learned words, which few layouts support.
 
     Raises AdapterError, and ConfigError if the output is the adapter itself."""
     if Path(output).exists() and Path(output).samefile(place):
@@ -62,16 +56,14 @@ def convert_adapter(
             "the output is the adapter itself, which is not written over", where=str(output), fix="another -o"
         )
     reading = read(place, allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
-    words = [word for own in reading.adapter.new_tokens.values() for word in own] if without_words else []
-    adapter = replace(reading.adapter, new_tokens={}) if words else reading.adapter
     head_dim = layers = None
     if to in ("gguf", "tgi") and base is not None:
         architecture, head_dim, layers = _of_base(base, say)
         family = family or architecture
     if to != "gguf":
         family = family or reading.family
-    written = write(adapter, output, to, family=family, dtype=dtype, head_dim=head_dim, layers=layers)
-    return ConvertedAdapter(reading, written, words)
+    written = write(reading.adapter, output, to, family=family, dtype=dtype, head_dim=head_dim, layers=layers)
+    return ConvertedAdapter(reading, written)
 
 
 def _of_base(name: str, say: Callable[[str], None] | None) -> tuple[str, int | None, int]:

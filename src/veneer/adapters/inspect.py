@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 
 from veneer.adapters import use as using
-from veneer.core.adapter import Adapter, Pair
+from veneer.core.adapter import Adapter
 from veneer.core.attach import attach
 from veneer.core.forms import BASED, product_of
-from veneer.core.truncate import distance, factors
 from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.files.hashes import verify_hashes
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
 from veneer.formats.compatibility import elsewhere
-from veneer.formats.reading import Reading, summary
+from veneer.formats.reading import Reading, delta_norm, summary
 
 if TYPE_CHECKING:
     from veneer.library.library import Library
@@ -64,7 +63,7 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
     Raises what reading raises for a file that is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
-    found = summary(path, reading, refusal, digest=reading.adapter.digest(), norm=_delta_norm)
+    found = summary(path, reading, refusal)
     return found | ({"elsewhere": [asdict(verdict) for verdict in elsewhere(path, reading)]} if tools else {})
 
 
@@ -83,13 +82,6 @@ def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | 
             return reader.read(path, allow_partial=True, **how), error
         except AdapterError:
             raise error from None
-
-
-def _delta_norm(pair: Pair) -> float:
-    """Return ‖s·B·A‖ (Frobenius) without DoRA's magnitude, in float64.
-
-    For experts, the norm over all of them."""
-    return distance(factors(pair))
 
 
 def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader.ReadOptions]) -> list[AdapterCheck]:
@@ -117,7 +109,7 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
         return [*out, AdapterCheck("contents", False, str(error))]
     adapter = reading.adapter
     parts: dict[str, Sized] = {"pairs": adapter.pairs, "deltas": adapter.deltas, "full copies": adapter.modules}
-    parts |= {"sets of token rows": adapter.token_rows, "sets of learned words": adapter.new_tokens}
+    parts["sets of token rows"] = adapter.token_rows
     count = ", ".join(f"{len(own)} {what}" for what, own in parts.items() if own)
     told = [f"{reading.format}; every tensor is understood and finite: {count}", *reading.notes]
     out.append(AdapterCheck("contents", True, "\n".join(told)))
@@ -183,12 +175,12 @@ def _hashes(folder: Path, card: CardFile | None) -> list[AdapterCheck]:
 
 
 def _not_zero(adapter: Adapter) -> AdapterCheck:
-    norms = {n: _delta_norm(p) for n, p in adapter.pairs.items()}
+    norms = {n: delta_norm(p) for n, p in adapter.pairs.items()}
     measured = {n: d for n, d in adapter.deltas.items() if d.form not in BASED and d.magnitude is None}
     norms |= {n: float(product_of(d).norm()) for n, d in measured.items()}
     scaled = {n for n, p in adapter.pairs.items() if p.magnitude is not None}
     alive = [n for n, norm in norms.items() if norm > 0 or n in scaled]
-    others = adapter.modules or adapter.token_rows or adapter.new_tokens or len(measured) < len(adapter.deltas)
+    others = adapter.modules or adapter.token_rows or len(measured) < len(adapter.deltas)
     if norms and not alive and not others:
         return AdapterCheck("not zero", False, "every ΔW is zero: an adapter that was never trained")
     zero = sorted(set(norms) - set(alive))

@@ -516,8 +516,6 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Pla
         for component, part in parts.items()
     }
     for adapter, strength in mix:
-        if adapter.new_tokens:
-            problems.append(f"{', '.join(adapter.new_tokens)}: learned words have no rows in the base yet")
         shapes = parameter_changes(adapter.mapped(lambda t: t.to("meta")))
         for (name, make), (_, shape_only) in zip(parameter_changes(adapter), shapes, strict=True):
             component, rest = ("", name) if "" in parts else (name.partition(".")[0], name.partition(".")[2])

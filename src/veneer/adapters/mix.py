@@ -289,7 +289,7 @@ def diff(a: str, b: str) -> dict[str, Any]:
     skipped += [
         f"{n}: full copies and token rows have no change without a base"
         for x in (one, two)
-        for n in [*x.modules, *x.token_rows, *x.new_tokens]
+        for n in [*x.modules, *x.token_rows]
     ]
     return {
         "a": a,
@@ -387,7 +387,7 @@ def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: 
 
 def _modules(adapter: Adapter) -> list[str]:
     names = [*adapter.pairs, *(n.rpartition(".")[0] for n in adapter.deltas), *adapter.modules]
-    return list(dict.fromkeys([*sorted(names), *adapter.token_rows, *adapter.new_tokens]))
+    return list(dict.fromkeys([*sorted(names), *adapter.token_rows]))
 
 
 def _by_block(adapter: Adapter, blocks: str) -> Adapter:

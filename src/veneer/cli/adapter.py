@@ -6,7 +6,6 @@ adapter_convert.py has convert, adapter_merge.py merge, adapter_mix.py mix|resiz
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -41,21 +40,17 @@ def inspect(
 
     Reads every supported format, and shows whether veneer can use the adapter, and why. Needs no base. Exit
     code 0 if veneer can use the adapter, else 2."""
-    from veneer.formats.quick_inspect import inspect_plain
+    from veneer.adapters.inspect import inspect as inspected
 
     everything(show_all)
-    found = inspect_plain(Path(name)) if not (adapter_name or elsewhere or alpha is not None) else None
-    if found is None:
-        from veneer.adapters.inspect import inspect as look
-
-        found = look(
-            name,
-            tools=elsewhere,
-            from_pickle=from_pickle,
-            moe_layout=moe_layout,
-            adapter_name=adapter_name,
-            alpha=alpha,
-        )
+    found = inspected(
+        name,
+        tools=elsewhere,
+        from_pickle=from_pickle,
+        moe_layout=moe_layout,
+        adapter_name=adapter_name,
+        alpha=alpha,
+    )
     if as_json:
         print_json(found)
     else:
@@ -94,7 +89,6 @@ def _show(found: dict[str, Any]) -> None:
         "dropout": f"{found['dropout']:g}" if found["dropout"] else "",
         "full copies": ", ".join(cut_list(list(found["full_copies"]))),
         "token rows": ", ".join(cut_list([f"{n}: {len(ids)}" for n, ids in found["token_rows"].items()])),
-        "new tokens": ", ".join(cut_list([w for words in found["new_tokens"].values() for w in words])),
         "triggers": ", ".join(cut_list(found["trigger_words"])),
         "sha256": hashes["sha256"],
         "AutoV1/2/3": f"{hashes['autov1']} / {hashes['autov2']} / {hashes['autov3'] or '-'}",

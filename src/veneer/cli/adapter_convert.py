@@ -38,10 +38,6 @@ def convert_command(
     moe_layout: MoeLayout = "",
     adapter_name: AdapterName = "",
     alpha: Alpha = None,
-    without_words: Annotated[
-        bool,
-        typer.Option("--without-words", help="Omit learned words (textual inversion), which few layouts support."),
-    ] = False,
     show_all: ShowAll = False,
     as_json: AsJson = False,
 ) -> None:
@@ -61,14 +57,13 @@ def convert_command(
         base=base,
         dtype=dtype,
         allow_partial=allow_partial,
-        without_words=without_words,
         say=say,
         from_pickle=from_pickle,
         moe_layout=moe_layout,
         adapter_name=adapter_name,
         alpha=alpha,
     )
-    reading, done, words = converted.reading, converted.written, converted.words
+    reading, done = converted.reading, converted.written
     left = [*reading.unused, *reading.unpaired]
     if as_json:
         print_json(_facts(name, reading, done))
@@ -86,8 +81,6 @@ def convert_command(
         print(f"note: {note}")
     if left:
         say(f"left out: {len(left)} tensors of {name}: {', '.join(cut_list(left))}")
-    if words:
-        say(f"left out: {len(words)} learned words: {', '.join(cut_list(words))}")
 
 
 def _facts(name: str, reading: Reading, done: WriteReport) -> dict[str, object]:

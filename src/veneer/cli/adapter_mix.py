@@ -26,9 +26,7 @@ _Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of computed weights:
 _Base = Annotated[
     str | None, typer.Option("--base", help="The base's safetensors folder; needed for DoRA and full copies.")
 ]
-_Blocks = Annotated[
-    str, typer.Option("--blocks", help="down_blocks.0=0.5,mid_block=1.2,layers.3-7=0; or 12, 17, 20 or 26 numbers.")
-]
+_Blocks = Annotated[str, typer.Option("--blocks", help="down_blocks.0=0.5,mid_block=1.2,layers.3-7=0.")]
 
 
 def register_commands(app: typer.Typer) -> None:

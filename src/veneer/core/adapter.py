@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PairKind = Literal["linear", "embedding", "conv", "experts"]
 NamedMix = tuple[tuple[str, float], ...]
 """Adapters that act together: (adapter name, strength) each."""
-_TABLES = ("pairs", "modules", "token_rows", "deltas", "new_tokens")
+_TABLES = ("pairs", "modules", "token_rows", "deltas")
 
 
 def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
@@ -236,10 +236,7 @@ class Adapter:
     `modules`: module name -> {parameter name: tensor}, full copies that replace the base's tensors while
         attached.
     `deltas`: parameter name (`….weight`, `….bias`) -> a change that is not a pair. A module can have both
-        a pair and a delta; each is relative to the base's weight, and they add up.
-    `new_tokens`: embedding name -> {token as text: vector or vectors (n, dim)}, learned words that the
-        base's tokenizer does not have yet (textual inversion). New tokens act as token rows, once they
-        have ids."""
+        a pair and a delta; each is relative to the base's weight, and they add up."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -248,11 +245,10 @@ class Adapter:
     rslora: bool = False
     dropout: float = 0.0
     deltas: dict[str, Delta] = field(default_factory=dict)
-    new_tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         counts = {"pair": len(self.pairs), "full copy": len(self.modules), "delta": len(self.deltas)}
-        counts |= {"module with token rows": len(self.token_rows), "module with new tokens": len(self.new_tokens)}
+        counts["module with token rows"] = len(self.token_rows)
         said = [f"{count:,} × {name}" for name, count in counts.items() if count]
         card = self.card
         said += [f"base {card.base!r}"] * bool(card.base) + [f"rank {card.rank}"] * bool(card.rank)
@@ -271,9 +267,6 @@ class Adapter:
         for name in sorted(self.deltas):
             for part, tensor in self.deltas[name].tensors():
                 yield f"{name}~{part}", tensor
-        for name in sorted(self.new_tokens):
-            for token in sorted(self.new_tokens[name]):
-                yield f"{name}+{token}", self.new_tokens[name][token]
 
     def component(self, name: str) -> Adapter:
         """Return the part for one model of a pipeline, under its own module names.
@@ -290,7 +283,6 @@ class Adapter:
             modules=own(self.modules),
             token_rows=own(self.token_rows),
             deltas=own(self.deltas),
-            new_tokens=own(self.new_tokens),
         )
 
     def renamed(self, change: Callable[[str], str]) -> Adapter:
@@ -354,24 +346,20 @@ class Adapter:
             deltas[name] = replace(d, parts=every(d.parts, at), magnitude=magnitude)
         modules = {name: every(tensors, name) for name, tensors in self.modules.items()}
         rows = {name: TokenRows(r.indices, change(name, r.rows)) for name, r in self.token_rows.items()}
-        words = {name: every(own, name) for name, own in self.new_tokens.items()}
-        return replace(self, pairs=pairs, modules=modules, token_rows=rows, deltas=deltas, new_tokens=words)
+        return replace(self, pairs=pairs, modules=modules, token_rows=rows, deltas=deltas)
 
     def size_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
-    def digest(self, values: Callable[[Tensor], bytes] | None = None) -> str:
+    def digest(self) -> str:
         """Return the sha256 of names, shapes, dtypes, values and scales.
 
         Equal digests mean equal effects on equal bases. The digest is that of the collapsed adapter, so an
-        adapter with an `origin` has the digest of the file it is written to.
-
-        values: returns a tensor's bytes; by default `_tensor_bytes`."""
-        values = values or _tensor_bytes
+        adapter with an `origin` has the digest of the file it is written to."""
         h = hashlib.sha256()
         for name, tensor in self.collapsed().tensors():
             h.update(f"{name}|{tensor.dtype!s}|{tuple(tensor.shape)}\0".encode())
-            h.update(values(tensor))
+            h.update(_tensor_bytes(tensor))
         for name in sorted(self.pairs):
             h.update(f"{name}|scale|{float(self.pairs[name].scale)!r}\0".encode())
         for name in sorted(self.token_rows):
@@ -389,25 +377,3 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
     import torch
 
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def with_token_ids(adapter: Adapter, ids: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Adapter:
-    """Return the adapter with its learned words as token rows.
-
-    ids: embedding name -> {word: token ids}, one id per vector of the word. The base's embedding must have
-        those rows.
-
-    Raises KeyError for a word without ids, ValueError if the number of ids is not the number of vectors."""
-    import torch
-
-    rows = dict(adapter.token_rows)
-    for name, words in adapter.new_tokens.items():
-        have = rows.get(name)
-        indices, parts = (list(have.indices), [have.rows]) if have is not None else ([], [])
-        for word, vectors in sorted(words.items()):
-            if len(own := ids[name][word]) != len(vectors):
-                raise ValueError(f"{word!r} has {len(vectors)} vectors and {len(own)} ids")
-            indices += own
-            parts.append(vectors)
-        rows[name] = TokenRows(tuple(indices), torch.cat(parts))
-    return replace(adapter, token_rows=rows, new_tokens={})

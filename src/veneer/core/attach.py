@@ -358,11 +358,6 @@ def _problems(modules: Mapping[str, nn.Module], adapter: Adapter, finite: bool =
         out += _rows_problems(modules, name, rows)
     for name, delta in adapter.deltas.items():
         out += _delta_problems(modules, name, delta)
-    for name, words in adapter.new_tokens.items():
-        out.append(
-            f"{name}: the learned words {', '.join(sorted(words)[:3])} have no token ids yet; "
-            "veneer.core.adapter.with_token_ids gives them some"
-        )
     if not finite:
         out += [f"{n}: not finite" for n, t in adapter.tensors() if not t.is_meta and not all_finite(t)]
     return out

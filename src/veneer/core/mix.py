@@ -278,7 +278,7 @@ class _Mix:
         return self.bound is not None or self.method in _ENTRYWISE
 
     def run(self) -> Mixed:
-        for kind in ("pairs", "deltas", "modules", "token_rows", "new_tokens"):
+        for kind in ("pairs", "deltas", "modules", "token_rows"):
             every: dict[str, list[tuple[Any, float]]] = {}
             for adapter, strength in self.adapters:
                 for name, thing in getattr(adapter, kind).items():
@@ -470,17 +470,6 @@ class _Mix:
         ]
         self.out.adapter.token_rows[name] = TokenRows(indices, torch.cat(found).to(rows[0][0].rows.dtype))
 
-    def _new_tokens(self, name: str, words: list[tuple[Mapping[str, Tensor], float]]) -> None:
-        out: dict[str, Tensor] = {}
-        for own, strength in words:
-            for word, vectors in own.items():
-                if strength != 1:
-                    raise AdapterError(f"the learned word {word!r} has no start to scale from: strength {strength:g}")
-                if word in out and not torch.equal(out[word], vectors):
-                    raise AdapterError(f"two adapters have learned the word {word!r}", fix="rename one")
-                out[word] = vectors
-        self.out.adapter.new_tokens[name] = out
-
 
 def _dense_of(pair: Pair) -> Tensor:
     A, B = factors(pair)
@@ -491,10 +480,9 @@ def strengthened(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
     """Return the adapter with each module's change times `by(module)`, exactly.
 
     Scales change, tensors do not; modules at 0 are left out. Raises AdapterError for a strength other than
-    0 or 1 on a change that has no multiple without the base: a magnitude (DoRA), full copies, token rows,
-    learned words."""
+    0 or 1 on a change that has no multiple without the base: a magnitude (DoRA), full copies, token rows."""
     problems = []
-    out = replace(adapter, pairs={}, deltas={}, modules={}, token_rows={}, new_tokens={})
+    out = replace(adapter, pairs={}, deltas={}, modules={}, token_rows={})
     for name, pair in adapter.pairs.items():
         factor = by(name)
         if factor not in (0, 1) and pair.magnitude is not None:
@@ -507,7 +495,7 @@ def strengthened(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
             problems.append(f"{name}: a delta with a magnitude (DoRA) at {factor:g}")
         elif factor:
             out.deltas[name] = replace(delta, scale=delta.scale * factor)
-    for kind in ("modules", "token_rows", "new_tokens"):
+    for kind in ("modules", "token_rows"):
         for name, thing in getattr(adapter, kind).items():
             factor = by(name)
             if factor not in (0, 1):

@@ -2,9 +2,8 @@
 
 torch's weights-only loader builds tensors, numbers, texts, lists and dicts, and refuses all other names:
 no code in the file runs. The result must follow the rules of a safetensors file: names, and sizes that the
-file really holds. Layouts: a state dict, a state dict under `state_dict`, nested dicts (joined by dots),
-and the list of cloneofsimo's `lora_weight.pt`: [up₀, down₀, up₁, …]. This module knows pickles and
-tensors; it does not know about adapters.
+file really holds. Layouts: a state dict, a state dict under `state_dict`, nested dicts (joined by dots).
+This module knows pickles and tensors; it does not know about adapters.
 """
 
 from __future__ import annotations
@@ -126,14 +125,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _walk(value: Any, file: str) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of everything in nested dicts.
-
-    A list of tensors is cloneofsimo's, for the component in the file's name."""
-    if isinstance(value, list | tuple) and value and all(isinstance(t, Tensor) for t in value) and len(value) % 2 == 0:
-        component = "text_encoder" if "text_encoder" in file else "unet"
-        for i, tensor in enumerate(value[: 2 * MAX_TENSORS]):
-            yield f"{component}:{i // 2}:{('up', 'down')[i % 2]}", tensor
-        return
+    """Yield (name, value) of everything in nested dicts."""
     count = 0
     stack: list[tuple[str, Any, int]] = [("", value, 0)]
     while stack:

@@ -53,12 +53,11 @@ def differences(meant: Adapter, got: Adapter) -> list[str]:
 
 
 def _replaced(adapter: Adapter) -> dict[str, Tensor]:
-    """Return full copies, token rows and learned words.
+    """Return full copies and token rows.
 
     Each name contains everything that must match."""
     out = {f"{name}.{key}": t for name, own in adapter.modules.items() for key, t in own.items()}
-    out |= {f"{name}, rows {rows.indices}": rows.rows for name, rows in adapter.token_rows.items()}
-    return out | {f"{name}, {word!r}": t for name, own in adapter.new_tokens.items() for word, t in own.items()}
+    return out | {f"{name}, rows {rows.indices}": rows.rows for name, rows in adapter.token_rows.items()}
 
 
 def _pair_problem(a: Pair, b: Pair) -> str | None:

@@ -59,7 +59,6 @@ from veneer.formats.topology import Family, families
 
 TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi")
 
-_WORDS = "a list of numbered pairs (unet:0:up) holds them; --without-words writes all else"
 _FOLDERS = ("peft", "vllm", "tgi")
 _PIPELINES = ("kohya", "diffusers", "comfyui")
 
@@ -340,7 +339,7 @@ def _raise(refused: Refusals, to: str, meant: Adapter) -> None:
     if not refused:
         return
     lines = []
-    everything = {*leaves_of(meant), *meant.token_rows, *meant.new_tokens}
+    everything = {*leaves_of(meant), *meant.token_rows}
     for reason, modules in refused.items():
         names = sorted(set(modules))
         if set(names) == everything and len(names) > 3:
@@ -374,7 +373,7 @@ def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
     for module, pair in adapter.pairs.items():
         if pair.magnitude is not None and pair.magnitude.ndim > 1:
             refused["PEFT has no magnitude along the inputs; merge it into the base"].append(module)
-    modules = [*leaves_of(adapter), *adapter.token_rows, *adapter.new_tokens]
+    modules = [*leaves_of(adapter), *adapter.token_rows]
     parts = {component_of(m) for m in modules}
     for module in modules:
         if len(parts) > 1:
@@ -392,7 +391,7 @@ def _family(adapter: Adapter, name: str | None, to: str) -> Family:
         if name not in known:
             raise AdapterError(f"there is no family {name!r}", fix=", ".join(known))
         return known[name]
-    modules = [*leaves_of(adapter), *adapter.token_rows, *adapter.new_tokens]
+    modules = [*leaves_of(adapter), *adapter.token_rows]
     if not any(component_of(m) for m in modules):
         raise AdapterError(
             f"{to} is for adapters of image models, and no module here begins with unet, transformer or text_encoder"
@@ -424,8 +423,6 @@ def _for_pipelines(
     leaves = leaves_of(meant)
     for module in meant.token_rows:
         refused["rows of embeddings have no place in such a file; merge it into the base"].append(module)
-    for module in meant.new_tokens:
-        refused[f"learned words have no place in such a file; {_WORDS}"].append(module)
     extra: dict[str, str] = {}
     if to == "diffusers":
         leaves = _own_ranks(leaves, family)

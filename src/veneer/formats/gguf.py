@@ -193,7 +193,7 @@ def write_gguf(
         elif turned and _turned(module) and (not head_dim or head_dim % 2 or pair.B.shape[0] % head_dim):
             problems.append(f"{module}: {pair.B.shape[0]:,} rows, and heads of {head_dim or 'an unknown size'}")
     problems += [f"{m}: a full module" for m in sorted(adapter.modules)]
-    problems += [f"{m}: token rows" for m in sorted({*adapter.token_rows, *adapter.new_tokens})]
+    problems += [f"{m}: token rows" for m in sorted(adapter.token_rows)]
     problems += [f"{m}: a {d.form} change {tuple(d.shape)}" for m, d in sorted(adapter.deltas.items())]
     if problems or not pairs:
         raise AdapterError(

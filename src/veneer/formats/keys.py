@@ -7,7 +7,6 @@
                                   names of several tools is read all the same
 
 | format        | names                                                                                        |
-| cloneofsimo   | unet:0:up                                                                                    |
 | xlabs         | ….processor.qkv_lora1.down.weight                                                            |
 | bfl-control   | double_blocks.… without a prefix, with lora_B.bias or the norms' scales                      |
 | lycoris       | LoHa, LoKr, (IA)³, full differences; lycoris_…                                               |
@@ -32,8 +31,8 @@ from typing import TypeVar
 from veneer.errors import AdapterError, nearest
 
 ROLES: dict[str, str] = {
-    "A": r"lora_A(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?down\.weight|down",
-    "B": r"lora_B(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?up\.weight|up",
+    "A": r"lora_A(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?down\.weight",
+    "B": r"lora_B(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?up\.weight",
     "mid": r"lora_mid\.weight",
     "rows A": r"lora_embedding_A(?:\.[^.]+)?",
     "rows B": r"lora_embedding_B(?:\.[^.]+)?",
@@ -59,23 +58,17 @@ REFUSED: dict[str, str] = {
     r"lokr_t1": "a LoKr with a core on its first factor, which LyCORIS itself never reads",
 }
 _ANY = "|".join(f"(?:{p})" for p in (*ROLES.values(), *REFUSED, "weight|scale"))
-# The shortest module text before a whole suffix. One faulty converter joins the two as `_lora_down`; lists of
-# pairs (`unet:0:up`) use a colon.
-_KEY = re.compile(
-    rf"(?P<module>.+?)(?:\.|_(?=lora_(?:up|down|mid)\.weight$)|(?<=\d):(?=(?:up|down)$))(?P<suffix>{_ANY})"
-)
+# The shortest module text before a whole suffix. One faulty converter joins the two as `_lora_down`.
+_KEY = re.compile(rf"(?P<module>.+?)(?:\.|_(?=lora_(?:up|down|mid)\.weight$))(?P<suffix>{_ANY})")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
     """Return (module text, suffix) of a tensor's name, or None for an unknown suffix.
 
     The module text is as in the file: `x.processor.to_q_lora.down.weight` gives `x.processor.to_q_lora` and
-    `down.weight`, XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` the text up to `qkv_lora1`, and
-    `unet:0:up` gives `unet:0` and `up`."""
+    `down.weight`, XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` the text up to `qkv_lora1`."""
     match = _KEY.fullmatch(key)
-    if match is None or (match["suffix"] in ("up", "down") and ":" not in key):
-        return None
-    return match["module"], match["suffix"]
+    return None if match is None else (match["module"], match["suffix"])
 
 
 T = TypeVar("T")
@@ -129,7 +122,6 @@ def one_adapter(tensors: Mapping[str, T], wanted: str = "", *, where: str = "") 
 
 
 _RULES: tuple[tuple[str, str, str], ...] = (
-    ("cloneofsimo", r"(unet|text_encoder):\d+:(up|down)", "numbered pairs"),
     ("xlabs", r".*\.processor\.(qkv|proj)_lora[12]?\..*", "XLabs' processor names"),
     (
         "lycoris",
@@ -156,7 +148,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 _COMPILED = [(name, re.compile(pattern), why) for name, pattern, why in _RULES]
 FORMATS = (*(name for name, _, _ in _RULES), "gguf", "mlx", "tinker")
 # These names mark a whole file; the other names in it are plain names of another format.
-_MARKS = {"bfl-control", "xlabs", "lycoris", "cloneofsimo", "onetrainer"}
+_MARKS = {"bfl-control", "xlabs", "lycoris", "onetrainer"}
 
 
 def detect_format(keys: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, list[str]]:

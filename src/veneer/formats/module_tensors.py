@@ -55,7 +55,7 @@ class Leaf:
 def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
     """Return canonical module -> all its changes, sorted by name.
 
-    Token rows and learned words belong to no module and are left out."""
+    Token rows belong to no module and are left out."""
     out: dict[str, Leaf] = defaultdict(Leaf)
     for name, pair in adapter.pairs.items():
         out[name].pair = pair

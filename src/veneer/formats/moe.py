@@ -4,7 +4,6 @@
 | X.N.gate_proj.lora_A (r, in), X.N.gate_proj.lora_B (out, r)               | transformers 4, Megatron, Tinker        |
 | X.gate_proj.lora_A (E or 1, r, in), X.gate_proj.lora_B (E or 1, out, r)   | Megatron Bridge, Tinker                 |
 | X.gate_proj.lora_A (1, r, in) with X.N.gate_proj.lora_B (out, r)          | Megatron Bridge's shared outer          |
-| X.lora_gate_and_up_A (E, in, r), X.lora_gate_and_up_B (E, r, out)         | older NeMo AutoModel (now X.N)          |
 
 gate_proj, up_proj and down_proj are w1, w3 and w2 in Mixtral. On a base with fused experts,
 
@@ -33,7 +32,6 @@ from veneer.formats.structure import Structure
 _LEAF = "gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3"
 _ONE = re.compile(rf"(?P<module>.+\.experts)\.(?P<index>\d{{1,6}})\.(?P<leaf>{_LEAF})")
 _PACKED = re.compile(rf"(?P<module>.+\.experts)\.(?P<leaf>{_LEAF})\.lora_(?P<half>[AB])\.weight")
-_NEMO = re.compile(r"(?P<module>.+)\.lora_(?P<what>gate_and_up|down)_(?P<half>[AB])")
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -41,47 +39,18 @@ def unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
     """Split packed expert tensors into one 2-d view for each expert.
 
     Returns (tensors, notes on what was split, problems). Tensors of other layouts are unchanged."""
-    out, notes, problems = dict(tensors), [], []
-    for kind, label in ((_nemo, "NeMo AutoModel's grouped experts"), (_packed, "experts packed in three dimensions")):
-        before = set(out)
-        try:
-            kind(out)
-        except AdapterError as error:
-            problems.append(f"{label}: {error.what}")
-        if made := len(before - set(out)):
-            notes.append(f"{made} tensors in the layout of {label}, read as a pair for each expert")
+    out, problems = dict(tensors), []
+    try:
+        _unpack(out)
+    except AdapterError as error:
+        problems.append(f"experts packed in three dimensions: {error.what}")
+    count = len(set(tensors) - set(out))
+    layout = "experts packed in three dimensions"
+    notes = [f"{count} tensors in the layout of {layout}, read as a pair for each expert"] if count else []
     return out, notes, problems
 
 
-def _nemo(tensors: dict[str, Tensor]) -> None:
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key in tensors:
-        if match := _NEMO.fullmatch(key):
-            found[match["module"]][f"{match['what']} {match['half']}"] = tensors[key]
-    for module, own in found.items():
-        shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in sorted(own.items()))
-        if any(t.ndim != 3 for t in own.values()) or len({len(t) for t in own.values()}) > 1:
-            raise AdapterError(f"{module}: (experts, in, rank), (experts, rank, out) are expected, there is {shapes}")
-        for what in ("gate_and_up", "down"):
-            halves = [own.get(f"{what} {half}") for half in "AB"]
-            if halves == [None, None]:
-                continue
-            A, B = halves
-            if A is None or B is None or A.shape[2] != B.shape[1]:
-                raise AdapterError(f"{module}: lora_{what}_A and _B do not go together: {shapes}")
-            leaf = "down_proj"
-            if what == "gate_and_up":
-                inner = own["down A"].shape[1] if "down A" in own else None
-                if inner is not None and B.shape[2] not in (inner, 2 * inner):
-                    raise AdapterError(f"{module}: {B.shape[2]} outputs before {inner} inputs: {shapes}")
-                leaf = "up_proj" if B.shape[2] == inner else "gate_up_proj"
-            for e in range(len(A)):
-                tensors[f"{module}.{e}.{leaf}.lora_A.weight"] = A[e].t()
-                tensors[f"{module}.{e}.{leaf}.lora_B.weight"] = B[e].t()
-            del tensors[f"{module}.lora_{what}_A"], tensors[f"{module}.lora_{what}_B"]
-
-
-def _packed(tensors: dict[str, Tensor]) -> None:
+def _unpack(tensors: dict[str, Tensor]) -> None:
     found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         if (match := _PACKED.fullmatch(key)) and tensor.ndim == 3:

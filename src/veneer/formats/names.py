@@ -309,7 +309,7 @@ def _kinds(name: str) -> frozenset[str]:
 def has_image_names(texts: Iterable[str]) -> bool:
     """Return whether names have image model prefixes or diffusers' projection names."""
     parts = r"(unet|transformer(?!\.h\.)|text_encoder(_\d)?|diffusion_model)\..*|lora_(unet|te\d?|transformer)_.*"
-    ours = re.compile(rf"{parts}|(unet|text_encoder):\d+|.*\.(to_[qkv]|add_[qkv]_proj)")
+    ours = re.compile(rf"{parts}|.*\.(to_[qkv]|add_[qkv]_proj)")
     return any(ours.fullmatch(text) for text in texts)
 
 

@@ -916,13 +916,9 @@ def _regrouped(pair: Pair, base: Structure, name: str) -> Pair:
 def _problems(adapter: Adapter, base: Structure) -> list[str]:
     """Return what PEFT's format cannot express."""
     out = []
-    if not (adapter.pairs or adapter.modules or adapter.token_rows or adapter.deltas or adapter.new_tokens):
+    if not (adapter.pairs or adapter.modules or adapter.token_rows or adapter.deltas):
         out.append("it is empty")
     out += _delta_problems(adapter)
-    out += [
-        f"{n}: the learned words {', '.join(sorted(w)[:3])} have no token ids; --without-words leaves them out"
-        for n, w in adapter.new_tokens.items()
-    ]
     with_dora = {n for n, p in adapter.pairs.items() if p.magnitude is not None}
     if with_dora and len(with_dora) != len(adapter.pairs):
         plain = sorted(set(adapter.pairs) - with_dora)

@@ -90,7 +90,7 @@ def can_be_lycoris(adapter: Adapter) -> bool:
 
     Full copies of modules are allowed."""
     forms = {d.form for d in adapter.deltas.values()}
-    others = adapter.pairs or adapter.token_rows or adapter.new_tokens
+    others = adapter.pairs or adapter.token_rows
     return not others and len(forms) == 1 and forms <= set(_FORMS)
 
 

@@ -30,13 +30,12 @@ from veneer.formats.keys import detect_format, one_adapter, split_key
 from veneer.formats.metadata import card_from_metadata, family_in_metadata, json_value, unpack_configs
 from veneer.formats.module_tensors import Leaf, fitted, leaves_of, read_leaf, widened
 from veneer.formats.names import FamilyChoice, choose_family, has_image_names, near
-from veneer.formats.numbered_pairs import TOKEN_EMBEDDING, is_list, list_modules, list_words
 from veneer.formats.reading import Reading
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors
 from veneer.formats.topology import DENOISERS, Family, ModulePlace, families
 
-_SCALED = re.compile(r"lora[_.]|hada_|lokr_|down|up")
+_SCALED = re.compile(r"lora[_.]|hada_|lokr_|down\.|up\.")
 """Prefixes of the suffixes of changes that alpha scales."""
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
 
@@ -438,14 +437,13 @@ def read_state_dict(
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     unused: list[str] = []
     problems: list[str] = []
-    words = list_words(tensors, metadata) if is_list(tensors) else {}
     for key in sorted(tensors):
         parts = split_key(key)
         if parts is not None and parts[1] in groups[parts[0]]:
             problems.append(f"{key}: the same as {groups[parts[0]][parts[1]]}")
         elif parts is not None:
             groups[parts[0]][parts[1]] = key
-        elif key not in words:
+        else:
             unused.append(key)
     if any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in tensors):
         raise AdapterError(
@@ -454,28 +452,20 @@ def read_state_dict(
             where=where,
             fix="give the PEFT folder that torchtune wrote beside it: adapter_config.json, adapter_model.safetensors",
         )
-    if tensors and not words and all(suffix in ("weight", "scale") for own in groups.values() for suffix in own):
+    if tensors and all(suffix in ("weight", "scale") for own in groups.values() for suffix in own):
         raise AdapterError(
             f"none of the {len(tensors):,} tensors is an adapter's: "
             + ("whole weights, a checkpoint or a part of one" if groups else "no layout known here"),
             where=where,
             fix="give the adapter's file; its tensors are called …lora_A.weight, …lora_up.weight, …lokr_w1 or the like",
         )
-    numbered = list_modules(tensors, metadata, where=where) if is_list(tensors) else {}
-    places: dict[str, tuple[ModulePlace, ...] | None]
     shapes = {text: _shape(tensors, own) for text, own in groups.items()}
-    if numbered:
-        choice = choose_family(
-            {numbered.get(t, t): shape for t, shape in shapes.items()}, family_in_metadata(metadata), family
-        )
-        places = {text: (ModulePlace(numbered[text]),) if text in numbered else None for text in groups}
-    else:
-        choice = choose_family(shapes, family_in_metadata(metadata), family)
-        places = {text: choice.lookup(text) for text in groups}
-        if fmt in ("peft", "diffusers") and _is_other_model(places):
-            choice = _of_no_family(choice, places)
-        if choice.family is None and not choice.fitting and fmt in ("peft", "diffusers"):
-            places = {text: (ModulePlace(text.removeprefix("base_model.model.")),) for text in groups}
+    choice = choose_family(shapes, family_in_metadata(metadata), family)
+    places = {text: choice.lookup(text) for text in groups}
+    if fmt in ("peft", "diffusers") and _is_other_model(places):
+        choice = _of_no_family(choice, places)
+    if choice.family is None and not choice.fitting and fmt in ("peft", "diffusers"):
+        places = {text: (ModulePlace(text.removeprefix("base_model.model.")),) for text in groups}
     placer = _Placer(choice.family, _canonical_structure(base, choice.family))
     unknown = {text for text, found in places.items() if found is None}
     unused += [key for text in sorted(unknown) for key in groups[text].values()]
@@ -505,11 +495,8 @@ def read_state_dict(
     if misfits := placer.misfits():
         raise _refusal(misfits, where)
     if problems and not allow_partial:
-        raise _refusal(problems, where, some=bool(placer.used or words))
+        raise _refusal(problems, where, some=bool(placer.used))
     adapter = replace(placer.adapter(), card=card_from_metadata(metadata))
-    if words:
-        adapter = replace(adapter, new_tokens={TOKEN_EMBEDDING: words})
-        placer.used[TOKEN_EMBEDDING] = sorted(words)
     if not placer.used:
         raise _refusal(problems, where, some=False)
     _fill_card(adapter, text=choice.family is None and not has_image_names(groups))
@@ -588,7 +575,7 @@ def _shape(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> tuple[
     """Return (out, in) of a weight from a pair, LoHa or LoKr; None if unknown."""
     own = {suffix: tensors[key] for suffix, key in suffixes.items() if tensors[key].ndim >= 2}
     for suffix, down in own.items():
-        if re.fullmatch(r".*down\.weight|lora_A(\..*)?\.weight|down", suffix):
+        if re.fullmatch(r".*down\.weight|lora_A(\..*)?\.weight", suffix):
             up = own.get(suffix.replace("down", "up").replace("lora_A", "lora_B"))
             return None if up is None else (up.shape[0], down.shape[1])
     if {"hada_w1_a", "hada_w1_b"} <= set(own) and "hada_t1" not in own:

@@ -1,27 +1,26 @@
 """The result of reading an adapter, and its JSON summary.
 
-The summary has counts, ranks, shapes, norms and hashes. The reader provides functions for digest and norm;
-all other facts need only shapes and kinds. Uses adapters and their files; does not import torch.
+The summary has counts, ranks, shapes, norms and hashes. Uses adapters and their files.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair, alpha_of
+from veneer.core.truncate import distance, factors
 from veneer.errors import AdapterError
 from veneer.files.hashes import hashes
 from veneer.formats.card import CARD_FILE, CardFile, read_card
 from veneer.formats.folder import tensor_file
 from veneer.formats.names import component_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass
@@ -45,12 +44,17 @@ class Reading:
     assumed_scale: list[str] = field(default_factory=list)
 
 
-def summary(
-    path: Path, reading: Reading, refusal: AdapterError | None, *, digest: str, norm: Callable[[Pair], float]
-) -> dict[str, Any]:
+def delta_norm(pair: Pair) -> float:
+    """Return ‖s·B·A‖ (Frobenius) without DoRA's magnitude, in float64.
+
+    For experts, the norm over all of them."""
+    return distance(factors(pair))
+
+
+def summary(path: Path, reading: Reading, refusal: AdapterError | None) -> dict[str, Any]:
     """Return the result of `veneer.adapters.inspect.inspect`.
 
-    `refusal`: why the adapter cannot be used. `norm`: computes ‖ΔW‖ of a pair."""
+    `refusal`: why the adapter cannot be used."""
     adapter = reading.adapter
     file = read_card(path) if (path / CARD_FILE).is_file() else CardFile(adapter.card)
     groups: dict[str, list[Pair]] = defaultdict(list)
@@ -70,7 +74,7 @@ def summary(
         "reasons": reading.reasons,
         "assumed_scale": len(reading.assumed_scale),
         "family": reading.family or "",
-        "digest": digest,
+        "digest": adapter.digest(),
         "base": file.card.base,
         "base_fingerprint": file.card.base_fingerprint,
         "pairs": len(adapter.pairs),
@@ -85,11 +89,10 @@ def summary(
         "dora": any(m is not None for m in _magnitudes(adapter)),
         "dropout": adapter.dropout,
         "components": _counted(component_of(n) for n in [*adapter.pairs, *adapter.deltas, *adapter.modules]),
-        "targets": {leaf: _group(pairs, adapter.rslora, norm) for leaf, pairs in sorted(groups.items())},
+        "targets": {leaf: _group(pairs, adapter.rslora) for leaf, pairs in sorted(groups.items())},
         "deltas": _deltas(adapter),
         "full_copies": {n: {k: list(t.shape) for k, t in own.items()} for n, own in sorted(adapter.modules.items())},
         "token_rows": {n: list(r.indices) for n, r in sorted(adapter.token_rows.items())},
-        "new_tokens": {n: sorted(words) for n, words in sorted(adapter.new_tokens.items())},
         "trigger_words": file.card.trigger_words,
         "card": file.card.to_dict(),
         "coverage": {"used": len(used), "unused": reading.unused, "unpaired": reading.unpaired},
@@ -110,7 +113,7 @@ def _variants(adapter: Adapter) -> list[str]:
     out = ["rsLoRA" if adapter.rslora else "LoRA"] if adapter.pairs else []
     out += list(dict.fromkeys(_FORMS[d.form] for d in adapter.deltas.values()))
     out += ["DoRA"] if any(m is not None for m in _magnitudes(adapter)) else []
-    others = {"full copies": adapter.modules, "token rows": adapter.token_rows, "learned words": adapter.new_tokens}
+    others = {"full copies": adapter.modules, "token rows": adapter.token_rows}
     return out + [what for what, own in others.items() if own]
 
 
@@ -148,7 +151,7 @@ def _deltas(adapter: Adapter) -> dict[str, dict[str, int]]:
     return out
 
 
-def _group(pairs: Sequence[Pair], rslora: bool, norm: Callable[[Pair], float]) -> dict[str, Any]:
+def _group(pairs: Sequence[Pair], rslora: bool) -> dict[str, Any]:
     return {
         "kind": pairs[0].kind,
         "count": len(pairs),
@@ -157,5 +160,5 @@ def _group(pairs: Sequence[Pair], rslora: bool, norm: Callable[[Pair], float]) -
         "scales": sorted({p.scale for p in pairs}),
         "A": [list(s) for s in sorted({tuple(p.A.shape) for p in pairs})],
         "B": [list(s) for s in sorted({tuple(p.B.shape) for p in pairs})],
-        "delta_norm": float(sum(norm(p) ** 2 for p in pairs) ** 0.5),
+        "delta_norm": float(sum(delta_norm(p) ** 2 for p in pairs) ** 0.5),
     }

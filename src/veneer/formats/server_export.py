@@ -58,8 +58,6 @@ def refuse_unservable(adapter: Adapter, leaves: Mapping[str, Leaf], server: str,
             _refuse_pair(module, leaf.pair, server, refused)
     for module in adapter.token_rows:
         refused[f"{server} does not support rows of tokens trained alone; {MERGE}"].append(module)
-    for module in adapter.new_tokens:
-        refused[f"{server} adds no tokens; {MERGE}"].append(module)
 
 
 def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> None:

@@ -3,7 +3,6 @@
     0.8                                                the overall strength
     0.8@down=0.5,mid=1,up.1=0.2,text=0                 times block factors; the last matching key counts
     0.8@double.0-2=0.5,single.3=0                      blocks of a transformer, ranges of blocks
-    0.8@1,0,0,0,1,1,1,1,1,1,0,0                        factors in kohya's order (lbw): 12, 17, 20 or 26 numbers
     0.8@steps=0-0.6                                    in the first 60% of the steps, 0 after them
     0.8@steps=0-0.3:0.2+0.3-1                          a separate factor for each range
     0.8@campaign=product                               its role in a mix: sets blocks and steps (campaign.py)
@@ -72,12 +71,9 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
     """Return module -> strength.
 
     `text` is "PATTERN=NUMBER,…": a pattern is whole dotted parts of the name ("mid_block", "down_blocks.0",
-    "layers.3-7" for a range); the last matching pattern counts, `*` matches all. Or kohya's list of 12, 17,
-    20 or 26 numbers, for the U-Net of Stable Diffusion 1.5 or SDXL (see `LBW`). Other modules stay at 1.
+    "layers.3-7" for a range); the last matching pattern counts, `*` matches all. Other modules stay at 1.
     Raises ConfigError listing patterns without a match, and invalid parts."""
     parts = [p.strip() for p in text.split(",") if p.strip()]
-    if parts and all("=" not in p for p in parts):
-        return _kohya_blocks([_block_number(p) for p in parts], modules)
     out = dict.fromkeys(modules, 1.0)
     problems = []
     for part in parts:
@@ -135,66 +131,6 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|\.){body}(?:\.|$)")
 
 
-def _places() -> dict[str, tuple[str, ...]]:
-    """Return block -> prefixes of its modules, for a U-Net with two layers per block.
-
-    SD 1.5 has four levels."""
-    out: dict[str, tuple[str, ...]] = {"IN00": ("conv_in",), "MID": ("mid_block",)}
-    for i in range(4):
-        for j in range(2):
-            out[f"IN{3 * i + j + 1:02}"] = (f"down_blocks.{i}.resnets.{j}", f"down_blocks.{i}.attentions.{j}")
-        out[f"IN{3 * i + 3:02}"] = (f"down_blocks.{i}.downsamplers.0",)
-        for j in range(3):
-            out[f"OUT{3 * i + j:02}"] = (f"up_blocks.{i}.resnets.{j}", f"up_blocks.{i}.attentions.{j}")
-        out[f"OUT{3 * i + 2:02}"] += (f"up_blocks.{i}.upsamplers.0",)
-    return out
-
-
-_PLACES = _places()
-
-
-def _names(inner_: Sequence[int], outer: Sequence[int]) -> list[str]:
-    return ["BASE", *(f"IN{n:02}" for n in inner_), "MID", *(f"OUT{n:02}" for n in outer)]
-
-
-LBW = {
-    12: _names((4, 5, 7, 8), range(6)),
-    17: _names((1, 2, 4, 5, 7, 8), range(3, 12)),
-    20: _names(range(9), range(9)),
-    26: _names(range(12), range(12)),
-}
-"""Length of kohya's list -> its blocks, BASE (the text encoders) first.
-
-12 and 20 for SDXL, 17 and 26 for SD 1.5. A block not in the list stays at 1, as in kohya's merge scripts."""
-
-
-def _kohya_blocks(numbers: Sequence[float], modules: Sequence[str]) -> dict[str, float]:
-    if len(numbers) not in LBW:
-        raise ConfigError(f"a list of {len(numbers)} block weights", fix="12, 17, 20 or 26 numbers, or PATTERN=NUMBER")
-    by = dict(zip(LBW[len(numbers)], numbers, strict=True))
-    out, unplaced = {}, []
-    for module in modules:
-        component, _, rest = module.partition(".")
-        block = "BASE" if component.startswith("text_encoder") else _block_name(rest)
-        if component != "unet" and block != "BASE":
-            unplaced.append(module)
-        out[module] = by.get(block, 1.0)
-    if unplaced:
-        raise ConfigError(
-            f"{len(unplaced)} modules do not belong to a U-Net ({', '.join(unplaced[:3])}), and block weights in a "
-            "list are a U-Net's",
-            fix="use PATTERN=NUMBER",
-        )
-    return out
-
-
-def _block_name(rest: str) -> str:
-    for name, places in _PLACES.items():
-        if any(rest == p or rest.startswith(f"{p}.") for p in places):
-            return name
-    return ""
-
-
 _SHORT = {
     "down": "down_blocks", "mid": "mid_block", "up": "up_blocks", "double": "transformer.transformer_blocks",
     "joint": "transformer.transformer_blocks", "single": "transformer.single_transformer_blocks",
@@ -207,38 +143,28 @@ _EXAMPLE = "as in brand:0.8@down=0.5,text=0,steps=0-0.6"
 class Strength:
     """`strength` times the factor of a module times the factor of a step.
 
-    `blocks`: (key, factor), see the module's table. `weights`: a list in kohya's order instead. `steps`:
-    (from, to, factor), shares of the run in 0..1: step i of n is in a range if from ≤ i/n < to, and has
-    factor 0 outside all ranges; empty for all steps. The part on text encoders acts when the prompt is
-    encoded, before the first step. `campaign`: a role instead of these; `in_campaign` replaces it by its
-    meaning on a base before use."""
+    `blocks`: (key, factor), see the module's table. `steps`: (from, to, factor), shares of the run in 0..1:
+    step i of n is in a range if from ≤ i/n < to, and has factor 0 outside all ranges; empty for all steps.
+    The part on text encoders acts when the prompt is encoded, before the first step. `campaign`: a role
+    instead of these; `in_campaign` replaces it by its meaning on a base before use."""
 
     strength: float = 1.0
     blocks: tuple[tuple[str, float], ...] = ()
-    weights: tuple[float, ...] = ()
     steps: tuple[tuple[float, float, float], ...] = ()
     campaign: str = ""
 
     def __post_init__(self) -> None:
-        if self.campaign and _role(self.campaign) and (self.blocks or self.weights or self.steps):
+        if self.campaign and _role(self.campaign) and (self.blocks or self.steps):
             raise ConfigError(
                 f"campaign={self.campaign} says blocks and steps itself, and others stand beside it",
                 fix="leave campaign= out, or everything else behind the @",
             )
-        factors, shares = [*self.weights, *(f for _, f in self.blocks)], [f for _, _, f in self.steps]
+        factors, shares = [f for _, f in self.blocks], [f for _, _, f in self.steps]
         for number in (self.strength, *factors, *shares):
             if not math.isfinite(number):
                 check_strength(f"a part of {self}", number)
         most = max(map(abs, (1.0, *factors))) * max(map(abs, shares or [1.0]))
         check_strength(f"the strongest part of {self}" if factors or shares else "the whole", self.strength * most)
-        if self.blocks and self.weights:
-            raise ConfigError(
-                "factors by block and a list of block weights are two ways to say one thing", fix=_EXAMPLE
-            )
-        if self.weights and len(self.weights) not in LBW:
-            raise ConfigError(
-                f"a list of {len(self.weights)} block weights", fix="12, 17, 20 or 26 numbers, or BLOCK=NUMBER"
-            )
         end = 0.0
         for begin, until, _ in sorted(self.steps):
             if not 0 <= begin < until <= 1:
@@ -264,7 +190,7 @@ class Strength:
     @property
     def by_block(self) -> Strength:
         """Return only the factors by block."""
-        return Strength(1.0, self.blocks, self.weights)
+        return Strength(1.0, self.blocks)
 
     @property
     def edges(self) -> tuple[float, ...]:
@@ -273,7 +199,7 @@ class Strength:
 
     def __str__(self) -> str:
         """Return the text that parses to this strength, exact to the last bit."""
-        parts = [*(f"{key}={_text(factor)}" for key, factor in self.blocks), *map(_text, self.weights)]
+        parts = [f"{key}={_text(factor)}" for key, factor in self.blocks]
         if self.steps:
             ranges = (f"{_text(b)}-{_text(e)}" + ("" if f == 1 else f":{_text(f)}") for b, e, f in self.steps)
             parts.append("steps=" + "+".join(ranges))
@@ -288,17 +214,16 @@ def _text(number: float) -> str:
 def parse_strength(options: str, strength: float = 1.0) -> Strength:
     """Parse the text after the `@`: "down=0.5,steps=0-0.6".
 
-    Raises ConfigError for a part that is neither KEY=NUMBER nor a number, for a repeated key and for an
-    unknown role. `factors_by_module` checks that blocks exist."""
+    Raises ConfigError for a part that is not KEY=NUMBER, for a repeated key and for an unknown role.
+    `factors_by_module` checks that blocks exist."""
     blocks: dict[str, float] = {}
-    weights: list[float] = []
     campaign = ""
     steps: tuple[tuple[float, float, float], ...] = ()
     for part in filter(None, (p.strip() for p in options.split(","))):
         key, equals, value = (p.strip() for p in part.partition("="))
         if not equals:
-            weights.append(_number(part, part))
-        elif key == "steps":
+            raise ConfigError(f"{part!r}: BLOCK=NUMBER is expected", fix=_EXAMPLE)
+        if key == "steps":
             if steps:
                 raise ConfigError("steps= is given twice", fix="steps=0-0.3:0.2+0.3-1 for two ranges")
             steps = tuple(_range(r) for r in value.split("+"))
@@ -310,9 +235,9 @@ def parse_strength(options: str, strength: float = 1.0) -> Strength:
             raise ConfigError(f"{part!r}: " + ("the key is given twice" if key else "there is no key"), fix=_EXAMPLE)
         else:
             blocks[key] = _number(value, part)
-    if not (blocks or weights or steps or campaign):
+    if not (blocks or steps or campaign):
         raise ConfigError("nothing stands behind the @", fix=_EXAMPLE)
-    return Strength(strength, tuple(blocks.items()), tuple(weights), steps, campaign)
+    return Strength(strength, tuple(blocks.items()), steps, campaign)
 
 
 def _role(text: str) -> str:
@@ -374,8 +299,6 @@ def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, f
     """Return module -> factor, for all `modules` of a base by canonical name.
 
     Raises ConfigError for a key that matches no module, with the nearest keys that do."""
-    if strength.weights:
-        return parse_blocks(",".join(f"{w!r}" for w in strength.weights), modules)
     encoders = sorted({m.partition(".")[0] for m in modules if m.startswith("text_encoder")})
     said = []
     for key, factor in strength.blocks:

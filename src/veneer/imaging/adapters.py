@@ -198,7 +198,7 @@ def add_divided(attachment: Attachment, name: str, shape: Strength, modules: Seq
 
     Returns the mix of the parts that equals the adapter under these factors; the adapter itself without
     factors. `modules`: the base's. Raises ConfigError for a block that the base does not have."""
-    if not (shape.blocks or shape.weights):
+    if not shape.blocks:
         return ((name, 1.0),)
     factors = factors_by_module(shape, modules)
     pieces = []

@@ -421,7 +421,7 @@ def _infotext(
     for name, strength in ask.uses:
         source = sources[name]
         by = dict(strength.blocks)
-        text = strength.strength * (strength.weights[0] if strength.weights else by.get("text", 1.0))
+        text = strength.strength * by.get("text", 1.0)
         rest = strength.strength * by.get(base.row.denoiser, 1.0)
         both = _short(rest) if text == rest else f"{_short(text)}:{_short(rest)}"
         label = source.label if source.label not in hashes else f"{source.label}-{len(hashes) + 1}"

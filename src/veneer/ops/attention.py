@@ -207,7 +207,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) 
     layout = settings.layout
     if layout.shared is not None:
         whole = settings._replace(layout=layout.whole)
-        return _each_whole(lambda *own: varlen_attention(*own, whole), layout, q, k, v)
+        return _each_whole(lambda q, k, v: varlen_attention(q, k, v, whole), layout, q, k, v)
     run = dispatch("varlen_attention", q, k, v, settings)
     if run is None and not settings.cap and settings.sinks is None and q.device.type == "cpu":
         qkv = torch.cat([q, k, v], 1)
@@ -215,8 +215,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) 
         if tiles is not None:
             tiled: Tensor = _Tiled.apply(tiles, qkv, None, None, k.shape[1], settings)
             return tiled
-    parts = (t[: len(t) - layout.idle] for t in (q, k, v))
-    attended: Tensor = (run or varlen_attention_reference)(*parts, settings)
+    q, k, v = (t[: len(t) - layout.idle] for t in (q, k, v))
+    attended: Tensor = (run or varlen_attention_reference)(q, k, v, settings)
     return F.pad(attended, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else attended
 
 
@@ -258,8 +258,9 @@ class _Taken(torch.autograd.Function):
 
 def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     """Compute `varlen_attention` of rows without idle tokens by torch, one row at a time."""
-    rows = zip(*(t.transpose(0, 1).split(settings.layout.lengths, 1) for t in (q, k, v)), strict=True)
-    return torch.cat([_row_attention(*row, settings) for row in rows], 1).transpose(0, 1)
+    rows = [t.transpose(0, 1).split(settings.layout.lengths, 1) for t in (q, k, v)]
+    out = [_row_attention(a, b, c, settings) for a, b, c in zip(*rows, strict=True)]
+    return torch.cat(out, 1).transpose(0, 1)
 
 
 def _row_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:

@@ -242,7 +242,8 @@ def _attend(draw: Draw) -> list[Tensor]:
 @_case("causal_softmax", "softmax_backward")
 def _kept_probabilities(draw: Draw) -> list[Tensor]:
     with override_ops(attend="torch"):
-        return _attend(draw)
+        made: list[Tensor] = _attend(draw)
+    return made
 
 
 @_case("token_nll", dtypes=(_BF16, _F32))

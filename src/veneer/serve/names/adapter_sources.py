@@ -267,8 +267,6 @@ class AdapterSources:
             raise
         except Exception as error:  # readers can raise anything on a hostile file
             raise self._refusal(place, error) from error
-        if adapter.new_tokens:
-            raise unusable("new_tokens_unsupported", f"{place.root} adds tokens that this base does not have")
         if found := problems(adapter):
             raise _unservable(place, found)
         return adapter

@@ -450,8 +450,6 @@ WRONG_FACTORS: list[tuple[dict[str, Any], str]] = [
     ({"blocks": {"double": "much"}}, "valid number"),
     ({"blocks": {"double": True}}, "valid number"),
     ({"blocks": {f"single.{i}": i / 100 for i in range(65)}}, "at most 64"),
-    ({"blocks": [1, 0, 1]}, "a list of 3 block weights"),
-    ({"blocks": [1] * 12}, "block weights in a list are a U-Net's"),
     ({"blocks": 0.5}, "mix.0.blocks"),
     ({"steps": [[0.5]]}, "at least 2"),
     ({"steps": [[0, 0.5, 1, 1]]}, "at most 3"),
