@@ -23,15 +23,13 @@ def test_from_an_empty_machine_to_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (rows,), (values, ahead), (commands,) = (blocks(PAGE, kind) for kind in ("json", "yaml", "bash"))
+    (rows,), (values,), (commands,) = (blocks(PAGE, kind) for kind in ("json", "yaml", "bash"))
     Path("tickets.jsonl").write_text(rows)
     given = yaml.safe_load(values)
     base = str(tiny_base_dir(tmp_path))
     given |= {"base": base, "schedule": given["schedule"] | {"steps": 2}, "evaluation": {"every": 1, "keep": "last"}}
     Path("tickets.yaml").write_text(yaml.safe_dump(given))
-    own = given["reinforcement"] | yaml.safe_load(ahead)["reinforcement"]
-    Path("ahead.yaml").write_text(yaml.safe_dump(given | {"reinforcement": own, "output": "runs/ahead"}))
-    *told, last = run_commands(capsys, (*commands.splitlines(), "veneer train ahead.yaml --dry-run"), base)
+    told = run_commands(capsys, commands.splitlines(), base)
     assert "gap 0 (most 0, 0.0% beyond 1%)" in told[0]
     assert "drawn tokens/s" in told[0]
     assert "to train on" not in told[0]  # no warning of too few prompts
@@ -44,7 +42,6 @@ def test_from_an_empty_machine_to_an_adapter(
     charts = re.findall(r'<div class="panel"><h3>(.*?)</h3>', report)
     assert charts[:3] == ["Reward, mean over the answers drawn", "Reward: exact_match", "Reward: length"]
     assert "<th>after step</th><th>reward</th><th>exact_match</th><th>length</th>" in report
-    assert "off-policy by one draw" in last
 
 
 def test_the_pages_table_is_what_each_loss_settles() -> None:

@@ -85,7 +85,7 @@ def test_value_and_gradient_are_trls(name: str, beta: float) -> None:
         if side == "ours":
             ratios = policy_ratios(logps, old, LENGTHS, level=settings.ratio)  # type: ignore[arg-type]
             losses = clipped(ratios, per_token(worth, LENGTHS), settings.clip_low, settings.clip_high)
-            losses = losses + beta * kl_estimates(logps, reference, settings.kl_estimator)
+            losses = losses + beta * kl_estimates(logps, reference)
             factors = length_factors(LENGTHS, settings.length, LIMIT)  # type: ignore[arg-type]
             loss = (per_token(factors, LENGTHS) * losses).sum() / len(LENGTHS)
         else:

@@ -21,7 +21,6 @@ from veneer.jobs.store import Job
 from veneer.library.library import Library
 from veneer.library.names import checkpoint_alias
 from veneer.train.checkpoint import by_step, is_extra
-from veneer.train.text.async_sampling import DRAWN_FROM
 
 STEPS_TAG = "steps-of:"
 """Prefix of the tag of a checkpoint's adapter; the job's id follows."""
@@ -83,8 +82,7 @@ def publish_checkpoints(
         if is_extra(folder):
             continue
         step = int(folder.name.rpartition("-")[2])
-        read, _ = read_tensors(folder / "adapter.safetensors")
-        state = {key: tensor for key, tensor in read.items() if not key.endswith(DRAWN_FROM)}
+        state, _ = read_tensors(folder / "adapter.safetensors")
         made = whole.mapped(torch.clone)
         tensors = dict(made.tensors())
         if why := _difference({k: t.shape for k, t in tensors.items()}, {k: t.shape for k, t in state.items()}):

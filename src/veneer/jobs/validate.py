@@ -214,8 +214,8 @@ def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
     Raises PreflightError that lists every problem of the data."""
     from veneer.train.planning import rows_as_planned
     from veneer.train.preflight import Report
-    from veneer.train.text.checks import TextSubject, data_findings
     from veneer.train.text.data import read_data
+    from veneer.train.text.preflight import TextSubject, data_findings
 
     data = read_data(config, base)
     subject = TextSubject(base=base, config=config, data=data)

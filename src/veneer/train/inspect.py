@@ -214,9 +214,8 @@ def _base(name: str) -> TextBase:
 @functools.lru_cache(maxsize=8)
 def _sample(own: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sample:
     """Read and check the first rows. Raises DataError, BaseError."""
-    from veneer.train.text.checks import TextSubject, data_findings
     from veneer.train.text.data import read_data
-    from veneer.train.text.preflight import marked_pieces
+    from veneer.train.text.preflight import TextSubject, data_findings, marked_pieces
 
     config = _config(TrainConfig, own)
     base = _base(config.base.name)

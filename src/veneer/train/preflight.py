@@ -39,7 +39,7 @@ _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections 
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
 _FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations; their contents are compared
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
-_FREE_KEYS |= {"reinforcement.most_failed", "distillation.most_failed", "distillation.price"}
+_FREE_KEYS |= {"reinforcement.most_failed", "distillation.most_failed"}
 _FREE_KEYS |= {f"distillation.{key}" for key in HOW_ASKED}
 
 Level = Literal["stop", "warn", "ok"]

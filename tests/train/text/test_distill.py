@@ -112,14 +112,13 @@ def test_an_equal_teacher_teaches_nothing(shared: Path, base: TextBase, teacher:
 
 
 def test_a_teachers_system_message_is_learned(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    own = {"teacher": "base", "system": "Answer in one word: billing, it or hr. " * 3, "price": 0.15}
+    own = {"teacher": "base", "system": "Answer in one word: billing, it or hr. " * 3}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 8})
     found = measured(tmp_path)
     assert found[0]["teacher_kl"] > 0
     assert found[-1]["teacher_kl"] < found[0]["teacher_kl"]
     (told,) = [r["text"] for r in read_log(tmp_path / "log.jsonl") if "are saved" in r.get("text", "")]
-    saved = found[0]["saved_tokens"]
-    assert f"{saved * 0.15 / 10:.3g} cents a thousand requests" in told
+    assert told.startswith(f"{found[0]['saved_tokens']:.0f} tokens a request")
 
 
 def test_the_cache_has_room_for_the_answers_drawn_at_once(shared: Path, base: TextBase, tmp_path: Path) -> None:
@@ -205,7 +204,6 @@ def test_what_cannot_be_meant_is_said(shared: Path, tmp_path: Path) -> None:
         ({}, "without `distillation.teacher`"),
         ({"teacher": "base"}, "what a fresh adapter is already"),
         ({"teacher": "critic", "base": "other"}, "a teacher as it is"),
-        ({"teacher": "critic", "price": 1.0}, "and there is none"),
     ):
         with pytest.raises(ConfigError, match=said):
             config(shared, tmp_path, distillation=own)

@@ -237,17 +237,14 @@ def test_learned_text_is_the_answers_whatever_they_say(turns: list[str]) -> None
     assert learned(one(chat(*turns), max_length=10**6)) == [f"{t}<|im_end|>" for t in turns[1::2]]
 
 
-def test_a_token_across_the_boundary_is_learned_and_counted() -> None:
+def test_a_token_across_the_boundary_is_learned() -> None:
     tokenizer = with_template(None)
     word = max((t for t in tokenizer.get_vocab() if t.isalpha()), key=len)
     encoded = encode_rows([pair(f"Q {word[:2]}", f"{word[2:]} rest")], tokenizer, data())
-    assert encoded.counts.merged == 1
     assert learned(encoded.examples[0], tokenizer)[0].endswith(" rest<|im_end|>")
 
 
-def test_slow_tokenizers_give_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [TALK, chat("x", "日本語 👩‍👧 end"), chat("q", "a b c")]
-    fast = encode_rows(rows, TOKENIZER, data()).examples
+def test_a_tokenizer_without_offsets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     real = PreTrainedTokenizerFast.__call__
 
     def without_offsets(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -256,7 +253,8 @@ def test_slow_tokenizers_give_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> 
         return batch
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", without_offsets)
-    assert encode_rows(rows, TOKENIZER, data()).examples == fast
+    with pytest.raises(BaseError, match="fast tokenizer"):
+        encode_rows([TALK], TOKENIZER, data())
 
 
 LONG = chat("word " * 200, "answer")

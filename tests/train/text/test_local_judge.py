@@ -18,7 +18,7 @@ from veneer.models.text.base import TextBase
 from veneer.models.text.generate import complete
 from veneer.serve.engine.live import live_sampler
 from veneer.train.rewards.judge import Question
-from veneer.train.text.local_judge import sampled_judge
+from veneer.train.text.reinforce import sampled_judge
 from veneer.train.text.rollouts import SamplerSettings
 
 MESSAGES = [[{"role": "user", "content": text}] for text in ("The printer is on fire.", "Where is my invoice?")]

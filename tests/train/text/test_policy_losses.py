@@ -18,11 +18,10 @@ from veneer.train.text.policy_losses import (
     importance_weights,
     kl_estimates,
     length_factors,
-    likeliest_divergence,
     per_token,
     policy_ratios,
 )
-from veneer.train.text.sampler_mismatch import Gap
+from veneer.train.text.rollouts import Gap
 
 LENGTHS = [3, 1, 4, 2]
 GROUPS = [0, 0, 1, 1]
@@ -106,23 +105,14 @@ def test_what_an_answers_tokens_are_divided_by() -> None:
         assert math.isclose(float((length_factors(LENGTHS, how, 32) * sums).mean()), wanted)  # type: ignore[arg-type]
 
 
-def test_kl_estimates_have_kls_mean_and_gradient_over_all_tokens() -> None:
-    """Over a whole vocabulary, each token weighted by p, the means are exact: no draw is left to chance."""
+def test_kl_estimates_have_the_mean_of_kl() -> None:
+    """Over a whole vocabulary, each token weighted by p, the mean is exact."""
     g = torch.Generator().manual_seed(3)
-    scores = torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True)
-    reference = torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0)
-    logps = scores.log_softmax(0)
+    logps, reference = (torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0) for _ in range(2))
     kl = (logps.exp() * (logps - reference)).sum()
-    (wanted,) = torch.autograd.grad(kl, scores, retain_graph=True)
-    weights = logps.exp().detach()
-    for name in ("k1", "k3"):
-        found = kl_estimates(logps, reference, name)  # type: ignore[arg-type]
-        assert math.isclose(float((weights * found).sum().detach()), float(kl.detach()), rel_tol=1e-12)
-    assert bool((kl_estimates(logps, reference, "k3") >= 0).all())
-    (slope,) = torch.autograd.grad((weights * kl_estimates(logps, reference, "k2")).sum(), scores, retain_graph=True)
-    torch.testing.assert_close(slope, wanted)
-    (none,) = torch.autograd.grad((weights * kl_estimates(logps, reference, "k1")).sum(), scores)
-    torch.testing.assert_close(none, torch.zeros_like(none))
+    found = kl_estimates(logps, reference)
+    assert math.isclose(float((logps.exp() * found).sum()), float(kl), rel_tol=1e-12)
+    assert bool((found >= 0).all())
 
 
 def test_weights_correct_for_what_was_drawn_from_up_to_a_cap() -> None:
@@ -142,32 +132,6 @@ def test_what_the_drawn_tokens_say_of_a_divergence_is_its_mean_and_so_is_the_gra
     drawn = (p.exp().detach() * drawn_divergence(p, q)).sum()
     drawn.backward()
     assert float(drawn.detach()) == pytest.approx(float(whole.detach()), abs=1e-12)
-    assert torch.allclose(x.grad, y.grad, atol=1e-12)
-
-
-def test_what_the_likeliest_tokens_say_of_a_divergence_has_the_rest_as_one() -> None:
-    generator = torch.Generator().manual_seed(1)
-    ours, theirs = (torch.randn(3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    q = theirs.log_softmax(-1)
-    every = torch.arange(8).expand(3, 8)
-    whole = divergences(ours, theirs, "forward")
-    assert torch.allclose(likeliest_divergence(ours, every, q), whole, atol=1e-9)
-
-    # four tokens at each place, and two at the last
-    ids = q.topk(4).indices
-    told = q.gather(1, ids)
-    told[2, 2:] = -torch.inf
-    x, y = ours.clone().requires_grad_(), ours.clone().requires_grad_()
-    found = likeliest_divergence(x, ids, told)
-    found.sum().backward()
-    by_hand = []
-    for row, teacher, named in zip(y, q.exp(), [ids[0], ids[1], ids[2, :2]], strict=True):
-        student = row.exp() / row.exp().sum()
-        parts = [(teacher[v], student[v]) for v in named] + [(1 - teacher[named].sum(), 1 - student[named].sum())]
-        by_hand.append(sum(a * (a / b).log() for a, b in parts))
-    torch.stack(by_hand).sum().backward()  # type: ignore[arg-type]
-    assert torch.allclose(found, torch.stack(by_hand), atol=1e-12)  # type: ignore[arg-type]
-    assert (found <= whole + 1e-12).all()
     assert torch.allclose(x.grad, y.grad, atol=1e-12)
 
 

@@ -3,37 +3,28 @@ that a supervised one keeps."""
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.train.text.drawn_runs import (
     REWARDED,
     config_of,
     measured,
     run_drawn,
-    same_ends,
     stopped_and_resumed,
     with_prompts,
 )
 from veneer.core.adapter import Adapter
-from veneer.errors import ConfigError, DataError, Interrupted, TrainingError
-from veneer.files.safetensors import read_tensors
-from veneer.jobs.checkpoints import publish_checkpoints
-from veneer.library.library import open_library
+from veneer.errors import ConfigError, DataError, TrainingError
 from veneer.models.text.base import TextBase
 from veneer.serve.engine.live import live_sampler
-from veneer.train.events import Checked, Event, Note, Stepped
+from veneer.train.config.reinforcement import ReinforcementSection
+from veneer.train.events import Checked, Event, Note
 from veneer.train.report.log import read_log
-from veneer.train.text.rollouts import Rollout, Sampler
+from veneer.train.text.reinforce import draw_summary, draw_warnings
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 from veneer.train.text.together import run_texts
@@ -94,7 +85,7 @@ def test_fewer_prompts_than_a_step_takes_are_a_warning(shared: Path, base: TextB
 @pytest.mark.parametrize(
     "own",
     [
-        {"loss": "dr-grpo"}, {"loss": "gspo", "updates": 2}, {"loss": "rloo", "kl": 0.1, "kl_estimator": "k1"},
+        {"loss": "dr-grpo"}, {"loss": "gspo", "updates": 2}, {"loss": "rloo", "kl": 0.1},
         {"loss": "dapo", "kl": 0.1, "mask_cut": False, "temperature": 0.8}, {"loss": "reinforce", "exact": False},
     ],
     ids=lambda own: own["loss"],
@@ -104,112 +95,18 @@ def test_every_loss_runs_and_reports(shared: Path, base: TextBase, tmp_path: Pat
     first, second = measured(tmp_path)
     assert first["gap_max"] < (1e-4 if own.get("exact") is False else 1e-12)
     assert ("gap_max" in second) == (own.get("updates", 1) == 1)
-    if own.get("kl") and own.get("kl_estimator") != "k1":
+    if own.get("kl"):
         assert first["kl"] == 0.0  # a fresh adapter is the base, by the same kernels
         assert second["kl"] > 0.0
     assert ("weight" in first) == ("temperature" in own)
 
 
-@pytest.mark.parametrize("own", [{"updates": 1}, {"updates": 2}, {"one_step_off_policy": True}], ids=str)
+@pytest.mark.parametrize("own", [{"updates": 1}, {"updates": 2}], ids=str)
 def test_a_stopped_run_resumes_exactly(shared: Path, base: TextBase, tmp_path: Path, own: dict[str, Any]) -> None:
     def run(output: Path, on_event: Any, resume: bool) -> None:
         train(shared, output, base, on_event, resume, reinforcement=own, evaluation={"keep": "last"})
 
     stopped_and_resumed(run, tmp_path, at=3)
-
-
-def test_a_stop_within_off_policy_training_resumes(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """The copy that the next ones are drawn from is another by then."""
-
-    @contextmanager
-    def pressed(*given: Any) -> Iterator[Sampler]:
-        with live_sampler(*given) as sampler:
-            asked, replay = 0, sampler.replay
-
-            def replayed(*given: Any) -> Any:
-                nonlocal asked
-                asked += 1
-                if asked == 4:  # the first step has two micro-batches, the second's gap is the third
-                    os.kill(os.getpid(), signal.SIGINT)
-                return replay(*given)
-
-            sampler.replay = replayed  # type: ignore[method-assign]
-            yield sampler
-
-    def run(name: str, resume: bool = False, sampler: Any = live_sampler) -> None:
-        own = {"reinforcement": {"one_step_off_policy": True}, "schedule": {"steps": 4}, "evaluation": {"keep": "last"}}
-        run_drawn(config(shared, tmp_path / name, **own), base, resume=resume, sampler=sampler)
-
-    run("whole")
-    with pytest.raises(Interrupted, match="after step 1 of 4"):
-        run("parts", sampler=pressed)
-    run("parts", resume=True)
-    same_ends(tmp_path / "parts", tmp_path / "whole")
-
-
-def test_one_step_off_policy_by_float64(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"rewards": [{"kind": "regex", "pattern": "e"}]}
-    alike = {"schedule": {"steps": 3}, "evaluation": {"keep": "last", "at_start": False}}
-    train(shared, tmp_path / "now", base, reinforcement=own, **alike | {"schedule": {"steps": 1}})
-    draws: list[list[Rollout]] = []
-
-    @contextmanager
-    def recorded(*given: Any) -> Iterator[Sampler]:
-        with live_sampler(*given) as sampler:
-            draw = sampler.draw
-
-            def drawn(*given: Any) -> list[Rollout] | None:
-                draws.append(draw(*given) or [])
-                return draws[-1]
-
-            sampler.draw = drawn  # type: ignore[method-assign]
-            yield sampler
-
-    own["one_step_off_policy"] = True
-    kept = {"checkpoint": {"every": 1, "keep": 9}}
-    events: list[Event] = []
-    run_drawn(
-        config(shared, tmp_path / "ahead", reinforcement=own, **alike, **kept), base, events.append, sampler=recorded
-    )
-    (alone,), (first, second, third) = measured(tmp_path / "now"), measured(tmp_path / "ahead")
-    timed = {"drawn_seconds", "prompt_cached"}
-    assert {k: v for k, v in alone.items() if k not in timed} == {k: v for k, v in first.items() if k not in timed}
-    assert [x["policy_lag"] for x in (first, second, third)] == [0, 1, 1]
-    assert [x["gap_max"] for x in (first, second, third)] == [0, 0, 0]  # beside the adapter that they were drawn from
-    assert any("off-policy by one draw" in e.text for e in events if isinstance(e, Checked))
-
-    # by hand: the second step's answers come from the adapter before step 1, and are learned by the one after it
-    states = [
-        read_tensors(tmp_path / "ahead" / "checkpoints" / f"step-0000000{n}" / "adapter.safetensors")[0] for n in (1, 2)
-    ]
-    trained = {key: t for key, t in states[0].items() if not key.endswith("@drawn from")}
-    assert all(torch.equal(states[1][f"{key}@drawn from"], t) for key, t in trained.items())
-    peft = json.loads((tmp_path / "ahead" / "adapter_config.json").read_text())
-    then, now = (copy.deepcopy(base.model).double().eval() for _ in range(2))
-    for key in (key for key in trained if key.endswith(".A")):
-        module = key.removesuffix(".A")
-        delta = trained[f"{module}.B"].double() @ trained[key].double() * peft["lora_alpha"] / peft["r"]
-        now.get_submodule(module).weight.data += delta
-    answers = draws[1]
-    ratios = []
-    for answer in answers:
-        ids, n = torch.tensor([[*answer.prompt, *answer.tokens]]), len(answer.tokens)
-        with torch.no_grad():
-            old, new = (m(input_ids=ids).logits[0, -n - 1 : -1].log_softmax(-1) for m in (then, now))
-        ratios.append((new - old).gather(1, ids[0, -n:, None])[:, 0].exp())
-    rewards = torch.tensor([float("e" in answer.text) for answer in answers]).double().view(2, 6)
-    worth = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten().tolist()
-    losses = [torch.maximum(-r * a, -r.clamp(0.8, 1.2) * a).mean() for r, a in zip(ratios, worth, strict=True)]
-    loss = [e.loss for e in events if isinstance(e, Stepped)][1]
-    assert loss == pytest.approx(float(sum(losses)) / 12, rel=1e-3, abs=1e-6)
-    assert abs(loss) > 1e-4  # with ratios of 1 it would be 0
-    drifts = torch.cat([r.log().abs() for r, a in zip(ratios, worth, strict=True) if a])
-    assert second["drift"] == pytest.approx(float(drifts.mean()), rel=1e-3)
-    # what a job publishes of it is the adapter at each step, without the copy
-    folder = tmp_path / "ahead"
-    library, told = open_library(tmp_path / "library"), list[str]()
-    assert publish_checkpoints(library, "ahead", folder, folder, told.append).keys() == {1, 2, 3}
-    assert not told
 
 
 def test_a_run_that_learns_nothing_says_so_and_what_to_do(shared: Path, base: TextBase, tmp_path: Path) -> None:
@@ -221,10 +118,8 @@ def test_a_run_that_learns_nothing_says_so_and_what_to_do(shared: Path, base: Te
     told = [e.text for e in events if isinstance(e, Note) and "worth the same" in e.text]
     assert [e.text for e in events if isinstance(e, Note)][-1:] != told[-1:]  # it is said before the run is saved
     assert [r["text"] for r in read_log(tmp_path / "log.jsonl") if "worth the same" in r.get("text", "")] == told
-    first, second, last = told
+    first, last = told
     assert "rewards of step 1: " in first
-    assert "step 3: " in second
-    assert "2 draws in a row" in second
     assert "of 6 groups of answers 6 (100%)" in last
     assert "all of a step's in 3 of 3" in last
     assert all("adapter.start" in text for text in told)
@@ -330,3 +225,44 @@ def test_held_out_answers_that_nobody_could_judge_are_no_loss(shared: Path, base
     ) as told:
         train(shared, tmp_path / "out", base, reinforcement={"rewards": [reward]}, data={"split": 1})
     assert "prompts.jsonl:" in str(told.value)
+
+
+# -- warnings and the summary ------------------------------------------------------------------------------------------
+
+REWARDS = ({"kind": "exact_match"}, {"kind": "length", "most": 8})
+
+
+def section(loss: str = "grpo") -> ReinforcementSection:
+    return ReinforcementSection(loss=loss, group=8, max_tokens=48, rewards=REWARDS).settled()
+
+
+def step(**own: float) -> dict[str, float]:
+    none = dict.fromkeys(("constant_groups", "cut_answers", "cut_share", "reward_failed", "idle"), 0.0)
+    return {**none, "drawn_tokens": 640.0, "groups": 4.0, "reward": 0.5, **own}
+
+
+def test_a_run_without_findings_has_no_warnings() -> None:
+    assert list(draw_summary(section(), [step(), step()])) == list(draw_summary(section(), [])) == []
+    assert draw_warnings(section(), 1, step()) == {}
+    assert draw_warnings(section(), 1, step(idle=1.0, cut_share=0.75)).keys() == {"idle", "cut"}
+
+
+def test_a_summary_counts_a_few_and_warns_of_many() -> None:
+    later = step(drawn_tokens=0.0, constant_groups=4.0, cut_answers=32.0)  # a later update of the same draw
+    few = list(draw_summary(section(), [step(constant_groups=1.0, cut_answers=2.0, reward_failed=3.0), later, step()]))
+    groups, cut, failed = few
+    assert groups.startswith("of 8 groups of answers 1 (12%)")
+    assert cut == "of 64 answers 2 (3%) were cut at 48 tokens"
+    assert failed.startswith("of 64 answers 3 could not be judged")
+    many = step(constant_groups=4.0, cut_answers=20.0, idle=1.0)
+    groups, cut = draw_summary(section(), [many, step()] + [many] * 2)
+    assert groups.startswith("warning: of 16 groups of answers 12 (75%)")
+    assert "all of a step's in 3 of 4" in groups
+    assert cut.startswith("warning: of 128 answers 60 (47%)")
+    assert "raise reinforcement.max_tokens" in cut
+
+
+def test_a_summary_names_a_reward_that_is_constant_in_every_group() -> None:
+    steps = [step(constant_groups=4.0, constant_length=1.0), step(constant_length=1.0, constant_exact_match=1.0)]
+    (text,) = draw_summary(section("reinforce"), steps)
+    assert text.startswith("the reward length was the same within each group")

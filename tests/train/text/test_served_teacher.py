@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import SamplerSettings
 from veneer.train.text.rows import read_rows
 from veneer.train.text.save import RunResult
-from veneer.train.text.served_teacher import TeacherLogps, served_teacher
+from veneer.train.text.served_teacher import served_teacher
 
 Body = dict[str, Any]
 
@@ -90,39 +89,23 @@ def in_process(whole: Whole) -> Callable[[list[int]], torch.Tensor]:
     return logps
 
 
-@pytest.mark.parametrize("divergence", ["reverse", "forward"])
-def test_what_a_server_gives_is_what_the_teacher_has_in_this_process(
-    whole: Whole, in_process: Any, folder: Path, tmp_path: Path, divergence: str
+def test_a_server_gives_what_the_teacher_gives_in_this_process(
+    whole: Whole, in_process: Any, folder: Path, tmp_path: Path
 ) -> None:
-    own = taught(
-        f"{whole.url}/v1", teacher="plain", divergence=divergence, top_logprobs=5 if divergence == "forward" else 20
-    )
+    own = taught(f"{whole.url}/v1", teacher="plain")
     section = config(folder, tmp_path, str(whole.shop.base_dir), distillation=own).distillation
     asked = [(prompt(n, n), n // 2) for n in (9, 30)]
     with served_teacher(section, whole.shop.base) as teacher:
-        assert teacher.by_id
         found = teacher.read(asked)
-        older = replace(teacher, by_id=False, named=0).read(asked)
-    for (ids, count), given, echoed in zip(asked, found, older, strict=True):
-        assert isinstance(given, TeacherLogps)
-        assert isinstance(echoed, TeacherLogps)
-        before = in_process(ids)[-count - 1 : -1]
-        wanted = before.gather(1, torch.tensor(ids[-count:])[:, None])[:, 0]
-        assert torch.allclose(torch.tensor(given.logps, dtype=torch.float64), wanted, atol=1e-5)
-        assert given.logps == echoed.logps
-        if divergence == "forward":
-            for place, row, token in zip(given.likeliest, before, ids[-count:], strict=True):
-                assert set(place) == {*row.topk(5).indices.tolist(), token}
-                assert all(abs(logp - float(row[id])) < 1e-5 for id, logp in place.items())
-        else:
-            assert not given.likeliest
+    for (ids, count), logps in zip(asked, found, strict=True):
+        expected = in_process(ids)[-count - 1 : -1].gather(1, torch.tensor(ids[-count:])[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(logps, dtype=torch.float64), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("divergence", ["reverse", "forward"])
-def test_the_gradient_by_hand(whole: Whole, in_process: Any, folder: Path, tmp_path: Path, divergence: str) -> None:
+def test_the_gradient_by_hand(whole: Whole, in_process: Any, folder: Path, tmp_path: Path) -> None:
     """Of one drawn step, beside the estimate written out in float64 over the student's own logits."""
     shop, seen = whole.shop, list[torch.Tensor]()
-    own = taught(f"{whole.url}/v1", teacher="plain", divergence=divergence)
+    own = taught(f"{whole.url}/v1", teacher="plain")
     read = config(folder, tmp_path, str(shop.base_dir), distillation=own)
     with attach(shop.base.model) as attachment, served_teacher(read.distillation, shop.base) as teacher:
         student = peft.load_folder(shop.adapters / "plain", shop.base.model).adapter
@@ -151,10 +134,7 @@ def test_the_gradient_by_hand(whole: Whole, in_process: Any, folder: Path, tmp_p
                 theirs = in_process(ids.tolist())[at - 1]
                 said = ids[at][:, None]
                 p, q = ours.gather(1, said), theirs.gather(1, said)
-                if divergence == "reverse":
-                    losses = (p.detach() - q) * p
-                else:
-                    losses = torch.stack([_bucket(a, b, int(y)) for a, b, y in zip(ours, theirs, said, strict=True)])
+                losses = (p.detach() - q) * p
                 seen.append(losses.sum() * len(items) / total)
         torch.stack(seen).sum().backward()
         by_hand = [p.grad for p in parameters if p.grad is not None]
@@ -163,14 +143,6 @@ def test_the_gradient_by_hand(whole: Whole, in_process: Any, folder: Path, tmp_p
     assert largest > 0
     for a, b in zip(found, by_hand, strict=True):
         assert torch.allclose(a, b, atol=1e-3 * largest)
-
-
-def _bucket(ours: torch.Tensor, theirs: torch.Tensor, said: int) -> torch.Tensor:
-    """KL(q ‖ p) of a place, over the teacher's 20 likeliest, the drawn one and all others as one."""
-    named = sorted({*theirs.topk(20).indices.tolist(), said})
-    p, q = ours.exp()[named], theirs.exp()[named]
-    left = 1 - q.sum()
-    return (q * (q.log() - p.log())).sum() + left * (left.log() - (1 - p.sum()).log())
 
 
 # -- a server that is none of ours -------------------------------------------------------------------------------------
@@ -192,29 +164,6 @@ def teaches(base: TextBase, spoil: Callable[[Body, int], tuple[int, Any] | None]
         return spoil(body, n) or (200, {"choices": [{"prompt_logprobs": told, "text": "x"}]})
 
     return says
-
-
-def echoes(base: TextBase, body: Body) -> tuple[int, Any]:
-    """OpenAI's older form, by a server that knows nothing else."""
-    if not body.get("echo"):
-        return 400, {"error": {"message": "prompt_logprobs is unknown"}}
-    texts = [f"Ġ{base.tokenizer.decode([id]).strip()}" for id in body["prompt"]]
-    logps = [None, *map(logp_of, body["prompt"][1:]), -0.5]
-    return 200, {"choices": [{"logprobs": {"tokens": [*texts, "x"], "token_logprobs": logps}}]}
-
-
-def test_a_server_of_the_older_form_teaches_the_drawn_tokens(folder: Path, base: TextBase, tmp_path: Path) -> None:
-    ids = [1, 70, 71, 72, 73]
-    with serving(lambda body, n: echoes(base, body)) as server:
-        section = config(folder, tmp_path, distillation=taught(server.url)).distillation
-        with served_teacher(section, base) as teacher:
-            assert teacher.read([(ids, 3)]) == [TeacherLogps(tuple(map(logp_of, ids[-3:])))]
-        own = taught(server.url, divergence="forward")
-        with (
-            pytest.raises(ConfigError, match="names no likeliest tokens by their ids"),
-            served_teacher(config(folder, tmp_path, distillation=own).distillation, base),
-        ):
-            pass
 
 
 _OTHER = {"decoded_token": "something else"}
@@ -269,7 +218,6 @@ def test_what_cannot_teach_is_refused_before_anything_is_drawn(
         ({"logprob": float("nan")}, "nan, which is no log-probability"),
         ({"logprob": -9999.0}, "no probability at all"),
         ({"logprob": 0.5}, "0.5, which is no log-probability"),
-        ("crowd", "probabilities that add up to 2.7"),
         (None, "timeout"),
     ],
 )
@@ -286,9 +234,7 @@ def test_unread_answers_are_left_out(folder: Path, base: TextBase, tmp_path: Pat
             return 200, {}
         if isinstance(spoilt, tuple):
             return spoilt
-        crowd = spoilt == "crowd"
-        last = {str(id): {"logprob": -0.1, "decoded_token": "x"} for id in (5, 6, 7) if crowd}
-        last |= place(base, body["prompt"][-1], **({"logprob": -9.0} if crowd else spoilt))
+        last = place(base, body["prompt"][-1], **spoilt)
         return 200, {"choices": [{"prompt_logprobs": [None, *(place(base, id) for id in body["prompt"][1:-1]), last]}]}
 
     whole = {"data": {"split": 0}, "batching": {"rows": 12}, "schedule": {"steps": 1}}
@@ -336,7 +282,7 @@ def test_what_cannot_be_meant_is_said(folder: Path, tmp_path: Path) -> None:
         ({"teacher": "wise", "key": "K"}, "give `distillation.url`"),
         ({"teacher": "base", "url": url, "base": "other"}, "the teacher is on a server"),
         (taught(url, temperature=0.5), "leave it at 1"),
-        (taught(url, top_logprobs=5), "is of `divergence: forward`"),
+        (taught(url, divergence="forward"), "a server takes `reverse`"),
         (taught("localhost:80"), "pattern"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -168,7 +168,7 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
     yield from _drawn(config)
 
 
-_OF_SERVER = (*HOW_ASKED, "most_failed", "top_logprobs")
+_OF_SERVER = (*HOW_ASKED, "most_failed")
 """Keys of `distillation` for a teacher on a server."""
 
 
@@ -188,13 +188,13 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
     else:
         if d.base is not None:
             yield "`distillation.base` is in this process, and with `distillation.url` the teacher is on a server"
-        if d.temperature != 1 and d.divergence == "reverse":
+        if d.divergence == "forward":
+            yield "`distillation.divergence: forward` needs the teacher in this process; a server takes `reverse`"
+        if d.temperature != 1:
             yield (
                 "`distillation.temperature`: with a server reverse KL is measured by the tokens that the student draws "
-                "of its own distribution; leave it at 1, or learn `divergence: forward`"
+                "of its own distribution; leave it at 1"
             )
-        if d.divergence == "reverse" and d.top_logprobs != type(d).model_fields["top_logprobs"].default:
-            yield "`distillation.top_logprobs` is of `divergence: forward`; reverse asks about the drawn tokens alone"
     if d.base is not None and d.url is None and d.teacher != BASE_MODEL:
         yield "`distillation.base` is a teacher as it is: `distillation.teacher: base`; merge an adapter into it first"
     alone = d.teacher == BASE_MODEL and d.url is None and d.base is None
@@ -203,8 +203,6 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
             "`distillation.teacher: base` is what a fresh adapter is already: give `distillation.system`, "
             "`distillation.base`, or `adapter.start`"
         )
-    if d.price is not None and not d.system:
-        yield "`distillation.price` is of the tokens of `distillation.system`, and there is none"
     yield from _drawn(config)
 
 

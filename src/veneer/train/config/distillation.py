@@ -33,11 +33,6 @@ class DistillationSection(Section):
     most_failed: float = setting(
         0.1, "maximum share of a step's completions that the server fails to score", ge=0, le=1
     )
-    top_logprobs: int = setting(
-        20,
-        "`url` with forward: tokens per position; the rest is one",
-        gt=0,
-    )
     system: str = setting("", "system message for the teacher only")
     divergence: Literal["reverse", "forward"] = setting(
         "reverse",
@@ -53,9 +48,4 @@ class DistillationSection(Section):
         "maximum mean sampler-trainer mismatch, in nats",
         "bfloat16 rounds to 0.05 and more",
         gt=0,
-    )
-    price: float | None = setting(
-        None,
-        "US dollars per million prompt tokens: reports what `system` costs",
-        ge=0,
     )

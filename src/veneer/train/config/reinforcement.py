@@ -36,10 +36,6 @@ class ReinforcementSection(Section):
     )
     turns: int = setting(8, "maximum model turns with an environment", gt=1)
     updates: int = setting(1, "optimizer steps per batch of samples", "ratio 1, no clipping", gt=0)
-    one_step_off_policy: bool = setting(
-        False,
-        "sample the next batch during training",
-    )
     baseline: Literal["group", "others", "batch", "none"] | None = setting(
         None,
         "reward baseline: mean of group, others in it, or batch",
@@ -53,7 +49,6 @@ class ReinforcementSection(Section):
         None, "divisor of token sums: own length, batch mean, `max_tokens`, none"
     )
     kl: float = setting(0.0, "KL penalty to the reference", "none", ge=0)
-    kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", "k1 changes rewards, k2 and k3 the loss", "GRPO's")
     importance_cap: float = setting(2.0, "maximum importance weight of a token", gt=0)
     mask_cut: bool = setting(False, "leave cut completions out (DAPO's overlong filtering)")
     exact: bool = setting(

@@ -5,12 +5,11 @@
     L = 1/T Σ_t KL_t        T tokens of the step's answers; KL over the whole vocabulary, reverse or forward
 
 The teacher is an adapter on the same base, the base without adapter, or another base with the same tokenizer,
-in this process; or a model on a server (`served_teacher`), whose KL uses the log-probabilities it returns:
-reverse by the sampled tokens, forward by the most likely tokens and the rest as one. The teacher reads the
-same answers after its own prompt, which can contain more (`distillation.system`): the additional instructions
-are trained into the student, whose prompt does not have them. Sampler and trainer are one model as in
-`reinforce`, and their mismatch (gap) is measured in the same way. Answers are sampled anew for every step,
-and not stored in checkpoints. Logged for each step:
+in this process; or a model on a server (`served_teacher`), whose reverse KL is measured by its
+log-probabilities of the sampled tokens. The teacher reads the same answers after its own prompt, which can
+contain more (`distillation.system`): the additional instructions are trained into the student, whose prompt
+does not have them. Sampler and trainer are one model as in `reinforce`, and their mismatch (gap) is measured
+in the same way. Answers are sampled anew for every step, and not stored in checkpoints. Logged for each step:
 
     teacher_kl                         mean KL of a token
     teacher_failed, teacher_seconds    answers a server could not read, left out; its reading time
@@ -35,17 +34,15 @@ from veneer.adapters.use import load_adapter
 from veneer.errors import MismatchError, TrainingError, bullets, counted
 from veneer.models.patching import without_dropout
 from veneer.models.text.base import load_text
-from veneer.models.text.loss import compared_logits, head_logits, hidden_at, of_logits, token_logps
+from veneer.models.text.loss import compared_logits, head_logits, hidden_at, token_logps
 from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.text.batches import Batch, collate
-from veneer.train.text.findings import answers_left_out
 from veneer.train.text.policy_losses import (
     divergences,
     drawn_divergence,
     length_factors,
-    likeliest_divergence,
     per_token,
 )
 from veneer.train.text.prompts import (
@@ -58,10 +55,18 @@ from veneer.train.text.prompts import (
     rollout_example,
 )
 from veneer.train.text.render import Renderer
-from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams, draw_seed, drawn_figures
+from veneer.train.text.rollouts import (
+    CompletionRequest,
+    Gap,
+    Rollout,
+    Sampler,
+    SamplingParams,
+    answers_left_out,
+    draw_seed,
+    drawn_figures,
+)
 from veneer.train.text.rows import Row
-from veneer.train.text.sampler_mismatch import Gap
-from veneer.train.text.served_teacher import ServedTeacher, TeacherLogps, served_teacher
+from veneer.train.text.served_teacher import ServedTeacher, served_teacher
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
@@ -148,16 +153,16 @@ def _teacher_prompt(renderer: Renderer, row: Row, system: str) -> str:
 class _TaughtRollout:
     """An answer with its teacher's prompt.
 
-    `asked`: the prompt's token ids. `row`: of the prompt. `read`: the log-probabilities from a server."""
+    `asked`: the prompt's token ids. `row`: of the prompt. `logps`: log q of its tokens, from a server."""
 
     rollout: Rollout
     asked: tuple[int, ...]
     row: int
-    read: TeacherLogps | None = None
+    logps: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> int:
-        prompts = [self.rollout.prompt] if self.read else [self.rollout.prompt, self.asked]
+        prompts = [self.rollout.prompt] if self.logps else [self.rollout.prompt, self.asked]
         return max(map(len, prompts)) + len(self.rollout.tokens)
 
 
@@ -202,7 +207,7 @@ class Distillation:
             )
         if self.settings.system and asked:
             saved = sum(len(ids) - len(item.ids) for item, ids in zip(prompts, asked, strict=True)) / len(asked)
-            yield f"{saved:.0f} tokens a request are saved once they are trained in{_saved_cents(saved, self.settings)}"
+            yield f"{saved:.0f} tokens a request are saved once they are trained in"
 
     def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
         """Return step `number` on answers sampled for it.
@@ -261,25 +266,9 @@ class Distillation:
         if not isinstance(self.teacher, ServedTeacher):
             return answers, figures, []
         began = time.perf_counter()
-        given = self._read(self.teacher, answers, rows, interrupted)
-        if given is None:
-            return None
-        answers, failed = given
-        figures |= {"teacher_seconds": time.perf_counter() - began, "teacher_failed": float(len(failed))}
-        return answers, figures, failed
-
-    def _read(
-        self,
-        teacher: ServedTeacher,
-        answers: Sequence[_TaughtRollout],
-        rows: Sequence[Row],
-        interrupted: Callable[[], bool],
-    ) -> tuple[list[_TaughtRollout], list[str]] | None:
-        """Return answers with a served teacher's log-probabilities, and failures.
-
-        Raises TrainingError for too many failures."""
-        asked = [((*a.asked, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers]
-        found = teacher.read(asked, interrupted)
+        found = self.teacher.read(
+            [((*a.asked, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers], interrupted
+        )
         if found is None:
             return None
         failed = [f"{rows[a.row].where}: {why}" for a, why in zip(answers, found, strict=True) if isinstance(why, str)]
@@ -287,11 +276,14 @@ class Distillation:
             of = f"{len(failed):,} of {counted(len(answers), 'answer')}"
             raise TrainingError(
                 f"the teacher could not read {of}:\n{bullets(failed, 5)}",
-                where=teacher.name,
+                where=self.teacher.name,
                 fix="mend the server, or allow more of it with distillation.most_failed",
             )
-        read = [(a, given) for a, given in zip(answers, found, strict=True) if not isinstance(given, str)]
-        return [replace(a, read=given) for a, given in read], failed
+        figures |= {"teacher_seconds": time.perf_counter() - began, "teacher_failed": float(len(failed))}
+        read_by_teacher = [
+            replace(a, logps=logps) for a, logps in zip(answers, found, strict=True) if not isinstance(logps, str)
+        ]
+        return read_by_teacher, figures, failed
 
     def _asked(self, item: PromptItem, rows: Sequence[Row]) -> tuple[int, ...]:
         if not self.settings.system:
@@ -320,7 +312,10 @@ class Distillation:
         """Return the KL of each answer token, and the student's log p without gradient."""
         model, teacher = self.base.model, self.teacher
         if isinstance(teacher, ServedTeacher):
-            return self._by_what_was_read(batch)
+            logps = token_logps(model, sent(batch.input_ids, self.base.device), batch.lengths, batch.trained)
+            # the longest batch is tried before there is any answer
+            theirs = torch.zeros_like(logps) if batch.reference is None else batch.reference.to(logps)
+            return drawn_divergence(logps, theirs), logps.detach()
         taught = batch.teacher or batch
         with torch.no_grad(), without_dropout(teacher.base.model), teacher.acting():
             ids, places = sent(taught.input_ids, teacher.base.device), _places(taught, teacher.base)
@@ -338,27 +333,6 @@ class Distillation:
             return torch.stack([kl, logps], 1)
 
         kl, logps = compared_logits(model, hidden_at(model, ids, batch.lengths, places), other, compare).unbind(1)
-        return kl, logps.detach()
-
-    def _by_what_was_read(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
-        """Return the same from a served teacher's log-probabilities.
-
-        A batch without log-probabilities, for the memory test, uses fake numbers."""
-        model = self.base.model
-        ids, places = sent(batch.input_ids, self.base.device), _places(batch, self.base)
-        said = ids[places + 1]
-        if self.settings.divergence == "reverse":
-            logps = token_logps(model, ids, batch.lengths, batch.trained)
-            theirs = torch.zeros_like(logps) if batch.reference is None else batch.reference.to(logps)
-            return drawn_divergence(logps, theirs), logps.detach()
-        named, theirs = batch.likeliest or (said[:, None], torch.zeros(len(said), 1))
-        named = named.to(ids.device)
-
-        def compare(ours: Tensor, part: slice) -> Tensor:
-            kl = likeliest_divergence(ours, named[part], theirs[part].to(ours))
-            return torch.stack([kl, ours.detach().log_softmax(-1).gather(1, said[part, None])[:, 0]], 1)
-
-        kl, logps = of_logits(model, hidden_at(model, ids, batch.lengths, places), compare).unbind(1)
         return kl, logps.detach()
 
     def means(self) -> MetricMeans:
@@ -382,7 +356,7 @@ class Distillation:
         If KL is measured by sampled tokens, answers are sampled with fixed seeds. None once `interrupted()`.
         """
         drawing = self.drawing
-        if not (isinstance(self.teacher, ServedTeacher) and self.settings.divergence == "reverse"):
+        if not isinstance(self.teacher, ServedTeacher):
             drawing = replace(drawing, temperature=0.0)
         found = self._drawn(prompts, rows, drawing, 0, 1, interrupted)
         if found is None:
@@ -408,24 +382,14 @@ class Distillation:
         )
 
 
-def _saved_cents(tokens: float, section: DistillationSection) -> str:
-    """Return the cost of prompt tokens per thousand requests, or "".
-
-    By `distillation.price`."""
-    if section.price is None:
-        return ""
-    cents = tokens * section.price / 1e6 * 1000 * 100
-    return f": {cents:.3g} cents a thousand requests at ${section.price:g} a million"
-
-
 def _places(batch: Batch, base: TextBase) -> Tensor:
     return sent(batch.trained.nonzero()[:, 0] - 1, base.device)
 
 
 def _batch(answers: Sequence[_TaughtRollout], factors: Tensor) -> PolicyBatch:
     batch = collate([rollout_example(a.rollout) for a in answers])
-    read = [a.read for a in answers if a.read]
-    told = not read and any(a.asked != a.rollout.prompt for a in answers)
+    logps = torch.tensor([x for a in answers for x in a.logps], dtype=torch.float64)
+    told = not len(logps) and any(a.asked != a.rollout.prompt for a in answers)
     return PolicyBatch(
         batch.input_ids,
         batch.lengths,
@@ -435,23 +399,9 @@ def _batch(answers: Sequence[_TaughtRollout], factors: Tensor) -> PolicyBatch:
         factors,
         torch.tensor([x for a in answers for x in a.rollout.logps], dtype=torch.float64),
         fresh=True,
-        reference=torch.tensor([x for r in read for x in r.logps], dtype=torch.float64) if read else None,
+        reference=logps if len(logps) else None,
         teacher=collate([rollout_example(replace(a.rollout, prompt=a.asked)) for a in answers]) if told else None,
-        likeliest=_likeliest(read),
     )
-
-
-def _likeliest(read: Sequence[TeacherLogps]) -> tuple[Tensor, Tensor] | None:
-    """Return the (T, K) most likely tokens and their log q, as in `PolicyBatch`."""
-    places = [place for each in read for place in each.likeliest]
-    if not places:
-        return None
-    most = max(map(len, places))
-    ids = torch.zeros(len(places), most, dtype=torch.long)
-    logps = torch.full((len(places), most), -torch.inf, dtype=torch.float64)
-    for i, place in enumerate(places):
-        ids[i, : len(place)], logps[i, : len(place)] = torch.tensor([*place]), torch.tensor([*place.values()])
-    return ids, logps
 
 
 # -- a teacher's answers as rows ---------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import DataError, bullets
+from veneer.errors import BaseError, DataError, bullets
 from veneer.train.config.text import DataSection
 from veneer.train.text.render import Rendered, Renderer
 from veneer.train.text.rows import Row
@@ -56,11 +57,10 @@ class Counts:
     """What happened to the rows during encoding.
 
     `places`: for each count, its first few rows. `cut_ends`: cut rows that lost their end, including the
-    end-of-turn token. `merged`: rows with a token that straddles prompt and answer. `changed_turns`: turns
-    that render differently once later turns follow. `control`: rows whose own text contains the base's
-    control tokens. `longest`: tokens before cutting. For preferences, each answer is a row: `partners`,
-    answers dropped because the other answer of the pair was; `other_prompts`, pairs whose two prompts have
-    different tokens."""
+    end-of-turn token. `changed_turns`: turns that render differently once later turns follow. `control`: rows
+    whose own text contains the base's control tokens. `longest`: tokens before cutting. For preferences, each
+    answer is a row: `partners`, answers dropped because the other answer of the pair was; `other_prompts`,
+    pairs whose two prompts have different tokens."""
 
     rows: int = 0
     kept: int = 0
@@ -68,7 +68,6 @@ class Counts:
     long_dropped: int = 0
     cut: int = 0
     cut_ends: int = 0
-    merged: int = 0
     changed_turns: int = 0
     control: int = 0
     doubled_bos: int = 0
@@ -115,25 +114,26 @@ def encode_rows(
     are to be refused; BaseError for conversations on a base without a chat template."""
     renderer = Renderer(tokenizer, data.chat_template)
     counts = Counts(rows=len(rows))
-    rendered: list[Rendered] = []
-    places: list[int] = []
+    rendered: dict[int, Rendered] = {}
     left: dict[int, str] = {}
     for i, row in enumerate(rows):
         try:
-            rendered.append(renderer.render(row, data.train_on))
-            places.append(i)
+            rendered[i] = renderer.render(row, data.train_on)
         except ValueError as error:
             left[i] = str(error)
-    bad = [f"{rows[i].where}: {why}" for i, why in left.items()]
     if refuse:
+        bad = [f"{rows[i].where}: {why}" for i, why in left.items()]
         _refuse(bad, len(rows), "cannot be encoded", "correct those rows, or set data.train_on or data.chat_template")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     examples: list[Example] = []
     long: list[str] = []
     cut_rows: set[int] = set()
-    for i, r, (ids, trained, merged) in zip(places, rendered, _tokens(tokenizer, rendered, eos), strict=True):
-        row = rows[i]
-        _notice(counts, row, r, merged, renderer)
+    for (i, r), encoding in zip(rendered.items(), _encode_texts(tokenizer, list(rendered.values())), strict=True):
+        row, (ids, trained) = rows[i], _tokens(encoding, r, eos)
+        if r.changed_turns:
+            counts.note("changed_turns", row.where, r.changed_turns)
+        if any(renderer.has_control(str(m["content"])) for m in row.messages) or renderer.has_control(row.text):
+            counts.note("control", row.where)
         if bos is not None and ids[:2] == [bos, bos]:
             counts.note("doubled_bos", row.where)
         if True not in trained:
@@ -142,18 +142,17 @@ def encode_rows(
             continue
         ids, trained = _without_tail(ids, trained)
         counts.longest = max(counts.longest, len(ids))
+        if len(ids) > data.max_length and data.long_rows != "cut":
+            long.append(f"{row.where}: {len(ids)} tokens")
+            left[i] = f"{len(ids):,} tokens, more than data.max_length, {data.max_length:,}"
+            counts.note("long_dropped", row.where)
+            continue
         if len(ids) > data.max_length:
-            if data.long_rows == "cut":
-                counts.note("cut", row.where)
-                cut_rows.add(i)
-                ids, trained, lost = _cut(ids, trained, data.max_length, bos)
-                if lost:
-                    counts.note("cut_ends", row.where)
-            else:
-                long.append(f"{row.where}: {len(ids)} tokens")
-                left[i] = f"{len(ids):,} tokens, more than data.max_length, {data.max_length:,}"
-                counts.note("long_dropped", row.where)
-                continue
+            counts.note("cut", row.where)
+            cut_rows.add(i)
+            ids, trained, lost = _cut(ids, trained, data.max_length, bos)
+            if lost:
+                counts.note("cut_ends", row.where)
         examples.append(Example(ids, trained, i))
         counts.tokens += len(ids)
         counts.trained_tokens += sum(trained)
@@ -165,92 +164,60 @@ def encode_rows(
             f"set data.max_length={counts.longest} (more memory), or data.long_rows=drop or cut",
         )
     counts.kept = len(examples)
-    chat = any(r.chat for r in rendered)
-    return EncodedRows(examples, counts, renderer, _end_ids(renderer, rendered, eos), chat, cut_rows, left)
+    texts = list(rendered.values())
+    chat = any(r.chat for r in texts)
+    return EncodedRows(examples, counts, renderer, _end_ids(renderer, texts, eos), chat, cut_rows, left)
 
 
-def _notice(counts: Counts, row: Row, r: Rendered, merged: bool, renderer: Renderer) -> None:
-    if merged:
-        counts.note("merged", row.where)
-    if r.changed_turns:
-        counts.note("changed_turns", row.where, r.changed_turns)
-    if any(renderer.has_control(str(m["content"])) for m in row.messages) or renderer.has_control(row.text):
-        counts.note("control", row.where)
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> Iterator[Any]:
+    """Yield the encoding of each text.
+
+    A chat template writes BOS and EOS itself; plain text gets the tokenizer's special tokens."""
+    for chat, some in itertools.groupby(rendered, lambda r: r.chat):
+        texts = [r.text for r in some]
+        for at in range(0, len(texts), _CHUNK):
+            batch = tokenizer(texts[at : at + _CHUNK], add_special_tokens=not chat, verbose=False)
+            if batch.encodings is None:
+                raise BaseError(
+                    "the base's tokenizer does not tell which characters a token covers",
+                    fix="give the base a fast tokenizer (tokenizer.json)",
+                )
+            yield from batch.encodings
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered], eos: int | None
-) -> Iterable[tuple[list[int], list[bool], bool]]:
-    """Yield (ids, trained, whether a token straddles a trained start) of each text.
-
-    A chat template writes BOS and EOS itself; plain text gets the tokenizer's special tokens, then EOS."""
-    for at in range(0, len(rendered), _CHUNK):
-        chunk = rendered[at : at + _CHUNK]
-        chats = {r.chat for r in chunk}
-        encodings: list[Any] = [None] * len(chunk)
-        for chat in chats:
-            some = [n for n, r in enumerate(chunk) if r.chat is chat]
-            batch = tokenizer([chunk[n].text for n in some], add_special_tokens=not chat, verbose=False)
-            for place, n in enumerate(some):
-                fast = batch.encodings[place] if batch.encodings else None
-                encodings[n] = (list(batch["input_ids"][place]), fast)
-        for r, (ids, fast) in zip(chunk, encodings, strict=True):
-            spans = _spans_fast(fast, r) if fast is not None else _spans_slow(tokenizer, ids, r)
-            trained = [False] * len(ids)
-            merged = False
-            for first, last, straddles in spans:
-                trained[first:last] = [True] * (last - first)
-                merged |= straddles
-            if r.append_eos and eos is not None:
-                if ids and ids[-1] == eos:
-                    trained[-1] = True
-                else:
-                    ids.append(eos)
-                    trained.append(True)
-            if trained:
-                trained[0] = False
-            yield ids, trained, merged
-
-
-def _spans_fast(encoding: Any, r: Rendered) -> list[tuple[int, int, bool]]:
-    """Return the token ranges of the trained character ranges, from token offsets.
-
-    A token that straddles the start is trained on, because it has the answer's first letters, and is
-    reported."""
-    spans = []
-    count = len(encoding.ids)
+def _tokens(encoding: Any, r: Rendered, eos: int | None) -> tuple[list[int], list[bool]]:
+    """Return (ids, trained) of a text, with the end-of-text token if the text needs one."""
+    ids = list(encoding.ids)
+    trained = [False] * len(ids)
     for start, end in r.learned:
-        at = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
-        if at is None:
-            continue
-        # Some tokenizers trim spaces from offsets: a token of spaces over [a, b) has (b, b).
-        while at > 0 and (o := encoding.token_to_chars(at - 1)) is not None and o[0] == o[1] and o[0] > start:
-            at -= 1
-        last = next(t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None) + 1
-        # Several tokens of one multi-byte letter can have the same offsets; char_to_token returns the first.
-        while last < count and (o := encoding.token_to_chars(last)) is not None and start < o[1] <= end:
-            last += 1
-        begins = encoding.token_to_chars(at)
-        spans.append((at, last, start > 0 and begins is not None and begins[0] < start))
-    return spans
+        first, last = _span(encoding, start, end)
+        trained[first:last] = [True] * (last - first)
+    if r.append_eos and eos is not None:
+        if ids and ids[-1] == eos:
+            trained[-1] = True
+        else:
+            ids.append(eos)
+            trained.append(True)
+    if trained:
+        trained[0] = False
+    return ids, trained
 
 
-def _spans_slow(tokenizer: PreTrainedTokenizerBase, ids: list[int], r: Rendered) -> list[tuple[int, int, bool]]:
-    """Return the same for tokenizers without offsets.
+def _span(encoding: Any, start: int, end: int) -> tuple[int, int]:
+    """Return the token range of a trained character range, from token offsets.
 
-    Counts the leading tokens that the text up to each boundary shares with the row."""
-    spans = []
-    for start, end in r.learned:
-        bounds = []
-        for at in (start, end):
-            part = tokenizer(r.text[:at], add_special_tokens=not r.chat, verbose=False)["input_ids"] if at else []
-            same = next(
-                (n for n, (a, b) in enumerate(zip(part, ids, strict=False)) if a != b), min(len(part), len(ids))
-            )
-            bounds.append((same, same < len(part)))
-        (first, straddles), (last, cut) = bounds
-        spans.append((first, len(ids) if end == len(r.text) else last + cut, straddles))
-    return spans
+    A token that straddles the start is trained on, because it has the answer's first letters."""
+    first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
+    if first is None:
+        return 0, 0
+    # Some tokenizers trim spaces from offsets: a token of spaces over [a, b) has (b, b).
+    while first > 0 and (o := encoding.token_to_chars(first - 1)) is not None and o[0] == o[1] and o[0] > start:
+        first -= 1
+    last = next(t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None) + 1
+    # Several tokens of one multi-byte letter can have the same offsets; char_to_token returns the first.
+    while last < len(encoding.ids) and (o := encoding.token_to_chars(last)) is not None and start < o[1] <= end:
+        last += 1
+    return first, last
 
 
 def _without_tail(ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:

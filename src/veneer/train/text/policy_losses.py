@@ -5,7 +5,7 @@
     A_i    `advantages`: the reward minus a baseline, optionally divided by a standard deviation
     ρ_it   `policy_ratios`: p now / p at sampling, of the token, or the geometric mean over its answer
     f_i    `length_factors`: length normalization of an answer
-    k_it   `kl_estimates`: KL to the reference; as a part of the reward (k1) it is in A_i
+    k_it   `kl_estimates`: KL to the reference
     w_it   `importance_weights`: if tokens were not sampled from p (a temperature, a grammar)
 
 | loss                     | baseline | scale | ratio    | ε          | f_i          | source           |
@@ -33,7 +33,6 @@ from torch import Tensor
 _Baseline = Literal["group", "others", "batch", "none"]
 _Spread = Literal["group", "batch", "none"]
 _Lengths = Literal["answer", "batch", "limit", "none"]
-_KlEstimator = Literal["k1", "k2", "k3"]
 
 _LEAST = 1e-4
 """Added to a standard deviation, as in TRL."""
@@ -102,18 +101,12 @@ def clipped(ratios: Tensor, advantages: Tensor, low: float | None, high: float |
     return torch.maximum(plain, -bounded * advantages)
 
 
-def kl_estimates(logps: Tensor, reference: Tensor, estimator: _KlEstimator) -> Tensor:
-    """KL(p ‖ p_ref) by each token sampled from p, (T,), with d = log p − log p_ref.
+def kl_estimates(logps: Tensor, reference: Tensor) -> Tensor:
+    """KL(p ‖ p_ref) by each token sampled from p, (T,), with d = log p − log p_ref: e^(−d) + d − 1.
 
-        k1  d                       unbiased; its gradient is 0 in the mean, so it belongs into the reward
-        k2  d²/2                    its gradient is KL's, if tokens come from p
-        k3  e^(−d) + d − 1          unbiased and never below 0: GRPO's (eq. 4)
-
-    Schulman 2020, "Approximating KL divergence"."""
+    Unbiased and never below 0: GRPO's (eq. 4), k3 of Schulman 2020, "Approximating KL divergence"."""
     d = logps - reference
-    if estimator == "k1":
-        return d
-    return d.square() / 2 if estimator == "k2" else torch.exp(-d) + d - 1
+    return torch.exp(-d) + d - 1
 
 
 def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "forward"]) -> Tensor:
@@ -141,26 +134,6 @@ def drawn_divergence(logps: Tensor, teacher: Tensor) -> Tensor:
     Machines Lab 2025, "On-policy distillation")."""
     d = (logps - teacher).detach()
     return d + d * (logps - logps.detach())
-
-
-def likeliest_divergence(logits: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
-    """KL(q ‖ p) with tokens the teacher does not name as one: (M, V) -> (M,).
-
-        Σ_{v ∈ K} q_v (log q_v − log p_v) + q_rest (log q_rest − log p_rest),     rest = 1 − Σ_K
-
-    ids, teacher: (M, K), the named tokens and their log q, −inf for padding. At most KL(q ‖ p) of the whole
-    distributions, and equal to it if the rest is alike in both (the log sum inequality)."""
-    known = teacher.isfinite()
-    ours = logits.log_softmax(-1)
-    named = torch.where(known, ours.gather(1, ids), 0.0)
-    # padding repeats a named token; another token would be masked out of the rest
-    hidden = torch.zeros_like(ours, dtype=torch.bool).scatter_(1, torch.where(known, ids, ids[:, :1]), True)
-    rest = ours.masked_fill(hidden, -1e30).logsumexp(-1)  # −inf: NaN gradients if all tokens are named
-    q = torch.where(known, teacher, -torch.inf).exp()
-    left = (1 - q.sum(-1)).clamp(min=0.0)
-    of_named = (q * (torch.where(known, teacher, 0.0) - named)).sum(-1)
-    some = (left > 0) & ~hidden.all(-1)
-    return of_named + torch.where(some, left * (left.clamp(min=1e-30).log() - rest), 0.0)
 
 
 def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:

@@ -1,13 +1,14 @@
 """Preflight of a text run: rows, trained modules, vocabulary, and memory.
 
-The checks of the data are in `checks`, those for all runs in `train.preflight`. Changes nothing.
+Each check is a function of the run that yields findings: `_DATA_CHECKS` and `_PROMPT_CHECKS` need the base's
+tokenizer only, `_BASE_CHECKS` its weights. The checks of all runs are in `train.preflight`. Changes nothing.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.core.adapter import Adapter
@@ -19,11 +20,15 @@ from veneer.plan.memory import packed_weights
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.shape import model_shape
+from veneer.train.config.distillation import DistillationSection
+from veneer.train.config.section import BASE_MODEL
 from veneer.train.config.text import TrainConfig
 from veneer.train.planning import plan_of_run, still_needed, to_be_set
 from veneer.train.preflight import (
     Finding,
+    Level,
     Report,
+    RunSubject,
     available_memory,
     computes_on,
     learning_rate,
@@ -37,16 +42,53 @@ from veneer.train.preflight import (
     where_it_goes,
 )
 from veneer.train.text.batches import plan_steps
-from veneer.train.text.checks import TextSubject, data_findings
 from veneer.train.text.data import TextData
-from veneer.train.text.encode import Example
+from veneer.train.text.encode import EncodedRows, Example
+from veneer.train.text.preference import Item
 from veneer.train.text.prompts import PromptItem, first_rollouts
+from veneer.train.text.rows import leakage
 
+_SAMPLED = 200  # rows whose prompts are tokenized again; templates fail for all rows or for none
+_FEW_PROMPTS = 8
+"""Fewer prompts than this cause a warning, even if a step takes fewer."""
 _GUESSED = (
     "elsewhere such guesses were right within a tenth of the peak, and runs took 1.2 to 3.3 times as long "
     "(docs/how-to/plan.md)"
 )
 """Error of the plans of benchmarks/plan.py without calibration of the machine."""
+
+
+@dataclass(kw_only=True)
+class TextSubject(RunSubject):
+    """A text run to check."""
+
+    config: TrainConfig
+    data: TextData
+
+    @property
+    def encoded(self) -> EncodedRows:
+        """Return the encoded training rows; for preferences, of each answer."""
+        return self.data.train.encoded
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Return the tokens at which generation with this base stops."""
+        found: set[int] = set()
+        settings = getattr(self.base.model, "generation_config", None)
+        for ids in (
+            getattr(self.base, "end_of_turn_id", None),
+            getattr(settings, "eos_token_id", None),
+            self.base.tokenizer.eos_token_id,
+        ):
+            found.update(ids if isinstance(ids, list | tuple | set) else [] if ids is None else [ids])
+        return found
+
+    def named(self, count: str) -> str:
+        """Return the first rows of one of the encoding's counts."""
+        return ", ".join(self.encoded.counts.places.get(count, ()))
+
+    def tokens(self, ids: set[int]) -> str:
+        return ", ".join(f"`{self.base.tokenizer.convert_ids_to_tokens(i)}`" for i in sorted(ids))
 
 
 def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: int = 1, **options: Any) -> Report:
@@ -76,6 +118,14 @@ def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: i
     return report
 
 
+def data_findings(subject: TextSubject) -> Iterator[Finding]:
+    """Yield the findings about a run's rows or prompts.
+
+    The base's weights are not needed."""
+    for check in _DATA_CHECKS if subject.config.drawn is None else _PROMPT_CHECKS:
+        yield from check(subject)
+
+
 def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """Return the row as (text, trained) pieces: runs of tokens with equal masks."""
     pieces: list[tuple[list[int], bool]] = []
@@ -84,6 +134,292 @@ def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
             pieces.append(([], trained))
         pieces[-1][0].append(token)
     return [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _above_half(count: int, total: int) -> Level:
+    """Return the level of a finding about `count` of `total` rows: stop above half of them, else warn."""
+    return "stop" if count > total / 2 else "warn"
+
+
+def _something_is_learned(s: TextSubject) -> Iterator[Finding]:
+    """Failure class 1: the loss is masked to nothing and the run "succeeds"."""
+    c = s.encoded.counts
+    s.numbers.update(rows=c.rows, rows_kept=c.kept, tokens=c.tokens, learned_tokens=c.trained_tokens)
+    fix = "check roles, weights and data.train_on; the learned part is what assistant turns say"
+    if c.trained_tokens == 0:
+        reasons = [
+            f"{n:,} {why}" for n, why in ((c.untrained, "with nothing to learn"), (c.long_dropped, "too long")) if n
+        ]
+        text = f"no row is left to train on: of {c.rows:,} rows {' and '.join(reasons) or 'none could be used'}"
+        yield Finding("stop", "learned", text, fix)
+        return
+    if c.untrained:
+        text = f"{share(c.untrained, c.rows)} rows have no token to learn and are left out: {s.named('untrained')}"
+        yield Finding(_above_half(c.untrained, c.rows), "learned", text, fix)
+    text = f"{share(c.trained_tokens, c.tokens)} tokens are learned, in {counted(c.kept, 'row')}"
+    yield Finding("ok", "learned", text)
+
+
+def long_rows(s: TextSubject) -> Iterator[Finding]:
+    """Report rows that are dropped or cut, with their number and names."""
+    c, limit = s.encoded.counts, s.config.data.max_length
+    fix = f"data.max_length={c.longest} keeps them whole"
+    if c.long_dropped:
+        text = f"{share(c.long_dropped, c.rows)} rows are longer than {limit} tokens and dropped"
+        yield Finding(_above_half(c.long_dropped, c.rows), "long rows", f"{text}: {s.named('long_dropped')}", fix)
+    if c.cut:
+        text = f"{share(c.cut, c.rows)} rows are cut to {limit} tokens, the oldest prompt tokens first"
+        yield Finding("warn", "long rows", f"{text}: {s.named('cut')}", fix)
+    if c.cut_ends:
+        text = f"{share(c.cut_ends, c.rows)} cut rows lose the end of their answer, and with it the token that stops it"
+        yield Finding(_above_half(c.cut_ends, c.rows), "long rows", text, fix)
+    if not c.long_dropped and not c.cut:
+        yield Finding("ok", "long rows", f"longest row: {c.longest:,} tokens of {limit:,}; none dropped or cut")
+
+
+def _the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
+    """Failure class 2: a model that never stops, because its end token is no target."""
+    examples, ends = s.encoded.examples, s.encoded.end_ids
+    if not examples:
+        return
+    what = "end-of-turn" if s.encoded.chat else "end-of-text"
+    if not ends:
+        fix = (
+            "use a chat template that ends assistant turns with a special token (data.chat_template)"
+            if s.encoded.chat
+            else "give the tokenizer an eos_token"
+        )
+        text = f"no {what} token is written after an answer: the model would learn to never stop"
+        yield Finding("stop", "end", text, fix)
+        return
+    names = s.tokens(ends)
+    taught = sum(any(on and token in ends for token, on in zip(e.input_ids, e.trained, strict=True)) for e in examples)
+    if taught == 0:
+        text = f"the {what} token {names} is learned in no row: the model would never stop"
+        yield Finding("stop", "end", text, "check the chat template, data.train_on and data.long_rows")
+    elif taught < 0.9 * len(examples):
+        text = f"the {what} token {names} is learned only in {share(taught, len(examples))} rows"
+        yield Finding("warn", "end", text, "see long rows: cut rows lose their end")
+    else:
+        yield Finding("ok", "end", f"the {what} token {names} is learned in {share(taught, len(examples))} rows")
+    if not ends & s.stop_ids:
+        stops = s.tokens(s.stop_ids) or "nothing"
+        text = f"answers end with {names}, but generation stops at {stops}: answers would run on"
+        yield Finding("stop", "end", text, "use the chat template that belongs to this base, or set its eos_token")
+
+
+def _begins_once(s: TextSubject) -> Iterator[Finding]:
+    """Report BOS twice, if text and tokenizer both write it; or never."""
+    c, tokenizer, examples = s.encoded.counts, s.base.tokenizer, s.encoded.examples
+    bos = tokenizer.bos_token_id
+    if bos is None or not examples:
+        return
+    if c.doubled_bos:
+        text = f"{share(c.doubled_bos, c.rows)} rows begin with {tokenizer.bos_token} twice: {s.named('doubled_bos')}"
+        fix = f"remove {tokenizer.bos_token} from the rows or from the chat template"
+        yield Finding(_above_half(c.doubled_bos, c.rows), "begin", text, fix)
+    missing = sum(e.input_ids[0] != bos for e in examples) if tokenizer("a")["input_ids"][:1] == [bos] else 0
+    if missing:
+        rows = share(missing, len(examples))
+        text = f"the base expects {tokenizer.bos_token} first, and {rows} rows begin without it"
+        yield Finding("warn", "begin", text, "begin the chat template with {{ bos_token }}")
+
+
+def _inference_agrees(s: TextSubject) -> Iterator[Finding]:
+    """Failure class 6: training rows must begin with the prompt of inference.
+
+    They are compared token by token."""
+    data, renderer, chat = s.config.data, s.encoded.renderer, s.encoded.chat
+    own = s.base.tokenizer.chat_template
+    if chat and data.chat_template != "auto" and own and renderer.template != s.base.tokenizer.get_chat_template():
+        text = f"rows use {renderer.source}, not the base's own: prompt the adapter with the same template"
+        yield Finding("warn", "template", text, "data.chat_template=auto uses the base's own")
+    if own and not chat and s.data.train.texts and s.data.train.texts[0].messages:
+        text = "the base has a chat template and rows do not use it: give the adapter plain prompts, not messages"
+        yield Finding("warn", "template", text, "data.chat_template=auto")
+    wrong: list[str] = []
+    checked = 0
+    for example in s.encoded.examples[:: max(1, len(s.encoded.examples) // _SAMPLED)]:
+        row = s.data.train.texts[example.row]
+        if row.format == "text" or data.train_on == "all" or row.last_assistant() in (0, len(row.messages)):
+            continue
+        prompt = s.base.tokenizer(renderer.prompt(row), add_special_tokens=not chat, verbose=False)["input_ids"]
+        if example.row in s.encoded.cut_rows or len(prompt) >= len(example.input_ids):
+            continue  # cut, or its last turn is not trained on
+        checked += 1
+        if example.input_ids[: len(prompt)] != prompt:
+            wrong.append(row.where)
+    if wrong:
+        text = f"{share(len(wrong), checked)} prompts are other tokens in training than at inference"
+        fix = "end prompts without a space and begin completions with it, so that no token spans both"
+        yield Finding(_above_half(len(wrong), checked), "template", f"{text}: {', '.join(wrong[:3])}", fix)
+    elif checked:
+        text = f"prompts at inference match training token for token ({counted(checked, 'row')} checked)"
+        yield Finding("ok", "template", text)
+
+
+def _turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
+    c = s.encoded.counts
+    if c.changed_turns:
+        text = (
+            f"{c.changed_turns:,} earlier turns are trained without what the template shows only in a last turn "
+            f"(thinking, mostly): {s.named('changed_turns')}"
+        )
+        yield Finding("warn", "turns", text, "data.train_on=last learns only turns as inference writes them")
+    if c.control:
+        text = f"{share(c.control, c.rows)} rows hold the base's own control tokens as text: {s.named('control')}"
+        yield Finding("warn", "control tokens", text, "remove them unless they are meant to act as such")
+
+
+def _answers_compare(s: TextSubject) -> Iterator[Finding]:
+    """Report what a preference run compares, and with which reference."""
+    loss, c = s.config.preference.loss, s.encoded.counts
+    items = [item for item in s.data.train.items if isinstance(item, Item)]
+    if loss is None or not items:
+        return
+    if loss == "kto":
+        good = sum(bool(item.desirable) for item in items)
+        text = f"{counted(len(items), 'answer')}, {good:,} desirable and {len(items) - good:,} not"
+        if good in (0, len(items)):
+            text += ": there is nothing to tell apart"
+            yield Finding("stop", "preferences", text, "give answers of both kinds")
+        else:
+            yield from _kto_weights(s, good, len(items) - good, text)
+    else:
+        yield Finding("ok", "preferences", f"{counted(len(items), 'pair')}, two rows each")
+    if c.partners:
+        text = f"{share(c.partners, c.rows)} answers are left out because the other one of their pair is"
+        yield Finding("warn", "preferences", f"{text}: {s.named('partners')}")
+    if c.other_prompts:
+        text = f"the two prompts of {share(c.other_prompts, len(items))} pairs are not the same tokens"
+        fix = "end prompts without a space and begin answers with it, so that no token spans both"
+        level = _above_half(c.other_prompts, len(items))
+        yield Finding(level, "preferences", f"{text}: {s.named('other_prompts')}", fix)
+    reference = f"none, {loss} has none" if loss in ("orpo", "simpo") else _reference(s)
+    yield Finding("ok", "reference", f"compared with: {reference}")
+
+
+def _kto_weights(s: TextSubject, good: int, bad: int, text: str) -> Iterator[Finding]:
+    """Check KTO's weights, which should compensate for unequal numbers.
+
+    λ_D·n_D should be 1 to 4/3 of λ_U·n_U (arXiv 2402.01306)."""
+    weights = s.config.preference
+    ratio = weights.desirable * good / (weights.undesirable * bad)
+    if 0.95 <= ratio <= 1.4:
+        yield Finding("ok", "preferences", text)
+        return
+    raised = (
+        f"preference.desirable={weights.undesirable * bad / good:.2g}"
+        if ratio < 1
+        else f"preference.undesirable={0.75 * weights.desirable * good / bad:.2g}"
+    )
+    yield Finding("warn", "preferences", f"{text}: weighted {ratio:.2f} to 1, where 1 to 1.33 is advised", raised)
+
+
+def _reference(s: TextSubject) -> str:
+    return "the base with the adapter off" if s.data.start is None else f"{s.config.adapter.start} as it is now"
+
+
+def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
+    """Report what a run samples and learns from."""
+    r, c = s.config.drawn, s.encoded.counts
+    assert r is not None
+    if not c.kept:
+        text = f"no prompt is left to answer: {c.long_dropped:,} of {c.rows:,} rows leave an answer no room"
+        yield Finding("stop", "prompts", text, f"lower {r.named}.max_tokens, or raise data.max_length")
+        return
+    if s.devices > 1:
+        text = f"answers are drawn by one process, and {s.devices} share this run"
+        yield Finding("stop", "prompts", text, "run it on one device")
+    each = min(s.config.batching.rows, c.kept)
+    text = f"{counted(c.kept, 'prompt')}; a draw is {each} of them with {counted(r.group, 'answer')} each"
+    yield Finding("ok", "prompts", f"{text}, of {r.max_tokens} tokens at most")
+    if c.kept < max(s.config.batching.rows, _FEW_PROMPTS):
+        every = "every step draws the same one" if c.kept == 1 else "steps draw the same ones again and again"
+        fix = f"add prompts (a few hundred at least), or lower batching.rows ({s.config.batching.rows} here)"
+        yield Finding("warn", "prompts", f"only {counted(c.kept, 'prompt')} to train on: {every}", fix)
+    yield from _is_taught(r) if isinstance(r, DistillationSection) else _is_rewarded(s)
+
+
+def _is_taught(d: DistillationSection) -> Iterator[Finding]:
+    kl = "KL(student ‖ teacher)" if d.divergence == "reverse" else "KL(teacher ‖ student)"
+    teacher = d.base or ("the base with the adapter off" if d.teacher == BASE_MODEL else d.teacher)
+    over = "over the whole vocabulary"
+    if d.url is not None:
+        teacher, over = f"{d.teacher} at {d.url}", "by the tokens drawn"
+    told = ", told more than the student" if d.system else ""
+    yield Finding("ok", "teacher", f"{teacher}{told}; learned: {kl} of each token, {over}")
+
+
+def _is_rewarded(s: TextSubject) -> Iterator[Finding]:
+    r = s.config.reinforcement
+    if r.group == 1:
+        text = "groups of one: what an answer is compared with is other prompts' answers"
+        yield Finding("warn", "prompts", text, "reinforcement.group=8")
+    settings = {"temperature": r.temperature != 1, "top_p": r.top_p != 1, "grammar": bool(r.grammar)}
+    if changed := [name for name, is_changed in settings.items() if is_changed]:
+        text = f"tokens are drawn from another distribution than the one that is trained ({', '.join(changed)})"
+        yield Finding("warn", "draws", f"{text}: each is weighted by the ratio, {r.importance_cap:g} at most")
+    yield Finding("ok", "rewards", ", ".join(f"{reward.weight:g} × {reward.called}" for reward in r.rewards))
+    if r.kl:
+        yield Finding("ok", "reference", f"compared with: {_reference(s)}")
+
+
+def _long_prompts(s: TextSubject) -> Iterator[Finding]:
+    """Report prompts that leave no room for a completion, with number and names."""
+    c, data, r = s.encoded.counts, s.config.data, s.config.drawn
+    assert r is not None
+    room = min(data.max_length, s.base.context)
+    if not c.long_dropped:
+        text = f"longest prompt: {c.longest:,} tokens of {room:,}, answers have up to {r.max_tokens:,}; none dropped"
+        yield Finding("ok", "long rows", text)
+        return
+    text = f"{share(c.long_dropped, c.rows)} prompts leave an answer no room within {room:,} tokens and are dropped"
+    fix = f"shorten them, or lower {r.named}.max_tokens"
+    if data.max_length < s.base.context:
+        fix += f"; the base reads {s.base.context:,} tokens: raise data.max_length"
+    yield Finding(_above_half(c.long_dropped, c.rows), "long rows", f"{text}: {s.named('long_dropped')}", fix)
+
+
+def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
+    """Report held-out rows that are also trained on, which distort validation loss."""
+    about = s.data.about
+    if about is not None:
+        yield Finding("ok", "format", f"{counted(about.rows, 'row')} in `{about.format}` format: {about.why}")
+        if about.unused:
+            text = f"columns that nothing uses: {', '.join(about.unused)}"
+            yield Finding("warn", "columns", text, "data.columns names the ones to use, as {prompt: question}")
+        if about.duplicates:
+            text = f"{share(about.duplicates, about.rows)} rows repeat an earlier one exactly"
+            yield Finding("warn", "duplicates", text)
+    total = len(s.data.held.texts)
+    s.numbers.update(held_out=total)
+    if not total:
+        if s.config.evaluation.patience is not None:
+            text = "`evaluation.patience` is set, but no row is held out to stop by"
+            yield Finding("stop", "held out", text, "give data.validation or data.split, or more rows")
+        else:
+            yield Finding("warn", "held out", "no rows are held out: over-fitting cannot be seen", "data.split=0.05")
+        return
+    if s.data.held.encoded.counts.trained_tokens == 0:
+        yield Finding("stop", "held out", "the held-out rows have no token to score", "check data.validation's format")
+    leak = leakage(s.data.train.texts, s.data.held.texts)
+    pairs = "; ".join(f"{a} is {b}" for a, b in leak.examples)
+    if leak.identical:
+        text = f"{share(leak.identical, total)} held-out rows are also trained on: {pairs}"
+        fix = "remove them from one side; data.split never puts equal rows on both"
+        yield Finding(_above_half(leak.identical, total), "held out", text, fix)
+    if leak.same_prompt:
+        others = "are also trained on" if s.config.drawn else "also occur in training, with other answers"
+        yield Finding("warn", "held out", f"{share(leak.same_prompt, total)} held-out prompts {others}: {pairs}")
+    if not leak.identical and not leak.same_prompt:
+        yield Finding("ok", "held out", f"{counted(total, 'held-out row')}, none of them trained on")
+
+
+# -- the base ----------------------------------------------------------------------------------------------------------
 
 
 def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
@@ -99,13 +435,11 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
         targets = resolve_targets(model, spec)
         pairs, whole = trainable_parameters(model, targets, spec)
     except TargetError as error:
-        yield Finding(
-            "stop", "targets", str(error.what) + (f" ({error.where})" if error.where else ""), error.fix or ""
-        )
+        where = f" ({error.where})" if error.where else ""
+        yield Finding("stop", "targets", f"{error.what}{where}", error.fix or "")
         return
     total = sum(p.numel() for p in model.parameters())
-    s.numbers.update(matched={p: len(names) for p, names in found.items()}, pairs=len(targets), base_parameters=total)
-    s.numbers.update(trainable=pairs + whole, adapter_bytes=4 * (pairs + whole))
+    s.numbers.update(base_parameters=total, trainable=pairs + whole)
     matched = ", ".join(f"`{p}` {counted(len(names), 'module')}" for p, names in found.items())
     size = gigabytes(4 * (pairs + whole))
     yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + whole, total)} parameters, a file of {size}")
@@ -115,15 +449,14 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
             f"full copies take {share(whole, pairs + whole)} of the adapter, a file of {size}: "
             f"{', '.join([*spec.modules_to_save, *spec.token_rows])}"
         )
-        yield Finding(
-            "warn", "size", text, "train single rows with adapter.token_rows, or drop adapter.modules_to_save"
-        )
+        fix = "train single rows with adapter.token_rows, or drop adapter.modules_to_save"
+        yield Finding("warn", "size", text, fix)
 
 
 def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
     count, size = sum(t.numel() for _, t in start.tensors()), start.size_bytes()
     total = sum(p.numel() for p in s.base.model.parameters())
-    s.numbers.update(pairs=len(start.pairs), base_parameters=total, trainable=count, adapter_bytes=size)
+    s.numbers.update(base_parameters=total, trainable=count)
     if wrong := {d.form for d in start.deltas.values()} - {"hadamard", "kronecker"}:
         kinds = ", ".join(sorted(wrong))
         text = f"adapter.start holds deltas that are not pairs ({kinds}), which cannot be trained"
@@ -158,7 +491,6 @@ def _experts_are_reached(s: TextSubject) -> Iterator[Finding]:
         n for n in experts if any(target_matches(p, n) or target_matches(p, n.rpartition(".")[0]) for p in spec.exclude)
     }
     frozen = sorted(set(experts) - reached - meant)
-    s.numbers.update(expert_parameters=len(experts), experts_reached=len(reached))
     if frozen:
         part = share(sum(experts[n] for n in frozen), sum(p.numel() for p in model.parameters()))
         text = (
@@ -179,7 +511,6 @@ def vocabulary(s: TextSubject) -> Iterator[Finding]:
     embedding = s.base.model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     used = {token for e in s.encoded.examples for token in e.input_ids}
-    s.numbers.update(distinct_tokens=len(used), embedding_rows=rows)
     beyond = sorted(t for t in used if t >= rows)
     if beyond:
         names = ", ".join(f"`{s.base.tokenizer.convert_ids_to_tokens(t)}` ({t})" for t in beyond[:5])
@@ -208,8 +539,9 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     """Failure class 8: out of memory hours into a run, at the longest rows."""
     model, config = s.base.model, s.config
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if context and s.longest > context:
-        text = f"the longest row has {s.longest:,} tokens and the base reads {context:,}"
+    row = max((e.tokens for e in s.encoded.examples), default=0)
+    if context and row > context:
+        text = f"the longest row has {row:,} tokens and the base reads {context:,}"
         yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
     device = computes_on(s.base)
     free = available_memory(config, device, s.free_memory)
@@ -230,8 +562,7 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     on, _ = recomputes(mode, need, free)
     s.plan = chosen = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
-    unpacked = _why_unpacked(s, device.type)
-    drawer, kept = (0, 0) if unpacked else _packs(s, chosen, on)
+    drawer, kept = _packs(s, chosen, device.type, on)
     keeps, packs = _keeps(s, chosen, device.type), drawer + kept
     peak, parts = chosen.memory.peak + keeps + packs, {**chosen.memory.parts, "packed": packs}
     s.numbers.update(predicted_peak_bytes=peak, predicted_parts=parts)
@@ -239,7 +570,7 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     if not chosen.changes and chosen.seconds is not None:
         s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
     wanted = (less if on else need) + packs
-    longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {s.longest:,}"
+    longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
     fix = to_be_set(chosen) or f"a smaller base, or {more} (veneer plan shows what it takes)"
@@ -254,32 +585,7 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     if packs:
         text = f"{gigabytes(packs)} of it are frozen weights kept a second time, in the order of their products"
         yield Finding("ok", "memory", text)
-    yield from _nothing_kept(s, packs, unpacked or "no product is measured faster so here")
     yield from _predicted(chosen, packs)
-
-
-def _why_unpacked(s: TextSubject, device: str) -> str:
-    """Why no weight of this base can be kept packed, whatever its products; "" where some may."""
-    quantized = bool(getattr(s.base, "quantized", ""))
-    reasons = {
-        "it is quantized": quantized,
-        "it is sharded": s.config.memory.shard,
-        "it is not on a CPU": device != "cpu",
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
-
-
-def _nothing_kept(s: TextSubject, packs: int, why: str) -> Iterator[Finding]:
-    """Report settings that keep weights when there are none to keep.
-
-    `why`: the reason that nothing is packed."""
-    memory = s.config.memory
-    if memory.keep_packed_gb and not packs:
-        text = f"memory.keep_packed_gb: no weight of this base is kept in the order of its products: {why}"
-        yield Finding("warn", "memory", text, "leave it out")
-    if memory.keep_dequantized_gb and not getattr(s.base, "quantized", ""):
-        text = "memory.keep_dequantized_gb: this base is not quantized, so no weight is kept dequantized"
-        yield Finding("warn", "memory", text, "leave it out, or set base.quantize")
 
 
 def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
@@ -292,16 +598,16 @@ def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
     return 8 * plan.keeps // 10 if device == "cuda" else 0
 
 
-def _packs(s: TextSubject, plan: Plan, recomputed: bool) -> tuple[int, int]:
+def _packs(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[int, int]:
     """Return the bytes of packed weights for sampling and for training.
 
     The packed weights are those with clearly faster products on this machine, up to the configured bytes.
     Without a setting, all of them are packed if the plan has room (for training, only if no activations are
-    recomputed), else none.
+    recomputed), else none. On a CPU only, and not for quantized or sharded weights.
 
     Sampling comes first: repacking all weights for each token takes several times as long as the products."""
     asked = s.config.memory.keep_packed_gb
-    if asked == 0:
+    if asked == 0 or s.base.quantized or s.config.memory.shard or device != "cpu":
         return 0, 0
     dtype = next(s.base.model.parameters()).dtype
     shape, name = model_shape(s.base.model), str(dtype).removeprefix("torch.")
@@ -330,7 +636,25 @@ def _predicted(plan: Plan, packs: int) -> Iterator[Finding]:
     yield Finding("ok", "plan", text)
 
 
-_BASE_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
+_Checks = tuple[Callable[[TextSubject], Iterator[Finding]], ...]
+
+_DATA_CHECKS: _Checks = (
+    _something_is_learned,
+    long_rows,
+    _the_end_is_learned,
+    _begins_once,
+    _inference_agrees,
+    _turns_and_control_tokens,
+    _answers_compare,
+    _rows_are_apart,
+)
+_PROMPT_CHECKS: _Checks = (
+    _answers_are_drawn,
+    _long_prompts,
+    _begins_once,
+    _rows_are_apart,
+)
+_BASE_CHECKS: _Checks = (
     _what_is_trained,
     _experts_are_reached,
     learning_rate,

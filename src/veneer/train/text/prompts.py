@@ -58,8 +58,7 @@ class PolicyBatch(Batch):
     its tokens' losses. `old`, `drawn`, `reference`: (T,) log-probabilities at sampling time, of the sampling
     distribution, and of the reference; None if absent. `fresh`: whether the adapter is unchanged since
     sampling. `teacher`: the same completions after the teacher's prompt; None for these rows themselves.
-    `likeliest`: (T, K) tokens that a served teacher names at each position, and their log-probabilities, −inf
-    padded. `shared`: set if the completions of a prompt share its tokens; `input_ids` and `trained` then have
+    `shared`: set if the completions of a prompt share its tokens; `input_ids` and `trained` then have
     the prompt once."""
 
     answers: list[int]
@@ -71,7 +70,6 @@ class PolicyBatch(Batch):
     fresh: bool = False
     teacher: Batch | None = None
     shared: SharedRows | None = None
-    likeliest: tuple[Tensor, Tensor] | None = None
 
 
 def prompt_of(row: Row) -> Row:

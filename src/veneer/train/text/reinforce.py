@@ -3,9 +3,9 @@
     a step   prompts → draw (`rollouts.Sampler`) → rewards (`train.rewards`) → advantages → loss (`policy_losses`)
 
 Sampler and trainer are the same model: the sampler reads the pairs on the attachment, and with
-`reinforcement.exact` the trainer's forward has the sampler's values (`models.text.replay`). The first update
-after each sampling measures the mismatch token by token, and a run whose gap is above `reinforcement.gap`
-stops before its optimizer moves. Logged for each step:
+`reinforcement.exact` the trainer's forward has the sampler's values (`models.text.logprob_replay`). The first
+update after each sampling measures the mismatch token by token, and a run whose gap is above
+`reinforcement.gap` stops before its optimizer moves. Logged for each step:
 
     reward, reward_NAME…               means over the answers with a reward; reward_failed: number without one
     constant_groups, constant_share    groups whose answers all have one reward: nothing is learned from them
@@ -22,18 +22,12 @@ stops before its optimizer moves. Logged for each step:
 Held-out prompts are answered greedily; their loss is minus the mean reward. A step's answers are a function
 of the seed, the step and the adapter's values, so a resumed run samples the same answers; answers with
 updates still to come are in the checkpoint.
-
-With `reinforcement.one_step_off_policy` a thread samples the next answers during training on the current
-ones, from a copy of the pairs as of the start of that training (`offpolicy`): the second answers come from
-the same pairs as the first. Ratios are those of the current pairs to the copy. The copy is in the checkpoint,
-so that its answers can be sampled again; the gap is measured on the first micro-batch of each sampling, whose
-likelihood under the copy is recomputed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,18 +35,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veneer.errors import TrainingError, bullets, counted
+from veneer.adapters.use import load_adapter
+from veneer.errors import AdapterError, TrainingError, bullets, counted
 from veneer.models.patching import without_dropout
+from veneer.models.text.generate import rendered
 from veneer.models.text.logprob_replay import replayed_logps
 from veneer.models.text.loss import token_logps
 from veneer.ops.attention import SharedRows
 from veneer.ops.device_transfer import in_float64, sent
+from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import EvalResult, MetricMeans, Step
-from veneer.train.rewards.reward import Answer, Judged, Rewards, reward_findings
-from veneer.train.text.async_sampling import OffPolicyDraws
+from veneer.train.rewards.judge import AskModel, Question, Reply
+from veneer.train.rewards.reward import Answer, Rewards, reward_findings
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversation, Conversing, said_so_far
-from veneer.train.text.findings import Findings, answers_left_out, draw_summary
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
@@ -70,13 +66,22 @@ from veneer.train.text.prompts import (
     prompt_of,
     shared_groups,
 )
-from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams, draw_seed, drawn_figures
+from veneer.train.text.rollouts import (
+    CompletionRequest,
+    Gap,
+    Rollout,
+    Sampler,
+    SamplingParams,
+    answers_left_out,
+    draw_seed,
+    drawn_figures,
+)
 from veneer.train.text.rows import Row
-from veneer.train.text.sampler_mismatch import Gap
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
+    from veneer.train.config.reinforcement import ReinforcementSection
     from veneer.train.config.text import TrainConfig
 
 
@@ -96,11 +101,6 @@ class _JudgedRollout:
     def tokens(self) -> int:
         return len(self.rollout.prompt) + len(self.rollout.tokens)
 
-    @property
-    def size(self) -> tuple[tuple[int, ...], int]:
-        """Its prompt, and its number of tokens."""
-        return self.rollout.prompt, len(self.rollout.tokens)
-
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "rollout": self.rollout.to_dict(), "reference": list(self.reference)}
 
@@ -110,26 +110,12 @@ class _JudgedRollout:
         return cls(rollout, values["row"], values["worth"], reference)
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """Sampled answers and their rewards.
-
-    `groups`: the row of each answer's prompt. `failed`: reasons of answers without a reward."""
-
-    groups: list[int]
-    drawn: list[Rollout]
-    judged: Judged
-    seconds: float
-    failed: list[str]
-
-
 @dataclass
 class Reinforcement:
     """A run's reinforcement learning.
 
     `name`: of the trained adapter. `reference`: of the reference adapter, "" for the base without adapter.
-    `conversing`: answers the model in multi-turn runs. `planned`: all steps of the run. `off_policy`: samples
-    the next answers during training, if configured."""
+    `conversing`: answers the model in multi-turn runs."""
 
     config: TrainConfig
     base: TextBase
@@ -139,8 +125,6 @@ class Reinforcement:
     rewards: Rewards
     reference: str = ""
     conversing: Conversing | None = None
-    planned: Sequence[Step] = ()
-    off_policy: OffPolicyDraws | None = None
     first: int = 0
     """The step that the current answers were sampled for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
@@ -153,8 +137,8 @@ class Reinforcement:
 
     def __post_init__(self) -> None:
         s = self.settings = self.config.reinforcement.settled()
-        self.findings = Findings(s)
         self.drawing = SamplingParams(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
+        self._warned: dict[str, str] = {}
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
@@ -162,130 +146,90 @@ class Reinforcement:
         """Return step `number` on answers sampled for it.
 
         `rows`: the rows of its prompts."""
-        s, update = self.settings, (number - 1) % self.settings.updates
-        first, following = number - update, number + s.updates
-        made_at = first - 1 if self.off_policy is None else max(0, first - 1 - s.updates)
-        if self.first != first:
-            make = self._making(first, step, rows, interrupted)
-            draw = make() if self.off_policy is None else self.off_policy.take(first, make)
-            if draw is None:
+        update = (number - 1) % self.settings.updates
+        if self.first != number - update:
+            items = {item.row: item for micro in step.micros for item in micro.items}
+            prompts = [items[row] for row in sorted(items)]
+            if not self._draw(prompts, rows, number - update, interrupted):
                 return None
-            self._learn_from(draw, first, now=made_at == first - 1)
-        self.measured["policy_lag"] = float(number - 1 - made_at)
+        self.measured["policy_lag"] = float(update)
         if update:  # measured once per sampling
             self.measured |= {"drawn_tokens": 0.0, "drawn_seconds": 0.0}
-            self.measured = {key: value for key, value in self.measured.items() if not key.startswith("gap_")}
-        elif self.off_policy is not None and following <= len(self.planned):
-            make = self._making(following, self.planned[following - 1], rows, interrupted)
-            self.off_policy.follow(following, make)
-        return self._step_of(step, rows, fresh=number - 1 == made_at)
-
-    def _making(
-        self, number: int, step: Step, rows: Sequence[Row], interrupted: Callable[[], bool]
-    ) -> Callable[[], _Draw | None]:
-        """Return the function that samples for step `number`, as planned."""
-        items, off = {item.row: item for micro in step.micros for item in micro.items}, self.off_policy
-        prompts = [items[row] for row in sorted(items)]
-        if off is None:
-            return partial(self._draw, prompts, rows, number, self.name, interrupted)
-        return partial(self._draw, prompts, rows, number, off.copy, lambda: off.ahead.ended or interrupted())
+        return self._step_of(step, rows, fresh=not update)
 
     def _draw(
-        self,
-        prompts: Sequence[PromptItem],
-        rows: Sequence[Row],
-        number: int,
-        name: str,
-        interrupted: Callable[[], bool],
-    ) -> _Draw | None:
-        s, seed = self.settings, self.config.seed
+        self, prompts: Sequence[PromptItem], rows: Sequence[Row], number: int, interrupted: Callable[[], bool]
+    ) -> bool:
+        """Sample the answers of step `number`, and judge them. Return False if interrupted."""
+        s = self.settings
         owners = [item for item in prompts for _ in range(s.group)]
         asked = [
-            CompletionRequest(item.ids, draw_seed(seed, number, item.row, i % s.group), self.drawing, name)
+            CompletionRequest(
+                item.ids, draw_seed(self.config.seed, number, item.row, i % s.group), self.drawing, self.name
+            )
             for i, item in enumerate(owners)
         ]
         began = time.perf_counter()
-        held = self._held(asked, [_unanswered(rows[item.row]) for item in owners], interrupted)
-        if held is None:
-            return None
-        drawn, answers = held
+        sampled = self._sampled(asked, [_unanswered(rows[item.row]) for item in owners], interrupted)
+        if sampled is None:
+            return False
+        drawn, answers = sampled
         seconds = time.perf_counter() - began
-        judged = self.rewards.judge(answers)
-        return _Draw([item.row for item in owners], drawn, judged, seconds, judged.why(answers))
-
-    def _learn_from(self, draw: _Draw, number: int, *, now: bool) -> None:
-        """Make these the current answers. `now`: they come from the current adapter."""
-        s, groups, drawn, judged = self.settings, draw.groups, draw.drawn, draw.judged
-        self.failed = draw.failed
-        found = judged.logged() | reward_findings(judged, groups) | drawn_figures(drawn, draw.seconds)
+        judged, groups = self.rewards.judge(answers), [item.row for item in owners]
+        found = judged.logged() | reward_findings(judged, groups) | drawn_figures(drawn, seconds)
         known = [i for i, value in enumerate(judged.values) if value is not None]
         references = self._references([drawn[i] for i in known]) if s.kl else [()] * len(known)
         values = torch.tensor([judged.values[i] for i in known], dtype=torch.float64)
-        if s.kl and s.kl_estimator == "k1":
-            values -= s.kl * torch.tensor(
-                [sum(drawn[i].logps) - sum(reference) for i, reference in zip(known, references, strict=True)],
-                dtype=torch.float64,
-            )
         worth = advantages(values, [groups[i] for i in known], baseline=s.baseline or "none", scale=s.scale or "none")
-        answers = [
+        self.answers = [
             _JudgedRollout(drawn[i], groups[i], float(w), reference)
             for i, w, reference in zip(known, worth.tolist(), references, strict=True)
             if not (s.mask_cut and drawn[i].cut)
         ]
-        found["idle"] = float(not worth.any())
-        if not answers:
+        if not self.answers:
             raise TrainingError(
                 f"none of the {len(drawn)} answers of step {number} can be learned from",
                 where=f"{found['cut_answers']:.0f} are cut at reinforcement.max_tokens, {judged.failed} have no reward",
                 fix="raise reinforcement.max_tokens, or leave reinforcement.mask_cut out",
             )
-        if self.off_policy is not None and not now:
-            found |= self._gap_as_drawn(answers, self.off_policy.copy)
-        self.first, self.answers, self.measured = number, answers, found
+        self.first, self.measured, self.failed = number, found, judged.why(answers)
+        self.measured["idle"] = float(not worth.any())
+        return True
 
-    def _gap_as_drawn(self, answers: Sequence[_JudgedRollout], name: str) -> dict[str, float]:
-        """Return the gap of the first micro-batch, under the adapter it was sampled from."""
-        drawn = [answers[i].rollout for i in shared_groups([a.size for a in answers], self.config)[0]]
-        old, gap = torch.tensor([x for rollout in drawn for x in rollout.logps], dtype=torch.float64), Gap()
-        gap.add(self._logps_under(name, drawn), old)
-        return gap.checked(self.settings, self._gap_fix).values()
-
-    def _held(
+    def _sampled(
         self, asked: Sequence[CompletionRequest], prompts: Sequence[Answer], interrupted: Callable[[], bool]
     ) -> tuple[list[Rollout], list[Answer]] | None:
         """Return rollouts, and the answers or conversations that rewards judge.
 
         Conversations if there is an environment. None if interrupted."""
-        if self.conversing is None:
-            drawn = self.sampler.draw(asked, interrupted)
-            held = None if drawn is None else [Conversation(rollout) for rollout in drawn]
+        if self.conversing is not None:
+            conversations = self.conversing.draw(asked, prompts, interrupted)
         else:
-            held = self.conversing.draw(asked, prompts, interrupted)
-        if held is None:
+            drawn = self.sampler.draw(asked, interrupted)
+            conversations = None if drawn is None else [Conversation(rollout) for rollout in drawn]
+        if conversations is None:
             return None
-        return [each.rollout for each in held], [said_so_far(p, each) for p, each in zip(prompts, held, strict=True)]
+        answers = [said_so_far(prompt, each) for prompt, each in zip(prompts, conversations, strict=True)]
+        return [each.rollout for each in conversations], answers
 
     def _references(self, drawn: Sequence[Rollout]) -> list[tuple[float, ...]]:
         """Return log p of each answer's tokens under the reference."""
         out: dict[int, tuple[float, ...]] = {}
         for group in shared_groups([(r.prompt, len(r.tokens)) for r in drawn], self.config):
-            parts = self._logps_under(self.reference, [drawn[i] for i in group]).tolist()
+            batch, shared = collate_shared([drawn[i] for i in group])
+            with torch.no_grad(), without_dropout(self.base.model):
+                logps = self._reference_logps(batch, shared).tolist()
             for i in group:
                 n = len(drawn[i].logps)
-                out[i], parts = tuple(parts[:n]), parts[n:]
+                out[i], logps = tuple(logps[:n]), logps[n:]
         return [out[i] for i in range(len(drawn))]
 
-    def _logps_under(self, name: str, drawn: Sequence[Rollout]) -> Tensor:
-        """Return log p of the answers' tokens, end to end, under another adapter.
-
-        name: "" for the base without adapter."""
-        batch, shared = collate_shared(drawn)
-        ids = sent(batch.input_ids, self.base.device)
-        with torch.no_grad(), without_dropout(self.base.model):
-            if self.settings.exact:
-                return self.sampler.replay(ids, batch.lengths, batch.trained, name, shared).logps()
-            with self.attachment.using(*([name] if name else [])):
-                return self._own_logps(batch, shared)
+    def _reference_logps(self, batch: Batch, shared: SharedRows) -> Tensor:
+        if self.settings.exact:
+            ids = sent(batch.input_ids, self.base.device)
+            return self.sampler.replay(ids, batch.lengths, batch.trained, self.reference, shared).logps()
+        with self.attachment.using(*([self.reference] if self.reference else [])):
+            return self._own_logps(batch, shared)
 
     def _step_of(self, step: Step, rows: Sequence[Row], *, fresh: bool) -> Step:
         """Return the micro-batches of the current answers.
@@ -293,12 +237,13 @@ class Reinforcement:
         Answers without effect are left out of the micro-batches but counted."""
         s, answers = self.settings, self.answers
         factors = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
-        in_loss = bool(s.kl) and s.kl_estimator != "k1"
-        moving = [i for i, a in enumerate(answers) if a.worth or in_loss]
+        moving = [i for i, a in enumerate(answers) if a.worth or s.kl]
         moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # at least one token
         factors = factors * (len(moving) / len(answers))  # the loop divides by the number of answers it gets
         micros = []
-        for group in shared_groups([answers[i].size for i in moving], self.config):
+        for group in shared_groups(
+            [(answers[i].rollout.prompt, len(answers[i].rollout.tokens)) for i in moving], self.config
+        ):
             own = [answers[moving[k]] for k in group]
             f = factors[[moving[k] for k in group]]
             where = [rows[a.row].where for a in own]
@@ -323,8 +268,8 @@ class Reinforcement:
             losses = losses * weights
             self.seen.add(weight=weights)
         if batch.reference is not None:
-            kl = kl_estimates(logps, batch.reference.to(logps), s.kl_estimator)
-            losses = losses if s.kl_estimator == "k1" else losses + s.kl * kl
+            kl = kl_estimates(logps, batch.reference.to(logps))
+            losses = losses + s.kl * kl
             self.seen.add(kl=kl)
         if batch.fresh and batch.old is not None:
             self.gap.add(logps, old)
@@ -336,11 +281,11 @@ class Reinforcement:
         return (per_token(batch.factors.to(logps.device), batch.answers) * losses).sum()
 
     def _policy(self, batch: PolicyBatch) -> Tensor:
-        ids, model = sent(batch.input_ids, self.base.device), self.base.model
         if not self.settings.exact:
             return self._own_logps(batch, batch.shared)
+        ids = sent(batch.input_ids, self.base.device)
         replay = self.sampler.replay(ids, batch.lengths, batch.trained, self.name, batch.shared)
-        return replayed_logps(model, ids, batch.lengths, batch.trained, replay, batch.shared)
+        return replayed_logps(self.base.model, ids, batch.lengths, batch.trained, replay, batch.shared)
 
     def _own_logps(self, batch: Batch, shared: SharedRows | None) -> Tensor:
         ids = sent(batch.input_ids, self.base.device)
@@ -350,22 +295,18 @@ class Reinforcement:
         """Return the measurements since `begin`.
 
         Raises TrainingError if the sampler's model differs from the trained one."""
-        gap = self.gap.checked(self.settings, self._gap_fix)
+        fix = "this is worth a report" if self.settings.exact else "set reinforcement.exact=true"
+        gap = self.gap.checked(self.settings, fix)
         return MetricMeans.total([self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
-    @property
-    def _gap_fix(self) -> str:
-        return "set reinforcement.exact=true" if not self.settings.exact else "this is worth a report"
-
     def said_after(self, number: int) -> Iterator[str]:
-        """Yield warnings on step `number`, if answers were sampled for it."""
+        """Yield warnings on step `number`, if answers were sampled for it.
+
+        A condition that still holds at the next sampling is not reported again."""
         if number == self.first:
             yield from answers_left_out(number, self.failed)
-            yield from self.findings.of_step(number, self.measured)
-
-    def said_last(self, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
-        """Yield a summary of all steps' measurements."""
-        return draw_summary(self.settings, steps)
+            before, self._warned = self._warned, draw_warnings(self.settings, number, self.measured)
+            yield from (text for name, text in self._warned.items() if name not in before)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
@@ -375,14 +316,12 @@ class Reinforcement:
         """Return the mean reward of greedy answers; the loss is minus that.
 
         None once `interrupted()`."""
-        if self.off_policy is not None:
-            self.off_policy.ahead.settle()  # one sampling at a time
         greedy = replace(self.drawing, temperature=0.0, top_p=1.0)
         asked = [CompletionRequest(item.ids, 0, greedy, self.name) for item in prompts]
-        held = self._held(asked, [_unanswered(rows[item.row]) for item in prompts], interrupted)
-        if held is None:
+        sampled = self._sampled(asked, [_unanswered(rows[item.row]) for item in prompts], interrupted)
+        if sampled is None:
             return None
-        drawn, answers = held
+        drawn, answers = sampled
         judged = self.rewards.judge(answers)
         values = [value for value in judged.values if value is not None]
         if not values:
@@ -446,3 +385,101 @@ def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> P
         fresh,
         shared=shared,
     )
+
+
+# -- answers without a training signal ---------------------------------------------------------------------------------
+
+_EASIER = (
+    "take easier prompts, add a reward for the form that some answers reach (kind: json_schema, regex), or begin at an "
+    "adapter that is right sometimes (adapter.start); where all answers are right already, take harder prompts"
+)
+_LONGER = "raise reinforcement.max_tokens, or reward short answers (kind: length)"
+_MOST = 0.5
+"""Share of a step's completions, or of a run's groups, above which to give advice."""
+_MANY_CUT = 0.1
+"""The same for truncated completions over the whole run."""
+
+
+def draw_warnings(settings: ReinforcementSection, number: int, measured: Mapping[str, float]) -> dict[str, str]:
+    """Return the warnings about the answers of step `number`, by name. `measured`: their metrics."""
+    found = {}
+    if measured["idle"]:
+        mean = f" ({measured['reward']:.3f} on average)" if "reward" in measured else ""
+        compared = "to each prompt" if settings.baseline in ("group", "others") else "of the step"
+        found["idle"] = (
+            f"warning: nothing is learned from the rewards of step {number}: all answers {compared} are worth the "
+            f"same{mean}; {_EASIER}"
+        )
+    if measured["cut_share"] > _MOST:
+        found["cut"] = (
+            f"warning: {measured['cut_share']:.0%} of the answers of step {number} are cut at "
+            f"{settings.max_tokens} tokens; {_LONGER}"
+        )
+    return found
+
+
+def draw_summary(settings: ReinforcementSection, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """Yield the summary of a run; nothing if there is nothing to report.
+
+    `steps`: the metrics of each step."""
+    draws = [found for found in steps if found.get("drawn_tokens")]
+    groups, constant, cut, failed = (
+        round(sum(found.get(key, 0.0) for found in draws))
+        for key in ("groups", "constant_groups", "cut_answers", "reward_failed")
+    )
+    idle, answers = sum(bool(found.get("idle")) for found in draws), groups * settings.group
+    if constant and settings.baseline in ("group", "others"):
+        text = (
+            f"of {groups:,} groups of answers {constant:,} ({constant / groups:.0%}) were worth the same throughout, "
+            f"and taught nothing; that was all of a step's in {idle:,} of {len(draws):,}"
+        )
+        yield f"warning: {text}: {_EASIER}" if constant > _MOST * groups else text
+    elif idle:
+        yield f"all answers of a step were worth the same in {idle:,} of {len(draws):,}: {_EASIER}"
+    for reward in settings.rewards if len(settings.rewards) > 1 else ():
+        if draws and all(found.get(f"constant_{reward.called}") for found in draws):
+            yield f"the reward {reward.called} was the same within each group, in every draw: it moved nothing"
+    if cut:
+        text = f"of {answers:,} answers {cut:,} ({cut / answers:.0%}) were cut at {settings.max_tokens} tokens"
+        yield f"warning: {text}: {_LONGER}" if cut > _MANY_CUT * answers else text
+    if failed:
+        yield f"of {answers:,} answers {failed:,} could not be judged, and were left out"
+
+
+# -- a judge in this process -------------------------------------------------------------------------------------------
+
+
+def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, models: Collection[str]) -> AskModel:
+    """Attach the judges' adapters; return the function that asks them.
+
+    The run's sampler answers, so a judge costs its tokens and its adapter. `models`: adapters by name or
+    folder, and `BASE_MODEL`. Raises AdapterError for an invalid adapter or one that the sampler does not
+    support, MismatchError for an adapter of another base."""
+    names = {BASE_MODEL: ""}
+    for model in sorted(set(models) - {BASE_MODEL}):
+        own = names[model] = f"{model}, as a judge"
+        attachment.add(own, load_adapter(base, model))
+        if problems := sampler.problems(own):
+            raise AdapterError(
+                f"nothing can be drawn from {model}:\n{bullets(problems)}", where="reinforcement.rewards"
+            )
+
+    def request(question: Question) -> CompletionRequest | Reply:
+        text = rendered(base, question.messages)
+        ids = tuple(base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) + question.tokens > base.context:
+            return Reply(error=f"the question has {len(ids)} tokens, and {question.tokens} are left for its answer")
+        how = SamplingParams(question.tokens, question.temperature, question.top_p, question.grammar)
+        return CompletionRequest(ids, question.seed, how, names[question.model])
+
+    def reply(prompt: CompletionRequest, said: Rollout) -> Reply:
+        usage = {"prompt_tokens": len(prompt.prompt), "completion_tokens": len(said.tokens)}
+        error = "" if said.cut or said.text.strip() else "the judge said nothing"
+        return Reply(said.text, usage | {"total_tokens": sum(usage.values())}, error, cut=said.cut)
+
+    def ask(questions: Sequence[Question], /) -> list[Reply]:
+        made = [request(question) for question in questions]
+        drawn = iter(sampler.draw([each for each in made if isinstance(each, CompletionRequest)]) or ())
+        return [reply(each, next(drawn)) if isinstance(each, CompletionRequest) else each for each in made]
+
+    return ask

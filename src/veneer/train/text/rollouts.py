@@ -4,28 +4,38 @@
         drawn = sampler.draw([CompletionRequest(prompt, seed, how, "run"), …])
         logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained, "run"))
 
-Answers are sampled from the attachment's current pairs over its base: nothing is saved, merged or
-synchronized, and nothing of the base is copied unless requested. `veneer.serve.engine.live` is the only
-implementation.
+`Gap` measures the sampler-trainer mismatch. Answers are sampled from the attachment's current pairs over its
+base: nothing is saved, merged or synchronized, and nothing of the base is copied unless requested.
+`veneer.serve.engine.live` is the only implementation.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from veneer.errors import TrainingError
 from veneer.models.text.logprob_replay import Replay
 from veneer.ops.attention import SharedRows
+from veneer.ops.device_transfer import in_float64
+from veneer.train.loop import MetricMeans
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
+    from veneer.train.config.distillation import DistillationSection
+    from veneer.train.config.reinforcement import ReinforcementSection
+
+_BEYOND = 0.01
+"""Relative difference of probabilities from which `gap_share` counts a token."""
+_NAMED = 3
+"""Maximum lines about the dropped completions of a step."""
 
 
 @dataclass(frozen=True)
@@ -159,3 +169,50 @@ def drawn_figures(drawn: Sequence[Rollout], seconds: float) -> dict[str, float]:
 def draw_seed(*key: int | str) -> int:
     """Return a seed of 63 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
+
+
+def answers_left_out(number: int, failed: Sequence[str]) -> Iterator[str]:
+    """Yield why completions of step `number` were dropped, with their rows.
+
+    They could not be scored, or the teacher did not read their tokens."""
+    yield from (f"step {number}, left out: {line}" for line in failed[:_NAMED])
+    if len(failed) > _NAMED:
+        yield f"step {number}, left out: … and {len(failed) - _NAMED} more"
+
+
+@dataclass
+class Gap:
+    """The sampler-trainer mismatch of one step: differences of log-probabilities per token.
+
+        gap_mean, gap_max     nats, over the tokens sampled for a step
+        gap_share             tokens whose probability differs by more than 1 %
+
+    Above a run's bound, the sampled model is not the trained model, and the run stops before the optimizer
+    step."""
+
+    seen: MetricMeans = field(default_factory=MetricMeans)
+    worst: float = 0.0
+
+    def add(self, trainer: Tensor, sampler: Tensor) -> None:
+        """Add log-probabilities of the same tokens from any devices.
+
+        The sampler's are in float64."""
+        own = in_float64(trainer.detach())
+        gap = (own - sampler.to(own.device)).abs()
+        self.worst = max(self.worst, float(gap.max()))
+        self.seen.add(gap_mean=gap, gap_share=gap.expm1() > _BEYOND)
+
+    def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> MetricMeans:
+        """Return the measurements, if any. Raises TrainingError if the mean is above the bound."""
+        if "gap_mean" not in self.seen.counts:
+            return self.seen
+        mean = self.seen.sums["gap_mean"] / self.seen.counts["gap_mean"]
+        if not mean <= section.gap:
+            raise TrainingError(
+                f"the answers were drawn from another model than the one that is trained: their tokens' "
+                f"log-probabilities differ by {mean:.3g} nats on average, {self.worst:.3g} at most",
+                where=f"{section.named}.gap is {section.gap:g}",
+                fix=f"{fix}; a base in float32 has less rounding (base.dtype=float32); a higher {section.named}.gap "
+                "trains all the same, off-policy by that much",
+            )
+        return MetricMeans.total([self.seen, MetricMeans({"gap_max": self.worst}, {"gap_max": 1})])

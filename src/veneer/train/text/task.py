@@ -49,7 +49,6 @@ from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, MetricMeans, Micro, Step, Stop, memory_errors, sender
 from veneer.train.planning import drawn_at_once, micro_tokens_of_run, with_micro_tokens
-from veneer.train.prefetch import Prefetcher
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
 from veneer.train.rewards.build import judges_here, rewards_of
@@ -57,16 +56,14 @@ from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Rewards
 from veneer.train.run import NAME, Run, Task, carry_out, newest_checkpoint, opened, raise_if_stopped, recipe_of
 from veneer.train.save import Outcome, ReportParts, prove
-from veneer.train.text.async_sampling import OffPolicyDraws
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversing
 from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.distill import AnyTeacher, Distillation, teacher_of
 from veneer.train.text.evaluate import score_examples
-from veneer.train.text.local_judge import sampled_judge
 from veneer.train.text.preference import Preference
 from veneer.train.text.prompts import PromptItem
-from veneer.train.text.reinforce import Reinforcement
+from veneer.train.text.reinforce import Reinforcement, draw_summary, sampled_judge
 from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
 from veneer.train.text.rows import data_digest
 from veneer.train.text.save import RunResult, sample_answers, sample_prompt, text_metrics, text_report, write_adapter
@@ -327,7 +324,7 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         run.note(how.summary())
         attached = [AttachedText(text, attachment, call) for text in texts]
         for each, drawer in zip(attached, drawers, strict=True):
-            each.task = _task_of(each, drawer, undo)
+            each.task = _task_of(each, drawer)
         yield attached
 
 
@@ -616,9 +613,9 @@ class AttachedText:
         return text_report(result, self.run.folder, self.base, progress.seconds, self.config.preference.loss)
 
 
-def _task_of(a: AttachedText, drawer: _Drawer | None, undo: ExitStack) -> Task[RunResult]:
+def _task_of(a: AttachedText, drawer: _Drawer | None) -> Task[RunResult]:
     if drawer is not None:
-        return _drawing_task(a, drawer, undo)
+        return _drawing_task(a, drawer)
     if a.config.preference.loss is not None:
         return _preference_task(a)
     own = a.likelihood
@@ -702,16 +699,12 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
     return a.make_task(learner, begin=begin)
 
 
-def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[RunResult]:
+def _drawing_task(a: AttachedText, drawer: _Drawer) -> Task[RunResult]:
     """Return the task of prompts with sampled answers.
 
     The answers are judged, or compared with a teacher. If they are judged, the reference is the base without
     adapter, or the adapter that the run started from."""
     config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
-    off_policy = None
-    if r.one_step_off_policy:
-        thread = undo.enter_context(Prefetcher(lambda draw: draw))  # samples while the previous ones train
-        off_policy = OffPolicyDraws(a.attachment, a.name, thread)
     drawing: Distillation | Reinforcement
     if len(drawer) == 2:
         drawing = Distillation(config, a.base, a.name, *drawer, a.data.train.encoded.renderer)
@@ -720,9 +713,7 @@ def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[Run
         reference = f"{a.name}, as it began" if a.data.start is not None and r.kl else ""
         if a.data.start is not None and reference:
             a.attachment.add(reference, a.data.start)
-        drawing = Reinforcement(
-            config, a.base, a.attachment, a.name, sampler, rewards, reference, conversing, a.steps, off_policy
-        )
+        drawing = Reinforcement(config, a.base, a.attachment, a.name, sampler, rewards, reference, conversing)
     tell = a.run.tell
 
     def begin(progress: Progress, listener: Listener) -> None:
@@ -739,7 +730,7 @@ def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[Run
 
     def end(tell: Listener) -> None:
         if isinstance(drawing, Reinforcement):
-            for line in drawing.said_last([record["extra"] for record in a.logged("stepped")]):
+            for line in draw_summary(drawing.settings, [record["extra"] for record in a.logged("stepped")]):
                 tell(Note(line))
 
     def report(result: RunResult, progress: Progress) -> ReportParts:
@@ -770,6 +761,5 @@ def _drawing_task(a: AttachedText, drawer: _Drawer, undo: ExitStack) -> Task[Run
         begin=begin,
         end=end,
         report=report,
-        state={**learner.parameters, **(off_policy.state if off_policy else {})},
         rewarded=isinstance(drawing, Reinforcement),
     )
