@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,49 +33,18 @@ from veneer.train.records import Record, read_data_files
 from veneer.train.validation_split import hold_out
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
+_SHAREGPT = (
+    dict.fromkeys(("human", "user"), "user")
+    | dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant")
+    | {"system": "system"}
+    | dict.fromkeys(("tool", "observation", "function_response"), "tool")
+)
 # our column -> other names, used if our name is absent and data.columns names none
 _ALIASES = {
     "messages": ("conversation", "dialog"),
     "completion": ("response", "answer"),
     "prompt": ("question",),
     "output": ("response",),
-}
-_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {  # needed, optional, description
-    "messages": (("messages",), ("tools", "parallel_tool_calls"), "a `messages` column of role and content"),
-    "sharegpt": (("conversations",), ("system", "tools"), "a `conversations` column of from and value"),
-    "prompt-completion": (("prompt", "completion"), (), "`prompt` and `completion` columns"),
-    "instruction": (("instruction", "output"), ("input", "system"), "`instruction` and `output` columns (alpaca)"),
-    "text": (("text",), (), "a `text` column alone"),
-    "preference": (("chosen", "rejected"), ("prompt", "tools"), "`chosen` and `rejected` columns"),
-    "openai-preference": (
-        ("input", "preferred_output", "non_preferred_output"),
-        (),
-        "`input`, `preferred_output` and `non_preferred_output` columns (OpenAI's of preferences)",
-    ),
-    "unpaired-preference": (
-        ("prompt", "completion", "label"),
-        ("tools",),
-        "`prompt`, `completion` and `label` columns",
-    ),
-    "prompt": (("prompt",), ("tools",), "a `prompt` column"),
-}
-_UNASKED = _FORMATS.keys() - {
-    "unpaired-preference",  # its columns are those of prompt-completion and one with an ambiguous name
-    "prompt",  # nothing in it can be learned
 }
 
 
@@ -162,24 +131,12 @@ class Leak:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_rows(
-    sources: str | Sequence[str],
-    *,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    limit: int | None = None,
-    formats: Collection[str] | None = None,
-    values: bool = False,
-) -> tuple[list[Row], About]:
+def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], About]:
     """Read rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the given order.
 
-    Names within a glob are sorted. `formats`: the candidates of `auto`; by default all but
-    unpaired-preference, whose completions a supervised run would learn whatever their label. `values`: keep
-    all columns of each row.
-
-    Raises DataError for a missing or empty file, for unusable rows (all of them, up to 20, with line
-    numbers), and if the format cannot be recognized from the columns."""
-    found, about = look_at_rows(sources, format=format, columns=columns, limit=limit, formats=formats, values=values)
+    `options`: those of `look_at_rows`. Raises DataError for a missing or empty file, for unusable rows (all of
+    them, up to 20, with line numbers), and if the format cannot be recognized from the columns."""
+    found, about = look_at_rows(sources, **options)
     rows = [row for row in found if isinstance(row, Row)]
     if bad := [f"{row.where}: {row.why}" for row in found if isinstance(row, UnusableRow)]:
         raise DataError(
@@ -198,32 +155,31 @@ def look_at_rows(
     formats: Collection[str] | None = None,
     values: bool = False,
 ) -> tuple[list[Row | UnusableRow], About]:
-    """Read rows like `read_rows`, but return unusable rows among the others."""
-    names = [sources] if isinstance(sources, str) else list(sources)
-    records, files = read_data_files(names, limit)
-    columns = dict(columns or {})
-    seen: dict[str, None] = {}
-    for record in records:
-        seen.update(dict.fromkeys(record.values))
-    chosen, mapping, why = _choose(list(seen), format, columns, records, _UNASKED if formats is None else formats)
-    needed, optional, _ = _FORMATS[chosen]
-    used = {mapping.get(c, c) for c in (*needed, *optional)}
+    """Read rows like `read_rows`, but return unusable rows among the others.
+
+    Names within a glob are sorted. `formats`: the candidates of `auto`; by default all but
+    unpaired-preference, whose completions a supervised run would learn whatever their label. `values`: keep
+    all columns of each row."""
+    records, files = read_data_files([sources] if isinstance(sources, str) else list(sources), limit)
+    seen = list(dict.fromkeys(column for record in records for column in record.values))
+    candidates = _UNASKED if formats is None else formats
+    name, mapping, why = _choose(seen, format, dict(columns or {}), records, candidates)
     rows: list[Row | UnusableRow] = []
     for record in records:
         try:
-            row = _row(chosen, record, mapping)
+            row = _row(name, record, mapping)
             rows.append(replace(row, values=dict(record.values)) if values else row)
         except ValueError as error:
             rows.append(UnusableRow(record.where, str(error), record.values))
     usable = [row for row in rows if isinstance(row, Row)]
+    used = {mapping.get(c, c) for c in format_columns(name)}
     unused = [] if values else [c for c in seen if c not in used]
-    return rows, About(chosen, why, len(usable), files, unused, len(usable) - len({r.key for r in usable}))
+    return rows, About(name, why, len(usable), files, unused, len(usable) - len({r.key for r in usable}))
 
 
 def format_columns(format: str) -> tuple[str, ...]:
     """Return the columns of a format: required, then optional."""
-    needed, optional, _ = _FORMATS[format]
-    return (*needed, *optional)
+    return _FORMATS[format].needed + _FORMATS[format].optional
 
 
 def question_and_answer(row: Row) -> tuple[str, str, str]:
@@ -285,50 +241,47 @@ def _choose(
     """Return (format, our column -> the data's column, reason).
 
     Raises DataError if the columns fit no format."""
-    known = {c for needed, optional, _ in _FORMATS.values() for c in (*needed, *optional)}
+    where, have = records[0].where, f"the columns are {', '.join(seen) or 'none'}"
+    known = {c for name in _FORMATS for c in format_columns(name)}
     for ours, theirs in columns.items():
         if ours not in known:
-            near = nearest(ours, known, 1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
             raise DataError(
-                f"data.columns names `{ours}`, which no format has{hint}",
+                f"data.columns names `{ours}`, which no format has{_hint(ours, known)}",
                 fix=f"the names are {', '.join(sorted(known))}",
             )
         if theirs not in seen:
-            near = nearest(theirs, seen, 1)
             raise DataError(
                 f"data.columns says that `{ours}` is in column `{theirs}`, which the data does not have",
-                where=records[0].where,
-                fix=f"the columns are {', '.join(seen)}" + (f"; did you mean `{near[0]}`?" if near else ""),
+                where=where,
+                fix=f"{have}{_hint(theirs, seen)}",
             )
-    fits = []
-    for name, (needed, _, words) in _FORMATS.items():
+    for name in [each for each in _FORMATS if each in formats] if format == "auto" else [format]:
+        needed = _FORMATS[name].needed
         mapping = {c: columns.get(c) or present_column(c, seen, set(columns.values())) for c in needed}
-        wanted = name in formats if format == "auto" else name == format
-        if all(mapping.values()) and wanted and set(columns) <= {*needed, *_FORMATS[name][1]}:
-            fits.append((name, {**columns, **{k: v for k, v in mapping.items() if v}}, words))
-    if fits and format == "auto":
-        fits = [f for f in fits if not (f[0] == "messages" and _is_sharegpt(records, f[1]["messages"]))] or fits
-    if not fits:
-        have = f"the columns are {', '.join(seen) or 'none'}"
-        if format != "auto":
-            needed = _FORMATS[format][0]
-            missing = [c for c in needed if c not in columns and c not in seen]
-            raise DataError(
-                f"data.format is `{format}`, but there is no column {' or '.join(f'`{c}`' for c in missing)}; {have}",
-                where=records[0].where,
-                fix=f"name yours: data.columns: {{{missing[0] if missing else needed[0]}: YOUR_COLUMN}}",
-            )
-        fix = "name the format and columns, as data.format: prompt-completion, "
-        fix += "data.columns: {prompt: question, completion: label}"
-        if "preference" in formats and "text" not in formats:
-            also = " (kto: or prompt, completion and label)" if "unpaired-preference" in formats else ""
-            fix = f"this run needs columns prompt, chosen and rejected{also}; data.columns names yours"
-        raise DataError(f"the format cannot be recognised: {have}", where=records[0].where, fix=fix)
-    name, mapping, words = fits[0]
-    renamed = [f"`{theirs}` as {ours}" for ours, theirs in mapping.items() if ours != theirs]
-    why = (words if format == "auto" else "set by data.format") + (f" ({', '.join(renamed)})" if renamed else "")
-    return name, mapping, why
+        if all(mapping.values()) and set(columns) <= {*format_columns(name)}:
+            mapping = columns | mapping
+            renamed = [f"`{theirs}` as {ours}" for ours, theirs in mapping.items() if ours != theirs]
+            why = f"by {' and '.join(f'`{c}`' for c in needed)}" if format == "auto" else "set by data.format"
+            return name, mapping, why + (f" ({', '.join(renamed)})" if renamed else "")
+    if format != "auto":
+        needed = _FORMATS[format].needed
+        missing = [c for c in needed if c not in columns and c not in seen]
+        raise DataError(
+            f"data.format is `{format}`, but there is no column {' or '.join(f'`{c}`' for c in missing)}; {have}",
+            where=where,
+            fix=f"name yours: data.columns: {{{missing[0] if missing else needed[0]}: YOUR_COLUMN}}",
+        )
+    fix = "name the format and columns, as data.format: prompt-completion, "
+    fix += "data.columns: {prompt: question, completion: label}"
+    if "preference" in formats and "text" not in formats:
+        also = " (kto: or prompt, completion and label)" if "unpaired-preference" in formats else ""
+        fix = f"this run needs columns prompt, chosen and rejected{also}; data.columns names yours"
+    raise DataError(f"the format cannot be recognised: {have}", where=where, fix=fix)
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+    near = nearest(name, list(names), 1)
+    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def present_column(column: str, seen: Sequence[str], taken: Collection[str] = ()) -> str:
@@ -341,110 +294,85 @@ def present_column(column: str, seen: Sequence[str], taken: Collection[str] = ()
     return ""
 
 
-def _is_sharegpt(records: Sequence[Record], column: str) -> bool:
-    value = records[0].values.get(column)
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "from" in value[0]
-
-
 def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
     """Return the record as a Row. Raises ValueError with the problem."""
-    needed, optional, _ = _FORMATS[format]
-    values = {c: record.values.get(mapping.get(c, c)) for c in (*needed, *optional)}
-    for c in needed:
+    values = {c: record.values.get(mapping.get(c, c)) for c in format_columns(format)}
+    for c in _FORMATS[format].needed:
         if values[c] is None:
             theirs = mapping.get(c, c)
             near = nearest(theirs, [k for k in record.values if k not in mapping.values()], 1)
             raise ValueError(f"no `{theirs}`" + (f"; there is `{near[0]}`" if near else ""))
-    where = record.where
-    if format == "openai-preference":
-        return _openai_preference(values, where)
-    tools = _tools(values.get("tools"))
-    if format == "text":
-        return Row(format, text=_text(values["text"], "text"), where=where)
-    if format == "messages":
-        messages = _messages(values["messages"], "messages")
-        _check_parallel(values.get("parallel_tool_calls"), messages, "messages")
-        return Row(format, messages, tools=tools, where=where)
-    if format == "sharegpt":
-        messages = _sharegpt(values["conversations"], values.get("system"))
-        return Row(format, messages, tools=tools, where=where)
-    if format == "instruction":
-        system, inp = (_text(values.get(c) or "", c, empty=True) for c in ("system", "input"))
-        instruction, output = _text(values["instruction"], "instruction"), _text(values["output"], "output", empty=True)
-        user = f"{instruction}\n\n{inp}" if inp else instruction
-        turns = [("system", system)] if system else []
-        messages = tuple({"role": r, "content": c} for r, c in [*turns, ("user", user), ("assistant", output)])
-        return Row(format, messages, instruction=(system, instruction, inp, output), where=where)
-    if format == "preference":
-        return _preference(values, tools, where)
-    if format == "prompt":
-        prompt = _decoded(values["prompt"])
-        if isinstance(prompt, list):
-            return Row("messages", _messages(prompt, "prompt"), tools=tools, where=where)
-        asked = {"role": "user", "content": _text(prompt, "prompt")}
-        return Row("prompt-completion", (asked,), tools=tools, where=where)
+    tools = _decoded(values.get("tools")) or ()
+    if not isinstance(tools, list | tuple):
+        raise ValueError("`tools` is not a list")
+    row = _FORMATS[format].convert(values)
+    return replace(row, tools=row.tools or tuple(tools), where=record.where)
+
+
+def _from_messages(values: Mapping[str, Any]) -> Row:
+    return Row("messages", _messages(values["messages"], "messages"))
+
+
+def _from_text(values: Mapping[str, Any]) -> Row:
+    return Row("text", text=_text(values["text"], "text"))
+
+
+def _from_instruction(values: Mapping[str, Any]) -> Row:
+    system, inp = (_text(values.get(c) or "", c, empty=True) for c in ("system", "input"))
+    instruction, output = _text(values["instruction"], "instruction"), _text(values["output"], "output", empty=True)
+    user = f"{instruction}\n\n{inp}" if inp else instruction
+    first = ({"role": "system", "content": system},) if system else ()
+    return Row("instruction", (*first, _user(user), _assistant(output)), instruction=(system, instruction, inp, output))
+
+
+def _from_prompt(values: Mapping[str, Any]) -> Row:
+    prompt = _decoded(values["prompt"])
+    if isinstance(prompt, list):
+        return Row("messages", _messages(prompt, "prompt"))
+    return Row("prompt-completion", (_user(_text(prompt, "prompt")),))
+
+
+def _from_completion(values: Mapping[str, Any]) -> Row:
     prompt, completion = _decoded(values["prompt"]), _decoded(values["completion"])
-    if format == "unpaired-preference":
-        kind, messages = _conversation(prompt, completion, "completion")
-        return Row(kind, messages, tools=tools, where=where, label=_label(values["label"]))
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Row("messages", _messages([*prompt, *completion], "prompt and completion"), where=where)
-    user, answer = _text(prompt, "prompt"), _text(completion, "completion", empty=True)
-    return Row(format, ({"role": "user", "content": user}, {"role": "assistant", "content": answer}), where=where)
+        return Row("messages", _messages([*prompt, *completion], "prompt and completion"))
+    answer = _assistant(_text(completion, "completion", empty=True))
+    return Row("prompt-completion", (_user(_text(prompt, "prompt")), answer))
 
 
-def _openai_preference(values: Mapping[str, Any], where: str) -> Row:
+def _from_judged(values: Mapping[str, Any]) -> Row:
+    kind, messages = _conversation(_decoded(values["prompt"]), _decoded(values["completion"]), "completion")
+    return Row(kind, messages, label=_label(values["label"]))
+
+
+def _from_openai_pair(values: Mapping[str, Any]) -> Row:
     """Return the row of OpenAI's preference format.
 
     The format has a prompt with its tools, and the messages of each answer."""
     given = values["input"]
     if not isinstance(given, Mapping):
         raise ValueError(f"`input` should be a mapping with messages, found {_kind(given)}")
-    if unknown := sorted(set(given) - {"messages", "tools", "parallel_tool_calls"}):
-        raise ValueError(f"`input.{unknown[0]}` is not known; `input` has messages, tools and parallel_tool_calls")
     prompt = _messages(given.get("messages"), "input.messages")
     answers = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
-    ends = {ours: _messages(values[theirs], theirs) for ours, theirs in answers.items()}
-    for ours, theirs in answers.items():
-        if odd := [m["role"] for m in ends[ours] if m["role"] not in ("assistant", "tool")]:
-            raise ValueError(f"`{theirs}` has a message of role {odd[0]!r}: an answer is the assistant's")
-        _check_parallel(given.get("parallel_tool_calls"), ends[ours], theirs)
-    return _preference(
-        {"prompt": list(prompt), **{k: list(v) for k, v in ends.items()}}, _tools(given.get("tools")), where
-    )
+    ends = {ours: list(_messages(values[theirs], theirs)) for ours, theirs in answers.items()}
+    return replace(_from_pair({"prompt": list(prompt), **ends}), tools=tuple(given.get("tools") or ()))
 
 
-def _tools(value: Any) -> tuple[Any, ...]:
-    """Return the tools of a row for chat templates. Raises ValueError."""
-    tools = _decoded(value) or ()
-    if not isinstance(tools, list | tuple):
-        raise ValueError("`tools` is not a list")
-    for i, tool in enumerate(tools):
-        if isinstance(tool, Mapping) and tool.get("type") == "function":
-            function = tool.get("function")
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                raise ValueError(f"`tools[{i}].function` has no name")
-    return tuple(tools)
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
 
 
-def _check_parallel(value: Any, messages: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Check that a row without parallel tool calls has none. Raises ValueError."""
-    if value is None or value is True:
-        return
-    if value is not False:
-        raise ValueError(f"`parallel_tool_calls` should be true or false, found {value!r}")
-    for i, message in enumerate(messages):
-        if (calls := len(message.get("tool_calls") or ())) > 1:
-            raise ValueError(f"`{name}[{i}]` calls {calls} tools at once, and `parallel_tool_calls` is false")
+def _assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
 
 
-def _preference(values: Mapping[str, Any], tools: tuple[Any, ...], where: str) -> Row:
+def _from_pair(values: Mapping[str, Any]) -> Row:
     """Return a conversation with its chosen and its rejected ending.
 
     Without a `prompt`, the common beginning is the prompt."""
     prompt = _decoded(values.get("prompt"))
     (kind, chosen), (other, rejected) = (_conversation(prompt, _decoded(values[c]), c) for c in ("chosen", "rejected"))
-    row = Row(kind if kind == other else "messages", chosen, tools=tools, where=where, rejected=rejected)
+    row = Row(kind if kind == other else "messages", chosen, rejected=rejected)
     shared = row.shared()
     if chosen == rejected:
         raise ValueError("`chosen` and `rejected` are the same")
@@ -467,11 +395,11 @@ def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[
     elif prompt is None:
         raise ValueError(f"no `prompt`, which rows whose `{name}` is text need")
     else:
-        messages = ({"role": "assistant", "content": _text(answer, name, empty=True)},)
+        messages = (_assistant(_text(answer, name, empty=True)),)
     if isinstance(prompt, list):
         return "messages", (*unlearned(_messages(prompt, "prompt")), *messages)
     kind = "messages" if isinstance(answer, list) else "prompt-completion"
-    return kind, ({"role": "user", "content": _text(prompt, "prompt")}, *messages)
+    return kind, (_user(_text(prompt, "prompt")), *messages)
 
 
 def unlearned(messages: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
@@ -578,12 +506,12 @@ def _part(part: Any, name: str) -> str:
     raise ValueError(f"`{name}.content` has a part that is not text ({kind})")
 
 
-def _sharegpt(value: Any, system: Any) -> tuple[dict[str, Any], ...]:
-    value = _decoded(value)
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"`conversations` should be a list of from and value, found {_kind(value)}")
+def _from_sharegpt(values: Mapping[str, Any]) -> Row:
+    turns, system = _decoded(values["conversations"]), values.get("system")
+    if not isinstance(turns, list | tuple) or not turns:
+        raise ValueError(f"`conversations` should be a list of from and value, found {_kind(turns)}")
     messages: list[dict[str, Any]] = [{"role": "system", "content": _text(system, "system")}] if system else []
-    for i, turn in enumerate(value):
+    for i, turn in enumerate(turns):
         name = f"conversations[{i}]"
         if not isinstance(turn, Mapping):
             raise ValueError(f"`{name}` should be a mapping with from and value, found {_kind(turn)}")
@@ -595,22 +523,47 @@ def _sharegpt(value: Any, system: Any) -> tuple[dict[str, Any], ...]:
             raise ValueError(f"`{name}.from` is {turn.get('from')!r}; known are {', '.join(_SHAREGPT)}")
         if not isinstance(turn.get("value"), str):
             raise ValueError(f"`{name}.value` should be text, found {_kind(turn.get('value'))}")
-        weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
-        messages.append(_message({"role": role, "content": turn["value"], **weight}, name))
-    return tuple(messages)
+        messages.append(_message({"role": role, "content": turn["value"], "weight": turn.get("weight")}, name))
+    return Row("sharegpt", tuple(messages))
+
+
+_KINDS = {
+    "NoneType": "nothing",
+    "str": "text",
+    "int": "a number",
+    "float": "a number",
+    "bool": "true/false",
+    "list": "a list",
+    "dict": "a mapping",
+}
 
 
 def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    names = {
-        "str": "text",
-        "int": "a number",
-        "float": "a number",
-        "bool": "true/false",
-        "list": "a list",
-        "dict": "a mapping",
-    }
-    return ("an empty " if value in ("", [], {}) else "") + names.get(
-        type(value).__name__, type(value).__name__
-    ).removeprefix("a " if value in ([], {}) else "")
+    return "an empty list" if value == [] else _KINDS.get(type(value).__name__, type(value).__name__)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A format of rows: the function that converts its columns; required and optional columns."""
+
+    convert: Callable[[Mapping[str, Any]], Row]
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+_FORMATS = {
+    "messages": _Format(_from_messages, ("messages",), ("tools", "parallel_tool_calls")),
+    "sharegpt": _Format(_from_sharegpt, ("conversations",), ("system", "tools")),
+    "prompt-completion": _Format(_from_completion, ("prompt", "completion")),
+    "instruction": _Format(_from_instruction, ("instruction", "output"), ("input", "system")),
+    "text": _Format(_from_text, ("text",)),
+    "preference": _Format(_from_pair, ("chosen", "rejected"), ("prompt", "tools")),
+    "openai-preference": _Format(_from_openai_pair, ("input", "preferred_output", "non_preferred_output")),
+    "unpaired-preference": _Format(_from_judged, ("prompt", "completion", "label"), ("tools",)),
+    "prompt": _Format(_from_prompt, ("prompt",), ("tools",)),
+}
+"""Formats, in the order in which `auto` tries them."""
+_UNASKED = _FORMATS.keys() - {
+    "unpaired-preference",  # its columns are those of prompt-completion and one with an ambiguous name
+    "prompt",  # nothing in it can be learned
+}
