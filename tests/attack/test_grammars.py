@@ -42,7 +42,9 @@ def test_hostile_regular_expressions(server: Server) -> None:
     with server.watched() as b:
         answers = server.together(
             [
-                lambda p=p: server.post("/v1/completions", {"prompt": "Hi", "max_tokens": 40, "guided_regex": p})
+                lambda p=p: server.post(
+                    "/v1/completions", {"prompt": "Hi", "max_tokens": 40, "structured_outputs": {"regex": p}}
+                )
                 for p in patterns
             ]
         )

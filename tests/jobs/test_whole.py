@@ -87,8 +87,6 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         assert [*listed] == ["tiny", f"acme/support-{model[-8:]}", "help", model]
         assert listed[model] == card
         assert [card.id for card in globex.models.list()] == ["tiny"]
-        tunable = {id: card.to_dict()["permission"][0]["allow_fine_tuning"] for id, card in listed.items()}  # type: ignore[index]
-        assert tunable == {"tiny": True, f"acme/support-{model[-8:]}": False, "help": False, model: True}
         told = "".join(event.to_json() for event in acme.fine_tuning.jobs.list_events(job.id, limit=100))
         assert "started" in told
         assert "on 12 held-out rows: loss: base " in told

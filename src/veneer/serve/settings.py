@@ -71,7 +71,6 @@ class HttpSettings:
     max_prompts: int = 256
     max_choices: int = 64
     max_stops: int = 16
-    max_best_of: int = 8
     max_pixels: int = 1 << 24
     max_pictures: int = 10
     queue: int = 1024

@@ -9,8 +9,8 @@ bytes in memory. So values and depth are counted in the bytes (numpy, without th
 parsed in a thread. A duplicate key is an error.
 
 A key is a field, and applied; or in `ignored`, harmless, and listed in the response's `x-veneer-ignored`
-header; or in `refused`, where any value but its neutral ones is an error with the reason; or unknown, an
-error with the nearest name.
+header; or in `refused`, where any value but null and a neutral one is an error; or unknown, an error with the
+nearest name.
 
 Validation work is bounded: an object has at most `KEYS` keys, a list has a bound (`at_most`) and stops at its
 first error, and of a union only the type that the value looks like is checked.
@@ -37,8 +37,6 @@ from veneer.formats.strengths import split_factors, split_strength
 from veneer.serve.http.guard import media_type, permissions_of, principal_of
 from veneer.serve.principal import Permission
 from veneer.serve.request import Refused, invalid
-
-Neutral = tuple[Any, ...]
 
 VALUES = 1 << 18
 """Maximum values in a body, keys included: two prompts of 128 thousand tokens as numbers."""
@@ -211,14 +209,16 @@ class Strict(BaseModel):
         return data
 
 
-class Body(Strict):
-    """A request's body.
+def unsupported(neutral: Any, *keys: str) -> dict[str, Any]:
+    """Entries of `Body.refused` with the same neutral value."""
+    return dict.fromkeys(keys, neutral)
 
-    `refused`: key -> (neutral values, why any other value is rejected).
-    """
+
+class Body(Strict):
+    """A request's body. `refused`: key -> the only value besides null that is accepted."""
 
     ignored: ClassVar[frozenset[str]] = frozenset()
-    refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {}
+    refused: ClassVar[Mapping[str, Any]] = {}
     _ignored: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="wrap")
@@ -227,10 +227,8 @@ class Body(Strict):
         if not isinstance(data, dict) or len(data) > KEYS:
             return build(data)
         for key in sorted(set(data) & set(cls.refused)):
-            neutral, why = cls.refused[key]
-            if data[key] is not None and not any(data[key] == value for value in neutral):
-                text = f"{key} cannot be honoured: {why}"
-                raise PydanticCustomError("not_honoured", "{text}", {"text": text, "param": key})
+            if data[key] is not None and data[key] != cls.refused[key]:
+                raise PydanticCustomError("unsupported", "{key} is not supported: leave it out", {"key": key})
         passed = set(data) & cls.ignored
         model = build({key: value for key, value in data.items() if key not in passed and key not in cls.refused})
         model._ignored = sorted(key for key in passed if data[key] is not None)

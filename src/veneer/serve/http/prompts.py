@@ -99,13 +99,6 @@ class Prompts:
         with self._lock:
             return tuple(map(int, self.base.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
 
-    def spans(self, text: str, *, special: bool = True) -> list[tuple[int, int, int]]:
-        """(token id, start, stop) in characters of the text. Blocks, as `encode`."""
-        if self._reader is None:
-            raise invalid("this base's tokenizer does not say which characters a token covers", "inputs")
-        (made,) = self._reader.encode_batch([_clean(text)], add_special_tokens=special)
-        return [(i, *span) for i, span in zip(made.ids, made.offsets, strict=True)]
-
     def of_ids(self, ids: Sequence[int], param: str = "prompt") -> tuple[int, ...]:
         """Validated token ids of a client.
 

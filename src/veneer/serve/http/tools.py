@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from veneer.serve.http.sampling import schema_text
+from veneer.serve.http.text_bodies import schema_text
 from veneer.serve.request import GrammarSpec, invalid
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -51,7 +51,7 @@ class ToolUse:
     """How one request uses tools. `name`: the function that it must call."""
 
     mode: Literal["none", "auto", "required", "named"] = "none"
-    shown: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     name: str = ""
     grammar: GrammarSpec | None = None
 
@@ -78,20 +78,20 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools
         return ToolUse()
     if not takes_tools:
         raise invalid("the chat template of this base has no place for tools", "tools", "describe them in a message")
-    shown = tuple(tools or [])
+    tools = tuple(tools or [])
     if choice in (None, "auto"):
-        return ToolUse("auto", shown)
+        return ToolUse("auto", tools)
     if choice == "required":
         forms = [_call_schema(name, parameters) for name, parameters in functions.items()]
         schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
-        return ToolUse("required", shown, grammar=("json_schema", schema_text(schema, "tools")))
+        return ToolUse("required", tools, grammar=("json_schema", schema_text(schema, "tools")))
     wanted = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = wanted.get("name") if isinstance(wanted, Mapping) else None
     if not isinstance(name, str) or name not in functions:
         fix = 'none, auto, required or {"type": "function", "function": {"name": one of the tools}}'
         raise invalid("tool_choice is not one of the tools", "tool_choice", fix)
     schema = {"type": "object", **functions[name]}
-    return ToolUse("named", shown, name, ("json_schema", schema_text(schema, "tools")))
+    return ToolUse("named", tools, name, ("json_schema", schema_text(schema, "tools")))
 
 
 def _call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, Strict, at_most
 from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import admission_of, caller_of
-from veneer.serve.http.surfaces.openai import Message
+from veneer.serve.http.text_bodies import Message
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.feedback import AnswerFeedback, FeedbackKind, KeptAnswers, feedback_counts, feedback_rows
 from veneer.serve.tenancy.store import ALL, Store

@@ -6,7 +6,6 @@ The catalog checks the source that a client names: a library reference, or a pat
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
@@ -15,13 +14,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from veneer.errors import VeneerError
-from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Neutral, Objects, at_most
-from veneer.serve.http.errors import Json, in_thread, json_bytes, log, message_of
+from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Objects, at_most
+from veneer.serve.http.errors import Json, in_thread, log, message_of
 from veneer.serve.http.guard import needs
-from veneer.serve.http.prompts import Prompts
-from veneer.serve.http.sampling import Ids
 from veneer.serve.http.service import admission_of, caller_of, service_of
-from veneer.serve.http.surfaces.openai import Message
+from veneer.serve.http.text_bodies import Ids, Message, template_variables
 from veneer.serve.request import Refused, invalid
 from veneer.serve.transient import is_outage
 
@@ -33,10 +30,8 @@ sglang_routes = APIRouter(tags=["SGLang"], route_class=BodyRoute, dependencies=[
 
 
 class Load(Body):
-    ignored: ClassVar[frozenset[str]] = frozenset({"base_model_name"})
-    refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
-        "is_3d_lora_weight": ((False,), "the layout of experts is read from the file")
-    }
+    ignored: ClassVar = frozenset({"base_model_name"})
+    refused: ClassVar = {"is_3d_lora_weight": False}
     lora_name: str = Field(default="", max_length=512)
     lora_path: str = Field(default="", max_length=4096)
     load_inplace: bool = False
@@ -44,7 +39,7 @@ class Load(Body):
 
 
 class Unload(Body):
-    ignored: ClassVar[frozenset[str]] = frozenset({"lora_int_id"})
+    ignored: ClassVar = frozenset({"lora_int_id"})
     lora_name: str = Field(default="", max_length=512)
 
 
@@ -77,13 +72,13 @@ async def unload(request: HttpRequest, body: Unload) -> Response:
     return PlainTextResponse(text, headers=body.headers)
 
 
-@sglang_routes.post("/load_lora_adapter", summary="The same in SGLang's words.")
+@sglang_routes.post("/load_lora_adapter", summary="Load an adapter, as SGLang does.")
 async def load_sglang(request: HttpRequest, body: Load) -> Response:
     await _load(request, body, "both lora_name and lora_path are needed")
     return _loaded(request)
 
 
-@sglang_routes.post("/unload_lora_adapter", summary="The same in SGLang's words.")
+@sglang_routes.post("/unload_lora_adapter", summary="Unload an adapter, as SGLang does.")
 async def unload_sglang(request: HttpRequest, body: Unload) -> Response:
     await _unload(request, body, invalid("lora_name is needed"))
     return _loaded(request)
@@ -128,14 +123,10 @@ def _loaded(request: HttpRequest) -> Response:
 
 
 class Tokenize(Body):
-    """Tokenizes a text or a conversation.
-
-    vLLM's `prompt` or `messages`, or TGI's `inputs`; the response has that surface's format.
-    """
+    """Tokenizes a text (`prompt`) or a conversation (`messages`)."""
 
     prompt: str | None = None
     messages: Annotated[list[Message], FAIL_FAST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
-    inputs: str | None = None
     model: str = Field(default="", max_length=512)
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -150,54 +141,35 @@ class Detokenize(Body):
     model: str = Field(default="", max_length=512)
 
 
-@vllm_routes.post("/tokenize", summary="Text or a conversation as tokens.")
+@vllm_routes.post("/tokenize", summary="Tokenize a text or a conversation.")
 async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
     service, prompts = service_of(request), service_of(request).prompts
-    ways = [key for key in ("prompt", "messages", "inputs") if getattr(body, key) is not None]
-    if len(ways) != 1:
-        raise invalid("one of prompt, messages and inputs is needed", ways[0] if ways else "prompt")
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("send either prompt or messages", "prompt")
     service.mixes.choose(caller_of(request), model=body.model)  # an unknown model is an error here too
-    place = admission_of(request)
-    place.take("answers", 1)
+    admitted = admission_of(request)
+    admitted.take("answers", 1)
     if body.messages is not None:
-        variables = dict(body.chat_template_kwargs or {})
-        variables["add_generation_prompt"] = body.add_generation_prompt and not body.continue_final_message
-        if body.continue_final_message:
-            variables["continue_final_message"] = True
+        variables = template_variables(
+            body.chat_template_kwargs, body.add_generation_prompt, body.continue_final_message
+        )
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        ids = await prompts.of_messages(messages, body.tools, place, **variables)
-        return _json(await prompts.work(len(ids), lambda: json_bytes(_counted(prompts, ids, body)), place))
-    text = body.inputs or body.prompt or ""
-    prompts.measure(len(text), ways[0])
+        ids = await prompts.of_messages(messages, body.tools, admitted, **variables)
+    else:
+        (ids,) = await prompts.of_parts([body.prompt or ""], special=body.add_special_tokens, place=admitted)
 
-    def written() -> bytes:
-        if body.inputs is not None:
-            return json_bytes(_spans(prompts, text, body.add_special_tokens))
-        return json_bytes(_counted(prompts, prompts.encode(text, special=body.add_special_tokens), body))
+    def answer() -> Response:
+        texts = [prompts.piece(i)[0] for i in ids] if body.return_token_strs else None
+        return Json({"count": len(ids), "max_model_len": prompts.context, "tokens": ids, "token_strs": texts})
 
-    return _json(await prompts.work(len(text), written, place))
+    return await admitted.work(len(ids), answer)
 
 
-def _json(written: bytes) -> Response:
-    return Response(written, media_type="application/json")
-
-
-def _counted(prompts: Prompts, ids: Sequence[int], body: Tokenize) -> dict[str, Any]:
-    texts = [prompts.piece(i)[0] for i in ids] if body.return_token_strs else None
-    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids, "token_strs": texts}
-
-
-@vllm_routes.post("/detokenize", summary="Tokens as text.")
+@vllm_routes.post("/detokenize", summary="Convert tokens to text.")
 async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
     service = service_of(request)
     service.mixes.choose(caller_of(request), model=body.model)
-    place = admission_of(request)
-    place.take("answers", 1)
-    text = await service.prompts.decode(service.prompts.of_ids(body.tokens, "tokens"), place=place)
+    admitted = admission_of(request)
+    admitted.take("answers", 1)
+    text = await service.prompts.decode(service.prompts.of_ids(body.tokens, "tokens"), place=admitted)
     return Json({"prompt": text})
-
-
-def _spans(prompts: Prompts, text: str, special: bool) -> list[dict[str, Any]]:
-    """TGI's tokens, each with the characters that it covers."""
-    found = prompts.spans(text, special=special)
-    return [{"id": i, "text": text[start:stop], "start": start, "stop": stop} for i, start, stop in found]

@@ -1,0 +1,362 @@
+"""The bodies of the text surfaces, and their sampling parameters as `Sampling`.
+
+A value out of range is Refused (400), under the client's key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from veneer.errors import ConfigError
+from veneer.serve.http.bodies import (
+    FAIL_FAST,
+    ITEMS,
+    KEYS,
+    Body,
+    MixField,
+    Objects,
+    Strict,
+    at_most,
+    mix_of,
+    unsupported,
+)
+from veneer.serve.http.prompts import Prompts
+from veneer.serve.http.service import Service
+from veneer.serve.request import GrammarSpec, Sampling, invalid
+
+_LONGEST_GRAMMAR = 200_000
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def _prompt_form(value: Any) -> str:
+    """Which of the four forms of a prompt a value has."""
+    if not isinstance(value, list):
+        return "=text"
+    first = value[0] if value else ""
+    return "=ids" if isinstance(first, int | float) else "=texts" if isinstance(first, str) else "=lists"
+
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], FAIL_FAST]
+Bias = Annotated[dict[str, float], at_most(1024)]
+Limit = Annotated[int, Field(ge=1, lt=1 << 31)]
+Texts = Annotated[
+    Annotated[str, Tag("=text")]
+    | Annotated[Ids, Tag("=ids")]
+    | Annotated[list[str], FAIL_FAST, at_most(ITEMS), Tag("=texts")]
+    | Annotated[list[Ids], FAIL_FAST, at_most(ITEMS), Tag("=lists")],
+    Discriminator(_prompt_form),
+]
+"""OpenAI's prompts: a text or token ids, or a list of either.
+
+Tags begin with = because they are not part of a body: errors omit them.
+"""
+Stop = Annotated[
+    Annotated[str, Tag("=one")] | Annotated[list[str], FAIL_FAST, at_most(KEYS), Tag("=several")],
+    Discriminator(lambda value: "=several" if isinstance(value, list) else "=one"),
+]
+Choices = Annotated[list[str], FAIL_FAST, at_most(1000)]
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class JsonSchema(Strict):
+    name: str = "answer"
+    description: str | None = None
+    strict: bool | None = None
+    wanted: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    wanted: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = Field(default=None, max_length=20_000)
+    choice: Choices | None = None
+    json_object: bool | None = None
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Objects | None = None
+    name: str | None = None
+    tool_calls: Objects | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    # Returned by OpenAI's client with an assistant's turn; always empty here.
+    refusal: None = None
+    audio: None = None
+    annotations: None = None
+    function_call: None = None
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+
+class TextBody(Body):
+    """The keys that chat and completions share."""
+
+    ignored: ClassVar = frozenset(
+        (
+            "metadata",
+            "service_tier",
+            "parallel_tool_calls",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "prediction",
+            "request_id",
+            "spaces_between_special_tokens",
+        )
+    )
+    refused: ClassVar = {
+        **unsupported(False, "use_beam_search", "early_stopping", "include_stop_str_in_output"),
+        **unsupported(False, "return_tokens_as_token_ids", "return_token_ids"),
+        **unsupported([], "bad_words", "allowed_token_ids", "logits_processors"),
+        **unsupported({}, "mm_processor_kwargs", "vllm_xargs"),
+        **unsupported(None, "truncate_prompt_tokens", "kv_transfer_params", "structural_tag"),
+        "skip_special_tokens": True,
+        "length_penalty": 1.0,
+        "priority": 0,
+        "best_of": 1,
+    }
+
+    model: str = Field(default="", max_length=512, description="the base, an adapter, a route, or base:adapter")
+    mix: MixField | None = None
+    cache_salt: str | None = Field(
+        default=None, min_length=1, max_length=512, description="only prompts with equal salts share cached blocks"
+    )
+    lora_path: str | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = None
+    top_k: int | None = Field(default=None, ge=-1, lt=1 << 31)
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[Ids, at_most(64)] | None = None
+    min_tokens: int = Field(default=0, ge=0, lt=1 << 31)
+    ignore_eos: bool = False
+    logit_bias: Bias | None = None
+    n: int | None = Field(default=None, ge=1)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(default=None, max_length=512)
+    store: bool | None = Field(default=None, description="false: not kept for feedback")
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    def choices(self, service: Service) -> int:
+        n, most = self.n or 1, service.settings.max_choices
+        if n > most:
+            raise invalid(f"n is {n}", "n", f"at most {most} answers to a prompt")
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options goes with stream", "stream_options")
+        return n
+
+    def adapters(self) -> dict[str, Any]:
+        """The arguments of MixChooser.choose."""
+        return {"model": self.model, "mix": mix_of(self.mix), "lora_path": self.lora_path}
+
+    def sampling(
+        self, service: Service, *, room: int, max_tokens: int | None, grammar: GrammarSpec | None = None, **more: Any
+    ) -> Sampling:
+        """The Sampling of a request. `room`: tokens that the context leaves. `more`: logprobs."""
+        names = "min_tokens temperature top_p min_p presence_penalty frequency_penalty repetition_penalty seed"
+        return sampling_of(
+            **{name: getattr(self, name) for name in names.split()},
+            **more,
+            max_tokens=limited(max_tokens, room, service),
+            top_k=None if self.top_k is None else max(self.top_k, 0),
+            logit_bias=bias_of(self.logit_bias, service.prompts),
+            stop=stops_of(self.stop, service.settings.max_stops),
+            stop_ids=service.prompts.of_ids(self.stop_token_ids or [], "stop_token_ids"),
+            ignore_eos=self.ignore_eos,
+            grammar=_one_grammar([grammar, *self._grammars()]),
+        )
+
+    def _grammars(self) -> list[GrammarSpec | None]:
+        """The grammar under each key that can name one."""
+        form, structured = self.response_format, self.structured_outputs or StructuredOutputs()
+        found: list[GrammarSpec | None] = []
+        if form is not None and form.type == "json_schema":
+            if form.json_schema is None:
+                raise invalid("response_format has no json_schema", "response_format")
+            found.append(("json_schema", schema_text(form.json_schema.wanted, "response_format")))
+        if structured.wanted is not None:
+            found.append(("json_schema", schema_text(structured.wanted, "structured_outputs")))
+        if structured.regex is not None:
+            found.append(("regex", structured.regex))
+        if structured.choice is not None:
+            found.append(("regex", choices_regex(structured.choice)))
+        if structured.json_object or (form is not None and form.type == "json_object"):
+            found.append(("json_object", ""))
+        return found
+
+
+class ChatBody(TextBody):
+    refused: ClassVar = {
+        **TextBody.refused,
+        **unsupported(None, "prompt_logprobs", "audio", "web_search_options", "reasoning_effort", "verbosity"),
+        **unsupported(None, "chat_template"),
+        **unsupported(False, "echo", "add_special_tokens"),
+        **unsupported([], "functions", "documents"),
+        "function_call": "none",
+        "modalities": ["text"],
+    }
+    messages: Annotated[list[Message], FAIL_FAST, at_most(ITEMS)] = Field(min_length=1)
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: Annotated[Objects, at_most(128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def limit(self) -> int | None:
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise invalid("max_tokens and max_completion_tokens differ", "max_completion_tokens", "keep one")
+        return next(iter(both), None)
+
+    def alternatives(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs goes with logprobs", "top_logprobs", "logprobs: true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def variables(self) -> dict[str, Any]:
+        """The template's variables besides messages and tools."""
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise invalid("the last message is not the assistant's", "continue_final_message")
+        return template_variables(self.chat_template_kwargs, self.add_generation_prompt, self.continue_final_message)
+
+
+class CompletionBody(TextBody):
+    refused: ClassVar = {**TextBody.refused, "suffix": ""}
+    prompt: Texts
+    max_tokens: Limit | None = 16
+    echo: bool | None = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="most likely tokens at each prompt token, by id, as in vLLM"
+    )
+    add_special_tokens: bool = True
+
+    def texts(self, service: Service) -> list[str | list[int]]:
+        """The prompts as a list."""
+        given: Any = self.prompt
+        prompts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+        most = service.settings.max_prompts
+        if not 0 < len(prompts) <= most:
+            raise invalid(f"there are {len(prompts)} prompts", "prompt", f"from 1 to {most}")
+        if len(prompts) * (self.n or 1) > most:
+            raise invalid(f"{len(prompts)} prompts with {self.n} answers each", "n", f"at most {most} answers")
+        return prompts
+
+
+def template_variables(
+    given: dict[str, Any] | None, add_generation_prompt: bool, continue_final_message: bool
+) -> dict[str, Any]:
+    """The chat template's variables besides messages and tools, from a body's keys."""
+    found = dict(given or {})
+    if continue_final_message:
+        found["continue_final_message"] = True
+    if continue_final_message or not add_generation_prompt:
+        found["add_generation_prompt"] = False
+    return found
+
+
+# -- conversion --------------------------------------------------------------------------------------------------------
+
+
+def sampling_of(**values: Any) -> Sampling:
+    """A Sampling; None leaves the default.
+
+    Raises Refused (400) that names the value out of range.
+    """
+    try:
+        return Sampling(**{key: value for key, value in values.items() if value is not None})
+    except ConfigError as error:
+        raise invalid(error.what, error.where, error.fix) from error
+
+
+def stops_of(stop: Stop | None, most: int) -> tuple[str, ...]:
+    stops = tuple([stop] if isinstance(stop, str) else stop or [])
+    if len(stops) > most:
+        raise invalid(f"stop has {len(stops)} texts", "stop", f"at most {most}")
+    if any(not 0 < len(s) <= 1000 for s in stops):
+        raise invalid("a stop text is empty or longer than 1,000 characters", "stop")
+    return stops
+
+
+def bias_of(bias: Bias | None, prompts: Prompts) -> dict[int, float]:
+    """Token id -> bias, from JSON's text keys."""
+    found: dict[int, float] = {}
+    for key, value in (bias or {}).items():
+        if not re.fullmatch(r"[0-9]{1,9}", key) or not math.isfinite(value) or abs(value) > 100:
+            raise invalid(f"logit_bias {key[:20]!r}: {value}", "logit_bias", "token id: a number from -100 to 100")
+        found[prompts.of_ids([int(key)], "logit_bias")[0]] = value
+    return found
+
+
+def schema_text(schema: Any, param: str) -> str:
+    """A JSON schema, given as an object or text, as text."""
+    try:
+        found = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(found, ensure_ascii=False)
+        text.encode()
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{param} is not a JSON schema", param) from error
+    if not isinstance(found, dict | bool):
+        raise invalid(f"{param} is not a JSON schema", param, "an object")
+    if len(text) > _LONGEST_GRAMMAR:
+        raise invalid(f"{param} has {len(text):,} characters", param, f"at most {_LONGEST_GRAMMAR:,}")
+    return text
+
+
+def choices_regex(choices: Sequence[str]) -> str:
+    """A regular expression that matches exactly one of some texts."""
+    if not choices or any(not c for c in choices):
+        raise invalid("a choice is empty, or there is none", "structured_outputs")
+    return "(" + "|".join(re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", c) for c in choices) + ")"
+
+
+def _one_grammar(found: Sequence[GrammarSpec | None]) -> GrammarSpec | None:
+    given = [grammar for grammar in found if grammar is not None]
+    if len(given) > 1:
+        raise invalid("several keys set the answer's format", "response_format", "keep one")
+    return given[0] if given else None
+
+
+def limited(wanted: int | None, room: int, service: Service) -> int:
+    """The token limit of an answer. `wanted`: as requested; None for as many as possible.
+
+    Raises Refused (400) if more is requested than possible.
+    """
+    most = service.settings.max_tokens or room
+    if wanted is None:
+        return max(1, min(room, most))
+    if wanted > room:
+        context = service.prompts.context
+        what = f"{wanted} tokens are requested, and the prompt leaves {room} of the context's {context}"
+        raise invalid(what, "max_tokens", "request fewer, or shorten the prompt")
+    if wanted > most:
+        raise invalid(f"max_tokens is {wanted}", "max_tokens", f"at most {most} on this server")
+    return wanted
