@@ -1,6 +1,6 @@
 """Uploaded adapters: stored on disk under an id for an hour, visible to their tenant only.
 
-    staging = Staging(most=2 << 30)
+    staging = UploadStage(most=2 << 30)
     incoming = staging.begin("acme", "style.safetensors")
     incoming.write(chunk), …                     raises Refused (413) beyond `most`
     staged = staging.keep(incoming)              .path: the file, or the folder unpacked from an archive
@@ -34,9 +34,8 @@ from veneer.library.store import CHUNK
 from veneer.models.home import veneer_home
 from veneer.serve.request import Refused, invalid
 
-_SINGLES = (".safetensors", ".gguf")
-_ARCHIVE = ".zip"
-_KEPT = 3600.0
+_ENDINGS = (".safetensors", ".gguf", ".zip")
+_LIFETIME = 3600.0
 _TENANTS_ROOM = 2
 """A tenant's storage, in files of maximum size; its oldest files are dropped first."""
 _MOST_INDEX = 1 << 20
@@ -47,12 +46,9 @@ _STRAY = 86400.0
 """Seconds after which the folder of a killed process is deleted."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class StagedAdapter:
-    """An uploaded file. `name`: the client's file name, sanitized.
-
-    `until`: seconds since 1970.
-    """
+    """An uploaded file. `name`: the client's file name, sanitized. `until`: seconds since 1970."""
 
     id: str
     tenant: str
@@ -70,23 +66,16 @@ class IncomingAdapter:
     tenant: str
     name: str
     path: Path
+    file: IO[bytes]
     most: int
     size: int = 0
-    _file: IO[bytes] | None = None
 
-    def write(self, chunk: bytes | bytearray) -> None:
+    def write(self, chunk: bytes) -> None:
         """Append a chunk. Blocks. Raises Refused (413) beyond `most`."""
         self.size += len(chunk)
         if self.size > self.most:
-            raise _large(self.most)
-        if self._file is None:
-            self._file = self.path.open("wb")
-        self._file.write(chunk)
-
-    def end(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+            raise _too_large(self.most)
+        self.file.write(chunk)
 
 
 @dataclass
@@ -98,46 +87,46 @@ class UploadStage:
 
     most: int
     clock: Callable[[], float] = time.time
-    _held: dict[str, StagedAdapter] = field(default_factory=dict)
+    _staged: dict[str, StagedAdapter] = field(default_factory=dict)
     _folder: Path | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def begin(self, tenant: str, filename: str) -> IncomingAdapter:
-        """Start an upload. Raises Refused (400) for a file name that no adapter has.
-
-        Blocks.
-        """
-        name = _plain(filename)
-        if not name.lower().endswith((*_SINGLES, _ARCHIVE)):
-            said = "pickles run whatever code is in them; " if re.search(r"\.(pt|pth|bin|ckpt|pkl)$", name) else ""
-            raise invalid(
-                f"{said}{name} is not called as an adapter's file is", "filename", ", ".join((*_SINGLES, _ARCHIVE))
-            )
-        self._sweep()
+        """Start an upload. Blocks. Raises Refused (400) for a file name that no adapter has."""
+        last = re.split(r"[/\\]", filename)[-1]
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", last).strip("._-")
+        name = stem[-100:].lstrip("._-") or "adapter"
+        if not name.lower().endswith(_ENDINGS):
+            pickle = re.search(r"\.(pt|pth|bin|ckpt|pkl)$", name)
+            said = "pickles run whatever code is in them; " if pickle else ""
+            raise invalid(f"{said}{name} is not the name of an adapter's file", "filename", ", ".join(_ENDINGS))
+        with self._lock:
+            expired = [each for each in self._staged.values() if each.until < self.clock()]
+        for each in expired:
+            self.drop(each)
         id = secrets.token_hex(16)
-        folder = self._home() / id
-        folder.mkdir()
-        return IncomingAdapter(id, tenant, name, folder / name, self.most)
+        path = self._home() / id / name
+        path.parent.mkdir()
+        return IncomingAdapter(id, tenant, name, path, path.open("wb"), self.most)
 
     def keep(self, incoming: IncomingAdapter) -> StagedAdapter:
         """Finish an upload, dropping the tenant's oldest files if needed. Blocks.
 
         Raises Refused (400) for an archive without an adapter.
         """
-        incoming.end()
+        incoming.file.close()
         if not incoming.size:
             raise invalid("the body is empty", None, "send the file as the body")
         path, size = incoming.path, incoming.size
-        if incoming.name.lower().endswith(_ARCHIVE):
+        if incoming.name.lower().endswith(".zip"):
             path = incoming.path.parent / "adapter"
             path.mkdir()
             size = _unpack(incoming.path, path, self.most)
             incoming.path.unlink()
-        until = self.clock() + _KEPT
-        staged = StagedAdapter(incoming.id, incoming.tenant, incoming.name, path, size, until)
+        staged = StagedAdapter(incoming.id, incoming.tenant, incoming.name, path, size, self.clock() + _LIFETIME)
         with self._lock:
-            own = [each for each in self._held.values() if each.tenant == staged.tenant]
-            self._held[staged.id] = staged
+            own = [each for each in self._staged.values() if each.tenant == staged.tenant]
+            self._staged[staged.id] = staged
         while own and sum(each.size for each in own) + size > _TENANTS_ROOM * self.most:
             self.drop(own.pop(0))
         return staged
@@ -145,27 +134,26 @@ class UploadStage:
     def get(self, tenant: str, id: str) -> StagedAdapter:
         """A tenant's staged file. Raises Refused (404)."""
         with self._lock:
-            found = self._held.get(id)
+            found = self._staged.get(id)
         if found is None or found.tenant != tenant or found.until < self.clock():
-            raise Refused(
-                "there is no such file here", status=404, code="not_found", fix="send it again; it is kept for an hour"
-            )
+            fix = "send it again; an upload is kept for an hour"
+            raise Refused("there is no such file", status=404, code="not_found", fix=fix)
         return found
 
-    def drop(self, staged: StagedAdapter | IncomingAdapter) -> None:
-        """Delete a staged file. Blocks."""
+    def drop(self, upload: StagedAdapter | IncomingAdapter) -> None:
+        """Delete an upload. Blocks."""
         with self._lock:
-            self._held.pop(staged.id, None)
+            self._staged.pop(upload.id, None)
             folder = self._folder
-        if isinstance(staged, IncomingAdapter):
-            staged.end()
+        if isinstance(upload, IncomingAdapter):
+            upload.file.close()
         if folder is not None:
-            shutil.rmtree(folder / staged.id, ignore_errors=True)
+            shutil.rmtree(folder / upload.id, ignore_errors=True)
 
     def close(self) -> None:
         """Delete everything."""
         with self._lock:
-            self._held.clear()
+            self._staged.clear()
             folder, self._folder = self._folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -177,29 +165,16 @@ class UploadStage:
         """
         with self._lock:
             if self._folder is None:
-                place = private_folder(veneer_home() / "cache" / "staged")
-                for old in place.iterdir():
+                parent = private_folder(veneer_home() / "cache" / "staged")
+                for old in parent.iterdir():
                     with contextlib.suppress(OSError):
                         if old.stat().st_mtime < time.time() - _STRAY:
                             shutil.rmtree(old, ignore_errors=True)
-                self._folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=place))
+                self._folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
             return self._folder
 
-    def _sweep(self) -> None:
-        with self._lock:
-            expired = [each for each in self._held.values() if each.until < self.clock()]
-        for each in expired:
-            self.drop(each)
 
-
-def _plain(filename: str) -> str:
-    """A client's file name, sanitized: its last part, only letters, digits and `._-`."""
-    last = re.split(r"[/\\]", filename)[-1]
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", last).strip("._-")
-    return stem[-100:].lstrip("._-") or "adapter"
-
-
-def _large(most: int) -> Refused:
+def _too_large(most: int) -> Refused:
     return Refused(f"the adapter has more than {most:,} bytes", status=413, code="too_large")
 
 
@@ -221,7 +196,7 @@ def _unpack(archive: Path, folder: Path, most: int) -> int:
                 while chunk := source.read(CHUNK):
                     size += len(chunk)
                     if size > most:
-                        raise _large(most)
+                        raise _too_large(most)
                     out.write(chunk)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise invalid(f"the archive cannot be read: {error}") from None
@@ -248,5 +223,5 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
             name = info.filename.rpartition("/")[2]
             if name in PEFT_FILES and not info.is_dir():
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise invalid("the archive is packed in a way that is not read here", None, "store or deflate")
+                    raise invalid("the archive's compression is not supported", None, "store or deflate")
                 yield name, opened.open(info)

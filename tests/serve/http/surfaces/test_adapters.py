@@ -212,9 +212,7 @@ def test_downloads_are_what_is_kept_and_in_other_layouts_the_same_adapter(
         assert str(tmp_path.anchor) + "tmp" not in answer.text
 
 
-def test_an_inspected_file_says_what_it_is_is_converted_and_kept(
-    served: Served, picture_file: Path, tmp_path: Path
-) -> None:
+def test_an_inspected_file_is_reported_and_converted(served: Served, picture_file: Path, tmp_path: Path) -> None:
     found = served.told(
         "POST", "/v1/adapter_inspections?filename=../st%20yle.safetensors", "acme", content=picture_file.read_bytes()
     )
@@ -223,14 +221,11 @@ def test_an_inspected_file_says_what_it_is_is_converted_and_kept(
     assert report["coverage"]["unused"] == []
     assert report["trigger_words"] == ["zelda"]
     assert {t["tool"]: t["verdict"] for t in report["elsewhere"]}["sd-scripts and A1111"] == "fine"
-    again = served.told("GET", f"/v1/adapter_inspections/{found['id']}", "acme")
-    assert again["report"] == report
+    converted = f"/v1/adapter_inspections/{found['id']}/file?to=comfyui"
     for key in ("globex", "admin"):
-        assert served.ask("GET", f"/v1/adapter_inspections/{found['id']}", key).status_code == 404
-    comfy = served.ask("GET", f"/v1/adapter_inspections/{found['id']}/file?to=comfyui", "acme")
-    (tmp_path / "c.safetensors").write_bytes(comfy.content)
-    kept = served.told("POST", f"/v1/adapters?name=acme/style&inspection={found['id']}", "acme")
-    assert read(tmp_path / "c.safetensors").adapter.digest() == report["digest"] == kept["digest"]
+        assert served.ask("GET", converted, key).status_code == 404
+    (tmp_path / "c.safetensors").write_bytes(served.ask("GET", converted, "acme").content)
+    assert read(tmp_path / "c.safetensors").adapter.digest() == report["digest"]
 
 
 def test_files_that_are_no_adapters_are_refused_with_the_reason(served: Served) -> None:
@@ -242,7 +237,6 @@ def test_files_that_are_no_adapters_are_refused_with_the_reason(served: Served) 
         ("/v1/adapters?name=acme/x", b"", 400, "empty"),
         ("/v1/adapters?name=acme/X%20Y", unknown, 400, "name"),
         ("/v1/adapters?name=acme/x&filename=a.zip", b"PK", 400, "zip"),
-        ("/v1/adapters?name=acme/x&inspection=none", b"", 404, "send it again"),
         ("/v1/adapters?name=acme/x", b"x" * (1 << 20) + b"x", 413, "1,048,576"),
     ):
         answer = served.ask("POST", path, "acme", content=content)

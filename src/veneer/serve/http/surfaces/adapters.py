@@ -2,11 +2,11 @@
 
 Subresources have separate paths, because names contain slashes.
 
-    GET, POST /v1/adapters               browse; add a posted file, or an inspected one
+    GET, POST /v1/adapters               browse; add a posted file
     GET, PATCH, DELETE /v1/adapters/acme/support@2
     GET /v1/adapter_previews/…, /v1/adapter_files/…?to=kohya
     POST /v1/adapter_inspections         report on a file, and how other tools would read it; kept for an hour
-    GET /v1/adapter_inspections/{id}, …/{id}/file?to=comfyui
+    GET /v1/adapter_inspections/{id}/file?to=comfyui
 
 A tenant finds adapters visible to it (`Principal.can_see`), and can add, change, remove and download adapters
 in its own namespace; an operator can do so everywhere. An adapter that is not visible is a 404. Files,
@@ -27,11 +27,12 @@ import zipfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query
-from pydantic import Field
+from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -40,7 +41,6 @@ from veneer.formats.convert import layout_ending
 from veneer.library.describe_files import card_picture, card_prompt, card_sample, gain_of
 from veneer.library.library import Added, Library, NotInLibrary
 from veneer.library.queries import AdapterFamily, Order, Version
-from veneer.library.store import CHUNK
 from veneer.serve.access import Tenancy
 from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, at_most
@@ -56,6 +56,7 @@ from veneer.serve.upload_stage import StagedAdapter, UploadStage
 T = TypeVar("T")
 Layout = Literal["peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi"]
 _Names = Annotated[list[Annotated[str, Field(max_length=100)]], at_most(64)]
+_Text = Annotated[str, Field(max_length=512)]
 _Word = Annotated[str, Query(max_length=512)]
 _Base = Annotated[str, Query(max_length=512, description="for gguf and tgi: the base that the adapter is of")]
 
@@ -70,6 +71,24 @@ _BYTES = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+
+
+class AdapterQuery(BaseModel):
+    """The filters of a search; see `library.queries.browse`."""
+
+    text: _Text = Field(default="", alias="q")
+    base: _Text = ""
+    kind: Literal["", "text", "image"] = ""
+    rank: int | None = Field(default=None, ge=0, lt=1 << 31)
+    tags: list[_Text] = Field(default_factory=list, alias="tag", max_length=16)
+    health: Literal["", "sound", "faulty", "unknown"] = ""
+    name: _Text = ""
+    trigger: _Text = ""
+    parent: _Text = ""
+    all_versions: bool = False
+    order: Order = "name"
+    limit: int = Field(default=60, ge=0, le=1000)
+    offset: int = Field(default=0, ge=0, lt=1 << 31)
 
 
 class AdapterChange(Body):
@@ -89,7 +108,7 @@ def adapter_bodies(staging: UploadStage) -> dict[str, int]:
 def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> APIRouter:
     """The routes over a library."""
     router = APIRouter(tags=["adapters"], route_class=BodyRoute, dependencies=[needs("read")])
-    coming, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
+    uploads, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
 
     async def worked(caller: Principal, size: int, do: Callable[[], T]) -> T:
         """Run work on `size` bytes in the adapters' thread pool."""
@@ -101,114 +120,67 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
     async def posted(request: HttpRequest, filename: str) -> AsyncIterator[StagedAdapter]:
         """The request's body, spooled to disk."""
         caller = caller_of(request)
-        coming.take(caller.tenant, caller.weight, 1)
+        uploads.take(caller.tenant, caller.weight, 1)
         try:
             incoming = await in_thread("the disk", lambda: staging.begin(caller.tenant, filename))
             try:
-                waiting = bytearray()
                 async for chunk in request.stream():
-                    waiting += chunk
-                    if len(waiting) >= CHUNK:
-                        await in_thread("the disk", lambda: incoming.write(waiting))  # noqa: B023
-                        waiting = bytearray()
-                if waiting:
-                    await in_thread("the disk", lambda: incoming.write(waiting))
-                staged = await worked(caller, incoming.size, lambda: staging.keep(incoming))
+                    await in_thread("the disk", partial(incoming.write, chunk))
+                yield await worked(caller, incoming.size, lambda: staging.keep(incoming))
             except BaseException:
                 await asyncio.to_thread(staging.drop, incoming)
                 raise
-            yield staged
         finally:
-            coming.give(caller.tenant, 1)
+            uploads.give(caller.tenant, 1)
 
-    @router.get("/v1/adapters", summary="The library: what fits, in an order, and how many there are of what.")
-    async def browse(
-        request: HttpRequest,
-        q: _Word = "",
-        base: _Word = "",
-        kind: Literal["", "text", "image"] = "",
-        rank: Annotated[int | None, Query(ge=0, lt=1 << 31)] = None,
-        tag: Annotated[list[_Word] | None, Query(max_length=16)] = None,
-        health: Literal["", "sound", "faulty", "unknown"] = "",
-        name: _Word = "",
-        trigger: _Word = "",
-        parent: _Word = "",
-        all_versions: bool = False,
-        order: Order = "name",
-        limit: Annotated[int, Query(ge=0, le=1000)] = 60,
-        offset: Annotated[int, Query(ge=0, lt=1 << 31)] = 0,
-    ) -> Response:
+    @router.get("/v1/adapters", summary="Search the library.")
+    async def browse(request: HttpRequest, query: Annotated[AdapterQuery, Query()]) -> Response:
         caller = caller_of(request)
-        found = await in_thread(
-            "the library",
-            lambda: library.browse(
-                q,
-                base=base,
-                kind=kind,
-                rank=rank,
-                tags=tag or (),
-                health=health,
-                name=name,
-                trigger=trigger,
-                parent=parent,
-                all_versions=all_versions,
-                order=order,
-                limit=limit,
-                offset=offset,
-                sees=None if caller.can("operate") else caller.sees,
-            ),
-        )
-        data = [_shown(v, caller) for v in found.versions]
-        more = offset + len(data) < found.total
+        filters = query.model_dump() | {"sees": None if caller.can("operate") else caller.sees}
+        found = await in_thread("the library", lambda: library.browse(**filters))
+        data = [_adapter_json(v, caller) for v in found.versions]
+        more = query.offset + len(data) < found.total
         facets = {**found.facets, "base": facet_of_bases(found.facets["base"], caller)}
         return Json({"object": "list", "data": data, "total": found.total, "has_more": more, "facets": facets})
 
     @router.post(
         "/v1/adapters",
         dependencies=[needs("write")],
-        summary="Save the posted file, or an inspected file, under a name.",
+        summary="Add the posted file to the library under a name.",
         openapi_extra=_BYTES,
     )
     async def add(
         request: HttpRequest,
-        name: Annotated[str, Query(max_length=200, description="of the library: support, acme/support")],
-        filename: Annotated[str, Query(max_length=512)] = "adapter.safetensors",
-        inspection: Annotated[str, Query(max_length=100, description="the id of one; then there is no body")] = "",
+        name: Annotated[str, Query(max_length=200, description="in the library: support, acme/support")],
+        filename: _Word = "adapter.safetensors",
         tag: Annotated[list[_Word] | None, Query(max_length=16)] = None,
         alias: _Word = "",
     ) -> Response:
-        caller = caller_of(request)
+        caller, quotas = caller_of(request), service_of(request).quotas
         _need_own(caller, name)
-        if inspection:
-            staged = staging.get(caller.tenant, inspection)
-            return Json(await kept(request, staged, name, tag or (), alias))
         async with posted(request, filename) as staged:
+
+            def add() -> dict[str, Any]:
+                added = keep_staged(library, tenancy, quotas, caller, staged, name, tags=tag or (), alias=alias)
+                return {**_adapter_json(added.version, caller), "new": added.new, "left_out": added.left_out}
+
             try:
-                return Json(await kept(request, staged, name, tag or (), alias))
+                return Json(await worked(caller, staged.size, add))
             finally:
                 await asyncio.to_thread(staging.drop, staged)
 
-    async def kept(request: HttpRequest, staged: StagedAdapter, name: str, tags: Sequence[str], alias: str) -> Any:
-        caller, quotas = caller_of(request), service_of(request).quotas
-
-        def add() -> dict[str, Any]:
-            added = keep_staged(library, tenancy, quotas, caller, staged, name, tags=tags, alias=alias)
-            return {**_shown(added.version, caller), "new": added.new, "left_out": added.left_out}
-
-        return await worked(caller, staged.size, add)
-
-    @router.get("/v1/adapters/{reference:path}", summary="One of them, with its relatives.")
+    @router.get("/v1/adapters/{reference:path}", summary="Get an adapter with its relatives.")
     async def show(request: HttpRequest, reference: str) -> Response:
         caller = caller_of(request)
 
-        def look() -> dict[str, Any]:
+        def show() -> dict[str, Any]:
             version = _found(library, caller, reference)
             own = caller.can_change(version.name)
             relatives = _seen(library.family(version.reference), caller)
             known = {"checks": library.checks(version.reference), "files": _files(library, version)} if own else {}
-            return {**_shown(version, caller), "family": relatives, **known}
+            return {**_adapter_json(version, caller), "family": relatives, **known}
 
-        return Json(await _read(look))
+        return Json(await _read(show))
 
     @router.patch(
         "/v1/adapters/{reference:path}",
@@ -219,7 +191,7 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         caller = caller_of(request)
 
         def change() -> dict[str, Any]:
-            return _shown(change_adapter(library, tenancy, caller, reference, body), caller)
+            return _adapter_json(change_adapter(library, tenancy, caller, reference, body), caller)
 
         return Json(await _read(change), headers=body.headers)
 
@@ -237,7 +209,7 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         gone = await _read(remove)
         return Json({"id": reference, "object": "adapter", "deleted": True, "removed": gone})
 
-    @router.get("/v1/adapter_previews/{reference:path}", summary="The small picture that came with it.")
+    @router.get("/v1/adapter_previews/{reference:path}", summary="Get the preview picture of an adapter.")
     async def preview(request: HttpRequest, reference: str) -> Response:
         caller = caller_of(request)
         version = await _read(lambda: _found(library, caller, reference))
@@ -248,7 +220,7 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         head = {"x-content-type-options": "nosniff", "cache-control": "private, max-age=3600"}
         return Response(data, media_type=kind, headers=head | {"content-security-policy": "default-src 'none'"})
 
-    @router.get("/v1/adapter_files/{reference:path}", summary="Its file, as it is kept or in another tool's layout.")
+    @router.get("/v1/adapter_files/{reference:path}", summary="Download an adapter's file, also in another layout.")
     async def download(request: HttpRequest, reference: str, to: Layout | None = None, base: _Base = "") -> Response:
         caller = caller_of(request)
         version = await _read(lambda: _own(library, caller, reference))
@@ -259,39 +231,25 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
             request, place, version.size, stem, to, service_of(request).catalog.base if known else base
         )
 
-    @router.post(
-        "/v1/adapter_inspections", summary="What a file is, and why; it stays for an hour.", openapi_extra=_BYTES
-    )
-    async def inspect(
-        request: HttpRequest, filename: Annotated[str, Query(max_length=512)] = "adapter.safetensors"
-    ) -> Response:
+    @router.post("/v1/adapter_inspections", summary="Report on the posted file.", openapi_extra=_BYTES)
+    async def inspect(request: HttpRequest, filename: _Word = "adapter.safetensors") -> Response:
         async with posted(request, filename) as staged:
-            try:
-                return Json(await inspected(caller_of(request), staged))
-            except BaseException:
-                await asyncio.to_thread(staging.drop, staged)
-                raise
+            report = await worked(caller_of(request), staged.size, lambda: staged_report(staged))
+            return Json(
+                {
+                    "id": staged.id,
+                    "object": "adapter.inspection",
+                    "filename": staged.name,
+                    "bytes": staged.size,
+                    "expires_at": int(staged.until),
+                    "report": report,
+                }
+            )
 
-    @router.get("/v1/adapter_inspections/{id}", summary="The same again, while it is here.")
-    async def inspection(request: HttpRequest, id: str) -> Response:
-        caller = caller_of(request)
-        return Json(await inspected(caller, staging.get(caller.tenant, id)))
-
-    @router.get("/v1/adapter_inspections/{id}/file", summary="The inspected file, in another tool's layout.")
+    @router.get("/v1/adapter_inspections/{id}/file", summary="Download an inspected file, also in another layout.")
     async def inspected_file(request: HttpRequest, id: str, to: Layout | None = None, base: _Base = "") -> Response:
         staged = staging.get(caller_of(request).tenant, id)
         return await file_of(request, staged.path, staged.size, staged.name.rpartition(".")[0], to, base)
-
-    async def inspected(caller: Principal, staged: StagedAdapter) -> dict[str, Any]:
-        report = await worked(caller, staged.size, lambda: staged_report(staged))
-        return {
-            "id": staged.id,
-            "object": "adapter.inspection",
-            "filename": staged.name,
-            "bytes": staged.size,
-            "expires_at": int(staged.until),
-            "report": report,
-        }
 
     async def file_of(
         request: HttpRequest, place: Path, size: int, stem: str, to: Layout | None, base: str
@@ -490,7 +448,7 @@ def facet_of_bases(counts: Mapping[str, int], caller: Principal) -> dict[str, in
     return dict(merged.most_common())
 
 
-def _shown(v: Version, caller: Principal) -> dict[str, Any]:
+def _adapter_json(v: Version, caller: Principal) -> dict[str, Any]:
     gain, base = gain_of(v.card), base_for(v.base, caller)
     shown = {
         "id": v.reference,
