@@ -21,7 +21,7 @@ def test_the_first_request_waits_and_the_next_does_not() -> None:
     assert second.at_once is not None
     assert second.names() == ["b"]
     stats = residents.stats()
-    assert (stats.bytes, stats.adapters, stats.hits, stats.misses, stats.loads) == (2 * UNIT, 2, 1, 1, 2)
+    assert (stats.bytes, stats.adapters, sorted(shop.reads)) == (2 * UNIT, 2, ["a", "b"])
 
 
 def test_the_base_alone_needs_nothing() -> None:
@@ -315,7 +315,7 @@ def test_dropped_and_loaded_again() -> None:
     residents.drop("a")
     residents.load("a", pinned=True)
     lease.release()
-    assert residents.resident() == {"a": UNIT}
+    assert {each.digest: each.bytes for each in residents.listed()} == {"a": UNIT}
     assert residents.stats().pinned == 1
     assert shop.reads == ["a"]
     residents.close()
@@ -326,7 +326,7 @@ def test_load_takes_what_was_read_already_and_waits() -> None:
     residents = AdapterCache(shop.read, shop.prepare, limit_bytes=4 * UNIT)
     residents.load("a", shop.read("a"))
     assert shop.reads == ["a"]
-    assert residents.resident() == {"a": UNIT}
+    assert {each.digest: each.bytes for each in residents.listed()} == {"a": UNIT}
     shop.broken["b"] = AdapterError("no")
     with pytest.raises(Refused):
         residents.load("b")

@@ -30,7 +30,7 @@ OPERATOR = Principal("operator")
 def untouched(catalog: Catalog) -> None:
     assert [c.id for c in catalog.models(OPERATOR)] == ["tiny"]
     assert catalog.residents.stats().bytes == 0
-    assert not catalog.residents.leases()
+    assert not catalog.residents.resident()
     assert refused(lambda: catalog.resolve("x", OPERATOR)).status == 404
 
 

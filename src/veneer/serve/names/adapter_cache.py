@@ -46,21 +46,14 @@ T = TypeVar("T", bound=Sized)
 
 @dataclass(frozen=True)
 class ResidentStats:
-    """Counters. `hits`: mixes acquired at once; `misses`: the others.
+    """Counters. `waiting`: requests that wait for adapters. `failures`: failed loads."""
 
-    `loads`: adapters read and prepared.
-    """
-
-    limit: int
     bytes: int
     adapters: int
     pinned: int
     waiting: int
-    hits: int
-    misses: int
     evictions: int
     failures: int
-    loads: int
 
 
 @dataclass(frozen=True)
@@ -150,20 +143,16 @@ class AdapterCache(Generic[T]):
     ) -> None:
         self._read, self._prepare, self._freed, self._clock = read, prepare, freed, clock
         self.limit, self.patience, self._ahead = limit_bytes, patience, threads
-        self._pool = None if submit else ThreadPoolExecutor(threads, thread_name_prefix="adapters")
-        self._submit = submit or self._in_pool
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="adapters")
+        self._submit = submit or (lambda job: self._pool.submit(copy_context().run, job))
         self._lock = threading.Lock()
         self._calls: list[Callable[[], None]] = []
         self._entries: dict[str, _Entry[T]] = {}
         self._groups: dict[tuple[str, ...], _Group[T]] = {}
         self._drainer: _Group[T] | None = None
         self._ticks = itertools.count()
-        self._bytes = self._hits = self._misses = self._evictions = self._failures = self._loads = 0
+        self._bytes = self._evictions = self._failures = 0
         self._closed = False
-
-    def _in_pool(self, job: Callable[[], None]) -> None:
-        assert self._pool is not None
-        self._pool.submit(copy_context().run, job)
 
     # -- for the engine's step: none of these block --------------------------------------------------------------------
 
@@ -177,9 +166,7 @@ class AdapterCache(Generic[T]):
             entries = [self._entries.get(digest) for digest, _ in mix]
             there = [e for e in entries if e is not None and e.state == "resident" and not e.draining]
             if len(there) == len(mix):
-                self._hits += 1
                 return self._lease(mix, there)
-            self._misses += 1
             self._join(mix, ready)
         return None
 
@@ -240,14 +227,11 @@ class AdapterCache(Generic[T]):
             entry = self._entries[digest]
             entry.pinned, entry.dropped = True, False
 
-    def unpin(self, digest: str) -> None:
-        self._let_go(digest, drop=False)
-
     def drop(self, digest: str) -> None:
         """Free an adapter that no name refers to, now or when its last lease is released."""
-        self._let_go(digest, drop=True)
+        self.unpin(digest, drop=True)
 
-    def _let_go(self, digest: str, drop: bool) -> None:
+    def unpin(self, digest: str, *, drop: bool = False) -> None:
         with self._changing():
             if (entry := self._entries.get(digest)) is not None:
                 entry.pinned, entry.dropped = False, entry.dropped or drop
@@ -260,45 +244,26 @@ class AdapterCache(Generic[T]):
             self._closed = True
             for key in list(self._groups):
                 self._leave(key, shutting_down())
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     # -- status --------------------------------------------------------------------------------------------------------
 
     def stats(self) -> ResidentStats:
+        adapters = self.resident().values()
         with self._changing():
-            there = [e for e in self._entries.values() if e.state == "resident"]
-            waiting = sum(len(g.members) for g in self._groups.values())
-            return ResidentStats(
-                self.limit,
-                self._bytes,
-                len(there),
-                sum(e.pinned for e in there),
-                waiting,
-                self._hits,
-                self._misses,
-                self._evictions,
-                self._failures,
-                self._loads,
-            )
+            waiting = sum(len(group.members) for group in self._groups.values())
+            pinned = sum(each.pinned for each in adapters)
+            return ResidentStats(self._bytes, len(adapters), pinned, waiting, self._evictions, self._failures)
 
-    def resident(self) -> dict[str, int]:
-        """Digest -> bytes of each adapter in memory, least recently used first."""
+    def resident(self) -> dict[str, ResidentAdapter]:
+        """The adapters in memory by digest, least recently used first."""
         with self._changing():
-            there = [e for e in self._entries.values() if e.state == "resident"]
-            return {e.digest: e.size for e in sorted(there, key=lambda e: e.used)}
+            there = sorted((e for e in self._entries.values() if e.state == "resident"), key=lambda e: e.used)
+            return {e.digest: ResidentAdapter(e.digest, e.size, e.pinned, e.leases) for e in there}
 
     def listed(self) -> list[ResidentAdapter]:
-        """Each adapter in memory, most recently used first."""
-        with self._changing():
-            there = [e for e in self._entries.values() if e.state == "resident"]
-            there = sorted(there, key=lambda e: -e.used)
-            return [ResidentAdapter(e.digest, e.size, e.pinned, e.leases) for e in there]
-
-    def leases(self) -> dict[str, int]:
-        """Digest -> leases of each adapter that is wanted or in memory."""
-        with self._changing():
-            return {e.digest: e.leases for e in self._entries.values()}
+        """The adapters in memory, most recently used first."""
+        return [*reversed(self.resident().values())]
 
     # -- with the lock held --------------------------------------------------------------------------------------------
 
@@ -472,7 +437,6 @@ class AdapterCache(Generic[T]):
                 self._advance()
             return
         with self._changing():
-            self._loads += 1
             entry.state, entry.thing = "loaded", thing
             del thing, adapter
             self._tidy([entry])
