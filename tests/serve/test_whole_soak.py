@@ -187,7 +187,8 @@ def left_over(whole: Whole) -> dict[str, int]:
     assert not service.shadows.running
     assert not engine.runner.sequences
     assert engine.runner.attached <= set(engine.residents.resident())
-    assert engine.residents.stats().bytes == sum(each.bytes for each in engine.residents.listed()) <= engine.residents.limit
+    used = sum(each.bytes for each in engine.residents.listed())
+    assert engine.residents.stats().bytes == used <= engine.residents.limit
     process = psutil.Process()
     time.sleep(2)  # connections that were closed, threads of pools
     gc.collect()

@@ -48,8 +48,7 @@ def serve(
         typer.Option(
             "--adapter",
             "-a",
-            help="NAME[=REFERENCE][:STRENGTH]: load this adapter before the server is ready; repeatable. With a "
-            "strength, the adapter also applies to requests that name no adapter.",
+            help="NAME[=REFERENCE]: load this adapter before the server is ready; repeatable.",
         ),
     ] = None,
     allow_folder: Annotated[

@@ -214,9 +214,6 @@ def _application(
         for each in settings.preload:
             card = service.catalog.load(each.name, each.reference, pinned=settings.pin)
             step(f"adapter {card.id} from {card.root}")
-            if each.strength is not None:
-                service.mixes.default[card.id] = each.strength
-                say(f"requests that name no adapter get {card.id} at strength {each.strength:g}")
 
     def close() -> None:
         service.catalog.close()

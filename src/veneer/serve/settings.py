@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from veneer.errors import ConfigError, quoted
-from veneer.formats.strengths import split_strength
 
 HERE = ("localhost", "127.0.0.1", "::1")
 """Hosts that only this machine can reach."""
@@ -89,14 +88,10 @@ class HttpSettings:
 
 @dataclass(frozen=True)
 class Preload:
-    """An adapter to load before the server is ready.
-
-    `strength`: applied to requests that name no adapter.
-    """
+    """An adapter to load before the server is ready."""
 
     name: str
     reference: str
-    strength: float | None = None
 
 
 QuantizeKind = Literal["nf4", "fp4", "int8", "keep"]
@@ -194,21 +189,11 @@ class ServeSettings:
 
 
 def parse_preload(text: str) -> Preload:
-    """Parse NAME[=REFERENCE][:STRENGTH]. Raises ConfigError."""
-    own, named, rest = text.partition("=")
-    try:
-        reference, strength = split_strength(rest if named else own)
-    except ConfigError as error:
-        raise ConfigError(error.what, where=f"--adapter {text}", fix=error.fix) from None
-    name = own if named else reference
-    if not name or not reference:
-        raise ConfigError(
-            f"{text!r} does not name an adapter", where="--adapter", fix="NAME, NAME=REFERENCE or NAME:0.8"
-        )
-    name, colon, number = name.partition(":")
-    if colon:
-        raise ConfigError(f"{number!r} is not a strength", where=f"--adapter {text}", fix="a number, as 0.8")
-    return Preload(name, reference, strength)
+    """Parse NAME[=REFERENCE]. Raises ConfigError."""
+    name, named, reference = text.partition("=")
+    if not name or (named and not reference):
+        raise ConfigError(f"{text!r} does not name an adapter", where="--adapter", fix="NAME or NAME=REFERENCE")
+    return Preload(name, reference or name)
 
 
 def bytes_of(text: str, where: str) -> int:

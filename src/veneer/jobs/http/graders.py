@@ -178,7 +178,7 @@ async def _asked(
 
 
 async def _ask(service: Service, caller: Principal, number: str, question: Question, place: AdmittedRequest) -> Reply:
-    chosen = service.mixes.choose(caller, model=question.model)
+    chosen = service.choose(caller, model=question.model)
     prompt = await service.prompts.of_messages(question.messages, place=place)
     room = service.prompts.fits(prompt, "grader.input")
     sampling = Sampling(

@@ -329,13 +329,10 @@ def problem_text(where: str, problem: Mapping[str, Any]) -> str:
     return f"{where} {text}" if text.startswith(("must ", "is ")) else f"{where}: {text}"
 
 
-def body_error(
-    errors: Iterable[Mapping[str, Any]], known: Iterable[str], inner: Mapping[str, Iterable[str]] | None = None
-) -> Refused:
+def body_error(errors: Iterable[Mapping[str, Any]], known: Iterable[str]) -> Refused:
     """Combine pydantic's errors into one error.
 
-    `known`: the body's keys, to suggest the nearest name for an unknown key; `inner`: keys of the objects
-    under some keys.
+    `known`: the body's keys, to suggest the nearest name for an unknown key.
     """
     problems = list(errors)
     told: list[str] = []
@@ -344,8 +341,7 @@ def body_error(
         inside = problem["loc"][problem["loc"][:1] in (("body",), ("query",)) :]
         where = ".".join(str(part) for part in inside if not str(part).startswith("="))
         if problem["type"] == "extra_forbidden":
-            beside = list((inner or {}).get(str(problem["loc"][1]), names))
-            near = [name for name in nearest(str(problem["loc"][-1]), beside, n=1) if name != where]
+            near = [name for name in nearest(str(problem["loc"][-1]), names, n=1) if name != where]
             told.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         elif problem["type"] == "missing" and not where:
             told.append("the request has no body: a JSON object is expected")

@@ -86,32 +86,24 @@ async def ask_pictures(
 def _chosen(
     service: Service, asked: ImageBody, caller: Principal
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
-    """The mix, the client's name for each adapter, and factors or roles, if any.
-
-    Factors are by block and step. An empty `mix` is the base.
-    """
-    catalog, mixes = service.catalog, service.mixes
-    if (parts := asked.mix) is not None:
-        if catalog.resolve(asked.model, caller).mix:
-            raise invalid("model and mix both name adapters", "mix", f"model {catalog.base!r}, or none, beside mix")
-        try:
-            check_roles((part.adapter, part.factors) for part in parts)
-        except VeneerError as error:
-            raise invalid(error.what, "mix", error.fix) from error
-        chosen = mixes.choose(caller, mix=[(part.adapter, part.strength) for part in parts])
-        factors: dict[str, Strength] = {}
-        for part, digest in zip(parts, chosen.served.meant, strict=True):
-            if digest and factors.setdefault(digest, part.factors) != part.factors:
-                raise invalid(
-                    f"{quoted(part.adapter)} is named twice, with unlike blocks, steps or roles", "mix", "name it once"
-                )
-        labels = {digest: part.adapter for part, digest in zip(parts, chosen.served.meant, strict=True)}
-        return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
-    chosen = mixes.choose(caller, model=asked.model)
-    if len(chosen.served.mix) == 1:
+    """The mix, the client's name for each adapter, and factors by block and step, or roles, if any."""
+    parts = asked.mix
+    if parts is None:
+        chosen = service.choose(caller, model=asked.model)
         return chosen, {digest: chosen.served.target for digest, _ in chosen.served.mix}, {}
-    words = list(mixes.default) if chosen.served.mix else []
-    return chosen, {digest: word for word in words for digest, _ in catalog.resolve(word, caller).mix}, {}
+    try:
+        check_roles((part.adapter, part.factors) for part in parts)
+    except VeneerError as error:
+        raise invalid(error.what, "mix", error.fix) from error
+    mix = [(part.adapter, part.strength) for part in parts]
+    chosen = service.choose(caller, model=asked.model, mix=mix)
+    factors: dict[str, Strength] = {}
+    for part, digest in zip(parts, chosen.served.meant, strict=True):
+        if digest and factors.setdefault(digest, part.factors) != part.factors:
+            what = f"{quoted(part.adapter)} is named twice, with unlike blocks, steps or roles"
+            raise invalid(what, "mix", "name it once")
+    labels = {digest: part.adapter for part, digest in zip(parts, chosen.served.meant, strict=True)}
+    return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
 
 
 async def _run(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from starlette.requests import Request as HttpRequest
 
 from veneer.ops.cpu.memory import give_back
-from veneer.serve.access import SHADOWS, Bill, ModelCard, ResolvedModel, ShadowAnswer, Tenancy
+from veneer.serve.access import SHADOWS, Bill, ResolvedModel, ShadowAnswer, Tenancy
 from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.errors import log
 from veneer.serve.http.guard import principal_of
@@ -37,55 +37,6 @@ class ChosenMix:
 
     served: ResolvedModel
     label: str
-
-
-class MixChooser:
-    """Resolves the adapter mix of a body.
-
-    A body names adapters in one way: `model`, `mix`, LoRAX's `adapter_id` or SGLang's `lora_path`. Two ways
-    at once are rejected, and an unknown name is 404, never the base. `default`: adapter -> strength for
-    requests that name none, on every surface; set by the operator at startup.
-    """
-
-    def __init__(self, catalog: Catalog) -> None:
-        self.catalog = catalog
-        self.default: dict[str, float] = {}
-
-    def adapters(self, caller: Principal) -> list[ModelCard]:
-        return [card for card in self.catalog.models(caller) if card.parent is not None]
-
-    def choose(
-        self,
-        caller: Principal,
-        *,
-        model: str | None = None,
-        mix: Sequence[tuple[str, float]] | None = None,
-        lora_path: str | None = None,
-    ) -> ChosenMix:
-        """The mix that a body names; without any name, the visible part of `default`.
-
-        An empty `mix` is the base. A `model` that names an adapter takes precedence over `lora_path`, as in
-        SGLang.
-        """
-        named = model if model and model != self.catalog.base else None
-        if mix is not None and (named or lora_path):
-            ways = [*(["model"] if named else []), "mix", *(["lora_path"] if lora_path else [])]
-            raise invalid(f"adapters are named in {len(ways)} ways: {', '.join(ways)}", "mix", "keep one")
-        if mix is not None:
-            return self._several(mix, caller)
-        named = named or lora_path
-        if named is None and self.default:
-            visible = {card.id for card in self.adapters(caller)}
-            return self._several([part for part in self.default.items() if part[0] in visible], caller)
-        served = self.catalog.resolve(named or model or "", caller)
-        return ChosenMix(served, served.target if served.mix else self.catalog.base)
-
-    def _several(self, parts: Sequence[tuple[str, float]], caller: Principal) -> ChosenMix:
-        if not parts:
-            return ChosenMix(self.catalog.resolve("", caller), self.catalog.base)
-        check_strengths(parts)
-        served = self.catalog.resolve_mix(parts, caller)
-        return ChosenMix(served, "mix" if len(served.mix) > 1 else parts[0][0] if served.mix else self.catalog.base)
 
 
 class Shadows:
@@ -162,7 +113,6 @@ class Service:
         s = self.settings
         if self.loaded:
             self.prompts = Prompts(self.reader)
-        self.mixes = MixChooser(self.catalog)
         self.metrics = Metrics(
             self.catalog.base, lambda: self.engine.stats(), s.metric_adapters, self.tenancy.ledger_state
         )
@@ -187,6 +137,33 @@ class Service:
         """Raises Refused (503) while the base is loading."""
         if not self.loaded:
             raise not_ready(self.phase)
+
+    def choose(
+        self,
+        caller: Principal,
+        *,
+        model: str | None = None,
+        mix: Sequence[tuple[str, float]] | None = None,
+        lora_path: str | None = None,
+    ) -> ChosenMix:
+        """The mix that a body names: `model`, `mix`, or SGLang's `lora_path`.
+
+        An empty `mix` is the base. `mix` with another name is rejected, and an unknown name is 404, never the
+        base. A `model` that names an adapter takes precedence over `lora_path`, as in SGLang.
+        """
+        base = self.catalog.base
+        named = model if model and model != base else None
+        if mix is None:
+            served = self.catalog.resolve(named or lora_path or model or "", caller)
+            return ChosenMix(served, served.target if served.mix else base)
+        if named or lora_path:
+            ways = [*(["model"] if named else []), "mix", *(["lora_path"] if lora_path else [])]
+            raise invalid(f"adapters are named in {len(ways)} ways: {', '.join(ways)}", "mix", "keep one")
+        if not mix:
+            return ChosenMix(self.catalog.resolve("", caller), base)
+        check_strengths(mix)
+        served = self.catalog.resolve_mix(mix, caller)
+        return ChosenMix(served, "mix" if len(served.mix) > 1 else mix[0][0] if served.mix else base)
 
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
         """The events of a text answer. Raises Refused (400) on an image server."""

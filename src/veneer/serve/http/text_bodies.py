@@ -170,7 +170,7 @@ class TextBody(Body):
         return n
 
     def adapters(self) -> dict[str, Any]:
-        """The arguments of MixChooser.choose."""
+        """The arguments of Service.choose."""
         return {"model": self.model, "mix": mix_of(self.mix), "lora_path": self.lora_path}
 
     def sampling(

@@ -115,9 +115,9 @@ async def ask_texts(
             )
 
         if len(asked.mix) == 1 and asked.mix[0][1] == 1:  # as `model`, so that routes apply
-            chosen = service.mixes.choose(caller, model=asked.mix[0][0])
+            chosen = service.choose(caller, model=asked.mix[0][0])
         else:
-            chosen = service.mixes.choose(caller, mix=list(asked.mix))
+            chosen = service.choose(caller, mix=list(asked.mix))
         chosen = replace(chosen, served=chosen.served.as_trial())
         if served is not None:
             served(chosen.served)

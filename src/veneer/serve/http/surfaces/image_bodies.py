@@ -23,6 +23,7 @@ from veneer.errors import ConfigError
 from veneer.formats.strengths import Strength, parse_strength, split_factors, split_strength
 from veneer.models.image.generate import SEEDS
 from veneer.serve.http.bodies import FAIL_FAST, MixPart, Strict, at_most, body_error, read_body, read_json
+from veneer.serve.http.guard import media_type
 from veneer.serve.http.service import service_of
 from veneer.serve.request import Refused, invalid
 
@@ -123,8 +124,8 @@ class ImageBody(Strict):
     n: int = Field(1, ge=1)
     size: str | None = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] = "auto"
-    background: Literal["auto", "opaque", "transparent"] = "auto"
-    moderation: Literal["auto", "low"] | None = None
+    background: Literal["auto", "opaque"] = "auto"
+    moderation: Literal["low"] | None = None
     output_format: Literal["png", "jpeg", "jpg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
     response_format: Literal["b64_json", "url"] = "b64_json"
@@ -178,13 +179,11 @@ def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int)
     try:
         asked = kind.model_validate({key: value for key, value in fields.items() if value is not None})
     except ValidationError as error:
-        raise _body_error(kind, error) from error
+        problems = error.errors(include_url=False, include_input=False)
+        known = [*kind.model_fields, *PictureMixPart.model_fields, *ControlBody.model_fields]
+        raise body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], known) from error
     if asked.n > most:
         raise invalid(f"n is {asked.n}", "n", f"at most {most}")
-    if asked.background == "transparent":
-        raise invalid("pictures are opaque here", "background", "leave it out, or auto or opaque")
-    if asked.moderation == "auto":
-        raise invalid("nothing is moderated here", "moderation", "leave it out, or low")
     if asked.output_compression not in (None, 100) and asked.kind == "png":
         raise invalid("a PNG is never compressed with loss", "output_compression", "output_format jpeg or webp")
     if asked.partial_images and not asked.stream:
@@ -192,17 +191,9 @@ def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int)
     return asked
 
 
-def _body_error(kind: type[ImageBody], error: ValidationError) -> Refused:
-    parts: dict[str, type[Strict]] = {"mix": PictureMixPart, "control": ControlBody}
-    inner = {key: [about.alias or name for name, about in part.model_fields.items()] for key, part in parts.items()}
-    problems = error.errors(include_url=False, include_input=False)
-    return body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], kind.model_fields, inner)
-
-
 async def image_fields(request: HttpRequest) -> dict[str, Any]:
     """The fields of a JSON body or a form; uploads are bytes. Raises Refused."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
+    if media_type(request.headers) != "multipart/form-data":
         found = await read_body(request)
         if not isinstance(found, dict):
             raise invalid("the body is not a JSON object")
@@ -216,46 +207,21 @@ async def image_fields(request: HttpRequest) -> dict[str, Any]:
             ]
     except HTTPException as error:
         raise invalid(f"the form cannot be read: {error.detail}") from error
-    return _unfolded(items)
+    return _merged(items)
 
 
-def _unfolded(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
-    """A form's fields as in JSON: `image[]` is a list.
-
-    Clients write a list of objects as `mix[][adapter]`, `mix[][strength]`. A control's image can be the name
-    of an upload.
-    """
+def _merged(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
+    """A form's fields as in JSON: `image`, `image[]` and `mix[]` are lists."""
     out: dict[str, Any] = {}
-    columns: dict[str, dict[str, list[Data]]] = {}
     for key, value in items:
-        found = re.fullmatch(r"(\w+)(\[\d*\])?(?:\[(\w+)\])?", key)
-        name, listed, inner = found.groups() if found else (key, None, None)
-        if inner:
-            columns.setdefault(name, {}).setdefault(inner, []).append(value)
-        elif listed or name == "image":
+        name = re.sub(r"\[\d*\]$", "", key)
+        if name != key or name == "image":
             out.setdefault(name, []).append(value)
         elif name in out:
             raise invalid(f"{name} is given twice", name)
         else:
             out[name] = value
-    for name, own in columns.items():
-        if len({len(values) for values in own.values()}) > 1:
-            raise invalid(f"{name}: not every entry has every key", name, f"send {name} as JSON text")
-        out[name] = [dict(zip(own, row, strict=True)) for row in zip(*own.values(), strict=True)]
-    uploads = {key for key, value in out.items() if isinstance(value, bytes) and key not in ("mask", "image")}
-    if uploads:
-        try:
-            out["control"] = _listed(out.get("control", []))
-        except ValueError as error:
-            raise invalid(f"control: {error}", "control") from error
-        for control in out["control"]:
-            if isinstance(control, dict) and control.get("image") in uploads:
-                control["image"] = out[control["image"]]
-    return {key: value for key, value in out.items() if key not in uploads or not _used(out, value)}
-
-
-def _used(out: dict[str, Any], value: Any) -> bool:
-    return any(isinstance(control, dict) and control.get("image") is value for control in out.get("control", []))
+    return out
 
 
 def described_body(kind: type[ImageBody]) -> dict[str, Any]:

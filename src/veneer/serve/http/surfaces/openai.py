@@ -92,7 +92,7 @@ def _card(service: Service, card: ModelCard) -> dict[str, Any]:
 async def chat(request: HttpRequest, body: ChatBody) -> Response:
     service, caller = service_of(request), caller_of(request, body.user)
     n = body.choices(service)
-    chosen = service.mixes.choose(caller, **body.adapters())
+    chosen = service.choose(caller, **body.adapters())
     use = tool_use(body.tools, body.tool_choice, service.prompts.takes_tools)
 
     def sampling(room: int) -> Sampling:
@@ -125,7 +125,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     texts = body.texts(service)
     if body.store:  # only conversations are stored
         body.ignore("store")
-    chosen = service.mixes.choose(caller, **body.adapters())
+    chosen = service.choose(caller, **body.adapters())
     admitted = admission_of(request)
     admitted.take("answers", len(texts) * n)
     echoes = [text for text in texts if isinstance(text, str)]

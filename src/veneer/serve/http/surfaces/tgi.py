@@ -132,7 +132,7 @@ async def info(request: HttpRequest) -> Response:
 
 async def _ask(request: HttpRequest, service: Service, body: Generate) -> TextJob:
     given, caller = body.parameters, caller_of(request)
-    chosen = service.mixes.choose(caller, model=given.adapter_id, mix=mix_of(given.mix))
+    chosen = service.choose(caller, model=given.adapter_id, mix=mix_of(given.mix))
     # As in TGI, any setting that only affects sampling enables sampling.
     sampled = (
         given.do_sample or given.temperature not in (None, 1.0) or bool(given.top_k) or given.top_p not in (None, 1)

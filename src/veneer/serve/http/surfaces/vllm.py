@@ -111,11 +111,11 @@ async def _unload(request: HttpRequest, body: Unload, missing: Refused) -> None:
     service, name = service_of(request), body.lora_name
     await asyncio.to_thread(service.catalog.unload, name)
     await asyncio.to_thread(service.tenancy.note, "operator", "adapter.unload", name, None, None)
-    service.mixes.default.pop(name, None)
 
 
 def _loaded(request: HttpRequest) -> Response:
-    loaded = {card.id: card.root for card in service_of(request).mixes.adapters(caller_of(request))}
+    cards = service_of(request).catalog.models(caller_of(request))
+    loaded = {card.id: card.root for card in cards if card.parent is not None}
     return Json({"success": True, "error_message": None, "loaded_adapters": loaded})
 
 
@@ -146,7 +146,7 @@ async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
     service, prompts = service_of(request), service_of(request).prompts
     if (body.prompt is None) == (body.messages is None):
         raise invalid("send either prompt or messages", "prompt")
-    service.mixes.choose(caller_of(request), model=body.model)  # an unknown model is an error here too
+    service.choose(caller_of(request), model=body.model)  # an unknown model is an error here too
     admitted = admission_of(request)
     admitted.take("answers", 1)
     if body.messages is not None:
@@ -168,7 +168,7 @@ async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
 @vllm_routes.post("/detokenize", summary="Convert tokens to text.")
 async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
     service = service_of(request)
-    service.mixes.choose(caller_of(request), model=body.model)
+    service.choose(caller_of(request), model=body.model)
     admitted = admission_of(request)
     admitted.take("answers", 1)
     text = await service.prompts.decode(service.prompts.of_ids(body.tokens, "tokens"), place=admitted)
