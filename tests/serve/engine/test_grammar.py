@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from typing import Any
 
@@ -201,21 +200,6 @@ def test_a_grammar_is_compiled_once() -> None:
     text = '{"type": "object", "title": "once"}'
     assert compiled("json_schema", text) is compiled("json_schema", text)
     assert compiled("json_object", "x") is compiled("json_object", "y")
-    got: list[Matcher] = []
-    threads = [threading.Thread(target=lambda: got.append(compiled("regex", "(one|two)+"))) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(got) == 6
-    assert len(set(map(id, got))) == 1
-
-
-def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammars, "CACHED", 3)
-    made = [compiled("regex", f"kept{i}") for i in range(9)]
-    assert all(compiled("regex", f"kept{i}") is made[i] for i in (6, 7, 8))
-    assert compiled("regex", "kept5") is not made[5]
 
 
 def test_matchers_do_not_know_each_other() -> None:

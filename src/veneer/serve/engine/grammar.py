@@ -13,12 +13,9 @@ the request runs.
 from __future__ import annotations
 
 import re
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Collection
-from concurrent.futures import Future
 from copy import copy
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -39,13 +36,7 @@ _MAX_PARTS = 2000
 
 2000 take half a second to compile, and 40 ms a mask if all are properties of one object.
 """
-CACHED = 256
 _ANY_OBJECT = '{"type": "object"}'
-
-_lock = threading.Lock()
-_tokenizers: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], LLTokenizer]]
-_tokenizers = weakref.WeakKeyDictionary()
-_cache: OrderedDict[tuple[LLTokenizer, GrammarKind, str], Future[Matcher]] = OrderedDict()
 
 
 class Matcher:
@@ -109,34 +100,18 @@ def compile_grammar(
         raise _refused(f"{len(text):,} characters; at most {MAX_TEXT:,}")
     if kind == "json_schema" and (parts := text.count("{") + text.count("[")) > _MAX_PARTS:
         raise _refused(f"a schema of {parts:,} objects and lists; at most {_MAX_PARTS:,}")
-    own = _tokenizer(tokenizer, vocabulary or len(tokenizer), tuple(sorted(ends)))
-    key = (own, kind, "" if kind == "json_object" else text)
-    with _lock:
-        known = _cache.get(key)
-        mine = known is None
-        future = known if known is not None else Future()
-        _cache[key] = future
-        _cache.move_to_end(key)
-        while len(_cache) > CACHED:
-            _cache.popitem(last=False)
-    if mine:
-        try:
-            future.set_result(_compiled(kind, text, own, vocabulary or len(tokenizer)))
-        except BaseException as error:
-            future.set_exception(error)
-            with _lock:
-                _cache.pop(key, None)
-    return future.result()
+    vocabulary = vocabulary or len(tokenizer)
+    own = _tokenizer(tokenizer, vocabulary, tuple(sorted(ends)))
+    return _compiled(kind, _ANY_OBJECT if kind == "json_object" else text, own, vocabulary)
 
 
+@lru_cache(maxsize=256)
 def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: int) -> Matcher:
     from llguidance import LLMatcher
 
     try:
-        if kind == "regex":
-            grammar = LLMatcher.grammar_from_regex(text)
-        else:
-            grammar = LLMatcher.grammar_from_json_schema(_ANY_OBJECT if kind == "json_object" else text)
+        regex = kind == "regex"
+        grammar = LLMatcher.grammar_from_regex(text) if regex else LLMatcher.grammar_from_json_schema(text)
     except ValueError as error:
         raise _refused(str(error)) from error
     wrong, said = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
@@ -147,6 +122,7 @@ def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: 
     return start
 
 
+@lru_cache(maxsize=8)
 def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLTokenizer:
     """llguidance's tokenizer, cached: building one takes about a second."""
     try:
@@ -154,19 +130,13 @@ def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLToke
     except ImportError as error:
         what = "grammars need llguidance"
         raise MissingExtraError(what, fix="pip install 'veneer[serve]'") from error
-    with _lock:
-        known = _tokenizers.setdefault(tokenizer, {})
-        made = known.get((vocabulary, ends))
-        if made is None:
-            backend = getattr(tokenizer, "backend_tokenizer", None)
-            if backend is None:
-                raise _refused("this base has no fast tokenizer, so answers cannot be held to a grammar")
-            raw = copy(backend)
-            raw.no_padding()
-            raw.no_truncation()
-            eos = list(ends) or tokenizer.eos_token_id
-            made = known[vocabulary, ends] = LLTokenizer(raw.to_str(), n_vocab=vocabulary, eos_token=eos)
-        return made
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _refused("this base has no fast tokenizer, which grammars need")
+    raw = copy(backend)
+    raw.no_padding()
+    raw.no_truncation()
+    return LLTokenizer(raw.to_str(), n_vocab=vocabulary, eos_token=list(ends) or tokenizer.eos_token_id)
 
 
 _WORDS = {
