@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.bnb_checkpoint import CONFIG, saved_tensors
 from tests.families import FAMILIES, VOCAB, llama3
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
 from veneer.errors import BaseError, ConfigError
 from veneer.files.weights import tensor_table
-from veneer.models.quantize import load_quantized, quantized_bytes, quantized_weights, saved_config, saved_tensors
+from veneer.models.quantize import load_quantized, quantized_bytes, quantized_weights
 from veneer.models.text.base import load_text, read_base_config
 from veneer.ops.quantization_formats import KINDS, Blocks4
 from veneer.ops.quantized import Quantized
@@ -236,9 +237,9 @@ def test_what_is_saved_loads_in_bitsandbytes(wide: Path, tmp_path: Path) -> None
     from transformers import AutoModelForCausalLM
 
     model, _ = load_quantized(wide, read_base_config(wide), tensor_table(wide), "nf4", torch.bfloat16)
-    model.config.quantization_config = saved_config("nf4", torch.bfloat16)
+    model.config.quantization_config = CONFIG
     model.config.save_pretrained(tmp_path)
-    state = {n: t.contiguous() for n, t in saved_tensors(model.state_dict()).items() if n != "lm_head.weight"}
+    state = {n: t for n, t in saved_tensors(model.state_dict()).items() if n != "lm_head.weight"}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
     for name, parameter in theirs.named_parameters():

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.adapters import use as using
 from veneer.core.adapter import Adapter, mix_text
@@ -35,7 +35,7 @@ from veneer.files.safetensors import strict_json
 from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.formats.moe import as_stored
 from veneer.models.loading import errors_only, loading
-from veneer.models.quantize import quantized_weights, saved_config, saved_tensors
+from veneer.models.quantize import quantized_weights
 from veneer.models.text.meta_model import tied_weights
 from veneer.ops.quantization_formats import KINDS
 from veneer.ops.quantized import Quantized, dequantized, quantize
@@ -59,7 +59,6 @@ class MergeReport:
     untied: the head no longer shares the embedding's weight, because the mix changes only one of them.
     rounding: the rounding method.
     seen: nf4, … if the base's weights are dequantized.
-    requantized: nf4 or fp4 if the merged weights were quantized to 4 bits.
     difference: the result of `compare_merges`."""
 
     folder: str = ""
@@ -74,7 +73,6 @@ class MergeReport:
     untied: bool = False
     rounding: str = "nearest"
     seen: str = ""
-    requantized: str = ""
     difference: dict[str, Any] = field(default_factory=dict, repr=False)
     bytes: int = 0
 
@@ -114,7 +112,6 @@ def merge(
     *,
     dtype: str | None = None,
     allow_other_base: bool = False,
-    requantize: str | None = None,
     difference: Mapping[str, Difference] | None = None,
     seed: int | None = None,
     accept_loss: bool = True,
@@ -128,8 +125,6 @@ def merge(
         which an adapter trained over that base has seen.
     adapters: folders, files or names, each optionally with ":strength".
     dtype: float32, bfloat16 or float16; by default the dtype in which the base is loaded.
-    requantize: nf4 or fp4 quantizes the merged weights to 4 bits, as a bitsandbytes checkpoint; this loses
-        most of a small ΔW (`compare_merges` shows how much).
     difference: the result of `compare_merges`, for the report.
     seed: round stochastically, without bias (core.rounding), with this seed.
     accept_loss: if False, refuse a merge in which rounding loses half of the change or more.
@@ -147,17 +142,9 @@ def merge(
         model = merged_model(base.model, mix, target, report, seed)
     report.check(accept_loss, "--dtype float32, --stochastic 0")
     report.difference = {name: asdict(found) for name, found in (difference or {}).items()}
-    state = None
-    if requantize is not None:
-        report.requantized = requantize
-        model.config.quantization_config = saved_config(requantize, target)
-        state = saved_tensors(requantized(model, requantize).state_dict())
     try:
         with as_veneer_errors(folder), new_folder(folder) as temporary, errors_only():
-            if state is None:
-                model.save_pretrained(temporary, max_shard_size="5GB")
-            else:
-                _save_state(model, state, temporary)
+            model.save_pretrained(temporary, max_shard_size="5GB")
             base.tokenizer.save_pretrained(temporary)
             report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
             report.write(temporary)
@@ -166,28 +153,6 @@ def merge(
             raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
         raise
     return report
-
-
-def requantized(model: Any, kind: str) -> Any:
-    """Quantize the linear weights of `model` to 4 bits, in place; return the model."""
-    for name in quantized_weights(model):
-        owner, _, key = name.rpartition(".")
-        module = model.get_submodule(owner)
-        module._parameters[key] = nn.Parameter(quantize(module.get_parameter(key), kind), requires_grad=False)
-    return model
-
-
-def _save_state(model: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """Write one file for tensors that transformers' own save does not support.
-
-    Tied weights are written once."""
-    from safetensors.torch import save_file
-
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    kept = {name: t.detach().contiguous().clone() for name, t in state.items() if name not in tied}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # -- what a merge loses ------------------------------------------------------------------------------------------------
@@ -232,7 +197,6 @@ def compare_merges(
     rows: Sequence[HeldOutRow],
     *,
     original: TextBase | None = None,
-    requantize: Sequence[str] = (),
     seed: int | None = None,
     dtype: str | None = None,
     allow_other_base: bool = False,
@@ -240,8 +204,7 @@ def compare_merges(
     """Compare each way to merge with not merging, on held-out rows of tokens.
 
     Keys of the result: "seen": ΔW on the weights of `base` as loaded, dequantized if it is quantized.
-    "original": ΔW on the weights of `original`, the same base in 16 bits. Each kind of `requantize`:
-    "seen" quantized to 4 bits.
+    "original": ΔW on the weights of `original`, the same base in 16 bits.
 
     seed: as in `merge`. Both models are in memory; rows are computed one at a time."""
     found: dict[str, Difference] = {}
@@ -258,8 +221,6 @@ def compare_merges(
         merged: dict[str, Callable[[], Any]] = {"seen": partial(merged_model, base.model, mix, target, seed=seed)}
         if original is not None:
             merged["original"] = partial(_merged_on, original, adapters, target, allow_other_base, seed)
-        for kind in requantize:
-            merged[kind] = lambda kind=kind: requantized(merged_model(base.model, mix, target), kind)  # type: ignore[misc]
         for name, make in merged.items():
             model = make().eval()
             parts = [_apart(p, _log_probabilities(model, row, device), row) for p, row in zip(exact, rows, strict=True)]

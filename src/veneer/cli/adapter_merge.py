@@ -38,17 +38,11 @@ def merge_command(
         typer.Option("--check", help="Held-out rows: compare the loss of each way to merge before writing."),
     ] = None,
     check_rows: Annotated[int, typer.Option(help="Number of --check rows to use, from the first.", min=1)] = 64,
-    requantize: Annotated[
-        str | None,
-        typer.Option(
-            "--requantize", help="nf4 or fp4: store merged weights in 4 bits, which loses most of the adapter's effect."
-        ),
-    ] = None,
     accept_loss: Annotated[
         bool,
         typer.Option(
             "--accept-loss",
-            help="Write the result of --requantize, or a merge in which rounding loses half of the change or more.",
+            help="Write a merge in which rounding loses half of the change or more.",
         ),
     ] = False,
     allow_other_base: Annotated[
@@ -77,7 +71,7 @@ def merge_command(
         raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
     seen = _seen(adapters) if into == "seen" or check else ""  # otherwise unused
     if by_shard:
-        _merge_shards(adapters, base, output, dtype, seed, as_json, bool(check or requantize), seen, accept_loss)
+        _merge_shards(adapters, base, output, dtype, seed, as_json, bool(check), seen, accept_loss)
         return
     from veneer.adapters.merge import merge
     from veneer.adapters.use import adapter_path, parse_spec
@@ -88,13 +82,6 @@ def merge_command(
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
-    if requantize is not None and requantize not in ("nf4", "fp4"):
-        raise ConfigError(f"{requantize!r} is not possible here", fix="--requantize nf4 or fp4")
-    if requantize is not None and not (accept_loss or check):
-        raise ConfigError(
-            "a merge into 4 bits loses most of a small change of the weights",
-            fix="see how much with --check ROWS, and write it with --accept-loss; or merge into 16 bits",
-        )
     for spec in adapters:
         adapter_path(parse_spec(spec)[0])
     place = find_base(base, say=say)
@@ -110,14 +97,12 @@ def merge_command(
     first = load_text(base, dtype=exact, quantize=seen or None, say=say)
     found: dict[str, Difference] = {}
     if check:
-        found = _compared(first, original, adapters, check, check_rows, requantize, want, allow_other_base, seed)
+        found = _compared(first, original, adapters, check, check_rows, want, allow_other_base, seed)
         if not as_json:
             _table(found, seen)
-    if output is None or (requantize is not None and not accept_loss):
+    if output is None:
         if as_json:
             print_json({name: d.__dict__ | {"kept": d.kept} for name, d in found.items()})
-        elif output is not None:
-            print(f"nothing was written: {requantize} loses what the table shows; --accept-loss writes it")
         return
     target = original if into == "original" and original is not None else first
     _say_merged(
@@ -127,7 +112,6 @@ def merge_command(
             output,
             dtype=want,
             allow_other_base=allow_other_base,
-            requantize=requantize,
             difference=found,
             seed=seed,
             accept_loss=accept_loss,
@@ -165,7 +149,6 @@ def _compared(
     adapters: list[str],
     files: list[str],
     most: int,
-    requantize: str | None,
     dtype: str,
     allow_other_base: bool,
     seed: int | None,
@@ -181,13 +164,11 @@ def _compared(
     say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
     data = DataSection(train="-", max_length=base.context, long_rows="cut")
     examples = encode_rows(rows, base.tokenizer, data).examples
-    kinds = [requantize] if requantize else []
     return compare_merges(
         base,
         adapters,
         examples,
         original=original,
-        requantize=kinds,
         dtype=dtype,
         allow_other_base=allow_other_base,
         seed=seed,
@@ -199,9 +180,8 @@ _WAYS = {"seen": "the weights it was trained on", "original": "the 16-bit weight
 
 def _table(found: Mapping[str, Difference], seen: str) -> None:
     one = next(iter(found.values()))
-    ways = {name: _WAYS.get(name, f"{name}, quantized again") for name in found}
-    ways |= {"seen": f"{_WAYS['seen']} ({seen}, in full)"} if seen else {}
-    width = max(map(len, ways.values()))
+    ways = _WAYS | ({"seen": f"{_WAYS['seen']} ({seen}, in full)"} if seen else {})
+    width = max(len(ways[name]) for name in found)
     print(f"{one.tokens:,} held-out tokens; loss of the base {one.base_loss:.4f}, unmerged {one.unmerged_loss:.4f}")
     print(f"{'merged into':<{width}} {'KL (nats)':>10} {'largest':>9} {'same word':>10} {'loss':>8} {'gain kept':>10}")
     for name, d in found.items():
@@ -225,7 +205,7 @@ def _merge_shards(
     if dtype is not None:
         raise ConfigError("--by-shard keeps the dtype that is stored", fix="leave out --dtype, or leave out --by-shard")
     if loads or output is None:
-        raise ConfigError("--check and --requantize load the model", fix="leave out --by-shard, and give -o")
+        raise ConfigError("--check loads the model", fix="leave out --by-shard, and give -o")
     report = merge_shards(base, adapters, output, seed=seed, seen=seen, accept_loss=accept_loss)
     _say_merged(
         report, as_json, "--stochastic 0 keeps it on average; --dtype float32 without --by-shard keeps it exactly"
@@ -243,8 +223,6 @@ def _say_merged(report: MergeReport, as_json: bool, fix: str = "") -> None:
         f"rounding to {report.dtype}: {report.changed:.1%} of {report.weights:,} weights moved, "
         f"the delta is {report.delta_error:.2%} off what was asked for, {report.delta_kept:.2%} of its size kept"
     )
-    if report.requantized:
-        print(f"then quantized to {report.requantized}, a checkpoint of bitsandbytes")
     if report.seen:
         print(f"folded into the dequantized {report.seen} weights that it was trained on")
     if report.untied:

@@ -7,7 +7,7 @@ Linear layers and fused experts (3-d parameters) are quantized. Embeddings, norm
 are not, as in QLoRA (arXiv 2305.14314). Modules and names stay the family's own: a quantized weight is a
 tensor (ops.quantized), so adapters, fast paths and merging work unchanged.
 
-4-bit and 8-bit checkpoints of bitsandbytes are read with their quantization; 4-bit ones can also be written.
+4-bit and 8-bit checkpoints of bitsandbytes are read with their quantization.
 Families, renamings and merged experts are handled by transformers: this module is one of its quantizers, with
 tensors that are read on demand.
 """
@@ -434,53 +434,6 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
         return Quantized(code, torch.bfloat16)
 
     return read
-
-
-def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict in bitsandbytes' format.
-
-    4-bit weights are in parts; other tensors are unchanged."""
-    out: dict[str, Tensor] = {}
-    for name, weight in state.items():
-        code = weight.stored if isinstance(weight, Quantized) else None
-        if not isinstance(code, Blocks4) or code.absmax2 is None or code.mean is None:
-            out[name] = weight
-            continue
-        about = {
-            "quant_type": code.kind,
-            "blocksize": code.block,
-            "dtype": str(weight.dtype).removeprefix("torch."),
-            "shape": list(code.shape),
-            "nested_blocksize": code.nested,
-            "nested_dtype": "float32",
-            "nested_offset": float(code.mean),
-        }
-        out |= {
-            name: code.packed[:, None],
-            f"{name}.absmax": code.absmax,
-            f"{name}.quant_map": four_bit_values(code.kind).clone(),
-            f"{name}.nested_absmax": code.absmax2,
-            f"{name}.nested_quant_map": dynamic_map().clone(),
-            f"{name}{_STATE}{code.kind}": torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8),
-        }
-    return out
-
-
-def saved_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the `quantization_config` that belongs to `saved_tensors`.
-
-    Raises ConfigError for a kind that bitsandbytes would read as another one."""
-    if kind not in SAVED_KINDS:
-        raise ConfigError(f"{kind!r} cannot be saved as a checkpoint of bitsandbytes", fix=" or ".join(SAVED_KINDS))
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": kind,
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-    }
 
 
 def check_kind(kind: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.bnb_checkpoint import CONFIG, saved_tensors
 from tests.image_twins import latent_shape
 from tests.tiny_image_base import SIZE, TINY_FAMILIES, tiny_control, tiny_image_base
 from veneer.core.adapter import LoraSpec
@@ -25,7 +26,7 @@ from veneer.formats.topology import families, flux2
 from veneer.models.image.base import ImageBase, load_control, load_image, pipeline, release, text_length, text_settings
 from veneer.models.image.families import FAMILIES, topology_name
 from veneer.models.image.predict import embed_prompts, predict
-from veneer.models.quantize import quantized_weights, saved_config, saved_tensors
+from veneer.models.quantize import quantized_weights
 from veneer.models.text.base import load_text
 from veneer.ops.quantized import Quantized
 
@@ -401,10 +402,10 @@ def test_a_component_that_bitsandbytes_saved_is_read_on_any_device(copy: Path) -
     """Its constants beside the codes, as diffusers leaves them; no GPU is asked for."""
     base = load_image(str(copy), dtype="bfloat16", quantize="nf4")
     folder = copy / "unet"
-    state = saved_tensors({n: t.contiguous() for n, t in base.denoiser.state_dict().items()})
+    state = saved_tensors(base.denoiser.state_dict())
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
     config = folder / "config.json"
-    found = json.loads(config.read_text()) | {"quantization_config": saved_config("nf4", torch.bfloat16)}
+    found = json.loads(config.read_text()) | {"quantization_config": CONFIG}
     config.write_text(json.dumps(found))
     again = load_image(str(copy), dtype="bfloat16")
     for name in quantized_weights(base.denoiser):

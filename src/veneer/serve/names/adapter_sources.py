@@ -18,7 +18,6 @@ Adapters that cannot be served raise Refused (adapter_unusable) with a message t
     | too_large                    | 400    | more bytes than the limit |
     | dora_unsupported             | 400    | reported by the runner, whose message follows |
     | modules_to_save_unsupported  | 400    | reported by the runner: full copies of modules, token rows |
-    | new_tokens_unsupported       | 400    | tokens that the tokenizer does not have |
     | form_unsupported             | 400    | anything else that the runner cannot serve with full effect |
     | changed                      | 409    | the file was replaced since it was loaded: load it again |
     | damaged                      | 503    | the library's copy is missing or differs from what was added |
