@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.families import FAMILIES
-from veneer.core import Adapter, LoraSpec, Pair, TokenRows, attach, create, delta
+from veneer.core import Adapter, LoraSpec, TokenRows, attach, create, delta
 from veneer.core.experts import AdaptedWeight
 from veneer.core.layers import LoraLinear
 
@@ -74,52 +74,6 @@ def test_a_pair_that_begins_as_a_part_of_a_16_bit_base_changes_no_bit_before_it_
         attachment.use("a")
         assert len(model[0].linear_map().products[0].A) == 16
         assert torch.equal(model(x), wanted)
-
-
-def test_what_is_more_than_one_plain_pair_is_no_projection() -> None:
-    model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False).train()
-    specs = {
-        "plain": {}, "other": {}, "dropped": {"dropout": 0.5}, "dora": {"dora": True},
-        "dropped dora": {"dora": True, "dropout": 0.5}, "pissa": {"init": "pissa"},
-        "dropped pissa": {"init": "pissa", "dropout": 0.5},
-    }  # fmt: skip
-    adapters = {name: trained(model, LoraSpec(rank=2, targets=("0",), **more)) for name, more in specs.items()}  # type: ignore[arg-type]
-    plain = adapters["plain"]
-    with attach(model) as attachment:
-        for name, adapter in adapters.items():
-            attachment.add(name, adapter)
-        layer: LoraLinear = model[0]
-        base = layer.linear_map()
-        assert base is not None
-        assert not base.products
-        attachment.use(("plain", 2.0))
-        found = layer.linear_map()
-        assert found is not None
-        assert found.products[0].scale == 2.0 * plain.pairs["0"].scale
-        assert found.weight is layer.base.weight
-        for mix in (("plain", "other"), (("dora", 0.5),), ("dropped pissa",)):
-            attachment.use(*mix)
-            assert layer.linear_map() is None
-        attachment.use("dropped")
-        found = layer.linear_map()
-        assert found is not None
-        assert found.dropout == 0.5
-        attachment.use("pissa")
-        found = layer.linear_map()
-        assert found is not None
-        assert len(found.products[0].A) == 4  # its own rank, and its origin's taken off
-        model.eval()
-        attachment.use("dropped")
-        found = layer.linear_map()
-        assert found is not None
-        assert found.dropout == 0
-        for name in ("dora", "dropped dora"):
-            attachment.use(name)
-            found = layer.linear_map()
-            assert found is not None
-            assert found.dora_scale is not None
-        layer.base.weight.requires_grad_(True)
-        assert layer.linear_map() is None
 
 
 def test_a_base_that_trains_keeps_its_gradient() -> None:
@@ -267,19 +221,6 @@ def test_grouped_convolution_equals_its_merged_weight() -> None:
             change = delta(model[0], adapter.pairs["0"])
             expected = model[0]._conv_forward(x, model[0].weight + change, model[0].bias)
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_pair_between_two_dtypes() -> None:
-    """A file's bf16 adapter on a float32 base: products in bf16, the sum in float32."""
-    model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False)
-    pair = Pair(torch.randn(2, 6).bfloat16(), torch.randn(4, 2).bfloat16(), 0.5)
-    with attach(model) as attachment:
-        attachment.add("a", Adapter(pairs={"0": pair}))
-        attachment.use("a")
-        x = torch.randn(3, 6)
-        y = model(x)
-        assert y.dtype == torch.float32
-        torch.testing.assert_close(y, model[0].base(x) + x @ delta(model[0].base, pair).T, rtol=2e-2, atol=5e-2)
 
 
 def test_dropout_on_experts_drops_what_the_pair_multiplies() -> None:

@@ -104,17 +104,6 @@ def test_token_rows_add_up_with_what_else_changes_their_weight(beside: str, stre
     torch.testing.assert_close(y, z, rtol=0, atol=2e-5 * y.abs().max().item())
 
 
-def test_one_adapter_with_token_rows_and_a_pair_on_the_tied_head() -> None:
-    model = FAMILIES["llama3"]()
-    spec = LoraSpec(rank=2, targets=("q_proj", "lm_head"), token_rows={"embed_tokens": (5, 77)})
-    with attach(model) as attachment, torch.no_grad():
-        attachment.add("a", trained(model, spec, 1))
-        attachment.use("a")
-        y = model(IDS).logits
-        z = loaded_base(model, attachment.merged("a"))
-    torch.testing.assert_close(y, z, rtol=0, atol=2e-5 * y.abs().max().item())
-
-
 def test_rows_alone_are_their_own_values_bit_for_bit() -> None:
     model = FAMILIES["llama3"]()
     adapter = trained(model, ROWS, 1)

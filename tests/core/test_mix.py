@@ -16,7 +16,7 @@ from torch import nn
 from tests.core.test_truncate import KINDS, dense, noise, pair_of
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import Delta, change_of, delta_of, product_of
-from veneer.core.mix import METHODS, mix, mix_pairs, strengthened
+from veneer.core.mix import mix, mix_pairs, strengthened
 from veneer.core.truncate import Bound
 from veneer.errors import AdapterError
 
@@ -69,13 +69,6 @@ def test_every_kind_adds_up_and_is_cut_like_the_dense_sum(kind):
     assert part.error == pytest.approx(float(np.sqrt((s[..., 2:] ** 2).sum())), rel=1e-5)
     assert part.cut == part.error
     assert part.error == pytest.approx(float(np.linalg.norm(dense(out) - want)), rel=1e-5)
-
-
-def test_what_cancels_is_nothing():
-    pair = linear(3, 0, 2.0)
-    out, part = mix_pairs([(pair, 1.0), (pair, -1.0)])
-    assert part.norm < 1e-6
-    assert np.abs(dense(out)).max() < 1e-5
 
 
 def test_rounding_to_sixteen_bits_is_part_of_the_error():
@@ -193,14 +186,6 @@ def test_orthogonal_leaves_what_does_not_meet_and_takes_the_mean_of_what_is_the_
     close(dense(mix_pairs([(c, 0.7)], "orthogonal")[0])[0], 0.7 * dense(c)[0])
 
 
-def test_orthogonal_has_no_interference():
-    """The interference of two adapters is what one adds along the other's singular vectors; there is none between the
-    parts of the answer, which has exactly their singular values."""
-    a, b = linear(3, 0), linear(3, 1)
-    s = np.linalg.svd(dense(mix_pairs([(a, 1.0), (b, 1.0)], "orthogonal")[0])[0], compute_uv=False)[:6]
-    close(s, np.sort(np.concatenate([thin(a)[1], thin(b)[1]]))[::-1], 1e-5)
-
-
 # -- PEFT --------------------------------------------------------------------------------------------------------------
 
 
@@ -241,18 +226,6 @@ def test_peft_s_trimming_is_ours_where_it_trims_the_true_change():
         close(dense(got)[0], peft_mix(pairs, [1.0, 1.0], theirs, density=0.5, svd_rank=9), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["linear", "ties", "magnitude_prune"])
-def test_peft_s_factor_by_factor_methods_are_not_the_sum(kind):
-    """Why ours work on ΔW: with nothing trimmed these claim to be Σ w·ΔW, and are most of it off."""
-    pairs, weights = [linear(4, 0), linear(4, 1)], [0.7, 0.5]
-    truth = sum(w * dense(p)[0] for p, w in zip(pairs, weights, strict=True))
-    how = {} if kind == "linear" else {"density": 1.0}
-    assert np.linalg.norm(peft_mix(pairs, weights, kind, **how) - truth) > 0.5 * np.linalg.norm(truth)
-    if kind == "magnitude_prune":
-        got, _ = mix_pairs(list(zip(pairs, weights, strict=True)), kind, FULL, density=1.0)
-        close(dense(got)[0], truth)
-
-
 # -- whole adapters ----------------------------------------------------------------------------------------------------
 
 
@@ -264,14 +237,6 @@ def test_modules_that_one_adapter_has_are_taken_over_exactly():
         assert out.adapter.pairs["z"].scale == -0.5
         assert torch.equal(out.adapter.pairs["z"].B, b.pairs["z"].B)
         assert sorted(out.parts) == ["x", "y", "z"]
-
-
-def test_all_methods_agree_on_one_adapter_that_is_not_trimmed():
-    pair = linear(3, 0, 2.0)
-    for method in METHODS:
-        out = mix([(one(pair), 0.5)], method, FULL, density=1.0)
-        close(dense(out.adapter.pairs["m"])[0], 0.5 * dense(pair)[0])
-        assert out.error < 1e-5
 
 
 def test_the_order_of_adapters_does_not_matter():

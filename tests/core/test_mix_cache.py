@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -256,33 +255,3 @@ def test_memory_is_bounded_over_many_mixes(small: Attachment) -> None:
             small.model(X)
             assert small.cache.bytes <= 3 * one
     assert small.cache.hows() == ["copy"] * 3
-
-
-class Strength(float):
-    """One of which it can be seen whether anybody holds it still."""
-
-
-def test_only_so_many_selections_of_one_mix_are_remembered(small: Attachment) -> None:
-    """By the tuple that each is, so that it is found at once."""
-    strengths: list[weakref.ref[Strength]] = []
-    for _ in range(100):
-        strength = Strength(2.0)
-        strengths.append(weakref.ref(strength))
-        assert small.cache.get("0", ((small.adapters["a0"], strength),)) is not None
-    del strength
-    assert small.cache.hows() == ["copy"]
-    assert 0 < sum(each() is not None for each in strengths) <= 66
-
-
-def test_a_mix_that_comes_back_is_not_made_again(small: Attachment) -> None:
-    mix = tuple((small.adapters[name], 1.0) for name in ("a0", "a1"))
-    check(small)
-    assert small.cache.hows() == ["copy"]
-    made = {name: small.cache.get(name, mix) for name in small.cache.modules}
-    assert all(made.values())
-    assert small.cache.hows() == ["copy"]
-    small.use("a2")
-    check(small)
-    small.use("a0", "a1")
-    check(small)
-    assert all(small.cache.get(name, mix) is ready for name, ready in made.items())

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tests.families import FAMILIES
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, create
 from veneer.core.forms import Delta
-from veneer.core.layers import LoraLinear
 from veneer.core.selection import MAX_REPEATS
 from veneer.errors import AdapterError, ConfigError
 
@@ -137,17 +136,6 @@ def test_rows_under_full_copies(net: Attachment, picks: list[tuple[str, ...]], r
     net.use_rows(mixes)
     with torch.no_grad():
         close(net.model(ids), alone(net, mixes, ids))
-
-
-def test_the_order_of_the_rows_is_theirs(net: Attachment) -> None:
-    mixes: list[Mix] = [(("linears", 1.0),), (("dora", 0.5), ("forms", 1.0)), (), (("linears", 1.0), ("words", 1.0))]
-    ids = torch.randint(0, 12, (4, 4), generator=torch.Generator().manual_seed(2))
-    order = [2, 0, 3, 1]
-    with torch.no_grad():
-        net.use_rows(mixes)
-        first = net.model(ids)
-        net.use_rows([mixes[i] for i in order])
-        close(net.model(ids[order]), first[order])
 
 
 def test_a_row_without_an_adapter_is_the_base_bit_for_bit(net: Attachment) -> None:
@@ -341,21 +329,3 @@ def test_removing_an_adapter_takes_it_out_of_the_rows() -> None:
         torch.testing.assert_close(got[0], model(x)[0])
         attachment.use()
         assert torch.equal(got[1], model(x)[1])
-
-
-def test_each_adapter_is_multiplied_once_for_its_own_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False)
-    seen: list[int] = []
-    original = LoraLinear.change
-
-    def spy(self: LoraLinear, x: Tensor, *rest: Any) -> Tensor:
-        seen.append(len(x))
-        return original(self, x, *rest)
-
-    monkeypatch.setattr(LoraLinear, "change", spy)
-    with attach(model) as attachment:
-        for name, seed in (("a", 1), ("b", 2)):
-            attachment.add(name, _noise(create(model, LoraSpec(rank=2, targets=("0",)), seed=seed), seed))
-        attachment.use_rows([["a"], [], ["a", ("b", 0.5)], [], [("a", 2.0)]])
-        model(torch.randn(10, 6))
-    assert seen == [6, 2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from tests.cli.run import run
-from tests.families import llama3
 from tests.formats.image_adapters import pair_for
 from tests.formats.twins import linear_pairs
 from veneer.adapters.inspect import inspect
@@ -154,35 +152,6 @@ def test_convert_to_lora_is_advised_where_peft_has_it():
         assert ("(`peft.convert_to_lora`), or" in told) == (kind.value in CONVERTIBLE)
         if kind.value in NO_WEIGHTS:
             assert "merge_and_unload" not in told
-
-
-@pytest.mark.filterwarnings("ignore")  # PEFT's own, of CUDA and of transformers
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [("BOFT", {"boft_block_size": 4}), ("HIRA", {"r": 4}), ("ADALORA", {"total_step": 10}), ("LILY", {"r": 4})],
-)
-def test_a_merge_is_advised_where_peft_can_merge(kind, settings):
-    """BOFT and HiRA do act on the weights; Lily alone cannot be merged."""
-    from peft import get_peft_model
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    told = way_of(kind)
-    assert "not added to the weights" not in told
-    wrapped = get_peft_model(llama3(), PEFT_TYPE_TO_CONFIG_MAPPING[kind](target_modules=["q_proj"], **settings))
-    try:
-        wrapped.merge_and_unload()
-        can = True
-    except NotImplementedError:
-        can = False
-    assert can == ("merge_and_unload" in told) == (kind != "LILY")
-
-
-def test_a_link_to_itself_does_not_suggest_itself(tmp_path, capsys):
-    os.symlink("a", tmp_path / "a")
-    ran = run(capsys, "adapter", "inspect", str(tmp_path / "a"))
-    assert ran.code == 2
-    assert "a link that leads nowhere, or to itself" in ran.err
-    assert "did you mean" not in ran.err
 
 
 def test_what_kind_it_is_is_called_by_its_name(tmp_path, capsys):

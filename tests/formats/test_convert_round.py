@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from itertools import combinations, permutations
-from pathlib import Path
+from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.formats.image_adapters import one_of_each_kind, pair_for, random_adapter, same_changes
 from veneer.core.adapter import Adapter
@@ -57,23 +53,3 @@ def test_one_module_is_enough_to_know_the_family_again(name, tmp_path):
             Adapter({module: pair_for(family, module)}), tmp_path / f"{i}.safetensors", "kohya", family=name
         )
         assert read(written.path).family == name, module
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.data())
-def test_any_part_of_any_family_comes_back(data):
-    """Any modules, ranks and scales, A shared or not, in any dtype, through any two layouts and back to the first.
-    A file of joined parts with scales that differ holds float32, and is right to its last place."""
-    family = families()[data.draw(st.sampled_from(FAMILIES))]
-    kinds = [m for m in one_of_each_kind(family) if m.startswith(family.denoiser)]
-    dtype = data.draw(st.sampled_from(DTYPES))
-    pairs = {}
-    for module in data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=8, unique=True)):
-        rank, shared = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.booleans())
-        scale = data.draw(st.sampled_from([1.0, 0.5, 1 / 3, 3.0, 1e-3, 7.7]))
-        kernel = "conv" if family.modules[module] == "conv" else ""
-        pairs[module] = pair_for(family, module, rank, scale, f"A {rank} {kernel and module}" if shared else "")
-    adapter = Adapter(pairs).mapped(lambda t: t.to(dtype))
-    there, back = data.draw(st.sampled_from(list(permutations((*LAYOUTS, "peft"), 2))))
-    with tempfile.TemporaryDirectory() as folder:
-        same_changes(through(adapter, (there, back, there), family.name, Path(folder)), adapter)

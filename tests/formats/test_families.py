@@ -234,23 +234,6 @@ def test_onetrainers_split_of_bfls_projections() -> None:
             torch.testing.assert_close(got, by_hand(tensors, name(own)), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("start", ["lora_unet_", "lora_unet__", "lora_transformer_", "transformer."])
-@pytest.mark.parametrize("family", ["z-image", "qwen-image"])
-def test_z_image_and_qwen_image_in_kohyas_and_onetrainers_names(start, family) -> None:
-    if family == "z-image":
-        modules = [f"layers.{i}.attention.{p}" for i in range(30) for p in ATTENTION]
-    else:
-        modules = [f"transformer_blocks.{i}.img_mlp.net.{n}" for i in range(60) for n in ("0.proj", "2")]
-        modules += [f"transformer_blocks.{i}.attn.add_q_proj" for i in range(60)]
-    name = lambda own: start + (own if start.endswith(".") else own.replace(".", "_"))  # noqa: E731
-    tensors = random_pairs([name(m) for m in modules], (8, 8))
-    found = look(tensors)
-    assert found.family == family
-    for module in modules:
-        got = delta(found.adapter, f"transformer.{module}")
-        torch.testing.assert_close(got, by_hand(tensors, name(module)), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model."])
 @pytest.mark.parametrize("name", ["krea2", "anima"])
 def test_krea_2_and_anima_land_where_diffusers_puts_them(name, prefix) -> None:

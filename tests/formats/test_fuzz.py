@@ -20,12 +20,10 @@ from tests.families import llama3
 from tests.formats import layouts
 from tests.formats.twins import peft_folder
 from veneer.adapters.inspect import inspect, verify_adapter
-from veneer.core.adapter import Adapter, Pair
 from veneer.errors import VeneerError
 from veneer.files.safetensors import encode_tensors
 from veneer.formats import convert, peft
 from veneer.formats.card import CARD_FILE
-from veneer.formats.gguf import write_gguf
 from veneer.formats.read import read
 from veneer.formats.structure import structure_of
 from veneer.formats.topology import families
@@ -200,23 +198,6 @@ def test_a_peft_folder(tmp_path, folder, how, settings_, with_base, card):
 OUTLINE = structure_of(llama3())
 
 
-def test_two_dimensional_target_parameters(tmp_path):
-    """A parameter of a module that is no expert's and not called weight."""
-    config = {"peft_type": "LORA", "r": 2, "target_modules": [], "target_parameters": ["mlp.router"]}
-    config["peft_version"] = "0.21.0"
-    tensors = {f"base_model.model.mlp.lora_{ab}.weight": torch.ones(s) for ab, s in (("A", (2, 4)), ("B", (8, 2)))}
-    (tmp_path / peft.TENSOR_FILE).write_bytes(b"".join(encode_tensors(tensors)))
-    (tmp_path / peft.CONFIG_FILE).write_text(json.dumps(config))
-
-    class Router(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.router = torch.nn.Parameter(torch.ones(8, 4))
-
-    with pytest.raises(VeneerError, match=r"mlp\.router: .* the base has \(8, 4\)"):
-        peft.read_folder(tmp_path, torch.nn.ModuleDict({"mlp": Router()}))
-
-
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers"])
 def test_pairs_in_eight_bits_are_converted_exactly(tmp_path, dtype, to):
@@ -234,38 +215,3 @@ def test_pairs_in_eight_bits_are_converted_exactly(tmp_path, dtype, to):
         assert torch.equal(pair.B, back.pairs[name].B)
     narrow = next(k for k in tensors if k.endswith("lora_down.weight"))
     assert any(torch.equal(p.A.double(), tensors[narrow].double()) for p in reading.adapter.pairs.values())
-
-
-@fuzzing
-@given(
-    st.lists(st.tuples(st.integers(0, 1 << 12), st.integers(0, 255)), min_size=1, max_size=6),
-    st.sampled_from(["gguf", "pt"]),
-)
-def test_bytes_of_other_containers(tmp_path, how, kind):
-    path = tmp_path / f"x.{kind}"
-    if kind == "gguf":
-        pair = Pair(torch.ones(2, 4), torch.ones(4, 2), 0.5)
-        write_gguf(Adapter({"model.layers.0.self_attn.v_proj": pair}), path, architecture="qwen2", name="n")
-    else:
-        torch.save({"unet:0:up": torch.ones(4, 2), "a": {"b": 1}}, path)
-    raw = bytearray(path.read_bytes())
-    for at, value in how:
-        raw[at % len(raw)] = value
-    path.write_bytes(raw)
-    used(path, from_pickle=True)
-
-
-@pytest.mark.slow
-def test_long(tmp_path):
-    """The same, 40 times as many examples, in a process of its own."""
-    import subprocess
-    import sys
-
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:randomly", "--hypothesis-profile=fresh"],
-        env=os.environ | {"VENEER_FUZZ": "40"},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert ran.returncode == 0, ran.stdout[-4000:]

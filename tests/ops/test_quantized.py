@@ -176,38 +176,6 @@ def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -
         assert torch.equal(code.absmax2, state.state2.absmax)
 
 
-def test_where_constants_differ_from_bitsandbytes_ours_are_nearer() -> None:
-    """Its CPU kernel finds the place in the 8-bit map by a shortcut that is off by one now and then; ours is the
-    nearest value, as its own reference has it."""
-    bnb = _bnb()
-    absmax = weight(50_000, seed=1).abs()
-    x = absmax - absmax.mean()
-    theirs, state = bnb.quantize_blockwise(x, blocksize=256)
-    code = quantize(torch.nn.functional.pad(absmax[:, None], (0, blocks.BLOCK - 1)), "nf4").stored  # a block a row
-    assert isinstance(code, Blocks4)
-    assert code.absmax2 is not None
-    ours, most = code.absmax, code.absmax2
-    assert torch.equal(most, state.absmax)
-    exact = x.double() / most.double().repeat_interleave(256)[: len(x)]
-    values = dynamic_map().double()
-    mine, other = (values[c.int()] - exact for c in (ours, theirs))
-    apart = ours != theirs
-    assert apart.double().mean() < 0.01
-    assert bool((mine.abs() <= other.abs() + 1e-9).all())
-
-
-def test_narrow_weights_are_dequantized_where_bitsandbytes_fails() -> None:
-    """Rows that are no whole number of blocks: its CPU kernel takes the constants of other blocks."""
-    bnb = _bnb()
-    for shape in ((32, 32), (64, 96), (10, 160)):
-        w = weight(*shape)
-        packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
-        mine = quantize(w, "nf4", double=False).dense()
-        theirs = bnb.dequantize_4bit(packed, state)
-        assert float((mine - w).norm() / w.norm()) < 0.1
-        assert float((theirs - w).norm() / w.norm()) > 0.2  # if this fails, bitsandbytes is mended
-
-
 def test_int8_codes_are_bitsandbytes_bits() -> None:
     bnb = _bnb()
     for dtype in (torch.float32, torch.float16):

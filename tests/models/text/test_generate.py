@@ -226,16 +226,6 @@ def test_streamed_pieces_make_up_each_text(base: TextBase, temperature: float) -
     assert max(len(pieces) for pieces in told.values()) > 5
 
 
-@given(st.text(max_size=40))
-@settings(max_examples=60, deadline=None)
-def test_pieces_of_any_text_join_to_it_and_hold_no_broken_character(text: str) -> None:
-    pieces = Pieces(TOKENIZER)
-    told = [pieces.add(token) for token in TOKENIZER(text).input_ids]
-    if "�" not in text:
-        assert not any("�" in piece for piece in told)
-    assert "".join([*told, pieces.rest()]) == text
-
-
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_pieces_of_any_tokens_join_to_their_text(ids: list[int]) -> None:

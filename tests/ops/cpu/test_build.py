@@ -67,23 +67,6 @@ def test_what_is_made_is_ours_alone_whatever_the_umask(tmp_path: Path, said: Cal
     assert all(not p.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) for p in made)
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
-def test_a_folder_that_others_may_write_to_is_not_used(
-    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    open_to_all, other = tmp_path / "home" / "kernels", tmp_path / "cache" / "veneer" / "kernels"
-    open_to_all.mkdir(parents=True)
-    open_to_all.chmod(mode)
-    notes: list[str] = []
-    assert build.trusted_folder(notes) == other
-    assert notes == [f"{open_to_all} is not used: others may write to it"]
-    other.chmod(mode)
-    with pytest.raises(OSError, match="no folder to keep them in that only you can write to"):
-        build.trusted_folder([])
-
-
 def test_that_a_folder_is_not_used_is_said(tmp_path: Path, said: Callable[[], str]) -> None:
     open_to_all = tmp_path / "home" / "kernels"
     open_to_all.mkdir(parents=True)

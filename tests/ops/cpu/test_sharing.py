@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -54,12 +53,6 @@ def test_a_neighbour_is_no_matter_where_a_processor_is_left_for_each_thread() ->
     machine = Machine()
     machine.passes(1.0, (0.0, 0.0), 0.0, threads=1)
     assert not machine.passes(1.0, (1.0, 1.0), 1.0, threads=1)
-
-
-def test_the_files_are_not_read_at_every_step() -> None:
-    machine = Machine()
-    machine.passes(1.0, (1.0, 1.0), 2.0)
-    assert not machine.passes(0.01, (1.0, 1.0), 0.0), "a hundredth of a second says nothing"
 
 
 def test_the_processor_that_stands_idle_is_the_one_to_stay_on() -> None:
@@ -185,36 +178,3 @@ def test_somebodys_own_setting_rules(name: str, monkeypatch: pytest.MonkeyPatch)
         assert sharing.sharing_here() is None
     finally:
         sharing.sharing_here.cache_clear()
-
-
-@able
-@pytest.mark.slow
-def test_beside_one_busy_process_products_keep_four_tenths_of_their_speed() -> None:
-    """A loop of regions of half a millisecond, as training is."""
-    program = """
-import subprocess, sys
-w = torch.randn(576, 960)
-a = torch.randn(256, 576)
-def rate():
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < 3:
-        with sharing.shared():
-            for _ in range(40):
-                a @ w
-        done += 40
-    return done / (time.perf_counter() - began)
-rate()
-quiet = rate()
-neighbour = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
-try:
-    rate()
-    beside = rate()
-finally:
-    neighbour.kill()
-    neighbour.wait()
-print(json.dumps({"share": beside / quiet}))
-"""
-    if len(os.sched_getaffinity(0)) != 2 or os.getloadavg()[0] > 1:
-        pytest.skip("a quiet machine of two processors is needed")
-    time.sleep(0.1)
-    assert in_two_threads(program)["share"] > 0.4
