@@ -27,12 +27,6 @@ def sweep(
             help="Settings; those with several values are swept in all combinations.",
         ),
     ],
-    halving: Annotated[
-        bool,
-        typer.Option(
-            "--halving", help="Successive halving: drop the worse half by validation loss at steps …, T/4, T/2."
-        ),
-    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoints.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; write nothing.")] = False,
     force: Annotated[
@@ -52,15 +46,13 @@ def sweep(
             made = run_sweep(
                 config,
                 settings,
-                halving=halving,
                 resume=resume,
                 dry_run=dry_run,
                 force=force,
                 listener=lambda name: ConsoleView(name=name),
             )
     except Interrupted as error:
-        flags = ["--halving"] * halving
-        command = shlex.join(["veneer", "sweep", str(config), *settings, *flags, "--resume"])
+        command = shlex.join(["veneer", "sweep", str(config), *settings, "--resume"])
         raise Interrupted(error.what, fix=f"go on with: {command}", signal=error.signal) from None
     rows = made.rows()
     if as_json:

@@ -1,4 +1,4 @@
-"""Sweeps: the grid that is asked for, what each combination comes to, and who is left out early."""
+"""Sweeps: the grid, the adapter of each combination, and the report."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import pytest
 import yaml
 
 from tests.tiny_base import tiny_base_dir
-from veneer.errors import ConfigError, NoGain
+from veneer.errors import ConfigError
 from veneer.formats.peft import read_folder
 from veneer.models.text.base import TextBase, load_text
-from veneer.train.events import Evaluated, Event, Listener, Stepped
 from veneer.train.text.save import RunResult
 from veneer.train.text.sweep import grid, run_sweep
 
@@ -110,10 +109,9 @@ def test_seeds_are_compared_on_the_same_held_out_rows(config: Path, base: TextBa
     ],
 )  # fmt: skip
 def test_runs_whose_losses_measure_different_things_are_refused(config: Path, settings: list[str], says: str) -> None:
-    for halving in (True, False):
-        with pytest.raises(ConfigError, match="different things") as caught:
-            run_sweep(config, settings, halving=halving)
-        assert says in str(caught.value)
+    with pytest.raises(ConfigError, match="different things") as caught:
+        run_sweep(config, settings)
+    assert says in str(caught.value)
 
 
 def test_training_rows_may_differ_beside_common_validation_rows(config: Path, base: TextBase, tmp_path: Path) -> None:
@@ -122,29 +120,3 @@ def test_training_rows_may_differ_beside_common_validation_rows(config: Path, ba
     settings = ["data.limit=8,16", f"data.validation={tmp_path / 'held.jsonl'}", "data.split=null", "seed=0,1"]
     made = run_sweep(config, [*settings, "schedule.steps=1", f"output={tmp_path}"], base=base)
     assert len({row["validation_before"] for row in made.rows()}) == 1
-
-
-def test_the_worse_half_leaves_early(config: Path, base: TextBase, tmp_path: Path) -> None:
-    """Four runs of eight steps: two are left after the second, one after the fourth."""
-    last: dict[str, int] = {}
-    scores: dict[tuple[str, int], float] = {}
-
-    def listener(name: str) -> Listener:
-        def heard(event: Event) -> None:
-            if isinstance(event, Stepped):
-                last[name] = event.step
-            if isinstance(event, Evaluated):
-                scores[name, event.step] = event.loss
-
-        return heard
-
-    settings = ["optimizer.learning_rate=1e-5,1e-4,1e-3,1e-2", f"output={tmp_path}"]
-    made = run_sweep(config, settings, halving=True, base=base, listener=listener)
-    assert sorted(last.values()) == [2, 2, 4, 8]
-    for step, stay in ((2, 2), (4, 1)):
-        at = {name: loss for (name, own), loss in scores.items() if own == step}
-        best = sorted(at, key=lambda name: at[name])[:stay]
-        assert {name for name, own in last.items() if own > step} == set(best)
-    ended = [result for result in made.results if isinstance(result, NoGain)]
-    assert len(ended) == 3
-    assert [("ended" in row) for row in made.rows()] == [False, True, True, True]

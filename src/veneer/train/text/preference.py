@@ -29,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -194,28 +195,20 @@ class Preference:
     def __post_init__(self) -> None:
         self.settings = self.config.preference.settled()
         self.reference: tuple[str, ...] = ()
-        if self.start is not None and self.needs_reference:
+        if self.start is not None and self.settings.needs_reference:
             self.attachment.add(self.name, self.start)
             self.reference = (self.name,)
-
-    @property
-    def whose(self) -> str:
-        """The key of the reference's log-probabilities in the cache."""
-        start = self.start.digest() if self.start is not None else "base"
-        return f"{self.base.fingerprint}|{self.base.quantized}|{self.base.dtype}|{start}"
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.settings.needs_reference
 
     def know(self, items: Sequence[Item], path: Path, say: Callable[[str], None] = lambda line: None) -> None:
         """Fill each item's `reference` from the file at `path`.
 
         Computes and appends missing ones."""
-        if not self.needs_reference:
+        if not self.settings.needs_reference:
             return
         examples = [e for item in items for e in item.answers]
-        found = iter(cached_logps(examples, path, self.whose, self._reference_logps, say, self.devices))
+        start = self.start.digest() if self.start is not None else "base"
+        key = f"{self.base.fingerprint}|{self.base.quantized}|{self.base.dtype}|{start}"
+        found = iter(cached_logps(examples, path, key, self._reference_logps, say, self.devices))
         for item in items:
             item.reference = tuple(next(found) for _ in item.answers)
 
@@ -296,7 +289,7 @@ class Preference:
                 losses = formulas.simpo(mean_w, mean_l, beta=beta, gamma=gamma, smoothing=smoothing)
         if s.nll:
             losses = losses - s.nll * mean_w
-        good, bad = (w, l) if self.needs_reference else (mean_w, mean_l)
+        good, bad = (w, l) if self.settings.needs_reference else (mean_w, mean_l)
         seen.add(
             reward_chosen=beta * good,
             reward_rejected=beta * bad,
@@ -397,16 +390,12 @@ def cached_logps(
         lines = list(zip((name for name, _ in part), compute([e for _, e in part]), strict=True))
         known.update(lines)
         if devices.first:
-            _add_logps(path, lines)
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:  # a line begins anew after an incomplete one
+                    file.writelines("\n" + json.dumps(line) for line in lines)
         say(f"reference: {min(at + chunk, len(order)):,} of {len(order):,} computed")
     return [known[name] for name in names]
-
-
-def _add_logps(path: Path, lines: Sequence[tuple[str, float]]) -> None:
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def _digest(key: str, example: Example) -> str:
@@ -415,18 +404,10 @@ def _digest(key: str, example: Example) -> str:
 
 
 def _read_logps(path: Path) -> dict[str, float]:
-    """Return the file's entries; an incomplete last line is left out and terminated."""
+    """Return the file's entries, without incomplete lines."""
     known: dict[str, float] = {}
-    if not path.is_file():
-        return known
-    text = path.read_text(encoding="utf-8")
-    for line in text.splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError, TypeError):
             name, value = json.loads(line)
             known[str(name)] = float(value)
-        except (ValueError, TypeError):
-            continue
-    if text and not text.endswith("\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
     return known

@@ -8,10 +8,6 @@ own folder in the output, such as `rank=8,learning_rate=1e-4`, as if trained sep
 
 Losses are compared only if they measure the same thing: all runs hold out the same rows, even with different
 seeds (`data.split_seed`), and settings that change what the loss measures are refused.
-
-Early halving: of n runs of T steps, the better half stays at the first evaluation from T/2^r on, r = ⌊log2
-n⌋, half of those from 2T/2^r on, … until one is left at T/2. This is successive halving (arXiv 1502.07943)
-with validation losses that are computed anyway.
 """
 
 from __future__ import annotations
@@ -22,15 +18,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, NoGain, VeneerError, bullets
+from veneer.errors import ConfigError, VeneerError, bullets
 from veneer.train.checkpoint import write_atomically
 from veneer.train.config.load import RunConfig, load_config
 from veneer.train.config.text import DataSection, TrainConfig
-from veneer.train.events import Evaluated, Event, Listener, Stepped, fan_out
+from veneer.train.events import Listener
 from veneer.train.report.log import read_log
 from veneer.train.report.page import write_sweep_page
 from veneer.train.text.save import RunResult
@@ -41,6 +36,7 @@ if TYPE_CHECKING:
 
 _NAME = 120
 """Maximum characters of a combination's folder name."""
+_REPORTED = ("validation", "validation_before", "loss", "kept_step", "steps", "tokens_per_second", "adapter")
 _MOST = 256
 """Maximum combinations; more are probably a typo."""
 
@@ -126,17 +122,9 @@ class Sweep:
         for combination, result in zip(self.combinations, self.results, strict=True):
             row: dict[str, Any] = {"name": combination.name, **combination.swept}
             if isinstance(result, RunResult):
-                row |= {
-                    "validation": result.validation,
-                    "validation_before": result.validation_before,
-                    "loss": result.loss,
-                    "kept_step": result.kept_step,
-                    "steps": result.steps,
-                    "tokens_per_second": result.tokens_per_second,
-                    "adapter": result.adapter,
-                }
+                row |= {key: getattr(result, key) for key in _REPORTED}
             else:
-                row |= {"ended": result.what}
+                row["ended"] = result.what
             rows.append(row)
         return sorted(rows, key=_loss_of)
 
@@ -154,7 +142,6 @@ def run_sweep(
     file: Path,
     overrides: Sequence[str],
     *,
-    halving: bool = False,
     resume: bool = False,
     dry_run: bool = False,
     force: bool = False,
@@ -177,7 +164,6 @@ def run_sweep(
             made = load_config(file, [*own, f"data.split_seed={common.seed}"])
         loaded.append(made)
     _check_comparable([config for config, _ in loaded], [one.name for one in combinations])
-    halves = _Halving([config.schedule.steps or 0 for config, _ in loaded], on=halving)
     results = run_texts(
         [config for config, _ in loaded],
         names=[one.name for one in combinations],
@@ -186,8 +172,7 @@ def run_sweep(
         dry_run=dry_run,
         force=force,
         base=base,
-        listeners=[fan_out(partial(halves.hear, i), listener(one.name)) for i, one in enumerate(combinations)],
-        leave=halves.leave,
+        listeners=[listener(one.name) for one in combinations],
     )
     sweep = Sweep(combinations, results)
     if not dry_run:
@@ -242,37 +227,3 @@ def _measure(config: TrainConfig) -> dict[str, Any]:
         if config.preference.needs_reference:
             found["adapter.start"] = config.adapter.start
     return found
-
-
-class _Halving:
-    """Selects the runs to stop early.
-
-    `steps`: the steps of each run; 0 if the data determine the number, which is known at the run's first
-    step."""
-
-    def __init__(self, steps: Sequence[int], *, on: bool) -> None:
-        self.on, self.steps = on, list(steps)
-        self.scores: dict[int, tuple[int, float]] = {}
-
-    def hear(self, place: int, event: Event) -> None:
-        if isinstance(event, Stepped):
-            self.steps[place] = event.steps
-        if isinstance(event, Evaluated) and event.step:
-            self.scores[place] = event.step, event.loss
-
-    def leave(self, running: Sequence[int]) -> dict[int, VeneerError]:
-        """Return the running runs to stop now."""
-        if not self.on:
-            return {}
-        total, longest = len(self.steps), max(self.steps)
-        scored = {place: self.scores[place] for place in running if place in self.scores}
-        step = min((step for step, _ in scored.values()), default=0)
-        if len(scored) < len(running) or not step:
-            return {}
-        halvings = sum(step >= longest / 2**k for k in range(1, int(math.log2(total)) + 1))
-        worst_first = sorted(running, key=lambda place: scored[place][1], reverse=True)
-        over = worst_first[: max(0, len(running) - math.ceil(total / 2**halvings))] if halvings else []
-        return {
-            place: NoGain(f"left out by early halving, at a validation loss of {scored[place][1]:.4f}")
-            for place in over
-        }

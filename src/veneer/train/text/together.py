@@ -17,7 +17,7 @@ that was killed continues bit for bit: from the last step of which every run has
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +64,6 @@ if TYPE_CHECKING:
 _STATE = 16
 """Bytes for each trained parameter: itself, its gradient and AdamW's two moments, float32."""
 
-Leave = Callable[[Sequence[int]], Mapping[int, VeneerError]]
-"""Given the indices of the runs that continue after a step: the runs that end there, each with its error."""
-
 
 def run_texts(
     configs: Sequence[RunConfig],
@@ -78,13 +75,12 @@ def run_texts(
     listeners: Sequence[Listener | None] | None = None,
     base: TextBase | None = None,
     sources: Sequence[Mapping[str, Any] | None] | None = None,
-    leave: Leave = lambda running: {},
 ) -> list[RunResult | VeneerError]:
-    """Trains an adapter for each configuration, all on one base and in one pass a step, and returns what came of each.
+    """Train an adapter for each configuration, all on one base and in one pass a step; return each one's result.
 
-    `names`: what messages call them, by default their output folders. `listeners`, `sources`: one of each. `leave`:
-    ends runs early. The rest as `run_text`. A run that fails is its error in the list, and leaves the others as they
-    are. Raises ConfigError for configurations that cannot share a base, and Interrupted with all states saved."""
+    `names`: what messages call them, by default their output folders. `listeners`, `sources`: one of each. The
+    rest as `run_text`. A run that fails is its error in the list, and leaves the others as they are. Raises
+    ConfigError for configurations that cannot share a base, and Interrupted with all states saved."""
     check_group(configs, [config.output.directory for config in configs] if names is None else names)
     texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
     if started() > 1:
@@ -114,15 +110,11 @@ def run_texts(
             runs[0].note(note)
         results, texts_by_index, newest = _checked(runs, base)
         if texts_by_index:
-            results |= _trained(texts_by_index, newest, leave)
+            results |= _trained(texts_by_index, newest)
         return [results[index] for index in range(len(runs))]
 
 
-def _trained(
-    texts: Mapping[int, TextRun],
-    newest: Mapping[int, Path | None],
-    leave: Leave,
-) -> dict[int, RunResult | VeneerError]:
+def _trained(texts: Mapping[int, TextRun], newest: Mapping[int, Path | None]) -> dict[int, RunResult | VeneerError]:
     """The outcome of each run, by its index. `newest`: the checkpoint that it continues from."""
     _check_memory(list(texts.values()))
     results: dict[int, RunResult | VeneerError] = {}
@@ -162,11 +154,7 @@ def _trained(
         if members:
             compute = SharedPasses.of({loop: attached[index] for loop, index in members.items()})
 
-            def leaving(loops: Sequence[Loop]) -> dict[Loop, VeneerError]:
-                by_index = {members[loop]: loop for loop in loops}
-                return {by_index[index]: error for index, error in leave(list(by_index)).items()}
-
-            train(list(members), compute, ended=end_loop, leave=leaving)
+            train(list(members), compute, ended=end_loop)
     return results
 
 
@@ -229,15 +217,6 @@ def _check_memory(texts: Sequence[TextRun]) -> None:
 
 
 @dataclass(frozen=True)
-class Member:
-    """What a shared pass needs of a run: the name of its adapter on the attachment, and a function that counts which of
-    its trained tokens were the likeliest."""
-
-    name: str
-    add_accuracy: Callable[[Tensor], None]
-
-
-@dataclass(frozen=True)
 class SharedPasses:
     """Computes the steps of runs on one base. `members`: the runs that share passes; every other run has its own.
     `most`: tokens of a pass."""
@@ -245,7 +224,7 @@ class SharedPasses:
     model: Any
     device: torch.device
     attachment: Attachment
-    members: Mapping[Loop, Member]
+    members: Mapping[Loop, AttachedText]
     most: int
 
     @classmethod
@@ -257,7 +236,7 @@ class SharedPasses:
         for loop, text in texts.items():
             why = together or text.why_alone()
             if not why:
-                members[loop] = Member(text.name, text.likelihood.add_accuracy)
+                members[loop] = text
             elif len(texts) > 1:
                 loop.emit(Note(f"its rows have a pass of their own in each step: {why}"))
         if len(members) > 1:
@@ -335,7 +314,7 @@ class SharedPasses:
             right=right,
         )
         for (loop, _), part in zip(parts, right.split(kept), strict=True):
-            self.members[loop].add_accuracy(part)
+            self.members[loop].likelihood.add_accuracy(part)
         sums = [part.sum() for part in nll.split(kept)]
         losses = [own / loop.step.counted for own, (loop, _) in zip(sums, parts, strict=True)]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
