@@ -40,7 +40,6 @@ def test_what_goes_wrong_is_told(capsys: Any, tmp_path: Path) -> None:
     put(folder, "a.png", None)
     (folder / "b.png").write_bytes(b"")
     wrong = {
-        ("--to", "csv"): "'csv' is not a form of captions",
         ("--model", str(tmp_path)): "no config.json",
         ("--dtype", "float7"): "float7",
         ("--device", "tpu"): "tpu",

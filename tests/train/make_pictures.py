@@ -52,8 +52,8 @@ def settings(folder: Path | str | tuple[str, ...] = "pictures", **keys: object) 
     return ImageDataSection.model_validate({"pictures": where, **keys})
 
 
-def wrong(folder: Path | str, **keys: Any) -> str:
-    """What is said of a folder that cannot be read."""
+def read_error(folder: Path | str, **keys: Any) -> str:
+    """Return the error of a folder that cannot be read."""
     with pytest.raises(DataError) as caught:
         read_pictures(settings(folder, **keys))
     return str(caught.value)

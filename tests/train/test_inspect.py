@@ -136,21 +136,3 @@ def test_pictures_with_their_crops_and_one_caption_changed_in_place(tmp_path: Pa
     assert written.caption == "a house on a hill"
     assert {one.name: one.caption for one in pictures_seen(made)}[wide.name] == "a house on a hill"
     assert {p.name: p.caption for p in read_pictures(made.data)[0]}[wide.name] == "a house on a hill"
-
-
-def test_a_caption_goes_where_it_is_read_and_nowhere_else(tmp_path: Path) -> None:
-    folder = drawings(tmp_path / "drawings", 3)
-    for i in range(3):
-        (folder / f"{i}.txt").unlink()
-    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "red", "more": 1}\n')
-    assert write_caption(folder / "0.png", "blue").file.name == "metadata.jsonl"
-    assert json.loads((folder / "metadata.jsonl").read_text()) == {"file_name": "0.png", "caption": "blue", "more": 1}
-    assert write_caption(folder / "1.png", "new").file == folder / "1.txt"
-    (folder / "2.txt").write_text("shared")
-    (folder / "2.jpg").write_bytes((folder / "2.png").read_bytes())
-    with pytest.raises(DataError, match=r"2\.txt is the caption of 2\.jpg, 2\.png"):
-        write_caption(folder / "2.png", "mine")
-    with pytest.raises(DataError, match="no such picture"):
-        write_caption(folder / "3.png", "mine")
-    with pytest.raises(DataError, match="at least one word"):
-        write_caption(folder / "0.png", " ")

@@ -14,7 +14,7 @@ import pytest
 from tests.train.text.test_rows import TURNS, jsonl, wrong
 from veneer.errors import DataError
 from veneer.train.config.image import ImageDataSection
-from veneer.train.image.folder import picture_folder
+from veneer.train.image.pictures import count_pictures
 from veneer.train.records import count_lines, count_records, data_stamp
 from veneer.train.text.rows import data_digest, read_rows
 
@@ -220,5 +220,5 @@ def test_of_lines_only_the_first_are_read(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long_for_a_file_is_that_of_none() -> None:
     with pytest.raises(DataError, match="the data file does not exist"):
         read_rows("x" * 1500)
-    with pytest.raises(DataError, match="the folder of pictures does not exist"):
-        picture_folder("x" * 1500, ImageDataSection())
+    with pytest.raises(DataError, match="the folder does not exist"):
+        count_pictures(ImageDataSection(pictures="x" * 1500))

@@ -44,9 +44,6 @@ def caption(
         str | None,
         typer.Option("--instruction", help="Instruction to the model. Default: asks for one or two plain sentences."),
     ] = None,
-    to: Annotated[
-        str, typer.Option("--to", help="txt: NAME.txt next to each image; jsonl: rows in the folder's metadata.jsonl.")
-    ] = "txt",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=4096, help="Maximum tokens per caption.")] = 120,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace existing captions.")] = False,
     dtype: LoadedDtype = "auto",
@@ -72,7 +69,6 @@ def caption(
         raise ConfigError("nothing says what is on the pictures", where="--model", fix=fix)
     asked = model
 
-    one_of(to, ("txt", "jsonl"), "a form of captions", "--to")
     check_dtype_name(dtype, "--dtype")
     check_device_name(device, "--device")
 
@@ -94,7 +90,6 @@ def caption(
     report = write_captions(
         str(folder),
         describe,
-        to="jsonl" if to == "jsonl" else "txt",
         trigger=trigger,
         overwrite=overwrite,
         on_caption=told,

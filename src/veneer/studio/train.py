@@ -401,7 +401,7 @@ async def _ask_caption(page: ViewPage, picture: SeenPicture, config: ImageTrainC
             kind="area",
             most=2000,
         )
-        line("Saved where the run reads captions: next to the picture, or in the folder's metadata.", "soft small")
+        line("Saved as a text file next to the picture, which counts before metadata.", "soft small")
         same = Command(command("data", "caption", str(picture.path), picture.caption))
 
         async def keep() -> None:

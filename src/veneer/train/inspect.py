@@ -35,7 +35,7 @@ from veneer.train.records import count_records, data_stamp
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
     from veneer.train.image.augmentation import PictureRow
-    from veneer.train.image.training_picture import TrainingPicture
+    from veneer.train.image.pictures import TrainingPicture
     from veneer.train.text.data import TextData
     from veneer.train.text.encode import EncodedRows
     from veneer.train.text.rows import About, Row, UnusableRow
@@ -371,7 +371,6 @@ class _Pictures:
     held: Sequence[TrainingPicture]
     rows: Sequence[PictureRow]
     findings: tuple[Finding, ...]
-    broken: Sequence[str]
 
 
 def _picture_key(config: ImageTrainConfig) -> tuple[str, tuple[tuple[str, int, int], ...]]:
@@ -391,7 +390,7 @@ def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
 
     config = _config(ImageTrainConfig, own)
     settings = config.data
-    pictures, about = read_pictures(settings)
+    pictures, summary = read_pictures(settings)
     held = read_pictures(settings, "validation")[0]
     if settings.validation is None:
         pictures, held = split_pictures(pictures, settings.split, config.seed)
@@ -399,10 +398,10 @@ def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
     scale = int(shape.get("vae_scale", 8))
     unit = scale if "down_block_types" in shape else 2 * scale  # U-Nets take single latents, others 2 × 2
     plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
-    found = check_pictures(pictures, about, plan, settings)
+    found = check_pictures(pictures, summary, plan, settings)
     if held:
         found += check_held_out(pictures, held)
-    return _Pictures(pictures, held, plan.rows, tuple(found), about.broken)
+    return _Pictures(pictures, held, plan.rows, tuple(found))
 
 
 def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:

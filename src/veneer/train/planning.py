@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from veneer.errors import DataError
+from veneer.errors import DataError, counted
 from veneer.ops.cpu.memory import unread_bytes
 from veneer.ops.quantized import Quantized
 from veneer.ops.step_sizes import MICRO_TOKENS
@@ -383,10 +383,9 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     bare: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
     if config.slider.wanted:
-        from veneer.train.image.pictures import planned_slider
-
-        rows, signs, bare, note = planned_slider(config.slider)
-        notes = (note,)
+        rows, signs, bare = config.slider.scenes, 2, 1.5  # extra forward passes of the base, per row
+        text = f"a slider: {counted(rows, 'scene')} that the base draws first, learned at both signs, "
+        notes = (text + "three forwards of the base for both",)
     elif rows is None:
         try:
             rows, before = count_pictures(config.data)

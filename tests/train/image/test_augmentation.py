@@ -28,8 +28,7 @@ from veneer.train.image.augmentation import (
     prepare,
     view_before,
 )
-from veneer.train.image.pictures import read_pictures
-from veneer.train.image.training_picture import TrainingPicture
+from veneer.train.image.pictures import TrainingPicture, read_pictures
 
 sides = st.integers(1, 3000)
 resolutions = st.integers(16, 1100)

@@ -16,8 +16,7 @@ from veneer.errors import DataError, ResourceError
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.augmentation import View, place, prepare
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
-from veneer.train.image.pictures import read_pictures
-from veneer.train.image.training_picture import TrainingPicture
+from veneer.train.image.pictures import TrainingPicture, read_pictures
 
 
 class Encoder:

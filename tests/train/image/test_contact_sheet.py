@@ -10,8 +10,7 @@ from PIL import Image
 from tests.train.make_pictures import corners, put, scene, settings
 from veneer.train.image.augmentation import PicturePlan, ViewTensors, plan_rows
 from veneer.train.image.contact_sheet import contact_sheet, shaded
-from veneer.train.image.pictures import read_pictures
-from veneer.train.image.training_picture import TrainingPicture
+from veneer.train.image.pictures import TrainingPicture, read_pictures
 
 
 def plan(folder: Path, **keys: Any) -> tuple[list[TrainingPicture], PicturePlan]:

@@ -168,10 +168,10 @@ def test_a_reference_of_another_shape_is_shown_whole(shared: Path, tmp_path: Pat
     for path in pairs.glob("?.png"):
         Image.open(path).resize((64, 32)).save(path.with_suffix(".before.png"))
     config, base = _config(shared, pairs, tmp_path), load_image(str(tiny_image_base(shared, "kontext")))
-    pictures, about = read_pictures(config.data)
+    pictures, summary = read_pictures(config.data)
     plan = plan_rows(pictures, config.data, size=base.size, unit=base.unit)
-    said = [f.text for f in check_pictures(pictures, about, plan, config.data) if f.check == "pairs"]
-    assert "2 before pictures of another proportion than what comes after, shown whole, " in said[-1]
+    said = [f.text for f in check_pictures(pictures, summary, plan, config.data) if f.check == "pairs"]
+    assert "2 source images of other proportions than the result, used whole: " in said[-1]
     view, caption = draw_row(plan.rows[0], config.data, seed=0, epoch=0)
     batch = Encoders(base, config, None).batch([PlannedRow(plan.rows[0].picture, view, caption, 1.0, (0, 0, 0))])
     (found,) = batch.before

@@ -15,14 +15,13 @@ def recoded(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def test_re_encoded_resized_mirrored_and_brightened_pictures_look_the_same() -> None:
+def test_re_encoded_resized_and_brightened_pictures_look_the_same() -> None:
     images = [scene(240, 160, seed) for seed in range(12)]
     looks = [perceptual_hash(image) for image in images]
     assert near_duplicates(looks) == []
     for change in (
         lambda i: recoded(i, 40),
         lambda i: i.resize((90, 60), Image.Resampling.LANCZOS),
-        lambda i: i.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         lambda i: ImageEnhance.Brightness(i).enhance(1.03),
         lambda i: i.crop((2, 2, 238, 158)),
     ):
@@ -41,9 +40,9 @@ def test_flat_drawings_of_one_outline_differ_by_colour() -> None:
     assert near_duplicates([red, perceptual_hash(recoded(disc((220, 30, 30)), 80))]) == [(0, 1)]
 
 
-def test_pairs_across_blocks() -> None:
+def test_every_pair_of_many_is_found() -> None:
     looks = [perceptual_hash(scene(seed=n % 5)) for n in range(9)]
     want = [(n, n + 5) for n in range(4)]
     assert near_duplicates(looks) == want
-    assert near_duplicates(looks, block=2) == want
-    assert near_duplicates([]) == []
+    assert near_duplicates(looks[:1] * 1100) == [(i, j) for i in range(1100) for j in range(i + 1, 1100)]
+    assert near_duplicates([]) == near_duplicates(looks, []) == []

@@ -426,9 +426,7 @@ def test_a_stopped_dry_run_still_writes_its_sheet(shared: Path, tmp_path: Path, 
 
 def test_the_preflight_says_what_is_not_read_and_what_the_preset_chose(shared: Path, tmp_path: Path) -> None:
     """A caption, a sample prompt and the class prompt, each longer than the 24 tokens that the tiny encoders read."""
-    import shutil
-
-    folder = Path(shutil.copytree(shared / "drawings", tmp_path / "drawings"))
+    folder = drawings(tmp_path / "drawings")
     long = "a red house, " + " ".join(["in the style of a flat tree"] * 8)
     (folder / "0.txt").write_text(long + " caption")
     (folder / "1.txt").write_text("a cat")
@@ -452,7 +450,7 @@ def test_the_preflight_says_what_is_not_read_and_what_the_preset_chose(shared: P
         assert "a red house, in the style" in text
         assert len(text) < 250
     assert "bad.png: not a picture" in one("warn broken 1 of 7")
-    assert "1.png" in one("warn captions 1 picture with a class picture's caption")
+    assert "1.png" in one("warn captions 1 picture with the caption of a class picture")
     chosen = one("ok preset `subject` (one character")
     assert "data.class_count=100" in chosen
     assert "adapter.rank=" not in chosen

@@ -109,7 +109,6 @@ class ImageDataSection(Section):
         "used if present",
     )
     background: str = setting("#ffffff", "color behind transparency: #rrggbb, white, black or grey")
-    animated: Literal["refuse", "first"] = setting("refuse", "animated files: stop, or first frame")
     broken: Literal["refuse", "drop"] = setting(
         "refuse",
         "unreadable files: stop, or leave out",

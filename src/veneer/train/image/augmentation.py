@@ -29,7 +29,7 @@ from veneer.errors import ConfigError, DataError
 from veneer.models.image.base import size_in_units
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import UnreadablePicture, decode_picture, mask_of, read_bytes
-from veneer.train.image.training_picture import TrainingPicture, same_shape
+from veneer.train.image.pictures import TrainingPicture, same_shape
 
 _Bucket = tuple[int, int]
 _CROPS = 4

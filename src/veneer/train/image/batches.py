@@ -27,7 +27,7 @@ from torch import Tensor
 from veneer.ops.device_transfer import sent
 from veneer.train.config.image import ImageDataSection, ImageTrainConfig
 from veneer.train.image.augmentation import PictureRow, View, draw_row, place, shapes_of
-from veneer.train.image.training_picture import TrainingPicture
+from veneer.train.image.pictures import TrainingPicture
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.validation_split import hold_out
 

@@ -29,7 +29,7 @@ from veneer.errors import AdapterError, DataError, ResourceError
 from veneer.files.safetensors import read_tensors, write_tensors
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.augmentation import View, ViewTensors, latent_mask, prepare
-from veneer.train.image.training_picture import TrainingPicture
+from veneer.train.image.pictures import TrainingPicture
 
 _VERSION = 1  # version of the format and of pixel processing; a change invalidates all entries
 _CHECKSUM = "veneer.sha256"

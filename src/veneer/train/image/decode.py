@@ -5,10 +5,9 @@
     EXIF orientation   rotated upright, so that width and height are those in a viewer
     embedded profile   converted to sRGB (littleCMS, the profile's own intent); an unreadable one is noted
     CMYK, gray, palette, YCbCr, Lab, 16 bit, 1 bit     to 8-bit RGB
-    animation          refused, or its first frame used and noted
     transparency       composited on `settings.background`; the alpha is kept
 
-Refused with a reason: not a picture, truncated, empty, a Git LFS pointer, floating point, more pixels than
+Refused with a reason: not a picture, animated, truncated, empty, a Git LFS pointer, floating point, more pixels than
 allowed (read from the header, before decoding). Independent of captions, buckets and tensors.
 """
 
@@ -120,12 +119,9 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
                 raise UnreadablePicture(
                     f"{width} x {height} pixels, more than data.most_megapixels = {settings.most_megapixels:g}"
                 )
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            if frames > 1:  # the other pictures of an MPO are previews or the other eye's view
-                if settings.animated == "refuse":
-                    raise UnreadablePicture(f"holds {frames} frames; data.animated: first would use the first of them")
-                notes.append("first frame of several")
-                image.seek(0)
+            # the other pictures of an MPO are previews or the other eye's view
+            if (frames := 1 if image.format == "MPO" else getattr(image, "n_frames", 1)) > 1:
+                raise UnreadablePicture(f"an animation of {frames} frames: save one of them as a picture")
             image.load()
         except Image.DecompressionBombError:
             raise UnreadablePicture(
@@ -191,10 +187,10 @@ def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
         try:
             converted = _by_profile(image, data)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            notes.append("a colour profile that cannot be used, taken as sRGB")
+            notes.append("a color profile that cannot be used, taken as sRGB")
         else:
             if converted is not None:
-                notes.append("colour profile converted to sRGB")
+                notes.append("color profile converted to sRGB")
                 return converted
     elif image.mode == "CMYK":
         notes.append("CMYK without a profile, converted plainly")

@@ -45,7 +45,7 @@ from veneer.train.image.loss import (
     quantile_times,
     row_losses,
 )
-from veneer.train.image.training_picture import TrainingPicture
+from veneer.train.image.pictures import TrainingPicture
 from veneer.train.loop import EvalResult
 
 if TYPE_CHECKING:

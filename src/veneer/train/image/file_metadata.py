@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from veneer.train.image.training_picture import TrainingPicture
+from veneer.train.image.pictures import TrainingPicture
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase

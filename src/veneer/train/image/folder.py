@@ -1,31 +1,43 @@
-"""List the files in a folder of pictures by kind, and match files to pictures.
+"""List a folder of pictures, and match captions, masks and source images to them by name.
 
-    folder = picture_folder("drawings", settings)
-    folder.owners(Path("drawings/cat"))          the pictures of this name
+    files, ignored = list_pictures("drawings", settings, settings.prompt, settings.masks)
 
-Uses names only and opens no file.
+| of a picture  | where                                                                                     |
+| caption       | first of NAME.txt or NAME.caption, metadata.jsonl (.csv, .parquet), kohya's folder        |
+|               | `N_words`, the configured prompt                                                          |
+| mask          | NAME.mask.png, or the same path in the folder `masks` or in the configured one            |
+| source images | its metadata row's `before`, NAME.before.png, the same path in `before` or the configured |
+|               | folders                                                                                   |
+
+A kohya folder repeats each picture N times per epoch. A file or row without a picture is an error that names
+the nearest picture. Opens only captions and metadata, no pictures.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
-from veneer.errors import DataError, nearest
+from veneer.errors import DataError, bullets, counted, first_few, nearest
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import SUFFIXES
+from veneer.train.records import read_data_files
 
-BEFORE = "before"
 CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_CAPTION_COLUMNS = ("text", "caption", "prompt", "instruction")
+_FILE_COLUMNS = ("file_name", "after")
+_METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # pictures that no allowed decoder reads: reported as broken, not skipped
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
 _NOT_CAPTIONS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
+_KOHYA = re.compile(r"(\d+)_(.+)")
+_MOST_REPEATS = 1000
 
 
 @dataclass(frozen=True)
@@ -44,11 +56,10 @@ class PictureFile:
 
 
 @dataclass(frozen=True)
-class PictureFolder:
-    """A folder and its subfolders.
+class _Folder:
+    """The files of a folder and its subfolders, by kind, in the order of names.
 
-    `masks`, `befores`: files named NAME.mask and NAME.before. `ignored`: suffix -> number of files of other
-    kinds."""
+    `masks`, `befores`: files named NAME.mask and NAME.before. `ignored`: suffix -> number of other files."""
 
     root: Path
     pictures: list[Path]
@@ -69,80 +80,284 @@ class PictureFolder:
         """Return the pictures of this path, without its suffix or with it."""
         return self._names.get(name, [])
 
-    def unowned(self, file: Path, name: Path | None = None) -> str:
-        """Return the message about a file that belongs to no picture.
-
-        `name`: the path of its picture, if it is in another folder."""
+    def unowned(self, file: Path, name: Path) -> str:
+        """Return the message about a file that belongs to no picture. `name`: the path that its picture would have."""
         shown = file.relative_to(self.root) if file.is_relative_to(self.root) else file
-        return f"{shown}: no picture of this name{self.nearest(name or file)}"
+        return f"{shown}: no picture of this name{self.nearest(name)}"
 
-    def nearest(self, file: Path, pictures: Iterable[Path] | None = None) -> str:
-        """Return the nearest picture by name, as the end of a sentence.
-
-        Prefers pictures in the same folder."""
-        pictures = self.pictures if pictures is None else pictures
-        beside = {p.name: p for p in pictures if p.parent == file.parent}
-        stem = Path(file.stem).stem if Path(file.stem).suffix.lower() in (".mask", f".{BEFORE}") else file.stem
-        near = nearest(stem, {Path(n).stem for n in beside}, 1)
-        if near:
-            name = next(n for n in sorted(beside) if Path(n).stem == near[0])
-            return f"; the nearest is {name}"
-        elsewhere = {p.stem: p for p in pictures}
-        near = nearest(stem, elsewhere, 1)
-        return f"; the nearest is {elsewhere[near[0]].relative_to(self.root)}" if near else ""
+    def nearest(self, name: Path) -> str:
+        """Return the nearest picture by name, as the end of a sentence; one in the same folder if possible."""
+        for group in ([p for p in self.pictures if p.parent == name.parent], self.pictures):
+            if near := nearest(name.stem, {p.stem for p in group}, 1):
+                found = next(p for p in group if p.stem == near[0])
+                return f"; the nearest is {found.relative_to(self.root)}"
+        return ""
 
 
-def picture_folder(folder: str, settings: ImageDataSection) -> PictureFolder:
-    """Return the content of `folder` and its subfolders, in the order of names.
+def list_pictures(
+    folder: str, settings: ImageDataSection, prompt: str | None, masks: str
+) -> tuple[list[PictureFile], Counter[str]]:
+    """Return the pictures in a folder and its subfolders, sorted by name; and the ignored files by suffix.
+
+    `prompt`, `masks`: the settings, which differ for class pictures. Raises DataError."""
+    files = _scan(folder, settings)
+    rows, named = _metadata(files, settings)
+    shown = {path for paths in named.values() for path in paths}  # not trained on without a row of their own
+    files = replace(files, pictures=[p for p in files.pictures if p not in shown or p in rows])
+    if not files.pictures:
+        others = first_few([f"{n} {suffix}" for suffix, n in files.ignored.most_common()], 12) or "nothing"
+        raise DataError(
+            "there is no picture in this folder",
+            where=str(files.root),
+            fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {others}",
+        )
+    captions, covers = _captions(files), _masks(files, masks)
+    before = _source_images(files, named, shown, settings)
+    out = []
+    for path in files.pictures:
+        repeats, words = _kohya_folder(path, files.root)
+        sources = {
+            "caption files": captions.get(path),
+            "metadata": rows.get(path),
+            "folder names": words,
+            "the prompt": prompt,
+        }
+        source = next((source for source, caption in sources.items() if caption is not None), "nothing")
+        name = path.relative_to(files.root).as_posix()
+        own = tuple(before.get(path, ()))
+        out.append(PictureFile(path, name, sources.get(source), source, covers.get(path), repeats, own))
+    return out, files.ignored
+
+
+def sources_per_picture(folders: Mapping[str, Sequence[PictureFile]]) -> int:
+    """Return the number of source images per picture. Raises DataError if some have fewer than others."""
+    files = [file for own in folders.values() for file in own]
+    most = max((len(file.before) for file in files), default=0)
+    fewer = [f"{f.name}: {len(f.before) or 'none'}" if most > 1 else f.name for f in files if len(f.before) < most]
+    if fewer:
+        example = next(file.name for file in files if len(file.before) == most)
+        what = "no source image" if most == 1 else f"fewer than the {most} source images of {example}"
+        raise DataError(
+            f"{len(fewer)} of {len(files)} pictures have {what}:\n{bullets(fewer)}",
+            where=", ".join(folder for folder, own in folders.items() if any(len(f.before) < most for f in own)),
+            fix="give all the same number (NAME.before.png, or the same name in the before folder), or set "
+            "data.before: off to train on captions only",
+        )
+    return most
+
+
+def with_trigger(caption: str, trigger: str | None) -> tuple[str, str]:
+    """Return (caption with the trigger, what was done).
+
+    The second value is "replaced", "already there", "added", or "" without a trigger. `[trigger]` is replaced
+    everywhere; a caption without the word gets it in front, as a separate tag. Raises ValueError for a
+    placeholder without a trigger."""
+    if trigger is None:
+        if "[trigger]" in caption:
+            raise ValueError("holds [trigger], and data.trigger is not set")
+        return caption, ""
+    if "[trigger]" in caption:
+        return caption.replace("[trigger]", trigger), "replaced"
+    if has_word(caption, trigger):
+        return caption, "already there"
+    return f"{trigger}, {caption}" if caption else trigger, "added"
+
+
+def has_word(caption: str, word: str) -> bool:
+    """Return whether a caption contains a whole word or phrase, ignoring case."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
+
+
+def _scan(folder: str, settings: ImageDataSection) -> _Folder:
+    """Return the files of `folder` and its subfolders.
 
     Skips hidden files and the settings' other folders. Raises DataError if the folder does not exist, or if a
     subfolder cannot be read."""
     root = Path(folder).expanduser()
     if not os.path.isdir(root):  # no error for a name that is too long
-        raise _no_folder(root)
+        what = "this is a file, not a folder of pictures" if os.path.isfile(root) else "the folder does not exist"
+        raise DataError(what, where=str(root), fix="give a folder that holds pictures")
     pictures, captions, masks, befores, ignored = [], [], [], [], Counter[str]()
     apart = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
     apart += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
-    apart += settings.before_folders or [str(root / BEFORE)]
-    others = {Path(folder).expanduser().resolve() for folder in apart if folder} - {root.resolve()}
-    for place, folders, files in os.walk(root, onerror=_unread):
+    apart += settings.before_folders or [str(root / "before")]
+    others = {Path(other).expanduser().resolve() for other in apart if other} - {root.resolve()}
+    for place, folders, names in os.walk(root, onerror=_unread):
         here = Path(place)
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and (here / f).resolve() not in others)
         ignored["link to a folder"] += sum((here / f).is_symlink() for f in folders)
-        for name in sorted(files):
+        for name in sorted(names):
             path = here / name
-            suffix = path.suffix.lower()
-            if name.startswith(".") or name in METADATA_FILES or name.lower() == "thumbs.db":
+            suffix, kind = path.suffix.lower(), Path(path.stem).suffix.lower()
+            if name.startswith(".") or name in _METADATA_FILES or name.lower() == "thumbs.db":
                 continue
             if path.exists() and not path.is_file():  # reading a pipe or a device can block forever
                 ignored["pipe or device"] += 1
-            elif suffix in SUFFIXES and Path(path.stem).suffix.lower() == ".mask":
+            elif suffix in SUFFIXES and kind == ".mask":
                 masks.append(path)
-            elif suffix in SUFFIXES and Path(path.stem).suffix.lower() == f".{BEFORE}":
+            elif suffix in SUFFIXES and kind == ".before":
                 befores.append(path)
-                ignored["before pictures"] += settings.before != "auto"
+                ignored["source images"] += settings.before != "auto"
             elif suffix in SUFFIXES or suffix in _UNREAD:
                 pictures.append(path)
             elif suffix in CAPTION_SUFFIXES and path.stem.lower() not in _NOT_CAPTIONS:
                 captions.append(path)
             else:
                 ignored[suffix or name] += 1
-    return PictureFolder(root, pictures, captions, masks, befores, +ignored)
+    return _Folder(root, pictures, captions, masks, befores, +ignored)
 
 
 def _unread(error: OSError) -> NoReturn:
     raise DataError(f"this folder cannot be read: {error.strerror}", where=error.filename) from error
 
 
-def _no_folder(root: Path) -> DataError:
-    if os.path.isfile(root):
-        return DataError(
-            "this is a file, and a folder of pictures is needed", where=str(root), fix=f"give its folder, {root.parent}"
-        )
-    beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if os.path.isdir(root.parent) else []
-    near = nearest(root.name, beside, 1)
-    return DataError(
-        "the folder of pictures does not exist" + ("" if os.path.isdir(root.parent) else f" (nor does {root.parent})"),
-        where=str(root),
-        fix=f"did you mean {root.parent / near[0]}?" if near else "give a folder that holds pictures",
-    )
+def _captions(folder: _Folder) -> dict[Path, str]:
+    """Return picture -> caption. All lines of a file are one caption, with white space collapsed."""
+    captions: dict[Path, str] = {}
+    bad: list[str] = []
+    for file in folder.captions:
+        shown, owners = file.relative_to(folder.root), folder.owners(file.with_suffix(""))
+        if not owners:
+            bad.append(folder.unowned(file, file))
+            continue
+        try:
+            text = " ".join(file.read_bytes().decode("utf-8-sig").split())
+        except (OSError, UnicodeDecodeError) as error:
+            bad.append(f"{shown}: {'not UTF-8 text' if isinstance(error, UnicodeDecodeError) else error.strerror}")
+            continue
+        bad += [f"{shown}: {o.name} has another caption file" for o in owners if captions.get(o, text) != text]
+        captions |= dict.fromkeys(owners, text)
+    _stop(folder, bad, "caption file", "name a caption as its picture (cat.txt for cat.png), and save it as UTF-8")
+    return captions
+
+
+def _masks(folder: _Folder, masks: str) -> dict[Path, Path]:
+    """Return picture -> mask file. `masks`: the setting. Raises DataError for a mask without a picture."""
+    if masks in ("off", "alpha"):
+        return {}
+    place = folder.root / "masks" if masks == "auto" else Path(masks).expanduser()
+    if masks != "auto" and not place.is_dir():
+        raise DataError("the folder of masks does not exist", where=str(place), fix="correct data.masks")
+    found, bad = _owned(folder, folder.masks, [(place, _pictures_in(place))])
+    _stop(folder, bad, "mask", "name a mask as its picture (cat.mask.png or masks/cat.png), or set data.masks: off")
+    return {picture: files[0] for picture, files in found.items()}
+
+
+def _source_images(
+    folder: _Folder, named: Mapping[Path, Sequence[Path]], shown: set[Path], settings: ImageDataSection
+) -> dict[Path, list[Path]]:
+    """Return picture -> its source images, in the order of the sources.
+
+    `named`: those in metadata rows; `shown`: all of these. Raises DataError for files without a picture."""
+    if settings.before == "off":
+        return {}
+    auto = settings.before == "auto"
+    places = [folder.root / "before"] if auto else [Path(given).expanduser() for given in settings.before_folders]
+    listed = [(place, [f for f in _pictures_in(place) if f not in shown]) for place in places]
+    if empty := [place for place, files in listed if not files and not auto]:
+        raise DataError("this folder of source images holds no picture", where=str(empty[0]), fix="correct data.before")
+    found, bad = _owned(folder, folder.befores if auto else [], listed)
+    fix = "name both alike (cat.before.png or before/cat.png for cat.png), or set data.before: off"
+    _stop(folder, bad, "source image", fix)
+    own = named if auto else {}
+    return {path: [*own.get(path, ()), *found.get(path, ())] for path in folder.pictures}
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+
+
+def _owned(
+    folder: _Folder, beside: Iterable[Path], mirrored: Iterable[tuple[Path, list[Path]]]
+) -> tuple[dict[Path, list[Path]], list[str]]:
+    """Return picture -> the files of its name, and messages about files without a picture.
+
+    `beside`: files NAME.mask.png or NAME.before.png; `mirrored`: (folder, files with the pictures' paths)."""
+    found: dict[Path, list[Path]] = {}
+    bad: list[str] = []
+    pairs = [(file, file.with_suffix("").with_suffix("")) for file in beside]
+    for place, files in mirrored:
+        pairs += [(file, folder.root / file.relative_to(place).with_suffix("")) for file in files]
+    for file, name in pairs:
+        owners = folder.owners(name)
+        for owner in owners:
+            found.setdefault(owner, []).append(file)
+        if not owners:
+            bad.append(folder.unowned(file, name.with_name(name.name + file.suffix)))
+    return found, bad
+
+
+def _metadata(folder: _Folder, settings: ImageDataSection) -> tuple[dict[Path, str], dict[Path, list[Path]]]:
+    """Return (picture -> caption, picture -> source images) of all metadata files.
+
+    Paths in a file are relative to its folder."""
+    rows: dict[Path, str] = {}
+    before: dict[Path, list[Path]] = {}
+    bad: list[str] = []
+    for place in sorted({folder.root, *(p.parent for p in folder.pictures)}):
+        for file in (place / name for name in _METADATA_FILES):
+            if not file.is_file():
+                continue
+            records, _ = read_data_files([str(file)])
+            columns = list(dict.fromkeys(c for record in records for c in record.values))
+            column = settings.caption_column or next((c for c in _CAPTION_COLUMNS if c in columns), None)
+            which = next((c for c in _FILE_COLUMNS if c in columns), None)
+            if column not in columns or which is None:
+                missing = " or ".join(_FILE_COLUMNS) if which is None else column or " or ".join(_CAPTION_COLUMNS)
+                raise DataError(
+                    f"the metadata has no column {missing}; the columns are {', '.join(columns)}",
+                    where=str(file),
+                    fix="name the picture's so" if which is None else "name the caption's with data.caption_column",
+                )
+            for record in records:
+                name, caption, given = (record.values.get(c) for c in (which, column, "before"))
+                starts = given if isinstance(given, list) else [] if given is None else [given]
+                problem = _path_problem(which, name, place, folder)
+                if not problem and not isinstance(caption, str):
+                    problem = f"`{column}` should be text, found {type(caption).__name__}"
+                if not problem and place / str(name) in rows:
+                    problem = f"`{name}` has a row already"
+                problem = problem or next((p for s in starts if (p := _path_problem("before", s, place, folder))), "")
+                if problem:
+                    bad.append(f"{record.where}: {problem}")
+                    continue
+                rows[place / str(name)] = " ".join(str(caption).split())
+                if starts:
+                    before[place / str(name)] = [place / start for start in starts]
+    _stop(folder, bad, "metadata row", "correct those rows, or take them out")
+    return rows, before
+
+
+def _path_problem(column: str, name: object, place: Path, folder: _Folder) -> str:
+    """Return what is wrong with a picture's path in a metadata row, or ""."""
+    if not isinstance(name, str) or not name:
+        return f"`{column}` should be a picture's path, found {name!r}"
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return f"`{column}`: `{name}` leaves the folder"
+    path = place / name
+    if path in folder.owners(path) or (column == "before" and path.suffix.lower() in SUFFIXES and path.is_file()):
+        return ""
+    return f"`{column}`: there is no picture `{name}`" + folder.nearest(path)
+
+
+def _kohya_folder(path: Path, root: Path) -> tuple[int, str | None]:
+    """Return (repeats, words) of the nearest folder named `N_words`, up to the root."""
+    for folder in path.parents:
+        if match := _KOHYA.fullmatch(folder.name):
+            repeats = int(match[1])
+            if not 0 < repeats < _MOST_REPEATS:
+                raise DataError(
+                    f"a folder named N_words repeats each picture N times (as kohya's), here {repeats:,} times",
+                    where=str(folder),
+                    fix="rename the folder",
+                )
+            return repeats, match[2].strip()
+        if folder == root:
+            break
+    return 1, None
+
+
+def _stop(folder: _Folder, bad: Sequence[str], kind: str, fix: str) -> None:
+    if bad:
+        what = f"{counted(len(bad), kind)} cannot be used:\n{bullets(bad)}"
+        raise DataError(what, where=str(folder.root), fix=fix)

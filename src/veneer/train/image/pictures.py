@@ -1,36 +1,100 @@
 """Read folders of pictures as training pictures.
 
-    pictures, about = read_pictures(settings)                    training pictures and class pictures
-    pictures, about = read_pictures(settings, "validation")      those of `settings.validation`
+    pictures, summary = read_pictures(settings)                    training pictures and class pictures
+    pictures, summary = read_pictures(settings, "validation")      those of `settings.validation`
 
 Every file is decoded once, before step one, with its caption and trigger, mask, source images and weight; all
-problems are reported. `folder` lists files, `folder_captions`, `masks` and `befores` match them to pictures.
-Independent of buckets and tensors.
+problems are reported. Independent of buckets and tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from veneer.errors import DataError, bullets, counted, first_few
-from veneer.train.config.image import ImageDataSection, SliderSection
-from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, read_bytes
-from veneer.train.image.folder import PictureFile, picture_folder
-from veneer.train.image.folder_captions import caption_files, has_word, kohya_folder, metadata_rows, triggered
-from veneer.train.image.masks import check_masks, mask_files
+from veneer.errors import DataError, bullets, counted
+from veneer.models.image.base import too_long
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.decode import UnreadablePicture, decode_picture, mask_of, read_bytes
+from veneer.train.image.folder import PictureFile, list_pictures, sources_per_picture, with_trigger
 from veneer.train.image.near_duplicates import perceptual_hash
-from veneer.train.image.source_images import before_files, check_befores, each_before, open_before
-from veneer.train.image.training_picture import AboutPictures, TrainingPicture
 
-_OWN = ("caption files", "metadata")
+_SAME_SHAPE = 0.01  # maximum relative difference of aspect ratios
+
+
+@dataclass(frozen=True)
+class TrainingPicture:
+    """A training picture.
+
+    `name`: its path in its folder. `caption`: with the trigger. `size`: (width, height) in pixels, upright.
+    `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask.
+    `transparent`: some of it shows the background. `repeats`: times per epoch. `weight`: weight of its loss.
+    `is_class`: whether it is a class picture. `before`: source images of an edit, without captions."""
+
+    path: Path
+    name: str
+    caption: str
+    size: tuple[int, int]
+    digest: str
+    perceptual_hash: bytes
+    mask: Path | None = None
+    mask_digest: str = ""
+    alpha: bool = False
+    transparent: bool = False
+    repeats: int = 1
+    weight: float = 1.0
+    is_class: bool = False
+    before: tuple[TrainingPicture, ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """Return the sha256 of all trained content, independent of its location."""
+        parts = [self.digest, self.caption, self.mask_digest, self.alpha, self.weight, self.is_class]
+        parts += [picture.digest for picture in self.before]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass
+class PictureSummary:
+    """A summary of the read pictures.
+
+    `captions`: source -> pictures. `triggers`: added, replaced, already there -> pictures. `broken`: `name:
+    reason` of dropped files. `notes`: conversion by decoding -> pictures. `ignored`: suffix -> files of other
+    kinds. `before`: source images per picture; `unlike`: those of other proportions, `name: sizes`."""
+
+    captions: Counter[str] = field(default_factory=Counter)
+    triggers: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    before: int = 0
+    unlike: list[str] = field(default_factory=list)
+
+
+def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two (width, height) have equal proportions, within 1%."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= _SAME_SHAPE * size[0] * other[1]
+
+
+def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
+    """Return the sha256 over the pictures' keys and repeats, in order."""
+    h = hashlib.sha256()
+    for picture in pictures:
+        h.update(f"{picture.key}|{picture.repeats}\n".encode())
+    return "sha256:" + h.hexdigest()
 
 
 def read_pictures(
     settings: ImageDataSection, which: Literal["train", "validation"] = "train"
-) -> tuple[list[TrainingPicture], AboutPictures]:
+) -> tuple[list[TrainingPicture], PictureSummary]:
     """Return the pictures of the settings' folders, sorted by name in each.
 
     With "train" the class pictures follow. Raises DataError for a folder that is missing or has no picture; a
@@ -38,154 +102,116 @@ def read_pictures(
     instead); a mask of other proportions; incomplete pairs; and unreadable files unless `settings.broken` is
     `drop`. Each error lists all problems, up to 20."""
     folders = settings.folders if which == "train" else (settings.validation,) if settings.validation else ()
-    about = AboutPictures()
-    pictures: list[TrainingPicture] = []
+    summary = PictureSummary()
     elsewhere = settings.model_copy(update={"before": "off" if settings.before == "off" else "auto"})
     own = settings if which == "train" else elsewhere
-    found = [(f, _list_folder(f, own, about, settings.prompt, settings.masks), False) for f in folders]
+    listed = [(folder, list_pictures(folder, own, settings.prompt, settings.masks), False) for folder in folders]
     if which == "train" and settings.class_folder is not None:
         masks = "auto" if settings.masks not in ("off", "alpha") else settings.masks
-        classes = _list_folder(settings.class_folder, elsewhere, about, settings.class_prompt, masks)
-        found.append((settings.class_folder, classes, True))
-    about.before = each_before({folder: files for folder, files, _ in found})
-    for folder, files, is_class in found:
-        read = _read(files, folder, settings, about, is_class=is_class)
-        pictures += read
-        about.class_pictures += len(read) if is_class else 0
-        about.pictures += 0 if is_class else len(read)
-    if folders and not about.pictures:
-        raise DataError("no picture is left to train on", where=", ".join(folders), fix=bullets(about.broken))
-    return pictures, about
+        classes = list_pictures(settings.class_folder, elsewhere, settings.class_prompt, masks)
+        listed.append((settings.class_folder, classes, True))
+    summary.before = sources_per_picture({folder: files for folder, (files, _), _ in listed})
+    pictures: list[TrainingPicture] = []
+    for folder, (files, ignored), is_class in listed:
+        summary.ignored += ignored
+        pictures += _read(files, folder, settings, summary, is_class)
+    if folders and all(picture.is_class for picture in pictures):
+        raise DataError("no picture is left to train on", where=", ".join(folders), fix=bullets(summary.broken))
+    return pictures, summary
 
 
 def count_pictures(settings: ImageDataSection) -> tuple[int, int]:
-    """Return (pictures in the settings' folders, source images per picture).
+    """Return (pictures in the settings' folders, source images per picture), by names only.
 
-    Uses names only. Raises DataError for a folder's content as `read_pictures` does."""
-    about = AboutPictures()
-    files = {f: _list_folder(f, settings, about, settings.prompt, settings.masks) for f in settings.folders}
-    return sum(map(len, files.values())), each_before(files)
-
-
-@dataclass(frozen=True)
-class OwnCaption:
-    """A picture of a folder, its name there, and its own caption or None."""
-
-    path: Path
-    name: str
-    caption: str | None
-
-
-def own_captions(folder: str) -> list[OwnCaption]:
-    """Return the pictures of a folder by name, with captions of files and metadata.
-
-    Raises DataError for a folder that `read_pictures` would refuse before opening a picture."""
-    found = _list_folder(folder, ImageDataSection(pictures=folder, masks="off"), AboutPictures(), None, "off")
-    return [OwnCaption(f.path, f.name, f.caption if f.source in _OWN else None) for f in found]
+    Raises DataError for a folder's content as `read_pictures` does."""
+    files = {f: list_pictures(f, settings, settings.prompt, settings.masks)[0] for f in settings.folders}
+    return sum(map(len, files.values())), sources_per_picture(files)
 
 
 def _read(
-    files: Sequence[PictureFile], folder: str, settings: ImageDataSection, about: AboutPictures, *, is_class: bool
+    files: Sequence[PictureFile], folder: str, settings: ImageDataSection, summary: PictureSummary, is_class: bool
 ) -> list[TrainingPicture]:
     trigger = None if is_class else settings.trigger
-    captions = triggered(files, folder, trigger, is_class=is_class)
-    if is_class and settings.trigger:
-        about.class_triggers += [
-            f.name for f, (c, _) in zip(files, captions, strict=True) if has_word(c, settings.trigger)
-        ]
-    pictures, broken = [], []
-    for found, (caption, did) in zip(files, captions, strict=True):
-        try:
-            picture = _open(found, caption, settings, is_class=is_class)
-            before = tuple(open_before(path, picture, settings) for path in found.before)
-        except UnreadablePicture as error:
-            broken.append(f"{found.name}: {error}")
-            continue
-        about.notes.update(picture.notes)
-        about.captions[found.source] += 1
-        about.trigger.update([did] if did else [])
-        about.masks += picture.mask is not None
-        about.alpha_masks += picture.alpha
-        about.empty += not caption
-        pictures.append(replace(picture, before=before))
-    about.resized_masks += check_masks(pictures, folder, settings)
-    check_befores(pictures, folder, about)
-    if broken and settings.broken == "refuse":
+    if trigger is None and (missing := [file.name for file in files if file.caption is None]):
+        key = "class_prompt" if is_class else "prompt"
         raise DataError(
-            f"{len(broken)} of {len(files)} pictures cannot be used:\n{bullets(broken)}",
+            f"{len(missing)} of {len(files)} pictures have no caption:\n{bullets(missing)}",
             where=folder,
-            fix="repair or remove them, or leave them out with data.broken=drop",
+            fix=f"write NAME.txt for each, or a metadata.jsonl, or set data.{key} for all that have none; "
+            f"a vision-language model writes them: veneer data caption {shlex.quote(folder)} --model MODEL",
         )
-    about.broken += broken
+    pictures, placeholders, broken = [], [], []
+    for file in files:
+        try:
+            caption, change = with_trigger(file.caption or "", trigger)
+            pictures.append(_open(file, caption, settings, summary, is_class))
+        except ValueError as error:
+            placeholders.append(f"{file.name}: {error}")
+            continue
+        except UnreadablePicture as error:
+            broken.append(f"{file.name}: {error}")
+            continue
+        summary.captions[file.source] += 1
+        summary.triggers.update([change] if change else [])
+    for bad, kind, fix in (
+        (placeholders, "caption", "set data.trigger, or correct them"),
+        (broken, "picture", "repair or remove them, or leave them out with data.broken=drop"),
+    ):
+        if bad and (kind == "caption" or settings.broken == "refuse"):
+            what = f"{len(bad)} of {counted(len(files), kind)} cannot be used:\n{bullets(bad)}"
+            raise DataError(what, where=folder, fix=fix)
+    summary.broken += broken
     return pictures
 
 
-def _open(found: PictureFile, caption: str, settings: ImageDataSection, *, is_class: bool) -> TrainingPicture:
-    data, digest = read_bytes(found.path)
+def _open(
+    file: PictureFile, caption: str, settings: ImageDataSection, summary: PictureSummary, is_class: bool
+) -> TrainingPicture:
+    """Decode a picture, its mask and its source images.
+
+    Raises UnreadablePicture; also for a mask of other proportions, and a source image that is too long."""
+    data, digest = read_bytes(file.path)
     opened = decode_picture(data, settings)
-    mask, mask_digest = found.mask, ""
-    if mask is not None:
+    width, height = opened.size
+    mask_digest = ""
+    if file.mask is not None:
         try:
-            mask_digest = read_bytes(mask)[1]
-        except UnreadablePicture:
-            mask_digest = "unreadable"  # check_masks reports it with the mask's name
+            data, mask_digest = read_bytes(file.mask)
+            size = mask_of(data, settings).size
+        except UnreadablePicture as error:
+            raise UnreadablePicture(f"its mask {file.mask}: {error}") from None
+        if not same_shape(size, opened.size):
+            sizes = f"{size[0]} x {size[1]} pixels, but the picture has {width} x {height}"
+            raise UnreadablePicture(f"its mask {file.mask} has {sizes}")
+    before = []
+    for path in file.before:
+        name = os.path.relpath(path, file.path.parents[len(Path(file.name).parts) - 1])
+        try:
+            data, source_digest = read_bytes(path)
+            source = decode_picture(data, settings)
+        except UnreadablePicture as error:
+            raise UnreadablePicture(f"its source image {name}: {error}") from None
+        if not same_shape(source.size, opened.size):
+            if why := too_long(*source.size):
+                raise UnreadablePicture(f"its source image {name} has {why}")
+            sizes = f"{source.size[0]} x {source.size[1]} pixels, but {file.name} has {width} x {height}"
+            summary.unlike.append(f"{name}: {sizes}")
+        look, shows = perceptual_hash(source.colour), source.alpha is not None
+        before.append(TrainingPicture(path, name, "", source.size, source_digest, look, transparent=shows))
+    summary.notes.update(opened.notes)
     return TrainingPicture(
-        found.path,
-        found.name,
+        file.path,
+        file.name,
         caption,
         opened.size,
         digest,
         perceptual_hash(opened.colour),
-        mask,
+        file.mask,
         mask_digest,
         alpha=settings.masks == "alpha" and opened.alpha is not None,
         transparent=opened.alpha is not None,
-        repeats=found.repeats,
+        repeats=file.repeats,
         weight=settings.class_weight if is_class else 1.0,
         is_class=is_class,
-        notes=opened.notes,
+        before=tuple(before),
     )
-
-
-def _list_folder(
-    place: str, settings: ImageDataSection, about: AboutPictures, prompt: str | None, masks: str
-) -> list[PictureFile]:
-    """Return the pictures in `place` and its subfolders, sorted by name.
-
-    Counts other files in `about`. `prompt`, `masks`: the settings. Raises DataError."""
-    folder = picture_folder(place, settings)
-    about.ignored += folder.ignored
-    rows, named = metadata_rows(folder, settings, about)
-    shown = {path for paths in named.values() for path in paths}
-    folder = replace(folder, pictures=[p for p in folder.pictures if p not in shown or p in rows])
-    if not folder.pictures:
-        others = first_few([f"{n} {suffix}" for suffix, n in folder.ignored.most_common()], 12) or "nothing"
-        raise DataError(
-            "there is no picture in this folder",
-            where=str(folder.root),
-            fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {others}",
-        )
-    captioned = caption_files(folder, about)
-    covers = mask_files(folder, masks)
-    before = before_files(folder, named, settings)
-    out = []
-    for path in folder.pictures:
-        repeats, words = kohya_folder(path, folder.root, about)
-        sources = {
-            "caption files": captioned.get(path),
-            "metadata": rows.get(path),
-            "folder names": words,
-            "the prompt": prompt,
-        }
-        source = next((source for source, caption in sources.items() if caption is not None), "nothing")
-        name, own = path.relative_to(folder.root).as_posix(), tuple(before.get(path, ()))
-        out.append(PictureFile(path, name, sources.get(source), source, covers.get(path), repeats, own))
-    return out
-
-
-def planned_slider(slider: SliderSection) -> tuple[int, int, float, str]:
-    """Return the numbers for a slider's plan.
-
-    They are (scenes, training rows per scene, extra base forward passes per row, description)."""
-    text = f"a slider: {counted(slider.scenes, 'scene')} that the base draws first, learned at both signs, "
-    return slider.scenes, 2, 1.5, text + "three forwards of the base for both"

@@ -25,8 +25,8 @@ from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
 from veneer.train.image.encode import Encoders
+from veneer.train.image.pictures import PictureSummary, TrainingPicture
 from veneer.train.image.samples import sample_settings
-from veneer.train.image.training_picture import AboutPictures, TrainingPicture
 from veneer.train.loop import LazySteps, peak_memory_bytes
 from veneer.train.preflight import (
     Finding,
@@ -59,7 +59,7 @@ class ImageData:
 
     learned: list[TrainingPicture]
     held: list[TrainingPicture]
-    about: AboutPictures
+    summary: PictureSummary
     plan: PicturePlan
     encoders: Encoders
     steps: LazySteps
@@ -215,7 +215,7 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
 
 def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
     """Report problems with pairs: a base that does not edit, pictures, samples."""
-    before, samples = data.about.before, config.samples
+    before, samples = data.summary.before, config.samples
     folder = ", ".join(config.data.folders)
     if before > base.references:
         text = f"{folder} has {counted(before, 'picture')} before each, and {base.name} "

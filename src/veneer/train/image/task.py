@@ -43,7 +43,7 @@ from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
 from veneer.train.image.file_metadata import tag_frequency, training_facts
-from veneer.train.image.pictures import read_pictures
+from veneer.train.image.pictures import pictures_digest, read_pictures
 from veneer.train.image.preflight import ImageData, memory_numbers, parts_of
 from veneer.train.image.samples import (
     class_folder,
@@ -61,7 +61,6 @@ from veneer.train.image.save import (
     prove_image_adapter,
     save_image_adapter,
 )
-from veneer.train.image.training_picture import pictures_digest
 from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, Micro, memory_errors, sender
 from veneer.train.optim import Ema
@@ -157,7 +156,7 @@ def read_images(image: ImageRun) -> ImageData:
         found = [p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask")]
         missing = max(0, settings.class_count - len(found))
         settings = settings.model_copy(update={"class_folder": str(place) if found else None})
-    pictures, about = read_pictures(settings)
+    pictures, summary = read_pictures(settings)
     held = read_pictures(settings, "validation")[0]
     if settings.validation is None:
         pictures, held = split_pictures(pictures, settings.split, config.seed)
@@ -169,14 +168,14 @@ def read_images(image: ImageRun) -> ImageData:
     encoders = Encoders(base, config, None if run.dry_run else image.cache)
     steps = plan_image_steps(plan.rows, config, encoders.batch, run.devices.count)
     tags = tag_frequency(p for p in pictures if not p.is_class)
-    return ImageData(pictures, held, about, plan, encoders, steps, scored, missing, tags)
+    return ImageData(pictures, held, summary, plan, encoders, steps, scored, missing, tags)
 
 
 def _checked(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
     run, config, base = image.run, image.config, image.base
     texts = image.kind.texts(image, data)
     # A prompt is read only for its length, so that a dry run and a wrong setting cost no forward passes.
-    if base.reads_references and data.about.before:  # with source images, nothing is cut
+    if base.reads_references and data.summary.before:  # with source images, nothing is cut
         texts |= {"captions": [], "sample prompts": []}
     cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(base, c))} for w, said in texts.items()}
     report = inspect_run(
@@ -568,7 +567,7 @@ class AttachedPictures:
 PICTURES = ImageKind(
     read=read_images,
     texts=image_texts,
-    findings=lambda image, data: check_pictures(data.learned, data.about, data.plan, image.config.data),
+    findings=lambda image, data: check_pictures(data.learned, data.summary, data.plan, image.config.data),
     last_findings=lambda image, data: (),
     loss=lambda image, data, attachment: ImageLoss(image.base, image.config, data.encoders, bare=attachment.using),
     strengths=lambda config: (),
