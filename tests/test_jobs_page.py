@@ -38,7 +38,7 @@ def test_the_pages_commands(
         assert ran.code == 0, f"{line}\n{ran.out}{ran.err}"
         if words[2] == "submit":
             job = ran.out.split()[0]
-    assert "acme    4.000000  500.000000  4" in ran.out
+    assert "training_price=4.000000\ntraining_budget=500.000000\ntraining_jobs=4\n" in ran.out
     (code,) = blocks(PAGE, "python")
     exec(compile(code, "jobs.md", "exec"), {})
     assert f"{job} cancelled 0 3 None" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_every_command_of_the_page_does_what_it_says(reader: Reader) -> None:
             if line.startswith("export GLOBEX"):
                 reader.key = os.environ["GLOBEX"][4:14]
                 assert reader.key in out
-    assert len(said) > 45
+    assert len(said) > 40
     assert "tenants.sqlite, so requests need a key" in (reader.folder / "log").read_text()
 
     def of(start: str) -> str:
@@ -137,7 +137,7 @@ def test_the_page_names_every_route_under_admin(tmp_path: Path) -> None:
     tenants = Tenants(str(tmp_path / "t.sqlite"), admin_key=make_admin_key(), watch=False)
     routes = [route.path for route in admin_router(tenants, ToyCatalog()).routes if isinstance(route, APIRoute)]
     tenants.close()
-    assert len(routes) > 20
+    assert len(routes) == 21
     for path in routes:
         last = path.rsplit("/", 1)[-1].strip("{}")
         assert last in PAGE or last in ("tenant", "key"), f"{path} is not on the page"

@@ -121,7 +121,7 @@ def test_a_shadow_s_answer_stands_beside_the_one_that_was_sent(people: tuple[Win
     ask()
     page.get_by_role("group", name="Shadows in sum").get_by_text(OTHER).wait_for()
     page.get_by_role("button", name="Keep answers for 7 days").click()
-    window.until("veneer tenant feedback keep --days 7")
+    window.until("veneer tenant set all feedback_days=7")
     page.get_by_role("button", name="Keep them").click()
     page.locator("dialog[open]").wait_for(state="detached")
     ask()

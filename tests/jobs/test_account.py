@@ -57,7 +57,9 @@ def test_a_job_has_what_clients_left_of_the_budget(store: JobStore, tenants: Sto
     manage.add_tenant(tenants, "acme", who="test")
     config = small_config(tmp_path)
     for price, state in ((UNIT * UNIT, "failed"), (1, "queued")):
-        manage.set_training(tenants, "acme", TrainingTerms(price=price, budget=4 * UNIT + 1000), who="test")
+        manage.change_settings(
+            tenants, "acme", {"training_price": price, "training_budget": 4 * UNIT + 1000}, who="test"
+        )
         store.create("acme", config, name="support")
         lease = taken(store, state="validating")
         job = validated(store, lease, account, cpu_device())
@@ -121,14 +123,16 @@ def test_terms_are_those_of_this_moment(store: JobStore, tenants: Store) -> None
     manage.add_tenant(tenants, "acme", who="test")
     terms = TrainingAccount(store, tenants).terms
     assert terms("acme") == TrainingTerms()
-    manage.set_training(tenants, "", TrainingTerms(price=5), who="test")
+    manage.change_settings(tenants, "", {"training_price": 5}, who="test")
     assert terms("acme") == TrainingTerms(price=5)
-    manage.set_training(tenants, "acme", TrainingTerms(price=3, budget=7, jobs=1), who="test")
+    manage.change_settings(tenants, "acme", {"training_price": 3, "training_budget": 7, "training_jobs": 1}, who="test")
     assert terms("acme") == TrainingTerms(price=3, budget=7, jobs=1)
     assert terms("") == TrainingTerms()
     assert terms("nobody").jobs == 0
-    manage.change_tenant(tenants, "acme", enabled=False, who="test")
+    manage.change_settings(tenants, "acme", {"enabled": False}, who="test")
     assert terms("acme").jobs == 0
-    manage.set_training(tenants, "acme", None, who="test")
+    manage.change_settings(
+        tenants, "acme", {"training_price": None, "training_budget": None, "training_jobs": None}, who="test"
+    )
     manage.remove_tenant(tenants, "acme", who="test")
     assert TrainingAccount(store, None).terms("acme") == TrainingTerms()

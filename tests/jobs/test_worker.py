@@ -20,7 +20,7 @@ from veneer.jobs.store import Job, JobStore
 from veneer.jobs.worker import Worker
 from veneer.library.library import Library
 from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.store import Store, TrainingTerms
+from veneer.serve.tenancy.store import Store
 
 pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
 
@@ -278,8 +278,8 @@ def test_no_tenant_runs_more_at_once_than_its_terms_say(library: Library, store:
     tenants = Store(str(tmp_path / "tenants.sqlite"))
     for name in ("acme", "best", "gone"):
         manage.add_tenant(tenants, name, who="test")
-    manage.change_tenant(tenants, "gone", enabled=False, who="test")
-    manage.set_training(tenants, "acme", TrainingTerms(jobs=2), who="test")
+    manage.change_settings(tenants, "gone", {"enabled": False}, who="test")
+    manage.change_settings(tenants, "acme", {"training_jobs": 2}, who="test")
     for tenant in ("acme", "acme", "acme", "best", "gone", ""):
         queued(store, tenant)
     executor = Pretended()

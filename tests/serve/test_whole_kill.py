@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sqlalchemy import select
 from tests.forks import Forked
 from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
+from tests.serve.tenancy.conftest import prices
 from tests.serve.whole import Shop, asking, make_shop, prompt, said
 from veneer.library.database import reading
 from veneer.serve.tenancy import manage
@@ -55,7 +56,7 @@ def tenants_of(folder: Path) -> tuple[str, str]:
     url = str(folder / "tenants.sqlite")
     tenants = Tenants(url, watch=False)
     manage.add_tenant(tenants.store, "acme", adapters=["*"], who="test")
-    manage.set_price(tenants.store, "", "", PRICE, who="test")
+    manage.change_settings(tenants.store, "", prices(*astuple(PRICE)), who="test")
     _, key = manage.make_tenant_key(tenants.store, "acme", who="test")
     tenants.close()
     return url, key

@@ -47,7 +47,7 @@ def test_whether_a_prompt_was_there_tells_a_tenant_nothing_of_another(shop: Shop
             assert asked(whole, keys["acme"], model, ids, cache_salt="x") == (200, most)
             assert asked(whole, keys["globex"], model, ids, cache_salt="x") == (200, 0)
 
-        manage.share_prefixes(store, add=["plain", "tiny"], who="me")
+        manage.change_settings(store, "", {"shared_cache": ["plain", "tiny"]}, who="me")
         for model in ("plain", "tiny", "plain@1"):
             asked(whole, keys["acme"], model, ids)
             assert asked(whole, keys["globex"], model, ids) == (200, most)
@@ -55,7 +55,7 @@ def test_whether_a_prompt_was_there_tells_a_tenant_nothing_of_another(shop: Shop
         both = {"mix": ["plain", "rs"]}
         assert asked(whole, keys["acme"], "", ids, **both) == (200, 0)
         assert asked(whole, keys["globex"], "", ids, **both) == (200, 0), "not all of the mix is shared"
-        manage.share_prefixes(store, remove=["plain"], who="me")
+        manage.change_settings(store, "", {"shared_cache": ["tiny"]}, who="me")
         assert asked(whole, keys["globex"], "plain", ids) == (200, most), "its own, from before"
         assert asked(whole, keys["acme"], "plain", prompt(100, 2)) == (200, 0)
         assert asked(whole, keys["globex"], "plain", prompt(100, 2)) == (200, 0)

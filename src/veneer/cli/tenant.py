@@ -1,4 +1,4 @@
-"""`veneer tenant …`: tenants, keys, limits, prices, routes, usage, audit log.
+"""`veneer tenant …`: tenants, keys, settings, routes, usage, audit log.
 
 The commands write to the server's database, whether or not a server runs.
 A change applies from the next request.
@@ -32,8 +32,6 @@ key_app = typer.Typer(**_PLAIN, help="API keys of tenants.")
 app.add_typer(key_app, name="key")
 route_app = typer.Typer(**_PLAIN, help="Routes: weighted versions, shadows, rollback.")
 app.add_typer(route_app, name="route")
-feedback_app = typer.Typer(**_PLAIN, help="Stored answers, user feedback on them, and training rows.")
-app.add_typer(feedback_app, name="feedback")
 
 _database: dict[str, str | None] = {"at": None}
 """The value of `--at`: a SQLite file or URL."""
@@ -65,7 +63,6 @@ def _user() -> str:
 tenant_command = partial(command, app, _store)
 key_command = partial(command, key_app, _store)
 route_command = partial(command, route_app, _store)
-feedback_command = partial(command, feedback_app, _store)
 
 
 def _rows(value: Any, head: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> Result:
@@ -77,24 +74,19 @@ def _day(at: float | None) -> str:
     return "" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
 
 
-def _scope(tenant: str) -> str:
-    """Return a tenant's key in the settings: "" for `all`."""
-    return "" if tenant == "all" else tenant
-
-
 Tenant = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
-AnyTenant = Annotated[str | None, typer.Argument(help="The tenant; default: all.", show_default=False)]
-KeptTenant = Annotated[
-    str, typer.Argument(help="The tenant; default: requests without a key on an open server.", show_default=False)
+Scope = Annotated[
+    str,
+    typer.Argument(
+        metavar="TENANT",
+        help="A tenant; all: all tenants together; '*': limits of each tenant without its own.",
+        show_default=False,
+    ),
 ]
+AnyTenant = Annotated[str | None, typer.Argument(help="The tenant; default: all.", show_default=False)]
 KeyId = Annotated[str, typer.Argument(help="The key's id: the part after vnr-.", show_default=False)]
-Adapter = Annotated[str, typer.Option(help="Apply to this adapter only; default: all adapters.")]
-Patterns = Annotated[list[str], typer.Argument(help="Adapter names; * matches any text: 'acme/*'.", show_default=False)]
-RemovePatterns = Annotated[bool, typer.Option("--remove", help="Remove these patterns.")]
-Weight = typer.Option(help="Scheduling weight: relative share of the server while requests queue.")
 Since = Annotated[str, typer.Option(help="First day to include, in UTC.")]
 Until = Annotated[str, typer.Option(help="Last day to include, in UTC.")]
-Count = Annotated[int | None, typer.Option(min=0, help="Maximum; 0 for no limit.", show_default=False)]
 Route = Annotated[str, typer.Argument(help="The route.", show_default=False)]
 RouteTenant = Annotated[
     str, typer.Option("--tenant", help="The tenant that owns the route; default: a route for all tenants.")
@@ -124,6 +116,38 @@ def _where(
 # -- tenants -----------------------------------------------------------------------------------------------------------
 
 
+@tenant_command("list", "veneer tenant list")
+def list_(store: Store) -> Result:
+    """List tenants."""
+    tenants = store.settings.tenants.values()
+    keys = [k.tenant for k in store.settings.keys.values() if k.state(time.time()) == "active"]
+    rows = [(t.name, t.weight, "yes" if t.enabled else "no", keys.count(t.name), " ".join(t.adapters)) for t in tenants]
+    head = ("tenant", "weight", "enabled", "keys", "adapters")
+    return _rows({"tenants": [asdict(t) for t in tenants]}, head, rows, "no tenants: veneer tenant add NAME")
+
+
+@tenant_command("show", "veneer tenant show acme")
+def show(store: Store, tenant: Scope) -> Result:
+    """Show the settings of a tenant. Money in JSON is in millionths."""
+    from veneer.serve.tenancy import manage
+
+    name = "" if tenant == "all" else tenant
+    if tenant not in ("all", "*"):
+        manage.get_tenant(store, tenant)
+    found = manage.show_settings(store.settings, name)
+    return Result(found, "\n".join(_setting_lines(found)))
+
+
+def _setting_lines(found: dict[str, Any], adapter: str = "") -> Iterator[str]:
+    for key, value in found.items():
+        if key == "by_adapter":
+            for name, inner in value.items():
+                yield from _setting_lines(inner, f"{name}: ")
+        elif value is not None and key not in ("tenant", "name", "created"):
+            text = " ".join(value) if isinstance(value, list | tuple) else value
+            yield f"{adapter}{key}={_money(value) if _is_money(key) else text}"
+
+
 @tenant_command("add", "veneer tenant add acme --see 'acme/*' --weight 2")
 def add(
     store: Store,
@@ -131,7 +155,7 @@ def add(
     see: Annotated[
         list[str] | None, typer.Option(help="Pattern of visible adapters, such as 'acme/*'; repeatable.")
     ] = None,
-    weight: Annotated[float, Weight] = 1.0,
+    weight: Annotated[float, typer.Option(help="Share of the server while requests queue.")] = 1.0,
 ) -> Result:
     """Add a tenant. A tenant sees shared adapters and matches of its patterns."""
     from veneer.serve.tenancy import manage
@@ -140,40 +164,47 @@ def add(
     return Result(asdict(made), f"{tenant}: veneer tenant key add {tenant}")
 
 
-@tenant_command("list", "veneer tenant list")
-def list_(store: Store) -> Result:
-    """List tenants and the shared adapters."""
-    settings = store.settings
-    tenants = settings.tenants.values()
-    keys = [k.tenant for k in settings.keys.values() if k.state(time.time()) == "active"]
-    rows = [(t.name, t.weight, "yes" if t.enabled else "no", keys.count(t.name), " ".join(t.adapters)) for t in tenants]
-    value = {"tenants": [asdict(t) for t in tenants], "shared": settings.shared}
-    head = ("tenant", "weight", "enabled", "keys", "sees")
-    shared = f"shared: {' '.join(settings.shared)}"
-    text = table(head, rows) if rows else "no tenants: veneer tenant add NAME"
-    return Result(value, f"{text}\n{shared}" if settings.shared else text)
-
-
-@tenant_command("change", "veneer tenant change acme --weight 3")
-def change(
+@tenant_command("set", "veneer tenant set acme requests_per_minute=60 prompt_price=0.15 completion_price=0.60")
+def set_(
     store: Store,
-    tenant: Tenant,
-    weight: Annotated[float | None, Weight] = None,
-    enabled: Annotated[
-        bool | None, typer.Option("--enable/--disable", help="Accept or refuse the tenant's keys.")
-    ] = None,
+    tenant: Scope,
+    values: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE …", help="Settings; `none` removes one.", show_default=False)
+    ],
+    adapter: Annotated[str, typer.Option(help="Set limits and prices of this adapter only.")] = "",
 ) -> Result:
-    """Change a tenant's weight, or disable or enable the tenant."""
+    """Set a tenant's weight, visible adapters, limits, prices, training terms and stored answers.
+
+    Keys: weight, enabled, adapters, requests_per_minute, requests_per_day, tokens_per_minute, tokens_per_day,
+    concurrency, prompt_price, cached_price, completion_price (per million tokens), training_price,
+    training_budget (per month), training_jobs, feedback_days, feedback_names, shared_cache. Lists have commas."""
     from veneer.serve.tenancy import manage
 
-    made = manage.change_tenant(store, tenant, weight=weight, enabled=enabled, who=_user())
-    state = "enabled" if made.enabled else "disabled"
-    return Result(asdict(made), f"{tenant}: weight {made.weight:g}, {state}")
+    pairs = [text.partition("=") for text in values]
+    if any(not equals for _, equals, _ in pairs):
+        raise typer.BadParameter("give key=value, as in weight=2")
+    changes = {key: _value(key, text) for key, _, text in pairs}
+    name = "" if tenant == "all" else tenant
+    found = manage.change_settings(store, name, changes, adapter=adapter, who=_user())
+    return Result(found, "\n".join(_setting_lines(found)))
+
+
+def _value(key: str, text: str) -> Any:
+    """Parse a setting's value: `none`, a list with commas, money, or plain text."""
+    if key in ("adapters", "feedback_names", "shared_cache"):
+        return [] if text == "none" else [part for part in text.split(",") if part]
+    if text == "none":
+        return None
+    return _millionths(text)[0] if _is_money(key) else text
+
+
+def _is_money(key: str) -> bool:
+    return key.endswith(("_price", "_budget"))
 
 
 @tenant_command("remove", "veneer tenant remove acme")
 def remove(store: Store, tenant: Tenant) -> Result:
-    """Remove a tenant with its keys, limits, prices and routes.
+    """Remove a tenant with its keys, settings and routes.
 
     The tenant's usage stays in the ledger."""
     from veneer.serve.tenancy import manage
@@ -182,43 +213,32 @@ def remove(store: Store, tenant: Tenant) -> Result:
     return Result({"removed": tenant}, f"removed {tenant}")
 
 
-@tenant_command("see", "veneer tenant see acme 'acme/*' support")
-def see(store: Store, tenant: Tenant, patterns: Patterns, remove: RemovePatterns = False) -> Result:
-    """Grant a tenant access to adapters. Other tenants get 404 for these names."""
-    return _grant(store, tenant, patterns, remove)
-
-
-@tenant_command("share", "veneer tenant share 'public/*'")
-def share(store: Store, patterns: Patterns, remove: RemovePatterns = False) -> Result:
-    """Grant every tenant access to adapters. Every tenant can use the base."""
-    return _grant(store, "", patterns, remove)
-
-
-def _grant(store: Store, tenant: str, patterns: list[str], remove: bool) -> Result:
-    from veneer.serve.tenancy import manage
-
-    after = manage.grant(store, tenant, **{"remove" if remove else "add": patterns}, who=_user())
-    return Result({"adapters": after}, f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}")
-
-
-@tenant_command("cache", "veneer tenant cache support")
-def cache(
+@tenant_command("feedback", "veneer tenant feedback acme --kind preference --adapter acme/support -o rows.jsonl")
+def feedback(
     store: Store,
-    patterns: Annotated[
-        list[str] | None, typer.Argument(help="Adapters, or the base; default: show the current ones.")
-    ] = None,
-    remove: RemovePatterns = False,
+    tenant: Annotated[str, typer.Argument(help="A tenant; all: requests without a key.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON Lines file to write.", show_default=False)],
+    kind: Annotated[str, typer.Option(help="Kind of rows: supervised, preference or unpaired.")] = "supervised",
+    adapter: Annotated[str | None, typer.Option(help="Only this adapter or route, all versions.")] = None,
 ) -> Result:
-    """Share the prefix cache between tenants for these adapters.
+    """Write feedback as rows for `veneer train`.
 
-    By default each tenant has its own cache. Sharing is faster, but a tenant can probe which prompts other
-    tenants sent."""
+    supervised: answers with thumbs up, and corrections; preference: pairs; unpaired: rated answers."""
+    from veneer.files.atomic import atomic_write
     from veneer.serve.tenancy import manage
+    from veneer.serve.tenancy.feedback import feedback_rows
 
-    after = store.settings.common
-    if patterns:
-        after = manage.share_prefixes(store, **{"remove" if remove else "add": patterns}, who=_user())
-    return Result({"shared": after}, f"shared between tenants: {' '.join(after) or 'nothing'}")
+    name = "" if tenant == "all" else manage.get_tenant(store, tenant).name
+    count = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        for row in feedback_rows(store.engine, name, kind, adapter=adapter):
+            count += 1
+            yield json.dumps(row).encode() + b"\n"
+
+    atomic_write(output, lines())
+    return Result({"rows": count, "output": str(output)}, f"{count:,} rows in {output}")
 
 
 @app.command("admin-key", epilog="Example: veneer tenant admin-key")
@@ -286,101 +306,6 @@ def key_rotate(
 
     row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), who=_user())
     return Result({**manage.show_key(row), "key": secret}, secret)
-
-
-# -- limits and prices -------------------------------------------------------------------------------------------------
-
-
-@tenant_command("limit", "veneer tenant limit acme --requests-per-minute 60 --tokens-per-day 2000000")
-def limit(
-    store: Store,
-    tenant: Annotated[
-        str, typer.Argument(help="A tenant; '*': every tenant without its own limits; all: the sum over all tenants.")
-    ] = "",
-    adapter: Adapter = "",
-    requests_per_minute: Count = None,
-    requests_per_day: Count = None,
-    tokens_per_minute: Count = None,
-    tokens_per_day: Count = None,
-    concurrency: Count = None,
-) -> Result:
-    """Set the given limits; without options, show the current limits."""
-    from veneer.serve.tenancy import manage
-    from veneer.serve.tenancy.store import LIMITS
-
-    given = (requests_per_minute, requests_per_day, tokens_per_minute, tokens_per_day, concurrency)
-    values = {name: value or None for name, value in zip(LIMITS, given, strict=True) if value is not None}
-    if values:
-        if not tenant:
-            raise typer.BadParameter("name whose limits to set: a tenant, '*' or all")
-        manage.set_limit(store, _scope(tenant), adapter, values, who=_user())
-    found = store.look().limits
-    head = ("tenant", "adapter", *(n.replace("_per_", "/") for n in LIMITS))
-    return _scoped("limits", found, head, lambda v: "" if v is None else f"{v:,}", "no limits")
-
-
-def _scoped(what: str, found: Any, head: Sequence[str], cell: Callable[[Any], str], empty: str) -> Result:
-    """Return settings by tenant and adapter as a Result."""
-    value = {what: [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]}
-    rows = [(t or "all", a or "all", *map(cell, asdict(row).values())) for (t, a), row in sorted(found.items())]
-    return _rows(value, head, rows, empty)
-
-
-@tenant_command("price", "veneer tenant price all --prompt 0.15 --cached 0.015 --completion 0.60")
-def price(
-    store: Store,
-    tenant: Annotated[str, typer.Argument(help="A tenant; all: every tenant.")] = "",
-    adapter: Adapter = "",
-    prompt: Annotated[str | None, typer.Option(help="Price of a million computed prompt tokens.")] = None,
-    cached: Annotated[str, typer.Option(help="Price of a million cached prompt tokens; default: --prompt.")] = "",
-    completion: Annotated[str | None, typer.Option(help="Price of a million completion tokens.")] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove this price.")] = False,
-) -> Result:
-    """Set prices per million tokens, to a millionth; without prices, show them."""
-    from veneer.serve.tenancy import manage
-    from veneer.serve.tenancy.store import Price
-
-    if remove or prompt is not None or completion is not None:
-        if not tenant or (not remove and (prompt is None or completion is None)):
-            raise typer.BadParameter("give a tenant or all, --prompt and --completion")
-        figures = (prompt or "", cached or prompt or "", completion or "")
-        made = None if remove else Price(*_millionths(*figures))
-        manage.set_price(store, _scope(tenant), adapter, made, who=_user())
-    found = store.look().prices
-    head = ("tenant", "adapter", "prompt", "cached", "completion")
-    return _scoped("prices", found, head, _money, "no prices: everything is free")
-
-
-@tenant_command("training", "veneer tenant training acme --price 8.00 --budget 200 --at-once 2")
-def training(
-    store: Store,
-    tenant: Annotated[str, typer.Argument(help="A tenant; all: every tenant without its own terms.")] = "",
-    price: Annotated[str | None, typer.Option(help="Price of a million training tokens.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Budget per calendar month (UTC); none: unlimited.")] = None,
-    at_once: Annotated[int | None, typer.Option(min=0, help="Jobs running at once; 0: training is disabled.")] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove these terms.")] = False,
-) -> Result:
-    """Set training price, budget and concurrent jobs; without options, show them.
-
-    Each call replaces all three."""
-    from veneer.serve.tenancy import manage
-    from veneer.serve.tenancy.store import TrainingTerms
-
-    if remove or price is not None or budget is not None or at_once is not None:
-        if not tenant:
-            raise typer.BadParameter("name whose terms to set: a tenant, or all")
-        (cost,) = _millionths(price or "0")
-        most = None if budget in (None, "none") else _millionths(str(budget))[0]
-        made = None if remove else TrainingTerms(cost, most, at_once)
-        manage.set_training(store, _scope(tenant), made, who=_user())
-    found = store.look().training
-    value = {"training": [{"tenant": t, **asdict(terms)} for t, terms in found.items()]}
-    rows = [
-        (t or "all", _money(x.price), "" if x.budget is None else _money(x.budget), "" if x.jobs is None else x.jobs)
-        for t, x in sorted(found.items())
-    ]
-    empty = "no terms: training is free, and as much as there is"
-    return _rows(value, ("tenant", "price", "budget", "at once"), rows, empty)
 
 
 def _millionths(*figures: str) -> list[int]:
@@ -659,145 +584,3 @@ def route_history(store: Store, route: Route, tenant: RouteTenant = "") -> Resul
         for m in found
     ]
     return Result({"moves": found}, "\n".join(lines))
-
-
-@route_command("shadows", "veneer tenant route shadows support")
-def route_shadows(
-    store: Store,
-    route: Annotated[str, typer.Argument(help="The route; default: all.", show_default=False)] = "",
-    limit: Annotated[int, typer.Option(min=0, help="Maximum number of comparisons to list.")] = 20,
-) -> Result:
-    """Compare responses of shadows and targets: totals, then the newest pairs."""
-    from veneer.serve.tenancy import routes
-
-    with store.reading() as c:
-        summary = routes.shadow_summary(c, route=route)
-        found = routes.shadow_log(c, route=route, limit=limit)
-    rows = [
-        (
-            *(_day(r["at"]), r["route"], r["target"], r["shadow"], _difference(r)),
-            f"{r['target_tokens']}/{r['shadow_tokens']}",
-            f"{r['target_seconds']:.2f}/{r['shadow_seconds']:.2f}",
-        )
-        for r in found
-    ]
-    head = ("when", "route", "target", "shadow", "answers", "tokens", "seconds")
-    parts = ["\n".join(map(_summary_line, summary)), table(head, rows) if rows else ""]
-    text = "\n\n".join(filter(None, parts)) or "no comparisons"
-    return Result({"summary": summary, "comparisons": found}, text)
-
-
-def _summary_line(r: dict[str, Any]) -> str:
-    answered = r["compared"] - r["failed"]
-    parts = [f"{r['same']:,} of {answered:,} answers the same"] if answered else []
-    if r["distance"] is not None:
-        parts.append(f"pixels {r['distance']:.1%} apart")
-    if answered:
-        parts.append(f"tokens {r['target_tokens']:.3g} and {r['shadow_tokens']:.3g}")
-        parts.append(f"seconds {r['target_seconds']:.2f} and {r['shadow_seconds']:.2f}")
-    parts += [f"{r['failed']:,} failed"] if r["failed"] else []
-    return f"{r['route']}: {r['target']} and its shadow {r['shadow']}: {', '.join(parts)}"
-
-
-def _difference(r: dict[str, Any]) -> str:
-    if r["failed"]:
-        return "failed"
-    if r["same"]:
-        return "same"
-    return f"from character {r['first_difference']}" if r["distance"] is None else f"pixels {r['distance']:.1%} apart"
-
-
-# -- feedback ----------------------------------------------------------------------------------------------------------
-
-
-@feedback_command("keep", "veneer tenant feedback keep acme --days 30 --name 'acme/*'")
-def feedback_keep(
-    store: Store,
-    tenant: KeptTenant = "",
-    days: Annotated[float, typer.Option(help="Days to keep each answer.")] = 30.0,
-    name: Annotated[list[str] | None, typer.Option(help="Only these routes or adapters; repeatable.")] = None,
-    off: Annotated[bool, typer.Option("--off", help="Stop storing answers; stored answers stay.")] = False,
-) -> Result:
-    """Store a tenant's chats for feedback. Off by default.
-
-    A stored chat has its messages, its answers and a hash of `user`."""
-    from veneer.serve.tenancy import manage
-    from veneer.serve.tenancy.store import FeedbackTerms
-
-    made = None if off else FeedbackTerms(days, tuple(name or ()))
-    manage.set_feedback(store, tenant, made, who=_user())
-    value = {"tenant": tenant, "feedback": None if made is None else asdict(made)}
-    return Result(value, f"{tenant or _NO_KEY}: {_kept(made)}")
-
-
-_NO_KEY = "(without a key)"
-
-
-def _kept(terms: Any) -> str:
-    if terms is None:
-        return "no answers are kept"
-    return f"answers are kept for {terms.days:g} days: {' '.join(terms.names) or 'all'}"
-
-
-@feedback_command("show", "veneer tenant feedback show")
-def feedback_show(store: Store) -> Result:
-    """Show which tenants' answers are stored, and the feedback on the answers."""
-    from veneer.serve.tenancy.feedback import feedback_counts
-
-    with store.reading() as c:
-        terms = store.settings.feedback
-        names = [*([""] if "" in terms else []), *store.settings.tenants]
-        found = {name: feedback_counts(c, name, time.time()) for name in names}
-    listed = [{"tenant": t, "feedback": asdict(terms[t]) if t in terms else None, **n} for t, n in found.items()]
-    rows = [(t or _NO_KEY, *n.values(), _kept(terms.get(t))) for t, n in found.items() if t in terms or n["answers"]]
-    head = ("tenant", "answers", "up", "down", "corrected", "chosen", "")
-    return _rows({"tenants": listed}, head, rows, "no answers are kept")
-
-
-_EXPORT = "veneer tenant feedback export acme --kind preference --adapter acme/support -o rows.jsonl"
-
-
-@feedback_command("export", _EXPORT)
-def feedback_export(
-    store: Store,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON Lines file to write.", show_default=False)],
-    tenant: KeptTenant = "",
-    kind: Annotated[str, typer.Option(help="Kind of rows: supervised, preference or unpaired.")] = "supervised",
-    adapter: Annotated[str | None, typer.Option(help="Only this adapter or route, all versions.")] = None,
-) -> Result:
-    """Write feedback as rows for `veneer train`.
-
-    supervised: answers with thumbs up, and corrections; preference: pairs; unpaired: rated answers."""
-    from veneer.files.atomic import atomic_write
-    from veneer.serve.tenancy import manage
-    from veneer.serve.tenancy.feedback import feedback_rows
-
-    count = 0
-
-    def lines() -> Iterator[bytes]:
-        nonlocal count
-        for row in found:
-            count += 1
-            yield json.dumps(row).encode() + b"\n"
-
-    if tenant:
-        manage.get_tenant(store, tenant)
-    found = feedback_rows(store.engine, tenant, kind, adapter=adapter)
-    atomic_write(output, lines())
-    return Result({"rows": count, "output": str(output)}, f"{count:,} rows in {output}")
-
-
-@feedback_command("forget", "veneer tenant feedback forget acme --user u-17")
-def feedback_forget(
-    store: Store,
-    tenant: KeptTenant = "",
-    user: Annotated[str | None, typer.Option(help="Remove answers to requests of this `user`.")] = None,
-    everything: Annotated[bool, typer.Option("--everything", help="Remove all answers of the tenant.")] = False,
-) -> Result:
-    """Remove stored answers, their feedback, and answers that are not yet written."""
-    from veneer.serve.tenancy import manage
-
-    if (user is not None) == everything:
-        raise typer.BadParameter("give --user or --everything")
-    gone = manage.remove_answers(store, tenant, user=user, who=_user())
-    return Result({"removed": gone}, f"{gone:,} answers removed")

@@ -94,7 +94,7 @@ def validated(
                 f"{lease.job.tenant or 'this machine'} may have no training jobs: there is no such tenant, it is shut "
                 "out, or may have none at once",
                 where="tenant",
-                fix="see veneer tenant list, and veneer tenant training",
+                fix="see veneer tenant list, and veneer tenant show",
             )
         plan = _plan_of_job(lease.job, device, room)
         spent = 0 if terms.budget is None else account.spent(lease.job.tenant)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -64,18 +64,26 @@ class ServerConfig(BaseModel):
         return bytes_of(str(getattr(self, key)), key)
 
 
-def server_config(values: Mapping[str, Any], file: Path) -> ServerConfig:
-    """Check the values of a configuration file. Raises ConfigError that names the key."""
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def check_values(model: type[_Model], values: Mapping[str, Any], where: str) -> _Model:
+    """Check values against a model without nested keys. Raises ConfigError that names the key."""
     try:
-        config = ServerConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
-            near = nearest(key, ServerConfig.model_fields, 1)
-            fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(ServerConfig.model_fields)}"
-            raise ConfigError(f"unknown key {key!r}", where=str(file), fix=fix) from None
-        raise ConfigError(f"{key}: {problem['msg']}", where=str(file)) from None
+            near = nearest(key, model.model_fields, 1)
+            fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(model.model_fields)}"
+            raise ConfigError(f"unknown key {key!r}", where=where, fix=fix) from None
+        raise ConfigError(f"{key}: {problem['msg']}", where=where) from None
+
+
+def server_config(values: Mapping[str, Any], file: Path) -> ServerConfig:
+    """Check the values of a configuration file. Raises ConfigError that names the key."""
+    config = check_values(ServerConfig, values, str(file))
     if config.ledger_folder is not None:
         config.ledger_folder = file.parent / config.ledger_folder.expanduser()
     return config

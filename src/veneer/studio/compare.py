@@ -224,7 +224,7 @@ class _Texts(Board):
                 if error.status != 404 or not caller.can("operate"):
                     raise
         if not caller.can("operate"):
-            fix = "its operator changes that: veneer tenant feedback keep"
+            fix = "its operator changes that: veneer tenant set NAME feedback_days=30"
             raise VeneerError("none of this tenant's answers are kept, so there is nothing to judge", fix=fix)
         return ""
 

@@ -17,8 +17,8 @@ from veneer.serve.access import TRIALS, shadow_id
 from veneer.serve.tenancy import routes
 from veneer.serve.tenancy.feedback import AnswerFeedback, kept_answers
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.manage import set_feedback
-from veneer.serve.tenancy.store import ALL, EACH, FeedbackTerms, Limit, TenantSettings
+from veneer.serve.tenancy.manage import change_settings
+from veneer.serve.tenancy.store import ALL, EACH, Limit, TenantSettings
 from veneer.serve.tenancy.tenants import Tenants
 from veneer.studio.commands import command, command_base
 from veneer.studio.frame import ViewPage
@@ -158,12 +158,12 @@ class _Live:
 
     def _keep_answers(self) -> None:
         async def do() -> None:
-            await asyncio.to_thread(set_feedback, self.store, ALL, FeedbackTerms(7.0), who=WHO)
+            await asyncio.to_thread(change_settings, self.store, ALL, {"feedback_days": 7.0}, who=WHO)
             await self._again()
 
         what = "From now on, what is asked without a tenant's key and what is answered is kept for 7 days."
         why = "Then a shadow's answer can be read beside the one that was sent, and one be chosen over the other."
-        same = command("tenant", "feedback", "keep", days=7)
+        same = command("tenant", "set", "all", "feedback_days=7")
         confirm("Keep answers", f"{what} {why}", permit("operate", do), button_text="Keep them", command=same)
 
     async def better(self, data: dict[str, str]) -> None:

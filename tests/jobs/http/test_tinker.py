@@ -28,7 +28,7 @@ from veneer.jobs.build import training
 from veneer.jobs.tinker.service import SessionOver, TinkerService, TrainingRun
 from veneer.library.library import open_library
 from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.store import Store, TrainingTerms
+from veneer.serve.tenancy.store import Store
 
 STEP = {"adam_params": {"learning_rate": 1e-2}}
 
@@ -96,8 +96,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         manage.add_tenant(store, name, who="test")
         keys[name] = manage.make_tenant_key(store, name, who="test")[1]
     tokens = sum(len(row) - 1 for row in ROWS)
-    manage.set_training(store, "globex", TrainingTerms(price=10**6, budget=2 * tokens), who="test")
-    manage.set_training(store, "idle", TrainingTerms(jobs=0), who="test")
+    manage.change_settings(store, "globex", {"training_price": 10**6, "training_budget": 2 * tokens}, who="test")
+    manage.change_settings(store, "idle", {"training_jobs": 0}, who="test")
     base = tiny_base_dir(place)
     with pytest.MonkeyPatch.context() as patch, open_library(place / "library") as library:
         patch.setenv("VENEER_HOME", str(home_with_kernels(place / "home")))
@@ -413,12 +413,12 @@ def test_an_old_session_trains_no_more_once_training_is_off(world: SimpleNamespa
     late = client("late")
     model = late.model("tiny-base", 2)
     assert late.result(late.forward(model).json()).status_code == 200
-    manage.set_training(world.store, "late", TrainingTerms(jobs=0), who="test")
+    manage.change_settings(world.store, "late", {"training_jobs": 0}, who="test")
     try:
         answer = late.forward(model)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
     finally:
-        manage.set_training(world.store, "late", TrainingTerms(), who="test")
+        manage.change_settings(world.store, "late", {"training_jobs": None}, who="test")
 
 
 def test_a_session_that_its_client_ended_is_gone(client: Any) -> None:

@@ -34,7 +34,7 @@ from veneer.jobs.tinker.journal import Journal
 from veneer.library.database import reading
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import Store, TrainingTerms
+from veneer.serve.tenancy.store import Store
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = Path(os.environ.get("VENEER_TINKER_PYTHON") or ROOT / ".venv-tinker" / "bin" / "python")
@@ -110,7 +110,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     for tenant in ("acme", "globex"):
         manage.add_tenant(store, tenant, who="test")
         made.keys[tenant] = manage.make_tenant_key(store, tenant, who="test")[1]
-    manage.set_training(store, "acme", TrainingTerms(price=2_000_000, budget=10**9), who="test")
+    manage.change_settings(store, "acme", {"training_price": 2_000_000, "training_budget": 10**9}, who="test")
     store.close()
     made.start()
     yield made

@@ -12,13 +12,13 @@ import pytest
 
 from tests.library.conftest import quick  # noqa: F401
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live, wait_for
+from tests.serve.tenancy.conftest import prices
 from veneer.library.database import reading
 from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, make_mix
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.tenants import Tenants
 
 
@@ -47,7 +47,12 @@ def tenants(quick: Path) -> Iterator[Tenants]:  # noqa: F811
 def server(tenants: Tenants) -> Iterator[tuple[Live, str]]:
     manage.add_tenant(tenants.store, "acme", who="me")
     _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
-    manage.set_price(tenants.store, "", "", Price(10_000_000, 10_000_000, 10_000_000), who="me")
+    manage.change_settings(
+        tenants.store,
+        "",
+        prices(10_000_000, 10_000_000, 10_000_000),
+        who="me",
+    )
     with live(ToyEngine(ToyText(tools=True)), Shadowed(), tenants) as served:
         yield served, key
 
@@ -139,7 +144,7 @@ def test_a_shadow_that_fails_half_way_is_failed_and_what_it_took_is_paid(
 
 def test_a_server_that_may_not_answer_a_shadow_says_so(server: tuple[Live, str], tenants: Tenants) -> None:
     live_one, key = server
-    manage.set_limit(tenants.store, "", "polite", {"requests_per_minute": 1}, who="me")
+    manage.change_settings(tenants.store, "", {"requests_per_minute": 1}, adapter="polite", who="me")
     asyncio.run(tenants.caller(key))
     for _ in range(2):
         ask(live_one, key, "stable")

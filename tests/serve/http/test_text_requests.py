@@ -17,7 +17,6 @@ from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Token
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import FeedbackTerms
 
 OPERATOR = Principal("operator")
 MESSAGES = [{"role": "user", "content": "Say something about doors."}]
@@ -74,7 +73,7 @@ def test_the_answers_are_those_of_a_chat_completion(whole: Whole) -> None:
 def test_they_are_billed_kept_and_known_by_their_id(whole: Whole) -> None:
     tenants: Any = whole.built.service.tenancy
     store = tenants.store
-    manage.set_feedback(store, "", FeedbackTerms(1.0), who="me")
+    manage.change_settings(store, "", {"feedback_days": 1.0}, who="me")
     routes.set_route(store, "support", [("plain", 1)], shadow="rs", who="me")
     store.look()
     first = TextRequest(MESSAGES).id
@@ -92,7 +91,7 @@ def test_they_are_billed_kept_and_known_by_their_id(whole: Whole) -> None:
     with reading(store.engine) as c:
         assert routes.shadow_log(c, route="support") == [], "a trial has no shadow"
     assert answer.finished.usage.completion == len(answer.tokens) <= 4
-    manage.set_feedback(store, "", None, who="me")
+    manage.change_settings(store, "", {"feedback_days": None}, who="me")
 
 
 def test_what_a_client_could_not_have_a_view_cannot_either(whole: Whole) -> None:
@@ -103,7 +102,7 @@ def test_what_a_client_could_not_have_a_view_cannot_either(whole: Whole) -> None
     assert refused(whole, temperature=-1.0).status == 400
     assert refused(whole, max_tokens=1 << 20).param == "max_tokens"
     manage.add_tenant(tenants.store, "acme", adapters=["plain"], who="me")
-    manage.set_limit(tenants.store, "acme", "", {"requests_per_minute": 1}, who="me")
+    manage.change_settings(tenants.store, "acme", {"requests_per_minute": 1}, who="me")
     tenants.store.look()
     assert len(ask(whole, nobody, mix=[("plain", 1.0)], max_tokens=2)) == 1
     assert refused(whole, nobody, mix=[("plain", 1.0)], max_tokens=2).status == 429

@@ -22,6 +22,11 @@ class Clock:
         return self.now
 
 
+def prices(prompt: int | None, cached: int | None, completion: int | None) -> dict[str, int | None]:
+    """The settings of a price."""
+    return {"prompt_price": prompt, "cached_price": cached, "completion_price": completion}
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ from veneer.serve.tenancy import ledger as ledger_module
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.feedback import AnswerFeedback, feedback_rows
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import FeedbackTerms, Price, answer_table
+from veneer.serve.tenancy.store import Price, answer_table
 from veneer.serve.tenancy.store import line_table as ledger
 from veneer.serve.tenancy.tenants import Tenants
 
 CLIENTS = 16
 PRICE = Price(150_000, 15_000, 600_000)
+PRICES = {f"{name}_price": value for name, value in asdict(PRICE).items()}
 
 
 def answer(request: str) -> Usage:
@@ -315,8 +317,8 @@ def prepare(url: str, folder: Path) -> None:
         tenants = opened(url, folder)
         for n in range(3):
             manage.add_tenant(tenants.store, f"t{n}", who="driver")
-        manage.set_price(tenants.store, "", "", PRICE, who="driver")
-        manage.set_feedback(tenants.store, "t0", FeedbackTerms(30.0), who="driver")
+        manage.change_settings(tenants.store, "", PRICES, who="driver")
+        manage.change_settings(tenants.store, "t0", {"feedback_days": 30.0}, who="driver")
         tenants.close()
 
     expect(fork(make), killed=False)

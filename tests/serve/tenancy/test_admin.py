@@ -15,6 +15,7 @@ from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.tenancy.store import LIMITS
 from veneer.serve.tenancy.tenants import Tenants
 
 ADMIN = "an-admin-key-of-some-length"
@@ -55,11 +56,10 @@ def test_the_life_of_a_tenant(call: Call, tenants: Tenants) -> None:
     assert (made.status_code, made.json()["weight"], made.json()["adapters"]) == (201, 2.0, ["acme/*"])
     assert call("PATCH", "/tenants/acme", {"enabled": False}).json()["enabled"] is False
     assert call("PATCH", "/tenants/acme", {"enabled": True}).json()["weight"] == 2.0
-    seen = call("PATCH", "/tenants/acme/adapters", {"add": ["support"], "remove": ["acme/*"]})
-    assert seen.json() == {"adapters": ["support"]}
-    assert call("PATCH", "/shared", {"add": ["base"]}).json() == {"adapters": ["base"]}
-    listed = call("GET", "/tenants").json()
-    assert ([t["name"] for t in listed["tenants"]], listed["shared"]) == (["acme"], ["base"])
+    assert call("PATCH", "/tenants/acme", {"adapters": ["support"]}).json()["adapters"] == ["support"]
+    assert call("PATCH", "/settings", {"adapters": ["base"]}).json()["adapters"] == ["base"]
+    (listed,) = call("GET", "/tenants").json()["tenants"]
+    assert (listed["name"], listed["adapters"]) == ("acme", ["support"])
 
     key = call("POST", "/tenants/acme/keys", {"label": "web", "expires": "90d"}).json()
     caller = asyncio.run(tenants.caller(key["key"]))
@@ -79,15 +79,50 @@ def test_the_life_of_a_tenant(call: Call, tenants: Tenants) -> None:
     assert call("GET", "/tenants/acme").status_code == 404
 
 
-def test_limits_prices_routes_usage_and_audit(call: Call, tenants: Tenants) -> None:
+def test_settings_are_of_a_tenant_of_all_of_each_or_of_an_adapter(call: Call, tenants: Tenants) -> None:
     call("POST", "/tenants", {"name": "acme"})
-    limit = call("PUT", "/limits", {"tenant": "acme", "requests_per_minute": 1, "tokens_per_day": 9}).json()
-    assert (limit["requests_per_minute"], limit["concurrency"]) == (1, None)
-    limit = call("PUT", "/limits", {"tenant": "acme", "tokens_per_day": None}).json()
-    assert (limit["requests_per_minute"], limit["tokens_per_day"]) == (1, None)
-    assert [x["tenant"] for x in call("GET", "/limits").json()["limits"]] == ["acme"]
-    call("PUT", "/prices", {"prompt": 1_000_000, "cached": 0, "completion": 2_000_000})
-    assert call("GET", "/prices").json()["prices"][0]["completion"] == 2_000_000
+    changed = call("PATCH", "/tenants/acme", {"requests_per_minute": 1, "tokens_per_day": 9}).json()
+    assert (changed["requests_per_minute"], changed["concurrency"]) == (1, None)
+    changed = call("PATCH", "/tenants/acme", {"tokens_per_day": None}).json()
+    assert (changed["requests_per_minute"], changed["tokens_per_day"]) == (1, None)
+    call("PATCH", "/tenants/acme", {"concurrency": 2, "prompt_price": 3, "completion_price": 4}, adapter="support")
+    assert call("GET", "/tenants/acme").json() == changed | {
+        "by_adapter": {
+            "support": dict.fromkeys(LIMITS)
+            | {"concurrency": 2, "prompt_price": 3, "cached_price": 3, "completion_price": 4}
+        }
+    }
+    call("PATCH", "/settings", {"tokens_per_day": 7}, tenant="*")
+    call("PATCH", "/settings", {"training_price": 4_000_000, "training_jobs": 2, "shared_cache": ["base"]})
+    for_all, for_each = call("GET", "/settings").json()["settings"]
+    assert (for_all["training_price"], for_all["training_budget"]) == (4_000_000, None)
+    assert for_all["shared_cache"] == ["base"]
+    assert (for_each["tenant"], for_each["tokens_per_day"]) == ("*", 7)
+    call("PATCH", "/settings", {"training_price": None, "training_jobs": None, "training_budget": None})
+    settings = tenants.store.look()
+    assert not settings.training
+    assert settings.price("acme", "support").cached == 3
+    lines = call("GET", "/audit").json()["lines"]
+    assert {line["what"] for line in lines[:-1]} == {"settings.change"}
+    assert (lines[0]["subject"], lines[0]["before"]["training_price"], lines[0]["after"]["training_price"]) == (
+        "all",
+        4_000_000,
+        None,
+    )
+
+
+def test_stored_answers_are_set_and_removed(call: Call, tenants: Tenants) -> None:
+    call("POST", "/tenants", {"name": "acme"})
+    changed = call("PATCH", "/tenants/acme", {"feedback_days": 7.0, "feedback_names": ["acme/*"]}).json()
+    assert changed["feedback_names"] == ["acme/*"]
+    assert tenants.store.look().feedback["acme"].days == 7.0
+    call("PATCH", "/tenants/acme", {"feedback_days": None})
+    assert not tenants.store.look().feedback
+
+
+def test_routes_usage_and_audit(call: Call, tenants: Tenants) -> None:
+    call("POST", "/tenants", {"name": "acme"})
+    call("PATCH", "/settings", {"prompt_price": 1_000_000, "cached_price": 0, "completion_price": 2_000_000})
 
     route = {"route": "acme/support", "tenant": "acme", "targets": [{"adapter": "v1"}, {"adapter": "v2", "weight": 3}]}
     assert call("PUT", "/routes", route).json()["targets"] == {"v1": 1, "v2": 3}
@@ -113,27 +148,15 @@ def test_limits_prices_routes_usage_and_audit(call: Call, tenants: Tenants) -> N
     table = call("GET", "/usage", by="tenant,day", format="csv", tenant="acme")
     assert table.headers["content-type"].startswith("text/csv")
     assert table.text.startswith("tenant,day,requests,done")
-    assert call("DELETE", "/prices").status_code == 200
     assert call("GET", "/audit", what="route").json()["lines"][0]["who"] == "admin"
     assert call("GET", "/audit/verify").json()["ok"] is True
-
-
-def test_what_is_kept_of_a_tenant_is_set_and_taken_away(call: Call, tenants: Tenants) -> None:
-    call("POST", "/tenants", {"name": "acme"})
-    assert call("PUT", "/tenants/acme/feedback", {"days": 7.0, "names": ["acme/*"]}).json()["names"] == ["acme/*"]
-    assert tenants.store.look().feedback["acme"].days == 7.0
-    for wrong in ({"days": 0}, {"days": 1, "names": ["../x"]}, {"names": []}):
-        assert call("PUT", "/tenants/acme/feedback", wrong).status_code == 400, wrong
-    assert call("PUT", "/tenants/gone/feedback", {"days": 7}).status_code == 404
-    assert call("DELETE", "/tenants/acme/feedback").status_code == 200
-    assert not tenants.store.look().feedback
 
 
 def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None:
     call("POST", "/tenants", {"name": "acme"})
     tenants_key = call("POST", "/tenants/acme/keys", {}).json()["key"]
     routes = [(method, r.path) for r in admin_router(tenants, ToyCatalog()).routes for method in r.methods]  # type: ignore[attr-defined]
-    assert len(routes) > 20
+    assert len(routes) == 21
     for method, path in routes:
         for key in (None, "", "x", tenants_key, f"sha256:{tenants.admin_hash}"):
             refused = call(
@@ -147,9 +170,18 @@ def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None
     ("method", "path", "body", "query", "words"),
     [
         ("POST", "/tenants", {"name": "a", "wieght": 2}, {}, "unknown key wieght: did you mean weight?"),
-        ("PUT", "/limits", {"tenant": "acme", "request_per_minute": 2}, {}, "did you mean requests_per_minute?"),
-        ("PUT", "/limits", {"tenant": "acme", "concurrency": "2"}, {}, "concurrency must be"),
-        ("PUT", "/limits", {"tenant": "acme", "concurrency": 0}, {}, "1 or more"),
+        ("PATCH", "/tenants/acme", {"request_per_minute": 2}, {}, "did you mean requests_per_minute?"),
+        ("PATCH", "/tenants/acme", {"concurrency": "2"}, {}, "concurrency must be"),
+        ("PATCH", "/tenants/acme", {"concurrency": 0}, {}, "concurrency must be"),
+        ("PATCH", "/tenants/acme", {"training_jobs": -1}, {}, "training_jobs must be"),
+        ("PATCH", "/tenants/acme", {"feedback_days": 0.0}, {}, "feedback_days must be"),
+        ("PATCH", "/tenants/acme", {"adapters": ["../x"]}, {}, "not a pattern"),
+        ("PATCH", "/tenants/acme", {"prompt_price": 1}, {}, "needs prompt_price and completion_price"),
+        ("PATCH", "/tenants/acme", {"weight": 2.0}, {"adapter": "support"}, "not a setting of adapter support"),
+        ("PATCH", "/tenants/acme", {"shared_cache": ["base"]}, {}, "not a setting of a tenant"),
+        ("PATCH", "/settings", {"weight": 2.0}, {}, "not a setting of all"),
+        ("PATCH", "/settings", {"prompt_price": 1}, {"tenant": "*"}, "not a setting of each tenant"),
+        ("PATCH", "/settings", {"concurrency": 1}, {"tenant": "acme"}, "tenant must be"),
         ("PUT", "/routes", {"route": "s", "targets": [{"adapter": "v", "wight": 1}]}, {}, "did you mean weight?"),
         ("PUT", "/routes", {"route": "../s", "targets": [{"adapter": "v"}]}, {}, "cannot name"),
         ("DELETE", "/routes", None, {"route": "s", "tennant": "acme"}, "unknown key tennant: did you mean tenant?"),
@@ -177,7 +209,7 @@ def test_what_is_wrong_is_said(call: Call, method: str, path: str, body: Any, qu
         ("GET", "/tenants/acne", None, "did you mean acme?"),
         ("DELETE", "/tenants/acme/keys/0000000000", None, "no key"),
         ("POST", "/routes/rollback", {"route": "support"}, "no route"),
-        ("PUT", "/limits", {"tenant": "acne", "concurrency": 1}, "did you mean acme?"),
+        ("PATCH", "/tenants/acne", {"concurrency": 1}, "did you mean acme?"),
     ],
 )
 def test_what_is_not_there_is_404(call: Call, method: str, path: str, body: Any, words: str) -> None:
@@ -220,16 +252,3 @@ def test_a_route_is_checked_against_what_the_server_answers_by_before_it_moves(t
     assert (back.status_code, "v1 cannot be served" in back.text) == (400, True)
     assert put("v9", force=True).status_code == 200
     assert call("POST", "/routes/rollback", {"route": "support"}).json()["targets"] == {"v2": 1}
-
-
-def test_what_training_costs_and_how_much_there_may_be(call: Call, tenants: Tenants) -> None:
-    call("POST", "/tenants", {"name": "acme"})
-    terms = {"tenant": "acme", "price": 4_000_000, "budget": 500_000_000, "jobs": 2}
-    assert call("PUT", "/training", terms).json() == terms
-    assert call("GET", "/training").json() == {"training": [terms]}
-    assert call("PUT", "/training", {"tenant": "nobody"}).status_code == 404
-    assert call("PUT", "/training", {**terms, "jobs": -1}).status_code == 400
-    assert call("PUT", "/training", {**terms, "price": "4"}).status_code == 400
-    call("DELETE", "/training", tenant="acme")
-    assert call("GET", "/training").json() == {"training": []}
-    assert [line["what"] for line in call("GET", "/audit").json()["lines"]][:2] == ["training.set", "training.set"]

@@ -18,7 +18,6 @@ from veneer.serve.request import Refused
 from veneer.serve.settings import QuotaLimits
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.feedback import AnswerFeedback, feedback_counts, feedback_rows
-from veneer.serve.tenancy.store import FeedbackTerms
 from veneer.serve.tenancy.tenants import Tenants
 
 NOW = 1_800_001_000.0
@@ -36,7 +35,7 @@ def rows(tenants: Tenants, kind: str) -> list[Any]:
 
 def test_many_are_kept_counted_exported_in_their_order_and_removed(tenants: Tenants, clock: Clock) -> None:
     manage.add_tenant(tenants.store, "acme", who="me")
-    manage.set_feedback(tenants.store, "acme", FeedbackTerms(30.0), who="me")
+    manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, who="me")
     tenants.store.look()
     for n in range(230):  # more than are read or written at once
         keep(tenants, f"a-{n}", f"u-{n % 2}", f"answer {n} \0 \ud83d")
@@ -74,7 +73,7 @@ def test_many_are_kept_counted_exported_in_their_order_and_removed(tenants: Tena
 def test_answers_over_a_tenants_quota_are_not_kept(tenants: Tenants) -> None:
     for name in ("acme", "best"):
         manage.add_tenant(tenants.store, name, who="me")
-        manage.set_feedback(tenants.store, name, FeedbackTerms(30.0), who="me")
+        manage.change_settings(tenants.store, name, {"feedback_days": 30.0}, who="me")
     tenants.store.look()
     tenants.answers.quotas = Quotas(QuotaLimits(files=3))
 

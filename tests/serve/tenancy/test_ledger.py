@@ -25,7 +25,7 @@ from sqlalchemy import Connection, delete, func, select, update
 
 from tests.library.conftest import postgres_server
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
-from tests.serve.tenancy.conftest import Clock
+from tests.serve.tenancy.conftest import Clock, prices
 from tests.serve.tenancy.test_tenants import ask, refused, rows, run
 from veneer.errors import ResourceError
 from veneer.library.database import reading, write_transaction
@@ -55,8 +55,14 @@ async def mixed(tenants: Tenants, request: str, took: Usage, *parts: tuple[str, 
 
 
 def test_a_part_of_a_mix_costs_its_own_price_whatever_stands_beside_it(tenants: Tenants) -> None:
-    manage.set_price(tenants.store, "", "", Price(1_000_000, 0, 1_000_000), who="me")
-    manage.set_price(tenants.store, "", "big", Price(1_000_000_000, 0, 1_000_000_000), who="me")
+    manage.change_settings(tenants.store, "", prices(1_000_000, 0, 1_000_000), who="me")
+    manage.change_settings(
+        tenants.store,
+        "",
+        prices(1_000_000_000, 0, 1_000_000_000),
+        adapter="big",
+        who="me",
+    )
     tenants.store.look()
     took = Usage(5, 0, 3)
     run(mixed(tenants, "alone", took, ("big@1", 1.0)))
@@ -87,7 +93,7 @@ def test_nobody_else_on_the_machine_reads_the_outboxes(tmp_path: Path) -> None:
 
 
 def test_limits_of_an_adapter_count_it_in_a_mix_by_the_operators_name(tenants: Tenants) -> None:
-    manage.set_limit(tenants.store, "", "big", {"requests_per_minute": 2}, who="me")
+    manage.change_settings(tenants.store, "", {"requests_per_minute": 2}, adapter="big", who="me")
     tenants.store.look()
     for n, parts in enumerate([(("big@1", 1.0),), (("big@1", 1.0), ("small", 1e-9))]):
         run(mixed(tenants, str(n), Usage(1, 0, 1), *parts))
@@ -97,8 +103,14 @@ def test_limits_of_an_adapter_count_it_in_a_mix_by_the_operators_name(tenants: T
 def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenants, clock: Clock) -> None:
     """Against the lines themselves, added up in Python."""
     pick = random.Random(3)
-    manage.set_price(tenants.store, "", "", Price(333_333, 33_333, 777_777), who="me")
-    manage.set_price(tenants.store, "", "a", Price(1, 999_999, 123_457), who="me")
+    manage.change_settings(tenants.store, "", prices(333_333, 33_333, 777_777), who="me")
+    manage.change_settings(
+        tenants.store,
+        "",
+        prices(1, 999_999, 123_457),
+        adapter="a",
+        who="me",
+    )
     tenants.store.look()
 
     async def work() -> None:
@@ -148,7 +160,7 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
 
 
 def test_lines_go_after_their_time_and_their_sums_and_windows_stay(tenants: Tenants, clock: Clock) -> None:
-    manage.set_price(tenants.store, "", "", Price(1_000_000, 0, 1_000_000), who="me")
+    manage.change_settings(tenants.store, "", prices(1_000_000, 0, 1_000_000), who="me")
     tenants.store.look()
     for n in range(25):
         run(ask(tenants, Principal("tenant", "acme"), f"old{n}", Usage(1, 0, 1)))

@@ -8,9 +8,10 @@ import pytest
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import DBAPIError
 
+from tests.serve.tenancy.conftest import prices
 from veneer.library.database import reading, write_transaction
 from veneer.serve.tenancy import manage, routes
-from veneer.serve.tenancy.store import Price, Store
+from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.store import audit_table as table
 
 
@@ -19,13 +20,13 @@ def change_everything(store: Store) -> None:
     row, _ = manage.make_tenant_key(store, "acme", who="ana")
     manage.rotate_key(store, row.id, who="ana")
     manage.revoke_key(store, row.id, who="bob")
-    manage.grant(store, "acme", add=["x"], who="ana")
-    manage.set_limit(store, "acme", "", {"concurrency": 2}, who="ana")
-    manage.set_limit(store, "acme", "", {"concurrency": 5}, who="ana")
-    manage.set_price(store, "acme", "", Price(1, 2, 3), who="ana")
-    manage.set_price(store, "acme", "", None, who="ana")
+    manage.change_settings(store, "acme", {"adapters": ["x"]}, who="ana")
+    manage.change_settings(store, "acme", {"concurrency": 2}, who="ana")
+    manage.change_settings(store, "acme", {"concurrency": 5}, who="ana")
+    manage.change_settings(store, "acme", prices(1, 2, 3), who="ana")
+    manage.change_settings(store, "acme", prices(None, None, None), who="ana")
     routes.set_route(store, "support", [("v1", 1)], who="ana")
-    manage.change_tenant(store, "acme", weight=2.0, who="ana")
+    manage.change_settings(store, "acme", {"weight": 2.0}, who="ana")
     manage.note(store, "admin", "adapter.load", "v1", None, {"digest": "sha256:3f"})
     manage.remove_tenant(store, "acme", who="ana")
 
@@ -52,14 +53,14 @@ def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: St
     with reading(store.engine) as c:
         lines = manage.audit_lines(c)
         assert [x["what"] for x in manage.audit_lines(c, what="key")] == ["key.revoke", "key.rotate", "key.add"]
-        assert [x["number"] for x in manage.audit_lines(c, subject="acme/all", limit=2, skip=1)] == [8, 7]
-    expected = "tenant.add key.add key.rotate key.revoke adapters.change limit.set limit.set price.set price.set "
-    expected += "route.set tenant.change adapter.load tenant.remove"
+        assert [x["number"] for x in manage.audit_lines(c, subject="acme", limit=2, skip=1)] == [11, 9]
+    expected = f"tenant.add key.add key.rotate key.revoke {'settings.change ' * 5}"
+    expected += "route.set settings.change adapter.load tenant.remove"
     assert [x["what"] for x in reversed(lines)] == expected.split()
     by_number = {x["number"]: x for x in lines}
     assert by_number[7]["before"]["concurrency"] == 2
     assert by_number[7]["after"]["concurrency"] == 5
-    assert by_number[9]["after"] is None
+    assert by_number[9]["before"] == prices(1, 2, 3)
     assert by_number[11]["before"] == {"weight": 1.0}
     assert by_number[4]["who"] == "bob"
     assert by_number[4]["after"]["revoked"] is not None

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.serve.http.toy import wait_for
+from tests.serve.tenancy.conftest import prices
 from tests.serve.whole import make_shop, served
 from veneer.library.database import reading
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import FeedbackTerms, Price, Store
+from veneer.serve.tenancy.store import Store
 
 
 def test_an_open_server_has_routes_shadows_votes_and_costs_without_a_key(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_an_open_server_has_routes_shadows_votes_and_costs_without_a_key(tmp_pat
             return server.http.post("/v1/chat/completions", json=body, headers=headers)
 
         assert ask("support").status_code == 404
-        manage.set_price(store, "", "", Price(1_000_000, 1_000_000, 1_000_000), who="me")
+        manage.change_settings(store, "", prices(1_000_000, 1_000_000, 1_000_000), who="me")
         routes.set_route(store, "support", [("plain", 1)], shadow="rs", who="me")
         first, second = ask("support").json(), ask("support", "sk-what-a-client-has-to-be-given").json()
         tokens = [a["usage"]["prompt_tokens"] + a["usage"]["completion_tokens"] for a in (first, second)]
@@ -41,7 +42,7 @@ def test_an_open_server_has_routes_shadows_votes_and_costs_without_a_key(tmp_pat
 
         said = {"id": first["id"], "corrected": "Hello."}
         assert server.http.post("/v1/feedback", json=said).status_code == 400, "nothing is kept unless somebody says so"
-        manage.set_feedback(store, "", FeedbackTerms(30.0), who="me")
+        manage.change_settings(store, "", {"feedback_days": 30.0}, who="me")
         third = ask("support", temperature=1.0, seed=7, n=2).json()
         for said in ({"corrected": "Hello."}, {"choice": 1, "rejected": [{"choice": 0}]}):
             assert server.http.post("/v1/feedback", json={"id": third["id"], **said}).status_code == 200

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from tests.serve.tenancy.conftest import prices
 from tests.serve.whole import make_shop, served
 from veneer.library.database import reading
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import Price, Store, line_table
+from veneer.serve.tenancy.store import Store, line_table
 
 ADMIN = "an-admin-key-of-some-length"
 
@@ -27,8 +28,14 @@ def test_no_spelling_of_a_mix_evades_the_price_of_its_parts(tmp_path: Path) -> N
     store = Store(where)
     manage.add_tenant(store, "acme", adapters=["plain", "rs", "sha256:*"], who="test")
     _, key = manage.make_tenant_key(store, "acme", who="test")
-    manage.set_price(store, "", "", Price(1_000_000, 1_000_000, 1_000_000), who="test")
-    manage.set_price(store, "", "plain", Price(1_000_000_000, 1_000_000_000, 1_000_000_000), who="test")
+    manage.change_settings(store, "", prices(1_000_000, 1_000_000, 1_000_000), who="test")
+    manage.change_settings(
+        store,
+        "",
+        prices(1_000_000_000, 1_000_000_000, 1_000_000_000),
+        adapter="plain",
+        who="test",
+    )
     both, dear, cheap = 8008, 8000, 8  # of 5 + 3 tokens
     asked: list[tuple[dict[str, Any], int]] = [
         ({"model": "plain"}, dear),

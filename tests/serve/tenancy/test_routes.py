@@ -123,7 +123,7 @@ def test_whose_route_it_is(store: Store) -> None:
     assert not acme.sees("acmes")  # under its own name it stays unseen
     assert asked.choose("support", globex) is None  # everybody's, but not seen
     assert (asked.names(acme), asked.names(globex), asked.names(Principal("open"))) == (["support"], [], ["support"])
-    manage.grant(store, "globex", add=["support"], who="me")
+    manage.change_settings(store, "globex", {"adapters": ["support"]}, who="me")
     globex = Principal("tenant", "globex", store.look().sight["globex"])
     assert asked.choose("support", globex) == "everybodys"
     with pytest.raises(UnknownName, match="no tenant acne") as lost:

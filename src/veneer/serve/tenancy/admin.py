@@ -1,4 +1,4 @@
-"""The routes under /admin, for the admin key: tenants, keys, limits, prices, routes, usage, audit.
+"""The routes under /admin, for the admin key: tenants, keys, settings, routes, usage, audit.
 
     app.include_router(admin_router(tenants, catalog))
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +25,7 @@ from veneer.serve.http.guard import needs
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import BY, as_csv, usage
-from veneer.serve.tenancy.store import ALL, FeedbackTerms, Limit, Price, Store, TrainingTerms, UnknownName
+from veneer.serve.tenancy.store import ALL, EACH, Store, UnknownName, check_tenant
 from veneer.serve.tenancy.tenants import Tenants
 from veneer.serve.transient import fault, is_outage
 
@@ -45,14 +45,10 @@ class NewTenant(_Body):
     adapters: list[str] = []
 
 
-class TenantChange(_Body):
-    weight: float | None = None
-    enabled: bool | None = None
+class SettingsBody(manage.SettingsChange):
+    """A change of settings; null removes a value."""
 
-
-class Seen(_Body):
-    add: list[str] = []
-    remove: list[str] = []
+    model_config = ConfigDict(strict=True)
 
 
 class NewKey(_Body):
@@ -62,47 +58,6 @@ class NewKey(_Body):
 
 class Rotation(_Body):
     grace: str = Field("0m", description="how long the old key still works: 24h")
-
-
-class LimitBody(_Body):
-    """Sets the named limits; null removes a limit."""
-
-    tenant: str = Field(ALL, description='"": all together; "*": each that has none of its own')
-    adapter: str = ALL
-    requests_per_minute: int | None = None
-    requests_per_day: int | None = None
-    tokens_per_minute: int | None = None
-    tokens_per_day: int | None = None
-    concurrency: int | None = None
-
-
-class PriceBody(_Body):
-    """A price in millionths per million tokens."""
-
-    tenant: str = ALL
-    adapter: str = ALL
-    prompt: int
-    cached: int
-    completion: int
-
-
-class TrainingBody(_Body):
-    """Price and limits of training, in millionths; null for no limit."""
-
-    tenant: str = Field(ALL, description='"": each that has no terms of its own')
-    price: int = Field(0, description="of a million tokens that are trained")
-    budget: int | None = Field(None, description="of a calendar month, in UTC")
-    jobs: int | None = Field(None, description="that run at once")
-
-
-class KeptBody(_Body):
-    """Which of a tenant's answers are stored for feedback, and for how long.
-
-    Those under `names`, or all; for `days`.
-    """
-
-    days: float
-    names: list[str] = []
 
 
 class Target(_Body):
@@ -116,8 +71,8 @@ class RouteBody(_Body):
     targets: list[Target]
     shadow: str | None = None
     fraction: float = 1.0
-    force: bool = Field(False, description="move it unchecked")
-    dry_run: bool = Field(False, description="say what would change, and move nothing")
+    force: bool = Field(False, description="skip the check of the targets")
+    dry_run: bool = Field(False, description="return the change without making it")
 
 
 class RouteName(_Body):
@@ -133,18 +88,16 @@ def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
     store = tenants.store
     _tenants(router, store)
     _keys(router, store)
-    _limits(router, store)
-    _training(router, store)
     _routes(router, store, catalog)
-    _residents(router, catalog)
-    _records(router, store)
+    _records(router, store, catalog)
     return router
 
 
 def _tenants(router: APIRouter, store: Store) -> None:
     @router.get("/tenants")
     def list_tenants() -> dict[str, Any]:
-        return {"tenants": [asdict(t) for t in store.look().tenants.values()], "shared": store.settings.shared}
+        settings = store.look()
+        return {"tenants": [manage.show_settings(settings, name) for name in settings.tenants]}
 
     @router.post("/tenants", status_code=201)
     def add_tenant(body: NewTenant) -> dict[str, Any]:
@@ -152,46 +105,30 @@ def _tenants(router: APIRouter, store: Store) -> None:
 
     @router.get("/tenants/{tenant}")
     def show_tenant(tenant: str) -> dict[str, Any]:
-        return asdict(manage.get_tenant(store, tenant))
+        return manage.show_settings(store.look(), manage.get_tenant(store, tenant).name)
 
     @router.patch("/tenants/{tenant}")
-    def change_tenant(tenant: str, body: TenantChange) -> dict[str, Any]:
-        return asdict(manage.change_tenant(store, tenant, weight=body.weight, enabled=body.enabled, who=_WHO))
+    def change_tenant(tenant: str, body: SettingsBody, adapter: str = ALL) -> dict[str, Any]:
+        values = body.model_dump(exclude_unset=True)
+        return manage.change_settings(store, check_tenant(tenant), values, adapter=adapter, who=_WHO)
 
     @router.delete("/tenants/{tenant}")
     def remove_tenant(tenant: str) -> dict[str, Any]:
         manage.remove_tenant(store, tenant, who=_WHO)
         return {"removed": tenant}
 
-    @router.patch("/tenants/{tenant}/adapters")
-    def change_grants(tenant: str, body: Seen) -> dict[str, Any]:
-        return {"adapters": manage.grant(store, tenant, add=body.add, remove=body.remove, who=_WHO)}
+    @router.get("/settings")
+    def show_settings() -> dict[str, Any]:
+        settings = store.look()
+        return {"settings": [manage.show_settings(settings, ALL), manage.show_settings(settings, EACH)]}
 
-    @router.patch("/shared")
-    def share(body: Seen) -> dict[str, Any]:
-        return {"adapters": manage.grant(store, ALL, add=body.add, remove=body.remove, who=_WHO)}
-
-    @router.get("/cache")
-    def list_cache() -> dict[str, Any]:
-        return {"shared": store.look().common}
-
-    @router.patch("/cache")
-    def share_prefixes(body: Seen) -> dict[str, Any]:
-        return {"shared": manage.share_prefixes(store, add=body.add, remove=body.remove, who=_WHO)}
+    @router.patch("/settings")
+    def change_settings(body: SettingsBody, tenant: Literal["all", "*"] = "all", adapter: str = ALL) -> dict[str, Any]:
+        values = body.model_dump(exclude_unset=True)
+        return manage.change_settings(store, ALL if tenant == "all" else EACH, values, adapter=adapter, who=_WHO)
 
 
 def _keys(router: APIRouter, store: Store) -> None:
-    @router.put("/tenants/{tenant}/feedback")
-    def keep_answers(tenant: str, body: KeptBody) -> dict[str, Any]:
-        terms = FeedbackTerms(body.days, tuple(body.names))
-        manage.set_feedback(store, tenant, terms, who=_WHO)
-        return {"tenant": tenant, **asdict(terms)}
-
-    @router.delete("/tenants/{tenant}/feedback")
-    def keep_no_answers(tenant: str) -> dict[str, Any]:
-        manage.set_feedback(store, tenant, None, who=_WHO)
-        return {"tenant": tenant}
-
     @router.get("/tenants/{tenant}/keys")
     def list_keys(tenant: str) -> dict[str, Any]:
         now = time.time()
@@ -211,51 +148,6 @@ def _keys(router: APIRouter, store: Store) -> None:
     @router.delete("/tenants/{tenant}/keys/{key}")
     def revoke_key(tenant: str, key: str) -> dict[str, Any]:
         return manage.show_key(manage.revoke_key(store, key, tenant=tenant, who=_WHO))
-
-
-def _limits(router: APIRouter, store: Store) -> None:
-    @router.get("/limits")
-    def list_limits() -> dict[str, Any]:
-        found = store.look().limits.items()
-        return {"limits": [{"tenant": t, "adapter": a, **asdict(limit)} for (t, a), limit in found]}
-
-    @router.put("/limits")
-    def set_limit(body: LimitBody) -> dict[str, Any]:
-        values = body.model_dump(exclude_unset=True, exclude={"tenant", "adapter"})
-        after = manage.set_limit(store, body.tenant, body.adapter, values, who=_WHO) or Limit()
-        return {"tenant": body.tenant, "adapter": body.adapter, **asdict(after)}
-
-    @router.get("/prices")
-    def list_prices() -> dict[str, Any]:
-        found = store.look().prices.items()
-        return {"prices": [{"tenant": t, "adapter": a, **asdict(price)} for (t, a), price in found]}
-
-    @router.put("/prices")
-    def set_price(body: PriceBody) -> dict[str, Any]:
-        price = Price(body.prompt, body.cached, body.completion)
-        manage.set_price(store, body.tenant, body.adapter, price, who=_WHO)
-        return body.model_dump()
-
-    @router.delete("/prices")
-    def remove_price(tenant: str = ALL, adapter: str = ALL) -> dict[str, Any]:
-        manage.set_price(store, tenant, adapter, None, who=_WHO)
-        return {"tenant": tenant, "adapter": adapter}
-
-
-def _training(router: APIRouter, store: Store) -> None:
-    @router.get("/training")
-    def list_training() -> dict[str, Any]:
-        return {"training": [{"tenant": t, **asdict(terms)} for t, terms in store.look().training.items()]}
-
-    @router.put("/training")
-    def set_training(body: TrainingBody) -> dict[str, Any]:
-        manage.set_training(store, body.tenant, TrainingTerms(body.price, body.budget, body.jobs), who=_WHO)
-        return body.model_dump()
-
-    @router.delete("/training")
-    def remove_training(tenant: str = ALL) -> dict[str, Any]:
-        manage.set_training(store, tenant, None, who=_WHO)
-        return {"tenant": tenant}
 
 
 def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
@@ -304,13 +196,11 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
             return {"summary": summary, "comparisons": routes.shadow_log(c, route=route, limit=limit)}
 
 
-def _residents(router: APIRouter, catalog: Catalog) -> None:
+def _records(router: APIRouter, store: Store, catalog: Catalog) -> None:
     @router.get("/residents")
     def list_residents() -> dict[str, Any]:
         return {"residents": [{"adapter": name, **asdict(each)} for name, each in catalog.in_memory()]}
 
-
-def _records(router: APIRouter, store: Store) -> None:
     @router.get("/usage", response_model=None)
     def show_usage(
         by: str = ",".join(BY),

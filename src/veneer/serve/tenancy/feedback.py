@@ -279,7 +279,7 @@ class KeptAnswers:
         """
         fix = "the `id` of a chat completion of this tenant's that was kept, and whose time is not over"
         if tenant not in self.store.settings.feedback:
-            fix = "none of this tenant's are kept; its operator changes that: veneer tenant feedback keep"
+            fix = "none of this tenant's are kept; its operator changes that: veneer tenant set NAME feedback_days=30"
         what = f"no answer {quoted(answer, 100)} is kept"
         return Refused(what, status=404, code="not_found", param="id", fix=fix)
 

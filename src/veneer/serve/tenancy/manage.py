@@ -18,31 +18,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from veneer.errors import ConfigError
 from veneer.library.names import name_of
-from veneer.serve.tenancy.feedback import EVERYTHING, forget_answers, user_hash
+from veneer.serve.config import check_values
+from veneer.serve.tenancy.feedback import EVERYTHING, forget_answers
 from veneer.serve.tenancy.keys import hash_key, make_key
 from veneer.serve.tenancy.store import (
     ALL,
     COMMON,
     EACH,
     LIMITS,
-    FeedbackTerms,
     KeyRow,
     Limit,
-    Price,
     Store,
     Tenant,
-    TrainingTerms,
+    TenantSettings,
     UnknownName,
     answer_table,
     audit_table,
@@ -144,7 +143,58 @@ def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-# -- tenants -----------------------------------------------------------------------------------------------------------
+# -- tenants and their settings ----------------------------------------------------------------------------------------
+
+_Count = Annotated[int, Field(ge=1, le=10**15)]
+_Money = Annotated[int, Field(ge=0, le=10**15)]
+_Pattern = Annotated[str, AfterValidator(check_pattern)]
+
+
+class SettingsChange(BaseModel):
+    """The settings of a tenant, of all tenants together (ALL), or of each tenant (EACH).
+
+    A change has the keys that it sets; None removes a value. Limits and prices can be set for one adapter.
+    Money is in millionths of the operator's currency.
+
+    weight: share of the server while requests queue
+    enabled: whether the tenant's keys are accepted
+    adapters: patterns of visible adapters; of ALL: visible to every tenant
+    requests_per_minute … concurrency: limits; of ALL: of all tenants together; of EACH: of each tenant that
+    has no limits of its own
+    prompt_price, cached_price, completion_price: of a million tokens; a new cached_price is the prompt_price
+    training_price: of a million trained tokens; training_budget: of a calendar month in UTC; training_jobs:
+    running at once; of ALL: of each tenant without values of its own
+    feedback_days: days for which chats are stored; feedback_names: patterns of routes and adapters, [] for
+    all; of ALL: of requests without a key
+    shared_cache: of ALL: patterns of adapters, or the base, whose prompt cache tenants share, so that they
+    can probe which prompts others have sent
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    weight: float = Field(default=1.0, ge=0.001, le=1000)
+    enabled: bool = True
+    adapters: list[_Pattern] = []
+    requests_per_minute: _Count | None = None
+    requests_per_day: _Count | None = None
+    tokens_per_minute: _Count | None = None
+    tokens_per_day: _Count | None = None
+    concurrency: _Count | None = None
+    prompt_price: _Money | None = None
+    cached_price: _Money | None = None
+    completion_price: _Money | None = None
+    training_price: _Money | None = None
+    training_budget: _Money | None = None
+    training_jobs: Annotated[int, Field(ge=0, le=10**15)] | None = None
+    feedback_days: Annotated[float, Field(gt=0, le=3660)] | None = None
+    feedback_names: list[_Pattern] = []
+    shared_cache: list[_Pattern] = []
+
+
+_PRICES = {"prompt_price": "prompt", "cached_price": "cached", "completion_price": "completion"}
+_TRAINING = {"training_price": "price", "training_budget": "budget", "training_jobs": "jobs"}
+_FEEDBACK = {"feedback_days": "days", "feedback_names": "names"}
+_OF_TENANTS_ONLY, _OF_ALL_ONLY = {"weight", "enabled"}, {"shared_cache"}
 
 
 def get_tenant(store: Store, name: str) -> Tenant:
@@ -152,6 +202,28 @@ def get_tenant(store: Store, name: str) -> Tenant:
     if name not in settings.tenants:
         raise unknown_name("tenant", name, settings.tenants)
     return settings.tenants[name]
+
+
+def show_settings(settings: TenantSettings, tenant: str) -> dict[str, Any]:
+    """The settings of a tenant, ALL or EACH, by key; `by_adapter`: those of single adapters."""
+    shown: dict[str, Any] = {"tenant": tenant or "all"}
+    if tenant in settings.tenants:
+        shown |= asdict(settings.tenants[tenant])
+    elif tenant == ALL:
+        shown |= {"adapters": settings.shared, "shared_cache": settings.common}
+    by_adapter: dict[str, dict[str, Any]] = {ALL: asdict(Limit())}
+    for (owner, adapter), limit in settings.limits.items():
+        if owner == tenant:
+            by_adapter.setdefault(adapter, {}).update(asdict(limit))
+    for (owner, adapter), price in settings.prices.items():
+        if owner == tenant:
+            by_adapter.setdefault(adapter, {}).update({f"{k}_price": v for k, v in asdict(price).items()})
+    shown |= by_adapter.pop(ALL)
+    if terms := settings.training.get(tenant):
+        shown |= {f"training_{key}": value for key, value in asdict(terms).items()}
+    if kept := settings.feedback.get(tenant):
+        shown |= {f"feedback_{key}": value for key, value in asdict(kept).items()}
+    return shown | {"by_adapter": by_adapter}
 
 
 def add_tenant(
@@ -162,37 +234,152 @@ def add_tenant(
     `weight`: its share of the engine under load. `adapters`: patterns of the names it sees.
     """
     check_tenant(name)
-    _check_weight(weight)
-    patterns = sorted({check_pattern(p) for p in adapters})
-    made = Tenant(name, float(weight), True, time.time() if now is None else now, tuple(patterns))
+    values = _checked({"weight": weight, "adapters": list(adapters)})
+    row = {"name": name, "weight": 1.0, "enabled": True, "created": time.time() if now is None else now}
     with store.change() as c:
         if c.scalar(select(tenant_table.c.name).where(tenant_table.c.name == name)):
             raise ConfigError(f"there is a tenant {name} already", where="tenant")
-        c.execute(insert(tenant_table), {"name": name, "weight": made.weight, "enabled": True, "created": made.created})
-        for pattern in patterns:
-            c.execute(insert(grant_table), {"tenant": name, "pattern": pattern})
-        append_audit(c, who, "tenant.add", name, None, _shown(made))
-    return made
-
-
-def change_tenant(
-    store: Store, name: str, *, weight: float | None = None, enabled: bool | None = None, who: str
-) -> Tenant:
-    """Change a tenant's weight, or disable it.
-
-    A disabled tenant keeps its data, and its keys are rejected.
-    """
-    values: dict[str, Any] = {}
-    if weight is not None:
-        values["weight"] = _check_weight(weight)
-    if enabled is not None:
-        values["enabled"] = enabled
-    with store.change() as c:
-        before = tenant_row(c, name)
-        if values:
-            c.execute(update(tenant_table).where(tenant_table.c.name == name).values(**values))
-        append_audit(c, who, "tenant.change", name, {k: before[k] for k in values}, values)
+        c.execute(insert(tenant_table), row)
+        _, after = _apply(c, name, ALL, values)
+        append_audit(c, who, "tenant.add", name, None, row | after)
     return get_tenant(store, name)
+
+
+def change_settings(
+    store: Store, tenant: str, values: Mapping[str, Any], *, adapter: str = ALL, who: str
+) -> dict[str, Any]:
+    """Set the settings in `values` (see `SettingsChange`) of a tenant, ALL or EACH, with one audit entry.
+
+    adapter: for requests answered by any version of this adapter; ALL for all adapters. Returns
+    `show_settings`.
+    """
+    values = _checked(values)
+    _check_scope(tenant, adapter, values)
+    with store.change() as c:
+        if tenant not in (ALL, EACH):
+            tenant_row(c, tenant)
+        before, after = _apply(c, tenant, adapter, values)
+        subject = "/".join(filter(None, (tenant or "all", adapter)))
+        append_audit(c, who, "settings.change", subject, before, after)
+    return show_settings(store.look(), tenant)
+
+
+def grant_namespace(store: Store, tenant: str, *, who: str) -> None:
+    """Let a tenant see the adapters in its own namespace."""
+    own = f"{tenant}/*"
+    with store.change() as c:
+        tenant_row(c, tenant)
+        patterns = list(c.scalars(select(grant_table.c.pattern).where(grant_table.c.tenant == tenant)))
+        if own not in patterns:
+            before, after = _apply(c, tenant, ALL, {"adapters": [*patterns, own]})
+            append_audit(c, who, "settings.change", tenant, before, after)
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, checked. Raises ConfigError that names the key."""
+    return check_values(SettingsChange, values, "settings").model_dump(exclude_unset=True)
+
+
+def _check_scope(tenant: str, adapter: str, keys: Iterable[str]) -> None:
+    """Raises ConfigError for a key that a scope does not have, or an invalid scope."""
+    known = {*LIMITS, *_PRICES}
+    if tenant == EACH:
+        known = {*LIMITS}
+    elif adapter == ALL:
+        known = {*SettingsChange.model_fields} - (_OF_TENANTS_ONLY if tenant == ALL else _OF_ALL_ONLY)
+    if tenant not in (ALL, EACH):
+        check_tenant(tenant)
+    if adapter != ALL:
+        check_reference(adapter)
+        if adapter != name_of(adapter):
+            what = f"{adapter} is one version of an adapter"
+            raise ConfigError(what, where="adapter", fix=f"{name_of(adapter)}, for all of them")
+    for key in keys:
+        if key not in known:
+            scope = f"adapter {adapter}" if adapter else {ALL: "all", EACH: "each tenant"}.get(tenant, "a tenant")
+            raise ConfigError(f"{key} is not a setting of {scope}", where=key, fix=f"of {', '.join(sorted(known))}")
+
+
+def _apply(
+    c: Connection, tenant: str, adapter: str, values: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write checked values; returns them before and after."""
+    before: dict[str, Any] = {}
+    if own := {key: values[key] for key in ("weight", "enabled") if key in values}:
+        before |= {key: value for key, value in tenant_row(c, tenant).items() if key in own}
+        c.execute(update(tenant_table).where(tenant_table.c.name == tenant).values(**own))
+    if "adapters" in values:
+        here = grant_table.c.tenant == tenant
+        before["adapters"] = sorted(c.scalars(select(grant_table.c.pattern).where(here)))
+        c.execute(delete(grant_table).where(here))
+        for pattern in sorted({*values["adapters"]}):
+            c.execute(insert(grant_table), {"tenant": tenant, "pattern": pattern})
+    if "shared_cache" in values:
+        here = meta_table.c.key == COMMON
+        before["shared_cache"] = json.loads(c.scalar(select(meta_table.c.value).where(here)) or "[]")
+        c.execute(delete(meta_table).where(here))
+        patterns = sorted({*values["shared_cache"]})
+        c.execute(insert(meta_table), {"key": COMMON, "value": json.dumps(patterns)})
+    scope = {"tenant": tenant, "adapter": adapter}
+    before |= _replace(c, limit_table, scope, {name: name for name in LIMITS}, values, _limit_row)
+    before |= _replace(c, price_table, scope, _PRICES, values, _price_row)
+    before |= _replace(c, training_table, {"tenant": tenant}, _TRAINING, values, _training_row)
+    before |= _replace(c, feedback_terms_table, {"tenant": tenant}, _FEEDBACK, values, _feedback_row)
+    if (days := values.get("feedback_days")) is not None:  # fewer days bring forward when answers expire
+        until, a = answer_table.c.at + days * 86400, answer_table.c
+        c.execute(update(answer_table).where(a.tenant == tenant, a.expires > until).values(expires=until))
+    return before, dict(values)
+
+
+_Row = dict[str, Any]
+
+
+def _replace(
+    c: Connection,
+    table: Table,
+    scope: dict[str, str],
+    columns: Mapping[str, str],
+    values: Mapping[str, Any],
+    finish: Callable[[_Row], _Row | None],
+) -> dict[str, Any]:
+    """Change the row of a scope; returns the earlier values of the changed keys.
+
+    columns: key -> column. finish: completes the changed row; None deletes the row.
+    """
+    changed = {key: values[key] for key in columns if key in values}
+    if not changed:
+        return {}
+    here = [table.c[name] == value for name, value in scope.items()]
+    found = c.execute(select(table).where(*here)).first()
+    row = dict.fromkeys(columns.values()) if found is None else {n: found._mapping[n] for n in columns.values()}
+    before = {key: row[columns[key]] for key in changed}
+    after = finish(row | {columns[key]: value for key, value in changed.items()})
+    c.execute(delete(table).where(*here))
+    if after is not None:
+        c.execute(insert(table), scope | after)
+    return before
+
+
+def _limit_row(row: _Row) -> _Row | None:
+    return None if set(row.values()) == {None} else row
+
+
+def _price_row(row: _Row) -> _Row | None:
+    prompt, completion = row["prompt"], row["completion"]
+    if prompt is None and completion is None:
+        return None
+    if prompt is None or completion is None:
+        raise ConfigError("a price needs prompt_price and completion_price", where="prompt_price")
+    return row | {"cached": prompt if row["cached"] is None else row["cached"]}
+
+
+def _training_row(row: _Row) -> _Row | None:
+    return None if set(row.values()) == {None} else row | {"price": row["price"] or 0}
+
+
+def _feedback_row(row: _Row) -> _Row | None:
+    names = row["names"] if isinstance(row["names"], str) else json.dumps(row["names"] or [])
+    return None if row["days"] is None else {"days": row["days"], "names": names}
 
 
 _OF_A_TENANT = (
@@ -208,7 +395,7 @@ _OF_A_TENANT = (
 
 
 def remove_tenant(store: Store, name: str, *, who: str) -> None:
-    """Remove a tenant with its keys, grants, limits, prices, routes and answers.
+    """Remove a tenant with its keys, settings, routes and stored answers.
 
     Its usage stays in the ledger, and its history in the audit log.
     """
@@ -219,51 +406,6 @@ def remove_tenant(store: Store, name: str, *, who: str) -> None:
         forget_answers(c, name, EVERYTHING, time.time())
         c.execute(delete(tenant_table).where(tenant_table.c.name == name))
         append_audit(c, who, "tenant.remove", name, before, None)
-
-
-def grant(
-    store: Store, tenant: str, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str
-) -> tuple[str, ...]:
-    """Change the patterns of names that a tenant sees, or with ALL, every tenant.
-
-    Returns the patterns.
-    """
-    with store.change() as c:
-        if tenant != ALL:
-            tenant_row(c, tenant)
-        before = list(c.scalars(select(grant_table.c.pattern).where(grant_table.c.tenant == tenant)))
-        after = _patterns(before, add, remove)
-        c.execute(delete(grant_table).where(grant_table.c.tenant == tenant))
-        for pattern in after:
-            c.execute(insert(grant_table), {"tenant": tenant, "pattern": pattern})
-        append_audit(c, who, "adapters.change", tenant or "everybody", sorted(before), after)
-    return tuple(after)
-
-
-def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str) -> tuple[str, ...]:
-    """Change the patterns of adapters (and the base) whose prompt cache tenants share.
-
-    Returns the patterns. A tenant that shares the cache can probe which prompts others have sent.
-    """
-    with store.change() as c:
-        row = c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON))
-        before: list[str] = json.loads(row or "[]")
-        after = _patterns(before, add, remove)
-        c.execute(delete(meta_table).where(meta_table.c.key == COMMON))
-        c.execute(insert(meta_table), {"key": COMMON, "value": json.dumps(after)})
-        append_audit(c, who, "cache.change", "everybody", before, after)
-    return tuple(after)
-
-
-def _patterns(before: list[str], add: Iterable[str], remove: Iterable[str]) -> list[str]:
-    """The changed patterns.
-
-    Raises ConfigError for an invalid pattern, or for removing an unknown one.
-    """
-    more, fewer = {check_pattern(p) for p in add}, set(remove)
-    for pattern in sorted(fewer - set(before)):
-        raise unknown_name("pattern", pattern, before)
-    return sorted({*before, *more} - fewer)
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -347,138 +489,6 @@ def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
     return KeyRow(**row._mapping)
 
 
-# -- limits and prices -------------------------------------------------------------------------------------------------
-
-
-def set_limit(store: Store, tenant: str, adapter: str, values: Mapping[str, int | None], *, who: str) -> Limit | None:
-    """Set the limits named in `values`; None removes one.
-
-    Returns the limits now in force; None if there are none. tenant: a name for this tenant; EACH for each
-    tenant without limits of its own; ALL for all tenants together. adapter: for requests answered by any
-    version of this adapter; ALL for all adapters together.
-    """
-    for name, value in values.items():
-        if name not in LIMITS:
-            raise unknown_name("limit", name, LIMITS)
-        if value is not None and not 1 <= value <= 10**15:
-            raise ConfigError(f"{name} is {value}", where=name, fix="1 or more; to shut a tenant out, disable it")
-    scope = _scope(tenant, adapter, EACH)
-
-    def changed(before: dict[str, Any] | None) -> dict[str, Any] | None:
-        after = {name: (before or {}).get(name) for name in LIMITS} | dict(values)
-        return after if any(v is not None for v in after.values()) else None
-
-    after = _replace(store, limit_table, scope, changed, "limit", who)
-    return None if after is None else Limit(**after)
-
-
-def set_price(store: Store, tenant: str, adapter: str, price: Price | None, *, who: str) -> Price | None:
-    """Set the price of a million tokens for this tenant and adapter, ALL for any.
-
-    None removes the price.
-    """
-    if price is not None:
-        for name, value in asdict(price).items():
-            if not 0 <= value <= 10**12:
-                raise ConfigError(f"the price is {value}", where=name, fix="millionths for a million tokens, 0 or more")
-    after = _replace(
-        store, price_table, _scope(tenant, adapter), lambda _: asdict(price) if price else None, "price", who
-    )
-    return None if after is None else Price(**after)
-
-
-def set_training(store: Store, tenant: str, terms: TrainingTerms | None, *, who: str) -> TrainingTerms | None:
-    """Set a tenant's price and limits of training; ALL: each tenant without its own.
-
-    None removes them.
-    """
-    if tenant != ALL:
-        check_tenant(tenant)
-    for name, value in asdict(terms).items() if terms is not None else ():
-        if value is not None and not 0 <= value <= 10**15:
-            raise ConfigError(f"the {name} is {value}", where=name, fix="0 or more")
-    _replace(store, training_table, {"tenant": tenant}, lambda _: asdict(terms) if terms else None, "training", who)
-    return terms
-
-
-def set_feedback(store: Store, tenant: str, terms: FeedbackTerms | None, *, who: str) -> FeedbackTerms | None:
-    """Set which of a tenant's answers are stored, and how long.
-
-    None: none from now on. Stored answers stay until they expire, which fewer days bring forward. `tenant`
-    ALL: requests without a tenant, on an open server.
-    """
-    if terms is not None:
-        if not 0 < terms.days <= 3660:
-            raise ConfigError(f"answers are kept {terms.days:g} days", where="days", fix="more than 0, at most 3660")
-        for pattern in terms.names:
-            check_pattern(pattern)
-    with store.change() as c:
-        if tenant != ALL:
-            tenant_row(c, tenant)
-        row = c.execute(select(feedback_terms_table).where(feedback_terms_table.c.tenant == tenant)).first()
-        c.execute(delete(feedback_terms_table).where(feedback_terms_table.c.tenant == tenant))
-        if terms is not None:
-            values = {"tenant": tenant, "days": float(terms.days), "names": json.dumps(terms.names)}
-            c.execute(insert(feedback_terms_table), values)
-            until, a = answer_table.c.at + terms.days * 86400, answer_table.c
-            c.execute(update(answer_table).where(a.tenant == tenant, a.expires > until).values(expires=until))
-        before = None if row is None else {"days": row.days, "names": json.loads(row.names)}
-        append_audit(c, who, "feedback.set", tenant or "all", before, None if terms is None else asdict(terms))
-    return terms
-
-
-def remove_answers(store: Store, tenant: str, *, user: str | None = None, who: str, now: float | None = None) -> int:
-    """Delete the stored answers of a tenant, or of one of its users.
-
-    The audit log omits the user.
-    """
-    with store.change() as c:
-        if tenant != ALL:
-            tenant_row(c, tenant)
-        what = EVERYTHING if user is None else user_hash(tenant, user)
-        gone = forget_answers(c, tenant, what, time.time() if now is None else now)
-        append_audit(c, who, "feedback.forget", tenant or "all", {"answers": gone, "all": user is None}, None)
-    return gone
-
-
-def _scope(tenant: str, adapter: str, *special: str) -> dict[str, str]:
-    if tenant not in (ALL, *special):
-        check_tenant(tenant)
-    if adapter != ALL:
-        check_reference(adapter)
-        if adapter != name_of(adapter):
-            raise ConfigError(
-                f"{adapter} is one version of an adapter", where="adapter", fix=f"{name_of(adapter)}, for all of them"
-            )
-    return {"tenant": tenant, "adapter": adapter}
-
-
-def _replace(
-    store: Store,
-    table: Table,
-    key: dict[str, str],
-    changed: Callable[[dict[str, Any] | None], dict[str, Any] | None],
-    what: str,
-    who: str,
-) -> dict[str, Any] | None:
-    """Replace the row of `key`, whose first part is a tenant, by `changed(row)`.
-
-    None: no row.
-    """
-    here = [table.c[name] == value for name, value in key.items()]
-    with store.change() as c:
-        if key["tenant"] not in (ALL, EACH):
-            tenant_row(c, key["tenant"])
-        row = c.execute(select(table).where(*here)).first()
-        before = None if row is None else {k: v for k, v in row._mapping.items() if k not in key}
-        after = changed(before)
-        c.execute(delete(table).where(*here))
-        if after is not None:
-            c.execute(insert(table), {**key, **after})
-        append_audit(c, who, f"{what}.set", "/".join(part or "all" for part in key.values()), before, after)
-    return after
-
-
 # -- other changes, and parsing ----------------------------------------------------------------------------------------
 
 
@@ -501,13 +511,3 @@ def when(text: str, now: float) -> float:
     except ValueError:
         raise ConfigError(f"{text!r} is not a time", fix="90d, 12h, 30m, or 2027-01-31") from None
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-
-
-def _check_weight(weight: float) -> float:
-    if not (math.isfinite(weight) and 0.001 <= weight <= 1000):
-        raise ConfigError(f"the weight is {weight}", where="weight", fix="from 0.001 to 1000; 1 is usual")
-    return float(weight)
-
-
-def _shown(tenant: Tenant) -> dict[str, Any]:
-    return {**asdict(tenant), "adapters": list(tenant.adapters)}

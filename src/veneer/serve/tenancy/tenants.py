@@ -204,11 +204,10 @@ class Tenants(Tenancy):
 
         Waits for the disk.
         """
-        from veneer.serve.tenancy.manage import get_tenant, grant
+        from veneer.serve.tenancy.manage import get_tenant, grant_namespace
 
-        own = f"{tenant}/*"
-        if own not in get_tenant(self.store, tenant).adapters:
-            grant(self.store, tenant, add=[own], who="jobs")
+        if f"{tenant}/*" not in get_tenant(self.store, tenant).adapters:
+            grant_namespace(self.store, tenant, who="jobs")
 
     @property
     def routes(self) -> TenantRoutes:

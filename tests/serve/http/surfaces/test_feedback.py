@@ -19,7 +19,6 @@ from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.principal import Principal
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.store import FeedbackTerms
 from veneer.serve.tenancy.tenants import Tenants
 from veneer.train.text.rows import read_rows
 
@@ -75,7 +74,7 @@ def shop(quick: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     for name in ("acme", "globex"):
         manage.add_tenant(tenants.store, name, adapters=["*"], who="me")
         _, keys[name] = manage.make_tenant_key(tenants.store, name, who="me")
-    manage.set_feedback(tenants.store, "acme", FeedbackTerms(30.0), who="me")
+    manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, who="me")
     routers = [feedback_routes(tenants.answers)]
     with live(ToyEngine(ToyText(tools=True)), ToyCatalog(), tenants, routers=routers) as server:
         yield Shop(server, tenants, at, keys)
@@ -179,7 +178,7 @@ def test_nothing_is_kept_unasked_and_nobody_sees_what_is_anothers(shop: Shop) ->
     assert len(messages) == 1, "another's, one that was not kept and one that never was look alike"
     theirs = shop.say(own, "globex", thumb="up")
     assert theirs.status_code == 404
-    assert "veneer tenant feedback keep" in theirs.json()["error"]["message"]
+    assert "veneer tenant set" in theirs.json()["error"]["message"]
     assert shop.say(own, thumb="up", corrected="Mine!").status_code == 200
     assert shop.rows("supervised", "globex") == []
     assert shop.forget("globex", id=own)["answers"] == shop.forget("globex", everything="true")["answers"] == 0
@@ -187,11 +186,11 @@ def test_nothing_is_kept_unasked_and_nobody_sees_what_is_anothers(shop: Shop) ->
 
 
 def test_only_answers_under_the_names_that_were_said_are_kept(shop: Shop) -> None:
-    manage.set_feedback(shop.tenants.store, "acme", FeedbackTerms(30.0, ("pol*",)), who="me")
+    manage.change_settings(shop.tenants.store, "acme", {"feedback_days": 30.0, "feedback_names": ["pol*"]}, who="me")
     shop.ask("One")
     shop.ask("Two", model="polite")
     assert shop.kept() == 1
-    manage.set_feedback(shop.tenants.store, "acme", None, who="me")
+    manage.change_settings(shop.tenants.store, "acme", {"feedback_days": None}, who="me")
     shop.ask("Three", model="polite")
     assert shop.kept() == 1
 
@@ -248,7 +247,7 @@ def test_after_its_time_an_answer_is_nobodys_and_the_sweep_removes_it(shop: Shop
     assert shop.say(old, thumb="down").status_code == 404, "before any sweep"
     assert len(shop.rows("supervised")) == 1
     assert shop.tenants.answers.sweep() == 1
-    manage.set_feedback(shop.tenants.store, "acme", FeedbackTerms(10.0), who="me")
+    manage.change_settings(shop.tenants.store, "acme", {"feedback_days": 10.0}, who="me")
     assert shop.kept() == 0, "fewer days hold for what is there"
     assert shop.tenants.answers.sweep() == 1
     assert shop.rows("supervised") == []
@@ -283,7 +282,7 @@ def test_what_a_server_left_on_its_disk_is_kept_by_the_next(
     where, ledger = postgres(), LedgerSettings(folder=quick / "outbox", room=1 << 20)
     tenants = Tenants(where, ledger=ledger, watch=False)
     manage.add_tenant(tenants.store, "acme", who="me")
-    manage.set_feedback(tenants.store, "acme", FeedbackTerms(1.0), who="me")
+    manage.change_settings(tenants.store, "acme", {"feedback_days": 1.0}, who="me")
     tenants.store.look()
     locked = lock_answers(where)
     keep = tenants.answers.keeping(Principal("tenant", "acme", user="ana"), SQL, "chatcmpl-1")

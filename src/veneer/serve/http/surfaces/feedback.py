@@ -129,6 +129,6 @@ def _tenant(request: HttpRequest, store: Store) -> str:
     """
     tenant = caller_of(request).tenant
     if not tenant and ALL not in store.settings.feedback:
-        fix = "a tenant's key; on an open server: veneer tenant feedback keep"
+        fix = "a tenant's key; on an open server: veneer tenant set all feedback_days=30"
         raise invalid("feedback belongs to a tenant", None, fix)
     return tenant
