@@ -25,7 +25,7 @@ from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.names.adapter_sources import AdapterSources, UnloadedBase
 from veneer.serve.names.catalog import Catalog, NoAdapters
-from veneer.serve.quota import FairThreads
+from veneer.serve.quota import FairThreads, Quotas
 from veneer.serve.request import LoadingEngine
 from veneer.serve.settings import ServeSettings
 from veneer.serve.tenancy.admin import admin_router
@@ -118,12 +118,14 @@ def build(
     """
     opened = opened or open_stores(settings)
     try:
-        tenancy, base = tenancy_of(settings, say, opened.store), UnloadedBase(settings.base)
+        quotas, base = Quotas(settings.http.quotas), UnloadedBase(settings.base)
+        tenancy = tenancy_of(settings, say, opened.store, quotas)
         folders = () if settings.fleet.upstream else settings.folders
         shelf = AdapterSources(base, library=opened.library, folders=folders)
         catalog = Catalog(shelf, lambda adapter: [], NoAdapters(), routes=tenancy.routes)
+        reader = TokenizedBase(base.name, None, 0)
         service = Service(
-            LoadingEngine(), catalog, tenancy, TokenizedBase(base.name, None, 0), settings.http, "loading", loaded=False
+            LoadingEngine(), catalog, tenancy, reader, settings.http, "loading", loaded=False, shared_quotas=quotas
         )
         return _application(settings, service, opened.library, say, extend)
     except BaseException:
@@ -246,7 +248,6 @@ def _application(
     operator = operator_routes(settings, service.tenancy, service.catalog)
     own = [adapter_routes(library, staging, service.tenancy)]
     if isinstance(service.tenancy, Tenants):
-        service.tenancy.answers.quotas = service.quotas
         own.append(feedback_routes(service.tenancy.answers))
     large = {**adapter_bodies(staging), **more.large}
     app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=more.unguarded, large=large)
@@ -261,7 +262,9 @@ def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog)
     return [admin_router(tenancy, catalog)]
 
 
-def tenancy_of(settings: ServeSettings, say: Callable[[str], None], store: Store | None) -> Tenancy:
+def tenancy_of(
+    settings: ServeSettings, say: Callable[[str], None], store: Store | None, quotas: Quotas | None = None
+) -> Tenancy:
     """The tenancy that the settings ask for. `store`: the tenants' database, or None."""
     if store is None:
         refuse_ledger(settings.ledger)
@@ -274,9 +277,9 @@ def tenancy_of(settings: ServeSettings, say: Callable[[str], None], store: Store
     none_yet = not store.settings.tenants
     if needs_no_key(settings, store):
         say(f"open to this machine, without a key; routes and ledger: {store.where}")
-        return OpenTenants(store, admin_key=settings.admin_key, ledger=settings.ledger)
+        return OpenTenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)
     if settings.tenants is None:
         say(f"tenants: {store.where}, so requests need a key; --open serves whoever asks")
     if none_yet:
         say("there are no tenants yet, so nobody has a key: veneer tenant add NAME, then veneer tenant key add NAME")
-    return Tenants(store, admin_key=settings.admin_key, ledger=settings.ledger)
+    return Tenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)

@@ -190,7 +190,7 @@ class Statements:
 
 def step_through(tenants: Tenants, stepping: Any) -> None:
     """Make a step of each statement to an outbox, and of each statement and commit of the database."""
-    for outbox in filter(None, (tenants.ledger.outbox, tenants.answers.outbox)):
+    if outbox := tenants.ledger.outbox:
         outbox.connection = Statements(outbox.connection, stepping)  # type: ignore[assignment]
     for name in ("execute", "commit"):
         setattr(Connection, name, stepping(getattr(Connection, name)))

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import Request as HttpRequest
@@ -93,7 +93,7 @@ class Service:
     `reader`: tokenizes prompts. `phase`: set to draining by the server. `inside`: requests being answered.
     `fine_tunes`: whether POST /v1/fine_tuning/jobs accepts this server's models. `loaded`: whether the base
     is loaded; until then `engine` and `reader` are placeholders (`use_base`), and `step` describes the
-    loading progress.
+    loading progress. `shared_quotas`: the tenancy's.
     """
 
     engine: Engine[Any, Any]
@@ -105,12 +105,14 @@ class Service:
     inside: int = 0
     fine_tunes: bool = False
     loaded: bool = True
+    shared_quotas: InitVar[Quotas | None] = None
     step: str = ""
     began: float = field(default_factory=time.monotonic)
     _tidies: bool = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, shared_quotas: Quotas | None) -> None:
         s = self.settings
+        self.quotas = shared_quotas or Quotas(s.quotas)
         if self.loaded:
             self.prompts = Prompts(self.reader)
         self.metrics = Metrics(
@@ -119,7 +121,6 @@ class Service:
         self.admission = _admission(s)
         self.shadows = Shadows(self.tenancy, self.metrics, s.shadows)
         self.staging = UploadStage(s.max_adapter)
-        self.quotas = Quotas(s.quotas)
 
     def use_base(self, engine: Engine[Any, Any], reader: TokenizedBase, settings: HttpSettings) -> None:
         """Replace the placeholders once the base is loaded."""

@@ -1,7 +1,6 @@
 """Feedback: stored answers, users' feedback on them, and training rows from both.
 
     answer          `keeping` checks whether the tenant allows storing it; then the ledger's thread writes it
-                    into SQLite, or an outbox on the local disk holds it until PostgreSQL has it
     feedback        on an answer by its id: a thumb, a correction, answers it beats; the last counts
     rows            exported for `veneer train`
 
@@ -15,9 +14,8 @@ answer is hidden, and the next sweep deletes it. The request's `user` is stored 
 answers of a user can be deleted, with or without feedback; answers requested before the deletion that arrive
 later are not stored either.
 
-While the database is unavailable, feedback returns 503. Answers for PostgreSQL wait in the outbox, up to a
-limit of which one tenant can use half. A tenant's rows in the database are limited too (`files` and `disk` of
-QuotaLimits). Over a limit, answers are sent but not stored, with an entry in the log.
+While the database is unavailable, feedback returns 503, and answers are sent but not stored, with an entry in
+the log; so are answers over a tenant's limits (`files` and `disk` of QuotaLimits).
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ import json
 import logging
 import re
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -45,8 +43,7 @@ from veneer.serve.access import KeepAnswer, ResolvedModel, shadow_id
 from veneer.serve.principal import Principal
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, invalid
-from veneer.serve.tenancy.ledger import Ledger
-from veneer.serve.tenancy.outbox import Outbox, Sender, left_behind, outboxes, write_all
+from veneer.serve.tenancy.outbox import Writer
 from veneer.serve.tenancy.store import Store, answer_table, feedback_table, forgotten_table
 
 _log = logging.getLogger("veneer.serve.tenancy")
@@ -54,8 +51,8 @@ _log = logging.getLogger("veneer.serve.tenancy")
 FeedbackKind = Literal["supervised", "preference", "unpaired"]
 EVERYTHING = "*"
 """Deletes all answers of a tenant. Other values are the hash of a user, or the id of an answer."""
-_ROOM = 256 << 20
-"""Bytes of answers waiting for the database on this machine."""
+_MAX_WAITING = 64 << 20
+"""Bytes of a tenant's answers that wait for the database."""
 _LOCK = 0x66656564  # "feed": the key of PostgreSQL's advisory lock
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _LARGEST = 1 << 20
@@ -73,21 +70,15 @@ _REMEMBERED = 400 * 86400.0
 class KeptAnswers:
     """Stores the answers of one process, and feedback on all. Thread-safe."""
 
-    def __init__(self, store: Store, ledger: Ledger, wall: Callable[[], float]) -> None:
-        """Open the store. `ledger`: its thread writes answers.
-
-        PostgreSQL's outbox is in its folder.
-        """
-        self.store, self.ledger, self.wall = store, ledger, wall
-        self.quotas = Quotas()
-        self._logged = -10.0
+    def __init__(
+        self, store: Store, writer: Writer[Connection], wall: Callable[[], float], quotas: Quotas | None = None
+    ) -> None:
+        """`writer`: the ledger's, whose thread writes answers. `quotas`: limits of each tenant."""
+        self.store, self.writer, self.wall = store, writer, wall
+        self.quotas = quotas or Quotas()
+        self._logged, self._lock = -10.0, threading.Lock()
         self._holds: dict[str, tuple[QuotaHold, float]] = {}
-        self._waiting: Counter[str] = Counter()  # bytes in the outbox, by tenant
-        self.outbox = self._sender = None
-        if ledger.outbox:
-            self.outbox = Outbox(ledger.folder / f"{ledger.server}.answers.sqlite", room=_ROOM, claim=False)
-            self.recover()
-            self._sender = Sender(self._send, "answers kept for feedback")
+        self._waiting: Counter[str] = Counter()  # bytes of answers that are not written yet, by tenant
 
     def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> KeepAnswer | None:
         """A function that stores the answer to a new request.
@@ -105,33 +96,30 @@ class KeptAnswers:
         row |= {"name": served.name, "adapters": names}
 
         def keep(asked: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
-            try:
-                self._keep(json.dumps({**row, "asked": asked, "choices": choices}), row).add_done_callback(written)
-            except ValueError as error:
-                self._log_lost(error)
+            text = json.dumps({**row, "asked": asked, "choices": choices})
+            size = len(text)
+            if size > _LARGEST:
+                self._log_lost(f"{request} has {size:,} characters with its request; the limit is {_LARGEST:,}")
+            elif not self._reserve(caller.tenant, size):
+                self._log_lost(f"{_MAX_WAITING:,} bytes of {caller.tenant or 'this server'} wait for the database")
+            else:
+                self.writer.put(self._write, text).add_done_callback(lambda future: written(future, size))
 
-        def written(future: Future[None]) -> None:
+        def written(future: Future[None], size: int) -> None:
+            self._reserve(caller.tenant, -size)
             if error := future.exception():
                 self._log_lost(error)
-            elif self._sender:
-                self._sender.wake()
 
         return keep
 
-    def _keep(self, text: str, row: Mapping[str, Any]) -> Future[None]:
-        """Store an answer. Raises ValueError for an answer over a limit."""
-        tenant = row["tenant"]
-        if len(text) > _LARGEST:
-            raise ValueError(f"{row['id']} has {len(text):,} characters with its request; the limit is {_LARGEST:,}")
-        if not self.outbox:
-            return self.ledger.writer.put(self._write, text)
-        if self._waiting[tenant] + len(text) > _ROOM // 2:
-            waiting = f"{self._waiting[tenant]:,} bytes of {tenant or 'this server'}"
-            raise ValueError(f"{waiting} are already waiting for the database")
-        self._waiting[tenant] += len(text)
-        return self.outbox.add(json.dumps([tenant, row["id"]]), text, final=True)
+    def _reserve(self, tenant: str, size: int) -> bool:
+        """Count bytes that wait for the database, unless there are too many."""
+        with self._lock:
+            fits = self._waiting[tenant] + size <= _MAX_WAITING
+            self._waiting[tenant] += size if fits else 0
+            return fits
 
-    def _log_lost(self, error: BaseException) -> None:
+    def _log_lost(self, error: object) -> None:
         """Log that answers are not stored, at most once in ten seconds."""
         if time.monotonic() - self._logged > 10.0:
             self._logged = time.monotonic()
@@ -142,43 +130,7 @@ class KeptAnswers:
 
         Raises the database's errors while it is unavailable.
         """
-        if self.outbox and self._sender:
-            self.outbox.writer.flush(seconds)
-            self._sender.drain()
-        else:
-            self.ledger.writer.flush(seconds)
-
-    def close(self) -> None:
-        """Stop; answers not yet in the database wait for the next start.
-
-        Call before the ledger closes.
-        """
-        if self.outbox and self._sender:
-            self.outbox.writer.flush()
-            self._sender.close()
-            self.outbox.close()
-
-    def recover(self) -> None:
-        """Write the answers that dead processes left in their outboxes."""
-        for path in outboxes(self.ledger.folder) if self.outbox else ():
-            if path.stem.endswith(".answers") and self.outbox and path != self.outbox.path:
-                with contextlib.suppress(BlockingIOError, FileNotFoundError), left_behind(path) as found:
-                    for texts in found:
-                        write_all(self._transaction, self._write, texts, _name)
-
-    def _send(self) -> bool:
-        """Send a batch of the outbox; returns whether there can be more."""
-        assert self.outbox is not None
-        taken = self.outbox.take(_MOST)
-        write_all(self._transaction, self._write, [text for _, text, _ in taken], _name)
-        self.outbox.sent(taken)
-        for key, text, _ in taken:
-            tenant = json.loads(key)[0]
-            self._waiting[tenant] = max(0, self._waiting[tenant] - len(text))
-        return bool(taken)
-
-    def _transaction(self) -> AbstractContextManager[Connection]:
-        return write_transaction(self.store.engine, _LOCK)
+        self.writer.flush(seconds)
 
     def _write(self, c: Connection, texts: Sequence[str]) -> int:
         """Write answers that are new, not deleted and within the quota.
@@ -315,10 +267,6 @@ class KeptAnswers:
             gone += len(old)
             if len(old) < _MOST:
                 return gone
-
-
-def _name(text: str) -> str:
-    return f"answer {json.loads(text)['id']}, which is not kept"
 
 
 def user_hash(tenant: str, user: str) -> str:

@@ -414,7 +414,7 @@ class Ledger:
         """
         counts = {"done": 0, "interrupted": 0}
         for path in outboxes(self.folder):
-            if not path.stem.endswith(".answers") and not (self.outbox and path == self.outbox.path):
+            if not (self.outbox and path == self.outbox.path):
                 self._recover_outbox(path, counts)
         for path in reserves(self.folder):
             if not (self.reserve and path == self.reserve.path):

@@ -1,4 +1,4 @@
-"""Delivers usage and stored answers to the database, despite failures of process, disk or database.
+"""Delivers usage to the database, despite failures of process, disk or database.
 
     Writer     a thread that commits other threads' items, in groups
     Outbox     a queue on a local disk, for a PostgreSQL that can be unavailable: a SQLite file per process
@@ -207,7 +207,7 @@ _CHECKPOINT_PAGES = 256
 _SPARE_PAGES = 16
 """Free pages that SQLite needs to delete rows."""
 _EMPTY_SECONDS = 3600.0
-_NAME = re.compile(r"[0-9a-f]{16}(\.answers)?\.sqlite")
+_NAME = re.compile(r"[0-9a-f]{16}\.sqlite")
 
 
 class NoRoom(Exception):
@@ -217,17 +217,17 @@ class NoRoom(Exception):
 class Outbox:
     """A queue on a local disk. Thread-safe; no method waits for the database.
 
-    With `claim` the file has its full size from the start, its log has the size that a group of items needs,
-    and neither grows: a full disk never prevents writing the end of an added item. An item has two bodies:
-    the first from `add`, the last from `end`.
+    The file has its full size from the start, its log has the size that a group of items needs, and neither
+    grows: a full disk never prevents writing the end of an added item. An item has two bodies: the first from
+    `add`, the last from `end`.
     """
 
-    def __init__(self, path: Path, *, room: int, claim: bool = True, synced: bool = False) -> None:
+    def __init__(self, path: Path, *, room: int, synced: bool = False) -> None:
         """Create the file. Raises ResourceError if the disk does not have `room` bytes.
 
-        `add` fails beyond `room`. Without `claim`, deleted bodies are overwritten in the file.
+        `add` fails beyond `room`.
         """
-        self.path, self.owed, self._claim = path, 0, claim
+        self.path, self.owed = path, 0
         self._mutex = threading.RLock()
         self._unwritten: dict[str, str] = {}
         try:
@@ -242,14 +242,13 @@ class Outbox:
             raise no_room(path.parent, room + min(room, _LOG_BYTES), error) from error
         self.writer = Writer(self._transaction, "veneer-outbox")
 
-    def add(self, key: str, body: str, *, final: bool = False) -> Future[None]:
-        """Add an item; the future completes when it is written. `final`: no `end` follows.
+    def add(self, key: str, body: str) -> Future[None]:
+        """Add an item; the future completes when it is written.
 
         The future's error: sqlite3.IntegrityError for a duplicate key, NoRoom or another sqlite3 error if
         there is no room.
         """
-        row = (key, body if final else body.ljust(len(body) + _PAD), int(final))
-        added = self.writer.put(self._insert, row)
+        added = self.writer.put(self._insert, (key, body.ljust(len(body) + _PAD)))
         added.add_done_callback(lambda future: self._count(0 if future.exception() else 1))
         return added
 
@@ -306,19 +305,19 @@ class Outbox:
         for path in _files(self.path) if empty else ():
             path.unlink(missing_ok=True)
 
-    def _insert(self, c: sqlite3.Connection, rows: list[tuple[str, str, int]]) -> None:
+    def _insert(self, c: sqlite3.Connection, rows: list[tuple[str, str]]) -> None:
         for row in rows:
             if self._unwritten:
                 raise NoRoom("the ends of requests cannot be written")
-            if self._claim and c.execute("PRAGMA freelist_count").fetchone()[0] < _SPARE_PAGES:
+            if c.execute("PRAGMA freelist_count").fetchone()[0] < _SPARE_PAGES:
                 raise NoRoom("there is no room for one more")
-            c.execute("INSERT INTO owed (key, body, final, sent) VALUES (?, ?, ?, 0)", row)
+            c.execute("INSERT INTO owed (key, body, final, sent) VALUES (?, ?, 0, 0)", row)
 
     def _update(self, c: sqlite3.Connection, rows: list[tuple[str, str]]) -> None:
         c.executemany("UPDATE owed SET body = ?, final = 1 WHERE key = ? AND final = 0", rows)
 
     def _make(self, synced: bool, room: int) -> None:
-        """Create the table and, with `claim`, free pages in the file.
+        """Create the table, and free pages in the file.
 
         The log gets the size of the first step of these pages.
         """
@@ -326,19 +325,16 @@ class Outbox:
         c.execute("PRAGMA journal_mode = WAL")
         c.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
         c.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-        c.execute(f"PRAGMA secure_delete = {'OFF' if self._claim else 'ON'}")
         c.execute(_TABLE)
-        if self._claim:
-            step = min(room, _LOG_BYTES)
-            c.execute("CREATE TABLE room (bytes BLOB NOT NULL)")
-            for _ in range(-(-room // step)):
-                c.execute("INSERT INTO room VALUES (randomblob(?))", (step,))
-                c.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            c.execute("DROP TABLE room")
+        step = min(room, _LOG_BYTES)
+        c.execute("CREATE TABLE room (bytes BLOB NOT NULL)")
+        for _ in range(-(-room // step)):
+            c.execute("INSERT INTO room VALUES (randomblob(?))", (step,))
             c.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        kind = "page_count" if self._claim else "page_size"
-        (found,) = c.execute(f"PRAGMA {kind}").fetchone()
-        c.execute(f"PRAGMA max_page_count = {found if self._claim else room // found}")
+        c.execute("DROP TABLE room")
+        c.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        (pages,) = c.execute("PRAGMA page_count").fetchone()
+        c.execute(f"PRAGMA max_page_count = {pages}")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -34,6 +34,7 @@ from veneer.library.names import name_of
 from veneer.models.home import veneer_home
 from veneer.serve.access import TRIALS, KeepAnswer, LedgerState, ResolvedModel, ShadowAnswer, Tenancy
 from veneer.serve.principal import Principal
+from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine
@@ -59,6 +60,7 @@ class Tenants(Tenancy):
         *,
         admin_key: str | None = None,
         ledger: LedgerSettings | None = None,
+        quotas: Quotas | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         watch: bool = True,
@@ -66,8 +68,8 @@ class Tenants(Tenancy):
         """Open the database and start background work. Raises ConfigError, ResourceError.
 
         `where`: a SQLite file, a postgresql:// URL, or an open store, which is closed with this. `admin_key`:
-        see `admin_hash`; None for no admin. `watch`: follow other servers' usage and recover dead ones, in a
-        thread.
+        see `admin_hash`; None for no admin. `quotas`: limits of each tenant. `watch`: follow other servers'
+        usage and recover dead ones, in a thread.
         """
         ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
@@ -80,7 +82,7 @@ class Tenants(Tenancy):
         except BaseException:
             self.store.close()
             raise
-        self.answers = KeptAnswers(self.store, self.ledger, wall)
+        self.answers = KeptAnswers(self.store, self.ledger.writer, wall, quotas)
         self._routes = TenantRoutes(self.store, self.ledger.writer.put)
         self._looker = ThreadPoolExecutor(1, "veneer-tenants")
         self._next_look: Future[TenantSettings] | None = None
@@ -231,7 +233,6 @@ class Tenants(Tenancy):
                     self.ledger.beat()
                     self.look_elsewhere(DAY)
                     self.ledger.recover()
-                    self.answers.recover()
                 if rounds % 600 == 60:
                     self.answers.sweep()
                 if rounds % 3600 == 60:
@@ -259,7 +260,6 @@ class Tenants(Tenancy):
         if self._watcher.is_alive():
             self._watcher.join()
         self._looker.shutdown()
-        self.answers.close()
         self.ledger.close()
         self.store.close()
 
