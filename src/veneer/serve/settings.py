@@ -102,10 +102,9 @@ class EngineSettings:
     """Settings of the text engine.
 
     `rows`: sequences at once. `budget`: tokens per step. `cache_bytes`: for keys and values. `adapter_bytes`:
-    for adapters in memory, the only limit on their number. `queue`: waiting requests.
-    `batch_invariant`: see Runner. `step_seconds`: longest step if there are tenants, which bounds a new
-    request's wait. `stuck_seconds`: a step longer than this counts as stuck. `context`: tokens per sequence,
-    0 for as many as the base and the cache allow.
+    for adapters in memory, the only limit on their number. `queue`: waiting requests. `batch_invariant`: see
+    Runner. `stuck_seconds`: a step longer than this counts as stuck. `context`: tokens per sequence, 0 for as
+    many as the base and the cache allow.
     """
 
     rows: int = 32
@@ -115,7 +114,6 @@ class EngineSettings:
     queue: int = HttpSettings.queue
     batch_invariant: bool = False
     context: int = 0
-    step_seconds: float = 0.2
     stuck_seconds: float = 120.0
 
 

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from veneer.serve.engine.admission import FairPool
 from veneer.serve.engine.cache import Cache
 from veneer.serve.engine.detokenize import AnswerText
 from veneer.serve.engine.sampler import SampledRow, SampledToken, sample, scored
-from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence, StepCost
+from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence
 from veneer.serve.forward.paged import BLOCK
 from veneer.serve.forward.runner import Prepared, Runner, RunnerRow
 from veneer.serve.names.adapter_cache import AdapterCache, Lease
@@ -64,8 +63,6 @@ _SCORED = 64
 
 _LOST = 3
 """Consecutive steps failed for all their rows, after which the engine reports unhealthy."""
-_STEPS = 64
-"""Recent steps from which the engine estimates step time."""
 
 
 _Note = tuple[Callable[[EngineEvent], None], EngineEvent]
@@ -135,7 +132,6 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._state: Literal["new", "open", "closed"] = "new"
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._texts: dict[int, str] = {}
-        self._took: deque[tuple[float, float, float, float]] = deque(maxlen=_STEPS)
         self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
         self._beat, self._lost = time.monotonic(), 0
         self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="engine", daemon=True)
@@ -358,28 +354,14 @@ class TextEngine(Engine[Request, EngineEvent]):
                 self._prompt_tokens += len(live.request.prompt)
                 self._tell(live, Started(chunk.sequence.cached))
         self._steps += 1
-        began = time.monotonic()
         wanted = [c for c in chunks if c.last]
         choices = dict(zip(map(id, wanted), self._choose(chunks, wanted), strict=True))
         now = time.monotonic()
-        self._measure(chunks, now - began)
         for chunk in chunks:
             if (still := self._live.get(chunk.sequence)) is not None:  # else the row failed
                 self.scheduler.computed(chunk)
                 if chunk.last:
                     self._take(still, choices[id(chunk)], now)
-
-    def _measure(self, chunks: list[Chunk], seconds: float) -> None:
-        """Fit the step cost by least squares over recent steps.
-
-        seconds = fixed + row · rows + token · tokens
-        """
-        rows = sum(chunk.end - chunk.start == 1 for chunk in chunks)
-        self._took.append((1.0, rows, sum(chunk.end - chunk.start for chunk in chunks) - rows, seconds))
-        if self._steps % 8 == 0:
-            table = np.array(self._took)
-            fixed, row, token = np.linalg.lstsq(table[:, :3], table[:, 3], rcond=None)[0].clip(min=0.0).tolist()
-            self.scheduler.cost = StepCost(fixed, row, token, self.settings.step_seconds)
 
     def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[SampledToken | Refused | None]:
         """The next token of each chunk in `wanted`.

@@ -1,12 +1,10 @@
 """Continuous batching scheduler: picks the sequences and tokens of each step.
 
 A step has at most `budget` tokens: one per decoding sequence; the rest go to prompts, computed in chunks, so
-a long prompt never delays the next tokens of other sequences. With tenants, `StepCost` also limits a step's
-time: work that does not fit waits for the next step, ordered by the tenants' counters and, within a tenant,
-by longest wait.
+a long prompt never delays the next tokens of other sequences.
 
 Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of the tokens it
-received (1 per computed prompt token, 2 or more per generated token, by their time) divided by its weight.
+received (1 per computed prompt token, 2 per generated token) divided by its weight.
 The tenant with the lowest counter gets the next slot and the next prompt tokens. A tenant that returns after
 a pause is raised to the lowest counter of the active tenants: idle time earns no credit. A prompt of ordinary
 length is charged after its first token, so a tenant that arrives at a busy server is not delayed halfway
@@ -28,25 +26,18 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf
 
 from veneer.serve.engine.cache import BlockTable, Cache
 from veneer.serve.request import Request, cache_root
 
 _LOOK_AHEAD = 64
 """Waiting requests per tenant that are checked for being ready to run."""
-_PIECE = 32
-"""Smallest prompt chunk worth starting, in tokens."""
 _SHORT = 64
 """Tokens of other tenants' prompts always allowed in a step that produces a first token."""
 _GENERATED = 2.0
+"""The cost of a generated token, in prompt tokens, as in the paper."""
 _CREDIT = 512
 """Prompt tokens that a tenant can compute before they are charged; a first token charges them too."""
-_DEAREST = 32.0
-"""Upper bound of a generated token's cost, in prompt tokens: nearly a step of its own.
-
-The paper's weights are 1 and 2; on a CPU a decoding row can take as long as a dozen prompt tokens.
-"""
 
 
 @dataclass(eq=False)
@@ -98,30 +89,6 @@ class Chunk:
         return self.end == len(self.sequence.tokens)
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """The time of a step in seconds.
-
-    `fixed` + `row` · decoding rows + `token` · prompt tokens. `step`: longest time a step may take; 0 for no
-    limit.
-    """
-
-    fixed: float = 0.0
-    row: float = 0.0
-    token: float = 0.0
-    step: float = 0.0
-
-    @property
-    def spare(self) -> float:
-        """Seconds available to rows and tokens together; never less than `fixed`."""
-        return max(self.step - self.fixed, self.fixed) if self.step else inf
-
-    @property
-    def generated(self) -> float:
-        """The cost of a generated token in prompt tokens, from _GENERATED to _DEAREST."""
-        return min(max(_GENERATED, self.row / self.token), _DEAREST) if self.token else _GENERATED
-
-
 @dataclass
 class _Tenant:
     weight: float = 1.0
@@ -136,7 +103,7 @@ class Scheduler:
 
     `rows`: sequences that run at once. `budget`: tokens in a step, at least `rows`. `loaded(sequence)`:
     whether the sequence's adapters are in memory; called for the next sequences in line, so it can start to
-    load them. `shares`: whether sequences can share blocks. `cost`: set by the engine, which measures steps.
+    load them. `shares`: whether sequences can share blocks.
     """
 
     def __init__(
@@ -149,7 +116,6 @@ class Scheduler:
         shares: bool = True,
     ) -> None:
         self.cache, self.rows, self.budget, self.loaded, self.shares = cache, rows, budget, loaded, shares
-        self.cost = StepCost()
         self._chunks = 0
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -189,12 +155,11 @@ class Scheduler:
         self._make_room()
         chunks: list[Chunk] = []
         left = self.budget - sum(s.decodes for s in self.running)
-        spare = self.cost.spare if any(name and (t.waiting or t.running) for name, t in self._tenants.items()) else inf
         begun = sorted(self.running, key=self._turn)
         first, used, full = "", 0, False
         while True:
             following = None
-            if left > 0 and spare > 0 and not full and len(self.running) < self.rows:
+            if left > 0 and not full and len(self.running) < self.rows:
                 following = self._next()
             if begun and (following is None or self._turn(begun[0]) <= self._turn(following)):
                 following = begun.pop(0)
@@ -208,20 +173,15 @@ class Scheduler:
             else:  # a sequence preempted earlier in this step is still in `begun`
                 begun = [s for s in begun if s is not following]
             if following.decodes:
-                if not chunks or spare >= self.cost.row:
-                    spare -= self.cost.row
-                    self._chunk(following, 1, chunks)
+                self._chunk(following, 1, chunks)
                 continue
             if first and following.request.tenant != first:
                 left = min(left, max(_SHORT, used))
                 first = ""
-            room = left if spare == inf or not self.cost.token else min(left, int(spare / self.cost.token))
-            if room < max(1, min(_PIECE, left, len(following.tokens) - following.computed)):
-                if chunks or left <= 0:
-                    continue
-                room = min(_PIECE, left)
-            size = self._chunk(following, room, chunks)
-            left, used, spare = left - size, used + size, spare - size * self.cost.token
+            if left <= 0:
+                continue
+            size = self._chunk(following, left, chunks)
+            left, used = left - size, used + size
             if size and chunks[-1].last and following.generated == 0:
                 first = following.request.tenant
 
@@ -241,7 +201,7 @@ class Scheduler:
 
     def appended(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
-        self._charge(sequence, self.cost.generated)
+        self._tenants[sequence.request.tenant].counter += _GENERATED / sequence.request.weight
 
     # -- internals -----------------------------------------------------------------------------------------------------
 
@@ -254,9 +214,6 @@ class Scheduler:
     def _settle(self, tenant: _Tenant) -> None:
         tenant.counter += tenant.owed / tenant.weight
         tenant.owed = 0.0
-
-    def _charge(self, sequence: Sequence, tokens: float) -> None:
-        self._tenants[sequence.request.tenant].counter += tokens / sequence.request.weight
 
     def _turn(self, sequence: Sequence) -> tuple[float, int, int, int]:
         """The sort key of a sequence: lower is computed first."""
