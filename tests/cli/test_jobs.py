@@ -123,7 +123,7 @@ def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyP
     assert not end.value.code
     beside, serving, ended = told[:3]
     assert (beside, ended) == ({"library": "there", "tenants": "t.sqlite"}, "worker ended")
-    serving["extend"](None, None)
+    serving["extends"][0](None, None)
     assert told[3:] == [{"python_graders": False, "session_days": 30.0}]
 
 

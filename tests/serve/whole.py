@@ -232,14 +232,14 @@ def said(answer: Any) -> Said:
 
 @contextmanager
 def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
-    """A server over the shop's base and library, whose load route may read `adapters`. `extend`: what a room above
-    adds."""
+    """A server over the shop's base and library, whose load route may read `adapters`. `extend`: adds parts
+    of a higher package."""
     extend = settings.pop("extend", None)
     small = {"folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu", "library": shop.library.location}
     mine = {key: settings.pop(key) for key in list(settings) if key in EngineSettings.__dataclass_fields__}
     engine = EngineSettings(**({"cache_bytes": 16 << 20} | mine))
     asked = ServeSettings(str(shop.base_dir), engine=engine, **(small | settings))
-    built = build(asked, print, check_settings(asked), extend)
+    built = build(asked, print, check_settings(asked), [extend] if extend else [])
 
     async def begin() -> None:
         await built.start()

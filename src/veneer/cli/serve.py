@@ -27,10 +27,8 @@ from veneer.serve.settings import (
 )
 
 if TYPE_CHECKING:
-    from veneer.library.library import Library
-    from veneer.serve.build import Extend, Extension
+    from veneer.serve.build import Extend
     from veneer.serve.config import ServerConfig
-    from veneer.serve.http.service import Service
 
 app = typer.Typer(add_completion=False)
 
@@ -250,9 +248,4 @@ def serve_with(
             extends.append(partial(studio_of, trains=train))
             page = server.WebPage(ROOT, show)
 
-        def extend(service: Service, library: Library) -> Extension:
-            from veneer.serve.build import together  # late: torch comes with it
-
-            return together(*extends)(service, library)
-
-        server.serve(settings, say, extend=extend, page=page)
+        server.serve(settings, say, extends=extends, page=page)

@@ -1,6 +1,6 @@
 """The training extension of a server: OpenAI's and Tinker's routes, and cleanup.
 
-`serve(settings, say, extend=training)`: see `serve.build.Extension`. Imports are late, because a server
+`serve(settings, say, extends=[training])`: see `serve.build.Extension`. Imports are late, because a server
 listens before torch is loaded.
 """
 
@@ -76,8 +76,7 @@ def training(
     routers += [weights_routes(tinker), signed_routes(tinker)]
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))
-    texts = service.engine.makes == "texts"
-    return Extension(routers, large_bodies(files), (FILES,), start, stop, fine_tunes=texts)
+    return Extension(routers, large_bodies(files), (FILES,), start, stop)
 
 
 def _tinker(service: Service, library: Library, days: float) -> TinkerService:

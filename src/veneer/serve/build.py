@@ -62,7 +62,6 @@ class Extension:
 
     `routers`: behind the same authentication. `large`, `unguarded`: see create_app. `start`, `stop`: see
     Application; run inside the server's own. `mount`: adds what is not a router to the finished application.
-    `fine_tunes`: POST /v1/fine_tuning/jobs accepts this server's models.
     """
 
     routers: Sequence[APIRouter] = ()
@@ -71,50 +70,19 @@ class Extension:
     start: Callable[[], Awaitable[Any]] = _nothing
     stop: Callable[[], Awaitable[Any]] = _nothing
     mount: Callable[[FastAPI], None] = lambda app: None
-    fine_tunes: bool = False
 
 
 Extend = Callable[[Service, Library], Extension]
 """Creates a server's extension from its parts, before the base is loaded."""
 
 
-def together(*extends: Extend) -> Extend:
-    """Combine extensions; they start in this order and stop in reverse."""
-
-    def extend(service: Service, library: Library) -> Extension:
-        parts = [each(service, library) for each in extends]
-
-        async def start() -> None:
-            for part in parts:
-                await part.start()
-
-        async def stop() -> None:
-            for part in reversed(parts):
-                await part.stop()
-
-        def mount(app: FastAPI) -> None:
-            for part in parts:
-                part.mount(app)
-
-        return Extension(
-            [router for part in parts for router in part.routers],
-            {path: most for part in parts for path, most in part.large.items()},
-            [path for part in parts for path in part.unguarded],
-            start,
-            stop,
-            mount,
-            any(part.fine_tunes for part in parts),
-        )
-
-    return extend
-
-
 def build(
-    settings: ServeSettings, say: Callable[[str], None], opened: Opened | None = None, extend: Extend | None = None
+    settings: ServeSettings, say: Callable[[str], None], opened: Opened | None = None, extends: Sequence[Extend] = ()
 ) -> Application:
     """Build everything but the base from `settings` (checked by checks.py).
 
-    Raises ConfigError. `opened`: the stores that the check has opened.
+    `opened`: the stores that the check has opened. `extends`: extensions, which start in this order and stop in
+    reverse. Raises ConfigError.
     """
     opened = opened or open_stores(settings)
     try:
@@ -127,7 +95,7 @@ def build(
         service = Service(
             LoadingEngine(), catalog, tenancy, reader, settings.http, "loading", loaded=False, shared_quotas=quotas
         )
-        return _application(settings, service, opened.library, say, extend)
+        return _application(settings, service, opened.library, say, extends)
     except BaseException:
         opened.close()
         raise
@@ -201,7 +169,11 @@ def _load_upstream(settings: ServeSettings, service: Service, say: Callable[[str
 
 
 def _application(
-    settings: ServeSettings, service: Service, library: Library, say: Callable[[str], None], extend: Extend | None
+    settings: ServeSettings,
+    service: Service,
+    library: Library,
+    say: Callable[[str], None],
+    extends: Sequence[Extend],
 ) -> Application:
     """The application with all surfaces.
 
@@ -224,13 +196,13 @@ def _application(
         service.tenancy.close()
 
     staging = service.staging
-    more = extend(service, library) if extend is not None else Extension()
-    service.fine_tunes = more.fine_tunes
+    extensions = [extend(service, library) for extend in extends]
 
     async def start() -> None:
         limits = service.settings.quotas
         asyncio.get_running_loop().set_default_executor(FairThreads(limits.threads, limits.thread_share))
-        await more.start()
+        for each in extensions:
+            await each.start()
 
     async def load() -> None:
         await asyncio.to_thread(_load_base, settings, service, step)
@@ -241,17 +213,23 @@ def _application(
         service.ready()
 
     async def stop() -> None:
-        await more.stop()
+        for each in reversed(extensions):
+            await each.stop()
         await service.engine.end()
         await asyncio.to_thread(close)
 
-    operator = operator_routes(settings, service.tenancy, service.catalog)
-    own = [adapter_routes(library, staging, service.tenancy)]
+    routers = operator_routes(settings, service.tenancy, service.catalog)
+    routers.append(adapter_routes(library, staging, service.tenancy))
     if isinstance(service.tenancy, Tenants):
-        own.append(feedback_routes(service.tenancy.answers))
-    large = {**adapter_bodies(staging), **more.large}
-    app = create_app(service, routers=[*operator, *own, *more.routers], unguarded=more.unguarded, large=large)
-    more.mount(app)
+        routers.append(feedback_routes(service.tenancy.answers))
+    unguarded, large = [], adapter_bodies(staging)
+    for each in extensions:
+        routers += each.routers
+        unguarded += each.unguarded
+        large |= each.large
+    app = create_app(service, routers=routers, unguarded=unguarded, large=large)
+    for each in extensions:
+        each.mount(app)
     return Application(app, start, load, stop)
 
 

@@ -10,18 +10,18 @@ another base) run while the server is built.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from veneer.errors import ConfigError, one_of, quoted
-from veneer.library.library import Library, NotInLibrary, open_library
-from veneer.library.names import check_name, parse_reference
+from veneer.library.library import Library, open_library
+from veneer.library.names import check_name
 from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_outline, is_image_base
-from veneer.serve.settings import LedgerSettings, Preload, QuantizeKind, ServeSettings
+from veneer.serve.settings import LedgerSettings, QuantizeKind, ServeSettings
 from veneer.serve.tenancy.keys import admin_hash, database_here
 from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
@@ -115,7 +115,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
         _check_keyless(settings, opened.store, page)
         for each in settings.preload:
             if not any((Path(folder).expanduser() / each.reference).exists() for folder in settings.folders):
-                _find(opened.library, each, settings.folders)
+                _find(opened.library, each.reference)
     except BaseException:
         opened.close()
         raise
@@ -212,9 +212,6 @@ def _check_names(settings: ServeSettings) -> None:
     names = [each.name for each in settings.preload]
     own = settings.base.rstrip("/").rpartition("/")[2]
     for name in names:
-        if name.startswith((".", "/", "~")):
-            what = f"{quoted(name)} is a path, and requests need a name for it"
-            raise ConfigError(what, where=f"--adapter {name}", fix=f"--adapter NAME={name}")
         check_name(name, cased=True)
         if names.count(name) > 1:
             raise ConfigError(
@@ -225,22 +222,10 @@ def _check_names(settings: ServeSettings) -> None:
             raise ConfigError(what, where=f"--adapter {name}", fix=f"--adapter NAME={name} with another name")
 
 
-def _find(library: Library, wanted: Preload, folders: Sequence[str]) -> None:
+def _find(library: Library, reference: str) -> None:
     """Raises ConfigError or NotInLibrary if a reference does not exist."""
-    reference = wanted.reference
     try:
-        parse_reference(reference)
         library.find(reference)
-    except (ConfigError, NotInLibrary) as error:
-        path = Path(reference).expanduser()
-        for folder in (Path(folder).expanduser().resolve() for folder in folders):
-            if path.exists() and (real := path.resolve()).is_relative_to(folder):
-                fix = f"--adapter {wanted.name}={real.relative_to(folder)}"
-                what = f"{reference} is a path from here, and paths have to be those inside of --allow-folder"
-                raise ConfigError(what, where="--adapter", fix=fix) from None
-        if isinstance(error, NotInLibrary):
-            raise
-        way = "keep it with `veneer library add`, or name a folder above it with --allow-folder"
-        there = f"{reference} is a path outside of --allow-folder"
-        what = there if path.exists() else f"there is no adapter {quoted(reference)}"
-        raise ConfigError(what, where="--adapter", fix=way) from None
+    except ConfigError:  # not a reference
+        fix = "a reference of the library, or a path inside an --allow-folder"
+        raise ConfigError(f"there is no adapter {quoted(reference)}", where="--adapter", fix=fix) from None

@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from veneer.errors import ResourceError
 from veneer.files.rights import forbid_inspection
-from veneer.serve.checks import Opened, check_settings
+from veneer.serve.checks import check_settings
 from veneer.serve.http.connection import many_files, protocols_of
 from veneer.serve.http.errors import Json, answer_error
 from veneer.serve.request import not_ready
@@ -173,28 +173,31 @@ def serve(
     settings: ServeSettings,
     say: Callable[[str], None],
     make: Callable[[], Application] | None = None,
-    extend: Extend | None = None,
+    extends: Sequence[Extend] = (),
     page: WebPage | None = None,
 ) -> None:
     """Serve until a signal.
 
-    Raises errors in the settings before it listens, and build errors. `extend`: adds parts of higher
+    Raises errors in the settings before it listens, and build errors. `extends`: add parts of higher
     packages; `page`: the web page among them.
     """
     forbid_inspection()
     opened = check_settings(settings, page=page is not None) if make is None else None
+
+    def build() -> Application:
+        from veneer.serve.build import build  # late: the server listens before torch is imported
+
+        return build(settings, say, opened, extends)
+
     try:
-        _serve(settings, say, make or (lambda: _build(settings, say, opened, extend)), page)
+        _serve(settings, say, make or build, page)
     finally:
         if opened is not None:
             opened.close()
 
 
 def _serve(
-    settings: ServeSettings,
-    say: Callable[[str], None],
-    make: Callable[[], Application],
-    page: WebPage | None,
+    settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application], page: WebPage | None
 ) -> None:
     front = _Front(make, page)
     http, ws = protocols_of(settings.http, sockets=page is not None)
@@ -226,14 +229,6 @@ def _serve(
     _Server(config, front, settings.drain).run(sockets)
     if front.failure is not None:
         raise front.failure
-
-
-def _build(
-    settings: ServeSettings, say: Callable[[str], None], opened: Opened | None, extend: Extend | None
-) -> Application:
-    from veneer.serve.build import build  # late: the server listens before torch is imported
-
-    return build(settings, say, opened, extend)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

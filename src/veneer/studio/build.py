@@ -2,7 +2,7 @@
 
 The only file that mounts and starts NiceGUI.
 
-`serve(settings, say, extend=studio_of, page=WebPage(ROOT, …))`: see `serve.build.Extension`. NiceGUI
+`serve(settings, say, extends=[studio_of], page=WebPage(ROOT, …))`: see `serve.build.Extension`. NiceGUI
 has one application a process, so there is one Studio a process.
 """
 

@@ -91,7 +91,7 @@ class Service:
     """The parts of one server.
 
     `reader`: tokenizes prompts. `phase`: set to draining by the server. `inside`: requests being answered.
-    `fine_tunes`: whether POST /v1/fine_tuning/jobs accepts this server's models. `loaded`: whether the base
+    `loaded`: whether the base
     is loaded; until then `engine` and `reader` are placeholders (`use_base`), and `step` describes the
     loading progress. `shared_quotas`: the tenancy's.
     """
@@ -103,7 +103,6 @@ class Service:
     settings: HttpSettings = field(default_factory=HttpSettings)
     phase: Literal["loading", "ready", "draining"] = "ready"
     inside: int = 0
-    fine_tunes: bool = False
     loaded: bool = True
     shared_quotas: InitVar[Quotas | None] = None
     step: str = ""
