@@ -35,14 +35,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.models.home import veneer_home
@@ -77,6 +76,13 @@ class _Ended(Exception):
     """The process has ended or was killed; the text is the reason."""
 
 
+@dataclass(frozen=True)
+class NoAnswer:
+    """No result of a function; `why` is the reason."""
+
+    why: str
+
+
 class LimitedFunction:
     """A function in separate processes. Thread-safe.
 
@@ -96,19 +102,18 @@ class LimitedFunction:
         sandbox: Sandbox | None = None,
     ) -> None:
         assert (file is None) != (source is None)
-        assert sandbox is None or source is not None, (
-            "files on this machine are the operator's and run without a sandbox"
-        )
+        # files on this machine are the operator's and run without a sandbox
+        assert sandbox is None or source is not None
         if file is not None and not Path(file).is_file():
             raise ConfigError(
                 f"the file of the function {function} does not exist", where=file, fix="give a Python file"
             )
-        self._first = {"function": function, "memory": int(memory), "timeout": timeout}
+        self._first: dict[str, Any] = {"function": function, "memory": int(memory), "timeout": timeout}
         self._first |= {"file": os.path.abspath(file)} if file is not None else {"source": source}
-        self._free: queue.LifoQueue[_Process] = queue.LifoQueue()
-        self._all = [_Process(self._first, bare, sandbox) for _ in range(at_once)]
-        for process in self._all:
-            self._free.put(process)
+        self._timeout, self._at_once, self._bare, self._sandbox = timeout, at_once, bare, sandbox
+        self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
+        for _ in range(at_once):
+            self._idle.put(None)
 
     def __enter__(self) -> LimitedFunction:
         return self
@@ -117,8 +122,11 @@ class LimitedFunction:
         self.close()
 
     def close(self) -> None:
-        for process in self._all:
-            process.end()
+        """End the processes, after their current answers."""
+        for child in [self._idle.get() for _ in range(self._at_once)]:
+            if child is not None:
+                child.end()
+            self._idle.put(None)
 
     def score(self, asked: Sequence[Asked]) -> list[RewardScore]:
         """Return a score for each question, in order, or the reason for a missing score.
@@ -132,48 +140,56 @@ class LimitedFunction:
         """Return the function's JSON result for each question; NoAnswer if there is none.
 
         Raises the errors of `score`."""
-        failed = _Row()
+        failed = 0
 
         def one(pair: Asked) -> Any:
-            if failed.count >= _GIVES_UP:
+            nonlocal failed
+            if failed >= _GIVES_UP:
                 return NoAnswer(f"not asked: the {_GIVES_UP} before it failed one after the other")
-            process = self._free.get()
-            try:
-                return failed.noted(_value_of(process.ask(*pair)))
-            except _Ended as ended:
-                return failed.noted(NoAnswer(str(ended)))
-            finally:
-                self._free.put(process)
+            value = self._value(*pair)
+            failed = failed + 1 if isinstance(value, NoAnswer) else 0
+            return value
 
-        if len(self._all) == 1 or len(asked) < 2:
+        if self._at_once == 1 or len(asked) < 2:
             return [one(pair) for pair in asked]
-        with ThreadPoolExecutor(len(self._all), "reward") as pool:
+        with ThreadPoolExecutor(self._at_once, "reward") as pool:
             return list(pool.map(one, asked))
 
+    def _value(self, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
+        try:
+            text = json.dumps([sample, item], sort_keys=True, default=str)
+        except (TypeError, ValueError) as error:
+            return NoAnswer(f"the row cannot be handed to a process: {error}")
+        seed = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:7], "big")
+        message = dict(zip(("sample", "item"), json.loads(text), strict=True)) | {"seed": seed}
+        child = self._idle.get()
+        try:
+            if child is None or child.ended:
+                child = None
+                child = self._started()
+            answer = child.ask(message, self._timeout, f"took longer than {self._timeout:g} s")
+        except _Ended as ended:
+            return NoAnswer(str(ended))
+        finally:
+            self._idle.put(child)
+        # user code can have forged the answer
+        if "value" in answer:
+            return answer["value"]
+        why = answer.get("error")
+        return NoAnswer(why[:2000] if isinstance(why, str) else "the function's process gave no answer")
 
-@dataclass(frozen=True)
-class NoAnswer:
-    """No result of a function; `why` is the reason."""
-
-    why: str
-
-
-class _Row:
-    """Counts consecutive failures."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def noted(self, value: Any) -> Any:
-        self.count = self.count + 1 if isinstance(value, NoAnswer) else 0
-        return value
-
-
-def _value_of(answer: Any) -> Any:
-    """Return the value in a process's answer, which user code can have forged."""
-    if not isinstance(answer, dict) or not ("value" in answer or isinstance(answer.get("error"), str)):
-        return NoAnswer("the function's process gave no answer")
-    return answer["value"] if "value" in answer else NoAnswer(answer["error"][:2000])
+    def _started(self) -> _Child:
+        where, what = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
+        try:
+            child = _Child(int(self._first["memory"]), self._bare, self._sandbox)
+            answer = child.ask(self._first, _LOADING, f"took longer than {_LOADING:g} s to be loaded")
+        except _Ended as ended:
+            raise ConfigError(f"{what} cannot be loaded: {ended}", where=where) from None
+        error = answer.get("error") or ("its source left other processes running" if child.ended else "")
+        if error:
+            child.end()
+            raise ConfigError(f"{what} cannot be loaded: {error}", where=where)
+        return child
 
 
 def _score_of(value: Any) -> RewardScore:
@@ -182,11 +198,10 @@ def _score_of(value: Any) -> RewardScore:
     if wrong := [repr(each)[:100] for each in (number, *parts.values()) if not isinstance(each, int | float)]:
         what = "no number, nor a mapping with `score` and numbers" if number is value else "where a number belongs"
         return RewardScore(None, f"the function gave {wrong[0]}, {what}")
-    assert isinstance(number, int | float)
     return RewardScore(_float(number), parts={key: _float(each) for key, each in parts.items()})
 
 
-def _float(number: int | float) -> float:
+def _float(number: Any) -> float:
     """Convert a JSON number to float; JSON integers have any size."""
     try:
         return float(number)
@@ -194,134 +209,78 @@ def _float(number: int | float) -> float:
         return math.inf if number > 0 else -math.inf
 
 
-class _Process:
-    """One process; used by one thread at a time."""
-
-    def __init__(self, first: Mapping[str, Any], bare: bool, sandbox: Sandbox | None) -> None:
-        self._first, self._bare, self._sandbox = first, bare, sandbox
-        self._running: _Running | None = None
-        self._lock = threading.Lock()
-
-    def ask(self, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
-        """Return the function's answer. Raises _Ended if there is none in time."""
-        self._start()
-        try:
-            text = json.dumps([sample, item], sort_keys=True, default=str)
-        except (TypeError, ValueError) as error:
-            raise _Ended(f"the row cannot be handed to a process: {error}") from None
-        seed = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:7], "big")
-        sample, item = json.loads(text)
-        timeout = self._first["timeout"]
-        return self._told({"sample": sample, "item": item, "seed": seed}, timeout, f"took longer than {timeout:g} s")
-
-    def end(self) -> None:
-        with self._lock:
-            running, self._running = self._running, None
-        if running is not None:
-            running.end()
-
-    def _start(self) -> None:
-        if self._running is not None and self._running.process.poll() is None:
-            return
-        self.end()
-        where, what = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
-        try:
-            self._running = _Running(self._sandbox, int(self._first["memory"]), self._bare)
-            answer = self._told(self._first, _LOADING, f"took longer than {_LOADING:g} s to be loaded")
-        except _Ended as ended:
-            raise ConfigError(f"{what} cannot be loaded: {ended}", where=where) from None
-        if error := answer.get("error") if isinstance(answer, dict) else "no answer":
-            self.end()
-            raise ConfigError(f"{what} cannot be loaded: {error}", where=where)
-        if self._running is None:
-            raise ConfigError(f"{what} cannot be loaded: its source left other processes running", where=where)
-
-    def _told(self, message: Mapping[str, Any], seconds: float, late: str) -> Any:
-        """Send a message and return the process's answer."""
-        assert self._running is not None
-        ends, token = time.monotonic() + seconds, secrets.token_hex(16)
-        try:
-            self._running.resume()
-            # A message can exceed the socket's buffer: the process reads all of it before it runs anything.
-            self._running.send({**message, "token": token}, ends)
-            answer = self._running.receive(ends)
-            if not isinstance(answer, dict) or answer.pop("token", None) != token:
-                raise _Ended("the function wrote to the channel of its answers")
-            if not self._running.suspend():
-                self.end()  # the next call starts a new one
-            return answer
-        except TimeoutError:
-            self.end()
-            raise _Ended(f"the function {late}") from None
-        except (OSError, EOFError):
-            code = self._running.code()
-            self.end()
-            why = "" if code is None else f", by {signal.Signals(-code).name}" if code < 0 else f", with code {code}"
-            raise _Ended(f"the function's process ended{why}") from None
-        except (ValueError, RecursionError):
-            self.end()
-            raise _Ended("the function's process gave no JSON") from None
-        except _Ended:
-            self.end()
-            raise
-
-
-class _Running:
-    """A child process and this side's end of its socket.
+class _Child:
+    """A child process and this side's end of its socket; used by one thread at a time.
 
     Raises _Ended if the process does not start."""
 
-    def __init__(self, sandbox: Sandbox | None, memory: int, bare: bool) -> None:
-        self._sandboxed, self._memory = sandbox is not None, memory
+    def __init__(self, memory: int, bare: bool, sandbox: Sandbox | None) -> None:
+        self._memory, self.ended = memory, False
         self._channel, other = socket.socketpair()
-        self._channel.setblocking(False)
-        if _says_who():
+        if hasattr(socket, "SO_PASSCRED"):
             self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._init: int | None = None
-        """A pidfd of the sandbox's first process; all other processes end with it."""
-        self._function: int | None = None
-        """A pidfd of the process that runs the function in a sandbox."""
+        self._pidfds: list[int] = []
+        """In a sandbox: of its first process, with which all others end, and of the function's process."""
         with other, tempfile.TemporaryFile() as errors:
             try:
                 if sandbox is None:
-                    self.process = _plain(other, bare)
+                    self._process = _plain(other, bare)
                 else:
-                    self.process = sandbox.start([sys.executable, "-s", "-P", "-B", str(_CHILD)], other, errors)
+                    self._process = sandbox.start([sys.executable, "-s", "-P", "-B", str(_CHILD)], other, errors)
             except OSError as error:
                 self._channel.close()
                 raise _Ended(f"its process did not start: {error}") from None
             other.close()
-            self.sender = None if sandbox is not None else self.process.pid
+            self._sender = None if sandbox is not None else self._process.pid
             try:
-                self._began(errors)
-            except BaseException:
+                self._receive(time.monotonic() + _LOADING)  # sent by the child's script, before the function's code
+                if sandbox is not None and self._sender is not None:
+                    init = descendants(self._process.pid)[0]
+                    self._pidfds = [os.pidfd_open(init), os.pidfd_open(self._sender)]
+            except (OSError, EOFError, ValueError, IndexError, RecursionError, _Ended):
+                self._code()
                 self.end()
-                raise
+                errors.seek(0)
+                said = errors.read(1000).decode(errors="replace").strip()
+                raise _Ended(f"its process did not start{': ' if said else ''}{said}") from None
 
-    def _began(self, errors: IO[bytes]) -> None:
-        """Wait for the first message.
+    def ask(self, message: Mapping[str, Any], seconds: float, late: str) -> dict[str, Any]:
+        """Send a message and return the process's answer. Raises _Ended, and ends the process, if there is none.
 
-        The child's own script sends it before any code of the function runs."""
+        Ends a sandbox in which other processes than the function's are left."""
+        ends, token = time.monotonic() + seconds, secrets.token_hex(16)
         try:
-            self.receive(time.monotonic() + _LOADING)
-            if self._sandboxed and self.sender is not None:
-                self._init = os.pidfd_open(descendants(self.process.pid)[0])
-                self._function = os.pidfd_open(self.sender)
-        except (OSError, EOFError, ValueError, IndexError, RecursionError):
-            self.code()
-            errors.seek(0)
-            said = errors.read(1000).decode(errors="replace").strip()
-            raise _Ended(f"its process did not start{': ' if said else ''}{said}") from None
+            self._signal(signal.SIGCONT)
+            # A message can exceed the socket's buffer: the process reads all of it before it runs anything.
+            data = json.dumps({**message, "token": token}).encode()
+            self._channel.settimeout(seconds)
+            self._channel.sendall(struct.pack(">I", len(data)) + data)
+            answer = self._receive(ends)
+            if not isinstance(answer, dict) or answer.pop("token", None) != token:
+                raise _Ended("the function wrote to the channel of its answers")
+            if self._pidfds and descendants(self._process.pid)[1:] != [self._sender]:
+                self.end()
+            self._signal(signal.SIGSTOP)
+            return answer
+        except TimeoutError:
+            why = f"the function {late}"
+        except (OSError, EOFError):
+            code = self._code()
+            how = "" if code is None else f", by {signal.Signals(-code).name}" if code < 0 else f", with code {code}"
+            why = f"the function's process ended{how}"
+        except (ValueError, RecursionError):
+            why = "the function's process gave no JSON"
+        except _Ended as ended:
+            why = str(ended)
+        self.end()
+        raise _Ended(why)
 
-    def send(self, message: Mapping[str, Any], ends: float) -> None:
-        data = json.dumps(message).encode()
-        rest = memoryview(struct.pack(">I", len(data)) + data)
-        while rest:
-            self._await(select.POLLOUT, ends)
-            with suppress(BlockingIOError):
-                rest = rest[self._channel.send(rest) :]
+    def _signal(self, number: signal.Signals) -> None:
+        """Send a signal to the function's process in a sandbox."""
+        if self._pidfds:
+            signal.pidfd_send_signal(self._pidfds[1], number)
 
-    def receive(self, ends: float) -> Any:
+    def _receive(self, ends: float) -> Any:
         """Return the next message.
 
         Raises EOFError at the end, TimeoutError, and ValueError for invalid JSON."""
@@ -334,78 +293,58 @@ class _Running:
         """Return bytes from the function's process.
 
         Drops bytes from other processes that hold its descriptors. The kernel never combines bytes of two
-        senders in one part."""
+        senders in one part. Raises _Ended for a sandbox over its memory limit."""
         found = bytearray()
         while len(found) < count:
-            self._await(select.POLLIN, ends)
-            with suppress(BlockingIOError):
+            left = ends - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._channel.settimeout(min(left, _WATCH) if self._pidfds else left)
+            try:
                 part, about, *_ = self._channel.recvmsg(count - len(found), socket.CMSG_SPACE(_CREDENTIALS.size))
-                if not part:
-                    raise EOFError
-                sender = _sender(about)
-                self.sender = self.sender or sender
-                if sender is None or sender == self.sender:
-                    found += part
+            except TimeoutError:
+                self._check_memory()
+                continue
+            if not part:
+                raise EOFError
+            sender = _sender(about)
+            self._sender = self._sender or sender
+            if sender is None or sender == self._sender:
+                found += part
         return bytes(found)
 
-    def _await(self, event: int, ends: float) -> None:
-        """Wait until the socket is ready.
+    def _check_memory(self) -> None:
+        if not self._pidfds or self._sender is None:
+            return
+        if sandbox_memory(descendants(self._process.pid), self._sender) > self._memory:
+            raise _Ended(f"its processes used more than {self._memory / 1e9:g} GB in total")
 
-        Uses poll, because a server can have more descriptors than select supports. Raises TimeoutError, and
-        _Ended for a sandbox over its memory limit."""
-        waiting = select.poll()
-        waiting.register(self._channel, event)
-        while not waiting.poll(
-            max(0.0, min(ends - time.monotonic(), _WATCH if self._init is not None else math.inf)) * 1000
-        ):
-            if time.monotonic() >= ends:
-                raise TimeoutError
-            if self._init is not None and self.sender is not None:
-                held = sandbox_memory(descendants(self.process.pid), self.sender)
-                if held > self._memory:
-                    raise _Ended(f"its processes used more than {self._memory / 1e9:g} GB in total")
-
-    def resume(self) -> None:
-        if self._function is not None:
-            signal.pidfd_send_signal(self._function, signal.SIGCONT)
-
-    def suspend(self) -> bool:
-        """Stop a sandbox until the next call.
-
-        Returns False if processes other than the function's are left."""
-        if self._function is None:
-            return True
-        if descendants(self.process.pid)[1:] != [self.sender]:
-            return False
-        signal.pidfd_send_signal(self._function, signal.SIGSTOP)
-        return True
-
-    def code(self) -> int | None:
+    def _code(self) -> int | None:
         """Return the exit code of a process that has closed its socket.
 
         None if the process is still running."""
         with suppress(subprocess.TimeoutExpired):
-            return self.process.wait(timeout=1)
+            return self._process.wait(timeout=1)
         return None
 
     def end(self) -> None:
         """Kill the process and its group, or the whole sandbox, and wait for the end."""
-        for descriptor in (self._init, self._function):
-            if descriptor is not None:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        if self._init is not None:
+        if self.ended:
+            return
+        self.ended = True
+        for descriptor in self._pidfds:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        if self._pidfds:
             gone = select.poll()
-            gone.register(self._init, select.POLLIN)
+            gone.register(self._pidfds[0], select.POLLIN)
             gone.poll(10_000)
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for descriptor in (self._init, self._function):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._init = self._function = None
+            os.killpg(self._process.pid, signal.SIGKILL)
+        while self._pidfds:
+            os.close(self._pidfds.pop())
         self._channel.close()
-        self.process.wait()
+        self._process.wait()
 
 
 def _plain(channel: socket.socket, bare: bool) -> subprocess.Popen[bytes]:
@@ -421,15 +360,10 @@ def _plain(channel: socket.socket, bare: bool) -> subprocess.Popen[bytes]:
     )
 
 
-def _says_who() -> bool:
-    """Return whether the kernel reports the sender of a message."""
-    return sys.platform == "linux"
-
-
 def _sender(about: Sequence[tuple[int, int, bytes]]) -> int | None:
     """Return the ID of a message's sender; None if the kernel does not report it."""
     for level, kind, data in about:
-        if _says_who() and (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+        if (level, kind) == (socket.SOL_SOCKET, getattr(socket, "SCM_CREDENTIALS", None)):
             return int(_CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0])
     return None
 

@@ -5,7 +5,7 @@ Judges and teachers use it:
     with AwaitedServer(url, "judge", "the reward's `patience`", key="OPENAI_API_KEY") as server:
         found = server.each(ask, questions)   # ask(question): server.response("/chat/completions", body)
 
-    refused connections,               retried after 0.5, 1, 2 … 30 s or per Retry-After, until the server
+    refused connections,               retried after 0.5, 1, 2 … 30 s, until the server
     408, 409, 425, 429, 5xx            has been unavailable for `patience`; then UnavailableError
     no answer within `timeout`         retried twice; then this question has no answer
     400, 413, 422                      this question has no answer
@@ -120,18 +120,19 @@ class AwaitedServer:
             self._over.set()  # stop the retries of the other requests
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def response(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Return the server's response to POST (GET without a `body`), of any status.
+    def response(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Return the server's response to a POST, of any status.
 
-        Retries while the server is unavailable. Raises Unanswered and UnavailableError per the table
-        above, and ConfigError for an invalid URL.
-        """
+        Retries while the server is unavailable. Raises Unanswered and UnavailableError per the table above,
+        and ConfigError for an invalid URL."""
         late, wait = 0, 0.5
         while True:
-            after = 0.0
             try:
-                method = "GET" if body is None else "POST"
-                answer = self._read_whole(method, f"{self.url.rstrip('/')}{path}", body)
+                answer = self._read_whole(f"{self.url.rstrip('/')}{path}", body)
+                if answer.status_code not in _AGAIN:
+                    self._away_since = None
+                    return answer
+                said = f"HTTP {answer.status_code}"
             except (self._httpx.ReadTimeout, self._httpx.WriteTimeout, TimeoutError):
                 late += 1
                 if late == _TIMEOUTS:
@@ -143,22 +144,16 @@ class AwaitedServer:
                 raise Unanswered(f"the {self.who}'s answer cannot be read: {shown(str(error))[:100]}") from None
             except self._httpx.InvalidURL as error:
                 raise ConfigError(f"the {self.who}'s url is none: {error}", where=self.url) from None
-            else:
-                if answer.status_code not in _AGAIN:
-                    self._away_since = None
-                    return answer
-                said = f"HTTP {answer.status_code}"
-                after = _seconds(answer.headers.get("retry-after"))
-            self._hold_out(said, max(wait, after))
+            self._hold_out(said, wait)
             wait = min(30.0, 2 * wait)
 
-    def _read_whole(self, method: str, url: str, body: Mapping[str, Any] | None) -> Any:
+    def _read_whole(self, url: str, body: Mapping[str, Any]) -> Any:
         """Return a response with its complete content.
 
         Raises TimeoutError if the content arrives for longer than `timeout`, as from servers that send white
         space while they work; Unanswered if it exceeds the size limit."""
         ends, parts, size = time.monotonic() + self._timeout, list[bytes](), 0
-        with self._http.stream(method, url, json=body) as answer:
+        with self._http.stream("POST", url, json=body) as answer:
             for part in answer.iter_bytes():
                 parts.append(part)
                 size += len(part)
@@ -199,11 +194,3 @@ class AwaitedServer:
                 where=self.url,
                 fix=f"start it, and resume the run; or let it wait longer with {self._setting}",
             )
-
-
-def _seconds(text: str | None) -> float:
-    """Return Retry-After in seconds; 0 for a date or an invalid value."""
-    try:
-        return min(60.0, max(0.0, float(text or 0)))
-    except ValueError:
-        return 0.0
