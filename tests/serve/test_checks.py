@@ -80,7 +80,6 @@ def test_a_bad_value_is_said_before_it_listens(
     [
         ("mix_disk: 4M", "mix_disk is for mixes with --upstream"),
         ("ledger_days: 3", "ledger_days is for the ledger of tenants"),
-        ("pin: true", "pin keeps the adapters of --adapter"),
         ("idle_seconds: .nan", "idle_seconds: Input should be a finite number"),
         ("drain_seconds: .inf", "drain_seconds: Input should be a finite number"),
         ("queue: 1", "queue: Input should be greater than or equal to 2"),

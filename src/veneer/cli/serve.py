@@ -154,7 +154,6 @@ def serve(
         port=port,
         library=library,
         preload=tuple(map(parse_preload, adapter or [])),
-        pin=more.pin,
         folders=tuple(map(str, allow_folder or [])),
         keys=tuple(keys_of(api_keys)) if api_keys else (),
         admin_key=admin_key,

@@ -78,7 +78,6 @@ class ModelCard:
     parent: str | None
     created: int
     digest: str = ""
-    pinned: bool = False
 
 
 class Routes(Protocol):

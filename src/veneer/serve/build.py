@@ -186,7 +186,7 @@ def _application(
 
     def preload() -> None:
         for each in settings.preload:
-            card = service.catalog.load(each.name, each.reference, pinned=settings.pin)
+            card = service.catalog.load(each.name, each.reference)
             step(f"adapter {card.id} from {card.root}")
 
     def close() -> None:

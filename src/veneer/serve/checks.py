@@ -207,8 +207,6 @@ def _check_names(settings: ServeSettings) -> None:
 
     Whether adapters fit the base is checked when they are loaded.
     """
-    if settings.pin and not settings.preload:
-        raise ConfigError("pin keeps the adapters of --adapter, and there are none", where="pin", fix="leave it out")
     names = [each.name for each in settings.preload]
     own = settings.base.rstrip("/").rpartition("/")[2]
     for name in names:

@@ -22,7 +22,6 @@ _Seconds = Annotated[float, Field(ge=0.1)]
 class ServerConfig(BaseModel):
     """The keys of the configuration file. Sizes are bytes, or text such as 64M.
 
-    pin: keep the adapters of --adapter in memory
     allowed_hosts: values of Host, besides localhost and --host, that a server without keys accepts
     context: maximum tokens of a sequence; 0: as many as base and cache allow
     max_tokens: maximum tokens of an answer; 0: as many as the context leaves
@@ -40,7 +39,6 @@ class ServerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    pin: bool = False
     allowed_hosts: list[str] = Field(default_factory=list)
     context: int = Field(default=EngineSettings.context, ge=0)
     max_tokens: int = Field(default=HttpSettings.max_tokens, ge=0)

@@ -162,7 +162,6 @@ class ServeSettings:
     port: int = 8000
     library: str | None = None
     preload: tuple[Preload, ...] = ()
-    pin: bool = False
     folders: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     admin_key: str | None = None

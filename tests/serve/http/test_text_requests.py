@@ -121,7 +121,7 @@ def test_what_is_in_memory_is_listed_by_the_operators_names(whole: Whole) -> Non
     assert [name for name, _ in found] == ["rs@1", "plain@1"], "the last used first"
     stats = whole.engine.residents.stats()
     assert (sum(each.bytes for _, each in found), len(found)) == (stats.bytes, stats.adapters)
-    assert not any(each.pinned or each.leases for _, each in found)
+    assert not any(each.leases for _, each in found)
 
 
 def test_one_that_is_closed_is_cancelled_and_gives_everything_back(whole: Whole) -> None:

@@ -234,7 +234,7 @@ class ToyCatalog:
     def card(self, model: str, caller: Principal) -> ModelCard:
         return next((c for c in self.models(caller) if c.id == model), None) or self._card(model, caller)
 
-    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
+    def load(self, name: str, source: str, *, replace: bool = False) -> ModelCard:
         if name in self.adapters and not replace:
             raise Refused(f"{name} is loaded", status=400, code="adapter_exists")
         reasons = {
@@ -249,7 +249,7 @@ class ToyCatalog:
             raise Refused(
                 f"no adapter {source!r} in the library", status=404, code="model_not_found", param="lora_path"
             )
-        self.adapters[name] = ModelCard(name, source, self.base, 1700000001, self.sources[source], pinned)
+        self.adapters[name] = ModelCard(name, source, self.base, 1700000001, self.sources[source])
         return self.adapters[name]
 
     def unload(self, name: str) -> None:

@@ -172,45 +172,6 @@ def test_twice_as_many_as_fit_take_turns() -> None:
     assert len(shop.reads) < sum(served.values()) / 4
 
 
-def test_pinned_after_it_was_dropped_in_use_stays() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(2)
-    one = Asked(residents, "a")
-    shop.run()
-    residents.drop("a")
-    residents.pin("a")
-    one.end()
-    assert list(residents.resident()) == ["a"]
-    residents.drop("a")
-    assert not residents.resident()
-
-
-def test_pinned_stays() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(2)
-    for name in "ab":
-        one = Asked(residents, name)
-        shop.run()
-        one.end()
-    residents.pin("a")
-    for name in "cd":
-        one = Asked(residents, name)
-        shop.run()
-        one.end()
-    assert set(residents.resident()) == {"a", "d"}
-    both = Asked(residents, "c", "d")
-    shop.run()
-    assert both.error is not None
-    assert "too_large" in str(both.error)
-    assert "pinned" in str(both.error)
-    residents.unpin("a")
-    both = Asked(residents, "c", "d")
-    shop.run()
-    assert both.lease
-    with pytest.raises(KeyError):
-        residents.pin("nowhere")
-
-
 def test_what_can_never_fit_is_refused_and_holds_nobody_up() -> None:
     shop = Shop({**LETTERS, "giant": 9})
     residents = shop.residents(4)
@@ -313,10 +274,9 @@ def test_dropped_and_loaded_again() -> None:
     lease = residents.acquire((("a", 1.0),), lambda result: None)
     assert lease is not None
     residents.drop("a")
-    residents.load("a", pinned=True)
+    residents.load("a")
     lease.release()
     assert {each.digest: each.bytes for each in residents.listed()} == {"a": UNIT}
-    assert residents.stats().pinned == 1
     assert shop.reads == ["a"]
     residents.close()
 
@@ -333,9 +293,6 @@ def test_load_takes_what_was_read_already_and_waits() -> None:
     lease = residents.acquire((("a", 1.0),), lambda result: None)
     shop.sizes["full"] = 4
     residents.load("full", timeout=0.05)  # no room now: it is read when it is asked for
-    with pytest.raises(Refused) as caught:
-        residents.load("full", pinned=True, timeout=0.05)
-    assert caught.value.code == "overloaded"
     assert lease is not None
     lease.release()
     residents.close()

@@ -368,7 +368,7 @@ def test_ten_thousand_names(make: Make, base: TextBase, folder: Path, monkeypatc
     monkeypatch.setattr(catalog.shelf, "locate", lambda source: place)
     monkeypatch.setattr(adapter, "digest", lambda: digest)
     monkeypatch.setattr(catalog.shelf, "read_from", lambda place, problems: adapter)
-    monkeypatch.setattr(catalog.residents, "load", lambda digest, adapter, *, pinned: None)
+    monkeypatch.setattr(catalog.residents, "load", lambda digest, adapter: None)
     for i in range(10_000):
         catalog.load(f"customer-{i}", "a")
     began = time.process_time()
@@ -401,10 +401,8 @@ def test_two_names_of_one_adapter(make: Make, base: TextBase, folder: Path) -> N
     digest = saved(base, folder / "a", 1)
     catalog = make()
     catalog.load("x", "a")
-    catalog.load("y", "a", pinned=True)
-    assert catalog.residents.stats().pinned == 1
+    catalog.load("y", "a")
     catalog.unload("y")
-    assert catalog.residents.stats().pinned == 0
     assert list(catalog.residents.resident()) == [digest]
     catalog.unload("x")
     assert catalog.residents.resident() == {}

@@ -1,4 +1,4 @@
-"""Adapters in memory under any sequence of requests, ends, jobs, pins and drops, and under threads."""
+"""Adapters in memory under any sequence of requests, ends, jobs and drops, and under threads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Freed(list[str]):
 
 
 class Machine(RuleBasedStateMachine):
-    """Any sequence of requests, ends, jobs, pins and drops, against what must always hold."""
+    """Any sequence of requests, ends, jobs and drops, against what must always hold."""
 
     SIZES: ClassVar = {"a": 1, "b": 1, "c": 2, "d": 2, "e": 3, "f": 4}
     LIMIT = 6
@@ -45,13 +45,11 @@ class Machine(RuleBasedStateMachine):
         self.residents = self.shop.residents(self.LIMIT)
         self.waiting: list[Asked] = []
         self.running: list[Asked] = []
-        self.pinned: set[str] = set()
 
     def gone(self, digest: str) -> None:
-        """What goes is not in use and not pinned."""
+        """An evicted adapter is not in use."""
         used = [r.lease for r in (*self.waiting, *self.running) if r.lease is not None]
         assert digest not in {thing.name for lease in used for thing, _ in lease.parts}
-        assert digest not in self.pinned
 
     @rule(digests=st.lists(st.sampled_from(sorted(SIZES)), min_size=1, max_size=3, unique=True))
     def ask(self, digests: list[str]) -> None:
@@ -83,20 +81,8 @@ class Machine(RuleBasedStateMachine):
             assert self.residents.withdraw(one.ready)
             self.waiting.remove(one)
 
-    @rule(digest=st.sampled_from(["a", "b"]))
-    def pin(self, digest: str) -> None:
-        if digest in self.residents.resident():
-            self.residents.pin(digest)
-            self.pinned.add(digest)
-
-    @rule(digest=st.sampled_from(["a", "b"]))
-    def unpin(self, digest: str) -> None:
-        self.pinned.discard(digest)
-        self.residents.unpin(digest)
-
     @rule(digest=st.sampled_from(sorted(SIZES)))
     def drop(self, digest: str) -> None:
-        self.pinned.discard(digest)
         self.residents.drop(digest)
 
     @rule(digest=st.sampled_from(sorted(SIZES)), fails=st.booleans())
@@ -117,15 +103,12 @@ class Machine(RuleBasedStateMachine):
         assert stats.bytes == sum(each.bytes for each in there.values()) <= self.LIMIT * UNIT
         assert stats.waiting == len(self.waiting)
         used = {d for r in self.running for d, _ in r.mix}
-        assert used | self.pinned <= set(there)
+        assert used <= set(there)
         for digest, each in there.items():
             assert each.leases == sum(digest in dict(r.mix) for r in self.running)
 
     def teardown(self) -> None:
         """When all that runs has ended, all that waits is served."""
-        pinned, self.pinned = self.pinned, set()
-        for digest in pinned:
-            self.residents.unpin(digest)
         for _ in range(500):
             self.shop.run()
             self.sound()

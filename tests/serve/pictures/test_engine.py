@@ -258,11 +258,6 @@ def test_adapters_stay_as_long_as_there_is_room(base: ImageBase) -> None:
             time.sleep(0.005)
         assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].made.image) == 0
         assert shelf.read_of == [a, b, c, a]
-        engine.residents.load(b, pinned=True)
-        for digest in (c, a, c):
-            drawn(engine, ask(1, (digest, 1.0)))
-        assert set(engine.residents.resident()) == {b, c}, "what is pinned stays"
-        engine.residents.unpin(b)
         with pytest.raises(Refused, match="too_large"):
             drawn(engine, ask(1, (a, 0.5), (b, 0.5), (c, 0.5)))
 

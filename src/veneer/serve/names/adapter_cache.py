@@ -50,7 +50,6 @@ class ResidentStats:
 
     bytes: int
     adapters: int
-    pinned: int
     waiting: int
     evictions: int
     failures: int
@@ -62,7 +61,6 @@ class ResidentAdapter:
 
     digest: str
     bytes: int
-    pinned: bool
     leases: int
 
 
@@ -98,7 +96,6 @@ class _Entry(Generic[T]):
     adapter: Adapter | None = None
     thing: T | None = None
     leases: int = 0
-    pinned: bool = False
     dropped: bool = False
     draining: bool = False
     used: int = 0
@@ -188,12 +185,10 @@ class AdapterCache(Generic[T]):
 
     # -- loading and unloading -----------------------------------------------------------------------------------------
 
-    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False, timeout: float = 60.0) -> None:
-        """Load an adapter and wait until it is in memory.
+    def load(self, digest: str, adapter: Adapter | None = None, *, timeout: float = 60.0) -> None:
+        """Load an adapter and wait until it is in memory; after `timeout` seconds, it is loaded on demand instead.
 
-        `adapter`: the adapter, if already read. Raises Refused if it cannot be prepared or can never fit;
-        overloaded (503) if it is to be pinned and running requests leave no room within `timeout` seconds. If
-        it is not pinned, it is then loaded on demand instead.
+        `adapter`: the adapter, if already read. Raises Refused if it cannot be prepared or can never fit.
         """
         answers: SimpleQueue[Lease[T] | Refused] = SimpleQueue()
         with self._changing():
@@ -204,37 +199,19 @@ class AdapterCache(Generic[T]):
             self._join(((digest, 1.0),), answers.put)
         try:
             result = answers.get(timeout=timeout)
-        except Empty as late:
+        except Empty:
             if self.withdraw(answers.put):
-                if pinned:
-                    raise Refused(
-                        "running requests use all of the memory for adapters", status=503, code="overloaded"
-                    ) from late
                 return
             result = answers.get()
         if isinstance(result, Refused):
             raise result
-        if pinned:
-            self.pin(digest)
         result.release()
-
-    def pin(self, digest: str) -> None:
-        """Keep an adapter in memory until `unpin` or a later `drop`.
-
-        Raises KeyError if it is not in memory.
-        """
-        with self._changing():
-            entry = self._entries[digest]
-            entry.pinned, entry.dropped = True, False
 
     def drop(self, digest: str) -> None:
         """Free an adapter that no name refers to, now or when its last lease is released."""
-        self.unpin(digest, drop=True)
-
-    def unpin(self, digest: str, *, drop: bool = False) -> None:
         with self._changing():
             if (entry := self._entries.get(digest)) is not None:
-                entry.pinned, entry.dropped = False, entry.dropped or drop
+                entry.dropped = True
                 self._tidy([entry])
             self._advance()
 
@@ -249,17 +226,16 @@ class AdapterCache(Generic[T]):
     # -- status --------------------------------------------------------------------------------------------------------
 
     def stats(self) -> ResidentStats:
-        adapters = self.resident().values()
+        adapters = len(self.resident())
         with self._changing():
             waiting = sum(len(group.members) for group in self._groups.values())
-            pinned = sum(each.pinned for each in adapters)
-            return ResidentStats(self._bytes, len(adapters), pinned, waiting, self._evictions, self._failures)
+            return ResidentStats(self._bytes, adapters, waiting, self._evictions, self._failures)
 
     def resident(self) -> dict[str, ResidentAdapter]:
         """The adapters in memory by digest, least recently used first."""
         with self._changing():
             there = sorted((e for e in self._entries.values() if e.state == "resident"), key=lambda e: e.used)
-            return {e.digest: ResidentAdapter(e.digest, e.size, e.pinned, e.leases) for e in there}
+            return {e.digest: ResidentAdapter(e.digest, e.size, e.leases) for e in there}
 
     def listed(self) -> list[ResidentAdapter]:
         """The adapters in memory, most recently used first."""
@@ -359,8 +335,7 @@ class AdapterCache(Generic[T]):
     def _too_large(self, group: _Group[T]) -> Refused | None:
         """The error for a mix that can never fit; None if it can."""
         need = sum(e.size for e in group.entries)
-        pinned = sum(e.size for e in self._entries.values() if e.pinned and e not in group.entries)
-        return None if need + pinned <= self.limit else _over_limit(need, pinned, self.limit)
+        return None if need <= self.limit else _over_limit(need, self.limit)
 
     def _make_room(self, new: Iterable[_Entry[T]], group: _Group[T]) -> bool:
         """Evict idle adapters, least recently used first, if that makes room for `new`.
@@ -368,7 +343,7 @@ class AdapterCache(Generic[T]):
         Else none.
         """
         need = sum(e.size for e in new) + self._bytes - self.limit
-        idle = [e for e in self._entries.values() if e.state == "resident" and not e.leases and not e.pinned]
+        idle = [e for e in self._entries.values() if e.state == "resident" and not e.leases]
         idle = sorted((e for e in idle if e not in group.entries), key=lambda e: e.used)
         if need > sum(e.size for e in idle):
             return False
@@ -387,7 +362,7 @@ class AdapterCache(Generic[T]):
             return
         self._drainer = group
         need = sum(e.size for e in new) + self._bytes - self.limit
-        others = [e for e in self._entries.values() if e.state == "resident" and not e.pinned]
+        others = [e for e in self._entries.values() if e.state == "resident"]
         for entry in sorted((e for e in others if e not in group.entries), key=lambda e: (not e.draining, e.since)):
             if need <= 0:
                 break
@@ -423,7 +398,7 @@ class AdapterCache(Generic[T]):
         try:
             adapter, entry.adapter = entry.adapter or self._read(entry.digest), None
             if (size := adapter.size_bytes()) > self.limit:
-                raise _over_limit(size, 0, self.limit)
+                raise _over_limit(size, self.limit)
             thing = self._prepare(adapter, entry.digest)
         except Exception as error:
             refused = error if isinstance(error, Refused) else fault(f"adapter {entry.digest}", error)
@@ -443,7 +418,6 @@ class AdapterCache(Generic[T]):
             self._advance()
 
 
-def _over_limit(need: int, pinned: int, limit: int) -> Refused:
-    beside = f" beside {pinned:,} of adapters that are pinned" if pinned else ""
-    what = f"too_large: {need:,} bytes{beside}; the limit for adapters in memory is {limit:,}"
+def _over_limit(need: int, limit: int) -> Refused:
+    what = f"too_large: {need:,} bytes; the limit for adapters in memory is {limit:,}"
     return Refused(what, status=400, code="adapter_unusable")

@@ -59,11 +59,9 @@ class _Meaning:
 class AdapterMemory(Protocol):
     """Where loaded adapters are kept: `AdapterCache`, or nowhere with an upstream."""
 
-    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None: ...
+    def load(self, digest: str, adapter: Adapter | None = None) -> None: ...
 
     def drop(self, digest: str) -> None: ...
-
-    def unpin(self, digest: str) -> None: ...
 
     def listed(self) -> list[ResidentAdapter]: ...
 
@@ -71,12 +69,10 @@ class AdapterMemory(Protocol):
 class NoAdapters:
     """The adapter memory of a server whose base is not loaded yet."""
 
-    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None:
+    def load(self, digest: str, adapter: Adapter | None = None) -> None:
         raise not_ready("loading")
 
     def drop(self, digest: str) -> None: ...
-
-    def unpin(self, digest: str) -> None: ...
 
     def listed(self) -> list[ResidentAdapter]:
         return []
@@ -258,7 +254,7 @@ class Catalog:
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
+    def load(self, name: str, source: str, *, replace: bool = False) -> ModelCard:
         """Read an adapter, check it against the base and keep it in memory.
 
         A rejected load changes nothing. With `replace` the name switches to the new weights between two
@@ -279,11 +275,11 @@ class Catalog:
             self._check_library(name, digest, replace)
             self.shelf.keep(digest, place)
             try:
-                self.residents.load(digest, adapter, pinned=pinned)
+                self.residents.load(digest, adapter)
             except BaseException:
                 self._forget(digest)
                 raise
-        card = ModelCard(name, place.root, self.base, int(time.time()), digest, pinned)
+        card = ModelCard(name, place.root, self.base, int(time.time()), digest)
         with self._lock:
             old = self._loaded.get(name)
             taken = old is not None and not replace
@@ -332,17 +328,12 @@ class Catalog:
         _log.warning("%r now means what was loaded, and no longer the library's %s", name, known.reference)
 
     def _forget(self, digest: str) -> None:
-        """Drop a name's reference to an adapter.
-
-        Frees the adapter if no other name uses it, and unpins it if no other name pins it.
-        """
+        """Drop a name's reference to an adapter; frees the adapter if no other name uses it."""
         with self._lock:
-            others = [card for card in self._loaded.values() if card.digest == digest]
-        if not others:
+            used = any(card.digest == digest for card in self._loaded.values())
+        if not used:
             self.residents.drop(digest)
             self.shelf.release(digest)
-        elif not any(card.pinned for card in others):
-            self.residents.unpin(digest)
 
 
 def _alone(meaning: _Meaning) -> DigestMix:

@@ -81,7 +81,6 @@ def _card(service: Service, card: ModelCard) -> dict[str, Any]:
         "owned_by": "veneer" if tuned is None else organisation_of(tuned.organisation),
         "max_model_len": service.prompts.context,
         "digest": card.digest,
-        "pinned": card.pinned,
     }
 
 

@@ -31,11 +31,10 @@ sglang_routes = APIRouter(tags=["SGLang"], route_class=BodyRoute, dependencies=[
 
 class Load(Body):
     ignored: ClassVar = frozenset({"base_model_name"})
-    refused: ClassVar = {"is_3d_lora_weight": False}
+    refused: ClassVar = {"is_3d_lora_weight": False, "pinned": False}
     lora_name: str = Field(default="", max_length=512)
     lora_path: str = Field(default="", max_length=4096)
     load_inplace: bool = False
-    pinned: bool = False
 
 
 class Unload(Body):
@@ -90,7 +89,7 @@ async def _load(request: HttpRequest, body: Load, missing: str) -> None:
     service, name = service_of(request), body.lora_name
 
     def load() -> None:
-        card = service.catalog.load(name, body.lora_path, replace=body.load_inplace, pinned=body.pinned)
+        card = service.catalog.load(name, body.lora_path, replace=body.load_inplace)
         after = {"digest": card.digest, "root": card.root}
         service.tenancy.note("operator", "adapter.load", name, None, after)
 
