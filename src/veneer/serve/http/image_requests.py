@@ -162,7 +162,7 @@ def _shadow(
     name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
     labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
     own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight}
-    behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow", **own)
+    behind = replace(request, mix=mix, labels=labels, id=f"{request.id}-shadow", **own)
     most = engine.places(request.settings)
 
     async def follow() -> None:
@@ -276,7 +276,6 @@ def _planned(
             "controls": said,
         }
         | ({"references": [sent.record(one) for one in edit.pictures]} if edit and shown else {}),
-        previews=asked.partial_images,
         tenant=caller.tenant,
         weight=caller.weight,
     )

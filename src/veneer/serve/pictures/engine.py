@@ -1,7 +1,7 @@
 """Image engine: batches image requests of many callers through one image base.
 
     events([request, …]) -> check, lease adapters -> queue -> fairest batch -> attach, denoise, watch
-                         -> Queued, PictureStep, PartialPicture …, FinishedPicture for each
+                         -> Queued, PictureStep …, FinishedPicture for each
 
 Images with the same settings are denoised together, each with its own mix and noise, so no image depends on
 its batch. One thread denoises; nothing else touches the base or its attachment. Independent of HTTP.
@@ -30,7 +30,6 @@ from veneer.models.image.generate import MixPlan, Moment, PictureSettings, check
 from veneer.serve.names.adapter_cache import AdapterCache, Lease
 from veneer.serve.pictures.request import (
     FinishedPicture,
-    PartialPicture,
     PictureEvent,
     PictureRequest,
     PictureStep,
@@ -141,7 +140,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
         """Generate images; yields (request index, event).
 
-        Queued for each request, then steps and previews. FinishedPicture is each request's last event. All
+        Queued for each request, then steps. FinishedPicture is each request's last event. All
         requests are accepted or none. Closing the iterator cancels them: waiting images leave the queue, and
         an abandoned batch ends at its next step. Raises Refused, before the first event if possible; the
         first failure ends all.
@@ -455,13 +454,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             raise _Left
         self._steps += 1
         self._beat = time.monotonic()
-        for i, job in enumerate(jobs[moment.start : moment.start + len(moment.rows)]):
-            if job.gone:
-                continue
-            job.tell(PictureStep(moment.done, moment.of))
-            shown = _preview_steps(job.request.previews, moment.of)
-            if moment.done in shown:
-                job.tell(PartialPicture(shown.index(moment.done), moment.look(i)))
+        for job in jobs[moment.start : moment.start + len(moment.rows)]:
+            if not job.gone:
+                job.tell(PictureStep(moment.done, moment.of))
 
     def _told(self, job: _Job, picture: GeneratedPicture, began: float) -> FinishedPicture:
         """The finished image, with a record of this image only.
@@ -537,11 +532,3 @@ class PictureTurns:
     def take(self, tenant: str, weight: float) -> None:
         self._present = max(self._present, self._clocks[tenant])
         self._clocks[tenant] += 1 / max(weight, 1e-6)
-
-
-def _preview_steps(previews: int, of: int) -> list[int]:
-    """The steps after which a preview is sent, evenly spaced.
-
-    Fewer than requested if there are fewer steps.
-    """
-    return sorted({min(of - 1, max(1, round(k * of / (previews + 1)))) for k in range(1, previews + 1)} - {0})

@@ -1,7 +1,7 @@
 """The requests and events of the image engine, as `serve.request` for text.
 
 surface -> PictureRequest -> PictureEngine
-        -> Queued, PictureStep, PartialPicture …, FinishedPicture -> surface
+        -> Queued, PictureStep …, FinishedPicture -> surface
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PictureRequest:
     `settings`: sizes and numbers, all set except the scheduler, and the request's `image`, `mask`,
     `references` and control images. `factors`: by digest, how an adapter's strength varies by block and step,
     at strength 1, without roles (`PictureEngine.in_campaign`). `labels`: the client's names of the adapters,
-    by digest, for the infotext only. `inputs`: what the record states about the input images. `previews`:
-    number of previews. Other fields are as in `Request`.
+    by digest, for the infotext only. `inputs`: what the record states about the input images. Other
+    fields are as in `Request`.
     """
 
     prompt: str
@@ -43,7 +43,6 @@ class PictureRequest:
     factors: Mapping[str, Strength] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=lambda: {"image": None, "mask": None, "controls": []})
-    previews: int = 0
     tenant: str = ""
     weight: float = 1.0
     id: str = field(default_factory=lambda: f"p{next(_numbers)}")
@@ -79,14 +78,6 @@ class PictureStep:
 
 
 @dataclass(frozen=True)
-class PartialPicture:
-    """A preview of the image; `index` counts an image's previews."""
-
-    index: int
-    image: Any
-
-
-@dataclass(frozen=True)
 class FinishedPicture:
     """The finished image.
 
@@ -100,7 +91,7 @@ class FinishedPicture:
     notes: tuple[str, ...] = ()
 
 
-PictureEvent = Queued | PictureStep | PartialPicture | FinishedPicture
+PictureEvent = Queued | PictureStep | FinishedPicture
 
 
 def picture_error(error: BaseException) -> Refused:

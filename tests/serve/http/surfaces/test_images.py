@@ -159,18 +159,13 @@ def test_an_adapter_is_named_in_every_way(client: openai.OpenAI) -> None:
     assert levels(plain, one(client)) == 0, "the base is as it was"
 
 
-def test_a_stream_shows_progress_previews_and_the_picture(client: openai.OpenAI) -> None:
+def test_a_stream_shows_progress_and_the_picture(client: openai.OpenAI) -> None:
     more = {"num_inference_steps": 6, "seed": 7}
-    with client.images.generate(
-        prompt="a red cat", model="brand", stream=True, partial_images=2, n=2, extra_body=more
-    ) as stream:
+    with client.images.generate(prompt="a red cat", model="brand", stream=True, n=2, extra_body=more) as stream:
         events: list[Any] = list(stream)
     mine = [event for event in events if event.index == 0]
     steps = [event.step for event in mine if event.type == "image_generation.progress"]
     assert steps == list(range(1, 7))
-    partial = [event for event in mine if event.type == "image_generation.partial_image"]
-    assert [event.partial_image_index for event in partial] == [0, 1]
-    assert picture(partial[0].b64_json).size == (SIZE, SIZE)
     done = mine[-1]
     assert done.type == "image_generation.completed"
     assert (done.size, done.usage.output_tokens, done.seed) == ("32x32", 16, 7)
@@ -274,7 +269,7 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
             return httpx.post(f"{url}/v1/images/{route}", json=body, timeout=120)
 
         body = more | {"prompt": "make it red", "image": [b64(image) for image in given], "size": size}
-        streamed = post("edits", body | {"n": 2, "stream": True, "partial_images": 1}).text
+        streamed = post("edits", body | {"n": 2, "stream": True}).text
         drawn = post("generations", more | {"prompt": "make it red", "size": size}).json()
         refused = [
             post("edits", body | wrong).json()["error"]["message"]
@@ -300,7 +295,7 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
     assert levels(alone.image, picture(drawn["data"][0]["b64_json"])) == 0
     assert found.usage.input_tokens_details.image_tokens >= 64 * len(given)
     for index in (0, 1):  # each is shown on its way, whether they are drawn together or one by one
-        assert any(f'"index": {index}' in line and "partial_image_index" in line for line in streamed.split("\n\n"))
+        assert any(f'"index": {index}' in line and ".progress" in line for line in streamed.split("\n\n"))
     assert "takes all steps" in refused[0]
     assert f"11 images, and {base.row.label} is shown at most {base.references}" in refused[1]
     assert family == "klein" or "takes no mask" in refused[2]
@@ -489,7 +484,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"background": "transparent"}, 400, "invalid_request", "opaque"),
     ({"moderation": "auto"}, 400, "invalid_request", "moderation"),
     ({"output_compression": 50}, 400, "invalid_request", "PNG"),
-    ({"partial_images": 1}, 400, "invalid_request", "stream"),
+    ({"partial_images": 1}, 400, "invalid_request", "partial_images"),
     ({"scheduler": "eulr"}, 400, "invalid_request", "eulr"),
     ({"control": {"type": "pose", "image": b64(noise())}}, 400, "invalid_request", "canny, depth, edges"),
     ({"control": {"type": "edges", "image": b64(noise(64, 32))}, "size": "32x32"}, 400, "invalid_request", "another p"),

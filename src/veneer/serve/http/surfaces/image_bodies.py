@@ -130,7 +130,7 @@ class ImageBody(Strict):
     output_compression: int | None = Field(None, ge=0, le=100)
     response_format: Literal["b64_json", "url"] = "b64_json"
     stream: bool = False
-    partial_images: int = Field(0, ge=0, le=3)
+    partial_images: Literal[0] = 0
     user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
     negative_prompt: str = Field("", max_length=32_000)
@@ -186,8 +186,6 @@ def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int)
         raise invalid(f"n is {asked.n}", "n", f"at most {most}")
     if asked.output_compression not in (None, 100) and asked.kind == "png":
         raise invalid("a PNG is never compressed with loss", "output_compression", "output_format jpeg or webp")
-    if asked.partial_images and not asked.stream:
-        raise invalid("partial images come in a stream", "partial_images", "stream true")
     return asked
 
 

@@ -8,7 +8,7 @@
 
 No field is silently ignored: unknown or unsupported values are rejected with the reason. An image's size is
 read from its header before it is decoded, and no URL is ever fetched. With `stream`, the events are
-`image_generation.progress` at each step, `.partial_image`, and `.completed` for each image (`image_edit.…`
+`image_generation.progress` at each step, and `.completed` for each image (`image_edit.…`
 for edits). A client that disconnects cancels its request. See docs/reference/serving-images.md.
 """
 
@@ -26,7 +26,7 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from veneer.imaging.infotext import encoded, png_bytes
+from veneer.imaging.infotext import encoded
 from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unless_left
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, as_refused, error_body
@@ -41,7 +41,7 @@ from veneer.serve.http.surfaces.image_bodies import (
     described_body,
     image_fields,
 )
-from veneer.serve.pictures.request import FinishedPicture, PartialPicture, PictureEvent, PictureStep
+from veneer.serve.pictures.request import FinishedPicture, PictureStep
 from veneer.serve.request import Refused
 
 images_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute, dependencies=[needs("infer")])
@@ -148,34 +148,18 @@ async def _lines(
     An error after the first event is an event too (`_told`), because the status is already sent.
     """
     created = int(time.time())
-
-    async def line(i: int, told: PictureEvent) -> bytes | None:
+    async for i, told in events:
         if isinstance(told, PictureStep):
-            return _sse({"type": f"{event}.progress", "index": i, "step": told.done, "steps": told.of})
-        common = {"index": i, "created_at": created, **_about(asked, plan)}
-        if isinstance(told, PartialPicture):
-            file = await asyncio.to_thread(_preview, told, asked)
-            own = {"type": f"{event}.partial_image", "b64_json": file, "partial_image_index": told.index}
-            return _sse(own | common)
-        if isinstance(told, FinishedPicture):
+            yield _sse({"type": f"{event}.progress", "index": i, "step": told.done, "steps": told.of})
+        elif isinstance(told, FinishedPicture):
             file = await asyncio.to_thread(_file, told, asked)
-            own = {"type": f"{event}.completed", "b64_json": file, "seed": plan.requests[i].seed}
-            return _sse(own | common | {"usage": _usage(plan, told.usage.completion)} | _notes(plan, told))
-        return None
-
-    async for told in events:
-        if (made := await line(*told)) is not None:
-            yield made
+            own = {"type": f"{event}.completed", "b64_json": file, "seed": plan.requests[i].seed, "index": i}
+            own |= {"created_at": created, "usage": _usage(plan, told.usage.completion)}
+            yield _sse(own | _about(asked, plan) | _notes(plan, told))
 
 
 def _told(error: Refused) -> bytes:
     return _sse({"type": "error"} | error_body(error, "OpenAI")[1])
-
-
-def _preview(preview: PartialPicture, asked: ImageBody) -> str:
-    if asked.kind == "png":
-        return base64.b64encode(png_bytes(preview.image, "")).decode()
-    return base64.b64encode(encoded(preview.image, "", {}, asked.kind, 80)).decode()
 
 
 def _sse(data: dict[str, Any]) -> bytes:
