@@ -21,7 +21,7 @@ def test_what_has_expired_goes_while_the_server_runs(tmp_path: Path) -> None:
     with open_library(tmp_path / "library") as library:
         files = open_files(library)
         files.clock = lambda: 1e9  # long ago
-        old = files.add("", "old.jsonl", "fine-tune", io.BytesIO(b"{}"), keep=3600)
+        old = files.add("", "old.jsonl", "fine-tune", io.BytesIO(b"{}"), ttl=3600)
         made = build.training(Service(ToyEngine(text), ToyCatalog(), OpenAccess(), text), library)  # type: ignore[arg-type]
 
         async def live() -> None:

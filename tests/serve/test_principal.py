@@ -88,7 +88,7 @@ def app() -> Iterator[FastAPI]:
         sample_routes(nothing),
         grader_routes(),
         training_routes(nothing),
-        sampling_routes(nothing, nothing),
+        sampling_routes(nothing),
         weights_routes(nothing),
         signed_routes(nothing),
         key_routes(ByName()),

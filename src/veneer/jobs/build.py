@@ -42,7 +42,7 @@ def training(
     from veneer.jobs.http.graders import grader_of, grader_routes
     from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.http.tinker import TinkerRoutes, training_routes
-    from veneer.jobs.http.tinker_samples import Samples, sampling_routes
+    from veneer.jobs.http.tinker_samples import sampling_routes
     from veneer.jobs.http.tinker_weights import FILES, signed_routes, weights_routes
     from veneer.jobs.http.tuning import TuningQueue, tuning_routes
     from veneer.jobs.store import JobStore
@@ -55,7 +55,7 @@ def training(
     sweeping: list[asyncio.Task[None]] = []
     tenancy = service.tenancy
     tenants = tenancy.store if isinstance(tenancy, Tenants) else None
-    account, samples = TrainingAccount(jobs, tenants), Samples()
+    account = TrainingAccount(jobs, tenants)
     tinker = TinkerRoutes(lambda: _tinker(service, library, session_days), account, library)
 
     async def start() -> None:
@@ -63,7 +63,6 @@ def training(
 
     async def stop() -> None:
         await tinker.stop()
-        await samples.stop()
         for task in sweeping:
             task.cancel()
             with suppress(asyncio.CancelledError):
@@ -72,7 +71,7 @@ def training(
     queue = TuningQueue(jobs, files, tenants, partial(grader_of, sandbox=sandbox))
     routers = [file_routes(files), tuning_routes(queue)]
     routers += [sample_routes(jobs), grader_routes(service.settings.quotas, sandbox=sandbox)]
-    routers += [training_routes(tinker), sampling_routes(tinker, samples)]
+    routers += [training_routes(tinker), sampling_routes(tinker)]
     routers += [weights_routes(tinker), signed_routes(tinker)]
     if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
         routers.append(canary_routes(jobs, tenancy))

@@ -22,13 +22,12 @@ class QuotaLimits:
 
     See `serve.quota`.
 
-    memory: bytes of waiting requests, of results to be fetched, and of unpacked requests
+    memory: bytes of waiting and unpacked requests, of results to be fetched, and of Tinker sessions
     disk: bytes of adapters; of uploaded files; of training clients' states, checkpoints and answers stored
     for feedback
-    files: uploaded files; sessions, runs, samplers, checkpoints of training clients and answers stored for
-    feedback
+    files: uploaded files; training clients, their checkpoints and answers stored for feedback
     descriptors: concurrent archive downloads
-    requests: requests for Tinker samples and graders that run, wait, or have a result to fetch
+    requests: Tinker requests and graders that run, wait, or have a result to fetch
     helper_seconds: seconds of graders in ten minutes
     helpers: graders running at once for all owners; `helper_share`: for one owner
     threads: threads for blocking work (databases, disks) for all owners; `thread_share`: for one tenant

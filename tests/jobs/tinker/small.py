@@ -36,12 +36,9 @@ def small_service(folder: Path, **how: Any) -> Iterator[TinkerService]:
             service.close()
 
 
-def told(service: TinkerService, run: TrainingRun, seq: int, kind: str, body: bytes) -> Any:
-    """A request's answer, once it is there."""
-    service.submit(run, seq, kind, body)
-    future = service.answer(run, seq)
-    assert future is not None
-    return future.result(300)  # the first may compile kernels
+def result(service: TinkerService, run: TrainingRun, seq: int, kind: str, body: bytes) -> Any:
+    """Submit a request and return its result."""
+    return service.submit(run, seq, kind, body).result(300)  # the first can compile kernels
 
 
 def varint(value: int) -> bytes:

@@ -161,7 +161,7 @@ def test_a_state_comes_back_to_the_bit(trainer: Trainer, tmp_path: Any) -> None:
     kept = {name: p.detach().clone() for name, p in learner.parameters.items()}
     trainer.drop(learner)
     again = trainer.create("one", Lora(2, 5))
-    assert trainer.read(again, tmp_path) == 3
+    trainer.read(again, tmp_path)
     trainer.optimise(again, Adam(1e-2))
     assert all(torch.equal(kept[name], p) for name, p in again.parameters.items())
     with pytest.raises(TrainingError, match="no gradient"):

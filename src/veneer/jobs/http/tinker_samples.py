@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -17,22 +18,17 @@ from fastapi import APIRouter, Depends
 from pydantic import Field
 from starlette.responses import Response
 
-from veneer.errors import ConfigError, quoted
+from veneer.errors import ConfigError
 from veneer.jobs.http.tinker import (
-    KEPT,
-    NUMBERS,
+    MAX_NUMBER,
     Call,
     FutureBody,
     TinkerBody,
     TinkerRoutes,
-    cancelled,
-    future,
-    tinker_blocking,
+    future_response,
     tinker_router,
-    waited,
 )
-from veneer.jobs.tinker.journal import FutureResult
-from veneer.jobs.tinker.service import SamplerSource
+from veneer.jobs.tinker.service import FutureResult, SamplerSource
 from veneer.jobs.tinker.wire import WireSample, sample_bytes
 from veneer.serve.access import ResolvedModel
 from veneer.serve.http.answers import TextAnswer, TextJob, run
@@ -40,8 +36,9 @@ from veneer.serve.http.bodies import Strict
 from veneer.serve.http.errors import Json, as_refused, message_of
 from veneer.serve.http.service import ChosenMix, Service
 from veneer.serve.names.adapter_sources import AdapterPlace
-from veneer.serve.quota import QuotaHold, Quotas
-from veneer.serve.request import Refused, Sampling, invalid
+from veneer.serve.quota import QuotaHold
+from veneer.serve.request import Refused, invalid
+from veneer.serve.request import Sampling as SamplingParams
 
 _SAMPLE, _PROMPT_TOKEN, _ANSWER_TOKEN, _TOP_TOKEN = 2048, 64, 400, 100
 """Bytes per waiting sample, prompt token, sampled token and top-k logprob."""
@@ -50,7 +47,7 @@ _TOP = 20
 
 class SamplerBody(TinkerBody):
     session_id: str
-    sampling_session_seq_id: int = Field(ge=0, lt=NUMBERS)
+    sampling_session_seq_id: int = Field(ge=0, lt=MAX_NUMBER)
     base_model: str | None = None
     model_path: str | None = None
 
@@ -78,7 +75,7 @@ class SampleBody(TinkerBody):
     prompt: PromptBody
     sampling_params: SamplingBody
     sampling_session_id: str
-    seq_id: int = Field(ge=0, lt=NUMBERS)
+    seq_id: int = Field(ge=0, lt=MAX_NUMBER)
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: int = Field(default=0, ge=0)
     topk_sample_logprobs: int = Field(default=0, ge=0)
@@ -88,131 +85,62 @@ class SampleBody(TinkerBody):
     record_stability_info: bool | None = None
 
 
-@dataclass
-class _Share:
-    """One tenant's pending `requests`, and samples in the engine (`running`)."""
-
-    requests: int = 0
-    running: int = 0
-
-
 @dataclass(eq=False)
-class _Sampled:
-    """Requested samples of one prompt.
+class Sampling:
+    """Requested samples of all tenants.
 
-    `hold`: the tenant's quota used by the samples, and later by their result. `fetched`: whether the client
-    has fetched the result."""
+    Samples can use half of the engine's queue, which waiting tenants share equally. `requests`, `running`:
+    tenant -> its pending requests, and its samples in the engine."""
 
-    tenant: str
-    task: asyncio.Task[FutureResult]
-    count: int
-    hold: QuotaHold
-    fetched: bool = False
-
-
-@dataclass(eq=False)
-class Samples:
-    """Requested samples of all clients, by request id.
-
-    Samples can use half of the engine's queue; waiting tenants share it equally."""
-
-    known: dict[str, _Sampled] = field(default_factory=dict)
-    shares: dict[str, _Share] = field(default_factory=dict)
+    results: TinkerRoutes
+    requests: Counter[str] = field(default_factory=Counter)
+    running: Counter[str] = field(default_factory=Counter)
     _turn: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    async def stop(self) -> None:
-        await cancelled([sampled.task for sampled in self.known.values()])
-
     async def submit(self, call: Call, body: SampleBody) -> Response:
-        number, tenant = f"{body.sampling_session_id}:{body.seq_id}", call.tenant
-        if number not in self.known:
-            source = await tinker_blocking(lambda: call.service.sampler(tenant, body.sampling_session_id))
+        number = f"{body.sampling_session_id}:{body.seq_id}"
+        source = call.service.sampler(call.tenant, body.sampling_session_id)
+        if number not in self.results.results:
             most, tokens = _most_samples(call.http), sum(len(chunk.tokens) for chunk in body.prompt.chunks)
             if body.num_samples > most:
                 raise invalid(f"num_samples is {body.num_samples}", "num_samples", f"at most {most} at once")
             if not tokens:
                 raise invalid("the prompt has no tokens", "prompt")
-            if number not in self.known:
-                hold = self._take_quota(call.http.quotas, tenant, _SAMPLE + _PROMPT_TOKEN * tokens)
-                self.shares.setdefault(tenant, _Share()).requests += 1
-                task = asyncio.create_task(self._sample(call, source, body, hold))
-                task.add_done_callback(lambda _: self._close(tenant, number))
-                self.known[number] = _Sampled(tenant, task, body.num_samples, hold)
-        known = self.known[number]
-        if known.tenant != tenant:
-            raise Refused(f"there is no sampling session {quoted(number)}", status=404, code="not_found")
-        return future(number, None, [f"{number}:{i}" for i in range(known.count)])
-
-    async def result(self, call: Call, number: str) -> FutureResult | None:
-        """Return the result of samples, or None if pending. Raises Refused (410)."""
-        found = self.known.get(number)
-        if found is None or found.tenant != call.tenant:
-            what = f"the sample {quoted(number)} is not here any more"
-            raise Refused(what, status=410, code="gone", fix="ask for it again")
-        try:
-            answer = await waited(call.http, found.task)
-        except asyncio.CancelledError:
-            if not found.task.cancelled():
-                raise
-            raise Refused("the sample was cancelled", status=410, code="gone") from None
-        found.fetched = found.fetched or answer is not None
-        return answer
-
-    def cancel(self, tenant: str, number: str) -> None:
-        found = self.known.get(number)
-        if found is not None and found.tenant == tenant:
-            found.task.cancel()
-
-    def _take_quota(self, quotas: Quotas, tenant: str, memory: int) -> QuotaHold:
-        """Take quota for samples. Raises Refused.
-
-        If necessary, first drops fetched results, oldest first."""
-        fetched = (number for number, each in [*self.known.items()] if each.tenant == tenant and each.fetched)
-        while not quotas.fits(tenant, requests=1, memory=memory) and (number := next(fetched, None)) is not None:
-            self._forget(number)
-        return quotas.take(tenant, requests=1, memory=memory)
-
-    def _close(self, tenant: str, number: str) -> None:
-        """Account for finished samples and keep their result for `KEPT` seconds."""
-        share, sample = self.shares[tenant], self.known[number]
-        share.requests -= 1
-        if not share.requests:
-            del self.shares[tenant]
-        sample.hold.set(memory=_SAMPLE + (0 if sample.task.cancelled() else len(sample.task.result().data)))
-        asyncio.get_running_loop().call_later(KEPT, self._forget, number, sample)
-
-    def _forget(self, number: str, sample: _Sampled | None = None) -> None:
-        """Drop a result. `sample`: only if the result still belongs to this sample."""
-        if sample is None or self.known.get(number) is sample:
-            self.known.pop(number).hold.release()
+            hold = self.results.take_quota(call, _PROMPT_TOKEN * tokens)
+            self.results.add(call, number, hold, self._sample(call, source, body, hold))
+        return future_response(number, None, [f"{number}:{i}" for i in range(body.num_samples)])
 
     async def _sample(self, call: Call, source: SamplerSource, body: SampleBody, hold: QuotaHold) -> FutureResult:
         """Return the samples, or the request's error.
 
         Over a temporary limit, the samples wait, because the SDK does not retry a failed result."""
-        count, share = body.num_samples, self.shares[call.tenant]
-        most = _most_samples(call.http)
+        count, tenant, most = body.num_samples, call.tenant, _most_samples(call.http)
+        self.requests[tenant] += 1
         try:
             job = await asyncio.to_thread(_job, call, source, body)
             tokens = job.sampling.max_tokens or call.http.reader.context
             memory = _SAMPLE + count * tokens * (_ANSWER_TOKEN + _TOP_TOKEN * (job.sampling.logprobs or 0))
+
+            def fits() -> bool:
+                tenants = sum(waiting > 0 for waiting in self.requests.values())
+                return not self.running[tenant] or (self.running[tenant] + count) * tenants <= most
+
             async with self._turn:
-                await self._turn.wait_for(
-                    lambda: not share.running or (share.running + count) * len(self.shares) <= most
-                )
-                share.running += count
+                await self._turn.wait_for(fits)
+                self.running[tenant] += count
             try:
                 answers = await _answers(call.http, job, hold, memory)
             finally:
-                share.running -= count
+                self.running[tenant] -= count
                 async with self._turn:
                     self._turn.notify_all()
             return FutureResult("proto", await asyncio.to_thread(_sample_bytes, body, answers, len(job.prompts[0])))
         except Exception as error:
             refused = as_refused(error)
             category = "server" if refused.status >= 500 else "user"
-            said = {"error": message_of(refused), "category": category}
-            return FutureResult("failed", json.dumps(said).encode())
+            return FutureResult("failed", json.dumps({"error": message_of(refused), "category": category}).encode())
+        finally:
+            self.requests[tenant] -= 1
 
 
 def _most_samples(http: Service) -> int:
@@ -252,7 +180,7 @@ def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
         raise invalid(f"prompt_logprobs_last_n is {last}", "prompt_logprobs_last_n", "below the prompt's length")
     stop = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or [])
     try:
-        sampling = Sampling(
+        sampling = SamplingParams(
             max_tokens=max(1, context - len(prompt)) if asked.max_tokens is None else asked.max_tokens,
             temperature=asked.temperature,
             top_k=max(0, asked.top_k),
@@ -304,44 +232,45 @@ def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer], prompt: int) 
     return sample_bytes(samples, prompt=logprobs, top_prompt=tops, top=count, cached=answers[0].cached)
 
 
-def sampling_routes(own: TinkerRoutes, samples: Samples) -> APIRouter:
+def sampling_routes(own: TinkerRoutes) -> APIRouter:
     """Return the routes of sampling and of all requests' results."""
-    router, asked = tinker_router(), Depends(own.call)
+    router, current_call, sampling = tinker_router(), Depends(own.call), Sampling(own)
 
-    @router.post("/create_sampling_session", summary="Something to sample from: the base, or a checkpoint.")
-    def create_sampler(body: SamplerBody, call: Call = asked) -> Any:
+    @router.post("/create_sampling_session", summary="Create a sampling session of the base or a checkpoint")
+    def create_sampler(body: SamplerBody, call: Call = current_call) -> Any:
         if body.model_path is None:
             if body.base_model is None:
                 raise invalid("base_model or model_path is needed", "base_model")
             call.check_base(body.base_model)
-            call.service.session(call.tenant, body.session_id).keep_base_name(body.base_model)
+            call.service.session(call.tenant, body.session_id).set_base_name(body.base_model)
         number = body.sampling_session_seq_id
         made = call.service.create_sampler(call.tenant, body.session_id, number, body.model_path)
         return {"type": "create_sampling_session", "sampling_session_id": made.id}
 
-    @router.get("/samplers/{id}", summary="What a sampling session is of.")
-    def sampler(id: str, call: Call = asked) -> Any:
+    @router.get("/samplers/{id}", summary="Get a sampling session's weights")
+    def sampler(id: str, call: Call = current_call) -> Any:
         found = call.service.sampler(call.tenant, id)
-        name = call.model_name(id.partition(":")[0])
+        name = call.model_name(call.service.session(call.tenant, id.partition(":")[0]).base_name)
         return {"sampler_id": found.id, "base_model": name, "model_path": found.path}
 
-    @router.post("/asample", summary="Samples of one prompt.")
-    async def sample(body: SampleBody, call: Call = asked) -> Response:
-        return await samples.submit(call, body)
+    @router.post("/asample", summary="Sample from one prompt")
+    async def sample(body: SampleBody, call: Call = current_call) -> Response:
+        return await sampling.submit(call, body)
 
-    @router.post("/retrieve_future", summary="The result of a request; 408 while there is none yet.")
-    async def retrieve(body: FutureBody, call: Call = asked) -> Response:
+    @router.post("/retrieve_future", summary="Get a request's result; 408 while it is pending")
+    async def retrieve(body: FutureBody, call: Call = current_call) -> Response:
         number = body.request_id
-        answer = await (samples if ":sample:" in number else own).result(call, number)
-        if answer is None:
-            waits = {"type": "try_again", "request_id": number, "queue_state": "active"}
-            return Json(waits, status_code=408)
-        kind = "application/x-protobuf" if answer.kind == "proto" else "application/json"
-        return Response(answer.data, media_type=kind)
+        result = await own.result(call, number)
+        if result is None:
+            return Json({"type": "try_again", "request_id": number, "queue_state": "active"}, status_code=408)
+        kind = "application/x-protobuf" if result.kind == "proto" else "application/json"
+        return Response(result.data, media_type=kind)
 
-    @router.post("/cancel_future", summary="Nobody waits for this sample any more.")
-    async def cancel(body: FutureBody, call: Call = asked) -> Response:
-        samples.cancel(call.tenant, body.request_id)
+    @router.post("/cancel_future", summary="Cancel a sample")
+    async def cancel(body: FutureBody, call: Call = current_call) -> Response:
+        pending = own.results.get(body.request_id)
+        if ":sample:" in body.request_id and pending is not None and pending.tenant == call.tenant:
+            pending.task.cancel()
         return Response(status_code=204)
 
     return router

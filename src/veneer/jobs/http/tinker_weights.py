@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, Response
 
 from veneer.jobs.http.tinker import Call, TinkerRoutes, tinker_router
 from veneer.jobs.tinker.checkpoints import SavedWeights, parse_path
-from veneer.jobs.tinker.service import NotHere, TrainingRun
+from veneer.jobs.tinker.service import NotFound, TrainingRun
 from veneer.library.store import CHUNK
 from veneer.serve.http.bodies import Strict
 from veneer.serve.http.downloads import file_response
@@ -42,20 +42,20 @@ class TtlBody(Strict):
 
 
 def weights_routes(own: TinkerRoutes) -> APIRouter:
-    router, asked = tinker_router(), Depends(own.call)
+    router, current_call = tinker_router(), Depends(own.call)
 
     def find(call: Call, id: str, checkpoint: str) -> tuple[TrainingRun, SavedWeights]:
-        run = call.service.described(call.tenant, id)
+        run = call.service.run(call.tenant, id)
         there = run.checkpoints.find(checkpoint)
         if there is None:
-            raise NotHere(f"{id} has no checkpoint {checkpoint[:100]!r}", where="checkpoint_id")
+            raise NotFound(f"{id} has no checkpoint {checkpoint[:100]!r}", where="checkpoint_id")
         return run, there
 
-    @router.post("/weights_info", summary="What a client needs that goes on from a checkpoint.")
-    def info(body: PathBody, call: Call = asked) -> Any:
+    @router.post("/weights_info", summary="Get what a client needs to continue from a checkpoint")
+    def info(body: PathBody, call: Call = current_call) -> Any:
         run, _ = find(call, *parse_path(body.tinker_path))
         return {
-            "base_model": call.model_name(run.session),
+            "base_model": call.model_name(run.base_name),
             "is_lora": True,
             "lora_rank": run.lora.rank,
             "train_unembed": run.lora.unembed,
@@ -64,38 +64,36 @@ def weights_routes(own: TinkerRoutes) -> APIRouter:
             "optimizer_config": {"type": "adamw"},
         }
 
-    @router.get("/training_runs", summary="The caller's, the newest first.")
-    def runs(limit: int = _LIMIT, offset: int = _OFFSET, call: Call = asked) -> Any:
-        ids = call.service.runs_of(call.tenant)
-        some = [call.service.described(call.tenant, id) for id in ids[offset : offset + limit]]
-        cursor = {"offset": offset, "limit": limit, "total_count": len(ids)}
-        return {"training_runs": [_shown_run(run, call) for run in some], "cursor": cursor}
+    @router.get("/training_runs", summary="List the caller's training runs, newest first")
+    def runs(limit: int = _LIMIT, offset: int = _OFFSET, call: Call = current_call) -> Any:
+        found = call.service.runs_of(call.tenant)
+        cursor = {"offset": offset, "limit": limit, "total_count": len(found)}
+        return {"training_runs": [_run_json(run, call) for run in found[offset : offset + limit]], "cursor": cursor}
 
-    @router.get("/training_runs/{id}", summary="One of them.")
-    def one(id: str, call: Call = asked) -> Any:
-        return _shown_run(call.service.described(call.tenant, id), call)
+    @router.get("/training_runs/{id}", summary="Get a training run")
+    def one(id: str, call: Call = current_call) -> Any:
+        return _run_json(call.service.run(call.tenant, id), call)
 
-    @router.get("/training_runs/{id}/checkpoints", summary="What one saved, the oldest first.")
-    def checkpoints(id: str, call: Call = asked) -> Any:
-        return {"checkpoints": [each.shown() for each in call.service.described(call.tenant, id).checkpoints.all()]}
+    @router.get("/training_runs/{id}/checkpoints", summary="List a run's checkpoints, oldest first")
+    def checkpoints(id: str, call: Call = current_call) -> Any:
+        return {"checkpoints": [each.shown() for each in call.service.run(call.tenant, id).checkpoints.all()]}
 
-    @router.get("/checkpoints", summary="What all of the caller's runs saved, the newest first.")
-    def every(limit: int = _LIMIT, offset: int = _OFFSET, call: Call = asked) -> Any:
-        runs = [call.service.described(call.tenant, id) for id in call.service.runs_of(call.tenant)]
-        points = [point for run in runs for point in run.checkpoints.all()]
+    @router.get("/checkpoints", summary="List the caller's checkpoints, newest first")
+    def every(limit: int = _LIMIT, offset: int = _OFFSET, call: Call = current_call) -> Any:
+        points = [point for run in call.service.runs_of(call.tenant) for point in run.checkpoints.all()]
         points.sort(key=lambda point: point.made, reverse=True)
         cursor = {"offset": offset, "limit": limit, "total_count": len(points)}
         return {"checkpoints": [each.shown() for each in points[offset : offset + limit]], "cursor": cursor}
 
-    @router.get(f"{_CHECKPOINT}/archive", summary="PEFT's files in a tar.")
-    def archive(id: str, kind: str, name: str, call: Call = asked) -> Response:
+    @router.get(f"{_CHECKPOINT}/archive", summary="Download a checkpoint as a tar of PEFT files")
+    def archive(id: str, kind: str, name: str, call: Call = current_call) -> Response:
         _, point = find(call, id, f"{kind}/{name}")
         hold = call.http.quotas.take(call.tenant, descriptors=1)
         tar, named = _Tar(own.library.resolve(point.reference)), f'attachment; filename="{name}.tar"'
         return file_response(tar, tar.size, named, media_type="application/x-tar", after=hold.release)  # type: ignore[arg-type]
 
-    @router.get(f"{_CHECKPOINT}/external_weights_urls", summary="A URL for each file.")
-    def urls(request: HttpRequest, id: str, kind: str, name: str, call: Call = asked) -> Any:
+    @router.get(f"{_CHECKPOINT}/external_weights_urls", summary="Get a URL for each file of a checkpoint")
+    def urls(request: HttpRequest, id: str, kind: str, name: str, call: Call = current_call) -> Any:
         _, point = find(call, id, f"{kind}/{name}")
         ends, base = int(time.time() + _SIGNED), str(request.base_url).rstrip("/")
         signed = f"{base}{FILES}/{point.reference}/{ends}/{_sign(point.reference, ends)}"
@@ -103,13 +101,13 @@ def weights_routes(own: TinkerRoutes) -> APIRouter:
         made = {path.name: f"{signed}/{path.name}" for path in files}
         return {"urls": made, "expires": datetime.fromtimestamp(ends, UTC).isoformat()}
 
-    @router.put(f"{_CHECKPOINT}/ttl", summary="How long one is kept.")
-    def ttl(id: str, kind: str, name: str, body: TtlBody, call: Call = asked) -> None:
+    @router.put(f"{_CHECKPOINT}/ttl", summary="Set a checkpoint's time to live")
+    def ttl(id: str, kind: str, name: str, body: TtlBody, call: Call = current_call) -> None:
         run, point = find(call, id, f"{kind}/{name}")
         run.checkpoints.keep_for(point.id, body.ttl_seconds)
 
-    @router.delete(_CHECKPOINT, summary="Remove one.")
-    def remove(id: str, kind: str, name: str, call: Call = asked) -> None:
+    @router.delete(_CHECKPOINT, summary="Delete a checkpoint")
+    def remove(id: str, kind: str, name: str, call: Call = current_call) -> None:
         run, point = find(call, id, f"{kind}/{name}")
         call.service.remove(run, point.id)
 
@@ -120,7 +118,7 @@ def signed_routes(own: TinkerRoutes) -> APIRouter:
     """Return the routes of signed URLs, which need no key."""
     router = tinker_router("public")
 
-    @router.get("/files/{reference:path}/{ends}/{signature}/{name}", summary="One of them.")
+    @router.get("/files/{reference:path}/{ends}/{signature}/{name}", summary="Download a file by its signed URL")
     def file(reference: str, ends: int, signature: str, name: str) -> Response:
         right = hmac.compare_digest(signature.encode(), _sign(reference, ends).encode())
         if not right or ends < time.time():
@@ -137,22 +135,20 @@ def _sign(reference: str, ends: int) -> str:
     return hmac.new(_SECRET, f"{reference} {ends}".encode(), hashlib.sha256).hexdigest()
 
 
-def _shown_run(run: TrainingRun, call: Call) -> dict[str, Any]:
+def _run_json(run: TrainingRun, call: Call) -> dict[str, Any]:
     points = run.checkpoints.all()
 
     def newest(kind: str) -> dict[str, Any] | None:
         return next((point.shown() for point in reversed(points) if point.id.startswith(f"{kind}/")), None)
 
-    journal = run.folder / "journal"
-    asked = journal if journal.exists() else run.folder / "run.json"
     return {
         "training_run_id": run.id,
-        "base_model": call.model_name(run.session),
+        "base_model": call.model_name(run.base_name),
         "model_owner": call.tenant or "veneer",
         "is_lora": True,
         "corrupted": False,
         "lora_rank": run.lora.rank,
-        "last_request_time": datetime.fromtimestamp(asked.stat().st_mtime, UTC).isoformat(),
+        "last_request_time": datetime.fromtimestamp(run.used, UTC).isoformat(),
         "last_checkpoint": newest("weights"),
         "last_sampler_checkpoint": newest("sampler_weights"),
         "user_metadata": run.metadata,

@@ -103,7 +103,7 @@ class Checkpoints:
         """Return the folder of a checkpoint's training state."""
         return self.folder / id / "state"
 
-    def place(self, kind: str, name: str) -> Path:
+    def new_folder(self, kind: str, name: str) -> Path:
         """Return the folder of a new checkpoint. Raises ConfigError for an invalid name."""
         if not self._sound(f"{kind}/{name}"):
             what = f"{name[:100]!r} cannot name a checkpoint"
@@ -124,7 +124,7 @@ class Checkpoints:
         """Save a checkpoint and add its adapter to the library.
 
         The checkpoint is complete when this call returns."""
-        place = self.place(kind, name)
+        folder = self.new_folder(kind, name)
         if ttl is not None and not 3600 <= ttl <= _YEARS:
             raise ConfigError(f"ttl_seconds is {ttl}", where="ttl_seconds", fix="from an hour to ten years")
         with tempfile.TemporaryDirectory() as temporary:
@@ -145,7 +145,7 @@ class Checkpoints:
             None if ttl is None else now + ttl,
             dict(metadata) if metadata else None,
         )
-        place.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._write(made)
         if before is not None:
             self._let_go(before.reference)
@@ -164,7 +164,8 @@ class Checkpoints:
         The adapter stays if another checkpoint has the same version, or an alias points to it. Raises
         ConfigError for an unknown checkpoint."""
         found = self._there(id)
-        shutil.rmtree(self.folder / id)
+        (self.folder / id / "about.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / id, ignore_errors=True)
         self._let_go(found.reference)
 
     def _let_go(self, reference: str) -> None:

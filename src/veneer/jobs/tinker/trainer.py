@@ -243,6 +243,16 @@ class PassWork:
     logps: list[Tensor] = field(default_factory=list)
     total: float = 0.0
 
+    def __post_init__(self) -> None:
+        parameters = self.learner.parameters.values()
+        self._gradients = {p: None if p.grad is None else p.grad.clone() for p in parameters}
+
+    def restart(self) -> None:
+        """Discard all rows' results and restore the gradients from before the work."""
+        self.logps, self.total = [], 0.0
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = None if gradient is None else gradient.clone()
+
     @property
     def done(self) -> bool:
         return len(self.logps) == len(self.rows)
@@ -436,31 +446,24 @@ class Trainer:
             about={"gradients": sorted(gradients)},
         )
 
-    def read(self, learner: Trainee, folder: Path, optimizer: bool = True) -> int:
-        """Load the newest state of `folder` and return its number.
+    def read(self, learner: Trainee, folder: Path, optimizer: bool = True) -> None:
+        """Load the newest state of `folder`.
 
         `optimizer`: also load moments and gradients. Raises CheckpointError without a state, or for a state
         of another kind of adapter."""
-        path = newest_state(folder)
-        kept = list(read_checkpoint(path)["about"]["gradients"])
-        gradients = {name: torch.empty_like(learner.parameters[name.removesuffix(_GRADIENT)]) for name in kept}
+        path = latest(folder)
+        if path is None:
+            raise CheckpointError("there is no state", where=folder.name)
+        names = list(read_checkpoint(path)["about"]["gradients"])
+        gradients = {name: torch.empty_like(learner.parameters[name.removesuffix(_GRADIENT)]) for name in names}
         state = {**learner.parameters, **gradients}
         if not optimizer:
             read_parameters(path, state)
-            return 0
+            return
         before = rng_state()
         try:
-            progress = restore(path, parameters=state, optimizer=learner.optimizer, identity={}).progress
+            restore(path, parameters=state, optimizer=learner.optimizer, identity={})
         finally:
             rng_restore(before)  # other code uses the global generators
         for name, gradient in gradients.items():
             learner.parameters[name.removesuffix(_GRADIENT)].grad = gradient
-        return progress.step
-
-
-def newest_state(folder: Path) -> Path:
-    """Return the folder of the newest state. Raises CheckpointError without a state."""
-    found = latest(folder)
-    if found is None:
-        raise CheckpointError("there is no state", where=folder.name)
-    return found
