@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,34 +41,70 @@ LOADED_BYTES = {"nf4": 0.6, "int8": 1.1}
 
 Includes quantization constants and the component's unquantized weights."""
 
-_MOST, _MOST_LAYERS = (1 << 31) - 1, 10_000
-_SIZES = (
-    "hidden_size", "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "num_hidden_layers", "vocab_size", "num_local_experts", "num_experts",
-    "num_experts_per_tok", "max_position_embeddings", "sliding_window", "sliding_window_pattern",
-    "decoder_sparse_step", "interleave_moe_layer_step",
-)  # fmt: skip
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "guidance_embeds")
-_POSITIVE = ("rope_theta", "rms_norm_eps", "rope_local_base_freq")
+_Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value is valid, and what a valid value is."""
+
+_MOST = (1 << 31) - 1
+
+
+def _is_size(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _size(most: int = _MOST, least: int = 1) -> _Rule:
+    return partial(_is_size, least=least, most=most), f"a whole number from {least:,} to {most:,}"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _list(of: Callable[[Any], bool], wanted: str, *, empty: bool = True) -> _Rule:
+    return lambda v: isinstance(v, list | tuple) and all(map(of, v)) and (empty or bool(v)), wanted
+
+
+_is_number: Callable[[Any], bool] = _size(least=0)[0]
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
 _ROTARY = ("rope_scaling", "rope_parameters")
-_LAYER_LISTS = ("mlp_only_layers", "moe_layers", "no_rope_layers")
-_LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+_RULES: dict[_Rule, tuple[str, ...]] = {
+    _size(): (
+        "hidden_size", "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "vocab_size", "num_local_experts", "num_experts", "num_experts_per_tok",
+        "max_position_embeddings", "sliding_window", "sliding_window_pattern", "decoder_sparse_step",
+        "interleave_moe_layer_step", "joint_attention_dim", "pooled_projection_dim", "in_channels", "n_heads",
+        "cross_attention_dim", "projection_class_embeddings_input_dim", "addition_time_embed_dim", "vae_scale",
+        "timestep_guidance_channels", "picture", "text_tokens", "caption_projection_dim", "pos_embed_max_size",
+        "dim", "cap_feat_dim", "patch_size", "out_channels",
+    ),
+    _size(10_000): (
+        "num_hidden_layers", "num_layers", "num_single_layers", "layers_per_block", "n_layers", "n_refiner_layers",
+    ),
+    _size(least=0): ("vae",),
+    (lambda value: isinstance(value, bool), "true or false"): (
+        "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "guidance_embeds",
+    ),
+    (_is_positive, "a number above 0"): ("rope_theta", "rms_norm_eps", "rope_local_base_freq", "mlp_ratio"),
+    (_is_text, "the name of an activation, as silu"): _ACTIVATIONS,
+    _list(_is_number, "the numbers of layers, as [0, 4]"): (
+        "mlp_only_layers", "moe_layers", "no_rope_layers", "dual_attention_layers",
+    ),
+    _list(_is_text, "a list of full_attention, sliding_attention, chunked_attention"): ("layer_types",),
+    (lambda value: isinstance(value, Mapping) and all(_is_size(n, 0, 1 << 50) for n in value.values()),
+     "an object of numbers of parameters"): ("encoders",),
+}  # fmt: skip
 _OWN_HEAD_DIM = ("gemma3_text", "qwen3", "qwen3_moe")
 """Families with a default head size in their config class."""
-_DENOISER_SIZES = (
-    "num_layers", "num_single_layers", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
-    "in_channels", "cross_attention_dim", "layers_per_block", "projection_class_embeddings_input_dim",
-    "addition_time_embed_dim", "timestep_guidance_channels", "vae_scale", "picture", "text_tokens",
-    "caption_projection_dim", "pos_embed_max_size", "dim", "n_layers", "n_heads", "cap_feat_dim",
-    "patch_size", "out_channels", "n_refiner_layers",
-)  # fmt: skip
-_LEVELS: tuple[tuple[str, type, str], ...] = (
-    ("transformer_layers_per_block", int, "[1, 2, 10]"),
-    ("attention_head_dim", int, "[5, 10, 20]"),
-    ("down_block_types", str, '["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]'),
-)
-"""U-Net fields with one value for each level."""
+_WIDTHS = _list(_size()[0], "a width for each level, as [320, 640, 1280]", empty=False)
+_LEVELS = {
+    "transformer_layers_per_block": (_is_number, "[1, 2, 10]"),
+    "attention_head_dim": (_is_number, "[5, 10, 20]"),
+    "down_block_types": (_is_text, '["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]'),
+}
+"""U-Net fields with one value for each level, and an example of each."""
 
 
 def read_config_json(file: Path) -> dict[str, Any]:
@@ -93,10 +130,12 @@ def check_config(fields: _Fields, where: str) -> None:
         return
     kind = fields.get("model_type") or PLANNED_DENOISERS.get(str(fields.get("_class_name")))
     check = _Check({key: value for key, value in fields.items() if value is not None}, where)
-    if kind in TEXT_TYPES:
-        check.text(str(kind))
-    elif kind in PLANNED_DENOISERS.values():
-        check.denoiser(str(kind))
+    if kind not in TEXT_TYPES and kind not in PLANNED_DENOISERS.values():
+        return
+    for rule, keys in _RULES.items():
+        for key in keys:
+            check.check(key, rule)
+    (check.text if kind in TEXT_TYPES else check.denoiser)(str(kind))
 
 
 def layer_heads(config: Any) -> list[tuple[int, int, int]]:
@@ -127,20 +166,8 @@ class _Check:
 
     def text(self, kind: str) -> None:
         get = self.fields.get
-        for key in _SIZES:
-            self.size(key, _MOST_LAYERS if key == "num_hidden_layers" else _MOST)
-        for key in _SWITCHES:
-            self.switch(key)
-        for key in _POSITIVE:
-            self.positive(key, get(key))
-        for key in _ACTIVATIONS:
-            if not isinstance(get(key, ""), str):
-                self.refuse(key, "the name of an activation, as silu")
         for key in _ROTARY:
-            self.rotary(key)
-        for key in _LAYER_LISTS:
-            self.list_of(key, int, "the numbers of layers, as [0, 4]")
-        self.list_of("layer_types", str, f"a list of {', '.join(_LAYER_KINDS)}")
+            self.rotary(key, get(key))
         layers, kinds = get("num_hidden_layers"), get("layer_types")
         if kinds is not None and layers is not None and len(kinds) != layers:
             self.refuse("layer_types", f"a kind for each of num_hidden_layers = {layers} layers, not {len(kinds)}")
@@ -156,17 +183,8 @@ class _Check:
 
     def denoiser(self, kind: str) -> None:
         get = self.fields.get
-        for key in _DENOISER_SIZES:
-            self.size(key, _MOST_LAYERS if key.endswith(("_layers", "_block")) else _MOST)
-        self.switch("guidance_embeds")
-        self.positive("mlp_ratio", get("mlp_ratio"))
-        self.size("vae", _MOST, least=0)
-        encoders = get("encoders", {})
-        if not isinstance(encoders, Mapping) or not all(_is_size(n, 0, 1 << 50) for n in encoders.values()):
-            self.refuse("encoders", "an object of numbers of parameters")
-        self.list_of("dual_attention_layers", int, "the numbers of layers, as [0, 1, 2]")
         if kind != "sdxl":
-            self.size("attention_head_dim")
+            self.check("attention_head_dim", _size())
             return
         if "model_type" not in self.fields and get("addition_embed_type") not in ("text_time", None):
             raise ConfigError(
@@ -174,15 +192,34 @@ class _Check:
                 where=self.where,
                 fix="--base sdxl, flux.1-dev, or another of `veneer plan --list`",
             )
+        self.check("block_out_channels", _WIDTHS)
         widths = get("block_out_channels")
-        self.list_of("block_out_channels", int, "a width for each level, as [320, 640, 1280]", least=1, some=True)
-        for key, kind_of_it, example in _LEVELS:
-            if kind_of_it is int and isinstance(get(key), int):  # one value for all levels, as in SD1.5
-                self.size(key)
+        for key, (of, example) in _LEVELS.items():
+            if isinstance(get(key), int) and key != "down_block_types":  # one value for all levels, as in SD1.5
+                self.check(key, _size())
                 continue
-            self.list_of(key, kind_of_it, f"a value for each level, as {example}", some=True)
+            self.check(key, _list(of, f"a value for each level, as {example}", empty=False))
             if widths is not None and key in self.fields and len(self.fields[key]) != len(widths):
                 self.refuse(key, f"a value for each of the {len(widths)} widths of block_out_channels")
+
+    def check(self, key: str, rule: _Rule) -> None:
+        if key in self.fields and not rule[0](self.fields[key]):
+            self.refuse(key, rule[1])
+
+    def rotary(self, key: str, settings: Any, *, layers: bool = True) -> None:
+        """Check rotary settings; with `layers` also those of single kinds of layers inside them."""
+        if settings is None:
+            return
+        if not isinstance(settings, Mapping):
+            self.refuse(key, 'an object, as {"rope_type": "linear", "factor": 2.0}, or null')
+        for name in ("rope_type", "type"):
+            if not isinstance(settings.get(name) or "", str):
+                self.refuse(key, f"a name as its {name}, as linear")
+        if (factor := settings.get("factor")) is not None and not _is_positive(factor):
+            self.refuse(f"{key}.factor", "a number above 0", factor)
+        for each in settings.values() if layers else ():
+            if isinstance(each, Mapping):
+                self.rotary(key, each, layers=False)
 
     def refuse(self, key: str, wanted: str, value: Any = None) -> None:
         text = json.dumps(self.fields[key] if value is None else value, ensure_ascii=False, default=str)
@@ -192,48 +229,6 @@ class _Check:
             where=f"{self.where}: {key}",
             fix="correct the file, or take the base's own config.json again",
         )
-
-    def size(self, key: str, most: int = _MOST, least: int = 1) -> None:
-        if key in self.fields and not _is_size(self.fields[key], least, most):
-            self.refuse(key, f"a whole number from {least:,} to {most:,}")
-
-    def switch(self, key: str) -> None:
-        if not isinstance(self.fields.get(key, False), bool):
-            self.refuse(key, "true or false")
-
-    def positive(self, key: str, value: Any) -> None:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < math.inf):
-            self.refuse(key, "a number above 0", value)
-
-    def rotary(self, key: str, own: Any = None) -> None:
-        """Check rotary settings.
-
-        `own`: the object of one kind of layer, if each has its own."""
-        whole, own = own is None, self.fields.get(key) if own is None else own
-        if own is None:
-            return
-        if not isinstance(own, Mapping):
-            self.refuse(key, 'an object, as {"rope_type": "linear", "factor": 2.0}, or null')
-        for name in ("rope_type", "type"):
-            if not isinstance(own.get(name) or "", str):
-                self.refuse(key, f"a name as its {name}, as linear")
-        self.positive(f"{key}.factor", own.get("factor"))
-        for each in own.values() if whole else ():
-            if isinstance(each, Mapping):
-                self.rotary(key, each)
-
-    def list_of(self, key: str, kind: type, wanted: str, *, least: int = 0, some: bool = False) -> None:
-        value = self.fields.get(key, [])
-        fits = isinstance(value, list | tuple) and all(
-            isinstance(each, kind) if kind is str else _is_size(each, least, _MOST) for each in value
-        )
-        if not fits or (some and key in self.fields and not value):
-            self.refuse(key, wanted)
-
-
-def _is_size(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_words(fields: _Fields, where: str) -> None:
