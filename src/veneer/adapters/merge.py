@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -211,38 +210,31 @@ def compare_merges(
     rows = [row for row in rows if any(row.trained)]
     if not rows:
         raise ConfigError("the held-out rows have no trained token", fix="give rows with answers")
-    device = base.device
+    device, target = base.device, _target(base, dtype)
     with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
-        mix = attachment.selection.mix
-        exact: list[Tensor] = [_log_probabilities(base.model, row, device) for row in rows]
+        exact = [_log_probabilities(base.model, row, device) for row in rows]
         with attachment.off():
             plain = [_nll(_log_probabilities(base.model, row, device), row) for row in rows]
-        target = _target(base, dtype)
-        merged: dict[str, Callable[[], Any]] = {"seen": partial(merged_model, base.model, mix, target, seed=seed)}
-        if original is not None:
-            merged["original"] = partial(_merged_on, original, adapters, target, allow_other_base, seed)
-        for name, make in merged.items():
-            model = make().eval()
-            parts = [_apart(p, _log_probabilities(model, row, device), row) for p, row in zip(exact, rows, strict=True)]
-            del model
-            tokens = sum(len(kl) for kl, *_ in parts)
-            found[name] = Difference(
-                tokens,
-                kl=sum(float(kl.sum()) for kl, *_ in parts) / tokens,
-                kl_most=max(float(kl.max()) for kl, *_ in parts),
-                agree=sum(int(same.sum()) for _, same, _ in parts) / tokens,
-                loss=sum(nll for *_, nll in parts) / tokens,
-                unmerged_loss=sum(_nll(p, row) for p, row in zip(exact, rows, strict=True)) / tokens,
-                base_loss=sum(plain) / tokens,
-            )
+    for name, into in (("seen", base), ("original", original)):
+        if into is None:
+            continue
+        with using.attach_adapters(into, adapters, allow_other_base=allow_other_base) as attachment:
+            model = merged_model(into.model, attachment.selection.mix, target, seed=seed).eval()
+        merged = [_log_probabilities(model, row, device) for row in rows]
+        del model
+        kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, merged, strict=True)])
+        same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(exact, merged, strict=True)])
+        tokens = len(kl)
+        found[name] = Difference(
+            tokens,
+            kl=float(kl.mean()),
+            kl_most=float(kl.max()),
+            agree=float(same.float().mean()),
+            loss=sum(map(_nll, merged, rows)) / tokens,
+            unmerged_loss=sum(map(_nll, exact, rows)) / tokens,
+            base_loss=sum(plain) / tokens,
+        )
     return found
-
-
-def _merged_on(
-    base: TextBase, adapters: Sequence[using.AdapterSpec], target: torch.dtype, allow_other_base: bool, seed: int | None
-) -> Any:
-    with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
-        return merged_model(base.model, attachment.selection.mix, target, seed=seed)
 
 
 def _log_probabilities(model: Any, row: HeldOutRow, device: torch.device) -> Tensor:
@@ -258,11 +250,6 @@ def _log_probabilities(model: Any, row: HeldOutRow, device: torch.device) -> Ten
 def _nll(log_p: Tensor, row: HeldOutRow) -> float:
     wanted = torch.tensor([t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained])
     return float(-log_p.gather(1, wanted.to(log_p.device)[:, None]).sum())
-
-
-def _apart(p: Tensor, q: Tensor, row: HeldOutRow) -> tuple[Tensor, Tensor, float]:
-    kl = (p.exp() * (p - q)).sum(-1)
-    return kl, p.argmax(-1) == q.argmax(-1), _nll(q, row)
 
 
 def _check_request(adapters: Sequence[using.AdapterSpec], folder: Path) -> None:
@@ -298,18 +285,15 @@ def merged_model(
     report = report or MergeReport()
     report.rounding = _rounding_name(seed)
     own = model.state_dict()
-    first: dict[tuple[int, torch.Size], str] = {}  # tied weights get the same rounding
+    tied: dict[Any, list[str]] = {}  # names by memory; tied weights get the same rounding
     rounding, new, bad = Rounding(), {}, []
     for name, before, exact in exact_weights(model, mix):
-        if seed is None:
-            after = exact.to(dtype)
-        else:
-            drawn = name if isinstance(own[name], Quantized) else first.setdefault(_place(own[name]), name)
-            after = stochastic(exact, dtype, seeded(seed, f"/{drawn}"))
-        if not torch.isfinite(after).all():
+        stored = own[name]  # a tied weight is never quantized
+        names = tied.setdefault(name if isinstance(stored, Quantized) else (stored.data_ptr(), stored.shape), [])
+        names.append(name)
+        new[name] = _rounded(before, exact, dtype, rounding, seed, f"/{names[0]}")
+        if not torch.isfinite(new[name]).all():
             bad.append(name)
-        rounding.add(before, exact, after)
-        new[name] = after
     if bad:
         under = mix_text(acting_on(model)) or "the mix"
         raise AdapterError(
@@ -317,11 +301,7 @@ def merged_model(
             fix="use dtype bfloat16 or float32, or a smaller strength",
         )
     state = {n: dequantized(t).to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in new}
-    places: dict[tuple[int, torch.Size], list[str]] = {}
-    for name in new:
-        if not isinstance(own[name], Quantized):  # a tied weight is never quantized
-            places.setdefault(_place(own[name]), []).append(name)
-    report.untied = any(not torch.equal(new[names[0]], new[n]) for names in places.values() for n in names[1:])
+    report.untied = any(not torch.equal(new[names[0]], new[n]) for names in tied.values() for n in names[1:])
     report.tensors = len(new)
     report.count(rounding)
     config = copy.deepcopy(model.config)
@@ -345,9 +325,12 @@ def merged_model(
     return shell
 
 
-def _place(t: Tensor) -> tuple[int, torch.Size]:
-    """Return the address and shape of a tensor's data, equal for tied weights."""
-    return t.data_ptr(), t.shape
+def _rounded(
+    before: Tensor, exact: Tensor, dtype: torch.dtype, rounding: Rounding, seed: int | None, name: str
+) -> Tensor:
+    after = exact.to(dtype) if seed is None else stochastic(exact, dtype, seeded(seed, name))
+    rounding.add(before, exact, after)
+    return after
 
 
 def _rounding_name(seed: int | None) -> str:
@@ -371,16 +354,12 @@ def merge_shards(
 ) -> MergeReport:
     """Write a model folder with `adapters` merged in, without loading the model.
 
-    Every safetensors file is rewritten with the same header, so that a weight keeps its dtype and what the mix does not
-    touch keeps its bytes; all other files are copied. One weight is in memory at a time, in float32. `base`: a folder
-    of transformers' or diffusers' (where the first part of an adapter's name is a component's folder). `seed`: round
-    stochastically without bias (core.rounding), with this seed. `accept_loss`: as in `merge`. `seen`: nf4, fp4 or int8
-    for adapters trained over such weights: every quantizable weight is written in its dequantized form, with the mix
-    folded in. The folder appears whole or not at all.
+    Every safetensors file is rewritten with the same header: a weight keeps its dtype, and what the mix does
+    not touch keeps its bytes. All other files are copied. One weight is in memory at a time, in float32. The
+    folder appears complete or not at all.
 
     base: a folder of transformers' or diffusers' (the first part of an adapter's name is then a
         component's folder).
-    names: adapter parameter name -> tensor name in a component, if they differ by more than a prefix.
     seed: round stochastically, without bias (core.rounding), with this seed.
     accept_loss: as in `merge`.
     seen: nf4, fp4 or int8 for adapters trained over such weights: every quantizable weight is written
@@ -407,7 +386,9 @@ def merge_shards(
     rounding = Rounding()
     with as_veneer_errors(folder), new_folder(folder) as temporary:
         shards = {file for part in parts.values() for file in part.files}
-        for file in sorted(p for p in base.rglob("*") if p.is_file() and not _hidden(p.relative_to(base))):
+        for file in sorted(p for p in base.rglob("*") if p.is_file()):
+            if any(part.startswith(".") for part in file.relative_to(base).parts):
+                continue
             target = temporary / file.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
             if file not in shards:
@@ -444,10 +425,6 @@ def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozen
             fix="leave out --by-shard",
         )
     return frozenset(names)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
@@ -548,15 +525,11 @@ def _folded(
             start = exact
             for make, strength in plan[name]:
                 exact = exact + make(start) * strength
-            if seed is None:
-                after = exact.to(weight.dtype)
-            else:
-                after = stochastic(exact, weight.dtype, seeded(seed, f"{component}/{name}"))
+            after = _rounded(weight, exact, weight.dtype, rounding, seed, f"{component}/{name}")
             if not torch.isfinite(after).all():
                 what = f"{name}: the merged weight does not fit into {weight.dtype} under {under}"
                 raise AdapterError(
                     what, where=str(file), fix="use a smaller strength, or a base in bfloat16 or float32"
                 )
-            rounding.add(weight, exact, after)
         if after.numel():
             yield memoryview(after.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -69,11 +69,19 @@ def merge_command(
         raise ConfigError("there is nothing to do", fix="a folder for the merged model with -o, or --check ROWS")
     if into not in ("seen", "original"):
         raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
+    from veneer.adapters.merge import compare_merges, merge, merge_shards
+
     seen = _seen(adapters) if into == "seen" or check else ""  # otherwise unused
     if by_shard:
-        _merge_shards(adapters, base, output, dtype, seed, as_json, bool(check), seen, accept_loss)
+        if dtype is not None:
+            fix = "leave out --dtype, or leave out --by-shard"
+            raise ConfigError("--by-shard keeps the dtype that is stored", fix=fix)
+        if check or output is None:
+            raise ConfigError("--check loads the model", fix="leave out --by-shard, and give -o")
+        report = merge_shards(base, adapters, output, seed=seed, seen=seen, accept_loss=accept_loss)
+        fix = "--stochastic 0 keeps it on average; --dtype float32 without --by-shard keeps it exactly"
+        _say_merged(report, as_json, fix)
         return
-    from veneer.adapters.merge import merge
     from veneer.adapters.use import adapter_path, parse_spec
     from veneer.core.rounding import DTYPES
     from veneer.files.weights import stored_dtype, tensor_table
@@ -96,8 +104,10 @@ def merge_command(
     original = load_text(base, dtype=exact, say=say) if seen and check else None
     first = load_text(base, dtype=exact, quantize=seen or None, say=say)
     found: dict[str, Difference] = {}
+    how: dict[str, Any] = {"dtype": want, "allow_other_base": allow_other_base, "seed": seed}
     if check:
-        found = _compared(first, original, adapters, check, check_rows, want, allow_other_base, seed)
+        rows = _held_out(first, check, check_rows)
+        found = compare_merges(first, adapters, rows, original=original, **how)
         if not as_json:
             _table(found, seen)
     if output is None:
@@ -105,19 +115,8 @@ def merge_command(
             print_json({name: d.__dict__ | {"kept": d.kept} for name, d in found.items()})
         return
     target = original if into == "original" and original is not None else first
-    _say_merged(
-        merge(
-            target,
-            adapters,
-            output,
-            dtype=want,
-            allow_other_base=allow_other_base,
-            difference=found,
-            seed=seed,
-            accept_loss=accept_loss,
-        ),
-        as_json,
-    )
+    report = merge(target, adapters, output, difference=found, accept_loss=accept_loss, **how)
+    _say_merged(report, as_json)
 
 
 def _seen(adapters: list[str]) -> str:
@@ -143,17 +142,7 @@ def _seen(adapters: list[str]) -> str:
     return next(iter(kinds))
 
 
-def _compared(
-    base: TextBase,
-    original: TextBase | None,
-    adapters: list[str],
-    files: list[str],
-    most: int,
-    dtype: str,
-    allow_other_base: bool,
-    seed: int | None,
-) -> dict[str, Difference]:
-    from veneer.adapters.merge import compare_merges
+def _held_out(base: TextBase, files: list[str], most: int) -> list[Any]:
     from veneer.train.config.text import DataSection
     from veneer.train.text.encode import encode_rows
     from veneer.train.text.rows import read_rows
@@ -162,17 +151,7 @@ def _compared(
     if not rows:
         raise DataError("there are no rows to check on", where=", ".join(files))
     say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
-    data = DataSection(train="-", max_length=base.context, long_rows="cut")
-    examples = encode_rows(rows, base.tokenizer, data).examples
-    return compare_merges(
-        base,
-        adapters,
-        examples,
-        original=original,
-        dtype=dtype,
-        allow_other_base=allow_other_base,
-        seed=seed,
-    )
+    return encode_rows(rows, base.tokenizer, DataSection(train="-", max_length=base.context, long_rows="cut")).examples
 
 
 _WAYS = {"seen": "the weights it was trained on", "original": "the 16-bit weights"}
@@ -187,29 +166,6 @@ def _table(found: Mapping[str, Difference], seen: str) -> None:
     for name, d in found.items():
         numbers = f"{d.kl:>10.2e} {d.kl_most:>9.2e} {d.agree:>10.1%} {d.loss:>8.4f} {d.kept:>10.1%}"
         print(f"{ways[name]:<{width}} {numbers}")
-
-
-def _merge_shards(
-    adapters: list[str],
-    base: str,
-    output: str | None,
-    dtype: str | None,
-    seed: int | None,
-    as_json: bool,
-    loads: bool,
-    seen: str,
-    accept_loss: bool,
-) -> None:
-    from veneer.adapters.merge import merge_shards
-
-    if dtype is not None:
-        raise ConfigError("--by-shard keeps the dtype that is stored", fix="leave out --dtype, or leave out --by-shard")
-    if loads or output is None:
-        raise ConfigError("--check loads the model", fix="leave out --by-shard, and give -o")
-    report = merge_shards(base, adapters, output, seed=seed, seen=seen, accept_loss=accept_loss)
-    _say_merged(
-        report, as_json, "--stochastic 0 keeps it on average; --dtype float32 without --by-shard keeps it exactly"
-    )
 
 
 def _say_merged(report: MergeReport, as_json: bool, fix: str = "") -> None:

@@ -20,9 +20,6 @@ def command(
     ops: Annotated[
         bool, typer.Option("--ops", help="Show this machine's profile and which implementation of each op runs.")
     ] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="With --ops: skip the profile measurement (two seconds).")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check home, disk, compiler, extras, Hub and port. Exit code 1 on a problem.
@@ -31,12 +28,11 @@ def command(
     why."""
     checks = list(_checks())
     bad = [check for check in checks if check.ok is False]
+    found: dict[str, Any] = {"checks": [asdict(check) for check in checks]}
+    lines = _check_lines(checks, bad)
     if ops:
-        found = {"checks": [asdict(check) for check in checks], **_findings(quick)}
-        lines = [*_check_lines(checks, bad), "", *_lines(found)]
-    else:
-        found = {"checks": [asdict(check) for check in checks]}
-        lines = _check_lines(checks, bad)
+        found |= _findings()
+        lines += ["", *_lines(found)]
     print(json.dumps({"well": not bad, **found}, indent=1) if as_json else "\n".join(lines))
     raise SystemExit(1 if bad else 0)
 
@@ -73,17 +69,16 @@ def _checks() -> Iterator[_Check]:
     made = compiled.kernels() is not None
     fix = "" if made else "without a compiler, training on the CPU is several times slower: apt install gcc, or clang"
     yield _Check("compiler", made, compiled.status(), fix)
-    yield from _cards()
+    yield _Check("card", None, ", ".join(_cards()) or "none that torch can use; veneer uses the CPU")
     yield _extras()
     yield _hub()
     yield _port()
 
 
-def _cards() -> Iterator[_Check]:
+def _cards() -> list[str]:
     import torch
 
-    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield _Check("card", None, ", ".join(cards) or "none that torch can use; veneer uses the CPU")
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def _extras() -> _Check:
@@ -148,7 +143,7 @@ def _check_lines(checks: list[_Check], bad: list[_Check]) -> list[str]:
     return [_wrapped(line) for line in lines]
 
 
-def _findings(quick: bool) -> dict[str, Any]:
+def _findings() -> dict[str, Any]:
     import torch
 
     from veneer import __version__
@@ -158,7 +153,7 @@ def _findings(quick: bool) -> dict[str, Any]:
     from veneer.ops.profile import processor_name, profile
 
     settle_threads()  # as in training: a profile depends on the number of threads
-    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cards = _cards()
     return {
         "veneer": __version__,
         "torch": torch.__version__,
@@ -167,7 +162,7 @@ def _findings(quick: bool) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cards": cards,
         "compiled": compiled.status(),
-        "profile": None if quick else asdict(profile()),
+        "profile": asdict(profile()),
         "ops": {
             device: {op: one._asdict() for op, one in choices(device).items()}
             for device in ("cpu", *(["cuda"] if cards else []))
@@ -185,19 +180,17 @@ def _wrapped(line: str) -> str:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    from veneer.errors import counted
+
+    profile = found["profile"]
+    rates = [f"{dtype} {max(shapes.values()):,.0f}" for dtype, shapes in profile["gflops"].items()]
+    threads = counted(found["threads"], "thread")
     lines = [
         f"veneer      {found['veneer']}, torch {found['torch']}",
         f"processor   {found['processor']}; {threads}; torch's kernels for {found['instructions']}",
-        f"card        {', '.join(found['cards']) or 'none that torch can use'}",
-        f"compiled    {found['compiled']}",
+        f"profile     {', '.join(rates)} GFLOP/s; memory {profile['bandwidth']:,.0f} GB/s; rounds within "
+        f"{profile['spread']:.0%}; measured {profile['date'][:10]}",
     ]
-    if (profile := found["profile"]) is not None:
-        rates = [f"{dtype} {max(shapes.values()):,.0f}" for dtype, shapes in profile["gflops"].items()]
-        lines.append(
-            f"profile     {', '.join(rates)} GFLOP/s; memory {profile['bandwidth']:,.0f} GB/s; rounds within "
-            f"{profile['spread']:.0%}; measured {profile['date'][:10]}"
-        )
     for device, ops in found["ops"].items():
         groups: dict[str, list[str]] = {}
         for op, one in ops.items():
