@@ -219,7 +219,7 @@ class Proof:
         self.sheet("stack", {**rows, "the truth": self.truths(self.shots, **ALL)}, self.shots)
 
     def stacks(self) -> dict[str, Mix]:
-        """Ways to stack. The recipe (formats/campaign_roles.py) should be the best of them."""
+        """Ways to stack. The recipe (formats/strengths.py) should be the best of them."""
         found: dict[str, Mix] = {"plain sum": list(self.adapters.values())}
         for method in ("orthogonal", "ties"):
             out = self.runs / f"{method}.safetensors"

@@ -75,7 +75,7 @@ def write_others(folder: Path, base: Any) -> None:
 
 
 def stacked(adapters: Mapping[str, str]) -> list[str]:
-    """Return adapter specs with roles, which formats/campaign_roles.py stacks."""
+    """Return adapter specs with roles, which formats/strengths.py stacks."""
     return [f"{place}@campaign={role}" for role, place in adapters.items()]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from veneer.errors import ConfigError
-from veneer.formats.campaign_roles import CAMPAIGN, CAMPAIGN_ROLES
 from veneer.formats.strengths import (
+    CAMPAIGN,
+    CAMPAIGN_ROLES,
     Strength,
     check_roles,
     factors_by_module,
@@ -141,7 +142,7 @@ def test_a_role_is_what_the_table_says_for_the_base(prediction: str, family: str
 
 
 def test_a_role_may_be_in_the_plain_sum_and_is_where_the_base_lacks_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.formats import campaign_roles as campaign
+    from veneer.formats import strengths as campaign
 
     asked = Strength(0.5, campaign="lens")
     for text, other, meant in (

@@ -105,16 +105,9 @@ def test_mlx_lms_dora_is_pefts(tmp_path: Path) -> None:
     torch.testing.assert_close(got, outputs(hand), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_mlx_lms_experts_land_on_fused_weights(tmp_path: Path, older: bool) -> None:
+def test_mlx_lms_experts_land_on_fused_weights(tmp_path: Path) -> None:
     pairs, net = pairs_of(EXPERTS), model("qwen3_moe")
     path = mlx(tmp_path / "a", pairs)
-    if older:  # (experts · r, in)
-        from safetensors.torch import load_file
-
-        tensors = load_file(path / "adapters.safetensors")
-        flat = {k: t.flatten(0, 1) if t.ndim == 3 and k.endswith("lora_a") else t for k, t in tensors.items()}
-        save_file(flat, path / "adapters.safetensors")
     got = our_outputs(net, peft.read_folder(path, net))
     torch.testing.assert_close(got, by_hand("qwen3_moe", pairs), rtol=1e-9, atol=1e-9)
 

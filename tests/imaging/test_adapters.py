@@ -13,8 +13,7 @@ from tests.image_twins import diffusers_pipeline, fold, levels, picture
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError, ConfigError, MismatchError
 from veneer.files.hashes import hashes
-from veneer.formats.campaign_roles import CAMPAIGN
-from veneer.formats.strengths import Strength
+from veneer.formats.strengths import CAMPAIGN, Strength
 from veneer.imaging.adapters import ImagePipeline, label_of, parse_use
 from veneer.imaging.generate import ImageRequest, Options, make
 from veneer.models.image.base import ImageBase

@@ -919,6 +919,7 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
     if not (adapter.pairs or adapter.modules or adapter.token_rows or adapter.deltas):
         out.append("it is empty")
     out += _delta_problems(adapter)
+    out += [f"{n}: the scale is {p.scale}" for n, p in adapter.pairs.items() if not math.isfinite(p.scale)]
     with_dora = {n for n, p in adapter.pairs.items() if p.magnitude is not None}
     if with_dora and len(with_dora) != len(adapter.pairs):
         plain = sorted(set(adapter.pairs) - with_dora)
@@ -928,22 +929,13 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
         )
     by_parameter = {n for n, p in adapter.pairs.items() if p.kind == "experts"} | _routers(adapter, base)
     out += [f"{n}: DoRA on expert parameters or a router" for n in sorted(with_dora & by_parameter)]
-    owners: dict[str, str] = {}
-    for name, pair in adapter.pairs.items():
-        out += _pair_problems(name, pair)
-        owners[pair.module(name)] = "a pair"
+    owners = {pair.module(name): "a pair" for name, pair in adapter.pairs.items()}
     owners |= dict.fromkeys(adapter.token_rows, "token rows")
     for name in sorted(adapter.modules):
         inside = [o for o in owners if o == name or o.startswith(f"{name}.")]
         out += [f"{o}: {owners[o]} inside {name}, which is a full copy" for o in inside]
         out += [] if adapter.modules[name] else [f"{name}: a full copy without tensors"]
     out += [f"{n}: a pair and token rows at once" for n in sorted(set(adapter.pairs) & set(adapter.token_rows))]
-    for name, rows in adapter.token_rows.items():
-        if rows.rows.ndim != 2 or len(rows.rows) != len(rows.indices) or len(set(rows.indices)) != len(rows.indices):
-            out.append(f"{name}: {len(rows.indices)} token indices, rows of shape {tuple(rows.rows.shape)}")
-    for module, parameters in _by_module(adapter).items():
-        if len(parameters) > 1 and module not in base.experts and not set(parameters) <= set(_EXPERT_ORDER):
-            out.append(f"{module}: the order of its parameters {sorted(parameters)} depends on the base; give it")
     return out
 
 
@@ -963,24 +955,6 @@ def _delta_problems(adapter: Adapter) -> list[str]:
             biased.add(name.removesuffix(".bias"))
     if biased and (left := sorted(set(adapter.pairs) - biased)):
         out.append(f"lora_bias is one switch for all pairs, and {len(left)} have no bias ({', '.join(left[:3])})")
-    return out
-
-
-def _pair_problems(name: str, pair: Pair) -> list[str]:
-    A, B, shapes = pair.A, pair.B, f"A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}"
-    if not name or ".base_layer" in name or ".lora_" in name:
-        return [f"{name!r} cannot be the name of a base's module"]
-    if not math.isfinite(pair.scale):
-        return [f"{name}: the scale is {pair.scale}"]
-    if pair.kind == "experts":
-        fits = A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] and A.shape[1] == B.shape[2]
-    elif pair.kind == "conv":
-        fits = 2 < A.ndim == B.ndim and A.shape[0] % max(B.shape[1], 1) == 0 and all(n == 1 for n in B.shape[2:])
-    else:
-        fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
-    out = [] if fits and 0 not in (*A.shape, *B.shape) else [f"{name}: {shapes} do not fit each other"]
-    if pair.magnitude is not None and (pair.magnitude.ndim != 1 or len(pair.magnitude) != B.shape[0]):
-        out.append(f"{name}: magnitude {tuple(pair.magnitude.shape)}, expected ({B.shape[0]},)")
     return out
 
 

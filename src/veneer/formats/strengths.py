@@ -5,7 +5,7 @@
     0.8@double.0-2=0.5,single.3=0                      blocks of a transformer, ranges of blocks
     0.8@steps=0-0.6                                    in the first 60% of the steps, 0 after them
     0.8@steps=0-0.3:0.2+0.3-1                          a separate factor for each range
-    0.8@campaign=product                               its role in a mix: sets blocks and steps (campaign.py)
+    0.8@campaign=product                               its role in a mix: sets blocks and steps (`CAMPAIGN`)
 
 | key                            | modules                                            |
 | text                           | every text encoder; `text_encoder_2` for only one  |
@@ -22,12 +22,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, bullets, nearest, quoted
-from veneer.formats.campaign_roles import CAMPAIGN, CAMPAIGN_ROLES
+
+CAMPAIGN_ROLES = ("product", "brand", "lens")
+
+CAMPAIGN: Mapping[str, Mapping[str, str]] = {
+    "flow": {"product": "", "brand": "double=0.5,single=0.7", "lens": "steps=0.4-1"},
+    "noise": {"product": "", "brand": "", "lens": "steps=0.4-1"},
+}
+"""Prediction type -> role -> its factors.
+
+The lens starts after the content of the picture is determined. On flow bases the brand is weaker, most of all
+in the double-stream blocks, which determine the content. benchmarks/image_campaign.py compares this recipe
+with others (docs/image-proof.md)."""
 
 
 def split_strength(text: str) -> tuple[str, float | None]:

@@ -82,9 +82,6 @@ def _from_mlx(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trans
         elif part == "m":
             out[f"{_PREFIX}{module}.lora_magnitude_vector"] = tensor
         else:
-            other = tensors.get(f"{module}.lora_b")
-            if part == "lora_a" and tensor.ndim == 2 and other is not None and other.ndim == 3:  # older files
-                tensor = tensor.unflatten(0, (len(other), -1)) if len(tensor) % len(other) == 0 else tensor
             name = f"{_PREFIX}{module.replace('.switch_mlp.', '.experts.')}.lora_{part[-1].upper()}.weight"
             out[name] = tensor.t().contiguous() if tensor.ndim == 2 else tensor
     rank, scale, dropout = _mlx_numbers(config, problems)

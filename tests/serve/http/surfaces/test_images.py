@@ -26,8 +26,8 @@ from tests.serve.http.test_app import samples
 from tests.serve.pictures_here import Names, Shelf, picture_app, served, shelf_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
-from veneer.formats.campaign_roles import CAMPAIGN
 from veneer.formats.convert import write
+from veneer.formats.strengths import CAMPAIGN
 from veneer.imaging.adapters import AdapterSource, ImagePipeline, parse_use
 from veneer.imaging.generate import ImageRequest, Options, make
 from veneer.imaging.infotext import read_record
