@@ -1,4 +1,4 @@
-"""A folder of hostile files, each with the words that its error must have: `python -m tests.formats.hostile DIR`.
+"""A folder of hostile files, each with the words that its error must have.
 
 None of them does harm by being there; the pickles make a file called `made-by-a-pickle` if something runs them.
 """
@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -160,8 +159,3 @@ def write(folder: Path) -> list[Path]:
     for name, (content, _) in FILES.items():
         (folder / name).write_bytes(content)
     return sorted(folder / name for name in FILES)
-
-
-if __name__ == "__main__":
-    for written in write(Path(sys.argv[1])):
-        print(written)

@@ -104,25 +104,15 @@ def test_full_differences_norms_and_gains() -> None:
         assert torch.equal(found[f"{place.module}.weight"].parts["value"], rows(value, place))
 
 
-@pytest.mark.parametrize("axis", ["outputs", "inputs"])
-def test_dora_on_either_axis(axis: str) -> None:
-    """The magnitude of the outputs goes with its rows. One of the inputs is a norm over all rows: a fused module with
-    it is refused by name."""
-    layout = Layout()
-    originals = ("double_blocks.0.img_attn.proj", "single_blocks.37.linear2", *([QKV] if axis == "outputs" else []))
-    magnitudes = {}
-    for text, places, out, into in flux(*originals):
-        layout.lora(text, places, (out, into), alpha=1.0)
-        m = layout.random(out, 1) if axis == "outputs" else layout.random(1, into)
-        layout.tensors[f"{text}.dora_scale"] = m
-        magnitudes |= {p.module: rows(m.reshape(-1), p) if axis == "outputs" else m for p in places}
+def test_dora_on_a_fused_module_splits_by_outputs_only() -> None:
+    layout, (text, places, out, into) = Layout(), flux(QKV)[0]
+    layout.lora(text, places, (out, into), alpha=1.0)
+    layout.tensors[f"{text}.dora_scale"] = m = layout.random(out, 1)
     pairs = check(layout, "kohya", "flux1").adapter.pairs
-    for name, want in magnitudes.items():
-        got = pairs[name].magnitude
-        assert got is not None
-        assert torch.equal(got, want)
-    text, places, out, into = flux(QKV)[0]
-    layout.lora(f"{text}", places, (out, into), alpha=1.0) if axis == "inputs" else None
+    for place in places:
+        magnitude = pairs[place.module].magnitude
+        assert magnitude is not None
+        assert torch.equal(magnitude, rows(m.reshape(-1), place))
     layout.tensors[f"{text}.dora_scale"] = layout.random(1, into)
     with pytest.raises(AdapterError, match=r"lora_unet_double_blocks_0_img_attn_qkv: a magnitude of the inputs"):
         reading(layout)

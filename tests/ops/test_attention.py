@@ -256,15 +256,6 @@ def test_joint_attention(norms: str, rotated: bool, dtype: torch.dtype, toleranc
         assert near(got, want, tolerance)
 
 
-def test_one_token_attends_to_itself() -> None:
-    qkv, g = torch.randn(1, 1, 3, 4, 8, requires_grad=True), torch.randn(1, 1, 32)
-    out = joint_attention(qkv)
-    (given,) = torch.autograd.grad(out, qkv, g)
-    torch.testing.assert_close(out, qkv[:, :, 2].flatten(2))
-    torch.testing.assert_close(given[:, :, 2].flatten(2), g)
-    torch.testing.assert_close(given[:, :, :2], torch.zeros_like(given[:, :, :2]), rtol=0.0, atol=1e-6)
-
-
 @pytest.mark.parametrize("chunk", [9 * 9 * 4, 3 * 9 * 9 * 4, 1 << 20])
 def test_probabilities_made_again(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "CHUNK_BYTES", chunk)
