@@ -2,8 +2,7 @@
 
 A user's mistake raises a VeneerError; any other error is a bug in veneer. The report lists what to send: the
 version, the command with its option names (values are omitted: a value can be a key or an address) and the
-last frames. The full traceback goes to a file, because it can contain private text.
-"""
+last frames. The full traceback goes to a file, because it can contain private text."""
 
 from __future__ import annotations
 
@@ -12,79 +11,66 @@ import platform
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any
 
 from veneer import __version__
 from veneer.errors import shown
 
 EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h."""
-SHOWS = "VENEER_TRACEBACK"
-FRAMES = 4
+_VARIABLE = "VENEER_TRACEBACK"
+_FRAMES = 4
 
 
-def report(error: Exception, argv: Sequence[str], commands: Mapping[str, str]) -> str:
-    """Return the text to print for `error`.
-
-    `commands`: command -> module. With VENEER_TRACEBACK in the environment, the text has the traceback."""
-    whole = "".join(traceback.format_exception(error))
-    about = f"veneer {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    loaded = [f"{n} {sys.modules[n].__version__}" for n in ("torch", "transformers", "diffusers") if n in sys.modules]
+def report(error: Exception, argv: Sequence[str], commands: Container[str]) -> str:
+    """Return the text to print for an error. With VENEER_TRACEBACK set, the text has the traceback."""
+    trace = "".join(traceback.format_exception(error))
+    versions = [f"veneer {__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{platform.system()} {platform.machine()}"]
+    versions += [
+        f"{n} {sys.modules[n].__version__}" for n in ("torch", "transformers", "diffusers") if n in sys.modules
+    ]
+    frames = [_frame_text(frame) for frame in traceback.extract_tb(error.__traceback__)[-_FRAMES:][::-1]]
     lines = [
         f"error: {type(error).__name__}: {shown(str(error)[:300])}",
-        "  This is a fault in veneer, not in what you did: every mistake of a user's has words of its own. Nothing was",
-        "  checked beyond this point. Please report it with the lines below.",
-        f"  version:  {', '.join([about, *loaded])}",
+        "  This is a bug in veneer, not a mistake of yours. Please report it with the lines below.",
+        f"  version:  {', '.join(versions)}",
         f"  command:  {command_line(argv, commands)}",
         f"  raised:   {type(error).__module__}.{type(error).__name__}",
+        *(f"  {'at:' if not i else '':<9} {frame}" for i, frame in enumerate(frames)),
     ]
-    lines += [f"  {'at:' if not i else '':<9} {frame}" for i, frame in enumerate(_frames(error))]
-    if os.environ.get(SHOWS, "") not in ("", "0"):
-        return "\n".join([whole.rstrip(), "", *lines])
-    kept = _kept(whole)
-    where = f"the whole traceback is in {kept}" if kept else "the traceback could not be kept"
-    return "\n".join([*lines, f"  {where}; {SHOWS}=1 prints it"])
+    if os.environ.get(_VARIABLE, "") not in ("", "0"):
+        return "\n".join([trace.rstrip(), "", *lines])
+    path = _save(trace)
+    where = f"the whole traceback is in {path}" if path else "the traceback could not be saved"
+    return "\n".join([*lines, f"  {where}; {_VARIABLE}=1 prints it"])
 
 
-def command_line(argv: Sequence[str], commands: Mapping[str, str]) -> str:
-    """Return the command, subcommands and option names; every value becomes `…`."""
-    out, known = ["veneer"], set(commands)
+def command_line(argv: Sequence[str], commands: Container[str]) -> str:
+    """Return the command and option names; every other word becomes `…`."""
+    words = ["veneer"]
     for i, word in enumerate(argv):
         option = word.partition("=")[0]
-        if word in known and i < 3 and "…" not in out:
-            out.append(word)
-            known = _subcommands(getattr(sys.modules.get(commands.get(word, "")), "app", None)) if i == 0 else known
-        else:
-            out.append(option if option.startswith("-") and len(option) < 32 else "…")
-    return " ".join(shown(word) for word in out)
+        known = word in commands if i == 0 else option.startswith("-") and len(option) < 32
+        words.append(shown(option) if known else "…")
+    return " ".join(words)
 
 
-def _subcommands(app: Any) -> set[str]:
-    """Return the command names of a Typer and of its groups."""
-    found = {c.name or getattr(c.callback, "__name__", "") for c in getattr(app, "registered_commands", [])}
-    for group in getattr(app, "registered_groups", []):
-        found |= {group.name or "", *_subcommands(group.typer_instance)}
-    return {name.replace("_", "-") for name in found}
-
-
-def _frames(error: Exception) -> list[str]:
-    """Return the last frames, innermost first, with paths relative to the package."""
-    found = traceback.extract_tb(error.__traceback__)[-FRAMES:][::-1]
-    return [f"{_within(frame.filename)}:{frame.lineno} in {frame.name}" for frame in found]
-
-
-def _within(file: str) -> str:
-    parts = Path(file).parts
+def _frame_text(frame: traceback.FrameSummary) -> str:
+    """Return a frame with its path relative to the package."""
+    parts = Path(frame.filename).parts
     for root in ("veneer", "site-packages"):
         if root in parts:
             at = len(parts) - 1 - parts[::-1].index(root)
-            return "/".join(parts[at + (root == "site-packages") :])
-    return parts[-1] if parts else file
+            parts = parts[at + (root == "site-packages") :]
+            break
+    else:
+        parts = parts[-1:]
+    return f"{'/'.join(parts)}:{frame.lineno} in {frame.name}"
 
 
-def _kept(text: str) -> str | None:
+def _save(text: str) -> str | None:
     """Write the traceback to a new private file. Returns the path, or None on failure."""
     try:
         handle, path = tempfile.mkstemp(prefix="veneer-fault-", suffix=".txt")

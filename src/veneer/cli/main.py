@@ -32,10 +32,10 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from veneer import __version__
-from veneer.cli import crash_report as fault
+from veneer.cli import crash_report
 from veneer.cli.output import error_text, guard, own
 from veneer.errors import ConfigError, ResourceError, VeneerError, lacks_memory, quoted
 
@@ -66,7 +66,7 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = {name: _listed(name, line) for name, (_, line) in COMMANDS.items()}
+        self.commands = {name: TyperCommand(name, help=line) for name, (_, line) in COMMANDS.items()}
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -96,7 +96,7 @@ def ended() -> Iterator[None]:
         if known is None:
             raise
         if not known.already_shown:
-            _show(known)
+            _print_error(known)
         raise SystemExit(known.exit_code) from None
 
 
@@ -104,13 +104,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and raise SystemExit.
 
     `argv`: arguments after the program's name; default: `sys.argv`."""
-    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
     with guard():
         try:
-            program()(args=given, prog_name="veneer")
+            program()(args=arguments, prog_name="veneer")
         except Exception as error:
-            print(fault.report(error, given, {name: module for name, (module, _) in COMMANDS.items()}), file=sys.stderr)
-            raise SystemExit(fault.EXIT_CODE) from None
+            print(crash_report.report(error, arguments, COMMANDS), file=sys.stderr)
+            raise SystemExit(crash_report.EXIT_CODE) from None
 
 
 def program() -> Any:
@@ -140,34 +140,24 @@ def _root(
     """Train, store, mix and serve low-rank adapters (LoRA)."""
 
 
-def _listed(name: str, line: str) -> Any:
-    """Return a placeholder command with a name and a help line, for lists."""
-    stub = typer.Typer(add_completion=False)
-    stub.command(name, help=line)(lambda: None)
-    command = typer.main.get_command(stub)
-    command.name = name
-    return command
-
-
 def _imported(name: str) -> Any:
     module = importlib.import_module(COMMANDS[name][0])
     app = getattr(module, "app", None)
     if app is None:
         app = typer.Typer(add_completion=False)
         app.command(name)(module.command)
-    _finite_alone(app)
-    # Plain text in help and errors of every command, as in the group's.
-    app.pretty_exceptions_enable = False
+    app.pretty_exceptions_enable = False  # plain text in help and errors, as in the group's
+    _refuse_nan(app)
     command = typer.main.get_command(app)
     command.name = name
     return command
 
 
-def _finite_alone(app: typer.Typer) -> None:
+def _refuse_nan(app: typer.Typer) -> None:
     """Make every command of `app` refuse nan and infinity: click's ranges accept nan."""
     for group in app.registered_groups:
         if group.typer_instance is not None:
-            _finite_alone(group.typer_instance)
+            _refuse_nan(group.typer_instance)
     for command in app.registered_commands:
         if command.callback is not None and not hasattr(command.callback, "__wrapped__"):  # once per process
             command.callback = _finite(command.callback)
@@ -175,51 +165,41 @@ def _finite_alone(app: typer.Typer) -> None:
 
 def _finite(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
-    def checked(*args: Any, **given: Any) -> Any:
-        for name, value in given.items():
+    def checked(*args: Any, **options: Any) -> Any:
+        for name, value in options.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise typer.BadParameter(f"{value} is not a finite number.", param_hint=f"--{name.replace('_', '-')}")
-        return call(*args, **given)
+        return call(*args, **options)
 
     return checked
 
 
 def _known(error: Exception) -> VeneerError | None:
     """Convert an error of the machine's limits to a VeneerError, or return None."""
-    text, kind = str(error), type(error).__name__
-    if isinstance(error, OSError):
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return ResourceError(
-                "the disk is full", where=error.filename, fix="free some space there, or write elsewhere"
-            )
-        if error.errno == errno.ENAMETOOLONG:
-            return ConfigError("this is too long to be the name of a file", where=quoted(str(error.filename)))
-        if isinstance(error, PermissionError):
-            return ResourceError(f"no permission to use this file: {error.strerror}", where=error.filename)
-    if kind == "RuntimeError" and "home directory" in text:  # raised by pathlib for `~somebody/…`
-        return ConfigError("a path begins with ~ and a name that this machine has no home for", fix="write it out")
+    text, code = str(error), error.errno if isinstance(error, OSError) else None
+    path = error.filename if isinstance(error, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        return ResourceError("the disk is full", where=path, fix="free some space, or write elsewhere")
+    if code == errno.ENAMETOOLONG:
+        return ConfigError("the file name is too long", where=quoted(str(path)))
+    if isinstance(error, PermissionError):
+        return ResourceError(f"no permission to use this file: {error.strerror}", where=path)
+    if isinstance(error, RuntimeError) and "home directory" in text:  # raised by pathlib for `~somebody/…`
+        return ConfigError("a path begins with ~ and an unknown user name", fix="write out the path")
     if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
-        fix = "write it anew: it was cut, or typed in another encoding than the terminal's"
-        return ConfigError("a text has half a character, which is none", fix=fix)
-    if "No space left on device" in text:
-        return ResourceError("the disk is full", fix="free some space, or write elsewhere")
-    if kind == "OutOfMemoryError":  # torch's error, matched by name: torch may not be loaded
-        return ResourceError(
-            "the GPU's memory is exhausted",
-            where=text.split(". ")[0],
-            fix="fewer rows at once, or activation checkpointing",
-        )
+        return ConfigError("a text is not valid Unicode", fix="type it again, in the terminal's encoding")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's error, matched by name: torch may not be loaded
+        fix = "fewer rows at once, or activation checkpointing"
+        return ResourceError("the GPU's memory is exhausted", where=text.split(". ")[0], fix=fix)
     if lacks_memory(error):
         return ResourceError("the memory is exhausted", fix="fewer rows at once, a smaller base, or dtype bfloat16")
     return None
 
 
-def _show(error: VeneerError) -> None:
-    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
-        print("\033[1;31merror:\033[0m", end=" ", file=own(sys.stderr))
-        print(error_text(error), file=sys.stderr)
-    else:
-        print(f"error: {error_text(error)}", file=sys.stderr)
+def _print_error(error: VeneerError) -> None:
+    color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print("\033[1;31merror:\033[0m" if color else "error:", end=" ", file=own(sys.stderr))
+    print(error_text(error), file=sys.stderr)
 
 
 def _close_pipe() -> None:
