@@ -14,7 +14,7 @@ import torch
 
 from tests.cli.run import run
 from tests.train.text.drawn_runs import config_of, measured, run_drawn, with_prompts
-from veneer.errors import ConfigError, MismatchError, TrainingError
+from veneer.errors import ConfigError, DataError, MismatchError
 from veneer.models.text.base import TextBase
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at
 from veneer.serve.engine.live import live_sampler
@@ -143,23 +143,22 @@ def test_the_cache_has_room_for_the_answers_drawn_at_once(shared: Path, base: Te
     assert taken[0] > 2 * taken[1]
 
 
-def test_prompts_over_the_teachers_context_are_left_out(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    own = {"teacher": "base", "system": "word " * base.context}
-    with pytest.raises(TrainingError, match="longer than the teacher's context"):
-        train(shared, tmp_path, base, distillation=own)
-    # one of twelve is longer than the others, and the teacher alone is told enough to pass its context
+def test_prompts_over_the_teachers_context_are_refused_or_left_out(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
     rows = [json.loads(line) for line in (shared / "prompts.jsonl").read_text().splitlines()]
-    rows[0]["prompt"] = "word " * 30
+    rows[0]["prompt"] = "word " * 30  # with the teacher's system message, beyond the context
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(tmp_path / "rows.jsonl"), "split": 0}
-    own["system"] = "a" * (base.context - 100)
+    own = {"teacher": "base", "system": "a" * (base.context - 100)}
+    with pytest.raises(DataError, match=r"1 of 12 prompts leave an answer no room(.|\n)*rows.jsonl:1"):
+        train(shared, tmp_path / "refused", base, distillation=own, data=data)
+    dropping = data | {"long_rows": "drop"}
     batching = {"rows": 12, "micro_rows": 12}
-    train(shared, tmp_path / "one", base, distillation=own, data=data, batching=batching, schedule={"steps": 1})
-    (found,) = measured(tmp_path / "one")
-    assert found["teacher_long"] == 1
-    (told,) = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "left out" in r.get("text", "")]
-    assert "1 of 12 prompts" in told
-    assert "rows.jsonl:1" in told
+    train(shared, tmp_path / "one", base, distillation=own, data=dropping, batching=batching, schedule={"steps": 1})
+    log = read_log(tmp_path / "one" / "log.jsonl")
+    (said,) = [f for r in log if r["event"] == "checked" for f in r["data"]["findings"] if f["check"] == "long rows"]
+    assert "1 of 12 (8%) prompts leave an answer no room" in said["text"]
 
 
 def test_another_base_with_the_same_tokenizer_can_teach(shared: Path, base: TextBase, tmp_path: Path) -> None:

@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.train.text.drawn_runs import (
-    REWARDED,
-    config_of,
-    measured,
-    run_drawn,
-    stopped_and_resumed,
-    with_prompts,
-)
+from tests.train.text.drawn_runs import REWARDED, config_of, measured, run_drawn, stopped_and_resumed, with_prompts
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, DataError, TrainingError
 from veneer.models.text.base import TextBase

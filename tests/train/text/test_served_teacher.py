@@ -24,7 +24,6 @@ from veneer.train.loop import Micro, Step
 from veneer.train.report.log import read_log
 from veneer.train.text.distill import Distillation
 from veneer.train.text.prompts import PromptItem
-from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import SamplerSettings
 from veneer.train.text.rows import read_rows
 from veneer.train.text.save import RunResult
@@ -113,8 +112,7 @@ def test_the_gradient_by_hand(whole: Whole, in_process: Any, folder: Path, tmp_p
         attachment.use("s")
         parameters = list(attachment.parameters("s").values())
         with live_sampler(shop.base, attachment, SamplerSettings(exact=False)) as sampler:
-            renderer = Renderer(shop.base.tokenizer, "auto")
-            drawing = Distillation(read, shop.base, "s", sampler, teacher, renderer)
+            drawing = Distillation(read, shop.base, "s", sampler, teacher)
             rows, _ = read_rows(read.data.files("train"))
             items = tuple(PromptItem(tuple(prompt(8 + i, i)), i, 6) for i in range(3))
             step = drawing.draw_step(Step((Micro(1, 1, (), lambda: None, items=items),)), 1, rows, lambda: False)

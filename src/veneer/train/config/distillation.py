@@ -15,10 +15,7 @@ class DistillationSection(Section):
     named: ClassVar[str] = "distillation"
     updates: ClassVar[int] = 1
 
-    teacher: str | None = setting(
-        None,
-        "adapter (library name or folder), base, or with `url` a served model",
-    )
+    teacher: str | None = setting(None, "adapter (library name or folder), base, or with `url` a served model")
     base: str | None = setting(None, "the teacher's base, also in memory", "the trained base")
     url: str | None = setting(
         None,
@@ -35,17 +32,12 @@ class DistillationSection(Section):
     )
     system: str = setting("", "system message for the teacher only")
     divergence: Literal["reverse", "forward"] = setting(
-        "reverse",
-        "KL(student ‖ teacher), mode-seeking, or KL(teacher ‖ student), covering",
-        "arXiv 2306.08543",
+        "reverse", "KL(student ‖ teacher), mode-seeking, or KL(teacher ‖ student), covering", "arXiv 2306.08543"
     )
     group: int = setting(1, "completions per prompt", ge=1)
     max_tokens: int = setting(256, "maximum completion tokens; longer ones are cut and counted", gt=0)
     temperature: float = setting(1.0, "sampling temperature; distributions stay", gt=0, le=100)
     rows: int = setting(64, "completions sampled at once; the result stays", gt=0)
     gap: float = setting(
-        0.2,
-        "maximum mean sampler-trainer mismatch, in nats",
-        "bfloat16 rounds to 0.05 and more",
-        gt=0,
+        0.2, "maximum mean sampler-trainer mismatch, in nats", "bfloat16 rounds to 0.05 and more", gt=0
     )

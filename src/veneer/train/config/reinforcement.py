@@ -30,16 +30,12 @@ class ReinforcementSection(Section):
     )
     rows: int = setting(64, "completions sampled at once; the result stays", gt=0)
     environment: str | None = setting(
-        None,
-        "FILE or FILE:FUNCTION with reply(sample, item), which answers the model",
-        "single turn",
+        None, "FILE or FILE:FUNCTION with reply(sample, item), which answers the model", "single turn"
     )
     turns: int = setting(8, "maximum model turns with an environment", gt=1)
     updates: int = setting(1, "optimizer steps per batch of samples", "ratio 1, no clipping", gt=0)
     baseline: Literal["group", "others", "batch", "none"] | None = setting(
-        None,
-        "reward baseline: mean of group, others in it, or batch",
-        "from `loss`",
+        None, "reward baseline: mean of group, others in it, or batch", "from `loss`"
     )
     scale: Literal["group", "batch", "none"] | None = setting(None, "standard deviation that divides the advantage")
     ratio: Literal["token", "sequence"] | None = setting(None, "unit of the clipped ratio")
@@ -52,9 +48,7 @@ class ReinforcementSection(Section):
     importance_cap: float = setting(2.0, "maximum importance weight of a token", gt=0)
     mask_cut: bool = setting(False, "leave cut completions out (DAPO's overlong filtering)")
     exact: bool = setting(
-        True,
-        "trainer's logprobs equal the sampler's; false: faster kernels, a mismatch",
-        "no mismatch",
+        True, "trainer's logprobs equal the sampler's; false: faster kernels, a mismatch", "no mismatch"
     )
     gap: float = setting(0.05, "maximum mean sampler-trainer mismatch, in nats", gt=0)
 

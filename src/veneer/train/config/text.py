@@ -36,9 +36,7 @@ class BaseSection(Section):
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if present")
     quantize: Literal["nf4", "fp4", "int8", "keep"] | None = setting(
-        None,
-        "4- or 8-bit linear weights (QLoRA; nf4 with double quantization); keep: GGUF blocks",
-        "full precision",
+        None, "4- or 8-bit linear weights (QLoRA; nf4 with double quantization); keep: GGUF blocks", "full precision"
     )
 
 
@@ -60,26 +58,15 @@ class PairsSection(Section):
     alpha_pattern: dict[str, float] = setting({}, "target: alpha; the first match wins")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) (arXiv 2312.03732)")
     dora: bool = setting(False, "train magnitudes (arXiv 2402.09353); a quarter slower")
-    dropout: float = setting(
-        0.0,
-        "LoRA dropout",
-        "no gain at this size; slower",
-        ge=0,
-        lt=1,
-    )
+    dropout: float = setting(0.0, "LoRA dropout", "no gain at this size; slower", ge=0, lt=1)
     init: Literal["zero-b", "gaussian", "pissa", "olora", "loftq"] = setting(
         "zero-b", "initialization; loftq: quantization error", "step 0 equals the base"
     )
     kind: Literal["lora", "loha", "lokr"] = setting(
-        "lora",
-        "LoRA, LoHa (arXiv 2108.06098) or LoKr (arXiv 2212.10650)",
-        "read by most tools; fastest",
+        "lora", "LoRA, LoHa (arXiv 2108.06098) or LoKr (arXiv 2212.10650)", "read by most tools; fastest"
     )
     factor: int | None = setting(
-        None,
-        "lokr: size of the first factor; a large rank keeps the second whole",
-        "near square; smallest file",
-        gt=0,
+        None, "lokr: size of the first factor; a large rank keeps the second whole", "near square; smallest file", gt=0
     )
     decompose_both: bool = setting(False, "lokr: decompose the first factor too, if rank is below half")
 
@@ -104,9 +91,7 @@ class AdapterSection(PairsSection):
     """The trained adapter."""
 
     start: str | None = setting(
-        None,
-        "adapter to continue from (folder, file, library name), with its ranks, targets, scales",
-        "a new adapter",
+        None, "adapter to continue from (folder, file, library name), with its ranks, targets, scales", "a new adapter"
     )
     modules_to_save: tuple[str, ...] = setting((), "modules trained in full and saved as copies")
     token_rows: dict[str, tuple[int, ...]] = setting({}, "embedding module: ids of trained token rows")
@@ -116,8 +101,7 @@ class DataSection(Section):
     """Rows, their format, and the trained tokens."""
 
     train: str | tuple[str, ...] = setting(
-        ...,
-        "JSONL, JSON, CSV, TSV or Parquet files, globs, hub:ID@SPLIT, reasoning-gym:TASK@ROWS",
+        ..., "JSONL, JSON, CSV, TSV or Parquet files, globs, hub:ID@SPLIT, reasoning-gym:TASK@ROWS"
     )
     validation: str | tuple[str, ...] | None = setting(None, "held-out files")
     split: int | float | None = setting(
@@ -126,12 +110,7 @@ class DataSection(Section):
         "5%, at most 500, without `validation`",
         ge=0,
     )
-    split_seed: int | None = setting(
-        None,
-        "seed of `split`; equal seeds hold out equal rows",
-        "`seed`",
-        ge=0,
-    )
+    split_seed: int | None = setting(None, "seed of `split`; equal seeds hold out equal rows", "`seed`", ge=0)
     format: Literal[
         "auto",
         "messages",
@@ -154,8 +133,7 @@ class DataSection(Section):
     )
     max_length: int = setting(2048, "maximum tokens of a row", "covers most chat rows", gt=1)
     long_rows: Literal["refuse", "drop", "cut"] = setting(
-        "refuse",
-        "longer rows: stop, leave out, or cut (oldest prompt tokens, then the end)",
+        "refuse", "longer rows: stop, leave out, or cut (oldest prompt tokens, then the end)"
     )
 
     def files(self, which: Literal["train", "validation"]) -> tuple[str, ...]:
@@ -179,11 +157,7 @@ class PreferenceSection(Section):
     )
     gamma: float | None = setting(None, "target margin (simpo)", "beta / 2", ge=0)
     label_smoothing: float = setting(0.0, "assumed share of swapped pairs (dpo, simpo)", ge=0, lt=0.5)
-    length_normalized: bool | None = setting(
-        None,
-        "compare log-ratios per token (dpo, ipo)",
-        "ipo true, dpo false",
-    )
+    length_normalized: bool | None = setting(None, "compare log-ratios per token (dpo, ipo)", "ipo true, dpo false")
     nll: float | None = setting(
         None,
         "weight of −log p(chosen) per token (dpo, ipo, orpo, simpo)",
@@ -234,9 +208,7 @@ class BatchingSection(Section):
     """Steps (one optimizer update) and micro-batches (in memory at once)."""
 
     mode: Literal["bucket", "pack"] = setting(
-        "bucket",
-        "bucket: a step is `rows` rows; pack: `tokens` tokens; neither pads",
-        "equal rows per step",
+        "bucket", "bucket: a step is `rows` rows; pack: `tokens` tokens; neither pads", "equal rows per step"
     )
     rows: int = setting(16, "rows per step (bucket)", "large batches hurt LoRA (TRL: below 32)", gt=0)
     tokens: int | None = setting(None, "tokens per step (pack)", gt=0)
@@ -259,15 +231,10 @@ class OptimizerSection(Section):
     """The optimizer."""
 
     name: Literal["adamw", "adam", "adafactor", "sgd", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = setting(
-        "adamw",
-        "optimizer; 8-bit and paged: bitsandbytes, on CUDA",
-        "the evidence below uses it",
+        "adamw", "optimizer; 8-bit and paged: bitsandbytes, on CUDA", "the evidence below uses it"
     )
     learning_rate: float = setting(
-        2e-4,
-        "peak learning rate; useful: 1e-4 to 1e-3",
-        "QLoRA's; 10x full fine-tuning's (LoRA Without Regret)",
-        gt=0,
+        2e-4, "peak learning rate; useful: 1e-4 to 1e-3", "QLoRA's; 10x full fine-tuning's (LoRA Without Regret)", gt=0
     )
     betas: tuple[float, float] = setting((0.9, 0.999), "decay of moments (adam family)")
     eps: float = setting(1e-8, "denominator term (adam family)", gt=0)
@@ -315,40 +282,23 @@ class CheckpointSection(Section):
 
     every: int | Literal["epoch"] = setting(100, "steps between checkpoints, or `epoch`")
     keep: int = setting(2, "newest checkpoints to keep, besides the best", gt=0)
-    adapters: bool = setting(
-        False,
-        "save a loadable adapter in each checkpoint; jobs add it to the library",
-    )
+    adapters: bool = setting(False, "save a loadable adapter in each checkpoint; jobs add it to the library")
 
 
 class MemorySection(Section):
     """Memory limits and trade-offs."""
 
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
-        "auto",
-        "recompute activations: less memory, a fifth to a third slower",
-        "off if memory allows",
+        "auto", "recompute activations: less memory, a fifth to a third slower", "off if memory allows"
     )
-    offload_activations: bool = setting(
-        False,
-        "GPU: keep activation checkpoints in CPU memory, for long rows",
-    )
+    offload_activations: bool = setting(False, "GPU: keep activation checkpoints in CPU memory, for long rows")
     limit_gb: float | None = setting(None, "memory limit in GB", "free memory", gt=0)
-    shard: bool = setting(
-        False,
-        "split frozen weights over devices (FSDP2); slower",
-    )
+    shard: bool = setting(False, "split frozen weights over devices (FSDP2); slower")
     keep_dequantized_gb: float | None = setting(
-        None,
-        "memory for dequantized weights between uses; 0: none",
-        "as planned",
-        ge=0,
+        None, "memory for dequantized weights between uses; 0: none", "as planned", ge=0
     )
     keep_packed_gb: float | None = setting(
-        None,
-        "memory for prepacked weights on a CPU, if faster; 0: none",
-        "as planned",
-        ge=0,
+        None, "memory for prepacked weights on a CPU, if faster; 0: none", "as planned", ge=0
     )
 
     @property
@@ -370,9 +320,7 @@ class ReportSection(Section):
         (), "experiment trackers; each is an extra"
     )
     project: str = setting(
-        "veneer",
-        "W&B and Trackio project, MLflow experiment; `team/project` sets W&B's entity",
-        min_length=1,
+        "veneer", "W&B and Trackio project, MLflow experiment; `team/project` sets W&B's entity", min_length=1
     )
     name: str | None = setting(None, "run name", "the output folder's")
     tags: tuple[str, ...] = setting((), "run tags")

@@ -14,7 +14,6 @@ in the same way. Answers are sampled anew for every step, and not stored in chec
     teacher_kl                         mean KL of a token
     teacher_failed, teacher_seconds    answers a server could not read, left out; its reading time
     answer_tokens, drawn_…, cut_…, prompt_cached, gap_…      as in `reinforce`
-    teacher_long                       prompts left out: teacher's prompt and answer exceed its context
     saved_tokens                       tokens of the teacher's prompts beyond the student's, mean
 """
 
@@ -39,22 +38,16 @@ from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.text.batches import Batch, collate
-from veneer.train.text.policy_losses import (
-    divergences,
-    drawn_divergence,
-    length_factors,
-    per_token,
-)
+from veneer.train.text.policy_losses import divergences, drawn_divergence, length_factors, per_token
 from veneer.train.text.prompts import (
     PolicyBatch,
     PromptItem,
     answer_groups,
     answers_micro,
-    prompt_ids,
     prompt_of,
+    prompt_split,
     rollout_example,
 )
-from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import (
     CompletionRequest,
     Gap,
@@ -84,10 +77,6 @@ class Teacher:
     base: TextBase
     attachment: Attachment | None = None
     name: str = ""
-
-    @property
-    def context(self) -> int:
-        return self.base.context
 
     def acting(self) -> AbstractContextManager[None]:
         if self.attachment is None:
@@ -136,19 +125,6 @@ def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
     )
 
 
-def _teacher_prompt(renderer: Renderer, row: Row, system: str) -> str:
-    """Return the teacher's prompt: the row's, with `system` first."""
-    row = prompt_of(row)
-    if not system:
-        return renderer.prompt(row)
-    if renderer.template is None:
-        return f"{system}\n\n{renderer.prompt(row)}"
-    messages = list(row.messages)
-    if messages[0]["role"] == "system":
-        system = f"{system}\n\n{messages.pop(0)['content']}"
-    return renderer.prompt(replace(row, messages=({"role": "system", "content": system}, *messages)))
-
-
 @dataclass(frozen=True)
 class _TaughtRollout:
     """An answer with its teacher's prompt.
@@ -175,7 +151,6 @@ class Distillation:
     name: str
     sampler: Sampler
     teacher: AnyTeacher
-    renderer: Renderer
     measured: dict[str, float] = field(default_factory=dict)
     """Measurements of the answers at sampling."""
     failed: list[str] = field(default_factory=list)
@@ -187,27 +162,10 @@ class Distillation:
         self.settings = self.config.distillation
         self.drawing = SamplingParams(self.settings.max_tokens, self.settings.temperature)
 
-    def said_first(self, prompts: Sequence[PromptItem], rows: Sequence[Row]) -> Iterator[str]:
-        """Yield notes on the teacher's prompts before sampling.
-
-        Raises TrainingError if the teacher can read none of them."""
-        asked = [self._asked(item, rows) for item in prompts]
-        long = [rows[item.row].where for item, ids in zip(prompts, asked, strict=True) if not self._reads(ids)]
-        if asked and len(long) == len(asked):
-            raise TrainingError(
-                f"each of the {len(asked):,} prompts is longer than the teacher's context, {self.teacher.context} "
-                "tokens, with its answer",
-                where="distillation",
-                fix="lower distillation.max_tokens, or shorten distillation.system",
-            )
-        if long:
-            yield (
-                f"warning: {len(long):,} of {len(asked):,} prompts are longer than the teacher's context, "
-                f"{self.teacher.context} tokens, with their answers; they are left out:\n{bullets(long)}"
-            )
-        if self.settings.system and asked:
-            saved = sum(len(ids) - len(item.ids) for item, ids in zip(prompts, asked, strict=True)) / len(asked)
-            yield f"{saved:.0f} tokens a request are saved once they are trained in"
+    def said_first(self, prompts: Sequence[PromptItem]) -> Iterator[str]:
+        """Yield notes on the teacher's prompts before sampling."""
+        if self.settings.system and prompts:
+            yield f"{_saved(prompts):.0f} tokens a request are saved once they are trained in"
 
     def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
         """Return step `number` on answers sampled for it.
@@ -219,12 +177,6 @@ class Distillation:
         if found is None:
             return None
         answers, self.measured, self.failed = found
-        if not answers:
-            raise TrainingError(
-                f"the teacher can read none of the prompts of step {number}",
-                where=f"its context is {self.teacher.context} tokens",
-                fix="leave out the rows that the run's first lines name, or raise batching.rows",
-            )
         factors = length_factors([len(a.rollout.logps) for a in answers], "batch", self.settings.max_tokens)
         micros = []
         for group in answer_groups([a.tokens for a in answers], self.config):
@@ -242,27 +194,20 @@ class Distillation:
         group: int,
         interrupted: Callable[[], bool],
     ) -> tuple[list[_TaughtRollout], dict[str, float], list[str]] | None:
-        """Return (answers, measurements, reasons for omissions).
-
-        Answers are to the prompts that the teacher can read."""
-        asked = {item.row: self._asked(item, rows) for item in prompts}
-        read = [item for item in prompts if self._reads(asked[item.row])]
+        """Return (answers, measurements, reasons for omissions)."""
+        owners = [item for item in prompts for _ in range(group)]
         wanted = [
-            CompletionRequest(item.ids, draw_seed(self.config.seed, number, item.row, k), how, self.name)
-            for item in read
-            for k in range(group)
+            CompletionRequest(item.ids, draw_seed(self.config.seed, number, item.row, i % group), how, self.name)
+            for i, item in enumerate(owners)
         ]
         began = time.perf_counter()
-        drawn = self.sampler.draw(wanted, interrupted) if wanted else []
+        drawn = self.sampler.draw(wanted, interrupted)
         if drawn is None:
             return None
         figures = drawn_figures(drawn, time.perf_counter() - began)
-        figures["teacher_long"] = float(len(prompts) - len(read))
         if self.settings.system:
-            saved = sum(len(asked[item.row]) - len(item.ids) for item in read)
-            figures["saved_tokens"] = saved / max(1, len(read))
-        owners = [item.row for item in read for _ in range(group)]
-        answers = [_TaughtRollout(r, asked[row], row) for r, row in zip(drawn, owners, strict=True)]
+            figures["saved_tokens"] = _saved(prompts)
+        answers = [_TaughtRollout(r, item.taught or item.ids, item.row) for r, item in zip(drawn, owners, strict=True)]
         if not isinstance(self.teacher, ServedTeacher):
             return answers, figures, []
         began = time.perf_counter()
@@ -284,16 +229,6 @@ class Distillation:
             replace(a, logps=logps) for a, logps in zip(answers, found, strict=True) if not isinstance(logps, str)
         ]
         return read_by_teacher, figures, failed
-
-    def _asked(self, item: PromptItem, rows: Sequence[Row]) -> tuple[int, ...]:
-        if not self.settings.system:
-            return item.ids
-        return prompt_ids(
-            self.base, self.renderer, _teacher_prompt(self.renderer, rows[item.row], self.settings.system)
-        )
-
-    def _reads(self, asked: Sequence[int]) -> bool:
-        return len(asked) + self.settings.max_tokens <= self.teacher.context
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
@@ -362,12 +297,6 @@ class Distillation:
         if found is None:
             return None
         answers, figures, _ = found
-        if not answers:
-            raise TrainingError(
-                "the teacher can read none of the held-out prompts with their answers",
-                where=f"its context is {self.teacher.context} tokens",
-                fix="hold shorter ones out, lower distillation.max_tokens, or shorten distillation.system",
-            )
         total, tokens = 0.0, sum(len(a.rollout.logps) for a in answers)
         for group in answer_groups([a.tokens for a in answers], self.config):
             if interrupted():
@@ -375,11 +304,16 @@ class Distillation:
             batch = _batch([answers[i] for i in group], torch.ones(len(group)))
             with torch.no_grad(), without_dropout(self.base.model):
                 total += float(in_float64(self._compared(batch)[0]).sum())
-        told = ("cut_share", "answer_tokens", "teacher_long", "teacher_failed")
+        told = ("cut_share", "answer_tokens", "teacher_failed")
         extra = {key: figures[key] for key in told if key in figures}
         return EvalResult(
             total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers)
         )
+
+
+def _saved(prompts: Sequence[PromptItem]) -> float:
+    """Return the mean tokens of the teacher's prompts beyond the student's."""
+    return sum(len(item.taught) - len(item.ids) for item in prompts) / max(1, len(prompts))
 
 
 def _places(batch: Batch, base: TextBase) -> Tensor:
@@ -414,26 +348,25 @@ def taught_rows(
 
     Omitted are prompts that the teacher cannot read, and cut answers. base, name: of the teacher and its
     adapter on the sampler's attachment. The teacher's additional instructions are not in the rows."""
-    d, renderer = config.distillation, Renderer(base.tokenizer, config.data.chat_template)
+    d = config.distillation
+    dropping = config.model_copy(update={"data": config.data.model_copy(update={"long_rows": "drop"})})
+    items, _ = prompt_split(rows, dropping, base)
+    read = {item.row for item in items}
+    left = [f"{row.where}: longer than the teacher's context" for i, row in enumerate(rows) if i not in read]
     how = SamplingParams(d.max_tokens, d.temperature)
-    wanted, owners, left = [], [], []
-    for i, row in enumerate(rows):
-        ids = prompt_ids(base, renderer, _teacher_prompt(renderer, row, d.system))
-        if len(ids) + d.max_tokens > base.context:
-            left.append(f"{row.where}: longer than the teacher's context")
-            continue
-        wanted += [CompletionRequest(ids, draw_seed(config.seed, 0, i, k), how, name) for k in range(d.group)]
-        owners += [row] * d.group
+    owners = [item for item in items for _ in range(d.group)]
+    wanted = [
+        CompletionRequest(item.taught or item.ids, draw_seed(config.seed, 0, item.row, i % d.group), how, name)
+        for i, item in enumerate(owners)
+    ]
     made = []
-    for row, drawn in zip(owners, sampler.draw(wanted) or [], strict=True):
+    for item, drawn in zip(owners, sampler.draw(wanted) or [], strict=True):
+        row = rows[item.row]
         if drawn.cut:
             left.append(f"{row.where}: its answer was cut at {d.max_tokens} tokens")
             continue
         prompt = prompt_of(row)
         asked = [dict(message) for message in prompt.messages[: prompt.last_assistant()]]
-        made.append({"messages": [*asked, {"role": "assistant", "content": drawn.text}]} | _tools(row))
+        tools = {"tools": list(row.tools)} if row.tools else {}
+        made.append({"messages": [*asked, {"role": "assistant", "content": drawn.text}]} | tools)
     return made, left
-
-
-def _tools(row: Row) -> dict[str, Any]:
-    return {"tools": list(row.tools)} if row.tools else {}

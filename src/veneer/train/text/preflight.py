@@ -20,8 +20,6 @@ from veneer.plan.memory import packed_weights
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.shape import model_shape
-from veneer.train.config.distillation import DistillationSection
-from veneer.train.config.section import BASE_MODEL
 from veneer.train.config.text import TrainConfig
 from veneer.train.planning import plan_of_run, still_needed, to_be_set
 from veneer.train.preflight import (
@@ -287,7 +285,7 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
             text += ": there is nothing to tell apart"
             yield Finding("stop", "preferences", text, "give answers of both kinds")
         else:
-            yield from _kto_weights(s, good, len(items) - good, text)
+            yield Finding("ok", "preferences", text)
     else:
         yield Finding("ok", "preferences", f"{counted(len(items), 'pair')}, two rows each")
     if c.partners:
@@ -300,23 +298,6 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
         yield Finding(level, "preferences", f"{text}: {s.named('other_prompts')}", fix)
     reference = f"none, {loss} has none" if loss in ("orpo", "simpo") else _reference(s)
     yield Finding("ok", "reference", f"compared with: {reference}")
-
-
-def _kto_weights(s: TextSubject, good: int, bad: int, text: str) -> Iterator[Finding]:
-    """Check KTO's weights, which should compensate for unequal numbers.
-
-    λ_D·n_D should be 1 to 4/3 of λ_U·n_U (arXiv 2402.01306)."""
-    weights = s.config.preference
-    ratio = weights.desirable * good / (weights.undesirable * bad)
-    if 0.95 <= ratio <= 1.4:
-        yield Finding("ok", "preferences", text)
-        return
-    raised = (
-        f"preference.desirable={weights.undesirable * bad / good:.2g}"
-        if ratio < 1
-        else f"preference.undesirable={0.75 * weights.desirable * good / bad:.2g}"
-    )
-    yield Finding("warn", "preferences", f"{text}: weighted {ratio:.2f} to 1, where 1 to 1.33 is advised", raised)
 
 
 def _reference(s: TextSubject) -> str:
@@ -341,17 +322,8 @@ def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
         every = "every step draws the same one" if c.kept == 1 else "steps draw the same ones again and again"
         fix = f"add prompts (a few hundred at least), or lower batching.rows ({s.config.batching.rows} here)"
         yield Finding("warn", "prompts", f"only {counted(c.kept, 'prompt')} to train on: {every}", fix)
-    yield from _is_taught(r) if isinstance(r, DistillationSection) else _is_rewarded(s)
-
-
-def _is_taught(d: DistillationSection) -> Iterator[Finding]:
-    kl = "KL(student ‖ teacher)" if d.divergence == "reverse" else "KL(teacher ‖ student)"
-    teacher = d.base or ("the base with the adapter off" if d.teacher == BASE_MODEL else d.teacher)
-    over = "over the whole vocabulary"
-    if d.url is not None:
-        teacher, over = f"{d.teacher} at {d.url}", "by the tokens drawn"
-    told = ", told more than the student" if d.system else ""
-    yield Finding("ok", "teacher", f"{teacher}{told}; learned: {kl} of each token, {over}")
+    if s.config.reinforcement.loss is not None:
+        yield from _is_rewarded(s)
 
 
 def _is_rewarded(s: TextSubject) -> Iterator[Finding]:
@@ -607,7 +579,7 @@ def _packs(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[i
 
     Sampling comes first: repacking all weights for each token takes several times as long as the products."""
     asked = s.config.memory.keep_packed_gb
-    if asked == 0 or s.base.quantized or s.config.memory.shard or device != "cpu":
+    if asked == 0 or bool(getattr(s.base, "quantized", "")) or s.config.memory.shard or device != "cpu":
         return 0, 0
     dtype = next(s.base.model.parameters()).dtype
     shape, name = model_shape(s.base.model), str(dtype).removeprefix("torch.")
@@ -648,12 +620,7 @@ _DATA_CHECKS: _Checks = (
     _answers_compare,
     _rows_are_apart,
 )
-_PROMPT_CHECKS: _Checks = (
-    _answers_are_drawn,
-    _long_prompts,
-    _begins_once,
-    _rows_are_apart,
-)
+_PROMPT_CHECKS: _Checks = (_answers_are_drawn, _long_prompts, _begins_once, _rows_are_apart)
 _BASE_CHECKS: _Checks = (
     _what_is_trained,
     _experts_are_reached,

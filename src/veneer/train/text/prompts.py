@@ -34,16 +34,18 @@ if TYPE_CHECKING:
 class PromptItem:
     """A prompt.
 
-    `row`: its index in the rows. `most`: maximum tokens of a completion."""
+    `row`: its index in the rows. `most`: maximum tokens of a completion. `taught`: a teacher's prompt, with
+    `distillation.system`."""
 
     ids: tuple[int, ...]
     row: int
     most: int
+    taught: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of the prompt and its longest completion."""
-        return len(self.ids) + self.most
+        """Return the tokens of the longer prompt and its longest completion."""
+        return max(len(self.ids), len(self.taught)) + self.most
 
     @property
     def learned(self) -> int:
@@ -82,13 +84,11 @@ def prompt_of(row: Row) -> Row:
 def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tuple[list[PromptItem], EncodedRows]:
     """Return the prompts of rows, as inference gives them to the model.
 
-    A prompt that leaves no room for a completion is refused or dropped, per `data.long_rows`. Raises
-    DataError, listing rows."""
+    A prompt that leaves no room for a completion is refused or dropped, per `data.long_rows`; in distillation
+    also if the teacher's does. Raises DataError, listing rows."""
     drawn, data = config.drawn, config.data
     assert drawn is not None
-    most = drawn.max_tokens
     renderer = Renderer(base.tokenizer, data.chat_template)
-    chat = renderer.template is not None
     room = min(data.max_length, base.context)
     items: list[PromptItem] = []
     counts = Counts(rows=len(rows))
@@ -96,18 +96,20 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
     long: list[str] = []
     for i, row in enumerate(rows):
         try:
-            ids = prompt_ids(base, renderer, renderer.prompt(prompt_of(row)))
+            ids = _tokens(base, renderer, prompt_of(row))
+            taught = _tokens(base, renderer, _with_system(prompt_of(row), config.distillation.system, renderer))
         except ValueError as error:
             bad.append(f"{row.where}: {error}")
             continue
-        counts.longest = max(counts.longest, len(ids))
+        longest = max(len(ids), len(taught))
+        counts.longest = max(counts.longest, longest)
         if not ids:
             bad.append(f"{row.where}: the prompt is empty")
-        elif len(ids) + most > room:
-            long.append(f"{row.where}: {len(ids)} tokens and {most} of an answer")
+        elif longest + drawn.max_tokens > room:
+            long.append(f"{row.where}: {longest} tokens and {drawn.max_tokens} of an answer")
             counts.note("long_dropped", row.where)
         else:
-            items.append(PromptItem(ids, i, most))
+            items.append(PromptItem(ids, i, drawn.max_tokens, taught if config.distillation.system else ()))
     if bad:
         raise DataError(f"{len(bad)} of {len(rows)} rows are no prompts:\n{bullets(bad)}", fix="correct those rows")
     if long and data.long_rows == "refuse":
@@ -118,16 +120,26 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
         )
     examples = [Example(list(item.ids), [False] * len(item.ids), item.row) for item in items]
     counts.kept, counts.tokens = len(items), sum(len(item.ids) for item in items)
-    counts.trained_tokens = most * len(items)
-    return items, EncodedRows(examples, counts, renderer, set(base.stop_ids), chat, set())
+    counts.trained_tokens = drawn.max_tokens * len(items)
+    return items, EncodedRows(examples, counts, renderer, set(base.stop_ids), renderer.template is not None, set())
 
 
-def prompt_ids(base: TextBase, renderer: Renderer, text: str) -> tuple[int, ...]:
-    """Return the tokens of a rendered text.
-
-    A chat template has already written the special tokens."""
-    chat = renderer.template is not None
+def _tokens(base: TextBase, renderer: Renderer, row: Row) -> tuple[int, ...]:
+    """Return the tokens of a row's prompt. A chat template has already written the special tokens."""
+    text, chat = renderer.prompt(row), renderer.template is not None
     return tuple(base.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
+
+
+def _with_system(row: Row, system: str, renderer: Renderer) -> Row:
+    """Return the row of a teacher's prompt: the row with `system` first."""
+    if not system:
+        return row
+    if renderer.template is None:
+        return Row("prompt-completion", ({"role": "user", "content": f"{system}\n\n{renderer.prompt(row)}"},))
+    messages = list(row.messages)
+    if messages[0]["role"] == "system":
+        system = f"{system}\n\n{messages.pop(0)['content']}"
+    return replace(row, messages=({"role": "system", "content": system}, *messages))
 
 
 def rollout_example(rollout: Rollout) -> Example:

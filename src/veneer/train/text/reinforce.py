@@ -58,14 +58,7 @@ from veneer.train.text.policy_losses import (
     per_token,
     policy_ratios,
 )
-from veneer.train.text.prompts import (
-    PolicyBatch,
-    PromptItem,
-    answers_micro,
-    collate_shared,
-    prompt_of,
-    shared_groups,
-)
+from veneer.train.text.prompts import PolicyBatch, PromptItem, answers_micro, collate_shared, prompt_of, shared_groups
 from veneer.train.text.rollouts import (
     CompletionRequest,
     Gap,

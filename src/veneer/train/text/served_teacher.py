@@ -34,11 +34,10 @@ _NEVER = -9000.0
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """A teacher on a server. `context`: maximum tokens of a prompt."""
+    """A teacher on a server."""
 
     server: AwaitedServer
     model: str
-    context: int
 
     @property
     def name(self) -> str:
@@ -90,7 +89,7 @@ def served_teacher(section: DistillationSection, base: TextBase) -> Iterator[Ser
     log-probabilities or refuses requests, UnavailableError if it is unavailable."""
     assert section.url is not None
     with AwaitedServer(section.url, "teacher", "distillation.patience", **how_asked(section)) as server:
-        teacher = ServedTeacher(server, str(section.teacher), base.context - 1)  # one token is sampled
+        teacher = ServedTeacher(server, str(section.teacher))
         _check_tokenizer(teacher, base)
         yield teacher
 

@@ -16,15 +16,15 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, VeneerError, bullets
+from veneer.errors import ConfigError, VeneerError
 from veneer.train.checkpoint import write_atomically
 from veneer.train.config.load import RunConfig, load_config
-from veneer.train.config.text import DataSection, TrainConfig
+from veneer.train.config.text import TrainConfig
 from veneer.train.events import Listener
 from veneer.train.report.log import read_log
 from veneer.train.report.page import write_sweep_page
@@ -156,14 +156,13 @@ def run_sweep(
     held = [o for o in overrides if o.partition("=")[0] not in combinations[0].swept]
     common = load_config(file, held)[0]
     folder = Path(common.output.directory)
+    _check_comparable(combinations[0].swept, common)
+    if "seed" in combinations[0].swept and isinstance(common, TrainConfig):  # the same rows are held out
+        held = [*held, f"data.split_seed={common.split_seed}"] if _is_split(common) else held
     loaded = []
     for one in combinations:
-        own = [*one.overrides, f"output.directory={folder / one.name}"]
-        made = load_config(file, own)
-        if _splits_by_seed(made[0]) and made[0].seed != common.seed:
-            made = load_config(file, [*own, f"data.split_seed={common.seed}"])
-        loaded.append(made)
-    _check_comparable([config for config, _ in loaded], [one.name for one in combinations])
+        settings = [*held, *(f"{key}={value}" for key, value in one.swept.items())]
+        loaded.append(load_config(file, [*settings, f"output.directory={folder / one.name}"]))
     results = run_texts(
         [config for config, _ in loaded],
         names=[one.name for one in combinations],
@@ -191,39 +190,23 @@ def run_sweep(
     return sweep
 
 
-def _splits_by_seed(config: RunConfig) -> bool:
-    """Return whether the run's `seed` chooses its held-out rows."""
-    data = config.data
-    return isinstance(data, DataSection) and data.validation is None and data.split != 0 and data.split_seed is None
+def _is_split(config: TrainConfig) -> bool:
+    """Return whether the held-out rows are chosen by a seed."""
+    return config.data.validation is None and config.data.split != 0 and config.data.split_seed is None
 
 
-def _check_comparable(configs: Sequence[RunConfig], names: Sequence[str]) -> None:
-    measures = [_measure(config) for config in configs if isinstance(config, TrainConfig)]
-    problems = {
-        key: f"{key}: {measures[0].get(key)!r} in {names[0]}, {own.get(key)!r} in {name}"
-        for own, name in reversed(list(zip(measures, names, strict=False)))
-        for key in {**measures[0], **own}
-        if own.get(key) != measures[0].get(key)
-    }
-    if problems:
-        beside = problems.keys() & {"data.train", "data.limit"} and configs[0].data.validation is None
-        own = "set data.validation to score all runs on the same rows; or " if beside else ""
-        raise ConfigError(
-            f"a sweep compares held-out losses, and with these settings the losses measure different "
-            f"things:\n{bullets(list(problems.values()))}",
-            fix=f"{own}train without a sweep (veneer train A.yaml B.yaml) and compare the adapters with veneer eval",
-        )
-
-
-def _measure(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that define a held-out loss: its rows, tokens and formula."""
-    data = config.data.model_dump(mode="json") | {"split_seed": config.split_seed}
+def _check_comparable(swept: Collection[str], config: RunConfig) -> None:
+    """Raise ConfigError for swept settings that change what a held-out loss measures: its rows, tokens or formula."""
+    if not isinstance(config, TrainConfig):
+        return
+    problems = [key for key in swept if key.startswith(("data.", "preference.")) or key == "evaluation.rows"]
     if config.data.validation is not None:
-        data = {key: value for key, value in data.items() if key not in ("train", "limit", "split_seed")}
-    found = {f"data.{key}": value for key, value in data.items()} | {"evaluation.rows": config.evaluation.rows}
-    if config.preference.loss is not None:
-        settled = config.preference.settled().model_dump(mode="json")
-        found |= {f"preference.{key}": value for key, value in settled.items()}
-        if config.preference.needs_reference:
-            found["adapter.start"] = config.adapter.start
-    return found
+        problems = [key for key in problems if key not in ("data.train", "data.limit")]
+    if config.preference.needs_reference and "adapter.start" in swept:
+        problems.append("adapter.start")
+    if problems:
+        raise ConfigError(
+            f"a sweep compares held-out losses, and with other {', '.join(problems)} they measure different things",
+            fix="set data.validation to sweep data.train or data.limit; or train without a sweep (veneer train A.yaml "
+            "B.yaml) and compare the adapters with veneer eval",
+        )

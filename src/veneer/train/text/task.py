@@ -16,7 +16,6 @@ one.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -47,7 +46,7 @@ from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
 from veneer.train.devices import Devices
 from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.inspect import inspect_run
-from veneer.train.loop import EvalResult, Learner, MetricMeans, Micro, Step, Stop, memory_errors, sender
+from veneer.train.loop import EvalResult, Learner, MetricMeans, Step, Stop, sender
 from veneer.train.planning import drawn_at_once, micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
@@ -59,7 +58,7 @@ from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import Conversing
 from veneer.train.text.data import TextData, planned_steps, read_data
-from veneer.train.text.distill import AnyTeacher, Distillation, teacher_of
+from veneer.train.text.distill import AnyTeacher, Distillation, Teacher, teacher_of
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
 from veneer.train.text.prompts import PromptItem
@@ -71,13 +70,6 @@ from veneer.train.text.save import RunResult, sample_answers, sample_prompt, tex
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.models.text.base import TextBase
-
-_LOOKED_AT = 1024
-"""Tokens of the first rows used to detect a broken base."""
-_OVER_CHANCE = 2.0
-"""Nats per token above chance.
-
-A base with random weights is slightly above; it can be trained."""
 
 
 def run_text(
@@ -388,7 +380,13 @@ def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
             rewards = opened.enter_context(rewards_of(r.rewards, ask=ask, most_failed=r.most_failed))
             yield sampler, rewards, _conversing(text, sampler, opened)
         else:
-            yield sampler, opened.enter_context(teacher_of(r, text.base, attachment, text.run.note))
+            teacher = opened.enter_context(teacher_of(r, text.base, attachment, text.run.note))
+            if isinstance(teacher, Teacher) and teacher.base.context < longest:
+                what = (
+                    f"a prompt and its answer have up to {longest} tokens, and the teacher reads {teacher.base.context}"
+                )
+                raise PreflightError(what, where="distillation.base", fix="lower data.max_length")
+            yield sampler, teacher
 
 
 def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> Conversing | None:
@@ -457,7 +455,7 @@ class AttachedText:
         } | ({"start": data.start.digest()} if data.start is not None else {})
         packed, tokens = report_of(base.model).room.most, self.config.batching.at_once
         environment = {"tokens of a micro-batch": tokens, "bytes of weights kept packed": packed}
-        functions = {"check": self.check_base, "report": self.report} | more
+        functions = {"report": self.report} | more
         return Task(
             learner=learner,
             steps=self.steps,
@@ -485,42 +483,6 @@ class AttachedText:
         if any(module is head and name in adapter.pairs for name, module in base_modules(model)):
             return "it changes the head"
         return span_problem(adapter)
-
-    def check_base(self) -> None:
-        """Raise PreflightError if the initial model predicts its rows worse than chance.
-
-        All tokens of the rows are counted. Training cannot succeed on such a model, whatever the cause. Only
-        warns with `force`."""
-        rows, left = [], _LOOKED_AT
-        for example in self.data.train.encoded.examples:
-            rows.append(torch.tensor(example.input_ids[:left]))
-            left -= len(rows[-1])
-            if left < 2:
-                break
-        rows = [row for row in rows if len(row) > 1]
-        lengths = [len(row) for row in rows]
-        known = torch.cat([torch.arange(n) > 0 for n in lengths]) if rows else torch.tensor([])
-        if not len(known):
-            return
-        device, vocabulary = self.base.device, self.base.model.get_input_embeddings().weight.shape[0]
-        looked_at = Micro(len(known), 0, tuple(range(len(rows))), lambda: None)
-        with torch.no_grad(), without_dropout(self.base.model), memory_errors(looked_at):
-            nll = self.call(text_loss, self.base.model, torch.cat(rows).to(device), lengths, known)
-        mean, chance = float(nll) / int(known.sum()), math.log(vocabulary)
-        if mean <= chance + _OVER_CHANCE:
-            return
-        what = (
-            f"the base predicts the rows worse than chance: {mean:.2f} nats a token, a uniform guess has {chance:.2f}"
-        )
-        if self.run.force:
-            self.run.note(f"warning: {what}")
-            return
-        raise PreflightError(
-            what,
-            where=self.base.name,
-            fix="its weights or its tokenizer may be damaged or another base's, or veneer runs it wrongly (then "
-            "`veneer eval` without adapters shows it too, and it is worth a report); --force trains all the same",
-        )
 
     def result(self, outcome: Outcome, progress: Progress) -> RunResult:
         """Return the result, with measures of the evaluations if not a likelihood.
@@ -707,7 +669,7 @@ def _drawing_task(a: AttachedText, drawer: _Drawer) -> Task[RunResult]:
     config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
     drawing: Distillation | Reinforcement
     if len(drawer) == 2:
-        drawing = Distillation(config, a.base, a.name, *drawer, a.data.train.encoded.renderer)
+        drawing = Distillation(config, a.base, a.name, *drawer)
     else:
         sampler, rewards, conversing = drawer
         reference = f"{a.name}, as it began" if a.data.start is not None and r.kl else ""
@@ -721,7 +683,7 @@ def _drawing_task(a: AttachedText, drawer: _Drawer) -> Task[RunResult]:
         tell = listener
         if isinstance(drawing, Distillation):
             prompts = [item for item in a.data.train.items if isinstance(item, PromptItem)]
-            for line in drawing.said_first(prompts, rows):
+            for line in drawing.said_first(prompts):
                 tell(Note(line))
 
     def end_step(number: int) -> None:
@@ -756,10 +718,5 @@ def _drawing_task(a: AttachedText, drawer: _Drawer) -> Task[RunResult]:
     )
     more = {"kept": drawing.kept, "restore": drawing.restore} if isinstance(drawing, Reinforcement) else {}
     return a.make_task(
-        learner,
-        **more,
-        begin=begin,
-        end=end,
-        report=report,
-        rewarded=isinstance(drawing, Reinforcement),
+        learner, **more, begin=begin, end=end, report=report, rewarded=isinstance(drawing, Reinforcement)
     )
