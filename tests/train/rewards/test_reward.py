@@ -83,13 +83,6 @@ def test_a_reward_gives_as_many_scores_as_there_are_answers() -> None:
         rewards.judge(answers("x", "y"))
 
 
-def test_what_is_open_is_closed() -> None:
-    closed: list[str] = []
-    with Rewards([], close=lambda: closed.append("it")):
-        assert not closed
-    assert closed == ["it"]
-
-
 def test_groups_that_teach_nothing_are_counted() -> None:
     rewards = [NamedReward("a", giving(1, 1, 0, 1, None, 2)), NamedReward("b", giving(0, 0, 5, 5, 7, 7))]
     with Rewards(rewards) as summed:

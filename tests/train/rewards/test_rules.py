@@ -7,16 +7,13 @@ from typing import Any
 
 import jsonschema
 import pytest
-import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
 
 from veneer.errors import ConfigError, DataError
 from veneer.train.config.rewards import REWARD_KINDS
 from veneer.train.rewards.build import rewards_of
 from veneer.train.rewards.reward import Answer, RewardScore
-from veneer.train.rewards.text_scores import fuzzy
 
 
 def judged(entry: dict[str, Any], text: str, row: dict[str, Any] | None = None, tokens: int = 0) -> RewardScore:
@@ -147,36 +144,3 @@ def test_length_is_of_tokens_characters_or_words() -> None:
     for unit, n in {"tokens": 9, "characters": len(text), "words": 3}.items():
         assert judged({"kind": "length", "unit": unit, "least": n, "most": n}, text, tokens=9).value == 1
         assert judged({"kind": "length", "unit": unit, "most": n - 1}, text, tokens=9).value == 0
-
-
-TEXTS = [
-    ("the cat sat on the mat", "the cat is on the mat"),
-    ("", "some words here"),
-    ("same text as this", "same text as this"),
-]
-
-
-@pytest.mark.parametrize(("text", "wanted"), TEXTS)
-def test_bleu_and_rouge_are_their_packages(text: str, wanted: str) -> None:
-    row = {"answer": wanted}
-    assert judged({"kind": "bleu"}, text, row).value == pytest.approx(
-        sacrebleu.BLEU(effective_order=True).sentence_score(text, [wanted]).score / 100
-    )
-    for measure in ("rouge1", "rouge2", "rougeL"):
-        expected = RougeScorer([measure]).score(wanted, text)[measure].fmeasure
-        assert judged({"kind": "rouge", "measure": measure}, text, row).value == pytest.approx(expected)
-
-
-def common(a: str, b: str) -> int:
-    """The length of a longest common subsequence, by its recurrence."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        before = row[:]
-        for j, y in enumerate(b):
-            row[j + 1] = before[j] + 1 if x == y else max(row[j], before[j + 1])
-    return row[-1]
-
-
-@given(st.text("abcä", max_size=30), st.text("abcä", max_size=30))
-def test_fuzzy_is_the_share_of_a_common_subsequence(a: str, b: str) -> None:
-    assert fuzzy(a, b) == (pytest.approx(2 * common(a, b) / (len(a) + len(b))) if a or b else 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +17,7 @@ from veneer.errors import BaseError, ConfigError, DataError
 from veneer.models.text.base import TextBase
 from veneer.models.text.generate import rendered
 from veneer.train.config.text import DataSection
-from veneer.train.text.encode import EncodedRows, Example, encode_rows
+from veneer.train.text.encode import Example, encode_rows
 from veneer.train.text.rows import Row
 
 TOKENIZER = tiny_tokenizer()
@@ -189,11 +187,6 @@ def test_plain_prompt_and_completion_are_joined_as_they_are_and_ended() -> None:
     assert one(pair("Q: 2+2\nA:", " four"), TOKENIZER, chat_template="none") == example
 
 
-def test_prompt_and_completion_take_the_chat_template_where_there_is_one() -> None:
-    assert learned(one(pair("2+2?", "four"))) == ["four<|im_end|>"]
-    assert "<|im_start|>user\n2+2?<|im_end|>" in whole(one(pair("2+2?", "four")))
-
-
 def test_instruction_rows_take_alpacas_prompt_without_a_template() -> None:
     tokenizer = with_template(None)
     messages = ({"role": "user", "content": "Sort\n\nb a"}, {"role": "assistant", "content": "a b"})
@@ -308,15 +301,6 @@ def test_totals_are_sums_over_the_examples() -> None:
     assert encoded.counts.tokens == sum(len(e.input_ids) for e in encoded.examples)
     assert encoded.counts.trained_tokens == sum(sum(e.trained) for e in encoded.examples)
     assert encoded.counts.longest == max(len(e.input_ids) for e in encoded.examples)
-
-
-def test_ten_thousand_rows_in_seconds() -> None:
-    rng = random.Random(0)
-    rows = [chat("printer question " * rng.randint(1, 8), "answer now " * rng.randint(1, 4)) for _ in range(10_000)]
-    start = time.perf_counter()
-    encoded: EncodedRows = encode_rows(rows, TOKENIZER, data())
-    assert encoded.counts.kept == 10_000
-    assert time.perf_counter() - start < 15  # 2 to 3 s on one core; the room is for busy machines
 
 
 CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'

@@ -119,12 +119,6 @@ def test_each_mix_is_scored_as_itself_and_the_base_comes_back(base: TextBase, ad
         assert attachment.selection.mix[0][0] is attachment.adapters["a"]
 
 
-def test_without_generation_there_are_no_answers(base: TextBase) -> None:
-    scores = score_mixes(base, ROWS, {"base": []}, generate=False)["base"]
-    assert scores.loss is not None
-    assert (scores.exact_match, scores.answers, scores.valid_json) == (None, [], None)
-
-
 def test_plain_text_rows_have_loss_only(base: TextBase) -> None:
     scores = score_mixes(base, [Row("text", text="The printer does not answer.", where="t:1")], {"base": []})["base"]
     assert scores.loss is not None

@@ -69,16 +69,6 @@ def test_an_answer_that_is_left_out_takes_its_partner_with_it_but_not_for_kto() 
     assert [(i.row, i.desirable) for i in judged] == [(0, True), (1, True), (2, True), (2, False)]
 
 
-def test_unpaired_rows_keep_their_judgement() -> None:
-    rows = [
-        Row("messages", (said("user", "Hi"), said("assistant", t)), label=good)
-        for t, good in (("a", False), ("b", True))
-    ]
-    found, _ = items(rows, paired=False)
-    assert [i.desirable for i in found] == [False, True]
-    assert all(len(i.answers) == 1 for i in found)
-
-
 def test_cut_pairs_still_share_their_prompt() -> None:
     long = said("user", "The printer on the third floor " * 10)
     found, encoded = items(

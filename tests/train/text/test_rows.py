@@ -269,14 +269,6 @@ def test_judged_answers(tmp_path: Path) -> None:
     assert (about.format, about.unused) == ("prompt-completion", ["label"])
 
 
-def test_a_row_s_key_is_of_both_answers_and_of_the_judgement(tmp_path: Path) -> None:
-    row = Row("messages", tuple(TURNS), rejected=(TURNS[0], BYE))
-    other = Row("messages", tuple(TURNS), rejected=(TURNS[0], {**BYE, "content": "No"}))
-    plain = Row("messages", tuple(TURNS))
-    judged = [Row("messages", tuple(TURNS), label=value) for value in (True, False)]
-    assert len({r.key for r in (row, other, plain, *judged)}) == 5
-
-
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

@@ -23,7 +23,6 @@ from veneer.errors import (
     AdapterError,
     CheckpointError,
     ConfigError,
-    DataError,
     Interrupted,
     NoGain,
     PreflightError,
@@ -361,32 +360,6 @@ def test_nan_losses_name_rows(shared: Path, base: TextBase, tmp_path: Path, monk
     assert not (output / TENSORS).exists()
     state = checkpoint.read_checkpoint(checkpoint.latest(output / "checkpoints"))  # type: ignore[arg-type]
     assert state["progress"]["step"] >= 4
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("", "no rows|empty"), ('{"messages": [}\n', "1"), ('{"prompt": 5}\n', "completion|format")],
-    ids=["empty", "malformed", "shape"],
-)
-def test_bad_data_is_named_with_its_line(text: str, message: str, shared: Path, base: TextBase, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text(text)
-    with pytest.raises(DataError, match=message) as error:
-        train(shared, tmp_path / "out", base, data={"train": str(tmp_path / "bad.jsonl")})
-    assert "bad.jsonl" in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_preflight_stops_before_anything_is_written(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    with pytest.raises(PreflightError):
-        train(shared, tmp_path / "out", base, adapter={"targets": ["no_such_proj"]})
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_in_use_is_not_written_over(whole: Whole, shared: Path, base: TextBase) -> None:
-    before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
-    with pytest.raises(PreflightError, match="already holds"):
-        train(shared, whole[0], base)
-    assert {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")} == before
 
 
 @pytest.mark.gpu
