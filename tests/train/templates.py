@@ -34,11 +34,6 @@ MISTRAL = (
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}"
     "{% else %}{{ ' ' + m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
-# the same with the author's own marks
-MARKED = MISTRAL.replace(
-    "{{ ' ' + m['content'] | trim + '<|im_end|>' }}",
-    "{% generation %}{{ ' ' + m['content'] | trim + '<|im_end|>' }}{% endgeneration %}",
-)
 # no end-of-turn at all: a model trained on it never stops
 ENDLESS = (
     "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"

@@ -161,12 +161,6 @@ def test_moving_prompts_are_refused_with_the_reason_and_fine_for_the_last_turn()
     assert learned(one(row, tokenizer, train_on="last"), tokenizer) == [" Fine.<|im_end|>"]
 
 
-def test_the_templates_own_marks_decide_where_prefixes_fail() -> None:
-    tokenizer = with_template(templates.MARKED)
-    row = chat("Hello", "Hi there.", "How are you?", "Fine.", system="Be brief")
-    assert learned(one(row, tokenizer), tokenizer) == [" Hi there.<|im_end|>", " Fine.<|im_end|>"]
-
-
 def test_a_prompt_that_training_does_not_show_is_refused() -> None:
     with pytest.raises(DataError, match="another prompt than inference does"):
         encode_rows([TALK], with_template(templates.DISAGREES), data())

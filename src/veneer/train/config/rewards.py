@@ -239,13 +239,13 @@ def _section(value: Any, n: int) -> RewardSection:
 def _problem(model: type[RewardSection], error: Any) -> str:
     key = ".".join(map(str, error["loc"][:1]))
     if error["type"] == "extra_forbidden":
-        keys = list(model.model_fields)
-        near = nearest(key, keys, 1)
-        return f"unknown key `{key}`; " + (f"did you mean `{near[0]}`?" if near else f"it has {', '.join(keys)}")
+        near = nearest(key, list(model.model_fields), 1)
+        hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(model.model_fields)}"
+        return f"unknown key `{key}`; {hint}"
     if error["type"] == "missing":
         return f"`{key}` is required: {model.model_fields[key].description}"
     said = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return said if not key else f"`{key}` should be {said}" if error["type"] != "value_error" else f"`{key}`: {said}"
+    return f"`{key}` should be {said}" if key else said
 
 
 RewardList = Annotated[tuple[SerializeAsAny[RewardSection], ...], BeforeValidator(_read)]

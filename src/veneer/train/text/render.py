@@ -6,7 +6,7 @@
 With a chat template, the trained part of an assistant turn starts where the generation prompt ends (the text
 that inference shows the model) and ends after the end-of-turn marker. Rendering the conversation up to the
 turn finds it, so it works for templates without `{% generation %}`. If that rendering is not a prefix of the
-whole conversation's, the template's own generation marks are used, or the row is refused; nothing is guessed.
+whole conversation's, the row is refused; nothing is guessed.
 
 Without a template (`chat_template: none`, or a base that has none), prompt and completion are concatenated,
 instruction rows use alpaca's prompt, and the end-of-text token follows. Independent of token IDs.
@@ -143,7 +143,11 @@ class Renderer:
         for k in turns:
             before = self._text(row.messages[:k], row, generate=True) if k else ""
             if k and not text.startswith(before):
-                return self._marked_turns(row, text, turns, k)
+                raise ValueError(
+                    f"the chat template renders what comes before message {k} differently once later turns follow, so "
+                    "training would show the model another prompt than inference does; use train_on: last, or end the "
+                    "row with that turn"
+                )
             start = len(before) if k else self._content(row, text, 0)[0]
             end = len(text)
             if k + 1 < len(row.messages):
@@ -164,30 +168,6 @@ class Renderer:
                 end -= len(self._tail) - len(self.end_marker)  # the model writes no line break after the marker
             spans.append((start, end))
         return spans
-
-    def _marked_turns(self, row: Row, text: str, turns: Sequence[int], k: int) -> list[tuple[int, int]]:
-        """Return spans from the template's `{% generation %}` marks.
-
-        Used for templates whose renderings are not prefixes."""
-        if "generation" in re.findall(r"{%-?\s*(\w+)", self.template or ""):
-            from transformers.utils.chat_template_utils import render_jinja_template
-
-            _, marks = render_jinja_template(
-                conversations=[[template_turn(m) for m in row.messages]],
-                tools=list(row.tools) or None,
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-            assistants = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
-            if len(marks[0]) == len(assistants):
-                spans = [marks[0][assistants.index(i)] for i in turns]
-                marker = self.end_marker
-                return [(s, e + len(marker) if marker and text.startswith(marker, e) else e) for s, e in spans]
-        raise ValueError(
-            f"the chat template renders what comes before message {k} differently once later turns follow, so training "
-            "would show the model another prompt than inference does; use train_on: last, or end the row with that turn"
-        )
 
     def _content(self, row: Row, text: str, k: int) -> tuple[int, int]:
         """Return the range of message k's content in `text`.
