@@ -54,7 +54,6 @@ def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Pa
             "`loss.shift` should be a number or one of 'auto', 'resolution', found the text 'much'",
         ),
         ("loss: {shift: -1.0}", "should be above 0"),
-        ("loss: {timesteps: uniform, logit_std: 2.0}", "only used with `timesteps: logit-normal`"),
         ("samples: {every: 10}", "`samples.every` needs `samples.prompts`"),
         ("adapter: {text_encoders: [text_encoder]}\n", "`output.layout: peft` holds the denoiser alone"),
         ("optimizer: {text_learning_rate: 1e-5}", "needs `adapter.text_encoders`"),

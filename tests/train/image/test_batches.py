@@ -265,7 +265,10 @@ def test_held_out_pictures_are_chosen_by_content_and_scored_alike_in_every_run(s
         split_pictures(pictures, 6, 0)
     rows = validation_rows(plan_rows(held, config.data, size=32, unit=8).rows, config.data, None)
     scores = []
-    for other in (config, _config(shared, seed=5, loss={"logit_std": 2.0, "shift": 3.0}, batching={"micro_rows": 1})):
+    for other in (
+        config,
+        _config(shared, seed=5, loss={"timesteps": "uniform", "shift": 3.0}, batching={"micro_rows": 1}),
+    ):
         score = ImageLoss(base, other, Encoders(base, other, None)).score(rows)
         scores.append(score)
     assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-6)

@@ -191,7 +191,7 @@ def _config(shared: Path, pairs: Path, tmp_path: Path, family: str = "kontext", 
 def test_an_edit_is_learned_from_what_is_before(shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path) -> None:
     """To invert: latents of random signs, the inverse of what is before. The loss with the right
     picture before is far below the base's, and below that with another picture before, which says nothing."""
-    base, config = kontext, _config(shared, pairs, tmp_path, loss={"logit_mean": 1.0})
+    base, config = kontext, _config(shared, pairs, tmp_path, loss={"shift": 2.718})
     loss = ImageLoss(base, config, Encoders(base, config, None))
     picture = read_pictures(config.data)[0][0]
     view = plan_rows([picture], config.data, size=base.size, unit=base.unit).rows[0]
@@ -241,17 +241,17 @@ def test_bad_pairs_and_bases_stop_the_run(shared: Path, pairs: Path, kontext: Im
     captions = drawings(shared / "captions")
     said = bad("kontext", data={"pictures": str(captions)})
     assert "tiny-kontext edits pictures, and" in said
-    assert f"{captions} has captions alone, with no picture before any" in said
+    assert f"{captions} has captions only, without source images" in said
     assert "data.before: FOLDER" in said
     said = bad("kontext", data={"pictures": str(pairs), "before": "off"})
-    assert "has captions alone" in said
+    assert "has captions only" in said
     said = bad("flux1", **settings_of(pairs))
-    for words in ("1 picture before each, and", "is no base that edits", "data.before: off"):
+    for words in ("1 source image for each picture, and", "does not edit pictures", "data.before: off"):
         assert words in said
     said = bad("kontext", **settings_of(pairs), samples={"prompts": ["sks"]})
-    assert "sample prompts are instructions here, and have no picture to edit" in said
+    assert "sample prompts are instructions, and have no picture to edit" in said
     lost = {"prompts": ["sks"], "before": [str(pairs / "none.png")]}
-    assert "there is no picture" in bad("kontext", **settings_of(pairs), samples=lost)
+    assert "none.png cannot be edited: cannot be read" in bad("kontext", **settings_of(pairs), samples=lost)
     torn = tmp_path / "torn.png"
     torn.write_bytes((pairs / "0.png").read_bytes()[:60])
     lost["before"] = [str(torn)]
@@ -259,12 +259,12 @@ def test_bad_pairs_and_bases_stop_the_run(shared: Path, pairs: Path, kontext: Im
     given = {"prompts": ["sks"], "before": [str(pairs / "0.png")]}
     assert "samples.before is for pairs" in bad("flux1", samples=given)
     said = bad("kontext", data={"pictures": str(pairs), "validation": str(captions), "split": None})
-    assert "held-out pictures have none before them, and those that are trained on have 1" in said
+    assert "held-out pictures have another number of source images than 1: " in said
     odd = given | {"size": kontext.unit + 1}
     assert "samples cannot be drawn: the width is" in bad("kontext", **settings_of(pairs), samples=odd)
     drawn = {"class_count": 2, "class_prompt": "a house"}
     said = bad("kontext", data={"pictures": str(pairs), **drawn})
-    assert "class pictures that are drawn have no picture before them" in said
+    assert "generated class pictures have no source images" in said
 
 
 def test_the_plan_counts_the_tokens_of_what_is_before() -> None:

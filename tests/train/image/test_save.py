@@ -172,7 +172,6 @@ def test_a_saved_dtype_rounds_and_says_so(shared: Path, tmp_path: Path) -> None:
             "directory": str(tmp_path / "out"),
             "dtype": "bfloat16",
             "name": "look",
-            "title": "A look",
             "licence": "CC0-1.0",
         },
         **STRONG,
@@ -180,7 +179,7 @@ def test_a_saved_dtype_rounds_and_says_so(shared: Path, tmp_path: Path) -> None:
     assert Path(result.adapter).name == "look.safetensors"
     tensors, metadata = read_tensors(Path(result.adapter))
     assert {t.dtype for t in tensors.values() if t.ndim == 2} == {torch.bfloat16}
-    assert (metadata["modelspec.title"], metadata["modelspec.license"]) == ("A look", "CC0-1.0")
+    assert metadata["modelspec.license"] == "CC0-1.0"
     assert "rounded to bfloat16" in _notes(seen)
     assert "equal but for rounding" in _notes(seen)
 

@@ -294,9 +294,6 @@ def _slider(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
 
 def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
     loss, samples = config.loss, config.samples
-    normal = [key for key in ("loss.logit_mean", "loss.logit_std") if key in given]
-    if loss.timesteps == "uniform" and normal:
-        yield f"`{normal[0]}` is only used with `timesteps: logit-normal`"
     if isinstance(loss.shift, float) and loss.shift <= 0:
         yield f"`loss.shift: {loss.shift}` should be above 0, auto or resolution"
     named = samples.prompts or config.slider.target  # without a prompt, a slider's target is sampled

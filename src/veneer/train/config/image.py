@@ -60,8 +60,7 @@ class ImageDataSection(Section):
     """Pictures, captions, crops, and held-out pictures."""
 
     pictures: str | tuple[str, ...] = setting(
-        (),
-        "folders of pictures with captions, metadata.jsonl, or kohya's `N_words` folders; none for a slider",
+        (), "folders of pictures with captions, metadata.jsonl, or kohya's `N_words` folders; none for a slider"
     )
     validation: str | None = setting(None, "folder of held-out pictures")
     prompt: str | None = setting(None, "default caption")
@@ -72,13 +71,7 @@ class ImageDataSection(Section):
     class_folder: str | None = setting(None, "class (regularization) pictures, trained without the trigger")
     class_prompt: str | None = setting(None, "default caption of class pictures")
     class_weight: float = setting(1.0, "loss weight of class pictures", "DreamBooth's", ge=0)
-    caption_dropout: float = setting(
-        0.0,
-        "share of empty captions, by epoch",
-        "0.1 also trains guidance",
-        ge=0,
-        le=1,
-    )
+    caption_dropout: float = setting(0.0, "share of empty captions, by epoch", "0.1 also trains guidance", ge=0, le=1)
     shuffle_tags: bool = setting(False, "shuffle comma-separated tags each epoch")
     keep_tags: int | None = setting(None, "leading tags that stay", "1 with a trigger, else 0", ge=0)
     resolution: int | tuple[int, ...] | None = setting(
@@ -90,16 +83,12 @@ class ImageDataSection(Section):
     )
     bucket_ratio: float = setting(2.0, "maximum aspect ratio", "bases have seen few beyond", ge=1, le=8)
     small: Literal["keep", "upscale", "drop"] = setting(
-        "keep",
-        "pictures below their bucket: own bucket, enlarge, leave out",
-        "enlarging teaches blur",
+        "keep", "pictures below their bucket: own bucket, enlarge, leave out", "enlarging teaches blur"
     )
     crop: Literal["center", "random"] = setting("center", "crop position")
     flip: bool = setting(False, "mirror pictures in half of the epochs", "faces and writing are asymmetric")
     masks: str = setting(
-        "auto",
-        "loss masks: auto (NAME.mask.png or a `masks` folder), off, alpha, or a folder",
-        "used if present",
+        "auto", "loss masks: auto (NAME.mask.png or a `masks` folder), off, alpha, or a folder", "used if present"
     )
     mask_floor: float = setting(0.0, "loss weight of black; white is 1", "not trained", ge=0, le=1)
     before: str | tuple[str, ...] = setting(
@@ -109,16 +98,8 @@ class ImageDataSection(Section):
         "used if present",
     )
     background: str = setting("#ffffff", "color behind transparency: #rrggbb, white, black or grey")
-    broken: Literal["refuse", "drop"] = setting(
-        "refuse",
-        "unreadable files: stop, or leave out",
-    )
-    most_megapixels: float = setting(
-        120.0,
-        "larger pictures are refused before decoding",
-        "limits memory",
-        gt=0,
-    )
+    broken: Literal["refuse", "drop"] = setting("refuse", "unreadable files: stop, or leave out")
+    most_megapixels: float = setting(120.0, "larger pictures are refused before decoding", "limits memory", gt=0)
     cache: str | None = setting(None, "folder of latents and embeddings", "`cache` in the output folder")
     split: int | float | None = setting(
         None,
@@ -205,9 +186,7 @@ class ImageAdapterSection(PairsSection):
         "whole transformer blocks",
     )
     text_encoders: tuple[str, ...] = setting(
-        (),
-        "text encoders to adapt, as [text_encoder, text_encoder_2]",
-        "styles need none",
+        (), "text encoders to adapt, as [text_encoder, text_encoder_2]", "styles need none"
     )
     text_targets: str | tuple[str, ...] = setting("all-linear", "modules of those text encoders")
 
@@ -222,25 +201,18 @@ class LossSection(Section):
 
     snr_gamma: float | None = setting(None, "min-SNR weights (arXiv 2303.09556), epsilon and v; the paper uses 5", gt=0)
     noise_offset: float = setting(
-        0.0,
-        "per-channel noise offset, epsilon and v; 0.03 to 0.1, more for a colored background",
-        ge=0,
+        0.0, "per-channel noise offset, epsilon and v; 0.03 to 0.1, more for a colored background", ge=0
     )
     timesteps: Literal["auto", "uniform", "logit-normal"] = setting(
         "auto", "sampling of timesteps", "flow: logit-normal; epsilon and v: uniform"
     )
-    logit_mean: float = setting(0.0, "logit-normal: mean; above 0: more noise")
-    logit_std: float = setting(1.0, "logit-normal: standard deviation", gt=0)
     shift: float | Literal["auto", "resolution"] = setting(
         "auto",
         "flow: timestep shift, s·u / (1 + (s − 1)·u); resolution: FLUX's exp(μ)",
         "the base's fixed shift (SD3 3, Z-Image 6), else 1",
     )
     guidance: float = setting(
-        1.0,
-        "guidance input of a distilled base (FLUX.1 dev)",
-        "sd-scripts' and diffusers' advice",
-        ge=0,
+        1.0, "guidance input of a distilled base (FLUX.1 dev)", "sd-scripts' and diffusers' advice", ge=0
     )
     keep_guidance: float | None = setting(
         None,
@@ -294,8 +266,7 @@ class SamplesSection(Section):
     )
     prompts: tuple[str, ...] = setting((), "prompts, with the trigger")
     before: tuple[str | tuple[str, ...], ...] = setting(
-        (),
-        "edit bases: source image for each prompt, or lists; one for all",
+        (), "edit bases: source image for each prompt, or lists; one for all"
     )
     negative: str = setting("", "negative prompt")
     seeds: tuple[int, ...] = setting((0,), "one picture per prompt and seed")
@@ -320,9 +291,7 @@ class ImageMemorySection(Section):
     """Memory limits and trade-offs."""
 
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
-        "auto",
-        "recompute activations: less memory, a fifth to a third slower",
-        "off if measured activations fit",
+        "auto", "recompute activations: less memory, a fifth to a third slower", "off if measured activations fit"
     )
     limit_gb: float | None = setting(None, "memory limit in GB", "free memory", gt=0)
     free_encoders: bool = setting(True, "drop text encoders and VAE after caching", "half of SDXL's and FLUX's memory")
@@ -339,9 +308,6 @@ class ImageOutputSection(OutputSection):
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "precision of saved tensors", "exactly what was trained"
     )
-    title: str = setting("", "metadata title", "the name")
-    author: str = setting("", "metadata author")
-    description: str = setting("", "metadata description")
     licence: str = setting("", "metadata license, an SPDX id")
 
 
@@ -355,17 +321,9 @@ class SliderSection(Section):
     target: str = setting("", "neutral prompt, as: a person", "unconditional")
     preserve: tuple[str, ...] = setting((), "concepts to keep, added to both prompts in turn, as [man, woman]")
     guidance: float = setting(
-        3.0,
-        "multiple of the prompts' difference at strength 1",
-        "ai-toolkit's; the paper's code has 4",
-        gt=0,
+        3.0, "multiple of the prompts' difference at strength 1", "ai-toolkit's; the paper's code has 4", gt=0
     )
-    scenes: int = setting(
-        24,
-        "pictures that the base generates for training",
-        "8 of each prompt",
-        gt=0,
-    )
+    scenes: int = setting(24, "pictures that the base generates for training", "8 of each prompt", gt=0)
     strengths: tuple[float, ...] = setting((-2.0, -1.0, 0.0, 1.0, 2.0), "columns of sample sheets")
 
     @property
@@ -446,25 +404,13 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "style": Preset(
             "a look: tens of different pictures, captions without the look",
             {
-                "adapter.rank": (
-                    16,
-                    "measured: 50 drawings on a FLUX base",
-                ),
+                "adapter.rank": (16, "measured: 50 drawings on a FLUX base"),
                 "adapter.alpha": (16.0, _PAIRED),
-                "adapter.targets": (
-                    "attention+ff",
-                    "style is in transformer blocks (arXiv 2403.14572)",
-                ),
+                "adapter.targets": ("attention+ff", "style is in transformer blocks (arXiv 2403.14572)"),
                 "optimizer.learning_rate": _RATE,
                 "batching.rows": (8, "a step sees several pictures"),
-                "schedule.steps": (
-                    1500,
-                    "convention: ai-toolkit, 500 to 4000",
-                ),
-                "data.caption_dropout": (
-                    0.1,
-                    "classifier-free guidance (arXiv 2207.12598)",
-                ),
+                "schedule.steps": (1500, "convention: ai-toolkit, 500 to 4000"),
+                "data.caption_dropout": (0.1, "classifier-free guidance (arXiv 2207.12598)"),
                 "data.flip": (True, "twice the pictures"),
                 "ema.decay": (0.99, "convention: ai-toolkit"),
             },

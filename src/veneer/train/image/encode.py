@@ -194,7 +194,7 @@ def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
         shift = loss.shift
     steps = 1000 if base.prediction == "flow" else len(alphas_cumprod(base))
     patch = 1 if base.row.patched else base.row.patch
-    return Times(kind, loss.logit_mean, loss.logit_std, shift, steps, patch * patch)
+    return Times(kind, shift, steps, patch * patch)
 
 
 @dataclass

@@ -31,13 +31,11 @@ _Prediction = Literal["epsilon", "v", "flow"]
 class Times:
     """The distribution of timesteps.
 
-    For flow: u uniform, or u = sigmoid(mean + std·z) (logit-normal, arXiv 2403.03206); then `shift` moves it
-    towards noise: a number s, or a function of the number of picture tokens that returns s. `patch`: latents
-    per token."""
+    For flow: u uniform, or u = sigmoid(z) with normal z (logit-normal, arXiv 2403.03206); then `shift` moves
+    it towards noise: a number s, or a function of the number of picture tokens that returns s. `patch`:
+    latents per token."""
 
     kind: Literal["uniform", "logit-normal"] = "uniform"
-    mean: float = 0.0
-    std: float = 1.0
     shift: float | Callable[[int], float] = 1.0
     steps: int = 1000
     patch: int = 4
@@ -79,10 +77,7 @@ def draw(
 def _time(shape: Sequence[int], prediction: _Prediction, times: Times, g: torch.Generator) -> Tensor:
     if prediction != "flow":
         return torch.randint(times.steps, (), generator=g)
-    if times.kind == "uniform":
-        u = torch.rand((), generator=g)
-    else:
-        u = torch.sigmoid(times.mean + times.std * torch.randn((), generator=g))
+    u = torch.rand((), generator=g) if times.kind == "uniform" else torch.sigmoid(torch.randn((), generator=g))
     return shifted(u, times.shift_of(shape[-1] * shape[-2] // times.patch))
 
 

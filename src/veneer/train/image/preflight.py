@@ -19,7 +19,6 @@ from veneer.core.targets import matches_per_pattern, resolve_targets
 from veneer.errors import ConfigError, TargetError, counted, gigabytes
 from veneer.models.image.base import too_long
 from veneer.models.image.generate import ImageRow, check_rows
-from veneer.train.config.image import PRESETS
 from veneer.train.image.augmentation import PicturePlan
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out
@@ -67,11 +66,6 @@ class ImageData:
     missing_classes: int = 0
     tags: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    @property
-    def own(self) -> list[TrainingPicture]:
-        """Return the pictures that are not class pictures."""
-        return [p for p in self.learned if not p.is_class]
-
 
 def parts_of(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Module, LoraSpec]]:
     """Return component -> (its module, the adapter to create on it).
@@ -107,13 +101,12 @@ def image_preflight(
     *,
     found: Iterable[Finding] = (),
     cut: Mapping[str, Mapping[str, str]],
-    sources: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
     """Inspect a run before anything is attached or encoded; see `inspect_run`.
 
     `found`: findings of the data. `cut`: captions, sample prompts, class prompt -> each text that is too long
-    -> the part that the base does not read. `sources`: setting -> its origin."""
+    -> the part that the base does not read."""
     own = len([row for row in data.plan.rows if not row.picture.is_class])
     rows = config.batching.rows
     subject = RunSubject(
@@ -131,9 +124,9 @@ def image_preflight(
     for check in (_targets, learning_rate, shared_out, precision, _loss, _distilled, _devices, _apart, where_it_goes):
         findings += check(subject)
     findings += _pairs(base, config, data)
+    findings += _sample_sources(base, config, data)
     findings += _samples(base, config)
     findings += _prompts(cut)
-    findings += _preset(config, sources or {})
     if data.missing_classes:
         wanting = counted(data.missing_classes, "class picture")
         text = f"{wanting} wanted and not there: the base draws from `{config.data.class_prompt}`"
@@ -190,8 +183,6 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
     if not flow:
         wrong += ["timesteps"] if loss.timesteps == "logit-normal" else []
         wrong += ["shift"] if loss.shift not in ("auto", 1.0) else []
-        wrong += ["logit_mean"] if loss.logit_mean != 0.0 else []
-        wrong += ["logit_std"] if loss.logit_std != 1.0 else []
     if wrong:
         kind = "noise (epsilon, v)" if flow else "flow"
         named = " and ".join(f"loss.{key}" for key in wrong)
@@ -199,52 +190,55 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
             "stop", "loss", f"{label}: {named} {'is' if len(wrong) == 1 else 'are'} for {kind} alone", "leave it out"
         )
         return
-    told = {"guidance": None if loss.guidance == 1.0 else loss.guidance, "keep_guidance": loss.keep_guidance}
-    given = [f"loss.{key} {value:g}" for key, value in told.items() if value is not None]
+    given = [f"loss.{key}" for key in ("guidance", "keep_guidance") if getattr(loss, key) not in (None, 1.0)]
     if given and not s.base.denoiser.config.get("guidance_embeds"):
-        text = f"{s.base.name} takes no guidance as an input: {' and '.join(given)} would do nothing"
+        text = f"{s.base.name} takes no guidance as an input, so {' and '.join(given)} would have no effect"
         yield Finding("stop", "loss", text, "leave it out")
         return
     if len(given) == 2 and (loss.keep_guidance or 0.0) > loss.guidance:
-        text = f"{' and '.join(given)}: more would be kept than the base is told"
-        yield Finding("stop", "loss", text, "leave loss.guidance out, or keep at most as much")
+        text = f"loss.keep_guidance {loss.keep_guidance:g} is above loss.guidance {loss.guidance:g}"
+        yield Finding("stop", "loss", text, "leave loss.guidance out")
         return
     weights = f", min-SNR {loss.snr_gamma:g}" if loss.snr_gamma else ""
     yield Finding("ok", "loss", f"{label}: mean squared error{weights}")
 
 
 def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
-    """Report problems with pairs: a base that does not edit, pictures, samples."""
-    before, samples = data.summary.before, config.samples
-    folder = ", ".join(config.data.folders)
+    """Report problems with pairs: a base that does not edit, held-out pictures, class pictures."""
+    before, folder = data.summary.before, ", ".join(config.data.folders)
     if before > base.references:
-        text = f"{folder} has {counted(before, 'picture')} before each, and {base.name} "
-        text += f"takes {base.references} at most" if base.references else "is no base that edits"
-        fix = "train on FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit, or on captions alone with data.before: off"
+        text = f"{folder} has {counted(before, 'source image')} for each picture, and {base.name} "
+        text += f"takes {base.references} at most" if base.references else "does not edit pictures"
+        fix = "train on FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit, or on captions only with data.before: off"
         yield Finding("stop", "pairs", text, fix)
     elif base.edits_alone and not before:
-        text = f"{base.name} edits pictures, and {folder} has captions alone, with no picture before any"
-        fix = "give each its own (NAME.before.png beside it, or data.before: FOLDER), or train on a base that draws"
+        text = f"{base.name} edits pictures, and {folder} has captions only, without source images"
+        fix = "give each picture a source (NAME.before.png, or data.before: FOLDER), or train on another base"
         yield Finding("stop", "pairs", text, fix)
-    elif before:
-        if config.data.class_count:
-            fix = "data.class_folder with pairs of its own, or none"
-            yield Finding("stop", "pairs", "class pictures that are drawn have no picture before them", fix)
-        if samples.prompts and not samples.before:
-            fix = "samples.before: the picture that each of the prompts edits, or one for all"
-            yield Finding("stop", "samples", "sample prompts are instructions here, and have no picture to edit", fix)
-    if data.held and (other := next((len(p.before) for p in data.held if len(p.before) != before), None)) is not None:
-        text = f"held-out pictures have {other or 'none'} before them, and those that are trained on have "
-        text += str(before or "none")
-        fix = "give each as many (NAME.before.png beside it, or its name in a before folder), or data.before: off"
+    elif before and config.data.class_count:
+        fix = "use data.class_folder with pairs"
+        yield Finding("stop", "pairs", "generated class pictures have no source images", fix)
+    if other := [p.name for p in data.held if len(p.before) != before]:
+        text = f"held-out pictures have another number of source images than {before}: {other[0]}"
+        fix = "give each as many (NAME.before.png, or its name in a before folder), or set data.before: off"
         yield Finding("stop", "held out", text, fix)
-    starts = list(dict.fromkeys(path for shown in samples.starts for path in shown))
-    if (most := max(map(len, samples.starts), default=0)) > base.references > 0:
+
+
+def _sample_sources(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
+    """Report sample prompts without source images, and sources that cannot be used."""
+    samples, before = config.samples, data.summary.before
+    if before and samples.prompts and not samples.before:
+        fix = "samples.before: a picture for each prompt, or one for all"
+        yield Finding("stop", "samples", "sample prompts are instructions, and have no picture to edit", fix)
+    if samples.before and not before:
+        yield Finding(
+            "stop", "samples", "samples.before is for pairs, and the pictures have no sources", "leave it out"
+        )
+    most = max(map(len, samples.starts), default=0)
+    if most > base.references > 0:
         text = f"samples.before shows {most} pictures at once, and {base.name} takes {base.references} at most"
         yield Finding("stop", "samples", text, "leave some out")
-    if lost := [path for path in starts if not Path(path).is_file()]:
-        yield Finding("stop", "samples", f"there is no picture {', '.join(lost)}", "correct samples.before")
-    for path in (path for path in starts if path not in lost):
+    for path in dict.fromkeys(path for shown in samples.starts for path in shown):
         try:
             size = decode_picture(read_bytes(Path(path))[0], config.data).size
         except UnreadablePicture as error:
@@ -252,10 +246,6 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
             continue
         if most > 1 and (why := too_long(*size)):  # a single picture is cropped
             yield Finding("stop", "samples", f"{path} has {why}", "crop it")
-    if samples.before and not before:
-        yield Finding(
-            "stop", "samples", "samples.before is for pairs, and the pictures have none before them", "leave it out"
-        )
 
 
 def _samples(base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
@@ -282,12 +272,10 @@ def _distilled(s: RunSubject) -> Iterator[Finding]:
 def _devices(s: RunSubject) -> Iterator[Finding]:
     """Report settings that need a GPU if there is none."""
     config: Any = s.config
-    if config.memory.offload_blocks and s.base.device.type == "cpu":
-        text = "memory.offload_blocks moves blocks between the CPU's memory and a GPU's, and this run is on the CPU"
-        yield Finding("stop", "offload", text, "leave it out: everything is in the CPU's memory already")
-    elif config.memory.offload_blocks and s.base.quantized:
-        text = f"memory.offload_blocks moves unquantized weights, but this base is saved in {s.base.quantized}"
-        yield Finding("stop", "offload", text, "remove memory.offload_blocks, or use the 16-bit weights of this base")
+    if config.memory.offload_blocks and (s.base.device.type == "cpu" or s.base.quantized):
+        why = "this run is on the CPU" if s.base.device.type == "cpu" else f"this base is saved in {s.base.quantized}"
+        text = f"memory.offload_blocks moves unquantized weights between CPU and GPU, but {why}"
+        yield Finding("stop", "offload", text, "remove memory.offload_blocks")
     if getattr(s.base, "quantized", None):
         yield Finding("ok", "quantized", f"the frozen denoiser is held in {s.base.quantized}; pairs are float32")
 
@@ -310,20 +298,6 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
 
 def _short(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Finding]:
-    """Report the preset's purpose, its values, and its keys with other values."""
-    if config.preset is None:
-        return
-    preset = PRESETS[config.preset]
-    chosen = {
-        key: value for key, (value, _) in preset.settings.items() if str(sources.get(key, "")).startswith("from preset")
-    }
-    given = [key for key in preset.settings if key not in chosen]
-    said = ", ".join(f"{key}={str(value).lower()}" for key, value in chosen.items()) or "nothing"
-    text = f"`{config.preset}` ({preset.meaning}) chose {said}"
-    yield Finding("ok", "preset", text + (f"; given beside it: {', '.join(given)}" if given else ""))
 
 
 def memory_numbers(

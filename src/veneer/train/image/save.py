@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.batches import ImageBatch
+    from veneer.train.image.pictures import TrainingPicture
+    from veneer.train.image.preflight import ImageData
 
 
 @dataclass
@@ -69,24 +74,23 @@ def save_image_adapter(
     base: ImageBase,
     config: ImageTrainConfig,
     facts: dict[str, Any],
-    picture: str,
+    thumbnail: str,
     tags: dict[str, dict[str, int]],
 ) -> WriteReport:
     """Write the adapter in the configured layout with full metadata and the card.
 
-    `facts`: results of the run (steps, times) for sd-scripts' keys. `picture`: the thumbnail, a data URL.
-    `tags`: the result of `tag_frequency`."""
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    `facts`: the result of `training_facts`, or {}. `thumbnail`: a data URL. `tags`: the result of
+    `tag_frequency`."""
     output = config.output
-    said = {"title": output.title, "author": output.author, "description": output.description, "thumbnail": picture}
+    extra: dict[str, Any] = {"tag_frequency": tags}
+    if thumbnail:
+        extra["thumbnail"] = thumbnail
     if base.prediction in ("epsilon", "v"):
-        said["prediction_type"] = base.prediction
-    words = [config.data.trigger] if config.data.trigger else []
-    extra = {k: v for k, v in said.items() if v} | {"tag_frequency": tags}
+        extra["prediction_type"] = base.prediction
     card = replace(
         adapter.card,
-        created=created,
-        trigger_words=words,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        trigger_words=[config.data.trigger] if config.data.trigger else [],
         licence=output.licence,
         extra={**adapter.card.extra, **extra},
     )
@@ -107,6 +111,61 @@ def save_image_adapter(
     return written
 
 
+def training_facts(
+    config: ImageTrainConfig, base: ImageBase, data: ImageData, *, kept: int, seconds: float
+) -> dict[str, Any]:
+    """Return the values of sd-scripts' `ss_` keys, without the prefix; None if inapplicable.
+
+    `kept`: the saved step; `seconds`: duration of the steps."""
+    now, steps, ends = time.time(), data.steps, data.steps.ends
+    own = [p for p in data.learned if not p.is_class]
+    classes = [p for p in data.learned if p.is_class]
+    side = config.data.resolutions(base.size)[-1]
+    buckets = [{"resolution": f"{w}x{h}", "count": count} for (w, h), count in data.plan.sizes.items()]
+    return {
+        "training_started_at": now - seconds,
+        "training_finished_at": now,
+        "learning_rate": config.optimizer.learning_rate,
+        "unet_lr": config.optimizer.learning_rate,
+        "text_encoder_lr": config.optimizer.text_learning_rate if config.adapter.text_encoders else None,
+        "num_train_images": len(own),
+        "num_reg_images": len(classes),
+        "num_validation_images": len(data.held),
+        "num_epochs": math.ceil(steps[-1].epoch),
+        "num_batches_per_epoch": ends[0] if ends else len(steps),
+        "steps": kept,
+        "max_train_steps": len(steps),
+        "total_batch_size": config.batching.rows,
+        "resolution": f"({side}, {side})",
+        "seed": config.seed,
+        "lr_scheduler": config.schedule.name,
+        "optimizer": config.optimizer.name,
+        "mixed_precision": str(base.dtype).removeprefix("torch."),
+        "min_snr_gamma": config.loss.snr_gamma,
+        "noise_offset": config.loss.noise_offset or None,
+        "bucket_info": {"buckets": {str(i): bucket for i, bucket in enumerate(buckets)}},
+        "dataset_dirs": _folders(own),
+        "reg_dataset_dirs": _folders(classes) or None,
+    }
+
+
+def tag_frequency(pictures: Iterable[TrainingPicture]) -> dict[str, dict[str, int]]:
+    """Return sd-scripts' ss_tag_frequency: folder -> tag -> captions per epoch."""
+    out: dict[str, Counter[str]] = {}
+    for picture in pictures:
+        folder, times = picture.path.parent.name, f"{picture.repeats}_"
+        folder = folder if folder.startswith(times) else times + folder  # kohya's folders already have it
+        tags = dict.fromkeys(t.strip() for t in picture.caption.split(",") if t.strip())
+        out.setdefault(folder, Counter()).update(list(tags))
+    return {folder: dict(counts.most_common()) for folder, counts in out.items()}
+
+
+def _folders(pictures: Sequence[TrainingPicture]) -> dict[str, dict[str, int]]:
+    """Return sd-scripts' dataset_dirs: folder -> repeats and number of pictures."""
+    counts = Counter((p.path.parent.name, p.repeats) for p in pictures)
+    return {folder: {"n_repeats": repeats, "img_count": count} for (folder, repeats), count in counts.items()}
+
+
 def prove_image_adapter(
     attachment: Attachment, base: ImageBase, config: ImageTrainConfig, text: Conditioning, batch: ImageBatch
 ) -> str:
@@ -115,8 +174,9 @@ def prove_image_adapter(
     Uses a batch of one picture and the `text` of its caption; see `train.save.prove`."""
     path = output_of(config)
     again = read(path, base=base.model).adapter
-    if config.output.layout == "peft":
-        again = _under(again, base.row.denoiser)
+    if config.output.layout == "peft":  # it has the denoiser's own names
+        start = f"{base.row.denoiser}."
+        again = again.renamed(lambda name: name if name.startswith(start) else start + name)
     time = torch.tensor([0.5 if base.prediction == "flow" else 500])
     latents, given = batch.latents.to(base.device), batch.sizes if base.row.time_ids else None
     # The rounding of the file's and of the base's dtype, through a few layers.
@@ -130,12 +190,6 @@ def prove_image_adapter(
         what="predictions",
         rounding=rounding,
     )
-
-
-def _under(adapter: Adapter, component: str) -> Adapter:
-    """Prefix a denoiser's own names with its component; canonical names stay."""
-    start = f"{component}."
-    return adapter.renamed(lambda name: name if name.startswith(start) else start + name)
 
 
 def image_report(
@@ -164,21 +218,20 @@ def image_report(
 
 def _sheets(folder: Path) -> list[tuple[str, str]]:
     """Return the contact sheet and all sample sheets in the log, as data URLs."""
-    found = [("What the model sees", folder / "pictures.png")]
-    found += [
-        ("The base, before training" if r["step"] == 0 else f"After step {r['step']}", folder / r["path"])
-        for r in run_records(folder)
-        if r.get("event") == "sampled"
-    ]
-    return [(title, _address(path)) for title, path in dict(found).items() if path.is_file()]
-
-
-def _address(path: Path) -> str:
     from PIL import Image
 
-    image = Image.open(path).convert("RGB")
-    image.thumbnail((1600, 1600))
-    return jpeg_address(picture_bytes(image, "JPEG", quality=85))
+    paths = {"What the model sees": folder / "pictures.png"}
+    for record in run_records(folder):
+        if record.get("event") == "sampled":
+            title = "The base, before training" if record["step"] == 0 else f"After step {record['step']}"
+            paths[title] = folder / record["path"]
+    sheets = []
+    for title, path in paths.items():
+        if path.is_file():
+            image = Image.open(path).convert("RGB")
+            image.thumbnail((1600, 1600))
+            sheets.append((title, jpeg_address(picture_bytes(image, "JPEG", quality=85))))
+    return sheets
 
 
 def _usage(result: ImageResult, base: ImageBase, config: ImageTrainConfig) -> list[tuple[str, str]]:

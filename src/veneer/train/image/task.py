@@ -42,7 +42,6 @@ from veneer.train.image.checks import check_pictures
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
-from veneer.train.image.file_metadata import tag_frequency, training_facts
 from veneer.train.image.pictures import pictures_digest, read_pictures
 from veneer.train.image.preflight import ImageData, memory_numbers, parts_of
 from veneer.train.image.samples import (
@@ -60,6 +59,8 @@ from veneer.train.image.save import (
     output_of,
     prove_image_adapter,
     save_image_adapter,
+    tag_frequency,
+    training_facts,
 )
 from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, Micro, memory_errors, sender
@@ -186,7 +187,6 @@ def _checked(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | Non
         cut=cut,
         resume=run.resume,
         previous=previous,
-        sources=run.sources,
         devices=run.devices.count,
     )
     if not report.stops:
@@ -484,15 +484,7 @@ class AttachedPictures:
         with training_layers(base, False):
             picture = self._thumbnail(result.kept_step, progress.step, tell)
         metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))
-        facts = training_facts(
-            config,
-            base,
-            data,
-            self.loss,
-            kept=result.kept_step,
-            recompute=self.memory.recompute,
-            seconds=progress.seconds,
-        )
+        facts = training_facts(config, base, data, kept=result.kept_step, seconds=progress.seconds)
         written = save_image_adapter(self._adapter(metrics), base, config, facts, picture, data.tags)
         for note in written.notes:
             tell(Note(note))
